@@ -1,0 +1,31 @@
+"""Fixtures every test may use: where the shared data lies, and quiet, deterministic torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def find_shared_data() -> Path | None:
+    """LORRY_DATA, or ../shared/data beside the checkout, or None on a stranger's machine."""
+    candidates = [Path(os.environ["LORRY_DATA"])] if "LORRY_DATA" in os.environ else [ROOT.parent / "shared" / "data"]
+    return next((c for c in candidates if c.is_dir()), None)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of shared data sets; the test is skipped, visibly, where it is absent."""
+    path = find_shared_data()
+    if path is None:
+        pytest.skip("shared data not found (set LORRY_DATA to its folder)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories(shared_data: Path) -> Path:
+    """The Hugging Face directory of stories260K, a real trained Llama of 260 K parameters."""
+    return shared_data / "models" / "stories260K" / "hf"
