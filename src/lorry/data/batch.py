@@ -139,7 +139,9 @@ def collate(examples: Sequence[Example]) -> Batch:
         raise ValueError("a batch needs at least one example")
     for e in examples:
         if len(e.tokens) == 0 or len(e.tokens) != len(e.weights):
-            raise ValueError(f"example {e.key}: {len(e.tokens)} tokens and {len(e.weights)} weights; both must be equal and above 0")
+            raise ValueError(
+                f"example {e.key}: {len(e.tokens)} tokens and {len(e.weights)} weights; both must be equal and above 0"
+            )
         if e.weights[0]:
             raise ValueError(f"example {e.key}: the first token has no logits before it and cannot carry weight {e.weights[0]}")
     lengths = torch.tensor([len(e.tokens) for e in examples])

@@ -1,0 +1,1 @@
+"""The adapter bank: K named low-rank adapters on one frozen model."""

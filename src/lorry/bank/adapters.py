@@ -1,0 +1,152 @@
+"""Bank: the named adapters of one model, each in one flat fp32 buffer, with gradients in another of the same shape.
+
+Layout of an adapter's buffer: every A, then every B, in module order. So clipping, stepping, saving and reducing an adapter
+are operations on one tensor, and A and B are one contiguous range each (LoRA+ gives them different rates).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lorry.bank.layers import Adaptable, BankEmbedding, BankLinear, Slot
+from lorry.bank.mix import Call, Mix, seed_of
+from lorry.bank.spec import LoraSpec
+from lorry.errors import ConfigError
+
+
+@dataclass
+class Adapter:
+    """One named adapter. values, grads: [P] fp32; split: where the B half starts; slots: module path -> Slot."""
+
+    name: str
+    spec: LoraSpec
+    values: Tensor
+    grads: Tensor
+    split: int
+    slots: dict[str, Slot] = field(default_factory=dict)
+
+    def bind_grads(self) -> None:
+        """Point every master's .grad into the flat gradient buffer, so that autograd accumulates there."""
+        for param, view in self._views(self.grads):
+            param.grad = view
+
+    def touch(self) -> None:
+        """Say that ``values`` was written as a whole (a step, a load): every compute copy is remade at its next use."""
+        for slot in self.slots.values():
+            slot.stamp = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """{`MODULE.lora_A`: [R,I], `MODULE.lora_B`: [O,R]} views of the buffer, canonical names."""
+        return self.split_like(self.values)
+
+    def split_like(self, flat: Tensor) -> dict[str, Tensor]:
+        """Cut any [P] tensor (values, moments) into named views."""
+        names = [f"{m}.lora_A" for m in self.slots] + [f"{m}.lora_B" for m in self.slots]
+        return {n: view for n, (_, view) in zip(names, self._views(flat), strict=True)}
+
+    def _views(self, flat: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        params = [s.A for s in self.slots.values()] + [s.B for s in self.slots.values()]
+        parts = flat.split([p.numel() for p in params])
+        return [(p, part.view(p.shape)) for p, part in zip(params, parts, strict=True)]
+
+
+class Bank:
+    """Every adapter of a model, in the order they were added; an adapter's number in a Batch is its place here."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, Adapter] = {}
+        self.modules: dict[str, Adaptable] = {}
+        self.active = Mix()
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self.adapters:
+            raise ConfigError(f"no adapter named {name!r}; this model has {', '.join(self.adapters) or 'none'}")
+        return self.adapters[name]
+
+    def names(self) -> list[str]:
+        return list(self.adapters)
+
+    def add(self, name: str, spec: LoraSpec, targets: Mapping[str, Adaptable], *, seed: int) -> Adapter:
+        """Create an adapter at the given modules. A's values depend on (seed, module path) alone.
+
+        Raises ConfigError if the name is taken.
+        """
+        if name in self.adapters:
+            raise ConfigError(f"an adapter named {name!r} is already attached; choose another name or detach it first")
+        ranks = {path: spec.rank(path) for path in targets}
+        shapes = [(ranks[p], m.in_features) for p, m in targets.items()] + [
+            (m.out_features, ranks[p]) for p, m in targets.items()
+        ]
+        sizes = [rows * columns for rows, columns in shapes]
+        device = next(iter(targets.values())).weight.device
+        values = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        adapter = Adapter(name, spec, values, torch.zeros_like(values), sum(sizes[: len(targets)]))
+        params = [nn.Parameter(v.view(s)) for v, s in zip(values.split(sizes), shapes, strict=True)]
+        for (path, module), a, b in zip(targets.items(), params[: len(targets)], params[len(targets) :], strict=True):
+            slot = Slot(path, a, b, spec.scale(path), spec.lora_dropout)
+            adapter.slots[path] = module.slots[name] = slot
+            self.modules[path] = module
+            initialise(slot, spec, seed, embedding=isinstance(module, BankEmbedding))
+        adapter.bind_grads()
+        self.adapters[name] = adapter
+        self.activate(Mix((*self.active.terms, *Mix.one(name).terms)))
+        return adapter
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; the base is as it was before."""
+        for path in self[name].slots:
+            del self.modules[path].slots[name]
+        del self.adapters[name]
+        self.activate(Mix(tuple(t for t in self.active.terms if t.adapter != name)))
+
+    def activate(self, mix: Mix) -> None:
+        """Choose what a plain `model(x)`, without a mix of its own, uses."""
+        for term in mix.terms:
+            self[term.adapter]
+        self.active = mix
+        for module in self.modules.values():
+            module.default = Call(mix)
+
+    def to(self, device: torch.device) -> None:
+        """Move every adapter's buffers; slots keep their identity."""
+        for adapter in self.adapters.values():
+            adapter.values, adapter.grads = adapter.values.to(device), adapter.grads.to(device)
+            for param, view in adapter._views(adapter.values):
+                param.data = view
+            adapter.bind_grads()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All masters, A before B, adapter by adapter."""
+        return [p for a in self.adapters.values() for p, _ in a._views(a.values)]
+
+
+@torch.no_grad()
+def initialise(slot: Slot, spec: LoraSpec, seed: int, *, embedding: bool) -> None:
+    """Fill A and B from a generator seeded by (seed, module path), on the CPU, so device, order and neighbours do not matter."""
+    draw = torch.Generator().manual_seed(seed_of("lora", seed, slot.module))
+    start, other = (slot.B, slot.A) if embedding else (slot.A, slot.B)
+    kind = spec.init_lora_weights
+    if kind == "gaussian":
+        start.copy_(torch.randn(start.shape, generator=draw) / slot.A.shape[0])
+    elif embedding:
+        start.copy_(torch.randn(start.shape, generator=draw))
+    else:  # Kaiming-uniform with a = sqrt(5), as nn.Linear and the LoRA reference code: U(-1/sqrt(in), 1/sqrt(in))
+        start.copy_(torch.rand(start.shape, generator=draw).mul_(2).sub_(1).div_(math.sqrt(start.shape[1])))
+    if kind is False:
+        other.copy_(torch.randn(other.shape, generator=draw) * 0.02)
+
+
+def wrap(module: nn.Module, path: str) -> Adaptable | None:
+    """The bank layer that takes a foreign module's place and shares its parameters, or None if it is no linear or embedding."""
+    if isinstance(module, nn.Embedding):
+        return BankEmbedding(module.weight, path=path, padding_idx=module.padding_idx)
+    if type(module) is nn.Linear:
+        return BankLinear(module.weight, module.bias, path=path)
+    if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), nn.Parameter):
+        return BankLinear(module.weight, module.bias, transposed=True, path=path)
+    return None

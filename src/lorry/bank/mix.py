@@ -1,0 +1,106 @@
+"""Mix: the g of the one equation, as data that travels with a forward pass. Also the noise of dropout, likewise data.
+
+    y = W x + b + sum_k g_k s_k B_k (A_k x)
+
+A mix is a few `Term`s: which adapter, for which packed tokens, how strongly. g = 0 is the absence of a term. Nothing here
+is read during backward: the autograd function captures what it needs in forward, so recompute sees the same mix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Term:
+    """One adapter's share: ``rows`` of the packed tokens (None = all), ``gate`` g: a number, or a tensor [rows] with gradient."""
+
+    adapter: str
+    rows: slice | None = None
+    gate: float | Tensor = 1.0
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The terms of a forward pass over T packed tokens."""
+
+    terms: tuple[Term, ...] = ()
+
+    @staticmethod
+    def none() -> Mix:
+        """g = 0: the frozen base, which is the reference model of NPO, DPO, KL, GRPO."""
+        return Mix()
+
+    @staticmethod
+    def one(adapter: str) -> Mix:
+        """g = 1 for one adapter, everywhere."""
+        return Mix((Term(adapter),))
+
+    @staticmethod
+    def constants(weights: Mapping[str, float]) -> Mix:
+        """The same g for every token: task arithmetic, negation, interpolation."""
+        return Mix(tuple(Term(name, None, float(g)) for name, g in weights.items() if g != 0))
+
+    @staticmethod
+    def per_sequence(adapters: Sequence[str | None], starts: Sequence[int]) -> Mix:
+        """One-hot per packed sequence: ``adapters`` [S] (None = base), ``starts`` [S+1]. Neighbours of one adapter share a term."""
+        runs: list[tuple[str | None, int, int]] = []
+        for name, start, stop in zip(adapters, starts[:-1], starts[1:], strict=True):
+            if runs and runs[-1][0] == name:
+                runs[-1] = (name, runs[-1][1], stop)
+            else:
+                runs.append((name, start, stop))
+        if len(runs) == 1:
+            return Mix() if runs[0][0] is None else Mix.one(runs[0][0])
+        return Mix(tuple(Term(name, slice(start, stop)) for name, start, stop in runs if name is not None))
+
+    @staticmethod
+    def routed(adapters: Sequence[str], gates: Tensor) -> Mix:
+        """A router's weights, ``gates`` [T, K], differentiable: a mixture of experts."""
+        return Mix(tuple(Term(name, None, gates[:, k]) for k, name in enumerate(adapters)))
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from a few words and numbers, the same on every machine: randomness is a function of names."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Dropout masks as a function of (seed, step, sequence key, site): packing, accumulation and adapters beside do not matter.
+
+    A ``site`` names an input (layer and place); projections that read the same input share its mask.
+    """
+
+    seed: int
+    step: int
+    keys: tuple[int, ...]
+    starts: tuple[int, ...]
+    _last: dict[tuple[str, float], Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def mask(self, site: str, x: Tensor, p: float) -> Tensor:
+        """Bool [T, in], True = kept with probability 1-p. The latest mask is remembered, for the projections that share it."""
+        if (site, p) not in self._last:
+            kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+            generator = torch.Generator(device=x.device)
+            for key, start, stop in zip(self.keys, self.starts[:-1], self.starts[1:], strict=True):
+                generator.manual_seed(seed_of("dropout", self.seed, self.step, key, site))
+                draw = torch.rand(stop - start, x.shape[1], generator=generator, device=x.device)
+                kept[start:stop] = draw >= p
+            self._last.clear()
+            self._last[(site, p)] = kept
+        return self._last[(site, p)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a forward pass hands to every adapted layer: the mix, and the dropout noise (None = no dropout)."""
+
+    mix: Mix = Mix()
+    noise: Noise | None = None

@@ -1,0 +1,68 @@
+"""LoraSpec: what one adapter is. Names are PEFT's, so people can type what they know; the mathematics is in `ops.py`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lorry.errors import ConfigError
+
+Init = bool | Literal["gaussian"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """Rank, scale, dropout and targets of an adapter (Hu et al. 2021, arXiv 2106.09685).
+
+    r: rank. lora_alpha: scale numerator, 2r when None. use_rslora: alpha/sqrt(r) instead of alpha/r (arXiv 2312.03732).
+    target_modules: "auto" (every linear of attention and MLP), "all-linear" (every linear but the output head), a list of
+    names (a module matches when its path equals the name or ends in ".name"; `lm_head` and `embed` are understood for every
+    family), or one regular expression matched against the whole path. exclude_modules: list or regular expression.
+    layers_to_transform: layer numbers to keep. rank_pattern, alpha_pattern: {name or regex of the path's end: value}.
+    init_lora_weights: True = Kaiming-uniform A and zero B, "gaussian" = normal A of std 1/r and zero B, False = both random.
+    Raises ConfigError for values outside their range.
+    """
+
+    r: int = 16
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "auto"
+    exclude_modules: str | tuple[str, ...] | None = None
+    use_rslora: bool = False
+    init_lora_weights: Init = True
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_to_transform"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.layers_to_transform, int):
+            object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
+        for where, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
+            if not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"{where} is {rank!r}; a rank is a whole number of at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout is {self.lora_dropout!r}; it must be at least 0 and below 1")
+
+    def rank(self, module: str) -> int:
+        """The rank at a module path."""
+        return int(_lookup(self.rank_pattern, module, self.r))
+
+    def alpha(self, module: str) -> float:
+        """The scale numerator at a module path; without a pattern entry `lora_alpha`, or 2r."""
+        return float(_lookup(self.alpha_pattern, module, 2 * self.r if self.lora_alpha is None else self.lora_alpha))
+
+    def scale(self, module: str) -> float:
+        """s = alpha/r, or alpha/sqrt(r) with use_rslora."""
+        rank = self.rank(module)
+        return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _lookup(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """First pattern that matches the end of the path, as PEFT reads them (`(.*\\.)?(pattern)$`)."""
+    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

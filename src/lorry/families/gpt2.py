@@ -1,0 +1,49 @@
+"""GPT-2: learned positions, layer norm with bias, fused c_attn, and weights stored input-major (transformers' Conv1D)."""
+
+from __future__ import annotations
+
+from lorry.families import Config, Family, Geometry
+from lorry.families.common import METADATA
+
+
+def geometry(config: Config) -> Geometry:
+    """GPT-2's own key names; every linear and norm has a bias; the head is tied."""
+    width, heads = config["n_embd"], config["n_head"]
+    return Geometry(
+        layers=config["n_layer"],
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        mlp_width=config.get("n_inner") or 4 * width,
+        vocab=config["vocab_size"],
+        context=config["n_positions"],
+        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        activation=config.get("activation_function", "gelu_new"),
+        tied=bool(config.get("tie_word_embeddings", True)),
+        rotary=None,
+        biased=frozenset(GPT2.targets),
+    )
+
+
+GPT2 = Family(
+    name="gpt2",
+    model_types=("gpt2",),
+    embed="transformer.wte",
+    positions="transformer.wpe",
+    layer="transformer.h.{i}",
+    final_norm="transformer.ln_f",
+    head="lm_head",
+    attention_norm="ln_1",
+    mlp_norm="ln_2",
+    targets={"c_attn": "attn.c_attn", "c_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp_c_proj": "mlp.c_proj"},
+    norm="layer",
+    qkv="thirds",
+    gated=False,
+    transposed=True,
+    geometry=geometry,
+    reads=frozenset(
+        {"n_embd", "n_head", "n_layer", "n_inner", "vocab_size", "n_positions", "layer_norm_epsilon", "activation_function"}
+    ),
+    ignores=METADATA,
+)

@@ -1,0 +1,92 @@
+"""Llama and its relatives: Llama, SmolLM, Mistral (one family), Qwen2 (biased q, k, v) and Qwen3 (normalised q and k)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lorry.families import Config, Family, Geometry
+from lorry.families.common import METADATA, ROTARY_KEYS, full_attention, rotary, wide_window
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def llama_geometry(config: Config) -> Geometry:
+    """Llama's and Mistral's config; biases only where `attention_bias` or `mlp_bias` ask for them."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    biased = {*(ATTENTION if config.get("attention_bias") else ()), *(MLP if config.get("mlp_bias") else ())}
+    return Geometry(
+        layers=config["num_hidden_layers"],
+        width=config["hidden_size"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        mlp_width=config["intermediate_size"],
+        vocab=config["vocab_size"],
+        context=config.get("max_position_embeddings", 2048),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        activation=config.get("hidden_act", "silu"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        rotary=rotary(config, head_dim),
+        biased=frozenset(biased),
+    )
+
+
+def qwen2_geometry(config: Config) -> Geometry:
+    """Qwen2: q, k and v always carry a bias, nothing else does."""
+    return replace(llama_geometry(config), biased=frozenset(ATTENTION[:3]))
+
+
+def qwen3_geometry(config: Config) -> Geometry:
+    """Qwen3: heads of 128 unless the config says otherwise."""
+    return llama_geometry({"head_dim": 128, **config})
+
+
+READS = ROTARY_KEYS | {
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "rms_norm_eps", "hidden_act", "tie_word_embeddings", "head_dim", "attention_bias", "mlp_bias",
+}  # fmt: skip
+
+LLAMA = Family(
+    name="llama",
+    model_types=("llama", "mistral", "smollm"),
+    embed="model.embed_tokens",
+    positions=None,
+    layer="model.layers.{i}",
+    final_norm="model.norm",
+    head="lm_head",
+    attention_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    targets={**{t: f"self_attn.{t}" for t in ATTENTION}, **{t: f"mlp.{t}" for t in MLP}},
+    norm="rms",
+    qkv="separate",
+    gated=True,
+    geometry=llama_geometry,
+    reads=READS,
+    ignores={**METADATA, "sliding_window": wide_window, "layer_types": full_attention},
+)
+
+QWEN2 = replace(
+    LLAMA,
+    name="qwen2",
+    model_types=("qwen2",),
+    geometry=qwen2_geometry,
+    reads=READS - {"attention_bias", "mlp_bias"},
+    ignores={
+        **METADATA,
+        "sliding_window": wide_window,
+        "use_sliding_window": lambda on, config: not on or wide_window(config.get("sliding_window"), config),
+        "max_window_layers": lambda _, config: not config.get("use_sliding_window"),
+        "layer_types": full_attention,
+    },
+)
+
+QWEN3 = replace(
+    QWEN2,
+    name="qwen3",
+    model_types=("qwen3",),
+    qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
+    geometry=qwen3_geometry,
+    reads=READS - {"mlp_bias"},
+)
