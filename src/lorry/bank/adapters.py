@@ -79,9 +79,8 @@ class Bank:
         if name in self.adapters:
             raise ConfigError(f"an adapter named {name!r} is already attached; choose another name or detach it first")
         ranks = {path: spec.rank(path) for path in targets}
-        shapes = [(ranks[p], m.in_features) for p, m in targets.items()] + [
-            (m.out_features, ranks[p]) for p, m in targets.items()
-        ]
+        shapes = [(ranks[p], m.in_features) for p, m in targets.items()]
+        shapes += [(m.out_features, ranks[p]) for p, m in targets.items()]
         sizes = [rows * columns for rows, columns in shapes]
         device = next(iter(targets.values())).weight.device
         values = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
@@ -142,11 +141,14 @@ def initialise(slot: Slot, spec: LoraSpec, seed: int, *, embedding: bool) -> Non
 
 
 def wrap(module: nn.Module, path: str) -> Adaptable | None:
-    """The bank layer that takes a foreign module's place and shares its parameters, or None if it is no linear or embedding."""
+    """The bank layer that takes a foreign module's place and shares its parameters, or None if it is no linear or embedding.
+
+    Only the exact classes count: a subclass computes something else.
+    """
+    kind = type(module).__name__
+    if type(module) not in (nn.Linear, nn.Embedding) and kind != "Conv1D":
+        return None
+    weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
     if isinstance(module, nn.Embedding):
-        return BankEmbedding(module.weight, path=path, padding_idx=module.padding_idx)
-    if type(module) is nn.Linear:
-        return BankLinear(module.weight, module.bias, path=path)
-    if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), nn.Parameter):
-        return BankLinear(module.weight, module.bias, transposed=True, path=path)
-    return None
+        return BankEmbedding(weight, path=path)
+    return BankLinear(weight, bias if isinstance(bias, nn.Parameter) else None, transposed=kind == "Conv1D", path=path)

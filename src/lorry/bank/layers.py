@@ -59,6 +59,14 @@ class Adaptable(nn.Module):
         self.kept: nn.Parameter | None = None
         self.replaced: tuple[nn.Module, ...] = ()  # the foreign layer this one stands in for (a tuple, so it is no submodule)
 
+    @property
+    def in_features(self) -> int:
+        raise AssertionError("a bank layer says its own width")
+
+    @property
+    def out_features(self) -> int:
+        raise AssertionError("a bank layer says its own width")
+
     def terms(self, call: Call | None) -> tuple[Call, list[tuple[Slot, slice | None, float | Tensor]]]:
         """The call that holds here and its terms that have a slot at this module. Raises ContractError on a merged layer."""
         call = call or AMBIENT.get() or self.default
@@ -96,10 +104,9 @@ class BankLinear(Adaptable):
         plans, tensors = [], []
         for slot, rows, gate in found:
             mask = call.noise.mask(site or self.path, flat, slot.dropout) if call.noise is not None and slot.dropout else None
-            plain = not isinstance(gate, Tensor)
-            scale = slot.scale * gate if plain else slot.scale
+            scale = slot.scale if isinstance(gate, Tensor) else slot.scale * gate
             plans.append(Plan(rows, scale, mask, slot.dropout if mask is not None else 0.0, *slot.copies(self.weight.dtype)))
-            tensors += [slot.A, slot.B, None if plain else gate]
+            tensors += [slot.A, slot.B, gate if isinstance(gate, Tensor) else None]
         y = LowRank.apply(flat, self.weight, self.bias, self.transposed, plans, *tensors)
         return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
 
@@ -112,10 +119,9 @@ class BankLinear(Adaptable):
 class BankEmbedding(Adaptable):
     """An embedding [V, D] with low-rank terms. As PEFT has it, A [R, V] starts at zero and B [D, R] at random."""
 
-    def __init__(self, weight: nn.Parameter, *, path: str = "", padding_idx: int | None = None) -> None:
+    def __init__(self, weight: nn.Parameter, *, path: str = "") -> None:
         super().__init__(path)
         self.weight = weight
-        self.padding_idx = padding_idx
 
     @property
     def in_features(self) -> int:

@@ -48,7 +48,7 @@ class Mix:
 
     @staticmethod
     def per_sequence(adapters: Sequence[str | None], starts: Sequence[int]) -> Mix:
-        """One-hot per packed sequence: ``adapters`` [S] (None = base), ``starts`` [S+1]. Neighbours of one adapter share a term."""
+        """One-hot per packed sequence: ``adapters`` [S] (None = base), ``starts`` [S+1]. Equal neighbours share a term."""
         runs: list[tuple[str | None, int, int]] = []
         for name, start, stop in zip(adapters, starts[:-1], starts[1:], strict=True):
             if runs and runs[-1][0] == name:

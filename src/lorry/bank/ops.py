@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Plan:
-    """What one term needs at one layer: rows, dropout mask and rate, scale, plain gate, and the compute copies a [R,I], b [O,R]."""
+    """What one term needs at one layer: rows, dropout mask and rate, scale, and the compute copies a [R,I], b [O,R]."""
 
     __slots__ = ("a", "b", "keep", "mask", "rows", "scale")
 

@@ -51,20 +51,21 @@ def rotary(config: Config, head_dim: int, *, default_theta: float = 10000.0, def
 
     Raises UnsupportedConfig for scaling rules the decoder does not compute (dynamic, yarn, longrope).
     """
-    new = config.get("rope_parameters") or {}
-    old = config.get("rope_scaling") or {}
-    rule = {**old, **new}
+    new: dict[str, Any] = config.get("rope_parameters") or {}
+    rule: dict[str, Any] = {**(config.get("rope_scaling") or {}), **new}
     kind = rule.get("rope_type", rule.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise UnsupportedConfig(f"rope_type={kind!r}")
-    theta = new.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", default_theta)))
-    share = new.get("partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct", default_share)))
+    flat = {"rope_theta": default_theta, "partial_rotary_factor": default_share}
+    for target, old in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
+        found = [source[key] for source, key in ((new, target), (config, target), (config, old)) if source.get(key) is not None]
+        flat[target] = float(found[0]) if found else flat[target]
     numbers = {
         k: float(v)
         for k, v in rule.items()
         if k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     }
-    return Rotary(theta=float(theta), dim=int(head_dim * share), kind=kind, scaling=numbers)
+    return Rotary(theta=flat["rope_theta"], dim=int(head_dim * flat["partial_rotary_factor"]), kind=kind, scaling=numbers)
 
 
 ROTARY_KEYS = frozenset(

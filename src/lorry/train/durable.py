@@ -1,0 +1,349 @@
+"""Files and directories that are whole or absent, whatever kills the process or fills the disk.
+
+Everything is built beside its place, made durable, and renamed into it; a manifest of SHA-256 digests can be written
+last. Every call that changes the disk goes through ``disk``, one small object, so that a test can fail any of them.
+
+    write_files(run, {"adapter_config.json": config, "adapter_model.safetensors": weights})
+    write_directory(Path("out"), {"state.safetensors": parts, "meta.json": text}, manifest=True)
+    with building(Path("merged")) as folder:
+        model.save_pretrained(folder)
+
+One writer per target at a time: what an earlier, killed writer left beside it is put right by the next one.
+POSIX only (a directory is made durable through its file descriptor).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorry.errors import ConfigError, LorryError, ModelError
+
+Content = bytes | Iterable[bytes | memoryview]
+
+MANIFEST = "manifest.json"
+FORMAT = "lorry-manifest/1"
+_LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old|gone)-\d+-[0-9a-f]{8}")
+
+
+class DiskError(LorryError, OSError):
+    """The disk refused a write; ``errno`` and ``filename`` say which and where. What was complete before still is."""
+
+    exit_code = 74  # EX_IOERR of sysexits.h
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}; what was complete before is untouched: mend the disk and run again"
+
+
+class Disk:
+    """Every call of Lorry that changes the disk, one method each; tests put a failing one in ``durable.disk``."""
+
+    def mkdir(self, path: Path) -> None:
+        os.mkdir(path)
+
+    def create(self, path: Path) -> int:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        return os.write(fd, data)
+
+    def open(self, path: Path) -> int:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def fsync_dir(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as e:
+            if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network mounts cannot, and order their names themselves
+                raise
+        finally:
+            os.close(fd)
+
+    def rename(self, old: Path, new: Path) -> None:
+        os.rename(old, new)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def rmdir(self, path: Path) -> None:
+        os.rmdir(path)
+
+
+disk = Disk()
+
+
+def write_files(directory: Path, files: Mapping[str, Content]) -> None:
+    """Put files into an existing directory, replacing what has their names: all are durable before the first rename.
+
+    A full disk therefore leaves the old files; only a kill between two renames can leave one old and one new.
+    Raises DiskError.
+    """
+    directory = Path(os.path.abspath(directory))
+    for name in files:
+        recover(directory, name)
+    staged = {name: _beside(directory / name, "tmp") for name in files}
+    with _at(directory), _discarding(*staged.values()):
+        for name, content in files.items():
+            _put(staged[name], content)
+        for name, temp in staged.items():
+            disk.rename(temp, directory / name)
+        disk.fsync_dir(directory)
+
+
+def write_directory(target: Path, files: Mapping[str, Content], *, manifest: bool = False, replace: bool = False) -> None:
+    """Write a directory of files at once; with ``manifest`` a list of their sizes and digests is written last.
+
+    Raises what ``building`` raises.
+    """
+    with building(target, replace=replace) as folder:
+        entries = {name: _put(folder / name, content) for name, content in files.items()}
+        if manifest:
+            _put(folder / MANIFEST, _manifest_text(entries))
+
+
+@contextmanager
+def building(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill that becomes ``target``, durable and whole, on leaving, and is removed on an error.
+
+    With ``replace`` an existing target is renamed aside, and removed only once the new one is in place; a kill between
+    the two renames is undone by the next ``recover``. Raises ConfigError when the target holds something and
+    ``replace`` is false, and DiskError.
+    """
+    target = Path(os.path.abspath(target))
+    make_directory(target.parent)
+    recover(target.parent, target.name)
+    if not replace and os.path.lexists(target) and not (target.is_dir() and not os.listdir(target)):
+        raise ConfigError(f"{target} already exists and is not empty; choose another place or remove it first")
+    temp = _beside(target, "tmp")
+    with _at(target), _discarding(temp):
+        disk.mkdir(temp)
+        yield temp
+        _sync_tree(temp)
+        _move_in(temp, target)
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents, durably; an existing one is left alone. Raises DiskError."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        with _at(path):
+            disk.mkdir(path)
+            disk.fsync_dir(path.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a tree that must never be seen half removed: it loses its name first. Raises DiskError."""
+    with _at(path):
+        gone = _beside(path, "gone")
+        disk.rename(path, gone)
+        _remove(gone)
+
+
+def recover(parent: Path, name: str | None = None) -> None:
+    """Put right what a killed writer left in ``parent``, for one target or for all: bring an old one back whose
+    replacement never arrived, and remove the rest. Raises DiskError."""
+    with _at(parent):
+        for entry in sorted(os.listdir(parent)):
+            left = _LEFTOVER.fullmatch(entry)
+            if left is None or name not in (None, left["name"]):
+                continue
+            if left["kind"] == "old" and not os.path.lexists(parent / left["name"]):
+                disk.rename(parent / entry, parent / left["name"])
+                disk.fsync_dir(parent)
+            else:
+                _remove(parent / entry)
+
+
+def set_aside(entry: str) -> str | None:
+    """The name a directory entry had before a replacement set it aside, or None for any other entry."""
+    left = _LEFTOVER.fullmatch(entry)
+    return left["name"] if left and left["kind"] == "old" else None
+
+
+def settle(path: Path) -> int:
+    """Make a growing file (a log) durable as far as it goes; returns its size in bytes, 0 if absent. Raises DiskError."""
+    if not path.exists():
+        return 0
+    with _at(path), _opened(path) as fd:
+        disk.fsync(fd)
+        return os.fstat(fd).st_size
+
+
+def cut(path: Path, size: int) -> None:
+    """Cut a growing file back to a size that ``settle`` returned. Raises DiskError, or ModelError when it is shorter."""
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
+        raise ModelError(f"{path}: {found} bytes, but {size} when the checkpoint was written; restore it or start a new run")
+    if found > size:
+        with _at(path), _opened(path) as fd:
+            disk.truncate(fd, size)
+            disk.fsync(fd)
+
+
+def verify(directory: Path, *, digests: bool = True) -> list[str]:
+    """Check a directory against its manifest and return the names it lists.
+
+    With ``digests`` false only presence and size are compared. Raises ModelError naming the damaged file: a manifest
+    that is absent or altered, a file that is missing, of another size or content, a link, or outside the directory.
+    """
+    if directory.is_symlink():
+        raise ModelError(f"{directory} is a symbolic link; give the directory it points to")
+    entries = _read_manifest(directory / MANIFEST)
+    for name, entry in entries.items():
+        path = directory / name
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise ModelError(f"{directory / MANIFEST}: {name!r} is not a plain file name of this directory")
+        size = plain_size(path)
+        if size != entry["bytes"]:
+            raise ModelError(f"{path} is damaged: {size} bytes, its manifest says {entry['bytes']}")
+        if digests and (found := file_digest(path)) != entry["sha256"]:
+            raise ModelError(f"{path} is damaged: sha256 {found[:12]}..., its manifest says {entry['sha256'][:12]}...")
+    return list(entries)
+
+
+def plain_size(path: Path) -> int:
+    """The size in bytes of a regular file. Raises ModelError when it is missing, a link, or no regular file."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ModelError(f"{path} is not a plain file (a link or a special file); it is not followed")
+    return found.st_size
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_text(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """The manifest; it carries its own digest and one spelling only, so that no altered byte of it passes."""
+    body = {"format": FORMAT, "files": {name: dict(entries[name]) for name in sorted(entries)}}
+    body["sha256"] = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return (json.dumps(body, indent=1) + "\n").encode()
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    plain_size(path)
+    raw = path.read_bytes()
+    try:
+        body = json.loads(raw)
+        entries: dict[str, dict[str, Any]] = body["files"]
+        whole = _manifest_text(entries) == raw
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        whole = False
+    if not whole or any(set(entry) != {"bytes", "sha256"} for entry in entries.values()):
+        raise ModelError(f"{path} is damaged: it is not the manifest that was written")
+    return entries
+
+
+@contextmanager
+def _at(path: Path) -> Iterator[None]:
+    """Name the place in an error of the disk; a call on a file descriptor knows none."""
+    try:
+        yield
+    except DiskError:
+        raise
+    except OSError as e:
+        raise DiskError(e.errno, e.strerror, str(e.filename or path)) from e
+
+
+@contextmanager
+def _discarding(*temps: Path) -> Iterator[None]:
+    """Remove temporary files or folders when the block fails. The failure is what matters: one of the removal is let go,
+    the next writer clears up."""
+    with contextlib.ExitStack() as stack:
+        for temp in temps:
+            stack.callback(_remove_if_possible, temp)
+        yield
+        stack.pop_all()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = disk.open(path)
+    try:
+        yield fd
+    finally:
+        disk.close(fd)
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f"{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _put(path: Path, content: Content) -> dict[str, Any]:
+    """Create, fill and fsync one file; returns its manifest entry, digested from memory and not from what the disk kept."""
+    digest, size = hashlib.sha256(), 0
+    with _at(path):
+        fd = disk.create(path)
+        try:
+            for part in [content] if isinstance(content, bytes) else content:
+                rest = memoryview(part).cast("B")
+                digest.update(rest)
+                size += len(rest)
+                while rest:
+                    rest = rest[disk.write(fd, rest) :]
+            disk.fsync(fd)
+        finally:
+            disk.close(fd)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _sync_tree(root: Path) -> None:
+    """fsync what code of others wrote below ``root``, and then each directory, the deepest first."""
+    for folder, _, names in os.walk(root, topdown=False):
+        disk.fsync_dir(Path(folder))
+
+
+def _move_in(temp: Path, target: Path) -> None:
+    aside = _beside(target, "old") if os.path.lexists(target) else None
+    if aside:
+        disk.rename(target, aside)
+    try:
+        disk.rename(temp, target)
+    except OSError:
+        if aside:
+            disk.rename(aside, target)
+        raise
+    disk.fsync_dir(target.parent)
+    if aside:
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link (never what it points to) or a tree."""
+    if path.is_symlink() or not path.is_dir():
+        disk.unlink(path)
+        return
+    for entry in sorted(path.iterdir()):
+        _remove(entry)
+    disk.rmdir(path)
+
+
+def _remove_if_possible(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if os.path.lexists(path):
+            _remove(path)
