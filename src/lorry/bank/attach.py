@@ -22,12 +22,12 @@ LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 def bank_of(model: nn.Module, *, create: bool = False) -> Bank:
     """The model's bank. Raises ConfigError when it has none and ``create`` is False."""
-    bank = getattr(model, "lorry_bank", None)
+    bank: Bank | None = model.__dict__.get("lorry_bank")
     if bank is None:
         if not create:
             raise ConfigError("this model has no adapters; call lorry.attach(model, lorry.LoraSpec(...)) first")
         bank = Bank()
-        model.lorry_bank = bank
+        model.__dict__["lorry_bank"] = bank
     return bank
 
 

@@ -50,6 +50,7 @@ class Family:
 
     targets: canonical target name -> path inside a layer; the layer's linears in the order they run.
     qkv: `separate` (three linears), `thirds` (one linear, rows q|k|v) or `heads` (one linear, q,k,v interleaved by head).
+    on_disk: module names that checkpoints spell otherwise, {ours (transformers' module name): the file's}.
     reads: config keys `geometry` understands; ignores: keys that change nothing here, with a test of their value.
     """
 
@@ -68,6 +69,7 @@ class Family:
     gated: bool
     qk_norm: tuple[str, str] | None = None
     transposed: bool = False
+    on_disk: Mapping[str, str] = field(default_factory=dict)
     geometry: Callable[[Config], Geometry]
     reads: frozenset[str]
     ignores: Mapping[str, Callable[[Any, Config], bool]]

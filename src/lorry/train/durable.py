@@ -17,22 +17,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
 import secrets
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lorry.errors import ConfigError, LorryError, ModelError
+from lorry.train import manifest as manifests
 
 Content = bytes | Iterable[bytes | memoryview]
 
-MANIFEST = "manifest.json"
-FORMAT = "lorry-manifest/1"
 _LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old|gone)-\d+-[0-9a-f]{8}")
 
 
@@ -115,10 +111,10 @@ def write_directory(target: Path, files: Mapping[str, Content], *, manifest: boo
 
     Raises what ``building`` raises.
     """
-    with building(target, replace=replace) as folder:
+    with _replacing(target, replace) as folder:
         entries = {name: _put(folder / name, content) for name, content in files.items()}
         if manifest:
-            _put(folder / MANIFEST, _manifest_text(entries))
+            _put(folder / manifests.NAME, manifests.text(entries))
 
 
 @contextmanager
@@ -129,17 +125,12 @@ def building(target: Path, *, replace: bool = False) -> Iterator[Path]:
     the two renames is undone by the next ``recover``. Raises ConfigError when the target holds something and
     ``replace`` is false, and DiskError.
     """
-    target = Path(os.path.abspath(target))
-    make_directory(target.parent)
-    recover(target.parent, target.name)
-    if not replace and os.path.lexists(target) and not (target.is_dir() and not os.listdir(target)):
-        raise ConfigError(f"{target} already exists and is not empty; choose another place or remove it first")
-    temp = _beside(target, "tmp")
-    with _at(target), _discarding(temp):
-        disk.mkdir(temp)
-        yield temp
-        _sync_tree(temp)
-        _move_in(temp, target)
+    with _replacing(target, replace) as folder:
+        yield folder
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.is_symlink():
+                with _at(path), _opened(path) as fd:
+                    disk.fsync(fd)
 
 
 def make_directory(path: Path) -> None:
@@ -186,6 +177,7 @@ def settle(path: Path) -> int:
         return 0
     with _at(path), _opened(path) as fd:
         disk.fsync(fd)
+        disk.fsync_dir(path.parent)
         return os.fstat(fd).st_size
 
 
@@ -198,65 +190,6 @@ def cut(path: Path, size: int) -> None:
         with _at(path), _opened(path) as fd:
             disk.truncate(fd, size)
             disk.fsync(fd)
-
-
-def verify(directory: Path, *, digests: bool = True) -> list[str]:
-    """Check a directory against its manifest and return the names it lists.
-
-    With ``digests`` false only presence and size are compared. Raises ModelError naming the damaged file: a manifest
-    that is absent or altered, a file that is missing, of another size or content, a link, or outside the directory.
-    """
-    if directory.is_symlink():
-        raise ModelError(f"{directory} is a symbolic link; give the directory it points to")
-    entries = _read_manifest(directory / MANIFEST)
-    for name, entry in entries.items():
-        path = directory / name
-        if name != os.path.basename(name) or name in ("", ".", ".."):
-            raise ModelError(f"{directory / MANIFEST}: {name!r} is not a plain file name of this directory")
-        size = plain_size(path)
-        if size != entry["bytes"]:
-            raise ModelError(f"{path} is damaged: {size} bytes, its manifest says {entry['bytes']}")
-        if digests and (found := file_digest(path)) != entry["sha256"]:
-            raise ModelError(f"{path} is damaged: sha256 {found[:12]}..., its manifest says {entry['sha256'][:12]}...")
-    return list(entries)
-
-
-def plain_size(path: Path) -> int:
-    """The size in bytes of a regular file. Raises ModelError when it is missing, a link, or no regular file."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise ModelError(f"{path} is not a plain file (a link or a special file); it is not followed")
-    return found.st_size
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _manifest_text(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """The manifest; it carries its own digest and one spelling only, so that no altered byte of it passes."""
-    body = {"format": FORMAT, "files": {name: dict(entries[name]) for name in sorted(entries)}}
-    body["sha256"] = hashlib.sha256(json.dumps(body).encode()).hexdigest()
-    return (json.dumps(body, indent=1) + "\n").encode()
-
-
-def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    plain_size(path)
-    raw = path.read_bytes()
-    try:
-        body = json.loads(raw)
-        entries: dict[str, dict[str, Any]] = body["files"]
-        whole = _manifest_text(entries) == raw
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        whole = False
-    if not whole or any(set(entry) != {"bytes", "sha256"} for entry in entries.values()):
-        raise ModelError(f"{path} is damaged: it is not the manifest that was written")
-    return entries
 
 
 @contextmanager
@@ -294,14 +227,14 @@ def _beside(target: Path, kind: str) -> Path:
     return target.with_name(f"{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def _put(path: Path, content: Content) -> dict[str, Any]:
+def _put(path: Path, content: Content) -> manifests.Entry:
     """Create, fill and fsync one file; returns its manifest entry, digested from memory and not from what the disk kept."""
     digest, size = hashlib.sha256(), 0
     with _at(path):
         fd = disk.create(path)
         try:
             for part in [content] if isinstance(content, bytes) else content:
-                rest = memoryview(part).cast("B")
+                rest = memoryview(part)
                 digest.update(rest)
                 size += len(rest)
                 while rest:
@@ -309,13 +242,26 @@ def _put(path: Path, content: Content) -> dict[str, Any]:
             disk.fsync(fd)
         finally:
             disk.close(fd)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return manifests.Entry(bytes=size, sha256=digest.hexdigest())
 
 
-def _sync_tree(root: Path) -> None:
-    """fsync what code of others wrote below ``root``, and then each directory, the deepest first."""
-    for folder, _, names in os.walk(root, topdown=False):
-        disk.fsync_dir(Path(folder))
+@contextmanager
+def _replacing(target: Path, replace: bool) -> Iterator[Path]:
+    """``building`` for a body that makes its own files durable."""
+    target = Path(os.path.abspath(target))
+    make_directory(target.parent)
+    recover(target.parent, target.name)
+    if not replace and os.path.lexists(target) and not (target.is_dir() and not os.listdir(target)):
+        raise ConfigError(f"{target} already exists and is not empty; choose another place or remove it first")
+    temp = _beside(target, "tmp")
+    with _discarding(temp):
+        with _at(target):
+            disk.mkdir(temp)
+        yield temp
+        with _at(target):
+            for folder, _, _ in os.walk(temp, topdown=False):
+                disk.fsync_dir(Path(folder))
+            _move_in(temp, target)
 
 
 def _move_in(temp: Path, target: Path) -> None:

@@ -1,0 +1,106 @@
+"""What a schema's settings are called, which values they take, and how that is said to a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types as limits
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+PLAIN = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+
+
+@dataclass(frozen=True)
+class Names:
+    """The settings of one schema: groups by name, fields by their dotted name, dotted names by leaf."""
+
+    groups: dict[str, type[BaseModel]]
+    fields: dict[str, FieldInfo]
+    leaves: dict[str, list[str]]
+
+    def candidates(self, key: str) -> list[str]:
+        """Dotted names that ``key`` may stand for: itself, or every field with that last part; a group stands for its main field."""
+        if key in self.fields:
+            return [key]
+        if key in self.groups:
+            main = getattr(self.groups[key], "main", "")
+            return [f"{key}.{main}"] if main else []
+        return self.leaves.get(key, [])
+
+
+@cache
+def names_of(schema: type[BaseModel]) -> Names:
+    """The names of a schema whose fields are plain values or groups (one level)."""
+    groups: dict[str, type[BaseModel]] = {}
+    fields: dict[str, FieldInfo] = {}
+    for name, field in schema.model_fields.items():
+        inner = next((kind for kind in members(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if inner is None:
+            fields[name] = field
+        else:
+            groups[name] = inner
+            fields |= {f"{name}.{leaf}": each for leaf, each in inner.model_fields.items()}
+    leaves: dict[str, list[str]] = {}
+    for dotted in fields:
+        leaves.setdefault(dotted.rpartition(".")[2], []).append(dotted)
+    return Names(groups, fields, leaves)
+
+
+def members(annotation: Any) -> list[Any]:
+    """The kinds of a union, with Annotated's wrapping taken off: ``PathText | list[str] | None -> [str, list[str], NoneType]``."""
+    if get_origin(annotation) is Annotated:
+        return members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for part in get_args(annotation) for kind in members(part)]
+    return [annotation]
+
+
+def accepts(field: FieldInfo, kind: type) -> bool:
+    """Whether a field takes values of a Python type: one of str, int, float, bool, list, dict, NoneType."""
+    taken = {get_origin(member) or member for member in members(field.annotation)}
+    choices = {type(choice) for member in members(field.annotation) if get_origin(member) is Literal for choice in get_args(member)}
+    wider: dict[type, set[Any]] = {str: {Path}, int: {float}}
+    return bool(({kind} | wider.get(kind, set())) & (taken | choices))
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a field takes, in words: ``a whole number above 0 or null``."""
+    pattern = next((m.pattern for m in field.metadata if getattr(m, "pattern", None)), None)
+    if pattern:
+        return f"text like {pattern}"
+    return " or ".join(dict.fromkeys(_words(field.annotation, field.metadata)))
+
+
+def _words(annotation: Any, metadata: Iterable[Any] = ()) -> list[str]:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _words(args[0], [*args[1:], *metadata])
+    if origin in (Union, UnionType):
+        return [word for part in args for word in _words(part, metadata)]
+    if origin is Literal:
+        return ["one of " + ", ".join(map(str, args)) if len(args) > 1 else str(args[0])]
+    if origin is list:
+        return [f"a list ({' or '.join(_words(args[0]))} each)"]
+    if origin is dict:
+        return [f"a map of name: {' or '.join(dict.fromkeys(_words(args[1])))}"]
+    bounds = " and ".join(_bounds(metadata)) if annotation in (int, float) else ""
+    return [f"{PLAIN[annotation]} {bounds}".rstrip()]
+
+
+def _bounds(metadata: Iterable[Any]) -> Iterable[str]:
+    for limit in metadata:
+        match limit:
+            case limits.Ge(ge=bound):
+                yield f"of at least {bound}"
+            case limits.Gt(gt=bound):
+                yield f"above {bound}"
+            case limits.Lt(lt=bound):
+                yield f"below {bound}"
+            case _:
+                pass

@@ -1,0 +1,108 @@
+"""Settings of the verbs that do not train: demo, chat, eval, merge, unmerge, export, report, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
+
+from lorry.config.schema import BackendConfig, DataConfig, DirPath, Dtype, Group, ModelConfig, PathText, automatic
+
+
+def _beside(value: Any, info: ValidationInfo, suffix: str) -> Any:
+    """The default output directory: the run's own name with a suffix."""
+    return Path(f"{info.data['run'].rstrip('/')}-{suffix}") if value is None and "run" in info.data else value
+
+
+class DemoSettings(Group):
+    """The embedded model learns facts about fictional people; before and after, side by side."""
+
+    output_dir: DirPath = Field(Path("runs/demo"), description="the run directory")
+    max_steps: PositiveInt | None = Field(None, description="optimizer steps; null: as many as the demo needs")
+    seed: NonNegativeInt = Field(0, description="the people and everything random follow from it")
+    fast: bool = Field(False, description="a smaller demo, to see that everything works")
+
+
+class EvalSettings(Group):
+    """Loss, perplexity, exact match, ROUGE-L and token accuracy of a model, adapter or run on a file."""
+
+    positional: ClassVar[str] = "model"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    backend: BackendConfig = BackendConfig()
+    limit: PositiveInt | None = Field(None, description="evaluate the first so many rows")
+    batch_size: PositiveInt = Field(8, description="rows at a time")
+    max_new_tokens: PositiveInt = Field(64, description="longest generated answer in tokens")
+    output: DirPath | None = Field(None, description="write the results to this JSON file")
+
+
+class ChatSettings(Group):
+    """Talk to a model with any of its adapters."""
+
+    positional: ClassVar[str] = "model"
+    model: ModelConfig = ModelConfig()
+    adapters: list[PathText] = Field([], description="more adapters to switch between with /adapter NAME")
+    max_new_tokens: PositiveInt = Field(256, description="longest answer in tokens")
+    temperature: float = Field(0.0, ge=0, description="0: always the likeliest token")
+    system: str | None = Field(None, description="system message")
+    seed: NonNegativeInt = Field(0, description="seed of the sampling")
+
+
+class MergeSettings(Group):
+    """Fold an adapter into its base's weights."""
+
+    positional: ClassVar[str] = "run"
+    run: PathText = Field(description="run or adapter directory")
+    output_dir: DirPath = automatic("RUN-merged", "where the merged model goes")
+    dtype: Dtype = Field("auto", description="number format to store; auto: that of the base")
+    adapter: str | None = Field(None, description="which adapter, where the run holds several")
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _default_output(cls, value: Any, info: ValidationInfo) -> Any:
+        return _beside(value, info, "merged")
+
+
+class UnmergeSettings(Group):
+    """Give back the base of a merged model, bit for bit."""
+
+    positional: ClassVar[str] = "run"
+    run: PathText = Field(description="run or merged directory")
+    output_dir: DirPath = automatic("RUN-unmerged", "where the base goes")
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _default_output(cls, value: Any, info: ValidationInfo) -> Any:
+        return _beside(value, info, "unmerged")
+
+
+class ExportSettings(Group):
+    """Write a run in another library's format."""
+
+    positional: ClassVar[str] = "run"
+    run: PathText = Field(description="run or adapter directory")
+    to: Literal["hf", "peft"] = Field(description="hf: a merged transformers model; peft: an adapter directory")
+    output_dir: DirPath = automatic("RUN-hf or RUN-peft", "where the export goes")
+    dtype: Dtype = Field("auto", description="number format to store; auto: that of the base")
+    adapter: str | None = Field(None, description="which adapter, where the run holds several")
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _default_output(cls, value: Any, info: ValidationInfo) -> Any:
+        return _beside(value, info, info.data.get("to", "export"))
+
+
+class ReportSettings(Group):
+    """One offline HTML page with plots for a run, or several side by side."""
+
+    positional: ClassVar[str] = "runs"
+    runs: list[PathText] = Field(min_length=1, description="run directories")
+    output: DirPath | None = Field(None, description="the HTML file; null: report.html in the first run")
+
+
+class DoctorSettings(Group):
+    """What this machine has and which path each layer takes; given a run, which contracts held."""
+
+    positional: ClassVar[str] = "run"
+    run: PathText | None = Field(None, description="run directory")

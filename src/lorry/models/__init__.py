@@ -1,0 +1,1 @@
+"""Models: Lorry's own decoder, transformers' models behind the same face, loading, scores and generation."""

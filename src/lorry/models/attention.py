@@ -1,0 +1,125 @@
+"""Causal attention within the segments of a packed batch, and over a key/value cache. Nothing leaks between segments.
+
+Segments of similar length are laid into one right-padded call: under a causal mask a real query never sees the padding to its
+right, so no mask is needed and padding costs only time. T tokens, H heads, G key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences attended to in one call: ``count`` of them, padded to ``length``.
+
+    rows [n]: the packed tokens, sequence by sequence, or None when they are all of them in order;
+    places [n]: where each goes in the [count * length] frame, or None when nothing is padded.
+    """
+
+    count: int
+    length: int
+    rows: Tensor | None
+    places: Tensor | None
+
+
+def buckets(segments: Sequence[tuple[int, int]], device: torch.device, slack: float = 1.25) -> list[Bucket]:
+    """Group segments (start, stop) so that no sequence is padded to more than ``slack`` times its length."""
+    order = sorted(range(len(segments)), key=lambda s: (segments[s][1] - segments[s][0], s))
+    groups: list[list[int]] = []
+    for s in order:
+        length = segments[s][1] - segments[s][0]
+        first = segments[groups[-1][0]] if groups else None
+        if first is not None and length <= slack * (first[1] - first[0]):
+            groups[-1].append(s)
+        else:
+            groups.append([s])
+    return [_bucket([segments[s] for s in sorted(g)], segments[-1][1], device) for g in groups]
+
+
+def _bucket(segments: Sequence[tuple[int, int]], total: int, device: torch.device) -> Bucket:
+    lengths = torch.tensor([stop - start for start, stop in segments])
+    longest = int(lengths.max())
+    starts = torch.tensor([start for start, _ in segments])
+    column = torch.arange(longest)
+    real = column < lengths[:, None]
+    rows = (starts[:, None] + column)[real]
+    places = (torch.arange(len(segments))[:, None] * longest + column)[real]
+    everything = len(rows) == total and bool((rows == torch.arange(total)).all())
+    padded = len(rows) != len(segments) * longest
+    return Bucket(
+        len(segments),
+        longest,
+        None if everything else rows.to(device),
+        places.to(device) if padded else None,
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Bucket]) -> Tensor:
+    """q [T,H,D], k and v [T,G,D] -> [T,H,D]; each token sees its own segment up to itself. Softmax scale D^-1/2."""
+    parts = [_attend_bucket(q, k, v, b) for b in plan]
+    if len(plan) == 1 and plan[0].rows is None:
+        return parts[0]
+    out = torch.zeros_like(q)
+    for bucket, part in zip(plan, parts, strict=True):
+        assert bucket.rows is not None
+        out = out.index_copy(0, bucket.rows, part)
+    return out
+
+
+def _attend_bucket(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket) -> Tensor:
+    framed = [_frame(x, bucket) for x in (q, k, v)]
+    groups = q.shape[1] // k.shape[1]
+    q4, k4, v4 = framed[0], *(_repeat(x, groups) for x in framed[1:])
+    o = F.scaled_dot_product_attention(q4, k4, v4, is_causal=True)
+    flat = o.transpose(1, 2).reshape(bucket.count * bucket.length, q.shape[1], q.shape[2])
+    return flat if bucket.places is None else flat.index_select(0, bucket.places)
+
+
+def _frame(x: Tensor, bucket: Bucket) -> Tensor:
+    """Packed [T,h,D] -> [count, h, length, D]."""
+    if bucket.rows is not None:
+        x = x.index_select(0, bucket.rows)
+    if bucket.places is not None:
+        x = x.new_zeros(bucket.count * bucket.length, *x.shape[1:]).index_copy(0, bucket.places, x)
+    return x.view(bucket.count, bucket.length, *x.shape[1:]).transpose(1, 2)
+
+
+def _repeat(x: Tensor, groups: int) -> Tensor:
+    """[n,G,L,D] -> [n,G*groups,L,D]: each key/value head serves ``groups`` query heads."""
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+class Cache:
+    """Keys and values of B sequences being generated, per layer [B, G, room, D]; lengths [B] counts what each row holds."""
+
+    def __init__(
+        self, layers: int, rows: int, heads: int, room: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (layers, rows, heads, room, width)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def write(self, layer: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k, v [T,G,D] of tokens at (row, position)."""
+        self.keys[layer][rows, :, positions] = k
+        self.values[layer][rows, :, positions] = v
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row but these: finished sequences leave."""
+        self.keys, self.values = self.keys[:, rows].clone(), self.values[:, rows].clone()
+        self.lengths = self.lengths[rows]
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """q [B,H,D], the newest token of each row -> [B,H,D]. The row's own key must have been written."""
+        room = int(self.lengths.max()) + 1
+        groups = q.shape[1] // self.keys.shape[2]
+        k, v = (_repeat(x[layer, :, :, :room], groups) for x in (self.keys, self.values))
+        seen = (torch.arange(room, device=q.device) <= self.lengths[:, None])[:, None, None]
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen)[:, :, 0]

@@ -1,0 +1,308 @@
+"""Lorry's own decoder: one class for every family, driven by family data, over packed tokens, under Hugging Face names.
+
+It exists for speed and exactness: packed attention by segment, no padding, the mix passed down as an argument, and a forward
+that can stop at any layer. It must give transformers' logits; `tests/models` holds it to that. T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lorry.bank.layers import BankEmbedding, BankLinear
+from lorry.bank.mix import Call
+from lorry.families import Family, Geometry, Rotary
+from lorry.models.attention import Bucket, Cache, attend, buckets
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What the decoder reads: tokens [T], positions [T], and the segments attention stays within."""
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Sequence[tuple[int, int]]
+
+    @staticmethod
+    def of(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packed:
+        """Lay token lists end to end."""
+        ends = torch.tensor([len(s) for s in sequences]).cumsum(0).tolist()
+        segments = list(zip([0, *ends[:-1]], ends, strict=True))
+        tokens = torch.tensor([t for s in sequences for t in s], device=device)
+        positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(device)
+        return Packed(tokens, positions, segments)
+
+
+@dataclass
+class Pass:
+    """One forward pass: the call for the bank, rotary tables [T, dim/2], the attention plan, and a cache when generating."""
+
+    call: Call
+    cos: Tensor | None
+    sin: Tensor | None
+    plan: Sequence[Bucket]
+    positions: Tensor
+    cache: Cache | None = None
+    rows: Tensor | None = None
+    decoding: bool = False
+
+
+@dataclass
+class Output:
+    """What `model(input_ids)` returns: logits [B, T, V]."""
+
+    logits: Tensor
+
+
+@dataclass
+class Hidden:
+    """last [T,D] after the final norm (None when the pass stopped early); taps: {layer: [T,D] that layer's output}."""
+
+    last: Tensor | None
+    taps: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+class Norm(nn.Module):
+    """RMS norm or layer norm, in fp32, with the family's epsilon."""
+
+    def __init__(self, kind: str, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if kind == "layer" else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return F.layer_norm(x, (self.weight.numel(),), self.weight, self.bias, self.eps)
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Decoder(nn.Module):
+    """A causal language model of any described family. ``config`` is the Hugging Face config as a dict, kept for saving.
+
+    Built empty (call under `torch.device("meta")`, then `load_state_dict(..., assign=True)`).
+    """
+
+    def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.family = family
+        self.geometry: Geometry = family.geometry(config)
+        self.config = dict(config)
+        self.gradient_checkpointing = False
+        g = self.geometry
+        self._put(family.embed, BankEmbedding(nn.Parameter(torch.empty(g.vocab, g.width)), path=family.embed))
+        if family.positions:
+            self._put(family.positions, nn.Embedding(g.context, g.width))
+        for i in range(g.layers):
+            prefix = family.layer.format(i=i)
+            for target, path in family.targets.items():
+                self._put(f"{prefix}.{path}", self._linear(target, f"{prefix}.{path}"))
+            for path in (family.attention_norm, family.mlp_norm):
+                self._put(f"{prefix}.{path}", Norm(family.norm, g.width, g.norm_eps))
+            for path in family.qk_norm or ():
+                self._put(f"{prefix}.{path}", Norm(family.norm, g.head_dim, g.norm_eps))
+        self._put(family.final_norm, Norm(family.norm, g.width, g.norm_eps))
+        head = nn.Parameter(torch.empty(g.vocab, g.width))
+        self._put(family.head, BankLinear(head, None, path=family.head))
+        if g.tied:
+            self.tie()
+        self._activation = ACTIVATIONS[g.activation]
+
+    def tie(self) -> None:
+        """Let the head share the embedding's parameter (one tensor, two names, as transformers has it)."""
+        self.get_submodule(self.family.head).weight = self.get_submodule(self.family.embed).weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def embed(self) -> BankEmbedding:
+        return self.get_submodule(self.family.embed)  # type: ignore[return-value]
+
+    @property
+    def head(self) -> BankLinear:
+        return self.get_submodule(self.family.head)  # type: ignore[return-value]
+
+    # --- the three ways in: logits for people, hidden states for scores, one step for generation
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
+        """input_ids [B,T] -> logits [B,T,V]. attention_mask [B,T] may mark padding (0) on either side; its logits are zero."""
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        ends = keep.sum(1).cumsum(0).tolist()
+        packed = Packed(input_ids[keep], (keep.cumsum(1) - 1)[keep], list(zip([0, *ends[:-1]], ends, strict=True)))
+        call = self.embed.default
+        logits = self.logits(self.hidden(packed, call).last, call)
+        out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
+        out[keep] = logits
+        return Output(out)
+
+    def hidden(self, packed: Packed, call: Call, *, taps: Collection[int] = (), stop: int | None = None) -> Hidden:
+        """Run the layers. ``taps``: layers whose output is wanted; ``stop``: the last layer to run (no final norm then)."""
+        plan = buckets(packed.segments, packed.tokens.device)
+        state = Pass(call, *self._rotary_tables(packed.positions), plan, packed.positions)
+        return self._run(packed.tokens, state, taps, stop)
+
+    def logits(self, hidden: Tensor | None, call: Call) -> Tensor:
+        """[t,D] -> [t,V] in the base's dtype."""
+        assert hidden is not None
+        return self.head(hidden, call)
+
+    def cached(self, packed: Packed, rows: Tensor, cache: Cache, call: Call, *, decoding: bool) -> Tensor:
+        """Run tokens of cache rows ``rows`` [T] and store their keys and values: a whole prompt each, or (``decoding``) one token
+        for every row of the cache, in order. Returns the hidden states [T,D]."""
+        plan = [] if decoding else buckets(packed.segments, packed.tokens.device)
+        tables = self._rotary_tables(packed.positions)
+        state = Pass(call, *tables, plan, packed.positions, cache, rows, decoding)
+        last = self._run(packed.tokens, state, (), None).last
+        assert last is not None
+        return last
+
+    def new_cache(self, rows: int, room: int) -> Cache:
+        """An empty cache for ``rows`` sequences of at most ``room`` tokens."""
+        g = self.geometry
+        return Cache(g.layers, rows, g.kv_heads, room, g.head_dim, self.dtype, self.device)
+
+    # --- the computation
+
+    def _run(self, tokens: Tensor, state: Pass, taps: Collection[int], stop: int | None) -> Hidden:
+        x = self.embed(tokens, state.call)
+        if self.family.positions:
+            x = x + self.get_submodule(self.family.positions)(state.positions)
+        seen = {}
+        for i in range(self.geometry.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled() and state.cache is None:
+                x = checkpoint(self._layer, i, x, state, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self._layer(i, x, state)
+            if i in taps:
+                seen[i] = x
+            if i == stop:
+                return Hidden(None, seen)
+        return Hidden(self.get_submodule(self.family.final_norm)(x), seen)
+
+    def _layer(self, i: int, x: Tensor, state: Pass) -> Tensor:
+        layer = self.get_submodule(self.family.layer.format(i=i))
+        norm1, norm2 = (layer.get_submodule(p) for p in (self.family.attention_norm, self.family.mlp_norm))
+        attended = self._attention(i, layer, norm1(x), state)
+        if self.geometry.parallel_residual:
+            return x + attended + self._mlp(i, layer, norm2(x), state.call)
+        x = x + attended
+        return x + self._mlp(i, layer, norm2(x), state.call)
+
+    def _attention(self, i: int, layer: nn.Module, x: Tensor, state: Pass) -> Tensor:
+        names = list(self.family.targets.values())
+        q, k, v = self._qkv(i, layer, x, state.call)
+        if self.family.qk_norm:
+            q, k = (layer.get_submodule(p)(z) for p, z in zip(self.family.qk_norm, (q, k), strict=True))
+        if state.cos is not None and state.sin is not None:
+            q, k = rotate(q, state.cos, state.sin), rotate(k, state.cos, state.sin)
+        if state.cache is not None and state.rows is not None:
+            state.cache.write(i, state.rows, state.positions, k, v)
+        o = state.cache.attend(i, q) if state.decoding and state.cache is not None else attend(q, k, v, state.plan)
+        out = layer.get_submodule(names[3 if self.family.qkv == "separate" else 1])
+        return out(o.flatten(1), state.call, f"{i}.attention.out")
+
+    def _qkv(self, i: int, layer: nn.Module, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        g, t, site = self.geometry, x.shape[0], f"{i}.attention.in"
+        paths = list(self.family.targets.values())
+        if self.family.qkv == "separate":
+            q, k, v = (layer.get_submodule(p)(x, call, site) for p in paths[:3])
+            return q.view(t, g.heads, -1), k.view(t, g.kv_heads, -1), v.view(t, g.kv_heads, -1)
+        fused = layer.get_submodule(paths[0])(x, call, site)
+        if self.family.qkv == "thirds":
+            q, k, v = fused.view(t, 3, g.heads, g.head_dim).unbind(1)
+        else:
+            q, k, v = fused.view(t, g.heads, 3, g.head_dim).unbind(2)
+        return q, k, v
+
+    def _mlp(self, i: int, layer: nn.Module, x: Tensor, call: Call) -> Tensor:
+        paths = list(self.family.targets.values())
+        site = f"{i}.mlp.in"
+        if self.family.gated:
+            gate, up = (layer.get_submodule(p)(x, call, site) for p in paths[4:6])
+            h = self._activation(gate) * up
+        else:
+            h = self._activation(layer.get_submodule(paths[2])(x, call, site))
+        return layer.get_submodule(paths[-1])(h, call, f"{i}.mlp.out")
+
+    def _rotary_tables(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rotary = self.geometry.rotary
+        if rotary is None:
+            return None, None
+        angles = positions[:, None].float() * frequencies(rotary, positions.device)
+        return angles.cos(), angles.sin()
+
+    def _linear(self, target: str, path: str) -> BankLinear:
+        rows, columns = self._shape(target)
+        shape = (columns, rows) if self.family.transposed else (rows, columns)
+        bias = nn.Parameter(torch.empty(rows)) if target in self.geometry.biased else None
+        return BankLinear(nn.Parameter(torch.empty(shape)), bias, transposed=self.family.transposed, path=path)
+
+    def _shape(self, target: str) -> tuple[int, int]:
+        """(out, in) of a target, by its place in the family's order: q k v o, or qkv o; then the MLP."""
+        g, order = self.geometry, list(self.family.targets)
+        q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
+        if self.family.qkv == "separate":
+            attention = [(q, g.width), (kv, g.width), (kv, g.width), (g.width, q)]
+        else:
+            attention = [(3 * q, g.width), (g.width, q)]
+        into = [(g.mlp_width, g.width)] * (2 if self.family.gated else 1)
+        return [*attention, *into, (g.width, g.mlp_width)][order.index(target)]
+
+    def _put(self, path: str, module: nn.Module) -> None:
+        *parents, leaf = path.split(".")
+        node: nn.Module = self
+        for name in parents:
+            if name not in node._modules:
+                node.add_module(name, nn.Module())
+            node = node._modules[name]  # type: ignore[assignment]
+        node.add_module(leaf, module)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on the first 2*[..., dim/2] dimensions of x [T,h,D], half-split layout, in fp32 (Su et al. 2021)."""
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
+    a, b = turned[..., :half], turned[..., half:]
+    c, s = cos[:, None], sin[:, None]
+    out = torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
+    return torch.cat([out, rest], -1) if rest.shape[-1] else out
+
+
+def frequencies(rotary: Rotary, device: torch.device) -> Tensor:
+    """[dim/2] fp32 angular frequencies; `linear` divides them all, `llama3` only the slow ones with a smooth passage
+    (the published Llama 3.1 rule, by wavelength against the original context)."""
+    base = torch.arange(0, rotary.dim, 2, dtype=torch.int64, device=device).float() / rotary.dim
+    inverse = 1.0 / (rotary.theta**base)
+    if rotary.kind == "default":
+        return inverse
+    factor = rotary.scaling["factor"]
+    if rotary.kind == "linear":
+        return inverse / factor
+    low, high = rotary.scaling["low_freq_factor"], rotary.scaling["high_freq_factor"]
+    context = rotary.scaling["original_max_position_embeddings"]
+    turns = context * inverse / (2 * torch.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * inverse / factor + smooth * inverse

@@ -1,0 +1,281 @@
+"""Checkpoints: whole or absent, verified when read, and only for the run that wrote them.
+
+    RUN/checkpoints/step-00000120/
+        state.safetensors   every tensor: "adapter/default/...lora_A", "adam_m/...", "adam_v/...", "rng/cpu"
+        meta.json           step, epoch, task state, length of metrics.jsonl, environment, config and digests
+        manifest.json       size and SHA-256 of the other two, written last
+
+Commit order: temporary directory, write, fsync files, manifest, fsync directory, rename, fsync parent, and only then the
+older ones are pruned. One process writes to a run; reading changes nothing. Safetensors and JSON only, never pickle.
+
+    save(run, step, tensors, meta, keep=3, protect={best})
+    path = find_latest(run)
+    tensors, meta = load(path)
+    notes = refuse_other(meta, current)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import platform
+import re
+from collections.abc import Collection, Iterator, Mapping
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorry.errors import ConfigError, ContractError, ModelError
+from lorry.train import durable, manifest
+
+log = logging.getLogger(__name__)
+
+FORMAT = "lorry-checkpoint/1"
+STATE = "state.safetensors"
+META = "meta.json"
+PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
+_STEP = re.compile(r"step-(\d{8,})")
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+# Settings that change where and how often a run writes, and nothing it computes: they may differ on resuming. Whatever
+# decides which steps are evaluated is not among them: the best adapter and an early stop hang on it.
+FREE = frozenset(
+    [
+        *["output_dir", "run_name", "resume_from_checkpoint", "save_steps", "save_strategy", "save_total_limit"],
+        *["logging_steps", "logging_strategy", "report_to", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo"],
+    ]
+)
+# Settings that say where a run computes: the same run may go on elsewhere, though not bit for bit.
+PLACE = frozenset({"backend"})
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    *,
+    keep: int | None = None,
+    protect: Collection[int] = (),
+) -> Path:
+    """Write the checkpoint of ``step`` (updates done so far) and return its directory, durable when this returns.
+
+    ``meta`` must survive JSON unchanged (no tuples, no NaN) and hold "config", "digests" and "environment". Then the
+    newest ``keep`` whole checkpoints up to this step stay (None: all), and those of the steps in ``protect`` (the best,
+    the last finite). Later steps are removed: they belong to a history that this run rewound. Raises DiskError,
+    ContractError (a tensor or a field that cannot be stored) and ConfigError (``keep`` below 1).
+    """
+    if keep is not None and keep < 1:
+        raise ConfigError(f"save_total_limit={keep} would delete the checkpoint just written; use 1 or more, or null for all")
+    folder = run_dir / "checkpoints"
+    path = folder / f"step-{step:08d}"
+    files: dict[str, durable.Content] = {STATE: _safetensors(tensors), META: _meta_text(step, meta)}
+    durable.make_directory(folder)
+    durable.recover(folder)
+    durable.write_directory(path, files, manifest=True, replace=True)
+    forget_after(run_dir, step)
+    _prune(run_dir, keep, protect)
+    return path
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """Remove the checkpoints beyond ``step``: for a run that goes back to it, or to -1 when it starts anew. Raises DiskError."""
+    for later, path in _saved(run_dir):
+        if later > step:
+            durable.remove_directory(path)
+
+
+def find_latest(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None. Damaged ones are skipped with a warning; nothing is changed."""
+    for _, path in reversed(_saved(run_dir)):
+        try:
+            manifest.verify(path)
+        except ModelError as e:
+            log.warning("skipped the checkpoint %s: %s", path, e)
+        else:
+            return path
+    return None
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read and verify a checkpoint directory: tensors by name, on the CPU, and what ``save`` was given as meta plus its step.
+
+    Raises ModelError naming the damaged, missing or linked file, or when it is no checkpoint of this format.
+    """
+    _refuse_pickle(path)
+    names = manifest.verify(path)
+    if set(names) != {STATE, META}:
+        raise ModelError(f"{path} lists {', '.join(sorted(names))}; a checkpoint holds {STATE} and {META} and nothing else")
+    try:
+        meta = json.loads((path / META).read_bytes())
+        tensors = load_file(path / STATE)
+    except (SafetensorError, ValueError, RecursionError) as e:
+        raise ModelError(f"{path}: {e}; this checkpoint was not written by Lorry") from e
+    found = meta.pop("format", None) if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise ModelError(f"{path / META}: format {found!r}, this version of Lorry reads {FORMAT!r}")
+    return tensors, meta
+
+
+def refuse_other(meta: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Compare a checkpoint's meta with the same fields of the run that wants to go on from it.
+
+    "config" is compared field by field, "digests" by name. Raises ConfigError listing every field that differs, with
+    both values. Returns notes ("not bitwise: torch 2.11.0 -> 2.13.0") for what may differ but breaks equality to the last
+    bit: the environment, the backend and Lorry's own code. Fields in ``FREE`` are not compared; a digest named "config" is not
+    either, its fields are.
+    """
+    refused: list[str] = []
+    notes: list[str] = []
+    for field, old, new in _differences(meta["config"], current["config"]):
+        parts = field.split(".")
+        if FREE.isdisjoint(parts):
+            (refused if PLACE.isdisjoint(parts) else notes).append(f"{field} {old} -> {new}")
+    for field, old, new in _differences(meta["digests"], current["digests"]):
+        if field != "config":
+            (notes if field == "code" else refused).append(f"{field} {old} -> {new}")
+    notes += [f"{field} {old} -> {new}" for field, old, new in _differences(meta["environment"], current["environment"])]
+    if refused:
+        listed = "".join(f"\n  {line}" for line in refused)
+        raise ConfigError(f"cannot resume, the checkpoint belongs to another run:{listed}\nrestore these or use a new output_dir")
+    return [f"not bitwise: {note}" for note in notes]
+
+
+def environment(*, device: str, compiled: bool) -> dict[str, Any]:
+    """What results depend on to the last bit, besides config, data and code."""
+    return {
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "compiled": compiled,
+    }
+
+
+def code_digest() -> str:
+    """SHA-256 over the names and contents of Lorry's own source files."""
+    root = Path(__file__).parent.parent
+    files = sorted(root.rglob("*.py"))
+    listed = [f"{file.relative_to(root).as_posix()} {manifest.file_digest(file)}\n" for file in files]
+    return hashlib.sha256("".join(listed).encode()).hexdigest()
+
+
+def _saved(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of every checkpoint, also of one set aside for a replacement that never came; oldest first."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    by_step: dict[int, Path] = {}
+    for path in sorted(folder.iterdir(), reverse=True):  # so that a proper name comes after, and beats, one set aside
+        if match := _STEP.fullmatch(durable.set_aside(path.name) or path.name):
+            by_step[int(match[1])] = path
+    return sorted(by_step.items())
+
+
+def _prune(run_dir: Path, keep: int | None, protect: Collection[int]) -> None:
+    """Remove all but the newest ``keep`` and ``protect``. A checkpoint that lost a file does not count as one of them."""
+    if keep is None:
+        return
+    saved = _saved(run_dir)
+    stay = {*[step for step, path in saved if _has_all_files(path)][-keep:], *protect}
+    for step, path in saved:
+        if step not in stay:
+            durable.remove_directory(path)
+
+
+def _has_all_files(path: Path) -> bool:
+    try:
+        manifest.verify(path, digests=False)
+    except ModelError:
+        return False
+    return True
+
+
+def _refuse_pickle(path: Path) -> None:
+    found = [path] if path.suffix in PICKLES else sorted(p for p in path.glob("*") if p.suffix in PICKLES)
+    if found and not (path / manifest.NAME).exists():
+        raise ModelError(f"{found[0]} is a pickle, which can run any code when read; Lorry resumes from its own checkpoints only")
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file: the header, then one tensor at a time, so that the state is never in memory twice.
+
+    Format: 8 bytes of header length, JSON header, data; ordered by item size so that every tensor is aligned
+    (https://github.com/huggingface/safetensors#format). What cannot be stored is refused here, not while writing.
+    """
+    for name, t in tensors.items():
+        if t.dtype not in _DTYPES or t.layout is not torch.strided or t.is_meta or name == "__metadata__":
+            raise ContractError(f"tensor {name!r} ({t.dtype}, {t.layout}, {t.device}) cannot be stored in a checkpoint")
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {}
+    offset = 0
+    for name in names:
+        t, start = tensors[name], offset
+        offset += t.numel() * t.element_size()
+        header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, offset]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return chain([len(text).to_bytes(8, "little") + text], (_bytes(tensors[name]) for name in names))
+
+
+def _bytes(t: Tensor) -> memoryview:
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _meta_text(step: int, meta: Mapping[str, Any]) -> bytes:
+    if absent := {"config", "digests", "environment"} - meta.keys():
+        raise ValueError(f"a checkpoint's meta needs {', '.join(sorted(absent))}")
+    full = {"format": FORMAT, **meta, "step": step}
+    if changed := list(_unstorable(full, "meta")):
+        raise ContractError(f"a checkpoint cannot store {', '.join(changed)}: JSON would not give it back unchanged")
+    return (json.dumps(full, indent=1) + "\n").encode()
+
+
+def _unstorable(value: object, where: str) -> Iterator[str]:
+    """The places in a value that JSON would lose or change: tuples, keys that are no strings, NaN, infinities, objects."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _unstorable(item, f"{where}.{key}") if isinstance(key, str) else [f"{where} key {key!r}"]
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _unstorable(item, f"{where}[{i}]")
+    elif not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+        yield f"{where}={value!r}"
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(dotted field, old value, new value) of every leaf that differs, as text."""
+    before, after = dict(_leaves(old)), dict(_leaves(json.loads(json.dumps(new))))
+    for field in sorted(before.keys() | after.keys()):
+        if field not in before or field not in after or before[field] != after[field]:
+            yield field, _shown(before, field), _shown(after, field)
+
+
+def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _leaves(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
+
+
+def _shown(leaves: Mapping[str, Any], field: str) -> str:
+    """A value for a message; digests are shortened."""
+    if field not in leaves:
+        return "absent"
+    text = json.dumps(leaves[field])
+    return text[1:13] if re.fullmatch(r'"[0-9a-f]{64}"', text) else text
