@@ -62,6 +62,7 @@ class Bank:
         self.adapters: dict[str, Adapter] = {}
         self.modules: dict[str, Adaptable] = {}
         self.active = Mix()
+        self.before_merge: Mix | None = None  # what was active when `merge` folded it in; None while nothing is merged
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self.adapters:

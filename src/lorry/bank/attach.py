@@ -57,8 +57,13 @@ def attach(
 
 
 def detach(model: nn.Module, name: str = "default") -> None:
-    """Remove an adapter; with the last one gone, foreign models get their own layers back."""
+    """Remove an adapter; with the last one gone, foreign models get their own layers back.
+
+    Raises ConfigError if there is no such adapter, or if the model is merged.
+    """
     bank = bank_of(model)
+    if bank.before_merge is not None:
+        raise ConfigError("this model is merged; call unmerge(model) before detaching an adapter")
     bank.remove(name)
     used = {path for a in bank.adapters.values() for path in a.slots}
     for path in [p for p in bank.modules if p not in used]:

@@ -9,6 +9,7 @@ is read during backward: the autograd function captures what it needs in forward
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -64,6 +65,22 @@ class Mix:
         """A router's weights, ``gates`` [T, K], differentiable: a mixture of experts."""
         return Mix(tuple(Term(name, None, gates[:, k]) for k, name in enumerate(adapters)))
 
+    def narrow(self, rows: Tensor) -> Mix:
+        """The mix of some of the tokens, ``rows`` [t] sorted positions: for the head, which sees supervised tokens only."""
+        edges = rows.tolist()
+        terms = []
+        for term in self.terms:
+            gate = term.gate[rows] if isinstance(term.gate, Tensor) and term.rows is None else term.gate
+            if term.rows is None:
+                terms.append(Term(term.adapter, None, gate))
+                continue
+            start, stop = bisect_left(edges, term.rows.start), bisect_left(edges, term.rows.stop)
+            if isinstance(gate, Tensor):
+                gate = gate[rows[start:stop] - term.rows.start]
+            if stop > start:
+                terms.append(Term(term.adapter, slice(start, stop), gate))
+        return Mix(tuple(terms))
+
 
 def seed_of(*parts: object) -> int:
     """A 63-bit seed from a few words and numbers, the same on every machine: randomness is a function of names."""
@@ -75,26 +92,27 @@ def seed_of(*parts: object) -> int:
 class Noise:
     """Dropout masks as a function of (seed, step, sequence key, site): packing, accumulation and adapters beside do not matter.
 
-    A ``site`` names an input (layer and place); projections that read the same input share its mask.
+    A ``site`` names an input (layer and place); projections that read the same input share its mask. ``rows``: only these tokens.
     """
 
     seed: int
     step: int
     keys: tuple[int, ...]
     starts: tuple[int, ...]
+    rows: Tensor | None = None
     _last: dict[tuple[str, float], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def mask(self, site: str, x: Tensor, p: float) -> Tensor:
         """Bool [T, in], True = kept with probability 1-p. The latest mask is remembered, for the projections that share it."""
         if (site, p) not in self._last:
-            kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+            kept = torch.empty(self.starts[-1], x.shape[1], dtype=torch.bool, device=x.device)
             generator = torch.Generator(device=x.device)
             for key, start, stop in zip(self.keys, self.starts[:-1], self.starts[1:], strict=True):
                 generator.manual_seed(seed_of("dropout", self.seed, self.step, key, site))
                 draw = torch.rand(stop - start, x.shape[1], generator=generator, device=x.device)
                 kept[start:stop] = draw >= p
             self._last.clear()
-            self._last[(site, p)] = kept
+            self._last[(site, p)] = kept if self.rows is None else kept[self.rows]
         return self._last[(site, p)]
 
 
@@ -104,3 +122,8 @@ class Call:
 
     mix: Mix = Mix()
     noise: Noise | None = None
+
+    def narrow(self, rows: Tensor) -> Call:
+        """The same call for some of the tokens, ``rows`` [t] sorted positions."""
+        noise = None if self.noise is None else Noise(self.noise.seed, self.noise.step, self.noise.keys, self.noise.starts, rows)
+        return Call(self.mix.narrow(rows), noise)

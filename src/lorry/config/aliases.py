@@ -85,16 +85,17 @@ READINGS: dict[str, Reading] = {
     "val_size": _share_or_rows,
 }
 
-OFF = (False, None, "none", "no", 0)
+OFF: tuple[Any, ...] = (False, None, "none", "no", [], {})
 NOT_YET: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ["use_dora", "use_qalora", "modules_to_save", "target_parameters", "trainable_token_indices", "ensure_weight_tying",
-         "layers_pattern", "layer_replication", "loftq_config", "eva_config", "corda_config", "lora_bias_trainable", "fan_in_fan_out",
-         "megatron_config", "push_to_hub", "hub_model_id", "load_in_4bit", "load_in_8bit", "quantization_bit", "quantize",
-         "memory_budget", "mix", "local", "processes", "tensor_parallel", "pipeline_parallel", "jobs", "forget", "retain", "method",
-         "teacher", "tasks", "fsdp", "fsdp_config", "deepspeed", "neftune_noise_alpha", "label_smoothing_factor", "auto_find_batch_size",
-         "group_by_length", "use_liger_kernel", "torch_compile", "rewards", "reward_funcs", "attn_implementation", "flash_attention",
-         "eos_token", "pad_token", "tokenizer", "evals_per_epoch", "saves_per_epoch", "save_safetensors", "logging_dir"], OFF,
+         "layers_pattern", "layer_replication", "loftq_config", "eva_config", "corda_config", "lora_bias_trainable",
+         "fan_in_fan_out", "megatron_config", "push_to_hub", "hub_model_id", "load_in_4bit", "load_in_8bit",
+         "quantization_bit", "quantize", "memory_budget", "mix", "local", "processes", "tensor_parallel",
+         "pipeline_parallel", "jobs", "forget", "retain", "method", "teacher", "tasks", "fsdp", "fsdp_config", "deepspeed",
+         "neftune_noise_alpha", "label_smoothing_factor", "auto_find_batch_size", "group_by_length", "use_liger_kernel",
+         "torch_compile", "rewards", "reward_funcs", "attn_implementation", "flash_attention", "eos_token", "pad_token",
+         "tokenizer", "evals_per_epoch", "saves_per_epoch", "logging_dir"], OFF,
     ),
     "variant": (*OFF, "lora"),
     "peft_type": (None, "LORA"),

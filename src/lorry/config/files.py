@@ -43,8 +43,15 @@ def _real(loader: _Loader, node: yaml.ScalarNode) -> float:
     return float(node.value)
 
 
+def _switch(loader: _Loader, node: yaml.ScalarNode) -> bool:
+    if node.value.lower() not in ("true", "false"):
+        raise yaml.constructor.ConstructorError(None, None, "a switch is true or false", node.start_mark)
+    return bool(node.value.lower() == "true")
+
+
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 _Loader.add_constructor("tag:yaml.org,2002:float", _real)
+_Loader.add_constructor("tag:yaml.org,2002:bool", _switch)
 for _kind, _pattern, _first in (
     ("null", r"(~|null|Null|NULL|)", ["~", "n", "N", ""]),
     ("bool", r"(true|True|TRUE|false|False|FALSE)", list("tTfF")),
@@ -106,8 +113,7 @@ def _read_yaml(text: str, path: Path) -> Described:
         _refuse(node, str(path))
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}: a run description is a map of settings, such as 'model: DIR'")
-        lines = {key: line for key, line in _key_lines(node)}
-        return Described(loader.construct_document(node), lines)
+        return Described(loader.construct_document(node), dict(_key_lines(node)))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem or error.context}") from None
@@ -158,37 +164,37 @@ def _refuse_keys(node: yaml.MappingNode, source: str) -> None:
 
 
 def _read_json(text: str, path: Path) -> Described:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            lines = [text[: at.start()].count("\n") + 1 for at in re.finditer(re.escape(json.dumps(twice)) + r"\s*:", text)]
-            raise ConfigError(f"{path}:{lines[-1] if lines else 1}: {twice!r} is given twice; keep one")
-        return dict(pairs)
-
     try:
-        values = json.loads(text, object_pairs_hook=once)
+        values = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    except ConfigError:
-        raise
-    except ValueError as error:  # a number of more than 4,300 digits
+    except ValueError as error:  # a duplicate key, or a number of more than 4,300 digits
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a run description is a map of settings, such as {{\"model\": \"DIR\"}}")
+        raise ConfigError(f"{path}: a run description is a map of settings, such as {{'model': 'DIR'}}")
     return Described(values, _json_lines(values, text))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"{key!r} is given twice; keep one")
+        seen[key] = value
+    return seen
 
 
 def _json_lines(values: dict[str, Any], text: str) -> dict[str, int]:
     """Lines of the keys that occur only once in the text; of the others the line would be a guess."""
+    places: dict[str, list[int]] = {}
+    line, done = 1, 0
+    for match in re.finditer(r'"((?:[^"\\]|\\.)*)"\s*:', text):
+        line += text.count("\n", done, match.start())
+        done = match.start()
+        places.setdefault(match[1], []).append(line)
     keys = [(key, key) for key in values]
     keys += [(f"{key}.{inner}", inner) for key, value in values.items() if isinstance(value, dict) for inner in value]
-    lines = {}
-    for dotted, key in keys:
-        places = list(re.finditer(re.escape(json.dumps(key)) + r"\s*:", text))
-        if len(places) == 1:
-            lines[dotted] = text[: places[0].start()].count("\n") + 1
-    return lines
+    return {dotted: places[key][0] for dotted, key in keys if len(places.get(key, [])) == 1}
 
 
 def write_yaml(values: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,9 @@ from pydantic.fields import FieldInfo
 
 PLAIN = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 
+SHORT = reprlib.Repr()
+SHORT.maxstring, SHORT.maxother, SHORT.maxlist, SHORT.maxdict, SHORT.maxlevel = 80, 80, 4, 4, 2
+
 
 @dataclass(frozen=True)
 class Names:
@@ -25,7 +29,7 @@ class Names:
     leaves: dict[str, list[str]]
 
     def candidates(self, key: str) -> list[str]:
-        """Dotted names that ``key`` may stand for: itself, or every field with that last part; a group stands for its main field."""
+        """Dotted names that ``key`` may stand for: itself, a group's main field, or every field with that last part."""
         if key in self.fields:
             return [key]
         if key in self.groups:
@@ -53,7 +57,7 @@ def names_of(schema: type[BaseModel]) -> Names:
 
 
 def members(annotation: Any) -> list[Any]:
-    """The kinds of a union, with Annotated's wrapping taken off: ``PathText | list[str] | None -> [str, list[str], NoneType]``."""
+    """The kinds of a union, Annotated's wrapping taken off: ``PathText | list[str] | None -> [str, list[str], NoneType]``."""
     if get_origin(annotation) is Annotated:
         return members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -64,17 +68,25 @@ def members(annotation: Any) -> list[Any]:
 def accepts(field: FieldInfo, kind: type) -> bool:
     """Whether a field takes values of a Python type: one of str, int, float, bool, list, dict, NoneType."""
     taken = {get_origin(member) or member for member in members(field.annotation)}
-    choices = {type(choice) for member in members(field.annotation) if get_origin(member) is Literal for choice in get_args(member)}
+    choices = {
+        type(choice) for member in members(field.annotation) if get_origin(member) is Literal for choice in get_args(member)
+    }
     wider: dict[type, set[Any]] = {str: {Path}, int: {float}}
     return bool(({kind} | wider.get(kind, set())) & (taken | choices))
 
 
 def allowed(field: FieldInfo) -> str:
     """What a field takes, in words: ``a whole number above 0 or null``."""
-    pattern = next((m.pattern for m in field.metadata if getattr(m, "pattern", None)), None)
-    if pattern:
-        return f"text like {pattern}"
-    return " or ".join(dict.fromkeys(_words(field.annotation, field.metadata)))
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and "allowed" in extra:
+        return str(extra["allowed"])
+    return _either(_words(field.annotation, field.metadata))
+
+
+def _either(words: list[str]) -> str:
+    """``a or b``, without ``a whole number`` where any number does."""
+    numbers = any(word.startswith("a number") for word in words)
+    return " or ".join(dict.fromkeys(word for word in words if not (numbers and word.startswith("a whole number"))))
 
 
 def _words(annotation: Any, metadata: Iterable[Any] = ()) -> list[str]:
@@ -86,9 +98,9 @@ def _words(annotation: Any, metadata: Iterable[Any] = ()) -> list[str]:
     if origin is Literal:
         return ["one of " + ", ".join(map(str, args)) if len(args) > 1 else str(args[0])]
     if origin is list:
-        return [f"a list ({' or '.join(_words(args[0]))} each)"]
+        return [f"a list ({_either(_words(args[0]))} each)"]
     if origin is dict:
-        return [f"a map of name: {' or '.join(dict.fromkeys(_words(args[1])))}"]
+        return [f"a map of name: {_either(_words(args[1]))}"]
     bounds = " and ".join(_bounds(metadata)) if annotation in (int, float) else ""
     return [f"{PLAIN[annotation]} {bounds}".rstrip()]
 
@@ -104,3 +116,8 @@ def _bounds(metadata: Iterable[Any]) -> Iterable[str]:
                 yield f"below {bound}"
             case _:
                 pass
+
+
+def show(value: Any) -> str:
+    """A value in a message, shortened, in YAML's words where Python has others: true, null, 8, 'text'."""
+    return {"True": "true", "False": "false", "None": "null"}.get(SHORT.repr(value), SHORT.repr(value))

@@ -7,21 +7,22 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
-from lorry.config.schema import BackendConfig, DataConfig, DirPath, Dtype, Group, ModelConfig, PathText, automatic
+from lorry.config.base import DirPath, Dtype, Group, PathText, automatic, setting
+from lorry.config.schema import BackendConfig, DataConfig, ModelConfig
 
 
 def _beside(value: Any, info: ValidationInfo, suffix: str) -> Any:
     """The default output directory: the run's own name with a suffix."""
-    return Path(f"{info.data['run'].rstrip('/')}-{suffix}") if value is None and "run" in info.data else value
+    return Path(f"{info.data.get('run', 'run').rstrip('/')}-{suffix}") if value is None else value
 
 
 class DemoSettings(Group):
     """The embedded model learns facts about fictional people; before and after, side by side."""
 
-    output_dir: DirPath = Field(Path("runs/demo"), description="the run directory")
-    max_steps: PositiveInt | None = Field(None, description="optimizer steps; null: as many as the demo needs")
-    seed: NonNegativeInt = Field(0, description="the people and everything random follow from it")
-    fast: bool = Field(False, description="a smaller demo, to see that everything works")
+    output_dir: DirPath = setting(Path("runs/demo"), "the run directory")
+    max_steps: PositiveInt | None = setting(None, "optimizer steps; null: as many as the demo needs")
+    seed: NonNegativeInt = setting(0, "the people and everything random follow from it")
+    fast: bool = setting(False, "a smaller demo, to see that everything works")
 
 
 class EvalSettings(Group):
@@ -31,10 +32,10 @@ class EvalSettings(Group):
     model: ModelConfig = ModelConfig()
     data: DataConfig
     backend: BackendConfig = BackendConfig()
-    limit: PositiveInt | None = Field(None, description="evaluate the first so many rows")
-    batch_size: PositiveInt = Field(8, description="rows at a time")
-    max_new_tokens: PositiveInt = Field(64, description="longest generated answer in tokens")
-    output: DirPath | None = Field(None, description="write the results to this JSON file")
+    limit: PositiveInt | None = setting(None, "evaluate the first so many rows")
+    batch_size: PositiveInt = setting(8, "rows at a time")
+    max_new_tokens: PositiveInt = setting(64, "longest generated answer in tokens")
+    output: DirPath | None = setting(None, "write the results to this JSON file")
 
 
 class ChatSettings(Group):
@@ -42,11 +43,11 @@ class ChatSettings(Group):
 
     positional: ClassVar[str] = "model"
     model: ModelConfig = ModelConfig()
-    adapters: list[PathText] = Field([], description="more adapters to switch between with /adapter NAME")
-    max_new_tokens: PositiveInt = Field(256, description="longest answer in tokens")
-    temperature: float = Field(0.0, ge=0, description="0: always the likeliest token")
-    system: str | None = Field(None, description="system message")
-    seed: NonNegativeInt = Field(0, description="seed of the sampling")
+    adapters: list[PathText] = setting([], "more adapters to switch between with /adapter NAME")
+    max_new_tokens: PositiveInt = setting(256, "longest answer in tokens")
+    temperature: float = setting(0.0, "0: always the likeliest token", ge=0)
+    system: str | None = setting(None, "system message")
+    seed: NonNegativeInt = setting(0, "seed of the sampling")
 
 
 class MergeSettings(Group):
@@ -55,8 +56,8 @@ class MergeSettings(Group):
     positional: ClassVar[str] = "run"
     run: PathText = Field(description="run or adapter directory")
     output_dir: DirPath = automatic("RUN-merged", "where the merged model goes")
-    dtype: Dtype = Field("auto", description="number format to store; auto: that of the base")
-    adapter: str | None = Field(None, description="which adapter, where the run holds several")
+    dtype: Dtype = setting("auto", "number format to store; auto: that of the base")
+    adapter: str | None = setting(None, "which adapter, where the run holds several")
 
     @field_validator("output_dir", mode="before")
     @classmethod
@@ -84,8 +85,8 @@ class ExportSettings(Group):
     run: PathText = Field(description="run or adapter directory")
     to: Literal["hf", "peft"] = Field(description="hf: a merged transformers model; peft: an adapter directory")
     output_dir: DirPath = automatic("RUN-hf or RUN-peft", "where the export goes")
-    dtype: Dtype = Field("auto", description="number format to store; auto: that of the base")
-    adapter: str | None = Field(None, description="which adapter, where the run holds several")
+    dtype: Dtype = setting("auto", "number format to store; auto: that of the base")
+    adapter: str | None = setting(None, "which adapter, where the run holds several")
 
     @field_validator("output_dir", mode="before")
     @classmethod
@@ -98,11 +99,11 @@ class ReportSettings(Group):
 
     positional: ClassVar[str] = "runs"
     runs: list[PathText] = Field(min_length=1, description="run directories")
-    output: DirPath | None = Field(None, description="the HTML file; null: report.html in the first run")
+    output: DirPath | None = setting(None, "the HTML file; null: report.html in the first run")
 
 
 class DoctorSettings(Group):
     """What this machine has and which path each layer takes; given a run, which contracts held."""
 
     positional: ClassVar[str] = "run"
-    run: PathText | None = Field(None, description="run directory")
+    run: PathText | None = setting(None, "run directory")

@@ -170,11 +170,17 @@ class Decoder(nn.Module):
         return self.head(hidden, call)
 
     def cached(self, packed: Packed, rows: Tensor, cache: Cache, call: Call, *, decoding: bool) -> Tensor:
-        """Run tokens of cache rows ``rows`` [T] and store their keys and values: a whole prompt each, or (``decoding``) one token
-        for every row of the cache, in order. Returns the hidden states [T,D]."""
+        """Run tokens of cache rows ``rows`` [T], store their keys and values and update ``cache.lengths``. Returns hidden [T,D].
+
+        Either whole prompts, each into a row of its own whose former content is forgotten; or (``decoding``) one token for
+        every row of the cache, in order, at positions ``cache.lengths`` as they were before.
+        """
         plan = [] if decoding else buckets(packed.segments, packed.tokens.device)
-        tables = self._rotary_tables(packed.positions)
-        state = Pass(call, *tables, plan, packed.positions, cache, rows, decoding)
+        state = Pass(call, *self._rotary_tables(packed.positions), plan, packed.positions, cache, rows, decoding)
+        if decoding:
+            cache.extend()
+        else:
+            cache.fill(rows, packed.positions)
         last = self._run(packed.tokens, state, (), None).last
         assert last is not None
         return last

@@ -57,8 +57,8 @@ FREE = frozenset(
         *["logging_steps", "logging_strategy", "report_to", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo"],
     ]
 )
-# Settings that say where a run computes: the same run may go on elsewhere, though not bit for bit.
-PLACE = frozenset({"backend"})
+# Settings of where and in what portions a run computes: the same run may go on with others, though not bit for bit.
+PLACE = frozenset({"backend", "device", "gradient_checkpointing", "per_device_eval_batch_size"})
 
 
 def save(
@@ -134,8 +134,8 @@ def refuse_other(meta: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 
     "config" is compared field by field, "digests" by name. Raises ConfigError listing every field that differs, with
     both values. Returns notes ("not bitwise: torch 2.11.0 -> 2.13.0") for what may differ but breaks equality to the last
-    bit: the environment, the backend and Lorry's own code. Fields in ``FREE`` are not compared; a digest named "config" is not
-    either, its fields are.
+    bit: the environment, the fields in ``PLACE`` and Lorry's own code (the digest "code"). Fields in ``FREE`` are not
+    compared, and neither is a digest named "config": its fields are.
     """
     refused: list[str] = []
     notes: list[str] = []
@@ -233,7 +233,9 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def _bytes(t: Tensor) -> memoryview:
-    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    whole = t.detach().cpu().contiguous()
+    flat = whole.as_strided((whole.numel(),), (1,))  # not reshape: it keeps any stride of a tensor of one element or none
+    return flat.view(torch.uint8).numpy().data
 
 
 def _meta_text(step: int, meta: Mapping[str, Any]) -> bytes:

@@ -1,0 +1,196 @@
+"""The backend for one device: the model, its bank, and an optimizer per adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorry.backends.base import Inspection, Norms, Stats, Task, term_totals
+from lorry.backends.optim import AdapterOptimizer, OptimSettings
+from lorry.bank.adapters import Bank
+from lorry.bank.attach import bank_of
+from lorry.bank.mix import Call, Mix, Noise
+from lorry.data.batch import BASE, Batch
+from lorry.errors import ModelError, NonFiniteError
+from lorry.models.generate import Generated, generate
+from lorry.models.load import sample_digest
+from lorry.models.score import Want, evaluate
+
+
+class Local:
+    """One model on one device. ``trained``: the adapters this run steps; others of the bank stay frozen."""
+
+    def __init__(self, model: nn.Module, trained: Sequence[str], optim: OptimSettings, *, seed: int = 0) -> None:
+        self.model, self.seed = model, seed
+        self.bank: Bank = bank_of(model)
+        self.trained = list(trained)
+        self.optimizers = {name: AdapterOptimizer(self.bank[name], optim) for name in self.trained}
+        self.present: frozenset[str] = frozenset()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # --- training
+
+    def forward_backward(self, batches: Sequence[Batch], task: Task, step: int) -> Stats:
+        """The micro-batches of one optimizer step. Raises NonFiniteError, naming the sequences, before any update."""
+        totals = term_totals(batches)
+        for name in self.trained:
+            self.bank[name].bind_grads()
+        sums = {term: torch.zeros(len(task.adapters), dtype=torch.float64) for term in totals}
+        for batch in batches:
+            for term, values in self._micro_batch(batch.to(self.device), task, step, totals).items():
+                sums[term] += values
+        weights = torch.stack(list(totals.values())).sum(0)
+        self.present = frozenset(n for n, w in zip(task.adapters, weights.tolist(), strict=True) if w > 0)
+        terms = {t: {n: float(v) for n, v in zip(task.adapters, values, strict=True)} for t, values in sums.items()}
+        return Stats(
+            loss={n: sum(values[n] for values in terms.values()) for n in task.adapters},
+            terms=terms,
+            tokens=sum(b.tokens.numel() for b in batches),
+            supervised=sum(int(b.rows.numel()) for b in batches),
+            present=self.present,
+        )
+
+    def _micro_batch(self, batch: Batch, task: Task, step: int, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Forward, loss, backward. Returns each term's normalised sum per adapter, [K] float64 on the CPU."""
+        owner = batch.adapter.clamp(min=0)
+        call = Call(self.mix_of(batch, task.adapters), self._noise(batch, task.adapters, step))
+        losses = task.loss(evaluate(self.model, batch, task.wants(batch), call), batch)
+        total, seen = torch.zeros((), device=self.device), {}
+        for term, values in losses.items():
+            weight = totals[term].to(self.device)[owner]
+            share = torch.where((weight > 0) & (batch.adapter >= 0), values / weight.clamp(min=1e-30).to(values.dtype), 0.0)
+            total = total + share.sum()
+            self._finite(values, batch, term, step)
+            seen[term] = torch.zeros(len(task.adapters), dtype=torch.float64).index_add_(
+                0, owner.cpu(), share.detach().double().cpu()
+            )
+        if total.requires_grad:
+            total.backward()
+        return seen
+
+    def _finite(self, values: Tensor, batch: Batch, term: str, step: int) -> None:
+        bad = torch.nonzero(~torch.isfinite(values.detach()))[:, 0].tolist()
+        if bad:
+            keys = [int(batch.key[s]) for s in bad[:8]]
+            self.discard()
+            raise NonFiniteError(
+                f"step {step + 1}: the loss term {term!r} is not finite for {len(bad)} of {len(batch)} sequences of a micro-batch "
+                f"(rows {bad[:8]}, keys {keys}); nothing was updated. Lower learning_rate, or look at those rows"
+            )
+
+    def _noise(self, batch: Batch, adapters: Sequence[str], step: int) -> Noise | None:
+        if not any(self.bank[name].spec.lora_dropout for name in adapters):
+            return None
+        return Noise(self.seed, step, tuple(batch.key.tolist()), tuple(batch.starts.tolist()))
+
+    def mix_of(self, batch: Batch, adapters: Sequence[str]) -> Mix:
+        """One-hot per sequence by the batch's adapter numbers; BASE means no adapter."""
+        names = [None if k == BASE else adapters[k] for k in batch.adapter.tolist()]
+        return Mix.per_sequence(names, batch.starts.tolist())
+
+    def step(self, lr: Mapping[str, float]) -> Norms:
+        """Update every adapter that was present, at its own rate. Raises NonFiniteError, and updates nobody, if any gradient is
+        not finite."""
+        norms = self._norms()
+        for name, norm in norms.norms.items():
+            if not norm < float("inf"):
+                where = [t for t, g in self.bank[name].split_like(self.bank[name].grads).items() if not torch.isfinite(g).all()]
+                self.discard()
+                raise NonFiniteError(
+                    f"the gradient of {where[0] if where else name} (adapter {name!r}) is not finite in {len(where)} tensors; "
+                    "nothing was updated. Lower learning_rate or max_grad_norm"
+                )
+        for name in norms.norms:
+            self.optimizers[name].step(lr[name], norms.norms[name])
+        return norms
+
+    def discard(self) -> Norms:
+        """Forget the gradients of this step."""
+        norms = self._norms()
+        for name in self.trained:
+            self.bank[name].grads.zero_()
+        return norms
+
+    def _norms(self) -> Norms:
+        stepping = [n for n in self.trained if n in self.present]
+        return Norms({n: self.optimizers[n].norm() for n in stepping}, {n: self._silent(n) for n in stepping})
+
+    def _silent(self, name: str) -> list[str]:
+        grads = self.bank[name].split_like(self.bank[name].grads)
+        return [m for m in self.bank[name].slots if not grads[f"{m}.lora_A"].any() and not grads[f"{m}.lora_B"].any()]
+
+    # --- no gradients
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None) -> list[dict[str, Tensor]]:
+        """Per batch, everything wanted, on the CPU. ``mix`` None: the batch's own adapter numbers over the trained adapters."""
+        out = []
+        for batch in batches:
+            moved = batch.to(self.device)
+            call = Call(self.mix_of(batch, self.trained) if mix is None else mix)
+            out.append({name: value.cpu() for name, value in evaluate(self.model, moved, wants, call).items()})
+        return out
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generated]:
+        """See `models.generate.generate`."""
+        return generate(self.model, prompts, **options)
+
+    # --- state
+
+    def state(self) -> dict[str, Tensor]:
+        """adapter/NAME/MODULE.lora_A, adam_m/..., adam_v/..., adam_count/NAME and rng/cpu: everything a resumed run needs."""
+        state = {"rng/cpu": torch.get_rng_state()}
+        for name, optimizer in self.optimizers.items():
+            adapter = self.bank[name]
+            m, v, count = optimizer.moments()
+            for kind, flat in (("adapter", adapter.values), ("adam_m", m), ("adam_v", v)):
+                state |= {
+                    f"{kind}/{name}/{tensor}": view.detach().cpu().clone() for tensor, view in adapter.split_like(flat).items()
+                }
+            state[f"adam_count/{name}"] = count.cpu()
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave. Raises ModelError unless names and shapes are exactly those of this run."""
+        mine = self.state()
+        if odd := sorted(set(mine) ^ set(state)):
+            raise ModelError(f"the checkpoint and this run disagree about {odd[0]!r} ({len(odd)} tensors in all)")
+        for tensor, value in mine.items():
+            if value.shape != state[tensor].shape:
+                raise ModelError(f"{tensor} is {tuple(state[tensor].shape)} in the checkpoint and {tuple(value.shape)} here")
+        for name, optimizer in self.optimizers.items():
+            adapter = self.bank[name]
+            flats = []
+            for kind in ("adapter", "adam_m", "adam_v"):
+                flat = torch.empty_like(adapter.values)
+                for tensor, view in adapter.split_like(flat).items():
+                    view.copy_(state[f"{kind}/{name}/{tensor}"])
+                flats.append(flat)
+            adapter.values.copy_(flats[0])
+            adapter.touch()
+            optimizer.load(flats[1], flats[2], state[f"adam_count/{name}"])
+        torch.set_rng_state(state["rng/cpu"])
+
+    def inspect(self) -> Inspection:
+        """Trainable, optimized and saved tensors, the first two found by the memory they occupy."""
+        trainable = {n for n, p in self.model.named_parameters() if p.requires_grad}
+        optimized = set()
+        for name in self.trained:
+            adapter = self.bank[name]
+            storages = {h.untyped_storage().data_ptr() for h in self.optimizers[name].halves}
+            for module, slot in adapter.slots.items():
+                for tensor, param in ((f"{module}.lora_A", slot.A), (f"{module}.lora_B", slot.B)):
+                    if param.requires_grad:
+                        trainable.add(f"{name}/{tensor}")
+                    if param.untyped_storage().data_ptr() in storages:
+                        optimized.add(f"{name}/{tensor}")
+        saved = {t.removeprefix("adapter/") for t in self.state() if t.startswith("adapter/")}
+        return Inspection(frozenset(trainable), frozenset(optimized), frozenset(saved), sample_digest(self.model))

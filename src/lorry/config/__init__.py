@@ -1,0 +1,20 @@
+"""Run descriptions: the settings of every verb, read from the command line, YAML, JSON or Python. No torch here."""
+
+from lorry.config.parse import build, dump, parse
+from lorry.config.schema import BackendConfig, DataConfig, LoraConfig, ModelConfig, Run, TrainConfig
+from lorry.config.settings import (
+    ChatSettings,
+    DemoSettings,
+    DoctorSettings,
+    EvalSettings,
+    ExportSettings,
+    MergeSettings,
+    ReportSettings,
+    UnmergeSettings,
+)
+
+__all__ = [
+    "BackendConfig", "ChatSettings", "DataConfig", "DemoSettings", "DoctorSettings", "EvalSettings", "ExportSettings",
+    "LoraConfig", "MergeSettings", "ModelConfig", "ReportSettings", "Run", "TrainConfig", "UnmergeSettings",
+    "build", "dump", "parse",
+]  # fmt: skip

@@ -1,0 +1,65 @@
+"""What every group of settings shares: no unknown keys, frozen, plain values; and the kinds of value that need a check."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from lorry.config.names import accepts, allowed
+
+DTYPE_WORDS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+
+
+def _clean_path(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise ValueError("must not be empty or hold a NUL character")
+    return os.path.expanduser(text)
+
+
+def _read_dtype(value: Any) -> Any:
+    """bf16, fp32, torch.bfloat16 and the like in full; anything else as it is."""
+    word = value.removeprefix("torch.") if isinstance(value, str) else value
+    return DTYPE_WORDS.get(word, word) if isinstance(word, str) else value
+
+
+def _clean_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text) or not text.strip("."):
+        raise ValueError(f"{text[:80]!r} is not a name: 1 to 64 letters, digits, '.', '_' or '-'")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_clean_path)]
+DirPath = Annotated[Path, AfterValidator(lambda path: Path(_clean_path(str(path))))]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_read_dtype)]
+Name = Annotated[str, AfterValidator(_clean_name)]
+
+
+def setting(default: Any, description: str, **limits: Any) -> Any:
+    """A field with a default, one line of help, and limits (ge, gt, lt, pattern ...)."""
+    return Field(default=default, description=description, **limits)
+
+
+def automatic(shown: str, description: str, **limits: Any) -> Any:
+    """A field that is worked out from others when it is left alone or null; ``shown`` is its default in words."""
+    return setting(None, description, validate_default=True, json_schema_extra={"shown": shown}, **limits)
+
+
+class Group(BaseModel):
+    """Settings that belong together. ``main`` is the field that ``group=value`` means; ``positional`` takes bare words."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    main: ClassVar[str] = ""
+    positional: ClassVar[str] = ""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Paths become text; true/false is not a number (pydantic would read it as 1 or 0)."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and not accepts(field, bool):
+            raise ValueError(f"got {str(value).lower()}; give {allowed(field)}")
+        return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -1,0 +1,57 @@
+"""``lorry VERB --help``: every setting of a verb with its default and its line of help, as plain text."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterator
+from typing import Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from lorry.config.names import members, names_of
+
+INDENT, COLUMN = "  ", 32  # settings are indented, their help starts in this column
+
+
+def guide(schema: type[BaseModel], usage: str, line: str) -> str:
+    """The whole page, as wide as the terminal (at most 110 columns)."""
+    names = names_of(schema)
+    width = min(shutil.get_terminal_size().columns, 110)
+    out = [f"Usage: {usage}", "", f"{INDENT}{line}", ""]
+    own = {dotted: field for dotted, field in names.fields.items() if "." not in dotted}
+    if own:
+        out += ["Settings", *_rows(own, width), ""]
+    for group, inner in names.groups.items():
+        main = getattr(inner, "main", "")
+        out.append(f"{group}: {inner.__doc__}" + (f" ({group}=X sets {group}.{main})" if main else ""))
+        out += [*_rows(inner.model_fields, width), ""]
+    out += [
+        "A setting may be written alone (r=8) where its name is unique, with its group (lora.r=8), or as a flag (--lora_r 8).",
+        "--dump-config prints the resolved settings as YAML and exits.",
+    ]
+    return "\n".join(out)
+
+
+def _rows(fields: dict[str, FieldInfo], width: int) -> Iterator[str]:
+    for name, field in fields.items():
+        head = f"{INDENT}{name}"
+        default = shown_default(field)
+        choices = [str(choice) for kind in members(field.annotation) if get_origin(kind) is Literal for choice in get_args(kind)]
+        listed = f" ({', '.join(choices)})" if len(choices) > 1 else ""
+        text = f"{field.description or ''}{listed} [{default}]"
+        lines = textwrap.wrap(text, max(width - COLUMN, 30), break_long_words=False)
+        yield f"{head:<{COLUMN - 1}} {lines[0]}"
+        yield from (" " * COLUMN + more for more in lines[1:])
+
+
+def shown_default(field: FieldInfo) -> str:
+    """A field's default as one would type it: ``16``, ``null``, ``required``, or words where it depends on others."""
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and "shown" in extra:
+        return str(extra["shown"])
+    if field.default is PydanticUndefined:
+        return "required"
+    return {"None": "null", "True": "true", "False": "false", "[]": "none"}.get(str(field.default), str(field.default))

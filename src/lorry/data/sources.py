@@ -1,0 +1,172 @@
+"""Sources: a path, several, a folder or a hub name become one stream of rows that knows where every row came from.
+
+source = open_source("people.jsonl", on_bad_row="skip")
+for row in source: ...            # row.values, row.where == "people.jsonl:17"
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorry.data.badrows import BadRows, OnBadRow
+from lorry.data.readers import READERS, Fault, Row, Rows
+from lorry.errors import DataError, nearest
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # the storage kinds that are parsed only, never executed
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows in a fixed order, readable again and again. Every pass is lazy; bad rows go to ``bad``."""
+
+    label: str
+    parts: tuple[Callable[[], Rows], ...]
+    bad: BadRows
+    limit: int | None = None
+    streaming: bool = False
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.read()
+
+    def read(self, start: int = 0) -> Iterator[Row]:
+        """The readable rows from the ``start``-th on (those before it are parsed again, not kept)."""
+        return itertools.islice(self._rows(), start, self.limit)
+
+    def _rows(self) -> Iterator[Row]:
+        for part in self.parts:
+            for item in part():
+                if isinstance(item, Fault):
+                    self.bad.report(item.where, item.bad, item.raw)
+                else:
+                    yield item
+
+
+def open_source(
+    path_or_id: str | Path | Sequence[str | Path], *, name: str | None = None, split: str = "train", streaming: bool = False,
+    on_bad_row: OnBadRow = "error", quarantine: str | Path | None = None, limit: int | None = None,
+) -> Source:  # fmt: skip
+    """Open data files (json, jsonl, csv, tsv, parquet, txt), a folder of them, several of these, or a hub data set.
+
+    Every file is read lazily, except that a JSON *array* has to be read whole. In a folder whose files are named after
+    splits (train*, test*, validation*) those of ``split`` are taken; ``name`` is a hub data set's configuration, and
+    ``streaming`` keeps a hub data set from being downloaded first. ``limit`` counts readable rows.
+    Raises DataError for a path that does not exist, a kind of file not known, or (on_bad_row=error) the first bad row.
+    """
+    several = [path_or_id] if isinstance(path_or_id, str | Path) else list(path_or_id)
+    if not several:
+        raise DataError("no data given: a file, a folder or a hub name is needed")
+    parts = [part for one in several for part in _open_one(one, name, split, streaming)]
+    label = ", ".join(map(str, several))
+    return Source(label, tuple(parts), BadRows(on_bad_row, quarantine), limit, streaming)
+
+
+def _open_one(path_or_id: str | Path, name: str | None, split: str, streaming: bool) -> list[Callable[[], Rows]]:
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            return [lambda: _saved_rows(path, str(path_or_id), split)]
+        return [_reader(file) for file in _files_of(path, split)]
+    if path.exists():
+        return [_reader(path)]
+    text = str(path_or_id)
+    if isinstance(path_or_id, Path) or path.suffix.lower() in READERS or not HUB_NAME.fullmatch(text):
+        raise _missing(path)
+    return [lambda: _hub_rows(text, name, split, streaming)]
+
+
+def _reader(path: Path) -> Callable[[], Rows]:
+    read = READERS.get(path.suffix.lower())
+    if read is None:
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; Lorry reads {', '.join(sorted(READERS))}")
+
+    def rows() -> Rows:
+        try:
+            yield from read(path, str(path))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+    return rows
+
+
+def _missing(path: Path) -> DataError:
+    """Names the path, and what stands in its folder under a similar name."""
+    folder = path.parent
+    if not folder.is_dir():
+        return DataError(f"{path}: no such file, and no folder {folder} either (a hub data set is named owner/name)")
+    there = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in READERS or item.is_dir())
+    listed = f"; the folder has {', '.join(there[:8])}" if there else "; the folder has no data files"
+    return DataError(f"{path}: no such file{nearest(path.name, there) or listed}")
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder, sorted; only those of ``split`` where the names tell splits apart."""
+    files = sorted(item for item in folder.iterdir() if item.is_file() and item.suffix.lower() in READERS)
+    if not files:
+        raise DataError(f"{folder}: the folder has no data files ({', '.join(sorted(READERS))})")
+    named = {file: _split_named(file.stem) for file in files}
+    if not any(named.values()):
+        return files
+    wanted = next((key for key, words in SPLITS.items() if split in words), split)
+    chosen = [file for file in files if named[file] == wanted]
+    if not chosen:
+        raise DataError(f"{folder}: no file of split {split!r}; the folder has {', '.join(file.name for file in files)}")
+    return chosen
+
+
+def _split_named(stem: str) -> str | None:
+    words = re.split(r"[^a-z]+", stem.lower())
+    return next((split for split, names in SPLITS.items() if any(word in names for word in words)), None)
+
+
+def _hub_rows(hub_id: str, name: str | None, split: str, streaming: bool) -> Iterator[Row | Fault]:
+    """Rows of a hub data set. Only builders that parse plain data are allowed: no scripts, no pickles."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        builder = datasets.load_dataset_builder(hub_id, name)
+        kind = type(builder).__module__.rpartition(".")[2]
+        if kind not in HUB_BUILDERS:
+            raise DataError(f"{hub_id}: stored as {kind!r}; Lorry reads hub data sets stored as {', '.join(HUB_BUILDERS)}")
+        if streaming:
+            table = builder.as_streaming_dataset(split=split)
+        else:
+            builder.download_and_prepare()
+            table = builder.as_dataset(split=split)
+        yield from _numbered(table, hub_id)
+    except DataError:
+        raise
+    except (DatasetsError, OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{hub_id}: neither a file here nor a data set that can be opened on the hub: {why}") from error
+
+
+def _saved_rows(folder: Path, shown: str, split: str) -> Iterator[Row | Fault]:
+    """Rows of a folder written by ``datasets``' save_to_disk."""
+    import datasets
+
+    try:
+        table = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{shown}: not a readable saved data set: {error}") from error
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise DataError(f"{shown}: no split {split!r}; it has {', '.join(table)}")
+        table = table[split]
+    yield from _numbered(table, shown)
+
+
+def _numbered(table: Any, shown: str) -> Iterator[Row | Fault]:
+    for number, values in enumerate(table, 1):
+        yield Row(dict(values), f"{shown}:{number}")

@@ -1,0 +1,181 @@
+"""A tokenizer's chat template, rendered in the sandbox, and what Lorry learns about it from a few probing renderings.
+
+    template = ChatTemplate.of(tokenizer)
+    template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True).text
+
+What is learnt, once per template: the *header* that opens an assistant turn, the *end of turn* that the assistant has to
+write to be heard no more, and whether system messages are taken. ``lorry.data.chat`` finds the answers with it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import SecurityError
+
+from lorry.data.content import Message
+from lorry.data.sandbox import CLOSE, LONGEST_SOURCE, OPEN, Sandbox
+from lorry.errors import ModelError
+
+PROBE = "\ufdd0"  # stands in for a message while its place is looked for; a Unicode noncharacter, never real text
+RESERVED = re.compile(f"[{PROBE}{OPEN}{CLOSE}]")
+FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
+
+# For a tokenizer without a template: headed paragraphs that need no special token but the end of text.
+PLAIN = (
+    "{{ opening }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n{% elif m.role == 'user' %}"
+    "### Instruction:\n{{ m.content }}\n\n{% else %}### Response:\n{{ m.content }}{{ eos_token }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+
+
+class TemplateRefusal(Exception):
+    """The template does not render this conversation; the message is the template's own reason."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Text, and the (start, end) characters of its {% generation %} blocks (none when the template has no such block)."""
+
+    text: str
+    blocks: tuple[tuple[int, int], ...] = ()
+
+
+class ChatTemplate:
+    """A compiled template with the variables a tokenizer gives it (bos_token, eos_token ...).
+
+    header: text that ends just where the assistant starts to write; end_of_turn: what the assistant writes last, ""
+    when the template has none; takes_system: False when system messages are refused or dropped; notes: what a user of
+    this template should know. Raises ModelError for a template that does not compile, cannot render a plain exchange,
+    or tries what a template must not.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, Any], special_tokens: Sequence[str] = ()) -> None:
+        self.source, self.variables = source, dict(variables)
+        self.notes: list[str] = []
+        self._sandbox = Sandbox()
+        self._compiled = self._compile(source)
+        self.header, self.end_of_turn = self._learn(special_tokens)
+        self.takes_system = self._learn_system()
+
+    @classmethod
+    def of(cls, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> ChatTemplate | None:
+        """The tokenizer's own template, or None when it has none; ``variables`` go to the template (enable_thinking ...)."""
+        source = tokenizer.chat_template
+        if isinstance(source, Mapping):
+            source = source.get("default") or next(iter(source.values()))
+        return cls.made(source, tokenizer, variables) if source else None
+
+    @classmethod
+    def made(cls, source: str, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> ChatTemplate:
+        """A template of this source with the tokenizer's special tokens as variables."""
+        special = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        return cls(source, special | dict(variables or {}), special_token_texts(tokenizer))
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
+        """The conversation as text. Raises TemplateRefusal (this row) or ModelError (a hostile template)."""
+        self._sandbox.open_budget(sum(len(message.content) + len(message.reasoning) for message in messages))
+        try:
+            marked = self._compiled.render(
+                self.variables, messages=[_plain(m) for m in messages], tools=None, documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )  # fmt: skip
+        except (SecurityError, MemoryError) as error:
+            raise ModelError(f"the chat template was stopped: {error}; train only with a template you trust") from error
+        except FAULTS as error:
+            raise TemplateRefusal(f"the chat template does not take this conversation: {_reason(error)}") from error
+        return _without_marks(marked) if OPEN in marked else Rendered(marked)
+
+    def _compile(self, source: str) -> jinja2.Template:
+        if len(source) > LONGEST_SOURCE:
+            raise ModelError(f"the chat template has {len(source)} characters; {LONGEST_SOURCE} are allowed")
+        try:
+            return self._sandbox.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(f"the chat template is not valid: line {error.lineno}: {error.message}") from error
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
+            raise ModelError(f"the chat template does not compile: {_reason(error)}") from error
+
+    def _learn(self, special_tokens: Sequence[str]) -> tuple[str, str]:
+        """Header and end of turn, from one question and one answer that are the probe character."""
+        question, answer = Message("user", "?"), Message("assistant", PROBE)
+        try:
+            asked = self.render([question]).text
+            opened = self.render([question], add_generation_prompt=True).text
+            full = self.render([question, answer]).text
+        except TemplateRefusal as error:
+            raise ModelError(f"{error}: it cannot render one question and one answer") from error
+        at = full.find(PROBE)
+        if at < 0:
+            raise ModelError("the chat template does not show what the assistant says; it cannot be trained with")
+        return self._header(asked, opened, full[:at]), _end_of_turn(full[at + 1 :], special_tokens)
+
+    def _header(self, asked: str, opened: str, before: str) -> str:
+        """What stands between the user's turn and the assistant's own words, as far as a generation prompt gives it."""
+        written = common_prefix(opened, before)  # the part of the training text that inference also gives the model
+        if opened == asked and before[written:].strip():
+            self.notes.append("the chat template ignores add_generation_prompt; the assistant's header is taken from its turns")
+            return before[common_prefix(asked, before) :]
+        if opened[written:]:
+            self.notes.append(f"the generation prompt ends with {opened[written:]!r}, which training rows do not have there")
+        start = min(common_prefix(asked, opened), written)
+        # a template without a header (Llama 2's "[INST] ? [/INST]") is known by what follows the question
+        return before[start:written] or before[before.rfind("?", 0, written) + 1 : written]
+
+    def _learn_system(self) -> bool:
+        try:
+            shown = self.render([Message("system", PROBE), Message("user", "?"), Message("assistant", "!")]).text
+        except TemplateRefusal:
+            shown = ""
+        if PROBE not in shown:
+            self.notes.append("the chat template takes no system message; it is put before the first user message")
+        return PROBE in shown
+
+
+def special_token_texts(tokenizer: Any) -> list[str]:
+    """The texts that the tokenizer reads as control tokens."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return sorted({*tokenizer.all_special_tokens, *(str(token) for token in added.values() if token.special)})
+
+
+def common_prefix(one: str, other: str) -> int:
+    """Characters that both start with."""
+    return len(os.path.commonprefix([one, other]))
+
+
+def _plain(message: Message) -> dict[str, str]:
+    """The message as templates know it, made of plain values only."""
+    made = {"role": message.role, "content": message.content}
+    return made | {"reasoning_content": message.reasoning, "thinking": message.reasoning} if message.reasoning else made
+
+
+def _end_of_turn(tail: str, special_tokens: Sequence[str]) -> str:
+    """The text up to and with the first special token after the answer; else a single closing word; else nothing."""
+    ends = [tail.find(token) + len(token) for token in special_tokens if token in tail]
+    if ends:
+        return tail[: min(ends)].lstrip()
+    word = tail.strip()
+    return word if word and len(word.split()) == 1 else ""
+
+
+def _without_marks(marked: str) -> Rendered:
+    """Take the generation marks out and keep where they stood."""
+    parts, blocks, at, opened = [], [], 0, 0
+    for piece in re.split(f"([{OPEN}{CLOSE}])", marked):
+        if piece == OPEN:
+            opened = at
+        elif piece == CLOSE:
+            blocks.append((opened, at))
+        else:
+            parts.append(piece)
+            at += len(piece)
+    return Rendered("".join(parts), tuple(blocks))
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if not isinstance(error, jinja2.TemplateError) else str(error)

@@ -1,0 +1,40 @@
+"""The report of a run: reads the files of run directories and writes one offline HTML page and a PNG beside it.
+
+Try: ``lorry.report.build([Path("runs/people")])``. Nothing here imports torch, transformers or the trainer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorry.report.files import replace_file
+from lorry.report.html import page
+from lorry.report.run import load_all
+
+
+def build(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
+    """Write the report of one run, or of several side by side, and return the page's path; the PNG has its name.
+
+    output: the page (``.html``), or a directory for ``report.html``. By default a run's own directory; for several runs
+    ``comparison.html`` in the directory they share. Both files replace older ones atomically. A live run may be reported on.
+    Raises DataError when a directory is no run or one of its files cannot be read; nothing is written then.
+    """
+    from lorry.report.plots import png  # matplotlib takes most of a second to import
+
+    runs = load_all(run_dirs)
+    target = _target([run.path for run in runs], output)
+    text, image = page(runs), png(runs)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(target.with_suffix(".png"), image)
+    replace_file(target, text.encode("utf-8"))
+    return target
+
+
+def _target(paths: Sequence[Path], output: Path | None) -> Path:
+    if output is not None:
+        return output if output.suffix in (".html", ".htm") else output / "report.html"
+    if len(paths) == 1:
+        return paths[0] / "report.html"
+    return Path(os.path.commonpath([path.resolve().parent for path in paths])) / "comparison.html"

@@ -1,0 +1,85 @@
+"""Axes of charts: where ticks go, how they read, and how values become places."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lorry.report.text import scientific
+
+WIDE = 1000.0  # a log axis is worth its strangeness from three decades on
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale from [low, high] to [0, 1] with ticks inside it."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    labels: tuple[str, ...]
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """0 at the low end, 1 at the high end."""
+        scale: Callable[[float], float] = math.log10 if self.log else float
+        return (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
+
+
+def value_axis(values: Sequence[float], from_zero: bool = False, log_if_wide: bool = False, count: int = 5) -> Axis:
+    """An axis for finite values with about ``count`` ticks; it ends on ticks, so that every curve lies inside.
+
+    from_zero: zero is on the axis. log_if_wide: logarithmic where all values are positive and span `WIDE`.
+    """
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if log_if_wide and low > 0 and high / low >= WIDE:
+        return _log_axis(low, high, count)
+    if from_zero or 0 < low < 0.25 * high:
+        low, high = min(low, 0.0), max(high, 0.0)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a flat curve; steps finer than this would all read the same
+        room = abs(low) * 0.1 or 1.0
+        low, high = low - room, high + room
+    step = nice_step((high - low) / count)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = tuple(i * step for i in range(first, last + 1))
+    return Axis(ticks[0], ticks[-1], ticks, tick_labels(ticks, step))
+
+
+def step_axis(steps: Sequence[float], count: int = 8) -> Axis:
+    """The axis of optimizer steps, from the first to the last; ticks are whole numbers."""
+    low, high = min(steps, default=0.0), max(steps, default=1.0)
+    if low == high:
+        return Axis(low - 1, high + 1, (low,), (f"{low:,.0f}",))
+    step = max(1.0, nice_step((high - low) / count))
+    ticks = tuple(i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1))
+    return Axis(low, high, ticks, tuple(f"{t:,.0f}" for t in ticks))
+
+
+def nice_step(rough: float) -> float:
+    """The next of 1, 2, 2.5, 5, 10 times a power of ten that is at least ``rough``."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next((m * power for m in (1.0, 2.0, 2.5, 5.0) if m * power >= rough * (1 - 1e-9)), 10.0 * power)
+
+
+def _log_axis(low: float, high: float, count: int) -> Axis:
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    stride = math.ceil((last - first) / count)
+    powers = range(first, first + math.ceil((last - first) / stride) * stride + 1, stride)
+    ticks = tuple(10.0**p for p in powers)
+    return Axis(ticks[0], ticks[-1], ticks, tuple(_power_label(p) for p in powers), log=True)
+
+
+def _power_label(power: int) -> str:
+    return f"{10.0**power:g}" if -3 <= power <= 4 else f"1e{power}"
+
+
+def tick_labels(ticks: Sequence[float], step: float) -> tuple[str, ...]:
+    """Labels with the same number of decimals; powers of ten only where plain digits would be long."""
+    largest = max(abs(t) for t in ticks)
+    if largest and not 1e-3 <= largest < 1e6:
+        digits = max(0, math.ceil(math.log10(largest / step)))
+        return tuple("0" if t == 0 else scientific(t, digits) for t in ticks)
+    exponent = math.floor(math.log10(step) + 1e-9)
+    decimals = max(0, -exponent) + (1 if round(step / 10.0**exponent, 6) == 2.5 and exponent <= 0 else 0)
+    return tuple(f"{t:,.{decimals}f}" for t in ticks)

@@ -1,0 +1,156 @@
+"""Which curves a report draws, from the metrics of one run or several; svg.py and plots.py draw the same ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy
+
+from lorry.report.log import EVALUATION, Log, is_number
+from lorry.report.run import Run
+from lorry.report.text import byte_scale
+
+Kind = Literal["raw", "line", "points"]
+NOT_CURVES = {"epoch", "tokens", "supervised_tokens", "seconds"}  # counts of a step; throughput shows what matters of them
+LARGEST = 1e300  # values beyond it are treated as infinite: sums and spans of them would overflow
+MOST_RAW = 3  # with more runs than this only smoothed curves stay readable
+MOST_DOTS = 60  # more circles than this on a curve would hide it
+FEW = 10  # shorter series are drawn as they are, since smoothing would hide them
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: ``label`` says whose it is (empty: the panel's title does), ``color`` is the number of its run."""
+
+    label: str
+    color: int
+    kind: Kind
+    steps: Sequence[float]
+    values: Sequence[float]
+    in_legend: bool = True
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart. ``from_zero`` starts its axis there; ``log_if_wide`` takes a log axis when values span three decades."""
+
+    title: str
+    unit: str
+    series: tuple[Series, ...]
+    from_zero: bool = False
+    log_if_wide: bool = False
+
+
+def drawable(value: float) -> bool:
+    """Whether a value has a place on an axis."""
+    return abs(value) < LARGEST
+
+
+def panels(runs: Sequence[Run]) -> list[Panel]:
+    """The charts that the runs' metrics can fill, the loss first, named terms and evaluation metrics last."""
+    memory = max((v for run in runs for v in _peaks(run.log) if drawable(v)), default=0.0)
+    divisor, unit = byte_scale(memory)
+    fixed = [
+        Panel("Loss", "nats per token", _loss(runs), log_if_wide=True),
+        Panel("Learning rate", "", _plain(runs, "learning_rate"), from_zero=True, log_if_wide=True),
+        Panel("Gradient norm", "before clipping", _smoothed(runs, lambda log: log.series("grad_norm")), log_if_wide=True),
+        Panel("Throughput", "tokens/s", _smoothed(runs, _throughput), from_zero=True),
+        Panel("Peak memory", unit, _plain(runs, "peak_memory_bytes", divisor), from_zero=True),
+    ]
+    drawn = NOT_CURVES | {"loss", "eval_loss", "learning_rate", "grad_norm", "peak_memory_bytes"}
+    names = [name for name in dict.fromkeys(n for run in runs for n in run.log.names()) if name not in drawn]
+    terms = [_named(runs, name) for name in names]
+    return [panel for panel in fixed + terms if any(s.steps for s in panel.series)]
+
+
+def _named(runs: Sequence[Run], name: str) -> Panel:
+    title = name.removeprefix(EVALUATION).replace("_", " ") + (" (evaluation)" if name.startswith(EVALUATION) else "")
+    if not name.startswith(EVALUATION):
+        return Panel(title, "", _smoothed(runs, lambda log: log.series(name)), log_if_wide=True)
+    lines = _plain(runs, name)
+    dots = tuple(replace(s, kind="points", in_legend=False) for s in lines if len(s.steps) <= MOST_DOTS)
+    return Panel(title, "", (*lines, *dots), log_if_wide=True)
+
+
+def _peaks(log: Log) -> list[float]:
+    return log.series("peak_memory_bytes")[1]
+
+
+def _throughput(log: Log) -> tuple[list[int], list[float]]:
+    timed = [r for r in log.training if is_number(r.get("tokens")) and is_number(r.get("seconds")) and r["seconds"] > 0]
+    return [r["step"] for r in timed], [r["tokens"] / r["seconds"] for r in timed]
+
+
+def _loss(runs: Sequence[Run]) -> tuple[Series, ...]:
+    evaluated = []
+    for color, run in enumerate(runs):
+        steps, values = run.log.series("eval_loss")
+        if steps:
+            evaluated.append(Series(_label(runs, run, "evaluation"), color, "points", steps, values, len(runs) == 1))
+    return (*_smoothed(runs, lambda log: log.series("loss")), *evaluated)
+
+
+def _label(runs: Sequence[Run], run: Run, what: str) -> str:
+    """What a curve shows; among several runs, whose it is as well."""
+    return what if len(runs) == 1 else f"{run.name}, {what}"
+
+
+def _plain(runs: Sequence[Run], name: str, divisor: float = 1.0) -> tuple[Series, ...]:
+    found = [(color, run.name, *run.log.series(name)) for color, run in enumerate(runs)]
+    return tuple(
+        Series(label if len(runs) > 1 else "", color, "line", steps, [v / divisor for v in values])
+        for color, label, steps, values in found
+        if steps
+    )
+
+
+def _smoothed(runs: Sequence[Run], pick: Callable[[Log], tuple[list[int], list[float]]]) -> tuple[Series, ...]:
+    """The values as they are, thin, under a moving mean; a short series only as it is."""
+    raw, lines = [], []
+    for color, run in enumerate(runs):
+        steps, values = pick(run.log)
+        name = run.name if len(runs) > 1 else ""
+        if not steps:
+            continue
+        if len(steps) <= FEW:
+            lines.append(Series(name, color, "line", steps, values))
+            continue
+        if len(runs) <= MOST_RAW:
+            raw.append(Series(_label(runs, run, "each step"), color, "raw", steps, values, len(runs) == 1))
+        window = len(steps) // 40 * 2 + 3
+        lines.append(Series(name or f"mean of {window} steps", color, "line", steps, smooth(values, window)))
+    return (*raw, *lines)
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """The mean over ``window`` steps around each, fewer at the ends; values that have no place on an axis are passed over.
+
+    A centred mean and not an exponential one, since that lags behind a falling loss and seems to contradict evaluations.
+    """
+    real = numpy.array([drawable(v) for v in values], dtype=float)
+    kept = numpy.array([v if drawable(v) else 0.0 for v in values])
+    ones = numpy.ones(min(window, len(values)))
+    counts = numpy.convolve(real, ones, "same")
+    sums = numpy.convolve(kept, ones, "same")
+    return [float(s / c) if c else math.nan for s, c in zip(sums, counts, strict=True)]
+
+
+def thin(steps: Sequence[float], values: Sequence[float], most: int) -> tuple[list[float], list[float]]:
+    """At most about ``most`` points that draw the same curve: the lowest and highest of each stretch, and every gap.
+
+    A value that is not finite survives as one NaN of its stretch, so that a break in a long curve is never smoothed away.
+    """
+    if len(steps) <= most:
+        return list(steps), list(values)
+    width = math.ceil(2 * len(steps) / most)
+    chosen: list[int] = []
+    for start in range(0, len(steps), width):
+        stretch = range(start, min(start + width, len(steps)))
+        finite = [i for i in stretch if drawable(values[i])]
+        keep = {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)} if finite else set()
+        keep |= {next(i for i in stretch if not drawable(values[i]))} if len(finite) < len(stretch) else set()
+        chosen += sorted(keep | {i for i in (0, len(steps) - 1) if i in stretch})
+    return [steps[i] for i in chosen], [values[i] for i in chosen]

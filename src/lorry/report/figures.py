@@ -1,0 +1,105 @@
+"""What a run comes down to: its final figures, what it was about, and where the settings of several runs differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorry.report.log import Log, is_number
+from lorry.report.run import Run
+from lorry.report.text import NOTHING, duration, number, size
+
+TAIL = 10  # the final loss is the mean of so many steps, since a single step's is mostly noise
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a run: ``text`` with its unit, and ``note``, how it came about."""
+
+    name: str
+    text: str
+    note: str = ""
+
+
+def figures(run: Run) -> list[Figure]:
+    """The final figures that the run's files give, in the order of interest; none is invented where lines lack it."""
+    return [f for f in (*_losses(run.log), *_costs(run.log), *_extent(run.log)) if f.text != NOTHING]
+
+
+def _losses(log: Log) -> Iterable[Figure]:
+    _, losses = log.series("loss")
+    if losses:
+        tail = losses[-TAIL:]
+        note = f"mean of the last {len(tail)} steps, from {number(losses[0])}" if len(losses) > 1 else "of the only step"
+        yield Figure("final loss", number(sum(v / len(tail) for v in tail)), note)
+    steps, losses = log.series("eval_loss")
+    if losses:
+        finite = [v for v in losses if math.isfinite(v)]
+        best = f", lowest {number(min(finite))} at step {number(steps[losses.index(min(finite))])}" if len(finite) > 1 else ""
+        yield Figure("evaluation loss", number(losses[-1]), f"at step {number(steps[-1])}{best}")
+
+
+def _costs(log: Log) -> Iterable[Figure]:
+    timed = [r for r in log.training if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
+    seconds, tokens = (sum(float(r[name]) for r in timed) for name in ("seconds", "tokens"))
+    if seconds > 0:
+        yield Figure("throughput", f"{number(tokens / seconds)} tokens/s", f"over {number(len(timed))} steps")
+    peaks = [v for v in log.series("peak_memory_bytes")[1] if math.isfinite(v)]
+    yield Figure("peak memory", size(max(peaks, default=None)))
+    yield Figure("training time", duration(sum(log.series("seconds")[1]) or None), "steps only, without loading and evaluation")
+
+
+def _extent(log: Log) -> Iterable[Figure]:
+    if not log.training:
+        return
+    totals = [(sum(log.series(name)[1]), what) for name, what in (("tokens", "tokens"), ("supervised_tokens", "supervised"))]
+    epochs = log.series("epoch")[1]
+    note = [f"{number(epochs[-1])} epochs"] if epochs else []
+    note += [f"{number(int(total))} {what}" for total, what in totals if 0 < total < math.inf]
+    yield Figure("steps", number(log.training[-1]["step"]), ", ".join(note))
+
+
+def about(run: Run) -> dict[str, str]:
+    """model, data and adapter in a few words each, where run.yaml says so."""
+    config = flatten(run.config)
+    lora = {name.removeprefix("lora."): value for name, value in config.items() if name.startswith("lora.")}
+    if config.get("resolved.target_modules"):
+        lora["target_modules"] = config["resolved.target_modules"]
+    adapter = ", ".join(
+        f"{name} {_plain(lora[key])}"
+        for key, name in (("r", "rank"), ("lora_alpha", "alpha"), ("target_modules", "on"))
+        if lora.get(key) is not None
+    )
+    if "lora" in run.config and run.config["lora"] is None:
+        adapter = "none: full fine-tuning"
+    said = {
+        "task": config.get("task"),
+        "model": config.get("model.name", config.get("model")),
+        "data": config.get("data.path", config.get("data")),
+    }
+    return {name: _plain(value) for name, value in {**said, "adapter": adapter}.items() if value not in (None, "")}
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name: ``{"lora": {"r": 8}}`` is ``{"lora.r": 8}``; an empty mapping stays a value."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(setting, its value in each run) for the settings that are not the same in all; the output directory always differs."""
+    flat = [flatten(run.config) for run in runs]
+    names = [name for name in dict.fromkeys(name for one in flat for name in one) if name != "output_dir"]
+    rows = [(name, [_plain(one[name]) if name in one else NOTHING for one in flat]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def _plain(value: Any) -> str:
+    """A setting's value as it is typed in YAML, near enough to recognise."""
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)

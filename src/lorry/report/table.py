@@ -1,0 +1,109 @@
+"""The report in a terminal: what a run came to, several compared, contracts, and answers before and after.
+
+Everything a run wrote is shown as plain text: neither its square brackets nor its control characters reach the terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lorry.evaluate.metrics import exact_match
+from lorry.report.figures import about, differences, figures
+from lorry.report.run import Run, Sample
+from lorry.report.text import NOTHING, number, visible
+
+STYLES = {"held": ("✓ held", "green"), "failed": ("✗ failed", "bold red"), "not_checked": ("– not checked", "dim")}
+
+
+def show(runs: Sequence[Run], samples: int = 8) -> RenderableType:
+    """Everything worth a screen: one run in full, or several compared. ``samples``: rows per group of answers."""
+    if len(runs) > 1:
+        return Group(comparison(runs), *changes(runs))
+    run = runs[0]
+    parts: list[RenderableType] = [summary(run)]
+    parts += [evaluation(run)] if run.evaluation else []
+    parts += before_after(run, samples)
+    parts += [contracts(run)] if run.contracts else []
+    return Group(*parts)
+
+
+def summary(run: Run) -> Table:
+    """A run's settings in a word each and its final figures."""
+    table = _table(run.name, "", "", "")
+    for name, value in about(run).items():
+        table.add_row(_text(name, "dim"), _text(value), "")
+    for figure in figures(run):
+        table.add_row(_text(figure.name, "dim"), _text(figure.text, "bold"), _text(figure.note, "dim"))
+    table.show_header = False
+    return table
+
+
+def comparison(runs: Sequence[Run]) -> Table:
+    """Final figures, a run per row."""
+    of_runs = [{f.name: f.text for f in figures(run)} for run in runs]
+    names = list(dict.fromkeys(name for one in of_runs for name in one))
+    table = _table("Final figures", "run", *names)
+    for run, one in zip(runs, of_runs, strict=True):
+        table.add_row(_text(run.name), *(_text(one.get(name, NOTHING)) for name in names))
+    return table
+
+
+def changes(runs: Sequence[Run]) -> Iterator[Table]:
+    """The settings in which the runs differ, if any."""
+    rows = differences(runs)
+    if rows:
+        table = _table("What differs", "setting", *(run.name for run in runs))
+        for name, values in rows:
+            table.add_row(_text(name), *map(_text, values))
+        yield table
+
+
+def evaluation(run: Run) -> Table:
+    """Metrics before and after."""
+    table = _table("Evaluation", "data", "metric", "before", "after")
+    for one in run.evaluation:
+        for metric, (before, after) in one.metrics.items():
+            table.add_row(_text(one.name), _text(metric.replace("_", " ")), _text(number(before)), _text(number(after), "bold"))
+    return table
+
+
+def before_after(run: Run, most: int = 8) -> Iterator[Table]:
+    """A table per group of answers: prompt, reference, before, after; what matches the reference is green."""
+    shown = [s for s in run.samples if s.before is not None or s.after is not None]
+    for group in dict.fromkeys(s.group for s in shown):
+        members = [s for s in shown if s.group == group]
+        title = group if len(members) <= most else f"{group} (the first {most} of {len(members)})"
+        table = _table(title, "prompt", "reference", "before", "after")
+        table.show_lines = True
+        for sample in members[:most]:
+            table.add_row(_text(sample.prompt), _text(sample.reference), *(_answer(sample, side) for side in ("before", "after")))
+        yield table
+
+
+def _answer(sample: Sample, side: str) -> Text:
+    answer = getattr(sample, side)
+    same = answer is not None and sample.reference is not None and exact_match(answer, sample.reference) == 1
+    return _text(answer, "green" if same else "")
+
+
+def contracts(run: Run) -> Table:
+    """What the run promised and whether it held."""
+    table = _table("Contracts", "", "contract", "detail")
+    for contract in sorted(run.contracts, key=lambda c: c.id):
+        table.add_row(_text(*STYLES[contract.status]), _text(f"{contract.id}. {contract.name}"), _text(contract.detail, "dim"))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=_text(title, "bold"), title_justify="left", header_style="dim")
+    for column in columns:
+        table.add_column(_text(column), overflow="fold")
+    return table
+
+
+def _text(value: str | None, style: str = "") -> Text:
+    return Text(NOTHING if value is None else visible(value), style=style)

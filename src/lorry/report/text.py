@@ -1,0 +1,66 @@
+"""Numbers and strange characters as people can read them: `number`, `size`, `duration`, `visible`."""
+
+from __future__ import annotations
+
+import math
+
+NOTHING = "–"
+_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_UNSEEN = (
+    _CONTROL_PICTURES
+    | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # further control characters
+    | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)  # half a character, which no encoding can write
+    | dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)  # these reverse the text around them
+)
+
+
+def visible(text: str) -> str:
+    """Text that is safe to print or write anywhere: control characters, terminal escapes among them, become pictures."""
+    return text.translate(_UNSEEN)
+
+
+def number(value: object) -> str:
+    """Four significant digits, thousands apart, no exponent between 1e-3 and 1e6; anything that is no number as itself."""
+    if value is None:
+        return NOTHING
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
+    if isinstance(value, int) and abs(value) < 10**9:
+        return f"{value:,}"
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return scientific(value, 3)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def scientific(value: float, digits: int) -> str:
+    """``2.5e-4``: at most that many decimals and no zeros that say nothing."""
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
+
+
+def byte_scale(largest: float) -> tuple[float, str]:
+    """(divisor, unit) that brings a number of bytes below 1024."""
+    power = min(int(math.log(largest, 1024)), len(_BYTE_UNITS) - 1) if 1 <= largest < math.inf else 0
+    return 1024.0**power, _BYTE_UNITS[power]
+
+
+def size(count: float | None) -> str:
+    """Bytes in the unit that fits: ``2.31 GiB``."""
+    if count is None or not math.isfinite(count):
+        return NOTHING
+    divisor, unit = byte_scale(count)
+    return f"{count / divisor:.{0 if divisor == 1 else 2}f} {unit}"
+
+
+def duration(seconds: float | None) -> str:
+    """``8.2 s``, ``4 min 12 s``, ``3 h 05 min``."""
+    if seconds is None or not math.isfinite(seconds):
+        return NOTHING
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,1 @@
+"""Tasks: data plus a pure loss. The engine and the backends know nothing else about them."""

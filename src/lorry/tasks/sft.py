@@ -1,0 +1,52 @@
+"""Supervised fine-tuning: read rows, weigh their tokens, minimise the negative log-likelihood of the supervised ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lorry.backends.base import Losses, Scorer, Stats
+from lorry.data.batch import Batch
+from lorry.data.dataset import Stream
+from lorry.models.score import Score, Want, log_prob
+from lorry.tasks.losses import nll
+
+
+class Sft:
+    """One adapter, one stream of rows. ``evaluation``: batches that never change, in a fixed order."""
+
+    def __init__(self, stream: Stream, evaluation: Sequence[Batch], total_steps: int, adapters: Sequence[str] = ("default",)) -> None:
+        self.stream, self.evaluation = stream, list(evaluation)
+        self.total_steps, self.adapters = total_steps, list(adapters)
+
+    def wants(self, batch: Batch) -> Mapping[str, Want]:
+        """The log-probability of every supervised token."""
+        return {"logprob": Score(log_prob)}
+
+    def step_batches(self, step: int, models: Mapping[str, Scorer]) -> list[Batch]:
+        """The micro-batches of a step, each with its supervised weight: a function of (seed, step)."""
+        return [self._weigh(b) for b in self.stream.batches(step)]
+
+    def eval_batches(self) -> list[Batch]:
+        """The held-out rows."""
+        return [self._weigh(b) for b in self.evaluation]
+
+    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> Losses:
+        """Mean negative log-likelihood per supervised token, once the backend has divided."""
+        return {"nll": nll(got["logprob"], batch)}
+
+    def after_step(self, stats: Stats) -> None:
+        """Nothing to adapt."""
+
+    def state(self) -> dict[str, Any]:
+        """Where a streamed source stands; a stored one needs nothing."""
+        return self.stream.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.stream.load_state(state)
+
+    def _weigh(self, batch: Batch) -> Batch:
+        return batch.with_terms(nll=batch.count("token", len(self.adapters)))

@@ -1,0 +1,150 @@
+"""The contracts of a run (docs/architecture.md lists them): each is checked while it runs, stops it when broken, and is reported.
+
+A run that is silently wrong looks healthy; these look where it would show. Every check has a test that makes it fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lorry.backends.base import Backend, Inspection, Norms, Task
+from lorry.data.batch import Batch
+from lorry.errors import ContractError
+from lorry.evaluate.loss import packed_difference
+
+NAMES = {
+    1: "every target matched",
+    2: "trainable = optimized = saved, base unchanged",
+    3: "every adapter moves, every target sees a gradient",
+    4: "loss weights and packing",
+    5: "saved adapter is the trained adapter",
+    6: "checkpoints are whole",
+    7: "all losses and gradients finite",
+    8: "input rows accounted for",
+}
+PROOF_STEPS = 3  # steps with a rate above 0 after which every target must have seen a gradient
+
+Status = Literal["held", "failed", "not_checked"]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """One line of contracts.json."""
+
+    id: int
+    name: str
+    status: Status
+    detail: str
+
+
+class Checks:
+    """Collects what held. A broken contract raises ContractError at once, after recording it as failed."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, Contract] = {}
+        self._silent: dict[str, set[str]] = {}
+        self._proof: dict[str, int] = {}
+        self._start: dict[str, Tensor] = {}
+        self._inspection: Inspection | None = None
+
+    def held(self, number: int, detail: str) -> None:
+        """Record that a contract held."""
+        self.found[number] = Contract(number, NAMES[number], "held", detail)
+
+    def fail(self, number: int, detail: str) -> ContractError:
+        """Record a broken contract and return the error to raise."""
+        self.found[number] = Contract(number, NAMES[number], "failed", detail)
+        return ContractError(f"contract {number} broken ({NAMES[number]}): {detail}")
+
+    def report(self) -> list[dict[str, Any]]:
+        """All eight, for contracts.json."""
+        missing = {n: Contract(n, NAMES[n], "not_checked", "the run did not get that far") for n in NAMES if n not in self.found}
+        return [asdict(c) for _, c in sorted({**self.found, **missing}.items())]
+
+    # --- before the first step
+
+    def begin(self, backend: Backend, targets: Mapping[str, Sequence[str]]) -> None:
+        """Contracts 1 and 2 at the start: what the adapters sit on, and that the three sets are one."""
+        for name, modules in targets.items():
+            if not modules:
+                raise self.fail(1, f"adapter {name!r} sits on no module")
+        kinds = {m.rsplit(".", 1)[-1] for modules in targets.values() for m in modules}
+        self.held(1, f"{sum(map(len, targets.values()))} modules: {', '.join(sorted(kinds))}")
+        self._inspection = self._same_sets(backend)
+        self._start = {n: t.clone() for n, t in backend.state().items() if n.startswith("adapter/")}
+        self._silent = {name: set(modules) for name, modules in targets.items()}
+        self._proof = dict.fromkeys(targets, 0)
+
+    def _same_sets(self, backend: Backend) -> Inspection:
+        seen = backend.inspect()
+        for one, other, words in (
+            (seen.trainable, seen.optimized, "is trainable but no optimizer holds it"),
+            (seen.optimized, seen.trainable, "is optimized but not trainable"),
+            (seen.optimized, seen.saved, "is trained but would not be saved"),
+            (seen.saved, seen.optimized, "is saved as trained but no optimizer holds it"),
+        ):
+            if odd := sorted(one - other):
+                raise self.fail(2, f"{odd[0]} {words} ({len(odd)} tensors)")
+        return seen
+
+    def first_batches(self, backend: Backend, batches: Sequence[Batch], ends: Collection[int], *, tolerance: float) -> None:
+        """Contract 4 on the first batches. ``ends``: token ids of which one must be supervised in each sequence (empty: any)."""
+        for batch in batches:
+            for s, (start, stop) in enumerate(batch.segments):
+                supervised = batch.weights[start:stop] != 0
+                if not supervised.any():
+                    raise self.fail(4, f"sequence {s} (key {int(batch.key[s])}) has no supervised token")
+                if ends and not set(batch.tokens[start:stop][supervised].tolist()) & set(ends):
+                    raise self.fail(4, f"sequence {s} (key {int(batch.key[s])}) never learns to stop: no end token is supervised")
+        difference = packed_difference(backend, batches[0])
+        if not difference <= tolerance:
+            raise self.fail(4, f"the loss packed and alone differs by {difference:.2e} (at most {tolerance:.0e})")
+        self.held(4, f"every sequence supervised; packed = alone within {difference:.1e}")
+
+    # --- while it goes
+
+    def after_step(self, backend: Backend, norms: Norms, rates: Mapping[str, float]) -> None:
+        """Contract 3, until it is proven: the modules without a gradient so far, and whether the adapter moved."""
+        for name in norms.norms:
+            if rates.get(name, 0.0) <= 0 or self._proof.get(name, PROOF_STEPS) >= PROOF_STEPS:
+                continue
+            self._silent[name] &= set(norms.silent.get(name, ()))
+            self._proof[name] += 1
+            if self._proof[name] == PROOF_STEPS:
+                self._prove(backend, name)
+
+    def _prove(self, backend: Backend, name: str) -> None:
+        if self._silent[name]:
+            where = sorted(self._silent[name])
+            raise self.fail(3, f"no gradient reached {where[0]} of adapter {name!r} ({len(where)} modules): it would never train")
+        state = backend.state()
+        stuck = [t for t in self._moving(name) if torch.equal(state[t], self._start[t])]
+        if stuck:
+            raise self.fail(3, f"{stuck[0]} did not move in {self._proof[name]} steps ({len(stuck)} tensors): it does not train")
+        steps = self._proof[name]
+        self.held(3, f"{len(self._moving(name))} zero-initialised matrices moved within {steps} steps; a gradient at each")
+
+    def _moving(self, name: str) -> list[str]:
+        """The tensors of an adapter that must move: those that began at zero (lora_B; an embedding's lora_A), or else lora_B."""
+        mine = [t for t in self._start if t.startswith(f"adapter/{name}/")]
+        zero = [t for t in mine if not self._start[t].any()]
+        return zero or [t for t in mine if t.endswith("lora_B")]
+
+    # --- at the end
+
+    def end(self, backend: Backend, task: Task) -> None:
+        """Contracts 2, 3 (of a run shorter than the proof) and 7 at the end."""
+        assert self._inspection is not None
+        now = self._same_sets(backend)
+        if now.base_digest != self._inspection.base_digest:
+            raise self.fail(2, "a base weight changed during training")
+        self.held(2, f"{len(now.saved)} tensors; digest of the base's sample {now.base_digest[:12]} before and after")
+        for name, steps in self._proof.items():
+            if 0 < steps < PROOF_STEPS:
+                self._prove(backend, name)
+        self.held(7, "every loss and gradient was finite")

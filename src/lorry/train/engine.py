@@ -1,0 +1,216 @@
+"""The one loop: gather a step's batches, forward_backward, step; log, evaluate, save, stop. Every task and backend uses it.
+
+    batches = task.step_batches(step, models)
+    stats = backend.forward_backward(batches, task, step)
+    norms = backend.step(rates)
+
+Everything a step does is a function of (config, data, step, state), so a run killed anywhere goes on from its last checkpoint
+as if it had never stopped, bit for bit on one CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorry.backends.base import Backend, Norms, Stats, Task
+from lorry.config.schema import TrainConfig
+from lorry.errors import ConfigError, Interrupted
+from lorry.evaluate.loss import evaluate_task
+from lorry.train import checkpoint
+from lorry.train.checks import Checks
+from lorry.train.events import Listener
+from lorry.train.memory import peak_memory
+from lorry.train.metrics import MetricsWriter, cut_after
+from lorry.train.schedule import rate, warmup_steps
+from lorry.train.signals import Stop, watching
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the backend's and the task's state, all of it."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+    stopped_early: bool = False
+
+
+@dataclass
+class Outcome:
+    """What a finished run has to say."""
+
+    steps: int
+    final_loss: float | None
+    best_step: int | None
+    stopped_early: bool
+    last_evaluation: Mapping[str, float] = field(default_factory=dict)
+
+
+class Engine:
+    """Runs a task on a backend. ``identity``: {"config", "digests"} of this run, stored in checkpoints and compared on resume;
+    ``epoch_of(step)``: for the log and for save_strategy/eval_strategy=epoch."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        task: Task,
+        train: TrainConfig,
+        run_dir: Path,
+        *,
+        identity: Mapping[str, Any],
+        epoch_of: Callable[[int], float],
+        checks: Checks,
+        listeners: Sequence[Listener] = (),
+        ends: Sequence[int] = (),
+        tolerance: float = 1e-5,
+    ) -> None:
+        self.backend, self.task, self.train, self.run_dir = backend, task, train, run_dir
+        self.identity, self.epoch_of, self.checks = identity, epoch_of, checks
+        self.listeners, self.ends, self.tolerance = listeners, ends, tolerance
+        self.progress = Progress()
+        self.total = task.total_steps
+        self.warmup = train.warmup_steps or warmup_steps(self.total, train.warmup_ratio)
+        self.evaluation: Mapping[str, float] = {}
+        self.final_loss: float | None = None
+
+    # --- the loop
+
+    def run(self) -> Outcome:
+        """Train to the end. Raises Interrupted after a signal (the state is saved), ContractError, NonFiniteError, DiskError."""
+        checkpoint.durable.make_directory(self.run_dir)
+        cut_after(self.run_dir / METRICS, self.progress.step if self.progress.step else -1)
+        with MetricsWriter(self.run_dir / METRICS) as metrics, watching() as stop:
+            self._tell("start", self.progress.step, self.total)
+            try:
+                while self.progress.step < self.total and not self.progress.stopped_early:
+                    self._one_step(metrics)
+                    self._after(metrics, stop)
+            finally:
+                self._tell("finish")
+        if self.train.load_best_model_at_end and self.progress.best_step is not None:
+            self._load_best(self.progress.best_step)
+        p = self.progress
+        return Outcome(p.step, self.final_loss, p.best_step, p.stopped_early, self.evaluation)
+
+    def _one_step(self, metrics: MetricsWriter) -> None:
+        began, step = time.perf_counter(), self.progress.step
+        batches = self.task.step_batches(step, {"self": self.backend})
+        if 4 not in self.checks.found:
+            self.checks.first_batches(self.backend, batches, self.ends, tolerance=self.tolerance)
+        stats = self.backend.forward_backward(batches, self.task, step)
+        rates = dict.fromkeys(self.task.adapters, self._rate(step))
+        norms = self.backend.step(rates)
+        self.task.after_step(stats)
+        self.checks.after_step(self.backend, norms, rates)
+        self.progress.step += 1
+        record = self._record(stats, norms, rates, time.perf_counter() - began)
+        metrics.write(record)
+        self._tell("step", record)
+
+    def _rate(self, step: int) -> float:
+        t = self.train
+        return rate(step, self.total, kind=t.lr_scheduler_type, base=t.learning_rate, warmup=self.warmup)
+
+    def _record(self, stats: Stats, norms: Norms, rates: Mapping[str, float], seconds: float) -> dict[str, Any]:
+        """One line of metrics.jsonl: plain numbers for one adapter, a mapping under `adapters` as well for several."""
+        names = sorted(stats.present)
+        loss = sum(stats.loss[n] for n in names) / max(len(names), 1)
+        self.final_loss = loss
+        record: dict[str, Any] = {
+            "step": self.progress.step,
+            "epoch": self.epoch_of(self.progress.step),
+            "loss": loss,
+            "learning_rate": max(rates.values()),
+            "grad_norm": sum(n * n for n in norms.norms.values()) ** 0.5,
+            "tokens": stats.tokens,
+            "supervised_tokens": stats.supervised,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory(),
+        }
+        if len(stats.terms) > 1:
+            record |= {f"loss_{term}": sum(values[n] for n in names) / max(len(names), 1) for term, values in stats.terms.items()}
+        if len(stats.loss) > 1:
+            record["adapters"] = {n: {"loss": stats.loss[n], "grad_norm": norms.norms.get(n)} for n in names}
+        return record
+
+    # --- between steps
+
+    def _after(self, metrics: MetricsWriter, stop: Stop) -> None:
+        last = self.progress.step == self.total
+        improved = self._evaluate(metrics) if self._due(self.train.eval_strategy, self.train.eval_steps, last) else False
+        strategy = self.train.save_strategy
+        due = strategy != "no" and (last or self.progress.stopped_early or self._due(strategy, self.train.save_steps, last))
+        keep_best = improved and (self.train.load_best_model_at_end or strategy != "no")
+        if due or keep_best or stop.requested or stop.take_save():
+            self.save()
+        if stop.requested and not last:
+            raise Interrupted(
+                f"{stop.requested} arrived; step {self.progress.step} of {self.total} is saved in {self.run_dir}. "
+                "The same command with resume_from_checkpoint=auto goes on from there"
+            )
+
+    def _due(self, strategy: str | None, every: int | None, last: bool) -> bool:
+        if strategy == "steps":
+            return bool(every) and self.progress.step % int(every or 1) == 0
+        if strategy == "epoch":
+            return last or int(self.epoch_of(self.progress.step)) > int(self.epoch_of(self.progress.step - 1))
+        return False
+
+    def _evaluate(self, metrics: MetricsWriter) -> bool:
+        """Evaluate, log, and update what is best. Returns whether it is."""
+        found = evaluate_task(self.backend, self.task)
+        self.evaluation = found
+        record = {"step": self.progress.step, **found}
+        metrics.write(record)
+        self._tell("evaluation", record)
+        name = self.train.metric_for_best_model
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in found:
+            raise ConfigError(f"train.metric_for_best_model is {name!r}; evaluation gives {', '.join(found)}")
+        p, value = self.progress, found[name]
+        better = p.best is None or (value > p.best if self.train.greater_is_better else value < p.best)
+        if better:
+            p.best, p.best_step, p.waited = value, p.step, 0
+        else:
+            p.waited += 1
+            patience = self.train.early_stopping_patience
+            p.stopped_early = patience is not None and p.waited >= patience
+        return better
+
+    # --- state
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step; the best one is never pruned."""
+        protect = [] if self.progress.best_step is None else [self.progress.best_step]
+        meta = {**self.identity, "progress": vars(self.progress), "task": self.task.state(), "metrics": self.final_loss}
+        state = self.backend.state()
+        return checkpoint.save(
+            self.run_dir, self.progress.step, state, meta, keep=self.train.save_total_limit, protect=protect
+        )
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint. Raises ConfigError if it belongs to other data or another config, ModelError if damaged."""
+        tensors, meta = checkpoint.load(path)
+        for note in checkpoint.refuse_other(meta, self.identity):
+            self._tell("note", note)
+        self.backend.load_state(tensors)
+        self.task.load_state(meta["task"])
+        self.progress = Progress(**meta["progress"])
+        self.final_loss = meta["metrics"]
+        self._tell("note", f"resumed from {path.name}: {self.progress.step} of {self.total} steps are done")
+
+    def _load_best(self, step: int) -> None:
+        tensors, _ = checkpoint.load(self.run_dir / "checkpoints" / f"step-{step:08d}")
+        self.backend.load_state(tensors)
+        self._tell("note", f"loaded the best adapter, of step {step}")
+
+    def _tell(self, what: str, *words: Any) -> None:
+        for listener in self.listeners:
+            getattr(listener, what)(*words)

@@ -1,0 +1,92 @@
+"""What a run tells the outside while it goes: steps, evaluations, notes. The terminal and the trackers listen.
+
+A listener never changes a run. `Plain` prints lines, `Live` draws a progress bar, `trackers` forwards to other tools.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Record = Mapping[str, Any]
+
+
+class Listener(Protocol):
+    """Hears of a run. ``done`` steps of ``total`` are behind when it starts (more than 0 after a resume)."""
+
+    def start(self, done: int, total: int) -> None: ...
+    def step(self, record: Record) -> None: ...
+    def evaluation(self, record: Record) -> None: ...
+    def note(self, text: str) -> None: ...
+    def finish(self) -> None: ...
+
+
+class Plain:
+    """One line per ``every`` steps, for logs and pipes."""
+
+    def __init__(self, every: int = 1, out: TextIO | None = None) -> None:
+        self.every, self.out = every, out if out is not None else sys.stderr
+        self.total = 0
+
+    def start(self, done: int, total: int) -> None:
+        self.total = total
+
+    def step(self, record: Record) -> None:
+        if record["step"] % self.every == 0 or record["step"] == self.total:
+            print(f"step {record['step']}/{self.total}  {figures(record)}", file=self.out, flush=True)
+
+    def evaluation(self, record: Record) -> None:
+        print(f"step {record['step']}/{self.total}  {shown_evaluation(record)}", file=self.out, flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, file=self.out, flush=True)
+
+    def finish(self) -> None:
+        pass
+
+
+class Live:
+    """A progress bar with ETA, loss, tokens/s and memory; evaluations and notes scroll above it."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        self.progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self.console)
+        self.bar = self.progress.add_task("train", figures="", visible=False)
+
+    def start(self, done: int, total: int) -> None:
+        self.progress.start()
+        self.progress.update(self.bar, completed=done, total=total, visible=True)
+
+    def step(self, record: Record) -> None:
+        self.progress.update(self.bar, completed=record["step"], figures=figures(record))
+
+    def evaluation(self, record: Record) -> None:
+        self.console.print(f"step {record['step']}: {shown_evaluation(record)}", highlight=False)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def finish(self) -> None:
+        self.progress.stop()
+
+
+def figures(record: Record) -> str:
+    """Loss, rate of work and memory of a step in a few words."""
+    speed = record["tokens"] / record["seconds"] if record.get("seconds") else float("nan")
+    memory = record.get("peak_memory_bytes", 0) / 2**30
+    return f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {speed:.0f} tok/s  {memory:.2f} GiB"
+
+
+def shown_evaluation(record: Record) -> str:
+    """The values of an evaluation line in a few words."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step" and isinstance(value, float))
+
+
+def for_terminal(every: int) -> Listener:
+    """A bar on a terminal, lines elsewhere."""
+    return Live() if sys.stderr.isatty() else Plain(every)

@@ -1,0 +1,292 @@
+"""Names and values from the command line, YAML, JSON and Python: which setting is meant, what wins, what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorry.config import ChatSettings, DoctorSettings, EvalSettings, MergeSettings, ReportSettings, Run, build, parse
+from lorry.config.aliases import NOT_YET, NOT_YET_VALUES, READINGS, RENAMES
+from lorry.config.names import names_of
+from lorry.errors import ConfigError
+
+
+def run(*argv: str) -> Run:
+    return parse(Run, ["data=people.jsonl", *argv], [])
+
+
+def value(dotted: str, *argv: str) -> Any:
+    found: Any = run(*argv)
+    for part in dotted.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("argv", "dotted", "expected"),
+    [
+        (["r=8"], "lora.r", 8),
+        (["lora.r=8"], "lora.r", 8),
+        (["lora=8"], "lora.r", 8),
+        (["lora={r: 8}"], "lora.r", 8),
+        (["--r", "8"], "lora.r", 8),
+        (["--r=8"], "lora.r", 8),
+        (["--lora.r=8"], "lora.r", 8),
+        (["r=8", "r=16"], "lora.r", 16),
+        (["lora=null"], "lora", None),
+        (["lora=null", "r=4"], "lora.r", 4),
+        (["learning_rate=1e-3"], "train.learning_rate", 1e-3),
+        (["learning-rate=1e-3"], "train.learning_rate", 1e-3),
+        (["--learning-rate", "1E-3"], "train.learning_rate", 1e-3),
+        (["max_steps=1e3"], "train.max_steps", 1000),
+        (["--max_steps", "-1"], "train.max_steps", -1),
+        (["model=org/name"], "model.name", "org/name"),
+        (["model.name=org/name"], "model.name", "org/name"),
+        (["model=12"], "model.name", "12"),
+        (["run_name=1e3"], "train.run_name", "1e3"),
+        (["run_name=no"], "train.run_name", "no"),
+        (["run_name=null"], "train.run_name", None),
+        (["run_name='null'"], "train.run_name", "null"),
+        (["system=Be nice: always # really"], "data.system", "Be nice: always # really"),
+        (["system=[INST] a=b"], "data.system", "[INST] a=b"),
+        (["system=&a b"], "data.system", "&a b"),
+        (["system="], "data.system", None),
+        (["--system", "a=b"], "data.system", "a=b"),
+        (["packing=yes"], "data.packing", True),
+        (["--packing"], "data.packing", True),
+        (["--packing", "r=8"], "data.packing", True),
+        (["--packing", "false"], "data.packing", False),
+        (["--no-shuffle"], "data.shuffle", False),
+        (["eval_strategy=no"], "train.eval_strategy", "no"),
+        (["save_strategy=no"], "train.save_strategy", "no"),
+        (["target_modules=[q_proj, v_proj]"], "lora.target_modules", ["q_proj", "v_proj"]),
+        (["target_modules=q_proj,v_proj"], "lora.target_modules", ["q_proj", "v_proj"]),
+        (["--target_modules", "q_proj", "v_proj", "r=2"], "lora.target_modules", ["q_proj", "v_proj"]),
+        (["--target_modules", "all-linear"], "lora.target_modules", "all-linear"),
+        (["target_modules=.*\\.(q|v)_proj"], "lora.target_modules", ".*\\.(q|v)_proj"),
+        (["layers_to_transform=0,2"], "lora.layers_to_transform", [0, 2]),
+        (["layers_to_transform=3"], "lora.layers_to_transform", 3),
+        (["init_lora_weights=gaussian"], "lora.init_lora_weights", "gaussian"),
+        (["--init_lora_weights", "gaussian"], "lora.init_lora_weights", "gaussian"),
+        (["init_lora_weights=false"], "lora.init_lora_weights", False),
+        (["rank_pattern={q_proj: 4}"], "lora.rank_pattern", {"q_proj": 4}),
+        (["report_to=wandb,tensorboard"], "train.report_to", ["wandb", "tensorboard"]),
+        (["report_to=none"], "train.report_to", []),
+        (["resume_from_checkpoint=true"], "train.resume_from_checkpoint", "auto"),
+        (["save_total_limit=null"], "train.save_total_limit", None),
+        (["output_dir=runs/2024"], "output_dir", Path("runs/2024")),
+        (["output_dir=2024"], "output_dir", Path("2024")),
+        (["test_size=0.1"], "data.test_size", 0.1),
+        (["test_size=10"], "data.test_size", 10),
+    ],
+)
+def test_command_line(argv: list[str], dotted: str, expected: Any) -> None:
+    found = value(dotted, *argv)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_several_files() -> None:
+    assert parse(Run, ["data=[a.jsonl, b.jsonl]"], []).data.path == ["a.jsonl", "b.jsonl"]
+    assert parse(Run, ["--data", "a.jsonl", "b.jsonl", "--r", "4"], []).data.path == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["lerning_rate=1"], "lerning_rate=1: unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
+        (["lora.lora_alfa=1"], "did you mean 'lora.lora_alpha'?"),
+        (["lora.learning_rate=1"], "did you mean 'train.learning_rate'?"),
+        (["modle=x"], "did you mean 'model'?"),
+        (["cutof_len=3"], "did you mean 'cutoff_len'?"),
+        (["--lerning-rate", "3"], "--lerning-rate: unknown setting"),
+        (["zzz=1"], "zzz=1: unknown setting 'zzz'"),
+        (["name=x"], "'name' is ambiguous; write one of: model.name, data.name, backend.name"),
+        (["train=5"], "'train' is a group; set one of its settings, such as train.learning_rate"),
+        (["use_dora=true"], "use_dora=true is not supported yet"),
+        (["--use_dora"], "use_dora=true is not supported yet"),
+        (["lora.modules_to_save=[lm_head]"], "lora.modules_to_save=['lm_head'] is not supported yet"),
+        (["optim=adafactor"], "optim=adafactor is not supported yet"),
+        (["r", "=", "8"], "r: unexpected word; settings are key=value without spaces"),
+        (["-r", "8"], "-r: not an option"),
+        (["--r"], "--r: a value is missing"),
+        (["--r", "--packing"], "--r: a value is missing"),
+        (["r=abc"], "r=abc: lora.r: got 'abc'; give a whole number above 0"),
+        (["r=!!python/object:os.system x"], "lora.r: got '!!python/object:os.system x'"),
+        (["r=" + "9" * 5000], "lora.r: got '999"),
+        (["task=dpo"], "task: got 'dpo'; give sft"),
+    ],
+)
+def test_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(*argv)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "dotted", "expected", "note"),
+    [
+        (["cutoff_len=64"], "data.max_length", 64, "cutoff_len is read as data.max_length"),
+        (["sequence_len=64"], "data.max_length", 64, "sequence_len is read as data.max_length"),
+        (["max_seq_length=64"], "data.max_length", 64, "max_seq_length is read as data.max_length"),
+        (["lora_r=4"], "lora.r", 4, "lora_r is read as lora.r"),
+        (["lora.rank=4"], "lora.r", 4, "lora.rank is read as lora.r"),
+        (["--lora-r", "4"], "lora.r", 4, "lora_r is read as lora.r"),
+        (["alpha=4"], "lora.lora_alpha", 4, "alpha is read as lora.lora_alpha"),
+        (["lr=1e-3"], "train.learning_rate", 1e-3, "lr is read as train.learning_rate"),
+        (["micro_batch_size=2"], "train.per_device_train_batch_size", 2, None),
+        (["batch_size=2"], "train.per_device_train_batch_size", 2, None),
+        (["num_epochs=2"], "train.num_train_epochs", 2.0, None),
+        (["gradient_accumulation=2"], "train.gradient_accumulation_steps", 2, None),
+        (["model_name_or_path=x"], "model.name", "x", None),
+        (["base_model=x"], "model.name", "x", None),
+        (["--lora_target_modules", "q_proj", "v_proj"], "lora.target_modules", ["q_proj", "v_proj"], None),
+        (["lora_target_linear=true"], "lora.target_modules", "all-linear", "lora_target_linear=true is read as"),
+        (["lora_target_linear=false"], "lora.target_modules", "auto", "lora_target_linear=false changes nothing"),
+        (["lora_target=all"], "lora.target_modules", "all-linear", None),
+        (["warmup=0.1"], "train.warmup_ratio", 0.1, "warmup=0.1 is read as train.warmup_ratio=0.1"),
+        (["warmup=10"], "train.warmup_steps", 10, "warmup=10 is read as train.warmup_steps=10"),
+        (["bf16=true"], "model.dtype", "bfloat16", "bf16=true is read as model.dtype=bfloat16"),
+        (["--bf16"], "model.dtype", "bfloat16", None),
+        (["--bf16", "false"], "model.dtype", "auto", "bf16=false changes nothing"),
+        (["train_on_inputs=false"], "data.completion_only_loss", True, None),
+        (["val_set_size=0.1"], "data.test_size", 0.1, None),
+        (["val_set_size=0"], "data.test_size", None, None),
+        (["use_dora=false"], "lora.r", 16, "use_dora=false changes nothing"),
+        (["optim=adamw_torch"], "lora.r", 16, "optim=adamw_torch changes nothing"),
+        (["task_type=CAUSAL_LM"], "lora.r", 16, None),
+    ],
+)
+def test_peers_names(argv: list[str], dotted: str, expected: Any, note: str | None) -> None:
+    notes: list[str] = []
+    found: Any = parse(Run, ["data=people.jsonl", *argv], notes)
+    for part in dotted.split("."):
+        found = getattr(found, part)
+    assert found == expected
+    assert len(notes) == 1
+    assert note is None or notes[0].startswith(note)
+
+
+def test_peers_data_names() -> None:
+    for word in ("dataset", "dataset_name", "train_file"):
+        notes: list[str] = []
+        assert parse(Run, [f"{word}=f.jsonl"], notes).data.path == "f.jsonl"
+        assert notes == [f"{word} is read as data.path"]
+
+
+def test_every_alias_leads_to_a_setting_and_hides_none() -> None:
+    names = names_of(Run)
+    assert [target for target in RENAMES.values() if target not in names.fields] == []
+    words = [*RENAMES, *READINGS, *NOT_YET]
+    assert [word for word in words if word in names.leaves or word in names.groups] == []
+    assert len(set(words)) == len(words), "a word is in two tables"
+    assert [dotted for dotted in NOT_YET_VALUES if dotted not in names.fields and dotted != "to"] == []
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["cutoff_len=8", "max_length=9"], ["max_length=9", "cutoff_len=8"], ["lr=1", "--learning_rate", "2"], ["r=1", "lora.r=2"],
+     ["lora_r=1", "rank=2"], ["bf16=true", "dtype=float32"]],
+)  # fmt: skip
+def test_two_names_for_one_setting(argv: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"both set [a-z_.]+; keep one"):
+        run(*argv)
+
+
+def test_command_line_over_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("data: a.jsonl\ncutoff_len: 7\nlora:\n  r: 4\n  alpha: 9\ntrain: {seed: 3}\n")
+    notes: list[str] = []
+    r = parse(Run, [str(file), "max_length=9", "lora.r=5"], notes)
+    assert r.lora is not None
+    assert (r.data.path, r.data.max_length, r.lora.r, r.lora.lora_alpha, r.train.seed) == ("a.jsonl", 9, 5, 9, 3)
+    assert notes == ["cutoff_len is read as data.max_length", "lora.alpha is read as lora.lora_alpha"]
+    assert parse(Run, ["--config", str(file)], []).data.path == "a.jsonl"
+    with pytest.raises(ConfigError, match="two run descriptions"):
+        parse(Run, ["--config", str(file), str(file)], [])
+    assert parse(Run, [str(file), "lora=null"], []).lora is None
+
+
+@given(st.permutations(["r=1", "r=2", "r=3"]), st.integers(0, 3))
+def test_the_last_of_equal_names_wins(order: list[str], cut: int) -> None:
+    argv = order[:cut]
+    lora = run(*argv).lora
+    assert lora is not None
+    assert lora.r == (int(argv[-1][2:]) if argv else 16)
+
+
+def _one_edit(word: str, at: int, kind: str) -> str:
+    at %= len(word)
+    return {"drop": word[:at] + word[at + 1 :], "double": word[: at + 1] + word[at:], "swap": word[:at] + "x" + word[at + 1 :]}[
+        kind
+    ]
+
+
+@given(
+    st.sampled_from([leaf for leaf in names_of(Run).leaves if len(leaf) > 5]),
+    st.integers(0, 40),
+    st.sampled_from(["drop", "double", "swap"]),
+)
+def test_a_slip_of_one_letter_gets_a_suggestion(leaf: str, at: int, kind: str) -> None:
+    names = names_of(Run)
+    slip = _one_edit(leaf, at, kind)
+    if names.candidates(slip) or slip in {**RENAMES, **READINGS, **NOT_YET}:
+        return
+    with pytest.raises(ConfigError, match="unknown setting") as caught:
+        run(f"{slip}=1")
+    suggested = str(caught.value).rpartition("did you mean ")[2].strip("'?")
+    assert suggested in names.leaves or suggested in names.fields or suggested in names.groups
+    assert abs(len(suggested.rpartition(".")[2]) - len(slip)) <= 3
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from([*names_of(Run).fields, *names_of(Run).groups, *RENAMES, *READINGS, *NOT_YET]),
+    st.one_of(st.text(max_size=20), st.text("[]{}:,-&*!|>'\"%@`#~ \n\t0123456789eE.", max_size=12), st.just("1" * 400)),
+    st.sampled_from(["{}={}", "--{}={}"]),
+)
+def test_any_text_is_taken_or_refused_in_words(key: str, text: str, form: str) -> None:
+    with contextlib.suppress(ConfigError):
+        run(form.format(key, text))
+
+
+@given(st.lists(st.text("-=.abr{} ", max_size=6), max_size=5))
+def test_any_arguments_are_taken_or_refused_in_words(argv: list[str]) -> None:
+    for schema in (Run, EvalSettings, ReportSettings):
+        with contextlib.suppress(ConfigError):
+            parse(schema, argv, [])
+
+
+def test_bare_words_go_to_the_main_setting() -> None:
+    evaluation = parse(EvalSettings, ["runs/a", "data=f.jsonl", "dtype=float32", "limit=5"], [])
+    assert (evaluation.model.name, evaluation.data.path, evaluation.model.dtype, evaluation.limit) == (
+        "runs/a",
+        "f.jsonl",
+        "float32",
+        5,
+    )
+    assert parse(ReportSettings, ["runs/a", "runs/b"], []).runs == ["runs/a", "runs/b"]
+    assert parse(ReportSettings, ["runs=runs/a"], []).runs == ["runs/a"]
+    assert parse(ChatSettings, ["runs/a", "adapters=x,y"], []).adapters == ["x", "y"]
+    assert parse(DoctorSettings, [], []).run is None
+    assert parse(MergeSettings, ["runs/a", "--output_dir", "m", "torch_dtype=bf16"], []).dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"runs/b: one word too many after 'runs/a'"):
+        parse(MergeSettings, ["runs/a", "runs/b"], [])
+    with pytest.raises(ConfigError, match=r"run and model|run is missing"):
+        parse(MergeSettings, [], [])
+
+
+def test_python_values() -> None:
+    base = run("r=4", "eval=held.jsonl")
+    notes: list[str] = []
+    r = build(Run, {"data": {"path": Path("f.jsonl"), "n": 5}, "lora": base.lora, "lr": 1e-3, "output_dir": Path("o")}, notes)
+    assert r.lora is not None
+    assert (r.data.path, r.data.n, r.lora.r, r.train.learning_rate, r.output_dir) == ("f.jsonl", 5, 4, 1e-3, Path("o"))
+    assert notes == ["lr is read as train.learning_rate"]
+    with pytest.raises(ConfigError, match="unknown setting 'epoch'"):
+        build(Run, {"data": "f", "epoch": 3}, [])

@@ -1,0 +1,195 @@
+"""The settings themselves: defaults, limits, values worked out from others, and settings that exclude each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from lorry.config import EvalSettings, ExportSettings, MergeSettings, Run, build
+from lorry.errors import ConfigError
+
+
+def run(**settings: Any) -> Run:
+    return build(Run, {"data": "people.jsonl", **settings}, [])
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    r = run()
+    assert (r.model.name, r.model.dtype, r.model.device, r.model.native) == ("smollm2-135m-instruct", "auto", "auto", True)
+    assert r.lora is not None
+    assert (r.lora.r, r.lora.lora_alpha, r.lora.target_modules, r.lora.adapter_name) == (16, 32, "auto", "default")
+    assert (r.train.learning_rate, r.train.num_train_epochs, r.train.max_steps) == (2e-4, 3.0, -1)
+    assert (r.train.warmup_ratio, r.train.eval_strategy, r.train.report_to) == (0.03, "no", [])
+    assert (r.data.max_length, r.data.packing, r.data.completion_only_loss) == (1024, False, None)
+    assert r.output_dir == Path("runs/people-smollm2-135m-instruct")
+
+
+def test_descriptions_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        run().train.seed = 1  # type: ignore[misc]
+
+
+def test_every_setting_has_a_line_of_help() -> None:
+    from lorry.config.names import names_of
+
+    for schema in (Run, EvalSettings, ExportSettings, MergeSettings):
+        assert [name for name, field in names_of(schema).fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(("given", "alpha"), [({"r": 8}, 16), ({"r": 8, "lora_alpha": 5}, 5), ({"lora_alpha": 0.5}, 0.5)])
+def test_alpha_is_twice_the_rank_unless_given(given: dict[str, Any], alpha: float) -> None:
+    lora = run(**given).lora
+    assert lora is not None
+    assert lora.lora_alpha == alpha
+
+
+def test_no_adapter() -> None:
+    assert run(lora=None).lora is None
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("q_proj", ["q_proj"]),
+        ("q_proj, v_proj", ["q_proj", "v_proj"]),
+        (["q_proj"], ["q_proj"]),
+        ("all-linear", "all-linear"),
+        ("auto", "auto"),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+    ],
+)
+def test_target_modules(given: Any, expected: Any) -> None:
+    lora = run(target_modules=given).lora
+    assert lora is not None
+    assert lora.target_modules == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "strategy"),
+    [
+        ({}, "no"),
+        ({"eval": "held.jsonl"}, "epoch"),
+        ({"test_size": 0.1}, "epoch"),
+        ({"eval_split": "test", "eval_steps": 10}, "steps"),
+        ({"eval": "held.jsonl", "eval_strategy": "no"}, "no"),
+    ],
+)
+def test_evaluation_follows_the_data(given: dict[str, Any], strategy: str) -> None:
+    assert run(**given).train.eval_strategy == strategy
+
+
+@pytest.mark.parametrize(
+    ("given", "ratio"), [({}, 0.03), ({"warmup_steps": 5}, 0.0), ({"warmup_ratio": 0.2}, 0.2), ({"warmup_ratio": 0}, 0.0)]
+)
+def test_warmup_steps_take_the_place_of_the_default_ratio(given: dict[str, Any], ratio: float) -> None:
+    assert run(**given).train.warmup_ratio == ratio
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(True, "auto"), (False, None), (None, None), ("auto", "auto"), ("runs/a", "runs/a"), ("true", "auto")]
+)
+def test_resume(given: Any, expected: str | None) -> None:
+    assert run(resume_from_checkpoint=given).train.resume_from_checkpoint == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("none", []), (None, []), ("wandb", ["wandb"]), ("wandb,trackio", ["wandb", "trackio"])]
+)
+def test_report_to(given: Any, expected: list[str]) -> None:
+    assert run(report_to=given).train.report_to == expected
+
+
+@pytest.mark.parametrize("word", ["bf16", "bfloat16", "torch.bfloat16"])
+def test_dtype_words(word: str) -> None:
+    assert run(dtype=word).model.dtype == "bfloat16"
+    assert build(MergeSettings, {"run": "r", "dtype": word}, []).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"data": "dir/some people.jsonl", "model": "org/Base-1B"}, "some-people-Base-1B"),
+        ({"data": ["a.jsonl", "b.jsonl"], "model": "/m/x.gguf"}, "a-x"),
+        ({"run_name": "try 1"}, "try-1"),
+        ({"data": "../..", "model": "..", "run_name": "../../etc"}, "etc"),
+    ],
+)
+def test_default_output_directory_stays_under_runs(given: dict[str, Any], name: str) -> None:
+    assert run(**given).output_dir == Path("runs") / name
+
+
+def test_settings_beside_a_run() -> None:
+    assert build(MergeSettings, {"run": "runs/a/"}, []).output_dir == Path("runs/a-merged")
+    assert build(ExportSettings, {"run": "runs/a", "to": "peft"}, []).output_dir == Path("runs/a-peft")
+
+
+def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    r = run(output_dir="~/out", model="~/m")
+    assert (r.output_dir, r.model.name) == (Path("/home/me/out"), "/home/me/m")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "train.warmup_steps and train.warmup_ratio"),
+        ({"load_best_model_at_end": True}, "train.load_best_model_at_end needs evaluation"),
+        ({"early_stopping_patience": 2}, "train.early_stopping_patience needs evaluation"),
+        ({"early_stopping_patience": 2, "eval": "e", "eval_strategy": "no"}, "train.early_stopping_patience needs evaluation"),
+        ({"eval_strategy": "epoch"}, "nothing to evaluate on"),
+        ({"eval_steps": 5}, "nothing to evaluate on"),
+        ({"eval": "e", "eval_strategy": "steps"}, "needs train.eval_steps"),
+        ({"eval": "e", "eval_strategy": "epoch", "eval_steps": 5}, "needs train.eval_strategy=steps"),
+        ({"eval": "e", "test_size": 5}, "keep one"),
+        ({"test_size": 1.0}, "got 1.0; give a share between 0 and 1"),
+        ({"test_size": 0}, "got 0; give a share"),
+        ({"r": 0}, "lora.r: got 0; give a whole number above 0"),
+        ({"r": True}, "lora.r: got true; give a whole number above 0"),
+        ({"r": 2.5}, "lora.r: got 2.5; give a whole number"),
+        ({"lora_alpha": -1}, "lora.lora_alpha: got -1; give a number above 0"),
+        ({"lora_dropout": 1.0}, "lora.lora_dropout: got 1.0; give a number of at least 0 and below 1"),
+        ({"learning_rate": float("nan")}, "train.learning_rate: got nan"),
+        ({"learning_rate": float("inf")}, "train.learning_rate: got inf"),
+        ({"max_steps": 0}, "train.max_steps: got 0; give at least 1, or -1"),
+        ({"max_steps": -2}, "train.max_steps: got -2"),
+        ({"adapter_name": "a/b"}, "lora.adapter_name: 'a/b' is not a name"),
+        ({"adapter_name": ".."}, "lora.adapter_name: '..' is not a name"),
+        ({"adapter_name": "x" * 65}, "is not a name"),
+        ({"bias": "all"}, "lora.bias: 'all' is not built yet; give none"),
+        ({"init_lora_weights": "pissa"}, "'pissa' is not built yet; give true or false or gaussian"),
+        ({"backend": "fsdp"}, "backend.name: 'fsdp' is not built yet; give single"),
+        ({"backend": "sngle"}, "did you mean 'single'?"),
+        ({"target_modules": "*bad"}, "is not a regular expression"),
+        ({"target_modules": []}, "lora.target_modules: names no module"),
+        ({"rank_pattern": {"q_proj": 0}}, "lora.rank_pattern: got 0; give a map of name: a whole number above 0"),
+        ({"device": "gpu"}, "model.device: got 'gpu'; give auto, cpu, cuda, cuda:N or mps"),
+        ({"data": []}, "data.path: names no file"),
+        ({"data": ""}, "data.path: must not be empty"),
+        ({"model": "a\0b"}, "NUL"),
+        ({"model": None}, "model: got null; give settings of this group, such as model.name"),
+        ({"report_to": "mlflow"}, "train.report_to: got 'mlflow'"),
+        ({"lr_scheduler_type": "cosin"}, "did you mean 'cosine'?"),
+    ],
+)
+def test_refused_in_one_sentence(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(**given)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_every_wrong_setting_gets_its_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(r=0, seed=-1, dtype="int4")
+    assert [line.split(":")[1].strip() for line in str(caught.value).splitlines()] == ["model.dtype", "lora.r", "train.seed"]
+
+
+def test_missing_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"^data\.path is missing; give data=\.\.\.$"):
+        build(Run, {"r": 8}, [])
+    with pytest.raises(ConfigError, match=r"^to is missing; give to=\.\.\.$"):
+        build(ExportSettings, {"run": "runs/a"}, [])

@@ -1,0 +1,112 @@
+"""Signals become flags, in this process and in a real one that is signalled from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from lorry.train.signals import Stop, watching
+
+WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True)
+def _known_handlers() -> Iterator[None]:
+    """Start from handlers of our own: a test run in the background inherits an ignored SIGINT."""
+    before = {number: signal.signal(number, lambda *_: None) for number in WATCHED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_is_a_flag_and_its_name(number: signal.Signals) -> None:
+    with watching() as stop:
+        assert not stop.requested
+        signal.raise_signal(number)
+        assert stop.requested == number.name
+        assert not stop.take_save()
+
+
+def test_a_second_interrupt_raises_at_once_and_others_do_not() -> None:
+    with watching() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_usr1_asks_for_one_save_and_goes_on() -> None:
+    with watching() as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+        assert (stop.take_save(), stop.take_save(), stop.requested) == (True, False, "")
+
+
+def test_handlers_come_back_also_after_an_error() -> None:
+    before = [signal.getsignal(number) for number in WATCHED]
+    with contextlib.suppress(RuntimeError), watching():
+        assert [signal.getsignal(number) for number in WATCHED] != before
+        raise RuntimeError("inside")
+    assert [signal.getsignal(number) for number in WATCHED] == before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with watching() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.requested
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_outside_the_main_thread_nothing_changes() -> None:
+    before = [signal.getsignal(number) for number in WATCHED]
+    seen: list[Stop] = []
+
+    def work() -> None:
+        with watching() as stop:
+            seen.append(stop)
+            assert [signal.getsignal(number) for number in WATCHED] == before
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [Stop()]
+
+
+LOOP = """
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from lorry.train.signals import watching
+with watching() as stop:
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.005)
+        if stop.take_save():
+            print("saved", flush=True)
+    print(stop.requested, flush=True)
+    while stop.requested == "SIGINT":
+        time.sleep(0.005)
+"""
+
+
+def test_a_real_process_saves_goes_on_and_stops() -> None:
+    child = subprocess.Popen([sys.executable, "-c", LOOP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    os.kill(child.pid, signal.SIGUSR1)
+    assert child.stdout.readline() == "saved\n"
+    os.kill(child.pid, signal.SIGINT)
+    assert child.stdout.readline() == "SIGINT\n"
+    os.kill(child.pid, signal.SIGINT)
+    _, errors = child.communicate(timeout=20)
+    assert errors.rstrip().endswith("KeyboardInterrupt")
