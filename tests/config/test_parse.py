@@ -105,6 +105,9 @@ def test_several_files() -> None:
         (["modle=x"], "did you mean 'model'?"),
         (["cutof_len=3"], "did you mean 'cutoff_len'?"),
         (["--lerning-rate", "3"], "--lerning-rate: unknown setting"),
+        (["--name", "x"], "'name' is ambiguous"),
+        (["bf16=maybe"], "bf16=maybe: model.dtype: got 'maybe'"),
+        (["train_on_inputs=maybe"], "data.completion_only_loss: got 'maybe'; give true or false or null"),
         (["zzz=1"], "zzz=1: unknown setting 'zzz'"),
         (["name=x"], "'name' is ambiguous; write one of: model.name, data.name, backend.name"),
         (["train=5"], "'train' is a group; set one of its settings, such as train.learning_rate"),
@@ -277,8 +280,11 @@ def test_bare_words_go_to_the_main_setting() -> None:
     assert parse(MergeSettings, ["runs/a", "--output_dir", "m", "torch_dtype=bf16"], []).dtype == "bfloat16"
     with pytest.raises(ConfigError, match=r"runs/b: one word too many after 'runs/a'"):
         parse(MergeSettings, ["runs/a", "runs/b"], [])
-    with pytest.raises(ConfigError, match=r"run and model|run is missing"):
+    with pytest.raises(ConfigError, match=r"^--foo: unknown setting 'foo'"):
+        parse(MergeSettings, ["--foo", "3", "runs/a"], [])
+    with pytest.raises(ConfigError, match=r"^run is missing; give run=\.\.\.$"):
         parse(MergeSettings, [], [])
+    assert parse(EvalSettings, ["--bf16", "runs/a", "data=f"], []).model.name == "runs/a"
 
 
 def test_python_values() -> None:

@@ -97,6 +97,20 @@ def test_a_full_disk_leaves_every_old_file(tmp_path: Path, use: Callable[[Faulty
         assert contents(tmp_path) == OLD
 
 
+def test_a_replacement_that_cannot_move_in_brings_the_old_one_back(
+    tmp_path: Path, use: Callable[[FaultyDisk], FaultyDisk]
+) -> None:
+    calls = use(FaultyDisk())
+    write_directory(tmp_path / "out", OLD)
+    write_directory(tmp_path / "out", NEW, replace=True)
+    moves = [i for i, (kind, _) in enumerate(calls.trace, start=1) if kind == "rename"]
+    use(FaultyDisk(moves[2] - (moves[0] + 1), failing(5)))  # the first write ended with the call after its rename
+    with pytest.raises(durable.DiskError):
+        write_directory(tmp_path / "out", OLD, replace=True)
+    assert contents(tmp_path / "out") == NEW
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def test_an_error_while_building_leaves_nothing(tmp_path: Path) -> None:
     def fill(folder: Path) -> None:
         (folder / "half").write_bytes(b"half")

@@ -43,7 +43,7 @@ class MergeRow:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did. ``untied``: head and embedding shared a weight and no longer do, so `tie_word_embeddings` is false now."""
+    """What a merge did. ``untied``: head and embedding shared a weight and no longer do (`tie_word_embeddings` is now false)."""
 
     rows: tuple[MergeRow, ...]
     dtype: torch.dtype
@@ -84,9 +84,9 @@ def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> Merge
         merged[path] = stored
         rows.append(row)
     for path, stored in merged.items():
-        layer = bank.modules[path]
-        layer.kept = layer.weight
-        layer.weight = nn.Parameter(stored, requires_grad=False)
+        place = bank.modules[path]
+        place.kept = place.weight
+        place.weight = nn.Parameter(stored, requires_grad=False)
     bank.before_merge = bank.active
     bank.activate(Mix.none())
     return MergeReport(tuple(rows), next(iter(merged.values())).dtype, untied)
@@ -155,7 +155,7 @@ def _constants(bank: Bank, weights: Mapping[str, float] | None) -> dict[str, flo
     for term in (Mix.constants(weights) if weights is not None else bank.active).terms:
         if term.rows is not None or isinstance(term.gate, Tensor):
             raise ConfigError(
-                f"the mix of {term.adapter!r} varies over tokens and cannot become one weight; pass weights={{{term.adapter!r}: 1.0}}"
+                f"the mix of {term.adapter!r} varies over tokens and cannot become one weight; pass weights={{name: number}}"
             )
         if not math.isfinite(term.gate):
             raise ConfigError(f"the weight of adapter {term.adapter!r} is {term.gate}; it must be a finite number")

@@ -63,8 +63,13 @@ RENAMES: dict[str, str] = {
 }  # fmt: skip
 
 
-def _half(dtype: str) -> Reading:
-    return lambda on: ("model.dtype", dtype) if on is True else None
+def _if_on(setting: str, meaning: Any) -> Reading:
+    """A switch that stands for one value of ours; anything but true, false, null and auto goes on to be refused there."""
+    return lambda on: None if on in (False, None, "auto") else (setting, meaning if on is True else on)
+
+
+def _opposite(setting: str) -> Reading:
+    return lambda on: (setting, not on if isinstance(on, bool) else on)
 
 
 def _share_or_rows(size: Any) -> tuple[str, Any] | None:
@@ -72,15 +77,15 @@ def _share_or_rows(size: Any) -> tuple[str, Any] | None:
 
 
 READINGS: dict[str, Reading] = {
-    "bf16": _half("bfloat16"),
-    "fp16": _half("float16"),
-    "train_on_inputs": lambda on: ("data.completion_only_loss", not on),
-    "train_on_prompt": lambda on: ("data.completion_only_loss", not on),
+    "bf16": _if_on("model.dtype", "bfloat16"),
+    "fp16": _if_on("model.dtype", "float16"),
+    "train_on_inputs": _opposite("data.completion_only_loss"),
+    "train_on_prompt": _opposite("data.completion_only_loss"),
     "train_on_responses_only": lambda on: ("data.completion_only_loss", on),
-    "lora_target_linear": lambda on: ("lora.target_modules", "all-linear") if on is True else None,
+    "lora_target_linear": _if_on("lora.target_modules", "all-linear"),
     "lora_target": lambda names: ("lora.target_modules", "all-linear" if names == "all" else names),
     "warmup": lambda much: ("train.warmup_ratio" if isinstance(much, float) and much < 1 else "train.warmup_steps", much),
-    "use_gradient_checkpointing": lambda on: ("train.gradient_checkpointing", bool(on)),  # unsloth writes "unsloth"
+    "use_gradient_checkpointing": lambda on: ("train.gradient_checkpointing", on == "unsloth" or on),
     "val_set_size": _share_or_rows,
     "val_size": _share_or_rows,
 }

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lorry.config.names import Names, accepts, names_of
-from lorry.config.place import Given, field_of, takes_value
+from lorry.config.place import Given, field_of, is_known, unknown
 from lorry.errors import ConfigError
 
 ASSIGNMENT = re.compile(r"(?:--)?([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
@@ -71,7 +71,9 @@ def _flag(names: Names, word: str, left: list[str], greedy: bool) -> Given:
     if field is None and key.startswith("no_") and (opposite := field_of(names, key[3:])) and accepts(opposite, bool):
         return Given(key[3:], "false", word, typed=True)
     if field is None and key != "config":
-        value = left.pop(0) if takes_value(key) and _is_bare(left) else "true"
+        if not is_known(names, key):
+            raise unknown(names, key, word)
+        value = left.pop(0) if _is_bare(left) and (greedy or left[0].lower() in SWITCH_WORDS) else "true"
         return Given(key, value, word, typed=True)
     if field is not None and _is_switch(field, left):
         return Given(key, "true", word, typed=True)

@@ -16,7 +16,7 @@ import yaml
 
 from lorry.errors import ConfigError
 
-LARGEST = 1 << 20  # bytes; a longer run description is a mistake or an attack
+LARGEST = 1 << 18  # bytes; a longer run description is a mistake or an attack
 WHOLE = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 REAL = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 CORE = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
@@ -73,8 +73,8 @@ class Described:
 
 def read_scalar(text: str) -> Any:
     """A command-line value as YAML: number, switch, null, list, map or text. Raises ValueError when it is none of these."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -82,8 +82,6 @@ def read_scalar(text: str) -> Any:
         return loader.construct_document(node)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{text[:80]!r} is not a YAML value") from error
-    finally:
-        loader.dispose()
 
 
 def read_file(path: Path) -> Described:

@@ -116,7 +116,7 @@ def _place_alias(names: Names, given: Given, notes: list[str]) -> list[Placed]:
             notes.append(f"{_said(given.key, value)} changes nothing: Lorry does so anyway")
             return []
         raise ConfigError(f"{given.where}: {_said(given.key, value)} is not supported yet")
-    raise ConfigError(f"{given.where}: unknown setting {given.key[:80]!r}{suggestion(names, given.key)}")
+    raise unknown(names, given.key, given.where)
 
 
 def _peer_word(names: Names, key: str) -> str:
@@ -142,12 +142,18 @@ def field_of(names: Names, key: str) -> FieldInfo | None:
     return names.fields[found[0]] if len(found) == 1 else None
 
 
-def takes_value(key: str) -> bool:
-    """Whether a peer's flag that is none of our fields may be followed by a value."""
-    return key in READINGS or key in NOT_YET
+def is_known(names: Names, key: str) -> bool:
+    """Whether a name means anything: ours, even if ambiguous or a group, or a peer's."""
+    word = _peer_word(names, key)
+    return key in names.groups or bool(names.candidates(key)) or word in RENAMES or word in READINGS or word in NOT_YET
 
 
-def suggestion(names: Names, key: str) -> str:
+def unknown(names: Names, key: str, where: str) -> ConfigError:
+    """The error for a name that means nothing, with the nearest that does."""
+    return ConfigError(f"{where}: unknown setting {key[:80]!r}{_suggestion(names, key)}")
+
+
+def _suggestion(names: Names, key: str) -> str:
     """``; did you mean 'lora.r'?``: the same leaf in another group, else the nearest of our names, else of peers' names."""
     leaf = key.rpartition(".")[2]
     if leaf != key and leaf in names.leaves:

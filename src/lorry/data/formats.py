@@ -158,8 +158,10 @@ def _read_prompt(row: Mapping[str, Any]) -> Conversation:
     column = column_of(row, COMPLETIONS)
     prompt, completion = row["prompt"], row[column]
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        asked, said = text_of(prompt, "prompt"), answer_of(completion, column)
-        return _conversation([*_system(row), Message("user", asked), Message("assistant", said)], column, (asked, said))
+        asked, said, system = text_of(prompt, "prompt"), answer_of(completion, column), _system(row)
+        opening = f"{system[0].content}\n\n" if system else ""
+        messages = [*system, Message("user", asked), Message("assistant", said)]
+        return _conversation(messages, column, (opening + asked, said))
     before = messages_of(prompt, "prompt") if isinstance(prompt, list) else [Message("user", text_of(prompt, "prompt"))]
     if not isinstance(completion, list):
         return _conversation([*_system(row), *before, Message("assistant", answer_of(completion, column))], column)

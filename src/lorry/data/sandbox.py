@@ -32,7 +32,9 @@ LONGEST_SOURCE = 1 << 19  # characters of template source
 OPEN, CLOSE = "\ufdd1", "\ufdd2"  # mark a {% generation %} block; Unicode noncharacters, never part of real text
 DATE = datetime(2024, 7, 26)  # strftime_now: a fixed day, Llama 3's own default, so that tokens are the same tomorrow
 FILTERS = (
-    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "int", "items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "round", "safe", "select", "selectattr", "sort", "sum", "title", "trim", "unique", "upper",
+    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "int", "items",
+    "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "round",
+    "safe", "select", "selectattr", "sort", "sum", "title", "trim", "unique", "upper",
 )  # fmt: skip
 WIDTHS = {"center", "ljust", "rjust", "zfill", "expandtabs"}  # methods of str that pad to a given width
 
@@ -60,9 +62,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         plain = {name: DEFAULT_FILTERS[name] for name in FILTERS}
         self.filters = {name: self._counted(function) for name, function in (plain | checked).items()}
         self.globals = {
-            "range": lambda *args: self._work(safe_range(*args), 1), "dict": lambda *args, **kwargs: dict(*args, **kwargs), "namespace": _Namespace,
-            "raise_exception": _refuse, "strftime_now": self._strftime,
-        }  # fmt: skip
+            "range": lambda *args: self._work(safe_range(*args), 1),
+            "dict": lambda *args, **kwargs: dict(*args, **kwargs),
+            "namespace": _Namespace,
+            "raise_exception": _refuse,
+            "strftime_now": self._strftime,
+        }
 
     def open_budget(self, given: int) -> None:
         """Start counting anew for a rendering whose messages hold ``given`` characters."""
@@ -111,6 +116,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and type(left) is str and type(right) is str and len(left) + len(right) <= self.room:
+            return left + right  # nearly every operation of a real template
         if operator == "%" and isinstance(left, str):
             return self._percent(left, right)
         if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):

@@ -9,10 +9,9 @@ write to be heard no more, and whether system messages are taken. ``lorry.data.c
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -58,6 +57,7 @@ class ChatTemplate:
     def __init__(self, source: str, variables: Mapping[str, Any], special_tokens: Sequence[str] = ()) -> None:
         self.source, self.variables = source, dict(variables)
         self.notes: list[str] = []
+        self.takes_system, self._forgets_header = True, False
         self._sandbox = Sandbox()
         self._compiled = self._compile(source)
         self.header, self.end_of_turn = self._learn(special_tokens)
@@ -79,6 +79,8 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
         """The conversation as text. Raises TemplateRefusal (this row) or ModelError (a hostile template)."""
+        if not self.takes_system:
+            messages = _folded(messages)
         self._sandbox.open_budget(sum(len(message.content) + len(message.reasoning) for message in messages))
         try:
             marked = self._compiled.render(
@@ -90,6 +92,10 @@ class ChatTemplate:
         except FAULTS as error:
             raise TemplateRefusal(f"the chat template does not take this conversation: {_reason(error)}") from error
         return _without_marks(marked) if OPEN in marked else Rendered(marked)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text to generate an answer from; ends with the assistant's header, also where the template forgets it."""
+        return self.render(messages, add_generation_prompt=True).text + (self.header if self._forgets_header else "")
 
     def _compile(self, source: str) -> jinja2.Template:
         if len(source) > LONGEST_SOURCE:
@@ -119,6 +125,7 @@ class ChatTemplate:
         """What stands between the user's turn and the assistant's own words, as far as a generation prompt gives it."""
         written = common_prefix(opened, before)  # the part of the training text that inference also gives the model
         if opened == asked and before[written:].strip():
+            self._forgets_header = True
             self.notes.append("the chat template ignores add_generation_prompt; the assistant's header is taken from its turns")
             return before[common_prefix(asked, before) :]
         if opened[written:]:
@@ -137,6 +144,18 @@ class ChatTemplate:
         return PROBE in shown
 
 
+def _folded(messages: Sequence[Message]) -> list[Message]:
+    """A leading system message put in front of the first user message."""
+    if messages[0].role != "system":
+        return [*messages]
+    system, rest = messages[0].content, [*messages[1:]]
+    first = next((at for at, message in enumerate(rest) if message.role == "user"), None)
+    if first is None:
+        raise TemplateRefusal("the chat template takes no system message, and there is no user message to put it before")
+    rest[first] = replace(rest[first], content=f"{system}\n\n{rest[first].content}")
+    return rest
+
+
 def special_token_texts(tokenizer: Any) -> list[str]:
     """The texts that the tokenizer reads as control tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -145,7 +164,14 @@ def special_token_texts(tokenizer: Any) -> list[str]:
 
 def common_prefix(one: str, other: str) -> int:
     """Characters that both start with."""
-    return len(os.path.commonprefix([one, other]))
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _plain(message: Message) -> dict[str, str]:

@@ -185,6 +185,11 @@ class Decoder(nn.Module):
         assert last is not None
         return last
 
+    @property
+    def context(self) -> int:
+        """The longest sequence, prompt and answer together, that the model can take."""
+        return self.geometry.context
+
     def new_cache(self, rows: int, room: int) -> Cache:
         """An empty cache for ``rows`` sequences of at most ``room`` tokens."""
         g = self.geometry

@@ -30,10 +30,10 @@ class Axis:
 def value_axis(values: Sequence[float], from_zero: bool = False, log_if_wide: bool = False, count: int = 5) -> Axis:
     """An axis for finite values with about ``count`` ticks; it ends on ticks, so that every curve lies inside.
 
-    from_zero: zero is on the axis. log_if_wide: logarithmic where all values are positive and span `WIDE`.
+    from_zero: zero is on the axis. log_if_wide: logarithmic where `is_wide` says so.
     """
     low, high = min(values, default=0.0), max(values, default=1.0)
-    if log_if_wide and low > 0 and high / low >= WIDE:
+    if log_if_wide and is_wide(values):
         return _log_axis(low, high, count)
     if from_zero or 0 < low < 0.25 * high:
         low, high = min(low, 0.0), max(high, 0.0)
@@ -46,7 +46,16 @@ def value_axis(values: Sequence[float], from_zero: bool = False, log_if_wide: bo
     return Axis(ticks[0], ticks[-1], ticks, tick_labels(ticks, step))
 
 
-def step_axis(steps: Sequence[float], count: int = 8) -> Axis:
+def is_wide(values: Sequence[float]) -> bool:
+    """Whether values want a log axis: all positive, and the highest three decades above all but the lowest twentieth.
+
+    The lowest are left aside because a rate that decays to nearly nothing looks right on a plain axis.
+    """
+    ranked = sorted(values)
+    return bool(ranked) and ranked[0] > 0 and ranked[-1] >= WIDE * ranked[len(ranked) // 20]
+
+
+def step_axis(steps: Sequence[float], count: int = 5) -> Axis:
     """The axis of optimizer steps, from the first to the last; ticks are whole numbers."""
     low, high = min(steps, default=0.0), max(steps, default=1.0)
     if low == high:

@@ -16,16 +16,22 @@ TAIL = 10  # the final loss is the mean of so many steps, since a single step's 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of a run: ``text`` with its unit, and ``note``, how it came about."""
+    """One number of a run: ``value`` as text, a ``unit`` where it needs one, and ``note``, how it came about."""
 
     name: str
-    text: str
+    value: str
     note: str = ""
+    unit: str = ""
+
+    @property
+    def text(self) -> str:
+        """The value with its unit."""
+        return f"{self.value} {self.unit}" if self.unit else self.value
 
 
 def figures(run: Run) -> list[Figure]:
     """The final figures that the run's files give, in the order of interest; none is invented where lines lack it."""
-    return [f for f in (*_losses(run.log), *_costs(run.log), *_extent(run.log)) if f.text != NOTHING]
+    return [f for f in (*_losses(run.log), *_costs(run.log), *_extent(run.log)) if f.value != NOTHING]
 
 
 def _losses(log: Log) -> Iterable[Figure]:
@@ -36,8 +42,8 @@ def _losses(log: Log) -> Iterable[Figure]:
         yield Figure("final loss", number(sum(v / len(tail) for v in tail)), note)
     steps, losses = log.series("eval_loss")
     if losses:
-        finite = [v for v in losses if math.isfinite(v)]
-        best = f", lowest {number(min(finite))} at step {number(steps[losses.index(min(finite))])}" if len(finite) > 1 else ""
+        lowest = min((v for v in losses if math.isfinite(v)), default=losses[-1])
+        best = f", lowest {number(lowest)} at step {number(steps[losses.index(lowest)])}" if lowest < losses[-1] else ""
         yield Figure("evaluation loss", number(losses[-1]), f"at step {number(steps[-1])}{best}")
 
 
@@ -45,7 +51,7 @@ def _costs(log: Log) -> Iterable[Figure]:
     timed = [r for r in log.training if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
     seconds, tokens = (sum(float(r[name]) for r in timed) for name in ("seconds", "tokens"))
     if seconds > 0:
-        yield Figure("throughput", f"{number(tokens / seconds)} tokens/s", f"over {number(len(timed))} steps")
+        yield Figure("throughput", number(tokens / seconds), f"over {number(len(timed))} steps", "tokens/s")
     peaks = [v for v in log.series("peak_memory_bytes")[1] if math.isfinite(v)]
     yield Figure("peak memory", size(max(peaks, default=None)))
     yield Figure("training time", duration(sum(log.series("seconds")[1]) or None), "steps only, without loading and evaluation")

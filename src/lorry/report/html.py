@@ -86,7 +86,7 @@ def _tiles(run: Run) -> Html:
         tag(
             "div",
             tag("div", f.name, class_="name"),
-            tag("div", f.text, class_="value"),
+            tag("div", f.value, tag("span", f" {f.unit}", class_="unit") if f.unit else None, class_="value"),
             tag("div", f.note, class_="note"),
             class_="tile",
         )

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lorry.report.axes import WIDE
+from lorry.report.axes import is_wide
 from lorry.report.curves import Panel, Series, drawable, panels, thin
 from lorry.report.run import Run
 from lorry.report.text import visible
@@ -43,10 +43,10 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     real = [v for s in panel.series for v in s.values if drawable(v)]
-    if panel.log_if_wide and real and min(real) > 0 and max(real) / min(real) >= WIDE:
+    if panel.log_if_wide and is_wide(real):
         axes.set_yscale("log")
     elif panel.from_zero and real and min(real) >= 0 and max(real) > 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(real) * 1.08)
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         axes.legend(handles, labels, fontsize=8, frameon=False)

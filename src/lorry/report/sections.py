@@ -27,9 +27,10 @@ def evaluation(runs: Sequence[Run]) -> Html | None:
         return None
     values = [{(e.name, m): pair for e in run.evaluation for m, pair in e.metrics.items()} for run in runs]
     parts: list[Html] = []
-    for data_set, group in groupby(names, key=lambda name: name[0]):
-        rows = [_metric_row(metric, [one.get((data_set, metric), (None, None)) for one in values]) for _, metric in group]
-        parts += [tag("h3", data_set), table(_metric_head(runs), rows)]
+    for data_set in dict.fromkeys(name for name, _ in names):
+        metrics = [metric for name, metric in names if name == data_set]
+        rows = [_metric_row(metric, [one.get((data_set, metric), (None, None)) for one in values]) for metric in metrics]
+        parts += [tag("h3", data_set), table(_metric_head(runs), rows, "even")]
     return tag("section", tag("h2", "Evaluation"), *parts, id="evaluation")
 
 
@@ -50,25 +51,30 @@ def _metric_row(metric: str, pairs: Sequence[tuple[float | None, float | None]])
 
 def samples(runs: Sequence[Run]) -> Html | None:
     """Prompt, reference, and what the model said before and after, side by side; with several runs, after each of them."""
-    keys = list(
-        dict.fromkeys((s.group, s.prompt) for run in runs for s in run.samples if s.before is not None or s.after is not None)
-    )
+    found = [_answered(run) for run in runs]
+    keys = list(dict.fromkeys(key for one in found for key in one))
     if not keys:
         return None
-    found = [{(s.group, s.prompt): s for s in run.samples} for run in runs]
     columns = ["prompt", "reference", "before", *(["after"] if len(runs) == 1 else [f"after: {run.name}" for run in runs])]
     head = tag("tr", *(tag("th", column) for column in columns))
+    look = {"kind": "samples many", "style": f"--columns: {len(columns)}"} if len(columns) > 4 else {"kind": "samples"}
     parts: list[Html] = []
-    for group, members in groupby(keys, key=lambda key: key[0]):
-        chosen = list(members)
-        rows = [_sample_row(key[1], [one.get(key) for one in found]) for key in chosen[:MOST_ROWS]]
-        left_out = f" (the first {MOST_ROWS} of {len(chosen)})" if len(chosen) > MOST_ROWS else ""
-        many = len(columns) > 4
-        parts += [
-            tag("h3", group + left_out),
-            table(head, rows, "samples many" if many else "samples", f"--columns: {len(columns)}" if many else None),
-        ]
+    for group in dict.fromkeys(group for group, _, _ in keys):
+        members = [key for key in keys if key[0] == group]
+        rows = [_sample_row(key[1], [one.get(key) for one in found]) for key in members[:MOST_ROWS]]
+        left_out = f" (the first {MOST_ROWS} of {len(members)})" if len(members) > MOST_ROWS else ""
+        parts += [tag("h3", group + left_out), table(head, rows, **look)]
     return tag("section", tag("h2", "Before and after"), *parts, id="samples")
+
+
+def _answered(run: Run) -> dict[tuple[str, str, int], Sample]:
+    """Samples with an answer by (group, prompt, how often that prompt came before), so that a repeated one is kept."""
+    out: dict[tuple[str, str, int], Sample] = {}
+    for sample in run.samples:
+        if sample.before is not None or sample.after is not None:
+            repeat = sum(key[:2] == (sample.group, sample.prompt) for key in out)
+            out[sample.group, sample.prompt, repeat] = sample
+    return out
 
 
 def _sample_row(prompt: str, of_runs: Sequence[Sample | None]) -> Html:

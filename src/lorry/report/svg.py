@@ -82,8 +82,9 @@ def _thinned(series: Series, width: int) -> Series:
 def _frame(panel: Panel, curves: Sequence[Series], width: int, height: int, top: float) -> Frame:
     real = [v for s in curves for v in s.values if drawable(v)]
     values = value_axis(real, panel.from_zero, panel.log_if_wide)
+    steps = step_axis([x for s in curves for x in s.steps], count=width // 100)
     left = 12 + CHARACTER * max(len(label) for label in values.labels)
-    return Frame(left, top, width - left - 12, height - top - 40, step_axis([x for s in curves for x in s.steps]), values)
+    return Frame(left, top, width - left - 12, height - top - 40, steps, values)
 
 
 def _legend_entries(panel: Panel) -> list[tuple[Series, str]]:

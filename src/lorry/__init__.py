@@ -1,0 +1,51 @@
+"""Lorry: LoRA post-training for language models. One low-rank equation, one engine, one adapter format.
+
+    import lorry
+    run = lorry.sft(model="smollm2-135m-instruct", data="people.jsonl", r=16, learning_rate=1e-3)
+    model, tok = lorry.load(run.path)
+    print(lorry.generate(model, tok, "Who is Mara Quellen?"))
+
+The layer alone, on any torch model:
+
+    lorry.attach(model, lorry.LoraSpec(r=8, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW(lorry.lora_parameters(model), lr=1e-4)
+
+Names are looked up on first use, so `import lorry` costs nothing and `lorry --help` imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorry.api import generate, load, sft
+    from lorry.bank.attach import attach, detach, lora_parameters
+    from lorry.bank.merge import merge, unmerge
+    from lorry.bank.mix import Mix
+    from lorry.bank.peft_io import load_adapter, save_adapter
+    from lorry.bank.spec import LoraSpec
+    from lorry.errors import LorryError
+
+_HOMES = {
+    "sft": "lorry.api", "load": "lorry.api", "generate": "lorry.api",
+    "attach": "lorry.bank.attach", "detach": "lorry.bank.attach", "lora_parameters": "lorry.bank.attach",
+    "merge": "lorry.bank.merge", "unmerge": "lorry.bank.merge",
+    "load_adapter": "lorry.bank.peft_io", "save_adapter": "lorry.bank.peft_io",
+    "LoraSpec": "lorry.bank.spec", "Mix": "lorry.bank.mix", "LorryError": "lorry.errors",
+}  # fmt: skip
+
+__all__ = [
+    "LoraSpec", "LorryError", "Mix", "attach", "detach", "generate", "load", "load_adapter", "lora_parameters", "merge",
+    "save_adapter", "sft", "unmerge",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'lorry' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

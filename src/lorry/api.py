@@ -1,0 +1,61 @@
+"""What people call from Python: `sft`, `load`, `generate`. The command line calls the same functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+from lorry.config import ModelConfig, Run, build
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorry.train.session import Result
+
+PathLike = str | os.PathLike[str]
+
+
+def sft(**settings: Any) -> Result:
+    """Fine-tune: `sft(model="smollm2-135m-instruct", data="people.jsonl", r=16, learning_rate=1e-3)`.
+
+    Keywords are those of `lorry sft --help`, with or without their group (`train={"seed": 1}` or `seed=1`). Returns the finished
+    run: `.path`, `.contracts`, `.outcome`. Raises ConfigError, DataError, ModelError, ContractError (all LorryError).
+    """
+    from lorry.train.events import for_terminal
+    from lorry.train.session import train_sft
+
+    notes: list[str] = []
+    run = build(Run, settings, notes)
+    return train_sft(run, notes, [for_terminal(run.train.logging_steps)])
+
+
+def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a run, an adapter, a model directory, a hub id, a GGUF file or the embedded name.
+
+    ``adapter``: one more adapter directory; ``model``: dtype, device, revision, native. With an adapter, `model(input_ids).logits`
+    uses it. Raises ModelError.
+    """
+    from lorry.models.open import open_model
+
+    config = build(ModelConfig, {"name": os.fspath(path), "adapter": None if adapter is None else os.fspath(adapter), **model}, [])
+    opened = open_model(config, [])
+    return opened.model, opened.tokenizer
+
+
+@overload
+def generate(model: nn.Module, tokenizer: Any, prompt: str, **options: Any) -> str: ...
+@overload
+def generate(model: nn.Module, tokenizer: Any, prompt: Sequence[str], **options: Any) -> list[str]: ...
+def generate(model: nn.Module, tokenizer: Any, prompt: str | Sequence[str], **options: Any) -> str | list[str]:
+    """Answer a prompt, or several in one batch. With a chat template a prompt is the user's message; ``chat=False`` continues it
+    as plain text.
+
+    Options: max_new_tokens=128, temperature=0 (greedy), top_k, top_p, repetition_penalty, seed, system, and adapters: a name,
+    None for the base, or one of either per prompt. Returns the new text only.
+    """
+    from lorry.models.answer import answer
+
+    single = isinstance(prompt, str)
+    texts = answer(model, tokenizer, [prompt] if isinstance(prompt, str) else list(prompt), **options)
+    return texts[0] if single else texts

@@ -1,0 +1,270 @@
+"""Examples to tokens and loss weights: the one place that decides what is learnt and what is cut.
+
+    encoder = Encoder(tokenizer, max_length=1024)
+    encoder.encode(Conversation((Message("user", "Hi"), Message("assistant", "Hello"))))    # [Encoded(tokens, weights)]
+
+``weights[t]`` is the weight of token t as a target, so the first is always 0. Of a chat or a prompt with completion the
+answers are learnt, each with its end of turn; of a text everything, with the end of text behind it. The end is learnt
+because of where it stands, not by its id: a padding token that is the same id changes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lorry.data.badrows import BadRow
+from lorry.data.chat import Chat, Span, lay_out, locate
+from lorry.data.content import Content, Conversation, Message, Text
+from lorry.data.template import PLAIN, RESERVED, ChatTemplate, TemplateRefusal, special_token_texts
+from lorry.data.tokens import Marked, Tokens
+from lorry.errors import ConfigError, ModelError
+
+TOO_LONG = "too long"  # the kind of a sound row whose answer does not fit: dropped with a count, not an error
+ROUNDS = 8  # tries to hit max_length when a prompt is cut; each lands within a few tokens of it
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens and their weights as targets, of equal length. ``cut`` counts the prompt tokens that were left out."""
+
+    tokens: list[int]
+    weights: list[float]
+    cut: int = 0
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A rendered example. ``messages`` of a chat; ``opened``, ``closed``: BOS, EOS go around it; ``whole``: all is learnt."""
+
+    text: str
+    spans: Sequence[Span]
+    messages: tuple[Message, ...] = ()
+    opened: bool = False
+    closed: bool = False
+    whole: bool = False
+
+
+class Encoder:
+    """Encodes conversations and texts for one tokenizer.
+
+    ``completion_only_loss=False`` supervises every token but the first. ``system`` is put before chats that have no system
+    message of their own. ``variables`` go to the chat template. ``notes`` counts what was adjusted, in words.
+    Raises ModelError for a template or tokenizer that cannot be used, ConfigError for max_length < 2.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, max_length: int, completion_only_loss: bool = True, system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        if max_length < 2:
+            raise ConfigError(f"max_length={max_length}: a token can only be learnt after another one; set 2 or more")
+        self.tokenizer, self.max_length, self.completion_only_loss, self.system = (
+            tokenizer,
+            max_length,
+            completion_only_loss,
+            system,
+        )
+        self.tokens = Tokens(tokenizer)
+        own = ChatTemplate.of(tokenizer, variables)
+        opening = {"opening": tokenizer.decode(self.tokens.opening), "eos_token": tokenizer.eos_token or ""}
+        self.has_template = own is not None
+        self.template = own or ChatTemplate.made(PLAIN, tokenizer, opening)
+        self.notes: Counter[str] = Counter()
+        specials = special_token_texts(tokenizer)
+        self._control = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)")
+
+    def encode(self, content: Content) -> list[Encoded] | BadRow:
+        """``encode_many`` for one example."""
+        return self.encode_many([content])[0]
+
+    def encode_many(self, contents: Sequence[Content]) -> list[list[Encoded] | BadRow]:
+        """Encode each example, or say why it cannot be. Only a text longer than max_length gives more than one piece."""
+        drafts = [self._draft(content) for content in contents]
+        sound = [draft for draft in drafts if isinstance(draft, _Draft)]
+        marked = iter(self.tokens.many([draft.text for draft in sound], [draft.spans for draft in sound]))
+        return [self._finish(draft, next(marked)) if isinstance(draft, _Draft) else draft for draft in drafts]
+
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """The tokens to generate the last answer from, as training puts them before it. Raises TemplateRefusal."""
+        messages = self._prepared(conversation)[:-1]
+        if conversation.plain and not self.has_template:
+            return self._opened(self.tokens.one(self._plain_prompt(conversation)).ids)
+        return self.tokens.one(self.template.prompt(messages)).ids
+
+    def stop_tokens(self) -> list[int]:
+        """Ids at which generation has to stop: the tokenizer's EOS and the template's end of turn."""
+        turn = self.tokens.one(self.template.end_of_turn).ids if self.template.end_of_turn else []
+        return sorted({*([self.tokens.end] if self.tokens.end is not None else []), *(turn if len(turn) == 1 else [])})
+
+    def marked_text(self, encoded: Encoded) -> list[tuple[str, bool]]:
+        """The example as runs of text, each with whether it is supervised; for a person to look at."""
+        runs: list[tuple[list[int], bool]] = []
+        for token, weight in zip(encoded.tokens, encoded.weights, strict=True):
+            if not runs or runs[-1][1] != bool(weight):
+                runs.append(([], bool(weight)))
+            runs[-1][0].append(token)
+        return [(self.tokenizer.decode(ids, skip_special_tokens=False), learnt) for ids, learnt in runs]
+
+    def _draft(self, content: Content) -> _Draft | BadRow:
+        try:
+            if isinstance(content, Text):
+                return _Draft(content.text, [(0, len(content.text))], opened=True, closed=True, whole=True)
+            if content.plain and not self.has_template:
+                prompt, answer = self._plain_prompt(content), content.plain[1]
+                return _Draft(prompt + answer, [(len(prompt), len(prompt) + len(answer))], opened=True, closed=True)
+            return self._chat(self._prepared(content))
+        except TemplateRefusal as error:
+            return BadRow("template", str(error))
+
+    def _plain_prompt(self, conversation: Conversation) -> str:
+        prompt = conversation.plain[0] if conversation.plain else ""
+        return f"{self.system}\n\n{prompt}" if self.system and conversation.messages[0].role != "system" else prompt
+
+    def _chat(self, messages: tuple[Message, ...]) -> _Draft:
+        chat: Chat = lay_out(self.template, messages)
+        if not chat.spans:
+            raise TemplateRefusal("the chat template marks no answer of this conversation for learning")
+        if not chat.ended:
+            self.notes["the chat template writes no end of turn after the last answer; the end of text was added"] += 1
+            return _Draft(chat.text[: chat.spans[-1][1]], chat.spans, messages, closed=True)
+        return _Draft(chat.text, chat.spans, messages)
+
+    def _prepared(self, conversation: Conversation) -> tuple[Message, ...]:
+        """The messages up to the last answer (what follows it teaches nothing), with the system message where it can be."""
+        messages = list(conversation.messages)
+        while messages[-1].role != "assistant":
+            messages.pop()
+        if any(RESERVED.search(message.content) for message in messages):
+            raise TemplateRefusal("the text holds one of the Unicode noncharacters U+FDD0 to U+FDD2, which Lorry needs itself")
+        if self.system and messages[0].role != "system":
+            messages.insert(0, Message("system", self.system))
+        return tuple(self._without_end(message) for message in messages)
+
+    def _without_end(self, message: Message) -> Message:
+        """An answer that already ends with the end of turn or of text would end twice."""
+        if self._control.search(message.content):
+            for end in (self.template.end_of_turn, self.tokenizer.eos_token):
+                if end and message.role == "assistant" and message.content.rstrip().endswith(end):
+                    return self._without_end(replace(message, content=message.content.rstrip().removesuffix(end)))
+            self.notes["messages hold control tokens of the tokenizer as text; they are read as control tokens"] += 1
+        return message
+
+    def _finish(self, draft: _Draft, marked: Marked) -> list[Encoded] | BadRow:
+        """Put BOS and EOS around, cut to max_length, and turn marks into weights."""
+        marked = self._dressed(draft, marked)
+        if draft.whole:
+            return self._pieces(marked.ids)
+        cut, full = 0, len(marked.ids) if not self.completion_only_loss else _last(marked)
+        if full > self.max_length:
+            shortened = self._shortened_chat(draft) if draft.messages else self._shortened_plain(draft, marked)
+            if isinstance(shortened, BadRow):
+                return shortened
+            marked, cut = shortened, full - len(shortened.ids)
+        if self.completion_only_loss:
+            # behind the last answer nothing is learnt and nothing depends on it: not worth computing
+            ids, weights = marked.ids[: _last(marked)], [float(taken) for taken in marked.learnt[: _last(marked)]]
+        else:
+            ids, weights = marked.ids, [1.0] * len(marked.ids)
+        weights[:1] = [0.0]
+        if not any(weights):
+            return BadRow("no answer", "no token of the answer can be learnt: nothing stands before it")
+        return [Encoded(ids, weights, cut)]
+
+    def _dressed(self, draft: _Draft, marked: Marked) -> Marked:
+        ids, learnt = marked.ids, marked.learnt
+        if draft.opened:
+            ids = self._opened(ids)
+            learnt = [False] * (len(ids) - len(learnt)) + learnt
+        if draft.closed:
+            if self.tokens.end is None:
+                raise ModelError("the tokenizer has no eos_token, so the model could never learn to stop; set eos_token")
+            if ids[-1:] != [self.tokens.end]:
+                ids, learnt = [*ids, self.tokens.end], [*learnt, True]
+        return Marked(ids, learnt)
+
+    def _opened(self, ids: list[int]) -> list[int]:
+        """With the tokenizer's BOS in front, once."""
+        opening = self.tokens.opening
+        return ids if ids[: len(opening)] == opening else [*opening, *ids]
+
+    def _pieces(self, ids: list[int]) -> list[Encoded] | BadRow:
+        """Cut a text; each piece repeats the last token of the one before, so that every token but the first is learnt once."""
+        if len(ids) < 2:
+            return BadRow("empty answer", "the text is a single token: there is nothing to learn")
+        step = self.max_length - 1
+        pieces = [ids[start : start + self.max_length] for start in range(0, len(ids) - 1, step)]
+        return [Encoded(piece, [0.0] + [1.0] * (len(piece) - 1)) for piece in pieces]
+
+    def _shortened_plain(self, draft: _Draft, marked: Marked) -> Marked | BadRow:
+        """Drop prompt tokens from the left, behind the BOS."""
+        head = len(self.tokens.opening) if draft.opened else 0
+        over = len(marked.ids) - self.max_length
+        if over > marked.learnt.index(True) - max(head, 1):  # a token has to stand before the answer for it to be learnt whole
+            return self._too_long(sum(marked.learnt))
+        return Marked(marked.ids[:head] + marked.ids[head + over :], marked.learnt[:head] + marked.learnt[head + over :])
+
+    def _shortened_chat(self, draft: _Draft) -> Marked | BadRow:
+        """Leave out the oldest turns, then cut the longest prompt messages from the left, until the last answer fits whole."""
+        messages = draft.messages
+        try:
+            while len(shorter := _without_oldest(messages)) < len(messages):
+                messages = shorter
+                if self._length(fitted := self._drafted(messages)) <= self.max_length:
+                    return fitted
+            for _ in range(ROUNDS * len(messages)):
+                marked = self._drafted(messages)
+                over = self._length(marked) - self.max_length
+                if over <= 0:
+                    return marked
+                shorter = self._cut_longest(messages, over)
+                if shorter == messages:
+                    return self._too_long(sum(marked.learnt))
+                messages = shorter
+        except TemplateRefusal as error:
+            return BadRow("template", f"{error} (after its prompt was cut to max_length={self.max_length})")
+        return self._too_long(sum(marked.learnt))
+
+    def _drafted(self, messages: tuple[Message, ...]) -> Marked:
+        draft = self._chat(messages)
+        return self._dressed(draft, self.tokens.one(draft.text, draft.spans))
+
+    def _length(self, marked: Marked) -> int:
+        return _last(marked) if self.completion_only_loss else len(marked.ids)
+
+    def _cut_longest(self, messages: tuple[Message, ...], over: int) -> tuple[Message, ...]:
+        """Cut ``over`` tokens from the left of the longest message that is no answer (all of it when it has fewer)."""
+        prompts = [at for at, message in enumerate(messages) if message.role != "assistant" and message.content]
+        if not prompts:
+            return messages
+        longest = max(prompts, key=lambda at: len(messages[at].content))
+        text = self.template.render(messages).text
+        start, end = locate(self.template, messages, longest, text)
+        inside = [edge for edge in self.tokens.ends(text) if start < edge <= end]
+        kept = text[inside[over - 1] : end] if over <= len(inside) else ""
+        return (*messages[:longest], replace(messages[longest], content=kept), *messages[longest + 1 :])
+
+    def _too_long(self, answer: int) -> BadRow:
+        return BadRow(TOO_LONG, f"the answer of {answer} tokens with its header is longer than max_length={self.max_length}")
+
+
+def encode(
+    content: Content, tokenizer: Any, *, max_length: int, completion_only_loss: bool = True, system: str | None = None
+) -> list[Encoded] | BadRow:
+    """Encode one example; for many, keep an ``Encoder``."""
+    return Encoder(tokenizer, max_length=max_length, completion_only_loss=completion_only_loss, system=system).encode(content)
+
+
+def _last(marked: Marked) -> int:
+    """One behind the last supervised token."""
+    return len(marked.learnt) - marked.learnt[::-1].index(True) if any(marked.learnt) else 0
+
+
+def _without_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Without the first exchange (a system message stays); the same messages when only one exchange is left."""
+    kept = 1 if messages[0].role == "system" else 0
+    later = [at for at, message in enumerate(messages) if message.role == "user" and at > kept]
+    return messages[:kept] + messages[later[0] :] if later else messages

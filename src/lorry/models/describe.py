@@ -1,0 +1,150 @@
+"""config.json of a model: read without running any code, filled with transformers' defaults, matched to a family or not.
+
+A config is input from a stranger. It never switches code on: pointers to Python files, attention kernels of the hub and trust
+flags are taken out at every depth before transformers sees it (CVE-2026-4372 and its kind).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lorry.errors import ModelError, nearest
+from lorry.families import Family, find, unsupported
+from lorry.families.common import UnsupportedConfig
+from lorry.models.decoder import ACTIVATIONS
+
+CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "custom_generate", "use_kernels", "kernel_config"})
+KERNEL_KEYS = frozenset(
+    f"{prefix}{kind}_implementation{suffix}"
+    for prefix in ("", "_")
+    for kind in ("attn", "experts")
+    for suffix in ("", "_internal", "_autoset")
+)
+BUILT_IN = (None, True, False, "eager", "sdpa", "flash_attention_2", "flex_attention", "grouped_mm", "batched_mm")
+MOST_BYTES = 16 * 1024 * 1024  # of a JSON file that describes a model
+MOST_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class Description:
+    """config: a plain dict, complete; hf: transformers' object for the same; family: None when only transformers can run it,
+    for the reason in ``why``."""
+
+    config: dict[str, Any]
+    hf: Any
+    family: Family | None
+    why: str = ""
+
+
+def describe(directory: Path, *, trust_remote_code: bool = False, native: bool = True, notes: list[str]) -> Description:
+    """Read ``directory/config.json``. Raises ModelError when it is unusable, quantised, or wants code that was not allowed."""
+    path = directory / "config.json"
+    raw, removed = cleaned(read_json(path))
+    refuse_quantised(raw, path)
+    pointers = raw.get("auto_map") or removed.get("auto_map")
+    notes += [f"ignored {key} of {path.name}: a config does not choose the code that runs" for key in removed]
+    kind = raw.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelError(f"{path}: no model_type; this is not the config of a transformers model")
+    if pointers and trust_remote_code:
+        notes.append(f"trust_remote_code=true: Python code from {directory} runs in this process")
+        hf = AutoConfig.from_pretrained(str(directory), trust_remote_code=True, local_files_only=True)
+        return Description(hf.to_dict(), hf, None, "its code comes with the checkpoint")
+    if kind not in CONFIG_MAPPING:
+        if pointers:
+            raise ModelError(
+                f"{path}: model_type {kind!r} needs Python code from the checkpoint; read that code, and if you trust it set "
+                "trust_remote_code=true"
+            )
+        raise ModelError(f"{path}: transformers knows no model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}")
+    hf = _build(kind, raw, path)
+    config = {k: v for k, v in hf.to_dict().items() if k != "_name_or_path"}
+    family, why = match(config, CONFIG_MAPPING[kind]().to_dict(), path) if native else (None, "native=False")
+    if family is None and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{path}: model_type {kind!r} is not a causal language model")
+    return Description(config, hf, family, why)
+
+
+def match(config: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) -> tuple[Family | None, str]:
+    """The family whose decoder computes exactly this config, or None and the reason."""
+    family = find(config["model_type"])
+    if family is None:
+        return None, f"no family of Lorry's decoder covers model_type {config['model_type']!r}"
+    try:
+        if odd := unsupported(family, config, defaults):
+            return None, f"Lorry's decoder does not compute {', '.join(odd)}"
+        geometry = family.geometry(config)
+    except UnsupportedConfig as e:
+        return None, f"Lorry's decoder does not compute {e}"
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+        raise ModelError(f"{path}: unusable numbers ({type(e).__name__}: {e})") from e
+    if geometry.activation not in ACTIVATIONS:
+        return None, f"Lorry's decoder has no activation {geometry.activation!r}"
+    return family, ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size. Raises ModelError with file and line."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ModelError(f"{path} is larger than {MOST_BYTES >> 20} MiB; that is no description of a model")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ModelError(f"{path} does not exist; a model directory has config.json and model.safetensors") from e
+    except json.JSONDecodeError as e:
+        raise ModelError(f"{path}:{e.lineno}: not valid JSON ({e.msg})") from e
+    except (UnicodeDecodeError, RecursionError) as e:
+        raise ModelError(f"{path}: not a JSON text ({type(e).__name__})") from e
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def cleaned(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config without anything that could choose code, what was taken out and is worth telling), at every depth."""
+    kept: dict[str, Any] = {}
+    removed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in CODE_KEYS or (key in KERNEL_KEYS and not (isinstance(value, (str, bool, type(None))) and value in BUILT_IN)):
+            removed[key] = value
+        elif key in KERNEL_KEYS:
+            continue  # transformers' own name for its own code: ours to choose, nothing to tell
+        elif isinstance(value, dict):
+            kept[key], inner = cleaned(value)
+            removed.update({f"{key}.{name}": found for name, found in inner.items()})
+        else:
+            kept[key] = value
+    return kept, removed
+
+
+def refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
+    """Raise ModelError for a checkpoint whose weights are packed (GPTQ, AWQ, bitsandbytes, FP8 ...)."""
+    parts = [config, *(v for v in config.values() if isinstance(v, dict))]
+    for part in parts:
+        found = part.get("quantization_config") or part.get("compression_config")
+        if found:
+            method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
+            raise ModelError(
+                f"{path}: a checkpoint quantised by {method!r} cannot be loaded yet; use the unquantised checkpoint, or a GGUF "
+                "file of the same model"
+            )
+
+
+def _build(kind: str, raw: dict[str, Any], path: Path) -> Any:
+    """transformers' config object from a dict: no file is read again and no code is looked up."""
+    layers = raw.get("num_hidden_layers", raw.get("n_layer", 1))
+    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+        raise ModelError(f"{path}: {layers!r} layers; a whole number from 1 to {MOST_LAYERS} is expected")
+    try:
+        return CONFIG_MAPPING[kind].from_dict(raw)
+    except (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ModelError(f"{path}: transformers refuses this config ({type(e).__name__}: {e})") from e

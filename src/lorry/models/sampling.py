@@ -1,0 +1,87 @@
+"""How the next token is chosen from logits: greedy, or drawn after a penalty, a temperature and two kinds of cut-off.
+
+Every row brings its own random number, so who else is in the batch cannot change what it draws. B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorry.errors import ConfigError
+
+SHORTLIST = 1024  # a nucleus is looked for among this many tokens before the whole vocabulary is sorted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is chosen, in this order: repetition penalty, temperature, top_k, top_p, the draw.
+
+    temperature: 0 takes the most likely token. top_k: draw among the k most likely. top_p: draw among the fewest tokens whose
+    probability reaches p (Holtzman et al. 2020). repetition_penalty: positive logits of tokens already in the prompt or answer
+    are divided by it, negative ones multiplied (Keskar et al. 2019). Raises ConfigError for values outside their range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature": (0 <= self.temperature < float("inf"), "at least 0 (0 is greedy)"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1, or None"),
+            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1, or None"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0 (1 changes nothing)"),
+        }
+        for name, (good, rule) in checks.items():
+            if not good:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
+
+    def choose(self, logits: Tensor, seen: Sequence[Collection[int]], draws: Iterable[float]) -> tuple[Tensor, Tensor]:
+        """logits [B,V] fp32, the tokens each row has ``seen``, a number in [0,1) per row -> (tokens [B], finite [B] bool)."""
+        scores = self._penalise(logits, seen)
+        best, tokens = scores.max(-1)
+        if self.temperature > 0:
+            tokens = self._draw(scores / self.temperature, torch.tensor(list(draws), dtype=torch.float64, device=logits.device))
+        return tokens, best.isfinite()
+
+    def _penalise(self, logits: Tensor, seen: Sequence[Collection[int]]) -> Tensor:
+        if self.repetition_penalty == 1:
+            return logits
+        rows = torch.tensor([b for b, tokens in enumerate(seen) for _ in tokens], device=logits.device)
+        columns = torch.tensor([t for tokens in seen for t in tokens], device=logits.device)
+        old = logits[rows, columns]
+        penalised = torch.where(old < 0, old * self.repetition_penalty, old / self.repetition_penalty)
+        return logits.index_put((rows, columns), penalised)
+
+    def _draw(self, scores: Tensor, draws: Tensor) -> Tensor:
+        """Invert the cumulative distribution: one number a row, so neighbours cannot disturb it. Summed in float64."""
+        if self.top_k is None and self.top_p in (None, 1.0):
+            probs, tokens = scores.softmax(-1), None
+        else:
+            probs, tokens = self._likely(scores)
+        sums = probs.double().cumsum(-1)
+        place = torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)
+        return (place if tokens is None else tokens.gather(1, place))[:, 0]
+
+    def _likely(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """(probs [B,n], tokens [B,n]), most likely first, 0 where cut off. The sum need not be 1."""
+        vocab = scores.shape[1]
+        if self.top_k is not None:
+            best, tokens = scores.topk(min(self.top_k, vocab))
+            probs = best.softmax(-1)
+        else:
+            best, tokens = scores.topk(min(SHORTLIST, vocab))
+            total = scores.logsumexp(-1, keepdim=True)
+            probs = (best - total).exp()
+            if self.top_p is not None and bool((probs.sum(-1) < self.top_p).any()):  # a flat distribution: sort it all
+                best, tokens = scores.sort(descending=True)
+                probs = (best - total).exp()
+        if self.top_p is not None:
+            probs = probs.masked_fill(probs.cumsum(-1) - probs >= self.top_p, 0.0)
+        return probs, tokens
