@@ -15,7 +15,7 @@ from lorry.bank.spec import LoraSpec
 from lorry.data.batch import Example, collate
 from lorry.errors import ModelError, NonFiniteError
 from lorry.models.decoder import Decoder, Packed
-from tests.backends.support import Fixed, Npo, examples, tiny_llama
+from seam import Fixed, Npo, examples, tiny_llama
 
 
 def start(names: tuple[str, ...] = ("default",), specs: tuple[LoraSpec, ...] | None = None, seed: int = 0) -> tuple[Decoder, Local]:

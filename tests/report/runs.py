@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lorry.report.log import MetricsWriter
+from lorry.report.lines import MetricsWriter
 
 HOSTILE = (
     "</script><script>document.title='hacked'</script>",

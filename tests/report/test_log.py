@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorry.disk import durable
 from lorry.errors import DataError
-from lorry.report.log import MetricsWriter, cut_after, iterate, read
+from lorry.report.lines import MetricsWriter, cut_after, iterate
+from lorry.report.log import read
 
 values = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.integers(-(10**12), 10**12))
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(lambda n: n != "step" and not n.startswith("eval_"))
@@ -95,25 +97,58 @@ def test_cut_after_does_not_touch_what_needs_no_cut(tmp_path: Path) -> None:
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Broken(durable.Disk):
+    """A disk that refuses one kind of call, after taking ``room`` bytes of a write."""
+
+    def __init__(self, call: str, room: int = 0) -> None:
+        self.call, self.room = call, room
+
+    def fsync(self, fd: int) -> None:
+        self._refuse("fsync")
+
+    def rename(self, old: Path, new: Path) -> None:
+        self._refuse("rename")
+
+    def write(self, fd: int, data: memoryview) -> int:
+        if self.call == "write" and not self.room:
+            self._refuse("write")
+        taken, self.room = (self.room, 0) if self.call == "write" else (len(data), 0)
+        return super().write(fd, data[:taken])
+
+    def _refuse(self, call: str) -> None:
+        if self.call == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, [{"step": 1}, {"step": 2}])
     content = path.read_bytes()
-
-    def fail(handle: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(durable, "disk", Broken(call))
+    with pytest.raises(durable.DiskError, match="No space left"):
         cut_after(path, 1)
     assert path.read_bytes() == content
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_full_disk_is_named_and_the_next_writer_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write({"step": 1})
+        monkeypatch.setattr(durable, "disk", Broken("write", room=5))
+        with pytest.raises(durable.DiskError, match=r"metrics\.jsonl: No space left"):
+            writer.write({"step": 2})
+        monkeypatch.undo()
+    assert path.read_bytes() == b'{"step": 1}\n{"ste'
+    write(path, [{"step": 2}])
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
 def test_a_killed_writer_loses_nothing_it_wrote(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom lorry.report.log import MetricsWriter\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom lorry.report.lines import MetricsWriter\n"
         "w = MetricsWriter(Path(sys.argv[1]))\n"
         "for i in range(1, 51): w.write({'step': i})\nos.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -189,11 +224,11 @@ def test_evaluation_lines_do_not_count_as_steps(tmp_path: Path) -> None:
 
 
 def test_the_writer_refuses_a_record_without_step(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "metrics.jsonl"
+    path = tmp_path / "metrics.jsonl"
     with MetricsWriter(path) as writer, pytest.raises(DataError, match="'step' must be"):
         writer.write({"loss": 1.0})
     assert path.read_bytes() == b""
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(durable.DiskError, match="Bad file descriptor"):
         writer.write({"step": 1})
 
 

@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lorry.train import durable
+from lorry.disk import durable
 
 Fault = Callable[["FaultyDisk", str, tuple[Any, ...]], Any]
 Say = Callable[[int], object]

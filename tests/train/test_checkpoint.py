@@ -18,7 +18,7 @@ from states import DTYPES, STATES, bits, meta, same
 from torch import Tensor
 
 from lorry.errors import ConfigError, ContractError, ModelError
-from lorry.train import durable, manifest
+from lorry.disk import durable, manifest
 from lorry.train.checkpoint import find_latest, forget_after, load, save
 
 

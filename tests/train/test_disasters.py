@@ -14,7 +14,7 @@ import pytest
 from faults import FaultyDisk, Outcome, PowerCut, Say, breaking, failing, kill, kill_points, short
 from states import STATES, meta, same
 
-from lorry.train import durable
+from lorry.disk import durable
 from lorry.train.checkpoint import find_latest, forget_after, load, save
 
 

@@ -72,13 +72,17 @@ class Bank:
     def names(self) -> list[str]:
         return list(self.adapters)
 
+    def refuse_taken(self, name: str) -> None:
+        """Raises ConfigError if an adapter of this name is attached."""
+        if name in self.adapters:
+            raise ConfigError(f"an adapter named {name!r} is already attached; choose another name or detach it first")
+
     def add(self, name: str, spec: LoraSpec, targets: Mapping[str, Adaptable], *, seed: int) -> Adapter:
         """Create an adapter at the given modules. A's values depend on (seed, module path) alone.
 
         Raises ConfigError if the name is taken.
         """
-        if name in self.adapters:
-            raise ConfigError(f"an adapter named {name!r} is already attached; choose another name or detach it first")
+        self.refuse_taken(name)
         ranks = {path: spec.rank(path) for path in targets}
         shapes = [(ranks[p], m.in_features) for p, m in targets.items()]
         shapes += [(m.out_features, ranks[p]) for p, m in targets.items()]

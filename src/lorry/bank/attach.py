@@ -49,11 +49,13 @@ def attach(
     chosen = list(modules) if modules is not None else select(model, candidates, spec)
     if missing := [m for m in chosen if m not in candidates]:
         raise ConfigError(f"no linear or embedding layer named {missing[0]!r} in this model{nearest(missing[0], candidates)}")
-    if any(m.kept is not None for m in bank_of(model, create=True).modules.values()):
+    bank = bank_of(model, create=True)
+    if bank.before_merge is not None:
         raise ConfigError("this model is merged; call unmerge(model) before attaching another adapter")
+    bank.refuse_taken(name)
     freeze(model)
     targets = {path: _ensure(model, path, candidates[path]) for path in chosen}
-    return bank_of(model).add(name, spec, targets, seed=seed)
+    return bank.add(name, spec, targets, seed=seed)
 
 
 def detach(model: nn.Module, name: str = "default") -> None:
@@ -79,8 +81,11 @@ def freeze(model: nn.Module) -> None:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The fp32 masters of every adapter, for an optimizer of your own: `torch.optim.AdamW(lora_parameters(model), lr=1e-4)`."""
-    return bank_of(model).parameters()
+    """The fp32 masters of every adapter, for an optimizer of your own: `torch.optim.AdamW(lora_parameters(model), lr=1e-4)`.
+
+    Those of frozen adapters (`requires_grad` off) are left out: weight decay would change them.
+    """
+    return [p for p in bank_of(model).parameters() if p.requires_grad]
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import secrets
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,11 +27,12 @@ from lorry.bank.attach import attach, bank_of, linears
 from lorry.bank.layers import BankEmbedding, BankLinear
 from lorry.bank.peft_config import CONFIG, check_time, parse_config, read_json, to_config
 from lorry.bank.peft_tensors import PREFIX, WEIGHTS, adaptable, check_modules, opened, read_values, renaming, sort_parts
+from lorry.disk import durable
 from lorry.errors import ConfigError, ModelError
 
 FACTS = "lorry_adapter.json"
 NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")
-SAMPLES = 64  # values of each base tensor that the digest looks at
+SAMPLES = 4096  # values of each base tensor that the digest looks at
 
 
 def adapter_files(
@@ -72,23 +70,11 @@ def save_adapter(
 ) -> None:
     """Write an adapter into the directory ``path`` (made if absent), where PEFT and `load_adapter` find it.
 
-    Every file is durable before the first one replaces an older one, and each is replaced at once. Raises what
-    `adapter_files` raises, and ModelError if the disk refuses (then what was there before still is).
+    Every file is durable before the first one replaces an older one. Raises what `adapter_files` raises, and DiskError.
     """
-    folder = Path(path)
     files = adapter_files(model, name, base_name=base_name, extra=extra)
-    staged = {file: folder / f"{file}.tmp-{os.getpid()}-{secrets.token_hex(4)}" for file in files}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            for file, content in files.items():
-                stack.callback(_discard, staged[file])
-                _write(staged[file], content)
-            for file, temp in staged.items():
-                os.replace(temp, folder / file)
-        _sync(folder)
-    except OSError as e:
-        raise ModelError(f"{e.filename or folder}: the adapter could not be written ({e.strerror})") from e
+    durable.make_directory(Path(path))
+    durable.write_files(Path(path), files)
 
 
 def load_adapter(
@@ -196,23 +182,3 @@ def _version() -> str:
         return version("lorry")
     except PackageNotFoundError:  # run from a source tree that was never installed
         return "unknown"
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _discard(path: Path) -> None:
-    with suppress(OSError):  # the failure that led here is the one to report
-        path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -35,6 +35,11 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Line breaks of every kind are escaped: PyYAML folds some of them (U+0085) so that they do not come back."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
 def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(node.value, 10 if node.value.lstrip("+-").isdigit() else 0)
 
@@ -59,6 +64,7 @@ for _kind, _pattern, _first in (
     ("float", REAL.pattern, list("-+.0123456789")),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
+_Dumper.add_representer(str, _text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{REAL.pattern})$"), list("-+.0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"^(?:{WHOLE.pattern})$"), list("-+0123456789"))
 

@@ -180,7 +180,8 @@ class TrainConfig(Group):
     @field_validator("warmup_ratio", mode="before")
     @classmethod
     def _default_warmup(cls, value: Any, info: ValidationInfo) -> Any:
-        return (0.0 if info.data.get("warmup_steps") else 0.03) if value is None else value
+        without = info.data.get("warmup_steps") or info.data.get("lr_scheduler_type") == "constant"
+        return (0.0 if without else 0.03) if value is None else value
 
     @model_validator(mode="after")
     def _settings_agree(self) -> TrainConfig:

@@ -96,6 +96,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
+            if isinstance(args[position], list | tuple | dict):
+                self._weigh(args[position])  # many filters print what they are given
             self._work(args[position])
             return function(*args, **kwargs)
 
@@ -171,9 +173,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
             items = list(args[0])
             self._join(items, owner)
             return (items,)
-        if method in ("format", "format_map"):
-            self._afford_format(owner, "{", given)
         return args
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """``str.format``, which the sandbox replaces where it is looked up, with its sizes checked."""
+        safe = super().wrap_str_format(value)
+        if safe is None:
+            return None
+
+        def measured(*args: Any, **kwargs: Any) -> str:
+            self._afford_format(value.__self__, "{", (*args, *kwargs.values()))
+            return safe(*args, **kwargs)
+
+        return measured
 
     def _join(self, value: Any, d: str = "", attribute: str | int | None = None) -> str:
         items = list(value)

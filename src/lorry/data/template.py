@@ -90,7 +90,7 @@ class ChatTemplate:
         except (SecurityError, MemoryError) as error:
             raise ModelError(f"the chat template was stopped: {error}; train only with a template you trust") from error
         except FAULTS as error:
-            raise TemplateRefusal(f"the chat template does not take this conversation: {_reason(error)}") from error
+            raise TemplateRefusal(f"the chat template refuses this conversation: {_reason(error)}") from error
         return _without_marks(marked) if OPEN in marked else Rendered(marked)
 
     def prompt(self, messages: Sequence[Message]) -> str:
@@ -115,7 +115,7 @@ class ChatTemplate:
             opened = self.render([question], add_generation_prompt=True).text
             full = self.render([question, answer]).text
         except TemplateRefusal as error:
-            raise ModelError(f"{error}: it cannot render one question and one answer") from error
+            raise ModelError(f"the chat template cannot render one question and one answer: {error}") from error
         at = full.find(PROBE)
         if at < 0:
             raise ModelError("the chat template does not show what the assistant says; it cannot be trained with")

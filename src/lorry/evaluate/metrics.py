@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy
-
 from lorry.errors import DataError
 
 References = str | Sequence[str]
@@ -119,6 +117,8 @@ def bootstrap_interval(
 
     Raises ValueError for no values, a value that is not finite, or a confidence outside (0, 1).
     """
+    import numpy  # the report matches strings with this module and draws no interval
+
     data = numpy.asarray(values, dtype=numpy.float64)
     if data.size == 0 or not numpy.isfinite(data).all():
         raise ValueError(f"a bootstrap needs at least one value, all of them finite; got {data.size} values")

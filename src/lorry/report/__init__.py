@@ -9,8 +9,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorry.report.files import replace_file
+from lorry.disk import durable
 from lorry.report.html import page
+from lorry.report.plots import png
 from lorry.report.run import load_all
 
 
@@ -19,16 +20,14 @@ def build(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
 
     output: the page (``.html``), or a directory for ``report.html``. By default a run's own directory; for several runs
     ``comparison.html`` in the directory they share. Both files replace older ones atomically. A live run may be reported on.
-    Raises DataError when a directory is no run or one of its files cannot be read; nothing is written then.
+    Raises DataError when a directory is no run or one of its files cannot be read; nothing is written
+    then. Raises DiskError when the disk refuses.
     """
-    from lorry.report.plots import png  # matplotlib takes most of a second to import
-
     runs = load_all(run_dirs)
     target = _target([run.path for run in runs], output)
     text, image = page(runs), png(runs)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(target.with_suffix(".png"), image)
-    replace_file(target, text.encode("utf-8"))
+    durable.make_directory(target.parent)
+    durable.write_files(target.parent, {target.with_suffix(".png").name: image, target.name: text.encode("utf-8")})
     return target
 
 

@@ -87,8 +87,13 @@ def tick_labels(ticks: Sequence[float], step: float) -> tuple[str, ...]:
     """Labels with the same number of decimals; powers of ten only where plain digits would be long."""
     largest = max(abs(t) for t in ticks)
     if largest and not 1e-3 <= largest < 1e6:
-        digits = max(0, math.ceil(math.log10(largest / step)))
+        digits = max(0, math.ceil(math.log10(largest / step))) + _is_quarter(step)
         return tuple("0" if t == 0 else scientific(t, digits) for t in ticks)
     exponent = math.floor(math.log10(step) + 1e-9)
-    decimals = max(0, -exponent) + (1 if round(step / 10.0**exponent, 6) == 2.5 and exponent <= 0 else 0)
+    decimals = max(0, -exponent) + (_is_quarter(step) if exponent <= 0 else 0)
     return tuple(f"{t:,.{decimals}f}" for t in ticks)
+
+
+def _is_quarter(step: float) -> bool:
+    """Whether a step is 2.5 times a power of ten, whose multiples need one more digit."""
+    return f"{step:.2e}".startswith("2.50")

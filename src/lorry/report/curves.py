@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy
-
 from lorry.report.log import EVALUATION, Log, is_number
 from lorry.report.run import Run
 from lorry.report.text import byte_scale
@@ -17,6 +15,7 @@ Kind = Literal["raw", "line", "points"]
 NOT_CURVES = {"epoch", "tokens", "supervised_tokens", "seconds"}  # counts of a step; throughput shows what matters of them
 LARGEST = 1e300  # values beyond it are treated as infinite: sums and spans of them would overflow
 MOST_RAW = 3  # with more runs than this only smoothed curves stay readable
+SMOOTH_POINTS = 1000
 MOST_DOTS = 60  # more circles than this on a curve would hide it
 FEW = 10  # shorter series are drawn as they are, since smoothing would hide them
 
@@ -63,7 +62,23 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     drawn = NOT_CURVES | {"loss", "eval_loss", "learning_rate", "grad_norm", "peak_memory_bytes"}
     names = [name for name in dict.fromkeys(n for run in runs for n in run.log.names()) if name not in drawn]
     terms = [_named(runs, name) for name in names]
-    return [panel for panel in fixed + terms if any(s.steps for s in panel.series)]
+    drawn_panels = [*fixed, *_by_adapter(runs), *terms]
+    return [panel for panel in drawn_panels if any(s.steps for s in panel.series)]
+
+
+def _by_adapter(runs: Sequence[Run]) -> list[Panel]:
+    """Loss and gradient norm of each adapter of runs that train several at once."""
+    owners = [(run, adapter) for run in runs for adapter in run.log.adapters()]
+    found = []
+    for name, title in (("loss", "Loss of each adapter"), ("grad_norm", "Gradient norm of each adapter")):
+        series = []
+        for color, (run, adapter) in enumerate(owners):
+            steps, values = run.log.series(name, adapter)
+            if len(steps) > FEW:
+                steps, values = smooth(steps, values, _window(steps))
+            series.append(Series(adapter if len(runs) == 1 else f"{run.name}, {adapter}", color, "line", steps, values))
+        found.append(Panel(title, "", tuple(series), log_if_wide=True))
+    return found
 
 
 def _named(runs: Sequence[Run], name: str) -> Panel:
@@ -120,22 +135,29 @@ def _smoothed(runs: Sequence[Run], pick: Callable[[Log], tuple[list[int], list[f
             continue
         if len(runs) <= MOST_RAW:
             raw.append(Series(_label(runs, run, "each step"), color, "raw", steps, values, len(runs) == 1))
-        window = len(steps) // 40 * 2 + 3
-        lines.append(Series(name or f"mean of {window} steps", color, "line", steps, smooth(values, window)))
+        window = _window(steps)
+        lines.append(Series(name or f"mean of {window} steps", color, "line", *smooth(steps, values, window)))
     return (*raw, *lines)
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
+def _window(steps: Sequence[float]) -> int:
+    """Steps of a moving mean: a twentieth of the series, odd, at least 3."""
+    return len(steps) // 40 * 2 + 3
+
+
+def smooth(steps: Sequence[float], values: Sequence[float], window: int) -> tuple[list[float], list[float]]:
     """The mean over ``window`` steps around each, fewer at the ends; values that have no place on an axis are passed over.
 
     A centred mean and not an exponential one, since that lags behind a falling loss and seems to contradict evaluations.
+    Of a long series only about `SMOOTH_POINTS` means are taken, the last step's among them: between them it hardly moves.
     """
-    real = numpy.array([drawable(v) for v in values], dtype=float)
-    kept = numpy.array([v if drawable(v) else 0.0 for v in values])
-    ones = numpy.ones(min(window, len(values)))
-    counts = numpy.convolve(real, ones, "same")
-    sums = numpy.convolve(kept, ones, "same")
-    return [float(s / c) if c else math.nan for s, c in zip(sums, counts, strict=True)]
+    half, count = window // 2, len(values)
+    chosen = [*range(0, count - 1, math.ceil(count / SMOOTH_POINTS)), count - 1]
+    out = []
+    for i in chosen:
+        around = [v for v in values[max(0, i - half) : i + half + 1] if drawable(v)]
+        out.append(sum(around) / len(around) if around else math.nan)
+    return [steps[i] for i in chosen], out
 
 
 def thin(steps: Sequence[float], values: Sequence[float], most: int) -> tuple[list[float], list[float]]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from lorry.report.axes import is_wide
 from lorry.report.curves import Panel, Series, drawable, panels, thin
 from lorry.report.run import Run
 from lorry.report.text import visible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLORS = ("#2a78d6", "#e0662f", "#12966a", "#b98200", "#d0568c", "#4a3aa7", "#4f7f12", "#d23b3b")  # page.css, light
 MOST_POINTS = 1500
@@ -20,6 +20,9 @@ MOST_POINTS = 1500
 
 def png(runs: Sequence[Run]) -> bytes:
     """All panels of the runs in two columns, as the bytes of a PNG file; a note in their place when there are none."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # most of a second, only for those who draw
+    from matplotlib.figure import Figure
+
     drawn = panels(runs)
     rows = max(1, (len(drawn) + 1) // 2)
     figure = Figure(figsize=(12, 3.2 * rows + 0.6), dpi=110, layout="constrained")

@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorry.errors import ConfigError, ContractError, ModelError
-from lorry.train import durable, manifest
+from lorry.disk import durable, manifest
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from lorry.backends.base import Backend, Norms, Stats, Task
 from lorry.config.schema import TrainConfig
+from lorry.disk import durable
 from lorry.errors import ConfigError, Interrupted
 from lorry.evaluate.loss import evaluate_task
 from lorry.train import checkpoint
@@ -84,7 +85,7 @@ class Engine:
 
     def run(self) -> Outcome:
         """Train to the end. Raises Interrupted after a signal (the state is saved), ContractError, NonFiniteError, DiskError."""
-        checkpoint.durable.make_directory(self.run_dir)
+        durable.make_directory(self.run_dir)
         cut_after(self.run_dir / METRICS, self.progress.step if self.progress.step else -1)
         with MetricsWriter(self.run_dir / METRICS) as metrics, watching() as stop:
             self._tell("start", self.progress.step, self.total)
@@ -189,11 +190,10 @@ class Engine:
     def save(self) -> Path:
         """Write a checkpoint of this step; the best one is never pruned."""
         protect = [] if self.progress.best_step is None else [self.progress.best_step]
-        meta = {**self.identity, "progress": vars(self.progress), "task": self.task.state(), "metrics": self.final_loss}
-        state = self.backend.state()
-        return checkpoint.save(
-            self.run_dir, self.progress.step, state, meta, keep=self.train.save_total_limit, protect=protect
-        )
+        meta = {**self.identity, "progress": vars(self.progress), "task": self.task.state(), "final_loss": self.final_loss}
+        durable.settle(self.run_dir / METRICS)
+        state, keep = self.backend.state(), self.train.save_total_limit
+        return checkpoint.save(self.run_dir, self.progress.step, state, meta, keep=keep, protect=protect)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint. Raises ConfigError if it belongs to other data or another config, ModelError if damaged."""
@@ -203,7 +203,8 @@ class Engine:
         self.backend.load_state(tensors)
         self.task.load_state(meta["task"])
         self.progress = Progress(**meta["progress"])
-        self.final_loss = meta["metrics"]
+        self.final_loss = meta["final_loss"]
+        checkpoint.forget_after(self.run_dir, self.progress.step)
         self._tell("note", f"resumed from {path.name}: {self.progress.step} of {self.total} steps are done")
 
     def _load_best(self, step: int) -> None:

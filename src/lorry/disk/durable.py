@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorry.errors import ConfigError, LorryError, ModelError
-from lorry.train import manifest as manifests
+from lorry.disk import manifest as manifests
 
 Content = bytes | Iterable[bytes | memoryview]
 

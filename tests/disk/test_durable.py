@@ -10,8 +10,8 @@ import pytest
 from faults import FaultyDisk, PowerCut, Say, failing, kill, kill_points
 
 from lorry.errors import ConfigError, LorryError, ModelError
-from lorry.train import durable
-from lorry.train.durable import building, cut, recover, settle, write_directory, write_files
+from lorry.disk import durable
+from lorry.disk.durable import building, cut, recover, settle, write_directory, write_files
 
 DISKS: list[Callable[[int], FaultyDisk]] = [
     lambda n: FaultyDisk(n, kill),

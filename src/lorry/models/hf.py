@@ -1,0 +1,313 @@
+"""Any causal language model of transformers behind the decoder's face: same packed tokens, same mixes, same bank, more slowly.
+
+The model is used through its own forward and never edited. What Lorry needs beyond that is found out and checked once, by
+comparing logits on a few random tokens: where the body ends and what its own code does after it (a plain head, a softcap, a
+scale). If neither can be established, whole logits are kept instead of hidden states: nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lorry.bank.adapters import Bank, wrap
+from lorry.bank.layers import AMBIENT, Adaptable
+from lorry.bank.mix import Call
+from lorry.errors import ContractError, ModelError
+from lorry.models.decoder import Hidden, Output, Packed
+from lorry.models.frames import Frame, by_position, frames, gather
+from lorry.models.hf_cache import HfCache
+
+PROBE = (2, 6)  # sequences and tokens of the one-time check
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the last layer that was asked for."""
+
+
+class _Given(nn.Module):
+    """Stands where a model's body stands and returns hidden states that are already there."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+
+
+class HfModel(nn.Module):
+    """``inner``: a transformers causal model. Module paths, state-dict names and layers are those of ``inner``: both share one
+    table of children, so an adapter attached to this model sits in that one.
+
+    ``head`` is the output layer when logits are plainly head(hidden), else None; ``body`` the path of the part that ends in
+    hidden states, or None when only whole logits can be trusted (then ``hidden().last`` is [T, V] and ``logits`` the identity).
+    """
+
+    family = None
+
+    def __init__(self, inner: Any, notes: list[str] | None = None) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = inner.config.to_dict()
+        self.layers: list[nn.Module] = _layers(inner)
+        self.body, self._plain = _find_body(inner.eval().requires_grad_(False))
+        self._checkpointing = False
+        self.__dict__["inner"] = inner  # not a child: its children are ours
+        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[table] = inner.__dict__[table]
+        if self.body is None and notes is not None:
+            notes.append(f"{type(inner).__name__} computes its logits in a way Lorry cannot split; they are kept whole, [T, V]")
+
+    # --- what the bank and the engine ask of a model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
+
+    @property
+    def head(self) -> nn.Module | None:
+        return self.inner.get_output_embeddings() if self._plain else None
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.inner.get_output_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.inner.get_input_embeddings()
+
+    def train(self, mode: bool = True) -> HfModel:
+        """The base's own dropout stays off, as in the decoder: only the flag of this module changes."""
+        self.training = mode
+        return self
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self._checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        """Recompute each layer in backward, under the call its forward had. Raises ModelError if no layers can be found."""
+        if on and not self.layers:
+            raise ModelError(f"{type(self.inner).__name__}: no list of layers found; train it without gradient_checkpointing")
+        for layer in self.layers:
+            layer.__dict__.pop("forward", None)
+            if on:
+                layer.__dict__["forward"] = _recomputed(layer.forward)
+        self._checkpointing = bool(on)
+
+    # --- the three ways in, as in the decoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
+        """input_ids [B,T] -> logits [B,T,V]; attention_mask [B,T] may mark padding on either side; its logits are zero."""
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        ends = keep.sum(1).cumsum(0).tolist()
+        packed = Packed(input_ids[keep], (keep.cumsum(1) - 1)[keep], list(zip([0, *ends[:-1]], ends, strict=True)))
+        bank: Bank | None = self.__dict__.get("lorry_bank")
+        call = Call() if bank is None else Call(bank.active)
+        logits = self.logits(self.hidden(packed, call).last, call)
+        out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
+        out[keep] = logits
+        return Output(out)
+
+    def hidden(self, packed: Packed, call: Call, *, taps: Collection[int] = (), stop: int | None = None) -> Hidden:
+        """As `Decoder.hidden`: last [T,D] (or [T,V] without a body), taps {layer: [T,D]}, an early stop after layer ``stop``."""
+        parts = frames(packed.segments, packed.tokens.device)
+        lasts: list[tuple[Frame, Tensor]] = []
+        seen: dict[int, list[tuple[Frame, Tensor]]] = {i: [] for i in taps}
+        for frame in parts:
+            with self._tapped(taps, stop) as tapped:
+                try:
+                    lasts.append((frame, frame.take(self._body(frame, frame.fill(packed.tokens), frame.mask(), call))))
+                except _Stop:
+                    pass
+            for i in taps:
+                seen[i].append((frame, frame.take(tapped[i])))
+        return Hidden(gather(lasts) if lasts else None, {i: gather(found) for i, found in seen.items()})
+
+    def logits(self, hidden: Tensor | None, call: Call) -> Tensor:
+        """[t,D] -> [t,V], by the model's own code after its body, softcap and scale included."""
+        assert hidden is not None
+        if self.body is None:
+            return hidden
+        with ambient(call):
+            return _tail(self.inner, self.body, hidden)
+
+    def new_cache(self, rows: int, room: int) -> HfCache:
+        """An empty cache for ``rows`` sequences; it grows as needed, ``room`` is not reserved."""
+        return HfCache(rows, self.device, lambda: DynamicCache(config=self.inner.config))
+
+    def cached(self, packed: Packed, rows: Tensor, cache: HfCache, call: Call, *, decoding: bool) -> Tensor:
+        """As `Decoder.cached`: whole prompts of cache rows, or one token for every row; returns hidden states [T,D].
+
+        Raises ModelError for a model that keeps no keys and values."""
+        takes = inspect.signature(self._target().forward).parameters
+        if "past_key_values" not in takes:
+            raise ModelError(f"{type(self.inner).__name__} takes no past_key_values; it cannot generate with a cache here")
+        parts = []
+        for frame, mask, state in cache.extend(packed, rows, decoding=decoding):
+            options = {"past_key_values": state, "use_cache": True}
+            if "position_ids" in takes:
+                options["position_ids"] = frame.fill(packed.positions)
+            parts.append((frame, frame.take(self._body(frame, frame.fill(packed.tokens), mask, call, **options))))
+        return gather(parts)
+
+    def save_inner(self, path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], shard_bytes: int) -> None:
+        """Write the directory as transformers does, with its own on-disk names; ``config`` replaces fields of the model's."""
+        shell = copy.copy(self.inner)
+        shell.config = copy.deepcopy(self.inner.config)
+        for key, value in config.items():
+            if key in self.config and self.config[key] != value:
+                setattr(shell.config, key, value)
+        shell.save_pretrained(path, state_dict=dict(state), max_shard_size=shard_bytes)
+
+    # --- inside
+
+    def _target(self) -> Any:
+        return self.inner if self.body is None else self.inner.get_submodule(self.body)
+
+    def _body(self, frame: Frame, ids: Tensor, mask: Tensor, call: Call, **options: Any) -> Tensor:
+        """Run the model up to its hidden states, [S, L, D] (or to its logits), with the call where the bank's layers see it."""
+        framed = frame.call(call)
+        with ambient(framed), self._rows_checked(frame, framed):
+            out = self._target()(input_ids=ids, attention_mask=mask, **{"use_cache": False, **options})
+        return out.logits if self.body is None else out.last_hidden_state
+
+    @contextmanager
+    def _tapped(self, taps: Collection[int], stop: int | None) -> Iterator[dict[int, Tensor]]:
+        """Collect the outputs of some layers, and end the pass after layer ``stop``."""
+        wanted = {*taps, *(() if stop is None else (stop,))}
+        if wanted and max(wanted) >= len(self.layers):
+            raise ModelError(f"layer {max(wanted)} was asked for; {type(self.inner).__name__} shows {len(self.layers)} layers")
+        got: dict[int, Tensor] = {}
+
+        def watch(i: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, out: Any) -> None:
+                got[i] = out if isinstance(out, Tensor) else out[0]
+                if i == stop:
+                    raise _Stop
+
+            return hook
+
+        with ExitStack() as hooks:
+            for i in wanted:
+                hooks.callback(self.layers[i].register_forward_hook(watch(i)).remove)
+            yield got
+
+    @contextmanager
+    def _rows_checked(self, frame: Frame, call: Call) -> Iterator[None]:
+        """Under a call that goes by position, every adapted layer must see the frame's tokens, all of them and in order."""
+        bank: Bank | None = self.__dict__.get("lorry_bank")
+        if bank is None or not by_position(call):
+            yield
+            return
+        expected = len(frame.spans) * frame.length
+
+        def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            got = x.numel() // (x.shape[-1] if x.is_floating_point() else 1)
+            if got != expected:
+                raise ContractError(
+                    f"{getattr(module, 'path', '')}: sees {got} of {expected} tokens (a routed or pooled layer), so a mix per "
+                    "sequence, a gate or dropout cannot be applied there; leave it out with exclude_modules"
+                )
+
+        with ExitStack() as hooks:
+            for module in bank.modules.values():
+                hooks.callback(module.register_forward_pre_hook(check).remove)
+            yield
+
+
+@contextmanager
+def ambient(call: Call | None) -> Iterator[None]:
+    """Let every bank layer inside see this call."""
+    token = AMBIENT.set(call)
+    try:
+        yield
+    finally:
+        AMBIENT.reset(token)
+
+
+def unreached(model: nn.Module) -> list[str]:
+    """Names of the weight matrices no adapter can sit on: fused experts (three-dimensional), convolutions, foreign layers."""
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, (Adaptable, nn.Embedding)) or wrap(module, path) is not None:
+            continue
+        found += [n for n, p in module.named_parameters(recurse=False, prefix=path) if p.dim() >= 2]
+    return found
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward that is run again in backward, seeing the call it saw first."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
+            return forward(*args, **kwargs)
+        call = AMBIENT.get()
+        contexts = lambda: (nullcontext(), ambient(call))  # noqa: E731
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
+
+    return run
+
+
+def _layers(inner: Any) -> list[nn.Module]:
+    """The list of decoder layers: the first module list as long as the config says."""
+    count = getattr(inner.config.get_text_config(), "num_hidden_layers", None)
+    lists = (m for m in inner.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return list(next(lists, ()))
+
+
+def _tail(inner: Any, body: str, hidden: Tensor) -> Tensor:
+    """What the model's own forward makes of given hidden states [t,D]: the logits [t,V]. The model itself is not touched: a copy
+    of its shell, sharing every layer, has the body replaced."""
+    shell = node = copy.copy(inner)
+    *parents, leaf = body.split(".")
+    for name in parents:
+        child = copy.copy(node._modules[name])
+        node._modules = {**node._modules, name: child}
+        node = child
+    node._modules = {**node._modules, leaf: _Given(hidden[None])}
+    ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
+    return shell(input_ids=ids, use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def _find_body(inner: Any) -> tuple[str | None, bool]:
+    """(path of the body, whether logits are plainly head(hidden)), proven on random tokens; (None, False) if nothing fits."""
+    vocabulary = inner.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocabulary, PROBE, generator=torch.Generator().manual_seed(0)).to(inner.device)
+    mask = torch.ones_like(ids)
+    expected = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits.flatten(0, 1)
+    paths = {id(m): p for p, m in inner.named_modules()}
+    candidates = [paths.get(id(inner.get_decoder())), inner.base_model_prefix]
+    head = inner.get_output_embeddings()
+    for body in dict.fromkeys(c for c in candidates if c):
+        try:
+            hidden = inner.get_submodule(body)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.flatten(0, 1)
+            some = torch.arange(0, hidden.shape[0], 2, device=hidden.device)
+            exact = all(_same(_tail(inner, body, hidden[rows]), expected[rows]) for rows in (slice(None), some))
+            plain = isinstance(head, nn.Linear) and _same(head(hidden), expected)
+        except (AttributeError, TypeError, ValueError, RuntimeError, KeyError):
+            continue  # this part cannot be called apart from the whole
+        if exact:
+            return body, plain
+    return None, False
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding of one matrix product done in another shape."""
+    loose = torch.finfo(a.dtype).eps * 8
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=loose, atol=loose * float(b.float().abs().max()))

@@ -1,0 +1,75 @@
+"""Keys and values of sequences that a transformers model is generating, behind the face of the decoder's own cache.
+
+transformers' caches grow at the end for all rows alike, so prompts that were read together form a group, padded on the left,
+with a cache of the model's own kind. B rows in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorry.models.decoder import Packed
+from lorry.models.frames import Frame
+
+
+@dataclass
+class _Group:
+    """rows: which rows of the cache, in order; mask [b, L]: real tokens; state: transformers' cache."""
+
+    rows: list[int]
+    mask: Tensor
+    state: Any
+
+
+class HfCache:
+    """``lengths`` [B] counts what each row holds, kept by the caller as for the decoder's cache."""
+
+    def __init__(self, rows: int, device: torch.device, make: Callable[[], Any]) -> None:
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._make = make
+        self._groups: list[_Group] = []
+
+    def extend(self, packed: Packed, rows: Tensor, *, decoding: bool) -> Iterator[tuple[Frame, Tensor, Any]]:
+        """The frames to run, each with the mask [b, L] over everything its rows hold by then, and the cache it extends."""
+        device = packed.tokens.device
+        if not decoding:
+            starts = [start for start, _ in packed.segments]
+            owners = rows[torch.tensor(starts, device=rows.device)].tolist()
+            self._drop(set(owners))
+            frame = Frame(list(packed.segments), device, left=True)
+            group = _Group(owners, frame.mask(), self._make())
+            self._groups.append(group)
+            yield frame, group.mask, group.state
+            return
+        place = {row: t for t, row in enumerate(rows.tolist())}
+        for group in self._groups:
+            frame = Frame([(place[r], place[r] + 1) for r in group.rows], device)
+            group.mask = torch.cat([group.mask, group.mask.new_ones(len(group.rows), 1)], 1)
+            yield frame, group.mask, group.state
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row but these; row ``rows[i]`` becomes row i."""
+        kept = torch.nonzero(rows)[:, 0].tolist() if rows.dtype == torch.bool else rows.tolist()
+        number = {row: i for i, row in enumerate(kept)}
+        self._narrow(number)
+        self.lengths = self.lengths[rows]
+
+    def _drop(self, gone: set[int]) -> None:
+        self._narrow({row: row for group in self._groups for row in group.rows if row not in gone})
+
+    def _narrow(self, number: dict[int, int]) -> None:
+        """Keep the rows that have a number, under that number."""
+        for group in self._groups:
+            places = [i for i, row in enumerate(group.rows) if row in number]
+            if len(places) < len(group.rows):
+                index = torch.tensor(places, dtype=torch.int64, device=group.mask.device)
+                group.mask = group.mask[index]
+                if places:
+                    group.state.batch_select_indices(index)
+            group.rows = [number[group.rows[i]] for i in places]
+        self._groups = [group for group in self._groups if group.rows]

@@ -1,0 +1,160 @@
+"""Load a model: an HF directory, a hub id, a GGUF file, an embedded model, or an adapter's base; natively where possible.
+
+    loaded = load_model("smollm2-135m-instruct", notes=(notes := []))
+
+Weights are read from safetensors alone. `dtype="auto"` is bfloat16 where the device computes it natively (CUDA with bf16, CPUs
+with AMX-BF16, AVX512-BF16 or ARM BF16) and float32 elsewhere, whatever the checkpoint's own type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lorry.errors import ConfigError, ModelError
+from lorry.models.decoder import Decoder
+from lorry.models.describe import Description, describe, read_json
+from lorry.models.digest import base_digest, sample_digest
+from lorry.models.hf import HfModel
+from lorry.models.sources import resolve
+from lorry.models.tokenizer import load_tokenizer
+from lorry.models.weights import BUFFERS, entries, load_decoder
+
+__all__ = ["Loaded", "base_digest", "load_model", "sample_digest"]
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+@dataclass
+class Loaded:
+    """A model, its tokenizer (None if the checkpoint has none), and where they came from.
+
+    source: name (as asked), kind (directory, hub, gguf, embedded), path (the directory read), revision, dtype, device, family
+    (None for transformers' own implementation) and why not native (""), generation_config, and, when an adapter or a run was
+    asked for, adapters {name: directory} and, if there is only one, adapter. Adapters are not loaded here.
+    """
+
+    model: Decoder | HfModel
+    tokenizer: Any | None
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    trust_remote_code: bool = False,
+    native: bool = True,
+    notes: list[str],
+) -> Loaded:
+    """The frozen base model, in evaluation mode. ``native=False`` forces transformers' implementation. ``notes`` collects what a
+    person should know. Raises ModelError when anything does not fit, ConfigError for an unknown dtype or device.
+    """
+    place = resolve(str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, notes=notes)
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where)
+    described = describe(place.directory, trust_remote_code=trust_remote_code, native=native, notes=notes)
+    model: Decoder | HfModel
+    if described.family is not None:
+        model = load_decoder(place.directory, described.family, described.config, kind, where)
+    else:
+        notes.append(f"{described.why}; it runs through transformers, more slowly")
+        model = load_hf(place.directory, described, kind, where, trust_remote_code=trust_remote_code, notes=notes)
+    tokenizer = load_tokenizer(place.directory, trust_remote_code=trust_remote_code, notes=notes)
+    vocabulary = described.hf.get_text_config().vocab_size
+    if tokenizer is not None and len(tokenizer) > vocabulary:
+        notes.append(f"the tokenizer has {len(tokenizer)} entries, the model {vocabulary} embeddings; the last ones cannot be used")
+    generation = place.directory / "generation_config.json"
+    source: dict[str, Any] = {
+        "name": str(name_or_path),
+        "kind": place.kind,
+        "path": str(place.directory),
+        "revision": revision,
+        "dtype": str(kind).removeprefix("torch."),
+        "device": str(where),
+        "family": described.family.name if described.family is not None else None,
+        "why": described.why,
+        "generation_config": read_json(generation) if generation.is_file() else {},
+    }
+    if place.adapters:
+        source["adapters"] = {name: str(path) for name, path in place.adapters.items()}
+        if len(place.adapters) == 1:
+            source["adapter"] = str(next(iter(place.adapters.values())))
+    return Loaded(model, tokenizer, source)
+
+
+def load_hf(
+    directory: Path,
+    described: Description,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trust_remote_code: bool,
+    notes: list[str],
+) -> HfModel:
+    """transformers' own implementation, with every tensor of the checkpoint accounted for. Raises ModelError otherwise."""
+    entries(directory)  # refuses pickles, broken shards and paths that lead elsewhere
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars and a table of names, which follow as an error if need be
+            inner, info = AutoModelForCausalLM.from_pretrained(
+                str(directory),
+                config=described.hf,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, NotImplementedError) as e:
+        raise ModelError(f"{directory}: transformers cannot load it ({type(e).__name__}: {e})") from e
+    unknown = [n for n in info["unexpected_keys"] if not BUFFERS.fullmatch(n)]
+    for kind, names in (("missing", sorted(info["missing_keys"])), ("unknown", sorted(unknown))):
+        if names:
+            raise ModelError(f"{directory}: {len(names)} tensors {kind} for {type(inner).__name__} ({', '.join(names[:3])})")
+    model = HfModel(inner.to(device), notes)
+    rates = {k: v for k, v in described.config.items() if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float) and v > 0}
+    if rates:
+        notes.append(f"the base's own dropout ({', '.join(f'{k}={v}' for k, v in rates.items())}) stays off")
+    return model
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """`auto`: CUDA if there is one, else the CPU. Raises ConfigError for a device this machine does not have."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
+        raise ConfigError(f"device={str(device)!r} cannot be used here ({str(e).splitlines()[0]})") from e
+    return chosen
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where it is computed natively, else float32. Raises ConfigError for an unknown name."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r}; choose auto, float32, bfloat16 or float16")
+    return DTYPES[dtype]
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 run on hardware made for them."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(has.get(flag, False) for flag in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))

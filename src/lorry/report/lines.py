@@ -1,0 +1,141 @@
+"""metrics.jsonl line by line, in and out: one JSON object a line, one per optimizer step and one per evaluation.
+
+    {"step": 10, "epoch": 0.2, "loss": 2.1, "learning_rate": 1e-4, "grad_norm": 0.9, "tokens": 812, "seconds": 1.2, ...}
+    {"step": 10, "eval_loss": 1.9, "eval_perplexity": 6.7, ...}
+
+``tokens`` and ``seconds`` are of this step alone. The file is strict JSON: numbers that JSON cannot hold are written as the
+strings "NaN", "Infinity" and "-Infinity" and read back as numbers. A last line without its line end is being written at
+this moment, or was when its writer was killed; it is left out unless it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lorry.disk import durable
+from lorry.errors import DataError
+
+Record = dict[str, Any]
+
+_BEYOND_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def iterate(path: Path) -> Iterator[tuple[int, Record]]:
+    """(line number, record) of each line; a half-written last line is left out.
+
+    Raises DataError with ``file:line`` at a line that is not a JSON object or has no whole ``step`` of 0 or more.
+    """
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        unfinished = number == len(lines)
+        if not line.strip() or (unfinished and not _is_whole(line)):
+            continue
+        yield number, _parse(line, f"{path}:{number}")
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether an unfinished last line lacks nothing but its line end: no part of an object is itself one."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parse(line: bytes, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); delete this line, or start the run afresh") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a metrics line is a JSON object, got {type(record).__name__}")
+    step = record.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
+        raise DataError(f"{where}: 'step' must be a whole number of 0 or more, got {str(step)[:40]!r}")
+    return {name: _from_json(value) for name, value in record.items()}
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _from_json(inner) for name, inner in value.items()}
+    if isinstance(value, str):
+        return _BEYOND_JSON.get(value, value)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**1023:
+        return math.inf if value > 0 else -math.inf  # an integer that no float can hold would break every calculation later
+    return value
+
+
+def cut_after(path: Path, step: int) -> int:
+    """Drop the lines of steps after ``step``, and a half-written last one, in one atomic replacement; how many went.
+
+    For resuming from a checkpoint of ``step``; open the `MetricsWriter` afterwards. Lines that stay keep their bytes. An
+    absent file is left absent. Raises DataError as `iterate` does, and DiskError.
+    """
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().split(b"\n")
+    kept = [lines[number - 1] for number, record in iterate(path) if record["step"] <= step]
+    dropped = sum(bool(line.strip()) for line in lines) - len(kept)
+    if dropped or lines[-1]:
+        durable.write_files(path.parent, {path.name: b"".join(line + b"\n" for line in kept)})
+    return dropped
+
+
+class MetricsWriter:
+    """Appends one line per `write`, in a single system call: a killed run loses at most the line it was writing.
+
+    Opening the file removes what an earlier kill left of a last line, or ends that line if it is whole. The directory must
+    exist. Raises DiskError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._mend()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record; the line is with the system when this returns. Raises DataError without a whole ``step``."""
+        line = json.dumps(_to_json(dict(record)), ensure_ascii=False, allow_nan=False)
+        _parse(line.encode(), "a metrics record")
+        self._append(line.encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file; a second time does nothing."""
+        if self._file >= 0:
+            durable.disk.close(self._file)
+        self._file = -1
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _append(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[durable.disk.write(self._file, rest) :]
+        except OSError as error:
+            raise durable.DiskError(error.errno, error.strerror, str(self._path)) from error
+
+    def _mend(self) -> None:
+        content = self._path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content) and _is_whole(content[end:]):
+            self._append(b"\n")
+        elif end < len(content):
+            durable.disk.truncate(self._file, end)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _to_json(inner) for name, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

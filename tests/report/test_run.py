@@ -1,0 +1,119 @@
+"""Reading run directories and boiling them down: each file optional, each mistake named with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.report.runs import dump, full, metrics
+
+from lorry.errors import DataError
+from lorry.report.figures import about, differences, figures, flatten
+from lorry.report.run import load, load_all
+
+
+def test_a_full_run_is_read(tmp_path: Path) -> None:
+    run = load(full(tmp_path / "r", text="T"))
+    assert run.name == "r"
+    assert [(c.id, c.status) for c in run.contracts] == [(1, "held"), (2, "held"), (3, "not_checked")]
+    assert [(t.text, t.weight) for t in run.samples[1].tokens or ()] == [("user T", 0.0), ("answer T", 1.0), ("half", 0.5)]
+    assert run.evaluation[0].metrics == {"exact_match": (0.0, 0.8125), "m T": (None, 2.5)}
+    assert run.receipt["adapter"] == ["T", 1, None]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("contracts.json", '[{"id": 1,\n "name": }]', r"contracts\.json:2: not JSON"),
+        ("contracts.json", '{"id": 1}', "expected a list, got dict"),
+        ("contracts.json", '[{"id": 1, "name": "n", "status": "fine"}]', "item 1: status 'fine' is none of held, failed"),
+        ("contracts.json", '[{"id": "one", "name": "n", "status": "held"}]', "item 1: 'id' is 'one'"),
+        ("samples.json", '[{"group": "g", "prompt": "p"}, 3]', "item 2 is not an object"),
+        ("samples.json", '[{"group": "g"}]', "item 1: 'prompt' is 'None'"),
+        ("samples.json", '[{"prompt": "p", "after": 5}]', "item 1: 'after' is '5'"),
+        ("samples.json", '[{"prompt": "p", "tokens": ["a"]}]', "item 1: a token is an object"),
+        ("samples.json", '[{"prompt": "p", "tokens": [{"text": "a", "weight": "1"}]}]', "item 1: 'weight' is '1'"),
+        ("evaluation.json", '[{"name": "e", "metrics": {"m": {"after": "high"}}}]', "metric 'm' holds 'high'"),
+        ("receipt.json", "[" * 100_000, "not JSON"),
+        ("run.yaml", "lora:\n  r: [1\n", r"run\.yaml:\d: not YAML"),
+        ("run.yaml", "- a list", "settings are a mapping"),
+        ("run.yaml", "a: !!python/object/apply:os.getcwd []", r"run\.yaml:1: not YAML"),
+        ("metrics.jsonl", '{"step": 1\n{"step": 2}\n', r"metrics\.jsonl:1: not JSON"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(tmp_path: Path, file: str, content: str, message: str) -> None:
+    (tmp_path / file).write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load(tmp_path)
+    assert str(tmp_path / file) in str(caught.value)
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="not UTF-8"):
+        load(tmp_path)
+
+
+def test_what_is_no_run_directory(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such run directory"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"has none of metrics\.jsonl, run\.yaml"):
+        load(tmp_path)
+    with pytest.raises(DataError, match="at least one run"):
+        load_all([])
+    full(tmp_path / "r")
+    with pytest.raises(DataError, match="given twice"):
+        load_all([tmp_path / "r", tmp_path / "r"])
+
+
+def test_figures_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "epoch": 0.5, "loss": 4.0, "tokens": 100, "seconds": 2, "peak_memory_bytes": 1073741824}\n'
+        '{"step": 1, "eval_loss": 3.0}\n'
+        '{"step": 2, "epoch": 1.0, "loss": 2.0, "tokens": 300, "supervised_tokens": 90, "seconds": 2}\n'
+        '{"step": 2, "eval_loss": 3.5}\n'
+    )
+    shown = {f.name: (f.text, f.note) for f in figures(load(tmp_path))}
+    assert shown == {
+        "final loss": ("3", "mean of the last 2 steps, from 4"),
+        "evaluation loss": ("3.5", "at step 2, lowest 3 at step 1"),
+        "throughput": ("100 tokens/s", "over 2 steps"),
+        "peak memory": ("1.00 GiB", ""),
+        "training time": ("4.0 s", "steps only, without loading and evaluation"),
+        "steps": ("2", "1 epochs, 400 tokens, 90 supervised"),
+    }
+
+
+def test_no_figure_is_invented(tmp_path: Path) -> None:
+    metrics(tmp_path, 0)
+    assert figures(load(tmp_path)) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5}\n')
+    assert [(f.name, f.text) for f in figures(load(tmp_path))] == [("final loss", "1.5"), ("steps", "3")]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5, "tokens": 5, "seconds": 0, "peak_memory_bytes": "NaN"}\n')
+    assert [f.name for f in figures(load(tmp_path))] == ["final loss", "steps"]
+
+
+def test_about_says_what_the_settings_say(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "model: {name: gpt2}\nlora: {r: 8, lora_alpha: 16, target_modules: auto}\ndata: {path: [a.jsonl, b.jsonl]}\n"
+        "resolved: {target_modules: [c_attn]}\n"
+    )
+    assert about(load(tmp_path)) == {"model": "gpt2", "data": "a.jsonl, b.jsonl", "adapter": "rank 8, alpha 16, on c_attn"}
+    (tmp_path / "run.yaml").write_text("model: gpt2\nlora: null\n")
+    assert about(load(tmp_path)) == {"model": "gpt2", "adapter": "none: full fine-tuning"}
+
+
+def test_differences_are_differences(tmp_path: Path) -> None:
+    for name, text in (
+        ("a", "lora: {r: 8, bias: none}\nseed: 1\noutput_dir: a"),
+        ("b", "lora: {r: 16, bias: none}\noutput_dir: b"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.yaml").write_text(text)
+    assert differences(load_all([tmp_path / "a", tmp_path / "b"])) == [("lora.r", ["8", "16"]), ("seed", ["1", "–"])]
+    assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": None}) == {"a.b.c": 1, "a.d": {}, "e": None}
+
+
+def test_scalar_metrics_count_as_after(tmp_path: Path) -> None:
+    dump(tmp_path / "evaluation.json", [{"name": "e", "metrics": {"loss": 2.0}}])
+    assert load(tmp_path).evaluation[0].metrics == {"loss": (None, 2.0)}
