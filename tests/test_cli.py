@@ -37,7 +37,8 @@ verb = types.ModuleType("lorry.verbs.sft")
 sys.modules["lorry.verbs.sft"] = verb
 sys.exit(main(["sft", "data=x"]))
 """
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SRC), "COLUMNS": "100", "TERM": "dumb"}
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+ENVIRONMENT = {**BUFFERED, "PYTHONPATH": str(SRC), "COLUMNS": "100", "TERM": "dumb"}
 
 
 def python(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -212,18 +213,22 @@ def test_dump_config_reloads(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == text
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
-    body = "def talk(settings, notes):\n    for i in range(200000): print(i)\n    return 0\nverb.main = talk"
-    talking = subprocess.Popen(
-        [sys.executable, "-c", STAND_IN.format(body=body)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
-    )
-    assert talking.stdout is not None
-    assert talking.stderr is not None
-    talking.stdout.readline()
-    talking.stdout.close()
-    assert talking.stderr.read() == b""
-    assert talking.wait(30) == cli.BROKEN_PIPE
-    talking.stderr.close()
+@pytest.mark.parametrize("lines", [1, 200_000])
+def test_a_reader_that_leaves_is_no_error(lines: int) -> None:
+    """One line is still in Python's buffer when the verb returns; many break the pipe inside the verb."""
+    body = f"def talk(settings, notes):\n    input()\n    for i in range({lines}): print(i)\n    return 0\nverb.main = talk"
+    code = [sys.executable, "-c", STAND_IN.format(body=body)]
+    with subprocess.Popen(
+        code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+    ) as talking:
+        assert talking.stdin is not None
+        assert talking.stdout is not None
+        assert talking.stderr is not None
+        talking.stdout.close()
+        talking.stdin.write(b"go\n")
+        talking.stdin.close()
+        assert talking.stderr.read() == b""
+        assert talking.wait(30) == cli.BROKEN_PIPE
 
 
 def test_ctrl_c_exits_130() -> None:

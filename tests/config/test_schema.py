@@ -82,9 +82,16 @@ def test_evaluation_follows_the_data(given: dict[str, Any], strategy: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("given", "ratio"), [({}, 0.03), ({"warmup_steps": 5}, 0.0), ({"warmup_ratio": 0.2}, 0.2), ({"warmup_ratio": 0}, 0.0)]
+    ("given", "ratio"),
+    [
+        ({}, 0.03),
+        ({"warmup_steps": 5}, 0.0),
+        ({"warmup_ratio": 0.2}, 0.2),
+        ({"warmup_ratio": 0}, 0.0),
+        ({"lr_scheduler_type": "constant"}, 0.0),
+    ],
 )
-def test_warmup_steps_take_the_place_of_the_default_ratio(given: dict[str, Any], ratio: float) -> None:
+def test_the_default_warmup_gives_way(given: dict[str, Any], ratio: float) -> None:
     assert run(**given).train.warmup_ratio == ratio
 
 
@@ -136,6 +143,8 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     ("given", "message"),
     [
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "train.warmup_steps and train.warmup_ratio"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "constant has no warmup"),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "constant has no warmup"),
         ({"load_best_model_at_end": True}, "train.load_best_model_at_end needs evaluation"),
         ({"early_stopping_patience": 2}, "train.early_stopping_patience needs evaluation"),
         ({"early_stopping_patience": 2, "eval": "e", "eval_strategy": "no"}, "train.early_stopping_patience needs evaluation"),

@@ -80,7 +80,7 @@ def test_figures_by_hand(tmp_path: Path) -> None:
         "throughput": ("100 tokens/s", "over 2 steps"),
         "peak memory": ("1.00 GiB", ""),
         "training time": ("4.0 s", "steps only, without loading and evaluation"),
-        "steps": ("2", "1 epochs, 400 tokens, 90 supervised"),
+        "steps": ("2", "epoch 1, 400 tokens, 90 supervised"),
     }
 
 

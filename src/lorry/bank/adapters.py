@@ -38,7 +38,7 @@ class Adapter:
     def touch(self) -> None:
         """Say that ``values`` was written as a whole (a step, a load): every compute copy is remade at its next use."""
         for slot in self.slots.values():
-            slot.stamp = ()
+            slot.touch()
 
     def tensors(self) -> dict[str, Tensor]:
         """{`MODULE.lora_A`: [R,I], `MODULE.lora_B`: [O,R]} views of the buffer, canonical names."""

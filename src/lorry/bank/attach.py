@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from lorry.bank.adapters import Adapter, Bank, wrap
-from lorry.bank.layers import Adaptable, BankEmbedding, BankLinear
+from lorry.bank.layers import AMBIENT, Adaptable, BankEmbedding, BankLinear
+from lorry.bank.mix import Call, Mix
 from lorry.bank.spec import LoraSpec
 from lorry.errors import ConfigError, nearest
 from lorry.families import Family
@@ -29,6 +30,12 @@ def bank_of(model: nn.Module, *, create: bool = False) -> Bank:
         bank = Bank()
         model.__dict__["lorry_bank"] = bank
     return bank
+
+
+def plain_call(model: nn.Module) -> Call:
+    """What a plain `model(x)` uses: the ambient call if one is set, else the bank's active mix, without dropout."""
+    bank: Bank | None = model.__dict__.get("lorry_bank")
+    return AMBIENT.get() or Call(Mix.none() if bank is None else bank.active)
 
 
 def attach(

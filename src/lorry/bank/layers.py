@@ -25,8 +25,9 @@ AMBIENT: ContextVar[Call | None] = ContextVar("lorry_call", default=None)
 class Slot:
     """One adapter at one module: fp32 masters A [R,I], B [O,R] (views of the adapter's flat buffer), scale and dropout.
 
-    Compute copies in the base's dtype are remade whenever a master has changed: an optimizer of the user's own that updates
-    the masters can never train a stale copy. Whoever writes the flat buffer under the masters calls `Adapter.touch`.
+    Compute copies in the base's dtype are remade after every backward pass and whenever a master's version has moved: an
+    optimizer of the user's own that updates the masters, even one that no version counter sees (fused AdamW, `p.data.add_`),
+    can never train a stale copy. Whoever else writes the memory under the masters calls `Adapter.touch`.
     """
 
     module: str
@@ -44,6 +45,10 @@ class Slot:
             self._copies = (self.A.detach().to(dtype), self.B.detach().to(dtype))
             self.stamp = stamp
         return self._copies
+
+    def touch(self) -> None:
+        """Say that a master has changed, or is about to."""
+        self.stamp = ()
 
 
 class Adaptable(nn.Module):
@@ -66,6 +71,15 @@ class Adaptable(nn.Module):
     @property
     def out_features(self) -> int:
         raise AssertionError("a bank layer says its own width")
+
+    def set_aside(self, merged: nn.Parameter) -> None:
+        """Compute with a merged weight and keep the own one, where no state dict, optimizer or FSDP sees it."""
+        self.__dict__["kept"], self.weight = self.weight, merged
+
+    def restore(self) -> None:
+        """Put the weight that was set aside back: the same object, so what was tied is tied again."""
+        assert self.kept is not None
+        self.weight, self.kept = self.kept, None
 
     def terms(self, call: Call | None) -> tuple[Call, list[tuple[Slot, slice | None, float | Tensor]]]:
         """The call that holds here and its terms that have a slot at this module. Raises ContractError on a merged layer."""
@@ -105,7 +119,8 @@ class BankLinear(Adaptable):
         for slot, rows, gate in found:
             mask = call.noise.mask(site or self.path, flat, slot.dropout) if call.noise is not None and slot.dropout else None
             scale = slot.scale if isinstance(gate, Tensor) else slot.scale * gate
-            plans.append(Plan(rows, scale, mask, slot.dropout if mask is not None else 0.0, *slot.copies(self.weight.dtype)))
+            rate = slot.dropout if mask is not None else 0.0
+            plans.append(Plan(rows, scale, mask, rate, *slot.copies(self.weight.dtype), slot.touch))
             tensors += [slot.A, slot.B, gate if isinstance(gate, Tensor) else None]
         y = LowRank.apply(flat, self.weight, self.bias, self.transposed, plans, *tensors)
         return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y

@@ -84,9 +84,7 @@ def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> Merge
         merged[path] = stored
         rows.append(row)
     for path, stored in merged.items():
-        place = bank.modules[path]
-        place.kept = place.weight
-        place.weight = nn.Parameter(stored, requires_grad=False)
+        bank.modules[path].set_aside(nn.Parameter(stored, requires_grad=False))
     bank.before_merge = bank.active
     bank.activate(Mix.none())
     return MergeReport(tuple(rows), next(iter(merged.values())).dtype, untied)
@@ -102,7 +100,7 @@ def unmerge(model: nn.Module) -> None:
         raise ConfigError("this model is not merged; there is nothing to undo")
     for layer in bank.modules.values():
         if layer.kept is not None:
-            layer.weight, layer.kept = layer.kept, None
+            layer.restore()
     mix, bank.before_merge = bank.before_merge, None
     bank.activate(mix)
 

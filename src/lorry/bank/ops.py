@@ -6,6 +6,7 @@ rank-R term straight into the base product, and hands fp32 gradients to the fp32
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,17 +14,30 @@ from torch import Tensor
 
 
 class Plan:
-    """What one term needs at one layer: rows, dropout mask and rate, scale, and the compute copies a [R,I], b [O,R]."""
+    """What one term needs at one layer: rows, dropout mask and rate, scale, and the compute copies a [R,I], b [O,R].
 
-    __slots__ = ("a", "b", "keep", "mask", "rows", "scale")
+    ``used`` is called when a gradient for the masters was made: they are about to change.
+    """
 
-    def __init__(self, rows: slice | None, scale: float, mask: Tensor | None, dropout: float, a: Tensor, b: Tensor) -> None:
+    __slots__ = ("a", "b", "keep", "mask", "rows", "scale", "used")
+
+    def __init__(
+        self,
+        rows: slice | None,
+        scale: float,
+        mask: Tensor | None,
+        dropout: float,
+        a: Tensor,
+        b: Tensor,
+        used: Callable[[], None],
+    ) -> None:
         self.rows = rows if rows is not None else slice(None)
         self.scale = scale
         self.mask = mask
         self.keep = 1.0 / (1.0 - dropout)
         self.a = a
         self.b = b
+        self.used = used
 
     def drop(self, x: Tensor) -> Tensor:
         """Inverted dropout on this term's rows of x (or of its gradient, which passes the same mask)."""
@@ -70,6 +84,8 @@ class LowRank(torch.autograd.Function):
             up = raw.mul(plan.scale) if gate is None else raw * (gate.to(raw.dtype) * plan.scale)[:, None]
             weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
             needs_a, needs_b, needs_gate = ctx.needs_input_grad[5 + 3 * i : 8 + 3 * i]
+            if needs_a or needs_b:
+                plan.used()
             out.append(torch.mm(up.t(), plan.drop(x)).float() if needs_a else None)
             out.append(torch.mm(part.t(), weighted).float().mul_(plan.scale) if needs_b else None)
             out.append((h.float() * raw.float()).sum(1).mul_(plan.scale).to(gate.dtype) if needs_gate else None)

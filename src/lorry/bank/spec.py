@@ -44,8 +44,13 @@ class LoraSpec:
         if isinstance(self.layers_to_transform, int):
             object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
         for where, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
-            if not isinstance(rank, int) or rank < 1:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ConfigError(f"{where} is {rank!r}; a rank is a whole number of at least 1")
+        for where, key in [("rank_pattern", k) for k in self.rank_pattern] + [("alpha_pattern", k) for k in self.alpha_pattern]:
+            try:
+                re.compile(key)
+            except re.error as e:
+                raise ConfigError(f"{where} names {key!r}, which is not a valid regular expression: {e}") from e
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout!r}; it must be at least 0 and below 1")
 

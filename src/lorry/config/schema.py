@@ -139,7 +139,9 @@ class TrainConfig(Group):
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
     lr_scheduler_type: Schedule = setting("linear", "shape of the learning rate over the steps")
     warmup_steps: NonNegativeInt = setting(0, "steps of rising learning rate")
-    warmup_ratio: float = automatic("0.03, or 0 with warmup_steps", "the same as a share of all steps", ge=0, lt=1)
+    warmup_ratio: float = automatic(
+        "0.03; 0 with warmup_steps or a constant schedule", "the same as a share of all steps", ge=0, lt=1
+    )
     weight_decay: float = setting(0.0, "decoupled weight decay of AdamW", ge=0)
     adam_beta1: float = setting(0.9, "AdamW's first moment", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "AdamW's second moment", ge=0, lt=1)
@@ -187,6 +189,8 @@ class TrainConfig(Group):
     def _settings_agree(self) -> TrainConfig:
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("train.warmup_steps and train.warmup_ratio both set the warmup; keep one")
+        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
+            raise ValueError("train.lr_scheduler_type=constant has no warmup; use constant_with_warmup or leave the warmup out")
         if self.eval_steps and self.eval_strategy in ("no", "epoch"):
             raise ValueError(f"train.eval_steps needs train.eval_strategy=steps, got {self.eval_strategy}")
         if self.eval_strategy == "steps" and not self.eval_steps:

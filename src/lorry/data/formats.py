@@ -6,9 +6,9 @@
 |---|---|
 | messages | messages: [{role, content}] |
 | conversations | conversations: [{from, value}] |
-| prompt | prompt + completion, texts or lists of messages |
-| instruction | instruction + output, optional input, system, history |
-| question | question + answer, optional context or passage, system |
+| prompt_completion | prompt + completion, texts or lists of messages |
+| alpaca | instruction + output, optional input, system, history |
+| question_answer | question + answer, optional context or passage, system |
 | text | text |
 """
 
@@ -79,7 +79,7 @@ def detect(columns: Iterable[str], where: str = "the data") -> Format:
     there = list(columns)
     choices = [name for name in there if name.lower().rstrip("0123456789_") in ("choice", "choices", "option", "options")]
     for form in FORMATS.values():
-        if form.fits(there) and not (choices and form.name == "question"):
+        if form.fits(there) and not (choices and form.name == "question_answer"):
             return form
     listed = "; ".join(map(str, FORMATS.values()))
     if choices:
@@ -91,11 +91,13 @@ def detect(columns: Iterable[str], where: str = "the data") -> Format:
     raise DataError(f"{where}: no known format has the columns {', '.join(map(repr, there)) or '(none)'}.{hint} Known: {listed}")
 
 
-def by_name(name: str) -> Format:
-    """A format by its name. Raises DataError with the choices."""
-    if name not in FORMATS:
-        raise DataError(f"unknown data format {name!r}; choose one of: {', '.join(FORMATS)}{nearest(name, FORMATS)}")
-    return FORMATS[name]
+def chosen(name: str = "auto", text_field: str | None = None) -> Format | None:
+    """The format of this name, None for ``auto``; ``text_field`` makes that column the text. Raises DataError."""
+    if text_field is not None:
+        return Format("text", ((text_field,),), (), lambda row: Text(answer_of(row[text_field], text_field)))
+    if name != "auto" and name not in FORMATS:
+        raise DataError(f"unknown data format {name!r}; choose one of: auto, {', '.join(FORMATS)}{nearest(name, FORMATS)}")
+    return FORMATS.get(name)
 
 
 def normalise(row: Mapping[str, Any], form: Format) -> Content | BadRow:
@@ -222,9 +224,9 @@ FORMATS: dict[str, Format] = {
     for form in (
         Format("messages", (("messages",),), (), _read_messages),
         Format("conversations", (("conversations", "conversation"),), ("system",), _read_conversations),
-        Format("prompt", (("prompt",), COMPLETIONS), ("system",), _read_prompt),
-        Format("instruction", (("instruction",), OUTPUTS), ("input", "context", "system", "history"), _read_instruction),
-        Format("question", (("question", "query"), ANSWERS), ("context", "passage", "system"), _read_question),
+        Format("prompt_completion", (("prompt",), COMPLETIONS), ("system",), _read_prompt),
+        Format("alpaca", (("instruction",), OUTPUTS), ("input", "context", "system", "history"), _read_instruction),
+        Format("question_answer", (("question", "query"), ANSWERS), ("context", "passage", "system"), _read_question),
         Format("text", (("text",),), (), _read_text),
     )
 }

@@ -69,7 +69,10 @@ def read_json(path: Path, shown: str) -> Rows:
     opening = first.strip()[:1]
     if opening == b"{":
         whole = _object_of(first)
-        if second.lstrip()[:1] == b"{" or (isinstance(whole, dict) and not isinstance(whole.get("data"), list)):
+        goes_on = first.rstrip()[-1:] in (b"{", b"[", b",")  # an object laid out over several lines, not a broken one
+        if isinstance(whole, dict) and not isinstance(whole.get("data"), list):
+            return read_jsonl(path, shown)
+        if isinstance(whole, BadRow) and second.lstrip()[:1] == b"{" and not goes_on:
             return read_jsonl(path, shown)
     elif opening != b"[":
         raise DataError(f"{shown}:1: expected {JSON_LAYOUTS}, found {_printable(first[:40])!r}")
@@ -162,10 +165,11 @@ def _object_of(raw: bytes) -> dict[str, Any] | BadRow:
     text = _decoded(raw)
     if isinstance(text, BadRow):
         return text
+    text = text.rstrip()
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        cut = "; the line is cut off" if error.pos >= len(text.rstrip()) else ""
+        cut = "; the line is cut off" if error.pos >= len(text) or error.msg.startswith("Unterminated") else ""
         return BadRow("json", f"column {error.colno}: not valid JSON: {error.msg}{cut}")
     except (RecursionError, ValueError) as error:
         return BadRow("json", f"column 1: not usable JSON: {_why(error)}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lorry.bank.attach import plain_call
 from lorry.bank.layers import BankEmbedding, BankLinear
 from lorry.bank.mix import Call
 from lorry.families import Family, Geometry, Rotary
@@ -152,7 +153,7 @@ class Decoder(nn.Module):
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         ends = keep.sum(1).cumsum(0).tolist()
         packed = Packed(input_ids[keep], (keep.cumsum(1) - 1)[keep], list(zip([0, *ends[:-1]], ends, strict=True)))
-        call = self.embed.default
+        call = plain_call(self)
         logits = self.logits(self.hidden(packed, call).last, call)
         out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
         out[keep] = logits

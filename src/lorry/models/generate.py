@@ -194,14 +194,12 @@ class Generation:
         fresh = done[: len(self.waiting)]
         for slot in fresh:
             self.live[slot] = self.waiting.popleft()
-        gone = done[len(fresh) :]
-        if not gone:
-            return fresh
-        kept = [slot for slot in range(len(self.live)) if slot not in gone]
-        self.live = [self.live[slot] for slot in kept]
-        if kept:
-            self.cache.keep(torch.tensor(kept, device=self.model.device))
-        return [new for new, old in enumerate(kept) if old in fresh]
+        if gone := done[len(fresh) :]:  # all behind the fresh ones, whose slots therefore keep their numbers
+            kept = [slot for slot in range(len(self.live)) if slot not in gone]
+            self.live = [self.live[slot] for slot in kept]
+            if kept:
+                self.cache.keep(torch.tensor(kept, device=self.model.device))
+        return fresh
 
 
 def resolve(

@@ -31,16 +31,17 @@ class _Reader:
     size: int
 
     def take(self, count: int, what: str) -> bytes:
-        left = self.size - self.file.tell()
-        if count < 0 or count > left:
-            raise ModelError(f"{self.path}: {what} asks for {count} bytes at {self.file.tell()}, {left} are left; truncated or hostile")
+        self._check(count, what)
         return self.file.read(count)
 
     def skip(self, count: int, what: str) -> None:
+        self._check(count, what)
+        self.file.seek(count, 1)
+
+    def _check(self, count: int, what: str) -> None:
         left = self.size - self.file.tell()
         if count > left:
-            raise ModelError(f"{self.path}: {what} spans {count} bytes at {self.file.tell()}, {left} are left; truncated or hostile")
-        self.file.seek(count, 1)
+            raise ModelError(f"{self.path}: {what} claims {count} bytes where {left} are left; the file is truncated or hostile")
 
     def number(self, kind: str, what: str) -> int:
         return int(struct.unpack(f"<{kind}", self.take(struct.calcsize(kind), what))[0])
@@ -50,7 +51,7 @@ class _Reader:
 
 
 def check_gguf(path: Path) -> str:
-    """Walk the header. Returns the architecture it names ("" if none); raises ModelError when anything points outside the file."""
+    """Walk the header. Returns the architecture it names, "" if none. Raises ModelError when anything lies outside the file."""
     with path.open("rb") as file:
         reader = _Reader(file, path, path.stat().st_size)
         if reader.take(4, "the magic number") != b"GGUF":

@@ -1,8 +1,8 @@
 """Any causal language model of transformers behind the decoder's face: same packed tokens, same mixes, same bank, more slowly.
 
-The model is used through its own forward and never edited. What Lorry needs beyond that is found out and checked once, by
-comparing logits on a few random tokens: where the body ends and what its own code does after it (a plain head, a softcap, a
-scale). If neither can be established, whole logits are kept instead of hidden states: nothing is dropped silently.
+The model is used through its own forward and never edited. Where its body ends, and that its own code after that (a plain head,
+a softcap, a scale) can be run apart, is found out and proven once in `hf_anatomy`; if it cannot be, whole logits are kept in
+place of hidden states: nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lorry.bank.adapters import Bank, wrap
 from lorry.bank.layers import AMBIENT, Adaptable
@@ -26,24 +25,14 @@ from lorry.bank.mix import Call
 from lorry.errors import ContractError, ModelError
 from lorry.models.decoder import Hidden, Output, Packed
 from lorry.models.frames import Frame, by_position, frames, gather
+from lorry.models.hf_anatomy import find_body, find_layers, tail
 from lorry.models.hf_cache import HfCache
 
-PROBE = (2, 6)  # sequences and tokens of the one-time check
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 
 
 class _Stop(Exception):
     """Ends a forward pass at the last layer that was asked for."""
-
-
-class _Given(nn.Module):
-    """Stands where a model's body stands and returns hidden states that are already there."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
 
 
 class HfModel(nn.Module):
@@ -55,12 +44,13 @@ class HfModel(nn.Module):
     """
 
     family = None
+    inner: Any
 
     def __init__(self, inner: Any, notes: list[str] | None = None) -> None:
         super().__init__()
         self.config: dict[str, Any] = inner.config.to_dict()
-        self.layers: list[nn.Module] = _layers(inner)
-        self.body, self._plain = _find_body(inner.eval().requires_grad_(False))
+        self.layers: list[nn.Module] = find_layers(inner)
+        self.body, self._plain = find_body(inner.eval().requires_grad_(False))
         self._checkpointing = False
         self.__dict__["inner"] = inner  # not a child: its children are ours
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -77,6 +67,12 @@ class HfModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.inner.device
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence the model can take, where its config says so."""
+        text = self.inner.config.get_text_config()
+        return next((n for key in CONTEXT_KEYS if isinstance(n := getattr(text, key, None), int)), None)
 
     @property
     def head(self) -> nn.Module | None:
@@ -128,11 +124,8 @@ class HfModel(nn.Module):
         lasts: list[tuple[Frame, Tensor]] = []
         seen: dict[int, list[tuple[Frame, Tensor]]] = {i: [] for i in taps}
         for frame in parts:
-            with self._tapped(taps, stop) as tapped:
-                try:
-                    lasts.append((frame, frame.take(self._body(frame, frame.fill(packed.tokens), frame.mask(), call))))
-                except _Stop:
-                    pass
+            with self._tapped(taps, stop) as tapped, suppress(_Stop):
+                lasts.append((frame, frame.take(self._body(frame, frame.fill(packed.tokens), frame.mask(), call))))
             for i in taps:
                 seen[i].append((frame, frame.take(tapped[i])))
         return Hidden(gather(lasts) if lasts else None, {i: gather(found) for i, found in seen.items()})
@@ -143,7 +136,7 @@ class HfModel(nn.Module):
         if self.body is None:
             return hidden
         with ambient(call):
-            return _tail(self.inner, self.body, hidden)
+            return tail(self.inner, self.body, hidden)
 
     def new_cache(self, rows: int, room: int) -> HfCache:
         """An empty cache for ``rows`` sequences; it grows as needed, ``room`` is not reserved."""
@@ -261,53 +254,3 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
 
     return run
-
-
-def _layers(inner: Any) -> list[nn.Module]:
-    """The list of decoder layers: the first module list as long as the config says."""
-    count = getattr(inner.config.get_text_config(), "num_hidden_layers", None)
-    lists = (m for m in inner.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-    return list(next(lists, ()))
-
-
-def _tail(inner: Any, body: str, hidden: Tensor) -> Tensor:
-    """What the model's own forward makes of given hidden states [t,D]: the logits [t,V]. The model itself is not touched: a copy
-    of its shell, sharing every layer, has the body replaced."""
-    shell = node = copy.copy(inner)
-    *parents, leaf = body.split(".")
-    for name in parents:
-        child = copy.copy(node._modules[name])
-        node._modules = {**node._modules, name: child}
-        node = child
-    node._modules = {**node._modules, leaf: _Given(hidden[None])}
-    ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    return shell(input_ids=ids, use_cache=False).logits[0]
-
-
-@torch.no_grad()
-def _find_body(inner: Any) -> tuple[str | None, bool]:
-    """(path of the body, whether logits are plainly head(hidden)), proven on random tokens; (None, False) if nothing fits."""
-    vocabulary = inner.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocabulary, PROBE, generator=torch.Generator().manual_seed(0)).to(inner.device)
-    mask = torch.ones_like(ids)
-    expected = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits.flatten(0, 1)
-    paths = {id(m): p for p, m in inner.named_modules()}
-    candidates = [paths.get(id(inner.get_decoder())), inner.base_model_prefix]
-    head = inner.get_output_embeddings()
-    for body in dict.fromkeys(c for c in candidates if c):
-        try:
-            hidden = inner.get_submodule(body)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.flatten(0, 1)
-            some = torch.arange(0, hidden.shape[0], 2, device=hidden.device)
-            exact = all(_same(_tail(inner, body, hidden[rows]), expected[rows]) for rows in (slice(None), some))
-            plain = isinstance(head, nn.Linear) and _same(head(hidden), expected)
-        except (AttributeError, TypeError, ValueError, RuntimeError, KeyError):
-            continue  # this part cannot be called apart from the whole
-        if exact:
-            return body, plain
-    return None, False
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal up to the rounding of one matrix product done in another shape."""
-    loose = torch.finfo(a.dtype).eps * 8
-    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=loose, atol=loose * float(b.float().abs().max()))

@@ -1,7 +1,7 @@
 """Keys and values of sequences that a transformers model is generating, behind the face of the decoder's own cache.
 
 transformers' caches grow at the end for all rows alike, so prompts that were read together form a group, padded on the left,
-with a cache of the model's own kind. B rows in all.
+with a cache of the model's own kind; groups of plain caches are joined before they grow. B rows in all.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer
 
 from lorry.models.decoder import Packed
 from lorry.models.frames import Frame
@@ -27,7 +29,7 @@ class _Group:
 
 
 class HfCache:
-    """``lengths`` [B] counts what each row holds, kept by the caller as for the decoder's cache."""
+    """``lengths`` [B] int64 counts each row's tokens, as in the decoder's cache; ``make`` gives an empty cache of the model's."""
 
     def __init__(self, rows: int, device: torch.device, make: Callable[[], Any]) -> None:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -40,12 +42,16 @@ class HfCache:
         if not decoding:
             starts = [start for start, _ in packed.segments]
             owners = rows[torch.tensor(starts, device=rows.device)].tolist()
-            self._drop(set(owners))
+            self._narrow({row: row for group in self._groups for row in group.rows if row not in owners})
+            counts = torch.tensor([stop - start for start, stop in packed.segments], device=device)
+            self.lengths = self.lengths.index_copy(0, torch.tensor(owners, device=device), counts)
             frame = Frame(list(packed.segments), device, left=True)
             group = _Group(owners, frame.mask(), self._make())
             self._groups.append(group)
             yield frame, group.mask, group.state
             return
+        self._groups = _joined(self._groups)
+        self.lengths = self.lengths + 1
         place = {row: t for t, row in enumerate(rows.tolist())}
         for group in self._groups:
             frame = Frame([(place[r], place[r] + 1) for r in group.rows], device)
@@ -59,9 +65,6 @@ class HfCache:
         self._narrow(number)
         self.lengths = self.lengths[rows]
 
-    def _drop(self, gone: set[int]) -> None:
-        self._narrow({row: row for group in self._groups for row in group.rows if row not in gone})
-
     def _narrow(self, number: dict[int, int]) -> None:
         """Keep the rows that have a number, under that number."""
         for group in self._groups:
@@ -73,3 +76,20 @@ class HfCache:
                     group.state.batch_select_indices(index)
             group.rows = [number[group.rows[i]] for i in places]
         self._groups = [group for group in self._groups if group.rows]
+
+
+def _joined(groups: list[_Group]) -> list[_Group]:
+    """One group of several, padded on the left to the longest, where every layer's cache is plain keys and values; else as it was
+    (sliding windows and recurrent states cannot be shifted; such groups go on side by side)."""
+    plain = all(type(layer) is DynamicLayer for group in groups for layer in group.state.layers)
+    if len(groups) < 2 or not plain:
+        return groups
+    longest = max(group.mask.shape[1] for group in groups)
+    pads = [longest - group.mask.shape[1] for group in groups]
+    first = groups[0].state
+    for i, layer in enumerate(first.layers):
+        for part in ("keys", "values"):
+            held = [getattr(group.state.layers[i], part) for group in groups]
+            setattr(layer, part, torch.cat([F.pad(x, (0, 0, pad, 0)) for x, pad in zip(held, pads, strict=True)]))
+    mask = torch.cat([F.pad(group.mask, (pad, 0)) for group, pad in zip(groups, pads, strict=True)])
+    return [_Group([row for group in groups for row in group.rows], mask, first)]

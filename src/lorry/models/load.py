@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from transformers import AutoModelForCausalLM
 from lorry.errors import ConfigError, ModelError
 from lorry.models.decoder import Decoder
 from lorry.models.describe import Description, describe, read_json
-from lorry.models.digest import base_digest, sample_digest
+from lorry.models.digest import sample_digest
 from lorry.models.hf import HfModel
 from lorry.models.sources import resolve
 from lorry.models.tokenizer import load_tokenizer
 from lorry.models.weights import BUFFERS, entries, load_decoder
 
-__all__ = ["Loaded", "base_digest", "load_model", "sample_digest"]
+__all__ = ["Loaded", "load_model", "sample_digest"]
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
@@ -39,8 +40,8 @@ class Loaded:
     """A model, its tokenizer (None if the checkpoint has none), and where they came from.
 
     source: name (as asked), kind (directory, hub, gguf, embedded), path (the directory read), revision, dtype, device, family
-    (None for transformers' own implementation) and why not native (""), generation_config, and, when an adapter or a run was
-    asked for, adapters {name: directory} and, if there is only one, adapter. Adapters are not loaded here.
+    (None for transformers' own implementation) and why not native (""), generation_config, and adapter: the adapter or run
+    directory, when that was asked for (path is its base then). Adapters are not loaded here.
     """
 
     model: Decoder | HfModel
@@ -71,10 +72,13 @@ def load_model(
     else:
         notes.append(f"{described.why}; it runs through transformers, more slowly")
         model = load_hf(place.directory, described, kind, where, trust_remote_code=trust_remote_code, notes=notes)
+    notes += resting_dropout(described.config)
     tokenizer = load_tokenizer(place.directory, trust_remote_code=trust_remote_code, notes=notes)
     vocabulary = described.hf.get_text_config().vocab_size
     if tokenizer is not None and len(tokenizer) > vocabulary:
-        notes.append(f"the tokenizer has {len(tokenizer)} entries, the model {vocabulary} embeddings; the last ones cannot be used")
+        notes.append(
+            f"the tokenizer has {len(tokenizer)} entries, the model only {vocabulary} embeddings; the rest cannot be used"
+        )
     generation = place.directory / "generation_config.json"
     source: dict[str, Any] = {
         "name": str(name_or_path),
@@ -87,10 +91,8 @@ def load_model(
         "why": described.why,
         "generation_config": read_json(generation) if generation.is_file() else {},
     }
-    if place.adapters:
-        source["adapters"] = {name: str(path) for name, path in place.adapters.items()}
-        if len(place.adapters) == 1:
-            source["adapter"] = str(next(iter(place.adapters.values())))
+    if place.adapter is not None:
+        source["adapter"] = str(place.adapter)
     return Loaded(model, tokenizer, source)
 
 
@@ -122,11 +124,13 @@ def load_hf(
     for kind, names in (("missing", sorted(info["missing_keys"])), ("unknown", sorted(unknown))):
         if names:
             raise ModelError(f"{directory}: {len(names)} tensors {kind} for {type(inner).__name__} ({', '.join(names[:3])})")
-    model = HfModel(inner.to(device), notes)
-    rates = {k: v for k, v in described.config.items() if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float) and v > 0}
-    if rates:
-        notes.append(f"the base's own dropout ({', '.join(f'{k}={v}' for k, v in rates.items())}) stays off")
-    return model
+    return HfModel(inner.to(device), notes)
+
+
+def resting_dropout(config: Mapping[str, Any]) -> list[str]:
+    """A note if the base was trained with dropout of its own: in Lorry it is off, only the adapters' is on."""
+    rates = [f"{k}={v}" for k, v in config.items() if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float) and v > 0]
+    return [f"the base's own dropout stays off ({', '.join(rates)})"] if rates else []
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -16,6 +14,7 @@ from lorry.errors import ModelError, nearest
 from lorry.models.describe import read_json
 from lorry.models.embedded import EMBEDDED, converted, embedded
 
+ADAPTER = "adapter_config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 UNWANTED = ["*/*", "consolidated*", "training_args*", "optimizer*"]
@@ -23,90 +22,85 @@ UNWANTED = ["*/*", "consolidated*", "training_args*", "optimizer*"]
 
 @dataclass(frozen=True)
 class Place:
-    """A model on this disk. kind: directory, hub, gguf or embedded; adapters: {name: its directory} that were asked for with it."""
+    """A model on this disk. kind: directory, hub, gguf or embedded; adapter: the adapter or run directory that was asked for."""
 
     directory: Path
     kind: str
-    name: str
-    adapters: Mapping[str, Path] = field(default_factory=dict)
+    adapter: Path | None = None
 
 
-def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool = False, notes: list[str]) -> Place:
+def resolve(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, notes: list[str], base_only: bool = False
+) -> Place:
     """Find (and if need be download or convert) a model. An embedded name wins over a path; write ./NAME for the path.
 
-    Raises ModelError naming what was looked for and what comes near.
+    ``base_only``: an adapter will not do. Raises ModelError naming what was looked for and what comes near.
     """
     if name in EMBEDDED:
-        return Place(embedded(name, notes), "embedded", name)
+        return Place(embedded(name, notes), "embedded")
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file; give the directory of the model, or a .gguf file")
-        return Place(converted(path, notes), "gguf", name)
+        return Place(converted(path, notes), "gguf")
     if path.is_dir():
-        found = adapters_in(path)
-        return _with_base(found, notes) if found else Place(path.resolve(), "directory", name)
+        return _with_base(path.resolve(), notes, base_only) or Place(path.resolve(), "directory")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not HUB_ID.fullmatch(name):
         raise ModelError(f"no model at {name!r}{_near(name)}")
-    return _download(name, revision, trust_remote_code, notes)
+    got = _download(name, revision, trust_remote_code)
+    return _with_base(got, notes, base_only) or Place(got, "hub")
 
 
-def adapters_in(path: Path) -> dict[str, Path]:
-    """{name: directory} of an adapter directory (name `default`), or of a run with one folder per adapter; else empty."""
-    if (path / "adapter_config.json").is_file():
-        return {"default": path.resolve()}
-    if (path / "config.json").is_file():
-        return {}
-    return {p.name: p.resolve() for p in sorted(path.iterdir()) if (p / "adapter_config.json").is_file()}
+def adapters_in(path: Path) -> list[Path]:
+    """The adapters of a directory: itself, or the folders of a run of several; none if it is a model."""
+    if (path / ADAPTER).is_file():
+        return [path]
+    return [] if (path / "config.json").is_file() else sorted(p.parent for p in path.glob(f"*/{ADAPTER}"))
 
 
-def _with_base(adapters: dict[str, Path], notes: list[str]) -> Place:
-    """The base that adapters were trained on. All of them must name the same."""
-    wanted = {name: base_names(path) for name, path in adapters.items()}
-    first = next(iter(wanted))
-    for name, names in wanted.items():
-        if names[0] != wanted[first][0]:
-            raise ModelError(f"{adapters[name]}: its base is {names[0]!r}, that of {first!r} is {wanted[first][0]!r}; load one at a time")
-    base = next((n for n in wanted[first] if n in EMBEDDED or Path(n).exists()), wanted[first][0])
-    if Path(base).is_dir() and adapters_in(Path(base)):
-        raise ModelError(f"{adapters[first]}: its base {base} is itself an adapter; merge that one first")
+def _with_base(path: Path, notes: list[str], base_only: bool) -> Place | None:
+    """The base that the adapters of a directory were trained on, which must be one; None if it holds no adapters."""
+    bases = {adapter: _base_of(adapter) for adapter in adapters_in(path)}
+    if not bases:
+        return None
+    if base_only:
+        raise ModelError(f"{path} is itself an adapter; merge it into its own base first")
+    if len(different := {base: adapter for adapter, base in bases.items()}) > 1:
+        said = ", ".join(f"{adapter.name} on {base!r}" for base, adapter in different.items())
+        raise ModelError(f"{path}: its adapters were trained on different bases ({said}); open one of them")
     try:
-        return replace(resolve(base, notes=notes), adapters=adapters)
+        return replace(resolve(next(iter(different)), notes=notes, base_only=True), adapter=path)
     except ModelError as e:
-        raise ModelError(f"{adapters[first]} is an adapter and its base cannot be loaded: {e}") from e
+        raise ModelError(f"{path} is an adapter and its base cannot be loaded: {e}") from e
 
 
-def base_names(adapter: Path) -> list[str]:
-    """What an adapter's files call its base, best first: the name it was trained with, then the recorded directory."""
-    names: list[Any] = []
-    if (adapter / "lorry_adapter.json").is_file():
-        base = read_json(adapter / "lorry_adapter.json").get("base")
-        names += [base.get("name"), base.get("path")] if isinstance(base, dict) else [base]
-    recorded = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    names.append(recorded)
-    if isinstance(recorded, str):  # the cache directory of an embedded model, on a machine that may not have it yet
-        names += [m.group(1) for m in [re.fullmatch(r"(.+)-[0-9a-f]{12}", Path(recorded).name)] if m and m.group(1) in EMBEDDED]
-    known = [n for n in names if isinstance(n, str) and n]
-    if not known:
-        raise ModelError(f"{adapter}/adapter_config.json names no base_model_name_or_path; load the base and the adapter yourself")
-    return known
+def _base_of(adapter: Path) -> str:
+    """What to load as an adapter's base: an embedded name, a directory that exists, or else a name for the hub."""
+    facts = read_json(adapter / "lorry_adapter.json").get("base") if (adapter / "lorry_adapter.json").is_file() else None
+    said = [facts.get("name"), facts.get("path")] if isinstance(facts, dict) else [facts]
+    recorded = read_json(adapter / ADAPTER).get("base_model_name_or_path")
+    names = [n for n in (*said, recorded) if isinstance(n, str) and n]
+    if not names:
+        raise ModelError(f"{adapter / ADAPTER} names no base_model_name_or_path; open the base and add the adapter to it")
+    # the cache directory of an embedded model, on a machine that may not have it yet
+    names += [m[1] for m in (re.fullmatch(r"(.+)-[0-9a-f]{12}", Path(n).name) for n in names) if m and m[1] in EMBEDDED]
+    found = [n for n in names if n in EMBEDDED] + [n for n in names if Path(n).exists()]
+    return (found + [n for n in names if HUB_ID.fullmatch(n)] + names)[0]
 
 
-def _download(name: str, revision: str | None, trust_remote_code: bool, notes: list[str]) -> Place:
+def _download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
     """A snapshot of a hub repository: weights in safetensors, JSON and tokenizer files; Python only if it may run."""
     patterns = [*WANTED, "*.py"] if trust_remote_code else WANTED
     try:
-        got = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=UNWANTED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=UNWANTED))
     except (OSError, HFValidationError) as e:
-        where = "offline (HF_HUB_OFFLINE is set) and not in the local cache" if constants.HF_HUB_OFFLINE else "not reachable on the hub"
+        where = "not cached here (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "not to be had"
         at = f" at revision {revision!r}" if revision else ""
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(
             f"no model {name!r}{at}: there is no such directory here, and as a hub id it is {where} ({reason}){_near(name)}. A "
             f"private or gated model needs `hf auth login`; embedded: {', '.join(EMBEDDED)}"
         ) from e
-    adapters = adapters_in(got)
-    return _with_base(adapters, notes) if adapters else Place(got, "hub", name)
 
 
 def _near(name: str) -> str:

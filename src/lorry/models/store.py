@@ -5,11 +5,7 @@ Tensors may come as a stream, so that a merged model is written one shard at a t
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lorry.disk.durable import building
 from lorry.errors import ModelError
 from lorry.models.decoder import Decoder
 
@@ -44,12 +41,12 @@ def save_model(
 
     ``tensors``: (name as in the model's state dict, tensor), instead of the model's own; a tied head may be left out.
     ``config_overrides``: such as {"tie_word_embeddings": False} with a separate head. ``dtype``: None keeps each tensor's.
-    Raises ModelError if the path is taken or the names do not fit the config.
+    Raises ConfigError if the path is taken, ModelError if the names do not fit the model, DiskError; then nothing is written.
     """
     config = {k: v for k, v in {**model.config, **(config_overrides or {})}.items() if not k.startswith("_")}
     tied = bool(config.get("tie_word_embeddings"))
     stream = iter(tensors if tensors is not None else model.state_dict().items())
-    with durable_directory(Path(path)) as work:
+    with building(Path(path)) as work:
         if isinstance(model, Decoder):
             dtypes = _write(_named(stream, model, tied=tied), work, dtype, max_shard_bytes)
             _complete(set(dtypes), model, tied=tied, path=Path(path))
@@ -62,6 +59,7 @@ def save_model(
         _write_json(work / "generation_config.json", generation_config or _token_ids(config))
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
+        share(work)
 
 
 def _named(stream: Iterator[tuple[str, Tensor]], model: Decoder, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
@@ -123,47 +121,8 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-@contextlib.contextmanager
-def durable_directory(target: Path, *, keep_existing: bool = False) -> Iterator[Path]:
-    """A directory beside ``target`` to write into; on success its files are synced to disk and it is renamed to ``target``.
-
-    On failure nothing is left. ``keep_existing``: if another process put the target there meanwhile, that one stays.
-    Raises ModelError when the target exists and is not empty.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not keep_existing and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError(f"{target} exists and is not empty; choose another directory or remove it")
-    work = target.parent / f".{target.name}-{uuid.uuid4().hex[:12]}"
-    work.mkdir()
-    try:
-        mode = _usual_mode(work)
-        yield work
-        for path in work.iterdir():
-            path.chmod(mode)  # safetensors writes files that only their owner may read
-            _sync(path)
-        _sync(work)
-        try:
-            os.replace(work, target)
-        except OSError as e:
-            if not (keep_existing and target.is_dir()):
-                raise ModelError(f"{target} could not be put in place ({e.strerror})") from e
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _usual_mode(folder: Path) -> int:
-    """The permissions a new file gets here, by the user's umask."""
-    probe = folder / "probe"
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
-    return mode
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def share(folder: Path) -> None:
+    """Give the weights the permissions of the config beside them: safetensors makes files that only their owner may read."""
+    mode = (folder / "config.json").stat().st_mode & 0o777
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)

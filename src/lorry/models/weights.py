@@ -86,7 +86,7 @@ def _nothing(directory: Path) -> str:
     names = sorted(p.name for p in directory.iterdir())
     if pickles := [n for n in names if n.endswith(PICKLES)]:
         return (
-            f"{directory} has {pickles[0]} but no .safetensors: a pickle can run any code when it is opened, so Lorry reads none. "
+            f"{directory} has {pickles[0]} but no .safetensors: opening a pickle can run any code, so Lorry reads none. "
             "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)"
         )
     if ggufs := [n for n in names if n.endswith(".gguf")]:
@@ -141,7 +141,8 @@ def assign(
         plan[ours] = theirs
     missing = [n for n in expected if n not in plan and not (tied and n == f"{family.head}.weight")]
     if missing or unknown:
-        parts = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in (("missing", missing), ("unknown", unknown)) if names]
+        kinds = [("missing", missing), ("unknown", unknown)]
+        parts = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds if names]
         raise ModelError(f"{where}: the tensors do not fit config.json: {'; '.join(parts)}")
     return plan
 

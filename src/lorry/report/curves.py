@@ -74,9 +74,8 @@ def _by_adapter(runs: Sequence[Run]) -> list[Panel]:
         series = []
         for color, (run, adapter) in enumerate(owners):
             steps, values = run.log.series(name, adapter)
-            if len(steps) > FEW:
-                steps, values = smooth(steps, values, _window(steps))
-            series.append(Series(adapter if len(runs) == 1 else f"{run.name}, {adapter}", color, "line", steps, values))
+            curve = smooth(steps, values, _window(steps)) if len(steps) > FEW else (steps, values)
+            series.append(Series(adapter if len(runs) == 1 else f"{run.name}, {adapter}", color, "line", *curve))
         found.append(Panel(title, "", tuple(series), log_if_wide=True))
     return found
 

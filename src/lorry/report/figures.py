@@ -62,7 +62,7 @@ def _extent(log: Log) -> Iterable[Figure]:
         return
     totals = [(sum(log.series(name)[1]), what) for name, what in (("tokens", "tokens"), ("supervised_tokens", "supervised"))]
     epochs = log.series("epoch")[1]
-    note = [f"{number(epochs[-1])} epochs"] if epochs else []
+    note = [f"epoch {number(epochs[-1])}"] if epochs else []
     note += [f"{number(int(total))} {what}" for total, what in totals if 0 < total < math.inf]
     yield Figure("steps", number(log.training[-1]["step"]), ", ".join(note))
 

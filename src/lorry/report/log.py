@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lorry.report.lines import Record, iterate
 
@@ -38,9 +38,9 @@ class Log:
 
         NaN and infinities are included.
         """
-        found = ((r["step"], (r if adapter is None else _adapters(r).get(adapter, {})).get(name)) for r in self.records)
-        pairs = [(step, float(value)) for step, value in found if is_number(value)]
-        return [step for step, _ in pairs], [value for _, value in pairs]
+        found = [(r["step"], (r if adapter is None else _adapters(r).get(adapter, {})).get(name)) for r in self.records]
+        pairs = [(step, value) for step, value in found if is_number(value)]
+        return [step for step, _ in pairs], [float(value) for _, value in pairs]
 
 
 def _adapters(record: Record) -> dict[str, dict[str, Any]]:
@@ -48,7 +48,7 @@ def _adapters(record: Record) -> dict[str, dict[str, Any]]:
     return {name: one for name, one in value.items() if isinstance(one, dict)} if isinstance(value, dict) else {}
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of a line counts as a number (true and false do not)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

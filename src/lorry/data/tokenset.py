@@ -1,0 +1,177 @@
+"""Encoded rows in memory, and the stream of micro-batches a training run reads from them.
+
+tokens = TokenSet.build(open_source("people.jsonl"), Encoder(tokenizer, max_length=1024))
+stream = TrainStream(tokens, seed=0, rows_per_batch=4, gradient_accumulation_steps=2, max_tokens=4 * 1024)
+stream.batches(17)      # the micro-batches of step 17: a pure function of (data, seed, step)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+
+import numpy as np
+
+from lorry.data.badrows import BadRow
+from lorry.data.batch import Batch, Example, collate
+from lorry.data.encode import TOO_LONG, Encoded, Encoder
+from lorry.data.formats import Format, Found, read_examples
+from lorry.data.pack import epoch_order, sequence_key
+from lorry.data.sources import Source
+from lorry.errors import ConfigError, DataError
+
+CHUNK = 1024  # rows encoded by one call of the tokenizer
+
+
+@dataclass
+class DataReport:
+    """What became of the rows: for the run's receipt and for a person."""
+
+    source: str
+    rows: int = 0  # usable rows read
+    sequences: int = 0  # of which a long text makes several
+    tokens: int = 0
+    supervised: int = 0
+    shortened: int = 0  # rows whose prompt was cut to max_length
+    tokens_cut: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    first_left_out: list[str] = field(default_factory=list)  # the first few, with file:line
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Supervised share of all tokens, 0 to 1."""
+        return self.supervised / self.tokens if self.tokens else 0.0
+
+    def lines(self) -> list[str]:
+        """For a person, one fact a line."""
+        said = [f"{self.source}: {self.rows} rows, {self.sequences} sequences, {self.tokens} tokens, {self.share:.1%} supervised"]
+        if self.shortened:
+            said.append(f"{self.shortened} rows were longer than max_length: {self.tokens_cut} prompt tokens cut, answers kept")
+        said += [f"left out: {n} rows ({reason})" for reason, n in sorted(self.left_out.items())]
+        return said + self.first_left_out + self.notes
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """N encoded sequences end to end.
+
+    tokens [T] int32; weights [T] float32, of token t as target; edges [N+1] int64: sequence n is tokens[edges[n]:edges[n+1]];
+    groups [N] int64 (-1: none); where: the place in the source of each sequence.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    edges: np.ndarray
+    groups: np.ndarray
+    where: tuple[str, ...]
+    report: DataReport
+    adapter: int = 0
+    role: str = ""
+
+    @classmethod
+    def build(cls, source: Source, encoder: Encoder, *, form: Format | None = None, adapter: int = 0, role: str = "") -> TokenSet:
+        """Read and encode a whole source. Raises DataError for a bad row (by the source's policy) or when no row is left."""
+        notes: set[str] = set()
+        rows = encode_rows(read_examples(source, form, notes=notes), source, encoder)
+        made = cls.of(rows, source, encoder, notes, adapter=adapter, role=role)
+        if not len(made):
+            raise DataError(f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}")
+        return made
+
+    @classmethod
+    def of(
+        cls, rows: Iterable[tuple[Found, list[Encoded]]], source: Source, encoder: Encoder, notes: Iterable[str] = (), *,
+        adapter: int = 0, role: str = "",
+    ) -> TokenSet:  # fmt: skip
+        """The rows laid end to end, with their report."""
+        report, before = DataReport(source.label), Counter(encoder.notes)
+        tokens, weights, lengths, where = [], [], [], []
+        for found, pieces in rows:
+            report.rows += 1
+            report.shortened += any(piece.cut for piece in pieces)
+            report.tokens_cut += sum(piece.cut for piece in pieces)
+            for piece in pieces:
+                tokens.append(np.asarray(piece.tokens, dtype=np.int32))
+                weights.append(np.asarray(piece.weights, dtype=np.float32))
+                lengths.append(len(piece.tokens))
+                where.append(found.where)
+        flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
+        marks = np.concatenate(weights) if weights else np.zeros(0, np.float32)
+        edges = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+        report.sequences, report.tokens, report.supervised = len(where), len(flat), int(np.count_nonzero(marks))
+        report.left_out, report.first_left_out = dict(source.bad.counts), source.bad.first[:5]
+        adjusted = encoder.notes - before
+        report.notes = [*encoder.template.notes, *sorted(notes), *(f"{note} ({n} rows)" for note, n in sorted(adjusted.items()))]
+        return cls(flat, marks, edges, np.full(len(where), -1), tuple(where), report, adapter, role)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[N] int64, tokens of each sequence."""
+        return np.diff(self.edges)
+
+    def example(self, row: int, epoch: int = 0, first: int = 0) -> Example:
+        """Sequence ``row`` for a batch; ``first`` is the number of the set's first sequence in a longer stream."""
+        span = slice(self.edges[row], self.edges[row + 1])
+        return Example(
+            self.tokens[span].tolist(), self.weights[span].tolist(), key=sequence_key(first + row, epoch),
+            adapter=self.adapter, role=self.role, group=int(self.groups[row]),
+        )  # fmt: skip
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over tokens, weights, borders and groups: equal for equal data in equal order, on any machine."""
+        total = hashlib.sha256()
+        for values, kind in ((self.tokens, "<i4"), (self.weights, "<f4"), (self.edges, "<i8"), (self.groups, "<i8")):
+            total.update(np.ascontiguousarray(values, dtype=kind).tobytes())
+        return total.hexdigest()
+
+    def select(self, rows: np.ndarray) -> TokenSet:
+        """The set of these sequences, in this order."""
+        pick = (
+            np.concatenate([np.arange(self.edges[row], self.edges[row + 1]) for row in rows]) if len(rows) else np.zeros(0, int)
+        )
+        edges = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
+        where = tuple(self.where[row] for row in rows)
+        report = replace(
+            self.report, rows=len(set(where)), sequences=len(where), tokens=len(pick),
+            supervised=int(np.count_nonzero(self.weights[pick])),
+        )  # fmt: skip
+        return TokenSet(self.tokens[pick], self.weights[pick], edges, self.groups[rows], where, report, self.adapter, self.role)
+
+    def held_out(self, size: float, seed: int) -> tuple[TokenSet, TokenSet]:
+        """(the rest, ``size`` rows drawn by the seed): a share below 1 or a count. Pieces of one row stay on one side.
+
+        Raises ConfigError when nothing would be left to train on.
+        """
+        rows = list(dict.fromkeys(self.where))
+        count = max(1, round(size * len(rows))) if size < 1 else int(size)
+        if count >= len(rows):
+            raise ConfigError(f"test_size={size} holds out {count} of {len(rows)} rows and leaves none to train on")
+        drawn = {rows[at] for at in epoch_order(len(rows), seed, 0, name="held out")[:count]}
+        aside = np.array([place in drawn for place in self.where])
+        return self.select(np.flatnonzero(~aside)), self.select(np.flatnonzero(aside))
+
+    def eval_batches(self, batch_rows: int) -> list[Batch]:
+        """All sequences in file order, ``batch_rows`` to a batch."""
+        rows = range(len(self))
+        return [collate([self.example(row) for row in rows[at : at + batch_rows]]) for at in range(0, len(rows), batch_rows)]
+
+
+def encode_rows(found: Iterator[Found], source: Source, encoder: Encoder) -> Iterator[tuple[Found, list[Encoded]]]:
+    """Encode rows a chunk at a time; what cannot be encoded goes to ``source.bad``, an answer too long is dropped there."""
+    while chunk := list(islice(found, CHUNK)):
+        for row, made in zip(chunk, encoder.encode_many([row.content for row in chunk]), strict=True):
+            if not isinstance(made, BadRow):
+                yield row, made
+            elif made.kind == TOO_LONG:
+                source.bad.drop(row.where, made, row.raw)
+            else:
+                source.bad.report(row.where, made, row.raw)

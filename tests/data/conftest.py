@@ -1,0 +1,130 @@
+"""Small real tokenizers with the chat templates of the families people use, trained here on generated text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}" + CHATML
+)
+LLAMA3 = (
+    "{% for m in messages %}{% set c = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.first %}{% set c = bos_token + c %}{% endif %}{{ c }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if m['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = m['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+# thinking is cut from all turns but those after the last question, and an empty thought is written when there is none
+QWEN3 = (
+    "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for m in messages %}{%- if m.role == 'assistant' %}{%- set content = m.content %}{%- set thought = '' %}"
+    "{%- if m.reasoning_content is defined and m.reasoning_content is not none %}{%- set thought = m.reasoning_content %}"
+    "{%- elif '</think>' in content %}{%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{{- '<|im_start|>assistant\n' }}"
+    "{%- if loop.index0 > ns.last %}{{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}"
+    "{%- else %}{{- content }}{%- endif %}{{- '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+# no generation prompt at all: the answer simply follows the question, a space between them
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'] | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# text behind the end of turn, and a header that the plain rendering does not share with the generation prompt
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "chatml": CHATML, "default_system": DEFAULT_SYSTEM, "llama3": LLAMA3, "gemma": GEMMA, "qwen3": QWEN3, "llama2": LLAMA2,
+    "phi3": PHI3, "marked": MARKED,
+}  # fmt: skip
+SPECIALS = {  # bos, eos (which is the padding token too), other control tokens
+    "llama3": ("<|begin_of_text|>", "<|end_of_text|>", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "gemma": ("<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>")),
+    "llama2": ("<s>", "</s>", ()),
+    "phi3": ("<s>", "<|endoftext|>", ("<|user|>", "<|system|>", "<|assistant|>", "<|end|>")),
+}
+CHATML_SPECIALS = (None, "<|im_end|>", ("<|im_start|>",))
+
+
+def words(seed: int, count: int) -> str:
+    """Generated prose: words of a small invented language, with digits, line breaks and letters beyond ASCII."""
+    draw = random.Random(seed)
+    syllables = ["ka", "lo", "mi", "ten", "ra", "su", "é", "ü", "ßo", "日本", "12", "7", "ing", "th", "!"]
+    made = ("".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(count))
+    return "".join(word + draw.choice([" ", " ", " ", ", ", ".\n", "\n\n"]) for word in made)
+
+
+@lru_cache
+def trained(byte_level: bool, specials: tuple[str, ...]) -> str:
+    """A BPE tokenizer as JSON: GPT-2's byte level, or SentencePiece's manner with a space put before every text."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=not byte_level))
+    if byte_level:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        alphabet = []
+    fallback = () if byte_level else tuple(f"<0x{byte:02X}>" for byte in range(256))
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=[*specials, *fallback], initial_alphabet=alphabet, show_progress=False
+    )
+    corpus = [words(seed, 200) for seed in range(20)] + ["system user assistant model think Instruction Response Question Answer"]
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer.to_str()
+
+
+@lru_cache
+def made(family: str | None, byte_level: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer with a family's control tokens and template; None is a base model's tokenizer without a template."""
+    bos, eos, others = SPECIALS.get(family or "", CHATML_SPECIALS) if family else (None, "<|endoftext|>", ())
+    specials = tuple(token for token in (bos, eos, *others) if token)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(trained(byte_level, specials)), bos_token=bos, eos_token=eos, pad_token=eos,
+        additional_special_tokens=list(others), chat_template=TEMPLATES[family] if family else None,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of() -> Callable[..., Any]:
+    """``tokenizer_of("gemma")``, ``tokenizer_of("llama2", byte_level=False)``, ``tokenizer_of(None)``."""
+    return made
+
+
+@pytest.fixture(scope="session")
+def prose() -> Callable[[int, int], str]:
+    """``prose(seed, words)``: generated text."""
+    return words

@@ -1,0 +1,182 @@
+"""Columns decide the format; fields are checked one by one; what cannot be learnt from is a bad row with a reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorry.data.badrows import BadRow
+from lorry.data.content import Conversation, Message, Text
+from lorry.data.formats import FORMATS, chosen, detect, normalise, read_examples
+from lorry.data.sources import open_source
+from lorry.errors import DataError
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+def said(text: str, reasoning: str = "") -> Message:
+    return Message("assistant", text, reasoning)
+
+
+SYSTEM = Message("system", "Be kind")
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+GOOD: list[tuple[str, dict[str, Any], Any]] = [
+    ("text", {"text": "t", "id": 3}, Text("t")),
+    ("prompt_completion", {"prompt": "p ", "completion": "c"}, Conversation((user("p "), said("c")), ("p ", "c"))),
+    ("prompt_completion", {"prompt": "p", "answer": 7}, Conversation((user("p"), said("7")), ("p", "7"))),
+    ("prompt_completion", {"prompt": "p", "completion": "c", "system": "Be kind"},
+     Conversation((SYSTEM, user("p"), said("c")), ("Be kind\n\np", "c"))),
+    ("prompt_completion", {"prompt": [{"role": "system", "content": "Be kind"}, CHAT[0]], "completion": [CHAT[1]]},
+     Conversation((SYSTEM, user("q"), said("a")))),
+    ("prompt_completion", {"prompt": [CHAT[0]], "completion": "c"}, Conversation((user("q"), said("c")))),
+    ("messages", {"messages": CHAT, "text": "rendered"}, Conversation((user("q"), said("a")))),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "?"}]}, CHAT[1]]},
+     Conversation((user("q?"), said("a")))),
+    ("messages", {"messages": [CHAT[0], {"role": "assistant", "content": "a", "reasoning_content": "hm"}]},
+     Conversation((user("q"), said("a", "hm")))),
+    ("conversations", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "Be kind"},
+     Conversation((SYSTEM, user("q"), said("a")))),
+    ("alpaca", {"instruction": "Do", "input": "this", "output": "done", "answer": "x"},
+     Conversation((user("Do\n\nthis"), said("done")), ("### Instruction:\nDo\n\n### Input:\nthis\n\n### Response:\n", "done"))),
+    ("alpaca", {"instruction": "Do", "input": " ", "output": "done", "system": "Be kind"},
+     Conversation((SYSTEM, user("Do"), said("done")), ("Be kind\n\n### Instruction:\nDo\n\n### Response:\n", "done"))),
+    ("alpaca", {"instruction": "Do", "context": "this", "response": "done", "category": "x"},
+     Conversation((user("Do\n\nthis"), said("done")), ("### Instruction:\nDo\n\n### Input:\nthis\n\n### Response:\n", "done"))),
+    ("alpaca", {"instruction": "Do", "output": "done", "history": [["q", "a"]]},
+     Conversation((user("q"), said("a"), user("Do"), said("done")))),
+    ("question_answer", {"question": "q", "answer": "a", "perturbed_answer": ["x"]},
+     Conversation((user("q"), said("a")), ("Question: q\nAnswer:", " a"))),
+    ("question_answer", {"question": "q", "answers": ["first", "second"], "context": "c"},
+     Conversation((user("c\n\nq"), said("first")), ("c\n\nQuestion: q\nAnswer:", " first"))),
+    ("question_answer", {"question": "q", "answers": {"text": ["a"], "answer_start": [0]}},
+     Conversation((user("q"), said("a")), ("Question: q\nAnswer:", " a"))),
+    ("question_answer", {"query": "q", "response": "a"}, Conversation((user("q"), said("a")), ("Question: q\nAnswer:", " a"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "row", "content"), GOOD)
+def test_good_rows(name: str, row: dict[str, Any], content: Any) -> None:
+    form = detect(row)
+    assert form.name == name
+    assert normalise(row, form) == content
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"text": "  "}, "empty answer", "'text' is empty"),
+    ({"text": None}, "columns", "column 'text' is missing or null"),
+    ({"text": 1.5}, "format", "the number 1.5"),
+    ({"text": "\ud800"}, "encoding", "half a surrogate pair at character 1"),
+    ({"prompt": "p", "completion": "\n"}, "empty answer", "'completion' is empty"),
+    ({"prompt": "p", "completion": None}, "columns", "column 'completion|response|answer|output' is missing or null"),
+    ({"prompt": [CHAT[0]], "completion": []}, "no answer", "'completion' is an empty list"),
+    ({"prompt": [CHAT[0]], "completion": [CHAT[0]]}, "no answer", "no assistant turn"),
+    ({"question": "q", "answer": True}, "format", "the boolean True (write it as the text"),
+    ({"question": "q", "answers": []}, "empty answer", "'answers' is empty"),
+    ({"messages": []}, "no answer", "empty list"),
+    ({"messages": "hello"}, "format", "expected a list of messages"),
+    ({"messages": 3}, "format", "expected a list of messages"),
+    ({"messages": ["hello"]}, "format", "messages[0] is a str"),
+    ({"messages": CHAT[:1]}, "no answer", "no assistant turn"),
+    ({"messages": [CHAT[0], {"role": "assistant", "content": ""}]}, "empty answer", "'messages[1].content' is empty"),
+    ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, "format", "'messages[1].content' holds nothing"),
+    ({"messages": [CHAT[0], {"role": "asistant", "content": "a"}]}, "roles", "messages[1]: unknown role 'asistant'; known are system"),
+    ({"messages": [{"content": "a"}]}, "roles", "unknown role None"),
+    ({"messages": [{"role": ["user"], "content": "a"}]}, "roles", "unknown role ['user']"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "roles", "tool calls are not supported"),
+    ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}, "roles", "tool calls are not supported"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "format", "holds a list, expected text"),
+    ({"conversations": [{"from": "bing", "value": "a"}]}, "roles", "unknown from 'bing'"),
+    ({"instruction": "i", "output": ""}, "empty answer", "'output' is empty"),
+    ({"instruction": "i", "output": "o", "history": [["q"]]}, "format", "'history[0]' is a list, expected [question, answer]"),
+    ({"instruction": "i", "output": "o", "history": "q"}, "format", "'history' is a str"),
+    ({"instruction": "i", "output": "o", "history": [["q", ""]]}, "empty answer", "'history[0][1]' is empty"),
+]
+
+
+@pytest.mark.parametrize(("row", "kind", "reason"), BAD)
+def test_bad_rows(row: dict[str, Any], kind: str, reason: str) -> None:
+    bad = normalise(row, detect(row))
+    assert isinstance(bad, BadRow)
+    assert bad.kind == kind
+    assert reason in bad.reason
+
+
+def test_unknown_columns_list_what_is_there_and_what_is_known() -> None:
+    with pytest.raises(DataError) as caught:
+        detect(["Question", "Answer", "Body"], "svamp.json:1")
+    message = str(caught.value)
+    assert message.startswith("svamp.json:1: no known format has the columns 'Question', 'Answer', 'Body'")
+    assert "'Question' is not 'question'" in message
+    assert all(name in message for name in FORMATS)
+
+
+@pytest.mark.parametrize("extra", ["choices", "choice0", "options", "Option_1"])
+def test_multiple_choice_is_not_taken_for_question_and_answer(extra: str) -> None:
+    with pytest.raises(DataError, match="multiple choice"):
+        detect(["question", "answer", extra])
+
+
+def test_a_chosen_format_and_a_chosen_column() -> None:
+    assert chosen() is None
+    text = chosen("text")
+    assert text is not None
+    assert normalise({"text": "t", "messages": []}, text) == Text("t")
+    body = chosen("auto", text_field="body")
+    assert body is not None
+    assert normalise({"body": "b", "text": "t"}, body) == Text("b")
+    with pytest.raises(DataError, match="did you mean 'alpaca'"):
+        chosen("alpacca")
+
+
+def test_a_file_keeps_the_format_of_its_first_row(tmp_path: Path) -> None:
+    """A later row that lacks a column is a bad row, not another format; another file may have another format."""
+    lines = [{"prompt": "p", "completion": "c"}, {"text": "t"}, {"prompt": "p2", "completion": "c2", "text": "x"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "b.jsonl").write_text('{"text": "t", "source": "s"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: column 'prompt' is missing"):
+        list(read_examples(open_source(tmp_path)))
+    notes: set[str] = set()
+    source = open_source(tmp_path, on_bad_row="skip")
+    found = list(read_examples(source, notes=notes))
+    assert [(item.number, Path(item.where).name) for item in found] == [(0, "a.jsonl:1"), (2, "a.jsonl:3"), (3, "b.jsonl:1")]
+    assert found[2].content == Text("t")
+    assert dict(source.bad.counts) == {"columns": 1}
+    assert notes == {f"{tmp_path}/b.jsonl: read as text; columns not used: source"}
+
+
+def test_reading_from_the_middle_gives_the_same_rows(tmp_path: Path) -> None:
+    """Row 0 has two formats' columns and settles the file's format, also for a reader that starts later."""
+    lines = [{"messages": CHAT, "text": "t"}, {"text": "only"}, {"messages": CHAT}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    read = [item.number for item in read_examples(open_source(tmp_path, on_bad_row="skip"))]
+    late = [item.number for item in read_examples(open_source(tmp_path, on_bad_row="skip"), start=1)]
+    assert (read, late) == ([0, 2], [2])
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "gpt", "\udc80"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text"]), inner),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(form=st.sampled_from(list(FORMATS.values())), data=st.data())
+def test_any_values_give_content_or_a_bad_row(form: Any, data: st.DataObject) -> None:
+    columns = [group[0] for group in form.needs] + list(form.may)
+    row = {column: data.draw(VALUES) for column in columns}
+    made = normalise(row, form)
+    if isinstance(made, Conversation):
+        assert any(message.role == "assistant" and message.content.strip() for message in made.messages)
+        "".join(message.content for message in made.messages).encode()
+    elif isinstance(made, Text):
+        assert made.text.strip()
+    else:
+        assert made.reason

@@ -1,0 +1,298 @@
+"""Files in: every row with its place, every broken one with a reason, and never anything but a DataError."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorry.data.sources import open_source
+from lorry.errors import ConfigError, DataError
+
+GOOD = b'{"text": "one"}\n'
+BAD_LINES = [
+    (b'{"text": "cut of', "column 10: not valid JSON"),
+    (b'{"text": "cut off"', "the line is cut off"),
+    (b'{"text": }', "column 10: not valid JSON: Expecting value"),
+    (b'{"text": "caf\xe9"}', "column 14: byte 0xe9 is not valid UTF-8"),
+    (b"\x00\x00\x00\x00", "column 1: a NUL byte; the file was probably cut off"),
+    (b'["not", "an object"]', "expected an object such as {...}, found an array"),
+    (b'"text"', "found a string"),
+    (b"17", "found a number"),
+    (b"null", "found null"),
+    (b"[" * 100_000, "nested too deeply"),
+    (b'{"text": ' + b"9" * 5000 + b"}", "not usable JSON"),
+    (b"hello", "column 1: not valid JSON"),
+]
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def rows(path: Any, **options: Any) -> list[tuple[dict[str, Any], str]]:
+    return [(row.values, Path(row.where).name) for row in open_source(path, **options)]
+
+
+def test_jsonl_with_mark_blank_lines_and_windows_ends(tmp_path: Path) -> None:
+    path = write(tmp_path, "people.jsonl", b'\xef\xbb\xbf{"a": "x"}\r\n\r\n{"a": "\xc3\xa9"}')
+    assert rows(path) == [({"a": "x"}, "people.jsonl:1"), ({"a": "é"}, "people.jsonl:3")]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = write(tmp_path, "d.jsonl", GOOD + line + b"\n" + GOOD)
+    with pytest.raises(DataError) as caught:
+        rows(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert reason in str(caught.value)
+    source = open_source(path, on_bad_row="skip")
+    assert [row.where for row in source] == [f"{path}:1", f"{path}:3"]
+    assert source.bad.total == 1
+    assert list(source)
+    assert source.bad.total == 1, "a second pass must not count the same row again"
+
+
+def test_quarantine_keeps_the_raw_row_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "d.jsonl", GOOD + b"oops\xff\n" + GOOD + b"[1]\n")
+    aside = tmp_path / "aside" / "quarantine.jsonl"
+    for _ in range(2):  # a second run over the same data adds nothing
+        source = open_source(path, on_bad_row="quarantine", quarantine=aside)
+        assert len(list(source)) == 2
+        assert dict(source.bad.counts) == {"encoding": 1, "not an object": 1}
+    kept = [json.loads(line) for line in aside.read_text().splitlines()]
+    assert [entry["raw"] for entry in kept] == ["oops\\xff", "[1]"]
+    assert kept[1]["where"] == f"{path}:4"
+    assert "expected an object" in kept[1]["reason"]
+
+
+def test_quarantine_after_a_torn_line(tmp_path: Path) -> None:
+    path, aside = write(tmp_path, "d.jsonl", b"oops\n"), write(tmp_path, "q.jsonl", '{"where": "torn')
+    list(open_source(path, on_bad_row="quarantine", quarantine=aside))
+    torn, whole = aside.read_text().splitlines()
+    assert torn == '{"where": "torn'
+    assert json.loads(whole)["raw"] == "oops"
+
+
+def test_policy_is_checked(tmp_path: Path) -> None:
+    path = write(tmp_path, "d.jsonl", GOOD)
+    with pytest.raises(ConfigError, match="did you mean 'skip'"):
+        open_source(path, on_bad_row="skipp")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="needs a file"):
+        open_source(path, on_bad_row="quarantine")
+
+
+@settings(max_examples=150, deadline=None)
+@given(damage=st.lists(st.tuples(st.integers(0, 400), st.sampled_from(["flip", "cut", "insert"]), st.integers(0, 255)), max_size=6))
+def test_damaged_bytes_give_a_data_error_or_rows(tmp_path_factory: pytest.TempPathFactory, damage: list[tuple[int, str, int]]) -> None:
+    """Whatever is done to the bytes, a reader raises nothing but DataError with file:line; lines left alone are still read."""
+    lines = [json.dumps({"text": f"row {at} é", "n": at}, ensure_ascii=False).encode() + b"\n" for at in range(12)]
+    raw = bytearray(b"".join(lines))
+    for position, kind, byte in damage:
+        at = position % max(1, len(raw))
+        if kind == "flip":
+            raw[at : at + 1] = bytes([byte])
+        elif kind == "cut":
+            del raw[at : at + 1 + byte % 40]
+        else:
+            raw[at:at] = bytes([byte])
+    path = write(tmp_path_factory.mktemp("damaged"), "d.jsonl", bytes(raw))
+    try:
+        list(open_source(path))
+    except DataError as error:
+        assert str(error).startswith(f"{path}:")
+        assert str(error)[len(f"{path}:") :].split(":")[0].isdigit()
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return
+    got = {json.dumps(row.values, ensure_ascii=False).encode() for row in open_source(path, on_bad_row="skip")}
+    untouched = {line.rstrip() for line in bytes(raw).split(b"\n")} & {line.rstrip() for line in lines}
+    assert untouched <= got
+
+
+def test_reading_is_lazy(tmp_path: Path) -> None:
+    path = write(tmp_path, "d.jsonl", GOOD * 3 + b"broken\n")
+    stream = iter(open_source(path))
+    assert [next(stream).where for _ in range(3)] == [f"{path}:{n}" for n in (1, 2, 3)]
+    assert len(list(open_source(path, limit=3))) == 3
+    assert [row.where for row in open_source(path, limit=3).read(2)] == [f"{path}:3"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[\n {"a": 1},\n {"a": 2}\n]',
+        '{"version": [1, {"x": "]"}], "data": [\n {"a": 1},\n {"a": 2}\n]}',
+        '\ufeff[\n{"a": 1}\n,{"a": 2}]\n',
+    ],
+)
+def test_json_arrays(tmp_path: Path, text: str) -> None:
+    assert rows(write(tmp_path, "d.json", text)) == [({"a": 1}, "d.json:2"), ({"a": 2}, "d.json:3")]
+
+
+def test_json_lines_under_the_wrong_name(tmp_path: Path) -> None:
+    assert rows(write(tmp_path, "d.json", '{"a": 1}\n{"a": 2}\n')) == [({"a": 1}, "d.json:1"), ({"a": 2}, "d.json:2")]
+    with pytest.raises(DataError, match=r"d\.json:1: column 6: not valid JSON"):
+        rows(write(tmp_path, "d.json", '{"a": \n{"a": 2}\n'))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[\n{"a": 1},\n{"a": }]', r"d\.json:3: column 7: element 1 is not valid JSON: Expecting value"),
+        ('[\n{"a": 1},\n{"a": 2', r"d\.json:3: column \d+: element 1 is not valid JSON"),
+        ('[\n{"a": 1}', r"d\.json:2: column 9: the file ends in the middle of the array"),
+        ('[{"a": 1}\n {"a": 2}]', r"d\.json:2: column 2: expected ',' or '\]' after element 0"),
+        ('[{"a": 1},\n 7]', r"d\.json:2: element 1 is a number, expected an object"),
+        ('{"a":\n 1}', r"d\.json:2: column 3: expected a JSON array of rows"),
+        ("", r"d\.json:1: expected a JSON array"),
+        ("hello", r"d\.json:1: expected a JSON array"),
+        ('[{"a": ' + "[" * 100_000, r"d\.json:1: .*nested too deeply"),
+        (b'[{"a": "\xff"}]', r"d\.json:1: column 9: byte 0xff is not valid UTF-8"),
+    ],
+)
+def test_broken_json_arrays(tmp_path: Path, text: str | bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        rows(write(tmp_path, "d.json", text))
+
+
+def test_csv_records_may_span_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, "d.csv", '\ufeffquestion,answer\n"two\nlines",a\n"x ""y"", z",b\n')
+    assert rows(path) == [
+        ({"question": "two\nlines", "answer": "a"}, "d.csv:2"),
+        ({"question": 'x "y", z', "answer": "b"}, "d.csv:4"),
+    ]
+
+
+@pytest.mark.parametrize(("name", "mark"), [("d.csv", ";"), ("d.tsv", "\t"), ("d.csv", "\t")])
+def test_csv_separators(tmp_path: Path, name: str, mark: str) -> None:
+    assert rows(write(tmp_path, name, f"a{mark}b\n1,5{mark}2\n")) == [({"a": "1,5", "b": "2"}, f"{name}:2")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n3\n", r"d\.csv:3: the row has 1 columns, the header 2"),
+        ("a,b\n1,2,3\n", r"d\.csv:2: the row has 3 columns"),
+        ('a,b\n1,"2\n3,4\n', r"d\.csv:2: unexpected end of data"),
+        ("a,a\n1,2\n", r"d\.csv:1: the header needs a different name for every column"),
+        ("a,\n1,2\n", r"d\.csv:1: the header needs"),
+        ("", r"d\.csv:1: the file is empty"),
+        (b"a,b\n1,caf\xe9\n", r"d\.csv:2: column 'b' is not valid UTF-8"),
+        (b"a,b\n1,x\x00\n", r"d\.csv:2: column 'b': a NUL byte"),
+        (b"\xff\xfea\x00,\x00", r"d\.csv:1: the file is UTF-16"),
+    ],
+)
+def test_broken_csv(tmp_path: Path, text: str | bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        rows(write(tmp_path, "d.csv", text))
+
+
+def test_csv_skips_only_the_bad_row(tmp_path: Path) -> None:
+    path = write(tmp_path, "d.csv", b"a,b\n1,2\nlone\n3,caf\xe9\n5,6\n")
+    source = open_source(path, on_bad_row="skip")
+    assert [row.where for row in source] == [f"{path}:2", f"{path}:5"]
+    assert dict(source.bad.counts) == {"columns": 1, "encoding": 1}
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pa.table({"messages": [[{"role": "user", "content": "x"}], None]}), path)
+    assert rows(path) == [({"messages": [{"role": "user", "content": "x"}]}, "d.parquet:1"), ({"messages": None}, "d.parquet:2")]
+    with pytest.raises(DataError, match="not a readable parquet file"):
+        rows(write(tmp_path, "e.parquet", b"PAR1 and nothing more"))
+
+
+def test_text_is_one_document(tmp_path: Path) -> None:
+    assert rows(write(tmp_path, "book.txt", "one\n\ntwo\n")) == [({"text": "one\n\ntwo\n"}, "book.txt:1")]
+    with pytest.raises(DataError, match=r"book\.txt:1: column 4: byte 0xff"):
+        rows(write(tmp_path, "book.txt", b"one\xff"))
+
+
+def test_folders_and_several_files(tmp_path: Path) -> None:
+    write(tmp_path, "b.jsonl", GOOD)
+    write(tmp_path, "a.jsonl", GOOD)
+    write(tmp_path, "SOURCE.md", "not data")
+    assert [where for _, where in rows(tmp_path)] == ["a.jsonl:1", "b.jsonl:1"]
+    assert [where for _, where in rows([tmp_path / "b.jsonl", str(tmp_path / "a.jsonl")])] == ["b.jsonl:1", "a.jsonl:1"]
+
+
+def test_a_folder_of_splits_never_mixes_them(tmp_path: Path) -> None:
+    for name in ("train_2000.jsonl", "test.jsonl", "set-dev.jsonl", "contest.jsonl"):
+        write(tmp_path, name, GOOD)
+    assert [where for _, where in rows(tmp_path)] == ["train_2000.jsonl:1"]
+    assert [where for _, where in rows(tmp_path, split="validation")] == ["set-dev.jsonl:1"]
+    (tmp_path / "train_2000.jsonl").unlink()
+    with pytest.raises(DataError, match="no file of split 'train'"):
+        rows(tmp_path)
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+    write(tmp_path, "people.jsonl", GOOD)
+    with pytest.raises(DataError, match=r"peopel\.jsonl: no such file; did you mean 'people\.jsonl'"):
+        open_source(tmp_path / "peopel.jsonl")
+    with pytest.raises(DataError, match=r"no such file; the folder has people\.jsonl"):
+        open_source(tmp_path / "x.csv")
+    with pytest.raises(DataError, match="no folder"):
+        open_source(tmp_path / "nowhere" / "x.csv")
+    with pytest.raises(DataError, match="a hub data set is named owner/name"):
+        open_source("/no-such-folder/data")
+
+
+@pytest.mark.parametrize("name", ["d.pkl", "d.pt", "d.docx", "d"])
+def test_unknown_kinds_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="unknown kind of file"):
+        open_source(write(tmp_path, name, b"\x80\x04."))
+
+
+@pytest.fixture
+def on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bytes], str]:
+    """Stands in for the hub: owner/name resolves to a local folder, through the real builders of ``datasets``."""
+    import datasets
+
+    real = datasets.load_dataset_builder
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda name, config=None: real(str(tmp_path / name), config, cache_dir=str(tmp_path / "cache"))
+    )  # fmt: skip
+
+    def publish(file: str, content: bytes) -> str:
+        (tmp_path / "owner" / "set").mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "owner" / "set", file, content)
+        return "owner/set"
+
+    return publish
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_data_sets(on_the_hub: Callable[[str, bytes], str], streaming: bool) -> None:
+    name = on_the_hub("train.jsonl", b'{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n')
+    got = [(row.values, row.where) for row in open_source(name, streaming=streaming)]
+    assert got == [({"question": "a", "answer": "b"}, "owner/set:1"), ({"question": "c", "answer": "d"}, "owner/set:2")]
+    with pytest.raises(DataError, match="owner/set: .*"):
+        list(open_source(name, split="nosuchsplit", streaming=streaming))
+
+
+def test_hub_data_sets_that_are_not_plain_tables_are_refused(on_the_hub: Callable[[str, bytes], str]) -> None:
+    name = on_the_hub("train.xml", b"<a/>")
+    with pytest.raises(DataError, match="stored as 'xml'"):
+        list(open_source(name))
+
+
+def test_a_saved_data_set(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}]).save_to_disk(str(tmp_path / "one"))
+    assert rows(tmp_path / "one") == [({"text": "a"}, "one:1"), ({"text": "b"}, "one:2")]
+    both = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"text": "t"}])})
+    both.save_to_disk(str(tmp_path / "two"))
+    assert rows(tmp_path / "two", split="test") == [({"text": "t"}, "two:1")]
+    with pytest.raises(DataError, match="no split 'train'; it has test"):
+        rows(tmp_path / "two")

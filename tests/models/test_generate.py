@@ -1,0 +1,449 @@
+"""Generation against transformers token for token, and against itself however the rows are batched."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from lorry.bank.attach import attach, bank_of
+from lorry.bank.mix import Mix
+from lorry.bank.spec import LoraSpec
+from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
+from lorry.families import find
+from lorry.models import attention, sampling
+from lorry.models import generate as generation
+from lorry.models.decoder import Decoder
+from lorry.models.generate import generate, stream
+from lorry.models.sampling import Sampling
+
+VOCAB = 40
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+ROTARY = {**SHAPE, "vocab_size": VOCAB, "max_position_embeddings": 96, "initializer_range": 0.4}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**ROTARY, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**ROTARY, num_key_value_heads=1),
+    "qwen3": Qwen3Config(**ROTARY, num_key_value_heads=2, head_dim=16),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=96, initializer_range=0.4),
+    "gpt_neox": GPTNeoXConfig(**ROTARY),
+}
+
+
+def native(theirs: Any) -> Decoder:
+    """Our decoder with the weights of a transformers model."""
+    family = find(theirs.config.model_type)
+    assert family is not None
+    model = Decoder(family, theirs.config.to_dict())
+    model.load_state_dict(theirs.state_dict())
+    if model.geometry.tied:
+        model.tie()
+    return model.eval()
+
+
+def random_pair(name: str) -> tuple[Any, Decoder]:
+    """A random model whose every tensor matters (norms and biases too), in transformers and here."""
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    for p in theirs.parameters():
+        if p.dim() == 1:
+            p.data += 0.2 * torch.randn_like(p)
+    return theirs, native(theirs)
+
+
+def random_prompts(lengths: Sequence[int], vocab: int = VOCAB) -> list[list[int]]:
+    draw = random.Random(1)
+    return [[draw.randrange(3, vocab) for _ in range(n)] for n in lengths]
+
+
+def tokens_of(*args: Any, **options: Any) -> list[list[int]]:
+    return [g.tokens for g in generate(*args, **options)]
+
+
+def transformers_greedy(model: Any, prompts: Sequence[Sequence[int]], new: int, **options: Any) -> list[list[int]]:
+    """transformers' own generate on a left-padded batch."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    options = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False, **options}
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)[:, longest:].tolist()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Decoder:
+    return random_pair("llama")[1]
+
+
+@pytest.fixture
+def adapted() -> Decoder:
+    """A model with three random adapters: one on the linears, one also on the head, one also on the embedding."""
+    model = random_pair("llama")[1]
+    for seed, (name, targets) in enumerate(
+        {"plain": "auto", "head": ("q_proj", "lm_head"), "embedding": ("down_proj", "embed")}.items()
+    ):
+        attach(model, LoraSpec(r=3, lora_alpha=12, target_modules=targets, init_lora_weights=False), name, seed=seed)
+        with torch.no_grad():
+            bank_of(model)[name].values.mul_(4)
+        bank_of(model)[name].touch()
+    return model
+
+
+# --- the same tokens as transformers
+
+
+def test_stories_greedy_equals_transformers(stories: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
+    prompts = [[1, *p] for p in random_prompts([0, 3, 50, 12, 1, 120, 7, 30, 31, 2], vocab=512)]
+    assert tokens_of(native(theirs), prompts, max_new_tokens=60) == transformers_greedy(theirs, prompts, 60)
+
+
+def test_stories_tells_the_expected_story(stories: Path) -> None:
+    model = native(AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32))
+    expected = json.loads((stories.parent / "expected.json").read_text())
+    pieces = [bytes.fromhex(piece).decode() for piece, _ in json.loads((stories.parent / "tok512.json").read_text())]
+    said = expected["greedy_from_Once_upon_a_time"]
+    prompt = next(expected["ids"][:n] for n in range(2, 20) if "".join(pieces[i] for i in expected["ids"][1:n]) == said[:17])
+    text = "".join(pieces[i] for i in [*prompt[1:], *tokens_of(model, [prompt], max_new_tokens=120)[0]])
+    assert len(said) > 200
+    assert text.startswith(said)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_equals_transformers(name: str) -> None:
+    theirs, ours = random_pair(name)
+    prompts = random_prompts([5, 1, 17, 9, 30, 9])
+    assert tokens_of(ours, prompts, max_new_tokens=40) == transformers_greedy(theirs, prompts, 40)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    theirs, ours = random_pair("llama")
+    prompts = random_prompts([8, 8, 8])
+    mine = tokens_of(ours, prompts, max_new_tokens=30, repetition_penalty=penalty)
+    assert mine == transformers_greedy(theirs, prompts, 30, repetition_penalty=penalty)
+    assert mine != tokens_of(ours, prompts, max_new_tokens=30)
+
+
+def test_eos_ends_a_row_where_transformers_ends_it() -> None:
+    theirs, ours = random_pair("llama")
+    prompts = random_prompts([4, 11, 6, 2, 9])
+    free = tokens_of(ours, prompts, max_new_tokens=30)
+    eos = free[2][12]
+    mine = generate(ours, prompts, max_new_tokens=30, eos={eos})
+    rows = transformers_greedy(theirs, prompts, 30, eos_token_id=eos, pad_token_id=VOCAB - 1 if eos != VOCAB - 1 else 0)
+    for made, row in zip(mine, rows, strict=True):
+        assert made.tokens == (row[: row.index(eos) + 1] if eos in row else row)
+        assert made.finished == (eos in row)
+    assert len({len(g.tokens) for g in mine}) > 1
+
+
+# --- what a row says does not depend on its company
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2}])
+def test_two_rows_at_once_or_all_nine(llama: Decoder, options: dict[str, Any]) -> None:
+    prompts = random_prompts([3, 20, 1, 8, 8, 33, 2, 14, 5])
+    free = tokens_of(llama, prompts, max_new_tokens=40, **options)
+    options |= {"eos": {free[0][5], free[3][9]}, "max_new_tokens": 40}
+    together = generate(llama, prompts, **options, batch_rows=9)
+    assert len({len(g.tokens) for g in together}) > 3  # rows leave at different times
+    for rows in (1, 2, 4):
+        assert generate(llama, prompts, **options, batch_rows=rows) == together
+
+
+def test_a_sampled_row_alone_or_among_seven(llama: Decoder) -> None:
+    prompts = random_prompts([6, 2, 9, 4, 15, 1, 3])
+    options: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 5}
+    assert tokens_of(llama, prompts[:1], **options)[0] == tokens_of(llama, prompts, **options)[0]
+
+
+def test_seed_and_place_decide_a_sample(llama: Decoder) -> None:
+    prompts = random_prompts([6]) * 4
+    options: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.5}
+    first = tokens_of(llama, prompts, **options, seed=1)
+    assert first == tokens_of(llama, prompts, **options, seed=1)
+    assert len({tuple(t) for t in first}) == 4
+    assert all(a != b for a, b in zip(first, tokens_of(llama, prompts, **options, seed=2), strict=True))
+    assert first[0][:10] == tokens_of(llama, prompts, max_new_tokens=10, temperature=1.5, seed=1)[0]
+
+
+def test_small_prefills_and_a_growing_cache_change_nothing(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = random_prompts([3, 20, 1, 8, 8, 33, 2])
+    before = tokens_of(llama, prompts, max_new_tokens=50)
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", 10)
+    monkeypatch.setattr(attention, "SPARE", 1)
+    assert tokens_of(llama, prompts, max_new_tokens=50) == before
+
+
+def test_stream_tells_what_generate_tells(llama: Decoder) -> None:
+    (prompt,) = random_prompts([7])
+    options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 10, "seed": 3}
+    made = generate(llama, [prompt], **options)[0].tokens
+    assert list(stream(llama, prompt, **options)) == made
+    assert list(stream(llama, prompt, **options, eos=[made[4]])) == made[: made.index(made[4]) + 1]
+
+
+# --- adapters
+
+
+def test_each_row_has_its_own_adapter(adapted: Decoder) -> None:
+    prompts = random_prompts([6, 2, 9, 4, 15, 1, 6, 6])
+    owners = ["plain", None, "head", "plain", "embedding", "head", None, "embedding"]
+    together = generate(adapted, prompts, max_new_tokens=20, adapters=owners, logprobs=True)
+    assert [g.tokens for g in together] == tokens_of(adapted, prompts, max_new_tokens=20, adapters=owners, batch_rows=3)
+    for prompt, owner, made in zip(prompts, owners, together, strict=True):
+        bank_of(adapted).activate(Mix() if owner is None else Mix.one(owner))
+        (alone,) = generate(adapted, [prompt], max_new_tokens=20, logprobs=True)
+        assert alone.tokens == made.tokens
+        torch.testing.assert_close(torch.tensor(alone.logprobs), torch.tensor(made.logprobs), atol=1e-4, rtol=1e-4)
+    base = tokens_of(adapted, prompts, max_new_tokens=20, adapters=Mix.none())
+    assert [a.tokens == b for a, b in zip(together, base, strict=True)] == [owner is None for owner in owners]
+
+
+def test_rows_of_one_adapter_run_side_by_side(adapted: Decoder) -> None:
+    """So that a step has as many terms as adapters, not as rows."""
+    owners = ["plain", None, "head", "plain", None, "head"]
+    run = generation.Generation(adapted, random_prompts([2] * 6), max_new_tokens=5, sampling=Sampling(), adapters=owners)
+    assert [row.adapter for row in run.live] == ["plain", "plain", None, None, "head", "head"]
+
+
+def test_one_adapter_or_constants_for_all(adapted: Decoder) -> None:
+    prompts = random_prompts([6, 2, 9])
+    named = tokens_of(adapted, prompts, max_new_tokens=15, adapters="head")
+    assert named == tokens_of(adapted, prompts, max_new_tokens=15, adapters=["head"] * 3)
+    assert named == tokens_of(adapted, prompts, max_new_tokens=15, adapters=Mix.constants({"head": 1.0}))
+    mixed = Mix.constants({"head": 0.5, "plain": -0.5})
+    bank_of(adapted).activate(mixed)
+    assert tokens_of(adapted, prompts, max_new_tokens=15) == tokens_of(adapted, prompts, max_new_tokens=15, adapters=mixed)
+    for prompt in prompts:  # against a plain forward pass without a cache
+        made = tokens_of(adapted, [prompt], max_new_tokens=15)[0]
+        logits = adapted(torch.tensor([prompt + made])).logits[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == made
+
+
+# --- when a row ends, and what it reports
+
+
+def test_max_new_tokens_and_stop_sequences(llama: Decoder) -> None:
+    prompts = random_prompts([6, 2])
+    free = generate(llama, prompts, max_new_tokens=21)
+    assert [len(g.tokens) for g in free] == [21, 21]
+    assert not any(g.finished for g in free)
+    pair = free[0].tokens[6:8]
+    cut = generate(llama, prompts, max_new_tokens=21, stop=[pair])[0]
+    place = next(i for i in range(21) if free[0].tokens[i : i + 2] == pair)
+    assert cut.tokens == free[0].tokens[: place + 2]
+    assert cut.finished
+    assert generate(llama, [], max_new_tokens=3) == []
+
+
+def test_logprobs_are_the_models_own(llama: Decoder) -> None:
+    prompts = random_prompts([6, 11, 2])
+    for options in ({}, {"temperature": 2.0, "top_k": 5, "repetition_penalty": 1.5}):
+        for prompt, made in zip(prompts, generate(llama, prompts, max_new_tokens=20, logprobs=True, **options), strict=True):
+            logits = llama(torch.tensor([prompt + made.tokens])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(made.tokens)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(made.logprobs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_only_last_prompt_tokens_meet_the_head(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    plain = Decoder.logits
+    monkeypatch.setattr(Decoder, "logits", lambda self, h, call: (seen.append(h.shape[0]), plain(self, h, call))[1])
+    generate(llama, random_prompts([30, 20, 10]), max_new_tokens=3)
+    assert seen == [3, 3, 3]
+
+
+def test_memory_is_taken_as_rows_grow(llama: Decoder) -> None:
+    run = generation.Generation(llama, random_prompts([5, 2]), max_new_tokens=90, sampling=Sampling())
+    steps = run.steps()
+    for _ in range(3):
+        next(steps)
+    assert run.cache.keys.shape[3] == 5 + attention.SPARE < run.cache.room == 95
+
+
+def test_the_model_is_left_as_it_was(llama: Decoder) -> None:
+    llama.train()
+    llama.get_submodule("model.norm").eval()
+    flags = [m.training for m in llama.modules()]
+    pieces = stream(llama, [3, 4], max_new_tokens=4)
+    next(pieces)
+    assert torch.is_grad_enabled()
+    assert not any(m.training for m in llama.modules())
+    pieces.close()  # type: ignore[attr-defined]
+    assert [m.training for m in llama.modules()] == flags
+    llama.eval()
+
+
+# --- sampling
+
+
+def reference_distribution(logits: Sequence[float], temperature: float, top_k: int | None, top_p: float | None) -> list[float]:
+    """Temperature, then the k most likely, then the fewest that reach p, renormalised: in plain Python floats."""
+    scaled = [x / temperature for x in logits]
+    order = sorted(range(len(scaled)), key=lambda i: -scaled[i])[: top_k or len(scaled)]
+    weights = [math.exp(scaled[i] - scaled[order[0]]) for i in order]
+    kept: list[float] = []
+    for w in weights:
+        if top_p is not None and sum(kept) >= top_p * sum(weights):
+            break
+        kept.append(w)
+    probs = [0.0] * len(logits)
+    for i, w in zip(order, kept, strict=False):
+        probs[i] = w / sum(kept)
+    return probs
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, None, None), (0.7, 12, None), (1.3, None, 0.8), (1.5, 15, 0.9)]
+)
+def test_frequencies_match_the_softmax(llama: Decoder, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    (prompt,) = random_prompts([6])
+    logits = (llama(torch.tensor([prompt])).logits[0, -1]).tolist()
+    count = 6000
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    made = generate(llama, [prompt] * count, max_new_tokens=1, batch_rows=count, seed=11, **options)
+    seen = [0] * VOCAB
+    for g in made:
+        seen[g.tokens[0]] += 1
+    probs = reference_distribution(logits, temperature, top_k, top_p)
+    assert all(n == 0 for n, p in zip(seen, probs, strict=True) if p == 0)
+    assert fit(seen, probs) > 0.01
+    assert fit(seen, reference_distribution(logits, temperature * 1.3, top_k, top_p)) < 1e-6  # the test can tell
+
+
+def fit(seen: Sequence[int], probs: Sequence[float]) -> float:
+    """The chi-square test's p-value; tokens expected fewer than five times are counted as one."""
+    expected = [p * sum(seen) for p in probs]
+    big = [i for i, e in enumerate(expected) if e >= 5]
+    rest = (sum(seen) - sum(seen[i] for i in big), sum(expected) - sum(expected[i] for i in big))
+    pairs = [(seen[i], expected[i]) for i in big] + ([rest] if rest[1] > 1 else [])
+    observed, wanted = (list(x) for x in zip(*pairs, strict=True))
+    total = sum(wanted)
+    return float(chisquare(observed, [w * sum(observed) / total for w in wanted]).pvalue)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(-60, 60), min_size=2, max_size=30, unique=True),
+    st.floats(0.3, 3),
+    st.one_of(st.none(), st.integers(1, 40)),
+    st.one_of(st.none(), st.floats(0.05, 1.0)),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_draw_inverts_the_distribution(
+    whole: list[int], temperature: float, top_k: int | None, top_p: float | None, number: float
+) -> None:
+    """Whatever the order tokens are laid out in, the token drawn spans the number in the cumulative sum."""
+    logits = [x / 10 for x in whole]
+    chooser = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    shortlist = sampling.SHORTLIST
+    sampling.SHORTLIST = 4  # so that both ways to a nucleus are met
+    try:
+        token = int(chooser.choose(torch.tensor([logits]), [set()], [number])[0])
+    finally:
+        sampling.SHORTLIST = shortlist
+    ordered = top_k is not None or top_p not in (None, 1.0)
+    slack = 1e-5
+    nearby = [reference_distribution(logits, temperature, top_k, p) for p in near(top_p, slack)]
+    assert any(
+        start - slack <= number <= start + probs[token] + slack
+        for probs in nearby
+        for start in [sum(p for i, p in enumerate(probs) if (logits[i] > logits[token] if ordered else i < token))]
+        if probs[token] > 0
+    )
+
+
+def near(top_p: float | None, slack: float) -> list[float | None]:
+    """A threshold and its neighbours: rounding may move a token across it."""
+    return [None] if top_p is None else [top_p, min(1.0, top_p + slack), top_p - slack]
+
+
+def test_a_token_of_probability_zero_is_never_drawn() -> None:
+    logits = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]]).expand(2, -1)
+    assert Sampling(temperature=1.0).choose(logits, [(), ()], [0.0, 1 - 2**-53])[0].tolist() == [1, 2]
+
+
+def test_greedy_whatever_the_cut_off(llama: Decoder) -> None:
+    prompts = random_prompts([6, 3])
+    greedy = tokens_of(llama, prompts, max_new_tokens=12)
+    assert tokens_of(llama, prompts, max_new_tokens=12, temperature=1.0, top_k=1) == greedy
+    assert tokens_of(llama, prompts, max_new_tokens=12, temperature=1.0, top_p=1e-6) == greedy
+
+
+# --- mistakes
+
+
+def test_a_prompt_too_long_is_refused_before_anything_runs(llama: Decoder) -> None:
+    generate(llama, random_prompts([90]), max_new_tokens=6)
+    with pytest.raises(ModelError, match=r"prompt 1 has 91 tokens .* context is 96; .* at most 5"):
+        generate(llama, random_prompts([2, 91]), max_new_tokens=6)
+    with pytest.raises(ModelError, match="prompt 0"):
+        stream(llama, [3] * 91, max_new_tokens=6)
+
+
+def test_an_empty_prompt_is_refused(llama: Decoder) -> None:
+    with pytest.raises(DataError, match="prompt 1 is empty"):
+        generate(llama, [[3], []], max_new_tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"batch_rows": 0}, "batch_rows"),
+        ({"stop": [[]]}, "stop"),
+        ({"adapters": "nobody"}, "nobody"),
+        ({"adapters": ["nobody"]}, "nobody"),
+        ({"adapters": [None, None]}, "2 entries for 1 prompts"),
+        ({"adapters": Mix.one("nobody")}, "nobody"),
+    ],
+)
+def test_a_bad_setting_is_named(llama: Decoder, options: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        generate(llama, [[3, 4]], **{"max_new_tokens": 3, **options})
+
+
+def test_a_mix_of_one_batch_is_refused(adapted: Decoder) -> None:
+    with pytest.raises(ConfigError, match="tokens of one batch"):
+        generate(adapted, [[3]], max_new_tokens=3, adapters=Mix.routed(["plain"], torch.ones(1, 1)))
+
+
+def test_logits_that_are_not_numbers_stop_it(adapted: Decoder) -> None:
+    with torch.no_grad():
+        bank_of(adapted)["head"].values.fill_(float("nan"))
+    bank_of(adapted)["head"].touch()
+    with pytest.raises(NonFiniteError, match=r"prompt 1 \(1 in all\)"):
+        generate(adapted, [[3, 4], [5, 6]], max_new_tokens=3, adapters=["plain", "head"])

@@ -1,0 +1,119 @@
+"""Tiny models of every family, made here: transformers' own classes, a few thousand parameters, trained for a second or two.
+
+Trained weights have structure that random ones lack (large logits, norms away from 1, biases away from 0), so a wrong epsilon,
+bias or rotary base shows. `trained(name)` is made once per test session and must not be changed; `fresh(name)` is random.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lorry.models.decoder import Decoder
+from lorry.models.describe import describe
+from lorry.models.weights import load_decoder
+
+LETTERS = " abcdefghijklmnopqrstuvwxyz.,"
+VOCAB = len(LETTERS)
+CONTEXT = 64
+LLAMA = {
+    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "tie_word_embeddings": False,
+    "bos_token_id": 0, "eos_token_id": 27, "pad_token_id": 0,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": CONTEXT,
+    "bos_token_id": 0, "eos_token_id": 27, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
+NEOX = {
+    "model_type": "gpt_neox", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": CONTEXT, "hidden_act": "gelu", "bos_token_id": 0, "eos_token_id": 27,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama tied": {**LLAMA, "tie_word_embeddings": True},
+    "llama biased": {**LLAMA, "attention_bias": True, "mlp_bias": True},
+    "llama rope llama3": {**LLAMA, "rope_parameters": LLAMA3},
+    "llama rope linear": {**LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": None, "head_dim": 16},
+    "qwen2": {**LLAMA, "model_type": "qwen2"},
+    "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16},
+    "gpt2": GPT2,
+    "gpt_neox parallel": {**NEOX, "use_parallel_residual": True},
+    "gpt_neox sequential": {**NEOX, "use_parallel_residual": False},
+}
+
+
+def fresh(name: str, *, seed: int = 0, **overrides: Any) -> Any:
+    """transformers' model of a variant in fp32, every parameter random, none at its usual starting value."""
+    return random_model({**VARIANTS[name], **overrides}, seed=seed)
+
+
+def random_model(config: dict[str, Any], *, seed: int = 0) -> Any:
+    """Any causal model of transformers with weights wide enough for logits that differ."""
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            around = 1.0 if p.dim() == 1 and bool((p == 1).all()) else 0.0
+            p.copy_(around + torch.randn(p.shape, generator=generator) * (0.2 if p.dim() > 1 else 0.3))
+    return model.eval()
+
+
+@cache
+def trained(name: str) -> Any:
+    """A variant after 100 steps on generated sentences; shared by the whole session."""
+    model = fresh(name).train().requires_grad_(True)
+    data, pick = torch.tensor(encode(sentences(4000))), random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        starts = [pick.randrange(len(data) - 33) for _ in range(8)]
+        ids = torch.stack([data[s : s + 33] for s in starts])
+        logits = model(input_ids=ids[:, :-1]).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval().requires_grad_(False)
+
+
+def sentences(letters: int, *, seed: int = 0) -> str:
+    """English-like text of a small grammar."""
+    draw = random.Random(seed)
+    words = [["the", "a", "one"], ["red", "old", "tall", "quiet"], ["lorry", "dog", "girl", "river"],
+             ["saw", "drove", "loved", "met"], ["the", "her", "some"], ["house", "friends", "bread", "road"]]  # fmt: skip
+    out = ""
+    while len(out) < letters:
+        out += " ".join(draw.choice(w) for w in words) + draw.choice([". ", ", "])
+    return out[:letters]
+
+
+def encode(text: str) -> list[int]:
+    """One token per letter."""
+    return [LETTERS.index(c) for c in text]
+
+
+def directory(model: Any, path: Path) -> Path:
+    """The model as transformers saves it."""
+    model.save_pretrained(path)
+    return path
+
+
+def decoder(model: Any, path: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    """Lorry's decoder with the weights of a transformers model, by way of files."""
+    directory(model, path)
+    described = describe(path, notes=[])
+    assert described.family is not None, described.why
+    return load_decoder(path, described.family, described.config, dtype, torch.device("cpu"))
