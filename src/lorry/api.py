@@ -33,13 +33,13 @@ def sft(**settings: Any) -> Result:
 def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple[nn.Module, Any]:
     """(model, tokenizer) of a run, an adapter, a model directory, a hub id, a GGUF file or the embedded name.
 
-    ``adapter``: one more adapter directory; ``model``: dtype, device, revision, native. With an adapter, `model(input_ids).logits`
-    uses it. Raises ModelError.
+    ``adapter``: one more adapter directory; ``model``: dtype, device, revision, native. With an adapter,
+    `model(input_ids).logits` uses it. Raises ModelError.
     """
     from lorry.models.open import open_model
 
-    config = build(ModelConfig, {"name": os.fspath(path), "adapter": None if adapter is None else os.fspath(adapter), **model}, [])
-    opened = open_model(config, [])
+    settings = {"name": os.fspath(path), "adapter": None if adapter is None else os.fspath(adapter), **model}
+    opened = open_model(build(ModelConfig, settings, []), [])
     return opened.model, opened.tokenizer
 
 

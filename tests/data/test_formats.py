@@ -86,7 +86,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": CHAT[:1]}, "no answer", "no assistant turn"),
     ({"messages": [CHAT[0], {"role": "assistant", "content": ""}]}, "empty answer", "'messages[1].content' is empty"),
     ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, "format", "'messages[1].content' holds nothing"),
-    ({"messages": [CHAT[0], {"role": "asistant", "content": "a"}]}, "roles", "messages[1]: unknown role 'asistant'; known are system"),
+    (
+        {"messages": [CHAT[0], {"role": "asistant", "content": "a"}]},
+        "roles",
+        "messages[1]: unknown role 'asistant'; known are system",
+    ),
     ({"messages": [{"content": "a"}]}, "roles", "unknown role None"),
     ({"messages": [{"role": ["user"], "content": "a"}]}, "roles", "unknown role ['user']"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "roles", "tool calls are not supported"),

@@ -92,8 +92,12 @@ def test_policy_is_checked(tmp_path: Path) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(damage=st.lists(st.tuples(st.integers(0, 400), st.sampled_from(["flip", "cut", "insert"]), st.integers(0, 255)), max_size=6))
-def test_damaged_bytes_give_a_data_error_or_rows(tmp_path_factory: pytest.TempPathFactory, damage: list[tuple[int, str, int]]) -> None:
+@given(
+    damage=st.lists(st.tuples(st.integers(0, 400), st.sampled_from(["flip", "cut", "insert"]), st.integers(0, 255)), max_size=6)
+)
+def test_damaged_bytes_give_a_data_error_or_rows(
+    tmp_path_factory: pytest.TempPathFactory, damage: list[tuple[int, str, int]]
+) -> None:
     """Whatever is done to the bytes, a reader raises nothing but DataError with file:line; lines left alone are still read."""
     lines = [json.dumps({"text": f"row {at} é", "n": at}, ensure_ascii=False).encode() + b"\n" for at in range(12)]
     raw = bytearray(b"".join(lines))

@@ -1,4 +1,4 @@
-"""The decoder gives transformers' logits: every family, random and trained weights, packed and padded. `pytest -s` prints the table."""
+"""The decoder gives transformers' logits: every family, random and trained weights, packed and padded (`-s` prints the table)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import one_thread  # noqa: F401 - a fixture
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -33,6 +33,7 @@ from lorry.models import attention, sampling
 from lorry.models import generate as generation
 from lorry.models.decoder import Decoder
 from lorry.models.generate import generate, stream
+from lorry.models.hf import HfModel
 from lorry.models.sampling import Sampling
 
 VOCAB = 40
@@ -148,6 +149,21 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     mine = tokens_of(ours, prompts, max_new_tokens=30, repetition_penalty=penalty)
     assert mine == transformers_greedy(theirs, prompts, 30, repetition_penalty=penalty)
     assert mine != tokens_of(ours, prompts, max_new_tokens=30)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_of_transformers_behind_the_same_face(name: str) -> None:
+    theirs, ours = random_pair(name)
+    prompts = random_prompts([5, 1, 17, 9, 30, 9, 2])
+    expected = transformers_greedy(theirs, prompts, 25)
+    wrapped = HfModel(theirs)
+    assert tokens_of(wrapped, prompts, max_new_tokens=25) == expected
+    for model in (ours, wrapped):
+        attach(model, LoraSpec(r=4, init_lora_weights=False), "other", seed=1)
+    options: dict[str, Any] = {"adapters": [None, "other", "other", None, "other", None, "other"], "batch_rows": 3}
+    made = [generate(m, prompts, max_new_tokens=25, logprobs=True, **options) for m in (ours, wrapped)]
+    assert [g.tokens for g in made[0]] == [g.tokens for g in made[1]]
+    assert [g.tokens == row for g, row in zip(made[0], expected, strict=True)][:4] == [True, False, False, True]
 
 
 def test_eos_ends_a_row_where_transformers_ends_it() -> None:

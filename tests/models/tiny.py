@@ -7,17 +7,22 @@ bias or rotary base shows. `trained(name)` is made once per test session and mus
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.logging import disable_progress_bar
 
 from lorry.models.decoder import Decoder
 from lorry.models.describe import describe
 from lorry.models.weights import load_decoder
+
+disable_progress_bar()
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz.,"
 VOCAB = len(LETTERS)
@@ -54,6 +59,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt_neox parallel": {**NEOX, "use_parallel_residual": True},
     "gpt_neox sequential": {**NEOX, "use_parallel_residual": False},
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For test files that import it: on matrices this small a second thread only waits, badly so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def fresh(name: str, *, seed: int = 0, **overrides: Any) -> Any:

@@ -16,7 +16,7 @@ from lorry.bank.mix import Call, Mix, Noise
 from lorry.data.batch import BASE, Batch
 from lorry.errors import ModelError, NonFiniteError
 from lorry.models.generate import Generated, generate
-from lorry.models.load import sample_digest
+from lorry.models.digest import sample_digest
 from lorry.models.score import Want, evaluate
 
 
@@ -80,8 +80,8 @@ class Local:
             keys = [int(batch.key[s]) for s in bad[:8]]
             self.discard()
             raise NonFiniteError(
-                f"step {step + 1}: the loss term {term!r} is not finite for {len(bad)} of {len(batch)} sequences of a micro-batch "
-                f"(rows {bad[:8]}, keys {keys}); nothing was updated. Lower learning_rate, or look at those rows"
+                f"step {step + 1}: the loss term {term!r} is not finite for {len(bad)} of {len(batch)} sequences "
+                f"of a micro-batch (rows {bad[:8]}, keys {keys}); nothing was updated. Lower learning_rate, or look at those rows"
             )
 
     def _noise(self, batch: Batch, adapters: Sequence[str], step: int) -> Noise | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -85,7 +86,7 @@ class Batch:
     def segments(self) -> list[tuple[int, int]]:
         """(start, stop) of each sequence as Python ints."""
         edges = self.starts.tolist()
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(pairwise(edges))
 
     @cached_property
     def rows(self) -> Tensor:

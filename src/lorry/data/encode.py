@@ -38,10 +38,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A rendered example. ``messages`` of a chat; ``opened``, ``closed``: BOS, EOS go around it; ``whole``: all is learnt."""
+    """A rendered example. ``opener``: the text before each span; ``messages`` of a chat; ``opened``, ``closed``: BOS, EOS go
+    around it; ``whole``: all of it is learnt.
+    """
 
     text: str
     spans: Sequence[Span]
+    opener: str = ""
     messages: tuple[Message, ...] = ()
     opened: bool = False
     closed: bool = False
@@ -85,7 +88,8 @@ class Encoder:
         """Encode each example, or say why it cannot be. Only a text longer than max_length gives more than one piece."""
         drafts = [self._draft(content) for content in contents]
         sound = [draft for draft in drafts if isinstance(draft, _Draft)]
-        marked = iter(self.tokens.many([draft.text for draft in sound], [draft.spans for draft in sound]))
+        columns = [draft.text for draft in sound], [draft.spans for draft in sound], [draft.opener for draft in sound]
+        marked = iter(self.tokens.many(*columns))
         return [self._finish(draft, next(marked)) if isinstance(draft, _Draft) else draft for draft in drafts]
 
     def prompt(self, conversation: Conversation) -> list[int]:
@@ -93,7 +97,10 @@ class Encoder:
         messages = self._prepared(conversation)[:-1]
         if conversation.plain and not self.has_template:
             return self._opened(self.tokens.one(self._plain_prompt(conversation)).ids)
-        return self.tokens.one(self.template.prompt(messages)).ids
+        earlier: Sequence[Span] = ()
+        if any(message.role == "assistant" for message in messages):  # earlier answers are tokenised as in training
+            earlier = lay_out(self.template, messages).spans
+        return self.tokens.one(self.template.prompt(messages), earlier, self.template.header).ids
 
     def stop_tokens(self) -> list[int]:
         """Ids at which generation has to stop: the tokenizer's EOS and the template's end of turn."""
@@ -115,7 +122,8 @@ class Encoder:
                 return _Draft(content.text, [(0, len(content.text))], opened=True, closed=True, whole=True)
             if content.plain and not self.has_template:
                 prompt, answer = self._plain_prompt(content), content.plain[1]
-                return _Draft(prompt + answer, [(len(prompt), len(prompt) + len(answer))], opened=True, closed=True)
+                spans, last_line = [(len(prompt), len(prompt) + len(answer))], (prompt.splitlines(keepends=True) or [""])[-1]
+                return _Draft(prompt + answer, spans, last_line, opened=True, closed=True)
             return self._chat(self._prepared(content))
         except TemplateRefusal as error:
             return BadRow("template", str(error))
@@ -130,8 +138,8 @@ class Encoder:
             raise TemplateRefusal("the chat template marks no answer of this conversation for learning")
         if not chat.ended:
             self.notes["the chat template writes no end of turn after the last answer; the end of text was added"] += 1
-            return _Draft(chat.text[: chat.spans[-1][1]], chat.spans, messages, closed=True)
-        return _Draft(chat.text, chat.spans, messages)
+            return _Draft(chat.text[: chat.spans[-1][1]], chat.spans, self.template.header, messages, closed=True)
+        return _Draft(chat.text, chat.spans, self.template.header, messages)
 
     def _prepared(self, conversation: Conversation) -> tuple[Message, ...]:
         """The messages up to the last answer (what follows it teaches nothing), with the system message where it can be."""
@@ -230,7 +238,7 @@ class Encoder:
 
     def _drafted(self, messages: tuple[Message, ...]) -> Marked:
         draft = self._chat(messages)
-        return self._dressed(draft, self.tokens.one(draft.text, draft.spans))
+        return self._dressed(draft, self.tokens.one(draft.text, draft.spans, draft.opener))
 
     def _length(self, marked: Marked) -> int:
         return _last(marked) if self.completion_only_loss else len(marked.ids)

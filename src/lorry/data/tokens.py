@@ -10,12 +10,14 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
 from lorry.errors import ModelError
 
 Span = tuple[int, int]
+OPENERS_KEPT = 4096
 
 
 @dataclass
@@ -36,12 +38,15 @@ class Tokens:
         cuts = [at for at in range(len(dressed)) if dressed[at : at + len(bare)] == bare]
         self.opening: list[int] = dressed[: cuts[0]] if cuts else []
         self._line_break = self._ids("\n")
+        self.opener_ids = lru_cache(OPENERS_KEPT)(lambda opener: self._inside(opener)[0])
 
-    def many(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Marked]:
-        """Tokenise each text as a whole, no special tokens added, and mark the tokens of its spans.
+    def many(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], openers: Sequence[str]) -> list[Marked]:
+        """Tokenise each text, no special tokens added, and mark the tokens of its spans.
 
-        A token that would reach across the start of a span is broken up there by tokenising the two sides on their own,
-        because that is what inference does: the prompt is tokenised alone and the answer follows.
+        Each text is tokenised as a whole, as transformers does, unless that would change what stands before an answer:
+        at inference the prompt ends there, and ``\\n\\n`` at the end of a text may be one token where before a word it is
+        two. So the tokens of ``openers`` (the text known to stand before each span) are compared with what they are at a
+        text's end; where they differ, or a token reaches across, the sides are tokenised on their own.
         """
         if not getattr(self.tokenizer, "is_fast", False):
             return [self._piecewise(text, marks) for text, marks in zip(texts, spans, strict=True)]
@@ -52,41 +57,65 @@ class Tokens:
             return_token_type_ids=False, truncation=False, padding=False, verbose=False,
         )  # fmt: skip
         done = []
-        for text, ids, offsets, marks in zip(texts, encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
-            learnt = _marks([end for _, end in offsets], marks)
-            done.append(self._piecewise(text, marks) if learnt is None else Marked(list(ids), learnt))
+        columns = zip(texts, encoded["input_ids"], encoded["offset_mapping"], spans, openers, strict=True)
+        for text, ids, offsets, marks, opener in columns:
+            ends = list(accumulate((end for _, end in offsets), max))
+            cuts = self._unclean(ids, ends, marks, opener)
+            done.append(self._broken_up(text, marks, cuts) if cuts else Marked(list(ids), _marks(ends, marks)))
         self._verify(texts, spans, done)
         return done
 
-    def one(self, text: str, spans: Sequence[Span] = ()) -> Marked:
+    def one(self, text: str, spans: Sequence[Span] = (), opener: str = "") -> Marked:
         """``many`` for a single text."""
-        return self.many([text], [spans])[0]
+        return self.many([text], [spans], [opener])[0]
 
     def ends(self, text: str) -> list[int]:
         """For each token of the text, the character behind its last one."""
         if not getattr(self.tokenizer, "is_fast", False):
-            pieces = [len(self.tokenizer.decode([token])) for token in self._ids(text)]
-            return list(accumulate(pieces))
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-        return list(accumulate((end for _, end in offsets), max))
+            return list(accumulate(len(self.tokenizer.decode([token])) for token in self._ids(text)))
+        return self._ids_and_ends(text)[1]
+
+    def _unclean(self, ids: list[int], ends: list[int], spans: Sequence[Span], opener: str) -> list[int]:
+        """The starts of spans before which the tokens are not what they would be if the text ended there."""
+        expected = self.opener_ids(opener) if opener else []
+        firsts = [bisect_right(ends, start) for start, _ in spans]
+        return [
+            start
+            for (start, _), first in zip(spans, firsts, strict=True)
+            if (ends[first - 1] if first else 0) < start or ids[max(0, first - len(expected)) : first] != expected
+        ]
+
+    def _broken_up(self, text: str, spans: Sequence[Span], cuts: Sequence[int]) -> Marked:
+        """Tokenise the stretches between the cuts on their own."""
+        made = Marked([], [])
+        for start, end in pairwise([0, *cuts, len(text)]):
+            ids, ends = self._inside(text[start:end]) if start else self._ids_and_ends(text[:end])
+            made.ids += ids
+            made.learnt += _marks(ends, [(max(s, start) - start, min(e, end) - start) for s, e in spans if s < end and e > start])
+        return made
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
+    def _ids_and_ends(self, text: str) -> tuple[list[int], list[int]]:
+        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(made["input_ids"]), list(accumulate((end for _, end in made["offset_mapping"]), max))
+
+    def _inside(self, piece: str) -> tuple[list[int], list[int]]:
+        """A piece from the middle of a text: behind a line break, so that no tokenizer adds its space for a text's start."""
+        ids, ends = self._ids_and_ends("\n" + piece)
+        lead = len(self._line_break)
+        return (ids[lead:], [end - 1 for end in ends[lead:]]) if ids[:lead] == self._line_break else self._ids_and_ends(piece)
+
     def _piecewise(self, text: str, spans: Sequence[Span]) -> Marked:
-        """Tokenise the text span by span."""
+        """For a tokenizer without offsets: every stretch inside and outside of the spans on its own."""
         cuts = sorted({0, len(text), *(edge for span in spans for edge in span)})
         made = Marked([], [])
         for start, end in pairwise(cuts):
-            ids = self._inside(text[start:end]) if start else self._ids(text[:end])
+            ids = self._ids(text[start:end])
             made.ids += ids
             made.learnt += [any(s <= start < e for s, e in spans)] * len(ids)
         return made
-
-    def _inside(self, piece: str) -> list[int]:
-        """A piece from the middle of a text: behind a line break, so that no tokenizer adds its space for a text's start."""
-        ids, lead = self._ids("\n" + piece), self._line_break
-        return ids[len(lead) :] if ids[: len(lead)] == lead else self._ids(piece)
 
     def _verify(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], marked: Sequence[Marked]) -> None:
         """Decode what is marked and compare it with the spans: a tokenizer with false offsets would teach the prompt."""
@@ -101,17 +130,14 @@ class Tokens:
 
     def _round_trip(self, text: str) -> str:
         """What is left of a text by a tokenizer that loses something (lower case, unknown characters)."""
-        return _squashed(self.tokenizer.decode(self._inside(text), skip_special_tokens=False))
+        return _squashed(self.tokenizer.decode(self._inside(text)[0], skip_special_tokens=False))
 
 
-def _marks(ends: list[int], spans: Sequence[Span]) -> list[bool] | None:
-    """Which tokens overlap the spans, or None when one of them also holds characters from before a span."""
-    ends = list(accumulate(ends, max))
+def _marks(ends: list[int], spans: Sequence[Span]) -> list[bool]:
+    """Which tokens overlap the spans."""
     learnt = [False] * len(ends)
     for start, end in spans:
         first, last = bisect_right(ends, start), bisect_right(ends, end)
-        if (ends[first - 1] if first else 0) < start:
-            return None
         if last == 0 or ends[last - 1] < end:
             last = min(last + 1, len(ends))
         learnt[first:last] = [True] * (last - first)

@@ -24,8 +24,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorry.errors import ConfigError, LorryError, ModelError
 from lorry.disk import manifest as manifests
+from lorry.errors import ConfigError, LorryError, ModelError
 
 Content = bytes | Iterable[bytes | memoryview]
 

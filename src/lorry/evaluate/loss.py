@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lorry.backends.base import Scorer, Task, term_totals
 from lorry.bank.mix import Mix
@@ -47,26 +48,36 @@ def mean_nll(backend: Scorer, batches: Sequence[Batch], mix: Mix | None = None) 
     return nll, tokens
 
 
-def packed_difference(backend: Scorer, batch: Batch, sequences: int = 4) -> float:
-    """Largest difference, over the first few sequences of a batch, between a sequence's mean loss packed and alone, relative to
-    the loss where that is above 1: 0 up to rounding if nothing leaks from one sequence into another."""
+def packed_difference(backend: Scorer, batch: Batch, sequences: int = 8) -> float:
+    """Difference between the mean loss of a batch's first few sequences packed and alone, relative to the loss where that is
+    above 1: rounding and nothing more, if packing changes nothing."""
+    parts = _parts(batch, sequences)
+    (packed, tokens), (alone, _) = mean_nll(backend, [collate(parts)]), mean_nll(backend, [collate([p]) for p in parts])
+    return abs(packed - alone) / max(tokens, alone)
+
+
+def leak(backend: Scorer, batch: Batch, sequences: int = 4) -> float:
+    """Largest change of a sequence's scores when its neighbours' tokens are reversed: exactly 0 if nothing leaks, since shapes,
+    and with them every kernel and its rounding, stay the same."""
+    parts, want = _parts(batch, sequences), {"logprob": Score(log_prob)}
+    before = backend.score([collate(parts)], want)[0]["logprob"]
+    worst = 0.0
+    for changed in (0, 1):
+        mixed = [replace(p, tokens=list(p.tokens)[::-1]) if s % 2 == changed else p for s, p in enumerate(parts)]
+        other = collate(mixed)
+        after = backend.score([other], want)[0]["logprob"]
+        same = [slice(*other.segments[s]) for s in range(len(parts)) if s % 2 != changed]
+        worst = max([worst, *(float((after[rows] - before[rows]).abs().max()) for rows in same)])
+    return worst
+
+
+def _parts(batch: Batch, sequences: int) -> list[Example]:
+    """The first few sequences of a batch, apart again."""
     parts = []
     for s, (start, stop) in enumerate(batch.segments[:sequences]):
         tokens, weights = batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist()
         parts.append(Example(tokens, weights, adapter=int(batch.adapter[s]), key=int(batch.key[s])))
-    together = collate(parts)
-    alone = [collate([p]) for p in parts]
-    packed = _mean_losses(backend, [together])
-    return max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(packed, _mean_losses(backend, alone), strict=True))
-
-
-def _mean_losses(backend: Scorer, batches: Sequence[Batch]) -> list[float]:
-    """Mean loss of each sequence, in order."""
-    out: list[float] = []
-    for batch, got in zip(batches, backend.score(batches, {"logprob": Score(log_prob)}), strict=True):
-        sums = batch.sum_by_sequence(-got["logprob"].double() * batch.weights.double())
-        out += (sums / batch.sum_by_sequence(batch.weights.double())).tolist()
-    return out
+    return parts
 
 
 def perplexity(nll: float, tokens: float) -> float:

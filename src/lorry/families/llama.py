@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lorry.families import Config, Family, Geometry
-from lorry.families.common import METADATA, ROTARY_KEYS, full_attention, rotary, wide_window
+from lorry.families.common import METADATA, ROTARY_KEYS, UnsupportedConfig, full_attention, rotary, wide_window
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def llama_geometry(config: Config) -> Geometry:
-    """Llama's and Mistral's config; biases only where `attention_bias` or `mlp_bias` ask for them."""
+    """Llama's and Mistral's config; biases only where `attention_bias` or `mlp_bias` ask for them.
+
+    Raises UnsupportedConfig for a partial rotary factor: transformers reads it under some scaling rules and not under others.
+    """
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    turning = rotary(config, head_dim)
+    if turning.dim != head_dim:
+        raise UnsupportedConfig(f"partial_rotary_factor={turning.dim / head_dim}")
     biased = {*(ATTENTION if config.get("attention_bias") else ()), *(MLP if config.get("mlp_bias") else ())}
     return Geometry(
         layers=config["num_hidden_layers"],
@@ -28,7 +34,7 @@ def llama_geometry(config: Config) -> Geometry:
         norm_eps=config.get("rms_norm_eps", 1e-6),
         activation=config.get("hidden_act", "silu"),
         tied=bool(config.get("tie_word_embeddings", False)),
-        rotary=rotary(config, head_dim),
+        rotary=turning,
         biased=frozenset(biased),
     )
 

@@ -30,6 +30,8 @@ KERNEL_KEYS = frozenset(
     for suffix in ("", "_internal", "_autoset")
 )
 BUILT_IN = (None, True, False, "eager", "sdpa", "flash_attention_2", "flex_attention", "grouped_mm", "batched_mm")
+# What transformers, tokenizers and gguf raise over numbers and names that make no sense.
+UNUSABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 MOST_BYTES = 16 * 1024 * 1024  # of a JSON file that describes a model
 MOST_LAYERS = 10_000
 
@@ -85,7 +87,7 @@ def match(config: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) ->
         geometry = family.geometry(config)
     except UnsupportedConfig as e:
         return None, f"Lorry's decoder does not compute {e}"
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+    except UNUSABLE as e:
         raise ModelError(f"{path}: unusable numbers ({type(e).__name__}: {e})") from e
     if geometry.activation not in ACTIVATIONS:
         return None, f"Lorry's decoder has no activation {geometry.activation!r}"
@@ -146,5 +148,5 @@ def _build(kind: str, raw: dict[str, Any], path: Path) -> Any:
         raise ModelError(f"{path}: {layers!r} layers; a whole number from 1 to {MOST_LAYERS} is expected")
     try:
         return CONFIG_MAPPING[kind].from_dict(raw)
-    except (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError) as e:
+    except (StrictDataclassError, *UNUSABLE) as e:
         raise ModelError(f"{path}: transformers refuses this config ({type(e).__name__}: {e})") from e

@@ -25,7 +25,7 @@ import torch
 
 from lorry.disk import durable
 from lorry.errors import ModelError
-from lorry.models.describe import read_json
+from lorry.models.describe import UNUSABLE, read_json
 from lorry.models.gguf import check_gguf
 from lorry.models.store import share
 
@@ -114,7 +114,7 @@ def _convert(file: Path, work: Path) -> None:
             )
             model.save_pretrained(work)
             AutoTokenizer.from_pretrained(str(file.parent), **source).save_pretrained(work)
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError, AttributeError, RuntimeError) as e:
+    except (*UNUSABLE, OSError, RuntimeError) as e:
         raise ModelError(
             f"{file}: transformers cannot convert this GGUF file (architecture {architecture!r}; {type(e).__name__}: {e})"
         ) from e

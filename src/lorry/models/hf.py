@@ -75,6 +75,11 @@ class HfModel(nn.Module):
         return next((n for key in CONTEXT_KEYS if isinstance(n := getattr(text, key, None), int)), None)
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens have an embedding."""
+        return int(self.inner.get_input_embeddings().weight.shape[0])
+
+    @property
     def head(self) -> nn.Module | None:
         return self.inner.get_output_embeddings() if self._plain else None
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from lorry.errors import ConfigError, ModelError
 from lorry.models.decoder import Decoder
-from lorry.models.describe import Description, describe, read_json
+from lorry.models.describe import UNUSABLE, Description, describe, read_json
 from lorry.models.digest import sample_digest
 from lorry.models.hf import HfModel
 from lorry.models.sources import resolve
@@ -74,7 +74,7 @@ def load_model(
         model = load_hf(place.directory, described, kind, where, trust_remote_code=trust_remote_code, notes=notes)
     notes += resting_dropout(described.config)
     tokenizer = load_tokenizer(place.directory, trust_remote_code=trust_remote_code, notes=notes)
-    vocabulary = described.hf.get_text_config().vocab_size
+    vocabulary = model.geometry.vocab if isinstance(model, Decoder) else model.vocabulary
     if tokenizer is not None and len(tokenizer) > vocabulary:
         notes.append(
             f"the tokenizer has {len(tokenizer)} entries, the model only {vocabulary} embeddings; the rest cannot be used"
@@ -116,14 +116,19 @@ def load_hf(
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
+                ignore_mismatched_sizes=True,  # to name them below
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, NotImplementedError) as e:
+    except (*UNUSABLE, OSError, ImportError, RuntimeError) as e:
         raise ModelError(f"{directory}: transformers cannot load it ({type(e).__name__}: {e})") from e
     unknown = [n for n in info["unexpected_keys"] if not BUFFERS.fullmatch(n)]
-    for kind, names in (("missing", sorted(info["missing_keys"])), ("unknown", sorted(unknown))):
+    misshapen = [str(found[0] if isinstance(found, tuple) else found) for found in info["mismatched_keys"]]
+    for kind, names in (("missing", info["missing_keys"]), ("unknown", unknown), ("misshapen", misshapen)):
         if names:
-            raise ModelError(f"{directory}: {len(names)} tensors {kind} for {type(inner).__name__} ({', '.join(names[:3])})")
+            some = ", ".join(sorted(names)[:3])
+            raise ModelError(
+                f"{directory}: {len(names)} tensors {kind} for {type(inner).__name__} ({some}); it does not fit config.json"
+            )
     return HfModel(inner.to(device), notes)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from lorry.errors import ModelError
-from lorry.models.describe import read_json
+from lorry.models.describe import UNUSABLE, read_json
 
 FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer.tiktoken")
 
@@ -24,5 +24,5 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, notes: l
             read_json(path)
     try:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as e:
+    except (*UNUSABLE, OSError, ImportError) as e:
         raise ModelError(f"{directory}: its tokenizer cannot be read ({type(e).__name__}: {e})") from e

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -99,7 +100,7 @@ def contracts(run: Run) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=_text(title, "bold"), title_justify="left", header_style="dim")
+    table = Table(title=_text(title, "bold"), title_justify="left", header_style="dim", box=SIMPLE_HEAD)
     for column in columns:
         table.add_column(_text(column), overflow="fold")
     return table

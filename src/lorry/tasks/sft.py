@@ -17,7 +17,7 @@ from lorry.tasks.losses import nll
 class Sft:
     """One adapter, one stream of rows. ``evaluation``: batches that never change, in a fixed order."""
 
-    def __init__(self, stream: Stream, evaluation: Sequence[Batch], total_steps: int, adapters: Sequence[str] = ("default",)) -> None:
+    def __init__(self, stream: Stream, evaluation: Sequence[Batch], total_steps: int, adapters: Sequence[str]) -> None:
         self.stream, self.evaluation = stream, list(evaluation)
         self.total_steps, self.adapters = total_steps, list(adapters)
 

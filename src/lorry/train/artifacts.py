@@ -1,4 +1,4 @@
-"""What a run leaves in its directory besides metrics and checkpoints: the adapter, run.yaml, receipt, contracts, samples, card."""
+"""What a run leaves in its directory besides metrics and checkpoints: adapter, run.yaml, receipt, contracts, model card."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def write_adapters(run_dir: Path, model: nn.Module, tokenizer: Any, names: Seque
     return digests
 
 
-def receipt(*, data: Mapping[str, Any], base: Mapping[str, Any], code: str, adapters: Mapping[str, str], seed: int) -> dict[str, Any]:
+def receipt(
+    *, data: Mapping[str, Any], base: Mapping[str, Any], code: str, adapters: Mapping[str, str], seed: int
+) -> dict[str, Any]:
     """Digests of everything the result hangs on."""
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
     return {
@@ -63,7 +65,15 @@ def receipt(*, data: Mapping[str, Any], base: Mapping[str, Any], code: str, adap
     }
 
 
-def card(*, name: str, base: str, data: str, spec: Mapping[str, Any], figures: Mapping[str, Any], contracts: Sequence[Mapping[str, Any]]) -> str:
+def card(
+    *,
+    name: str,
+    base: str,
+    data: str,
+    spec: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    contracts: Sequence[Mapping[str, Any]],
+) -> str:
     """README.md of a run: a model card that says what this adapter is, from what, and what held."""
     shown = "\n".join(f"| {key} | {value} |" for key, value in {**spec, **figures}.items())
     held = "\n".join(f"- {c['status'].replace('_', ' ')}: {c['name']} ({c['detail']})" for c in contracts)

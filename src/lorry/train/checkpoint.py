@@ -33,8 +33,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.disk import durable, manifest
+from lorry.errors import ConfigError, ContractError, ModelError
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorry.backends.base import Backend, Inspection, Norms, Task
 from lorry.data.batch import Batch
 from lorry.errors import ContractError
-from lorry.evaluate.loss import packed_difference
+from lorry.evaluate.loss import leak, packed_difference
 
 NAMES = {
     1: "every target matched",
@@ -101,10 +101,12 @@ class Checks:
                     raise self.fail(4, f"sequence {s} (key {int(batch.key[s])}) has no supervised token")
                 if ends and not set(batch.tokens[start:stop][supervised].tolist()) & set(ends):
                     raise self.fail(4, f"sequence {s} (key {int(batch.key[s])}) never learns to stop: no end token is supervised")
+        if leaked := leak(backend, batches[0]):
+            raise self.fail(4, f"a sequence's scores change by {leaked:.2e} with the tokens of its neighbours in the batch")
         difference = packed_difference(backend, batches[0])
         if not difference <= tolerance:
             raise self.fail(4, f"the loss packed and alone differs by {difference:.2e} (at most {tolerance:.0e})")
-        self.held(4, f"every sequence supervised; packed = alone within {difference:.1e}")
+        self.held(4, f"every sequence supervised; no leak between neighbours; loss packed = alone within {difference:.1e}")
 
     # --- while it goes
 

@@ -25,7 +25,7 @@ from lorry.train import checkpoint
 from lorry.train.checks import Checks
 from lorry.train.events import Listener
 from lorry.train.memory import peak_memory
-from lorry.train.metrics import MetricsWriter, cut_after
+from lorry.report.lines import MetricsWriter, cut_after
 from lorry.train.schedule import rate, warmup_steps
 from lorry.train.signals import Stop, watching
 
@@ -56,7 +56,7 @@ class Outcome:
 
 class Engine:
     """Runs a task on a backend. ``identity``: {"config", "digests"} of this run, stored in checkpoints and compared on resume;
-    ``epoch_of(step)``: for the log and for save_strategy/eval_strategy=epoch."""
+    ``epoch_of(step)``: the epoch a step belongs to, counted from 0; ``ends``, ``tolerance``: contract 4."""
 
     def __init__(
         self,
@@ -66,7 +66,8 @@ class Engine:
         run_dir: Path,
         *,
         identity: Mapping[str, Any],
-        epoch_of: Callable[[int], float],
+        epoch_of: Callable[[int], int],
+        steps_per_epoch: int | None,
         checks: Checks,
         listeners: Sequence[Listener] = (),
         ends: Sequence[int] = (),
@@ -74,12 +75,14 @@ class Engine:
     ) -> None:
         self.backend, self.task, self.train, self.run_dir = backend, task, train, run_dir
         self.identity, self.epoch_of, self.checks = identity, epoch_of, checks
+        self.steps_per_epoch = steps_per_epoch
         self.listeners, self.ends, self.tolerance = listeners, ends, tolerance
         self.progress = Progress()
         self.total = task.total_steps
         self.warmup = train.warmup_steps or warmup_steps(self.total, train.warmup_ratio)
         self.evaluation: Mapping[str, float] = {}
         self.final_loss: float | None = None
+        self.epoch = 0
 
     # --- the loop
 
@@ -102,9 +105,11 @@ class Engine:
 
     def _one_step(self, metrics: MetricsWriter) -> None:
         began, step = time.perf_counter(), self.progress.step
+        self.epoch = self.epoch_of(step)
         batches = self.task.step_batches(step, {"self": self.backend})
         if 4 not in self.checks.found:
             self.checks.first_batches(self.backend, batches, self.ends, tolerance=self.tolerance)
+            began = time.perf_counter()  # the checks of the first batch are not part of a step's time
         stats = self.backend.forward_backward(batches, self.task, step)
         rates = dict.fromkeys(self.task.adapters, self._rate(step))
         norms = self.backend.step(rates)
@@ -126,7 +131,7 @@ class Engine:
         self.final_loss = loss
         record: dict[str, Any] = {
             "step": self.progress.step,
-            "epoch": self.epoch_of(self.progress.step),
+            "epoch": self.progress.step / self.steps_per_epoch if self.steps_per_epoch else self.epoch_of(self.progress.step),
             "loss": loss,
             "learning_rate": max(rates.values()),
             "grad_norm": sum(n * n for n in norms.norms.values()) ** 0.5,
@@ -161,7 +166,7 @@ class Engine:
         if strategy == "steps":
             return bool(every) and self.progress.step % int(every or 1) == 0
         if strategy == "epoch":
-            return last or int(self.epoch_of(self.progress.step)) > int(self.epoch_of(self.progress.step - 1))
+            return last or self.epoch_of(self.progress.step) > self.epoch
         return False
 
     def _evaluate(self, metrics: MetricsWriter) -> bool:

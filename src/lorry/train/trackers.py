@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and trackio as listeners, each only if asked for (`report_to=`). metrics.jsonl stays the truth."""
+"""TensorBoard, Weights & Biases and trackio as listeners, each only if asked for (`report_to=`). metrics.jsonl is the truth."""
 
 from __future__ import annotations
 

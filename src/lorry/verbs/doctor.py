@@ -1,4 +1,4 @@
-"""`lorry doctor [RUN]`: what this machine has and which path a model takes; given a run, which contracts held and what is intact."""
+"""`lorry doctor [RUN]`: what this machine has and which path a model takes; given a run, which contracts held."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def main(settings: DoctorSettings, notes: list[str]) -> int:
 
 def machine() -> dict[str, str]:
     """What matters here: processor and its number formats, memory, accelerator, compiler, packages, the path a model takes."""
+    import psutil
     import torch
 
-    import psutil
     from lorry.models.describe import fast_bfloat16
 
     memory = psutil.virtual_memory()
@@ -75,7 +75,9 @@ def _run(path: Path, console: Console) -> int:
 
     run = load_run(path)
     console.print(table.contracts(run))
-    console.print(_table("files", {"adapter": adapter_state(path), "newest checkpoint": str(checkpoint.find_latest(path) or "none")}))
+    console.print(
+        _table("files", {"adapter": adapter_state(path), "newest checkpoint": str(checkpoint.find_latest(path) or "none")})
+    )
     failed = [c for c in run.contracts if c.status == "failed"]
     return 5 if failed else 0
 

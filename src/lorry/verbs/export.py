@@ -78,5 +78,7 @@ def _compare(model: nn.Module, name: str, ids: Tensor, read: Callable[[Any], Any
         ours, theirs = model(ids.to(model.device)).logits.float().cpu(), other(input_ids=ids).logits.float()
     difference, dtype = float((ours - theirs).abs().max()), str(model.dtype).removeprefix("torch.")
     if not difference <= BOUND[dtype]:
-        raise ContractError(f"the export reloaded by {to} differs by {difference:.2e} in its logits (at most {BOUND[dtype]} in {dtype})")
+        raise ContractError(
+            f"the export reloaded by {to} differs by {difference:.2e} in its logits (at most {BOUND[dtype]} in {dtype})"
+        )
     print(f"reloaded by {to}: largest logit difference {difference:.1e} (bound {BOUND[dtype]} in {dtype})", file=sys.stderr)

@@ -1,0 +1,88 @@
+"""From the data settings of a run to what it trains and evaluates on: sources opened, rows encoded, order planned."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorry.config.schema import DataConfig, TrainConfig
+from lorry.data.batch import Batch
+from lorry.data.content import Text
+from lorry.data.dataset import Stream, TrainStream
+from lorry.data.encode import Encoder
+from lorry.data.formats import Format, chosen, read_examples
+from lorry.data.sources import Source, open_source
+from lorry.data.streaming import StreamingTokenSet, StreamingTrainStream
+from lorry.data.tokenset import DataReport, TokenSet
+
+
+@dataclass
+class Prepared:
+    """What a run reads. ``ends``: ids of which one must be supervised in every sequence (empty for plain text);
+    ``steps_per_epoch``: None for a streamed source; ``digest``: of the training tokens; ``tokens``: None when streamed."""
+
+    stream: Stream
+    evaluation: list[Batch]
+    encoder: Encoder
+    report: DataReport
+    ends: Collection[int]
+    steps_per_epoch: int | None
+    digest: str
+    tokens: TokenSet | None
+
+
+def prepare(data: DataConfig, train: TrainConfig, tokenizer: Any, *, quarantine: Path) -> Prepared:
+    """Open and encode training and evaluation rows. Raises DataError, ConfigError, ModelError (an unusable template)."""
+    only = True if data.completion_only_loss is None else data.completion_only_loss
+    encoder = Encoder(tokenizer, max_length=data.max_length, completion_only_loss=only, system=data.system)
+    form = chosen(data.format, data.text_field)
+    source = _open(data, data.path, data.split, quarantine, limit=data.n, streaming=data.streaming)
+    shape = {
+        "seed": train.seed, "rows_per_batch": train.per_device_train_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps, "packing": data.packing,
+        "max_tokens": train.per_device_train_batch_size * data.max_length, "shuffle": data.shuffle,
+    }  # fmt: skip
+    ends = [] if _plain_text(source, form) else encoder.stop_tokens()
+    if data.streaming:
+        streamed = StreamingTrainStream(StreamingTokenSet(source, encoder, form=form), **shape)
+        evaluation = _evaluation(data, train, encoder, form, quarantine)
+        return Prepared(streamed, evaluation, encoder, DataReport(source.label), ends, None, source.label, None)
+    tokens = TokenSet.build(source, encoder, form=form)
+    held: list[Batch] = []
+    if data.test_size is not None:
+        tokens, aside = tokens.held_out(data.test_size, train.seed)
+        held = aside.eval_batches(train.per_device_eval_batch_size)
+    held += _evaluation(data, train, encoder, form, quarantine)
+    stream = TrainStream(tokens, **shape)
+    return Prepared(stream, held, encoder, tokens.report, ends, stream.steps_per_epoch, tokens.digest, tokens)
+
+
+def _evaluation(data: DataConfig, train: TrainConfig, encoder: Encoder, form: Format | None, quarantine: Path) -> list[Batch]:
+    if not (data.eval or data.eval_split):
+        return []
+    source = _open(data, data.eval or data.path, data.eval_split or data.split, quarantine)
+    return TokenSet.build(source, encoder, form=form if data.eval is None else None).eval_batches(
+        train.per_device_eval_batch_size
+    )
+
+
+def _open(
+    data: DataConfig, path: str | list[str], split: str, quarantine: Path, *, limit: int | None = None, streaming: bool = False
+) -> Source:
+    aside = quarantine if data.on_bad_row == "quarantine" else None
+    return open_source(
+        path, name=data.name, split=split, streaming=streaming, on_bad_row=data.on_bad_row, quarantine=aside, limit=limit
+    )
+
+
+def _plain_text(source: Source, form: Format | None) -> bool:
+    """Whether the rows are documents (whose pieces need not end) and not answers."""
+    return any(isinstance(found.content, Text) for found in _first(source, form))
+
+
+def _first(source: Source, form: Format | None) -> list[Any]:
+    for found in read_examples(source, form):
+        return [found]
+    return []

@@ -1,0 +1,217 @@
+"""A training run from its description to a finished directory: open, attach, prepare, train, check, write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorry.backends.local import Local
+from lorry.backends.optim import OptimSettings
+from lorry.bank.attach import attach, bank_of, detach
+from lorry.bank.mix import Mix
+from lorry.bank.peft_io import base_digest, load_adapter
+from lorry.bank.spec import LoraSpec
+from lorry.config import Run, dump
+from lorry.config.schema import LoraConfig, TrainConfig
+from lorry.data.prepare import Prepared, prepare
+from lorry.errors import ConfigError
+from lorry.models.open import Opened, open_model
+from lorry.models.score import Score, log_prob
+from lorry.tasks.sft import Sft
+from lorry.train import artifacts, checkpoint
+from lorry.train.checks import Checks
+from lorry.train.engine import METRICS, Engine, Outcome
+from lorry.train.events import Listener
+from lorry.train.trackers import trackers
+
+RUN_FILE = "run.yaml"
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+
+
+@dataclass
+class Result:
+    """A finished run: its directory, how it ended, what held, and the model with its adapter still in memory."""
+
+    path: Path
+    outcome: Outcome
+    contracts: list[dict[str, Any]]
+    model: nn.Module
+    tokenizer: Any
+    adapter: str
+
+
+def train_sft(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) -> Result:
+    """Fine-tune as described and write the run directory. Raises LorryError of the kind that fits; contracts.json is written
+    even then, once the run has begun."""
+    listeners = [*listeners, *trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))]
+    start = where_to_start(run)
+    if run.backend.threads:
+        torch.set_num_threads(run.backend.threads)
+    torch.manual_seed(run.train.seed)
+    opened = open_model(run.model, notes)
+    if opened.tokenizer is None:
+        raise ConfigError(f"{run.model.name} has no tokenizer files; put tokenizer.json beside the weights")
+    use_template(opened.tokenizer, run.model.chat_template_path)
+    name = attach_adapter(run, opened, notes)
+    prepared = prepare(run.data, run.train, opened.tokenizer, quarantine=run.output_dir / "quarantine.jsonl")
+    for text in [*notes, *prepared.report.lines()]:
+        for listener in listeners:
+            listener.note(text)
+    opened.model.gradient_checkpointing = run.train.gradient_checkpointing
+    engine = build_engine(run, opened, name, prepared, listeners)
+    if start is not None:
+        engine.resume(start)
+    return _train(run, opened, name, prepared, engine)
+
+
+def _train(run: Run, opened: Opened, name: str, prepared: Prepared, engine: Engine) -> Result:
+    """Run the engine between the first and the last contracts; write every file of the run."""
+    checks, backend = engine.checks, engine.backend
+    artifacts.write_text(run.output_dir, RUN_FILE, dump(run))
+    try:
+        checks.begin(backend, {name: list(bank_of(opened.model)[name].slots)})
+        checks.held(8, "; ".join(prepared.report.lines()[:3]))
+        outcome = engine.run()
+        checks.end(backend, engine.task)
+        bank_of(opened.model).activate(Mix.one(name))
+        digests = artifacts.write_adapters(run.output_dir, opened.model, opened.tokenizer, [name], opened.source["path"])
+        check_reload(checks, opened.model, name, run.output_dir, prepared)
+        check_checkpoint(checks, run.output_dir)
+    finally:
+        artifacts.write_json(run.output_dir, "contracts.json", checks.report())
+    contracts = checks.report()
+    data = {"sha256": prepared.digest, **vars(prepared.report)}
+    base = {**opened.source, "sha256": base_digest(opened.model)}
+    paper = artifacts.receipt(data=data, base=base, code=checkpoint.code_digest(), adapters=digests, seed=run.train.seed)
+    artifacts.write_json(run.output_dir, "receipt.json", paper)
+    artifacts.write_text(run.output_dir, "README.md", _card(run, opened, outcome, contracts))
+    return Result(run.output_dir, outcome, contracts, opened.model, opened.tokenizer, name)
+
+
+def where_to_start(run: Run) -> Path | None:
+    """The checkpoint to resume from, or None to start afresh. Raises ConfigError rather than mix with, or lose, another run."""
+    wanted, folder = run.train.resume_from_checkpoint, run.output_dir
+    if wanted == "auto":
+        return checkpoint.find_latest(folder)
+    if wanted is not None:
+        path = Path(wanted)
+        inside = checkpoint.find_latest(path) if (path / "checkpoints").is_dir() else path
+        if inside is None or not inside.is_dir():
+            raise ConfigError(f"train.resume_from_checkpoint={wanted} is no checkpoint and no run with one")
+        return inside
+    if (folder / "checkpoints").is_dir() and not (folder / "receipt.json").is_file() and checkpoint.find_latest(folder):
+        raise ConfigError(
+            f"{folder} holds an unfinished run; add resume_from_checkpoint=auto to go on with it, or use another output_dir"
+        )
+    if folder.is_dir():
+        _clear(folder)
+    return None
+
+
+def _clear(folder: Path) -> None:
+    """Remove the files of an earlier, finished run that this one would otherwise mix with."""
+    checkpoint.forget_after(folder, -1)
+    for name in (
+        METRICS,
+        "contracts.json",
+        "receipt.json",
+        "samples.json",
+        "evaluation.json",
+        "report.html",
+        "report.png",
+        RUN_FILE,
+    ):
+        (folder / name).unlink(missing_ok=True)
+
+
+def use_template(tokenizer: Any, path: str | None) -> None:
+    """Put another chat template in place of the tokenizer's. Raises ConfigError when the file is missing."""
+    if path is None:
+        return
+    if not Path(path).is_file():
+        raise ConfigError(f"model.chat_template_path={path}: no such file")
+    tokenizer.chat_template = Path(path).read_text()
+
+
+def spec_of(lora: LoraConfig) -> LoraSpec:
+    """The bank's spec from the run's settings."""
+    plain = lora.model_dump(exclude={"adapter_name", "bias"})
+    return LoraSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()})
+
+
+def attach_adapter(run: Run, opened: Opened, notes: list[str]) -> str:
+    """Attach a new adapter, or go on with the one the model came with. Returns its name. Raises ConfigError."""
+    if run.lora is None:
+        raise ConfigError("lora=null (training the base weights themselves) is not built yet; leave lora out for an adapter")
+    if not opened.adapters:
+        attach(opened.model, spec_of(run.lora), run.lora.adapter_name, seed=run.train.seed)
+        return run.lora.adapter_name
+    if len(opened.adapters) > 1:
+        raise ConfigError(f"{run.model.name} holds several adapters ({', '.join(opened.adapters)}); name one of their folders")
+    if run.lora != LoraConfig(adapter_name=run.lora.adapter_name):
+        raise ConfigError(f"{run.model.name} already has an adapter and training goes on with it; leave out the lora settings")
+    notes.append(f"training goes on with the adapter of {run.model.name}")
+    return opened.adapters[0]
+
+
+def build_engine(run: Run, opened: Opened, name: str, prepared: Prepared, listeners: Sequence[Listener]) -> Engine:
+    """The backend, the task and the loop of this run."""
+    train: TrainConfig = run.train
+    optim = OptimSettings(
+        (train.adam_beta1, train.adam_beta2), train.adam_epsilon, train.weight_decay, train.max_grad_norm, train.loraplus_lr_ratio
+    )
+    backend = Local(opened.model, [name], optim, seed=train.seed)
+    total = prepared.stream.total_steps(train.num_train_epochs, train.max_steps)
+    task = Sft(prepared.stream, prepared.evaluation, total, [name])
+    identity = {
+        "config": json.loads(run.model_dump_json()),
+        "digests": {"data": prepared.digest, "base": base_digest(opened.model), "code": checkpoint.code_digest()},
+        "environment": checkpoint.environment(device=str(backend.device), compiled=False),
+    }
+    return Engine(
+        backend, task, train, run.output_dir,
+        identity=identity, epoch_of=prepared.stream.epoch_of, steps_per_epoch=prepared.steps_per_epoch, checks=Checks(),
+        listeners=listeners, ends=prepared.ends, tolerance=TOLERANCE.get(opened.model.dtype, 1e-2),
+    )  # fmt: skip
+
+
+def check_reload(checks: Checks, model: nn.Module, name: str, folder: Path, prepared: Prepared) -> None:
+    """Contract 5: read the adapter back under another name; its values and the scores of a batch must be the same bits."""
+    again = f"{name[:50]}.reloaded"
+    load_adapter(model, folder, again)
+    bank = bank_of(model)
+    try:
+        if not torch.equal(bank[name].values.cpu(), bank[again].values.cpu()):
+            raise checks.fail(5, f"{folder}: the adapter read back is not the one that was trained")
+        batch = next(iter(prepared.evaluation), None) or (prepared.stream.batches(0)[0] if prepared.tokens else None)
+        if batch is not None:
+            local = Local(model, [name], OptimSettings())
+            scores = [local.score([batch], {"s": Score(log_prob)}, Mix.one(n))[0]["s"] for n in (name, again)]
+            if not torch.equal(*scores):
+                raise checks.fail(5, f"{folder}: the adapter read back gives other logits")
+        checks.held(5, f"{bank[name].values.numel()} values and the scores of a batch equal bit for bit after reading back")
+    finally:
+        detach(model, again)
+
+
+def check_checkpoint(checks: Checks, folder: Path) -> None:
+    """Contract 6: the newest checkpoint verifies (SHA-256 of every file)."""
+    newest = checkpoint.find_latest(folder)
+    if newest is not None:
+        checkpoint.load(newest)
+        checks.held(6, f"{newest.name} verified by SHA-256; resume_from_checkpoint=auto goes on from it")
+
+
+def _card(run: Run, opened: Opened, outcome: Outcome, contracts: Sequence[dict[str, Any]]) -> str:
+    spec = {f"lora.{k}": v for k, v in run.lora.model_dump().items() if v not in (None, {}, False)} if run.lora else {}
+    figures = {"steps": outcome.steps, "final loss": outcome.final_loss, **outcome.last_evaluation}
+    data = run.data.path if isinstance(run.data.path, str) else ", ".join(run.data.path)
+    return artifacts.card(
+        name=run.output_dir.name, base=run.model.name, data=data, spec=spec, figures=figures, contracts=contracts
+    )

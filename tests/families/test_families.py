@@ -1,0 +1,355 @@
+"""Families against transformers: where weights lie, what a config means, and that no field which changes a model is ignored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lorry.families import Family, Rotary, find, unsupported
+from lorry.families.common import UnsupportedConfig
+
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 40,
+    "max_position_embeddings": 64,
+}
+TINY: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "mistral": {**LLAMA, "sliding_window": None},
+    "qwen2": LLAMA,
+    "qwen3": {**LLAMA, "head_dim": 12},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 40},
+    "gpt_neox": {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"},
+}
+IDS = torch.arange(24).reshape(2, 12)
+
+
+def family_of(kind: str) -> Family:
+    family = find(kind)
+    assert family is not None
+    return family
+
+
+def config_of(kind: str, **changes: Any) -> Any:
+    return CONFIG_MAPPING[kind](**{**TINY[kind], "bos_token_id": 1, "eos_token_id": 2, **changes})
+
+
+def defaults_of(kind: str) -> dict[str, Any]:
+    return CONFIG_MAPPING[kind]().to_dict()
+
+
+@cache
+def base(kind: str) -> Any:
+    """A tiny transformers model whose weights are large enough for every detail to show, biases and norms included."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(kind), attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return model
+
+
+def shapes(kind: str, **changes: Any) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(kind, **changes))
+    return {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+
+
+VARIANTS = [(kind, {}) for kind in TINY] + [
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True, "head_dim": 16}),
+    ("llama", {"num_key_value_heads": None}),
+    ("qwen3", {"attention_bias": True}),
+    ("gpt2", {"n_inner": 80}),
+    ("gpt2", {"tie_word_embeddings": False}),
+    ("gpt_neox", {"attention_bias": False}),
+    ("gpt_neox", {"tie_word_embeddings": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=[f"{k} {' '.join(c)}".strip() for k, c in VARIANTS])
+def test_a_family_names_every_parameter_and_its_shape(kind: str, changes: dict[str, Any]) -> None:
+    """The state dict written down from the family and the geometry alone equals that of transformers' model."""
+    family = family_of(kind)
+    g = family.geometry(config_of(kind, **changes).to_dict())
+    q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
+    attention = (
+        [(q, g.width), (kv, g.width), (kv, g.width), (g.width, q)]
+        if family.qkv == "separate"
+        else [(3 * q, g.width), (g.width, q)]
+    )
+    mlp = [(g.mlp_width, g.width)] * (2 if family.gated else 1) + [(g.width, g.mlp_width)]
+    norm = ("weight", "bias") if family.norm == "layer" else ("weight",)
+    written = {f"{family.embed}.weight": (g.vocab, g.width), f"{family.head}.weight": (g.vocab, g.width)}
+    if family.positions:
+        written[f"{family.positions}.weight"] = (g.context, g.width)
+    for part in norm:
+        written[f"{family.final_norm}.{part}"] = (g.width,)
+    for i in range(g.layers):
+        prefix = family.layer.format(i=i)
+        for target, (out, into) in zip(family.targets, attention + mlp, strict=True):
+            written[f"{family.path(target, i)}.weight"] = (into, out) if family.transposed else (out, into)
+            if target in g.biased:
+                written[f"{family.path(target, i)}.bias"] = (out,)
+        for path, width in [
+            (family.attention_norm, g.width),
+            (family.mlp_norm, g.width),
+            *((p, g.head_dim) for p in family.qk_norm or ()),
+        ]:
+            for part in norm:
+                written[f"{prefix}.{path}.{part}"] = (width,)
+    assert written == shapes(kind, **changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(kind, **changes))
+    model.tie_weights()
+    assert g.tied is (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+
+
+def numbers(width: int, mlp: int, layers: int, heads: int, vocab: int, context: int, **more: Any) -> dict[str, Any]:
+    """config.json's long names for the numbers every published model has."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        **more,
+    }
+
+
+LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+WINDOW = {"sliding_window": 32768, "max_window_layers": 24, "use_sliding_window": False}
+PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "SmolLM2 135M": (
+        "llama",
+        numbers(
+            576, 1536, 30, 9, 49152, 8192, num_key_value_heads=3, rope_theta=100000, rms_norm_eps=1e-5, tie_word_embeddings=True
+        ),
+        {"head_dim": 64, "kv_heads": 3, "tied": True, "norm_eps": 1e-5, "rotary": Rotary(theta=100000.0, dim=64)},
+    ),
+    "Llama 3.1 8B": (
+        "llama",
+        numbers(
+            *(4096, 14336, 32, 32, 128256, 131072),
+            num_key_value_heads=8,
+            rope_theta=500000.0,
+            rms_norm_eps=1e-5,
+            rope_scaling={**LLAMA3, "rope_type": "llama3"},
+        ),
+        {"head_dim": 128, "rotary": Rotary(theta=500000.0, dim=128, kind="llama3", scaling=LLAMA3)},
+    ),
+    "Mistral 7B v0.3": (
+        "mistral",
+        numbers(4096, 14336, 32, 32, 32768, 32768, num_key_value_heads=8, rope_theta=1000000.0, sliding_window=None),
+        {"head_dim": 128, "kv_heads": 8, "rotary": Rotary(theta=1000000.0, dim=128)},
+    ),
+    "Qwen2.5 0.5B": (
+        "qwen2",
+        numbers(
+            896, 4864, 24, 14, 151936, 32768, num_key_value_heads=2, rope_theta=1000000.0, tie_word_embeddings=True, **WINDOW
+        ),
+        {"head_dim": 64, "tied": True, "biased": frozenset({"q_proj", "k_proj", "v_proj"})},
+    ),
+    "Qwen3 0.6B": (
+        "qwen3",
+        numbers(
+            1024, 3072, 28, 16, 151936, 40960, num_key_value_heads=8, head_dim=128, rope_theta=1000000, tie_word_embeddings=True
+        ),
+        {"head_dim": 128, "biased": frozenset(), "rotary": Rotary(theta=1000000.0, dim=128)},
+    ),
+    "GPT-2": (
+        "gpt2",
+        {},
+        {"layers": 12, "width": 768, "mlp_width": 3072, "context": 1024, "activation": "gelu_new", "tied": True, "rotary": None},
+    ),
+    "Pythia 160M": (
+        "gpt_neox",
+        numbers(768, 3072, 12, 12, 50304, 2048, rotary_pct=0.25, rotary_emb_base=10000, use_parallel_residual=True),
+        {"head_dim": 64, "parallel_residual": True, "tied": False, "rotary": Rotary(theta=10000.0, dim=16)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "config", "expected"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_configs(kind: str, config: dict[str, Any], expected: dict[str, Any]) -> None:
+    """As the file says it, and as transformers rewrites it: the same geometry, nothing unsupported."""
+    family = family_of(kind)
+    through = CONFIG_MAPPING[kind].from_dict(config).to_dict()
+    assert unsupported(family, through, defaults_of(kind)) == []
+    geometry = family.geometry(through)
+    assert {k: getattr(geometry, k) for k in expected} == expected
+    if config:
+        assert replace(family.geometry(config), tied=geometry.tied, norm_eps=geometry.norm_eps) == geometry
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_transformers_default_config_of_every_family(kind: str) -> None:
+    defaults = defaults_of(kind)
+    odd = unsupported(family_of(kind), defaults, defaults)
+    assert odd == (["sliding_window=4096"] if kind == "mistral" else []), "Mistral's default is a window of 4096 of 131072"
+    assert family_of(kind).geometry(defaults).layers == CONFIG_MAPPING[kind]().num_hidden_layers
+
+
+def test_strangers() -> None:
+    for kind in ("gemma2", "phi3", "mixtral", "bert", "smollm3", "", "LLAMA"):
+        assert find(kind) is None
+    assert family_of("mistral") is family_of("llama")
+
+
+STRANGE: list[tuple[str, dict[str, Any], str]] = [
+    ("mistral", {"sliding_window": 16}, "sliding_window=16"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding_window=16"),
+    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ("qwen3", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
+    ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "word"), STRANGE, ids=[f"{k} {next(iter(c))}" for k, c, _ in STRANGE])
+def test_what_the_decoder_cannot_do_is_named(kind: str, changes: dict[str, Any], word: str) -> None:
+    found = unsupported(family_of(kind), config_of(kind, **changes).to_dict(), defaults_of(kind))
+    assert any(word in f for f in found)
+
+
+def test_a_softcap_on_a_family_that_has_none() -> None:
+    """A key that transformers' own config class knows and the family does not: reported. One it ignores too: not."""
+    config, defaults = config_of("llama").to_dict(), defaults_of("llama")
+    capped = {**config, "final_logit_softcapping": 30.0}
+    assert unsupported(family_of("llama"), capped, {**defaults, "final_logit_softcapping": None}) == [
+        "final_logit_softcapping=30.0"
+    ]
+    assert unsupported(family_of("llama"), capped, defaults) == []
+
+
+@pytest.mark.parametrize("rule", ["yarn", "dynamic", "longrope", "su", "mrope"])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("word", ["rope_type", "type"])
+def test_unusual_rotary_scaling_is_refused(rule: str, key: str, word: str) -> None:
+    config = {**config_of("llama").to_dict(), "rope_parameters": None, key: {word: rule, "factor": 4.0}}
+    with pytest.raises(UnsupportedConfig, match=rule):
+        family_of("llama").geometry(config)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_partial_rotary_factor_is_left_to_transformers(kind: str) -> None:
+    """It is inconsistent there: under the default rule these classes do not read it, under `linear` they do."""
+    reference = logits(kind)
+    rule = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5}
+    for changes in ({"rope_parameters": rule}, {"partial_rotary_factor": 0.5}):
+        assert torch.equal(logits(kind, **changes), reference)
+        with pytest.raises(UnsupportedConfig, match=r"partial_rotary_factor=0\.5"):
+            family_of(kind).geometry(config_of(kind, **changes).to_dict())
+
+
+def test_windows_no_shorter_than_the_context_are_harmless() -> None:
+    for window, harmless in ((None, True), (64, True), (100, True), (63, False), (1, False)):
+        config = config_of("mistral", sliding_window=window).to_dict()
+        assert (unsupported(family_of("mistral"), config, defaults_of("mistral")) == []) is harmless
+    config = config_of("qwen2", sliding_window=8, use_sliding_window=False).to_dict()
+    assert unsupported(family_of("qwen2"), config, defaults_of("qwen2")) == []
+
+
+def logits(kind: str, **changes: Any) -> Tensor | None:
+    """What transformers computes with one field changed and the weights as they are; None if it will not run so."""
+    try:
+        config = config_of(kind, **changes)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+        model.load_state_dict(base(kind).state_dict())
+        with torch.no_grad():
+            return model(input_ids=IDS, use_cache=False, return_dict=True).logits
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, StrictDataclassError):
+        return None
+
+
+def other_values(value: Any) -> list[Any]:
+    """A few values a field might have instead."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value * 2, 3]
+    if isinstance(value, float):
+        return [value * 2 + 0.5]
+    if isinstance(value, str):
+        return ["relu", "sliding_attention"]
+    if isinstance(value, list):
+        return [["sliding_attention"] * len(value)]
+    if isinstance(value, dict) and "rope_theta" in value:
+        slower = {"factor": 4.0, "original_max_position_embeddings": 4}
+        rules: list[dict[str, Any]] = [{"rope_type": "linear", "factor": 2.0}, {"rope_type": "yarn", **slower}]
+        rules += [
+            {"rope_type": "dynamic", **slower},
+            {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **slower},
+        ]
+        return [{**value, **rule} for rule in [{"rope_theta": 77.0}, {"partial_rotary_factor": 0.5}, *rules]]
+    return [True, 4, 0.5]
+
+
+# Fields of Qwen that do nothing alone.
+COMPANY: dict[str, dict[str, Any]] = {
+    "sliding_window": {"use_sliding_window": True, "max_window_layers": 0},
+    "use_sliding_window": {"sliding_window": 3, "max_window_layers": 0},
+    "layer_types": {"use_sliding_window": True, "sliding_window": 3},
+    "max_window_layers": {"use_sliding_window": True, "sliding_window": 3},
+}
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_no_field_that_changes_transformers_logits_is_ignored(kind: str) -> None:
+    """Every field of the config class, changed one by one with the same weights: where the logits move, the family must have
+    read the field (another geometry) or report it."""
+    family, defaults, plain = family_of(kind), defaults_of(kind), config_of(kind).to_dict()
+    geometry, reference = family.geometry(plain), logits(kind)
+    assert reference is not None
+    moved = 0
+    for key in sorted(defaults):
+        if key in ("vocab_size", "model_type", "architectures", "num_hidden_layers", "n_layer"):
+            continue
+        for value in other_values(plain[key]):
+            together = COMPANY.get(key, {}) if kind.startswith("qwen") else {}
+            got = logits(kind, **{key: value, **together})
+            if got is None or torch.equal(got, reference):
+                continue
+            moved += 1
+            config = config_of(kind, **{key: value, **together}).to_dict()
+            try:
+                seen = unsupported(family, config, defaults) != [] or family.geometry(config) != geometry
+            except UnsupportedConfig:
+                seen = True
+            assert seen, f"{key}={value!r} changes the logits and nobody noticed"
+    assert moved >= 2, "the test itself must see something"
+
+
+@given(st.sampled_from(["linear", "llama3", "default"]), st.floats(1, 1e7), st.floats(1, 64))
+@settings(max_examples=30, deadline=None)
+def test_rotary_settings_old_and_new_spelling_agree(kind: str, theta: float, factor: float) -> None:
+    rule = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    rule = {} if kind == "default" else {k: v for k, v in rule.items() if kind == "llama3" or k == "factor"}
+    plain = {k: v for k, v in config_of("llama").to_dict().items() if not k.startswith("rope")}
+    old = {**plain, "rope_theta": theta, "rope_scaling": {"type": kind, **rule} if rule else None}
+    new = {**plain, "rope_parameters": {"rope_theta": theta, "rope_type": kind, **rule}}
+    for config in (old, new):
+        rotary = family_of("llama").geometry(config).rotary
+        assert rotary is not None
+        assert rotary.kind == kind
+        assert math.isclose(rotary.theta, theta)
+        assert rotary.scaling == {k: float(v) for k, v in rule.items()}

@@ -1,0 +1,441 @@
+"""Loading: every tensor accounted for, nothing from a stranger's file is executed, the cache survives races and damage."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import one_thread  # noqa: F401 - a fixture
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lorry.bank.attach import attach
+from lorry.bank.merge import merge, unmerge
+from lorry.bank.spec import LoraSpec
+from lorry.errors import ConfigError, ModelError
+from lorry.models import sources
+from lorry.models.decoder import Decoder
+from lorry.models.hf import HfModel
+from lorry.models.load import load_model, pick_device, pick_dtype, sample_digest
+
+IDS = torch.tensor([tiny.encode("the old lorry drove some road. ")])
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return tiny.directory(tiny.trained("llama"), tmp_path / "llama")
+
+
+def opened(path: Path | str, **options: Any) -> Decoder | HfModel:
+    return load_model(path, **{"dtype": "float32", "notes": [], **options}).model
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def edit_config(path: Path, **changes: Any) -> Path:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    return path
+
+
+def rewrite(path: Path, change: Any) -> Path:
+    """Save the checkpoint's tensors again after ``change(tensors)``."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    save_file(change({n: t.clone() for n, t in tensors.items()}), path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+# --- what is read
+
+
+@pytest.mark.parametrize("name", tiny.VARIANTS)
+def test_native_and_forced_models_agree_and_have_the_same_names(name: str, tmp_path: Path) -> None:
+    path = tiny.directory(tiny.trained(name), tmp_path)
+    native, forced = opened(path), opened(path, native=False)
+    assert isinstance(native, Decoder)
+    assert isinstance(forced, HfModel)
+    assert set(native.state_dict()) == set(forced.state_dict())
+    assert (logits(native) - logits(forced)).abs().max() <= 1e-4
+    assert (logits(native) - tiny.trained(name)(input_ids=IDS).logits).abs().max() <= 1e-4
+    assert not any(p.requires_grad for p in native.parameters())
+
+
+def test_shards_and_their_index(tmp_path: Path) -> None:
+    tiny.trained("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(opened(tmp_path)), logits(tiny.trained("llama")))
+
+
+def test_hub_gpt2_names_and_buffers(tmp_path: Path) -> None:
+    """The hub's GPT-2 has no `transformer.` prefix and stores the causal mask; the mask is dropped, nothing else is."""
+    path = tiny.directory(tiny.trained("gpt2"), tmp_path)
+
+    def old(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        bare = {n.removeprefix("transformer."): t for n, t in tensors.items()}
+        return {**bare, "h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+
+    for native in (True, False):
+        assert (logits(opened(rewrite(path, old), native=native)) - logits(tiny.trained("gpt2"))).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("spelling", ["embed_out.weight", "lm_head.weight"])
+def test_neox_heads_and_buffers_in_either_spelling(spelling: str, tmp_path: Path) -> None:
+    path = tiny.directory(tiny.trained("gpt_neox parallel"), tmp_path)
+
+    def old(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        head = next(n for n in tensors if n in ("embed_out.weight", "lm_head.weight"))
+        buffers = {f"gpt_neox.layers.0.attention.{n}": torch.ones(2) for n in ("bias", "masked_bias", "rotary_emb.inv_freq")}
+        return {**{n: t for n, t in tensors.items() if n != head}, spelling: tensors[head], **buffers}
+
+    assert (logits(opened(rewrite(path, old))) - logits(tiny.trained("gpt_neox parallel"))).abs().max() <= 1e-4
+
+
+def test_a_tied_head_may_be_absent_or_equal_but_not_different(tmp_path: Path) -> None:
+    path, head = tiny.directory(tiny.trained("llama tied"), tmp_path), "lm_head.weight"
+    expected = logits(tiny.trained("llama tied"))
+    absent = opened(path)
+    assert isinstance(absent, Decoder)
+    assert absent.head.weight is absent.embed.weight
+    assert torch.equal(logits(absent), expected)
+    rewrite(path, lambda t: {**t, head: t["model.embed_tokens.weight"].clone()})
+    assert torch.equal(logits(opened(path)), expected)
+    rewrite(path, lambda t: {**t, head: t[head] + 1})
+    with pytest.raises(ModelError, match=r"tie_word_embeddings=true.*differ"):
+        opened(path)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
+def test_stored_types_are_converted(stored: torch.dtype, llama: Path) -> None:
+    exact = load_file(llama / "model.safetensors")
+    rewrite(llama, lambda tensors: {n: t.to(stored) for n, t in tensors.items()})
+    for wanted in (torch.float32, torch.bfloat16):
+        state = opened(llama, dtype=wanted).state_dict()
+        assert all(torch.equal(state[n], t.to(stored).to(wanted)) for n, t in exact.items())
+
+
+def test_loading_leaves_the_file_alone(llama: Path) -> None:
+    """Tensors may be mapped from the file; writing to them must not reach it."""
+    before = (llama / "model.safetensors").read_bytes()
+    model = opened(llama)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert (llama / "model.safetensors").read_bytes() == before
+
+
+# --- what does not fit is refused
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {n: v for n, v in t.items() if n != "model.norm.weight"}, r"1 .*missing.*model\.norm\.weight"),
+        (lambda t: {**t, "model.extra.weight": torch.ones(2)}, r"1 .*unknown.*model\.extra\.weight"),
+        (lambda t: {**t, "model.norm.weight": torch.ones(7)}, r"model\.norm\.weight"),
+    ],
+    ids=["missing", "unknown", "shape"],
+)
+def test_tensors_that_do_not_fit(native: bool, change: Any, message: str, llama: Path) -> None:
+    with pytest.raises(ModelError, match=message):
+        opened(rewrite(llama, change), native=native)
+
+
+def test_packed_tensors_are_refused(llama: Path) -> None:
+    rewrite(llama, lambda t: {**t, "model.norm.weight": t["model.norm.weight"].to(torch.int8)})
+    with pytest.raises(ModelError, match="stored as I8"):
+        opened(llama)
+    with pytest.raises(ModelError, match="'gptq'"):
+        opened(edit_config(llama, quantization_config={"quant_method": "gptq", "bits": 4}))
+
+
+def test_pickles_are_never_opened(llama: Path) -> None:
+    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin.*pickle.*save_pretrained"):
+        opened(llama)
+    (llama / "pytorch_model.bin").rename(llama / "small.gguf")
+    with pytest.raises(ModelError, match=r"GGUF.*small\.gguf"):
+        opened(llama)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "x.bin", "a\\b.safetensors"]
+)
+@pytest.mark.parametrize("native", [True, False])
+def test_an_index_cannot_point_outside_its_directory(shard: str, native: bool, llama: Path) -> None:
+    (llama / "model.safetensors").rename(llama.parent / "secret.safetensors")
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    with pytest.raises(ModelError, match="not the plain name"):
+        opened(llama, native=native)
+
+
+def test_an_index_that_lies(llama: Path) -> None:
+    names = list(load_file(llama / "model.safetensors"))
+    (llama / "model.safetensors").rename(llama / "a.safetensors")
+    index = llama / "model.safetensors.index.json"
+    for weight_map, message in (
+        ({**dict.fromkeys(names, "a.safetensors"), "ghost": "a.safetensors"}, "'ghost', which its shard does not hold"),
+        (dict.fromkeys(names[1:], "a.safetensors"), "places in 'no file'"),
+        (dict.fromkeys(names, "b.safetensors"), r"b\.safetensors is missing"),
+        ({}, "no weight_map"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ModelError, match=message):
+            opened(llama)
+
+
+def test_truncated_weights(llama: Path) -> None:
+    file = llama / "model.safetensors"
+    whole = file.read_bytes()
+    for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ModelError, match="not a complete safetensors file"):
+            opened(llama)
+    file.write_bytes(struct.pack("<Q", 2**62) + whole[8:])
+    with pytest.raises(ModelError, match="not a complete safetensors file"):
+        opened(llama)
+
+
+# --- configs
+
+
+CANARY = "from pathlib import Path\nPath({!r}).write_text('executed')\n"
+
+
+def hostile(path: Path, **changes: Any) -> Path:
+    """A checkpoint with Python beside it that leaves a trace when anybody imports it."""
+    for name in ("modeling_evil", "configuration_evil", "tokenization_evil"):
+        (path / f"{name}.py").write_text(CANARY.format(str(path.parent / "canary")))
+    pointers = {
+        "AutoConfig": "configuration_evil.EvilConfig",
+        "AutoModelForCausalLM": "modeling_evil.EvilModel",
+        "AutoTokenizer": ["tokenization_evil.EvilTokenizer", None],
+    }
+    return edit_config(path, auto_map=pointers, trust_remote_code=True, **changes)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"_attn_implementation": "stranger/kernel"},
+        {"_attn_implementation_internal": "stranger/kernel", "experts_implementation": "stranger/kernel"},
+        {"attn_implementation": {"": "stranger/kernel"}},
+        {"task_specific_params": {"auto_map": {"AutoConfig": "modeling_evil.X"}, "_attn_implementation": "stranger/kernel"}},
+    ],
+    ids=lambda c: next(iter(c), "auto_map"),
+)
+def test_a_config_does_not_choose_code(native: bool, changes: dict[str, Any], llama: Path) -> None:
+    notes: list[str] = []
+    path = hostile(llama, **changes)
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": "x.Y"}}))
+    model = opened(path, native=native, notes=notes)
+    assert torch.equal(logits(model), logits(tiny.trained("llama")))
+    assert not (llama.parent / "canary").exists()
+    assert any("auto_map" in note for note in notes)
+    assert all(any(key in note for note in notes) for key in changes if key != "task_specific_params")
+    if isinstance(model, HfModel):
+        assert model.inner.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_an_architecture_that_needs_code_is_refused_unless_trusted(llama: Path) -> None:
+    path = hostile(llama, model_type="evil")
+    with pytest.raises(ModelError, match=r"'evil' needs Python code.*trust_remote_code=true"):
+        opened(path)
+    assert not (llama.parent / "canary").exists()
+
+
+def test_a_tokenizer_that_needs_code_is_refused(llama: Path) -> None:
+    path = hostile(llama)
+    (path / "tokenizer.json").write_text("{}")
+    pointers = {"AutoTokenizer": ["tokenization_evil.EvilTokenizer", None]}
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "EvilTokenizer", "auto_map": pointers}))
+    with pytest.raises(ModelError, match="tokenizer"):
+        opened(path)
+    assert not (llama.parent / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n"model_type": "llama",\n', r"config\.json:\d: not valid JSON"),
+        ("[1]", "expected a JSON object"),
+        ("{}", "no model_type"),
+        ('{"model_type": "lama"}', "did you mean 'llama'"),
+        ('{"model_type": "qwen3", "num_hidden_layers": 1000000000}', "1000000000 layers"),
+        ('{"model_type": "llama", "num_hidden_layers": "many"}', "'many' layers"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "config"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "refuses this config"),
+        ('{"model_type": "t5"}', "not a causal"),
+        ("[" * 100_000, "not a JSON text|not valid JSON"),
+    ],
+)
+def test_unusable_configs(text: str, message: str, llama: Path) -> None:
+    (llama / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=message):
+        opened(llama)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("mistral", {"sliding_window": 8}, "sliding_window=8"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding_window=8"),
+        ("llama", {"hidden_act": "relu2"}, "no activation 'relu2'"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
+    ],
+)
+def test_what_the_decoder_does_not_compute_goes_to_transformers_with_the_reason(
+    name: str, changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    inner = tiny.fresh(name, **changes)
+    notes: list[str] = []
+    loaded = load_model(tiny.directory(inner, tmp_path), dtype="float32", notes=notes)
+    assert isinstance(loaded.model, HfModel)
+    assert loaded.source["family"] is None
+    assert reason in loaded.source["why"]
+    assert any(reason in note for note in notes)
+    assert (logits(loaded.model) - inner(input_ids=IDS).logits).abs().max() <= 1e-5
+
+
+def test_dtype_and_device(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert pick_dtype("bf16", cpu) == torch.bfloat16
+    assert pick_dtype(torch.float16, cpu) == torch.float16
+    for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"avx2": True, "amx_bf16": fast})
+        assert opened(llama, dtype="auto").dtype == expected
+    with pytest.raises(ConfigError, match="choose auto"):
+        pick_dtype("float8", cpu)
+    with pytest.raises(ConfigError, match="device='cudda'"):
+        pick_device("cudda")
+    assert load_model(llama, dtype="float32", notes=[]).tokenizer is None
+
+
+def test_the_bases_own_dropout_is_off_and_said_to_be(tmp_path: Path) -> None:
+    notes: list[str] = []
+    path = edit_config(tiny.directory(tiny.fresh("gpt2"), tmp_path), resid_pdrop=0.1)
+    for native in (True, False):
+        model = opened(path, native=native, notes=notes).train()
+        assert torch.equal(logits(model), logits(model))
+    assert sum("resid_pdrop=0.1" in note for note in notes) == 2
+
+
+# --- names
+
+
+def test_a_misspelt_path_and_an_unknown_id(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(llama.parent)
+    for typed, hint in (("./lama", "llama"), ("lama", "llama"), ("smollm2-135m-instrukt", "smollm2-135m-instruct")):
+        monkeypatch.setattr(sources, "snapshot_download", offline)
+        with pytest.raises(ModelError, match=f"did you mean '{hint}'|did you mean './{hint}'"):
+            opened(typed)
+    with pytest.raises(ModelError, match="give the directory"):
+        opened(llama / "config.json")
+    with pytest.raises(ModelError, match=r"config\.json does not exist"):
+        opened(llama.parent)
+
+
+def offline(name: str, **options: Any) -> str:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    raise LocalEntryNotFoundError("Cannot find the requested files in the disk cache.")
+
+
+def test_a_hub_id_is_downloaded_without_pickles_or_code(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def snapshot(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(llama)
+
+    monkeypatch.setattr(sources, "snapshot_download", snapshot)
+    loaded = load_model("someone/tiny-llama", revision="v1", dtype="float32", notes=[])
+    assert torch.equal(logits(loaded.model), logits(tiny.trained("llama")))
+    assert loaded.source["kind"] == "hub"
+    name, options = asked[0]
+    assert (name, options["revision"]) == ("someone/tiny-llama", "v1")
+    assert not any(p.endswith((".bin", ".py", ".pt", "*")) for p in options["allow_patterns"])
+    load_model("someone/tiny-llama", trust_remote_code=True, notes=[])
+    assert "*.py" in asked[1][1]["allow_patterns"]
+
+
+def test_an_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "snapshot_download", offline)
+    with pytest.raises(ModelError, match=r"'someone/x' at revision 'v2'.*no such directory.*smollm2-135m-instruct"):
+        opened("someone/x", revision="v2")
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
+        opened("someone/x")
+
+
+# --- adapters name their base
+
+
+def adapter(path: Path, recorded: str | None, **facts: Any) -> Path:
+    path.mkdir(parents=True)
+    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": recorded}))
+    if facts:
+        (path / "lorry_adapter.json").write_text(json.dumps(facts))
+    return path
+
+
+def test_an_adapter_or_run_opens_its_base(llama: Path, tmp_path: Path) -> None:
+    one = adapter(tmp_path / "one", str(llama))
+    loaded = load_model(one, dtype="float32", notes=[])
+    assert loaded.source["adapter"] == str(one)
+    assert loaded.source["path"] == str(llama)
+    run = tmp_path / "run"
+    adapter(run / "a", "/gone", base={"name": "x/gone", "path": str(llama)})
+    adapter(run / "b", str(llama))
+    assert load_model(run, dtype="float32", notes=[]).source["adapter"] == str(run)
+    adapter(run / "c", str(one))
+    with pytest.raises(ModelError, match="different bases"):
+        opened(run)
+    with pytest.raises(ModelError, match="itself an adapter"):
+        opened(adapter(tmp_path / "nested", str(one)))
+    with pytest.raises(ModelError, match="base_model_name_or_path"):
+        opened(adapter(tmp_path / "nameless", None))
+    with pytest.raises(ModelError, match=r"lost is an adapter.*'/gone/base'"):
+        opened(adapter(tmp_path / "lost", "/gone/base"))
+
+
+def test_an_adapter_of_the_embedded_model_finds_it_on_another_machine(tmp_path: Path) -> None:
+    path = adapter(tmp_path / "x", "/home/someone/.cache/lorry/models/smollm2-135m-instruct-0123456789ab")
+    assert sources._base_of(path) == "smollm2-135m-instruct"
+
+
+# --- the digest
+
+
+def test_the_digest_sees_base_weights_and_nothing_else(llama: Path) -> None:
+    model = opened(llama)
+    before, whole = sample_digest(model), sample_digest(model, whole=True)
+    attach(model, LoraSpec(r=2, init_lora_weights=False))
+    assert (sample_digest(model), sample_digest(model, whole=True)) == (before, whole)
+    assert (sample_digest(opened(llama)), sample_digest(opened(llama, native=False))) == (before, before)
+    merge(model)
+    assert sample_digest(model, whole=True) == whole  # the base of a merged model is what it keeps aside
+    unmerge(model)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").view(torch.int32)[3, 5] ^= 1  # the smallest change there is
+    assert sample_digest(model, whole=True) != whole
+    assert sample_digest(model) != before  # in a model this small every value is sampled
+
+
+def test_transformers_reads_the_same_directory(llama: Path) -> None:
+    """The oracle itself: what we load is what transformers loads."""
+    theirs = AutoModelForCausalLM.from_pretrained(llama)
+    assert torch.equal(logits(opened(llama)), logits(theirs))
