@@ -210,6 +210,9 @@ def test_names_and_modules_given_by_hand(tiny: Any) -> None:
     attach(model, LoraSpec(r=2, target_modules=("q_proj",)))
     with pytest.raises(ConfigError, match="'default' is already attached"):
         attach(model, LoraSpec(r=2, target_modules=("v_proj",)))
+    for name in ("", "..", "a/b", "ä", "x" * 65):
+        with pytest.raises(ConfigError, match="adapter name"):
+            attach(model, LoraSpec(r=2, target_modules=("v_proj",)), name)
     assert not isinstance(model.model.layers[0].self_attn.v_proj, BankLinear), "nothing was touched"
     with pytest.raises(ConfigError, match="no adapter named 'x'; this model has default"):
         detach(model, "x")

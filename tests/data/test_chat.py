@@ -304,12 +304,12 @@ class Wrapped:
 
 
 class Lying(Wrapped):
-    """Its offsets are three characters off."""
+    """Its offsets are three characters short behind the tenth."""
 
     def __call__(self, text: Any, **options: Any) -> Any:
         made = self.real(text, **options)
         if "offset_mapping" in made and not isinstance(text, str):
-            made["offset_mapping"] = [[(s + 3, e + 3) for s, e in row] for row in made["offset_mapping"]]
+            made["offset_mapping"] = [[(s, e - 3 * (e > 10)) for s, e in row] for row in made["offset_mapping"]]
         return made
 
 
@@ -325,8 +325,8 @@ class Slow(Wrapped):
 
 def test_false_offsets_are_caught(tokenizer_of: Tokenizers) -> None:
     """A tokenizer whose offsets lie would teach the wrong tokens; decoding what is marked shows it."""
-    with pytest.raises(ModelError, match="the answer 'sumi' was found as"):
-        Tokens(Lying(tokenizer_of("chatml"))).many(["kalo tenra sumi lomi"], [[(11, 15)]], [""])
+    with pytest.raises(ModelError, match="the answer ' sumi' was found as"):
+        Tokens(Lying(tokenizer_of("chatml"))).many(["kalo tenra sumi lomi"], [[(10, 15)]], [""])
 
 
 def test_a_tokenizer_without_offsets(tokenizer_of: Tokenizers) -> None:

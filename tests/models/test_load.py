@@ -41,6 +41,11 @@ def logits(model: Any) -> Tensor:
         return model(IDS).logits
 
 
+def close(a: Any, b: Any) -> bool:
+    """Equal logits, up to kernels that depend on where in memory a file's bytes lie."""
+    return bool((logits(a) - logits(b)).abs().max() <= 1e-5)
+
+
 def edit_config(path: Path, **changes: Any) -> Path:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, **changes}))
@@ -73,7 +78,7 @@ def test_native_and_forced_models_agree_and_have_the_same_names(name: str, tmp_p
 def test_shards_and_their_index(tmp_path: Path) -> None:
     tiny.trained("llama").save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert torch.equal(logits(opened(tmp_path)), logits(tiny.trained("llama")))
+    assert close(opened(tmp_path), tiny.trained("llama"))
 
 
 def test_hub_gpt2_names_and_buffers(tmp_path: Path) -> None:
@@ -106,9 +111,9 @@ def test_a_tied_head_may_be_absent_or_equal_but_not_different(tmp_path: Path) ->
     absent = opened(path)
     assert isinstance(absent, Decoder)
     assert absent.head.weight is absent.embed.weight
-    assert torch.equal(logits(absent), expected)
+    assert (logits(absent) - expected).abs().max() <= 1e-5
     rewrite(path, lambda t: {**t, head: t["model.embed_tokens.weight"].clone()})
-    assert torch.equal(logits(opened(path)), expected)
+    assert (logits(opened(path)) - expected).abs().max() <= 1e-5
     rewrite(path, lambda t: {**t, head: t[head] + 1})
     with pytest.raises(ModelError, match=r"tie_word_embeddings=true.*differ"):
         opened(path)
@@ -241,7 +246,7 @@ def test_a_config_does_not_choose_code(native: bool, changes: dict[str, Any], ll
     path = hostile(llama, **changes)
     (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": "x.Y"}}))
     model = opened(path, native=native, notes=notes)
-    assert torch.equal(logits(model), logits(tiny.trained("llama")))
+    assert close(model, tiny.trained("llama"))
     assert not (llama.parent / "canary").exists()
     assert any("auto_map" in note for note in notes)
     assert all(any(key in note for note in notes) for key in changes if key != "task_specific_params")
@@ -264,6 +269,14 @@ def test_a_tokenizer_that_needs_code_is_refused(llama: Path) -> None:
     with pytest.raises(ModelError, match="tokenizer"):
         opened(path)
     assert not (llama.parent / "canary").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"added_tokens": [], "model": 5}', "[]"])
+def test_a_broken_tokenizer_is_one_clear_error(text: str, llama: Path) -> None:
+    (llama / "tokenizer.json").write_text(text)
+    (llama / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ModelError, match="tokenizer"):
+        opened(llama)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +376,7 @@ def test_a_hub_id_is_downloaded_without_pickles_or_code(llama: Path, monkeypatch
 
     monkeypatch.setattr(sources, "snapshot_download", snapshot)
     loaded = load_model("someone/tiny-llama", revision="v1", dtype="float32", notes=[])
-    assert torch.equal(logits(loaded.model), logits(tiny.trained("llama")))
+    assert close(loaded.model, tiny.trained("llama"))
     assert loaded.source["kind"] == "hub"
     name, options = asked[0]
     assert (name, options["revision"]) == ("someone/tiny-llama", "v1")
@@ -438,4 +451,4 @@ def test_the_digest_sees_base_weights_and_nothing_else(llama: Path) -> None:
 def test_transformers_reads_the_same_directory(llama: Path) -> None:
     """The oracle itself: what we load is what transformers loads."""
     theirs = AutoModelForCausalLM.from_pretrained(llama)
-    assert torch.equal(logits(opened(llama)), logits(theirs))
+    assert close(opened(llama), theirs)

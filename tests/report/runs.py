@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lorry.report.lines import MetricsWriter
+from lorry.disk.metrics import MetricsWriter
 
 HOSTILE = (
     "</script><script>document.title='hacked'</script>",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lorry.disk import durable
 from lorry.errors import DataError
-from lorry.report.lines import MetricsWriter, cut_after, iterate
+from lorry.disk.metrics import MetricsWriter, cut_after, iterate
 from lorry.report.log import read
 
 values = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.integers(-(10**12), 10**12))
@@ -148,7 +148,7 @@ def test_a_full_disk_is_named_and_the_next_writer_goes_on(tmp_path: Path, monkey
 def test_a_killed_writer_loses_nothing_it_wrote(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom lorry.report.lines import MetricsWriter\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom lorry.disk.metrics import MetricsWriter\n"
         "w = MetricsWriter(Path(sys.argv[1]))\n"
         "for i in range(1, 51): w.write({'step': i})\nos.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -7,6 +7,7 @@ are operations on one tensor, and A and B are one contiguous range each (LoRA+ g
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,6 +18,15 @@ from lorry.bank.layers import Adaptable, BankEmbedding, BankLinear, Slot
 from lorry.bank.mix import Call, Mix, seed_of
 from lorry.bank.spec import LoraSpec
 from lorry.errors import ConfigError
+
+NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")
+
+
+def checked_name(name: str) -> str:
+    """The name, if it can be that of an adapter and of its folder. Raises ConfigError."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"adapter name {name!r:.80}: use 1 to 64 letters, digits, dots, dashes or underscores")
+    return name
 
 
 @dataclass
@@ -72,9 +82,9 @@ class Bank:
     def names(self) -> list[str]:
         return list(self.adapters)
 
-    def refuse_taken(self, name: str) -> None:
-        """Raises ConfigError if an adapter of this name is attached."""
-        if name in self.adapters:
+    def refuse_name(self, name: str) -> None:
+        """Raises ConfigError if an adapter of this name is attached, or it could not be a folder's name when saved."""
+        if checked_name(name) in self.adapters:
             raise ConfigError(f"an adapter named {name!r} is already attached; choose another name or detach it first")
 
     def add(self, name: str, spec: LoraSpec, targets: Mapping[str, Adaptable], *, seed: int) -> Adapter:
@@ -82,7 +92,7 @@ class Bank:
 
         Raises ConfigError if the name is taken.
         """
-        self.refuse_taken(name)
+        self.refuse_name(name)
         ranks = {path: spec.rank(path) for path in targets}
         shapes = [(ranks[p], m.in_features) for p, m in targets.items()]
         shapes += [(m.out_features, ranks[p]) for p, m in targets.items()]

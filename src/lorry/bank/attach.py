@@ -59,7 +59,7 @@ def attach(
     bank = bank_of(model, create=True)
     if bank.before_merge is not None:
         raise ConfigError("this model is merged; call unmerge(model) before attaching another adapter")
-    bank.refuse_taken(name)
+    bank.refuse_name(name)
     freeze(model)
     targets = {path: _ensure(model, path, candidates[path]) for path in chosen}
     return bank.add(name, spec, targets, seed=seed)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -22,16 +21,15 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from lorry.bank.adapters import Adapter
+from lorry.bank.adapters import NAME, Adapter, checked_name
 from lorry.bank.attach import attach, bank_of, linears
 from lorry.bank.layers import BankEmbedding, BankLinear
 from lorry.bank.peft_config import CONFIG, check_time, parse_config, read_json, to_config
 from lorry.bank.peft_tensors import PREFIX, WEIGHTS, adaptable, check_modules, opened, read_values, renaming, sort_parts
 from lorry.disk import durable
-from lorry.errors import ConfigError, ModelError
+from lorry.errors import ModelError
 
 FACTS = "lorry_adapter.json"
-NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")
 SAMPLES = 4096  # values of each base tensor that the digest looks at
 
 
@@ -43,7 +41,7 @@ def adapter_files(
     ``base_name``: what PEFT should load as the base (a directory or hub id); ``extra``: more facts for lorry_adapter.json.
     Raises ConfigError for an unknown or unusable name, ModelError if a value is not finite.
     """
-    adapter = bank_of(model)[_checked(name)]
+    adapter = bank_of(model)[checked_name(name)]
     modules = bank_of(model).modules
     tensors = {}
     for path, slot in adapter.slots.items():
@@ -117,7 +115,7 @@ def find_adapter(path: str | Path, name: str | None = None) -> tuple[Path, str]:
     Raises ModelError if there is none, or several and no ``name``; ConfigError for a name that cannot be a folder.
     """
     root = Path(path)
-    if name is not None and (root / _checked(name) / CONFIG).is_file():
+    if name is not None and (root / checked_name(name) / CONFIG).is_file():
         return root / name, name
     if (root / CONFIG).is_file():
         saved = read_json(root / FACTS).get("adapter", "default") if (root / FACTS).is_file() else "default"
@@ -126,7 +124,7 @@ def find_adapter(path: str | Path, name: str | None = None) -> tuple[Path, str]:
         return root, name or saved
     inside = sorted(p.parent.name for p in root.glob(f"*/{CONFIG}"))
     if len(inside) == 1 and name is None:
-        return root / inside[0], _checked(inside[0])
+        return root / inside[0], checked_name(inside[0])
     choice = f"; it has adapters named {', '.join(inside)}: pass name=" if inside else "; pass the directory that does"
     raise ModelError(f"{root} holds no {CONFIG}{choice}")
 
@@ -165,12 +163,6 @@ def _check_base(model: nn.Module, folder: Path) -> None:
             f"{folder / FACTS}: this adapter was trained on other base weights than this model's; open that base, or accept "
             "the difference with other_base=True"
         )
-
-
-def _checked(name: str) -> str:
-    if not NAME.fullmatch(name):
-        raise ConfigError(f"adapter name {name!r:.80}: use 1 to 64 letters, digits, dots, dashes or underscores")
-    return name
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

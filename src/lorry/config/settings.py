@@ -99,7 +99,7 @@ class ReportSettings(Group):
 
     positional: ClassVar[str] = "runs"
     runs: list[PathText] = Field(min_length=1, description="run directories")
-    output: DirPath | None = setting(None, "the HTML file; null: report.html in the first run")
+    output: DirPath | None = setting(None, "the HTML file; null: report.html in the run, comparison.html beside several")
 
 
 class DoctorSettings(Group):

@@ -171,7 +171,7 @@ class Encoder:
             shortened = self._shortened_chat(draft) if draft.messages else self._shortened_plain(draft, marked)
             if isinstance(shortened, BadRow):
                 return shortened
-            marked, cut = shortened, full - len(shortened.ids)
+            marked, cut = shortened, full - self._length(shortened)
         if self.completion_only_loss:
             # behind the last answer nothing is learnt and nothing depends on it: not worth computing
             ids, weights = marked.ids[: _last(marked)], [float(taken) for taken in marked.learnt[: _last(marked)]]

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 SPARE = 64  # positions a cache takes beyond the tokens it must hold, at least, whenever it grows
+
+
+SHORT = 96  # tokens; up to here plain fp32 products beat the fused CPU kernels (benchmarks/attention.py)
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,58 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Bucket]) -> Tensor:
 
 def _attend_bucket(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket) -> Tensor:
     framed = [_frame(x, bucket) for x in (q, k, v)]
-    groups = q.shape[1] // k.shape[1]
-    q4, k4, v4 = framed[0], *(_repeat(x, groups) for x in framed[1:])
-    o = F.scaled_dot_product_attention(q4, k4, v4, is_causal=True)
+    if bucket.length <= SHORT and q.device.type == "cpu":
+        o = ShortAttention.apply(*framed)
+    else:
+        q4, k4, v4 = framed[0], *(_repeat(x, q.shape[1] // k.shape[1]) for x in framed[1:])
+        o = F.scaled_dot_product_attention(q4, k4, v4, is_causal=True)
     flat = o.transpose(1, 2).reshape(bucket.count * bucket.length, q.shape[1], q.shape[2])
     return flat if bucket.places is None else flat.index_select(0, bucket.places)
+
+
+class ShortAttention(torch.autograd.Function):
+    """Causal attention of short sequences as plain products in fp32: `apply(q [n,H,L,D], k [n,G,L,D], v [n,G,L,D]) -> [n,H,L,D]`.
+
+    torch's fused kernels for the CPU are slow below a few hundred tokens, their backward most of all. Query heads that share a
+    key/value head are folded into rows, so keys and values are never repeated; probabilities are recomputed in backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        wide_q, wide_k, wide_v = _folded(q, k), _flat(k), _flat(v)
+        o = torch.bmm(_probabilities(wide_q, wide_k), wide_v)
+        ctx.save_for_backward(q, k, v)
+        return o.view(q.shape).to(q.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        wide_q, wide_k, wide_v, g = _folded(q, k), _flat(k), _flat(v), _folded(grads[0], k)
+        p = _probabilities(wide_q, wide_k)
+        dv = torch.bmm(p.transpose(1, 2), g)
+        ds = torch.bmm(g, wide_v.transpose(1, 2))
+        ds.sub_((ds * p).sum(-1, keepdim=True)).mul_(p).mul_(q.shape[-1] ** -0.5)
+        dq, dk = torch.bmm(ds, wide_k), torch.bmm(ds.transpose(1, 2), wide_q)
+        return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[n,G,L,D] -> [n*G,L,D], at least fp32."""
+    return (x if x.dtype == torch.float64 else x.float()).reshape(-1, *x.shape[2:])
+
+
+def _folded(x: Tensor, k: Tensor) -> Tensor:
+    """[n,H,L,D] -> [n*G, (H/G)*L, D], at least fp32: the heads of a group one after the other."""
+    return _flat(x).reshape(k.shape[0] * k.shape[1], -1, x.shape[-1])
+
+
+def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+    """[m, g*L, L] softmax over the keys up to each query's own position."""
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(q.shape[-1] ** -0.5)
+    length = k.shape[1]
+    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    scores.view(-1, length, length).masked_fill_(future, float("-inf"))
+    return scores.softmax(-1)
 
 
 def _frame(x: Tensor, bucket: Bucket) -> Tensor:

@@ -7,7 +7,8 @@ flags are taken out at every depth before transformers sees it (CVE-2026-4372 an
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lorry.errors import ModelError, nearest
+from lorry.errors import LorryError, ModelError, nearest
 from lorry.families import Family, find, unsupported
 from lorry.families.common import UnsupportedConfig
 from lorry.models.decoder import ACTIVATIONS
@@ -30,8 +31,8 @@ KERNEL_KEYS = frozenset(
     for suffix in ("", "_internal", "_autoset")
 )
 BUILT_IN = (None, True, False, "eager", "sdpa", "flash_attention_2", "flex_attention", "grouped_mm", "batched_mm")
-# What transformers, tokenizers and gguf raise over numbers and names that make no sense.
-UNUSABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+# What transformers raises over numbers and names that make no sense.
+UNUSABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, ImportError, RuntimeError)
 MOST_BYTES = 16 * 1024 * 1024  # of a JSON file that describes a model
 MOST_LAYERS = 10_000
 
@@ -87,7 +88,7 @@ def match(config: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) ->
         geometry = family.geometry(config)
     except UnsupportedConfig as e:
         return None, f"Lorry's decoder does not compute {e}"
-    except UNUSABLE as e:
+    except (ValueError, TypeError, LookupError, ArithmeticError) as e:
         raise ModelError(f"{path}: unusable numbers ({type(e).__name__}: {e})") from e
     if geometry.activation not in ACTIVATIONS:
         return None, f"Lorry's decoder has no activation {geometry.activation!r}"
@@ -141,12 +142,24 @@ def refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
             )
 
 
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Turn what transformers and tokenizers raise over a file they cannot use into a ModelError that opens with ``what``."""
+    try:
+        yield
+    except LorryError:
+        raise
+    except Exception as e:
+        # tokenizers raises bare Exception; anything else that is not in the list is no fault of the file
+        if type(e) is not Exception and not isinstance(e, (*UNUSABLE, StrictDataclassError)):
+            raise
+        raise ModelError(f"{what} ({type(e).__name__}: {e})") from e
+
+
 def _build(kind: str, raw: dict[str, Any], path: Path) -> Any:
     """transformers' config object from a dict: no file is read again and no code is looked up."""
     layers = raw.get("num_hidden_layers", raw.get("n_layer", 1))
     if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
         raise ModelError(f"{path}: {layers!r} layers; a whole number from 1 to {MOST_LAYERS} is expected")
-    try:
+    with blaming(f"{path}: transformers refuses this config"):
         return CONFIG_MAPPING[kind].from_dict(raw)
-    except (StrictDataclassError, *UNUSABLE) as e:
-        raise ModelError(f"{path}: transformers refuses this config ({type(e).__name__}: {e})") from e

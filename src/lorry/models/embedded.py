@@ -25,7 +25,7 @@ import torch
 
 from lorry.disk import durable
 from lorry.errors import ModelError
-from lorry.models.describe import UNUSABLE, read_json
+from lorry.models.describe import blaming, read_json
 from lorry.models.gguf import check_gguf
 from lorry.models.store import share
 
@@ -104,20 +104,16 @@ def _convert(file: Path, work: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(
-                str(file.parent),
-                **source,
-                quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
-                dtype=torch.bfloat16,
-            )
-            model.save_pretrained(work)
-            AutoTokenizer.from_pretrained(str(file.parent), **source).save_pretrained(work)
-    except (*UNUSABLE, OSError, RuntimeError) as e:
-        raise ModelError(
-            f"{file}: transformers cannot convert this GGUF file (architecture {architecture!r}; {type(e).__name__}: {e})"
-        ) from e
+    trouble = f"{file}: transformers cannot convert this GGUF file of architecture {architecture!r}"
+    with blaming(trouble), contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(file.parent),
+            **source,
+            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        model.save_pretrained(work)
+        AutoTokenizer.from_pretrained(str(file.parent), **source).save_pretrained(work)
     share(work)
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from lorry.errors import ConfigError, ModelError
 from lorry.models.decoder import Decoder
-from lorry.models.describe import UNUSABLE, Description, describe, read_json
+from lorry.models.describe import Description, blaming, describe, read_json
 from lorry.models.digest import sample_digest
 from lorry.models.hf import HfModel
 from lorry.models.sources import resolve
@@ -107,20 +107,18 @@ def load_hf(
 ) -> HfModel:
     """transformers' own implementation, with every tensor of the checkpoint accounted for. Raises ModelError otherwise."""
     entries(directory)  # refuses pickles, broken shards and paths that lead elsewhere
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars and a table of names, which follow as an error if need be
-            inner, info = AutoModelForCausalLM.from_pretrained(
-                str(directory),
-                config=described.hf,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # to name them below
-                output_loading_info=True,
-            )
-    except (*UNUSABLE, OSError, ImportError, RuntimeError) as e:
-        raise ModelError(f"{directory}: transformers cannot load it ({type(e).__name__}: {e})") from e
+    # stderr gets progress bars and a table of names, which follow as an error if need be
+    with blaming(f"{directory}: transformers cannot load it"), contextlib.redirect_stderr(io.StringIO()):
+        inner, info = AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            config=described.hf,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # to name them below
+            output_loading_info=True,
+        )
     unknown = [n for n in info["unexpected_keys"] if not BUFFERS.fullmatch(n)]
     misshapen = [str(found[0] if isinstance(found, tuple) else found) for found in info["mismatched_keys"]]
     for kind, names in (("missing", info["missing_keys"]), ("unknown", unknown), ("misshapen", misshapen)):

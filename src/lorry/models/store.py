@@ -45,11 +45,10 @@ def save_model(
     """
     config = {k: v for k, v in {**model.config, **(config_overrides or {})}.items() if not k.startswith("_")}
     tied = bool(config.get("tie_word_embeddings"))
-    stream = iter(tensors if tensors is not None else model.state_dict().items())
+    stream = _checked(model, tensors, tied=tied)
     with building(Path(path)) as work:
         if isinstance(model, Decoder):
-            dtypes = _write(_named(stream, model, tied=tied), work, dtype, max_shard_bytes)
-            _complete(set(dtypes), model, tied=tied, path=Path(path))
+            dtypes = _write(_on_disk(stream, model, tied=tied), work, dtype, max_shard_bytes)
             kinds = set(dtypes.values())
             config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
             config["dtype"] = str(next(iter(kinds))).removeprefix("torch.") if len(kinds) == 1 else "float32"
@@ -62,21 +61,30 @@ def save_model(
         share(work)
 
 
-def _named(stream: Iterator[tuple[str, Tensor]], model: Decoder, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
+def _checked(
+    model: Decoder | HfModel, tensors: Iterable[tuple[str, Tensor]] | None, *, tied: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream, if it holds every tensor of the model once; a second name of a tied tensor may be missing."""
+    state = model.state_dict()
+    first = {t.data_ptr(): n for n, t in reversed(state.items())}
+    left = dict.fromkeys(state)
+    for name, tensor in state.items() if tensors is None else tensors:
+        if name not in left:
+            problem = "was given twice" if name in state else "is no tensor of this model"
+            raise ModelError(f"{name!r} {problem}; nothing was saved")
+        del left[name]
+        yield name, tensor
+    if missing := [n for n in left if not (tied and first[state[n].data_ptr()] != n)]:
+        raise ModelError(f"{len(missing)} tensors were not given ({', '.join(missing[:3])}); nothing was saved")
+
+
+def _on_disk(stream: Iterator[tuple[str, Tensor]], model: Decoder, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
     """Names as checkpoints spell them; a tied head is left out, as transformers does."""
     for name, tensor in stream:
         module, _, leaf = name.rpartition(".")
         if tied and module == model.family.head:
             continue
         yield f"{model.family.on_disk.get(module, module)}.{leaf}", tensor
-
-
-def _complete(written: set[str], model: Decoder, *, tied: bool, path: Path) -> None:
-    expected = {name for name, _ in _named(iter(model.state_dict().items()), model, tied=tied)}
-    if missing := sorted(expected - written):
-        raise ModelError(f"{path}: {len(missing)} tensors were not given ({', '.join(missing[:3])}); nothing was saved")
-    if unknown := sorted(written - expected):
-        raise ModelError(f"{path}: {unknown[0]!r} is no tensor of this model; nothing was saved")
 
 
 def _write(stream: Iterator[tuple[str, Tensor]], work: Path, dtype: torch.dtype | None, limit: int) -> dict[str, torch.dtype]:
@@ -93,8 +101,6 @@ def _write(stream: Iterator[tuple[str, Tensor]], work: Path, dtype: torch.dtype 
 
     for name, tensor in stream:
         tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        if name in dtypes:
-            raise ModelError(f"{name!r} was given twice; nothing was saved")
         if held and size + tensor.nbytes > limit:
             flush()
             size = 0

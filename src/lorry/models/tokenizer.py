@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from lorry.errors import ModelError
-from lorry.models.describe import UNUSABLE, read_json
+from lorry.models.describe import blaming, read_json
 
 FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer.tiktoken")
 
@@ -22,7 +21,5 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, notes: l
         path = directory / name
         if path.is_file() and path.stat().st_size <= 1 << 24:
             read_json(path)
-    try:
+    with blaming(f"{directory}: its tokenizer cannot be read"):
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code, local_files_only=True)
-    except (*UNUSABLE, OSError, ImportError) as e:
-        raise ModelError(f"{directory}: its tokenizer cannot be read ({type(e).__name__}: {e})") from e

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from lorry.report.lines import Record, iterate
+from lorry.disk.metrics import Record, iterate
 
 EVALUATION = "eval_"  # names of an evaluation line's values begin with this
 ADAPTERS = "adapters"  # a run of several adapters has a mapping of each one's values under this name

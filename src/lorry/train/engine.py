@@ -25,7 +25,7 @@ from lorry.train import checkpoint
 from lorry.train.checks import Checks
 from lorry.train.events import Listener
 from lorry.train.memory import peak_memory
-from lorry.report.lines import MetricsWriter, cut_after
+from lorry.disk.metrics import MetricsWriter, cut_after
 from lorry.train.schedule import rate, warmup_steps
 from lorry.train.signals import Stop, watching
 

@@ -28,6 +28,7 @@ from lorry.train import artifacts, checkpoint
 from lorry.train.checks import Checks
 from lorry.train.engine import METRICS, Engine, Outcome
 from lorry.train.events import Listener
+from lorry.train.memory import tune_allocator
 from lorry.train.trackers import trackers
 
 RUN_FILE = "run.yaml"
@@ -51,6 +52,7 @@ def train_sft(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) ->
     even then, once the run has begun."""
     listeners = [*listeners, *trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))]
     start = where_to_start(run)
+    tune_allocator()
     if run.backend.threads:
         torch.set_num_threads(run.backend.threads)
     torch.manual_seed(run.train.seed)

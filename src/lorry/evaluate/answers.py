@@ -1,0 +1,72 @@
+"""Ask a model every question of a file, greedily, and score what it says: exact match, ROUGE-L, token F1, with intervals.
+
+said = answers(model, tokenizer, conversations, adapters="default")  # Mix.none() asks the base
+score_answers(said, [reference(c) for c in conversations])  # {"exact_match": 0.8, ...}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lorry.bank.mix import Mix
+from lorry.data.content import Conversation
+from lorry.evaluate.metrics import References, bootstrap_interval, score_each
+from lorry.models.answer import answer
+
+# as `score_each` calls them, and as evaluation.json and the tables do
+METRICS = {"exact_match": "exact_match", "exact_match_strict": "exact_match_strict", "rouge_l": "rouge_l", "token_f1": "f1"}
+
+
+def answers(
+    model: nn.Module,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    *,
+    adapters: Mix | Sequence[str | None] | str | None,
+    max_new_tokens: int = 64,
+    batch_rows: int | None = None,
+    system: str | None = None,
+) -> list[str]:
+    """What the model says, greedily, in place of the last assistant message of each conversation, stripped.
+
+    ``adapters``: a name, a Mix (`Mix.none()`: the base), one name or None (the base) per conversation, or None: what the model
+    uses now. ``batch_rows``: rows alive at once. Raises what `models.generate.generate` raises (ModelError for a prompt that the
+    context cannot hold).
+    """
+    return answer(
+        model, tokenizer, conversations, system=system, max_new_tokens=max_new_tokens, adapters=adapters, batch_rows=batch_rows
+    )
+
+
+def reference(conversation: Conversation) -> str:
+    """The last thing the assistant says in a conversation: what an answer is compared with."""
+    return next(message.content for message in reversed(conversation.messages) if message.role == "assistant")
+
+
+def score_rows(predictions: Sequence[str], references: Sequence[References]) -> dict[str, list[float]]:
+    """{exact_match, exact_match_strict, rouge_l, f1: one value per row}, each in [0, 1].
+
+    exact_match and f1 compare normalised text (SQuAD's rule), exact_match_strict the text as it is but for white space around
+    it. Raises DataError for lists of unequal length, empty ones, or a row without a reference.
+    """
+    each = score_each(predictions, references)
+    return {shown: each[name] for name, shown in METRICS.items()}
+
+
+def score_answers(predictions: Sequence[str], references: Sequence[References]) -> dict[str, float]:
+    """The means of `score_rows`. Raises DataError as it does."""
+    return means(score_rows(predictions, references))
+
+
+def means(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """{metric: mean over its rows}."""
+    return {name: math.fsum(values) / len(values) for name, values in rows.items()}
+
+
+def intervals(rows: Mapping[str, Sequence[float]], seed: int = 0) -> dict[str, tuple[float, float]]:
+    """{metric: (low, high)}: the 95% percentile bootstrap interval of each mean."""
+    return {name: bootstrap_interval(values, seed) for name, values in rows.items()}

