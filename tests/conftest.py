@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny models: a second thread only waits, and results stay the same on any machine
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lorry.bank.attach import attach, lora_parameters
+from lorry.bank.peft_io import save_adapter
+from lorry.bank.spec import LoraSpec
 
 VOCAB = 64
 LLAMA = {
@@ -106,3 +111,13 @@ def shake() -> Callable[..., None]:
                 p.copy_(torch.randn(p.shape, generator=draw) * 0.2)
 
     return fill
+
+
+@pytest.fixture
+def saved(tiny: Any, shake: Any, tmp_path: Path) -> Path:
+    """An adapter of ours on q_proj [32,32] and down_proj [32,48] of the tiny Llama."""
+    model = tiny("llama")
+    attach(model, LoraSpec(r=4, target_modules=("q_proj", "down_proj")))
+    shake(lora_parameters(model))
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"

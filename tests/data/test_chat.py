@@ -223,6 +223,18 @@ def test_a_template_without_an_end_of_turn_gets_the_end_of_text(tokenizer_of: To
     assert encoder.stop_tokens() == [tokenizer.eos_token_id]
 
 
+def test_an_end_of_turn_in_several_tokens_is_followed_by_the_end_of_text(tokenizer_of: Tokenizers) -> None:
+    """ChatML on a tokenizer that does not know its tokens: generation could never be stopped at "<|im_end|>"."""
+    tokenizer = tokenizer_of(None)
+    made = type(tokenizer)(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        eos_token="<|endoftext|>",
+        chat_template=tokenizer_of("chatml").chat_template,
+    )
+    assert marked(made, chat("Hi", "Hello")).endswith("assistant\n«Hello<|im_end|><|endoftext|>»")
+    assert Encoder(made, max_length=99).stop_tokens() == [made.eos_token_id]
+
+
 def test_stop_tokens_hold_both_ends(tokenizer_of: Tokenizers) -> None:
     tokenizer = tokenizer_of("llama3")
     expected = sorted(tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"]))

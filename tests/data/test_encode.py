@@ -170,7 +170,9 @@ def test_the_answer_is_never_cut(
     answer = whole.tokens[last_run(whole) :]
     if isinstance(made, BadRow):
         assert made.kind == TOO_LONG
-        least = Conversation((Message("user", "" if system is None else "x"), messages[-1]), ("", content.plain[1]) if content.plain else None)
+        least = Conversation(
+            (Message("user", "" if system is None else "x"), messages[-1]), ("", content.plain[1]) if content.plain else None
+        )
         bare = roomy.encode(least)
         if not isinstance(bare, BadRow) and family != "llama2":
             assert len(bare[0].tokens) + 2 > max_length, "it would have fitted with its prompt cut"

@@ -76,6 +76,7 @@ class Encoder:
         opening = {"opening": tokenizer.decode(self.tokens.opening), "eos_token": tokenizer.eos_token or ""}
         self.has_template = own is not None
         self.template = own or ChatTemplate.made(PLAIN, tokenizer, opening)
+        self._end_of_turn = self.tokens.one(self.template.end_of_turn).ids if self.template.end_of_turn else []
         self.notes: Counter[str] = Counter()
         specials = special_token_texts(tokenizer)
         self._control = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)")
@@ -104,8 +105,8 @@ class Encoder:
 
     def stop_tokens(self) -> list[int]:
         """Ids at which generation has to stop: the tokenizer's EOS and the template's end of turn."""
-        turn = self.tokens.one(self.template.end_of_turn).ids if self.template.end_of_turn else []
-        return sorted({*([self.tokens.end] if self.tokens.end is not None else []), *(turn if len(turn) == 1 else [])})
+        turn = self._end_of_turn if len(self._end_of_turn) == 1 else []
+        return sorted({*([self.tokens.end] if self.tokens.end is not None else []), *turn})
 
     def marked_text(self, encoded: Encoded) -> list[tuple[str, bool]]:
         """The example as runs of text, each with whether it is supervised; for a person to look at."""
@@ -136,8 +137,9 @@ class Encoder:
         chat: Chat = lay_out(self.template, messages)
         if not chat.spans:
             raise TemplateRefusal("the chat template marks no answer of this conversation for learning")
-        if not chat.ended:
-            self.notes["the chat template writes no end of turn after the last answer; the end of text was added"] += 1
+        if not chat.ended or len(self._end_of_turn) != 1:  # a stop in several tokens stops nobody
+            missing = "an end of turn that is several tokens" if chat.ended else "no end of turn after the last answer"
+            self.notes[f"the chat template writes {missing}; the end of text was added"] += 1
             return _Draft(chat.text[: chat.spans[-1][1]], chat.spans, self.template.header, messages, closed=True)
         return _Draft(chat.text, chat.spans, self.template.header, messages)
 

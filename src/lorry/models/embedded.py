@@ -28,9 +28,10 @@ from lorry.errors import ModelError
 from lorry.models.describe import blaming, read_json
 from lorry.models.gguf import check_gguf
 from lorry.models.store import share
+from lorry.models.tokenizer import split_as
 
 MANIFEST = "lorry_model.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def converted(file: Path, notes: list[str], name: str | None = None) -> Path:
                 notes.append(f"{target}: {broken}; converting it again")
             notes.append(f"converting {file.name} into {target}, once (about 20 s for 135M parameters)")
             with durable.building(target, replace=True) as work:
-                _convert(file, work)
+                notes += _convert(file, work)
                 _write_manifest(work, file, digest)
     except OSError as e:
         raise ModelError(f"the converted model cannot be kept in {target} ({e.strerror}); set LORRY_HOME to another place") from e
@@ -98,13 +99,13 @@ def _one_at_a_time(target: Path) -> Iterator[None]:
         yield
 
 
-def _convert(file: Path, work: Path) -> None:
-    """Dequantise with transformers' GGUF reader and save model and tokenizer. Its progress bars and chatter stay unseen."""
-    architecture = check_gguf(file)
+def _convert(file: Path, work: Path) -> list[str]:
+    """Dequantise with transformers' GGUF reader and save model and tokenizer; its progress bars stay unseen. Returns notes."""
+    words = check_gguf(file)
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-    trouble = f"{file}: transformers cannot convert this GGUF file of architecture {architecture!r}"
+    trouble = f"{file}: transformers cannot convert this GGUF file of architecture {words.get('general.architecture')!r}"
     with blaming(trouble), contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
@@ -113,8 +114,11 @@ def _convert(file: Path, work: Path) -> None:
             dtype=torch.bfloat16,
         )
         model.save_pretrained(work)
-        AutoTokenizer.from_pretrained(str(file.parent), **source).save_pretrained(work)
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
+    notes = split_as(words.get("tokenizer.ggml.pre", "default"), tokenizer)
+    tokenizer.save_pretrained(work)
     share(work)
+    return notes
 
 
 def _write_manifest(work: Path, file: Path, digest: str) -> None:

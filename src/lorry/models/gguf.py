@@ -17,6 +17,7 @@ from lorry.errors import ModelError
 
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type -> bytes
 STRING, ARRAY = 8, 9
+WORDS = ("general.architecture", "tokenizer.ggml.pre")
 MOST_TENSORS = 1_000_000
 MOST_KEYS = 100_000
 MOST_NAME = 1 << 16
@@ -50,8 +51,8 @@ class _Reader:
         return self.take(self.number("Q", what), what).decode("utf-8", "replace")
 
 
-def check_gguf(path: Path) -> str:
-    """Walk the header. Returns the architecture it names, "" if none. Raises ModelError when anything lies outside the file."""
+def check_gguf(path: Path) -> dict[str, str]:
+    """Walk the header. Returns the words of WORDS it has. Raises ModelError when anything lies outside the file."""
     with path.open("rb") as file:
         reader = _Reader(file, path, path.stat().st_size)
         if reader.take(4, "the magic number") != b"GGUF":
@@ -62,12 +63,12 @@ def check_gguf(path: Path) -> str:
         tensors, keys = reader.number("Q", "the number of tensors"), reader.number("Q", "the number of keys")
         if tensors > MOST_TENSORS or keys > MOST_KEYS:
             raise ModelError(f"{path}: claims {tensors} tensors and {keys} keys; truncated or hostile")
-        architecture, alignment = "", 32
+        words, alignment = {}, 32
         for _ in range(keys):
             name = reader.text("a key")
             kind = reader.number("I", name)
-            if name == "general.architecture" and kind == STRING:
-                architecture = reader.text(name)
+            if name in WORDS and kind == STRING:
+                words[name] = reader.text(name)
             elif name == "general.alignment" and kind == 4:
                 alignment = reader.number("I", name)
             else:
@@ -75,7 +76,7 @@ def check_gguf(path: Path) -> str:
         if alignment < 1 or alignment & (alignment - 1):
             raise ModelError(f"{path}: general.alignment is {alignment}, not a power of two")
         _check_tensors(reader, tensors, alignment)
-    return architecture
+    return words
 
 
 def _skip_value(reader: _Reader, kind: int, name: str, depth: int = 0) -> None:
