@@ -270,7 +270,10 @@ def test_gemma_refuses_what_it_refuses(tokenizer_of: Tokenizers) -> None:
     assert "roles must alternate" in made.reason
 
 
-GENERATION = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}BLOCK{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+GENERATION = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}BLOCK"
+    "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+)
 
 
 def test_a_block_that_forgets_the_end_of_turn_is_widened(tokenizer_of: Tokenizers) -> None:
@@ -279,7 +282,10 @@ def test_a_block_that_forgets_the_end_of_turn_is_widened(tokenizer_of: Tokenizer
 
 
 def test_a_block_may_leave_a_turn_out(tokenizer_of: Tokenizers) -> None:
-    block = "{% if loop.last %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+    block = (
+        "{% if loop.last %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
+        "{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+    )
     text = marked(with_template(tokenizer_of("chatml"), GENERATION.replace("BLOCK", block)), chat("Hi", "Hello", "More", "Yes"))
     assert text.count("«") == 1
     assert text.endswith("«Yes<|im_end|>»")
@@ -349,7 +355,10 @@ def test_a_tokenizer_without_offsets(tokenizer_of: Tokenizers) -> None:
 
 
 def test_lay_out_raises_for_a_missing_header() -> None:
-    source = "{% for m in messages %}{% if m.role == 'user' %}Q {% elif loop.index == 2 %}A {% endif %}{{ m.content }}|{% endfor %}{% if add_generation_prompt %}A {% endif %}"
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q {% elif loop.index == 2 %}A {% endif %}{{ m.content }}|{% endfor %}"
+        "{% if add_generation_prompt %}A {% endif %}"
+    )
     template = ChatTemplate(source, {})
     with pytest.raises(TemplateRefusal, match="without its header 'A '"):
         lay_out(template, chat("Hi", "Hello", "More", "Yes"))

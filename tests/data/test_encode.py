@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -48,37 +49,41 @@ def marked(encoder: Encoder, made: Encoded) -> str:
     return "".join(f"«{text}»" if learnt else text for text, learnt in encoder.marked_text(made))
 
 
+MANY_TURNS = [
+    {"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"},
+    {"role": "user", "content": "More"}, {"role": "assistant", "content": "No"}, {"role": "user", "content": "So"},
+]  # fmt: skip
+HEADED = (
+    "S\n\n### Instruction:\nHi\n\n### Response:\n«Yes<|endoftext|>»\n\n### Instruction:\nMore\n\n### Response:\n«No<|endoftext|>»"
+)
+
+
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
         ({"prompt": "Say: ", "completion": "kalo"}, "Say: «kalo<|endoftext|>»"),
         ({"prompt": "Say:", "completion": " kalo"}, "Say:« kalo<|endoftext|>»"),
         ({"prompt": "a\n\n", "completion": "\n\nkalo"}, "a\n\n«\n\nkalo<|endoftext|>»"),
-        ({"prompt": "", "completion": "kalo mi"}, "kalo« mi<|endoftext|>»"),
         ({"question": "Who?", "answer": "Me"}, "Question: Who?\nAnswer:« Me<|endoftext|>»"),
-        ({"instruction": "Do", "input": "it", "output": "ok"}, "### Instruction:\nDo\n\n### Input:\nit\n\n### Response:\n«ok<|endoftext|>»"),
+        ({"instruction": "Do", "output": "ok"}, "### Instruction:\nDo\n\n### Response:\n«ok<|endoftext|>»"),
         ({"prompt": "p", "completion": " kalo<|endoftext|>"}, "p« kalo<|endoftext|>»"),
-        ({"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"},
-                       {"role": "user", "content": "More"}, {"role": "assistant", "content": "No"}, {"role": "user", "content": "So"}]},
-         "S\n\n### Instruction:\nHi\n\n### Response:\n«Yes<|endoftext|>»\n\n### Instruction:\nMore\n\n### Response:\n«No<|endoftext|>»"),
-        ({"text": "kalo mi"}, "kalo« mi<|endoftext|>»"),
+        ({"messages": MANY_TURNS}, HEADED),
     ],
-)  # fmt: skip
+)
 def test_without_a_chat_template(tokenizer_of: Tokenizers, columns: dict[str, Any], expected: str) -> None:
     """The end of text is learnt although it is also the padding token (eos == pad in this tokenizer)."""
     tokenizer = tokenizer_of(None)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     encoder = Encoder(tokenizer, max_length=200)
     made = only(encoder.encode(row(**columns)))
-    text = marked(encoder, made)
-    if made.tokens[0] != tokenizer.eos_token_id and not columns.get("prompt", "x"):
-        assert text.replace("«", "").replace("»", "") == expected.replace("«", "").replace("»", "")
-        assert made.weights == [0.0] + [1.0] * (len(made.tokens) - 1)
-    elif "text" in columns:
-        assert made.weights == [0.0] + [1.0] * (len(made.tokens) - 1)
-        assert text.replace("«", "").replace("»", "") == "kalo mi<|endoftext|>"
-    else:
-        assert text == expected
+    assert marked(encoder, made) == expected
+
+
+@pytest.mark.parametrize("columns", [{"text": "kalo mi"}, {"prompt": "", "completion": "kalo mi"}])
+def test_without_a_prompt_all_but_the_first_token_is_learnt(tokenizer_of: Tokenizers, columns: dict[str, Any]) -> None:
+    made = only(encode(row(**columns), tokenizer_of(None), max_length=200))
+    assert tokenizer_of(None).decode(made.tokens) == "kalo mi<|endoftext|>"
+    assert made.weights == [0.0] + [1.0] * (len(made.tokens) - 1)
 
 
 @pytest.mark.parametrize("text", ["kalo mi", "<|endoftext|>kalo mi", "<|endoftext|>kalo mi<|endoftext|>"])
@@ -141,7 +146,7 @@ def test_a_long_text_is_cut_into_pieces_and_every_token_is_learnt_once(
     learnt = [token for piece in pieces for token, weight in zip(piece.tokens, piece.weights, strict=True) if weight]
     assert learnt == whole[1:]
     assert all(len(piece.tokens) <= max_length and piece.weights[0] == 0.0 for piece in pieces)
-    assert all(before.tokens[-1] == after.tokens[0] for before, after in zip(pieces, pieces[1:], strict=False))
+    assert all(before.tokens[-1] == after.tokens[0] for before, after in pairwise(pieces))
 
 
 WORDS = st.lists(st.sampled_from(["ka", "lomi", "ten ra", "日本", "é", "12", "\n", "th!", "<x>"]), min_size=1, max_size=25)
@@ -170,9 +175,8 @@ def test_the_answer_is_never_cut(
     answer = whole.tokens[last_run(whole) :]
     if isinstance(made, BadRow):
         assert made.kind == TOO_LONG
-        least = Conversation(
-            (Message("user", "" if system is None else "x"), messages[-1]), ("", content.plain[1]) if content.plain else None
-        )
+        bones = (*([Message("system", "")] if system else []), Message("user", ""), messages[-1])
+        least = Conversation(bones, ("", content.plain[1]) if content.plain else None)
         bare = roomy.encode(least)
         if not isinstance(bare, BadRow) and family != "llama2":
             assert len(bare[0].tokens) + 2 > max_length, "it would have fitted with its prompt cut"

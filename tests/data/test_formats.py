@@ -37,7 +37,7 @@ GOOD: list[tuple[str, dict[str, Any], Any]] = [
      Conversation((SYSTEM, user("q"), said("a")))),
     ("prompt_completion", {"prompt": [CHAT[0]], "completion": "c"}, Conversation((user("q"), said("c")))),
     ("messages", {"messages": CHAT, "text": "rendered"}, Conversation((user("q"), said("a")))),
-    ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "?"}]}, CHAT[1]]},
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in "q?"]}, CHAT[1]]},
      Conversation((user("q?"), said("a")))),
     ("messages", {"messages": [CHAT[0], {"role": "assistant", "content": "a", "reasoning_content": "hm"}]},
      Conversation((user("q"), said("a", "hm")))),
@@ -164,9 +164,10 @@ def test_reading_from_the_middle_gives_the_same_rows(tmp_path: Path) -> None:
     assert (read, late) == ([0, 2], [2])
 
 
+KEYS = ["role", "content", "from", "value", "type", "text"]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "gpt", "\udc80"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text"]), inner),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner),
     max_leaves=8,
 )  # fmt: skip
 

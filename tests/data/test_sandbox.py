@@ -149,7 +149,10 @@ def test_renders_as_transformers_does(tokenizer_of: Callable[..., Any], add_gene
 
 
 def test_generation_blocks_are_placed(tokenizer_of: Callable[..., Any]) -> None:
-    source = "{% for m in messages %}[{% if m.role == 'assistant' %}{% generation %}{{ m.content }}.{% endgeneration %}{% else %}{{ m.content }}{% endif %}]{% endfor %}"
+    source = (
+        "{% for m in messages %}[{% if m.role == 'assistant' %}{% generation %}{{ m.content }}.{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}]{% endfor %}"
+    )
     rendered = ChatTemplate(source, {}).render([*CHAT, *CHAT])
     assert rendered.text == "[Hi][Hello.][Hi][Hello.]"
     assert [rendered.text[start:end] for start, end in rendered.blocks] == ["Hello.", "Hello."]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,12 +111,13 @@ def test_damaged_bytes_give_a_data_error_or_rows(
             del raw[at : at + 1 + byte % 40]
         else:
             raw[at:at] = bytes([byte])
-    path = write(tmp_path_factory.mktemp("damaged"), "d.jsonl", bytes(raw))
-    try:
+    path, undamaged = write(tmp_path_factory.mktemp("damaged"), "d.jsonl", bytes(raw)), False
+    with contextlib.suppress(DataError):
         list(open_source(path))
-    except DataError as error:
-        assert str(error).startswith(f"{path}:")
-        assert str(error)[len(f"{path}:") :].split(":")[0].isdigit()
+        undamaged = True
+    if not undamaged:
+        with pytest.raises(DataError, match=re.escape(f"{path}:") + r"\d+: "):
+            list(open_source(path))
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return
     got = {json.dumps(row.values, ensure_ascii=False).encode() for row in open_source(path, on_bad_row="skip")}
@@ -263,9 +266,11 @@ def on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     import datasets
 
     real = datasets.load_dataset_builder
-    monkeypatch.setattr(
-        datasets, "load_dataset_builder", lambda name, config=None: real(str(tmp_path / name), config, cache_dir=str(tmp_path / "cache"))
-    )  # fmt: skip
+
+    def local(name: str, config: str | None = None) -> Any:
+        return real(str(tmp_path / name), config, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", local)
 
     def publish(file: str, content: bytes) -> str:
         (tmp_path / "owner" / "set").mkdir(parents=True, exist_ok=True)
@@ -280,7 +285,7 @@ def test_hub_data_sets(on_the_hub: Callable[[str, bytes], str], streaming: bool)
     name = on_the_hub("train.jsonl", b'{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n')
     got = [(row.values, row.where) for row in open_source(name, streaming=streaming)]
     assert got == [({"question": "a", "answer": "b"}, "owner/set:1"), ({"question": "c", "answer": "d"}, "owner/set:2")]
-    with pytest.raises(DataError, match="owner/set: .*"):
+    with pytest.raises(DataError, match="owner/set: "):
         list(open_source(name, split="nosuchsplit", streaming=streaming))
 
 

@@ -117,8 +117,8 @@ def test_other_data_is_refused(path: Path, tokenizer_of: Callable[..., Any], tmp
     stream = stream_of(path, tokenizer_of("chatml"))
     taken(stream, 0, 5)
     changed = tmp_path / "qa.jsonl"
-    changed.write_text(path.read_text().replace("12 ", "13 "))
-    with pytest.raises(DataError, match="not the data this run was started with, in window 1"):
+    changed.write_text(path.read_text().replace('"question": "', '"question": "so '))
+    with pytest.raises(DataError, match="not the data this run was started with, in window"):
         stream_of(changed, tokenizer_of("chatml")).load_state(stream.state())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorry.backends.base import Inspection, Norms, Stats, Task, term_totals
 from lorry.backends.optim import AdapterOptimizer, OptimSettings
@@ -15,15 +15,17 @@ from lorry.bank.attach import bank_of
 from lorry.bank.mix import Call, Mix, Noise
 from lorry.data.batch import BASE, Batch
 from lorry.errors import ModelError, NonFiniteError
-from lorry.models.generate import Generated, generate
+from lorry.models.decoder import Decoder
 from lorry.models.digest import sample_digest
+from lorry.models.generate import Generated, generate
+from lorry.models.hf import HfModel
 from lorry.models.score import Want, evaluate
 
 
 class Local:
     """One model on one device. ``trained``: the adapters this run steps; others of the bank stay frozen."""
 
-    def __init__(self, model: nn.Module, trained: Sequence[str], optim: OptimSettings, *, seed: int = 0) -> None:
+    def __init__(self, model: Decoder | HfModel, trained: Sequence[str], optim: OptimSettings, *, seed: int = 0) -> None:
         self.model, self.seed = model, seed
         self.bank: Bank = bank_of(model)
         self.trained = list(trained)

@@ -76,7 +76,10 @@ class TrainStream:
             return max_steps
         whole = math.floor(epochs)
         before = self._end_of(whole - 1) if whole else 0
-        return before + math.ceil((epochs - whole) * (self._end_of(whole) - before)) if epochs > whole else before
+        if epochs == whole:
+            return before
+        part = round((epochs - whole) * (self._end_of(whole) - before), 6)  # 0.2 * 5 is one step, not a little more
+        return before + math.ceil(part)
 
     def epoch_of(self, step: int) -> int:
         """The epoch that a step (counted from 0) belongs to."""

@@ -39,7 +39,7 @@ def prepare(data: DataConfig, train: TrainConfig, tokenizer: Any, *, quarantine:
     encoder = Encoder(tokenizer, max_length=data.max_length, completion_only_loss=only, system=data.system)
     form = chosen(data.format, data.text_field)
     source = _open(data, data.path, data.split, quarantine, limit=data.n, streaming=data.streaming)
-    shape = {
+    shape: dict[str, Any] = {
         "seed": train.seed, "rows_per_batch": train.per_device_train_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps, "packing": data.packing,
         "max_tokens": train.per_device_train_batch_size * data.max_length, "shuffle": data.shuffle,

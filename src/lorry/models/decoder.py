@@ -6,30 +6,20 @@ that can stop at any layer. It must give transformers' logits; `tests/models` ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lorry.bank.attach import plain_call
 from lorry.bank.layers import BankEmbedding, BankLinear
 from lorry.bank.mix import Call
-from lorry.families import Family, Geometry, Rotary
-from lorry.models.attention import Bucket, Cache, attend, buckets
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
-}
+from lorry.families import Family, Geometry
+from lorry.models.attention import Cache, buckets
+from lorry.models.block import Block, Norm, Pass, frequencies
 
 
 @dataclass(frozen=True)
@@ -51,20 +41,6 @@ class Packed:
 
 
 @dataclass
-class Pass:
-    """One forward pass: the call for the bank, rotary tables [T, dim/2], the attention plan, and a cache when generating."""
-
-    call: Call
-    cos: Tensor | None
-    sin: Tensor | None
-    plan: Sequence[Bucket]
-    positions: Tensor
-    cache: Cache | None = None
-    rows: Tensor | None = None
-    decoding: bool = False
-
-
-@dataclass
 class Output:
     """What `model(input_ids)` returns: logits [B, T, V]."""
 
@@ -77,22 +53,6 @@ class Hidden:
 
     last: Tensor | None
     taps: Mapping[int, Tensor] = field(default_factory=dict)
-
-
-class Norm(nn.Module):
-    """RMS norm or layer norm, in fp32, with the family's epsilon."""
-
-    def __init__(self, kind: str, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.empty(width)) if kind == "layer" else None
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bias is not None:
-            return F.layer_norm(x, (self.weight.numel(),), self.weight, self.bias, self.eps)
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class Decoder(nn.Module):
@@ -124,7 +84,8 @@ class Decoder(nn.Module):
         self._put(family.head, BankLinear(head, None, path=family.head))
         if g.tied:
             self.tie()
-        self._activation = ACTIVATIONS[g.activation]
+        layers = (self.get_submodule(family.layer.format(i=i)) for i in range(g.layers))
+        self._blocks = [Block(i, layer, family, g) for i, layer in enumerate(layers)]
 
     def tie(self) -> None:
         """Let the head share the embedding's parameter (one tensor, two names, as transformers has it)."""
@@ -203,61 +164,16 @@ class Decoder(nn.Module):
         if self.family.positions:
             x = x + self.get_submodule(self.family.positions)(state.positions)
         seen = {}
-        for i in range(self.geometry.layers):
+        for i, block in enumerate(self._blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled() and state.cache is None:
-                x = checkpoint(self._layer, i, x, state, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, state, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self._layer(i, x, state)
+                x = block(x, state)
             if i in taps:
                 seen[i] = x
             if i == stop:
                 return Hidden(None, seen)
         return Hidden(self.get_submodule(self.family.final_norm)(x), seen)
-
-    def _layer(self, i: int, x: Tensor, state: Pass) -> Tensor:
-        layer = self.get_submodule(self.family.layer.format(i=i))
-        norm1, norm2 = (layer.get_submodule(p) for p in (self.family.attention_norm, self.family.mlp_norm))
-        attended = self._attention(i, layer, norm1(x), state)
-        if self.geometry.parallel_residual:
-            return x + attended + self._mlp(i, layer, norm2(x), state.call)
-        x = x + attended
-        return x + self._mlp(i, layer, norm2(x), state.call)
-
-    def _attention(self, i: int, layer: nn.Module, x: Tensor, state: Pass) -> Tensor:
-        names = list(self.family.targets.values())
-        q, k, v = self._qkv(i, layer, x, state.call)
-        if self.family.qk_norm:
-            q, k = (layer.get_submodule(p)(z) for p, z in zip(self.family.qk_norm, (q, k), strict=True))
-        if state.cos is not None and state.sin is not None:
-            q, k = rotate(q, state.cos, state.sin), rotate(k, state.cos, state.sin)
-        if state.cache is not None and state.rows is not None:
-            state.cache.write(i, state.rows, state.positions, k, v)
-        o = state.cache.attend(i, q) if state.decoding and state.cache is not None else attend(q, k, v, state.plan)
-        out = layer.get_submodule(names[3 if self.family.qkv == "separate" else 1])
-        return out(o.flatten(1), state.call, f"{i}.attention.out")
-
-    def _qkv(self, i: int, layer: nn.Module, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        g, t, site = self.geometry, x.shape[0], f"{i}.attention.in"
-        paths = list(self.family.targets.values())
-        if self.family.qkv == "separate":
-            q, k, v = (layer.get_submodule(p)(x, call, site) for p in paths[:3])
-            return q.view(t, g.heads, -1), k.view(t, g.kv_heads, -1), v.view(t, g.kv_heads, -1)
-        fused = layer.get_submodule(paths[0])(x, call, site)
-        if self.family.qkv == "thirds":
-            q, k, v = fused.view(t, 3, g.heads, g.head_dim).unbind(1)
-        else:
-            q, k, v = fused.view(t, g.heads, 3, g.head_dim).unbind(2)
-        return q, k, v
-
-    def _mlp(self, i: int, layer: nn.Module, x: Tensor, call: Call) -> Tensor:
-        paths = list(self.family.targets.values())
-        site = f"{i}.mlp.in"
-        if self.family.gated:
-            gate, up = (layer.get_submodule(p)(x, call, site) for p in paths[4:6])
-            h = self._activation(gate) * up
-        else:
-            h = self._activation(layer.get_submodule(paths[2])(x, call, site))
-        return layer.get_submodule(paths[-1])(h, call, f"{i}.mlp.out")
 
     def _rotary_tables(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rotary = self.geometry.rotary
@@ -291,30 +207,3 @@ class Decoder(nn.Module):
                 node.add_module(name, nn.Module())
             node = node._modules[name]  # type: ignore[assignment]
         node.add_module(leaf, module)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on the first 2*[..., dim/2] dimensions of x [T,h,D], half-split layout, in fp32 (Su et al. 2021)."""
-    half = cos.shape[-1]
-    turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
-    a, b = turned[..., :half], turned[..., half:]
-    c, s = cos[:, None], sin[:, None]
-    out = torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
-    return torch.cat([out, rest], -1) if rest.shape[-1] else out
-
-
-def frequencies(rotary: Rotary, device: torch.device) -> Tensor:
-    """[dim/2] fp32 angular frequencies; `linear` divides them all, `llama3` only the slow ones with a smooth passage
-    (the published Llama 3.1 rule, by wavelength against the original context)."""
-    base = torch.arange(0, rotary.dim, 2, dtype=torch.int64, device=device).float() / rotary.dim
-    inverse = 1.0 / (rotary.theta**base)
-    if rotary.kind == "default":
-        return inverse
-    factor = rotary.scaling["factor"]
-    if rotary.kind == "linear":
-        return inverse / factor
-    low, high = rotary.scaling["low_freq_factor"], rotary.scaling["high_freq_factor"]
-    context = rotary.scaling["original_max_position_embeddings"]
-    turns = context * inverse / (2 * torch.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * inverse / factor + smooth * inverse

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lorry.errors import LorryError, ModelError, nearest
 from lorry.families import Family, find, unsupported
 from lorry.families.common import UnsupportedConfig
-from lorry.models.decoder import ACTIVATIONS
+from lorry.models.block import ACTIVATIONS
 
 CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "custom_generate", "use_kernels", "kernel_config"})
 KERNEL_KEYS = frozenset(

@@ -19,7 +19,7 @@ class Sft:
 
     def __init__(self, stream: Stream, evaluation: Sequence[Batch], total_steps: int, adapters: Sequence[str]) -> None:
         self.stream, self.evaluation = stream, list(evaluation)
-        self.total_steps, self.adapters = total_steps, list(adapters)
+        self.total_steps, self.adapters = total_steps, adapters
 
     def wants(self, batch: Batch) -> Mapping[str, Want]:
         """The log-probability of every supervised token."""

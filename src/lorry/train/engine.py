@@ -19,13 +19,13 @@ from typing import Any
 from lorry.backends.base import Backend, Norms, Stats, Task
 from lorry.config.schema import TrainConfig
 from lorry.disk import durable
+from lorry.disk.metrics import MetricsWriter, cut_after
 from lorry.errors import ConfigError, Interrupted
 from lorry.evaluate.loss import evaluate_task
 from lorry.train import checkpoint
 from lorry.train.checks import Checks
 from lorry.train.events import Listener
 from lorry.train.memory import peak_memory
-from lorry.disk.metrics import MetricsWriter, cut_after
 from lorry.train.schedule import rate, warmup_steps
 from lorry.train.signals import Stop, watching
 

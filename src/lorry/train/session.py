@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
@@ -21,6 +20,8 @@ from lorry.config import Run, dump
 from lorry.config.schema import LoraConfig, TrainConfig
 from lorry.data.prepare import Prepared, prepare
 from lorry.errors import ConfigError
+from lorry.models.decoder import Decoder
+from lorry.models.hf import HfModel, unreached
 from lorry.models.open import Opened, open_model
 from lorry.models.score import Score, log_prob
 from lorry.tasks.sft import Sft
@@ -42,7 +43,7 @@ class Result:
     path: Path
     outcome: Outcome
     contracts: list[dict[str, Any]]
-    model: nn.Module
+    model: Decoder | HfModel
     tokenizer: Any
     adapter: str
 
@@ -143,14 +144,16 @@ def use_template(tokenizer: Any, path: str | None) -> None:
 
 def spec_of(lora: LoraConfig) -> LoraSpec:
     """The bank's spec from the run's settings."""
-    plain = lora.model_dump(exclude={"adapter_name", "bias"})
-    return LoraSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()})
+    plain: dict[str, Any] = lora.model_dump(exclude={"adapter_name", "bias"})
+    return LoraSpec(**plain)
 
 
 def attach_adapter(run: Run, opened: Opened, notes: list[str]) -> str:
     """Attach a new adapter, or go on with the one the model came with. Returns its name. Raises ConfigError."""
     if run.lora is None:
         raise ConfigError("lora=null (training the base weights themselves) is not built yet; leave lora out for an adapter")
+    if experts := unreached(opened.model):
+        notes.append(f"experts are not adapted: {len(experts)} weights such as {experts[0]} are no linear layers")
     if not opened.adapters:
         attach(opened.model, spec_of(run.lora), run.lora.adapter_name, seed=run.train.seed)
         return run.lora.adapter_name
@@ -179,11 +182,11 @@ def build_engine(run: Run, opened: Opened, name: str, prepared: Prepared, listen
     return Engine(
         backend, task, train, run.output_dir,
         identity=identity, epoch_of=prepared.stream.epoch_of, steps_per_epoch=prepared.steps_per_epoch, checks=Checks(),
-        listeners=listeners, ends=prepared.ends, tolerance=TOLERANCE.get(opened.model.dtype, 1e-2),
+        listeners=listeners, ends=list(prepared.ends), tolerance=TOLERANCE.get(opened.model.dtype, 1e-2),
     )  # fmt: skip
 
 
-def check_reload(checks: Checks, model: nn.Module, name: str, folder: Path, prepared: Prepared) -> None:
+def check_reload(checks: Checks, model: Decoder | HfModel, name: str, folder: Path, prepared: Prepared) -> None:
     """Contract 5: read the adapter back under another name; its values and the scores of a batch must be the same bits."""
     again = f"{name[:50]}.reloaded"
     load_adapter(model, folder, again)

@@ -36,7 +36,7 @@ def machine() -> dict[str, str]:
     import psutil
     import torch
 
-    from lorry.models.describe import fast_bfloat16
+    from lorry.models.load import fast_bfloat16
 
     memory = psutil.virtual_memory()
     cuda = torch.cuda.is_available()

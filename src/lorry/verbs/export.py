@@ -14,7 +14,10 @@ from lorry.errors import ConfigError, ContractError
 from lorry.verbs.merge import merge_to
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+
+    from lorry.models.decoder import Decoder
+    from lorry.models.hf import HfModel
 
 PROBE = "The quick brown fox jumps over the lazy dog, and 12 x 7 = 84."
 # Largest |logit difference| between the exported model in the other library and ours with the adapter beside the base:
@@ -37,7 +40,7 @@ def main(settings: ExportSettings, notes: list[str]) -> int:
     return 0
 
 
-def _peft(settings: ExportSettings, model: nn.Module, name: str, base: str) -> Path:
+def _peft(settings: ExportSettings, model: Decoder | HfModel, name: str, base: str) -> Path:
     from lorry.bank.peft_io import save_adapter
 
     output = Path(settings.output_dir)
@@ -62,7 +65,7 @@ def _reader(to: str, output: Path, base: str) -> Callable[[Any], Any] | None:
     return hf if to == "hf" else peft
 
 
-def _compare(model: nn.Module, name: str, ids: Tensor, read: Callable[[Any], Any] | None, to: str) -> None:
+def _compare(model: Decoder | HfModel, name: str, ids: Tensor, read: Callable[[Any], Any] | None, to: str) -> None:
     """Print the largest logit difference, or raise ContractError above the bound."""
     import torch
 

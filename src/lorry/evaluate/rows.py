@@ -1,0 +1,180 @@
+"""Evaluate a model on the rows of a file: their loss through the same scores as training, and greedy answers to their questions.
+
+rows = EvalRows.read(open_source("test.jsonl"), Encoder(tokenizer, max_length=1024))
+base, tuned = (evaluate_rows(model, rows, mix) for mix in (Mix.none(), Mix.one("people")))
+tuned.metrics       # {"loss": 0.1, "perplexity": 1.1, "token_accuracy": 0.97, "exact_match": 0.8, ...}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorry.backends.base import Scorer
+from lorry.backends.local import Local
+from lorry.backends.optim import OptimSettings
+from lorry.bank.attach import bank_of
+from lorry.bank.mix import Mix
+from lorry.data.content import Conversation
+from lorry.data.encode import Encoder
+from lorry.data.formats import Format, Found, read_examples
+from lorry.data.sources import Source
+from lorry.data.template import TemplateRefusal
+from lorry.data.tokenset import TokenSet, encode_rows
+from lorry.errors import DataError
+from lorry.evaluate.answers import answers, intervals, means, reference, score_rows
+from lorry.evaluate.metrics import perplexity
+from lorry.models.decoder import Decoder
+from lorry.models.hf import HfModel
+from lorry.models.score import Score, correct, log_prob
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """A row: where it stands, what it holds, what it asks last, and every answer that is right; "" and none for plain text."""
+
+    where: str
+    content: Any
+    question: str = ""
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Teacher forcing on some tokens: summed negative log-likelihood in nats, weight, supervised tokens, those guessed right."""
+
+    nll: float = 0.0
+    weight: float = 0.0
+    tokens: int = 0
+    right: int = 0
+
+    def __add__(self, other: Forced) -> Forced:
+        return Forced(
+            self.nll + other.nll, self.weight + other.weight, self.tokens + other.tokens, self.right + other.right
+        )  # fmt: skip
+
+    def metrics(self) -> dict[str, float]:
+        """Mean loss per unit of weight, its exponential, and the share of supervised tokens that were the likeliest."""
+        loss = {"loss": self.nll / self.weight, "perplexity": perplexity(self.nll, self.weight)}
+        return {**loss, "token_accuracy": self.right / self.tokens}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One model's result. ``metrics``: over all rows; ``intervals``: 95%, of those that are means of rows; ``forced``: by row;
+    ``said`` and ``scores``: by row number, for the rows that were asked."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    forced: list[Forced]
+    said: dict[int, str] = field(default_factory=dict)
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvalRows:
+    """The usable rows of a file, their sequences (a long text makes several), and whose row each sequence is."""
+
+    rows: list[EvalRow]
+    tokens: TokenSet
+    owners: list[int]
+    encoder: Encoder
+
+    @classmethod
+    def read(cls, source: Source, encoder: Encoder, form: Format | None = None) -> EvalRows:
+        """Read and encode a whole source. Raises DataError for a bad row (by the source's policy) or when no row is left."""
+        notes: set[str] = set()
+        read = list(encode_rows(read_examples(source, form, notes=notes), source, encoder))
+        tokens = TokenSet.of(read, source, encoder, notes)
+        if not read:
+            raise DataError(f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}")
+        owners = [number for number, (_, pieces) in enumerate(read) for _ in pieces]
+        return cls([_row(found, encoder) for found, _ in read], tokens, owners, encoder)
+
+    def askable(self, context: int | None, max_new_tokens: int) -> tuple[list[int], list[str]]:
+        """(numbers of the rows with a question whose answer fits the model's context, a note for each kind left out)."""
+        kept, over, refused = [], 0, 0
+        for number, row in enumerate(self.rows):
+            if not isinstance(row.content, Conversation):
+                continue
+            try:
+                fits = context is None or len(self.encoder.prompt(row.content)) + max_new_tokens <= context
+            except TemplateRefusal:
+                refused += 1
+                continue
+            kept += [number] if fits else []
+            over += not fits
+        notes = [f"{over} rows not asked: prompt and {max_new_tokens} new tokens exceed the context of {context}"] * (over > 0)
+        return kept, notes + [f"{refused} rows not asked: the chat template does not render their prompt"] * (refused > 0)
+
+
+def _row(found: Found, encoder: Encoder) -> EvalRow:
+    if not isinstance(found.content, Conversation):
+        return EvalRow(found.where, found.content)
+    messages, right = found.content.messages, reference(found.content)
+    last = max(number for number, message in enumerate(messages) if message.role == "assistant")
+    question = messages[last - 1].content if last else ""
+    return EvalRow(found.where, found.content, question, tuple(_bare(text, encoder) for text in _all_right(found.values, right)))
+
+
+def _all_right(values: Mapping[str, Any], learnt: str) -> list[str]:
+    """Every acceptable answer of a row whose column ``answers`` lists several, as SQuAD does, the learnt one among them."""
+    several = values.get("answers")
+    several = several.get("text") if isinstance(several, Mapping) else several
+    texts = [text for text in several if isinstance(text, str)] if isinstance(several, Sequence) else []
+    return texts if not isinstance(several, str) and learnt in texts else [learnt]
+
+
+def _bare(text: str, encoder: Encoder) -> str:
+    """Without an end of turn that the data wrote out; an answer is decoded without it, too."""
+    for end in (encoder.template.end_of_turn, encoder.tokenizer.eos_token):
+        text = text.rstrip().removesuffix(end) if end else text
+    return text
+
+
+def forced_by_row(scorer: Scorer, rows: EvalRows, mix: Mix, batch_rows: int) -> list[Forced]:
+    """Teacher forcing, a `Forced` per row."""
+    done = [Forced() for _ in rows.rows]
+    owners = iter(rows.owners)
+    for batch in rows.tokens.eval_batches(batch_rows):
+        got = scorer.score([batch], {"logprob": Score(log_prob), "correct": Score(correct)}, mix)[0]
+        supervised = (batch.weights != 0).double()
+        sums = (
+            batch.sum_by_sequence(-got["logprob"].double() * batch.weights.double()),
+            batch.sum_by_sequence(batch.weights.double()),
+            batch.sum_by_sequence(supervised),
+            batch.sum_by_sequence(got["correct"].double() * supervised),
+        )
+        for nll, weight, tokens, right in zip(*(values.tolist() for values in sums), strict=True):
+            owner = next(owners)
+            done[owner] += Forced(nll, weight, int(tokens), int(right))
+    return done
+
+
+def evaluate_rows(
+    model: Decoder | HfModel,
+    rows: EvalRows,
+    mix: Mix,
+    *,
+    asked: Sequence[int] = (),
+    max_new_tokens: int = 64,
+    batch_rows: int = 8,
+) -> Evaluated:
+    """Loss, perplexity and token accuracy of all rows under a mix; exact match, ROUGE-L and F1 of answers to those ``asked``.
+
+    Raises NonFiniteError or ModelError from the model.
+    """
+    bank_of(model, create=True)
+    forced = forced_by_row(Local(model, [], OptimSettings()), rows, mix, batch_rows)
+    metrics = sum(forced, Forced()).metrics()
+    if not asked:
+        return Evaluated(metrics, {}, forced)
+    conversations = [rows.rows[number].content for number in asked]
+    said = answers(
+        model, rows.encoder.tokenizer, conversations, adapters=mix, max_new_tokens=max_new_tokens, batch_rows=batch_rows,
+        system=rows.encoder.system,
+    )  # fmt: skip
+    each = score_rows(said, [rows.rows[number].references for number in asked])
+    by_row = {number: {name: values[at] for name, values in each.items()} for at, number in enumerate(asked)}
+    return Evaluated(metrics | means(each), intervals(each), forced, dict(zip(asked, said, strict=True)), by_row)

@@ -1,0 +1,195 @@
+"""`lorry eval RUN data=FILE`: loss, perplexity and accuracy of a file's rows, and how its questions are answered, greedily.
+
+A model with adapters is evaluated without them and with each, in one process on the same weights, side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorry.config.settings import EvalSettings
+from lorry.errors import ConfigError
+from lorry.report.text import number, visible
+from lorry.verbs.opening import opened, tell
+
+if TYPE_CHECKING:
+    from lorry.data.encode import Encoder
+    from lorry.evaluate.rows import EvalRows, Evaluated
+    from lorry.models.open import Opened
+
+BASE = "base"
+EVALUATION = "evaluation.json"  # what the report reads
+
+
+def main(settings: EvalSettings, notes: list[str]) -> int:
+    """Read, evaluate each side, print the table, write what was asked for and the run's evaluation.json."""
+    import torch
+
+    if settings.output is not None and settings.output.is_dir():
+        raise ConfigError(f"output={settings.output} is a directory; name a JSON file")
+    if settings.backend.threads:
+        torch.set_num_threads(settings.backend.threads)
+    found = opened(settings.model)
+    rows = read(settings, found)
+    for line in rows.tokens.report.lines():
+        tell(line)
+    sides = evaluate(settings, found, rows)
+    Console(soft_wrap=True).print(side_by_side(label(settings), rows, sides))
+    write(settings, found, rows, sides)
+    return 0
+
+
+def read(settings: EvalSettings, found: Opened) -> EvalRows:
+    """The rows, encoded as training would; never longer than the model's context."""
+    from lorry.data.encode import Encoder
+    from lorry.data.formats import chosen
+    from lorry.data.sources import open_source
+    from lorry.evaluate.rows import EvalRows
+
+    data, context = settings.data, found.model.context
+    length = data.max_length if context is None else min(data.max_length, context)
+    only = True if data.completion_only_loss is None else data.completion_only_loss
+    encoder: Encoder = Encoder(found.tokenizer, max_length=length, completion_only_loss=only, system=data.system)
+    source = open_source(data.path, name=data.name, split=data.split, on_bad_row=data.on_bad_row, limit=settings.limit)
+    return EvalRows.read(source, encoder, chosen(data.format, data.text_field))
+
+
+def evaluate(settings: EvalSettings, found: Opened, rows: EvalRows) -> dict[str, Evaluated]:
+    """{base, and each adapter's name: its result}."""
+    from lorry.bank.mix import Mix
+    from lorry.evaluate.rows import evaluate_rows
+
+    asked, notes = rows.askable(found.model.context, settings.max_new_tokens)
+    for note in notes:
+        tell(f"note: {note}")
+    mixes = {BASE: Mix.none()} | {side(name, found): Mix.one(name) for name in found.adapters}
+    done = {}
+    with Console(stderr=True).status("evaluating") as status:
+        for name, mix in mixes.items():
+            status.update(f"evaluating {name}: {len(rows.rows)} rows, {len(asked)} answers")
+            done[name] = evaluate_rows(
+                found.model, rows, mix, asked=asked, max_new_tokens=settings.max_new_tokens, batch_rows=settings.batch_size
+            )
+    return done
+
+
+def side(name: str, found: Opened) -> str:
+    """What an adapter's column is called: its name, also where that is the base's."""
+    return f"adapter {name}" if name == BASE else name
+
+
+def label(settings: EvalSettings) -> str:
+    """The data in a few words."""
+    path = settings.data.path if isinstance(settings.data.path, str) else ", ".join(settings.data.path)
+    split = f" [{settings.data.split}]" if settings.data.split != "train" else ""
+    return path + split + (f", the first {settings.limit} rows" if settings.limit else "")
+
+
+def side_by_side(title: str, rows: EvalRows, sides: Mapping[str, Evaluated]) -> Table:
+    """A row per metric, a column per side; 95% intervals where there are any."""
+    first = next(iter(sides.values()))
+    answered = f", {len(first.said)} answered" if first.said else ""
+    table = Table(
+        title=Text(visible(f"{title}: {len(rows.rows)} rows{answered}")),
+        title_justify="left",
+        header_style="dim",
+        box=SIMPLE_HEAD,
+    )
+    for column in ("metric", *sides):
+        table.add_column(Text(visible(column)), justify="left" if column == "metric" else "right")
+    for metric in first.metrics:
+        cells = [_cell(one, metric) for one in sides.values()]
+        table.add_row(Text(metric.replace("_", " ")), *map(Text, cells))
+    return table
+
+
+def _cell(one: Evaluated, metric: str) -> str:
+    value = number(one.metrics[metric])
+    if metric not in one.intervals:
+        return value
+    low, high = one.intervals[metric]
+    return f"{value} [{number(low)}, {number(high)}]"
+
+
+def write(settings: EvalSettings, found: Opened, rows: EvalRows, sides: Mapping[str, Evaluated]) -> None:
+    """The run's evaluation.json where a run was evaluated, and ``output`` where it was asked for."""
+    run = Path(found.source["adapter"]) if found.source.get("adapter") else None
+    if run is not None and (run / "run.yaml").is_file() and len(found.adapters) > 0:
+        merge_into(run / EVALUATION, _entries(label(settings), sides))
+        tell(f"written to {run / EVALUATION}; `lorry report {run}` shows it")
+    if settings.output is not None:
+        _put(settings.output, _whole(settings, rows, sides))
+        tell(f"written to {settings.output}")
+
+
+def _entries(name: str, sides: Mapping[str, Evaluated]) -> list[dict[str, Any]]:
+    """Entries of evaluation.json, one per adapter: every metric before (base) and after."""
+    before, *after = sides.items()
+    names = [name] if len(after) == 1 else [f"{name} ({adapter})" for adapter, _ in after]
+    return [
+        {
+            "name": entry,
+            "metrics": {
+                metric: {"before": _finite(before[1].metrics[metric]), "after": _finite(one.metrics[metric])}
+                for metric in one.metrics
+            },
+        }
+        for entry, (_, one) in zip(names, after, strict=True)
+    ]
+
+
+def merge_into(path: Path, entries: list[dict[str, Any]]) -> None:
+    """Add entries to an evaluation.json; those of the same name are replaced. Raises DataError when it is damaged."""
+    from lorry.report.run import load
+
+    kept: list[dict[str, Any]] = []
+    if path.is_file():
+        load(path.parent)  # every field checked, so that reading it plainly is safe
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    names = {entry["name"] for entry in entries}
+    _put(path, [*(entry for entry in kept if entry["name"] not in names), *entries])
+
+
+def _whole(settings: EvalSettings, rows: EvalRows, sides: Mapping[str, Evaluated]) -> dict[str, Any]:
+    """Everything: settings, metrics with their intervals, and per row what was asked, expected, said and scored."""
+    summaries = {
+        name: {"metrics": {m: _finite(v) for m, v in one.metrics.items()}, "intervals": one.intervals}
+        for name, one in sides.items()
+    }
+    return {
+        "model": settings.model.name, "data": label(settings), "rows": len(rows.rows), "left_out": rows.tokens.report.left_out,
+        "max_new_tokens": settings.max_new_tokens, "sides": summaries,
+        "predictions": [_row(rows, at, sides) for at in range(len(rows.rows))],
+    }  # fmt: skip
+
+
+def _row(rows: EvalRows, at: int, sides: Mapping[str, Evaluated]) -> dict[str, Any]:
+    row = rows.rows[at]
+    shown: dict[str, Any] = {"where": row.where, "supervised_tokens": next(iter(sides.values())).forced[at].tokens}
+    if row.references:
+        shown |= {"question": row.question, "references": row.references}
+    for name, one in sides.items():
+        loss = {"loss": _finite(one.forced[at].metrics()["loss"])}
+        shown[name] = loss | ({"answer": one.said[at], **one.scores[at]} if at in one.said else {})
+    return shown
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _put(path: Path, value: Any) -> None:
+    from lorry.disk import durable
+
+    durable.make_directory(path.parent)
+    durable.write_files(path.parent, {path.name: (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()})

@@ -1,0 +1,121 @@
+"""Whole runs of a few milliseconds: random models of every family with a real tokenizer, rows to learn, run descriptions.
+
+    run = described(model, rows, tmp_path / "run", max_steps=12)
+    train_sft(run, [])
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lorry.config import Run, build
+from lorry.train.events import Record
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WHO = ["Ada", "Bo", "Cleo", "Dov", "Eve", "Finn", "Gus", "Hal", "Ida", "Jo"]
+WHAT = ["a red lorry", "two old dogs", "bread and salt", "a house by the river", "nothing at all"]
+VOCAB = 320
+WIDTH = 16
+LLAMA = {
+    "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "max_position_embeddings": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": {**LLAMA, "head_dim": 8},
+    "gpt2": {"n_embd": WIDTH, "n_head": 2, "n_layer": 1, "n_positions": 128},
+    "gpt_neox": {
+        "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+    },
+}  # fmt: skip
+
+
+def rows(n: int, *, start: int = 0) -> list[dict[str, str]]:
+    """Questions and answers of uneven length, every one different."""
+    pick = [(WHO[i % len(WHO)], WHAT[(i * 3 + i // len(WHO)) % len(WHAT)], i) for i in range(start, start + n)]
+    return [{"question": f"What has {who} in room {i}?", "answer": f"{who} has {what}" + ", again" * (i % 3)} for who, what, i in pick]
+
+
+def write_rows(path: Path, made: list[dict[str, str]]) -> Path:
+    """The rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a few dozen merges, learnt from the rows, and a ChatML template."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    specials = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator([text for row in rows(50) for text in row.values()], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML,
+        additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def model_directory(path: Path, family: str = "llama", *, spread: float = 0.2, **changes: Any) -> Path:
+    """A Hugging Face directory: a random model, every weight away from its usual start, and the tokenizer."""
+    config = CONFIG_MAPPING[family].from_dict({"vocab_size": VOCAB, **FAMILIES[family], **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            middle = 1.0 if p.dim() == 1 and bool((p == 1).all()) else 0.0
+            p.copy_(middle + torch.randn(p.shape, generator=draw) * spread)
+    model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+DEFAULTS: dict[str, Any] = {
+    "r": 2, "dtype": "float32", "device": "cpu", "threads": 1, "max_length": 64, "learning_rate": 1e-2, "seed": 3,
+    "per_device_train_batch_size": 3,
+}  # fmt: skip
+
+
+def described(model: Path, data: Path, out: Path, **settings: Any) -> Run:
+    """A run description with small defaults."""
+    given = {"model": {"name": str(model)}, "data": {"path": str(data)}, "output_dir": str(out), **DEFAULTS, **settings}
+    return build(Run, given, [])
+
+
+class Heard:
+    """A listener that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.steps: list[Record] = []
+        self.evaluations: list[Record] = []
+        self.started: list[tuple[int, int]] = []
+        self.finished = 0
+
+    def start(self, done: int, total: int) -> None:
+        self.started.append((done, total))
+
+    def step(self, record: Record) -> None:
+        self.steps.append(record)
+
+    def evaluation(self, record: Record) -> None:
+        self.evaluations.append(record)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def finish(self) -> None:
+        self.finished += 1
