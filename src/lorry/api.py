@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from lorry.config import ModelConfig, Run, build
+from lorry.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,12 +36,16 @@ def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple
     """(model, tokenizer) of a run, an adapter, a model directory, a hub id, a GGUF file or the embedded name.
 
     ``adapter``: one more adapter directory; ``model``: dtype, device, revision, native. With an adapter,
-    `model(input_ids).logits` uses it. Raises ModelError.
+    `model(input_ids).logits` uses it; adapters are named after their directories. The tokenizer is None where the model brings
+    none. What a person should know is logged as warnings of the logger "lorry". Raises ModelError, ConfigError.
     """
     from lorry.models.open import open_model
 
     settings = {"name": os.fspath(path), "adapter": None if adapter is None else os.fspath(adapter), **model}
-    opened = open_model(build(ModelConfig, settings, []), [])
+    notes: list[str] = []
+    opened = open_model(build(ModelConfig, settings, notes), notes)
+    for note in notes:
+        logging.getLogger("lorry").warning(note)
     return opened.model, opened.tokenizer
 
 
@@ -51,11 +57,14 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str | Sequence[str], **op
     """Answer a prompt, or several in one batch. With a chat template a prompt is the user's message; ``chat=False`` continues it
     as plain text.
 
-    Options: max_new_tokens=128, temperature=0 (greedy), top_k, top_p, repetition_penalty, seed, system, and adapters: a name,
-    None for the base, or one of either per prompt. Returns the new text only.
+    Options: max_new_tokens=128, temperature=0 (greedy), top_k, top_p, repetition_penalty, seed, system, batch_rows, and adapters:
+    a name, a list with a name or None (the base) per prompt, or a Mix (`Mix.none()` is the base); left out, what a plain
+    `model(x)` uses. Returns the new text only. Raises ConfigError, and ModelError for a prompt the context cannot hold.
     """
     from lorry.models.answer import answer
 
+    if tokenizer is None:
+        raise ConfigError("generate needs a tokenizer and this model brought none; put tokenizer.json beside its weights")
     single = isinstance(prompt, str)
     texts = answer(model, tokenizer, [prompt] if isinstance(prompt, str) else list(prompt), **options)
     return texts[0] if single else texts

@@ -23,7 +23,7 @@ from lorry.bank.spec import LoraSpec
 from lorry.data.batch import Example, collate
 from lorry.errors import ContractError, ModelError
 from lorry.models.decoder import Decoder, Packed
-from lorry.models.frames import frames
+from lorry.models.frames import Frame, frames
 from lorry.models.generate import generate
 from lorry.models.hf import HfModel, ambient, unreached
 from lorry.models.score import Score, evaluate, log_prob
@@ -314,6 +314,46 @@ def test_generation_is_token_for_token_that_of_transformers(name: str) -> None:
     assert [g.tokens for g in generate(model, SEQUENCES, max_new_tokens=9, eos=stops)] == cut
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*FOREIGN, "llama", "gpt2", "gpt_neox parallel"])
+def test_cached_hidden_states_are_those_of_whole_sequences(name: str) -> None:
+    """Prompts of very different lengths in two groups, a row replaced and a row dropped on the way: after every step the newest
+    token's hidden state is the one an uncached pass gives."""
+    model = HfModel(tiny.random_model(FOREIGN[name]) if name in FOREIGN else tiny.fresh(name))
+    rows = [list(s) for s in SEQUENCES[:3]]
+    cache = model.new_cache(3, 40)
+
+    def prefill(which: list[int]) -> None:
+        packed = Packed.of([rows[r] for r in which])
+        owners = torch.tensor([r for r in which for _ in rows[r]])
+        check(which, model.cached(packed, owners, cache, Call(), decoding=False)[[stop - 1 for _, stop in packed.segments]])
+
+    def decode(tokens: list[int]) -> None:
+        packed = Packed(torch.tensor(tokens), cache.lengths.clone(), [(i, i + 1) for i in range(len(rows))])
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token)
+        check(list(range(len(rows))), model.cached(packed, torch.arange(len(rows)), cache, Call(), decoding=True))
+
+    def check(which: list[int], newest: Tensor) -> None:
+        for r, got in zip(which, newest, strict=True):
+            expected = model.hidden(Packed.of([rows[r]]), Call()).last
+            assert expected is not None
+            assert (got - expected[-1]).abs().max() <= 1e-4
+            assert cache.lengths[r] == len(rows[r])
+
+    prefill([2, 0])
+    prefill([1])
+    decode([3, 4, 5])
+    decode([6, 7, 8])
+    rows[0] = [11, 12]
+    prefill([0])
+    decode([9, 10, 11])
+    cache.keep(torch.tensor([0, 2]))
+    rows = [rows[0], rows[2]]
+    decode([1, 2])
+    decode([3, 4])
+
+
 def test_generation_with_an_adapter_per_row_is_the_decoders(pair: tuple[Decoder, HfModel]) -> None:
     who = ["b", None, "a", "b"]
     native, forced = ([g.tokens for g in generate(m, SEQUENCES, max_new_tokens=12, adapters=who, batch_rows=3)] for m in pair)
@@ -343,12 +383,14 @@ def test_frames_lose_and_leak_nothing(lengths: list[int], data: st.DataObject) -
     mix = Mix((Term("a", slice(start, stop), 2.0), Term("a", None, per_token), Term("a", slice(0, total), 0.5)))
     expected = 0.5 + per_token + 2.0 * ((torch.arange(total) >= start) & (torch.arange(total) < stop))
     seen = torch.zeros(total)
-    for frame in frames(segments, torch.device("cpu")):
-        spread = frame.length <= 1.25 * min(b - a for a, b in frame.spans)
+    made = frames(segments, torch.device("cpu"))
+    assert all(frame.length <= 1.25 * min(b - a for a, b in frame.spans) for frame in made)
+    if data.draw(st.booleans()):  # as a cache makes them: any order, padded on the left
+        made = [Frame(data.draw(st.permutations(segments)), torch.device("cpu"), left=True)]
+    for frame in made:
         weight = torch.zeros(len(frame.spans) * frame.length)
         for term in frame.call(Call(mix)).mix.terms:
             weight[slice(None) if term.rows is None else term.rows] += term.gate
-        assert spread
         assert torch.equal(frame.fill(torch.arange(total)).flatten()[frame.places], frame.rows)
         assert frame.mask().sum() == len(frame.rows)
         assert torch.equal(weight[frame.places], expected[frame.rows])

@@ -10,6 +10,7 @@ as if it had never stopped, bit for bit on one CPU.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ from typing import Any
 from lorry.backends.base import Backend, Norms, Stats, Task
 from lorry.config.schema import TrainConfig
 from lorry.disk import durable
-from lorry.disk.metrics import MetricsWriter, cut_after
-from lorry.errors import ConfigError, Interrupted
+from lorry.disk.metrics import MetricsWriter, cut_after, iterate
+from lorry.errors import ConfigError, Interrupted, NonFiniteError
 from lorry.evaluate.loss import evaluate_task
 from lorry.train import checkpoint
 from lorry.train.checks import Checks
@@ -80,15 +81,17 @@ class Engine:
         self.progress = Progress()
         self.total = task.total_steps
         self.warmup = train.warmup_steps or warmup_steps(self.total, train.warmup_ratio)
-        self.evaluation: Mapping[str, float] = {}
         self.final_loss: float | None = None
         self.epoch = 0
+        self.newest: Path | None = None  # the checkpoint this run last wrote, or went on from
+        self.origin: Path | None = None
 
     # --- the loop
 
     def run(self) -> Outcome:
         """Train to the end. Raises Interrupted after a signal (the state is saved), ContractError, NonFiniteError, DiskError."""
         durable.make_directory(self.run_dir)
+        durable.recover(self.run_dir)
         cut_after(self.run_dir / METRICS, self.progress.step if self.progress.step else -1)
         with MetricsWriter(self.run_dir / METRICS) as metrics, watching() as stop:
             self._tell("start", self.progress.step, self.total)
@@ -98,10 +101,12 @@ class Engine:
                     self._after(metrics, stop)
             finally:
                 self._tell("finish")
-        if self.train.load_best_model_at_end and self.progress.best_step is not None:
-            self._load_best(self.progress.best_step)
+        self.checks.prove(self.backend)
         p = self.progress
-        return Outcome(p.step, self.final_loss, p.best_step, p.stopped_early, self.evaluation)
+        best = p.best_step if self.train.load_best_model_at_end else None
+        if best is not None:
+            self._load_best(best)
+        return Outcome(p.step, self.final_loss, p.best_step, p.stopped_early, self._evaluation_of(best))
 
     def _one_step(self, metrics: MetricsWriter) -> None:
         began, step = time.perf_counter(), self.progress.step
@@ -110,9 +115,13 @@ class Engine:
         if 4 not in self.checks.found:
             self.checks.first_batches(self.backend, batches, self.ends, tolerance=self.tolerance)
             began = time.perf_counter()  # the checks of the first batch are not part of a step's time
-        stats = self.backend.forward_backward(batches, self.task, step)
         rates = dict.fromkeys(self.task.adapters, self._rate(step))
-        norms = self.backend.step(rates)
+        try:
+            stats = self.backend.forward_backward(batches, self.task, step)
+            norms = self.backend.step(rates)
+        except NonFiniteError as error:
+            self.checks.fail(7, str(error))
+            raise
         self.task.after_step(stats)
         self.checks.after_step(self.backend, norms, rates)
         self.progress.step += 1
@@ -172,7 +181,6 @@ class Engine:
     def _evaluate(self, metrics: MetricsWriter) -> bool:
         """Evaluate, log, and update what is best. Returns whether it is."""
         found = evaluate_task(self.backend, self.task)
-        self.evaluation = found
         record = {"step": self.progress.step, **found}
         metrics.write(record)
         self._tell("evaluation", record)
@@ -181,7 +189,8 @@ class Engine:
         if name not in found:
             raise ConfigError(f"train.metric_for_best_model is {name!r}; evaluation gives {', '.join(found)}")
         p, value = self.progress, found[name]
-        better = p.best is None or (value > p.best if self.train.greater_is_better else value < p.best)
+        ahead = p.best is None or (value > p.best if self.train.greater_is_better else value < p.best)
+        better = ahead and math.isfinite(value)
         if better:
             p.best, p.best_step, p.waited = value, p.step, 0
         else:
@@ -190,30 +199,44 @@ class Engine:
             p.stopped_early = patience is not None and p.waited >= patience
         return better
 
+    def _evaluation_of(self, step: int | None) -> dict[str, float]:
+        """What was logged when a step was evaluated (None: the last evaluation, if any), by this process or an earlier one."""
+        logged = [r for _, r in iterate(self.run_dir / METRICS) if "eval_loss" in r and step in (None, r["step"])]
+        return {name: value for name, value in logged[-1].items() if name != "step"} if logged else {}
+
     # --- state
 
     def save(self) -> Path:
         """Write a checkpoint of this step; the best one is never pruned."""
         protect = [] if self.progress.best_step is None else [self.progress.best_step]
-        meta = {**self.identity, "progress": vars(self.progress), "task": self.task.state(), "final_loss": self.final_loss}
+        meta = {
+            **self.identity, "progress": vars(self.progress), "task": self.task.state(), "checks": self.checks.state(),
+            "final_loss": self.final_loss,
+        }  # fmt: skip
         durable.settle(self.run_dir / METRICS)
         state, keep = self.backend.state(), self.train.save_total_limit
-        return checkpoint.save(self.run_dir, self.progress.step, state, meta, keep=keep, protect=protect)
+        self.newest = checkpoint.save(self.run_dir, self.progress.step, state, meta, keep=keep, protect=protect)
+        return self.newest
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint. Raises ConfigError if it belongs to other data or another config, ModelError if damaged."""
         tensors, meta = checkpoint.load(path)
         for note in checkpoint.refuse_other(meta, self.identity):
             self._tell("note", note)
+        self.checks.resume(self.backend, meta["checks"])
         self.backend.load_state(tensors)
         self.task.load_state(meta["task"])
         self.progress = Progress(**meta["progress"])
         self.final_loss = meta["final_loss"]
+        self.newest = self.origin = path
         checkpoint.forget_after(self.run_dir, self.progress.step)
         self._tell("note", f"resumed from {path.name}: {self.progress.step} of {self.total} steps are done")
 
     def _load_best(self, step: int) -> None:
-        tensors, _ = checkpoint.load(self.run_dir / "checkpoints" / f"step-{step:08d}")
+        path = self.run_dir / "checkpoints" / f"step-{step:08d}"
+        if self.origin is not None and not path.is_dir():  # the best step lies before a start from another run's checkpoint
+            path = self.origin.with_name(path.name)
+        tensors, _ = checkpoint.load(path)
         self.backend.load_state(tensors)
         self._tell("note", f"loaded the best adapter, of step {step}")
 

@@ -54,7 +54,9 @@ def main(settings: DemoSettings, notes: list[str]) -> int:
 def described(settings: DemoSettings, data: Path) -> dict[str, Any]:
     """The demo's run: what a person would type for a small set of facts."""
     steps = settings.max_steps or (FAST_STEPS if settings.fast else None)
-    chosen = {} if steps is None else {"max_steps": steps}
+    chosen: dict[str, Any] = {} if steps is None else {"max_steps": steps}
+    if not (settings.output_dir / "receipt.json").exists():
+        chosen["resume_from_checkpoint"] = "auto"  # a demo that was interrupted goes on; a finished one starts anew
     return {
         "data": str(data), "output_dir": str(settings.output_dir), "seed": settings.seed, "r": 16, "learning_rate": 1e-3,
         "num_train_epochs": 5, "per_device_train_batch_size": 16, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1,

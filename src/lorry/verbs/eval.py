@@ -18,6 +18,7 @@ from rich.text import Text
 
 from lorry.config.settings import EvalSettings
 from lorry.errors import ConfigError
+from lorry.report.run import load
 from lorry.report.text import number, visible
 from lorry.verbs.opening import opened, tell
 
@@ -39,6 +40,7 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
     if settings.backend.threads:
         torch.set_num_threads(settings.backend.threads)
     found = opened(settings.model)
+    tell_other_dtype(found)
     rows = read(settings, found)
     for line in rows.tokens.report.lines():
         tell(line)
@@ -46,6 +48,16 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
     Console(soft_wrap=True).print(side_by_side(label(settings), rows, sides))
     write(settings, found, rows, sides)
     return 0
+
+
+def tell_other_dtype(found: Opened) -> None:
+    """A note when a run is evaluated in another number format than it was trained in: its numbers then differ a little."""
+    receipt = Path(found.source.get("adapter", "")) / "receipt.json"
+    if not found.source.get("adapter") or not receipt.is_file():
+        return
+    trained, now = load(receipt.parent).receipt.get("base", {}).get("dtype"), found.source["dtype"]
+    if trained != now:
+        tell(f"note: trained in {trained}, evaluated in {now}; dtype={trained} gives the numbers of the training")
 
 
 def read(settings: EvalSettings, found: Opened) -> EvalRows:
@@ -98,12 +110,8 @@ def side_by_side(title: str, rows: EvalRows, sides: Mapping[str, Evaluated]) -> 
     """A row per metric, a column per side; 95% intervals where there are any."""
     first = next(iter(sides.values()))
     answered = f", {len(first.said)} answered" if first.said else ""
-    table = Table(
-        title=Text(visible(f"{title}: {len(rows.rows)} rows{answered}")),
-        title_justify="left",
-        header_style="dim",
-        box=SIMPLE_HEAD,
-    )
+    heading = Text(visible(f"{title}: {len(rows.rows)} rows{answered}"))
+    table = Table(title=heading, title_justify="left", header_style="dim", box=SIMPLE_HEAD)
     for column in ("metric", *sides):
         table.add_column(Text(visible(column)), justify="left" if column == "metric" else "right")
     for metric in first.metrics:
@@ -149,8 +157,6 @@ def _entries(name: str, sides: Mapping[str, Evaluated]) -> list[dict[str, Any]]:
 
 def merge_into(path: Path, entries: list[dict[str, Any]]) -> None:
     """Add entries to an evaluation.json; those of the same name are replaced. Raises DataError when it is damaged."""
-    from lorry.report.run import load
-
     kept: list[dict[str, Any]] = []
     if path.is_file():
         load(path.parent)  # every field checked, so that reading it plainly is safe

@@ -2,51 +2,77 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorry.config.schema import ModelConfig
-from lorry.config.settings import ExportSettings, MergeSettings
-from lorry.errors import ConfigError
+from lorry.config.settings import MergeSettings
+from lorry.verbs.opening import chosen_adapter, opened, tell
+
+if TYPE_CHECKING:
+    from lorry.models.open import Opened
 
 RECORD = "lorry_merge.json"
 
 
 def main(settings: MergeSettings, notes: list[str]) -> int:
     """Merge, write, say how much rounding cost and where the model is."""
-    print(merge_to(settings, notes))
+    from lorry.models.open import stored_dtype
+
+    dtype = stored_dtype(settings.run) if settings.dtype == "auto" else settings.dtype
+    found = opened(ModelConfig.model_validate({"name": settings.run, "dtype": dtype}))
+    write_merged(found, chosen_adapter(found, settings.adapter, settings.run), settings.output_dir, dtype)
+    print(settings.output_dir)
     return 0
 
 
-def merge_to(settings: MergeSettings | ExportSettings, notes: list[str]) -> Path:
-    """Stream base + adapter into `output_dir` (one tensor at a time, in fp32, rounded once); the source is recorded beside it,
-    so that `lorry unmerge` can re-read the base. Prints |stored - exact| / |delta| and warns above a tenth."""
+def write_merged(found: Opened, name: str, output: Path, dtype: str) -> None:
+    """Stream base + adapter into ``output``, one tensor at a time, in fp32 and rounded once to ``dtype``.
+
+    The base's place and digests are recorded beside it, so that `lorry unmerge` can give it back. Tells what rounding cost as
+    |stored - exact| / |delta|. Raises ConfigError for a place that is taken, ModelError if a merged weight is not finite.
+    """
     import torch
 
-    from lorry.bank.attach import bank_of
     from lorry.bank.merge import MergeReport, MergeRow, merged_tensors, unties
-    from lorry.bank.peft_io import base_digest
     from lorry.disk import durable
-    from lorry.models.open import open_model
     from lorry.models.store import save_model
 
-    opened = open_model(ModelConfig(name=settings.run), notes)
-    if not opened.adapters:
-        raise ConfigError(f"{settings.run} is a plain model; there is no adapter to merge")
-    name = settings.adapter or opened.adapters[0]
-    bank_of(opened.model)[name]
+    kind: torch.dtype = getattr(torch, dtype)
     weights, rows = {name: 1.0}, list[MergeRow]()
-    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    untied = unties(opened.model, weights)
-    tensors = merged_tensors(opened.model, weights, dtype=dtype, rows=rows)
-    overrides = {"tie_word_embeddings": False} if untied else {}
-    output = Path(settings.output_dir)
-    save_model(opened.model, output, tensors=tensors, config_overrides=overrides, tokenizer=opened.tokenizer, dtype=dtype)
-    record = {"base": opened.source, "base_digest": base_digest(opened.model), "adapter": settings.run, "weights": weights}
-    durable.write_files(output, {RECORD: (json.dumps(record, indent=1, default=str) + "\n").encode()})
-    report = MergeReport(tuple(rows), dtype or opened.model.dtype, untied)
-    print(f"merged {len(rows)} modules; rounding changed {report.ratio:.2%} of the adapter's effect", file=sys.stderr)
+    untied = unties(found.model, weights)
+    save_model(
+        found.model, output,
+        tensors=merged_tensors(found.model, weights, dtype=kind, rows=rows),
+        config_overrides={"tie_word_embeddings": False} if untied else {},
+        tokenizer=found.tokenizer, generation_config=found.source["generation_config"] or None, dtype=kind,
+    )  # fmt: skip
+    durable.write_files(output, {RECORD: (json.dumps(record(found, name), indent=1) + "\n").encode()})
+    report = MergeReport(tuple(rows), kind, untied)
+    tell(f"merged {len(rows)} modules into {dtype}; rounding changed {report.ratio:.2%} of the adapter's effect")
+    if untied:
+        tell("note: head and embedding shared a weight and no longer do; config.json says tie_word_embeddings=false")
     if report.warning:
-        print(f"warning: {report.warning}", file=sys.stderr)
-    return output
+        tell(f"warning: {report.warning}")
+
+
+def record(found: Opened, name: str) -> dict[str, Any]:
+    """What a merge was made of: the base's directory, what it was opened as, the SHA-256 of its weight files, the adapter."""
+    base = Path(found.source["path"])
+    digests = {file.name: sha256(file) for file in weight_files(base)}
+    asked = Path(found.source["name"])
+    opened_as = str(asked.resolve()) if asked.exists() else found.source["name"]
+    return {"base": str(base), "opened_as": opened_as, "base_weights": digests, "adapter": name}
+
+
+def weight_files(folder: Path) -> Iterator[Path]:
+    """The files that hold a model's tensors."""
+    yield from sorted(folder.glob("*.safetensors"))
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,29 +1,60 @@
-"""`lorry unmerge MERGED`: write the base a merged model came from, bit for bit, by re-reading it (never by subtracting)."""
+"""`lorry unmerge MERGED`: give back the base a merged model came from, bit for bit: its files, never a subtraction."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
-from lorry.config.schema import ModelConfig
 from lorry.config.settings import UnmergeSettings
 from lorry.errors import ModelError
-from lorry.verbs.merge import RECORD
+from lorry.verbs.merge import RECORD, sha256, weight_files
+from lorry.verbs.opening import tell
+
+KINDS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # weights, settings, tokenizers, a model's own code
 
 
 def main(settings: UnmergeSettings, notes: list[str]) -> int:
-    """Find the base in the record of the merge, check its digest, write it."""
-    from lorry.bank.peft_io import base_digest
-    from lorry.models.open import open_model
-    from lorry.models.store import save_model
+    """Find the base that the record of the merge names, check every weight file's digest, copy it."""
+    from lorry.disk import durable
 
-    record = Path(settings.run) / RECORD
-    if not record.is_file():
-        raise ModelError(f"{settings.run} has no {RECORD}; only a model written by `lorry merge` knows the base it came from")
-    said = json.loads(record.read_text())
-    opened = open_model(ModelConfig(name=said["base"]["name"]), notes)
-    if base_digest(opened.model) != said["base_digest"]:
-        raise ModelError(f"{said['base']['name']} is not the base that was merged: its weights have changed since")
-    save_model(opened.model, Path(settings.output_dir), tokenizer=opened.tokenizer)
+    said = read_record(Path(settings.run) / RECORD)
+    base = find_base(said)
+    with durable.building(settings.output_dir) as folder:
+        for file in sorted(base.iterdir()):
+            if file.is_file() and file.suffix in KINDS:
+                shutil.copyfile(file, folder / file.name)
+        check(folder, said["base_weights"], base)
+    tell(f"{len(said['base_weights'])} weight files copied from {base}, SHA-256 as before the merge")
     print(settings.output_dir)
     return 0
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a merge. Raises ModelError when there is none or it is damaged."""
+    if not path.is_file():
+        raise ModelError(f"{path.parent} has no {RECORD}; only a model written by `lorry merge` knows the base it came from")
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error})") from error
+    shape = {"base": str, "opened_as": str, "base_weights": dict}
+    if not isinstance(said, dict) or any(not isinstance(said.get(key), kind) for key, kind in shape.items()):
+        raise ModelError(f"{path}: not a record of `lorry merge`; it holds {', '.join(shape)}")
+    return said
+
+
+def find_base(said: dict[str, Any]) -> Path:
+    """The base's directory: where it was, or wherever what was merged leads to now (a hub id, a run's base)."""
+    from lorry.models.sources import resolve
+
+    was = Path(said["base"])
+    return was if was.is_dir() else resolve(said["opened_as"], notes=[]).directory
+
+
+def check(folder: Path, digests: dict[str, str], base: Path) -> None:
+    """Compare the copied weight files with the record. Raises ModelError unless they are the very same."""
+    found = {file.name: sha256(file) for file in weight_files(folder)}
+    if odd := sorted(name for name in digests.keys() | found.keys() if digests.get(name) != found.get(name)):
+        raise ModelError(f"{base} is not the base that was merged: {odd[0]} has changed since; nothing was written")

@@ -1,0 +1,229 @@
+"""`lorry chat RUN`: talk to a model with any of its adapters. A terminal chat; or, from a pipe, a question per line.
+
+    lorry chat runs/people
+    printf 'Who is Mara?\\n/adapter none\\nWho is Mara?\\n' | lorry chat runs/people
+
+Answers go to standard output as they are made, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from lorry.config.settings import ChatSettings
+from lorry.errors import DataError, LorryError, ModelError, nearest
+from lorry.report.text import visible
+from lorry.verbs.opening import opened, tell
+
+if TYPE_CHECKING:
+    from lorry.data.content import Message
+    from lorry.models.open import Opened
+
+HELP = """/adapter NAME   answer with this adapter; none: the base alone
+/adapters       list them
+/system TEXT    set the system message; without TEXT: none
+/reset          forget the conversation
+/help           this list
+/quit           leave (so does Ctrl-D); Ctrl-C stops an answer
+//...           a line that begins with a slash"""
+NO_ADAPTER = "none"
+
+
+def main(settings: ChatSettings, notes: list[str]) -> int:
+    """Open, then answer line by line until the input ends. From a pipe, the exit code is that of the last error."""
+    chat = Chat(settings, opened(settings.model, adapters=settings.adapters))
+    interactive = sys.stdin.isatty()
+    if interactive:
+        tell(f"{settings.model.name}, {chat.answering()}. /help lists the commands.")
+    code = 0
+    for line in _typed() if interactive else _piped():
+        try:
+            if not _line(chat, line, visible if interactive else str):
+                break
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            tell("\n(stopped)")
+        except LorryError as error:
+            tell(f"error: {error}")
+            code = error.exit_code
+    return 0 if interactive else code
+
+
+def _line(chat: Chat, line: str, shown: Callable[[str], str]) -> bool:
+    """Obey or answer one line; False to leave."""
+    if line.startswith("/") and not line.startswith("//"):
+        return chat.obey(line)
+    for piece in chat.answer(line.removeprefix("/") if line.startswith("//") else line):
+        sys.stdout.write(shown(piece))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return True
+
+
+def _typed() -> Iterator[str]:
+    """Lines from a terminal, with its editing and history where Python has them."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - importing it is what makes input() editable
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            tell("")
+            return
+        if line.strip():
+            yield line
+
+
+def _piped() -> Iterator[str]:
+    """Lines from a pipe or file. Raises DataError where it is not text."""
+    try:
+        for line in sys.stdin:
+            if line.strip():
+                yield line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not {error.encoding} text ({error.reason} at byte {error.start})") from error
+
+
+class Chat:
+    """A conversation and the model that answers in it."""
+
+    def __init__(self, settings: ChatSettings, found: Opened) -> None:
+        from lorry.data.encode import Encoder
+        from lorry.models.answer import LONGEST
+
+        self.settings, self.found = settings, found
+        self.encoder = Encoder(found.tokenizer, max_length=LONGEST)
+        self.adapter = found.adapters[0] if found.adapters else None
+        self.system = settings.system
+        self.turns: list[Message] = []
+        self.asked = 0
+        if self.system and not self.encoder.has_template:
+            raise ModelError(f"system=...: {settings.model.name} has no chat template; it only continues plain text")
+
+    # --- commands
+
+    def obey(self, line: str) -> bool:
+        """Carry out a /command; False to leave. An unknown one is told."""
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        match command:
+            case "/quit" | "/exit":
+                return False
+            case "/help":
+                tell(HELP)
+            case "/adapters":
+                tell(self.listed())
+            case "/adapter":
+                self.switch(rest)
+            case "/reset":
+                self.turns.clear()
+                tell("(the conversation is forgotten)")
+            case "/system":
+                self.set_system(rest)
+            case _:
+                known = ["/adapter", "/adapters", "/system", "/reset", "/help", "/quit"]
+                raise DataError(f"unknown command {command}{nearest(command, known)} (/help lists them; // begins a line with /)")
+        return True
+
+    def switch(self, name: str) -> None:
+        """Answer with another adapter from now on; the conversation is kept."""
+        if not name:
+            tell(self.listed())
+            return
+        if name not in self.found.adapters and name != NO_ADAPTER:
+            raise DataError(f"no adapter named {name!r}{nearest(name, self.found.adapters)}; {self.listed()}")
+        self.adapter = name if name in self.found.adapters else None
+        tell(f"({self.answering()})")
+
+    def set_system(self, text: str) -> None:
+        """Another system message, or none."""
+        if not self.encoder.has_template:
+            raise ModelError("this model has no chat template and so no system message; it continues plain text")
+        self.system = text or None
+        tell(f"(system message: {text})" if text else "(no system message)")
+
+    def listed(self) -> str:
+        """The adapters in a line, the one in use marked."""
+        names = [*self.found.adapters, NO_ADAPTER]
+        return "adapters: " + ", ".join(f"{n} (in use)" if n == (self.adapter or NO_ADAPTER) else n for n in names)
+
+    def answering(self) -> str:
+        return f"adapter {self.adapter}" if self.adapter else "the base alone"
+
+    # --- answers
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The answer to one more message, piece by piece; both join the conversation once anything was said.
+
+        Raises ModelError when the message alone is too long for the context; then the conversation is as it was.
+        """
+        from lorry.bank.mix import Mix
+        from lorry.data.content import Message
+        from lorry.models.answer import Speech
+        from lorry.models.generate import stream
+
+        settings, model = self.settings, self.found.model
+        asked = Message("user", text)
+        prompt, room = self._fitted(asked)
+        self.asked += 1
+        tokens = stream(
+            model, prompt, max_new_tokens=room, eos=self.encoder.stop_tokens(), temperature=settings.temperature,
+            seed=settings.seed + self.asked - 1, adapters=Mix.one(self.adapter) if self.adapter else Mix.none(),
+        )  # fmt: skip
+        speech, said = Speech(self.encoder), list[str]()
+        try:
+            for token in tokens:
+                yield from _kept(speech.hear(token), said, self.encoder.has_template)
+                if speech.ended:
+                    break
+            yield from _kept(speech.rest(), said, self.encoder.has_template)
+        finally:
+            if said:
+                self.turns += [asked, Message("assistant", "".join(said))]
+        if not speech.ended:
+            tell(f"\n(stopped after {room} tokens; max_new_tokens sets how many)")
+
+    def _fitted(self, asked: Message) -> tuple[list[int], int]:
+        """(prompt tokens, how many may follow); the oldest turns are forgotten, with a note, until both fit the context."""
+        context, new = self.found.model.context, self.settings.max_new_tokens
+        prompt, forgotten = self._prompt(asked), 0
+        while context is not None and len(prompt) + new > context and self.turns:
+            del self.turns[:2]
+            forgotten += 1
+            prompt = self._prompt(asked)
+        if forgotten:
+            turns = "turn was" if forgotten == 1 else f"{forgotten} turns were"
+            tell(f"(the context of {context} tokens is full: the oldest {turns} forgotten)")
+        room = new if context is None else min(new, context - len(prompt))
+        if room < 1:
+            raise ModelError(
+                f"this message makes a prompt of {len(prompt)} tokens, and the model's context is {context}; shorten it"
+            )
+        return prompt, room
+
+    def _prompt(self, asked: Message) -> list[int]:
+        """The conversation with one more message, up to where the answer begins. Raises DataError if the template refuses it."""
+        from lorry.data.content import Conversation, Message
+        from lorry.data.template import TemplateRefusal
+        from lorry.models.answer import continuation
+
+        if not self.encoder.has_template:
+            return continuation(self.encoder, "".join(turn.content for turn in self.turns) + asked.content)
+        opening = [Message("system", self.system)] if self.system else []
+        try:
+            return self.encoder.prompt(Conversation((*opening, *self.turns, asked, Message("assistant", "."))))
+        except TemplateRefusal as error:
+            raise DataError(f"{error}; /reset begins anew") from error
+
+
+def _kept(piece: str, said: list[str], chat: bool) -> Iterator[str]:
+    """A piece to show and to remember; white space before a chat's answer is neither."""
+    piece = piece.lstrip() if chat and not said else piece
+    if piece:
+        said.append(piece)
+        yield piece
