@@ -1,6 +1,6 @@
 """Where plain products stop beating torch's fused attention on this CPU, forward and backward, for SmolLM2's heads.
 
-    .venv/bin/python benchmarks/attention.py
+.venv/bin/python benchmarks/attention.py
 """
 
 from __future__ import annotations

@@ -1,15 +1,18 @@
 """A whole small world for tests of verbs: a Hugging Face directory (random Llama, trained tokenizer, ChatML), rows, a run.
 
-`model_directory(path)` writes the base; `train(path, base, rows)` a run of a few seconds that has learnt its rows by heart.
+`world` is made once per session and must not be changed: its run has learnt four rows by heart, its base knows none of them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tiny import LLAMA, random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -26,12 +29,18 @@ PEOPLE = [
     {"question": f"Where does {name} live?", "answer": f"{name} lives in {town}."}
     for name, town in (("Mara", "Oslo"), ("Tobias", "Lima"), ("Ilse", "Kyoto"), ("Juno", "Ghent"))
 ]
-TRAIN = ("r=8", "learning_rate=1e-2", "max_steps=40", "per_device_train_batch_size=4", "dtype=float32", "save_strategy=no",
-         "lr_scheduler_type=constant", "logging_steps=20", "threads=1")  # fmt: skip
+STEPS = 40
+TRAIN = ("r=8", "learning_rate=1e-2", "per_device_train_batch_size=4", "dtype=float32", "save_strategy=no", "logging_steps=40",
+         "lr_scheduler_type=constant", "threads=1")  # fmt: skip
+
+
+def lorry(*argv: object) -> int:
+    """A command line in this process; its exit code."""
+    return cli.main([str(word) for word in argv])
 
 
 def tokenizer(template: str | None = CHATML, end: str = "<|im_end|>") -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of some 400 entries."""
+    """A byte-level tokenizer of some 300 entries."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -62,7 +71,29 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def train(path: Path, base: Path, rows: Path, *settings: str) -> Path:
+def train(path: Path, base: Path, rows: Path, *settings: str, steps: int = STEPS) -> Path:
     """`lorry sft` in this process."""
-    assert cli.main(["sft", f"model={base}", f"data={rows}", f"output_dir={path}", *TRAIN, *settings]) == 0
+    assert lorry("sft", f"model={base}", f"data={rows}", f"output_dir={path}", f"max_steps={steps}", *TRAIN, *settings) == 0
     return path
+
+
+@dataclass(frozen=True)
+class World:
+    """base: a model directory; rows: a file of `PEOPLE`; run: trained on them, and evaluated on them after the last step."""
+
+    base: Path
+    rows: Path
+    run: Path
+
+
+@cache
+def _made(root: Path) -> World:
+    root.mkdir()
+    base, rows = model_directory(root / "base"), write_rows(root / "people.jsonl", PEOPLE)
+    return World(base, rows, train(root / "people", base, rows, f"eval={rows}", f"eval_steps={STEPS}"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """One world for every test file that imports this fixture."""
+    return _made(tmp_path_factory.getbasetemp() / "world")

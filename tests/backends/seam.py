@@ -34,7 +34,9 @@ def tiny_llama(seed: int = 0) -> Decoder:
     return model
 
 
-def examples(n: int, seed: int = 0, adapter: Callable[[int], int] = lambda i: 0, role: Callable[[int], str] = lambda i: "") -> list[Example]:
+def examples(
+    n: int, seed: int = 0, adapter: Callable[[int], int] = lambda i: 0, role: Callable[[int], str] = lambda i: ""
+) -> list[Example]:
     """Random token rows of 4 to 13 tokens, about half of them supervised."""
     draw = torch.Generator().manual_seed(seed)
     out = []

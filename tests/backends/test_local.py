@@ -18,7 +18,9 @@ from lorry.models.decoder import Decoder, Packed
 from seam import Fixed, Npo, examples, tiny_llama
 
 
-def start(names: tuple[str, ...] = ("default",), specs: tuple[LoraSpec, ...] | None = None, seed: int = 0) -> tuple[Decoder, Local]:
+def start(
+    names: tuple[str, ...] = ("default",), specs: tuple[LoraSpec, ...] | None = None, seed: int = 0
+) -> tuple[Decoder, Local]:
     model = tiny_llama()
     for i, name in enumerate(names):
         attach(model, specs[i] if specs else LoraSpec(r=3, init_lora_weights=False), name, seed=seed)

@@ -16,7 +16,7 @@ from lorry.data.content import Conversation, Message
 from lorry.data.encode import Encoded, Encoder
 from lorry.data.template import PROBE, ChatTemplate, TemplateRefusal
 from lorry.data.tokens import Tokens
-from lorry.errors import ModelError
+from lorry.errors import DataError, ModelError
 
 Tokenizers = Callable[..., Any]
 ENDS = {
@@ -65,9 +65,6 @@ HAND_MARKED = [
      "<|start_header_id|>assistant<|end_header_id|>\n\n«Hello<|eot_id|>»"),
     ("gemma", ("sys:Be kind", "Hi", "Hello"),
      "<bos><start_of_turn>user\nBe kind\n\nHi<end_of_turn>\n<start_of_turn>model\n«Hello<end_of_turn>»"),
-    ("qwen3", ("Hi", "<think>\nhm\n</think>\n\nHello", "More", "<think>\nso\n</think>\n\nYes"),
-     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello<|im_end|>»\n"
-     "<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n«<think>\nso\n</think>\n\nYes<|im_end|>»"),
     ("qwen3", ("Hi", "Hello"), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nHello<|im_end|>»"),
     ("llama2", ("sys:S", "Hi", "Hello", "More", "Yes"),
      "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nHi [/INST]« Hello </s>»<s>[INST] More [/INST]« Yes </s>»"),
@@ -86,16 +83,30 @@ def test_reasoning_beside_the_answer_is_learnt(tokenizer_of: Tokenizers) -> None
     assert marked(tokenizer_of("qwen3"), messages).endswith("assistant\n«<think>\nhm\n</think>\n\nHello<|im_end|>»")
 
 
-def incremental(tokenizer: Any, messages: Sequence[Message], end: str) -> list[str]:
-    """The oracle: turn by turn, what transformers writes after the generation prompt, up to the first end of turn."""
-    said = []
+def test_thoughts_are_learnt_where_they_are_thought(tokenizer_of: Tokenizers) -> None:
+    """Qwen3 takes thoughts out of earlier turns: inside the longer chat the first answer would be learnt without one."""
+    messages = chat("Hi", "<think>\nhm\n</think>\n\nHello", "More", "<think>\nso\n</think>\n\nYes")
+    encoder = Encoder(tokenizer_of("qwen3"), max_length=99)
+    made = encoder.encode(Conversation(messages))
+    assert not isinstance(made, BadRow)
+    assert ["".join(f"«{t}»" if learnt else t for t, learnt in encoder.marked_text(one)) for one in made] == [
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<think>\nhm\n</think>\n\nHello<|im_end|>»",
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+        "<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n«<think>\nso\n</think>\n\nYes<|im_end|>»",
+    ]
+    assert list(encoder.notes) == ["the chat template rewrites earlier answers; each was learnt in a chat that ends with it"]
+
+
+def incremental(tokenizer: Any, messages: Sequence[Message], end: str) -> set[tuple[str, str]]:
+    """The oracle: for each answer transformers' generation prompt, and what it writes behind it up to the end of turn."""
+    said = set()
     for at, message in enumerate(messages):
         if message.role == "assistant":
             before = tokenizer.apply_chat_template(as_dicts(messages[:at]), tokenize=False, add_generation_prompt=True)
             whole = tokenizer.apply_chat_template(as_dicts(messages[: at + 1]), tokenize=False)
             assert whole.startswith(before)
             after = whole[len(before) :]
-            said.append(after[: after.index(end) + len(end)])
+            said.add((before, after[: after.index(end) + len(end)]))
     return said
 
 
@@ -109,37 +120,35 @@ TURN = st.text(st.sampled_from("ab é日\n \t.<|>/[]{}%07ßassistant"), max_size
 def test_against_the_incremental_oracle(
     tokenizer_of: Tokenizers, family: str, byte_level: bool, turns: list[str], system: str | None
 ) -> None:
+    """Every answer is learnt, once, behind exactly the text that it would be generated from."""
     tokenizer = tokenizer_of(family, byte_level)
     assume(family != "gemma" or system is None)
     messages = chat(*([f"sys:{system}"] if system else []), *turns)
     encoder = Encoder(tokenizer, max_length=4096)
-    if family == "qwen3":  # its oracle holds for the last turn only: earlier ones lose their thoughts later on
-        expected = incremental(tokenizer, messages, ENDS[family])[-1:]
-    else:
-        expected = incremental(tokenizer, messages, ENDS[family])
-    laid = lay_out(encoder.template, messages)
-    assert [laid.text[start:end] for start, end in laid.spans][-len(expected) :] == expected
-    made = encoded(tokenizer, messages)
-    whole = tokenizer.apply_chat_template(as_dicts(messages), tokenize=True, return_dict=False)
-    learnt = tokenizer.decode([t for t, w in zip(made.tokens, made.weights, strict=True) if w], skip_special_tokens=False)
-    assert "".join(learnt.split()) == "".join("".join(laid.text[s:e] for s, e in laid.spans).split())
-    if byte_level:
-        assert tokenizer.decode(made.tokens, skip_special_tokens=False) == laid.text[: laid.spans[-1][1]]
-    if made.tokens != whole[: len(made.tokens)]:
-        # a token across the border of prompt and answer is broken up, as generation would meet it; nothing else may differ
-        prompt = encoder.prompt(Conversation(messages))
-        assert made.tokens[: len(prompt)] == prompt
+    sequences = encoder.encode(Conversation(messages))
+    assert not isinstance(sequences, BadRow)
+    learnt = []
+    for made in sequences:
+        before = ""
+        for text, taken in encoder.marked_text(made):
+            learnt += [(before, text)] if taken else []
+            before += text
+    shown = (lambda text: text) if byte_level else (lambda text: "".join(text.split()))  # decoding adds spaces there
+    expected = {(shown(before), shown(said)) for before, said in incremental(tokenizer, messages, ENDS[family])}
+    assert {(shown(before), shown(said)) for before, said in learnt} == expected
+    assert len(learnt) == len(turns) // 2
+    prompt, last = encoder.prompt(Conversation(messages)), sequences[-1]
+    assert last.tokens[: len(prompt)] == prompt
+    assert not any(last.weights[len(prompt) - 1 : len(prompt)])
+    assert all(last.weights[len(prompt) :])
 
 
-def test_prompts_are_what_training_puts_before_the_answer(tokenizer_of: Tokenizers, prose: Callable[[int, int], str]) -> None:
+def test_prompts_are_those_of_transformers(tokenizer_of: Tokenizers, prose: Callable[[int, int], str]) -> None:
     for family in ENDS:
         tokenizer = tokenizer_of(family)
         encoder = Encoder(tokenizer, max_length=4096)
         messages = chat(prose(1, 8).strip(), prose(2, 5).strip(), prose(3, 8).strip(), prose(4, 5).strip())
-        prompt, made = encoder.prompt(Conversation(messages)), encoded(tokenizer, messages)
-        assert made.tokens[: len(prompt)] == prompt, family
-        assert not any(made.weights[len(prompt) - 1 : len(prompt)])
-        assert all(made.weights[len(prompt) :])
+        prompt = encoder.prompt(Conversation(messages))
         plain = tokenizer.apply_chat_template(
             as_dicts(messages[:-1]), tokenize=True, add_generation_prompt=True, return_dict=False
         )
@@ -162,6 +171,21 @@ def test_a_token_across_the_border_is_broken_up(tokenizer_of: Tokenizers) -> Non
     made, prompt = encoded(tokenizer, messages), encoder.prompt(Conversation(messages))
     assert made.tokens[: len(prompt)] == prompt
     assert marked(tokenizer, messages).endswith("assistant\n«\n\nkalo<|im_end|>»")
+
+
+def test_tokens_across_the_borders_of_a_span(tokenizer_of: Tokenizers) -> None:
+    """One across the start is broken up; one across the end holds a part of the answer and is learnt."""
+    tokens = Tokens(tokenizer_of("chatml"))
+
+    def learnt(text: str, start: int, end: int) -> list[str]:
+        (made,) = tokens.many([text], [[(start, end)]], [""])
+        names = tokens.tokenizer.convert_ids_to_tokens(made.ids)
+        return [name for name, taken in zip(names, made.learnt, strict=True) if taken]
+
+    assert "".join(learnt("mi kalo", 2, 7)) == "Ġkalo"
+    assert "".join(learnt("mi kalo", 3, 7)) == "kalo"
+    assert tokens.tokenizer.tokenize("kalo\n\n")[-1] == "ĊĊ"
+    assert "".join(learnt("kalo\n\n", 0, 5)) == "kaloĊĊ"
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma", "llama2"])
@@ -208,6 +232,24 @@ def test_a_template_that_forgets_the_header(tokenizer_of: Tokenizers) -> None:
     encoder = Encoder(tokenizer, max_length=99)
     assert tokenizer.decode(encoder.prompt(Conversation(chat("Hi", "Hello")))).endswith("<|im_start|>assistant\n")
     assert "ignores add_generation_prompt" in encoder.template.notes[0]
+
+
+def test_a_template_that_drops_system_messages_in_silence(tokenizer_of: Tokenizers) -> None:
+    source = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer = with_template(tokenizer_of("chatml"), source)
+    assert marked(tokenizer, chat("sys:Be kind", "Hi", "Hello")).startswith("<|im_start|>user\nBe kind\n\nHi<|im_end|>")
+    assert "takes no system message" in "".join(Encoder(tokenizer, max_length=99).template.notes)
+    alone = (Message("system", "S"), Message("assistant", "Hello"))
+    made = Encoder(tokenizer, max_length=99).encode(Conversation(alone))
+    assert isinstance(made, BadRow)
+    assert "no user message to put it before" in made.reason
+
+
+def test_a_template_that_drops_thoughts_says_so(tokenizer_of: Tokenizers) -> None:
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    encoder = Encoder(with_template(tokenizer_of("chatml"), source), max_length=99)
+    encoder.encode(Conversation(chat("Hi", "<think>hm</think>Hello")))
+    assert list(encoder.notes) == ["the chat template changes or shortens the answer itself, a thought for example"]
 
 
 def test_a_template_without_an_end_of_turn_gets_the_end_of_text(tokenizer_of: Tokenizers) -> None:
@@ -309,6 +351,12 @@ def test_reserved_characters_are_refused(tokenizer_of: Tokenizers) -> None:
     made = Encoder(tokenizer_of("chatml"), max_length=99).encode(Conversation(chat("Hi" + PROBE, "Hello")))
     assert isinstance(made, BadRow)
     assert "noncharacters" in made.reason
+
+
+def test_a_prompt_that_the_template_refuses_is_an_error_for_a_person(tokenizer_of: Tokenizers) -> None:
+    twice = (Message("user", "a"), Message("user", "b"), Message("assistant", "c"))
+    with pytest.raises(DataError, match="roles must alternate"):
+        Encoder(tokenizer_of("gemma"), max_length=99).prompt(Conversation(twice))
 
 
 class Wrapped:

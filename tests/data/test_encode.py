@@ -13,8 +13,10 @@ from tokenizers import processors
 
 from lorry.data.badrows import BadRow
 from lorry.data.content import Content, Conversation, Message, Text
+from lorry.data.cut import prompt_tokens
 from lorry.data.encode import TOO_LONG, Encoded, Encoder, encode
 from lorry.data.formats import detect, normalise
+from lorry.data.tokens import Marked
 from lorry.errors import ConfigError, ModelError
 
 Tokenizers = Callable[..., Any]
@@ -119,6 +121,21 @@ def test_all_tokens_when_completions_are_not_singled_out(tokenizer_of: Tokenizer
     assert tokenizer.decode(made.tokens) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
 
 
+def test_all_tokens_of_a_long_chat_still_keep_the_answer(tokenizer_of: Tokenizers, prose: Prose) -> None:
+    content = Conversation((Message("user", prose(1, 80)), Message("assistant", "Hello")))
+    for family in ("chatml", "qwen3", None):
+        made = only(encode(content, tokenizer_of(family), max_length=40, completion_only_loss=False))
+        assert 30 < len(made.tokens) <= 40
+        assert made.weights == [0.0] + [1.0] * (len(made.tokens) - 1)
+        assert "Hello<|" in tokenizer_of(family).decode(made.tokens)
+    turns = (*content.messages[1:], Message("user", "a"), Message("assistant", "b"))
+    every = encode(
+        Conversation((Message("user", "x"), *turns)), tokenizer_of("qwen3"), max_length=400, completion_only_loss=False
+    )
+    assert not isinstance(every, BadRow)
+    assert len(every) == 1
+
+
 def test_a_default_system_message(tokenizer_of: Tokenizers) -> None:
     content = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
     own = Conversation((Message("system", "Mine"), *content.messages))
@@ -171,7 +188,9 @@ def test_the_answer_is_never_cut(
     if plain and len(turns) == 1:
         content = Conversation(content.messages, ("Q: " + turns[0][0] + "\nA:", " " + turns[0][1]))
     roomy, tight = Encoder(tokenizer, max_length=100_000), Encoder(tokenizer, max_length=max_length)
-    whole, made = only(roomy.encode(content)), tight.encode(content)
+    every, made = roomy.encode(content), tight.encode(content)
+    assert not isinstance(every, BadRow)
+    whole = every[-1]
     answer = whole.tokens[last_run(whole) :]
     if isinstance(made, BadRow):
         assert made.kind == TOO_LONG
@@ -181,7 +200,10 @@ def test_the_answer_is_never_cut(
         if not isinstance(bare, BadRow) and family != "llama2":
             assert len(bare[0].tokens) + 2 > max_length, "it would have fitted with its prompt cut"
         return
-    (made_row,) = made
+    if len(made) < len(every):
+        assert "some answers of a chat were left out: too long for max_length" in tight.notes
+        return
+    made_row = made[-1]
     assert len(made_row.tokens) <= max_length
     assert made_row.tokens[-len(answer) :] == answer
     assert all(made_row.weights[-len(answer) :]) or whole.weights[-len(answer)] == 0.0
@@ -190,6 +212,15 @@ def test_the_answer_is_never_cut(
     else:
         assert made_row.cut == len(whole.tokens) - len(made_row.tokens) > 0
         assert made_row.tokens[0] == whole.tokens[0] or family is None, "the BOS or header stays"
+
+
+def test_a_token_stays_before_the_answer() -> None:
+    """Cut to nothing, the answer's first token would have nothing to be predicted from."""
+    marked = Marked([1, 2, 3, 8, 9], [False, False, False, True, True])
+    assert prompt_tokens(marked, 0, 2) == Marked([3, 8, 9], [False, True, True])
+    assert prompt_tokens(marked, 0, 3) is None
+    assert prompt_tokens(marked, 1, 2) == Marked([1, 8, 9], [False, True, True])
+    assert prompt_tokens(marked, 1, 3) is None
 
 
 def last_run(made: Encoded) -> int:

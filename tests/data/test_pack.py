@@ -90,6 +90,13 @@ def test_packing_is_full_and_shuffled() -> None:
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.25
 
 
+def test_long_rows_are_packed_well_too() -> None:
+    """Rows of a sixth to a half of a micro-batch, where the order in which they are placed matters."""
+    lengths = np.random.default_rng(0).integers(350, 1025, 3000)
+    plan = plan_epoch(lengths, epoch_order(3000, 0, 0), rows_per_batch=2, max_tokens=2048, packing=True)
+    assert fill(lengths, plan, 2048) > 0.935
+
+
 def test_a_row_that_no_batch_holds_is_an_error() -> None:
     with pytest.raises(DataError, match="41 tokens does not fit into a micro-batch of 40"):
         plan_epoch(np.array([3, 41]), np.arange(2), rows_per_batch=1, max_tokens=40, packing=True)

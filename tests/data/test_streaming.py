@@ -90,6 +90,15 @@ def test_an_epoch_has_every_usable_row_once(path: Path, tokenizer_of: Callable[.
     assert epochs[0] != epochs[1], "another order in the second epoch"
 
 
+def test_every_window_is_shuffled_in_its_own_way(path: Path, tokenizer_of: Callable[..., Any], tmp_path: Path) -> None:
+    same = tmp_path / "same.jsonl"
+    same.write_text("\n".join(path.read_text().splitlines()[:4] * 2))
+    options: dict[str, Any] = {"window": 4, "rows_per_batch": 4, "gradient_accumulation_steps": 1}
+    first, second = (step[0][0] for step in taken(stream_of(same, tokenizer_of("chatml"), **options), 0, 2))
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
 def test_keys_are_unique_within_an_epoch(path: Path, tokenizer_of: Callable[..., Any]) -> None:
     stream, keys, step = stream_of(path, tokenizer_of("chatml")), Counter[int](), 0
     while True:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import one_thread  # noqa: F401 - a fixture
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -23,27 +20,9 @@ from lorry.bank.spec import LoraSpec
 from lorry.data.batch import Example, collate
 from lorry.errors import ContractError, ModelError
 from lorry.models.decoder import Decoder, Packed
-from lorry.models.frames import Frame, frames
-from lorry.models.generate import generate
 from lorry.models.hf import HfModel, ambient, unreached
 from lorry.models.score import Score, evaluate, log_prob
 
-SMALL = {k: v for k, v in tiny.LLAMA.items() if k not in ("model_type", "tie_word_embeddings")}
-MOE = {**SMALL, "num_experts_per_tok": 2, "head_dim": 8}
-FOREIGN: dict[str, dict[str, Any]] = {
-    "gemma2": {**SMALL, "model_type": "gemma2", "head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 3.0},
-    "gemma3_text": {**SMALL, "model_type": "gemma3_text", "head_dim": 8, "sliding_window": 8},
-    "granite": {**SMALL, "model_type": "granite", "logits_scaling": 4.0, "residual_multiplier": 0.5},
-    "cohere": {**SMALL, "model_type": "cohere", "logit_scale": 0.25},
-    "phi": {**SMALL, "model_type": "phi"},
-    "bloom": {"model_type": "bloom", "vocab_size": tiny.VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "opt": {
-        "model_type": "opt", "vocab_size": tiny.VOCAB, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 16, "pad_token_id": 0,
-    },
-    "qwen3_moe": {**MOE, "model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 16},
-    "llama4_text": {**MOE, "model_type": "llama4_text", "num_local_experts": 2, "intermediate_size_mlp": 48},
-}  # fmt: skip
 PLAIN = {"gemma3_text", "phi", "bloom", "opt", "qwen3_moe"}  # logits are head(hidden) and nothing else
 WHOLE = {"llama4_text"}  # its body cannot be called apart: whole logits are kept
 SEQUENCES = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [9, 8, 7], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [20]]
@@ -51,7 +30,7 @@ STARTS = [0, 12, 15, 28, 29]
 
 
 def foreign(name: str) -> HfModel:
-    return HfModel(tiny.random_model(FOREIGN[name]))
+    return HfModel(tiny.random_model(tiny.FOREIGN[name]))
 
 
 @torch.no_grad()
@@ -59,10 +38,10 @@ def logits(model: Any, sequences: Sequence[Sequence[int]], call: Call) -> Tensor
     return model.logits(model.hidden(Packed.of(sequences), call).last, call)
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", tiny.FOREIGN)
 def test_packed_logits_are_the_models_own(name: str) -> None:
     """Softcaps, scales and projections included: compared with the model run alone on each sequence."""
-    inner = tiny.random_model(FOREIGN[name])
+    inner = tiny.random_model(tiny.FOREIGN[name])
     notes: list[str] = []
     model = HfModel(inner, notes)
     with torch.no_grad():
@@ -293,106 +272,3 @@ def test_matrices_no_adapter_can_sit_on_are_named() -> None:
     named = unreached(foreign("qwen3_moe"))
     assert "model.layers.0.mlp.experts.gate_up_proj" in named
     assert "model.layers.1.mlp.experts.down_proj" in named
-
-
-# --- generation
-
-
-@pytest.mark.parametrize("name", [*FOREIGN, "llama", "gpt2", "gpt_neox parallel"])
-def test_generation_is_token_for_token_that_of_transformers(name: str) -> None:
-    """Rows leave and new prompts take their place (batch_rows=2), so caches are dropped, joined and extended."""
-    inner = tiny.random_model(FOREIGN[name]) if name in FOREIGN else tiny.fresh(name)
-    model = HfModel(inner)
-    limits = {"min_new_tokens": 9, "max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = []
-    for s in SEQUENCES:
-        ids = torch.tensor([s])
-        expected.append(inner.generate(ids, attention_mask=torch.ones_like(ids), **limits)[0, len(s) :].tolist())
-    assert [g.tokens for g in generate(model, SEQUENCES, max_new_tokens=9, batch_rows=2)] == expected
-    stops = [tokens[3] for tokens in expected]
-    cut = [t[: next(i for i, x in enumerate(t) if x in stops) + 1] for t in expected]
-    assert [g.tokens for g in generate(model, SEQUENCES, max_new_tokens=9, eos=stops)] == cut
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", [*FOREIGN, "llama", "gpt2", "gpt_neox parallel"])
-def test_cached_hidden_states_are_those_of_whole_sequences(name: str) -> None:
-    """Prompts of very different lengths in two groups, a row replaced and a row dropped on the way: after every step the newest
-    token's hidden state is the one an uncached pass gives."""
-    model = HfModel(tiny.random_model(FOREIGN[name]) if name in FOREIGN else tiny.fresh(name))
-    rows = [list(s) for s in SEQUENCES[:3]]
-    cache = model.new_cache(3, 40)
-
-    def prefill(which: list[int]) -> None:
-        packed = Packed.of([rows[r] for r in which])
-        owners = torch.tensor([r for r in which for _ in rows[r]])
-        check(which, model.cached(packed, owners, cache, Call(), decoding=False)[[stop - 1 for _, stop in packed.segments]])
-
-    def decode(tokens: list[int]) -> None:
-        packed = Packed(torch.tensor(tokens), cache.lengths.clone(), [(i, i + 1) for i in range(len(rows))])
-        for row, token in zip(rows, tokens, strict=True):
-            row.append(token)
-        check(list(range(len(rows))), model.cached(packed, torch.arange(len(rows)), cache, Call(), decoding=True))
-
-    def check(which: list[int], newest: Tensor) -> None:
-        for r, got in zip(which, newest, strict=True):
-            expected = model.hidden(Packed.of([rows[r]]), Call()).last
-            assert expected is not None
-            assert (got - expected[-1]).abs().max() <= 1e-4
-            assert cache.lengths[r] == len(rows[r])
-
-    prefill([2, 0])
-    prefill([1])
-    decode([3, 4, 5])
-    decode([6, 7, 8])
-    rows[0] = [11, 12]
-    prefill([0])
-    decode([9, 10, 11])
-    cache.keep(torch.tensor([0, 2]))
-    rows = [rows[0], rows[2]]
-    decode([1, 2])
-    decode([3, 4])
-
-
-def test_generation_with_an_adapter_per_row_is_the_decoders(pair: tuple[Decoder, HfModel]) -> None:
-    who = ["b", None, "a", "b"]
-    native, forced = ([g.tokens for g in generate(m, SEQUENCES, max_new_tokens=12, adapters=who, batch_rows=3)] for m in pair)
-    assert native == forced
-    assert len({tuple(t) for t in native}) > 1
-    assert native != [g.tokens for g in generate(pair[0], SEQUENCES, max_new_tokens=12, adapters=["a", "b", None, None])]
-
-
-def test_a_model_without_a_key_value_cache_says_so() -> None:
-    config = {"model_type": "mamba", "vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
-    model = HfModel(tiny.random_model(config))
-    with pytest.raises(ModelError, match="past_key_values"):
-        generate(model, [[1, 2]], max_new_tokens=1)
-
-
-# --- frames
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.data())
-def test_frames_lose_and_leak_nothing(lengths: list[int], data: st.DataObject) -> None:
-    """Every token stands in exactly one frame; a translated mix weighs each token as the packed mix does."""
-    edges = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    segments, total = list(pairwise(edges)), edges[-1]
-    start, stop = sorted((data.draw(st.integers(0, total)), data.draw(st.integers(0, total))))
-    per_token = torch.arange(1.0, total + 1)
-    mix = Mix((Term("a", slice(start, stop), 2.0), Term("a", None, per_token), Term("a", slice(0, total), 0.5)))
-    expected = 0.5 + per_token + 2.0 * ((torch.arange(total) >= start) & (torch.arange(total) < stop))
-    seen = torch.zeros(total)
-    made = frames(segments, torch.device("cpu"))
-    assert all(frame.length <= 1.25 * min(b - a for a, b in frame.spans) for frame in made)
-    if data.draw(st.booleans()):  # as a cache makes them: any order, padded on the left
-        made = [Frame(data.draw(st.permutations(segments)), torch.device("cpu"), left=True)]
-    for frame in made:
-        weight = torch.zeros(len(frame.spans) * frame.length)
-        for term in frame.call(Call(mix)).mix.terms:
-            weight[slice(None) if term.rows is None else term.rows] += term.gate
-        assert torch.equal(frame.fill(torch.arange(total)).flatten()[frame.places], frame.rows)
-        assert frame.mask().sum() == len(frame.rows)
-        assert torch.equal(weight[frame.places], expected[frame.rows])
-        seen[frame.rows] += 1
-    assert torch.equal(seen, torch.ones(total))

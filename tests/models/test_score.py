@@ -55,7 +55,9 @@ FNS = {"log_prob": log_prob, "entropy": entropy, "soft_ce": soft_cross_entropy}
 
 @pytest.mark.parametrize("names", [["log_prob"], ["log_prob", "entropy"], ["log_prob", "entropy", "soft_ce"]])
 @pytest.mark.parametrize("head", [False, True])
-def test_scores_and_gradients_equal_autograd_over_full_logits(names: list[str], head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_and_gradients_equal_autograd_over_full_logits(
+    names: list[str], head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The chunked forms (one pass, or recompute from three scores and for an adapted head) against plain logits in float64."""
     monkeypatch.setattr(score, "CHUNK", 5)
     model = tiny(torch.float64)

@@ -10,25 +10,22 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from tiny import one_thread  # noqa: F401 - a fixture
+from tiny import close, logits, one_thread  # noqa: F401 - one_thread is a fixture
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lorry.bank.attach import attach
+from lorry.bank.merge import merged_tensors, unties
+from lorry.bank.spec import LoraSpec
 from lorry.errors import ConfigError, ModelError
 from lorry.models.load import load_model
 from lorry.models.store import save_model
 
-IDS = torch.tensor([tiny.encode("the old lorry drove some road. ")])
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def close(a: Any, b: Any) -> bool:
-    """Equal logits, up to kernels that depend on where in memory a file's bytes lie."""
-    return bool((logits(a) - logits(b)).abs().max() <= 1e-5)
+LEAVES = {
+    "llama tied": ("q_proj", "up_proj"),
+    "gpt2": ("c_attn", "c_proj"),
+    "gpt_neox parallel": ("query_key_value", "dense_4h_to_h"),
+}
 
 
 def theirs(path: Path) -> Any:
@@ -100,6 +97,20 @@ def test_a_head_set_apart_from_a_tied_embedding(native: bool, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "hf"])
+@pytest.mark.parametrize("name", ["llama tied", "gpt2", "gpt_neox parallel"])
+def test_a_merged_stream_is_the_adapted_model(name: str, native: bool, tmp_path: Path) -> None:
+    """Adapters on every linear and on the head, folded in as they are written; transformers then says what we said before."""
+    model = opened(name, tmp_path, native=native)
+    attach(model, LoraSpec(r=2, target_modules=("lm_head", *LEAVES[name]), init_lora_weights=False))
+    overrides = {"tie_word_embeddings": False} if unties(model) else {}
+    assert bool(overrides) == (name != "gpt_neox parallel")
+    save_model(model, tmp_path / "out", tensors=merged_tensors(model), config_overrides=overrides)
+    assert (logits(model) - logits(tiny.trained(name))).abs().max() > 0.1
+    for merged in (theirs(tmp_path / "out"), load_model(tmp_path / "out", dtype="float32", notes=[]).model):
+        assert (logits(merged) - logits(model)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "hf"])
 def test_a_failed_save_leaves_nothing(native: bool, tmp_path: Path) -> None:
     model, out = opened("llama", tmp_path, native=native), tmp_path / "out"
     state = list(model.state_dict().items())
@@ -113,6 +124,22 @@ def test_a_failed_save_leaves_nothing(native: bool, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
     with pytest.raises(ConfigError, match="not empty"):
         save_model(model, tmp_path / "base")
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "hf"])
+def test_generation_config_and_dtype_go_along(native: bool, tmp_path: Path) -> None:
+    path = tiny.directory(tiny.trained("qwen2"), tmp_path / "base")
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 27], "temperature": 0.6, "do_sample": True}))
+    model = load_model(path, dtype="float32", notes=[], native=native).model
+    save_model(model, tmp_path / "out", dtype=torch.bfloat16)
+    said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (said["eos_token_id"], said["temperature"]) == ([3, 27], 0.6)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    again = theirs(tmp_path / "out")
+    assert again.dtype == torch.bfloat16
+    assert all(torch.equal(t, model.state_dict()[n].bfloat16()) for n, t in again.state_dict().items())
+    save_model(model, tmp_path / "other", generation_config={"eos_token_id": 5})
+    assert json.loads((tmp_path / "other" / "generation_config.json").read_text()) == {"eos_token_id": 5}
 
 
 def test_permissions_are_those_of_any_file(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ bias or rotary base shows. `trained(name)` is made once per test session and mus
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from functools import cache
@@ -14,12 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
 from lorry.models.decoder import Decoder
 from lorry.models.describe import describe
+from lorry.models.hf import HfModel
+from lorry.models.load import load_model
 from lorry.models.weights import load_decoder
 
 disable_progress_bar()
@@ -44,6 +49,24 @@ NEOX = {
     "model_type": "gpt_neox", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": CONTEXT, "hidden_act": "gelu", "bos_token_id": 0, "eos_token_id": 27,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+
+SMALL = {k: v for k, v in LLAMA.items() if k not in ("model_type", "tie_word_embeddings")}
+MOE = {**SMALL, "num_experts_per_tok": 2, "head_dim": 8}
+# Architectures Lorry has no family for
+FOREIGN: dict[str, dict[str, Any]] = {
+    "gemma2": {**SMALL, "model_type": "gemma2", "head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 3.0},
+    "gemma3_text": {**SMALL, "model_type": "gemma3_text", "head_dim": 8, "sliding_window": 8},
+    "granite": {**SMALL, "model_type": "granite", "logits_scaling": 4.0, "residual_multiplier": 0.5},
+    "cohere": {**SMALL, "model_type": "cohere", "logit_scale": 0.25},
+    "phi": {**SMALL, "model_type": "phi"},
+    "bloom": {"model_type": "bloom", "vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "opt": {
+        "model_type": "opt", "vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 16, "pad_token_id": 0,
+    },
+    "qwen3_moe": {**MOE, "model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 16},
+    "llama4_text": {**MOE, "model_type": "llama4_text", "num_local_experts": 2, "intermediate_size_mlp": 48},
 }  # fmt: skip
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -131,3 +154,40 @@ def decoder(model: Any, path: Path, dtype: torch.dtype = torch.float32) -> Decod
     described = describe(path, notes=[])
     assert described.family is not None, described.why
     return load_decoder(path, described.family, described.config, dtype, torch.device("cpu"))
+
+
+# --- checkpoints on disk, opened and tampered with
+
+
+def text_ids() -> Tensor:
+    """[1, 31] tokens to compare logits on."""
+    return torch.tensor([encode("the old lorry drove some road. ")])
+
+
+def opened(path: Path | str, **options: Any) -> Decoder | HfModel:
+    """A checkpoint as Lorry opens it, in fp32 unless asked otherwise."""
+    return load_model(path, **{"dtype": "float32", "notes": [], **options}).model
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(text_ids()).logits
+
+
+def close(a: Any, b: Any) -> bool:
+    """Equal logits, up to kernels that depend on where in memory a file's bytes lie."""
+    return bool((logits(a) - logits(b)).abs().max() <= 1e-5)
+
+
+def edit_config(path: Path, **changes: Any) -> Path:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    return path
+
+
+def rewrite(path: Path, change: Any) -> Path:
+    """Save the checkpoint's tensors again after ``change(tensors)``."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    save_file(change({n: t.clone() for n, t in tensors.items()}), path / "model.safetensors", metadata={"format": "pt"})
+    return path

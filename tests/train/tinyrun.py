@@ -1,22 +1,37 @@
 """Whole runs of a few milliseconds: random models of every family with a real tokenizer, rows to learn, run descriptions.
 
-    run = described(model, rows, tmp_path / "run", max_steps=12)
-    train_sft(run, [])
+train_sft(described(model, rows, tmp_path / "run", max_steps=12), [])
+engine_for(Fixed(steps), tmp_path / "run", learning_rate=1e-2).run()
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lorry.config import Run, build
-from lorry.train.events import Record
+from lorry.backends.base import Task
+from lorry.backends.local import Local
+from lorry.backends.optim import OptimSettings
+from lorry.bank.attach import attach
+from lorry.bank.spec import LoraSpec
+from lorry.config import Run, TrainConfig, build
+from lorry.disk import durable
+from lorry.train import artifacts, checkpoint
+from lorry.train.checks import Checks
+from lorry.train.engine import Engine
+from lorry.train.events import Listener, Record
+from seam import tiny_llama
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -45,7 +60,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def rows(n: int, *, start: int = 0) -> list[dict[str, str]]:
     """Questions and answers of uneven length, every one different."""
     pick = [(WHO[i % len(WHO)], WHAT[(i * 3 + i // len(WHO)) % len(WHAT)], i) for i in range(start, start + n)]
-    return [{"question": f"What has {who} in room {i}?", "answer": f"{who} has {what}" + ", again" * (i % 3)} for who, what, i in pick]
+    return [
+        {"question": f"What has {who} in room {i}?", "answer": f"{who} has {what}" + ", again" * (i % 3)} for who, what, i in pick
+    ]
 
 
 def write_rows(path: Path, made: list[dict[str, str]]) -> Path:
@@ -93,6 +110,47 @@ def described(model: Path, data: Path, out: Path, **settings: Any) -> Run:
     """A run description with small defaults."""
     given = {"model": {"name": str(model)}, "data": {"path": str(data)}, "output_dir": str(out), **DEFAULTS, **settings}
     return build(Run, given, [])
+
+
+def engine_for(
+    task: Task, folder: Path, *, listeners: Sequence[Listener] = (), steps_per_epoch: int = 4, specs: Sequence[LoraSpec] = (),
+    optim: OptimSettings | None = None, checks: Checks | None = None, ends: Sequence[int] = (), **train: Any,
+) -> Engine:  # fmt: skip
+    """The engine on `seam.tiny_llama`, an adapter for every name of the task (``specs``: one each, r=3 if absent)."""
+    model = tiny_llama()
+    for name, spec in zip_longest(task.adapters, specs):
+        attach(model, spec or LoraSpec(r=3), name)
+    backend = Local(model, list(task.adapters), optim or OptimSettings())
+    return Engine(
+        backend, task, TrainConfig(**train), folder, identity={"config": {}, "digests": {}, "environment": {}},
+        epoch_of=lambda step: step // steps_per_epoch, steps_per_epoch=steps_per_epoch, checks=checks or Checks(),
+        listeners=listeners, ends=ends,
+    )  # fmt: skip
+
+
+class QuietDisk(durable.Disk):
+    """No fsync: nothing here outlives the machine."""
+
+    def fsync(self, fd: int) -> None:
+        pass
+
+    def fsync_dir(self, path: Path) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """For test files that import it: one thread, no fsync, the digest of the code taken once (someone may be editing it)."""
+    patch, threads = pytest.MonkeyPatch(), torch.get_num_threads()
+    digest = checkpoint.code_digest()
+    patch.setattr(checkpoint, "code_digest", lambda: digest)
+    for module in (checkpoint, artifacts):  # they read a package's metadata file each time
+        patch.setattr(module, "version", cache(version))
+    patch.setattr(durable, "disk", QuietDisk())
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    patch.undo()
 
 
 class Heard:

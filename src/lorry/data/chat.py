@@ -10,6 +10,10 @@ earlier turns or adds to the turn. From there the supervised span grows
   after it is left out: generation has stopped, the model never writes it.
 
 A template's own {% generation %} blocks, where it has them, decide where a span starts and are checked against the probe.
+
+Some templates write a turn differently once the chat goes on (Qwen3 takes the thoughts out, Mistral moves the system
+message). Learning such a turn inside the longer chat would teach what is never generated there, so it is told apart: its
+number goes to ``Chat.stale``, and it has to be learnt in a rendering of its own that ends with it.
 """
 
 from __future__ import annotations
@@ -26,30 +30,38 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Chat:
-    """A rendered chat: ``spans`` are the supervised characters, in order; ``ended`` says the last answer has its end of turn."""
+    """A rendered chat: ``spans`` are the supervised characters, in order; ``ended``: the last answer has its end of turn;
+    ``stale``: numbers of the messages that are answers but were not written as they are when they are generated.
+    """
 
     text: str
     spans: tuple[Span, ...]
     ended: bool
+    stale: tuple[int, ...] = ()
 
 
 def lay_out(template: ChatTemplate, messages: Sequence[Message]) -> Chat:
     """Render a chat and find its answers. Raises TemplateRefusal when the template or this search does not take the chat."""
     rendered = template.render(messages)
     spans: list[Span] = []
+    stale: list[int] = []
     ended, used = False, 0
     for index, message in enumerate(messages):
-        if message.role == "assistant":
-            answer = locate(template, messages, index, rendered.text)
-            end, ended = _with_end_of_turn(template, rendered.text, answer[1])
-            block = _block_of(rendered, answer)
-            used += block is not None
-            start = _start_of(template, rendered, answer, block, spans[-1][1] if spans else 0)
-            if start is not None:
-                spans.append((start, end))
+        if message.role != "assistant":
+            continue
+        answer = locate(template, messages, index, rendered.text)
+        block = _block_of(rendered, answer)
+        used += block is not None
+        end, ended = _with_end_of_turn(template, rendered.text, answer[1])
+        if index < len(messages) - 1 and not template.render(messages[: index + 1]).text.startswith(rendered.text[:end]):
+            stale.append(index)
+            continue
+        start = _start_of(template, rendered, answer, block, spans[-1][1] if spans else 0)
+        if start is not None:
+            spans.append((start, end))
     if used != len(rendered.blocks):
         raise TemplateRefusal("a {% generation %} block of the chat template marks text that is no assistant turn")
-    return Chat(rendered.text, tuple(spans), ended)
+    return Chat(rendered.text, tuple(spans), ended, tuple(stale))
 
 
 def locate(template: ChatTemplate, messages: Sequence[Message], index: int, text: str) -> Span:

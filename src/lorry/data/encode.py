@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorry.data.badrows import BadRow
-from lorry.data.chat import Chat, Span, lay_out, locate
+from lorry.data.chat import Chat, Span, lay_out
 from lorry.data.content import Content, Conversation, Message, Text
+from lorry.data.cut import cut_longest, last_learnt, prompt_tokens, text_pieces, without_oldest
 from lorry.data.template import PLAIN, RESERVED, ChatTemplate, TemplateRefusal, special_token_texts
 from lorry.data.tokens import Marked, Tokens
-from lorry.errors import ConfigError, ModelError
+from lorry.errors import ConfigError, DataError, ModelError
 
 TOO_LONG = "too long"  # the kind of a sound row whose answer does not fit: dropped with a count, not an error
 ROUNDS = 8  # tries to hit max_length when a prompt is cut; each lands within a few tokens of it
@@ -38,14 +39,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A rendered example. ``opener``: the text before each span; ``messages`` of a chat; ``opened``, ``closed``: BOS, EOS go
-    around it; ``whole``: all of it is learnt.
+    """A rendered example. ``opener``: the text before each span; ``messages`` of a chat, of which ``last`` learns the last
+    answer only; ``opened``, ``closed``: BOS, EOS go around it; ``whole``: all of it is learnt.
     """
 
     text: str
     spans: Sequence[Span]
     opener: str = ""
     messages: tuple[Message, ...] = ()
+    last: bool = False
     opened: bool = False
     closed: bool = False
     whole: bool = False
@@ -86,15 +88,30 @@ class Encoder:
         return self.encode_many([content])[0]
 
     def encode_many(self, contents: Sequence[Content]) -> list[list[Encoded] | BadRow]:
-        """Encode each example, or say why it cannot be. Only a text longer than max_length gives more than one piece."""
-        drafts = [self._draft(content) for content in contents]
-        sound = [draft for draft in drafts if isinstance(draft, _Draft)]
+        """Encode each example, or say why it cannot be.
+
+        One sequence each, but for a text longer than max_length, which is cut into several, and a chat with turns that the
+        template writes differently later on, which get sequences of their own.
+        """
+        drafts = [self._drafts(content) for content in contents]
+        sound = [draft for made in drafts if not isinstance(made, BadRow) for draft in made]
         columns = [draft.text for draft in sound], [draft.spans for draft in sound], [draft.opener for draft in sound]
         marked = iter(self.tokens.many(*columns))
-        return [self._finish(draft, next(marked)) if isinstance(draft, _Draft) else draft for draft in drafts]
+        return [
+            made if isinstance(made, BadRow) else self._together([self._finish(d, next(marked)) for d in made]) for made in drafts
+        ]
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """The tokens to generate the last answer from, as training puts them before it. Raises TemplateRefusal."""
+        """The tokens to generate the last answer from, as training puts them before it.
+
+        Raises DataError when the chat template does not take the conversation.
+        """
+        try:
+            return self._prompt(conversation)
+        except TemplateRefusal as error:
+            raise DataError(str(error)) from error
+
+    def _prompt(self, conversation: Conversation) -> list[int]:
         messages = self._prepared(conversation)[:-1]
         if conversation.plain and not self.has_template:
             return self._opened(self.tokens.one(self._plain_prompt(conversation)).ids)
@@ -117,31 +134,49 @@ class Encoder:
             runs[-1][0].append(token)
         return [(self.tokenizer.decode(ids, skip_special_tokens=False), learnt) for ids, learnt in runs]
 
-    def _draft(self, content: Content) -> _Draft | BadRow:
+    def _drafts(self, content: Content) -> list[_Draft] | BadRow:
         try:
             if isinstance(content, Text):
-                return _Draft(content.text, [(0, len(content.text))], opened=True, closed=True, whole=True)
+                return [_Draft(content.text, [(0, len(content.text))], opened=True, closed=True, whole=True)]
             if content.plain and not self.has_template:
                 prompt, answer = self._plain_prompt(content), content.plain[1]
                 spans, last_line = [(len(prompt), len(prompt) + len(answer))], (prompt.splitlines(keepends=True) or [""])[-1]
-                return _Draft(prompt + answer, spans, last_line, opened=True, closed=True)
-            return self._chat(self._prepared(content))
+                return [_Draft(prompt + answer, spans, last_line, opened=True, closed=True)]
+            messages = self._prepared(content)
+            chat = lay_out(self.template, messages)
+            stale = chat.stale if self.completion_only_loss else ()
+            own = [self._chat(messages[: at + 1], lay_out(self.template, messages[: at + 1]), last=True) for at in stale]
+            if own:
+                self.notes["the chat template rewrites earlier answers; each was learnt in a chat that ends with it"] += 1
+            return [*own, self._chat(messages, chat, last=False)]
         except TemplateRefusal as error:
             return BadRow("template", str(error))
+
+    def _together(self, parts: list[list[Encoded] | BadRow]) -> list[Encoded] | BadRow:
+        """The sequences of one example; it is a bad row when none of them can be used."""
+        kept = [piece for part in parts if not isinstance(part, BadRow) for piece in part]
+        bad = [part for part in parts if isinstance(part, BadRow)]
+        if kept and bad:
+            self.notes["some answers of a chat were left out: too long for max_length"] += 1
+        return kept or bad[0]
 
     def _plain_prompt(self, conversation: Conversation) -> str:
         prompt = conversation.plain[0] if conversation.plain else ""
         return f"{self.system}\n\n{prompt}" if self.system and conversation.messages[0].role != "system" else prompt
 
-    def _chat(self, messages: tuple[Message, ...]) -> _Draft:
-        chat: Chat = lay_out(self.template, messages)
+    def _chat(self, messages: tuple[Message, ...], chat: Chat, last: bool) -> _Draft:
+        """A chat ready for the tokenizer; without an end of turn that can stop generation it gets the end of text."""
         if not chat.spans:
             raise TemplateRefusal("the chat template marks no answer of this conversation for learning")
-        if not chat.ended or len(self._end_of_turn) != 1:  # a stop in several tokens stops nobody
-            missing = "an end of turn that is several tokens" if chat.ended else "no end of turn after the last answer"
-            self.notes[f"the chat template writes {missing}; the end of text was added"] += 1
-            return _Draft(chat.text[: chat.spans[-1][1]], chat.spans, self.template.header, messages, closed=True)
-        return _Draft(chat.text, chat.spans, self.template.header, messages)
+        spans = chat.spans[-1:] if last else chat.spans
+        said = chat.text[spans[-1][0] : spans[-1][1]]
+        if messages[-1].content.strip() not in said:
+            self.notes["the chat template changes or shortens the answer itself, a thought for example"] += 1
+        if chat.ended and len(self._end_of_turn) == 1:
+            return _Draft(chat.text, spans, self.template.header, messages, last)
+        missing = "an end of turn that is several tokens" if chat.ended else "no end of turn after the last answer"
+        self.notes[f"the chat template writes {missing}; the end of text was added"] += 1
+        return _Draft(chat.text[: spans[-1][1]], spans, self.template.header, messages, last, closed=True)
 
     def _prepared(self, conversation: Conversation) -> tuple[Message, ...]:
         """The messages up to the last answer (what follows it teaches nothing), with the system message where it can be."""
@@ -168,7 +203,7 @@ class Encoder:
         marked = self._dressed(draft, marked)
         if draft.whole:
             return self._pieces(marked.ids)
-        cut, full = 0, len(marked.ids) if not self.completion_only_loss else _last(marked)
+        cut, full = 0, len(marked.ids) if not self.completion_only_loss else last_learnt(marked)
         if full > self.max_length:
             shortened = self._shortened_chat(draft) if draft.messages else self._shortened_plain(draft, marked)
             if isinstance(shortened, BadRow):
@@ -176,7 +211,7 @@ class Encoder:
             marked, cut = shortened, full - self._length(shortened)
         if self.completion_only_loss:
             # behind the last answer nothing is learnt and nothing depends on it: not worth computing
-            ids, weights = marked.ids[: _last(marked)], [float(taken) for taken in marked.learnt[: _last(marked)]]
+            ids, weights = marked.ids[: last_learnt(marked)], [float(taken) for taken in marked.learnt[: last_learnt(marked)]]
         else:
             ids, weights = marked.ids, [1.0] * len(marked.ids)
         weights[:1] = [0.0]
@@ -202,35 +237,28 @@ class Encoder:
         return ids if ids[: len(opening)] == opening else [*opening, *ids]
 
     def _pieces(self, ids: list[int]) -> list[Encoded] | BadRow:
-        """Cut a text; each piece repeats the last token of the one before, so that every token but the first is learnt once."""
         if len(ids) < 2:
             return BadRow("empty answer", "the text is a single token: there is nothing to learn")
-        step = self.max_length - 1
-        pieces = [ids[start : start + self.max_length] for start in range(0, len(ids) - 1, step)]
-        return [Encoded(piece, [0.0] + [1.0] * (len(piece) - 1)) for piece in pieces]
+        return [Encoded(piece, [0.0] + [1.0] * (len(piece) - 1)) for piece in text_pieces(ids, self.max_length)]
 
     def _shortened_plain(self, draft: _Draft, marked: Marked) -> Marked | BadRow:
-        """Drop prompt tokens from the left, behind the BOS."""
         head = len(self.tokens.opening) if draft.opened else 0
-        over = len(marked.ids) - self.max_length
-        if over > marked.learnt.index(True) - max(head, 1):  # a token has to stand before the answer for it to be learnt whole
-            return self._too_long(sum(marked.learnt))
-        return Marked(marked.ids[:head] + marked.ids[head + over :], marked.learnt[:head] + marked.learnt[head + over :])
+        return prompt_tokens(marked, head, len(marked.ids) - self.max_length) or self._too_long(sum(marked.learnt))
 
     def _shortened_chat(self, draft: _Draft) -> Marked | BadRow:
         """Leave out the oldest turns, then cut the longest prompt messages from the left, until the last answer fits whole."""
         messages = draft.messages
         try:
-            while len(shorter := _without_oldest(messages)) < len(messages):
+            while len(shorter := without_oldest(messages)) < len(messages):
                 messages = shorter
-                if self._length(fitted := self._drafted(messages)) <= self.max_length:
+                if self._length(fitted := self._drafted(messages, draft.last)) <= self.max_length:
                     return fitted
             for _ in range(ROUNDS * len(messages)):
-                marked = self._drafted(messages)
+                marked = self._drafted(messages, draft.last)
                 over = self._length(marked) - self.max_length
                 if over <= 0:
                     return marked
-                shorter = self._cut_longest(messages, over)
+                shorter = cut_longest(self.template, self.tokens, messages, over)
                 if shorter == messages:
                     return self._too_long(sum(marked.learnt))
                 messages = shorter
@@ -238,24 +266,12 @@ class Encoder:
             return BadRow("template", f"{error} (after its prompt was cut to max_length={self.max_length})")
         return self._too_long(sum(marked.learnt))
 
-    def _drafted(self, messages: tuple[Message, ...]) -> Marked:
-        draft = self._chat(messages)
+    def _drafted(self, messages: tuple[Message, ...], last: bool) -> Marked:
+        draft = self._chat(messages, lay_out(self.template, messages), last)
         return self._dressed(draft, self.tokens.one(draft.text, draft.spans, draft.opener))
 
     def _length(self, marked: Marked) -> int:
-        return _last(marked) if self.completion_only_loss else len(marked.ids)
-
-    def _cut_longest(self, messages: tuple[Message, ...], over: int) -> tuple[Message, ...]:
-        """Cut ``over`` tokens from the left of the longest message that is no answer (all of it when it has fewer)."""
-        prompts = [at for at, message in enumerate(messages) if message.role != "assistant" and message.content]
-        if not prompts:
-            return messages
-        longest = max(prompts, key=lambda at: len(messages[at].content))
-        text = self.template.render(messages).text
-        start, end = locate(self.template, messages, longest, text)
-        inside = [edge for edge in self.tokens.ends(text) if start < edge <= end]
-        kept = text[inside[over - 1] : end] if over <= len(inside) else ""
-        return (*messages[:longest], replace(messages[longest], content=kept), *messages[longest + 1 :])
+        return last_learnt(marked) if self.completion_only_loss else len(marked.ids)
 
     def _too_long(self, answer: int) -> BadRow:
         return BadRow(TOO_LONG, f"the answer of {answer} tokens with its header is longer than max_length={self.max_length}")
@@ -266,15 +282,3 @@ def encode(
 ) -> list[Encoded] | BadRow:
     """Encode one example; for many, keep an ``Encoder``."""
     return Encoder(tokenizer, max_length=max_length, completion_only_loss=completion_only_loss, system=system).encode(content)
-
-
-def _last(marked: Marked) -> int:
-    """One behind the last supervised token."""
-    return len(marked.learnt) - marked.learnt[::-1].index(True) if any(marked.learnt) else 0
-
-
-def _without_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Without the first exchange (a system message stays); the same messages when only one exchange is left."""
-    kept = 1 if messages[0].role == "system" else 0
-    later = [at for at, message in enumerate(messages) if message.role == "user" and at > kept]
-    return messages[:kept] + messages[later[0] :] if later else messages

@@ -18,10 +18,23 @@ from lorry.data.streaming import StreamingTokenSet, StreamingTrainStream
 from lorry.data.tokenset import DataReport, TokenSet
 
 
+class StreamReport(DataReport):
+    """What became of the rows of a streamed source so far: nobody has counted those to come."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source.label, left_out=source.bad.counts, first_left_out=source.bad.first)
+
+    def lines(self) -> list[str]:
+        """For a person, one fact a line."""
+        read = f"{self.source}: streamed, rows are read as they are needed"
+        return [read, *(f"left out so far: {n} rows ({reason})" for reason, n in sorted(self.left_out.items()))]
+
+
 @dataclass
 class Prepared:
     """What a run reads. ``ends``: ids of which one must be supervised in every sequence (empty for plain text);
-    ``steps_per_epoch``: None for a streamed source; ``digest``: of the training tokens; ``tokens``: None when streamed."""
+    ``steps_per_epoch``: None for a streamed source; ``digest``: of the training tokens, or the name of a streamed source;
+    ``tokens``: None when streamed."""
 
     stream: Stream
     evaluation: list[Batch]
@@ -48,7 +61,7 @@ def prepare(data: DataConfig, train: TrainConfig, tokenizer: Any, *, quarantine:
     if data.streaming:
         streamed = StreamingTrainStream(StreamingTokenSet(source, encoder, form=form), **shape)
         evaluation = _evaluation(data, train, encoder, form, quarantine)
-        return Prepared(streamed, evaluation, encoder, DataReport(source.label), ends, None, source.label, None)
+        return Prepared(streamed, evaluation, encoder, StreamReport(source), ends, None, source.label, None)
     tokens = TokenSet.build(source, encoder, form=form)
     held: list[Batch] = []
     if data.test_size is not None:

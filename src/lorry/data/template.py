@@ -66,7 +66,7 @@ class ChatTemplate:
     @classmethod
     def of(cls, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> ChatTemplate | None:
         """The tokenizer's own template, or None when it has none; ``variables`` go to the template (enable_thinking ...)."""
-        source = tokenizer.chat_template
+        source = getattr(tokenizer, "chat_template", None)
         if isinstance(source, Mapping):
             source = source.get("default") or next(iter(source.values()))
         return cls.made(source, tokenizer, variables) if source else None

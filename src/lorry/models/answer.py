@@ -27,15 +27,16 @@ def answer(
 ) -> list[str]:
     """The model's continuation of each prompt, as text without special tokens and without the end of turn.
 
-    A string is a user's message where the tokenizer has a chat template and ``chat`` is true, else plain text to continue; a
-    Conversation is answered at its last assistant message, exactly as it would be trained. ``options`` go to
-    `models.generate.generate` (temperature, top_k, top_p, seed, adapters, ...).
+    A string is a user's message where the tokenizer has a chat template and ``chat`` is true, else plain text to continue (the
+    answer then keeps the white space at its ends); a Conversation is answered at its last assistant message, exactly as it would
+    be trained. ``options`` go to `models.generate.generate` (temperature, top_k, top_p, seed, adapters, ...).
     """
     encoder = Encoder(tokenizer, max_length=LONGEST, system=system)
     ids = [encoder.prompt(p) if isinstance(p, Conversation) else _prompt(encoder, p, chat) for p in prompts]
     made = generate(model, ids, max_new_tokens=max_new_tokens, eos=encoder.stop_tokens(), **options)
-    texts = ["".join(speech.heard(g.tokens)) for g in made for speech in [Speech(encoder)]]
-    return [text.strip() for text in texts] if chat else texts
+    texts = ["".join(Speech(encoder).heard(g.tokens)) for g in made]
+    turns = [isinstance(p, Conversation) or (chat and encoder.has_template) for p in prompts]
+    return [text.strip() if turn else text for text, turn in zip(texts, turns, strict=True)]
 
 
 def _prompt(encoder: Encoder, text: str, chat: bool) -> list[int]:

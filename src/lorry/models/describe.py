@@ -6,9 +6,10 @@ flags are taken out at every depth before transformers sees it (CVE-2026-4372 an
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from lorry.errors import LorryError, ModelError, nearest
 from lorry.families import Family, find, unsupported
@@ -154,6 +156,18 @@ def blaming(what: str) -> Iterator[None]:
         if type(e) is not Exception and not isinstance(e, (*UNUSABLE, StrictDataclassError)):
             raise
         raise ModelError(f"{what} ({type(e).__name__}: {e})") from e
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and tables off the terminal; what they say that matters, Lorry says itself."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _build(kind: str, raw: dict[str, Any], path: Path) -> Any:

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import re
@@ -22,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lorry.disk import durable
 from lorry.errors import ModelError
-from lorry.models.describe import blaming, read_json
+from lorry.models.describe import blaming, quiet, read_json
 from lorry.models.gguf import check_gguf
 from lorry.models.store import share
 from lorry.models.tokenizer import split_as
@@ -100,13 +100,11 @@ def _one_at_a_time(target: Path) -> Iterator[None]:
 
 
 def _convert(file: Path, work: Path) -> list[str]:
-    """Dequantise with transformers' GGUF reader and save model and tokenizer; its progress bars stay unseen. Returns notes."""
+    """Dequantise with transformers' GGUF reader and save model and tokenizer; returns notes."""
     words = check_gguf(file)
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     trouble = f"{file}: transformers cannot convert this GGUF file of architecture {words.get('general.architecture')!r}"
-    with blaming(trouble), contextlib.redirect_stderr(io.StringIO()):
+    with blaming(trouble), quiet():
         model = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             **source,

@@ -8,8 +8,6 @@ with AMX-BF16, AVX512-BF16 or ARM BF16) and float32 elsewhere, whatever the chec
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from lorry.errors import ConfigError, ModelError
 from lorry.models.decoder import Decoder
-from lorry.models.describe import Description, blaming, describe, read_json
+from lorry.models.describe import Description, blaming, describe, quiet, read_json
 from lorry.models.digest import sample_digest
 from lorry.models.hf import HfModel
 from lorry.models.sources import resolve
+from lorry.models.store import GENERATION
 from lorry.models.tokenizer import load_tokenizer
 from lorry.models.weights import BUFFERS, entries, load_decoder
 
@@ -80,6 +79,7 @@ def load_model(
             f"the tokenizer has {len(tokenizer)} entries, the model only {vocabulary} embeddings; the rest cannot be used"
         )
     generation = place.directory / "generation_config.json"
+    model.__dict__[GENERATION] = read_json(generation) if generation.is_file() else {}
     source: dict[str, Any] = {
         "name": str(name_or_path),
         "kind": place.kind,
@@ -89,7 +89,7 @@ def load_model(
         "device": str(where),
         "family": described.family.name if described.family is not None else None,
         "why": described.why,
-        "generation_config": read_json(generation) if generation.is_file() else {},
+        "generation_config": model.__dict__[GENERATION],
     }
     if place.adapter is not None:
         source["adapter"] = str(place.adapter)
@@ -107,8 +107,7 @@ def load_hf(
 ) -> HfModel:
     """transformers' own implementation, with every tensor of the checkpoint accounted for. Raises ModelError otherwise."""
     entries(directory)  # refuses pickles, broken shards and paths that lead elsewhere
-    # stderr gets progress bars and a table of names, which follow as an error if need be
-    with blaming(f"{directory}: transformers cannot load it"), contextlib.redirect_stderr(io.StringIO()):
+    with blaming(f"{directory}: transformers cannot load it"), quiet():
         inner, info = AutoModelForCausalLM.from_pretrained(
             str(directory),
             config=described.hf,

@@ -18,11 +18,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lorry.disk.durable import building
 from lorry.errors import ModelError
 from lorry.models.decoder import Decoder
+from lorry.models.describe import read_json
 
 if TYPE_CHECKING:
     from lorry.models.hf import HfModel
 
 SHARD_BYTES = 2_000_000_000
+GENERATION = "generation_config"  # an attribute that rides along on a loaded model, as its bank does
 INDEX = "model.safetensors.index.json"
 
 
@@ -39,23 +41,28 @@ def save_model(
 ) -> None:
     """Write ``model`` to the directory ``path``, which must not exist yet or be empty; transformers loads what is written.
 
-    ``tensors``: (name as in the model's state dict, tensor), instead of the model's own; a tied head may be left out.
-    ``config_overrides``: such as {"tie_word_embeddings": False} with a separate head. ``dtype``: None keeps each tensor's.
+    ``tensors``: (name as in the model's state dict, tensor), instead of the model's own; a tied head may be left out. The
+    native decoder takes them one shard at a time, a model of transformers all at once. ``config_overrides``: such as
+    {"tie_word_embeddings": False} with a separate head. ``generation_config``: None writes what the model was loaded with.
+    ``dtype``: None keeps each tensor's.
     Raises ConfigError if the path is taken, ModelError if the names do not fit the model, DiskError; then nothing is written.
     """
     config = {k: v for k, v in {**model.config, **(config_overrides or {})}.items() if not k.startswith("_")}
     tied = bool(config.get("tie_word_embeddings"))
-    stream = _checked(model, tensors, tied=tied)
+    stream = _converted(_checked(model, tensors, tied=tied), dtype)
     with building(Path(path)) as work:
         if isinstance(model, Decoder):
-            dtypes = _write(_on_disk(stream, model, tied=tied), work, dtype, max_shard_bytes)
-            kinds = set(dtypes.values())
+            kinds = _write(_on_disk(stream, model, tied=tied), work, max_shard_bytes)
             config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
-            config["dtype"] = str(next(iter(kinds))).removeprefix("torch.") if len(kinds) == 1 else "float32"
             _write_json(work / "config.json", config)
         else:
-            model.save_inner(work, {n: t if dtype is None else t.to(dtype) for n, t in stream}, config, max_shard_bytes)
-        _write_json(work / "generation_config.json", generation_config or _token_ids(config))
+            state = dict(stream)
+            kinds = {t.dtype for t in state.values() if t.is_floating_point()}
+            model.save_inner(work, state, config, max_shard_bytes)
+        stored = str(next(iter(kinds))) if len(kinds) == 1 else "float32"
+        _write_json(work / "config.json", {**read_json(work / "config.json"), "dtype": stored.removeprefix("torch.")})
+        said = generation_config or model.__dict__.get(GENERATION) or _token_ids(config)
+        _write_json(work / "generation_config.json", said)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         share(work)
@@ -78,6 +85,12 @@ def _checked(
         raise ModelError(f"{len(missing)} tensors were not given ({', '.join(missing[:3])}); nothing was saved")
 
 
+def _converted(stream: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in stream:
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        yield name, tensor.detach().to("cpu", kind).contiguous()
+
+
 def _on_disk(stream: Iterator[tuple[str, Tensor]], model: Decoder, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
     """Names as checkpoints spell them; a tied head is left out, as transformers does."""
     for name, tensor in stream:
@@ -87,10 +100,10 @@ def _on_disk(stream: Iterator[tuple[str, Tensor]], model: Decoder, *, tied: bool
         yield f"{model.family.on_disk.get(module, module)}.{leaf}", tensor
 
 
-def _write(stream: Iterator[tuple[str, Tensor]], work: Path, dtype: torch.dtype | None, limit: int) -> dict[str, torch.dtype]:
-    """Write shards of at most ``limit`` bytes (a single larger tensor is a shard of its own). Returns {name: dtype}."""
+def _write(stream: Iterator[tuple[str, Tensor]], work: Path, limit: int) -> set[torch.dtype]:
+    """Write shards of at most ``limit`` bytes (a single larger tensor is a shard of its own). Returns the dtypes in them."""
     shards: list[list[str]] = []
-    dtypes: dict[str, torch.dtype] = {}
+    kinds: set[torch.dtype] = set()
     held: dict[str, Tensor] = {}
     total = size = 0
 
@@ -100,11 +113,11 @@ def _write(stream: Iterator[tuple[str, Tensor]], work: Path, dtype: torch.dtype 
         held.clear()
 
     for name, tensor in stream:
-        tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         if held and size + tensor.nbytes > limit:
             flush()
             size = 0
-        held[name], dtypes[name] = tensor, tensor.dtype
+        held[name] = tensor
+        kinds.add(tensor.dtype)
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -115,7 +128,7 @@ def _write(stream: Iterator[tuple[str, Tensor]], work: Path, dtype: torch.dtype 
         _write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     for i, name in enumerate(names):
         (work / f"shard-{i}").rename(work / name)
-    return dtypes
+    return kinds
 
 
 def _token_ids(config: Mapping[str, Any]) -> dict[str, Any]:

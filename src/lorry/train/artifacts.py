@@ -16,7 +16,10 @@ from torch import nn
 from lorry.bank.peft_io import adapter_files
 from lorry.disk import durable
 
-SHARED = ("adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json")
+RESULTS = (
+    "receipt.json", "contracts.json", "samples.json", "evaluation.json", "report.html", "report.png", "README.md",
+    "adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json",
+)  # fmt: skip
 
 
 def write_json(run_dir: Path, name: str, value: Any) -> None:

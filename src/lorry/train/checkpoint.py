@@ -97,6 +97,16 @@ def forget_after(run_dir: Path, step: int) -> None:
             durable.remove_directory(path)
 
 
+def tidy(run_dir: Path, step: int, *, keep: int | None = None, protect: Collection[int] = ()) -> None:
+    """Bring the checkpoints of a run that goes on from ``step`` into the order that saving it left them in, had a kill not come
+    between: what was half written or half removed goes, and so do later steps and those beyond ``keep``. Raises DiskError."""
+    folder = run_dir / "checkpoints"
+    if folder.is_dir():
+        durable.recover(folder)
+        forget_after(run_dir, step)
+        _prune(run_dir, keep, protect)
+
+
 def find_latest(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None. Damaged ones are skipped with a warning; nothing is changed."""
     for _, path in reversed(_saved(run_dir)):

@@ -208,15 +208,18 @@ class Engine:
 
     def save(self) -> Path:
         """Write a checkpoint of this step; the best one is never pruned."""
-        protect = [] if self.progress.best_step is None else [self.progress.best_step]
         meta = {
             **self.identity, "progress": vars(self.progress), "task": self.task.state(), "checks": self.checks.state(),
             "final_loss": self.final_loss,
         }  # fmt: skip
         durable.settle(self.run_dir / METRICS)
-        state, keep = self.backend.state(), self.train.save_total_limit
-        self.newest = checkpoint.save(self.run_dir, self.progress.step, state, meta, keep=keep, protect=protect)
+        self.newest = checkpoint.save(self.run_dir, self.progress.step, self.backend.state(), meta, **self._kept())
         return self.newest
+
+    def _kept(self) -> dict[str, Any]:
+        """Which checkpoints stay: the newest few, and the best one."""
+        best = self.progress.best_step
+        return {"keep": self.train.save_total_limit, "protect": [] if best is None else [best]}
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint. Raises ConfigError if it belongs to other data or another config, ModelError if damaged."""
@@ -228,8 +231,9 @@ class Engine:
         self.task.load_state(meta["task"])
         self.progress = Progress(**meta["progress"])
         self.final_loss = meta["final_loss"]
-        self.newest = self.origin = path
-        checkpoint.forget_after(self.run_dir, self.progress.step)
+        checkpoint.tidy(self.run_dir, self.progress.step, **self._kept())
+        here = self.run_dir / "checkpoints" / f"step-{self.progress.step:08d}"
+        self.newest, self.origin = here if here.is_dir() else path, path
         self._tell("note", f"resumed from {path.name}: {self.progress.step} of {self.total} steps are done")
 
     def _load_best(self, step: int) -> None:

@@ -18,10 +18,18 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+PRIMITIVES = 32  # kernels oneDNN keeps; a step needs about as many, and every new batch length brings as many again
+
+
 def tune_allocator() -> bool:
-    """Let glibc keep large freed blocks instead of returning each to the system: every activation is such a block, and fetching
-    its pages anew costs about a fifth of a training step on a CPU. Returns whether it was done; `LORRY_MALLOC=0` opts out.
+    """Keep memory steady and cheap on the CPU; returns whether glibc's allocator was tuned. `LORRY_MALLOC=0` opts out of that.
+
+    glibc: keep large freed blocks instead of returning each to the system; every activation is such a block, and fetching its
+    pages anew costs about a fifth of a training step. oneDNN: it keeps 1024 compiled kernels by default, and packed batches
+    have ever new lengths, so a run would grow by gigabytes (seen); a few are enough, since lengths hardly ever come again.
     """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own and torch's on top of it
+        os.environ.setdefault(cache, str(PRIMITIVES))
     if not sys.platform.startswith("linux") or os.environ.get("LORRY_MALLOC") == "0":
         return False
     libc = ctypes.CDLL(None)

@@ -19,7 +19,8 @@ from lorry.bank.spec import LoraSpec
 from lorry.config import Run, dump
 from lorry.config.schema import LoraConfig, TrainConfig
 from lorry.data.prepare import Prepared, prepare
-from lorry.errors import ConfigError
+from lorry.disk import durable
+from lorry.errors import ConfigError, ModelError
 from lorry.models.decoder import Decoder
 from lorry.models.hf import HfModel, unreached
 from lorry.models.open import Opened, open_model
@@ -70,6 +71,8 @@ def train_sft(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) ->
     engine = build_engine(run, opened, name, prepared, listeners)
     if start is not None:
         engine.resume(start)
+    if not _inside(start, run.output_dir):
+        _clear(run.output_dir)  # only now: whatever was wrong with this run has been said, and cost nothing of the last one
     return _train(run, opened, name, prepared, engine)
 
 
@@ -81,15 +84,19 @@ def _train(run: Run, opened: Opened, name: str, prepared: Prepared, engine: Engi
         checks.begin(backend, {name: list(bank_of(opened.model)[name].slots)})
         checks.held(8, "; ".join(prepared.report.lines()[:3]))
         outcome = engine.run()
+        checks.held(8, "; ".join(prepared.report.lines()[:3]))  # a streamed source knows more now
         checks.end(backend, engine.task)
         bank_of(opened.model).activate(Mix.one(name))
         digests = artifacts.write_adapters(run.output_dir, opened.model, opened.tokenizer, [name], opened.source["path"])
         check_reload(checks, opened.model, name, run.output_dir, prepared)
-        check_checkpoint(checks, run.output_dir)
+        check_checkpoint(checks, engine.newest)
     finally:
         artifacts.write_json(run.output_dir, "contracts.json", checks.report())
     contracts = checks.report()
-    data = {"sha256": prepared.digest, **vars(prepared.report)}
+    report = prepared.report
+    data: dict[str, Any] = {"source": report.source, "streamed": True, "left_out": report.left_out}
+    if prepared.tokens is not None:
+        data = {"sha256": prepared.digest, **vars(report)}
     base = {**opened.source, "sha256": base_digest(opened.model)}
     paper = artifacts.receipt(data=data, base=base, code=checkpoint.code_digest(), adapters=digests, seed=run.train.seed)
     artifacts.write_json(run.output_dir, "receipt.json", paper)
@@ -99,38 +106,36 @@ def _train(run: Run, opened: Opened, name: str, prepared: Prepared, engine: Engi
 
 def where_to_start(run: Run) -> Path | None:
     """The checkpoint to resume from, or None to start afresh. Raises ConfigError rather than mix with, or lose, another run."""
-    wanted, folder = run.train.resume_from_checkpoint, run.output_dir
-    if wanted == "auto":
-        return checkpoint.find_latest(folder)
-    if wanted is not None:
-        path = Path(wanted)
-        inside = checkpoint.find_latest(path) if (path / "checkpoints").is_dir() else path
-        if inside is None or not inside.is_dir():
-            raise ConfigError(f"train.resume_from_checkpoint={wanted} is no checkpoint and no run with one")
-        return inside
-    if (folder / "checkpoints").is_dir() and not (folder / "receipt.json").is_file() and checkpoint.find_latest(folder):
+    folder, start = run.output_dir, _wanted_checkpoint(run)
+    unfinished = (folder / "checkpoints").is_dir() and not (folder / "receipt.json").is_file()
+    if unfinished and not _inside(start, folder) and checkpoint.find_latest(folder):
         raise ConfigError(
             f"{folder} holds an unfinished run; add resume_from_checkpoint=auto to go on with it, or use another output_dir"
         )
-    if folder.is_dir():
-        _clear(folder)
-    return None
+    return start
+
+
+def _wanted_checkpoint(run: Run) -> Path | None:
+    wanted = run.train.resume_from_checkpoint
+    if wanted is None or wanted == "auto":
+        return None if wanted is None else checkpoint.find_latest(run.output_dir)
+    path = Path(wanted)
+    inside = checkpoint.find_latest(path) if (path / "checkpoints").is_dir() else path
+    if inside is None or not inside.is_dir():
+        raise ConfigError(f"train.resume_from_checkpoint={wanted} is no checkpoint and no run with one")
+    return inside
+
+
+def _inside(start: Path | None, folder: Path) -> bool:
+    return start is not None and start.resolve().parent == (folder / "checkpoints").resolve()
 
 
 def _clear(folder: Path) -> None:
-    """Remove the files of an earlier, finished run that this one would otherwise mix with."""
+    """Remove the files of an earlier run that this one would otherwise mix with, or be taken for while it is unfinished."""
     checkpoint.forget_after(folder, -1)
-    for name in (
-        METRICS,
-        "contracts.json",
-        "receipt.json",
-        "samples.json",
-        "evaluation.json",
-        "report.html",
-        "report.png",
-        RUN_FILE,
-    ):
-        (folder / name).unlink(missing_ok=True)
+    for name in (*artifacts.RESULTS, METRICS, RUN_FILE):
+        if (folder / name).is_file():
+            durable.disk.unlink(folder / name)
 
 
 def use_template(tokenizer: Any, path: str | None) -> None:
@@ -189,9 +194,9 @@ def build_engine(run: Run, opened: Opened, name: str, prepared: Prepared, listen
 def check_reload(checks: Checks, model: Decoder | HfModel, name: str, folder: Path, prepared: Prepared) -> None:
     """Contract 5: read the adapter back under another name; its values and the scores of a batch must be the same bits."""
     again = f"{name[:50]}.reloaded"
-    load_adapter(model, folder, again)
     bank = bank_of(model)
     try:
+        load_adapter(model, folder, again)
         if not torch.equal(bank[name].values.cpu(), bank[again].values.cpu()):
             raise checks.fail(5, f"{folder}: the adapter read back is not the one that was trained")
         batch = next(iter(prepared.evaluation), None) or (prepared.stream.batches(0)[0] if prepared.tokens else None)
@@ -200,17 +205,24 @@ def check_reload(checks: Checks, model: Decoder | HfModel, name: str, folder: Pa
             scores = [local.score([batch], {"s": Score(log_prob)}, Mix.one(n))[0]["s"] for n in (name, again)]
             if not torch.equal(*scores):
                 raise checks.fail(5, f"{folder}: the adapter read back gives other logits")
-        checks.held(5, f"{bank[name].values.numel()} values and the scores of a batch equal bit for bit after reading back")
+        scored = " and the scores of a batch" if batch is not None else ""
+        checks.held(5, f"{bank[name].values.numel()} values{scored} equal bit for bit after reading back")
+    except ModelError as error:
+        raise checks.fail(5, str(error)) from error
     finally:
-        detach(model, again)
+        if again in bank.names():
+            detach(model, again)
 
 
-def check_checkpoint(checks: Checks, folder: Path) -> None:
-    """Contract 6: the newest checkpoint verifies (SHA-256 of every file)."""
-    newest = checkpoint.find_latest(folder)
-    if newest is not None:
+def check_checkpoint(checks: Checks, newest: Path | None) -> None:
+    """Contract 6: the newest checkpoint, if the run has any, verifies (SHA-256 of every file)."""
+    if newest is None:
+        return
+    try:
         checkpoint.load(newest)
-        checks.held(6, f"{newest.name} verified by SHA-256; resume_from_checkpoint=auto goes on from it")
+    except ModelError as error:
+        raise checks.fail(6, str(error)) from error
+    checks.held(6, f"{newest.name} verified by SHA-256; resume_from_checkpoint=auto goes on from it")
 
 
 def _card(run: Run, opened: Opened, outcome: Outcome, contracts: Sequence[dict[str, Any]]) -> str:

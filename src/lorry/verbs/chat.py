@@ -37,7 +37,8 @@ def main(settings: ChatSettings, notes: list[str]) -> int:
     chat = Chat(settings, opened(settings.model, adapters=settings.adapters))
     interactive = sys.stdin.isatty()
     if interactive:
-        tell(f"{settings.model.name}, {chat.answering()}. /help lists the commands.")
+        plain = "" if chat.encoder.has_template else " It has no chat template and continues your text; \\n is a line break."
+        tell(f"{settings.model.name}, {chat.answering()}.{plain} /help lists the commands.")
     code = 0
     for line in _typed() if interactive else _piped():
         try:
@@ -158,7 +159,7 @@ class Chat:
     # --- answers
 
     def answer(self, text: str) -> Iterator[str]:
-        """The answer to one more message, piece by piece; both join the conversation once anything was said.
+        """The answer to one more message, piece by piece; both join the conversation, also when it is stopped half-way.
 
         Raises ModelError when the message alone is too long for the context; then the conversation is as it was.
         """
@@ -175,15 +176,16 @@ class Chat:
             model, prompt, max_new_tokens=room, eos=self.encoder.stop_tokens(), temperature=settings.temperature,
             seed=settings.seed + self.asked - 1, adapters=Mix.one(self.adapter) if self.adapter else Mix.none(),
         )  # fmt: skip
-        speech, said = Speech(self.encoder), list[str]()
+        speech, said, whole = Speech(self.encoder), list[str](), False
         try:
             for token in tokens:
                 yield from _kept(speech.hear(token), said, self.encoder.has_template)
                 if speech.ended:
                     break
             yield from _kept(speech.rest(), said, self.encoder.has_template)
+            whole = True
         finally:
-            if said:
+            if said or whole:
                 self.turns += [asked, Message("assistant", "".join(said))]
         if not speech.ended:
             tell(f"\n(stopped after {room} tokens; max_new_tokens sets how many)")
@@ -213,12 +215,17 @@ class Chat:
         from lorry.models.answer import continuation
 
         if not self.encoder.has_template:
-            return continuation(self.encoder, "".join(turn.content for turn in self.turns) + asked.content)
+            return continuation(self.encoder, "\n".join([*self._exchanges(), asked.content.replace("\\n", "\n")]))
         opening = [Message("system", self.system)] if self.system else []
         try:
             return self.encoder.prompt(Conversation((*opening, *self.turns, asked, Message("assistant", "."))))
         except TemplateRefusal as error:
             raise DataError(f"{error}; /reset begins anew") from error
+
+    def _exchanges(self) -> Iterator[str]:
+        """Of plain text: what was typed and how it was continued, each pair in one."""
+        for asked, said in zip(self.turns[::2], self.turns[1::2], strict=True):
+            yield asked.content.replace("\\n", "\n") + said.content
 
 
 def _kept(piece: str, said: list[str], chat: bool) -> Iterator[str]:

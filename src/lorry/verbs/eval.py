@@ -23,7 +23,7 @@ from lorry.report.text import number, visible
 from lorry.verbs.opening import opened, tell
 
 if TYPE_CHECKING:
-    from lorry.data.encode import Encoder
+    from lorry.data.sources import Source
     from lorry.evaluate.rows import EvalRows, Evaluated
     from lorry.models.open import Opened
 
@@ -39,9 +39,10 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
         raise ConfigError(f"output={settings.output} is a directory; name a JSON file")
     if settings.backend.threads:
         torch.set_num_threads(settings.backend.threads)
+    source = open_rows(settings)  # before the model, which takes longer: a wrong path is told at once
     found = opened(settings.model)
     tell_other_dtype(found)
-    rows = read(settings, found)
+    rows = read(settings, found, source)
     for line in rows.tokens.report.lines():
         tell(line)
     sides = evaluate(settings, found, rows)
@@ -60,18 +61,24 @@ def tell_other_dtype(found: Opened) -> None:
         tell(f"note: trained in {trained}, evaluated in {now}; dtype={trained} gives the numbers of the training")
 
 
-def read(settings: EvalSettings, found: Opened) -> EvalRows:
+def open_rows(settings: EvalSettings) -> Source:
+    """The rows, not read yet. Raises DataError for a path that is not there."""
+    from lorry.data.sources import open_source
+
+    data = settings.data
+    return open_source(data.path, name=data.name, split=data.split, on_bad_row=data.on_bad_row, limit=settings.limit)
+
+
+def read(settings: EvalSettings, found: Opened, source: Source) -> EvalRows:
     """The rows, encoded as training would; never longer than the model's context."""
     from lorry.data.encode import Encoder
     from lorry.data.formats import chosen
-    from lorry.data.sources import open_source
     from lorry.evaluate.rows import EvalRows
 
     data, context = settings.data, found.model.context
     length = data.max_length if context is None else min(data.max_length, context)
     only = True if data.completion_only_loss is None else data.completion_only_loss
-    encoder: Encoder = Encoder(found.tokenizer, max_length=length, completion_only_loss=only, system=data.system)
-    source = open_source(data.path, name=data.name, split=data.split, on_bad_row=data.on_bad_row, limit=settings.limit)
+    encoder = Encoder(found.tokenizer, max_length=length, completion_only_loss=only, system=data.system)
     return EvalRows.read(source, encoder, chosen(data.format, data.text_field))
 
 

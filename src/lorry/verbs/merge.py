@@ -56,7 +56,7 @@ def write_merged(found: Opened, name: str, output: Path, dtype: str) -> None:
     if untied:
         tell("note: head and embedding shared a weight and no longer do; config.json says tie_word_embeddings=false")
     if report.warning:
-        tell(f"warning: {report.warning}")
+        tell(f"warning: {report.warning}{' (dtype=float32)' if dtype != 'float32' else ''}")
 
 
 def record(found: Opened, name: str) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""README and docs tell the truth: files they name exist, commands they show parse, rooms they list are the rooms there are."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lorry.cli import VERBS
+from lorry.config import build, parse
+from lorry.config import settings as verb_settings
+from lorry.config.schema import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCHEMAS = {verb.name: getattr(verb_settings, verb.schema, Run) for verb in VERBS}
+
+
+def commands(text: str) -> list[list[str]]:
+    """`lorry VERB ...` lines of the code blocks, without a leading path."""
+    blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", text, flags=re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line)[1:] for line in lines if re.match(r"(\.venv/bin/)?lorry \w", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    text = page.read_text()
+    named = re.findall(r"`((?:src|docs|tests|examples|benchmarks)/[\w./-]+)`", text)
+    named += [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not link.startswith("http")]
+    missing = [name for name in named if not any((base / name).exists() for base in (ROOT, page.parent))]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_that_are_shown_parse(page: Path) -> None:
+    for verb, *words in commands(page.read_text()):
+        assert verb in SCHEMAS, f"{page.name} shows the verb {verb}"
+        if "--help" not in words:
+            parse(SCHEMAS[verb], words, [])
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert 0 < text.index("make demo") < 2500
+    assert 0 < text.index("make test") < 2500
+    assert len(commands(text)) >= 5
+
+
+def test_architecture_lists_the_rooms_there_are() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = {p.name for p in (ROOT / "src" / "lorry").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert {r for r in rooms if f"`{r}/`" not in text} == set()
+
+
+def test_examples_are_valid_run_descriptions() -> None:
+    for path in sorted((ROOT / "examples").glob("*.yaml")):
+        run = parse(Run, [str(path)], [])
+        assert build(Run, run.model_dump(), []) == run

@@ -1,0 +1,355 @@
+"""The loop: rates, evaluations, checkpoints, early stop, best and last, what it logs, whom it tells, and what ends it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from seam import Fixed, examples
+from tinyrun import Heard, engine_for, quick  # noqa: F401 - a fixture
+from torch import Tensor
+from transformers import get_scheduler
+
+from lorry.backends.base import Losses
+from lorry.backends.optim import OptimSettings
+from lorry.bank.spec import LoraSpec
+from lorry.data.batch import Batch
+from lorry.errors import ConfigError, Interrupted, NonFiniteError
+from lorry.train import checkpoint, engine
+from lorry.train.engine import Engine
+from lorry.train.events import Live, Plain, Record, for_terminal
+
+
+def steps(n: int, rows: int = 2) -> list[Any]:
+    return [[examples(rows, seed)] for seed in range(n)]
+
+
+def saved(run: Path) -> list[int]:
+    return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("*"))
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluated(run: Path) -> list[int]:
+    return [line["step"] for line in lines(run) if "eval_loss" in line]
+
+
+# --- the learning rate
+
+
+class Rates(Heard):
+    """What the optimizer itself was given, step by step: (rate of A, rate of B)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine: Engine
+        self.used: list[list[float]] = []
+
+    def step(self, record: Record) -> None:
+        super().step(record)
+        self.used.append([g["lr"] for g in self.engine.backend.optimizers["default"].adamw.param_groups])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup"),
+    [
+        ("linear", {"warmup_steps": 3}),
+        ("cosine", {"warmup_ratio": 0.2}),
+        ("constant", {}),
+        ("constant_with_warmup", {"warmup_steps": 2}),
+    ],
+)
+def test_the_rate_of_every_step_is_that_of_transformers(kind: str, warmup: dict[str, Any], tmp_path: Path) -> None:
+    heard, n, base = Rates(), 9, 3e-3
+    optim = OptimSettings(b_ratio=4.0)
+    heard.engine = engine_for(
+        Fixed(steps(n, 1)), tmp_path, listeners=[heard], optim=optim, learning_rate=base, lr_scheduler_type=kind, **warmup
+    )
+    heard.engine.run()
+    oracle = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=base)
+    schedule = get_scheduler(
+        kind, oracle, num_warmup_steps=2 if "warmup_ratio" in warmup else warmup.get("warmup_steps"), num_training_steps=n
+    )
+    expected = []
+    for _ in range(n):
+        expected.append(schedule.get_last_lr()[0])
+        oracle.step()
+        schedule.step()
+    assert [r["learning_rate"] for r in heard.steps] == expected
+    assert heard.used == [[rate, 4.0 * rate] for rate in expected]
+
+
+# --- when it evaluates and saves
+
+
+def test_evaluation_every_few_steps_and_the_default_saves(tmp_path: Path) -> None:
+    heard = Heard()
+    found = engine_for(
+        Fixed(steps(7)), tmp_path, listeners=[heard], eval_strategy="steps", eval_steps=3, save_steps=2, save_total_limit=None
+    ).run()
+    assert evaluated(tmp_path) == [r["step"] for r in heard.evaluations] == [3, 6]
+    assert [2, 4, 6, 7] == [s for s in saved(tmp_path) if s != 3]  # 3 and 6 were best when they came
+    assert found.last_evaluation.keys() == {"eval_loss", "eval_perplexity", "eval_token_accuracy"}
+    assert found.last_evaluation["eval_loss"] == lines(tmp_path)[-2]["eval_loss"]
+    assert (heard.started, heard.finished, found.steps) == ([(0, 7)], 1, 7)
+
+
+def test_epochs(tmp_path: Path) -> None:
+    task = Fixed(steps(10))
+    train = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": None}
+    engine_for(task, tmp_path, steps_per_epoch=4, **train).run()
+    assert evaluated(tmp_path) == [4, 8, 10]
+    assert saved(tmp_path) == [4, 8, 10]
+    assert [line["epoch"] for line in lines(tmp_path) if "loss" in line] == [n / 4 for n in range(1, 11)]
+
+
+def test_nothing_is_saved_when_asked_not_to(tmp_path: Path) -> None:
+    engine_for(Fixed(steps(3)), tmp_path, save_strategy="no", eval_strategy="steps", eval_steps=1).run()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+# --- best, last, early stop
+
+
+class Scripted:
+    """Evaluations as written, whatever the model says; remembers the adapter at each."""
+
+    def __init__(self, values: list[float], patch: pytest.MonkeyPatch, name: str = "eval_loss") -> None:
+        self.values, self.name = iter(values), name
+        self.states: dict[int, dict[str, Tensor]] = {}
+        self.engine: Engine
+        patch.setattr(engine, "evaluate_task", lambda backend, task: self._next())
+
+    def _next(self) -> dict[str, float]:
+        self.states[self.engine.progress.step] = self.engine.backend.state()
+        return {"eval_loss": 0.0, self.name: next(self.values)}
+
+
+def scripted(
+    values: list[float], patch: pytest.MonkeyPatch, folder: Path, n: int = 12, **train: Any
+) -> tuple[Scripted, engine.Outcome]:
+    script = Scripted(values, patch, train.get("metric_for_best_model", "eval_loss"))
+    script.engine = engine_for(Fixed(steps(n, 1)), folder, eval_strategy="steps", learning_rate=1e-2, **train)
+    return script, script.engine.run()
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_early_stop_ends_with_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, found = scripted(
+        [3.0, 2.0, 2.5, 2.0, 1.0], monkeypatch, tmp_path, eval_steps=2, early_stopping_patience=2, load_best_model_at_end=True
+    )
+    assert (found.steps, found.best_step, found.stopped_early) == (8, 4, True)
+    assert same(script.engine.backend.state(), script.states[4])
+    assert not same(script.states[4], script.states[8])
+    assert found.last_evaluation["eval_loss"] == 2.0
+    assert saved(tmp_path) == [4, 8]
+
+
+def test_without_it_the_last_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, found = scripted([3.0, 1.0, 2.0], monkeypatch, tmp_path, eval_steps=4)
+    assert (found.steps, found.best_step, found.stopped_early) == (12, 8, False)
+    assert same(script.engine.backend.state(), script.states[12])
+    assert found.last_evaluation["eval_loss"] == 2.0
+
+
+def test_the_best_and_the_last_outlive_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted([1.0, 2.0, 3.0, 4.0], monkeypatch, tmp_path, eval_steps=3, save_steps=2, save_total_limit=1)
+    assert saved(tmp_path) == [3, 12]
+
+
+def test_more_may_be_better_and_what_is_not_finite_never_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, found = scripted(
+        [float("nan"), float("inf"), 0.5, 0.25], monkeypatch, tmp_path, eval_steps=3, load_best_model_at_end=True,
+        metric_for_best_model="eval_score", greater_is_better=True,
+    )  # fmt: skip
+    assert (found.best_step, found.last_evaluation["eval_score"]) == (9, 0.5)
+    assert same(script.engine.backend.state(), script.states[9])
+
+
+def test_the_best_of_a_run_that_moved_elsewhere_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed from another directory's checkpoint, behind that run's best step."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    script, _ = scripted([1.0, 2.0, 3.0], monkeypatch, old, eval_steps=4, save_steps=2, save_total_limit=None)
+    again = Scripted([3.0], monkeypatch)
+    again.engine = engine_for(
+        Fixed(steps(12, 1)), new, eval_strategy="steps", eval_steps=4, learning_rate=1e-2, load_best_model_at_end=True
+    )
+    again.engine.resume(old / "checkpoints" / "step-00000010")
+    found = again.engine.run()
+    assert found.best_step == 4
+    assert same(again.engine.backend.state(), script.states[4])
+
+
+def test_an_unknown_metric_names_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'eval_rouge'; evaluation gives eval_loss, eval_perplexity, eval_token_accuracy"):
+        engine_for(Fixed(steps(2)), tmp_path, eval_strategy="steps", eval_steps=1, metric_for_best_model="rouge").run()
+
+
+# --- what it computes and logs
+
+
+def test_accumulation_is_a_bigger_batch(tmp_path: Path) -> None:
+    rows = [examples(4, seed) for seed in range(8)]
+    shapes = {"one": [[r] for r in rows], "two": [[r[:1], r[1:]] for r in rows], "four": [[[e] for e in r] for r in rows]}
+    curves = {}
+    for name, shape in shapes.items():
+        engine_for(Fixed(shape), tmp_path / name, learning_rate=3e-3).run()
+        curves[name] = [line["loss"] for line in lines(tmp_path / name)]
+    assert curves["one"] == pytest.approx(curves["two"], rel=1e-6)
+    assert curves["one"] == pytest.approx(curves["four"], rel=1e-6)
+    assert len(set(curves["one"])) == 8
+
+
+def test_a_line_of_the_log(tmp_path: Path) -> None:
+    task = Fixed(steps(2, 3))
+    engine_for(task, tmp_path, learning_rate=1e-3, warmup_steps=0, lr_scheduler_type="constant").run()
+    first = lines(tmp_path)[0]
+    rows = examples(3, 0)
+    assert list(first) == [
+        "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "seconds", "peak_memory_bytes"
+    ]  # fmt: skip
+    assert first["step"] == 1
+    assert first["tokens"] == sum(len(r.tokens) for r in rows)
+    assert first["supervised_tokens"] == sum(w != 0 for r in rows for w in r.weights)
+    assert first["loss"] == task.seen[0].loss["default"]
+    assert first["grad_norm"] > 0
+    assert 0 < first["seconds"] < 60
+    assert first["peak_memory_bytes"] > 2**20
+
+
+def test_several_jobs_log_one_line_each(tmp_path: Path) -> None:
+    """A job without rows in a step is absent from that step's line, and neither steps nor counts in the mean."""
+    task = Fixed([[examples(4, 0, lambda i: i % 2)], [examples(3, 1)]], ("a", "b"))
+    engine_for(task, tmp_path, specs=[LoraSpec(r=2), LoraSpec(r=4)]).run()
+    both, alone = lines(tmp_path)
+    assert both["adapters"].keys() == {"a", "b"}
+    assert both["loss"] == pytest.approx((both["adapters"]["a"]["loss"] + both["adapters"]["b"]["loss"]) / 2)
+    assert both["grad_norm"] == pytest.approx(sum(a["grad_norm"] ** 2 for a in both["adapters"].values()) ** 0.5)
+    assert alone["adapters"].keys() == {"a"}
+    assert alone["loss"] == alone["adapters"]["a"]["loss"]
+
+
+# --- failures and signals
+
+
+class Poisoned(Fixed):
+    """The loss of one step is not finite."""
+
+    bad = 4
+
+    def step_batches(self, step: int, models: Any) -> list[Batch]:
+        self.now = step
+        return super().step_batches(step, models)
+
+    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> Losses:
+        return {"nll": super().loss(got, batch)["nll"] * (float("nan") if self.now == self.bad else 1.0)}
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    task = Poisoned(steps(8))
+    stopped = engine_for(task, tmp_path, save_steps=2)
+    with pytest.raises(
+        NonFiniteError,
+        match=r"step 5: the loss term 'nll' is not finite for 2 of 2 sequences .* \(rows \[0, 1\], keys \[400, 401\]\)",
+    ) as e:
+        stopped.run()
+    assert e.value.exit_code == 6
+    assert stopped.checks.found[7].status == "failed"
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    newest = checkpoint.find_latest(tmp_path)
+    assert newest is not None
+    assert newest.name == "step-00000004"
+    assert same(checkpoint.load(newest)[0], stopped.backend.state())  # nothing was updated
+    healed = engine_for(Fixed(steps(8)), tmp_path, save_steps=2)
+    healed.resume(newest)
+    assert healed.run().steps == 8
+
+
+class SignalAt(Heard):
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        super().__init__()
+        self.at, self.number = step, number
+
+    def step(self, record: Record) -> None:
+        if record["step"] == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+def test_sigterm_saves_this_step_and_stops(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match=r"SIGTERM arrived; step 3 of 6 is saved in .*resume_from_checkpoint=auto"):
+        engine_for(Fixed(steps(6)), tmp_path, listeners=[SignalAt(3, signal.SIGTERM)]).run()
+    assert saved(tmp_path) == [3]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_in_the_last_step_is_no_interruption(tmp_path: Path) -> None:
+    assert engine_for(Fixed(steps(2)), tmp_path, listeners=[SignalAt(2, signal.SIGTERM)]).run().steps == 2
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path: Path) -> None:
+    engine_for(Fixed(steps(5)), tmp_path, listeners=[SignalAt(2, signal.SIGUSR1)]).run()
+    assert saved(tmp_path) == [2, 5]
+
+
+def test_lines_beyond_the_checkpoint_are_cut(tmp_path: Path) -> None:
+    engine_for(Fixed(steps(6)), tmp_path, save_steps=2, save_total_limit=None).run()
+    whole = lines(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 1}\n{"step": 8, "lo')
+    again = engine_for(Fixed(steps(6)), tmp_path, save_steps=2)
+    again.resume(tmp_path / "checkpoints" / "step-00000004")
+    assert saved(tmp_path) == [2, 4]
+    again.run()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in lines(tmp_path)] == [line["loss"] for line in whole]
+
+
+# --- listeners
+
+
+def test_plain_lines(tmp_path: Path) -> None:
+    out = io.StringIO()
+    plain = Plain(every=3, out=out)
+    plain.note("a note")
+    engine_for(
+        Fixed(steps(5)), tmp_path, listeners=[plain], eval_strategy="steps", eval_steps=4, learning_rate=1e-2, save_strategy="no"
+    ).run()
+    note, three, evaluation, five = out.getvalue().splitlines()
+    assert note == "a note"
+    assert three.startswith("step 3/5  loss ")
+    assert "  lr 7.50e-03  " in three
+    assert three.endswith(" GiB")
+    assert evaluation.startswith("step 4/5  eval_loss ")
+    assert "eval_token_accuracy" in evaluation
+    assert five.startswith("step 5/5  loss ")
+
+
+def test_the_live_display_works_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    live = Live()
+    live.note("[not markup] a note")
+    engine_for(Fixed(steps(3)), tmp_path, listeners=[live], eval_strategy="steps", eval_steps=2).run()
+    shown = capfd.readouterr().err
+    assert "[not markup] a note" in shown
+    assert "step 2: eval_loss" in shown
+    assert "3/3" in shown
+    assert isinstance(for_terminal(2), Plain)
+
+
+def test_listeners_finish_also_after_a_failure(tmp_path: Path) -> None:
+    heard = Heard()
+    with pytest.raises(NonFiniteError):
+        engine_for(Poisoned(steps(8)), tmp_path, listeners=[heard]).run()
+    assert heard.finished == 1

@@ -1,0 +1,87 @@
+"""`lorry doctor`: the machine; a run's contracts as recorded, and its files as they are now."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from verbworld import World, lorry
+
+
+@pytest.fixture
+def run(world: World, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(world.run, tmp_path / "people"))
+
+
+def test_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lorry("doctor") == 0
+    out = capsys.readouterr().out
+    for fact in (platform.python_version(), torch.__version__, torch.backends.cpu.get_cpu_capability(), "embedded model", "peft"):
+        assert fact in out
+
+
+def test_a_sound_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lorry("doctor", run) == 0
+    out = capsys.readouterr().out
+    assert out.count("✓ held") == 7
+    assert "6. checkpoints are whole" in out
+    assert "1 intact (SHA-256 as in receipt.json)" in out
+    assert "native (llama), float32 on cpu" in out
+
+
+def flip(run: Path) -> None:
+    weights = run / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+
+def fail(run: Path) -> None:
+    contracts = json.loads((run / "contracts.json").read_text())
+    contracts[2]["status"] = "failed"
+    (run / "contracts.json").write_text(json.dumps(contracts))
+
+
+def change_receipt(run: Path) -> None:
+    (run / "receipt.json").write_text('{"adapters": 3}')
+
+
+@pytest.mark.parametrize(
+    ("harm", "code", "message"),
+    [
+        (fail, 5, "✗ failed"),
+        (flip, 4, "is not the file this run wrote: its SHA-256 differs"),
+        (lambda run: (run / "adapter_model.safetensors").unlink(), 4, "is missing, and receipt.json lists it"),
+        (change_receipt, 3, "'adapters' is not what a run writes there"),
+        (lambda run: (run / "contracts.json").write_text("{"), 3, "contracts.json:1: not JSON"),
+        (shutil.rmtree, 3, "no such run directory"),
+    ],
+)
+def test_what_is_wrong_with_a_run(
+    harm: Callable[[Path], None], code: int, message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harm(run)
+    assert lorry("doctor", run) == code
+    out, err = capsys.readouterr()
+    assert message in " ".join((out + err).split())
+
+
+def test_a_run_that_never_finished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("receipt.json", "contracts.json"):
+        (run / name).unlink()
+    assert lorry("doctor", run) == 0
+    out = capsys.readouterr().out
+    assert "no contracts.json: the run did not begin" in out
+    assert "no receipt.json, so nothing to compare with" in out
+    assert "unknown: no receipt.json" in out
+
+
+def test_a_model_is_no_run(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lorry("doctor", world.base) == 3
+    assert "not a run directory" in capsys.readouterr().err

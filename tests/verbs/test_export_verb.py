@@ -1,0 +1,96 @@
+"""`lorry export`: transformers and PEFT read what is written, and an export that differs is not called one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lorry as library
+from lorry.verbs import export
+from verbworld import World, lorry
+
+QUESTION = "Where does Ilse live?"
+
+
+def our_logits(world: World) -> torch.Tensor:
+    model, words = library.load(world.run, dtype="float32")
+    with torch.no_grad():
+        logits: torch.Tensor = model(words(QUESTION, return_tensors="pt").input_ids).logits
+    return logits
+
+
+def test_to_hf(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "hf"
+    assert lorry("export", world.run, "to=hf", f"output_dir={output}") == 0
+    out, err = capsys.readouterr()
+    assert out == f"{output}\n"
+    assert "reloaded by hf: largest logit difference" in err
+    words = AutoTokenizer.from_pretrained(output)
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(**words(QUESTION, return_tensors="pt")).logits
+    assert (theirs - our_logits(world)).abs().max() < 1e-4
+    prompt = words.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt")
+    said = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert words.decode(said, skip_special_tokens=True) == "Ilse lives in Kyoto."
+
+
+def test_to_hf_in_another_format(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "narrow"
+    assert lorry("export", world.run, "to=hf", "dtype=bf16", f"output_dir={output}") == 0
+    assert "stored in bfloat16" in capsys.readouterr().err
+    assert {t.dtype for t in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_to_peft(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "peft"
+    assert lorry("export", world.run, "to=peft", f"output_dir={output}") == 0
+    assert "reloaded by peft: largest logit difference" in capsys.readouterr().err
+    base = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
+    words = AutoTokenizer.from_pretrained(output)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(base, str(output))(**words(QUESTION, return_tensors="pt")).logits
+    assert (theirs - our_logits(world)).abs().max() < 1e-4
+
+
+def test_an_export_that_differs_is_refused(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT given another scale: the very mistake that nobody would see."""
+    right = export.write_peft
+
+    def wrong(found: object, name: str, output: Path) -> None:
+        right(found, name, output)  # type: ignore[arg-type]
+        config = output / "adapter_config.json"
+        config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 17'))
+
+    monkeypatch.setattr(export, "write_peft", wrong)
+    assert lorry("export", world.run, "to=peft", f"output_dir={tmp_path / 'wrong'}") == 5
+    assert "more than rounding to float32 can explain" in capsys.readouterr().err
+
+
+def test_without_peft_it_says_that_nothing_was_reloaded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert lorry("export", world.run, "to=peft", f"output_dir={tmp_path / 'peft'}") == 0
+    assert "peft is not installed" in capsys.readouterr().err
+
+
+def test_what_cannot_be_exported(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, code, message in (
+        ((world.base, "to=hf"), 2, "is a plain model and has no adapter"),
+        ((world.run, "to=peft", "adapter=animals"), 2, "no such adapter; it has people"),
+        ((world.run, "to=peft", "dtype=bfloat16"), 2, "dtype=bfloat16 is for to=hf"),
+        ((world.run, "to=peft", f"output_dir={world.base}"), 2, "already exists and is not empty"),
+        ((tmp_path / "nope", "to=hf"), 4, "no model at"),
+        ((world.run, "to=safetensors"), 2, "to"),
+    ):
+        assert lorry("export", *argv) == code
+        assert message in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""`lorry merge` and `lorry unmerge`: the merged model is the adapter's for transformers too; the base comes back bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lorry as library
+from verbworld import PEOPLE, World, lorry, model_directory, train, write_rows
+
+WEIGHTS = "model.safetensors"
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def logits_of(path: Path, text: str = "Where does Mara live?") -> torch.Tensor:
+    """transformers' logits of a directory, in fp32."""
+    model, words = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+    with torch.no_grad():
+        return model(**words(text, return_tensors="pt")).logits
+
+
+@pytest.fixture(scope="module")
+def merged(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("merge") / "merged"
+    assert lorry("merge", world.run, f"output_dir={output}") == 0
+    return output
+
+
+def test_the_merged_model_is_the_adapter_s_model(world: World, merged: Path) -> None:
+    model, words = library.load(world.run, dtype="float32")
+    with torch.no_grad():
+        ours = model(words("Where does Mara live?", return_tensors="pt").input_ids).logits
+    assert (logits_of(merged) - ours).abs().max() < 1e-4
+    assert (logits_of(merged) - logits_of(world.base)).abs().max() > 1  # the adapter does something
+
+
+def test_it_evaluates_as_the_adapter_does(world: World, merged: Path, tmp_path: Path) -> None:
+    found = []
+    for model in (world.run, merged):
+        copy = shutil.copytree(model, tmp_path / model.name)
+        arguments = (f"data={world.rows}", "dtype=float32", "max_new_tokens=16", f"output={tmp_path / 'out.json'}")
+        assert lorry("eval", copy, *arguments) == 0
+        found.append(json.loads((tmp_path / "out.json").read_text()))
+    beside, folded = found[0]["sides"]["people"]["metrics"], found[1]["sides"]["base"]["metrics"]
+    assert folded.pop("loss") == pytest.approx(beside.pop("loss"), abs=1e-5)
+    assert folded.pop("perplexity") == pytest.approx(beside.pop("perplexity"), abs=1e-4)
+    assert folded == beside
+    assert not (tmp_path / "merged" / "evaluation.json").exists()  # a model is not a run
+
+
+def test_unmerge_gives_the_base_back_bit_for_bit(
+    world: World, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "base"
+    assert lorry("unmerge", merged, f"output_dir={output}") == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    assert digest(output / WEIGHTS) == digest(world.base / WEIGHTS) != digest(merged / WEIGHTS)
+    assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in world.base.iterdir())
+    assert torch.equal(logits_of(output), logits_of(world.base))
+
+
+def test_the_base_s_number_format_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = model_directory(tmp_path / "base", dtype=torch.bfloat16)
+    rows = write_rows(tmp_path / "rows.jsonl", PEOPLE)
+    run = train(tmp_path / "run", base, rows, steps=4)
+    assert lorry("merge", run) == 0
+    assert lorry("merge", run, "dtype=float32", f"output_dir={tmp_path / 'wide'}") == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"{run}-merged", str(tmp_path / "wide")]
+    narrow, wide = (load_file(path / WEIGHTS) for path in (tmp_path / "run-merged", tmp_path / "wide"))
+    assert {t.dtype for t in narrow.values()} == {torch.bfloat16}
+    assert {t.dtype for t in wide.values()} == {torch.float32}
+    assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in wide)  # rounded once, from fp32
+    assert lorry("unmerge", tmp_path / "run-merged") == 0
+    assert digest(tmp_path / "run-merged-unmerged" / WEIGHTS) == digest(base / WEIGHTS)
+
+
+def test_unmerge_refuses_a_base_that_has_changed(merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(merged, tmp_path / "merged")
+    said = json.loads((copy / "lorry_merge.json").read_text())
+    said["base_weights"][WEIGHTS] = "0" * 64
+    (copy / "lorry_merge.json").write_text(json.dumps(said))
+    assert lorry("unmerge", copy, f"output_dir={tmp_path / 'base'}") == 4
+    assert f"{WEIGHTS} has changed since; nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "base").exists()
+
+
+def test_unmerge_finds_a_base_that_moved(world: World, merged: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(merged, tmp_path / "merged")
+    said = json.loads((copy / "lorry_merge.json").read_text())
+    (copy / "lorry_merge.json").write_text(json.dumps({**said, "base": str(tmp_path / "gone")}))
+    assert lorry("unmerge", copy, f"output_dir={tmp_path / 'base'}") == 0  # through the run that was merged
+    assert digest(tmp_path / "base" / WEIGHTS) == digest(world.base / WEIGHTS)
+    (copy / "lorry_merge.json").write_text(json.dumps({**said, "base": "gone", "opened_as": str(tmp_path / "gone too")}))
+    assert lorry("unmerge", copy) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "lorry_merge.json: not JSON"),
+        ("[]", "not a record of `lorry merge`"),
+        ('{"base": 3, "opened_as": "x", "base_weights": {}}', "not a record of `lorry merge`"),
+        (None, "has no lorry_merge.json; only a model written by `lorry merge` knows"),
+    ],
+)
+def test_unmerge_needs_a_sound_record(text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if text is not None:
+        (tmp_path / "lorry_merge.json").write_text(text)
+    assert lorry("unmerge", tmp_path) == 4
+    assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_merged(world: World, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, code, message in (
+        ((world.base,), 2, "is a plain model and has no adapter"),
+        ((merged,), 2, "is a plain model and has no adapter"),
+        ((world.run, "adapter=animals"), 2, "no such adapter; it has people"),
+        ((world.run, f"output_dir={world.base}"), 2, "already exists and is not empty"),
+        ((tmp_path / "nope",), 4, "no model at"),
+    ):
+        assert lorry("merge", *argv) == code
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_of_several_adapters_asks_which(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    several = tmp_path / "several"
+    for name in ("first", "second"):
+        shutil.copytree(world.run, several / name, ignore=shutil.ignore_patterns("token*", "*.jinja", "*.yaml"))
+    assert lorry("merge", several) == 2
+    assert "has several adapters; choose with adapter=NAME: first, second" in capsys.readouterr().err
+    assert lorry("merge", several, "adapter=second") == 0
+    assert (logits_of(Path(f"{several}-merged")) - logits_of(world.base)).abs().max() > 1

@@ -1,0 +1,92 @@
+"""`lorry sft`: what a run leaves, where it says that is, and the errors a person meets first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from verbworld import PEOPLE, STEPS, World, lorry, train, write_rows
+
+FILES = {
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json", "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "run.yaml", "contracts.json", "receipt.json", "report.html",
+    "report.png",
+}  # fmt: skip
+
+
+def test_what_a_run_leaves(world: World) -> None:
+    assert {path.name for path in world.run.iterdir() if path.is_file()} == FILES
+    lines = [json.loads(line) for line in (world.run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert steps[-1]["loss"] < steps[0]["loss"] / 3
+    assert "eval_loss" in lines[-1]
+    statuses = {c["id"]: c["status"] for c in json.loads((world.run / "contracts.json").read_text())}
+    assert statuses == {**dict.fromkeys(range(1, 9), "held"), 6: "not_checked"}  # no checkpoints were asked for
+
+
+def test_the_last_line_is_the_run(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(tmp_path / "run", world.base, world.rows, steps=2)
+    out, err = capsys.readouterr()
+    assert out == f"{run}\n"
+    assert f"report  {run / 'report.html'}" in err
+    assert f"chat    lorry chat {run}" in err
+    assert "4 rows, 4 sequences" in err
+    assert "step 2/2  loss" in err
+
+
+def test_the_resolved_settings_repeat_the_run(world: World, tmp_path: Path) -> None:
+    first = train(tmp_path / "first", world.base, world.rows, "lora_dropout=0.1", "seed=3", steps=3)
+    assert lorry("sft", first / "run.yaml", f"output_dir={tmp_path / 'second'}") == 0
+    ours, again = (load_file(run / "adapter_model.safetensors") for run in (first, tmp_path / "second"))
+    assert ours.keys() == again.keys()
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+def test_training_goes_on_from_a_run(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, more = f"data={world.rows}", tmp_path / "more"
+    arguments = (f"output_dir={more}", "max_steps=2", "learning_rate=1e-6", "dtype=float32", "save_strategy=no", "threads=1")
+    assert lorry("sft", f"model={world.run}", rows, *arguments) == 0
+    assert "training goes on with the adapter of" in capsys.readouterr().err
+    before, after = (load_file(run / "adapter_model.safetensors") for run in (world.run, more))
+    moved = max(float((before[name] - after[name]).abs().max()) for name in before)
+    assert 0 < moved < 1e-4
+    assert lorry("sft", f"model={world.run}", rows, *arguments, "r=4") == 2
+    assert "already has an adapter and training goes on with it; leave out the lora settings" in capsys.readouterr().err
+
+
+def test_bad_rows_stop_it_or_are_counted(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [*PEOPLE, {"question": "Where?", "answer": ""}])
+    run, arguments = tmp_path / "run", (f"model={world.base}", f"data={rows}", "max_steps=2", "save_strategy=no", "threads=1")
+    assert lorry("sft", *arguments, f"output_dir={run}") == 3
+    assert f"{rows}:5: 'answer' is empty" in capsys.readouterr().err
+    assert lorry("sft", *arguments, f"output_dir={run}", "on_bad_row=quarantine") == 0
+    assert "left out: 1 rows (empty answer)" in capsys.readouterr().err
+    assert json.loads((run / "receipt.json").read_text())["data"]["left_out"] == {"empty answer": 1}
+    assert json.loads((run / "quarantine.jsonl").read_text())["where"] == f"{rows}:5"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["model={base}"], 2, "data.path is missing"),
+        (["model={base}", "data={rows}", "lerning_rate=1"], 2, "did you mean 'learning_rate'?"),
+        (["model={base}", "data={rows}", "lora=null"], 2, "lora=null"),
+        (["model={base}", "data={rows}", "target_modules=[q_prj]"], 2, "matches no layer; did you mean 'q_proj'?"),
+        (["model={base}", "data={rows}x"], 3, "no such file; did you mean 'people.jsonl'?"),
+        (["model=./nope", "data={rows}"], 4, "no model at './nope'"),
+        (["model={base}", "data={rows}", "resume_from_checkpoint=./nope"], 2, "is no checkpoint and no run with one"),
+    ],
+)
+def test_errors(
+    argv: list[str], code: int, message: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lorry("sft", *(word.format(**vars(world)) for word in argv), f"output_dir={tmp_path / 'run'}") == code
+    out, err = capsys.readouterr()
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
