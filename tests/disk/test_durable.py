@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from faults import FaultyDisk, PowerCut, Say, failing, kill, kill_points
 
-from lorry.errors import ConfigError, LorryError, ModelError
+from faults import FaultyDisk, PowerCut, Say, failing, kill, kill_points
 from lorry.disk import durable
 from lorry.disk.durable import building, cut, recover, settle, write_directory, write_files
+from lorry.errors import ConfigError, LorryError, ModelError
 
 DISKS: list[Callable[[int], FaultyDisk]] = [
     lambda n: FaultyDisk(n, kill),

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import one_thread  # noqa: F401 - a fixture
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import tiny
 from lorry.bank.attach import attach, bank_of
 from lorry.bank.mix import Call, Mix, Noise
 from lorry.bank.spec import LoraSpec
@@ -24,6 +23,7 @@ from lorry.models.decoder import Decoder, Packed
 from lorry.models.describe import describe
 from lorry.models.load import load_model
 from lorry.models.weights import entries, load_decoder
+from tiny import one_thread  # noqa: F401 - a fixture
 
 LIMIT = 1e-4
 

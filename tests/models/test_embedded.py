@@ -11,13 +11,12 @@ from types import SimpleNamespace
 
 import gguf
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import one_thread  # noqa: F401 - a fixture
 from tokenizers import pre_tokenizers
 
+import tiny
 from lorry.errors import ModelError
 from lorry.models import embedded
 from lorry.models.decoder import Decoder
@@ -26,6 +25,7 @@ from lorry.models.generate import generate
 from lorry.models.gguf import check_gguf
 from lorry.models.load import Loaded, load_model
 from lorry.models.tokenizer import load_tokenizer, split_as
+from tiny import one_thread  # noqa: F401 - a fixture
 
 SMOLLM = "smollm2-135m-instruct"
 

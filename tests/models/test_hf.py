@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from tiny import one_thread  # noqa: F401 - a fixture
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import tiny
 from lorry.bank.attach import attach, bank_of, detach, lora_parameters
 from lorry.bank.layers import AMBIENT, BankLinear
 from lorry.bank.mix import Call, Mix, Noise, Term
@@ -22,6 +21,7 @@ from lorry.errors import ContractError, ModelError
 from lorry.models.decoder import Decoder, Packed
 from lorry.models.hf import HfModel, ambient, unreached
 from lorry.models.score import Score, evaluate, log_prob
+from tiny import one_thread  # noqa: F401 - a fixture
 
 PLAIN = {"gemma3_text", "phi", "bloom", "opt", "qwen3_moe"}  # logits are head(hidden) and nothing else
 WHOLE = {"llama4_text"}  # its body cannot be called apart: whole logits are kept

@@ -6,14 +6,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import one_thread  # noqa: F401 - a fixture
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import tiny
 from lorry.bank.attach import attach
 from lorry.bank.mix import Call, Mix, Term
 from lorry.bank.spec import LoraSpec
@@ -22,6 +21,7 @@ from lorry.models.decoder import Packed
 from lorry.models.frames import Frame, frames
 from lorry.models.generate import generate
 from lorry.models.hf import HfModel
+from tiny import one_thread  # noqa: F401 - a fixture
 
 SEQUENCES = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [9, 8, 7], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [20]]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
-from tiny import close, edit_config, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
 from transformers import dynamic_module_utils
 
+import tiny
 from lorry.errors import ModelError
 from lorry.models.hf import HfModel
+from tiny import close, edit_config, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
-from tiny import close, edit_config, logits, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import tiny
 from lorry.bank.attach import attach
 from lorry.bank.merge import merge, unmerge
 from lorry.bank.spec import LoraSpec
@@ -22,6 +21,7 @@ from lorry.models import sources
 from lorry.models.decoder import Decoder
 from lorry.models.hf import HfModel
 from lorry.models.load import load_model, pick_device, pick_dtype, sample_digest
+from tiny import close, edit_config, logits, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
 
 
 @pytest.fixture

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from tiny import close, logits, one_thread  # noqa: F401 - one_thread is a fixture
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import tiny
 from lorry.bank.attach import attach
 from lorry.bank.merge import merged_tensors, unties
 from lorry.bank.spec import LoraSpec
 from lorry.errors import ConfigError, ModelError
 from lorry.models.load import load_model
 from lorry.models.store import save_model
+from tiny import close, logits, one_thread  # noqa: F401 - one_thread is a fixture
 
 LEAVES = {
     "llama tied": ("q_proj", "up_proj"),

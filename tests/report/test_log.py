@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.disk import durable
-from lorry.errors import DataError
 from lorry.disk.metrics import MetricsWriter, cut_after, iterate
+from lorry.errors import DataError
 from lorry.report.log import read
 
 values = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.integers(-(10**12), 10**12))

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import FaultyDisk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from states import DTYPES, STATES, bits, meta, same
 from torch import Tensor
 
-from lorry.errors import ConfigError, ContractError, ModelError
+from faults import FaultyDisk
 from lorry.disk import durable, manifest
+from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.train.checkpoint import find_latest, forget_after, load, save
+from states import DTYPES, STATES, bits, meta, same
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import FaultyDisk, Outcome, PowerCut, Say, breaking, failing, kill, kill_points, short
-from states import STATES, meta, same
 
+from faults import FaultyDisk, Outcome, PowerCut, Say, breaking, failing, kill, kill_points, short
 from lorry.disk import durable
 from lorry.train.checkpoint import find_latest, forget_after, load, save
+from states import STATES, meta, same
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from seam import Fixed, examples
 from tinyrun import Heard, engine_for, quick  # noqa: F401 - a fixture
 from torch import Tensor
 from transformers import get_scheduler
@@ -25,6 +24,7 @@ from lorry.errors import ConfigError, Interrupted, NonFiniteError
 from lorry.train import checkpoint, engine
 from lorry.train.engine import Engine
 from lorry.train.events import Live, Plain, Record, for_terminal
+from seam import Fixed, examples
 
 
 def steps(n: int, rows: int = 2) -> list[Any]:
@@ -97,7 +97,7 @@ def test_evaluation_every_few_steps_and_the_default_saves(tmp_path: Path) -> Non
         Fixed(steps(7)), tmp_path, listeners=[heard], eval_strategy="steps", eval_steps=3, save_steps=2, save_total_limit=None
     ).run()
     assert evaluated(tmp_path) == [r["step"] for r in heard.evaluations] == [3, 6]
-    assert [2, 4, 6, 7] == [s for s in saved(tmp_path) if s != 3]  # 3 and 6 were best when they came
+    assert [s for s in saved(tmp_path) if s != 3] == [2, 4, 6, 7]  # 3 and 6 were best when they came
     assert found.last_evaluation.keys() == {"eval_loss", "eval_perplexity", "eval_token_accuracy"}
     assert found.last_evaluation["eval_loss"] == lines(tmp_path)[-2]["eval_loss"]
     assert (heard.started, heard.finished, found.steps) == ([(0, 7)], 1, 7)

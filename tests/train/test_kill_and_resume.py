@@ -26,9 +26,9 @@ import pytest
 import tinyrun
 import torch
 import yaml
-from faults import FaultyDisk, die, kill, run_forked
 from tinyrun import quick  # noqa: F401 - a fixture
 
+from faults import FaultyDisk, die, kill, run_forked
 from lorry import cli
 from lorry.backends.local import Local
 from lorry.config import Run

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tiny import one_thread  # noqa: F401 - an autouse fixture
 
+from tiny import one_thread  # noqa: F401 - an autouse fixture
 from verbworld import world  # noqa: F401 - the fixture
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorry as library
 from lorry.verbs import export
-from verbworld import World, lorry
+from verbworld import World, lorry, model_directory, train
 
 QUESTION = "Where does Ilse live?"
 
@@ -94,3 +94,16 @@ def test_what_cannot_be_exported(world: World, tmp_path: Path, capsys: pytest.Ca
     ):
         assert lorry("export", *argv) == code
         assert message in capsys.readouterr().err
+
+
+def test_an_adapter_on_a_tied_head(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Merged, the head leaves the embedding; both libraries' logits are checked by the verb itself."""
+    base = model_directory(tmp_path / "base", tie_word_embeddings=True)
+    run = train(tmp_path / "run", base, world.rows, "target_modules=[lm_head,q_proj]", steps=10)
+    assert lorry("export", run, "to=peft") == 0
+    capsys.readouterr()
+    assert lorry("export", run, "to=hf") == 0
+    assert "head and embedding shared a weight and no longer do" in capsys.readouterr().err
+    tensors = load_file(Path(f"{run}-hf") / "model.safetensors")
+    assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert torch.equal(tensors["model.embed_tokens.weight"], load_file(base / "model.safetensors")["model.embed_tokens.weight"])
