@@ -3,9 +3,9 @@
     make bench                      # or: .venv/bin/python benchmarks/sft.py --steps 6 --rounds 2 --length 1024
 
 Each engine runs in a fresh process on the same packed token file, the same adapter initialisation, the same AdamW and clipping;
-engines take turns A B C A B C. No speed is printed unless step-0 losses agree, and each engine's gradient has a cosine above 0.999
-(fp32 adapters) or 0.99 (bf16 adapters) with Lorry's for every tensor and is nowhere zero. Shown: the median step after warm-up, and
-the peak resident set minus the resident set after imports. JSON goes to benchmarks/results/.
+engines take turns A B C A B C. No speed is printed unless step-0 losses agree, and each engine's gradient has a cosine above
+0.999 (fp32 adapters) or 0.99 (bf16 adapters) with Lorry's for every tensor and is nowhere zero. Shown: the median step after
+warm-up, and the peak resident set minus the resident set after imports. JSON goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ def work(engine: str, folder: Path, steps: int) -> dict[str, Any]:
 def lorry_step(engine: str, folder: Path) -> Any:
     """Lorry's own path: the local backend and the SFT loss."""
     import torch
-    from tests.backends.support import Fixed
 
     from lorry.backends.local import Local
     from lorry.backends.optim import OptimSettings

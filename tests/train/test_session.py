@@ -166,9 +166,7 @@ def test_an_unfinished_run_in_a_finished_ones_place_is_not_taken_for_it(describe
     train_sft(describe(), [])
     for settings in ({}, {"resume_from_checkpoint": "auto"}):
         with pytest.raises(Stopped):
-            train_sft(describe(seed=5, save_steps=2, **settings), [], [StopAt()]) if not settings else train_sft(
-                describe(seed=5, save_steps=2, **settings), [], [StopAt()]
-            )
+            train_sft(describe(seed=5, save_steps=2, **settings), [], [StopAt()])
         assert not files(tmp_path / "run").keys() & {"receipt.json", "adapter_model.safetensors", "README.md"}
         with pytest.raises(ConfigError, match="unfinished run"):
             train_sft(describe(), [])

@@ -187,12 +187,18 @@ class Local:
         optimized = set()
         for name in self.trained:
             adapter = self.bank[name]
-            storages = {h.untyped_storage().data_ptr() for h in self.optimizers[name].halves}
+            held = [p for group in self.optimizers[name].adamw.param_groups for p in group["params"]]
             for module, slot in adapter.slots.items():
                 for tensor, param in ((f"{module}.lora_A", slot.A), (f"{module}.lora_B", slot.B)):
                     if param.requires_grad:
                         trainable.add(f"{name}/{tensor}")
-                    if param.untyped_storage().data_ptr() in storages:
+                    if any(_covers(part, param) for part in held):
                         optimized.add(f"{name}/{tensor}")
         saved = {t.removeprefix("adapter/") for t in self.state() if t.startswith("adapter/")}
         return Inspection(frozenset(trainable), frozenset(optimized), frozenset(saved), sample_digest(self.model))
+
+
+def _covers(whole: Tensor, part: Tensor) -> bool:
+    """Whether a tensor's memory contains all of another's; both contiguous."""
+    start, size = part.data_ptr() - whole.data_ptr(), part.numel() * part.element_size()
+    return start >= 0 and start + size <= whole.numel() * whole.element_size()

@@ -27,7 +27,7 @@ from lorry.bank.layers import BankEmbedding, BankLinear
 from lorry.bank.peft_config import CONFIG, check_time, parse_config, read_json, to_config
 from lorry.bank.peft_tensors import PREFIX, WEIGHTS, adaptable, check_modules, opened, read_values, renaming, sort_parts
 from lorry.disk import durable
-from lorry.errors import ModelError
+from lorry.errors import ConfigError, ModelError
 
 FACTS = "lorry_adapter.json"
 SAMPLES = 4096  # values of each base tensor that the digest looks at
@@ -61,16 +61,20 @@ def adapter_files(
 def save_adapter(
     model: nn.Module,
     path: str | Path,
-    name: str = "default",
+    name: str | None = None,
     *,
     base_name: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter into the directory ``path`` (made if absent), where PEFT and `load_adapter` find it.
 
+    ``name``: which one; None is the only one (ConfigError if there are several).
     Every file is durable before the first one replaces an older one. Raises what `adapter_files` raises, and DiskError.
     """
-    files = adapter_files(model, name, base_name=base_name, extra=extra)
+    names = bank_of(model).names()
+    if name is None and len(names) != 1:
+        raise ConfigError(f"this model has the adapters {', '.join(names) or '(none)'}; say which one to save")
+    files = adapter_files(model, names[0] if name is None else name, base_name=base_name, extra=extra)
     durable.make_directory(Path(path))
     durable.write_files(Path(path), files)
 

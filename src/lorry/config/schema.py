@@ -29,10 +29,10 @@ class ModelConfig(Group):
     main: ClassVar[str] = "name"
     name: PathText = setting("smollm2-135m-instruct", "HF directory, hub id, .gguf file, run directory, or the embedded default")
     revision: str | None = setting(None, "branch, tag or commit of a hub model")
-    dtype: Dtype = setting("auto", "number format of the base weights; auto keeps that of the files")
+    dtype: Dtype = setting("auto", "format of the base weights; auto: bfloat16 where the device is fast in it, else float32")
     device: str = setting("auto", DEVICE_WORDS, pattern=DEVICE, json_schema_extra={"allowed": DEVICE_WORDS})
     trust_remote_code: bool = setting(False, "run Python code that a hub model brings along")
-    adapter: PathText | None = setting(None, "adapter to start from (directory or hub id)")
+    adapter: PathText | None = setting(None, "adapter directory to go on from")
     chat_template_path: PathText | None = setting(None, "Jinja file used instead of the tokenizer's chat template")
     native: bool = setting(True, "Lorry's own decoder where it knows the family; false forces transformers'")
 

@@ -31,6 +31,7 @@ from lorry.train.checks import Checks
 from lorry.train.engine import METRICS, Engine, Outcome
 from lorry.train.events import Listener
 from lorry.train.memory import tune_allocator
+from lorry.train.samples import samples
 from lorry.train.trackers import trackers
 
 RUN_FILE = "run.yaml"
@@ -61,7 +62,6 @@ def train_sft(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) ->
     opened = open_model(run.model, notes)
     if opened.tokenizer is None:
         raise ConfigError(f"{run.model.name} has no tokenizer files; put tokenizer.json beside the weights")
-    use_template(opened.tokenizer, run.model.chat_template_path)
     name = attach_adapter(run, opened, notes)
     prepared = prepare(run.data, run.train, opened.tokenizer, quarantine=run.output_dir / "quarantine.jsonl")
     for text in [*notes, *prepared.report.lines()]:
@@ -90,6 +90,10 @@ def _train(run: Run, opened: Opened, name: str, prepared: Prepared, engine: Engi
         digests = artifacts.write_adapters(run.output_dir, opened.model, opened.tokenizer, [name], opened.source["path"])
         check_reload(checks, opened.model, name, run.output_dir, prepared)
         check_checkpoint(checks, engine.newest)
+        train = prepared.stream.batches(0)[0] if prepared.tokens is not None else None
+        held_out = next(iter(prepared.evaluation), None)
+        rows = samples(backend, name, prepared.encoder, train, held_out, prepared.ends)
+        artifacts.write_json(run.output_dir, "samples.json", rows)
     finally:
         artifacts.write_json(run.output_dir, "contracts.json", checks.report())
     contracts = checks.report()
@@ -136,15 +140,6 @@ def _clear(folder: Path) -> None:
     for name in (*artifacts.RESULTS, METRICS, RUN_FILE):
         if (folder / name).is_file():
             durable.disk.unlink(folder / name)
-
-
-def use_template(tokenizer: Any, path: str | None) -> None:
-    """Put another chat template in place of the tokenizer's. Raises ConfigError when the file is missing."""
-    if path is None:
-        return
-    if not Path(path).is_file():
-        raise ConfigError(f"model.chat_template_path={path}: no such file")
-    tokenizer.chat_template = Path(path).read_text()
 
 
 def spec_of(lora: LoraConfig) -> LoraSpec:

@@ -45,7 +45,7 @@ def main(settings: DemoSettings, notes: list[str]) -> int:
     say(f"Teaching {run.model.name} {len(people) * 6} facts about {len(people)} people who do not exist ({len(train)} questions)")
     result = train_sft(run, notes, [for_terminal(run.train.logging_steps)])
     say(f"Asking {len(held_out)} questions worded differently, before and after")
-    compare(result, held_out, chat[:6], train[:3])
+    compare(result, held_out, chat[:6])
     page = build_report([result.path])
     Console().print(table.show([load(result.path)], samples=6))
     print(f"adapter  {result.path} (PEFT format)\nreport   {page}\nchat     .venv/bin/lorry chat {result.path}")
@@ -83,7 +83,7 @@ def write_data(run_dir: Path, train: Sequence[Row], held_out: Sequence[Row]) -> 
     return folder / "train.jsonl"
 
 
-def compare(result: Result, held_out: Sequence[Row], chat: Sequence[Row], shown: Sequence[Row]) -> None:
+def compare(result: Result, held_out: Sequence[Row], chat: Sequence[Row]) -> None:
     """Ask base (the same weights under mix none) and adapter, score both, and write samples.json and evaluation.json."""
     from lorry.bank.mix import Mix
     from lorry.data.content import Conversation, Message
@@ -110,26 +110,8 @@ def compare(result: Result, held_out: Sequence[Row], chat: Sequence[Row], shown:
         }
         for i, row in enumerate(rows)
     ]  # fmt: skip
-    artifacts.write_json(result.path, "samples.json", samples + [trained_row(result, r) for r in shown])
-
-
-def trained_row(result: Result, row: Row) -> dict[str, Any]:
-    """A training row exactly as trained, with which of its text was learnt."""
-    from lorry.data.content import Conversation, Message
-    from lorry.data.encode import Encoder
-
-    encoder = Encoder(result.tokenizer, max_length=256)
-    pieces = encoder.encode(Conversation((Message("user", row["question"]), Message("assistant", row["answer"]))))
-    assert isinstance(pieces, list)
-    marked = [{"text": text, "weight": float(learnt)} for text, learnt in encoder.marked_text(pieces[0])]
-    return {
-        "group": "training",
-        "prompt": row["question"],
-        "reference": row["answer"],
-        "before": None,
-        "after": None,
-        "tokens": marked,
-    }
+    trained = json.loads((result.path / "samples.json").read_text())
+    artifacts.write_json(result.path, "samples.json", samples + [row for row in trained if row["tokens"]])
 
 
 def general_loss(result: Result) -> dict[str, float]:

@@ -1,0 +1,55 @@
+"""Samples of a run for a person to look at: held-out prompts answered before and after, and rows exactly as they were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from lorry.backends.base import Scorer
+from lorry.bank.mix import Mix
+from lorry.data.batch import Batch
+from lorry.data.encode import Encoded, Encoder
+
+ANSWERED, SHOWN, NEW_TOKENS = 4, 3, 48
+Sequenced = tuple[list[int], list[float]]
+
+
+def samples(
+    backend: Scorer, adapter: str, encoder: Encoder, train: Batch | None, held_out: Batch | None, ends: Collection[int]
+) -> list[dict[str, Any]]:
+    """The rows of samples.json. Before is the base (the same weights under mix none), after the adapter; both greedy."""
+    rows = answered(backend, adapter, encoder, held_out, ends) if held_out is not None and ends else []
+    for tokens, weights in sequences(train, SHOWN) if train is not None else []:
+        marked = [{"text": t, "weight": float(learnt)} for t, learnt in encoder.marked_text(Encoded(tokens, weights))]
+        rows.append({"group": "training", "prompt": "", "reference": None, "before": None, "after": None, "tokens": marked})
+    return rows
+
+
+def answered(backend: Scorer, adapter: str, encoder: Encoder, batch: Batch, ends: Collection[int]) -> list[dict[str, Any]]:
+    """Up to four held-out rows: what stands before the last answer, asked of base and adapter."""
+    asked = []
+    for tokens, weights in sequences(batch, ANSWERED):
+        stop = len(weights) - next(i for i, w in enumerate(reversed(weights)) if w)
+        start = next((i + 1 for i in range(stop - 1, -1, -1) if not weights[i]), 0)
+        if start > 1:  # below that everything is learnt: a text, with nothing to ask
+            asked.append((tokens[:start], tokens[start:stop]))
+    prompts = [prompt for prompt, _ in asked]
+    if not prompts:
+        return []
+    said = {
+        side: backend.generate(prompts, max_new_tokens=NEW_TOKENS, eos=ends, adapters=mix)
+        for side, mix in (("before", Mix.none()), ("after", Mix.one(adapter)))
+    }
+    return [
+        {
+            "group": "held-out rows", "prompt": encoder.tokenizer.decode(prompt, skip_special_tokens=True), "tokens": None,
+            "reference": encoder.tokenizer.decode(answer, skip_special_tokens=True).strip(),
+            **{side: encoder.tokenizer.decode(made[i].tokens, skip_special_tokens=True).strip() for side, made in said.items()},
+        }
+        for i, (prompt, answer) in enumerate(asked)
+    ]  # fmt: skip
+
+
+def sequences(batch: Batch, most: int) -> Sequence[Sequenced]:
+    """(tokens, weights) of a batch's first sequences."""
+    return [(batch.tokens[a:b].tolist(), batch.weights[a:b].tolist()) for a, b in batch.segments[:most]]
