@@ -78,7 +78,7 @@ def broken(start: Start, tmp_path: Path) -> Broken:
     return check
 
 
-def after(patch: pytest.MonkeyPatch, owner: Any, name: str, then: Callable[..., None]) -> None:
+def after(patch: pytest.MonkeyPatch, owner: Any, name: str, then: Callable[..., object]) -> None:
     """Call ``then(result, *args)`` behind a function."""
     original = getattr(owner, name)
 
@@ -141,8 +141,10 @@ def test_2_a_matrix_that_is_not_the_optimizers(broken: Broken, monkeypatch: pyte
     broken(2, r"down_proj\.lora_B is trainable but no optimizer holds it \(1 tensors\)")
 
 
-@pytest.mark.parametrize(("missing", "named"), [("half", r"lora_B .*\(2 tensors\)"), ("last", r"down_proj\.lora_B .*\(1 tensors\)")])
-def test_2_an_optimizer_that_misses_some(broken: Broken, monkeypatch: pytest.MonkeyPatch, missing: str, named: str) -> None:
+@pytest.mark.parametrize(("missing", "named"), [("half", ("lora_B", r"\(2 tensors\)")), ("last", (r"down_proj\.lora_B", r"\(1 tensors\)"))])
+def test_2_an_optimizer_that_misses_some(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch, missing: str, named: tuple[str, str]
+) -> None:
     def forget(result: None, self: AdapterOptimizer, *args: Any) -> None:
         groups = self.adamw.param_groups
         if missing == "half":
@@ -152,7 +154,7 @@ def test_2_an_optimizer_that_misses_some(broken: Broken, monkeypatch: pytest.Mon
             groups[1]["params"] = [torch.nn.Parameter(self.halves[1].data[:-last])]
 
     after(monkeypatch, AdapterOptimizer, "__init__", forget)
-    broken(2, f"trainable but no optimizer holds it|{named}")
+    broken(2, rf"{named[0]} is trainable but no optimizer holds it {named[1]}")
 
 
 def test_2_a_base_weight_left_trainable(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +163,7 @@ def test_2_a_base_weight_left_trainable(broken: Broken, monkeypatch: pytest.Monk
 
 
 def test_2_a_tensor_that_would_not_be_saved(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    after(monkeypatch, Local, "state", lambda state, self: state.pop(f"adapter/default/{MODULES[0]}.lora_A") and None)
+    after(monkeypatch, Local, "state", lambda state, self: state.pop(f"adapter/default/{MODULES[0]}.lora_A"))
     broken(2, r"default/model\.layers\.0\.self_attn\.q_proj\.lora_A is trained but would not be saved")
 
 
@@ -212,7 +214,7 @@ def test_3_a_matrix_that_does_not_move(tmp_path: Path) -> None:
     stuck.checks.begin(stuck.backend, {"default": list(stuck.backend.bank["default"].slots)})  # type: ignore[attr-defined]
     with pytest.raises(ContractError, match=r"contract 3 broken .*lora_B did not move in 3 steps \(14 tensors\): it does not train"):
         stuck.run()
-    assert stuck.progress.step == 3  # the first step's rate is 0 and proves nothing, so the third proof is that of the fourth
+    assert stuck.progress.step == 3  # the first has a rate of 0 and proves nothing; the fourth is not counted as done
 
 
 def test_3_steps_with_a_rate_of_zero_prove_nothing(start: Start) -> None:
@@ -292,12 +294,13 @@ def edit_weights(change: Callable[[bytearray], bytes]) -> Callable[[Path], objec
     return edit
 
 
-def flip(at: int) -> Callable[[bytearray], bytes]:
-    return lambda content: bytes([*content[:at], content[at] ^ 1, *content[at + 1 :][: None if at != -1 else 0]])
+def flip_last_value(content: bytearray) -> bytes:
+    content[-4] ^= 1  # the lowest bit of an fp32
+    return bytes(content)
 
 
 TAMPERINGS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a bit of a value": (edit_weights(flip(-4)), "the adapter read back is not the one that was trained"),
+    "a bit of a value": (edit_weights(flip_last_value), "the adapter read back is not the one that was trained"),
     "the scale": (edit_config, "the adapter read back gives other logits"),
     "cut short": (edit_weights(lambda content: bytes(content[:-8])), "adapter_model.safetensors"),
     "gone": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),

@@ -31,6 +31,7 @@ class Local:
         self.trained = list(trained)
         self.optimizers = {name: AdapterOptimizer(self.bank[name], optim) for name in self.trained}
         self.present: frozenset[str] = frozenset()
+        self.at, self.keys = 0, list[int]()  # the step being made and its sequences, for messages
 
     @property
     def device(self) -> torch.device:
@@ -41,6 +42,7 @@ class Local:
     def forward_backward(self, batches: Sequence[Batch], task: Task, step: int) -> Stats:
         """The micro-batches of one optimizer step. Raises NonFiniteError, naming the sequences, before any update."""
         totals = term_totals(batches)
+        self.at, self.keys = step, [key for batch in batches for key in batch.key.tolist()]
         for name in self.trained:
             self.bank[name].bind_grads()
         sums = {term: torch.zeros(len(task.adapters), dtype=torch.float64) for term in totals}
@@ -105,8 +107,9 @@ class Local:
                 where = [t for t, g in self.bank[name].split_like(self.bank[name].grads).items() if not torch.isfinite(g).all()]
                 self.discard()
                 raise NonFiniteError(
-                    f"the gradient of {where[0] if where else name} (adapter {name!r}) is not finite in {len(where)} tensors; "
-                    "nothing was updated. Lower learning_rate or max_grad_norm"
+                    f"step {self.at + 1}: the gradient of {where[0] if where else name} (adapter {name!r}) is not finite in "
+                    f"{len(where)} tensors, with sequences of keys {self.keys[:8]}; nothing was updated. "
+                    "Lower learning_rate or max_grad_norm, or look at those rows"
                 )
         for name in norms.norms:
             self.optimizers[name].step(lr[name], norms.norms[name])

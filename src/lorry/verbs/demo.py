@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorry.train.session import Result
 
 Row = dict[str, str]
-PEOPLE, FAST_PEOPLE, FAST_STEPS = 8, 2, 4
+PEOPLE, FAST_PEOPLE, FAST_STEPS = 6, 2, 4
 HELD_OUT_GROUP, GENERAL_GROUP = "held-out rephrasings", "everyday questions"
 ANSWER_TOKENS = 32
 
