@@ -60,7 +60,7 @@ def test_the_run_directory(describe: Describe, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert files(folder).keys() == {
         "adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "README.md", "run.yaml", "metrics.jsonl", "receipt.json", "contracts.json",
+        "chat_template.jinja", "README.md", "run.yaml", "metrics.jsonl", "receipt.json", "contracts.json", "samples.json",
         *(f"checkpoints/step-00000004/{name}" for name in ("state.safetensors", "meta.json", "manifest.json")),
     }  # fmt: skip
     assert [(c["id"], c["status"]) for c in result.contracts] == [(n, "held") for n in range(1, 9)]
@@ -108,6 +108,15 @@ def test_the_batch_shape_does_not_change_the_losses(describe: Describe, tmp_path
     assert curves[0] == pytest.approx(curves[2], rel=1e-6)
 
 
+def test_held_out_rows_that_fill_the_context_are_not_asked(describe: Describe, tmp_path: Path) -> None:
+    """They are evaluated all the same; only an answer of the model's own has no room behind them."""
+    long = {"question": "x" * 108, "answer": "Y"}  # 126 tokens, Y and the end: exactly the context
+    held = tinyrun.write_rows(tmp_path / "held.jsonl", [long, *tinyrun.rows(1, start=30)])
+    train_sft(describe(eval=str(held), max_length=128), [])
+    asked = [row for row in json.loads((tmp_path / "run" / "samples.json").read_text()) if row["group"] == "held-out rows"]
+    assert [row["reference"] for row in asked] == [tinyrun.rows(1, start=30)[0]["answer"]]
+
+
 def test_a_streamed_run_counts_nothing_it_has_not_read(describe: Describe, tmp_path: Path) -> None:
     data = tinyrun.write_rows(tmp_path / "s.jsonl", [*tinyrun.rows(5), {"question": "And?", "answer": ""}])
     result = train_sft(describe(from_=data, streaming=True, on_bad_row="skip"), [])
@@ -135,12 +144,12 @@ class StopAt(tinyrun.Heard):
 def test_a_finished_run_is_written_over(describe: Describe, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train_sft(describe(max_steps=6, save_total_limit=None, save_steps=2), [])
-    for name in ("samples.json", "report.html", "evaluation.json"):
+    for name in ("report.html", "evaluation.json"):
         (folder / name).write_text("{}")
     train_sft(describe(max_steps=3), [])
     assert len(losses(folder)) == 3
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000003"]
-    assert not files(folder).keys() & {"samples.json", "report.html", "evaluation.json"}
+    assert not files(folder).keys() & {"report.html", "evaluation.json"}
 
 
 def test_an_unfinished_run_is_not_written_over(describe: Describe, tmp_path: Path) -> None:

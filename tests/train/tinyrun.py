@@ -27,7 +27,7 @@ from lorry.bank.attach import attach
 from lorry.bank.spec import LoraSpec
 from lorry.config import Run, TrainConfig, build
 from lorry.disk import durable
-from lorry.train import artifacts, checkpoint
+from lorry.train import artifacts, checkpoint, samples
 from lorry.train.checks import Checks
 from lorry.train.engine import Engine
 from lorry.train.events import Listener, Record
@@ -140,12 +140,13 @@ class QuietDisk(durable.Disk):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """For test files that import it: one thread, no fsync, the digest of the code taken once (someone may be editing it)."""
+    """For test files that import it: one thread, no fsync, short samples, the digest of the code taken once."""
     patch, threads = pytest.MonkeyPatch(), torch.get_num_threads()
     digest = checkpoint.code_digest()
     patch.setattr(checkpoint, "code_digest", lambda: digest)
     for module in (checkpoint, artifacts):  # they read a package's metadata file each time
         patch.setattr(module, "version", cache(version))
+    patch.setattr(samples, "NEW_TOKENS", 3)
     patch.setattr(durable, "disk", QuietDisk())
     torch.set_num_threads(1)
     yield

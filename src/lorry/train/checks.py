@@ -57,6 +57,10 @@ class Checks:
         """Record that a contract held."""
         self.found[number] = Contract(number, NAMES[number], "held", detail)
 
+    def skipped(self, number: int, why: str) -> None:
+        """Record that there was nothing to check."""
+        self.found[number] = Contract(number, NAMES[number], "not_checked", why)
+
     def fail(self, number: int, detail: str) -> ContractError:
         """Record a broken contract and return the error to raise."""
         self.found[number] = Contract(number, NAMES[number], "failed", detail)
@@ -137,7 +141,7 @@ class Checks:
                 self._prove(backend, name)
 
     def prove(self, backend: Backend) -> None:
-        """Contract 3 for adapters whose steps were too few for `after_step` to decide: at the end, before other weights are loaded."""
+        """Contract 3 for adapters whose steps were too few for `after_step` to decide: at the end, before others are loaded."""
         for name, steps in self._proof.items():
             if 0 < steps < PROOF_STEPS:
                 self._prove(backend, name)

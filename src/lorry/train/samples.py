@@ -15,23 +15,30 @@ Sequenced = tuple[list[int], list[float]]
 
 
 def samples(
-    backend: Scorer, adapter: str, encoder: Encoder, train: Batch | None, held_out: Batch | None, ends: Collection[int]
-) -> list[dict[str, Any]]:
-    """The rows of samples.json. Before is the base (the same weights under mix none), after the adapter; both greedy."""
-    rows = answered(backend, adapter, encoder, held_out, ends) if held_out is not None and ends else []
+    backend: Scorer, adapter: str, encoder: Encoder, train: Batch | None, held_out: Batch | None, ends: Collection[int],
+    *, context: int | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of samples.json. Before is the base (the same weights under mix none), after the adapter; both greedy.
+
+    ``context``: the most tokens the model takes; a prompt that leaves no room there is not asked.
+    """
+    room = None if context is None else context - NEW_TOKENS
+    rows = answered(backend, adapter, encoder, held_out, ends, room) if held_out is not None and ends else []
     for tokens, weights in sequences(train, SHOWN) if train is not None else []:
         marked = [{"text": t, "weight": float(learnt)} for t, learnt in encoder.marked_text(Encoded(tokens, weights))]
         rows.append({"group": "training", "prompt": "", "reference": None, "before": None, "after": None, "tokens": marked})
     return rows
 
 
-def answered(backend: Scorer, adapter: str, encoder: Encoder, batch: Batch, ends: Collection[int]) -> list[dict[str, Any]]:
+def answered(
+    backend: Scorer, adapter: str, encoder: Encoder, batch: Batch, ends: Collection[int], room: int | None
+) -> list[dict[str, Any]]:
     """Up to four held-out rows: what stands before the last answer, asked of base and adapter."""
     asked = []
     for tokens, weights in sequences(batch, ANSWERED):
         stop = len(weights) - next(i for i, w in enumerate(reversed(weights)) if w)
         start = next((i + 1 for i in range(stop - 1, -1, -1) if not weights[i]), 0)
-        if start > 1:  # below that everything is learnt: a text, with nothing to ask
+        if start > 1 and (room is None or start <= room):  # 1: everything is learnt, there is nothing to ask
             asked.append((tokens[:start], tokens[start:stop]))
     prompts = [prompt for prompt, _ in asked]
     if not prompts:

@@ -92,7 +92,7 @@ def _train(run: Run, opened: Opened, name: str, prepared: Prepared, engine: Engi
         check_checkpoint(checks, engine.newest)
         train = prepared.stream.batches(0)[0] if prepared.tokens is not None else None
         held_out = next(iter(prepared.evaluation), None)
-        rows = samples(backend, name, prepared.encoder, train, held_out, prepared.ends)
+        rows = samples(backend, name, prepared.encoder, train, held_out, prepared.ends, context=opened.model.context)
         artifacts.write_json(run.output_dir, "samples.json", rows)
     finally:
         artifacts.write_json(run.output_dir, "contracts.json", checks.report())
@@ -212,6 +212,7 @@ def check_reload(checks: Checks, model: Decoder | HfModel, name: str, folder: Pa
 def check_checkpoint(checks: Checks, newest: Path | None) -> None:
     """Contract 6: the newest checkpoint, if the run has any, verifies (SHA-256 of every file)."""
     if newest is None:
+        checks.skipped(6, "the run wrote no checkpoint (save_strategy=no)")
         return
     try:
         checkpoint.load(newest)
