@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import tinyrun
 import torch
-from seam import Fixed, Npo, examples, tiny_llama
 from tinyrun import engine_for, quick  # noqa: F401 - a fixture
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -29,6 +28,7 @@ from lorry.models.decoder import Packed
 from lorry.models.open import open_model
 from lorry.models.score import Score, log_prob
 from lorry.train.session import attach_adapter, build_engine
+from seam import Fixed, Npo, examples, tiny_llama
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -85,7 +85,9 @@ def test_npo_unlearns_through_the_same_engine(tmp_path: Path) -> None:
     assert all(torch.equal(r, task.references[0]) for r in task.references)
     torch.testing.assert_close(task.references[0], truth, atol=1e-5, rtol=0)
     logged = lines(tmp_path)
-    assert logged[0]["loss_forget"] == pytest.approx(2 / task.beta * math.log(2), rel=1e-6)  # policy = reference (Zhang et al. 2024)
+    assert logged[0]["loss_forget"] == pytest.approx(
+        2 / task.beta * math.log(2), rel=1e-6
+    )  # policy = reference (Zhang et al. 2024)
     assert logged[-1]["loss_forget"] < logged[0]["loss_forget"]
     assert logged[3]["loss"] == pytest.approx(logged[3]["loss_forget"] + logged[3]["loss_retain"])
     assert [c["status"] for c in run.checks.report()][1:4] == ["held"] * 3
@@ -109,7 +111,9 @@ def test_two_jobs_at_once_are_two_runs(tmp_path: Path) -> None:
             assert both["adapters"][name]["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-4)
         a, b = (e.backend.bank[name].values for e in (together, alone))  # type: ignore[attr-defined]
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-        assert (a - engine_for(Fixed(own, (name,)), tmp_path, specs=specs[k : k + 1]).backend.bank[name].values).abs().max() > 1e-2  # type: ignore[attr-defined]
+        assert (
+            a - engine_for(Fixed(own, (name,)), tmp_path, specs=specs[k : k + 1]).backend.bank[name].values
+        ).abs().max() > 1e-2  # type: ignore[attr-defined]
 
 
 # --- every family
@@ -127,9 +131,13 @@ class PlainLora:
 @pytest.mark.parametrize("family", tinyrun.FAMILIES)
 def test_one_step_of_sft_has_autograds_gradient(family: str, tmp_path: Path) -> None:
     """Packed rows of the real data path, both halves of every adapter, against transformers row by row."""
-    folder = tinyrun.model_directory(tmp_path / "model", family, **({"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2}))
+    folder = tinyrun.model_directory(
+        tmp_path / "model", family, **({"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2})
+    )
     data = tinyrun.write_rows(tmp_path / "data.jsonl", tinyrun.rows(7))
-    run = tinyrun.described(folder, data, tmp_path / "run", init_lora_weights=False, r=3, lora_alpha=5, packing=True, gradient_accumulation_steps=3)
+    run = tinyrun.described(
+        folder, data, tmp_path / "run", init_lora_weights=False, r=3, lora_alpha=5, packing=True, gradient_accumulation_steps=3
+    )
     opened = open_model(run.model, [])
     name = attach_adapter(run, opened, [])
     prepared = prepare(run.data, run.train, opened.tokenizer, quarantine=tmp_path / "aside")
@@ -143,7 +151,10 @@ def test_one_step_of_sft_has_autograds_gradient(family: str, tmp_path: Path) -> 
 
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     values = adapter.tensors()
-    loras = {p: PlainLora(oracle.get_submodule(p), values[f"{p}.lora_A"], values[f"{p}.lora_B"], s.scale) for p, s in adapter.slots.items()}
+    loras = {
+        p: PlainLora(oracle.get_submodule(p), values[f"{p}.lora_A"], values[f"{p}.lora_B"], s.scale)
+        for p, s in adapter.slots.items()
+    }
     assert len(loras) == 2 * (4 if family in ("gpt2", "gpt_neox") else 7)
     total, weight = torch.zeros(()), 0.0
     for batch in batches:

@@ -1,4 +1,4 @@
-"""A run from its description to its directory: what is in it, when it may be written over, and what stops a run before it starts."""
+"""A run from its description to its directory: what is in it, when it may be written over, what stops it before it starts."""
 
 from __future__ import annotations
 
@@ -188,7 +188,8 @@ def test_a_run_that_cannot_start_costs_the_finished_one_nothing(describe: Descri
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "Who?", "answer": "Me."}\n{"question": "Who?", "ans')
     settings: dict[str, Any] = {
-        "no such data": {"from_": tmp_path / "none.jsonl"}, "a bad row": {"from_": bad}, "no such model": {"base": tmp_path / "none"},
+        "no such data": {"from_": tmp_path / "none.jsonl"}, "a bad row": {"from_": bad},
+        "no such model": {"base": tmp_path / "none"},
         "no such target": {"target_modules": ["q_prj"]}, "no such template": {"chat_template_path": str(tmp_path / "none.jinja")},
     }[wrong]  # fmt: skip
     with pytest.raises((ConfigError, DataError, ValueError)):
@@ -239,7 +240,7 @@ def test_a_missing_tracker_is_said_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(session, "open_model", lambda *_: pytest.fail("the model was loaded"))
-    with pytest.raises(ConfigError, match="train.report_to names wandb, which is not installed; pip install wandb") as e:
+    with pytest.raises(ConfigError, match=r"train\.report_to names wandb, which is not installed; pip install wandb") as e:
         train_sft(describe(report_to=["wandb"]), [])
     assert e.value.exit_code == 2
     assert not (tmp_path / "run").exists()
@@ -266,7 +267,7 @@ def test_a_tracker_hears_every_number(describe: Describe, tmp_path: Path, monkey
 
 
 def test_what_it_cannot_train(describe: Describe, model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="lora=null .* is not built yet"):
+    with pytest.raises(ConfigError, match=r"lora=null .* is not built yet"):
         train_sft(describe().model_copy(update={"lora": None}), [])
     bare = tmp_path / "bare"
     bare.mkdir()

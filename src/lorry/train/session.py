@@ -87,7 +87,7 @@ def _train(run: Run, opened: Opened, name: str, prepared: Prepared, engine: Engi
         checks.held(8, "; ".join(prepared.report.lines()[:3]))  # a streamed source knows more now
         checks.end(backend, engine.task)
         bank_of(opened.model).activate(Mix.one(name))
-        digests = artifacts.write_adapters(run.output_dir, opened.model, opened.tokenizer, [name], opened.source["path"])
+        digests = artifacts.write_adapters(run.output_dir, opened.model, opened.tokenizer, [name], base_name(opened))
         check_reload(checks, opened.model, name, run.output_dir, prepared)
         check_checkpoint(checks, engine.newest)
         train = prepared.stream.batches(0)[0] if prepared.tokens is not None else None
@@ -106,6 +106,13 @@ def _train(run: Run, opened: Opened, name: str, prepared: Prepared, engine: Engi
     artifacts.write_json(run.output_dir, "receipt.json", paper)
     artifacts.write_text(run.output_dir, "README.md", _card(run, opened, outcome, contracts))
     return Result(run.output_dir, outcome, contracts, opened.model, opened.tokenizer, name)
+
+
+def base_name(opened: Opened) -> str:
+    """What adapter_config.json names as the base: a hub id as such, anything else as the directory it was read from."""
+    source = opened.source
+    on_hub = source["kind"] == "hub" and not source.get("adapter")
+    return str(source["name"]) if on_hub else str(Path(source["path"]).resolve())
 
 
 def where_to_start(run: Run) -> Path | None:

@@ -1,0 +1,3 @@
+"""Runs to break contracts with."""
+
+from breaking import broken, models, start  # noqa: F401 - fixtures
