@@ -31,7 +31,7 @@ from lorry.models import score
 from lorry.train import engine
 from lorry.train.session import train_sft
 
-STEPS = 11  # three epochs and a bit: the last save is no multiple of save_steps, an evaluation and a save fall together
+STEPS = 11  # several epochs and a bit; an evaluation, a save and the end fall on different steps
 SETTINGS: dict[str, Any] = {
     "max_steps": STEPS, "save_steps": 4, "eval_steps": 3, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"],
     "load_best_model_at_end": True, "early_stopping_patience": 9, "resume_from_checkpoint": "auto",
