@@ -1,4 +1,4 @@
-"""Lorry's own decoder and PEFT over transformers, through adapter files, both ways: `pytest -s` prints the table of differences."""
+"""Lorry's own decoder and PEFT over transformers, through adapter files, both ways; `pytest -s` prints the differences."""
 
 from __future__ import annotations
 
