@@ -93,6 +93,9 @@ for _verb in VERBS:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, an error's own (lorry.errors), 130 on Ctrl-C, 2 on a wrong command."""
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    # Before torch is imported: OpenMP's threads wait for each other by spinning, which on a busy machine starves the very thread
+    # they wait for (a training step took 30 times as long beside one other process); after a short spin they sleep instead.
+    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     code = 0
     try:
         app(args=args, prog_name="lorry")

@@ -35,10 +35,10 @@ class Adapter:
 
     name: str
     spec: LoraSpec
-    values: Tensor
-    grads: Tensor
-    split: int
-    slots: dict[str, Slot] = field(default_factory=dict)
+    values: Tensor = field(repr=False)
+    grads: Tensor = field(repr=False)
+    split: int = field(repr=False)
+    slots: dict[str, Slot] = field(default_factory=dict, repr=False)
 
     def bind_grads(self) -> None:
         """Point every master's .grad into the flat gradient buffer, so that autograd accumulates there."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class MergeRow:
 class MergeReport:
     """What a merge did. ``untied``: head and embedding shared a weight and no longer do (`tie_word_embeddings` is now false)."""
 
-    rows: tuple[MergeRow, ...]
+    rows: tuple[MergeRow, ...] = field(repr=False)
     dtype: torch.dtype
     untied: bool
 
@@ -85,6 +85,8 @@ def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> Merge
         rows.append(row)
     for path, stored in merged.items():
         bank.modules[path].set_aside(nn.Parameter(stored, requires_grad=False))
+    if untied:
+        _declare_tied(model, False)
     bank.before_merge = bank.active
     bank.activate(Mix.none())
     return MergeReport(tuple(rows), next(iter(merged.values())).dtype, untied)
@@ -101,6 +103,9 @@ def unmerge(model: nn.Module) -> None:
     for layer in bank.modules.values():
         if layer.kept is not None:
             layer.restore()
+    head, embed = (linears(model).get(p) for p in head_and_embedding(model) if p is not None)
+    if head is not None and embed is not None and head.weight is embed.weight:
+        _declare_tied(model, True)
     mix, bank.before_merge = bank.before_merge, None
     bank.activate(mix)
 
@@ -143,6 +148,15 @@ def unties(model: nn.Module, weights: Mapping[str, float] | None = None) -> bool
     sides = [linears(model).get(path) for path in head_and_embedding(model) if path is not None]
     shared = len(sides) == 2 and all(s is not None for s in sides) and len({id(s.weight) for s in sides if s is not None}) == 1
     return shared and any(s is layer for s in sides for layer in touched.values())
+
+
+def _declare_tied(model: nn.Module, tied: bool) -> None:
+    """Keep the model's config true about whether head and embedding share a weight."""
+    config = getattr(model, "config", None)
+    if isinstance(config, dict):
+        config["tie_word_embeddings"] = tied
+    elif config is not None and hasattr(config, "tie_word_embeddings"):
+        config.tie_word_embeddings = tied
 
 
 def _constants(bank: Bank, weights: Mapping[str, float] | None) -> dict[str, float]:

@@ -54,7 +54,8 @@ def adapter_files(
         assert said == (slot.A.shape[0], slot.scale), f"{path}: the spec says rank and scale {said}"
     transposed = any(isinstance(modules[p], BankLinear) and modules[p].transposed for p in adapter.slots)
     config = to_config(adapter.spec, target_names(model, adapter), transposed=transposed, base_name=base_name)
-    facts = {**(extra or {}), "lorry_version": _version(), "adapter": name, "base_digest": base_digest(model)}
+    dtype = str(next(iter(modules[p].weight for p in adapter.slots)).dtype).removeprefix("torch.")
+    facts = {**(extra or {}), "dtype": dtype, "lorry_version": _version(), "adapter": name, "base_digest": base_digest(model)}
     return {WEIGHTS: save(tensors, {"format": "pt"}), CONFIG: _json(config), FACTS: _json(facts)}
 
 
@@ -74,6 +75,7 @@ def save_adapter(
     names = bank_of(model).names()
     if name is None and len(names) != 1:
         raise ConfigError(f"this model has the adapters {', '.join(names) or '(none)'}; say which one to save")
+    base_name = base_name or _origin(model)
     files = adapter_files(model, names[0] if name is None else name, base_name=base_name, extra=extra)
     durable.make_directory(Path(path))
     durable.write_files(Path(path), files)
@@ -157,6 +159,13 @@ def base_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _origin(model: nn.Module) -> str | None:
+    """Where transformers or Lorry read a model from: a directory in full, or a hub id; None if it does not say."""
+    config = getattr(model, "config", None)
+    name = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
+    return (str(Path(name).resolve()) if Path(name).is_dir() else name) if name else None
+
+
 def _check_base(model: nn.Module, folder: Path) -> None:
     """Compare the base's digest with the one an adapter of ours was saved with; PEFT's files say nothing about it."""
     if not (folder / FACTS).is_file():
@@ -164,8 +173,8 @@ def _check_base(model: nn.Module, folder: Path) -> None:
     said = read_json(folder / FACTS).get("base_digest")
     if said is not None and said != base_digest(model):
         raise ModelError(
-            f"{folder / FACTS}: this adapter was trained on other base weights than this model's; open that base, or accept "
-            "the difference with other_base=True"
+            f"{folder / FACTS}: this adapter was trained on other base weights than this model's; open it on its own base, "
+            f"{read_json(folder / CONFIG).get('base_model_name_or_path')} (in Python, other_base=True accepts the difference)"
         )
 
 

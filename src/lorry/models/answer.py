@@ -9,7 +9,10 @@ from torch import nn
 
 from lorry.data.content import Conversation, Message
 from lorry.data.encode import Encoder
+from lorry.errors import ConfigError
+from lorry.models.decoder import Decoder
 from lorry.models.generate import generate
+from lorry.models.hf import HfModel
 
 LONGEST = 1 << 20  # prompts are not cut here; generate refuses what the context cannot hold
 HALF = "\ufffd"  # what a decoder makes of bytes that are not a whole character yet
@@ -31,6 +34,8 @@ def answer(
     answer then keeps the white space at its ends); a Conversation is answered at its last assistant message, exactly as it would
     be trained. ``options`` go to `models.generate.generate` (temperature, top_k, top_p, seed, adapters, ...).
     """
+    if not isinstance(model, (Decoder, HfModel)):
+        raise ConfigError(f"generate needs a model from lorry.load; a {type(model).__name__} has its own model.generate")
     encoder = Encoder(tokenizer, max_length=LONGEST, system=system)
     ids = [encoder.prompt(p) if isinstance(p, Conversation) else _prompt(encoder, p, chat) for p in prompts]
     made = generate(model, ids, max_new_tokens=max_new_tokens, eos=encoder.stop_tokens(), **options)

@@ -110,7 +110,9 @@ class Decoder(nn.Module):
     # --- the three ways in: logits for people, hidden states for scores, one step for generation
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
-        """input_ids [B,T] -> logits [B,T,V]. attention_mask [B,T] may mark padding (0) on either side; its logits are zero."""
+        """input_ids [B,T], or [T] for one -> logits [B,T,V]. attention_mask [B,T] may mark padding (0) on either side; the logits
+        there are zero."""
+        input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         ends = keep.sum(1).cumsum(0).tolist()
         packed = Packed(input_ids[keep], (keep.cumsum(1) - 1)[keep], list(zip([0, *ends[:-1]], ends, strict=True)))

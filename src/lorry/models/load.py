@@ -21,13 +21,14 @@ from lorry.models.decoder import Decoder
 from lorry.models.describe import Description, blaming, describe, quiet, read_json
 from lorry.models.digest import sample_digest
 from lorry.models.hf import HfModel
-from lorry.models.sources import resolve
+from lorry.models.sources import adapters_in, resolve
 from lorry.models.store import GENERATION
 from lorry.models.tokenizer import load_tokenizer
 from lorry.models.weights import BUFFERS, entries, load_decoder
 
 __all__ = ["Loaded", "load_model", "sample_digest"]
 
+FACTS = "lorry_adapter.json"
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16,
@@ -63,11 +64,12 @@ def load_model(
     """
     place = resolve(str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, notes=notes)
     where = pick_device(device)
-    kind = pick_dtype(dtype, where)
+    kind = pick_dtype(trained_dtype(place.adapter) if dtype == "auto" and place.adapter is not None else dtype, where)
     described = describe(place.directory, trust_remote_code=trust_remote_code, native=native, notes=notes)
     model: Decoder | HfModel
     if described.family is not None:
         model = load_decoder(place.directory, described.family, described.config, kind, where)
+        model.config["_name_or_path"] = str(place.directory)
     else:
         notes.append(f"{described.why}; it runs through transformers, more slowly")
         model = load_hf(place.directory, described, kind, where, trust_remote_code=trust_remote_code, notes=notes)
@@ -94,6 +96,13 @@ def load_model(
     if place.adapter is not None:
         source["adapter"] = str(place.adapter)
     return Loaded(model, tokenizer, source)
+
+
+def trained_dtype(adapter: Path) -> str:
+    """The number format of the base an adapter of ours was trained on, so that it gives the same logits again; else "auto"."""
+    folders = [f for f in adapters_in(adapter) if (f / FACTS).is_file()]
+    said = {str(read_json(folder / FACTS).get("dtype")) for folder in folders} & set(DTYPES)
+    return said.pop() if len(said) == 1 else "auto"
 
 
 def load_hf(

@@ -15,7 +15,7 @@ from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.models.decoder import Decoder
 from lorry.models.hf import HfModel
-from lorry.models.load import load_model
+from lorry.models.load import load_model, trained_dtype
 from lorry.models.sources import resolve
 from lorry.models.tokenizer import FILES, load_tokenizer
 from lorry.models.weights import FLOATS, entries
@@ -41,10 +41,12 @@ def open_model(config: ModelConfig, notes: list[str], *, adapters: Sequence[str]
     A run's own tokenizer and chat template go before those of its base. Raises ModelError if anything is missing, damaged or
     belongs to another base, ConfigError for a chat template file that cannot be read.
     """
+    beside = [Path(p) for p in (config.adapter, *adapters) if p]
+    dtype = trained_dtype(beside[0]) if config.dtype == "auto" and beside and beside[0].is_dir() else config.dtype
     loaded = load_model(
         config.name,
         revision=config.revision,
-        dtype=config.dtype,
+        dtype=dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         native=config.native,
@@ -55,7 +57,7 @@ def open_model(config: ModelConfig, notes: list[str], *, adapters: Sequence[str]
     tokenizer = loaded.tokenizer if tokenizer is None else tokenizer
     if config.chat_template_path is not None and tokenizer is not None:
         tokenizer.chat_template = _read_template(config.chat_template_path)
-    places += [p for p in (config.adapter, *adapters) if p]
+    places += beside
     names: list[str] = []
     for place in (folder for p in places for folder in adapter_folders(Path(p))):
         name = free_name(place, names)

@@ -44,7 +44,12 @@ def resolve(
             raise ModelError(f"{path} is a file; give the directory of the model, or a .gguf file")
         return Place(converted(path, notes), "gguf")
     if path.is_dir():
-        return _with_base(path.resolve(), notes, base_only) or Place(path.resolve(), "directory")
+        found = _with_base(path.resolve(), notes, base_only)
+        if found is None and (path / "run.yaml").is_file() and not (path / "config.json").is_file():
+            raise ModelError(
+                f"{path} is a run that is not finished; its command with resume_from_checkpoint=auto goes on with it"
+            )
+        return found or Place(path.resolve(), "directory")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not HUB_ID.fullmatch(name):
         raise ModelError(f"no model at {name!r}{_near(name)}")
     got = _download(name, revision, trust_remote_code)

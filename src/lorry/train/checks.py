@@ -143,6 +143,8 @@ class Checks:
     def prove(self, backend: Backend) -> None:
         """Contract 3 for adapters whose steps were too few for `after_step` to decide: at the end, before others are loaded."""
         for name, steps in self._proof.items():
+            if steps == 0 and 3 not in self.found:
+                raise self.fail(3, f"adapter {name!r} had no step with a learning rate above 0: the warm-up outlasts the run")
             if 0 < steps < PROOF_STEPS:
                 self._prove(backend, name)
 

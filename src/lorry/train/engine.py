@@ -80,7 +80,8 @@ class Engine:
         self.listeners, self.ends, self.tolerance = listeners, ends, tolerance
         self.progress = Progress()
         self.total = task.total_steps
-        self.warmup = train.warmup_steps or warmup_steps(self.total, train.warmup_ratio)
+        # the share is rounded up, as transformers does, but may not take a run's only step
+        self.warmup = train.warmup_steps or min(warmup_steps(self.total, train.warmup_ratio), max(self.total - 1, 0))
         self.final_loss: float | None = None
         self.epoch = 0
         self.newest: Path | None = None  # the checkpoint this run last wrote, or went on from

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,9 @@ class Result:
 
     path: Path
     outcome: Outcome
-    contracts: list[dict[str, Any]]
-    model: Decoder | HfModel
-    tokenizer: Any
+    contracts: list[dict[str, Any]] = field(repr=False)
+    model: Decoder | HfModel = field(repr=False)
+    tokenizer: Any = field(repr=False)
     adapter: str
 
 
@@ -71,8 +71,9 @@ def train_sft(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) ->
     engine = build_engine(run, opened, name, prepared, listeners)
     if start is not None:
         engine.resume(start)
-    if not _inside(start, run.output_dir):
-        _clear(run.output_dir)  # only now: whatever was wrong with this run has been said, and cost nothing of the last one
+    if not _inside(start, run.output_dir) and (aside := set_aside(run.output_dir)) is not None:
+        for listener in listeners:  # only now: whatever was wrong with this run has been said, and cost nothing of the last one
+            listener.note(f"{run.output_dir} held an earlier run; it is in {aside} now")
     return _train(run, opened, name, prepared, engine)
 
 
@@ -141,12 +142,18 @@ def _inside(start: Path | None, folder: Path) -> bool:
     return start is not None and start.resolve().parent == (folder / "checkpoints").resolve()
 
 
-def _clear(folder: Path) -> None:
-    """Remove the files of an earlier run that this one would otherwise mix with, or be taken for while it is unfinished."""
-    checkpoint.forget_after(folder, -1)
-    for name in (*artifacts.RESULTS, METRICS, RUN_FILE):
-        if (folder / name).is_file():
-            durable.disk.unlink(folder / name)
+def set_aside(folder: Path) -> Path | None:
+    """Move the files of an earlier run, which this one would mix with, into FOLDER/previous/N; None if there are none."""
+    names = (*artifacts.RESULTS, METRICS, RUN_FILE, "checkpoints")
+    there = [folder / name for name in names if (folder / name).exists()]
+    if not there:
+        return None
+    taken = [int(p.name) for p in (folder / "previous").glob("*") if p.name.isdigit()]
+    aside = folder / "previous" / str(max(taken, default=0) + 1)
+    durable.make_directory(aside)
+    for path in there:
+        durable.disk.rename(path, aside / path.name)
+    return aside
 
 
 def spec_of(lora: LoraConfig) -> LoraSpec:
