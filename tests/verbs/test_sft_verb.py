@@ -13,8 +13,8 @@ from verbworld import PEOPLE, STEPS, World, lorry, train, write_rows
 
 FILES = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json", "chat_template.jinja",
-    "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "run.yaml", "contracts.json", "receipt.json", "report.html",
-    "report.png",
+    "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "run.yaml", "samples.json", "contracts.json", "receipt.json",
+    "report.html", "report.png",
 }  # fmt: skip
 
 

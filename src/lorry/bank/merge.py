@@ -103,8 +103,8 @@ def unmerge(model: nn.Module) -> None:
     for layer in bank.modules.values():
         if layer.kept is not None:
             layer.restore()
-    head, embed = (linears(model).get(p) for p in head_and_embedding(model) if p is not None)
-    if head is not None and embed is not None and head.weight is embed.weight:
+    sides = [linears(model)[p] for p in head_and_embedding(model) if p is not None and p in linears(model)]
+    if len(sides) == 2 and sides[0].weight is sides[1].weight:
         _declare_tied(model, True)
     mix, bank.before_merge = bank.before_merge, None
     bank.activate(mix)
