@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorry.train.session import Result
 
 Row = dict[str, str]
-PEOPLE, FAST_PEOPLE, FAST_STEPS = 6, 2, 4
+PEOPLE, FAST_PEOPLE, FAST_STEPS = 8, 2, 4
 HELD_OUT_GROUP, GENERAL_GROUP = "held-out rephrasings", "everyday questions"
 ANSWER_TOKENS = 32
 
@@ -60,7 +60,7 @@ def described(settings: DemoSettings, data: Path) -> dict[str, Any]:
         chosen["resume_from_checkpoint"] = "auto"  # a demo that was interrupted goes on; a finished one starts anew
     return {
         "data": str(data), "output_dir": str(settings.output_dir), "seed": settings.seed, "r": 16, "learning_rate": 1e-3,
-        "num_train_epochs": 6, "per_device_train_batch_size": 16, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1,
+        "num_train_epochs": 4, "per_device_train_batch_size": 16, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1,
         "logging_steps": 10, "max_length": 256, **chosen,
     }  # fmt: skip
 
