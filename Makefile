@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/lorry demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q -rs
 
 lint: setup
 	$(BIN)/ruff check .
@@ -29,7 +29,7 @@ lint: setup
 	$(BIN)/mypy
 
 docs-check: setup
-	$(BIN)/python -m pytest tests/test_docs.py
+	$(BIN)/python -m pytest -q tests/test_docs.py
 
 bench: setup
 	$(BIN)/python benchmarks/sft.py

@@ -276,3 +276,14 @@ def test_what_it_cannot_train(describe: Describe, model: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"bare has no tokenizer files; put tokenizer\.json beside the weights"):
         train_sft(describe(base=bare), [])
     assert not (tmp_path / "run").exists()
+
+
+def test_an_earlier_finished_run_is_set_aside_and_nothing_of_it_is_lost(describe: Describe, tmp_path: Path) -> None:
+    first = train_sft(describe(max_steps=2), []).path
+    adapter = (first / "adapter_model.safetensors").read_bytes()
+    train_sft(describe(max_steps=3), [])
+    assert (first / "previous" / "1" / "adapter_model.safetensors").read_bytes() == adapter
+    assert (first / "previous" / "1" / "receipt.json").is_file()
+    assert (first / "adapter_model.safetensors").read_bytes() != adapter
+    train_sft(describe(max_steps=2), [])
+    assert sorted(p.name for p in (first / "previous").iterdir()) == ["1", "2"]

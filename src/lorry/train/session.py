@@ -34,7 +34,7 @@ from lorry.train.memory import tune_allocator
 from lorry.train.samples import samples
 from lorry.train.trackers import trackers
 
-RUN_FILE = "run.yaml"
+RUN_FILE, RECEIPT = "run.yaml", "receipt.json"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
@@ -71,7 +71,7 @@ def train_sft(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) ->
     engine = build_engine(run, opened, name, prepared, listeners)
     if start is not None:
         engine.resume(start)
-    if not _inside(start, run.output_dir) and (aside := set_aside(run.output_dir)) is not None:
+    if not _inside(start, run.output_dir) and (aside := make_room(run.output_dir)) is not None:
         for listener in listeners:  # only now: whatever was wrong with this run has been said, and cost nothing of the last one
             listener.note(f"{run.output_dir} held an earlier run; it is in {aside} now")
     return _train(run, opened, name, prepared, engine)
@@ -104,7 +104,7 @@ def _train(run: Run, opened: Opened, name: str, prepared: Prepared, engine: Engi
         data = {"sha256": prepared.digest, **vars(report)}
     base = {**opened.source, "sha256": base_digest(opened.model)}
     paper = artifacts.receipt(data=data, base=base, code=checkpoint.code_digest(), adapters=digests, seed=run.train.seed)
-    artifacts.write_json(run.output_dir, "receipt.json", paper)
+    artifacts.write_json(run.output_dir, RECEIPT, paper)
     artifacts.write_text(run.output_dir, "README.md", _card(run, opened, outcome, contracts))
     return Result(run.output_dir, outcome, contracts, opened.model, opened.tokenizer, name)
 
@@ -119,7 +119,7 @@ def base_name(opened: Opened) -> str:
 def where_to_start(run: Run) -> Path | None:
     """The checkpoint to resume from, or None to start afresh. Raises ConfigError rather than mix with, or lose, another run."""
     folder, start = run.output_dir, _wanted_checkpoint(run)
-    unfinished = (folder / "checkpoints").is_dir() and not (folder / "receipt.json").is_file()
+    unfinished = (folder / "checkpoints").is_dir() and not (folder / RECEIPT).is_file()
     if unfinished and not _inside(start, folder) and checkpoint.find_latest(folder):
         raise ConfigError(
             f"{folder} holds an unfinished run; add resume_from_checkpoint=auto to go on with it, or use another output_dir"
@@ -142,17 +142,23 @@ def _inside(start: Path | None, folder: Path) -> bool:
     return start is not None and start.resolve().parent == (folder / "checkpoints").resolve()
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Move the files of an earlier run, which this one would mix with, into FOLDER/previous/N; None if there are none."""
-    names = (*artifacts.RESULTS, METRICS, RUN_FILE, "checkpoints")
-    there = [folder / name for name in names if (folder / name).exists()]
-    if not there:
+def make_room(folder: Path) -> Path | None:
+    """Clear the way for a new run: the files of a finished one move to FOLDER/previous/N, which is returned; what is left of
+    one that never got to a checkpoint is removed, since nothing can come of it. receipt.json, which says that a run is finished,
+    moves last: a kill in between loses nothing.
+    """
+    names = [n for n in (*artifacts.RESULTS, METRICS, RUN_FILE, "checkpoints") if n != RECEIPT and (folder / n).exists()]
+    if not (folder / RECEIPT).is_file():
+        checkpoint.forget_after(folder, -1)
+        for name in names:
+            if (folder / name).is_file():
+                durable.disk.unlink(folder / name)
         return None
     taken = [int(p.name) for p in (folder / "previous").glob("*") if p.name.isdigit()]
     aside = folder / "previous" / str(max(taken, default=0) + 1)
     durable.make_directory(aside)
-    for path in there:
-        durable.disk.rename(path, aside / path.name)
+    for name in (*names, RECEIPT):
+        durable.disk.rename(folder / name, aside / name)
     return aside
 
 
