@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, an error's own (lorry.errors), 130 on Ctrl-C, 2 on a wrong command."""
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     # Before torch is imported: OpenMP's threads wait for each other by spinning, which on a busy machine starves the very thread
-    # they wait for (a training step took 30 times as long beside one other process); after a short spin they sleep instead.
+    # they wait for (the demo fell from 600 to 40 tokens/s beside other work); after a short spin they sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     code = 0
     try:
