@@ -1,4 +1,4 @@
-"""Fixtures every test may use: where the shared data lies, and quiet, deterministic torch."""
+"""Fixtures every test may use: where the shared data lies, quiet, deterministic torch, and the same examples on every machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The suite draws the same examples everywhere, so that it says one thing of one commit; LORRY_EXPLORE=1000 draws that many new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("explore", max_examples=int(os.environ.get("LORRY_EXPLORE", "100")), deadline=None)
+settings.load_profile("explore" if "LORRY_EXPLORE" in os.environ else "same")
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits, and results stay the same on any machine
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lorry.report.text import scientific
 
 WIDE = 1000.0  # a log axis is worth its strangeness from three decades on
+SMALLEST = 1e-290  # below this a float has no decade of room left: such values are drawn as zero, ticks stay normal numbers
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ def value_axis(values: Sequence[float], from_zero: bool = False, log_if_wide: bo
         return _log_axis(low, high, count)
     if from_zero or 0 < low < 0.25 * high:
         low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a flat curve; steps finer than this would all read the same
-        room = abs(low) * 0.1 or 1.0
+    if high - low <= max(SMALLEST, 1e-9 * max(abs(low), abs(high))):  # a flat curve; steps finer than this would all read the same
+        room = abs(low) * 0.1 if abs(low) > SMALLEST else 1.0
         low, high = low - room, high + room
     step = nice_step((high - low) / count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -47,12 +48,12 @@ def value_axis(values: Sequence[float], from_zero: bool = False, log_if_wide: bo
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Whether values want a log axis: all positive, and the highest three decades above all but the lowest twentieth.
+    """Whether values want a log axis: all positive (beyond ``SMALLEST``), and the highest three decades above all but the lowest twentieth.
 
     The lowest are left aside because a rate that decays to nearly nothing looks right on a plain axis.
     """
     ranked = sorted(values)
-    return bool(ranked) and ranked[0] > 0 and ranked[-1] >= WIDE * ranked[len(ranked) // 20]
+    return bool(ranked) and ranked[0] > SMALLEST and ranked[-1] >= WIDE * ranked[len(ranked) // 20]
 
 
 def step_axis(steps: Sequence[float], count: int = 5) -> Axis:
@@ -61,6 +62,7 @@ def step_axis(steps: Sequence[float], count: int = 5) -> Axis:
     if low == high:
         return Axis(low - 1, high + 1, (low,), (f"{low:,.0f}",))
     step = max(1.0, nice_step((high - low) / count))
+    step = 5.0 if step == 2.5 else step  # the one nice step above 1 that is no whole number
     ticks = tuple(i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1))
     return Axis(low, high, ticks, tuple(f"{t:,.0f}" for t in ticks))
 
