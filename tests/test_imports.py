@@ -13,6 +13,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "lorry"
 # A room may import rooms on its own line and on lines above it.
 ORDER = [
     {"errors", "disk"},
+    {"kernels"},
     {"config", "families"},
     {"bank"},
     {"models", "data", "plan"},

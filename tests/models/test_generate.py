@@ -29,8 +29,9 @@ from lorry.bank.mix import Mix
 from lorry.bank.spec import LoraSpec
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
 from lorry.families import find
-from lorry.models import attention, sampling
+from lorry.models import cache as cache_module
 from lorry.models import generate as generation
+from lorry.models import sampling
 from lorry.models.decoder import Decoder
 from lorry.models.generate import generate, stream
 from lorry.models.hf import HfModel
@@ -213,7 +214,7 @@ def test_small_prefills_and_a_growing_cache_change_nothing(llama: Decoder, monke
     prompts = random_prompts([3, 20, 1, 8, 8, 33, 2])
     before = tokens_of(llama, prompts, max_new_tokens=50)
     monkeypatch.setattr(generation, "PREFILL_TOKENS", 10)
-    monkeypatch.setattr(attention, "SPARE", 1)
+    monkeypatch.setattr(cache_module, "SPARE", 1)
     assert tokens_of(llama, prompts, max_new_tokens=50) == before
 
 
@@ -301,7 +302,7 @@ def test_memory_is_taken_as_rows_grow(llama: Decoder) -> None:
     steps = run.steps()
     for _ in range(3):
         next(steps)
-    assert run.cache.keys.shape[3] == 5 + attention.SPARE < run.cache.room == 95
+    assert run.cache.keys.shape[3] == 5 + cache_module.SPARE < run.cache.room == 95
 
 
 def test_the_model_is_left_as_it_was(llama: Decoder) -> None:

@@ -6,15 +6,17 @@ Adapters are not parameters of the module (FSDP, state dicts and optimizers of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorry.bank.mix import Call
-from lorry.bank.ops import LowRank, Plan
+from lorry.bank.ops import Frozen, LowRank, Part, Stack
 from lorry.errors import ContractError
 
 # Other people's models cannot pass a Call down; `models/hf.py` sets it around their forward. It is read in forward only.
@@ -25,9 +27,7 @@ AMBIENT: ContextVar[Call | None] = ContextVar("lorry_call", default=None)
 class Slot:
     """One adapter at one module: fp32 masters A [R,I], B [O,R] (views of the adapter's flat buffer), scale and dropout.
 
-    Compute copies in the base's dtype are remade after every backward pass and whenever a master's version has moved: an
-    optimizer of the user's own that updates the masters, even one that no version counter sees (fused AdamW, `p.data.add_`),
-    can never train a stale copy. Whoever else writes the memory under the masters calls `Adapter.touch`.
+    `Group` makes the compute copies from them.
     """
 
     module: str
@@ -35,20 +35,15 @@ class Slot:
     B: nn.Parameter
     scale: float
     dropout: float
-    _copies: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
-    stamp: tuple[object, ...] = field(default=(), repr=False)
+    writes: int = field(default=0, repr=False)  # how often `touch` was called
 
-    def copies(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(a, b) in the base's dtype, detached; the masters themselves when the base is fp32."""
-        stamp = (self.A._version, self.B._version, self.A.data_ptr(), dtype)
-        if self._copies is None or stamp != self.stamp:
-            self._copies = (self.A.detach().to(dtype), self.B.detach().to(dtype))
-            self.stamp = stamp
-        return self._copies
+    def stamp(self) -> tuple[int, ...]:
+        """Changes whenever a master may have changed."""
+        return (self.writes, self.A._version, self.B._version, self.A.data_ptr())
 
     def touch(self) -> None:
         """Say that a master has changed, or is about to."""
-        self.stamp = ()
+        self.writes += 1
 
 
 class Adaptable(nn.Module):
@@ -81,13 +76,16 @@ class Adaptable(nn.Module):
         assert self.kept is not None
         self.weight, self.kept = self.kept, None
 
-    def terms(self, call: Call | None) -> tuple[Call, list[tuple[Slot, slice | None, float | Tensor]]]:
-        """The call that holds here and its terms that have a slot at this module. Raises ContractError on a merged layer."""
-        call = call or AMBIENT.get() or self.default
+    def resolve(self, call: Call | None) -> Call:
+        """The call that holds here: the one given, the one set around a foreign model, or what the bank made active."""
+        return call or AMBIENT.get() or self.default
+
+    def terms(self, call: Call) -> list[tuple[Slot, slice | None, float | Tensor]]:
+        """The call's terms that have a slot at this module. Raises ContractError on a merged layer."""
         found = [(self.slots[t.adapter], t.rows, t.gate) for t in call.mix.terms if t.adapter in self.slots]
         if found and self.kept is not None:
             raise ContractError(f"{self.path} is merged; call unmerge(model) before using its adapters again")
-        return call, found
+        return found
 
 
 class BankLinear(Adaptable):
@@ -100,6 +98,7 @@ class BankLinear(Adaptable):
         self.weight = weight
         self.register_parameter("bias", bias)
         self.transposed = transposed
+        self.group = Group([self])
 
     @property
     def in_features(self) -> int:
@@ -111,24 +110,76 @@ class BankLinear(Adaptable):
 
     def forward(self, x: Tensor, call: Call | None = None, site: str | None = None) -> Tensor:
         """x [..., in] -> [..., out]. ``site`` names the input for dropout; layers that share an input pass the same one."""
-        call, found = self.terms(call)
-        if not found:
+        call = self.resolve(call)
+        if not self.terms(call):
             return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
         flat = x.reshape(-1, x.shape[-1])
-        plans, tensors = [], []
-        for slot, rows, gate in found:
-            mask = call.noise.mask(site or self.path, flat, slot.dropout) if call.noise is not None and slot.dropout else None
-            scale = slot.scale if isinstance(gate, Tensor) else slot.scale * gate
-            rate = slot.dropout if mask is not None else 0.0
-            plans.append(Plan(rows, scale, mask, rate, *slot.copies(self.weight.dtype), slot.touch))
-            tensors += [slot.A, slot.B, gate if isinstance(gate, Tensor) else None]
-        y = LowRank.apply(flat, self.weight, self.bias, self.transposed, plans, *tensors)
+        stacks, masters = self.group.stacks(call, flat, site or self.path)
+        (y,) = LowRank.apply(flat, self.group.frozen(), stacks, *masters)
         return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
 
     def delta(self, slot: Slot) -> Tensor:
         """s B A in fp32, in the layout of the stored weight."""
         product = (slot.B.detach() @ slot.A.detach()).mul_(slot.scale)
         return product.t() if self.transposed else product
+
+
+class Group:
+    """Linears that read the same input, and the stacked compute copies of their adapters in the base's dtype.
+
+    The copies are remade after every backward pass and whenever a master's version has moved: an optimizer of the user's own
+    that updates the masters, even one that no version counter sees (fused AdamW, `p.data.add_`), can never train a stale copy.
+    Whoever else writes the memory under the masters calls `Adapter.touch`.
+    """
+
+    def __init__(self, linears: Sequence[BankLinear]) -> None:
+        self.linears = linears
+        self._copies: dict[str, tuple[tuple[object, ...], Tensor, list[Part]]] = {}
+
+    def frozen(self) -> list[Frozen]:
+        """The base products, as they are now (a merge or a device may have changed them)."""
+        return [Frozen(linear.weight, linear.bias, linear.transposed) for linear in self.linears]
+
+    def stacks(self, call: Call, x: Tensor, site: str) -> tuple[list[Stack], list[Tensor | None]]:
+        """What the call's terms need here, and their masters and gates in the order `LowRank` takes them."""
+        stacks: list[Stack] = []
+        masters: list[Tensor | None] = []
+        for linear in self.linears:
+            linear.terms(call)  # refuses a merged layer
+        for term in call.mix.terms:
+            slots = [(i, linear.slots[term.adapter]) for i, linear in enumerate(self.linears) if term.adapter in linear.slots]
+            if not slots:
+                continue
+            constant = 1.0 if isinstance(term.gate, Tensor) else term.gate
+            a, parts = self._copy(term.adapter, slots)
+            if constant != 1.0:
+                parts = [Part(p.layer, p.rows, p.b, p.scale * constant) for p in parts]
+            rate = slots[0][1].dropout if call.noise is not None else 0.0
+            mask = call.noise.mask(site, x, rate) if call.noise is not None and rate else None
+            tokens = slice(None) if term.rows is None else term.rows
+            gate = term.gate if isinstance(term.gate, Tensor) else None
+            stacks.append(Stack(tokens, a, parts, mask, 1.0 / (1.0 - rate), gate is not None, partial(_touch, slots)))
+            masters += [master for _, slot in slots for master in (slot.A, slot.B)]
+            masters.append(gate)
+        return stacks, masters
+
+    def _copy(self, adapter: str, slots: Sequence[tuple[int, Slot]]) -> tuple[Tensor, list[Part]]:
+        dtype = self.linears[0].weight.dtype
+        stamp = (dtype, *(value for i, slot in slots for value in (i, id(slot), *slot.stamp())))
+        held = self._copies.get(adapter)
+        if held is None or held[0] != stamp:
+            a = torch.cat([slot.A.detach() for _, slot in slots]).to(dtype)
+            parts, at = [], 0
+            for i, slot in slots:
+                parts.append(Part(i, slice(at, at + slot.A.shape[0]), slot.B.detach().to(dtype), slot.scale))
+                at += slot.A.shape[0]
+            self._copies[adapter] = held = (stamp, a, parts)
+        return held[1], held[2]
+
+
+def _touch(slots: Sequence[tuple[int, Slot]]) -> None:
+    for _, slot in slots:
+        slot.touch()
 
 
 class BankEmbedding(Adaptable):
@@ -148,7 +199,7 @@ class BankEmbedding(Adaptable):
 
     def forward(self, ids: Tensor, call: Call | None = None) -> Tensor:
         """ids [...] int64 -> [..., D]. Dropout does not apply to an embedding's input."""
-        _, found = self.terms(call)
+        found = self.terms(self.resolve(call))
         y = F.embedding(ids, self.weight)
         if not found:
             return y

@@ -1,97 +1,166 @@
 """The one low-rank product, forward and backward, without a detour: y = W x + b + sum_k g_k s_k B_k (A_k x).
 
-T tokens, I in, O out, R rank. Compared with autograd over separate linears this keeps no copy of x per adapter, adds the
-rank-R term straight into the base product, and hands fp32 gradients to the fp32 masters while computing in the base's dtype.
+Linears that read the same input are one piece of work: their A's are stacked, so x A^T, dA and the low-rank part of dx are one
+matrix product each, however many projections there are. The rank-R terms are added straight into the base products, nothing
+is copied per adapter, and the masters get fp32 gradients while everything is computed in the base's dtype.
+
+T tokens, I in, O out, R rank, S the sum of the ranks of a stack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Plan:
-    """What one term needs at one layer: rows, dropout mask and rate, scale, and the compute copies a [R,I], b [O,R].
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One linear's share of a stack: which linear, its rows of the stacked A, B [O,R] (compute copy) and its scale."""
 
-    ``used`` is called when a gradient for the masters was made: they are about to change.
+    layer: int
+    rows: slice
+    b: Tensor
+    scale: float
+
+
+@dataclass(slots=True)
+class Stack:
+    """One term of the mix at linears that read the same input.
+
+    ``tokens``: which rows of x; a [S,I]: the stacked compute copies; mask [T,I] or None and 1/(1-p): dropout; ``gated``: a gate
+    per token multiplies the term. ``used`` is called when gradients for the masters are made: they are about to change.
     """
 
-    __slots__ = ("a", "b", "keep", "mask", "rows", "scale", "used")
-
-    def __init__(
-        self,
-        rows: slice | None,
-        scale: float,
-        mask: Tensor | None,
-        dropout: float,
-        a: Tensor,
-        b: Tensor,
-        used: Callable[[], None],
-    ) -> None:
-        self.rows = rows if rows is not None else slice(None)
-        self.scale = scale
-        self.mask = mask
-        self.keep = 1.0 / (1.0 - dropout)
-        self.a = a
-        self.b = b
-        self.used = used
+    tokens: slice
+    a: Tensor
+    parts: Sequence[Part]
+    mask: Tensor | None
+    keep: float
+    gated: bool
+    used: Callable[[], None]
 
     def drop(self, x: Tensor) -> Tensor:
         """Inverted dropout on this term's rows of x (or of its gradient, which passes the same mask)."""
-        part = x[self.rows]
-        return part if self.mask is None else part * (self.mask[self.rows] * self.keep).to(part.dtype)
+        rows = x[self.tokens]
+        return rows if self.mask is None else rows * (self.mask[self.tokens] * self.keep).to(rows.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A base product: weight [O,I], or [I,O] when ``transposed`` (Conv1D), and bias [O] or None. Neither gets a gradient."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transposed: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight if self.transposed else self.weight.t()
+        return torch.mm(x, w) if self.bias is None else torch.addmm(self.bias, x, w)
+
+    def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
+        w = self.weight.t() if self.transposed else self.weight
+        return torch.mm(g, w) if into is None else into.addmm_(g, w)
+
+
+@dataclass(slots=True)
+class Products:
+    """The work of linears with one input in one pass. ``gates``: per stack [tokens] or None.
+
+    Call `forward`; then, in backward, `input_gradient` and `master_gradients`. ``downs`` (per stack [tokens, S], what A made of
+    x) is what forward leaves for backward, besides x itself.
+    """
+
+    layers: Sequence[Frozen]
+    stacks: Sequence[Stack]
+    gates: Sequence[Tensor | None]
+    downs: list[Tensor] = field(default_factory=list)
+    ups: list[Tensor] = field(default_factory=list)
+    raws: list[Tensor] = field(default_factory=list)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x [T,I] -> y [T,O] per linear."""
+        ys = [layer.forward(x) for layer in self.layers]
+        self.downs = []
+        for stack, gate in zip(self.stacks, self.gates, strict=True):
+            h = torch.mm(stack.drop(x), stack.a.t())
+            self.downs.append(h)
+            weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
+            for part in stack.parts:
+                ys[part.layer][stack.tokens].addmm_(weighted[:, part.rows], part.b.t(), alpha=part.scale)
+        return ys
+
+    def input_gradient(self, grads: Sequence[Tensor], needed: bool = True) -> Tensor | None:
+        """The gradient of x [T,I] from those of the ys, or None; keeps what `master_gradients` needs."""
+        dx = None
+        for layer, g in zip(self.layers, grads, strict=True):
+            dx = layer.backward(g, dx) if needed else None
+        self.ups, self.raws = [], []
+        for stack, gate in zip(self.stacks, self.gates, strict=True):
+            up = grads[0].new_empty(grads[0][stack.tokens].shape[0], stack.a.shape[0])
+            for part in stack.parts:
+                up[:, part.rows] = torch.mm(grads[part.layer][stack.tokens], part.b).mul_(part.scale)
+            self.raws.append(up)
+            self.ups.append(up if gate is None else up * gate.to(up.dtype)[:, None])
+            if dx is None:
+                continue
+            if stack.mask is None:
+                dx[stack.tokens].addmm_(self.ups[-1], stack.a)
+            else:
+                dx[stack.tokens] += torch.mm(self.ups[-1], stack.a) * (stack.mask[stack.tokens] * stack.keep).to(dx.dtype)
+        return dx
+
+    def master_gradients(self, x: Tensor, grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+        """fp32 gradients in the order of the masters: per stack A and B of each part, then the gate. x as it was in forward."""
+        out: list[Tensor | None] = []
+        for stack, gate, h, up, raw in zip(self.stacks, self.gates, self.downs, self.ups, self.raws, strict=True):
+            count = 2 * len(stack.parts)
+            *wanted, gate_wanted = needs[len(out) : len(out) + count + 1]
+            if any(wanted):
+                stack.used()
+            da = torch.mm(up.t(), stack.drop(x)).float() if any(wanted[::2]) else None
+            weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
+            for i, part in enumerate(stack.parts):
+                out.append(da[part.rows] if da is not None and wanted[2 * i] else None)
+                db = None
+                if wanted[2 * i + 1]:
+                    db = torch.mm(grads[part.layer][stack.tokens].t(), weighted[:, part.rows]).float().mul_(part.scale)
+                out.append(db)
+            out.append((h.float() * raw.float()).sum(1).to(gate.dtype) if gate is not None and gate_wanted else None)
+        return out
 
 
 class LowRank(torch.autograd.Function):
-    """`apply(x, weight, bias, transposed, plans, *masters_and_gates)`: per plan three tensors, A [R,I] fp32, B [O,R] fp32 and its
-    gate [rows] or None. ``transposed``: weight is stored [I,O] (Conv1D). The weight and bias are frozen: they get no gradient.
+    """`apply(x [T,I], layers, stacks, *masters)` -> y [T,O] per linear, with gradients for x and the masters.
+
+    masters: per stack A [R,I] and B [O,R] (fp32) of each part, then the gate [tokens] or None.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, plans: list[Plan], *tensors: Tensor | None
-    ) -> Tensor:
-        w = weight if transposed else weight.t()
-        y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
-        downs = []
-        for i, plan in enumerate(plans):
-            h = torch.mm(plan.drop(x), plan.a.t())
-            downs.append(h)
-            gate = tensors[3 * i + 2]
-            scaled = h if gate is None else h * gate.to(h.dtype)[:, None]
-            y[plan.rows].addmm_(scaled, plan.b.t(), alpha=plan.scale)
-        ctx.transposed, ctx.plans = transposed, plans
-        gates = [tensors[3 * i + 2] for i in range(len(plans))]
-        ctx.save_for_backward(x, weight, *downs, *gates, *(p.a for p in plans), *(p.b for p in plans))
-        return y
+    def forward(ctx: Any, x: Tensor, layers: Sequence[Frozen], stacks: Sequence[Stack], *masters: Tensor | None) -> tuple[Tensor, ...]:
+        work = Products(layers, stacks, gates_of(stacks, masters))
+        ys = work.forward(x)
+        ctx.layers, ctx.stacks = layers, stacks
+        ctx.save_for_backward(x, *work.downs, *work.gates)
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        g, n = grads[0], len(ctx.plans)
-        x, weight, *rest = ctx.saved_tensors
-        downs, gates, a_s, b_s = (rest[i * n : (i + 1) * n] for i in range(4))
-        needs_x = ctx.needs_input_grad[0]
-        w = weight.t() if ctx.transposed else weight
-        dx = torch.mm(g, w) if needs_x else None
-        out: list[Tensor | None] = []
-        for i, plan in enumerate(ctx.plans):
-            h, gate, a, b = downs[i], gates[i], a_s[i], b_s[i]
-            part = g[plan.rows]
-            raw = torch.mm(part, b)  # [rows, R], dy B
-            up = raw.mul(plan.scale) if gate is None else raw * (gate.to(raw.dtype) * plan.scale)[:, None]
-            weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
-            needs_a, needs_b, needs_gate = ctx.needs_input_grad[5 + 3 * i : 8 + 3 * i]
-            if needs_a or needs_b:
-                plan.used()
-            out.append(torch.mm(up.t(), plan.drop(x)).float() if needs_a else None)
-            out.append(torch.mm(part.t(), weighted).float().mul_(plan.scale) if needs_b else None)
-            out.append((h.float() * raw.float()).sum(1).mul_(plan.scale).to(gate.dtype) if needs_gate else None)
-            if dx is not None:
-                if plan.mask is None:
-                    dx[plan.rows].addmm_(up, a)
-                else:
-                    dx[plan.rows] += torch.mm(up, a) * (plan.mask[plan.rows] * plan.keep).to(dx.dtype)
-        return dx, None, None, None, None, *out
+        x, *rest = ctx.saved_tensors
+        n = len(ctx.stacks)
+        work = Products(ctx.layers, ctx.stacks, rest[n:], rest[:n])
+        dx = work.input_gradient(grads, ctx.needs_input_grad[0])
+        return dx, None, None, *work.master_gradients(x, grads, ctx.needs_input_grad[3:])
+
+
+def gates_of(stacks: Sequence[Stack], masters: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gates among the masters of these stacks."""
+    gates, at = [], 0
+    for stack in stacks:
+        at += 2 * len(stack.parts)
+        gates.append(masters[at])
+        at += 1
+    return gates

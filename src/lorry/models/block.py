@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from lorry.bank.mix import Call
 from lorry.families import Family, Geometry, Rotary
-from lorry.models.attention import Bucket, Cache, attend
+from lorry.models.attention import Bucket, attend
+from lorry.models.cache import Cache
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

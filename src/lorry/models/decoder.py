@@ -18,8 +18,9 @@ from lorry.bank.attach import plain_call
 from lorry.bank.layers import BankEmbedding, BankLinear
 from lorry.bank.mix import Call
 from lorry.families import Family, Geometry
-from lorry.models.attention import Cache, buckets
+from lorry.models.attention import buckets
 from lorry.models.block import Block, Norm, Pass, frequencies
+from lorry.models.cache import Cache
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lorry.disk import durable
+from lorry.disk.home import home
 from lorry.errors import ModelError
 from lorry.models.describe import blaming, quiet, read_json
 from lorry.models.gguf import check_gguf
@@ -61,9 +62,7 @@ def embedded(name: str, notes: list[str]) -> Path:
 
 def cache_root() -> Path:
     """Where converted models live."""
-    if home := os.environ.get("LORRY_HOME"):
-        return Path(home) / "models"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorry" / "models"
+    return home() / "models"
 
 
 def converted(file: Path, notes: list[str], name: str | None = None) -> Path:

@@ -123,7 +123,7 @@ def frozen_head(model: Model, call: Call) -> Tensor | None:
     """The head's weight [V, D] when nothing in this call adapts it and it is a plain product; else None."""
     head = getattr(model, "head", None)
     if isinstance(head, BankLinear):
-        plain = not head.terms(call)[1] and not head.transposed
+        plain = not head.terms(head.resolve(call)) and not head.transposed
     else:
         plain = isinstance(head, nn.Linear)
     if head is None or not plain or head.bias is not None or head.weight.requires_grad:

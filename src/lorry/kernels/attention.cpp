@@ -1,0 +1,439 @@
+// Causal attention by segment on AMX matrix tiles, bfloat16 in and out, forward and backward.
+//
+// One call serves every segment of a packed batch: tokens of a segment see themselves and what is before them in it, so no mask,
+// no padding and no copy of keys per query head exist in memory. Work is cut into blocks of 64 queries by 64 keys.
+//
+// Scores are formed transposed, S^T = K Q^T, keys as rows and queries as lanes: the softmax's maximum and sum run down the rows
+// without crossing lanes, P^T and dS^T are then left operands as they stand (dV = P^T dO, dK = dS^T Q), and right operands after
+// pairing neighbouring rows (O^T = V^T P^T, dQ^T = K^T dS^T). A tile's right operand holds pairs of rows side by side ("paired").
+//
+// Every segment is computed alone, in a fixed order: its result depends neither on its neighbours nor on the number of threads.
+#include "common.h"
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <vector>
+
+constexpr int N = 64;  // queries and keys of a block
+constexpr float LOG2E = 1.44269504f;
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Tiles belong to a thread: taken for the length of a scope, released after it.
+struct Tiles {
+    Tiles() {
+        static const TileConfig config;
+        _tile_loadconfig(&config);
+    }
+    ~Tiles() { _tile_release(); }
+};
+
+// C[ROWS, COLS] (fp32, stride ldc floats) = or += A[ROWS, DEPTH] B[DEPTH, COLS]. A: rows of bf16, stride lda bytes.
+// B: paired rows, stride ldb bytes.
+template <int ROWS, int COLS, int DEPTH>
+static inline void product(const void* a, long lda, const void* b, long ldb, float* c, long ldc, bool add) {
+    const char *ap = (const char*)a, *bp = (const char*)b;
+    for (int i = 0; i < ROWS; i += 32)
+        for (int j = 0; j < COLS; j += 32) {
+            float* c0 = c + i * ldc + j;
+            if (add) {
+                _tile_loadd(0, c0, ldc * 4);
+                _tile_loadd(1, c0 + 16, ldc * 4);
+                _tile_loadd(2, c0 + 16 * ldc, ldc * 4);
+                _tile_loadd(3, c0 + 16 * ldc + 16, ldc * 4);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+#pragma GCC unroll 4
+            for (int k = 0; k < DEPTH; k += 32) {
+                _tile_loadd(4, ap + i * lda + k * 2, lda);
+                _tile_loadd(5, ap + (i + 16) * lda + k * 2, lda);
+                _tile_loadd(6, bp + (k / 2) * ldb + j * 4, ldb);
+                _tile_loadd(7, bp + (k / 2) * ldb + (j + 16) * 4, ldb);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, c0, ldc * 4);
+            _tile_stored(1, c0 + 16, ldc * 4);
+            _tile_stored(2, c0 + 16 * ldc, ldc * 4);
+            _tile_stored(3, c0 + 16 * ldc + 16, ldc * 4);
+        }
+}
+
+// 2^x; far below -126 it is 0, a NaN stays one.
+static inline __m512 exp2_16(__m512 x) {
+    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.0013333558f), f, _mm512_set1_ps(0.0096181291f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0555041087f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.2402265070f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6931471806f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+// Transpose 16 x 16 dwords.
+static inline void transpose16(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+
+// Two rows of 32 bf16, interleaved element by element: (a0, b0, a1, b1, ...), first half and second half.
+static inline void pair_rows(__m512i a, __m512i b, void* low, void* high) {
+    alignas(64) static const uint16_t first[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i index = _mm512_load_si512(first);
+    _mm512_storeu_si512(low, _mm512_permutex2var_epi16(a, index, b));
+    _mm512_storeu_si512(high, _mm512_permutex2var_epi16(a, _mm512_add_epi16(index, _mm512_set1_epi16(16)), b));
+}
+
+// The two fp32 vectors as one row of 32 bf16.
+static inline __m512i narrow32(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+// Rows of D bf16 (stride in elements), `count` of N real and the rest zero, as a right operand whose depth is D: [D/2][N] dwords.
+template <int D>
+static void turned(const bf16* x, long stride, int count, uint32_t* out) {
+    for (int r = 0; r < N; r += 16)
+        for (int k = 0; k < D / 2; k += 16) {
+            __m512i tile[16];
+            for (int i = 0; i < 16; i++)
+                tile[i] = r + i < count ? _mm512_loadu_si512((const uint32_t*)(x + (r + i) * stride) + k) : _mm512_setzero_si512();
+            transpose16(tile);
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + (k + i) * N + r, tile[i]);
+        }
+}
+
+// The same rows as a right operand whose depth is the rows: [N/2][D] dwords.
+template <int D>
+static void paired(const bf16* x, long stride, int count, uint32_t* out) {
+    for (int r = 0; r < N; r += 2)
+        for (int d = 0; d < D; d += 32) {
+            __m512i a = r < count ? _mm512_loadu_si512(x + r * stride + d) : _mm512_setzero_si512();
+            __m512i b = r + 1 < count ? _mm512_loadu_si512(x + (r + 1) * stride + d) : _mm512_setzero_si512();
+            pair_rows(a, b, out + (r / 2) * D + d, out + (r / 2) * D + d + 16);
+        }
+}
+
+// The same rows transposed, as a left operand [D][N] bf16 (stride in elements).
+template <int D>
+static void transposed(const bf16* x, long stride, int count, bf16* out, long width) {
+    alignas(64) uint32_t dwords[D / 2 * N];
+    turned<D>(x, stride, count, dwords);
+    const __m512i low = _mm512_set1_epi32(0xffff);
+    for (int k = 0; k < D / 2; k++)
+        for (int r = 0; r < N; r += 16) {
+            __m512i v = _mm512_load_si512(dwords + k * N + r);
+            _mm256_storeu_si256((__m256i*)(out + 2 * k * width + r), _mm512_cvtepi32_epi16(_mm512_and_si512(v, low)));
+            _mm256_storeu_si256((__m256i*)(out + (2 * k + 1) * width + r), _mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
+        }
+}
+
+// Rows of D bf16 where they are if all N exist, else a zero-padded copy. Returns the address and sets the stride in bytes.
+template <int D>
+static const bf16* whole(const bf16* x, long stride, int count, bf16* spare, long* bytes) {
+    if (count == N) {
+        *bytes = stride * 2;
+        return x;
+    }
+    std::memset(spare, 0, sizeof(bf16) * N * D);
+    for (int r = 0; r < count; r++) std::memcpy(spare + r * D, x + r * stride, sizeof(bf16) * D);
+    *bytes = D * 2;
+    return spare;
+}
+
+// A [D][N] fp32 block, transposed, scaled lane-wise by `factor` [N] and written as `count` rows of D bf16.
+template <int D>
+static void write_turned(const float* block, const float* factor, bf16* out, long stride, int count) {
+    for (int r = 0; r < N && r < count; r += 16) {
+        __m512 by = _mm512_loadu_ps(factor + r);
+        for (int d = 0; d < D; d += 32) {
+            __m512i a[16], b[16];
+            for (int i = 0; i < 16; i++) {
+                a[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(block + (d + i) * N + r), by));
+                b[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(block + (d + 16 + i) * N + r), by));
+            }
+            transpose16(a);
+            transpose16(b);
+            for (int i = 0; i < 16 && r + i < count; i++)
+                _mm512_storeu_si512(out + (r + i) * stride + d, narrow32(_mm512_castsi512_ps(a[i]), _mm512_castsi512_ps(b[i])));
+        }
+    }
+}
+
+// The lanes (queries) of vector c that may see key row r of the diagonal block.
+static inline __mmask16 seen(int r, int c) {
+    int first = r - c;  // lane of the first query that sees the key
+    return first <= 0 ? 0xffff : first >= 16 ? 0 : (__mmask16)(0xffff << first);
+}
+
+static inline int blocks(long length) { return (int)((length + N - 1) / N); }
+
+struct Unit {
+    long start, length;  // the segment
+    long head, block;    // query head (forward), key/value head (backward); query block
+};
+
+// V^T (or K^T) of every segment and key/value head: [heads][D][columns], a segment's columns padded to whole blocks.
+struct Turned {
+    std::vector<long> offset;
+    long columns = 0;
+    Turned(const int64_t* starts, long segments) {
+        for (long s = 0; s < segments; s++) {
+            offset.push_back(columns);
+            columns += (long)blocks(starts[s + 1] - starts[s]) * N;
+        }
+    }
+};
+
+template <int D>
+static bf16* turn_all(const bf16* x, const Turned& plan, const int64_t* starts, long segments, long heads) {
+    bf16* out = (bf16*)std::aligned_alloc(64, sizeof(bf16) * plan.columns * D * heads);
+#pragma omp parallel for schedule(dynamic, 1) collapse(2)
+    for (long h = 0; h < heads; h++)
+        for (long s = 0; s < segments; s++) {
+            long length = starts[s + 1] - starts[s];
+            for (int j = 0; j < blocks(length); j++) {
+                int count = (int)std::min<long>(N, length - (long)j * N);
+                const bf16* from = x + ((starts[s] + (long)j * N) * heads + h) * D;
+                transposed<D>(from, heads * D, count, out + h * D * plan.columns + plan.offset[s] + j * N, plan.columns);
+            }
+        }
+    return out;
+}
+
+template <int D>
+static void forward(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, const int64_t* starts, long segments,
+                    long tokens, long heads, long groups, float scale) {
+    Turned plan(starts, segments);
+    bf16* vt = turn_all<D>(v, plan, starts, segments, groups);
+    std::vector<Unit> units;
+    std::vector<long> segment;
+    for (long s = 0; s < segments; s++)
+        for (long h = 0; h < heads; h++)
+            for (int i = blocks(starts[s + 1] - starts[s]) - 1; i >= 0; i--) {
+                units.push_back({starts[s], starts[s + 1] - starts[s], h, i});
+                segment.push_back(s);
+            }
+    const float scale2 = scale * LOG2E;
+#pragma omp parallel
+    {
+        Tiles tiles;
+        alignas(64) uint32_t qt[D / 2 * N], p[N / 2 * N];
+        alignas(64) float st[N * N], ot[D * N], top[N], sum[N];
+        alignas(64) bf16 spare[N * D];
+#pragma omp for schedule(dynamic, 1)
+        for (size_t w = 0; w < units.size(); w++) {
+            const Unit& u = units[w];
+            long g = u.head / (heads / groups), first = u.block * N;
+            int count = (int)std::min<long>(N, u.length - first);
+            turned<D>(q + ((u.start + first) * heads + u.head) * D, heads * D, count, qt);
+            for (int c = 0; c < N; c++) top[c] = -INFINITY, sum[c] = 0;
+            for (int j = 0; j <= u.block; j++) {
+                long bytes;
+                int keys = (int)std::min<long>(N, u.length - (long)j * N);
+                const bf16* kj = whole<D>(k + ((u.start + (long)j * N) * groups + g) * D, groups * D, keys, spare, &bytes);
+                product<N, N, D>(kj, bytes, qt, N * 4, st, N, false);
+                bool diagonal = j == u.block;
+                __m512 fix[N / 16];
+                for (int c = 0; c < N; c += 16) {
+                    __m512 old = _mm512_load_ps(top + c), high = old;
+                    if (diagonal)
+                        for (int r = 0; r < N; r++) {
+                            __m512 s = _mm512_mul_ps(_mm512_load_ps(st + r * N + c), _mm512_set1_ps(scale2));
+                            s = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen(r, c), s);
+                            _mm512_store_ps(st + r * N + c, s);
+                            high = _mm512_max_ps(high, s);
+                        }
+                    else
+                        for (int r = 0; r < N; r++) {
+                            __m512 s = _mm512_mul_ps(_mm512_load_ps(st + r * N + c), _mm512_set1_ps(scale2));
+                            _mm512_store_ps(st + r * N + c, s);
+                            high = _mm512_max_ps(high, s);
+                        }
+                    __m512 total = _mm512_setzero_ps();
+                    alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+                    const __m512i interleave = _mm512_load_si512(order);
+                    for (int r = 0; r < N; r += 2) {
+                        __m512 a = exp2_16(_mm512_max_ps(_mm512_set1_ps(-1e4f), _mm512_sub_ps(_mm512_load_ps(st + r * N + c), high)));
+                        __m512 b = exp2_16(_mm512_max_ps(_mm512_set1_ps(-1e4f), _mm512_sub_ps(_mm512_load_ps(st + (r + 1) * N + c), high)));
+                        total = _mm512_add_ps(total, _mm512_add_ps(a, b));
+                        _mm512_store_si512(p + (r / 2) * N + c, _mm512_permutexvar_epi16(interleave, narrow32(a, b)));
+                    }
+                    fix[c / 16] = exp2_16(_mm512_max_ps(_mm512_set1_ps(-1e4f), _mm512_sub_ps(old, high)));
+                    _mm512_store_ps(sum + c, _mm512_fmadd_ps(_mm512_load_ps(sum + c), fix[c / 16], total));
+                    _mm512_store_ps(top + c, high);
+                }
+                if (j > 0)
+                    for (int d = 0; d < D; d++)
+                        for (int c = 0; c < N; c += 16)
+                            _mm512_store_ps(ot + d * N + c, _mm512_mul_ps(_mm512_load_ps(ot + d * N + c), fix[c / 16]));
+                product<D, N, N>(vt + g * D * plan.columns + plan.offset[segment[w]] + (long)j * N, plan.columns * 2, p, N * 4, ot, N, j > 0);
+            }
+            alignas(64) float by[N];
+            for (int c = 0; c < N; c++) by[c] = 1.0f / sum[c];
+            write_turned<D>(ot, by, o + ((u.start + first) * heads + u.head) * D, heads * D, count);
+            for (int c = 0; c < count; c++) lse[u.head * tokens + u.start + first + c] = top[c] + std::log2(sum[c]);
+        }
+    }
+    std::free(vt);
+}
+
+template <int D>
+static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o, const float* lse, const bf16* go, bf16* dq, bf16* dk,
+                     bf16* dv, const int64_t* starts, long segments, long tokens, long heads, long groups, float scale) {
+    Turned plan(starts, segments);
+    bf16* kt = turn_all<D>(k, plan, starts, segments, groups);
+    long share = heads / groups, longest = 0;
+    std::vector<Unit> units;
+    std::vector<long> segment;
+    for (long s = 0; s < segments; s++)
+        for (long g = 0; g < groups; g++) {
+            units.push_back({starts[s], starts[s + 1] - starts[s], g, 0});
+            segment.push_back(s);
+            longest = std::max<long>(longest, blocks(starts[s + 1] - starts[s]) * N);
+        }
+    const float scale2 = scale * LOG2E;
+#pragma omp parallel
+    {
+        Tiles tiles;
+        alignas(64) uint32_t qt[D / 2 * N], gt[D / 2 * N], qp[N / 2 * D], gp[N / 2 * D], dsp[N / 2 * N];
+        alignas(64) float st[N * N], dpt[N * N], dqt[D * N], level[N], delta[N], even[N];
+        alignas(64) bf16 pt[N * N], dst[N * N], spare_k[N * D], spare_v[N * D];
+        float* sums = (float*)std::aligned_alloc(64, sizeof(float) * 2 * longest * D);
+        for (int c = 0; c < N; c++) even[c] = scale;
+        alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512i interleave = _mm512_load_si512(order);
+#pragma omp for schedule(dynamic, 1)
+        for (size_t w = 0; w < units.size(); w++) {
+            const Unit& u = units[w];
+            int n = blocks(u.length);
+            float *dks = sums, *dvs = sums + longest * D;
+            std::memset(dks, 0, sizeof(float) * n * N * D);
+            std::memset(dvs, 0, sizeof(float) * n * N * D);
+            for (long h = u.head * share; h < (u.head + 1) * share; h++)
+                for (int i = 0; i < n; i++) {
+                    long first = u.start + (long)i * N;
+                    int count = (int)std::min<long>(N, u.length - (long)i * N);
+                    const bf16 *qi = q + (first * heads + h) * D, *gi = go + (first * heads + h) * D, *oi = o + (first * heads + h) * D;
+                    turned<D>(qi, heads * D, count, qt);
+                    turned<D>(gi, heads * D, count, gt);
+                    paired<D>(qi, heads * D, count, qp);
+                    paired<D>(gi, heads * D, count, gp);
+                    for (int c = 0; c < N; c++) {
+                        float dot = 0;
+                        if (c < count)
+#pragma omp simd reduction(+ : dot)
+                            for (int d = 0; d < D; d++) dot += widen(oi[c * heads * D + d]) * widen(gi[c * heads * D + d]);
+                        delta[c] = dot;
+                        level[c] = c < count ? lse[h * tokens + first + c] : 3e38f;  // beyond the segment: probability 0
+                    }
+                    for (int j = 0; j <= i; j++) {
+                        long kb, vb;
+                        int keys = (int)std::min<long>(N, u.length - (long)j * N);
+                        long at = ((u.start + (long)j * N) * groups + u.head) * D;
+                        const bf16* kj = whole<D>(k + at, groups * D, keys, spare_k, &kb);
+                        const bf16* vj = whole<D>(v + at, groups * D, keys, spare_v, &vb);
+                        product<N, N, D>(kj, kb, qt, N * 4, st, N, false);
+                        product<N, N, D>(vj, vb, gt, N * 4, dpt, N, false);
+                        bool diagonal = i == j;
+                        for (int c = 0; c < N; c += 32) {
+                            __m512 l0 = _mm512_load_ps(level + c), l1 = _mm512_load_ps(level + c + 16);
+                            __m512 e0 = _mm512_load_ps(delta + c), e1 = _mm512_load_ps(delta + c + 16);
+                            const __m512 by = _mm512_set1_ps(scale2);
+                            for (int r = 0; r < N; r += 2) {
+                                __m512 p[4], ds[4];
+                                for (int z = 0; z < 2; z++) {
+                                    const float *sr = st + (r + z) * N + c, *dr = dpt + (r + z) * N + c;
+                                    p[2 * z] = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(sr), by, l0));
+                                    p[2 * z + 1] = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(sr + 16), by, l1));
+                                    if (diagonal) {
+                                        p[2 * z] = _mm512_maskz_mov_ps(seen(r + z, c), p[2 * z]);
+                                        p[2 * z + 1] = _mm512_maskz_mov_ps(seen(r + z, c + 16), p[2 * z + 1]);
+                                    }
+                                    ds[2 * z] = _mm512_mul_ps(p[2 * z], _mm512_sub_ps(_mm512_load_ps(dr), e0));
+                                    ds[2 * z + 1] = _mm512_mul_ps(p[2 * z + 1], _mm512_sub_ps(_mm512_load_ps(dr + 16), e1));
+                                    _mm512_store_si512(pt + (r + z) * N + c, narrow32(p[2 * z], p[2 * z + 1]));
+                                    _mm512_store_si512(dst + (r + z) * N + c, narrow32(ds[2 * z], ds[2 * z + 1]));
+                                }
+                                _mm512_store_si512(dsp + (r / 2) * N + c, _mm512_permutexvar_epi16(interleave, narrow32(ds[0], ds[2])));
+                                _mm512_store_si512(dsp + (r / 2) * N + c + 16,
+                                                   _mm512_permutexvar_epi16(interleave, narrow32(ds[1], ds[3])));
+                            }
+                        }
+                        product<N, D, N>(pt, N * 2, gp, D * 4, dvs + (long)j * N * D, D, true);
+                        product<N, D, N>(dst, N * 2, qp, D * 4, dks + (long)j * N * D, D, true);
+                        const bf16* kjt = kt + u.head * D * plan.columns + plan.offset[segment[w]] + (long)j * N;
+                        product<D, N, N>(kjt, plan.columns * 2, dsp, N * 4, dqt, N, j > 0);
+                    }
+                    write_turned<D>(dqt, even, dq + (first * heads + h) * D, heads * D, count);
+                }
+            for (long t = 0; t < u.length; t++) {
+                bf16 *kr = dk + ((u.start + t) * groups + u.head) * D, *vr = dv + ((u.start + t) * groups + u.head) * D;
+                for (int d = 0; d < D; d++) kr[d] = narrow(dks[t * D + d] * scale), vr[d] = narrow(dvs[t * D + d]);
+            }
+        }
+        std::free(sums);
+    }
+    std::free(kt);
+}
+
+#define FOR_WIDTH(call)      \
+    switch (width) {         \
+        case 32: call(32);   \
+        case 64: call(64);   \
+        case 96: call(96);   \
+        case 128: call(128); \
+    }                        \
+    return -1;
+
+// q, o [tokens, heads, width], k, v [tokens, groups, width], lse [heads, tokens] in powers of two, starts [segments + 1].
+// Returns 0, or -1 when this head width is not built.
+LORRY int attention_forward(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, const int64_t* starts, long segments,
+                            long tokens, long heads, long groups, long width, float scale) {
+#define CALL(D) return forward<D>(q, k, v, o, lse, starts, segments, tokens, heads, groups, scale), 0
+    FOR_WIDTH(CALL)
+#undef CALL
+}
+
+LORRY int attention_backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o, const float* lse, const bf16* go, bf16* dq,
+                             bf16* dk, bf16* dv, const int64_t* starts, long segments, long tokens, long heads, long groups,
+                             long width, float scale) {
+#define CALL(D) return backward<D>(q, k, v, o, lse, go, dq, dk, dv, starts, segments, tokens, heads, groups, scale), 0
+    FOR_WIDTH(CALL)
+#undef CALL
+}
+#endif

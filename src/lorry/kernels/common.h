@@ -1,0 +1,39 @@
+// What the kernels share: bfloat16, an exponential that vectorises, and when threads are worth their start.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define LORRY extern "C" __attribute__((visibility("default")))
+
+typedef uint16_t bf16;
+constexpr long PARALLEL = 1 << 15;  // elements; below this one thread is faster than waking another
+
+static inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+// Round to nearest, ties to even, as torch does; a NaN stays one.
+static inline bf16 narrow(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return x != x ? (bf16)0x7fc0 : (bf16)rounded;
+}
+
+// e^x to about 2 units in the last place of a float, without a branch: 2^n times a polynomial on half an octave either side.
+static inline float exp_fast(float x) {
+    float y = x * 1.44269504f;
+    y = y < -126.0f ? -126.0f : y;  // a NaN passes both comparisons unchanged
+    y = y > 127.0f ? 127.0f : y;
+    float n = std::nearbyint(y);
+    float f = (y - n) * 0.693147181f;
+    float p = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333333f + f * 0.00138888889f)))));
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return p * scale;
+}
