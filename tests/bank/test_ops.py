@@ -160,7 +160,7 @@ def compare(
     dy = draw(T, O, seed=3).to(dtype).double()
     noise = Noise(1, 2, tuple(keys), STARTS) if dropout else None
     site = bank_of(model).modules["inner"].path
-    masks = {n: Noise(1, 2, tuple(keys), STARTS).mask(site, torch.empty(T, I), dropout) for n in RANKS} if dropout else None
+    masks = {n: Noise(1, 2, tuple(keys), STARTS).mask(site, I, dropout) for n in RANKS} if dropout else None
     agree(ours(model, x, make(gates[0]), gates[0], dy, noise), plain(model, x, make(wide), wide, dy, masks), bound)
 
 

@@ -67,7 +67,7 @@ def test_an_embedding_starts_with_zero_a(tiny: Any, ids: Tensor, logits: Any) ->
 
 
 def mask(noise: Noise, site: str = "s", p: float = 0.5, width: int = 4) -> Tensor:
-    return noise.mask(site, torch.empty(noise.starts[-1], width), p)
+    return noise.mask(site, width, p)
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 6)), min_size=1, max_size=6, unique_by=lambda t: t[0]), st.randoms())
@@ -103,7 +103,7 @@ def test_rows_of_a_mask_are_the_same_rows() -> None:
     rows = torch.tensor([1, 4, 5, 11])
     narrowed = Call(Mix.none(), noise).narrow(rows).noise
     assert narrowed is not None
-    assert torch.equal(narrowed.mask("s", torch.empty(4, 6), 0.5), mask(noise, width=6)[rows])
+    assert torch.equal(narrowed.mask("s", 6, 0.5), mask(noise, width=6)[rows])
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

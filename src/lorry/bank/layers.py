@@ -114,7 +114,7 @@ class BankLinear(Adaptable):
         if not self.terms(call):
             return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
         flat = x.reshape(-1, x.shape[-1])
-        stacks, masters = self.group.stacks(call, flat, site or self.path)
+        stacks, masters = self.group.stacks(call, site or self.path)
         (y,) = LowRank.apply(flat, self.group.frozen(), stacks, *masters)
         return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
 
@@ -140,12 +140,13 @@ class Group:
         """The base products, as they are now (a merge or a device may have changed them)."""
         return [Frozen(linear.weight, linear.bias, linear.transposed) for linear in self.linears]
 
-    def stacks(self, call: Call, x: Tensor, site: str) -> tuple[list[Stack], list[Tensor | None]]:
+    def stacks(self, call: Call, site: str) -> tuple[list[Stack], list[Tensor | None]]:
         """What the call's terms need here, and their masters and gates in the order `LowRank` takes them."""
         stacks: list[Stack] = []
         masters: list[Tensor | None] = []
         for linear in self.linears:
             linear.terms(call)  # refuses a merged layer
+        width, device = self.linears[0].in_features, self.linears[0].weight.device
         for term in call.mix.terms:
             slots = [(i, linear.slots[term.adapter]) for i, linear in enumerate(self.linears) if term.adapter in linear.slots]
             if not slots:
@@ -155,7 +156,7 @@ class Group:
             if constant != 1.0:
                 parts = [Part(p.layer, p.rows, p.b, p.scale * constant) for p in parts]
             rate = slots[0][1].dropout if call.noise is not None else 0.0
-            mask = call.noise.mask(site, x, rate) if call.noise is not None and rate else None
+            mask = call.noise.mask(site, width, rate, device) if call.noise is not None and rate else None
             tokens = slice(None) if term.rows is None else term.rows
             gate = term.gate if isinstance(term.gate, Tensor) else None
             stacks.append(Stack(tokens, a, parts, mask, 1.0 / (1.0 - rate), gate is not None, partial(_touch, slots)))

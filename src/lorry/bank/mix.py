@@ -102,14 +102,14 @@ class Noise:
     rows: Tensor | None = None
     _last: dict[tuple[str, float], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    def mask(self, site: str, x: Tensor, p: float) -> Tensor:
-        """Bool [T, in], True = kept with probability 1-p. The latest mask is remembered, for the projections that share it."""
+    def mask(self, site: str, width: int, p: float, device: torch.device | str = "cpu") -> Tensor:
+        """Bool [T, width], True = kept with probability 1-p. The latest mask is remembered, for the projections that share it."""
         if (site, p) not in self._last:
-            kept = torch.empty(self.starts[-1], x.shape[1], dtype=torch.bool, device=x.device)
-            generator = torch.Generator(device=x.device)
+            kept = torch.empty(self.starts[-1], width, dtype=torch.bool, device=device)
+            generator = torch.Generator(device=device)
             for key, start, stop in zip(self.keys, self.starts[:-1], self.starts[1:], strict=True):
                 generator.manual_seed(seed_of("dropout", self.seed, self.step, key, site))
-                draw = torch.rand(stop - start, x.shape[1], generator=generator, device=x.device)
+                draw = torch.rand(stop - start, width, generator=generator, device=device)
                 kept[start:stop] = draw >= p
             self._last.clear()
             self._last[(site, p)] = kept if self.rows is None else kept[self.rows]

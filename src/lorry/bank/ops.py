@@ -51,7 +51,7 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """A base product: weight [O,I], or [I,O] when ``transposed`` (Conv1D), and bias [O] or None. Neither gets a gradient."""
+    """A base product: weight [O,I], or [I,O] when ``transposed`` (Conv1D), and bias [O] or None."""
 
     weight: Tensor
     bias: Tensor | None
@@ -64,6 +64,11 @@ class Frozen:
     def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
         w = self.weight.t() if self.transposed else self.weight
         return torch.mm(g, w) if into is None else into.addmm_(g, w)
+
+    def own_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
+        """Gradients of weight and bias, for training that is not low-rank."""
+        weight = torch.mm(x.t(), g) if self.transposed else torch.mm(g.t(), x)
+        return [weight] if self.bias is None else [weight, g.sum(0)]
 
 
 @dataclass(slots=True)
@@ -140,7 +145,9 @@ class LowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: Sequence[Frozen], stacks: Sequence[Stack], *masters: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, layers: Sequence[Frozen], stacks: Sequence[Stack], *masters: Tensor | None
+    ) -> tuple[Tensor, ...]:
         work = Products(layers, stacks, gates_of(stacks, masters))
         ys = work.forward(x)
         ctx.layers, ctx.stacks = layers, stacks

@@ -7,10 +7,11 @@
 // without crossing lanes, P^T and dS^T are then left operands as they stand (dV = P^T dO, dK = dS^T Q), and right operands after
 // pairing neighbouring rows (O^T = V^T P^T, dQ^T = K^T dS^T). A tile's right operand holds pairs of rows side by side ("paired").
 //
-// Every segment is computed alone, in a fixed order: its result depends neither on its neighbours nor on the number of threads.
+// Every segment is computed alone, in an order that the shapes and the number of threads fix, whatever its neighbours say.
 #include "common.h"
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -18,6 +19,10 @@
 
 constexpr int N = 64;  // queries and keys of a block
 constexpr float LOG2E = 1.44269504f;
+
+// Picks the elements of the two halves of a row in turn: two fp32 vectors narrowed side by side become one paired row.
+alignas(64) static const uint16_t HALVES[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -71,14 +76,13 @@ static inline void product(const void* a, long lda, const void* b, long ldb, flo
         }
 }
 
-// 2^x; far below -126 it is 0, a NaN stays one.
+// 2^x to 4e-5, a hundredth of what bfloat16 keeps; far below -126 it is 0, a NaN stays one.
 static inline __m512 exp2_16(__m512 x) {
     __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.0013333558f), f, _mm512_set1_ps(0.0096181291f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0555041087f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.2402265070f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6931471806f));
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.009618129f), f, _mm512_set1_ps(0.055504109f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240226507f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693147181f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, n);
 }
@@ -146,17 +150,17 @@ static void paired(const bf16* x, long stride, int count, uint32_t* out) {
         }
 }
 
-// The same rows transposed, as a left operand [D][N] bf16 (stride in elements).
+// The same rows transposed, as a left operand [D][N] bf16.
 template <int D>
-static void transposed(const bf16* x, long stride, int count, bf16* out, long width) {
+static void transposed(const bf16* x, long stride, int count, bf16* out) {
     alignas(64) uint32_t dwords[D / 2 * N];
     turned<D>(x, stride, count, dwords);
     const __m512i low = _mm512_set1_epi32(0xffff);
     for (int k = 0; k < D / 2; k++)
         for (int r = 0; r < N; r += 16) {
             __m512i v = _mm512_load_si512(dwords + k * N + r);
-            _mm256_storeu_si256((__m256i*)(out + 2 * k * width + r), _mm512_cvtepi32_epi16(_mm512_and_si512(v, low)));
-            _mm256_storeu_si256((__m256i*)(out + (2 * k + 1) * width + r), _mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
+            _mm256_storeu_si256((__m256i*)(out + 2 * k * N + r), _mm512_cvtepi32_epi16(_mm512_and_si512(v, low)));
+            _mm256_storeu_si256((__m256i*)(out + (2 * k + 1) * N + r), _mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
         }
 }
 
@@ -202,24 +206,24 @@ static inline int blocks(long length) { return (int)((length + N - 1) / N); }
 
 struct Unit {
     long start, length;  // the segment
-    long head, block;    // query head (forward), key/value head (backward); query block
+    long head, block;    // (first) query head; query block
 };
 
-// V^T (or K^T) of every segment and key/value head: [heads][D][columns], a segment's columns padded to whole blocks.
+// V^T (or K^T) by blocks of N keys, [heads][blocks][D][N]: where each segment's blocks begin.
 struct Turned {
-    std::vector<long> offset;
-    long columns = 0;
+    std::vector<long> first;
+    long count = 0;
     Turned(const int64_t* starts, long segments) {
         for (long s = 0; s < segments; s++) {
-            offset.push_back(columns);
-            columns += (long)blocks(starts[s + 1] - starts[s]) * N;
+            first.push_back(count);
+            count += blocks(starts[s + 1] - starts[s]);
         }
     }
 };
 
 template <int D>
 static bf16* turn_all(const bf16* x, const Turned& plan, const int64_t* starts, long segments, long heads) {
-    bf16* out = (bf16*)std::aligned_alloc(64, sizeof(bf16) * plan.columns * D * heads);
+    bf16* out = (bf16*)std::aligned_alloc(64, sizeof(bf16) * plan.count * N * D * heads);
 #pragma omp parallel for schedule(dynamic, 1) collapse(2)
     for (long h = 0; h < heads; h++)
         for (long s = 0; s < segments; s++) {
@@ -227,7 +231,7 @@ static bf16* turn_all(const bf16* x, const Turned& plan, const int64_t* starts, 
             for (int j = 0; j < blocks(length); j++) {
                 int count = (int)std::min<long>(N, length - (long)j * N);
                 const bf16* from = x + ((starts[s] + (long)j * N) * heads + h) * D;
-                transposed<D>(from, heads * D, count, out + h * D * plan.columns + plan.offset[s] + j * N, plan.columns);
+                transposed<D>(from, heads * D, count, out + (h * plan.count + plan.first[s] + j) * N * D);
             }
         }
     return out;
@@ -253,6 +257,7 @@ static void forward(const bf16* q, const bf16* k, const bf16* v, bf16* o, float*
         alignas(64) uint32_t qt[D / 2 * N], p[N / 2 * N];
         alignas(64) float st[N * N], ot[D * N], top[N], sum[N];
         alignas(64) bf16 spare[N * D];
+        const __m512i interleave = _mm512_load_si512(HALVES);
 #pragma omp for schedule(dynamic, 1)
         for (size_t w = 0; w < units.size(); w++) {
             const Unit& u = units[w];
@@ -268,31 +273,20 @@ static void forward(const bf16* q, const bf16* k, const bf16* v, bf16* o, float*
                 bool diagonal = j == u.block;
                 __m512 fix[N / 16];
                 for (int c = 0; c < N; c += 16) {
-                    __m512 old = _mm512_load_ps(top + c), high = old;
+                    __m512 old = _mm512_load_ps(top + c), high = old, total = _mm512_setzero_ps();
                     if (diagonal)
-                        for (int r = 0; r < N; r++) {
-                            __m512 s = _mm512_mul_ps(_mm512_load_ps(st + r * N + c), _mm512_set1_ps(scale2));
-                            s = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen(r, c), s);
-                            _mm512_store_ps(st + r * N + c, s);
-                            high = _mm512_max_ps(high, s);
-                        }
+                        for (int r = 0; r < N; r++) high = _mm512_mask_max_ps(high, seen(r, c), high, _mm512_load_ps(st + r * N + c));
                     else
-                        for (int r = 0; r < N; r++) {
-                            __m512 s = _mm512_mul_ps(_mm512_load_ps(st + r * N + c), _mm512_set1_ps(scale2));
-                            _mm512_store_ps(st + r * N + c, s);
-                            high = _mm512_max_ps(high, s);
-                        }
-                    __m512 total = _mm512_setzero_ps();
-                    alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-                    const __m512i interleave = _mm512_load_si512(order);
+                        for (int r = 0; r < N; r++) high = _mm512_max_ps(high, _mm512_load_ps(st + r * N + c));
+                    const __m512 by = _mm512_set1_ps(scale2), level = _mm512_mul_ps(high, by);
                     for (int r = 0; r < N; r += 2) {
-                        __m512 a = exp2_16(_mm512_max_ps(_mm512_set1_ps(-1e4f), _mm512_sub_ps(_mm512_load_ps(st + r * N + c), high)));
-                        __m512 b = exp2_16(_mm512_max_ps(_mm512_set1_ps(-1e4f), _mm512_sub_ps(_mm512_load_ps(st + (r + 1) * N + c), high)));
+                        __m512 a = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(st + r * N + c), by, level));
+                        __m512 b = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(st + (r + 1) * N + c), by, level));
+                        if (diagonal) a = _mm512_maskz_mov_ps(seen(r, c), a), b = _mm512_maskz_mov_ps(seen(r + 1, c), b);
                         total = _mm512_add_ps(total, _mm512_add_ps(a, b));
                         _mm512_store_si512(p + (r / 2) * N + c, _mm512_permutexvar_epi16(interleave, narrow32(a, b)));
                     }
-                    fix[c / 16] = exp2_16(_mm512_max_ps(_mm512_set1_ps(-1e4f), _mm512_sub_ps(old, high)));
+                    fix[c / 16] = j > 0 ? exp2_16(_mm512_fmsub_ps(old, by, level)) : _mm512_setzero_ps();
                     _mm512_store_ps(sum + c, _mm512_fmadd_ps(_mm512_load_ps(sum + c), fix[c / 16], total));
                     _mm512_store_ps(top + c, high);
                 }
@@ -300,15 +294,29 @@ static void forward(const bf16* q, const bf16* k, const bf16* v, bf16* o, float*
                     for (int d = 0; d < D; d++)
                         for (int c = 0; c < N; c += 16)
                             _mm512_store_ps(ot + d * N + c, _mm512_mul_ps(_mm512_load_ps(ot + d * N + c), fix[c / 16]));
-                product<D, N, N>(vt + g * D * plan.columns + plan.offset[segment[w]] + (long)j * N, plan.columns * 2, p, N * 4, ot, N, j > 0);
+                product<D, N, N>(vt + (g * plan.count + plan.first[segment[w]] + j) * N * D, N * 2, p, N * 4, ot, N, j > 0);
             }
             alignas(64) float by[N];
             for (int c = 0; c < N; c++) by[c] = 1.0f / sum[c];
             write_turned<D>(ot, by, o + ((u.start + first) * heads + u.head) * D, heads * D, count);
-            for (int c = 0; c < count; c++) lse[u.head * tokens + u.start + first + c] = top[c] + std::log2(sum[c]);
+            for (int c = 0; c < count; c++) lse[u.head * tokens + u.start + first + c] = top[c] * scale2 + std::log2(sum[c]);
         }
     }
     std::free(vt);
+}
+
+// Write dK and dV of a segment's key/value head g from `count` pairs of fp32 sums that lie `apart` floats from each other.
+template <int D>
+static void finish(const float* dks, const float* dvs, long count, long apart, const Unit& u, long g, long groups, bf16* dk, bf16* dv,
+                   float scale) {
+    for (long t = 0; t < u.length; t++) {
+        bf16 *kr = dk + ((u.start + t) * groups + g) * D, *vr = dv + ((u.start + t) * groups + g) * D;
+        for (int d = 0; d < D; d++) {
+            float a = 0, b = 0;
+            for (long i = 0; i < count; i++) a += dks[i * apart + t * D + d], b += dvs[i * apart + t * D + d];
+            kr[d] = narrow(a * scale), vr[d] = narrow(b);
+        }
+    }
 }
 
 template <int D>
@@ -316,15 +324,21 @@ static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
                      bf16* dv, const int64_t* starts, long segments, long tokens, long heads, long groups, float scale) {
     Turned plan(starts, segments);
     bf16* kt = turn_all<D>(k, plan, starts, segments, groups);
-    long share = heads / groups, longest = 0;
+    // A unit is a key/value head of a segment with all its query heads, whose sums it keeps to itself. Where that leaves threads
+    // idle it is one query head, and the sums of the heads that share keys are added afterwards.
+    long together = heads / groups, longest = 0;
+    bool alone = together > 1 && segments * groups < 4 * omp_get_max_threads() && omp_get_max_threads() > 1;
+    long share = alone ? 1 : together;
     std::vector<Unit> units;
     std::vector<long> segment;
     for (long s = 0; s < segments; s++)
-        for (long g = 0; g < groups; g++) {
-            units.push_back({starts[s], starts[s + 1] - starts[s], g, 0});
+        for (long h = 0; h < heads; h += share) {
+            units.push_back({starts[s], starts[s + 1] - starts[s], h, 0});
             segment.push_back(s);
             longest = std::max<long>(longest, blocks(starts[s + 1] - starts[s]) * N);
         }
+    const long area = plan.count * N * D;  // fp32 sums of one head over the whole batch
+    float* spread = alone ? (float*)std::aligned_alloc(64, sizeof(float) * 2 * area * heads) : nullptr;
     const float scale2 = scale * LOG2E;
 #pragma omp parallel
     {
@@ -332,19 +346,19 @@ static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
         alignas(64) uint32_t qt[D / 2 * N], gt[D / 2 * N], qp[N / 2 * D], gp[N / 2 * D], dsp[N / 2 * N];
         alignas(64) float st[N * N], dpt[N * N], dqt[D * N], level[N], delta[N], even[N];
         alignas(64) bf16 pt[N * N], dst[N * N], spare_k[N * D], spare_v[N * D];
-        float* sums = (float*)std::aligned_alloc(64, sizeof(float) * 2 * longest * D);
+        float* own = alone ? nullptr : (float*)std::aligned_alloc(64, sizeof(float) * 2 * longest * D);
         for (int c = 0; c < N; c++) even[c] = scale;
-        alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        const __m512i interleave = _mm512_load_si512(order);
+        const __m512i interleave = _mm512_load_si512(HALVES);
 #pragma omp for schedule(dynamic, 1)
         for (size_t w = 0; w < units.size(); w++) {
             const Unit& u = units[w];
             int n = blocks(u.length);
-            float *dks = sums, *dvs = sums + longest * D;
+            const long g = u.head / together;
+            float* dks = alone ? spread + 2 * area * u.head + plan.first[segment[w]] * N * D : own;
+            float* dvs = dks + (alone ? area : longest * D);
             std::memset(dks, 0, sizeof(float) * n * N * D);
             std::memset(dvs, 0, sizeof(float) * n * N * D);
-            for (long h = u.head * share; h < (u.head + 1) * share; h++)
+            for (long h = u.head; h < u.head + share; h++)
                 for (int i = 0; i < n; i++) {
                     long first = u.start + (long)i * N;
                     int count = (int)std::min<long>(N, u.length - (long)i * N);
@@ -364,7 +378,7 @@ static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
                     for (int j = 0; j <= i; j++) {
                         long kb, vb;
                         int keys = (int)std::min<long>(N, u.length - (long)j * N);
-                        long at = ((u.start + (long)j * N) * groups + u.head) * D;
+                        long at = ((u.start + (long)j * N) * groups + g) * D;
                         const bf16* kj = whole<D>(k + at, groups * D, keys, spare_k, &kb);
                         const bf16* vj = whole<D>(v + at, groups * D, keys, spare_v, &vb);
                         product<N, N, D>(kj, kb, qt, N * 4, st, N, false);
@@ -396,18 +410,22 @@ static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
                         }
                         product<N, D, N>(pt, N * 2, gp, D * 4, dvs + (long)j * N * D, D, true);
                         product<N, D, N>(dst, N * 2, qp, D * 4, dks + (long)j * N * D, D, true);
-                        const bf16* kjt = kt + u.head * D * plan.columns + plan.offset[segment[w]] + (long)j * N;
-                        product<D, N, N>(kjt, plan.columns * 2, dsp, N * 4, dqt, N, j > 0);
+                        const bf16* kjt = kt + (g * plan.count + plan.first[segment[w]] + j) * N * D;
+                        product<D, N, N>(kjt, N * 2, dsp, N * 4, dqt, N, j > 0);
                     }
                     write_turned<D>(dqt, even, dq + (first * heads + h) * D, heads * D, count);
                 }
-            for (long t = 0; t < u.length; t++) {
-                bf16 *kr = dk + ((u.start + t) * groups + u.head) * D, *vr = dv + ((u.start + t) * groups + u.head) * D;
-                for (int d = 0; d < D; d++) kr[d] = narrow(dks[t * D + d] * scale), vr[d] = narrow(dvs[t * D + d]);
-            }
+            if (!alone) finish<D>(dks, dvs, 1, 0, u, g, groups, dk, dv, scale);
         }
-        std::free(sums);
+        if (alone)
+#pragma omp for schedule(static)
+            for (size_t w = 0; w < units.size(); w += together) {
+                const float* first = spread + 2 * area * units[w].head + plan.first[segment[w]] * N * D;
+                finish<D>(first, first + area, together, 2 * area, units[w], units[w].head / together, groups, dk, dv, scale);
+            }
+        std::free(own);
     }
+    std::free(spread);
     std::free(kt);
 }
 

@@ -13,7 +13,7 @@ WIDTHS = (32, 64, 96, 128)
 
 
 def takes(q: Tensor, k: Tensor) -> bool:
-    """Whether the kernel computes attention of q [T,H,D] over k [T,G,D]: bfloat16 on a CPU with matrix tiles, a usual head width."""
+    """Whether the kernel can attend q [T,H,D] to k [T,G,D]: bfloat16 on a CPU with matrix tiles, a usual head width."""
     return (
         q.device.type == "cpu"
         and q.dtype == torch.bfloat16
@@ -30,7 +30,7 @@ def starts_of(segments: Sequence[tuple[int, int]]) -> Tensor:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """q [T,H,D], k and v [T,G,D], contiguous -> (o [T,H,D], log-sum-exp [H,T] fp32, in powers of two)."""
-    t, heads, width = q.shape
+    t, heads = q.shape[:2]
     o, lse = torch.empty_like(q), torch.empty(heads, t, dtype=torch.float32)
     _call("attention_forward", (q, k, v, o, lse, starts), starts, q, k, scale)
     return o, lse

@@ -88,12 +88,12 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
         path = home() / "kernels" / f"{digest}.so"
         if not path.is_file():
             _compile(compiler, path)
-        found = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as e:
         return None, Status(False, f"{compiler} failed: {(e.stderr or '').strip().splitlines()[:1]}")
     except OSError as e:
         return None, Status(False, f"the built kernels cannot be kept or loaded: {e}")
-    return found, Status(True, "", digest, bool(found.lorry_amx()))
+    return loaded, Status(True, "", digest, bool(loaded.lorry_amx()))
 
 
 def _digest(compiler: str) -> str:

@@ -1,18 +1,22 @@
-"""Causal attention within the segments of a packed batch. Nothing leaks between segments.
+"""Causal attention within the segments of a packed batch, forward and backward. Nothing leaks between segments.
 
-Segments of similar length are laid into one right-padded call: under a causal mask a real query never sees the padding to its
-right, so no mask is needed and padding costs only time. T tokens, H heads, G key/value heads, D head width.
+On a CPU with matrix tiles one kernel call serves all segments (kernels/attention.cpp). Elsewhere segments of similar length are
+laid into one right-padded call of torch's: under a causal mask a real query never sees the padding to its right, so no mask is
+needed and padding costs only time. T tokens, H heads, G key/value heads, D head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lorry.kernels import attention as kernel
 
 SHORT = 96  # tokens; up to here plain fp32 products beat the fused CPU kernels (benchmarks/attention.py)
 
@@ -63,8 +67,57 @@ def _bucket(segments: Sequence[tuple[int, int]], total: int, device: torch.devic
     )
 
 
+class Segments:
+    """The sequences of a packed batch, (start, stop) each, end to end: attention stays within them."""
+
+    def __init__(self, segments: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self.bounds, self.device = segments, device
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """[S+1] int64, for the kernel."""
+        return kernel.starts_of(self.bounds)
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """For torch's own attention."""
+        return buckets(self.bounds, self.device)
+
+
+Memo = tuple[Tensor, ...]  # what a forward pass leaves for backward, besides q, k, v and o
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, keep: bool) -> tuple[Tensor, Memo]:
+    """q [T,H,D], k and v [T,G,D] -> o [T,H,D]; each token sees its own segment up to itself. Softmax scale D^-1/2. No graph.
+
+    ``keep``: backward will be called.
+    """
+    if kernel.takes(q, k):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        o, lse = kernel.forward(q, k, v, segments.starts, q.shape[-1] ** -0.5)
+        return o, (lse,) if keep else ()
+    if not keep:
+        return attend(q, k, v, segments.buckets), ()
+    with torch.enable_grad():  # a small graph of its own, which backward goes through once
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        o = attend(q, k, v, segments.buckets)
+    return o.detach(), (q, k, v, o)
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, memo: Memo, segments: Segments, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) for the gradient ``grad`` [T,H,D] of o."""
+    if kernel.takes(q, k):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        return kernel.backward(q, k, v, o, memo[0], segments.starts, q.shape[-1] ** -0.5, grad.contiguous())
+    *leaves, out = memo or forward(q, k, v, segments, keep=True)[1]
+    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+    return dq, dk, dv
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Bucket]) -> Tensor:
-    """q [T,H,D], k and v [T,G,D] -> [T,H,D]; each token sees its own segment up to itself. Softmax scale D^-1/2."""
+    """`forward` through torch's own attention, with a graph where the inputs have one."""
     parts = [_attend_bucket(q, k, v, b) for b in plan]
     if len(plan) == 1 and plan[0].rows is None:
         return parts[0]

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lorry.bank.attach import plain_call
 from lorry.bank.layers import BankEmbedding, BankLinear
 from lorry.bank.mix import Call
 from lorry.families import Family, Geometry
-from lorry.models.attention import buckets
-from lorry.models.block import Block, Norm, Pass, frequencies
+from lorry.models.attention import Segments
+from lorry.models.block import Block, Pass, frequencies
 from lorry.models.cache import Cache
+from lorry.models.layer import run
+from lorry.models.pointwise import Norm
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ class Decoder(nn.Module):
 
     def hidden(self, packed: Packed, call: Call, *, taps: Collection[int] = (), stop: int | None = None) -> Hidden:
         """Run the layers. ``taps``: layers whose output is wanted; ``stop``: the last layer to run (no final norm then)."""
-        plan = buckets(packed.segments, packed.tokens.device)
-        state = Pass(call, *self._rotary_tables(packed.positions), plan, packed.positions)
+        segments = Segments(packed.segments, packed.tokens.device)
+        state = Pass(call, *self._rotary_tables(packed.positions), segments, packed.positions)
+        state.recompute = self.gradient_checkpointing
         return self._run(packed.tokens, state, taps, stop)
 
     def logits(self, hidden: Tensor | None, call: Call) -> Tensor:
@@ -140,8 +142,8 @@ class Decoder(nn.Module):
         Either whole prompts, each into a row of its own whose former content is forgotten; or (``decoding``) one token for
         every row of the cache, in order, at positions ``cache.lengths`` as they were before.
         """
-        plan = [] if decoding else buckets(packed.segments, packed.tokens.device)
-        state = Pass(call, *self._rotary_tables(packed.positions), plan, packed.positions, cache, rows, decoding)
+        segments = Segments(packed.segments, packed.tokens.device)
+        state = Pass(call, *self._rotary_tables(packed.positions), segments, packed.positions, cache, rows, decoding)
         if decoding:
             cache.extend()
         else:
@@ -168,10 +170,7 @@ class Decoder(nn.Module):
             x = x + self.get_submodule(self.family.positions)(state.positions)
         seen = {}
         for i, block in enumerate(self._blocks):
-            if self.gradient_checkpointing and torch.is_grad_enabled() and state.cache is None:
-                x = checkpoint(block, x, state, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, state)
+            x = run(block, x, state)
             if i in taps:
                 seen[i] = x
             if i == stop:

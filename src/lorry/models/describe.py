@@ -23,7 +23,7 @@ from transformers.utils import logging
 from lorry.errors import LorryError, ModelError, nearest
 from lorry.families import Family, find, unsupported
 from lorry.families.common import UnsupportedConfig
-from lorry.models.block import ACTIVATIONS
+from lorry.models.pointwise import ACTIVATIONS
 
 CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "custom_generate", "use_kernels", "kernel_config"})
 KERNEL_KEYS = frozenset(

@@ -1,0 +1,170 @@
+"""What stands between the matrix products of a layer: norms, rotary positions, activations; forward and backward.
+
+Each has one face and two ways: a C++ kernel (bfloat16 on the CPU) or plain torch of the same maths. Nothing is kept for
+backward but the inputs: these are cheap to do again. T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorry.kernels import call, library
+
+aten = torch.ops.aten
+
+
+def compiled(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: contiguous bfloat16 on the CPU, and a library to call."""
+    return (
+        all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors) and library() is not None
+    )
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least fp32: sums of a bf16 model are fp32, those of a float64 model stay float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Norm(nn.Module):
+    """RMS norm (Zhang & Sennrich 2019) or layer norm over the last dimension, in fp32, with the family's epsilon. Frozen."""
+
+    def __init__(self, kind: str, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if kind == "layer" else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D], with gradients for x and, where they train, weight and bias."""
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return Normed.apply(x, self, self.weight, self.bias)
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """`forward` without a graph."""
+        if self.bias is not None:
+            return F.layer_norm(x, (self.weight.numel(),), self.weight, self.bias, self.eps)
+        if compiled(x, self.weight):
+            y = torch.empty_like(x)
+            call("rms_forward", x, None, self.weight, y, x.numel() // x.shape[-1], x.shape[-1], self.eps)
+            return y
+        wide = widen(x)
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+    def after_adding(self, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + more, its norm); x is overwritten with the sum."""
+        if self.bias is None and compiled(x, more, self.weight):
+            y = torch.empty_like(x)
+            call("rms_forward", x, more, self.weight, y, x.numel() // x.shape[-1], x.shape[-1], self.eps)
+            return x, y
+        x += more
+        return x, self.compute(x)
+
+    def backward(self, dy: Tensor, x: Tensor, carry: Tensor | None = None) -> Tensor:
+        """The gradient of the norm's input x, plus ``carry``: what reaches x by other ways."""
+        if self.bias is None and compiled(dy, x, self.weight):
+            dx = torch.empty_like(x)
+            call("rms_backward", dy, x, self.weight, carry, dx, x.numel() // x.shape[-1], x.shape[-1], self.eps)
+            return dx
+        xhat, rstd = self._standardised(x)
+        weighted = widen(dy) * widen(self.weight)
+        dx = weighted - xhat * (weighted * xhat).mean(-1, keepdim=True)
+        dx = rstd * (dx if self.bias is None else dx - weighted.mean(-1, keepdim=True))
+        return (dx if carry is None else dx + carry).to(x.dtype)
+
+    def own_gradients(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of weight and bias, for training that is not low-rank."""
+        wide = widen(dy).reshape(-1, dy.shape[-1])
+        xhat = self._standardised(x)[0].reshape(-1, x.shape[-1])
+        weight = (wide * xhat).sum(0).to(self.weight.dtype)
+        return weight, None if self.bias is None else wide.sum(0).to(self.bias.dtype)
+
+    def _standardised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = widen(x)
+        if self.bias is not None:
+            wide = wide - wide.mean(-1, keepdim=True)
+        rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return wide * rstd, rstd
+
+
+class Normed(torch.autograd.Function):
+    """`apply(x, norm, weight, bias)`: a norm by itself, such as the last one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.norm = norm
+        ctx.save_for_backward(x)
+        return norm.compute(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        dy = grads[0].contiguous()
+        own = ctx.norm.own_gradients(dy, x) if ctx.needs_input_grad[2] else (None, None)
+        return (ctx.norm.backward(dy, x) if ctx.needs_input_grad[0] else None), None, *own
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """Rotary positions on the first 2*[..., dim/2] dimensions of x [T,h,D], half-split layout, in fp32 (Su et al. 2021).
+
+    ``back`` turns the other way, which is also the gradient. x may be overwritten.
+    """
+    half = cos.shape[-1]
+    if compiled(x):
+        call("rotate_rows", x, cos, sin, *x.shape, half, -1.0 if back else 1.0)
+        return x
+    turned, rest = widen(x[..., : 2 * half]), x[..., 2 * half :]
+    a, b = turned[..., :half], turned[..., half:]
+    c, s = cos[:, None], -sin[:, None] if back else sin[:, None]
+    out = torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
+    return torch.cat([out, rest], -1) if rest.shape[-1] else out
+
+
+@dataclass(frozen=True)
+class Activation:
+    """forward(g) and backward(dy, g), elementwise."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+SILU = Activation(F.silu, aten.silu_backward)
+TANH_GELU = Activation(lambda x: F.gelu(x, approximate="tanh"), lambda dy, x: aten.gelu_backward(dy, x, approximate="tanh"))
+ACTIVATIONS = {
+    "silu": SILU,
+    "swish": SILU,
+    "relu": Activation(F.relu, lambda dy, x: aten.threshold_backward(dy, x, 0)),
+    "gelu": Activation(F.gelu, aten.gelu_backward),
+    "gelu_new": TANH_GELU,
+    "gelu_pytorch_tanh": TANH_GELU,
+    "gelu_fast": TANH_GELU,
+}
+
+
+def gate(act: Activation, g: Tensor, u: Tensor | None) -> Tensor:
+    """act(g) * u, or act(g) in a plain MLP."""
+    if u is None:
+        return act.forward(g)
+    if act is SILU and compiled(g, u):
+        h = torch.empty_like(g)
+        call("silu_gate", g, u, h, g.numel())
+        return h
+    return act.forward(g) * u
+
+
+def gate_backward(act: Activation, dh: Tensor, g: Tensor, u: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """([dg, du] or [dg], and h again) from the gradient dh of h = act(g) * u, which may be overwritten."""
+    if u is None:
+        return [act.backward(dh, g)], act.forward(g)
+    if act is SILU and compiled(dh, g, u):
+        du, h = torch.empty_like(u), torch.empty_like(u)
+        call("silu_gate_backward", dh, g, u, du, h, g.numel())
+        return [dh, du], h
+    a = act.forward(g)
+    return [act.backward(dh * u, g), dh * a], a * u
