@@ -84,7 +84,13 @@ class Segments:
         return buckets(self.bounds, self.device)
 
 
-Memo = tuple[Tensor, ...]  # what a forward pass leaves for backward, besides q, k, v and o
+@dataclass
+class Memo:
+    """What a forward pass leaves for backward, besides q, k, v and o: the kernel's log-sum-exp, or torch's graph (which serves
+    once; a second backward makes it again)."""
+
+    lse: Tensor | None = None
+    graph: tuple[Tensor, ...] = ()
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, keep: bool) -> tuple[Tensor, Memo]:
@@ -95,13 +101,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, keep: bool) 
     if kernel.takes(q, k):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         o, lse = kernel.forward(q, k, v, segments.starts, q.shape[-1] ** -0.5)
-        return o, (lse,) if keep else ()
+        return o, Memo(lse)
     if not keep:
-        return attend(q, k, v, segments.buckets), ()
+        return attend(q, k, v, segments.buckets), Memo()
     with torch.enable_grad():  # a small graph of its own, which backward goes through once
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
         o = attend(q, k, v, segments.buckets)
-    return o.detach(), (q, k, v, o)
+    return o.detach(), Memo(graph=(q, k, v, o))
 
 
 def backward(
@@ -110,8 +116,9 @@ def backward(
     """Gradients (dq, dk, dv) for the gradient ``grad`` [T,H,D] of o."""
     if kernel.takes(q, k):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        return kernel.backward(q, k, v, o, memo[0], segments.starts, q.shape[-1] ** -0.5, grad.contiguous())
-    *leaves, out = memo or forward(q, k, v, segments, keep=True)[1]
+        assert memo.lse is not None
+        return kernel.backward(q, k, v, o, memo.lse, segments.starts, q.shape[-1] ** -0.5, grad.contiguous())
+    *leaves, out = memo.graph or forward(q, k, v, segments, keep=True)[1].graph
     dq, dk, dv = torch.autograd.grad(out, leaves, grad)
     return dq, dk, dv
 

@@ -67,7 +67,7 @@ class Kept:
     """What forward leaves for backward. q and k are as they left their products where heads are normed, else already rotated."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    memo: Memo = ()
+    memo: Memo = field(default_factory=Memo)
 
 
 class Block:
@@ -107,7 +107,7 @@ class Block:
         q, k = self.placed(q, k, state)
         if state.cache is not None and state.rows is not None:
             state.cache.write(self.index, state.rows, state.positions, k, v)
-        memo: Memo = ()
+        memo = Memo()
         if state.decoding and state.cache is not None:
             o = state.cache.attend(self.index, q)
         else:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorry.bank.ops import Products
 from lorry.models import attention
+from lorry.models.attention import Memo
 from lorry.models.block import Block, Kept, Pass, Work
 from lorry.models.pointwise import gate_backward, rotate
 
@@ -44,8 +45,9 @@ class Layer(torch.autograd.Function):
             return y
         kept = Kept()
         y = block.forward(x, state, products, kept)
-        ctx.work, ctx.memo = work, kept.memo
-        ctx.names = list(kept.tensors)
+        if kept.memo.lse is not None:
+            kept.tensors["lse"] = kept.memo.lse
+        ctx.work, ctx.graph, ctx.names = work, kept.memo.graph, list(kept.tensors)
         downs = [down for p in products for down in p.downs]
         ctx.save_for_backward(*kept.tensors.values(), *downs, *gates)
         return y
@@ -61,8 +63,8 @@ class Layer(torch.autograd.Function):
             products = work.products(block.groups, masters)
             block.forward(saved[0], state, products, kept)
         else:
-            kept = Kept(dict(zip(ctx.names, saved, strict=False)), ctx.memo)
-            ctx.memo = ()  # torch's graph of the attention serves once; a second backward makes it again
+            kept = Kept(dict(zip(ctx.names, saved, strict=False)))
+            kept.memo, ctx.graph = Memo(kept.tensors.get("lse"), ctx.graph), ()
             products, at = ctx.work.products(block.groups, masters), len(ctx.names)
             for p in products:
                 p.downs = saved[at : at + len(p.stacks)]

@@ -1,0 +1,287 @@
+"""A layer's hand-written backward against transformers' own autograd in float64, for every family, precision and kind of mix.
+
+The other side is transformers' model with a plain low-rank term added by hooks: it shares no line with ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+from lorry.bank.attach import attach, bank_of
+from lorry.bank.mix import Call, Mix, Noise
+from lorry.bank.spec import LoraSpec
+from lorry.kernels import status
+from lorry.models import layer
+from lorry.models.decoder import Decoder, Packed
+
+LONG = {"max_position_embeddings": 256}
+WIDE: dict[str, dict[str, Any]] = {  # heads as wide as the kernel takes them, lengths that cross a block of it
+    "llama": {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, **LONG},
+    "llama biased": {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, **LONG},
+    "qwen2": {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, **LONG},
+    "qwen3": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+    },
+    "gpt2": {"n_embd": 64, "n_head": 2, "n_positions": 256},
+    "gpt_neox parallel": {"hidden_size": 64, "num_attention_heads": 2, **LONG},
+    "gpt_neox sequential": {"hidden_size": 64, "num_attention_heads": 2, **LONG},
+}
+LENGTHS = (70, 3, 40)
+
+
+def rows(seed: int = 0) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, tiny.VOCAB, (n,), generator=draw).tolist() for n in LENGTHS]
+
+
+def packed() -> Packed:
+    return Packed.of(rows())
+
+
+def objective(logits: Tensor) -> Tensor:
+    """Something whose gradient is not small anywhere: a fixed random functional of the log-probabilities."""
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (logits.log_softmax(-1) * weights.to(logits.dtype)).sum()
+
+
+def ours(model: Decoder, call: Call, batch: Packed) -> Tensor:
+    last = model.hidden(batch, call).last
+    assert last is not None
+    logits = model.logits(last, call)
+    return objective(logits.float() if logits.dtype == torch.bfloat16 else logits)
+
+
+def hooked(theirs: nn.Module, model: Decoder, terms: Callable[[str, int], list[tuple[Tensor, Tensor, Any]]]) -> Tensor:
+    """transformers' logits of every row with the terms (A, B, g * s) added to each adapted linear's output."""
+    handles, row = [], 0
+    for path in bank_of(model).modules:
+
+        def add(module: nn.Module, inputs: Any, output: Tensor, path: str = path) -> Tensor:
+            for a, b, g in terms(path, row):
+                output = output + g * ((inputs[0] @ a.t()) @ b.t())
+            return output
+
+        handles.append(theirs.get_submodule(path).register_forward_hook(add))
+    out = []
+    for row, tokens in enumerate(rows()):  # noqa: B007 - the hooks read it
+        out.append(theirs(input_ids=torch.tensor([tokens])).logits[0])
+    for handle in handles:
+        handle.remove()
+    return torch.cat(out)
+
+
+def masters(model: Decoder, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """{module: (A, B)} in float64, as leaves."""
+    slots = bank_of(model)[name].slots
+    return {
+        path: (slot.A.detach().double().requires_grad_(), slot.B.detach().double().requires_grad_())
+        for path, slot in slots.items()
+    }
+
+
+def rounded(model: Decoder, theirs: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """transformers' model in float64 with the very weights ours has."""
+    theirs = theirs.double()
+    mine = dict(model.state_dict())
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.copy_(mine[name].double())
+        for adapter in bank_of(model).adapters.values():
+            adapter.values.copy_(adapter.values.to(dtype).float())
+            adapter.touch()
+    return theirs
+
+
+def error(model: Decoder, name: str, truth: dict[str, tuple[Tensor, Tensor]]) -> float:
+    """Largest relative error of an adapter's gradient tensors, in the Frobenius norm."""
+    worst = 0.0
+    for path, slot in bank_of(model)[name].slots.items():
+        for mine, leaf in zip((slot.A, slot.B), truth[path], strict=True):
+            assert mine.grad is not None
+            assert leaf.grad is not None
+            assert leaf.grad.norm() > 0
+            worst = max(worst, float((mine.grad.double() - leaf.grad).norm() / leaf.grad.norm()))
+    return worst
+
+
+def one_layer(name: str, tmp_path: Path, dtype: torch.dtype) -> tuple[Decoder, nn.Module, dict[str, tuple[Tensor, Tensor]]]:
+    """Ours, transformers in float64, and its adapter leaves with their gradient. One layer, large weights everywhere."""
+    source = tiny.fresh(name, **{**WIDE[name], "n_layer" if name == "gpt2" else "num_hidden_layers": 1})
+    model = tiny.decoder(source, tmp_path, dtype)
+    attach(model, LoraSpec(r=4, init_lora_weights=False))
+    theirs = rounded(model, source, dtype)
+    truth = masters(model, "default")
+    objective(hooked(theirs, model, lambda path, row: [(*truth[path], 2.0)])).backward()
+    return model, theirs, truth
+
+
+@pytest.mark.parametrize("name", list(WIDE))
+def test_gradients_of_every_family(name: str, tmp_path: Path) -> None:
+    model, _, truth = one_layer(name, tmp_path, torch.float32)
+    ours(model, Call(Mix.one("default")), packed()).backward()
+    assert error(model, "default", truth) < 1e-5
+
+
+@pytest.mark.parametrize("name", list(WIDE))
+def test_bfloat16_gradients_are_as_good_as_transformers(name: str, tmp_path: Path) -> None:
+    """Of the whole gradient: no further off than transformers' own bfloat16 pass is."""
+    model, theirs, truth = one_layer(name, tmp_path, torch.bfloat16)
+    ours(model, Call(Mix.one("default")), packed()).backward()
+    exact = torch.cat([leaf.grad.flatten() for pair in truth.values() for leaf in pair if leaf.grad is not None])
+    other = {path: tuple(leaf.detach().bfloat16().requires_grad_() for leaf in pair) for path, pair in truth.items()}
+    objective(hooked(theirs.bfloat16(), model, lambda path, row: [(*other[path], 2.0)]).float()).backward()  # type: ignore[list-item]
+    slots = bank_of(model)["default"].slots
+    mine = torch.cat([leaf.grad.flatten() for path in truth for leaf in (slots[path].A, slots[path].B) if leaf.grad is not None])
+    peer = torch.cat([leaf.grad.flatten() for pair in other.values() for leaf in pair if leaf.grad is not None])
+    off, peers = (float((g.double() - exact).norm() / exact.norm()) for g in (mine, peer))
+    assert off < 1.25 * peers
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_gradients_through_several_layers(name: str, tmp_path: Path) -> None:
+    source = tiny.trained(name)
+    model = tiny.decoder(source, tmp_path)
+    attach(model, LoraSpec(r=4, init_lora_weights=False))
+    batch = [tokens[: tiny.CONTEXT - 1] for tokens in rows()]
+    truth = masters(model, "default")
+    theirs = tiny.fresh(name).double()
+    theirs.load_state_dict({k: v.double() for k, v in source.state_dict().items()})
+    outs = []
+    handles = [
+        theirs.get_submodule(path).register_forward_hook(lambda m, i, o, ab=ab: o + 2.0 * (i[0] @ ab[0].t() @ ab[1].t()))
+        for path, ab in truth.items()
+    ]
+    for tokens in batch:
+        outs.append(theirs(input_ids=torch.tensor([tokens])).logits[0])
+    objective(torch.cat(outs)).backward()
+    assert len(handles) == len(truth)
+    ours(model, Call(Mix.one("default")), Packed.of(batch)).backward()
+    assert error(model, "default", truth) < 1e-5
+
+
+def test_every_kind_of_mix_at_once(tmp_path: Path) -> None:
+    """Two adapters of unlike rank and targets, gates per token that want gradients, and rows that use neither."""
+    source = tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=2)
+    model = tiny.decoder(source, tmp_path)
+    attach(model, LoraSpec(r=4, init_lora_weights=False), "a")
+    attach(model, LoraSpec(r=3, init_lora_weights=False, target_modules=["v_proj", "down_proj", "up_proj"]), "b", seed=1)
+    theirs = rounded(model, source, torch.float32)
+    bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    gates = torch.rand(bounds[-1], 2, generator=torch.Generator().manual_seed(3))
+    gates[bounds[1] : bounds[2]] = 0.0
+    mine, other = gates.clone().requires_grad_(), gates.double().requires_grad_()
+    truth = {"a": masters(model, "a"), "b": masters(model, "b")}
+    scales = {"a": 2.0, "b": 2.0}
+
+    def terms(path: str, row: int) -> list[tuple[Tensor, Tensor, Any]]:
+        part = other[bounds[row] : bounds[row + 1]]
+        return [(*truth[n][path], scales[n] * part[:, k, None]) for k, n in enumerate("ab") if path in truth[n]]
+
+    objective(hooked(theirs, model, terms)).backward()
+    ours(model, Call(Mix.routed(["a", "b"], mine)), packed()).backward()
+    for name in "ab":
+        assert error(model, name, truth[name]) < 1e-5
+    assert mine.grad is not None
+    assert other.grad is not None
+    assert float((mine.grad.double() - other.grad).norm() / other.grad.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama biased", "qwen3", "gpt2", "gpt_neox parallel"])
+def test_the_base_itself_can_train(name: str, tmp_path: Path) -> None:
+    """Full fine-tuning: every base weight's gradient is transformers'."""
+    source = tiny.fresh(name, **WIDE[name])
+    model = tiny.decoder(source, tmp_path)
+    theirs = source.double().requires_grad_(True)
+    objective(torch.cat([theirs(input_ids=torch.tensor([tokens])).logits[0] for tokens in rows()])).backward()
+    model.requires_grad_(True)
+    ours(model, Call(), packed()).backward()
+    named = dict(model.named_parameters())
+    for path, p in theirs.named_parameters():
+        grad = named[path].grad
+        assert grad is not None, path
+        assert p.grad is not None
+        assert float((grad.double() - p.grad).norm()) < 1e-5 * float(p.grad.norm()) + 1e-9, path
+
+
+def test_some_of_the_base_can_train(tmp_path: Path) -> None:
+    """Only what asks for a gradient gets one, and it is the same one."""
+    model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"]), tmp_path)
+    grads = []
+    for only in ("", "mlp.up_proj"):
+        for name, p in model.named_parameters():
+            p.requires_grad_(only in name)
+            p.grad = None
+        ours(model, Call(), packed()).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert set(grads[1]) == {n for n in grads[0] if "mlp.up_proj" in n}
+    for name, grad in grads[1].items():
+        assert torch.equal(grad, grads[0][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_twice_and_with_recompute(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A second backward through the same graph, and a layer that runs again in backward, give the same bits; dropout on."""
+    model = tiny.decoder(tiny.fresh("qwen3", **WIDE["qwen3"]), tmp_path, dtype)
+    attach(model, LoraSpec(r=4, lora_dropout=0.3, init_lora_weights=False))
+    adapter, batch = bank_of(model)["default"], packed()
+    starts = (0, *torch.tensor(LENGTHS).cumsum(0).tolist())
+    call = Call(Mix.one("default"), Noise(seed=3, step=1, keys=(7, 8, 9), starts=starts))
+    found = []
+    for recompute in (False, True):
+        model.gradient_checkpointing = recompute
+        loss = ours(model, call, batch)
+        for _ in range(2):
+            adapter.grads.zero_()
+            loss.backward(retain_graph=True)
+            found.append(adapter.grads.clone())
+    assert found[0].abs().sum() > 0
+    assert all(torch.equal(f, found[0]) for f in found)
+
+
+def test_nothing_is_done_below_the_lowest_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Adapters in layers 2 and 3 of 4: two layers go backward, and the lower of them makes no gradient for its input."""
+    model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=4), tmp_path)
+    attach(model, LoraSpec(r=4, init_lora_weights=False, layers_to_transform=[2, 3]))
+    ran: list[tuple[int, bool]] = []
+    original = layer.Sweep.run
+
+    def watched(self: layer.Sweep, dy: Tensor, needs_x: bool, train_base: bool) -> Tensor | None:
+        ran.append((self.block.index, needs_x))
+        return original(self, dy, needs_x, train_base)
+
+    monkeypatch.setattr(layer.Sweep, "run", watched)
+    ours(model, Call(Mix.one("default")), packed()).backward()
+    assert ran == [(3, True), (2, False)]
+
+
+def test_what_a_layer_keeps(tmp_path: Path) -> None:
+    """Bytes per token and layer in bf16: 2(d + q + 2k + q + d + 2f) + 4 heads, and 2r per product's A (docs/architecture.md)."""
+    model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=3), tmp_path, torch.bfloat16)
+    attach(model, LoraSpec(r=4, init_lora_weights=False))
+    held: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    batch = packed()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        last = model.hidden(batch, Call(Mix.one("default"))).last
+    assert last is not None
+    d, q, k, f, r = 96, 96, 32, 48, 4
+    layers = 2 * (d + q + 2 * k + q + d + 2 * f) + 2 * r * 7
+    final = 2 * d
+    expected = sum(LENGTHS) * (3 * layers + final)
+    softmax = 4 * 3 * 3 * sum(LENGTHS)
+    assert sum(held.values()) in (expected, expected + softmax if status().amx else expected)
