@@ -282,6 +282,6 @@ def test_what_a_layer_keeps(tmp_path: Path) -> None:
     d, q, k, f, r = 96, 96, 32, 48, 4
     layers = 2 * (d + q + 2 * k + q + d + 2 * f) + 2 * r * 7
     final = 2 * d
-    expected = sum(LENGTHS) * (3 * layers + final)
-    softmax = 4 * 3 * 3 * sum(LENGTHS)
+    tokens = -(-sum(LENGTHS) // 16) * 16  # bfloat16 batches are padded to few lengths
+    expected, softmax = tokens * (3 * layers + final), 4 * 3 * 3 * tokens
     assert sum(held.values()) in (expected, expected + softmax if status().amx else expected)

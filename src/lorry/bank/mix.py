@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 
+PADDING = -1  # the sequence key of padding, for its dropout mask
+
+
 @dataclass(frozen=True)
 class Term:
     """One adapter's share: ``rows`` of the packed tokens (None = all), ``gate`` g: a number, or a tensor [rows] with gradient."""
@@ -127,3 +130,12 @@ class Call:
         """The same call for some of the tokens, ``rows`` [t] sorted positions."""
         noise = None if self.noise is None else Noise(self.noise.seed, self.noise.step, self.noise.keys, self.noise.starts, rows)
         return Call(self.mix.narrow(rows), noise)
+
+    def padded(self, tokens: int, total: int) -> Call:
+        """The same call for a batch of ``tokens`` with padding up to ``total``, which no gated term and no other row can tell."""
+        gated = [t.rows is None and isinstance(t.gate, Tensor) for t in self.mix.terms]
+        terms = [Term(t.adapter, slice(0, tokens), t.gate) if g else t for t, g in zip(self.mix.terms, gated, strict=True)]
+        noise = self.noise
+        if noise is not None:
+            noise = Noise(noise.seed, noise.step, (*noise.keys, PADDING), (*noise.starts, total))
+        return Call(Mix(tuple(terms)), noise)

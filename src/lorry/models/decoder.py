@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorry.bank.attach import plain_call
 from lorry.bank.layers import BankEmbedding, BankLinear
@@ -40,6 +41,12 @@ class Packed:
         tokens = torch.tensor([t for s in sequences for t in s], device=device)
         positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(device)
         return Packed(tokens, positions, segments)
+
+    def padded(self, total: int) -> Packed:
+        """With a sequence of zeros behind the others, up to ``total`` tokens."""
+        more = total - self.tokens.numel()
+        positions = torch.cat([self.positions, torch.arange(more, device=self.positions.device)])
+        return Packed(F.pad(self.tokens, (0, more)), positions, [*self.segments, (total - more, total)])
 
 
 @dataclass
@@ -126,10 +133,25 @@ class Decoder(nn.Module):
 
     def hidden(self, packed: Packed, call: Call, *, taps: Collection[int] = (), stop: int | None = None) -> Hidden:
         """Run the layers. ``taps``: layers whose output is wanted; ``stop``: the last layer to run (no final norm then)."""
+        tokens = packed.tokens.numel()
+        if (total := self._even(tokens)) > tokens:
+            packed, call = packed.padded(total), call.padded(tokens, total)
         segments = Segments(packed.segments, packed.tokens.device)
         state = Pass(call, *self._rotary_tables(packed.positions), segments, packed.positions)
         state.recompute = self.gradient_checkpointing
-        return self._run(packed.tokens, state, taps, stop)
+        found = self._run(packed.tokens, state, taps, stop)
+        if total == tokens:
+            return found
+        last = None if found.last is None else found.last[:tokens]
+        return Hidden(last, {layer: x[:tokens] for layer, x in found.taps.items()})
+
+    def _even(self, tokens: int) -> int:
+        """The length a batch is padded to. oneDNN compiles its bfloat16 products anew for every shape (about 45 of them a step,
+        milliseconds and a megabyte each), so lengths are rounded up to few, by a thirtieth at most beyond a few hundred tokens."""
+        if self.device.type != "cpu" or self.dtype != torch.bfloat16:
+            return tokens
+        step = next(s for s in (16, 32, 64) if tokens <= 8 * s or s == 64)
+        return -(-tokens // step) * step
 
     def logits(self, hidden: Tensor | None, call: Call) -> Tensor:
         """[t,D] -> [t,V] in the base's dtype."""

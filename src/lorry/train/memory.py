@@ -18,15 +18,16 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-PRIMITIVES = 32  # kernels oneDNN keeps; a step needs about as many, and every new batch length brings as many again
+PRIMITIVES = 192  # kernels oneDNN keeps: a step needs about 45, and every other (rounded) batch length as many again
 
 
 def tune_allocator() -> bool:
     """Keep memory steady and cheap on the CPU; returns whether glibc's allocator was tuned. `LORRY_MALLOC=0` opts out of that.
 
     glibc: keep large freed blocks instead of returning each to the system; every activation is such a block, and fetching its
-    pages anew costs about a fifth of a training step. oneDNN: it keeps 1024 compiled kernels by default, and packed batches
-    have ever new lengths, so a run would grow by gigabytes (seen); a few are enough, since lengths hardly ever come again.
+    pages anew costs about a fifth of a training step. oneDNN: it keeps 1024 compiled kernels by default, about a megabyte each,
+    and a run whose batches have ever new lengths would grow by gigabytes (seen). The decoder rounds lengths up to few; with
+    fewer kernels kept than one step needs, each product would be compiled again every time (3 ms instead of 1, seen).
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own and torch's on top of it
         os.environ.setdefault(cache, str(PRIMITIVES))

