@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorry.bank.attach import attach, bank_of
 from lorry.bank.layers import AMBIENT
-from lorry.bank.mix import Call, Mix, Noise, Term
+from lorry.bank.mix import Call, Mix, Term
+from lorry.bank.noise import Noise
 from lorry.bank.spec import LoraSpec
 
 I, O, T, V = 7, 5, 12, 11  # noqa: E741
@@ -160,7 +161,9 @@ def compare(
     dy = draw(T, O, seed=3).to(dtype).double()
     noise = Noise(1, 2, tuple(keys), STARTS) if dropout else None
     site = bank_of(model).modules["inner"].path
-    masks = {n: Noise(1, 2, tuple(keys), STARTS).mask(site, I, dropout) for n in RANKS} if dropout else None
+    masks = (
+        {n: Noise(1, 2, tuple(keys), STARTS).at(site, dropout).mask(I, torch.device("cpu")) for n in RANKS} if dropout else None
+    )
     agree(ours(model, x, make(gates[0]), gates[0], dy, noise), plain(model, x, make(wide), wide, dy, masks), bound)
 
 

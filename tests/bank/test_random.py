@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lorry.bank.attach import attach, bank_of, lora_parameters
 from lorry.bank.layers import AMBIENT
-from lorry.bank.mix import Call, Mix, Noise, Term
+from lorry.bank.mix import Call, Mix, Term
+from lorry.bank.noise import Noise
 from lorry.bank.spec import LoraSpec
 
 Q1 = "model.layers.1.self_attn.q_proj"
@@ -67,7 +68,7 @@ def test_an_embedding_starts_with_zero_a(tiny: Any, ids: Tensor, logits: Any) ->
 
 
 def mask(noise: Noise, site: str = "s", p: float = 0.5, width: int = 4) -> Tensor:
-    return noise.mask(site, width, p)
+    return noise.at(site, p).mask(width, torch.device("cpu"))
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 6)), min_size=1, max_size=6, unique_by=lambda t: t[0]), st.randoms())
@@ -103,7 +104,29 @@ def test_rows_of_a_mask_are_the_same_rows() -> None:
     rows = torch.tensor([1, 4, 5, 11])
     narrowed = Call(Mix.none(), noise).narrow(rows).noise
     assert narrowed is not None
-    assert torch.equal(narrowed.mask("s", 6, 0.5), mask(noise, width=6)[rows])
+    assert torch.equal(mask(narrowed, width=6), mask(noise, width=6)[rows])
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.integers(1, 40),
+    st.floats(0.01, 0.99),
+    st.integers(0, 2**40),
+    st.data(),
+)
+def test_kernel_and_torch_draw_the_same(lengths: list[int], width: int, p: float, seed: int, data: st.DataObject) -> None:
+    """The compiled hash against the one in 64-bit integers, on any rows, in both number formats."""
+    starts = (0, *torch.tensor(lengths).cumsum(0).tolist())
+    dropout = Noise(seed, 3, tuple(range(len(lengths))), starts).at("s", p)
+    first = data.draw(st.integers(0, starts[-1] - 1))
+    last = data.draw(st.integers(first + 1, starts[-1]))
+    plain = dropout._hashed(width, first, last)
+    assert torch.equal(dropout.mask(width, torch.device("cpu"), slice(first, last)), plain)
+    x = torch.randn(last - first, width)
+    scaled = x.bfloat16().float() * torch.tensor(1 / (1 - p), dtype=torch.float32)
+    assert torch.equal(dropout.apply(x.bfloat16(), slice(first, last)), torch.where(plain, scaled, 0).bfloat16())
+    assert torch.equal(dropout.apply(x, slice(first, last)), x * (plain * (1 / (1 - p))))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from lorry.bank.attach import attach, bank_of
-from lorry.bank.mix import Call, Mix, Noise
+from lorry.bank.mix import Call, Mix
+from lorry.bank.noise import Noise
 from lorry.bank.spec import LoraSpec
 from lorry.families import find
 from lorry.models.decoder import Decoder, Packed

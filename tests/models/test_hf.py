@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from lorry.bank.attach import attach, bank_of, detach, lora_parameters
 from lorry.bank.layers import AMBIENT, BankLinear
-from lorry.bank.mix import Call, Mix, Noise, Term
+from lorry.bank.mix import Call, Mix, Term
+from lorry.bank.noise import Noise
 from lorry.bank.spec import LoraSpec
 from lorry.data.batch import Example, collate
 from lorry.errors import ContractError, ModelError

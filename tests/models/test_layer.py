@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import tiny
 from lorry.bank.attach import attach, bank_of
-from lorry.bank.mix import Call, Mix, Noise
+from lorry.bank.mix import Call, Mix
+from lorry.bank.noise import Noise
 from lorry.bank.spec import LoraSpec
 from lorry.kernels import status
 from lorry.models import layer

@@ -12,7 +12,8 @@ from lorry.backends.base import Inspection, Norms, Stats, Task, term_totals
 from lorry.backends.optim import AdapterOptimizer, OptimSettings
 from lorry.bank.adapters import Bank
 from lorry.bank.attach import bank_of
-from lorry.bank.mix import Call, Mix, Noise
+from lorry.bank.mix import Call, Mix
+from lorry.bank.noise import Noise
 from lorry.data.batch import BASE, Batch
 from lorry.errors import ModelError, NonFiniteError
 from lorry.models.decoder import Decoder

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lorry.bank.layers import Adaptable, BankEmbedding, BankLinear, Slot
-from lorry.bank.mix import Call, Mix, seed_of
+from lorry.bank.mix import Call, Mix
+from lorry.bank.seeds import seed_of
 from lorry.bank.spec import LoraSpec
 from lorry.errors import ConfigError
 

@@ -146,7 +146,6 @@ class Group:
         masters: list[Tensor | None] = []
         for linear in self.linears:
             linear.terms(call)  # refuses a merged layer
-        width, device = self.linears[0].in_features, self.linears[0].weight.device
         for term in call.mix.terms:
             slots = [(i, linear.slots[term.adapter]) for i, linear in enumerate(self.linears) if term.adapter in linear.slots]
             if not slots:
@@ -156,10 +155,10 @@ class Group:
             if constant != 1.0:
                 parts = [Part(p.layer, p.rows, p.b, p.scale * constant) for p in parts]
             rate = slots[0][1].dropout if call.noise is not None else 0.0
-            mask = call.noise.mask(site, width, rate, device) if call.noise is not None and rate else None
+            dropout = call.noise.at(site, rate) if call.noise is not None and rate else None
             tokens = slice(None) if term.rows is None else term.rows
             gate = term.gate if isinstance(term.gate, Tensor) else None
-            stacks.append(Stack(tokens, a, parts, mask, 1.0 / (1.0 - rate), gate is not None, partial(_touch, slots)))
+            stacks.append(Stack(tokens, a, parts, dropout, gate is not None, partial(_touch, slots)))
             masters += [master for _, slot in slots for master in (slot.A, slot.B)]
             masters.append(gate)
         return stacks, masters

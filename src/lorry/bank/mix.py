@@ -1,4 +1,4 @@
-"""Mix: the g of the one equation, as data that travels with a forward pass. Also the noise of dropout, likewise data.
+"""Mix: the g of the one equation, as data that travels with a forward pass, in a `Call`.
 
     y = W x + b + sum_k g_k s_k B_k (A_k x)
 
@@ -8,16 +8,13 @@ is read during backward: the autograd function captures what it needs in forward
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-
-PADDING = -1  # the sequence key of padding, for its dropout mask
+from lorry.bank.noise import Noise
 
 
 @dataclass(frozen=True)
@@ -85,40 +82,6 @@ class Mix:
         return Mix(tuple(terms))
 
 
-def seed_of(*parts: object) -> int:
-    """A 63-bit seed from a few words and numbers, the same on every machine: randomness is a function of names."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Dropout masks as a function of (seed, step, sequence key, site): packing, accumulation and adapters beside do not matter.
-
-    A ``site`` names an input (layer and place); projections that read the same input share its mask. ``rows``: only these tokens.
-    """
-
-    seed: int
-    step: int
-    keys: tuple[int, ...]
-    starts: tuple[int, ...]
-    rows: Tensor | None = None
-    _last: dict[tuple[str, float], Tensor] = field(default_factory=dict, compare=False, repr=False)
-
-    def mask(self, site: str, width: int, p: float, device: torch.device | str = "cpu") -> Tensor:
-        """Bool [T, width], True = kept with probability 1-p. The latest mask is remembered, for the projections that share it."""
-        if (site, p) not in self._last:
-            kept = torch.empty(self.starts[-1], width, dtype=torch.bool, device=device)
-            generator = torch.Generator(device=device)
-            for key, start, stop in zip(self.keys, self.starts[:-1], self.starts[1:], strict=True):
-                generator.manual_seed(seed_of("dropout", self.seed, self.step, key, site))
-                draw = torch.rand(stop - start, width, generator=generator, device=device)
-                kept[start:stop] = draw >= p
-            self._last.clear()
-            self._last[(site, p)] = kept if self.rows is None else kept[self.rows]
-        return self._last[(site, p)]
-
-
 @dataclass(frozen=True)
 class Call:
     """What a forward pass hands to every adapted layer: the mix, and the dropout noise (None = no dropout)."""
@@ -128,14 +91,10 @@ class Call:
 
     def narrow(self, rows: Tensor) -> Call:
         """The same call for some of the tokens, ``rows`` [t] sorted positions."""
-        noise = None if self.noise is None else Noise(self.noise.seed, self.noise.step, self.noise.keys, self.noise.starts, rows)
-        return Call(self.mix.narrow(rows), noise)
+        return Call(self.mix.narrow(rows), None if self.noise is None else replace(self.noise, rows=rows))
 
     def padded(self, tokens: int, total: int) -> Call:
         """The same call for a batch of ``tokens`` with padding up to ``total``, which no gated term and no other row can tell."""
         gated = [t.rows is None and isinstance(t.gate, Tensor) for t in self.mix.terms]
         terms = [Term(t.adapter, slice(0, tokens), t.gate) if g else t for t, g in zip(self.mix.terms, gated, strict=True)]
-        noise = self.noise
-        if noise is not None:
-            noise = Noise(noise.seed, noise.step, (*noise.keys, PADDING), (*noise.starts, total))
-        return Call(Mix(tuple(terms)), noise)
+        return Call(Mix(tuple(terms)), None if self.noise is None else self.noise.padded(total))

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorry.bank.noise import Dropout
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -31,22 +33,20 @@ class Part:
 class Stack:
     """One term of the mix at linears that read the same input.
 
-    ``tokens``: which rows of x; a [S,I]: the stacked compute copies; mask [T,I] or None and 1/(1-p): dropout; ``gated``: a gate
-    per token multiplies the term. ``used`` is called when gradients for the masters are made: they are about to change.
+    ``tokens``: which rows of x; a [S,I]: the stacked compute copies; ``gated``: a gate per token
+    multiplies the term. ``used`` is called when gradients for the masters are made: they are about to change.
     """
 
     tokens: slice
     a: Tensor
     parts: Sequence[Part]
-    mask: Tensor | None
-    keep: float
+    dropout: Dropout | None
     gated: bool
     used: Callable[[], None]
 
     def drop(self, x: Tensor) -> Tensor:
         """Inverted dropout on this term's rows of x (or of its gradient, which passes the same mask)."""
-        rows = x[self.tokens]
-        return rows if self.mask is None else rows * (self.mask[self.tokens] * self.keep).to(rows.dtype)
+        return x[self.tokens] if self.dropout is None else self.dropout.apply(x[self.tokens], self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +112,10 @@ class Products:
             self.ups.append(up if gate is None else up * gate.to(up.dtype)[:, None])
             if dx is None:
                 continue
-            if stack.mask is None:
+            if stack.dropout is None:
                 dx[stack.tokens].addmm_(self.ups[-1], stack.a)
             else:
-                dx[stack.tokens] += torch.mm(self.ups[-1], stack.a) * (stack.mask[stack.tokens] * stack.keep).to(dx.dtype)
+                dx[stack.tokens] += stack.dropout.apply(torch.mm(self.ups[-1], stack.a), stack.tokens)
         return dx
 
     def master_gradients(self, x: Tensor, grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:

@@ -435,22 +435,20 @@ static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
         case 64: call(64);   \
         case 96: call(96);   \
         case 128: call(128); \
-    }                        \
-    return -1;
+    }
 
 // q, o [tokens, heads, width], k, v [tokens, groups, width], lse [heads, tokens] in powers of two, starts [segments + 1].
-// Returns 0, or -1 when this head width is not built.
-LORRY int attention_forward(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, const int64_t* starts, long segments,
-                            long tokens, long heads, long groups, long width, float scale) {
-#define CALL(D) return forward<D>(q, k, v, o, lse, starts, segments, tokens, heads, groups, scale), 0
+LORRY void attention_forward(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, const int64_t* starts, long segments,
+                             long tokens, long heads, long groups, long width, float scale) {
+#define CALL(D) return forward<D>(q, k, v, o, lse, starts, segments, tokens, heads, groups, scale)
     FOR_WIDTH(CALL)
 #undef CALL
 }
 
-LORRY int attention_backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o, const float* lse, const bf16* go, bf16* dq,
-                             bf16* dk, bf16* dv, const int64_t* starts, long segments, long tokens, long heads, long groups,
-                             long width, float scale) {
-#define CALL(D) return backward<D>(q, k, v, o, lse, go, dq, dk, dv, starts, segments, tokens, heads, groups, scale), 0
+LORRY void attention_backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o, const float* lse, const bf16* go, bf16* dq,
+                              bf16* dk, bf16* dv, const int64_t* starts, long segments, long tokens, long heads, long groups,
+                              long width, float scale) {
+#define CALL(D) return backward<D>(q, k, v, o, lse, go, dq, dk, dv, starts, segments, tokens, heads, groups, scale)
     FOR_WIDTH(CALL)
 #undef CALL
 }

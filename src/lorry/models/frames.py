@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lorry.bank.mix import Call, Mix, Noise, Term
+from lorry.bank.mix import Call, Mix, Term
+from lorry.bank.noise import Noise
 
 Span = tuple[int, int]
 PADDING = -1  # the noise key of padding; nothing reads what is drawn for it
