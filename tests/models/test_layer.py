@@ -198,6 +198,40 @@ def test_every_kind_of_mix_at_once(tmp_path: Path) -> None:
     assert float((mine.grad.double() - other.grad).norm() / other.grad.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_adapters_side_by_side_in_bfloat16(dropout: float, tmp_path: Path) -> None:
+    """Rows of one adapter are widened to even shapes there: each adapter's gradient is what it is in a batch of its own, and not
+    one bit of a sequence's output depends on what the other sequences say."""
+    model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=2), tmp_path, torch.bfloat16)
+    for i, name in enumerate("ab"):
+        attach(model, LoraSpec(r=4 - i, lora_dropout=dropout, init_lora_weights=False), name, seed=i)
+    names, keys = ["a", None, "b"], (5, 6, 7)
+
+    def hidden(batch: list[list[int]], which: list[int]) -> Tensor:
+        starts = [0, *torch.tensor([len(t) for t in batch]).cumsum(0).tolist()]
+        noise = Noise(1, 2, tuple(keys[i] for i in which), tuple(starts))
+        last = model.hidden(Packed.of(batch), Call(Mix.per_sequence([names[i] for i in which], starts), noise)).last
+        assert last is not None
+        return last
+
+    def gradients(out: Tensor) -> list[Tensor]:
+        adapters = [bank_of(model)[name] for name in "ab"]
+        for adapter in adapters:
+            adapter.grads.zero_()
+        objective(out.float()).backward()
+        return [adapter.grads.clone() for adapter in adapters]
+
+    together = hidden(rows(), [0, 1, 2])
+    joint = gradients(together[:70])
+    assert joint[0].norm() > 0
+    assert not joint[1].any()
+    alone = gradients(hidden(rows()[:1], [0]))
+    assert float((joint[0] - alone[0]).norm() / alone[0].norm()) < 1e-2
+    strangers = [rows()[0], *rows(seed=1)[1:]]
+    assert torch.equal(hidden(strangers, [0, 1, 2])[:70], together[:70])
+    assert not torch.equal(hidden(strangers, [0, 1, 2])[70:], together[70:])
+
+
 @pytest.mark.parametrize("name", ["llama biased", "qwen3", "gpt2", "gpt_neox parallel"])
 def test_the_base_itself_can_train(name: str, tmp_path: Path) -> None:
     """Full fine-tuning: every base weight's gradient is transformers'."""

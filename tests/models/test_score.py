@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from lorry.bank.attach import attach, bank_of
-from lorry.bank.mix import Call, Mix, Noise
+from lorry.bank.mix import Call, Mix
+from lorry.bank.noise import Noise
 from lorry.bank.spec import LoraSpec
 from lorry.data.batch import Batch, Example, Extra, collate
 from lorry.families import find

@@ -156,9 +156,11 @@ class Group:
                 parts = [Part(p.layer, p.rows, p.b, p.scale * constant) for p in parts]
             rate = slots[0][1].dropout if call.noise is not None else 0.0
             dropout = call.noise.at(site, rate) if call.noise is not None and rate else None
-            tokens = slice(None) if term.rows is None else term.rows
             gate = term.gate if isinstance(term.gate, Tensor) else None
-            stacks.append(Stack(tokens, a, parts, dropout, gate is not None, partial(_touch, slots)))
+            tokens, inner = slice(None) if term.rows is None else term.rows, None
+            if gate is None and term.rows is not None and a.dtype == torch.bfloat16 and a.device.type == "cpu":
+                tokens, inner = aligned(term.rows)
+            stacks.append(Stack(tokens, a, parts, dropout, gate is not None, partial(_touch, slots), inner))
             masters += [master for _, slot in slots for master in (slot.A, slot.B)]
             masters.append(gate)
         return stacks, masters
@@ -175,6 +177,13 @@ class Group:
                 at += slot.A.shape[0]
             self._copies[adapter] = held = (stamp, a, parts)
         return held[1], held[2]
+
+
+def aligned(rows: slice) -> tuple[slice, slice]:
+    """Some rows, widened to multiples of 64, and where they lie among those: oneDNN compiles a product anew for every shape it
+    meets, and the shares of several adapters in a batch would have ever new ones."""
+    start = rows.start // 64 * 64
+    return slice(start, -(-rows.stop // 64) * 64), slice(rows.start - start, rows.stop - start)
 
 
 def _touch(slots: Sequence[tuple[int, Slot]]) -> None:

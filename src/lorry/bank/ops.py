@@ -33,8 +33,9 @@ class Part:
 class Stack:
     """One term of the mix at linears that read the same input.
 
-    ``tokens``: which rows of x; a [S,I]: the stacked compute copies; ``gated``: a gate per token
-    multiplies the term. ``used`` is called when gradients for the masters are made: they are about to change.
+    ``tokens``: which rows of x; ``inner``: which of those the term is for, where a few more are taken along; a [S,I]: the
+    stacked compute copies; ``gated``: a gate per token multiplies the term. ``used`` is called when gradients for the masters
+    are made: they are about to change.
     """
 
     tokens: slice
@@ -43,6 +44,14 @@ class Stack:
     dropout: Dropout | None
     gated: bool
     used: Callable[[], None]
+    inner: slice | None = None
+
+    def clear(self, low: Tensor) -> Tensor:
+        """low [tokens, S], with zeros in the rows that are not this term's: what they add anywhere is nothing."""
+        if self.inner is not None:
+            low[: self.inner.start] = 0
+            low[self.inner.stop :] = 0
+        return low
 
     def drop(self, x: Tensor) -> Tensor:
         """Inverted dropout on this term's rows of x (or of its gradient, which passes the same mask)."""
@@ -91,7 +100,7 @@ class Products:
         ys = [layer.forward(x) for layer in self.layers]
         self.downs = []
         for stack, gate in zip(self.stacks, self.gates, strict=True):
-            h = torch.mm(stack.drop(x), stack.a.t())
+            h = stack.clear(torch.mm(stack.drop(x), stack.a.t()))
             self.downs.append(h)
             weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
             for part in stack.parts:
@@ -108,7 +117,7 @@ class Products:
             up = grads[0].new_empty(grads[0][stack.tokens].shape[0], stack.a.shape[0])
             for part in stack.parts:
                 up[:, part.rows] = torch.mm(grads[part.layer][stack.tokens], part.b).mul_(part.scale)
-            self.raws.append(up)
+            self.raws.append(stack.clear(up))
             self.ups.append(up if gate is None else up * gate.to(up.dtype)[:, None])
             if dx is None:
                 continue

@@ -1,48 +1,43 @@
 """Scores: per-token scalars of the logits, computed without ever holding [T, V].
 
-Rows of weight 0 never reach the head. For the others the logits are formed chunk by chunk, every score is evaluated, and, the
-head being frozen and tokens independent, d score / d hidden [t, D] is kept instead of the logits: two head GEMMs in all, none in
-backward. From three scores on, or when the head itself is adapted, chunks are recomputed in backward. Losses then make what
-they like of the scores. T tokens, t supervised rows, D width, V vocabulary, n scores.
+Rows of weight 0 never reach the head. The head being frozen, `Statistic`s (log-probability, entropy, top-k divergences ...) go
+through it a tile of the vocabulary at a time (`models/tiles.py`); other functions see whole rows, chunk by chunk, and up to two
+of them keep d score / d hidden [t, D] instead of the logits. From three on, or when the head itself is adapted, chunks are
+recomputed in backward. Losses then make what they like of the scores. T tokens, t supervised rows, D width, V vocabulary,
+n scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lorry.bank.layers import BankLinear
 from lorry.bank.mix import Call
 from lorry.data.batch import Batch
+from lorry.kernels.softmax import accumulator
 from lorry.models.decoder import Hidden, Packed
+from lorry.models.tiles import Asked, FromLogits, statistics
+from lorry.models.vocab import Dense, Rows, ScoreFn, Statistic, correct, entropy, log_prob
+
+__all__ = [
+    "HiddenState", "Rows", "Score", "ScoreFn", "Want", "correct", "entropy", "evaluate", "frozen_head", "log_prob", "score_rows",
+]  # fmt: skip
 
 CHUNK = 256
 ONE_PASS_SCORES = 2
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The supervised tokens a score function sees: targets [t] and the batch's per-token extras [t, ...]."""
-
-    targets: Tensor
-    extra: Mapping[str, Tensor]
-
-    def cut(self, start: int, stop: int) -> Rows:
-        return Rows(self.targets[start:stop], {n: e[start:stop] for n, e in self.extra.items()})
-
-
-ScoreFn = Callable[[Tensor, Rows], Tensor]
-
-
-@dataclass(frozen=True)
 class Score:
-    """A per-token scalar: ``fn(logits [t,V] fp32, rows) -> [t]``; each row may depend on that row's logits alone."""
+    """A per-token scalar: ``fn(logits [t,V] fp32, rows) -> [t]``; each row may depend on that row's logits alone. Those of
+    `models/vocab.py` have slopes in closed form; of any other function autograd finds it."""
 
     fn: ScoreFn
 
@@ -62,22 +57,6 @@ class Model(Protocol):
 
     def hidden(self, packed: Packed, call: Call, *, taps: Sequence[int] = ..., stop: int | None = ...) -> Hidden: ...
     def logits(self, hidden: Tensor | None, call: Call) -> Tensor: ...
-
-
-def log_prob(logits: Tensor, rows: Rows) -> Tensor:
-    """log p(target)."""
-    return logits.gather(1, rows.targets[:, None])[:, 0] - logits.logsumexp(1)
-
-
-def entropy(logits: Tensor, rows: Rows) -> Tensor:
-    """Entropy of the next-token distribution, nats."""
-    logp = logits.log_softmax(1)
-    return -(logp.exp() * logp).sum(1)
-
-
-def correct(logits: Tensor, rows: Rows) -> Tensor:
-    """1 where the most likely token is the target, else 0; carries no gradient."""
-    return (logits.argmax(1) == rows.targets).to(logits.dtype)
 
 
 def evaluate(model: Model, batch: Batch, wants: Mapping[str, Want], call: Call) -> dict[str, Tensor]:
@@ -106,17 +85,45 @@ def score_rows(model: Model, hidden: Tensor, batch: Batch, fns: Sequence[ScoreFn
     sources = batch.rows - 1
     picked = hidden.index_select(0, sources)
     head = frozen_head(model, call)
-    if head is not None and (len(fns) <= ONE_PASS_SCORES or not picked.requires_grad):
-        return OnePass.apply(picked, head, fns, rows)
+    tiled = [j for j, fn in enumerate(fns) if head is not None and isinstance(fn, Statistic)]
+    whole = [j for j in range(len(fns)) if j not in tiled]
+    columns: dict[int, Tensor] = {}
+    if head is not None and tiled:
+        known = [fn for fn in fns if isinstance(fn, Statistic)]
+        columns |= zip(tiled, statistics(picked, head, known, rows).unbind(1), strict=True)
+    if whole:
+        others = [fns[j] for j in whole]
+        if head is not None and (len(others) <= ONE_PASS_SCORES or not picked.requires_grad):
+            table = WholeRows.apply(picked, head, others, rows)
+        else:
+            table = _by_chunks(model, picked, sources, rows, others, call)
+        columns |= zip(whole, table.unbind(1), strict=True)
+    return torch.stack([columns[j] for j in range(len(fns))], 1)
+
+
+def _by_chunks(model: Model, hidden: Tensor, sources: Tensor, rows: Rows, fns: Sequence[ScoreFn], call: Call) -> Tensor:
+    """[t,n]: from whole rows of logits, formed again in backward."""
     parts = []
-    for start in range(0, picked.shape[0], CHUNK):
-        stop = min(start + CHUNK, picked.shape[0])
-        narrowed = call.narrow(sources[start:stop])
-        part = (_chunk_scores, model, picked[start:stop], rows.cut(start, stop), fns, narrowed)
-        parts.append(
-            checkpoint(*part, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else part[0](*part[1:])
-        )
-    return torch.cat(parts) if parts else picked.new_zeros(0, len(fns), dtype=torch.float32)
+    for start in range(0, len(hidden), CHUNK):
+        stop = min(start + CHUNK, len(hidden))
+        part = (model, hidden[start:stop], rows.cut(start, stop), fns, call.narrow(sources[start:stop]))
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_chunk_scores, *part, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_chunk_scores(*part))
+    return torch.cat(parts) if parts else hidden.new_zeros(0, len(fns), dtype=accumulator(hidden))
+
+
+def _chunk_scores(model: Model, hidden: Tensor, rows: Rows, fns: Sequence[ScoreFn], call: Call) -> Tensor:
+    logits = model.logits(hidden, call)
+    known = [fn for fn in fns if isinstance(fn, Statistic)]
+    columns = dict(zip(map(id, known), FromLogits.apply(logits, Asked.of(known, rows)).unbind(1), strict=True)) if known else {}
+    for fn in fns:
+        if isinstance(fn, Dense):
+            columns[id(fn)] = Sloped.apply(logits, fn, rows)
+        elif not isinstance(fn, Statistic):
+            columns[id(fn)] = fn(logits.to(accumulator(logits)), rows)
+    return torch.stack([columns[id(fn)] for fn in fns], 1)
 
 
 def frozen_head(model: Model, call: Call) -> Tensor | None:
@@ -131,48 +138,63 @@ def frozen_head(model: Model, call: Call) -> Tensor | None:
     return head.weight
 
 
-def widen(x: Tensor) -> Tensor:
-    """At least fp32: scores of a bf16 model are fp32, those of a float64 model stay float64."""
-    return x if x.dtype == torch.float64 else x.float()
+class Sloped(torch.autograd.Function):
+    """`apply(logits [t,V], fn, rows) -> [t]` of a `Dense`; its slope is kept in the logits' dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, fn: Dense, rows: Rows) -> Tensor:
+        wide = logits.to(accumulator(logits), copy=True)
+        if not ctx.needs_input_grad[0]:
+            return fn(wide, rows)
+        value, slope = fn.with_slope(wide, rows)
+        ctx.save_for_backward(slope.to(logits.dtype))
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0][:, None].to(slope.dtype), None, None
 
 
-def _chunk_scores(model: Model, hidden: Tensor, rows: Rows, fns: Sequence[ScoreFn], call: Call) -> Tensor:
-    logits = widen(model.logits(hidden, call))
-    return torch.stack([fn(logits, rows) for fn in fns], 1)
-
-
-class OnePass(torch.autograd.Function):
-    """`apply(hidden [t,D], head [V,D], fns, rows) -> [t,n]`, with d score / d hidden formed in the forward pass."""
+class WholeRows(torch.autograd.Function):
+    """`apply(hidden [t,D], head [V,D], fns, rows) -> [t,n]`: any functions of a chunk's logits, with d score / d hidden formed in
+    the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, fns: Sequence[ScoreFn], rows: Rows) -> Tensor:
         need = ctx.needs_input_grad[0]
-        t, n = hidden.shape[0], len(fns)
-        out = widen(hidden.new_zeros(t, n))
-        slopes = [torch.empty_like(hidden) for _ in range(n)] if need else []
+        t = len(hidden)
+        out = hidden.new_zeros(t, len(fns), dtype=accumulator(hidden))
+        slopes = [torch.zeros_like(hidden) for _ in fns] if need else []
+        space = hidden.new_empty(min(t, CHUNK), len(head))
         for start in range(0, t, CHUNK):
             stop = min(start + CHUNK, t)
-            part = rows.cut(start, stop)
-            logits = F.linear(hidden[start:stop], head).to(out.dtype)
-            with torch.set_grad_enabled(need):
-                logits.requires_grad_(need)
-                for j, fn in enumerate(fns):
-                    score = fn(logits, part)
-                    out[start:stop, j] = score.detach()
-                    if not need:
-                        continue
-                    if not score.requires_grad:
-                        slopes[j][start:stop] = 0
-                        continue
-                    (slope,) = torch.autograd.grad(score.sum(), logits)
-                    slopes[j][start:stop] = torch.mm(slope.to(hidden.dtype), head)
+            logits = torch.mm(hidden[start:stop], head.t(), out=space[: stop - start])
+            for j, fn in enumerate(fns):
+                value, slope = _value_and_slope(fn, logits, rows.cut(start, stop), need)
+                out[start:stop, j] = value
+                if slope is not None:
+                    torch.mm(slope.to(hidden.dtype), head, out=slopes[j][start:stop])
         ctx.save_for_backward(*slopes)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total = None
         for j, slope in enumerate(ctx.saved_tensors):
             part = slope * grads[0][:, j, None].to(slope.dtype)
             total = part if total is None else total + part
         return total, None, None, None
+
+
+def _value_and_slope(fn: ScoreFn, logits: Tensor, rows: Rows, need: bool) -> tuple[Tensor, Tensor | None]:
+    """fn [t] at a chunk's logits, and its slope [t,V] if needed and there is one."""
+    wide = logits.to(accumulator(logits), copy=True)
+    if need and isinstance(fn, Dense):
+        return fn.with_slope(wide, rows)
+    with torch.set_grad_enabled(need):
+        value = fn(wide.requires_grad_(need), rows)
+        slope = torch.autograd.grad(value.sum(), wide)[0] if value.requires_grad else None
+    return value.detach(), slope

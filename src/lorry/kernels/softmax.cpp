@@ -1,0 +1,92 @@
+// The softmax of the vocabulary, a tile of columns at a time, over bfloat16 logits. Rows are independent of each other.
+#include "common.h"
+
+constexpr float LOWEST = -200.0f;  // e^-200 is nothing: where a moment weighs by the exponential, -inf may stand as this
+
+// bfloat16 as integers in the same order (a NaN of positive sign above infinity): their maximum vectorises.
+static inline int16_t ordered(bf16 x) {
+    int16_t k = (int16_t)x;
+    return k ^ (int16_t)((k >> 15) & 0x7fff);
+}
+
+// Fold one tile into a row's state: peak, sums over e = exp(l - peak) of 1, z, z^2 (z = l - peak), and the sum of z.
+// Returns what sums relative to the former peak are to be multiplied by.
+template <bool MOMENTS, bool WRITE>
+static float fold(bf16* x, float* state, int64_t* top, long width, long seen) {
+    int16_t high = -32768;
+#pragma omp simd reduction(max : high)
+    for (long i = 0; i < width; i++) high = ordered(x[i]) > high ? ordered(x[i]) : high;
+    float former = state[0], m = widen((bf16)(high ^ (int16_t)((high >> 15) & 0x7fff)));
+    float peak = m > former || m != m ? m : former;
+    if (m > former || seen == 0) {
+        long i = 0;
+        while (ordered(x[i]) != high) i++;
+        *top = seen + i;
+    }
+    float shift = peak == -INFINITY ? 0.0f : peak;
+    float total = 0, first = 0, second = 0, plain = 0;
+#pragma omp simd reduction(+ : total, first, second, plain)
+    for (long i = 0; i < width; i++) {
+        float z = widen(x[i]) - shift, e = exp_fast(z);
+        total += e;
+        if (MOMENTS) {
+            float low = z < LOWEST ? LOWEST : z, weighed = e * low;
+            first += weighed;
+            second += weighed * low;
+            plain += z;
+        }
+        if (WRITE) x[i] = narrow(e);
+    }
+    bool fresh = former == -INFINITY;
+    float down = fresh ? 0.0f : former - peak, scale = fresh ? 0.0f : std::exp(down);
+    state[0] = peak;
+    if (MOMENTS) {
+        state[3] = scale * (state[3] + 2 * down * state[2] + down * down * state[1]) + second;
+        state[2] = scale * (state[2] + down * state[1]) + first;
+        state[4] = state[4] + down * seen + plain;
+    }
+    state[1] = scale * state[1] + total;
+    return scale;
+}
+
+// x [rows, width] are columns seen .. seen + width of the logits; state [rows, 5], top [rows], scale [rows].
+// write: x becomes exp(x - peak), by the peak so far.
+LORRY int softmax_fold(bf16* x, float* state, int64_t* top, float* scale, long rows, long width, long seen, long moments, long write) {
+    auto run = moments ? (write ? fold<true, true> : fold<true, false>) : (write ? fold<false, true> : fold<false, false>);
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
+    for (long r = 0; r < rows; r++) scale[r] = run(x + r * width, state + r * 5, top + r, width, seen);
+    return 0;
+}
+
+// out = p (a + b y + c y^2) + k with p = exp(l - shift), y = l - centre; terms [rows, 6] = shift, centre, a, b, c, k. May be in place.
+LORRY int softmax_slope(const bf16* x, bf16* out, const float* terms, long rows, long width, long moments) {
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
+    for (long r = 0; r < rows; r++) {
+        const float* t = terms + r * 6;
+        const float shift = t[0], centre = t[1], a = t[2], b = t[3], c = t[4], k = t[5];
+        const bf16* in = x + r * width;
+        bf16* o = out + r * width;
+        if (moments) {
+#pragma omp simd
+            for (long i = 0; i < width; i++) {
+                float l = widen(in[i]), y = l - centre;
+                y = y < LOWEST ? LOWEST : y;
+                o[i] = narrow(exp_fast(l - shift) * (a + y * (b + y * c)) + k);
+            }
+        } else {
+#pragma omp simd
+            for (long i = 0; i < width; i++) o[i] = narrow(exp_fast(widen(in[i]) - shift) * a);
+        }
+    }
+    return 0;
+}
+
+// sum = sum * scale + part, row by row.
+LORRY int softmax_gather(float* sum, const bf16* part, const float* scale, long rows, long width) {
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL)
+    for (long r = 0; r < rows; r++) {
+        float s = scale[r];
+        for (long i = 0; i < width; i++) sum[r * width + i] = sum[r * width + i] * s + widen(part[r * width + i]);
+    }
+    return 0;
+}

@@ -1,0 +1,109 @@
+"""The softmax of the vocabulary, a tile of columns at a time: sums over the tiles seen so far, and slopes with respect to logits.
+
+Nobody needs a whole row of logits for these. Compiled for bfloat16 on a CPU; everywhere else the same maths in plain torch.
+t rows, w columns of a tile, V vocabulary. z = l - peak, p = softmax(l).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorry.kernels.build import call, library
+
+LOWEST = -200.0  # e^-200 is nothing: where a moment weighs by the exponential, -inf may stand as this
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the compiled kernels compute on ``x``."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and library() is not None
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """What sums over logits like ``x`` are kept in: fp32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Sums:
+    """What is known of t rows after ``seen`` columns. ``state`` [t, 5]: the peak, the sums of e^z, e^z z, e^z z^2, and of z;
+    ``top`` [t] int64: the first column that holds the peak. Without ``moments`` only the first two sums are kept."""
+
+    state: Tensor
+    top: Tensor
+    moments: bool
+    seen: int = 0
+
+    @staticmethod
+    def empty(rows: int, like: Tensor, *, moments: bool) -> Sums:
+        """Nothing seen yet, for logits of the dtype and device of ``like``."""
+        state = torch.zeros(rows, 5, dtype=accumulator(like), device=like.device)
+        state[:, 0] = -torch.inf
+        return Sums(state, torch.zeros(rows, dtype=torch.int64, device=like.device), moments)
+
+    def cut(self, rows: int) -> Sums:
+        """The first rows alone."""
+        return Sums(self.state[:rows], self.top[:rows], self.moments, self.seen)
+
+    def fold(self, tile: Tensor, *, write: bool = False) -> Tensor:
+        """Take in the next columns [t, w]. Returns [t] what sums relative to the former peak are to be multiplied by.
+
+        With ``write`` the tile becomes e^z. A NaN or +inf in a row makes its sums NaN.
+        """
+        if takes(tile):
+            scale = torch.empty(len(tile), dtype=torch.float32)
+            call("softmax_fold", tile, self.state, self.top, scale, *tile.shape, self.seen, int(self.moments), int(write))
+        else:
+            scale = self._fold(tile, write)
+        self.seen += tile.shape[1]
+        return scale
+
+    def _fold(self, tile: Tensor, write: bool) -> Tensor:
+        former, total, first, second, plain = self.state.clone().unbind(1)
+        high, where = tile.max(1)
+        peak = torch.maximum(former, high.to(former.dtype))
+        self.top = torch.where((high > former) | (self.seen == 0), where + self.seen, self.top)
+        fresh = former == -torch.inf
+        down = torch.where(fresh, 0.0, former - peak)
+        scale = torch.where(fresh, 0.0, down.exp())
+        z = tile.to(former.dtype) - torch.where(peak == -torch.inf, 0.0, peak)[:, None]
+        self.state[:, 0] = peak
+        if self.moments:
+            self.state[:, 4] = plain + down * self.seen + z.sum(1)
+            low = z.clamp(min=LOWEST)
+        e = z.exp_()
+        self.state[:, 1] = scale * total + e.sum(1)
+        if self.moments:
+            weighed = e * low
+            self.state[:, 2] = scale * (first + down * total) + weighed.sum(1)
+            self.state[:, 3] = scale * (second + 2 * down * first + down * down * total) + weighed.mul_(low).sum(1)
+        if write:
+            tile.copy_(e)
+        return scale
+
+
+def slope(tile: Tensor, terms: Tensor, *, moments: bool, out: Tensor) -> Tensor:
+    """out = p (a + b y + c y^2) + k of a tile of logits [t, w], p = e^(l - shift), y = l - centre; ``out`` may be the tile.
+
+    ``terms`` [t, 6]: shift, centre, a, b, c, k. Without ``moments`` b, c and k are taken for 0.
+    """
+    if takes(tile):
+        call("softmax_slope", tile, out, terms, *tile.shape, int(moments))
+        return out
+    shift, centre, a, b, c, k = (column[:, None] for column in terms.unbind(1))
+    wide = tile.to(terms.dtype)
+    if not moments:
+        return out.copy_((wide - shift).exp_().mul_(a))
+    y = (wide - centre).clamp_(min=LOWEST)
+    bend = (y * c).add_(b).mul_(y).add_(a)
+    return out.copy_((wide - shift).exp_().mul_(bend).add_(k))
+
+
+def gather(total: Tensor, part: Tensor, scale: Tensor) -> Tensor:
+    """total [t, d] = total * scale [t] + part, in place, in total's dtype."""
+    if takes(part):
+        call("softmax_gather", total, part, scale, *part.shape)
+        return total
+    return total.mul_(scale[:, None]).add_(part)

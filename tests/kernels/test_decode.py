@@ -1,0 +1,159 @@
+"""The kernels of generation against the same maths in float64, and each row against itself alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorry.kernels import decode, library, status
+
+pytestmark = pytest.mark.skipif(library() is None, reason=f"kernels: {status().reason}")
+tiles = pytest.mark.skipif(not status().amx, reason="this CPU has no matrix tiles")
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 1e-5}
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def near(got: Tensor, truth: Tensor, dtype: torch.dtype, size: Tensor | None = None) -> None:
+    """Within one rounding to ``dtype`` of the truth, or of what was summed (``size``) where it cancels."""
+    allowed = ROUNDING[dtype] * ((truth.abs() if size is None else size) + 1e-3)
+    assert ((got.double() - truth).abs() <= allowed).all()
+
+
+# --- products
+
+
+@tiles
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.sampled_from([2, 8, 16, 32, 64, 96, 576]), st.integers(1, 100), st.booleans())
+def test_a_product_is_rounded_once(rows: int, ins: int, outs: int, biased: bool) -> None:
+    x, w, b = random(rows, ins), random(outs, ins, seed=1), random(outs, seed=2)
+    assert decode.multiplies(w)
+    truth = x.double() @ w.double().t() + (b.double() if biased else 0)
+    near(decode.product(x, w, b if biased else None), truth, torch.bfloat16, truth.abs() + 1e-2)
+
+
+@tiles
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.sampled_from([4, 16, 32, 64]), st.integers(1, 70), st.integers(0, 50), st.floats(-3, 3))
+def test_a_low_rank_term_is_added_in_place(rows: int, rank: int, outs: int, first: int, scale: float) -> None:
+    h, w, y = random(rows, first + rank + 3), random(outs, rank, seed=1), random(rows, outs, seed=2)
+    truth = y.double() + scale * (h[:, first : first + rank].double() @ w.double().t())
+    decode.add_product(h, slice(first, first + rank), w, scale, y)
+    near(y, truth, torch.bfloat16, truth.abs() + 1e-2)
+
+
+@tiles
+def test_a_row_multiplied_alone_is_the_same_bit_for_bit(threads: int) -> None:
+    x, w = random(77, 576), random(1536, 576, seed=1)
+    together = decode.product(x, w, None)
+    assert all(torch.equal(together[i : i + 1], decode.product(x[i : i + 1], w, None)) for i in (0, 15, 16, 40, 76))
+
+
+@tiles
+def test_what_the_product_does_not_take() -> None:
+    good = random(64, 64)
+    assert decode.multiplies(good)
+    for weight in (good.float(), good.t(), random(64, 48), random(64, 7), good.to("meta")):
+        assert not decode.multiplies(weight)
+
+
+# --- the cache and attention over it
+
+
+def cache_of(lengths: list[int], groups: int, width: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Two layers of random keys and values for every row, with room beyond its length that holds NaN; and the table."""
+    memory = []
+    for seed, length in enumerate(lengths):
+        row = torch.full((2, 2, groups, length + 5, width), math.nan, dtype=dtype)
+        row[:, :, :, :length] = random(2, 2, groups, length, width, dtype=dtype, seed=seed)
+        memory.append(row)
+    return memory, torch.tensor([[row.data_ptr(), row.shape[3]] for row in memory])
+
+
+def plain_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """q [H,D] over keys, values [G,n,D], in float64."""
+    share = q.shape[0] // keys.shape[0]
+    k, v = keys.double().repeat_interleave(share, 0), values.double().repeat_interleave(share, 0)
+    p = (torch.einsum("hd,hnd->hn", q.double(), k) / math.sqrt(q.shape[1])).softmax(-1)
+    return torch.einsum("hn,hnd->hd", p, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 64), (4, 4, 64), (7, 1, 64), (5, 1, 128), (4, 2, 96), (6, 2, 8)])
+def test_attention_is_the_formula(dtype: torch.dtype, heads: int, groups: int, width: int, threads: int) -> None:
+    lengths = [1, 15, 16, 17, 200, 3]
+    memory, table = cache_of(lengths, groups, width, dtype)
+    q = random(len(lengths), heads, width, dtype=dtype, seed=99) * 3
+    for layer in (0, 1):
+        got = decode.attend(q, table, torch.tensor(lengths), layer, groups)
+        for row, length in enumerate(lengths):
+            keys, values = memory[row][layer, :, :, :length]
+            near(got[row], plain_attention(q[row], keys, values), dtype, values.double().abs().max())
+            alone = decode.attend(q[row : row + 1], table[row : row + 1], torch.tensor([length]), layer, groups)
+            assert torch.equal(alone[0], got[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_extreme_scores(dtype: torch.dtype) -> None:
+    """One key far ahead of the others takes everything; a NaN in the row spoils that row and no other."""
+    memory, table = cache_of([20, 20], 1, 64, dtype)
+    q = torch.ones(2, 1, 64, dtype=dtype)
+    memory[0][0, 0, 0, 7] = 100
+    memory[1][0, 0, 0, 3, 0] = math.nan
+    got = decode.attend(q, table, torch.tensor([20, 20]), 0, 1)
+    assert torch.equal(got[0, 0], memory[0][0, 1, 0, 7])
+    assert got[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tokens_go_where_they_belong(dtype: torch.dtype) -> None:
+    memory, table = cache_of([6, 9], 3, 32, dtype)
+    before = [row.clone() for row in memory]
+    k, v = random(3, 3, 32, dtype=dtype, seed=5), random(3, 3, 32, dtype=dtype, seed=6)
+    decode.store(k, v, table, torch.tensor([1, 0, 1]), torch.tensor([10, 2, 0]), 1)
+    for t, (row, position) in enumerate([(1, 10), (0, 2), (1, 0)]):
+        before[row][1, 0, :, position], before[row][1, 1, :, position] = k[t], v[t]
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(memory, before, strict=True))
+
+
+# --- the likeliest token
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_first_of_the_largest(dtype: torch.dtype) -> None:
+    logits = random(5, 3001, dtype=dtype)
+    logits[1, [700, 2000, 3000]] = 50
+    logits[2] = -math.inf
+    logits[2, 17] = -3
+    logits[3, 5] = math.nan
+    logits[4, 2999] = math.inf
+    places, values = decode.largest(logits)
+    best, expected = logits[[0, 1, 2, 4]].float().max(-1)
+    assert places[[0, 1, 2, 4]].tolist() == expected.tolist()
+    assert places[1] == 700
+    assert torch.equal(values[[0, 1, 2, 4]], best)
+    assert values[3].isnan()
+    assert int(decode.largest(torch.full((1, 4), -math.inf, dtype=dtype))[0]) == 0
+
+
+def test_what_the_kernels_do_not_take() -> None:
+    assert decode.takes(torch.bfloat16, torch.device("cpu"))
+    assert not decode.takes(torch.float64, torch.device("cpu"))
+    assert not decode.takes(torch.bfloat16, torch.device("meta"))
