@@ -53,8 +53,8 @@ class Dropout:
 
     @property
     def threshold(self) -> int:
-        """Of 2^32: a hash below it drops."""
-        return min(round(self.p * 2.0**32), WORD)
+        """Of 2^16: half a hash below it drops."""
+        return min(round(self.p * 2.0**16), 0xFFFF)
 
     def apply(self, x: Tensor, tokens: slice) -> Tensor:
         """x [n, width], the batch's rows ``tokens``; or a gradient with respect to the result, which passes the same mask."""
@@ -86,9 +86,10 @@ class Dropout:
         row = torch.arange(first, last)
         owner = torch.searchsorted(self.starts, row, right=True) - 1
         low, high = (self.seeds & WORD)[owner, None], (self.seeds >> 32)[owner, None]
-        n = ((row - self.starts[owner])[:, None] * width + torch.arange(width)) & WORD
-        x = (n * 0x9E3779B1 + low) & WORD
+        n = (row - self.starts[owner])[:, None] * width + torch.arange(width)
+        x = (((n >> 1) & WORD) * 0x9E3779B1 + low) & WORD
         x = ((x ^ (x >> 16)) * 0x85EBCA6B) & WORD
         x = (((x ^ (x >> 13)) + high) * 0xC2B2AE35) & WORD
         x = ((x ^ (x >> 16)) * 0x27D4EB2F) & WORD
-        return (x ^ (x >> 15)) >= self.threshold
+        x = x ^ (x >> 15)
+        return torch.where(n % 2 == 1, x >> 16, x & 0xFFFF) >= self.threshold
