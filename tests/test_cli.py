@@ -78,7 +78,19 @@ def test_help_is_light(argv: list[str]) -> None:
 
 
 def test_help_lists_every_verb_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {v.name for v in cli.VERBS} == {"sft", "demo", "chat", "eval", "merge", "unmerge", "export", "report", "doctor"}
+    assert {v.name for v in cli.VERBS} == {
+        "sft",
+        "sweep",
+        "demo",
+        "plan",
+        "chat",
+        "eval",
+        "merge",
+        "unmerge",
+        "export",
+        "report",
+        "doctor",
+    }
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     for verb in (v.name for v in cli.VERBS):

@@ -41,6 +41,8 @@ class Verb:
 VERBS = (
     Verb("demo", "DemoSettings", "", "teach a small real model new facts; before and after", "Start here"),
     Verb("sft", "Run", "data=FILE", "fine-tune an adapter on examples", "Train"),
+    Verb("plan", "PlanSettings", "[MODEL]", "memory and time before anything is loaded; the rank that fits a budget", "Train"),
+    Verb("sweep", "Sweep", "data=FILE r=8,16 ...", "train a grid of settings in one pass and rank it", "Train"),
     Verb("chat", "ChatSettings", "RUN", "talk to a model with any of its adapters", "Use"),
     Verb("eval", "EvalSettings", "RUN data=FILE", "loss, perplexity, exact match and ROUGE-L on a file", "Use"),
     Verb("merge", "MergeSettings", "RUN", "fold an adapter into its base's weights", "Ship"),

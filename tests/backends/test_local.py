@@ -97,7 +97,7 @@ def test_jobs_in_one_batch_equal_jobs_alone() -> None:
 def test_an_absent_job_does_not_step() -> None:
     _, local = start(("a", "b"))
     task = Fixed([[examples(4)]], ("a", "b"))
-    before = local.state()
+    before = {n: t.clone() for n, t in local.state().items()}
     local.forward_backward(task.step_batches(0, {}), task, 0)
     local.step({"a": 0.1, "b": 0.1})
     after = local.state()
@@ -159,7 +159,7 @@ def test_adamw_and_clipping_equal_torch() -> None:
 def test_nothing_steps_on_a_non_finite_loss_or_gradient() -> None:
     model, local = start()
     task = Fixed([[examples(4)]])
-    before = local.state()
+    before = {n: t.clone() for n, t in local.state().items()}
     batches = task.step_batches(0, {})
     norm = model.get_submodule("model.norm")
     norm.weight.data.fill_(float("nan"))
@@ -181,7 +181,7 @@ def test_state_goes_round_and_is_strict() -> None:
     for step in range(2):
         local.forward_backward(task.step_batches(step, {}), task, step)
         local.step({"default": 1e-2})
-    saved = local.state()
+    saved = {n: t.clone() for n, t in local.state().items()}
     _, fresh = start(seed=7)
     fresh.load_state(saved)
     for backend in (local, fresh):

@@ -153,6 +153,34 @@ def test_the_first_of_the_largest(dtype: torch.dtype) -> None:
     assert int(decode.largest(torch.full((1, 4), -math.inf, dtype=dtype))[0]) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_a_draw_passes_its_number(dtype: torch.dtype, temperature: float) -> None:
+    """The cumulative distribution in float64 lies on either side of the number, for 1700 tokens: blocks, and a part of one."""
+    logits = random(64, 1700, dtype=dtype) * 4
+    logits[:, 600:1100] = -math.inf  # a whole block among them
+    numbers = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    numbers[:2] = torch.tensor([0.0, 1 - 2.0**-53])
+    places, values = decode.draw(logits, numbers, temperature)
+    sums = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    after = sums.gather(1, places[:, None])[:, 0]
+    before = after - (logits.double() / temperature).softmax(-1).gather(1, places[:, None])[:, 0]
+    assert ((before - 1e-6 <= numbers) & (numbers <= after + 1e-6)).all()
+    assert (after > before).all()
+    assert torch.equal(values, logits.float().amax(-1))
+    alone = [decode.draw(logits[i : i + 1], numbers[i : i + 1], temperature)[0] for i in range(64)]
+    assert torch.equal(torch.cat(alone), places)
+
+
+def test_a_draw_of_certainty_and_of_nothing() -> None:
+    logits = torch.full((3, 1300), -math.inf)
+    logits[0, 1000] = 5.0
+    logits[1] = math.nan
+    places, values = decode.draw(logits, torch.full((3,), 0.9, dtype=torch.float64), 1.0)
+    assert places[0] == 1000
+    assert values.isfinite().tolist() == [True, False, False]
+
+
 def test_what_the_kernels_do_not_take() -> None:
     assert decode.takes(torch.bfloat16, torch.device("cpu"))
     assert not decode.takes(torch.float64, torch.device("cpu"))

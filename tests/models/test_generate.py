@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -29,9 +30,12 @@ from lorry.bank.mix import Mix
 from lorry.bank.spec import LoraSpec
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
 from lorry.families import find
+from lorry.kernels import decode as kernel
+from lorry.kernels import library, status
 from lorry.models import cache as cache_module
 from lorry.models import generate as generation
 from lorry.models import sampling
+from lorry.models.decode import Runner
 from lorry.models.decoder import Decoder
 from lorry.models.generate import generate, stream
 from lorry.models.hf import HfModel
@@ -97,6 +101,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=["kernels", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the C++ kernels, where there are any, and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernel, "takes", lambda dtype, device: False)
+    elif library() is None:
+        pytest.skip(f"kernels: {status().reason}")
+    return str(request.param)
+
+
+both_ways = pytest.mark.usefixtures("way")
+
+
 @pytest.fixture(scope="module")
 def llama() -> Decoder:
     return random_pair("llama")[1]
@@ -119,6 +136,7 @@ def adapted() -> Decoder:
 # --- the same tokens as transformers
 
 
+@both_ways
 def test_stories_greedy_equals_transformers(stories: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
     prompts = [[1, *p] for p in random_prompts([0, 3, 50, 12, 1, 120, 7, 30, 31, 2], vocab=512)]
@@ -136,6 +154,7 @@ def test_stories_tells_the_expected_story(stories: Path) -> None:
     assert text.startswith(said)
 
 
+@both_ways
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_equals_transformers(name: str) -> None:
     theirs, ours = random_pair(name)
@@ -143,6 +162,7 @@ def test_every_family_equals_transformers(name: str) -> None:
     assert tokens_of(ours, prompts, max_new_tokens=40) == transformers_greedy(theirs, prompts, 40)
 
 
+@both_ways
 @pytest.mark.parametrize("penalty", [1.3, 0.7])
 def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     theirs, ours = random_pair("llama")
@@ -167,6 +187,7 @@ def test_a_model_of_transformers_behind_the_same_face(name: str) -> None:
     assert [g.tokens == row for g, row in zip(made[0], expected, strict=True)][:4] == [True, False, False, True]
 
 
+@both_ways
 def test_eos_ends_a_row_where_transformers_ends_it() -> None:
     theirs, ours = random_pair("llama")
     prompts = random_prompts([4, 11, 6, 2, 9])
@@ -183,17 +204,19 @@ def test_eos_ends_a_row_where_transformers_ends_it() -> None:
 # --- what a row says does not depend on its company
 
 
+@both_ways
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2}])
 def test_two_rows_at_once_or_all_nine(llama: Decoder, options: dict[str, Any]) -> None:
     prompts = random_prompts([3, 20, 1, 8, 8, 33, 2, 14, 5])
     free = tokens_of(llama, prompts, max_new_tokens=40, **options)
-    options |= {"eos": {free[0][5], free[3][9]}, "max_new_tokens": 40}
+    options = {**options, "eos": {free[0][5], free[3][9]}, "max_new_tokens": 40}
     together = generate(llama, prompts, **options, batch_rows=9)
     assert len({len(g.tokens) for g in together}) > 3  # rows leave at different times
     for rows in (1, 2, 4):
         assert generate(llama, prompts, **options, batch_rows=rows) == together
 
 
+@both_ways
 def test_a_sampled_row_alone_or_among_seven(llama: Decoder) -> None:
     prompts = random_prompts([6, 2, 9, 4, 15, 1, 3])
     options: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 5}
@@ -210,6 +233,7 @@ def test_seed_and_place_decide_a_sample(llama: Decoder) -> None:
     assert first[0][:10] == tokens_of(llama, prompts, max_new_tokens=10, temperature=1.5, seed=1)[0]
 
 
+@both_ways
 def test_small_prefills_and_a_growing_cache_change_nothing(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = random_prompts([3, 20, 1, 8, 8, 33, 2])
     before = tokens_of(llama, prompts, max_new_tokens=50)
@@ -229,6 +253,7 @@ def test_stream_tells_what_generate_tells(llama: Decoder) -> None:
 # --- adapters
 
 
+@both_ways
 def test_each_row_has_its_own_adapter(adapted: Decoder) -> None:
     prompts = random_prompts([6, 2, 9, 4, 15, 1, 6, 6])
     owners = ["plain", None, "head", "plain", "embedding", "head", None, "embedding"]
@@ -250,6 +275,7 @@ def test_rows_of_one_adapter_run_side_by_side(adapted: Decoder) -> None:
     assert [row.adapter for row in run.live] == ["plain", "plain", None, None, "head", "head"]
 
 
+@both_ways
 def test_one_adapter_or_constants_for_all(adapted: Decoder) -> None:
     prompts = random_prompts([6, 2, 9])
     named = tokens_of(adapted, prompts, max_new_tokens=15, adapters="head")
@@ -280,6 +306,7 @@ def test_max_new_tokens_and_stop_sequences(llama: Decoder) -> None:
     assert generate(llama, [], max_new_tokens=3) == []
 
 
+@both_ways
 def test_logprobs_are_the_models_own(llama: Decoder) -> None:
     prompts = random_prompts([6, 11, 2])
     for options in ({}, {"temperature": 2.0, "top_k": 5, "repetition_penalty": 1.5}):
@@ -291,18 +318,86 @@ def test_logprobs_are_the_models_own(llama: Decoder) -> None:
 
 def test_only_last_prompt_tokens_meet_the_head(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    plain = Decoder.logits
-    monkeypatch.setattr(Decoder, "logits", lambda self, h, call: (seen.append(h.shape[0]), plain(self, h, call))[1])
+    for kind in (Decoder, Runner):
+        plain = kind.logits
+        monkeypatch.setattr(kind, "logits", lambda self, h, call, plain=plain: (seen.append(h.shape[0]), plain(self, h, call))[1])
     generate(llama, random_prompts([30, 20, 10]), max_new_tokens=3)
     assert seen == [3, 3, 3]
 
 
-def test_memory_is_taken_as_rows_grow(llama: Decoder) -> None:
+def test_memory_is_taken_as_rows_grow(llama: Decoder, way: str) -> None:
     run = generation.Generation(llama, random_prompts([5, 2]), max_new_tokens=90, sampling=Sampling())
     steps = run.steps()
     for _ in range(3):
         next(steps)
-    assert run.cache.keys.shape[3] == 5 + cache_module.SPARE < run.cache.room == 95
+    cache = run.cache
+    held = [cache.keys.shape[3]] * 2 if way == "torch" else [row.shape[3] for row in cache.memory]
+    assert held == ([5 + cache_module.SPARE] * 2 if way == "torch" else [5 + cache_module.SPARE, 2 + cache_module.SPARE])
+    assert max(held) < cache.room == 95
+
+
+def test_a_row_that_leaves_takes_its_memory_along(llama: Decoder) -> None:
+    cache = cache_module.RowCache(2, 3, 2, 50, 8, torch.float32)
+    rows = torch.tensor([0, 0, 1, 2, 2])
+    cache.fill(rows, torch.tensor([0, 1, 0, 0, 1]))
+    before = cache.memory[2].data_ptr()
+    cache.keep(torch.tensor([0, 2]))
+    assert cache.lengths.tolist() == [2, 2]
+    assert [row.data_ptr() for row in cache.memory] == cache.table[:, 0].tolist()
+    assert len(cache.memory) == 2
+    assert cache.memory[1].data_ptr() == before
+    with pytest.raises(ValueError, match="51 tokens does not fit a cache for 50"):
+        cache.fill(torch.tensor([0]), torch.tensor([50]))
+
+
+# --- bfloat16, where the products have kernels too
+
+
+@pytest.fixture(scope="module")
+def wide() -> Decoder:
+    """A bf16 model of the widths the kernels are made for, with an adapter of full size and one of an odd rank."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{**ROTARY, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 96}, num_key_value_heads=1
+    )
+    model = native(AutoModelForCausalLM.from_config(config)).bfloat16()
+    assert Runner.takes(model) or library() is None
+    for name, rank in (("even", 16), ("odd", 3)):
+        attach(model, LoraSpec(r=rank, lora_alpha=8, init_lora_weights=False), name)
+    return model
+
+
+OWNERS = ["even", None, "odd", "even", None, "odd", "even"]
+
+
+def test_a_bf16_row_alone_is_the_same_bit_for_bit(wide: Decoder) -> None:
+    if not status().amx:
+        pytest.skip("this CPU has no matrix tiles; torch's products may round by the number of rows")
+    prompts = random_prompts([5, 11, 2, 30, 1, 7, 16])
+    together = generate(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
+    for prompt, owner, made in zip(prompts, OWNERS, together, strict=True):
+        if owner != "odd":  # whose low-rank products are torch's
+            assert generate(wide, [prompt], max_new_tokens=20, adapters=[owner], logprobs=True) == [made]
+
+
+def test_bf16_kernels_are_as_exact_as_torch(wide: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities of the same tokens, from the kernels and from torch in bf16, against float32."""
+    prompts = random_prompts([5, 11, 2, 30, 1, 7, 16])
+    ours = generate(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
+    exact = copy.deepcopy(wide).float()
+    monkeypatch.setattr(kernel, "takes", lambda dtype, device: False)
+    theirs = generate(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
+    errors = []
+    for answers in (ours, theirs):
+        gaps = []
+        for prompt, owner, made in zip(prompts, OWNERS, answers, strict=True):
+            bank_of(exact).activate(Mix() if owner is None else Mix.one(owner))
+            with torch.no_grad():
+                logits = exact(torch.tensor([prompt + made.tokens])).logits[0, len(prompt) - 1 : -1]
+            truth = logits.log_softmax(-1).gather(1, torch.tensor(made.tokens)[:, None])[:, 0]
+            gaps.append((torch.tensor(made.logprobs) - truth).abs())
+        errors.append(float(torch.cat(gaps).mean()))
+    assert 0 < errors[0] < 1.3 * errors[1] < 0.1
 
 
 def test_the_model_is_left_as_it_was(llama: Decoder) -> None:
@@ -337,6 +432,7 @@ def reference_distribution(logits: Sequence[float], temperature: float, top_k: i
     return probs
 
 
+@both_ways
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"), [(1.0, None, None), (0.7, 12, None), (1.3, None, 0.8), (1.5, 15, 0.9)]
 )

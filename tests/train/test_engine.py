@@ -125,7 +125,7 @@ class Scripted:
         patch.setattr(engine, "evaluate_task", lambda backend, task: self._next())
 
     def _next(self) -> dict[str, float]:
-        self.states[self.engine.progress.step] = self.engine.backend.state()
+        self.states[self.engine.progress.step] = {n: t.clone() for n, t in self.engine.backend.state().items()}
         return {"eval_loss": 0.0, self.name: next(self.values)}
 
 

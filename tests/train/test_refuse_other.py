@@ -22,7 +22,7 @@ CONFIG = {
 CURRENT = {
     "config": CONFIG,
     "digests": {"data": {"train": "a" * 64, "eval": "b" * 64}, "code": "c" * 64, "config": "d" * 64},
-    "environment": {"torch": "2.11.0", "threads": 2, "compiled": False},
+    "environment": {"torch": "2.11.0", "threads": 2, "kernels": "torch only (LORRY_KERNELS=0)"},
 }
 
 
@@ -85,10 +85,10 @@ def test_settings_of_writing_may_differ_and_equal_runs_are_equal(tmp_path: Path)
 
 
 def test_environment_and_code_are_described() -> None:
-    found = environment(device="cpu", compiled=True)
+    found = environment(device="cpu", kernels="torch only")
     assert found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()
-    assert found["compiled"] is True
+    assert found["kernels"] == "torch only"
     assert json.loads(json.dumps(found)) == found
     assert re.fullmatch("[0-9a-f]{64}", code_digest())
     assert code_digest() == code_digest()

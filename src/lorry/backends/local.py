@@ -26,11 +26,12 @@ from lorry.models.score import Want, evaluate
 class Local:
     """One model on one device. ``trained``: the adapters this run steps; others of the bank stay frozen."""
 
-    def __init__(self, model: Decoder | HfModel, trained: Sequence[str], optim: OptimSettings, *, seed: int = 0) -> None:
+    def __init__(self, model: Decoder | HfModel, trained: Sequence[str], optim: OptimSettings | Mapping[str, OptimSettings], *, seed: int = 0) -> None:
         self.model, self.seed = model, seed
         self.bank: Bank = bank_of(model)
         self.trained = list(trained)
-        self.optimizers = {name: AdapterOptimizer(self.bank[name], optim) for name in self.trained}
+        each = optim if isinstance(optim, Mapping) else dict.fromkeys(self.trained, optim)
+        self.optimizers = {name: AdapterOptimizer(self.bank[name], each[name]) for name in self.trained}
         self.present: frozenset[str] = frozenset()
         self.at, self.keys = 0, list[int]()  # the step being made and its sequences, for messages
 
@@ -151,15 +152,17 @@ class Local:
     # --- state
 
     def state(self) -> dict[str, Tensor]:
-        """adapter/NAME/MODULE.lora_A, adam_m/..., adam_v/..., adam_count/NAME and rng/cpu: everything a resumed run needs."""
+        """adapter/NAME/MODULE.lora_A, adam_m/..., adam_v/..., adam_count/NAME and rng/cpu: everything a resumed run needs.
+
+        On a CPU these are the tensors in use, not copies (K adapters with their moments would be held twice): who wants to keep
+        them beyond the next step clones them.
+        """
         state = {"rng/cpu": torch.get_rng_state()}
         for name, optimizer in self.optimizers.items():
             adapter = self.bank[name]
             m, v, count = optimizer.moments()
             for kind, flat in (("adapter", adapter.values), ("adam_m", m), ("adam_v", v)):
-                state |= {
-                    f"{kind}/{name}/{tensor}": view.detach().cpu().clone() for tensor, view in adapter.split_like(flat).items()
-                }
+                state |= {f"{kind}/{name}/{tensor}": view.detach().cpu() for tensor, view in adapter.split_like(flat).items()}
             state[f"adam_count/{name}"] = count.cpu()
         return state
 

@@ -38,11 +38,12 @@ class AdapterOptimizer:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        for half in self.halves:
+        self.m, self.v = torch.zeros_like(adapter.values), torch.zeros_like(adapter.values)
+        for half, part in zip(self.halves, (slice(None, adapter.split), slice(adapter.split, None)), strict=True):
             self.adamw.state[half] = {
                 "step": torch.zeros((), dtype=torch.float32, device=half.device),
-                "exp_avg": torch.zeros_like(half.data),
-                "exp_avg_sq": torch.zeros_like(half.data),
+                "exp_avg": self.m[part],
+                "exp_avg_sq": self.v[part],
             }
 
     def norm(self) -> float:
@@ -64,19 +65,12 @@ class AdapterOptimizer:
         self.adapter.grads.zero_()
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(m [P], v [P], count []) as they are saved."""
-        states = [self.adamw.state[half] for half in self.halves]
-        return (
-            torch.cat([s["exp_avg"] for s in states]),
-            torch.cat([s["exp_avg_sq"] for s in states]),
-            states[0]["step"].clone(),
-        )
+        """(m [P], v [P], count []), the tensors themselves."""
+        return self.m, self.v, self.adamw.state[self.halves[0]]["step"]
 
     def load(self, m: Tensor, v: Tensor, count: Tensor) -> None:
         """Take back what `moments` gave, bit for bit."""
-        cut = self.adapter.split
-        for half, part in zip(self.halves, (slice(None, cut), slice(cut, None)), strict=True):
-            state = self.adamw.state[half]
-            state["exp_avg"].copy_(m[part])
-            state["exp_avg_sq"].copy_(v[part])
-            state["step"].copy_(count)
+        self.m.copy_(m)
+        self.v.copy_(v)
+        for half in self.halves:
+            self.adamw.state[half]["step"].copy_(count)

@@ -1,5 +1,6 @@
 """Run descriptions: the settings of every verb, read from the command line, YAML, JSON or Python. No torch here."""
 
+from lorry.config.jobs import jobs_of
 from lorry.config.parse import build, dump, parse
 from lorry.config.schema import BackendConfig, DataConfig, LoraConfig, ModelConfig, Run, TrainConfig
 from lorry.config.settings import (
@@ -9,12 +10,14 @@ from lorry.config.settings import (
     EvalSettings,
     ExportSettings,
     MergeSettings,
+    PlanSettings,
     ReportSettings,
+    Sweep,
     UnmergeSettings,
 )
 
 __all__ = [
     "BackendConfig", "ChatSettings", "DataConfig", "DemoSettings", "DoctorSettings", "EvalSettings", "ExportSettings",
-    "LoraConfig", "MergeSettings", "ModelConfig", "ReportSettings", "Run", "TrainConfig", "UnmergeSettings",
-    "build", "dump", "parse",
+    "LoraConfig", "MergeSettings", "ModelConfig", "PlanSettings", "ReportSettings", "Run", "Sweep", "TrainConfig",
+    "UnmergeSettings", "build", "dump", "jobs_of", "parse",
 ]  # fmt: skip

@@ -60,6 +60,7 @@ RENAMES: dict[str, str] = {
     "loraplus_ratio": "train.loraplus_lr_ratio",
     **dict.fromkeys(["output", "out_dir", "save_dir", "output_path"], "output_dir"),
     "num_threads": "backend.threads",
+    "max_memory": "memory_budget",
 }  # fmt: skip
 
 
@@ -96,8 +97,8 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
         ["use_dora", "use_qalora", "modules_to_save", "target_parameters", "trainable_token_indices", "ensure_weight_tying",
          "layers_pattern", "layer_replication", "loftq_config", "eva_config", "corda_config", "lora_bias_trainable",
          "fan_in_fan_out", "megatron_config", "push_to_hub", "hub_model_id", "load_in_4bit", "load_in_8bit",
-         "quantization_bit", "quantize", "memory_budget", "mix", "local", "processes", "tensor_parallel",
-         "pipeline_parallel", "jobs", "forget", "retain", "method", "teacher", "tasks", "fsdp", "fsdp_config", "deepspeed",
+         "quantization_bit", "quantize", "mix", "local", "processes", "tensor_parallel",
+         "pipeline_parallel", "forget", "retain", "method", "teacher", "tasks", "fsdp", "fsdp_config", "deepspeed",
          "neftune_noise_alpha", "label_smoothing_factor", "auto_find_batch_size", "group_by_length", "use_liger_kernel",
          "torch_compile", "rewards", "reward_funcs", "attn_implementation", "flash_attention", "eos_token", "pad_token",
          "tokenizer", "evals_per_epoch", "saves_per_epoch", "logging_dir"], OFF,

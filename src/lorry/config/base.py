@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from lorry.config.names import accepts, allowed
+from lorry.config.sizes import parse_size
 
 DTYPE_WORDS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
@@ -26,6 +27,16 @@ def _read_dtype(value: Any) -> Any:
     return DTYPE_WORDS.get(word, word) if isinstance(word, str) else value
 
 
+def _read_size(value: Any) -> Any:
+    """A plain number is a number of bytes."""
+    return f"{value}B" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _check_size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
 def _clean_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text) or not text.strip("."):
         raise ValueError(f"{text[:80]!r} is not a name: 1 to 64 letters, digits, '.', '_' or '-'")
@@ -35,6 +46,7 @@ def _clean_name(text: str) -> str:
 PathText = Annotated[str, AfterValidator(_clean_path)]
 DirPath = Annotated[Path, AfterValidator(lambda path: Path(_clean_path(str(path))))]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_read_dtype)]
+MemorySize = Annotated[str, BeforeValidator(_read_size), AfterValidator(_check_size)]
 Name = Annotated[str, AfterValidator(_clean_name)]
 
 

@@ -71,7 +71,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"^(?:{WHOLE.p
 
 @dataclass(frozen=True)
 class Described:
-    """A file's settings as nested plain values, and the line of each key (``lora`` and ``lora.r``)."""
+    """A file's settings as nested plain values, and the line of each key (``lora``, ``lora.r``, ``jobs.0.lora.r``)."""
 
     values: dict[str, Any]
     lines: dict[str, int]
@@ -130,11 +130,23 @@ def _read_yaml(text: str, path: Path) -> Described:
 
 
 def _key_lines(node: yaml.MappingNode) -> list[tuple[str, int]]:
-    found = []
-    for key, value in node.value:
-        found.append((key.value, key.start_mark.line + 1))
-        if isinstance(value, yaml.MappingNode):
-            found += [(f"{key.value}.{inner.value}", inner.start_mark.line + 1) for inner, _ in value.value]
+    """(``lora.r``, line) of every key; ``jobs.0.r`` is a key of the first map in a list."""
+    found, seen = list[tuple[str, int]](), set[int]()
+
+    def walk(prefix: str, below: yaml.Node) -> None:
+        if id(below) in seen:  # an anchor, met again: its keys stand where they were written first
+            return
+        seen.add(id(below))
+        if isinstance(below, yaml.MappingNode):
+            for key, value in below.value:
+                found.append((f"{prefix}{key.value}", key.start_mark.line + 1))
+                walk(f"{prefix}{key.value}.", value)
+        elif isinstance(below, yaml.SequenceNode):
+            for number, item in enumerate(below.value):
+                found.append((f"{prefix}{number}", item.start_mark.line + 1))
+                walk(f"{prefix}{number}.", item)
+
+    walk("", node)
     return found
 
 

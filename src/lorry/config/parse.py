@@ -6,6 +6,7 @@ Sources, later over earlier: CONFIG.yaml, then ``key=value`` and ``--key value``
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from lorry.config.argv import read_argv
 from lorry.config.explain import explain
-from lorry.config.files import read_file, write_yaml
-from lorry.config.names import names_of
+from lorry.config.files import Described, read_file, write_yaml
+from lorry.config.jobs import EXPANDED, Own, differences, is_axis, items_of, lay, own_settings
+from lorry.config.names import Names, names_of
 from lorry.config.place import Given, Placed, place
 from lorry.errors import ConfigError
 
@@ -48,9 +50,15 @@ def _from_file(schema: type[BaseModel], path: Path) -> list[Given]:
     settings = [(key, given) for key, value in described.values.items() for given in _spread(schema, key, value)]
     lines = [described.lines.get(given.key, described.lines.get(key)) for key, given in settings]
     return [
-        Given(given.key, given.value, f"{path}:{line}" if line else str(path))
+        Given(given.key, given.value, f"{path}:{line}" if line else str(path), inner=_inside(described, given.key, path))
         for (_, given), line in zip(settings, lines, strict=True)
     ]
+
+
+def _inside(described: Described, key: str, path: Path) -> dict[str, str]:
+    """Where the parts of a setting that is a list or a map stand."""
+    lines = described.lines.items()
+    return {name.removeprefix(f"{key}."): f"{path}:{line}" for name, line in lines if name.startswith(f"{key}.")}
 
 
 def _spread(schema: type[BaseModel], key: str, value: Any) -> list[Given]:
@@ -61,31 +69,55 @@ def _spread(schema: type[BaseModel], key: str, value: Any) -> list[Given]:
 
 
 def _settle(schema: type[Schema], sources: Iterable[Iterable[Given]], notes: list[str]) -> Schema:
-    """Place every setting, lay later ones over earlier ones, validate."""
+    """Place every setting, lay later ones over earlier ones, validate; then the same for each job, on top of the run's."""
     names = names_of(schema)
-    tree: dict[str, Any] = {}
-    origins: dict[str, str] = {}
+    tree, origins = dict[str, Any](), dict[str, str]()
+    several = dict[str, Given]()
+    axes = list[Given]()
     for source in sources:
         spelled: dict[str, str] = {}
-        for placed in (each for given in source for each in place(names, given, notes)):
-            _refuse_second_name(spelled.setdefault(placed.dotted, placed.given.key), placed)
-            _lay(tree, placed)
-            origins[placed.dotted] = placed.given.where
+        for given in source:
+            if "sweep" in names.fields and is_axis(given):
+                axes.append(given)
+                continue
+            for placed in place(names, given, notes):
+                _refuse_second_name(spelled.setdefault(placed.dotted, placed.given.key), placed)
+                if placed.dotted in EXPANDED:
+                    several[placed.dotted] = replace(placed.given, value=placed.value)
+                    continue
+                lay(tree, placed)
+                origins[placed.dotted] = placed.given.where
+    said = list[str]()
+    jobs = [own_settings(names, item, said) for item in items_of(several, axes)]
+    notes += dict.fromkeys(said)
+    if jobs and "data" not in tree and "data" in jobs[0].tree:
+        tree["data"] = jobs[0].tree["data"]  # every job brings its own: the first one's stands for the run's
+    run = _validated(schema, names, tree, origins)
+    if not jobs:
+        return run
+    return _validated(schema, names, {**tree, "jobs": _differences(names, run, tree, origins, jobs)}, origins)
+
+
+def _validated(schema: type[Schema], names: Names, tree: Mapping[str, Any], origins: Mapping[str, str], who: str = "") -> Schema:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(explain(error, names, origins)) from None
+        lines = explain(error, names, origins).splitlines()
+        raise ConfigError("\n".join(who + line for line in lines)) from None
+
+
+def _differences(
+    names: Names, run: BaseModel, tree: Mapping[str, Any], origins: Mapping[str, str], jobs: Sequence[Own]
+) -> list[dict[str, Any]]:
+    """Each job validated as the whole run it would be alone; kept are its name and the values that are not the run's."""
+    kept = []
+    for job in jobs:
+        alone = _validated(type(run), names, job.over(tree), {**origins, **job.origins}, f"job {job.name!r}: ")
+        kept.append({"name": job.name, **differences(run, alone)})
+    return kept
 
 
 def _refuse_second_name(first: str, placed: Placed) -> None:
     """Two names for one setting in one source leave open which value is meant; the same name again overrides."""
     if first != placed.given.key:
         raise ConfigError(f"{placed.given.where}: {first} and {placed.given.key} both set {placed.dotted}; keep one")
-
-
-def _lay(tree: dict[str, Any], placed: Placed) -> None:
-    group, _, leaf = placed.dotted.rpartition(".")
-    if group:
-        tree[group] = {**(tree.get(group) or {}), leaf: placed.value}
-    else:
-        tree[leaf] = placed.value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -17,12 +18,16 @@ NULL_WORDS = {"", "~", "null", "Null", "NULL"}
 
 @dataclass(frozen=True)
 class Given:
-    """A setting as it was given: its name, its value (text if ``typed`` on the command line), and where it stands."""
+    """A setting as it was given: its name, its value (text if ``typed`` on the command line), and where it stands.
+
+    ``inner``: where the parts of a list of maps stand, by ``0.r`` or ``0.lora.r``.
+    """
 
     key: str
     value: Any
     where: str
     typed: bool = False
+    inner: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,3 +170,9 @@ def _suggestion(names: Names, key: str) -> str:
 
 def _said(key: str, value: Any) -> str:
     return f"{key}={show(value).strip(chr(39))}"
+
+
+def typed_list(text: str) -> list[Any]:
+    """``8,16`` and ``[8, 16]`` as lists of what their parts are."""
+    value = _typed(text) if text.startswith("[") else [_typed(part) for part in text.split(",")]
+    return value if isinstance(value, list) else [value]

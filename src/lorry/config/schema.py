@@ -11,13 +11,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
-from lorry.config.base import DirPath, Dtype, Group, Name, PathText, automatic, setting
+from lorry.config.base import DirPath, Dtype, Group, MemorySize, Name, PathText, automatic, setting
 from lorry.config.names import show
 
 Evaluate = Literal["no", "steps", "epoch"]
 Format = Literal["auto", "text", "prompt_completion", "messages", "conversations", "alpaca", "question_answer"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Report = Literal["tensorboard", "wandb", "trackio"]
+JOBS = "a list of maps, such as [{name: a, r: 8}, {name: b, learning_rate: 1e-3}]"
 DEVICE, DEVICE_WORDS = r"^(auto|cpu|mps|cuda(:\d+)?)$", "auto, cpu, cuda, cuda:N or mps"
 # q_proj or q_proj,v_proj: as a regex it could only match a module of that full name
 PLAIN_NAMES = re.compile(r"\w+(\s*,\s*\w+)*")
@@ -41,8 +42,8 @@ class LoraConfig(Group):
     """the adapter; lora=null means none"""
 
     main: ClassVar[str] = "r"
-    r: PositiveInt = setting(16, "rank")
-    lora_alpha: PositiveInt | PositiveFloat = automatic("2 x r", "strength: the update is scaled by lora_alpha / r")
+    r: PositiveInt | Literal["auto"] = setting(16, "rank; auto: the largest power of two that fits memory_budget")
+    lora_alpha: PositiveInt | PositiveFloat | None = automatic("2 x r", "strength: the update is scaled by lora_alpha / r")
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", ge=0, lt=1)
     target_modules: str | list[str] = setting("auto", "auto (attention and MLP), all-linear, a list of names, or a regex")
     exclude_modules: str | list[str] | None = setting(None, "names or a regex to leave out")
@@ -57,7 +58,9 @@ class LoraConfig(Group):
     @field_validator("lora_alpha", mode="before")
     @classmethod
     def _twice_r(cls, value: Any, info: ValidationInfo) -> Any:
-        return 2 * info.data.get("r", 1) if value is None else value
+        if value is not None or info.data.get("r") == "auto":
+            return value  # with r=auto it follows once the rank is known
+        return 2 * info.data.get("r", 1)
 
     @field_validator("target_modules", "exclude_modules", mode="before")
     @classmethod
@@ -206,6 +209,15 @@ class BackendConfig(Group):
     threads: PositiveInt | None = setting(None, "CPU threads; null: torch decides")
 
 
+class Job(Group):
+    """One of several adapters trained in one pass: its name, and the settings in which it is not the run's (`jobs.jobs_of`)."""
+
+    name: Name
+    lora: dict[str, Any] = setting({}, "what is not the run's")
+    data: dict[str, Any] = setting({}, "what is not the run's")
+    train: dict[str, Any] = setting({}, "what is not the run's")
+
+
 class Run(Group):
     """A training run: which model, which adapter, which data, how, where."""
 
@@ -215,7 +227,16 @@ class Run(Group):
     data: DataConfig
     train: TrainConfig = Field(default=TrainConfig(), validate_default=True)
     backend: BackendConfig = BackendConfig()
+    memory_budget: MemorySize | None = setting(
+        None, "such as 3GiB: micro-batches and recompute are chosen to fit it where they are left alone (see lorry plan)"
+    )
     output_dir: DirPath = automatic("runs/DATA-MODEL", "the run directory")
+    jobs: list[Job] = setting(
+        [], "several adapters in one pass: maps of a name and the settings that are its own", json_schema_extra={"allowed": JOBS}
+    )
+    joint_tokens: PositiveInt | None = automatic(
+        "1024 on a CPU, 8192 on a GPU", "with jobs: micro-batches of several share a pass up to so many tokens"
+    )
 
     @field_validator("train")
     @classmethod
@@ -236,6 +257,12 @@ class Run(Group):
         first = data if isinstance(data, str) else data[0]
         name = run_name or f"{Path(first).stem}-{Path(model).name.removesuffix('.gguf')}"
         return Path("runs") / (re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:128].strip(".-") or "run")
+
+    @model_validator(mode="after")
+    def _rank_is_to_be_had(self) -> Run:
+        if self.lora is not None and self.lora.r == "auto" and self.memory_budget is None:
+            raise ValueError("lora.r=auto needs the memory it may use; give memory_budget=3GiB or the like")
+        return self
 
     @model_validator(mode="after")
     def _evaluation_is_possible(self) -> Run:

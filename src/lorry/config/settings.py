@@ -1,4 +1,4 @@
-"""Settings of the verbs that do not train: demo, chat, eval, merge, unmerge, export, report, doctor."""
+"""Settings of the verbs other than `sft`: demo, sweep, plan, chat, eval, merge, unmerge, export, report, doctor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from lorry.config.base import DirPath, Dtype, Group, PathText, automatic, setting
-from lorry.config.schema import BackendConfig, Format, ModelConfig
+from lorry.config.schema import BackendConfig, DataConfig, Format, ModelConfig, Run
 
 
 def _beside(value: Any, info: ValidationInfo, suffix: str) -> Any:
@@ -23,6 +23,68 @@ class DemoSettings(Group):
     max_steps: PositiveInt | None = setting(None, "optimizer steps; null: as many as the demo needs")
     seed: NonNegativeInt = setting(0, "the people and everything random follow from it")
     fast: bool = setting(False, "a smaller demo, to see that everything works")
+
+
+class PlanModel(ModelConfig):
+    """the frozen base model; only its config is read"""
+
+    name: PathText = setting(
+        "smollm2-135m-instruct", "HF directory, hub id, run, or a well-known name: llama-3-8b, qwen3-0.6b, mixtral-8x7b ..."
+    )
+    quantize: Literal["int8", "nf4", "fp4"] | None = setting(
+        None, "format of the base's matrices; planned, not trainable here yet"
+    )
+
+
+class PlanData(DataConfig):
+    """the examples; only their longest length counts, so path may be left out"""
+
+    path: PathText | list[PathText] | None = setting(  # type: ignore[assignment]  # wider than a run may have it
+        None, "file, directory or hub id, or a list of them; not opened"
+    )
+
+
+class PlanBackend(BackendConfig):
+    """where it would run"""
+
+    name: Literal["single", "ddp", "fsdp", "megatron"] = setting(  # type: ignore[assignment]  # wider than a run may have it
+        "single", "one device, or how many GPUs share the work"
+    )
+    processes: PositiveInt = setting(1, "GPUs in all")
+    tensor_parallel: PositiveInt = setting(1, "GPUs that share every matrix (megatron)")
+    pipeline_parallel: PositiveInt = setting(1, "stages of layers (megatron)")
+    expert_parallel: PositiveInt = setting(1, "groups that share the experts (megatron)")
+    gpu: Literal["a100-40gb", "a100-80gb", "h100", "h200", "b200", "l40s", "rtx4090"] | None = setting(
+        None, "which GPU, for its memory and speed; null: h100 with several processes, else this machine"
+    )
+
+
+class PlanSettings(Run):
+    """Memory and time of a training run, before anything is loaded; takes what `lorry sft` takes."""
+
+    positional: ClassVar[str] = "model"
+    model: PlanModel = PlanModel()
+    data: PlanData = PlanData()
+    backend: PlanBackend = PlanBackend()
+    output_dir: DirPath | None = setting(None, "nothing is written")  # type: ignore[assignment]  # a plan needs none
+    format: Literal["table", "json"] = setting("table", "how the plan is shown")
+
+
+class Sweep(Run):
+    """Runs that differ in a few settings, trained in one pass and ranked."""
+
+    sweep: dict[str, Any] | list[dict[str, Any]] = setting(
+        {}, "lists of values by setting, every combination of which is a job; or a list of combinations",
+        json_schema_extra={"allowed": "a map of lists, such as {r: [8, 16]}, or a list of maps"},
+    )  # fmt: skip
+    jobs_per_pass: PositiveInt = setting(8, "jobs trained at once: memory grows with the tokens of their batches")
+
+    def passes(self) -> list[Run]:
+        """The runs to make, one after the other: one in `output_dir`, or several in its folders pass-1, pass-2 ..."""
+        whole = self.model_dump(mode="json", exclude={"jobs", "sweep", "jobs_per_pass"})
+        groups = [self.jobs[at : at + self.jobs_per_pass] for at in range(0, len(self.jobs), self.jobs_per_pass)]
+        folders = [self.output_dir] if len(groups) == 1 else [self.output_dir / f"pass-{n}" for n, _ in enumerate(groups, 1)]
+        return [Run.model_validate({**whole, "jobs": g, "output_dir": f}) for g, f in zip(groups, folders, strict=True)]
 
 
 class EvalData(Group):

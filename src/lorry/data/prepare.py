@@ -46,30 +46,53 @@ class Prepared:
     tokens: TokenSet | None
 
 
-def prepare(data: DataConfig, train: TrainConfig, tokenizer: Any, *, quarantine: Path) -> Prepared:
-    """Open and encode training and evaluation rows. Raises DataError, ConfigError, ModelError (an unusable template)."""
-    only = True if data.completion_only_loss is None else data.completion_only_loss
-    encoder = Encoder(tokenizer, max_length=data.max_length, completion_only_loss=only, system=data.system)
-    form = chosen(data.format, data.text_field)
-    source = _open(data, data.path, data.split, quarantine, limit=data.n, streaming=data.streaming)
+@dataclass
+class Rows:
+    """Encoded rows before anything is drawn from them in an order. ``tokens``: None for a streamed source."""
+
+    source: Source
+    encoder: Encoder
+    form: Format | None
+    ends: Collection[int]
+    tokens: TokenSet | None
+    held: list[Batch]
+
+
+def prepare(
+    data: DataConfig, train: TrainConfig, tokenizer: Any, *, quarantine: Path, known: dict[str, Rows] | None = None
+) -> Prepared:
+    """Open and encode training and evaluation rows. ``known``: what other jobs of the run have read, by its settings, which is
+    shared. Raises DataError, ConfigError, ModelError (an unusable template)."""
+    known = {} if known is None else known
+    drawn = train.seed if data.test_size is not None else None  # who is held out hangs on the seed
+    settings = f"{data.model_dump_json()} {train.per_device_eval_batch_size} {drawn}"
+    rows = known.get(settings) or _read(data, train, tokenizer, quarantine)
     shape: dict[str, Any] = {
         "seed": train.seed, "rows_per_batch": train.per_device_train_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps, "packing": data.packing,
         "max_tokens": train.per_device_train_batch_size * data.max_length, "shuffle": data.shuffle,
     }  # fmt: skip
+    if rows.tokens is None:
+        streamed = StreamingTrainStream(StreamingTokenSet(rows.source, rows.encoder, form=rows.form), **shape)
+        label = rows.source.label
+        return Prepared(streamed, rows.held, rows.encoder, StreamReport(rows.source), rows.ends, None, label, None)
+    known[settings] = rows
+    stream, tokens = TrainStream(rows.tokens, **shape), rows.tokens
+    return Prepared(stream, rows.held, rows.encoder, tokens.report, rows.ends, stream.steps_per_epoch, tokens.digest, tokens)
+
+
+def _read(data: DataConfig, train: TrainConfig, tokenizer: Any, quarantine: Path) -> Rows:
+    only = True if data.completion_only_loss is None else data.completion_only_loss
+    encoder = Encoder(tokenizer, max_length=data.max_length, completion_only_loss=only, system=data.system)
+    form = chosen(data.format, data.text_field)
+    source = _open(data, data.path, data.split, quarantine, limit=data.n, streaming=data.streaming)
     ends = [] if _plain_text(source, form) else encoder.stop_tokens()
-    if data.streaming:
-        streamed = StreamingTrainStream(StreamingTokenSet(source, encoder, form=form), **shape)
-        evaluation = _evaluation(data, train, encoder, form, quarantine)
-        return Prepared(streamed, evaluation, encoder, StreamReport(source), ends, None, source.label, None)
-    tokens = TokenSet.build(source, encoder, form=form)
+    tokens = None if data.streaming else TokenSet.build(source, encoder, form=form)
     held: list[Batch] = []
-    if data.test_size is not None:
+    if data.test_size is not None and tokens is not None:
         tokens, aside = tokens.held_out(data.test_size, train.seed)
         held = aside.eval_batches(train.per_device_eval_batch_size)
-    held += _evaluation(data, train, encoder, form, quarantine)
-    stream = TrainStream(tokens, **shape)
-    return Prepared(stream, held, encoder, tokens.report, ends, stream.steps_per_epoch, tokens.digest, tokens)
+    return Rows(source, encoder, form, ends, tokens, held + _evaluation(data, train, encoder, form, quarantine))
 
 
 def _evaluation(data: DataConfig, train: TrainConfig, encoder: Encoder, form: Format | None, quarantine: Path) -> list[Batch]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorry.kernels import decode as kernel
+
 SPARE = 64  # positions a cache takes beyond the tokens it must hold, at least, whenever it grows
 
 
@@ -73,8 +75,58 @@ class Cache:
     def _hold(self, length: int) -> None:
         """Own at least ``length`` positions; the old ones are copied. Raises ValueError beyond ``room``."""
         held = self.keys.shape[3]
-        if length > self.room:
-            raise ValueError(f"a row of {length} tokens does not fit a cache for {self.room}")
+        self._check(length)
         if length > held:
             size = min(self.room, max(length + SPARE, held + held // 2))
             self.keys, self.values = (F.pad(x, (0, 0, 0, size - held)) for x in (self.keys, self.values))
+
+    def _check(self, length: int) -> None:
+        if length > self.room:
+            raise ValueError(f"a row of {length} tokens does not fit a cache for {self.room}")
+
+
+class RowCache(Cache):
+    """The same for the CPU kernels: every row has memory of its own, as much as it needs. Nothing is padded to the longest row,
+    and when a row leaves nothing is copied.
+
+    table [B,2] int64: the address of each row's memory [layers, 2, G, held, D] (keys, values), and its held.
+    """
+
+    def __init__(self, layers: int, rows: int, heads: int, room: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__(layers, 0, heads, room, width, dtype, torch.device("cpu"))
+        self.groups = heads
+        self.memory = [torch.empty((layers, 2, heads, 0, width), dtype=dtype)] * rows
+        self.lengths = torch.zeros(rows, dtype=torch.int64)
+        self.table = torch.zeros((rows, 2), dtype=torch.int64)
+
+    def fill(self, rows: Tensor, positions: Tensor) -> None:
+        self.lengths = self.lengths.index_fill(0, rows, 0).scatter_reduce(0, rows, positions + 1, "amax")
+        for row in rows.unique().tolist():
+            self._give(row, int(self.lengths[row]), kept=0)
+
+    def extend(self) -> None:
+        self.lengths = self.lengths + 1
+        for row in torch.nonzero(self.lengths > self.table[:, 1])[:, 0].tolist():
+            length = int(self.lengths[row])
+            self._give(row, length, kept=length - 1)
+
+    def write(self, layer: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        kernel.store(k, v, self.table, rows, positions, layer)
+
+    def keep(self, rows: Tensor) -> None:
+        self.lengths, self.table = self.lengths[rows], self.table[rows]
+        self.memory = [self.memory[row] for row in rows.tolist()]
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        return kernel.attend(q, self.table, self.lengths, layer, self.groups)
+
+    def _give(self, row: int, length: int, kept: int) -> None:
+        """Memory for ``length`` tokens and some to come, of which the first ``kept`` are there already."""
+        self._check(length)
+        layers, two, groups, held, width = self.memory[row].shape
+        if held < length or kept == 0:
+            size = min(self.room, max(length + SPARE, held + held // 2 if kept else 0))
+            fresh = self.memory[row].new_empty(layers, two, groups, size, width)
+            fresh[:, :, :, :kept] = self.memory[row][:, :, :, :kept]
+            self.memory[row] = fresh
+            self.table[row] = torch.tensor([fresh.data_ptr(), size])

@@ -147,7 +147,7 @@ class Decoder(nn.Module):
 
     def _even(self, tokens: int) -> int:
         """The length a batch is padded to. oneDNN compiles its bfloat16 products anew for every shape (about 45 of them a step,
-        milliseconds and a megabyte each), so lengths are rounded up to few, by a thirtieth at most beyond a few hundred tokens."""
+        milliseconds and a megabyte each), so lengths are rounded up to few, by a thirtieth at most beyond some hundred tokens."""
         if self.device.type != "cpu" or self.dtype != torch.bfloat16:
             return tokens
         step = next(s for s in (16, 32, 64) if tokens <= 8 * s or s == 64)

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from lorry.bank.attach import bank_of
-from lorry.bank.mix import Call, Mix, seed_of
+from lorry.bank.mix import Call, Mix
+from lorry.bank.seeds import seed_of
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
+from lorry.models.decode import Runner
 from lorry.models.decoder import Packed
 from lorry.models.sampling import Sampling
 
 BATCH_ROWS = 64  # live rows at once unless the caller says otherwise
-PREFILL_TOKENS = 8192  # prompt tokens in one forward pass, unless a single prompt is longer
+PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, unless a single prompt is longer
 
 
 class Generative(Protocol):
@@ -99,7 +101,7 @@ class Generation:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if any(len(s) == 0 for s in stop):
             raise ConfigError("stop holds an empty sequence, which would end every answer at once; remove it")
-        self.model = cast(Generative, model)
+        self.model = cast(Generative, Runner(model) if Runner.takes(model) else model)  # type: ignore[arg-type]
         self.eos, self.stop, self.sampling, self.logprobs = frozenset(eos), list(stop), sampling, logprobs
         self.mix, owners = resolve(model, adapters, len(prompts))
         self.rows = [
@@ -173,8 +175,7 @@ class Generation:
 
     def _choose(self, logits: Tensor, rows: Sequence[Row]) -> None:
         """Give each row its next token from logits [B,V]."""
-        wide = logits.float()
-        tokens, finite = self.sampling.choose(wide, [row.seen for row in rows], (row.dice.random() for row in rows))
+        tokens, finite = self.sampling.choose(logits, [row.seen for row in rows], (row.dice.random() for row in rows))
         if not bool(finite.all()):
             bad = [row.index for row, good in zip(rows, finite.tolist(), strict=True) if not good]
             raise NonFiniteError(
@@ -184,6 +185,7 @@ class Generation:
         for row, token in zip(rows, tokens.tolist(), strict=True):
             row.take(token, self.eos, self.stop)
         if self.logprobs:
+            wide = logits.float()
             picked = wide.gather(1, tokens[:, None])[:, 0] - wide.logsumexp(-1)
             for row, value in zip(rows, picked.tolist(), strict=True):
                 row.logprobs.append(value)

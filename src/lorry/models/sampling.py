@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorry.errors import ConfigError
+from lorry.kernels import decode as kernel
 
 SHORTLIST = 1024  # a nucleus is looked for among this many tokens before the whole vocabulary is sorted
 
@@ -43,25 +44,29 @@ class Sampling:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
 
     def choose(self, logits: Tensor, seen: Sequence[Collection[int]], draws: Iterable[float]) -> tuple[Tensor, Tensor]:
-        """logits [B,V] fp32, the tokens each row has ``seen``, a number in [0,1) per row -> (tokens [B], finite [B] bool)."""
-        scores = self._penalise(logits, seen)
+        """logits [B,V], the tokens each row has ``seen``, a number in [0,1) per row -> (tokens [B], finite [B] bool)."""
+        scores = logits if self.repetition_penalty == 1 else self._penalise(logits.float(), seen)
+        whole = self.top_k is None and self.top_p in (None, 1.0)
+        numbers = torch.tensor(list(draws) if self.temperature > 0 else [], dtype=torch.float64, device=logits.device)
+        if (self.temperature == 0 or whole) and kernel.takes(scores.dtype, scores.device):
+            tokens, best = kernel.draw(scores, numbers, self.temperature) if self.temperature > 0 else kernel.largest(scores)
+            return tokens, best.isfinite()
+        scores = scores.float()
         best, tokens = scores.max(-1)
         if self.temperature > 0:
-            tokens = self._draw(scores / self.temperature, torch.tensor(list(draws), dtype=torch.float64, device=logits.device))
+            tokens = self._draw(scores / self.temperature, numbers, whole)
         return tokens, best.isfinite()
 
     def _penalise(self, logits: Tensor, seen: Sequence[Collection[int]]) -> Tensor:
-        if self.repetition_penalty == 1:
-            return logits
         rows = torch.tensor([b for b, tokens in enumerate(seen) for _ in tokens], device=logits.device)
         columns = torch.tensor([t for tokens in seen for t in tokens], device=logits.device)
         old = logits[rows, columns]
         penalised = torch.where(old < 0, old * self.repetition_penalty, old / self.repetition_penalty)
         return logits.index_put((rows, columns), penalised)
 
-    def _draw(self, scores: Tensor, draws: Tensor) -> Tensor:
+    def _draw(self, scores: Tensor, draws: Tensor, whole: bool) -> Tensor:
         """Invert the cumulative distribution: one number a row, so neighbours cannot disturb it. Summed in float64."""
-        if self.top_k is None and self.top_p in (None, 1.0):
+        if whole:
             probs, tokens = scores.softmax(-1), None
         else:
             probs, tokens = self._likely(scores)

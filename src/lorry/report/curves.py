@@ -20,6 +20,12 @@ MOST_DOTS = 60  # more circles than this on a curve would hide it
 FEW = 10  # shorter series are drawn as they are, since smoothing would hide them
 
 
+BY_ADAPTER = {
+    "loss": "Loss of each adapter", "eval_loss": "Held-out loss of each adapter",
+    "learning_rate": "Learning rate of each adapter", "grad_norm": "Gradient norm of each adapter",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Series:
     """One curve: ``label`` says whose it is (empty: the panel's title does), ``color`` is the number of its run."""
@@ -67,10 +73,10 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _by_adapter(runs: Sequence[Run]) -> list[Panel]:
-    """Loss and gradient norm of each adapter of runs that train several at once."""
+    """Loss, held-out loss, rate and gradient norm of each adapter of runs that train several at once."""
     owners = [(run, adapter) for run in runs for adapter in run.log.adapters()]
     found = []
-    for name, title in (("loss", "Loss of each adapter"), ("grad_norm", "Gradient norm of each adapter")):
+    for name, title in BY_ADAPTER.items():
         series = []
         for color, (run, adapter) in enumerate(owners):
             steps, values = run.log.series(name, adapter)

@@ -67,6 +67,33 @@ def _extent(log: Log) -> Iterable[Figure]:
     yield Figure("steps", number(log.training[-1]["step"]), ", ".join(note))
 
 
+def by_adapter(run: Run) -> list[tuple[str, str, list[Figure]]]:
+    """(name, its own settings, its final figures) of each adapter of a run of several."""
+    return [(name, own_settings(run, name), list(_of_adapter(run.log, name))) for name in run.log.adapters()]
+
+
+def _of_adapter(log: Log, name: str) -> Iterable[Figure]:
+    steps, losses = log.series("loss", name)
+    if losses:
+        tail = losses[-TAIL:]
+        yield Figure("final loss", number(sum(v / len(tail) for v in tail)), f"mean of its last {len(tail)} steps")
+    held_at, held = log.series("eval_loss", name)
+    if held:
+        lowest = min((v for v in held if math.isfinite(v)), default=held[-1])
+        yield Figure("held-out loss", number(held[-1]), f"at step {number(held_at[-1])}")
+        yield Figure("lowest", number(lowest), f"at step {number(held_at[held.index(lowest)])}")
+    if steps:
+        yield Figure("steps", number(steps[-1]))
+
+
+def own_settings(run: Run, adapter: str) -> str:
+    """What run.yaml says of a job beyond the run's settings: ``r 8, learning_rate 0.001``."""
+    jobs = run.config.get("jobs")
+    job = next((j for j in jobs if isinstance(j, dict) and j.get("name") == adapter), {}) if isinstance(jobs, list) else {}
+    groups = [job[group] for group in ("lora", "data", "train") if isinstance(job.get(group), dict)]
+    return ", ".join(f"{name} {_plain(value)}" for group in groups for name, value in group.items())
+
+
 def about(run: Run) -> dict[str, str]:
     """model, data and adapter in a few words each, where run.yaml says so."""
     config = flatten(run.config)
@@ -78,6 +105,9 @@ def about(run: Run) -> dict[str, str]:
         for key, name in (("r", "rank"), ("lora_alpha", "alpha"), ("target_modules", "on"))
         if lora.get(key) is not None
     )
+    several = run.log.adapters()
+    if several:
+        adapter = f"{len(several)} in one pass: {', '.join(several)}"
     if "lora" in run.config and run.config["lora"] is None:
         adapter = "none: full fine-tuning"
     said = {

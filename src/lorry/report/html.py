@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from importlib import resources
 
 from lorry.report import sections
-from lorry.report.curves import panels
-from lorry.report.figures import about, differences, figures
+from lorry.report.curves import BY_ADAPTER, panels
+from lorry.report.figures import about, by_adapter, differences, figures
 from lorry.report.markup import Html, join, tag
 from lorry.report.run import Run
 from lorry.report.svg import COLORS, chart
@@ -26,6 +26,7 @@ def page(runs: Sequence[Run]) -> str:
     parts = [
         _header(runs, title),
         _tiles(runs[0]) if len(runs) == 1 else _comparison(runs),
+        _adapters(runs),
         _curves(runs),
         sections.evaluation(runs),
         sections.samples(runs),
@@ -120,6 +121,24 @@ def _comparison(runs: Sequence[Run]) -> Html:
     return join(final, tag("section", tag("h2", "What differs"), content, id="differences"))
 
 
+def _adapters(runs: Sequence[Run]) -> Html | None:
+    """Each adapter's own settings and final figures, with its colour in the charts."""
+    owners = [(run, *row) for run in runs for row in by_adapter(run)]
+    if not owners:
+        return None
+    names = list(dict.fromkeys(f.name for *_, found in owners for f in found))
+    rows = []
+    for index, (run, name, own, found) in enumerate(owners):
+        values = {f.name: f for f in found}
+        cells = [
+            tag("td", values[n].text, class_="number", title=values[n].note) if n in values else tag("td", NOTHING) for n in names
+        ]
+        whose = name if len(runs) == 1 else f"{run.name}, {name}"
+        rows.append(tag("tr", tag("th", swatch(index), whose, scope="row"), tag("td", own or NOTHING), *cells))
+    head = tag("tr", tag("th", "adapter"), tag("th", "its own settings"), *(tag("th", n, class_="number") for n in names))
+    return tag("section", tag("h2", "Adapters"), sections.table(head, rows), id="adapters")
+
+
 def swatch(index: int) -> Html:
     """A run's colour in the charts, as a small square."""
     return tag("span", class_=f"swatch c{index % COLORS}")
@@ -131,7 +150,7 @@ def _curves(runs: Sequence[Run]) -> Html | None:
         return None
     charts = []
     for index, panel in enumerate(drawn):
-        wide = panel.title == "Loss"
+        wide = panel.title in ("Loss", BY_ADAPTER["loss"])
         drawing = chart(panel, f"chart-{index}", 1110, 330) if wide else chart(panel, f"chart-{index}")
         charts.append(tag("figure", drawing, class_="wide" if wide else None))
     lead = "Thin lines are single steps, thick lines the mean of the steps around; circles are evaluations."

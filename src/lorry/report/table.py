@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorry.evaluate.metrics import exact_match
-from lorry.report.figures import about, differences, figures
+from lorry.report.figures import about, by_adapter, differences, figures
 from lorry.report.run import Run, Sample
 from lorry.report.text import NOTHING, number, visible
 
@@ -25,7 +25,7 @@ def show(runs: Sequence[Run], samples: int = 8) -> RenderableType:
     if len(runs) > 1:
         return Group(comparison(runs), *changes(runs))
     run = runs[0]
-    parts: list[RenderableType] = [summary(run)]
+    parts: list[RenderableType] = [summary(run), *adapters(run)]
     parts += [evaluation(run)] if run.evaluation else []
     parts += before_after(run, samples)
     parts += [contracts(run)] if run.contracts else []
@@ -40,6 +40,21 @@ def summary(run: Run) -> Table:
     for figure in figures(run):
         table.add_row(_text(figure.name, "dim"), _text(figure.text, "bold"), _text(figure.note, "dim"))
     table.show_header = False
+    return table
+
+
+def adapters(run: Run) -> Iterator[Table]:
+    """The final figures of each adapter of a run of several."""
+    if rows := by_adapter(run):
+        yield figure_rows(run.name, "adapter", [(name, own, {f.name: f.text for f in found}) for name, own, found in rows])
+
+
+def figure_rows(title: str, what: str, rows: Sequence[tuple[str, str, dict[str, str]]]) -> Table:
+    """A row of figures per name, with what is its own about it."""
+    names = list(dict.fromkeys(name for _, _, found in rows for name in found))
+    table = _table(title, what, "its own settings", *names)
+    for name, own, found in rows:
+        table.add_row(_text(name, "bold"), _text(own, "dim"), *(_text(found.get(column, NOTHING)) for column in names))
     return table
 
 

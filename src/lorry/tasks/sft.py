@@ -9,15 +9,16 @@ from torch import Tensor
 
 from lorry.backends.base import Losses, Scorer, Stats
 from lorry.data.batch import Batch
-from lorry.data.dataset import Stream
+from lorry.data.joint import JointStream
 from lorry.models.score import Score, Want, log_prob
 from lorry.tasks.losses import nll
 
 
 class Sft:
-    """One adapter, one stream of rows. ``evaluation``: batches that never change, in a fixed order."""
+    """One or several adapters, a stream of rows that each belong to one of them. ``evaluation``: batches that never change, in a
+    fixed order, each of one adapter; ``total_steps``: those of the adapter with the most."""
 
-    def __init__(self, stream: Stream, evaluation: Sequence[Batch], total_steps: int, adapters: Sequence[str]) -> None:
+    def __init__(self, stream: JointStream, evaluation: Sequence[Batch], total_steps: int, adapters: Sequence[str]) -> None:
         self.stream, self.evaluation = stream, list(evaluation)
         self.total_steps, self.adapters = total_steps, adapters
 

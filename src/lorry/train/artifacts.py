@@ -16,9 +16,10 @@ from torch import nn
 from lorry.bank.peft_io import adapter_files
 from lorry.disk import durable
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json")
 RESULTS = (
     "receipt.json", "contracts.json", "samples.json", "evaluation.json", "report.html", "report.png", "README.md",
-    "adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json",
+    "sweep.json", *ADAPTER_FILES,
 )  # fmt: skip
 
 
@@ -34,6 +35,11 @@ def write_text(run_dir: Path, name: str, text: str) -> None:
     durable.write_files(run_dir, {name: text.encode()})
 
 
+def adapter_folder(run_dir: Path, name: str, adapters: int) -> Path:
+    """Where an adapter of a run lies: one alone in the run directory itself, several in a folder each."""
+    return run_dir if adapters == 1 else run_dir / name
+
+
 def write_adapters(run_dir: Path, model: nn.Module, tokenizer: Any, names: Sequence[str], base_name: str) -> dict[str, str]:
     """The adapter(s) in PEFT's format, and the tokenizer: one adapter in the run directory itself, several in a folder each.
 
@@ -41,7 +47,7 @@ def write_adapters(run_dir: Path, model: nn.Module, tokenizer: Any, names: Seque
     """
     digests = {}
     for name in names:
-        folder = run_dir if len(names) == 1 else run_dir / name
+        folder = adapter_folder(run_dir, name, len(names))
         files = adapter_files(model, name, base_name=base_name)
         durable.make_directory(folder)
         durable.write_files(folder, files)
@@ -54,7 +60,7 @@ def write_adapters(run_dir: Path, model: nn.Module, tokenizer: Any, names: Seque
 
 
 def receipt(
-    *, data: Mapping[str, Any], base: Mapping[str, Any], code: str, adapters: Mapping[str, str], seed: int
+    *, data: Mapping[str, Any], base: Mapping[str, Any], code: str, adapters: Mapping[str, str], seed: int | Mapping[str, int]
 ) -> dict[str, Any]:
     """Digests of everything the result hangs on."""
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -73,16 +79,18 @@ def card(
     name: str,
     base: str,
     data: str,
+    adapters: int,
     spec: Mapping[str, Any],
     figures: Mapping[str, Any],
     contracts: Sequence[Mapping[str, Any]],
 ) -> str:
-    """README.md of a run: a model card that says what this adapter is, from what, and what held."""
+    """README.md of a run: a model card that says what its adapter is (or its several ones are), from what, and what held."""
+    lead = "A LoRA adapter" if adapters == 1 else f"{adapters} LoRA adapters, trained in one pass, each in a folder of its name,"
     shown = "\n".join(f"| {key} | {value} |" for key, value in {**spec, **figures}.items())
     held = "\n".join(f"- {c['status'].replace('_', ' ')}: {c['name']} ({c['detail']})" for c in contracts)
     return (
         f"---\nlibrary_name: peft\nbase_model: {json.dumps(base)}\ntags: [lora, lorry]\n---\n\n# {name}\n\n"
-        f"A LoRA adapter for `{base}`, trained with Lorry on `{data}`.\n\n| | |\n|---|---|\n{shown}\n\n"
+        f"{lead} for `{base}`, trained with Lorry on `{data}`.\n\n| | |\n|---|---|\n{shown}\n\n"
         f"## Use\n\n```python\nimport lorry\nmodel, tokenizer = lorry.load({json.dumps(name)})\n"
         f'print(lorry.generate(model, tokenizer, "..."))\n```\n\n## Contracts\n\n{held}\n'
     )

@@ -163,7 +163,7 @@ def refuse_other(meta: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     return [f"not bitwise: {note}" for note in notes]
 
 
-def environment(*, device: str, compiled: bool) -> dict[str, Any]:
+def environment(*, device: str, kernels: str) -> dict[str, Any]:
     """What results depend on to the last bit, besides config, data and code."""
     return {
         "torch": torch.__version__,
@@ -172,7 +172,7 @@ def environment(*, device: str, compiled: bool) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": device,
-        "compiled": compiled,
+        "kernels": kernels,
     }
 
 

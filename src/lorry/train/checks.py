@@ -5,6 +5,7 @@ A run that is silently wrong looks healthy; these look where it would show. Ever
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lorry.backends.base import Backend, Inspection, Norms, Task
 from lorry.data.batch import Batch
+from lorry.data.joint import interleaved
 from lorry.errors import ContractError
 from lorry.evaluate.loss import leak, packed_difference
 
@@ -29,6 +31,7 @@ NAMES = {
     8: "input rows accounted for",
 }
 PROOF_STEPS = 3  # steps with a rate above 0 after which every target must have seen a gradient
+ZERO = "zero"
 
 Status = Literal["held", "failed", "not_checked"]
 
@@ -50,7 +53,8 @@ class Checks:
         self.found: dict[int, Contract] = {}
         self._silent: dict[str, set[str]] = {}
         self._proof: dict[str, int] = {}
-        self._start: dict[str, Tensor] = {}
+        self._moved: dict[str, int] = {}
+        self._start: dict[str, str] = {}  # of every tensor of the adapters, its `fingerprint` as the run began
         self._inspection: Inspection | None = None
 
     def held(self, number: int, detail: str) -> None:
@@ -82,21 +86,22 @@ class Checks:
         self.held(1, f"{sum(map(len, targets.values()))} modules: {', '.join(sorted(kinds))}")
         self._inspection = self._same_sets(backend)
         if not self._start:
-            self._start = _adapters(backend)
+            self._start = _fingerprints(backend)
             self._silent = {name: set(modules) for name, modules in targets.items()}
             self._proof = dict.fromkeys(targets, 0)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed run reports what one never stopped would: JSON."""
         found = [asdict(c) for c in self.found.values()]
-        return {"found": found, "silent": {name: sorted(s) for name, s in self._silent.items()}, "proof": dict(self._proof)}
+        silent = {name: sorted(s) for name, s in self._silent.items()}
+        return {"found": found, "silent": silent, "proof": dict(self._proof), "moved": dict(self._moved)}
 
     def resume(self, backend: Backend, state: Mapping[str, Any]) -> None:
         """Take back what `state` gave; the backend must still hold the adapters as the run began with them."""
-        self._start = _adapters(backend)
+        self._start = _fingerprints(backend)
         self.found = {c["id"]: Contract(**c) for c in state["found"]}
         self._silent = {name: set(modules) for name, modules in state["silent"].items()}
-        self._proof = dict(state["proof"])
+        self._proof, self._moved = dict(state["proof"]), dict(state["moved"])
 
     def _same_sets(self, backend: Backend) -> Inspection:
         seen = backend.inspect()
@@ -110,18 +115,24 @@ class Checks:
                 raise self.fail(2, f"{odd[0]} {words} ({len(odd)} tensors)")
         return seen
 
-    def first_batches(self, backend: Backend, batches: Sequence[Batch], ends: Collection[int], *, tolerance: float) -> None:
-        """Contract 4 on the first batches. ``ends``: token ids of which one must be supervised in each sequence (empty: any)."""
+    def first_batches(
+        self, backend: Backend, batches: Sequence[Batch], ends: Sequence[Collection[int]], *, tolerance: float
+    ) -> None:
+        """Contract 4 on the first batches, across adapters, too. ``ends``: per adapter, token ids of which one must be supervised
+        in each of its sequences (empty: any)."""
         for batch in batches:
             for s, (start, stop) in enumerate(batch.segments):
                 supervised = batch.weights[start:stop] != 0
                 if not supervised.any():
                     raise self.fail(4, f"sequence {s} (key {int(batch.key[s])}) has no supervised token")
-                if ends and not set(batch.tokens[start:stop][supervised].tolist()) & set(ends):
+                stops = set(ends[int(batch.adapter[s])])
+                if stops and not set(batch.tokens[start:stop][supervised].tolist()) & stops:
                     raise self.fail(4, f"sequence {s} (key {int(batch.key[s])}) never learns to stop: no end token is supervised")
-        if leaked := leak(backend, batches[0]):
+        shared = max(batches, key=lambda batch: len(batch.adapter.unique()))  # the first of those with the most adapters
+        first = interleaved(shared, len(ends)) if len(ends) > 1 else shared
+        if leaked := leak(backend, first, max(4, len(ends))):
             raise self.fail(4, f"a sequence's scores change by {leaked:.2e} with the tokens of its neighbours in the batch")
-        difference = packed_difference(backend, batches[0])
+        difference = packed_difference(backend, first, max(8, len(ends)))
         if math.isnan(difference):
             return  # scores that are not finite are another contract's business: the loss is looked at next
         if not difference <= tolerance:
@@ -132,37 +143,44 @@ class Checks:
 
     def after_step(self, backend: Backend, norms: Norms, rates: Mapping[str, float]) -> None:
         """Contract 3, until it is proven: the modules without a gradient so far, and whether the adapter moved."""
-        for name in norms.norms:
-            if rates.get(name, 0.0) <= 0 or self._proof.get(name, PROOF_STEPS) >= PROOF_STEPS:
-                continue
+        stepped = [n for n in norms.norms if rates.get(n, 0.0) > 0 and self._proof.get(n, PROOF_STEPS) < PROOF_STEPS]
+        for name in stepped:
             self._silent[name] &= set(norms.silent.get(name, ()))
             self._proof[name] += 1
-            if self._proof[name] == PROOF_STEPS:
-                self._prove(backend, name)
+        self._prove(backend, [name for name in stepped if self._proof[name] == PROOF_STEPS])
 
     def prove(self, backend: Backend) -> None:
         """Contract 3 for adapters whose steps were too few for `after_step` to decide: at the end, before others are loaded."""
         for name, steps in self._proof.items():
-            if steps == 0 and 3 not in self.found:
+            if steps == 0:
                 raise self.fail(3, f"adapter {name!r} had no step with a learning rate above 0: the warm-up outlasts the run")
-            if 0 < steps < PROOF_STEPS:
-                self._prove(backend, name)
+        self._prove(backend, [name for name, steps in self._proof.items() if steps < PROOF_STEPS])
 
-    def _prove(self, backend: Backend, name: str) -> None:
-        if self._silent[name]:
-            where = sorted(self._silent[name])
-            raise self.fail(3, f"no gradient reached {where[0]} of adapter {name!r} ({len(where)} modules): it would never train")
-        state = backend.state()
-        stuck = [t for t in self._moving(name) if torch.equal(state[t], self._start[t])]
-        if stuck:
-            raise self.fail(3, f"{stuck[0]} did not move in {self._proof[name]} steps ({len(stuck)} tensors): it does not train")
-        steps = self._proof[name]
-        self.held(3, f"{len(self._moving(name))} zero-initialised matrices moved within {steps} steps; a gradient at each")
+    def _prove(self, backend: Backend, names: Sequence[str]) -> None:
+        """Contract 3 for adapters that have made their steps."""
+        for name in names:
+            if self._silent[name]:
+                where = sorted(self._silent[name])
+                raise self.fail(
+                    3, f"no gradient reached {where[0]} of adapter {name!r} ({len(where)} modules): it would never train"
+                )
+        now = _fingerprints(backend) if names else {}
+        for name in names:
+            stuck = [t for t in self._moving(name) if now[t] == self._start[t]]
+            if stuck:
+                raise self.fail(
+                    3, f"{stuck[0]} did not move in {self._proof[name]} steps ({len(stuck)} tensors): it does not train"
+                )
+            self._moved[name] = len(self._moving(name))
+        if names and len(self._moved) == len(self._proof):
+            whose = f" of {len(self._moved)} adapters" if len(self._moved) > 1 else ""
+            moved, steps = sum(self._moved.values()), max(self._proof.values())
+            self.held(3, f"{moved} zero-initialised matrices{whose} moved within {steps} steps; a gradient at each")
 
     def _moving(self, name: str) -> list[str]:
         """The tensors of an adapter that must move: those that began at zero (lora_B; an embedding's lora_A), or else lora_B."""
         mine = [t for t in self._start if t.startswith(f"adapter/{name}/")]
-        zero = [t for t in mine if not self._start[t].any()]
+        zero = [t for t in mine if self._start[t] == ZERO]
         return zero or [t for t in mine if t.endswith("lora_B")]
 
     # --- at the end
@@ -177,5 +195,11 @@ class Checks:
         self.held(7, "every loss and gradient was finite")
 
 
-def _adapters(backend: Backend) -> dict[str, Tensor]:
-    return {n: t.clone() for n, t in backend.state().items() if n.startswith("adapter/")}
+def _fingerprints(backend: Backend) -> dict[str, str]:
+    """The fingerprint of every tensor of the adapters: digests, since copies of all adapters would stay for the whole run."""
+    return {n: fingerprint(t) for n, t in backend.state().items() if n.startswith("adapter/")}
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, or that it is all zeros."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest() if tensor.any() else ZERO

@@ -5,59 +5,39 @@
     norms = backend.step(rates)
 
 Everything a step does is a function of (config, data, step, state), so a run killed anywhere goes on from its last checkpoint
-as if it had never stopped, bit for bit on one CPU.
+as if it had never stopped, bit for bit on one CPU. Several adapters are several jobs (`jobs.py`): each has its own rate, its own
+evaluation and its own end, after which it is absent from the batches and does not step.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorry.backends.base import Backend, Norms, Stats, Task
 from lorry.config.schema import TrainConfig
+from lorry.data.batch import Batch
+from lorry.data.joint import only, tokens_of
 from lorry.disk import durable
 from lorry.disk.metrics import MetricsWriter, cut_after, iterate
-from lorry.errors import ConfigError, Interrupted, NonFiniteError
+from lorry.errors import Interrupted, NonFiniteError
 from lorry.evaluate.loss import evaluate_task
 from lorry.train import checkpoint
 from lorry.train.checks import Checks
 from lorry.train.events import Listener
+from lorry.train.jobs import Job, Outcome, Progress, Standing, held, mean, together
 from lorry.train.memory import peak_memory
-from lorry.train.schedule import rate, warmup_steps
 from lorry.train.signals import Stop, watching
 
 METRICS = "metrics.jsonl"
 
 
-@dataclass
-class Progress:
-    """Where a run stands; with the backend's and the task's state, all of it."""
-
-    step: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    waited: int = 0
-    stopped_early: bool = False
-
-
-@dataclass
-class Outcome:
-    """What a finished run has to say."""
-
-    steps: int
-    final_loss: float | None
-    best_step: int | None
-    stopped_early: bool
-    last_evaluation: Mapping[str, float] = field(default_factory=dict)
-
-
 class Engine:
     """Runs a task on a backend. ``identity``: {"config", "digests"} of this run, stored in checkpoints and compared on resume;
-    ``epoch_of(step)``: the epoch a step belongs to, counted from 0; ``ends``, ``tolerance``: contract 4."""
+    ``jobs``: one per adapter of the task, in its order; left out, all are alike: ``train``'s settings, the task's steps,
+    ``epoch_of(step)``, the epoch a step belongs to, counted from 0, and ``ends`` (contract 4, as ``tolerance``)."""
 
     def __init__(
         self,
@@ -67,23 +47,21 @@ class Engine:
         run_dir: Path,
         *,
         identity: Mapping[str, Any],
-        epoch_of: Callable[[int], int],
-        steps_per_epoch: int | None,
         checks: Checks,
+        jobs: Sequence[Job] = (),
+        epoch_of: Callable[[int], int] = lambda step: 0,
+        steps_per_epoch: int | None = None,
         listeners: Sequence[Listener] = (),
         ends: Sequence[int] = (),
         tolerance: float = 1e-5,
     ) -> None:
         self.backend, self.task, self.train, self.run_dir = backend, task, train, run_dir
-        self.identity, self.epoch_of, self.checks = identity, epoch_of, checks
-        self.steps_per_epoch = steps_per_epoch
-        self.listeners, self.ends, self.tolerance = listeners, ends, tolerance
-        self.progress = Progress()
-        self.total = task.total_steps
-        # the share is rounded up, as transformers does, but may not take a run's only step
-        self.warmup = train.warmup_steps or min(warmup_steps(self.total, train.warmup_ratio), max(self.total - 1, 0))
-        self.final_loss: float | None = None
-        self.epoch = 0
+        self.identity, self.checks, self.listeners, self.tolerance = identity, checks, listeners, tolerance
+        alike = [Job(name, train, task.total_steps, epoch_of, steps_per_epoch, ends) for name in task.adapters]
+        self.jobs = {job.name: job for job in jobs or alike}
+        self.progress = Progress(0, {name: Standing() for name in self.jobs})
+        self.total = max(job.total for job in self.jobs.values())
+        self.epochs: dict[str, int] = {}  # of the step just made, by the jobs that took part
         self.newest: Path | None = None  # the checkpoint this run last wrote, or went on from
         self.origin: Path | None = None
 
@@ -97,26 +75,28 @@ class Engine:
         with MetricsWriter(self.run_dir / METRICS) as metrics, watching() as stop:
             self._tell("start", self.progress.step, self.total)
             try:
-                while self.progress.step < self.total and not self.progress.stopped_early:
+                while self.active():
                     self._one_step(metrics)
                     self._after(metrics, stop)
             finally:
                 self._tell("finish")
         self.checks.prove(self.backend)
-        p = self.progress
-        best = p.best_step if self.train.load_best_model_at_end else None
-        if best is not None:
-            self._load_best(best)
-        return Outcome(p.step, self.final_loss, p.best_step, p.stopped_early, self._evaluation_of(best))
+        best = {name: self._standing(name).best_step for name, job in self.jobs.items() if job.train.load_best_model_at_end}
+        self._load_best({name: step for name, step in best.items() if step is not None})
+        return Outcome.of({name: self._outcome(name, best.get(name)) for name in self.jobs})
+
+    def active(self) -> list[Job]:
+        """The jobs that have a step to make."""
+        return [j for j in self.jobs.values() if self.progress.step < j.total and not self._standing(j.name).stopped_early]
 
     def _one_step(self, metrics: MetricsWriter) -> None:
-        began, step = time.perf_counter(), self.progress.step
-        self.epoch = self.epoch_of(step)
-        batches = self.task.step_batches(step, {"self": self.backend})
+        began, step, active = time.perf_counter(), self.progress.step, self.active()
+        self.epochs = {job.name: job.epoch_of(step) for job in active}
+        batches = self._batches(step, active)
         if 4 not in self.checks.found:
-            self.checks.first_batches(self.backend, batches, self.ends, tolerance=self.tolerance)
+            self.checks.first_batches(self.backend, batches, [j.ends for j in self.jobs.values()], tolerance=self.tolerance)
             began = time.perf_counter()  # the checks of the first batch are not part of a step's time
-        rates = dict.fromkeys(self.task.adapters, self._rate(step))
+        rates = {job.name: job.rate(step) for job in active}
         try:
             stats = self.backend.forward_backward(batches, self.task, step)
             norms = self.backend.step(rates)
@@ -126,23 +106,30 @@ class Engine:
         self.task.after_step(stats)
         self.checks.after_step(self.backend, norms, rates)
         self.progress.step += 1
-        record = self._record(stats, norms, rates, time.perf_counter() - began)
+        for job in active:
+            standing = self._standing(job.name)
+            standing.steps = self.progress.step
+            standing.loss = stats.loss[job.name] if job.name in stats.present else standing.loss
+        record = self._record(stats, norms, rates, batches, time.perf_counter() - began)
         metrics.write(record)
         self._tell("step", record)
 
-    def _rate(self, step: int) -> float:
-        t = self.train
-        return rate(step, self.total, kind=t.lr_scheduler_type, base=t.learning_rate, warmup=self.warmup)
+    def _batches(self, step: int, active: Sequence[Job]) -> list[Batch]:
+        """The step's micro-batches, without the sequences of jobs that are done."""
+        batches = self.task.step_batches(step, {"self": self.backend})
+        names = {job.name for job in active}
+        return batches if len(names) == len(self.jobs) else only(batches, [k for k, n in enumerate(self.jobs) if n in names])
 
-    def _record(self, stats: Stats, norms: Norms, rates: Mapping[str, float], seconds: float) -> dict[str, Any]:
+    def _record(
+        self, stats: Stats, norms: Norms, rates: Mapping[str, float], batches: Sequence[Batch], seconds: float
+    ) -> dict[str, Any]:
         """One line of metrics.jsonl: plain numbers for one adapter, a mapping under `adapters` as well for several."""
-        names = sorted(stats.present)
-        loss = sum(stats.loss[n] for n in names) / max(len(names), 1)
-        self.final_loss = loss
+        names, step = [name for name in self.jobs if name in stats.present], self.progress.step
+        longest = max((self.jobs[name] for name in rates), key=lambda job: job.total)
         record: dict[str, Any] = {
-            "step": self.progress.step,
-            "epoch": self.progress.step / self.steps_per_epoch if self.steps_per_epoch else self.epoch_of(self.progress.step),
-            "loss": loss,
+            "step": step,
+            "epoch": longest.epochs(step),
+            "loss": mean([stats.loss[n] for n in names]) if names else 0.0,
             "learning_rate": max(rates.values()),
             "grad_norm": sum(n * n for n in norms.norms.values()) ** 0.5,
             "tokens": stats.tokens,
@@ -152,75 +139,79 @@ class Engine:
         }
         if len(stats.terms) > 1:
             record |= {f"loss_{term}": sum(values[n] for n in names) / max(len(names), 1) for term, values in stats.terms.items()}
-        if len(stats.loss) > 1:
-            record["adapters"] = {n: {"loss": stats.loss[n], "grad_norm": norms.norms.get(n)} for n in names}
+        if len(self.jobs) > 1:
+            tokens = dict(zip(self.jobs, tokens_of(batches, len(self.jobs)), strict=True))
+            record["adapters"] = {
+                n: {
+                    "epoch": self.jobs[n].epochs(step), "loss": stats.loss[n], "learning_rate": rates[n],
+                    "grad_norm": norms.norms.get(n), "tokens": tokens[n],
+                }
+                for n in names
+            }  # fmt: skip
         return record
 
     # --- between steps
 
     def _after(self, metrics: MetricsWriter, stop: Stop) -> None:
-        last = self.progress.step == self.total
-        improved = self._evaluate(metrics) if self._due(self.train.eval_strategy, self.train.eval_steps, last) else False
-        strategy = self.train.save_strategy
-        due = strategy != "no" and (last or self.progress.stopped_early or self._due(strategy, self.train.save_steps, last))
-        keep_best = improved and (self.train.load_best_model_at_end or strategy != "no")
+        improved = self._evaluate(metrics)
+        finished, strategy = not self.active(), self.train.save_strategy
+        due = strategy != "no" and (finished or any(self._due(name, strategy, self.train.save_steps) for name in self.epochs))
+        keep_best = any(self.jobs[name].train.load_best_model_at_end or strategy != "no" for name in improved)
         if due or keep_best or stop.requested or stop.take_save():
             self.save()
-        if stop.requested and not last:
+        if stop.requested and not finished:
             raise Interrupted(
                 f"{stop.requested} arrived; step {self.progress.step} of {self.total} is saved in {self.run_dir}. "
                 "The same command with resume_from_checkpoint=auto goes on from there"
             )
 
-    def _due(self, strategy: str | None, every: int | None, last: bool) -> bool:
-        if strategy == "steps":
-            return bool(every) and self.progress.step % int(every or 1) == 0
-        if strategy == "epoch":
-            return last or self.epoch_of(self.progress.step) > self.epoch
-        return False
+    def _due(self, name: str, strategy: str | None, every: int | None) -> bool:
+        return self.jobs[name].due(strategy, every, self.progress.step, self.epochs[name])
 
-    def _evaluate(self, metrics: MetricsWriter) -> bool:
-        """Evaluate, log, and update what is best. Returns whether it is."""
-        found = evaluate_task(self.backend, self.task)
-        record = {"step": self.progress.step, **found}
+    def _evaluate(self, metrics: MetricsWriter) -> list[str]:
+        """Evaluate the jobs of this step that are due, log, and update what is best. Returns those at their best."""
+        train = {name: self.jobs[name].train for name in self.epochs}
+        due = [name for name, t in train.items() if self._due(name, t.eval_strategy, t.eval_steps)]
+        if not due:
+            return []
+        found = {name: evaluate_task(self.backend, held(self.task, name)) for name in due}
+        record: dict[str, Any] = {"step": self.progress.step, **together(list(found.values()))}
+        if len(self.jobs) > 1:
+            record["adapters"] = found
         metrics.write(record)
         self._tell("evaluation", record)
-        name = self.train.metric_for_best_model
-        name = name if name.startswith("eval_") else f"eval_{name}"
-        if name not in found:
-            raise ConfigError(f"train.metric_for_best_model is {name!r}; evaluation gives {', '.join(found)}")
-        p, value = self.progress, found[name]
-        ahead = p.best is None or (value > p.best if self.train.greater_is_better else value < p.best)
-        better = ahead and math.isfinite(value)
-        if better:
-            p.best, p.best_step, p.waited = value, p.step, 0
-        else:
-            p.waited += 1
-            patience = self.train.early_stopping_patience
-            p.stopped_early = patience is not None and p.waited >= patience
-        return better
+        return [name for name, values in found.items() if self._standing(name).judge(values, train[name])]
 
-    def _evaluation_of(self, step: int | None) -> dict[str, float]:
+    def _standing(self, name: str) -> Standing:
+        return self.progress.jobs[name]
+
+    def _outcome(self, name: str, best: int | None) -> Outcome:
+        """How a job ended. ``best``: the step whose adapter it ended with, if not the last."""
+        s = self._standing(name)
+        return Outcome(s.steps, s.loss, s.best_step, s.stopped_early, self._evaluation_of(name, best))
+
+    def _evaluation_of(self, name: str, step: int | None) -> dict[str, float]:
         """What was logged when a step was evaluated (None: the last evaluation, if any), by this process or an earlier one."""
-        logged = [r for _, r in iterate(self.run_dir / METRICS) if "eval_loss" in r and step in (None, r["step"])]
-        return {name: value for name, value in logged[-1].items() if name != "step"} if logged else {}
+        several = len(self.jobs) > 1
+        lines = ((r["step"], r.get("adapters", {}).get(name, {}) if several else r) for _, r in iterate(self.run_dir / METRICS))
+        logged = [values for at, values in lines if "eval_loss" in values and step in (None, at)]
+        return {metric: value for metric, value in logged[-1].items() if metric != "step"} if logged else {}
 
     # --- state
 
     def save(self) -> Path:
         """Write a checkpoint of this step; the best one is never pruned."""
         meta = {
-            **self.identity, "progress": vars(self.progress), "task": self.task.state(), "checks": self.checks.state(),
-            "final_loss": self.final_loss,
+            **self.identity, "progress": self.progress.state(), "task": self.task.state(), "checks": self.checks.state(),
         }  # fmt: skip
         durable.settle(self.run_dir / METRICS)
         self.newest = checkpoint.save(self.run_dir, self.progress.step, self.backend.state(), meta, **self._kept())
         return self.newest
 
     def _kept(self) -> dict[str, Any]:
-        """Which checkpoints stay: the newest few, and the best one."""
-        best = self.progress.best_step
-        return {"keep": self.train.save_total_limit, "protect": [] if best is None else [best]}
+        """Which checkpoints stay: the newest few, and the best one of every job."""
+        best = {standing.best_step for standing in self.progress.jobs.values()}
+        return {"keep": self.train.save_total_limit, "protect": sorted(step for step in best if step is not None)}
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint. Raises ConfigError if it belongs to other data or another config, ModelError if damaged."""
@@ -230,20 +221,25 @@ class Engine:
         self.checks.resume(self.backend, meta["checks"])
         self.backend.load_state(tensors)
         self.task.load_state(meta["task"])
-        self.progress = Progress(**meta["progress"])
-        self.final_loss = meta["final_loss"]
+        self.progress = Progress.of(meta["progress"])
         checkpoint.tidy(self.run_dir, self.progress.step, **self._kept())
         here = self.run_dir / "checkpoints" / f"step-{self.progress.step:08d}"
         self.newest, self.origin = here if here.is_dir() else path, path
         self._tell("note", f"resumed from {path.name}: {self.progress.step} of {self.total} steps are done")
 
-    def _load_best(self, step: int) -> None:
-        path = self.run_dir / "checkpoints" / f"step-{step:08d}"
-        if self.origin is not None and not path.is_dir():  # the best step lies before a start from another run's checkpoint
-            path = self.origin.with_name(path.name)
-        tensors, _ = checkpoint.load(path)
-        self.backend.load_state(tensors)
-        self._tell("note", f"loaded the best adapter, of step {step}")
+    def _load_best(self, steps: Mapping[str, int]) -> None:
+        """Put each job's adapter, with its moments, back to the step that was its best."""
+        state = self.backend.state()
+        for step in sorted(set(steps.values())):
+            path = self.run_dir / "checkpoints" / f"step-{step:08d}"
+            if self.origin is not None and not path.is_dir():  # the best step lies before a start from another run's checkpoint
+                path = self.origin.with_name(path.name)
+            names = [name for name, best in steps.items() if best == step]
+            state |= {key: t for key, t in checkpoint.load(path)[0].items() if key.split("/")[1] in names}
+            whose = f", of {', '.join(names)}" if len(self.jobs) > 1 else ""
+            self._tell("note", f"loaded the best adapter{whose}, of step {step}")
+        if steps:
+            self.backend.load_state(state)
 
     def _tell(self, what: str, *words: Any) -> None:
         for listener in self.listeners:

@@ -40,7 +40,8 @@ class Plain:
             print(f"step {record['step']}/{self.total}  {figures(record)}", file=self.out, flush=True)
 
     def evaluation(self, record: Record) -> None:
-        print(f"step {record['step']}/{self.total}  {shown_evaluation(record)}", file=self.out, flush=True)
+        for line in shown_evaluation(record):
+            print(f"step {record['step']}/{self.total}  {line}", file=self.out, flush=True)
 
     def note(self, text: str) -> None:
         print(text, file=self.out, flush=True)
@@ -66,7 +67,8 @@ class Live:
         self.progress.update(self.bar, completed=record["step"], figures=figures(record))
 
     def evaluation(self, record: Record) -> None:
-        self.console.print(f"step {record['step']}: {shown_evaluation(record)}", highlight=False)
+        for line in shown_evaluation(record):
+            self.console.print(f"step {record['step']}: {line}", highlight=False, markup=False)
 
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
@@ -76,15 +78,23 @@ class Live:
 
 
 def figures(record: Record) -> str:
-    """Loss, rate of work and memory of a step in a few words."""
+    """Loss, rate of work and memory of a step in a few words; of several adapters, the loss of each."""
     speed = record["tokens"] / record["seconds"] if record.get("seconds") else float("nan")
     memory = record.get("peak_memory_bytes", 0) / 2**30
-    return f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {speed:.0f} tok/s  {memory:.2f} GiB"
+    work = f"lr {record['learning_rate']:.2e}  {speed:.0f} tok/s  {memory:.2f} GiB"
+    if "adapters" in record:
+        return f"{work}  loss " + "  ".join(f"{name} {one['loss']:.4f}" for name, one in record["adapters"].items())
+    return f"loss {record['loss']:.4f}  {work}"
 
 
-def shown_evaluation(record: Record) -> str:
-    """The values of an evaluation line in a few words."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step" and isinstance(value, float))
+def shown_evaluation(record: Record) -> list[str]:
+    """The values of an evaluation in a few words; of several adapters, a line each."""
+    several = record.get("adapters", {"": record})
+    words = {
+        name: "  ".join(f"{metric} {value:.4f}" for metric, value in one.items() if metric != "step" and isinstance(value, float))
+        for name, one in several.items()
+    }
+    return [f"{name}  {text}" if name else text for name, text in words.items()]
 
 
 def for_terminal(every: int) -> Listener:

@@ -21,21 +21,24 @@ class Tracker:
         pass
 
     def step(self, record: Record) -> None:
-        self._log(
-            {f"train/{n}": float(v) for n, v in record.items() if isinstance(v, (int, float)) and n != "step"}, record["step"]
-        )
+        self._log({f"train/{name}": value for name, value in _numbers(record).items()}, record["step"])
 
     def evaluation(self, record: Record) -> None:
-        values = {
-            n.replace("eval_", "eval/", 1): float(v) for n, v in record.items() if isinstance(v, (int, float)) and n != "step"
-        }
-        self._log(values, record["step"])
+        named = {name.replace("eval_", "eval/", 1): value for name, value in _numbers(record).items()}
+        self._log(named, record["step"])
 
     def note(self, text: str) -> None:
         pass
 
     def finish(self) -> None:
         self._close()
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    """Every number of a line but its step; those of one of several adapters under NUMBER/ADAPTER."""
+    plain = {name: float(v) for name, v in record.items() if isinstance(v, (int, float)) and name != "step"}
+    own = record.get("adapters", {})
+    return plain | {f"{n}/{adapter}": float(v) for adapter, one in own.items() for n, v in one.items() if v is not None}
 
 
 def _need(module: str, package: str) -> Any:

@@ -21,7 +21,7 @@ def main(run: Run, notes: list[str]) -> int:
     page = build([result.path])
     finished = load(result.path)
     console = Console(stderr=True)
-    console.print(table.summary(finished))
+    console.print(table.summary(finished), *table.adapters(finished))
     console.print(table.contracts(finished))
     print(f"report  {page}", file=sys.stderr)
     print(f"chat    lorry chat {result.path}", file=sys.stderr)

@@ -1,0 +1,241 @@
+"""Several jobs in one run (`jobs:`), and the grids that make them (`lorry sweep`): the run, with a few settings of its own each.
+
+    jobs: [{name: small, r: 8}, {name: large, r: 64, learning_rate: 1e-4}]
+    lorry sweep run.yaml r=8,16,32 learning_rate=1e-4,3e-4
+
+A job is read, placed and validated as the run it would be alone; what a `Run` keeps of it is its name and the values that differ,
+so that a description written and read back is the same jobs. `jobs_of` gives them back whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from lorry.config.base import Group
+from lorry.config.names import Names, members, names_of, show
+from lorry.config.place import Given, Placed, field_of, place, typed_list
+from lorry.config.schema import JOBS, DataConfig, LoraConfig, Run, TrainConfig
+from lorry.errors import ConfigError
+
+EXPANDED = ("jobs", "sweep")  # settings that stand for jobs
+GROUPS = ("lora", "data", "train")
+# What a pass does once for all its jobs. Everything else of lora, data and train may differ.
+SHARED = frozenset(
+    f"train.{name}"
+    for name in (
+        *["gradient_checkpointing", "logging_steps", "save_strategy", "save_steps", "save_total_limit"],
+        *["resume_from_checkpoint", "report_to", "run_name"],
+    )
+) | {"lora.adapter_name"}
+# names in a run directory that are not an adapter's
+TAKEN = frozenset(["checkpoints", "previous", "tensorboard", "data"])
+FILES = frozenset([".json", ".jsonl", ".yaml", ".html", ".png", ".md", ".safetensors", ".jinja", ".model", ".txt"])
+SHORT = {
+    "learning_rate": "lr", "lora_alpha": "alpha", "lora_dropout": "dropout", "num_train_epochs": "epochs", "max_steps": "steps",
+    "per_device_train_batch_size": "batch", "gradient_accumulation_steps": "accumulation", "weight_decay": "decay",
+    "warmup_ratio": "warmup", "warmup_steps": "warmup", "max_grad_norm": "clip", "loraplus_lr_ratio": "plus",
+    "lr_scheduler_type": "", "target_modules": "", "init_lora_weights": "init", "use_rslora": "rslora", "path": "", "data": "",
+}  # fmt: skip
+
+
+class JobSettings(Group):
+    """The names that a job's settings may have."""
+
+    lora: LoraConfig
+    data: DataConfig
+    train: TrainConfig
+
+
+@dataclass(frozen=True)
+class Item:
+    """A job as it was given: its name, its settings, and where the whole of it stands."""
+
+    name: str
+    settings: Sequence[Given]
+    where: str
+
+
+@dataclass(frozen=True)
+class Own:
+    """A job's own settings as a tree, with the place of each."""
+
+    name: str
+    tree: dict[str, dict[str, Any]]
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def over(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of the run with this job's in their place. Raises ConfigError for a run without an adapter."""
+        if "lora" in tree and tree["lora"] is None:
+            raise ConfigError("lora=null (training the base weights themselves) leaves no adapters for jobs")
+        return {**tree, **{group: {**tree.get(group, {}), **own} for group, own in self.tree.items()}}
+
+
+def lay(tree: dict[str, Any], placed: Placed) -> None:
+    """Put a setting into a tree of groups."""
+    group, _, leaf = placed.dotted.rpartition(".")
+    if group:
+        tree[group] = {**(tree.get(group) or {}), leaf: placed.value}
+    else:
+        tree[leaf] = placed.value
+
+
+# --- what was given, as items
+
+
+def is_axis(given: Given) -> bool:
+    """Whether a typed setting is several values to try: ``r=8,16``, for a field that takes neither text nor a list of its own."""
+    wanted = field_of(names_of(JobSettings), given.key)
+    if wanted is None or not given.typed or not isinstance(given.value, str):
+        return False
+    kinds = members(wanted.annotation)
+    plain = str not in kinds and not any(getattr(kind, "__origin__", None) in (list, dict) for kind in kinds)
+    return plain and ("," in given.value or given.value.startswith("["))
+
+
+def items_of(several: Mapping[str, Given], axes: Sequence[Given]) -> list[Item]:
+    """The jobs that are meant. Raises ConfigError where both a list of jobs and a sweep are given."""
+    jobs, sweep = several.get("jobs"), several.get("sweep")
+    given = [] if jobs is None or jobs.value is None else _listed(jobs)
+    swept = _swept(sweep, axes)
+    if given and swept:
+        raise ConfigError(f"{swept[0].where}: a list of jobs and a sweep are both given; keep one")
+    items = given or swept
+    seen = dict[str, str]()
+    for item in items:
+        if item.name.lower() in seen:
+            first = seen[item.name.lower()]
+            raise ConfigError(
+                f"{item.where}: two jobs are called {item.name!r} (the first: {first}); each has a folder of its name"
+            )
+        seen[item.name.lower()] = item.where
+    return items
+
+
+def _listed(given: Given) -> list[Item]:
+    if not isinstance(given.value, list) or not all(isinstance(one, Mapping) for one in given.value):
+        raise ConfigError(f"{given.where}: jobs: got {show(given.value)}; give {JOBS}")
+    return [_item(given, number, one) for number, one in enumerate(given.value)]
+
+
+def _item(given: Given, number: int, one: Mapping[str, Any]) -> Item:
+    where = given.inner.get(str(number), given.where)
+    if not isinstance(one.get("name"), (str, int)):
+        raise ConfigError(f"{where}: job {number + 1} has no name; give name: and the settings that are its own")
+    name = str(one["name"])
+    if name in TAKEN or Path(name).suffix in FILES:
+        raise ConfigError(f"{where}: {name!r} cannot be a job's name: a run directory has a file or folder like that")
+    settings = [each for key, value in one.items() if key != "name" for each in _spread(given, f"{number}.", key, value)]
+    return Item(name, settings, where)
+
+
+def _spread(given: Given, prefix: str, key: str, value: Any) -> list[Given]:
+    """One setting per field of a group that a job has as a map."""
+    where = given.inner.get(f"{prefix}{key}", given.where)
+    if key in GROUPS and isinstance(value, Mapping):
+        lines = {inner: given.inner.get(f"{prefix}{key}.{inner}", where) for inner in value}
+        return [Given(f"{key}.{inner}", each, lines[inner]) for inner, each in value.items()]
+    return [Given(key, value, where)]
+
+
+def _swept(sweep: Given | None, axes: Sequence[Given]) -> list[Item]:
+    """Every combination of a map of lists, or the maps of a list as they are; names are made from the values."""
+    value = sweep.value if sweep is not None else None
+    if sweep is not None and isinstance(value, list) and value:
+        if axes or not all(isinstance(one, Mapping) for one in value):
+            raise ConfigError(f"{sweep.where}: a sweep is a map of lists, or a list of maps and nothing beside it")
+        return _named([[each for k, v in one.items() for each in _spread(sweep, f"{n}.", k, v)] for n, one in enumerate(value)])
+    if value and not isinstance(value, Mapping):
+        raise ConfigError(f"{sweep.where if sweep else ''}: a sweep is a map of lists, such as {{r: [8, 16]}}; got {show(value)}")
+    given = [] if sweep is None or not value else [each for k, v in value.items() for each in _spread(sweep, "", k, v)]
+    typed = [Given(axis.key, typed_list(axis.value), axis.where) for axis in axes]
+    grid = list({axis.key: axis for axis in (*given, *typed)}.values())
+    choices = [[Given(a.key, one, a.where) for one in (a.value if isinstance(a.value, list) else [a.value])] for a in grid]
+    return _named([list(chosen) for chosen in product(*choices)]) if grid else []
+
+
+def _named(combinations: Sequence[Sequence[Given]]) -> list[Item]:
+    names = ["-".join(_label(given) for given in settings) or "job" for settings in combinations]
+    items = list[Item]()
+    for name, settings in zip(names, combinations, strict=True):
+        short = name if len(name) <= 56 else f"{name[:52]}-{len(items) + 1}"
+        if any(short == item.name for item in items):
+            raise ConfigError(f"{settings[0].where}: the sweep has the same combination twice: {short}")
+        items.append(Item(short, settings, settings[0].where))
+    return items
+
+
+def _label(given: Given) -> str:
+    """``r8``, ``lr1e-4``, ``cosine``: a setting in a name."""
+    leaf = given.key.rpartition(".")[2]
+    value = given.value
+    if isinstance(value, float):
+        mantissa, exponent = f"{value:.6e}".split("e")
+        plain = f"{value:g}" if 1e-2 <= abs(value) < 1e4 or not value else f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    elif isinstance(value, str) and ("/" in value or leaf == "path"):
+        plain = Path(value).stem
+    else:
+        plain = "+".join(map(str, value)) if isinstance(value, list) else str(value).lower()
+    return re.sub(r"[^A-Za-z0-9_-]+", lambda m: "." if m[0] == "." else "-", f"{SHORT.get(leaf, leaf)}{plain}").strip(".-")
+
+
+# --- from items to a run's jobs, and back
+
+
+def own_settings(names: Names, item: Item, notes: list[str]) -> Own:
+    """A job's settings under their full names. Raises ConfigError for one that is unknown, or the same for all jobs."""
+    mine = names_of(JobSettings)
+    own = Own(item.name, {"lora": {}, "data": {}, "train": {}})
+    for given in item.settings:
+        if field_of(mine, given.key) is None and not mine.candidates(given.key) and given.key not in mine.groups:
+            _refuse_shared(names, given)
+        for placed in place(mine, given, notes):
+            if placed.dotted in SHARED:
+                _refuse(given, placed.dotted)
+            group, _, leaf = placed.dotted.partition(".")
+            if not leaf:
+                raise ConfigError(
+                    f"{given.where}: {given.key}={show(given.value)} is no setting of a job; every job is an adapter"
+                )
+            if leaf in own.tree[group]:
+                raise ConfigError(f"{given.where}: {placed.dotted} is given twice for the job {item.name!r}; keep one")
+            own.tree[group][leaf] = placed.value
+            own.origins[placed.dotted] = given.where
+    return Own(own.name, {group: settings for group, settings in own.tree.items() if settings}, own.origins)
+
+
+def _refuse_shared(names: Names, given: Given) -> None:
+    """Say of a setting of the run that it cannot differ; an unknown one is left to be refused as such."""
+    if given.key in names.groups or names.candidates(given.key) or field_of(names, given.key) is not None:
+        _refuse(given, next(iter(names.candidates(given.key)), given.key))
+
+
+def _refuse(given: Given, dotted: str) -> None:
+    raise ConfigError(f"{given.where}: {dotted} is the same for all jobs of a run; set it beside jobs, not in one of them")
+
+
+def differences(run: BaseModel, alone: BaseModel) -> dict[str, dict[str, Any]]:
+    """{group: {setting: value}} of a job where it is not the run's, in plain values."""
+    theirs, own = run.model_dump(mode="json"), alone.model_dump(mode="json")
+    return {g: {k: v for k, v in own[g].items() if v != theirs[g][k]} for g in GROUPS}
+
+
+def jobs_of(run: Run) -> dict[str, Run]:
+    """{adapter: the run it would be alone}: of a run without `jobs`, itself. Raises ConfigError when there is no adapter."""
+    if run.lora is None:
+        raise ConfigError("lora=null (training the base weights themselves) is not built yet; leave lora out for an adapter")
+    if not run.jobs:
+        return {run.lora.adapter_name: run}
+    whole = run.model_dump(mode="json", exclude={"jobs"})
+    alone = {}
+    for job in run.jobs:
+        own: dict[str, Any] = {group: {**whole[group], **getattr(job, group)} for group in GROUPS}
+        own["lora"]["adapter_name"] = job.name
+        alone[job.name] = Run.model_validate({**whole, **own, "output_dir": run.output_dir / job.name})
+    return alone

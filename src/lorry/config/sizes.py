@@ -1,0 +1,27 @@
+"""Amounts of memory as people write them: ``3GiB``, ``800 MB``, ``2.5gb``."""
+
+from __future__ import annotations
+
+import re
+
+UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+    "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40,
+}  # fmt: skip
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes. Raises ValueError for anything that is not a positive number with a unit."""
+    found = SIZE.fullmatch(text.strip())
+    if found is None or (unit := found[2].upper()) not in UNITS:
+        raise ValueError(f"{text[:40]!r} is no amount of memory; write a number with its unit, such as 3GiB or 800MB")
+    size = int(float(found[1]) * UNITS[unit])
+    if size < 1:
+        raise ValueError(f"{text[:40]!r} is no amount of memory; it must be above 0")
+    return size
+
+
+def in_words(size: float) -> str:
+    """``3221225472 -> 3.00 GiB``; MiB below one GiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

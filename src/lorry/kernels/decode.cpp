@@ -1,0 +1,258 @@
+// One step of generation: the key/value cache, attention of each row's newest token over what the cache holds of that row, and the
+// choice of a token, in bfloat16 and float.
+//
+// Every row is computed alone, in a fixed order: its result depends neither on its neighbours nor on the number of threads.
+#include "common.h"
+
+#include <algorithm>
+#include <vector>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+static inline float wide(float x) { return x; }
+static inline float wide(bf16 x) { return widen(x); }
+static inline void put(float& to, float x) { to = x; }
+static inline void put(bf16& to, float x) { to = narrow(x); }
+
+// A row of the cache is one piece of memory [layers, 2, groups, held, width], keys then values; table [rows, 2]: its address, held.
+template <typename T>
+static inline T* part(const int64_t* table, long row, long layer, long side, long groups, long g, long width) {
+    return (T*)table[2 * row] + (((layer * 2 + side) * groups + g) * table[2 * row + 1]) * width;
+}
+
+// Store k, v [tokens, groups, width] of tokens at (row, position) of a layer.
+template <typename T>
+static void store(const T* k, const T* v, const int64_t* table, const int64_t* rows, const int64_t* positions, long layer, long tokens,
+                  long groups, long width) {
+#pragma omp parallel for schedule(static) if (tokens * groups * width > PARALLEL)
+    for (long t = 0; t < tokens; t++)
+        for (long g = 0; g < groups; g++) {
+            long from = (t * groups + g) * width, to = positions[t] * width;
+            std::memcpy(part<T>(table, rows[t], layer, 0, groups, g, width) + to, k + from, width * sizeof(T));
+            std::memcpy(part<T>(table, rows[t], layer, 1, groups, g, width) + to, v + from, width * sizeof(T));
+        }
+}
+
+// Scores of `share` query heads against n keys, and sums of n values weighted by them: p [share, n], out [share, width].
+template <typename T>
+static void score_any(const T* q, const T* k, long n, long share, long width, float* p, long first) {
+    for (long t = first; t < n; t++)
+        for (long h = 0; h < share; h++) {
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (long i = 0; i < width; i++) sum += wide(q[h * width + i]) * wide(k[t * width + i]);
+            p[h * n + t] = sum;
+        }
+}
+
+template <typename T>
+static void weigh_any(const float* p, const T* v, long n, long share, long width, float* out) {
+    for (long t = 0; t < n; t++)
+        for (long h = 0; h < share; h++) {
+            float by = p[h * n + t];
+#pragma omp simd
+            for (long i = 0; i < width; i++) out[h * width + i] += by * wide(v[t * width + i]);
+        }
+}
+
+#if defined(__AVX512BF16__)
+// Lane i of the result is the sum over the lanes of r[i].
+static inline __m512 sums16(const __m512* r) {
+    __m512 a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++) a[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    for (int i = 0; i < 2; i++)
+        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+}
+
+template <int D>
+static void score_wide(const bf16* q, const bf16* k, const bf16* v, long n, long share, float* p) {
+    long t = 0;
+    for (; t + 16 <= n; t += 16) {
+        for (long i = t * D; i < (t + 16) * D; i += 32) _mm_prefetch((const char*)(v + i), _MM_HINT_T1);
+        for (long h = 0; h < share; h++) {
+            __m512bh query[D / 32];
+            for (int d = 0; d < D / 32; d++) query[d] = (__m512bh)_mm512_loadu_si512(q + h * D + 32 * d);
+            __m512 r[16];
+            for (int i = 0; i < 16; i++) {
+                r[i] = _mm512_setzero_ps();
+                for (int d = 0; d < D / 32; d++) r[i] = _mm512_dpbf16_ps(r[i], (__m512bh)_mm512_loadu_si512(k + (t + i) * D + 32 * d), query[d]);
+            }
+            _mm512_storeu_ps(p + h * n + t, sums16(r));
+        }
+    }
+    score_any(q, k, n, share, D, p, t);
+}
+
+template <int D, int H>
+static void weigh_heads(const float* p, const bf16* v, long n, float* out, const bf16* next) {
+    __m512 sum[H][D / 16];
+    for (int h = 0; h < H; h++)
+        for (int d = 0; d < D / 16; d++) sum[h][d] = _mm512_setzero_ps();
+    for (long t = 0; t < n; t++) {
+        for (int d = 0; d < D; d += 32) _mm_prefetch((const char*)(next + t * D + d), _MM_HINT_T1);
+        for (int d = 0; d < D / 16; d++) {
+            __m512i half = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(v + t * D + 16 * d)));
+            __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(half, 16));
+            for (int h = 0; h < H; h++) sum[h][d] = _mm512_fmadd_ps(_mm512_set1_ps(p[h * n + t]), x, sum[h][d]);
+        }
+    }
+    for (int h = 0; h < H; h++)
+        for (int d = 0; d < D / 16; d++) _mm512_storeu_ps(out + h * D + 16 * d, sum[h][d]);
+}
+
+template <int D>
+static void weigh_wide(const float* p, const bf16* v, long n, long share, float* out, const bf16* next) {
+    constexpr int MOST = D <= 64 ? 4 : 2;
+    long h = 0;
+    for (; share - h >= MOST; h += MOST) weigh_heads<D, MOST>(p + h * n, v, n, out + h * D, next);
+    if (share - h == 3) weigh_heads<D, 3>(p + h * n, v, n, out + h * D, next);
+    if (share - h == 2) weigh_heads<D, 2>(p + h * n, v, n, out + h * D, next);
+    if (share - h == 1) weigh_heads<D, 1>(p + h * n, v, n, out + h * D, next);
+}
+
+#endif
+
+static void score(const float* q, const float* k, const float*, long n, long share, long width, float* p) { score_any(q, k, n, share, width, p, 0); }
+static void weigh(const float* p, const float* v, long n, long share, long width, float* out, const float*) { weigh_any(p, v, n, share, width, out); }
+
+static void score(const bf16* q, const bf16* k, const bf16* v, long n, long share, long width, float* p) {
+#if defined(__AVX512BF16__)
+    if (width == 64) return score_wide<64>(q, k, v, n, share, p);
+    if (width == 128) return score_wide<128>(q, k, v, n, share, p);
+#endif
+    score_any(q, k, n, share, width, p, 0);
+}
+
+static void weigh(const float* p, const bf16* v, long n, long share, long width, float* out, const bf16* next) {
+#if defined(__AVX512BF16__)
+    if (width == 64) return weigh_wide<64>(p, v, n, share, out, next);
+    if (width == 128) return weigh_wide<128>(p, v, n, share, out, next);
+#endif
+    weigh_any(p, v, n, share, width, out);
+}
+
+// q, o [rows, heads, width]: each row's newest token attends to the first lengths[row] tokens the cache holds of it.
+template <typename T>
+static void attend(const T* q, T* o, const int64_t* table, const int64_t* lengths, long layer, long rows, long heads, long groups,
+                   long width, float scale) {
+    const long share = heads / groups, units = rows * groups;
+    const long chunk = rows >= 8 ? groups : 1;
+#pragma omp parallel
+    {
+        std::vector<float> space;
+#pragma omp for schedule(dynamic, chunk)
+        for (long u = 0; u < units; u++) {
+            const long r = u / groups, g = u % groups, n = lengths[r], after = std::min(u + 1, units - 1);
+            const T *k = part<T>(table, r, layer, 0, groups, g, width), *v = part<T>(table, r, layer, 1, groups, g, width);
+            const T* next = part<T>(table, after / groups, layer, 0, groups, after % groups, width);
+            space.assign(share * (n + width), 0.0f);
+            float *p = space.data(), *sums = p + share * n;
+            score(q + (r * heads + g * share) * width, k, v, n, share, width, p);
+            for (long h = 0; h < share; h++) {
+                float *ph = p + h * n, top = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : top)
+                for (long t = 0; t < n; t++) top = ph[t] > top ? ph[t] : top;
+#pragma omp simd reduction(+ : sum)
+                for (long t = 0; t < n; t++) {
+                    ph[t] = exp_fast((ph[t] - top) * scale);
+                    sum += ph[t];
+                }
+                const float by = 1.0f / sum;
+#pragma omp simd
+                for (long t = 0; t < n; t++) ph[t] *= by;
+            }
+            weigh(p, v, n, share, width, sums, next);
+            T* to = o + (r * heads + g * share) * width;
+#pragma omp simd
+            for (long i = 0; i < share * width; i++) put(to[i], sums[i]);
+        }
+    }
+}
+
+// The largest of a row's logits, NaN where any is.
+template <typename T>
+static float highest(const T* x, long count) {
+    float top = -INFINITY;
+    int odd = 0;
+#pragma omp simd reduction(max : top) reduction(| : odd)
+    for (long i = 0; i < count; i++) {
+        float y = wide(x[i]);
+        top = y > top ? y : top;
+        odd |= y != y;
+    }
+    return odd ? NAN : top;
+}
+
+// The place of the largest of each row's logits (the first of several), and that logit.
+template <typename T>
+static void largest(const T* logits, int64_t* places, float* values, long rows, long count) {
+#pragma omp parallel for schedule(static) if (rows * count > PARALLEL)
+    for (long r = 0; r < rows; r++) {
+        const T* x = logits + r * count;
+        values[r] = highest(x, count);
+        long place = 0;
+        while (place < count - 1 && wide(x[place]) != values[r]) place++;
+        places[r] = place;
+    }
+}
+
+// Invert the cumulative distribution of each row's softmax(logits * by) at its number in [0, 1); summed in double, block by block.
+template <typename T>
+static void draw(const T* logits, const double* numbers, int64_t* places, float* values, long rows, long count, float by) {
+    constexpr long BLOCK = 512;
+#pragma omp parallel if (rows * count > PARALLEL)
+    {
+        std::vector<float> weights(count), sums((count + BLOCK - 1) / BLOCK);
+#pragma omp for schedule(static)
+        for (long r = 0; r < rows; r++) {
+            const T* x = logits + r * count;
+            const float top = values[r] = highest(x, count);
+            double total = 0;
+            long last = 0;
+            for (long b = 0; b * BLOCK < count; b++) {
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (long i = b * BLOCK; i < std::min(count, (b + 1) * BLOCK); i++) {
+                    float y = (wide(x[i]) - top) * by;
+                    weights[i] = y > -87.0f ? exp_fast(y) : 0.0f;  // below that a float has no more than 0
+                    sum += weights[i];
+                }
+                sums[b] = sum;
+                total += sum;
+                last = sum > 0 ? b : last;
+            }
+            const double target = numbers[r] * total;
+            double before = 0;
+            long b = 0, place = 0;
+            while (b < last && before + sums[b] <= target) before += sums[b++];
+            for (long i = b * BLOCK; i < std::min(count, (b + 1) * BLOCK) && before <= target; i++)
+                if (weights[i] > 0) {
+                    before += weights[i];
+                    place = i;
+                }
+            places[r] = place;
+        }
+    }
+}
+
+#define BOTH(name, parameters, arguments)                          \
+    LORRY int name##_bf16 parameters(bf16) { return name arguments, 0; } \
+    LORRY int name##_float parameters(float) { return name arguments, 0; }
+#define STORE(T)                                                                                                                      \
+    (const T* k, const T* v, const int64_t* table, const int64_t* rows, const int64_t* positions, long layer, long tokens, long groups, \
+     long width)
+#define ATTEND(T) \
+    (const T* q, T* o, const int64_t* table, const int64_t* lengths, long layer, long rows, long heads, long groups, long width, float scale)
+#define LARGEST(T) (const T* logits, int64_t* places, float* values, long rows, long count)
+#define DRAW(T) (const T* logits, const double* numbers, int64_t* places, float* values, long rows, long count, float by)
+
+BOTH(store, STORE, (k, v, table, rows, positions, layer, tokens, groups, width))
+BOTH(attend, ATTEND, (q, o, table, lengths, layer, rows, heads, groups, width, scale))
+BOTH(largest, LARGEST, (logits, places, values, rows, count))
+BOTH(draw, DRAW, (logits, numbers, places, values, rows, count, by))

@@ -1,0 +1,84 @@
+"""Find the config of a model without its weights: a directory, a run or adapter (its base), a well-known name, a hub id."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lorry.errors import ModelError, nearest
+from lorry.plan.known import KNOWN
+
+MOST_BYTES = 16 * 2**20
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*|[A-Za-z0-9][A-Za-z0-9._-]*")
+DIGEST = re.compile(r"(.+)-[0-9a-f]{12}")  # a converted model's directory in the cache
+
+
+@dataclass(frozen=True)
+class ConfigFound:
+    """A config, where it was found, and the rank of the adapter that was named instead of a base (None: a base was named)."""
+
+    config: dict[str, Any]
+    where: str
+    adapter_rank: int | None = None
+
+
+def find_config(name: str, *, revision: str | None = None) -> ConfigFound:
+    """The config that ``name`` stands for. Raises ModelError naming what was looked for and what comes near."""
+    path = Path(name).expanduser()
+    if path.is_dir() and name not in KNOWN:
+        return _of_directory(path)
+    if name.lower() in KNOWN:
+        return ConfigFound(KNOWN[name.lower()], f"the table of well-known models ({name.lower()})")
+    if path.suffix == ".gguf":
+        raise ModelError(f"{path}: plan reads config.json, which a GGUF file has not; give the directory it was converted to")
+    if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
+        raise ModelError(f"no model at {name!r}{nearest(name, KNOWN)}; known by name: {', '.join(sorted(KNOWN))}")
+    return _of_hub(name, revision)
+
+
+def _of_directory(path: Path) -> ConfigFound:
+    if (path / "config.json").is_file():
+        return ConfigFound(_read(path / "config.json"), str(path / "config.json"))
+    if not (path / "adapter_config.json").is_file():
+        raise ModelError(f"{path} has neither config.json nor adapter_config.json; give a model, a run or an adapter directory")
+    adapter = _read(path / "adapter_config.json")
+    base, rank = adapter.get("base_model_name_or_path"), adapter.get("r")
+    if not isinstance(base, str) or not isinstance(rank, int):
+        raise ModelError(f"{path / 'adapter_config.json'}: no base_model_name_or_path and r; this is not a LoRA adapter")
+    cached = DIGEST.fullmatch(Path(base).name)
+    known = cached is not None and not Path(base).is_dir() and cached[1] in KNOWN
+    return replace(find_config(cached[1] if known and cached else base), adapter_rank=rank)
+
+
+def _of_hub(name: str, revision: str | None) -> ConfigFound:
+    """config.json of a hub repository, from the cache or the hub."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = hf_hub_download(name, "config.json", revision=revision)
+    except (OSError, HFValidationError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(
+            f"no config of {name!r}: no such directory here, no well-known name{nearest(name.lower(), KNOWN)}, and the hub does "
+            f"not give it ({reason}); known by name: {', '.join(sorted(KNOWN))}"
+        ) from e
+    return ConfigFound(_read(Path(file)), f"{name} on the hub")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object of bounded size. Raises ModelError with file and line."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ModelError(f"{path} is larger than {MOST_BYTES >> 20} MiB; that is no description of a model")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise ModelError(f"{path}:{e.lineno}: not valid JSON ({e.msg})") from e
+    except (OSError, UnicodeDecodeError, RecursionError) as e:
+        raise ModelError(f"{path}: cannot be read ({type(e).__name__})") from e
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found

@@ -1,0 +1,68 @@
+"""A finished plan: everything known before a run, as one value that turns into plain JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lorry.plan.flops import Flops
+from lorry.plan.memory import Memory, Setup
+from lorry.plan.parallel import Split
+from lorry.plan.search import Choice, Found, Tried
+from lorry.plan.shapes import Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Time of a step: at ``rate`` FLOP/s (``source`` says whose) times a stated ``efficiency``, on all devices together."""
+
+    rate: float
+    source: str
+    efficiency: float
+    tokens_per_second: float
+    seconds_per_step: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """``memory`` is one device's. ``budget``: bytes it must fit, given or the device's own; None: nothing to fit.
+
+    ``found``: the search, if a memory_budget was given; ``instead``: what would fit a GPU's own memory. ``trainable`` False: this
+    can be planned but not run here yet.
+    """
+
+    model: str
+    where: str
+    shape: Shape
+    choice: Choice
+    setup: Setup
+    split: Split
+    adapter_parameters: int
+    memory: Memory
+    flops: Flops
+    speed: Speed | None
+    budget: int | None
+    budget_is: str
+    found: Found | None
+    instead: Tried | None
+    trainable: bool
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.budget is None else self.memory.total <= self.budget
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; bytes, FLOPs, seconds."""
+        tried = [] if self.found is None else self.found.tried
+        return {
+            "model": self.model, "config": self.where, "native": self.shape.native, "parameters": self.shape.parameters,
+            "adapter_parameters": self.adapter_parameters, "choice": asdict(self.choice), "setup": asdict(self.setup),
+            "split": asdict(self.split), "memory": {c.name: c.bytes for c in self.memory.components}, "total": self.memory.total,
+            "budget": self.budget, "fits": self.fits, "trainable": self.trainable,
+            "flops_per_token": {**asdict(self.flops), "step": self.flops.step},
+            "speed": None if self.speed is None else asdict(self.speed),
+            "tried": [{**asdict(t.choice), "total": t.memory.total, "passes_the_budget_at": t.broke} for t in tried],
+            "instead": None if self.instead is None else asdict(self.instead.choice),
+            "notes": self.notes,
+        }  # fmt: skip

@@ -1,0 +1,88 @@
+"""The best choice that fits a budget, and why the better ones do not.
+
+Choices come in order of preference: the largest rank, then without recompute before with it, then the largest micro-batch (at the
+same number of rows per optimizer step, so that the result does not change).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from lorry.plan.memory import Memory, Precision, Recompute
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a search may vary. ``rows`` x ``accumulation`` is the same in all choices of a search."""
+
+    rank: int
+    rows: int
+    accumulation: int
+    recompute: Recompute
+    precision: Precision
+
+    def words(self) -> str:
+        """For a table or a note."""
+        plural = "" if self.rows == 1 else "s"
+        rows = f"{self.rows} row{plural}" + (f" x {self.accumulation}" if self.accumulation > 1 else "")
+        return f"r={self.rank}, {rows}, recompute {self.recompute}, {self.precision}"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A choice, what it needs, and the component at which it passes the budget (None: it fits)."""
+
+    choice: Choice
+    memory: Memory
+    broke: str | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """``best``: the first choice that fits, or None; ``tried``: all up to it, or all; ``least``: the leanest of all."""
+
+    best: Tried | None
+    tried: tuple[Tried, ...]
+    least: Tried
+
+
+def choices(
+    ranks: Sequence[int], splits: Sequence[tuple[int, int]], recomputes: Sequence[Recompute], precisions: Sequence[Precision]
+) -> list[Choice]:
+    """Every combination, preferred ones first."""
+    return [
+        Choice(rank=rank, rows=rows, accumulation=accumulation, recompute=recompute, precision=precision)
+        for precision in precisions
+        for rank in sorted(ranks, reverse=True)
+        for recompute in recomputes
+        for rows, accumulation in sorted(splits, reverse=True)
+    ]
+
+
+def splits_of(rows: int, accumulation: int) -> list[tuple[int, int]]:
+    """Ways to make the same optimizer step of smaller micro-batches, by halving: (8, 1) -> (8, 1), (4, 2), (2, 4), (1, 8)."""
+    found = [(rows, accumulation)]
+    while found[-1][0] % 2 == 0:
+        found.append((found[-1][0] // 2, found[-1][1] * 2))
+    return found
+
+
+def ranks_up_to(largest: int) -> list[int]:
+    """Powers of two."""
+    return [1 << i for i in range(largest.bit_length()) if 1 << i <= largest]
+
+
+def search(budget: int, options: Iterable[Choice], need: Callable[[Choice], Memory]) -> Found:
+    """Try the options in their order. ``need`` gives a choice's memory."""
+    every = [Tried(option, memory, _broke(memory, budget)) for option in options for memory in [need(option)]]
+    assert every, "a search needs at least one choice"
+    first = next((i for i, t in enumerate(every) if t.broke is None), None)
+    least = min(every, key=lambda t: t.memory.total)
+    if first is None:
+        return Found(None, tuple(every), least)
+    return Found(every[first], tuple(every[: first + 1]), least)
+
+
+def _broke(memory: Memory, budget: int) -> str | None:
+    return None if memory.total <= budget else memory.breaks(budget).name

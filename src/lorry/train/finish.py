@@ -1,0 +1,143 @@
+"""The end of a run: its adapters written and read back, its last contracts, and every file that says what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorry.backends.base import Scorer
+from lorry.backends.local import Local
+from lorry.backends.optim import OptimSettings
+from lorry.bank.attach import bank_of, detach
+from lorry.bank.mix import Mix
+from lorry.bank.peft_io import base_digest, load_adapter
+from lorry.config import Run
+from lorry.data.prepare import Prepared
+from lorry.errors import ModelError
+from lorry.models.decoder import Decoder
+from lorry.models.hf import HfModel
+from lorry.models.open import Opened
+from lorry.models.score import Score, log_prob
+from lorry.train import artifacts, checkpoint
+from lorry.train.checks import Checks
+from lorry.train.jobs import Outcome
+from lorry.train.samples import samples
+
+
+def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Mapping[str, Prepared]) -> dict[str, str]:
+    """Write every adapter, and read it back (contract 5). Returns {adapter: SHA-256 of its weights file}."""
+    bank_of(opened.model).activate(Mix.one(next(iter(prepared))))
+    digests = artifacts.write_adapters(run_dir, opened.model, opened.tokenizer, list(prepared), base_name(opened))
+    scored = [check_reload(checks, opened.model, name, folder, prepared[name]) for name, folder in _folders(run_dir, prepared)]
+    values = sum(bank_of(opened.model)[name].values.numel() for name in prepared)
+    whose = f" of {len(prepared)} adapters" if len(prepared) > 1 else ""
+    batches = " and the scores of a batch" if all(scored) else ""
+    checks.held(5, f"{values} values{whose}{batches} equal bit for bit after reading back")
+    return digests
+
+
+def _folders(run_dir: Path, names: Mapping[str, Any]) -> list[tuple[str, Path]]:
+    return [(name, artifacts.adapter_folder(run_dir, name, len(names))) for name in names]
+
+
+def check_reload(checks: Checks, model: Decoder | HfModel, name: str, folder: Path, prepared: Prepared) -> bool:
+    """Contract 5: read the adapter back under another name; its values and the scores of a batch must be the same bits.
+
+    Returns whether there was a batch to score.
+    """
+    bank = bank_of(model)
+    again = next(n for n in (f"{name[:50]}.reloaded{i or ''}" for i in range(len(bank.names()) + 1)) if n not in bank.names())
+    try:
+        load_adapter(model, folder, again)
+        if not torch.equal(bank[name].values.cpu(), bank[again].values.cpu()):
+            raise checks.fail(5, f"{folder}: the adapter read back is not the one that was trained")
+        batch = next(iter(prepared.evaluation), None) or (prepared.stream.batches(0)[0] if prepared.tokens else None)
+        if batch is not None:
+            local = Local(model, [name], OptimSettings())
+            scores = [local.score([batch], {"s": Score(log_prob)}, Mix.one(n))[0]["s"] for n in (name, again)]
+            if not torch.equal(*scores):
+                raise checks.fail(5, f"{folder}: the adapter read back gives other logits")
+    except ModelError as error:
+        raise checks.fail(5, str(error)) from error
+    finally:
+        if again in bank.names():
+            detach(model, again)
+    return batch is not None
+
+
+def check_checkpoint(checks: Checks, newest: Path | None) -> None:
+    """Contract 6: the newest checkpoint, if the run has any, verifies (SHA-256 of every file)."""
+    if newest is None:
+        checks.skipped(6, "the run wrote no checkpoint (save_strategy=no)")
+        return
+    try:
+        checkpoint.load(newest)
+    except ModelError as error:
+        raise checks.fail(6, str(error)) from error
+    checks.held(6, f"{newest.name} verified by SHA-256; resume_from_checkpoint=auto goes on from it")
+
+
+def sampled(backend: Scorer, prepared: Mapping[str, Prepared], context: int | None) -> list[dict[str, Any]]:
+    """The rows of samples.json: each adapter's answers, and the training rows of each data set once."""
+    made = list[dict[str, Any]]()
+    shown = set[str]()
+    for name, one in prepared.items():
+        new = one.tokens is not None and one.digest not in shown
+        shown.add(one.digest)
+        train, held_out = one.stream.batches(0)[0] if new else None, next(iter(one.evaluation), None)
+        rows = samples(backend, name, one.encoder, train, held_out, one.ends, context=context)
+        made += [{**row, "group": f"{name}: {row['group']}"} for row in rows] if len(prepared) > 1 else rows
+    return made
+
+
+def receipt(opened: Opened, jobs: Mapping[str, tuple[Run, Prepared]], digests: Mapping[str, str]) -> dict[str, Any]:
+    """receipt.json: of one job plain values, of several a map for data and for seed."""
+    data = {name: _data(prepared) for name, (_, prepared) in jobs.items()}
+    seeds = {name: run.train.seed for name, (run, _) in jobs.items()}
+    base = {**opened.source, "sha256": base_digest(opened.model)}
+    one = len(jobs) == 1
+    return artifacts.receipt(
+        data=next(iter(data.values())) if one else data,
+        base=base,
+        code=checkpoint.code_digest(),
+        adapters=digests,
+        seed=next(iter(seeds.values())) if one else seeds,
+    )
+
+
+def _data(prepared: Prepared) -> dict[str, Any]:
+    report = prepared.report
+    if prepared.tokens is None:
+        return {"source": report.source, "streamed": True, "left_out": report.left_out}
+    return {"sha256": prepared.digest, **vars(report)}
+
+
+def base_name(opened: Opened) -> str:
+    """What adapter_config.json names as the base: a hub id as such, anything else as the directory it was read from."""
+    source = opened.source
+    on_hub = source["kind"] == "hub" and not source.get("adapter")
+    return str(source["name"]) if on_hub else str(Path(source["path"]).resolve())
+
+
+def card(run: Run, alone: Mapping[str, Run], outcome: Outcome, contracts: Sequence[dict[str, Any]]) -> str:
+    """README.md of the run."""
+    if len(alone) > 1:
+        spec: dict[str, Any] = {f"{name}: rank": one.lora.r for name, one in alone.items() if one.lora is not None}
+        figures: dict[str, Any] = {f"{name}: {k}": v for name, one in outcome.jobs.items() for k, v in _figures(one).items()}
+    else:
+        spec = {f"lora.{k}": v for k, v in run.lora.model_dump().items() if v not in (None, {}, False)} if run.lora else {}
+        figures = _figures(outcome)
+    paths = dict.fromkeys(
+        p for one in alone.values() for p in ([one.data.path] if isinstance(one.data.path, str) else one.data.path)
+    )
+    return artifacts.card(
+        name=run.output_dir.name, base=run.model.name, data=", ".join(paths), adapters=len(alone),
+        spec=spec, figures=figures, contracts=contracts,
+    )  # fmt: skip
+
+
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    return {"steps": outcome.steps, "final loss": outcome.final_loss, **outcome.last_evaluation}

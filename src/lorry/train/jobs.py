@@ -1,0 +1,154 @@
+"""The jobs of a run: one adapter each, with a schedule, epochs and an end of its own. A run of one adapter is one job.
+
+What `engine.py` asks of a job: its rate at a step, whether it is due to be evaluated, where it stands, how it ended.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from lorry.backends.base import Task
+from lorry.config.schema import TrainConfig
+from lorry.data.batch import Batch
+from lorry.errors import ConfigError
+from lorry.train.schedule import rate, warmup_steps
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter's part of a run. ``total``: its optimizer steps; ``epoch_of(step)``: the epoch a step belongs to, from 0;
+    ``ends``: token ids of which one must be supervised in each of its sequences (none: any text will do)."""
+
+    name: str
+    train: TrainConfig
+    total: int
+    epoch_of: Callable[[int], int]
+    steps_per_epoch: int | None
+    ends: Sequence[int] = ()
+
+    @property
+    def warmup(self) -> int:
+        """Steps of rising rate. A share is rounded up, as transformers does, but may not take a run's only step."""
+        share = min(warmup_steps(self.total, self.train.warmup_ratio), max(self.total - 1, 0))
+        return self.train.warmup_steps or share
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        t = self.train
+        return rate(step, self.total, kind=t.lr_scheduler_type, base=t.learning_rate, warmup=self.warmup)
+
+    def epochs(self, steps: int) -> float:
+        """Passes over the data after so many steps; whole ones where nobody knows how long a pass is."""
+        return steps / self.steps_per_epoch if self.steps_per_epoch else self.epoch_of(steps)
+
+    def due(self, strategy: str | None, every: int | None, steps: int, epoch: int) -> bool:
+        """Whether something that comes every few steps or every epoch comes now, after the last step of ``epoch`` so far."""
+        if strategy == "steps":
+            return bool(every) and steps % int(every or 1) == 0
+        if strategy == "epoch":
+            return steps == self.total or self.epoch_of(steps) > epoch
+        return False
+
+
+@dataclass
+class Standing:
+    """Where a job stands. ``steps``: those it has made; ``loss``: of the last of them."""
+
+    steps: int = 0
+    loss: float | None = None
+    best: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+    stopped_early: bool = False
+
+    def judge(self, found: Mapping[str, float], train: TrainConfig) -> bool:
+        """Take an evaluation into account. Returns whether it is the best so far. Raises ConfigError for an unknown metric."""
+        name = train.metric_for_best_model
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in found:
+            raise ConfigError(f"train.metric_for_best_model is {name!r}; evaluation gives {', '.join(found)}")
+        value = found[name]
+        ahead = self.best is None or (value > self.best if train.greater_is_better else value < self.best)
+        better = ahead and math.isfinite(value)
+        if better:
+            self.best, self.best_step, self.waited = value, self.steps, 0
+        else:
+            self.waited += 1
+            patience = train.early_stopping_patience
+            self.stopped_early = patience is not None and self.waited >= patience
+        return better
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the backend's and the task's state, all of it."""
+
+    step: int = 0
+    jobs: dict[str, Standing] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON."""
+        return {"step": self.step, "jobs": {name: vars(standing) for name, standing in self.jobs.items()}}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Progress:
+        """Take back what `state` gave."""
+        return cls(state["step"], {name: Standing(**one) for name, one in state["jobs"].items()})
+
+
+@dataclass
+class Outcome:
+    """What a finished run has to say; of several jobs, ``jobs`` has the outcome of each, and the rest is of them together."""
+
+    steps: int
+    final_loss: float | None
+    best_step: int | None
+    stopped_early: bool
+    last_evaluation: Mapping[str, float] = field(default_factory=dict)
+    jobs: Mapping[str, Outcome] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, jobs: Mapping[str, Outcome]) -> Outcome:
+        """Of one job, that job's; of several, the most steps and the means."""
+        ended = list(jobs.values())
+        one = len(ended) == 1
+        losses = [o.final_loss for o in ended if o.final_loss is not None]
+        return cls(
+            max(o.steps for o in ended),
+            mean(losses) if losses else None,
+            ended[0].best_step if one else None,
+            all(o.stopped_early for o in ended),
+            together([o.last_evaluation for o in ended if o.last_evaluation]),
+            dict(jobs),
+        )
+
+
+class Held:
+    """A task with the held-out rows of one adapter only, for `evaluate_task`."""
+
+    def __init__(self, task: Task, adapter: int) -> None:
+        self.adapters, self.wants, self.loss = task.adapters, task.wants, task.loss
+        self.batches = [b for b in task.eval_batches() if int(b.adapter[0]) == adapter]
+
+    def eval_batches(self) -> list[Batch]:
+        """The held-out rows."""
+        return self.batches
+
+
+def held(task: Task, name: str) -> Task:
+    """The task as the evaluation of one adapter sees it."""
+    return cast(Task, Held(task, list(task.adapters).index(name)))
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean; of one value, that value to the bit."""
+    return sum(values) / len(values)
+
+
+def together(evaluations: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the jobs that have it."""
+    names = dict.fromkeys(name for one in evaluations for name in one)
+    return {name: mean([one[name] for one in evaluations if name in one]) for name in names}

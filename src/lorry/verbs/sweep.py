@@ -1,0 +1,96 @@
+"""`lorry sweep data=FILE r=8,16 learning_rate=1e-4,3e-4`: every combination is a job; all train over one base, and are ranked.
+
+    sweep: {r: [8, 16, 32], learning_rate: [1e-4, 3e-4]}      # the same in a CONFIG.yaml; or a list of combinations
+
+More jobs than `jobs_per_pass` train in several passes, each a run directory of its own. sweep.json in the output directory has
+the ranking: by held-out loss, or by the last training loss where there is nothing to evaluate on.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from lorry.config import Sweep
+from lorry.config.schema import Job, Run
+from lorry.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorry.train.jobs import Outcome
+
+RECORD = "sweep.json"
+
+
+def main(settings: Sweep, notes: list[str]) -> int:
+    """Train every pass, rank, show, write. The last line of standard output is the directory of the best adapter."""
+    from lorry.report import build, table
+    from lorry.train import artifacts
+    from lorry.train.events import for_terminal
+    from lorry.train.session import train_sft
+
+    if not settings.jobs:
+        raise ConfigError("nothing to sweep; give several values of a setting, such as r=8,16 or learning_rate=1e-4,3e-4")
+    rows, paths = list[dict[str, Any]](), list[Path]()
+    passes = settings.passes()
+    for number, run in enumerate(passes, 1):
+        if len(passes) > 1:
+            print(f"pass {number} of {len(passes)}: {', '.join(job.name for job in run.jobs)}", file=sys.stderr)
+        result = train_sft(run, notes if number == 1 else [], [for_terminal(run.train.logging_steps)])
+        rows += rows_of(run, result.adapters, result.outcome)
+        paths.append(build([result.path]).parent)
+    ranked = sorted(rows, key=_rank)
+    artifacts.write_json(settings.output_dir, RECORD, {"ranked_by": _ranked_by(rows), "jobs": ranked})
+    Console(stderr=True).print(table.figure_rows(f"sweep, by {_ranked_by(rows)}", "job", [_shown(row) for row in ranked]))
+    for path in paths:
+        print(f"report  {path / 'report.html'}", file=sys.stderr)
+    print(ranked[0]["path"])
+    return 0
+
+
+def rows_of(run: Run, adapters: Sequence[str], outcome: Outcome) -> list[dict[str, Any]]:
+    """A row of sweep.json for each job of a pass."""
+    from lorry.train.artifacts import adapter_folder
+
+    own = {job.name: job for job in run.jobs}
+    return [
+        {
+            "name": name,
+            "path": str(adapter_folder(run.output_dir, name, len(adapters))),
+            "settings": settings_of(own[name]),
+            "steps": outcome.jobs[name].steps,
+            "loss": outcome.jobs[name].final_loss,
+            "best_step": outcome.jobs[name].best_step,
+            "stopped_early": outcome.jobs[name].stopped_early,
+            **outcome.jobs[name].last_evaluation,
+        }
+        for name in adapters
+    ]
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """What of a job is not the run's, by dotted name."""
+    return {f"{group}.{key}": value for group in ("lora", "data", "train") for key, value in getattr(job, group).items()}
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[bool, float]:
+    """Lower is better; what has no held-out loss comes after what has, and what is not finite last."""
+    value = row.get("eval_loss", row["loss"])
+    value = math.inf if value is None or not math.isfinite(value) else value
+    return "eval_loss" not in row, value
+
+
+def _ranked_by(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "held-out loss" if any("eval_loss" in row for row in rows) else "last training loss (nothing held out)"
+
+
+def _shown(row: Mapping[str, Any]) -> tuple[str, str, dict[str, str]]:
+    from lorry.report.text import NOTHING, number
+
+    own = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in row["settings"].items())
+    held = {"held-out loss": number(row["eval_loss"])} if "eval_loss" in row else {"held-out loss": NOTHING}
+    return row["name"], own, {**held, "last training loss": number(row["loss"]), "steps": number(row["steps"])}

@@ -1,0 +1,256 @@
+"""`jobs:` and `sweep:`: what each job resolves to, what stays of it in run.yaml, what is refused and where it is said."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorry.config import Run, Sweep, build, dump, jobs_of, parse
+from lorry.config.jobs import SHARED
+from lorry.config.names import names_of
+from lorry.errors import ConfigError
+
+
+def run(*argv: str) -> Run:
+    return parse(Run, ["data=people.jsonl", *argv], [])
+
+
+def swept(*argv: str) -> list[str]:
+    return [job.name for job in parse(Sweep, ["data=people.jsonl", *argv], []).jobs]
+
+
+# --- a job is the run with its own settings
+
+
+def test_each_job_is_what_the_command_line_would_make_of_it() -> None:
+    """Its settings given to `lorry sft` beside the run's give the same description, defaults that hang on others included."""
+    own = {
+        "a": ["r=8"], "b": ["lora_alpha=7", "lr_scheduler_type=constant"], "c": ["data=other.jsonl", "eval=held.jsonl", "seed=4"],
+        "d": ["lora.r=4", "train.warmup_steps=5", "max_steps=9", "loraplus_lr_ratio=8"], "e": [],
+    }  # fmt: skip
+    shared = ["learning_rate=1e-3", "save_steps=7"]
+    listed = [{"name": name, **{w.split("=")[0]: w.split("=")[1] for w in words}} for name, words in own.items()]
+    text = ", ".join("{" + ", ".join(f"{k}: {v}" for k, v in job.items()) + "}" for job in listed)
+    resolved = jobs_of(run(*shared, f"jobs=[{text}]"))
+    assert list(resolved) == list(own)
+    for name, words in own.items():
+        alone = run(*shared, *words, f"adapter_name={name}")
+        for group in ("lora", "data", "train"):
+            assert getattr(resolved[name], group) == getattr(alone, group), name
+        assert resolved[name].output_dir == run().output_dir / name
+
+
+def test_a_run_without_jobs_is_its_own_only_job() -> None:
+    plain = run("adapter_name=mine")
+    assert jobs_of(plain) == {"mine": plain}
+    with pytest.raises(ConfigError, match=r"lora=null .* not built yet"):
+        jobs_of(run("lora=null"))
+
+
+def test_only_what_differs_is_kept_and_reads_back() -> None:
+    described = run("r=16", "jobs=[{name: a, r: 8}, {name: b, lora: {r: 16, lora_dropout: 0.1}, data: b.jsonl}]")
+    kept = [job.model_dump() for job in described.jobs]
+    assert kept == [
+        {"name": "a", "lora": {"r": 8, "lora_alpha": 16}, "data": {}, "train": {}},
+        {"name": "b", "lora": {"lora_dropout": 0.1}, "data": {"path": "b.jsonl"}, "train": {}},
+    ]
+    assert build(Run, described.model_dump(), []) == described
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    described = run("jobs=[{name: a, r: 8, test_size: 0.2}, {name: b, target_modules: [q_proj], warmup_ratio: 0.1}]", "lr=1e-3")
+    file = tmp_path / "run.yaml"
+    file.write_text(dump(described))
+    again = parse(Run, [str(file)], [])
+    assert again == described
+    assert jobs_of(again) == jobs_of(described)
+
+
+def test_jobs_that_bring_their_own_data_need_no_other() -> None:
+    described = parse(Run, ["jobs=[{name: a, data: {path: a.jsonl, eval: e.jsonl}}, {name: b, data: b.jsonl}]"], [])
+    assert [(one.data.path, one.data.eval) for one in jobs_of(described).values()] == [
+        ("a.jsonl", "e.jsonl"),
+        ("b.jsonl", "e.jsonl"),
+    ]
+    with pytest.raises(ConfigError, match=r"data\.path is missing|data is missing"):
+        parse(Run, ["jobs=[{name: a}, {name: b, data: b.jsonl}]"], [])
+
+
+def test_the_command_lines_list_replaces_the_files(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("data: d.jsonl\njobs: [{name: a}, {name: b, r: 4}]\n")
+    assert [j.name for j in parse(Run, [str(file)], []).jobs] == ["a", "b"]
+    assert [j.name for j in parse(Run, [str(file), "jobs=[{name: c, r: 8}]"], []).jobs] == ["c"]
+    assert parse(Run, [str(file), "jobs=null"], []).jobs == []
+
+
+def test_python_values() -> None:
+    notes: list[str] = []
+    made = build(Run, {"data": "d.jsonl", "jobs": [{"name": "a", "r": 4}, {"name": "b", "train": {"lr": 1e-3}}]}, notes)
+    assert [one.lora.r for one in jobs_of(made).values() if one.lora] == [4, 16]
+    assert [one.train.learning_rate for one in jobs_of(made).values()] == [2e-4, 1e-3]
+    assert notes == ["train.lr is read as train.learning_rate"]
+
+
+# --- what is refused
+
+
+FILE = """model: m
+data: d.jsonl
+r: 16
+jobs:
+  - name: a
+    r: 8
+  - name: b
+    {line}
+    lora:
+      {inner}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "inner", "place", "message"),
+    [
+        ("learning_rat: 1", "r: 4", 8, "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ("seed: 1", "rr: 4", 10, "unknown setting 'lora.rr'; did you mean 'lora.r'?"),
+        ("seed: x", "r: 4", 8, "train.seed: got 'x'; give a whole number of at least 0"),
+        ("seed: 1", "r: 0", 10, "lora.r: got 0; give a whole number above 0 or auto"),
+        (
+            "save_steps: 5",
+            "r: 4",
+            8,
+            "train.save_steps is the same for all jobs of a run; set it beside jobs, not in one of them",
+        ),
+        ("dtype: bf16", "r: 4", 8, "model.dtype is the same for all jobs of a run; set it beside jobs, not in one of them"),
+        ("backend: single", "r: 4", 8, "backend.name is the same for all jobs of a run; set it beside jobs, not in one of them"),
+        ("seed: 1", "adapter_name: x", 10, "lora.adapter_name is the same for all jobs of a run"),
+        ("output_dir: x", "r: 4", 8, "output_dir is the same for all jobs of a run"),
+        ("r: 5", "r: 4", 10, "lora.r is given twice for the job 'b'; keep one"),
+        ("modules_to_save: [x]", "r: 4", 8, "modules_to_save=['x'] is not supported yet"),
+    ],
+)
+def test_a_mistake_in_a_job_is_told_with_its_line(line: str, inner: str, place: int, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(FILE.format(line=line, inner=inner))
+    with pytest.raises(ConfigError) as e:
+        parse(Run, [str(file)], [])
+    assert f"{file}:{place}: {message}" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "message"),
+    [
+        ("7", r"jobs: got \[7\]; give a list of maps, such as \[\{name: a, r: 8\}"),
+        ("{name: a, r: 3}", "give a list of maps"),
+        ("[{r: 3}]", "job 1 has no name"),
+        ("[{name: a}, {name: A}]", "two jobs are called 'A'"),
+        ("[{name: a/b}]", "'a/b' is not a name"),
+        ("[{name: checkpoints}]", "'checkpoints' cannot be a job's name"),
+        ("[{name: run.yaml}]", r"'run\.yaml' cannot be a job's name"),
+        ("[{name: a, lora: null}]", "no setting of a job; every job is an adapter"),
+        ("[{name: a, test_size: 0.1, eval: y}]", r"job 'a': data\.test_size and data\.eval"),
+        ("[{name: a, load_best_model_at_end: true}]", "job 'a': train.load_best_model_at_end needs evaluation"),
+    ],
+)
+def test_lists_that_make_no_sense(jobs: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(f"jobs={jobs}")
+
+
+def test_no_adapter_for_the_jobs() -> None:
+    with pytest.raises(ConfigError, match="leaves no adapters for jobs"):
+        run("lora=null", "jobs=[{name: a}]")
+
+
+def test_every_shared_setting_exists() -> None:
+    assert names_of(Run).fields.keys() >= SHARED
+
+
+@settings(max_examples=60)
+@given(st.text("[]{}:, ab01'\"-\n", max_size=30), st.sampled_from(["jobs", "sweep"]))
+def test_any_text_is_taken_or_refused_in_words(text: str, key: str) -> None:
+    for schema in (Run, Sweep):
+        with contextlib.suppress(ConfigError):
+            parse(schema, ["data=x", f"{key}={text}"], [])
+
+
+# --- grids
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (["r=8,16", "learning_rate=1e-4,3e-4"], ["r8-lr1e-4", "r8-lr3e-4", "r16-lr1e-4", "r16-lr3e-4"]),
+        (["sweep={r: [8, 16], learning_rate: 2.5e-5}"], ["r8-lr2.5e-5", "r16-lr2.5e-5"]),
+        (["sweep={r: [8]}", "seed=[0, 1]"], ["r8-seed0", "r8-seed1"]),
+        (["sweep={r: [8]}", "r=4,2"], ["r4", "r2"]),
+        (["lr_scheduler_type=linear,cosine", "use_rslora=true,false"],
+         ["linear-rslorafalse", "linear-rsloratrue", "cosine-rslorafalse", "cosine-rsloratrue"]),
+        (["sweep={target_modules: [[q_proj], [q_proj, v_proj], all-linear], data: [a/x.jsonl, a/y.jsonl]}"],
+         ["q_proj-x", "q_proj-y", "q_proj-v_proj-x", "q_proj-v_proj-y", "all-linear-x", "all-linear-y"]),
+        (["sweep=[{r: 8, learning_rate: 0.5}, {r: 4, lora: {lora_dropout: 0.1}}]"], ["r8-lr0.5", "r4-dropout0.1"]),
+        (["jobs=[{name: a}, {name: b, r: 4}]"], ["a", "b"]),
+        ([], []),
+    ],
+)  # fmt: skip
+def test_names_of_a_grid(argv: list[str], names: list[str]) -> None:
+    assert sorted(swept(*argv)) == sorted(names)
+
+
+def test_a_grid_is_every_combination() -> None:
+    made = parse(Sweep, ["data=d", "r=2,4", "warmup_steps=0,3"], [])
+    (alone,) = made.passes()
+    found = [(one.lora.r, one.train.warmup_steps) for one in jobs_of(alone).values() if one.lora]
+    assert found == [(2, 0), (2, 3), (4, 0), (4, 3)]
+    assert build(Sweep, made.model_dump(), []).jobs == made.jobs
+
+
+def test_passes_of_a_few_jobs_each() -> None:
+    made = parse(Sweep, ["data=d", "r=1,2,3,4,5", "jobs_per_pass=2", "output_dir=o"], [])
+    assert [[job.name for job in one.jobs] for one in made.passes()] == [["r1", "r2"], ["r3", "r4"], ["r5"]]
+    assert [one.output_dir for one in made.passes()] == [Path("o/pass-1"), Path("o/pass-2"), Path("o/pass-3")]
+    assert all(type(one) is Run for one in made.passes())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["r=8,8"], "the same combination twice: r8"),
+        (["r=8,x"], r"r=8,x: lora\.r: got 'x'"),
+        (["sweep={rr: [8]}"], "unknown setting 'rr'; did you mean 'r'"),
+        (["sweep={save_steps: [8, 9]}"], r"train\.save_steps is the same for all jobs"),
+        (["dtype=bf16,fp32"], r"model\.dtype: got 'bf16,fp32'"),
+        (["sweep=8"], "a sweep is a map of lists"),
+        (["sweep=[{r: 8}]", "seed=0,1"], "a list of maps and nothing beside it"),
+        (["jobs=[{name: a}]", "r=8,16"], "a list of jobs and a sweep are both given"),
+    ],
+)
+def test_grids_that_make_no_sense(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        swept(*argv)
+
+
+def test_text_with_commas_is_no_grid() -> None:
+    made = parse(Sweep, ["data=[a.jsonl, b.jsonl]", "system=Hello, you", "target_modules=q_proj,v_proj", "r=1,2"], [])
+    assert (made.data.path, made.data.system) == (["a.jsonl", "b.jsonl"], "Hello, you")
+    assert made.lora is not None
+    assert made.lora.target_modules == ["q_proj", "v_proj"]
+    assert len(made.jobs) == 2
+
+
+def test_a_long_grids_names_fit_a_folder() -> None:
+    many: dict[str, Any] = {
+        "lora.lora_dropout": [0.0, 0.1],
+        "seed": [12345, 54321],
+        "weight_decay": [0.01],
+        "learning_rate": [1e-3],
+    }
+    many |= {"per_device_train_batch_size": [4], "gradient_accumulation_steps": [2], "max_grad_norm": [0.5]}
+    names = [job.name for job in build(Sweep, {"data": "d", "sweep": many}, []).jobs]
+    assert len(set(names)) == 4
+    assert max(map(len, names)) <= 56

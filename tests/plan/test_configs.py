@@ -1,0 +1,121 @@
+"""Where a config is found without weights: well-known names, directories, adapters, the hub; and rates that were measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+
+from lorry.errors import ModelError
+from lorry.kernels.build import status
+from lorry.models.load import fast_bfloat16
+from lorry.plan import machine
+from lorry.plan.configs import find_config
+from lorry.plan.known import KNOWN
+from tiny import LLAMA
+
+
+def write(path: Path, name: str, value: Any) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / name).write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def test_a_well_known_name_needs_no_network() -> None:
+    assert find_config("Llama-3-8B").config == KNOWN["llama-3-8b"]
+    assert find_config("smollm2-135m-instruct").config["num_hidden_layers"] == 30
+
+
+def test_a_directory(tmp_path: Path) -> None:
+    found = find_config(str(write(tmp_path / "m", "config.json", LLAMA)))
+    assert (found.config, found.adapter_rank) == (LLAMA, None)
+
+
+def test_an_adapter_stands_for_its_base(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", "config.json", LLAMA)
+    adapter = write(tmp_path / "a", "adapter_config.json", {"base_model_name_or_path": str(base), "r": 24})
+    assert (find_config(str(adapter)).config, find_config(str(adapter)).adapter_rank) == (LLAMA, 24)
+    gone = {"base_model_name_or_path": "/elsewhere/smollm2-135m-instruct-b179c9523d0e", "r": 4}
+    assert find_config(str(write(tmp_path / "b", "adapter_config.json", gone))).config == KNOWN["smollm2-135m"]
+
+
+def test_a_hub_id_reads_the_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "config.json", LLAMA)
+    asked = []
+    fetch = lambda name, file, revision: asked.append((name, file, revision)) or str(tmp_path / "config.json")  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    assert find_config("someone/model", revision="main").config == LLAMA
+    assert asked == [("someone/model", "config.json", "main")]
+
+
+def test_the_hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(ModelError, match=r"llama-3-8 ?b?'.*did you mean 'llama-3-8b'.*no route to host.*known by name"):
+        find_config("llama-3-8")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "neither config.json nor adapter_config.json"),
+        ({"config.json": "{"}, r"config.json:1: not valid JSON"),
+        ({"config.json": "[]"}, "expected a JSON object, found list"),
+        ({"config.json": "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")}, "not valid JSON"),
+        ({"adapter_config.json": {"r": 4}}, "no base_model_name_or_path and r"),
+        ({"adapter_config.json": {"base_model_name_or_path": "x/y/z", "r": 4}}, "no model at 'x/y/z'"),
+    ],
+)
+def test_directories_that_are_no_model(files: dict[str, Any], message: str, tmp_path: Path) -> None:
+    for name, value in files.items():
+        write(tmp_path, name, value)
+    with pytest.raises(ModelError, match=message):
+        find_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "model.gguf"])
+def test_names_that_are_nothing(name: str) -> None:
+    with pytest.raises(ModelError):
+        find_config(name)
+
+
+# --- this machine
+
+
+def test_rates_are_kept_and_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
+    assert machine.known_rate("a") is None
+    machine.keep_rate("a", 1e12)
+    machine.keep_rate("b", 2e12)
+    assert (machine.known_rate("a"), machine.known_rate("b"), machine.known_rate("c")) == (1e12, 2e12, None)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": "fast"}', '{"a": true}', '{"a": -1}', '{"a": NaN}', '{"a": 1e40}'])
+def test_a_file_of_rates_that_is_not_ours(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path))
+    (tmp_path / "rates.json").write_text(text)
+    assert machine.known_rate("a") is None
+    machine.keep_rate("a", 3e12)
+    assert machine.known_rate("a") == 3e12
+
+
+def test_the_processor_is_read_as_torch_reads_it() -> None:
+    assert machine.fast_bfloat16() == fast_bfloat16(torch.device("cpu"))
+    assert machine.has_tiles() == status().amx
+    assert machine.processor()
+    assert machine.threads() >= 1
+
+
+def test_the_matrix_rate_is_a_rate() -> None:
+    from lorry.train.rate import matrix_rate
+
+    rate = matrix_rate("cpu", "float32", 1)
+    assert rate is not None
+    assert 1e8 < rate < 1e15
+    assert torch.cuda.is_available() or matrix_rate("cuda", "bfloat16", 1) is None

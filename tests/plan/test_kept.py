@@ -1,0 +1,103 @@
+"""What the plan says a layer keeps is what autograd is given to keep; and the engine's constants are the plan's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorry.bank.attach import attach
+from lorry.bank.mix import Call, Mix
+from lorry.bank.spec import LoraSpec
+from lorry.config.schema import LoraConfig
+from lorry.families import find
+from lorry.kernels import attention as kernel
+from lorry.kernels.build import status
+from lorry.models import score, tiles
+from lorry.models.decoder import Decoder, Packed
+from lorry.plan import constants
+from lorry.plan.adapters import adapter_of
+from lorry.plan.memory import Precision, Setup, kept_per_token
+from lorry.plan.shapes import shape_of
+from tiny import VARIANTS
+
+T, RANK = 128, 4
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": T,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {**VARIANTS["llama"], **WIDE},
+    "qwen3": {**VARIANTS["qwen3"], **WIDE, "head_dim": 32},
+    "gpt2": {**VARIANTS["gpt2"], "n_embd": 128, "n_head": 4, "n_layer": 3, "n_positions": T},
+    "gpt_neox": {**VARIANTS["gpt_neox parallel"], **WIDE},
+    "gpt_neox sequential": {**VARIANTS["gpt_neox sequential"], **WIDE},
+}
+
+
+def kept(config: dict[str, Any], precision: Precision, lora: LoraConfig, recompute: bool) -> int:
+    """Bytes that autograd holds after the layers have run, without weights and without the last norm's input."""
+    family = find(config["model_type"])
+    assert family is not None
+    model = Decoder(family, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **config})
+    model = model.to(getattr(torch, precision)).requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    attach(model, LoraSpec(**lora.model_dump(exclude={"adapter_name", "bias"})))
+    model.gradient_checkpointing = recompute
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def remember(node: Any) -> None:
+        """What a layer's node holds beside the tensors that autograd saves: the attention's own graph."""
+        for tensor in getattr(node, "graph", ()):
+            keep(tensor)
+        for before, _ in () if node is None else node.next_functions:
+            remember(before)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        last = model.hidden(Packed.of([[i % 29 for i in range(T)]]), Call(Mix.one("default"))).last
+    assert last is not None
+    assert last.requires_grad
+    remember(last.grad_fn)
+    return sum(t.untyped_storage().nbytes() for t in held.values()) - last.numel() * last.element_size()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_layers_keep(name: str, precision: Precision) -> None:
+    lora, shape = LoraConfig(r=RANK), shape_of(CONFIGS[name])
+    setup = Setup(tokens=T, length=T, precision=precision, tiles=status().amx)
+    planned = T * kept_per_token(shape, adapter_of(shape, lora, RANK), setup, range(3))
+    assert planned == pytest.approx(kept(CONFIGS[name], precision, lora, recompute=False), rel=0.005)
+
+
+def test_layers_below_the_lowest_adapter_keep_nothing() -> None:
+    lora, shape = LoraConfig(r=RANK, layers_to_transform=[2]), shape_of(CONFIGS["llama"])
+    adapter = adapter_of(shape, lora, RANK)
+    planned = T * kept_per_token(shape, adapter, Setup(tokens=T, length=T, tiles=status().amx), range(adapter.lowest, 3))
+    assert planned == pytest.approx(kept(CONFIGS["llama"], "bfloat16", lora, recompute=False), rel=0.005)
+
+
+def test_recompute_keeps_the_layers_inputs() -> None:
+    lora, shape = LoraConfig(r=RANK), shape_of(CONFIGS["llama"])
+    setup = Setup(tokens=T, length=T, recompute="full", tiles=status().amx)
+    planned = T * kept_per_token(shape, adapter_of(shape, lora, RANK), setup, range(3))
+    one = T * kept_per_token(shape, adapter_of(shape, lora, RANK), Setup(tokens=T, length=T, tiles=status().amx), range(1))
+    assert planned - one == pytest.approx(kept(CONFIGS["llama"], "bfloat16", lora, recompute=True), rel=0.005)
+
+
+def test_constants_are_the_engines() -> None:
+    assert kernel.WIDTHS == constants.KERNEL_WIDTHS
+    assert (tiles.GROUP, tiles.TILE) == (constants.GROUP, constants.TILE)
+    assert score.CHUNK == constants.CHUNK

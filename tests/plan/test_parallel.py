@@ -1,0 +1,100 @@
+"""Many GPUs: what is divided, what is not, and splits that cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lorry.config.schema import LoraConfig
+from lorry.errors import ConfigError
+from lorry.plan.adapters import adapter_of
+from lorry.plan.known import KNOWN
+from lorry.plan.memory import MASTER, MOMENTS, Memory, Setup
+from lorry.plan.parallel import Split, check, memory_per_gpu, slowdown
+from lorry.plan.shapes import shape_of
+
+
+def per_gpu(model: str, backend: Any, processes: int, *, accumulation: int = 1, tokens: int = 4096, **split: int) -> Memory:
+    shape = shape_of(KNOWN[model])
+    setup = Setup(tokens=tokens, length=tokens, device="cuda")
+    adapter = adapter_of(shape, LoraConfig(r=16), 16)
+    return memory_per_gpu(shape, adapter, setup, Split(backend=backend, processes=processes, **split), accumulation)
+
+
+def part(memory: Memory, name: str) -> int:
+    return next(c.bytes for c in memory.components if c.name == name)
+
+
+def test_ddp_is_one_gpu_and_its_talking() -> None:
+    one, many = per_gpu("llama-3-8b", "single", 1), per_gpu("llama-3-8b", "ddp", 8)
+    assert many.total - part(many, "communication") == one.total
+
+
+def test_fsdp_divides_the_base_and_nothing_of_the_adapter() -> None:
+    one, many = per_gpu("llama-3-70b", "ddp", 8), per_gpu("llama-3-70b", "fsdp", 8)
+    whole = part(one, "base weights") + part(one, "vocabulary")
+    assert part(many, "base weights") == whole // 8
+    for same in ("adapter", "optimizer", "activations", "workspace"):
+        assert part(many, same) == part(one, same)
+    layer = (part(one, "base weights")) / 80
+    assert part(many, "gathered") == pytest.approx(2 * layer + part(one, "vocabulary"), rel=1e-3)
+
+
+def test_fsdp_holds_llama_70b_on_eight_h100_with_recompute() -> None:
+    """2 bytes x 70.55e9 / 8 = 16.4 GiB of weights a GPU."""
+    assert part(per_gpu("llama-3-70b", "fsdp", 8), "base weights") / 2**30 == pytest.approx(16.43, abs=0.01)
+
+
+def test_tensor_parallel_divides_weights_and_activations() -> None:
+    one, two = per_gpu("llama-3-8b", "single", 1), per_gpu("llama-3-8b", "megatron", 2, tensor=2)
+    for name, slack in (("base weights", 1e-3), ("activations", 1e-3)):
+        assert part(two, name) == pytest.approx(part(one, name) / 2, rel=slack)
+    p = adapter_of(shape_of(KNOWN["llama-3-8b"]), LoraConfig(r=16), 16).parameters
+    assert (MASTER + MOMENTS) * p / 2 < part(two, "adapter") + part(two, "optimizer") < (MASTER + MOMENTS + 2) * p
+
+
+def test_pipeline_stages_hold_what_is_in_flight() -> None:
+    """1F1B: the first of four stages holds four micro-batches of a quarter of the layers: as much as one GPU of all layers."""
+    one = per_gpu("llama-3-8b", "single", 1)
+    full = per_gpu("llama-3-8b", "megatron", 4, pipeline=4, accumulation=8)
+    lone = per_gpu("llama-3-8b", "megatron", 4, pipeline=4, accumulation=1)
+    assert part(full, "activations") == pytest.approx(part(one, "activations"), rel=1e-3)
+    assert part(lone, "activations") == pytest.approx(part(one, "activations") / 4, rel=1e-3)
+    assert part(full, "base weights") == pytest.approx(part(one, "base weights") / 4, rel=1e-3)
+    assert slowdown(Split(pipeline=4), 8) == pytest.approx(11 / 8)
+
+
+def test_experts_are_divided_by_their_own_groups() -> None:
+    none = part(per_gpu("mixtral-8x7b", "megatron", 8), "base weights")
+    eight = part(per_gpu("mixtral-8x7b", "megatron", 8, expert=8), "base weights")
+    shape = shape_of(KNOWN["mixtral-8x7b"])
+    experts = 2 * 32 * shape.layer_experts
+    assert none - eight == pytest.approx(experts * 7 / 8, rel=1e-4)
+
+
+@pytest.mark.parametrize("pipeline", [1, 2, 3, 4, 7])
+def test_every_layer_lies_on_some_stage(pipeline: int) -> None:
+    """Uneven stages: the fullest holds ceil(layers / stages) of them, give or take none."""
+    shape = shape_of(KNOWN["llama-3-8b"])
+    one = part(per_gpu("llama-3-8b", "single", 1), "base weights")
+    most = part(per_gpu("llama-3-8b", "megatron", pipeline, pipeline=pipeline), "base weights")
+    layers = shape.geometry.layers
+    assert most >= one / pipeline * 0.99
+    assert most <= one * -(-layers // pipeline) / layers * 1.01
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ({"processes": 2}, "backend.processes=2 needs backend=ddp, fsdp or megatron"),
+        ({"backend": "fsdp", "processes": 4, "tensor": 2}, "backend.tensor_parallel=2 needs backend=megatron"),
+        ({"backend": "megatron", "processes": 6, "tensor": 4}, "backend.processes=6 is no multiple"),
+        ({"backend": "megatron", "processes": 3, "tensor": 3}, "backend.tensor_parallel=3 does not divide 32 heads"),
+        ({"backend": "megatron", "processes": 33, "pipeline": 33}, "backend.pipeline_parallel=33 is more than the 32 layers"),
+        ({"backend": "megatron", "processes": 2, "expert": 2}, "backend.expert_parallel=2 does not divide the 0 experts"),
+    ],
+)
+def test_splits_that_cannot_be(split: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(Split(**split), shape_of(KNOWN["llama-3-8b"]))

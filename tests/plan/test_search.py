@@ -1,0 +1,178 @@
+"""Memory grows with what it should, and the search takes the first choice that fits: properties over random shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorry.config import Run, build
+from lorry.config.schema import LoraConfig
+from lorry.config.sizes import in_words, parse_size
+from lorry.errors import ConfigError
+from lorry.plan.adapters import adapter_of
+from lorry.plan.known import KNOWN
+from lorry.plan.memory import PRECISIONS, Memory, Setup, memory_of
+from lorry.plan.search import ranks_up_to, splits_of
+from lorry.plan.settle import find, impossible, on_one_device, open_choices
+from lorry.plan.shapes import Shape, shape_of
+
+SHAPES = {name: shape_of(KNOWN[name]) for name in ("smollm2-135m", "gpt2", "pythia-160m", "qwen3-0.6b", "mixtral-8x7b")}
+shapes = st.sampled_from(list(SHAPES.values()))
+tokens = st.sampled_from([64, 256, 1024, 4096])
+GIB = 2**30
+
+
+def need(shape: Shape, rank: int = 8, **setup: Any) -> Memory:
+    full = Setup(**{"tokens": 1024, "length": 1024, **setup})
+    return memory_of(shape, adapter_of(shape, LoraConfig(r=rank), rank), full)
+
+
+def run(**settings: Any) -> Run:
+    return build(Run, {"data": "x.jsonl", "model": "smollm2-135m", **settings}, [])
+
+
+@given(shapes, tokens, st.sampled_from(PRECISIONS), st.sampled_from(["cpu", "cuda"]))
+def test_every_component_is_whole_and_counted(shape: Shape, t: int, precision: Any, device: Any) -> None:
+    memory = need(shape, tokens=t, length=t, precision=precision, device=device)
+    assert all(isinstance(c.bytes, int) and c.bytes >= 0 for c in memory.components)
+    assert memory.total == sum(c.bytes for c in memory.components)
+    assert len({c.name for c in memory.components}) == len(memory.components)
+
+
+@given(shapes, tokens, st.sampled_from(["bfloat16", "float32"]))
+def test_more_of_anything_needs_more(shape: Shape, t: int, precision: Any) -> None:
+    here = need(shape, tokens=t, length=t, precision=precision).total
+    assert need(shape, tokens=2 * t, length=t, precision=precision).total > here
+    assert need(shape, 16, tokens=t, length=t, precision=precision).total > here
+    assert need(shape, tokens=t, length=t, precision=precision, recompute="full").total < here
+
+
+@given(shapes)
+def test_formats_are_ordered(shape: Shape) -> None:
+    base = [sum(c.bytes for c in need(shape, precision=p).components if c.name == "base weights") for p in PRECISIONS]
+    by_name = dict(zip(PRECISIONS, base, strict=True))
+    assert by_name["float32"] > by_name["bfloat16"] == by_name["float16"] > by_name["int8"] > by_name["nf4"] == by_name["fp4"]
+
+
+def test_nothing_is_kept_below_the_lowest_adapter() -> None:
+    shape = SHAPES["smollm2-135m"]
+    kept = {}
+    for first in (0, 15, 29):
+        lora = LoraConfig(layers_to_transform=list(range(first, 30)))
+        memory = memory_of(shape, adapter_of(shape, lora, 8), Setup(tokens=1024, length=1024))
+        kept[first] = next(c.bytes for c in memory.components if c.name == "activations")
+    assert kept[0] == 2 * kept[15] == 30 * kept[29]
+
+
+@given(st.integers(1, 64), st.integers(1, 16))
+def test_splits_make_the_same_step(rows: int, accumulation: int) -> None:
+    found = splits_of(rows, accumulation)
+    assert all(r * a == rows * accumulation for r, a in found)
+    assert found[0] == (rows, accumulation)
+    assert found[-1][0] % 2 == 1
+
+
+@pytest.mark.parametrize(("largest", "ranks"), [(1, [1]), (7, [1, 2, 4]), (128, [1, 2, 4, 8, 16, 32, 64, 128])])
+def test_ranks_are_powers_of_two(largest: int, ranks: list[int]) -> None:
+    assert ranks_up_to(largest) == ranks
+
+
+# --- what is open, and what is taken
+
+
+def test_without_a_budget_nothing_is_open() -> None:
+    options = open_choices(run(), SHAPES["smollm2-135m"], ["bfloat16"])
+    assert [(o.rank, o.rows, o.accumulation, o.recompute) for o in options] == [(16, 8, 1, "none")]
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "recomputes", "ranks"),
+    [
+        ({}, {8, 4, 2, 1}, {"none", "full"}, {16}),
+        ({"r": "auto"}, {8, 4, 2, 1}, {"none", "full"}, {1, 2, 4, 8, 16, 32, 64, 128}),
+        ({"per_device_train_batch_size": 4}, {4}, {"none", "full"}, {16}),
+        ({"gradient_accumulation_steps": 4}, {8}, {"none", "full"}, {16}),
+        ({"gradient_checkpointing": False}, {8, 4, 2, 1}, {"none"}, {16}),
+        ({"gradient_checkpointing": True, "r": 3}, {8, 4, 2, 1}, {"full"}, {3}),
+    ],
+)
+def test_what_was_typed_is_not_open(given: Any, rows: set[int], recomputes: set[str], ranks: set[int]) -> None:
+    options = open_choices(run(memory_budget="3GiB", **given), SHAPES["smollm2-135m"], ["bfloat16"])
+    assert {o.rows for o in options} == rows
+    assert {o.recompute for o in options} == recomputes
+    assert {o.rank for o in options} == ranks
+
+
+@given(st.floats(0.3, 8), st.sampled_from([{}, {"r": "auto"}, {"r": "auto", "max_length": 4096}]))
+def test_the_first_that_fits_is_taken_and_all_before_it_do_not(budget: float, settings: Any) -> None:
+    described = run(memory_budget=f"{budget:.4f}GiB", **settings)
+    shape, limit = SHAPES["smollm2-135m"], parse_size(f"{budget:.4f}GiB")
+    options = open_choices(described, shape, ["bfloat16"])
+    bill = on_one_device(described, shape, "cpu", True)
+    found = find(described, options, bill)
+    fitting = [o for o in options if bill(o).total <= limit]
+    assert (found.best.choice if found.best else None) == (fitting[0] if fitting else None)
+    if found.best:
+        assert found.best.choice.rank == max(o.rank for o in fitting)
+        assert all(t.memory.total > limit and t.broke for t in found.tried[:-1])
+    else:
+        assert found.least.memory.total == min(bill(o).total for o in options)
+
+
+@given(st.sampled_from(["10MiB", "300MiB", "600MiB"]), st.sampled_from([{}, {"r": "auto"}, {"gradient_checkpointing": False}]))
+def test_the_smallest_budget_that_is_named_works(budget: str, settings: Any) -> None:
+    shape = SHAPES["smollm2-135m"]
+    described = run(memory_budget=budget, **settings)
+    found = find(described, open_choices(described, shape, ["bfloat16"]), on_one_device(described, shape, "cpu", True))
+    if found.best is not None:
+        return
+    message = str(impossible(described, found))
+    enough = message.split("memory_budget=")[2].split()[0]
+    again = run(memory_budget=enough, **settings)
+    assert find(again, open_choices(again, shape, ["bfloat16"]), on_one_device(again, shape, "cpu", True)).best is not None
+    less = run(memory_budget=f"{int(enough.removesuffix('MiB')) - 1}MiB", **settings)
+    assert find(less, open_choices(less, shape, ["bfloat16"]), on_one_device(less, shape, "cpu", True)).best is None
+
+
+def test_the_component_that_breaks_a_budget() -> None:
+    memory = need(SHAPES["smollm2-135m"])
+    running = 0
+    for component in (c for c in memory.components if c.bytes):
+        assert memory.breaks(running + component.bytes - 1) == component
+        running += component.bytes
+    with pytest.raises(ValueError, match="fit a budget"):
+        memory.breaks(memory.total)
+
+
+# --- amounts of memory
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("3GiB", 3 * GIB), ("3 gib", 3 * GIB), ("1.5GB", 1_500_000_000), ("800MB", 800_000_000), ("2g", 2 * GIB), ("1024B", 1024)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["3", "", "GiB", "-3GiB", "3 parsecs", "1e9", "nanGiB", "0GiB", "0.0000001KB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"memory_budget"):
+        run(memory_budget=text)
+
+
+@given(st.integers(1, 1 << 50))
+def test_plain_numbers_are_bytes_and_words_are_close(size: int) -> None:
+    budget = run(memory_budget=size).memory_budget
+    assert budget is not None
+    assert parse_size(budget) == size
+    if size >= 1 << 24:
+        assert parse_size(in_words(size)) == pytest.approx(size, rel=0.04)
+
+
+def test_an_automatic_rank_needs_a_budget() -> None:
+    with pytest.raises(ConfigError, match=r"lora\.r=auto needs the memory it may use; give memory_budget"):
+        run(r="auto")

@@ -1,0 +1,189 @@
+"""`lorry plan`: what it prints, what it finds in a budget, what it refuses; and `lorry sft` taking its answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lorry.plan import machine
+from verbworld import TRAIN, World, lorry
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own in which a rate was measured for every format, so that no test measures one."""
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
+    for precision in ("bfloat16", "float32"):
+        machine.keep_rate(machine.rate_key("cpu", precision, machine.threads()), 1e12)
+    return tmp_path / "home"
+
+
+def plan(*argv: object, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The plan as JSON."""
+    assert lorry("plan", *argv, "format=json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lorry("plan", "smollm2-135m", "dtype=bfloat16", "device=cpu", "max_length=512") == 0
+    out = capsys.readouterr().out
+    assert "smollm2-135m (135M parameters) on cpu: r=16, 8 rows, recompute none, bfloat16, up to 512 tokens a row" in out
+    for component in ("libraries", "base weights", "vocabulary", "adapter", "optimizer", "workspace", "activations", "peak"):
+        assert component in out
+    assert "at 35% of 1.00 TFLOP/s, measured on this machine" in out
+    assert out.rstrip().splitlines()[-1].startswith("needs ")
+
+
+def test_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan("smollm2-135m", "dtype=bfloat16", "device=cpu", capsys=capsys)
+    assert made["total"] == sum(made["memory"].values())
+    assert (made["fits"], made["budget"], made["tried"]) == (None, None, [])
+    assert made["adapter_parameters"] == 4_884_480
+    speed = made["speed"]
+    assert speed["tokens_per_second"] == pytest.approx(1e12 * speed["efficiency"] / made["flops_per_token"]["step"])
+    assert speed["seconds_per_step"] == pytest.approx(8 * 1024 / speed["tokens_per_second"])
+
+
+def test_a_budget_finds_the_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("smollm2-135m", "dtype=bfloat16", "device=cpu", "r=auto")
+    large, small = (plan(*words, f"memory_budget={b}", capsys=capsys) for b in ("3GiB", "1100MiB"))
+    assert large["choice"]["rank"] > small["choice"]["rank"] >= 1
+    for made in (large, small):
+        assert made["fits"]
+        assert made["choice"]["rows"] * made["choice"]["accumulation"] == 8
+        assert [t["passes_the_budget_at"] is None for t in made["tried"]] == [False] * (len(made["tried"]) - 1) + [True]
+    assert lorry("plan", *words, "memory_budget=3GiB") == 0
+    out = capsys.readouterr().out
+    assert "passes the budget at" in out
+    assert "fits memory_budget=3GiB" in out
+
+
+def test_many_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("model=llama-3-70b", "backend=fsdp", "processes=8", "max_length=4096", "per_device_train_batch_size=1")
+    assert lorry("plan", *words) == 0
+    out = capsys.readouterr().out
+    assert "on 8 GPUs (fsdp), each" in out
+    assert "does not fit one h100" in out
+    assert "would fit with r=16, 1 row, recompute full" in out
+    made = plan(*words, "gradient_checkpointing=true", "gpu=h200", capsys=capsys)
+    assert made["fits"]
+    assert not made["trainable"]
+    assert any("backend=fsdp is not built yet" in note for note in made["notes"])
+
+
+def test_quantised_and_experts_say_what_they_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan("mixtral-8x7b", "quantize=nf4", "gpu=h100", "max_length=512", capsys=capsys)
+    assert made["memory"]["base weights"] / 46.4e9 == pytest.approx(0.516, rel=0.01)
+    assert any("not trainable here yet" in note for note in made["notes"])
+    assert any("adapters sit on attention only" in note for note in made["notes"])
+
+
+def test_the_description_of_a_run_can_be_planned(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan(world.run / "run.yaml", capsys=capsys)
+    assert (made["choice"]["rank"], made["choice"]["rows"], made["setup"]["precision"]) == (8, 4, "float32")
+    on = plan(world.run, "dtype=float32", capsys=capsys)
+    assert on["choice"]["rank"] == 8
+    assert any("is an adapter of rank 8" in note for note in on["notes"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["smollm2-135m", "memory_budget=200MiB"], 2, "memory_budget=200MiB: nothing fits. The leanest choice"),
+        (["smollm2-135m", "r=auto"], 2, "lora.r=auto needs the memory it may use"),
+        (["smollm2-135m", "memory_budget=much"], 2, "memory_budget: 'much' is no amount of memory"),
+        (["smollm2-135m", "r=many"], 2, "lora.r: got 'many'; give a whole number above 0 or auto"),
+        (["smollm2-135m", "target_modules=[q_prj]"], 2, "lora.target_modules names 'q_prj'"),
+        (["smollm2-135m", "lora=null"], 2, "lora=null"),
+        (["smollm2-135m", "backend=horovod"], 2, "backend.name: got 'horovod'; give one of single, ddp, fsdp, megatron"),
+        (["smollm2-135m", "backend=fsdp", "device=cpu"], 2, "model.device=cpu and backend.name exclude each other"),
+        (["smollm2-135m", "processes=4"], 2, "backend.processes=4 needs backend=ddp"),
+        (["llama-3-8b", "backend=megatron", "processes=8", "tensor_parallel=3"], 2, "no multiple of tensor_parallel"),
+        (["smollm2-135m", "gpu=h1000"], 2, "did you mean 'h100'?"),
+        (["smollm2-135m", "memry_budget=3GiB"], 2, "did you mean 'memory_budget'?"),
+        (["./nowhere"], 4, "no model at './nowhere'"),
+        (["llama-4-9b/"], 4, "known by name: gpt2"),
+    ],
+)
+def test_errors(argv: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lorry("plan", *argv) == code
+    out, err = capsys.readouterr()
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_a_plan_imports_no_torch() -> None:
+    """Everything before a first measurement of the machine: the config, the formulas, the table."""
+    program = (
+        "import sys; from lorry import cli; code = cli.main(['plan', 'llama-3-8b', 'gpu=h100']); "
+        "sys.exit(code or 10 * bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+# --- sft takes the answer
+
+
+def sft(world: World, folder: Path, *words: str) -> int:
+    return lorry("sft", f"model={world.base}", f"data={world.rows}", f"output_dir={folder}", *words)
+
+
+FEW = ("dtype=float32", "threads=1", "max_steps=2", "logging_steps=2", "max_length=64")
+
+
+def test_sft_takes_the_rank_that_fits(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft(world, tmp_path / "run", *FEW, "r=auto", "memory_budget=2GiB") == 0
+    assert "memory_budget=2GiB: r=16, 8 rows, recompute none, float32, predicted peak" in capsys.readouterr().err
+    resolved = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert (resolved["lora"]["r"], resolved["lora"]["lora_alpha"], resolved["memory_budget"]) == (16, 32, "2GiB")
+    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["r"] == 16
+    assert lorry("sft", tmp_path / "run" / "run.yaml", f"output_dir={tmp_path / 'again'}") == 0
+    again = yaml.safe_load((tmp_path / "again" / "run.yaml").read_text())
+    assert again["lora"] == resolved["lora"]
+
+
+def test_smaller_micro_batches_are_the_same_steps(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a budget changes besides the rank changes nothing that is learnt. The budget is the smallest that the error names."""
+    assert sft(world, tmp_path / "none", *FEW, "memory_budget=1MiB") == 2
+    least = capsys.readouterr().err.split("give ")[1].split()[0]
+    losses = {}
+    for name, budget in (("free", ()), ("tight", (least,))):
+        assert sft(world, tmp_path / name, *FEW, *budget) == 0
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] for line in lines if "loss" in line]
+    tight = yaml.safe_load((tmp_path / "tight" / "run.yaml").read_text())["train"]
+    free = yaml.safe_load((tmp_path / "free" / "run.yaml").read_text())["train"]
+    rows = [t["per_device_train_batch_size"] * t["gradient_accumulation_steps"] for t in (free, tight)]
+    assert rows == [8, 8]
+    assert tight["per_device_train_batch_size"] < 8
+    assert losses["tight"] == pytest.approx(losses["free"], rel=1e-4)
+
+
+def test_a_budget_nothing_fits_stops_before_anything_is_written(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sft(world, tmp_path / "run", "r=auto", "memory_budget=100MiB", *TRAIN[1:]) == 2
+    err = capsys.readouterr().err
+    assert "nothing fits. The leanest choice (r=1, 4 rows, recompute full, float32)" in err
+    assert "of it libraries; give memory_budget=" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_that_exists_keeps_its_rank(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (f"model={world.run}", f"data={world.rows}", f"output_dir={tmp_path / 'more'}", *FEW, "save_strategy=no")
+    assert lorry("sft", *words, "memory_budget=2GiB") == 0
+    assert "memory_budget=2GiB: r=8" in capsys.readouterr().err
+    assert lorry("sft", *words, "memory_budget=2GiB", "r=auto") == 2
+    assert "already has an adapter" in capsys.readouterr().err
+
+
+def test_jobs_are_not_planned_yet(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft(world, tmp_path / "run", "memory_budget=2GiB", "jobs=[{name: a, r: 4}, {name: b, r: 8}]") == 2
+    assert "memory_budget is not planned for several jobs yet" in capsys.readouterr().err
