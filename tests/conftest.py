@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The suite draws the same examples everywhere, so that it says one thing of one commit; LORRY_EXPLORE=1000 draws that many new ones.
+# The suite draws the same examples everywhere, so that it says one thing of one commit. LORRY_EXPLORE=1000 draws new ones.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=int(os.environ.get("LORRY_EXPLORE", "100")), deadline=None)
 settings.load_profile("explore" if "LORRY_EXPLORE" in os.environ else "same")

@@ -50,8 +50,11 @@ def test_tensor_parallel_divides_weights_and_activations() -> None:
     one, two = per_gpu("llama-3-8b", "single", 1), per_gpu("llama-3-8b", "megatron", 2, tensor=2)
     for name, slack in (("base weights", 1e-3), ("activations", 1e-3)):
         assert part(two, name) == pytest.approx(part(one, name) / 2, rel=slack)
-    p = adapter_of(shape_of(KNOWN["llama-3-8b"]), LoraConfig(r=16), 16).parameters
-    assert (MASTER + MOMENTS) * p / 2 < part(two, "adapter") + part(two, "optimizer") < (MASTER + MOMENTS + 2) * p
+    d, q, k, f = 4096, 4096, 1024, 14336
+    columns = sum(d + out // 2 for out in (q, k, k, f, f))  # A whole, half of B
+    rows = (q // 2 + d) + (f // 2 + d)  # half of A, B whole
+    assert part(two, "optimizer") == MOMENTS * 32 * 16 * (columns + rows)
+    assert part(two, "adapter") == (MASTER + 2) * 32 * 16 * (columns + rows)
 
 
 def test_pipeline_stages_hold_what_is_in_flight() -> None:

@@ -26,7 +26,14 @@ from lorry.models.score import Want, evaluate
 class Local:
     """One model on one device. ``trained``: the adapters this run steps; others of the bank stay frozen."""
 
-    def __init__(self, model: Decoder | HfModel, trained: Sequence[str], optim: OptimSettings | Mapping[str, OptimSettings], *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Decoder | HfModel,
+        trained: Sequence[str],
+        optim: OptimSettings | Mapping[str, OptimSettings],
+        *,
+        seed: int = 0,
+    ) -> None:
         self.model, self.seed = model, seed
         self.bank: Bank = bank_of(model)
         self.trained = list(trained)

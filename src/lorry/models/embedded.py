@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -124,7 +124,6 @@ def memory_of(shape: Shape, adapter: Adapter, setup: Setup) -> Memory:
         Component("vocabulary", vocabulary_weights(shape, setup), "embedding" + (" (tied)" if g.tied else " and head")),
         Component("adapter", adapter_bytes(adapter, setup), f"{adapter.parameters / 1e6:.2f}M values: fp32, gradients, a copy"),
         Component("optimizer", MOMENTS * adapter.parameters, "AdamW's two moments, fp32"),
-        Component("state", state_copy(adapter, setup), "a copy of adapter and moments, for contracts and checkpoints"),
         Component("workspace", step, "the vocabulary product" if step == scores else "one layer's backward"),
         Component("allocator", slack, "gaps between buffers that come and go"),
         Component("activations", saved, f"kept by {len(layers)} layers for backward ({path}, recompute {setup.recompute})"),
@@ -164,11 +163,6 @@ def adapter_bytes(adapter: Adapter, setup: Setup) -> int:
     """fp32 values and gradients, and a copy in the format computed in where that is another."""
     copy = 0 if setup.precision == "float32" else setup.element
     return (MASTER + copy) * adapter.parameters
-
-
-def state_copy(adapter: Adapter, setup: Setup) -> int:
-    """What a whole run adds to its steps: the state is copied to be compared and saved (values and moments, fp32)."""
-    return (4 + MOMENTS) * adapter.parameters if setup.whole else 0
 
 
 # --- what comes and goes

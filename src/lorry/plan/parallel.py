@@ -27,7 +27,6 @@ from lorry.plan.memory import (
     path_of,
     runtime,
     score_workspace,
-    state_copy,
 )
 from lorry.plan.shapes import Shape
 
@@ -129,7 +128,6 @@ def _stage(shape: Shape, adapter: Adapter, setup: Setup, split: Split, accumulat
         Component("vocabulary", ends * setup.element // t, "embedding on the first stage, head on the last"),
         Component("adapter", adapter_bytes(part, setup), f"{part.parameters / 1e6:.2f}M values of this GPU"),
         Component("optimizer", MOMENTS * part.parameters, "AdamW's two moments, fp32"),
-        Component("state", state_copy(part, setup), "a copy of adapter and moments, for contracts and checkpoints"),
         Component("workspace", step, "the vocabulary product" if step == scores else "one layer's backward"),
         Component("allocator", slack, "gaps between buffers that come and go"),
         Component("activations", saved, f"{flying} micro-batches in flight ({path}, recompute {setup.recompute})"),

@@ -50,7 +50,7 @@ def value_axis(values: Sequence[float], from_zero: bool = False, log_if_wide: bo
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Whether values want a log axis: all positive (beyond ``SMALLEST``), and the highest three decades above all but the lowest twentieth.
+    """Whether values want a log axis: all above ``SMALLEST``, the highest three decades above all but the lowest twentieth.
 
     The lowest are left aside because a rate that decays to nearly nothing looks right on a plain axis.
     """
