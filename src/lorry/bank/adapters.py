@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,16 @@ class Adapter:
     grads: Tensor = field(repr=False)
     split: int = field(repr=False)
     slots: dict[str, Slot] = field(default_factory=dict, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        """A copy whose masters are views of its own buffers, as ours are of ours."""
+        values, grads = self.values.detach().clone(), self.grads.detach().clone()
+        twin = Adapter(self.name, self.spec, values, grads, self.split, deepcopy(self.slots, memo))
+        memo[id(self)] = twin
+        for param, view in twin._views(values):
+            param.data = view
+        twin.bind_grads()
+        return twin
 
     def bind_grads(self) -> None:
         """Point every master's .grad into the flat gradient buffer, so that autograd accumulates there."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from lorry.errors import ContractError
 
 # Other people's models cannot pass a Call down; `models/hf.py` sets it around their forward. It is read in forward only.
 AMBIENT: ContextVar[Call | None] = ContextVar("lorry_call", default=None)
+
+
+Stacked = tuple[tuple[object, ...], Tensor, list[Part]]  # what they were made from, the stacked A's, the parts
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Slot:
     scale: float
     dropout: float
     writes: int = field(default=0, repr=False)  # how often `touch` was called
+    serial: int = field(default_factory=count().__next__, repr=False)  # no two slots of a process share one
+    stacks: dict[tuple[int, ...], Stacked] = field(default_factory=dict, repr=False)  # of the groups whose first slot this is
 
     def stamp(self) -> tuple[int, ...]:
         """Changes whenever a master may have changed."""
@@ -115,7 +121,7 @@ class BankLinear(Adaptable):
             return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
         flat = x.reshape(-1, x.shape[-1])
         stacks, masters = self.group.stacks(call, site or self.path)
-        (y,) = LowRank.apply(flat, self.group.frozen(), stacks, *masters)
+        (y,) = LowRank.apply(flat, self.group.frozen(), stacks, len(masters), *masters, *self.group.base())
         return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
 
     def delta(self, slot: Slot) -> Tensor:
@@ -134,7 +140,11 @@ class Group:
 
     def __init__(self, linears: Sequence[BankLinear]) -> None:
         self.linears = linears
-        self._copies: dict[str, tuple[tuple[object, ...], Tensor, list[Part]]] = {}
+
+    def base(self) -> list[Tensor]:
+        """The base's weights and biases that train."""
+        tensors = [t for linear in self.linears for t in (linear.weight, linear.bias)]
+        return [t for t in tensors if t is not None and t.requires_grad]
 
     def frozen(self) -> list[Frozen]:
         """The base products, as they are now (a merge or a device may have changed them)."""
@@ -151,7 +161,7 @@ class Group:
             if not slots:
                 continue
             constant = 1.0 if isinstance(term.gate, Tensor) else term.gate
-            a, parts = self._copy(term.adapter, slots)
+            a, parts = self._copy(slots)
             if constant != 1.0:
                 parts = [Part(p.layer, p.rows, p.b, p.scale * constant) for p in parts]
             rate = slots[0][1].dropout if call.noise is not None else 0.0
@@ -165,17 +175,19 @@ class Group:
             masters.append(gate)
         return stacks, masters
 
-    def _copy(self, adapter: str, slots: Sequence[tuple[int, Slot]]) -> tuple[Tensor, list[Part]]:
+    def _copy(self, slots: Sequence[tuple[int, Slot]]) -> tuple[Tensor, list[Part]]:
+        """Kept with the first slot, so that they go when the adapter goes."""
         dtype = self.linears[0].weight.dtype
-        stamp = (dtype, *(value for i, slot in slots for value in (i, id(slot), *slot.stamp())))
-        held = self._copies.get(adapter)
+        stamp = (dtype, *(value for i, slot in slots for value in (i, *slot.stamp())))
+        kept, key = slots[0][1].stacks, tuple(slot.serial for _, slot in slots)
+        held = kept.get(key)
         if held is None or held[0] != stamp:
             a = torch.cat([slot.A.detach() for _, slot in slots]).to(dtype)
             parts, at = [], 0
             for i, slot in slots:
                 parts.append(Part(i, slice(at, at + slot.A.shape[0]), slot.B.detach().to(dtype), slot.scale))
                 at += slot.A.shape[0]
-            self._copies[adapter] = held = (stamp, a, parts)
+            kept[key] = held = (stamp, a, parts)
         return held[1], held[2]
 
 

@@ -70,20 +70,19 @@ class Dropout:
         """Bool [n, width], True = kept, for the rows ``tokens`` of the batch (of ``rows``, where only some are in it)."""
         total = int(self.starts[-1])
         if self.rows is not None:
-            return self._hashed(width, 0, total).to(device)[self.rows][tokens]
+            return self._hashed(width, self.rows.cpu()[tokens]).to(device)
         first, last, _ = tokens.indices(total)
         if device.type == "cpu" and library() is not None:
             kept = torch.empty(last - first, width, dtype=torch.bool)
             call("dropout_mask", kept, *self._place(tokens), last - first, width, self.threshold)
             return kept
-        return self._hashed(width, first, last).to(device)
+        return self._hashed(width, torch.arange(first, last)).to(device)
 
     def _place(self, tokens: slice) -> Sequence[Tensor | int]:
         return self.seeds, self.starts, len(self.seeds), tokens.start or 0
 
-    def _hashed(self, width: int, first: int, last: int) -> Tensor:
-        """The same as the kernel's, in 64-bit integers."""
-        row = torch.arange(first, last)
+    def _hashed(self, width: int, row: Tensor) -> Tensor:
+        """The same as the kernel's for any rows of the batch, in 64-bit integers."""
         owner = torch.searchsorted(self.starts, row, right=True) - 1
         low, high = (self.seeds & WORD)[owner, None], (self.seeds >> 32)[owner, None]
         n = (row - self.starts[owner])[:, None] * width + torch.arange(width)

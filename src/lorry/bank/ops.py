@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorry.bank.noise import Dropout
 
@@ -53,9 +54,25 @@ class Stack:
             low[self.inner.stop :] = 0
         return low
 
+    def add(self, to: Tensor, low: Tensor, up: Tensor, scale: float = 1.0) -> None:
+        """to [T,O] += scale * low [tokens,S] up [S,O] in this term's rows. The rows taken along stay as they are, bit for bit,
+        even where 0 * up is no number."""
+        rows = to[self.tokens]
+        if self.inner is None:
+            rows.addmm_(low, up, alpha=scale)
+            return
+        before, after = rows[: self.inner.start].clone(), rows[self.inner.stop :].clone()
+        rows.addmm_(low, up, alpha=scale)
+        rows[: self.inner.start], rows[self.inner.stop :] = before, after
+
     def drop(self, x: Tensor) -> Tensor:
-        """Inverted dropout on this term's rows of x (or of its gradient, which passes the same mask)."""
+        """Inverted dropout on this term's rows of x."""
         return x[self.tokens] if self.dropout is None else self.dropout.apply(x[self.tokens], self.tokens)
+
+    def own(self, x: Tensor) -> Tensor:
+        """`drop`, with zeros in the rows that are not this term's."""
+        rows = self.drop(x)
+        return rows if self.inner is None else self.clear(rows.clone() if self.dropout is None else rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +121,7 @@ class Products:
             self.downs.append(h)
             weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
             for part in stack.parts:
-                ys[part.layer][stack.tokens].addmm_(weighted[:, part.rows], part.b.t(), alpha=part.scale)
+                stack.add(ys[part.layer], weighted[:, part.rows], part.b.t(), part.scale)
         return ys
 
     def input_gradient(self, grads: Sequence[Tensor], needed: bool = True) -> Tensor | None:
@@ -122,9 +139,10 @@ class Products:
             if dx is None:
                 continue
             if stack.dropout is None:
-                dx[stack.tokens].addmm_(self.ups[-1], stack.a)
+                stack.add(dx, self.ups[-1], stack.a)
             else:
-                dx[stack.tokens] += stack.dropout.apply(torch.mm(self.ups[-1], stack.a), stack.tokens)
+                more = stack.clear(stack.dropout.apply(torch.mm(self.ups[-1], stack.a), stack.tokens))
+                dx[stack.tokens] += more
         return dx
 
     def master_gradients(self, x: Tensor, grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -135,41 +153,52 @@ class Products:
             *wanted, gate_wanted = needs[len(out) : len(out) + count + 1]
             if any(wanted):
                 stack.used()
-            da = torch.mm(up.t(), stack.drop(x)).float() if any(wanted[::2]) else None
+            da = torch.mm(up.t(), stack.own(x)).float() if any(wanted[::2]) else None
             weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
             for i, part in enumerate(stack.parts):
                 out.append(da[part.rows] if da is not None and wanted[2 * i] else None)
                 db = None
                 if wanted[2 * i + 1]:
-                    db = torch.mm(grads[part.layer][stack.tokens].t(), weighted[:, part.rows]).float().mul_(part.scale)
+                    g = grads[part.layer][stack.tokens]
+                    g = g if stack.inner is None else stack.clear(g.clone())
+                    db = torch.mm(g.t(), weighted[:, part.rows]).float().mul_(part.scale)
                 out.append(db)
             out.append((h.float() * raw.float()).sum(1).to(gate.dtype) if gate is not None and gate_wanted else None)
         return out
 
 
 class LowRank(torch.autograd.Function):
-    """`apply(x [T,I], layers, stacks, *masters)` -> y [T,O] per linear, with gradients for x and the masters.
+    """`apply(x [T,I], layers, stacks, count, *masters, *base)` -> y [T,O] per linear, with gradients for all tensors.
 
-    masters: per stack A [R,I] and B [O,R] (fp32) of each part, then the gate [tokens] or None.
+    ``count`` masters: per stack A [R,I] and B [O,R] (fp32) of each part, then the gate [tokens] or None. base: those weights and
+    biases of the layers that train.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layers: Sequence[Frozen], stacks: Sequence[Stack], *masters: Tensor | None
+        ctx: Any, x: Tensor, layers: Sequence[Frozen], stacks: Sequence[Stack], count: int, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        work = Products(layers, stacks, gates_of(stacks, masters))
+        work = Products(layers, stacks, gates_of(stacks, tensors[:count]))
         ys = work.forward(x)
-        ctx.layers, ctx.stacks = layers, stacks
+        ctx.layers, ctx.stacks, ctx.count = layers, stacks, count
         ctx.save_for_backward(x, *work.downs, *work.gates)
         return tuple(ys)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
         n = len(ctx.stacks)
         work = Products(ctx.layers, ctx.stacks, rest[n:], rest[:n])
         dx = work.input_gradient(grads, ctx.needs_input_grad[0])
-        return dx, None, None, *work.master_gradients(x, grads, ctx.needs_input_grad[3:])
+        masters = work.master_gradients(x, grads, ctx.needs_input_grad[4 : 4 + ctx.count])
+        base = []
+        if len(ctx.needs_input_grad) > 4 + ctx.count:
+            for layer, g in zip(ctx.layers, grads, strict=True):
+                tensors = (layer.weight, layer.bias)[: 1 if layer.bias is None else 2]
+                made = layer.own_gradients(x, g)
+                base += [grad for tensor, grad in zip(tensors, made, strict=True) if tensor.requires_grad]
+        return dx, None, None, None, *masters, *base
 
 
 def gates_of(stacks: Sequence[Stack], masters: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -14,7 +14,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <vector>
 
 constexpr int N = 64;  // queries and keys of a block
@@ -222,8 +221,7 @@ struct Turned {
 };
 
 template <int D>
-static bf16* turn_all(const bf16* x, const Turned& plan, const int64_t* starts, long segments, long heads) {
-    bf16* out = (bf16*)std::aligned_alloc(64, sizeof(bf16) * plan.count * N * D * heads);
+static void turn_all(const bf16* x, const Turned& plan, const int64_t* starts, long segments, long heads, bf16* out) {
 #pragma omp parallel for schedule(dynamic, 1) collapse(2)
     for (long h = 0; h < heads; h++)
         for (long s = 0; s < segments; s++) {
@@ -234,14 +232,29 @@ static bf16* turn_all(const bf16* x, const Turned& plan, const int64_t* starts, 
                 transposed<D>(from, heads * D, count, out + (h * plan.count + plan.first[s] + j) * N * D);
             }
         }
-    return out;
 }
+
+// How backward shares its work. A unit is a key/value head of a segment with all its query heads, whose sums it keeps to itself.
+// Where that leaves threads idle, and memory allows, it is one query head, and sums over heads that share keys are added up after.
+struct Sharing {
+    bool alone;
+    long longest = 0, area, threads;  // area: fp32 sums of one head over the whole batch
+    Sharing(const int64_t* starts, long segments, const Turned& plan, long heads, long groups, long width) {
+        constexpr long SPREAD = 64l << 20;  // bytes
+        threads = omp_get_max_threads();
+        area = plan.count * N * width;
+        alone = heads > groups && threads > 1 && segments * groups < 4 * threads && area * heads * 8 <= SPREAD;
+        for (long s = 0; s < segments; s++) longest = std::max<long>(longest, blocks(starts[s + 1] - starts[s]) * N);
+    }
+    long sums(long heads, long width) const { return alone ? 2 * area * heads : 2 * longest * width * threads; }
+};
 
 template <int D>
 static void forward(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, const int64_t* starts, long segments,
-                    long tokens, long heads, long groups, float scale) {
+                    long tokens, long heads, long groups, float scale, char* space) {
     Turned plan(starts, segments);
-    bf16* vt = turn_all<D>(v, plan, starts, segments, groups);
+    bf16* vt = (bf16*)space;
+    turn_all<D>(v, plan, starts, segments, groups, vt);
     std::vector<Unit> units;
     std::vector<long> segment;
     for (long s = 0; s < segments; s++)
@@ -302,7 +315,6 @@ static void forward(const bf16* q, const bf16* k, const bf16* v, bf16* o, float*
             for (int c = 0; c < count; c++) lse[u.head * tokens + u.start + first + c] = top[c] * scale2 + std::log2(sum[c]);
         }
     }
-    std::free(vt);
 }
 
 // Write dK and dV of a segment's key/value head g from `count` pairs of fp32 sums that lie `apart` floats from each other.
@@ -321,24 +333,22 @@ static void finish(const float* dks, const float* dvs, long count, long apart, c
 
 template <int D>
 static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o, const float* lse, const bf16* go, bf16* dq, bf16* dk,
-                     bf16* dv, const int64_t* starts, long segments, long tokens, long heads, long groups, float scale) {
+                     bf16* dv, const int64_t* starts, long segments, long tokens, long heads, long groups, float scale,
+                     char* space) {
     Turned plan(starts, segments);
-    bf16* kt = turn_all<D>(k, plan, starts, segments, groups);
-    // A unit is a key/value head of a segment with all its query heads, whose sums it keeps to itself. Where that leaves threads
-    // idle it is one query head, and the sums of the heads that share keys are added afterwards.
-    long together = heads / groups, longest = 0;
-    bool alone = together > 1 && segments * groups < 4 * omp_get_max_threads() && omp_get_max_threads() > 1;
-    long share = alone ? 1 : together;
+    const Sharing how(starts, segments, plan, heads, groups, D);
+    const bool alone = how.alone;
+    const long together = heads / groups, share = alone ? 1 : together, longest = how.longest, area = how.area;
+    bf16* kt = (bf16*)space;
+    turn_all<D>(k, plan, starts, segments, groups, kt);
+    float* all_sums = (float*)(space + sizeof(bf16) * plan.count * N * D * groups);
     std::vector<Unit> units;
     std::vector<long> segment;
     for (long s = 0; s < segments; s++)
         for (long h = 0; h < heads; h += share) {
             units.push_back({starts[s], starts[s + 1] - starts[s], h, 0});
             segment.push_back(s);
-            longest = std::max<long>(longest, blocks(starts[s + 1] - starts[s]) * N);
         }
-    const long area = plan.count * N * D;  // fp32 sums of one head over the whole batch
-    float* spread = alone ? (float*)std::aligned_alloc(64, sizeof(float) * 2 * area * heads) : nullptr;
     const float scale2 = scale * LOG2E;
 #pragma omp parallel
     {
@@ -346,7 +356,7 @@ static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
         alignas(64) uint32_t qt[D / 2 * N], gt[D / 2 * N], qp[N / 2 * D], gp[N / 2 * D], dsp[N / 2 * N];
         alignas(64) float st[N * N], dpt[N * N], dqt[D * N], level[N], delta[N], even[N];
         alignas(64) bf16 pt[N * N], dst[N * N], spare_k[N * D], spare_v[N * D];
-        float* own = alone ? nullptr : (float*)std::aligned_alloc(64, sizeof(float) * 2 * longest * D);
+        float* own = all_sums + (alone ? 0 : 2 * longest * D * omp_get_thread_num());
         for (int c = 0; c < N; c++) even[c] = scale;
         const __m512i interleave = _mm512_load_si512(HALVES);
 #pragma omp for schedule(dynamic, 1)
@@ -354,7 +364,7 @@ static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
             const Unit& u = units[w];
             int n = blocks(u.length);
             const long g = u.head / together;
-            float* dks = alone ? spread + 2 * area * u.head + plan.first[segment[w]] * N * D : own;
+            float* dks = alone ? all_sums + 2 * area * u.head + plan.first[segment[w]] * N * D : own;
             float* dvs = dks + (alone ? area : longest * D);
             std::memset(dks, 0, sizeof(float) * n * N * D);
             std::memset(dvs, 0, sizeof(float) * n * N * D);
@@ -420,13 +430,10 @@ static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
         if (alone)
 #pragma omp for schedule(static)
             for (size_t w = 0; w < units.size(); w += together) {
-                const float* first = spread + 2 * area * units[w].head + plan.first[segment[w]] * N * D;
+                const float* first = all_sums + 2 * area * units[w].head + plan.first[segment[w]] * N * D;
                 finish<D>(first, first + area, together, 2 * area, units[w], units[w].head / together, groups, dk, dv, scale);
             }
-        std::free(own);
     }
-    std::free(spread);
-    std::free(kt);
 }
 
 #define FOR_WIDTH(call)      \
@@ -437,18 +444,26 @@ static void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o,
         case 128: call(128); \
     }
 
+// Bytes that the two calls below want as `space`, aligned to 64.
+LORRY long attention_space(const int64_t* starts, long segments, long heads, long groups, long width, long with_backward) {
+    Turned plan(starts, segments);
+    long turned = sizeof(bf16) * plan.count * N * width * groups;
+    if (!with_backward) return turned;
+    return turned + sizeof(float) * Sharing(starts, segments, plan, heads, groups, width).sums(heads, width);
+}
+
 // q, o [tokens, heads, width], k, v [tokens, groups, width], lse [heads, tokens] in powers of two, starts [segments + 1].
 LORRY void attention_forward(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, const int64_t* starts, long segments,
-                             long tokens, long heads, long groups, long width, float scale) {
-#define CALL(D) return forward<D>(q, k, v, o, lse, starts, segments, tokens, heads, groups, scale)
+                             long tokens, long heads, long groups, long width, float scale, char* space) {
+#define CALL(D) return forward<D>(q, k, v, o, lse, starts, segments, tokens, heads, groups, scale, space)
     FOR_WIDTH(CALL)
 #undef CALL
 }
 
 LORRY void attention_backward(const bf16* q, const bf16* k, const bf16* v, const bf16* o, const float* lse, const bf16* go, bf16* dq,
                               bf16* dk, bf16* dv, const int64_t* starts, long segments, long tokens, long heads, long groups,
-                              long width, float scale) {
-#define CALL(D) return backward<D>(q, k, v, o, lse, go, dq, dk, dv, starts, segments, tokens, heads, groups, scale)
+                              long width, float scale, char* space) {
+#define CALL(D) return backward<D>(q, k, v, o, lse, go, dq, dk, dv, starts, segments, tokens, heads, groups, scale, space)
     FOR_WIDTH(CALL)
 #undef CALL
 }

@@ -32,7 +32,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> tu
     """q [T,H,D], k and v [T,G,D], contiguous -> (o [T,H,D], log-sum-exp [H,T] fp32, in powers of two)."""
     t, heads = q.shape[:2]
     o, lse = torch.empty_like(q), torch.empty(heads, t, dtype=torch.float32)
-    _call("attention_forward", (q, k, v, o, lse, starts), starts, q, k, scale)
+    _run("attention_forward", (q, k, v, o, lse), starts, scale)
     return o, lse
 
 
@@ -41,9 +41,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of `forward` for the gradient ``grad`` [T,H,D] of o; probabilities are recomputed."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    _call("attention_backward", (q, k, v, o, lse, grad, dq, dk, dv, starts), starts, q, k, scale)
+    _run("attention_backward", (q, k, v, o, lse, grad, dq, dk, dv), starts, scale)
     return dq, dk, dv
 
 
-def _call(name: str, tensors: Sequence[Tensor], starts: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
-    call(name, *tensors, len(starts) - 1, *q.shape[:2], k.shape[1], q.shape[2], scale)
+def _run(name: str, tensors: Sequence[Tensor], starts: Tensor, scale: float) -> None:
+    """The kernel's scratch space is a tensor, so that torch's allocator says it when memory runs out."""
+    (tokens, heads, width), groups, segments = tensors[0].shape, tensors[1].shape[1], len(starts) - 1
+    size = call("attention_space", starts, segments, heads, groups, width, int(name == "attention_backward"))
+    space = torch.empty(size + 64, dtype=torch.uint8)
+    space = space[-space.data_ptr() % 64 :]
+    call(name, *tensors, starts, segments, tokens, heads, groups, width, scale, space)

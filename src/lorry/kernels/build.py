@@ -1,8 +1,9 @@
 """Build the kernels once per machine, compiler and source, and load them through ctypes.
 
-Every .cpp of this folder becomes one shared library in `HOME/kernels/DIGEST.so`. The digest covers sources, compiler and
-processor, so a cache directory shared by unlike machines holds one library for each. OpenMP calls bind to the runtime torch
-has loaded: one pool of threads for both.
+Every .cpp of this folder becomes one shared library, `HOME/kernels/DIGEST-CONTENT.so`. The digest covers sources, compiler and
+processor, so a cache directory shared by unlike machines holds one library for each; the content's own digest is in the name
+and checked at every load, and a damaged library is built again. OpenMP calls bind to the runtime torch has loaded: one pool of
+threads for both.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import torch
 from torch import Tensor
 
 from lorry.disk.home import home
+from lorry.disk.manifest import file_digest
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 SHAPE = ("-std=c++17", "-shared", "-fPIC", "-w")
 
 
@@ -55,13 +58,16 @@ def status() -> Status:
     return _load()[1]
 
 
-def call(name: str, *args: Tensor | int | float | None) -> None:
-    """Run a kernel: tensors (contiguous, on the CPU) go as addresses, whole numbers as long, others as float, None as null.
+def call(name: str, *args: Tensor | int | float | None) -> int:
+    """Run a kernel; those named ``*_space`` answer with a number of bytes, the others with 0.
 
+    Tensors (contiguous, on the CPU) go as addresses, whole numbers as long, others as float, None as null.
     Raises ValueError for a tensor that is not contiguous or not on the CPU.
     """
     found = library()
     assert found is not None
+    function = getattr(found, name)
+    function.restype = ctypes.c_long if name.endswith("_space") else None
     given: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
@@ -72,7 +78,7 @@ def call(name: str, *args: Tensor | int | float | None) -> None:
             given.append(ctypes.c_void_p())
         else:
             given.append(ctypes.c_long(arg) if isinstance(arg, int) else ctypes.c_float(arg))
-    getattr(found, name)(*given)
+    return int(function(*given) or 0)
 
 
 @cache
@@ -83,22 +89,21 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
     if compiler is None:
         return None, Status(False, "no C++ compiler; install g++ for about twice the speed on a CPU")
     try:
-        digest = _digest(compiler)
-        path = home() / "kernels" / f"{digest}.so"
-        if not path.is_file():
-            _compile(compiler, path)
+        digest, folder = _digest(compiler), home() / "kernels"
+        path = _intact(folder, digest) or _compile(compiler, folder, digest)
         loaded = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as e:
-        return None, Status(False, f"{compiler} failed: {(e.stderr or '').strip().splitlines()[:1]}")
-    except OSError as e:
+        said = (e.stderr or "").strip().splitlines() or [f"exit code {e.returncode}"]
+        return None, Status(False, f"{compiler} failed: {said[0]}")
+    except (OSError, RuntimeError) as e:  # RuntimeError: nobody's home is known
         return None, Status(False, f"the built kernels cannot be kept or loaded: {e}")
     return loaded, Status(True, "", digest, bool(loaded.lorry_amx()))
 
 
 def _digest(compiler: str) -> str:
     """SHA-256 of everything the machine code depends on."""
-    parts = [compiler, subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout]
-    parts += [*FLAGS, *SHAPE, platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor()]
+    parts = [compiler, _run(compiler, "--version"), *FLAGS, *WIDE, *SHAPE]
+    parts += [platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor()]
     parts += [p.name + p.read_text() for p in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -110,16 +115,33 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _compile(compiler: str, path: Path) -> None:
-    """Compile into a temporary file beside ``path`` and rename it there, so that nobody ever loads half a library."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+def _run(*command: str) -> str:
+    """Run a command and return what it said. Raises CalledProcessError."""
+    return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
+
+
+def _intact(folder: Path, digest: str) -> Path | None:
+    """The library of this digest, if its content is what its name says; damaged ones are removed."""
+    for path in folder.glob(f"{digest}-*.so"):
+        if path.stem == f"{digest}-{file_digest(path)[:16]}":
+            return path
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _compile(compiler: str, folder: Path, digest: str) -> Path:
+    """Compile into a temporary folder, reach the disk, and rename: nobody ever loads half a library."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
         objects = []
         for source in sorted(SOURCES.glob("*.cpp")):
-            objects.append(str(Path(folder) / f"{source.stem}.o"))
-            command = [compiler, *FLAGS, *SHAPE, "-c", str(source), "-o", objects[-1]]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        made = Path(folder) / path.name
+            objects.append(str(Path(name) / f"{source.stem}.o"))
+            _run(compiler, *FLAGS, *WIDE, *SHAPE, "-c", str(source), "-o", objects[-1])
+        made = Path(name) / "made.so"
         # No -fopenmp here: the calls stay unresolved until torch's own OpenMP runtime, loaded before, provides them.
-        subprocess.run([compiler, *SHAPE, *objects, "-o", str(made)], check=True, capture_output=True, text=True)
+        _run(compiler, *SHAPE, *objects, "-o", str(made))
+        with open(made, "rb") as file:
+            os.fsync(file.fileno())
+        path = folder / f"{digest}-{file_digest(made)[:16]}.so"
         made.replace(path)
+    return path

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorry.kernels import attention as kernel
@@ -37,7 +38,9 @@ class Bucket:
 
 def buckets(segments: Sequence[tuple[int, int]], device: torch.device, slack: float = 1.25) -> list[Bucket]:
     """Group segments (start, stop) so that no sequence is padded to more than ``slack`` times its length."""
-    order = sorted(range(len(segments)), key=lambda s: (segments[s][1] - segments[s][0], s))
+    order = sorted(
+        (s for s in range(len(segments)) if segments[s][1] > segments[s][0]), key=lambda s: (segments[s][1] - segments[s][0], s)
+    )
     groups: list[list[int]] = []
     for s in order:
         length = segments[s][1] - segments[s][0]
@@ -161,6 +164,7 @@ class ShortAttention(torch.autograd.Function):
         return o.view(q.shape).to(q.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = ctx.saved_tensors
         wide_q, wide_k, wide_v, g = _folded(q, k), _flat(k), _flat(v), _folded(grads[0], k)

@@ -43,10 +43,9 @@ class Packed:
         return Packed(tokens, positions, segments)
 
     def padded(self, total: int) -> Packed:
-        """With a sequence of zeros behind the others, up to ``total`` tokens."""
+        """With a sequence of zeros (all at position 0: the context may be short) behind the others, up to ``total`` tokens."""
         more = total - self.tokens.numel()
-        positions = torch.cat([self.positions, torch.arange(more, device=self.positions.device)])
-        return Packed(F.pad(self.tokens, (0, more)), positions, [*self.segments, (total - more, total)])
+        return Packed(F.pad(self.tokens, (0, more)), F.pad(self.positions, (0, more)), [*self.segments, (total - more, total)])
 
 
 @dataclass

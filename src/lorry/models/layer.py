@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorry.bank.ops import Products
 from lorry.models import attention
@@ -53,6 +54,7 @@ class Layer(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         block, state = ctx.block, ctx.state
         saved = list(ctx.saved_tensors)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorry.kernels import call, library
@@ -38,11 +39,12 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if kind == "layer" else None
-        self.eps = eps
+        self.eps = float(eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D], with gradients for x and, where they train, weight and bias."""
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+        own = [self.weight] if self.bias is None else [self.weight, self.bias]
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in own)):
             return Normed.apply(x, self, self.weight, self.bias)
         return self.compute(x)
 
@@ -103,10 +105,11 @@ class Normed(torch.autograd.Function):
         return norm.compute(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         dy = grads[0].contiguous()
-        own = ctx.norm.own_gradients(dy, x) if ctx.needs_input_grad[2] else (None, None)
+        own = ctx.norm.own_gradients(dy, x) if any(ctx.needs_input_grad[2:]) else (None, None)
         return (ctx.norm.backward(dy, x) if ctx.needs_input_grad[0] else None), None, *own
 
 

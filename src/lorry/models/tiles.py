@@ -75,7 +75,11 @@ class Asked:
         chosen, mean, variance, uniform = leaves
         with torch.enable_grad():
             values = self.values(Softmax(chosen, mean, variance, uniform, softmax.top))
-        found = torch.autograd.grad(values, leaves, upstream.to(values.dtype), allow_unused=True)
+        wanted = torch.tensor([s.gradient for s in self.statistics], device=upstream.device)
+        upstream = torch.where(wanted, upstream, 0).to(
+            values.dtype
+        )  # an infinite one, too, is nothing to a score without gradient
+        found = torch.autograd.grad(values, leaves, upstream, allow_unused=True)
         return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
 
     def slopes(self, sums: Sums, softmax: Softmax, vocab: int, upstream: Tensor) -> tuple[Tensor, Tensor]:
