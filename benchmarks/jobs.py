@@ -180,6 +180,22 @@ def show(row: Row) -> str:
     return f"{head}   steps {took} ({also})   memory {memory}   losses within {row['gap']:.1e}"
 
 
+def table(rows: Sequence[Row]) -> dict[str, Any]:
+    """What `benchmarks/results.py` shows."""
+    columns = [
+        "jobs", "tokens each and step", "steps, seconds", "one after the other", "ratio", "whole runs", "GiB", "of the sum", "of one"
+    ]  # fmt: skip
+    cells = [
+        [
+            r["jobs"], r["length"], f"{r['joint_seconds']:.2f}", f"{r['separate_seconds']:.2f}", f"{r['ratio_seconds']:.2f}x",
+            f"{r['ratio_total']:.2f}x", f"{r['joint_memory'] / 2**30:.2f}", f"{r['ratio_memory']:.2f}x",
+            f"{r['ratio_memory_of_one']:.2f}x",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return {"title": "K jobs in one pass against K runs in turn", "columns": columns, "rows": cells}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: sorted(int(n) for n in text.split(","))  # noqa: E731
@@ -201,7 +217,8 @@ def main() -> None:
         for row in rows[-len(args.jobs) :]:
             print(show(row), flush=True)
     args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps({"machine": machine(), "load": os.getloadavg(), "rows": rows}, indent=1) + "\n")
+    record = {"machine": machine(), "load": os.getloadavg(), **table(rows), "records": rows}
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
