@@ -183,7 +183,7 @@ def show(row: Row) -> str:
 def table(rows: Sequence[Row]) -> dict[str, Any]:
     """What `benchmarks/results.py` shows."""
     columns = [
-        "jobs", "tokens each and step", "steps, seconds", "one after the other", "ratio", "whole runs", "GiB", "of the sum", "of one"
+        "jobs", "tokens each and step", "steps, seconds", "in turn", "ratio", "whole runs", "GiB", "of the sum", "of one",
     ]  # fmt: skip
     cells = [
         [
