@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.verbworld import World, lorry
-from tests.verbworld import world as world
 
 from lorry.report.run import load_all
+from verbworld import World, lorry
 
 SETTINGS = (
     "max_steps=4",
