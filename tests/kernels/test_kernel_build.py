@@ -14,6 +14,7 @@ from lorry.kernels import build
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORRY_HOME", str(tmp_path))
+    monkeypatch.delenv("LORRY_KERNELS", raising=False)
     monkeypatch.setattr(build, "_load", build._load.__wrapped__)
 
 

@@ -300,6 +300,7 @@ def test_nothing_is_done_below_the_lowest_adapter(monkeypatch: pytest.MonkeyPatc
     assert ran == [(3, True), (2, False)]
 
 
+@pytest.mark.skipif(not status().amx, reason="torch's own attention keeps what it likes")
 def test_what_a_layer_keeps(tmp_path: Path) -> None:
     """Bytes per token and layer in bf16: 2(d + q + 2k + q + d + 2f) + 4 heads, and 2r per product's A (docs/architecture.md)."""
     model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=3), tmp_path, torch.bfloat16)
@@ -319,4 +320,4 @@ def test_what_a_layer_keeps(tmp_path: Path) -> None:
     final = 2 * d
     tokens = -(-sum(LENGTHS) // 16) * 16  # bfloat16 batches are padded to few lengths
     expected, softmax = tokens * (3 * layers + final), 4 * 3 * 3 * tokens
-    assert sum(held.values()) in (expected, expected + softmax if status().amx else expected)
+    assert sum(held.values()) == expected + softmax

@@ -64,7 +64,8 @@ class Dropout:
             y = torch.empty_like(x)
             call("dropout_rows", x, y, *self._place(tokens), *x.shape, self.threshold, keep)
             return y
-        return x * (self.mask(x.shape[1], x.device, tokens) * keep).to(x.dtype)
+        wide = x if x.dtype == torch.float64 else x.float()
+        return (wide * (self.mask(x.shape[1], x.device, tokens) * keep)).to(x.dtype)
 
     def mask(self, width: int, device: torch.device, tokens: slice = slice(None)) -> Tensor:
         """Bool [n, width], True = kept, for the rows ``tokens`` of the batch (of ``rows``, where only some are in it)."""
