@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,12 @@ from safetensors.torch import load_file
 from tinyrun import quick  # noqa: F401 - a fixture
 from transformers import AutoTokenizer
 
+from flatworld import flat  # noqa: F401 - the fixture
 from lorry.bank.attach import bank_of
 from lorry.models.open import open_model
 from lorry.train.session import attach_adapter, train_sft
 
-FLAT = Path(__file__).resolve().parent.parent / "examples" / "flat.py"
 STEPS = 10
-
-
-@pytest.fixture(scope="module")
-def flat() -> Any:
-    spec = importlib.util.spec_from_file_location("flat", FLAT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(

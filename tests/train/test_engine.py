@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tinyrun import Heard, engine_for, quick  # noqa: F401 - a fixture
+from tinyrun import Heard, engine_for, evaluated, lines, quick, saved, steps  # noqa: F401 - a fixture
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -20,23 +18,7 @@ from lorry.train import engine
 from lorry.train.engine import Engine
 from lorry.train.events import Record
 from seam import Fixed, examples
-
-
-def steps(n: int, rows: int = 2) -> list[Any]:
-    return [[examples(rows, seed)] for seed in range(n)]
-
-
-def saved(run: Path) -> list[int]:
-    return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("*"))
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def evaluated(run: Path) -> list[int]:
-    return [line["step"] for line in lines(run) if "eval_loss" in line]
-
+from states import same
 
 # --- the learning rate
 
@@ -135,10 +117,6 @@ def scripted(
     script = Scripted(values, patch, train.get("metric_for_best_model", "eval_loss"))
     script.engine = engine_for(Fixed(steps(n, 1)), folder, eval_strategy="steps", learning_rate=1e-2, **train)
     return script, script.engine.run()
-
-
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 def test_early_stop_ends_with_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 from collections.abc import Mapping
@@ -11,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tinyrun import Heard, engine_for, quick  # noqa: F401 - a fixture
+from tinyrun import Heard, engine_for, evaluated, lines, quick, saved, steps  # noqa: F401 - a fixture
 from torch import Tensor
 
 from lorry.backends.base import Losses
@@ -20,28 +18,8 @@ from lorry.data.batch import Batch
 from lorry.errors import Interrupted, NonFiniteError
 from lorry.train import checkpoint
 from lorry.train.events import Live, Plain, Record, for_terminal
-from seam import Fixed, examples
-
-
-def steps(n: int, rows: int = 2) -> list[Any]:
-    return [[examples(rows, seed)] for seed in range(n)]
-
-
-def saved(run: Path) -> list[int]:
-    return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("*"))
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def evaluated(run: Path) -> list[int]:
-    return [line["step"] for line in lines(run) if "eval_loss" in line]
-
-
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
+from seam import Fixed
+from states import same
 
 # --- failures and signals
 

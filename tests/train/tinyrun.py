@@ -31,7 +31,7 @@ from lorry.train import artifacts, checkpoint, samples
 from lorry.train.checks import Checks
 from lorry.train.engine import Engine
 from lorry.train.events import Listener, Record
-from seam import tiny_llama
+from seam import examples, tiny_llama
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -178,3 +178,22 @@ class Heard:
 
     def finish(self) -> None:
         self.finished += 1
+
+
+# --- what a run left, and what its backend held
+
+
+def steps(n: int, rows: int = 2) -> list[Any]:
+    return [[examples(rows, seed)] for seed in range(n)]
+
+
+def saved(run: Path) -> list[int]:
+    return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("*"))
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluated(run: Path) -> list[int]:
+    return [line["step"] for line in lines(run) if "eval_loss" in line]

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorry.bank.seeds import seed_of
 from lorry.kernels import call, library
 
-PADDING = -1  # the sequence key of padding
+PADDING = -1  # the sequence key of padding; nothing reads what is drawn for it
 WORD = 0xFFFFFFFF
 
 

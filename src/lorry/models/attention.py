@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorry.kernels import attention as kernel
+from lorry.models.pointwise import widen
 
 SHORT = 96  # tokens; up to here plain fp32 products beat the fused CPU kernels (benchmarks/attention.py)
 
@@ -178,7 +179,7 @@ class ShortAttention(torch.autograd.Function):
 
 def _flat(x: Tensor) -> Tensor:
     """[n,G,L,D] -> [n*G,L,D], at least fp32."""
-    return (x if x.dtype == torch.float64 else x.float()).reshape(-1, *x.shape[2:])
+    return widen(x).reshape(-1, *x.shape[2:])
 
 
 def _folded(x: Tensor, k: Tensor) -> Tensor:

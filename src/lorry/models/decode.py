@@ -15,8 +15,7 @@ from lorry.bank.layers import Group
 from lorry.bank.mix import Call, Mix
 from lorry.bank.ops import Frozen, Products, Stack
 from lorry.kernels import decode as kernel
-from lorry.models.attention import Segments
-from lorry.models.block import SITES, Pass
+from lorry.models.block import SITES
 from lorry.models.cache import RowCache
 from lorry.models.decoder import Decoder, Packed
 
@@ -46,11 +45,10 @@ class FewRows(Products):
             part_x = x[tokens]
             h = kernel.product(part_x, stack.a, None) if direct else stack.clear(torch.mm(part_x, stack.a.t()))
             for part in stack.parts:
-                y = ys[part.layer][tokens]
                 if direct:
-                    kernel.add_product(h, part.rows, part.b, part.scale, y)
+                    kernel.add_product(h, part.rows, part.b, part.scale, ys[part.layer][tokens])
                 else:
-                    y.addmm_(h[:, part.rows], part.b.t(), alpha=part.scale)
+                    stack.add(ys[part.layer], h[:, part.rows], part.b.t(), part.scale)
         return ys
 
 
@@ -85,20 +83,7 @@ class Runner:
     @torch.no_grad()
     def cached(self, packed: Packed, rows: Tensor, cache: RowCache, call: Call, *, decoding: bool) -> Tensor:
         """As `Decoder.cached`: tokens [T] -> hidden [T,D]."""
-        model = self.model
-        segments = Segments(packed.segments, packed.tokens.device)
-        state = Pass(call, *model._rotary_tables(packed.positions), segments, packed.positions, cache, rows, decoding)
-        if decoding:
-            cache.extend()
-        else:
-            cache.fill(rows, packed.positions)
-        x = model.embed(packed.tokens, call)
-        if model.family.positions:
-            x = x + model.get_submodule(model.family.positions)(packed.positions)
-        for block, products in zip(model._blocks, self._work(call), strict=True):
-            x = block.forward(x, state, products, None)
-        normed: Tensor = model.get_submodule(model.family.final_norm)(x)
-        return normed
+        return self.model.cached(packed, rows, cache, call, decoding=decoding, products=self._work(call))
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, call: Call) -> Tensor:
@@ -116,6 +101,6 @@ class Runner:
                     FewRows.of(group, group.stacks(call, f"{block.index}.{site}")[0])
                     for group, site in zip(block.groups, SITES, strict=True)
                 ]
-                for block in self.model._blocks
+                for block in self.model.blocks
             ]
         return self.layers

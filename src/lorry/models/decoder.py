@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lorry.bank.attach import plain_call
 from lorry.bank.layers import BankEmbedding, BankLinear
 from lorry.bank.mix import Call
+from lorry.bank.ops import Products
 from lorry.families import Family, Geometry
 from lorry.models.attention import Segments
 from lorry.models.block import Block, Pass, frequencies
@@ -93,7 +94,7 @@ class Decoder(nn.Module):
         if g.tied:
             self.tie()
         layers = (self.get_submodule(family.layer.format(i=i)) for i in range(g.layers))
-        self._blocks = [Block(i, layer, family, g) for i, layer in enumerate(layers)]
+        self.blocks = [Block(i, layer, family, g) for i, layer in enumerate(layers)]
 
     def tie(self) -> None:
         """Let the head share the embedding's parameter (one tensor, two names, as transformers has it)."""
@@ -157,11 +158,21 @@ class Decoder(nn.Module):
         assert hidden is not None
         return self.head(hidden, call)
 
-    def cached(self, packed: Packed, rows: Tensor, cache: Cache, call: Call, *, decoding: bool) -> Tensor:
+    def cached(
+        self,
+        packed: Packed,
+        rows: Tensor,
+        cache: Cache,
+        call: Call,
+        *,
+        decoding: bool,
+        products: Sequence[Sequence[Products]] | None = None,
+    ) -> Tensor:
         """Run tokens of cache rows ``rows`` [T], store their keys and values and update ``cache.lengths``. Returns hidden [T,D].
 
         Either whole prompts, each into a row of its own whose former content is forgotten; or (``decoding``) one token for
-        every row of the cache, in order, at positions ``cache.lengths`` as they were before.
+        every row of the cache, in order, at positions ``cache.lengths`` as they were before. ``products``: per layer, its linears'
+        work where the caller has made it (`models/decode.py`); there is no graph then.
         """
         segments = Segments(packed.segments, packed.tokens.device)
         state = Pass(call, *self._rotary_tables(packed.positions), segments, packed.positions, cache, rows, decoding)
@@ -169,7 +180,7 @@ class Decoder(nn.Module):
             cache.extend()
         else:
             cache.fill(rows, packed.positions)
-        last = self._run(packed.tokens, state, (), None).last
+        last = self._run(packed.tokens, state, (), None, products).last
         assert last is not None
         return last
 
@@ -185,13 +196,20 @@ class Decoder(nn.Module):
 
     # --- the computation
 
-    def _run(self, tokens: Tensor, state: Pass, taps: Collection[int], stop: int | None) -> Hidden:
+    def _run(
+        self,
+        tokens: Tensor,
+        state: Pass,
+        taps: Collection[int],
+        stop: int | None,
+        products: Sequence[Sequence[Products]] | None = None,
+    ) -> Hidden:
         x = self.embed(tokens, state.call)
         if self.family.positions:
             x = x + self.get_submodule(self.family.positions)(state.positions)
         seen = {}
-        for i, block in enumerate(self._blocks):
-            x = run(block, x, state)
+        for i, block in enumerate(self.blocks):
+            x = run(block, x, state) if products is None else block.forward(x, state, products[i], None)
             if i in taps:
                 seen[i] = x
             if i == stop:

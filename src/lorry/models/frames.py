@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from lorry.bank.mix import Call, Mix, Term
-from lorry.bank.noise import Noise
+from lorry.bank.noise import PADDING, Noise
 
 Span = tuple[int, int]
-PADDING = -1  # the noise key of padding; nothing reads what is drawn for it
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lorry.bank.ops import Products
 from lorry.models import attention
 from lorry.models.attention import Memo
 from lorry.models.block import Block, Kept, Pass, Work
-from lorry.models.pointwise import gate_backward, rotate
+from lorry.models.pointwise import Norm, gate_backward, rotate
 
 
 def run(block: Block, x: Tensor, state: Pass) -> Tensor:
@@ -74,8 +74,7 @@ class Layer(torch.autograd.Function):
         needs = ctx.needs_input_grad
         sweep = Sweep(block, state, products, kept, needs[4 : len(needs) - ctx.base])
         dx = sweep.run(grads[0].contiguous(), needs[0], bool(ctx.base))
-        base = [g for p, g in zip(block.parameters(), sweep.base, strict=True) if p.requires_grad] if ctx.base else []
-        return dx, None, None, None, *(g for group in sweep.masters for g in group), *base
+        return dx, None, None, None, *(g for group in sweep.masters for g in group), *sweep.base
 
 
 class Sweep:
@@ -91,21 +90,33 @@ class Sweep:
         self.masters: list[list[Tensor | None]] = [[None] * len(needs) for needs in self.needs]
         self.weights: list[list[Tensor]] = [[] for _ in products]
         self.norms: dict[int, list[Tensor]] = {}
+        self.base: list[Tensor] = []
 
     def run(self, dy: Tensor, needs_x: bool, train_base: bool) -> Tensor | None:
-        """dy [T, width] -> the gradient of the layer's input, or None where nothing below wants one."""
+        """dy [T, width] -> the gradient of the layer's input, or None where nothing below wants one. What neither trains nor lies
+        on the way to something that does costs no product."""
         block, kept, self.train_base = self.block, self.kept.tensors, train_base
-        below = needs_x or train_base or any(self.needs[0]) or any(self.needs[1])
         x = kept["x"]
         mid = kept.get("mid", x)
+        below = needs_x or any(self._wanted(i) for i in (0, 1)) or any(self._trains(i) for i in range(len(block.norms)) if i != 1)
         dmid = self._mlp(dy, mid, below)
-        if not below:
-            return None
-        assert dmid is not None
-        dn = self._attention(dy if block.geometry.parallel_residual else dmid, needs_x or train_base)
+        dn = None
+        if below:
+            assert dmid is not None
+            first = needs_x or self._trains(0)
+            dn = self._attention(dy if block.geometry.parallel_residual else dmid, first)
         if train_base:
             self.base = self._base_gradients()
         return None if not needs_x or dn is None else block.norms[0].backward(dn, x, dmid)
+
+    def _wanted(self, index: int) -> bool:
+        """Whether a product's masters, or its own weights, want gradients."""
+        return any(self.needs[index]) or (self.train_base and any(layer.trains for layer in self.products[index].layers))
+
+    def _trains(self, index: int) -> bool:
+        """Whether a norm's own weights want gradients."""
+        norm = self.block.norms[index]
+        return self.train_base and any(p.requires_grad for p in (norm.weight, norm.bias) if p is not None)
 
     def _mlp(self, dy: Tensor, mid: Tensor, below: bool) -> Tensor | None:
         """The gradient of the MLP's side of the residual stream, that stream's own included."""
@@ -116,12 +127,12 @@ class Sweep:
         dinner, h = gate_backward(block.activation, dh, inner[0], inner[1] if len(inner) > 1 else None)
         self._done(3, h, [dy])
         del h, dh
-        dn = self.products[2].input_gradient(dinner, below)
-        self._done(2, block.norms[1].compute(mid), dinner)
+        dn = self.products[2].input_gradient(dinner, below or self._trains(1))
+        self._done(2, mid, dinner, block.norms[1])
         if dn is None:
             return None
         self._norm(1, dn, mid)
-        return block.norms[1].backward(dn, mid, dy)
+        return block.norms[1].backward(dn, mid, dy) if below else None
 
     def _attention(self, dmid: Tensor, needs_x: bool) -> Tensor | None:
         """The gradient of the first norm's output."""
@@ -142,13 +153,18 @@ class Sweep:
             dq, dk = block.norms[2].backward(dq, kept["q"]), block.norms[3].backward(dk, kept["k"])
         dmade = block.join(dq, dk, dv)
         dn = self.products[0].input_gradient(dmade, needs_x)
-        self._done(0, block.norms[0].compute(kept["x"]), dmade)
+        self._done(0, kept["x"], dmade, block.norms[0])
         if dn is not None:
             self._norm(0, dn, kept["x"])
         return dn
 
-    def _done(self, index: int, x: Tensor, grads: Sequence[Tensor]) -> None:
-        """Input and output gradients of a product are known: make those of its masters and, if they train, its weights."""
+    def _done(self, index: int, x: Tensor, grads: Sequence[Tensor], norm: Norm | None = None) -> None:
+        """Input (behind a norm: what went into that) and output gradients of a product are known: make those of its masters and, if
+        they train, its weights."""
+        if not self._wanted(index):
+            self.masters[index] = [None] * len(self.needs[index])
+            return
+        x = x if norm is None else norm.compute(x)
         self.masters[index] = self.products[index].master_gradients(x, grads, self.needs[index])
         if self.train_base:
             self.weights[index] = [
@@ -156,8 +172,10 @@ class Sweep:
             ]
 
     def _norm(self, index: int, dy: Tensor, x: Tensor) -> None:
-        if self.train_base:
-            self.norms[index] = [t for t in self.block.norms[index].own_gradients(dy, x) if t is not None]
+        if self._trains(index):
+            norm = self.block.norms[index]
+            made = zip((norm.weight, norm.bias), norm.own_gradients(dy, x), strict=True)
+            self.norms[index] = [t for p, t in made if p is not None and t is not None and p.requires_grad]
 
     def _base_gradients(self) -> list[Tensor]:
         return [t for part in self.weights for t in part] + [t for i in sorted(self.norms) for t in self.norms[i]]

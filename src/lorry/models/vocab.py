@@ -110,14 +110,14 @@ def top_k_kl(ids: str, log_probs: str, *, reverse: bool = False) -> Statistic:
 
     def of(p: Softmax, rows: Rows) -> Tensor:
         given = rows.extra[log_probs].to(p.chosen.dtype)
-        q_log = torch.cat([given, _log_rest(given)], 1)
-        p_log = torch.cat([p.chosen, _log_rest(p.chosen)], 1)
+        q_log = torch.cat([given, log_rest(given)], 1)
+        p_log = torch.cat([p.chosen, log_rest(p.chosen)], 1)
         return _kl(p_log, q_log) if reverse else _kl(q_log, p_log)
 
     return Statistic(of, lambda rows: rows.extra[ids])
 
 
-def _log_rest(logp: Tensor) -> Tensor:
+def log_rest(logp: Tensor) -> Tensor:
     """[t,1]: log of the probability that the given ones leave over."""
     return (1 - logp.exp().sum(1, keepdim=True)).clamp(min=torch.finfo(logp.dtype).tiny).log()
 
