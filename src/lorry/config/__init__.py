@@ -1,5 +1,7 @@
 """Run descriptions: the settings of every verb, read from the command line, YAML, JSON or Python. No torch here."""
 
+from lorry.config.distill import DistillConfig, DistillRun
+from lorry.config.evaluation import EvalSettings
 from lorry.config.jobs import jobs_of
 from lorry.config.parse import build, dump, parse
 from lorry.config.schema import BackendConfig, DataConfig, LoraConfig, ModelConfig, Run, TrainConfig
@@ -7,7 +9,6 @@ from lorry.config.settings import (
     ChatSettings,
     DemoSettings,
     DoctorSettings,
-    EvalSettings,
     ExportSettings,
     MergeSettings,
     PlanSettings,
@@ -17,7 +18,7 @@ from lorry.config.settings import (
 )
 
 __all__ = [
-    "BackendConfig", "ChatSettings", "DataConfig", "DemoSettings", "DoctorSettings", "EvalSettings", "ExportSettings",
-    "LoraConfig", "MergeSettings", "ModelConfig", "PlanSettings", "ReportSettings", "Run", "Sweep", "TrainConfig",
-    "UnmergeSettings", "build", "dump", "jobs_of", "parse",
+    "BackendConfig", "ChatSettings", "DataConfig", "DemoSettings", "DistillConfig", "DistillRun", "DoctorSettings",
+    "EvalSettings", "ExportSettings", "LoraConfig", "MergeSettings", "ModelConfig", "PlanSettings", "ReportSettings", "Run",
+    "Sweep", "TrainConfig", "UnmergeSettings", "build", "dump", "jobs_of", "parse",
 ]  # fmt: skip

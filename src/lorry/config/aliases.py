@@ -59,6 +59,8 @@ RENAMES: dict[str, str] = {
     "logger": "train.report_to",
     "loraplus_ratio": "train.loraplus_lr_ratio",
     **dict.fromkeys(["output", "out_dir", "save_dir", "output_path"], "output_dir"),
+    **dict.fromkeys(["repo_name", "repo_id", "hub_repo"], "train.hub_model_id"),
+    **dict.fromkeys(["teacher_model", "teacher_model_name_or_path"], "distill.teacher"),
     "num_threads": "backend.threads",
     "max_memory": "memory_budget",
 }  # fmt: skip
@@ -96,9 +98,8 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ["use_dora", "use_qalora", "modules_to_save", "target_parameters", "trainable_token_indices", "ensure_weight_tying",
          "layers_pattern", "layer_replication", "loftq_config", "eva_config", "corda_config", "lora_bias_trainable",
-         "fan_in_fan_out", "megatron_config", "push_to_hub", "hub_model_id", "load_in_4bit", "load_in_8bit",
-         "quantization_bit", "quantize", "mix", "local", "processes", "tensor_parallel",
-         "pipeline_parallel", "forget", "retain", "method", "teacher", "tasks", "fsdp", "fsdp_config", "deepspeed",
+         "fan_in_fan_out", "megatron_config", "load_in_4bit", "load_in_8bit", "quantization_bit", "quantize", "processes",
+         "tensor_parallel", "pipeline_parallel", "forget", "retain", "method", "fsdp", "fsdp_config", "deepspeed",
          "neftune_noise_alpha", "label_smoothing_factor", "auto_find_batch_size", "group_by_length", "use_liger_kernel",
          "torch_compile", "rewards", "reward_funcs", "attn_implementation", "flash_attention", "eos_token", "pad_token",
          "tokenizer", "evals_per_epoch", "saves_per_epoch", "logging_dir"], OFF,
@@ -116,9 +117,13 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "do_train": (True,),
     "inference_mode": OFF,
     "save_safetensors": (None, True),
+    "save_model": (None, True),
     "eval_packing": OFF,
     "tf32": (None, False),
 }  # fmt: skip
+
+# settings of another verb than the one they are given to
+ELSEWHERE: dict[str, str] = {"teacher": "lorry distill", "tasks": "lorry eval; in training they are called eval_tasks"}
 
 NOT_YET_VALUES: dict[str, tuple[str, ...]] = {
     "backend.name": ("fsdp", "megatron"),

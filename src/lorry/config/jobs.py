@@ -78,12 +78,13 @@ class Own:
 
 
 def lay(tree: dict[str, Any], placed: Placed) -> None:
-    """Put a setting into a tree of groups."""
+    """Put a setting into a tree of groups; an entry of a map beside its other entries."""
     group, _, leaf = placed.dotted.rpartition(".")
+    within = {**(tree.get(group) or {})} if group else tree
+    before = within.get(leaf)
+    within[leaf] = {**before, **placed.value} if placed.part and isinstance(before, dict) else placed.value
     if group:
-        tree[group] = {**(tree.get(group) or {}), leaf: placed.value}
-    else:
-        tree[leaf] = placed.value
+        tree[group] = within
 
 
 # --- what was given, as items
@@ -203,9 +204,9 @@ def own_settings(names: Names, item: Item, notes: list[str]) -> Own:
                 raise ConfigError(
                     f"{given.where}: {given.key}={show(given.value)} is no setting of a job; every job is an adapter"
                 )
-            if leaf in own.tree[group]:
+            if leaf in own.tree[group] and not placed.part:
                 raise ConfigError(f"{given.where}: {placed.dotted} is given twice for the job {item.name!r}; keep one")
-            own.tree[group][leaf] = placed.value
+            lay(own.tree, placed)
             own.origins[placed.dotted] = given.where
     return Own(own.name, {group: settings for group, settings in own.tree.items() if settings}, own.origins)
 
@@ -237,5 +238,5 @@ def jobs_of(run: Run) -> dict[str, Run]:
     for job in run.jobs:
         own: dict[str, Any] = {group: {**whole[group], **getattr(job, group)} for group in GROUPS}
         own["lora"]["adapter_name"] = job.name
-        alone[job.name] = Run.model_validate({**whole, **own, "output_dir": run.output_dir / job.name})
+        alone[job.name] = type(run).model_validate({**whole, **own, "output_dir": run.output_dir / job.name})
     return alone

@@ -81,7 +81,7 @@ def _settle(schema: type[Schema], sources: Iterable[Iterable[Given]], notes: lis
                 axes.append(given)
                 continue
             for placed in place(names, given, notes):
-                _refuse_second_name(spelled.setdefault(placed.dotted, placed.given.key), placed)
+                _refuse_second_name(spelled.setdefault(f"{placed.dotted} {placed.part}", placed.given.key), placed)
                 if placed.dotted in EXPANDED:
                     several[placed.dotted] = replace(placed.given, value=placed.value)
                     continue

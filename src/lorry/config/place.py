@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from lorry.config.aliases import NOT_YET, READINGS, RENAMES
+from lorry.config.aliases import ELSEWHERE, NOT_YET, READINGS, RENAMES
 from lorry.config.files import read_scalar
 from lorry.config.names import Names, accepts, show
 from lorry.errors import ConfigError, nearest
@@ -37,6 +37,7 @@ class Placed:
     dotted: str
     value: Any
     given: Given
+    part: str = ""  # of a setting that is a map, the one entry that is given: ``data.local.NAME``
 
 
 def place(names: Names, given: Given, notes: list[str]) -> list[Placed]:
@@ -56,10 +57,23 @@ def place(names: Names, given: Given, notes: list[str]) -> list[Placed]:
         return [_at(names, candidates[0], given)]
     if candidates:
         raise ConfigError(f"{given.where}: {given.key!r} is ambiguous; write one of: {', '.join(candidates)}")
+    if entry := _entry(names, given):
+        return [entry]
     if given.key in names.groups:
         example = next(dotted for dotted in names.fields if dotted.startswith(f"{given.key}."))
         raise ConfigError(f"{given.where}: {given.key!r} is a group; set one of its settings, such as {example}")
     return _place_alias(names, given, notes)
+
+
+def _entry(names: Names, given: Given) -> Placed | None:
+    """One entry of a setting that is a map, ``data.local.NAME=path``: the shortest beginning that is such a setting."""
+    parts = given.key.split(".")
+    for cut in range(1, len(parts)):
+        found = names.candidates(".".join(parts[:cut]))
+        if len(found) == 1 and accepts(names.fields[found[0]], dict):
+            value, name = _typed(given.value) if given.typed else given.value, ".".join(parts[cut:])
+            return Placed(found[0], {name: given.value if isinstance(value, str) else value}, given, name)
+    return None
 
 
 def _group_value(given: Given) -> Any:
@@ -121,6 +135,8 @@ def _place_alias(names: Names, given: Given, notes: list[str]) -> list[Placed]:
             notes.append(f"{_said(given.key, value)} changes nothing: Lorry does so anyway")
             return []
         raise ConfigError(f"{given.where}: {_said(given.key, value)} is not supported yet")
+    if word in ELSEWHERE:
+        raise ConfigError(f"{given.where}: {given.key!r} is a setting of {ELSEWHERE[word]}")
     raise unknown(names, given.key, given.where)
 
 
@@ -150,7 +166,8 @@ def field_of(names: Names, key: str) -> FieldInfo | None:
 def is_known(names: Names, key: str) -> bool:
     """Whether a name means anything: ours, even if ambiguous or a group, or a peer's."""
     word = _peer_word(names, key)
-    return key in names.groups or bool(names.candidates(key)) or word in RENAMES or word in READINGS or word in NOT_YET
+    ours = key in names.groups or bool(names.candidates(key)) or _entry(names, Given(key, "", "")) is not None
+    return ours or any(word in table for table in (RENAMES, READINGS, NOT_YET, ELSEWHERE))
 
 
 def unknown(names: Names, key: str, where: str) -> ConfigError:

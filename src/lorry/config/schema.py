@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from lorry.config.base import DirPath, Dtype, Group, MemorySize, Name, PathText, automatic, setting
+from lorry.config.data import DataConfig
 from lorry.config.names import show
 
 Evaluate = Literal["no", "steps", "epoch"]
-Format = Literal["auto", "text", "prompt_completion", "messages", "conversations", "alpaca", "question_answer"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Report = Literal["tensorboard", "wandb", "trackio"]
 JOBS = "a list of maps, such as [{name: a, r: 8}, {name: b, learning_rate: 1e-3}]"
@@ -82,53 +82,6 @@ class LoraConfig(Group):
         return value
 
 
-class DataConfig(Group):
-    """the examples"""
-
-    main: ClassVar[str] = "path"
-    path: PathText | list[PathText] = Field(description="file, directory or hub id, or a list of them")
-    name: str | None = setting(None, "configuration of a hub data set")
-    split: str = setting("train", "split of a hub data set")
-    format: Format = setting("auto", "how a row is read; auto goes by its columns")
-    eval: PathText | None = setting(None, "file, directory or hub id to evaluate on")
-    eval_split: str | None = setting(None, "split to evaluate on, of eval or else of path")
-    test_size: int | float | None = setting(None, "rows of path held out for evaluation: a share below 1 or a count")
-    n: PositiveInt | None = setting(None, "use the first n rows")
-    streaming: bool = setting(False, "read rows as they are needed")
-    shuffle: bool = setting(True, "another order each epoch, a function of (seed, epoch)")
-    max_length: int = setting(1024, "longest example in tokens; a longer one loses the start of its prompt", ge=2)
-    packing: bool = setting(False, "lay several examples end to end in max_length tokens; they do not see each other")
-    completion_only_loss: bool | None = setting(None, "learn the answers only; null: yes, unless the rows are plain text")
-    on_bad_row: Literal["error", "skip", "quarantine"] = setting("error", "stop, drop the row, or keep it in a file aside")
-    system: str | None = setting(None, "system message for conversations that bring none")
-    text_field: str | None = setting(None, "column of plain text")
-
-    @field_validator("path")
-    @classmethod
-    def _some_path(cls, value: str | list[str]) -> str | list[str]:
-        if not value:
-            raise ValueError("names no file")
-        return value
-
-    @field_validator("test_size")
-    @classmethod
-    def _share_or_count(cls, value: int | float | None) -> int | float | None:
-        if value is None or (isinstance(value, int) and value >= 1) or (isinstance(value, float) and 0 < value < 1):
-            return value
-        raise ValueError(f"got {value}; give a share between 0 and 1 or a count of at least 1")
-
-    @model_validator(mode="after")
-    def _one_way_to_evaluate(self) -> DataConfig:
-        if self.test_size is not None and (self.eval or self.eval_split):
-            raise ValueError("data.test_size and data.eval (or data.eval_split) both say what to evaluate on; keep one")
-        return self
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether there is anything to evaluate on."""
-        return bool(self.eval or self.eval_split or self.test_size)
-
-
 class TrainConfig(Group):
     """the optimisation, in TRL's names"""
 
@@ -158,12 +111,18 @@ class TrainConfig(Group):
     save_steps: PositiveInt = setting(100, "write one every so many steps")
     save_total_limit: PositiveInt | None = setting(2, "checkpoints kept; null: all")
     load_best_model_at_end: bool = setting(False, "end with the best evaluated adapter, not the last")
-    metric_for_best_model: str = setting("eval_loss", "what best means")
+    eval_tasks: list[str] = setting([], "named sets and suites to ask at every evaluation, from data.local or the hub")
+    eval_limit: PositiveInt = setting(100, "rows of each of eval_tasks")
+    eval_n_shot: NonNegativeInt = setting(0, "worked examples before each question of eval_tasks")
+    metric_for_best_model: str = setting("eval_loss", "what best means; of eval_tasks such as eval_bool_q_accuracy")
     greater_is_better: bool = setting(False, "whether more of that metric is better")
     early_stopping_patience: PositiveInt | None = setting(None, "stop after so many evaluations without a better one")
     resume_from_checkpoint: PathText | None = setting(None, "auto (or true): the newest in output_dir, if any; or a path")
     report_to: list[Report] = setting([], "none, or tensorboard, wandb, trackio")
     run_name: str | None = setting(None, "name for reports and the default output_dir")
+    push_to_hub: bool | str = setting(False, "upload the finished run to the hub; true, or the repository OWNER/NAME")
+    hub_model_id: str | None = setting(None, "repository to upload to; null: the run's name under your account")
+    hub_private_repo: bool = setting(False, "make that repository private")
 
     @field_validator("resume_from_checkpoint", mode="before")
     @classmethod
@@ -224,6 +183,9 @@ class Run(Group):
     task: Literal["sft"] = setting("sft", "fixed by the verb")
     model: ModelConfig = ModelConfig()
     lora: LoraConfig | None = LoraConfig()
+    trainable: str | list[str] | None = setting(
+        None, "with lora=null, which base weights train: all, mlp, attention, a list of names, or a regex; null: all"
+    )
     data: DataConfig
     train: TrainConfig = Field(default=TrainConfig(), validate_default=True)
     backend: BackendConfig = BackendConfig()
@@ -231,6 +193,7 @@ class Run(Group):
         None, "such as 3GiB: micro-batches and recompute are chosen to fit it where they are left alone (see lorry plan)"
     )
     output_dir: DirPath = automatic("runs/DATA-MODEL", "the run directory")
+    background: bool = setting(False, "leave the run alone: it goes on by itself, `lorry runs` says where it stands")
     jobs: list[Job] = setting(
         [], "several adapters in one pass: maps of a name and the settings that are its own", json_schema_extra={"allowed": JOBS}
     )
@@ -243,7 +206,8 @@ class Run(Group):
     def _when_to_evaluate(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
         if train.eval_strategy is not None or "data" not in info.data:
             return train
-        chosen = "no" if not info.data["data"].evaluates else "steps" if train.eval_steps else "epoch"
+        anything = info.data["data"].evaluates or train.eval_tasks
+        chosen = "no" if not anything else "steps" if train.eval_steps else "epoch"
         return train.model_copy(update={"eval_strategy": chosen})
 
     @field_validator("output_dir", mode="before")
@@ -253,8 +217,8 @@ class Run(Group):
             return value
         if not {"data", "model", "train"} <= info.data.keys():
             return "runs/run"  # one of them is wrong, which is the error to show
-        data, model, run_name = info.data["data"].path, info.data["model"].name, info.data["train"].run_name
-        first = data if isinstance(data, str) else data[0]
+        data, model, run_name = info.data["data"], info.data["model"].name, info.data["train"].run_name
+        first = data.path if isinstance(data.path, str) else data.path[0] if data.path else "+".join(data.mix)
         name = run_name or f"{Path(first).stem}-{Path(model).name.removesuffix('.gguf')}"
         return Path("runs") / (re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:128].strip(".-") or "run")
 
@@ -264,10 +228,21 @@ class Run(Group):
             raise ValueError("lora.r=auto needs the memory it may use; give memory_budget=3GiB or the like")
         return self
 
+    @field_validator("trainable", mode="before")
+    @classmethod
+    def _several_names(cls, value: Any) -> Any:
+        return re.split(r"\s*,\s*", value) if isinstance(value, str) and "," in value and PLAIN_NAMES.fullmatch(value) else value
+
+    @model_validator(mode="after")
+    def _trainable_without_an_adapter(self) -> Run:
+        if self.trainable is not None and self.lora is not None:
+            raise ValueError("trainable says which base weights train; give lora=null with it, or leave it out")
+        return self
+
     @model_validator(mode="after")
     def _evaluation_is_possible(self) -> Run:
         train = self.train
-        if (train.eval_steps or train.eval_strategy != "no") and not self.data.evaluates:
+        if (train.eval_steps or train.eval_strategy != "no") and not (self.data.evaluates or train.eval_tasks):
             raise ValueError("evaluation is asked for but there is nothing to evaluate on; give data.eval or data.test_size")
         for name in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(train, name) and train.eval_strategy == "no":

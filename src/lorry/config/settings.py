@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from lorry.config.base import DirPath, Dtype, Group, PathText, automatic, setting
-from lorry.config.schema import BackendConfig, DataConfig, Format, ModelConfig, Run
+from lorry.config.schema import BackendConfig, DataConfig, ModelConfig, Run
 
 
 def _beside(value: Any, info: ValidationInfo, suffix: str) -> Any:
@@ -39,9 +39,8 @@ class PlanModel(ModelConfig):
 class PlanData(DataConfig):
     """the examples; only their longest length counts, so path may be left out"""
 
-    path: PathText | list[PathText] | None = setting(  # type: ignore[assignment]  # wider than a run may have it
-        None, "file, directory or hub id, or a list of them; not opened"
-    )
+    needs_rows: ClassVar[bool] = False
+    path: PathText | list[PathText] | None = setting(None, "file, directory or hub id, or a list of them; not opened")
 
 
 class PlanBackend(BackendConfig):
@@ -85,34 +84,6 @@ class Sweep(Run):
         groups = [self.jobs[at : at + self.jobs_per_pass] for at in range(0, len(self.jobs), self.jobs_per_pass)]
         folders = [self.output_dir] if len(groups) == 1 else [self.output_dir / f"pass-{n}" for n, _ in enumerate(groups, 1)]
         return [Run.model_validate({**whole, "jobs": g, "output_dir": f}) for g, f in zip(groups, folders, strict=True)]
-
-
-class EvalData(Group):
-    """the rows to evaluate on"""
-
-    main: ClassVar[str] = "path"
-    path: PathText | Annotated[list[PathText], Field(min_length=1)] = Field(description="file, directory or hub id, or a list")
-    name: str | None = setting(None, "configuration of a hub data set")
-    split: str = setting("train", "split of a folder or hub data set")
-    format: Format = setting("auto", "how a row is read; auto goes by its columns")
-    text_field: str | None = setting(None, "column of plain text")
-    max_length: int = setting(1024, "longest row in tokens for the loss; a longer one loses the start of its prompt", ge=2)
-    completion_only_loss: bool | None = setting(None, "loss of the answers only; null: yes, unless the rows are plain text")
-    on_bad_row: Literal["error", "skip"] = setting("error", "stop, or leave the row out")
-    system: str | None = setting(None, "system message for conversations that bring none")
-
-
-class EvalSettings(Group):
-    """Loss, perplexity, exact match, ROUGE-L and token accuracy of a model, adapter or run on a file."""
-
-    positional: ClassVar[str] = "model"
-    model: ModelConfig = ModelConfig()
-    data: EvalData
-    backend: BackendConfig = BackendConfig()
-    limit: PositiveInt | None = setting(None, "evaluate the first so many rows")
-    batch_size: PositiveInt = setting(8, "rows at a time")
-    max_new_tokens: PositiveInt = setting(64, "longest generated answer in tokens")
-    output: DirPath | None = setting(None, "write the results, and every answer, to this JSON file")
 
 
 class ChatSettings(Group):

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lorry.config.settings import EvalSettings
+from lorry.config.evaluation import EvalSettings
 from lorry.errors import ConfigError
 from lorry.report.run import load
 from lorry.report.text import number, visible

@@ -1,0 +1,96 @@
+"""What a run reads: files, folders, hub data sets, or a mixture of named sets. No torch here.
+
+Try: lorry sft data.mix=[common_gen,bool_q] data.n=1000 data.local.bool_q=boolq.jsonl
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from lorry.config.base import Group, PathText, setting
+
+Format = Literal["auto", "text", "prompt_completion", "messages", "conversations", "alpaca", "question_answer"]
+
+
+class DataConfig(Group):
+    """the examples"""
+
+    main: ClassVar[str] = "path"
+    needs_rows: ClassVar[bool] = True
+    path: PathText | list[PathText] | None = setting(None, "file, directory or hub id, or a list of them")
+    mix: list[str] = setting([], "named sets to mix instead of a path, such as [common_gen, bool_q]; `lorry eval` lists them")
+    weights: dict[str, PositiveFloat] | list[PositiveFloat] | None = setting(
+        None, "share of each named set of mix in an epoch, by name or in order; null: every row once"
+    )
+    local: dict[str, PathText] = setting({}, "files of named sets: local.NAME=path, or of one split: local.NAME.train=path")
+    template: NonNegativeInt | None = setting(None, "prompt template of named sets; null: drawn for each row by the seed")
+    name: str | None = setting(None, "configuration of a hub data set")
+    split: str = setting("train", "split of a hub data set")
+    format: Format = setting("auto", "how a row is read; auto goes by its columns")
+    eval: PathText | None = setting(None, "file, directory or hub id to evaluate on")
+    eval_split: str | None = setting(None, "split to evaluate on, of eval or else of path")
+    test_size: int | float | None = setting(None, "rows of path held out for evaluation: a share below 1 or a count")
+    n: PositiveInt | None = setting(None, "use the first n rows; with mix, of each named set")
+    eval_n: PositiveInt | None = setting(None, "the same of the rows to evaluate on")
+    streaming: bool = setting(False, "read rows as they are needed")
+    shuffle: bool = setting(True, "another order each epoch, a function of (seed, epoch)")
+    max_length: int = setting(1024, "longest example in tokens; a longer one loses the start of its prompt", ge=2)
+    packing: bool = setting(False, "lay several examples end to end in max_length tokens; they do not see each other")
+    completion_only_loss: bool | None = setting(None, "learn the answers only; null: yes, unless the rows are plain text")
+    on_bad_row: Literal["error", "skip", "quarantine"] = setting("error", "stop, drop the row, or keep it in a file aside")
+    system: str | None = setting(None, "system message for conversations that bring none")
+    text_field: str | None = setting(None, "column of plain text")
+
+    @field_validator("path")
+    @classmethod
+    def _some_path(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value is not None and not value:
+            raise ValueError("names no file")
+        return value
+
+    @field_validator("mix")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if twice := [name for name in value if value.count(name) > 1]:
+            raise ValueError(f"names {twice[0]!r} twice; weights says how much of a set there is")
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind_of_rows(self) -> DataConfig:
+        if self.needs_rows and self.path is None and not self.mix:
+            raise ValueError("data.path is missing: give data=FILE, or data.mix=[...] with named sets")
+        if self.path is not None and self.mix:
+            raise ValueError("data.path and data.mix both say what to read; keep one")
+        if self.weights is not None and not self.mix:
+            raise ValueError("data.weights are the shares of the named sets in data.mix, which is empty")
+        if self.mix and (self.streaming or self.format != "auto" or self.text_field is not None):
+            raise ValueError("data.streaming, format and text_field are for data.path; named sets know how they are read")
+        if isinstance(self.weights, list) and len(self.weights) != len(self.mix):
+            raise ValueError(f"data.weights has {len(self.weights)} numbers for the {len(self.mix)} sets of data.mix")
+        return self
+
+    @field_validator("test_size")
+    @classmethod
+    def _share_or_count(cls, value: int | float | None) -> int | float | None:
+        if value is None or (isinstance(value, int) and value >= 1) or (isinstance(value, float) and 0 < value < 1):
+            return value
+        raise ValueError(f"got {value}; give a share between 0 and 1 or a count of at least 1")
+
+    @model_validator(mode="after")
+    def _one_way_to_evaluate(self) -> DataConfig:
+        if self.test_size is not None and (self.eval or self.eval_split):
+            raise ValueError("data.test_size and data.eval (or data.eval_split) both say what to evaluate on; keep one")
+        return self
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.eval or self.eval_split or self.test_size)
+
+    def named(self) -> str:
+        """What is read, in a few words: for the default name of a run, its card and messages."""
+        if self.mix:
+            return "+".join(self.mix)
+        return self.path if isinstance(self.path, str) else ", ".join(self.path or [])

@@ -1,0 +1,63 @@
+"""The description of a distillation: a training run whose task is to speak as a teacher does. No torch here.
+
+Try: lorry distill data=people.jsonl teacher=runs/large loss=jsd temperature=2
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from lorry.config.base import Dtype, Group, PathText, automatic, setting
+from lorry.config.schema import Run
+
+Divergence = Literal["kl", "reverse_kl", "jsd", "uld"]
+
+
+class DistillConfig(Group):
+    """the teacher and how the student follows it"""
+
+    main: ClassVar[str] = "teacher"
+    teacher: PathText | None = setting(None, "model or run to learn from; null with teacher_adapter: the student's own base")
+    teacher_adapter: PathText | None = setting(None, "adapter of the teacher; on the student's base it costs no second model")
+    teacher_dtype: Dtype = setting("auto", "format of the teacher's weights")
+    teacher_quantize: Literal["nf4", "fp4", "int8"] | None = setting(None, "hold its matrices in 4 or 8 bits (bitsandbytes)")
+    loss: Divergence = setting(
+        "kl", "kl (teacher to student), reverse_kl, jsd (with beta), or uld for another tokenizer (sorted probabilities)"
+    )
+    temperature: PositiveFloat = setting(1.0, "both distributions are softened by it")
+    beta: float = setting(0.5, "jsd: share of the teacher in the mixture; 0 is kl, 1 reverse_kl", ge=0, le=1)
+    alpha: float = setting(0.5, "weight of the teacher; 1 - alpha is that of the data's own answers", gt=0, le=1)
+    top_k: PositiveInt | None = automatic("null; 64 with cache", "keep the teacher's likeliest tokens only; null: all of them")
+    cache: PathText | None = setting(None, "directory that keeps the teacher's scores, so that it is read once")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _top_k_of_a_cache(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("cache") and values.get("top_k") is None:
+            return {**values, "top_k": 64}
+        return values
+
+    @model_validator(mode="after")
+    def _some_teacher(self) -> DistillConfig:
+        if self.teacher is None and self.teacher_adapter is None:
+            raise ValueError(
+                "distill.teacher is missing: give teacher=MODEL, or teacher_adapter=RUN for an adapter of the same base"
+            )
+        return self
+
+
+class DistillRun(Run):
+    """A student learns from a teacher: another model, another adapter of its base, or a teacher in 4 bits."""
+
+    task: Literal["distill"] = setting("distill", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's
+    distill: DistillConfig
+
+    @model_validator(mode="after")
+    def _one_student(self) -> DistillRun:
+        if self.jobs:
+            raise ValueError("jobs: a distillation trains one student; run several")
+        if self.data.streaming:
+            raise ValueError("data.streaming: a distillation reads its rows more than once; leave streaming out")
+        return self

@@ -1,0 +1,61 @@
+"""Settings of `lorry eval`: a file of rows, or named sets and suites. No torch here.
+
+Try: lorry eval RUN tasks=[bool_q,common_gen] local.bool_q=boolq.jsonl limit=200 n_shot=2
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from lorry.config.base import DirPath, Group, PathText, automatic, setting
+from lorry.config.data import Format
+from lorry.config.schema import BackendConfig, ModelConfig
+
+
+class EvalData(Group):
+    """the rows to evaluate on"""
+
+    main: ClassVar[str] = "path"
+    path: PathText | Annotated[list[PathText], Field(min_length=1)] | None = setting(None, "file, directory or hub id, or a list")
+    name: str | None = setting(None, "configuration of a hub data set")
+    split: str = setting("train", "split of a folder or hub data set")
+    format: Format = setting("auto", "how a row is read; auto goes by its columns")
+    text_field: str | None = setting(None, "column of plain text")
+    max_length: int = setting(1024, "longest row in tokens for the loss; a longer one loses the start of its prompt", ge=2)
+    completion_only_loss: bool | None = setting(None, "loss of the answers only; null: yes, unless the rows are plain text")
+    on_bad_row: Literal["error", "skip"] = setting("error", "stop, or leave the row out")
+    system: str | None = setting(None, "system message for conversations that bring none")
+
+
+class EvalSettings(Group):
+    """Loss, perplexity, exact match, ROUGE-L and token accuracy of a model, adapter or run on a file; or named sets."""
+
+    positional: ClassVar[str] = "model"
+    model: ModelConfig = ModelConfig()
+    data: EvalData = EvalData()
+    tasks: list[str] = setting([], "named sets and suites instead of a file, such as [bool_q, common_gen] or flan")
+    local: dict[str, PathText] = setting({}, "files of named sets: local.NAME=path, or of a split: local.NAME.test=path")
+    task_split: Literal["auto", "train", "validation", "test"] = setting(
+        "auto", "which rows of the tasks; auto: the labelled split that is not trained on"
+    )
+    n_shot: NonNegativeInt = setting(0, "worked examples before each question, drawn from the training split by the seed")
+    template: NonNegativeInt = setting(0, "prompt template of the tasks")
+    chat: bool = setting(True, "ask through the chat template where there is one; false: as plain text")
+    backend: BackendConfig = BackendConfig()
+    limit: PositiveInt | None = setting(None, "evaluate the first so many rows")
+    batch_size: PositiveInt = setting(8, "rows at a time")
+    max_new_tokens: PositiveInt | None = automatic("64; each task's own", "longest generated answer in tokens")
+    temperature: float = setting(0.0, "0: greedy; above: sampled", ge=0)
+    top_p: float | None = setting(None, "sample from the likeliest tokens of this share", gt=0, le=1)
+    top_k: PositiveInt | None = setting(None, "sample from so many likeliest tokens")
+    seed: NonNegativeInt = setting(0, "of the shots, the sampling and the intervals")
+    output: DirPath | None = setting(None, "write the results and every answer to this .json file; .csv: a table")
+    plot: DirPath | None = setting(None, "draw the results as bars into this .png file")
+
+    @model_validator(mode="after")
+    def _something_to_ask(self) -> EvalSettings:
+        if (self.data.path is None) == (not self.tasks):
+            raise ValueError("say what to evaluate on: data=FILE, or tasks=[...] with named sets; one of the two")
+        return self
