@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 from lorry.data.batch import Batch, collate
-from lorry.data.pack import epoch_order, fill, plan_epoch
+from lorry.data.pack import fill, plan_epoch
 from lorry.data.tokenset import TokenSet
 from lorry.errors import DataError
 
@@ -120,7 +120,7 @@ class TrainStream:
             )
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        order = epoch_order(len(self.tokens), self.seed, epoch, self.shuffle)
+        order = self.tokens.order(self.seed, epoch, self.shuffle)
         return plan_epoch(
             self.tokens.lengths, order, rows_per_batch=self.rows_per_batch, max_tokens=self.max_tokens, packing=self.packing,
             groups=self.tokens.groups,

@@ -57,13 +57,14 @@ class Encoder:
     """Encodes conversations and texts for one tokenizer.
 
     ``completion_only_loss=False`` supervises every token but the first. ``system`` is put before chats that have no system
-    message of their own. ``variables`` go to the chat template. ``notes`` counts what was adjusted, in words.
+    message of their own. ``variables`` go to the chat template; ``chat=False`` leaves it aside, as if there were none. ``notes``
+    counts what was adjusted, in words.
     Raises ModelError for a template or tokenizer that cannot be used, ConfigError for max_length < 2.
     """
 
     def __init__(
         self, tokenizer: Any, *, max_length: int, completion_only_loss: bool = True, system: str | None = None,
-        variables: Mapping[str, Any] | None = None,
+        variables: Mapping[str, Any] | None = None, chat: bool = True,
     ) -> None:  # fmt: skip
         if max_length < 2:
             raise ConfigError(f"max_length={max_length}: a token can only be learnt after another one; set 2 or more")
@@ -74,7 +75,7 @@ class Encoder:
             system,
         )
         self.tokens = Tokens(tokenizer)
-        own = ChatTemplate.of(tokenizer, variables)
+        own = ChatTemplate.of(tokenizer, variables) if chat else None
         opening = {"opening": tokenizer.decode(self.tokens.opening), "eos_token": tokenizer.eos_token or ""}
         self.has_template = own is not None
         self.template = own or ChatTemplate.made(PLAIN, tokenizer, opening)

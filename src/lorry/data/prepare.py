@@ -13,9 +13,11 @@ from lorry.data.content import Text
 from lorry.data.dataset import Stream, TrainStream
 from lorry.data.encode import Encoder
 from lorry.data.formats import Format, chosen, read_examples
+from lorry.data.mixtures import read_held, read_mix, shares_of
+from lorry.data.report import DataReport
 from lorry.data.sources import Source, open_source
 from lorry.data.streaming import StreamingTokenSet, StreamingTrainStream
-from lorry.data.tokenset import DataReport, TokenSet
+from lorry.data.tokenset import TokenSet
 
 
 class StreamReport(DataReport):
@@ -48,9 +50,9 @@ class Prepared:
 
 @dataclass
 class Rows:
-    """Encoded rows before anything is drawn from them in an order. ``tokens``: None for a streamed source."""
+    """Encoded rows before anything is drawn from them in an order. ``tokens``: None for a streamed ``source``."""
 
-    source: Source
+    source: Source | None
     encoder: Encoder
     form: Format | None
     ends: Collection[int]
@@ -64,7 +66,7 @@ def prepare(
     """Open and encode training and evaluation rows. ``known``: what other jobs of the run have read, by its settings, which is
     shared. Raises DataError, ConfigError, ModelError (an unusable template)."""
     known = {} if known is None else known
-    drawn = train.seed if data.test_size is not None else None  # who is held out hangs on the seed
+    drawn = train.seed if data.test_size is not None or data.mix else None  # who is held out, and templates, hang on the seed
     settings = f"{data.model_dump_json()} {train.per_device_eval_batch_size} {drawn}"
     rows = known.get(settings) or _read(data, train, tokenizer, quarantine)
     shape: dict[str, Any] = {
@@ -73,6 +75,7 @@ def prepare(
         "max_tokens": train.per_device_train_batch_size * data.max_length, "shuffle": data.shuffle,
     }  # fmt: skip
     if rows.tokens is None:
+        assert rows.source is not None
         streamed = StreamingTrainStream(StreamingTokenSet(rows.source, rows.encoder, form=rows.form), **shape)
         label = rows.source.label
         return Prepared(streamed, rows.held, rows.encoder, StreamReport(rows.source), rows.ends, None, label, None)
@@ -84,8 +87,10 @@ def prepare(
 def _read(data: DataConfig, train: TrainConfig, tokenizer: Any, quarantine: Path) -> Rows:
     only = True if data.completion_only_loss is None else data.completion_only_loss
     encoder = Encoder(tokenizer, max_length=data.max_length, completion_only_loss=only, system=data.system)
+    if data.mix:
+        return _read_mix(data, train, encoder, quarantine)
     form = chosen(data.format, data.text_field)
-    source = _open(data, data.path, data.split, quarantine, limit=data.n, streaming=data.streaming)
+    source = _open(data, data.path or [], data.split, quarantine, limit=data.n, streaming=data.streaming)
     ends = [] if _plain_text(source, form) else encoder.stop_tokens()
     tokens = None if data.streaming else TokenSet.build(source, encoder, form=form)
     held: list[Batch] = []
@@ -95,10 +100,24 @@ def _read(data: DataConfig, train: TrainConfig, tokenizer: Any, quarantine: Path
     return Rows(source, encoder, form, ends, tokens, held + _evaluation(data, train, encoder, form, quarantine))
 
 
+def _read_mix(data: DataConfig, train: TrainConfig, encoder: Encoder, quarantine: Path) -> Rows:
+    """The same of a mixture of named sets; of each one rows are held out, or its split for evaluation is read."""
+    parts, size = read_mix(data, encoder, seed=train.seed, quarantine=quarantine), train.per_device_eval_batch_size
+    held = read_held(data, encoder, seed=train.seed, quarantine=quarantine)
+    if data.test_size is not None:
+        pairs = [part.held_out(data.test_size, train.seed) for part in parts]
+        parts, held = [rest for rest, _ in pairs], [drawn for _, drawn in pairs]
+    tokens = TokenSet.mixture(parts, shares_of(data))
+    batches = [batch for part in held for batch in part.eval_batches(size)]
+    if data.eval is not None:
+        batches += _evaluation(data, train, encoder, None, quarantine)
+    return Rows(None, encoder, None, encoder.stop_tokens(), tokens, batches)
+
+
 def _evaluation(data: DataConfig, train: TrainConfig, encoder: Encoder, form: Format | None, quarantine: Path) -> list[Batch]:
     if not (data.eval or data.eval_split):
         return []
-    source = _open(data, data.eval or data.path, data.eval_split or data.split, quarantine)
+    source = _open(data, data.eval or data.path or [], data.eval_split or data.split, quarantine, limit=data.eval_n)
     return TokenSet.build(source, encoder, form=form if data.eval is None else None).eval_batches(
         train.per_device_eval_batch_size
     )

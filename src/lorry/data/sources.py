@@ -124,6 +124,13 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     return chosen
 
 
+def splits_apart(folder: Path) -> bool:
+    """Whether a folder tells splits apart: a saved data set, or files named after splits."""
+    if (folder / "dataset_dict.json").exists():
+        return True
+    return any(_split_named(item.stem) for item in folder.iterdir() if item.is_file() and item.suffix.lower() in READERS)
+
+
 def _split_named(stem: str) -> str | None:
     words = re.split(r"[^a-z]+", stem.lower())
     return next((split for split, names in SPLITS.items() if any(word in names for word in words)), None)

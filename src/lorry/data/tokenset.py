@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 
@@ -20,40 +20,13 @@ from lorry.data.badrows import BadRow
 from lorry.data.batch import Batch, Example, collate
 from lorry.data.encode import TOO_LONG, Encoded, Encoder
 from lorry.data.formats import Format, Found, read_examples
+from lorry.data.mixing import Mixing
 from lorry.data.pack import epoch_order, sequence_key
+from lorry.data.report import DataReport, lengths_of, together
 from lorry.data.sources import Source
 from lorry.errors import ConfigError, DataError
 
 CHUNK = 1024  # rows encoded by one call of the tokenizer
-
-
-@dataclass
-class DataReport:
-    """What became of the rows: for the run's receipt and for a person."""
-
-    source: str
-    rows: int = 0  # usable rows read
-    sequences: int = 0  # of which a long text makes several
-    tokens: int = 0
-    supervised: int = 0
-    shortened: int = 0  # rows whose prompt was cut to max_length
-    tokens_cut: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)  # reason -> rows
-    first_left_out: list[str] = field(default_factory=list)  # the first few, with file:line
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def share(self) -> float:
-        """Supervised share of all tokens, 0 to 1."""
-        return self.supervised / self.tokens if self.tokens else 0.0
-
-    def lines(self) -> list[str]:
-        """For a person, one fact a line."""
-        said = [f"{self.source}: {self.rows} rows, {self.sequences} sequences, {self.tokens} tokens, {self.share:.1%} supervised"]
-        if self.shortened:
-            said.append(f"{self.shortened} rows were longer than max_length: {self.tokens_cut} prompt tokens cut, answers kept")
-        said += [f"left out: {n} rows ({reason})" for reason, n in sorted(self.left_out.items())]
-        return said + self.first_left_out + self.notes
 
 
 @dataclass(frozen=True)
@@ -72,6 +45,7 @@ class TokenSet:
     report: DataReport
     adapter: int = 0
     role: str = ""
+    mixing: Mixing | None = None  # of a mixture: which set each sequence is of
 
     @classmethod
     def build(cls, source: Source, encoder: Encoder, *, form: Format | None = None, adapter: int = 0, role: str = "") -> TokenSet:
@@ -104,13 +78,39 @@ class TokenSet:
         marks = np.concatenate(weights) if weights else np.zeros(0, np.float32)
         edges = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         report.sequences, report.tokens, report.supervised = len(where), len(flat), int(np.count_nonzero(marks))
+        report.lengths = lengths_of(np.asarray(lengths))
         report.left_out, report.first_left_out = dict(source.bad.counts), source.bad.first[:5]
         adjusted = encoder.notes - before
         report.notes = [*encoder.template.notes, *sorted(notes), *(f"{note} ({n} rows)" for note, n in sorted(adjusted.items()))]
         return cls(flat, marks, edges, np.full(len(where), -1), tuple(where), report, adapter, role)
 
+    @classmethod
+    def mixture(cls, parts: Sequence[TokenSet], shares: tuple[float, ...] | None) -> TokenSet:
+        """Sets laid end to end, each sequence remembering by its part's role which set it is of; ``shares``: see `Mixing`."""
+        of = np.concatenate([np.full(len(part), number) for number, part in enumerate(parts)])
+        mixing = Mixing(tuple(part.role for part in parts), of, shares)
+        tokens, weights, groups = (
+            np.concatenate(column) for column in zip(*((p.tokens, p.weights, p.groups) for p in parts), strict=True)
+        )
+        edges = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]).astype(np.int64)
+        where = tuple(place for part in parts for place in part.where)
+        whole = cls(tokens, weights, edges, groups, where, DataReport(""), parts[0].adapter, mixing=mixing)
+        return replace(
+            whole, report=together([(part.role, part.report) for part in parts], mixing.quotas(), lengths_of(whole.lengths))
+        )
+
     def __len__(self) -> int:
         return len(self.where)
+
+    def order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+        """[N] int64: the sequences of an epoch in the order they are read."""
+        if self.mixing is not None:
+            return self.mixing.order(seed, epoch, shuffle)
+        return epoch_order(len(self), seed, epoch, shuffle)
+
+    def role_of(self, row: int) -> str:
+        """The role of a sequence; in a mixture the name of its set."""
+        return self.role if self.mixing is None else self.mixing.names[self.mixing.of[row]]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -122,7 +122,7 @@ class TokenSet:
         span = slice(self.edges[row], self.edges[row + 1])
         return Example(
             self.tokens[span].tolist(), self.weights[span].tolist(), key=sequence_key(first + row, epoch),
-            adapter=self.adapter, role=self.role, group=int(self.groups[row]),
+            adapter=self.adapter, role=self.role_of(row), group=int(self.groups[row]),
         )  # fmt: skip
 
     @cached_property
@@ -131,6 +131,8 @@ class TokenSet:
         total = hashlib.sha256()
         for values, kind in ((self.tokens, "<i4"), (self.weights, "<f4"), (self.edges, "<i8"), (self.groups, "<i8")):
             total.update(np.ascontiguousarray(values, dtype=kind).tobytes())
+        if self.mixing is not None:
+            total.update(f"{self.mixing.names} {self.mixing.shares} {self.mixing.counts()}".encode())
         return total.hexdigest()
 
     def select(self, rows: np.ndarray) -> TokenSet:
@@ -142,9 +144,12 @@ class TokenSet:
         where = tuple(self.where[row] for row in rows)
         report = replace(
             self.report, rows=len(set(where)), sequences=len(where), tokens=len(pick),
-            supervised=int(np.count_nonzero(self.weights[pick])),
+            supervised=int(np.count_nonzero(self.weights[pick])), lengths=lengths_of(self.lengths[rows]),
         )  # fmt: skip
-        return TokenSet(self.tokens[pick], self.weights[pick], edges, self.groups[rows], where, report, self.adapter, self.role)
+        mixing = None if self.mixing is None else self.mixing.select(rows)
+        return TokenSet(
+            self.tokens[pick], self.weights[pick], edges, self.groups[rows], where, report, self.adapter, self.role, mixing
+        )
 
     def held_out(self, size: float, seed: int) -> tuple[TokenSet, TokenSet]:
         """(the rest, ``size`` rows drawn by the seed): a share below 1 or a count. Pieces of one row stay on one side.

@@ -1,102 +1,121 @@
-"""Text metrics of `lorry eval`: exact match, ROUGE-L, token F1, perplexity, and an interval for any of their means.
+"""Text metrics of `lorry eval`, each with a bootstrap interval: `measure` for answers, `measure_options` for choices.
 
-Try: ``summarise(["The cat sat."], ["A cat sat"])["exact_match"]`` is 1.0. A reference may be one string or a list of
-acceptable ones, of which the best match counts. No torch: everything here works on strings and numbers read from files.
+Try: ``measure(["rouge_l", "bleu"], ["The cat sat."], [["A cat sat down."]])["bleu"].interval``. A reference may be one string or
+a list of acceptable ones. No torch: everything here works on strings and numbers read from files.
+
+Why no metric here asks a model. BERTScore, BLEURT, CodeBERTScore and their kind need weights that have to be downloaded
+(BERTScore's default is roberta-large, 1.4 GB) and often more time on a CPU than the answers took; their numbers belong to one
+model, layer and version. Use instead, by task:
+
+- summaries (xsum, samsum, qmsum): rouge_1, rouge_2, rouge_l with all references
+- translation: chrf (any script, forgives inflection) and bleu, with sacreBLEU's signature
+- sentences from concepts: coverage for what had to be said, bleu or rouge_l for how
+- truthfulness, choices, yes or no: the options ranked by log-likelihood, `measure_options`, with their calibration
+- short answers (squad, coqa): exact_match and token_f1 with all references
+- mathematics: number_match
+- code: chrf and exact_match_strict say how near the text is; only running it says whether it works
+- a paraphrase that shares no word: no metric of words sees it; the references' perplexity under the model does, in part
 """
 
 from __future__ import annotations
 
 import math
-import re
-import string
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lorry.errors import DataError
+from lorry.errors import ConfigError, DataError, nearest
+from lorry.evaluate.bootstrap import Measured, bootstrap_interval, mean_of
+from lorry.evaluate.calibration import OPTION_METRICS, measure_options
+from lorry.evaluate.corpus import CORPUS_METRICS
+from lorry.evaluate.coverage import coverage
+from lorry.evaluate.number import final_number, number_match
+from lorry.evaluate.words import References, as_list, exact_match, normalise, rouge_l, rouge_n, token_f1, words_of
 
-References = str | Sequence[str]
-
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-# Ideographs and kana are written without spaces, so each one is a word of its own.
-_UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
-_WORDS = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
-
-
-class RougeL(NamedTuple):
-    """ROUGE-L of one prediction (Lin 2004): from the longest common subsequence of words, each in [0, 1]."""
-
-    precision: float
-    recall: float
-    fmeasure: float
+__all__ = [
+    "CORPUS_METRICS", "OPTION_METRICS", "ROW_METRICS", "Measured", "References", "Row", "bootstrap_interval", "check", "coverage",
+    "exact_match", "measure", "measure_options", "normalise", "number_match", "perplexity", "rouge_l", "rouge_n", "score_each",
+    "summarise", "token_f1",
+]  # fmt: skip
 
 
-def normalise(text: str) -> str:
-    """Lowercase, drop punctuation, drop the articles a/an/the, collapse white space: SQuAD's rule (Rajpurkar et al. 2016).
+class Row(NamedTuple):
+    """What a row metric sees: an answer, its references, and the concepts it was to use."""
 
-    On ASCII text this is the official SQuAD script with one exception: a text of articles alone keeps them, since the
-    answer "A" to a multiple choice would otherwise equal "the". Beyond ASCII, all Unicode punctuation is dropped too
-    (curly quotes) and composed and decomposed accents are made equal (NFC).
+    prediction: str
+    references: Sequence[str]
+    concepts: Sequence[str] = ()
+
+
+# Means of rows, each row's value in [0, 1]. ROUGE here is the F-measure without stemming.
+ROW_METRICS: dict[str, Callable[[Row], float]] = {
+    "exact_match": lambda row: exact_match(row.prediction, row.references),
+    "exact_match_strict": lambda row: exact_match(row.prediction, row.references, strict=True),
+    "token_f1": lambda row: token_f1(row.prediction, row.references),
+    "rouge_1": lambda row: rouge_n(row.prediction, row.references, 1).fmeasure,
+    "rouge_2": lambda row: rouge_n(row.prediction, row.references, 2).fmeasure,
+    "rouge_l": lambda row: rouge_l(row.prediction, row.references).fmeasure,
+    "coverage": lambda row: coverage(row.prediction, row.concepts),
+    "number_match": lambda row: number_match(row.prediction, row.references),
+}
+
+
+def measure(
+    names: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[References],
+    *,
+    concepts: Sequence[Sequence[str]] = (),
+    seed: int = 0,
+) -> dict[str, Measured]:
+    """{name: its value, 95% bootstrap interval and, for a mean of rows, the rows}, for metrics of ROW_METRICS and CORPUS_METRICS.
+
+    Values are in [0, 1], but for bleu and chrf: 0 to 100, as published. ``references``: one or more a row; ``concepts``: by row,
+    for coverage alone, which needs no references. Every metric resamples the same rows (``seed``).
+    Raises what `check` raises.
     """
-    lowered = unicodedata.normalize("NFC", text).lower()
-    bare = "".join(c for c in lowered if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
-    return " ".join(_ARTICLES.sub(" ", bare).split() or bare.split())
+    if len(predictions) != len(references):
+        raise DataError(f"{len(predictions)} predictions and {len(references)} references; both must be equal and above 0")
+    check(names, references, concepts=concepts)
+    listed = [as_list(r) for r in references]
+    rows = [Row(p, r, c) for p, r, c in zip(predictions, listed, concepts or [()] * len(listed), strict=True)]
+    measured = {}
+    for name in names:
+        if name in CORPUS_METRICS:
+            measured[name] = CORPUS_METRICS[name](predictions, listed, seed)
+        else:
+            measured[name] = mean_of([ROW_METRICS[name](row) for row in rows], seed)
+    return measured
 
 
-def exact_match(prediction: str, references: References, strict: bool = False) -> float:
-    """1.0 if the prediction equals a reference after `normalise`, else 0.0.
+def check(names: Sequence[str], references: Sequence[References], *, concepts: Sequence[Sequence[str]] = ()) -> None:
+    """Whether `measure` can work, to be asked before answers are generated.
 
-    strict: only white space around the text is ignored; case, punctuation, articles and inner spaces count.
+    Raises ConfigError for an unknown metric (with those that exist); DataError for no rows, or for a row that lacks what a metric
+    compares with: a reference, a number in one of them (number_match), concepts with a letter or digit (coverage).
     """
-    prepare: Callable[[str], str] = str.strip if strict else normalise
-    return float(prepare(prediction) in {prepare(r) for r in _as_list(references)})
+    known = [*ROW_METRICS, *CORPUS_METRICS]
+    if unknown := [name for name in names if name not in known]:
+        near = nearest(unknown[0], known)
+        raise ConfigError(f"no metric {unknown[0]!r}{near}; there are {', '.join(known)} (choices are scored by their options)")
+    if not references:
+        raise DataError("there are no rows to measure; give at least one")
+    if concepts and len(concepts) != len(references):
+        raise DataError(f"{len(references)} rows and {len(concepts)} lists of concepts; give one list a row")
+    if "coverage" in names:
+        _each(list(concepts) or [()] * len(references), _usable, "concepts of letters or digits")
+    if set(names) - {"coverage"}:
+        _each(references, as_list, "reference")
+    if "number_match" in names:
+        _each(references, lambda r: any(final_number(text) is not None for text in as_list(r)), "reference with a number")
 
 
-def token_f1(prediction: str, references: References) -> float:
-    """F1 of the words shared after `normalise`, counted with multiplicity (SQuAD's F1); the best reference counts.
-
-    Two texts that are both empty after normalising agree (1.0); one empty text shares nothing (0.0).
-    """
-    words = normalise(prediction).split()
-    return max(_f1(words, normalise(r).split()) for r in _as_list(references))
+def _usable(concepts: Sequence[str]) -> bool:
+    return bool(concepts) and all(words_of(concept) for concept in concepts)
 
 
-def _f1(predicted: list[str], expected: list[str]) -> float:
-    if not predicted or not expected:
-        return float(predicted == expected)
-    shared = sum((Counter(predicted) & Counter(expected)).values())
-    return 2 * shared / (len(predicted) + len(expected))
-
-
-def rouge_l(prediction: str, references: References, stemmer: bool = False) -> RougeL:
-    """ROUGE-L by the `rouge-score` library; with several references the best of each number.
-
-    stemmer: Porter-stem words of more than three letters first, as TOFU's published numbers do.
-    The library's words are runs of ASCII letters and digits, which makes published numbers comparable but leaves nothing
-    of other scripts: where fewer than half of a reference's letters are ASCII, words of any script are taken instead.
-    """
-    scores = []
-    for reference in _as_list(references):
-        letters = [c for c in reference if c.isalpha()]
-        any_script = sum(c.isascii() for c in letters) * 2 < len(letters)
-        scores.append(_rouge_scorer(stemmer, any_script).score(reference, prediction)["rougeL"])
-    return RougeL(*(float(max(column)) for column in zip(*scores, strict=True)))
-
-
-class _AnyScript:
-    """Lower-case words of any script, in the shape `rouge-score` asks of a tokenizer."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return _WORDS.findall(text.lower())
-
-
-@lru_cache(maxsize=4)
-def _rouge_scorer(stemmer: bool, any_script: bool) -> Any:
-    from rouge_score import rouge_scorer  # pulls in nltk; only those who ask for ROUGE wait for it
-
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stemmer, tokenizer=_AnyScript() if any_script else None)
+def _each(rows: Sequence, holds: Callable[..., object], what: str) -> None:
+    if missing := [number for number, row in enumerate(rows) if not holds(row)]:
+        raise DataError(f"example {missing[0]} has no {what} ({len(missing)} such); give every example at least one")
 
 
 def perplexity(nll_sum: float, count: float) -> float:
@@ -110,26 +129,6 @@ def perplexity(nll_sum: float, count: float) -> float:
     return math.exp(mean) if mean < 709.0 else math.inf if mean == mean else math.nan
 
 
-def bootstrap_interval(
-    values: Sequence[float], seed: int = 0, confidence: float = 0.95, resamples: int = 1000
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of per-example values (Efron 1979): (low, high), a function of the seed.
-
-    Raises ValueError for no values, a value that is not finite, or a confidence outside (0, 1).
-    """
-    import numpy  # the report matches strings with this module and draws no interval
-
-    data = numpy.asarray(values, dtype=numpy.float64)
-    if data.size == 0 or not numpy.isfinite(data).all():
-        raise ValueError(f"a bootstrap needs at least one value, all of them finite; got {data.size} values")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    random = numpy.random.default_rng(seed)
-    means = [data[random.integers(data.size, size=data.size)].mean() for _ in range(resamples)]
-    low, high = numpy.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
-
 def score_each(predictions: Sequence[str], references: Sequence[References], stemmer: bool = False) -> dict[str, list[float]]:
     """Every metric of every example: {name: [n]}, the values that `summarise` averages and `bootstrap_interval` resamples.
 
@@ -137,8 +136,7 @@ def score_each(predictions: Sequence[str], references: Sequence[References], ste
     """
     if len(predictions) != len(references) or not predictions:
         raise DataError(f"{len(predictions)} predictions and {len(references)} references; both must be equal and above 0")
-    if missing := [i for i, r in enumerate(references) if not _as_list(r)]:
-        raise DataError(f"example {missing[0]} has no reference ({len(missing)} such); give each at least one string")
+    _each(references, as_list, "reference")
     pairs = list(zip(predictions, references, strict=True))
     rouge = [rouge_l(p, r, stemmer) for p, r in pairs]
     return {
@@ -154,7 +152,3 @@ def summarise(predictions: Sequence[str], references: Sequence[References], stem
     """The mean of every metric of `score_each`, and ``count``, the number of examples. Raises DataError as it does."""
     each = score_each(predictions, references, stemmer)
     return {"count": float(len(predictions)), **{name: math.fsum(v) / len(v) for name, v in each.items()}}
-
-
-def _as_list(references: References) -> list[str]:
-    return [references] if isinstance(references, str) else list(references)

@@ -38,10 +38,15 @@ def answer(
         raise ConfigError(f"generate needs a model from lorry.load; a {type(model).__name__} has its own model.generate")
     encoder = Encoder(tokenizer, max_length=LONGEST, system=system)
     ids = [encoder.prompt(p) if isinstance(p, Conversation) else _prompt(encoder, p, chat) for p in prompts]
-    made = generate(model, ids, max_new_tokens=max_new_tokens, eos=encoder.stop_tokens(), **options)
-    texts = ["".join(Speech(encoder).heard(g.tokens)) for g in made]
+    texts = said(model, encoder, ids, max_new_tokens=max_new_tokens, **options)
     turns = [isinstance(p, Conversation) or (chat and encoder.has_template) for p in prompts]
     return [text.strip() if turn else text for text, turn in zip(texts, turns, strict=True)]
+
+
+def said(model: nn.Module, encoder: Encoder, prompts: Sequence[Sequence[int]], **options: Any) -> list[str]:
+    """What the model goes on with after each prompt of tokens, as text without special tokens and without the end of turn."""
+    made = generate(model, prompts, eos=encoder.stop_tokens(), **options)
+    return ["".join(Speech(encoder).heard(one.tokens)) for one in made]
 
 
 def _prompt(encoder: Encoder, text: str, chat: bool) -> list[int]:

@@ -28,7 +28,7 @@ def png(runs: Sequence[Run]) -> bytes:
     figure = Figure(figsize=(12, 3.2 * rows + 0.6), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"
-    figure.suptitle(_plain(title) if drawn else f"{_plain(title)}: no step has been recorded yet", fontsize=13)
+    figure.suptitle(plain(title) if drawn else f"{plain(title)}: no step has been recorded yet", fontsize=13)
     for index, panel in enumerate(drawn):
         _draw(figure.add_subplot(rows, 2, index + 1), panel)
     out = io.BytesIO()
@@ -39,7 +39,7 @@ def png(runs: Sequence[Run]) -> bytes:
 def _draw(axes: Axes, panel: Panel) -> None:
     for series in panel.series:
         _curve(axes, series)
-    axes.set_title(_plain(panel.title + (f" ({panel.unit})" if panel.unit else "")), loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(plain(panel.title + (f" ({panel.unit})" if panel.unit else "")), loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", color="#ecedea")
@@ -61,13 +61,13 @@ def _curve(axes: Axes, series: Series) -> None:
     named = series.label and series.in_legend
     marker = "o" if series.kind == "points" or len(steps) == 1 else None
     axes.plot(
-        steps, shown, color=COLORS[series.color % len(COLORS)], label=_plain(series.label) if named else "_",
+        steps, shown, color=COLORS[series.color % len(COLORS)], label=plain(series.label) if named else "_",
         linewidth={"raw": 0.8, "line": 1.8, "points": 0}[series.kind], alpha=0.4 if series.kind == "raw" else 1,
         marker=marker, markersize=5, markerfacecolor="white" if series.kind == "points" else None,
     )  # fmt: skip
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib will not take for a formula or, by a leading underscore, leave out of the legend."""
     escaped = visible(text).replace("$", r"\$")
     return f" {escaped}" if escaped.startswith("_") else escaped

@@ -20,15 +20,18 @@ from lorry.config.evaluation import EvalSettings
 from lorry.errors import ConfigError
 from lorry.report.run import load
 from lorry.report.text import number, visible
+from lorry.verbs import exams
 from lorry.verbs.opening import opened, tell
 
 if TYPE_CHECKING:
+    from lorry.bank.mix import Mix
     from lorry.data.sources import Source
     from lorry.evaluate.rows import EvalRows, Evaluated
     from lorry.models.open import Opened
 
 BASE = "base"
 EVALUATION = "evaluation.json"  # what the report reads
+NEW_TOKENS = 64
 
 
 def main(settings: EvalSettings, notes: list[str]) -> int:
@@ -39,6 +42,8 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
         raise ConfigError(f"output={settings.output} is a directory; name a JSON file")
     if settings.backend.threads:
         torch.set_num_threads(settings.backend.threads)
+    if settings.tasks:
+        return on_sets(settings)
     source = open_rows(settings)  # before the model, which takes longer: a wrong path is told at once
     found = opened(settings.model)
     tell_other_dtype(found)
@@ -49,6 +54,26 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
     Console(soft_wrap=True).print(side_by_side(label(settings), rows, sides))
     write(settings, found, rows, sides)
     return 0
+
+
+def on_sets(settings: EvalSettings) -> int:
+    """The same on named sets."""
+    read = exams.read(settings)
+    found = opened(settings.model)
+    tell_other_dtype(found)
+    results = exams.take(settings, found, read, mixes(found))
+    how = f", {settings.n_shot} worked examples" if settings.n_shot else ""
+    Console(soft_wrap=True).print(exams.table(f"{settings.model.name}{how}: value [95% interval]", read, results))
+    write_beside(found, exams.entries(read, results))
+    exams.write(settings, read, results)
+    return 0
+
+
+def mixes(found: Opened) -> dict[str, Mix]:
+    """What is asked: the base, and each adapter under its name."""
+    from lorry.bank.mix import Mix
+
+    return {BASE: Mix.none()} | {side(name, found): Mix.one(name) for name in found.adapters}
 
 
 def tell_other_dtype(found: Opened) -> None:
@@ -66,7 +91,7 @@ def open_rows(settings: EvalSettings) -> Source:
     from lorry.data.sources import open_source
 
     data = settings.data
-    return open_source(data.path, name=data.name, split=data.split, on_bad_row=data.on_bad_row, limit=settings.limit)
+    return open_source(data.path or [], name=data.name, split=data.split, on_bad_row=data.on_bad_row, limit=settings.limit)
 
 
 def read(settings: EvalSettings, found: Opened, source: Source) -> EvalRows:
@@ -84,19 +109,18 @@ def read(settings: EvalSettings, found: Opened, source: Source) -> EvalRows:
 
 def evaluate(settings: EvalSettings, found: Opened, rows: EvalRows) -> dict[str, Evaluated]:
     """{base, and each adapter's name: its result}."""
-    from lorry.bank.mix import Mix
     from lorry.evaluate.rows import evaluate_rows
 
-    asked, notes = rows.askable(found.model.context, settings.max_new_tokens)
+    longest = settings.max_new_tokens or NEW_TOKENS
+    asked, notes = rows.askable(found.model.context, longest)
     for note in notes:
         tell(f"note: {note}")
-    mixes = {BASE: Mix.none()} | {side(name, found): Mix.one(name) for name in found.adapters}
     done = {}
     with Console(stderr=True).status("evaluating") as status:
-        for name, mix in mixes.items():
+        for name, mix in mixes(found).items():
             status.update(f"evaluating {name}: {len(rows.rows)} rows, {len(asked)} answers")
             done[name] = evaluate_rows(
-                found.model, rows, mix, asked=asked, max_new_tokens=settings.max_new_tokens, batch_rows=settings.batch_size
+                found.model, rows, mix, asked=asked, max_new_tokens=longest, batch_rows=settings.batch_size
             )
     return done
 
@@ -108,7 +132,7 @@ def side(name: str, found: Opened) -> str:
 
 def label(settings: EvalSettings) -> str:
     """The data in a few words."""
-    path = settings.data.path if isinstance(settings.data.path, str) else ", ".join(settings.data.path)
+    path = settings.data.path if isinstance(settings.data.path, str) else ", ".join(settings.data.path or [])
     split = f" [{settings.data.split}]" if settings.data.split != "train" else ""
     return path + split + (f", the first {settings.limit} rows" if settings.limit else "")
 
@@ -137,18 +161,25 @@ def _cell(one: Evaluated, metric: str) -> str:
 
 def write(settings: EvalSettings, found: Opened, rows: EvalRows, sides: Mapping[str, Evaluated]) -> None:
     """The run's evaluation.json where a run was evaluated, and ``output`` where it was asked for."""
-    run = Path(found.source["adapter"]) if found.source.get("adapter") else None
-    if run is not None and (run / "run.yaml").is_file() and len(found.adapters) > 0:
-        merge_into(run / EVALUATION, _entries(label(settings), sides))
-        tell(f"written to {run / EVALUATION}; `lorry report {run}` shows it")
+    write_beside(found, _entries(label(settings), sides))
     if settings.output is not None:
         _put(settings.output, _whole(settings, rows, sides))
         tell(f"written to {settings.output}")
 
 
+def write_beside(found: Opened, entries: list[dict[str, Any]]) -> None:
+    """Into the evaluation.json of the run, where a run was evaluated."""
+    run = Path(found.source.get("adapter") or found.source["path"])
+    if (run / "run.yaml").is_file():
+        merge_into(run / EVALUATION, entries)
+        tell(f"written to {run / EVALUATION}; `lorry report {run}` shows it")
+
+
 def _entries(name: str, sides: Mapping[str, Evaluated]) -> list[dict[str, Any]]:
     """Entries of evaluation.json, one per adapter: every metric before (base) and after."""
     before, *after = sides.items()
+    if not after:  # a base that was trained itself: there is no before
+        return [{"name": name, "metrics": {m: {"before": None, "after": _finite(v)} for m, v in before[1].metrics.items()}}]
     names = [name] if len(after) == 1 else [f"{name} ({adapter})" for adapter, _ in after]
     return [
         {
@@ -180,7 +211,7 @@ def _whole(settings: EvalSettings, rows: EvalRows, sides: Mapping[str, Evaluated
     }
     return {
         "model": settings.model.name, "data": label(settings), "rows": len(rows.rows), "left_out": rows.tokens.report.left_out,
-        "max_new_tokens": settings.max_new_tokens, "sides": summaries,
+        "max_new_tokens": settings.max_new_tokens or NEW_TOKENS, "sides": summaries,
         "predictions": [_row(rows, at, sides) for at in range(len(rows.rows))],
     }  # fmt: skip
 

@@ -1,0 +1,105 @@
+"""A named set: a public data set as data. Where it lies, how its rows are written, how they are asked, how answers are measured.
+
+bool_q = named("bool_q")
+bool_q.item({"question": "is ice cold", "passage": "Ice is frozen water.", "answer": True}).answer      # "yes"
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorry.data.catalog.item import Fields, Item, option_slots, render, shorten
+from lorry.data.catalog.layouts import Layout
+from lorry.data.content import Unusable
+from lorry.errors import ConfigError, nearest
+
+SPLITS = ("train", "validation", "test")
+WHOLE = {"train": "train", "validation": "validation", "test": "test"}
+NO_TEST = {"train": "train", "validation": "validation", "test": "validation"}  # the hub's test rows carry no labels
+# One split on the hub: its last tenth is held out, as `train_test_split(test_size=0.1, shuffle=False)` would.
+LAST_TENTH = {"train": "train[:90%]", "validation": "train[90%:]", "test": "train[90%:]"}
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A public data set as data.
+
+    ``hub``, ``config``: its name on the hub (None: files only). ``splits``: our train, validation, test (and ``shots`` where
+    examples come from a split of their own) to the hub's; slices such as ``train[:90%]`` cannot be streamed. ``layouts``: in
+    order of precedence. ``templates``: number 0 is the plain one that evaluation uses. ``metrics``: the first is the main one.
+    ``limit``: (slot, characters) beyond which that slot loses its end. ``source``: the paper. ``converted``: where the hub's
+    main branch is a loading script, which nothing should run, the folder in its Parquet branch, ``refs/convert/parquet``.
+    """
+
+    name: str
+    about: str
+    hub: str | None
+    layouts: tuple[Layout, ...]
+    templates: tuple[str, ...]
+    metrics: tuple[str, ...]
+    max_new_tokens: int
+    licence: str
+    source: str
+    config: str | None = None
+    splits: Mapping[str, str] | None = None
+    converted: str | None = None
+    cue: str = "Answer:"
+    limit: tuple[str, int] | None = None
+
+    def split(self, wanted: str) -> str:
+        """The hub's split for ours. Raises ConfigError where the set has none, listing what it has."""
+        there = self.splits or {}
+        if self.hub is None:
+            raise ConfigError(f"the set {self.name!r} is not on the hub; name a file of it: data.local.{self.name}=FILE")
+        if wanted == "train" and wanted not in there:
+            raise ConfigError(
+                f"the set {self.name!r} has no training rows, only {', '.join(there)}: it is there to evaluate with. To train on "
+                f"it all the same, name a file: data.local.{self.name}=FILE, and hold rows out with data.test_size"
+            )
+        if wanted not in there:
+            raise ConfigError(f"the set {self.name!r} has no split {wanted!r}; it has {', '.join(there)}{nearest(wanted, there)}")
+        return there[wanted]
+
+    def item(self, row: Mapping[str, Any], template: int = 0) -> Item:
+        """The row as its only item. Raises Unusable (kind, reason) for a row that cannot be used, or one of several items."""
+        made = self.items(row, template)
+        if len(made) != 1:
+            raise Unusable("several", f"the row holds {len(made)} questions; read it with items()")
+        return made[0]
+
+    def items(self, row: Mapping[str, Any], template: int = 0) -> list[Item]:
+        """The row's items, one except where a row is a whole conversation (coqa).
+
+        Raises Unusable for columns of no layout, an empty prompt or answer, a label outside the options; IndexError for a
+        template number that does not exist.
+        """
+        text = self.templates[template]
+        found = self._layout(row).read(row)
+        return [self._asked(fields, text) for fields in (found if isinstance(found, list) else [found])]
+
+    def template_of(self, seed: int, number: int) -> int:
+        """The template of row ``number``: a hash of (name, seed, number), so the same on every machine and in any order."""
+        key = f"{self.name}\0{seed}\0{number}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % len(self.templates)
+
+    def _layout(self, row: Mapping[str, Any]) -> Layout:
+        for form in self.layouts:
+            if form.fits(row):
+                return form
+        found = ", ".join(repr(name) if value is not None else f"{name!r} (null)" for name, value in row.items())
+        known = "; ".join(map(str, self.layouts))
+        raise Unusable("columns", f"the set {self.name!r} cannot be read from the columns {found or '(none)'}. Known: {known}")
+
+    def _asked(self, fields: Fields, template: str) -> Item:
+        slots, cut = dict(fields.slots), False
+        if self.limit is not None:
+            slot, most = self.limit
+            kept = shorten(slots.get(slot, ""), most)
+            cut = len(kept) < len(slots.get(slot, "").strip())
+            slots[slot] = kept
+        prompt = render(template, {**slots, **option_slots(fields.options)})
+        references = fields.references or (fields.answer,)
+        return Item(prompt, fields.answer, self.cue, references, fields.options, fields.right, fields.concepts, cut)

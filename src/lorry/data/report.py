@@ -1,0 +1,76 @@
+"""What became of the rows of a data set: counts, token statistics, what was cut or left out. For the receipt and for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class DataReport:
+    """What became of the rows: for the run's receipt and for a person."""
+
+    source: str
+    rows: int = 0  # usable rows read
+    sequences: int = 0  # of which a long text makes several
+    tokens: int = 0
+    supervised: int = 0
+    shortened: int = 0  # rows whose prompt was cut to max_length
+    tokens_cut: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    first_left_out: list[str] = field(default_factory=list)  # the first few, with file:line
+    notes: list[str] = field(default_factory=list)
+    lengths: dict[str, float] = field(default_factory=dict)  # mean, median and longest sequence in tokens
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a mixture: the same of each named set, and its share
+
+    @property
+    def share(self) -> float:
+        """Supervised share of all tokens, 0 to 1."""
+        return self.supervised / self.tokens if self.tokens else 0.0
+
+    def lines(self) -> list[str]:
+        """For a person, one fact a line."""
+        said = [f"{self.source}: {self.rows} rows, {self.sequences} sequences, {self.tokens} tokens, {self.share:.1%} supervised"]
+        said += [_part(name, part) for name, part in self.parts.items()]
+        if self.shortened:
+            said.append(f"{self.shortened} rows were longer than max_length: {self.tokens_cut} prompt tokens cut, answers kept")
+        said += [f"left out: {n} rows ({reason})" for reason, n in sorted(self.left_out.items())]
+        return said + self.first_left_out + self.notes
+
+
+def _part(name: str, part: Mapping[str, Any]) -> str:
+    """A named set of a mixture in a line."""
+    tokens, lengths = max(part["tokens"], 1), part["lengths"]
+    said = (
+        f"  {name}: {part['rows']} rows, {part['drawn']} drawn an epoch ({part['share']:.1%}); {part['tokens']} tokens, "
+        f"a row {lengths['mean']:.0f} on average, {lengths['median']:.0f} in the middle, {lengths['longest']:.0f} at most; "
+        f"{part['supervised'] / tokens:.1%} supervised"
+    )
+    return said + (f"; {part['shortened']} prompts cut by {part['tokens_cut']} tokens" if part["shortened"] else "; none cut")
+
+
+def lengths_of(lengths: np.ndarray) -> dict[str, float]:
+    """Tokens of a sequence: mean, median, longest."""
+    if not len(lengths):
+        return {"mean": 0.0, "median": 0.0, "longest": 0.0}
+    return {"mean": float(lengths.mean()), "median": float(np.median(lengths)), "longest": float(lengths.max())}
+
+
+COUNTED = ("rows", "sequences", "tokens", "supervised", "shortened", "tokens_cut")
+
+
+def together(parts: Sequence[tuple[str, DataReport]], drawn: Sequence[int], lengths: dict[str, float]) -> DataReport:
+    """The report of a mixture: the sums, and what each named set is of it. ``drawn``: sequences of each set in an epoch."""
+    made = DataReport("mixture of " + ", ".join(name for name, _ in parts), lengths=lengths)
+    for (name, own), quota in zip(parts, drawn, strict=True):
+        for count in COUNTED:
+            setattr(made, count, getattr(made, count) + getattr(own, count))
+        made.left_out |= {f"{name}: {reason}": n for reason, n in own.left_out.items()}
+        made.first_left_out += own.first_left_out
+        made.notes += [note for note in own.notes if note not in made.notes]
+        figures = {count: getattr(own, count) for count in ("source", *COUNTED, "lengths")}
+        made.parts[name] = {**figures, "drawn": quota, "share": quota / max(sum(drawn), 1)}
+    return made

@@ -1,0 +1,43 @@
+"""Results as bars with their intervals, as a PNG; drawn by matplotlib without a display.
+
+bars({"bool_q": "bool_q\\naccuracy"}, {"base": {"bool_q": (0.5, (0.4, 0.6))}, "people": {"bool_q": (0.7, (0.6, 0.8))}})
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+from lorry.report.plots import COLORS, plain
+
+Bar = tuple[float, tuple[float, float]]  # a value and its interval
+
+
+def bars(groups: Mapping[str, str], sides: Mapping[str, Mapping[str, Bar]], title: str = "") -> bytes:
+    """A group of bars per key of ``groups`` (key -> its label), a bar in it per side, its interval as a whisker; each group on an
+    axis of its own, since units differ."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # most of a second, only for those who draw
+    from matplotlib.figure import Figure
+
+    columns = min(len(groups), 4)
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(max(3.2 * columns, 5), 3.1 * rows + 0.6), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for index, (key, label) in enumerate(groups.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        for at, (_side, values) in enumerate(sides.items()):
+            if key not in values:
+                continue
+            value, (low, high) = values[key]
+            axes.bar(at, value, width=0.8, color=COLORS[at % len(COLORS)])
+            axes.errorbar(at, value, yerr=[[max(value - low, 0)], [max(high - value, 0)]], color="#333", capsize=4, linewidth=1)
+        axes.set_title(plain(label), loc="left", fontsize=10, fontweight="bold")
+        axes.set_xticks(range(len(sides)), [plain(side) for side in sides], fontsize=8, rotation=30 if len(sides) > 3 else 0)
+        axes.tick_params(axis="y", labelsize=8)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        figure.suptitle(plain(title), fontsize=13)
+    out = io.BytesIO()
+    canvas.print_png(out)
+    return out.getvalue()

@@ -1,0 +1,182 @@
+"""The named sets of `lorry eval RUN tasks=[...]`: every side asked every set, a table, JSON, CSV and bars.
+
+The base and each adapter answer in one process on the same weights, the same rows, the same worked examples.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorry.config.evaluation import EvalSettings
+from lorry.disk import durable
+from lorry.report.text import number, visible
+from lorry.verbs.opening import tell
+
+if TYPE_CHECKING:
+    from lorry.evaluate.exam import Exam
+    from lorry.evaluate.sets import Taken
+    from lorry.models.open import Opened
+
+Results = dict[str, "dict[str, Taken]"]  # set -> side -> its result
+
+
+def read(settings: EvalSettings) -> list[Exam]:
+    """The questions of every set. Raises ConfigError and DataError before any model is loaded."""
+    from lorry.data.catalog import expand
+    from lorry.data.places import Places
+    from lorry.evaluate.exam import read_exam
+
+    places = Places(settings.local, field="local")
+    exams = [
+        read_exam(
+            name, places, split=settings.task_split, limit=settings.limit, n_shot=settings.n_shot, template=settings.template,
+            seed=settings.seed, on_bad_row=settings.data.on_bad_row,
+        )
+        for name in expand(settings.tasks)
+    ]  # fmt: skip
+    for exam in exams:
+        left = "".join(f"; left out {n} ({reason})" for reason, n in sorted(exam.left_out.items()))
+        tell(f"{exam.one.name}: {len(exam.questions)} questions of {exam.source} [{exam.split}]{left}")
+        for note in exam.notes:
+            tell(f"note: {note}")
+    return exams
+
+
+def take(settings: EvalSettings, found: Opened, exams: list[Exam], mixes: Mapping[str, Any]) -> Results:
+    """Every set, asked of every side."""
+    from lorry.data.encode import Encoder
+    from lorry.evaluate.sets import take as ask
+
+    context = found.model.context
+    encoder = Encoder(found.tokenizer, max_length=context or 1 << 20, system=settings.data.system, chat=settings.chat)
+    done: Results = {exam.one.name: {} for exam in exams}
+    with Console(stderr=True).status("evaluating") as status:
+        for exam in exams:
+            for side, mix in mixes.items():
+                status.update(f"{exam.one.name}: {len(exam.questions)} questions, {side}")
+                done[exam.one.name][side] = ask(
+                    found.model, encoder, exam, mix, max_new_tokens=settings.max_new_tokens, batch_rows=settings.batch_size,
+                    seed=settings.seed, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
+                )  # fmt: skip
+    for name, sides in done.items():
+        if cut := max(one.shortened for one in sides.values()):
+            tell(f"note: {name}: {cut} prompts were cut from the left to fit the model's context of {context} tokens")
+    return done
+
+
+def table(title: str, exams: list[Exam], results: Results) -> Table:
+    """A row per set and metric, a column per side, each value with its 95% interval."""
+    made = Table(title=Text(visible(title)), title_justify="left", header_style="dim", box=SIMPLE_HEAD)
+    sides = list(next(iter(results.values())))
+    for column in ("set", "metric", *sides):
+        made.add_column(Text(visible(column)), justify="left" if column in ("set", "metric") else "right")
+    for exam in exams:
+        by_side = results[exam.one.name]
+        for at, metric in enumerate(next(iter(by_side.values())).metrics):
+            cells = [_cell(one.metrics[metric].value, one.metrics[metric].interval) for one in by_side.values()]
+            name = f"{exam.one.name} ({len(exam.questions)})" if at == 0 else ""
+            made.add_row(Text(name), Text(metric.replace("_", " ")), *map(Text, cells))
+    return made
+
+
+def _cell(value: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def entries(exams: list[Exam], results: Results) -> list[dict[str, Any]]:
+    """Entries of evaluation.json: per set and adapter every metric before (base) and after."""
+    made = []
+    for exam in exams:
+        base, *after = results[exam.one.name].items()
+        for adapter, one in after or [base]:
+            name = exam.one.name if len(after) < 2 else f"{exam.one.name} ({adapter})"
+            sides = {"before": base[1] if after else None, "after": one}
+            metrics = {
+                metric: {side: None if taken is None else _finite(taken.metrics[metric].value) for side, taken in sides.items()}
+                for metric in one.metrics
+            }
+            made.append({"name": name, "metrics": metrics})
+    return made
+
+
+def write(settings: EvalSettings, exams: list[Exam], results: Results) -> None:
+    """What was asked for: JSON with every answer or CSV, and a picture."""
+    if settings.output is not None:
+        text = as_csv(exams, results) if settings.output.suffix == ".csv" else as_json(settings, exams, results)
+        _put(settings.output, text.encode())
+    if settings.plot is not None:
+        from lorry.report.bars import bars
+
+        groups = {exam.one.name: exam.one.metrics[0] for exam in exams}
+        values = {
+            side: {name: (one.metrics[groups[name]].value, one.metrics[groups[name]].interval) for name, one in column.items()}
+            for side, column in _by_side(results).items()
+        }
+        _put(settings.plot, bars({name: f"{name}\n{metric}" for name, metric in groups.items()}, values))
+
+
+def _by_side(results: Results) -> dict[str, dict[str, Taken]]:
+    sides = list(next(iter(results.values())))
+    return {side: {name: column[side] for name, column in results.items()} for side in sides}
+
+
+def as_csv(exams: list[Exam], results: Results) -> str:
+    """set, metric, side, value, low, high, questions: a line each."""
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    lines.writerow(["set", "metric", "side", "value", "low", "high", "questions"])
+    for exam in exams:
+        for side, one in results[exam.one.name].items():
+            for metric, got in one.metrics.items():
+                lines.writerow([exam.one.name, metric, side, got.value, *got.interval, len(exam.questions)])
+    return out.getvalue()
+
+
+def as_json(settings: EvalSettings, exams: list[Exam], results: Results) -> str:
+    """Everything: how it was asked, each metric with its interval, and each question with what every side said."""
+    how = settings.model_dump(
+        mode="json", include={"tasks", "local", "n_shot", "template", "chat", "limit", "seed", "temperature"}
+    )
+    sets = {
+        exam.one.name: {
+            "split": exam.split, "source": exam.source, "questions": len(exam.questions), "left_out": exam.left_out,
+            "sides": {
+                side: {
+                    "metrics": {
+                        metric: {
+                            "value": _finite(got.value), "low": _finite(got.interval[0]), "high": _finite(got.interval[1]),
+                            **({"signature": got.signature} if got.signature else {}),
+                        }
+                        for metric, got in one.metrics.items()
+                    },
+                    "rows": one.rows, "shortened_prompts": one.shortened,
+                }
+                for side, one in results[exam.one.name].items()
+            },
+        }
+        for exam in exams
+    }  # fmt: skip
+    return json.dumps({"model": settings.model.name, "asked": how, "sets": sets}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _put(path: Path, content: bytes) -> None:
+    durable.make_directory(path.parent)
+    durable.write_files(path.parent, {path.name: content})
+    tell(f"written to {path}")
