@@ -100,13 +100,14 @@ def test_contexts_are_cut_at_a_word_and_it_shows() -> None:
     assert named("qmsum").item(LONG | {"context": "word " * 9000}).prompt.count("word") == 9000
 
 
-@given(st.text(alphabet="ab \n", max_size=60), st.integers(1, 40))
-def test_shorten(text: str, limit: int) -> None:
-    kept, bare = shorten(text, limit), text.strip()
-    assert len(kept) <= limit
-    assert bare.startswith(kept)
-    if kept != bare and re.search(r"\s", bare[: limit + 1]):
-        assert bare[len(kept)].isspace(), "cut inside a word"
+@given(st.lists(st.text("ab", min_size=1, max_size=9), min_size=3, max_size=9), st.sampled_from(" \n"), st.floats(0, 1))
+def test_shorten(words: list[str], gap: str, share: float) -> None:
+    text = gap.join(words)
+    limit = max(1, int(share * len(text)))
+    kept = shorten(f" {text}\n", limit)
+    # as many whole words from the start as fit; where not even the first does, its letters
+    most = max((at for at in range(len(words) + 1) if len(gap.join(words[:at])) <= limit), default=0)
+    assert kept == (gap.join(words[:most]) or text[:limit])
 
 
 def test_a_label_in_all_its_forms() -> None:
@@ -154,6 +155,12 @@ def test_templates_are_the_same_on_every_machine() -> None:
     assert [named("bool_q").template_of(0, number) for number in range(12)] == PINNED
     assert [named("arc_easy").template_of(0, number) for number in range(12)] != PINNED
     assert [named("bool_q").template_of(1, number) for number in range(12)] != PINNED
+
+
+def test_longbench_inputs_keep_their_own_cue() -> None:
+    item = named("trec").item(ROWS["longbench_trec"].row)
+    assert cued(item).endswith("\nType:")
+    assert cued(item).count("Type:") == 1
 
 
 def test_names_are_forgiving() -> None:

@@ -47,7 +47,7 @@ Content = Conversation | Text
 
 
 class Unusable(Exception):
-    """Raised while a row is read and turned into a ``BadRow`` by ``formats.normalise``; nothing else sees it."""
+    """Raised while a row is read, and turned into a ``BadRow`` by ``formats.normalise`` or ``places.read_items``."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)

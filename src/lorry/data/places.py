@@ -70,8 +70,9 @@ class Places:
         within = spot.split or "train"
         try:
             source = open_source(
-                path or spot.path, name=spot.config, split=within, limit=limit, on_bad_row=on_bad_row, quarantine=quarantine
-            )
+                path or spot.path, name=spot.config, split=within, limit=limit, on_bad_row=on_bad_row, quarantine=quarantine,
+                converted=None if path else one.converted,
+            )  # fmt: skip
         except DataError as error:
             raise DataError(f"{one.name} ({self.field}.{one.name}): {error}") from error
         hint = "" if path else f"; {self.field}.{one.name}=FILE reads it from a file"

@@ -54,24 +54,27 @@ class Source:
 
 def open_source(
     path_or_id: str | Path | Sequence[str | Path], *, name: str | None = None, split: str = "train", streaming: bool = False,
-    on_bad_row: OnBadRow = "error", quarantine: str | Path | None = None, limit: int | None = None,
+    on_bad_row: OnBadRow = "error", quarantine: str | Path | None = None, limit: int | None = None, converted: str | None = None,
 ) -> Source:  # fmt: skip
     """Open data files (json, jsonl, csv, tsv, parquet, txt), a folder of them, several of these, or a hub data set.
 
     Every file is read lazily, except that a JSON *array* has to be read whole. In a folder whose files are named after
     splits (train*, test*, validation*) those of ``split`` are taken; ``name`` is a hub data set's configuration, and
-    ``streaming`` keeps a hub data set from being downloaded first. ``limit`` counts readable rows.
+    ``streaming`` keeps a hub data set from being downloaded first; ``converted`` is the folder of its rows in the hub's own
+    conversion to parquet, for one that is a loading script otherwise. ``limit`` counts readable rows.
     Raises DataError for a path that does not exist, a kind of file not known, or (on_bad_row=error) the first bad row.
     """
     several = [path_or_id] if isinstance(path_or_id, str | Path) else list(path_or_id)
     if not several:
         raise DataError("no data given: a file, a folder or a hub name is needed")
-    parts = [part for one in several for part in _open_one(one, name, split, streaming)]
+    parts = [part for one in several for part in _open_one(one, name, split, streaming, converted)]
     label = ", ".join(map(str, several))
     return Source(label, tuple(parts), BadRows(on_bad_row, quarantine), limit, streaming)
 
 
-def _open_one(path_or_id: str | Path, name: str | None, split: str, streaming: bool) -> list[Callable[[], Rows]]:
+def _open_one(
+    path_or_id: str | Path, name: str | None, split: str, streaming: bool, converted: str | None
+) -> list[Callable[[], Rows]]:
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
@@ -82,7 +85,7 @@ def _open_one(path_or_id: str | Path, name: str | None, split: str, streaming: b
     text = str(path_or_id)
     if isinstance(path_or_id, Path) or path.suffix.lower() in READERS or not HUB_NAME.fullmatch(text):
         raise _missing(path)
-    return [lambda: _hub_rows(text, name, split, streaming)]
+    return [lambda: _hub_rows(text, name, split, streaming, converted)]
 
 
 def _reader(path: Path) -> Callable[[], Rows]:
@@ -136,13 +139,14 @@ def _split_named(stem: str) -> str | None:
     return next((split for split, names in SPLITS.items() if any(word in names for word in words)), None)
 
 
-def _hub_rows(hub_id: str, name: str | None, split: str, streaming: bool) -> Iterator[Row | Fault]:
+def _hub_rows(hub_id: str, name: str | None, split: str, streaming: bool, converted: str | None) -> Iterator[Row | Fault]:
     """Rows of a hub data set. Only builders that parse plain data are allowed: no scripts, no pickles."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
-        builder = datasets.load_dataset_builder(hub_id, name)
+        where = {"name": name} if converted is None else {"revision": "refs/convert/parquet", "data_dir": converted}
+        builder = datasets.load_dataset_builder(hub_id, **where)
         kind = type(builder).__module__.rpartition(".")[2]
         if kind not in HUB_BUILDERS:
             raise DataError(f"{hub_id}: stored as {kind!r}; Lorry reads hub data sets stored as {', '.join(HUB_BUILDERS)}")
@@ -154,7 +158,7 @@ def _hub_rows(hub_id: str, name: str | None, split: str, streaming: bool) -> Ite
         yield from _numbered(table, hub_id)
     except DataError:
         raise
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loading script
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{hub_id}: neither a file here nor a data set that can be opened on the hub: {why}") from error
 

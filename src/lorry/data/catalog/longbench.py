@@ -56,6 +56,7 @@ SUMMARY = Kind(
     ("rouge_l", "rouge_1", "rouge_2"),
     "Summary:",
 )
+# The inputs of these close with a cue of their own, as the examples before them do: "Type:", "Summary:".
 LIKE_EXAMPLES = Kind(
     (
         "{context}\n{question}",
@@ -64,9 +65,10 @@ LIKE_EXAMPLES = Kind(
         "Do for the last entry what was done for those before it:\n{context}\n{question}",
     ),
     ("token_f1", "exact_match", "rouge_l"),
+    "",
 )
-LIKE_SUMMARIES = Kind(LIKE_EXAMPLES.templates, ("rouge_l", "rouge_1", "rouge_2"), "Summary:")
-CLASSES = Kind(LIKE_EXAMPLES.templates, ("accuracy",), "Type:", ranked=True)
+LIKE_SUMMARIES = Kind(LIKE_EXAMPLES.templates, ("rouge_l", "rouge_1", "rouge_2"), "")
+CLASSES = Kind(LIKE_EXAMPLES.templates, ("accuracy",), "", ranked=True)
 COUNT = Kind(
     (
         "{context}\n\nSome of the paragraphs above are copies of others. How many are different? Reply with the number.",
@@ -120,10 +122,10 @@ CLASSES_ZH = Kind(
         "{context}\n{question}",
         "参照前面的例子，判断最后一条新闻的类别。\n\n{context}\n{question}",
         "先看例子，再给最后一条分类。\n\n{context}\n\n{question}",
-        "{context}\n{question}\n\n最后一条属于哪一类？",
+        "按照例子的做法，说出最后一条属于哪一类：\n{context}\n{question}",
     ),
     ("accuracy",),
-    "类别：",
+    "",
     ranked=True,
 )
 FIND_ZH = Kind(

@@ -16,7 +16,6 @@ from lorry.data.catalog.layouts import Layout
 from lorry.data.content import Unusable
 from lorry.errors import ConfigError, nearest
 
-SPLITS = ("train", "validation", "test")
 WHOLE = {"train": "train", "validation": "validation", "test": "test"}
 NO_TEST = {"train": "train", "validation": "validation", "test": "validation"}  # the hub's test rows carry no labels
 # One split on the hub: its last tenth is held out, as `train_test_split(test_size=0.1, shuffle=False)` would.

@@ -1,0 +1,188 @@
+"""A study: one small model, three tasks at once, five ways to train it, one distillation: quality with intervals, memory, time.
+
+    make study-instruct              # or: python benchmarks/instruct.py --n 300 --work runs/instruct
+
+SmolLM2-135M-Instruct learns common_gen (a sentence from concepts), bool_q (yes or no about a passage) and scitldr (an abstract in
+a sentence) from n rows of each; LoRA of rank 4, 16 and 64, all weights, the MLPs only, and a rank-4 student of the full model.
+Every way trains in a process of its own on the same rows in the same order; all are asked the same held-out rows. The rows come
+from LORRY_DATA or ../shared/data where that is there, else from the hub. Results: benchmarks/results/instruct-cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from measure import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = "smollm2-135m-instruct"
+SETS = ("common_gen", "bool_q", "scitldr")
+ASKED = {"common_gen": 200, "bool_q": 300, "scitldr": 100}
+# way -> (its words, its settings); rates as is usual for each: a tenth of LoRA's where the weights themselves move
+WAYS: dict[str, tuple[str, list[str]]] = {
+    "lora-r4": ("LoRA, r=4", ["r=4", "learning_rate=5e-4"]),
+    "lora-r16": ("LoRA, r=16", ["r=16", "learning_rate=5e-4"]),
+    "lora-r64": ("LoRA, r=64", ["r=64", "learning_rate=5e-4"]),
+    "mlp": ("MLP weights only", ["lora=null", "trainable=mlp", "learning_rate=5e-5"]),
+    "full": ("all weights", ["lora=null", "learning_rate=5e-5"]),
+}
+DISTILLED = ("distil-r4", "LoRA, r=4, taught by the full model")
+FILES = {  # name -> (file, rows that are learnt, rows that are asked)
+    "common_gen": ("common_gen/commongen.dev.jsonl", slice(0, 793), slice(793, 993)),
+    "bool_q": ("boolq/boolq_dev.jsonl", slice(0, 1191), slice(1191, 1491)),
+    "scitldr": ("scitldr/train.jsonl", slice(0, 1000), None),
+}
+
+
+def local_files(work: Path) -> dict[str, str]:
+    """{NAME.SPLIT: file} of the rows, cut from the shared data so that no row is both learnt and asked; empty without them."""
+    data = Path(os.environ.get("LORRY_DATA", ROOT.parent / "shared" / "data"))
+    if not data.is_dir():
+        return {}
+    made = {}
+    for name, (file, learnt, asked) in FILES.items():
+        lines = (data / file).read_text().splitlines(keepends=True)
+        for split, rows in (("train", lines[learnt]), ("test", lines[asked] if asked else None)):
+            path = work / "data" / f"{name}-{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(rows) if rows is not None else (data / "scitldr" / "test.jsonl").read_text())
+            made[f"{name}.{split}"] = str(path)
+    return made
+
+
+def train(way: str, settings: Sequence[str], verb: str, local: Mapping[str, str], args: argparse.Namespace) -> dict[str, Any]:
+    """One way, in a process of its own; skipped where it is finished. Returns what its run files say."""
+    run = args.work / way
+    if not (run / "receipt.json").exists():
+        command = [
+            sys.executable, "-m", "lorry.cli", verb, f"model={MODEL}", f"data.mix=[{','.join(SETS)}]", f"data.n={args.n}",
+            *(f"data.local.{key}={path}" for key, path in local.items()), "max_length=512", "num_train_epochs=1",
+            "per_device_train_batch_size=8", "save_strategy=no", f"seed={args.seed}", f"backend.threads={args.threads}",
+            f"output_dir={run}", *settings,
+        ]  # fmt: skip
+        print(f"--- {way}: {' '.join(settings)}", flush=True)
+        with (args.work / f"{way}.log").open("w") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    return figures(run)
+
+
+def figures(run: Path) -> dict[str, Any]:
+    """Time, memory and size of a run, from its files. The first two steps, which set things up, are left out of the time."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line and "seconds" in line]
+    timed = steps[2:]
+    receipt = json.loads((run / "receipt.json").read_text())
+    return {
+        "steps": len(steps), "tokens": sum(s["tokens"] for s in steps), "seconds": sum(s["seconds"] for s in steps),
+        "tokens_per_second": sum(s["tokens"] for s in timed) / sum(s["seconds"] for s in timed),
+        "peak_memory_bytes": max(s["peak_memory_bytes"] for s in steps),
+        "first_loss": steps[0]["loss"], "last_losses": sum(s["loss"] for s in steps[-10:]) / len(steps[-10:]),
+        "trainable_parameters": receipt.get("trainable_parameters"),
+        "saved_bytes": sum(p.stat().st_size for p in run.glob("*.safetensors")),
+    }  # fmt: skip
+
+
+def ask(work: Path, local: Mapping[str, str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """{way: {set: {metric: [value, low, high]}}}: every way asked the same rows, adapters and the base on one model."""
+    import torch
+
+    from lorry.bank.mix import Mix
+    from lorry.config import ModelConfig
+    from lorry.data.encode import Encoder
+    from lorry.data.places import Places
+    from lorry.evaluate.exam import read_exam
+    from lorry.evaluate.sets import take
+    from lorry.models.open import open_model
+
+    torch.set_num_threads(args.threads)
+    exams = [read_exam(name, Places(local), limit=args.asked or ASKED[name]) for name in SETS]
+    adapters = [way for way in (*WAYS, DISTILLED[0]) if (work / way / "adapter_config.json").exists()]
+    whole = [way for way in WAYS if (work / way / "config.json").exists()]
+    found: dict[str, dict[str, Any]] = {}
+
+    def over(name: str, adapter_folders: Sequence[str], sides: Sequence[tuple[str, Mix]]) -> None:
+        opened = open_model(ModelConfig(name=name), [], adapters=adapter_folders)
+        encoder = Encoder(opened.tokenizer, max_length=opened.model.context or 8192)
+        for side, mix in sides:
+            began = time.perf_counter()
+            done = {exam.one.name: take(opened.model, encoder, exam, mix, batch_rows=32) for exam in exams}
+            found[side] = {s: {m: [v.value, *v.interval] for m, v in one.metrics.items()} for s, one in done.items()}
+            print(f"asked {side}: {time.perf_counter() - began:.0f} s", flush=True)
+
+    over(MODEL, [str(work / way) for way in adapters], [("base", Mix.none()), *((way, Mix.one(way)) for way in adapters)])
+    for way in whole:
+        over(str(work / way), [], [(way, Mix.none())])
+    return found
+
+
+MAIN = {"common_gen": ("rouge_l", "coverage"), "bool_q": ("accuracy",), "scitldr": ("rouge_l",)}
+
+
+def record(
+    found: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Everything as JSON, with the table that the results page shows."""
+    says = {"base": "base", **{way: words for way, (words, _) in WAYS.items()}, DISTILLED[0]: DISTILLED[1]}
+    columns = ["", *(f"{s} {m.replace('_', ' ')}" for s, metrics in MAIN.items() for m in metrics)]
+    columns += ["trained", "saved", "peak memory", "tokens/s"]
+    rows = []
+    for way, sets in found.items():
+        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*sets[s][m]) for s, metrics in MAIN.items() for m in metrics]
+        run = runs.get(way)
+        own = (
+            [f"{run['trainable_parameters'] / 1e6:.2f} M", f"{run['saved_bytes'] / 1e6:.0f} MB",
+             f"{run['peak_memory_bytes'] / 2**30:.2f} GiB", f"{run['tokens_per_second']:.0f}"]
+            if run else ["", "", "", ""]
+        )  # fmt: skip
+        rows.append([says[way], *cells, *own])
+    return {
+        "title": "Instruction tuning on three tasks: LoRA, all weights, MLPs, distillation", "study": "instruct",
+        "columns": columns, "rows": rows, "results": found, "runs": runs, "machine": machine(), "model": MODEL,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "picture": "results/instruct-cpu.png",
+        "command": f"python benchmarks/instruct.py --n {args.n} --threads {args.threads}",
+        "settings": {"n": args.n, "threads": args.threads, "seed": args.seed, "ways": {w: s for w, (_, s) in WAYS.items()},
+                     "asked": {s: args.asked or ASKED[s] for s in SETS}},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=300, help="rows of each set that are learnt")
+    parser.add_argument("--asked", type=int, default=0, help="rows of each set that are asked; 0: 200, 300 and 100")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ways", nargs="*", default=list(WAYS))
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "instruct")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "instruct-cpu.json")
+    args = parser.parse_args()
+    local = local_files(args.work)
+    args.work.mkdir(parents=True, exist_ok=True)
+    runs = {way: train(way, WAYS[way][1], "sft", local, args) for way in args.ways}
+    if "full" in runs:
+        teacher = [f"teacher={args.work / 'full'}", "distill.loss=kl", "distill.alpha=0.5", "r=4", "learning_rate=5e-4"]
+        runs[DISTILLED[0]] = train(DISTILLED[0], teacher, "distill", local, args)
+    made = record(ask(args.work, local, args), runs, args)
+    args.out.write_text(json.dumps(made, indent=1) + "\n")
+    from lorry.report.bars import bars
+
+    groups = {f"{s} {m}": f"{s}\n{m}" for s, metrics in MAIN.items() for m in metrics}
+    values = {
+        way: {f"{s} {m}": (sets[s][m][0], (sets[s][m][1], sets[s][m][2])) for s, metrics in MAIN.items() for m in metrics}
+        for way, sets in made["results"].items()
+    }
+    (ROOT / "docs" / made["picture"]).write_bytes(bars(groups, values, made["title"]))
+    for row in [made["columns"], *made["rows"]]:
+        print(" | ".join(row))
+
+
+if __name__ == "__main__":
+    main()

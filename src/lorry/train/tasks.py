@@ -1,0 +1,43 @@
+"""From a run's description to its task: one builder for each, chosen by `run.task`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorry.backends.base import Scorer, Task
+from lorry.backends.local import Local
+from lorry.data.batch import Batch
+from lorry.data.joint import JointStream
+from lorry.data.prepare import Prepared
+from lorry.models.open import Opened
+from lorry.tasks.sft import Sft
+
+Jobs = Mapping[str, tuple[Any, Prepared]]  # by adapter: the run it would be alone, and what it reads
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a task is made from: the run, the opened model, its jobs, their rows as one stream, the held-out batches, the steps of
+    the longest job, and the backend (for scores before training)."""
+
+    run: Any
+    opened: Opened
+    jobs: Jobs
+    stream: JointStream
+    held: Sequence[Batch]
+    total: int
+    backend: Local
+    notes: list[str]
+
+
+Built = tuple[Task, Mapping[str, Scorer]]  # the task, and the frozen models it scores with besides its own
+
+
+def sft(given: Material) -> Built:
+    """Supervised fine-tuning: nothing but the rows."""
+    return Sft(given.stream, given.held, given.total, list(given.jobs)), {}
+
+
+TASKS: dict[str, Callable[[Material], Built]] = {"sft": sft}

@@ -1,0 +1,147 @@
+"""`lorry eval tasks=[...]`: options and answers against transformers' own numbers, worked examples, files, errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from verbworld import World, lorry, write_rows
+
+ROWS = [
+    {"question": "is Oslo a town", "passage": "Oslo is a town.", "answer": True},
+    {"question": "does Mara live in Lima", "passage": "Mara lives in Oslo.", "answer": False},
+    {"question": "is Kyoto far", "passage": "It is.", "answer": True},
+]
+SAID = [{"concepts": ["Mara", "Oslo"], "target": "Mara lives in Oslo."}, {"concepts": ["Juno"], "target": "Juno lives in Ghent."}]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    rows, said = write_rows(tmp_path / "bq.jsonl", ROWS), write_rows(tmp_path / "cg.jsonl", SAID)
+    return [f"local.bool_q={rows}", f"local.common_gen={said}"]
+
+
+def evaluated(tmp_path: Path, *argv: object) -> dict[str, Any]:
+    output = tmp_path / "out.json"
+    assert lorry("eval", *argv, "dtype=float32", f"output={output}") == 0
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+def likelihood(base: Path, prompt: str, option: str, shots: list[tuple[str, str]] | None = None) -> tuple[float, int]:
+    """(sum, tokens) of an option in ChatML, by transformers alone."""
+    model, words = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), AutoTokenizer.from_pretrained(base)
+    before = "".join(f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n" for q, a in shots or [])
+    asked = words(f"{before}<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n").input_ids
+    said = words(option).input_ids
+    with torch.no_grad():
+        logp = model(torch.tensor([asked + said])).logits[0, len(asked) - 1 : -1].double().log_softmax(-1)
+    return float(logp.gather(1, torch.tensor(said)[:, None]).sum()), len(said)
+
+
+def test_options_are_ranked_as_transformers_would(world: World, files: list[str], tmp_path: Path) -> None:
+    found = evaluated(tmp_path, world.base, "tasks=[bool_q]", *files)["sets"]["bool_q"]["sides"]["base"]
+    right_by_mean = right_by_sum = 0
+    for row, asked in zip(found["rows"], ROWS, strict=True):
+        assert asked["passage"] in row["prompt"]
+        truth = [likelihood(world.base, row["prompt"], option) for option in row["options"]]
+        assert row["loglikelihoods"] == pytest.approx([total for total, _ in truth], abs=2e-4)
+        assert row["tokens"] == [tokens for _, tokens in truth]
+        means, sums = [t / n for t, n in truth], [t for t, _ in truth]
+        right_by_mean += means.index(max(means)) in row["right"]
+        right_by_sum += sums.index(max(sums)) in row["right"]
+    assert found["metrics"]["accuracy"]["value"] == pytest.approx(right_by_mean / 3)
+    assert found["metrics"]["accuracy_sum"]["value"] == pytest.approx(right_by_sum / 3)
+    assert {"ece", "brier", "confidence", "perplexity"} <= set(found["metrics"])
+
+
+def test_options_of_one_token_share_a_pass_and_change_nothing(
+    world: World, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorry.evaluate import rank
+
+    rows = write_rows(tmp_path / "mm.jsonl", [{"question": "Which?", "choices": list("xyzw"), "answer": 2}])
+    argv = (world.base, "tasks=[mmlu]", f"local.mmlu={rows}")
+    shared = evaluated(tmp_path, *argv)["sets"]["mmlu"]["sides"]["base"]["rows"][0]
+    monkeypatch.setattr(rank, "_merged", list)
+    apart = evaluated(tmp_path, *argv)["sets"]["mmlu"]["sides"]["base"]["rows"][0]
+    assert shared["loglikelihoods"] == pytest.approx(apart["loglikelihoods"], abs=1e-4)
+    truth = [likelihood(world.base, shared["prompt"], option)[0] for option in shared["options"]]
+    assert shared["loglikelihoods"] == pytest.approx(truth, abs=2e-4)
+
+
+def test_worked_examples_are_earlier_turns_and_never_the_row_itself(world: World, files: list[str], tmp_path: Path) -> None:
+    found = evaluated(tmp_path, world.base, "tasks=[bool_q]", "n_shot=1", "data.max_length=400", *files)
+    rows = found["sets"]["bool_q"]["sides"]["base"]["rows"]
+    words = {True: rows[0]["expected"], False: rows[1]["expected"]}
+    plain = evaluated(tmp_path, world.base, "tasks=[bool_q]", *files)["sets"]["bool_q"]["sides"]["base"]["rows"]
+    for at, row in enumerate(rows):
+        others = [(plain[n]["prompt"], words[ROWS[n]["answer"]]) for n in range(3) if n != at]
+        mine = row["loglikelihoods"]
+        near = [[likelihood(world.base, row["prompt"], option, [shot])[0] for option in row["options"]] for shot in others]
+        assert any(mine == pytest.approx(one, abs=2e-4) for one in near)
+
+
+def test_too_many_worked_examples_are_refused(world: World, files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert lorry("eval", world.base, "tasks=[bool_q]", "n_shot=3", *files) == 3
+    assert "n_shot=3 needs as many other rows; the split for examples has 2" in capsys.readouterr().err
+
+
+def test_a_run_is_asked_beside_its_base_and_remembers_it(world: World, files: list[str], tmp_path: Path) -> None:
+    import shutil
+
+    run = Path(shutil.copytree(world.run, tmp_path / "people"))
+    found = evaluated(tmp_path, run, "tasks=[common_gen,bool_q]", *files, f"plot={tmp_path / 'bars.png'}")
+    sides = found["sets"]["common_gen"]["sides"]
+    assert len(sides) == 2
+    base, tuned = sides.values()
+    assert tuned["metrics"]["perplexity"]["value"] != base["metrics"]["perplexity"]["value"]
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    entries = {entry["name"]: entry["metrics"] for entry in json.loads((run / "evaluation.json").read_text())}
+    assert entries["common_gen"]["coverage"]["after"] == pytest.approx(tuned["metrics"]["coverage"]["value"])
+    assert lorry("report", run) == 0
+
+
+def test_generated_answers_are_those_of_transformers(world: World, files: list[str], tmp_path: Path) -> None:
+    found = evaluated(tmp_path, world.base, "tasks=[common_gen]", "max_new_tokens=12", *files)["sets"]["common_gen"]["sides"][
+        "base"
+    ]
+    model, words = (
+        AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(world.base),
+    )
+    for row in found["rows"]:
+        ids = words(f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt").input_ids
+        said = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        assert row["answer"] == words.decode(said, skip_special_tokens=True).strip()
+
+
+def test_csv_has_a_line_for_every_number(world: World, files: list[str], tmp_path: Path) -> None:
+    assert lorry("eval", world.base, "tasks=[bool_q]", *files, "limit=2", f"output={tmp_path / 'o.csv'}") == 0
+    lines = list(csv.DictReader((tmp_path / "o.csv").open()))
+    assert {line["metric"] for line in lines} == {"accuracy", "accuracy_sum", "ece", "brier", "confidence", "perplexity"}
+    assert all(line["questions"] == "2" and float(line["low"]) <= float(line["high"]) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["tasks=[bool_qq]"], 2, "did you mean 'bool_q'?"),
+        (["tasks=[bool_q]", "local.bool_q=/no.jsonl"], 3, "bool_q (local.bool_q): /no.jsonl: no such file"),
+        (["tasks=[bool_q]", "data=x.jsonl"], 2, "one of the two"),
+        ([], 2, "say what to evaluate on"),
+        (["tasks=[bool_q]", "local.bool_q={bq}", "template=99"], 2, "template=99: bool_q has templates 0 to"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    world: World, files: list[str], argv: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bq = files[0].partition("=")[2]
+    assert lorry("eval", world.base, *(word.format(bq=bq) for word in argv)) == code
+    assert said in capsys.readouterr().err
