@@ -145,8 +145,8 @@ def _hub_rows(hub_id: str, name: str | None, split: str, streaming: bool, conver
     from datasets.exceptions import DatasetsError
 
     try:
-        where = {"name": name} if converted is None else {"revision": "refs/convert/parquet", "data_dir": converted}
-        builder = datasets.load_dataset_builder(hub_id, **where)
+        where = {} if converted is None else {"revision": "refs/convert/parquet", "data_dir": converted}
+        builder = datasets.load_dataset_builder(hub_id, name if converted is None else None, **where)
         kind = type(builder).__module__.rpartition(".")[2]
         if kind not in HUB_BUILDERS:
             raise DataError(f"{hub_id}: stored as {kind!r}; Lorry reads hub data sets stored as {', '.join(HUB_BUILDERS)}")
