@@ -232,7 +232,8 @@ def test_taps_and_stop_are_those_of_the_decoder(pair: tuple[Decoder, HfModel]) -
     assert forced.last is None
     assert whole.last is not None
     for layer in (0, 1):
-        assert (native.taps[layer] - forced.taps[layer]).abs().max() <= 1e-5
+        gap = (native.taps[layer] - forced.taps[layer]).abs().max()
+        assert gap <= 1e-6 * max(10.0, float(forced.taps[layer].abs().max()))
     assert torch.equal(whole.taps[1], forced.taps[1])
     with pytest.raises(ModelError, match="layer 7"):
         pair[1].hidden(packed, call, taps=[7])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,15 @@ class Rows:
 
 
 def prepare(
-    data: DataConfig, train: TrainConfig, tokenizer: Any, *, quarantine: Path, known: dict[str, Rows] | None = None
-) -> Prepared:
+    data: DataConfig, train: TrainConfig, tokenizer: Any, *, quarantine: Path, known: dict[str, Rows] | None = None,
+    make: Callable[..., Encoder] = Encoder,
+) -> Prepared:  # fmt: skip
     """Open and encode training and evaluation rows. ``known``: what other jobs of the run have read, by its settings, which is
-    shared. Raises DataError, ConfigError, ModelError (an unusable template)."""
+    shared; ``make``: what makes the encoder. Raises DataError, ConfigError, ModelError (an unusable template)."""
     known = {} if known is None else known
     drawn = train.seed if data.test_size is not None or data.mix else None  # who is held out, and templates, hang on the seed
     settings = f"{data.model_dump_json()} {train.per_device_eval_batch_size} {drawn}"
-    rows = known.get(settings) or _read(data, train, tokenizer, quarantine)
+    rows = known.get(settings) or _read(data, train, tokenizer, quarantine, make)
     shape: dict[str, Any] = {
         "seed": train.seed, "rows_per_batch": train.per_device_train_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps, "packing": data.packing,
@@ -84,9 +85,9 @@ def prepare(
     return Prepared(stream, rows.held, rows.encoder, tokens.report, rows.ends, stream.steps_per_epoch, tokens.digest, tokens)
 
 
-def _read(data: DataConfig, train: TrainConfig, tokenizer: Any, quarantine: Path) -> Rows:
+def _read(data: DataConfig, train: TrainConfig, tokenizer: Any, quarantine: Path, make: Callable[..., Encoder]) -> Rows:
     only = True if data.completion_only_loss is None else data.completion_only_loss
-    encoder = Encoder(tokenizer, max_length=data.max_length, completion_only_loss=only, system=data.system)
+    encoder = make(tokenizer, max_length=data.max_length, completion_only_loss=only, system=data.system)
     if data.mix:
         return _read_mix(data, train, encoder, quarantine)
     form = chosen(data.format, data.text_field)

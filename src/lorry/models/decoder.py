@@ -171,8 +171,8 @@ class Decoder(nn.Module):
         """Run tokens of cache rows ``rows`` [T], store their keys and values and update ``cache.lengths``. Returns hidden [T,D].
 
         Either whole prompts, each into a row of its own whose former content is forgotten; or (``decoding``) one token for
-        every row of the cache, in order, at positions ``cache.lengths`` as they were before. ``products``: per layer, its linears'
-        work where the caller has made it (`models/decode.py`); there is no graph then.
+        every row of the cache, in order, at positions ``cache.lengths`` as they were before. ``products``: per layer, its
+        linears' work where the caller has made it (`models/decode.py`); there is no graph then.
         """
         segments = Segments(packed.segments, packed.tokens.device)
         state = Pass(call, *self._rotary_tables(packed.positions), segments, packed.positions, cache, rows, decoding)

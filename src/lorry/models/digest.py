@@ -7,7 +7,7 @@ Which base an adapter belongs to is another question, answered by `bank.peft_io.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,19 @@ PIECES = 2
 PIECE = 1024
 
 
-def sample_digest(model: nn.Module, *, whole: bool = False) -> str:
+def sample_digest(model: nn.Module, *, whole: bool = False, trained: Collection[Tensor] = ()) -> str:
     """Whether any base weight moved: SHA-256 over names, dtypes and the exact bits of two runs of 1024 values per tensor, or with
-    ``whole`` of every value. Compare only digests of one process and dtype; no change can hide from ``whole``."""
-    total = hashlib.sha256()
+    ``whole`` of every value; "" if there is none to look at. ``trained``: parameters that are meant to move. Compare only digests
+    of one process and dtype; no change can hide from ``whole``."""
+    total, moving, seen = hashlib.sha256(), {t.data_ptr() for t in trained}, False
     for name, tensor in base_tensors(model):
+        if tensor.data_ptr() in moving:
+            continue
+        seen = True
         total.update(f"\n{name} {tensor.dtype}\n".encode())
         for piece in [tensor.reshape(-1)] if whole else pieces(tensor):
             total.update(_bytes(piece))
-    return total.hexdigest()
+    return total.hexdigest() if seen else ""
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -159,8 +159,8 @@ class Sweep:
         return dn
 
     def _done(self, index: int, x: Tensor, grads: Sequence[Tensor], norm: Norm | None = None) -> None:
-        """Input (behind a norm: what went into that) and output gradients of a product are known: make those of its masters and, if
-        they train, its weights."""
+        """Input (behind ``norm``: what went into that) and output gradients of a product are known: make those of its masters
+        and, if they train, its weights."""
         if not self._wanted(index):
             self.masters[index] = [None] * len(self.needs[index])
             return

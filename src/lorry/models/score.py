@@ -27,7 +27,8 @@ from lorry.models.tiles import Asked, FromLogits, statistics
 from lorry.models.vocab import Dense, Rows, ScoreFn, Statistic, correct, entropy, log_prob
 
 __all__ = [
-    "HiddenState", "Rows", "Score", "ScoreFn", "Want", "correct", "entropy", "evaluate", "frozen_head", "log_prob", "score_rows",
+    "Final", "HiddenState", "Rows", "Score", "ScoreFn", "Want", "cooled", "correct", "entropy", "evaluate", "frozen_head",
+    "log_prob", "score_rows",
 ]  # fmt: skip
 
 CHUNK = 256
@@ -37,9 +38,11 @@ ONE_PASS_SCORES = 2
 @dataclass(frozen=True)
 class Score:
     """A per-token scalar: ``fn(logits [t,V] fp32, rows) -> [t]``; each row may depend on that row's logits alone. Those of
-    `models/vocab.py` have slopes in closed form; of any other function autograd finds it."""
+    `models/vocab.py` and `models/divergence.py` have slopes in closed form; of any other function autograd finds it.
+    ``temperature``: what the logits are divided by first; scores of one temperature share their passes over the head."""
 
     fn: ScoreFn
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,12 @@ class HiddenState:
     layer: int
 
 
-Want = Score | HiddenState
+@dataclass(frozen=True)
+class Final:
+    """What the head reads: the hidden state after the final norm, [T, D]; the logits of target t are made of that at t-1."""
+
+
+Want = Score | HiddenState | Final
 
 
 class Model(Protocol):
@@ -64,26 +72,32 @@ def evaluate(model: Model, batch: Batch, wants: Mapping[str, Want], call: Call) 
 
     Gradients flow to the adapters when they are enabled. If only hidden states are wanted, the pass stops at the highest.
     """
-    scores = {n: w.fn for n, w in wants.items() if isinstance(w, Score)}
+    scores = {n: w for n, w in wants.items() if isinstance(w, Score)}
+    final = [n for n, w in wants.items() if isinstance(w, Final)]
     layers = {n: w.layer for n, w in wants.items() if isinstance(w, HiddenState)}
     packed = Packed(batch.tokens, batch.positions, batch.segments)
-    stop = None if scores else max(layers.values(), default=None)
+    stop = None if scores or final else max(layers.values(), default=None)
     hidden = model.hidden(packed, call, taps=sorted(set(layers.values())), stop=stop)
     got = {name: hidden.taps[layer] for name, layer in layers.items()}
-    if scores:
+    if scores or final:
         assert hidden.last is not None
-        table = score_rows(model, hidden.last, batch, list(scores.values()), call)
-        for name, column in zip(scores, table.unbind(1), strict=True):
-            got[name] = column.new_zeros(batch.tokens.numel()).index_copy(0, batch.rows, column)
+        got |= dict.fromkeys(final, hidden.last)
+        for temperature in dict.fromkeys(w.temperature for w in scores.values()):
+            alike = {n: w.fn for n, w in scores.items() if w.temperature == temperature}
+            table = score_rows(model, hidden.last, batch, list(alike.values()), call, temperature)
+            for name, column in zip(alike, table.unbind(1), strict=True):
+                got[name] = column.new_zeros(batch.tokens.numel()).index_copy(0, batch.rows, column)
     return got
 
 
-def score_rows(model: Model, hidden: Tensor, batch: Batch, fns: Sequence[ScoreFn], call: Call) -> Tensor:
+def score_rows(
+    model: Model, hidden: Tensor, batch: Batch, fns: Sequence[ScoreFn], call: Call, temperature: float = 1.0
+) -> Tensor:
     """[t, n] fp32: every score at every supervised token. The logits of target t stand at position t-1."""
     extra = {name: e.values[batch.rows] for name, e in batch.extra.items() if e.per == "token"}
     rows = Rows(batch.tokens[batch.rows], extra)
     sources = batch.rows - 1
-    picked = hidden.index_select(0, sources)
+    picked, left = cooled(model, hidden.index_select(0, sources), temperature)
     head = frozen_head(model, call)
     tiled = [j for j, fn in enumerate(fns) if head is not None and isinstance(fn, Statistic)]
     whole = [j for j in range(len(fns)) if j not in tiled]
@@ -96,17 +110,29 @@ def score_rows(model: Model, hidden: Tensor, batch: Batch, fns: Sequence[ScoreFn
         if head is not None and (len(others) <= ONE_PASS_SCORES or not picked.requires_grad):
             table = WholeRows.apply(picked, head, others, rows)
         else:
-            table = _by_chunks(model, picked, sources, rows, others, call)
+            table = _by_chunks(model, picked, sources, rows, others, call, left)
         columns |= zip(whole, table.unbind(1), strict=True)
     return torch.stack([columns[j] for j in range(len(fns))], 1)
 
 
-def _by_chunks(model: Model, hidden: Tensor, sources: Tensor, rows: Rows, fns: Sequence[ScoreFn], call: Call) -> Tensor:
+def cooled(model: Model, hidden: Tensor, temperature: float) -> tuple[Tensor, float]:
+    """(hidden states [t,D] for logits at a temperature, what their logits are still to be divided by): softmax(W h / tau) is
+    softmax(W (h / tau)) where the head is a product and nothing else, adapted or not."""
+    if temperature == 1.0:
+        return hidden, 1.0
+    head = getattr(model, "head", None)
+    plain = isinstance(head, (BankLinear, nn.Linear)) and head.bias is None
+    return (hidden / temperature, 1.0) if plain else (hidden, temperature)
+
+
+def _by_chunks(
+    model: Model, hidden: Tensor, sources: Tensor, rows: Rows, fns: Sequence[ScoreFn], call: Call, temperature: float
+) -> Tensor:
     """[t,n]: from whole rows of logits, formed again in backward."""
     parts = []
     for start in range(0, len(hidden), CHUNK):
         stop = min(start + CHUNK, len(hidden))
-        part = (model, hidden[start:stop], rows.cut(start, stop), fns, call.narrow(sources[start:stop]))
+        part = (model, hidden[start:stop], rows.cut(start, stop), fns, call.narrow(sources[start:stop]), temperature)
         if torch.is_grad_enabled():
             parts.append(checkpoint(_chunk_scores, *part, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -114,8 +140,9 @@ def _by_chunks(model: Model, hidden: Tensor, sources: Tensor, rows: Rows, fns: S
     return torch.cat(parts) if parts else hidden.new_zeros(0, len(fns), dtype=accumulator(hidden))
 
 
-def _chunk_scores(model: Model, hidden: Tensor, rows: Rows, fns: Sequence[ScoreFn], call: Call) -> Tensor:
+def _chunk_scores(model: Model, hidden: Tensor, rows: Rows, fns: Sequence[ScoreFn], call: Call, temperature: float) -> Tensor:
     logits = model.logits(hidden, call)
+    logits = logits if temperature == 1.0 else logits / temperature
     known = [fn for fn in fns if isinstance(fn, Statistic)]
     columns = dict(zip(map(id, known), FromLogits.apply(logits, Asked.of(known, rows)).unbind(1), strict=True)) if known else {}
     for fn in fns:
@@ -127,13 +154,13 @@ def _chunk_scores(model: Model, hidden: Tensor, rows: Rows, fns: Sequence[ScoreF
 
 
 def frozen_head(model: Model, call: Call) -> Tensor | None:
-    """The head's weight [V, D] when nothing in this call adapts it and it is a plain product; else None."""
+    """The head's weight [V, D] when nothing in this call adapts or trains it and it is a plain product; else None."""
     head = getattr(model, "head", None)
     if isinstance(head, BankLinear):
         plain = not head.terms(head.resolve(call)) and not head.transposed
     else:
         plain = isinstance(head, nn.Linear)
-    if head is None or not plain or head.bias is not None or head.weight.requires_grad:
+    if head is None or not plain or head.bias is not None or (head.weight.requires_grad and torch.is_grad_enabled()):
         return None
     return head.weight
 

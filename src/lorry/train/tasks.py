@@ -13,6 +13,7 @@ from lorry.data.joint import JointStream
 from lorry.data.prepare import Prepared
 from lorry.models.open import Opened
 from lorry.tasks.sft import Sft
+from lorry.train.distill import build_distill
 
 Jobs = Mapping[str, tuple[Any, Prepared]]  # by adapter: the run it would be alone, and what it reads
 
@@ -40,4 +41,4 @@ def sft(given: Material) -> Built:
     return Sft(given.stream, given.held, given.total, list(given.jobs)), {}
 
 
-TASKS: dict[str, Callable[[Material], Built]] = {"sft": sft}
+TASKS: dict[str, Callable[[Material], Built]] = {"sft": sft, "distill": build_distill}

@@ -1,0 +1,143 @@
+"""A distillation from its description to a task: who the teacher is, what it reads, whether it is asked live or from a cache.
+
+make = encoder_of(run, opened, notes)               # before the rows are read: a teacher of another tokenizer reads them too
+task, models = build_distill(material)              # `train.tasks.TASKS["distill"]`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorry.backends.base import Scorer
+from lorry.config import DistillConfig, DistillRun, Run
+from lorry.data.aligned import PairedEncoder, name_of, same_tokenizer
+from lorry.data.batch import Batch
+from lorry.data.encode import Encoder
+from lorry.data.prepare import Prepared
+from lorry.errors import ConfigError
+from lorry.models.decoder import Decoder
+from lorry.models.open import Opened
+from lorry.tasks.distill import Aim, Distill, Live, Reader, Teacher
+from lorry.train import teacher_cache
+from lorry.train.teacher import Frozen, TeacherPlace, open_teacher
+
+if TYPE_CHECKING:
+    from lorry.train.tasks import Material
+
+PASS_ROWS = 8  # rows the teacher reads at a time when a cache is written
+LONGER = 2  # what a teacher's tokenizer may make of max_length tokens of the student's
+
+
+def aim_of(config: DistillConfig) -> Aim:
+    """The two terms and their weights from the settings."""
+    return Aim(config.loss, config.temperature, config.beta, 1 - config.alpha, config.alpha)
+
+
+def encoder_of(run: Run, opened: Opened, notes: list[str]) -> Callable[..., Encoder]:
+    """What makes the encoder of a run: `Encoder`, or one that has a teacher with another tokenizer read the rows as well.
+
+    Raises ConfigError when the tokenizers differ and the loss compares tokens by their ids.
+    """
+    if not isinstance(run, DistillRun):
+        return Encoder
+    place = _place(run, opened, notes)
+    if place.shared:
+        return Encoder
+    theirs = place.tokenizer(notes)
+    try:
+        same_tokenizer(opened.tokenizer, theirs, str(place.place.directory))
+    except ConfigError:
+        if run.distill.loss != "uld":
+            raise
+        only = True if run.data.completion_only_loss is None else run.data.completion_only_loss
+        reads = Encoder(theirs, max_length=LONGER * run.data.max_length, completion_only_loss=only, system=run.data.system)
+        return partial(PairedEncoder, theirs=reads)
+    return Encoder
+
+
+def build_distill(given: Material) -> tuple[Distill, Mapping[str, Scorer]]:
+    """The task, and the frozen models it scores with. Raises ConfigError, ModelError."""
+    run: DistillRun = given.run
+    (adapter, (_, prepared)), aim = next(iter(given.jobs.items())), aim_of(run.distill)
+    place = _place(run, given.opened, given.notes)
+    models: dict[str, Scorer] = {}
+    if run.distill.cache is None:
+        scorer = models["teacher"] = open_teacher(place, run.distill, given.opened, given.notes)
+        reader, columns = _reader(prepared, scorer), _columns(run.distill, given.opened, scorer)
+        teacher: Teacher = Live(aim, scorer.head(aim.temperature, columns), reader, run.distill.top_k)
+        _say_missing(given, prepared, lambda tokens, weights: reader.view(tokens, weights) is not None)
+    else:
+        teacher = cached = _cached(given, prepared, place, aim)
+        _say_missing(given, prepared, lambda tokens, weights: name_of(tokens, weights) in cached.known)
+    everyone = {"self": given.backend, **models}
+    return Distill(given.stream, given.held, given.total, [adapter], aim=aim, teacher=teacher, models=everyone), models
+
+
+def _place(run: DistillRun, opened: Opened, notes: list[str]) -> TeacherPlace:
+    return TeacherPlace.of(run.distill, opened, shareable=run.lora is not None, notes=notes)
+
+
+def _reader(prepared: Prepared, scorer: Frozen) -> Reader:
+    views = prepared.encoder.views if isinstance(prepared.encoder, PairedEncoder) else None
+    return Reader(views, scorer.model.context, scorer.mix)
+
+
+def _columns(config: DistillConfig, opened: Opened, teacher: Frozen) -> int | None:
+    """How many of the teacher's logits count: those of the student's tokens, where tokens are compared by id (an embedding may be
+    longer than its tokenizer). Raises ConfigError when it has fewer."""
+    if config.loss == "uld":
+        return None
+    ours = opened.model.geometry.vocab if isinstance(opened.model, Decoder) else opened.model.vocabulary
+    if teacher.vocabulary < ours and config.top_k is None:
+        raise ConfigError(
+            f"the teacher has {teacher.vocabulary} logits and the student {ours}, though their tokenizers are equal; give "
+            "distill.top_k=64, which compares the teacher's likeliest tokens"
+        )
+    return ours
+
+
+def _cached(given: Material, prepared: Prepared, place: TeacherPlace, aim: Aim) -> teacher_cache.Cached:
+    """The teacher from disk; it is opened, and forgotten again, only where the cache is not there yet."""
+    run: DistillRun = given.run
+    assert run.distill.cache is not None
+    assert run.distill.top_k is not None
+    dtype = str(given.opened.source["dtype"]) if place.shared else run.distill.teacher_dtype
+    digest = place.digest(run.distill, dtype)
+    facts = teacher_cache.facts_of(_sequences(given, prepared), digest, run.distill.top_k)
+    folder = teacher_cache.folder_of(Path(run.distill.cache), facts)
+    if not folder.exists():
+        scorer = open_teacher(place, run.distill, given.opened, given.notes)
+        reader, columns = _reader(prepared, scorer), _columns(run.distill, given.opened, scorer)
+        teacher_cache.write(folder, _sequences(given, prepared), reader, scorer, scorer.head(1.0, columns), facts)
+    cached = teacher_cache.Cached(folder, facts, aim)
+    given.notes.append(
+        f"the teacher is read from {folder}: {cached.facts['tokens']} tokens, {cached.facts['bytes'] / 2**20:.1f} MiB"
+    )
+    return cached
+
+
+def _sequences(given: Material, prepared: Prepared) -> Iterator[Batch]:
+    """Everything the run reads, once: the training rows in file order, then those held out."""
+    if prepared.tokens is None:
+        raise ConfigError("distill.cache needs rows that are not streamed; leave data.streaming out")
+    yield from prepared.tokens.eval_batches(PASS_ROWS)
+    yield from given.held
+
+
+def _say_missing(given: Material, prepared: Prepared, speaks: Callable[[Sequence[int], Sequence[float]], bool]) -> None:
+    """Note how many sequences the teacher has nothing to say of: they carry the data's own loss only."""
+    if prepared.tokens is None:
+        return
+    of = [
+        speaks(batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist())
+        for batch in _sequences(given, prepared)
+        for start, stop in batch.segments
+    ]
+    if missing := of.count(False):
+        given.notes.append(
+            f"{missing} of {len(of)} sequences are too long for the teacher, or its chat template makes other turns of them: "
+            "they are learnt from the data alone"
+        )
