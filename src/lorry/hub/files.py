@@ -1,0 +1,111 @@
+"""Which files of a run go to the hub, what of them is made anew for it, and what keeps them from going.
+
+Try: ``sorted(upload(Path("runs/people"), at="me/people"))``. Weights, tokenizer, description and measurements go; checkpoints,
+earlier runs, logs and rows never do: ``samples.json`` stays, and the report is made again without its samples.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from huggingface_hub import get_token
+
+from lorry.errors import ConfigError, ModelError
+from lorry.report.html import page
+from lorry.report.plots import png
+from lorry.report.run import load
+from lorry.train import card
+from lorry.train.artifacts import ADAPTER_FILES, MODEL_FILES, SHARDS, WEIGHTS
+
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "*.tiktoken",
+)  # fmt: skip
+RUN = ("run.yaml", "metrics.jsonl", "receipt.json", "contracts.json", "evaluation.json")
+CARD, REPORT, PLOT = "README.md", "report.html", "report.png"
+NEVER = frozenset(["checkpoints", "previous", "data", "tensorboard"])  # folders of a run that are no adapter's
+BINARY = (".safetensors", ".png", ".model")
+TOKEN = re.compile(rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{30,}")  # what the hub's access tokens look like
+SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
+SHORTEST_SECRET = 16
+Content = bytes | Path
+
+
+def upload(run_dir: Path, *, at: str) -> dict[str, Content]:
+    """{path in the repository: a file, or the bytes of one that is made for the hub}. ``at``: the repository, for the card.
+
+    Raises ConfigError for a directory that is no finished run or whose files hold a secret, ModelError where weights are missing,
+    DataError for a file of the run that cannot be read.
+    """
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: no such run directory")
+    if not (run_dir / "receipt.json").is_file():
+        raise ConfigError(f"{run_dir} is not a finished run (it has no receipt.json); only a finished one goes to the hub")
+    found: dict[str, Content] = {p.name: p for p in _matching(run_dir, (*ADAPTER_FILES, *MODEL_FILES, SHARDS, *TOKENIZER, *RUN))}
+    for folder in adapter_folders(run_dir):
+        found |= {f"{folder.name}/{p.name}": p for p in _matching(folder, ADAPTER_FILES)}
+    _has_weights(run_dir, found)
+    run = replace(load(run_dir), samples=())
+    written = run_dir / CARD
+    ours = not written.is_file() or not card.edited(written.read_text(encoding="utf-8", errors="replace"))
+    found[CARD] = card.of_run(run_dir, at=at, plot=PLOT).encode() if ours else written
+    found |= {REPORT: page([run]).encode(), PLOT: png([run])}
+    refuse_secrets(found)
+    return found
+
+
+def adapter_folders(run_dir: Path) -> list[Path]:
+    """The folders of a run of several adapters."""
+    return sorted(p.parent for p in run_dir.glob("*/adapter_config.json") if p.parent.name not in NEVER)
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
+    patterns = tuple(patterns)
+    yield from (p for p in sorted(folder.iterdir()) if p.is_file() and any(fnmatchcase(p.name, one) for one in patterns))
+
+
+def _has_weights(run_dir: Path, found: Mapping[str, Content]) -> None:
+    """Adapters, or a whole model. Raises ModelError naming what is missing."""
+    configs = [name for name in found if name.endswith("adapter_config.json")]
+    lacking = [c for c in configs if c.replace("adapter_config.json", WEIGHTS) not in found]
+    whole = "config.json" in found and any(fnmatchcase(name, "model*.safetensors") for name in found)
+    if lacking or not (configs or whole):
+        what = f"{Path(lacking[0]).with_name(WEIGHTS)} is missing" if lacking else "it holds no adapter and no model"
+        raise ModelError(f"{run_dir}: {what}, so there is nothing to upload")
+
+
+# --- what must not leave this machine
+
+
+def refuse_secrets(files: Mapping[str, Content]) -> None:
+    """Raise ConfigError where a text holds an access token of the hub, or the value of a secret of the environment."""
+    secrets = {name: value.encode() for name, value in os.environ.items() if SECRET_NAMES.search(name.upper())}
+    secrets = {"the login of the hub": (get_token() or "").encode(), **secrets}
+    for path, data in _texts(files):
+        held = [name for name, value in secrets.items() if len(value) >= SHORTEST_SECRET and value in data]
+        place = next((data.find(secrets[name]) for name in held), None)
+        if place is None and (match := TOKEN.search(data)):
+            place, held = match.start(), ["a Hugging Face token"]
+        if place is not None:
+            line = data.count(b"\n", 0, place) + 1
+            raise ConfigError(
+                f"{path}:{line} holds a secret ({held[0]}), so nothing was uploaded; take it out of the file and of the setting "
+                "it came from, and revoke it if the file was shared"
+            )
+
+
+def places(files: Mapping[str, Content]) -> list[str]:
+    """The texts that name the home directory of who runs this, or the working directory."""
+    here = {str(Path.home()), str(Path.cwd())} - {"/"}
+    return [path for path, data in _texts(files) if any(f"{place}/".encode() in data for place in here)]
+
+
+def _texts(files: Mapping[str, Content]) -> Iterator[tuple[str, bytes]]:
+    for path, content in files.items():
+        if not path.endswith(BINARY):
+            yield path, content if isinstance(content, bytes) else content.read_bytes()

@@ -1,0 +1,16 @@
+"""`lorry push RUN`: upload a finished run to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorry.config.settings import PushSettings
+from lorry.verbs.opening import tell
+
+
+def main(settings: PushSettings, notes: list[str]) -> int:
+    """Upload, tell what a person should know. The last line of standard output is the repository's address."""
+    from lorry.hub.push import push
+
+    print(push(Path(settings.run), settings.hub_model_id, private=settings.hub_private_repo, tell=tell))
+    return 0

@@ -1,0 +1,224 @@
+"""The card of a run: read back by the hub's own library and by a Markdown parser, whatever the names in it are."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from lorry.errors import DataError
+from lorry.train.card import card, edited, of_run
+from lorry.train.figures import Facts
+from lorry.train.markdown import clean
+
+HOSTILE = st.one_of(
+    st.text(max_size=40),
+    st.text(alphabet="`|*_[]()<>#~!$\\&-: \n\r\t'\"{}%@\u2028\u202e\x00\x1b\udc80", max_size=30),
+    st.sampled_from(
+        ["---", "\n---\n", "a\n---\nlicense: mit\n---\n", "<script>alert(1)</script>", "```\n# no\n```", "| a | b |", "\\|",
+         "`\\`", "![x](http://e.vil)", "[x](javascript:1)", "<!-- x", "--> y", "null", "no", "1e3", "&lt;",
+         "!!python/object:os.system x"]
+    ),
+)  # fmt: skip
+
+
+def facts(
+    name: str = "people", source: str = "org/rows", metric: str = "exact_match", detail: str = "fine", **over: Any
+) -> Facts:
+    config = {
+        "model": {"name": "org/base"}, "lora": {"r": 8, "target_modules": [detail]}, "output_dir": "runs/x",
+        "data": {"path": source}, "train": {"learning_rate": 1e-3, "lr_scheduler_type": detail},
+    }  # fmt: skip
+    receipt = {
+        "base": {"kind": "hub", "name": "org/base", "revision": detail, "sha256": "b" * 64},
+        "data": {"source": source, "rows": 3, "sequences": 3, "tokens": 30, "supervised": 9, "left_out": {detail: 2}},
+    }
+    contracts = [{"id": 1, "name": name, "status": "held", "detail": detail}]
+    evaluation = [{"name": source, "metrics": {metric: {"before": 0.25, "after": 0.5, "interval": [0.4, 0.6]}}}]
+    records = [{"step": 1, "loss": 2.5, "tokens": 10, "supervised_tokens": 4, "seconds": 1.0}]
+    return Facts(**{**vars(Facts(name, config, receipt, contracts, evaluation, records)), **over})
+
+
+def made(given: Facts, **more: Any) -> str:
+    return card(given, **{"licences": {}, "hubs": {}, **more})
+
+
+def parsed(text: str) -> tuple[dict[str, Any], list[Token]]:
+    """(front matter, tokens of the Markdown after it), by the hub's rule of where one ends and the other begins."""
+    found = re.match(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))", text)
+    assert found is not None
+    return yaml.safe_load(found[2]), MarkdownIt("commonmark").enable("table").parse(text[found.end() :])
+
+
+def said(tokens: list[Token]) -> list[str]:
+    """The texts of headings, cells and paragraphs as a reader sees them. No image, link or HTML may be among them."""
+    inner = [t.children or [] for t in tokens if t.type == "inline"]
+    assert {child.type for one in inner for child in one} <= {"text", "code_inline", "text_special"}
+    return ["".join(child.content for child in one) for one in inner]
+
+
+@given(HOSTILE, HOSTILE, HOSTILE, HOSTILE)
+@settings(max_examples=100, deadline=None)
+def test_no_name_breaks_out_of_its_place(name: str, source: str, metric: str, detail: str) -> None:
+    text = made(facts(name, source or "x", metric, detail))
+    text.encode()  # half a character can be written nowhere
+    meta, tokens = parsed(text)
+    plain = parsed(made(facts(source="x", detail="fine")))
+    # the front matter has its fields and no others, and says the names
+    assert meta.keys() - {"datasets"} == plain[0].keys() - {"datasets"}
+    assert meta["base_model"] == "org/base"
+    result = meta["model-index"][0]["results"][0]
+    assert result["metrics"][0]["name"] == clean(metric)
+    assert result["metrics"][0]["value"] == 0.5
+    # the text has the structure that harmless names give
+    optional = {"lora.target_modules", "lr_scheduler_type", "revision"} if not detail else set()
+    assert [t.type for t in tokens if t.type.startswith(("heading", "fence", "html", "table"))] == [
+        t.type for t in plain[1] if t.type.startswith(("heading", "fence", "html", "table"))
+    ]
+    texts = said(tokens)
+    assert texts[0] == (clean(name) or "–")
+    assert sum(t.type == "tr_open" for t in tokens) + len(optional) >= sum(t.type == "tr_open" for t in plain[1])
+    assert any(t == (clean(metric.replace("_", " ")) or "–") for t in texts)
+    if detail:
+        assert clean(detail) in texts or not clean(detail)
+
+
+@given(HOSTILE)
+@settings(max_examples=100, deadline=None)
+def test_the_code_shown_is_python_that_names_the_place(name: str) -> None:
+    fences = [t.content for t in parsed(made(facts(), at=name or "x"))[1] if t.type == "fence"]
+    loads = [line for line in fences[0].splitlines() if "lorry.load" in line]
+    spoken: list[str] = []
+    exec(loads[0], {"lorry": type("lorry", (), {"load": staticmethod(lambda p: (spoken.append(p), None))})})
+    assert spoken == [clean(name or "x")]
+
+
+def test_numbers_are_those_of_the_files() -> None:
+    """By hand: losses 4, 2, 3; 30 tokens of which 12 learnt; 1.75 s; the best of two evaluations is the first."""
+    records = [
+        {"step": 1, "loss": 4.0, "tokens": 10, "supervised_tokens": 4, "seconds": 0.5, "peak_memory_bytes": 2**30},
+        {"step": 2, "loss": 2.0, "tokens": 10, "supervised_tokens": 4, "seconds": 0.5, "peak_memory_bytes": 3 * 2**29},
+        {"step": 2, "eval_loss": 1.25, "eval_accuracy": 0.5},
+        {"step": 3, "loss": 3.0, "tokens": 10, "supervised_tokens": 4, "seconds": 0.75, "peak_memory_bytes": 2**30},
+        {"step": 3, "eval_loss": 1.5, "eval_accuracy": 0.75},
+    ]
+    receipt = {**facts().receipt, "trainable_parameters": 1234567}
+    rows = {r[0]: r[1:] for r in re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", made(facts(records=records, receipt=receipt)), re.M)}
+    assert rows["trainable parameters"] == ("1,234,567",)
+    want = {"steps": "3", "final loss": "3.0", "tokens read": "30", "of which learnt": "12"}
+    assert {k: rows[k][0] for k in want} == want
+    assert not {"time in steps", "peak memory"} & rows.keys()  # those of a resumed run are others
+    assert (rows["loss"], rows["accuracy"]) == (("1.5",), ("0.75",))
+    best = {**facts().config, "train": {"load_best_model_at_end": True}}
+    text = made(facts(records=records, config=best))
+    assert "| loss | 1.25 |" in text
+    assert "| adapter of step | 2 (the best evaluated) |" in text
+    assert "| exact match | 0.25 | 0.5 | 0.4 to 0.6 |" in text
+    results = ModelCard(text).data.eval_results
+    assert [(r.dataset_type, r.metric_type, r.metric_value) for r in results[-1:]] == [("org/rows", "exact_match", 0.5)]
+
+
+def test_several_adapters_each_have_their_figures() -> None:
+    config = {**facts().config, "jobs": [{"name": "a", "lora": {"r": 2}}, {"name": "b", "data": {"path": "/home/me/b.jsonl"}}]}
+    both = {"a": {"loss": 1.0}, "b": {"loss": 3.0}}
+    records = [{"step": 1, "loss": 2.0, "adapters": both}, {"step": 2, "loss": 0.5, "adapters": {"a": {"loss": 0.5}}}]
+    data = {n: {"source": f"/home/me/{n}.jsonl", "rows": 4, "sha256": n * 64} for n in "ab"}
+    text = made(facts(config=config, records=records, receipt={"data": data}))
+    for row in ("| a: rank | 2 |", "| b: rank | 8 |", "| a: steps | 2 |", "| b: steps | 1 |", "| b: final loss | 3.0 |"):
+        assert row in text
+    assert "2 LoRA adapters, trained in one pass" in text
+    assert 'lorry.load("people")' in text
+    there = made(facts(config=config, records=records, receipt={"data": data}), at="me/people")
+    assert 'lorry.load(snapshot_download("me/people"))' in there
+    assert 'PeftModel.from_pretrained(base, "me/people", subfolder="a")' in there
+    assert "/home" not in text
+    assert f"| `b` | `b.jsonl` | 4 | – | – | – | `{'b' * 64}` |" in text
+
+
+def test_what_is_not_known_is_not_said() -> None:
+    local = {"kind": "directory", "name": "/models/base", "path": "/models/base", "sha256": "b" * 64}
+    config = {
+        **facts().config,
+        "model": {"name": "/models/base"},
+        "data": {"path": "/home/me/rows.jsonl", "eval": "/home/me/e.csv"},
+    }
+    told = [{"id": 8, "name": "rows", "status": "held", "detail": "/home/me/rows.jsonl: 3 rows"}]
+    text = made(facts(config=config, receipt={"base": local}, evaluation=[], records=[], contracts=told))
+    meta = parsed(text)[0]
+    assert meta == {"library_name": "peft", "tags": ["lorry", "lora", "sft"], "pipeline_tag": "text-generation"}
+    assert "/home" not in text
+    assert "/models" not in text
+    assert "- held: rows (rows.jsonl: 3 rows)" in text
+
+
+def test_a_folder_here_is_no_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it one when the card is made again elsewhere, where the folder is not."""
+    (tmp_path / "my" / "rows").mkdir(parents=True)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.yaml").write_text(json.dumps({**facts().config, "data": {"path": ["my/rows", "org/rows", "my/rows.jsonl"]}}))
+    monkeypatch.chdir(tmp_path)
+    (run / "README.md").write_text(of_run(run))
+    monkeypatch.chdir(run)
+    (run / "evaluation.json").write_text(json.dumps(facts().evaluation))
+    again = of_run(run, at="me/run")
+    assert parsed(again)[0]["datasets"] == ["org/rows"]
+    assert not edited(again)
+    assert edited(again.replace("## Use", "## Usage"))
+    assert edited(again + "more")
+
+
+@pytest.mark.parametrize(
+    ("licences", "license"),
+    [
+        ({}, None),
+        ({"org/rows": "mit"}, None),  # the base is unknown
+        ({"org/rows": "mit", "org/base": "apache-2.0"}, None),  # two of them
+        ({"org/rows": "MIT", "org/base": "mit"}, "mit"),
+        ({"org/rows": "my own", "org/base": "my own"}, None),  # the hub would refuse it
+    ],
+)
+def test_a_licence_only_where_all_of_it_is_known(licences: dict[str, str], license: str | None) -> None:
+    text = made(facts(), licences=licences)
+    assert parsed(text)[0].get("license") == license
+    assert all(f"| `{name}` | {value} |" in text for name, value in licences.items())
+
+
+def test_named_sets_bring_hub_ids_and_licences(tmp_path: Path) -> None:
+    """In any spelling, suites spelt out; what a set says of itself stands in the catalogue, here by hand."""
+    mixed = {"mix": ["BoolQ", "math", "xsum"], "local": {"xsum.train": "/home/me/x.jsonl", "svamp": "s.json"}}
+    (tmp_path / "run.yaml").write_text(json.dumps({**facts().config, "data": mixed}))
+    text = of_run(tmp_path)
+    assert parsed(text)[0]["datasets"] == ["google/boolq", "openai/gsm8k"]  # a file may hold anything
+    assert "on `bool_q`, `gsm8k`, `svamp`, `xsum`." in text
+    for row in ("| `bool_q` | CC-BY-SA-3.0 |", "| `gsm8k` | MIT |", "| `xsum` | not stated; the articles are the BBC's |"):
+        assert row in text
+    assert "license" not in parsed(text)[0]
+    (tmp_path / "run.yaml").write_text(json.dumps({**facts().config, "data": {"path": "google/boolq"}}))
+    assert "| `google/boolq` | CC-BY-SA-3.0 |" in of_run(tmp_path)
+
+
+def test_base_weights_that_were_trained() -> None:
+    text = made(facts(config={**facts().config, "lora": None, "trainable": "mlp"}))
+    meta = parsed(text)[0]
+    assert (meta["library_name"], meta["tags"]) == ("transformers", ["lorry", "sft"])
+    assert "AutoModelForCausalLM.from_pretrained" in text
+    assert "LoRA" not in text
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "receipt.json").write_text("{")
+    with pytest.raises(DataError, match=r"receipt.json: not JSON"):
+        of_run(tmp_path)
+    (tmp_path / "receipt.json").write_text("[]")
+    with pytest.raises(DataError, match=r"receipt.json: expected a JSON object, got list"):
+        of_run(tmp_path)
