@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from lorry.train.signals import Stop, watching
+from lorry.errors import Interrupted
+from lorry.train.signals import Stop, raising, watching
 
-WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+WATCHED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def _known_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_stop_signal_is_a_flag_and_its_name(number: signal.Signals) -> None:
     with watching() as stop:
         assert not stop.requested
@@ -60,12 +61,32 @@ def test_handlers_come_back_also_after_an_error() -> None:
     assert [signal.getsignal(number) for number in WATCHED] == before
 
 
-def test_an_ignored_signal_stays_ignored() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with watching() as stop:
-        signal.raise_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
+    """SIGINT of a command in the background, SIGHUP under nohup."""
+    signal.signal(number, signal.SIG_IGN)
+    with raising(), watching() as stop:
+        signal.raise_signal(number)
         assert not stop.requested
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_outside_the_loop_it_is_raised_once_and_inside_a_flag(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    with raising():
+        with watching() as stop:
+            signal.raise_signal(number)
+        assert stop.requested == number.name
+        with pytest.raises(Interrupted, match=f"{number.name} arrived outside the training steps"):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_handler_of_somebody_else_stays() -> None:
+    theirs = signal.getsignal(signal.SIGTERM)
+    with raising():
+        assert signal.getsignal(signal.SIGTERM) is theirs
 
 
 def test_outside_the_main_thread_nothing_changes() -> None:

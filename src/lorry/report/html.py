@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 
-from lorry.report import sections
+from lorry.report import sections, states
 from lorry.report.curves import BY_ADAPTER, panels
 from lorry.report.figures import about, by_adapter, differences, figures
 from lorry.report.markup import Html, join, tag
@@ -65,21 +65,25 @@ def _header(runs: Sequence[Run], title: str) -> Html:
         tag("p", "Lorry report", class_="eyebrow"),
         tag("h1", title),
         tag("dl", *rows, class_="facts") if rows else None,
-        tag("div", *(_badge(run, run.name if len(runs) > 1 else "") for run in runs), class_="badges"),
+        tag("div", *(badge for run in runs for badge in _badges(run, run.name if len(runs) > 1 else "")), class_="badges"),
         *notes,
     )
 
 
-def _badge(run: Run, name: str) -> Html:
-    """Whether the run kept its contracts, or that it has not said so yet."""
+def _badges(run: Run, name: str) -> Iterator[Html]:
+    """Where the run stands if it did not finish, and whether it kept its contracts."""
+    lead = f"{name}: " if name else ""
+    state = states.of(run)
+    if standing := state.sentence():
+        yield tag("span", lead + standing, class_="badge failed" if state.state in ("failed", "dead") else "badge")
     failed = [c for c in run.contracts if c.status == "failed"]
     held = sum(c.status == "held" for c in run.contracts)
-    lead = f"{name}: " if name else ""
     if failed:
-        return tag("span", f"{lead}{len(failed)} of {len(run.contracts)} contracts failed", class_="badge failed")
-    if held:
-        return tag("span", f"{lead}{held} of {len(run.contracts)} contracts held, none failed", class_="badge held")
-    return tag("span", f"{lead}contracts not reported (still running, or stopped early)", class_="badge")
+        yield tag("span", f"{lead}{len(failed)} of {len(run.contracts)} contracts failed", class_="badge failed")
+    elif held:
+        yield tag("span", f"{lead}{held} of {len(run.contracts)} contracts held, none failed", class_="badge held")
+    elif state.state != "running":
+        yield tag("span", f"{lead}contracts not reported", class_="badge")
 
 
 def _tiles(run: Run) -> Html:

@@ -7,6 +7,7 @@ contracts.json     [{"id": 1, "name": ..., "status": "held" | "failed" | "not_ch
 samples.json       [{"group": ..., "prompt": ..., "reference", "before", "after": text or null,
                      "tokens": [{"text": ..., "weight": 1.0}] or null}]: tokens show a row exactly as it was trained on
 evaluation.json    [{"name": ..., "metrics": {"exact_match": {"before": 0.0, "after": 0.8}}}]
+process.json       who is at work there, or how it ended (disk/process.py); read by states.py
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lorry.errors import DataError
 from lorry.report import log
 from lorry.report.log import Log, is_number
 
-FILES = ("metrics.jsonl", "run.yaml", "receipt.json", "contracts.json", "samples.json", "evaluation.json")
+FILES = ("metrics.jsonl", "run.yaml", "receipt.json", "contracts.json", "samples.json", "evaluation.json", "process.json")
 STATUSES = ("held", "failed", "not_checked")
 
 

@@ -6,6 +6,7 @@ Everything a run wrote is shown as plain text: neither its square brackets nor i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -13,11 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from lorry.evaluate.metrics import exact_match
+from lorry.report import states
 from lorry.report.figures import about, by_adapter, differences, figures
 from lorry.report.run import Run, Sample
-from lorry.report.text import NOTHING, number, visible
+from lorry.report.text import NOTHING, number, roughly, visible
 
 STYLES = {"held": ("✓ held", "green"), "failed": ("✗ failed", "bold red"), "not_checked": ("– not checked", "dim")}
+STATE_STYLES = {
+    "running": "bold cyan", "finished": "green", "interrupted": "yellow",
+    "failed": "bold red", "dead": "red", "unreadable": "red",
+}  # fmt: skip
 
 
 def show(runs: Sequence[Run], samples: int = 8) -> RenderableType:
@@ -37,6 +43,8 @@ def summary(run: Run) -> Table:
     table = _table(run.name, "", "", "")
     for name, value in about(run).items():
         table.add_row(_text(name, "dim"), _text(value), "")
+    if standing := states.of(run).sentence():
+        table.add_row(_text("state", "dim"), _text(standing, "bold"), "")
     for figure in figures(run):
         table.add_row(_text(figure.name, "dim"), _text(figure.text, "bold"), _text(figure.note, "dim"))
     table.show_header = False
@@ -76,6 +84,46 @@ def changes(runs: Sequence[Run]) -> Iterator[Table]:
         for name, values in rows:
             table.add_row(_text(name), *map(_text, values))
         yield table
+
+
+def standings(found: Sequence[states.State], now: float) -> Table:
+    """Where each run stands, a run per row. ``now``: seconds since 1970, from which the age of the last line is counted."""
+    rows = [_standing(state, now) for state in found]
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)]
+    table = _table("Runs", "run", "state", *columns)
+    for column in table.columns[:-1]:
+        column.no_wrap = True  # what is left of the width goes to the last
+    table.columns[-1].min_width = 10
+    for state, row in zip(found, rows, strict=True):
+        cells = (_text(row.get(name) or None) for name in columns)
+        table.add_row(_text(state.name, "bold"), _text(state.state, STATE_STYLES[state.state]), *cells)
+    return table
+
+
+def _standing(state: states.State, now: float) -> dict[str, str]:
+    """The cells of a run; what is not known is empty."""
+    if state.state == "unreadable":
+        return {}
+    of_total = f"/{number(state.total)}" if state.total and state.total != state.step else ""
+    what = (Path(text).name if text.startswith((".", "/")) else text for text in (state.model, state.data))
+    return {
+        "step": number(state.step) + of_total,
+        "loss": number(state.loss) if state.loss is not None else "",
+        "best": _best(state.best),
+        "tokens/s": number(round(state.tokens_per_second)) if state.tokens_per_second is not None else "",
+        "time": roughly(state.elapsed) if state.elapsed is not None else "",
+        "left": roughly(state.eta) if state.eta is not None else "",
+        "written": f"{roughly(max(0.0, now - state.written))} ago" if state.written is not None else "",
+        "what": ", ".join(text for text in (*what, state.adapter.partition(", on ")[0]) if text),
+    }
+
+
+def _best(best: tuple[str, float, int] | None) -> str:
+    """The best evaluation; its metric is named where it is not the usual one."""
+    if best is None:
+        return ""
+    metric, value, step = best
+    return f"{'' if metric == 'eval_loss' else metric.removeprefix('eval_') + ' '}{number(value)} at {number(step)}"
 
 
 def evaluation(run: Run) -> Table:

@@ -1,4 +1,4 @@
-"""Numbers and strange characters as people can read them: `number`, `size`, `duration`, `visible`."""
+"""Numbers and strange characters as people can read them: `number`, `size`, `duration`, `roughly`, `visible`."""
 
 from __future__ import annotations
 
@@ -64,3 +64,11 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes_left = divmod(minutes, 60)
     return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def roughly(seconds: float | None) -> str:
+    """A time in its largest unit, for ages and forecasts: ``32 s``, ``5 min``, ``3 h``, ``2 d``."""
+    if seconds is None or not math.isfinite(seconds):
+        return NOTHING
+    scale, unit = next((s, u) for s, u in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")) if seconds >= s or s == 1)
+    return f"{seconds / scale:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 as flags that the training loop reads between two steps.
+"""SIGTERM, SIGHUP, SIGINT and SIGUSR1 as flags that the training loop reads between two steps.
 
     with watching() as stop:
         while step < total and not stop.requested:
@@ -8,18 +8,23 @@
     if stop.requested:
         raise Interrupted(f"{stop.requested} arrived; step {step} is saved, the same command goes on from there")
 
-SIGTERM and SIGINT ask to stop after the current step; a second SIGINT raises KeyboardInterrupt at once. SIGUSR1 asks for
-a checkpoint and goes on. A signal that the parent made us ignore (SIGINT in ``command &``) stays ignored.
+SIGTERM, SIGHUP (the terminal is gone) and SIGINT ask to stop after the current step; a second SIGINT raises KeyboardInterrupt
+at once. SIGUSR1 asks for a checkpoint and goes on. A signal that the parent made us ignore (SIGINT in ``command &``, SIGHUP
+under ``nohup``) stays ignored. Before and after the loop `raising` turns the first two into Interrupted.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+
+from lorry.errors import Interrupted
 
 
 @dataclass
@@ -36,6 +41,8 @@ class Stop:
         return asked
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_the_terminal()
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
@@ -57,6 +64,7 @@ def watching() -> Iterator[Stop]:
         return
     wanted: dict[int, Callable[[int, FrameType | None], None]] = {
         signal.SIGTERM: stop._on_stop,
+        signal.SIGHUP: stop._on_stop,
         signal.SIGINT: stop._on_stop,
         signal.SIGUSR1: stop._on_save,
     }
@@ -70,3 +78,45 @@ def watching() -> Iterator[Stop]:
         for number, handler_before in before.items():
             if handler_before is not None:  # None: set by C code, which Python can neither see nor restore
                 signal.signal(number, handler_before)
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """While the block runs SIGTERM and SIGHUP raise Interrupted, where they would have ended the process without a word.
+
+    A handler somebody else has set, and a signal that is ignored, stay as they are; so does everything outside the main thread.
+    """
+    taken = list[signal.Signals]()
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    signal.signal(number, _raise)
+                    taken.append(number)
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGHUP:
+        _leave_the_terminal()
+    raise Interrupted(
+        f"{signal.Signals(number).name} arrived outside the training steps; the last checkpoint, if any, is what is saved. "
+        "The same command with resume_from_checkpoint=auto goes on from there, or starts"
+    )
+
+
+def _leave_the_terminal() -> None:
+    """Standard output and error go nowhere from now on if they were a terminal that has hung up: writing to it would fail, and
+    a line about a step would cost the run."""
+    for descriptor in (1, 2):
+        try:
+            gone = stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)
+        except OSError:
+            continue  # closed
+        if gone:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lorry.config.settings import DoctorSettings
 from lorry.errors import ContractError, DataError, ModelError
-from lorry.report import table
+from lorry.report import states, table
 from lorry.report.run import Run
 from lorry.report.run import load as load_run
 from lorry.verbs.merge import sha256
@@ -74,13 +74,17 @@ def _run(path: Path, console: Console) -> int:
     from lorry.train import checkpoint
 
     run = load_run(path)
+    state = states.of(run)
     facts = {
+        "state": state.sentence() or state.state,
         "decoder": decoder(run),
-        "adapter": adapter_state(run),
+        "weights" if _recorded(run, "weights") else "adapter": saved_state(run),
         "newest checkpoint": str(checkpoint.find_latest(path) or "none"),
     }
     if run.contracts:
         console.print(table.contracts(run))
+    elif state.state == "running":
+        console.print("contracts are reported when the run ends")
     else:
         console.print("no contracts.json: the run did not begin, or another program wrote this directory")
     console.print(_table("files", facts))
@@ -97,13 +101,15 @@ def decoder(run: Run) -> str:
     return f"{way}, {base.get('dtype')} on {base.get('device')}"
 
 
-def adapter_state(run: Run) -> str:
-    """Whether the adapters' weights are those of the receipt. Raises ModelError when they are not."""
-    recorded = _recorded(run, "adapters")
+def saved_state(run: Run) -> str:
+    """Whether the adapters' weights, or a whole model's, are those of the receipt. Raises ModelError when they are not."""
+    adapters = _recorded(run, "adapters")
+    recorded = {("" if len(adapters) == 1 else f"{name}/") + "adapter_model.safetensors": d for name, d in adapters.items()}
+    recorded |= _recorded(run, "weights")
     if not recorded:
         return "no receipt.json, so nothing to compare with"
-    for name, digest in recorded.items():
-        weights = run.path / ("" if len(recorded) == 1 else name) / "adapter_model.safetensors"
+    for file, digest in recorded.items():
+        weights = run.path / file
         if not weights.is_file():
             raise ModelError(f"{weights} is missing, and receipt.json lists it")
         if sha256(weights) != digest:

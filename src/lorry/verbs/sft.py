@@ -1,4 +1,7 @@
-"""`lorry sft data=FILE`: fine-tune an adapter, write the run directory, say what held and where everything is."""
+"""`lorry sft data=FILE`: fine-tune an adapter, write the run directory, say what held and where everything is.
+
+With ``background=true`` another process does that and this one returns (background.py).
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,22 @@ from pathlib import Path
 from rich.console import Console
 
 from lorry.config.schema import Run
+from lorry.verbs.opening import tell
 
 
 def main(run: Run, notes: list[str]) -> int:
     """Train, report, print the summary. The last line of standard output is the run directory."""
+    if run.background:
+        from lorry.hub.push import check_push
+        from lorry.verbs import background
+
+        check_push(run, tell)
+        return background.leave(run, run.task)
+    from lorry.api import train
     from lorry.report import build, table
     from lorry.report.run import load
-    from lorry.train.events import for_terminal
-    from lorry.train.session import train_sft
 
-    result = train_sft(run, notes, [for_terminal(run.train.logging_steps)])
+    result = train(run, notes)
     page = build([result.path])
     finished = load(result.path)
     console = Console(stderr=True)

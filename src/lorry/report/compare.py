@@ -1,0 +1,103 @@
+"""Runs side by side in what they cost and what they reached: parameters, memory, time, losses, metrics, bytes on disk.
+
+    rows = [row_of(run) for run in load_all([Path("runs/lora"), Path("runs/full")])]
+    console.print(side_by_side(rows))
+
+Everything comes from the files of the runs; what a run does not say is left empty, and ratios are to the first run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from rich.table import Table
+
+from lorry.report.log import EVALUATION, is_number
+from lorry.report.run import Run
+from lorry.report.table import _table, _text
+from lorry.report.text import NOTHING, duration, number, size
+
+Shown = Callable[[Any], str]
+FIGURES: dict[str, tuple[str, Shown]] = {
+    "trainable_parameters": ("trainable parameters", number),
+    "trainable_share": ("share of all parameters", lambda share: f"{share:.2%}"),
+    "learning_rate": ("learning rate", number),
+    "steps": ("steps", number),
+    "peak_memory_bytes": ("peak memory", size),
+    "seconds": ("training time", duration),
+    "seconds_per_step": ("seconds per step, median", number),
+    "tokens_per_second": ("tokens per second", number),
+    "first_loss": ("first loss", number),
+    "final_loss": ("final loss", number),
+    "saved_bytes": ("saved on disk", size),
+}
+PLAIN = ("learning_rate", "steps", "first_loss")  # set, or the same for all: a ratio says nothing
+
+
+def row_of(run: Run) -> dict[str, Any]:
+    """{name, path, and every figure that the run's files give}: plain numbers in bytes, seconds, nats per token."""
+    receipt: Mapping[str, Any] = run.receipt if isinstance(run.receipt, dict) else {}
+    train = run.config.get("train")
+    found: dict[str, Any] = {name: receipt.get(name) for name in ("trainable_parameters", "saved_bytes")}
+    total = receipt.get("total_parameters")
+    if is_number(found["trainable_parameters"]) and is_number(total) and total > 0:
+        found["trainable_share"] = found["trainable_parameters"] / total
+    found |= {"learning_rate": train.get("learning_rate") if isinstance(train, dict) else None, **_logged(run)}
+    found |= _metrics(run)
+    kept = {name: found.get(name) for name in (*FIGURES, *(n for n in found if n not in FIGURES))}
+    return {"name": run.name, "path": str(run.path), **{n: v for n, v in kept.items() if is_number(v) and math.isfinite(v)}}
+
+
+def _logged(run: Run) -> dict[str, Any]:
+    """What metrics.jsonl gives."""
+    log = run.log
+    losses, seconds, peaks = (log.series(name)[1] for name in ("loss", "seconds", "peak_memory_bytes"))
+    timed = [r for r in log.training if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
+    spent = sum(r["seconds"] for r in timed)
+    return {
+        "steps": len(log.training) or None,
+        "peak_memory_bytes": max(peaks, default=None),
+        "seconds": sum(seconds) or None,
+        "seconds_per_step": median(seconds) if seconds else None,
+        "tokens_per_second": sum(r["tokens"] for r in timed) / spent if spent else None,
+        "first_loss": losses[0] if losses else None,
+        "final_loss": losses[-1] if losses else None,
+    }
+
+
+def _metrics(run: Run) -> dict[str, Any]:
+    """The last value of everything measured on held-out rows while it trained, and what `lorry eval` measured afterwards."""
+    names = [name for name in run.log.names() if name.startswith(EVALUATION)]
+    during = {name: run.log.series(name)[1][-1] for name in names}
+    later = {f"{one.name}: {metric}": after for one in run.evaluation for metric, (_, after) in one.metrics.items()}
+    return during | later
+
+
+def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Per run, each figure over the first run's."""
+    first = rows[0]
+    return [
+        {n: v / first[n] for n, v in row.items() if is_number(v) and n not in PLAIN and is_number(first.get(n)) and first[n]}
+        for row in rows
+    ]
+
+
+def side_by_side(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line per figure, a column per run; behind the first run's each value's ratio to it."""
+    table = _table("Compared" if len(rows) == 1 else f"Compared with {rows[0]['name']}", "", *(row["name"] for row in rows))
+    over = ratios(rows)
+    for name in dict.fromkeys(n for row in rows for n in row if n not in ("name", "path")):
+        title, shown = FIGURES.get(name, (name.removeprefix(EVALUATION).replace("_", " "), number))
+        title = f"held-out {title}" if name.startswith(EVALUATION) else title
+        cells = [_cell(row.get(name), shown, over[at].get(name) if at else None) for at, row in enumerate(rows)]
+        table.add_row(_text(title, "dim"), *map(_text, cells))
+    return table
+
+
+def _cell(value: Any, shown: Shown, ratio: float | None) -> str:
+    if value is None:
+        return NOTHING
+    return shown(value) if ratio is None else f"{shown(value)}  ({number(float(f'{ratio:.3g}'))}x)"

@@ -1,0 +1,53 @@
+"""`lorry runs [FOLDER]`: every run below a folder and where it stands: running, finished, interrupted, failed, dead.
+
+    lorry runs                      # those in runs/
+    lorry runs experiments format=json
+
+Only files and the table of processes are read; nothing is written, so it may be asked at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from lorry.config.settings import RunsSettings
+from lorry.errors import DataError
+from lorry.report import states, table
+from lorry.report.text import visible
+
+
+def main(settings: RunsSettings, notes: list[str]) -> int:
+    """Print the table with a line for whatever needs one, or the list as JSON. Raises DataError when there is no such folder."""
+    folder = Path(settings.folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; `lorry runs FOLDER` lists the runs below FOLDER")
+    found = states.listed(folder)
+    if settings.format == "json":
+        print(json.dumps([as_json(state) for state in found], indent=1, ensure_ascii=False, allow_nan=False))
+        return 0
+    if not found:
+        print(f"no runs in {folder}", file=sys.stderr)
+        return 0
+    console = Console()
+    console.print(table.standings(found, datetime.now(UTC).timestamp()))
+    for state in found:
+        if state.detail:
+            console.print(Text(visible(f"{state.name}  {state.state}: {state.detail}")))
+    return 0
+
+
+def as_json(state: states.State) -> dict[str, Any]:
+    """A state as plain JSON: times as ISO text, what is not known or not finite as null."""
+    plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in asdict(state).items()}
+    written = None if state.written is None else datetime.fromtimestamp(state.written, UTC).isoformat(timespec="seconds")
+    best = None if state.best is None else dict(zip(("metric", "value", "step"), state.best, strict=True))
+    return {**plain, "path": str(state.path), "written": written, "best": best}

@@ -1,0 +1,159 @@
+"""A run left alone, as real processes: listed, reported, stopped, gone on with, killed; what fails at once; a closed terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import lorry as package
+from lorry.disk.process import read
+from lorry.report import states
+from verbworld import TRAIN, World, lorry
+
+SRC = Path(package.__file__).resolve().parent.parent
+IN_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+LONG = 1_000_000  # steps: it does not end by itself
+
+
+@pytest.fixture
+def sft(world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
+    """`lorry sft ... background=true`: (exit code, standard output, standard error). What still runs at the end is killed."""
+    monkeypatch.setenv("PYTHONPATH", str(SRC))
+    folders = list[Path]()
+
+    def start(folder: Path, *settings: str, steps: int) -> tuple[int, str, str]:
+        folders.append(folder)
+        capfd.readouterr()
+        words = (f"model={world.base}", f"data={world.rows}", f"output_dir={folder}", f"max_steps={steps}", *TRAIN, *settings)
+        return lorry("sft", *words, "background=true"), *capfd.readouterr()
+
+    yield start
+    for folder in folders:
+        found = read(folder) if folder.is_dir() else None
+        if found is not None and found.ended is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(found.pid, signal.SIGKILL)
+
+
+def state(folder: Path) -> states.State:
+    [found] = states.listed(folder)
+    return found
+
+
+def until(folder: Path, reached: Callable[[states.State], bool]) -> states.State:
+    """Wait for a run to get somewhere."""
+    for _ in range(2000):
+        found = state(folder)
+        if reached(found):
+            return found
+        time.sleep(0.03)
+    raise AssertionError(f"{found}\n{(folder / 'log.txt').read_text()[-2000:]}")
+
+
+def test_left_alone_watched_stopped_and_gone_on_with(
+    sft: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    code, out, err = sft(run, "save_steps=5", "save_strategy=steps", steps=LONG)
+    assert (code, out) == (0, f"{run}\n"), err
+    pid = int(re.search(r"kill -TERM (\d+)", err)[1])  # type: ignore[index]
+    assert f"lorry report {run}" in err
+    assert f"tail -f {run / 'log.txt'}" in err
+    assert os.getsid(pid) == pid != os.getsid(0)  # no terminal can hang up on it
+    found = until(run, lambda s: s.step >= 10)
+    assert (found.state, found.pid, found.total) == ("running", pid, LONG)
+
+    assert lorry("report", run) == 0
+    assert re.search(rf"still running: step [\d,]+ of {LONG:,}", (run / "report.html").read_text())
+    assert lorry("doctor", run) == 0
+    assert "still running: step" in capfd.readouterr().out
+    assert sft(run, "resume_from_checkpoint=auto", steps=LONG)[0] == 2  # one at a time
+
+    os.kill(pid, signal.SIGTERM)
+    stopped = until(run, lambda s: s.state != "running")
+    assert stopped.state == "interrupted"
+    assert stopped.detail.startswith("SIGTERM arrived; resume_from_checkpoint=auto goes on from step-")
+    assert stopped.checkpoint == f"step-{stopped.step:08d}"
+    assert read(run).ended.exit_code == 75  # type: ignore[union-attr]
+    assert "error: SIGTERM arrived" in (run / "log.txt").read_text()
+
+
+def test_killed_without_a_word(sft: Callable[..., Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert sft(run, steps=LONG)[0] == 0
+    pid = until(run, lambda s: s.step >= 2).pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(20)
+    dead = until(run, lambda s: s.state != "running")
+    assert dead.state == "dead"
+    assert dead.step >= 2
+    assert dead.detail == f"process {pid} is gone without a word; there is no checkpoint to go on from"
+
+
+def test_finished(sft: Callable[..., Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert sft(run, steps=4)[0] == 0
+    assert until(run, lambda s: s.state != "running").state == "finished"
+    until(run, lambda _: "chat    lorry chat" in (run / "log.txt").read_text())
+    assert not (run / "process.json").exists()
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = json.loads((run / "losses.json").read_text())
+    assert losses == {"step": [1, 2, 3, 4], "loss": [line["loss"] for line in logged], "eval_step": [], "eval_loss": []}
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_fails_at_once_is_told_at_once(sft: Callable[..., Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, out, err = sft(run, f"data={tmp_path / 'nope.jsonl'}", steps=4)
+    assert (code, out) == (3, "")
+    assert "nope.jsonl: no such file" in err
+    assert state(run).state == "failed"
+    assert "nope.jsonl: no such file" in state(run).detail
+    assert sft(tmp_path / "other", "lerning_rate=1", steps=4)[0] == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_terminal_that_closes(world: World, tmp_path: Path) -> None:
+    """It saves and stops. (Under nohup the signal is ignored and stays so: test_signals.py.)"""
+    run, (ours, theirs) = tmp_path / "run", pty.openpty()
+    words = (f"model={world.base}", f"data={world.rows}", f"output_dir={run}", f"max_steps={LONG}", *TRAIN, "logging_steps=1")
+    command = [sys.executable, "-c", IN_TERMINAL, sys.executable, "-m", "lorry.cli", "sft", *words]
+    environment = {**os.environ, "PYTHONPATH": str(SRC)}
+    child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    try:
+        os.close(theirs)
+        os.set_blocking(ours, False)
+        while not (run / "metrics.jsonl").is_file() or state(run).step < 3:
+            with contextlib.suppress(BlockingIOError):
+                os.read(ours, 1 << 16)
+            assert child.poll() is None
+            time.sleep(0.02)
+        os.close(ours)
+        assert child.wait(60) == 75
+    finally:
+        child.kill()
+        child.wait()
+    found = state(run)
+    assert found.state == "interrupted"
+    assert found.detail == f"SIGHUP arrived; resume_from_checkpoint=auto goes on from {found.checkpoint}"
+    assert found.checkpoint == f"step-{found.step:08d}"
