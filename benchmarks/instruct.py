@@ -1,6 +1,6 @@
 """A study: one small model, three tasks at once, five ways to train it, one distillation: quality with intervals, memory, time.
 
-    make study-instruct              # or: python benchmarks/instruct.py --n 300 --work runs/instruct
+    make study-instruct              # or: python benchmarks/instruct.py --n 300 --batch 8
 
 SmolLM2-135M-Instruct learns common_gen (a sentence from concepts), bool_q (yes or no about a passage) and scitldr (an abstract in
 a sentence) from n rows of each; LoRA of rank 4, 16 and 64, all weights, the MLPs only, and a rank-4 student of the full model.
@@ -26,7 +26,7 @@ from measure import machine
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2-135m-instruct"
 SETS = ("common_gen", "bool_q", "scitldr")
-ASKED = {"common_gen": 200, "bool_q": 300, "scitldr": 100}
+ASKED = {"common_gen": 100, "bool_q": 150, "scitldr": 40}
 # way -> (its words, its settings); rates as is usual for each: a tenth of LoRA's where the weights themselves move
 WAYS: dict[str, tuple[str, list[str]]] = {
     "lora-r4": ("LoRA, r=4", ["r=4", "learning_rate=5e-4"]),
@@ -65,9 +65,9 @@ def train(way: str, settings: Sequence[str], verb: str, local: Mapping[str, str]
     if not (run / "receipt.json").exists():
         command = [
             sys.executable, "-m", "lorry.cli", verb, f"model={MODEL}", f"data.mix=[{','.join(SETS)}]", f"data.n={args.n}",
-            *(f"data.local.{key}={path}" for key, path in local.items()), "max_length=512", "num_train_epochs=1",
-            "per_device_train_batch_size=8", "save_strategy=no", f"seed={args.seed}", f"backend.threads={args.threads}",
-            f"output_dir={run}", *settings,
+            *(f"data.local.{key}={path}" for key, path in local.items()), f"max_length={args.length}", "num_train_epochs=1",
+            f"per_device_train_batch_size={args.batch}", "save_strategy=no", f"seed={args.seed}",
+            f"backend.threads={args.threads}", f"output_dir={run}", *settings,
         ]  # fmt: skip
         print(f"--- {way}: {' '.join(settings)}", flush=True)
         with (args.work / f"{way}.log").open("w") as log:
@@ -149,15 +149,19 @@ def record(
         "columns": columns, "rows": rows, "results": found, "runs": runs, "machine": machine(), "model": MODEL,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "picture": "results/instruct-cpu.png",
         "command": f"python benchmarks/instruct.py --n {args.n} --threads {args.threads}",
-        "settings": {"n": args.n, "threads": args.threads, "seed": args.seed, "ways": {w: s for w, (_, s) in WAYS.items()},
+        "settings": {"n": args.n, "batch": args.batch, "length": args.length, "threads": args.threads, "seed": args.seed,
+                     "ways": {w: s for w, (_, s) in WAYS.items()},
                      "asked": {s: args.asked or ASKED[s] for s in SETS}},
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=300, help="rows of each set that are learnt")
-    parser.add_argument("--asked", type=int, default=0, help="rows of each set that are asked; 0: 200, 300 and 100")
+    parser.add_argument("--n", type=int, default=100, help="rows of each set that are learnt")
+    parser.add_argument("--asked", type=int, default=0, help="rows of each set that are asked; 0: 100, 150 and 40")
+    parser.add_argument("--batch", type=int, default=4, help="rows of a step")
+    parser.add_argument("--length", type=int, default=256, help="longest row in tokens")
+    parser.add_argument("--train-only", action="store_true", help="train these ways and stop, to run several side by side")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ways", nargs="*", default=list(WAYS))
@@ -167,6 +171,8 @@ def main() -> None:
     local = local_files(args.work)
     args.work.mkdir(parents=True, exist_ok=True)
     runs = {way: train(way, WAYS[way][1], "sft", local, args) for way in args.ways}
+    if args.train_only:
+        return
     if "full" in runs:
         teacher = [f"teacher={args.work / 'full'}", "distill.loss=kl", "distill.alpha=0.5", "r=4", "learning_rate=5e-4"]
         runs[DISTILLED[0]] = train(DISTILLED[0], teacher, "distill", local, args)

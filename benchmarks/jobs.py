@@ -73,7 +73,7 @@ def work(folder: Path, numbers: Sequence[int], length: int, steps: int, dtype: s
 
     import lorry.train.session  # noqa: F401 - imports are not what is measured
     from lorry.config import Run, build
-    from lorry.train.session import train_sft
+    from lorry.train.session import train_run
 
     imports, began = rss(), time.perf_counter()
     out = folder / f"run-{os.getpid()}"
@@ -83,7 +83,7 @@ def work(folder: Path, numbers: Sequence[int], length: int, steps: int, dtype: s
         "lr_scheduler_type": "constant", "save_strategy": "no", "output_dir": str(out),
     }  # fmt: skip
     clock = Clock()
-    train_sft(build(Run, {**settings, "jobs": [job(folder, number) for number in numbers]}, []), [], [clock])
+    train_run(build(Run, {**settings, "jobs": [job(folder, number) for number in numbers]}, []), [], [clock])
     seconds = time.perf_counter() - began
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     names = [f"job{number}" for number in numbers]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ settings.load_profile("explore" if "LORRY_EXPLORE" in os.environ else "same")
 torch.set_num_threads(1)  # tiny models: a second thread only waits, and results stay the same on any machine
 
 ROOT = Path(__file__).resolve().parent.parent
+FLAT = ROOT / "examples" / "flat.py"
 
 
 def find_shared_data() -> Path | None:
@@ -38,3 +41,14 @@ def shared_data() -> Path:
 def stories(shared_data: Path) -> Path:
     """The Hugging Face directory of stories260K, a real trained Llama of 260 K parameters."""
     return shared_data / "models" / "stories260K" / "hf"
+
+
+@pytest.fixture(scope="module")
+def flat() -> Any:
+    """The 150-line twin as a module, to hold others to it and it to others."""
+    spec = importlib.util.spec_from_file_location("flat", FLAT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

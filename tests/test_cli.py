@@ -80,6 +80,10 @@ def test_help_is_light(argv: list[str]) -> None:
 def test_help_lists_every_verb_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert {v.name for v in cli.VERBS} == {
         "sft",
+        "distill",
+        "push",
+        "compare",
+        "runs",
         "sweep",
         "demo",
         "plan",
@@ -112,7 +116,7 @@ def test_verb_help_shows_every_setting_with_its_default_and_help(capsys: pytest.
         assert re.search(rf"^  {dotted.rpartition('.')[2]} ", page, re.MULTILINE), dotted
         assert field.description
         assert field.description in text, dotted
-    for shown in ("[0.0002]", "[2 x r]", "[smollm2-135m-instruct]", "[required]", "[runs/DATA-MODEL]"):
+    for shown in ("[0.0002]", "[2 x r]", "[smollm2-135m-instruct]", "[required, or mix]", "[runs/DATA-MODEL]"):
         assert shown in text
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from lorry import config
 from lorry.cli import VERBS
-from lorry.config import build, parse
-from lorry.config import settings as verb_settings
-from lorry.config.schema import Run
+from lorry.config import Run, build, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCHEMAS = {verb.name: getattr(verb_settings, verb.schema, Run) for verb in VERBS}
+SCHEMAS = {verb.name: getattr(config, verb.schema) for verb in VERBS}
 
 
 def commands(text: str) -> list[list[str]]:

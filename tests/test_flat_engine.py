@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from tinyrun import quick  # noqa: F401 - a fixture
 from transformers import AutoTokenizer
 
-from flatworld import flat  # noqa: F401 - the fixture
 from lorry.bank.attach import bank_of
 from lorry.models.open import open_model
-from lorry.train.session import attach_adapter, train_sft
+from lorry.train.session import attach_adapter, train_run
 
 STEPS = 10
 
@@ -48,7 +47,7 @@ def test_losses_agree(flat: Any, family: str, template: bool, clip: float, tmp_p
         model, rows, r=4, alpha=6.0, lr=1e-2, steps=STEPS, batch=2, accumulation=3, warmup=3, max_grad_norm=clip, init=init,
         out=tmp_path / "flat",
     )  # fmt: skip
-    train_sft(run, [])
+    train_run(run, [])
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     ours = [line["loss"] for line in logged]
     assert ours == pytest.approx(theirs, rel=1e-6)

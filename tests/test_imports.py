@@ -22,6 +22,7 @@ ORDER = [
     {"evaluate"},
     {"train"},
     {"report"},
+    {"hub"},
     {"api"},
     {"verbs"},
     {"cli"},

@@ -19,7 +19,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorry.api import generate, load, sft
+    from lorry.api import distill, generate, load, sft
     from lorry.bank.attach import attach, detach, lora_parameters
     from lorry.bank.merge import merge, unmerge
     from lorry.bank.mix import Mix
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lorry.errors import LorryError
 
 _HOMES = {
-    "sft": "lorry.api", "load": "lorry.api", "generate": "lorry.api",
+    "sft": "lorry.api", "distill": "lorry.api", "load": "lorry.api", "generate": "lorry.api",
     "attach": "lorry.bank.attach", "detach": "lorry.bank.attach", "lora_parameters": "lorry.bank.attach",
     "merge": "lorry.bank.merge", "unmerge": "lorry.bank.merge",
     "load_adapter": "lorry.bank.peft_io", "save_adapter": "lorry.bank.peft_io",
@@ -36,8 +36,8 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "LoraSpec", "LorryError", "Mix", "attach", "detach", "generate", "load", "load_adapter", "lora_parameters", "merge",
-    "save_adapter", "sft", "unmerge",
+    "LoraSpec", "LorryError", "Mix", "attach", "detach", "distill", "generate", "load", "load_adapter",
+    "lora_parameters", "merge", "save_adapter", "sft", "unmerge",
 ]  # fmt: skip
 
 

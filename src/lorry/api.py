@@ -1,4 +1,4 @@
-"""What people call from Python: `sft`, `load`, `generate`. The command line calls the same functions."""
+"""What people call from Python: `sft`, `distill`, `load`, `generate`. The command line calls the same functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from lorry.config import ModelConfig, Run, build
+from lorry.config import DistillRun, ModelConfig, Run, build
 from lorry.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,12 +24,30 @@ def sft(**settings: Any) -> Result:
     Keywords are those of `lorry sft --help`, with or without their group (`train={"seed": 1}` or `seed=1`). Returns the finished
     run: `.path`, `.contracts`, `.outcome`. Raises ConfigError, DataError, ModelError, ContractError (all LorryError).
     """
-    from lorry.train.events import for_terminal
-    from lorry.train.session import train_sft
-
     notes: list[str] = []
-    run = build(Run, settings, notes)
-    return train_sft(run, notes, [for_terminal(run.train.logging_steps)])
+    return train(build(Run, settings, notes), notes)
+
+
+def distill(**settings: Any) -> Result:
+    """Learn from a teacher: `distill(teacher="runs/large", data="people.jsonl", loss="jsd", r=16)`.
+
+    Keywords are those of `lorry distill --help`; see `sft` for what is returned and raised.
+    """
+    notes: list[str] = []
+    return train(build(DistillRun, settings, notes), notes)
+
+
+def train(run: Run, notes: list[str]) -> Result:
+    """Run a description, told on the terminal; uploaded to the hub afterwards where it asks for that (`train.push_to_hub`)."""
+    from lorry.hub.push import check_push, push_after
+    from lorry.train.events import for_terminal
+    from lorry.train.session import train_run
+
+    check_push(run, notes.append)  # a run of hours must not end in "not logged in"
+    heard = for_terminal(run.train.logging_steps)
+    result = train_run(run, notes, [heard])
+    push_after(run, result.path, heard.note)
+    return result
 
 
 def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple[nn.Module, Any]:

@@ -41,14 +41,18 @@ class Verb:
 VERBS = (
     Verb("demo", "DemoSettings", "", "teach a small real model new facts; before and after", "Start here"),
     Verb("sft", "Run", "data=FILE", "fine-tune an adapter on examples", "Train"),
+    Verb("distill", "DistillRun", "teacher=MODEL data=FILE", "learn to speak as a teacher does", "Train"),
     Verb("plan", "PlanSettings", "[MODEL]", "memory and time before anything is loaded; the rank that fits a budget", "Train"),
     Verb("sweep", "Sweep", "data=FILE r=8,16 ...", "train a grid of settings in one pass and rank it", "Train"),
     Verb("chat", "ChatSettings", "RUN", "talk to a model with any of its adapters", "Use"),
-    Verb("eval", "EvalSettings", "RUN data=FILE", "loss, perplexity, exact match and ROUGE-L on a file", "Use"),
+    Verb("eval", "EvalSettings", "RUN data=FILE | tasks=[...]", "measure a model on a file, or on named sets", "Use"),
     Verb("merge", "MergeSettings", "RUN", "fold an adapter into its base's weights", "Ship"),
     Verb("unmerge", "UnmergeSettings", "RUN", "give back the base of a merged model, bit for bit", "Ship"),
     Verb("export", "ExportSettings", "RUN to=FORMAT", "write a run in another library's format: hf, peft", "Ship"),
+    Verb("push", "PushSettings", "RUN", "upload a run, with its model card, to the hub", "Ship"),
+    Verb("runs", "RunsSettings", "[FOLDER]", "the runs in a folder and where each stands", "Look"),
     Verb("report", "ReportSettings", "RUN [RUN ...]", "one offline HTML page for a run, or several side by side", "Look"),
+    Verb("compare", "CompareSettings", "RUN [RUN ...] | data=FILE", "adapters against full fine-tuning, measured", "Look"),
     Verb("doctor", "DoctorSettings", "[RUN]", "what this machine has; given a run, which contracts held", "Look"),
 )
 

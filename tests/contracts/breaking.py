@@ -16,7 +16,7 @@ from lorry.data.batch import Example
 from lorry.data.tokenset import TokenSet
 from lorry.errors import ContractError, LorryError
 from lorry.train.checks import NAMES
-from lorry.train.session import Result, train_sft
+from lorry.train.session import Result, train_run
 
 Start = Callable[..., Result]
 Broken = Callable[..., None]
@@ -44,7 +44,7 @@ def start(models: Callable[[str], Path], tmp_path: Path) -> Start:
     def go(base: Path | str = "llama", listeners: Any = (), **settings: Any) -> Result:
         model = models(base) if isinstance(base, str) else base
         given = {"max_steps": 5, "save_steps": 2, "target_modules": ["q_proj", "down_proj"], **settings}
-        return train_sft(tinyrun.described(model, data, tmp_path / "run", **given), [], listeners)
+        return train_run(tinyrun.described(model, data, tmp_path / "run", **given), [], listeners)
 
     return go
 

@@ -141,7 +141,7 @@ def test_one_step_of_sft_has_autograds_gradient(family: str, tmp_path: Path) -> 
     opened = open_model(run.model, [])
     name = attach_adapter(run, opened, [])
     prepared = prepare(run.data, run.train, opened.tokenizer, quarantine=tmp_path / "aside")
-    engine = build_engine(run, opened, {name: (run, prepared)}, [])
+    engine = build_engine(run, opened, {name: (run, prepared)}, [], [])
     assert isinstance(engine.backend, Local)
     batches = engine.task.step_batches(0, {})
     assert sum(len(b) for b in batches) == 7

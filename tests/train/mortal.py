@@ -29,7 +29,7 @@ from lorry.disk import durable
 from lorry.disk.metrics import MetricsWriter
 from lorry.models import score
 from lorry.train import engine
-from lorry.train.session import train_sft
+from lorry.train.session import train_run
 
 STEPS = 11  # several epochs and a bit; an evaluation, a save and the end fall on different steps
 SETTINGS: dict[str, Any] = {
@@ -193,7 +193,7 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     def get(shape: str) -> dict[str, Any]:
         if shape not in done:
             folder = tmp_path_factory.mktemp("whole")
-            train_sft(world.run(folder, **SHAPES[shape]), [])
+            train_run(world.run(folder, **SHAPES[shape]), [])
             done[shape] = finished(folder)
         return done[shape]
 
@@ -214,7 +214,7 @@ def killed_everywhere(world: World, root: Path, shape: str, every: int) -> tuple
     before, disk = durable.disk, Mortal(left, every)
     durable.disk = disk
     try:
-        train_sft(world.run(live, **SHAPES[shape]), [])
+        train_run(world.run(live, **SHAPES[shape]), [])
     finally:
         durable.disk = before
     return disk.killed, list(states.values())

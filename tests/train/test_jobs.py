@@ -20,7 +20,7 @@ from lorry.errors import ConfigError, ContractError
 from lorry.models.open import open_model
 from lorry.train import checks
 from lorry.train.checks import Checks
-from lorry.train.session import Result, train_sft
+from lorry.train.session import Result, train_run
 
 Lines = list[dict[str, Any]]
 # What differs: rank, scale, targets, rate, seed, dropout, decay, clip, schedule, rows, batch and accumulation, steps, early end.
@@ -68,7 +68,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def joint(world: World) -> Result:
-    return train_sft(world.together("joint", JOBS), [])
+    return train_run(world.together("joint", JOBS), [])
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def alone(world: World) -> Callable[[str], Result]:
 
     def get(name: str) -> Result:
         if name not in made:
-            made[name] = train_sft(world.run(f"alone-{name}", **{**SHARED, **JOBS[name]}), [])
+            made[name] = train_run(world.run(f"alone-{name}", **{**SHARED, **JOBS[name]}), [])
         return made[name]
 
     return get
@@ -132,7 +132,7 @@ def test_the_jobs_end_where_they_should(joint: Result) -> None:
 def test_seeds_alone_make_different_jobs(world: World) -> None:
     """Same data, rank and rate: another seed is another start, another order and other dropout; the same seed is the same job."""
     jobs = {name: {"seed": seed, "lora_dropout": 0.3} for name, seed in (("a", 1), ("b", 2), ("again", 1))}
-    result = train_sft(world.together("seeds", jobs, max_steps=4), [])
+    result = train_run(world.together("seeds", jobs, max_steps=4), [])
     curves = {name: [line["loss"] for line in lines(result.path, name)[0]] for name in jobs}
     assert curves["a"] == pytest.approx(curves["again"], abs=1e-6)
     assert curves["a"] != pytest.approx(curves["b"], abs=1e-3)
@@ -141,7 +141,7 @@ def test_seeds_alone_make_different_jobs(world: World) -> None:
 def test_which_jobs_share_a_pass_changes_nothing(world: World, joint: Result) -> None:
     """Every job alone in its micro-batches, and two by two."""
     for room in (1, 300):
-        apart = train_sft(world.together(f"room-{room}", JOBS, joint_tokens=room), [])
+        apart = train_run(world.together(f"room-{room}", JOBS, joint_tokens=room), [])
         for name in JOBS:
             mine, together = ([line["loss"] for line in lines(run.path, name)[0]] for run in (apart, joint))
             assert mine == pytest.approx(together, abs=1e-5)
@@ -155,10 +155,10 @@ def test_streamed_and_packed_jobs(world: World) -> None:
         "streamed": {"data": {"path": str(world.files["other"]), "streaming": True}, "seed": 5},
     }
     run = world.run("mixed", jobs=[{"name": name, **job} for name, job in jobs.items()], **settings)
-    result = train_sft(run, [])
+    result = train_run(run, [])
     for name, own in jobs.items():
         single = {**settings, **own, "data": "data" if name == "stored" else "other", "streaming": name == "streamed"}
-        truth = lines(train_sft(world.run(f"mixed-{name}", **single), []).path)[0]
+        truth = lines(train_run(world.run(f"mixed-{name}", **single), []).path)[0]
         assert [line["loss"] for line in lines(result.path, name)[0]] == pytest.approx([t["loss"] for t in truth], abs=1e-5)
 
 
@@ -200,7 +200,7 @@ def test_receipt_contracts_samples_and_card_cover_every_job(joint: Result) -> No
 def test_the_description_written_is_the_run_again(world: World, joint: Result) -> None:
     assert parse(Run, [str(joint.path / "run.yaml")], []) == world.together("joint", JOBS)
     again = parse(Run, [str(joint.path / "run.yaml"), f"output_dir={world.root / 'again'}"], [])
-    train_sft(again, [])
+    train_run(again, [])
     for name in JOBS:
         one, two = ((folder / name / "adapter_model.safetensors").read_bytes() for folder in (joint.path, again.output_dir))
         assert one == two
@@ -208,9 +208,9 @@ def test_the_description_written_is_the_run_again(world: World, joint: Result) -
 
 def test_an_earlier_run_of_several_is_set_aside_with_its_adapters(world: World) -> None:
     settings = {**PLAIN, "max_steps": 2}
-    first = train_sft(world.together("aside", {"a": {}, "b": {"r": 3}}, **settings), []).path
+    first = train_run(world.together("aside", {"a": {}, "b": {"r": 3}}, **settings), []).path
     kept = (first / "b" / "adapter_model.safetensors").read_bytes()
-    train_sft(world.together("aside", {"a": {}, "c": {"r": 3}}, **settings), [])
+    train_run(world.together("aside", {"a": {}, "c": {"r": 3}}, **settings), [])
     assert (first / "previous" / "1" / "b" / "adapter_model.safetensors").read_bytes() == kept
     assert not (first / "b").exists()
     assert (first / "c" / "adapter_config.json").is_file()
@@ -218,8 +218,8 @@ def test_an_earlier_run_of_several_is_set_aside_with_its_adapters(world: World) 
 
 def test_one_job_in_a_list_is_a_plain_run(world: World) -> None:
     """Files, metrics and adapter as without the list, but for the name."""
-    single = train_sft(world.run("plain", r=3, max_steps=3), []).path
-    listed = train_sft(world.together("listed", {"default": {"r": 3}}, max_steps=3), []).path
+    single = train_run(world.run("plain", r=3, max_steps=3), []).path
+    listed = train_run(world.together("listed", {"default": {"r": 3}}, max_steps=3), []).path
     assert {p.name for p in single.iterdir()} == {p.name for p in listed.iterdir()}
     assert (single / "adapter_model.safetensors").read_bytes() == (listed / "adapter_model.safetensors").read_bytes()
     assert "adapters" not in json.loads((listed / "metrics.jsonl").read_text().splitlines()[0])
@@ -232,14 +232,14 @@ def test_a_model_with_an_adapter_is_refused(world: World, alone: Callable[[str],
     run = world.together("refused", {"a": {}, "b": {}}).model_copy()
     on_run = run.model_copy(update={"model": run.model.model_copy(update={"name": str(alone("small").path)})})
     with pytest.raises(ConfigError, match="already has an adapter, and several jobs begin with new ones"):
-        train_sft(on_run, [])
+        train_run(on_run, [])
 
 
 def test_contract_3_asks_every_job(world: World) -> None:
     """The second job's warm-up outlasts it: nothing of it ever moved, and the first one's proof is not its own."""
     jobs = {"a": {}, "b": {"max_steps": 1, "warmup_steps": 1}}
     with pytest.raises(ContractError, match="adapter 'b' had no step with a learning rate above 0"):
-        train_sft(world.together("stuck", jobs, **PLAIN), [])
+        train_run(world.together("stuck", jobs, **PLAIN), [])
 
 
 def first_calls(patch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> list[Any]:
@@ -257,7 +257,7 @@ def first_calls(patch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> li
 def test_contract_4_looks_for_leaks_between_jobs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sequences it compares have neighbours of other jobs."""
     seen = first_calls(monkeypatch, checks, "leak", 1)
-    train_sft(world.together("leak", {"a": {"per_device_train_batch_size": 2}, "b": {"r": 3}, "c": {}}, **PLAIN), [])
+    train_run(world.together("leak", {"a": {"per_device_train_batch_size": 2}, "b": {"r": 3}, "c": {}}, **PLAIN), [])
     assert [batch.adapter.tolist() for batch in seen] == [[0, 1, 2, 0, 1, 2, 1, 2]]
 
 
@@ -267,5 +267,5 @@ def test_contract_4_asks_for_each_jobs_own_end(world: World, monkeypatch: pytest
     text.write_text("".join(json.dumps({"text": row["answer"]}) + "\n" for row in tinyrun.rows(5)))
     ends = first_calls(monkeypatch, Checks, "first_batches", 3)
     jobs = [{"name": "chat"}, {"name": "text", "data": str(text)}]
-    assert train_sft(world.run("ends", jobs=jobs, **PLAIN), []).contracts[3]["status"] == "held"
+    assert train_run(world.run("ends", jobs=jobs, **PLAIN), []).contracts[3]["status"] == "held"
     assert [bool(own) for own in ends[0]] == [True, False]

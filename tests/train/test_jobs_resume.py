@@ -15,7 +15,7 @@ from faults import kill, run_forked
 from lorry.errors import ConfigError
 from lorry.train import checkpoint
 from lorry.train.events import Record
-from lorry.train.session import train_sft
+from lorry.train.session import train_run
 
 # one ends early, one stops early, one reads its rows as they come, all drop out and keep their best
 JOBS: list[dict[str, Any]] = [
@@ -27,7 +27,7 @@ JOBS: list[dict[str, Any]] = [
 
 
 def run_jobs(world: World, folder: Path) -> Any:
-    return train_sft(world.run(folder, jobs=JOBS, eval_steps=1), [])
+    return train_run(world.run(folder, jobs=JOBS, eval_steps=1), [])
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ class StopAt(Heard):
 
 def test_resumed_after_two_jobs_are_done(world: World, whole: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        train_sft(world.run(tmp_path, jobs=JOBS, eval_steps=1), [], [StopAt()])
+        train_run(world.run(tmp_path, jobs=JOBS, eval_steps=1), [], [StopAt()])
     newest = checkpoint.find_latest(tmp_path / "run")
     assert newest is not None
     _, meta = checkpoint.load(newest)
@@ -74,10 +74,10 @@ def test_resumed_after_two_jobs_are_done(world: World, whole: dict[str, Any], tm
 
 def test_other_jobs_are_another_run(world: World, tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        train_sft(world.run(tmp_path, jobs=JOBS, eval_steps=1), [], [StopAt()])
+        train_run(world.run(tmp_path, jobs=JOBS, eval_steps=1), [], [StopAt()])
     with pytest.raises(ConfigError, match=r"cannot resume, the checkpoint belongs to another run:\n  jobs "):
-        train_sft(world.run(tmp_path, jobs=JOBS[:3], eval_steps=1), [])
+        train_run(world.run(tmp_path, jobs=JOBS[:3], eval_steps=1), [])
     other = tinyrun.write_rows(tmp_path / "other.jsonl", tinyrun.rows(5, start=60))
     changed = [*JOBS[:3], {**JOBS[3], "data": {"path": str(other)}}]
     with pytest.raises(ConfigError, match="cannot resume"):
-        train_sft(world.run(tmp_path, jobs=changed, eval_steps=1), [])
+        train_run(world.run(tmp_path, jobs=changed, eval_steps=1), [])

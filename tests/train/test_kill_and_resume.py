@@ -28,7 +28,7 @@ from lorry import cli
 from lorry.disk.metrics import MetricsWriter
 from lorry.errors import Interrupted
 from lorry.train import checkpoint
-from lorry.train.session import train_sft
+from lorry.train.session import train_run
 
 
 @pytest.mark.parametrize(("shape", "every"), [("packed", 1), ("not packed", 5), ("streamed", 25)])
@@ -43,7 +43,7 @@ def test_killed_at_every_call_and_moment(
     same(finished(tmp_path / "live"), expected, "writes cut short")
     assert killed.keys() >= {"mkdir", "create", "write", "fsync", "close", "fsync_dir", "rename", "unlink", "rmdir", *MOMENTS}
     for folder in states:
-        train_sft(world.run(folder, **SHAPES[shape]), [])
+        train_run(world.run(folder, **SHAPES[shape]), [])
         same(finished(folder), expected, f"killed at {folder.name}")
         shutil.rmtree(folder)
     with capsys.disabled():
@@ -53,7 +53,7 @@ def test_killed_at_every_call_and_moment(
 
 def resume_forked(world: World, folder: Path, at: int) -> bool:
     """Go on with the packed run in a process of its own that is killed at its call ``at``; whether it was."""
-    outcome = run_forked(lambda f, _: train_sft(world.run(f, **SHAPES["packed"]), []) and None, RunDisk(at, kill), folder)
+    outcome = run_forked(lambda f, _: train_run(world.run(f, **SHAPES["packed"]), []) and None, RunDisk(at, kill), folder)
     assert not outcome.error, outcome.error
     return outcome.killed
 
@@ -122,7 +122,7 @@ def test_sigterm_saves_and_exits_75(world: World, whole: Whole, tmp_path: Path) 
     assert "resume_from_checkpoint=auto" in done.stderr
     assert "Traceback" not in done.stderr
     check_stopped(tmp_path)
-    train_sft(world.run(tmp_path, **SHAPES["packed"]), [])
+    train_run(world.run(tmp_path, **SHAPES["packed"]), [])
     same(finished(tmp_path), whole("packed"), "after SIGTERM")
 
 
@@ -143,5 +143,5 @@ def test_sigint_saves_and_exits_75(world: World, whole: Whole, tmp_path: Path) -
     assert not outcome.error, outcome.error
     assert list(outcome.said) == [75]
     check_stopped(tmp_path)
-    train_sft(world.run(tmp_path, **SHAPES["packed"]), [])
+    train_run(world.run(tmp_path, **SHAPES["packed"]), [])
     same(finished(tmp_path), whole("packed"), "after SIGINT")

@@ -13,7 +13,7 @@ from tinyrun import quick  # noqa: F401 - a fixture
 
 from lorry.errors import ConfigError, DataError
 from lorry.train.events import Record
-from lorry.train.session import train_sft
+from lorry.train.session import train_run
 
 
 class Stopped(Exception):
@@ -34,7 +34,7 @@ class StopAt(tinyrun.Heard):
 def unfinished(world: World, tmp_path: Path) -> Path:
     """A packed run that was stopped after step 10, its newest checkpoint of step 9, the best so far."""
     with pytest.raises(Stopped):
-        train_sft(world.run(tmp_path, **SHAPES["packed"]), [], [StopAt(10)])
+        train_run(world.run(tmp_path, **SHAPES["packed"]), [], [StopAt(10)])
     return tmp_path
 
 
@@ -51,7 +51,7 @@ def unfinished(world: World, tmp_path: Path) -> Path:
 def test_another_config_is_refused_by_field(world: World, unfinished: Path, changed: dict[str, Any], named: list[str]) -> None:
     before = state_of(unfinished)
     with pytest.raises(ConfigError) as refused:
-        train_sft(world.run(unfinished, **{**SHAPES["packed"], **changed}), [])
+        train_run(world.run(unfinished, **{**SHAPES["packed"], **changed}), [])
     assert all(field in str(refused.value) for field in named)
     assert state_of(unfinished) == before
 
@@ -62,30 +62,30 @@ def test_other_data_and_another_base_are_refused(
     before, data, weights = state_of(unfinished), world.data.read_bytes(), world.model / "model.safetensors"
     tinyrun.write_rows(world.data, [*tinyrun.rows(15), {"question": "What is new?", "answer": "This."}])
     with pytest.raises(ConfigError, match=r"another run:\n  data [0-9a-f]{12} -> [0-9a-f]{12}"):
-        train_sft(world.run(unfinished, **SHAPES["packed"]), [])
+        train_run(world.run(unfinished, **SHAPES["packed"]), [])
     world.data.write_bytes(data)
     kept = weights.read_bytes()
     other = tinyrun.model_directory(tmp_path_factory.mktemp("other"), spread=0.21) / "model.safetensors"
     weights.write_bytes(other.read_bytes())
     with pytest.raises(ConfigError, match=r"another run:\n  base [0-9a-f]{12} -> [0-9a-f]{12}"):
-        train_sft(world.run(unfinished, **SHAPES["packed"]), [])
+        train_run(world.run(unfinished, **SHAPES["packed"]), [])
     weights.write_bytes(kept)
     assert state_of(unfinished) == before
 
 
 def test_other_streamed_data_is_refused(world: World, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        train_sft(world.run(tmp_path, **SHAPES["streamed"]), [], [StopAt(6)])
+        train_run(world.run(tmp_path, **SHAPES["streamed"]), [], [StopAt(6)])
     data = world.data.read_bytes()
     tinyrun.write_rows(world.data, tinyrun.rows(16, start=1))
     with pytest.raises(DataError, match="not the data this run was started with"):
-        train_sft(world.run(tmp_path, **SHAPES["streamed"]), [])
+        train_run(world.run(tmp_path, **SHAPES["streamed"]), [])
     world.data.write_bytes(data)
 
 
 def test_other_threads_go_on_with_a_note(world: World, unfinished: Path) -> None:
     heard = tinyrun.Heard()
-    train_sft(world.run(unfinished, **SHAPES["packed"], threads=2), [], [heard])
+    train_run(world.run(unfinished, **SHAPES["packed"], threads=2), [], [heard])
     torch.set_num_threads(1)
     assert "not bitwise: backend.threads 1 -> 2" in heard.notes
     assert "not bitwise: threads 1 -> 2" in heard.notes
@@ -95,7 +95,7 @@ def test_other_threads_go_on_with_a_note(world: World, unfinished: Path) -> None
 def test_how_often_it_saves_and_shows_is_free(world: World, whole: Whole, unfinished: Path) -> None:
     heard = tinyrun.Heard()
     settings = {**SHAPES["packed"], "save_steps": 2, "save_total_limit": 5, "logging_steps": 3, "run_name": "other"}
-    train_sft(world.run(unfinished, **settings), [], [heard])
+    train_run(world.run(unfinished, **settings), [], [heard])
     assert [n for n in heard.notes if "bitwise" in n or "resumed" in n] == ["resumed from step-00000009: 9 of 11 steps are done"]
     for name in ("adapter_model.safetensors", "metrics.jsonl", "checkpoints/step-00000011/state.safetensors"):
         assert finished(unfinished)[name] == whole("packed")[name]
@@ -113,7 +113,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
         content[len(content) // 2] ^= 1
         (newest / harm).write_bytes(content)
     heard = tinyrun.Heard()
-    train_sft(world.run(unfinished, **SHAPES["packed"]), [], [heard])
+    train_run(world.run(unfinished, **SHAPES["packed"]), [], [heard])
     assert f"skipped the checkpoint {newest}" in caplog.text
     assert any(note.startswith("resumed from step-00000008") for note in heard.notes)
     same(finished(unfinished), whole("packed"), f"{harm} damaged")

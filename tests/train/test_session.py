@@ -21,7 +21,7 @@ from lorry.config import Run, parse
 from lorry.errors import ConfigError, DataError
 from lorry.train import session
 from lorry.train.events import Record
-from lorry.train.session import train_sft
+from lorry.train.session import train_run
 
 Describe = Callable[..., Run]
 
@@ -56,11 +56,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_the_run_directory(describe: Describe, tmp_path: Path) -> None:
     heard = tinyrun.Heard()
-    result = train_sft(describe(test_size=2), ["a note of the config"], [heard])
+    result = train_run(describe(test_size=2), ["a note of the config"], [heard])
     folder = tmp_path / "run"
     assert files(folder).keys() == {
         "adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "README.md", "run.yaml", "metrics.jsonl", "receipt.json", "contracts.json", "samples.json",
+        "chat_template.jinja", "README.md", "run.yaml", "metrics.jsonl", "receipt.json", "contracts.json", "losses.json",
+        "samples.json",
         *(f"checkpoints/step-00000004/{name}" for name in ("state.safetensors", "meta.json", "manifest.json")),
     }  # fmt: skip
     assert [(c["id"], c["status"]) for c in result.contracts] == [(n, "held") for n in range(1, 9)]
@@ -78,15 +79,15 @@ def test_the_run_directory(describe: Describe, tmp_path: Path) -> None:
 
 def test_the_description_written_is_the_run_again(describe: Describe, tmp_path: Path) -> None:
     run = describe(lora_dropout=0.1)
-    train_sft(run, [])
+    train_run(run, [])
     assert parse(Run, [str(tmp_path / "run" / "run.yaml")], []) == run
     first = files(tmp_path / "run")["adapter_model.safetensors"]
-    train_sft(parse(Run, [str(tmp_path / "run" / "run.yaml"), f"output_dir={tmp_path / 'again'}"], []), [])
+    train_run(parse(Run, [str(tmp_path / "run" / "run.yaml"), f"output_dir={tmp_path / 'again'}"], []), [])
     assert files(tmp_path / "again")["adapter_model.safetensors"] == first
 
 
 def test_peft_opens_the_run_directory(describe: Describe, model: Path, tmp_path: Path) -> None:
-    result = train_sft(describe(learning_rate=3e-2), [])
+    result = train_run(describe(learning_rate=3e-2), [])
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     ids = torch.tensor([[5, 9, 200, 31, 7, 8, 300]])
     with torch.no_grad():
@@ -102,7 +103,7 @@ def test_the_batch_shape_does_not_change_the_losses(describe: Describe, tmp_path
     for rows, accumulation in ((6, 1), (3, 2), (1, 6)):
         out = tmp_path / str(rows)
         shape = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
-        train_sft(describe(out=out, lora_dropout=0.2, max_steps=6, **shape), [])
+        train_run(describe(out=out, lora_dropout=0.2, max_steps=6, **shape), [])
         curves.append(losses(out))
     assert curves[0] == pytest.approx(curves[1], rel=1e-6)
     assert curves[0] == pytest.approx(curves[2], rel=1e-6)
@@ -112,14 +113,14 @@ def test_held_out_rows_that_fill_the_context_are_not_asked(describe: Describe, t
     """They are evaluated all the same; only an answer of the model's own has no room behind them."""
     long = {"question": "x" * 108, "answer": "Y"}  # 126 tokens, Y and the end: exactly the context
     held = tinyrun.write_rows(tmp_path / "held.jsonl", [long, *tinyrun.rows(1, start=30)])
-    train_sft(describe(eval=str(held), max_length=128), [])
+    train_run(describe(eval=str(held), max_length=128), [])
     asked = [row for row in json.loads((tmp_path / "run" / "samples.json").read_text()) if row["group"] == "held-out rows"]
     assert [row["reference"] for row in asked] == [tinyrun.rows(1, start=30)[0]["answer"]]
 
 
 def test_a_streamed_run_counts_nothing_it_has_not_read(describe: Describe, tmp_path: Path) -> None:
     data = tinyrun.write_rows(tmp_path / "s.jsonl", [*tinyrun.rows(5), {"question": "And?", "answer": ""}])
-    result = train_sft(describe(from_=data, streaming=True, on_bad_row="skip"), [])
+    result = train_run(describe(from_=data, streaming=True, on_bad_row="skip"), [])
     eight = result.contracts[7]
     assert eight["detail"].startswith(f"{data}: streamed, rows are read as they are needed; left out so far: 1 rows (")
     receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())["data"]
@@ -143,10 +144,10 @@ class StopAt(tinyrun.Heard):
 
 def test_a_finished_run_is_written_over(describe: Describe, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train_sft(describe(max_steps=6, save_total_limit=None, save_steps=2), [])
+    train_run(describe(max_steps=6, save_total_limit=None, save_steps=2), [])
     for name in ("report.html", "evaluation.json"):
         (folder / name).write_text("{}")
-    train_sft(describe(max_steps=3), [])
+    train_run(describe(max_steps=3), [])
     assert len(losses(folder)) == 3
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000003"]
     assert not files(folder).keys() & {"report.html", "evaluation.json"}
@@ -154,36 +155,36 @@ def test_a_finished_run_is_written_over(describe: Describe, tmp_path: Path) -> N
 
 def test_an_unfinished_run_is_not_written_over(describe: Describe, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        train_sft(describe(save_steps=2), [], [StopAt()])
+        train_run(describe(save_steps=2), [], [StopAt()])
     before = files(tmp_path / "run")
     with pytest.raises(
         ConfigError, match=r"run holds an unfinished run; add resume_from_checkpoint=auto to go on with it, or use another"
     ):
-        train_sft(describe(save_steps=2), [])
+        train_run(describe(save_steps=2), [])
     assert files(tmp_path / "run") == before
 
 
 def test_a_run_that_never_saved_may_be_started_again(describe: Describe, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        train_sft(describe(), [], [StopAt()])
-    train_sft(describe(), [])
+        train_run(describe(), [], [StopAt()])
+    train_run(describe(), [])
     assert len(losses(tmp_path / "run")) == 4
 
 
 def test_an_unfinished_run_in_a_finished_ones_place_is_not_taken_for_it(describe: Describe, tmp_path: Path) -> None:
     """The results of the first run are gone as soon as the second one begins; what the second saved is protected."""
-    train_sft(describe(), [])
+    train_run(describe(), [])
     for settings in ({}, {"resume_from_checkpoint": "auto"}):
         with pytest.raises(Stopped):
-            train_sft(describe(seed=5, save_steps=2, **settings), [], [StopAt()])
+            train_run(describe(seed=5, save_steps=2, **settings), [], [StopAt()])
         assert not files(tmp_path / "run").keys() & {"receipt.json", "adapter_model.safetensors", "README.md"}
         with pytest.raises(ConfigError, match="unfinished run"):
-            train_sft(describe(), [])
+            train_run(describe(), [])
 
 
 @pytest.mark.parametrize("wrong", ["no such data", "a bad row", "no such model", "no such target", "no such template"])
 def test_a_run_that_cannot_start_costs_the_finished_one_nothing(describe: Describe, tmp_path: Path, wrong: str) -> None:
-    train_sft(describe(), [])
+    train_run(describe(), [])
     before = files(tmp_path / "run")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "Who?", "answer": "Me."}\n{"question": "Who?", "ans')
@@ -193,22 +194,22 @@ def test_a_run_that_cannot_start_costs_the_finished_one_nothing(describe: Descri
         "no such target": {"target_modules": ["q_prj"]}, "no such template": {"chat_template_path": str(tmp_path / "none.jinja")},
     }[wrong]  # fmt: skip
     with pytest.raises((ConfigError, DataError, ValueError)):
-        train_sft(describe(**settings), [])
+        train_run(describe(**settings), [])
     assert files(tmp_path / "run") == before
 
 
 def test_training_goes_on_with_a_runs_adapter_in_place(describe: Describe, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train_sft(describe(max_steps=12), [])
+    train_run(describe(max_steps=12), [])
     first = losses(folder)
     default = {"r": 16, "max_steps": 12}
     notes: list[str] = []
-    train_sft(describe(base=folder, **default), notes)
+    train_run(describe(base=folder, **default), notes)
     assert any("training goes on with the adapter" in note for note in notes)
     assert losses(folder)[0] < first[0]
     assert losses(folder)[0] != first[0]
     with pytest.raises(ConfigError, match="already has an adapter"):
-        train_sft(describe(base=folder, r=4), [])
+        train_run(describe(base=folder, r=4), [])
 
 
 # --- resuming by path
@@ -216,10 +217,10 @@ def test_training_goes_on_with_a_runs_adapter_in_place(describe: Describe, tmp_p
 
 def test_resume_by_path_into_another_directory(describe: Describe, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    train_sft(describe(out=whole, save_steps=2, save_total_limit=None), [])
+    train_run(describe(out=whole, save_steps=2, save_total_limit=None), [])
     for n, path in enumerate((whole / "checkpoints" / "step-00000002", whole)):
         new = tmp_path / f"new{n}"
-        train_sft(describe(out=new, save_steps=2, resume_from_checkpoint=str(path)), [])
+        train_run(describe(out=new, save_steps=2, resume_from_checkpoint=str(path)), [])
         assert files(new)["adapter_model.safetensors"] == files(whole)["adapter_model.safetensors"]
         assert {c["status"] for c in json.loads(files(new)["contracts.json"])} == {"held"}
 
@@ -228,7 +229,7 @@ def test_resume_from_nothing_is_refused(describe: Describe, tmp_path: Path) -> N
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     for where in ("none", "empty"):
         with pytest.raises(ConfigError, match=f"resume_from_checkpoint={tmp_path / where} is no checkpoint and no run with one"):
-            train_sft(describe(resume_from_checkpoint=str(tmp_path / where)), [])
+            train_run(describe(resume_from_checkpoint=str(tmp_path / where)), [])
     assert not (tmp_path / "run").exists()
 
 
@@ -241,7 +242,7 @@ def test_a_missing_tracker_is_said_before_anything_is_loaded(
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(session, "open_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match=r"train\.report_to names wandb, which is not installed; pip install wandb") as e:
-        train_sft(describe(report_to=["wandb"]), [])
+        train_run(describe(report_to=["wandb"]), [])
     assert e.value.exit_code == 2
     assert not (tmp_path / "run").exists()
 
@@ -253,7 +254,7 @@ def test_a_tracker_hears_every_number(describe: Describe, tmp_path: Path, monkey
         finish=lambda: heard.append("end"),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    train_sft(describe(report_to=["wandb"], test_size=2, eval_steps=4), [])
+    train_run(describe(report_to=["wandb"], test_size=2, eval_steps=4), [])
     first, *steps, evaluation, end = heard
     assert (first["project"], first["name"], first["config"]["lora"]["r"]) == ("lorry", "run", 2)
     assert [step for step, _ in steps] == [1, 2, 3, 4]
@@ -267,23 +268,21 @@ def test_a_tracker_hears_every_number(describe: Describe, tmp_path: Path, monkey
 
 
 def test_what_it_cannot_train(describe: Describe, model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"lora=null .* is not built yet"):
-        train_sft(describe().model_copy(update={"lora": None}), [])
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((model / name).read_bytes())
     with pytest.raises(ConfigError, match=r"bare has no tokenizer files; put tokenizer\.json beside the weights"):
-        train_sft(describe(base=bare), [])
+        train_run(describe(base=bare), [])
     assert not (tmp_path / "run").exists()
 
 
 def test_an_earlier_finished_run_is_set_aside_and_nothing_of_it_is_lost(describe: Describe, tmp_path: Path) -> None:
-    first = train_sft(describe(max_steps=2), []).path
+    first = train_run(describe(max_steps=2), []).path
     adapter = (first / "adapter_model.safetensors").read_bytes()
-    train_sft(describe(max_steps=3), [])
+    train_run(describe(max_steps=3), [])
     assert (first / "previous" / "1" / "adapter_model.safetensors").read_bytes() == adapter
     assert (first / "previous" / "1" / "receipt.json").is_file()
     assert (first / "adapter_model.safetensors").read_bytes() != adapter
-    train_sft(describe(max_steps=2), [])
+    train_run(describe(max_steps=2), [])
     assert sorted(p.name for p in (first / "previous").iterdir()) == ["1", "2"]

@@ -1,6 +1,6 @@
 """Whole runs of a few milliseconds: random models of every family with a real tokenizer, rows to learn, run descriptions.
 
-train_sft(described(model, rows, tmp_path / "run", max_steps=12), [])
+train_run(described(model, rows, tmp_path / "run", max_steps=12), [])
 engine_for(Fixed(steps), tmp_path / "run", learning_rate=1e-2).run()
 """
 

@@ -13,7 +13,8 @@ from verbworld import PEOPLE, STEPS, World, lorry, train, write_rows
 
 FILES = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json", "chat_template.jinja",
-    "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "run.yaml", "samples.json", "contracts.json", "receipt.json",
+    "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "run.yaml", "samples.json", "contracts.json", "losses.json",
+    "receipt.json",
     "report.html", "report.png",
 }  # fmt: skip
 
@@ -75,7 +76,7 @@ def test_bad_rows_stop_it_or_are_counted(world: World, tmp_path: Path, capsys: p
     [
         (["model={base}"], 2, "data.path is missing"),
         (["model={base}", "data={rows}", "lerning_rate=1"], 2, "did you mean 'learning_rate'?"),
-        (["model={base}", "data={rows}", "lora=null"], 2, "lora=null"),
+        (["model={base}", "data={rows}", "trainable=mlp"], 2, "give lora=null with it"),
         (["model={base}", "data={rows}", "target_modules=[q_prj]"], 2, "matches no layer; did you mean 'q_proj'?"),
         (["model={base}", "data={rows}x"], 3, "no such file; did you mean 'people.jsonl'?"),
         (["model=./nope", "data={rows}"], 4, "no model at './nope'"),

@@ -1,4 +1,4 @@
-"""The backend for one device: the model, its bank, and an optimizer per adapter."""
+"""The backend for one device: the model, its bank, and an optimizer per adapter; or one for the base weights that train."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lorry.backends.base import Inspection, Norms, Stats, Task, term_totals
-from lorry.backends.optim import AdapterOptimizer, OptimSettings
-from lorry.bank.adapters import Bank
+from lorry.backends.optim import AdapterOptimizer, OptimSettings, Owner
+from lorry.bank.adapters import Adapter, Bank
 from lorry.bank.attach import bank_of
 from lorry.bank.mix import Call, Mix
 from lorry.bank.noise import Noise
+from lorry.bank.weights import Weights, weights_of
 from lorry.data.batch import BASE, Batch
 from lorry.errors import ModelError, NonFiniteError
 from lorry.models.decoder import Decoder
@@ -24,7 +25,8 @@ from lorry.models.score import Want, evaluate
 
 
 class Local:
-    """One model on one device. ``trained``: the adapters this run steps; others of the bank stay frozen."""
+    """One model on one device. ``trained``: the adapters this run steps (others of the bank stay frozen), or the name of the base
+    weights that `train_weights` has switched on."""
 
     def __init__(
         self,
@@ -37,10 +39,19 @@ class Local:
         self.model, self.seed = model, seed
         self.bank: Bank = bank_of(model)
         self.trained = list(trained)
+        self.owners: dict[str, Owner] = {name: self._owner(name) for name in self.trained}
         each = optim if isinstance(optim, Mapping) else dict.fromkeys(self.trained, optim)
-        self.optimizers = {name: AdapterOptimizer(self.bank[name], each[name]) for name in self.trained}
+        self.optimizers = {name: AdapterOptimizer(owner, each[name]) for name, owner in self.owners.items()}
         self.present: frozenset[str] = frozenset()
         self.at, self.keys = 0, list[int]()  # the step being made and its sequences, for messages
+
+    def _owner(self, name: str) -> Owner:
+        weights = weights_of(self.model)
+        return weights if weights is not None and weights.name == name else self.bank[name]
+
+    def whole(self, name: str) -> bool:
+        """Whether a name means base weights that train, and no adapter."""
+        return isinstance(self.owners.get(name), Weights)
 
     @property
     def device(self) -> torch.device:
@@ -52,8 +63,8 @@ class Local:
         """The micro-batches of one optimizer step. Raises NonFiniteError, naming the sequences, before any update."""
         totals = term_totals(batches)
         self.at, self.keys = step, [key for batch in batches for key in batch.key.tolist()]
-        for name in self.trained:
-            self.bank[name].bind_grads()
+        for owner in self.owners.values():
+            owner.bind_grads()
         sums = {term: torch.zeros(len(task.adapters), dtype=torch.float64) for term in totals}
         for batch in batches:
             for term, values in self._micro_batch(batch.to(self.device), task, step, totals).items():
@@ -98,13 +109,13 @@ class Local:
             )
 
     def _noise(self, batch: Batch, adapters: Sequence[str], step: int) -> Noise | None:
-        if not any(self.bank[name].spec.lora_dropout for name in adapters):
+        if not any(self.bank[name].spec.lora_dropout for name in adapters if not self.whole(name)):
             return None
         return Noise(self.seed, step, tuple(batch.key.tolist()), tuple(batch.starts.tolist()))
 
     def mix_of(self, batch: Batch, adapters: Sequence[str]) -> Mix:
-        """One-hot per sequence by the batch's adapter numbers; BASE means no adapter."""
-        names = [None if k == BASE else adapters[k] for k in batch.adapter.tolist()]
+        """One-hot per sequence by the batch's adapter numbers; BASE, and base weights that train, mean no adapter."""
+        names = [None if k == BASE or self.whole(adapters[k]) else adapters[k] for k in batch.adapter.tolist()]
         return Mix.per_sequence(names, batch.starts.tolist())
 
     def step(self, lr: Mapping[str, float]) -> Norms:
@@ -113,10 +124,12 @@ class Local:
         norms = self._norms()
         for name, norm in norms.norms.items():
             if not norm < float("inf"):
-                where = [t for t, g in self.bank[name].split_like(self.bank[name].grads).items() if not torch.isfinite(g).all()]
+                owner = self.owners[name]
+                where = [t for t, g in owner.split_like(owner.grads).items() if not torch.isfinite(g).all()]
+                whose = f"adapter {name!r}" if isinstance(owner, Adapter) else "a base weight"
                 self.discard()
                 raise NonFiniteError(
-                    f"step {self.at + 1}: the gradient of {where[0] if where else name} (adapter {name!r}) is not finite in "
+                    f"step {self.at + 1}: the gradient of {where[0] if where else name} ({whose}) is not finite in "
                     f"{len(where)} tensors, with sequences of keys {self.keys[:8]}; nothing was updated. "
                     "Lower learning_rate or max_grad_norm, or look at those rows"
                 )
@@ -127,8 +140,8 @@ class Local:
     def discard(self) -> Norms:
         """Forget the gradients of this step."""
         norms = self._norms()
-        for name in self.trained:
-            self.bank[name].grads.zero_()
+        for owner in self.owners.values():
+            owner.grads.zero_()
         return norms
 
     def _norms(self) -> Norms:
@@ -136,8 +149,11 @@ class Local:
         return Norms({n: self.optimizers[n].norm() for n in stepping}, {n: self._silent(n) for n in stepping})
 
     def _silent(self, name: str) -> list[str]:
-        grads = self.bank[name].split_like(self.bank[name].grads)
-        return [m for m in self.bank[name].slots if not grads[f"{m}.lora_A"].any() and not grads[f"{m}.lora_B"].any()]
+        owner = self.owners[name]
+        if isinstance(owner, Weights):
+            return owner.silent()
+        grads = owner.split_like(owner.grads)
+        return [m for m in owner.slots if not grads[f"{m}.lora_A"].any() and not grads[f"{m}.lora_B"].any()]
 
     # --- no gradients
 
@@ -159,19 +175,23 @@ class Local:
     # --- state
 
     def state(self) -> dict[str, Tensor]:
-        """adapter/NAME/MODULE.lora_A, adam_m/..., adam_v/..., adam_count/NAME and rng/cpu: everything a resumed run needs.
+        """adapter/NAME/MODULE.lora_A (of base weights weights/NAME/TENSOR), adam_m/..., adam_v/..., adam_count/NAME and rng/cpu:
+        everything a resumed run needs.
 
         On a CPU these are the tensors in use, not copies (K adapters with their moments would be held twice): who wants to keep
         them beyond the next step clones them.
         """
         state = {"rng/cpu": torch.get_rng_state()}
-        for name, optimizer in self.optimizers.items():
-            adapter = self.bank[name]
-            m, v, count = optimizer.moments()
-            for kind, flat in (("adapter", adapter.values), ("adam_m", m), ("adam_v", v)):
-                state |= {f"{kind}/{name}/{tensor}": view.detach().cpu() for tensor, view in adapter.split_like(flat).items()}
-            state[f"adam_count/{name}"] = count.cpu()
+        for name, owner in self.owners.items():
+            for kind, flat in self._flats(name):
+                state |= {f"{kind}/{name}/{tensor}": view.detach().cpu() for tensor, view in owner.split_like(flat).items()}
+            state[f"adam_count/{name}"] = self.optimizers[name].moments()[2].cpu()
         return state
+
+    def _flats(self, name: str) -> list[tuple[str, Tensor]]:
+        """What a checkpoint holds of an owner: kinds and whole buffers."""
+        owner, (m, v, _) = self.owners[name], self.optimizers[name].moments()
+        return [("adapter" if isinstance(owner, Adapter) else "weights", owner.values), ("adam_m", m), ("adam_v", v)]
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -182,34 +202,29 @@ class Local:
         for tensor, value in mine.items():
             if value.shape != state[tensor].shape:
                 raise ModelError(f"{tensor} is {tuple(state[tensor].shape)} in the checkpoint and {tuple(value.shape)} here")
-        for name, optimizer in self.optimizers.items():
-            adapter = self.bank[name]
-            flats = []
-            for kind in ("adapter", "adam_m", "adam_v"):
-                flat = torch.empty_like(adapter.values)
-                for tensor, view in adapter.split_like(flat).items():
+        for name, owner in self.owners.items():
+            for kind, flat in self._flats(name):
+                for tensor, view in owner.split_like(flat).items():
                     view.copy_(state[f"{kind}/{name}/{tensor}"])
-                flats.append(flat)
-            adapter.values.copy_(flats[0])
-            adapter.touch()
-            optimizer.load(flats[1], flats[2], state[f"adam_count/{name}"])
+            owner.touch()
+            self.optimizers[name].count(state[f"adam_count/{name}"])
         torch.set_rng_state(state["rng/cpu"])
 
     def inspect(self) -> Inspection:
         """Trainable, optimized and saved tensors, the first two found by the memory they occupy."""
-        trainable = {n for n, p in self.model.named_parameters() if p.requires_grad}
-        optimized = set()
-        for name in self.trained:
-            adapter = self.bank[name]
+        trainable, optimized = {n for n, p in self.model.named_parameters() if p.requires_grad}, set[str]()
+        for name, owner in self.owners.items():
             held = [p for group in self.optimizers[name].adamw.param_groups for p in group["params"]]
-            for module, slot in adapter.slots.items():
-                for tensor, param in ((f"{module}.lora_A", slot.A), (f"{module}.lora_B", slot.B)):
-                    if param.requires_grad:
-                        trainable.add(f"{name}/{tensor}")
-                    if any(_covers(part, param) for part in held):
-                        optimized.add(f"{name}/{tensor}")
-        saved = {t.removeprefix("adapter/") for t in self.state() if t.startswith("adapter/")}
-        return Inspection(frozenset(trainable), frozenset(optimized), frozenset(saved), sample_digest(self.model))
+            if isinstance(owner, Weights):
+                masters = {n: p.data if p.dtype == torch.float32 else view for (n, p), view in owner.pairs(owner.values)}
+                trainable = {f"{name}/{n}" if n in masters else n for n in trainable}
+            else:
+                masters = {f"{m}.lora_{side}": getattr(slot, side) for m, slot in owner.slots.items() for side in "AB"}
+                trainable |= {f"{name}/{tensor}" for tensor, param in masters.items() if param.requires_grad}
+            optimized |= {f"{name}/{n}" for n, master in masters.items() if any(_covers(part, master) for part in held)}
+        saved = {t.partition("/")[2] for t in self.state() if t.startswith(("adapter/", "weights/"))}
+        moving = [p for owner in self.owners.values() if isinstance(owner, Weights) for p in owner.params.values()]
+        return Inspection(frozenset(trainable), frozenset(optimized), frozenset(saved), sample_digest(self.model, trained=moving))
 
 
 def _covers(whole: Tensor, part: Tensor) -> bool:

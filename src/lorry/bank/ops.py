@@ -91,10 +91,19 @@ class Frozen:
         w = self.weight.t() if self.transposed else self.weight
         return torch.mm(g, w) if into is None else into.addmm_(g, w)
 
+    @property
+    def trains(self) -> bool:
+        """Whether weight or bias want a gradient."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
     def own_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
-        """Gradients of weight and bias, for training that is not low-rank."""
-        weight = torch.mm(x.t(), g) if self.transposed else torch.mm(g.t(), x)
-        return [weight] if self.bias is None else [weight, g.sum(0)]
+        """Gradients of weight and bias, of those that train: one that does not costs no product."""
+        made = []
+        if self.weight.requires_grad:
+            made.append(torch.mm(x.t(), g) if self.transposed else torch.mm(g.t(), x))
+        if self.bias is not None and self.bias.requires_grad:
+            made.append(g.sum(0))
+        return made
 
 
 @dataclass(slots=True)
@@ -194,10 +203,7 @@ class LowRank(torch.autograd.Function):
         masters = work.master_gradients(x, grads, ctx.needs_input_grad[4 : 4 + ctx.count])
         base = []
         if len(ctx.needs_input_grad) > 4 + ctx.count:
-            for layer, g in zip(ctx.layers, grads, strict=True):
-                tensors = (layer.weight, layer.bias)[: 1 if layer.bias is None else 2]
-                made = layer.own_gradients(x, g)
-                base += [grad for tensor, grad in zip(tensors, made, strict=True) if tensor.requires_grad]
+            base = [t for layer, g in zip(ctx.layers, grads, strict=True) for t in layer.own_gradients(x, g)]
         return dx, None, None, None, *masters, *base
 
 

@@ -7,18 +7,22 @@ from lorry.config.parse import build, dump, parse
 from lorry.config.schema import BackendConfig, DataConfig, LoraConfig, ModelConfig, Run, TrainConfig
 from lorry.config.settings import (
     ChatSettings,
+    CompareSettings,
     DemoSettings,
     DoctorSettings,
     ExportSettings,
     MergeSettings,
     PlanSettings,
+    PushSettings,
     ReportSettings,
+    RunsSettings,
     Sweep,
     UnmergeSettings,
 )
 
 __all__ = [
-    "BackendConfig", "ChatSettings", "DataConfig", "DemoSettings", "DistillConfig", "DistillRun", "DoctorSettings",
-    "EvalSettings", "ExportSettings", "LoraConfig", "MergeSettings", "ModelConfig", "PlanSettings", "ReportSettings", "Run",
-    "Sweep", "TrainConfig", "UnmergeSettings", "build", "dump", "jobs_of", "parse",
+    "BackendConfig", "ChatSettings", "CompareSettings", "DataConfig", "DemoSettings", "DistillConfig", "DistillRun",
+    "DoctorSettings", "EvalSettings", "ExportSettings", "LoraConfig", "MergeSettings", "ModelConfig", "PlanSettings",
+    "PushSettings", "ReportSettings", "Run", "RunsSettings", "Sweep", "TrainConfig", "UnmergeSettings", "build", "dump",
+    "jobs_of", "parse",
 ]  # fmt: skip

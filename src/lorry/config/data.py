@@ -19,7 +19,9 @@ class DataConfig(Group):
 
     main: ClassVar[str] = "path"
     needs_rows: ClassVar[bool] = True
-    path: PathText | list[PathText] | None = setting(None, "file, directory or hub id, or a list of them")
+    path: PathText | list[PathText] | None = setting(
+        None, "file, directory or hub id, or a list of them", json_schema_extra={"shown": "required, or mix"}
+    )
     mix: list[str] = setting([], "named sets to mix instead of a path, such as [common_gen, bool_q]; `lorry eval` lists them")
     weights: dict[str, PositiveFloat] | list[PositiveFloat] | None = setting(
         None, "share of each named set of mix in an epoch, by name or in order; null: every row once"

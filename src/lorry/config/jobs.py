@@ -24,6 +24,7 @@ from lorry.config.place import Given, Placed, field_of, place, typed_list
 from lorry.config.schema import JOBS, DataConfig, LoraConfig, Run, TrainConfig
 from lorry.errors import ConfigError
 
+WHOLE = "base"  # what base weights that train (lora=null) are called where an adapter would have a name
 EXPANDED = ("jobs", "sweep")  # settings that stand for jobs
 GROUPS = ("lora", "data", "train")
 # What a pass does once for all its jobs. Everything else of lora, data and train may differ.
@@ -228,9 +229,12 @@ def differences(run: BaseModel, alone: BaseModel) -> dict[str, dict[str, Any]]:
 
 
 def jobs_of(run: Run) -> dict[str, Run]:
-    """{adapter: the run it would be alone}: of a run without `jobs`, itself. Raises ConfigError when there is no adapter."""
+    """{adapter: the run it would be alone}: of a run without `jobs`, itself; without an adapter {WHOLE: itself}, since its base
+    weights train. Raises ConfigError for jobs without adapters."""
     if run.lora is None:
-        raise ConfigError("lora=null (training the base weights themselves) is not built yet; leave lora out for an adapter")
+        if run.jobs:
+            raise ConfigError("lora=null (training the base weights themselves) leaves no adapters for jobs")
+        return {WHOLE: run}
     if not run.jobs:
         return {run.lora.adapter_name: run}
     whole = run.model_dump(mode="json", exclude={"jobs"})

@@ -1,14 +1,16 @@
-"""Settings of the verbs other than `sft`: demo, sweep, plan, chat, eval, merge, unmerge, export, report, doctor."""
+"""Settings of the verbs other than `sft`: demo, sweep, compare, plan, chat, eval, merge, unmerge, export, report, doctor."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from lorry.config.base import DirPath, Dtype, Group, PathText, automatic, setting
 from lorry.config.schema import BackendConfig, DataConfig, ModelConfig, Run
+
+RATES = {"lora": 1.0, "full": 0.05, "mlp": 0.1, "attention": 0.1}  # of a way that is given none, over the run's
 
 
 def _beside(value: Any, info: ValidationInfo, suffix: str) -> Any:
@@ -86,6 +88,45 @@ class Sweep(Run):
         return [Run.model_validate({**whole, "jobs": g, "output_dir": f}) for g, f in zip(groups, folders, strict=True)]
 
 
+class CompareData(DataConfig):
+    """the examples that every way learns; needless where finished runs are compared"""
+
+    needs_rows: ClassVar[bool] = False
+    path: PathText | list[PathText] | None = setting(None, "file, directory or hub id, or a list of them")
+
+
+class CompareSettings(Run):
+    """Finished runs side by side in parameters, memory, time and loss; with data and no run, each way is trained first."""
+
+    positional: ClassVar[str] = "runs"
+    data: CompareData = CompareData()
+    runs: list[PathText] = setting([], "run directories; none: train every one of ways, each in a process of its own")
+    ways: list[Literal["lora", "full", "mlp", "attention"]] = setting(
+        ["lora", "full", "mlp"], "what to train: an adapter, all base weights, or those of the MLPs or of attention"
+    )
+    learning_rates: dict[str, PositiveFloat] = setting(
+        {}, "by way; where absent lora takes learning_rate, mlp and attention a tenth and full a twentieth of it"
+    )
+    format: Literal["table", "json"] = setting("table", "how the comparison is shown")
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _of_ways(cls, value: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        ways = info.data.get("ways", [])
+        if odd := [name for name in value if name not in ways]:
+            raise ValueError(f"learning_rates names {odd[0]!r}, which is none of ways ({', '.join(ways)})")
+        return value
+
+    def way(self, name: str) -> Run:
+        """The run that trains one way, in a folder of its name. Raises ConfigError for settings that do not go together."""
+        own = ("runs", "ways", "learning_rates", "format")
+        whole = self.model_dump(mode="json", exclude={*own, "output_dir", "trainable"})
+        rate = self.learning_rates.get(name, self.train.learning_rate * RATES[name])
+        train = {**whole["train"], "learning_rate": rate, "run_name": name}
+        adapter = {"lora": whole["lora"]} if name == "lora" else {"lora": None, "trainable": "all" if name == "full" else name}
+        return Run.model_validate({**whole, **adapter, "train": train, "output_dir": self.output_dir / name})
+
+
 class ChatSettings(Group):
     """Talk to a model with any of its adapters."""
 
@@ -142,12 +183,29 @@ class ExportSettings(Group):
         return _beside(value, info, info.data.get("to", "export"))
 
 
+class PushSettings(Group):
+    """Upload a finished run to the Hugging Face hub."""
+
+    positional: ClassVar[str] = "run"
+    run: PathText = Field(description="run directory")
+    hub_model_id: str | None = setting(None, "repository OWNER/NAME; null: the directory's name under your account")
+    hub_private_repo: bool = setting(False, "make the repository private; one that exists and is public is refused")
+
+
 class ReportSettings(Group):
     """One offline HTML page with plots for a run, or several side by side."""
 
     positional: ClassVar[str] = "runs"
     runs: list[PathText] = Field(min_length=1, description="run directories")
     output: DirPath | None = setting(None, "the HTML file; null: report.html in the run, comparison.html beside several")
+
+
+class RunsSettings(Group):
+    """The runs in a folder and where each one stands."""
+
+    positional: ClassVar[str] = "folder"
+    folder: PathText = setting("runs", "folder of run directories, searched to a few levels")
+    format: Literal["table", "json"] = setting("table", "how the list is shown")
 
 
 class DoctorSettings(Group):

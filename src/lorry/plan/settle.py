@@ -25,7 +25,10 @@ SPLIT_FIELDS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 def lora_of(run: Run) -> LoraConfig:
     """The adapter's settings. Raises ConfigError for lora=null."""
     if run.lora is None:
-        raise ConfigError("lora=null (training the base weights themselves) is not built yet, so there is nothing to plan")
+        raise ConfigError(
+            "lora=null trains the base itself, which is not planned yet: count 16 bytes a weight that trains (fp32 master, "
+            "gradient, two moments), beside the base and the activations"
+        )
     return run.lora
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves in its directory besides metrics and checkpoints: adapter, run.yaml, receipt, contracts, model card."""
+"""What a run leaves in its directory besides metrics and checkpoints: adapter, run.yaml, receipt, contracts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from torch import nn
 from lorry.bank.peft_io import adapter_files
 from lorry.disk import durable
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json")
+WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = ("adapter_config.json", WEIGHTS, "lorry_adapter.json")
+# of a run that trained the base's own weights; a large model lies in several files beside its index
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
+SHARDS = "model-*-of-*.safetensors"
 RESULTS = (
     "receipt.json", "contracts.json", "samples.json", "evaluation.json", "report.html", "report.png", "README.md",
-    "sweep.json", *ADAPTER_FILES,
+    "losses.json", "sweep.json", *ADAPTER_FILES,
 )  # fmt: skip
 
 
@@ -51,7 +55,7 @@ def write_adapters(run_dir: Path, model: nn.Module, tokenizer: Any, names: Seque
         files = adapter_files(model, name, base_name=base_name)
         durable.make_directory(folder)
         durable.write_files(folder, files)
-        digests[name] = hashlib.sha256(files["adapter_model.safetensors"]).hexdigest()
+        digests[name] = hashlib.sha256(files[WEIGHTS]).hexdigest()
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         contents = {p.name: p.read_bytes() for p in sorted(Path(scratch).iterdir()) if p.is_file()}
@@ -60,9 +64,16 @@ def write_adapters(run_dir: Path, model: nn.Module, tokenizer: Any, names: Seque
 
 
 def receipt(
-    *, data: Mapping[str, Any], base: Mapping[str, Any], code: str, adapters: Mapping[str, str], seed: int | Mapping[str, int]
+    *,
+    data: Mapping[str, Any],
+    base: Mapping[str, Any],
+    code: str,
+    saved: Mapping[str, Mapping[str, str]],
+    seed: int | Mapping[str, int],
+    sizes: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Digests of everything the result hangs on."""
+    """Digests of everything the result hangs on. ``saved``: {"adapters": {name: SHA-256}}, or {"weights": {file: SHA-256}} of a
+    whole model; ``sizes``: trainable and total parameters, and the bytes of what was saved."""
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
     return {
         "data": dict(data),
@@ -70,27 +81,6 @@ def receipt(
         "code": {"sha256": code, "lorry": version("lorry")},
         "environment": {"python": platform.python_version(), **{p: version(p) for p in packages}, "machine": platform.machine()},
         "seed": seed,
-        "adapters": dict(adapters),
+        **{kind: dict(digests) for kind, digests in saved.items()},
+        **sizes,
     }
-
-
-def card(
-    *,
-    name: str,
-    base: str,
-    data: str,
-    adapters: int,
-    spec: Mapping[str, Any],
-    figures: Mapping[str, Any],
-    contracts: Sequence[Mapping[str, Any]],
-) -> str:
-    """README.md of a run: a model card that says what its adapter is (or its several ones are), from what, and what held."""
-    lead = "A LoRA adapter" if adapters == 1 else f"{adapters} LoRA adapters, trained in one pass, each in a folder of its name,"
-    shown = "\n".join(f"| {key} | {value} |" for key, value in {**spec, **figures}.items())
-    held = "\n".join(f"- {c['status'].replace('_', ' ')}: {c['name']} ({c['detail']})" for c in contracts)
-    return (
-        f"---\nlibrary_name: peft\nbase_model: {json.dumps(base)}\ntags: [lora, lorry]\n---\n\n# {name}\n\n"
-        f"{lead} for `{base}`, trained with Lorry on `{data}`.\n\n| | |\n|---|---|\n{shown}\n\n"
-        f"## Use\n\n```python\nimport lorry\nmodel, tokenizer = lorry.load({json.dumps(name)})\n"
-        f'print(lorry.generate(model, tokenizer, "..."))\n```\n\n## Contracts\n\n{held}\n'
-    )

@@ -54,7 +54,8 @@ _DTYPES = {
 FREE = frozenset(
     [
         *["output_dir", "run_name", "resume_from_checkpoint", "save_steps", "save_strategy", "save_total_limit"],
-        *["logging_steps", "logging_strategy", "report_to", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo"],
+        *["logging_steps", "logging_strategy", "report_to", "disable_tqdm"],
+        *["background", "push_to_hub", "hub_model_id", "hub_private_repo"],
     ]
 )
 # Settings of where and in what portions a run computes: the same run may go on with others, though not bit for bit.

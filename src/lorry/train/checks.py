@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -32,6 +33,7 @@ NAMES = {
 }
 PROOF_STEPS = 3  # steps with a rate above 0 after which every target must have seen a gradient
 ZERO = "zero"
+KINDS = ("adapter/", "weights/")  # of a backend's state, what trains: adapters, or base weights
 
 Status = Literal["held", "failed", "not_checked"]
 
@@ -78,12 +80,13 @@ class Checks:
     # --- before the first step
 
     def begin(self, backend: Backend, targets: Mapping[str, Sequence[str]]) -> None:
-        """Contracts 1 and 2 at the start: what the adapters sit on, and that the three sets are one."""
+        """Contracts 1 and 2 at the start: the modules that adapters sit on (of a base that trains: its tensors that do), and that
+        the three sets are one."""
         for name, modules in targets.items():
             if not modules:
                 raise self.fail(1, f"adapter {name!r} sits on no module")
-        kinds = {m.rsplit(".", 1)[-1] for modules in targets.values() for m in modules}
-        self.held(1, f"{sum(map(len, targets.values()))} modules: {', '.join(sorted(kinds))}")
+        found = [m for names in targets.values() for m in dict.fromkeys(re.sub(r"\.(weight|bias)$", "", n) for n in names)]
+        self.held(1, f"{len(found)} modules: {', '.join(sorted({m.rsplit('.', 1)[-1] for m in found}))}")
         self._inspection = self._same_sets(backend)
         if not self._start:
             self._start = _fingerprints(backend)
@@ -161,9 +164,8 @@ class Checks:
         for name in names:
             if self._silent[name]:
                 where = sorted(self._silent[name])
-                raise self.fail(
-                    3, f"no gradient reached {where[0]} of adapter {name!r} ({len(where)} modules): it would never train"
-                )
+                whose = f" of adapter {name!r} ({len(where)} modules)" if self._low_rank(name) else f" ({len(where)} tensors)"
+                raise self.fail(3, f"no gradient reached {where[0]}{whose}: it would never train")
         now = _fingerprints(backend) if names else {}
         for name in names:
             stuck = [t for t in self._moving(name) if now[t] == self._start[t]]
@@ -175,13 +177,20 @@ class Checks:
         if names and len(self._moved) == len(self._proof):
             whose = f" of {len(self._moved)} adapters" if len(self._moved) > 1 else ""
             moved, steps = sum(self._moved.values()), max(self._proof.values())
-            self.held(3, f"{moved} zero-initialised matrices{whose} moved within {steps} steps; a gradient at each")
+            what = "zero-initialised matrices" if self._low_rank(next(iter(self._moved))) else "tensors of the base"
+            self.held(3, f"{moved} {what}{whose} moved within {steps} steps; a gradient at each")
 
     def _moving(self, name: str) -> list[str]:
-        """The tensors of an adapter that must move: those that began at zero (lora_B; an embedding's lora_A), or else lora_B."""
+        """The tensors that must move: of a base that trains all that do, of an adapter those that began at zero (lora_B; an
+        embedding's lora_A), or else lora_B."""
+        if not self._low_rank(name):
+            return [t for t in self._start if t.startswith(f"weights/{name}/")]
         mine = [t for t in self._start if t.startswith(f"adapter/{name}/")]
         zero = [t for t in mine if self._start[t] == ZERO]
         return zero or [t for t in mine if t.endswith("lora_B")]
+
+    def _low_rank(self, name: str) -> bool:
+        return not any(t.startswith(f"weights/{name}/") for t in self._start)
 
     # --- at the end
 
@@ -191,15 +200,18 @@ class Checks:
         now = self._same_sets(backend)
         if now.base_digest != self._inspection.base_digest:
             raise self.fail(2, "a base weight changed during training")
-        self.held(2, f"{len(now.saved)} tensors; digest of the base's sample {now.base_digest[:12]} before and after")
+        whose = "the base's sample" if all(map(self._low_rank, self._proof)) else "a sample of what is frozen"
+        frozen = f"digest of {whose} {now.base_digest[:12]} before and after" if now.base_digest else "nothing is frozen"
+        self.held(2, f"{len(now.saved)} tensors; {frozen}")
         self.held(7, "every loss and gradient was finite")
 
 
 def _fingerprints(backend: Backend) -> dict[str, str]:
-    """The fingerprint of every tensor of the adapters: digests, since copies of all adapters would stay for the whole run."""
-    return {n: fingerprint(t) for n, t in backend.state().items() if n.startswith("adapter/")}
+    """The fingerprint of every tensor that trains: digests, since copies of all of them would stay for the whole run."""
+    return {n: fingerprint(t) for n, t in backend.state().items() if n.startswith(KINDS)}
 
 
 def fingerprint(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, or that it is all zeros."""
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest() if tensor.any() else ZERO
+    flat = tensor.contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest() if flat.any() else ZERO

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorry.backends.base import Backend, Norms, Stats, Task
+from lorry.backends.base import Backend, Norms, Scorer, Stats, Task
 from lorry.config.schema import TrainConfig
 from lorry.data.batch import Batch
 from lorry.data.joint import only, tokens_of
@@ -37,7 +37,8 @@ METRICS = "metrics.jsonl"
 class Engine:
     """Runs a task on a backend. ``identity``: {"config", "digests"} of this run, stored in checkpoints and compared on resume;
     ``jobs``: one per adapter of the task, in its order; left out, all are alike: ``train``'s settings, the task's steps,
-    ``epoch_of(step)``, the epoch a step belongs to, counted from 0, and ``ends`` (contract 4, as ``tolerance``)."""
+    ``epoch_of(step)``, the epoch a step belongs to, counted from 0, and ``ends`` (contract 4, as ``tolerance``); ``models``:
+    frozen ones the task scores with besides the backend; ``ask(name)``: what else an evaluation of an adapter measures."""
 
     def __init__(
         self,
@@ -54,7 +55,10 @@ class Engine:
         listeners: Sequence[Listener] = (),
         ends: Sequence[int] = (),
         tolerance: float = 1e-5,
+        models: Mapping[str, Scorer] | None = None,
+        ask: Callable[[str], Mapping[str, float]] = lambda name: {},
     ) -> None:
+        self.models, self.ask = {"self": backend, **(models or {})}, ask
         self.backend, self.task, self.train, self.run_dir = backend, task, train, run_dir
         self.identity, self.checks, self.listeners, self.tolerance = identity, checks, listeners, tolerance
         alike = [Job(name, train, task.total_steps, epoch_of, steps_per_epoch, ends) for name in task.adapters]
@@ -116,7 +120,7 @@ class Engine:
 
     def _batches(self, step: int, active: Sequence[Job]) -> list[Batch]:
         """The step's micro-batches, without the sequences of jobs that are done."""
-        batches = self.task.step_batches(step, {"self": self.backend})
+        batches = self.task.step_batches(step, self.models)
         names = {job.name for job in active}
         return batches if len(names) == len(self.jobs) else only(batches, [k for k, n in enumerate(self.jobs) if n in names])
 
@@ -174,7 +178,7 @@ class Engine:
         due = [name for name, t in train.items() if self._due(name, t.eval_strategy, t.eval_steps)]
         if not due:
             return []
-        found = {name: evaluate_task(self.backend, held(self.task, name)) for name in due}
+        found = {name: {**evaluate_task(self.backend, held(self.task, name)), **self.ask(name)} for name in due}
         record: dict[str, Any] = {"step": self.progress.step, **together(list(found.values()))}
         if len(self.jobs) > 1:
             record["adapters"] = found
@@ -194,7 +198,7 @@ class Engine:
         """What was logged when a step was evaluated (None: the last evaluation, if any), by this process or an earlier one."""
         several = len(self.jobs) > 1
         lines = ((r["step"], r.get("adapters", {}).get(name, {}) if several else r) for _, r in iterate(self.run_dir / METRICS))
-        logged = [values for at, values in lines if "eval_loss" in values and step in (None, at)]
+        logged = [values for at, values in lines if step in (None, at) and any(metric.startswith("eval_") for metric in values)]
         return {metric: value for metric, value in logged[-1].items() if metric != "step"} if logged else {}
 
     # --- state

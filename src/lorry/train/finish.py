@@ -14,6 +14,7 @@ from lorry.backends.optim import OptimSettings
 from lorry.bank.attach import bank_of, detach
 from lorry.bank.mix import Mix
 from lorry.bank.peft_io import base_digest, load_adapter
+from lorry.bank.weights import weights_of
 from lorry.config import Run
 from lorry.data.prepare import Prepared
 from lorry.errors import ModelError
@@ -21,14 +22,23 @@ from lorry.models.decoder import Decoder
 from lorry.models.hf import HfModel
 from lorry.models.open import Opened
 from lorry.models.score import Score, log_prob
-from lorry.train import artifacts, checkpoint
+from lorry.train import artifacts, checkpoint, whole
 from lorry.train.checks import Checks
-from lorry.train.jobs import Outcome
 from lorry.train.samples import samples
 
 
+def targets(model: Decoder | HfModel, names: Sequence[str]) -> dict[str, list[str]]:
+    """What contracts 1 and 3 watch: the modules each adapter sits on, or the tensors of the base that train."""
+    weights = weights_of(model)
+    own = {} if weights is None else {weights.name: list(weights.params)}
+    return {name: own[name] if name in own else list(bank_of(model)[name].slots) for name in names}
+
+
 def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Mapping[str, Prepared]) -> dict[str, str]:
-    """Write every adapter, and read it back (contract 5). Returns {adapter: SHA-256 of its weights file}."""
+    """Write every adapter, and read it back (contract 5). Returns {adapter: SHA-256 of its weights file}; where the base's own
+    weights were trained, the whole model's, by file."""
+    if weights_of(opened.model) is not None:
+        return whole.write_and_check(run_dir, opened, checks, prepared)
     bank_of(opened.model).activate(Mix.one(next(iter(prepared))))
     digests = artifacts.write_adapters(run_dir, opened.model, opened.tokenizer, list(prepared), base_name(opened))
     scored = [check_reload(checks, opened.model, name, folder, prepared[name]) for name, folder in _folders(run_dir, prepared)]
@@ -88,23 +98,36 @@ def sampled(backend: Scorer, prepared: Mapping[str, Prepared], context: int | No
         new = one.tokens is not None and one.digest not in shown
         shown.add(one.digest)
         train, held_out = one.stream.batches(0)[0] if new else None, next(iter(one.evaluation), None)
-        rows = samples(backend, name, one.encoder, train, held_out, one.ends, context=context)
+        trained = isinstance(backend, Local) and backend.whole(name)
+        rows = samples(backend, None if trained else name, one.encoder, train, held_out, one.ends, context=context)
         made += [{**row, "group": f"{name}: {row['group']}"} for row in rows] if len(prepared) > 1 else rows
     return made
 
 
-def receipt(opened: Opened, jobs: Mapping[str, tuple[Run, Prepared]], digests: Mapping[str, str]) -> dict[str, Any]:
+def receipt(
+    run_dir: Path, opened: Opened, jobs: Mapping[str, tuple[Run, Prepared]], digests: Mapping[str, str]
+) -> dict[str, Any]:
     """receipt.json: of one job plain values, of several a map for data and for seed."""
     data = {name: _data(prepared) for name, (_, prepared) in jobs.items()}
     seeds = {name: run.train.seed for name, (run, _) in jobs.items()}
-    base = {**opened.source, "sha256": base_digest(opened.model)}
-    one = len(jobs) == 1
+    weights, one = weights_of(opened.model), len(jobs) == 1
+    base = {**opened.source, "sha256": base_digest(opened.model) if weights is None else weights.began}
+    if weights is None:
+        files = [folder / artifacts.WEIGHTS for _, folder in _folders(run_dir, jobs)]
+        trained = sum(bank_of(opened.model)[name].values.numel() for name in jobs)
+    else:
+        files, trained = [run_dir / file for file in digests], weights.count()
     return artifacts.receipt(
         data=next(iter(data.values())) if one else data,
         base=base,
         code=checkpoint.code_digest(),
-        adapters=digests,
+        saved={"adapters" if weights is None else "weights": digests},
         seed=next(iter(seeds.values())) if one else seeds,
+        sizes={
+            "trainable_parameters": trained,
+            "total_parameters": sum(p.numel() for p in opened.model.parameters()),
+            "saved_bytes": sum(file.stat().st_size for file in files),
+        },
     )
 
 
@@ -120,24 +143,3 @@ def base_name(opened: Opened) -> str:
     source = opened.source
     on_hub = source["kind"] == "hub" and not source.get("adapter")
     return str(source["name"]) if on_hub else str(Path(source["path"]).resolve())
-
-
-def card(run: Run, alone: Mapping[str, Run], outcome: Outcome, contracts: Sequence[dict[str, Any]]) -> str:
-    """README.md of the run."""
-    if len(alone) > 1:
-        spec: dict[str, Any] = {f"{name}: rank": one.lora.r for name, one in alone.items() if one.lora is not None}
-        figures: dict[str, Any] = {f"{name}: {k}": v for name, one in outcome.jobs.items() for k, v in _figures(one).items()}
-    else:
-        spec = {f"lora.{k}": v for k, v in run.lora.model_dump().items() if v not in (None, {}, False)} if run.lora else {}
-        figures = _figures(outcome)
-    paths = dict.fromkeys(
-        p for one in alone.values() for p in ([one.data.path] if isinstance(one.data.path, str) else one.data.path)
-    )
-    return artifacts.card(
-        name=run.output_dir.name, base=run.model.name, data=", ".join(paths), adapters=len(alone),
-        spec=spec, figures=figures, contracts=contracts,
-    )  # fmt: skip
-
-
-def _figures(outcome: Outcome) -> dict[str, Any]:
-    return {"steps": outcome.steps, "final loss": outcome.final_loss, **outcome.last_evaluation}

@@ -47,7 +47,8 @@ def make_room(folder: Path) -> Path | None:
     one that never got to a checkpoint is removed, since nothing can come of it. receipt.json, which says that a run is finished,
     moves last: a kill in between loses nothing.
     """
-    names = [n for n in (*artifacts.RESULTS, METRICS, RUN_FILE, "checkpoints") if n != RECEIPT and (folder / n).exists()]
+    model = [*artifacts.MODEL_FILES, *(file.name for file in folder.glob(artifacts.SHARDS))] if trained_whole(folder) else []
+    names = [n for n in (*artifacts.RESULTS, *model, METRICS, RUN_FILE, "checkpoints") if n != RECEIPT and (folder / n).exists()]
     adapters = _adapter_folders(folder)
     if not (folder / RECEIPT).is_file():
         checkpoint.forget_after(folder, -1)
@@ -63,9 +64,19 @@ def make_room(folder: Path) -> Path | None:
     return aside
 
 
+def trained_whole(folder: Path) -> bool:
+    """Whether a directory is that of a run that trained the base's own weights, by its own description: a model in any other
+    directory is somebody's, and not ours to move."""
+    described = _described(folder)
+    return "lora" in described and described["lora"] is None
+
+
+def _described(folder: Path) -> Mapping[str, object]:
+    return read_file(folder / RUN_FILE).values if (folder / RUN_FILE).is_file() else {}
+
+
 def _adapter_folders(folder: Path) -> list[str]:
     """The folders that a run of several jobs made for their adapters, by its own description."""
-    described: Mapping[str, object] = read_file(folder / RUN_FILE).values if (folder / RUN_FILE).is_file() else {}
-    jobs = described.get("jobs")
+    jobs = _described(folder).get("jobs")
     names = [str(job.get("name")) for job in jobs if isinstance(job, Mapping)] if isinstance(jobs, list) else []
     return [name for name in names if (folder / name / "adapter_config.json").is_file()]

@@ -15,10 +15,11 @@ Sequenced = tuple[list[int], list[float]]
 
 
 def samples(
-    backend: Scorer, adapter: str, encoder: Encoder, train: Batch | None, held_out: Batch | None, ends: Collection[int],
+    backend: Scorer, adapter: str | None, encoder: Encoder, train: Batch | None, held_out: Batch | None, ends: Collection[int],
     *, context: int | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of samples.json. Before is the base (the same weights under mix none), after the adapter; both greedy.
+    """The rows of samples.json. Before is the base (the same weights under mix none), after the adapter; both greedy. Where the
+    base itself was trained (``adapter`` None) there is no before.
 
     ``context``: the most tokens the model takes; a prompt that leaves no room there is not asked.
     """
@@ -31,7 +32,7 @@ def samples(
 
 
 def answered(
-    backend: Scorer, adapter: str, encoder: Encoder, batch: Batch, ends: Collection[int], room: int | None
+    backend: Scorer, adapter: str | None, encoder: Encoder, batch: Batch, ends: Collection[int], room: int | None
 ) -> list[dict[str, Any]]:
     """Up to four held-out rows: what stands before the last answer, asked of base and adapter."""
     asked = []
@@ -43,14 +44,12 @@ def answered(
     prompts = [prompt for prompt, _ in asked]
     if not prompts:
         return []
-    said = {
-        side: backend.generate(prompts, max_new_tokens=NEW_TOKENS, eos=ends, adapters=mix)
-        for side, mix in (("before", Mix.none()), ("after", Mix.one(adapter)))
-    }
+    sides = {"after": Mix.none()} if adapter is None else {"before": Mix.none(), "after": Mix.one(adapter)}
+    said = {side: backend.generate(prompts, max_new_tokens=NEW_TOKENS, eos=ends, adapters=mix) for side, mix in sides.items()}
     return [
         {
             "group": "held-out rows", "prompt": encoder.tokenizer.decode(prompt, skip_special_tokens=True), "tokens": None,
-            "reference": encoder.tokenizer.decode(answer, skip_special_tokens=True).strip(),
+            "reference": encoder.tokenizer.decode(answer, skip_special_tokens=True).strip(), "before": None,
             **{side: encoder.tokenizer.decode(made[i].tokens, skip_special_tokens=True).strip() for side, made in said.items()},
         }
         for i, (prompt, answer) in enumerate(asked)

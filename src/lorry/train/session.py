@@ -6,7 +6,7 @@ A run of several jobs is the same with an adapter, data and settings for each; o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,32 +15,38 @@ import torch
 
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
-from lorry.bank.attach import attach, bank_of
+from lorry.bank.attach import attach
 from lorry.bank.peft_io import base_digest
 from lorry.bank.spec import LoraSpec
 from lorry.config import Run, dump, jobs_of
 from lorry.config.schema import LoraConfig, TrainConfig
+from lorry.data.encode import Encoder
 from lorry.data.joint import JointStream, owned
-from lorry.data.prepare import Prepared, Rows, prepare
+from lorry.data.prepare import Rows, prepare
 from lorry.errors import ConfigError
 from lorry.kernels import status
 from lorry.models.decoder import Decoder
 from lorry.models.hf import HfModel, unreached
 from lorry.models.open import Opened, open_model
-from lorry.tasks.sft import Sft
 from lorry.train import artifacts, checkpoint, finish
+from lorry.train.asking import Asking, read_exams
 from lorry.train.auto import settled
+from lorry.train.card import of_run
 from lorry.train.checks import Checks
+from lorry.train.distill import encoder_of
 from lorry.train.engine import Engine
 from lorry.train.events import Listener
 from lorry.train.jobs import Job, Outcome
+from lorry.train.losses import LOSSES, losses
 from lorry.train.memory import tune_allocator
+from lorry.train.process import Running, running
 from lorry.train.rundir import RECEIPT, RUN_FILE, inside, make_room, where_to_start
+from lorry.train.tasks import TASKS, Jobs, Material
 from lorry.train.trackers import trackers
+from lorry.train.whole import attach_trained
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 ROOM = {"cpu": 1024, "cuda": 8192}  # tokens from which a pass over the base gains nothing more from having others beside them
-Jobs = Mapping[str, tuple[Run, Prepared]]  # by adapter: the run it would be alone, and what it reads
 
 
 @dataclass
@@ -60,9 +66,15 @@ class Result:
         return self.adapters[0]
 
 
-def train_sft(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) -> Result:
-    """Fine-tune as described and write the run directory. Raises LorryError of the kind that fits; contracts.json is written
-    even then, once the run has begun."""
+def train_run(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) -> Result:
+    """Train as described, whatever the task, and write the run directory. Raises LorryError of the kind that fits; contracts.json
+    is written even then, once the run has begun."""
+    with running(run.output_dir) as process:
+        return _run(run, notes, listeners, process)
+
+
+def _run(run: Run, notes: list[str], listeners: Sequence[Listener], process: Running) -> Result:
+    """Everything up to the first step, then the steps."""
     run = settled(run, notes)
     alone = jobs_of(run)
     listeners = [*listeners, *trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))]
@@ -71,6 +83,7 @@ def train_sft(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) ->
     if run.backend.threads:
         torch.set_num_threads(run.backend.threads)
     torch.manual_seed(run.train.seed)
+    exams = read_exams(run)  # before the model, which takes longer
     opened = open_model(run.model, notes)
     if opened.tokenizer is None:
         raise ConfigError(f"{run.model.name} has no tokenizer files; put tokenizer.json beside the weights")
@@ -79,17 +92,18 @@ def train_sft(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) ->
             f"{run.model.name} already has an adapter, and several jobs begin with new ones; name its base, or merge it"
         )
     attached = {attach_adapter(one, opened, notes): one for one in alone.values()}
-    jobs = prepare_jobs(run, attached, opened.tokenizer)
-    for text in [*dict.fromkeys(notes), *_said(jobs)]:
-        for listener in listeners:
-            listener.note(text)
+    jobs = prepare_jobs(run, attached, opened.tokenizer, encoder_of(run, opened, notes))
+    _tell(listeners, [*dict.fromkeys(notes), *_said(jobs)])
+    told = len(notes)
     opened.model.gradient_checkpointing = run.train.gradient_checkpointing
-    engine = build_engine(run, opened, jobs, listeners)
+    engine = build_engine(run, opened, jobs, listeners, notes, Asking(run, opened, exams))
+    _tell(listeners, notes[told:])
     if start is not None:
         engine.resume(start)
     if not inside(start, run.output_dir) and (aside := make_room(run.output_dir)) is not None:
-        for listener in listeners:  # only now: whatever was wrong with this run has been said, and cost nothing of the last one
-            listener.note(f"{run.output_dir} held an earlier run; it is in {aside} now")
+        # only now: whatever was wrong with this run has been said, and cost nothing of the last one
+        _tell(listeners, [f"{run.output_dir} held an earlier run; it is in {aside} now"])
+    process.begin(engine.progress.step, engine.total)
     return _train(run, opened, jobs, engine)
 
 
@@ -98,7 +112,7 @@ def _train(run: Run, opened: Opened, jobs: Jobs, engine: Engine) -> Result:
     checks, backend, prepared = engine.checks, engine.backend, {name: data for name, (_, data) in jobs.items()}
     artifacts.write_text(run.output_dir, RUN_FILE, dump(run))
     try:
-        checks.begin(backend, {name: list(bank_of(opened.model)[name].slots) for name in jobs})
+        checks.begin(backend, finish.targets(opened.model, list(jobs)))
         checks.held(8, _accounted(jobs))
         outcome = engine.run()
         checks.held(8, _accounted(jobs))  # a streamed source knows more now
@@ -109,18 +123,25 @@ def _train(run: Run, opened: Opened, jobs: Jobs, engine: Engine) -> Result:
     finally:
         artifacts.write_json(run.output_dir, "contracts.json", checks.report())
     contracts = checks.report()
-    artifacts.write_json(run.output_dir, RECEIPT, finish.receipt(opened, jobs, digests))
-    card = finish.card(run, {name: one for name, (one, _) in jobs.items()}, outcome, contracts)
-    artifacts.write_text(run.output_dir, "README.md", card)
+    artifacts.write_json(run.output_dir, LOSSES, losses(run.output_dir))
+    artifacts.write_json(run.output_dir, RECEIPT, finish.receipt(run.output_dir, opened, jobs, digests))
+    artifacts.write_text(run.output_dir, "README.md", of_run(run.output_dir))
     return Result(run.output_dir, outcome, contracts, opened.model, opened.tokenizer, list(jobs))
 
 
-def prepare_jobs(run: Run, attached: Mapping[str, Run], tokenizer: Any) -> Jobs:
-    """What every job reads; data that several of them share is read once. Raises what `prepare` raises."""
+def _tell(listeners: Sequence[Listener], texts: Sequence[str]) -> None:
+    for text in texts:
+        for listener in listeners:
+            listener.note(text)
+
+
+def prepare_jobs(run: Run, attached: Mapping[str, Run], tokenizer: Any, make: Callable[..., Encoder] = Encoder) -> Jobs:
+    """What every job reads; data that several of them share is read once. ``make``: what makes the encoder. Raises what `prepare`
+    raises."""
     known = dict[str, Rows]()
     aside = {name: f"quarantine-{name}.jsonl" if len(attached) > 1 else "quarantine.jsonl" for name in attached}
     return {
-        name: (one, prepare(one.data, one.train, tokenizer, quarantine=run.output_dir / aside[name], known=known))
+        name: (one, prepare(one.data, one.train, tokenizer, quarantine=run.output_dir / aside[name], known=known, make=make))
         for name, one in attached.items()
     }
 
@@ -143,9 +164,10 @@ def spec_of(lora: LoraConfig) -> LoraSpec:
 
 
 def attach_adapter(run: Run, opened: Opened, notes: list[str]) -> str:
-    """Attach a new adapter, or go on with the one the model came with. Returns its name. Raises ConfigError."""
+    """Attach a new adapter, or go on with the one the model came with; with lora=null, switch the base's own weights on. Returns
+    its name. Raises ConfigError."""
     if run.lora is None:
-        raise ConfigError("lora=null (training the base weights themselves) is not built yet; leave lora out for an adapter")
+        return attach_trained(run, opened, notes)
     if experts := unreached(opened.model):
         notes.append(f"experts are not adapted: {len(experts)} weights such as {experts[0]} are no linear layers")
     if not opened.adapters:
@@ -159,8 +181,10 @@ def attach_adapter(run: Run, opened: Opened, notes: list[str]) -> str:
     return opened.adapters[0]
 
 
-def build_engine(run: Run, opened: Opened, jobs: Jobs, listeners: Sequence[Listener]) -> Engine:
-    """The backend, the task and the loop of this run."""
+def build_engine(
+    run: Run, opened: Opened, jobs: Jobs, listeners: Sequence[Listener], notes: list[str], ask: Asking | None = None
+) -> Engine:
+    """The backend, the task and the loop of this run. ``ask``: what its evaluations ask besides."""
     # dropout's seed is part of the sequences' keys, job by job
     backend = Local(opened.model, list(jobs), {name: optim_of(one.train) for name, (one, _) in jobs.items()})
     ways = [
@@ -174,7 +198,7 @@ def build_engine(run: Run, opened: Opened, jobs: Jobs, listeners: Sequence[Liste
     room = run.joint_tokens or ROOM.get(backend.device.type, max(ROOM.values()))
     stream = JointStream({name: data.stream for name, (_, data) in jobs.items()}, seeds, room)
     held = [owned(batch, k, seeds[n]) for k, (n, (_, data)) in enumerate(jobs.items()) for batch in data.evaluation]
-    task = Sft(stream, held, max(way.total for way in ways), list(jobs))
+    task, models = TASKS[run.task](Material(run, opened, jobs, stream, held, max(way.total for way in ways), backend, notes))
     digests = {name: data.digest for name, (_, data) in jobs.items()}
     identity = {
         "config": json.loads(run.model_dump_json()),
@@ -186,7 +210,7 @@ def build_engine(run: Run, opened: Opened, jobs: Jobs, listeners: Sequence[Liste
     }  # fmt: skip
     return Engine(
         backend, task, run.train, run.output_dir, identity=identity, checks=Checks(), jobs=ways, listeners=listeners,
-        tolerance=TOLERANCE.get(opened.model.dtype, 1e-2),
+        tolerance=TOLERANCE.get(opened.model.dtype, 1e-2), models=models, ask=ask or (lambda name: {}),
     )  # fmt: skip
 
 

@@ -36,14 +36,14 @@ def main(settings: DemoSettings, notes: list[str]) -> int:
     from lorry.report import table
     from lorry.report.run import load
     from lorry.train.events import for_terminal
-    from lorry.train.session import train_sft
+    from lorry.train.session import train_run
 
     people = make_people(FAST_PEOPLE if settings.fast else PEOPLE, settings.seed)
     train, held_out = questions(people, settings.seed)
     chat = general_chat()
     run = build(Run, described(settings, write_data(settings.output_dir, train + chat, held_out)), notes)
     say(f"Teaching {run.model.name} {len(people) * 6} facts about {len(people)} people who do not exist ({len(train)} questions)")
-    result = train_sft(run, notes, [for_terminal(run.train.logging_steps)])
+    result = train_run(run, notes, [for_terminal(run.train.logging_steps)])
     say(f"Asking {len(held_out)} questions worded differently, before and after")
     compare(result, held_out, chat[:6])
     page = build_report([result.path])

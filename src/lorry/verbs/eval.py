@@ -185,7 +185,11 @@ def _entries(name: str, sides: Mapping[str, Evaluated]) -> list[dict[str, Any]]:
         {
             "name": entry,
             "metrics": {
-                metric: {"before": _finite(before[1].metrics[metric]), "after": _finite(one.metrics[metric])}
+                metric: {
+                    "before": _finite(before[1].metrics[metric]),
+                    "after": _finite(one.metrics[metric]),
+                    **({"interval": list(one.intervals[metric])} if metric in one.intervals else {}),
+                }
                 for metric in one.metrics
             },
         }

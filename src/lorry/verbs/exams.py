@@ -103,10 +103,13 @@ def entries(exams: list[Exam], results: Results) -> list[dict[str, Any]]:
         for adapter, one in after or [base]:
             name = exam.one.name if len(after) < 2 else f"{exam.one.name} ({adapter})"
             sides = {"before": base[1] if after else None, "after": one}
-            metrics = {
+            metrics: dict[str, dict[str, Any]] = {
                 metric: {side: None if taken is None else _finite(taken.metrics[metric].value) for side, taken in sides.items()}
                 for metric in one.metrics
             }
+            for metric, got in one.metrics.items():
+                if all(map(math.isfinite, got.interval)):
+                    metrics[metric]["interval"] = list(got.interval)
             made.append({"name": name, "metrics": metrics})
     return made
 

@@ -28,10 +28,9 @@ RECORD = "sweep.json"
 
 def main(settings: Sweep, notes: list[str]) -> int:
     """Train every pass, rank, show, write. The last line of standard output is the directory of the best adapter."""
+    from lorry.api import train
     from lorry.report import build, table
     from lorry.train import artifacts
-    from lorry.train.events import for_terminal
-    from lorry.train.session import train_sft
 
     if not settings.jobs:
         raise ConfigError("nothing to sweep; give several values of a setting, such as r=8,16 or learning_rate=1e-4,3e-4")
@@ -40,7 +39,7 @@ def main(settings: Sweep, notes: list[str]) -> int:
     for number, run in enumerate(passes, 1):
         if len(passes) > 1:
             print(f"pass {number} of {len(passes)}: {', '.join(job.name for job in run.jobs)}", file=sys.stderr)
-        result = train_sft(run, notes if number == 1 else [], [for_terminal(run.train.logging_steps)])
+        result = train(run, notes if number == 1 else [])
         rows += rows_of(run, result.adapters, result.outcome)
         paths.append(build([result.path]).parent)
     ranked = sorted(rows, key=_rank)

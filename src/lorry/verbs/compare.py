@@ -1,0 +1,70 @@
+"""`lorry compare RUN RUN ...`: what runs cost and reached, side by side; or `lorry compare data=FILE` to train each way first.
+
+    lorry compare data=people.jsonl max_steps=100 ways=[lora,full,mlp] learning_rates={lora: 1e-3, full: 5e-5}
+
+Every way is trained by a process of its own, so that its peak memory is its own, into a folder of its name.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from lorry.config import dump
+from lorry.config.schema import Run
+from lorry.config.settings import CompareSettings
+from lorry.errors import ConfigError
+
+RECORD = "compare.json"
+PROGRAM = "import sys; from lorry.cli import main; sys.exit(main())"
+
+
+def main(settings: CompareSettings, notes: list[str]) -> int:
+    """Train what is to be trained, compare, print. Returns the exit code of a way that failed, else 0."""
+    from lorry.disk import durable
+    from lorry.report.compare import ratios, row_of, side_by_side
+    from lorry.report.run import load_all
+
+    trained = [settings.way(name) for name in _ways(settings)]
+    for run in trained:
+        if code := train(run, settings.output_dir):
+            return code
+    runs = load_all([Path(path) for path in settings.runs] or [run.output_dir for run in trained])
+    rows = [row_of(run) for run in runs]
+    record = {"runs": [{**row, "ratios": over} for row, over in zip(rows, ratios(rows), strict=True)]}
+    if trained:
+        durable.write_files(settings.output_dir, {RECORD: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()})
+    if settings.format == "json":
+        print(json.dumps(record, indent=1, ensure_ascii=False))
+    else:
+        Console(soft_wrap=True).print(side_by_side(rows))
+    return 0
+
+
+def _ways(settings: CompareSettings) -> list[str]:
+    """The ways to train: none where runs are named. Raises ConfigError where there is neither a run nor data."""
+    given = settings.data.path is not None or bool(settings.data.mix)
+    if settings.runs:
+        if given:
+            raise ConfigError("runs and data are both given: name finished runs, or give data to train each way on; keep one")
+        return []
+    if not given:
+        raise ConfigError("nothing to compare: name run directories, or give data=FILE to train each way first")
+    if not settings.ways or len(set(settings.ways)) < len(settings.ways):
+        raise ConfigError(f"ways=[{', '.join(settings.ways)}]: name every way to train once")
+    return list(settings.ways)
+
+
+def train(run: Run, folder: Path) -> int:
+    """`lorry sft` on a description written beside its directory, in a process of its own. Returns its exit code."""
+    from lorry.disk import durable
+
+    durable.make_directory(folder)
+    file = folder / f"{run.output_dir.name}.yaml"
+    durable.write_files(folder, {file.name: dump(run).encode()})
+    print(f"training {run.output_dir.name} at a learning rate of {run.train.learning_rate:g}", file=sys.stderr, flush=True)
+    return subprocess.run([sys.executable, "-c", PROGRAM, "sft", str(file)], stdout=subprocess.DEVNULL, check=False).returncode

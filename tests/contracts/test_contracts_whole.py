@@ -1,0 +1,219 @@
+"""The contracts of a run that trains the base's own weights (`lora: null`), each broken on purpose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tinyrun
+import torch
+from breaking import MODULES, Broken, Start, after, silent_attention
+from safetensors.torch import load_file, save_file
+from tinyrun import quick  # noqa: F401 - a fixture
+
+from lorry.backends.local import Local
+from lorry.backends.optim import AdapterOptimizer
+from lorry.bank.weights import weights_of
+from lorry.config import Run, build
+from lorry.errors import ConfigError, LorryError, NonFiniteError
+from lorry.models.open import Opened
+from lorry.train import session, whole
+from lorry.train.checks import NAMES
+from lorry.train.events import Record
+from lorry.train.session import Result, train_run
+
+QUERY, DOWN = (f"{module}.weight" for module in MODULES)
+
+
+@pytest.fixture
+def start(models: Callable[[str], Path], tmp_path: Path) -> Start:
+    """Five steps of two kinds of linears in ``tmp_path/run``."""
+    data = tinyrun.write_rows(tmp_path / "data.jsonl", tinyrun.rows(12))
+
+    def go(base: Path | str = "llama", listeners: Any = (), **settings: Any) -> Result:
+        model = models(base) if isinstance(base, str) else base
+        given: dict[str, Any] = {"model": {"name": str(model)}, "data": {"path": str(data)}, "output_dir": str(tmp_path / "run")}
+        own = {k: v for k, v in tinyrun.DEFAULTS.items() if k != "r"} | {"max_steps": 5, "save_steps": 2, "learning_rate": 1e-3}
+        trained = {"lora": None, "trainable": ["q_proj", "down_proj"]}
+        return train_run(build(Run, {**given, **own, **trained, **settings}, []), [], listeners)
+
+    return go
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sound_run_keeps_all_of_them(start: Start, dtype: str) -> None:
+    contracts = start(test_size=2, packing=True, dtype=dtype).contracts
+    assert [(c["id"], c["name"], c["status"]) for c in contracts] == [(n, NAMES[n], "held") for n in range(1, 9)]
+    details = [c["detail"] for c in contracts]
+    assert details[0] == "2 modules: down_proj, q_proj"
+    assert details[1].startswith("2 tensors; digest of a sample of what is frozen ")
+    assert details[2] == "2 tensors of the base moved within 3 steps; a gradient at each"
+    assert details[4] == "7088 values of the whole model and the scores of a batch equal bit for bit after reading back"
+
+
+def test_1_a_name_that_matches_nothing(start: Start, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainable names 'q_prj'.*did you mean 'q_proj'") as e:
+        start(trainable=["q_prj"])
+    assert e.value.exit_code == 2
+    assert not (tmp_path / "run").exists()
+
+
+# --- 2
+
+
+def tampered(patch: pytest.MonkeyPatch, change: Callable[[Opened], object]) -> None:
+    after(patch, session, "attach_trained", lambda name, run, opened, notes: change(opened))
+
+
+def test_2_a_frozen_weight_left_trainable(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    tampered(monkeypatch, lambda opened: opened.model.get_parameter("model.norm.weight").requires_grad_(True))
+    broken(2, r"model\.norm\.weight is trainable but no optimizer holds it")
+
+
+def test_2_a_weight_that_trains_switched_off(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    tampered(monkeypatch, lambda opened: opened.model.get_parameter(DOWN).requires_grad_(False))
+    broken(2, r"base/model\.layers\.0\.mlp\.down_proj\.weight is optimized but not trainable \(1 tensors\)")
+
+
+def test_2_a_copy_that_no_optimizer_holds(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model computes with one tensor, the optimizer updates another."""
+
+    def copy(opened: Opened) -> None:
+        param = opened.model.get_parameter(DOWN)
+        param.data = param.data.clone()
+
+    tampered(monkeypatch, copy)
+    broken(2, r"base/model\.layers\.0\.mlp\.down_proj\.weight is trainable but no optimizer holds it \(1 tensors\)")
+
+
+def test_2_a_tensor_that_would_not_be_saved(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    after(monkeypatch, Local, "state", lambda state, self: state.pop(f"weights/base/{QUERY}"))
+    broken(2, r"base/model\.layers\.0\.self_attn\.q_proj\.weight is trained but would not be saved")
+
+
+class Meddler(tinyrun.Heard):
+    """Does something to the run after step 2."""
+
+    def __init__(self, deed: Callable[[], object]) -> None:
+        super().__init__()
+        self.deed = deed
+
+    def step(self, record: Record) -> None:
+        if record["step"] == 2:
+            self.deed()
+
+
+def test_2_a_frozen_weight_that_changes(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Opened] = []
+    tampered(monkeypatch, held.append)
+
+    def nudge() -> None:
+        with torch.no_grad():
+            held[0].model.get_parameter("model.embed_tokens.weight")[3, 1] += 1e-3
+
+    broken(2, "a base weight changed during training", listeners=[Meddler(nudge)])
+
+
+# --- 3
+
+
+def test_3_a_weight_without_a_gradient(broken: Broken, models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Behind an output projection of zeros that does not train."""
+    base = silent_attention(models("llama"), tmp_path)
+    broken(3, r"no gradient reached model\.layers\.0\.self_attn\.q_proj\.weight \(1 tensors\)", base=base)
+
+
+def test_3_a_weight_that_does_not_move(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Opened] = []
+    tampered(monkeypatch, held.append)
+    began: list[torch.Tensor] = []
+
+    def hold(result: None, self: AdapterOptimizer, *args: Any) -> None:
+        weights = weights_of(held[0].model)
+        assert weights is not None
+        view = weights.split_like(weights.values)[DOWN]
+        view.copy_(began[0])
+
+    tampered(monkeypatch, lambda opened: began.append(opened.model.get_parameter(DOWN).detach().clone()))
+    after(monkeypatch, AdapterOptimizer, "step", hold)
+    broken(3, r"weights/base/model\.layers\.0\.mlp\.down_proj\.weight did not move in 3 steps \(1 tensors\)")
+
+
+# --- 5
+
+
+def damage(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = {n: t.clone() for n, t in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t[DOWN].view(-1)[0].mul_(1.01),
+            r"down_proj\.weight read back is not the tensor that was trained \(1 tensors\)",
+        ),
+        (lambda t: t.pop(DOWN), r"1 missing \(model\.layers\.0\.mlp\.down_proj\.weight\)"),
+    ],
+)
+def test_5_a_file_that_is_not_the_model(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Any, message: str, dtype: str
+) -> None:
+    """The run's directory does not become a model."""
+    after(monkeypatch, whole, "save_model", lambda result, model, folder, **options: damage(folder, change))
+    broken(5, message, dtype=dtype)
+    left = {p.name for p in (tmp_path / "run").iterdir()} - {"process.json"}  # how it ended, for `lorry runs`
+    assert left == {"checkpoints", "contracts.json", "metrics.jsonl", "run.yaml"}
+
+
+def test_5_other_logits_than_those_of_the_trained_model(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters that agree do not show what the config says."""
+
+    def other(result: None, model: Any, folder: Path, **options: Any) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+
+    after(monkeypatch, whole, "save_model", other)
+    broken(5, "the model read back gives other logits")
+
+
+# --- 7
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_7_a_gradient_that_is_not_finite(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str) -> None:
+    """Names the tensor, before any update."""
+    locals_: list[Local] = []
+    values: list[torch.Tensor] = []
+
+    def spoil(stats: Any, self: Local, batches: Any, task: Any, step: int) -> None:
+        if step == 2:
+            owner = self.owners["base"]
+            locals_.append(self)
+            values.append(owner.values.clone())
+            owner.split_like(owner.grads)[DOWN][0, 0] = float("nan")
+
+    after(monkeypatch, Local, "forward_backward", spoil)
+    with pytest.raises(
+        NonFiniteError, match=r"step 3: the gradient of .*down_proj\.weight \(a base weight\) is not finite in 1 ten"
+    ):
+        start(dtype=dtype)
+    assert torch.equal(locals_[0].owners["base"].values, values[0])
+    contracts = json.loads((tmp_path / "run" / "contracts.json").read_text())
+    assert [c["id"] for c in contracts if c["status"] == "failed"] == [7]
+
+
+def test_6_a_damaged_checkpoint_is_refused(start: Start, tmp_path: Path) -> None:
+    start()
+    state = tmp_path / "run" / "checkpoints" / "step-00000004" / "state.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(LorryError, match=r"state\.safetensors"):
+        start(resume_from_checkpoint=str(state.parent))
