@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint docs-check bench bench-setup bench-chat bench-curve bench-sweep results clean
+.PHONY: setup demo test test-extras lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q -rs
+
+# What needs packages that few people want: the lm-evaluation-harness (27 packages, 180 MB), 4-bit teachers (bitsandbytes).
+test-extras: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[lm-eval,quantized]'
+	$(BIN)/python -m pytest -q -rs tests/evaluate/test_lm_eval.py tests/train/test_teacher.py tests/data/test_catalog_facts.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -46,6 +51,11 @@ bench-curve: bench-setup
 bench-sweep: bench-setup
 	$(BIN)/python benchmarks/sft.py --lengths 512 2048 4096 --engines lorry peft peft-bf16-malloc-compile
 	$(BIN)/python benchmarks/sft.py --ranks 4 64 128 --engines lorry peft peft-bf16-malloc-compile
+
+# LoRA against full fine-tuning on three tasks, and a distillation: at most an hour on two cores.
+study-instruct: setup
+	$(BIN)/python benchmarks/instruct.py
+	$(BIN)/python benchmarks/results.py
 
 # TRL is only ever compared with, so it is not part of setup.
 bench-setup: setup
