@@ -3,7 +3,7 @@
     make results                     # or: python benchmarks/results.py
 
 A record says what it is by ``kind``: sft, chat, curve. Any other is shown as a table if it has ``title``, ``columns`` and
-``rows`` (and, if it likes, ``text``), and is left out otherwise.
+``rows`` (and, if it likes, ``text`` and a ``picture`` it has drawn), and is left out otherwise.
 """
 
 from __future__ import annotations
@@ -225,7 +225,8 @@ def curve(record: Record, picture: str | None) -> str:
 
 def other(record: Record) -> str:
     """A table somebody else's benchmark has made."""
-    return f"## {record['title']}\n\n{record.get('text', '')}\n\n{grid(record['columns'], record['rows'])}"
+    shown = f"\n![{record['title']}]({record['picture']})\n" if "picture" in record else ""
+    return f"## {record['title']}\n\n{record.get('text', '')}\n\n{grid(record['columns'], record['rows'])}{shown}"
 
 
 def main() -> None:

@@ -58,3 +58,9 @@ def test_examples_are_valid_run_descriptions() -> None:
     for path in sorted((ROOT / "examples").glob("*.yaml")):
         run = parse(Run, [str(path)], [])
         assert build(Run, run.model_dump(), []) == run
+
+
+def test_the_page_of_named_sets_is_the_catalogue() -> None:
+    from lorry.data.catalog.__main__ import table
+
+    assert (ROOT / "docs" / "sets.md").read_text().endswith(table())
