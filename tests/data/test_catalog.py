@@ -115,9 +115,17 @@ def test_a_label_in_all_its_forms() -> None:
     assert [by_label(label, options) for label in ("green", "B", 1, "1", " B ")] == [1] * 5
     assert by_label("2", ["5", "6"], ["1", "2"]) == 1
     assert by_label("1", ["0", "1"]) == 1, "text and position agree"
-    for label in ("D", 3, -1, "-1", None, True, "purple"):
+    for label in ("D", 3, -1, "-1", "--1", None, True, "purple"):
         with pytest.raises(Unusable):
             by_label(label, options)
+
+
+@pytest.mark.parametrize("label", ["BC", "AB", "--1", "E", "4", ""])
+def test_a_column_label_is_one_letter_or_number(label: str) -> None:
+    row = {"context": "c", "question": "q", **{f"answer{n}": text for n, text in enumerate("wxyz")}}
+    assert named("cosmos_qa").item({**row, "label": "B"}).right == (1,)
+    with pytest.raises(Unusable):
+        named("cosmos_qa").item({**row, "label": label})
 
 
 def test_numbers_are_bare() -> None:

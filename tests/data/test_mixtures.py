@@ -12,7 +12,7 @@ import pytest
 
 from lorry.config import DataConfig, TrainConfig
 from lorry.data.catalog import named
-from lorry.data.places import Places
+from lorry.data.places import Places, Spot
 from lorry.data.prepare import Prepared, prepare
 from lorry.errors import ConfigError, DataError
 
@@ -119,6 +119,68 @@ def test_evaluating_on_the_rows_that_are_learnt_is_refused(make: Make) -> None:
         make(eval_split="validation")
 
 
+def test_rows_of_another_set_are_rows_all_the_same(make: Make, local: dict[str, str]) -> None:
+    """A file may be named as two sets, and be what one of them learns and another is evaluated on."""
+    twice = {**local, "bool_q.validation": local["common_gen.train"]}
+    with pytest.raises(ConfigError, match=r"bool_q: the rows to evaluate on are the rows trained on .*cg.jsonl"):
+        make(local=twice, eval_split="validation")
+    with pytest.raises(ConfigError, match=r"data.eval=.*cg.jsonl: these rows are trained on"):
+        make(eval=local["common_gen.train"])
+
+
+def test_a_slice_of_a_split_overlaps_the_whole_of_it() -> None:
+    whole, head, tail = (Spot("tatsu-lab/alpaca", None, split) for split in ("train", "train[:90%]", "train[90%:]"))
+    assert whole.overlaps(tail)
+    assert tail.overlaps(whole)
+    assert not head.overlaps(tail)
+    assert not tail.overlaps(Spot("tatsu-lab/alpaca", None, "test"))
+    assert not tail.overlaps(Spot("tatsu-lab/alpaca", "other", "train"))
+
+
+def test_a_set_without_a_split_to_evaluate_on_is_left_out_of_it(make: Make, local: dict[str, str], tmp_path: Path) -> None:
+    files = {
+        "boolq_long.train": local["bool_q"], "bool_q.train": write(tmp_path / "t.jsonl", bool_q(40)[30:]),
+        "bool_q.validation": write(tmp_path / "v.jsonl", bool_q(30)[20:]),
+    }  # fmt: skip
+    made = make(mix=["boolq_long", "bool_q"], local=files, eval_split="validation")
+    assert Counter(role for batch in made.evaluation for role in batch.role) == {"bool_q": 10}
+
+
+def test_a_suite_is_its_sets_and_its_weight_is_theirs(make: Make, tmp_path: Path) -> None:
+    svamp = [{"Body": f"A cart has {n} wheels.", "Question": "How many?", "Answer": n} for n in range(1, 5)]
+    gsm8k = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1\n#### {n + 1}"} for n in range(4)]
+    files = {
+        "svamp": write(tmp_path / "s.jsonl", svamp), "gsm8k": write(tmp_path / "g.jsonl", gsm8k),
+        "bool_q": write(tmp_path / "b.jsonl", bool_q(4)),
+    }  # fmt: skip
+    assert roles(make(mix=["math", "bool_q"], local=files)) == {"svamp": 4, "gsm8k": 4, "bool_q": 4}
+    weighed = make(mix=["math", "bool_q"], local=files, weights={"math": 1, "bool_q": 2})
+    assert roles(weighed) == {"svamp": 3, "gsm8k": 3, "bool_q": 6}
+
+
+def test_the_rows_to_ask_are_test_or_validation_before_training_rows(local: dict[str, str], tmp_path: Path) -> None:
+    rows, one = local["bool_q"], named("bool_q")
+    write(tmp_path / "two" / "train.jsonl", bool_q(6))
+    write(tmp_path / "two" / "dev.jsonl", bool_q(3))
+    write(tmp_path / "lone" / "train.jsonl", bool_q(6))
+    asked = {
+        "test": {"bool_q": rows}, "validation": {"bool_q": str(tmp_path / "two")}, "train": {"bool_q": str(tmp_path / "lone")},
+    }  # fmt: skip
+    assert {split: Places(files).to_ask(one) for split, files in asked.items()} == {split: split for split in asked}
+    examples = Places({"bool_q.train": rows})  # files for worked examples alone: the hub is asked, not the examples
+    assert examples.of(one, examples.to_ask(one)).path == "google/boolq"
+    validation = Places({"bool_q.validation": rows, "bool_q.train": rows})
+    assert validation.to_ask(one) == "validation"
+
+
+def test_worked_examples_come_from_local_training_rows_before_the_hub(local: dict[str, str], tmp_path: Path) -> None:
+    mmlu, rows = named("mmlu"), local["bool_q"]
+    write(tmp_path / "only" / "a_test.jsonl", bool_q(2))
+    assert Places({}).for_shots(mmlu, "test") == "shots"
+    assert Places({"mmlu.train": rows, "mmlu.test": rows}).for_shots(mmlu, "test") == "train"
+    assert Places({"mmlu": str(tmp_path / "only")}).for_shots(mmlu, "test") == "test"
+
+
 def test_a_folder_tells_its_splits_apart(tmp_path: Path) -> None:
     write(tmp_path / "bq" / "train.jsonl", bool_q(6))
     write(tmp_path / "bq" / "dev.jsonl", bool_q(3))
@@ -134,7 +196,12 @@ def test_a_folder_tells_its_splits_apart(tmp_path: Path) -> None:
         ({"local": {"nope": "x.jsonl"}}, ConfigError, "unknown set 'nope'"),
         ({"local": {"bool_q.dev": "x.jsonl"}}, ConfigError, r"data.local.bool_q.dev: 'dev' is no split"),
         ({"local": {"bool_q": "/no/such/file.jsonl"}, "mix": ["bool_q"]}, DataError, r"bool_q \(data.local.bool_q\): /no/such"),
-        ({"weights": {"svamp": 2}}, DataError, "data.weights names 'svamp', which is not in data.mix"),
+        ({"weights": {"svamp": 2}}, ConfigError, "data.weights names 'svamp', which is not in data.mix"),
+        ({"weights": [1, 2, 3]}, ConfigError, "data.weights has 3 numbers for the 2 sets common_gen, bool_q"),
+        ({"mix": ["bool_q", "BoolQ"]}, ConfigError, "data.mix names 'bool_q' twice"),
+        ({"template": 4, "mix": ["bool_q", "paws"], "local": {"bool_q": "x", "paws": "y"}}, ConfigError,
+         "data.template=4: paws has templates 0 to 3"),
+        ({"test_size": 15}, ConfigError, "15 of 12 rows of bool_q and leaves none"),
     ],
 )  # fmt: skip
 def test_bad_input_says_which_set(make: Make, settings: dict[str, Any], kind: type[Exception], said: str) -> None:

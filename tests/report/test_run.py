@@ -100,7 +100,7 @@ def test_about_says_what_the_settings_say(tmp_path: Path) -> None:
     )
     assert about(load(tmp_path)) == {"model": "gpt2", "data": "a.jsonl, b.jsonl", "adapter": "rank 8, alpha 16, on c_attn"}
     (tmp_path / "run.yaml").write_text("model: gpt2\nlora: null\n")
-    assert about(load(tmp_path)) == {"model": "gpt2", "adapter": "none: full fine-tuning"}
+    assert about(load(tmp_path)) == {"model": "gpt2", "adapter": "none: all of the base trained"}
 
 
 def test_differences_are_differences(tmp_path: Path) -> None:

@@ -174,9 +174,9 @@ def test_the_table(tmp_path: Path, child: subprocess.Popen[bytes], width: int) -
     metrics(at_work(tmp_path / "going", child.pid), 40)
     full(tmp_path / "done", text="T")
     found = states.listed(tmp_path)
-    out = printed(standings(found, time.time()), width=width)
+    out = printed(standings(found, time.time(), width), width=width)
     assert all(len(line) <= width for line in out.splitlines())
-    if width > 80:
+    if width > 60:
         rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
         assert rows["going"].split()[1:3] == ["running", "40/200"]
         assert rows["done"].split()[1:3] == ["finished", "40"]
@@ -188,5 +188,5 @@ def test_the_table(tmp_path: Path, child: subprocess.Popen[bytes], width: int) -
 def test_hostile_text_cannot_reach_the_terminal(tmp_path: Path, hostile: str, child: subprocess.Popen[bytes]) -> None:
     run = full(tmp_path / "r", text=hostile)
     at_work(run, child.pid, **ended(1, hostile))
-    out = printed(standings(states.listed(tmp_path), time.time()), show([load(run)]), width=2000)
+    out = printed(standings(states.listed(tmp_path), time.time(), 2000), show([load(run)]), width=2000)
     assert not {"\x1b", "\x07", "\x00", "\u202e", "\ud800"} & set(out)

@@ -207,6 +207,23 @@ def test_named_sets_bring_hub_ids_and_licences(tmp_path: Path) -> None:
     assert "| `google/boolq` | CC-BY-SA-3.0 |" in of_run(tmp_path)
 
 
+def test_a_teacher_is_part_of_what_it_was_made_of() -> None:
+    """Its licence counts, and so does not knowing it; the terms of the loss, each with its factor, are no metrics."""
+    distil = {"teacher": "org/large", "teacher_adapter": "/home/me/runs/tutor", "loss": "kl", "alpha": 0.5}
+    measured = {"step": 1, "eval_loss": 3.0, "eval_nll": 1.0, "eval_distill": 2.0, "eval_perplexity": 7.389}
+    given = facts(config={**facts().config, "task": "distill", "distill": distil}, records=[measured])
+    known = {"org/rows": "mit", "org/base": "mit"}
+    text = made(given, licences=known)
+    assert "distilled from `org/large`, `tutor`." in text
+    assert "/home/me" not in text
+    assert "license" not in parsed(text)[0]
+    text = made(given, licences={**known, "org/large": "mit", "/home/me/runs/tutor": "mit"})
+    assert parsed(text)[0]["license"] == "mit"
+    assert "| `tutor` | mit |" in text
+    results = parsed(text)[0]["model-index"][0]["results"]
+    assert [m["name"] for m in results[0]["metrics"]] == ["loss", "perplexity"]
+
+
 def test_base_weights_that_were_trained() -> None:
     text = made(facts(config={**facts().config, "lora": None, "trainable": "mlp"}))
     meta = parsed(text)[0]

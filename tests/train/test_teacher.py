@@ -61,9 +61,7 @@ def material(world: Path, given: Mapping[str, Any], **settings: Any) -> Material
     opened = open_model(run.model, notes)
     attach(opened.model, LoraSpec(r=2), "default")
     make = encoder_of(run, opened, notes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorry.data.prepare.Encoder", make)
-        data = prepare(run.data, run.train, opened.tokenizer, quarantine=world / "aside.jsonl")
+    data = prepare(run.data, run.train, opened.tokenizer, quarantine=world / "aside.jsonl", make=make)
     backend, stream = (
         Local(opened.model, ["default"], OptimSettings()),
         JointStream({"default": data.stream}, {"default": 3}, 1024),
@@ -259,10 +257,36 @@ def test_a_foreign_cache_is_refused(world: Path, tmp_path: Path) -> None:
         build_distill(cached(world, tmp_path / "a"))
     build_distill(cached(world, tmp_path / "c"))
     build_distill(cached(world, tmp_path / "c", top_k=16))
-    build_distill(cached(world, tmp_path / "c", loss="uld"))
+    build_distill(cached(world, tmp_path / "c", loss="reverse_kl"))
     assert len(list((tmp_path / "c").iterdir())) == 2
     with pytest.raises(ConfigError, match="temperature=9"):
         build_distill(cached(world, tmp_path / "c", temperature=9))
+
+
+def test_a_cache_is_of_the_logits_that_count(world: Path, tmp_path: Path) -> None:
+    """A student with fewer tokens than the teacher has logits: neither their ids nor their share is of use to another one."""
+    read = list[int]()
+    for columns in (200, 320):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distill, "_columns", lambda config, opened, columns=columns: columns)
+            task, _ = build_distill(cached(world, tmp_path))
+        read.append(int(task.eval_batches()[0].extra[IDS].values.max()))
+    assert read[0] < 200 <= read[1]
+
+
+@pytest.mark.parametrize("loss", ["kl", "reverse_kl", "jsd", "uld"])
+def test_more_likeliest_tokens_than_there_are(world: Path, tmp_path: Path, loss: str) -> None:
+    """All but one, which is the rest: what the whole distribution gives; live as from a cache."""
+    teacher_of = {"teacher": str(world / "teacher"), "loss": loss}
+    expected, live, kept = (
+        loss_of(made, *build_distill(made))
+        for made in (
+            material(world, teacher_of), material(world, {**teacher_of, "top_k": 5000}),
+            material(world, {**teacher_of, "top_k": 5000, "cache": str(tmp_path)}),
+        )
+    )  # fmt: skip
+    assert live == pytest.approx(expected, rel=1e-4)
+    assert kept == pytest.approx(expected, abs=2e-3)
 
 
 def test_a_full_disk_leaves_no_cache(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +297,7 @@ def test_a_full_disk_leaves_no_cache(world: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(durable.DiskError):
         build_distill(cached(world, tmp_path))
     monkeypatch.undo()
-    assert not list(tmp_path.glob("*-k32"))
+    assert not list(tmp_path.glob("*-k32-*"))
     build_distill(cached(world, tmp_path))
     assert json.loads((folder_in(tmp_path) / "teacher.json").read_text())["sequences"] == 12
 

@@ -327,6 +327,17 @@ def test_an_earlier_run_is_kept_and_a_strangers_model_is_left_alone(data: Path, 
     assert (base / "model.safetensors").read_bytes() == before
 
 
+def test_a_model_is_not_displaced_by_the_run_that_begins_with_it(data: Path, tmp_path: Path) -> None:
+    """It could not be resumed, and an adapter's base would be the adapter's own directory."""
+    base, out = model_directory(tmp_path / "base", "llama"), tmp_path / "run"
+    finished(out, base, data)
+    for settings in ({}, {"lora": {"r": 2}}):
+        with pytest.raises(ConfigError, match="holds the model this run begins with"):
+            finished(out, out, data, **settings)
+    assert (out / "config.json").is_file()
+    assert not (out / "previous").exists()
+
+
 def test_settings_that_only_adapters_have(data: Path, tmp_path: Path) -> None:
     base = model_directory(tmp_path / "base", "llama")
     with pytest.raises(ConfigError, match="loraplus_lr_ratio is for an adapter"):

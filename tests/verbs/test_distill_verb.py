@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from verbworld import TRAIN, World, lorry, model_directory
+from verbworld import TRAIN, World, lorry, model_directory, train
 
 SHORT = ("max_steps=4", *TRAIN)
 
@@ -61,6 +61,32 @@ def test_all_weights_of_a_student_may_train(world: World, tmp_path: Path) -> Non
     more = ["lora=null" if word.startswith("r=") else word for word in argv(world, tmp_path / "run", f"teacher={world.run}")]
     assert lorry("distill", *more) == 0
     assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_the_teacher_is_not_displaced(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = train(tmp_path / "teacher", world.base, world.rows, steps=2)
+    assert lorry("distill", *argv(world, teacher, f"teacher={teacher}")) == 2
+    assert "holds the teacher" in capsys.readouterr().err
+    assert (teacher / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("more", [(), ("distill.cache={at}/cache",)], ids=["live", "cached"])
+def test_resuming_with_another_teacher_is_refused(
+    world: World, tmp_path: Path, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same path holds other weights than when the checkpoint was written."""
+    teacher = train(tmp_path / "teacher", world.base, world.rows, steps=2)
+    settings = [word for word in argv(world, tmp_path / "a", f"teacher={teacher}") if not word.startswith("save_strategy")]
+    settings += [word.format(at=tmp_path) for word in more] + ["save_steps=2"]
+    assert lorry("distill", *settings) == 0
+    known = json.loads((tmp_path / "a" / "receipt.json").read_text())["teacher"]["sha256"]
+    again = [f"output_dir={tmp_path / 'b'}" if word.startswith("output_dir") else word for word in settings]
+    again += [f"resume_from_checkpoint={tmp_path / 'a' / 'checkpoints' / 'step-00000002'}"]
+    assert lorry("distill", *again) == 0
+    train(teacher, world.base, world.rows, steps=3)
+    capsys.readouterr()
+    assert lorry("distill", *again) == 2
+    assert f"teacher {known[:12]} -> " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_options_of_one_token_share_a_pass_and_change_nothing(
 
 
 def test_worked_examples_are_earlier_turns_and_never_the_row_itself(world: World, files: list[str], tmp_path: Path) -> None:
-    found = evaluated(tmp_path, world.base, "tasks=[bool_q]", "n_shot=1", "data.max_length=400", *files)
+    found = evaluated(tmp_path, world.base, "tasks=[bool_q]", "n_shot=1", *files)
     rows = found["sets"]["bool_q"]["sides"]["base"]["rows"]
     words = {True: rows[0]["expected"], False: rows[1]["expected"]}
     plain = evaluated(tmp_path, world.base, "tasks=[bool_q]", *files)["sets"]["bool_q"]["sides"]["base"]["rows"]
@@ -106,6 +106,9 @@ def test_a_run_is_asked_beside_its_base_and_remembers_it(world: World, files: li
     entries = {entry["name"]: entry["metrics"] for entry in json.loads((run / "evaluation.json").read_text())}
     assert entries["common_gen"]["coverage"]["after"] == pytest.approx(tuned["metrics"]["coverage"]["value"])
     assert lorry("report", run) == 0
+    assert lorry("eval", run, "tasks=[bool_q]", *files, "limit=2", "n_shot=1", "task_split=train") == 0
+    names = [entry["name"] for entry in json.loads((run / "evaluation.json").read_text())]
+    assert names[-2:] == ["bool_q", "bool_q [train], 1 worked examples, the first 2 rows"], "asked otherwise, kept beside"
 
 
 def test_generated_answers_are_those_of_transformers(world: World, files: list[str], tmp_path: Path) -> None:
@@ -144,4 +147,42 @@ def test_what_is_wrong_is_said(
 ) -> None:
     bq = files[0].partition("=")[2]
     assert lorry("eval", world.base, *(word.format(bq=bq) for word in argv)) == code
+    assert said in capsys.readouterr().err
+
+
+def test_right_answers_beyond_the_context_cost_the_perplexity_only(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"instruction": f"Say {n}", "context": "", "response": "word " * (400 if n == 1 else 3)} for n in range(3)]
+    argv = (world.base, "tasks=[dolly]", "max_new_tokens=4", f"local.dolly={write_rows(tmp_path / 'd.jsonl', rows)}")
+    found = evaluated(tmp_path, *argv)["sets"]["dolly"]["sides"]["base"]
+    assert found["answers_too_long"] == 1
+    assert len(found["rows"]) == len(found["rows"][1]["references"]) + 2 == 3
+    assert "perplexity is without 1 right answers that are longer than the context" in capsys.readouterr().err
+    short = write_rows(tmp_path / "s.jsonl", [rows[0], rows[2]])
+    alone = evaluated(tmp_path, *argv[:3], f"local.dolly={short}")["sets"]["dolly"]["sides"]["base"]
+    assert found["metrics"]["perplexity"]["value"] == pytest.approx(alone["metrics"]["perplexity"]["value"])
+    only = evaluated(tmp_path, *argv[:3], f"local.dolly={write_rows(tmp_path / 'l.jsonl', rows[1:2])}")["sets"]["dolly"]["sides"]
+    assert only["base"]["metrics"]["perplexity"]["value"] is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["data={rows}", "n_shot=2"], "n_shot is for tasks=[...]"),
+        (["data={rows}", "temperature=0.7"], "temperature is for tasks=[...]"),
+        (["data={rows}", "plot=bars.png"], "plot is for tasks=[...]"),
+        (["data={rows}", "output=table.csv"], "tables in CSV are of tasks=[...]"),
+        (["tasks=[bool_q]", "data.split=test"], "data.split is for data=FILE; named sets know how they are read; task_split"),
+        (["tasks=[bool_q]", "top_p=0.9"], "top_p is for sampled answers"),
+        (["tasks=[bool_q]", "plot=bars.jpg"], "bars are drawn into a .png file"),
+        (["tasks=[bool_q]", "plot={folder}"], "is a directory; name a PNG file"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(
+    world: World, files: list[str], argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a.png"
+    folder.mkdir()
+    assert lorry("eval", world.base, *(word.format(rows=world.rows, folder=folder) for word in argv)) == 2
     assert said in capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_a_run_keeps_its_evaluations_and_the_report_shows_them(run: Path, world:
     kept = json.loads((run / "evaluation.json").read_text())
     assert kept[0] == other
     assert [entry["name"] for entry in kept[1:]] == [str(world.rows), f"{world.rows}, the first 1 rows"]
-    assert kept[1]["metrics"]["exact_match"] == {"before": 0, "after": 1}
+    assert kept[1]["metrics"]["exact_match"] == {"before": 0, "after": 1, "interval": [1, 1]}
     assert lorry("report", run) == 0
     assert "exact match" in (run / "report.html").read_text()
 
@@ -161,7 +161,7 @@ def test_another_dtype_than_in_training_is_told(run: Path, world: World, capsys:
         (["{run}", "data={rows}.nope"], 3, "no such file; did you mean 'people.jsonl'?"),
         (["./nope", "data={rows}"], 4, "no model at './nope'"),
         (["{base}", "adapter=./nope", "data={rows}"], 4, "nope holds no adapter"),
-        (["{run}"], 2, "data.path is missing"),
+        (["{run}"], 2, "say what to evaluate on: data=FILE, or tasks=[...]"),
         (["{run}", "data={rows}", "packing=true"], 2, "unknown setting 'packing'"),
         (["{run}", "data={rows}", "output={base}"], 2, "is a directory; name a JSON file"),
         (["{run}", "data={rows}", "limit=0"], 2, "limit"),

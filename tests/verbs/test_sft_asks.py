@@ -43,3 +43,44 @@ def test_rows_that_are_learnt_are_not_asked(world: World, files: tuple[str, str]
     assert lorry("sft", *argv, f"output_dir={tmp_path / 'run'}") == 2
     assert "the rows to evaluate on are the rows trained on" in capsys.readouterr().err  # type: ignore[attr-defined]
     assert not (tmp_path / "run").exists()
+
+
+def test_sets_alone_need_no_loss_and_choose_the_best_step(world: World, files: tuple[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    argv = (f"model={world.base}", "data.mix=[bool_q]", *files, "eval_tasks=[bool_q]", "eval_steps=1", "max_steps=2", *TRAIN)
+    assert lorry("sft", *argv, f"output_dir={run}") == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum("eval_bool_q_accuracy" in line for line in lines) == 2
+    assert "metric_for_best_model: eval_bool_q_accuracy" in (run / "run.yaml").read_text()
+
+
+@pytest.mark.parametrize("learnt", ["data={a}", "data.mix=[boolq_long]"])
+def test_rows_are_known_by_where_they_lie_and_not_by_name(
+    world: World, files: tuple[str, str], tmp_path: Path, learnt: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = tmp_path / "a.jsonl"
+    local = (f"data.local.bool_q={a}", f"data.local.boolq_long={a}")
+    argv = (f"model={world.base}", learnt.format(a=a), *local, "eval_tasks=[bool_q]", "max_steps=2", *TRAIN)
+    assert lorry("sft", *argv, f"output_dir={tmp_path / 'run'}") == 2
+    assert "bool_q: the rows to evaluate on are the rows trained on" in capsys.readouterr().err
+
+
+def test_rows_that_any_job_learns_are_not_asked(
+    world: World, files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    described = tmp_path / "jobs.yaml"
+    described.write_text(
+        f"jobs:\n- {{name: one, r: 2}}\n- {{name: two, r: 2, data: {{local: {{bool_q.train: {tmp_path / 'b.jsonl'}}}}}}}\n"
+    )
+    argv = (described, f"model={world.base}", "data.mix=[bool_q]", *files, "eval_tasks=[bool_q]", "max_steps=1", *TRAIN[1:])
+    assert lorry("sft", *argv, f"output_dir={tmp_path / 'run'}") == 2
+    assert "the rows to evaluate on are the rows trained on" in capsys.readouterr().err
+
+
+def test_what_is_asked_is_the_same_for_all_jobs(
+    world: World, files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    described = tmp_path / "jobs.yaml"
+    described.write_text("jobs:\n- {name: one, r: 2}\n- {name: two, r: 2, eval_tasks: [bool_q]}\n")
+    assert lorry("sft", described, f"model={world.base}", "data.mix=[bool_q]", *files, f"output_dir={tmp_path / 'run'}") == 2
+    assert "train.eval_tasks is the same for all jobs" in capsys.readouterr().err

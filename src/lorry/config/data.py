@@ -22,7 +22,7 @@ class DataConfig(Group):
     path: PathText | list[PathText] | None = setting(
         None, "file, directory or hub id, or a list of them", json_schema_extra={"shown": "required, or mix"}
     )
-    mix: list[str] = setting([], "named sets to mix instead of a path, such as [common_gen, bool_q]; `lorry eval` lists them")
+    mix: list[str] = setting([], "named sets and suites (docs/sets.md) to mix instead of a path, such as [common_gen, bool_q]")
     weights: dict[str, PositiveFloat] | list[PositiveFloat] | None = setting(
         None, "share of each named set of mix in an epoch, by name or in order; null: every row once"
     )
@@ -69,8 +69,6 @@ class DataConfig(Group):
             raise ValueError("data.weights are the shares of the named sets in data.mix, which is empty")
         if self.mix and (self.streaming or self.format != "auto" or self.text_field is not None):
             raise ValueError("data.streaming, format and text_field are for data.path; named sets know how they are read")
-        if isinstance(self.weights, list) and len(self.weights) != len(self.mix):
-            raise ValueError(f"data.weights has {len(self.weights)} numbers for the {len(self.mix)} sets of data.mix")
         return self
 
     @field_validator("test_size")

@@ -5,6 +5,7 @@ Try: lorry eval RUN tasks=[bool_q,common_gen] local.bool_q=boolq.jsonl limit=200
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -12,6 +13,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from lorry.config.base import DirPath, Group, PathText, automatic, setting
 from lorry.config.data import Format
 from lorry.config.schema import BackendConfig, ModelConfig
+
+OF_TASKS = ("local", "task_split", "n_shot", "template", "chat", "temperature", "top_p", "top_k", "seed", "plot")
+OF_FILES = ("name", "split", "format", "text_field", "max_length", "completion_only_loss")  # of data
 
 
 class EvalData(Group):
@@ -59,3 +63,24 @@ class EvalSettings(Group):
         if (self.data.path is None) == (not self.tasks):
             raise ValueError("say what to evaluate on: data=FILE, or tasks=[...] with named sets; one of the two")
         return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> EvalSettings:
+        if not self.tasks and (odd := _changed(self, OF_TASKS)):
+            raise ValueError(f"{odd} is for tasks=[...]; the rows of data={self.data.path} are asked greedily, as they stand")
+        if self.tasks and (odd := _changed(self.data, OF_FILES)):
+            hint = "; task_split says which rows are asked" if odd == "split" else ""
+            raise ValueError(f"data.{odd} is for data=FILE; named sets know how they are read{hint}")
+        if self.temperature == 0 and (odd := _changed(self, ("top_p", "top_k"))):
+            raise ValueError(f"{odd} is for sampled answers; give temperature=1 or another above 0 with it")
+        if self.output is not None and self.output.suffix == ".csv" and not self.tasks:
+            raise ValueError(f"output={self.output}: tables in CSV are of tasks=[...]; name a .json file")
+        if self.plot is not None and self.plot.suffix != ".png":
+            raise ValueError(f"plot={self.plot}: bars are drawn into a .png file")
+        return self
+
+
+def _changed(group: Group, names: Sequence[str]) -> str:
+    """The first of these settings that is not its default, or an empty string."""
+    fields = type(group).model_fields
+    return next((name for name in names if getattr(group, name) != fields[name].get_default(call_default_factory=True)), "")

@@ -32,7 +32,7 @@ SHARED = frozenset(
     f"train.{name}"
     for name in (
         *["gradient_checkpointing", "logging_steps", "save_strategy", "save_steps", "save_total_limit"],
-        *["resume_from_checkpoint", "report_to", "run_name"],
+        *["resume_from_checkpoint", "report_to", "run_name", "eval_tasks", "eval_limit", "eval_n_shot"],
     )
 ) | {"lora.adapter_name"}
 # names in a run directory that are not an adapter's

@@ -10,22 +10,43 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorry.config.data import DataConfig
-from lorry.data.catalog import named
+from lorry.data.catalog import SUITES, expand, named
 from lorry.data.encode import Encoder
 from lorry.data.formats import Found
-from lorry.data.places import Places, read_items, refuse_leak
+from lorry.data.places import ORDER, Places, Spot, read_items, refuse_leak
 from lorry.data.tokenset import TokenSet, encode_rows
-from lorry.errors import DataError
+from lorry.errors import ConfigError, DataError
+
+
+def sets_of(data: DataConfig) -> list[str]:
+    """The sets of ``data.mix``, suites spelt out. Raises ConfigError for an unknown one, or one named twice."""
+    names = [named(name).name for name in data.mix if name not in SUITES]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"data.mix names {twice[0]!r} twice, in two spellings; data.weights says how much of a set there is")
+    return expand(data.mix)
+
+
+def learnt(data: DataConfig) -> list[Spot]:
+    """Where the training rows are, of a mixture or of ``data.path``."""
+    if data.mix:
+        places = Places(data.local)
+        return [places.of(named(name), data.split) for name in sets_of(data)]
+    paths = [data.path] if isinstance(data.path, str) else data.path or []
+    return [Spot.of(path, data.name, data.split) for path in paths]
 
 
 def read_mix(data: DataConfig, encoder: Encoder, *, seed: int, quarantine: Path | None) -> list[TokenSet]:
-    """The training rows of every set in ``data.mix``. Raises ConfigError (an unknown set, the rows to evaluate on being the rows
-    to learn), DataError (a missing file, a bad row, a set without a usable row)."""
-    places = Places(data.local)
-    for name in data.mix:
-        if data.eval_split is not None:
-            refuse_leak(places, named(name), data.split, data.eval_split, "data.test_size=N instead of data.eval_split")
-    return [_read(data, name, data.split, data.n, data.template, encoder, seed, quarantine) for name in data.mix]
+    """The training rows of every set in ``data.mix``. Raises ConfigError (an unknown set or template, the rows to evaluate on
+    being rows to learn), DataError (a missing file, a bad row, a set without a usable row)."""
+    places, spots, names = Places(data.local), learnt(data), sets_of(data)
+    if data.eval is not None and any(Spot.of(data.eval, None, data.eval_split or data.split).overlaps(spot) for spot in spots):
+        raise ConfigError(f"data.eval={data.eval}: these rows are trained on; name others, or data.test_size=N to hold rows out")
+    for one in map(named, names):
+        if data.template is not None:
+            one.refuse_template(data.template, "data.template")
+        if data.eval_split is not None and (data.eval_split not in ORDER or places.has(one, data.eval_split)):
+            refuse_leak(spots, places, one, data.eval_split, "data.test_size=N instead of data.eval_split")
+    return [_read(data, name, data.split, data.n, data.template, encoder, seed, quarantine) for name in names]
 
 
 def read_held(data: DataConfig, encoder: Encoder, *, seed: int, quarantine: Path | None) -> list[TokenSet]:
@@ -33,9 +54,9 @@ def read_held(data: DataConfig, encoder: Encoder, *, seed: int, quarantine: Path
     split, places = data.eval_split, Places(data.local)
     if split is None:
         return []
-    asked = [name for name in data.mix if places.has(named(name), split)]
+    asked = [name for name in sets_of(data) if places.has(named(name), split)]
     if not asked:
-        raise DataError(f"data.eval_split={split}: none of {', '.join(data.mix)} has such a split")
+        raise DataError(f"data.eval_split={split}: none of {', '.join(sets_of(data))} has such a split")
     return [_read(data, name, split, data.eval_n, data.template or 0, encoder, seed, quarantine) for name in asked]
 
 
@@ -64,11 +85,16 @@ def _read(
 
 
 def shares_of(data: DataConfig) -> tuple[float, ...] | None:
-    """The shares in the order of the mix. Raises DataError for a weight of a set that is not in it."""
+    """The shares in the order of the mix; of a suite each of its sets has the suite's. Raises ConfigError for weights that do not
+    fit the sets."""
+    names = sets_of(data)
+    if data.weights is None:
+        return None
     if not isinstance(data.weights, dict):
-        return None if data.weights is None else tuple(data.weights)
-    given = {named(key).name: share for key, share in data.weights.items()}
-    names = [named(name).name for name in data.mix]
+        if len(data.weights) != len(names):
+            raise ConfigError(f"data.weights has {len(data.weights)} numbers for the {len(names)} sets {', '.join(names)}")
+        return tuple(data.weights)
+    given = {name: share for key, share in data.weights.items() for name in expand(key)}
     if odd := [name for name in given if name not in names]:
-        raise DataError(f"data.weights names {odd[0]!r}, which is not in data.mix ({', '.join(names)})")
+        raise ConfigError(f"data.weights names {odd[0]!r}, which is not in data.mix ({', '.join(names)})")
     return tuple(given.get(name, 1.0) for name in names)

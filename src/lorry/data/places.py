@@ -7,7 +7,7 @@ list(read_items(named("bool_q"), place.open(...)))  # Items with where they stan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,20 @@ class Spot:
     config: str | None
     split: str
 
+    @classmethod
+    def of(cls, path: str, config: str | None, split: str) -> Spot:
+        """Of a file, a folder or a hub data set."""
+        place = Path(path).expanduser()
+        if not place.exists():
+            return cls(path, config, split)
+        return cls(str(place.resolve()), None, split if place.is_dir() and splits_apart(place) else "")
+
+    def overlaps(self, other: Spot) -> bool:
+        """Whether some rows are in both: the same split, or one of them a slice (``train[90%:]``) of the other."""
+        whole, its = self.split.partition("[")[0], other.split.partition("[")[0]
+        same = self.split == other.split or (whole == its and (whole == self.split or its == other.split))
+        return same and (self.path, self.config) == (other.path, other.config)
+
 
 @dataclass(frozen=True)
 class Places:
@@ -48,20 +62,28 @@ class Places:
     def of(self, one: NamedSet, split: str) -> Spot:
         """The spot of a split. Raises ConfigError where the set has no such split."""
         path = self._local(one, split)
-        if path is None:
-            return Spot(one.hub or "", one.config, one.split(split))
-        folder = Path(path).expanduser()
-        return Spot(str(folder.resolve()), None, split if folder.is_dir() and splits_apart(folder) else "")
+        return Spot(one.hub or "", one.config, one.split(split)) if path is None else Spot.of(path, None, split)
 
     def has(self, one: NamedSet, split: str) -> bool:
         """Whether the set has rows of a split, local or on the hub."""
-        return self._local(one, split) is not None or (one.hub is not None and split in (one.splits or {}))
+        path = self._local(one, split)
+        if path is None:
+            return one.hub is not None and split in (one.splits or {})
+        folder = Path(path).expanduser()
+        return not (folder.is_dir() and splits_apart(folder)) or _holds(folder, split)
 
     def to_ask(self, one: NamedSet) -> str:
-        """The split an evaluation asks unless told otherwise: test or else validation; local files before the hub."""
-        mine = {key.partition(".")[2] for key in self.local if named(key.partition(".")[0]).name == one.name}
-        within = [split for split in ORDER[::-1] if split in mine] if mine - {""} else ORDER[::-1]
-        return next((split for split in within if self.has(one, split)), "test")
+        """The split an evaluation asks unless told otherwise: test or else validation, local files before the hub; training rows
+        only where there are no others."""
+        there = [split for split in ("test", "validation") if self.has(one, split)]
+        there.sort(key=lambda split: self._local(one, split) is None)
+        return next(iter(there), "train" if self.has(one, "train") else "test")
+
+    def for_shots(self, one: NamedSet, asked: str) -> str:
+        """The split that worked examples come from: the set's own for them, or its training rows; those ``asked`` where there
+        are neither. Local training rows go before the hub."""
+        order = ("train", "shots") if self._local(one, "train") is not None else ("shots", "train")
+        return next((split for split in order if self.has(one, split)), asked)
 
     def open(self, one: NamedSet, split: str, *, limit: int | None = None, on_bad_row: OnBadRow = "error",
              quarantine: Path | None = None) -> Source:  # fmt: skip
@@ -81,6 +103,15 @@ class Places:
     def _local(self, one: NamedSet, split: str) -> str | None:
         mine = {key.partition(".")[2]: path for key, path in self.local.items() if named(key.partition(".")[0]).name == one.name}
         return mine.get(split, mine.get(""))
+
+
+def _holds(folder: Path, split: str) -> bool:
+    """Whether a folder that tells splits apart has files of this one; of a saved data set that is seen when it is read."""
+    try:
+        open_source(folder, split=split)
+    except DataError:
+        return False
+    return True
 
 
 def _blaming(part: Callable[[], Rows], name: str, hint: str) -> Callable[[], Rows]:
@@ -118,11 +149,11 @@ def read_items(one: NamedSet, source: Source, *, template: int | None = 0, seed:
             yield Asked(item, number, row.where, Found(conversation(item), number, f"{one.name} {row.where}", row.values))
 
 
-def refuse_leak(places: Places, one: NamedSet, learnt: str, asked: str, instead: str) -> None:
-    """Raises ConfigError when the rows to evaluate on are those trained on. ``instead``: what would do, for the message."""
-    spot = places.of(one, learnt)
-    if spot == places.of(one, asked):
+def refuse_leak(learnt: Iterable[Spot], places: Places, one: NamedSet, asked: str, instead: str) -> None:
+    """Raises ConfigError when rows to evaluate on are among those trained on. ``instead``: what would do, for the message."""
+    spot = places.of(one, asked)
+    if any(spot.overlaps(other) for other in learnt):
         raise ConfigError(
             f"{one.name}: the rows to evaluate on are the rows trained on ({spot.path}); "
-            f"give {places.field}.{one.name}.{learnt}=FILE and {places.field}.{one.name}.{asked}=FILE, or {instead}"
+            f"give {places.field}.{one.name}.{asked}=FILE with other rows, or {instead}"
         )

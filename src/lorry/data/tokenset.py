@@ -159,7 +159,8 @@ class TokenSet:
         rows = list(dict.fromkeys(self.where))
         count = max(1, round(size * len(rows))) if size < 1 else int(size)
         if count >= len(rows):
-            raise ConfigError(f"test_size={size} holds out {count} of {len(rows)} rows and leaves none to train on")
+            name = f" of {self.role}" if self.role else ""
+            raise ConfigError(f"test_size={size} holds out {count} of {len(rows)} rows{name} and leaves none to train on")
         drawn = {rows[at] for at in epoch_order(len(rows), seed, 0, name="held out")[:count]}
         aside = np.array([place in drawn for place in self.where])
         return self.select(np.flatnonzero(~aside)), self.select(np.flatnonzero(aside))

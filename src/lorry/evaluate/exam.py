@@ -14,7 +14,7 @@ from lorry.data.catalog import Item, NamedSet, conversation, named
 from lorry.data.content import Conversation
 from lorry.data.pack import epoch_order
 from lorry.data.places import Asked, Places, read_items
-from lorry.errors import ConfigError, DataError
+from lorry.errors import DataError
 
 POOL = 1000  # rows of the training split that worked examples are drawn from
 
@@ -59,8 +59,7 @@ def read_exam(
     Raises ConfigError (an unknown set, split or template), DataError (a missing file, a bad or no row, too few examples).
     """
     one = named(name)
-    if template >= len(one.templates):
-        raise ConfigError(f"template={template}: {one.name} has templates 0 to {len(one.templates) - 1}")
+    one.refuse_template(template, "template")
     chosen = places.to_ask(one) if split == "auto" else split
     source = places.open(one, chosen, limit=limit, on_bad_row=on_bad_row)
     asked = list(read_items(one, source, template=template))
@@ -76,7 +75,7 @@ def _with_shots(
     exam: Exam, places: Places, asked: Sequence[Asked], n_shot: int, template: int, seed: int, on_bad_row: OnBadRow
 ) -> Exam:
     one = exam.one
-    shots_from = next((s for s in ("shots", "train") if places.has(one, s)), exam.split)
+    shots_from = places.for_shots(one, exam.split)
     same = places.of(one, shots_from) == places.of(one, exam.split)
     pool = list(read_items(one, places.open(one, shots_from, limit=POOL, on_bad_row=on_bad_row), template=template))
     numbers = [a.number for a in pool]

@@ -20,7 +20,7 @@ from lorry.bank.mix import Mix
 from lorry.data.badrows import BadRow
 from lorry.data.batch import BASE, Example, Extra, collate
 from lorry.data.content import Conversation
-from lorry.data.encode import Encoder
+from lorry.data.encode import TOO_LONG, Encoder
 from lorry.errors import DataError, ModelError
 from lorry.models.score import Score, log_prob
 from lorry.models.vocab import Rows, Softmax, Statistic
@@ -83,6 +83,12 @@ def _answer(encoder: Encoder, conversation: Conversation, ends: frozenset[int]) 
     while stop - 1 > start and tokens[stop - 1] in ends:
         stop -= 1
     return Laid(tokens[:stop], start, made[-1].cut)
+
+
+def fits(encoder: Encoder, conversation: Conversation) -> bool:
+    """Whether the last answer, with its header, is no longer than the encoder's max_length."""
+    made = encoder.encode(conversation)
+    return not (isinstance(made, BadRow) and made.kind == TOO_LONG)
 
 
 def prompt_of(encoder: Encoder, conversation: Conversation, room: int | None) -> tuple[list[int], int]:

@@ -23,7 +23,7 @@ from lorry.evaluate.bootstrap import Measured, corpus_interval
 from lorry.evaluate.calibration import measure_options
 from lorry.evaluate.exam import Exam, Question
 from lorry.evaluate.metrics import check, measure
-from lorry.evaluate.rank import Likelihood, likelihoods, prompt_of
+from lorry.evaluate.rank import Likelihood, fits, likelihoods, prompt_of
 from lorry.models.answer import said
 
 BLANK = "\n\n"  # between worked examples in plain text: what follows it is the model asking itself the next question
@@ -32,12 +32,14 @@ BLANK = "\n\n"  # between worked examples in plain text: what follows it is the 
 @dataclass(frozen=True)
 class Taken:
     """One model's result on one set. ``rows``: per question where it stands, what was asked, what is right, what was said or
-    chosen, and its value in every metric that has one; ``shortened``: prompts cut to the model's context."""
+    chosen, and its value in every metric that has one; ``shortened``: prompts cut to the model's context; ``too_long``: right
+    answers that it cannot hold, which the perplexity is without."""
 
     name: str
     metrics: dict[str, Measured]
     rows: list[dict[str, Any]] = field(repr=False)
     shortened: int = 0
+    too_long: int = 0
 
 
 def take(
@@ -91,12 +93,14 @@ def _generated(
     texts = said(model, encoder, [ids for ids, _ in prompts], adapters=mix, seed=seed, **options)
     answers = [_stripped(text, question, encoder) for text, question in zip(texts, questions, strict=True)]
     metrics = measure(exam.one.metrics, answers, references, concepts=concepts, seed=seed)
-    forced = likelihoods(scorer, encoder, [[q.conversation()] for q in questions], mix, closed=True)
+    right = [one for one in (question.conversation() for question in questions) if fits(encoder, one)]
+    forced = likelihoods(scorer, encoder, [[one] for one in right], mix, closed=True)
     metrics["perplexity"] = perplexity_of([row[0] for row in forced], seed)
     rows = [
         {**_shown(q), "references": refs, "answer": text} for q, refs, text in zip(questions, references, answers, strict=True)
     ]
-    return Taken(exam.one.name, metrics, _with_values(rows, metrics), sum(cut > 0 for _, cut in prompts))
+    cut, over = sum(count > 0 for _, count in prompts), len(questions) - len(right)
+    return Taken(exam.one.name, metrics, _with_values(rows, metrics), cut, over)
 
 
 def _stripped(text: str, question: Question, encoder: Encoder) -> str:
@@ -105,9 +109,11 @@ def _stripped(text: str, question: Question, encoder: Encoder) -> str:
 
 
 def perplexity_of(found: Sequence[Likelihood], seed: int = 0) -> Measured:
-    """exp of the mean negative log-likelihood per token of all answers together, resampled by rows."""
+    """exp of the mean negative log-likelihood per token of all answers together, resampled by rows; NaN of none."""
     import numpy
 
+    if not found:
+        return Measured(math.nan, (math.nan, math.nan))
     table = numpy.array([[-one.total, one.tokens] for one in found])
     value = float(numpy.exp(table[:, 0].sum() / table[:, 1].sum()))
     if not math.isfinite(value):

@@ -109,11 +109,12 @@ def about(run: Run) -> dict[str, str]:
     if several:
         adapter = f"{len(several)} in one pass: {', '.join(several)}"
     if "lora" in run.config and run.config["lora"] is None:
-        adapter = "none: full fine-tuning"
+        trained = config.get("trainable") or "all"
+        adapter = f"none: {trained if isinstance(trained, str) else ', '.join(trained)} of the base trained"
     said = {
         "task": config.get("task"),
         "model": config.get("model.name", config.get("model")),
-        "data": config.get("data.path", config.get("data")),
+        "data": config.get("data.path") or config.get("data.mix") or config.get("data"),
     }
     return {name: _plain(value) for name, value in {**said, "adapter": adapter}.items() if value not in (None, "")}
 

@@ -86,10 +86,21 @@ def changes(runs: Sequence[Run]) -> Iterator[Table]:
         yield table
 
 
-def standings(found: Sequence[states.State], now: float) -> Table:
-    """Where each run stands, a run per row. ``now``: seconds since 1970, from which the age of the last line is counted."""
+GAP = 3  # between columns
+LEAST_WANTED = ("what", "written", "best", "tokens/s")  # columns that a narrow terminal does without, in this order
+
+
+def standings(found: Sequence[states.State], now: float, width: int) -> Table:
+    """Where each run stands, a run per row. ``now``: seconds since 1970, from which the age of the last line is counted;
+    ``width``: of the terminal, in which whole columns go rather than the ends of words."""
     rows = [_standing(state, now) for state in found]
     columns = [name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)]
+    taken = {name: max(len(name), *(len(row.get(name, "")) for row in rows)) + GAP for name in columns}
+    taken["what"] = 10 + GAP  # it may wrap
+    named = sum(max(len(text) for text in texts) + GAP for texts in zip(*((s.name, s.state) for s in found), strict=True))
+    for name in LEAST_WANTED:
+        if name in columns and named + sum(taken[one] for one in columns) > width:
+            columns.remove(name)
     table = _table("Runs", "run", "state", *columns)
     for column in table.columns[:-1]:
         column.no_wrap = True  # what is left of the width goes to the last

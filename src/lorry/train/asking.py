@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from lorry.bank.attach import bank_of
 from lorry.bank.mix import Mix
-from lorry.config import Run
-from lorry.data.catalog import expand, named
+from lorry.config import Run, jobs_of
+from lorry.data.catalog import expand
 from lorry.data.encode import Encoder
+from lorry.data.mixtures import learnt
 from lorry.data.places import Places, refuse_leak
 from lorry.evaluate.exam import Exam, read_exam
 from lorry.evaluate.sets import take
@@ -18,19 +18,29 @@ from lorry.models.open import Opened
 
 def read_exams(run: Run) -> list[Exam]:
     """The questions of `train.eval_tasks`, read before the model is loaded. Raises ConfigError, also where rows to ask are rows
-    to learn, and DataError."""
+    that a job learns, whatever the set is called, and DataError."""
+    if not run.train.eval_tasks:
+        return []
     places, exams = Places(run.data.local), list[Exam]()
-    learnt = [named(name).name for name in run.data.mix]
+    spots = [spot for one in jobs_of(run).values() for spot in learnt(one.data)]
     for name in expand(run.train.eval_tasks):
-        one = named(name)
         exam = read_exam(
             name, places, limit=run.train.eval_limit, n_shot=run.train.eval_n_shot, seed=run.train.seed,
             on_bad_row="error" if run.data.on_bad_row == "error" else "skip",
         )  # fmt: skip
-        if one.name in learnt:
-            refuse_leak(places, one, run.data.split, exam.split, "leave it out of train.eval_tasks")
+        refuse_leak(spots, places, exam.one, exam.split, "leave it out of train.eval_tasks")
         exams.append(exam)
     return exams
+
+
+def judged(run: Run, exams: list[Exam], notes: list[str]) -> Run:
+    """Where sets are all that is evaluated and nothing else is said, the best step is that of the first set's main metric."""
+    if not exams or run.data.evaluates or run.train.metric_for_best_model != "eval_loss":
+        return run
+    metric = f"eval_{exams[0].one.name}_{exams[0].one.metrics[0]}"
+    notes.append(f"no rows are held out for a loss, so the best step is that of the highest {metric}")
+    best = {"metric_for_best_model": metric, "greater_is_better": True}
+    return run.model_copy(update={"train": run.train.model_copy(update=best)})
 
 
 class Asking:
@@ -46,6 +56,5 @@ class Asking:
         found = dict[str, float]()
         for exam in self.exams:
             taken = take(self.opened.model, self.encoder, exam, mix, batch_rows=self.run.train.per_device_eval_batch_size)
-            values = {metric: one.value for metric, one in taken.metrics.items() if math.isfinite(one.value)}
-            found |= {f"eval_{exam.one.name}_{metric}": value for metric, value in values.items()}
+            found |= {f"eval_{exam.one.name}_{metric}": one.value for metric, one in taken.metrics.items()}
         return found

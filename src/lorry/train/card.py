@@ -30,6 +30,7 @@ from lorry.train.frontmatter import (
     sets,
     shown,
     sources,
+    teachers,
     without,
 )  # fmt: skip
 from lorry.train.markdown import NOTHING, clean, code, fence, plain, table
@@ -106,7 +107,8 @@ def _lead(facts: Facts) -> str:
     else:
         what = f"{count} LoRA adapters, trained in one pass with Lorry, each in a folder of its name, for {base}"
     whence = ", ".join(code(shown(s)) for s in [*sources(facts), *sets(facts)])
-    return f"{what}{f' on {whence}' if whence else ''}."
+    taught = ", ".join(code(shown(t)) for t in teachers(facts))
+    return f"{what}{f' on {whence}' if whence else ''}{f', distilled from {taught}' if taught else ''}."
 
 
 def _base(facts: Facts) -> str:
@@ -215,6 +217,6 @@ def _contracts(facts: Facts, hide: list[str]) -> str:
 
 
 def _licence_table(facts: Facts, licences: Names) -> str:
-    names = list(dict.fromkeys([*sources(facts), *sets(facts), base_name(facts)]))
+    names = list(dict.fromkeys([*sources(facts), *sets(facts), *teachers(facts), base_name(facts)]))
     known = [[code(shown(name)), plain(licences[name])] for name in names if name in licences]
     return table(["made from", "under"], known)

@@ -63,11 +63,16 @@ def build_distill(given: Material) -> tuple[Distill, Mapping[str, Scorer]]:
     run: DistillRun = given.run
     (adapter, (_, prepared)), aim = next(iter(given.jobs.items())), aim_of(run.distill)
     place = _place(run, given.opened, given.notes)
+    if run.output_dir.resolve() in {p.resolve() for p in (place.place.directory, place.adapter) if p is not None}:
+        raise ConfigError(f"{run.output_dir} holds the teacher, which this run would displace; give another output_dir")
+    dtype = str(given.opened.source["dtype"]) if place.shared else run.distill.teacher_dtype
+    given.digests["teacher"] = place.digest(run.distill, dtype)
     models: dict[str, Scorer] = {}
     if run.distill.cache is None:
         scorer = models["teacher"] = open_teacher(place, run.distill, given.opened, given.notes)
-        reader, columns = _reader(prepared, scorer), _columns(run.distill, given.opened, scorer)
-        teacher: Teacher = Live(aim, scorer.head(aim.temperature, columns), reader, run.distill.top_k)
+        reader, columns = _reader(prepared, scorer), _columns(run.distill, given.opened)
+        _enough(run.distill, scorer, columns)
+        teacher: Teacher = Live(aim, scorer.head(aim.temperature, columns), reader, _likeliest(run.distill, scorer, columns))
         _say_missing(given, prepared, lambda tokens, weights: reader.view(tokens, weights) is not None)
     else:
         teacher = cached = _cached(given, prepared, place, aim)
@@ -85,18 +90,26 @@ def _reader(prepared: Prepared, scorer: Frozen) -> Reader:
     return Reader(views, scorer.model.context, scorer.mix)
 
 
-def _columns(config: DistillConfig, opened: Opened, teacher: Frozen) -> int | None:
+def _columns(config: DistillConfig, opened: Opened) -> int | None:
     """How many of the teacher's logits count: those of the student's tokens, where tokens are compared by id (an embedding may be
-    longer than its tokenizer). Raises ConfigError when it has fewer."""
+    longer than its tokenizer); None: all of them."""
     if config.loss == "uld":
         return None
-    ours = opened.model.geometry.vocab if isinstance(opened.model, Decoder) else opened.model.vocabulary
-    if teacher.vocabulary < ours and config.top_k is None:
+    return opened.model.geometry.vocab if isinstance(opened.model, Decoder) else opened.model.vocabulary
+
+
+def _enough(config: DistillConfig, teacher: Frozen, columns: int | None) -> None:
+    """Raises ConfigError when the teacher has fewer logits than are compared with all of it."""
+    if columns is not None and teacher.vocabulary < columns and config.top_k is None:
         raise ConfigError(
-            f"the teacher has {teacher.vocabulary} logits and the student {ours}, though their tokenizers are equal; give "
+            f"the teacher has {teacher.vocabulary} logits and the student {columns}, though their tokenizers are equal; give "
             "distill.top_k=64, which compares the teacher's likeliest tokens"
         )
-    return ours
+
+
+def _likeliest(config: DistillConfig, teacher: Frozen, columns: int | None) -> int | None:
+    """How many of the teacher's likeliest tokens are kept: never all of them, as in a cache, since the others count as one."""
+    return None if config.top_k is None else min(config.top_k, min(teacher.vocabulary, columns or teacher.vocabulary) - 1)
 
 
 def _cached(given: Material, prepared: Prepared, place: TeacherPlace, aim: Aim) -> teacher_cache.Cached:
@@ -104,14 +117,13 @@ def _cached(given: Material, prepared: Prepared, place: TeacherPlace, aim: Aim) 
     run: DistillRun = given.run
     assert run.distill.cache is not None
     assert run.distill.top_k is not None
-    dtype = str(given.opened.source["dtype"]) if place.shared else run.distill.teacher_dtype
-    digest = place.digest(run.distill, dtype)
-    facts = teacher_cache.facts_of(_sequences(given, prepared), digest, run.distill.top_k)
+    columns = _columns(run.distill, given.opened)
+    facts = teacher_cache.facts_of(_sequences(given, prepared), given.digests["teacher"], run.distill.top_k, columns)
     folder = teacher_cache.folder_of(Path(run.distill.cache), facts)
     if not folder.exists():
         scorer = open_teacher(place, run.distill, given.opened, given.notes)
-        reader, columns = _reader(prepared, scorer), _columns(run.distill, given.opened, scorer)
-        teacher_cache.write(folder, _sequences(given, prepared), reader, scorer, scorer.head(1.0, columns), facts)
+        head = scorer.head(1.0, columns)
+        teacher_cache.write(folder, _sequences(given, prepared), _reader(prepared, scorer), scorer, head, facts)
     cached = teacher_cache.Cached(folder, facts, aim)
     given.notes.append(
         f"the teacher is read from {folder}: {cached.facts['tokens']} tokens, {cached.facts['bytes'] / 2**20:.1f} MiB"

@@ -19,6 +19,8 @@ from lorry.errors import DataError
 from lorry.train.jobs import Standing
 
 HELD_OUT = "held-out rows, at the end of training"
+# terms of a loss of several are logged with their factors: neither is what it is called elsewhere
+NO_METRICS = frozenset(["step", "eval_nll", "eval_distill"])
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def results(facts: Facts) -> dict[str, dict[str, Value]]:
         lines, best = _evaluations(facts, name), _best(facts, name)
         chosen = [values for step, values in lines if best in (None, step)]
         if chosen:
-            values = {k.removeprefix("eval_"): Value(None, v) for k, v in chosen[-1].items() if _number(v) and k != "step"}
+            measured = {k: v for k, v in chosen[-1].items() if _number(v) and k not in NO_METRICS}
+            values = {k.removeprefix("eval_"): Value(None, v) for k, v in measured.items()}
             found[HELD_OUT if name is None else f"{name}: {HELD_OUT}"] = values
     for entry in facts.evaluation:
         metrics = entry.get("metrics")

@@ -105,9 +105,13 @@ def sampled(backend: Scorer, prepared: Mapping[str, Prepared], context: int | No
 
 
 def receipt(
-    run_dir: Path, opened: Opened, jobs: Mapping[str, tuple[Run, Prepared]], digests: Mapping[str, str]
+    run_dir: Path,
+    opened: Opened,
+    jobs: Mapping[str, tuple[Run, Prepared]],
+    digests: Mapping[str, str],
+    teacher: str | None = None,
 ) -> dict[str, Any]:
-    """receipt.json: of one job plain values, of several a map for data and for seed."""
+    """receipt.json: of one job plain values, of several a map for data and for seed. ``teacher``: its digest, if any."""
     data = {name: _data(prepared) for name, (_, prepared) in jobs.items()}
     seeds = {name: run.train.seed for name, (run, _) in jobs.items()}
     weights, one = weights_of(opened.model), len(jobs) == 1
@@ -117,7 +121,7 @@ def receipt(
         trained = sum(bank_of(opened.model)[name].values.numel() for name in jobs)
     else:
         files, trained = [run_dir / file for file in digests], weights.count()
-    return artifacts.receipt(
+    known = artifacts.receipt(
         data=next(iter(data.values())) if one else data,
         base=base,
         code=checkpoint.code_digest(),
@@ -129,6 +133,7 @@ def receipt(
             "saved_bytes": sum(file.stat().st_size for file in files),
         },
     )
+    return known if teacher is None else {**known, "teacher": {"sha256": teacher}}
 
 
 def _data(prepared: Prepared) -> dict[str, Any]:

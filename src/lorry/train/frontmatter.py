@@ -69,7 +69,7 @@ def base_id(facts: Facts) -> str | None:
 
 def _licence(facts: Facts, licences: Names) -> str | None:
     """The one licence of everything the run was made of, if all of it is known and the hub knows the name."""
-    found = {licences.get(name, "").lower() for name in [*sources(facts), *sets(facts), base_name(facts)]}
+    found = {licences.get(name, "").lower() for name in [*sources(facts), *sets(facts), *teachers(facts), base_name(facts)]}
     return next(iter(found)) if len(found) == 1 and found <= LICENCES else None
 
 
@@ -114,6 +114,12 @@ def on_hub(source: str) -> bool:
 def base_name(facts: Facts) -> str:
     """The base as it may be shown: a hub id, an embedded name, or the last part of a path."""
     return shown((facts.config.get("model") or {}).get("name") or (facts.receipt.get("base") or {}).get("name") or NOTHING)
+
+
+def teachers(facts: Facts) -> list[str]:
+    """Who was distilled from: a model, an adapter of one, or both."""
+    distil = facts.config.get("distill") or {}
+    return list(dict.fromkeys(str(distil[key]) for key in ("teacher", "teacher_adapter") if distil.get(key)))
 
 
 def shown(place: object) -> str:

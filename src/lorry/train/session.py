@@ -29,7 +29,7 @@ from lorry.models.decoder import Decoder
 from lorry.models.hf import HfModel, unreached
 from lorry.models.open import Opened, open_model
 from lorry.train import artifacts, checkpoint, finish
-from lorry.train.asking import Asking, read_exams
+from lorry.train.asking import Asking, judged, read_exams
 from lorry.train.auto import settled
 from lorry.train.card import of_run
 from lorry.train.checks import Checks
@@ -76,6 +76,8 @@ def train_run(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) ->
 def _run(run: Run, notes: list[str], listeners: Sequence[Listener], process: Running) -> Result:
     """Everything up to the first step, then the steps."""
     run = settled(run, notes)
+    exams = read_exams(run)  # before the model, which takes longer
+    run = judged(run, exams, notes)
     alone = jobs_of(run)
     listeners = [*listeners, *trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))]
     start = where_to_start(run)
@@ -83,7 +85,6 @@ def _run(run: Run, notes: list[str], listeners: Sequence[Listener], process: Run
     if run.backend.threads:
         torch.set_num_threads(run.backend.threads)
     torch.manual_seed(run.train.seed)
-    exams = read_exams(run)  # before the model, which takes longer
     opened = open_model(run.model, notes)
     if opened.tokenizer is None:
         raise ConfigError(f"{run.model.name} has no tokenizer files; put tokenizer.json beside the weights")
@@ -92,6 +93,8 @@ def _run(run: Run, notes: list[str], listeners: Sequence[Listener], process: Run
             f"{run.model.name} already has an adapter, and several jobs begin with new ones; name its base, or merge it"
         )
     attached = {attach_adapter(one, opened, notes): one for one in alone.values()}
+    if Path(opened.source["path"]).resolve() == run.output_dir.resolve():
+        raise ConfigError(f"{run.output_dir} holds the model this run begins with and would displace; give another output_dir")
     jobs = prepare_jobs(run, attached, opened.tokenizer, encoder_of(run, opened, notes))
     _tell(listeners, [*dict.fromkeys(notes), *_said(jobs)])
     told = len(notes)
@@ -124,7 +127,8 @@ def _train(run: Run, opened: Opened, jobs: Jobs, engine: Engine) -> Result:
         artifacts.write_json(run.output_dir, "contracts.json", checks.report())
     contracts = checks.report()
     artifacts.write_json(run.output_dir, LOSSES, losses(run.output_dir))
-    artifacts.write_json(run.output_dir, RECEIPT, finish.receipt(run.output_dir, opened, jobs, digests))
+    receipt = finish.receipt(run.output_dir, opened, jobs, digests, engine.identity["digests"].get("teacher"))
+    artifacts.write_json(run.output_dir, RECEIPT, receipt)
     artifacts.write_text(run.output_dir, "README.md", of_run(run.output_dir))
     return Result(run.output_dir, outcome, contracts, opened.model, opened.tokenizer, list(jobs))
 
@@ -198,13 +202,14 @@ def build_engine(
     room = run.joint_tokens or ROOM.get(backend.device.type, max(ROOM.values()))
     stream = JointStream({name: data.stream for name, (_, data) in jobs.items()}, seeds, room)
     held = [owned(batch, k, seeds[n]) for k, (n, (_, data)) in enumerate(jobs.items()) for batch in data.evaluation]
-    task, models = TASKS[run.task](Material(run, opened, jobs, stream, held, max(way.total for way in ways), backend, notes))
+    given = Material(run, opened, jobs, stream, held, max(way.total for way in ways), backend, notes)
+    task, models = TASKS[run.task](given)
     digests = {name: data.digest for name, (_, data) in jobs.items()}
     identity = {
         "config": json.loads(run.model_dump_json()),
         "digests": {
             "data": digests if len(jobs) > 1 else next(iter(digests.values())),
-            "base": base_digest(opened.model), "code": checkpoint.code_digest(),
+            "base": base_digest(opened.model), **given.digests, "code": checkpoint.code_digest(),
         },
         "environment": checkpoint.environment(device=str(backend.device), kernels=status().line()),
     }  # fmt: skip

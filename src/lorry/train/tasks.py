@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorry.backends.base import Scorer, Task
@@ -21,7 +21,8 @@ Jobs = Mapping[str, tuple[Any, Prepared]]  # by adapter: the run it would be alo
 @dataclass(frozen=True)
 class Material:
     """What a task is made from: the run, the opened model, its jobs, their rows as one stream, the held-out batches, the steps of
-    the longest job, and the backend (for scores before training)."""
+    the longest job, and the backend (for scores before training). The builder adds to ``notes``, and to ``digests`` what else the
+    result hangs on."""
 
     run: Any
     opened: Opened
@@ -31,6 +32,7 @@ class Material:
     total: int
     backend: Local
     notes: list[str]
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 Built = tuple[Task, Mapping[str, Scorer]]  # the task, and the frozen models it scores with besides its own

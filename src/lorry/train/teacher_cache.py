@@ -1,8 +1,8 @@
 """What a teacher said of every supervised token, on disk: written in one pass before training, read ever after without it.
 
-    DIR/DATA-TEACHER-kK/    teacher.safetensors   names, edges of the sequences; place, ids, logp, rest of their tokens
-                            teacher.json          which data, which teacher, how many tokens
-                            manifest.json         SHA-256 of both
+    DIR/DATA-TEACHER-kK-vV/     teacher.safetensors   names, edges of the sequences; place, ids, logp, rest of their tokens
+                                teacher.json          which data, which teacher, how many of its logits, how many tokens
+                                manifest.json         SHA-256 of both
 
 A sequence is found by its content (`data.aligned.name_of`), so epochs, packing and order do not matter; a token takes 6 k + 52
 bytes (`models/truncated.py`), at any temperature from 0.5 to 8.
@@ -33,15 +33,16 @@ from lorry.tasks.distill import CHUNK, IDS, LOG_PROBS, Aim, Head, Reader, with_t
 TENSORS, FACTS, FORMAT = "teacher.safetensors", "teacher.json", "lorry-teacher/1"
 
 
-def facts_of(batches: Iterable[Batch], teacher: str, k: int) -> dict[str, Any]:
-    """What a cache of these sequences by this teacher (its digest) says of itself."""
+def facts_of(batches: Iterable[Batch], teacher: str, k: int, columns: int | None) -> dict[str, Any]:
+    """What a cache of these sequences by this teacher (its digest) says of itself. ``columns``: how many of its logits count, as
+    the student has it; None: all."""
     total = hashlib.sha256(b"".join(sorted({name for batch in batches for name in names_of(batch)})))
-    return {"format": FORMAT, "data": total.hexdigest(), "teacher": teacher, "k": k}
+    return {"format": FORMAT, "data": total.hexdigest(), "teacher": teacher, "k": k, "columns": columns}
 
 
 def folder_of(cache: Path, facts: Mapping[str, Any]) -> Path:
     """Where it lies."""
-    return cache / f"{facts['data'][:12]}-{facts['teacher'][:12]}-k{facts['k']}"
+    return cache / f"{facts['data'][:12]}-{facts['teacher'][:12]}-k{facts['k']}-v{facts['columns'] or 'all'}"
 
 
 def write(folder: Path, batches: Iterable[Batch], reader: Reader, scorer: Scorer, head: Head, facts: Mapping[str, Any]) -> None:

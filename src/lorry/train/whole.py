@@ -47,14 +47,19 @@ def attach_trained(run: Run, opened: Opened, notes: list[str]) -> str:
         raise ConfigError(
             f"{run.output_dir} holds a model that no run of this kind wrote and this one would replace; give another"
         )
-    if run.memory_budget is not None:
-        raise ConfigError("memory_budget is planned for adapters only; with lora=null leave it out")
-    if run.train.loraplus_lr_ratio != 1:
-        raise ConfigError("train.loraplus_lr_ratio is for an adapter's two matrices; with lora=null leave it out")
+    refuse_adapters_settings(run)
     weights = train_weights(opened.model, run.trainable or "all", WHOLE)
     total = parameters(opened.model)
     notes.append(f"training {weights.count():,} of the base's {total:,} weights ({weights.count() / total:.1%}), no adapter")
     return WHOLE
+
+
+def refuse_adapters_settings(run: Run) -> None:
+    """Raise ConfigError for settings that only an adapter has."""
+    if run.memory_budget is not None:
+        raise ConfigError("memory_budget is planned for adapters only; with lora=null leave it out")
+    if run.train.loraplus_lr_ratio != 1:
+        raise ConfigError("train.loraplus_lr_ratio is for an adapter's two matrices; with lora=null leave it out")
 
 
 def parameters(model: Decoder | HfModel) -> int:

@@ -30,6 +30,7 @@ def main(settings: CompareSettings, notes: list[str]) -> int:
     from lorry.report.run import load_all
 
     trained = [settings.way(name) for name in _ways(settings)]
+    _refuse(settings, trained)
     for run in trained:
         if code := train(run, settings.output_dir):
             return code
@@ -57,6 +58,17 @@ def _ways(settings: CompareSettings) -> list[str]:
     if not settings.ways or len(set(settings.ways)) < len(settings.ways):
         raise ConfigError(f"ways=[{', '.join(settings.ways)}]: name every way to train once")
     return list(settings.ways)
+
+
+def _refuse(settings: CompareSettings, trained: list[Run]) -> None:
+    """Raise ConfigError for what some way cannot do, before any other has trained for nothing."""
+    alone = {"jobs": settings.jobs, "background": settings.background, "train.push_to_hub": settings.train.push_to_hub}
+    if trained and (odd := [name for name, value in alone.items() if value]):
+        raise ConfigError(f"{odd[0]}: ways are trained one after the other, waited for and compared; leave it out")
+    if whole := [run for run in trained if run.lora is None]:
+        from lorry.train.whole import refuse_adapters_settings
+
+        refuse_adapters_settings(whole[0])
 
 
 def train(run: Run, folder: Path) -> int:

@@ -38,8 +38,9 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
     """Read, evaluate each side, print the table, write what was asked for and the run's evaluation.json."""
     import torch
 
-    if settings.output is not None and settings.output.is_dir():
-        raise ConfigError(f"output={settings.output} is a directory; name a JSON file")
+    for what, path, kind in (("output", settings.output, "JSON"), ("plot", settings.plot, "PNG")):
+        if path is not None and path.is_dir():
+            raise ConfigError(f"{what}={path} is a directory; name a {kind} file")
     if settings.backend.threads:
         torch.set_num_threads(settings.backend.threads)
     if settings.tasks:
@@ -64,7 +65,7 @@ def on_sets(settings: EvalSettings) -> int:
     results = exams.take(settings, found, read, mixes(found))
     how = f", {settings.n_shot} worked examples" if settings.n_shot else ""
     Console(soft_wrap=True).print(exams.table(f"{settings.model.name}{how}: value [95% interval]", read, results))
-    write_beside(found, exams.entries(read, results))
+    write_beside(found, exams.entries(settings, read, results))
     exams.write(settings, read, results)
     return 0
 

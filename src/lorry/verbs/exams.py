@@ -72,6 +72,8 @@ def take(settings: EvalSettings, found: Opened, exams: list[Exam], mixes: Mappin
     for name, sides in done.items():
         if cut := max(one.shortened for one in sides.values()):
             tell(f"note: {name}: {cut} prompts were cut from the left to fit the model's context of {context} tokens")
+        if over := max(one.too_long for one in sides.values()):
+            tell(f"note: {name}: perplexity is without {over} right answers that are longer than the context of {context} tokens")
     return done
 
 
@@ -95,13 +97,20 @@ def _cell(value: float, interval: tuple[float, float]) -> str:
     return f"{number(value)} [{number(low)}, {number(high)}]"
 
 
-def entries(exams: list[Exam], results: Results) -> list[dict[str, Any]]:
+def label(settings: EvalSettings, exam: Exam) -> str:
+    """A set as it was asked, in a few words: what tells a run's evaluations of it apart."""
+    split = f" [{exam.split}]" if exam.split == "train" else ""
+    shots = f", {settings.n_shot} worked examples" if settings.n_shot else ""
+    return exam.one.name + split + shots + (f", the first {settings.limit} rows" if settings.limit else "")
+
+
+def entries(settings: EvalSettings, exams: list[Exam], results: Results) -> list[dict[str, Any]]:
     """Entries of evaluation.json: per set and adapter every metric before (base) and after."""
     made = []
     for exam in exams:
         base, *after = results[exam.one.name].items()
         for adapter, one in after or [base]:
-            name = exam.one.name if len(after) < 2 else f"{exam.one.name} ({adapter})"
+            name = label(settings, exam) + (f" ({adapter})" if len(after) > 1 else "")
             sides = {"before": base[1] if after else None, "after": one}
             metrics: dict[str, dict[str, Any]] = {
                 metric: {side: None if taken is None else _finite(taken.metrics[metric].value) for side, taken in sides.items()}
@@ -149,9 +158,8 @@ def as_csv(exams: list[Exam], results: Results) -> str:
 
 def as_json(settings: EvalSettings, exams: list[Exam], results: Results) -> str:
     """Everything: how it was asked, each metric with its interval, and each question with what every side said."""
-    how = settings.model_dump(
-        mode="json", include={"tasks", "local", "n_shot", "template", "chat", "limit", "seed", "temperature"}
-    )
+    asked = {"tasks", "local", "task_split", "n_shot", "template", "chat", "limit", "seed"}
+    how = settings.model_dump(mode="json", include={*asked, "max_new_tokens", "temperature", "top_p", "top_k"})
     sets = {
         exam.one.name: {
             "split": exam.split, "source": exam.source, "questions": len(exam.questions), "left_out": exam.left_out,
@@ -164,7 +172,7 @@ def as_json(settings: EvalSettings, exams: list[Exam], results: Results) -> str:
                         }
                         for metric, got in one.metrics.items()
                     },
-                    "rows": one.rows, "shortened_prompts": one.shortened,
+                    "rows": one.rows, "shortened_prompts": one.shortened, "answers_too_long": one.too_long,
                 }
                 for side, one in results[exam.one.name].items()
             },

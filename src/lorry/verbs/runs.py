@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -24,6 +25,8 @@ from lorry.errors import DataError
 from lorry.report import states, table
 from lorry.report.text import visible
 
+WIDE = 200  # columns of what is no terminal
+
 
 def main(settings: RunsSettings, notes: list[str]) -> int:
     """Print the table with a line for whatever needs one, or the list as JSON. Raises DataError when there is no such folder."""
@@ -37,8 +40,9 @@ def main(settings: RunsSettings, notes: list[str]) -> int:
     if not found:
         print(f"no runs in {folder}", file=sys.stderr)
         return 0
-    console = Console()
-    console.print(table.standings(found, datetime.now(UTC).timestamp()))
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    console = Console(width=WIDE if piped else None)
+    console.print(table.standings(found, datetime.now(UTC).timestamp(), console.width))
     for state in found:
         if state.detail:
             console.print(Text(visible(f"{state.name}  {state.state}: {state.detail}")))

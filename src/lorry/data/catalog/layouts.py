@@ -118,7 +118,7 @@ def by_label(label: Any, options: Sequence[str], labels: Sequence[str] = ()) -> 
     places = {texts.index(wanted)} if wanted in texts else set()
     if len(wanted) == 1 and wanted in string.ascii_uppercase:
         places.add(string.ascii_uppercase.index(wanted))
-    elif wanted.lstrip("-").isdecimal():
+    elif wanted.removeprefix("-").isdecimal():
         places.add(int(wanted))
     if len(places) > 1:
         raise Unusable("label", f"the label {label!r} may be an option's text or its position: {numbered(options)}")
@@ -152,10 +152,10 @@ def choice_columns(asked: Callable[[Row], dict[str, str]], columns: Sequence[str
     def read(row: Row) -> Fields:
         options = [text_of(row[name], name) for name in columns]
         value = row[label]
-        if isinstance(value, str) and value.strip() in string.ascii_uppercase[: len(columns)] and value.strip():
+        if isinstance(value, str) and value.strip() in list(string.ascii_uppercase[: len(columns)]):
             return chosen(asked(row), options, [string.ascii_uppercase.index(value.strip())])
         text = str(value).strip()
-        if isinstance(value, bool) or not text.lstrip("-").isdecimal() or not 0 <= int(text) - first < len(options):
+        if isinstance(value, bool) or not text.removeprefix("-").isdecimal() or not 0 <= int(text) - first < len(options):
             raise outside(value, options)
         return chosen(asked(row), options, [int(text) - first])
 

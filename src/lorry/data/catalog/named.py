@@ -79,6 +79,11 @@ class NamedSet:
         found = self._layout(row).read(row)
         return [self._asked(fields, text) for fields in (found if isinstance(found, list) else [found])]
 
+    def refuse_template(self, number: int, field: str) -> None:
+        """Raises ConfigError for a template that does not exist."""
+        if number >= len(self.templates):
+            raise ConfigError(f"{field}={number}: {self.name} has templates 0 to {len(self.templates) - 1}")
+
     def template_of(self, seed: int, number: int) -> int:
         """The template of row ``number``: a hash of (name, seed, number), so the same on every machine and in any order."""
         key = f"{self.name}\0{seed}\0{number}".encode()

@@ -85,11 +85,7 @@ COQA = NamedSet(
     splits=NO_TEST,  # the test set is not public
     layouts=(
         layout("hub", "story questions answers", _coqa),
-        layout(
-            "turn",
-            "story question answer|answers",
-            lambda row: said(slots(row, "story", "question", history="history?"), answers_in(row)),
-        ),
+        layout("turn", "story question answer|answers", _turn),
     ),
     templates=(
         "{story}\n\n{history}\n\nQuestion: {question}",
