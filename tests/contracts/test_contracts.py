@@ -54,7 +54,7 @@ def test_1_an_adapter_on_no_module() -> None:
     assert {c["status"] for c in checks.report()[1:]} == {"not_checked"}
 
 
-# --- 2: trainable = optimized = saved, base unchanged
+# --- 2: trainable = optimized = saved, what is frozen unchanged
 
 
 def tampered_slot(change: Callable[[Any], None]) -> Callable[..., None]:

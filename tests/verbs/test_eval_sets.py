@@ -186,3 +186,16 @@ def test_settings_that_would_be_ignored_are_refused(
     folder.mkdir()
     assert lorry("eval", world.base, *(word.format(rows=world.rows, folder=folder) for word in argv)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_run_that_is_asked_what_it_learnt_is_told_so(
+    world: World, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, run = files[0].partition("=")[2], tmp_path / "run"
+    other = write_rows(tmp_path / "other.jsonl", ROWS)
+    words = ("max_steps=2", "r=2", "dtype=float32", "save_strategy=no", f"output_dir={run}")
+    assert lorry("sft", f"model={world.base}", "data.mix=[bool_q]", f"data.local.bool_q={rows}", *words) == 0
+    assert lorry("eval", run, "tasks=[bool_q]", f"local.bool_q={other}") == 0
+    assert "was trained on" not in capsys.readouterr().err
+    assert lorry("eval", run, "tasks=[bool_q]", files[0]) == 0
+    assert f"bool_q: {run} was trained on rows of {rows}" in capsys.readouterr().err

@@ -34,6 +34,7 @@ FIGURES: dict[str, tuple[str, Shown]] = {
     "final_loss": ("final loss", number),
     "saved_bytes": ("saved on disk", size),
 }
+LOSSES = ("first_loss", "final_loss", "eval_loss")
 PLAIN = ("learning_rate", "steps", "first_loss")  # set, or the same for all: a ratio says nothing
 
 
@@ -47,6 +48,8 @@ def row_of(run: Run) -> dict[str, Any]:
         found["trainable_share"] = found["trainable_parameters"] / total
     found |= {"learning_rate": train.get("learning_rate") if isinstance(train, dict) else None, **_logged(run)}
     found |= _metrics(run)
+    if (task := run.config.get("task", "sft")) != "sft":  # its loss is another quantity: no ratio to that of fine-tuning
+        found = {f"{name} ({task})" if name in LOSSES else name: value for name, value in found.items()}
     kept = {name: found.get(name) for name in (*FIGURES, *(n for n in found if n not in FIGURES))}
     return {"name": run.name, "path": str(run.path), **{n: v for n, v in kept.items() if is_number(v) and math.isfinite(v)}}
 

@@ -23,10 +23,10 @@ from lorry.evaluate.loss import leak, packed_difference
 
 NAMES = {
     1: "every target matched",
-    2: "trainable = optimized = saved, base unchanged",
-    3: "every adapter moves, every target sees a gradient",
+    2: "trainable = optimized = saved, what is frozen unchanged",
+    3: "everything that trains moves and sees a gradient",
     4: "loss weights and packing",
-    5: "saved adapter is the trained adapter",
+    5: "what is saved is what was trained",
     6: "checkpoints are whole",
     7: "all losses and gradients finite",
     8: "input rows accounted for",

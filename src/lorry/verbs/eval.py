@@ -26,6 +26,7 @@ from lorry.verbs.opening import opened, tell
 if TYPE_CHECKING:
     from lorry.bank.mix import Mix
     from lorry.data.sources import Source
+    from lorry.evaluate.exam import Exam
     from lorry.evaluate.rows import EvalRows, Evaluated
     from lorry.models.open import Opened
 
@@ -62,12 +63,40 @@ def on_sets(settings: EvalSettings) -> int:
     read = exams.read(settings)
     found = opened(settings.model)
     tell_other_dtype(found)
+    tell_learnt(settings, found, read)
     results = exams.take(settings, found, read, mixes(found))
     how = f", {settings.n_shot} worked examples" if settings.n_shot else ""
     Console(soft_wrap=True).print(exams.table(f"{settings.model.name}{how}: value [95% interval]", read, results))
     write_beside(found, exams.entries(settings, read, results))
     exams.write(settings, read, results)
     return 0
+
+
+def tell_learnt(settings: EvalSettings, found: Opened, read: list[Exam]) -> None:
+    """A warning where a run is asked rows of the file or split it was trained on."""
+    from lorry.config.data import DataConfig
+    from lorry.data.mixtures import learnt
+    from lorry.data.places import Places
+
+    run = run_of(found)
+    if run is None:
+        return
+    config = load(run).config
+    jobs = [job for job in config.get("jobs") or [] if isinstance(job, dict)]
+    datas = [{**config.get("data", {}), **job.get("data", {})} for job in jobs] or [config.get("data", {})]
+    spots = [spot for data in datas for spot in learnt(DataConfig.model_validate(data))]
+    places = Places(settings.local, field="local")
+    for exam in read:
+        if any(places.of(exam.one, exam.split).overlaps(spot) for spot in spots):
+            tell(
+                f"warning: {exam.one.name}: {run} was trained on rows of {exam.source}; what it has learnt by heart is no measure"
+            )
+
+
+def run_of(found: Opened) -> Path | None:
+    """The run directory that is evaluated, if it is one."""
+    run = Path(found.source.get("adapter") or found.source["path"])
+    return run if (run / "run.yaml").is_file() else None
 
 
 def mixes(found: Opened) -> dict[str, Mix]:
@@ -170,8 +199,7 @@ def write(settings: EvalSettings, found: Opened, rows: EvalRows, sides: Mapping[
 
 def write_beside(found: Opened, entries: list[dict[str, Any]]) -> None:
     """Into the evaluation.json of the run, where a run was evaluated."""
-    run = Path(found.source.get("adapter") or found.source["path"])
-    if (run / "run.yaml").is_file():
+    if (run := run_of(found)) is not None:
         merge_into(run / EVALUATION, entries)
         tell(f"written to {run / EVALUATION}; `lorry report {run}` shows it")
 
