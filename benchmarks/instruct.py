@@ -144,8 +144,8 @@ def record(
         f"{MODEL} learns {args.n} rows of each of {', '.join(SETS)} for one epoch, {args.batch} rows a step, rows of at most "
         f"{args.length} tokens, {where['cpu']}, {args.threads} thread a process. Asked: {asked} rows that were not learnt, "
         f"greedily, in the plain template; in brackets 95% bootstrap intervals. Learning rates: 5e-4 for adapters, 5e-5 for base "
-        f"weights; one seed. Memory is the whole process, imports included. What it means: [instruct.md](instruct.md)."
-    )
+        f"weights; one seed. Memory: the whole process, imports included. What it means: [instruct.md](instruct.md). {args.note}"
+    ).rstrip()
     return {
         "text": text,
         "title": "Instruction tuning on three tasks: LoRA, all weights, MLPs, distillation", "study": "instruct",
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--asked", type=int, default=0, help="rows of each set that are asked; 0: 100, 150 and 40")
     parser.add_argument("--batch", type=int, default=4, help="rows of a step")
     parser.add_argument("--length", type=int, default=256, help="longest row in tokens")
+    parser.add_argument("--note", default="", help="what else is to be said of how this was measured")
     parser.add_argument("--train-only", action="store_true", help="train these ways and stop, to run several side by side")
     parser.add_argument("--ask-only", action="store_true", help="train and ask these ways and stop")
     parser.add_argument("--threads", type=int, default=1)
