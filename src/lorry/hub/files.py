@@ -26,7 +26,7 @@ TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "*.tiktoken",
 )  # fmt: skip
-RUN = ("run.yaml", "metrics.jsonl", "receipt.json", "contracts.json", "evaluation.json")
+RUN = ("run.yaml", "metrics.jsonl", "losses.json", "receipt.json", "contracts.json", "evaluation.json")
 CARD, REPORT, PLOT = "README.md", "report.html", "report.png"
 NEVER = frozenset(["checkpoints", "previous", "data", "tensorboard"])  # folders of a run that are no adapter's
 BINARY = (".safetensors", ".png", ".model")
