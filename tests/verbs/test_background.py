@@ -25,7 +25,8 @@ from verbworld import TRAIN, World, lorry
 
 SRC = Path(package.__file__).resolve().parent.parent
 IN_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs this suite may ignore it, as nohup does
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execvp(sys.argv[1], sys.argv[1:])
