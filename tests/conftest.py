@@ -22,6 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAT = ROOT / "examples" / "flat.py"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """tests/train goes first: its kill tests fork hundreds of times, which is slow once the process has grown to gigabytes."""
+    items.sort(key=lambda item: (ROOT / "tests" / "train") not in item.path.parents)
+
+
 def find_shared_data() -> Path | None:
     """LORRY_DATA, or ../shared/data beside the checkout, or None on a stranger's machine."""
     candidates = [Path(os.environ["LORRY_DATA"])] if "LORRY_DATA" in os.environ else [ROOT.parent / "shared" / "data"]
