@@ -52,8 +52,10 @@ bench-sweep: bench-setup
 	$(BIN)/python benchmarks/sft.py --lengths 512 2048 4096 --engines lorry peft peft-bf16-malloc-compile
 	$(BIN)/python benchmarks/sft.py --ranks 4 64 128 --engines lorry peft peft-bf16-malloc-compile
 
-# LoRA against full fine-tuning on three tasks, and a distillation: at most an hour on two cores.
+# LoRA against full fine-tuning on three tasks, and a distillation. Two ways at a time, one on each core; then the table.
 study-instruct: setup
+	$(BIN)/python benchmarks/instruct.py --ask-only --ways lora-r4 lora-r16 lora-r64 & first=$$!; \
+	$(BIN)/python benchmarks/instruct.py --ask-only --ways full mlp distil-r4 base && wait $$first
 	$(BIN)/python benchmarks/instruct.py
 	$(BIN)/python benchmarks/results.py
 
