@@ -1,0 +1,266 @@
+"""JSON and YAML documents that Lorry did not write, or that may be damaged: plain values, or one refusal.
+
+    settings = read_yaml(Path("runs/people/run.yaml"))
+    config = read_json(Path("model/config.json"), error=ModelError, nonfinite=True)
+
+The rule: **no file that came from elsewhere, or lay in a run directory, is parsed by anything else.** A
+parser of the standard library waits for ever at a FIFO, expands a few hundred bytes of YAML aliases into
+gigabytes, recurses until Python's stack ends, raises ValueError for an integer of 5,000 digits, and keeps the
+last of two equal keys. Here each of these is a refusal in one line that opens with ``file:line``:
+
+    not a regular file (FIFO, device, directory), or larger than ``most_bytes``; not UTF-8 or half a character
+    two equal keys in one object; nested deeper than ``DEEPEST``; a YAML tag; an alias of what it lies in
+    YAML aliases that stand for more than ``MOST_NODES`` values; an integer above ``largest``
+    a float beyond what a float holds, NaN and the infinities, unless ``nonfinite`` lets them pass
+
+A refusal is ``error`` (a LorryError of the caller's choice: DataError, ModelError, ConfigError). What the disk
+itself says (absent, no right, input/output error) is not damage of the document: it stays OSError.
+
+YAML is read by the 1.2 core rules, so ``no`` and ``on`` are words, ``1e-3`` is a number and 2024-01-01 is text.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from lorry.errors import DataError, LorryError
+
+MOST_BYTES = 16 << 20  # of a JSON document: its values take some thirty times as much memory
+MOST_YAML = 2 << 20  # bytes; PyYAML reads a few hundred thousand a second
+DEEPEST = 64  # objects and lists inside each other; what walks the values afterwards may recurse
+MOST_NODES = 1 << 18  # values of a YAML document, each alias counted as all that it stands for
+LARGEST = 2**63 - 1  # what every other program holds an integer in
+MOST_DIGITS = 4300  # Python converts no longer integer: the time grows with the square of the digits
+WHOLE = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+REAL = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+CORE = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+NOT_REGULAR = "is not a regular file (a directory, a FIFO or a device)"
+
+Refusal = type[LorryError]
+
+
+def read_bytes(path: Path, most_bytes: int = MOST_BYTES, error: Refusal = DataError) -> bytes:
+    """The content of a regular file of bounded size, opened without waiting. Raises ``error`` and OSError."""
+    try:
+        # O_NONBLOCK: opening a FIFO without a writer would wait for ever
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as e:
+        if e.errno in (errno.ENXIO, errno.ENODEV):  # a socket, a device without a driver
+            raise error(f"{path} {NOT_REGULAR}") from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise error(f"{path} {NOT_REGULAR}")
+        with open(file, "rb", closefd=False) as opened:
+            raw = opened.read(most_bytes + 1)
+    finally:
+        os.close(file)
+    if len(raw) > most_bytes:
+        raise error(f"{path} is larger than {most_bytes} bytes, the most that is read here")
+    return raw
+
+
+def read_text(path: Path, most_bytes: int = MOST_YAML, error: Refusal = DataError) -> str:
+    """UTF-8 text of a regular file; a byte order mark is left out. Raises ``error`` and OSError."""
+    return _decoded(read_bytes(path, most_bytes, error), str(path), 1, error)
+
+
+def read_json(
+    path: Path, *, error: Refusal = DataError, most_bytes: int = MOST_BYTES, nonfinite: bool = False, largest: int = LARGEST
+) -> Any:
+    """The value of a JSON file. Raises ``error`` and OSError, FileNotFoundError among them."""
+    raw = read_bytes(path, most_bytes, error)
+    return parse_json(raw, str(path), error=error, nonfinite=nonfinite, largest=largest)
+
+
+def read_yaml(path: Path, *, error: Refusal = DataError, most_bytes: int = MOST_YAML) -> Any:
+    """The value of a YAML file, None of an empty one. Raises ``error`` and OSError, FileNotFoundError among them."""
+    return parse_yaml(read_text(path, most_bytes, error), str(path), error=error)[0]
+
+
+def parse_json(
+    raw: bytes | str, where: str, *, line: int = 1, error: Refusal = DataError, nonfinite: bool = False, largest: int = LARGEST
+) -> Any:
+    """The value of a JSON text that begins in ``line`` of the file ``where``. Raises ``error``."""
+    text = _decoded(raw, where, line, error) if isinstance(raw, bytes) else raw
+
+    def refuse(reason: str, at: int = 0) -> NoReturn:
+        raise error(f"{where}:{line + text.count(chr(10), 0, at)}: not JSON ({reason})")
+
+    def whole(digits: str) -> int:
+        if len(digits) > MOST_DIGITS or abs(value := int(digits)) > largest:
+            refuse(f"{_short(digits)} is too large for an integer", max(text.find(digits), 0))
+        return value
+
+    def real(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            refuse(f"{_short(digits)} is beyond what a float holds", max(text.find(digits), 0))
+        return value
+
+    def constant(name: str) -> float:
+        if not nonfinite:
+            refuse(f"{name} is no number of JSON", max(text.find(name), 0))
+        return float(name)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in made if keys.count(key) > 1)
+            refuse(f"{_short(repr(twice))} is given twice in one object; keep one", max(text.rfind(json.dumps(twice)), 0))
+        return made
+
+    float_of = None if nonfinite else real  # Python's own is faster, and metrics.jsonl has many
+    try:
+        value = json.loads(text, parse_int=whole, parse_float=float_of, parse_constant=constant, object_pairs_hook=once)
+    except json.JSONDecodeError as e:
+        refuse(f"{e.msg}, column {e.colno}", e.pos)
+    except RecursionError:
+        refuse("nested too deeply")
+    if reason := _unsound(value):
+        refuse(reason)
+    return value
+
+
+def parse_yaml(text: str, where: str, *, error: Refusal = DataError) -> tuple[Any, yaml.Node | None]:
+    """(the value, the node it was made from, whose marks know the lines) of a YAML text. Raises ``error``."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        refuse_node(node, where, error)
+        return loader.construct_document(node), node
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        raise error(f"{where}:{mark.line + 1 if mark else 1}: not YAML: {e.problem or e.context}") from None
+    except yaml.YAMLError as e:
+        raise error(f"{where}: not YAML: {str(e).splitlines()[0]}") from None
+    except RecursionError:
+        raise error(f"{where}: nested too deeply") from None
+
+
+def refuse_node(root: yaml.Node, where: str, error: Refusal) -> None:
+    """Refuse, before any value is made of it, a composed YAML document whose values would not be plain and few."""
+    sizes: dict[int, int] = {}  # by id of a node: all that stands below it, aliases written out
+    open_nodes: set[int] = set()
+
+    def refuse(node: yaml.Node, reason: str) -> NoReturn:
+        raise error(f"{where}:{node.start_mark.line + 1}: {reason}")
+
+    def measure(node: yaml.Node, depth: int) -> int:
+        if id(node) in open_nodes:
+            refuse(node, "an alias stands inside the very value that it names")
+        if id(node) in sizes:
+            return sizes[id(node)]
+        if depth > DEEPEST:
+            refuse(node, "nested too deeply")
+        if node.tag not in CORE:
+            refuse(node, f"the tag {_short(repr(node.tag))} is refused; settings are plain values")
+        open_nodes.add(id(node))
+        size = 1
+        if isinstance(node, yaml.SequenceNode):
+            size += sum(measure(item, depth + 1) for item in node.value)
+        elif isinstance(node, yaml.MappingNode):
+            _refuse_keys(node, refuse)
+            size += sum(measure(value, depth + 1) for _, value in node.value)
+        if size > MOST_NODES:
+            refuse(node, f"its aliases stand for more than {MOST_NODES} values")
+        open_nodes.discard(id(node))
+        sizes[id(node)] = size
+        return size
+
+    measure(root, 0)
+
+
+def _refuse_keys(node: yaml.MappingNode, refuse: Callable[[yaml.Node, str], NoReturn]) -> None:
+    first: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+            refuse(key, "a key must be text")
+        if key.value in first:
+            refuse(key, f"{_short(repr(key.value))} is given twice (first in line {first[key.value]}); keep one")
+        first[key.value] = key.start_mark.line + 1
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the YAML 1.2 core schema."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012, PyYAML's own class attribute
+
+
+def _unusable(node: yaml.ScalarNode, reason: str) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+
+
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if not WHOLE.fullmatch(node.value):
+        raise _unusable(node, f"{_short(repr(node.value))} is no integer")
+    if len(node.value) > MOST_DIGITS or abs(value := int(node.value, 10 if node.value.lstrip("+-").isdigit() else 0)) > LARGEST:
+        raise _unusable(node, f"{_short(node.value)} is too large for an integer")
+    return value
+
+
+def _real(loader: _Loader, node: yaml.ScalarNode) -> float:
+    if not REAL.fullmatch(node.value) or math.isinf(value := float(node.value)):
+        raise _unusable(node, f"{_short(repr(node.value))} is beyond what a float holds, or no number")
+    return value
+
+
+def _switch(loader: _Loader, node: yaml.ScalarNode) -> bool:
+    if node.value.lower() not in ("true", "false"):
+        raise _unusable(node, "a switch is true or false")
+    return bool(node.value.lower() == "true")
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
+_Loader.add_constructor("tag:yaml.org,2002:float", _real)
+_Loader.add_constructor("tag:yaml.org,2002:bool", _switch)
+for _kind, _pattern, _first in (
+    ("null", r"(~|null|Null|NULL|)", ["~", "n", "N", ""]),
+    ("bool", r"(true|True|TRUE|false|False|FALSE)", list("tTfF")),
+    ("int", WHOLE.pattern, list("-+0123456789")),
+    ("float", REAL.pattern, list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _decoded(raw: bytes, where: str, line: int, error: Refusal) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        broken = line + raw.count(b"\n", 0, e.start)
+        raise error(f"{where}:{broken}: not UTF-8 text") from None
+
+
+def _unsound(root: Any) -> str:
+    """Why a value of JSON is none that can be worked with, "" where it is: too deep, or half a character in a text."""
+    level, depth = [root], 0
+    while level:
+        if depth > DEEPEST:
+            return "nested too deeply"
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += [*item, *item.values()]
+            elif isinstance(item, list):
+                below += item
+            elif isinstance(item, str) and not item.isascii() and re.search("[\ud800-\udfff]", item):
+                return "half a character: a lone surrogate"
+        level, depth = below, depth + 1
+    return ""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"

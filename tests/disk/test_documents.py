@@ -1,0 +1,162 @@
+"""The strict reader of JSON and YAML: plain values, or one refusal with its place; never a hang, never a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorry.disk import documents
+from lorry.disk.documents import parse_json, parse_yaml, read_json, read_yaml
+from lorry.errors import DataError, ModelError
+
+NUMBERS = st.integers(-(2**63) + 1, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+LEAVES = st.none() | st.booleans() | NUMBERS | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+KEYS = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+PLAIN = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=20)
+
+
+@settings(max_examples=100, deadline=None)
+@given(PLAIN)
+def test_what_json_writes_is_read_alike(value: Any) -> None:
+    text = json.dumps(value)
+    assert parse_json(text, "x.json") == json.loads(text)
+    assert parse_json(json.dumps(value, indent=1, ensure_ascii=False).encode(), "x.json") == value
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60) | st.text('[]{}",:0e-.\\u1nulNaIfity&*!<>|#\n ', max_size=60).map(str.encode))
+def test_any_bytes_are_read_or_refused_in_one_line(raw: bytes) -> None:
+    with contextlib.suppress(DataError):
+        parse_json(raw, "x.json")
+    with contextlib.suppress(DataError, UnicodeDecodeError):
+        parse_yaml(raw.decode(), "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1,\n "b": }', r"x\.json:2: not JSON \(Expecting value, column 7\)"),
+        ('{"a": 1,\n "a": 2}', r"x\.json:2: not JSON \('a' is given twice in one object"),
+        ('[1,\n{"k": {"b": 1, "b": 1}}]', r"x\.json:2: not JSON \('b' is given twice"),
+        ("[0,\n" + "9" * 5000 + "]", r"x\.json:2: not JSON \(9+\.\.\. \(5000 characters\) is too large for an integer"),
+        ("[9223372036854775808]", r"x\.json:1: .* too large for an integer"),
+        ("[-" + "1" * 400 + "]", "too large for an integer"),
+        ("[0,\n1e999]", r"x\.json:2: not JSON \(1e999 is beyond what a float holds"),
+        ('{"a":\nNaN}', r"x\.json:2: not JSON \(NaN is no number"),
+        ("[-Infinity]", r"x\.json:1: not JSON \(-Infinity is no number"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[" * 900 + "]" * 900, "nested too deeply"),
+        ('{"a":' * 65 + "1" + "}" * 65, "nested too deeply"),
+        ('["\\ud800"]', "half a character"),
+        ('{"\\udfff": 1}', "half a character"),
+        ("", r"x\.json:1: not JSON"),
+        ("[1] [2]", "Extra data"),
+        (b'{"a":\n"\xff"}', r"x\.json:2: not UTF-8 text"),
+    ],
+)
+def test_json_is_refused_with_its_line(text: str | bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        parse_json(text, "x.json")
+    assert len(str(caught.value)) < 200
+
+
+def test_json_numbers_that_a_caller_lets_pass() -> None:
+    found = parse_json("[NaN, Infinity, -Infinity, 1e999, 1000000000000000019884624838656]", "x", nonfinite=True, largest=10**40)
+    assert math.isnan(found[0])
+    assert found[1:] == [math.inf, -math.inf, math.inf, 10**30 + 19884624838656]
+    with pytest.raises(ModelError, match="x:7: not JSON"):
+        parse_json("[" + "1" * 4301 + "]", "x", line=7, largest=10**5000, error=ModelError)
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+MAPS = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, r"x\.yaml:\d+: its aliases stand for more than"),
+        (MAPS, r"x\.yaml:\d+: its aliases stand for more than"),
+        ("train: &a {x: *a}", r"x\.yaml:1: an alias stands inside"),
+        ("a: 1\nb: &b [1, [*b]]", r"x\.yaml:2: an alias stands inside"),
+        ("a: !!python/object/apply:os.getcwd []", r"x\.yaml:1: the tag"),
+        ("a: 1\na: 2", r"x\.yaml:2: 'a' is given twice \(first in line 1\)"),
+        ("a: 1\nb: " + "9" * 5000, r"x\.yaml:2: .* too large for an integer"),
+        ("a: 0x" + "f" * 17, "too large for an integer"),
+        ("a: -9999999999999999999", "too large for an integer"),
+        ("a: 1e999", "beyond what a float holds"),
+        ("a: !!int x", "is no integer"),
+        ("a: !!float x", "no number"),
+        ("? [a]\n: b", "a key must be text"),
+        ("[" * 3000, "nested too deeply"),
+        ("[" * 80 + "]" * 80, "nested too deeply"),
+        ("a: [1\n", r"x\.yaml:2: not YAML"),
+        ("a: \x07", "not YAML"),
+    ],
+)
+def test_yaml_is_refused_with_its_line(text: str, message: str) -> None:
+    begun = time.process_time()
+    with pytest.raises(DataError, match=message) as caught:
+        parse_yaml(text, "x.yaml")
+    assert len(str(caught.value)) < 200
+    assert time.process_time() - begun < 5
+
+
+def test_yaml_aliases_that_stand_for_little_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("one: &o {r: 8, on: no}\ntwo: *o\n")
+    assert read_yaml(tmp_path / "x.yaml") == {"one": {"r": 8, "on": "no"}, "two": {"r": 8, "on": "no"}}
+    (tmp_path / "x.yaml").write_text("")
+    assert read_yaml(tmp_path / "x.yaml") is None
+
+
+def test_yaml_is_what_pyyaml_reads_where_the_two_versions_agree() -> None:
+    text = "a: [1, -2.5, x, null, true]\nb: {c: 'y', d: |\n  z\n}\n".replace("|\n  z\n", '"z\\n"')
+    assert parse_yaml(text, "x")[0] == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "device", "socket"])
+def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the address of a socket is short
+    path = Path("x")
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "device":
+        path = Path(os.devnull)
+    else:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind("x")
+    for read in (read_json, read_yaml):
+        with pytest.raises(ModelError, match="is not a regular file"):
+            read(path, error=ModelError)
+
+
+def test_size_and_the_disks_own_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("[1, 2, 3]")
+    assert read_json(path, most_bytes=9) == [1, 2, 3]
+    with pytest.raises(DataError, match=r"x\.json is larger than 8 bytes"):
+        read_json(path, most_bytes=8)
+    (tmp_path / "link.json").symlink_to(path)  # the hub's cache is made of links
+    assert read_json(tmp_path / "link.json") == [1, 2, 3]
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "absent.json")
+
+    def failing(*args: Any) -> int:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(documents.os, "open", failing)
+    with pytest.raises(OSError, match="Input/output error"):  # the disk's failure is not damage of the document
+        read_json(path)
