@@ -84,8 +84,8 @@ def small(line: str, place: Path, out: Path) -> list[str]:
             word = f"{key}={place / name}"
         elif word == "runs/mine":
             word = str(out / "mine")
-        elif key == "output":
-            word = f"output={out / value}"
+        elif key == "output_dir" and verb == "eval":
+            word = f"output_dir={out / value}"
         elif key == "limit":
             word = "limit=2"
         made.append(word)

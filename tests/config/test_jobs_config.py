@@ -81,6 +81,30 @@ def test_jobs_that_bring_their_own_data_need_no_other() -> None:
         parse(Run, ["jobs=[{name: a}, {name: b, data: b.jsonl}]"], [])
 
 
+def test_settings_of_the_run_stand_beside_rows_of_its_jobs() -> None:
+    """`data: {max_length: 448}` for all, each job with its own file; also where one mixes named sets and one reads a file."""
+    jobs = "jobs=[{name: a, data: a.jsonl}, {name: b, data: {path: b.jsonl, max_length: 64}}, {name: c, mix: [bool_q]}]"
+    described = parse(Run, ["data={max_length: 448}", jobs], [])
+    found = [(one.data.path, one.data.mix, one.data.max_length) for one in jobs_of(described).values()]
+    assert found == [("a.jsonl", [], 448), ("b.jsonl", [], 64), (None, ["bool_q"], 448)]
+    with pytest.raises(ConfigError, match=r"job 'b': data\.path is missing|data\.path is missing"):
+        parse(Run, ["data={max_length: 448}", "jobs=[{name: a}, {name: b, data: b.jsonl}]"], [])
+
+
+@pytest.mark.parametrize("axes", [["r=" + ",".join(map(str, range(1, 101)))] * 1, []])
+def test_a_grid_has_a_bound(axes: list[str]) -> None:
+    """A million or 10^9 combinations are refused by count, before any is made."""
+    hundred = ",".join(map(str, range(1, 101)))
+    grid = [*axes, *(f"{name}={hundred}" for name in ("seed", "max_steps", "warmup_steps", "gradient_accumulation_steps"))]
+    with pytest.raises(ConfigError, match=r"the sweep has [\d,]+ combinations \(.*seed: 100.*\); at most 1,000"):
+        parse(Sweep, ["data=d", *grid], [])
+
+
+def test_a_list_of_jobs_has_a_bound() -> None:
+    with pytest.raises(ConfigError, match="1,001 jobs are too many"):
+        build(Run, {"data": "d", "jobs": [{"name": f"j{n}"} for n in range(1001)]}, [])
+
+
 def test_the_command_lines_list_replaces_the_files(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("data: d.jsonl\njobs: [{name: a}, {name: b, r: 4}]\n")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.config import ChatSettings, DistillRun, DoctorSettings, EvalSettings, MergeSettings, ReportSettings, Run, build, parse
-from lorry.config.aliases import NOT_YET, NOT_YET_VALUES, READINGS, RENAMES
+from lorry.config.aliases import HOMONYMS, NOT_YET, NOT_YET_VALUES, NOTED, READINGS, RENAMES
 from lorry.config.names import names_of
 from lorry.errors import ConfigError
 
@@ -122,6 +122,12 @@ def test_several_files() -> None:
         (["r=abc"], "r=abc: lora.r: got 'abc'; give a whole number above 0"),
         (["r=!!python/object:os.system x"], "lora.r: got '!!python/object:os.system x'"),
         (["r=" + "9" * 5000], "lora.r: got '999"),
+        (["seed=99999999999999999999999"], "train.seed: got 99999999999999999999999; whole numbers go to"),
+        (["max_length=0x" + "f" * 5000], "data.max_length: got a whole number of 20000 bits; whole numbers go to"),
+        (["rank_pattern={q_proj: 1" + "0" * 30 + "}"], "lora.rank_pattern: got 10000"),
+        (["learning_rate=1e999"], "train.learning_rate: got inf; give a number above 0"),
+        (["memory_budget=" + "9" * 5000], "is no amount of memory"),
+        (["memory_budget=" + "9" * 400 + "GiB"], "is no amount of memory"),
         (["task=dpo"], "task: got 'dpo'; give sft"),
     ],
 )
@@ -185,9 +191,10 @@ def test_peers_data_names() -> None:
 def test_every_alias_leads_to_a_setting_and_hides_none() -> None:
     names = names_of(Run)
     assert [t for t in RENAMES.values() if t not in names.fields and t not in names_of(DistillRun).fields] == []
-    words = [*RENAMES, *READINGS, *NOT_YET]
+    words = [*RENAMES, *READINGS, *NOTED, *NOT_YET]
     assert [word for word in words if word in names.leaves or word in names.groups] == []
     assert len(set(words)) == len(words), "a word is in two tables"
+    assert [word for word in HOMONYMS if word not in names.leaves] == [], "what is no name of ours belongs to NOTED"
     assert [dotted for dotted in NOT_YET_VALUES if dotted not in names.fields and dotted != "to"] == []
 
 
@@ -238,7 +245,7 @@ def _one_edit(word: str, at: int, kind: str) -> str:
 def test_a_slip_of_one_letter_gets_a_suggestion(leaf: str, at: int, kind: str) -> None:
     names = names_of(Run)
     slip = _one_edit(leaf, at, kind)
-    if names.candidates(slip) or slip in {**RENAMES, **READINGS, **NOT_YET}:
+    if names.candidates(slip) or slip in {**RENAMES, **READINGS, **NOTED, **NOT_YET}:
         return
     with pytest.raises(ConfigError, match="unknown setting") as caught:
         run(f"{slip}=1")

@@ -29,7 +29,7 @@ def files(tmp_path: Path) -> list[str]:
 
 def evaluated(tmp_path: Path, *argv: object) -> dict[str, Any]:
     output = tmp_path / "out.json"
-    assert lorry("eval", *argv, "dtype=float32", f"output={output}") == 0
+    assert lorry("eval", *argv, "dtype=float32", f"output_dir={output}") == 0
     found: dict[str, Any] = json.loads(output.read_text())
     return found
 
@@ -97,12 +97,17 @@ def test_a_run_is_asked_beside_its_base_and_remembers_it(world: World, files: li
     import shutil
 
     run = Path(shutil.copytree(world.run, tmp_path / "people"))
-    found = evaluated(tmp_path, run, "tasks=[common_gen,bool_q]", *files, f"plot={tmp_path / 'bars.png'}")
+    folder = tmp_path / "results"
+    wanted = ("tasks=[common_gen,bool_q]", *files, f"output_dir={folder}")
+    assert lorry("eval", run, *wanted, "dtype=float32") == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["results.csv", "results.json", "results.png"]
+    found = json.loads((folder / "results.json").read_text())
     sides = found["sets"]["common_gen"]["sides"]
     assert len(sides) == 2
     base, tuned = sides.values()
     assert tuned["metrics"]["perplexity"]["value"] != base["metrics"]["perplexity"]["value"]
-    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "results.csv").read_text().startswith("set,metric,side,value")
     entries = {entry["name"]: entry["metrics"] for entry in json.loads((run / "evaluation.json").read_text())}
     assert entries["common_gen"]["coverage"]["after"] == pytest.approx(tuned["metrics"]["coverage"]["value"])
     assert lorry("report", run) == 0
@@ -126,7 +131,7 @@ def test_generated_answers_are_those_of_transformers(world: World, files: list[s
 
 
 def test_csv_has_a_line_for_every_number(world: World, files: list[str], tmp_path: Path) -> None:
-    assert lorry("eval", world.base, "tasks=[bool_q]", *files, "limit=2", f"output={tmp_path / 'o.csv'}") == 0
+    assert lorry("eval", world.base, "tasks=[bool_q]", *files, "limit=2", f"output_dir={tmp_path / 'o.csv'}") == 0
     lines = list(csv.DictReader((tmp_path / "o.csv").open()))
     assert {line["metric"] for line in lines} == {"accuracy", "accuracy_sum", "ece", "brier", "confidence", "perplexity"}
     assert all(line["questions"] == "2" and float(line["low"]) <= float(line["high"]) for line in lines)
@@ -171,18 +176,17 @@ def test_right_answers_beyond_the_context_cost_the_perplexity_only(
     [
         (["data={rows}", "n_shot=2"], "n_shot is for tasks=[...]"),
         (["data={rows}", "temperature=0.7"], "temperature is for tasks=[...]"),
-        (["data={rows}", "plot=bars.png"], "plot is for tasks=[...]"),
-        (["data={rows}", "output=table.csv"], "tables in CSV are of tasks=[...]"),
+        (["data={rows}", "output_dir=table.csv"], "tables in CSV are of tasks=[...]"),
         (["tasks=[bool_q]", "data.split=test"], "data.split is for data=FILE; named sets know how they are read; task_split"),
         (["tasks=[bool_q]", "top_p=0.9"], "top_p is for sampled answers"),
-        (["tasks=[bool_q]", "plot=bars.jpg"], "bars are drawn into a .png file"),
-        (["tasks=[bool_q]", "plot={folder}"], "is a directory; name a PNG file"),
+        (["tasks=[bool_q]", "output_dir={folder}"], "is a directory with a file's name"),
+        (["tasks=[bool_q]", "output={rows}"], "is a file; give a folder"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(
     world: World, files: list[str], argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "a.png"
+    folder = tmp_path / "a.json"
     folder.mkdir()
     assert lorry("eval", world.base, *(word.format(rows=world.rows, folder=folder) for word in argv)) == 2
     assert said in capsys.readouterr().err

@@ -20,7 +20,7 @@ PRECISE = ("dtype=float32", "max_new_tokens=16")
 def evaluated(tmp_path: Path, *argv: object) -> dict[str, Any]:
     """The JSON of an evaluation that went well."""
     output = tmp_path / "out.json"
-    assert lorry("eval", *argv, *PRECISE, f"output={output}") == 0
+    assert lorry("eval", *argv, *PRECISE, f"output_dir={output}") == 0
     found: dict[str, Any] = json.loads(output.read_text())
     return found
 
@@ -163,7 +163,7 @@ def test_another_dtype_than_in_training_is_told(run: Path, world: World, capsys:
         (["{base}", "adapter=./nope", "data={rows}"], 4, "nope holds no adapter"),
         (["{run}"], 2, "say what to evaluate on: data=FILE, or tasks=[...]"),
         (["{run}", "data={rows}", "packing=true"], 2, "unknown setting 'packing'"),
-        (["{run}", "data={rows}", "output={base}"], 2, "is a directory; name a JSON file"),
+        (["{run}", "data={rows}", "output_dir={rows}"], 2, "is a file; give a folder, or a .json file"),
         (["{run}", "data={rows}", "limit=0"], 2, "limit"),
         (["{run}", "data={rows}", "chat_template_path=./nope"], 2, "chat_template_path=./nope: cannot be read"),
     ],

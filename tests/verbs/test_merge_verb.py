@@ -48,7 +48,7 @@ def test_it_evaluates_as_the_adapter_does(world: World, merged: Path, tmp_path: 
     found = []
     for model in (world.run, merged):
         copy = shutil.copytree(model, tmp_path / model.name)
-        arguments = (f"data={world.rows}", "dtype=float32", "max_new_tokens=16", f"output={tmp_path / 'out.json'}")
+        arguments = (f"data={world.rows}", "dtype=float32", "max_new_tokens=16", f"output_dir={tmp_path / 'out.json'}")
         assert lorry("eval", copy, *arguments) == 0
         found.append(json.loads((tmp_path / "out.json").read_text()))
     beside, folded = found[0]["sides"]["people"]["metrics"], found[1]["sides"]["base"]["metrics"]

@@ -37,7 +37,7 @@ def test_several_runs(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFi
     page = (tmp_path / "comparison.html").read_text()
     assert "first" in page
     assert "second" in page
-    assert lorry("report", *runs, f"output={tmp_path / 'elsewhere'}") == 0
+    assert lorry("report", *runs, f"output_dir={tmp_path / 'elsewhere'}") == 0
     assert (tmp_path / "elsewhere" / "report.html").read_text() == page
 
 

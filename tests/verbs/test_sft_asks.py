@@ -31,7 +31,7 @@ def test_metrics_of_sets_are_logged_and_choose_the_best(world: World, files: tup
     asked = [line for line in lines if "eval_bool_q_accuracy" in line]
     assert [line["step"] for line in asked] == [2, 4]
     assert all({"eval_bool_q_accuracy_sum", "eval_bool_q_ece", "eval_bool_q_perplexity"} <= set(line) for line in asked)
-    assert lorry("eval", run, "tasks=[bool_q]", f"local.bool_q={tmp_path / 'b.jsonl'}", f"output={tmp_path / 'o.json'}") == 0
+    assert lorry("eval", run, "tasks=[bool_q]", f"local.bool_q={tmp_path / 'b.jsonl'}", f"output_dir={tmp_path / 'o.json'}") == 0
     sides = json.loads((tmp_path / "o.json").read_text())["sets"]["bool_q"]["sides"]
     value = next(side for name, side in sides.items() if name != "base")["metrics"]["accuracy"]["value"]
     assert value == max(line["eval_bool_q_accuracy"] for line in asked)

@@ -1,7 +1,8 @@
 """Names that people bring from PEFT, TRL, LLaMA-Factory, axolotl and unsloth, and what Lorry makes of them.
 
-A rename maps to a setting of ours; a reading looks at the value, too; the names in ``NOT_YET`` are known but not built, and
-are let through only at a value that asks for what Lorry does anyway.
+A rename maps to a setting of ours; a reading looks at the value, too; the names in ``NOTED`` change nothing here whatever their
+value; those in ``NOT_YET`` are known but not built, and are let through only at a value that asks for what Lorry does anyway.
+``HOMONYMS`` are names of ours that a peer uses for something else, told apart by the value.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-Reading = Callable[[Any], tuple[str, Any] | None]  # value -> (our setting, its value), or None: it changes nothing
+# value -> our settings and their values, one or several; None: it changes nothing. ValueError: what is wrong with the value
+Reading = Callable[[Any], tuple[str, Any] | list[tuple[str, Any]] | None]
 
 RENAMES: dict[str, str] = {
     **dict.fromkeys(
@@ -79,7 +81,49 @@ def _share_or_rows(size: Any) -> tuple[str, Any] | None:
     return ("data.test_size", size) if size else None
 
 
+def _once_an_epoch(setting: str) -> Reading:
+    """``evals_per_epoch: 4`` as once an epoch; the steps of a quarter of one are only known with the data."""
+    return lambda times: (setting, "epoch") if times else None
+
+
+def _pad_token_only(tokens: Any) -> None:
+    """Batches are packed, so no pad token is needed; other special tokens would change what is learnt."""
+    if tokens and (not isinstance(tokens, dict) or set(tokens) - {"pad_token"}):
+        raise ValueError("special tokens are those of the tokenizer's files; only pad_token may be given, and changes nothing")
+
+
+# the way rows are read, by axolotl's name for it
+AXOLOTL_TYPES = {"alpaca": "alpaca", "chat_template": "auto", "sharegpt": "conversations", "completion": "text"}
+
+
+def _axolotl_datasets(sets: Any) -> list[tuple[str, Any]]:
+    """``datasets: [{path: FILE_OR_ID, type: alpaca}]``. Raises ValueError for entries that ask for more than that."""
+    if (
+        not isinstance(sets, list)
+        or not sets
+        or not all(isinstance(one, dict) and isinstance(one.get("path"), str) for one in sets)
+    ):
+        raise ValueError("is a list of maps with a path each, such as [{path: rows.jsonl, type: alpaca}]")
+    odd = sorted({str(key) for one in sets for key in one} - {"path", "type", "name", "split", "ds_type"})
+    if odd:
+        raise ValueError(f"has {', '.join(odd)}, which Lorry has no word for; give data= and data.format instead")
+    settings: list[tuple[str, Any]] = [("data.path", sets[0]["path"] if len(sets) == 1 else [one["path"] for one in sets])]
+    for key, ours, words in (("type", "data.format", AXOLOTL_TYPES), ("name", "data.name", None), ("split", "data.split", None)):
+        values = {one.get(key) for one in sets}
+        if len(values) > 1 or (words is not None and not values <= {None, *words}):
+            known = f" ({', '.join(words)})" if words is not None else ""
+            raise ValueError(f"must have one and the same {key}{known} for all entries; give data= and {ours} instead")
+        if (value := values.pop()) is not None:
+            settings.append((ours, words[value] if words is not None else value))
+    return settings
+
+
 READINGS: dict[str, Reading] = {
+    "datasets": _axolotl_datasets,
+    "use_cpu": _if_on("model.device", "cpu"),
+    "evals_per_epoch": _once_an_epoch("train.eval_strategy"),
+    "saves_per_epoch": _once_an_epoch("train.save_strategy"),
+    "special_tokens": _pad_token_only,
     "bf16": _if_on("model.dtype", "bfloat16"),
     "fp16": _if_on("model.dtype", "float16"),
     "train_on_inputs": _opposite("data.completion_only_loss"),
@@ -93,6 +137,55 @@ READINGS: dict[str, Reading] = {
     "val_size": _share_or_rows,
 }
 
+_ROWS = "how rows are read and tokenised is Lorry's own affair, and gives the same tokens"
+_KERNELS = "which kernel a product or attention runs on is chosen by what this machine has (lorry doctor)"
+_PROCESS = "there is one process"
+_TYPE = "the model's and tokenizer's own files say so"
+_OUTPUT = "what an output directory holds is never overwritten: an earlier run moves to previous/N"
+_REPORT = "the run's report has it"
+_WATCH = "a loss that is not finite stops the run, whatever is set here"
+NOTED: dict[str, str] = {
+    **dict.fromkeys(
+        ["overwrite_cache", "preprocessing_num_workers", "dataloader_num_workers", "dataloader_pin_memory",
+         "dataloader_prefetch_factor", "dataloader_drop_last", "dataloader_persistent_workers", "dataset_num_proc",
+         "dataset_processes", "dataset_prepared_path", "dataset_keep_in_memory", "remove_unused_columns",
+         "shuffle_merged_datasets", "skip_prepare_dataset"], _ROWS,
+    ),
+    **dict.fromkeys(
+        ["pad_to_sequence_len", "pad_to_multiple_of", "padding_free", "eval_sample_packing", "sample_packing_eff_est"],
+        "sequences are packed without padding and never see each other",
+    ),
+    **dict.fromkeys(
+        ["attn_implementation", "flash_attention", "xformers_attention", "flash_attn", "sdp_attention",
+         "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "torch_compile_backend",
+         "torch_compile_mode", "use_unsloth"], _KERNELS,
+    ),
+    **dict.fromkeys(
+        ["ddp_timeout", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "local_rank",
+         "world_size"], _PROCESS,
+    ),
+    **dict.fromkeys(
+        ["model_type", "tokenizer_type", "tokenizer_use_fast", "tokenizer_legacy", "is_llama_derived_model"], _TYPE
+    ),
+    **dict.fromkeys(["overwrite_output_dir"], _OUTPUT),
+    **dict.fromkeys(
+        ["plot_loss", "eval_table_size", "eval_max_new_tokens", "logging_first_step", "logging_strategy", "log_level",
+         "disable_tqdm", "include_num_input_tokens_seen", "include_tokens_per_second", "wandb_watch", "wandb_log_model",
+         "debug", "strict"], _REPORT,
+    ),
+    **dict.fromkeys(["save_only_model", "save_on_each_node"], "a checkpoint holds all that resuming needs"),
+    **dict.fromkeys(["loss_watchdog_threshold", "loss_watchdog_patience", "logging_nan_inf_filter"], _WATCH),
+}  # fmt: skip
+
+# our own names that a peer uses for something else: whether the value is theirs, and what becomes of it
+HOMONYMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "adapter": (lambda value: value == "lora", "names the method; an adapter in a directory of that name is ./lora"),
+    "template": (
+        lambda value: isinstance(value, str) and not value.strip().lstrip("-").isdigit() and value != "null",
+        "names a template of another tool; prompts are rendered by the tokenizer's own chat template",
+    ),
+}
+
 OFF: tuple[Any, ...] = (False, None, "none", "no", [], {})
 NOT_YET: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
@@ -101,15 +194,22 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
          "fan_in_fan_out", "megatron_config", "load_in_4bit", "load_in_8bit", "quantization_bit", "quantize", "processes",
          "tensor_parallel", "pipeline_parallel", "forget", "retain", "method", "fsdp", "fsdp_config", "deepspeed",
          "neftune_noise_alpha", "label_smoothing_factor", "auto_find_batch_size", "group_by_length", "use_liger_kernel",
-         "torch_compile", "rewards", "reward_funcs", "attn_implementation", "flash_attention", "eos_token", "pad_token",
-         "tokenizer", "evals_per_epoch", "saves_per_epoch", "logging_dir"], OFF,
+         "torch_compile", "rewards", "reward_funcs", "eos_token", "pad_token",
+         "tokenizer", "logging_dir", "lora_fan_in_fan_out", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id",
+         "resize_token_embeddings_to_32x", "unfreeze_layers", "s2_attention", "noisy_embedding_alpha",
+         "curriculum_sampling", "reward_model",
+         "mlflow_tracking_uri", "comet_project_name"], OFF,
     ),
     "variant": (*OFF, "lora"),
     "peft_type": (None, "LORA"),
     "task_type": (None, "CAUSAL_LM"),
     "lora_task_type": (None, "CAUSAL_LM"),
-    "optim": (None, "adamw", "adamw_torch", "adamw_torch_fused"),
-    "optimizer": (None, "adamw", "adamw_torch", "adamw_torch_fused"),
+    # narrow or paged moments save memory on a whole model's; an adapter's are kept in float32
+    **dict.fromkeys(
+        ["optim", "optimizer"],
+        (None, "adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit",
+         "paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw"),
+    ),
     "finetuning_type": ("lora",),
     "stage": ("sft",),
     "use_peft": (True,),

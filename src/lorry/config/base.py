@@ -9,9 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from lorry.config.names import accepts, allowed
+from lorry.config.names import accepts, allowed, members, show
 from lorry.config.sizes import parse_size
 
+LARGEST_WHOLE = 2**63 - 1  # what torch, Arrow and safetensors hold; Python's own integers have no end
 DTYPE_WORDS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
@@ -43,6 +44,18 @@ def _clean_name(text: str) -> str:
     return text
 
 
+def _refuse_beyond_64_bits(value: Any) -> None:
+    """A whole number that no tensor, file format or loop could take, anywhere in a setting. Raises ValueError."""
+    waiting, seen = [value], set[int]()  # a YAML anchor may hold itself
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, int) and not -LARGEST_WHOLE <= part <= LARGEST_WHOLE:
+            raise ValueError(f"got {show(part)}; whole numbers go to {LARGEST_WHOLE}")
+        if isinstance(part, (dict, list)) and id(part) not in seen:
+            seen.add(id(part))
+            waiting += part.values() if isinstance(part, dict) else part
+
+
 PathText = Annotated[str, AfterValidator(_clean_path)]
 DirPath = Annotated[Path, AfterValidator(lambda path: Path(_clean_path(str(path))))]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_read_dtype)]
@@ -70,8 +83,10 @@ class Group(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
-        """Paths become text; true/false is not a number (pydantic would read it as 1 or 0)."""
+        """Paths become text; true/false is not a number (pydantic would read it as 1 or 0); integers have a bound."""
         field = cls.model_fields[info.field_name or ""]
+        if not any(isinstance(kind, type) and issubclass(kind, Group) for kind in members(field.annotation)):
+            _refuse_beyond_64_bits(value)  # a group's own settings do so themselves, each under its name
         if isinstance(value, bool) and not accepts(field, bool):
             raise ValueError(f"got {str(value).lower()}; give {allowed(field)}")
         return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -14,7 +14,7 @@ from lorry.config.base import DirPath, Group, PathText, automatic, setting
 from lorry.config.data import Format
 from lorry.config.schema import BackendConfig, ModelConfig
 
-OF_TASKS = ("local", "task_split", "n_shot", "template", "chat", "temperature", "top_p", "top_k", "seed", "plot")
+OF_TASKS = ("local", "task_split", "n_shot", "template", "chat", "temperature", "top_p", "top_k", "seed")
 OF_FILES = ("name", "split", "format", "text_field", "max_length", "completion_only_loss")  # of data
 
 
@@ -55,8 +55,10 @@ class EvalSettings(Group):
     top_p: float | None = setting(None, "sample from the likeliest tokens of this share", gt=0, le=1)
     top_k: PositiveInt | None = setting(None, "sample from so many likeliest tokens")
     seed: NonNegativeInt = setting(0, "of the shots, the sampling and the intervals")
-    output: DirPath | None = setting(None, "write the results and every answer to this .json file; .csv: a table")
-    plot: DirPath | None = setting(None, "draw the results as bars into this .png file")
+    output_dir: DirPath | None = setting(
+        None,
+        "folder for results.json with every answer, of tasks also results.csv and results.png; or the .json or .csv file alone",
+    )
 
     @model_validator(mode="after")
     def _something_to_ask(self) -> EvalSettings:
@@ -73,10 +75,8 @@ class EvalSettings(Group):
             raise ValueError(f"data.{odd} is for data=FILE; named sets know how they are read{hint}")
         if self.temperature == 0 and (odd := _changed(self, ("top_p", "top_k"))):
             raise ValueError(f"{odd} is for sampled answers; give temperature=1 or another above 0 with it")
-        if self.output is not None and self.output.suffix == ".csv" and not self.tasks:
-            raise ValueError(f"output={self.output}: tables in CSV are of tasks=[...]; name a .json file")
-        if self.plot is not None and self.plot.suffix != ".png":
-            raise ValueError(f"plot={self.plot}: bars are drawn into a .png file")
+        if self.output_dir is not None and self.output_dir.suffix == ".csv" and not self.tasks:
+            raise ValueError(f"output_dir={self.output_dir}: tables in CSV are of tasks=[...]; name a folder or a .json file")
         return self
 
 

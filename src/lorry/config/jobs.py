@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lorry.config.schema import JOBS, DataConfig, LoraConfig, Run, TrainConfig
 from lorry.errors import ConfigError
 
 WHOLE = "base"  # what base weights that train (lora=null) are called where an adapter would have a name
+MOST_JOBS = 1000  # a grid of three axes of 100 values would be a million runs: a slip of the hand
 EXPANDED = ("jobs", "sweep")  # settings that stand for jobs
 GROUPS = ("lora", "data", "train")
 # What a pass does once for all its jobs. Everything else of lora, data and train may differ.
@@ -75,7 +77,11 @@ class Own:
         """The settings of the run with this job's in their place. Raises ConfigError for a run without an adapter."""
         if "lora" in tree and tree["lora"] is None:
             raise ConfigError("lora=null (training the base weights themselves) leaves no adapters for jobs")
-        return {**tree, **{group: {**tree.get(group, {}), **own} for group, own in self.tree.items()}}
+        over = {**tree, **{group: {**tree.get(group, {}), **own} for group, own in self.tree.items()}}
+        if brought := {"path", "mix"} & self.tree.get("data", {}).keys():
+            # what the job reads stands in the place of what the run reads, not beside it
+            over["data"] = {k: v for k, v in over["data"].items() if k in brought or k not in ("path", "mix")}
+        return over
 
 
 def lay(tree: dict[str, Any], placed: Placed) -> None:
@@ -109,6 +115,8 @@ def items_of(several: Mapping[str, Given], axes: Sequence[Given]) -> list[Item]:
     if given and swept:
         raise ConfigError(f"{swept[0].where}: a list of jobs and a sweep are both given; keep one")
     items = given or swept
+    if len(items) > MOST_JOBS:
+        raise ConfigError(f"{items[0].where}: {len(items):,} jobs are too many for a run; at most {MOST_JOBS:,}")
     seen = dict[str, str]()
     for item in items:
         if item.name.lower() in seen:
@@ -159,6 +167,12 @@ def _swept(sweep: Given | None, axes: Sequence[Given]) -> list[Item]:
     typed = [Given(axis.key, typed_list(axis.value), axis.where) for axis in axes]
     grid = list({axis.key: axis for axis in (*given, *typed)}.values())
     choices = [[Given(a.key, one, a.where) for one in (a.value if isinstance(a.value, list) else [a.value])] for a in grid]
+    if (count := prod(map(len, choices))) > MOST_JOBS:
+        axes_shown = " x ".join(f"{axis.key}: {len(values):,}" for axis, values in zip(grid[:8], choices, strict=False))
+        raise ConfigError(
+            f"{grid[0].where}: the sweep has {count:,} combinations ({axes_shown}); at most {MOST_JOBS:,} can be trained. "
+            "Shorten the lists, or give the combinations themselves as a list of maps"
+        )
     return _named([list(chosen) for chosen in product(*choices)]) if grid else []
 
 

@@ -16,7 +16,15 @@ from pydantic.fields import FieldInfo
 
 PLAIN = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 
-SHORT = reprlib.Repr()
+
+class _Short(reprlib.Repr):
+    """Values shortened for a message. Python refuses to write integers of over 4,300 digits; here they have a size instead."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return f"a whole number of {x.bit_length()} bits" if x.bit_length() > 128 else super().repr_int(x, level)
+
+
+SHORT = _Short()
 SHORT.maxstring, SHORT.maxother, SHORT.maxlist, SHORT.maxdict, SHORT.maxlevel = 80, 80, 4, 4, 2
 
 

@@ -5,7 +5,8 @@ Sources, later over earlier: CONFIG.yaml, then ``key=value`` and ``--key value``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from lorry.config.names import Names, names_of
 from lorry.config.place import Given, Placed, place
 from lorry.errors import ConfigError
 
+MOST_ERRORS = 40
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
@@ -73,29 +75,58 @@ def _settle(schema: type[Schema], sources: Iterable[Iterable[Given]], notes: lis
     names = names_of(schema)
     tree, origins = dict[str, Any](), dict[str, str]()
     several = dict[str, Given]()
-    axes = list[Given]()
+    axes, wrong = list[Given](), list[str]()
     for source in sources:
         spelled: dict[str, str] = {}
         for given in source:
             if "sweep" in names.fields and is_axis(given):
                 axes.append(given)
                 continue
-            for placed in place(names, given, notes):
-                _refuse_second_name(spelled.setdefault(f"{placed.dotted} {placed.part}", placed.given.key), placed)
-                if placed.dotted in EXPANDED:
-                    several[placed.dotted] = replace(placed.given, value=placed.value)
-                    continue
-                lay(tree, placed)
-                origins[placed.dotted] = placed.given.where
-    said = list[str]()
-    jobs = [own_settings(names, item, said) for item in items_of(several, axes)]
+            with _collecting(wrong):
+                for placed in place(names, given, notes):
+                    _refuse_second_name(spelled.setdefault(f"{placed.dotted} {placed.part}", placed.given.key), placed)
+                    if placed.dotted in EXPANDED:
+                        several[placed.dotted] = replace(placed.given, value=placed.value)
+                        continue
+                    lay(tree, placed)
+                    origins[placed.dotted] = placed.given.where
+    said, jobs = list[str](), list[Own]()
+    with _collecting(wrong):
+        for item in items_of(several, axes):
+            with _collecting(wrong):
+                jobs.append(own_settings(names, item, said))
+    if wrong:  # all of them at once: a description of another tool has a dozen, and nobody wants a dozen tries
+        raise ConfigError(_listed(wrong))
     notes += dict.fromkeys(said)
-    if jobs and "data" not in tree and "data" in jobs[0].tree:
-        tree["data"] = jobs[0].tree["data"]  # every job brings its own: the first one's stands for the run's
-    run = _validated(schema, names, tree, origins)
+    whole = _with_rows(tree, jobs)
+    run = _validated(schema, names, whole, origins)
     if not jobs:
         return run
-    return _validated(schema, names, {**tree, "jobs": _differences(names, run, tree, origins, jobs)}, origins)
+    return _validated(schema, names, {**whole, "jobs": _differences(names, run, whole, origins, jobs)}, origins)
+
+
+def _with_rows(tree: Mapping[str, Any], jobs: Sequence[Own]) -> dict[str, Any]:
+    """The run's settings; where every job brings its own rows, those of the first stand for the run's, below its settings."""
+    data = tree.get("data", {})
+    if not jobs or not isinstance(data, dict) or {"path", "mix"} & data.keys() or "data" not in jobs[0].tree:
+        return dict(tree)
+    return {**tree, "data": {**jobs[0].tree["data"], **data}}
+
+
+@contextlib.contextmanager
+def _collecting(wrong: list[str]) -> Iterator[None]:
+    """Keep what is wrong with one setting, and go on to the next."""
+    try:
+        yield
+    except ConfigError as error:
+        wrong.append(str(error))
+
+
+def _listed(wrong: Sequence[str]) -> str:
+    """Errors a line each, the first `MOST_ERRORS` of them."""
+    lines = list(dict.fromkeys(wrong))
+    more = [f"and {len(lines) - MOST_ERRORS} more"] if len(lines) > MOST_ERRORS else []
+    return "\n".join([*lines[:MOST_ERRORS], *more])
 
 
 def _validated(schema: type[Schema], names: Names, tree: Mapping[str, Any], origins: Mapping[str, str], who: str = "") -> Schema:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from lorry.config.aliases import ELSEWHERE, NOT_YET, READINGS, RENAMES
+from lorry.config.aliases import ELSEWHERE, HOMONYMS, NOT_YET, NOTED, READINGS, RENAMES
 from lorry.config.files import read_scalar
 from lorry.config.names import Names, accepts, show
 from lorry.errors import ConfigError, nearest
@@ -53,6 +53,8 @@ def place(names: Names, given: Given, notes: list[str]) -> list[Placed]:
         if value is None or value == {}:
             return [Placed(given.key, value, given)]
     candidates = names.candidates(given.key)
+    if _is_homonym(given, notes):
+        return []
     if len(candidates) == 1:
         return [_at(names, candidates[0], given)]
     if candidates:
@@ -119,16 +121,27 @@ def _place_alias(names: Names, given: Given, notes: list[str]) -> list[Placed]:
     word = _peer_word(names, given.key)
     if word in READINGS:
         value = _typed(given.value) if given.typed else given.value
-        reading = READINGS[word](value)
+        try:
+            reading = READINGS[word](value)
+        except ValueError as error:
+            raise ConfigError(f"{given.where}: {given.key} {error}") from None
         if reading is None:
             notes.append(f"{_said(given.key, value)} changes nothing")
             return []
-        if target := _target(names, given.key, reading[0]):
-            notes.append(f"{_said(given.key, value)} is read as {_said(target, reading[1])}")
-            return [Placed(target, reading[1], given)]
+        several = reading if isinstance(reading, list) else [reading]
+        found = [(target, meant) for dotted, meant in several if (target := _target(names, given.key, dotted))]
+        if found:
+            notes.append(f"{_said(given.key, value)} is read as {' '.join(_said(*pair) for pair in found)}")
+            return [Placed(target, meant, given) for target, meant in found]
     if word in RENAMES and (target := _target(names, given.key, RENAMES[word])):
+        if given.value is None and not accepts(names.fields[target], type(None)):
+            notes.append(f"{given.key} is left empty and changes nothing")  # axolotl's files list every name they know
+            return []
         notes.append(f"{given.key} is read as {target}")
         return [_at(names, target, given)]
+    if word in NOTED:
+        notes.append(f"{given.key} changes nothing: {NOTED[word]}")
+        return []
     if word in NOT_YET:
         value = _typed(given.value) if given.typed else given.value
         if value in NOT_YET[word]:
@@ -138,6 +151,15 @@ def _place_alias(names: Names, given: Given, notes: list[str]) -> list[Placed]:
     if word in ELSEWHERE:
         raise ConfigError(f"{given.where}: {given.key!r} is a setting of {ELSEWHERE[word]}")
     raise unknown(names, given.key, given.where)
+
+
+def _is_homonym(given: Given, notes: list[str]) -> bool:
+    """Whether a name of ours has a peer's meaning here; that it changes nothing is told then."""
+    theirs, why = HOMONYMS.get(given.key, (None, ""))
+    if theirs is None or not theirs(given.value):
+        return False
+    notes.append(f"{_said(given.key, given.value)} changes nothing: it {why}")
+    return True
 
 
 def _peer_word(names: Names, key: str) -> str:
@@ -167,7 +189,7 @@ def is_known(names: Names, key: str) -> bool:
     """Whether a name means anything: ours, even if ambiguous or a group, or a peer's."""
     word = _peer_word(names, key)
     ours = key in names.groups or bool(names.candidates(key)) or _entry(names, Given(key, "", "")) is not None
-    return ours or any(word in table for table in (RENAMES, READINGS, NOT_YET, ELSEWHERE))
+    return ours or any(word in table for table in (RENAMES, READINGS, NOTED, NOT_YET, ELSEWHERE))
 
 
 def unknown(names: Names, key: str, where: str) -> ConfigError:

@@ -197,7 +197,9 @@ class ReportSettings(Group):
 
     positional: ClassVar[str] = "runs"
     runs: list[PathText] = Field(min_length=1, description="run directories")
-    output: DirPath | None = setting(None, "the HTML file; null: report.html in the run, comparison.html beside several")
+    output_dir: DirPath | None = setting(
+        None, "folder for the page, or its .html file; null: report.html in the run, comparison.html beside several"
+    )
 
 
 class RunsSettings(Group):

@@ -8,6 +8,7 @@ UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
     "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40,
 }  # fmt: skip
+LARGEST = 2**60  # bytes; beyond it float arithmetic loses bytes, and nobody has so much
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", re.IGNORECASE)
 
 
@@ -16,10 +17,10 @@ def parse_size(text: str) -> int:
     found = SIZE.fullmatch(text.strip())
     if found is None or (unit := found[2].upper()) not in UNITS:
         raise ValueError(f"{text[:40]!r} is no amount of memory; write a number with its unit, such as 3GiB or 800MB")
-    size = int(float(found[1]) * UNITS[unit])
-    if size < 1:
-        raise ValueError(f"{text[:40]!r} is no amount of memory; it must be above 0")
-    return size
+    amount = float(found[1]) * UNITS[unit]
+    if not 1 <= amount < LARGEST:
+        raise ValueError(f"{text[:40]!r} is no amount of memory; it must be above 0 and below {LARGEST >> 40:,} TiB")
+    return int(amount)
 
 
 def in_words(size: float) -> str:

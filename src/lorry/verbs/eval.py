@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 BASE = "base"
 EVALUATION = "evaluation.json"  # what the report reads
+RESULTS, FILE_SUFFIXES = "results.json", (".json", ".csv")
 NEW_TOKENS = 64
 
 
@@ -39,9 +40,7 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
     """Read, evaluate each side, print the table, write what was asked for and the run's evaluation.json."""
     import torch
 
-    for what, path, kind in (("output", settings.output, "JSON"), ("plot", settings.plot, "PNG")):
-        if path is not None and path.is_dir():
-            raise ConfigError(f"{what}={path} is a directory; name a {kind} file")
+    refuse_wrong_kind(settings.output_dir)
     if settings.backend.threads:
         torch.set_num_threads(settings.backend.threads)
     if settings.tasks:
@@ -56,6 +55,16 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
     Console(soft_wrap=True).print(side_by_side(label(settings), rows, sides))
     write(settings, found, rows, sides)
     return 0
+
+
+def refuse_wrong_kind(output: Path | None) -> None:
+    """Before anything is measured: a folder where a file is named, or the reverse. Raises ConfigError."""
+    if output is None:
+        return
+    if output.suffix in FILE_SUFFIXES and output.is_dir():
+        raise ConfigError(f"output_dir={output} is a directory with a file's name; give another name")
+    if output.suffix not in FILE_SUFFIXES and output.exists() and not output.is_dir():
+        raise ConfigError(f"output_dir={output} is a file; give a folder, or a .json file")
 
 
 def on_sets(settings: EvalSettings) -> int:
@@ -190,11 +199,12 @@ def _cell(one: Evaluated, metric: str) -> str:
 
 
 def write(settings: EvalSettings, found: Opened, rows: EvalRows, sides: Mapping[str, Evaluated]) -> None:
-    """The run's evaluation.json where a run was evaluated, and ``output`` where it was asked for."""
+    """The run's evaluation.json where a run was evaluated, and results.json where ``output_dir`` was given."""
     write_beside(found, _entries(label(settings), sides))
-    if settings.output is not None:
-        _put(settings.output, _whole(settings, rows, sides))
-        tell(f"written to {settings.output}")
+    if settings.output_dir is not None:
+        path = settings.output_dir if settings.output_dir.suffix in FILE_SUFFIXES else settings.output_dir / RESULTS
+        _put(path, _whole(settings, rows, sides))
+        tell(f"written to {path}")
 
 
 def write_beside(found: Opened, entries: list[dict[str, Any]]) -> None:

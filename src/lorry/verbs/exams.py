@@ -124,19 +124,28 @@ def entries(settings: EvalSettings, exams: list[Exam], results: Results) -> list
 
 
 def write(settings: EvalSettings, exams: list[Exam], results: Results) -> None:
-    """What was asked for: JSON with every answer or CSV, and a picture."""
-    if settings.output is not None:
-        text = as_csv(exams, results) if settings.output.suffix == ".csv" else as_json(settings, exams, results)
-        _put(settings.output, text.encode())
-    if settings.plot is not None:
-        from lorry.report.bars import bars
+    """Into ``output_dir``, where it was given: JSON with every answer, the table as CSV, and a picture; or one of the first two,
+    where a file of its kind was named."""
+    output = settings.output_dir
+    if output is None:
+        return
+    if output.suffix in (".json", ".csv"):
+        text = as_csv(exams, results) if output.suffix == ".csv" else as_json(settings, exams, results)
+        _put(output.parent, {output.name: text.encode()})
+        return
+    from lorry.report.bars import bars
 
-        groups = {exam.one.name: exam.one.metrics[0] for exam in exams}
-        values = {
-            side: {name: (one.metrics[groups[name]].value, one.metrics[groups[name]].interval) for name, one in column.items()}
-            for side, column in _by_side(results).items()
-        }
-        _put(settings.plot, bars({name: f"{name}\n{metric}" for name, metric in groups.items()}, values))
+    groups = {exam.one.name: exam.one.metrics[0] for exam in exams}
+    values = {
+        side: {name: (one.metrics[groups[name]].value, one.metrics[groups[name]].interval) for name, one in column.items()}
+        for side, column in _by_side(results).items()
+    }
+    files = {
+        "results.json": as_json(settings, exams, results).encode(),
+        "results.csv": as_csv(exams, results).encode(),
+        "results.png": bars({name: f"{name}\n{metric}" for name, metric in groups.items()}, values),
+    }
+    _put(output, files)
 
 
 def _by_side(results: Results) -> dict[str, dict[str, Taken]]:
@@ -187,7 +196,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _put(path: Path, content: bytes) -> None:
-    durable.make_directory(path.parent)
-    durable.write_files(path.parent, {path.name: content})
-    tell(f"written to {path}")
+def _put(folder: Path, files: Mapping[str, bytes]) -> None:
+    durable.make_directory(folder)
+    durable.write_files(folder, dict(files))
+    for file in files:
+        tell(f"written to {folder / file}")

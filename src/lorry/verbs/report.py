@@ -14,7 +14,7 @@ from lorry.report.run import load_all
 def main(settings: ReportSettings, notes: list[str]) -> int:
     """Build the page, show the tables, say where the page is (the last line of standard output)."""
     paths = [Path(run) for run in settings.runs]
-    page = build(paths, settings.output)
+    page = build(paths, settings.output_dir)
     Console(stderr=True).print(table.show(load_all(paths)))
     print(page)
     return 0
