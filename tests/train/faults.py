@@ -24,7 +24,8 @@ from lorry.disk import durable
 
 Fault = Callable[["FaultyDisk", str, tuple[Any, ...]], Any]
 Say = Callable[[int], object]
-CALLS = tuple(name for name in vars(durable.Disk) if not name.startswith("_"))
+READS = ("lstat", "open_to_read", "read")  # they change nothing, so that no disaster is tried before each of them
+CALLS = tuple(name for name in vars(durable.Disk) if not name.startswith("_") and name not in READS)
 
 
 class FaultyDisk(durable.Disk):
@@ -70,6 +71,36 @@ def _counted(kind: str) -> Callable[..., Any]:
 
 for _kind in CALLS:
     setattr(FaultyDisk, _kind, _counted(_kind))
+
+
+class UnreadableDisk(durable.Disk):
+    """A disk whose read number ``at`` (from 1) fails with ``code``, once; ``kinds`` keeps the trace. Writes are as ever.
+
+    ``below``: count only reads of paths that contain this text.
+    """
+
+    def __init__(self, at: int, code: int, below: str = "") -> None:
+        self.at, self.code, self.below = at, code, below
+        self.calls = 0
+        self.trace: list[tuple[str, str]] = []
+        self.paths: dict[int, Path] = {}
+
+    def tick(self, kind: str, *args: Any) -> Any:
+        """Make one reading call, unless it is the one that fails."""
+        path = self.paths.get(args[0], Path()) if isinstance(args[0], int) else args[0]
+        if self.below in str(path):
+            self.calls += 1
+            self.trace.append((kind, str(path)))
+            if self.calls == self.at:
+                raise OSError(self.code, os.strerror(self.code))
+        result = getattr(durable.Disk, kind)(self, *args)
+        if kind == "open_to_read":
+            self.paths[result] = path
+        return result
+
+
+for _kind in READS:
+    setattr(UnreadableDisk, _kind, _counted(_kind))
 
 
 def die() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from faults import FaultyDisk
-from lorry.disk import durable, manifest
+from lorry.disk import durable, integrity, manifest
 from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.train.checkpoint import find_latest, forget_after, load, save
 from states import DTYPES, STATES, bits, meta, same
@@ -141,7 +141,7 @@ def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1, STATES[1], meta(1))
     secret = tmp_path / "checkpoints" / "secret.json"
     secret.write_text("{}")
-    entry = manifest.Entry(bytes=2, sha256=manifest.file_digest(secret))
+    entry = manifest.Entry(bytes=2, sha256=integrity.file_digest(secret))
     for name in ("../secret.json", str(secret), "a/b", ".."):
         (path / "manifest.json").write_bytes(manifest.text({name: entry}))
         with pytest.raises(ModelError, match="not a plain file name"):

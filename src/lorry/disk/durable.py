@@ -33,7 +33,7 @@ _LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old|gone)-\d+-[0-9a-f]{8}")
 
 
 class DiskError(LorryError, OSError):
-    """The disk refused a write; ``errno`` and ``filename`` say which and where. What was complete before still is."""
+    """The disk refused a write or a read; ``errno`` and ``filename`` say which and where. What was complete before still is."""
 
     exit_code = 74  # EX_IOERR of sysexits.h
 
@@ -42,7 +42,17 @@ class DiskError(LorryError, OSError):
 
 
 class Disk:
-    """Every call of Lorry that changes the disk, one method each; tests put a failing one in ``durable.disk``."""
+    """Every call of Lorry that changes the disk, one method each, and those that read what is verified (integrity.py); tests put a
+    failing one in ``durable.disk``."""
+
+    def lstat(self, path: Path) -> os.stat_result:
+        return os.lstat(path)
+
+    def open_to_read(self, path: Path) -> int:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, fd: int, size: int) -> bytes:
+        return os.read(fd, size)
 
     def mkdir(self, path: Path) -> None:
         os.mkdir(path)
@@ -148,6 +158,14 @@ def remove_directory(path: Path) -> None:
         gone = _beside(path, "gone")
         disk.rename(path, gone)
         _remove(gone)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a file or a directory another name, durably. Raises DiskError."""
+    with _at(old):
+        disk.rename(old, new)
+        for parent in dict.fromkeys((old.parent, new.parent)):
+            disk.fsync_dir(parent)
 
 
 def recover(parent: Path, name: str | None = None) -> None:

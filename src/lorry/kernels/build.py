@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lorry.disk.home import home
-from lorry.disk.manifest import file_digest
+from lorry.disk.integrity import file_digest
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lorry.disk import manifest
+from lorry.disk import integrity
 from lorry.disk.process import PROCESS, Process, alive, read
 from lorry.errors import DataError, Interrupted, ModelError
 from lorry.report.figures import about, flatten
@@ -128,7 +128,7 @@ def newest_checkpoint(run_dir: Path) -> str | None:
     names = os.listdir(folder) if folder.is_dir() else []
     for name in sorted((n for n in names if _CHECKPOINT.fullmatch(n)), key=lambda n: int(n[5:]), reverse=True):
         try:
-            manifest.verify(folder / name, digests=False)
+            integrity.verify(folder / name, digests=False)
         except ModelError:
             continue
         return name

@@ -8,6 +8,10 @@
 Commit order: temporary directory, write, fsync files, manifest, fsync directory, rename, fsync parent, and only then the
 older ones are pruned. One process writes to a run; reading changes nothing. Safetensors and JSON only, never pickle.
 
+"There is none" and "there are some, and none is whole" are different answers: None, and ModelError. A checkpoint that is damaged
+or lies under another step's name is never removed: the run that passes it over renames it to step-00000120.damaged. One that the
+disk could not read (DiskError) is not damaged, and nothing is passed over because of it.
+
     save(run, step, tensors, meta, keep=3, protect={best})
     path = find_latest(run)
     tensors, meta = load(path)
@@ -20,11 +24,12 @@ import hashlib
 import json
 import logging
 import math
+import os
 import platform
 import re
 from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorry.disk import durable, manifest
+from lorry.disk import durable, integrity, manifest
 from lorry.errors import ConfigError, ContractError, ModelError
 
 log = logging.getLogger(__name__)
@@ -75,7 +80,8 @@ def save(
 
     ``meta`` must survive JSON unchanged (no tuples, no NaN) and hold "config", "digests" and "environment". Then the
     newest ``keep`` whole checkpoints up to this step stay (None: all), and those of the steps in ``protect`` (the best,
-    the last finite). Later steps are removed: they belong to a history that this run rewound. Raises DiskError,
+    the last finite). Later steps are removed: they belong to a history that this run rewound; damaged ones are set aside.
+    The directory must be there: one that was moved away is not made again. Raises DiskError,
     ContractError (a tensor or a field that cannot be stored) and ConfigError (``keep`` below 1).
     """
     if keep is not None and keep < 1:
@@ -92,10 +98,10 @@ def save(
 
 
 def forget_after(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints beyond ``step``: for a run that goes back to it, or to -1 when it starts anew. Raises DiskError."""
+    """Remove the checkpoints beyond ``step``, for a run that goes back to it; damaged ones are set aside. Raises DiskError."""
     for later, path in _saved(run_dir):
         if later > step:
-            durable.remove_directory(path)
+            _remove_or_set_aside(path, digests=True)
 
 
 def tidy(run_dir: Path, step: int, *, keep: int | None = None, protect: Collection[int] = ()) -> None:
@@ -109,35 +115,65 @@ def tidy(run_dir: Path, step: int, *, keep: int | None = None, protect: Collecti
 
 
 def find_latest(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None. Damaged ones are skipped with a warning; nothing is changed."""
+    """The newest whole checkpoint of a run, or None where there is none at all. Nothing is changed.
+
+    Damaged ones are skipped with a warning. Raises ModelError naming every one of them where none is whole, and DiskError where
+    one could not be read.
+    """
+    damage = list[str]()
     for _, path in reversed(_saved(run_dir)):
         try:
-            manifest.verify(path)
+            _read_meta(path)
         except ModelError as e:
             log.warning("skipped the checkpoint %s: %s", path, e)
+            damage.append(f"\n  {path.name}: {e}")
         else:
             return path
+    if damage:
+        folder = run_dir / "checkpoints"
+        raise ModelError(
+            f"{folder}: none of its {len(damage)} checkpoints is whole; nothing was touched:{''.join(damage)}\n"
+            f"restore one of them from a copy; to begin anew instead, move {folder} elsewhere or use another output_dir"
+        )
     return None
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read and verify a checkpoint directory: tensors by name, on the CPU, and what ``save`` was given as meta plus its step.
 
-    Raises ModelError naming the damaged, missing or linked file, or when it is no checkpoint of this format.
+    Raises ModelError naming the damaged, missing or linked file, when it is no checkpoint of this format, or lies under the name
+    of another step; DiskError when it could not be read.
     """
     _refuse_pickle(path)
-    names = manifest.verify(path)
+    meta = _read_meta(path)
+    try:
+        with integrity.reading(path / STATE):
+            tensors = load_file(path / STATE)
+    except SafetensorError as e:
+        raise ModelError(f"{path}: {e}; this checkpoint was not written by Lorry") from e
+    return tensors, meta
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """Verify every file of a checkpoint directory against its manifest, and what it says of itself. Raises as `load` does."""
+    names = integrity.verify(path)
     if set(names) != {STATE, META}:
         raise ModelError(f"{path} lists {', '.join(sorted(names))}; a checkpoint holds {STATE} and {META} and nothing else")
     try:
-        meta = json.loads((path / META).read_bytes())
-        tensors = load_file(path / STATE)
-    except (SafetensorError, ValueError, RecursionError) as e:
-        raise ModelError(f"{path}: {e}; this checkpoint was not written by Lorry") from e
+        meta = json.loads(integrity.content(path / META))
+    except (ValueError, RecursionError) as e:
+        raise ModelError(f"{path / META}: {e}; this checkpoint was not written by Lorry") from e
     found = meta.pop("format", None) if isinstance(meta, dict) else None
     if found != FORMAT:
         raise ModelError(f"{path / META}: format {found!r}, this version of Lorry reads {FORMAT!r}")
-    return tensors, meta
+    step, named = meta.get("step"), _named_step(path)
+    if type(step) is not int or step < 0:
+        raise ModelError(f"{path / META}: step {str(step)[:40]!r} is no whole number of 0 or more; this was not written by Lorry")
+    if named is not None and step != named:
+        raise ModelError(f"{path} holds step {step}: directories were exchanged or renamed; give it back the name of its step")
+    if odd := [key for key in ("config", "digests", "environment") if not isinstance(meta.get(key), dict)]:
+        raise ModelError(f"{path / META}: {odd[0]!r} is no object; this checkpoint was not written by Lorry")
+    return meta
 
 
 def refuse_other(meta: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -181,39 +217,62 @@ def code_digest() -> str:
     """SHA-256 over the names and contents of Lorry's own source files."""
     root = Path(__file__).parent.parent
     files = sorted(root.rglob("*.py"))
-    listed = [f"{file.relative_to(root).as_posix()} {manifest.file_digest(file)}\n" for file in files]
+    listed = [f"{file.relative_to(root).as_posix()} {integrity.file_digest(file)}\n" for file in files]
     return hashlib.sha256("".join(listed).encode()).hexdigest()
+
+
+def _named_step(path: Path) -> int | None:
+    """The step that a directory's name says, also of one set aside for a replacement; None for a name that says none."""
+    match = _STEP.fullmatch(durable.set_aside(path.name) or path.name)
+    return int(match[1]) if match else None
 
 
 def _saved(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every checkpoint, also of one set aside for a replacement that never came; oldest first."""
     folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return []
     by_step: dict[int, Path] = {}
-    for path in sorted(folder.iterdir(), reverse=True):  # so that a proper name comes after, and beats, one set aside
-        if match := _STEP.fullmatch(durable.set_aside(path.name) or path.name):
-            by_step[int(match[1])] = path
+    try:
+        with integrity.reading(folder):
+            names = sorted(os.listdir(folder), reverse=True)  # so that a proper name comes after, and beats, one set aside
+    except ModelError:
+        return []  # there is no such folder
+    for path in (folder / name for name in names):
+        if (step := _named_step(path)) is not None:
+            by_step[step] = path
     return sorted(by_step.items())
 
 
 def _prune(run_dir: Path, keep: int | None, protect: Collection[int]) -> None:
-    """Remove all but the newest ``keep`` and ``protect``. A checkpoint that lost a file does not count as one of them."""
+    """Remove all but the newest ``keep`` and ``protect``. A checkpoint that lost a file does not count as one of them, and is set
+    aside."""
     if keep is None:
         return
     saved = _saved(run_dir)
-    stay = {*[step for step, path in saved if _has_all_files(path)][-keep:], *protect}
+    stay = {*[step for step, path in saved if not _is_damaged(path, digests=False)][-keep:], *protect}
     for step, path in saved:
         if step not in stay:
-            durable.remove_directory(path)
+            _remove_or_set_aside(path, digests=False)
 
 
-def _has_all_files(path: Path) -> bool:
+def _remove_or_set_aside(path: Path, *, digests: bool) -> None:
+    """Remove a whole checkpoint; a damaged one may be all there is of its step, and is renamed to NAME.damaged."""
+    if not _is_damaged(path, digests=digests):
+        durable.remove_directory(path)
+        return
+    taken = (path.with_name(f"{path.name}.damaged{f'-{n}' if n else ''}") for n in count())
+    durable.rename(path, next(target for target in taken if not os.path.lexists(target)))
+
+
+def _is_damaged(path: Path, *, digests: bool) -> bool:
+    """Whether a checkpoint is damaged. Without ``digests`` only presence and sizes are looked at, which reads next to nothing."""
     try:
-        manifest.verify(path, digests=False)
+        if digests:
+            _read_meta(path)
+        else:
+            integrity.verify(path, digests=False)
     except ModelError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _refuse_pickle(path: Path) -> None:

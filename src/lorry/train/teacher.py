@@ -21,7 +21,7 @@ from lorry.bank.mix import Call, Mix
 from lorry.bank.peft_io import load_adapter
 from lorry.config import DistillConfig, ModelConfig
 from lorry.data.batch import Batch
-from lorry.disk.manifest import file_digest
+from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError
 from lorry.models.decoder import Decoder
 from lorry.models.generate import Generated, generate

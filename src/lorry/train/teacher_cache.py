@@ -24,7 +24,7 @@ from torch import Tensor
 from lorry.backends.base import Scorer
 from lorry.data.aligned import names_of
 from lorry.data.batch import Batch
-from lorry.disk import durable, manifest
+from lorry.disk import durable, integrity, manifest
 from lorry.errors import ConfigError, ModelError
 from lorry.models.divergence import top_k
 from lorry.models.truncated import Truncated, check_temperature
@@ -77,7 +77,7 @@ def write(folder: Path, batches: Iterable[Batch], reader: Reader, scorer: Scorer
         said = {**facts, "sequences": len(seen), "tokens": edges[-1], "bytes": (work / TENSORS).stat().st_size}
         (work / FACTS).write_text(json.dumps(said, indent=1) + "\n")
         entries = {
-            name: manifest.Entry(bytes=(work / name).stat().st_size, sha256=manifest.file_digest(work / name))
+            name: manifest.Entry(bytes=(work / name).stat().st_size, sha256=integrity.file_digest(work / name))
             for name in (TENSORS, FACTS)
         }
         (work / manifest.NAME).write_bytes(manifest.text(entries))
@@ -89,7 +89,7 @@ class Cached:
     def __init__(self, folder: Path, facts: Mapping[str, Any], aim: Aim) -> None:
         check_temperature(aim.temperature)
         try:
-            manifest.verify(folder)
+            integrity.verify(folder)
         except ModelError as error:
             raise ModelError(f"{error}; remove {folder}, and the next run writes it anew") from error
         self.facts = json.loads((folder / FACTS).read_text())
