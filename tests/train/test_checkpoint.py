@@ -57,7 +57,11 @@ def test_any_state_comes_back_bit_for_bit(tensors: dict[str, Tensor], step: int)
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63) + 1, 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=12,
 )
@@ -153,6 +157,7 @@ def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_linked_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     path = save(tmp_path / "run", 1, STATES[1], meta(1))
     (tmp_path / "link").symlink_to(path)
     with pytest.raises(ModelError, match="symbolic link"):
@@ -170,7 +175,7 @@ def test_pickles_are_refused_with_a_reason(tmp_path: Path) -> None:
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     text = json.dumps({"format": "lorry-checkpoint/2", **meta(1)}).encode()
-    for name, found in ((text, "lorry-checkpoint/2"), (b"[]", "None"), (b"{", "not written by Lorry")):
+    for name, found in ((text, "lorry-checkpoint/2"), (b"[]", "None"), (b"{", "not JSON")):
         files: dict[str, durable.Content] = {"state.safetensors": b"\x02\0\0\0\0\0\0\0{}", "meta.json": name}
         durable.write_directory(tmp_path / "c", files, manifest=True, replace=True)
         with pytest.raises(ModelError, match=found):
@@ -178,7 +183,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 
 def steps(run: Path) -> list[int]:
-    return sorted(int(name.removeprefix("step-")) for name in os.listdir(run / "checkpoints"))
+    return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir() if p.suffix != ".damaged")
 
 
 def test_pruning_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
@@ -190,6 +195,7 @@ def test_pruning_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000060" / "meta.json").unlink()
     save(tmp_path, 70, STATES[1], meta(1), keep=2)
     assert steps(tmp_path) == [50, 70], "a damaged one does not count"
+    assert (tmp_path / "checkpoints" / "step-00000060.damaged" / "state.safetensors").is_file(), "and is not removed"
     with pytest.raises(ConfigError, match="save_total_limit=0"):
         save(tmp_path, 80, STATES[1], meta(1), keep=0)
 

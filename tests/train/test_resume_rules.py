@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,4 +117,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     train_run(world.run(unfinished, **SHAPES["packed"]), [], [heard])
     assert f"skipped the checkpoint {newest}" in caplog.text
     assert any(note.startswith("resumed from step-00000008") for note in heard.notes)
+    aside = newest.with_name("step-00000009.damaged")
+    assert aside.is_dir(), "what was passed over is set aside, not removed"
+    shutil.rmtree(aside)
     same(finished(unfinished), whole("packed"), f"{harm} damaged")

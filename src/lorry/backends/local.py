@@ -200,8 +200,9 @@ class Local:
         if odd := sorted(set(mine) ^ set(state)):
             raise ModelError(f"the checkpoint and this run disagree about {odd[0]!r} ({len(odd)} tensors in all)")
         for tensor, value in mine.items():
-            if value.shape != state[tensor].shape:
-                raise ModelError(f"{tensor} is {tuple(state[tensor].shape)} in the checkpoint and {tuple(value.shape)} here")
+            here, there = ((t.dtype, tuple(t.shape)) for t in (value, state[tensor]))
+            if here != there:
+                raise ModelError(f"{tensor} is {there[0]} {there[1]} in the checkpoint and {here[0]} {here[1]} here")
         for name, owner in self.owners.items():
             for kind, flat in self._flats(name):
                 for tensor, view in owner.split_like(flat).items():

@@ -42,8 +42,8 @@ class DiskError(LorryError, OSError):
 
 
 class Disk:
-    """Every call of Lorry that changes the disk, one method each, and those that read what is verified (integrity.py); tests put a
-    failing one in ``durable.disk``."""
+    """Every call of Lorry that changes the disk, one method each, and those that read what is
+    verified (integrity.py); tests put a failing one in ``durable.disk``."""
 
     def lstat(self, path: Path) -> os.stat_result:
         return os.lstat(path)
@@ -143,13 +143,18 @@ def building(target: Path, *, replace: bool = False) -> Iterator[Path]:
                     disk.fsync(fd)
 
 
-def make_directory(path: Path) -> None:
-    """Create a directory and its parents, durably; an existing one is left alone. Raises DiskError."""
-    if not path.is_dir():
-        make_directory(path.parent)
-        with _at(path):
-            disk.mkdir(path)
-            disk.fsync_dir(path.parent)
+def make_directory(path: Path, *, parents: bool = True) -> None:
+    """Create a directory and, unless ``parents`` is false, those it lies in, durably; an existing one is left alone.
+
+    Raises DiskError, also for a name that the file system cannot hold.
+    """
+    with _at(path):
+        if os.path.isdir(path):
+            return
+        if parents:
+            make_directory(path.parent)
+        disk.mkdir(path)
+        disk.fsync_dir(path.parent)
 
 
 def remove_directory(path: Path) -> None:

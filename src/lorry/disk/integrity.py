@@ -1,17 +1,19 @@
-"""Is a directory whole and unaltered, as its manifest says? Everything is read through ``durable.disk``, so that tests can fail it.
+"""Verifying a directory against its manifest: whole and unaltered, damaged, or not readable now.
 
     names = verify(Path("checkpoints/step-00000120"))
 
-Two answers must never be mixed up. **Damaged** is what was read and is not what was written: ModelError, and the caller may go
-on without it. **Unreadable** is a disk that did not answer (EIO, a stale network mount, no permission): DiskError, exit code 74.
-It says nothing about what is stored, the next try may succeed, and so nobody may skip, set aside or replace what could not be
+Two answers must never be mixed up. **Damaged** is what was read and is not what was written:
+ModelError, and the caller may go on without it. **Unreadable** is a disk that did not answer (EIO,
+a stale network mount, no permission): DiskError, exit code 74. It says nothing about what is
+stored, the next try may succeed, and so nobody may skip, set aside or replace what could not be
 read. Only the absence of a file (ENOENT, or a file where its directory should be) is damage.
+
+Everything is read through ``durable.disk``, so that tests can make any read fail.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorry.disk import durable
+from lorry.disk.documents import parse_json
 from lorry.disk.manifest import NAME, Entry, text
 from lorry.errors import ModelError
 
@@ -99,10 +102,9 @@ def reading(path: Path) -> Iterator[None]:
 def _read_manifest(path: Path) -> dict[str, Entry]:
     raw = content(path) if plain_size(path) <= LARGEST_MANIFEST else b""
     try:
-        body = json.loads(raw)
-        entries: dict[str, Entry] = body["files"]
+        entries: dict[str, Entry] = parse_json(raw, str(path), error=ModelError)["files"]
         whole = text(entries) == raw
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ModelError, TypeError, KeyError, AttributeError):
         whole = False
     if not whole or any([type(v) for v in entry.values()] != [int, str] for entry in entries.values()):
         raise ModelError(f"{path} is damaged: it is not the manifest that was written")

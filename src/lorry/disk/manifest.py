@@ -1,4 +1,5 @@
-"""The manifest of a directory: size and SHA-256 of every file in it, so that a reader (integrity.py) knows it whole and unaltered.
+"""The manifest of a directory: size and SHA-256 of every file in it, for a reader (integrity.py) to
+know it whole and unaltered.
 
     {"format": "lorry-manifest/1", "files": {"meta.json": {"bytes": 812, "sha256": "..."}, ...}, "sha256": "..."}
 

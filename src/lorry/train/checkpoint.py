@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorry.disk import durable, integrity, manifest
+from lorry.disk import documents, durable, integrity, manifest
 from lorry.errors import ConfigError, ContractError, ModelError
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def save(
     folder = run_dir / "checkpoints"
     path = folder / f"step-{step:08d}"
     files: dict[str, durable.Content] = {STATE: _safetensors(tensors), META: _meta_text(step, meta)}
-    durable.make_directory(folder)
+    durable.make_directory(folder, parents=False)
     durable.recover(folder)
     durable.write_directory(path, files, manifest=True, replace=True)
     forget_after(run_dir, step)
@@ -159,10 +159,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     names = integrity.verify(path)
     if set(names) != {STATE, META}:
         raise ModelError(f"{path} lists {', '.join(sorted(names))}; a checkpoint holds {STATE} and {META} and nothing else")
-    try:
-        meta = json.loads(integrity.content(path / META))
-    except (ValueError, RecursionError) as e:
-        raise ModelError(f"{path / META}: {e}; this checkpoint was not written by Lorry") from e
+    meta = documents.parse_json(integrity.content(path / META), str(path / META), error=ModelError)
     found = meta.pop("format", None) if isinstance(meta, dict) else None
     if found != FORMAT:
         raise ModelError(f"{path / META}: format {found!r}, this version of Lorry reads {FORMAT!r}")
@@ -325,7 +322,11 @@ def _unstorable(value: object, where: str) -> Iterator[str]:
     elif isinstance(value, list):
         for i, item in enumerate(value):
             yield from _unstorable(item, f"{where}[{i}]")
-    elif not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+    elif (
+        not isinstance(value, str | int | float | None)
+        or (isinstance(value, float) and not math.isfinite(value))
+        or (isinstance(value, int) and abs(value) > documents.LARGEST)
+    ):
         yield f"{where}={value!r}"
 
 

@@ -13,13 +13,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
 from lorry.backends.base import Backend, Inspection, Norms, Task
 from lorry.data.batch import Batch
 from lorry.data.joint import interleaved
-from lorry.errors import ContractError
+from lorry.errors import ContractError, ModelError, NonFiniteError
 from lorry.evaluate.loss import leak, packed_difference
+from lorry.train.jobs import Count, strictly
 
 NAMES = {
     1: "every target matched",
@@ -42,10 +44,27 @@ Status = Literal["held", "failed", "not_checked"]
 class Contract:
     """One line of contracts.json."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     id: int
     name: str
     status: Status
     detail: str
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint keeps of the checks. ``silent``: per adapter, modules without a gradient so far."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    found: list[Contract]
+    silent: dict[str, list[str]]
+    proof: dict[str, Count]
+    moved: dict[str, Count]
+
+
+_STATE = TypeAdapter(State)
 
 
 class Checks:
@@ -99,12 +118,16 @@ class Checks:
         silent = {name: sorted(s) for name, s in self._silent.items()}
         return {"found": found, "silent": silent, "proof": dict(self._proof), "moved": dict(self._moved)}
 
-    def resume(self, backend: Backend, state: Mapping[str, Any]) -> None:
-        """Take back what `state` gave; the backend must still hold the adapters as the run began with them."""
+    def resume(self, backend: Backend, state: object) -> None:
+        """Take back what `state` gave; the backend must still hold the adapters as the run began with them. Raises ModelError for
+        what no run could have written."""
+        read: State = strictly(_STATE, "checks", state)
+        if odd := [c.id for c in read.found if c.id not in NAMES]:
+            raise ModelError(f"checks.found names a contract {odd[0]}, and there is none")
         self._start = _fingerprints(backend)
-        self.found = {c["id"]: Contract(**c) for c in state["found"]}
-        self._silent = {name: set(modules) for name, modules in state["silent"].items()}
-        self._proof, self._moved = dict(state["proof"]), dict(state["moved"])
+        self.found = {c.id: c for c in read.found}
+        self._silent = {name: set(modules) for name, modules in read.silent.items()}
+        self._proof, self._moved = dict(read.proof), dict(read.moved)
 
     def _same_sets(self, backend: Backend) -> Inspection:
         seen = backend.inspect()
@@ -191,6 +214,22 @@ class Checks:
 
     def _low_rank(self, name: str) -> bool:
         return not any(t.startswith(f"weights/{name}/") for t in self._start)
+
+    def finite(self, backend: Backend, step: int) -> None:
+        """Contract 7 for what an update made: every master and moment after ``step`` updates. An infinity there is in no loss or
+        gradient yet, and must not become a checkpoint that takes the last good one's place, nor the adapter that a run ends with.
+
+        Raises NonFiniteError naming the tensors.
+        """
+        floats = {name: t for name, t in backend.state().items() if t.is_floating_point() and t.numel()}
+        odd = [name for name, t in floats.items() if not all(bool(end.isfinite()) for end in t.aminmax())]
+        if odd:
+            message = (
+                f"step {step}: the update made {odd[0]} infinite or NaN ({len(odd)} of {len(floats)} tensors that are saved); "
+                "it is not saved, and the last checkpoint is as it was. Lower learning_rate"
+            )
+            self.fail(7, message)
+            raise NonFiniteError(message)
 
     # --- at the end
 

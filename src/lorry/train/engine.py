@@ -22,7 +22,7 @@ from lorry.data.batch import Batch
 from lorry.data.joint import only, tokens_of
 from lorry.disk import durable
 from lorry.disk.metrics import MetricsWriter, cut_after, iterate
-from lorry.errors import Interrupted, NonFiniteError
+from lorry.errors import Interrupted, ModelError, NonFiniteError
 from lorry.evaluate.loss import evaluate_task
 from lorry.train import checkpoint
 from lorry.train.checks import Checks
@@ -84,6 +84,7 @@ class Engine:
                     self._after(metrics, stop)
             finally:
                 self._tell("finish")
+        self.checks.finite(self.backend, self.progress.step)
         self.checks.prove(self.backend)
         best = {name: self._standing(name).best_step for name, job in self.jobs.items() if job.train.load_best_model_at_end}
         self._load_best({name: step for name, step in best.items() if step is not None})
@@ -204,7 +205,9 @@ class Engine:
     # --- state
 
     def save(self) -> Path:
-        """Write a checkpoint of this step; the best one is never pruned."""
+        """Write a checkpoint of this step; the best one is never pruned. Raises NonFiniteError, with nothing written or pruned,
+        where the state is not finite."""
+        self.checks.finite(self.backend, self.progress.step)
         meta = {
             **self.identity, "progress": self.progress.state(), "task": self.task.state(), "checks": self.checks.state(),
         }  # fmt: skip
@@ -222,10 +225,16 @@ class Engine:
         tensors, meta = checkpoint.load(path)
         for note in checkpoint.refuse_other(meta, self.identity):
             self._tell("note", note)
-        self.checks.resume(self.backend, meta["checks"])
-        self.backend.load_state(tensors)
-        self.task.load_state(meta["task"])
-        self.progress = Progress.of(meta["progress"])
+        try:
+            progress = Progress.of(meta.get("progress"), self.jobs, meta["step"])
+            self.checks.resume(self.backend, meta.get("checks"))
+            self.backend.load_state(tensors)
+            self.task.load_state(meta.get("task", {}))
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}; this checkpoint is not one that this run wrote") from None
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ModelError(f"{path / checkpoint.META}: task is not what this task writes there ({error!r})") from None
+        self.progress = progress
         checkpoint.tidy(self.run_dir, self.progress.step, **self._kept())
         here = self.run_dir / "checkpoints" / f"step-{self.progress.step:08d}"
         self.newest, self.origin = here if here.is_dir() else path, path

@@ -5,15 +5,18 @@ What `engine.py` asks of a job: its rate at a step, whether it is due to be eval
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Annotated, Any, cast
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from lorry.backends.base import Task
 from lorry.config.schema import TrainConfig
 from lorry.data.batch import Batch
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, ModelError
 from lorry.train.schedule import rate, warmup_steps
 
 
@@ -53,15 +56,20 @@ class Job:
         return False
 
 
+Count = Annotated[int, Field(ge=0)]
+
+
 @dataclass
 class Standing:
     """Where a job stands. ``steps``: those it has made; ``loss``: of the last of them."""
 
-    steps: int = 0
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    steps: Count = 0
     loss: float | None = None
     best: float | None = None
-    best_step: int | None = None
-    waited: int = 0
+    best_step: Count | None = None
+    waited: Count = 0
     stopped_early: bool = False
 
     def judge(self, found: Mapping[str, float], train: TrainConfig) -> bool:
@@ -86,7 +94,9 @@ class Standing:
 class Progress:
     """Where a run stands; with the backend's and the task's state, all of it."""
 
-    step: int = 0
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    step: Count = 0
     jobs: dict[str, Standing] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
@@ -94,9 +104,36 @@ class Progress:
         return {"step": self.step, "jobs": {name: vars(standing) for name, standing in self.jobs.items()}}
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Progress:
-        """Take back what `state` gave."""
-        return cls(state["step"], {name: Standing(**one) for name, one in state["jobs"].items()})
+    def of(cls, state: object, jobs: Mapping[str, Job], step: int) -> Progress:
+        """Take back what `state` gave, in a checkpoint of ``step`` of a run of ``jobs``. Raises ModelError for what no such run
+        could have written: another step, more steps than there are, other jobs, a value of another kind."""
+        read: Progress = strictly(_PROGRESS, "progress", state)
+        total = max(job.total for job in jobs.values())
+        if read.step != step:
+            raise ModelError(f"progress.step is {read.step} in a checkpoint of step {step}")
+        if read.step > total:
+            raise ModelError(f"progress.step is {read.step}, and the run has {total} steps")
+        if read.jobs.keys() != jobs.keys():
+            raise ModelError(f"progress.jobs are {', '.join(read.jobs) or 'none'}; the run's are {', '.join(jobs)}")
+        for name, standing in read.jobs.items():
+            if standing.steps > min(read.step, jobs[name].total):
+                raise ModelError(f"progress.jobs.{name}.steps is {standing.steps} at step {read.step} of {jobs[name].total}")
+            if (standing.best_step is None) != (standing.best is None) or (standing.best_step or 0) > standing.steps:
+                raise ModelError(f"progress.jobs.{name}.best_step is {standing.best_step} of {standing.steps} steps")
+        return read
+
+
+_PROGRESS = TypeAdapter(Progress)
+
+
+def strictly(kind: TypeAdapter[Any], what: str, state: object) -> Any:
+    """A part of a checkpoint's meta as exactly the kind of value that was written. Raises ModelError naming the field."""
+    try:
+        return kind.validate_json(json.dumps(state), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in (what, *first["loc"]))
+        raise ModelError(f"{field} is not what a run writes there ({first['msg']})") from None
 
 
 @dataclass

@@ -71,15 +71,13 @@ def _table(title: str, rows: dict[str, str]) -> Table:
 
 def _run(path: Path, console: Console) -> int:
     """Contracts as recorded, and what can be verified again from the files."""
-    from lorry.train import checkpoint
-
     run = load_run(path)
     state = states.of(run)
     facts = {
         "state": state.sentence() or state.state,
         "decoder": decoder(run),
         "weights" if _recorded(run, "weights") else "adapter": saved_state(run),
-        "newest checkpoint": str(checkpoint.find_latest(path) or "none"),
+        "newest checkpoint": newest_checkpoint(path),
     }
     if run.contracts:
         console.print(table.contracts(run))
@@ -89,6 +87,16 @@ def _run(path: Path, console: Console) -> int:
         console.print("no contracts.json: the run did not begin, or another program wrote this directory")
     console.print(_table("files", facts))
     return ContractError.exit_code if any(c.status == "failed" for c in run.contracts) else 0
+
+
+def newest_checkpoint(path: Path) -> str:
+    """The newest whole checkpoint, or what is wrong with all of them. Raises DiskError."""
+    from lorry.train import checkpoint
+
+    try:
+        return str(checkpoint.find_latest(path) or "none")
+    except ModelError as error:
+        return str(error)
 
 
 def decoder(run: Run) -> str:
