@@ -181,7 +181,7 @@ def test_a_broken_tokenizer_is_one_clear_error(text: str, llama: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{\n"model_type": "llama",\n', r"config\.json:\d: not valid JSON"),
+        ('{\n"model_type": "llama",\n', r"config\.json:\d: not JSON"),
         ("[1]", "expected a JSON object"),
         ("{}", "no model_type"),
         ('{"model_type": "lama"}', "did you mean 'llama'"),
@@ -190,7 +190,7 @@ def test_a_broken_tokenizer_is_one_clear_error(text: str, llama: Path) -> None:
         ('{"model_type": "llama", "num_attention_heads": 0}', "config"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "refuses this config"),
         ('{"model_type": "t5"}', "not a causal"),
-        ("[" * 100_000, "not a JSON text|not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_unusable_configs(text: str, message: str, llama: Path) -> None:

@@ -65,9 +65,9 @@ def test_the_hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     ("files", "message"),
     [
         ({}, "neither config.json nor adapter_config.json"),
-        ({"config.json": "{"}, r"config.json:1: not valid JSON"),
+        ({"config.json": "{"}, r"config.json:1: not JSON"),
         ({"config.json": "[]"}, "expected a JSON object, found list"),
-        ({"config.json": "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")}, "not valid JSON"),
+        ({"config.json": "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")}, "not JSON"),
         ({"adapter_config.json": {"r": 4}}, "no base_model_name_or_path and r"),
         ({"adapter_config.json": {"base_model_name_or_path": "x/y/z", "r": 4}}, "no model at 'x/y/z'"),
     ],

@@ -14,7 +14,7 @@ HOSTILE = (
     "<img src=x onerror=\"document.title='hacked'\">",
     "\"'><svg/onload=document.title='hacked'>",
     "</style></textarea></pre><b>&amp; javascript:alert(1)",
-    "[bold red]rich[/bold red] $\\frac{broken$ \x1b[31m\x00\x07 \u202egnp.exe \ud800 https://example.com/x.js",
+    "[bold red]rich[/bold red] $\\frac{broken$ \x1b[31m\x00\x07 \u202egnp.exe https://example.com/x.js",
 )
 
 

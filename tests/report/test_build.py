@@ -53,8 +53,11 @@ def test_a_bad_run_writes_nothing(tmp_path: Path) -> None:
     good, bad = full(tmp_path / "good"), full(tmp_path / "bad")
     (bad / "samples.json").write_text("[")
     with pytest.raises(DataError, match=r"samples\.json:1"):
-        build([good, bad], tmp_path / "out")
+        build([bad], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    page = build([good, bad], tmp_path / "out").read_text("utf-8")
+    assert "bad is damaged and left out" in page
+    assert "samples.json:1" in page
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 15])

@@ -168,7 +168,7 @@ def test_a_killed_writer_loses_nothing_it_wrote(tmp_path: Path) -> None:
         ('{"step": true}', r":2: 'step' must be"),
         ('{"step": ' + "9" * 5000 + "}", r":2: not JSON"),
         ("[" * 100_000, r":2: not JSON"),
-        ('{"step": 1, "loss": "\udcff"}', r":2: not JSON"),
+        ('{"step": 1, "loss": "\udcff"}', r":2: not UTF-8"),
     ],
 )
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, line: str, message: str) -> None:

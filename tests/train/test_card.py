@@ -234,7 +234,7 @@ def test_base_weights_that_were_trained() -> None:
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "receipt.json").write_text("{")
-    with pytest.raises(DataError, match=r"receipt.json: not JSON"):
+    with pytest.raises(DataError, match=r"receipt.json:1: not JSON"):
         of_run(tmp_path)
     (tmp_path / "receipt.json").write_text("[]")
     with pytest.raises(DataError, match=r"receipt.json: expected a JSON object, got list"):

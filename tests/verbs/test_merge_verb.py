@@ -107,8 +107,8 @@ def test_unmerge_finds_a_base_that_moved(world: World, merged: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "lorry_merge.json: not JSON"),
-        ("[]", "not a record of `lorry merge`"),
+        ("{", "lorry_merge.json:1: not JSON"),
+        ("[]", "lorry_merge.json: expected a JSON object, found list"),
         ('{"base": 3, "opened_as": "x", "base_weights": {}}', "not a record of `lorry merge`"),
         (None, "has no lorry_merge.json; only a model written by `lorry merge` knows"),
     ],

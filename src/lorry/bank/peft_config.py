@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from lorry.bank.spec import LoraSpec
+from lorry.disk import documents
 from lorry.errors import ConfigError, ModelError
 
 CONFIG = "adapter_config.json"
-JSON_LIMIT = 16 * 2**20  # bytes; the largest real ones (a rank per module of a large model) stay below 100 KB
 PATTERN_LIMIT = 2000  # characters of one regular expression
 TIME_LIMIT = 10.0  # seconds for all regular expressions of a file on all modules of a model; real ones take milliseconds
 PLAIN = re.compile(r"(?:[\w^$-]|\\?\.)*")
@@ -68,23 +68,8 @@ def read_config(path: str | Path) -> LoraSpec:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a stranger's file. Raises ModelError."""
-    try:
-        size = file.stat().st_size
-        if size > JSON_LIMIT:
-            raise ModelError(f"{file}: {size} bytes is too large for an adapter's description")
-        value = json.loads(file.read_bytes().decode(), object_pairs_hook=_no_duplicates)
-    except OSError as e:
-        raise ModelError(f"{file}: cannot be read ({e.strerror}); an adapter directory holds {CONFIG}") from e
-    except RecursionError as e:
-        raise ModelError(f"{file}: nested too deeply for an adapter's description") from e
-    except ModelError:
-        raise
-    except ValueError as e:  # json.JSONDecodeError, UnicodeDecodeError, a number of thousands of digits
-        raise ModelError(f"{file}: not valid JSON ({e})") from e
-    if not isinstance(value, dict):
-        raise ModelError(f"{file}: holds a {type(value).__name__} where an object is expected")
-    return value
+    """A JSON object from a stranger's file. Raises ModelError; what is refused: disk/documents.py."""
+    return documents.read_object(file, error=ModelError, nonfinite=True)  # a number that is not finite: refused by its key
 
 
 def parse_config(config: Mapping[str, Any], where: str) -> LoraSpec:
@@ -181,13 +166,6 @@ def to_config(spec: LoraSpec, target_modules: list[str], *, transposed: bool, ba
         "use_dora": False,
         "use_rslora": spec.use_rslora,
     }
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [k for k, _ in pairs]
-    if twice := {k for k in keys if keys.count(k) > 1} if len(set(keys)) < len(keys) else set():
-        raise ValueError(f"key {sorted(twice)[0]!r} appears twice")
-    return dict(pairs)
 
 
 def _neutral(key: str, value: Any) -> bool:

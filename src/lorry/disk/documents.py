@@ -83,6 +83,19 @@ def read_json(
     return parse_json(raw, str(path), error=error, nonfinite=nonfinite, largest=largest)
 
 
+def read_object(
+    path: Path, *, error: Refusal = DataError, most_bytes: int = MOST_BYTES, nonfinite: bool = False, largest: int = LARGEST
+) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises ``error``, also where the file is absent or the disk does not give it."""
+    try:
+        found = read_json(path, error=error, most_bytes=most_bytes, nonfinite=nonfinite, largest=largest)
+    except OSError as e:
+        raise error(f"{path}: cannot be read ({e.strerror})") from e
+    if not isinstance(found, dict):
+        raise error(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
 def read_yaml(path: Path, *, error: Refusal = DataError, most_bytes: int = MOST_YAML) -> Any:
     """The value of a YAML file, None of an empty one. Raises ``error`` and OSError, FileNotFoundError among them."""
     return parse_yaml(read_text(path, most_bytes, error), str(path), error=error)[0]
@@ -116,8 +129,8 @@ def parse_json(
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in made if keys.count(key) > 1)
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             refuse(f"{_short(repr(twice))} is given twice in one object; keep one", max(text.rfind(json.dumps(twice)), 0))
         return made
 

@@ -18,10 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lorry.disk import durable
+from lorry.disk import documents, durable
 from lorry.errors import DataError
 
 Record = dict[str, Any]
+MOST_BYTES = 1 << 30  # of the file: some three million steps
 
 _BEYOND_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -31,27 +32,33 @@ def iterate(path: Path) -> Iterator[tuple[int, Record]]:
 
     Raises DataError with ``file:line`` at a line that is not a JSON object or has no whole ``step`` of 0 or more.
     """
-    lines = path.read_bytes().split(b"\n")
+    lines = documents.read_bytes(path, MOST_BYTES).split(b"\n")
     for number, line in enumerate(lines, 1):
         unfinished = number == len(lines)
         if not line.strip() or (unfinished and not _is_whole(line)):
             continue
-        yield number, _parse(line, f"{path}:{number}")
+        yield number, _parse(line, str(path), number)
 
 
 def _is_whole(line: bytes) -> bool:
     """Whether an unfinished last line lacks nothing but its line end: no part of an object is itself one."""
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        return isinstance(_read(line, "", 1), dict)
+    except DataError:
         return False
 
 
-def _parse(line: bytes, where: str) -> Record:
+def _read(line: bytes, path: str, number: int) -> Any:
+    """The value of a line; an integer of any size, since one that no float can hold becomes an infinity here."""
+    return documents.parse_json(line, path, line=number, nonfinite=True, largest=10**documents.MOST_DIGITS)
+
+
+def _parse(line: bytes, path: str, number: int = 1) -> Record:
+    where = f"{path}:{number}"
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); delete this line, or start the run afresh") from None
+        record = _read(line, path, number)
+    except DataError as error:
+        raise DataError(f"{error}; delete this line, or start the run afresh") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: a metrics line is a JSON object, got {type(record).__name__}")
     step = record.get("step")
@@ -101,7 +108,7 @@ class MetricsWriter:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record; the line is with the system when this returns. Raises DataError without a whole ``step``."""
         line = json.dumps(_to_json(dict(record)), ensure_ascii=False, allow_nan=False)
-        _parse(line.encode(), "a metrics record")
+        _parse(line.encode(), "metrics record")
         self._append(line.encode() + b"\n")
 
     def close(self) -> None:

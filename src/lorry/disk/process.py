@@ -9,7 +9,6 @@ copy of a run is not at work.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from lorry.disk import documents
 from lorry.errors import ConfigError, DataError
 
 PROCESS = "process.json"
@@ -55,11 +55,9 @@ def read(run_dir: Path) -> Process | None:
     """The run's process.json, or None where there is none. Raises DataError naming file and line of one that is damaged."""
     path = run_dir / PROCESS
     try:
-        found = json.loads(path.read_bytes())
+        found = documents.read_json(path)
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
     process = _process(found)
     if process is None:
         raise DataError(f"{path}:1: this is not what a run writes there; delete it if no run is at work in {run_dir}")
@@ -74,7 +72,9 @@ def _process(found: Any) -> Process | None:
         times = [process.started, *(at for at in (process.begun, ended.at if ended else None) if at is not None)]
         whole = [process.pid, process.done, process.total_steps or 0, ended.exit_code if ended else 0]
         sound = all(datetime.fromisoformat(at).tzinfo for at in times) and all(type(n) is int and abs(n) < 2**31 for n in whole)
-        sound = sound and process.pid > 0 and isinstance(process.born, int | float)
+        words = [process.host, *process.command, *((ended.at, ended.reason) if ended else ())]
+        sound = sound and process.pid > 0 and type(process.born) in (int, float) and all(type(w) is str for w in words)
+        sound = sound and type(process.command) is list and [type(n) for n in process.folder] == [int, int]
     except (TypeError, ValueError, KeyError):
         return None
     return process if sound else None

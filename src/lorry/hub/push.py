@@ -6,7 +6,6 @@ HF_TOKEN) and is never written anywhere; HF_ENDPOINT names another hub.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from lorry.config import Run
+from lorry.disk.documents import read_object
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, LorryError
 from lorry.hub.files import adapter_folders, places, upload
@@ -143,7 +143,7 @@ def _notes(run_dir: Path, naming: list[str]) -> list[str]:
     notes = []
     for folder in [run_dir, *adapter_folders(run_dir)]:
         config = folder / "adapter_config.json"
-        base = json.loads(config.read_bytes()).get("base_model_name_or_path") if config.is_file() else None
+        base = read_object(config).get("base_model_name_or_path") if config.is_file() else None
         if isinstance(base, str) and Path(base).is_absolute():
             notes.append(
                 f"adapter_config.json names the base by its directory here, {base}: elsewhere PEFT must be given the base"

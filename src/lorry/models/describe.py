@@ -7,7 +7,6 @@ flags are taken out at every depth before transformers sees it (CVE-2026-4372 an
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from lorry.disk import documents
 from lorry.errors import LorryError, ModelError, nearest
 from lorry.families import Family, find, unsupported
 from lorry.families.common import UnsupportedConfig
@@ -35,7 +35,6 @@ KERNEL_KEYS = frozenset(
 BUILT_IN = (None, True, False, "eager", "sdpa", "flash_attention_2", "flex_attention", "grouped_mm", "batched_mm")
 # What transformers raises over numbers and names that make no sense.
 UNUSABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, ImportError, RuntimeError)
-MOST_BYTES = 16 * 1024 * 1024  # of a JSON file that describes a model
 MOST_LAYERS = 10_000
 
 
@@ -98,20 +97,13 @@ def match(config: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) ->
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size. Raises ModelError with file and line."""
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ModelError(f"{path} is larger than {MOST_BYTES >> 20} MiB; that is no description of a model")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise ModelError(f"{path} does not exist; a model directory has config.json and model.safetensors") from e
-    except json.JSONDecodeError as e:
-        raise ModelError(f"{path}:{e.lineno}: not valid JSON ({e.msg})") from e
-    except (UnicodeDecodeError, RecursionError) as e:
-        raise ModelError(f"{path}: not a JSON text ({type(e).__name__})") from e
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
+    """A JSON object that describes a model. Raises ModelError with file and line; what is refused: disk/documents.py.
+
+    transformers writes infinities as JSON has none, and 10^30 for a tokenizer without a longest text.
+    """
+    if not path.exists():
+        raise ModelError(f"{path} does not exist; a model directory has config.json and model.safetensors")
+    return documents.read_object(path, error=ModelError, nonfinite=True, largest=10**40)
 
 
 def cleaned(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

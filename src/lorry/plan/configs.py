@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorry.disk import documents
 from lorry.errors import ModelError, nearest
 from lorry.plan.known import KNOWN
 
-MOST_BYTES = 16 * 2**20
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*|[A-Za-z0-9][A-Za-z0-9._-]*")
 DIGEST = re.compile(r"(.+)-[0-9a-f]{12}")  # a converted model's directory in the cache
 
@@ -71,14 +70,4 @@ def _of_hub(name: str, revision: str | None) -> ConfigFound:
 
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object of bounded size. Raises ModelError with file and line."""
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ModelError(f"{path} is larger than {MOST_BYTES >> 20} MiB; that is no description of a model")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise ModelError(f"{path}:{e.lineno}: not valid JSON ({e.msg})") from e
-    except (OSError, UnicodeDecodeError, RecursionError) as e:
-        raise ModelError(f"{path}: cannot be read ({type(e).__name__})") from e
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+    return documents.read_object(path, error=ModelError, nonfinite=True, largest=10**40)

@@ -12,7 +12,7 @@ from pathlib import Path
 from lorry.disk import durable
 from lorry.report.html import page
 from lorry.report.plots import png
-from lorry.report.run import load_all
+from lorry.report.run import load_readable
 
 
 def build(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
@@ -20,12 +20,12 @@ def build(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
 
     output: the page (``.html``), or a directory for ``report.html``. By default a run's own directory; for several runs
     ``comparison.html`` in the directory they share. Both files replace older ones atomically. A live run may be reported on.
-    Raises DataError when a directory is no run or one of its files cannot be read; nothing is written
-    then. Raises DiskError when the disk refuses.
+    Among several, a run that is damaged is named on the page and left out. Raises DataError when a directory is no run, or none
+    can be read; nothing is written then. Raises DiskError when the disk refuses.
     """
-    runs = load_all(run_dirs)
-    target = _target([run.path for run in runs], output)
-    text, image = page(runs), png(runs)
+    runs, damaged = load_readable(run_dirs)
+    target = _target(run_dirs, output)
+    text, image = page(runs, damaged), png(runs)
     durable.make_directory(target.parent)
     durable.write_files(target.parent, {target.with_suffix(".png").name: image, target.name: text.encode("utf-8")})
     return target

@@ -13,6 +13,7 @@ from lorry.report.text import byte_scale
 
 Kind = Literal["raw", "line", "points"]
 NOT_CURVES = {"epoch", "tokens", "supervised_tokens", "seconds"}  # counts of a step; throughput shows what matters of them
+DRAWN = NOT_CURVES | {"loss", "eval_loss", "learning_rate", "grad_norm", "peak_memory_bytes"}  # these in panels of their own
 LARGEST = 1e300  # values beyond it are treated as infinite: sums and spans of them would overflow
 MOST_RAW = 3  # with more runs than this only smoothed curves stay readable
 SMOOTH_POINTS = 1000
@@ -20,6 +21,8 @@ MOST_DOTS = 60  # more circles than this on a curve would hide it
 FEW = 10  # shorter series are drawn as they are, since smoothing would hide them
 
 
+MOST_NAMED = 40  # panels beside the fixed ones: each takes a tenth of a second, and nobody looks at hundreds
+MOST_ADAPTERS = 64  # curves of a panel
 BY_ADAPTER = {
     "loss": "Loss of each adapter", "eval_loss": "Held-out loss of each adapter",
     "learning_rate": "Learning rate of each adapter", "grad_norm": "Gradient norm of each adapter",
@@ -65,16 +68,27 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
         Panel("Throughput", "tokens/s", _smoothed(runs, _throughput), from_zero=True),
         Panel("Peak memory", unit, _plain(runs, "peak_memory_bytes", divisor), from_zero=True),
     ]
-    drawn = NOT_CURVES | {"loss", "eval_loss", "learning_rate", "grad_norm", "peak_memory_bytes"}
-    names = [name for name in dict.fromkeys(n for run in runs for n in run.log.names()) if name not in drawn]
-    terms = [_named(runs, name) for name in names]
+    names = [name for name in dict.fromkeys(n for run in runs for n in run.log.names()) if name not in DRAWN]
+    terms = [_named(runs, name) for name in names[:MOST_NAMED]]
     drawn_panels = [*fixed, *_by_adapter(runs), *terms]
     return [panel for panel in drawn_panels if any(s.steps for s in panel.series)]
 
 
+def not_drawn(runs: Sequence[Run]) -> str:
+    """What `panels` leaves out of metrics with very many names, in words; "" where it draws all."""
+    names = {name for run in runs for name in run.log.names()} - DRAWN
+    adapters = sum(len(run.log.adapters()) for run in runs)
+    left_out = [
+        f"{count - most} of {count} {what}"
+        for count, most, what in ((len(names), MOST_NAMED, "named values"), (adapters, MOST_ADAPTERS, "adapters"))
+        if count > most
+    ]
+    return f"Not drawn: {' and '.join(left_out)}; metrics.jsonl has them." if left_out else ""
+
+
 def _by_adapter(runs: Sequence[Run]) -> list[Panel]:
     """Loss, held-out loss, rate and gradient norm of each adapter of runs that train several at once."""
-    owners = [(run, adapter) for run in runs for adapter in run.log.adapters()]
+    owners = [(run, adapter) for run in runs for adapter in run.log.adapters()][:MOST_ADAPTERS]
     found = []
     for name, title in BY_ADAPTER.items():
         series = []

@@ -11,6 +11,7 @@ from lorry.report.log import Log, is_number
 from lorry.report.run import Run
 from lorry.report.text import NOTHING, duration, number, size
 
+MOST_DIFFERENCES = 300  # settings listed; a run has some 120
 TAIL = 10  # the final loss is the mean of so many steps, since a single step's is mostly noise
 
 
@@ -132,7 +133,11 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     flat = [flatten(run.config) for run in runs]
     names = [name for name in dict.fromkeys(name for one in flat for name in one) if name != "output_dir"]
     rows = [(name, [_plain(one[name]) if name in one else NOTHING for one in flat]) for name in names]
-    return [(name, values) for name, values in rows if len(set(values)) > 1]
+    rows = [(name, values) for name, values in rows if len(set(values)) > 1]
+    if len(rows) > MOST_DIFFERENCES:
+        more = f"and {len(rows) - MOST_DIFFERENCES} more settings"
+        return [*rows[:MOST_DIFFERENCES], (more, [NOTHING for _ in runs])]
+    return rows
 
 
 def _plain(value: Any) -> str:

@@ -12,19 +12,20 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 
 from lorry.report import sections, states
-from lorry.report.curves import BY_ADAPTER, panels
+from lorry.report.curves import BY_ADAPTER, not_drawn, panels
 from lorry.report.figures import about, by_adapter, differences, figures
 from lorry.report.markup import Html, join, tag
-from lorry.report.run import Run
+from lorry.report.run import Damaged, Run
 from lorry.report.svg import COLORS, chart
 from lorry.report.text import NOTHING
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The page of one run, or of several side by side."""
+def page(runs: Sequence[Run], damaged: Sequence[Damaged] = ()) -> str:
+    """The page of one run, or of several side by side; ``damaged``: those that were asked for and cannot be read."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"
     parts = [
         _header(runs, title),
+        _damaged(damaged),
         _tiles(runs[0]) if len(runs) == 1 else _comparison(runs),
         _adapters(runs),
         _curves(runs),
@@ -68,6 +69,14 @@ def _header(runs: Sequence[Run], title: str) -> Html:
         tag("div", *(badge for run in runs for badge in _badges(run, run.name if len(runs) > 1 else "")), class_="badges"),
         *notes,
     )
+
+
+def _damaged(damaged: Sequence[Damaged]) -> Html | None:
+    """The runs that were asked for and cannot be read, and why."""
+    if not damaged:
+        return None
+    said = [tag("p", f"{one.name} is damaged and left out: {one.why}", class_="lead notes") for one in damaged]
+    return tag("section", tag("h2", "Damaged"), *said, id="damaged")
 
 
 def _badges(run: Run, name: str) -> Iterator[Html]:
@@ -158,4 +167,7 @@ def _curves(runs: Sequence[Run]) -> Html | None:
         drawing = chart(panel, f"chart-{index}", 1110, 330) if wide else chart(panel, f"chart-{index}")
         charts.append(tag("figure", drawing, class_="wide" if wide else None))
     lead = "Thin lines are single steps, thick lines the mean of the steps around; circles are evaluations."
-    return tag("section", tag("h2", "Curves"), tag("p", lead, class_="lead"), tag("div", *charts, class_="charts"), id="curves")
+    left_out = tag("p", said, class_="lead notes") if (said := not_drawn(runs)) else None
+    return tag(
+        "section", tag("h2", "Curves"), tag("p", lead, class_="lead"), left_out, tag("div", *charts, class_="charts"), id="curves"
+    )

@@ -12,6 +12,12 @@ EVALUATION = "eval_"  # names of an evaluation line's values begin with this
 ADAPTERS = "adapters"  # a run of several adapters has a mapping of each one's values under this name
 
 
+# What a file may hold that a report can show; the rest is left out, and a note says how much. Far above real runs.
+MOST_NAMES = 1000
+MOST_ADAPTERS = 256
+LONGEST_NAME = 200  # characters
+
+
 @dataclass
 class Log:
     """The lines of one metrics file; ``notes`` say what was left out and why."""
@@ -38,7 +44,7 @@ class Log:
 
         NaN and infinities are included.
         """
-        found = [(r["step"], (r if adapter is None else _adapters(r).get(adapter, {})).get(name)) for r in self.records]
+        found = [(r["step"], (r if adapter is None else _of_adapter(r, adapter)).get(name)) for r in self.records]
         pairs = [(step, value) for step, value in found if is_number(value)]
         return [step for step, _ in pairs], [float(value) for _, value in pairs]
 
@@ -46,6 +52,31 @@ class Log:
 def _adapters(record: Record) -> dict[str, dict[str, Any]]:
     value = record.get(ADAPTERS)
     return {name: one for name, one in value.items() if isinstance(one, dict)} if isinstance(value, dict) else {}
+
+
+def _of_adapter(record: Record, adapter: str) -> dict[str, Any]:
+    several = record.get(ADAPTERS)
+    one = several.get(adapter) if isinstance(several, dict) else None
+    return one if isinstance(one, dict) else {}
+
+
+class _Names:
+    """The first ``most`` names of a kind, and how many different ones came beside them."""
+
+    def __init__(self, most: int, *always: str) -> None:
+        self.most, self.kept, self.left_out = most, set(always), set[int]()
+
+    def keep(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of the names that are shown."""
+        new = values.keys() - self.kept
+        if not new:
+            return values
+        for name in (name for name in values if name in new):
+            if len(name) <= LONGEST_NAME and len(self.kept) < self.most:
+                self.kept.add(name)
+            else:
+                self.left_out.add(hash(name))
+        return {name: value for name, value in values.items() if name in self.kept}
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -68,7 +99,12 @@ def read(path: Path) -> Log:
     if not path.exists():
         return log
     last = -1
-    for number, record in iterate(path):
+    names, adapters = _Names(MOST_NAMES, "step", ADAPTERS), _Names(MOST_ADAPTERS)
+    for number, line in iterate(path):
+        record = names.keep(line)
+        if isinstance(several := record.get(ADAPTERS), dict):
+            of_adapters = {name: names.keep(one) for name, one in adapters.keep(several).items() if isinstance(one, dict)}
+            record = {**record, ADAPTERS: of_adapters}
         if not is_evaluation(record):
             step = record["step"]
             if step <= last:
@@ -78,4 +114,10 @@ def read(path: Path) -> Log:
                 )
             last = step
         log.records.append(record)
+    for what, one in (("values", names), ("adapters", adapters)):
+        if one.left_out:
+            log.notes.append(
+                f"{path.name}: {len(one.left_out)} {what} are not shown (a report shows {one.most}, with names of at most "
+                f"{LONGEST_NAME} characters)"
+            )
     return log

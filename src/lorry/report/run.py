@@ -7,24 +7,29 @@ contracts.json     [{"id": 1, "name": ..., "status": "held" | "failed" | "not_ch
 samples.json       [{"group": ..., "prompt": ..., "reference", "before", "after": text or null,
                      "tokens": [{"text": ..., "weight": 1.0}] or null}]: tokens show a row exactly as it was trained on
 evaluation.json    [{"name": ..., "metrics": {"exact_match": {"before": 0.0, "after": 0.8}}}]
-process.json       who is at work there, or how it ended (disk/process.py); read by states.py
+process.json       who is at work there, or how it ended (disk/process.py)
+
+Run directories come from elsewhere and are damaged by disks: every file goes through the strict reader (disk/documents.py,
+disk/metrics.py), and every field is checked here, so that what shows a run can rely on it. A run that cannot be read is listed
+as damaged and hides no other: `load` raises DataError for all that is wrong with it, and nothing else.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lorry.disk import documents, process
+from lorry.disk.process import Process
 from lorry.errors import DataError
 from lorry.report import log
 from lorry.report.log import Log, is_number
 
 FILES = ("metrics.jsonl", "run.yaml", "receipt.json", "contracts.json", "samples.json", "evaluation.json", "process.json")
+# Items of a file, far above what a run writes: more would take minutes to show.
+MOST_CONTRACTS, MOST_SAMPLES, MOST_EVALUATIONS, MOST_METRICS = 1000, 100_000, 1000, 2000
 STATUSES = ("held", "failed", "not_checked")
 
 
@@ -79,6 +84,34 @@ class Run:
     contracts: tuple[Contract, ...]
     samples: tuple[Sample, ...]
     evaluation: tuple[Evaluation, ...]
+    process: Process | None = None
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A run directory that is there and cannot be read; ``why`` opens with the file and the place."""
+
+    path: Path
+    name: str
+    why: str
+
+
+def load_readable(paths: Sequence[Path]) -> tuple[list[Run], list[Damaged]]:
+    """The runs of `load_all` that can be read, and those that are damaged. Raises DataError where none can be read, or where a
+    path is no run directory at all."""
+    if not paths:
+        raise DataError("a report needs at least one run directory")
+    for path in paths:
+        _refuse_other(path)
+    runs, damaged = list[Run](), list[Damaged]()
+    for path, name in zip(paths, _names([p.resolve() for p in paths]), strict=True):
+        try:
+            runs.append(load(path, name))
+        except DataError as error:
+            damaged.append(Damaged(path, name, str(error)))
+    if not runs:
+        raise DataError("; ".join(one.why for one in damaged))
+    return runs, damaged
 
 
 def load_all(paths: Sequence[Path]) -> list[Run]:
@@ -98,59 +131,67 @@ def _names(paths: list[Path]) -> list[str]:
 
 def load(path: Path, name: str | None = None) -> Run:
     """Read a run directory. Raises DataError if it is none, or naming the file and place that cannot be read."""
+    _refuse_other(path)
+    try:
+        return _load(path, name or path.resolve().name)
+    except OSError as error:  # no right to read it, a disk that fails, or it moved away while we looked
+        raise DataError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
+
+
+def _refuse_other(path: Path) -> None:
     if not path.is_dir():
         raise DataError(f"{path}: no such run directory")
     if not any((path / file).exists() for file in FILES):
         raise DataError(f"{path}: not a run directory; it has none of {', '.join(FILES)}")
-    config_file = path / "run.yaml"
+
+
+def _load(path: Path, name: str) -> Run:
+    config_text = _read_text(path / "run.yaml")
     return Run(
         path=path,
-        name=name or path.resolve().name,
+        name=name,
         log=log.read(path / "metrics.jsonl"),
-        config=_read_yaml(config_file),
-        config_text=_read_text(config_file) if config_file.exists() else "",
+        config=_settings(config_text, path / "run.yaml"),
+        config_text=config_text,
         receipt=_read_json(path / "receipt.json"),
-        contracts=tuple(_contract(item, where) for where, item in _items(path / "contracts.json")),
-        samples=tuple(_sample(item, where) for where, item in _items(path / "samples.json")),
-        evaluation=tuple(_evaluation(item, where) for where, item in _items(path / "evaluation.json")),
+        contracts=tuple(_contract(item, where) for where, item in _items(path / "contracts.json", MOST_CONTRACTS)),
+        samples=tuple(_sample(item, where) for where, item in _items(path / "samples.json", MOST_SAMPLES)),
+        evaluation=tuple(_evaluation(item, where) for where, item in _items(path / "evaluation.json", MOST_EVALUATIONS)),
+        process=process.read(path),
     )
 
 
 def _read_text(path: Path) -> str:
+    """The text of a file, empty where there is none."""
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error})") from None
+        return documents.read_text(path)
+    except FileNotFoundError:
+        return ""
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = yaml.safe_load(_read_text(path))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise DataError(f"{path}:{mark.line + 1 if mark else 1}: not YAML ({getattr(error, 'problem', error)})") from None
+def _settings(text: str, path: Path) -> dict[str, Any]:
+    content, _ = documents.parse_yaml(text, str(path))
     if content is not None and not isinstance(content, dict):
         raise DataError(f"{path}: settings are a mapping of names, got {type(content).__name__}")
     return content or {}
 
 
 def _read_json(path: Path) -> Any:
-    if not path.exists():
-        return None
     try:
-        return json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
+        return documents.read_json(path)
+    except FileNotFoundError:
+        return None
 
 
-def _items(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(where, item) of a JSON list of objects."""
+def _items(path: Path, most: int) -> list[tuple[str, dict[str, Any]]]:
+    """(where, item) of a JSON list of at most so many objects."""
     content = _read_json(path)
     if content is not None and not isinstance(content, list):
         raise DataError(f"{path}: expected a list, got {type(content).__name__}")
-    items = [(f"{path}: item {index}", item) for index, item in enumerate(content or [], 1)]
+    listed: list[Any] = content or []
+    if len(listed) > most:
+        raise DataError(f"{path}: {len(listed)} items; a run writes at most {most} there")
+    items = [(f"{path}: item {index}", item) for index, item in enumerate(listed, 1)]
     for where, item in items:
         if not isinstance(item, dict):
             raise DataError(f"{where} is not an object")
@@ -190,7 +231,9 @@ def _token(item: Any, where: str) -> Token:
 
 def _evaluation(item: dict[str, Any], where: str) -> Evaluation:
     metrics = {}
-    for name, pair in _take(item, "metrics", dict, where).items():
+    if len(given := _take(item, "metrics", dict, where)) > MOST_METRICS:
+        raise DataError(f"{where} has {len(given)} metrics; a run writes at most {MOST_METRICS} there")
+    for name, pair in given.items():
         sides = pair if isinstance(pair, dict) else {"after": pair}
         before, after = (sides.get(side) for side in ("before", "after"))
         for value in (before, after):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -70,10 +71,11 @@ def samples(runs: Sequence[Run]) -> Html | None:
 def _answered(run: Run) -> dict[tuple[str, str, int], Sample]:
     """Samples with an answer by (group, prompt, how often that prompt came before), so that a repeated one is kept."""
     out: dict[tuple[str, str, int], Sample] = {}
+    repeats = Counter[tuple[str, str]]()
     for sample in run.samples:
         if sample.before is not None or sample.after is not None:
-            repeat = sum(key[:2] == (sample.group, sample.prompt) for key in out)
-            out[sample.group, sample.prompt, repeat] = sample
+            out[sample.group, sample.prompt, repeats[sample.group, sample.prompt]] = sample
+            repeats[sample.group, sample.prompt] += 1
     return out
 
 

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lorry.disk import integrity
-from lorry.disk.process import PROCESS, Process, alive, read
+from lorry.disk.process import PROCESS, Process, alive
 from lorry.errors import DataError, Interrupted, ModelError
 from lorry.report.figures import about, flatten
 from lorry.report.log import Log, is_number
@@ -100,13 +100,13 @@ def _state_or_why(path: Path, name: str) -> State:
         return of(load(path, name))
     except DataError as error:
         return State(path, name, "unreadable", str(error), written=_written(path))
-    except OSError as error:  # no right to read it, or it moved away while we looked
+    except OSError as error:  # it moved away while we looked
         return State(path, name, "unreadable", f"{error.filename}: {error.strerror}")
 
 
 def of(run: Run) -> State:
-    """The state of a run that was read. Raises DataError for a damaged process.json."""
-    process, training, saved = read(run.path), run.log.training, newest_checkpoint(run.path)
+    """The state of a run that was read."""
+    process, training, saved = run.process, run.log.training, newest_checkpoint(run.path)
     step = training[-1]["step"] if training else process.done if process else 0
     written = _written(run.path)
     state, detail = _verdict(run, process, step, saved, written)

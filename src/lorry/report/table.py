@@ -16,7 +16,7 @@ from rich.text import Text
 from lorry.evaluate.metrics import exact_match
 from lorry.report import states
 from lorry.report.figures import about, by_adapter, differences, figures
-from lorry.report.run import Run, Sample
+from lorry.report.run import Damaged, Run, Sample
 from lorry.report.text import NOTHING, number, roughly, visible
 
 STYLES = {"held": ("✓ held", "green"), "failed": ("✗ failed", "bold red"), "not_checked": ("– not checked", "dim")}
@@ -26,8 +26,11 @@ STATE_STYLES = {
 }  # fmt: skip
 
 
-def show(runs: Sequence[Run], samples: int = 8) -> RenderableType:
-    """Everything worth a screen: one run in full, or several compared. ``samples``: rows per group of answers."""
+def show(runs: Sequence[Run], samples: int = 8, damaged: Sequence[Damaged] = ()) -> RenderableType:
+    """Everything worth a screen: one run in full, or several compared. ``samples``: rows per group of answers; ``damaged``: runs
+    that were asked for and cannot be read."""
+    if damaged:
+        return Group(*(_text(f"{one.name} is damaged and left out: {one.why}", "red") for one in damaged), show(runs, samples))
     if len(runs) > 1:
         return Group(comparison(runs), *changes(runs))
     run = runs[0]

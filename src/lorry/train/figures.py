@@ -5,7 +5,6 @@ Try: ``figures(read(run_dir))``. The hub's card and nothing else reads these; th
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from lorry.config import TrainConfig
 from lorry.config.files import read_file
+from lorry.disk import documents
 from lorry.disk.metrics import Record, iterate
 from lorry.errors import DataError
 from lorry.train.jobs import Standing
@@ -79,10 +79,7 @@ def read(run_dir: Path) -> Facts:
 def _json(path: Path, kind: type) -> Any:
     if not path.is_file():
         return kind()
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}); the run writes it whole, so it was changed since") from None
+    found = documents.read_json(path)
     if not isinstance(found, kind):
         raise DataError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}, got {type(found).__name__}")
     return found

@@ -24,7 +24,7 @@ from torch import Tensor
 from lorry.backends.base import Scorer
 from lorry.data.aligned import names_of
 from lorry.data.batch import Batch
-from lorry.disk import durable, integrity, manifest
+from lorry.disk import documents, durable, integrity, manifest
 from lorry.errors import ConfigError, ModelError
 from lorry.models.divergence import top_k
 from lorry.models.truncated import Truncated, check_temperature
@@ -92,7 +92,7 @@ class Cached:
             integrity.verify(folder)
         except ModelError as error:
             raise ModelError(f"{error}; remove {folder}, and the next run writes it anew") from error
-        self.facts = json.loads((folder / FACTS).read_text())
+        self.facts = documents.read_object(folder / FACTS, error=ModelError)
         for key, expected in facts.items():
             if self.facts.get(key) != expected:
                 raise ConfigError(

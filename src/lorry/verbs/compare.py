@@ -11,39 +11,47 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from lorry.config import dump
 from lorry.config.schema import Run
 from lorry.config.settings import CompareSettings
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, DataError
+from lorry.verbs.opening import tell
 
 RECORD = "compare.json"
 PROGRAM = "import sys; from lorry.cli import main; sys.exit(main())"
 
 
 def main(settings: CompareSettings, notes: list[str]) -> int:
-    """Train what is to be trained, compare, print. Returns the exit code of a way that failed, else 0."""
+    """Train what is to be trained, compare, print. Returns the exit code of a way that failed, else 0; that of a DataError where
+    a run is damaged: the others are compared, and it is named.
+    """
     from lorry.disk import durable
     from lorry.report.compare import ratios, row_of, side_by_side
-    from lorry.report.run import load_all
+    from lorry.report.run import load_readable
 
     trained = [settings.way(name) for name in _ways(settings)]
     _refuse(settings, trained)
     for run in trained:
         if code := train(run, settings.output_dir):
             return code
-    runs = load_all([Path(path) for path in settings.runs] or [run.output_dir for run in trained])
+    runs, damaged = load_readable([Path(path) for path in settings.runs] or [run.output_dir for run in trained])
     rows = [row_of(run) for run in runs]
-    record = {"runs": [{**row, "ratios": over} for row, over in zip(rows, ratios(rows), strict=True)]}
+    record: dict[str, Any] = {"runs": [{**row, "ratios": over} for row, over in zip(rows, ratios(rows), strict=True)]}
+    if damaged:
+        record["damaged"] = [{"name": one.name, "path": str(one.path), "why": one.why} for one in damaged]
     if trained:
         durable.write_files(settings.output_dir, {RECORD: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()})
     if settings.format == "json":
         print(json.dumps(record, indent=1, ensure_ascii=False))
     else:
         Console(soft_wrap=True).print(side_by_side(rows))
-    return 0
+    for one in damaged:
+        tell(f"{one.name} is damaged and left out: {one.why}")
+    return DataError.exit_code if damaged else 0
 
 
 def _ways(settings: CompareSettings) -> list[str]:

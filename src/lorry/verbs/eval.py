@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorry.config.evaluation import EvalSettings
+from lorry.disk import documents
 from lorry.errors import ConfigError
 from lorry.report.run import load
 from lorry.report.text import number, visible
@@ -241,7 +242,7 @@ def merge_into(path: Path, entries: list[dict[str, Any]]) -> None:
     kept: list[dict[str, Any]] = []
     if path.is_file():
         load(path.parent)  # every field checked, so that reading it plainly is safe
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = documents.read_json(path)
     names = {entry["name"] for entry in entries}
     _put(path, [*(entry for entry in kept if entry["name"] not in names), *entries])
 

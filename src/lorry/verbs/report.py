@@ -7,14 +7,19 @@ from pathlib import Path
 from rich.console import Console
 
 from lorry.config.settings import ReportSettings
+from lorry.errors import DataError
 from lorry.report import build, table
-from lorry.report.run import load_all
+from lorry.report.run import load_readable
 
 
 def main(settings: ReportSettings, notes: list[str]) -> int:
-    """Build the page, show the tables, say where the page is (the last line of standard output)."""
+    """Build the page, show the tables, say where the page is (the last line of standard output).
+
+    Returns the exit code of a DataError where one of several runs is damaged: the others are shown, and it is named.
+    """
     paths = [Path(run) for run in settings.runs]
     page = build(paths, settings.output_dir)
-    Console(stderr=True).print(table.show(load_all(paths)))
+    runs, damaged = load_readable(paths)
+    Console(stderr=True).print(table.show(runs, damaged=damaged))
     print(page)
-    return 0
+    return DataError.exit_code if damaged else 0

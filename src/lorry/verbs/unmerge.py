@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from lorry.config.settings import UnmergeSettings
+from lorry.disk import documents
 from lorry.errors import ModelError
 from lorry.verbs.merge import RECORD, sha256, weight_files
 from lorry.verbs.opening import tell
@@ -35,12 +35,9 @@ def read_record(path: Path) -> dict[str, Any]:
     """The record of a merge. Raises ModelError when there is none or it is damaged."""
     if not path.is_file():
         raise ModelError(f"{path.parent} has no {RECORD}; only a model written by `lorry merge` knows the base it came from")
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error})") from error
+    said = documents.read_object(path, error=ModelError)
     shape = {"base": str, "opened_as": str, "base_weights": dict}
-    if not isinstance(said, dict) or any(not isinstance(said.get(key), kind) for key, kind in shape.items()):
+    if any(not isinstance(said.get(key), kind) for key, kind in shape.items()):
         raise ModelError(f"{path}: not a record of `lorry merge`; it holds {', '.join(shape)}")
     return said
 
