@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "lorry"
 
 # A room may import rooms on its own line and on lines above it.
 ORDER = [
-    {"errors", "disk"},
+    {"errors", "disk", "streams"},
     {"kernels"},
     {"config", "families"},
     {"bank"},

@@ -16,8 +16,14 @@ from typing import Annotated, Any, Protocol, cast
 
 import typer
 
-from lorry.errors import LorryError
+from lorry.errors import LorryError, explain_out_of_memory
+from lorry.streams import abandon, streams
+from lorry.train.signals import raising
 
+ADVICE = (
+    "Close what else runs here, take less at a time (batch_size, per_device_train_batch_size, max_length), or a smaller model; "
+    "`lorry plan` says before anything is loaded what a run needs"
+)
 BROKEN_PIPE, INTERRUPTED = 141, 130  # as the shell reports a program that SIGPIPE or SIGINT ended
 
 
@@ -103,17 +109,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     # they wait for (the demo fell from 600 to 40 tokens/s beside other work); after a short spin they sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     code = 0
-    try:
-        app(args=args, prog_name="lorry")
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-    return _flush(code)
+    with streams(), raising("arrived; what was written is whole"):
+        try:
+            app(args=args, prog_name="lorry")
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        return _flush(code)
 
 
 def _run(verb: Verb, args: list[str]) -> int:
     """Parse, print the notes, call the verb; errors meant for people become one message and an exit code."""
     try:
-        return _parse_and_call(verb, args)
+        with explain_out_of_memory(ADVICE):
+            return _parse_and_call(verb, args)
     except LorryError as error:
         _complain(str(error))
         return error.exit_code
@@ -162,12 +170,21 @@ def _flush(code: int) -> int:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        return _hush()
+        code = _hush()
+    except LorryError as error:
+        abandon(sys.stdout)
+        _complain(str(error))
+        code = error.exit_code
+    try:
+        if sys.__stderr__ is not None:
+            sys.__stderr__.flush()
+    except OSError:
+        abandon(sys.stderr)
     return code
 
 
 def _hush() -> int:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    abandon(sys.stdout)
     return BROKEN_PIPE
 
 

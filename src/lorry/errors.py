@@ -6,8 +6,11 @@ Mistakes of ours (a broken invariant) stay ``AssertionError`` and do show a trac
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import errno
+import re
+from collections.abc import Iterable, Iterator
 
 
 class LorryError(Exception):
@@ -50,6 +53,45 @@ class Interrupted(LorryError):
     """SIGTERM or SIGINT arrived; a checkpoint of the last finished step is on disk."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: run it again and it goes on
+
+
+class OutOfMemoryError(LorryError, MemoryError):
+    """The memory of this machine or device does not hold what was asked for."""
+
+    exit_code = 71  # EX_OSERR of sysexits.h: the system could not give what a process needs
+
+
+# What allocators say: torch on a CPU and on CUDA, a tensor whose size has no number, a mapped file, C++
+_TRIED_BYTES = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+_TRIED = re.compile(r"out of memory.{0,80}?[Tt]ried to allocate ([\d.]+ [KMGT]i?B)", re.DOTALL)
+_TOO_LARGE = re.compile(r"Storage size calculation overflowed|out of memory|[Cc]annot allocate memory|bad_alloc|array is too big")
+
+
+def allocation_failure(error: BaseException) -> str | None:
+    """What could not be allocated, in words; None for an error of another kind. torch's are RuntimeErrors with a text."""
+    text = str(error)
+    if found := _TRIED_BYTES.search(text):
+        return f"{int(found[1]) / 2**30:.2f} GiB in one piece"
+    if found := _TRIED.search(text):
+        return f"{found[1]} in one piece"
+    if isinstance(error, MemoryError):
+        return text.splitlines()[0][:200] if text else "what the next step needs"
+    if isinstance(error, OSError):
+        return "what the next step needs" if error.errno == errno.ENOMEM else None
+    if isinstance(error, RuntimeError) and (large := _TOO_LARGE.search(text)):
+        return f"what the next step needs ({large[0]})"
+    return None
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn what allocators raise while the block runs into an OutOfMemoryError that ends in ``advice``."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if isinstance(error, LorryError) or (large := allocation_failure(error)) is None:
+            raise
+        raise OutOfMemoryError(f"out of memory: could not allocate {large}. {advice}") from error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +80,8 @@ def test_bad_rows_stop_it_or_are_counted(world: World, tmp_path: Path, capsys: p
     [
         (["model={base}"], 2, "data.path is missing"),
         (["model={base}", "data={rows}", "lerning_rate=1"], 2, "did you mean 'learning_rate'?"),
+        (["model={base}", "data={rows}", "threads=1000000"], 2, "a whole number of at least 1 and at most 1024"),
+        (["model={base}", "data={rows}", "r=1000000000"], 71, "adapter 'default' with r=1000000000 has"),
         (["model={base}", "data={rows}", "trainable=mlp"], 2, "give lora=null with it"),
         (["model={base}", "data={rows}", "target_modules=[q_prj]"], 2, "matches no layer; did you mean 'q_proj'?"),
         (["model={base}", "data={rows}x"], 3, "no such file; did you mean 'people.jsonl'?"),
@@ -91,3 +97,44 @@ def test_errors(
     assert message in err
     assert "Traceback" not in err
     assert out == ""
+
+
+def test_a_warm_up_longer_than_the_run_is_told(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", world.base, world.rows, "warmup_steps=10", "lr_scheduler_type=linear", steps=3)
+    said = "default: 10 warm-up steps of 3 in all: the rate never reaches learning_rate=0.01, its highest is 0.002"
+    assert said in capsys.readouterr().err
+    train(tmp_path / "other", world.base, world.rows, "warmup_steps=2", "lr_scheduler_type=linear", steps=3)
+    assert "warm-up steps of" not in capsys.readouterr().err
+
+
+class FullDisk(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self) -> None:
+        self.write("")
+
+
+def test_lines_that_cannot_be_written_end_no_training(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    run = train(tmp_path / "run", world.base, world.rows, steps=2)
+    assert capsys.readouterr().out == f"{run}\n"
+    assert (run / "report.html").is_file()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_report_is_made_says_that_the_run_is_complete(
+    number: signal.Signals, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.signal(number, signal.SIG_DFL)  # whoever runs this suite may ignore it
+    try:
+        monkeypatch.setattr("lorry.report.build", lambda runs: signal.raise_signal(number))
+        words = (f"output_dir={tmp_path / 'run'}", "max_steps=1", "dtype=float32", "save_strategy=no", "threads=1")
+        assert lorry("sft", f"model={world.base}", f"data={world.rows}", *words) == 75
+    finally:
+        signal.signal(number, before)
+    assert f"{number.name} arrived while the report was made. The run is complete" in capsys.readouterr().err
+    assert (tmp_path / "run" / "receipt.json").is_file()

@@ -13,6 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +21,9 @@ from lorry.bank.layers import Adaptable, BankEmbedding, BankLinear, Slot
 from lorry.bank.mix import Call, Mix
 from lorry.bank.seeds import seed_of
 from lorry.bank.spec import LoraSpec
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, OutOfMemoryError
 
+BYTES_PER_VALUE = 8  # of a master and its gradient, both float32; an optimizer adds as much again
 NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")
 
 
@@ -111,6 +113,7 @@ class Bank:
         shapes += [(m.out_features, ranks[p]) for p, m in targets.items()]
         sizes = [rows * columns for rows, columns in shapes]
         device = next(iter(targets.values())).weight.device
+        refuse_too_large(name, max(ranks.values()), sum(sizes), device)
         values = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         adapter = Adapter(name, spec, values, torch.zeros_like(values), sum(sizes[: len(targets)]))
         params = [nn.Parameter(v.view(s)) for v, s in zip(values.split(sizes), shapes, strict=True)]
@@ -150,6 +153,17 @@ class Bank:
     def parameters(self) -> list[nn.Parameter]:
         """All masters, A before B, adapter by adapter."""
         return [p for a in self.adapters.values() for p, _ in a._views(a.values)]
+
+
+def refuse_too_large(name: str, rank: int, values: int, device: torch.device) -> None:
+    """Say that an adapter cannot fit before any of it is made: Linux hands out memory that it does not have, and ends the
+    process once it is written to. Raises OutOfMemoryError."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if (needed := values * BYTES_PER_VALUE) > free:
+        raise OutOfMemoryError(
+            f"adapter {name!r} with r={rank} has {values:,} values, {needed / 2**30:,.1f} GiB with their gradients; "
+            f"{free / 2**30:,.1f} GiB are free. Choose a smaller r or fewer target_modules; `lorry plan` tells what fits"
+        )
 
 
 @torch.no_grad()

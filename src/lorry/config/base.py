@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from lorry.config.names import accepts, allowed, members, show
+from lorry.config.names import accepts, allowed, show
 from lorry.config.sizes import parse_size
 
 LARGEST_WHOLE = 2**63 - 1  # what torch, Arrow and safetensors hold; Python's own integers have no end
@@ -83,10 +83,15 @@ class Group(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
-        """Paths become text; true/false is not a number (pydantic would read it as 1 or 0); integers have a bound."""
+        """Paths become text; true/false is not a number (pydantic would read it as 1 or 0)."""
         field = cls.model_fields[info.field_name or ""]
-        if not any(isinstance(kind, type) and issubclass(kind, Group) for kind in members(field.annotation)):
-            _refuse_beyond_64_bits(value)  # a group's own settings do so themselves, each under its name
         if isinstance(value, bool) and not accepts(field, bool):
             raise ValueError(f"got {str(value).lower()}; give {allowed(field)}")
         return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _bounded_numbers(cls, value: Any) -> Any:
+        """Once read: a number may have been given as text. Groups inside have looked at their own settings by then."""
+        _refuse_beyond_64_bits(value)
+        return value

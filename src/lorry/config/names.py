@@ -122,6 +122,8 @@ def _bounds(metadata: Iterable[Any]) -> Iterable[str]:
                 yield f"above {bound}"
             case limits.Lt(lt=bound):
                 yield f"below {bound}"
+            case limits.Le(le=bound):
+                yield f"at most {bound}"
             case _:
                 pass
 

@@ -165,7 +165,8 @@ class BackendConfig(Group):
 
     main: ClassVar[str] = "name"
     name: Literal["single"] = setting("single", "single: one process, one device")
-    threads: PositiveInt | None = setting(None, "CPU threads; null: torch decides")
+    # far beyond any machine's cores, and below what the C++ runtime dies of instead of raising
+    threads: int | None = setting(None, "CPU threads, at most 1024; null: torch decides", ge=1, le=1024)
 
 
 class Job(Group):

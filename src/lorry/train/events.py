@@ -1,10 +1,12 @@
 """What a run tells the outside while it goes: steps, evaluations, notes. The terminal and the trackers listen.
 
-A listener never changes a run. `Plain` prints lines, `Live` draws a progress bar, `trackers` forwards to other tools.
+A listener never changes a run: a line that cannot be written (a full disk behind ``> log``) is lost, and the run goes on.
+`Plain` prints lines, `Live` draws a progress bar, `trackers` forwards to other tools.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
@@ -37,14 +39,18 @@ class Plain:
 
     def step(self, record: Record) -> None:
         if record["step"] % self.every == 0 or record["step"] == self.total:
-            print(f"step {record['step']}/{self.total}  {figures(record)}", file=self.out, flush=True)
+            self._line(f"step {record['step']}/{self.total}  {figures(record)}")
 
     def evaluation(self, record: Record) -> None:
         for line in shown_evaluation(record):
-            print(f"step {record['step']}/{self.total}  {line}", file=self.out, flush=True)
+            self._line(f"step {record['step']}/{self.total}  {line}")
 
     def note(self, text: str) -> None:
-        print(text, file=self.out, flush=True)
+        self._line(text)
+
+    def _line(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            print(text, file=self.out, flush=True)
 
     def finish(self) -> None:
         pass

@@ -38,6 +38,16 @@ class Job:
         share = min(warmup_steps(self.total, self.train.warmup_ratio), max(self.total - 1, 0))
         return self.train.warmup_steps or share
 
+    def warmup_note(self) -> str:
+        """What a person should know of a warm-up that is all of the run, or more; an empty string otherwise."""
+        if self.train.warmup_steps < self.total:
+            return ""
+        highest = self.rate(self.total - 1)
+        return (
+            f"{self.name}: {self.train.warmup_steps} warm-up steps of {self.total} in all: the rate never reaches "
+            f"learning_rate={self.train.learning_rate:g}, its highest is {highest:.2g}"
+        )
+
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         t = self.train

@@ -23,7 +23,7 @@ from lorry.config.schema import LoraConfig, TrainConfig
 from lorry.data.encode import Encoder
 from lorry.data.joint import JointStream, owned
 from lorry.data.prepare import Rows, prepare
-from lorry.errors import ConfigError
+from lorry.errors import ConfigError, explain_out_of_memory
 from lorry.kernels import status
 from lorry.models.decoder import Decoder
 from lorry.models.hf import HfModel, unreached
@@ -69,8 +69,21 @@ class Result:
 def train_run(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) -> Result:
     """Train as described, whatever the task, and write the run directory. Raises LorryError of the kind that fits; contracts.json
     is written even then, once the run has begun."""
-    with running(run.output_dir) as process:
+    with running(run.output_dir) as process, explain_out_of_memory(less_memory(run)):
         return _run(run, notes, listeners, process)
+
+
+def less_memory(run: Run) -> str:
+    """What would make a run smaller, by the settings it has."""
+    train, data = run.train, run.data
+    size = f"{train.per_device_train_batch_size} rows of up to {data.max_length} tokens in a micro-batch"
+    rank = "" if run.lora is None else f", r={run.lora.r}"
+    recompute = "" if train.gradient_checkpointing else ", gradient_checkpointing=true"
+    return (
+        f"The run has {size}{rank}. `lorry plan` with the same settings shows what takes the memory; "
+        f"smaller are per_device_train_batch_size (with more gradient_accumulation_steps){recompute}, and "
+        "memory_budget=3GiB, or what there is, chooses for you"
+    )
 
 
 def _run(run: Run, notes: list[str], listeners: Sequence[Listener], process: Running) -> Result:
@@ -100,6 +113,7 @@ def _run(run: Run, notes: list[str], listeners: Sequence[Listener], process: Run
     told = len(notes)
     opened.model.gradient_checkpointing = run.train.gradient_checkpointing
     engine = build_engine(run, opened, jobs, listeners, notes, Asking(run, opened, exams))
+    notes += [note for job in engine.jobs.values() if (note := job.warmup_note())]
     _tell(listeners, notes[told:])
     if start is not None:
         engine.resume(start)

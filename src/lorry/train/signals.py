@@ -10,7 +10,8 @@
 
 SIGTERM, SIGHUP (the terminal is gone) and SIGINT ask to stop after the current step; a second SIGINT raises KeyboardInterrupt
 at once. SIGUSR1 asks for a checkpoint and goes on. A signal that the parent made us ignore (SIGINT in ``command &``, SIGHUP
-under ``nohup``) stays ignored. Before and after the loop `raising` turns the first two into Interrupted.
+under ``nohup``) stays ignored. Before and after the loop `raising` turns the first two into Interrupted, and SIGUSR1, which
+schedulers send as a warning at a moment of their choosing, changes nothing: what there is to save is saved.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from lorry.errors import Interrupted
 
@@ -80,32 +82,46 @@ def watching() -> Iterator[Stop]:
                 signal.signal(number, handler_before)
 
 
+OUTSIDE_THE_STEPS = (
+    "arrived outside the training steps; the last checkpoint, if any, is what is saved. "
+    "The same command with resume_from_checkpoint=auto goes on from there, or starts"
+)
+
+
+@dataclass(frozen=True)
+class _Raise:
+    """A handler that raises Interrupted; ``text`` says what that means just now."""
+
+    text: str
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_the_terminal()
+        raise Interrupted(f"{signal.Signals(number).name} {self.text}")
+
+
+def _let_pass(number: int, frame: FrameType | None) -> None:
+    """Of SIGUSR1: nothing. A function and not SIG_IGN, which `watching` and child processes would take for the parent's wish."""
+
+
 @contextmanager
-def raising() -> Iterator[None]:
-    """While the block runs SIGTERM and SIGHUP raise Interrupted, where they would have ended the process without a word.
+def raising(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
+    """While the block runs SIGTERM and SIGHUP raise Interrupted, where they would have ended the process without a word, and
+    SIGUSR1 passes. Blocks nest: the innermost one's ``text``, what follows the signal's name, is told.
 
     A handler somebody else has set, and a signal that is ignored, stay as they are; so does everything outside the main thread.
     """
-    taken = list[signal.Signals]()
+    before = dict[int, Any]()
     try:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is signal.SIG_DFL:
-                    signal.signal(number, _raise)
-                    taken.append(number)
+            for number, handler in ((signal.SIGTERM, _Raise(text)), (signal.SIGHUP, _Raise(text)), (signal.SIGUSR1, _let_pass)):
+                current = signal.getsignal(number)
+                if current is signal.SIG_DFL or isinstance(current, _Raise):
+                    before[number] = signal.signal(number, handler)
         yield
     finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _raise(number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGHUP:
-        _leave_the_terminal()
-    raise Interrupted(
-        f"{signal.Signals(number).name} arrived outside the training steps; the last checkpoint, if any, is what is saved. "
-        "The same command with resume_from_checkpoint=auto goes on from there, or starts"
-    )
+        for taken, handler_before in before.items():
+            signal.signal(taken, handler_before)
 
 
 def _leave_the_terminal() -> None:

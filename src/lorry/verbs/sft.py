@@ -25,13 +25,15 @@ def main(run: Run, notes: list[str]) -> int:
     from lorry.api import train
     from lorry.report import build, table
     from lorry.report.run import load
+    from lorry.train.signals import raising
 
     result = train(run, notes)
-    page = build([result.path])
-    finished = load(result.path)
-    console = Console(stderr=True)
-    console.print(table.summary(finished), *table.adapters(finished))
-    console.print(table.contracts(finished))
+    with raising(f"arrived while the report was made. The run is complete; `lorry report {result.path}` makes its page"):
+        page = build([result.path])
+        finished = load(result.path)
+        console = Console(stderr=True)
+        console.print(table.summary(finished), *table.adapters(finished))
+        console.print(table.contracts(finished))
     print(f"report  {page}", file=sys.stderr)
     print(f"chat    lorry chat {result.path}", file=sys.stderr)
     print(Path(result.path))
