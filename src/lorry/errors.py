@@ -98,3 +98,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A ``; did you mean 'x'?`` tail for an unknown name, or an empty string when nothing is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shortlist(names: Iterable[str], most: int = 12, longest: int = 80) -> str:
+    """Names for a message: the first dozen, and how many more there are; a very long name loses its end."""
+    listed = list(names)
+    shown = [name if len(name) <= longest else f"{name[:longest]}..." for name in listed[:most]]
+    return ", ".join(shown) + (f" and {len(listed) - most} more" if len(listed) > most else "")

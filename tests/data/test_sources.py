@@ -142,7 +142,8 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
     ],
 )
 def test_json_arrays(tmp_path: Path, text: str) -> None:
-    assert rows(write(tmp_path, "d.json", text)) == [({"a": 1}, "d.json:2"), ({"a": 2}, "d.json:3")]
+    expected = [({"a": 1}, "d.json:2: element 0"), ({"a": 2}, "d.json:3: element 1")]
+    assert rows(write(tmp_path, "d.json", text)) == expected
 
 
 def test_json_lines_under_the_wrong_name(tmp_path: Path) -> None:
@@ -158,12 +159,12 @@ def test_json_lines_under_the_wrong_name(tmp_path: Path) -> None:
         ('[\n{"a": 1},\n{"a": 2', r"d\.json:3: column \d+: element 1 is not valid JSON"),
         ('[\n{"a": 1}', r"d\.json:2: column 9: the file ends in the middle of the array"),
         ('[{"a": 1}\n {"a": 2}]', r"d\.json:2: column 2: expected ',' or '\]' after element 0"),
-        ('[{"a": 1},\n 7]', r"d\.json:2: element 1 is a number, expected an object"),
+        ('[{"a": 1},\n 7]', r"d\.json:2: element 1: expected an object such as \{\.\.\.\}, found a number"),
         ('{"a":\n 1}', r"d\.json:2: column 3: expected a JSON array of rows"),
         ("", r"d\.json:1: expected a JSON array"),
         ("hello", r"d\.json:1: expected a JSON array"),
         ('[{"a": ' + "[" * 100_000, r"d\.json:1: .*nested too deeply"),
-        (b'[{"a": "\xff"}]', r"d\.json:1: column 9: byte 0xff is not valid UTF-8"),
+        (b'[{"a": "\xff"}]', r"d\.json:1: element 0: byte 0xff is not valid UTF-8"),
     ],
 )
 def test_broken_json_arrays(tmp_path: Path, text: str | bytes, message: str) -> None:

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,9 @@ from lorry.data.content import (
     optional,
     text_of,
 )
+from lorry.data.rows import file_of
 from lorry.data.sources import Source
-from lorry.errors import DataError, nearest
+from lorry.errors import DataError, nearest, shortlist
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ def detect(columns: Iterable[str], where: str = "the data") -> Format:
             return form
     listed = "; ".join(map(str, FORMATS.values()))
     if choices:
-        hint = f" {', '.join(map(repr, choices))}: this is multiple choice, a named set and not a question with one answer."
+        hint = f" {shortlist(map(repr, choices))}: this is multiple choice, a named set and not a question with one answer."
     else:
         known = {name for form in FORMATS.values() for group in form.needs for name in group}
         close = [f"{name!r} is not {name.lower()!r}" for name in there if name not in known and name.lower() in known]
-        hint = f" Names count letter by letter: {', '.join(close)}." if close else ""
-    raise DataError(f"{where}: no known format has the columns {', '.join(map(repr, there)) or '(none)'}.{hint} Known: {listed}")
+        hint = f" Names count letter by letter: {shortlist(close)}." if close else ""
+    raise DataError(f"{where}: no known format has the columns {shortlist(map(repr, there)) or '(none)'}.{hint} Known: {listed}")
 
 
 def chosen(name: str = "auto", text_field: str | None = None) -> Format | None:
@@ -119,12 +120,21 @@ def read_examples(
     Each file's first row settles that file's format, whatever ``start`` is, so that a resumed reader sees the same rows.
     """
     settled: dict[str, Format] = {}
-    for number, row in enumerate(source):
+
+    def settle(columns: Iterable[str], where: str) -> Format:
+        chosen = settled[file_of(where)] = form or detect(columns, where)
+        unused = chosen.unused(columns)
+        if unused and notes is not None:
+            notes.add(f"{file_of(where)}: read as {chosen.name}; columns not used: {shortlist(unused)}")
+        return chosen
+
+    def select(columns: Sequence[str], where: str) -> list[str]:
+        unused = settle(columns, where).unused(columns)
+        return [name for name in columns if name not in unused or name in ALSO_READ]
+
+    for number, row in enumerate(source.read(select=select)):
         if row.file not in settled:
-            settled[row.file] = form or detect(row.values, row.where)
-            unused = settled[row.file].unused(row.values)
-            if unused and notes is not None:
-                notes.add(f"{row.file}: read as {settled[row.file].name}; columns not used: {', '.join(unused)}")
+            settle(row.values, row.where)
         if number < start:
             continue
         content = normalise(row.values, settled[row.file])
@@ -132,6 +142,8 @@ def read_examples(
             source.bad.report(row.where, content, json.dumps(row.values, default=str))
         else:
             yield Found(content, number, row.where, row.values)
+    if notes is not None:
+        notes |= source.remarks
 
 
 def _conversation(messages: list[Message], column: str, plain: tuple[str, str] | None = None) -> Conversation:
@@ -218,6 +230,7 @@ def _read_text(row: Mapping[str, Any]) -> Text:
 COMPLETIONS = ("completion", "response", "answer", "output")
 OUTPUTS = ("output", "response")
 ANSWERS = ("answer", "answers", "response")
+ALSO_READ = ("answers",)  # of a table of columns, whatever the format: evaluation counts each of them as right
 # in order of precedence: rows that fit several formats are read as the first, the most explicit one
 FORMATS: dict[str, Format] = {
     form.name: form

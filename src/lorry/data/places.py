@@ -7,7 +7,7 @@ list(read_items(named("bool_q"), place.open(...)))  # Items with where they stan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from lorry.data.badrows import OnBadRow
 from lorry.data.catalog import Item, NamedSet, conversation, named
 from lorry.data.content import Unusable
 from lorry.data.formats import Found
-from lorry.data.readers import Rows
+from lorry.data.rows import Part, Rows, Select
 from lorry.data.sources import SPLITS, Source, open_source, splits_apart
 from lorry.errors import ConfigError, DataError
 
@@ -114,12 +114,12 @@ def _holds(folder: Path, split: str) -> bool:
     return True
 
 
-def _blaming(part: Callable[[], Rows], name: str, hint: str) -> Callable[[], Rows]:
+def _blaming(part: Part, name: str, hint: str) -> Part:
     """The same rows; an error of reading them names the set."""
 
-    def rows() -> Rows:
+    def rows(select: Select | None) -> Rows:
         try:
-            yield from part()
+            yield from part(select)
         except DataError as error:
             raise DataError(f"{name}: {error}{hint}") from error
 

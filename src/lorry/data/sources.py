@@ -7,14 +7,18 @@ for row in source: ...            # row.values, row.where == "people.jsonl:17"
 from __future__ import annotations
 
 import itertools
+import lzma
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from zipfile import BadZipFile
 
 from lorry.data.badrows import BadRows, OnBadRow
-from lorry.data.readers import READERS, Fault, Row, Rows
+from lorry.data.columnar import DAMAGE, read_saved, read_tables
+from lorry.data.readers import READERS
+from lorry.data.rows import Fault, Part, Remark, Row, Rows, Select
 from lorry.errors import DataError, nearest
 
 SPLITS = {
@@ -23,31 +27,40 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+BATCH = 1024  # rows of a hub data set taken at once
+PACKED = (EOFError, zlib.error, lzma.LZMAError, BadZipFile)  # what damaged compressed files raise
 HUB_BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # the storage kinds that are parsed only, never executed
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows in a fixed order, readable again and again. Every pass is lazy; bad rows go to ``bad``."""
+    """Rows in a fixed order, readable again and again. Every pass is lazy; bad rows go to ``bad``, what a person should know
+    of whole files to ``remarks``."""
 
     label: str
-    parts: tuple[Callable[[], Rows], ...]
+    parts: tuple[Part, ...]
     bad: BadRows
     limit: int | None = None
     streaming: bool = False
+    remarks: set[str] = field(default_factory=set)
 
     def __iter__(self) -> Iterator[Row]:
         return self.read()
 
-    def read(self, start: int = 0) -> Iterator[Row]:
-        """The readable rows from the ``start``-th on (those before it are parsed again, not kept)."""
-        return itertools.islice(self._rows(), start, self.limit)
+    def read(self, start: int = 0, select: Select | None = None) -> Iterator[Row]:
+        """The readable rows from the ``start``-th on (those before it are parsed again, not kept).
 
-    def _rows(self) -> Iterator[Row]:
+        ``select`` chooses the columns that tables of columns read; rows of lines have all of theirs.
+        """
+        return itertools.islice(self._rows(select), start, self.limit)
+
+    def _rows(self, select: Select | None) -> Iterator[Row]:
         for part in self.parts:
-            for item in part():
+            for item in part(select):
                 if isinstance(item, Fault):
                     self.bad.report(item.where, item.bad, item.raw)
+                elif isinstance(item, Remark):
+                    self.remarks.add(item.text)
                 else:
                     yield item
 
@@ -58,7 +71,7 @@ def open_source(
 ) -> Source:  # fmt: skip
     """Open data files (json, jsonl, csv, tsv, parquet, txt), a folder of them, several of these, or a hub data set.
 
-    Every file is read lazily, except that a JSON *array* has to be read whole. In a folder whose files are named after
+    Every file is read lazily, a JSON array element by element. In a folder whose files are named after
     splits (train*, test*, validation*) those of ``split`` are taken; ``name`` is a hub data set's configuration, and
     ``streaming`` keeps a hub data set from being downloaded first; ``converted`` is the folder of its rows in the hub's own
     conversion to parquet, for one that is a loading script otherwise. ``limit`` counts readable rows.
@@ -72,30 +85,30 @@ def open_source(
     return Source(label, tuple(parts), BadRows(on_bad_row, quarantine), limit, streaming)
 
 
-def _open_one(
-    path_or_id: str | Path, name: str | None, split: str, streaming: bool, converted: str | None
-) -> list[Callable[[], Rows]]:
+def _open_one(path_or_id: str | Path, name: str | None, split: str, streaming: bool, converted: str | None) -> list[Part]:
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            return [lambda: _saved_rows(path, str(path_or_id), split)]
+            return [lambda select: read_saved(path, str(path_or_id), split, select)]
         return [_reader(file) for file in _files_of(path, split)]
     if path.exists():
         return [_reader(path)]
     text = str(path_or_id)
     if isinstance(path_or_id, Path) or path.suffix.lower() in READERS or not HUB_NAME.fullmatch(text):
         raise _missing(path)
-    return [lambda: _hub_rows(text, name, split, streaming, converted)]
+    return [lambda select: _hub_rows(text, name, split, streaming, converted, select)]
 
 
-def _reader(path: Path) -> Callable[[], Rows]:
+def _reader(path: Path) -> Part:
     read = READERS.get(path.suffix.lower())
     if read is None:
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; Lorry reads {', '.join(sorted(READERS))}")
+    if not path.is_file():  # a FIFO would be waited at for ever
+        raise DataError(f"{path}: not a regular file")
 
-    def rows() -> Rows:
+    def rows(select: Select | None) -> Rows:
         try:
-            yield from read(path, str(path))
+            yield from read(path, str(path), select)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -139,9 +152,12 @@ def _split_named(stem: str) -> str | None:
     return next((split for split, names in SPLITS.items() if any(word in names for word in words)), None)
 
 
-def _hub_rows(hub_id: str, name: str | None, split: str, streaming: bool, converted: str | None) -> Iterator[Row | Fault]:
+def _hub_rows(
+    hub_id: str, name: str | None, split: str, streaming: bool, converted: str | None, select: Select | None
+) -> Rows:  # fmt: skip
     """Rows of a hub data set. Only builders that parse plain data are allowed: no scripts, no pickles."""
     import datasets
+    import pyarrow
     from datasets.exceptions import DatasetsError
 
     try:
@@ -155,29 +171,11 @@ def _hub_rows(hub_id: str, name: str | None, split: str, streaming: bool, conver
         else:
             builder.download_and_prepare()
             table = builder.as_dataset(split=split)
-        yield from _numbered(table, hub_id)
+        # as Arrow, not as Python: pictures and recordings stay what is stored, and nobody needs their decoders
+        yield from read_tables(table.with_format("arrow").iter(batch_size=BATCH), hub_id, select)
     except DataError:
         raise
-    except (DatasetsError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loading script
+    # RuntimeError: a loading script
+    except (DatasetsError, pyarrow.ArrowException, *PACKED, *DAMAGE, RuntimeError, AttributeError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{hub_id}: neither a file here nor a data set that can be opened on the hub: {why}") from error
-
-
-def _saved_rows(folder: Path, shown: str, split: str) -> Iterator[Row | Fault]:
-    """Rows of a folder written by ``datasets``' save_to_disk."""
-    import datasets
-
-    try:
-        table = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{shown}: not a readable saved data set: {error}") from error
-    if isinstance(table, datasets.DatasetDict):
-        if split not in table:
-            raise DataError(f"{shown}: no split {split!r}; it has {', '.join(table)}")
-        table = table[split]
-    yield from _numbered(table, shown)
-
-
-def _numbered(table: Any, shown: str) -> Iterator[Row | Fault]:
-    for number, values in enumerate(table, 1):
-        yield Row(dict(values), f"{shown}:{number}")

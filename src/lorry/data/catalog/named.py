@@ -14,7 +14,7 @@ from typing import Any
 from lorry.data.catalog.item import Fields, Item, option_slots, render, shorten
 from lorry.data.catalog.layouts import Layout
 from lorry.data.content import Unusable
-from lorry.errors import ConfigError, nearest
+from lorry.errors import ConfigError, nearest, shortlist
 
 WHOLE = {"train": "train", "validation": "validation", "test": "test"}
 NO_TEST = {"train": "train", "validation": "validation", "test": "validation"}  # the hub's test rows carry no labels
@@ -93,7 +93,7 @@ class NamedSet:
         for form in self.layouts:
             if form.fits(row):
                 return form
-        found = ", ".join(repr(name) if value is not None else f"{name!r} (null)" for name, value in row.items())
+        found = shortlist(repr(name) if value is not None else f"{name!r} (null)" for name, value in row.items())
         known = "; ".join(map(str, self.layouts))
         raise Unusable("columns", f"the set {self.name!r} cannot be read from the columns {found or '(none)'}. Known: {known}")
 

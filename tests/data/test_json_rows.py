@@ -1,0 +1,266 @@
+"""JSON in: every element of every array, every key once, each fault with its line and element."""
+
+from __future__ import annotations
+
+import json
+import re
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorry.data import json_rows, rows
+from lorry.data.encode import Encoder
+from lorry.data.formats import read_examples
+from lorry.data.json_rows import read_json
+from lorry.data.rows import Row
+from lorry.data.sources import open_source
+from lorry.data.tokenset import TokenSet
+from lorry.errors import DataError
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS
+VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXTS, v, max_size=3), max_leaves=6)
+ROWS = st.lists(st.dictionaries(TEXTS, VALUES, max_size=4), max_size=6)
+
+
+def file(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [row.values for row in open_source(path)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrays=st.lists(ROWS, min_size=1, max_size=3), indent=st.sampled_from([None, 1]), ascii_only=st.booleans(),
+       between=st.sampled_from(["", "\n", "\r\n \n"]), wrapped=st.booleans(), piece=st.sampled_from([1, 7, 1 << 20]))  # fmt: skip
+def test_arrays_as_the_json_module_writes_them(
+    tmp_path_factory: pytest.TempPathFactory, arrays: list[list[dict[str, Any]]], indent: int | None, ascii_only: bool,
+    between: str, wrapped: bool, piece: int,
+) -> None:  # fmt: skip
+    """One array or several, laid out in any way, read in pieces of any size: row for row what was written."""
+    documents = [{"version": 1, "data": array, "end": [1, None]} if wrapped else array for array in arrays]
+    text = between.join(json.dumps(document, indent=indent, ensure_ascii=ascii_only) for document in documents)
+    path = file(tmp_path_factory.mktemp("json"), "d.json", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_rows, "PIECE", piece)
+        source = open_source(path)
+        got = list(source)
+    assert [row.values for row in got] == [row for array in arrays for row in array]
+    assert len({row.where for row in got}) == len(got), "every row has a place of its own"
+    for row in got:
+        line = int(row.where.removeprefix(f"{path}:").split(":")[0])
+        assert text.split("\n")[line - 1].lstrip()[:1] in ("{", "["), "it opens in the line that is named"
+        assert row.file == str(path)
+
+
+@settings(max_examples=50, deadline=None)
+@given(written=ROWS, ends=st.sampled_from(["\n", "\r\n"]), mark=st.booleans(), name=st.sampled_from(["d.jsonl", "d.ndjson"]))
+def test_lines_as_the_json_module_writes_them(
+    tmp_path_factory: pytest.TempPathFactory, written: list[dict[str, Any]], ends: str, mark: bool, name: str
+) -> None:
+    raw = ends.join(json.dumps(row) for row in written)
+    path = file(tmp_path_factory.mktemp("lines"), name, ("\ufeff" if mark else "") + raw)
+    assert read(path) == written
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ('[{"n":1}]\n[{"n":2}]\n', ["1: element 0", "2: element 1"]),
+        ('[{"n":1}][{"n":2}]', ["1: element 0", "1: element 1"]),
+        ('[{"n":1}]\n[]\n\n[{"n":2}]', ["1: element 0", "4: element 1"]),
+        ('{"data":[{"n":1}]}\n{"data":[{"n":2}]}\n', ["1: element 0", "2: element 1"]),
+        ('{"data":[{"n":1}], "end": {"x": 1}}\n[{"n":2}]\n', ["1: element 0", "2: element 1"]),
+    ],
+)
+def test_joined_exports_are_read_whole(tmp_path: Path, text: str, places: list[str]) -> None:
+    """two_arrays.json: the second array was lost, and the report said "1 rows"."""
+    path = file(tmp_path, "d.json", text)
+    got = list(open_source(path))
+    assert [row.values for row in got] == [{"n": 1}, {"n": 2}]
+    assert [row.where for row in got] == [f"{path}:{place}" for place in places]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a":1}] rubbish', r"d\.json:1: column 11: text behind the end of the array: 'rubbish'"),
+        ('[{"a":1}]\n]', r"d\.json:2: column 1: text behind the end of the array: '\]'"),
+        ('[{"a":1}],\n[{"a":2}]', r"d\.json:1: column 10: text behind the end of the array"),
+        ('[{"a":1}]\n[{"a":2}', r"d\.json:2: column 9: the file ends in the middle of the array"),
+        ('[{"a":1}]\n{"a":2}', r"d\.json:2: column 7: behind the end of the array: expected a JSON array of rows"),
+        (b'[{"a":1}]\0\0\0', r"d\.json:1: column 10: a NUL byte; the file was probably cut off"),
+        (b'[{"a":1},\n{"a":"x\0\0', r"d\.json:2: column 8: a NUL byte; the file was probably cut off"),
+        ('{"data":[{"a":1}],\n"data":[{"a":2}]}', r"d\.json:2: column 8: the key 'data' stands twice in one object"),
+        ('{"data":[{"a":1}],"more":[{"q"', r"d\.json:1: column \d+: the value of 'more' is not valid JSON"),
+        ('{"data":[{"a":1}]', r"d\.json:1: column 18: the file ends in the middle"),
+        ('{"data":[{"a":1}]}\n{"data":[{"a":2}]', r"d\.json:2: column 18: the file ends in the middle"),
+        ('{"x":1,"x":2,\n"data":[{"a":1}]}', r"d\.json:2: .*the key 'x' stands twice"),
+        ('{"data":[{"a":1}] "x":2}', r"d\.json:1: column 19: expected ',' or '}' after the array under 'data'"),
+        ('{"data":[{"a":1}],"x":{"y":1,"y":2}}', r"d\.json:1: .*the value of 'x': the key 'y' stands twice"),
+        ('{1:2}', r"d\.json:1: .*a key is a number, expected a string"),
+    ],
+)  # fmt: skip
+def test_nothing_behind_an_array_is_passed_over(tmp_path: Path, text: str | bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read(file(tmp_path, "d.json", text))
+
+
+def test_a_list_of_objects_that_is_not_read_is_said(tmp_path: Path) -> None:
+    path = file(tmp_path, "d.json", '{"train": [{"text": "x"}], "splits": [1], "data": [{"text": "a"}], "more": [{"text": "b"}]}')
+    notes: set[str] = set()
+    assert len(list(read_examples(open_source(path), notes=notes))) == 1
+    said = [
+        f"{path}: the rows are those under 'data'; the list of objects under {key!r} is not read" for key in ("more", "train")
+    ]
+    assert sorted(notes) == said
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+@pytest.mark.parametrize(
+    ("row", "kind", "reason"),
+    [
+        ('{"a": 1, "a": 2}', "key twice", "the key 'a' stands twice in one object; keep one"),
+        ('{"m": [{"role": 1, "x": 2, "role": 3}]}', "key twice", "the key 'role' stands twice"),
+        ('{"a": ' + "9" * 5000 + "}", "json", "a number of 5000 digits; write it as text, in quotes"),
+        ('{"a": [-' + "9" * 5000 + ', {"b": 1, "b": 2}]}', "json", "a number of 5000 digits"),
+        ('{"a": ' + "[" * 80 + "]" * 80 + "}", "json", "nested too deeply"),
+        (b'{"a": "caf\xe9"}', "encoding", "byte 0xe9 is not valid UTF-8"),
+        ("[1]", "not an object", "expected an object such as {...}, found an array"),
+        ("1" + "0" * 400, "not an object", "found a number"),
+    ],
+)
+def test_a_bad_row_costs_its_neighbours_nothing(tmp_path: Path, name: str, row: str | bytes, kind: str, reason: str) -> None:
+    """In lines and in an array on one line alike: the row alone is bad, named by its line and element, and counted."""
+    raw = row if isinstance(row, bytes) else row.encode()
+    rows = [b'{"n": 0}', raw, b'{"n": 2}', raw]
+    array = name == "d.json"
+    path = file(tmp_path, name, b"[" + b", ".join(rows) + b"]" if array else b"\n".join(rows))
+    place = "1: element 1" if array else "2"
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}:{place}: ")
+    assert reason in str(caught.value)
+    source = open_source(path, on_bad_row="skip")
+    assert [row.values for row in source] == [{"n": 0}, {"n": 2}]
+    assert dict(source.bad.counts) == {kind: 2}, "two bad rows in one line are two"
+
+
+def test_rows_on_one_line_are_held_out_one_by_one(tmp_path: Path, tokenizer_of: Callable[..., Any]) -> None:
+    """Rows were told apart by their line: of an array on one line none could be held out, and bad rows counted as one."""
+    rows = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(10)]
+    path = file(tmp_path, "d.json", json.dumps(rows))
+    tokens = TokenSet.build(open_source(path), Encoder(tokenizer_of("chatml"), max_length=64))
+    rest, aside = tokens.held_out(3, seed=0)
+    assert (len(rest), len(aside)) == (7, 3)
+
+
+@pytest.mark.parametrize("number", ["9223372036854775808", "1180591620717411303424", "-" + "7" * 4300])
+def test_integers_beyond_64_bits_are_their_digits(tmp_path: Path, number: str) -> None:
+    for name, text in (("d.jsonl", '{"prompt": "p", "completion": %s}'), ("d.json", '[{"prompt": "p", "completion": %s}]')):
+        found = next(iter(read_examples(open_source(file(tmp_path, name, text % number)))))
+        assert found.content.plain == ("p", number)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "NaN", "Infinity", "1.5"])
+def test_numbers_that_are_no_text(tmp_path: Path, number: str) -> None:
+    """Unused they do no harm; as what the model is to say they are refused in one line."""
+    path = file(tmp_path, "d.jsonl", f'{{"prompt": "p", "completion": "c", "score": {number}}}')
+    assert len(list(read_examples(open_source(path)))) == 1
+    path = file(tmp_path, "e.jsonl", f'{{"prompt": "p", "completion": {number}}}')
+    with pytest.raises(DataError, match=r"e\.jsonl:1: 'completion' holds the number"):
+        list(read_examples(open_source(path)))
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl", "d.csv", "d.txt"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings_are_named(tmp_path: Path, name: str, encoding: str) -> None:
+    text = {"d.json": '[{"text": "one"}]', "d.csv": "question,answer\na,b\n"}.get(name, '{"text": "one"}\n')
+    with pytest.raises(DataError, match=rf"{name}:1: .*(UTF-16|UTF-8)"):
+        read(file(tmp_path, name, text.encode(encoding)))
+
+
+def test_lone_surrogates_are_kept_apart_from_broken_bytes(tmp_path: Path) -> None:
+    """An escaped half pair is valid JSON; it is refused where it would be text, and it is no broken UTF-8."""
+    path = file(tmp_path, "d.json", r'[{"text": "\udc80"}, {"text": "fine", "other": "\ud800"}]')
+    source = open_source(path, on_bad_row="skip")
+    assert [found.number for found in read_examples(source)] == [1]
+    assert source.bad.first == [
+        f"{path}:1: element 0: 'text' holds half a surrogate pair at character 1; it is not valid Unicode"
+    ]
+
+
+def test_a_long_array_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    """20 MB in one line: the first row is given before the rest was read, and no more than some pieces are ever held."""
+    path = tmp_path / "d.json"
+    with path.open("w") as out:
+        out.write("[")
+        for number in range(200):
+            out.write(f'{"," * (number > 0)}{{"text": "{number} {"x" * 100_000}"}}')
+        out.write("]")
+    tracemalloc.start()
+    count = sum(1 for _ in read_json(path, "d.json"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 200
+    assert peak < 8 * json_rows.PIECE
+
+
+def test_a_row_larger_than_any_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in (rows, json_rows):
+        monkeypatch.setattr(room, "LARGEST_ROW", 1000)
+    monkeypatch.setattr(json_rows, "PIECE", 100)
+    long = '{"text": "%s"}' % ("x" * 5000)
+    path = file(tmp_path, "d.jsonl", f'{{"n": 1}}\n{long}\n{{"n": 3}}\n')
+    source = open_source(path, on_bad_row="skip")
+    assert [(row.values, row.where) for row in source] == [({"n": 1}, f"{path}:1"), ({"n": 3}, f"{path}:3")]
+    assert dict(source.bad.counts) == {"too large": 1}
+    with pytest.raises(DataError, match=r"d\.json:1: .*element 1 is larger than"):
+        read(file(tmp_path, "d.json", f'[{{"n": 1}}, {long}]'))
+
+
+DAMAGES = st.lists(st.tuples(st.integers(0, 400), st.sampled_from(["flip", "cut", "insert"]), st.binary(min_size=1, max_size=3)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(damages=DAMAGES, piece=st.sampled_from([1, 16, 1 << 20]))
+def test_damaged_arrays_give_a_data_error_or_rows(
+    tmp_path_factory: pytest.TempPathFactory, damages: list[tuple[int, str, bytes]], piece: int
+) -> None:
+    """What the json module reads as one array, keys once each, is read here, row for row; else rows, faults and DataError."""
+    raw = bytearray(json.dumps([{"text": f"row {n} é", "n": n, "m": [{"role": "user"}]} for n in range(6)]).encode())
+    for position, how, data in damages:
+        at = position % max(1, len(raw))
+        raw[at : at + (0 if how == "insert" else len(data))] = b"" if how == "cut" else data
+    path = file(tmp_path_factory.mktemp("damaged"), "d.json", bytes(raw))
+    try:
+        whole = json.loads(bytes(raw).decode(), object_pairs_hook=once)
+    except ValueError:
+        whole = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_rows, "PIECE", piece)
+        try:
+            items = list(read_json(path, "d.json"))
+        except DataError as error:
+            placed = re.match(r"d\.json:\d+: ", str(error)) is not None
+            assert (placed, isinstance(whole, list)) == (True, False)  # noqa: PT017, either outcome is right for most damage
+            return
+    if isinstance(whole, list):
+        assert [item.values if isinstance(item, Row) else None for item in items] == [
+            row if isinstance(row, dict) else None for row in whole
+        ]
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand once each."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
