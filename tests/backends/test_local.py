@@ -194,6 +194,11 @@ def test_state_goes_round_and_is_strict() -> None:
     name = "adapter/default/model.layers.0.self_attn.q_proj.lora_A"
     with pytest.raises(ModelError, match="is"):
         fresh.load_state({**saved, name: torch.zeros(1, 2)})
+    before = {n: t.clone() for n, t in fresh.state().items()}
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ModelError, match=rf"{name} holds NaN or infinity in the checkpoint"):
+            fresh.load_state({**saved, name: torch.full_like(saved[name], value)})
+    assert all(torch.equal(t, before[n]) for n, t in fresh.state().items())
 
 
 def test_dropout_follows_step_and_key_not_packing() -> None:

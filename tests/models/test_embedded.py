@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import gguf
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 import tiny
+from ggufs import write_gguf
 from lorry.errors import ModelError
 from lorry.models import embedded
 from lorry.models.decoder import Decoder
@@ -91,6 +91,16 @@ def test_without_its_wheel_the_error_says_what_to_install(monkeypatch: pytest.Mo
         load_model(SMOLLM, notes=[])
 
 
+def test_another_file_in_its_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel's GGUF is known by its SHA-256: one changed byte, and it is another model under a trusted name."""
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
+    write_gguf(tmp_path / embedded.EMBEDDED[SMOLLM].file)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    with pytest.raises(ModelError, match=r"SHA-256 is [0-9a-f]{64}, it must be b179c952.*--force-reinstall"):
+        load_model(SMOLLM, notes=[])
+    assert not (tmp_path / "home").exists()
+
+
 # --- conversion, on a small file made here
 
 
@@ -98,42 +108,6 @@ def test_without_its_wheel_the_error_says_what_to_install(monkeypatch: pytest.Mo
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained tiny llama as GGUF, with a byte-level tokenizer of its own."""
     return write_gguf(tmp_path_factory.mktemp("gguf") / "Tiny Llama.gguf")
-
-
-def write_gguf(path: Path) -> Path:
-    model = tiny.fresh("llama", vocab_size=300)
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(300)
-    letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
-    letters += [chr(256 + n) for n in range(256 - len(letters))]  # GPT-2's printable stand-ins for the 256 bytes
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*letters, "ab", *(f"<s{i}>" for i in range(43))])
-    writer.add_token_types([1] * 257 + [3] * 43)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(257)
-    writer.add_eos_token_id(258)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    for name, tensor in model.state_dict().items():
-        values = tensor.bfloat16().float()
-        for part, heads in (("q_proj", 4), ("k_proj", 2)):
-            if part in name:  # GGUF stores llama's rotary pairs side by side
-                values = values.view(heads, 2, -1, 32).transpose(1, 2).reshape(values.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_a_gguf_file_becomes_a_checked_directory(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +197,9 @@ def test_a_failed_conversion_leaves_nothing_and_says_why(small: Path, tmp_path: 
 
 
 def test_a_sound_header_passes(small: Path) -> None:
-    assert check_gguf(small) == {"general.architecture": "llama", "tokenizer.ggml.pre": "gpt-2"}
+    header = check_gguf(small)
+    assert (header.values["general.architecture"], header.values["tokenizer.ggml.pre"]) == ("llama", "gpt-2")
+    assert header.tensors["blk.0.attn_k.weight"].shape == (16, 32)
 
 
 @settings(max_examples=300, deadline=None)

@@ -22,6 +22,7 @@ from lorry.models.digest import sample_digest
 from lorry.models.generate import Generated, generate
 from lorry.models.hf import HfModel
 from lorry.models.score import Want, evaluate
+from lorry.models.weights import is_finite
 
 
 class Local:
@@ -195,7 +196,8 @@ class Local:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave. Raises ModelError unless names and shapes are exactly those of this run."""
+        """Take back what `state` gave. Raises ModelError unless names and shapes are exactly those of this run and every value is
+        finite."""
         mine = self.state()
         if odd := sorted(set(mine) ^ set(state)):
             raise ModelError(f"the checkpoint and this run disagree about {odd[0]!r} ({len(odd)} tensors in all)")
@@ -203,6 +205,8 @@ class Local:
             here, there = ((t.dtype, tuple(t.shape)) for t in (value, state[tensor]))
             if here != there:
                 raise ModelError(f"{tensor} is {there[0]} {there[1]} in the checkpoint and {here[0]} {here[1]} here")
+            if not is_finite(state[tensor]):
+                raise ModelError(f"{tensor} holds NaN or infinity in the checkpoint; go on from an earlier one")
         for name, owner in self.owners.items():
             for kind, flat in self._flats(name):
                 for tensor, view in owner.split_like(flat).items():

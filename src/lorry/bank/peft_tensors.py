@@ -16,6 +16,7 @@ from lorry.bank.attach import head_and_embedding, linears
 from lorry.bank.layers import Adaptable, BankEmbedding
 from lorry.bank.peft_config import CONFIG, named_by
 from lorry.bank.spec import LoraSpec
+from lorry.disk.safetensors_names import check_names
 from lorry.errors import ModelError, nearest
 from lorry.families import find
 
@@ -118,6 +119,7 @@ def opened(folder: Path) -> Iterator[safe_open]:
     if not file.is_file():
         raise ModelError(f"{file} is missing; an adapter directory holds {CONFIG} and {WEIGHTS}")
     try:
+        check_names(file)
         with safe_open(file, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError) as e:

@@ -35,6 +35,7 @@ KERNEL_KEYS = frozenset(
 BUILT_IN = (None, True, False, "eager", "sdpa", "flash_attention_2", "flex_attention", "grouped_mm", "batched_mm")
 # What transformers raises over numbers and names that make no sense.
 UNUSABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, ImportError, RuntimeError)
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 MOST_LAYERS = 10_000
 
 
@@ -54,6 +55,11 @@ def describe(directory: Path, *, trust_remote_code: bool = False, native: bool =
     path = directory / "config.json"
     raw, removed = cleaned(read_json(path))
     refuse_quantised(raw, path)
+    if raw.get("transformers_weights") not in (None, *WEIGHTS):
+        raise ModelError(
+            f"{path}: transformers_weights={raw['transformers_weights']!r} names another weights file than {WEIGHTS[0]}; only "
+            "transformers would follow it: give that file the usual name and take the field out"
+        )
     pointers = raw.get("auto_map") or removed.get("auto_map")
     notes += [f"ignored {key} of {path.name}: a config does not choose the code that runs" for key in removed]
     kind = raw.get("model_type")

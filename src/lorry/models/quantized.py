@@ -8,14 +8,16 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorry.errors import ConfigError
+from lorry.models.accounting import refuse_unfit
 from lorry.models.describe import blaming, describe, quiet
 from lorry.models.hf import HfModel
 from lorry.models.load import pick_device, pick_dtype
 from lorry.models.sources import Place
-from lorry.models.weights import entries
+from lorry.models.weights import entries, read
 
 FORMATS = ("nf4", "fp4", "int8")
 
@@ -33,15 +35,18 @@ def open_quantized(place: Place, quantize: str, dtype: str, device: str, notes: 
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     described = describe(place.directory, native=False, notes=notes)
-    entries(place.directory)  # refuses pickles, broken shards and paths that lead elsewhere
+    found = entries(place.directory)  # refuses pickles, broken shards and paths that lead elsewhere
+    for entry in found.values():  # before they are packed: a quantised block hides a NaN in its scale
+        read({entry.name: entry}, kind, torch.device("cpu"))
     options: dict[str, Any] = (
         {"load_in_8bit": True}
         if quantize == "int8"
         else {"load_in_4bit": True, "bnb_4bit_quant_type": quantize, "bnb_4bit_compute_dtype": kind}
     )
     with blaming(f"{place.directory}: transformers cannot load it in {quantize}"), quiet():
-        inner = AutoModelForCausalLM.from_pretrained(
+        inner, info = AutoModelForCausalLM.from_pretrained(
             str(place.directory), config=described.hf, dtype=kind, use_safetensors=True, local_files_only=True,
-            quantization_config=BitsAndBytesConfig(**options), device_map={"": where},
+            quantization_config=BitsAndBytesConfig(**options), device_map={"": where}, output_loading_info=True,
         )  # fmt: skip
+    refuse_unfit(place.directory, inner, info, found, notes)
     return HfModel(inner, notes)

@@ -1,0 +1,42 @@
+"""The names in a safetensors file's header, each there once: the library itself keeps the last of two entries of one name.
+
+    check_names(Path("model.safetensors"))
+
+Everything else about a header (its size, offsets, overlaps and holes) is checked by `safetensors.safe_open`, which every
+reader calls next. Used for base models and adapters alike, so it knows neither torch nor any model.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from lorry.errors import ModelError
+
+MOST_BYTES = 100_000_000  # of a header; the library's own limit
+
+
+def check_names(path: Path) -> None:
+    """Raise ModelError when two entries of the header have one name; OSError when the file cannot be read.
+
+    A header that is no JSON at all is left to the library, which says what is wrong with it.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+        size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        text = file.read(size) if size <= MOST_BYTES else b""
+    twice: list[str] = []
+
+    def pairs(found: list[tuple[str, Any]]) -> None:
+        keys = [key for key, _ in found]
+        if len(set(keys)) < len(keys):
+            twice.extend(key for key in keys if keys.count(key) > 1)
+
+    try:
+        json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError):
+        return
+    if twice:
+        raise ModelError(f"{path}: its header holds {twice[0]!r} twice, so which one is meant is anybody's guess; save it again")
