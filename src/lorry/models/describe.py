@@ -23,6 +23,7 @@ from lorry.disk import documents
 from lorry.errors import LorryError, ModelError, nearest
 from lorry.families import Family, find, unsupported
 from lorry.families.common import UnsupportedConfig
+from lorry.models.config_json import decoded
 from lorry.models.pointwise import ACTIVATIONS
 
 CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "custom_generate", "use_kernels", "kernel_config"})
@@ -53,7 +54,7 @@ class Description:
 def describe(directory: Path, *, trust_remote_code: bool = False, native: bool = True, notes: list[str]) -> Description:
     """Read ``directory/config.json``. Raises ModelError when it is unusable, quantised, or wants code that was not allowed."""
     path = directory / "config.json"
-    raw, removed = cleaned(read_json(path))
+    raw, removed = cleaned(decoded(read_json(path)))
     refuse_quantised(raw, path)
     if raw.get("transformers_weights") not in (None, *WEIGHTS):
         raise ModelError(

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from lorry.disk import durable
 from lorry.disk.home import home
 from lorry.errors import ModelError
+from lorry.models.config_json import write_config
 from lorry.models.describe import blaming, quiet, read_json
 from lorry.models.gguf import check_gguf
 from lorry.models.gguf_tensors import config_of, refuse_unfit
@@ -129,6 +130,7 @@ def _convert(file: Path, work: Path) -> list[str]:
         )
         refuse_unfit(file, header, model, info)
         model.save_pretrained(work)
+        write_config(work, {})
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
     notes = split_as(str(header.values.get("tokenizer.ggml.pre", "default")), tokenizer)
     tokenizer.save_pretrained(work)

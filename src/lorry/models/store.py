@@ -17,8 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lorry.disk.durable import building
 from lorry.errors import ModelError
+from lorry.models.config_json import write_config
 from lorry.models.decoder import Decoder
-from lorry.models.describe import read_json
 
 if TYPE_CHECKING:
     from lorry.models.hf import HfModel
@@ -60,7 +60,7 @@ def save_model(
             kinds = {t.dtype for t in state.values() if t.is_floating_point()}
             model.save_inner(work, state, config, max_shard_bytes)
         stored = str(next(iter(kinds))) if len(kinds) == 1 else "float32"
-        _write_json(work / "config.json", {**read_json(work / "config.json"), "dtype": stored.removeprefix("torch.")})
+        write_config(work, {"dtype": stored.removeprefix("torch.")})
         said = generation_config or model.__dict__.get(GENERATION) or _token_ids(config)
         _write_json(work / "generation_config.json", said)
         if tokenizer is not None:
