@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.data.conftest import TEMPLATES
 
+from lorry.data import template_budget
 from lorry.data.content import Message
+from lorry.data.sandbox import FILTERS
 from lorry.data.template import ChatTemplate, TemplateRefusal, common_prefix
 from lorry.errors import ModelError
 
@@ -76,6 +84,230 @@ RUNNING_AWAY = [
     "{{ " + "-" * 5000 + "1 }}",
     "x" * 600_000,
 ]  # fmt: skip
+
+
+BIG = "{% set ns = namespace(s='ab' * 400000, t='ab' * 399999 + 'c', l=[0] * 900000, m=[0] * 899999 + [1], n=2**8000, x=0) %}"
+DEEP = (  # two structures of sixty elements that are 2^60 to whoever compares, prints or hashes them
+    "{% set ns = namespace(t=(1,), u=(1,)) %}"
+    "{% for i in range(60) %}{% set ns.t = (ns.t, ns.t) %}{% set ns.u = (ns.u, ns.u) %}{% endfor %}"
+)
+
+
+def ninety_thousand(body: str) -> str:
+    return BIG + "{% for i in range(90000) %}" + body + "{% endfor %}"
+
+
+# Each value is small enough; what grows is their sum, or the time of single operations that jinja2 compiles to bare Python.
+SUMMED = [
+    "{% set ns = namespace(l=[]) %}{% for i in range(3000) %}{% set ns.l = ns.l + [[0] * 1000000] %}{% endfor %}",
+    "{% set ns = namespace(l=[]) %}{% for i in range(90000) %}{% set ns.l = [ns.l, 'a' * 1000000] %}{% endfor %}",
+    *(
+        ninety_thousand("{% set ns.x = BY %}".replace("BY", by) * 30)
+        for by in (
+            "ns.s[1:]", "ns.s == ns.t", "ns.t in ns.s", "ns.l == ns.m", "ns.l[1:]", "ns.n * ns.n", "ns.n // 3 + ns.n",
+            "ns.s.rfind('b' + ns.s[:300000])", "ns.s.lstrip('x' * 500000 + 'ab')", "ns.s | trim('x' * 500000 + 'ab')",
+            "[ns.x, ns.s.split('a')]", "[ns.x, ns.s | list]", "ns.s | title", "ns.s is lower", "ns.s.lower()", "ns.s < ns.t",
+            "[1, 2] == ns.l", "ns.l is eq ns.m", "ns.l.count(5)", "'%s' % ns.s", "ns.s ~ 'a'", "ns.l | map('string') | list",
+        )
+    ),
+    *(
+        DEEP + end
+        for end in (
+            "{% set d = {ns.t: 1} %}", "{{ {}[ns.t] }}", "{{ {}.get(ns.t) }}", "{{ ns.t in {} }}", "{{ dict([(ns.t, 1)]) }}",
+            "{{ [ns.t] | unique | list }}", "{{ ns.t == ns.u }}", "{{ ns.t is eq ns.u }}", "{{ [ns.t].index(ns.u) }}",
+            "{% for x in [ns.t, ns.u] %}{{ loop.changed(x) }}{% endfor %}", "{{ [ns.t, ns.u] | sort }}",
+        )
+    ),
+    "{% for i in range(90000) %}{% set x = [" + "0," * 20000 + "] %}{% endfor %}",
+    "{% macro g() %}{{ varargs | length }}{% endmacro %}{% for i in range(90000) %}{% set x = g(*([0] * 100000)) %}{% endfor %}",
+    "{% for i in range(9999) %}{% set x = (['a' * 50] * 20000) | sort %}{% endfor %}",
+    "{{ ([[0] * 1000] * 1000) | sum(start=[]) | length }}",
+    "{{ 1.5 | round(10000000, 'ceil') }}",
+    "{{ 3 ** 100000 }}",
+    "{{ ('f' * 1000000) | int(0, 16) }}",
+    "{{ ('\t' * 1000000).expandtabs(1000) | length }}",
+    "{% set b = ('a' * 1000000).encode() %}{{ b.join([b] * 1000) | length }}",
+    "{{ (('<!---->' * 100000) | safe).striptags() }}",
+    "{% set ns = namespace(t=[0] * 1000) %}{% for i in range(200) %}{% set ns.t = [ns.t] %}{% endfor %}"
+    "{{ ([ns.t] * 100) | tojson(indent=16) | length }}",
+    "{{ ([0] * 100000) | tojson(separators=('x' * 100000, ':')) | length }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", SUMMED, ids=lambda attack: attack.removeprefix(BIG).removeprefix(DEEP)[:70])
+def test_one_account_for_all_that_a_rendering_does(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours and tens of gigabytes before. The steps decide, so that a busy machine says the same."""
+    monkeypatch.setattr(template_budget, "STEPS", 20_000)  # a tenth, to be quick here
+    begun = time.thread_time()
+    with pytest.raises(ModelError, match=r"stopped: it (takes more than \d+ steps|builds|uses|works|calls)|stopped: its values"):
+        ChatTemplate(attack + SHOW, {})
+    assert time.thread_time() - begun < 10
+
+
+def test_the_clock_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_budget, "CLOCK", -1.0)
+    with pytest.raises(ModelError, match="takes more than -1 seconds"):
+        ChatTemplate("{% for i in range(9) %}{% endfor %}" + SHOW, {})
+
+
+FAULTY = [
+    ("{% set x = 1e999 %}", "line 1: a number is beyond what a float holds"),
+    ("{{ 'a'*1e999 }}{{ x }}", "beyond what a float holds"),
+    ("{{ '1e999' | float }}{% set x = 'nan' | float %}", "'nan' is not defined"),
+    ("{{ 'a'.index('b') }}", "ValueError"),
+    ("{{ 'a'.isalpha(1) }}", "TypeError"),
+    ("{{ 2.0 ** 9999 }}", "OverflowError"),
+    ("{{ {}.popitem() }}", "popitem"),
+    ("{{ 1 % 0 }}", "ZeroDivisionError"),
+    ("{{ [1, 'a'] | sort }}", "TypeError"),
+    ("{{ '%d' % 'x' }}", "TypeError"),
+    ("{{ '{0}'.format() }}", "IndexError"),
+    ("{{ '%q' % 1 }}", "ValueError"),
+    ("{% set a, b = 1, 2, 3 %}", "ValueError"),
+    ("{% for a, b in [1] %}{% endfor %}", "TypeError"),
+    ("{{ loop.index }}", "'loop' is undefined"),
+    ("{{ 'a' | tojson(indent='x') }}", "ValueError"),
+    ("{{ super() }}", "super"),
+    ("{% block x %}{{ super() }}{% endblock %}", "no parent block"),
+    ("{{ messages[0].content.x.y }}", "has no attribute"),
+    ("{{ strftime_now(1) }}", "TypeError"),
+    ("{{ range(0, 9, 0) | list }}", "ValueError"),
+    ("{{ [{}] | sum }}", "TypeError"),
+    ("{{ nan.x }}", "'nan' is undefined"),
+    ("{{ inf + 1 }}", "'inf' is undefined"),
+    ("{{ messages | tojson(default=1) }}", "TypeError"),
+    ("{% extends 'x' %}", "loader"),
+    ("{{ caller() }}", "'caller' is undefined"),
+    ("{{ dict(1) }}", "TypeError"),
+    ("{{ '9' * 5000 }}{{ ('9' * 5000) | int / 0 }}", "ZeroDivisionError"),
+]
+
+
+@pytest.mark.parametrize(("source", "message"), FAULTY)
+def test_every_fault_of_a_template_is_one_error(source: str, message: str) -> None:
+    with pytest.raises(ModelError, match=r"the chat template .*" + re.escape(message)) as caught:
+        ChatTemplate(source + SHOW, {})
+    assert "\n" not in str(caught.value)
+
+
+VALUES = (
+    "1",
+    "-1",
+    "0",
+    "1e308",
+    "1e999",
+    "2**64",
+    "''",
+    "'ab'",
+    "'é' * 9",
+    "[]",
+    "[1, 'a', none]",
+    "(1, 2)",
+    "{'a': 1}",
+    "none",
+    "true",
+    "messages",
+    "messages[0]",
+    "x",
+    "undefined_name",
+    "loop",
+    "namespace(a=1)",
+    "range(9)",
+    "dict",
+    "raise_exception",
+    "1.5",
+    "'%s'",
+    "'{}'",
+)
+OPERATORS = (
+    "+",
+    "-",
+    "*",
+    "/",
+    "//",
+    "%",
+    "**",
+    "~",
+    "==",
+    "<",
+    "in",
+    "not in",
+    "and",
+    "or",
+    "is",
+    "is eq",
+    "is in",
+    "is divisibleby",
+)
+PARTS = (
+    *(f"| {name}" for name in FILTERS),
+    "| join",
+    "| tojson",
+    "| indent",
+    "| sum",
+    "| replace('a', 'b')",
+    "| format(1)",
+    "[0]",
+    "['a']",
+    "[1:]",
+    "[::-1]",
+    "[::0]",
+    ".content",
+    ".items()",
+    ".split()",
+    ".upper()",
+    ".x",
+    "(1)",
+    "()",
+    "| map('upper')",
+    "| map(attribute='a')",
+    "| selectattr('a')",
+    "| int(1, 99)",
+    "| round(-3)",
+    ".format(1)",
+    ".index(1)",
+)
+TERM = st.builds(
+    lambda value, parts: value + "".join(parts), st.sampled_from(VALUES), st.lists(st.sampled_from(PARTS), max_size=3)
+)
+EXPRESSION = st.builds(lambda a, op, b: f"({a}) {op} ({b})", TERM, st.sampled_from(OPERATORS), TERM) | TERM
+STATEMENT = st.builds(
+    lambda form, e: form.replace("E", e),
+    st.sampled_from(
+        [
+            "{{ E }}",
+            "{% set x = E %}",
+            "{% for x in E %}{{ x }}{% endfor %}",
+            "{% if E %}a{% endif %}",
+            "{% set x, y = E %}",
+            "{% macro m(a) %}{{ a }}{% endmacro %}{{ m(E) }}",
+            "{% for x in [1, 2] if E %}{{ loop.index }}{% endfor %}",
+        ]
+    ),
+    EXPRESSION,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(STATEMENT, min_size=1, max_size=3).map("".join))
+def test_any_template_renders_or_is_one_error(source: str) -> None:
+    with contextlib.suppress(ModelError):
+        ChatTemplate(source + SHOW, {})
+
+
+@pytest.mark.parametrize("family", sorted(TEMPLATES))
+def test_long_conversations_stay_inside_the_account(tokenizer_of: Callable[..., Any], family: str) -> None:
+    """Two hundred turns, and a message of a million characters, byte for byte as transformers renders them."""
+    tokenizer = tokenizer_of(family)
+    turns = [Message(("user", "assistant")[i % 2], f" Turn {i}, <think>é</think> {'日本' * (i % 7)}\n") for i in range(200)]
+    long = [Message("user", "Hi " + "words and wörds. " * 60_000), Message("assistant", "<think>a\n</think>" + "yes " * 100_000)]
+    template = ChatTemplate.of(tokenizer)
+    assert template is not None
+    for chat in (turns, long, turns * 5):
+        messages = [{"role": m.role, "content": m.content} for m in chat]
+        for prompted in (False, True):
+            expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted)
+            assert template.render(chat, add_generation_prompt=prompted).text == expected
 
 
 @pytest.mark.parametrize("attack", REACHING_OUT + RUNNING_AWAY, ids=lambda attack: attack[:60])

@@ -23,7 +23,11 @@ from lorry.errors import ModelError
 
 PROBE = "\ufdd0"  # stands in for a message while its place is looked for; a Unicode noncharacter, never real text
 RESERVED = re.compile(f"[{PROBE}{OPEN}{CLOSE}]")
-FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
+# What the code of a template can raise by its own fault: all that Python's built-in types and jinja2 raise.
+FAULTS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, NameError, RuntimeError,
+    AssertionError, StopIteration, SyntaxError, ImportError, BufferError, OSError,
+)  # fmt: skip
 
 # For a tokenizer without a template: headed paragraphs that need no special token but the end of text.
 PLAIN = (
@@ -81,7 +85,7 @@ class ChatTemplate:
         """The conversation as text. Raises TemplateRefusal (this row) or ModelError (a hostile template)."""
         if not self.takes_system:
             messages = _folded(messages)
-        self._sandbox.open_budget(sum(len(message.content) + len(message.reasoning) for message in messages))
+        self._sandbox.budget.open(sum(len(message.content) + len(message.reasoning) for message in messages))
         try:
             marked = self._compiled.render(
                 self.variables, messages=[_plain(m) for m in messages], tools=None, documents=None,
@@ -104,7 +108,7 @@ class ChatTemplate:
             return self._sandbox.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the chat template is not valid: line {error.lineno}: {error.message}") from error
-        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
+        except (*FAULTS, MemoryError) as error:
             raise ModelError(f"the chat template does not compile: {_reason(error)}") from error
 
     def _learn(self, special_tokens: Sequence[str]) -> tuple[str, str]:
