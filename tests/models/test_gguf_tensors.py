@@ -13,7 +13,8 @@ from gguf import GGMLQuantizationType as Kind
 
 import tiny
 from ggufs import Tensors, write_gguf
-from lorry.errors import ModelError
+from lorry.errors import ContractError, ModelError
+from lorry.models import embedded
 from lorry.models.embedded import converted
 from lorry.models.gguf import check_gguf
 from lorry.models.load import load_model
@@ -162,3 +163,21 @@ def test_a_scaling_in_the_metadata_is_taken_over_or_refused(tmp_path: Path) -> N
     assert logits_of(truth, scaled.model) <= 1e-5
     with pytest.raises(ModelError, match=r"llama\.rope\.scaling\.type='longrope' cannot be taken over"):
         converted(write_gguf(tmp_path / "long.gguf", keys=longrope), [])
+
+
+def test_what_was_converted_is_opened_again(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config that is read back otherwise (another rotary base) gives other logits: nothing is kept, exit code 5."""
+    file, right = write_gguf(tmp_path / "a.gguf", theta=500.0), embedded.write_config
+    notes: list[str] = []
+    converted(file, notes)
+    assert any("reloaded: every weight as converted, largest logit difference 0.0e+00" in note for note in notes)
+
+    def wrong(folder: Path, changes: dict[str, object]) -> None:
+        right(folder, {"rope_parameters": {"rope_type": "default", "rope_theta": 2.0}})
+
+    other = tmp_path / "b.gguf"
+    other.write_bytes(file.read_bytes() + bytes(32))
+    monkeypatch.setattr(embedded, "write_config", wrong)
+    with pytest.raises(ContractError, match="more than rounding to bfloat16 can explain"):
+        converted(other, [])
+    assert [p.name[:2] for p in home.iterdir() if not p.name.startswith(".")] == ["a-"]

@@ -73,14 +73,36 @@ def test_an_export_that_differs_is_refused(
     monkeypatch.setattr(export, "write_peft", wrong)
     assert lorry("export", world.run, "to=peft", f"output_dir={tmp_path / 'wrong'}") == 5
     assert "more than rounding to float32 can explain" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()  # what is wrong does not get the name that was asked for
 
 
-def test_without_peft_it_says_that_nothing_was_reloaded(
+def test_without_peft_lorry_opens_it_again_and_says_so(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     assert lorry("export", world.run, "to=peft", f"output_dir={tmp_path / 'peft'}") == 0
-    assert "peft is not installed" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "peft is not installed, so Lorry itself opened the export again" in err
+    assert "reloaded by lorry: largest logit difference" in err
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["peft", "no peft"])
+def test_an_adapter_that_cannot_be_opened_again_is_not_kept(
+    installed: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = export.write_peft
+
+    def cut(found: object, name: str, output: Path) -> None:
+        right(found, name, output)  # type: ignore[arg-type]
+        whole = (output / "adapter_model.safetensors").read_bytes()
+        (output / "adapter_model.safetensors").write_bytes(whole[:-100])
+
+    monkeypatch.setattr(export, "write_peft", cut)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "peft", None)
+    assert lorry("export", world.run, "to=peft", f"output_dir={tmp_path / 'wrong'}") == 5
+    assert "cannot be opened again, so it was not kept" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_what_cannot_be_exported(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from test_config_json import MAMBA2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorry as library
-from verbworld import PEOPLE, World, lorry, model_directory, train, write_rows
+from lorry.models import store
+from lorry.verbs import probe
+from tiny import random_model
+from verbworld import PEOPLE, World, lorry, model_directory, tokenizer, train, write_rows
 
 WEIGHTS = "model.safetensors"
 
@@ -140,3 +146,110 @@ def test_a_run_of_several_adapters_asks_which(world: World, tmp_path: Path, caps
     assert "has several adapters; choose with adapter=NAME: first, second" in capsys.readouterr().err
     assert lorry("merge", several, "adapter=second") == 0
     assert (logits_of(Path(f"{several}-merged")) - logits_of(world.base)).abs().max() > 1
+
+
+# --- opened again before it gets its name, and what rounding cost in logits
+
+
+def texts_of(run: Path) -> list[str]:
+    """The rows that the verb looks at, from samples.json."""
+    samples = json.loads((run / "samples.json").read_text())
+    joined = ["".join(t["text"] for t in s["tokens"]) if s["tokens"] else f"{s['prompt']} {s['reference']}" for s in samples]
+    return joined[:4]
+
+
+def test_rounding_is_told_in_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a few steps at a small rate bf16 rounds away much of what the adapter does; PEFT on transformers says how much."""
+    base = model_directory(tmp_path / "base", dtype=torch.bfloat16)
+    rows = write_rows(tmp_path / "rows.jsonl", PEOPLE)
+    run = train(tmp_path / "run", base, rows, "learning_rate=1e-4", f"eval={rows}", steps=4)
+    capsys.readouterr()
+    assert lorry("merge", run) == 0
+    narrow = capsys.readouterr().err
+    assert lorry("merge", run, "dtype=float32", f"output_dir={tmp_path / 'wide'}") == 0
+    wide = capsys.readouterr().err
+
+    words = AutoTokenizer.from_pretrained(run)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    exact = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(run)).eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run-merged", dtype=torch.float32)
+    moved = drift = 0.0
+    with torch.no_grad():
+        for text in texts_of(run):
+            ids = words(text, return_tensors="pt").input_ids[:, :48]
+            of_base, of_adapter, of_merged = (model(input_ids=ids).logits for model in (plain, exact, merged))
+            moved = max(moved, float((of_adapter - of_base).abs().max()))
+            drift = max(drift, float((of_merged - of_adapter).abs().max()))
+    assert drift / moved > 0.15  # a case in which it matters
+    said = re.search(
+        r"rounding to bfloat16 moved logits by ([\d.e-]+), (\d+)% of what the adapter moves them; .*dtype=float32", narrow
+    )
+    assert said is not None
+    assert float(said[1]) == pytest.approx(drift, rel=0.02)
+    assert int(said[2]) / 100 == pytest.approx(drift / moved, abs=0.02)
+    moves = re.search(r"where the adapter moves logits by (\S+),", narrow)
+    assert moves is not None
+    assert float(moves[1]) == pytest.approx(moved, rel=0.06)  # two digits are told
+    assert "rows of the run's data" in narrow
+    assert "moved logits by" not in wide
+    assert "reloaded by hf: largest logit difference" in wide
+
+
+def test_a_built_in_text_where_the_run_has_no_rows(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in (None, "[", '[{"tokens": 3}, 5, {"prompt": null}]'):
+        run = shutil.copytree(world.run, tmp_path / f"run-{text is None}-{len(text or '')}")
+        (run / "samples.json").unlink()
+        if text is not None:
+            (run / "samples.json").write_text(text)
+        assert lorry("merge", run) == 0
+        assert "on a built-in text" in capsys.readouterr().err
+
+
+def test_a_machine_without_room_for_float32_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = model_directory(tmp_path / "base", dtype=torch.bfloat16)
+    run = train(tmp_path / "run", base, write_rows(tmp_path / "rows.jsonl", PEOPLE), steps=4)
+    monkeypatch.setattr(probe, "ROOM", 1e9)  # times the model's bytes
+    assert lorry("merge", run) == 0
+    err = capsys.readouterr().err
+    assert "note: computed in bfloat16, whose own rounding is part of that" in err
+    assert {t.dtype for t in load_file(tmp_path / "run-merged" / WEIGHTS).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("verb", ["merge", "export"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}, "more than rounding to float32 can explain"),
+        ({"num_hidden_layers": 1}, "cannot be opened again, so it was not kept"),
+        ({"model_type": "nothing"}, "cannot be opened again, so it was not kept"),
+    ],
+)
+def test_a_model_that_is_another_when_opened_again_is_not_kept(
+    verb: str, change: dict[str, object], message: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    right = store.write_config
+    monkeypatch.setattr(store, "write_config", lambda folder, changes: right(folder, {**changes, **change}))
+    more = ["to=hf"] if verb == "export" else []
+    assert lorry(verb, world.run, *more, f"output_dir={tmp_path / 'out' / 'wrong'}") == 5
+    assert message in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_merged_mamba2_is_opened_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its config holds an infinity, which transformers 5 writes in a form of its own."""
+    words = tokenizer()
+    words.save_pretrained(tmp_path / "base")
+    random_model({**MAMBA2, "vocab_size": len(words)}).save_pretrained(tmp_path / "base")
+    model = library.load(tmp_path / "base", dtype="float32")[0]
+    library.attach(model, library.LoraSpec(r=2, target_modules=("in_proj",), init_lora_weights=False))
+    library.save_adapter(model, tmp_path / "adapter")
+    assert lorry("merge", tmp_path / "adapter", f"output_dir={tmp_path / 'merged'}") == 0
+    assert "reloaded by hf" in capsys.readouterr().err
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["time_step_limit"][1] == float("inf")
+    ids = words("Where does Mara live?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        merged = library.load(tmp_path / "merged", dtype="float32")[0](ids).logits
+        assert (merged - model(ids).logits).abs().max() < 1e-4

@@ -24,15 +24,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lorry.disk import durable
 from lorry.disk.home import home
-from lorry.errors import ModelError
+from lorry.errors import ContractError, ModelError
 from lorry.models.config_json import write_config
 from lorry.models.describe import blaming, quiet, read_json
+from lorry.models.digest import sample_digest
 from lorry.models.gguf import check_gguf
 from lorry.models.gguf_tensors import config_of, refuse_unfit
+from lorry.models.reopen import BOUND, compare, logits, release, reopened
 from lorry.models.store import share
 from lorry.models.tokenizer import split_as
 
 MANIFEST = "lorry_model.json"
+PROBE_TOKENS = 16  # that a converted model is run on
 FORMAT = 3  # of a converted directory; 3: every tensor of the GGUF file accounted for
 
 
@@ -135,7 +138,20 @@ def _convert(file: Path, work: Path) -> list[str]:
     notes = split_as(str(header.values.get("tokenizer.ggml.pre", "default")), tokenizer)
     tokenizer.save_pretrained(work)
     share(work)
-    return notes
+    return [*notes, _check_reopened(model, work)]
+
+
+def _check_reopened(model: Any, work: Path) -> str:
+    """Open the converted directory again; what to say of it. Raises ContractError unless it holds ``model``: every weight bit for
+    bit, and the same logits, which depend on the config as well. ``model`` is of no use afterwards."""
+    rows = [torch.arange(PROBE_TOKENS)[None] % model.get_input_embeddings().weight.shape[0]]
+    weights, exact = sample_digest(model, whole=True), logits(model, rows)
+    release(model)
+    again = reopened(work, torch.bfloat16)
+    if sample_digest(again, whole=True) != weights:
+        raise ContractError(f"{work.name}: the converted weights are others when they are opened again; nothing was kept")
+    difference, bound = compare(exact, logits(again, rows), BOUND["bfloat16"], "bfloat16")
+    return f"reloaded: every weight as converted, largest logit difference {difference:.1e} (bound {bound:.1e})"
 
 
 def _write_manifest(work: Path, file: Path, digest: str) -> None:

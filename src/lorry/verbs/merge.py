@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorry.config.schema import ModelConfig
 from lorry.config.settings import MergeSettings
+from lorry.verbs import probe
 from lorry.verbs.opening import chosen_adapter, opened, tell
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from lorry.models.open import Opened
 
 RECORD = "lorry_merge.json"
@@ -22,41 +27,97 @@ def main(settings: MergeSettings, notes: list[str]) -> int:
     """Merge, write, say how much rounding cost and where the model is."""
     from lorry.models.open import stored_dtype
 
-    dtype = stored_dtype(settings.run) if settings.dtype == "auto" else settings.dtype
-    found = opened(ModelConfig.model_validate({"name": settings.run, "dtype": dtype}))
+    stored = stored_dtype(settings.run)
+    found = opened(ModelConfig.model_validate({"name": settings.run, "dtype": probe.number_format(settings.run, stored)}))
+    dtype = stored if settings.dtype == "auto" else settings.dtype
     write_merged(found, chosen_adapter(found, settings.adapter, settings.run), settings.output_dir, dtype)
     print(settings.output_dir)
     return 0
 
 
 def write_merged(found: Opened, name: str, output: Path, dtype: str) -> None:
-    """Stream base + adapter into ``output``, one tensor at a time, in fp32 and rounded once to ``dtype``.
+    """Stream base + adapter into ``output``, one tensor at a time, in fp32 and rounded once to ``dtype``; open it again with
+    transformers and compare logits on a few rows before it gets its name. ``found`` is of no use afterwards.
 
     The base's place and digests are recorded beside it, so that `lorry unmerge` can give it back. Tells what rounding cost as
-    |stored - exact| / |delta|. Raises ConfigError for a place that is taken, ModelError if a merged weight is not finite.
+    |stored - exact| / |delta| of the weights, and in logits against what the adapter moves them. Raises ConfigError for a place
+    that is taken, ModelError if a merged weight is not finite, ContractError if the model opened again is another one.
     """
     import torch
 
     from lorry.bank.merge import MergeReport, MergeRow, merged_tensors, unties
     from lorry.disk import durable
+    from lorry.models.reopen import release, reopened
     from lorry.models.store import save_model
 
     kind: torch.dtype = getattr(torch, dtype)
     weights, rows = {name: 1.0}, list[MergeRow]()
-    untied = unties(found.model, weights)
-    save_model(
-        found.model, output,
-        tensors=merged_tensors(found.model, weights, dtype=kind, rows=rows),
-        config_overrides={"tie_word_embeddings": False} if untied else {},
-        tokenizer=found.tokenizer, generation_config=found.source["generation_config"] or None, dtype=kind,
-    )  # fmt: skip
-    durable.write_files(output, {RECORD: (json.dumps(record(found, name), indent=1) + "\n").encode()})
+    untied, before = unties(found.model, weights), Before.of(found, name)
+    with durable.building(output) as folder:
+        save_model(
+            found.model, folder,
+            tensors=merged_tensors(found.model, weights, dtype=kind, rows=rows),
+            config_overrides={"tie_word_embeddings": False} if untied else {},
+            tokenizer=found.tokenizer, generation_config=found.source["generation_config"] or None, dtype=kind,
+        )  # fmt: skip
+        (folder / RECORD).write_text(json.dumps(record(found, name), indent=1) + "\n", encoding="utf-8")
+        release(found.model)
+        lines = before.compare(reopened(folder, before.dtype), dtype)
     report = MergeReport(tuple(rows), kind, untied)
     tell(f"merged {len(rows)} modules into {dtype}; rounding changed {report.ratio:.2%} of the adapter's effect")
+    for line in lines:
+        tell(line)
     if untied:
         tell("note: head and embedding shared a weight and no longer do; config.json says tie_word_embeddings=false")
     if report.warning:
         tell(f"warning: {report.warning}{' (dtype=float32)' if dtype != 'float32' else ''}")
+
+
+@dataclass(frozen=True)
+class Before:
+    """Logits on a few rows ([1, t] each) before anything is written: of the base alone and with the adapter beside it."""
+
+    rows: list[Tensor]
+    said: str
+    base: Tensor
+    exact: Tensor
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(found: Opened, name: str) -> Before:
+        """As the opened model computes them, in its own number format."""
+        from lorry.bank.attach import bank_of
+        from lorry.bank.mix import Mix
+        from lorry.models.reopen import logits
+
+        rows, said = probe.rows(found)
+        bank_of(found.model).activate(Mix.none())
+        base = logits(found.model, rows)
+        bank_of(found.model).activate(Mix.one(name))
+        return Before(rows, said, base, logits(found.model, rows), found.model.dtype)
+
+    def compare(self, model: Any, stored: str, by: str = "hf") -> list[str]:
+        """What to tell of a model opened again whose weights were stored in ``stored``. Raises ContractError if it is another."""
+        from lorry.bank.merge import LOSS_BOUND
+        from lorry.models.reopen import BOUND, compare, logits
+
+        computed = str(self.dtype).removeprefix("torch.")
+        share = max(BOUND[stored], BOUND[computed])
+        drift, bound = compare(self.exact, logits(model, self.rows), share, stored)
+        moved = float((self.exact - self.base).abs().max())
+        part = drift / moved if moved else 0.0
+        lines = [
+            f"reloaded by {by}: largest logit difference {drift:.1e} (bound {bound:.1e}, stored in {stored}), where the adapter "
+            f"moves logits by {moved:.1e}, on {self.said}"
+        ]
+        if computed != "float32":
+            lines.append(f"note: computed in {computed}, whose own rounding is part of that; float32 does not fit into memory")
+        elif part > LOSS_BOUND:
+            lines.append(
+                f"warning: rounding to {stored} moved logits by {drift:.2g}, {part:.0%} of what the adapter moves them; "
+                f"{'merge with dtype=float32, or ' if stored != 'float32' else ''}keep the adapter beside the base"
+            )
+        return lines
 
 
 def record(found: Opened, name: str) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+"""The few rows on which a verb compares a model's logits before and after it wrote it, and the number format to do it in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorry.disk import documents
+from lorry.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorry.models.open import Opened
+
+TEXT = "The quick brown fox jumps over the lazy dog, and 12 x 7 = 84."
+ROWS, TOKENS = 4, 48  # at most; logits of 256,000 tokens' vocabulary on them take 200 MB
+ROOM = 1.25  # of a model's bytes, to run it
+
+
+def rows(found: Opened) -> tuple[list[Tensor], str]:
+    """([1, t] token ids of each row, what they are): rows of the run's own data from its samples.json, else one built-in text."""
+    texts = [text for text in _of_run(found.source.get("adapter")) if text.strip()][:ROWS]
+    said = f"{len(texts)} rows of the run's data" if texts else "a built-in text"
+    most = min(TOKENS, found.model.context or TOKENS)
+    ids = [found.tokenizer(text, return_tensors="pt").input_ids[:, :most] for text in texts or [TEXT]]
+    return [one for one in ids if one.numel()], said
+
+
+def _of_run(adapter: str | None) -> list[str]:
+    """Texts that a run was trained or evaluated on; none where there is no run, or its samples.json is not what we write."""
+    folders = [] if adapter is None else [Path(adapter), Path(adapter).parent]
+    file = next((f / "samples.json" for f in folders if (f / "samples.json").is_file()), None)
+    if file is None:
+        return []
+    try:
+        found = documents.read_json(file)
+    except (DataError, OSError):
+        return []
+    samples = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return [text for text in map(_text, samples) if text]
+
+
+def _text(sample: dict[str, Any]) -> str:
+    tokens, prompt, reference = sample.get("tokens"), sample.get("prompt"), sample.get("reference")
+    if isinstance(tokens, list):
+        return "".join(str(one.get("text", "")) for one in tokens if isinstance(one, dict))
+    return f"{prompt} {reference}" if isinstance(prompt, str) and isinstance(reference, str) else ""
+
+
+def number_format(run: str, stored: str) -> str:
+    """In what to compute the logits: float32, where rounding of weights alone shows, or the stored format where this machine's
+    memory does not hold the model in float32."""
+    import math
+
+    import psutil
+
+    from lorry.models.sources import resolve
+    from lorry.models.weights import entries
+
+    values = sum(math.prod(entry.shape) for entry in entries(resolve(run, notes=[]).directory).values())
+    return "float32" if psutil.virtual_memory().available > 4 * values * ROOM else stored
