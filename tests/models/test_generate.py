@@ -519,6 +519,12 @@ def test_a_prompt_too_long_is_refused_before_anything_runs(llama: Decoder) -> No
         generate(llama, random_prompts([2, 91]), max_new_tokens=6)
     with pytest.raises(ModelError, match="prompt 0"):
         stream(llama, [3] * 91, max_new_tokens=6)
+    for length in (96, 97, 200):  # no number of new tokens would do
+        with pytest.raises(ModelError, match=r"context is 96; shorten the prompt to at most 90 tokens or use a model with") as e:
+            generate(llama, random_prompts([length]), max_new_tokens=6)
+        assert "max_new_tokens to" not in str(e.value)
+    with pytest.raises(ModelError, match=r"context is 96; shorten the prompt or set max_new_tokens to at most 95$"):
+        generate(llama, [[3]], max_new_tokens=96)
 
 
 def test_an_empty_prompt_is_refused(llama: Decoder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ import tiny
 from lorry.bank.attach import attach
 from lorry.bank.mix import Call, Mix, Term
 from lorry.bank.spec import LoraSpec
-from lorry.errors import ModelError
 from lorry.models.decoder import Packed
 from lorry.models.frames import Frame, frames
 from lorry.models.generate import generate
@@ -95,11 +95,54 @@ def test_generation_with_an_adapter_per_row_is_the_decoders(tmp_path: Path) -> N
     assert native != [g.tokens for g in generate(pair[0], SEQUENCES, max_new_tokens=12, adapters=["a", "b", None, None])]
 
 
-def test_a_model_without_a_key_value_cache_says_so() -> None:
-    config = {"model_type": "mamba", "vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
-    model = HfModel(tiny.random_model(config))
-    with pytest.raises(ModelError, match="past_key_values"):
-        generate(model, [[1, 2]], max_new_tokens=1)
+ENCODERS = {
+    "vocab_size": tiny.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "is_decoder": True, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+BART = {
+    "model_type": "bart", "vocab_size": tiny.VOCAB, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+STATES = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
+# Positions that start behind 0 and leave out the padding token's (RoBERTa and its kin), that are
+# counted in the cache (BART), and models without such a cache
+ODD = {
+    **{kind: {**ENCODERS, "model_type": kind} for kind in ("roberta", "xlm-roberta", "camembert", "data2vec-text", "bert")},
+    "bart": BART,
+    "mamba": {**STATES, "model_type": "mamba", "state_size": 8},
+    "rwkv": {**STATES, "model_type": "rwkv", "attention_hidden_size": 32},
+}
+
+
+def greedy(inner: Any, prompt: list[int], count: int) -> list[int]:
+    """The likeliest continuation by transformers' forward alone: no cache, no padding, no positions of ours."""
+    tokens = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            tokens.append(int(inner(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_generated_follows_from_the_forward_that_trains(kind: str, tmp_path: Path) -> None:
+    """Rows of many lengths, on the left of which others' prompts leave padding; what is opened has been through the proofs."""
+    inner = tiny.random_model(ODD[kind])
+    model = tiny.opened(tiny.directory(inner, tmp_path / "m"))
+    assert isinstance(model, HfModel)
+    expected = [greedy(inner, s, 6) for s in SEQUENCES]
+    assert [g.tokens for g in generate(model, SEQUENCES, max_new_tokens=6, batch_rows=2)] == expected
+    assert [g.tokens for g in generate(model, SEQUENCES, max_new_tokens=6)] == expected
+
+
+def test_every_row_has_its_adapter_without_a_cache_too() -> None:
+    model = HfModel(tiny.random_model(ODD["mamba"]))
+    for name, seed in (("a", 1), ("b", 2)):
+        attach(model, LoraSpec(r=2, init_lora_weights=False, target_modules=("in_proj", "out_proj")), name, seed=seed)
+    owners = ["b", None, "a", "b"]
+    alone = [generate(model, [s], max_new_tokens=6, adapters=[o])[0].tokens for s, o in zip(SEQUENCES, owners, strict=True)]
+    assert [g.tokens for g in generate(model, SEQUENCES, max_new_tokens=6, adapters=owners, batch_rows=3)] == alone
+    assert alone != [g.tokens for g in generate(model, SEQUENCES, max_new_tokens=6, adapters=[None] * 4)]
 
 
 # --- frames

@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from logging import WARNING, Handler, LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ BUILT_IN = (None, True, False, "eager", "sdpa", "flash_attention_2", "flex_atten
 UNUSABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, ImportError, RuntimeError)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 MOST_LAYERS = 10_000
+MOST_SAID = 300  # characters of one warning of transformers
+HARMLESS = ("`attention_mask` was passed, but it is unused",)  # padding stands on the right of a model that sees no later token
 
 
 @dataclass(frozen=True)
@@ -158,15 +161,36 @@ def blaming(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and tables off the terminal; what they say that matters, Lorry says itself."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+def quiet(said: list[str] | None = None) -> Iterator[None]:
+    """Keep transformers' progress bars and tables off the terminal.
+
+    ``said`` collects its warnings, each once, on one line: they are how it tells that a model will
+    not do what its name says (a BERT without is_decoder).
+    """
+    logger = logging.get_logger("transformers")
+    before, handlers = logging.get_verbosity(), logger.handlers
+    heard = _Heard()
+    logger.handlers = [heard]
+    logging.set_verbosity_error() if said is None else logging.set_verbosity_warning()
     try:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
+        logger.handlers = handlers
         logging.set_verbosity(before)
+        if said is not None:
+            said += [text for text in heard.texts if not text.startswith(HARMLESS)]
+
+
+class _Heard(Handler):
+    """Keeps each message once, on one line, cut where it becomes a page."""
+
+    def __init__(self) -> None:
+        super().__init__(WARNING)
+        self.texts: dict[str, None] = {}
+
+    def emit(self, record: LogRecord) -> None:
+        self.texts[" ".join(record.getMessage().split())[:MOST_SAID]] = None
 
 
 def _build(kind: str, raw: dict[str, Any], path: Path) -> Any:

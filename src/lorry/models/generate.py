@@ -122,9 +122,12 @@ class Generation:
             if not row.prompt:
                 raise DataError(f"prompt {row.index} is empty; give it at least one token (such as the beginning-of-text token)")
             if limit is not None and len(row.prompt) + new > limit:
+                left = limit - len(row.prompt)
+                fewer = f"set max_new_tokens to at most {left}" if left > 0 else "use a model with a longer context"
+                shorter = f" to at most {limit - new} tokens" if limit > new else ""
                 raise ModelError(
                     f"prompt {row.index} has {len(row.prompt)} tokens and max_new_tokens is {new}, but this model's context is "
-                    f"{limit}; shorten the prompt or set max_new_tokens to at most {max(limit - len(row.prompt), 0)}"
+                    f"{limit}; shorten the prompt{shorter} or {fewer}"
                 )
 
     def steps(self) -> Iterator[list[Row]]:

@@ -25,8 +25,8 @@ from lorry.bank.mix import Call
 from lorry.errors import ContractError, ModelError
 from lorry.models.decoder import Hidden, Output, Packed
 from lorry.models.frames import Frame, by_position, frames, gather
-from lorry.models.hf_anatomy import find_body, find_layers, tail
-from lorry.models.hf_cache import HfCache
+from lorry.models.hf_anatomy import counts_from_zero, find_body, find_layers, tail
+from lorry.models.hf_cache import HfCache, WholeCache, widened
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 
@@ -39,6 +39,7 @@ class HfModel(nn.Module):
     """``inner``: a transformers causal model. Module paths, state-dict names and layers are those of ``inner``: both share one
     table of children, so an adapter attached to this model sits in that one.
 
+    ``recomputes``: "" where generation uses the model's cache, else why every token is made from the whole sequence anew.
     ``head`` is the output layer when logits are plainly head(hidden), else None; ``body`` the path of the part that ends in
     hidden states, or None when only whole logits can be trusted (then ``hidden().last`` is [T, V] and ``logits`` the identity).
     """
@@ -52,11 +53,18 @@ class HfModel(nn.Module):
         self.layers: list[nn.Module] = find_layers(inner)
         self.body, self._plain = find_body(inner.eval().requires_grad_(False))
         self._checkpointing = False
+        self.recomputes = ""
         self.__dict__["inner"] = inner  # not a child: its children are ours
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[table] = inner.__dict__[table]
         if self.body is None and notes is not None:
             notes.append(f"{type(inner).__name__} computes its logits in a way Lorry cannot split; they are kept whole, [T, V]")
+        takes = inspect.signature(self._target().forward).parameters
+        self._positioned = "position_ids" in takes
+        if "past_key_values" not in takes:
+            self.recomputes = f"{type(inner).__name__} takes no past_key_values"
+        elif self._positioned and not counts_from_zero(inner, self.body):
+            self.recomputes = f"{type(inner).__name__} counts its positions from its text and not from 0"
 
     # --- what the bank and the engine ask of a model
 
@@ -143,21 +151,23 @@ class HfModel(nn.Module):
         with ambient(call):
             return tail(self.inner, self.body, hidden)
 
-    def new_cache(self, rows: int, room: int) -> HfCache:
+    def new_cache(self, rows: int, room: int) -> HfCache | WholeCache:
         """An empty cache for ``rows`` sequences; it grows as needed, ``room`` is not reserved."""
+        if self.recomputes:
+            return WholeCache(rows, self.device)
         return HfCache(rows, self.device, lambda: DynamicCache(config=self.inner.config))
 
-    def cached(self, packed: Packed, rows: Tensor, cache: HfCache, call: Call, *, decoding: bool) -> Tensor:
-        """As `Decoder.cached`: whole prompts of cache rows, or one token for every row; returns hidden states [T,D].
-
-        Raises ModelError for a model that keeps no keys and values."""
-        takes = inspect.signature(self._target().forward).parameters
-        if "past_key_values" not in takes:
-            raise ModelError(f"{type(self.inner).__name__} takes no past_key_values; it cannot generate with a cache here")
+    def cached(self, packed: Packed, rows: Tensor, cache: HfCache | WholeCache, call: Call, *, decoding: bool) -> Tensor:
+        """As `Decoder.cached`: whole prompts of cache rows, or one token for every row; returns hidden states [T,D]."""
+        if isinstance(cache, WholeCache):
+            whole = cache.extend(packed, rows, decoding=decoding)
+            last = self.hidden(whole, widened(call, whole) if decoding else call).last
+            assert last is not None
+            return last[[stop - 1 for _, stop in whole.segments]] if decoding else last
         parts = []
         for frame, mask, state in cache.extend(packed, rows, decoding=decoding):
             options = {"past_key_values": state, "use_cache": True}
-            if "position_ids" in takes:
+            if self._positioned:  # in a row padded on its left a model counts the padding, unless it is told
                 options["position_ids"] = frame.fill(packed.positions)
             parts.append((frame, frame.take(self._body(frame, frame.fill(packed.tokens), mask, call, **options))))
         return gather(parts)

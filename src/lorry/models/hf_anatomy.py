@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 PROBE = (2, 6)  # sequences and tokens of the proof
+MOST_TOKENS = 4096  # different tokens that random sequences are made of
 
 
 class _Outputs(BaseModelOutputWithPast):
@@ -59,8 +60,7 @@ def tail(inner: Any, body: str, hidden: Tensor) -> Tensor:
 @torch.no_grad()
 def find_body(inner: Any) -> tuple[str | None, bool]:
     """(path of the body, whether logits are plainly head(hidden)), proven on random tokens; (None, False) if nothing fits."""
-    vocabulary = inner.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocabulary, PROBE, generator=torch.Generator().manual_seed(0)).to(inner.device)
+    ids = _random_ids(inner)
     mask = torch.ones_like(ids)
     expected = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits.flatten(0, 1)
     paths = {id(m): p for p, m in inner.named_modules()}
@@ -78,6 +78,40 @@ def find_body(inner: Any) -> tuple[str | None, bool]:
         if exact:
             return body, plain
     return None, False
+
+
+def plain_tokens(inner: Any) -> list[int]:
+    """Ids that stand for text alone, a few thousand at most: an image's placeholder, padding or a mask are read otherwise."""
+    known = min(int(inner.get_input_embeddings().weight.shape[0]), MOST_TOKENS)
+    said = {**inner.config.to_dict(), **inner.config.get_text_config().to_dict()}
+    special = {v for k, v in said.items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
+    return [t for t in range(known) if t not in special] or list(range(known))
+
+
+@torch.no_grad()
+def counts_from_zero(inner: Any, body: str | None) -> bool:
+    """Whether `position_ids` of 0..n-1 give what the model gives without any.
+
+    RoBERTa and its kin count from their padding token's id + 1, and leave that token out, but only
+    where no positions are given.
+    """
+    ids = _random_ids(inner)
+    mask = torch.ones_like(ids)
+    part = inner if body is None else inner.get_submodule(body)
+    places = torch.arange(PROBE[1], device=ids.device).expand(PROBE)
+    try:
+        outs = [part(input_ids=ids, attention_mask=mask, use_cache=False, **more) for more in ({}, {"position_ids": places})]
+    except (TypeError, LookupError, ValueError, RuntimeError):
+        return False  # positions are wanted in another shape
+    found, expected = (out.logits if body is None else out.last_hidden_state for out in outs)
+    return _same(found, expected)
+
+
+def _random_ids(inner: Any) -> Tensor:
+    """[PROBE] tokens of plain text."""
+    known = torch.tensor(plain_tokens(inner))
+    picks = torch.randint(0, len(known), PROBE, generator=torch.Generator().manual_seed(0))
+    return known[picks].to(inner.device)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

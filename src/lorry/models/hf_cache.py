@@ -7,7 +7,7 @@ with a cache of the model's own kind; groups of plain caches are joined before t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
+from lorry.bank.mix import Call, Mix
 from lorry.models.decoder import Packed
 from lorry.models.frames import Frame
 
@@ -93,3 +94,37 @@ def _joined(groups: list[_Group]) -> list[_Group]:
             setattr(layer, part, torch.cat([F.pad(x, (0, 0, pad, 0)) for x, pad in zip(held, pads, strict=True)]))
     mask = torch.cat([F.pad(group.mask, (pad, 0)) for group, pad in zip(groups, pads, strict=True)])
     return [_Group([row for group in groups for row in group.rows], mask, first)]
+
+
+class WholeCache:
+    """The tokens alone of B sequences being generated, for a model whose cache is missing or wrong:
+    every step reads each sequence again from its start. ``lengths`` [B] int64 counts each row's
+    tokens, as in the decoder's cache."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._tokens: list[list[int]] = [[] for _ in range(rows)]
+
+    def extend(self, packed: Packed, rows: Tensor, *, decoding: bool) -> Packed:
+        """Take whole prompts, or one more token for every row; returns all tokens of the rows that were named, in order."""
+        owners = [int(rows[start]) for start, _ in packed.segments]
+        for row, (start, stop) in zip(owners, packed.segments, strict=True):
+            self._tokens[row] = [*(self._tokens[row] if decoding else ()), *packed.tokens[start:stop].tolist()]
+        self.lengths = torch.tensor([len(tokens) for tokens in self._tokens], device=self.lengths.device)
+        return Packed.of([self._tokens[row] for row in owners], packed.tokens.device)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row but these; row ``rows[i]`` becomes row i."""
+        kept = torch.nonzero(rows)[:, 0].tolist() if rows.dtype == torch.bool else rows.tolist()
+        self._tokens = [self._tokens[row] for row in kept]
+        self.lengths = self.lengths[rows]
+
+
+def widened(call: Call, whole: Packed) -> Call:
+    """The call of one token per sequence, for all tokens of those sequences. Generation's gates are constants."""
+    starts = [start for start, _ in whole.segments] + [whole.tokens.numel()]
+    terms = (
+        term if term.rows is None else replace(term, rows=slice(starts[term.rows.start], starts[term.rows.stop]))
+        for term in call.mix.terms
+    )
+    return Call(Mix(tuple(terms)))

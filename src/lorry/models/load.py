@@ -9,7 +9,7 @@ with AMX-BF16, AVX512-BF16 or ARM BF16) and float32 elsewhere, whatever the chec
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lorry.models.decoder import Decoder
 from lorry.models.describe import Description, blaming, describe, quiet, read_json
 from lorry.models.digest import sample_digest
 from lorry.models.hf import HfModel
+from lorry.models.proofs import prove, why_not_native
 from lorry.models.sources import adapters_in, resolve
 from lorry.models.store import GENERATION
 from lorry.models.tokenizer import load_tokenizer
@@ -67,6 +68,8 @@ def load_model(
     where = pick_device(device)
     kind = pick_dtype(trained_dtype(place.adapter) if dtype == "auto" and place.adapter is not None else dtype, where)
     described = describe(place.directory, trust_remote_code=trust_remote_code, native=native, notes=notes)
+    if described.family is not None and (why := why_not_native(described.family, described.config, kind, where, notes)):
+        described = replace(described, family=None, why=why)
     model: Decoder | HfModel
     if described.family is not None:
         model = load_decoder(place.directory, described.family, described.config, kind, where)
@@ -117,7 +120,8 @@ def load_hf(
 ) -> HfModel:
     """transformers' own implementation, with every tensor of the checkpoint accounted for. Raises ModelError otherwise."""
     found = entries(directory)  # refuses pickles, broken shards and paths that lead elsewhere
-    with blaming(f"{directory}: transformers cannot load it"), quiet():
+    said: list[str] = []
+    with blaming(f"{directory}: transformers cannot load it"), quiet(said):
         inner, info = AutoModelForCausalLM.from_pretrained(
             str(directory),
             config=described.hf,
@@ -129,7 +133,13 @@ def load_hf(
             output_loading_info=True,
         )
     refuse_unfit(directory, inner, info, found, notes)
-    return HfModel(inner.to(device), notes)
+    try:
+        with quiet(said):
+            model = HfModel(inner.to(device), notes)
+            prove(model, notes, str(directory))
+    finally:
+        notes += [f"transformers says: {text}" for text in dict.fromkeys(said)]
+    return model
 
 
 def resting_dropout(config: Mapping[str, Any]) -> list[str]:

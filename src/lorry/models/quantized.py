@@ -16,6 +16,7 @@ from lorry.models.accounting import refuse_unfit
 from lorry.models.describe import blaming, describe, quiet
 from lorry.models.hf import HfModel
 from lorry.models.load import pick_device, pick_dtype
+from lorry.models.proofs import prove
 from lorry.models.sources import Place
 from lorry.models.weights import entries, read
 
@@ -49,4 +50,6 @@ def open_quantized(place: Place, quantize: str, dtype: str, device: str, notes: 
             quantization_config=BitsAndBytesConfig(**options), device_map={"": where}, output_loading_info=True,
         )  # fmt: skip
     refuse_unfit(place.directory, inner, info, found, notes)
-    return HfModel(inner, notes)
+    model = HfModel(inner, notes)
+    prove(model, notes, str(place.directory))
+    return model

@@ -1,0 +1,344 @@
+"""Proofs on random tokens, made whenever a model is loaded: what every use of a causal language model takes for granted.
+
+(a) No position sees a later one. Otherwise the answer is read while it is "predicted": every loss is a lie, and nothing shows it.
+(b) Reading a prompt into a cache and going on token by token gives what reading the whole sequence gives.
+(c) The native decoder gives transformers' own logits for this directory's config, also for fields that transformers reads with
+    `getattr` and its config class does not list (`is_causal`). What differs never runs natively.
+
+A model of transformers' is proven itself, (a) and (b), as it was loaded. The native decoder is proven as a twin: this config with
+few, narrow layers and random weights, once in transformers' class and once in ours, so the price does not grow with the model.
+Its proof is kept under `$LORRY_HOME/proofs`, named by everything it depends on, and never made twice; a failure is not kept.
+
+(a) needs no tolerance: where the forward pass of unchanged tokens is not the same to the bit
+(experts are computed in groups whose size depends on all tokens), the gradient decides, which is
+zero exactly where nothing is seen.
+
+`LORRY_PROOFS=0` leaves them out, with a note.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lorry.bank.mix import Call
+from lorry.disk import durable
+from lorry.disk.home import home
+from lorry.errors import LorryError, ModelError
+from lorry.families import Family
+from lorry.models.decode import Runner
+from lorry.models.decoder import Decoder, Packed
+from lorry.models.describe import blaming, quiet
+from lorry.models.hf import HfModel
+from lorry.models.hf_anatomy import plain_tokens
+
+SWITCH = "LORRY_PROOFS"
+LENGTH = 16  # tokens of each sequence
+CUTS = (5, 10, 15)  # sequence i is changed from its token CUTS[i] on; odd and even, so that no block structure lines up
+STEPS = 2  # tokens read one by one after the prompts
+# Relative error of a hidden state that was computed in another shape; a wrong position or a lost key gives several tenths.
+ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
+COARSE = 0.15  # the same in 16 bits, through dozens of layers
+EXACT = 2e-5  # of the largest logit: two implementations of two fp32 layers
+WIDEST_HEAD = 1024
+TWIN_LAYERS, TWIN_VOCABULARY, TWIN_LENGTH, TWIN_POSITIONS = 2, 96, 48, 512
+
+
+def switched_off(notes: list[str]) -> bool:
+    """Whether the environment says to leave the proofs out; then a note says so."""
+    if os.environ.get(SWITCH) != "0":
+        return False
+    notes.append(f"{SWITCH}=0: not proven that no position sees a later one, nor that a cache or the native decoder is right")
+    return True
+
+
+def prove(model: HfModel, notes: list[str], where: str) -> None:
+    """(a) and (b) for a model of transformers as it was loaded. Without (b) it generates without a cache, with a note.
+
+    Raises ModelError, opening with ``where``, when a position sees later ones.
+    """
+    if switched_off(notes):
+        return
+    if why := sees_the_future(model):
+        raise ModelError(f"{where}: {type(model.inner).__name__} is no causal language model here: {why}. {_remedy(model)}")
+    if not model.recomputes and (why := cache_error(model)):
+        model.recomputes = why
+    if model.recomputes:
+        notes.append(f"it generates by reading the whole sequence again for every token, slowly: {model.recomputes}")
+
+
+def _remedy(model: HfModel) -> str:
+    """What to set in config.json, if it was a setting that made the model look ahead."""
+    text = model.inner.config.get_text_config()
+    for field, value in (("use_bidirectional_attention", False), ("is_causal", True), ("is_decoder", True)):
+        said = getattr(text, field, None)
+        if said is not None and said != "vision" and bool(said) is not value:
+            return (
+                f"Set {field}={str(value).lower()} in config.json if it was trained to predict the next "
+                "token; as it is, it reads the answer that it should learn"
+            )
+    return "It cannot be trained or scored as one: it reads the answer that it should learn"
+
+
+# --- (a)
+
+
+@torch.no_grad()
+def sees_the_future(model: Decoder | HfModel) -> str:
+    """ "" if no position's output depends on a later token, else where it does and by how much."""
+    length = min(LENGTH, model.context or LENGTH)
+    cuts = sorted({min(cut, length - 1) for cut in CUTS})
+    if length < 2:
+        return ""
+    rows = _tokens(model, len(cuts), length)
+    known = _vocabulary(model)
+    following = dict(zip(known, [*known[1:], known[0]], strict=True))
+    changed = [[*row[:cut], *(following[t] for t in row[cut:])] for row, cut in zip(rows, cuts, strict=True)]
+    first, second = _hidden(model, rows), _hidden(model, changed)
+    for i, cut in enumerate(cuts):
+        a, b = first[i, :cut].float(), second[i, :cut].float()
+        if torch.equal(a, b):
+            continue
+        share = float((a - b).abs().max() / a.abs().max())
+        if (first.dtype in ROUNDING and share > ROUNDING[first.dtype]) or not _blind(model, rows, i, cut):
+            which = f"changing tokens {cut} to {length - 1} of {length}"
+            return f"{which} moves what it says at those before, by {share:.0e} of the largest"
+    return ""
+
+
+def _blind(model: Decoder | HfModel, rows: list[list[int]], which: int, cut: int) -> bool:
+    """Whether the outputs before ``cut`` have no gradient with respect to the embeddings from ``cut`` on."""
+    held: list[Tensor] = []
+
+    def leaf(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        held.append(out.detach().requires_grad_())
+        return held[-1]
+
+    embedding = model.embed if isinstance(model, Decoder) else model.get_input_embeddings()
+    assert embedding is not None
+    hook = embedding.register_forward_hook(leaf)
+    try:
+        with torch.enable_grad():
+            out = _hidden(model, [rows[which]])[0, :cut].float()
+            out.backward(torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out))
+    finally:
+        hook.remove()
+    grad = held[0].grad
+    if grad is None:
+        return False
+    return not grad.reshape(len(rows[which]), -1)[cut:].any()
+
+
+# --- (b)
+
+
+@torch.no_grad()
+def cache_error(model: Decoder | HfModel) -> str:
+    """ "" if prompts of two lengths, and the tokens after them one by one, give what whole sequences give; else what is wrong."""
+    length = min(LENGTH, model.context or LENGTH)
+    prompts = [length - STEPS, max(1, length // 2)]
+    if length < STEPS + 1:
+        return ""
+    rows = _tokens(model, 2, length)
+    runner: Any = Runner(model) if isinstance(model, Decoder) and Runner.takes(model) else model
+    whole = _hidden(model, rows).float()
+    errors: list[Tensor] = []
+    try:
+        memory = runner.new_cache(2, length)
+        packed = Packed.of([row[:n] for row, n in zip(rows, prompts, strict=True)], model.device)
+        owners = torch.tensor([i for i, n in enumerate(prompts) for _ in range(n)], device=model.device)
+        found = runner.cached(packed, owners, memory, Call(), decoding=False)[[stop - 1 for _, stop in packed.segments]]
+        for step in range(STEPS + 1):
+            expected = torch.stack([whole[i, n - 1 + step] for i, n in enumerate(prompts)])
+            errors.append((found.float() - expected).norm(dim=1) / expected.norm(dim=1))
+            if step < STEPS:
+                now = torch.tensor([row[n + step] for row, n in zip(rows, prompts, strict=True)], device=model.device)
+                packed = Packed(now, memory.lengths, [(0, 1), (1, 2)])
+                found = runner.cached(packed, torch.arange(2, device=model.device), memory, Call(), decoding=True)
+    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError, LorryError) as e:
+        return f"its cache cannot be used ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
+    # the median over steps: a router that rounding tips over at one token is no fault of the cache
+    worst = float(torch.stack(errors).median(0).values.max())
+    if worst <= ROUNDING.get(model.dtype, COARSE):
+        return ""
+    return f"with its cache hidden states differ by {worst:.0e} of their size from those without"
+
+
+# --- (c)
+
+
+@cache
+def _proven() -> set[str]:
+    """Digests of the native proofs this process has seen held."""
+    return set()
+
+
+def why_not_native(family: Family, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, notes: list[str]) -> str:
+    """ "" if the native decoder computes this config, shown by (a), (b) and (c) on a twin; else what differs."""
+    if switched_off(notes):
+        return ""
+    name = _digest(config, dtype, device)
+    kept = home() / "proofs" / name
+    if name in _proven() or kept.is_file():
+        _proven().add(name)
+        return ""
+    try:
+        why = _native(family, config, dtype, device)
+    except ModelError as e:
+        return f"Lorry's decoder could not be proven on a small twin of it: {e}"
+    if why:
+        return why
+    _proven().add(name)
+    _keep(kept)
+    return ""
+
+
+def _native(family: Family, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> str:
+    small = shrunk(family, config)
+    with blaming("transformers refuses the twin"), quiet(), torch.random.fork_rng(devices=[]):
+        theirs = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(small), dtype=torch.float32)
+    _randomise(theirs.eval().requires_grad_(False))
+    ours = _ours(family, theirs)
+    if isinstance(ours, str):
+        return ours
+    length = min(TWIN_LENGTH, ours.context)
+    ids = torch.tensor(_tokens(ours, 2, length))
+    with torch.no_grad(), blaming("transformers cannot run the twin"):
+        expected, found = theirs(input_ids=ids, use_cache=False).logits, ours(ids).logits
+    gap = float((found - expected).abs().max() / expected.abs().max())
+    if not gap <= EXACT:
+        return f"Lorry's decoder gives other logits than transformers for this config (by {gap:.0e} of the largest)"
+    ours = ours.to(device, dtype)
+    if ours.geometry.tied:
+        ours.tie()
+    if why := sees_the_future(ours) or cache_error(ours):
+        return f"Lorry's decoder is wrong for this config: {why}"
+    return ""
+
+
+def _ours(family: Family, theirs: Any) -> Decoder | str:
+    """The native decoder with the weights of a model of transformers, or why they do not fit."""
+    with torch.device("meta"):
+        ours = Decoder(family, theirs.config.to_dict())
+    given = dict(theirs.named_parameters(remove_duplicate=False))
+    wanted = ours.state_dict()
+    odd = sorted(
+        n for n in given.keys() | wanted.keys() if n not in given or n not in wanted or given[n].shape != wanted[n].shape
+    )
+    if odd:
+        return f"transformers has other tensors than Lorry's decoder for this config ({', '.join(odd[:3])})"
+    ours.load_state_dict({n: p.detach().clone() for n, p in given.items()}, strict=True, assign=True)
+    if ours.geometry.tied:
+        ours.tie()
+    return ours.requires_grad_(False).eval()
+
+
+def shrunk(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with few layers, heads and tokens. Everything else stays, head width and rotary settings included.
+
+    Raises ModelError for heads too wide to be true.
+    """
+    g = family.geometry(config)
+    if g.head_dim > WIDEST_HEAD:
+        raise ModelError(f"head_dim={g.head_dim}")
+    groups = min(g.kv_heads, 2)
+    heads = groups * min(max(g.heads // g.kv_heads, 1), 2)
+    sizes = {
+        ("hidden_size", "n_embd"): heads * g.head_dim,
+        ("num_attention_heads", "n_head"): heads,
+        ("num_key_value_heads",): groups,
+        ("num_hidden_layers", "n_layer"): min(g.layers, TWIN_LAYERS),
+        ("intermediate_size", "n_inner"): 3 * heads * g.head_dim // 2,
+        ("vocab_size",): TWIN_VOCABULARY,
+    }
+    small = dict(config)
+    for names, value in sizes.items():
+        small.update({name: value for name in names if config.get(name) is not None})
+    for name, value in config.items():
+        if name.endswith("_token_id"):
+            small[name] = None  # beyond the twin's vocabulary, and no part of the computation
+        elif name == "layer_types" and value:
+            small[name] = list(value[: min(g.layers, TWIN_LAYERS)])
+        elif name == "n_positions" and family.positions:
+            small[name] = min(int(value), TWIN_POSITIONS)
+    return small
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module) -> None:
+    """Weights wide enough that a wrong epsilon, bias or rotary base shows; biases away from 0, norms from 1."""
+    draw = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        wide = 0.3 if p.dim() == 1 else min(0.2, 2 / p.shape[-1] ** 0.5)
+        around = 1.0 if p.dim() == 1 and bool((p == 1).all()) else 0.0
+        p.copy_(around + wide * torch.randn(p.shape, generator=draw))
+
+
+def _digest(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> str:
+    """Names a proof by all it depends on: the config, the number format and device, Lorry's code, torch, transformers."""
+    parts = [
+        json.dumps(config, sort_keys=True, default=str),
+        str(dtype),
+        device.type,
+        _code(),
+        os.environ.get("LORRY_KERNELS", ""),
+    ]
+    parts += [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """SHA-256 over Lorry's sources that a forward pass runs through."""
+    root = Path(__file__).parent.parent
+    files = sorted(
+        f
+        for room in ("models", "families", "bank", "kernels")
+        for f in (root / room).rglob("*.*")
+        if f.suffix in (".py", ".cpp", ".h")
+    )
+    return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()
+
+
+def _keep(place: Path) -> None:
+    """Remember that a proof held; where nothing can be written it is made again the next time."""
+    try:
+        durable.make_directory(place.parent)
+        place.touch()
+    except OSError:
+        return
+
+
+# --- tokens and outputs
+
+
+def _vocabulary(model: Decoder | HfModel) -> list[int]:
+    """Token ids that are plain text to the model."""
+    if isinstance(model, Decoder):
+        return list(range(min(model.geometry.vocab, 4096)))
+    return plain_tokens(model.inner)
+
+
+def _tokens(model: Decoder | HfModel, rows: int, length: int) -> list[list[int]]:
+    """Random sequences [rows][length]."""
+    known = _vocabulary(model)
+    picks = torch.randint(0, len(known), (rows, length), generator=torch.Generator().manual_seed(0))
+    return [[known[i] for i in row] for row in picks.tolist()]
+
+
+def _hidden(model: Decoder | HfModel, rows: list[list[int]]) -> Tensor:
+    """Outputs [rows, length, D] of sequences of one length, without adapters."""
+    last = model.hidden(Packed.of(rows, model.device), Call()).last
+    assert last is not None
+    return last.view(len(rows), len(rows[0]), -1)
