@@ -26,7 +26,7 @@ class DistillConfig(Group):
     loss: Divergence = setting(
         "kl", "kl (teacher to student), reverse_kl, jsd (with beta), or uld for another tokenizer (sorted probabilities)"
     )
-    temperature: PositiveFloat = setting(1.0, "both distributions are softened by it")
+    temperature: float = setting(1.0, "both distributions are softened by it", ge=1e-3, le=1e3)
     beta: float = setting(0.5, "jsd: share of the teacher in the mixture; 0 is kl, 1 reverse_kl", ge=0, le=1)
     alpha: float = setting(0.5, "weight of the teacher; 1 - alpha is that of the data's own answers", gt=0, le=1)
     top_k: PositiveInt | None = automatic("null; 64 with cache", "keep the teacher's likeliest tokens only; null: all of them")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
@@ -42,15 +42,21 @@ class LoraConfig(Group):
     """the adapter; lora=null means none"""
 
     main: ClassVar[str] = "r"
-    r: PositiveInt | Literal["auto"] = setting(16, "rank; auto: the largest power of two that fits memory_budget")
-    lora_alpha: PositiveInt | PositiveFloat | None = automatic("2 x r", "strength: the update is scaled by lora_alpha / r")
+    r: Annotated[PositiveInt, Field(le=2**30)] | Literal["auto"] = setting(
+        16, "rank; auto: the largest power of two that fits memory_budget"
+    )
+    lora_alpha: PositiveInt | PositiveFloat | None = automatic(
+        "2 x r", "strength: the update is scaled by lora_alpha / r", le=2**31
+    )
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", ge=0, lt=1)
     target_modules: str | list[str] = setting("auto", "auto (attention and MLP), all-linear, a list of names, or a regex")
     exclude_modules: str | list[str] | None = setting(None, "names or a regex to leave out")
     use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r)")
     init_lora_weights: bool | Literal["gaussian"] = setting(True, "true: Kaiming A, zero B; gaussian; false: both random")
     rank_pattern: dict[str, PositiveInt] = setting({}, "rank by module name or regex")
-    alpha_pattern: dict[str, PositiveInt | PositiveFloat] = setting({}, "lora_alpha by module name or regex")
+    alpha_pattern: dict[str, Annotated[PositiveInt | PositiveFloat, Field(le=2**31)]] = setting(
+        {}, "lora_alpha by module name or regex"
+    )
     layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = setting(None, "only these layer numbers")
     bias: Literal["none"] = setting("none", "biases stay frozen")
     adapter_name: Name = setting("default", "the adapter's name in a bank of several")
@@ -87,7 +93,7 @@ class TrainConfig(Group):
 
     learning_rate: float = setting(2e-4, "peak learning rate", gt=0)
     loraplus_lr_ratio: float = setting(1.0, "LoRA+: learning rate of B over that of A", gt=0)
-    num_train_epochs: float = setting(3.0, "passes over the data", gt=0)
+    num_train_epochs: float = setting(3.0, "passes over the data", gt=0, le=100_000)
     max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", ge=-1)
     per_device_train_batch_size: PositiveInt = setting(8, "examples (packed rows) per micro-batch")
     per_device_eval_batch_size: PositiveInt = setting(8, "the same when evaluating")

@@ -7,6 +7,7 @@ stream.batches(17)      # the micro-batches of step 17
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Protocol
@@ -83,10 +84,9 @@ class TrainStream:
 
     def epoch_of(self, step: int) -> int:
         """The epoch that a step (counted from 0) belongs to."""
-        epoch = 0
-        while self._end_of(epoch) <= step:
-            epoch += 1
-        return epoch
+        while not self._ends or self._ends[-1] <= step:
+            self._end_of(len(self._ends))
+        return bisect_right(self._ends, step)  # the epochs that had ended; asked several times a step, of thousands of epochs
 
     def rows(self, step: int) -> list[list[int]]:
         """Row numbers of the step's micro-batches."""
