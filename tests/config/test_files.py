@@ -165,17 +165,18 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20
 PATHS = TEXT.filter(lambda t: bool(t.strip()) and "\0" not in t and not t.startswith("~"))
 RATES = st.floats(min_value=1e-12, max_value=1e6)
 COUNTS = st.integers(1, 10**12)
+ALPHAS = st.floats(min_value=1e-12, max_value=2**31, allow_nan=False)
 SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "model.name": PATHS,
     "model.revision": st.none() | TEXT,
     "model.dtype": st.sampled_from(["auto", "float32", "bf16"]),
     "model.device": st.sampled_from(["cpu", "cuda:1"]),
     "lora.r": COUNTS,
-    "lora.lora_alpha": st.none() | COUNTS | RATES,
+    "lora.lora_alpha": st.none() | COUNTS | ALPHAS,
     "lora.target_modules": st.sampled_from(["auto", "all-linear", r".*\.q_proj", "q_proj"])
     | st.lists(TEXT, min_size=1, max_size=3),
     "lora.rank_pattern": st.dictionaries(TEXT, COUNTS, max_size=3),
-    "lora.alpha_pattern": st.dictionaries(TEXT, COUNTS | RATES, max_size=3),
+    "lora.alpha_pattern": st.dictionaries(TEXT, COUNTS | ALPHAS, max_size=3),
     "lora.layers_to_transform": st.none() | st.integers(0, 99) | st.lists(st.integers(0, 99)),
     "lora.init_lora_weights": st.sampled_from([True, False, "gaussian"]),
     "data.path": PATHS | st.lists(PATHS, min_size=1, max_size=3),
