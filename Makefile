@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-extras lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results clean
+.PHONY: setup demo test test-extras lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -65,6 +65,20 @@ bench-setup: setup
 
 results: setup
 	$(BIN)/python benchmarks/results.py
+
+# Damaged inputs for everything that reads strangers' files, for SECONDS; findings become cases of the suite (tests/fuzz/cases).
+SECONDS ?= 240
+SEED ?= 0
+fuzz: setup
+	$(BIN)/python tests/fuzz/campaign.py --seconds $(SECONDS) --seed $(SEED) --targets $(TARGETS)
+
+# The kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, in a cache of their own, and their tests. Python's own
+# leaks are none of ours; the sanitizers' runtimes have to be there before Python is.
+sanitize: setup
+	LORRY_HOME=$(CURDIR)/build/sanitize LORRY_KERNELS_FLAGS="-g -fno-omit-frame-pointer -fsanitize=address,undefined" \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest -q -rs -p no:cacheprovider tests/kernels $(SANITIZE)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

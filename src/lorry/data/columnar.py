@@ -80,7 +80,10 @@ def read_tables(tables: Iterable[Any], shown: str, select: Select | None = None)
 
 def chosen(schema: Any, shown: str, select: Select | None) -> list[str]:
     """The columns to read, all without ``select``. Raises DataError where two of them, or two fields in one, share a name."""
-    names = list(schema.names)
+    try:
+        names = list(schema.names)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{shown}:1: a column's name is not UTF-8 text ({error.reason}); write the file again") from error
     if twice := _twice(names):
         raise DataError(f"{shown}:1: two columns are called {twice!r}; give each a name of its own")
     kept = (list(select(names, f"{shown}:1")) if select is not None else []) or names

@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -27,6 +28,8 @@ from lorry.disk.home import home
 from lorry.disk.integrity import file_digest
 
 SOURCES = Path(__file__).parent
+# LORRY_KERNELS_FLAGS adds to them: a build for a sanitizer, or to measure a flag; it is a library of its own in the cache
+ADDED = tuple(shlex.split(os.environ.get("LORRY_KERNELS_FLAGS", "")))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 SHAPE = ("-std=c++17", "-shared", "-fPIC", "-w")
@@ -102,7 +105,7 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
 
 def _digest(compiler: str) -> str:
     """SHA-256 of everything the machine code depends on."""
-    parts = [compiler, _run(compiler, "--version"), *FLAGS, *WIDE, *SHAPE]
+    parts = [compiler, _run(compiler, "--version"), *FLAGS, *WIDE, *SHAPE, *ADDED]
     parts += [platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor()]
     parts += [p.name + p.read_text() for p in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -136,10 +139,10 @@ def _compile(compiler: str, folder: Path, digest: str) -> Path:
         objects = []
         for source in sorted(SOURCES.glob("*.cpp")):
             objects.append(str(Path(name) / f"{source.stem}.o"))
-            _run(compiler, *FLAGS, *WIDE, *SHAPE, "-c", str(source), "-o", objects[-1])
+            _run(compiler, *FLAGS, *WIDE, *SHAPE, *ADDED, "-c", str(source), "-o", objects[-1])
         made = Path(name) / "made.so"
         # No -fopenmp here: the calls stay unresolved until torch's own OpenMP runtime, loaded before, provides them.
-        _run(compiler, *SHAPE, *objects, "-o", str(made))
+        _run(compiler, *SHAPE, *ADDED, *objects, "-o", str(made))
         with open(made, "rb") as file:
             os.fsync(file.fileno())
         path = folder / f"{digest}-{file_digest(made)[:16]}.so"

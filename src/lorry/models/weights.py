@@ -77,8 +77,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(listed, dict) or not listed:
         raise ModelError(f"{index}: no weight_map")
     for shard in set(map(str, listed.values())):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", shard):
-            raise ModelError(f"{index}: shard {shard!r} is not the plain name of a .safetensors file beside the index")
+        # no file system takes names beyond 255 bytes
+        if len(shard) > 255 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", shard):
+            raise ModelError(f"{index}: shard {shard!r:.80} is not the plain name of a .safetensors file beside the index")
         if not (index.parent / shard).is_file():
             raise ModelError(f"{index}: shard {shard} is missing; the checkpoint is incomplete")
     return {str(k): str(v) for k, v in listed.items()}
