@@ -75,6 +75,14 @@ def test_a_file_whose_tensors_do_not_fit(change: Callable[[Tensors], Tensors], n
     assert [p.name for p in home.iterdir() if not p.name.endswith(".lock")] == []  # nothing is sealed in the cache
 
 
+def test_one_of_several_parts(tmp_path: Path) -> None:
+    file = write_gguf(
+        tmp_path / "a-00001-of-00003.gguf", without("blk.1."), keys=lambda writer: writer.add_uint16("split.count", 3)
+    )
+    with pytest.raises(ModelError, match=r"one of 3 parts of a model; join them first \(llama-gguf-split --merge\)"):
+        converted(file, [])
+
+
 def test_two_tensors_of_one_name(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "odd.gguf", more("blk.0.ffn_gate.weigh2", 48, 32))
     whole = file.read_bytes()

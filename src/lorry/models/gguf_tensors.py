@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,15 @@ OWN_SCALING = frozenset({"gpt-oss", "gpt_oss"})  # architectures whose scaling t
 CLOSE = 1e-3  # relative; the factors are stored in fp32, the frequencies computed in it
 
 
-def config_of(file: Path, header: Header, source: dict[str, Any]) -> Any:
-    """transformers' config for the file, with its rotary scaling. Raises ModelError for a scaling that cannot be taken over.
+def config_of(file: Path, header: Header, source: dict[str, Any]) -> Any | None:
+    """transformers' config for the file with its rotary scaling; None where there is none, and what transformers reads by itself
+    will do (to read it here takes 10 s for a real vocabulary). Raises ModelError for a scaling that cannot be taken over.
 
     ``source``: how to find the file with `from_pretrained`."""
-    config = AutoConfig.from_pretrained(str(file.parent), **source)
     kind = str(header.values.get("general.architecture"))
+    parts = header.values.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        raise ModelError(f"{file} is one of {parts} parts of a model; join them first (llama-gguf-split --merge)")
     scaling = {} if kind in OWN_SCALING else _scaling(file, header, kind)
     factors = rotary_factors(file, header)
     if factors is not None and not scaling and kind == "llama" and float(factors.max()) > 1:
@@ -50,8 +55,10 @@ def config_of(file: Path, header: Header, source: dict[str, Any]) -> Any:
             "rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": LLAMA3_CONTEXT,
         }  # fmt: skip
-    if scaling:
-        config.rope_parameters = {**(getattr(config, "rope_parameters", None) or {}), **scaling}
+    if not scaling:
+        return None
+    config = AutoConfig.from_pretrained(str(file.parent), **source)
+    config.rope_parameters = {**(getattr(config, "rope_parameters", None) or {}), **scaling}
     return config
 
 
@@ -118,9 +125,31 @@ def _names(header: Header, model: Any) -> dict[str, str] | None:
     if is_gguf_arch_supported(kind):
         return None
     processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=model.config.to_dict())
-    found: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+    found: dict[str, str] = get_gguf_hf_weights_map(_Named.of(model, model.base_model_prefix), processor)
     # experts are named without `.weight` in the map, since the model holds them as a parameter of its own
     return {f"{theirs}.weight" if theirs.endswith("_exps") else theirs: ours for theirs, ours in found.items()}
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The names in a model and in its body: all that transformers' map looks at, which would ask every module of a model of 30
+    layers for another 10 s and learn nothing from it."""
+
+    config: Any
+    names: dict[str, None]
+    body: dict[str, _Named]
+
+    @staticmethod
+    def of(model: Any, prefix: str) -> _Named:
+        body = getattr(model, prefix, None) if prefix else None
+        inner = {} if body is None else {prefix: _Named.of(body, "")}
+        return _Named(model.config, dict.fromkeys(model.state_dict()), inner)
+
+    def state_dict(self) -> dict[str, None]:
+        return self.names
+
+    def named_children(self) -> Iterable[tuple[str, _Named]]:
+        return self.body.items()
 
 
 def _refuse_rotary(file: Path, header: Header, model: Any) -> None:
