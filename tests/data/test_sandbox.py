@@ -295,6 +295,13 @@ def test_any_template_renders_or_is_one_error(source: str) -> None:
         ChatTemplate(source + SHOW, {})
 
 
+def test_a_template_that_looks_at_all_messages_at_each_of_them() -> None:
+    """As Gemma 4's own does."""
+    looking = "{% for m in messages %}{% set ns = namespace(n=0) %}{% for o in messages %}{% if o.role == m.role %}"
+    template = ChatTemplate(looking + "{% set ns.n = ns.n + 1 %}{% endif %}{% endfor %}{{ ns.n }}{% endfor %}" + SHOW, {})
+    assert template.render(CHAT * 250).text == "250" * 500 + "HiHello" * 250
+
+
 @pytest.mark.parametrize("family", sorted(TEMPLATES))
 def test_long_conversations_stay_inside_the_account(tokenizer_of: Callable[..., Any], family: str) -> None:
     """Two hundred turns, and a message of a million characters, byte for byte as transformers renders them."""

@@ -39,6 +39,9 @@ FILTERS = (
     "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "round",
     "safe", "select", "selectattr", "sort", "title", "trim", "unique", "upper",
 )  # fmt: skip
+OF_CONSTANT_TIME = {"length", "count", "first", "last", "d", "default", "items"}
+SHALLOW = {"list", "map", "select", "selectattr", "reject", "rejectattr", "reverse"}  # the others print, compare or hash
+SORTING = {"sort", "dictsort", "unique", "min", "max"}
 COMPARING_TESTS = (
     "in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", "ge", ">=", "<", "lt", "lessthan", "<=", "le", "lower",
     "upper", "divisibleby", "odd", "even",
@@ -161,10 +164,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
             value, others = args[position], (*args[position + 1 :], *kwargs.values())
+            if name in OF_CONSTANT_TIME:
+                self.budget.work()
+                return function(*args, **kwargs)
             self.budget.read(value)
-            if isinstance(value, list | tuple | dict):
-                weight = self.budget.weigh(value)  # many filters print or compare what they are given
-                self.budget.work(weight // 64 if name in ("sort", "dictsort", "unique", "min", "max") else 0)
+            if name not in SHALLOW and isinstance(value, list | tuple | dict):
+                weight = self.budget.weigh(value)
+                self.budget.work(weight // 64 if name in SORTING else 0)
             if name == "trim":
                 self._afford_searches(value, others)
             if any(isinstance(other, int) and abs(other) > 1000 for other in others) and name in ("round", "int"):

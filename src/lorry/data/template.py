@@ -85,7 +85,8 @@ class ChatTemplate:
         """The conversation as text. Raises TemplateRefusal (this row) or ModelError (a hostile template)."""
         if not self.takes_system:
             messages = _folded(messages)
-        self._sandbox.budget.open(sum(len(message.content) + len(message.reasoning) for message in messages))
+        given = sum(len(message.content) + len(message.reasoning) for message in messages)
+        self._sandbox.budget.open(given, len(messages))
         try:
             marked = self._compiled.render(
                 self.variables, messages=[_plain(m) for m in messages], tools=None, documents=None,

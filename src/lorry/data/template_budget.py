@@ -21,10 +21,11 @@ from typing import Any
 from jinja2.sandbox import SecurityError
 
 STEPS = 200_000  # of a rendering, and one more for every two characters given
+MOST_FOR_TURNS = 2_000_000  # steps: Gemma 4's own template goes through all messages at each message
 ROOM = 1 << 20  # characters a rendering may write, and the size of any value, beyond a multiple of what it was given
 MEMORY = 1 << 27  # bytes of all values made in one rendering, beyond 256 for every character given
 LARGEST_BITS = 8192  # of an integer; a template counts messages
-CLOCK = 20.0  # seconds of processor time; the steps of the longest real conversations take less than one
+CLOCK = 30.0  # seconds of processor time; the steps of the longest real conversations take less than one
 READ_PER_STEP, COPIED_PER_STEP, ITEMS_PER_STEP = 64, 4096, 8  # characters, bytes, elements
 WEIGHED_PER_STEP = 4  # values that are looked at one by one
 CONTAINERS = (dict, list, tuple, set, frozenset)
@@ -41,9 +42,9 @@ class Budget:
     def __init__(self) -> None:
         self.open(0)
 
-    def open(self, given: int) -> None:
-        """Start anew for a rendering whose messages hold ``given`` characters."""
-        self.steps, self.patience = 0, STEPS + given // 2
+    def open(self, given: int, turns: int = 0) -> None:
+        """Start anew for a rendering of so many messages, which hold ``given`` characters."""
+        self.steps, self.patience = 0, STEPS + given // 2 + min(4 * turns * turns, MOST_FOR_TURNS)
         self.bytes, self.memory = 0, MEMORY + 256 * given
         self.characters, self.room = 0, ROOM + 4 * given
         self.deadline, self._next_look = time.thread_time() + CLOCK, 0
