@@ -141,7 +141,14 @@ def test_links_are_removed_and_not_followed(tmp_path: Path) -> None:
 
 
 def test_recover_touches_the_leftovers_of_its_target_only(tmp_path: Path) -> None:
-    names = ["out.tmp-1-0123abcd", "out.old-1-0123abcd", "other.tmp-1-0123abcd", "out.tmp", "out.tmp-1-XYZ", "out"]
+    names = [
+        "out.tmp.lorry-1-0123abcd",
+        "out.old.lorry-1-0123abcd",
+        "other.tmp.lorry-1-0123abcd",
+        "out.tmp",
+        "out.tmp-1-XYZ",
+        "out",
+    ]
     for name in names:
         (tmp_path / name).mkdir()
     recover(tmp_path, "out")

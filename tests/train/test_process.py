@@ -189,7 +189,7 @@ def test_a_full_disk_does_not_hide_what_happened(tmp_path: Path, monkeypatch: py
     ("text", "message"),
     [
         ('{"pid": 1,\n', r"process\.json:2: not JSON"),
-        ("[1]", r"process\.json:1: this is not what a run writes there; delete it"),
+        ("[1]", r"process\.json:1: this is not what a run writes there; move it away"),
         ("{}", "not what a run writes"),
         ("[" * 100_000, "not JSON"),
     ],

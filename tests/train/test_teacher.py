@@ -241,7 +241,7 @@ def flip(path: Path, at: int) -> None:
 def test_a_damaged_cache_is_refused(world: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     build_distill(cached(world, tmp_path))
     damage(folder_in(tmp_path))
-    with pytest.raises(ModelError, match=r"remove .*, and the next run writes it anew"):
+    with pytest.raises(ModelError, match=r"move .* away, and the next run writes it anew"):
         build_distill(cached(world, tmp_path))
 
 

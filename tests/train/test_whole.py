@@ -318,11 +318,15 @@ def test_an_earlier_run_is_kept_and_a_strangers_model_is_left_alone(data: Path, 
     assert not (out / "config.json").exists()
     assert (out / "adapter_model.safetensors").is_file()
     before = (base / "model.safetensors").read_bytes()
-    with pytest.raises(ConfigError, match=r"holds a model that no run of this kind wrote"):
+    with pytest.raises(ConfigError, match=r"holds .*model\.safetensors.*which Lorry did not write there"):
         finished(base, base, data)
     stranger = shutil.copytree(base, tmp_path / "stranger")
-    finished(stranger, base, data, lora={"r": 2}, target_modules=["q_proj"])
-    finished(stranger, base, data, lora={"r": 2}, target_modules=["k_proj"])
+    for settings in ({}, {"lora": {"r": 2}, "target_modules": ["q_proj"]}):
+        with pytest.raises(ConfigError, match=r"holds .*tokenizer\.json.*nothing was touched: use another output_dir"):
+            finished(stranger, base, data, **settings)
+    shutil.copy(base / "config.json", out / "config.json")  # beside a run of ours: it is still not ours
+    with pytest.raises(ConfigError, match=r"holds a model that no run of this kind wrote"):
+        finished(out, base, data)
     assert (stranger / "model.safetensors").read_bytes() == before
     assert (base / "model.safetensors").read_bytes() == before
 

@@ -16,10 +16,29 @@ LARGEST_WHOLE = 2**63 - 1  # what torch, Arrow and safetensors hold; Python's ow
 DTYPE_WORDS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
+LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name beside it takes up to 50 more
+LONGEST_PATH = 3800  # bytes; Linux takes 4,095, the names inside a run directory some of them
+
+
 def _clean_path(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise ValueError("must not be empty or hold a NUL character")
     return os.path.expanduser(text)
+
+
+def _clean_directory(path: Path) -> Path:
+    """A directory that can be made, as far as its name goes: what is written on its way lies beside it under a longer name."""
+    cleaned = Path(_clean_path(str(path)))
+    parts = [len(os.fsencode(part)) for part in cleaned.parts]
+    if max(parts, default=0) > LONGEST_NAME or sum(parts) + len(parts) > LONGEST_PATH:
+        raise ValueError(
+            f"a name in a path may have {LONGEST_NAME} bytes and a path {LONGEST_PATH}; {_short(str(path))} is longer"
+        )
+    return cleaned
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:40]}...{text[-12:]}"
 
 
 def _read_dtype(value: Any) -> Any:
@@ -57,7 +76,7 @@ def _refuse_beyond_64_bits(value: Any) -> None:
 
 
 PathText = Annotated[str, AfterValidator(_clean_path)]
-DirPath = Annotated[Path, AfterValidator(lambda path: Path(_clean_path(str(path))))]
+DirPath = Annotated[Path, AfterValidator(_clean_directory)]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_read_dtype)]
 MemorySize = Annotated[str, BeforeValidator(_read_size), AfterValidator(_check_size)]
 Name = Annotated[str, AfterValidator(_clean_name)]

@@ -29,7 +29,8 @@ from lorry.errors import ConfigError, LorryError, ModelError
 
 Content = bytes | Iterable[bytes | memoryview]
 
-_LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old|gone)-\d+-[0-9a-f]{8}")
+# ".lorry" in the name, since what matches is removed: other programs name their files x.old-2024-0badcafe as well
+_LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old|gone)\.lorry-\d+-[0-9a-f]{8}")
 
 
 class DiskError(LorryError, OSError):
@@ -49,7 +50,7 @@ class Disk:
         return os.lstat(path)
 
     def open_to_read(self, path: Path) -> int:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # which waits for nobody at a FIFO
 
     def read(self, fd: int, size: int) -> bytes:
         return os.read(fd, size)
@@ -143,6 +144,19 @@ def building(target: Path, *, replace: bool = False) -> Iterator[Path]:
                     disk.fsync(fd)
 
 
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` for files on their way, gone afterwards. That it cannot be removed is no error: the next
+    `recover` does it. Raises DiskError, also for what the body's own calls of the disk raise."""
+    temp = _beside(path, "tmp")
+    with _at(path):
+        disk.mkdir(temp)
+        try:
+            yield temp
+        finally:
+            _remove_if_possible(temp)
+
+
 def make_directory(path: Path, *, parents: bool = True) -> None:
     """Create a directory and, unless ``parents`` is false, those it lies in, durably; an existing one is left alone.
 
@@ -158,10 +172,12 @@ def make_directory(path: Path, *, parents: bool = True) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a tree that must never be seen half removed: it loses its name first. Raises DiskError."""
+    """Remove a tree that must never be seen half removed: it loses its name first, durably, lest a power cut give the name back
+    to what is left. Raises DiskError."""
     with _at(path):
         gone = _beside(path, "gone")
         disk.rename(path, gone)
+        disk.fsync_dir(path.parent)
         _remove(gone)
 
 
@@ -247,7 +263,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _beside(target: Path, kind: str) -> Path:
-    return target.with_name(f"{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+    return target.with_name(f"{target.name}.{kind}.lorry-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _put(path: Path, content: Content) -> manifests.Entry:
@@ -275,7 +291,7 @@ def _replacing(target: Path, replace: bool) -> Iterator[Path]:
     make_directory(target.parent)
     recover(target.parent, target.name)
     if not replace and os.path.lexists(target) and not (target.is_dir() and not os.listdir(target)):
-        raise ConfigError(f"{target} already exists and is not empty; choose another place or remove it first")
+        raise _taken(target)
     temp = _beside(target, "tmp")
     with _discarding(temp):
         with _at(target):
@@ -284,7 +300,25 @@ def _replacing(target: Path, replace: bool) -> Iterator[Path]:
         with _at(target):
             for folder, _, _ in os.walk(temp, topdown=False):
                 disk.fsync_dir(Path(folder))
-            _move_in(temp, target)
+            if replace:
+                _move_in(temp, target)
+            else:
+                _move_to_free(temp, target)
+
+
+def _taken(target: Path) -> ConfigError:
+    return ConfigError(f"{target} already exists and is not empty; choose another place or remove it first")
+
+
+def _move_to_free(temp: Path, target: Path) -> None:
+    """Into a place that is absent or an empty folder; what somebody put there meanwhile stays, and is a ConfigError."""
+    try:
+        disk.rename(temp, target)
+    except OSError as e:
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise _taken(target) from None
+        raise
+    disk.fsync_dir(target.parent)
 
 
 def _move_in(temp: Path, target: Path) -> None:

@@ -10,7 +10,9 @@ this moment, or was when its writer was killed; it is left out unless it is whol
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -24,15 +26,21 @@ from lorry.errors import DataError
 Record = dict[str, Any]
 MOST_BYTES = 1 << 30  # of the file: some three million steps
 
+log = logging.getLogger(__name__)
+
 _BEYOND_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def iterate(path: Path) -> Iterator[tuple[int, Record]]:
     """(line number, record) of each line; a half-written last line is left out.
 
-    Raises DataError with ``file:line`` at a line that is not a JSON object or has no whole ``step`` of 0 or more.
+    Raises DataError with ``file:line`` at a line that is not a JSON object or has no whole ``step`` of 0 or more, and where
+    there is no such file.
     """
-    lines = documents.read_bytes(path, MOST_BYTES).split(b"\n")
+    try:
+        lines = documents.read_bytes(path, MOST_BYTES).split(b"\n")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: the run that writes it has it there from its first step on") from None
     for number, line in enumerate(lines, 1):
         unfinished = number == len(lines)
         if not line.strip() or (unfinished and not _is_whole(line)):
@@ -97,18 +105,28 @@ class MetricsWriter:
     """Appends one line per `write`, in a single system call: a killed run loses at most the line it was writing.
 
     Opening the file removes what an earlier kill left of a last line, or ends that line if it is whole. The directory must
-    exist. Raises DiskError.
+    exist. A file that somebody removes meanwhile comes back whole with the next line: its content is still held open. One that
+    somebody cut, wrote to or put another in place of is not a log of this run any more. Raises DiskError.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._path, self._size = path, 0
+        self._open()
         self._mend()
+        self._size = os.fstat(self._file).st_size
+
+    def _open(self) -> None:
+        try:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise durable.DiskError(error.errno, error.strerror, str(self._path)) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record; the line is with the system when this returns. Raises DataError without a whole ``step``."""
         line = json.dumps(_to_json(dict(record)), ensure_ascii=False, allow_nan=False)
         _parse(line.encode(), "metrics record")
+        if self._file >= 0:
+            self._check()
         self._append(line.encode() + b"\n")
 
     def close(self) -> None:
@@ -123,11 +141,32 @@ class MetricsWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _check(self) -> None:
+        """Whether the file is still what was written to it, under its name. Raises DiskError where it is not."""
+        held = os.fstat(self._file)
+        try:
+            named = os.stat(self._path, follow_symlinks=True)
+        except FileNotFoundError:
+            self._put_back(held.st_size)
+            return
+        if (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino) or held.st_size != self._size:
+            what = f"something else wrote to it or took its place ({named.st_size} bytes, {self._size} were written)"
+            raise durable.DiskError(errno.EEXIST, what, str(self._path))
+
+    def _put_back(self, size: int) -> None:
+        """Write a removed file again from the descriptor that still holds it."""
+        durable.write_files(self._path.parent, {self._path.name: os.pread(self._file, size, 0)})
+        log.warning("%s was removed while the run was at work; it is back, nothing of it is lost", self._path)
+        durable.disk.close(self._file)
+        self._open()
+
     def _append(self, data: bytes) -> None:
         rest = memoryview(data)
         try:
             while rest:
-                rest = rest[durable.disk.write(self._file, rest) :]
+                done = durable.disk.write(self._file, rest)
+                self._size += done
+                rest = rest[done:]
         except OSError as error:
             raise durable.DiskError(error.errno, error.strerror, str(self._path)) from error
 

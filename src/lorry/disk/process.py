@@ -9,16 +9,19 @@ copy of a run is not at work.
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import psutil
 
 from lorry.disk import documents
+from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, DataError
 
 PROCESS = "process.json"
@@ -60,7 +63,7 @@ def read(run_dir: Path) -> Process | None:
         return None
     process = _process(found)
     if process is None:
-        raise DataError(f"{path}:1: this is not what a run writes there; delete it if no run is at work in {run_dir}")
+        raise DataError(f"{path}:1: this is not what a run writes there; move it away if no run is at work in {run_dir}")
     return process
 
 
@@ -101,6 +104,66 @@ def refuse_second(run_dir: Path) -> None:
             f"{run_dir} is in use: process {process.pid} has been at work there since {process.started}; "
             f"use another output_dir, or stop it (kill -TERM {process.pid}: it saves and ends)"
         )
+
+
+class RunDirectoryGoneError(DiskError):
+    """The directory a run is at work in was moved, removed or replaced."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+class Home:
+    """A run directory held open, so that a run knows when its name has come to mean nothing, or another directory.
+
+    A run never makes its directory again: half of it would lie under the old name, and the other half
+    wherever somebody moved it. Raises DiskError where it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DiskError(error.errno, error.strerror, str(path)) from error
+
+    def is_there(self) -> bool:
+        """Whether the name still means this directory."""
+        try:
+            here, there = os.fstat(self._held), os.stat(self.path)
+        except OSError:
+            return False
+        return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+    def check(self) -> None:
+        """Raises RunDirectoryGoneError, saying where the directory is now if the system knows, unless it is there."""
+        if self.is_there():
+            return
+        now = self.now()
+        go_on = f"it is {now} now, and output_dir={now} resume_from_checkpoint=auto goes on from its newest checkpoint"
+        what = "the run directory was moved, removed or replaced while the run was at work in it; the run stopped"
+        raise RunDirectoryGoneError(
+            errno.ENOENT, f"{what}; {go_on if now else 'nothing was written in its place'}", str(self.path)
+        )
+
+    def now(self) -> Path | None:
+        """Where the directory is now; None where it was removed, or on a system that does not say (Linux does)."""
+        try:
+            path = Path(os.readlink(f"/proc/self/fd/{self._held}"))
+            here, there = os.fstat(self._held), os.stat(path)
+        except OSError:
+            return None
+        return path if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino) else None
+
+    def close(self) -> None:
+        """Let it go."""
+        os.close(self._held)
+
+    def __enter__(self) -> Home:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
 
 def identity(run_dir: Path) -> list[int]:

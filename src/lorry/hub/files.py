@@ -20,12 +20,8 @@ from lorry.report.html import page
 from lorry.report.plots import png
 from lorry.report.run import load
 from lorry.train import card
-from lorry.train.artifacts import ADAPTER_FILES, MODEL_FILES, SHARDS, WEIGHTS
+from lorry.train.artifacts import ADAPTER_FILES, MODEL_FILES, SHARDS, TOKENIZER_FILES, WEIGHTS
 
-TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "*.tiktoken",
-)  # fmt: skip
 RUN = ("run.yaml", "metrics.jsonl", "losses.json", "receipt.json", "contracts.json", "evaluation.json")
 CARD, REPORT, PLOT = "README.md", "report.html", "report.png"
 NEVER = frozenset(["checkpoints", "previous", "data", "tensorboard"])  # folders of a run that are no adapter's
@@ -46,7 +42,9 @@ def upload(run_dir: Path, *, at: str) -> dict[str, Content]:
         raise ConfigError(f"{run_dir}: no such run directory")
     if not (run_dir / "receipt.json").is_file():
         raise ConfigError(f"{run_dir} is not a finished run (it has no receipt.json); only a finished one goes to the hub")
-    found: dict[str, Content] = {p.name: p for p in _matching(run_dir, (*ADAPTER_FILES, *MODEL_FILES, SHARDS, *TOKENIZER, *RUN))}
+    found: dict[str, Content] = {
+        p.name: p for p in _matching(run_dir, (*ADAPTER_FILES, *MODEL_FILES, SHARDS, *TOKENIZER_FILES, *RUN))
+    }
     for folder in adapter_folders(run_dir):
         found |= {f"{folder.name}/{p.name}": p for p in _matching(folder, ADAPTER_FILES)}
     _has_weights(run_dir, found)

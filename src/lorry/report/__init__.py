@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorry.disk import durable
+from lorry.disk import durable, ownership
 from lorry.report.html import page
 from lorry.report.plots import png
 from lorry.report.run import load_readable
@@ -19,16 +19,25 @@ def build(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
     """Write the report of one run, or of several side by side, and return the page's path; the PNG has its name.
 
     output: the page (``.html``), or a directory for ``report.html``. By default a run's own directory; for several runs
-    ``comparison.html`` in the directory they share. Both files replace older ones atomically. A live run may be reported on.
-    Among several, a run that is damaged is named on the page and left out. Raises DataError when a directory is no run, or none
-    can be read; nothing is written then. Raises DiskError when the disk refuses.
+    ``comparison.html`` in the directory they share. Both files replace older reports atomically; files of
+    their names that are no reports are refused, or in a run's directory moved to its previous/N. A live
+    run may be reported on. Among several, a run that is damaged is named on the page and left out.
+    Raises ConfigError for files that are not ours to replace, DataError when a directory is no run, or
+    none can be read; nothing is written then. Raises DiskError when the disk refuses.
     """
     runs, damaged = load_readable(run_dirs)
     target = _target(run_dirs, output)
+    picture = target.with_suffix(".png")
+    if not ownership.is_run(target.parent):
+        ownership.refuse_foreign({target: ownership.is_page, picture: ownership.is_picture}, "name another output_dir")
     text, image = page(runs, damaged), png(runs)
     durable.make_directory(target.parent)
-    durable.write_files(target.parent, {target.with_suffix(".png").name: image, target.name: text.encode("utf-8")})
+    ownership.put(target.parent, {picture.name: image, target.name: text.encode("utf-8")}, ours=_is_report)
     return target
+
+
+def _is_report(path: Path) -> bool:
+    return ownership.is_page(path) or ownership.is_picture(path)
 
 
 def _target(paths: Sequence[Path], output: Path | None) -> Path:

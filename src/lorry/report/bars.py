@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 
+from lorry.disk.ownership import SOFTWARE
 from lorry.report.plots import COLORS, plain
 
 Bar = tuple[float, tuple[float, float]]  # a value and its interval
@@ -39,5 +40,5 @@ def bars(groups: Mapping[str, str], sides: Mapping[str, Mapping[str, Bar]], titl
     if title:
         figure.suptitle(plain(title), fontsize=13)
     out = io.BytesIO()
-    canvas.print_png(out)
+    canvas.print_png(out, metadata=SOFTWARE)
     return out.getvalue()

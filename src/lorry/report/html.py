@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 
+from lorry.disk.ownership import GENERATOR
 from lorry.report import sections, states
 from lorry.report.curves import BY_ADAPTER, not_drawn, panels
 from lorry.report.figures import about, by_adapter, differences, figures
@@ -45,7 +46,7 @@ def _document(title: str, body: Html) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta charset="utf-8">{GENERATOR.decode()}<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
     )
     head_and_body = (

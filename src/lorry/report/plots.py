@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lorry.disk.ownership import SOFTWARE
 from lorry.report.axes import is_wide
 from lorry.report.curves import Panel, Series, drawable, panels, thin
 from lorry.report.run import Run
@@ -32,7 +33,7 @@ def png(runs: Sequence[Run]) -> bytes:
     for index, panel in enumerate(drawn):
         _draw(figure.add_subplot(rows, 2, index + 1), panel)
     out = io.BytesIO()
-    canvas.print_png(out)
+    canvas.print_png(out, metadata=SOFTWARE)
     return out.getvalue()
 
 

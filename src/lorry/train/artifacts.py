@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +13,18 @@ from typing import Any
 from torch import nn
 
 from lorry.bank.peft_io import adapter_files
-from lorry.disk import durable
+from lorry.disk import durable, ownership
 
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FILES = ("adapter_config.json", WEIGHTS, "lorry_adapter.json")
 # of a run that trained the base's own weights; a large model lies in several files beside its index
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
 SHARDS = "model-*-of-*.safetensors"
+STAGED = "model.unverified"  # a whole model before it was read back
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "*.tiktoken",
+)  # fmt: skip
 RESULTS = (
     "receipt.json", "contracts.json", "samples.json", "evaluation.json", "report.html", "report.png", "README.md",
     "losses.json", "sweep.json", *ADAPTER_FILES,
@@ -29,14 +33,14 @@ RESULTS = (
 
 def write_json(run_dir: Path, name: str, value: Any) -> None:
     """One JSON file of a run, whole or not at all."""
-    durable.make_directory(run_dir)
-    durable.write_files(run_dir, {name: (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()})
+    write_text(run_dir, name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(run_dir: Path, name: str, text: str) -> None:
-    """One text file of a run, whole or not at all."""
-    durable.make_directory(run_dir)
-    durable.write_files(run_dir, {name: text.encode()})
+    """One text file of a run, whole or not at all. What somebody put there while the run went moves to previous/N; a
+    description and contracts of the run's earlier lives are written over."""
+    ours = {ownership.RUN_FILE: ownership.description, ownership.CONTRACTS: ownership.is_contracts}
+    ownership.put(run_dir, {name: text.encode()}, ours=lambda path: name in ours and bool(ours[name](path)))
 
 
 def adapter_folder(run_dir: Path, name: str, adapters: int) -> Path:
@@ -47,19 +51,18 @@ def adapter_folder(run_dir: Path, name: str, adapters: int) -> Path:
 def write_adapters(run_dir: Path, model: nn.Module, tokenizer: Any, names: Sequence[str], base_name: str) -> dict[str, str]:
     """The adapter(s) in PEFT's format, and the tokenizer: one adapter in the run directory itself, several in a folder each.
 
-    Returns {adapter: SHA-256 of its weights file}.
+    Returns {adapter: SHA-256 of its weights file}. Raises DiskError.
     """
     digests = {}
     for name in names:
-        folder = adapter_folder(run_dir, name, len(names))
         files = adapter_files(model, name, base_name=base_name)
-        durable.make_directory(folder)
-        durable.write_files(folder, files)
+        inside = "" if len(names) == 1 else f"{name}/"
+        ownership.put(run_dir, {f"{inside}{file}": content for file, content in files.items()})
         digests[name] = hashlib.sha256(files[WEIGHTS]).hexdigest()
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)
-        contents = {p.name: p.read_bytes() for p in sorted(Path(scratch).iterdir()) if p.is_file()}
-    durable.write_files(run_dir, contents)
+    with durable.scratch(run_dir / "tokenizer") as folder:
+        tokenizer.save_pretrained(folder)
+        contents = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    ownership.put(run_dir, contents)
     return digests
 
 

@@ -22,6 +22,7 @@ from lorry.data.batch import Batch
 from lorry.data.joint import only, tokens_of
 from lorry.disk import durable
 from lorry.disk.metrics import MetricsWriter, cut_after, iterate
+from lorry.disk.process import Home
 from lorry.errors import Interrupted, ModelError, NonFiniteError
 from lorry.evaluate.loss import evaluate_task
 from lorry.train import checkpoint
@@ -68,6 +69,7 @@ class Engine:
         self.epochs: dict[str, int] = {}  # of the step just made, by the jobs that took part
         self.newest: Path | None = None  # the checkpoint this run last wrote, or went on from
         self.origin: Path | None = None
+        self.home: Home | None = None  # the run directory, while the loop runs
 
     # --- the loop
 
@@ -76,7 +78,7 @@ class Engine:
         durable.make_directory(self.run_dir)
         durable.recover(self.run_dir)
         cut_after(self.run_dir / METRICS, self.progress.step if self.progress.step else -1)
-        with MetricsWriter(self.run_dir / METRICS) as metrics, watching() as stop:
+        with Home(self.run_dir) as self.home, MetricsWriter(self.run_dir / METRICS) as metrics, watching() as stop:
             self._tell("start", self.progress.step, self.total)
             try:
                 while self.active():
@@ -116,6 +118,7 @@ class Engine:
             standing.steps = self.progress.step
             standing.loss = stats.loss[job.name] if job.name in stats.present else standing.loss
         record = self._record(stats, norms, rates, batches, time.perf_counter() - began)
+        self._check_home()
         metrics.write(record)
         self._tell("step", record)
 
@@ -207,6 +210,7 @@ class Engine:
     def save(self) -> Path:
         """Write a checkpoint of this step; the best one is never pruned. Raises NonFiniteError, with nothing written or pruned,
         where the state is not finite."""
+        self._check_home()
         self.checks.finite(self.backend, self.progress.step)
         meta = {
             **self.identity, "progress": self.progress.state(), "task": self.task.state(), "checks": self.checks.state(),
@@ -214,6 +218,11 @@ class Engine:
         durable.settle(self.run_dir / METRICS)
         self.newest = checkpoint.save(self.run_dir, self.progress.step, self.backend.state(), meta, **self._kept())
         return self.newest
+
+    def _check_home(self) -> None:
+        """Before anything is written: does the directory's name still mean this directory? Raises RunDirectoryGoneError."""
+        if self.home is not None:
+            self.home.check()
 
     def _kept(self) -> dict[str, Any]:
         """Which checkpoints stay: the newest few, and the best one of every job."""

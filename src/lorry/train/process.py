@@ -26,10 +26,11 @@ from pathlib import Path
 import psutil
 
 from lorry.disk import durable
-from lorry.disk.process import PROCESS, Ending, Process, identity, refuse_second
+from lorry.disk.process import PROCESS, Ending, Home, Process, identity, refuse_second
 from lorry.errors import ConfigError, LorryError
 from lorry.train.signals import raising
 
+LOG = "log.txt"  # what a run in the background says
 RUN_FILES = ("run.yaml", "receipt.json", "checkpoints")  # any of them: the directory holds a run that began
 LONGEST_REASON = 2000
 _SECRET = re.compile(r"token(?!s|i)|secret|passw|credential|api[-_]?key", re.IGNORECASE)
@@ -39,8 +40,8 @@ _KEY = re.compile(r"\b(hf|sk|ghp|glpat)[-_][A-Za-z0-9_-]{16,}")
 class Running:
     """This process at work in a run directory (see `running`)."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.path = run_dir, run_dir / PROCESS
+    def __init__(self, run_dir: Path, home: Home) -> None:
+        self.run_dir, self.path, self.home = run_dir, run_dir / PROCESS, home
         self.before = self.path.read_bytes() if self.path.is_file() else None
         born = psutil.Process().create_time()
         self.process = Process(os.getpid(), born, platform.node(), identity(run_dir), without_secrets(sys.argv), _now())
@@ -52,17 +53,23 @@ class Running:
         self._write(self.process)
 
     def finish(self) -> None:
-        """The run is complete: nothing is at work here any more. Raises DiskError."""
+        """The run is complete: nothing is at work here any more. Raises DiskError, also where the directory has moved away."""
+        self.home.check()
         self._remove()
 
     def fail(self, error: BaseException) -> None:
-        """Record how it ended. What went wrong before training touched a run that was there already is not that run's end, and
-        takes no trace; neither does it leave a directory for nothing."""
+        """Record how it ended. What went wrong before training touched anything leaves no trace in a directory: it is not the end
+        of a run that was there already, nor the business of other files. Only a log (of a run in the background) is told of."""
+        if not self.home.is_there():  # where it is now it says what happened to it; in its place nothing is written
+            moved = self.home.now()
+            if moved is None:
+                return
+            self.run_dir, self.path = moved, moved / PROCESS
         if self.process.begun is None:
             if self.before is not None:
                 durable.write_files(self.run_dir, {PROCESS: self.before})
                 return
-            if any((self.run_dir / name).exists() for name in RUN_FILES) or os.listdir(self.run_dir) == [PROCESS]:
+            if not (self.run_dir / LOG).exists() or any((self.run_dir / name).exists() for name in RUN_FILES):
                 self._remove()
                 return
         reason = str(error) if isinstance(error, LorryError) else f"{type(error).__name__}: {error}".removesuffix(": ")
@@ -73,7 +80,8 @@ class Running:
 
     def _remove(self) -> None:
         try:
-            durable.disk.unlink(self.path)
+            with contextlib.suppress(FileNotFoundError):  # somebody was quicker
+                durable.disk.unlink(self.path)
             durable.disk.fsync_dir(self.run_dir)
         except OSError as error:
             raise durable.DiskError(error.errno, error.strerror, str(self.path)) from error
@@ -86,16 +94,16 @@ def running(run_dir: Path) -> Iterator[Running]:
     SIGTERM and SIGHUP, which would end it without a word, become Interrupted (the training loop has its own way with them).
     Raises ConfigError when another process is at work there, and DiskError.
     """
-    made = not run_dir.is_dir()
+    made = not os.path.isdir(run_dir)
     durable.make_directory(run_dir)
-    with _alone(run_dir), raising():
-        here = Running(run_dir)
+    with _alone(run_dir), raising(), Home(run_dir) as home:
+        here = Running(run_dir, home)
         try:
             yield here
         except BaseException as error:
             with contextlib.suppress(OSError):  # the error itself is what matters, also where the disk takes no more
                 here.fail(error)
-                if made and not os.listdir(run_dir):
+                if made and home.is_there() and not os.listdir(run_dir):
                     durable.disk.rmdir(run_dir)
             raise
         here.finish()

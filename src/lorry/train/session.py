@@ -6,6 +6,7 @@ A run of several jobs is the same with an adapter, data and settings for each; o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,9 @@ from lorry.config.schema import LoraConfig, TrainConfig
 from lorry.data.encode import Encoder
 from lorry.data.joint import JointStream, owned
 from lorry.data.prepare import Rows, prepare
+from lorry.disk import ownership
+from lorry.disk.ownership import CONTRACTS, PREVIOUS, RECEIPT, RUN_FILE
+from lorry.disk.process import Home
 from lorry.errors import ConfigError, explain_out_of_memory
 from lorry.kernels import status
 from lorry.models.decoder import Decoder
@@ -40,7 +44,7 @@ from lorry.train.jobs import Job, Outcome
 from lorry.train.losses import LOSSES, losses
 from lorry.train.memory import tune_allocator
 from lorry.train.process import Running, running
-from lorry.train.rundir import RECEIPT, RUN_FILE, inside, make_room, where_to_start
+from lorry.train.rundir import broken_contracts, claim, inside, make_room, where_to_start
 from lorry.train.tasks import TASKS, Jobs, Material
 from lorry.train.trackers import trackers
 from lorry.train.whole import attach_trained
@@ -69,6 +73,7 @@ class Result:
 def train_run(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) -> Result:
     """Train as described, whatever the task, and write the run directory. Raises LorryError of the kind that fits; contracts.json
     is written even then, once the run has begun."""
+    claim(run)
     with running(run.output_dir) as process, explain_out_of_memory(less_memory(run)):
         return _run(run, notes, listeners, process)
 
@@ -92,8 +97,8 @@ def _run(run: Run, notes: list[str], listeners: Sequence[Listener], process: Run
     exams = read_exams(run)  # before the model, which takes longer
     run = judged(run, exams, notes)
     alone = jobs_of(run)
-    listeners = [*listeners, *trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))]
     start = where_to_start(run)
+    listeners = [*listeners, *trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))]
     tune_allocator()
     if run.backend.threads:
         torch.set_num_threads(run.backend.threads)
@@ -116,17 +121,31 @@ def _run(run: Run, notes: list[str], listeners: Sequence[Listener], process: Run
     notes += [note for job in engine.jobs.values() if (note := job.warmup_note())]
     _tell(listeners, notes[told:])
     if start is not None:
-        engine.resume(start)
-    if not inside(start, run.output_dir) and (aside := make_room(run.output_dir)) is not None:
-        # only now: whatever was wrong with this run has been said, and cost nothing of the last one
-        _tell(listeners, [f"{run.output_dir} held an earlier run; it is in {aside} now"])
+        _resume(engine, start, run.output_dir)
+    if not inside(start, run.output_dir):
+        going_on = start is None and run.train.resume_from_checkpoint == "auto"
+        if (aside := make_room(run.output_dir, going_on=going_on)) is not None:
+            # only now: whatever was wrong with this run has been said, and cost nothing of the last one
+            _tell(listeners, [f"{run.output_dir} held an earlier run; it is in {aside} now"])
     process.begin(engine.progress.step, engine.total)
-    return _train(run, opened, jobs, engine)
+    return _train(run, opened, jobs, engine, process.home)
 
 
-def _train(run: Run, opened: Opened, jobs: Jobs, engine: Engine) -> Result:
-    """Run the engine between the first and the last contracts; write every file of the run."""
+def _resume(engine: Engine, start: Path, folder: Path) -> None:
+    """`Engine.resume`, with a way out where the directory's own run broke a contract. Raises what that raises."""
+    try:
+        engine.resume(start)
+    except ConfigError as error:
+        if inside(start, folder) and (broken := broken_contracts(folder)):
+            way_out = f"that run broke contract {broken[0]}: without resume_from_checkpoint it makes room for this one"
+            raise ConfigError(f"{error}; {way_out} ({PREVIOUS}/N)") from None
+        raise
+
+
+def _train(run: Run, opened: Opened, jobs: Jobs, engine: Engine, home: Home) -> Result:
+    """Run the engine between the first and the last contracts; write every file of the run, as long as ``home`` is there."""
     checks, backend, prepared = engine.checks, engine.backend, {name: data for name, (_, data) in jobs.items()}
+    home.check()
     artifacts.write_text(run.output_dir, RUN_FILE, dump(run))
     try:
         checks.begin(backend, finish.targets(opened.model, list(jobs)))
@@ -134,15 +153,22 @@ def _train(run: Run, opened: Opened, jobs: Jobs, engine: Engine) -> Result:
         outcome = engine.run()
         checks.held(8, _accounted(jobs))  # a streamed source knows more now
         checks.end(backend, engine.task)
+        home.check()
         digests = finish.write_and_check(run.output_dir, opened, checks, prepared)
         finish.check_checkpoint(checks, engine.newest)
         artifacts.write_json(run.output_dir, "samples.json", finish.sampled(backend, prepared, opened.model.context))
     finally:
-        artifacts.write_json(run.output_dir, "contracts.json", checks.report())
+        if home.is_there():
+            artifacts.write_json(run.output_dir, CONTRACTS, checks.report())
+    home.check()
+    if not os.path.lexists(run.output_dir / RUN_FILE):  # somebody removed it: what follows reads it
+        artifacts.write_text(run.output_dir, RUN_FILE, dump(run))
     contracts = checks.report()
     artifacts.write_json(run.output_dir, LOSSES, losses(run.output_dir))
     receipt = finish.receipt(run.output_dir, opened, jobs, digests, engine.identity["digests"].get("teacher"))
     artifacts.write_json(run.output_dir, RECEIPT, receipt)
+    if os.path.lexists(evaluation := run.output_dir / "evaluation.json") and not ownership.is_evaluation(evaluation):
+        ownership.displace(run.output_dir, [evaluation.name])  # the card would read it
     artifacts.write_text(run.output_dir, "README.md", of_run(run.output_dir))
     return Result(run.output_dir, outcome, contracts, opened.model, opened.tokenizer, list(jobs))
 

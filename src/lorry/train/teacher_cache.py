@@ -91,7 +91,7 @@ class Cached:
         try:
             integrity.verify(folder)
         except ModelError as error:
-            raise ModelError(f"{error}; remove {folder}, and the next run writes it anew") from error
+            raise ModelError(f"{error}; move {folder} away, and the next run writes it anew") from error
         self.facts = documents.read_object(folder / FACTS, error=ModelError)
         for key, expected in facts.items():
             if self.facts.get(key) != expected:

@@ -9,7 +9,9 @@ directory, config.json last: a directory that looks like a model holds a verifie
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from lorry.bank.weights import train_weights
 from lorry.config import Run
 from lorry.config.jobs import WHOLE
 from lorry.data.prepare import Prepared
-from lorry.disk import durable
+from lorry.disk import durable, ownership
 from lorry.errors import ConfigError, ModelError
 from lorry.models.decoder import Decoder
 from lorry.models.hf import HfModel
@@ -29,10 +31,10 @@ from lorry.models.load import load_model
 from lorry.models.open import Opened
 from lorry.models.score import Score, evaluate, log_prob
 from lorry.models.store import save_model
+from lorry.train.artifacts import STAGED
 from lorry.train.checks import Checks
 from lorry.train.rundir import trained_whole
 
-STAGED = "model.unverified"
 LINE = 64  # bytes
 
 
@@ -89,10 +91,18 @@ def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Map
 def publish(staged: Path, run_dir: Path) -> None:
     """Move a model's files into a run directory, config.json last. A kill in between leaves files that resuming writes again."""
     names = sorted((p.name for p in staged.iterdir()), key=lambda name: (name == "config.json", name))
+    ownership.displace(run_dir, [name for name in names if _differs(run_dir / name, staged / name)])
     for name in names:
         durable.disk.rename(staged / name, run_dir / name)
     durable.disk.fsync_dir(run_dir)
     durable.disk.rmdir(staged)
+
+
+def _differs(there: Path, new: Path) -> bool:
+    """Whether something else than the new file lies where it belongs."""
+    if not os.path.lexists(there):
+        return False
+    return there.is_symlink() or not there.is_file() or not filecmp.cmp(there, new, shallow=False)
 
 
 def check_reload(checks: Checks, model: Decoder | HfModel, folder: Path, prepared: Prepared) -> bool:

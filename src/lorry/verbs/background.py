@@ -17,9 +17,11 @@ from pathlib import Path
 
 from lorry.config import dump
 from lorry.config.schema import Run
-from lorry.disk import durable, process
+from lorry.disk import durable, ownership, process
+from lorry.train.process import LOG
 
-LOG, DESCRIPTION = "log.txt", "background.yaml"
+DESCRIPTION = "background.yaml"
+STARTED = b" lorry "  # in the first line of every log: "--- TIME lorry VERB FILE"
 PATIENCE = 60.0  # seconds in which a run usually has read its model and data, so that what is wrong with them is told here
 TAIL = 30  # lines of the log shown when it fails at once
 
@@ -28,9 +30,15 @@ def leave(run: Run, verb: str) -> int:
     """Start the run on its own, wait until it trains (or `PATIENCE` is over) and say how to watch and stop it.
 
     The last line of standard output is the run directory. Where the run fails meanwhile its last lines are shown, and its exit
-    code is returned. Raises ConfigError when another process is at work in the directory, and DiskError.
+    code is returned. Raises ConfigError when another process is at work in the directory or it holds somebody else's files, and
+    DiskError.
     """
+    from lorry.train.rundir import OTHERWISE, claim
+
     folder = run.output_dir
+    claim(run)
+    ours = {folder / LOG: ownership.says(STARTED), folder / DESCRIPTION: lambda path: bool(ownership.description(path))}
+    ownership.refuse_foreign(ours, OTHERWISE)
     durable.make_directory(folder)
     process.refuse_second(folder)
     durable.write_files(folder, {DESCRIPTION: dump(run.model_copy(update={"background": False})).encode()})

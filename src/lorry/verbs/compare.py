@@ -35,6 +35,7 @@ def main(settings: CompareSettings, notes: list[str]) -> int:
 
     trained = [settings.way(name) for name in _ways(settings)]
     _refuse(settings, trained)
+    refuse_foreign(settings.output_dir, trained)
     for run in trained:
         if code := train(run, settings.output_dir):
             return code
@@ -77,6 +78,18 @@ def _refuse(settings: CompareSettings, trained: list[Run]) -> None:
         from lorry.train.whole import refuse_adapters_settings
 
         refuse_adapters_settings(whole[0])
+
+
+def refuse_foreign(folder: Path, trained: list[Run]) -> None:
+    """Raise ConfigError for files of others where descriptions, runs and the record would go, before anything has trained."""
+    from lorry.disk import ownership
+    from lorry.train.rundir import OTHERWISE, claim
+
+    if trained:
+        described = {folder / f"{run.output_dir.name}.yaml": lambda path: bool(ownership.description(path)) for run in trained}
+        ownership.refuse_foreign({**described, folder / RECORD: ownership.has_keys("runs")}, OTHERWISE)
+        for run in trained:
+            claim(run)
 
 
 def train(run: Run, folder: Path) -> int:

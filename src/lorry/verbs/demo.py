@@ -25,6 +25,7 @@ Row = dict[str, str]
 PEOPLE, FAST_PEOPLE, FAST_STEPS = 8, 2, 4
 HELD_OUT_GROUP, GENERAL_GROUP = "held-out rephrasings", "everyday questions"
 ANSWER_TOKENS = 32
+TRAIN, HELD_OUT = "data/train.jsonl", "data/heldout.jsonl"
 
 
 def main(settings: DemoSettings, notes: list[str]) -> int:
@@ -36,12 +37,15 @@ def main(settings: DemoSettings, notes: list[str]) -> int:
     from lorry.report import table
     from lorry.report.run import load
     from lorry.train.events import for_terminal
+    from lorry.train.rundir import claim
     from lorry.train.session import train_run
 
     people = make_people(FAST_PEOPLE if settings.fast else PEOPLE, settings.seed)
     train, held_out = questions(people, settings.seed)
     chat = general_chat()
-    run = build(Run, described(settings, write_data(settings.output_dir, train + chat, held_out)), notes)
+    run = build(Run, described(settings, settings.output_dir / TRAIN), notes)
+    claim(run)
+    write_data(settings.output_dir, train + chat, held_out)
     say(f"Teaching {run.model.name} {len(people) * 6} facts about {len(people)} people who do not exist ({len(train)} questions)")
     result = train_run(run, notes, [for_terminal(run.train.logging_steps)])
     say(f"Asking {len(held_out)} questions worded differently, before and after")
@@ -54,9 +58,11 @@ def main(settings: DemoSettings, notes: list[str]) -> int:
 
 def described(settings: DemoSettings, data: Path) -> dict[str, Any]:
     """The demo's run: what a person would type for a small set of facts."""
+    from lorry.train.rundir import broken_contracts
+
     steps = settings.max_steps or (FAST_STEPS if settings.fast else None)
     chosen: dict[str, Any] = {} if steps is None else {"max_steps": steps}
-    if not (settings.output_dir / "receipt.json").exists():
+    if not (settings.output_dir / "receipt.json").exists() and not broken_contracts(settings.output_dir):
         chosen["resume_from_checkpoint"] = "auto"  # a demo that was interrupted goes on; a finished one starts anew
     return {
         "data": str(data), "output_dir": str(settings.output_dir), "seed": settings.seed, "r": 16, "learning_rate": 1e-3,
@@ -70,17 +76,13 @@ def say(text: str) -> None:
     print(f"\n== {text}", file=sys.stderr, flush=True)
 
 
-def write_data(run_dir: Path, train: Sequence[Row], held_out: Sequence[Row]) -> Path:
-    """The rows as files a person can look at; returns the training file."""
-    from lorry.disk import durable
+def write_data(run_dir: Path, train: Sequence[Row], held_out: Sequence[Row]) -> None:
+    """The rows as files a person can look at."""
+    from lorry.disk import durable, ownership
 
-    folder = run_dir / "data"
-    durable.make_directory(folder)
-    lines = {
-        name: "".join(json.dumps(r) + "\n" for r in rows).encode() for name, rows in (("train", train), ("heldout", held_out))
-    }
-    durable.write_files(folder, {f"{name}.jsonl": content for name, content in lines.items()})
-    return folder / "train.jsonl"
+    durable.make_directory((run_dir / TRAIN).parent)
+    rows = {TRAIN: train, HELD_OUT: held_out}
+    ownership.put(run_dir, {name: "".join(json.dumps(row) + "\n" for row in made).encode() for name, made in rows.items()})
 
 
 def compare(result: Result, held_out: Sequence[Row], chat: Sequence[Row]) -> None:

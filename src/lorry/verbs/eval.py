@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorry.config.evaluation import EvalSettings
-from lorry.disk import documents
+from lorry.disk import documents, ownership
 from lorry.errors import ConfigError
 from lorry.report.run import load
 from lorry.report.text import number, visible
@@ -42,6 +42,7 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
     import torch
 
     refuse_wrong_kind(settings.output_dir)
+    refuse_foreign_results(settings)
     if settings.backend.threads:
         torch.set_num_threads(settings.backend.threads)
     if settings.tasks:
@@ -66,6 +67,17 @@ def refuse_wrong_kind(output: Path | None) -> None:
         raise ConfigError(f"output_dir={output} is a directory with a file's name; give another name")
     if output.suffix not in FILE_SUFFIXES and output.exists() and not output.is_dir():
         raise ConfigError(f"output_dir={output} is a file; give a folder, or a .json file")
+
+
+def refuse_foreign_results(settings: EvalSettings) -> None:
+    """Before anything is measured: files where results would go that no `lorry eval` wrote. Raises ConfigError."""
+    output = settings.output_dir
+    if output is None:
+        return
+    files = (
+        [output] if output.suffix in FILE_SUFFIXES else [output / name for name in (exams.FILES if settings.tasks else [RESULTS])]
+    )
+    ownership.refuse_foreign({file: exams.RECOGNISED[file.suffix] for file in files}, "name another output_dir")
 
 
 def on_sets(settings: EvalSettings) -> int:
@@ -106,7 +118,7 @@ def tell_learnt(settings: EvalSettings, found: Opened, read: list[Exam]) -> None
 def run_of(found: Opened) -> Path | None:
     """The run directory that is evaluated, if it is one."""
     run = Path(found.source.get("adapter") or found.source["path"])
-    return run if (run / "run.yaml").is_file() else None
+    return run if ownership.described(run) else None
 
 
 def mixes(found: Opened) -> dict[str, Mix]:

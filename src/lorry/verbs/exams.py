@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorry.config.evaluation import EvalSettings
-from lorry.disk import durable
+from lorry.disk import durable, ownership
 from lorry.report.text import number, visible
 from lorry.verbs.opening import tell
 
@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from lorry.evaluate.exam import Exam
     from lorry.evaluate.sets import Taken
     from lorry.models.open import Opened
+
+COLUMNS = ("set", "metric", "side", "value", "low", "high", "questions")
+FILES = ("results.json", "results.csv", "results.png")
+# what tells a file of results, of sets or of a file's rows, from somebody else's of its name
+RECOGNISED = {
+    ".json": ownership.says(rb'\A\{\n "model": "[^\n]*",\n "(data|asked)": '),
+    ".csv": ownership.says(rb"\A" + ",".join(COLUMNS).encode() + rb"\n"),
+    ".png": ownership.is_picture,
+}
 
 Results = dict[str, "dict[str, Taken]"]  # set -> side -> its result
 
@@ -140,12 +149,12 @@ def write(settings: EvalSettings, exams: list[Exam], results: Results) -> None:
         side: {name: (one.metrics[groups[name]].value, one.metrics[groups[name]].interval) for name, one in column.items()}
         for side, column in _by_side(results).items()
     }
-    files = {
-        "results.json": as_json(settings, exams, results).encode(),
-        "results.csv": as_csv(exams, results).encode(),
-        "results.png": bars({name: f"{name}\n{metric}" for name, metric in groups.items()}, values),
-    }
-    _put(output, files)
+    files = [
+        as_json(settings, exams, results).encode(),
+        as_csv(exams, results).encode(),
+        bars({name: f"{name}\n{metric}" for name, metric in groups.items()}, values),
+    ]
+    _put(output, dict(zip(FILES, files, strict=True)))
 
 
 def _by_side(results: Results) -> dict[str, dict[str, Taken]]:
@@ -157,7 +166,7 @@ def as_csv(exams: list[Exam], results: Results) -> str:
     """set, metric, side, value, low, high, questions: a line each."""
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
-    lines.writerow(["set", "metric", "side", "value", "low", "high", "questions"])
+    lines.writerow(COLUMNS)
     for exam in exams:
         for side, one in results[exam.one.name].items():
             for metric, got in one.metrics.items():

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from lorry.config import Sweep
 from lorry.config.schema import Job, Run
+from lorry.disk import durable, ownership
 from lorry.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,11 +32,16 @@ def main(settings: Sweep, notes: list[str]) -> int:
     from lorry.api import train
     from lorry.report import build, table
     from lorry.train import artifacts
+    from lorry.train.rundir import OTHERWISE, claim
 
     if not settings.jobs:
         raise ConfigError("nothing to sweep; give several values of a setting, such as r=8,16 or learning_rate=1e-4,3e-4")
     rows, paths = list[dict[str, Any]](), list[Path]()
     passes = settings.passes()
+    for run in passes:
+        claim(run)  # of all of them, before the first has trained
+    if len(passes) > 1:
+        ownership.refuse_foreign({settings.output_dir / RECORD: ownership.has_keys("ranked_by", "jobs")}, OTHERWISE)
     for number, run in enumerate(passes, 1):
         if len(passes) > 1:
             print(f"pass {number} of {len(passes)}: {', '.join(job.name for job in run.jobs)}", file=sys.stderr)
@@ -43,6 +49,7 @@ def main(settings: Sweep, notes: list[str]) -> int:
         rows += rows_of(run, result.adapters, result.outcome)
         paths.append(build([result.path]).parent)
     ranked = sorted(rows, key=_rank)
+    durable.make_directory(settings.output_dir)
     artifacts.write_json(settings.output_dir, RECORD, {"ranked_by": _ranked_by(rows), "jobs": ranked})
     Console(stderr=True).print(table.figure_rows(f"sweep, by {_ranked_by(rows)}", "job", [_shown(row) for row in ranked]))
     for path in paths:

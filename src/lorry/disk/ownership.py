@@ -1,0 +1,239 @@
+"""Whose a file is: what Lorry did not write is never removed and never written over.
+
+The rule, for every verb that writes: a directory is a run of ours only by a **mark of ours** in it
+(`is_run`); a file is ours only if its content says so. What is in the way and is not ours is refused
+before anything is touched (`refuse_foreign`). What is ours and has to make room, and what has
+appeared under a name since we looked, moves to DIR/previous/N (`set_aside`, `put`), with a word
+about it. Nothing is unlinked to make room.
+
+Marks: a run.yaml that reads as a resolved run description, a receipt.json or process.json as a run
+writes them, a checkpoint with our manifest. The mere name counts for nothing: other tools write a
+run.yaml, a checkpoints/ and a process.json as well.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorry.disk import documents, durable
+from lorry.disk.integrity import reading
+from lorry.errors import ConfigError, DataError, ModelError
+
+log = logging.getLogger(__name__)
+
+RUN_FILE, RECEIPT, CONTRACTS, CHECKPOINTS, PREVIOUS = "run.yaml", "receipt.json", "contracts.json", "checkpoints", "previous"
+PROCESS = "process.json"
+SHOWN = 6  # names in a message; the rest are counted
+HEAD = 4096  # bytes in which a file says who made it
+GENERATOR = b'<meta name="generator" content="Lorry">'  # in the head of every page
+SOFTWARE = {"Software": "Lorry"}  # a text chunk of every picture
+STRANGE = {errno.ELOOP, errno.ENXIO, errno.ENODEV}  # a link to itself, a socket, a device: nothing that a run writes
+_STEP = re.compile(r"step-\d{8,}")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a directory bears a mark of ours: a run that began is in it. Raises DiskError where a mark cannot be read."""
+    return (
+        bool(described(folder))
+        or _is_receipt(_json(folder / RECEIPT))
+        or _has_begun(_json(folder / PROCESS))
+        or any(_is_checkpoint(path) for path in _entries(folder / CHECKPOINTS))
+    )
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """The run description in a directory, where it is the whole one that a run writes; else empty. Raises DiskError."""
+    return description(folder / RUN_FILE)
+
+
+def description(path: Path) -> dict[str, Any]:
+    """A YAML file as the whole, resolved run description that Lorry writes; empty where it is none. Raises DiskError."""
+    text = _content(path)
+    try:
+        found = documents.parse_yaml(text.decode(), str(path))[0] if text else None
+    except (DataError, UnicodeDecodeError):
+        return {}
+    if not isinstance(found, dict) or not isinstance(found.get("output_dir"), str):
+        return {}
+    asked = {
+        "model": {"name", "dtype"},
+        "data": {"max_length"},
+        "train": {"learning_rate", "save_steps", "resume_from_checkpoint"},
+    }
+    groups = {name: found.get(name) for name in asked}
+    whole = all(isinstance(group, dict) and asked[name] <= group.keys() for name, group in groups.items())
+    return found if whole else {}
+
+
+def is_contracts(path: Path) -> bool:
+    """Whether a file is the contracts.json of a run. Raises DiskError."""
+    found = _json(path)
+    keys = {"id", "name", "status", "detail"}
+    return isinstance(found, list) and bool(found) and all(isinstance(c, dict) and c.keys() == keys for c in found)
+
+
+def is_evaluation(path: Path) -> bool:
+    """Whether a file is an evaluation.json, which `lorry eval` adds to. Raises DiskError."""
+    found = _json(path)
+    return isinstance(found, list) and all(isinstance(entry, dict) and {"name", "metrics"} <= entry.keys() for entry in found)
+
+
+def has_keys(*keys: str) -> Callable[[Path], bool]:
+    """Recognises a JSON object of ours by keys that it has."""
+    return lambda path: isinstance(found := _json(path), dict) and set(keys) <= found.keys()
+
+
+def says(mark: bytes) -> Callable[[Path], bool]:
+    """Recognises a file of ours by a mark (a regular expression) in its first bytes."""
+    return lambda path: re.search(mark, _head(path)) is not None
+
+
+is_page = says(re.escape(GENERATOR))
+is_picture = says(rb"Software\0Lorry")
+
+
+def refuse_foreign(paths: Mapping[Path, Callable[[Path], bool]], advice: str) -> None:
+    """Raise ConfigError naming the paths that exist and are not ours, each by what recognises one of ours; nothing is touched.
+
+    ``advice``: what to do instead. Raises DiskError where one cannot be read.
+    """
+    foreign = [path for path, is_ours in paths.items() if _exists(path) and not is_ours(path)]
+    if foreign:
+        folders = {path.parent for path in foreign}
+        names = [path.name if len(folders) == 1 else str(path) for path in foreign]
+        where = f"{folders.pop()} holds " if len(folders) == 1 else ""
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        raise ConfigError(
+            f"{where}{', '.join(names[:SHOWN])}{more}, which Lorry did not write there and would write over; "
+            f"nothing was touched: {advice}"
+        )
+
+
+def set_aside(folder: Path, names: Iterable[str]) -> Path:
+    """Move entries of a directory, in this order, to FOLDER/previous/N, which is returned; ``a/b`` keeps its folder.
+
+    A kill in between loses nothing: what has not moved is where it was. Raises DiskError, and ConfigError where `previous` is
+    no directory.
+    """
+    previous = folder / PREVIOUS
+    if _exists(previous) and not previous.is_dir():
+        raise ConfigError(f"{previous} is no directory, and what {folder} holds has to move there; give it another name")
+    taken = [int(path.name) for path in _entries(previous) if path.name.isdigit()]
+    aside = previous / str(max(taken, default=0) + 1)
+    for name in names:
+        durable.make_directory((aside / name).parent)
+        durable.rename(folder / name, aside / name)
+    return aside
+
+
+def put(folder: Path, files: Mapping[str, bytes], ours: Callable[[Path], bool] = lambda path: False) -> Path | None:
+    """Write files below a directory, each whole or not at all; what lies there under their names with other bytes, and is not
+    ``ours`` to write over, moves to FOLDER/previous/N first, with a warning. Returns that place, if any.
+
+    Names may be ``adapter/file``. The directory itself must exist. Raises DiskError, ConfigError.
+    """
+    aside = displace(folder, [n for n, content in files.items() if _differs(folder / n, content) and not ours(folder / n)])
+    by_folder: dict[Path, dict[str, durable.Content]] = {}
+    for name, content in files.items():
+        by_folder.setdefault((folder / name).parent, {})[Path(name).name] = content
+    for inner, contents in by_folder.items():
+        if inner != folder:  # which is not made again where somebody moved it away
+            durable.make_directory(inner, parents=False)
+        durable.write_files(inner, contents)
+    return aside
+
+
+def displace(folder: Path, names: list[str]) -> Path | None:
+    """`set_aside` with a warning; None where there is nothing to move."""
+    if not names:
+        return None
+    aside = set_aside(folder, names)
+    log.warning("%s held %s, which this command did not write; moved to %s", folder, ", ".join(names), aside)
+    return aside
+
+
+def _differs(path: Path, content: bytes) -> bool:
+    """Whether something else than a file of this content has this name."""
+    if not _exists(path):
+        return False
+    return path.is_symlink() or not path.is_file() or path.stat().st_size != len(content) or path.read_bytes() != content
+
+
+def _exists(path: Path) -> bool:
+    """Also for a link that leads nowhere. Raises DiskError where the disk does not say."""
+    try:
+        with reading(path):
+            durable.disk.lstat(path)
+    except ModelError:
+        return False
+    return True
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a directory; nothing where there is none."""
+    try:
+        with reading(folder):
+            return [folder / name for name in sorted(os.listdir(folder))]
+    except ModelError:
+        return []
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a regular file; none of anything else. Raises DiskError."""
+    try:
+        with reading(path):
+            fd = durable.disk.open_to_read(path)
+            try:
+                return durable.disk.read(fd, HEAD) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+            finally:
+                os.close(fd)
+    except ModelError:
+        return b""
+    except durable.DiskError as error:
+        if error.errno in STRANGE:
+            return b""
+        raise
+
+
+def _content(path: Path) -> bytes | None:
+    """A file's content, None where there is no regular file of bounded size. Raises DiskError."""
+    try:
+        with reading(path):
+            return documents.read_bytes(path)
+    except (ModelError, DataError):
+        return None
+    except durable.DiskError as error:
+        if error.errno in STRANGE:
+            return None
+        raise
+
+
+def _json(path: Path) -> Any:
+    """A JSON file's value, None where it is none."""
+    raw = _content(path)
+    try:
+        return documents.parse_json(raw, str(path), nonfinite=True) if raw else None
+    except DataError:
+        return None
+
+
+def _is_receipt(found: Any) -> bool:
+    return isinstance(found, dict) and isinstance(code := found.get("code"), dict) and {"sha256", "lorry"} <= code.keys()
+
+
+def _has_begun(found: Any) -> bool:
+    """A process.json of a run that trained: one that was refused leaves its own, and has no claim to the directory."""
+    return isinstance(found, dict) and {"pid", "born", "folder", "begun"} <= found.keys() and found["begun"] is not None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return bool(_STEP.match(path.name)) and any(
+        says(mark)(path / name) for name, mark in (("manifest.json", b'"lorry-manifest/'), ("meta.json", b'"lorry-checkpoint/'))
+    )
