@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import tinyrun
+from foreign import everything, strange
 from mortal import RunDisk, World, state_of
 from test_whole import described as whole_model
 from tinyrun import quick  # noqa: F401 - a fixture
@@ -66,19 +67,6 @@ def train(world: World, folder: Path, outcome: str, first: Callable[[], object] 
     assert done.killed == (outcome == "is killed"), done.error
     assert bool(done.said) == (outcome == "finishes"), done.error
     return done.error
-
-
-def strange(name: str) -> bytes:
-    """Somebody's bytes, of a length that no file of a run has."""
-    return f"this {name} is somebody's\n".encode() * 3
-
-
-def everything(folder: Path) -> dict[bytes, list[str]]:
-    """The content of every file below a folder, and where it lies."""
-    found: dict[bytes, list[str]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        found.setdefault(path.read_bytes(), []).append(str(path.relative_to(folder)))
-    return found
 
 
 # --- a directory that is somebody's

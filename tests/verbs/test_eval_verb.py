@@ -187,7 +187,7 @@ def test_a_run_of_several_adapters_has_a_column_for_each(world: World, tmp_path:
     several = tmp_path / "several"
     for name in ("base", "people"):  # the first has the name of the base's own column
         shutil.copytree(world.run, several / name)
-    (several / "run.yaml").write_text("task: sft\n")
+    shutil.copy(world.run / "run.yaml", several)
     found = evaluated(tmp_path, several, f"data={world.rows}", "limit=2")
     assert list(found["sides"]) == ["base", "adapter base", "people"]
     exact = {side: values["metrics"]["exact_match"] for side, values in found["sides"].items()}
