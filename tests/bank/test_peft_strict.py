@@ -98,7 +98,7 @@ def test_tensor_faults(fault: str, saved: Path, tiny: Any) -> None:
 CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora"),
     "bias": ({"bias": "all"}, "bias='all'"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias"),
+    "lora_bias": ({"lora_bias": True}, "a bias beside every lora_B"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "alora": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     "trainable tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices"),

@@ -192,6 +192,22 @@ def test_peers_data_names() -> None:
         assert notes == [f"{word} is read as data.path"]
 
 
+@pytest.mark.parametrize("given", ["lora_bias=none", "lora.lora_bias=none", "lora_bias=false", "lora_bias=null"])
+def test_lora_bias_that_asks_for_no_bias(given: str) -> None:
+    lora = run(given).lora
+    assert lora is not None
+    assert lora.bias == "none"
+
+
+@pytest.mark.parametrize("given", ["lora_bias=true", "lora.lora_bias=true"])
+def test_pefts_lora_bias_is_not_bias(given: str) -> None:
+    """PEFT: `lora_bias` (a switch) trains a bias beside lora_B; `bias` (a word) trains those of the base."""
+    with pytest.raises(ConfigError, match="lora_bias is true: in PEFT that trains a bias beside every lora_B, which is"):
+        run(given)
+    with pytest.raises(ConfigError, match=r"lora\.bias: 'lora_only' is not built yet"):
+        run("lora_bias=lora_only")
+
+
 def test_every_alias_leads_to_a_setting_and_hides_none() -> None:
     names = names_of(Run)
     assert [t for t in RENAMES.values() if t not in names.fields and t not in names_of(DistillRun).fields] == []

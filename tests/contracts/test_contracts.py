@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import tinyrun
 import torch
 from breaking import MODULES, Broken, Start, after, changed_example, silent_attention
-from tinyrun import engine_for, quick  # noqa: F401 - a fixture
+from tinyrun import Heard, engine_for, quick  # noqa: F401 - a fixture
 
 from lorry.backends.local import Local
 from lorry.backends.optim import AdapterOptimizer, OptimSettings
@@ -52,6 +53,31 @@ def test_1_an_adapter_on_no_module() -> None:
         checks.begin(engine_for(Fixed([[examples(1)]]), Path()).backend, {"default": []})
     assert checks.report()[0]["status"] == "failed"
     assert {c["status"] for c in checks.report()[1:]} == {"not_checked"}
+
+
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+def test_1_says_that_experts_got_no_adapter(start: Start, tmp_path: Path, targets: str) -> None:
+    """Fused experts are tensors: "all linear layers" of a Mixtral are its attention alone."""
+    heard = Heard()
+    start("mixtral", [heard], target_modules=targets)
+    first = json.loads((tmp_path / "run" / "contracts.json").read_text())[0]
+    inner = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["target_modules"]
+    assert first["status"] == "held"
+    assert "not adapted: experts (2 tensors such as model.layers.0.mlp.experts.gate_up_proj, " in first["detail"]
+    assert sorted(inner) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert [t for t in heard.notes if "experts (2 tensors" in t and "adapted are q_proj, k_proj, v_proj, o_proj" in t]
+
+
+def test_1_auto_leaves_out_what_text_does_not_reach_and_says_so(start: Start, tmp_path: Path) -> None:
+    """Mamba uses the weight of dt_proj past the layer: an adapter there would never train."""
+    heard = Heard()
+    start("mamba", [heard], target_modules="auto")
+    contracts = json.loads((tmp_path / "run" / "contracts.json").read_text())
+    assert [c["status"] for c in contracts] == ["held"] * 8
+    assert "not adapted: 2 tensors such as" in contracts[0]["detail"]
+    assert "1 linear layers such as backbone.layers.0.mixer.dt_proj" in contracts[0]["detail"]
+    assert not any("expert" in text for text in heard.notes)
+    assert any("reading the whole sequence again" in text for text in heard.notes)
 
 
 # --- 2: trainable = optimized = saved, what is frozen unchanged
@@ -136,6 +162,24 @@ def test_3_a_gradient_that_never_arrives(broken: Broken, models: Callable[[str],
     base = silent_attention(models("llama"), tmp_path)
     message = r"no gradient reached model\.layers\.0\.self_attn\.q_proj of adapter 'default' \(1 modules\): it would never train"
     broken(3, message, base=base, max_steps=steps, lr_scheduler_type="constant")
+
+
+def test_3_names_the_setting_that_leaves_a_silent_layer_out(broken: Broken, start: Start) -> None:
+    remedy = r"it would never train; leave it out, lora\.exclude_modules=\[dt_proj\]$"
+    broken(3, remedy, base="mamba", target_modules="all-linear", lr_scheduler_type="constant")
+
+
+def test_3_the_setting_that_leaves_it_out_does(start: Start) -> None:
+    contracts = start("mamba", target_modules="all-linear", exclude_modules=["dt_proj"]).contracts
+    assert {c["status"] for c in contracts} == {"held"}
+
+
+def test_3_a_name_shared_with_layers_that_train_is_said_longer() -> None:
+    checks = Checks()
+    modules = [f"layers.{i}.{half}.{part}" for i in (0, 1) for half in ("self_attn", "encoder_attn") for part in ("q", "k")]
+    checks._start = {f"adapter/a/{module}.lora_B": "" for module in [*modules, "layers.0.fc", "layers.1.dead"]}
+    silent = [module for module in modules if "encoder" in module]
+    assert checks._excluding("a", [*silent, "layers.1.dead"]) == "lora.exclude_modules=[encoder_attn.q,encoder_attn.k,dead]"
 
 
 def test_3_a_matrix_that_does_not_move(tmp_path: Path) -> None:

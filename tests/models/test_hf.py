@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import tiny
-from lorry.bank.attach import attach, bank_of, detach, lora_parameters
+from lorry.bank.attach import attach, bank_of, detach, left_out, lora_parameters
 from lorry.bank.layers import AMBIENT, BankLinear
 from lorry.bank.mix import Call, Mix, Term
 from lorry.bank.noise import Noise
 from lorry.bank.spec import LoraSpec
 from lorry.data.batch import Example, collate
-from lorry.errors import ContractError, ModelError
+from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.models.decoder import Decoder, Packed
-from lorry.models.hf import HfModel, ambient, unreached
+from lorry.models.hf import HfModel, ambient
 from lorry.models.score import Score, evaluate, log_prob
 from tiny import one_thread  # noqa: F401 - a fixture
 
@@ -269,8 +270,85 @@ def test_a_layer_that_sees_only_some_tokens_refuses_mixes_by_position() -> None:
             logits(model, SEQUENCES, call)
 
 
-def test_matrices_no_adapter_can_sit_on_are_named() -> None:
-    assert unreached(foreign("phi")) == []
-    named = unreached(foreign("qwen3_moe"))
-    assert "model.layers.0.mlp.experts.gate_up_proj" in named
-    assert "model.layers.1.mlp.experts.down_proj" in named
+# --- what `auto` and `all-linear` pass over
+
+STATES = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
+MIXTURES = {
+    "mixtral": {**tiny.MOE, "model_type": "mixtral", "num_local_experts": 4},
+    "qwen2_moe": {
+        **tiny.MOE, "model_type": "qwen2_moe", "num_experts": 4, "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "qwen3_moe": tiny.FOREIGN["qwen3_moe"],
+    "llama4": tiny.FOREIGN["llama4_text"],
+    "granitemoe": {**tiny.MOE, "model_type": "granitemoe", "num_local_experts": 4},
+}  # fmt: skip
+# {model: (its config, linear layers with a number in their path that text does not train)}
+PARTLY_READ = {
+    "mamba": ({**STATES, "model_type": "mamba", "state_size": 8}, {"dt_proj"}),
+    "mamba2": ({**STATES, "model_type": "mamba2", "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1}, set()),
+    "rwkv": ({**STATES, "model_type": "rwkv", "attention_hidden_size": 32}, set()),
+    "jamba": ({**tiny.MOE, "model_type": "jamba", "mamba_d_state": 8, "num_hidden_layers": 8}, {"dt_proj"}),
+    "bart": (
+        {
+            "model_type": "bart", "vocab_size": tiny.VOCAB, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 48, "encoder_layers": 1, "encoder_attention_heads": 4, "max_position_embeddings": 64,
+        },
+        {"encoder_attn.k_proj", "encoder_attn.v_proj", "encoder_attn.q_proj", "encoder_attn.out_proj"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PARTLY_READ)
+def test_auto_adapts_what_text_trains_and_names_the_rest(kind: str) -> None:
+    """The truth is a backward pass through adapters on every linear layer: those without a gradient are left out, no others."""
+    config, dead = PARTLY_READ[kind]
+    every = HfModel(tiny.random_model(config))
+    adapter = attach(every, LoraSpec(r=2, init_lora_weights=False, target_modules=r".*\.\d+\..*"))
+    every(tiny.text_ids()).logits.square().sum().backward()
+    alive = [path for path, slot in adapter.slots.items() if slot.A.grad is not None and bool(slot.A.grad.any())]
+    model = HfModel(tiny.random_model(config))
+    auto = attach(model, LoraSpec(r=2))
+    assert list(auto.slots) == alive
+    named = [one for one in left_out(model, auto) if "linear layers such as" in one.what]
+    assert bool(named) == bool(dead)
+    assert {next(d for d in dead if path.endswith(d)) for path in adapter.slots if path not in alive} == dead
+    assert not any("expert" in f"{one.what} {one.why}" for one in left_out(model, auto)) or kind == "jamba"
+
+
+def test_routed_experts_that_few_tokens_meet_are_reached_all_the_same() -> None:
+    """Experts as layers of their own: sixteen tokens do not meet all of them, longer texts will."""
+    model = HfModel(tiny.fresh("llama"))
+    mlp = model.get_submodule("model.layers.1.mlp")
+    experts = nn.ModuleList(copy.deepcopy(mlp) for _ in range(3))
+
+    def routed(x: Tensor) -> Tensor:
+        return experts[1](x)
+
+    mlp.experts = experts
+    mlp.forward = routed
+    auto = attach(model, LoraSpec(r=2))
+    assert {f"model.layers.1.mlp.experts.{i}.up_proj" for i in range(3)} <= set(auto.slots)
+    assert "model.layers.1.mlp.up_proj" in auto.slots  # as layer 0's, which is reached
+
+
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_fused_experts_that_get_no_adapter_are_named_with_their_share(kind: str, targets: str) -> None:
+    inner = tiny.random_model(MIXTURES[kind])
+    fused = {n: p.numel() for n, p in inner.named_parameters() if p.dim() == 3}
+    share = sum(fused.values()) / sum(p.numel() for p in inner.parameters())
+    model = HfModel(inner)
+    adapter = attach(model, LoraSpec(r=2, target_modules=targets))
+    first = left_out(model, adapter)[0]
+    assert first.what.startswith(f"experts ({len(fused)} tensors such as {next(iter(fused))}, {share:.0%} of")
+    assert "no linear layer; adapted are " in first.why
+    assert "q_proj" in first.why
+    name = next(iter(fused)).removesuffix(".weight").rpartition(".")[2]
+    with pytest.raises(ConfigError, match=f"target_modules names '{name}'.* holds all experts of a layer"):
+        attach(model, LoraSpec(r=2, target_modules=(name,)), "other")
+
+
+def test_a_dense_model_leaves_nothing_out() -> None:
+    for model in (foreign("phi"), foreign("granite")):
+        assert left_out(model, attach(model, LoraSpec(r=2))) == []

@@ -54,6 +54,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
         "max_position_embeddings": 128,
     },
+    "mamba": {"hidden_size": WIDTH, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4},
+    "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 
 

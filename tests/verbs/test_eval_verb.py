@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verbworld import CHATML, CONTEXT, PEOPLE, World, lorry, train, write_rows
+from verbworld import CHATML, CONTEXT, PEOPLE, World, lorry, model_directory, train, write_rows
 
 PRECISE = ("dtype=float32", "max_new_tokens=16")
 
@@ -59,6 +59,16 @@ def test_the_base_is_scored_as_transformers_scores_it(world: World, tmp_path: Pa
         assert said["supervised_tokens"] == tokens
         assert said["base"]["loss"] == pytest.approx(nll / tokens, rel=1e-5)
         assert said["base"]["answer"] == text
+
+
+@pytest.mark.parametrize("kind", [{"model_type": "mamba", "state_size": 8}, {"model_type": "rwkv", "attention_hidden_size": 32}])
+def test_a_model_without_keys_and_values_gets_losses_and_answers(kind: dict[str, Any], world: World, tmp_path: Path) -> None:
+    base = model_directory(tmp_path / "base", **kind)
+    found = evaluated(tmp_path, base, f"data={world.rows}")
+    truth = [by_transformers(base, row) for row in PEOPLE]
+    nll, tokens = (sum(row[i] for row in truth) for i in range(2))
+    assert found["sides"]["base"]["metrics"]["loss"] == pytest.approx(nll / tokens, rel=1e-5)
+    assert [row["base"]["answer"] for row in found["predictions"]] == [text for *_, text in truth]
 
 
 def test_base_and_adapter_side_by_side(run: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

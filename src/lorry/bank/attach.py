@@ -7,7 +7,8 @@ layers that share the same parameters, so the base's state-dict names do not cha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -119,7 +120,7 @@ def select(model: nn.Module, candidates: dict[str, nn.Module], spec: LoraSpec) -
     wanted = spec.target_modules
     if isinstance(wanted, str) and wanted in ("auto", "all-linear"):
         family: Family | None = getattr(model, "family", None)
-        chosen = [p for p in inner if LAYER_NUMBER.search(p)] if wanted == "auto" and family is None else inner
+        chosen = inner if wanted == "all-linear" or family is not None else _by_text(model, inner)
     elif isinstance(wanted, str):
         chosen = [p for p in candidates if _full_match(wanted, p, "target_modules")]
         if not chosen:
@@ -135,12 +136,86 @@ def select(model: nn.Module, candidates: dict[str, nn.Module], spec: LoraSpec) -
                 hint = (
                     "; write target_modules=all-linear without a list"
                     if name == "all-linear"
-                    else nearest(name, _leaves(candidates))
+                    else _tensor_named(model, actual) or nearest(name, _leaves(candidates))
                 )
                 raise ConfigError(f"target_modules names {name!r}, which matches no layer{hint}; {_known(candidates)}")
             chosen += [h for h in hits if h not in chosen]
     chosen = [p for p in candidates if p in set(chosen)]
     return _narrow(chosen, spec, candidates)
+
+
+def _by_text(model: nn.Module, inner: list[str]) -> list[str]:
+    """The numbered layers of a foreign model, those of them that text reaches where the model can say."""
+    numbered = [p for p in inner if LAYER_NUMBER.search(p)]
+    reached: Callable[[Collection[str]], set[str]] | None = getattr(model, "reached", None)
+    if reached is None:
+        return numbered
+    alive = reached(numbered)
+    return [p for p in numbered if p in alive]
+
+
+def unadaptable(model: nn.Module) -> tuple[list[str], list[str]]:
+    """(tensors that hold all experts of a layer at once, other matrices and larger tensors outside
+    linear and embedding layers: convolutions, routers, mixing weights): no adapter can sit on them."""
+    experts: list[str] = []
+    others: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, (Adaptable, nn.Embedding)) or wrap(module, path) is not None:
+            continue
+        names = [n for n, p in module.named_parameters(recurse=False, prefix=path) if p.dim() >= 2]
+        fused = "expert" in f"{path}.{type(module).__name__}".lower()
+        (experts if fused else others).extend(names)
+    return experts, others
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What an adapter does not sit on although one could think so, and why."""
+
+    what: str
+    why: str
+
+
+def left_out(model: nn.Module, adapter: Adapter) -> list[LeftOut]:
+    """What `auto` and `all-linear` pass over, and experts always: "all linear layers" of a mixture of
+    experts may be its attention alone."""
+    experts, others = unadaptable(model)
+    found = []
+    if experts:
+        total = sum(p.numel() for p in model.parameters())
+        share = sum(model.get_parameter(n).numel() for n in experts) / total
+        found.append(
+            LeftOut(
+                f"experts ({len(experts)} tensors such as {experts[0]}, {share:.0%} of the base's weights)",
+                f"each holds all experts of a layer and is no linear layer; adapted are {', '.join(_leaves(adapter.slots))}",
+            )
+        )
+    if adapter.spec.target_modules not in ("auto", "all-linear"):
+        return found
+    if others:
+        found.append(LeftOut(f"{len(others)} tensors such as {others[0]}", "they are no linear layers"))
+    if adapter.spec.target_modules == "auto" and getattr(model, "reached", None) is not None:
+        head, _ = head_and_embedding(model)
+        numbered = [p for p, m in linears(model).items() if LAYER_NUMBER.search(p) and p != head]
+        numbered = [p for p in numbered if not isinstance(model.get_submodule(p), (nn.Embedding, BankEmbedding))]
+        if unread := [p for p in numbered if p not in set(_by_text(model, numbered))]:
+            found.append(
+                LeftOut(
+                    f"{len(unread)} linear layers such as {unread[0]}",
+                    "text gives them no gradient: they are not called, or what they say is not used",
+                )
+            )
+    return found
+
+
+def _tensor_named(model: nn.Module, name: str) -> str:
+    """A hint where a name is that of a tensor, but of none that an adapter can sit on."""
+    experts, others = unadaptable(model)
+    hits = [n for n in (*experts, *others) if _ends_with(n.removesuffix(".weight"), name)]
+    if not hits:
+        return ""
+    what = "holds all experts of a layer" if hits[0] in experts else "is no linear layer"
+    return f"; {hits[0]} {what}, and an adapter cannot sit there yet"
 
 
 def _narrow(chosen: list[str], spec: LoraSpec, candidates: dict[str, nn.Module]) -> list[str]:

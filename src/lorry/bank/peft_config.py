@@ -51,8 +51,8 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 REASONS = {
     "use_dora": "DoRA has a magnitude vector that the plain low-rank sum lacks",
-    "bias": "trained biases are not part of a low-rank adapter",
-    "lora_bias": "trained biases are not part of a low-rank adapter",
+    "bias": "trained biases of the base are not part of a low-rank adapter",
+    "lora_bias": "a bias beside every lora_B, which the plain low-rank sum lacks",
     "modules_to_save": "whole trained layers are not part of a low-rank adapter",
 }
 

@@ -18,7 +18,8 @@ class LoraSpec:
     """Rank, scale, dropout and targets of an adapter (Hu et al. 2021, arXiv 2106.09685).
 
     r: rank. lora_alpha: scale numerator, 2r when None. use_rslora: alpha/sqrt(r) instead of alpha/r (arXiv 2312.03732).
-    target_modules: "auto" (every linear of attention and MLP), "all-linear" (every linear but the output head), a list of
+    target_modules: "auto" (every linear of attention and MLP that text trains: `left_out` names what a foreign model has
+    besides), "all-linear" (every linear but the output head; fused experts are tensors and no linears), a list of
     names (a module matches when its path equals the name or ends in ".name"; `lm_head` and `embed` are understood for every
     family), or one regular expression matched against the whole path. exclude_modules: list or regular expression.
     layers_to_transform: layer numbers to keep. rank_pattern, alpha_pattern: {name or regex of the path's end: value}.

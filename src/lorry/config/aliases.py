@@ -28,7 +28,6 @@ RENAMES: dict[str, str] = {
     "lora_target_modules": "lora.target_modules",
     "lora_exclude_modules": "lora.exclude_modules",
     "lora_layers_to_transform": "lora.layers_to_transform",
-    "lora_bias": "lora.bias",
     **dict.fromkeys(["rslora", "use_rs_lora", "lora_use_rslora", "peft_use_rslora"], "lora.use_rslora"),
     "peft_init_lora_weights": "lora.init_lora_weights",
     **dict.fromkeys(["cutoff_len", "sequence_len", "max_seq_length", "max_seq_len", "seq_length"], "data.max_length"),
@@ -118,7 +117,18 @@ def _axolotl_datasets(sets: Any) -> list[tuple[str, Any]]:
     return settings
 
 
+def _lora_bias(value: Any) -> tuple[str, Any] | None:
+    """Scripts' `lora_bias` is a word and means PEFT's `bias`; PEFT's own `lora_bias` is a switch and another thing."""
+    if value is True:
+        raise ValueError(
+            "is true: in PEFT that trains a bias beside every lora_B, which is not built yet; leave it out "
+            "(bias, which trains biases of the base, is another setting)"
+        )
+    return None if value is False or value is None else ("lora.bias", value)
+
+
 READINGS: dict[str, Reading] = {
+    "lora_bias": _lora_bias,
     "datasets": _axolotl_datasets,
     "use_cpu": _if_on("model.device", "cpu"),
     "evals_per_epoch": _once_an_epoch("train.eval_strategy"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -19,15 +20,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from lorry.bank.adapters import Bank, wrap
-from lorry.bank.layers import AMBIENT, Adaptable
+from lorry.bank.adapters import Bank
+from lorry.bank.layers import AMBIENT
 from lorry.bank.mix import Call
 from lorry.errors import ContractError, ModelError
 from lorry.models.decoder import Hidden, Output, Packed
 from lorry.models.frames import Frame, by_position, frames, gather
-from lorry.models.hf_anatomy import counts_from_zero, find_body, find_layers, tail
+from lorry.models.hf_anatomy import counts_from_zero, find_body, find_layers, plain_tokens, tail
 from lorry.models.hf_cache import HfCache, WholeCache, widened
 
+PROBE_TOKENS = 16  # of the text that shows which layers train
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 
 
@@ -53,6 +55,7 @@ class HfModel(nn.Module):
         self.layers: list[nn.Module] = find_layers(inner)
         self.body, self._plain = find_body(inner.eval().requires_grad_(False))
         self._checkpointing = False
+        self._reached: dict[frozenset[str], set[str]] = {}
         self.recomputes = ""
         self.__dict__["inner"] = inner  # not a child: its children are ours
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -172,6 +175,42 @@ class HfModel(nn.Module):
             parts.append((frame, frame.take(self._body(frame, frame.fill(packed.tokens), mask, call, **options))))
         return gather(parts)
 
+    def reached(self, paths: Collection[str]) -> set[str]:
+        """Those of these layers that text trains: called on random tokens, and with a gradient.
+
+        Not called is a layer whose weight is used past it (Mamba's `dt_proj`), an image's tower or
+        attention to an encoder. Layers that differ in numbers alone count as one: of routed experts
+        a few tokens meet some.
+        """
+        asked = frozenset(paths)
+        if asked not in self._reached:
+            self._reached[asked] = self._probe(asked)
+        return self._reached[asked]
+
+    def _probe(self, paths: Collection[str]) -> set[str]:
+        kinds = {path: re.sub(r"\d+", "*", path) for path in paths}
+        found: dict[str, Tensor] = {}
+
+        def watch(kind: str) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+                if kind not in found:
+                    found[kind] = torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True)
+                return out + found[kind]
+
+            return hook
+
+        known = plain_tokens(self.inner)
+        length = min(PROBE_TOKENS, self.context or PROBE_TOKENS)
+        picks = torch.randint(0, len(known), (length,), generator=torch.Generator().manual_seed(0))
+        with ExitStack() as hooks, torch.enable_grad():
+            for path, kind in kinds.items():
+                hooks.callback(self.get_submodule(path).register_forward_hook(watch(kind)).remove)
+            logits = self.logits(self.hidden(Packed.of([[known[i] for i in picks.tolist()]], self.device), Call()).last, Call())
+            if logits.requires_grad:
+                logits.float().backward(torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits))
+        trained = {kind for kind, probe in found.items() if probe.grad is not None and bool(probe.grad != 0)}
+        return {path for path, kind in kinds.items() if kind in trained}
+
     def save_inner(self, path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], shard_bytes: int) -> None:
         """Write the directory as transformers does, with its own on-disk names; ``config`` replaces fields of the model's."""
         shell = copy.copy(self.inner)
@@ -246,16 +285,6 @@ def ambient(call: Call | None) -> Iterator[None]:
         yield
     finally:
         AMBIENT.reset(token)
-
-
-def unreached(model: nn.Module) -> list[str]:
-    """Names of the weight matrices no adapter can sit on: fused experts (three-dimensional), convolutions, foreign layers."""
-    found = []
-    for path, module in model.named_modules():
-        if isinstance(module, (Adaptable, nn.Embedding)) or wrap(module, path) is not None:
-            continue
-        found += [n for n, p in module.named_parameters(recurse=False, prefix=path) if p.dim() >= 2]
-    return found
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

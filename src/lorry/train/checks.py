@@ -35,6 +35,7 @@ NAMES = {
 }
 PROOF_STEPS = 3  # steps with a rate above 0 after which every target must have seen a gradient
 ZERO = "zero"
+MOST_NAMED = 12  # names of layers in one message
 KINDS = ("adapter/", "weights/")  # of a backend's state, what trains: adapters, or base weights
 
 Status = Literal["held", "failed", "not_checked"]
@@ -98,14 +99,15 @@ class Checks:
 
     # --- before the first step
 
-    def begin(self, backend: Backend, targets: Mapping[str, Sequence[str]]) -> None:
+    def begin(self, backend: Backend, targets: Mapping[str, Sequence[str]], left_out: Sequence[str] = ()) -> None:
         """Contracts 1 and 2 at the start: the modules that adapters sit on (of a base that trains: its tensors that do), and that
-        the three sets are one."""
+        the three sets are one. ``left_out``: what no adapter sits on, to be said with the modules."""
         for name, modules in targets.items():
             if not modules:
                 raise self.fail(1, f"adapter {name!r} sits on no module")
         found = [m for names in targets.values() for m in dict.fromkeys(re.sub(r"\.(weight|bias)$", "", n) for n in names)]
-        self.held(1, f"{len(found)} modules: {', '.join(sorted({m.rsplit('.', 1)[-1] for m in found}))}")
+        besides = f"; not adapted: {'; '.join(left_out)}" if left_out else ""
+        self.held(1, f"{len(found)} modules: {', '.join(sorted({m.rsplit('.', 1)[-1] for m in found}))}{besides}")
         self._inspection = self._same_sets(backend)
         if not self._start:
             self._start = _fingerprints(backend)
@@ -188,7 +190,8 @@ class Checks:
             if self._silent[name]:
                 where = sorted(self._silent[name])
                 whose = f" of adapter {name!r} ({len(where)} modules)" if self._low_rank(name) else f" ({len(where)} tensors)"
-                raise self.fail(3, f"no gradient reached {where[0]}{whose}: it would never train")
+                remedy = f"leave it out, {self._excluding(name, where)}" if self._low_rank(name) else "leave it out of trainable"
+                raise self.fail(3, f"no gradient reached {where[0]}{whose}: it would never train; {remedy}")
         now = _fingerprints(backend) if names else {}
         for name in names:
             stuck = [t for t in self._moving(name) if now[t] == self._start[t]]
@@ -202,6 +205,20 @@ class Checks:
             moved, steps = sum(self._moved.values()), max(self._proof.values())
             what = "zero-initialised matrices" if self._low_rank(next(iter(self._moved))) else "tensors of the base"
             self.held(3, f"{moved} {what}{whose} moved within {steps} steps; a gradient at each")
+
+    def _excluding(self, name: str, silent: Sequence[str]) -> str:
+        """The setting that leaves out these modules of an adapter and none that trains: the shortest ends of their names."""
+        prefix = f"adapter/{name}/"
+        modules = {t.removeprefix(prefix).rpartition(".")[0] for t in self._start if t.startswith(prefix)}
+        live = [f".{module}" for module in modules - set(silent)]
+        ends = []
+        for module in silent:
+            parts = module.split(".")
+            tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+            ends.append(next((t for t in tails if not any(m.endswith(f".{t}") for m in live)), module))
+        shown = list(dict.fromkeys(ends))
+        more = f" and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else ""
+        return f"lora.exclude_modules=[{','.join(shown[:MOST_NAMED])}]{more}"
 
     def _moving(self, name: str) -> list[str]:
         """The tensors that must move: of a base that trains all that do, of an adapter those that began at zero (lora_B; an

@@ -11,7 +11,7 @@ import torch
 from lorry.backends.base import Scorer
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
-from lorry.bank.attach import bank_of, detach
+from lorry.bank.attach import bank_of, detach, left_out
 from lorry.bank.mix import Mix
 from lorry.bank.peft_io import base_digest, load_adapter
 from lorry.bank.weights import weights_of
@@ -32,6 +32,13 @@ def targets(model: Decoder | HfModel, names: Sequence[str]) -> dict[str, list[st
     weights = weights_of(model)
     own = {} if weights is None else {weights.name: list(weights.params)}
     return {name: own[name] if name in own else list(bank_of(model)[name].slots) for name in names}
+
+
+def not_adapted(model: Decoder | HfModel, names: Sequence[str]) -> list[str]:
+    """What contract 1 says besides: what the adapters do not sit on, each thing once; nothing where the base itself trains."""
+    if weights_of(model) is not None:
+        return []
+    return list(dict.fromkeys(one.what for name in names for one in left_out(model, bank_of(model)[name])))
 
 
 def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Mapping[str, Prepared]) -> dict[str, str]:

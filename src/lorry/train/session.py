@@ -16,7 +16,7 @@ import torch
 
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
-from lorry.bank.attach import attach
+from lorry.bank.attach import attach, bank_of, left_out
 from lorry.bank.peft_io import base_digest
 from lorry.bank.spec import LoraSpec
 from lorry.config import Run, dump, jobs_of
@@ -30,7 +30,7 @@ from lorry.disk.process import Home
 from lorry.errors import ConfigError, explain_out_of_memory
 from lorry.kernels import status
 from lorry.models.decoder import Decoder
-from lorry.models.hf import HfModel, unreached
+from lorry.models.hf import HfModel
 from lorry.models.open import Opened, open_model
 from lorry.train import artifacts, checkpoint, finish
 from lorry.train.asking import Asking, judged, read_exams
@@ -148,7 +148,7 @@ def _train(run: Run, opened: Opened, jobs: Jobs, engine: Engine, home: Home) -> 
     home.check()
     artifacts.write_text(run.output_dir, RUN_FILE, dump(run))
     try:
-        checks.begin(backend, finish.targets(opened.model, list(jobs)))
+        checks.begin(backend, finish.targets(opened.model, list(jobs)), finish.not_adapted(opened.model, list(jobs)))
         checks.held(8, _accounted(jobs))
         outcome = engine.run()
         checks.held(8, _accounted(jobs))  # a streamed source knows more now
@@ -212,17 +212,18 @@ def attach_adapter(run: Run, opened: Opened, notes: list[str]) -> str:
     its name. Raises ConfigError."""
     if run.lora is None:
         return attach_trained(run, opened, notes)
-    if experts := unreached(opened.model):
-        notes.append(f"experts are not adapted: {len(experts)} weights such as {experts[0]} are no linear layers")
     if not opened.adapters:
-        attach(opened.model, spec_of(run.lora), run.lora.adapter_name, seed=run.train.seed)
-        return run.lora.adapter_name
+        adapter = attach(opened.model, spec_of(run.lora), run.lora.adapter_name, seed=run.train.seed)
+        notes += [f"not adapted: {one.what}; {one.why}" for one in left_out(opened.model, adapter)]
+        return adapter.name
     if len(opened.adapters) > 1:
         raise ConfigError(f"{run.model.name} holds several adapters ({', '.join(opened.adapters)}); name one of their folders")
     if run.lora != LoraConfig(adapter_name=run.lora.adapter_name):
         raise ConfigError(f"{run.model.name} already has an adapter and training goes on with it; leave out the lora settings")
     notes.append(f"training goes on with the adapter of {run.model.name}")
-    return opened.adapters[0]
+    adapter = bank_of(opened.model)[opened.adapters[0]]
+    notes += [f"not adapted: {one.what}; {one.why}" for one in left_out(opened.model, adapter)]
+    return adapter.name
 
 
 def build_engine(
