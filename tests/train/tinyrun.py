@@ -54,9 +54,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
         "max_position_embeddings": 128,
     },
+}  # fmt: skip
+FOREIGN: dict[str, dict[str, Any]] = {  # what runs through transformers
     "mamba": {"hidden_size": WIDTH, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4},
     "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
-}  # fmt: skip
+}
 
 
 def rows(n: int, *, start: int = 0) -> list[dict[str, str]]:
@@ -90,7 +92,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def model_directory(path: Path, family: str = "llama", *, spread: float = 0.2, **changes: Any) -> Path:
     """A Hugging Face directory: a random model, every weight away from its usual start, and the tokenizer."""
-    config = CONFIG_MAPPING[family].from_dict({"vocab_size": VOCAB, **FAMILIES[family], **changes})
+    config = CONFIG_MAPPING[family].from_dict({"vocab_size": VOCAB, **{**FAMILIES, **FOREIGN}[family], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
