@@ -49,7 +49,9 @@ class LoraConfig(Group):
         "2 x r", "strength: the update is scaled by lora_alpha / r", le=2**31
     )
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", ge=0, lt=1)
-    target_modules: str | list[str] = setting("auto", "auto (attention and MLP, what text trains), all-linear, a list of names, or a regex")
+    target_modules: str | list[str] = setting(
+        "auto", "auto (what text trains of attention and MLP), all-linear, names, or a regex"
+    )
     exclude_modules: str | list[str] | None = setting(None, "names or a regex to leave out")
     use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r)")
     init_lora_weights: bool | Literal["gaussian"] = setting(True, "true: Kaiming A, zero B; gaussian; false: both random")
