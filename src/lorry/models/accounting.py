@@ -20,7 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lorry.errors import ModelError
-from lorry.models.weights import BUFFERS, Entry, refuse_not_finite
+from lorry.models.weights import BUFFERS, FLOATS, Entry, refuse_not_finite
 
 EXPERT = re.compile(r"(?P<before>.*\b)experts\.(?P<number>\d{1,6})\.(?P<after>.+)")
 
@@ -30,6 +30,7 @@ def refuse_unfit(where: Path, inner: Any, info: Mapping[str, Any], found: Mappin
     each once, and every value is finite. ``info``: transformers' loading info. Tensors that transformers'
     class leaves out by design go to ``notes``."""
     refuse_listed(where, inner, info)
+    refuse_packed(where, inner, found)
     refuse_twice(where, inner, found)
     refuse_gaps(where, found)
     refuse_untied(where, inner, found)
@@ -54,6 +55,16 @@ def refuse_listed(
             )
     if info["error_msgs"]:
         raise ModelError(f"{where}: transformers could not load it ({info['error_msgs'][0]})")
+
+
+def refuse_packed(where: Path, inner: Any, found: Mapping[str, Entry]) -> None:
+    """Raise ModelError where integers or 8-bit floats without their scale are stored in the place of weights: transformers casts
+    them and computes with the codes."""
+    state, prefix = inner.state_dict(), f"{inner.base_model_prefix}."
+    for name, entry in found.items():
+        own = next((state[n] for n in (name, f"{prefix}{name}") if n in state), None)
+        if entry.dtype not in FLOATS and own is not None and own.is_floating_point():
+            raise ModelError(f"{where}: {name} is stored as {entry.dtype}; packed weights cannot be loaded yet")
 
 
 def refuse_twice(where: Path, inner: Any, names: Collection[str]) -> None:

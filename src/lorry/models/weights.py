@@ -56,6 +56,8 @@ def entries(directory: Path) -> dict[str, Entry]:
                 f"which one they load (transformers: {single.name}). Move away the one that is not meant"
             )
         files = [directory / f for f in sorted(set(listed.values()))]
+        if missing := next((file.name for file in files if not file.is_file()), None):
+            raise ModelError(f"{index}: shard {missing} is missing; the checkpoint is incomplete")
     elif single.is_file():
         listed, files = None, [single]
     else:
@@ -66,8 +68,8 @@ def entries(directory: Path) -> dict[str, Entry]:
             if listed is not None and listed.get(name) != file.name:
                 raise ModelError(f"{file}: holds {name!r}, which {index.name} places in {listed.get(name, 'no file')!r}")
             found[name] = entry
-    if missing := sorted(set(listed or ()) - set(found)):
-        raise ModelError(f"{index}: lists {missing[0]!r}, which its shard does not hold ({len(missing)} such names)")
+    if absent := sorted(set(listed or ()) - set(found)):
+        raise ModelError(f"{index}: lists {absent[0]!r}, which its shard does not hold ({len(absent)} such names)")
     return found
 
 
@@ -80,8 +82,6 @@ def _weight_map(index: Path) -> dict[str, str]:
         # no file system takes names beyond 255 bytes
         if len(shard) > 255 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", shard):
             raise ModelError(f"{index}: shard {shard!r:.80} is not the plain name of a .safetensors file beside the index")
-        if not (index.parent / shard).is_file():
-            raise ModelError(f"{index}: shard {shard} is missing; the checkpoint is incomplete")
     return {str(k): str(v) for k, v in listed.items()}
 
 
