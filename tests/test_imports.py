@@ -12,7 +12,8 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "lorry"
 
 # A room may import rooms on its own line and on lines above it.
 ORDER = [
-    {"errors", "disk", "streams"},
+    {"errors", "disk", "streams", "visible"},
+    {"console"},
     {"kernels"},
     {"config", "families"},
     {"bank"},

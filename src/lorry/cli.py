@@ -19,6 +19,7 @@ import typer
 from lorry.errors import LorryError, explain_out_of_memory
 from lorry.streams import abandon, streams
 from lorry.train.signals import raising
+from lorry.visible import escaped, message, visible
 
 ADVICE = (
     "Close what else runs here, take less at a time (batch_size, per_device_train_batch_size, max_length), or a smaller model; "
@@ -105,6 +106,7 @@ for _verb in VERBS:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, an error's own (lorry.errors), 130 on Ctrl-C, 2 on a wrong command."""
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    args[0] = visible(args[0])  # typer prints a verb that it does not know
     # Before torch is imported: OpenMP's threads wait for each other by spinning, which on a busy machine starves the very thread
     # they wait for (the demo fell from 600 to 40 tokens/s beside other work); after a short spin they sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
@@ -147,7 +149,7 @@ def _parse_and_call(verb: Verb, args: list[str]) -> int:
     for note in notes:
         _tell(f"note: {note}", dim=True)
     if dump_only:
-        print(config.dump(settings), end="")
+        print(escaped(config.dump(settings)), end="")
         return 0
     return cast(VerbModule, importlib.import_module(f"lorry.verbs.{verb.name}")).main(settings, notes)
 
@@ -155,7 +157,8 @@ def _parse_and_call(verb: Verb, args: list[str]) -> int:
 def _tell(text: str, **style: Any) -> None:
     """A line on stderr, styled on a terminal only."""
     styled = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    print(typer.style(text, **style) if styled else text, file=sys.stderr)
+    said = message(text)
+    print(typer.style(said, **style) if styled else said, file=sys.stderr)
 
 
 def _complain(message: str) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lorry.config import Run, build, dump, parse
 from lorry.config.files import LARGEST, read_file, read_scalar
 from lorry.errors import ConfigError
+from lorry.visible import is_visible
 
 
 def write(tmp_path: Path, text: str | bytes, name: str = "run.yaml") -> Path:
@@ -193,7 +194,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "train.resume_from_checkpoint": st.none() | st.just("auto") | PATHS.filter(lambda t: t.lower() not in ("true", "false")),
     "train.report_to": st.lists(st.sampled_from(["wandb", "trackio"]), unique=True),
     "train.run_name": st.none() | TEXT,
-    "output_dir": st.none() | PATHS,
+    "output_dir": st.none() | PATHS.filter(str.isprintable).filter(is_visible),
 }
 
 

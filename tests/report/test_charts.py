@@ -17,7 +17,8 @@ from lorry.report.axes import nice_step, step_axis, value_axis
 from lorry.report.curves import Panel, Series, drawable, panels, smooth, thin
 from lorry.report.run import load_all
 from lorry.report.svg import chart
-from lorry.report.text import byte_scale, duration, number, scientific, size, visible
+from lorry.report.text import byte_scale, duration, number, scientific, size
+from lorry.visible import visible
 
 finite = st.floats(-1e299, 1e299)
 anything = st.one_of(st.floats(), st.floats(-5, 5))

@@ -15,7 +15,7 @@ from tests.report.runs import HOSTILE, dump, full, metrics
 from lorry.report.html import page
 from lorry.report.markup import Html, escape, join, tag
 from lorry.report.run import load, load_all
-from lorry.report.text import visible
+from lorry.visible import visible
 
 VOID = {"meta"}
 SECTIONS = ["figures", "curves", "evaluation", "samples", "training-rows", "contracts", "settings", "receipt"]

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from lorry.config.names import accepts, allowed, show
 from lorry.config.sizes import parse_size
+from lorry.visible import is_visible
 
 LARGEST_WHOLE = 2**63 - 1  # what torch, Arrow and safetensors hold; Python's own integers have no end
 DTYPE_WORDS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
@@ -28,7 +29,7 @@ def _clean_path(text: str) -> str:
 
 def _clean_directory(path: Path) -> Path:
     """A directory that can be made, as far as its name goes: what is written on its way lies beside it under a longer name."""
-    cleaned = Path(_clean_path(str(path)))
+    cleaned = Path(_clean_path(_printable(str(path))))
     parts = [len(os.fsencode(part)) for part in cleaned.parts]
     if max(parts, default=0) > LONGEST_NAME or sum(parts) + len(parts) > LONGEST_PATH:
         raise ValueError(
@@ -39,6 +40,13 @@ def _clean_directory(path: Path) -> Path:
 
 def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:40]}...{text[-12:]}"
+
+
+def _printable(text: str) -> str:
+    """Names of what is written are printed on standard output, for other programs to read, as they are."""
+    if not is_visible(text):
+        raise ValueError("must not hold control characters, line breaks, or characters that reverse text")
+    return text
 
 
 def _read_dtype(value: Any) -> Any:

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import nn
 
 from lorry.bank.mix import Mix
 from lorry.config import ModelConfig, build
+from lorry.console import Console
 from lorry.data.chat import locate
 from lorry.data.content import ROLES, Message
 from lorry.data.encode import Encoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from lorry.report.text import visible
+from lorry.visible import visible
 
 
 class Html(str):

@@ -10,7 +10,7 @@ from lorry.disk.ownership import SOFTWARE
 from lorry.report.axes import is_wide
 from lorry.report.curves import Panel, Series, drawable, panels, thin
 from lorry.report.run import Run
-from lorry.report.text import visible
+from lorry.visible import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

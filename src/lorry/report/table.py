@@ -17,7 +17,8 @@ from lorry.evaluate.metrics import exact_match
 from lorry.report import states
 from lorry.report.figures import about, by_adapter, differences, figures
 from lorry.report.run import Damaged, Run, Sample
-from lorry.report.text import NOTHING, number, roughly, visible
+from lorry.report.text import NOTHING, number, roughly
+from lorry.visible import visible
 
 STYLES = {"held": ("✓ held", "green"), "failed": ("✗ failed", "bold red"), "not_checked": ("– not checked", "dim")}
 STATE_STYLES = {

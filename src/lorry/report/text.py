@@ -1,4 +1,4 @@
-"""Numbers and strange characters as people can read them: `number`, `size`, `duration`, `roughly`, `visible`."""
+"""Numbers as people can read them: `number`, `size`, `duration`, `roughly`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,6 @@ import math
 
 NOTHING = "–"
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_UNSEEN = (
-    _CONTROL_PICTURES
-    | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # further control characters
-    | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)  # half a character, which no encoding can write
-    | dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)  # these reverse the text around them
-)
-
-
-def visible(text: str) -> str:
-    """Text that is safe to print or write anywhere: control characters, terminal escapes among them, become pictures."""
-    return text.translate(_UNSEEN)
 
 
 def number(value: object) -> str:

@@ -11,8 +11,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lorry.console import Console
+from lorry.visible import visible
 
 Record = Mapping[str, Any]
 
@@ -50,7 +52,7 @@ class Plain:
 
     def _line(self, text: str) -> None:
         with contextlib.suppress(OSError):
-            print(text, file=self.out, flush=True)
+            print(visible(text), file=self.out, flush=True)
 
     def finish(self) -> None:
         pass

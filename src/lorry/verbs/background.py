@@ -19,6 +19,7 @@ from lorry.config import dump
 from lorry.config.schema import Run
 from lorry.disk import durable, ownership, process
 from lorry.train.process import LOG
+from lorry.visible import visible
 
 DESCRIPTION = "background.yaml"
 STARTED = b" lorry "  # in the first line of every log: "--- TIME lorry VERB FILE"
@@ -51,7 +52,7 @@ def leave(run: Run, verb: str) -> int:
         raise
     code = child.poll()
     if code:
-        print(_tail(folder / LOG, start), file=sys.stderr)
+        print(visible(_tail(folder / LOG, start)), file=sys.stderr)
         print(f"the run ended at once; all it said is in {folder / LOG}", file=sys.stderr)
         return code if code > 0 else 128 - code
     done = "finished" if code == 0 else "training" if at_work else "still loading"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from lorry.config.settings import ChatSettings
 from lorry.errors import DataError, LorryError, ModelError, nearest
-from lorry.report.text import visible
 from lorry.verbs.opening import opened, tell
+from lorry.visible import visible
 
 if TYPE_CHECKING:
     from lorry.data.content import Message

@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lorry.config import dump
 from lorry.config.schema import Run
 from lorry.config.settings import CompareSettings
+from lorry.console import Console
 from lorry.errors import ConfigError, DataError
 from lorry.verbs.opening import tell
+from lorry.visible import escaped
 
 RECORD = "compare.json"
 PROGRAM = "import sys; from lorry.cli import main; sys.exit(main())"
@@ -47,7 +47,7 @@ def main(settings: CompareSettings, notes: list[str]) -> int:
     if trained:
         durable.write_files(settings.output_dir, {RECORD: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()})
     if settings.format == "json":
-        print(json.dumps(record, indent=1, ensure_ascii=False))
+        print(escaped(json.dumps(record, indent=1, ensure_ascii=False)))
     else:
         Console(soft_wrap=True).print(side_by_side(rows))
     for one in damaged:
@@ -99,5 +99,5 @@ def train(run: Run, folder: Path) -> int:
     durable.make_directory(folder)
     file = folder / f"{run.output_dir.name}.yaml"
     durable.write_files(folder, {file.name: dump(run).encode()})
-    print(f"training {run.output_dir.name} at a learning rate of {run.train.learning_rate:g}", file=sys.stderr, flush=True)
+    tell(f"training {run.output_dir.name} at a learning rate of {run.train.learning_rate:g}")
     return subprocess.run([sys.executable, "-c", PROGRAM, "sft", str(file)], stdout=subprocess.DEVNULL, check=False).returncode

@@ -30,8 +30,7 @@ TRAIN, HELD_OUT = "data/train.jsonl", "data/heldout.jsonl"
 
 def main(settings: DemoSettings, notes: list[str]) -> int:
     """Generate, train, compare, report."""
-    from rich.console import Console
-
+    from lorry.console import Console
     from lorry.data.people import general_chat, make_people, questions
     from lorry.report import build as build_report
     from lorry.report import table

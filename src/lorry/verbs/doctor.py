@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from lorry.config.settings import DoctorSettings
+from lorry.console import Console
 from lorry.errors import ContractError, DataError, ModelError
 from lorry.report import states, table
 from lorry.report.run import Run

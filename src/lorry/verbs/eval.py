@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lorry.config.evaluation import EvalSettings
+from lorry.console import Console
 from lorry.disk import documents, ownership
 from lorry.errors import ConfigError
 from lorry.report.run import load
-from lorry.report.text import number, visible
+from lorry.report.text import number
 from lorry.verbs import exams
 from lorry.verbs.opening import opened, tell
+from lorry.visible import visible
 
 if TYPE_CHECKING:
     from lorry.bank.mix import Mix

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
+from lorry.visible import visible
 
 if TYPE_CHECKING:
     from lorry.models.open import Opened
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def tell(text: str) -> None:
     """A line beside the results."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def opened(config: ModelConfig, *, adapters: Sequence[str] = ()) -> Opened:

@@ -10,11 +10,11 @@ import json
 from dataclasses import replace
 from functools import partial
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from lorry.config.settings import PlanSettings
 from lorry.config.sizes import in_words, parse_size
+from lorry.console import Console
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
 from lorry.plan import machine

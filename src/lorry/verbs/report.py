@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from lorry.config.settings import ReportSettings
+from lorry.console import Console
 from lorry.errors import DataError
 from lorry.report import build, table
 from lorry.report.run import load_readable

@@ -17,13 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from lorry.config.settings import RunsSettings
+from lorry.console import Console
 from lorry.errors import DataError
 from lorry.report import states, table
-from lorry.report.text import visible
+from lorry.visible import escaped, visible
 
 WIDE = 200  # columns of what is no terminal
 
@@ -35,7 +35,7 @@ def main(settings: RunsSettings, notes: list[str]) -> int:
         raise DataError(f"{folder}: no such folder; `lorry runs FOLDER` lists the runs below FOLDER")
     found = states.listed(folder)
     if settings.format == "json":
-        print(json.dumps([as_json(state) for state in found], indent=1, ensure_ascii=False, allow_nan=False))
+        print(escaped(json.dumps([as_json(state) for state in found], indent=1, ensure_ascii=False, allow_nan=False)))
         return 0
     if not found:
         print(f"no runs in {folder}", file=sys.stderr)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from lorry.config.schema import Run
+from lorry.console import Console
 from lorry.verbs.opening import tell
 
 

@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from lorry.config import Sweep
 from lorry.config.schema import Job, Run
+from lorry.console import Console
 from lorry.disk import durable, ownership
 from lorry.errors import ConfigError
 
