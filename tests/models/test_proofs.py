@@ -75,6 +75,29 @@ def test_a_model_that_sees_the_future_is_refused(kind: str, dtype: str, tmp_path
     assert load_model(path, dtype=dtype, notes=[]).source["family"] == (kind if kind in ("llama", "qwen2") else None)
 
 
+OTHERS = {
+    "xlnet": ({"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}, "It cannot be trained or scored as one"),
+    "xlm": ({"emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}, "Set causal=true"),
+    "reformer": (
+        {
+            "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["lsh"], "num_hidden_layers": 1, "hidden_size": 32,
+            "num_attention_heads": 4, "attention_head_size": 8, "feed_forward_size": 48, "lsh_attn_chunk_length": 4,
+            "num_buckets": 4, "max_position_embeddings": 64,
+        },
+        "says something else each time",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_others_that_are_no_causal_models(kind: str, tmp_path: Path) -> None:
+    """XLNet reads both ways and says max_position_embeddings=-1; Reformer sorts all tokens by random hashes."""
+    config, words = OTHERS[kind]
+    _, path = saved({"model_type": kind, "vocab_size": tiny.VOCAB, **config}, tmp_path)
+    with pytest.raises(ModelError, match=words):
+        load_model(path, dtype="float32", notes=[])
+
+
 def test_a_leak_into_one_position_and_of_any_size_is_found() -> None:
     model = HfModel(tiny.random_model(tiny.FOREIGN["granite"]))
     assert proofs.sees_the_future(model) == ""

@@ -81,9 +81,10 @@ class HfModel(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """The longest sequence the model can take, where its config says so."""
+        """The longest sequence the model can take, where its config says so (XLNet says -1: any)."""
         text = self.inner.config.get_text_config()
-        return next((n for key in CONTEXT_KEYS if isinstance(n := getattr(text, key, None), int)), None)
+        said = (getattr(text, key, None) for key in CONTEXT_KEYS)
+        return next((n for n in said if isinstance(n, int) and n > 0), None)
 
     @property
     def vocabulary(self) -> int:
