@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
+import signal
+import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,3 +72,130 @@ def test_another_processor_or_source_has_a_library_of_its_own(monkeypatch: pytes
     monkeypatch.setattr(build, "SOURCES", tmp_path)
     digests.add(build._digest(compiler))
     assert len(digests) == 3
+
+
+def compiler_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> Path:
+    """A compiler of our own: what it does after `--version`."""
+    made = tmp_path / "g++"
+    made.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{script}\n')
+    made.chmod(0o755)
+    monkeypatch.setattr(build.shutil, "which", lambda name: str(made))
+    return made
+
+
+def kept(folder: Path, digest: str, content: bytes, mode: int = 0o700) -> Path:
+    """A file whose name says that it is the library of this digest."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{digest}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+    path.write_bytes(content)
+    path.chmod(mode)
+    return path
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_compiler_that_hangs_is_stopped_with_its_children(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at_once: bool
+) -> None:
+    """Every command hung before."""
+    pids = tmp_path / "pids"
+    made = compiler_of(monkeypatch, tmp_path, f"sleep 300 & echo $! > {pids}; wait")
+    if at_once:
+        made.write_text(f"#!/bin/sh\nsleep 300 & echo $! > {pids}; wait\n")
+    monkeypatch.setattr(build, "ASKING" if at_once else "COMPILING", 1.0)
+    assert build.library() is None
+    assert "did not answer within 1 s and was stopped" in build._load()[1].line()
+    child = int(pids.read_text())
+    until = time.monotonic() + 30
+    while time.monotonic() < until:  # a zombie until its new parent looks
+        with contextlib.suppress(FileNotFoundError):
+            if Path(f"/proc/{child}/stat").read_text().split(")")[1].split()[0] != "Z":
+                time.sleep(0.05)
+                continue
+        break
+    else:
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("the compiler's child lives on")
+
+
+def test_a_library_without_our_functions_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A traceback before. Here the compiler's own is such a library too, so that there are no kernels and one line."""
+    gcc = build.shutil.which("gcc")
+    if gcc is None:
+        pytest.skip("no gcc on this machine")
+    (tmp_path / "one.c").write_text("int one(void) { return 1; }")
+    subprocess.run([gcc, "-shared", "-fPIC", "-o", str(tmp_path / "one.so"), str(tmp_path / "one.c")], check=True)
+    compiler = compiler_of(
+        monkeypatch, tmp_path, f'for last; do :; done; echo made >> {tmp_path}/made; cp {tmp_path}/one.so "$last"'
+    )
+    planted = kept(tmp_path / "kernels", build._digest(str(compiler)), (tmp_path / "one.so").read_bytes())
+    assert build.library() is None
+    assert "lack functions of this version" in build._load()[1].line()
+    assert (tmp_path / "made").is_file(), "it was built again"
+    assert not planted.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x7fELF" + bytes(200)])
+def test_junk_under_a_fitting_name_is_no_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes) -> None:
+    compiler = compiler_of(monkeypatch, tmp_path, "echo 'no more' >&2; exit 1")
+    planted = kept(tmp_path / "kernels", build._digest(str(compiler)), content)
+    assert build.library() is None
+    assert "no more" in build._load()[1].line()
+    assert not planted.exists()
+
+
+def test_nothing_that_others_could_have_written_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = compiler_of(monkeypatch, tmp_path, "echo 'no more' >&2; exit 1")
+    loaded: list[str] = []
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda name: loaded.append(name))
+    digest, folder = build._digest(str(compiler)), tmp_path / "kernels"
+    for mode in (0o720, 0o702, 0o777):
+        planted = kept(folder, digest, b"evil", mode)
+        assert build.library() is None
+        assert not planted.exists()
+    target = kept(tmp_path / "elsewhere", digest, b"evil")
+    (folder / target.name).symlink_to(target)
+    assert build.library() is None
+    assert target.exists()
+    real = os.fstat
+
+    def foreign(file: int) -> os.stat_result:
+        found = real(file)
+        return os.stat_result((*found[:4], 4321, *found[5:]))  # st_uid
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build.os, "fstat", foreign)
+        kept(folder, digest, b"evil")
+        assert build.library() is None
+    assert loaded == []
+
+
+def test_a_folder_of_ours_is_closed_and_one_of_others_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler_of(monkeypatch, tmp_path, "echo 'no more' >&2; exit 1")
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert build.library() is None
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    real = os.lstat
+
+    def foreign(path: Path) -> os.stat_result:
+        found = real(path)
+        return os.stat_result((*found[:4], 4321, *found[5:]))
+
+    monkeypatch.setattr(build.os, "lstat", foreign)
+    assert "is not this user's own folder; set LORRY_HOME" in build._load()[1].line()
+    monkeypatch.setattr(build.os, "lstat", real)
+    folder.rmdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    assert "is not this user's own folder" in build._load()[1].line()
+
+
+def test_what_a_killed_build_left_is_removed_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler_of(monkeypatch, tmp_path, "echo 'no more' >&2; exit 1")
+    for name, age in (("building-old", 7200), ("tmpold", 7200), ("building-new", 10)):
+        (tmp_path / "kernels" / name).mkdir(parents=True)
+        (tmp_path / "kernels" / name / "made.so").write_bytes(b"half")
+        os.utime(tmp_path / "kernels" / name, (time.time() - age,) * 2)
+    assert build.library() is None
+    assert [path.name for path in (tmp_path / "kernels").iterdir()] == ["building-new"]

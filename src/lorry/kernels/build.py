@@ -4,6 +4,12 @@ Every .cpp of this folder becomes one shared library, `HOME/kernels/DIGEST-CONTE
 processor, so a cache directory shared by unlike machines holds one library for each; the content's own digest is in the name
 and checked at every load, and a damaged library is built again. OpenMP calls bind to the runtime torch has loaded: one pool of
 threads for both.
+
+Loading a library runs it. The rule: **nothing is loaded that somebody else could have written.** The folder and the library
+belong to this user or to root, and nobody else may write to them; a folder of ours that others may write to is closed to them,
+and what they could have altered in it is built again. A folder of somebody else's is not used: plain torch runs, and the status
+says what to do. What is loaded is the very file that was looked at. A compiler has a limit of time, and is killed with its
+children.
 """
 
 from __future__ import annotations
@@ -12,10 +18,14 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
+import signal
+import stat
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,6 +42,10 @@ SOURCES = Path(__file__).parent
 ADDED = tuple(shlex.split(os.environ.get("LORRY_KERNELS_FLAGS", "")))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+ASKING, COMPILING = 30.0, 300.0  # seconds for `--version`, and for one source: fifteen times what a busy slow core takes
+ABANDONED = 3600.0  # seconds after which a folder that a killed build left is removed; the longest build ends long before
+OTHERS = stat.S_IWGRP | stat.S_IWOTH
+BUILDING = "building-"  # the temporary folder of a build
 SHAPE = ("-std=c++17", "-shared", "-fPIC", "-w")
 
 
@@ -93,8 +107,17 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
         return None, Status(False, "no C++ compiler; install g++ for about twice the speed on a CPU")
     try:
         digest, folder = _digest(compiler), home() / "kernels"
-        path = _intact(folder, digest) or _compile(compiler, folder, digest)
-        loaded = ctypes.CDLL(str(path))
+        _close_to_others(folder)
+        loaded = _intact(folder, digest)
+        if loaded is None:
+            _compile(compiler, folder, digest)
+            loaded = _intact(folder, digest)
+        if loaded is None:
+            return None, Status(False, f"the kernels that {compiler} builds cannot be loaded, or lack functions of this version")
+    except subprocess.TimeoutExpired as e:
+        return None, Status(
+            False, f"{compiler} did not answer within {e.timeout:.0f} s and was stopped; LORRY_KERNELS=0 does without"
+        )
     except subprocess.CalledProcessError as e:
         said = (e.stderr or "").strip().splitlines() or [f"exit code {e.returncode}"]
         return None, Status(False, f"{compiler} failed: {said[0]}")
@@ -105,7 +128,7 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
 
 def _digest(compiler: str) -> str:
     """SHA-256 of everything the machine code depends on."""
-    parts = [compiler, _run(compiler, "--version"), *FLAGS, *WIDE, *SHAPE, *ADDED]
+    parts = [compiler, _run(compiler, "--version", limit=ASKING), *FLAGS, *WIDE, *SHAPE, *ADDED]
     parts += [platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor()]
     parts += [p.name + p.read_text() for p in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -118,31 +141,93 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _run(*command: str) -> str:
-    """Run a command and return what it said. Raises CalledProcessError."""
-    return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
+def _run(*command: str, limit: float) -> str:
+    """Run a command and return what it said. Raises CalledProcessError, and TimeoutExpired after ``limit`` seconds."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=limit)
+        except BaseException:  # the limit, Ctrl-C, a signal: g++ is a driver, whose children would go on
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, out, err)
+    return out
 
 
-def _intact(folder: Path, digest: str) -> Path | None:
-    """The library of this digest, if its content is what its name says; damaged ones are removed."""
+def _close_to_others(folder: Path) -> None:
+    """Make the folder, for this user alone to write. Raises PermissionError where it is somebody else's."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.getuid(), 0):
+        raise PermissionError(f"{folder} is not this user's own folder; set LORRY_HOME to one that is")
+    if found.st_mode & OTHERS and found.st_uid == os.getuid():
+        folder.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
+    elif found.st_mode & OTHERS:
+        raise PermissionError(f"others may write to {folder}; set LORRY_HOME to a folder of your own")
+
+
+def _intact(folder: Path, digest: str) -> ctypes.CDLL | None:
+    """The library of this digest, loaded, if it is ours alone, its content what its name says, and its functions there;
+    else it is removed, so that it is built anew."""
     for path in folder.glob(f"{digest}-*.so"):
-        if path.stem == f"{digest}-{file_digest(path)[:16]}":
-            return path
+        if (loaded := _load_checked(path, digest)) is not None:
+            return loaded
         path.unlink(missing_ok=True)
     return None
 
 
+def _load_checked(path: Path, digest: str) -> ctypes.CDLL | None:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    found = os.fstat(file)
+    ours = stat.S_ISREG(found.st_mode) and found.st_uid in (os.getuid(), 0) and not found.st_mode & OTHERS
+    if ours:
+        with open(file, "rb", closefd=False) as opened:
+            ours = path.stem == f"{digest}-{hashlib.file_digest(opened, 'sha256').hexdigest()[:16]}"
+    if not ours:
+        os.close(file)
+        return None
+    # By its descriptor, which nobody can exchange; it stays open, since the loader knows libraries by these names.
+    by_descriptor = Path(f"/proc/self/fd/{file}")
+    try:
+        loaded = ctypes.CDLL(str(by_descriptor if by_descriptor.exists() else path))
+    except OSError:
+        return None
+    return loaded if all(hasattr(loaded, name) for name in _functions()) else None
+
+
+def _functions() -> list[str]:
+    """The names that every build exports: what the sources declare, whatever the processor."""
+    text = "\n".join(p.read_text() for p in sorted(SOURCES.glob("*.cpp")))
+    for_all = re.sub(r"^#if.*?^#endif", "", text, flags=re.MULTILINE | re.DOTALL)
+    return ["lorry_amx", *re.findall(r"^LORRY \w+ (\w+)\(", for_all, flags=re.MULTILINE)]
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """What killed builds left: nobody is at work in a folder that old."""
+    for left in [*folder.glob(f"{BUILDING}*"), *folder.glob("tmp*")]:
+        if left.is_dir() and not left.is_symlink() and time.time() - left.lstat().st_mtime > ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _compile(compiler: str, folder: Path, digest: str) -> Path:
     """Compile into a temporary folder, reach the disk, and rename: nobody ever loads half a library."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as name:
+    _remove_abandoned(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=BUILDING) as name:
         objects = []
         for source in sorted(SOURCES.glob("*.cpp")):
             objects.append(str(Path(name) / f"{source.stem}.o"))
-            _run(compiler, *FLAGS, *WIDE, *SHAPE, *ADDED, "-c", str(source), "-o", objects[-1])
+            _run(compiler, *FLAGS, *WIDE, *SHAPE, *ADDED, "-c", str(source), "-o", objects[-1], limit=COMPILING)
         made = Path(name) / "made.so"
         # No -fopenmp here: the calls stay unresolved until torch's own OpenMP runtime, loaded before, provides them.
-        _run(compiler, *SHAPE, *ADDED, *objects, "-o", str(made))
+        _run(compiler, *SHAPE, *ADDED, *objects, "-o", str(made), limit=COMPILING)
+        made.chmod(0o700)  # whatever the umask allows others
         with open(made, "rb") as file:
             os.fsync(file.fileno())
         path = folder / f"{digest}-{file_digest(made)[:16]}.so"
