@@ -6,10 +6,12 @@ afterwards, unchanged: where they were, or in previous/N.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ import tinyrun
 from foreign import everything, strange
 from mortal import RunDisk, World, state_of
 from test_whole import described as whole_model
-from tinyrun import quick  # noqa: F401 - a fixture
+from tinyrun import QuietDisk, quick  # noqa: F401 - a fixture
 
-from faults import die, run_forked
-from lorry.disk import ownership
+from faults import FaultyDisk, die, kill, run_forked
+from lorry.disk import durable, ownership
 from lorry.disk.durable import building
 from lorry.errors import ConfigError, ContractError, LorryError
 from lorry.train import artifacts, checkpoint, rundir
@@ -262,6 +264,46 @@ def test_an_interrupted_run_stays_protected(world: World, tmp_path: Path) -> Non
     train(world, tmp_path, "is killed", save_steps=1)
     with pytest.raises(ConfigError, match="unfinished run"):
         train_run(world.run(tmp_path, **{**PLAIN, "learning_rate": 1e-4}), [])
+
+
+def test_killed_while_room_is_made_nothing_is_lost(world: World, finished: Path, tmp_path: Path) -> None:
+    """At every call of moving a finished run aside; the next run moves the rest."""
+
+    def work(folder: Path, say: Callable[[int], object]) -> None:
+        rundir.make_room(folder / "run", going_on=False)
+
+    kept = everything(finished)
+    for n in count(1):
+        folder = Path(shutil.copytree(finished, tmp_path / str(n)))
+        killed = run_forked(work, FaultyDisk(n, kill), folder).killed
+        assert everything(folder).keys() == kept.keys()
+        left = [p.name for p in (folder / "run").iterdir() if p.name != "previous"]
+        assert ownership.is_run(folder / "run") or not rundir._present(folder / "run", rundir._patterns([])), left
+        assert rundir.make_room(folder / "run", going_on=False) is None or left
+        assert everything(folder).keys() == kept.keys()
+        if not killed:
+            break
+    assert n > 20
+
+
+class Stubborn(QuietDisk):
+    """Folders for files on their way cannot be removed, as on some network disks."""
+
+    def rmdir(self, path: Path) -> None:
+        if ".tmp.lorry-" in path.name:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        super().rmdir(path)
+
+
+def test_a_scratch_folder_that_stays_ends_no_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "disk", Stubborn())
+    train_run(world.run(tmp_path, **PLAIN), [])
+    assert (tmp_path / "run" / "receipt.json").is_file()
+    left = [p.name for p in (tmp_path / "run").iterdir() if ".lorry-" in p.name]
+    assert len(left) == 1
+    monkeypatch.setattr(durable, "disk", QuietDisk())
+    train_run(world.run(tmp_path, **PLAIN), [])  # the next one clears it away
+    assert not (tmp_path / "run" / left[0]).exists()
 
 
 # --- other places

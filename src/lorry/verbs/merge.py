@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorry.config.schema import ModelConfig
 from lorry.config.settings import MergeSettings
+from lorry.disk.integrity import file_digest
 from lorry.verbs import probe
 from lorry.verbs.opening import chosen_adapter, opened, tell
 
@@ -123,7 +123,7 @@ class Before:
 def record(found: Opened, name: str) -> dict[str, Any]:
     """What a merge was made of: the base's directory, what it was opened as, the SHA-256 of its weight files, the adapter."""
     base = Path(found.source["path"])
-    digests = {file.name: sha256(file) for file in weight_files(base)}
+    digests = {file.name: file_digest(file) for file in weight_files(base)}
     asked = Path(found.source["name"])
     opened_as = str(asked.resolve()) if asked.exists() else found.source["name"]
     return {"base": str(base), "opened_as": opened_as, "base_weights": digests, "adapter": name}
@@ -132,8 +132,3 @@ def record(found: Opened, name: str) -> dict[str, Any]:
 def weight_files(folder: Path) -> Iterator[Path]:
     """The files that hold a model's tensors."""
     yield from sorted(folder.glob("*.safetensors"))
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

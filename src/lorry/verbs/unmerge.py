@@ -8,8 +8,9 @@ from typing import Any
 
 from lorry.config.settings import UnmergeSettings
 from lorry.disk import documents
+from lorry.disk.integrity import file_digest
 from lorry.errors import ModelError
-from lorry.verbs.merge import RECORD, sha256, weight_files
+from lorry.verbs.merge import RECORD, weight_files
 from lorry.verbs.opening import tell
 
 KINDS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # weights, settings, tokenizers, a model's own code
@@ -52,6 +53,6 @@ def find_base(said: dict[str, Any]) -> Path:
 
 def check(folder: Path, digests: dict[str, str], base: Path) -> None:
     """Compare the copied weight files with the record. Raises ModelError unless they are the very same."""
-    found = {file.name: sha256(file) for file in weight_files(folder)}
+    found = {file.name: file_digest(file) for file in weight_files(folder)}
     if odd := sorted(name for name in digests.keys() | found.keys() if digests.get(name) != found.get(name)):
         raise ModelError(f"{base} is not the base that was merged: {odd[0]} has changed since; nothing was written")
