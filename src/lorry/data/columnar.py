@@ -82,13 +82,14 @@ def chosen(schema: Any, shown: str, select: Select | None) -> list[str]:
     """The columns to read, all without ``select``. Raises DataError where two of them, or two fields in one, share a name."""
     try:
         names = list(schema.names)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{shown}:1: a column's name is not UTF-8 text ({error.reason}); write the file again") from error
+        within = {name: _twice_within(schema.field(at).type) for at, name in enumerate(names)}
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{shown}:1: a column's name is not UTF-8 text ({_reason(error)}); write the file again") from error
     if twice := _twice(names):
         raise DataError(f"{shown}:1: two columns are called {twice!r}; give each a name of its own")
     kept = (list(select(names, f"{shown}:1")) if select is not None else []) or names
     for name in kept:
-        if twice := _twice_within(schema.field(name).type):
+        if twice := within[name]:
             raise DataError(f"{shown}:1: two fields of the column {name!r} are called {twice!r}; give each a name of its own")
     return kept
 
@@ -155,9 +156,9 @@ def _twice(names: list[str]) -> str | None:
 
 def _twice_within(kind: Any) -> str | None:
     """A name that two fields of a struct share, at any depth: as Python dicts one of them would be lost."""
-    fields = [kind.field(at) for at in range(kind.num_fields)]
     import pyarrow.types
 
+    fields = [kind.field(at) for at in range(kind.num_fields)]
     own = _twice([field.name for field in fields]) if pyarrow.types.is_struct(kind) else None
     return own if own is not None else next(filter(None, (_twice_within(field.type) for field in fields)), None)
 
