@@ -222,3 +222,22 @@ def test_conversation_with_shots() -> None:
     assert conversation(item).plain == ("Is 3 odd?\nAnswer:", " yes")
     assert len(conversation(item).messages) == 2
     assert cued(Item("Go on", "x", "", ("x",))) == "Go on"
+
+
+@pytest.mark.parametrize(
+    "label", ["9" * 5000, "-" + "9" * 5000, 2**70, -(2**70), float("inf"), float("nan"), "1e400", "\u0663" * 5000, -1]
+)
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("anli", {"premise": "p", "hypothesis": "h"}),
+        ("paws", {"sentence1": "s", "sentence2": "t"}),
+        ("cosmos_qa", {"context": "c", "question": "q", **{f"answer{n}": f"a{n}" for n in range(4)}}),
+        ("cosmos_qa", {"context": "c", "question": "q", "choices": ["a", "b"]}),
+        ("bool_q", {"question": "q", "passage": "p"}),
+    ],
+)
+def test_labels_that_are_no_position(name: str, row: dict[str, Any], label: Any) -> None:
+    """Digits that no integer holds, numbers beyond every range: a bad row each, never a ValueError of int()."""
+    with pytest.raises(Unusable, match="label"):
+        named(name).item({**row, "label": label})

@@ -68,6 +68,7 @@ def test_good_rows(name: str, row: dict[str, Any], content: Any) -> None:
     assert normalise(row, form) == content
 
 
+SAID_TWICE = [CHAT[0], {"role": "assistant", "content": "a", "from": "gpt", "value": "b"}]
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"text": "  "}, "empty answer", "'text' is empty"),
     ({"text": None}, "columns", "column 'text' is missing or null"),
@@ -81,6 +82,10 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"question": "q", "answers": []}, "empty answer", "'answers' is empty"),
     ({"messages": []}, "no answer", "empty list"),
     ({"messages": "hello"}, "format", "expected a list of messages"),
+    ({"messages": "[{'role': 'user'}]"}, "json", "'messages' as JSON text: column 3: not valid JSON"),
+    ({"messages": '[{"role": "user", "role": "gpt"}]'}, "json", "the key 'role' stands twice"),
+    ({"messages": "[" * 5000}, "json", "nested too deeply"),
+    ({"messages": SAID_TWICE}, "format", "messages[1]: 'from', 'value' and 'role', 'content' say different things"),
     ({"messages": 3}, "format", "expected a list of messages"),
     ({"messages": ["hello"]}, "format", "messages[0] is a str"),
     ({"messages": CHAT[:1]}, "no answer", "no assistant turn"),
@@ -102,6 +107,50 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"instruction": "i", "output": "o", "history": "q"}, "format", "'history' is a str"),
     ({"instruction": "i", "output": "o", "history": [["q", ""]]}, "empty answer", "'history[0][1]' is empty"),
 ]
+
+
+NULL_TWINS = [
+    {"from": "human", "value": "q", "role": None, "content": None, "weight": None},
+    {"from": None, "value": None, "role": "assistant", "content": "a", "tool_calls": None},
+]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+@pytest.mark.parametrize(
+    "write",
+    [lambda turns: turns, json.dumps, lambda turns: f" \n{json.dumps(turns, indent=1)}", lambda turns: [*map(json.dumps, turns)]],
+)
+def test_turns_of_merged_tables_and_as_json_text(column: str, write: Any) -> None:
+    """union_keys.jsonl: 'unknown from None'; turns as JSON text, as CSV has to write them: 'expected a list of messages'."""
+    row = {column: write(NULL_TWINS)}
+    assert normalise(row, detect(row)) == Conversation((user("q"), said("a")))
+
+
+@pytest.mark.parametrize("write", [lambda turns: turns, json.dumps])
+def test_prompts_of_turns_as_json_text(write: Any) -> None:
+    form = FORMATS["prompt_completion"]
+    row = {"prompt": write([CHAT[0]]), "completion": write([CHAT[1]])}
+    assert normalise(row, form) == Conversation((user("q"), said("a")))
+    text = '[{"name": "x"}]'  # JSON that is no chat is what the model is to read and say
+    assert normalise({"prompt": text, "completion": text}, form) == Conversation((user(text), said(text)), (text, text))
+    alpaca = {"instruction": "i", "output": "o", "history": write([["q", "a"]])}
+    made = normalise(alpaca, FORMATS["alpaca"])
+    assert isinstance(made, Conversation)
+    assert made.messages[:2] == (user("q"), said("a"))
+
+
+@pytest.mark.parametrize("columns", [["text", *(f"c{n}" for n in range(10_000))], ["text", "x" * 300_000, *map(str, range(30))]])
+def test_thousands_of_columns_are_counted(tmp_path: Path, columns: list[str]) -> None:
+    """10,000 unused columns printed 271 KB."""
+    notes: set[str] = set()
+    (tmp_path / "d.jsonl").write_text(json.dumps(dict.fromkeys(columns, "t")) + "\n")
+    assert len(list(read_examples(open_source(tmp_path / "d.jsonl"), notes=notes))) == 1
+    (note,) = notes
+    assert note.endswith(f" and {len(columns) - 13} more")
+    assert len(note) < 400 + len(str(tmp_path))
+    with pytest.raises(DataError, match=rf" and {len(columns) - 13} more\. Known: ") as caught:
+        detect(columns[1:])
+    assert len(str(caught.value)) < 1500
 
 
 @pytest.mark.parametrize(("row", "kind", "reason"), BAD)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorry.data.formats import read_examples
 from lorry.data.sources import open_source
 from lorry.errors import ConfigError, DataError
 
+CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=8)
 GOOD = b'{"text": "one"}\n'
 BAD_LINES = [
     (b'{"text": "cut of', "column 10: not valid JSON"),
@@ -193,6 +199,9 @@ def test_csv_separators(tmp_path: Path, name: str, mark: str) -> None:
         ('a,b\n1,"2\n3,4\n', r"d\.csv:2: unexpected end of data"),
         ("a,a\n1,2\n", r"d\.csv:1: the header needs a different name for every column"),
         ("a,\n1,2\n", r"d\.csv:1: the header needs"),
+        (",,\n1,2,3\n", r"d\.csv:1: the header needs"),
+        ('"question,answer\nx,y', r"d\.csv:1: unexpected end of data \(a quote that is opened must be closed\)"),
+        ('"a"b,c\nx,y', r"d\.csv:1: ',' expected after '\"'"),
         ("", r"d\.csv:1: the file is empty"),
         (b"a,b\n1,caf\xe9\n", r"d\.csv:2: column 'b' is not valid UTF-8"),
         (b"a,b\n1,x\x00\n", r"d\.csv:2: column 'b': a NUL byte"),
@@ -202,6 +211,48 @@ def test_csv_separators(tmp_path: Path, name: str, mark: str) -> None:
 def test_broken_csv(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         rows(write(tmp_path, "d.csv", text))
+
+
+@settings(max_examples=60, deadline=None)
+@given(table=st.lists(st.fixed_dictionaries({"question": CELLS, "answer": CELLS, "é": CELLS}), min_size=1, max_size=6),
+       ends=st.sampled_from(["\n", "\r\n"]), quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+       mark=st.booleans())  # fmt: skip
+def test_csv_as_the_csv_module_writes_it(
+    tmp_path_factory: pytest.TempPathFactory, table: list[dict[str, str]], ends: str, quoting: Any, mark: bool
+) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["question", "answer", "é"], lineterminator=ends, quoting=quoting)
+    writer.writeheader()
+    writer.writerows(table)
+    path = write(tmp_path_factory.mktemp("csv"), "d.csv", ("\ufeff" if mark else "") + text.getvalue())
+    got = list(open_source(path))
+    assert [row.values for row in got] == table
+    assert len({row.where for row in got}) == len(table)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_csv_as_pandas_writes_it(tmp_path: Path, again: bool) -> None:
+    """The index is a column without a name; it is called what pandas calls it, and said to be unused. Turns are JSON text."""
+    turns = [[{"role": "user", "content": f"q, {n}"}, {"role": "assistant", "content": f'a "{n}"'}] for n in range(3)]
+    table = pandas.DataFrame({"messages": [json.dumps(turn) for turn in turns]}, index=[7, 8, 9])
+    path = tmp_path / "d.csv"
+    table.to_csv(path)
+    if again:
+        pandas.read_csv(path).to_csv(path)
+    notes: set[str] = set()
+    found = list(read_examples(open_source(path), notes=notes))
+    assert [[m.content for m in one.content.messages] for one in found] == [[f"q, {n}", f'a "{n}"'] for n in range(3)]  # type: ignore[union-attr]
+    assert list(found[0].values) == list(pandas.read_csv(path).columns)
+    unused = "Unnamed: 0.1, Unnamed: 0" if again else "Unnamed: 0"
+    assert notes == {f"{path}: read as messages; columns not used: {unused}"}
+    pandas.DataFrame({"a": [1]}, index=pandas.MultiIndex.from_tuples([(1, 2)])).to_csv(path)
+    assert rows(path) == [({"Unnamed: 0": "1", "Unnamed: 1": "2", "a": "1"}, "d.csv:2")]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "d.jsonl")
+    with pytest.raises(DataError, match=r"d\.jsonl: not a regular file"):
+        open_source(tmp_path / "d.jsonl")
 
 
 def test_csv_skips_only_the_bad_row(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorry.data.badrows import BadRow
+from lorry.data.json_rows import RowDecoder
 
 Role = Literal["system", "user", "assistant"]
 ROLES: dict[str, Role] = {
@@ -101,16 +102,42 @@ def answer_of(value: Any, column: str) -> str:
 
 
 def messages_of(value: Any, column: str) -> list[Message]:
-    """A list of {role, content} or {from, value}, checked one by one."""
+    """A list of {role, content} or {from, value}, or such a list as JSON text, checked one by one."""
+    value = from_json(value, column)
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise Unusable("format", f"{column!r} holds {kind_of(value)}, expected a list of messages")
-    return [_message(item, f"{column}[{index}]") for index, item in enumerate(value)]
+    return [_message(from_json(item, f"{column}[{index}]"), f"{column}[{index}]") for index, item in enumerate(value)]
+
+
+def from_json(value: Any, column: str) -> Any:
+    """A list or an object that stands in its column as JSON text, since CSV has neither; anything else as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    found = RowDecoder().only(value)
+    if isinstance(found, BadRow):
+        raise Unusable("json", f"{column!r} as JSON text: {found.reason} (Python's json.dumps writes JSON, str and repr do not)")
+    return found
+
+
+def turns_in(value: Any) -> Any:
+    """A prompt or completion that is JSON text of a list of turns and of nothing else, as that list; other text as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    found = RowDecoder().only(value)
+    return found if isinstance(found, list) and found and all(map(_is_turn, found)) else value
+
+
+def _is_turn(item: Any) -> bool:
+    return isinstance(item, dict) and any(isinstance(item.get(name), str) and item[name] in ROLES for name in ("role", "from"))
 
 
 def _message(item: Any, place: str) -> Message:
     if not isinstance(item, Mapping):
         raise Unusable("format", f"{place} is {kind_of(item)}, expected {{role, content}} or {{from, value}}")
-    role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
+    # tables merged from both spellings have both pairs of keys in every turn, one of them null
+    role_key, content_key = ("from", "value") if item.get("from") is not None else ("role", "content")
+    if role_key == "from" and item.get("role") is not None and item.get("content") != item.get("value"):
+        raise Unusable("format", f"{place}: 'from', 'value' and 'role', 'content' say different things; keep one pair")
     spoken = item.get(role_key)
     if not isinstance(spoken, str) or spoken not in ROLES:
         hint = "; tool calls are not supported" if spoken in ("tool", "function", "function_call", "observation") else ""

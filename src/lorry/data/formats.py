@@ -28,10 +28,12 @@ from lorry.data.content import (
     Unusable,
     answer_of,
     column_of,
+    from_json,
     kind_of,
     messages_of,
     optional,
     text_of,
+    turns_in,
 )
 from lorry.data.rows import file_of
 from lorry.data.sources import Source
@@ -170,7 +172,7 @@ def _read_conversations(row: Mapping[str, Any]) -> Conversation:
 
 def _read_prompt(row: Mapping[str, Any]) -> Conversation:
     column = column_of(row, COMPLETIONS)
-    prompt, completion = row["prompt"], row[column]
+    prompt, completion = turns_in(row["prompt"]), turns_in(row[column])
     if not isinstance(prompt, list) and not isinstance(completion, list):
         asked, said, system = text_of(prompt, "prompt"), answer_of(completion, column), _system(row)
         opening = f"{system[0].content}\n\n" if system else ""
@@ -186,7 +188,7 @@ def _read_prompt(row: Mapping[str, Any]) -> Conversation:
 def _read_instruction(row: Mapping[str, Any]) -> Conversation:
     column = column_of(row, OUTPUTS)
     instruction, given = text_of(row["instruction"], "instruction"), optional(row, "input", "context")
-    answer, system, history = answer_of(row[column], column), _system(row), _history(row.get("history"))
+    answer, system, history = answer_of(row[column], column), _system(row), _history(from_json(row.get("history"), "history"))
     user = f"{instruction}\n\n{given}" if given.strip() else instruction
     section = f"### Input:\n{given}\n\n" if given.strip() else ""
     opening = f"{system[0].content}\n\n" if system else ""

@@ -15,6 +15,7 @@ from lorry.data.catalog.layouts import (
     answers_in,
     choice_columns,
     choice_list,
+    is_place,
     layout,
     need,
     question_mark,
@@ -86,7 +87,7 @@ BOOL_Q_LONG = replace(
 def _anli(row: Row) -> Fields:
     label = row["label"]
     place = RELATIONS.index(label) if label in RELATIONS else label
-    if isinstance(place, bool) or not str(place).isdecimal() or int(place) >= len(RELATIONS):
+    if isinstance(place, bool) or not is_place(str(place)) or not 0 <= int(place) < len(RELATIONS):
         raise outside(label, RELATIONS)
     return chosen(slots(row, "premise", "hypothesis"), RELATIONS, [int(place)])
 

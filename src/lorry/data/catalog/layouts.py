@@ -118,13 +118,18 @@ def by_label(label: Any, options: Sequence[str], labels: Sequence[str] = ()) -> 
     places = {texts.index(wanted)} if wanted in texts else set()
     if len(wanted) == 1 and wanted in string.ascii_uppercase:
         places.add(string.ascii_uppercase.index(wanted))
-    elif wanted.removeprefix("-").isdecimal():
+    elif is_place(wanted):
         places.add(int(wanted))
     if len(places) > 1:
         raise Unusable("label", f"the label {label!r} may be an option's text or its position: {numbered(options)}")
     if not places:
         raise outside(label, options)
     return _inside(places.pop(), label, options)
+
+
+def is_place(text: str) -> bool:
+    """Whether a label is a position in digits. No set has options by the billion, and Python converts no 4,301 digits."""
+    return len(text) < 10 and text.removeprefix("-").isdecimal()
 
 
 def _inside(number: int, label: Any, options: Sequence[str]) -> int:
@@ -155,7 +160,7 @@ def choice_columns(asked: Callable[[Row], dict[str, str]], columns: Sequence[str
         if isinstance(value, str) and value.strip() in list(string.ascii_uppercase[: len(columns)]):
             return chosen(asked(row), options, [string.ascii_uppercase.index(value.strip())])
         text = str(value).strip()
-        if isinstance(value, bool) or not text.removeprefix("-").isdecimal() or not 0 <= int(text) - first < len(options):
+        if isinstance(value, bool) or not is_place(text) or not 0 <= int(text) - first < len(options):
             raise outside(value, options)
         return chosen(asked(row), options, [int(text) - first])
 
