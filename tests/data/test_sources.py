@@ -91,6 +91,16 @@ def test_quarantine_after_a_torn_line(tmp_path: Path) -> None:
     assert json.loads(whole)["raw"] == "oops"
 
 
+def test_a_value_of_megabytes_does_not_flood_the_terminal(tmp_path: Path) -> None:
+    path = write(tmp_path, "d.jsonl", json.dumps({"x" * 1_000_000: 1})[:-1] + ', "' + "x" * 1_000_000 + '": 2}')
+    with pytest.raises(DataError, match=r"d\.jsonl:1: the key 'x+\.\.\. \(\d+ characters\)") as caught:
+        rows(path)
+    assert len(str(caught.value)) < 3000
+    source = open_source(path, on_bad_row="skip")
+    assert not list(source)
+    assert len(source.bad.summary()) < 3000
+
+
 def test_policy_is_checked(tmp_path: Path) -> None:
     path = write(tmp_path, "d.jsonl", GOOD)
     with pytest.raises(ConfigError, match="did you mean 'skip'"):
@@ -339,6 +349,44 @@ def test_hub_data_sets(on_the_hub: Callable[[str, bytes], str], streaming: bool)
     assert got == [({"question": "a", "answer": "b"}, "owner/set:1"), ({"question": "c", "answer": "d"}, "owner/set:2")]
     with pytest.raises(DataError, match="owner/set: "):
         list(open_source(name, split="nosuchsplit", streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_data_set_with_pictures_is_read_without_them(
+    on_the_hub: Callable[[str, bytes], str], streaming: bool, tmp_path: Path
+) -> None:
+    """Nobody decodes what no format reads, downloaded or streamed: these bytes are no picture and no sound."""
+    import datasets
+
+    features = datasets.Features(text=datasets.Value("string"), picture=datasets.Image(), sound=datasets.Audio())
+    junk = [{"bytes": b"junk", "path": None}] * 3
+    schema = features.arrow_schema
+    pyarrow.parquet.write_table(
+        pa.table({"text": ["a", "b", "c"], "picture": junk, "sound": junk}, schema), tmp_path / "x.parquet"
+    )
+    name = on_the_hub("train.parquet", (tmp_path / "x.parquet").read_bytes())
+    notes: set[str] = set()
+    found = list(read_examples(open_source(name, streaming=streaming), notes=notes))
+    assert [(one.values, one.where) for one in found] == [({"text": t}, f"owner/set:{n}") for n, t in enumerate("abc", 1)]
+    assert notes == {"owner/set: read as text; columns not used: picture, sound"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("train.json", b'[{"text": "a"}]\n[{"text": "b"}]'),
+        ("train.json", b'[{"text": "a"}] rubbish'),
+        ("train.jsonl", b'{"text": "a", "text": "b"}\n'),
+        ("train.jsonl", b'{"text": "a"}\n{"text'),
+        ("train.csv", b'"text,other\na,b\n'),
+        ("train.parquet", b"PAR1 and nothing more"),
+    ],
+)
+def test_damaged_hub_data_sets(on_the_hub: Callable[[str, bytes], str], streaming: bool, file: str, content: bytes) -> None:
+    name = on_the_hub(file, content)
+    with pytest.raises(DataError, match="owner/set: "):
+        list(open_source(name, streaming=streaming))
 
 
 def test_hub_data_sets_that_are_not_plain_tables_are_refused(on_the_hub: Callable[[str, bytes], str]) -> None:

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 from lorry.errors import ConfigError, DataError, nearest
 
 OnBadRow = Literal["error", "skip", "quarantine"]
+LONGEST_REASON = 2000  # characters of a reason on the terminal: it may quote a value of the file
 SHOWN = 20  # how many bad rows are remembered word for word; the counts cover all of them
 
 
@@ -24,6 +25,12 @@ class BadRow:
 
     kind: str
     reason: str
+
+    @property
+    def short(self) -> str:
+        """The reason for a terminal: of a very long one the start."""
+        whole = self.reason
+        return whole if len(whole) <= LONGEST_REASON else f"{whole[:LONGEST_REASON]}... ({len(whole)} characters)"
 
 
 class BadRows:
@@ -49,7 +56,7 @@ class BadRows:
         """A row with a mistake in it. Raises DataError opening with ``file:line`` when the policy is ``error``."""
         if self.policy == "error":
             advice = "correct the row, or set on_bad_row=skip or on_bad_row=quarantine"
-            raise DataError(f"{where}: {bad.reason} ({advice})")
+            raise DataError(f"{where}: {bad.short} ({advice})")
         self.drop(where, bad, raw)
 
     def drop(self, where: str, bad: BadRow, raw: str) -> None:
@@ -59,7 +66,7 @@ class BadRows:
         self._seen.add((where, bad.kind))
         self.counts[bad.kind] += 1
         if len(self.first) < SHOWN:
-            self.first.append(f"{where}: {bad.reason}")
+            self.first.append(f"{where}: {bad.short}")
         if self.quarantine is not None:
             self._set_aside(self.quarantine, {"where": where, "kind": bad.kind, "reason": bad.reason, "raw": raw})
 
