@@ -157,6 +157,30 @@ def test_a_token_in_a_file_stops_the_push(hub: Hub, run: Path, name: str) -> Non
         assert str(caught.value).startswith(f"{name}:2 holds a secret (a Hugging Face token)")
 
 
+@pytest.mark.parametrize(
+    "secret",
+    [f"hf_oauth_{'Ab3' * 12}", f"sk-proj-{'Ab3_' * 12}", f"sk-ant-api03-{'Ab3-' * 12}", f"ghp_{'Ab3' * 12}",
+     f"github_pat_{'Ab3_' * 12}", "AKIA" + "ABCD2345" * 2, "-----BEGIN RSA PRIVATE KEY-----", f"glpat-{'Ab3' * 9}",
+     f"xoxb-{'123456789-' * 3}Ab3"],
+    ids=lambda secret: secret[:10],
+)  # fmt: skip
+def test_secrets_of_other_services_stop_the_push(hub: Hub, run: Path, secret: str) -> None:
+    put(run, "chat_template.jinja", f"one\n{secret}\n")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja:2 holds a secret") as caught:
+        push(run, "me/people")
+    assert hub.files == {}
+    assert secret not in str(caught.value)
+
+
+def test_a_variable_named_key_or_pat_counts(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "what-only-i-know")
+    monkeypatch.setenv("GH_PAT", "what-only-we-know")
+    for name, value in (("MY_KEY", "what-only-i-know"), ("GH_PAT", "what-only-we-know")):
+        put(run, "lorry_adapter.json", {"x": value})
+        with pytest.raises(ConfigError, match=rf"lorry_adapter.json:1 holds a secret \({name}\)"):
+            push(run, "me/people")
+
+
 def test_secrets_of_the_environment_count(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "an-odd-token-of-another-hub")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123")

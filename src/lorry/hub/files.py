@@ -6,8 +6,6 @@ earlier runs, logs and rows never do: ``samples.json`` stays, and the report is 
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -15,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
+from lorry.disk import secret_shapes
 from lorry.errors import ConfigError, ModelError
 from lorry.report.html import page
 from lorry.report.plots import png
@@ -26,9 +25,6 @@ RUN = ("run.yaml", "metrics.jsonl", "losses.json", "receipt.json", "contracts.js
 CARD, REPORT, PLOT = "README.md", "report.html", "report.png"
 NEVER = frozenset(["checkpoints", "previous", "data", "tensorboard"])  # folders of a run that are no adapter's
 BINARY = (".safetensors", ".png", ".model")
-TOKEN = re.compile(rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{30,}")  # what the hub's access tokens look like
-SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
-SHORTEST_SECRET = 16
 Content = bytes | Path
 
 
@@ -81,19 +77,17 @@ def _has_weights(run_dir: Path, found: Mapping[str, Content]) -> None:
 
 
 def refuse_secrets(files: Mapping[str, Content]) -> None:
-    """Raise ConfigError where a text holds an access token of the hub, or the value of a secret of the environment."""
-    secrets = {name: value.encode() for name, value in os.environ.items() if SECRET_NAMES.search(name.upper())}
-    secrets = {"the login of the hub": (get_token() or "").encode(), **secrets}
+    """Raise ConfigError where a text holds something of the shape of a secret (disk/secret_shapes.py), the login of the hub,
+    or the value of a secret of the environment."""
+    login = get_token() or ""
+    secrets = ({"the login of the hub": login} if len(login) >= secret_shapes.SHORTEST else {}) | secret_shapes.of_environment()
     for path, data in _texts(files):
-        held = [name for name, value in secrets.items() if len(value) >= SHORTEST_SECRET and value in data]
-        place = next((data.find(secrets[name]) for name in held), None)
-        if place is None and (match := TOKEN.search(data)):
-            place, held = match.start(), ["a Hugging Face token"]
-        if place is not None:
-            line = data.count(b"\n", 0, place) + 1
+        text = data.decode("utf-8", "replace")
+        if (found := secret_shapes.find(text, secrets)) is not None:
+            line = text.count("\n", 0, found.at) + 1
             raise ConfigError(
-                f"{path}:{line} holds a secret ({held[0]}), so nothing was uploaded; take it out of the file and of the setting "
-                "it came from, and revoke it if the file was shared"
+                f"{path}:{line} holds a secret ({found.what}), so nothing was uploaded; take it out of the file and of the "
+                "setting it came from, and revoke it if the file was shared"
             )
 
 

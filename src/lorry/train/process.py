@@ -16,7 +16,6 @@ import fcntl
 import json
 import os
 import platform
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -27,14 +26,13 @@ import psutil
 
 from lorry.disk import durable
 from lorry.disk.process import PROCESS, Ending, Home, Process, identity, refuse_second
+from lorry.disk.secret_shapes import hidden, names_secret
 from lorry.errors import ConfigError, LorryError
 from lorry.train.signals import raising
 
 LOG = "log.txt"  # what a run in the background says
 RUN_FILES = ("run.yaml", "receipt.json", "checkpoints")  # any of them: the directory holds a run that began
 LONGEST_REASON = 2000
-_SECRET = re.compile(r"token(?!s|i)|secret|passw|credential|api[-_]?key", re.IGNORECASE)
-_KEY = re.compile(r"\b(hf|sk|ghp|glpat)[-_][A-Za-z0-9_-]{16,}")
 
 
 class Running:
@@ -138,8 +136,8 @@ def without_secrets(words: Sequence[str]) -> list[str]:
     kept, hide = list[str](), False
     for word in words:
         name, equals, _ = word.partition("=")
-        secret = bool(_SECRET.search(name))
-        kept.append("***" if hide else f"{name}=***" if secret and equals else _KEY.sub("***", word))
+        secret = names_secret(name)
+        kept.append("***" if hide else f"{name}=***" if secret and equals else hidden(word))
         hide = secret and not equals and word.startswith("--")
     return kept
 
