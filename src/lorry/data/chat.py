@@ -14,6 +14,9 @@ A template's own {% generation %} blocks, where it has them, decide where a span
 Some templates write a turn differently once the chat goes on (Qwen3 takes the thoughts out, Mistral moves the system
 message). Learning such a turn inside the longer chat would teach what is never generated there, so it is told apart: its
 number goes to ``Chat.stale``, and it has to be learnt in a rendering of its own that ends with it.
+
+An answer that is not to be learnt (weight 0) is laid out like any other, so that it is tokenised like any other; its
+characters are in ``Chat.unlearnt``, and the encoder gives their tokens weight 0.
 """
 
 from __future__ import annotations
@@ -31,13 +34,15 @@ Span = tuple[int, int]
 @dataclass(frozen=True)
 class Chat:
     """A rendered chat: ``spans`` are the supervised characters, in order; ``ended``: the last answer has its end of turn;
-    ``stale``: numbers of the messages that are answers but were not written as they are when they are generated.
+    ``stale``: numbers of the messages that are answers but were not written as they are when they are generated;
+    ``unlearnt``: characters within the spans that the row's own marks (weight 0, train_detail) keep from being learnt.
     """
 
     text: str
     spans: tuple[Span, ...]
     ended: bool
     stale: tuple[int, ...] = ()
+    unlearnt: tuple[Span, ...] = ()
 
 
 def lay_out(template: ChatTemplate, messages: Sequence[Message]) -> Chat:
@@ -45,6 +50,7 @@ def lay_out(template: ChatTemplate, messages: Sequence[Message]) -> Chat:
     rendered = template.render(messages)
     spans: list[Span] = []
     stale: list[int] = []
+    unlearnt: list[Span] = []
     ended, used = False, 0
     for index, message in enumerate(messages):
         if message.role != "assistant":
@@ -54,14 +60,29 @@ def lay_out(template: ChatTemplate, messages: Sequence[Message]) -> Chat:
         used += block is not None
         end, ended = _with_end_of_turn(template, rendered.text, answer[1])
         if index < len(messages) - 1 and not template.render(messages[: index + 1]).text.startswith(rendered.text[:end]):
-            stale.append(index)
+            stale += [index] if message.learnt else []
             continue
         start = _start_of(template, rendered, answer, block, spans[-1][1] if spans else 0)
         if start is not None:
             spans.append((start, end))
+            unlearnt += _unlearnt(message, rendered.text, answer, (start, end))
     if used != len(rendered.blocks):
         raise TemplateRefusal("a {% generation %} block of the chat template marks text that is no assistant turn")
-    return Chat(rendered.text, tuple(spans), ended, tuple(stale))
+    return Chat(rendered.text, tuple(spans), ended, tuple(stale), tuple(unlearnt))
+
+
+def _unlearnt(message: Message, text: str, answer: Span, whole: Span) -> list[Span]:
+    """The characters of an answer's span that its marks keep from being learnt. Raises TemplateRefusal if they cannot be told."""
+    if not message.learnt:
+        return [whole]
+    if not message.unlearnt:
+        return []
+    said = text[answer[0] : answer[1]]
+    shift = message.content.find(said)
+    if shift < 0 or message.content[:shift].strip():
+        raise TemplateRefusal("the chat template changes an answer that has train_detail, so its characters cannot be told")
+    moved = ((max(start - shift, 0), min(end - shift, len(said))) for start, end in message.unlearnt)
+    return [(answer[0] + start, answer[0] + end) for start, end in moved if start < end]
 
 
 def locate(template: ChatTemplate, messages: Sequence[Message], index: int, text: str) -> Span:

@@ -1,33 +1,64 @@
-"""What a row means once its columns are understood: a ``Conversation`` or a ``Text``, and the checks of single fields."""
+"""What a row means once its columns are understood: a ``Conversation`` or a ``Text``, and the checks of single fields.
+
+Whatever a turn says is part of what is trained, or its row is refused, or it is counted and named; nothing of a turn is
+dropped in silence. Keys that say what is learnt:
+
+| key | from | meaning |
+|---|---|---|
+| weight | OpenAI, ShareGPT | 0: not learnt, 1: learnt; anything between is refused |
+| train, loss | axolotl; ms-swift, XTuner | false: not learnt, true: learnt |
+| train_detail | axolotl | [{begin_offset, end_offset, train}] in characters of the content, both ends included |
+
+What no entry of train_detail covers is not learnt; the end of the turn is.
+
+`mask` and the like mean opposite things in different tools (masked out; counted in the loss) and are refused.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from lorry.data.badrows import BadRow
 from lorry.data.json_rows import RowDecoder
+from lorry.disk.documents import parse_json
+from lorry.errors import DataError
 
 Role = Literal["system", "user", "assistant"]
 ROLES: dict[str, Role] = {
     "system": "system", "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
 }  # fmt: skip
+REASONING = ("reasoning_content", "reasoning", "thinking")
+LEARNING = ("weight", "train", "loss", "train_detail")
+AMBIGUOUS = (
+    "mask", "masked", "loss_mask", "train_mask", "loss_weight", "weights", "loss_scale", "trainable", "training",
+    "learn", "ignore",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. ``reasoning`` is what a thinking model writes before its answer (templates know it as reasoning_content)."""
+    """One turn. ``reasoning`` is what a thinking model writes before its answer (templates know it as reasoning_content);
+    ``name`` whose turn it is, for templates that write it; ``learnt`` False for an answer that is only read; ``unlearnt``
+    the (start, end) characters of the content that are not learnt; ``unread`` keys that mean nothing to Lorry.
+    """
 
     role: Role
     content: str
     reasoning: str = ""
+    name: str = ""
+    learnt: bool = True
+    unlearnt: tuple[tuple[int, int], ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A chat with at least one assistant turn.
+    """A chat with at least one assistant turn. ``tools``: JSON of the list of tools that the template gets, or "".
 
     ``plain`` is (prompt, completion) as running text, for a tokenizer that has no chat template; None when the row was a
     chat to begin with.
@@ -35,6 +66,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     plain: tuple[str, str] | None = None
+    tools: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,10 +174,87 @@ def _message(item: Any, place: str) -> Message:
     if not isinstance(spoken, str) or spoken not in ROLES:
         hint = "; tool calls are not supported" if spoken in ("tool", "function", "function_call", "observation") else ""
         raise Unusable("roles", f"{place}: unknown {role_key} {spoken!r}; known are {', '.join(ROLES)}{hint}")
-    if item.get("tool_calls"):
+    if item.get("tool_calls") or item.get("function_call"):
         raise Unusable("roles", f"{place}: tool calls are not supported")
     text = text_of(item.get(content_key), f"{place}.{content_key}")
     if ROLES[spoken] == "assistant":
         answer_of(text, f"{place}.{content_key}")
-    reasoning = item.get("reasoning_content") or item.get("reasoning") or item.get("thinking") or ""
-    return Message(ROLES[spoken], text, text_of(reasoning, f"{place}.reasoning_content"))
+    reasoning = [name for name in REASONING if item.get(name)]
+    if len({str(item[name]) for name in reasoning}) > 1:
+        raise Unusable("keys", f"{place}: {' and '.join(map(repr, reasoning))} say different things; keep one of them")
+    thought = text_of(item[reasoning[0]], f"{place}.{reasoning[0]}") if reasoning else ""
+    learnt, unlearnt = _learning(item, ROLES[spoken], text, place)
+    name = text_of(item.get("name") or "", f"{place}.name")
+    known = {role_key, content_key, "name", "tool_calls", "function_call", *REASONING, *LEARNING}
+    unread = tuple(str(key) for key, held in item.items() if key not in known and held not in (None, "", [], {}))
+    return Message(ROLES[spoken], text, thought, name, learnt, unlearnt, unread)
+
+
+def _learning(item: Mapping[str, Any], role: Role, text: str, place: str) -> tuple[bool, tuple[tuple[int, int], ...]]:
+    """(whether an answer is learnt, the characters of it that are not), from the keys that other tools have for this."""
+    for key, held in item.items():
+        if held is not None and str(key).lower() in AMBIGUOUS:
+            raise Unusable("keys", f"{place}.{key}: tools disagree on what it means; write weight: 0 (not learnt) or 1 (learnt)")
+    said = {key: _switch(item[key], f"{place}.{key}") for key in ("weight", "train", "loss") if item.get(key) is not None}
+    if len(set(said.values())) > 1:
+        raise Unusable("keys", f"{place}: {' and '.join(map(repr, said))} contradict each other; keep one of them")
+    learnt = next(iter(said.values()), True)
+    detail = item.get("train_detail")
+    if role != "assistant" and (detail or any(said.values())):
+        key = "train_detail" if detail else next(iter(said))
+        raise Unusable("keys", f"{place}.{key}: only answers are learnt, and this is a turn of the {role}; leave it out there")
+    if not detail or not learnt:
+        return learnt, ()
+    kept = _learnt_characters(detail, len(text), f"{place}.train_detail")
+    gaps, at = list[tuple[int, int]](), 0
+    for start, end in [*kept, (len(text), len(text))]:
+        if start > at:
+            gaps.append((at, start))
+        at = max(at, end)
+    return bool(kept), tuple(gaps) if kept else ()
+
+
+def _switch(value: Any, place: str) -> bool:
+    """true, false, 0 or 1, as Arrow and CSV may write them. Raises Unusable for a weight between."""
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    raise Unusable("keys", f"{place} is {str(value)[:40]!r}; a turn is learnt (1, true) or not (0, false), nothing between")
+
+
+def _learnt_characters(detail: Any, length: int, place: str) -> list[tuple[int, int]]:
+    """The (start, end) of each learnt stretch, in order, end excluded. Raises Unusable for stretches that cannot be."""
+    stretches = []
+    for number, part in enumerate(detail if isinstance(detail, list | tuple) else [detail]):
+        where = f"{place}[{number}]"
+        bounds = [part.get(name) for name in ("begin_offset", "end_offset")] if isinstance(part, Mapping) else []
+        whole = [at for at in bounds if isinstance(at, int) and not isinstance(at, bool)]
+        if len(whole) != 2:
+            raise Unusable("keys", f"{where} is not {{begin_offset, end_offset, train}} with whole numbers")
+        if set(part) - {"begin_offset", "end_offset", "train"} or part.get("train") is None:
+            raise Unusable("keys", f"{where} has other keys than begin_offset, end_offset and train")
+        start, end = whole
+        if not 0 <= start <= end < length:
+            raise Unusable("keys", f"{where}: characters {start} to {end} are not in a content of {length} (0 to {length - 1})")
+        stretches.append((start, end + 1, _switch(part["train"], f"{where}.train")))
+    stretches.sort()
+    if any(one[1] > other[0] for one, other in pairwise(stretches)):
+        raise Unusable("keys", f"{place}: two stretches share a character; write each character once")
+    return [(start, end) for start, end, train in stretches if train]
+
+
+def tools_of(value: Any, column: str) -> str:
+    """A column of tools (a list of objects, or that as JSON text) as JSON, "" for none. Raises Unusable."""
+    read = value
+    if isinstance(value, str) and value.strip():
+        try:
+            read = parse_json(value, column)
+        except DataError as error:
+            raise Unusable("tools", f"{error}; expected a list of tools") from error
+    if read is None or (isinstance(read, str) and not read.strip()):
+        return ""
+    if not isinstance(read, list) or not all(isinstance(tool, dict) for tool in read):
+        raise Unusable("tools", f"{column!r} holds {kind_of(read)}, expected a list of objects, one for each tool")
+    try:
+        return json.dumps(read, ensure_ascii=False) if read else ""
+    except (TypeError, ValueError) as error:
+        raise Unusable("tools", f"{column!r} holds what JSON cannot write: {error}") from error

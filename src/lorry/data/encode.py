@@ -39,14 +39,17 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A rendered example. ``opener``: the text before each span; ``messages`` of a chat, of which ``last`` learns the last
-    answer only; ``opened``, ``closed``: BOS, EOS go around it; ``whole``: all of it is learnt.
+    """A rendered example. ``opener``: the text before each span; ``unlearnt``: characters of the spans that are not learnt;
+    ``messages`` and ``template`` of a chat, of which ``last`` learns the last answer only; ``opened``, ``closed``: BOS, EOS go
+    around it; ``whole``: all of it is learnt.
     """
 
     text: str
     spans: Sequence[Span]
     opener: str = ""
+    unlearnt: Sequence[Span] = ()
     messages: tuple[Message, ...] = ()
+    template: ChatTemplate | None = None
     last: bool = False
     opened: bool = False
     closed: bool = False
@@ -59,13 +62,16 @@ class Encoder:
     ``completion_only_loss=False`` supervises every token but the first. ``system`` is put before chats that have no system
     message of their own. ``variables`` go to the chat template; ``chat=False`` leaves it aside, as if there were none. ``notes``
     counts what was adjusted, in words.
+    ``embeddings``: rows of the model's embedding table; a token beyond them makes a bad row (a DataError of ``prompt``).
+    A prompt or text that the template has rendered already is recognised by the template's own headers and not wrapped again.
     Raises ModelError for a template or tokenizer that cannot be used, ConfigError for max_length < 2.
     """
 
     def __init__(
         self, tokenizer: Any, *, max_length: int, completion_only_loss: bool = True, system: str | None = None,
-        variables: Mapping[str, Any] | None = None, chat: bool = True,
+        variables: Mapping[str, Any] | None = None, chat: bool = True, embeddings: int | None = None,
     ) -> None:  # fmt: skip
+        self.embeddings = embeddings
         if max_length < 2:
             raise ConfigError(f"max_length={max_length}: a token can only be learnt after another one; set 2 or more")
         self.tokenizer, self.max_length, self.completion_only_loss, self.system = (
@@ -80,6 +86,9 @@ class Encoder:
         self.has_template = own is not None
         self.template = own or ChatTemplate.made(PLAIN, tokenizer, opening)
         self._end_of_turn = self.tokens.one(self.template.end_of_turn).ids if self.template.end_of_turn else []
+        opener = str(opening["opening"])
+        shown = [Message("user", "?"), Message("assistant", "!")]
+        self._template_opens = bool(opener) and self.template.render(shown).text.lstrip().startswith(opener.strip())
         self.notes: Counter[str] = Counter()
         specials = special_token_texts(tokenizer)
         self._control = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)")
@@ -97,29 +106,57 @@ class Encoder:
         drafts = [self._drafts(content) for content in contents]
         sound = [draft for made in drafts if not isinstance(made, BadRow) for draft in made]
         columns = [draft.text for draft in sound], [draft.spans for draft in sound], [draft.opener for draft in sound]
-        marked = iter(self.tokens.many(*columns))
+        marked = iter(self.tokens.many(*columns, [draft.unlearnt for draft in sound]))
         return [
-            made if isinstance(made, BadRow) else self._together([self._finish(d, next(marked)) for d in made]) for made in drafts
+            made if isinstance(made, BadRow) else self._together([self._known(self._finish(d, next(marked))) for d in made])
+            for made in drafts
         ]
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """The tokens to generate the last answer from, as training puts them before it.
 
-        Raises DataError when the chat template does not take the conversation.
+        Raises DataError when the chat template does not take the conversation, or the model has no row for a token.
         """
         try:
-            return self._prompt(conversation)
+            ids = self._prompt(conversation)
         except TemplateRefusal as error:
             raise DataError(str(error)) from error
+        self.expect_known(ids)
+        return ids
+
+    def expect_known(self, ids: Sequence[int]) -> None:
+        """Raise DataError, naming the token, for one that the model has no embedding of."""
+        if reason := self._unknown(ids):
+            raise DataError(reason)
+
+    def _unknown(self, ids: Sequence[int]) -> str:
+        """Why the model cannot read these tokens, "" when it can."""
+        if self.embeddings is None or not ids or max(ids) < self.embeddings:
+            return ""
+        first = next(token for token in ids if token >= self.embeddings)
+        text = self.tokenizer.decode([first], skip_special_tokens=False)
+        return (
+            f"the token {text!r} (id {first}) is beyond the model's embedding table of {self.embeddings} rows; "
+            "take the tokenizer that belongs to this model, or a model whose embeddings were resized"
+        )
+
+    def _known(self, made: list[Encoded] | BadRow) -> list[Encoded] | BadRow:
+        reason = "" if isinstance(made, BadRow) else next(filter(None, (self._unknown(piece.tokens) for piece in made)), "")
+        return BadRow("vocabulary", reason) if reason else made
 
     def _prompt(self, conversation: Conversation) -> list[int]:
+        if rendered := self._rendered(conversation):
+            ids = self.tokens.one(rendered[0]).ids
+            return self._opened(ids) if self._template_opens else ids
         messages = self._prepared(conversation)[:-1]
         if conversation.plain and not self.has_template:
             return self._opened(self.tokens.one(self._plain_prompt(conversation)).ids)
+        template = self.template.with_tools(conversation.tools)
+        template.expect_tools_shown(messages)
         earlier: Sequence[Span] = ()
         if any(message.role == "assistant" for message in messages):  # earlier answers are tokenised as in training
-            earlier = lay_out(self.template, messages).spans
-        return self.tokens.one(self.template.prompt(messages), earlier, self.template.header).ids
+            earlier = lay_out(template, messages).spans
+        return self.tokens.one(template.prompt(messages), earlier, template.header).ids
 
     def stop_tokens(self) -> list[int]:
         """Ids at which generation has to stop: the tokenizer's EOS and the template's end of turn."""
@@ -138,20 +175,84 @@ class Encoder:
     def _drafts(self, content: Content) -> list[_Draft] | BadRow:
         try:
             if isinstance(content, Text):
-                return [_Draft(content.text, [(0, len(content.text))], opened=True, closed=True, whole=True)]
+                return [self._text(content.text)]
+            self._note_turns(content)
+            if content.tools and not self.has_template:
+                raise TemplateRefusal("the row has tools and the tokenizer no chat template that could show them")
             if content.plain and not self.has_template:
                 prompt, answer = self._plain_prompt(content), content.plain[1]
                 spans, last_line = [(len(prompt), len(prompt) + len(answer))], (prompt.splitlines(keepends=True) or [""])[-1]
                 return [_Draft(prompt + answer, spans, last_line, opened=True, closed=True)]
+            if rendered := self._rendered(content):
+                return [self._rendered_draft(*rendered)]
             messages = self._prepared(content)
-            chat = lay_out(self.template, messages)
+            template = self.template.with_tools(content.tools)
+            template.expect_tools_shown(messages)
+            chat = lay_out(template, messages)
             stale = chat.stale if self.completion_only_loss else ()
-            own = [self._chat(messages[: at + 1], lay_out(self.template, messages[: at + 1]), last=True) for at in stale]
+            own = [self._chat(template, messages[: at + 1], lay_out(template, messages[: at + 1]), last=True) for at in stale]
             if own:
                 self.notes["the chat template rewrites earlier answers; each was learnt in a chat that ends with it"] += 1
-            return [*own, self._chat(messages, chat, last=False)]
+            return [*own, self._chat(template, messages, chat, last=False)]
         except TemplateRefusal as error:
             return BadRow("template", str(error))
+
+    def _text(self, text: str) -> _Draft:
+        """A text with BOS and EOS around it, each put only where the text does not bring its own."""
+        opened = closed = True
+        if self._control.search(text):
+            rendered = self.has_template and bool(self.template.question_header) and self.template.question_header in text
+            kind = "are chats that are rendered already, learnt whole" if rendered else "hold control tokens of the tokenizer"
+            advice = " (the format messages learns answers only)" if rendered else ""
+            self.notes[f"texts {kind}; no second BOS or end was put around them{advice}"] += 1
+            ends = (self.template.end_of_turn if rendered else "", self.tokenizer.eos_token)
+            if any(end and text.rstrip().endswith(end) for end in ends):
+                text, closed = text.rstrip(), False
+            opened = self._template_opens or not rendered
+        return _Draft(text, [(0, len(text))], opened=opened, closed=closed, whole=True)
+
+    def _rendered(self, conversation: Conversation) -> tuple[str, str] | None:
+        """(prompt up to the assistant's header, answer) of a question that the chat template has rendered already, else None.
+
+        It is known by the template's own header of a question, or by the assistant's header at its end. Raises
+        TemplateRefusal where a system message or tools would have to go into it.
+        """
+        turns = [message for message in conversation.messages if message.role != "system"]
+        header, question = self.template.header.strip(), self.template.question_header
+        if not self.has_template or [turn.role for turn in turns] != ["user", "assistant"]:
+            return None
+        asked, answer = turns[0].content, turns[1].content
+        if not (question and question in asked) and not (header and asked.rstrip().endswith(header)):
+            return None
+        if self.system or conversation.tools or len(turns) < len(conversation.messages):
+            raise TemplateRefusal(
+                "the prompt is rendered by the chat template already, so no system message and no tools can be put into it; "
+                "leave them out, or give the prompt as plain text or messages"
+            )
+        self.notes["prompts are rendered by the chat template already; no second chat was put around them"] += 1
+        at = asked.rfind(header) if header else len(asked)
+        if header and at <= (asked.rfind(question) if question else -1):  # the answer brings its header, or it is missing
+            answer = answer.lstrip().removeprefix(header) if answer.lstrip().startswith(header) else answer
+            asked, at = f"{asked}{self.template.header}", len(asked)
+            answer = answer.lstrip("\n") if self.template.header.endswith("\n") else answer
+        if not asked[at:].removeprefix(header).strip():  # white space behind the header as the template has it
+            asked = asked[:at] + self.template.header.lstrip()
+        return asked, self._bare(answer)
+
+    def _bare(self, answer: str) -> str:
+        """An answer without the ends of turn and of text behind it. Raises TemplateRefusal when nothing is left."""
+        ends = [end for end in (self.template.end_of_turn, self.tokenizer.eos_token) if end]
+        while end := next((end for end in ends if answer.rstrip().endswith(end)), ""):
+            answer = answer.rstrip().removesuffix(end)
+        if not answer.strip():
+            raise TemplateRefusal("the answer is nothing but an end of turn: there is nothing to learn")
+        return answer
+
+    def _rendered_draft(self, prompt: str, answer: str) -> _Draft:
+        """The example of a prompt that was rendered elsewhere: BOS where the template writes it, one end of turn."""
+        turn = self.template.end_of_turn if len(self._end_of_turn) == 1 else ""
+        text = prompt + answer + turn
+        return _Draft(text, [(len(prompt), len(text))], self.template.header, opened=self._template_opens, closed=not turn)
 
     def _together(self, parts: list[list[Encoded] | BadRow]) -> list[Encoded] | BadRow:
         """The sequences of one example; it is a bad row when none of them can be used."""
@@ -165,7 +266,17 @@ class Encoder:
         prompt = conversation.plain[0] if conversation.plain else ""
         return f"{self.system}\n\n{prompt}" if self.system and conversation.messages[0].role != "system" else prompt
 
-    def _chat(self, messages: tuple[Message, ...], chat: Chat, last: bool) -> _Draft:
+    def _note_turns(self, conversation: Conversation) -> None:
+        """Count what of the turns' keys neither the template nor the weights take."""
+        for key in sorted({key for message in conversation.messages for key in message.unread}):
+            self.notes[f"turns have the key {key!r}, which is not used"] += 1
+        if any(message.name for message in conversation.messages):
+            nameless = tuple(replace(message, name="") for message in conversation.messages)
+            template = self.template.with_tools(conversation.tools)
+            if not self.has_template or template.render(nameless).text == template.render(conversation.messages).text:
+                self.notes["turns have the key 'name', which the chat template does not show"] += 1
+
+    def _chat(self, template: ChatTemplate, messages: tuple[Message, ...], chat: Chat, last: bool) -> _Draft:
         """A chat ready for the tokenizer; without an end of turn that can stop generation it gets the end of text."""
         if not chat.spans:
             raise TemplateRefusal("the chat template marks no answer of this conversation for learning")
@@ -174,15 +285,16 @@ class Encoder:
         if messages[-1].content.strip() not in said:
             self.notes["the chat template changes or shortens the answer itself, a thought for example"] += 1
         if chat.ended and len(self._end_of_turn) == 1:
-            return _Draft(chat.text, spans, self.template.header, messages, last)
+            return _Draft(chat.text, spans, template.header, chat.unlearnt, messages, template, last)
         missing = "an end of turn that is several tokens" if chat.ended else "no end of turn after the last answer"
         self.notes[f"the chat template writes {missing}; the end of text was added"] += 1
-        return _Draft(chat.text[: spans[-1][1]], spans, self.template.header, messages, last, closed=True)
+        text = chat.text[: spans[-1][1]]
+        return _Draft(text, spans, template.header, chat.unlearnt, messages, template, last, closed=True)
 
     def _prepared(self, conversation: Conversation) -> tuple[Message, ...]:
-        """The messages up to the last answer (what follows it teaches nothing), with the system message where it can be."""
+        """The messages up to the last learnt answer (what follows teaches nothing), with the system message where it can be."""
         messages = list(conversation.messages)
-        while messages[-1].role != "assistant":
+        while messages[-1].role != "assistant" or not messages[-1].learnt:
             messages.pop()
         if any(RESERVED.search(message.content) for message in messages):
             raise TemplateRefusal("the text holds one of the Unicode noncharacters U+FDD0 to U+FDD2, which Lorry needs itself")
@@ -215,6 +327,9 @@ class Encoder:
             ids, weights = marked.ids[: last_learnt(marked)], [float(taken) for taken in marked.learnt[: last_learnt(marked)]]
         else:
             ids, weights = marked.ids, [1.0] * len(marked.ids)
+        weights = (
+            [0.0 if number in marked.barred else weight for number, weight in enumerate(weights)] if marked.barred else weights
+        )
         weights[:1] = [0.0]
         if not any(weights):
             return BadRow("no answer", "no token of the answer can be learnt: nothing stands before it")
@@ -230,7 +345,7 @@ class Encoder:
                 raise ModelError("the tokenizer has no eos_token, so the model could never learn to stop; set eos_token")
             if ids[-1:] != [self.tokens.end]:
                 ids, learnt = [*ids, self.tokens.end], [*learnt, True]
-        return Marked(ids, learnt)
+        return Marked(ids, learnt, marked.barred)  # barred tokens are of chats, which get no BOS in front
 
     def _opened(self, ids: list[int]) -> list[int]:
         """With the tokenizer's BOS in front, once."""
@@ -244,38 +359,56 @@ class Encoder:
 
     def _shortened_plain(self, draft: _Draft, marked: Marked) -> Marked | BadRow:
         head = len(self.tokens.opening) if draft.opened else 0
-        return prompt_tokens(marked, head, len(marked.ids) - self.max_length) or self._too_long(sum(marked.learnt))
+        return prompt_tokens(marked, head, len(marked.ids) - self.max_length) or self._too_long(sum(marked.learnt), max(head, 1))
 
     def _shortened_chat(self, draft: _Draft) -> Marked | BadRow:
         """Leave out the oldest turns, then cut the longest prompt messages from the left, until the last answer fits whole."""
-        messages = draft.messages
+        messages, template = draft.messages, draft.template or self.template
         try:
             while len(shorter := without_oldest(messages)) < len(messages):
                 messages = shorter
-                if self._length(fitted := self._drafted(messages, draft.last)) <= self.max_length:
+                if self._length(fitted := self._drafted(template, messages, draft.last)) <= self.max_length:
                     return fitted
             for _ in range(ROUNDS * len(messages)):
-                marked = self._drafted(messages, draft.last)
+                marked = self._drafted(template, messages, draft.last)
                 over = self._length(marked) - self.max_length
                 if over <= 0:
                     return marked
-                shorter = cut_longest(self.template, self.tokens, messages, over)
+                shorter = cut_longest(template, self.tokens, messages, over)
                 if shorter == messages:
-                    return self._too_long(sum(marked.learnt))
+                    return self._too_long(*self._sizes(marked))
                 messages = shorter
         except TemplateRefusal as error:
             return BadRow("template", f"{error} (after its prompt was cut to max_length={self.max_length})")
-        return self._too_long(sum(marked.learnt))
+        return self._too_long(*self._sizes(marked))
 
-    def _drafted(self, messages: tuple[Message, ...], last: bool) -> Marked:
-        draft = self._chat(messages, lay_out(self.template, messages), last)
-        return self._dressed(draft, self.tokens.one(draft.text, draft.spans, draft.opener))
+    def _sizes(self, marked: Marked) -> tuple[int, int]:
+        """(tokens of the last answer, tokens before it that are left when everything that may be cut is)."""
+        end = last_learnt(marked)
+        start = end - marked.learnt[:end][::-1].index(False) if False in marked.learnt[:end] else 0
+        return end - start, self._length(marked) - (end - start)
+
+    def _drafted(self, template: ChatTemplate, messages: tuple[Message, ...], last: bool) -> Marked:
+        draft = self._chat(template, messages, lay_out(template, messages), last)
+        return self._dressed(draft, self.tokens.one(draft.text, draft.spans, draft.opener, draft.unlearnt))
 
     def _length(self, marked: Marked) -> int:
         return last_learnt(marked) if self.completion_only_loss else len(marked.ids)
 
-    def _too_long(self, answer: int) -> BadRow:
-        return BadRow(TOO_LONG, f"the answer of {answer} tokens with its header is longer than max_length={self.max_length}")
+    def _too_long(self, answer: int, fixed: int) -> BadRow:
+        """``answer`` tokens with ``fixed`` others that cannot be cut away."""
+        if answer + fixed <= self.max_length:
+            return BadRow(TOO_LONG, f"its prompt could not be cut to max_length={self.max_length} in {ROUNDS} rounds a message")
+        what = (
+            "the beginning"
+            if not self.has_template
+            else "the chat template itself (headers, what it adds, tools) and turns that stay"
+        )
+        return BadRow(
+            TOO_LONG,
+            f"max_length={self.max_length} has no room for the answer of {answer} tokens: {fixed} more are taken by {what}; "
+            f"max_length={answer + fixed} is the least that would do",
+        )
 
 
 def encode(

@@ -4,9 +4,9 @@
 
 | format | columns |
 |---|---|
-| messages | messages: [{role, content}] |
-| conversations | conversations: [{from, value}] |
-| prompt_completion | prompt + completion, texts or lists of messages |
+| messages | messages: [{role, content}], optional system, tools |
+| conversations | conversations: [{from, value}], optional system, tools |
+| prompt_completion | prompt + completion, texts or lists of messages, optional system, tools |
 | alpaca | instruction + output, optional input, system, history |
 | question_answer | question + answer, optional context or passage, system |
 | text | text |
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorry.data.badrows import BadRow
@@ -33,6 +33,7 @@ from lorry.data.content import (
     messages_of,
     optional,
     text_of,
+    tools_of,
     turns_in,
 )
 from lorry.data.rows import file_of
@@ -109,7 +110,10 @@ def normalise(row: Mapping[str, Any], form: Format) -> Content | BadRow:
     if missing:
         return BadRow("columns", f"column {missing[0]!r} is missing or null; the file is in the format {form}")
     try:
-        return form.read(row)
+        content = form.read(row)
+        if "tools" in form.may and isinstance(content, Conversation):
+            content = replace(content, tools=tools_of(row.get("tools"), "tools"))
+        return content
     except Unusable as error:
         return error.bad
 
@@ -153,7 +157,20 @@ def _conversation(messages: list[Message], column: str, plain: tuple[str, str] |
         raise Unusable("no answer", f"{column!r} is an empty list")
     if not any(message.role == "assistant" for message in messages):
         raise Unusable("no answer", f"{column!r} has no assistant turn: there is nothing to learn")
+    if not any(message.role == "assistant" and message.learnt for message in messages):
+        raise Unusable("no answer", f"{column!r}: every assistant turn is marked as not to be learnt (weight 0, train false)")
     return Conversation(tuple(messages), plain)
+
+
+def _after_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """The turns behind the system message of the row's own column. Raises Unusable where the turns bring another one."""
+    system = _system(row)
+    own = [message for message in messages if message.role == "system"]
+    if system and own:
+        if own[0].content == system[0].content:
+            return messages
+        raise Unusable("roles", "the column 'system' and a system turn of the messages are both there; keep one of them")
+    return system + messages
 
 
 def _system(row: Mapping[str, Any]) -> list[Message]:
@@ -162,12 +179,12 @@ def _system(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _read_messages(row: Mapping[str, Any]) -> Conversation:
-    return _conversation(messages_of(row["messages"], "messages"), "messages")
+    return _conversation(_after_system(row, messages_of(row["messages"], "messages")), "messages")
 
 
 def _read_conversations(row: Mapping[str, Any]) -> Conversation:
     column = column_of(row, ("conversations", "conversation"))
-    return _conversation(_system(row) + messages_of(row[column], column), column)
+    return _conversation(_after_system(row, messages_of(row[column], column)), column)
 
 
 def _read_prompt(row: Mapping[str, Any]) -> Conversation:
@@ -180,9 +197,9 @@ def _read_prompt(row: Mapping[str, Any]) -> Conversation:
         return _conversation(messages, column, (opening + asked, said))
     before = messages_of(prompt, "prompt") if isinstance(prompt, list) else [Message("user", text_of(prompt, "prompt"))]
     if not isinstance(completion, list):
-        return _conversation([*_system(row), *before, Message("assistant", answer_of(completion, column))], column)
+        return _conversation(_after_system(row, [*before, Message("assistant", answer_of(completion, column))]), column)
     after = _conversation(messages_of(completion, column), column).messages
-    return _conversation([*_system(row), *before, *after], column)
+    return _conversation(_after_system(row, [*before, *after]), column)
 
 
 def _read_instruction(row: Mapping[str, Any]) -> Conversation:
@@ -237,9 +254,9 @@ ALSO_READ = ("answers",)  # of a table of columns, whatever the format: evaluati
 FORMATS: dict[str, Format] = {
     form.name: form
     for form in (
-        Format("messages", (("messages",),), (), _read_messages),
-        Format("conversations", (("conversations", "conversation"),), ("system",), _read_conversations),
-        Format("prompt_completion", (("prompt",), COMPLETIONS), ("system",), _read_prompt),
+        Format("messages", (("messages",),), ("system", "tools"), _read_messages),
+        Format("conversations", (("conversations", "conversation"),), ("system", "tools"), _read_conversations),
+        Format("prompt_completion", (("prompt",), COMPLETIONS), ("system", "tools"), _read_prompt),
         Format("alpaca", (("instruction",), OUTPUTS), ("input", "context", "system", "history"), _read_instruction),
         Format("question_answer", (("question", "query"), ANSWERS), ("context", "passage", "system"), _read_question),
         Format("text", (("text",),), (), _read_text),

@@ -5,12 +5,15 @@
 
 What is learnt, once per template: the *header* that opens an assistant turn, the *end of turn* that the assistant has to
 write to be heard no more, and whether system messages are taken. ``lorry.data.chat`` finds the answers with it.
+A row's tools go to the template as transformers' ``apply_chat_template(messages, tools=...)`` gives them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,7 +56,8 @@ class ChatTemplate:
     """A compiled template with the variables a tokenizer gives it (bos_token, eos_token ...).
 
     header: text that ends just where the assistant starts to write; end_of_turn: what the assistant writes last, ""
-    when the template has none; takes_system: False when system messages are refused or dropped; notes: what a user of
+    when the template has none; question_header: what opens a user's turn, "" when it holds no control token; tools: what the
+    template gets as such; takes_system: False when system messages are refused or dropped; notes: what a user of
     this template should know. Raises ModelError for a template that does not compile, cannot render a plain exchange,
     or tries what a template must not.
     """
@@ -61,10 +65,11 @@ class ChatTemplate:
     def __init__(self, source: str, variables: Mapping[str, Any], special_tokens: Sequence[str] = ()) -> None:
         self.source, self.variables = source, dict(variables)
         self.notes: list[str] = []
+        self.tools: list[Any] | None = None
         self.takes_system, self._forgets_header = True, False
         self._sandbox = Sandbox()
         self._compiled = self._compile(source)
-        self.header, self.end_of_turn = self._learn(special_tokens)
+        self.header, self.end_of_turn, self.question_header = self._learn(special_tokens)
         self.takes_system = self._learn_system()
 
     @classmethod
@@ -81,15 +86,33 @@ class ChatTemplate:
         special = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         return cls(source, special | dict(variables or {}), special_token_texts(tokenizer))
 
+    def with_tools(self, tools: str) -> ChatTemplate:
+        """This template with a list of tools (JSON, "" for none) for every rendering."""
+        if not tools:
+            return self
+        bound = copy(self)
+        bound.tools = json.loads(tools)
+        return bound
+
+    def expect_tools_shown(self, messages: Sequence[Message]) -> None:
+        """Raise TemplateRefusal where the template writes the same without the tools: the model would never see them."""
+        if self.tools is None:
+            return
+        without = copy(self)
+        without.tools = None
+        if without.render(messages).text == self.render(messages).text:
+            raise TemplateRefusal("the row has tools, which the chat template does not show; use a template that does")
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
         """The conversation as text. Raises TemplateRefusal (this row) or ModelError (a hostile template)."""
         if not self.takes_system:
             messages = _folded(messages)
         given = sum(len(message.content) + len(message.reasoning) for message in messages)
+        given += len(json.dumps(self.tools)) if self.tools else 0
         self._sandbox.budget.open(given, len(messages))
         try:
             marked = self._compiled.render(
-                self.variables, messages=[_plain(m) for m in messages], tools=None, documents=None,
+                self.variables, messages=[_plain(m) for m in messages], tools=self.tools, documents=None,
                 add_generation_prompt=add_generation_prompt,
             )  # fmt: skip
         except (SecurityError, MemoryError) as error:
@@ -112,8 +135,8 @@ class ChatTemplate:
         except (*FAULTS, MemoryError) as error:
             raise ModelError(f"the chat template does not compile: {_reason(error)}") from error
 
-    def _learn(self, special_tokens: Sequence[str]) -> tuple[str, str]:
-        """Header and end of turn, from one question and one answer that are the probe character."""
+    def _learn(self, special_tokens: Sequence[str]) -> tuple[str, str, str]:
+        """Header, end of turn and header of a question, from one question and one answer that are the probe character."""
         question, answer = Message("user", "?"), Message("assistant", PROBE)
         try:
             asked = self.render([question]).text
@@ -124,7 +147,24 @@ class ChatTemplate:
         at = full.find(PROBE)
         if at < 0:
             raise ModelError("the chat template does not show what the assistant says; it cannot be trained with")
-        return self._header(asked, opened, full[:at]), _end_of_turn(full[at + 1 :], special_tokens)
+        header = self._header(asked, opened, full[:at])
+        return header, _end_of_turn(full[at + 1 :], special_tokens), self._question_header(special_tokens)
+
+    def _question_header(self, special_tokens: Sequence[str]) -> str:
+        """What the template puts before a second question, from its last control token on; "" where there is none."""
+        exchange = [Message("user", "?"), Message("assistant", "!"), Message("user", PROBE)]
+        try:
+            before = self.render(exchange).text.partition(PROBE)[0]
+        except TemplateRefusal:
+            return ""
+        starts = [at for token in special_tokens if (at := before.rfind(token)) >= 0]
+        found = before[max(starts) :].strip() if starts else ""
+        if found in special_tokens:  # Llama 3's and Phi's role stands between or in control tokens
+            between = before[: max(starts)]
+            earlier = [(at, at + len(token)) for token in special_tokens if (at := between.rfind(token)) >= 0]
+            if earlier and (role := between[max(earlier)[1] :].strip()) and "!" not in role:
+                found = before[max(earlier)[0] :].strip()
+        return found
 
     def _header(self, asked: str, opened: str, before: str) -> str:
         """What stands between the user's turn and the assistant's own words, as far as a generation prompt gives it."""
@@ -182,6 +222,8 @@ def common_prefix(one: str, other: str) -> int:
 def _plain(message: Message) -> dict[str, str]:
     """The message as templates know it, made of plain values only."""
     made = {"role": message.role, "content": message.content}
+    if message.name:
+        made["name"] = message.name
     return made | {"reasoning_content": message.reasoning, "thinking": message.reasoning} if message.reasoning else made
 
 

@@ -22,10 +22,12 @@ OPENERS_KEPT = 4096
 
 @dataclass
 class Marked:
-    """Token ids, and for each whether it belongs to a supervised span."""
+    """Token ids, and for each whether it belongs to a supervised span; ``barred``: numbers of the tokens that touch a
+    character which must not be learnt."""
 
     ids: list[int]
     learnt: list[bool]
+    barred: frozenset[int] = frozenset()
 
 
 class Tokens:
@@ -40,16 +42,22 @@ class Tokens:
         self._line_break = self._ids("\n")
         self.opener_ids = lru_cache(OPENERS_KEPT)(lambda opener: self._inside(opener)[0])
 
-    def many(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], openers: Sequence[str]) -> list[Marked]:
+    def many(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]], openers: Sequence[str],
+        unlearnt: Sequence[Sequence[Span]] | None = None,
+    ) -> list[Marked]:  # fmt: skip
         """Tokenise each text, no special tokens added, and mark the tokens of its spans.
 
         Each text is tokenised as a whole, as transformers does, unless that would change what stands before an answer:
         at inference the prompt ends there, and ``\\n\\n`` at the end of a text may be one token where before a word it is
         two. So the tokens of ``openers`` (the text known to stand before each span) are compared with what they are at a
         text's end; where they differ, or a token reaches across, the sides are tokenised on their own.
+
+        ``unlearnt`` changes no token: those that touch its characters are named in ``Marked.barred``.
         """
+        unlearnt = [()] * len(texts) if unlearnt is None else unlearnt
         if not getattr(self.tokenizer, "is_fast", False):
-            return [self._piecewise(text, marks) for text, marks in zip(texts, spans, strict=True)]
+            return [self._piecewise(text, marks, kept) for text, marks, kept in zip(texts, spans, unlearnt, strict=True)]
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -57,17 +65,20 @@ class Tokens:
             return_token_type_ids=False, truncation=False, padding=False, verbose=False,
         )  # fmt: skip
         done = []
-        columns = zip(texts, encoded["input_ids"], encoded["offset_mapping"], spans, openers, strict=True)
-        for text, ids, offsets, marks, opener in columns:
+        columns = zip(texts, encoded["input_ids"], encoded["offset_mapping"], spans, openers, unlearnt, strict=True)
+        for text, ids, offsets, marks, opener, kept in columns:
             ends = list(accumulate((end for _, end in offsets), max))
             cuts = self._unclean(ids, ends, marks, opener)
-            done.append(self._broken_up(text, marks, cuts) if cuts else Marked(list(ids), _marks(ends, marks)))
+            made = (
+                self._broken_up(text, marks, cuts, kept) if cuts else Marked(list(ids), _marks(ends, marks), _touched(ends, kept))
+            )
+            done.append(made)
         self._verify(texts, spans, done)
         return done
 
-    def one(self, text: str, spans: Sequence[Span] = (), opener: str = "") -> Marked:
+    def one(self, text: str, spans: Sequence[Span] = (), opener: str = "", unlearnt: Sequence[Span] = ()) -> Marked:
         """``many`` for a single text."""
-        return self.many([text], [spans], [opener])[0]
+        return self.many([text], [spans], [opener], [unlearnt])[0]
 
     def ends(self, text: str) -> list[int]:
         """For each token of the text, the character behind its last one."""
@@ -85,14 +96,15 @@ class Tokens:
             if (ends[first - 1] if first else 0) < start or ids[max(0, first - len(expected)) : first] != expected
         ]
 
-    def _broken_up(self, text: str, spans: Sequence[Span], cuts: Sequence[int]) -> Marked:
+    def _broken_up(self, text: str, spans: Sequence[Span], cuts: Sequence[int], unlearnt: Sequence[Span]) -> Marked:
         """Tokenise the stretches between the cuts on their own."""
-        made = Marked([], [])
+        made, all_ends = Marked([], []), list[int]()
         for start, end in pairwise([0, *cuts, len(text)]):
             ids, ends = self._inside(text[start:end]) if start else self._ids_and_ends(text[:end])
             made.ids += ids
             made.learnt += _marks(ends, [(max(s, start) - start, min(e, end) - start) for s, e in spans if s < end and e > start])
-        return made
+            all_ends += [start + edge for edge in ends]
+        return Marked(made.ids, made.learnt, _touched(all_ends, unlearnt))
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -107,15 +119,17 @@ class Tokens:
         lead = len(self._line_break)
         return (ids[lead:], [end - 1 for end in ends[lead:]]) if ids[:lead] == self._line_break else self._ids_and_ends(piece)
 
-    def _piecewise(self, text: str, spans: Sequence[Span]) -> Marked:
+    def _piecewise(self, text: str, spans: Sequence[Span], unlearnt: Sequence[Span]) -> Marked:
         """For a tokenizer without offsets: every stretch inside and outside of the spans on its own."""
-        cuts = sorted({0, len(text), *(edge for span in spans for edge in span)})
-        made = Marked([], [])
+        cuts = sorted({0, len(text), *(edge for span in (*spans, *unlearnt) for edge in span)})
+        made, barred = Marked([], []), set[int]()
         for start, end in pairwise(cuts):
             ids = self._ids(text[start:end])
+            if any(s <= start < e for s, e in unlearnt):
+                barred.update(range(len(made.ids), len(made.ids) + len(ids)))
             made.ids += ids
             made.learnt += [any(s <= start < e for s, e in spans)] * len(ids)
-        return made
+        return Marked(made.ids, made.learnt, frozenset(barred))
 
     def _verify(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], marked: Sequence[Marked]) -> None:
         """Decode what is marked and compare it with the spans: a tokenizer with false offsets would teach the prompt."""
@@ -142,6 +156,14 @@ def _marks(ends: list[int], spans: Sequence[Span]) -> list[bool]:
             last = min(last + 1, len(ends))
         learnt[first:last] = [True] * (last - first)
     return learnt
+
+
+def _touched(ends: list[int], spans: Sequence[Span]) -> frozenset[int]:
+    """Numbers of the tokens that hold a character of the spans; those that hold no character go with the one before them."""
+    touched = set[int]()
+    for start, end in spans:
+        touched.update(number for number, mark in enumerate(_marks(ends, [(start, end)])) if mark)
+    return frozenset(touched)
 
 
 def _squashed(text: str) -> str:

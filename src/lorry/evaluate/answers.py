@@ -43,8 +43,8 @@ def answers(
 
 
 def reference(conversation: Conversation) -> str:
-    """The last thing the assistant says in a conversation: what an answer is compared with."""
-    return next(message.content for message in reversed(conversation.messages) if message.role == "assistant")
+    """The last thing the assistant says that is to be learnt: what an answer is compared with."""
+    return next(m.content for m in reversed(conversation.messages) if m.role == "assistant" and m.learnt)
 
 
 def score_rows(predictions: Sequence[str], references: Sequence[References]) -> dict[str, list[float]]:

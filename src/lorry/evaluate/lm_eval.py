@@ -31,6 +31,8 @@ from lorry.errors import ConfigError, DataError, ModelError, nearest
 from lorry.evaluate.likelihood import BATCH_TOKENS, Pair, Wording, chosen_mix, loglikelihoods, longest, scored
 from lorry.evaluate.until import answers_until, decoding
 from lorry.models.answer import LONGEST
+from lorry.models.decoder import Decoder
+from lorry.models.hf import HfModel
 from lorry.models.open import Opened, open_model
 from lorry.models.store import GENERATION
 
@@ -73,7 +75,9 @@ class LorryLM(LM):
         self.model, self.tokenizer, self.mix = model, tokenizer, mix
         self.batch_tokens, self.batch_rows, self.max_gen_toks, self.seed = batch_tokens, batch_rows, max_gen_toks, seed
         self.max_length = longest(model) if max_length is None else min(max_length, longest(model))
-        self.wording, self.encoder, self.chat = Wording(tokenizer), Encoder(tokenizer, max_length=LONGEST), chat
+        rows = model.vocabulary if isinstance(model, (Decoder, HfModel)) else None
+        self.encoder = Encoder(tokenizer, max_length=LONGEST, embeddings=rows)
+        self.wording, self.chat = Wording(tokenizer), chat
         self._device = model.device
 
     @classmethod

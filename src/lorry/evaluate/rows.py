@@ -113,7 +113,7 @@ def _row(found: Found, encoder: Encoder) -> EvalRow:
     if not isinstance(found.content, Conversation):
         return EvalRow(found.where, found.content)
     messages, right = found.content.messages, reference(found.content)
-    last = max(number for number, message in enumerate(messages) if message.role == "assistant")
+    last = max(number for number, message in enumerate(messages) if message.role == "assistant" and message.learnt)
     question = messages[last - 1].content if last else ""
     return EvalRow(found.where, found.content, question, tuple(_bare(text, encoder) for text in _all_right(found.values, right)))
 

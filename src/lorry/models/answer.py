@@ -36,7 +36,7 @@ def answer(
     """
     if not isinstance(model, (Decoder, HfModel)):
         raise ConfigError(f"generate needs a model from lorry.load; a {type(model).__name__} has its own model.generate")
-    encoder = Encoder(tokenizer, max_length=LONGEST, system=system)
+    encoder = Encoder(tokenizer, max_length=LONGEST, system=system, embeddings=model.vocabulary)
     ids = [encoder.prompt(p) if isinstance(p, Conversation) else _prompt(encoder, p, chat) for p in prompts]
     texts = said(model, encoder, ids, max_new_tokens=max_new_tokens, **options)
     turns = [isinstance(p, Conversation) or (chat and encoder.has_template) for p in prompts]
@@ -56,8 +56,10 @@ def _prompt(encoder: Encoder, text: str, chat: bool) -> list[int]:
 
 
 def continuation(encoder: Encoder, text: str) -> list[int]:
-    """The tokens of plain text to go on from."""
-    return [*encoder.tokens.opening, *encoder.tokens.one(text).ids]
+    """The tokens of plain text to go on from. Raises DataError for one that the model has no embedding of."""
+    ids = [*encoder.tokens.opening, *encoder.tokens.one(text).ids]
+    encoder.expect_known(ids)
+    return ids
 
 
 class Speech:

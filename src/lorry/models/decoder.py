@@ -185,6 +185,11 @@ class Decoder(nn.Module):
         return last
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding table."""
+        return self.geometry.vocab
+
+    @property
     def context(self) -> int:
         """The longest sequence, prompt and answer together, that the model can take."""
         return self.geometry.context

@@ -79,7 +79,7 @@ def load_model(
         model = load_hf(place.directory, described, kind, where, trust_remote_code=trust_remote_code, notes=notes)
     notes += resting_dropout(described.config)
     tokenizer = load_tokenizer(place.directory, trust_remote_code=trust_remote_code, notes=notes)
-    vocabulary = model.geometry.vocab if isinstance(model, Decoder) else model.vocabulary
+    vocabulary = model.vocabulary
     if tokenizer is not None and len(tokenizer) > vocabulary:
         notes.append(
             f"the tokenizer has {len(tokenizer)} entries, the model only {vocabulary} embeddings; the rest cannot be used"

@@ -49,7 +49,8 @@ class Asking:
     def __init__(self, run: Run, opened: Opened, exams: list[Exam]) -> None:
         self.run, self.opened, self.exams = run, opened, exams
         context = opened.model.context
-        self.encoder = Encoder(opened.tokenizer, max_length=context or 1 << 20, system=run.data.system)
+        rows = opened.model.vocabulary
+        self.encoder = Encoder(opened.tokenizer, max_length=context or 1 << 20, system=run.data.system, embeddings=rows)
 
     def __call__(self, name: str) -> Mapping[str, float]:
         mix = Mix.one(name) if name in bank_of(self.opened.model, create=True).names() else Mix.none()

@@ -41,11 +41,12 @@ def encoder_of(run: Run, opened: Opened, notes: list[str]) -> Callable[..., Enco
 
     Raises ConfigError when the tokenizers differ and the loss compares tokens by their ids.
     """
+    own = partial(Encoder, embeddings=opened.model.vocabulary)
     if not isinstance(run, DistillRun):
-        return Encoder
+        return own
     place = _place(run, opened, notes)
     if place.shared:
-        return Encoder
+        return own
     theirs = place.tokenizer(notes)
     try:
         same_tokenizer(opened.tokenizer, theirs, str(place.place.directory))
@@ -54,7 +55,7 @@ def encoder_of(run: Run, opened: Opened, notes: list[str]) -> Callable[..., Enco
             raise
         only = True if run.data.completion_only_loss is None else run.data.completion_only_loss
         reads = Encoder(theirs, max_length=LONGER * run.data.max_length, completion_only_loss=only, system=run.data.system)
-        return partial(PairedEncoder, theirs=reads)
+        return partial(PairedEncoder, theirs=reads, embeddings=opened.model.vocabulary)
     return Encoder
 
 

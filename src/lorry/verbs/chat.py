@@ -98,7 +98,7 @@ class Chat:
         from lorry.models.answer import LONGEST
 
         self.settings, self.found = settings, found
-        self.encoder = Encoder(found.tokenizer, max_length=LONGEST)
+        self.encoder = Encoder(found.tokenizer, max_length=LONGEST, embeddings=found.model.vocabulary)
         self.adapter = found.adapters[0] if found.adapters else None
         self.system = settings.system
         self.turns: list[Message] = []

@@ -69,7 +69,10 @@ def take(settings: EvalSettings, found: Opened, exams: list[Exam], mixes: Mappin
     from lorry.evaluate.sets import take as ask
 
     context = found.model.context
-    encoder = Encoder(found.tokenizer, max_length=context or 1 << 20, system=settings.data.system, chat=settings.chat)
+    encoder = Encoder(
+        found.tokenizer, max_length=context or 1 << 20, system=settings.data.system, chat=settings.chat,
+        embeddings=found.model.vocabulary,
+    )  # fmt: skip
     done: Results = {exam.one.name: {} for exam in exams}
     with Console(stderr=True).status("evaluating") as status:
         for exam in exams:

@@ -1,0 +1,236 @@
+"""What rows say about their turns: which answers are learnt, tools and system messages, prompts that are rendered already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lorry.data.badrows import BadRow
+from lorry.data.content import Content, Conversation, Message, Text
+from lorry.data.encode import TOO_LONG, Encoded, Encoder
+from lorry.data.formats import detect, normalise
+from lorry.errors import DataError
+
+Tokenizers = Callable[..., Any]
+TOOLS = [{"type": "function", "function": {"name": "timetable", "parameters": {"type": "object", "properties": {}}}}]
+WITH_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SWITCHES = [("weight", 0, 1), ("train", False, True), ("loss", False, True), ("weight", 0.0, 1.0)]
+ASK = {"role": "user", "content": "When?"}
+
+
+def read(**columns: Any) -> Content | BadRow:
+    return normalise(columns, detect(columns))
+
+
+def sound(**columns: Any) -> Content:
+    content = read(**columns)
+    assert not isinstance(content, BadRow), content
+    return content
+
+
+def only(made: list[Encoded] | BadRow) -> Encoded:
+    assert not isinstance(made, BadRow), made
+    assert len(made) == 1
+    return made[0]
+
+
+def marked(encoder: Encoder, made: Encoded) -> str:
+    return "".join(f"«{text}»" if learnt else text for text, learnt in encoder.marked_text(made))
+
+
+def turn(content: str, **keys: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **keys}
+
+
+@pytest.mark.parametrize(("key", "off", "on"), SWITCHES)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_turn_that_is_not_to_be_learnt_has_weight_0(tokenizer_of: Tokenizers, key: str, off: Any, on: Any, whole: bool) -> None:
+    tokenizer = tokenizer_of("chatml")
+    messages = [ASK, turn("WRONG", **{key: off}), {"role": "user", "content": "Sure?"}, turn("At nine.", **{key: on})]
+    encoder = Encoder(tokenizer, max_length=200, completion_only_loss=not whole)
+    made = only(encoder.encode(sound(messages=messages)))
+    text = tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n" if not whole else "")
+    expected = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert made.tokens == expected["input_ids"]  # the tokens are what they are without the mark
+    wrong, right = text.index("WRONG<|im_end|>"), text.index("At nine.")
+    for (start, end), weight in zip(expected["offset_mapping"][1:], made.weights[1:], strict=True):
+        inside = start < wrong + len("WRONG<|im_end|>") and end > wrong
+        assert weight == float(not inside and (whole or start >= right))
+
+
+def test_an_answer_behind_the_last_learnt_one_teaches_nothing(tokenizer_of: Tokenizers) -> None:
+    encoder = Encoder(tokenizer_of("chatml"), max_length=200)
+    made = only(encoder.encode(sound(messages=[ASK, turn("At nine."), ASK, turn("WRONG", weight=0)])))
+    assert marked(encoder, made) == "<|im_start|>user\nWhen?<|im_end|>\n<|im_start|>assistant\n«At nine.<|im_end|>»"
+
+
+def test_a_rewritten_turn_that_is_not_to_be_learnt_gets_no_sequence(tokenizer_of: Tokenizers) -> None:
+    encoder = Encoder(tokenizer_of("qwen3"), max_length=200)
+    messages = [ASK, turn("WRONG", weight=0), ASK, turn("At nine.")]
+    learnt = [text for text, taken in encoder.marked_text(only(encoder.encode(sound(messages=messages)))) if taken]
+    assert "WRONG" not in "".join(learnt)
+    assert "At nine." in "".join(learnt)
+
+
+def test_train_detail_counts_characters_with_both_ends_included(tokenizer_of: Tokenizers) -> None:
+    tokenizer = tokenizer_of("chatml")
+    answer = "aaa bbb ccc"
+    detail = [{"begin_offset": 8, "end_offset": 10, "train": True}, {"begin_offset": 0, "end_offset": 2, "train": True}]
+    messages = [ASK, turn(answer, train_detail=[*detail, {"begin_offset": 3, "end_offset": 7, "train": False}])]
+    made = only(Encoder(tokenizer, max_length=200).encode(sound(messages=messages)))
+    text = tokenizer.apply_chat_template([ASK, turn(answer)], tokenize=False).removesuffix("\n")
+    expected = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert made.tokens == expected["input_ids"]
+    at = text.index(answer)
+    wanted = [float(s >= at and not (s < at + 8 and e > at + 3)) for s, e in expected["offset_mapping"]]
+    assert made.weights == wanted
+    assert 0.0 in wanted[-5:]
+    assert wanted[-1] == 1.0
+    assert {e - at for (s, e), w in zip(expected["offset_mapping"], wanted, strict=True) if w} >= {3, 11}
+
+
+@pytest.mark.parametrize(("keys", "word"), [
+    ({"weight": 0.5}, "weight"), ({"weight": -1}, "weight"), ({"weight": "0"}, "weight"), ({"train": "no"}, "train"),
+    ({"mask": True}, "mask"), ({"loss_mask": 1}, "loss_mask"), ({"weight": 0, "train": True}, "contradict"),
+    ({"train_detail": [{"begin_offset": 0, "end_offset": 99, "train": True}]}, "train_detail"),
+    ({"train_detail": [{"begin_offset": 0, "end_offset": 1}]}, "train_detail"),
+    ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": True}] * 2}, "share"),
+    ({"reasoning_content": "a", "thinking": "b"}, "different"), ({"function_call": {"name": "f"}}, "tool calls"),
+])  # fmt: skip
+def test_keys_that_cannot_be_honoured_refuse_the_row(keys: dict[str, Any], word: str) -> None:
+    bad = read(messages=[ASK, turn("At nine.", **keys)])
+    assert isinstance(bad, BadRow)
+    assert word in bad.reason
+    assert "messages[1]" in bad.reason
+
+
+def test_a_question_that_is_to_be_learnt_and_a_row_of_which_nothing_is(tokenizer_of: Tokenizers) -> None:
+    bad = read(messages=[{**ASK, "train": True}, turn("At nine.")])
+    assert isinstance(bad, BadRow)
+    assert "only answers are learnt" in bad.reason
+    bad = read(conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}])
+    assert isinstance(bad, BadRow)
+    assert bad.kind == "no answer"
+    assert not isinstance(read(messages=[{**ASK, "weight": 0, "mask": None}, turn("b", weight=None)]), BadRow)
+
+
+def test_other_keys_of_a_turn_are_counted_by_name(tokenizer_of: Tokenizers) -> None:
+    encoder = Encoder(tokenizer_of("chatml"), max_length=200)
+    encoder.encode(sound(messages=[{**ASK, "name": "Oda", "mood": "good", "none": None}, turn("b")]))
+    assert [note for note in encoder.notes if "'mood'" in note]
+    assert [note for note in encoder.notes if "'name'" in note]
+    assert not [note for note in encoder.notes if "'none'" in note]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+def test_tools_are_rendered_as_transformers_renders_them(tokenizer_of: Tokenizers, tools: Any) -> None:
+    tokenizer = tokenizer_of("chatml").__class__(
+        tokenizer_object=tokenizer_of("chatml").backend_tokenizer, eos_token="<|im_end|>", chat_template=WITH_TOOLS
+    )
+    encoder, messages = Encoder(tokenizer, max_length=500), [ASK, turn("At nine.")]
+    content = sound(messages=messages, tools=tools)
+    made = only(encoder.encode(content))
+    right = tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False)
+    assert tokenizer.decode(made.tokens) == right.removesuffix("\n")
+    assert "timetable" in right
+    assert isinstance(content, Conversation)
+    asked = tokenizer.apply_chat_template([ASK], tools=TOOLS, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(encoder.prompt(content)) == asked
+
+
+def test_tools_that_nobody_would_see_refuse_the_row(tokenizer_of: Tokenizers) -> None:
+    for family in ("chatml", None):
+        bad = Encoder(tokenizer_of(family), max_length=500).encode(sound(messages=[ASK, turn("b")], tools=TOOLS))
+        assert isinstance(bad, BadRow)
+        assert "tools" in bad.reason
+    for broken in ("[{", 7, [1], {"name": "f"}):
+        assert isinstance(read(messages=[ASK, turn("b")], tools=broken), BadRow)
+    for none in (None, "", "[]", []):
+        assert sound(messages=[ASK, turn("b")], tools=none) == sound(messages=[ASK, turn("b")])
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_system_column_is_part_of_the_prompt(tokenizer_of: Tokenizers, column: str) -> None:
+    encoder = Encoder(tokenizer_of("chatml"), max_length=200)
+    made = only(encoder.encode(sound(**{column: [ASK, turn("b")], "system": "Be brief."})))
+    assert marked(encoder, made).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhen?")
+    bad = read(**{column: [{"role": "system", "content": "Be long."}, ASK, turn("b")], "system": "Be brief."})
+    assert isinstance(bad, BadRow)
+    assert "'system'" in bad.reason
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama3", "gemma", "phi3", "llama2"])
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_rendered_prompt_is_wrapped_once(tokenizer_of: Tokenizers, family: str, ended: bool) -> None:
+    tokenizer = tokenizer_of(family)
+    encoder = Encoder(tokenizer, max_length=200)
+    plain = encoder.encode(Conversation((Message("user", "When?"), Message("assistant", "At nine."))))
+    prompt = tokenizer.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
+    answer = (" " if family == "llama2" else "") + "At nine." + (" " if family == "llama2" else "")
+    content = sound(prompt=prompt, completion=answer + encoder.template.end_of_turn * ended)
+    assert only(encoder.encode(content)) == only(plain)
+    assert isinstance(content, Conversation)
+    assert encoder.prompt(content) == encoder.prompt(Conversation((Message("user", "When?"), Message("assistant", "."))))
+    assert [note for note in encoder.notes if "already" in note]
+
+
+def test_a_rendered_prompt_whose_header_stands_in_the_answer_or_nowhere(tokenizer_of: Tokenizers) -> None:
+    encoder = Encoder(tokenizer_of("chatml"), max_length=200)
+    right = "<|im_start|>user\nWhen?<|im_end|>\n<|im_start|>assistant\n«At nine.<|im_end|>»"
+    prompt = "<|im_start|>user\nWhen?<|im_end|>\n"
+    for completion in ("<|im_start|>assistant\nAt nine.<|im_end|>\n", "At nine."):
+        assert marked(encoder, only(encoder.encode(sound(prompt=prompt, completion=completion)))) == right
+    bare = sound(prompt=prompt + "<|im_start|>assistant", completion="At nine.")
+    assert marked(encoder, only(encoder.encode(bare))) == right
+    bad = encoder.encode(sound(prompt=prompt, completion="b", system="Be brief."))
+    assert isinstance(bad, BadRow)
+    assert "rendered" in bad.reason
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama3", "gemma"])
+def test_a_rendered_text_gets_no_second_end_and_no_second_bos(tokenizer_of: Tokenizers, family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    text = tokenizer.apply_chat_template([ASK, turn("At nine.")], tokenize=False)
+    encoder = Encoder(tokenizer, max_length=200)
+    made = only(encoder.encode(Text(text)))
+    assert made.tokens == tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]
+    assert made.weights == [0.0] + [1.0] * (len(made.tokens) - 1)
+    assert [note for note in encoder.notes if "already" in note]
+
+
+def test_a_token_beyond_the_embedding_table_is_named(tokenizer_of: Tokenizers) -> None:
+    tokenizer = tokenizer_of("chatml").__class__(
+        tokenizer_object=tokenizer_of("chatml").backend_tokenizer.from_str(tokenizer_of("chatml").backend_tokenizer.to_str()),
+        eos_token="<|im_end|>", chat_template=WITH_TOOLS,
+    )  # fmt: skip
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<tool>"])
+    encoder = Encoder(tokenizer, max_length=200, embeddings=rows)
+    good, bad = encoder.encode_many([sound(question="Who?", answer="Oda."), sound(question="When?", answer="<tool> At nine.")])
+    assert not isinstance(good, BadRow)
+    assert isinstance(bad, BadRow)
+    assert bad.kind == "vocabulary"
+    assert "'<tool>'" in bad.reason
+    assert str(rows) in bad.reason
+    with pytest.raises(DataError, match="<tool>"):
+        encoder.prompt(Conversation((Message("user", "<tool>"), Message("assistant", "."))))
+
+
+def test_what_takes_the_room_of_an_answer_is_said(tokenizer_of: Tokenizers) -> None:
+    tokenizer = tokenizer_of("default_system")
+    content = sound(prompt="word " * 50, completion="Yes")
+    bad = Encoder(tokenizer, max_length=12).encode(content)
+    assert isinstance(bad, BadRow)
+    assert bad.kind == TOO_LONG
+    least = int(bad.reason.split("max_length=")[-1].split()[0])
+    assert "chat template" in bad.reason
+    assert least > 12
+    assert not isinstance(Encoder(tokenizer, max_length=least).encode(content), BadRow)
+    assert isinstance(Encoder(tokenizer, max_length=least - 1).encode(content), BadRow)
