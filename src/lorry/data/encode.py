@@ -399,15 +399,11 @@ class Encoder:
         """``answer`` tokens with ``fixed`` others that cannot be cut away."""
         if answer + fixed <= self.max_length:
             return BadRow(TOO_LONG, f"its prompt could not be cut to max_length={self.max_length} in {ROUNDS} rounds a message")
-        what = (
-            "the beginning"
-            if not self.has_template
-            else "the chat template itself (headers, what it adds, tools) and turns that stay"
-        )
+        what = "the chat template and turns that stay" if self.has_template else "its beginning"
         return BadRow(
             TOO_LONG,
-            f"max_length={self.max_length} has no room for the answer of {answer} tokens: {fixed} more are taken by {what}; "
-            f"max_length={answer + fixed} is the least that would do",
+            f"the answer of {answer} tokens with {fixed} more for {what} is longer than max_length={self.max_length}; "
+            f"{answer + fixed} would do",
         )
 
 
