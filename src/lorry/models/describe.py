@@ -170,8 +170,11 @@ def quiet(said: list[str] | None = None) -> Iterator[None]:
     logger = logging.get_logger("transformers")
     before, handlers = logging.get_verbosity(), logger.handlers
     heard = _Heard()
-    logger.handlers = [heard]
-    logging.set_verbosity_error() if said is None else logging.set_verbosity_warning()
+    if said is None:
+        logging.set_verbosity_error()  # an error of its own still reaches the terminal
+    else:
+        logger.handlers = [heard]
+        logging.set_verbosity_warning()
     try:
         with redirect_stderr(io.StringIO()):
             yield
