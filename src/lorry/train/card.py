@@ -15,9 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 from lorry.config.files import write_yaml
+from lorry.disk.documents import parse_yaml
 from lorry.train.figures import Facts, Value, figures, read, results
 from lorry.train.frontmatter import (
     EMBEDDED_LICENCES,
@@ -56,7 +55,8 @@ def of_run(
     facts, written = read(run_dir), run_dir / "README.md"
     text = written.read_text(encoding="utf-8", errors="replace") if written.is_file() else ""
     if not edited(text):  # made where the run was made, when a relative path could still be told from a hub id
-        facts = replace(facts, datasets=yaml.safe_load(text.split("---\n")[1]).get("datasets", []))
+        front, _ = parse_yaml(text.split("---\n")[1], str(written))
+        facts = replace(facts, datasets=front.get("datasets", []))
     known = catalogued(facts)
     licences = {**{name: found.licence for name, found in known.items()}, **licences}
     return card(facts, at=at, plot=plot, licences=licences, hubs={name: found.hub for name, found in known.items() if found.hub})
