@@ -109,8 +109,9 @@ def rows_of(batch: Any, names: list[str], shown: str, before: int) -> Iterator[R
         for at in range(batch.num_rows):
             yield from rows_of(batch.slice(at, 1), names, shown, before + at)
         return
-    for at in range(batch.num_rows):
-        yield Row({name: column[at] for name, column in zip(names, columns, strict=True)}, f"{shown}:{before + at + 1}")
+    held = zip(*columns, strict=True) if columns else [()] * batch.num_rows
+    for number, values in enumerate(held, before + 1):
+        yield Row(dict(zip(names, values, strict=True)), f"{shown}:{number}")
 
 
 def _saved_files(folder: Path, shown: str, split: str) -> list[Path]:
