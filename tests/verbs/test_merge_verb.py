@@ -195,6 +195,21 @@ def test_rounding_is_told_in_logits(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "reloaded by hf: largest logit difference" in wide
 
 
+def test_a_delta_that_bf16_rounds_away_is_still_told_from_a_wrong_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rounding may cost as much as a lost module, so what is written is held to the rounded model, as tightly as in fp32."""
+    base = model_directory(tmp_path / "base", dtype=torch.bfloat16)
+    run = train(tmp_path / "run", base, write_rows(tmp_path / "rows.jsonl", PEOPLE), "learning_rate=1e-4", steps=4)
+    assert lorry("merge", run) == 0
+    said = re.search(r"largest logit difference (\S+) \(bound (\S+), stored in bfloat16\)", capsys.readouterr().err)
+    assert said is not None
+    assert float(said[1]) <= float(said[2]) < 2e-3
+    monkeypatch.setattr(store, "_converted", lambda stream, dtype: ((n, (t * 1.01).to(dtype)) for n, t in stream))
+    assert lorry("merge", run, f"output_dir={tmp_path / 'wrong'}") == 5
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_a_built_in_text_where_the_run_has_no_rows(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in (None, "[", '[{"tokens": 3}, 5, {"prompt": null}]'):
         run = shutil.copytree(world.run, tmp_path / f"run-{text is None}-{len(text or '')}")

@@ -22,8 +22,8 @@ from lorry.models.accounting import refuse_unfit
 from lorry.models.describe import blaming, describe, quiet
 from lorry.models.weights import entries
 
-# Largest logit difference, as a share of the largest logit, between what was written in a number format and the model it was
-# made from: the rounding of that format. A wrong scale, a lost module or another rotary base is far beyond it.
+# Largest logit difference, as a share of the largest logit, between two libraries that compute in a number format with the same
+# weights: its rounding on the way. A wrong scale, a lost module or another rotary base is far beyond it.
 BOUND = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 
 

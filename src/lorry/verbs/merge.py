@@ -61,8 +61,9 @@ def write_merged(found: Opened, name: str, output: Path, dtype: str) -> None:
             tokenizer=found.tokenizer, generation_config=found.source["generation_config"] or None, dtype=kind,
         )  # fmt: skip
         (folder / RECORD).write_text(json.dumps(record(found, name), indent=1) + "\n", encoding="utf-8")
+        rounded = before.rounded(found, weights, kind)
         release(found.model)
-        lines = before.compare(reopened(folder, before.dtype), dtype)
+        lines = before.compare(reopened(folder, before.dtype), dtype, rounded=rounded)
     report = MergeReport(tuple(rows), kind, untied)
     tell(f"merged {len(rows)} modules into {dtype}; rounding changed {report.ratio:.2%} of the adapter's effect")
     for line in lines:
@@ -96,19 +97,37 @@ class Before:
         bank_of(found.model).activate(Mix.one(name))
         return Before(rows, said, base, logits(found.model, rows), found.model.dtype)
 
-    def compare(self, model: Any, stored: str, by: str = "hf") -> list[str]:
-        """What to tell of a model opened again whose weights were stored in ``stored``. Raises ContractError if it is another."""
+    def rounded(self, found: Opened, weights: dict[str, float], kind: torch.dtype) -> Tensor:
+        """Logits of the model in memory, merged and with every value rounded to ``kind``: what the files must
+        give. The exact ones will not do, since rounding may lose nearly all of a small delta, and a lost module
+        no more. ``found`` is changed."""
+        import torch
+
+        from lorry.bank.merge import merge
+        from lorry.models.reopen import logits
+
+        merge(found.model, weights)
+        with torch.no_grad():
+            for tensor in found.model.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.copy_(tensor.to(kind))
+        return logits(found.model, self.rows)
+
+    def compare(self, model: Any, stored: str, by: str = "hf", *, rounded: Tensor | None = None) -> list[str]:
+        """What to tell of a model opened again whose weights were stored in ``stored``. Raises ContractError if it
+        is not the model in memory (``rounded``, else the exact one), to the rounding of the number format that
+        both are computed in."""
         from lorry.bank.merge import LOSS_BOUND
         from lorry.models.reopen import BOUND, compare, logits
 
-        computed = str(self.dtype).removeprefix("torch.")
-        share = max(BOUND[stored], BOUND[computed])
-        drift, bound = compare(self.exact, logits(model, self.rows), share, stored)
-        moved = float((self.exact - self.base).abs().max())
+        computed, theirs = str(self.dtype).removeprefix("torch."), logits(model, self.rows)
+        difference, bound = compare(self.exact if rounded is None else rounded, theirs, BOUND[computed], stored)
+        drift, moved = (float((self.exact - other).abs().max()) for other in (theirs, self.base))
         part = drift / moved if moved else 0.0
         lines = [
-            f"reloaded by {by}: largest logit difference {drift:.1e} (bound {bound:.1e}, stored in {stored}), where the adapter "
-            f"moves logits by {moved:.1e}, on {self.said}"
+            f"reloaded by {by}: largest logit difference {difference:.1e} (bound {bound:.1e}, stored in {stored})",
+            f"from the adapter beside the base: largest logit difference {drift:.1e}, where the adapter moves "
+            f"logits by {moved:.1e}, on {self.said}",
         ]
         if computed != "float32":
             lines.append(f"note: computed in {computed}, whose own rounding is part of that; float32 does not fit into memory")
