@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +63,7 @@ class Encoder:
     message of their own. ``variables`` go to the chat template; ``chat=False`` leaves it aside, as if there were none. ``notes``
     counts what was adjusted, in words.
     ``embeddings``: rows of the model's embedding table; a token beyond them makes a bad row (a DataError of ``prompt``).
+    ``tell``: where to say how far the reading of a large source is.
     A prompt or text that the template has rendered already is recognised by the template's own headers and not wrapped again.
     Raises ModelError for a template or tokenizer that cannot be used, ConfigError for max_length < 2.
     """
@@ -70,8 +71,9 @@ class Encoder:
     def __init__(
         self, tokenizer: Any, *, max_length: int, completion_only_loss: bool = True, system: str | None = None,
         variables: Mapping[str, Any] | None = None, chat: bool = True, embeddings: int | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
-        self.embeddings = embeddings
+        self.embeddings, self.tell = embeddings, tell
         if max_length < 2:
             raise ConfigError(f"max_length={max_length}: a token can only be learnt after another one; set 2 or more")
         self.tokenizer, self.max_length, self.completion_only_loss, self.system = (

@@ -14,7 +14,7 @@ from lorry.data.catalog import SUITES, expand, named
 from lorry.data.encode import Encoder
 from lorry.data.formats import Found
 from lorry.data.places import ORDER, Places, Spot, read_items, refuse_leak
-from lorry.data.tokenset import TokenSet, encode_rows
+from lorry.data.tokenset import TokenSet, encode_rows, told
 from lorry.errors import ConfigError, DataError
 
 
@@ -75,7 +75,7 @@ def _read(
             shortened += asked.item.shortened
             yield asked.found
 
-    made = TokenSet.of(encode_rows(found(), source, encoder), source, encoder, role=one.name)
+    made = TokenSet.of(told(encode_rows(found(), source, encoder), one.name, encoder.tell), source, encoder, role=one.name)
     if not len(made):
         raise DataError(f"{one.name} ({source.label}): no usable row; {source.bad.summary() or 'the set is empty'}")
     if shortened:

@@ -8,8 +8,9 @@ stream.batches(17)      # the micro-batches of step 17: a pure function of (data
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -27,6 +28,7 @@ from lorry.data.sources import Source
 from lorry.errors import ConfigError, DataError
 
 CHUNK = 1024  # rows encoded by one call of the tokenizer
+FIRST_WORD = 2.0  # seconds until rows that are still being read are spoken of
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class TokenSet:
     def build(cls, source: Source, encoder: Encoder, *, form: Format | None = None, adapter: int = 0, role: str = "") -> TokenSet:
         """Read and encode a whole source. Raises DataError for a bad row (by the source's policy) or when no row is left."""
         notes: set[str] = set()
-        rows = encode_rows(read_examples(source, form, notes=notes), source, encoder)
+        rows = told(encode_rows(read_examples(source, form, notes=notes), source, encoder), source.label, encoder.tell)
         made = cls.of(rows, source, encoder, notes, adapter=adapter, role=role)
         if not len(made):
             raise DataError(f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}")
@@ -169,6 +171,21 @@ class TokenSet:
         """All sequences in file order, ``batch_rows`` to a batch."""
         rows = range(len(self))
         return [collate([self.example(row) for row in rows[at : at + batch_rows]]) for at in range(0, len(rows), batch_rows)]
+
+
+def told(
+    rows: Iterable[tuple[Found, list[Encoded]]], label: str, tell: Callable[[str], None] | None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[tuple[Found, list[Encoded]]]:  # fmt: skip
+    """The rows as they come, with a line after 2 s, and again after twice as long each time: nobody waits in the dark."""
+    begun = clock()
+    due = FIRST_WORD
+    for number, row in enumerate(rows, 1):
+        yield row
+        if tell is not None and number % CHUNK == 0 and (spent := clock() - begun) >= due:
+            tell(f"{label}: {number} rows read and tokenised in {spent:.0f} s, {number / spent:.0f} rows/s")
+            while due <= spent:
+                due *= 2
 
 
 def encode_rows(found: Iterator[Found], source: Source, encoder: Encoder) -> Iterator[tuple[Found, list[Encoded]]]:

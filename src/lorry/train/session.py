@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def _run(run: Run, notes: list[str], listeners: Sequence[Listener], process: Run
     attached = {attach_adapter(one, opened, notes): one for one in alone.values()}
     if Path(opened.source["path"]).resolve() == run.output_dir.resolve():
         raise ConfigError(f"{run.output_dir} holds the model this run begins with and would displace; give another output_dir")
-    jobs = prepare_jobs(run, attached, opened.tokenizer, encoder_of(run, opened, notes))
+    make = partial(encoder_of(run, opened, notes), tell=lambda text: _tell(listeners, [text]))
+    jobs = prepare_jobs(run, attached, opened.tokenizer, make)
     _tell(listeners, [*dict.fromkeys(notes), *_said(jobs)])
     told = len(notes)
     opened.model.gradient_checkpointing = run.train.gradient_checkpointing
