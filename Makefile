@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-extras lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results fuzz sanitize clean
+.PHONY: setup demo test test-other-kind test-extras lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -21,8 +21,18 @@ $(STAMP): pyproject.toml constraints.txt requirements-model.txt
 demo: setup
 	$(BIN)/lorry demo
 
+# A process per core; a file's tests stay together, since they share what is dear to make. Every test runs on one thread.
+PYTEST := $(BIN)/python -m pytest -q -rs -n logical --maxprocesses=8 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest -q -rs
+	$(PYTEST)
+
+# The rooms in which a test could hang on what dtype=auto means, run as the other kind of machine would: bfloat16 where this one takes
+# float32, and the reverse, without the compiled kernels.
+OTHER_KIND := tests/backends tests/contracts tests/evaluate tests/plan tests/train tests/verbs tests/test_api.py tests/test_migrating.py
+test-other-kind: setup
+	LORRY_KERNELS=0 LORRY_DTYPE=$$($(BIN)/python -c "from lorry.models.load import fast_bfloat16 as fast; import torch; \
+	print('float32' if fast(torch.device('cpu')) else 'bfloat16')") $(PYTEST) $(OTHER_KIND) -m "not long"
 
 # What needs packages that few people want: the lm-evaluation-harness (27 packages, 180 MB), 4-bit teachers (bitsandbytes).
 test-extras: setup

@@ -11,6 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from lorry.kernels import status
+from lorry.models.load import pick_dtype
+
 # The suite draws the same examples everywhere, so that it says one thing of one commit. LORRY_EXPLORE=1000 draws new ones.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=int(os.environ.get("LORRY_EXPLORE", "100")), deadline=None)
@@ -25,6 +28,11 @@ FLAT = ROOT / "examples" / "flat.py"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """tests/train goes first: its kill tests fork hundreds of times, which is slow once the process has grown to gigabytes."""
     items.sort(key=lambda item: (ROOT / "tests" / "train") not in item.path.parents)
+
+
+def pytest_report_header() -> str:
+    """Which kind of machine this run was: what dtype=auto means here (LORRY_DTYPE), and whether kernels run (LORRY_KERNELS)."""
+    return f"dtype=auto is {pick_dtype('auto', torch.device('cpu'))}; kernels: {status().line()}"
 
 
 def find_shared_data() -> Path | None:

@@ -132,11 +132,21 @@ def test_what_the_decoder_does_not_compute_goes_to_transformers_with_the_reason(
 
 def test_dtype_and_device(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
+    monkeypatch.delenv("LORRY_DTYPE", raising=False)
     assert pick_dtype("bf16", cpu) == torch.bfloat16
     assert pick_dtype(torch.float16, cpu) == torch.float16
     for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"avx2": True, "amx_bf16": fast})
         assert opened(llama, dtype="auto").dtype == expected
+        # one kind of machine runs what the other would
+        for told in (torch.float32, torch.bfloat16):
+            monkeypatch.setenv("LORRY_DTYPE", str(told).removeprefix("torch."))
+            assert opened(llama, dtype="auto").dtype == told
+            assert opened(llama, dtype="float32").dtype == torch.float32
+        monkeypatch.delenv("LORRY_DTYPE")
+    monkeypatch.setenv("LORRY_DTYPE", "half")
+    with pytest.raises(ConfigError, match="LORRY_DTYPE='half' in the environment; give float32 or bfloat16"):
+        pick_dtype("auto", cpu)
     with pytest.raises(ConfigError, match="choose auto"):
         pick_dtype("float8", cpu)
     with pytest.raises(ConfigError, match="device='cudda'"):

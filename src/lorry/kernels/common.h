@@ -32,7 +32,8 @@ static inline float exp_fast(float x) {
     float n = std::nearbyint(y);
     float f = (y - n) * 0.693147181f;
     float p = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333333f + f * 0.00138888889f)))));
-    int32_t bits = ((int32_t)n + 127) << 23;
+    int32_t power = (int32_t)(n == n ? n : 0.0f);  // a NaN has no integer; the polynomial carries it on
+    uint32_t bits = (uint32_t)(power + 127) << 23;
     float scale;
     std::memcpy(&scale, &bits, 4);
     return p * scale;

@@ -27,6 +27,7 @@ from lorry.models.sources import adapters_in, resolve
 from lorry.models.store import GENERATION
 from lorry.models.tokenizer import load_tokenizer
 from lorry.models.weights import entries, load_decoder
+from lorry.plan.machine import dtype_of_auto
 
 __all__ = ["Loaded", "load_model", "sample_digest"]
 
@@ -161,11 +162,13 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where it is computed natively, else float32. Raises ConfigError for an unknown name."""
+    """`auto`: bfloat16 where it is computed natively, else float32, or what LORRY_DTYPE says. Raises ConfigError for an unknown
+    name."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+        told = dtype_of_auto()
+        return DTYPES[told] if told is not None else torch.bfloat16 if fast_bfloat16(device) else torch.float32
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}; choose auto, float32, bfloat16 or float16")
     return DTYPES[dtype]

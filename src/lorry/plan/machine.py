@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lorry.disk import durable
 from lorry.disk.home import home
+from lorry.errors import ConfigError
 from lorry.plan.constants import GIB
 
 NVIDIA = Path("/proc/driver/nvidia/gpus")
@@ -88,6 +89,17 @@ def _flags() -> set[str]:
     except OSError:
         return {"bf16"} if platform.machine() == "arm64" else set()
     return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
+
+
+def dtype_of_auto() -> str | None:
+    """What dtype=auto is told to mean, whatever this machine has: ``LORRY_DTYPE=float32`` or ``bfloat16``; None: it decides.
+
+    So that one machine can run what another kind would run. Raises ConfigError for another value.
+    """
+    word = os.environ.get("LORRY_DTYPE") or None
+    if word not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"LORRY_DTYPE={word!r} in the environment; give float32 or bfloat16, or leave it out")
+    return word
 
 
 def fast_bfloat16() -> bool:

@@ -37,7 +37,7 @@ def machine() -> dict[str, str]:
     import torch
 
     from lorry import kernels
-    from lorry.models.load import fast_bfloat16
+    from lorry.models.load import fast_bfloat16, pick_device, pick_dtype
 
     memory = psutil.virtual_memory()
     cuda = torch.cuda.is_available()
@@ -46,6 +46,8 @@ def machine() -> dict[str, str]:
         "cores": f"{os.cpu_count()} ({torch.get_num_threads()} threads used)",
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "fast bfloat16": "yes" if fast_bfloat16(torch.device("cpu")) else "no: dtype=auto takes float32 on this CPU",
+        "dtype=auto": str(pick_dtype("auto", pick_device("auto"))).removeprefix("torch.")
+        + (" (LORRY_DTYPE)" if os.environ.get("LORRY_DTYPE") else ""),
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
         "accelerator": torch.cuda.get_device_name(0) if cuda else "none",
         "kernels": kernels.status().line(),

@@ -99,7 +99,7 @@ def _precision(settings: PlanSettings, device: Device) -> Precision:
         return settings.model.quantize
     if settings.model.dtype != "auto":
         return settings.model.dtype
-    return "bfloat16" if device == "cuda" or machine.fast_bfloat16() else "float32"
+    return machine.dtype_of_auto() or ("bfloat16" if device == "cuda" or machine.fast_bfloat16() else "float32")
 
 
 def _need(settings: PlanSettings, shape: Shape, device: Device, split: Split) -> Need:
