@@ -8,6 +8,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lorry.disk import durable
 from lorry.disk.home import home
@@ -91,15 +92,18 @@ def _flags() -> set[str]:
     return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
 
 
-def dtype_of_auto() -> str | None:
+def dtype_of_auto() -> Literal["float32", "bfloat16"] | None:
     """What dtype=auto is told to mean, whatever this machine has: ``LORRY_DTYPE=float32`` or ``bfloat16``; None: it decides.
 
     So that one machine can run what another kind would run. Raises ConfigError for another value.
     """
-    word = os.environ.get("LORRY_DTYPE") or None
-    if word not in (None, "float32", "bfloat16"):
-        raise ConfigError(f"LORRY_DTYPE={word!r} in the environment; give float32 or bfloat16, or leave it out")
-    return word
+    match os.environ.get("LORRY_DTYPE", ""):
+        case "":
+            return None
+        case "float32" | "bfloat16" as word:
+            return word
+        case word:
+            raise ConfigError(f"LORRY_DTYPE={word!r} in the environment; give float32 or bfloat16, or leave it out")
 
 
 def fast_bfloat16() -> bool:
