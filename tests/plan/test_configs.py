@@ -88,34 +88,8 @@ def test_names_that_are_nothing(name: str) -> None:
 # --- this machine
 
 
-def test_rates_are_kept_and_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
-    assert machine.known_rate("a") is None
-    machine.keep_rate("a", 1e12)
-    machine.keep_rate("b", 2e12)
-    assert (machine.known_rate("a"), machine.known_rate("b"), machine.known_rate("c")) == (1e12, 2e12, None)
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"a": "fast"}', '{"a": true}', '{"a": -1}', '{"a": NaN}', '{"a": 1e40}'])
-def test_a_file_of_rates_that_is_not_ours(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORRY_HOME", str(tmp_path))
-    (tmp_path / "rates.json").write_text(text)
-    assert machine.known_rate("a") is None
-    machine.keep_rate("a", 3e12)
-    assert machine.known_rate("a") == 3e12
-
-
 def test_the_processor_is_read_as_torch_reads_it() -> None:
     assert machine.fast_bfloat16() == fast_bfloat16(torch.device("cpu"))
     assert machine.has_tiles() == status().amx
     assert machine.processor()
     assert machine.threads() >= 1
-
-
-def test_the_matrix_rate_is_a_rate() -> None:
-    from lorry.train.rate import matrix_rate
-
-    rate = matrix_rate("cpu", "float32", 1)
-    assert rate is not None
-    assert 1e8 < rate < 1e15
-    assert torch.cuda.is_available() or matrix_rate("cuda", "bfloat16", 1) is None

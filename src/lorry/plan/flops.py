@@ -49,8 +49,3 @@ def flops_of(shape: Shape, adapter: Adapter, setup: Setup) -> Flops:
 def efficiency(shape: Shape, setup: Setup) -> float:
     """The share of the matrix rate that a step is expected to reach."""
     return EFFICIENCY[setup.device, path_of(shape)]
-
-
-def tokens_per_second(shape: Shape, adapter: Adapter, setup: Setup, rate: float) -> float:
-    """At a matrix rate in FLOP/s."""
-    return rate * efficiency(shape, setup) / flops_of(shape, adapter, setup).step

@@ -1,21 +1,26 @@
-"""What the plan knows of machines: GPUs by name, this machine's processor, and the matrix rate that was measured here before."""
+"""What the plan knows of machines: GPUs by name, and what tells this machine from every other."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import platform
 import shutil
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lorry.disk import durable
-from lorry.disk.home import home
 from lorry.errors import ConfigError
 from lorry.plan.constants import GIB
 
 NVIDIA = Path("/proc/driver/nvidia/gpus")
+CPUINFO = Path("/proc/cpuinfo")
+# What changes torch's speed from outside: threads it takes unasked, instruction sets it is held to.
+VARIABLES = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "LORRY_KERNELS", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,22 @@ def has_cuda() -> bool:
     return NVIDIA.is_dir() and any(NVIDIA.iterdir())
 
 
+def _cpuinfo(*names: str) -> list[str]:
+    """Values of the first processor under these names, those that the system gives, in order."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = dict[str, str]()
+    for line in lines:
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    return [found[name] for name in names if name in found]
+
+
 def processor() -> str:
     """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    return next(iter(_cpuinfo("model name")), "") or platform.processor() or platform.machine()
 
 
 def threads() -> int:
@@ -57,39 +70,57 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def rate_key(device: str, precision: str, count: int) -> str:
-    """What a measured rate depends on."""
-    return f"{processor()} x{count} {precision}" if device == "cpu" else f"cuda {platform.node()} {precision}"
+def identity(device: str, precision: str, threads_asked: int | None) -> dict[str, Any]:
+    """What a measured rate holds for: plain values, equal only for ways of computing that are alike.
+
+    A processor's name alone says little: cloud machines of one name differ in instruction sets,
+    cores and neighbours. ``threads_asked``: None, as many as torch takes by itself. Raises nothing.
+    """
+    flags = hashlib.sha256(" ".join(sorted(_flags())).encode()).hexdigest()[:16]
+    return {
+        "host": platform.node(),
+        "processor": [processor(), *_cpuinfo("cpu family", "model", "stepping"), f"flags {flags}"],
+        "cores": threads(),
+        "gpus": gpus() if device == "cuda" else [],
+        "device": device,
+        "precision": precision,
+        "threads": threads_asked,
+        "kernels": device == "cpu" and has_tiles(),
+        "torch": torch_version(),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
 
 
-def known_rate(key: str) -> float | None:
-    """A rate measured here earlier, FLOP/s; None if there is none, or the file is not ours."""
+def gpus() -> list[str]:
+    """Names of the GPUs that the NVIDIA driver lists."""
     try:
-        value = json.loads((home() / "rates.json").read_text(encoding="utf-8")).get(key)
-    except (OSError, ValueError, AttributeError):
+        texts = [(one / "information").read_text() for one in sorted(NVIDIA.iterdir())]
+    except OSError:
+        return []
+    lines = [line for text in texts for line in text.splitlines()]
+    return [line.partition(":")[2].strip() for line in lines if line.startswith("Model")]
+
+
+def torch_version() -> str:
+    """torch's version without importing it; empty where it is not installed."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def load_average() -> float | None:
+    """Processes that want a core, over the last minute; None where the system does not say."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (OSError, AttributeError):
         return None
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e18 else None
-
-
-def keep_rate(key: str, rate: float) -> None:
-    """Remember a rate for the next plan. Raises DiskError."""
-    file = home() / "rates.json"
-    try:
-        rates = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        rates = {}
-    text = json.dumps({**(rates if isinstance(rates, dict) else {}), key: rate}, indent=2, sort_keys=True) + "\n"
-    durable.make_directory(file.parent)
-    durable.write_files(file.parent, {file.name: text.encode()})
 
 
 def _flags() -> set[str]:
     """The processor's features, as the kernel of the system lists them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {"bf16"} if platform.machine() == "arm64" else set()
-    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
+    listed = " ".join(_cpuinfo("flags", "Features")).split()
+    return set(listed) if CPUINFO.exists() else {"bf16"} if platform.machine() == "arm64" else set()
 
 
 def dtype_of_auto() -> Literal["float32", "bfloat16"] | None:

@@ -8,16 +8,20 @@ from typing import Any
 from lorry.plan.flops import Flops
 from lorry.plan.memory import Memory, Setup
 from lorry.plan.parallel import Split
+from lorry.plan.rates import Measurement
 from lorry.plan.search import Choice, Found, Tried
 from lorry.plan.shapes import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Time of a step: at ``rate`` FLOP/s (``source`` says whose) times a stated ``efficiency``, on all devices together."""
+    """Time of a step: at ``rate`` FLOP/s (``source`` says whose) times a stated ``efficiency``, on
+    all devices together. ``measured``: when and how, if it was (plan/rates.py); a rate of training
+    steps is what they reached, its efficiency is 1."""
 
     rate: float
     source: str
+    measured: Measurement | None
     efficiency: float
     tokens_per_second: float
     seconds_per_step: float

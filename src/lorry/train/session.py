@@ -45,6 +45,7 @@ from lorry.train.jobs import Job, Outcome
 from lorry.train.losses import LOSSES, losses
 from lorry.train.memory import tune_allocator
 from lorry.train.process import Running, running
+from lorry.train.rate import StepTimes, keep_steps
 from lorry.train.rundir import broken_contracts, claim, inside, make_room, where_to_start
 from lorry.train.tasks import TASKS, Jobs, Material
 from lorry.train.trackers import trackers
@@ -99,7 +100,8 @@ def _run(run: Run, notes: list[str], listeners: Sequence[Listener], process: Run
     run = judged(run, exams, notes)
     alone = jobs_of(run)
     start = where_to_start(run)
-    listeners = [*listeners, *trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))]
+    times = StepTimes()
+    listeners = [*listeners, times, *trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))]
     tune_allocator()
     if run.backend.threads:
         torch.set_num_threads(run.backend.threads)
@@ -130,7 +132,10 @@ def _run(run: Run, notes: list[str], listeners: Sequence[Listener], process: Run
             # only now: whatever was wrong with this run has been said, and cost nothing of the last one
             _tell(listeners, [f"{run.output_dir} held an earlier run; it is in {aside} now"])
     process.begin(engine.progress.step, engine.total)
-    return _train(run, opened, jobs, engine, process.home)
+    result = _train(run, opened, jobs, engine, process.home)
+    if note := keep_steps(run, opened, times):
+        _tell(listeners, [note])
+    return result
 
 
 def _resume(engine: Engine, start: Path, folder: Path) -> None:

@@ -17,11 +17,12 @@ from lorry.config.sizes import in_words, parse_size
 from lorry.console import Console
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
-from lorry.plan import machine
+from lorry.plan import machine, rates
 from lorry.plan.configs import ConfigFound, find_config
-from lorry.plan.flops import efficiency, flops_of, tokens_per_second
-from lorry.plan.memory import TRAINABLE, Device, Memory, Precision, Setup
+from lorry.plan.flops import efficiency, flops_of
+from lorry.plan.memory import TRAINABLE, Device, Memory, Precision, Setup, path_of
 from lorry.plan.parallel import Split, check, memory_per_gpu, slowdown
+from lorry.plan.rates import Measurement, RunRate
 from lorry.plan.report import Plan, Speed
 from lorry.plan.search import Choice, Found
 from lorry.plan.settle import Need, adapters_of, find, impossible, open_choices, setup_of
@@ -137,34 +138,57 @@ def _trainable(settings: PlanSettings) -> bool:
 def _speed(settings: PlanSettings, shape: Shape, choice: Choice, device: Device, split: Split, gpu: str | None) -> Speed | None:
     """Time of one optimizer step, on all devices together; None where no rate is known."""
     setup = setup_of(settings, choice, device, machine.has_tiles())
-    rate, source = (machine.GPUS[gpu].rate, f"{gpu}, maker's figure") if gpu else _measured(settings, device, setup)
-    if rate is None:
-        return None
-    one = tokens_per_second(shape, adapters_of(settings, shape)(choice.rank), setup, rate)
+    share, measured = efficiency(shape, setup), None
+    if gpu:
+        rate, source = machine.GPUS[gpu].rate, f"{gpu}, maker's figure"
+    else:
+        measured, source = _measured(settings, shape, setup)
+        if measured is None:
+            return None
+        rate = measured.rate
+        share = 1.0 if isinstance(measured, RunRate) else share
+    one = rate * share / flops_of(shape, adapters_of(settings, shape)(choice.rank), setup).step
     whole = one * split.processes / slowdown(split, choice.accumulation)
     tokens = setup.tokens * choice.accumulation * split.data
     return Speed(
-        rate=rate, source=source, efficiency=efficiency(shape, setup), tokens_per_second=whole, seconds_per_step=tokens / whole
+        rate=rate, source=source, measured=measured, efficiency=share, tokens_per_second=whole, seconds_per_step=tokens / whole
     )
 
 
-def _measured(settings: PlanSettings, device: Device, setup: Setup) -> tuple[float | None, str]:
-    """This machine's matrix rate: as measured earlier, else measured now (a few seconds, once)."""
-    threads = settings.backend.threads or machine.threads()
+def _measured(settings: PlanSettings, shape: Shape, setup: Setup) -> tuple[Measurement | None, str]:
+    """What is known best of this machine (plan/rates.py), and in words where it comes from: steps of
+    runs of like size; else its matrix rate, measured now (a few seconds) where none is known or the
+    known one is not to be trusted."""
     computed: Precision = setup.precision if setup.precision in TRAINABLE else "bfloat16"
-    key = machine.rate_key(device, computed, threads)
-    if (known := machine.known_rate(key)) is not None:
-        return known, "measured on this machine"
+    identity = machine.identity(setup.device, computed, settings.backend.threads)
+    known, path = rates.known(identity), path_of(shape)
+    quiet, fastest = (
+        known.of_runs(shape.parameters, setup.tokens, path, quiet=only) for only in (True, False)
+    )  # fmt: skip
+    matrix, kept = known.matrix, ""
+    if quiet is None and not known.trusted(setup.device):
+        matrix, kept = _matrix(identity, setup.device, computed, settings.backend.threads, known)
+    usual = 0.0 if matrix is None else matrix.rate * efficiency(shape, setup)
+    if fastest is not None and (quiet is not None or fastest.rate > usual):
+        return fastest, f"reached here by {fastest.words(f'steps of a run of {fastest.model}')}"
+    return (None, "") if matrix is None else (matrix, f"measured here, the best of {matrix.words('products')}{kept}")
+
+
+def _matrix(
+    identity: rates.Identity, device: Device, precision: Precision, threads: int | None, known: rates.Known
+) -> tuple[Measurement | None, str]:
+    """The matrix rate measured now and kept, in place of one that a run contradicts; and, if it could
+    not be kept, why."""
     from lorry.train.rate import matrix_rate
 
-    rate = matrix_rate(device, computed, threads)
-    if rate is None:
+    measured = matrix_rate(device, precision, threads)
+    if measured is None:
         return None, ""
+    wrong = known.matrix is not None and any(rates.contradicts(run, known.matrix, device) for run in known.runs)
     try:
-        machine.keep_rate(key, rate)
+        return rates.keep_matrix(identity, measured, instead=wrong), ""
     except DiskError as error:
-        return rate, f"measured just now, not kept: {error}"
-    return rate, "measured on this machine"
+        return measured, f"; not kept: {error}"
 
 
 def _notes(settings: PlanSettings, shape: Shape, found: ConfigFound, choice: Choice) -> list[str]:
@@ -234,9 +258,15 @@ def verdict(plan: Plan) -> str:
         s = plan.speed
         parts.append(
             f"about {s.tokens_per_second:,.0f} tokens/s, {_seconds(s.seconds_per_step)} a step "
-            f"({plan.flops.step / 1e9:.2f} GFLOP/token at {s.efficiency:.0%} of {s.rate / 1e12:.2f} TFLOP/s, {s.source})"
+            f"({plan.flops.step / 1e9:.2f} GFLOP/token at {_rate(s)}, {s.source})"
         )
     return "; ".join(parts)
+
+
+def _rate(speed: Speed) -> str:
+    """FLOP/s in words, with the share that a step is expected to reach unless steps reached it."""
+    rate = f"{speed.rate / 1e12:.2f} TFLOP/s" if speed.rate >= 1e12 else f"{speed.rate / 1e9:.3g} GFLOP/s"
+    return rate if speed.efficiency == 1 else f"{speed.efficiency:.0%} of {rate}"
 
 
 def _seconds(seconds: float) -> str:

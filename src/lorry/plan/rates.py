@@ -1,0 +1,206 @@
+"""How fast this machine is, as measured here, for `lorry plan`: `LORRY_HOME/rates.json`.
+
+The rule: **a rate holds for the machine and the way of computing it was measured on, says when and
+how, and is never kept against better knowledge.**
+
+- Two machines are one only if host, processor (model, stepping, feature flags, cores this process
+  may use), GPUs, format, threads, torch and kernels agree (`machine.identity`): every cloud Xeon
+  has one name.
+- A matrix rate is the best of several short products (train/rate.py). One that was taken while
+  others had the cores is shown, marked as such, and measured again by the next plan.
+- A run's own steps are the better measurement (train/rate.py writes them when a run ends). Of a
+  quiet machine they are what the plan says for models of like size; of a busy one they prove only
+  that the machine is no slower.
+- A matrix rate that a later run contradicts is measured anew.
+
+The file is a cache: damaged, or of an earlier format, it counts as empty.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from lorry.disk import documents, durable
+from lorry.disk.home import home
+from lorry.errors import DataError
+from lorry.plan.constants import EFFICIENCY
+
+FORMAT = 2  # 1: {name of the processor: FLOP/s}, without when or how
+FILE = "rates.json"
+BUSY = 0.1  # share of its time that a thread waited for a core; more: the machine was busy
+LIKE = 3.0  # models and micro-batches whose steps reach like rates differ by at most this factor
+SATURATED = 1024  # tokens of a micro-batch beyond which more of them bring no better rate
+FAR = 2.5  # a run this many times off the rate that EFFICIENCY says contradicts the matrix rate
+MOST_RUNS, MOST_MACHINES = 16, 64  # kept in the file, the newest
+FASTEST = 1e18  # FLOP/s that no single machine reaches
+
+Path = Literal["fused", "plain"]
+Identity = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """``rate``: FLOP/s; ``at``: UTC, ISO 8601; ``repeats``: products or steps it was taken from;
+    ``load``: the system's load average over a minute; ``waited``: share of the time that the
+    measuring thread waited for a core. None: the system does not say."""
+
+    rate: float
+    at: str
+    repeats: int
+    load: float | None = None
+    waited: float | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether others had the cores meanwhile."""
+        return self.waited is not None and self.waited > BUSY
+
+    def words(self, things: str) -> str:
+        """When and how."""
+        when = datetime.fromisoformat(self.at).strftime("%Y-%m-%d %H:%M UTC")
+        load = "" if self.load is None else f", load {self.load:.1f}"
+        busy = "" if not self.busy else f", the machine was busy: {self.waited:.0%} of the time went to others"
+        return f"{self.repeats} {things} on {when}{load}{busy}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRate(Measurement):
+    """What a run's training steps reached: FLOPs of the plan over seconds. ``parameters``: of the
+    model; ``tokens``: of a micro-batch; ``path``: see `memory.path_of`."""
+
+    model: str
+    parameters: int
+    tokens: int
+    path: Path
+
+    def like(self, parameters: int, tokens: int, path: Path) -> bool:
+        """Whether steps of such a model and micro-batch reach about the same rate."""
+        sizes = (self.parameters / max(parameters, 1), min(self.tokens, SATURATED) / max(min(tokens, SATURATED), 1))
+        return self.path == path and all(1 / LIKE <= size <= LIKE for size in sizes)
+
+
+@dataclass(frozen=True)
+class Known:
+    """Everything measured on one machine in one way of computing."""
+
+    matrix: Measurement | None = None
+    runs: Sequence[RunRate] = field(default_factory=tuple)
+
+    def of_runs(self, parameters: int, tokens: int, path: Path, *, quiet: bool) -> RunRate | None:
+        """The best that runs of like size reached, all of them or the ``quiet`` ones."""
+        like = [run for run in self.runs if run.like(parameters, tokens, path) and not (quiet and run.busy)]
+        return max(like, key=lambda run: run.rate, default=None)
+
+    def trusted(self, device: str) -> bool:
+        """Whether the matrix rate needs no new measurement: quiet, and contradicted by no run."""
+        matrix = self.matrix
+        return matrix is not None and not matrix.busy and not any(contradicts(run, matrix, device) for run in self.runs)
+
+
+def contradicts(run: RunRate, matrix: Measurement, device: str) -> bool:
+    """Whether a run that ended after ``matrix`` was measured shows it to be wrong: faster than a
+    step can be, or far from the usual share. A busy run can only show it to be too low."""
+    if run.at <= matrix.at:
+        return False
+    usual = EFFICIENCY["cuda" if device == "cuda" else "cpu", run.path] * matrix.rate
+    return run.rate > min(matrix.rate, FAR * usual) or (not run.busy and run.rate * FAR < usual)
+
+
+def now() -> str:
+    """The time as a measurement states it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- the file
+
+
+def known(identity: Identity) -> Known:
+    """What was measured on this machine. Raises nothing: a damaged file knows nothing."""
+    return next((_known(entry) for entry in _entries() if entry.get("machine") == identity), Known())
+
+
+def keep_matrix(identity: Identity, measured: Measurement, *, instead: bool = False) -> Measurement:
+    """Keep a matrix rate; one of a busy machine only if no better one is known, unless that one is
+    wrong (``instead``). Returns the one that is kept. Raises DiskError."""
+    before = known(identity)
+    if not instead and before.matrix is not None and measured.busy and before.matrix.rate >= measured.rate:
+        return before.matrix  # others on the cores only make it look slower: the faster is nearer
+    _keep(identity, Known(measured, before.runs))
+    return measured
+
+
+def keep_run(identity: Identity, run: RunRate) -> None:
+    """Add what a run reached. Raises DiskError."""
+    before = known(identity)
+    _keep(identity, Known(before.matrix, [*before.runs, run][-MOST_RUNS:]))
+
+
+def _keep(identity: Identity, what: Known) -> None:
+    others = [entry for entry in _entries() if entry.get("machine") != identity]
+    matrix = None if what.matrix is None else asdict(what.matrix)
+    mine = {"machine": dict(identity), "matrix": matrix, "runs": [asdict(run) for run in what.runs]}
+    text = json.dumps({"format": FORMAT, "machines": [*others, mine][-MOST_MACHINES:]}, indent=1) + "\n"
+    durable.make_directory(home())
+    durable.write_files(home(), {FILE: text.encode()})
+
+
+def _entries() -> list[dict[str, Any]]:
+    """The entries of the file, one per machine, as they stand there."""
+    try:
+        found = documents.read_object(home() / FILE)
+    except DataError:
+        return []
+    entries = found.get("machines") if found.get("format") == FORMAT else None
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _known(entry: Mapping[str, Any]) -> Known:
+    """An entry without what is no measurement."""
+    runs = entry.get("runs")
+    return Known(
+        _measurement(entry.get("matrix")),
+        [run for one in (runs if isinstance(runs, list) else []) if (run := _run(one)) is not None],
+    )
+
+
+def _measurement(value: Any) -> Measurement | None:
+    if not isinstance(value, dict) or not _positive(value.get("rate")) or not _count(value.get("repeats")):
+        return None
+    at: Any = value.get("at")
+    load, waited = value.get("load"), value.get("waited")
+    if not _is_time(at) or not all(x is None or (_number(x) and x >= 0) for x in (load, waited)):
+        return None
+    return Measurement(rate=float(value["rate"]), at=at, repeats=value["repeats"], load=load, waited=waited)
+
+
+def _run(value: Any) -> RunRate | None:
+    measured = _measurement(value)
+    if measured is None or value.get("path") not in ("fused", "plain"):
+        return None
+    if not isinstance(value.get("model"), str) or not (_count(value.get("parameters")) and _count(value.get("tokens"))):
+        return None
+    return RunRate(**asdict(measured), **{name: value[name] for name in ("model", "parameters", "tokens", "path")})
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and 0 < value < FASTEST
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        return False
