@@ -59,7 +59,7 @@ def material(world: Path, given: Mapping[str, Any], **settings: Any) -> Material
     """What `session` would hand to the task's builder, up to the point where it does."""
     described_as = {
         "model": {"name": str(world / "student")}, "data": {"path": str(world / "rows.jsonl"), "eval": str(world / "held.jsonl")},
-        "output_dir": str(world / "run"), **tinyrun.DEFAULTS, "distill": dict(given), **settings,
+        "output_dir": str(world / "run"), **tinyrun.DEFAULTS, "distill": {"teacher_dtype": "float32", **given}, **settings,
     }  # fmt: skip
     run, notes = build(DistillRun, described_as, []), list[str]()
     opened = open_model(run.model, notes)

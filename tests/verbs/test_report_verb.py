@@ -53,7 +53,10 @@ def test_what_is_no_run(harm: str, runs: list[Path], world: World, capsys: pytes
     assert lorry("report", runs[1], path) == 3
     out, err = capsys.readouterr()
     assert message in err
-    assert out == ""
+    # a damaged run hides no other: the page shows the sound one, and says of this one that it is damaged
+    page = runs[0].parent / "comparison.html"
+    assert out == (f"{page}\n" if harm == "damaged" else "")
+    assert page.exists() == (harm == "damaged")
     assert not (runs[0] / "report.html").exists()
 
 
