@@ -21,8 +21,9 @@ $(STAMP): pyproject.toml constraints.txt requirements-model.txt
 demo: setup
 	$(BIN)/lorry demo
 
-# A process per core; a file's tests stay together, since they share what is dear to make. Every test runs on one thread.
-PYTEST := $(BIN)/python -m pytest -q -rs -n logical --maxprocesses=8 --dist loadfile
+# A process per core; a file's tests stay together, since they share what is dear to make, and files go in the order of
+# tests/conftest.py, the longest first. Every test runs on one thread.
+PYTEST := $(BIN)/python -m pytest -q -rs -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST)

@@ -22,12 +22,14 @@ settings.load_profile("explore" if "LORRY_EXPLORE" in os.environ else "same")
 torch.set_num_threads(1)  # tiny models: a second thread only waits, and results stay the same on any machine
 
 ROOT = Path(__file__).resolve().parent.parent
+KILLING = ("test_kill_and_resume.py", "test_disasters.py", "test_foreign_files.py")
 FLAT = ROOT / "examples" / "flat.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """tests/train goes first: its kill tests fork hundreds of times, which is slow once the process has grown to gigabytes."""
-    items.sort(key=lambda item: (ROOT / "tests" / "train") not in item.path.parents)
+    """The files that kill processes go first, then the rest of tests/train: they fork hundreds of times, which is slow once the
+    process has grown to gigabytes, and each takes minutes, which nothing else could share if it came last."""
+    items.sort(key=lambda item: (item.path.name not in KILLING, (ROOT / "tests" / "train") not in item.path.parents))
 
 
 def pytest_report_header() -> str:
