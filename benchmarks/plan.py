@@ -59,6 +59,7 @@ CASES = (
     Case("gpt2", 64, 512, "full"), Case("gpt2", 4, 512), Case("pythia-160m", 16, 1024), Case("pythia-160m", 128, 256),
     Case("pythia-160m", 32, 2048, "full"), Case("qwen3-small", 16, 1024), Case("qwen3-small", 32, 2048, "full"),
     Case("qwen3-small", 128, 512), Case("smollm2-135m", 16, 512, dtype="float32"), Case("gpt2", 16, 512, dtype="float32"),
+    Case("smollm2-135m", 16, 1024, dtype="float32"), Case("smollm2-135m", 16, 512, "full", dtype="float32"),
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from lorry.plan.constants import (
     CHUNK,
     CHUNK_COPIES,
     COMPILED,
+    FEWER_GAPS,
     GAPS,
     GAPS_PER_LAYER,
     GROUP,
@@ -244,4 +245,6 @@ def allocator(shape: Shape, setup: Setup, moving: int) -> int:
     if setup.device == "cuda":
         return int(SLACK["cuda"] * moving)
     buffer = setup.tokens * max(g.width, shape.queries, g.mlp_width) * setup.element
+    if shape.norm == "rms" and setup.precision == "float32" and path_of(shape) == "fused":
+        return int(SLACK["cpu"] * moving + FEWER_GAPS[setup.recompute] * buffer)
     return int(SLACK["cpu"] * moving + (GAPS[setup.recompute] + GAPS_PER_LAYER * g.layers) * buffer)
