@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from lorry.data.badrows import BadRow
@@ -234,3 +235,18 @@ def test_what_takes_the_room_of_an_answer_is_said(tokenizer_of: Tokenizers) -> N
     assert least > 12
     assert not isinstance(Encoder(tokenizer, max_length=least).encode(content), BadRow)
     assert isinstance(Encoder(tokenizer, max_length=least - 1).encode(content), BadRow)
+
+
+def test_tools_of_a_merged_table_lose_the_keys_that_only_other_tools_have() -> None:
+    arrow = pa.table({"tools": [[{"name": "at", "place": {"kind": "text"}}, {"name": "on", "day": {"enum": ["mon", None]}}]]})
+    merged = arrow.to_pylist()[0]["tools"]
+    assert merged[0]["day"] is None  # what pyarrow made of it
+    content = sound(messages=[ASK, turn("b")], tools=merged)
+    assert isinstance(content, Conversation)
+    assert json.loads(content.tools) == [
+        {"name": "at", "place": {"kind": "text"}},
+        {"name": "on", "day": {"enum": ["mon", None]}},
+    ]
+    as_text = sound(messages=[ASK, turn("b")], tools='[{"name": "at", "default": null}]')
+    assert isinstance(as_text, Conversation)
+    assert json.loads(as_text.tools) == [{"name": "at", "default": None}]

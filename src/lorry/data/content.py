@@ -243,7 +243,11 @@ def _learnt_characters(detail: Any, length: int, place: str) -> list[tuple[int, 
 
 
 def tools_of(value: Any, column: str) -> str:
-    """A column of tools (a list of objects, or that as JSON text) as JSON, "" for none. Raises Unusable."""
+    """A column of tools (a list of objects, or that as JSON text) as JSON, "" for none. Raises Unusable.
+
+    A table gives every object of a column the keys of all of them, null where a tool has no such key: these are left out of
+    a list. JSON text is no table's and keeps its nulls.
+    """
     read = value
     if isinstance(value, str) and value.strip():
         try:
@@ -255,6 +259,13 @@ def tools_of(value: Any, column: str) -> str:
     if not isinstance(read, list) or not all(isinstance(tool, dict) for tool in read):
         raise Unusable("tools", f"{column!r} holds {kind_of(read)}, expected a list of objects, one for each tool")
     try:
-        return json.dumps(read, ensure_ascii=False) if read else ""
+        return json.dumps(read if isinstance(value, str) else _without_nulls(read), ensure_ascii=False) if read else ""
     except (TypeError, ValueError) as error:
         raise Unusable("tools", f"{column!r} holds what JSON cannot write: {error}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys whose value is null, at any depth; a null that is an element of a list stays."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(held) for key, held in value.items() if held is not None}
+    return [_without_nulls(held) for held in value] if isinstance(value, list) else value

@@ -21,7 +21,7 @@ from lorry.data.encode import Encoder
 from lorry.data.formats import Format, Found, read_examples
 from lorry.data.sources import Source
 from lorry.data.template import TemplateRefusal
-from lorry.data.tokenset import TokenSet, encode_rows
+from lorry.data.tokenset import TokenSet, encode_rows, told
 from lorry.errors import DataError
 from lorry.evaluate.answers import answers, intervals, means, reference, score_rows
 from lorry.evaluate.metrics import perplexity
@@ -85,7 +85,8 @@ class EvalRows:
     def read(cls, source: Source, encoder: Encoder, form: Format | None = None) -> EvalRows:
         """Read and encode a whole source. Raises DataError for a bad row (by the source's policy) or when no row is left."""
         notes: set[str] = set()
-        read = list(encode_rows(read_examples(source, form, notes=notes), source, encoder))
+        encoded = encode_rows(read_examples(source, form, notes=notes), source, encoder)
+        read = list(told(encoded, source.label, encoder.tell))
         tokens = TokenSet.of(read, source, encoder, notes)
         if not read:
             raise DataError(f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}")

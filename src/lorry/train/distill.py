@@ -39,6 +39,7 @@ def aim_of(config: DistillConfig) -> Aim:
 def encoder_of(run: Run, opened: Opened, notes: list[str]) -> Callable[..., Encoder]:
     """What makes the encoder of a run: `Encoder`, or one that has a teacher with another tokenizer read the rows as well.
 
+    A token that the model, or the teacher that reads it, has no embedding of makes a bad row.
     Raises ConfigError when the tokenizers differ and the loss compares tokens by their ids.
     """
     own = partial(Encoder, embeddings=opened.model.vocabulary)
@@ -54,9 +55,13 @@ def encoder_of(run: Run, opened: Opened, notes: list[str]) -> Callable[..., Enco
         if run.distill.loss != "uld":
             raise
         only = True if run.data.completion_only_loss is None else run.data.completion_only_loss
-        reads = Encoder(theirs, max_length=LONGER * run.data.max_length, completion_only_loss=only, system=run.data.system)
+        reads = Encoder(
+            theirs, max_length=LONGER * run.data.max_length, completion_only_loss=only, system=run.data.system,
+            embeddings=place.vocabulary(),
+        )  # fmt: skip
         return partial(PairedEncoder, theirs=reads, embeddings=opened.model.vocabulary)
-    return Encoder
+    ours = opened.model.vocabulary
+    return partial(Encoder, embeddings=min(ours, place.vocabulary() or ours))
 
 
 def build_distill(given: Material) -> tuple[Distill, Mapping[str, Scorer]]:

@@ -24,6 +24,7 @@ from lorry.data.batch import Batch
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError
 from lorry.models.decoder import Decoder
+from lorry.models.describe import read_json
 from lorry.models.generate import Generated, generate
 from lorry.models.hf import HfModel
 from lorry.models.load import pick_device, pick_dtype
@@ -67,6 +68,14 @@ class TeacherPlace:
         if found is None:
             raise ConfigError(f"distill.teacher={self.place.directory} has no tokenizer; put tokenizer.json beside the weights")
         return found
+
+    def vocabulary(self) -> int | None:
+        """Rows of its embedding table, as its config.json says; None where there is no such file or it does not say."""
+        path = self.place.directory / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        nested = config.get("text_config")
+        size = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
+        return size if isinstance(size, int) and not isinstance(size, bool) else None
 
     def digest(self, config: DistillConfig, dtype: str) -> str:
         """SHA-256 of the files that make the teacher what it is, and of how they are opened: every byte of them is read."""

@@ -157,7 +157,9 @@ def read(settings: EvalSettings, found: Opened, source: Source) -> EvalRows:
     length = data.max_length if context is None else min(data.max_length, context)
     only = True if data.completion_only_loss is None else data.completion_only_loss
     rows = found.model.vocabulary
-    encoder = Encoder(found.tokenizer, max_length=length, completion_only_loss=only, system=data.system, embeddings=rows)
+    encoder = Encoder(
+        found.tokenizer, max_length=length, completion_only_loss=only, system=data.system, embeddings=rows, tell=tell
+    )
     return EvalRows.read(source, encoder, chosen(data.format, data.text_field))
 
 
