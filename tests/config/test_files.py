@@ -172,7 +172,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "model.revision": st.none() | TEXT,
     "model.dtype": st.sampled_from(["auto", "float32", "bf16"]),
     "model.device": st.sampled_from(["cpu", "cuda:1"]),
-    "lora.r": COUNTS,
+    "lora.r": st.integers(1, 2**30),
     "lora.lora_alpha": st.none() | COUNTS | ALPHAS,
     "lora.target_modules": st.sampled_from(["auto", "all-linear", r".*\.q_proj", "q_proj"])
     | st.lists(TEXT, min_size=1, max_size=3),
