@@ -13,10 +13,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from lorry.disk.durable import DiskError
+from lorry.errors import LorryError
+
+BACKGROUND = "LORRY_BACKGROUND"  # set in the environment of a run that is left alone
 
 
 class _Stream:
@@ -67,15 +70,40 @@ def _blame_standard_output() -> Iterator[None]:
         raise DiskError(error.errno, error.strerror, "standard output") from error
 
 
+_last: list[Callable[[], None]] | None = None  # what waits for the last line; None: nothing is to wait
+
+
+def after_last_line(action: Callable[[], None]) -> None:
+    """Do something once all is said: of a run in the background whoever reads how it stands must find its log complete."""
+    if _last is None:
+        action()
+    else:
+        _last.append(action)
+
+
+def is_left_alone() -> bool:
+    """Whether this process is a run in the background, whose state is told last."""
+    return _last is not None
+
+
 @contextlib.contextmanager
 def streams() -> Iterator[None]:
-    """Put both in the place of ``sys.stdout`` and ``sys.stderr`` while the block runs."""
+    """Put both in the place of ``sys.stdout`` and ``sys.stderr`` while the block runs. In a process that verbs/background.py
+    started, what is given to `after_last_line` is done at the block's end."""
+    global _last
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Results(before[0]), Messages(before[1])
+    _last = [] if os.environ.pop(BACKGROUND, "") else None  # taken out: a process that this one starts is none of its kind
     try:
         yield
     finally:
+        waiting, _last = _last or [], None
         sys.stdout, sys.stderr = before
+        for action in waiting:
+            try:
+                action()
+            except LorryError as error:  # the disk; the log is where it can be told
+                print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def abandon(stream: TextIO) -> None:

@@ -75,8 +75,14 @@ def test_jobs_that_bring_their_own_data_need_no_other() -> None:
     described = parse(Run, ["jobs=[{name: a, data: {path: a.jsonl, eval: e.jsonl}}, {name: b, data: b.jsonl}]"], [])
     assert [(one.data.path, one.data.eval) for one in jobs_of(described).values()] == [
         ("a.jsonl", "e.jsonl"),
-        ("b.jsonl", "e.jsonl"),
+        ("b.jsonl", None),  # nothing of a's data but its rows stands for the run's
     ]
+    settings = "max_length: 64, system: S, completion_only_loss: false, test_size: 0.1"
+    several = [f"jobs=[{{name: a, data: {{path: a.jsonl, {settings}}}}}, {{name: b, data: {{path: b.jsonl}}}}]"]
+    other = jobs_of(parse(Run, several, []))["b"].data
+    assert other == parse(Run, ["data=b.jsonl"], []).data
+    with pytest.raises(ConfigError, match=r"job 'b': data\.path is missing: the run has no rows of its own"):
+        parse(Run, ["jobs=[{name: a, data: a.jsonl}, {name: b, learning_rate: 1e-3}]"], [])
     with pytest.raises(ConfigError, match=r"data\.path is missing|data is missing"):
         parse(Run, ["jobs=[{name: a}, {name: b, data: b.jsonl}]"], [])
 

@@ -115,7 +115,8 @@ def test_finished(sft: Callable[..., Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert sft(run, steps=4)[0] == 0
     assert until(run, lambda s: s.state != "running").state == "finished"
-    until(run, lambda _: "chat    lorry chat" in (run / "log.txt").read_text())
+    assert "chat    lorry chat" in (run / "log.txt").read_text(), "who reads the state finds the log complete"
+    assert "still running" not in (run / "report.html").read_text()
     assert not (run / "process.json").exists()
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = json.loads((run / "losses.json").read_text())

@@ -22,6 +22,7 @@ from lorry.config.place import Given, Placed, place
 from lorry.errors import ConfigError
 
 MOST_ERRORS = 40
+ROWS = frozenset(["path", "mix"])  # of data: either says what is read
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
@@ -106,11 +107,16 @@ def _settle(schema: type[Schema], sources: Iterable[Iterable[Given]], notes: lis
 
 
 def _with_rows(tree: Mapping[str, Any], jobs: Sequence[Own]) -> dict[str, Any]:
-    """The run's settings; where every job brings its own rows, those of the first stand for the run's, below its settings."""
+    """The run's settings; where every job brings its own rows, those of the first stand for the run's. Nothing else of its data
+    does: what one job is given is no other's. Raises ConfigError for a job without rows."""
     data = tree.get("data", {})
-    if not jobs or not isinstance(data, dict) or {"path", "mix"} & data.keys() or "data" not in jobs[0].tree:
+    own = [job.tree.get("data", {}) for job in jobs]
+    if not jobs or not isinstance(data, dict) or ROWS & data.keys() or not any(ROWS & one.keys() for one in own):
         return dict(tree)
-    return {**tree, "data": {**jobs[0].tree["data"], **data}}
+    for job, one in zip(jobs, own, strict=True):
+        if not ROWS & one.keys():
+            raise ConfigError(f"job {job.name!r}: data.path is missing: the run has no rows of its own, and this job brings none")
+    return {**tree, "data": {**{key: own[0][key] for key in sorted(ROWS | {"name", "split"}) if key in own[0]}, **data}}
 
 
 @contextlib.contextmanager

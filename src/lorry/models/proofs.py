@@ -35,7 +35,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lorry.bank.mix import Call
 from lorry.disk import durable
 from lorry.disk.home import home
-from lorry.errors import LorryError, ModelError
+from lorry.errors import ContractError, Interrupted, ModelError, OutOfMemoryError, allocation_failure
 from lorry.families import Family
 from lorry.models.decode import Runner
 from lorry.models.decoder import Decoder, Packed
@@ -180,7 +180,9 @@ def cache_error(model: Decoder | HfModel) -> str:
                 now = torch.tensor([row[n + step] for row, n in zip(rows, prompts, strict=True)], device=model.device)
                 packed = Packed(now, memory.lengths, [(0, 1), (1, 2)])
                 found = runner.cached(packed, torch.arange(2, device=model.device), memory, Call(), decoding=True)
-    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError, LorryError) as e:
+    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError, ModelError, ContractError) as e:
+        if isinstance(e, Interrupted | OutOfMemoryError) or allocation_failure(e) is not None:
+            raise  # a signal, or no memory, says nothing of the cache
         return f"its cache cannot be used ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
     # the median over steps: a router that rounding tips over at one token is no fault of the cache
     worst = float(torch.stack(errors).median(0).values.max())

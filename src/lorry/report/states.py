@@ -27,6 +27,7 @@ from lorry.report.figures import about, flatten
 from lorry.report.log import Log, is_number
 from lorry.report.run import Run, load
 from lorry.report.text import number
+from lorry.streams import is_left_alone
 
 MARKS = (PROCESS, "run.yaml", "metrics.jsonl")  # what a run directory is known by
 NOT_RUNS = {"checkpoints", "previous", "tensorboard", "node_modules"}
@@ -107,6 +108,8 @@ def _state_or_why(path: Path, name: str) -> State:
 def of(run: Run) -> State:
     """The state of a run that was read."""
     process, training, saved = run.process, run.log.training, newest_checkpoint(run.path)
+    if process is not None and is_left_alone() and process.pid == os.getpid():
+        process = None  # this process reports its own run, which is complete; only the others are to wait for its last line
     step = training[-1]["step"] if training else process.done if process else 0
     written = _written(run.path)
     state, detail = _verdict(run, process, step, saved, written)

@@ -28,6 +28,7 @@ from lorry.disk import durable
 from lorry.disk.process import PROCESS, Ending, Home, Process, identity, refuse_second
 from lorry.disk.secret_shapes import hidden, names_secret
 from lorry.errors import ConfigError, LorryError
+from lorry.streams import after_last_line
 from lorry.train.signals import raising
 
 LOG = "log.txt"  # what a run in the background says
@@ -53,7 +54,7 @@ class Running:
     def finish(self) -> None:
         """The run is complete: nothing is at work here any more. Raises DiskError, also where the directory has moved away."""
         self.home.check()
-        self._remove()
+        after_last_line(self._remove)
 
     def fail(self, error: BaseException) -> None:
         """Record how it ended. What went wrong before training touched anything leaves no trace in a directory: it is not the end
@@ -71,7 +72,8 @@ class Running:
                 self._remove()
                 return
         reason = str(error) if isinstance(error, LorryError) else f"{type(error).__name__}: {error}".removesuffix(": ")
-        self._write(replace(self.process, ended=Ending(_now(), exit_code_of(error), reason[:LONGEST_REASON])))
+        ended = replace(self.process, ended=Ending(_now(), exit_code_of(error), reason[:LONGEST_REASON]))
+        after_last_line(lambda: self._write(ended))
 
     def _write(self, process: Process) -> None:
         durable.write_files(self.run_dir, {PROCESS: (json.dumps(asdict(process), indent=1) + "\n").encode()})

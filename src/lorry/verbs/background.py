@@ -9,6 +9,7 @@ The process reads its description from RUN/background.yaml and writes what a ter
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from lorry.config import dump
 from lorry.config.schema import Run
 from lorry.disk import durable, ownership, process
+from lorry.streams import BACKGROUND
 from lorry.train.process import LOG
 from lorry.visible import visible
 
@@ -72,7 +74,8 @@ def _start(folder: Path, verb: str) -> subprocess.Popen[bytes]:
     with open(folder / LOG, "ab") as log:
         log.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} lorry {verb} {folder / DESCRIPTION}\n".encode())
         log.flush()
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        alone = {**os.environ, BACKGROUND: "1"}
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=alone)
 
 
 def _wait(child: subprocess.Popen[bytes], folder: Path) -> bool:
