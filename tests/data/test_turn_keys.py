@@ -80,6 +80,37 @@ def test_a_rewritten_turn_that_is_not_to_be_learnt_gets_no_sequence(tokenizer_of
     assert "At nine." in "".join(learnt)
 
 
+@pytest.mark.parametrize("role", ["user", "system"])
+@pytest.mark.parametrize("family", ["chatml", "llama3", "gemma"])
+@pytest.mark.parametrize(("key", "off"), [(key, off) for key, off, _ in SWITCHES[:3]])
+def test_a_prompt_turn_that_is_not_to_be_learnt_has_weight_0_where_all_is_learnt(
+    tokenizer_of: Tokenizers, role: str, family: str, key: str, off: Any
+) -> None:
+    encoder = Encoder(tokenizer_of(family), max_length=200, completion_only_loss=False)
+    mine = {"role": role, "content": "AAAA"}
+    messages = [mine, ASK, turn("Yes.")] if role == "system" else [ASK, turn("At nine."), mine, turn("Yes.")]
+    made = only(encoder.encode(sound(messages=[{**message, key: off} if message is mine else message for message in messages])))
+    assert made.tokens == only(encoder.encode(sound(messages=messages))).tokens  # the mark changes no token
+    left_out = [token for token, weight in zip(made.tokens[1:], made.weights[1:], strict=True) if not weight]
+    folded = family == "gemma" and role == "system"  # it takes no system message: put before the question
+    assert encoder.tokenizer.decode(left_out).strip() == "AAAA" + ("" if folded else encoder.template.end_of_turn)
+
+
+PARTLY = [{"begin_offset": 0, "end_offset": 4, "train": False}, {"begin_offset": 5, "end_offset": 6, "train": True}]
+
+
+@pytest.mark.parametrize("keys", [{"weight": 0}, {"train_detail": PARTLY}])
+def test_a_rewritten_answer_that_is_not_to_be_learnt_has_weight_0_where_all_is_learnt(
+    tokenizer_of: Tokenizers, keys: dict[str, Any]
+) -> None:
+    encoder = Encoder(tokenizer_of("qwen3"), max_length=200, completion_only_loss=False)
+    made = only(encoder.encode(sound(messages=[ASK, turn("WRONG 7", **keys), ASK, turn("At nine.")])))
+    learnt = "".join(text for text, taken in encoder.marked_text(made) if taken)
+    assert "WRONG" in encoder.tokenizer.decode(made.tokens)
+    assert "WRO" not in learnt
+    assert "At nine." in learnt
+
+
 def test_train_detail_counts_characters_with_both_ends_included(tokenizer_of: Tokenizers) -> None:
     tokenizer = tokenizer_of("chatml")
     answer = "aaa bbb ccc"

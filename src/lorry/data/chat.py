@@ -16,7 +16,8 @@ message). Learning such a turn inside the longer chat would teach what is never 
 number goes to ``Chat.stale``, and it has to be learnt in a rendering of its own that ends with it.
 
 An answer that is not to be learnt (weight 0) is laid out like any other, so that it is tokenised like any other; its
-characters are in ``Chat.unlearnt``, and the encoder gives their tokens weight 0.
+characters are in ``Chat.unlearnt``, and the encoder gives their tokens weight 0. Where the whole chat is learnt
+(completion_only_loss=false) the same holds for every other turn that its row keeps from being learnt.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Span = tuple[int, int]
 class Chat:
     """A rendered chat: ``spans`` are the supervised characters, in order; ``ended``: the last answer has its end of turn;
     ``stale``: numbers of the messages that are answers but were not written as they are when they are generated;
-    ``unlearnt``: characters within the spans that the row's own marks (weight 0, train_detail) keep from being learnt.
+    ``unlearnt``: characters that the row's own marks (weight 0, train_detail) keep from being learnt.
     """
 
     text: str
@@ -45,8 +46,11 @@ class Chat:
     unlearnt: tuple[Span, ...] = ()
 
 
-def lay_out(template: ChatTemplate, messages: Sequence[Message]) -> Chat:
-    """Render a chat and find its answers. Raises TemplateRefusal when the template or this search does not take the chat."""
+def lay_out(template: ChatTemplate, messages: Sequence[Message], *, everything: bool = False) -> Chat:
+    """Render a chat and find its answers; with ``everything``, which is then learnt, also other turns that are not to be.
+
+    Raises TemplateRefusal when the template or this search does not take the chat.
+    """
     rendered = template.render(messages)
     spans: list[Span] = []
     stale: list[int] = []
@@ -54,6 +58,9 @@ def lay_out(template: ChatTemplate, messages: Sequence[Message]) -> Chat:
     ended, used = False, 0
     for index, message in enumerate(messages):
         if message.role != "assistant":
+            if everything and not message.learnt:
+                start, end = locate(template, messages, index, rendered.text)
+                unlearnt.append((start, _with_end_of_turn(template, rendered.text, end)[0]))
             continue
         answer = locate(template, messages, index, rendered.text)
         block = _block_of(rendered, answer)
@@ -61,11 +68,13 @@ def lay_out(template: ChatTemplate, messages: Sequence[Message]) -> Chat:
         end, ended = _with_end_of_turn(template, rendered.text, answer[1])
         if index < len(messages) - 1 and not template.render(messages[: index + 1]).text.startswith(rendered.text[:end]):
             stale += [index] if message.learnt else []
+            unlearnt += _unlearnt(message, rendered.text, answer, (answer[0], end)) if everything else []
             continue
-        start = _start_of(template, rendered, answer, block, spans[-1][1] if spans else 0)
-        if start is not None:
-            spans.append((start, end))
-            unlearnt += _unlearnt(message, rendered.text, answer, (start, end))
+        begin = _start_of(template, rendered, answer, block, spans[-1][1] if spans else 0)
+        if begin is not None:
+            spans.append((begin, end))
+        if begin is not None or everything:
+            unlearnt += _unlearnt(message, rendered.text, answer, (answer[0] if begin is None else begin, end))
     if used != len(rendered.blocks):
         raise TemplateRefusal("a {% generation %} block of the chat template marks text that is no assistant turn")
     return Chat(rendered.text, tuple(spans), ended, tuple(stale), tuple(unlearnt))

@@ -190,14 +190,19 @@ class Encoder:
             messages = self._prepared(content)
             template = self.template.with_tools(content.tools)
             template.expect_tools_shown(messages)
-            chat = lay_out(template, messages)
+            chat = self._laid_out(template, messages)
             stale = chat.stale if self.completion_only_loss else ()
-            own = [self._chat(template, messages[: at + 1], lay_out(template, messages[: at + 1]), last=True) for at in stale]
+            own = [
+                self._chat(template, messages[: at + 1], self._laid_out(template, messages[: at + 1]), last=True) for at in stale
+            ]
             if own:
                 self.notes["the chat template rewrites earlier answers; each was learnt in a chat that ends with it"] += 1
             return [*own, self._chat(template, messages, chat, last=False)]
         except TemplateRefusal as error:
             return BadRow("template", str(error))
+
+    def _laid_out(self, template: ChatTemplate, messages: tuple[Message, ...]) -> Chat:
+        return lay_out(template, messages, everything=not self.completion_only_loss)
 
     def _text(self, text: str) -> _Draft:
         """A text with BOS and EOS around it, each put only where the text does not bring its own."""
@@ -391,7 +396,7 @@ class Encoder:
         return end - start, self._length(marked) - (end - start)
 
     def _drafted(self, template: ChatTemplate, messages: tuple[Message, ...], last: bool) -> Marked:
-        draft = self._chat(template, messages, lay_out(template, messages), last)
+        draft = self._chat(template, messages, self._laid_out(template, messages), last)
         return self._dressed(draft, self.tokens.one(draft.text, draft.spans, draft.opener, draft.unlearnt))
 
     def _length(self, marked: Marked) -> int:
