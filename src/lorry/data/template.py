@@ -22,15 +22,13 @@ from jinja2.sandbox import SecurityError
 
 from lorry.data.content import Message
 from lorry.data.sandbox import CLOSE, LONGEST_SOURCE, OPEN, Sandbox
+from lorry.data.template_frame import FAULTS, Frame, frame_of
 from lorry.errors import ModelError
 
+ATTEMPTS = 8  # shapes without a frame after which no more are tried: the template looks at texts
+SHAPES = 256  # shapes of conversations whose frames are kept
 PROBE = "\ufdd0"  # stands in for a message while its place is looked for; a Unicode noncharacter, never real text
 RESERVED = re.compile(f"[{PROBE}{OPEN}{CLOSE}]")
-# What the code of a template can raise by its own fault: all that Python's built-in types and jinja2 raise.
-FAULTS = (
-    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, NameError, RuntimeError,
-    AssertionError, StopIteration, SyntaxError, ImportError, BufferError, OSError,
-)  # fmt: skip
 
 # For a tokenizer without a template: headed paragraphs that need no special token but the end of text.
 PLAIN = (
@@ -68,6 +66,8 @@ class ChatTemplate:
         self.tools: list[Any] | None = None
         self.takes_system, self._forgets_header = True, False
         self._sandbox = Sandbox()
+        self._shapes: set[tuple[str, ...]] = set()
+        self._frames: dict[tuple[str, ...], Frame | None] = {}
         self._compiled = self._compile(source)
         self.header, self.end_of_turn, self.question_header = self._learn(special_tokens)
         self.takes_system = self._learn_system()
@@ -107,6 +107,8 @@ class ChatTemplate:
         """The conversation as text. Raises TemplateRefusal (this row) or ModelError (a hostile template)."""
         if not self.takes_system:
             messages = _folded(messages)
+        if self.tools is None and (framed := self._framed(messages, add_generation_prompt)) is not None:
+            return _without_marks(framed) if OPEN in framed else Rendered(framed)
         given = sum(len(message.content) + len(message.reasoning) for message in messages)
         given += len(json.dumps(self.tools)) if self.tools else 0
         self._sandbox.budget.open(given, len(messages))
@@ -120,6 +122,22 @@ class ChatTemplate:
         except FAULTS as error:
             raise TemplateRefusal(f"the chat template refuses this conversation: {_reason(error)}") from error
         return _without_marks(marked) if OPEN in marked else Rendered(marked)
+
+    def _framed(self, messages: Sequence[Message], prompting: bool) -> str | None:
+        """The same rendering out of the frame of its shape; None where it has to be made."""
+        if any(message.name or message.reasoning for message in messages):
+            return None
+        shape = (*(message.role for message in messages), "prompt" if prompting else "")
+        if shape not in self._frames:
+            if shape not in self._shapes:  # its first rendering is a real one, which names a hostile template
+                self._shapes |= {shape} if len(self._shapes) < SHAPES else set()
+                return None
+            if list(self._frames.values()).count(None) >= ATTEMPTS:
+                return None
+            roles = shape[:-1]
+            self._frames[shape] = frame_of(self.source, self.variables, roles, add_generation_prompt=prompting)
+        frame = self._frames[shape]
+        return None if frame is None else frame.fill([message.content for message in messages])
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text to generate an answer from; ends with the assistant's header, also where the template forgets it."""
