@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from lorry.disk import documents
 from lorry.disk.documents import parse_json, parse_yaml, read_json, read_yaml
+from lorry.disk.durable import DiskError
 from lorry.errors import DataError, ModelError
 
 NUMBERS = st.integers(-(2**63) + 1, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
@@ -160,3 +162,26 @@ def test_size_and_the_disks_own_errors(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(documents.os, "open", failing)
     with pytest.raises(OSError, match="Input/output error"):  # the disk's failure is not damage of the document
         read_json(path)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_what_cannot_be_read_is_neither_absent_nor_damaged(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: object, flags: int) -> int:
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "x.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing)
+        with pytest.raises(DiskError) as failed:
+            documents.read_object(tmp_path / "x.json", error=ModelError)
+    assert (failed.value.exit_code, failed.value.errno, failed.value.filename) == (74, code, str(tmp_path / "x.json"))
+
+
+def test_a_name_that_leads_nowhere_is_the_callers_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("absent", "file/x", "loop", "n" * 300):
+        with pytest.raises(ModelError, match="cannot be read"):
+            documents.read_object(tmp_path / name, error=ModelError)
+    with pytest.raises(ModelError, match=r"absent is nowhere$"):
+        documents.read_object(tmp_path / "absent", error=ModelError, absent="is nowhere")

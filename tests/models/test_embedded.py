@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import multiprocessing
+import os
 import re
 import struct
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from tokenizers import pre_tokenizers
 
 import tiny
 from ggufs import write_gguf
+from lorry.disk import durable
 from lorry.errors import ModelError
 from lorry.models import embedded
 from lorry.models.decoder import Decoder
@@ -200,8 +204,30 @@ def test_a_failed_conversion_leaves_nothing_and_says_why(small: Path, tmp_path: 
     assert [p.name for p in (tmp_path / "models").iterdir() if not p.name.endswith(".lock")] == []
     (tmp_path / "file").touch()
     monkeypatch.setenv("LORRY_HOME", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="LORRY_HOME"):
+    with pytest.raises(durable.DiskError, match="LORRY_HOME") as failed:
         converted(small, [])
+    assert failed.value.exit_code == 74
+
+
+def test_a_converted_model_that_cannot_be_read_is_not_converted_again(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path))
+    monkeypatch.setattr(embedded, "_convert", lambda file, work: [])
+    path = converted(small, [])
+    whole, real = (path / MANIFEST).read_bytes(), os.open
+
+    def failing(name: Any, *args: Any, **kwargs: Any) -> int:
+        if Path(str(name)) == path / MANIFEST:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(name, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing)
+        with pytest.raises(durable.DiskError) as failed:
+            converted(small, [])
+    assert (failed.value.exit_code, failed.value.errno) == (74, errno.EIO)
+    assert (path / MANIFEST).read_bytes() == whole
 
 
 # --- hostile headers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lorry.disk.durable import DiskError
 from lorry.plan import machine, rates
 from lorry.plan.rates import Known, Measurement, RunRate
 
@@ -136,6 +139,25 @@ def test_a_damaged_file_counts_as_empty(text: str, home: Path) -> None:
     assert rates.known(A) == Known()
     rates.keep_run(A, run(1e11))
     assert rates.known(A).runs == [run(1e11)]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_file_that_cannot_be_read_is_not_empty(code: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates.keep_run(A, run(1e11))
+    whole, real = (home / "rates.json").read_bytes(), os.open
+
+    def failing(path: Any, *args: Any, **kwargs: Any) -> int:
+        if Path(str(path)) == home / "rates.json":
+            raise OSError(code, os.strerror(code))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", failing)
+    for call in (lambda: rates.known(A), lambda: rates.keep_run(A, run(2e11)), lambda: rates.keep_matrix(A, matrix(1e12))):
+        with pytest.raises(DiskError) as failed:
+            call()
+        assert (failed.value.exit_code, failed.value.errno) == (74, code)
+    monkeypatch.undo()
+    assert (home / "rates.json").read_bytes() == whole
 
 
 json_values = st.recursive(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -142,6 +143,20 @@ def test_a_directory_knows_its_own_name(tmp_path: Path) -> None:
         assert home.now() is None
     with pytest.raises(durable.DiskError):
         Home(tmp_path / "c")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_disk_that_does_not_say_where_the_directory_is_ends_no_run(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(path: object, **options: object) -> os.stat_result:
+        raise OSError(code, os.strerror(code))
+
+    with Home(tmp_path) as home:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "stat", failing)
+            home.check()
+        home.check()
 
 
 # --- names that no file system takes

@@ -116,7 +116,7 @@ def test_unmerge_finds_a_base_that_moved(world: World, merged: Path, tmp_path: P
         ("{", "lorry_merge.json:1: not JSON"),
         ("[]", "lorry_merge.json: expected a JSON object, found list"),
         ('{"base": 3, "opened_as": "x", "base_weights": {}}', "not a record of `lorry merge`"),
-        (None, "has no lorry_merge.json; only a model written by `lorry merge` knows"),
+        (None, "lorry_merge.json does not exist; only a model written by `lorry merge` knows"),
     ],
 )
 def test_unmerge_needs_a_sound_record(text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,9 @@ last of two equal keys. Here each of these is a refusal in one line that opens w
     a float beyond what a float holds, NaN and the infinities, unless ``nonfinite`` lets them pass
 
 A refusal is ``error`` (a LorryError of the caller's choice: DataError, ModelError, ConfigError). What the disk
-itself says (absent, no right, input/output error) is not damage of the document: it stays OSError.
+itself says (absent, no right, input/output error) is not damage of the document: it stays OSError. ``read_object``
+makes two answers of it: ``error`` where nothing has that name, DiskError (exit code 74) where the disk does not
+answer. Who takes the first for an empty document may never do so with the second: what was not read still exists.
 
 YAML is read by the 1.2 core rules, so ``no`` and ``on`` are words, ``1e-3`` is a number and 2024-01-01 is text.
 """
@@ -33,6 +35,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from lorry.disk.durable import DiskError
 from lorry.errors import DataError, LorryError
 
 MOST_BYTES = 16 << 20  # of a JSON document: its values take some thirty times as much memory
@@ -44,6 +47,7 @@ MOST_DIGITS = 4300  # Python converts no longer integer: the time grows with the
 WHOLE = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 REAL = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 CORE = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # said of a name that leads to no file
 NOT_REGULAR = "is not a regular file (a directory, a FIFO or a device)"
 
 Refusal = type[LorryError]
@@ -84,13 +88,16 @@ def read_json(
 
 
 def read_object(
-    path: Path, *, error: Refusal = DataError, most_bytes: int = MOST_BYTES, nonfinite: bool = False, largest: int = LARGEST
+    path: Path, *, error: Refusal = DataError, nonfinite: bool = False, largest: int = LARGEST, absent: str = ""
 ) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises ``error``, also where the file is absent or the disk does not give it."""
+    """A JSON file that holds an object. Raises ``error``, also where nothing has that name (``absent``: what that means, in
+    place of the system's words), and DiskError where it cannot be read."""
     try:
-        found = read_json(path, error=error, most_bytes=most_bytes, nonfinite=nonfinite, largest=largest)
+        found = read_json(path, error=error, nonfinite=nonfinite, largest=largest)
     except OSError as e:
-        raise error(f"{path}: cannot be read ({e.strerror})") from e
+        if e.errno in ABSENT:
+            raise error(f"{path} {absent}" if absent else f"{path}: cannot be read ({e.strerror})") from e
+        raise DiskError(e.errno, e.strerror, str(path)) from e
     if not isinstance(found, dict):
         raise error(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found

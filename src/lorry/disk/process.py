@@ -128,11 +128,14 @@ class Home:
             raise DiskError(error.errno, error.strerror, str(path)) from error
 
     def is_there(self) -> bool:
-        """Whether the name still means this directory."""
+        """Whether the name still means this directory. A disk that does not say (EIO, ESTALE, EACCES) has not said no:
+        one such answer ends no run, and if it lasts, the next write fails with what the disk says."""
         try:
             here, there = os.fstat(self._held), os.stat(self.path)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:
+            return True
         return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
     def check(self) -> None:

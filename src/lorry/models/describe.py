@@ -107,13 +107,13 @@ def match(config: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) ->
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that describes a model. Raises ModelError with file and line; what is refused: disk/documents.py.
+    """A JSON object that describes a model. Raises ModelError with file and line; what is refused: disk/documents.py. Raises
+    DiskError where it cannot be read.
 
     transformers writes infinities as JSON has none, and 10^30 for a tokenizer without a longest text.
     """
-    if not path.exists():
-        raise ModelError(f"{path} does not exist; a model directory has config.json and model.safetensors")
-    return documents.read_object(path, error=ModelError, nonfinite=True, largest=10**40)
+    absent = "does not exist; a model directory has config.json and model.safetensors"
+    return documents.read_object(path, error=ModelError, nonfinite=True, largest=10**40, absent=absent)
 
 
 def cleaned(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -86,7 +86,7 @@ def converted(file: Path, notes: list[str], name: str | None = None, digest: str
     """The Hugging Face directory (bf16) of a GGUF file, converted now or found intact in the cache.
 
     ``digest``: the file's SHA-256, where it is known already. Of two processes that want the same at once one converts and the
-    other waits for it. Raises ModelError.
+    other waits for it. Raises ModelError, and DiskError where the disk takes or gives nothing: that is no damage of the model.
     """
     digest = sha256(file) if digest is None else digest
     slug = name or re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip(".-")[:64] or "model"
@@ -104,7 +104,8 @@ def converted(file: Path, notes: list[str], name: str | None = None, digest: str
                 notes += _convert(file, work)
                 _write_manifest(work, file, digest)
     except OSError as e:
-        raise ModelError(f"the converted model cannot be kept in {target} ({e.strerror}); set LORRY_HOME to another place") from e
+        where = f"{e.strerror} (the converted model is kept in {target}; LORRY_HOME=DIR names another place)"
+        raise durable.DiskError(e.errno, where, str(e.filename or target)) from e
     return target
 
 

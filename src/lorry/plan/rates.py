@@ -120,7 +120,7 @@ def now() -> str:
 
 
 def known(identity: Identity) -> Known:
-    """What was measured on this machine. Raises nothing: a damaged file knows nothing."""
+    """What was measured on this machine; a damaged file knows nothing. Raises DiskError where it cannot be read."""
     return next((_known(entry) for entry in _entries() if entry.get("machine") == identity), Known())
 
 
@@ -150,7 +150,8 @@ def _keep(identity: Identity, what: Known) -> None:
 
 
 def _entries() -> list[dict[str, Any]]:
-    """The entries of the file, one per machine, as they stand there."""
+    """The entries of the file, one per machine, as they stand there. Raises DiskError where they cannot be read: whoever
+    took that for an empty file would write it without what it holds."""
     try:
         found = documents.read_object(home() / FILE)
     except DataError:

@@ -161,7 +161,7 @@ def _measured(settings: PlanSettings, shape: Shape, setup: Setup) -> tuple[Measu
     known one is not to be trusted."""
     computed: Precision = setup.precision if setup.precision in TRAINABLE else "bfloat16"
     identity = machine.identity(setup.device, computed, settings.backend.threads)
-    known, path = rates.known(identity), path_of(shape)
+    known, path = _known(identity), path_of(shape)
     quiet, fastest = (
         known.of_runs(shape.parameters, setup.tokens, path, quiet=only) for only in (True, False)
     )  # fmt: skip
@@ -172,6 +172,14 @@ def _measured(settings: PlanSettings, shape: Shape, setup: Setup) -> tuple[Measu
     if fastest is not None and (quiet is not None or fastest.rate > usual):
         return fastest, f"reached here by {fastest.words(f'steps of a run of {fastest.model}')}"
     return (None, "") if matrix is None else (matrix, f"measured here, the best of {matrix.words('products')}{kept}")
+
+
+def _known(identity: rates.Identity) -> rates.Known:
+    """What is known of this machine; nothing, for this plan alone, where it cannot be read now."""
+    try:
+        return rates.known(identity)
+    except DiskError:
+        return rates.Known()  # `keep_matrix` meets the same disk, and the plan then says that nothing was kept
 
 
 def _matrix(

@@ -33,10 +33,9 @@ def main(settings: UnmergeSettings, notes: list[str]) -> int:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a merge. Raises ModelError when there is none or it is damaged."""
-    if not path.is_file():
-        raise ModelError(f"{path.parent} has no {RECORD}; only a model written by `lorry merge` knows the base it came from")
-    said = documents.read_object(path, error=ModelError)
+    """The record of a merge. Raises ModelError when there is none or it is damaged, and DiskError."""
+    absent = "does not exist; only a model written by `lorry merge` knows the base it came from"
+    said = documents.read_object(path, error=ModelError, absent=absent)
     shape = {"base": str, "opened_as": str, "base_weights": dict}
     if any(not isinstance(said.get(key), kind) for key, kind in shape.items()):
         raise ModelError(f"{path}: not a record of `lorry merge`; it holds {', '.join(shape)}")
