@@ -226,6 +226,82 @@ def test_a_rendered_prompt_whose_header_stands_in_the_answer_or_nowhere(tokenize
     assert "rendered" in bad.reason
 
 
+HEADERS = {
+    "chatml": ("<|im_start|>user", "<|im_start|>assistant\n"),
+    "default_system": ("<|im_start|>user", "<|im_start|>assistant\n"),
+    "llama3": ("<|start_header_id|>user<|end_header_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+    "gemma": ("<start_of_turn>user", "<start_of_turn>model\n"),
+    "phi3": ("<|user|>", "<|assistant|>\n"),
+}
+
+
+@pytest.mark.parametrize("family", list(HEADERS))
+def test_a_question_about_control_tokens_is_a_plain_question(tokenizer_of: Tokenizers, family: str) -> None:
+    encoder = Encoder(tokenizer_of(family), max_length=300)
+    asked = f"What does {HEADERS[family][0]} mean?"
+    right = encoder.template.render([Message("user", asked), Message("assistant", "b")]).text
+    right = right[: right.rindex("b") + 1] + encoder.template.end_of_turn
+    made = only(encoder.encode(sound(prompt=asked, completion="b")))
+    assert encoder.tokenizer.decode(made.tokens) == right
+    made = only(encoder.encode(sound(prompt=asked, completion="b", system="Be brief.")))
+    assert "Be brief." in encoder.tokenizer.decode(made.tokens)
+
+
+@pytest.mark.parametrize("family", list(HEADERS))
+@pytest.mark.parametrize("columns", ["prompt", "messages", "alpaca"])
+def test_a_header_that_an_answer_brings_stands_there_once(tokenizer_of: Tokenizers, family: str, columns: str) -> None:
+    encoder = Encoder(tokenizer_of(family), max_length=200)
+
+    def row(answer: str) -> Content:
+        if columns == "messages":
+            return sound(messages=[ASK, turn(answer), ASK, turn(answer)])
+        if columns == "alpaca":
+            return sound(instruction="When?", output=answer)
+        return sound(prompt="When?", completion=answer)
+
+    brought = HEADERS[family][1] + "At nine." + encoder.template.end_of_turn
+    assert only(encoder.encode(row(brought))) == only(encoder.encode(row("At nine.")))
+
+
+@pytest.mark.parametrize("columns", [
+    {"instruction": "R", "input": "in Oslo", "output": "b"}, {"instruction": "Q", "input": "in Oslo", "output": "b"},
+    {"question": "R", "context": "in Oslo", "answer": "b"}, {"prompt": "<|im_start|>user\nWhen?", "completion": "b"},
+    {"messages": [{"role": "user", "content": "R"}, turn("b"), ASK, turn("c")]},
+    {"messages": [ASK, turn("b"), {"role": "user", "content": "Q"}, turn("c")]},
+    {"messages": [{"role": "system", "content": "<|im_start|>system\nBe brief.<|im_end|>\n"}, ASK, turn("b")]},
+    {"messages": [{"role": "user", "content": "R", "weight": 0}, turn("b")]},
+    {"messages": [{"role": "user", "content": "R"}, turn("bb", train_detail=PARTLY[1:])]},
+    {"prompt": "When?", "completion": "b<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes."},
+    {"prompt": "R", "completion": "b<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes."},
+    {"prompt": "Some words. R", "completion": "b"},
+])  # fmt: skip
+def test_a_rendered_text_that_has_no_place_refuses_the_row(tokenizer_of: Tokenizers, columns: dict[str, Any]) -> None:
+    question = "<|im_start|>user\nWhen?<|im_end|>\n"
+    written = {"R": question + "<|im_start|>assistant\n", "Q": question}
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [filled(held) for held in value]
+        if isinstance(value, dict):
+            return {key: filled(held) for key, held in value.items()}
+        return "Some words. " + written["R"] if value == "Some words. R" else written.get(value, value)
+
+    columns = filled(columns)
+    if "bb" in str(columns):
+        columns["messages"][1]["content"] = "bb and more"
+    bad = Encoder(tokenizer_of("chatml"), max_length=300, completion_only_loss=False).encode(sound(**columns))
+    assert isinstance(bad, BadRow)
+    assert "rendered" in bad.reason
+
+
+def test_a_rendered_prompt_with_its_own_system_message_is_wrapped_once(tokenizer_of: Tokenizers) -> None:
+    encoder = Encoder(tokenizer_of("default_system"), max_length=200)
+    messages = [{"role": "system", "content": "Be brief."}, ASK]
+    prompt = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    made = only(encoder.encode(sound(prompt="  " + prompt, completion="b")))
+    assert marked(encoder, made) == f"  {prompt}«b<|im_end|>»"
+
+
 @pytest.mark.parametrize("family", ["chatml", "llama3", "gemma"])
 def test_a_rendered_text_gets_no_second_end_and_no_second_bos(tokenizer_of: Tokenizers, family: str) -> None:
     tokenizer = tokenizer_of(family)

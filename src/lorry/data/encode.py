@@ -25,6 +25,8 @@ from lorry.data.tokens import Marked, Tokens
 from lorry.errors import ConfigError, DataError, ModelError
 
 TOO_LONG = "too long"  # the kind of a sound row whose answer does not fit: dropped with a count, not an error
+RENDERED = "the prompt is rendered by the chat template already"
+AS_MESSAGES = "give plain text or messages instead"
 ROUNDS = 8  # tries to hit max_length when a prompt is cut; each lands within a few tokens of it
 
 
@@ -64,7 +66,8 @@ class Encoder:
     counts what was adjusted, in words.
     ``embeddings``: rows of the model's embedding table; a token beyond them makes a bad row (a DataError of ``prompt``).
     ``tell``: where to say how far the reading of a large source is.
-    A prompt or text that the template has rendered already is recognised by the template's own headers and not wrapped again.
+    A prompt or text that the template has rendered already is recognised by how it begins and not wrapped again; a control
+    token in the middle of a text makes no rendered chat of it.
     Raises ModelError for a template or tokenizer that cannot be used, ConfigError for max_length < 2.
     """
 
@@ -94,6 +97,10 @@ class Encoder:
         self.notes: Counter[str] = Counter()
         specials = special_token_texts(tokenizer)
         self._control = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)")
+        self._bos = [bos for bos in (opener.strip(), tokenizer.bos_token) if bos]
+        # of an opening only the first line: what follows it may be a default system message, or today's date
+        starts = {(self._without_bos(start).splitlines() or [""])[0].strip() for start in self.template.openings}
+        self._openings = tuple(sorted(start for start in starts if start)) if self.has_template else ()
 
     def encode(self, content: Content) -> list[Encoded] | BadRow:
         """``encode_many`` for one example."""
@@ -208,7 +215,7 @@ class Encoder:
         """A text with BOS and EOS around it, each put only where the text does not bring its own."""
         opened = closed = True
         if self._control.search(text):
-            rendered = self.has_template and bool(self.template.question_header) and self.template.question_header in text
+            rendered = self._begins_rendered(text, self.template.written_header.strip() in text)
             kind = "are chats that are rendered already, learnt whole" if rendered else "hold control tokens of the tokenizer"
             advice = " (the format messages learns answers only)" if rendered else ""
             self.notes[f"texts {kind}; no second BOS or end was put around them{advice}"] += 1
@@ -218,33 +225,87 @@ class Encoder:
             opened = self._template_opens or not rendered
         return _Draft(text, [(0, len(text))], opened=opened, closed=closed, whole=True)
 
+    def _without_bos(self, text: str) -> str:
+        text = text.lstrip()
+        while bos := next((bos for bos in self._bos if text.startswith(bos)), ""):
+            text = text.removeprefix(bos).lstrip()
+        return text
+
+    def _begins_rendered(self, text: str, closed: bool) -> bool:
+        """Whether a text begins as the chat template begins a chat, white space and BOS aside.
+
+        A control token in the middle says nothing: people ask about them. An opening without a control token (``[INST]`` as
+        plain text) counts only with ``closed``: the assistant's header stands where it belongs.
+        """
+        begun = self._without_bos(text)
+        return any(begun.startswith(start) and (closed or self._control.search(start)) for start in self._openings)
+
     def _rendered(self, conversation: Conversation) -> tuple[str, str] | None:
         """(prompt up to the assistant's header, answer) of a question that the chat template has rendered already, else None.
 
-        It is known by the template's own header of a question, or by the assistant's header at its end. Raises
-        TemplateRefusal where a system message or tools would have to go into it.
+        It is known by how it begins. Raises TemplateRefusal where a system message, tools or marks of what is learnt would
+        have to go into it, where its last question does not end, and where a format's own column stands behind it.
         """
         turns = [message for message in conversation.messages if message.role != "system"]
-        header, question = self.template.header.strip(), self.template.question_header
+        header, question = self.template.written_header.strip(), self.template.question_header
         if not self.has_template or [turn.role for turn in turns] != ["user", "assistant"]:
             return None
-        asked, answer = turns[0].content, turns[1].content
-        if not (question and question in asked) and not (header and asked.rstrip().endswith(header)):
+        asked, answer = turns[0].content, self._without_header(turns[1]).content
+        if not self._begins_rendered(asked, bool(header) and asked.rstrip().endswith(header)):
             return None
         if self.system or conversation.tools or len(turns) < len(conversation.messages):
             raise TemplateRefusal(
                 "the prompt is rendered by the chat template already, so no system message and no tools can be put into it; "
                 "leave them out, or give the prompt as plain text or messages"
             )
-        self.notes["prompts are rendered by the chat template already; no second chat was put around them"] += 1
+        if any(turn.unlearnt or not turn.learnt for turn in turns):
+            raise TemplateRefusal(f"{RENDERED}, so its turns' weight, train or train_detail have no place; {AS_MESSAGES}")
+        self._refuse_further_turns(answer)
         at = asked.rfind(header) if header else len(asked)
-        if header and at <= (asked.rfind(question) if question else -1):  # the answer brings its header, or it is missing
-            answer = answer.lstrip().removeprefix(header) if answer.lstrip().startswith(header) else answer
-            asked, at = f"{asked}{self.template.header}", len(asked)
-            answer = answer.lstrip("\n") if self.template.header.endswith("\n") else answer
+        missing = bool(header) and at <= (asked.rfind(question) if question else -1)  # or the answer brought it
+        if missing and not asked.rstrip().endswith(self.template.question_end):
+            raise TemplateRefusal(f"{RENDERED}, but its last question does not end; {AS_MESSAGES}")
+        composed = conversation.plain is not None and conversation.plain[0] != asked  # of several columns, as alpaca's
+        if composed and not missing and asked[at:].removeprefix(header).strip():
+            raise TemplateRefusal(f"{RENDERED}, and another column stands behind the assistant's header; {AS_MESSAGES}")
+        self.notes["prompts are rendered by the chat template already; no second chat was put around them"] += 1
+        if missing:
+            asked, at = f"{asked}{self.template.written_header}", len(asked)
+            answer = answer.lstrip("\n") if self.template.written_header.endswith("\n") else answer
         if not asked[at:].removeprefix(header).strip():  # white space behind the header as the template has it
-            asked = asked[:at] + self.template.header.lstrip()
+            asked = asked[:at] + self.template.written_header.lstrip()
         return asked, self._bare(answer)
+
+    def _without_header(self, message: Message) -> Message:
+        """An answer without the assistant's header that it brings itself: the template writes it. Raises TemplateRefusal."""
+        header = self.template.written_header.strip()
+        if message.role != "assistant" or not self.has_template or not self._control.search(header):
+            return message
+        if not (said := self._without_bos(message.content)).startswith(header):
+            return message
+        if message.unlearnt:
+            raise TemplateRefusal("an answer with train_detail brings the chat template's header; leave the header out")
+        self.notes["answers bring the chat template's header; it was left to the template"] += 1
+        said = said.removeprefix(header)
+        return replace(message, content=said.lstrip("\n") if self.template.written_header.endswith("\n") else said)
+
+    def _refuse_further_turns(self, answer: str) -> None:
+        """Raise TemplateRefusal for an answer in which the rendered chat goes on: its questions would be learnt."""
+        question, turn = self.template.question_header, self.template.end_of_turn
+        if question and turn and question in answer.partition(turn)[2]:
+            raise TemplateRefusal(f"the answer goes on with another rendered question; {AS_MESSAGES}")
+
+    def _refuse_rendered(self, message: Message) -> None:
+        """Raise TemplateRefusal for a turn that would get a second turn around it."""
+        header = self.template.written_header.strip()
+        if not self.has_template:
+            return
+        if message.role == "assistant":
+            self._refuse_further_turns(message.content)
+            return
+        closed = bool(self._control.search(header)) and message.content.rstrip().endswith(header)
+        if closed or self._begins_rendered(message.content, closed):
+            raise TemplateRefusal(f"a turn of the {message.role} is rendered by the chat template already; {AS_MESSAGES}")
 
     def _bare(self, answer: str) -> str:
         """An answer without the ends of turn and of text behind it. Raises TemplateRefusal when nothing is left."""
@@ -307,7 +368,10 @@ class Encoder:
             raise TemplateRefusal("the text holds one of the Unicode noncharacters U+FDD0 to U+FDD2, which Lorry needs itself")
         if self.system and messages[0].role != "system":
             messages.insert(0, Message("system", self.system))
-        return tuple(self._without_end(message) for message in messages)
+        bare = [self._without_header(message) for message in messages]
+        for message in bare:
+            self._refuse_rendered(message)
+        return tuple(self._without_end(message) for message in bare)
 
     def _without_end(self, message: Message) -> Message:
         """An answer that already ends with the end of turn or of text would end twice."""

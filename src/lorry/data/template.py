@@ -53,9 +53,11 @@ class Rendered:
 class ChatTemplate:
     """A compiled template with the variables a tokenizer gives it (bos_token, eos_token ...).
 
-    header: text that ends just where the assistant starts to write; end_of_turn: what the assistant writes last, ""
-    when the template has none; question_header: what opens a user's turn, "" when it holds no control token; tools: what the
-    template gets as such; takes_system: False when system messages are refused or dropped; notes: what a user of
+    header: text that ends just where the assistant starts to write; written_header: it from the start of a control token of
+    which it holds a part; end_of_turn: what the assistant writes last, "" when the template has none; question_header: what
+    opens a user's turn, "" when it holds no control token; question_end: what a question ends with before the header;
+    openings: what rendered chats begin with; tools: what the template gets as such; takes_system: False when system
+    messages are refused or dropped; notes: what a user of
     this template should know. Raises ModelError for a template that does not compile, cannot render a plain exchange,
     or tries what a template must not.
     """
@@ -71,6 +73,7 @@ class ChatTemplate:
         self._compiled = self._compile(source)
         self.header, self.end_of_turn, self.question_header = self._learn(special_tokens)
         self.takes_system = self._learn_system()
+        self.openings, self.written_header, self.question_end = self._learn_question(special_tokens)
 
     @classmethod
     def of(cls, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> ChatTemplate | None:
@@ -183,6 +186,25 @@ class ChatTemplate:
             if earlier and (role := between[max(earlier)[1] :].strip()) and "!" not in role:
                 found = before[max(earlier)[0] :].strip()
         return found
+
+    def _learn_question(self, special_tokens: Sequence[str]) -> tuple[tuple[str, ...], str, str]:
+        """What rendered chats begin with, the assistant's header with its first control token whole, what stands before it.
+
+        Phi 3's header is found as ``assistant|>``: its opening ``<|`` it has in common with the end of text.
+        """
+        starts, tail = [self.question_header], ""
+        for chat in ([Message("user", PROBE)], [Message("system", PROBE), Message("user", "?")]):
+            try:
+                before, _, after = self.render(chat, add_generation_prompt=True).text.partition(PROBE)
+            except TemplateRefusal:
+                continue
+            starts.append(before)
+            tail = tail or after
+        at = len(tail.removesuffix(self.header))
+        cut = [begin for token in special_tokens if (begin := tail.find(token, max(at - len(token) + 1, 0))) in range(at)]
+        begin = min(cut, default=at)
+        openings = tuple(start.strip() for start in starts if start.strip())
+        return openings, tail[begin:at] + self.header, tail[:begin].strip()
 
     def _header(self, asked: str, opened: str, before: str) -> str:
         """What stands between the user's turn and the assistant's own words, as far as a generation prompt gives it."""
