@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorry.disk import documents, durable
+from lorry.disk import documents, durable, integrity
 from lorry.disk.integrity import reading
 from lorry.errors import ConfigError, DataError, ModelError
 
@@ -139,7 +139,7 @@ def put(folder: Path, files: Mapping[str, bytes], ours: Callable[[Path], bool] =
 
     Names may be ``adapter/file``. The directory itself must exist. Raises DiskError, ConfigError.
     """
-    aside = displace(folder, [n for n, content in files.items() if _differs(folder / n, content) and not ours(folder / n)])
+    aside = displace(folder, [n for n, content in files.items() if differs(folder / n, content) and not ours(folder / n)])
     by_folder: dict[Path, dict[str, durable.Content]] = {}
     for name, content in files.items():
         by_folder.setdefault((folder / name).parent, {})[Path(name).name] = content
@@ -159,11 +159,21 @@ def displace(folder: Path, names: list[str]) -> Path | None:
     return aside
 
 
-def _differs(path: Path, content: bytes) -> bool:
-    """Whether something else than a file of this content has this name."""
-    if not _exists(path):
+def differs(path: Path, content: bytes | Path) -> bool:
+    """Whether something else than a regular file of this content, given or held by another file, has this name.
+
+    Raises DiskError where the disk does not say: what cannot be read is neither moved nor replaced.
+    """
+    try:
+        with reading(path):
+            found = durable.disk.lstat(path)
+    except ModelError:
         return False
-    return path.is_symlink() or not path.is_file() or path.stat().st_size != len(content) or path.read_bytes() != content
+    if not stat.S_ISREG(found.st_mode):
+        return True
+    if isinstance(content, bytes):
+        return found.st_size != len(content) or integrity.content(path) != content
+    return found.st_size != integrity.plain_size(content) or integrity.file_digest(path) != integrity.file_digest(content)
 
 
 def _exists(path: Path) -> bool:

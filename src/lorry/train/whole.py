@@ -9,8 +9,6 @@ directory, config.json last: a directory that looks like a model holds a verifie
 
 from __future__ import annotations
 
-import filecmp
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -91,18 +89,11 @@ def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Map
 def publish(staged: Path, run_dir: Path) -> None:
     """Move a model's files into a run directory, config.json last. A kill in between leaves files that resuming writes again."""
     names = sorted((p.name for p in staged.iterdir()), key=lambda name: (name == "config.json", name))
-    ownership.displace(run_dir, [name for name in names if _differs(run_dir / name, staged / name)])
+    ownership.displace(run_dir, [name for name in names if ownership.differs(run_dir / name, staged / name)])
     for name in names:
         durable.disk.rename(staged / name, run_dir / name)
     durable.disk.fsync_dir(run_dir)
     durable.disk.rmdir(staged)
-
-
-def _differs(there: Path, new: Path) -> bool:
-    """Whether something else than the new file lies where it belongs."""
-    if not os.path.lexists(there):
-        return False
-    return there.is_symlink() or not there.is_file() or not filecmp.cmp(there, new, shallow=False)
 
 
 def check_reload(checks: Checks, model: Decoder | HfModel, folder: Path, prepared: Prepared) -> bool:
