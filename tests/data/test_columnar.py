@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import re
 import shutil
@@ -18,10 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorry.data import columnar
 from lorry.data.columnar import read_parquet, read_saved
 from lorry.data.formats import read_examples
 from lorry.data.rows import Row
 from lorry.data.sources import open_source
+from lorry.disk.durable import DiskError
 from lorry.errors import DataError
 
 datasets.disable_progress_bars()
@@ -260,3 +263,55 @@ def test_damaged_tables_give_a_data_error_or_rows(
         placed = re.match(r"d:\d+: ", str(error))
         assert placed is not None
     assert count <= 300
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_too_little_memory_makes_no_bad_row(tmp_path: Path, kind: str, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "a"}, {"text": "b"}]
+    path = parquet(tmp_path / "d.parquet", pa.Table.from_pylist(rows)) if kind == "parquet" else saved(tmp_path / "d", rows)
+
+    def full(column: Any) -> list[Any]:
+        raise pa.ArrowMemoryError("malloc of size 4096 failed")
+
+    monkeypatch.setattr(columnar, "_values", full)
+    source = open_source(path, on_bad_row=policy)
+    with pytest.raises(MemoryError):
+        list(source.read())
+    assert not source.bad.total
+
+
+def test_a_length_that_no_memory_has_is_damage() -> None:
+    columnar.expect_damage(pa.ArrowMemoryError(f"malloc of size {1 << 60} failed"), "d.parquet")
+    with pytest.raises(MemoryError):
+        columnar.expect_damage(OSError(errno.ENOMEM, "Cannot allocate memory"), "d.parquet")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("where", ["ParquetFile", "iter_batches", "open_stream"])
+def test_a_disk_that_does_not_answer_is_no_damage(
+    tmp_path: Path, number: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(*_: Any, **__: Any) -> Any:
+        raise OSError(number, "the disk does not answer")
+
+    if where == "open_stream":
+        path = saved(tmp_path / "d", [{"text": "a"}])
+        monkeypatch.setattr(pyarrow.ipc, "open_stream", silent)
+    else:
+        path = parquet(tmp_path / "d.parquet", pa.table({"text": ["a"]}))
+        batches = (silent() for _ in range(1))
+        if where == "ParquetFile":
+            monkeypatch.setattr(pyarrow.parquet, "ParquetFile", silent)
+        else:
+            monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", lambda *_, **__: batches)
+    with pytest.raises(DiskError) as caught:
+        values(path)
+    assert (caught.value.errno, caught.value.exit_code) == (number, 74)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv", "d.txt"])
+def test_a_text_file_that_the_disk_does_not_give_is_no_damage(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/proc/self/mem")  # reading its first byte is EIO
+    with pytest.raises(DiskError):
+        values(tmp_path / name)

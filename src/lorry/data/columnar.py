@@ -2,11 +2,14 @@
 
 Only the columns that are asked for are read, and values stay as they are stored: a picture or a recording beside the text
 costs nothing and needs no decoder. A value that cannot be had (text that is not UTF-8, a date after the year 9999) makes
-its row a bad one; a file that cannot be read is one DataError, whichever of its exceptions the library raises.
+its row a bad one; a damaged file is one DataError, whichever of its exceptions the library raises. What says nothing about
+the file is neither: a disk that does not answer is DiskError, and too little memory stays MemoryError (`expect_damage`).
 """
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,16 @@ from lorry.data.badrows import BadRow
 from lorry.data.json_rows import RowDecoder
 from lorry.data.rows import Fault, Row, Rows, Select
 from lorry.disk.documents import read_json
+from lorry.disk.durable import DiskError
 from lorry.errors import DataError
 
 ROWS_AT_ONCE = 1024
 # What pyarrow raises for damaged files: its own classes derive from these (ArrowInvalid is a ValueError, ArrowKeyError a
 # KeyError ...), and values that Python has no room for raise OverflowError
-DAMAGE = (ValueError, OSError, OverflowError, KeyError, IndexError, TypeError, NotImplementedError, MemoryError)
+DAMAGE = (ValueError, OSError, OverflowError, KeyError, IndexError, TypeError, NotImplementedError)
+# errors of the system that a damaged file causes itself: it is absent, or names a place in it that no file has
+OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EOVERFLOW)
+NO_MEMORY_HAS = 1 << 40  # bytes in one piece; only a damaged header asks for them
 
 
 def read_parquet(path: Path, shown: str, select: Select | None = None) -> Rows:
@@ -33,11 +40,12 @@ def read_parquet(path: Path, shown: str, select: Select | None = None) -> Rows:
         table = pyarrow.parquet.ParquetFile(path)
         schema = table.schema_arrow
     except (pyarrow.ArrowException, *DAMAGE) as error:
+        expect_damage(error, path)
         raise DataError(f"{shown}:1: not a readable parquet file: {_reason(error)}") from error
     with table:
         names = chosen(schema, shown, select)
         batches = table.iter_batches(batch_size=ROWS_AT_ONCE, columns=names)
-        while (batch := _next(batches, f"{shown}:{number + 1}: not a readable parquet file")) is not None:
+        while (batch := _next(batches, path, f"{shown}:{number + 1}: not a readable parquet file")) is not None:
             yield from rows_of(batch, names, shown, number)
             number += batch.num_rows
 
@@ -56,12 +64,13 @@ def read_saved(folder: Path, shown: str, split: str, select: Select | None = Non
         except FileNotFoundError as error:
             raise DataError(f"{shown}:{number + 1}: {path.name} is missing") from error
         except (pyarrow.ArrowException, *DAMAGE) as error:
+            expect_damage(error, path)
             raise DataError(f"{broken}: {_reason(error)}") from error
         if names is None:
             names = chosen(schema, shown, select)
         if missing := [name for name in names if name not in schema.names]:
             raise DataError(f"{shown}:{number + 1}: {path.name} has no column {missing[0]!r}, unlike the files before it")
-        while (batch := _next(stream, broken)) is not None:
+        while (batch := _next(stream, path, broken)) is not None:
             for at in range(0, batch.num_rows, ROWS_AT_ONCE):
                 yield from rows_of(batch.slice(at, ROWS_AT_ONCE), names, shown, number + at)
             number += batch.num_rows
@@ -102,7 +111,8 @@ def rows_of(batch: Any, names: list[str], shown: str, before: int) -> Iterator[R
         batch = batch.select(names)  # what is not asked for is not looked at either
         batch.validate(full=True)
         columns = [_values(batch.column(name)) for name in names]
-    except (pyarrow.ArrowException, RecursionError, *DAMAGE):
+    except (pyarrow.ArrowException, RecursionError, *DAMAGE) as error:
+        expect_damage(error, shown)
         if batch.num_rows == 1:
             yield Fault(f"{shown}:{before + 1}", BadRow("encoding", _culprit(batch, names)), "")
             return
@@ -134,6 +144,7 @@ def _entry(path: Path, key: str, shown: str) -> list[Any]:
     try:
         value = read_json(path)
     except OSError as error:
+        expect_damage(error, path)
         raise DataError(f"{shown}: not a readable saved data set: {path.name}: {error.strerror or error}") from error
     found = value.get(key) if isinstance(value, dict) else None
     if not isinstance(found, list):
@@ -141,14 +152,30 @@ def _entry(path: Path, key: str, shown: str) -> list[Any]:
     return found
 
 
-def _next(batches: Iterator[Any], broken: str) -> Any:
+def _next(batches: Iterator[Any], path: Path, broken: str) -> Any:
     """The next batch, None behind the last one."""
     import pyarrow
 
     try:
         return next(batches, None)
     except (pyarrow.ArrowException, *DAMAGE) as error:
+        expect_damage(error, path)
         raise DataError(f"{broken}: {_reason(error)}") from error
+
+
+def expect_damage(error: BaseException, path: Path | str) -> None:
+    """Raise what says nothing about the file itself: DiskError for a disk that does not answer, MemoryError as it is.
+
+    Arrow's own classes derive from OSError and MemoryError, so they are told apart by errno and by what was asked for.
+    """
+    if isinstance(error, MemoryError):
+        asked = [int(digits) for digits in re.findall(r"\d+", str(error))]
+        if max(asked, default=0) < NO_MEMORY_HAS:
+            raise error
+    elif isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        raise MemoryError(str(error)) from error
+    elif isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE:
+        raise DiskError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _twice(names: list[str]) -> str | None:
@@ -206,6 +233,7 @@ def _culprit(batch: Any, names: list[str]) -> str:
             column.validate(full=True)
             _values(column)
         except (pyarrow.ArrowException, RecursionError, *DAMAGE) as error:
+            expect_damage(error, name)
             return f"column {name!r} cannot be read: {_reason(error)}"
     return "the row cannot be read"
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 from lorry.data.badrows import BadRows, OnBadRow
-from lorry.data.columnar import DAMAGE, read_saved, read_tables
+from lorry.data.columnar import DAMAGE, expect_damage, read_saved, read_tables
 from lorry.data.readers import READERS
 from lorry.data.rows import Fault, Part, Remark, Row, Rows, Select
+from lorry.disk.durable import DiskError
 from lorry.errors import DataError, nearest
 
 SPLITS = {
@@ -109,7 +110,10 @@ def _reader(path: Path) -> Part:
     def rows(select: Select | None) -> Rows:
         try:
             yield from read(path, str(path), select)
+        except DiskError:
+            raise
         except OSError as error:
+            expect_damage(error, path)
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
     return rows
@@ -173,7 +177,7 @@ def _hub_rows(
             table = builder.as_dataset(split=split)
         # as Arrow, not as Python: pictures and recordings stay what is stored, and nobody needs their decoders
         yield from read_tables(table.with_format("arrow").iter(batch_size=BATCH), hub_id, select)
-    except DataError:
+    except (DataError, DiskError, MemoryError):
         raise
     # RuntimeError: a loading script
     except (DatasetsError, pyarrow.ArrowException, *PACKED, *DAMAGE, RuntimeError, AttributeError) as error:
