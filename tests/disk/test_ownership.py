@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lorry.disk import durable, ownership
+from lorry.config import Run, build, dump
+from lorry.disk import documents, durable, ownership
 
 
 class Unreadable(durable.Disk):
@@ -53,3 +54,40 @@ def test_what_cannot_be_read_stays_where_it_is(tmp_path: Path, code: int, monkey
         assert (failed.value.exit_code, failed.value.errno) == (74, code)
     assert sorted(os.listdir(tmp_path)) == ["README.md", "new"]
     assert (tmp_path / "README.md").read_bytes() == b"theirs"
+
+
+WHOLE = """output_dir: runs/people
+model: {name: m, dtype: auto}
+data: {max_length: 64}
+train: {learning_rate: 1.0e-4, save_steps: 5, resume_from_checkpoint: null}
+"""
+
+
+def test_a_strange_description_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyYAML reads 50 KB a second: a marker that cannot be ours is known without it."""
+    path, parsed = tmp_path / "run.yaml", list[int]()
+    real = documents.parse_yaml
+    monkeypatch.setattr(documents, "parse_yaml", lambda text, where: (parsed.append(len(text)), real(text, where))[1])
+    entries = "".join(f"x{n}: {n}\n" for n in range(60_000))
+    for strange in (entries, WHOLE + entries, "[" * 100_000, WHOLE.replace("train:", " train:")):
+        path.write_text(strange)
+        assert ownership.description(path) == {}
+    assert parsed == []
+    path.write_text(WHOLE)
+    assert ownership.description(path)["output_dir"] == "runs/people"
+    assert parsed == [len(WHOLE)]
+
+
+def test_the_largest_runs_of_ours_are_known(tmp_path: Path) -> None:
+    own = {"r": 8, "lora_alpha": 16, "learning_rate": 1e-4, "seed": 3, "weight_decay": 0.01}
+    jobs = [{"name": f"r-8-seed-{n}", "data": f"a/long/enough/path/people-{n}.jsonl", **own} for n in range(1000)]
+    text = dump(build(Run, {"model": "m", "output_dir": str(tmp_path), "jobs": jobs}, []))
+    assert 150_000 < len(text) <= ownership.MOST_DESCRIPTION // 2
+    (tmp_path / "run.yaml").write_text(text.replace(jobs_of(text), ""))  # whose parsing takes seconds
+    assert ownership.described(tmp_path)["output_dir"] == str(tmp_path)
+
+
+def jobs_of(text: str) -> str:
+    """All jobs of a description but the first."""
+    begin = text.index("\n- name: r-8-seed-1\n")
+    return text[begin : text.index("\n- name: r-8-seed-999\n")]

@@ -30,11 +30,13 @@ log = logging.getLogger(__name__)
 
 RUN_FILE, RECEIPT, CONTRACTS, CHECKPOINTS, PREVIOUS = "run.yaml", "receipt.json", "contracts.json", "checkpoints", "previous"
 PROCESS = "process.json"
+MOST_DESCRIPTION = 512 << 10  # bytes: twice a run of 1,000 jobs with six own settings each; YAML is read at some 50 KB a second
 SHOWN = 6  # names in a message; the rest are counted
 HEAD = 4096  # bytes in which a file says who made it
 GENERATOR = b'<meta name="generator" content="Lorry">'  # in the head of every page
 SOFTWARE = {"Software": "Lorry"}  # a text chunk of every picture
 STRANGE = {errno.ELOOP, errno.ENXIO, errno.ENODEV}  # a link to itself, a socket, a device: nothing that a run writes
+_GROUPS = (b"model", b"data", b"train")  # what a description has at the left edge, as `config.dump` writes them
 _STEP = re.compile(r"step-\d{8,}")
 
 
@@ -54,10 +56,15 @@ def described(folder: Path) -> dict[str, Any]:
 
 
 def description(path: Path) -> dict[str, Any]:
-    """A YAML file as the whole, resolved run description that Lorry writes; empty where it is none. Raises DiskError."""
-    text = _content(path)
+    """A YAML file as the whole, resolved run description that Lorry writes; empty where it is none. Raises DiskError.
+
+    What is longer than one can be, or has not its groups at the left edge, is not parsed: megabytes of strange YAML take minutes.
+    """
+    text = _content(path, MOST_DESCRIPTION)
+    if not text or not all(re.search(rb"^%s:" % name, text, re.MULTILINE) for name in (*_GROUPS, b"output_dir")):
+        return {}
     try:
-        found = documents.parse_yaml(text.decode(), str(path))[0] if text else None
+        found = documents.parse_yaml(text.decode(), str(path))[0]
     except (DataError, UnicodeDecodeError):
         return {}
     if not isinstance(found, dict) or not isinstance(found.get("output_dir"), str):
@@ -212,11 +219,11 @@ def _head(path: Path) -> bytes:
         raise
 
 
-def _content(path: Path) -> bytes | None:
+def _content(path: Path, most_bytes: int = documents.MOST_BYTES) -> bytes | None:
     """A file's content, None where there is no regular file of bounded size. Raises DiskError."""
     try:
         with reading(path):
-            return documents.read_bytes(path)
+            return documents.read_bytes(path, most_bytes)
     except (ModelError, DataError):
         return None
     except durable.DiskError as error:

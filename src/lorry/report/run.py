@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorry.disk import documents, process
+from lorry.disk import documents, ownership, process
 from lorry.disk.process import Process
 from lorry.errors import DataError
 from lorry.report import log
@@ -162,9 +162,9 @@ def _load(path: Path, name: str) -> Run:
 
 
 def _read_text(path: Path) -> str:
-    """The text of a file, empty where there is none."""
+    """The text of a run description, empty where there is none."""
     try:
-        return documents.read_text(path)
+        return documents.read_text(path, ownership.MOST_DESCRIPTION)
     except FileNotFoundError:
         return ""
 
