@@ -12,14 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorry.data.badrows import BadRow
+from lorry.data.columnar import chosen
+from lorry.data.json_rows import RowDecoder
 from lorry.disk import documents
-from lorry.disk.documents import parse_json, parse_yaml, read_json, read_yaml
+from lorry.disk.documents import first_repeated, parse_json, parse_yaml, read_json, read_yaml
 from lorry.disk.durable import DiskError
+from lorry.disk.safetensors_names import check_names
 from lorry.errors import DataError, ModelError
 
 NUMBERS = st.integers(-(2**63) + 1, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
@@ -185,3 +190,39 @@ def test_a_name_that_leads_nowhere_is_the_callers_error(tmp_path: Path) -> None:
             documents.read_object(tmp_path / name, error=ModelError)
     with pytest.raises(ModelError, match=r"absent is nowhere$"):
         documents.read_object(tmp_path / "absent", error=ModelError, absent="is nowhere")
+
+
+class CountedName(str):
+    """A name that counts how often it is compared."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        CountedName.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_a_name_that_is_there_twice_is_found_in_linear_time() -> None:
+    names = [CountedName(f"name {at}") for at in range(2000)]
+    CountedName.compared = 0
+    assert first_repeated(names) is None
+    assert first_repeated([*names, CountedName("name 1999"), CountedName("name 3")]) == "name 1999"
+    assert first_repeated(iter(["a", "", "b", ""])) == ""
+    assert CountedName.compared < 100  # a search through the names for each of them compares two million times
+
+
+def test_every_reader_finds_one_name_among_many(tmp_path: Path) -> None:
+    names = [f"name {at}" for at in range(30_000)] + ["name 29998"]  # by a search for each of them half a minute
+    text = "{" + ", ".join(f"{json.dumps(name)}: 1" for name in names) + "}"
+    bad = RowDecoder().only(text)
+    assert isinstance(bad, BadRow)
+    assert "'name 29998'" in bad.reason
+    with pytest.raises(DataError, match="'name 29998' is given twice"):
+        parse_json(text, "x.json")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode())
+    with pytest.raises(ModelError, match="'name 29998' twice"):
+        check_names(path)
+    with pytest.raises(DataError, match="two columns are called 'name 29998'"):
+        chosen(pyarrow.schema([(name, pyarrow.int8()) for name in names]), "d.parquet", None)

@@ -17,7 +17,7 @@ from typing import Any
 from lorry.data.badrows import BadRow
 from lorry.data.json_rows import RowDecoder
 from lorry.data.rows import Fault, Row, Rows, Select
-from lorry.disk.documents import read_json
+from lorry.disk.documents import first_repeated, read_json
 from lorry.disk.durable import DiskError
 from lorry.errors import DataError
 
@@ -94,7 +94,7 @@ def chosen(schema: Any, shown: str, select: Select | None) -> list[str]:
         within = {name: _twice_within(schema.field(at).type) for at, name in enumerate(names)}
     except (ValueError, RecursionError) as error:
         raise DataError(f"{shown}:1: a column's name is not UTF-8 text ({_reason(error)}); write the file again") from error
-    if twice := _twice(names):
+    if twice := first_repeated(names):
         raise DataError(f"{shown}:1: two columns are called {twice!r}; give each a name of its own")
     kept = (list(select(names, f"{shown}:1")) if select is not None else []) or names
     for name in kept:
@@ -178,16 +178,12 @@ def expect_damage(error: BaseException, path: Path | str) -> None:
         raise DiskError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def _twice(names: list[str]) -> str | None:
-    return next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-
-
 def _twice_within(kind: Any) -> str | None:
     """A name that two fields of a struct share, at any depth: as Python dicts one of them would be lost."""
     import pyarrow.types
 
     fields = [kind.field(at) for at in range(kind.num_fields)]
-    own = _twice([field.name for field in fields]) if pyarrow.types.is_struct(kind) else None
+    own = first_repeated(field.name for field in fields) if pyarrow.types.is_struct(kind) else None
     return own if own is not None else next(filter(None, (_twice_within(field.type) for field in fields)), None)
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TextIO
 
 from lorry.data.badrows import BadRow
 from lorry.data.rows import CUT_OFF, LARGEST_ROW, TOO_LARGE, Fault, Remark, Row, Rows, not_utf8
-from lorry.disk.documents import DEEPEST
+from lorry.disk.documents import DEEPEST, first_repeated
 from lorry.errors import DataError
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -178,8 +178,7 @@ class RowDecoder:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs) and self._bad is None:
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            twice = first_repeated(key for key, _ in pairs)
             self._bad = BadRow("key twice", f"the key {twice!r} stands twice in one object; keep one")
         return made
 

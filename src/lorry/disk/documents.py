@@ -29,7 +29,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -108,6 +108,16 @@ def read_yaml(path: Path, *, error: Refusal = DataError, most_bytes: int = MOST_
     return parse_yaml(read_text(path, most_bytes, error), str(path), error=error)[0]
 
 
+def first_repeated(names: Iterable[str]) -> str | None:
+    """The first name that was there before, None when each is there once. Linear: a stranger's file has as many as it likes."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
 def parse_json(
     raw: bytes | str, where: str, *, line: int = 1, error: Refusal = DataError, nonfinite: bool = False, largest: int = LARGEST
 ) -> Any:
@@ -136,8 +146,7 @@ def parse_json(
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            twice = first_repeated(key for key, _ in pairs)
             refuse(f"{_short(repr(twice))} is given twice in one object; keep one", max(text.rfind(json.dumps(twice)), 0))
         return made
 

@@ -13,6 +13,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from lorry.disk.documents import first_repeated
 from lorry.errors import ModelError
 
 MOST_BYTES = 100_000_000  # of a header; the library's own limit
@@ -30,9 +31,8 @@ def check_names(path: Path) -> None:
     twice: list[str] = []
 
     def pairs(found: list[tuple[str, Any]]) -> None:
-        keys = [key for key, _ in found]
-        if len(set(keys)) < len(keys):
-            twice.extend(key for key in keys if keys.count(key) > 1)
+        if (name := first_repeated(key for key, _ in found)) is not None:
+            twice.append(name)
 
     try:
         json.loads(text, object_pairs_hook=pairs)
