@@ -24,6 +24,7 @@ from lorry.data.json_rows import RowDecoder
 from lorry.disk import documents
 from lorry.disk.documents import first_repeated, parse_json, parse_yaml, read_json, read_yaml
 from lorry.disk.durable import DiskError
+from lorry.disk.metrics import MetricsWriter
 from lorry.disk.safetensors_names import check_names
 from lorry.errors import DataError, ModelError
 
@@ -226,3 +227,29 @@ def test_every_reader_finds_one_name_among_many(tmp_path: Path) -> None:
         check_names(path)
     with pytest.raises(DataError, match="two columns are called 'name 29998'"):
         chosen(pyarrow.schema([(name, pyarrow.int8()) for name in names]), "d.parquet", None)
+
+
+def test_a_value_is_walked_only_where_its_text_could_hold_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than parsing a line of metrics.jsonl."""
+    walked: list[Any] = []
+    monkeypatch.setattr(documents, "_unsound", lambda value: walked.append(value) or "")
+    for plain in (b'{"step": 1, "loss": 2.5}', '{"a": ["b"]}', '{"a": "\u00fc"}'.encode()):
+        parse_json(plain, "x.json")
+    assert walked == []
+    for doubtful in (b'{"a": "\\u00fc"}', '{"a": "\u00fc"}', b"[" * 33 + b"]" * 33 + b"", b'[{"a":' * 33 + b"1" + b"}]" * 33):
+        parse_json(doubtful, "x.json")
+    assert len(walked) == 3
+    monkeypatch.undo()
+    for bad in (b'"\\ud800"', b'"\\uDc00"', '"\ud800"', b'{"\\ud800": 1}', b"[" * 66 + b"]" * 66):
+        with pytest.raises(DataError, match=r"half a character|nested too deeply"):
+            parse_json(bad, "x.json")
+
+
+def test_a_metrics_line_is_written_without_being_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, MetricsWriter(tmp_path / "metrics.jsonl") as log:
+        patch.setattr(documents, "parse_json", None)
+        log.write({"step": 3, "loss": math.nan, "grad_norm": math.inf})
+        for step in (None, -1, 2**53, True, 1.0, "3"):
+            with pytest.raises(DataError, match="'step' must be a whole number of 0 or more"):
+                log.write({"step": step})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "loss": "NaN", "grad_norm": "Infinity"}\n'

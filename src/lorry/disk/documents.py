@@ -157,7 +157,9 @@ def parse_json(
         refuse(f"{e.msg}, column {e.colno}", e.pos)
     except RecursionError:
         refuse("nested too deeply")
-    if reason := _unsound(value):
+    # A value is walked only where its text may hold what is looked for: that costs more than parsing a short line
+    deep, escaped = text.count("[") + text.count("{") > DEEPEST, "\\u" in text  # decoded bytes hold no half character
+    if (deep or escaped or not (isinstance(raw, bytes) or text.isascii())) and (reason := _unsound(value)):
         refuse(reason)
     return value
 

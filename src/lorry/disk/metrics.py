@@ -69,10 +69,13 @@ def _parse(line: bytes, path: str, number: int = 1) -> Record:
         raise DataError(f"{error}; delete this line, or start the run afresh") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: a metrics line is a JSON object, got {type(record).__name__}")
-    step = record.get("step")
+    _refuse_step(record.get("step"), where)
+    return {name: _from_json(value) for name, value in record.items()}
+
+
+def _refuse_step(step: Any, where: str) -> None:
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
         raise DataError(f"{where}: 'step' must be a whole number of 0 or more, got {str(step)[:40]!r}")
-    return {name: _from_json(value) for name, value in record.items()}
 
 
 def _from_json(value: Any) -> Any:
@@ -123,8 +126,8 @@ class MetricsWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record; the line is with the system when this returns. Raises DataError without a whole ``step``."""
+        _refuse_step(record.get("step"), "metrics record")
         line = json.dumps(_to_json(dict(record)), ensure_ascii=False, allow_nan=False)
-        _parse(line.encode(), "metrics record")
         if self._file >= 0:
             self._check()
         self._append(line.encode() + b"\n")
