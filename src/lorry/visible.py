@@ -17,8 +17,10 @@ _UNSEEN = (
     | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)  # half a character, which no encoding can write
     # these reverse the text around them, or say where
     | dict.fromkeys([0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+    # line breaks that are none of ours, and signs without width that no script needs (the joiners some do)
+    | dict.fromkeys([0x2028, 0x2029, 0x200B, 0x2060, 0xFEFF], 0xFFFD)
 )
-_BESIDE_ASCII = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_BESIDE_ASCII = re.compile("[\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def visible(text: str) -> str:

@@ -103,6 +103,7 @@ def test_joined_exports_are_read_whole(tmp_path: Path, text: str, places: list[s
         ('{"data":[{"a":1}],"more":[{"q"', r"d\.json:1: column \d+: the value of 'more' is not valid JSON"),
         ('{"data":[{"a":1}]', r"d\.json:1: column 18: the file ends in the middle"),
         ('{"data":[{"a":1}]}\n{"data":[{"a":2}]', r"d\.json:2: column 18: the file ends in the middle"),
+        ('[{"a":1},]', r"d\.json:1: .*a comma behind the last element 0"),
         ('{"x":1,"x":2,\n"data":[{"a":1}]}', r"d\.json:2: .*the key 'x' stands twice"),
         ('{"data":[{"a":1}] "x":2}', r"d\.json:1: column 19: expected ',' or '}' after the array under 'data'"),
         ('{"data":[{"a":1}],"x":{"y":1,"y":2}}', r"d\.json:1: .*the value of 'x': the key 'y' stands twice"),

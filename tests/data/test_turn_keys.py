@@ -130,6 +130,7 @@ def test_train_detail_counts_characters_with_both_ends_included(tokenizer_of: To
 
 @pytest.mark.parametrize(("keys", "word"), [
     ({"weight": 0.5}, "weight"), ({"weight": -1}, "weight"), ({"weight": "0"}, "weight"), ({"train": "no"}, "train"),
+    ({"Weight": 0}, "write weight"), ({"TRAIN": False}, "write train"), ({"Loss": 0}, "write loss"),
     ({"mask": True}, "mask"), ({"loss_mask": 1}, "loss_mask"), ({"weight": 0, "train": True}, "contradict"),
     ({"train_detail": [{"begin_offset": 0, "end_offset": 99, "train": True}]}, "train_detail"),
     ({"train_detail": [{"begin_offset": 0, "end_offset": 1}]}, "train_detail"),
@@ -357,3 +358,13 @@ def test_tools_of_a_merged_table_lose_the_keys_that_only_other_tools_have() -> N
     as_text = sound(messages=[ASK, turn("b")], tools='[{"name": "at", "default": null}]')
     assert isinstance(as_text, Conversation)
     assert json.loads(as_text.tools) == [{"name": "at", "default": None}]
+
+
+@pytest.mark.parametrize("columns", [{"instruction": "When?", "output": "b"}, {"question": "When?", "answer": "b"}])
+def test_tools_beside_any_format_of_a_chat_go_to_the_template(tokenizer_of: Tokenizers, columns: dict[str, str]) -> None:
+    content = sound(**columns, tools=TOOLS)
+    assert isinstance(content, Conversation)
+    assert json.loads(content.tools) == TOOLS
+    bad = Encoder(tokenizer_of("chatml"), max_length=200).encode(content)
+    assert isinstance(bad, BadRow)
+    assert "tools" in bad.reason

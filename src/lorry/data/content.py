@@ -195,6 +195,8 @@ def _learning(item: Mapping[str, Any], role: Role, text: str, place: str) -> tup
     for key, held in item.items():
         if held is not None and str(key).lower() in AMBIGUOUS:
             raise Unusable("keys", f"{place}.{key}: tools disagree on what it means; write weight: 0 (not learnt) or 1 (learnt)")
+        if held is not None and key not in LEARNING and str(key).lower() in LEARNING:
+            raise Unusable("keys", f"{place}.{key}: names count letter by letter; write {str(key).lower()}")
     said = {key: _switch(item[key], f"{place}.{key}") for key in ("weight", "train", "loss") if item.get(key) is not None}
     if len(set(said.values())) > 1:
         raise Unusable("keys", f"{place}: {' and '.join(map(repr, said))} contradict each other; keep one of them")

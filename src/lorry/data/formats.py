@@ -7,8 +7,8 @@
 | messages | messages: [{role, content}], optional system, tools |
 | conversations | conversations: [{from, value}], optional system, tools |
 | prompt_completion | prompt + completion, texts or lists of messages, optional system, tools |
-| alpaca | instruction + output, optional input, system, history |
-| question_answer | question + answer, optional context or passage, system |
+| alpaca | instruction + output, optional input, system, tools, history |
+| question_answer | question + answer, optional context or passage, system, tools |
 | text | text |
 """
 
@@ -257,8 +257,8 @@ FORMATS: dict[str, Format] = {
         Format("messages", (("messages",),), ("system", "tools"), _read_messages),
         Format("conversations", (("conversations", "conversation"),), ("system", "tools"), _read_conversations),
         Format("prompt_completion", (("prompt",), COMPLETIONS), ("system", "tools"), _read_prompt),
-        Format("alpaca", (("instruction",), OUTPUTS), ("input", "context", "system", "history"), _read_instruction),
-        Format("question_answer", (("question", "query"), ANSWERS), ("context", "passage", "system"), _read_question),
+        Format("alpaca", (("instruction",), OUTPUTS), ("input", "context", "system", "tools", "history"), _read_instruction),
+        Format("question_answer", (("question", "query"), ANSWERS), ("context", "passage", "system", "tools"), _read_question),
         Format("text", (("text",),), (), _read_text),
     )
 }

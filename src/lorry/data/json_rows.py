@@ -80,6 +80,8 @@ def _documents(scan: _Scanner, shown: str) -> Rows:
             number += 1
             if scan.peek() == ",":
                 scan.at += 1
+                if scan.peek() == "]":
+                    raise scan.wrong(f"a comma behind the last element {number - 1}; leave it out")
             elif scan.peek() != "]":
                 raise scan.wrong(f"expected ',' or ']' after element {number - 1}")
         scan.at += 1
