@@ -139,3 +139,21 @@ def _default_handlers() -> None:
     """Whoever runs this suite may ignore these, as nohup does."""
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_goes_nowhere(closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`>&-`: Python has None there."""
+    monkeypatch.setattr(sys, closed, None)
+    with streams():
+        print("result")
+        print("told", file=sys.stderr)
+    assert getattr(sys, closed) is None
+
+
+@needs_full
+def test_help_that_cannot_be_written_is_one_line() -> None:
+    with FULL.open("w") as full:
+        command = [sys.executable, "-m", "lorry.cli", "--help"]
+        done = subprocess.run(command, env=ENVIRONMENT, check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (74, 1)

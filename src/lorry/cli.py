@@ -116,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             app(args=args, prog_name="lorry")
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
-        except LorryError as error:  # a signal before the verb was called, or behind it
+        except LorryError as error:  # a signal before the verb was called, or behind it; help that cannot be written
+            if isinstance(error, OSError):
+                abandon(sys.stdout)
             _complain(str(error))
             code = error.exit_code
         return _flush(code)

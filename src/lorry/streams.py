@@ -92,7 +92,9 @@ def streams() -> Iterator[None]:
     started, what is given to `after_last_line` is done at the block's end."""
     global _last
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Results(before[0]), Messages(before[1])
+    # a stream that was closed (`>&-`) is None: what goes there goes nowhere
+    behind = [stream if stream is not None else open(os.devnull, "w", encoding="utf-8") for stream in before]  # noqa: SIM115
+    sys.stdout, sys.stderr = Results(behind[0]), Messages(behind[1])
     _last = [] if os.environ.pop(BACKGROUND, "") else None  # taken out: a process that this one starts is none of its kind
     try:
         yield

@@ -265,3 +265,24 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a key stands twice")
     return dict(pairs)
+
+
+def test_rows_that_have_a_list_called_data_are_not_taken_for_exports(tmp_path: Path) -> None:
+    """JSON lines under the wrong name whose rows have a column ``data``: refused, and read under the right name."""
+    rows = [
+        {"prompt": f"q{n}", "completion": "a", "data": [{"prompt": "X", "completion": "Y"}] if n == 1 else []} for n in range(4)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    wrong, right = tmp_path / "rows.json", tmp_path / "rows.jsonl"
+    wrong.write_text(text)
+    right.write_text(text)
+    with pytest.raises(
+        DataError, match=r"rows\.json:2: .*another object with completion, prompt beside 'data': if every line is a row"
+    ):
+        list(open_source(wrong).read())
+    assert [row.values for row in open_source(right).read()] == rows
+    single = tmp_path / "one.json"
+    single.write_text(json.dumps(rows[1]))
+    source = open_source(single)
+    assert len(list(source.read())) == 1
+    assert any("not read beside it: completion, prompt" in remark for remark in source.remarks)

@@ -135,17 +135,23 @@ def _place_alias(names: Names, given: Given, notes: list[str]) -> list[Placed]:
             return [Placed(target, meant, given) for target, meant in found]
     if word in RENAMES and (target := _target(names, given.key, RENAMES[word])):
         if given.value is None and not accepts(names.fields[target], type(None)):
-            notes.append(f"{given.key} is left empty and changes nothing")  # axolotl's files list every name they know
-            return []
+            return []  # axolotl's files list every name they know, most of them empty
         notes.append(f"{given.key} is read as {target}")
         return [_at(names, target, given)]
     if word in NOTED:
+        if given.value is None:
+            return []
         notes.append(f"{given.key} changes nothing: {NOTED[word]}")
         return []
     if word in NOT_YET:
         value = _typed(given.value) if given.typed else given.value
         if value in NOT_YET[word]:
-            notes.append(f"{_said(given.key, value)} changes nothing: Lorry does so anyway")
+            if word in ("optim", "optimizer") and value != "adamw":
+                notes.append(f"{_said(given.key, value)} changes nothing: the optimizer is AdamW, its moments in float32")
+            elif value is False:
+                notes.append(f"{_said(given.key, value)} changes nothing: it is off here, too")
+            elif value not in (None, [], {}):  # another tool's file lists names that it leaves empty
+                notes.append(f"{_said(given.key, value)} changes nothing: Lorry does so anyway")
             return []
         raise ConfigError(f"{given.where}: {_said(given.key, value)} is not supported yet")
     if word in ELSEWHERE:

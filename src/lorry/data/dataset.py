@@ -80,7 +80,7 @@ class TrainStream:
         if epochs == whole:
             return before
         part = round((epochs - whole) * (self._end_of(whole) - before), 6)  # 0.2 * 5 is one step, not a little more
-        return before + math.ceil(part)
+        return max(before + math.ceil(part), 1)  # however small a part of an epoch: a run has a step
 
     def epoch_of(self, step: int) -> int:
         """The epoch that a step (counted from 0) belongs to."""

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TextIO
 from lorry.data.badrows import BadRow
 from lorry.data.rows import CUT_OFF, LARGEST_ROW, TOO_LARGE, Fault, Remark, Row, Rows, not_utf8
 from lorry.disk.documents import DEEPEST, first_repeated
-from lorry.errors import DataError
+from lorry.errors import DataError, shortlist
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 UTF8_MARK = b"\xef\xbb\xbf"
@@ -26,6 +26,13 @@ JSON_LAYOUTS = "a JSON array of rows, an object with a 'data' array, or JSON lin
 PIECE = 1 << 20  # characters of an array read at a time
 TOO_DEEP = "nested too deeply"
 SPACE = re.compile(r"[ \t\r\n]*")
+
+
+# Columns that make a row of training data (data/formats.py): what has them beside a list called data is a row, no export of rows
+ROW_COLUMNS = frozenset(
+    ["prompt", "completion", "messages", "conversations", "conversation", "instruction", "output", "question", "query", "answer",
+     "answers", "response", "text"]
+)  # fmt: skip
 
 
 def read_jsonl(path: Path, shown: str) -> Rows:
@@ -85,10 +92,18 @@ def _documents(scan: _Scanner, shown: str) -> Rows:
             elif scan.peek() != "]":
                 raise scan.wrong(f"expected ',' or ']' after element {number - 1}")
         scan.at += 1
-        for key in scan.leave_data():
+        lists, others = scan.leave_data()
+        for key in lists:
             yield Remark(f"{shown}: the rows are those under 'data'; the list of objects under {key!r} is not read")
+        if not ROW_COLUMNS.isdisjoint(others):
+            yield Remark(f"{shown}: the rows are those under 'data'; not read beside it: {shortlist(others)}")
         if not scan.peek(end=True):
             return
+        if scan.peek() == "{" and not ROW_COLUMNS.isdisjoint(others):  # no exports: rows that have a list called data
+            raise scan.wrong(
+                f"another object with {shortlist(others)} beside 'data': if every line is a row, name the file .jsonl; "
+                "if each is an export, put their rows into one array"
+            )
         if scan.peek() == "[":
             scan.at += 1
         elif scan.peek() != "{":
@@ -329,10 +344,11 @@ class _Scanner:
         self._keys = None
         return False
 
-    def leave_data(self) -> list[str]:
-        """Move behind the ``}`` of the object around the array, if there is one; the keys of other lists of objects in it."""
+    def leave_data(self) -> tuple[list[str], list[str]]:
+        """Move behind the ``}`` of the object around the array, if there is one; its keys that hold other lists of objects,
+        and those that hold anything else."""
         if self._keys is None:
-            return []
+            return [], []
         while self.peek() != "}":
             if self.peek() != ",":
                 raise self.wrong("expected ',' or '}' after the array under 'data'")
@@ -344,8 +360,9 @@ class _Scanner:
             if bad := self._beside(key):
                 raise self.wrong(f"the value of {key!r}: {bad.reason}")
         self.at += 1
+        others = sorted(self._keys - {"data", *self._lists})
         self._keys = None
-        return self._lists
+        return self._lists, others
 
     def _beside(self, key: str) -> BadRow | None:
         """Move behind a value that is not the array of rows; why it is a bad one."""

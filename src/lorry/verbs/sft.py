@@ -26,7 +26,7 @@ def main(run: Run, notes: list[str]) -> int:
     from lorry.report.run import load
     from lorry.train.signals import raising
 
-    result = train(run, notes)
+    result = train(run, [])  # the command line has told its notes
     with raising(f"arrived while the report was made. The run is complete; `lorry report {result.path}` makes its page"):
         page = build([result.path])
         finished = load(result.path)
