@@ -24,7 +24,7 @@ demo: setup
 
 # A process per core; a file's tests stay together, since they share what is dear to make, and files go in the order of
 # tests/conftest.py, the longest first. Every test runs on one thread.
-PYTEST := $(BIN)/python -m pytest -q -rs -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q -rfEs -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST)

@@ -173,11 +173,11 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "model.dtype": st.sampled_from(["auto", "float32", "bf16"]),
     "model.device": st.sampled_from(["cpu", "cuda:1"]),
     "lora.r": st.integers(1, 2**30),
-    "lora.lora_alpha": st.none() | COUNTS | ALPHAS,
+    "lora.lora_alpha": st.none() | st.integers(1, 2**31) | ALPHAS,
     "lora.target_modules": st.sampled_from(["auto", "all-linear", r".*\.q_proj", "q_proj"])
     | st.lists(TEXT, min_size=1, max_size=3),
     "lora.rank_pattern": st.dictionaries(TEXT, COUNTS, max_size=3),
-    "lora.alpha_pattern": st.dictionaries(TEXT, COUNTS | ALPHAS, max_size=3),
+    "lora.alpha_pattern": st.dictionaries(TEXT, st.integers(1, 2**31) | ALPHAS, max_size=3),
     "lora.layers_to_transform": st.none() | st.integers(0, 99) | st.lists(st.integers(0, 99)),
     "lora.init_lora_weights": st.sampled_from([True, False, "gaussian"]),
     "data.path": PATHS | st.lists(PATHS, min_size=1, max_size=3),
