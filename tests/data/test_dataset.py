@@ -152,7 +152,8 @@ def test_packing_changes_neither_keys_nor_tokens(tokens: TokenSet) -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "max_steps", "steps"), [(1, None, 5), (3, None, 15), (0.5, None, 3), (2.2, 0, 11), (3, 7, 7), (1, -1, 5), (1e-300, None, 1)]
+    ("epochs", "max_steps", "steps"),
+    [(1, None, 5), (3, None, 15), (0.5, None, 3), (2.2, 0, 11), (3, 7, 7), (1, -1, 5), (1e-300, None, 1)],
 )
 def test_total_steps(tokens: TokenSet, epochs: float, max_steps: int | None, steps: int) -> None:
     stream = stream_of(tokens)
