@@ -51,7 +51,6 @@ STEPS = 2  # tokens read one by one after the prompts
 # gives a tenth and more; 30 layers give 1e-2 in bfloat16 and 1e-3 in float16 (SmolLM2-135M).
 QUANTISED = 3e-2  # what 8-bit products move by their neighbours (1e-3 seen); models that look ahead move by a tenth and more
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-CERTAIN = (torch.float32, torch.float64)  # where no rounding moves an output by as much
 EXACT = 2e-5  # of the largest logit: two implementations of two fp32 layers
 WIDEST_HEAD = 1024
 TWIN_LAYERS, TWIN_VOCABULARY, TWIN_LENGTH, TWIN_POSITIONS = 2, 96, 48, 512
