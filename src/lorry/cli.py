@@ -18,7 +18,7 @@ import typer
 
 from lorry.errors import LorryError, explain_out_of_memory
 from lorry.streams import abandon, streams
-from lorry.train.signals import raising
+from lorry.train.signals import raising, tell_remembered
 from lorry.visible import escaped, message, visible
 
 ADVICE = (
@@ -111,11 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # they wait for (the demo fell from 600 to 40 tokens/s beside other work); after a short spin they sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     code = 0
-    with streams(), raising("arrived; what was written is whole"):
+    with streams():
         try:
-            app(args=args, prog_name="lorry")
+            with raising("arrived; what was written is whole"):
+                app(args=args, prog_name="lorry")
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
+        except KeyboardInterrupt:
+            _complain("interrupted")
+            code = INTERRUPTED
         except LorryError as error:  # a signal before the verb was called, or behind it; help that cannot be written
             if isinstance(error, OSError):
                 abandon(sys.stdout)
@@ -142,6 +146,7 @@ def _run(verb: Verb, args: list[str]) -> int:
 def _parse_and_call(verb: Verb, args: list[str]) -> int:
     from lorry import config
 
+    tell_remembered()
     schema = getattr(config, verb.schema)
     if "--help" in args or "-h" in args:
         from lorry.config.guide import guide
@@ -156,7 +161,9 @@ def _parse_and_call(verb: Verb, args: list[str]) -> int:
     if dump_only:
         print(escaped(config.dump(settings)), end="")
         return 0
-    return cast(VerbModule, importlib.import_module(f"lorry.verbs.{verb.name}")).main(settings, notes)
+    module = cast(VerbModule, importlib.import_module(f"lorry.verbs.{verb.name}"))
+    tell_remembered()
+    return module.main(settings, notes)
 
 
 def _tell(text: str, **style: Any) -> None:

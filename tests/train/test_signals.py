@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -131,3 +133,44 @@ def test_a_real_process_saves_goes_on_and_stops() -> None:
     os.kill(child.pid, signal.SIGINT)
     _, errors = child.communicate(timeout=20)
     assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_what_arrives_while_an_object_is_deleted_is_raised_behind_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python prints what `__del__` raises and forgets it."""
+
+    class Last:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with pytest.raises(Interrupted, match="SIGTERM arrived"), raising("arrived"):
+        Last()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_remembered_is_sent_again_without_a_safe_point() -> None:
+    class Last:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGHUP)
+
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with pytest.raises(Interrupted, match="SIGHUP"), raising():
+        Last()
+        threading.Event().wait(60)
+        pytest.fail("it was not sent again")
+
+
+def test_a_script_that_is_being_imported_is_stopped_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "training_script.py").write_text(
+        "import signal\n"
+        "from lorry.train.signals import raising\n"
+        "with raising():\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        ""
+        "    raise AssertionError\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with pytest.raises(Interrupted):
+        importlib.import_module("training_script")

@@ -12,6 +12,10 @@ SIGTERM, SIGHUP (the terminal is gone) and SIGINT ask to stop after the current 
 at once. SIGUSR1 asks for a checkpoint and goes on. A signal that the parent made us ignore (SIGINT in ``command &``, SIGHUP
 under ``nohup``) stays ignored. Before and after the loop `raising` turns the first two into Interrupted, and SIGUSR1, which
 schedulers send as a warning at a moment of their choosing, changes nothing: what there is to save is saved.
+
+**Nothing is raised while a module is being imported** or an object is being deleted. Import machinery (numpy's, torch's,
+accelerate's C code among it) swallows such an exception, turns it into another one or is left half done, and what `__del__`
+raises Python prints and forgets. There a signal is only remembered, and sent again until it finds another place.
 """
 
 from __future__ import annotations
@@ -19,10 +23,11 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -88,16 +93,63 @@ OUTSIDE_THE_STEPS = (
 )
 
 
+AGAIN = 0.02  # seconds until a remembered signal is sent again
+IMPORTS = "<frozen importlib._bootstrap>"  # the file of CPython's import machinery, in every frame of it
+
+
 @dataclass(frozen=True)
 class _Raise:
-    """A handler that raises Interrupted; ``text`` says what that means just now."""
+    """A handler that raises Interrupted, for SIGINT KeyboardInterrupt; ``text`` says what that means just now.
+
+    ``imports``: how many frames of imports were on the stack when the block began; a script that is itself being imported may
+    call Lorry. Only what lies above those counts.
+    """
 
     text: str
+    imports: int = 0
+    remembered: dict[int, threading.Timer] = field(default_factory=dict)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if _unsafe(frame) > self.imports:
+            if number not in self.remembered or not self.remembered[number].is_alive():
+                self._remember(number)
+            return
+        self.remembered.pop(number, None)
+        self.tell(number)
+
+    def tell(self, number: int) -> None:
+        """Raise what the signal means."""
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         if number == signal.SIGHUP:
             _leave_the_terminal()
         raise Interrupted(f"{signal.Signals(number).name} {self.text}")
+
+    def _remember(self, number: int) -> None:
+        """Send the signal again a little later, to this thread, so that it also ends a wait for input."""
+        main = threading.main_thread().ident
+        assert main is not None
+        timer = self.remembered[number] = threading.Timer(AGAIN, signal.pthread_kill, (main, number))
+        timer.daemon = True
+        timer.start()
+
+    def forget(self) -> list[int]:
+        """Send nothing again; the signals that were remembered and never told."""
+        numbers = list(self.remembered)
+        for timer in self.remembered.values():
+            timer.cancel()
+            timer.join()
+        self.remembered.clear()
+        return numbers
+
+
+def _unsafe(frame: FrameType | None) -> int:
+    """How many frames of imports and of ``__del__`` are on the stack."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename == IMPORTS or frame.f_code.co_name == "__del__"
+        frame = frame.f_back
+    return count
 
 
 def _let_pass(number: int, frame: FrameType | None) -> None:
@@ -106,22 +158,38 @@ def _let_pass(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def raising(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
-    """While the block runs SIGTERM and SIGHUP raise Interrupted, where they would have ended the process without a word, and
-    SIGUSR1 passes. Blocks nest: the innermost one's ``text``, what follows the signal's name, is told.
+    """While the block runs SIGTERM and SIGHUP raise Interrupted, where they would have ended the process without a word, SIGINT
+    raises KeyboardInterrupt, and SIGUSR1 passes. Blocks nest: the innermost one's ``text``, what follows the signal's name, is
+    told. What arrives during an import is raised behind it, at the block's end at the latest.
 
     A handler somebody else has set, and a signal that is ignored, stay as they are; so does everything outside the main thread.
     """
     before = dict[int, Any]()
+    handler = _Raise(text, _unsafe(sys._getframe()))
     try:
         if threading.current_thread() is threading.main_thread():
-            for number, handler in ((signal.SIGTERM, _Raise(text)), (signal.SIGHUP, _Raise(text)), (signal.SIGUSR1, _let_pass)):
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
                 current = signal.getsignal(number)
-                if current is signal.SIG_DFL or isinstance(current, _Raise):
-                    before[number] = signal.signal(number, handler)
+                if current in (signal.SIG_DFL, signal.default_int_handler) or isinstance(current, _Raise):
+                    before[number] = signal.signal(number, _let_pass if number == signal.SIGUSR1 else handler)
         yield
+        for number in handler.forget():
+            handler.tell(number)
     finally:
-        for taken, handler_before in before.items():
-            signal.signal(taken, handler_before)
+        try:
+            handler.forget()
+        finally:
+            for taken, handler_before in before.items():
+                signal.signal(taken, handler_before)
+
+
+def tell_remembered() -> None:
+    """A safe point, behind imports: raise at once what arrived during them, where it would be sent again a moment later."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    for handler in handlers.values():
+        if isinstance(handler, _Raise):
+            for number in handler.forget():
+                handler.tell(number)
 
 
 def _leave_the_terminal() -> None:

@@ -70,7 +70,7 @@ def leave(run: Run, verb: str) -> int:
 
 def _start(folder: Path, verb: str) -> subprocess.Popen[bytes]:
     """A session of its own: it has no terminal, so none can hang up on it."""
-    command = [sys.executable, "-m", "lorry.cli", verb, str(folder / DESCRIPTION)]
+    command = [sys.executable, "-m", "lorry", verb, str(folder / DESCRIPTION)]
     with open(folder / LOG, "ab") as log:
         log.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} lorry {verb} {folder / DESCRIPTION}\n".encode())
         log.flush()
