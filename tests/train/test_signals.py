@@ -155,10 +155,15 @@ def test_what_is_remembered_is_sent_again_without_a_safe_point() -> None:
             signal.raise_signal(signal.SIGHUP)
 
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    with pytest.raises(Interrupted, match="SIGHUP"), raising():
-        Last()
-        threading.Event().wait(60)
-        pytest.fail("it was not sent again")
+
+    def work() -> None:
+        with raising():
+            Last()
+            threading.Event().wait(60)
+            raise AssertionError("it was not sent again")
+
+    with pytest.raises(Interrupted, match="SIGHUP"):
+        work()
 
 
 def test_a_script_that_is_being_imported_is_stopped_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

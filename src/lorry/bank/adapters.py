@@ -155,10 +155,15 @@ class Bank:
         return [p for a in self.adapters.values() for p, _ in a._views(a.values)]
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on ``device``: CUDA's own answer, else what the system can give without swapping."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def refuse_too_large(name: str, rank: int, values: int, device: torch.device) -> None:
     """Say that an adapter cannot fit before any of it is made: Linux hands out memory that it does not have, and ends the
     process once it is written to. Raises OutOfMemoryError."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_memory(device)
     if (needed := values * BYTES_PER_VALUE) > free:
         raise OutOfMemoryError(
             f"adapter {name!r} with r={rank} has {values:,} values, {needed / 2**30:,.1f} GiB with their gradients; "

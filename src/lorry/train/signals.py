@@ -168,10 +168,10 @@ def raising(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
     handler = _Raise(text, _unsafe(sys._getframe()))
     try:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
-                current = signal.getsignal(number)
+            for taken in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+                current = signal.getsignal(taken)
                 if current in (signal.SIG_DFL, signal.default_int_handler) or isinstance(current, _Raise):
-                    before[number] = signal.signal(number, _let_pass if number == signal.SIGUSR1 else handler)
+                    before[taken] = signal.signal(taken, _let_pass if taken == signal.SIGUSR1 else handler)
         yield
         for number in handler.forget():
             handler.tell(number)
@@ -179,14 +179,13 @@ def raising(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
         try:
             handler.forget()
         finally:
-            for taken, handler_before in before.items():
-                signal.signal(taken, handler_before)
+            for number, handler_before in before.items():
+                signal.signal(number, handler_before)
 
 
 def tell_remembered() -> None:
     """A safe point, behind imports: raise at once what arrived during them, where it would be sent again a moment later."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    for handler in handlers.values():
+    for handler in map(signal.getsignal, (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)):
         if isinstance(handler, _Raise):
             for number in handler.forget():
                 handler.tell(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorry.config.schema import ModelConfig
 from lorry.disk import documents
 from lorry.errors import DataError
 
@@ -49,14 +50,18 @@ def _text(sample: dict[str, Any]) -> str:
 
 
 def number_format(run: str, stored: str) -> str:
-    """In what to compute the logits: float32, where rounding of weights alone shows, or the stored format where this machine's
-    memory does not hold the model in float32."""
+    """In what to compute the logits: float32, where rounding of weights alone shows, or the stored format where there is no
+    memory for it: on the device that the verb opens the model on, or here, where transformers reads what was written."""
     import math
 
-    import psutil
+    import torch
 
+    from lorry.bank.adapters import free_memory
+    from lorry.models.load import pick_device
     from lorry.models.sources import resolve
     from lorry.models.weights import entries
 
-    values = sum(math.prod(entry.shape) for entry in entries(resolve(run, notes=[]).directory).values())
-    return "float32" if psutil.virtual_memory().available > 4 * values * ROOM else stored
+    needed = 4 * sum(math.prod(entry.shape) for entry in entries(resolve(run, notes=[]).directory).values())
+    device, here = pick_device(ModelConfig().device), torch.device("cpu")
+    fits = free_memory(device) > ROOM * needed and (device.type == "cpu" or free_memory(here) > needed)
+    return "float32" if fits else stored
