@@ -27,6 +27,7 @@ ORDER = [
     {"api"},
     {"verbs"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 NO_TORCH = ("errors", "config", "families", "plan", "report", "cli")

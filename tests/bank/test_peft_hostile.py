@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lorry.bank.attach import bank_of
-from lorry.bank.peft_config import CONFIG, read_config
+from lorry.bank.peft_config import CONFIG, parse_config, read_json
 from lorry.bank.peft_io import load_adapter
 from lorry.bank.peft_tensors import WEIGHTS
+from lorry.bank.spec import LoraSpec
 from lorry.errors import ModelError
 
 JSON = st.recursive(
@@ -31,13 +32,18 @@ JSON = st.recursive(
 KEYS = sorted(peft.LoraConfig(target_modules=["q_proj"]).to_dict())
 
 
+def spec_in(folder: Path) -> LoraSpec:
+    """What an adapter directory's config says."""
+    return parse_config(read_json(folder / CONFIG), str(folder / CONFIG))
+
+
 @given(changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), JSON, max_size=4))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_config_is_read_or_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     good = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     (tmp_path / CONFIG).write_text(json.dumps({**good, **changes}))
     try:
-        spec = read_config(tmp_path)
+        spec = spec_in(tmp_path)
     except ModelError:
         return  # any other exception fails the test
     else:
@@ -50,7 +56,7 @@ def test_any_config_is_read_or_refused(changes: dict[str, Any], tmp_path: Path) 
 def test_any_bytes_as_config(content: bytes, tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_bytes(content)
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
-        read_config(tmp_path)
+        spec_in(tmp_path)
 
 
 HOSTILE = {
@@ -68,7 +74,7 @@ HOSTILE = {
 def test_hostile_json(content: bytes, tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_bytes(content)
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
-        read_config(tmp_path)
+        spec_in(tmp_path)
 
 
 @pytest.fixture(scope="module")

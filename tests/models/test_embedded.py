@@ -22,10 +22,11 @@ from tokenizers import pre_tokenizers
 import tiny
 from ggufs import write_gguf
 from lorry.disk import durable
+from lorry.disk.integrity import file_digest
 from lorry.errors import ModelError
 from lorry.models import embedded
 from lorry.models.decoder import Decoder
-from lorry.models.embedded import MANIFEST, converted, damage, sha256
+from lorry.models.embedded import MANIFEST, converted, damage
 from lorry.models.generate import generate
 from lorry.models.gguf import check_gguf
 from lorry.models.load import Loaded, load_model
@@ -130,7 +131,7 @@ def test_a_gguf_file_becomes_a_checked_directory(small: Path, tmp_path: Path, mo
     notes: list[str] = []
     loaded = load_model(small, dtype="float32", notes=notes)
     path = Path(loaded.source["path"])
-    assert path == tmp_path / "models" / f"Tiny-Llama-{sha256(small)[:12]}"
+    assert path == tmp_path / "models" / f"Tiny-Llama-{file_digest(small)[:12]}"
     assert sum("once" in note for note in notes) == 1
     assert (loaded.source["kind"], loaded.source["family"]) == ("gguf", "llama")
     truth = tiny.fresh("llama", vocab_size=300)
@@ -147,11 +148,11 @@ def test_a_gguf_file_becomes_a_checked_directory(small: Path, tmp_path: Path, mo
 
     for harm in (cut, flip, remove, forge):  # damage is seen and mended
         harm(path)
-        assert damage(path, sha256(small)) is not None
+        assert damage(path, file_digest(small)) is not None
         notes.clear()
         assert converted(small, notes) == path
         assert any("converting it again" in note for note in notes)
-        assert damage(path, sha256(small)) is None
+        assert damage(path, file_digest(small)) is None
 
 
 def cut(path: Path) -> None:

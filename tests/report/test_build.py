@@ -17,7 +17,7 @@ from tests.report.runs import HOSTILE, full, metrics
 from lorry.errors import DataError
 from lorry.report import build
 from lorry.report.plots import png
-from lorry.report.run import load_all
+from lorry.report.run import load_readable
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -63,14 +63,14 @@ def test_a_bad_run_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [0, 1, 2, 15])
 def test_pictures_of_short_runs(tmp_path: Path, steps: int) -> None:
     metrics(tmp_path / "r", steps)
-    assert png(load_all([tmp_path / "r"])).startswith(PNG)
+    assert png(load_readable([tmp_path / "r"])[0]).startswith(PNG)
 
 
 def test_pictures_of_hostile_names_and_values(tmp_path: Path) -> None:
     paths = [full(tmp_path / name, text=HOSTILE[4]) for name in ("_$x^{$", "_b", "c<script>")]
     lines = [{"step": i, "loss": v} for i, v in enumerate(["NaN", 1e308, -1e308, "Infinity", 0.5], 1)]
     (paths[0] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert png(load_all(paths)).startswith(PNG)
+    assert png(load_readable(paths)[0]).startswith(PNG)
 
 
 def test_the_picture_shows_the_curve(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_picture_shows_the_curve(tmp_path: Path) -> None:
     from PIL import Image
 
     metrics(tmp_path / "r", 50)
-    image = Image.open(io.BytesIO(png(load_all([tmp_path / "r"])))).convert("RGB")
+    image = Image.open(io.BytesIO(png(load_readable([tmp_path / "r"])[0]))).convert("RGB")
     blue = sum(count for count, color in image.getcolors(2**24) or [] if color == (0x2A, 0x78, 0xD6))
     assert image.width > 1000
     assert blue > 1500

@@ -15,7 +15,7 @@ from tests.report.runs import full, metrics
 
 from lorry.report.axes import nice_step, step_axis, value_axis
 from lorry.report.curves import Panel, Series, drawable, panels, smooth, thin
-from lorry.report.run import load_all
+from lorry.report.run import load_readable
 from lorry.report.svg import chart
 from lorry.report.text import byte_scale, duration, number, scientific, size
 from lorry.visible import visible
@@ -178,7 +178,7 @@ def test_many_runs_wrap_their_legend_and_keep_their_plot() -> None:
 
 
 def test_panels_of_one_run_and_of_several(tmp_path: Path) -> None:
-    runs = load_all([full(tmp_path / name, steps=40) for name in "abcd"])
+    runs = load_readable([full(tmp_path / name, steps=40) for name in "abcd"])[0]
     one = {p.title: p for p in panels(runs[:1])}
     assert [s.kind for s in one["Loss"].series] == ["raw", "line", "points"]
     assert one["Throughput"].series[0].values[0] == pytest.approx(800 / 1.25)
@@ -195,7 +195,7 @@ def test_runs_of_several_adapters_show_each(tmp_path: Path) -> None:
         {"step": i, "loss": 2.0, "adapters": {"a": {"loss": 1.0 * i, "grad_norm": 0.5}, "b": {"loss": "NaN"}}} for i in (1, 2)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    shown = {p.title: p.series for p in panels(load_all([tmp_path]))}
+    shown = {p.title: p.series for p in panels(load_readable([tmp_path])[0])}
     assert [(s.label, s.color, s.steps) for s in shown["Loss of each adapter"]] == [("a", 0, [1, 2]), ("b", 1, [1, 2])]
     assert shown["Loss of each adapter"][0].values == [1.0, 2.0]
     assert [len(s.steps) for s in shown["Gradient norm of each adapter"]] == [2, 0]
@@ -203,7 +203,7 @@ def test_runs_of_several_adapters_show_each(tmp_path: Path) -> None:
 
 def test_short_series_are_drawn_as_they_are(tmp_path: Path) -> None:
     metrics(tmp_path / "r", 4)
-    loss = panels(load_all([tmp_path / "r"]))[0]
+    loss = panels(load_readable([tmp_path / "r"])[0])[0]
     assert [(s.kind, len(s.steps)) for s in loss.series] == [("line", 4)]
 
 

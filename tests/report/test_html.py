@@ -14,7 +14,7 @@ from tests.report.runs import HOSTILE, dump, full, metrics
 
 from lorry.report.html import page
 from lorry.report.markup import Html, escape, join, tag
-from lorry.report.run import load, load_all
+from lorry.report.run import load, load_readable
 from lorry.visible import visible
 
 VOID = {"meta"}
@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 
 def rendered(*paths: Path) -> Page:
-    return Page(page(load_all(list(paths))))
+    return Page(page(load_readable(list(paths))[0]))
 
 
 def test_a_full_run_has_every_section(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_nan_everywhere_and_huge_ranges(tmp_path: Path) -> None:
 
 
 def test_nothing_is_fetched_from_anywhere(tmp_path: Path) -> None:
-    text = page(load_all([full(tmp_path / "a"), full(tmp_path / "b", rank=4)]))
+    text = page(load_readable([full(tmp_path / "a"), full(tmp_path / "b", rank=4)])[0])
     shown = Page(text)
     assert {element for element, _ in shown.elements}.isdisjoint(
         {"link", "img", "iframe", "object", "embed", "base", "form", "a"}
@@ -166,7 +166,7 @@ def test_markup_is_never_escaped_twice_or_not_at_all() -> None:
 def test_several_runs_compare_figures_and_only_what_differs(tmp_path: Path) -> None:
     shown = rendered(full(tmp_path / "one"), full(tmp_path / "two", rank=4, failed=True))
     assert "2 runs side by side" in shown.text["h1"]
-    settings = page(load_all([tmp_path / "one", tmp_path / "two"])).split('id="differences"')[1].split("</section>")[0]
+    settings = page(load_readable([tmp_path / "one", tmp_path / "two"])[0]).split('id="differences"')[1].split("</section>")[0]
     assert ">lora.r<" in settings
     assert ">16<" in settings
     assert ">4<" in settings
@@ -181,7 +181,7 @@ def test_equal_settings_are_said_to_be_equal(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    runs = load_all([full(tmp_path / "x" / "run"), full(tmp_path / "y" / "run")])
+    runs = load_readable([full(tmp_path / "x" / "run"), full(tmp_path / "y" / "run")])[0]
     assert [r.name for r in runs] == ["x/run", "y/run"]
 
 

@@ -9,7 +9,7 @@ from tests.report.runs import dump, full, metrics
 
 from lorry.errors import DataError
 from lorry.report.figures import about, differences, figures, flatten
-from lorry.report.run import load, load_all
+from lorry.report.run import load, load_readable
 
 
 def test_a_full_run_is_read(tmp_path: Path) -> None:
@@ -60,10 +60,10 @@ def test_what_is_no_run_directory(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has none of metrics\.jsonl, run\.yaml"):
         load(tmp_path)
     with pytest.raises(DataError, match="at least one run"):
-        load_all([])
+        load_readable([])[0]
     full(tmp_path / "r")
     with pytest.raises(DataError, match="given twice"):
-        load_all([tmp_path / "r", tmp_path / "r"])
+        load_readable([tmp_path / "r", tmp_path / "r"])[0]
 
 
 def test_figures_by_hand(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_differences_are_differences(tmp_path: Path) -> None:
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.yaml").write_text(text)
-    assert differences(load_all([tmp_path / "a", tmp_path / "b"])) == [("lora.r", ["8", "16"]), ("seed", ["1", "–"])]
+    assert differences(load_readable([tmp_path / "a", tmp_path / "b"])[0]) == [("lora.r", ["8", "16"]), ("seed", ["1", "–"])]
     assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": None}) == {"a.b.c": 1, "a.d": {}, "e": None}
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console, RenderableType
 from tests.report.runs import HOSTILE, dump, full, metrics
 
-from lorry.report.run import load, load_all
+from lorry.report.run import load, load_readable
 from lorry.report.table import before_after, comparison, contracts, show, summary
 
 
@@ -38,13 +38,13 @@ def test_a_run_in_full(tmp_path: Path) -> None:
 
 
 def test_several_runs(tmp_path: Path) -> None:
-    out = printed(show(load_all([full(tmp_path / "one"), full(tmp_path / "two", rank=4)])))
+    out = printed(show(load_readable([full(tmp_path / "one"), full(tmp_path / "two", rank=4)])[0]))
     assert "What differs" in out
     assert "lora.r " in out
     assert "lora_alpha" not in out
     assert "one" in out
     assert "two" in out
-    same = printed(show(load_all([tmp_path / "one", full(tmp_path / "three")])))
+    same = printed(show(load_readable([tmp_path / "one", full(tmp_path / "three")])[0]))
     assert "What differs" not in same
 
 
@@ -57,7 +57,7 @@ def test_a_run_of_metrics_alone_and_one_without_steps(tmp_path: Path) -> None:
     assert "final loss" in printed(show([load(tmp_path / "r")]))
     metrics(tmp_path / "none", 0)
     assert printed(summary(load(tmp_path / "none"))).startswith("none")
-    assert "–" in printed(comparison(load_all([tmp_path / "r", tmp_path / "none"])))
+    assert "–" in printed(comparison(load_readable([tmp_path / "r", tmp_path / "none"])[0]))
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
@@ -67,7 +67,7 @@ def test_hostile_text_cannot_reach_the_terminal(tmp_path: Path, hostile: str) ->
     assert not {"\x1b", "\x07", "\x00", "\u202e", "\ud800"} & set(out)
     if "[bold red]" in hostile:
         assert "[bold red]rich[/bold red]" in out
-    assert "\x1b" not in printed(show(load_all([tmp_path / "r", full(tmp_path / "s", text=hostile, rank=2)])))
+    assert "\x1b" not in printed(show(load_readable([tmp_path / "r", full(tmp_path / "s", text=hostile, rank=2)])[0]))
 
 
 def test_long_groups_are_cut_and_say_so(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lorry.config.settings import CompareSettings
 from lorry.disk.metrics import MetricsWriter
 from lorry.errors import ConfigError
 from lorry.report.compare import ratios, row_of
-from lorry.report.run import load, load_all
+from lorry.report.run import load, load_readable
 from lorry.verbs import compare
 from verbworld import World, lorry
 
@@ -39,7 +39,7 @@ def test_figures_and_ratios_by_hand(tmp_path: Path) -> None:
     first = made(tmp_path / "a", [5.0, 1.0, 2.0], [4.0, 3.0, 2.0], SIZES)
     second = made(tmp_path / "b", [2.0, 2.0], [4.0, 1.0], {**SIZES, "trainable_parameters": 1000, "saved_bytes": 6000})
     (second / "evaluation.json").write_text(json.dumps([{"name": "set", "metrics": {"f1": {"before": 0.1, "after": 0.75}}}]))
-    rows = [row_of(run) for run in load_all([first, second])]
+    rows = [row_of(run) for run in load_readable([first, second])[0]]
     assert rows[0] == {
         "name": "a", "path": str(first), "trainable_parameters": 50, "trainable_share": 0.05, "learning_rate": 1e-3, "steps": 3,
         "peak_memory_bytes": 3000, "seconds": 8.0, "seconds_per_step": 2.0, "tokens_per_second": 37.5, "first_loss": 4.0,

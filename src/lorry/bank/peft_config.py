@@ -57,16 +57,6 @@ REASONS = {
 }
 
 
-def read_config(path: str | Path) -> LoraSpec:
-    """The spec in an adapter directory's adapter_config.json (or in that file itself).
-
-    Raises ModelError naming the file and the key for anything that is not a plain LoRA adapter of a causal language model.
-    """
-    path = Path(path)
-    file = path / CONFIG if path.is_dir() else path
-    return parse_config(read_json(file), str(file))
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a stranger's file. Raises ModelError; what is refused: disk/documents.py."""
     return documents.read_object(file, error=ModelError, nonfinite=True)  # a number that is not finite: refused by its key

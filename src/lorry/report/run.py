@@ -97,8 +97,8 @@ class Damaged:
 
 
 def load_readable(paths: Sequence[Path]) -> tuple[list[Run], list[Damaged]]:
-    """The runs of `load_all` that can be read, and those that are damaged. Raises DataError where none can be read, or where a
-    path is no run directory at all."""
+    """The runs that can be read, each with a name of its own (the directory's, with as many parents as tell them apart), and
+    those that are damaged. Raises DataError where none can be read, or where a path is no run directory at all."""
     if not paths:
         raise DataError("a report needs at least one run directory")
     for path in paths:
@@ -112,13 +112,6 @@ def load_readable(paths: Sequence[Path]) -> tuple[list[Run], list[Damaged]]:
     if not runs:
         raise DataError("; ".join(one.why for one in damaged))
     return runs, damaged
-
-
-def load_all(paths: Sequence[Path]) -> list[Run]:
-    """Several runs, each with a name of its own: the directory's, with as many parents as tell them apart."""
-    if not paths:
-        raise DataError("a report needs at least one run directory")
-    return [load(path, name) for path, name in zip(paths, _names([p.resolve() for p in paths]), strict=True)]
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -21,6 +21,7 @@ from lorry.data.batch import Batch
 from lorry.data.joint import interleaved
 from lorry.errors import ContractError, ModelError, NonFiniteError
 from lorry.evaluate.loss import leak, packed_difference
+from lorry.models.weights import is_finite
 from lorry.train.jobs import Count, strictly
 
 NAMES = {
@@ -238,8 +239,8 @@ class Checks:
 
         Raises NonFiniteError naming the tensors.
         """
-        floats = {name: t for name, t in backend.state().items() if t.is_floating_point() and t.numel()}
-        odd = [name for name, t in floats.items() if not all(bool(end.isfinite()) for end in t.aminmax())]
+        floats = {name: t for name, t in backend.state().items() if t.is_floating_point()}
+        odd = [name for name, t in floats.items() if not is_finite(t)]
         if odd:
             message = (
                 f"step {step}: the update made {odd[0]} infinite or NaN ({len(odd)} of {len(floats)} tensors that are saved); "
