@@ -31,7 +31,8 @@ def test_intervals_hold_their_means_and_follow_the_seed() -> None:
         low, high = found[name]
         assert low < mean < high
     assert found == intervals(rows) != intervals(rows, seed=1)
-    assert intervals(score_rows(["x"], ["x"]))["f1"] == (1, 1)
+    assert intervals(score_rows(["x"] * 10, ["x"] * 10))["f1"] == (1, 1)
+    assert intervals(score_rows(["x"] * 9, ["x"] * 9)) == {}
 
 
 def test_the_reference_is_the_last_thing_said() -> None:

@@ -26,6 +26,8 @@ from lorry.evaluate.metrics import (
     token_f1,
 )
 
+pytestmark = pytest.mark.usefixtures("intervals_of_any_rows")
+
 words = st.lists(st.sampled_from(["red", "green", "blue", "owl", "lamp", "7", "stone"]), max_size=9)
 ascii_text = st.text(string.ascii_letters + string.digits + string.punctuation + " \t\n", max_size=40)
 

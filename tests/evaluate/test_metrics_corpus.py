@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from lorry.evaluate.corpus import CORPUS_METRICS, bleu_of_sums
 from lorry.evaluate.metrics import measure
 
+pytestmark = pytest.mark.usefixtures("intervals_of_any_rows")
+
 LIBRARY = {"bleu": sacrebleu.corpus_bleu, "chrf": sacrebleu.corpus_chrf}
 ROWS = [
     ("The cat sat on the mat.", ["The cat is on the mat.", "There is a cat on the mat."]),

@@ -18,6 +18,8 @@ from lorry.errors import ConfigError, DataError
 from lorry.evaluate.bootstrap import resampled_sums
 from lorry.evaluate.metrics import CORPUS_METRICS, ROW_METRICS, bootstrap_interval, check, exact_match, measure, rouge_n
 
+pytestmark = pytest.mark.usefixtures("intervals_of_any_rows")
+
 words = st.lists(st.sampled_from(["red", "green", "blue", "owl", "7", "кот", "дом"]), max_size=7)
 strange = st.text("aZ é猫к.#1,$%\n", max_size=10)
 PREDICTIONS = ["The red owl.", "green lamp 7", "nothing alike"]

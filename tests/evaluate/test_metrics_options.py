@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from lorry.errors import DataError, NonFiniteError
 from lorry.evaluate.metrics import OPTION_METRICS, measure_options
 
+pytestmark = pytest.mark.usefixtures("intervals_of_any_rows")
+
 options = st.lists(st.floats(-60, 0), min_size=2, max_size=5)
 tables = st.lists(options.flatmap(lambda o: st.tuples(st.just(o), st.sets(st.integers(0, len(o) - 1), min_size=1))), min_size=1)
 

@@ -75,7 +75,8 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     )
     shown = {f.name: (f.text, f.note) for f in figures(load(tmp_path))}
     assert shown == {
-        "final loss": ("3", "mean of the last 2 steps, from 4"),
+        "train loss": ("3", "mean over 2 steps"),
+        "last loss": ("2", "of step 2, from 4 at step 1"),
         "evaluation loss": ("3.5", "at step 2, lowest 3 at step 1"),
         "throughput": ("100 tokens/s", "over 2 steps"),
         "peak memory": ("1.00 GiB", ""),
@@ -88,9 +89,9 @@ def test_no_figure_is_invented(tmp_path: Path) -> None:
     metrics(tmp_path, 0)
     assert figures(load(tmp_path)) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5}\n')
-    assert [(f.name, f.text) for f in figures(load(tmp_path))] == [("final loss", "1.5"), ("steps", "3")]
+    assert [(f.name, f.text) for f in figures(load(tmp_path))] == [("train loss", "1.5"), ("steps", "3")]
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5, "tokens": 5, "seconds": 0, "peak_memory_bytes": "NaN"}\n')
-    assert [f.name for f in figures(load(tmp_path))] == ["final loss", "steps"]
+    assert [f.name for f in figures(load(tmp_path))] == ["train loss", "steps"]
 
 
 def test_about_says_what_the_settings_say(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_failed_contract_stands_out(tmp_path: Path) -> None:
 
 def test_a_run_of_metrics_alone_and_one_without_steps(tmp_path: Path) -> None:
     metrics(tmp_path / "r", 3)
-    assert "final loss" in printed(show([load(tmp_path / "r")]))
+    assert "last loss" in printed(show([load(tmp_path / "r")]))
     metrics(tmp_path / "none", 0)
     assert printed(summary(load(tmp_path / "none"))).startswith("none")
     assert "–" in printed(comparison(load_readable([tmp_path / "r", tmp_path / "none"])[0]))

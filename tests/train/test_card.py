@@ -114,7 +114,7 @@ def test_numbers_are_those_of_the_files() -> None:
     receipt = {**facts().receipt, "trainable_parameters": 1234567}
     rows = {r[0]: r[1:] for r in re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", made(facts(records=records, receipt=receipt)), re.M)}
     assert rows["trainable parameters"] == ("1,234,567",)
-    want = {"steps": "3", "final loss": "3.0", "tokens read": "30", "of which learnt": "12"}
+    want = {"steps": "3", "last loss": "3.0", "tokens read": "30", "of which learnt": "12"}
     assert {k: rows[k][0] for k in want} == want
     assert not {"time in steps", "peak memory"} & rows.keys()  # those of a resumed run are others
     assert (rows["loss"], rows["accuracy"]) == (("1.5",), ("0.75",))
@@ -133,7 +133,7 @@ def test_several_adapters_each_have_their_figures() -> None:
     records = [{"step": 1, "loss": 2.0, "adapters": both}, {"step": 2, "loss": 0.5, "adapters": {"a": {"loss": 0.5}}}]
     data = {n: {"source": f"/home/me/{n}.jsonl", "rows": 4, "sha256": n * 64} for n in "ab"}
     text = made(facts(config=config, records=records, receipt={"data": data}))
-    for row in ("| a: rank | 2 |", "| b: rank | 8 |", "| a: steps | 2 |", "| b: steps | 1 |", "| b: final loss | 3.0 |"):
+    for row in ("| a: rank | 2 |", "| b: rank | 8 |", "| a: steps | 2 |", "| b: steps | 1 |", "| b: last loss | 3.0 |"):
         assert row in text
     assert "2 LoRA adapters, trained in one pass" in text
     assert 'lorry.load("people")' in text

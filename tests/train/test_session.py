@@ -71,7 +71,7 @@ def test_the_run_directory(describe: Describe, tmp_path: Path) -> None:
     assert (receipt["data"]["rows"], receipt["seed"]) == (10, 3)
     assert receipt["base"]["path"] == str(describe().model.name)
     card = (folder / "README.md").read_text()
-    assert f"| final loss | {losses(folder)[-1]} |" in card
+    assert f"| last loss | {losses(folder)[-1]} |" in card
     assert "- held: checkpoints are whole" in card
     assert heard.notes[0] == "a note of the config"
     assert "10 rows, 10 sequences" in heard.notes[1]

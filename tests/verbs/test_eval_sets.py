@@ -134,7 +134,7 @@ def test_csv_has_a_line_for_every_number(world: World, files: list[str], tmp_pat
     assert lorry("eval", world.base, "tasks=[bool_q]", *files, "limit=2", f"output_dir={tmp_path / 'o.csv'}") == 0
     lines = list(csv.DictReader((tmp_path / "o.csv").open()))
     assert {line["metric"] for line in lines} == {"accuracy", "accuracy_sum", "ece", "brier", "confidence", "perplexity"}
-    assert all(line["questions"] == "2" and float(line["low"]) <= float(line["high"]) for line in lines)
+    assert all(line["questions"] == "2" and line["low"] == line["high"] == "" for line in lines)  # too few for an interval
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def test_one_run(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert lorry("report", runs[0]) == 0
     out, err = capsys.readouterr()
     assert out == f"{page}\n"
-    assert "final loss" in err
+    assert "last loss" in err
     assert "✓ held" in err
     text = page.read_text()
     assert "<svg" in text

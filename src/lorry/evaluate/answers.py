@@ -68,5 +68,6 @@ def means(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def intervals(rows: Mapping[str, Sequence[float]], seed: int = 0) -> dict[str, tuple[float, float]]:
-    """{metric: (low, high)}: the 95% percentile bootstrap interval of each mean."""
-    return {name: bootstrap_interval(values, seed) for name, values in rows.items()}
+    """{metric: (low, high)}: the 95% percentile bootstrap interval of each mean; without those of too few rows."""
+    found = {name: bootstrap_interval(values, seed) for name, values in rows.items()}
+    return {name: ends for name, ends in found.items() if all(map(math.isfinite, ends))}

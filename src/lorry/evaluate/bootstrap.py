@@ -3,6 +3,9 @@
 Try: ``bootstrap_interval([0.0, 1.0] * 200)`` is about (0.45, 0.55). A mean of rows resamples the rows; a corpus metric (BLEU,
 calibration error) resamples its rows' sufficient statistics and is computed once for all resamples. The rows drawn are a
 function of (seed, number of rows), so that two metrics or two models on the same rows see the same resamples.
+
+**Of fewer than `FEWEST_ROWS` rows there is no interval**: resamples of a handful hold the same few values again and again, and of
+rows that agree the interval has no width, which reads as certainty. It is (NaN, NaN) there, and whoever prints it says `TOO_FEW`.
 """
 
 from __future__ import annotations
@@ -17,12 +20,16 @@ if TYPE_CHECKING:
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+FEWEST_ROWS = 10  # ten that agree leave a 30% share of others possible (95%, the rule of three); with fewer nothing is said
+TOO_FEW = f"too few rows for an interval (fewer than {FEWEST_ROWS})"
+NO_INTERVAL = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric over all rows. ``interval``: its 95% percentile bootstrap interval; ``rows``: one value a row for a mean of rows,
-    None for a corpus metric; ``signature``: sacreBLEU's, which makes a published number reproducible, or an empty string."""
+    """A metric over all rows. ``interval``: its 95% percentile bootstrap interval, NaN where there is none; ``rows``: one value a
+    row for a mean of rows, None for a corpus metric; ``signature``: sacreBLEU's, which makes a published number reproducible,
+    or an empty string."""
 
     value: float
     interval: tuple[float, float]
@@ -33,7 +40,7 @@ class Measured:
 def bootstrap_interval(
     values: Sequence[float], seed: int = 0, confidence: float = CONFIDENCE, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of per-example values: (low, high), a function of the seed.
+    """Percentile bootstrap interval of the mean of per-example values: (low, high), a function of the seed; of too few rows NaN.
 
     Raises ValueError for no values, a value that is not finite, or a confidence outside (0, 1).
     """
@@ -42,6 +49,8 @@ def bootstrap_interval(
     data = numpy.asarray(values, dtype=numpy.float64)
     if data.size == 0 or not numpy.isfinite(data).all():
         raise ValueError(f"a bootstrap needs at least one value, all of them finite; got {data.size} values")
+    if data.size < FEWEST_ROWS:
+        return NO_INTERVAL
     means = [data[drawn].mean(axis=1) for drawn in draws(data.size, seed, resamples)]
     return _percentiles(numpy.concatenate(means), confidence)
 
@@ -57,7 +66,8 @@ def corpus_interval(
 
     ``statistics``: [rows, k]; ``score``: sums [resamples, k] to values [resamples]. Raises ValueError as `bootstrap_interval`.
     """
-    return _percentiles(score(resampled_sums(statistics, seed, resamples)), confidence)
+    sums = resampled_sums(statistics, seed, resamples)
+    return _percentiles(score(sums), confidence) if len(statistics) >= FEWEST_ROWS else NO_INTERVAL
 
 
 def resampled_sums(statistics: Any, seed: int = 0, resamples: int = RESAMPLES) -> numpy.ndarray:

@@ -6,6 +6,7 @@ bars({"bool_q": "bool_q\\naccuracy"}, {"base": {"bool_q": (0.5, (0.4, 0.6))}, "p
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 
 from lorry.disk.ownership import SOFTWARE
@@ -15,8 +16,8 @@ Bar = tuple[float, tuple[float, float]]  # a value and its interval
 
 
 def bars(groups: Mapping[str, str], sides: Mapping[str, Mapping[str, Bar]], title: str = "") -> bytes:
-    """A group of bars per key of ``groups`` (key -> its label), a bar in it per side, its interval as a whisker; each group on an
-    axis of its own, since units differ."""
+    """A group of bars per key of ``groups`` (key -> its label), a bar in it per side, its interval, if it has one (finite ends),
+    as a whisker; each group on an axis of its own, since units differ."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # most of a second, only for those who draw
     from matplotlib.figure import Figure
 
@@ -31,7 +32,9 @@ def bars(groups: Mapping[str, str], sides: Mapping[str, Mapping[str, Bar]], titl
                 continue
             value, (low, high) = values[key]
             axes.bar(at, value, width=0.8, color=COLORS[at % len(COLORS)])
-            axes.errorbar(at, value, yerr=[[max(value - low, 0)], [max(high - value, 0)]], color="#333", capsize=4, linewidth=1)
+            if math.isfinite(low) and math.isfinite(high):
+                whisker = [[max(value - low, 0)], [max(high - value, 0)]]
+                axes.errorbar(at, value, yerr=whisker, color="#333", capsize=4, linewidth=1)
         axes.set_title(plain(label), loc="left", fontsize=10, fontweight="bold")
         axes.set_xticks(range(len(sides)), [plain(side) for side in sides], fontsize=8, rotation=30 if len(sides) > 3 else 0)
         axes.tick_params(axis="y", labelsize=8)

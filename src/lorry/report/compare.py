@@ -31,7 +31,7 @@ FIGURES: dict[str, tuple[str, Shown]] = {
     "seconds_per_step": ("seconds per step, median", number),
     "tokens_per_second": ("tokens per second", number),
     "first_loss": ("first loss", number),
-    "final_loss": ("final loss", number),
+    "final_loss": ("last loss", number),
     "saved_bytes": ("saved on disk", size),
 }
 LOSSES = ("first_loss", "final_loss", "eval_loss")

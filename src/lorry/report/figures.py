@@ -12,7 +12,6 @@ from lorry.report.run import Run
 from lorry.report.text import NOTHING, duration, number, size
 
 MOST_DIFFERENCES = 300  # settings listed; a run has some 120
-TAIL = 10  # the final loss is the mean of so many steps, since a single step's is mostly noise
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,22 @@ def figures(run: Run) -> list[Figure]:
 def _losses(log: Log) -> Iterable[Figure]:
     _, losses = log.series("loss")
     if losses:
-        tail = losses[-TAIL:]
-        note = f"mean of the last {len(tail)} steps, from {number(losses[0])}" if len(losses) > 1 else "of the only step"
-        yield Figure("final loss", number(sum(v / len(tail) for v in tail)), note)
+        yield from _train_losses(log.series("loss")[0], losses)
     steps, losses = log.series("eval_loss")
     if losses:
         lowest = min((v for v in losses if math.isfinite(v)), default=losses[-1])
         best = f", lowest {number(lowest)} at step {number(steps[losses.index(lowest)])}" if lowest < losses[-1] else ""
         yield Figure("evaluation loss", number(losses[-1]), f"at step {number(steps[-1])}{best}")
+
+
+def _train_losses(steps: Sequence[float], losses: Sequence[float]) -> Iterable[Figure]:
+    """The train loss is what TRL and transformers call so, the mean over all steps; a single step's is mostly noise, and has a
+    name of its own wherever it is shown: last loss."""
+    mean = sum(v / len(losses) for v in losses)
+    yield Figure("train loss", number(mean), f"mean over {number(len(losses))} steps" if len(losses) > 1 else "of the only step")
+    if len(losses) > 1:
+        note = f"of step {number(steps[-1])}, from {number(losses[0])} at step {number(steps[0])}"
+        yield Figure("last loss", number(losses[-1]), note)
 
 
 def _costs(log: Log) -> Iterable[Figure]:
@@ -76,8 +83,7 @@ def by_adapter(run: Run) -> list[tuple[str, str, list[Figure]]]:
 def _of_adapter(log: Log, name: str) -> Iterable[Figure]:
     steps, losses = log.series("loss", name)
     if losses:
-        tail = losses[-TAIL:]
-        yield Figure("final loss", number(sum(v / len(tail) for v in tail)), f"mean of its last {len(tail)} steps")
+        yield from _train_losses(steps, losses)
     held_at, held = log.series("eval_loss", name)
     if held:
         lowest = min((v for v in held if math.isfinite(v)), default=held[-1])

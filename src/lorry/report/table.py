@@ -123,7 +123,7 @@ def _standing(state: states.State, now: float) -> dict[str, str]:
     what = (Path(text).name if text.startswith((".", "/")) else text for text in (state.model, state.data))
     return {
         "step": number(state.step) + of_total,
-        "loss": number(state.loss) if state.loss is not None else "",
+        "last loss": number(state.loss) if state.loss is not None else "",
         "best": _best(state.best),
         "tokens/s": number(round(state.tokens_per_second)) if state.tokens_per_second is not None else "",
         "time": roughly(state.elapsed) if state.elapsed is not None else "",

@@ -94,7 +94,7 @@ def figures(facts: Facts) -> dict[str, str]:
         own = [(r["step"], r if name is None else one) for r in steps if (one := _of(r, name)) is not None]
         if own:
             lead = "" if name is None else f"{name}: "
-            found |= {f"{lead}steps": str(own[-1][0]), f"{lead}final loss": str(own[-1][1]["loss"])}
+            found |= {f"{lead}steps": str(own[-1][0]), f"{lead}last loss": str(own[-1][1]["loss"])}
             if (best := _best(facts, name)) is not None:
                 found[f"{lead}adapter of step"] = f"{best} (the best evaluated)"
     sums = {name: sum(r[name] for r in steps if _number(r.get(name))) for name in ("tokens", "supervised_tokens")}

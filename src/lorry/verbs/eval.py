@@ -19,6 +19,7 @@ from lorry.config.evaluation import EvalSettings
 from lorry.console import Console
 from lorry.disk import documents, ownership
 from lorry.errors import ConfigError
+from lorry.evaluate.bootstrap import FEWEST_ROWS, TOO_FEW
 from lorry.report.run import load
 from lorry.report.text import number
 from lorry.verbs import exams
@@ -204,6 +205,8 @@ def side_by_side(title: str, rows: EvalRows, sides: Mapping[str, Evaluated]) -> 
     for metric in first.metrics:
         cells = [_cell(one, metric) for one in sides.values()]
         table.add_row(Text(metric.replace("_", " ")), *map(Text, cells))
+    if 0 < len(first.said) < FEWEST_ROWS:
+        table.caption, table.caption_justify = Text(TOO_FEW), "left"
     return table
 
 

@@ -20,6 +20,7 @@ from rich.text import Text
 from lorry.config.evaluation import EvalSettings
 from lorry.console import Console
 from lorry.disk import durable, ownership
+from lorry.evaluate.bootstrap import FEWEST_ROWS, TOO_FEW
 from lorry.report.text import number
 from lorry.verbs.opening import tell
 from lorry.visible import visible
@@ -102,12 +103,15 @@ def table(title: str, exams: list[Exam], results: Results) -> Table:
             cells = [_cell(one.metrics[metric].value, one.metrics[metric].interval) for one in by_side.values()]
             name = f"{exam.one.name} ({len(exam.questions)})" if at == 0 else ""
             made.add_row(Text(name), Text(metric.replace("_", " ")), *map(Text, cells))
+    few = [exam.one.name for exam in exams if len(exam.questions) < FEWEST_ROWS]
+    made.caption = Text(visible(f"{', '.join(few)}: {TOO_FEW}")) if few else None
+    made.caption_justify = "left"
     return made
 
 
 def _cell(value: float, interval: tuple[float, float]) -> str:
     low, high = interval
-    return f"{number(value)} [{number(low)}, {number(high)}]"
+    return f"{number(value)} [{number(low)}, {number(high)}]" if math.isfinite(low) else number(value)
 
 
 def label(settings: EvalSettings, exam: Exam) -> str:
@@ -174,8 +178,13 @@ def as_csv(exams: list[Exam], results: Results) -> str:
     for exam in exams:
         for side, one in results[exam.one.name].items():
             for metric, got in one.metrics.items():
-                lines.writerow([exam.one.name, metric, side, got.value, *got.interval, len(exam.questions)])
+                lines.writerow([exam.one.name, metric, side, got.value, *_ends(got.interval), len(exam.questions)])
     return out.getvalue()
+
+
+def _ends(interval: tuple[float, float]) -> list[float | str]:
+    """The cells of an interval; empty where there is none."""
+    return [end if math.isfinite(end) else "" for end in interval]
 
 
 def as_json(settings: EvalSettings, exams: list[Exam], results: Results) -> str:
