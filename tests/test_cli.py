@@ -202,7 +202,7 @@ def test_colour_on_a_terminal_only(
         (["sft"], "error: data.path is missing; give data=...\n"),
         (
             ["sft", "data=x", "lerning_rate=1"],
-            "error: lerning_rate=1: unknown setting 'lerning_rate'; did you mean 'learning_rate'?\n",
+            "error: lerning_rate=1: unknown setting 'lerning_rate' (did you mean 'learning_rate'?)\n",
         ),
         (["sft", "no.yaml"], "error: no.yaml: cannot be read (No such file or directory)\n"),
         (["merge"], "error: run is missing; give run=...\n"),

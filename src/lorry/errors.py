@@ -95,9 +95,10 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A ``; did you mean 'x'?`` tail for an unknown name, or an empty string when nothing is close."""
+    """`` (did you mean 'x'?)`` for behind an unknown name, or an empty string when nothing is close. In brackets, so that
+    whatever punctuation the sentence goes on with stands alone."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def shortlist(names: Iterable[str], most: int = 12, longest: int = 80) -> str:

@@ -162,7 +162,7 @@ def test_chosen_modules(tiny: Any) -> None:
 
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
-    "a typing error": ({"target_modules": ("q_porj",)}, r"'q_porj', which matches no layer; did you mean 'q_proj'\?.*o_proj"),
+    "a typing error": ({"target_modules": ("q_porj",)}, r"'q_porj', which matches no layer .did you mean 'q_proj'\?.*o_proj"),
     "a stranger": ({"target_modules": ("query",)}, r"names 'query'.*end in .*q_proj"),
     "a norm is no target": ({"target_modules": ("input_layernorm",)}, "matches no layer"),
     "all-linear in a list": ({"target_modules": ("all-linear",)}, "write target_modules=all-linear without a list"),

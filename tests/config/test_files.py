@@ -61,8 +61,8 @@ def test_scalars_follow_yaml_1_2(text: str, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data: x\nlora:\n  r: 4\n  rnk: 8\n", "run.yaml:4: unknown setting 'lora.rnk'; did you mean 'lora.r"),
-        ("data: x\n\nlerning_rate: 1\n", "run.yaml:3: unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
+        ("data: x\nlora:\n  r: 4\n  rnk: 8\n", "run.yaml:4: unknown setting 'lora.rnk' (did you mean 'lora.r"),
+        ("data: x\n\nlerning_rate: 1\n", "run.yaml:3: unknown setting 'lerning_rate' (did you mean 'learning_rate'?)"),
         ("data: x\ntrain:\n  seed: -1\n", "run.yaml:3: train.seed: got -1"),
         ("data: x\nseed: 1\nlora: {r: 1}\nseed: 2\n", "run.yaml:4: 'seed' is given twice (first in line 2)"),
         ("data: x\nlora:\n  r: 1\n  r: 2\n", "run.yaml:4: 'r' is given twice (first in line 3)"),

@@ -146,8 +146,8 @@ jobs:
 @pytest.mark.parametrize(
     ("line", "inner", "place", "message"),
     [
-        ("learning_rat: 1", "r: 4", 8, "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
-        ("seed: 1", "rr: 4", 10, "unknown setting 'lora.rr'; did you mean 'lora.r'?"),
+        ("learning_rat: 1", "r: 4", 8, "unknown setting 'learning_rat' (did you mean 'learning_rate'?)"),
+        ("seed: 1", "rr: 4", 10, "unknown setting 'lora.rr' (did you mean 'lora.r'?)"),
         ("seed: x", "r: 4", 8, "train.seed: got 'x'; give a whole number of at least 0"),
         ("seed: 1", "r: 0", 10, "lora.r: got 0; give a whole number above 0 or auto"),
         (
@@ -252,7 +252,7 @@ def test_passes_of_a_few_jobs_each() -> None:
     [
         (["r=8,8"], "the same combination twice: r8"),
         (["r=8,x"], r"r=8,x: lora\.r: got 'x'"),
-        (["sweep={rr: [8]}"], "unknown setting 'rr'; did you mean 'r'"),
+        (["sweep={rr: [8]}"], r"unknown setting 'rr' \(did you mean 'r'\?\)"),
         (["sweep={save_steps: [8, 9]}"], r"train\.save_steps is the same for all jobs"),
         (["dtype=bf16,fp32"], r"model\.dtype: got 'bf16,fp32'"),
         (["sweep=8"], "a sweep is a map of lists"),

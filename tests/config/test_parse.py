@@ -99,7 +99,7 @@ def test_several_files() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["lerning_rate=1"], "lerning_rate=1: unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
+        (["lerning_rate=1"], "lerning_rate=1: unknown setting 'lerning_rate' (did you mean 'learning_rate'?)"),
         (["lora.lora_alfa=1"], "did you mean 'lora.lora_alpha'?"),
         (["lora.learning_rate=1"], "did you mean 'train.learning_rate'?"),
         (["modle=x"], "did you mean 'model'?"),
@@ -269,7 +269,7 @@ def test_a_slip_of_one_letter_gets_a_suggestion(leaf: str, at: int, kind: str) -
         return
     with pytest.raises(ConfigError, match="unknown setting") as caught:
         run(f"{slip}=1")
-    suggested = str(caught.value).rpartition("did you mean ")[2].strip("'?")
+    suggested = str(caught.value).rpartition("did you mean ")[2].strip("'?)")
     assert suggested in names.leaves or suggested in names.fields or suggested in names.groups
     assert abs(len(suggested.rpartition(".")[2]) - len(slip)) <= 3
 

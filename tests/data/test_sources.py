@@ -306,7 +306,7 @@ def test_a_folder_of_splits_never_mixes_them(tmp_path: Path) -> None:
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     write(tmp_path, "people.jsonl", GOOD)
-    with pytest.raises(DataError, match=r"peopel\.jsonl: no such file; did you mean 'people\.jsonl'"):
+    with pytest.raises(DataError, match=r"peopel\.jsonl: no such file .did you mean 'people\.jsonl'"):
         open_source(tmp_path / "peopel.jsonl")
     with pytest.raises(DataError, match=r"no such file; the folder has people\.jsonl"):
         open_source(tmp_path / "x.csv")

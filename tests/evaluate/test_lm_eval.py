@@ -413,7 +413,7 @@ def test_bad_requests_say_what_is_wrong(positions: Path, world: World, tmp_path:
         ours(positions, batch_token=3)
     with pytest.raises(ConfigError, match="no adapter named 'person'"):
         ours(world.run, adapter="person")
-    with pytest.raises(ConfigError, match=r"no adapter named 'poeple'; did you mean 'people'.*base, people"):
+    with pytest.raises(ConfigError, match=r"no adapter named 'poeple' .did you mean 'people'.*base, people"):
         get_model("lorry").create_from_arg_string(f"path={world.run},adapter=poeple")
     with pytest.raises(ConfigError, match="model_args names no model"):
         get_model("lorry").create_from_arg_string("dtype=float32")
@@ -429,7 +429,7 @@ def test_an_unknown_task_suggests_the_nearest(world: World, monkeypatch: pytest.
     make = TaskManager.__init__
     without = lambda self, **options: make(self, **{**options, "include_defaults": False})  # noqa: E731  (the index of all: 20 s)
     monkeypatch.setattr(TaskManager, "__init__", without)
-    with pytest.raises(ConfigError, match="no task named 'lorry_choise'; did you mean 'lorry_choice'"):
+    with pytest.raises(ConfigError, match=r"no task named 'lorry_choise' .did you mean 'lorry_choice'"):
         evaluate(str(world.run), ["lorry_choise"], include_path=str(TASKS))
 
 

@@ -95,7 +95,7 @@ def test_ranks_by_pattern_and_what_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"target_modules": ["q_prj"]}, r"lora.target_modules names 'q_prj', which matches no layer; did you mean 'q_proj'\?"),
+        ({"target_modules": ["q_prj"]}, r"lora.target_modules names 'q_prj', which matches no layer .did you mean 'q_proj'\?"),
         ({"target_modules": "nothing.*"}, "lora.target_modules='nothing.*' matches no layer"),
         ({"layers_to_transform": [2]}, "lora.layers_to_transform asks for layer 2; this model has layers 0 to 1"),
         ({"exclude_modules": ".*"}, "leave no layer"),

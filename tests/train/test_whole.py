@@ -197,7 +197,7 @@ def test_names_and_patterns(tmp_path: Path) -> None:
         f"transformer.h.1.attn.{m}.{leaf}" for m in ("c_attn", "c_proj") for leaf in ("weight", "bias")
     ]
     assert chosen(model, ["lm_head"]) == ["transformer.wte.weight"]  # tied: the one tensor under its first name
-    with pytest.raises(ConfigError, match=r"trainable names 'c_fd', which matches no layer; did you mean 'c_fc'"):
+    with pytest.raises(ConfigError, match=r"trainable names 'c_fd', which matches no layer .did you mean 'c_fc'"):
         chosen(model, ["c_fd"])
 
 

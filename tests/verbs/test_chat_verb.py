@@ -76,7 +76,7 @@ def test_adapters_are_switched_by_name(world: World, chat: Chat) -> None:
     assert base != PEOPLE[0]["answer"]
     for said in ("adapters: people (in use), none", "(the base alone)", "(adapter people)"):
         assert said in err
-    assert "no adapter named 'peopel'; did you mean 'people'?; adapters: people, none (in use)" in err
+    assert "no adapter named 'peopel' (did you mean 'people'?); adapters: people, none (in use)" in err
     assert code == 3  # a pipe must not look as if all went well
 
 
@@ -99,7 +99,7 @@ def test_commands(world: World, chat: Chat) -> None:
     code, out, err = chat(world.run, "/help", "/rest", "/quit", ASKED)
     assert (code, out) == (3, [""])
     assert "/adapter NAME" in err
-    assert "unknown command /rest; did you mean '/reset'?" in err
+    assert "unknown command /rest (did you mean '/reset'?)" in err
     _, out, _ = chat(world.run, "//etc")
     assert out[0].strip() == expected(world.run, "/etc")
 

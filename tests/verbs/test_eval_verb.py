@@ -169,7 +169,7 @@ def test_another_dtype_than_in_training_is_told(run: Path, world: World, capsys:
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["{run}", "data={rows}.nope"], 3, "no such file; did you mean 'people.jsonl'?"),
+        (["{run}", "data={rows}.nope"], 3, "no such file (did you mean 'people.jsonl'?)"),
         (["./nope", "data={rows}"], 4, "no model at './nope'"),
         (["{base}", "adapter=./nope", "data={rows}"], 4, "nope holds no adapter"),
         (["{run}"], 2, "say what to evaluate on: data=FILE, or tasks=[...]"),

@@ -204,10 +204,10 @@ def unknown(names: Names, key: str, where: str) -> ConfigError:
 
 
 def _suggestion(names: Names, key: str) -> str:
-    """``; did you mean 'lora.r'?``: the same leaf in another group, else the nearest of our names, else of peers' names."""
+    """`` (did you mean 'lora.r'?)``: the same leaf in another group, else the nearest of our names, else of peers' names."""
     leaf = key.rpartition(".")[2]
     if leaf != key and leaf in names.leaves:
-        return f"; did you mean {names.leaves[leaf][0]!r}?"
+        return f" (did you mean {names.leaves[leaf][0]!r}?)"
     known = [*names.leaves, *names.fields, *names.groups]
     peers = [word for word in (*RENAMES, *READINGS) if word not in RENAMES or _target(names, word, RENAMES[word])]
     return nearest(key[:80], known) or nearest(key[:80], peers)

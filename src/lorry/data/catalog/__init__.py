@@ -84,5 +84,5 @@ def expand(names: str | Iterable[str]) -> list[str]:
 def _unknown(name: str) -> ConfigError:
     if name in SUITES:
         return ConfigError(f"{name!r} is a suite, and one set is needed here; it has {', '.join(SUITES[name])}")
-    near = nearest(name.lower(), [*SETS, *SUITES]) or "."
-    return ConfigError(f"unknown set {name!r}{near} Sets: {', '.join(SETS)}. Suites of them: {', '.join(SUITES)}")
+    near = nearest(name.lower(), [*SETS, *SUITES])
+    return ConfigError(f"unknown set {name!r}{near}. Sets: {', '.join(SETS)}. Suites of them: {', '.join(SUITES)}")
