@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from lorry.disk.home import home
 from lorry.kernels import status
 from lorry.models.load import pick_dtype
 
@@ -24,6 +27,22 @@ torch.set_num_threads(1)  # tiny models: a second thread only waits, and results
 ROOT = Path(__file__).resolve().parent.parent
 KILLING = ("test_kill_and_resume.py", "test_disasters.py", "test_foreign_files.py")
 FLAT = ROOT / "examples" / "flat.py"
+
+
+def pytest_configure() -> None:
+    """A LORRY_HOME of the checkout's own: tests neither fill the cache of whoever runs them nor hang on what is in it. It
+    outlives the run, as built kernels and proofs should. Only converted models are the user's (270 MB, 20 s), and kernels
+    that are built already are copied: a link to them would be refused."""
+    users, own = home(), ROOT / ".pytest_cache" / "lorry_home"
+    if users == own:  # a worker of xdist
+        return
+    own.mkdir(parents=True, exist_ok=True)
+    (users / "models").mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (own / "models").symlink_to((users / "models").resolve())
+    if (users / "kernels").is_dir() and not (own / "kernels").exists():
+        shutil.copytree(users / "kernels", own / "kernels")
+    os.environ["LORRY_HOME"] = str(own)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def test_a_broken_decoder_does_not_run(tmp_path: Path, monkeypatch: pytest.Monke
     loaded = load_model(path, dtype="float32", notes=notes)
     assert "other logits than transformers" in loaded.source["why"]
     assert tiny.close(loaded.model, inner)
-    assert not (tmp_path / "home" / "proofs").exists()
+    assert len(list((tmp_path / "home" / "proofs").iterdir())) == 1  # that of transformers' own
 
 
 def test_a_broken_cache_of_the_decoder_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +207,56 @@ def test_a_proof_is_made_once_for_a_config_and_again_for_another(tmp_path: Path,
     for changes, dtype in (({}, "bfloat16"), ({"rms_norm_eps": 1e-3}, "float32"), ({"something_new": 1}, "float32")):
         tiny.edit_config(path, **changes)
         assert load_model(path, dtype=dtype, notes=[]).source["why"] == "not this one"
+
+
+def test_of_a_model_of_transformers_it_is_made_once_for_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    real = proofs._prove
+    monkeypatch.setattr(proofs, "_prove", lambda model, where: (made.append(where), real(model, where)))
+    inner, path = saved(tiny.FOREIGN["granite"], tmp_path)
+    for _ in range(2):
+        load_model(path, dtype="float32", notes=[])
+    assert len(made) == 1
+    with torch.no_grad():
+        next(inner.parameters())[0, 0] += 1
+    load_model(tiny.directory(inner, tmp_path / "other"), dtype="float32", notes=[])
+    load_model(path, dtype="bfloat16", notes=[])
+    assert len(made) == 3
+
+
+def test_why_a_model_generates_without_a_cache_is_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path = saved(tiny.FOREIGN["granite"], tmp_path)
+    monkeypatch.setattr(proofs, "cache_error", lambda model: "its cache is broken")
+    for _ in range(2):
+        notes: list[str] = []
+        loaded = load_model(path, dtype="float32", notes=notes)
+        assert isinstance(loaded.model, HfModel)
+        assert loaded.model.recomputes == "its cache is broken"
+        assert any(note.endswith("slowly: its cache is broken") for note in notes)
+        monkeypatch.setattr(proofs, "cache_error", lambda model: pytest.fail("asked again"))
+
+
+def test_a_model_that_is_refused_is_asked_again(tmp_path: Path) -> None:
+    _, path = saved(BERT, tmp_path)
+    for _ in range(2):
+        with pytest.raises(ModelError, match="no causal language model"):
+            load_model(path, dtype="float32", notes=[])
+
+
+def test_the_last_used_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "proofs"
+    monkeypatch.setattr(proofs, "KEPT", 3)
+    names = [str(i) * 64 for i in range(5)]
+    folder.mkdir()
+    (folder / "note.txt").write_text("somebody's")
+    os.utime(folder / "note.txt", (0, 0))
+    for at, name in enumerate(names):
+        proofs._keep(folder / name, "" if at else "why")
+        os.utime(folder / name, (at, at))
+        if at == 2:
+            assert proofs._kept(folder / names[0]) == "why"  # used, so it stays
+    assert proofs._kept(folder / names[1]) is None
+    assert {path.name for path in folder.iterdir()} == {names[0], names[3], names[4], "note.txt"}
 
 
 def test_a_proof_leaves_the_random_numbers_of_a_run_alone(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@
 
 A model of transformers' is proven itself, (a) and (b), as it was loaded. The native decoder is proven as a twin: this config with
 few, narrow layers and random weights, once in transformers' class and once in ours, so the price does not grow with the model.
-Its proof is kept under `$LORRY_HOME/proofs`, named by everything it depends on, and never made twice; a failure is not kept.
+
+What held is kept under `$LORRY_HOME/proofs`, in a file named by everything it depends on (of a model of transformers' its class,
+its settings and a sample of its weights, too) that holds why it generates without a cache, if it does. It is not shown again
+while the file is there: the newest `KEPT` are, by last use. What failed (a) or (c) is not kept.
 
 (a) needs no tolerance: where the forward pass of unchanged tokens is not the same to the bit
 (experts are computed in groups whose size depends on all tokens), the gradient decides, which is
@@ -21,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -40,6 +44,7 @@ from lorry.families import Family
 from lorry.models.decode import Runner
 from lorry.models.decoder import Decoder, Packed
 from lorry.models.describe import blaming, quiet
+from lorry.models.digest import sample_digest
 from lorry.models.hf import HfModel
 from lorry.models.hf_anatomy import plain_tokens
 
@@ -53,6 +58,9 @@ QUANTISED = 3e-2  # what 8-bit products move by their neighbours (1e-3 seen); mo
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 EXACT = 2e-5  # of the largest logit: two implementations of two fp32 layers
 WIDEST_HEAD = 1024
+NAME = re.compile("[0-9a-f]{64}")  # of a file that holds a proof
+LONGEST = 1000  # bytes of it
+KEPT = 300  # proofs, each a file of at most a line; a person works with a few dozen models, formats and versions
 TWIN_LAYERS, TWIN_VOCABULARY, TWIN_LENGTH, TWIN_POSITIONS = 2, 96, 48, 512
 
 
@@ -71,6 +79,17 @@ def prove(model: HfModel, notes: list[str], where: str) -> None:
     """
     if switched_off(notes):
         return
+    kept = home() / "proofs" / _digest_of(model)
+    if (found := _kept(kept)) is None:
+        _prove(model, where)
+        _keep(kept, model.recomputes)
+    else:
+        model.recomputes = found
+    if model.recomputes:
+        notes.append(f"it generates by reading the whole sequence again for every token, slowly: {model.recomputes}")
+
+
+def _prove(model: HfModel, where: str) -> None:
     if why := sees_the_future(model):
         if _is_random(model):
             raise ModelError(
@@ -80,8 +99,6 @@ def prove(model: HfModel, notes: list[str], where: str) -> None:
         raise ModelError(f"{where}: {type(model.inner).__name__} is no causal language model here: {why}. {_remedy(model)}")
     if not model.recomputes and (why := cache_error(model)):
         model.recomputes = why
-    if model.recomputes:
-        notes.append(f"it generates by reading the whole sequence again for every token, slowly: {model.recomputes}")
 
 
 def _remedy(model: HfModel) -> str:
@@ -211,7 +228,7 @@ def why_not_native(family: Family, config: Mapping[str, Any], dtype: torch.dtype
         return ""
     name = _digest(config, dtype, device)
     kept = home() / "proofs" / name
-    if name in _proven() or kept.is_file():
+    if name in _proven() or _kept(kept) is not None:
         _proven().add(name)
         return ""
     try:
@@ -221,7 +238,7 @@ def why_not_native(family: Family, config: Mapping[str, Any], dtype: torch.dtype
     if why:
         return why
     _proven().add(name)
-    _keep(kept)
+    _keep(kept, "")
     return ""
 
 
@@ -319,6 +336,18 @@ def _digest(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def _digest_of(model: HfModel) -> str:
+    """Names a proof of a model of transformers' as it was loaded: weights that are all 0, say, would hide what others show."""
+    parts = [
+        *(f"{type(model.inner).__module__}.{type(model.inner).__qualname__}", str(model.body), model.recomputes),
+        str(getattr(model.inner.config, "_attn_implementation", None)),
+        str(getattr(model.inner, "is_quantized", False)),
+        sample_digest(model),
+        _digest(model.config, model.dtype, model.device),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 @cache
 def _code() -> str:
     """SHA-256 over Lorry's sources that a forward pass runs through."""
@@ -332,11 +361,27 @@ def _code() -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()
 
 
-def _keep(place: Path) -> None:
-    """Remember that a proof held; where nothing can be written it is made again the next time."""
+def _kept(place: Path) -> str | None:
+    """What was kept of a proof, which is used with that; None where there is none, or it cannot be read or is no such file."""
+    try:
+        if not place.is_file() or place.stat().st_size > LONGEST:
+            return None
+        said = place.read_text(encoding="utf-8")
+        os.utime(place)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return said
+
+
+def _keep(place: Path, said: str) -> None:
+    """Remember that a proof held, and forget those that were used longest ago; where nothing can be written it is made again the
+    next time. Replaced whole: another process may read it just now."""
     try:
         durable.make_directory(place.parent)
-        place.touch()
+        durable.write_files(place.parent, {place.name: said.encode()[:LONGEST].decode(errors="ignore").encode()})
+        ours = [one for one in os.scandir(place.parent) if NAME.fullmatch(one.name) and one.is_file(follow_symlinks=False)]
+        for one in sorted(ours, key=lambda one: one.stat().st_mtime_ns)[:-KEPT]:
+            Path(one.path).unlink(missing_ok=True)
     except OSError:
         return
 
