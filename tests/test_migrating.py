@@ -13,10 +13,12 @@ import pytest
 from hub_standin import Hub
 from hubrows import ROWS as HUB_ROWS
 from hubworld import started_hub  # noqa: F401 - the fixture
+from peft import PeftModel
 
 from lorry import cli, config
 from lorry.config import parse
 from lorry.data.catalog import SUITES
+from lorry.errors import LorryError
 from tiny import GPT2, LLAMA, NEOX, random_model
 from verbworld import tokenizer, write_rows
 
@@ -113,3 +115,45 @@ def test_every_line_runs(line: str, place: Path, tmp_path: Path, hub: Hub, capsy
     assert (run / ("model.safetensors" if whole else "adapter_model.safetensors")).is_file()
     assert (run / "losses.json").is_file()
     assert bool(hub.files) == ("push_to_hub=true" in argv)
+
+
+# Of the tools whose settings are pairs of "`name: value`" and "`name=value ...`", "nothing" or "refused"
+PEERS = ("PEFT", "TRL", "axolotl", "LLaMA-Factory")
+PAIR = re.compile(r"^\| `(\w+: [^`]+)` \| (?:`([^`]+)`|(nothing|refused)) \|", flags=re.M)
+SECTIONS = dict(re.findall(r"^## From ([\w-]+)\b[^\n]*\n(.*?)(?=^## |\Z)", PAGE.read_text(), flags=re.M | re.S))
+PAIRS = [(tool, *found.groups()) for tool in PEERS for found in PAIR.finditer(SECTIONS[tool])]
+NEEDED = {"eval_strategy": ["test_size=0.1"]}  # beside a setting, or it would be refused
+
+
+@pytest.mark.parametrize("tool", PEERS)
+def test_every_pair_of_a_table_is_tried(tool: str) -> None:
+    rows = [line for line in SECTIONS[tool].split("| what is different |")[1].split("\n\n")[0].splitlines() if line[:3] == "| `"]
+    assert len(rows) == sum(one == tool for one, *_ in PAIRS) >= 12
+
+
+@pytest.mark.parametrize(("tool", "theirs", "ours", "word"), PAIRS, ids=[f"{tool}-{theirs}" for tool, theirs, *_ in PAIRS])
+def test_both_sides_of_a_pair_are_the_same_run(
+    tool: str, theirs: str, ours: str | None, word: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "theirs.yml"
+    file.write_text(theirs + "\n")
+    name = theirs.partition(":")[0]
+    rest = [] if name in ("dataset_name", "datasets", "dataset") else ["data=rows.jsonl"]
+    rest += ["output_dir=run", *NEEDED.get(name, [])]
+    if word == "refused":
+        with pytest.raises(LorryError, match=name):
+            parse(config.Run, [str(file), *rest], [])
+        return
+    expected = parse(config.Run, [*shlex.split(ours or ""), *rest], [])
+    assert parse(config.Run, [str(file), *rest], []) == expected
+
+
+def test_the_program_for_people_who_use_peft_runs_and_peft_reads_what_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", SECTIONS["PEFT"], flags=re.S)
+    model = random_model(LLAMA)
+    exec(compile(program, "docs/migrating.md", "exec"), {"model": model})
+    found = PeftModel.from_pretrained(random_model(LLAMA), tmp_path / "adapter").peft_config["default"]
+    assert (found.r, found.lora_alpha, set(found.target_modules or ())) == (4, 8, {"q_proj", "v_proj"})
