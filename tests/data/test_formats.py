@@ -69,6 +69,7 @@ def test_good_rows(name: str, row: dict[str, Any], content: Any) -> None:
 
 
 SAID_TWICE = [CHAT[0], {"role": "assistant", "content": "a", "from": "gpt", "value": "b"}]
+TEXT_PART = {"type": "text", "text": "hi"}
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"text": "  "}, "empty answer", "'text' is empty"),
     ({"text": None}, "columns", "column 'text' is missing or null"),
@@ -100,7 +101,24 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": ["user"], "content": "a"}]}, "roles", "unknown role ['user']"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "roles", "tool calls are not supported"),
     ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}, "roles", "tool calls are not supported"),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "format", "holds a list, expected text"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "format",
+        "messages[0].content[0] is a part of type 'image'",
+    ),
+    *(
+        ({"messages": [CHAT[0], {"role": "assistant", "content": [TEXT_PART, TEXT_PART | part]}]}, kind, f"content[1]{reason}")
+        for part, kind, reason in [
+            ({"weight": 0}, "keys", ".weight: a part of a content has a type and a text, nothing else; weights stand beside"),
+            ({"train": False}, "keys", ".train: "),
+            ({"Mask": 1}, "keys", ".Mask: "),
+            ({"image_url": "u"}, "keys", ".image_url: "),
+            ({"type": "image_url", "image_url": {"url": "u"}}, "format", " is a part of type 'image_url'"),
+            ({"type": None}, "format", " is a part of type 'None'"),
+            ({"text": None}, "format", ".text' holds nothing"),
+        ]
+    ),
+    ({"instruction": [TEXT_PART | {"weight": 0}], "output": "a"}, "keys", "instruction[0].weight"),
     ({"conversations": [{"from": "bing", "value": "a"}]}, "roles", "unknown from 'bing'"),
     ({"instruction": "i", "output": ""}, "empty answer", "'output' is empty"),
     ({"instruction": "i", "output": "o", "history": [["q"]]}, "format", "'history[0]' is a list, expected [question, answer]"),
@@ -234,3 +252,13 @@ def test_any_values_give_content_or_a_bad_row(form: Any, data: st.DataObject) ->
         assert made.text.strip()
     else:
         assert made.reason
+
+
+def test_parts_of_a_content_are_joined() -> None:
+    """What a server is told about its cache, and nulls of merged tables, say nothing that a model reads."""
+    parts = [
+        {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}},
+        {"type": "text", "text": "b", "image_url": None},
+    ]
+    row = {"messages": [CHAT[0], {"role": "assistant", "content": parts}]}
+    assert normalise(row, detect(row)) == Conversation((user("q"), said("ab")))

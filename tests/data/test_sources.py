@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import io
 import json
 import os
@@ -346,7 +347,10 @@ def on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 def test_hub_data_sets(on_the_hub: Callable[[str, bytes], str], streaming: bool) -> None:
     name = on_the_hub("train.jsonl", b'{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n')
     got = [(row.values, row.where) for row in open_source(name, streaming=streaming)]
-    assert got == [({"question": "a", "answer": "b"}, "owner/set:1"), ({"question": "c", "answer": "d"}, "owner/set:2")]
+    assert got == [
+        ({"question": "a", "answer": "b"}, "owner/set/train.jsonl:1"),
+        ({"question": "c", "answer": "d"}, "owner/set/train.jsonl:2"),
+    ]
     with pytest.raises(DataError, match="owner/set: "):
         list(open_source(name, split="nosuchsplit", streaming=streaming))
 
@@ -375,9 +379,11 @@ def test_a_hub_data_set_with_pictures_is_read_without_them(
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("train.json", b'[{"text": "a"}]\n[{"text": "b"}]'),
         ("train.json", b'[{"text": "a"}] rubbish'),
         ("train.jsonl", b'{"text": "a", "text": "b"}\n'),
+        ("train.jsonl", b'{"text": "a"}\n{"text": "a", "meta": {"k": 1, "k": 2}}\n'),
+        ("train.json", b'[{"text": "a"}, {"text": "a", "text": "b"}]'),
+        ("train.json", b'{"data": [{"text": "a"}], "data": [{"text": "b"}]}'),
         ("train.jsonl", b'{"text": "a"}\n{"text'),
         ("train.csv", b'"text,other\na,b\n'),
         ("train.parquet", b"PAR1 and nothing more"),
@@ -385,8 +391,27 @@ def test_a_hub_data_set_with_pictures_is_read_without_them(
 )
 def test_damaged_hub_data_sets(on_the_hub: Callable[[str, bytes], str], streaming: bool, file: str, content: bytes) -> None:
     name = on_the_hub(file, content)
-    with pytest.raises(DataError, match="owner/set: "):
+    with pytest.raises(DataError, match=f"owner/set(: |/{file}:)"):
         list(open_source(name, streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_json_of_a_hub_data_set_is_read_as_files_here_are(
+    on_the_hub: Callable[[str, bytes], str], streaming: bool, tmp_path: Path
+) -> None:
+    """Of two equal keys none wins, joined arrays are all read, packed files are unpacked, splits of a README's YAML hold."""
+    name = on_the_hub("a.json", b'[{"text": "a"}]\n[{"text": "b"}]')
+    on_the_hub("b.jsonl.gz", gzip.compress(b'{"text": "c", "text": "C"}\n{"text": "d"}\n'))
+    on_the_hub("c.jsonl", b'{"text": "other"}\n')
+    files = "[{split: train, path: [a.json, b.jsonl.gz]}, {split: test, path: c.jsonl}]"
+    front = f"configs: [{{config_name: default, data_files: {files}}}]"
+    on_the_hub("README.md", f"---\n{front}\n---\n".encode())
+    source = open_source(name, streaming=streaming, on_bad_row="skip")
+    assert [(row.values["text"], row.where) for row in source] == [
+        ("a", "owner/set/a.json:1: element 0"), ("b", "owner/set/a.json:2: element 1"), ("d", "owner/set/b.jsonl.gz:2"),
+    ]  # fmt: skip
+    assert source.bad.counts == {"key twice": 1}
+    assert [row.values for row in open_source(name, split="test", streaming=streaming)] == [{"text": "other"}]
 
 
 def test_hub_data_sets_that_are_not_plain_tables_are_refused(on_the_hub: Callable[[str, bytes], str]) -> None:
@@ -405,3 +430,59 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
     assert rows(tmp_path / "two", split="test") == [({"text": "t"}, "two:1")]
     with pytest.raises(DataError, match="no split 'train'; it has test"):
         rows(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'"a,b,c,d";e\nx;y\n', [({"a,b,c,d": "x", "e": "y"}, "t.csv:2")]),
+        (b'"a\n,,,";e\nx;y\n', [({"a\n,,,": "x", "e": "y"}, "t.csv:3")]),
+        (b'e;"say ""a,b,c"", d"\nx;y\n', [({"e": "x", 'say "a,b,c", d': "y"}, "t.csv:2")]),
+        (b"sep=;\r\na;b,c,d\r\nx;y\r\n", [({"a": "x", "b,c,d": "y"}, "t.csv:3")]),
+        (b"\xef\xbb\xbfsep=|\na|b\nx,1|y\n", [({"a": "x,1", "b": "y"}, "t.csv:3")]),
+        (b"SEP=\t\na\tb\nx\ty\n", [({"a": "x", "b": "y"}, "t.csv:3")]),
+    ],
+)
+def test_separators_are_those_outside_quotes_or_what_excel_says(tmp_path: Path, content: bytes, expected: Any) -> None:
+    if b"a\n,,," in content:
+        with pytest.raises(DataError, match="header is not valid"):  # a line break in a name is refused, whatever separates
+            rows(write(tmp_path, "t.csv", content))
+        return
+    assert rows(write(tmp_path, "t.csv", content)) == expected
+
+
+@pytest.mark.parametrize("second", [b"a,b\n", b"\xef\xbb\xbfa,b\n", b"\xef\xbb\xbfx,y\n"])
+def test_joined_csv_files_do_not_teach_their_headers(tmp_path: Path, second: bytes) -> None:
+    path = write(tmp_path, "t.csv", b"\xef\xbb\xbfa,b\n1,2\n" + second + b"3,4\n")
+    with pytest.raises(DataError, match=r"t\.csv:3: .*stands here again"):
+        rows(path)
+    assert [row for row, _ in rows(path, on_bad_row="skip")] == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+
+
+def test_byte_order_marks_of_joined_files_are_no_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    lines = mark + b'{"a": "x"}\n' + mark + b'{"a": "\xef\xbb\xbfy"}\n' + mark + b"\n"
+    assert [row for row, _ in rows(write(tmp_path, "t.jsonl", lines))] == [{"a": "x"}, {"a": "\ufeffy"}]
+    arrays = mark + b'[{"a": 1}]\n' + mark + b'[{"a": 2}]' + mark
+    assert [row for row, _ in rows(write(tmp_path, "t.json", arrays))] == [{"a": 1}, {"a": 2}]
+    with pytest.raises(DataError, match="expected ',' or ']'"):
+        rows(write(tmp_path, "u.json", b'[{"a": 1}' + mark + b"]"))
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("t.jsonl", json.dumps({"text": "a", "n": [1]}, indent=1), "object over several lines"),
+        ("t.jsonl", '\n{"text": "a",\n"n": 1}', "object over several lines"),
+        ("t.jsonl", json.dumps([{"text": "a"}], indent=1), "a JSON array; name the file .json"),
+        ("t.jsonl", '[{"text": "a"},\n{"text": "b"}]', "a JSON array; name the file .json"),
+        ("t.json", json.dumps({"text": "a"}, indent=1), r"needs \[ \] around it"),
+        ("t.json", json.dumps({"text": "a"}, indent=1) * 2, r"needs \[ \] around it"),
+    ],
+)
+def test_another_layout_is_said_once_and_never_skipped(
+    tmp_path: Path, on_bad_row: Any, name: str, content: str, reason: str
+) -> None:
+    with pytest.raises(DataError, match=reason):
+        rows(write(tmp_path, name, content), on_bad_row=on_bad_row)

@@ -11,6 +11,9 @@ dropped in silence. Keys that say what is learnt:
 
 What no entry of train_detail covers is not learnt; the end of the turn is.
 
+A content may be a list of parts ``{"type": "text", "text": ...}``. They are joined; a part of another type, or with a key
+that says anything else, is refused by name. `cache_control` alone may stand there: it tells a server what to keep.
+
 `mask` and the like mean opposite things in different tools (masked out; counted in the loss) and are refused.
 """
 
@@ -38,6 +41,7 @@ AMBIGUOUS = (
     "mask", "masked", "loss_mask", "train_mask", "loss_weight", "weights", "loss_scale", "trainable", "training",
     "learn", "ignore",
 )  # fmt: skip
+PART_KEYS = ("type", "text", "cache_control")  # of a part of a content; the last changes nothing that a model reads
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,22 @@ def text_of(value: Any, column: str) -> str:
         return _encodable(value, column)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
-        return "".join(text_of(part.get("text"), column) for part in value)
+    if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
+        return "".join(_part(part, f"{column}[{number}]") for number, part in enumerate(value))
     raise Unusable("format", f"{column!r} holds {kind_of(value)}, expected text")
+
+
+def _part(part: Mapping[str, Any], place: str) -> str:
+    """The text of one part of a content. Raises Unusable for one that is not text, or says more than its text."""
+    if part.get("type") != "text":
+        raise Unusable(
+            "format", f"{place} is a part of type {str(part.get('type'))[:40]!r}; Lorry trains on parts of type 'text'"
+        )
+    for key, held in part.items():
+        if key not in PART_KEYS and held not in (None, "", [], {}):
+            hint = "; weights stand beside a turn's role and content" if str(key).lower() in (*LEARNING, *AMBIGUOUS) else ""
+            raise Unusable("keys", f"{place}.{str(key)[:40]}: a part of a content has a type and a text, nothing else{hint}")
+    return text_of(part.get("text"), f"{place}.text")
 
 
 def _encodable(value: str, column: str) -> str:

@@ -36,15 +36,24 @@ ROW_COLUMNS = frozenset(
 
 
 def read_jsonl(path: Path, shown: str) -> Rows:
-    """JSON lines: one object a line, blank lines ignored, read lazily."""
-    decoder = RowDecoder()
+    """JSON lines: one object a line, blank lines and byte order marks before one (joined files) ignored, read lazily.
+
+    Raises DataError where the first line that is not blank shows that the file has another layout: each of its lines would
+    be a bad row, and could be skipped.
+    """
+    decoder, first = RowDecoder(), True
     with path.open("rb") as file:
         for number, raw in enumerate(_lines(file), 1):
             if number == 1:
                 raw = without_mark(raw, shown)
+            elif raw[:1] == b"\xef":
+                raw = raw.removeprefix(UTF8_MARK)
             if raw.strip():
                 where = f"{shown}:{number}"
                 parsed = decoder.object_of(raw)
+                if first and isinstance(parsed, BadRow) and parsed.kind == "json" and (layout := _other_layout(raw.strip())):
+                    raise DataError(f"{where}: {layout}")
+                first = False
                 if isinstance(parsed, BadRow):
                     yield Fault(where, parsed, printable(raw[:LARGEST_ROW]))
                 else:
@@ -68,7 +77,9 @@ def read_json(path: Path, shown: str) -> Rows:
                 found = False
             if not found:
                 if scan.line > line and not _looks_like_lines(path):
-                    raise scan.wrong(f"expected {JSON_LAYOUTS}")
+                    raise scan.wrong(
+                        f"expected {JSON_LAYOUTS}; an object that is itself a row, over several lines, needs [ ] around it"
+                    )
                 yield from read_jsonl(path, shown)
                 return
         elif opening == "[":
@@ -230,6 +241,17 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
             raw = file.readline(LARGEST_ROW + 1)
 
 
+def _other_layout(line: bytes) -> str:
+    """What a file is, judged by a first line that is no object, where it cannot be JSON lines; else ""."""
+    if line[:1] == b"[":
+        return "not JSON lines but a JSON array; name the file .json"
+    if line[:1] == b"{" and line[-1:] in (b"{", b"[", b","):
+        return (
+            "not JSON lines: an object over several lines; write each row in one line, or as an array [ ] in a file named .json"
+        )
+    return ""
+
+
 def _looks_like_lines(path: Path) -> bool:
     """Whether the first two lines open an object each, and the first is not one laid out over several lines."""
     with path.open("rb") as file:
@@ -269,13 +291,18 @@ class _Scanner:
         return bool(piece)
 
     def peek(self, end: bool = False) -> str:
-        """Skip white space; the next character, or, at the end of the file, nothing (``end``) or an error."""
+        """Skip white space; the next character, or, at the end of the file, nothing (``end``) or an error.
+
+        Where the file may end another may have been joined to it, so a byte order mark is skipped there, too."""
         letter = self.text[self.at : self.at + 1]
-        if letter and letter not in " \t\r\n":  # nearly always: the pattern costs three times as much
+        if letter and letter not in " \t\r\n\ufeff":  # nearly always: the pattern costs three times as much
             return letter
         while True:
             self.at = _behind_space(self.text, self.at)
             if self.at < len(self.text):
+                if end and self.text[self.at] == "\ufeff":
+                    self.at += 1
+                    continue
                 return self.text[self.at]
             if not self._more():
                 if end:

@@ -7,6 +7,7 @@ Files are only ever parsed: nothing in them is executed or unpickled. JSON is re
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -17,23 +18,32 @@ from lorry.data.json_rows import decoded, printable, read_json, read_jsonl, with
 from lorry.data.rows import CUT_OFF, LARGEST_ROW, TOO_LARGE, Fault, Row, Rows, Select, not_utf8
 from lorry.errors import DataError, shortlist
 
-HEAD = 1 << 16  # characters of the header line in which separators are counted
+HEAD = 1 << 16  # characters of the header in which separators are counted
+QUOTED = re.compile(r'(?<![^,;\t\r\n])"(?:[^"]|"")*(?:"|$)')  # a cell in quotes: what stands in it separates nothing
+SAID = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?\n', re.IGNORECASE)  # how Excel says the separator, in a line of its own
 
 
 def read_csv(path: Path, shown: str) -> Rows:
-    """CSV with a header line, separated by whichever of ``, ; tab`` the header uses most. A record may span lines."""
+    """CSV with a header line, separated by whichever of ``, ; tab`` the header uses most outside quotes, or by what a first
+    line ``sep=;`` says. A record may span lines. A header that stands there again (joined files) is a bad row.
+    """
     csv.field_size_limit(LARGEST_ROW)  # the csv module's own 131072 characters refuse long documents
     with path.open("rb") as probe:
         without_mark(probe.read(8), shown)
     # surrogateescape keeps a row with broken UTF-8 in its place, so that it alone is bad and not the rest of the file
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        header_line = file.readline(HEAD)
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header_line.count)
+        head = file.read(HEAD)
+        said = SAID.match(head)
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=_header_text(head).count)
         file.seek(0)
+        if said:
+            delimiter = said[1]
+            file.readline()
+        before = 1 if said else 0  # lines that the csv module does not see
         table = csv.reader(_lines(file, shown), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
-            where = f"{shown}:{table.line_num + 1}"
+            where = f"{shown}:{before + table.line_num + 1}"
             try:
                 cells = next(table, None)
             except csv.Error as error:
@@ -69,6 +79,11 @@ READERS: dict[str, Callable[[Path, str, Select | None], Rows]] = {
     ".parquet": read_parquet,
     ".txt": _whole(read_txt),
 }
+
+
+def _header_text(head: str) -> str:
+    """The first line of a CSV file without its cells in quotes, which may hold separators and line breaks."""
+    return next(iter(QUOTED.sub("", head).lstrip("\r\n").splitlines()), "")
 
 
 def _lines(file: TextIO, shown: str) -> Iterator[str]:
@@ -109,6 +124,10 @@ def _bad_cells(cells: list[str], header: list[str]) -> BadRow | None:
     """Why a CSV record cannot be used, or None."""
     if len(cells) != len(header):
         return BadRow("columns", f"the row has {len(cells)} columns, the header {len(header)}")
+    if cells[0][:1] == "\ufeff" or cells == header:
+        return BadRow(
+            "joined", "the header or a byte order mark stands here again: files were joined; keep the first header alone"
+        )
     for name, cell in zip(header, cells, strict=True):
         if "\0" in cell:
             return BadRow("encoding", f"column {name!r}: {CUT_OFF}")

@@ -13,10 +13,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 from lorry.data.badrows import BadRows, OnBadRow
 from lorry.data.columnar import DAMAGE, expect_damage, read_saved, read_tables
+from lorry.data.json_rows import read_json, read_jsonl
 from lorry.data.readers import READERS
 from lorry.data.rows import Fault, Part, Remark, Row, Rows, Select
 from lorry.disk.durable import DiskError
@@ -30,6 +32,7 @@ SPLITS = {
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 BATCH = 1024  # rows of a hub data set taken at once
 PACKED = (EOFError, zlib.error, lzma.LZMAError, BadZipFile)  # what damaged compressed files raise
+JSON_LINES = (".jsonl", ".ndjson")
 HUB_BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # the storage kinds that are parsed only, never executed
 
 
@@ -170,6 +173,9 @@ def _hub_rows(
         kind = type(builder).__module__.rpartition(".")[2]
         if kind not in HUB_BUILDERS:
             raise DataError(f"{hub_id}: stored as {kind!r}; Lorry reads hub data sets stored as {', '.join(HUB_BUILDERS)}")
+        if kind == "json":
+            yield from _hub_json(builder, hub_id, split)
+            return
         if streaming:
             table = builder.as_streaming_dataset(split=split)
         else:
@@ -183,3 +189,25 @@ def _hub_rows(
     except (DatasetsError, pyarrow.ArrowException, *PACKED, *DAMAGE, RuntimeError, AttributeError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{hub_id}: neither a file here nor a data set that can be opened on the hub: {why}") from error
+
+
+def _hub_json(builder: Any, hub_id: str, split: str) -> Rows:
+    """The rows of a hub data set that is stored as JSON, downloaded file by file and read as files here are.
+
+    ``datasets``' own reader keeps the last of two equal keys, and fills keys that a row lacks with nulls.
+    """
+    from datasets import DownloadManager
+
+    if (field := builder.config.field) not in (None, "data"):
+        raise DataError(f"{hub_id}: its rows lie under {field!r} in each file; download the files and write them as JSON lines")
+    files = builder.config.data_files or {}
+    if split not in files:
+        raise DataError(f"{hub_id}: no split {split!r}; it has {', '.join(map(str, files)) or 'none'}")
+    manager = DownloadManager()
+    for address in files[split]:
+        name = str(address).rpartition("/")[2]
+        local = manager.download_and_extract(str(address))
+        lines = any(f".{word}" in JSON_LINES for word in name.lower().split(".")[1:])
+        for path in map(Path, manager.iter_files([local])):
+            inner = lines or path.suffix.lower() in JSON_LINES
+            yield from (read_jsonl if inner else read_json)(path, f"{hub_id}/{name}")
