@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,35 @@ def test_readme_opens_with_the_two_commands() -> None:
     assert 0 < text.index("make demo") < 2500
     assert 0 < text.index("make test") < 2500
     assert len(commands(text)) >= 5
+
+
+def test_the_table_of_the_environment_has_every_variable_there_is() -> None:
+    files = [path for folder in ("src", "tests") for path in (ROOT / folder).rglob("*.py")]
+    read = {name for path in files for name in re.findall(r"\bLORRY_[A-Z_]*[A-Z]\b", path.read_text())}
+    table = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "running.md").read_text(), flags=re.M)
+    assert sorted(table) == sorted(read)
+
+
+def test_what_is_said_of_the_plan_is_what_was_measured() -> None:
+    """README, docs/plan.md and the JSON of benchmarks/plan.py, which has configurations that were never run."""
+    records = json.loads((ROOT / "benchmarks" / "results" / "plan-cpu.json").read_text())["records"]
+    errors = sorted(abs(record["predicted"] / record["measured"] - 1) for record in records)
+    worst, near = f"{errors[-1]:.1%}", 0.042
+    within = f"{sum(error <= near for error in errors)} of them within {near:.1%}"
+    for page in ("README.md", "docs/plan.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        assert f"{len(records)} configurations" in text, page
+        assert f"within {worst}" in text, page
+        assert within in text, page
+    spec = importlib.util.spec_from_file_location("benchmarks_plan", ROOT / "benchmarks" / "plan.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    ran = {record["case"] for record in records}
+    never = re.findall(r"`([^`]+)`", text.partition("have never been run: ")[2].partition(". ")[0])
+    assert sorted(never) == sorted(case.name for case in module.CASES if case.name not in ran)
 
 
 def test_architecture_lists_the_rooms_there_are() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorry.errors import ConfigError
-from lorry.train.checkpoint import code_digest, environment, load, refuse_other, save
+from lorry.train.checkpoint import FREE, PLACE, code_digest, environment, load, refuse_other, save
 
 CONFIG = {
     "train": {"learning_rate": 1e-3, "save_steps": 10, "betas": [0.9, 0.999], "seed": 0},
@@ -55,6 +55,21 @@ def test_another_run_is_refused_by_field_with_both_values(field: str, value: obj
     with pytest.raises(ConfigError) as caught:
         refuse_other(CURRENT, changed(field, value))
     assert f"\n  {message}\n" in str(caught.value)
+
+
+@pytest.mark.parametrize(("field", "longer"), [("max_steps", True), ("num_train_epochs", True), ("learning_rate", False)])
+def test_the_error_says_what_may_change_and_how_to_train_on(field: str, longer: bool) -> None:
+    with pytest.raises(ConfigError, match=r"only where and how often a run writes may change \(docs/running\.md") as caught:
+        refuse_other(CURRENT, changed(f"config.train.{field}", 7))
+    assert ("adapter=THIS_RUN output_dir=ANOTHER" in str(caught.value)) == longer
+
+
+def test_the_page_lists_what_may_change() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "running.md").read_text()
+    may, with_a_note = (
+        set(re.findall(r"`(\w+)`", line)) for line in re.findall(r"^\| (?:yes|with a note) \| (.*) \|$", text, re.M)
+    )
+    assert (may, with_a_note) == (FREE, PLACE)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ class EvalSettings(Group):
     seed: NonNegativeInt = setting(0, "of the shots, the sampling and the intervals")
     output_dir: DirPath | None = setting(
         None,
-        "folder for results.json with every answer, of tasks also results.csv and results.png; or the .json or .csv file alone",
+        "folder for results.json with every answer, of tasks also results.csv and results.png; or the .json or .csv file alone. "
+        "The values alone are kept in evaluation.json of the run that was asked, whatever is set here",
     )
 
     @model_validator(mode="after")

@@ -65,6 +65,12 @@ FREE = frozenset(
 )
 # Settings of where and in what portions a run computes: the same run may go on with others, though not bit for bit.
 PLACE = frozenset({"backend", "device", "gradient_checkpointing", "per_device_eval_batch_size"})
+MAY_CHANGE = "only where and how often a run writes may change (docs/running.md lists it), and where it computes, with a note"
+LENGTH = frozenset({"max_steps", "num_train_epochs"})
+LONGER = (
+    "A run's length is part of what it computes: the learning rate of every step follows from it. To train on from what is "
+    "learnt, start a run of its own: adapter=THIS_RUN output_dir=ANOTHER"
+)
 
 
 def save(
@@ -193,7 +199,10 @@ def refuse_other(meta: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     notes += [f"{field} {old} -> {new}" for field, old, new in _differences(meta["environment"], current["environment"])]
     if refused:
         listed = "".join(f"\n  {line}" for line in refused)
-        raise ConfigError(f"cannot resume, the checkpoint belongs to another run:{listed}\nrestore these or use a new output_dir")
+        raise ConfigError(
+            f"cannot resume, the checkpoint belongs to another run:{listed}\nrestore these or use a new output_dir; {MAY_CHANGE}"
+            + (f". {LONGER}" if LENGTH & {line.partition(" ")[0].rpartition(".")[2] for line in refused} else "")
+        )
     return [f"not bitwise: {note}" for note in notes]
 
 
