@@ -26,6 +26,8 @@ EXAMPLES = {
     f"AIza{MIXED[:35]}": "Google", f"GOCSPX-{MIXED[:28]}": "Google", f"AccountKey={MIXED[:86]}==": "Azure",
     f"xoxb-123456789012-123456789012-{MIXED[:24]}": "Slack", f"xoxp-{MIXED[:40]}": "Slack", f"xapp-1-{MIXED[:40]}": "Slack",
     f"https://hooks.slack.com/services/T0/B0/{MIXED[:30]}": "Slack", "sk_" + f"live_{MIXED[:24]}": "Stripe",
+    "sq0csp-" + MIXED[:43]: "Square", f"{HEX[:32]}-us12": "Mailchimp", f"M{MIXED[:23]}.{MIXED[:6]}.{MIXED[:27]}": "Discord",
+    "PuTTY-User-Key-File-3: ssh-ed25519": "private key", "---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----": "private key",
     f"SG.{MIXED[:22]}.{MIXED[:43]}": "SendGrid", f"pypi-AgEIcHlwaS5vcmc{MIXED[:70]}": "PyPI", f"npm_{MIXED[:36]}": "npm",
     f"dckr_pat_{MIXED[:27]}": "Docker", f"wandb_v1_{MIXED[:50]}": "Weights", f"r8_{MIXED[:37]}": "Replicate",
     f"gsk_{MIXED[:52]}": "Groq", f"xai-{MIXED[:80]}": "xAI", f"pplx-{MIXED[:48]}": "Perplexity", f"nvapi-{MIXED[:64]}": "NVIDIA",
@@ -35,6 +37,25 @@ EXAMPLES = {
     "-----BEGIN PGP PRIVATE KEY BLOCK-----": "private key", f"eyJ{MIXED[:20]}.eyJ{MIXED[:40]}.{MIXED[:43]}": "JSON web token",
     "https://me:hunter2hunter2@example.org/x": "password in an address", "postgres://u:s3cr3t99@db": "password in an address",
 }  # fmt: skip
+
+
+# The examples that detect-secrets' own detectors document, or strings of the patterns in them (bc-detect-secrets 1.5.52)
+DETECT_SECRETS = [
+    "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", "ghs_" + "a_B3" * 9, "AKIA" + "1234567890ABCDEF", "ABIA" + "Z" * 16,
+    "sk_" + "live_ReTllpYQYfIZu2Jnf2lAPFjD", "rk_" + "live_5TcWfjKmJgpql9hjpRnwRXbT", "sq0csp-" + "ABCDEFGHIJK_LMNOPQRSTUVWXYZ-0123456789abcde",
+    "343ea45721923ed956e2b38c31db76aa-us30", "MTk4NjIyNDgzNDcxOTI1MjQ4.Cl2FMQ.ZnCjm1XVW7vRze4b7Cq4se7kKWs",
+    "xox" + "b-34532454-e039d02840a0b9379c", "https://hooks.slack.com/services/Txxxxxxxx/Bxxxxxxxx/xxxxxxxxxxxxxxxxxxxxxxxx",
+    "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", "npm_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+    "AccountKey=lJzRc1YdHaAA2KCNJJ1tkYwF/+mKK6Ygw0NGe170Xu592euJv2wYUtBlV8z+qnlcNQSnIYVTkLWntUO1F8j8rQ==",
+    "https://username:wh4tever@google.com", "-----BEGIN DSA PRIVATE KEY-----", "-----BEGIN EC PRIVATE KEY-----",
+    "-----BEGIN OPENSSH PRIVATE KEY-----", "-----BEGIN PGP PRIVATE KEY BLOCK-----", "---- BEGIN SSH2 ENCRYPTED PRIVATE KEY",
+    "PuTTY-User-Key-File-2: ssh-rsa\nEncryption: none",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("secret", DETECT_SECRETS, ids=lambda value: str(value)[:12])
+def test_what_detect_secrets_documents_is_found(secret: str) -> None:
+    assert find(f"x = '{secret}'") is not None
 
 
 @pytest.mark.parametrize(("secret", "what"), EXAMPLES.items(), ids=lambda value: str(value)[:14])

@@ -125,36 +125,17 @@ def parse_json(
     text = _decoded(raw, where, line, error) if isinstance(raw, bytes) else raw
 
     def refuse(reason: str, at: int = 0) -> NoReturn:
-        raise error(f"{where}:{line + text.count(chr(10), 0, at)}: not JSON ({reason})")
+        raise error(f"{where}:{line + text.count(chr(10), 0, at)}: not JSON ({reason})") from None
 
-    def whole(digits: str) -> int:
-        if len(digits) > MOST_DIGITS or abs(value := int(digits)) > largest:
-            refuse(f"{_short(digits)} is too large for an integer", max(text.find(digits), 0))
-        return value
-
-    def real(digits: str) -> float:
-        value = float(digits)
-        if math.isinf(value):
-            refuse(f"{_short(digits)} is beyond what a float holds", max(text.find(digits), 0))
-        return value
-
-    def constant(name: str) -> float:
-        if not nonfinite:
-            refuse(f"{name} is no number of JSON", max(text.find(name), 0))
-        return float(name)
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            twice = first_repeated(key for key, _ in pairs)
-            refuse(f"{_short(repr(twice))} is given twice in one object; keep one", max(text.rfind(json.dumps(twice)), 0))
-        return made
-
-    float_of = None if nonfinite else real  # Python's own is faster, and metrics.jsonl has many
+    decoder = _DECODERS.get((nonfinite, largest)) or _DECODERS.setdefault(
+        (nonfinite, largest), _strict_decoder(nonfinite, largest)
+    )
     try:
-        value = json.loads(text, parse_int=whole, parse_float=float_of, parse_constant=constant, object_pairs_hook=once)
+        value = decoder.decode(text)
     except json.JSONDecodeError as e:
         refuse(f"{e.msg}, column {e.colno}", e.pos)
+    except _NotStrict as e:
+        refuse(e.reason, max(text.rfind(e.token) if e.last else text.find(e.token), 0))
     except RecursionError:
         refuse("nested too deeply")
     # A value is walked only where its text may hold what is looked for: that costs more than parsing a short line
@@ -162,6 +143,48 @@ def parse_json(
     if (deep or escaped or not (isinstance(raw, bytes) or text.isascii())) and (reason := _unsound(value)):
         refuse(reason)
     return value
+
+
+class _NotStrict(Exception):
+    """Raised inside the JSON decoder; ``token`` is what to look for in the text, its ``last`` or its first place."""
+
+    def __init__(self, reason: str, token: str, last: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.token, self.last = reason, token, last
+
+
+# by (nonfinite, largest): building a decoder takes longer than decoding a line of metrics.jsonl
+_DECODERS: dict[tuple[bool, int], json.JSONDecoder] = {}
+
+
+def _strict_decoder(nonfinite: bool, largest: int) -> json.JSONDecoder:
+    """A decoder that raises _NotStrict for whatever Python's own passes over. It holds nothing of a text, so it is shared."""
+
+    def whole(digits: str) -> int:
+        if len(digits) > MOST_DIGITS or abs(value := int(digits)) > largest:
+            raise _NotStrict(f"{_short(digits)} is too large for an integer", digits)
+        return value
+
+    def real(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise _NotStrict(f"{_short(digits)} is beyond what a float holds", digits)
+        return value
+
+    def constant(name: str) -> float:
+        if not nonfinite:
+            raise _NotStrict(f"{name} is no number of JSON", name)
+        return float(name)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            twice = first_repeated(key for key, _ in pairs)
+            raise _NotStrict(f"{_short(repr(twice))} is given twice in one object; keep one", json.dumps(twice), last=True)
+        return made
+
+    float_of = None if nonfinite else real  # Python's own is faster, and metrics.jsonl has many
+    return json.JSONDecoder(parse_int=whole, parse_float=float_of, parse_constant=constant, object_pairs_hook=once)
 
 
 def parse_yaml(text: str, where: str, *, error: Refusal = DataError) -> tuple[Any, yaml.Node | None]:

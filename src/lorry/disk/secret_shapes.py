@@ -4,8 +4,12 @@
     line = hidden("hub_token=hf_...")         # "hub_token=***"
 
 Only shapes that say by themselves what they are: a prefix that the issuer fixed, and enough characters behind it. Guessing by
-entropy would refuse digests, tokenizers and ordinary rows. The prefixes are those that the issuers document for secret scanners;
-detect-secrets and gitleaks carry the same ones. What may repeat before more must follow is bounded: a scan takes time by the size
+entropy would refuse digests, tokenizers and ordinary rows. The prefixes are those that the issuers document for secret scanners.
+
+Why no library: detect-secrets 1.5.0 (May 2024) and its maintained fork bc-detect-secrets 1.5.52 (August 2026), the pure-Python
+lists on PyPI, know no Hugging Face, Anthropic, OpenAI or GitLab token and no github_pat_; their broad detectors (entropy,
+keywords, AC or SK and 32 letters) take digests and rows for secrets, and they need requests and unidiff. What of theirs says by
+itself what it is stands here too, held by tests/disk/test_secret_shapes.py (`DETECT_SECRETS`). gitleaks' rules are on no Python index. What may repeat before more must follow is bounded: a scan takes time by the size
 of a text alone. A new issuer is one line here, with an example in tests/disk/test_secret_shapes.py.
 """
 
@@ -28,14 +32,17 @@ SHAPES: tuple[tuple[str, str], ...] = (
     ("a key of OpenAI's kind", r"sk-[A-Za-z0-9]{32,}"),  # DeepSeek and others take its prefix
     ("an OpenRouter key", r"sk-or-v1-[0-9a-f]{40,}"),
     ("a LangSmith key", r"ls(?:v2_(?:pt|sk)_|__)[0-9a-f]{32}(?:_[0-9a-f]{10})?"),
-    ("a GitHub token", r"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{36,}"),
+    ("a GitHub token", r"gh[pousr]_[A-Za-z0-9_]{36,}|github_pat_[A-Za-z0-9_]{36,}"),
     ("a GitLab token", rf"(?:glpat|gldt|glft|glsoat|glrt|glptt|glagent|gloas|glimt|glcbt)-{_B64}{{20,}}"),
-    ("an AWS key", r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}(?![A-Za-z0-9+/=])"),
+    ("an AWS key", r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Za-z0-9+/=])"),
     ("a Google key", rf"AIza{_B64}{{35}}(?!{_B64})|GOCSPX-{_B64}{{28}}(?!{_B64})|ya29\.{_B64}{{40,}}"),
     ("an Azure storage key", r"AccountKey=[A-Za-z0-9+/]{80,}={0,2}"),
     ("a Slack token", r"xox[abeoprs]-[A-Za-z0-9-]{20,}|xapp-\d-[A-Za-z0-9-]{20,}"),
     ("a Slack webhook", r"hooks\.slack\.com/(?:services|workflows)/[A-Za-z0-9/_-]{30,}"),
     ("a Stripe key", r"(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{20,}"),
+    ("a Square secret", rf"sq0csp-{_B64}{{43}}"),
+    ("a Mailchimp key", r"[0-9a-f]{32}-us[0-9]{1,2}(?![0-9A-Za-z])"),
+    ("a Discord token", rf"[MNO][A-Za-z0-9_-]{{23,25}}\.{_B64}{{6}}\.{_B64}{{27,38}}(?!{_B64})"),
     ("a SendGrid key", rf"SG\.{_B64}{{20,24}}\.{_B64}{{39,50}}"),
     ("a PyPI token", rf"pypi-AgE{_B64}{{50,}}"),
     ("an npm token", r"npm_[A-Za-z0-9]{36}(?![A-Za-z0-9])"),
@@ -51,7 +58,10 @@ SHAPES: tuple[tuple[str, str], ...] = (
     ("a Tailscale key", r"tskey-[a-z]+-[A-Za-z0-9-]{20,}"),
     ("a Vault token", rf"hv[sb]\.{_B64}{{24,}}"),
     ("an age key", r"AGE-SECRET-KEY-1[0-9A-Z]{50,}"),
-    ("a private key", r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"),
+    (
+        "a private key",
+        r"-----BEGIN (?:[A-Z0-9]{1,20} ){0,6}PRIVATE KEY(?: BLOCK)?-----|---- BEGIN SSH2 ENCRYPTED PRIVATE KEY|PuTTY-User-Key-File-[23]:",
+    ),
     ("a JSON web token", rf"eyJ{_B64}{{15,1000}}\.eyJ{_B64}{{15,4000}}\.{_B64}{{20,}}"),
     ("a password in an address", r"[a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>{}$*]{1,100}:[^\s/:@\"'<>{}$*]{6,200}@[A-Za-z0-9]"),
 )
