@@ -42,7 +42,8 @@ EXAMPLES = {
 # The examples that detect-secrets' own detectors document, or strings of the patterns in them (bc-detect-secrets 1.5.52)
 DETECT_SECRETS = [
     "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", "ghs_" + "a_B3" * 9, "AKIA" + "1234567890ABCDEF", "ABIA" + "Z" * 16,
-    "sk_" + "live_ReTllpYQYfIZu2Jnf2lAPFjD", "rk_" + "live_5TcWfjKmJgpql9hjpRnwRXbT", "sq0csp-" + "ABCDEFGHIJK_LMNOPQRSTUVWXYZ-0123456789abcde",
+    "sk_" + "live_ReTllpYQYfIZu2Jnf2lAPFjD", "rk_" + "live_5TcWfjKmJgpql9hjpRnwRXbT",
+    "sq0csp-" + "ABCDEFGHIJK_LMNOPQRSTUVWXYZ-0123456789abcde",
     "343ea45721923ed956e2b38c31db76aa-us30", "MTk4NjIyNDgzNDcxOTI1MjQ4.Cl2FMQ.ZnCjm1XVW7vRze4b7Cq4se7kKWs",
     "xox" + "b-34532454-e039d02840a0b9379c", "https://hooks.slack.com/services/Txxxxxxxx/Bxxxxxxxx/xxxxxxxxxxxxxxxxxxxxxxxx",
     "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", "npm_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",

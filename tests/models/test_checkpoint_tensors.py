@@ -73,6 +73,29 @@ def test_values_too_large_for_the_number_format(llama: Path) -> None:
         opened(llama, dtype="float16")
 
 
+def test_float32_is_no_remedy_for_float32(llama: Path) -> None:
+    rewrite(llama, with_value(UP, 1e300, torch.float64))
+    with pytest.raises(ModelError, match=r"up_proj\.weight holds values too large for float32$"):
+        opened(llama, dtype="float32")
+
+
+def test_what_transformers_read_into_float16_may_have_been_whole(llama: Path) -> None:
+    rewrite(llama, with_value(UP, 1e6))
+    with pytest.raises(ModelError, match=r"holds NaN or infinity in float16; dtype=float32 tells whether the file does, too"):
+        opened(llama, dtype="float16", native=False)
+
+
+@native
+def test_a_buffer_that_is_not_used_may_not_be_damaged(native: bool, llama: Path) -> None:
+    """Recomputed, so the model would be right; but what else in such a file is? An infinite mask is as it should be."""
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(llama, lambda t: {**t, name: torch.tensor([1.0, float("inf")])})
+    opened(llama, native=native)
+    rewrite(llama, lambda t: {**t, name: torch.tensor([1.0, float("nan")])})
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.rotary_emb\.inv_freq holds NaN"):
+        opened(llama, native=native)
+
+
 @native
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
 def test_codes_in_the_place_of_weights(native: bool, stored: torch.dtype, llama: Path) -> None:

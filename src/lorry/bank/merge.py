@@ -61,9 +61,10 @@ class MergeReport:
         if self.ratio <= LOSS_BOUND:
             return None
         worst = max(self.rows, key=lambda r: r.ratio)
+        remedy = "merge in float32, or " if self.dtype != torch.float32 else ""
         return (
             f"rounding to {str(self.dtype).removeprefix('torch.')} lost {self.ratio:.0%} of the adapter "
-            f"(most at {worst.module}: {worst.ratio:.0%}); merge in float32, or keep the adapter beside the base"
+            f"(most at {worst.module}: {worst.ratio:.0%}); {remedy}keep the adapter beside the base"
         )
 
 
@@ -197,6 +198,7 @@ def _fold(path: str, layer: BankLinear | BankEmbedding, mix: Mapping[str, float]
     exact = delta.add_(layer.weight.detach())
     stored = exact.to(dtype, copy=True)
     if not bool(torch.isfinite(stored).all()):
-        raise ModelError(f"merging makes {path}.weight infinite or NaN in {dtype}; check the adapter, or merge in float32")
+        remedy = ", or merge in float32" if dtype != torch.float32 else ""
+        raise ModelError(f"merging makes {path}.weight infinite or NaN in {dtype}; check the adapter{remedy}")
     error = float(torch.linalg.vector_norm(exact.sub_(stored), dtype=torch.float64))
     return stored, MergeRow(path, size, error)

@@ -1,6 +1,6 @@
 """What secrets look like, so that none leaves this machine (`hub/files.py`) or is kept in a run (`train/process.py`).
 
-    found = find(text, environment=True)      # Found("a GitHub token", 17), or None
+    found = find(text, of_environment())      # Found("a GitHub token", 17), or None
     line = hidden("hub_token=hf_...")         # "hub_token=***"
 
 Only shapes that say by themselves what they are: a prefix that the issuer fixed, and enough characters behind it. Guessing by
@@ -9,8 +9,10 @@ entropy would refuse digests, tokenizers and ordinary rows. The prefixes are tho
 Why no library: detect-secrets 1.5.0 (May 2024) and its maintained fork bc-detect-secrets 1.5.52 (August 2026), the pure-Python
 lists on PyPI, know no Hugging Face, Anthropic, OpenAI or GitLab token and no github_pat_; their broad detectors (entropy,
 keywords, AC or SK and 32 letters) take digests and rows for secrets, and they need requests and unidiff. What of theirs says by
-itself what it is stands here too, held by tests/disk/test_secret_shapes.py (`DETECT_SECRETS`). gitleaks' rules are on no Python index. What may repeat before more must follow is bounded: a scan takes time by the size
-of a text alone. A new issuer is one line here, with an example in tests/disk/test_secret_shapes.py.
+itself what it is stands here too, held by tests/disk/test_secret_shapes.py (`DETECT_SECRETS`).
+
+What may repeat before more must follow is bounded: a scan takes time by the size of a text alone. A new issuer is one
+line here, with an example in tests/disk/test_secret_shapes.py.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ SHAPES: tuple[tuple[str, str], ...] = (
     ("an age key", r"AGE-SECRET-KEY-1[0-9A-Z]{50,}"),
     (
         "a private key",
-        r"-----BEGIN (?:[A-Z0-9]{1,20} ){0,6}PRIVATE KEY(?: BLOCK)?-----|---- BEGIN SSH2 ENCRYPTED PRIVATE KEY|PuTTY-User-Key-File-[23]:",
+        r"-----BEGIN (?:[A-Z0-9]{1,20} ){0,6}PRIVATE KEY(?: BLOCK)?-----"
+        r"|---- BEGIN SSH2 ENCRYPTED PRIVATE KEY|PuTTY-User-Key-File-[23]:",
     ),
     ("a JSON web token", rf"eyJ{_B64}{{15,1000}}\.eyJ{_B64}{{15,4000}}\.{_B64}{{20,}}"),
     ("a password in an address", r"[a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>{}$*]{1,100}:[^\s/:@\"'<>{}$*]{6,200}@[A-Za-z0-9]"),

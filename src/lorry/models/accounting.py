@@ -20,7 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lorry.errors import ModelError
-from lorry.models.weights import BUFFERS, FLOATS, Entry, refuse_not_finite
+from lorry.models.weights import BUFFERS, FLOATS, Entry, refuse_damaged_buffers, refuse_not_finite
 
 EXPERT = re.compile(r"(?P<before>.*\b)experts\.(?P<number>\d{1,6})\.(?P<after>.+)")
 
@@ -32,6 +32,7 @@ def refuse_unfit(where: Path, inner: Any, info: Mapping[str, Any], found: Mappin
     refuse_listed(where, inner, info)
     refuse_packed(where, inner, found)
     refuse_twice(where, inner, found)
+    refuse_damaged_buffers(found)
     refuse_gaps(where, found)
     refuse_untied(where, inner, found)
     if dropped := left_out(inner, found):

@@ -3,6 +3,8 @@
 The rule for whatever loads weights, here and in `load`, `embedded`, `quantized` and `bank.peft_tensors`: every tensor that the
 model expects comes from the files exactly once, in its shape; every tensor of the files is used, or named in an error (or, for
 those that transformers' own class leaves out, in a note); every value is finite. Nothing is ever filled in at random.
+Buffers of older checkpoints that are recomputed (`BUFFERS`) are not used; one with a NaN is refused all the same: its
+file is damaged.
 
 Nothing is initialised and then overwritten: the decoder is built on the meta device and takes the file's tensors as they are.
 """
@@ -114,6 +116,7 @@ def load_decoder(directory: Path, family: Family, config: Mapping[str, Any], dty
     with torch.device("meta"):
         model = Decoder(family, config)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    refuse_damaged_buffers(found)
     plan = assign(found, family, expected, tied=model.geometry.tied, where=directory)
     state = read({ours: found[theirs] for ours, theirs in plan.items()}, dtype, device)
     head, embed = f"{family.head}.weight", f"{family.embed}.weight"
@@ -183,6 +186,15 @@ def read(wanted: Mapping[str, Entry], dtype: torch.dtype, device: torch.device) 
     return state
 
 
+def refuse_damaged_buffers(found: Mapping[str, Entry]) -> None:
+    """Raise ModelError naming a buffer that is recomputed and holds a NaN. An infinity is none of damage: masks hold it."""
+    for name, entry in found.items():
+        if BUFFERS.fullmatch(name) and entry.dtype in FLOATS:
+            with safe_open(entry.file, framework="pt") as f:
+                if bool(f.get_tensor(entry.name).isnan().any()):
+                    raise ModelError(f"{entry.file}: {name} holds NaN; the checkpoint is damaged: get another copy")
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether every value of a floating tensor is finite.
 
@@ -197,11 +209,16 @@ def refuse_not_finite(where: Path, tensors: Iterable[tuple[str, Tensor]], dtype:
     """Raise ModelError naming the first of ``tensors`` (name, values) with a NaN or an infinity among its values."""
     for name, tensor in tensors:
         if not is_finite(tensor):
-            raise ModelError(f"{where}: {name} {_not_finite(tensor, dtype)}")
+            unclear = " in float16; dtype=float32 tells whether the file does, too" if dtype == torch.float16 else ""
+            raise ModelError(f"{where}: {name} holds NaN or infinity{unclear}" if unclear else f"{where}: {name} {_DAMAGED}")
 
 
 def _not_finite(stored: Tensor, dtype: torch.dtype) -> str:
     """What is wrong with a tensor's values: their own fault, or that of the number format they were asked for in."""
     if is_finite(stored):
-        return f"holds values too large for {str(dtype).removeprefix('torch.')}; open it with dtype=float32"
-    return "holds NaN or infinity; the checkpoint is damaged, or its training had failed: get another copy"
+        remedy = "; open it with dtype=float32" if dtype != torch.float32 else ""
+        return f"holds values too large for {str(dtype).removeprefix('torch.')}{remedy}"
+    return _DAMAGED
+
+
+_DAMAGED = "holds NaN or infinity; the checkpoint is damaged, or its training had failed: get another copy"
