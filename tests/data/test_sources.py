@@ -486,3 +486,25 @@ def test_another_layout_is_said_once_and_never_skipped(
 ) -> None:
     with pytest.raises(DataError, match=reason):
         rows(write(tmp_path, name, content), on_bad_row=on_bad_row)
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.csv", "t.txt", "t.parquet"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n", "a Git LFS pointer"),
+        (gzip.compress(GOOD), r"compressed \(gzip\)"), (b"PK\x03\x04" + GOOD, r"compressed \(zip\)"),
+    ],
+)  # fmt: skip
+def test_files_that_only_stand_for_the_data_are_not_learnt(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    with pytest.raises(DataError, match=rf"{re.escape(name)}:1: {reason}"):
+        rows(write(tmp_path, name, content), on_bad_row="skip")
+
+
+def test_a_line_with_something_behind_its_object_is_a_bad_row(tmp_path: Path) -> None:
+    path = write(tmp_path, "t.jsonl", b'{"text": "a"},\n' + GOOD)
+    assert [row for row, _ in rows(path, on_bad_row="skip")] == [{"text": "one"}]
+
+
+def test_blank_lines_before_a_header(tmp_path: Path) -> None:
+    assert rows(write(tmp_path, "t.csv", b"\n\na,b\n1,2\n")) == [({"a": "1", "b": "2"}, "t.csv:4")]

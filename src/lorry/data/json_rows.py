@@ -51,7 +51,7 @@ def read_jsonl(path: Path, shown: str) -> Rows:
             if raw.strip():
                 where = f"{shown}:{number}"
                 parsed = decoder.object_of(raw)
-                if first and isinstance(parsed, BadRow) and parsed.kind == "json" and (layout := _other_layout(raw.strip())):
+                if first and isinstance(parsed, BadRow) and (layout := _other_layout(raw.strip(), parsed)):
                     raise DataError(f"{where}: {layout}")
                 first = False
                 if isinstance(parsed, BadRow):
@@ -241,8 +241,10 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
             raw = file.readline(LARGEST_ROW + 1)
 
 
-def _other_layout(line: bytes) -> str:
-    """What a file is, judged by a first line that is no object, where it cannot be JSON lines; else ""."""
+def _other_layout(line: bytes, bad: BadRow) -> str:
+    """What a file is, judged by a first line that is no object and why, where it cannot be JSON lines; else ""."""
+    if bad.kind != "json" or "Extra data" in bad.reason:  # one whole value, and something behind it: this line's own fault
+        return ""
     if line[:1] == b"[":
         return "not JSON lines but a JSON array; name the file .json"
     if line[:1] == b"{" and line[-1:] in (b"{", b"[", b","):

@@ -48,6 +48,8 @@ def read_csv(path: Path, shown: str) -> Rows:
                 cells = next(table, None)
             except csv.Error as error:
                 raise DataError(f"{where}: {error} (a quote that is opened must be closed)") from error
+            if header is None and cells == []:  # a blank line before the header
+                continue
             if header is None:
                 header = _header(cells or [], shown)
             elif cells is None:

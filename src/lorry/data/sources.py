@@ -17,7 +17,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 from lorry.data.badrows import BadRows, OnBadRow
-from lorry.data.columnar import DAMAGE, expect_damage, read_saved, read_tables
+from lorry.data.columnar import DAMAGE, expect_damage, read_parquet, read_saved, read_tables
 from lorry.data.json_rows import read_json, read_jsonl
 from lorry.data.readers import READERS
 from lorry.data.rows import Fault, Part, Remark, Row, Rows, Select
@@ -32,6 +32,13 @@ SPLITS = {
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 BATCH = 1024  # rows of a hub data set taken at once
 PACKED = (EOFError, zlib.error, lzma.LZMAError, BadZipFile)  # what damaged compressed files raise
+# How files begin that are not what their name says: each would be learnt as text, or give a bad row a line
+NOT_THE_DATA = {
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer in place of the file; fetch it with git lfs pull",
+    b"\x1f\x8b": "compressed (gzip); unpack it first", b"PK\x03\x04": "compressed (zip); unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd); unpack it first", b"\xfd7zXZ\0": "compressed (xz); unpack it first",
+    b"BZh91AY&SY": "compressed (bzip2); unpack it first", b"PAR1": "parquet under another name; name it .parquet",
+}  # fmt: skip
 JSON_LINES = (".jsonl", ".ndjson")
 HUB_BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # the storage kinds that are parsed only, never executed
 
@@ -112,6 +119,11 @@ def _reader(path: Path) -> Part:
 
     def rows(select: Select | None) -> Rows:
         try:
+            with path.open("rb") as file:
+                head = file.read(max(map(len, NOT_THE_DATA)))
+            for begin, what in NOT_THE_DATA.items():
+                if head.startswith(begin) and not (begin == b"PAR1" and read is read_parquet):
+                    raise DataError(f"{path}:1: {what}")
             yield from read(path, str(path), select)
         except DiskError:
             raise
