@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -132,3 +133,13 @@ def tokenizer_of() -> Callable[..., Any]:
 def prose() -> Callable[[int, int], str]:
     """``prose(seed, words)``: generated text."""
     return words
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fingerprints_at_random() -> Iterator[None]:
+    """``datasets`` names a table that tests write by pickling it with dill, which pyarrow before 26 does not stand
+    (PicklingError: MonthDayNano). Nothing here reads that name, and Lorry itself makes no such tables: any name will do."""
+    with pytest.MonkeyPatch.context() as patch:
+        if (module := sys.modules.get("datasets.arrow_dataset")) is not None:
+            patch.setattr(module, "generate_fingerprint", lambda dataset: module.generate_random_fingerprint())
+        yield
