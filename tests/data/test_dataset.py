@@ -18,7 +18,7 @@ from lorry.data.dataset import TrainStream
 from lorry.data.encode import Encoder
 from lorry.data.pack import sequence_key
 from lorry.data.sources import Source, open_source
-from lorry.data.tokenset import CHUNK, TokenSet, told
+from lorry.data.tokenset import TokenSet, told
 from lorry.errors import ConfigError, DataError
 
 Tokenizers = Callable[..., Any]
@@ -225,8 +225,8 @@ def test_a_set_has_its_adapter_and_role(tokenizer_of: Tokenizers, prose: Prose, 
 
 def test_reading_that_takes_long_says_how_far_it_is() -> None:
     said, seconds = list[str](), iter(range(1000))
-    rows = [object()] * (CHUNK * 9 + 5)
+    rows = [object()] * 14
     given = list(told(rows, "rows.jsonl", said.append, clock=lambda: float(next(seconds))))  # type: ignore[arg-type]
     assert given == rows
-    assert [line.split(" rows")[0] for line in said] == [f"rows.jsonl: {CHUNK * n}" for n in (2, 4, 8)]
+    assert [line.split(" rows")[0] for line in said] == [f"rows.jsonl: {n}" for n in (2, 4, 8)]
     assert list(told(rows, "rows.jsonl", None)) == rows  # type: ignore[arg-type]

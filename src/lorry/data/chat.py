@@ -96,6 +96,8 @@ def _unlearnt(message: Message, text: str, answer: Span, whole: Span) -> list[Sp
 
 def locate(template: ChatTemplate, messages: Sequence[Message], index: int, text: str) -> Span:
     """The characters of ``text`` that come from message ``index``. Raises TemplateRefusal when they cannot be told."""
+    if (known := template.framed_span(messages, index, text)) is not None:
+        return known
     changed = [*messages]
     changed[index] = replace(messages[index], content=PROBE, reasoning="")
     probed = template.render(changed).text

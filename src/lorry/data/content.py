@@ -72,12 +72,22 @@ class Conversation:
     plain: tuple[str, str] | None = None
     tools: str = ""
 
+    @property
+    def size(self) -> int:
+        """Characters of its messages."""
+        return sum(len(message.content) for message in self.messages)
+
 
 @dataclass(frozen=True)
 class Text:
     """A document: every token is learnt."""
 
     text: str
+
+    @property
+    def size(self) -> int:
+        """Characters."""
+        return len(self.text)
 
 
 Content = Conversation | Text

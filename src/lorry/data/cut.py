@@ -1,13 +1,22 @@
-"""What is cut when an example is longer than max_length: the oldest turns, then the left of prompts. Never an answer."""
+"""What is cut when an example is longer than max_length: the oldest turns, then the left of prompts. Never an answer.
+
+Of a prompt that is far longer only both ends are ever tokenised (``without_middle``); the tokens that are kept are the same.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from lorry.data.chat import locate
 from lorry.data.content import Message
 from lorry.data.template import ChatTemplate
 from lorry.data.tokens import Marked, Tokens
+
+REACH = 64  # characters of a tail per token that may be kept; words have about five, runs of white space more
+WINDOW = 4096  # characters within which two readings of a text have to meet
+# where every tokenizer begins a new word: a space between a letter or mark and a letter
+WORD = re.compile(r"(?<=\S) (?=[^\W\d_])")
 
 
 def text_pieces(ids: list[int], max_length: int) -> list[list[int]]:
@@ -23,6 +32,47 @@ def prompt_tokens(marked: Marked, head: int, over: int) -> Marked | None:
     if over > marked.learnt.index(True) - max(head, 1):
         return None
     return Marked(marked.ids[:head] + marked.ids[head + over :], marked.learnt[:head] + marked.learnt[head + over :])
+
+
+def without_middle(tokens: Tokens, text: str, max_length: int) -> tuple[str, int]:
+    """A text that is far longer than ``max_length`` tokens without a middle whose tokens nobody will keep, and the
+    characters that went: its last ``max_length`` tokens, and those at its beginning, are those of the whole text.
+
+    The text as it is, and 0, where it is not far longer and where that cannot be shown: two tails that begin at different
+    words must have the same tokens from ``WINDOW`` characters behind the later beginning on. A tokenizer reads words from
+    left to right, so two readings that meet stay together; one whose pieces reach further (a single word of megabytes)
+    does not pass.
+    """
+    reach = max_length * REACH + 3 * WINDOW
+    head = WORD.search(text, WINDOW // 8, WINDOW) if len(text) >= 2 * reach else None
+    first = WORD.search(text, len(text) - reach) if head else None
+    second = WORD.search(text, first.start() + WINDOW // 8, first.start() + WINDOW) if first else None
+    if head is None or first is None or second is None:
+        return text, 0
+    shown = text[: head.start()] + text[first.start() :]
+    longer, shorter = tokens.ids_and_ends(shown), tokens.ids_and_ends(text[second.start() :])
+    counted = sum(end > WINDOW for end in shorter[1])
+    if counted < max_length or counted > len(longer[0]):
+        return text, 0
+    shift = len(shown) - (len(text) - second.start())
+    alike = longer[0][-counted:] == shorter[0][-counted:]
+    if not alike or longer[1][-counted:] != [end + shift for end in shorter[1][-counted:]]:
+        return text, 0
+    return shown, len(text) - len(shown)
+
+
+def without_far(tokens: Tokens, messages: tuple[Message, ...], max_length: int) -> tuple[tuple[Message, ...], int]:
+    """The messages, of the longest that is no answer without the middle that ``cut_longest`` would cut anyway; and the
+    characters that went. As they are where another one could be cut as well."""
+    prompts = [at for at, message in enumerate(messages) if message.role != "assistant"]
+    longest = max(prompts, key=lambda at: len(messages[at].content), default=-1)
+    if longest < 0 or messages[longest].unlearnt:
+        return messages, 0
+    text, skipped = without_middle(tokens, messages[longest].content, max_length)
+    others = sum(len(message.content) for at, message in enumerate(messages) if at != longest)
+    if not skipped or others >= len(text):
+        return messages, 0
+    return (*messages[:longest], replace(messages[longest], content=text), *messages[longest + 1 :]), skipped
 
 
 def without_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -43,7 +93,7 @@ def cut_longest(template: ChatTemplate, tokens: Tokens, messages: tuple[Message,
     longest = max(prompts, key=lambda at: len(messages[at].content))
     text = template.render(messages).text
     start, end = locate(template, messages, longest, text)
-    inside = [edge for edge in tokens.ends(text) if start < edge <= end]
+    inside = [edge for edge in tokens.ids_and_ends(text)[1] if start < edge <= end]
     kept = text[inside[over - 1] : end] if over <= len(inside) else ""
     return (*messages[:longest], replace(messages[longest], content=kept), *messages[longest + 1 :])
 

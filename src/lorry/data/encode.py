@@ -10,6 +10,7 @@ because of where it stands, not by its id: a padding token that is the same id c
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 from lorry.data.badrows import BadRow
 from lorry.data.chat import Chat, Span, lay_out
 from lorry.data.content import Content, Conversation, Message, Text
-from lorry.data.cut import cut_longest, last_learnt, prompt_tokens, text_pieces, without_oldest
+from lorry.data.cut import cut_longest, last_learnt, prompt_tokens, text_pieces, without_far, without_middle, without_oldest
 from lorry.data.template import PLAIN, RESERVED, ChatTemplate, TemplateRefusal, special_token_texts
 from lorry.data.tokens import Marked, Tokens
 from lorry.errors import ConfigError, DataError, ModelError
@@ -32,18 +33,20 @@ ROUNDS = 8  # tries to hit max_length when a prompt is cut; each lands within a 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens and their weights as targets, of equal length. ``cut`` counts the prompt tokens that were left out."""
+    """Tokens and their weights as targets, of equal length. ``cut`` counts the prompt tokens that were left out, ``skipped``
+    the characters among them that were not even tokenised."""
 
     tokens: list[int]
     weights: list[float]
     cut: int = 0
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
 class _Draft:
     """A rendered example. ``opener``: the text before each span; ``unlearnt``: characters of the spans that are not learnt;
     ``messages`` and ``template`` of a chat, of which ``last`` learns the last answer only; ``opened``, ``closed``: BOS, EOS go
-    around it; ``whole``: all of it is learnt.
+    around it; ``whole``: all of it is learnt; ``skipped``: characters of the prompt that are left out beforehand.
     """
 
     text: str
@@ -56,6 +59,7 @@ class _Draft:
     opened: bool = False
     closed: bool = False
     whole: bool = False
+    skipped: int = 0
 
 
 class Encoder:
@@ -101,6 +105,18 @@ class Encoder:
         # of an opening only the first line: what follows it may be a default system message, or today's date
         starts = {(self._without_bos(start).splitlines() or [""])[0].strip() for start in self.template.openings}
         self._openings = tuple(sorted(start for start in starts if start)) if self.has_template else ()
+        self._begins = {start[0] for start in (*self._bos, *self._openings)}  # no other character begins a rendered text
+        self._header = self.template.written_header.strip()
+        self._header_is_control = self.has_template and bool(self._control.search(self._header))
+
+    def identity(self) -> str:
+        """All that decides what this encoder makes of a row, as text; "" for a tokenizer that cannot be written down."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            return ""
+        settings = [self.max_length, self.completion_only_loss, self.system, self.embeddings, self.has_template]
+        special = self.tokenizer.special_tokens_map
+        parts = [settings, self.template.source, self.template.variables, special, self.tokens.opening, self.tokens.end]
+        return f"{json.dumps(parts, sort_keys=True, default=str)} {self.tokenizer.backend_tokenizer.to_str()}"
 
     def encode(self, content: Content) -> list[Encoded] | BadRow:
         """``encode_many`` for one example."""
@@ -150,7 +166,9 @@ class Encoder:
         )
 
     def _known(self, made: list[Encoded] | BadRow) -> list[Encoded] | BadRow:
-        reason = "" if isinstance(made, BadRow) else next(filter(None, (self._unknown(piece.tokens) for piece in made)), "")
+        if self.embeddings is None or isinstance(made, BadRow):
+            return made
+        reason = next(filter(None, (self._unknown(piece.tokens) for piece in made)), "")
         return BadRow("vocabulary", reason) if reason else made
 
     def _prompt(self, conversation: Conversation) -> list[int]:
@@ -189,12 +207,13 @@ class Encoder:
             if content.tools and not self.has_template:
                 raise TemplateRefusal("the row has tools and the tokenizer no chat template that could show them")
             if content.plain and not self.has_template:
-                prompt, answer = self._plain_prompt(content), content.plain[1]
+                whole, answer = self._plain_prompt(content), content.plain[1]
+                prompt, skipped = without_middle(self.tokens, whole, self.max_length)
                 spans, last_line = [(len(prompt), len(prompt) + len(answer))], (prompt.splitlines(keepends=True) or [""])[-1]
-                return [_Draft(prompt + answer, spans, last_line, opened=True, closed=True)]
+                return [_Draft(prompt + answer, spans, last_line, opened=True, closed=True, skipped=skipped)]
             if rendered := self._rendered(content):
                 return [self._rendered_draft(*rendered)]
-            messages = self._prepared(content)
+            messages, skipped = without_far(self.tokens, self._prepared(content), self.max_length)
             template = self.template.with_tools(content.tools)
             template.expect_tools_shown(messages)
             chat = self._laid_out(template, messages)
@@ -204,7 +223,8 @@ class Encoder:
             ]
             if own:
                 self.notes["the chat template rewrites earlier answers; each was learnt in a chat that ends with it"] += 1
-            return [*own, self._chat(template, messages, chat, last=False)]
+            drafts = [*own, self._chat(template, messages, chat, last=False)]
+            return [replace(draft, skipped=skipped) for draft in drafts] if skipped else drafts
         except TemplateRefusal as error:
             return BadRow("template", str(error))
 
@@ -237,6 +257,8 @@ class Encoder:
         A control token in the middle says nothing: people ask about them. An opening without a control token (``[INST]`` as
         plain text) counts only with ``closed``: the assistant's header stands where it belongs.
         """
+        if text.lstrip()[:1] not in self._begins:
+            return False
         begun = self._without_bos(text)
         return any(begun.startswith(start) and (closed or self._control.search(start)) for start in self._openings)
 
@@ -278,8 +300,8 @@ class Encoder:
 
     def _without_header(self, message: Message) -> Message:
         """An answer without the assistant's header that it brings itself: the template writes it. Raises TemplateRefusal."""
-        header = self.template.written_header.strip()
-        if message.role != "assistant" or not self.has_template or not self._control.search(header):
+        header = self._header
+        if message.role != "assistant" or not self._header_is_control:
             return message
         if not (said := self._without_bos(message.content)).startswith(header):
             return message
@@ -297,13 +319,12 @@ class Encoder:
 
     def _refuse_rendered(self, message: Message) -> None:
         """Raise TemplateRefusal for a turn that would get a second turn around it."""
-        header = self.template.written_header.strip()
         if not self.has_template:
             return
         if message.role == "assistant":
             self._refuse_further_turns(message.content)
             return
-        closed = bool(self._control.search(header)) and message.content.rstrip().endswith(header)
+        closed = self._header_is_control and message.content.rstrip().endswith(self._header)
         if closed or self._begins_rendered(message.content, closed):
             raise TemplateRefusal(f"a turn of the {message.role} is rendered by the chat template already; {AS_MESSAGES}")
 
@@ -319,8 +340,10 @@ class Encoder:
     def _rendered_draft(self, prompt: str, answer: str) -> _Draft:
         """The example of a prompt that was rendered elsewhere: BOS where the template writes it, one end of turn."""
         turn = self.template.end_of_turn if len(self._end_of_turn) == 1 else ""
+        prompt, skipped = without_middle(self.tokens, prompt, self.max_length)
         text = prompt + answer + turn
-        return _Draft(text, [(len(prompt), len(text))], self.template.header, opened=self._template_opens, closed=not turn)
+        spans, opened = [(len(prompt), len(text))], self._template_opens
+        return _Draft(text, spans, self.template.header, opened=opened, closed=not turn, skipped=skipped)
 
     def _together(self, parts: list[list[Encoded] | BadRow]) -> list[Encoded] | BadRow:
         """The sequences of one example; it is a bad row when none of them can be used."""
@@ -404,7 +427,7 @@ class Encoder:
         weights[:1] = [0.0]
         if not any(weights):
             return BadRow("no answer", "no token of the answer can be learnt: nothing stands before it")
-        return [Encoded(ids, weights, cut)]
+        return [Encoded(ids, weights, cut, draft.skipped)]
 
     def _dressed(self, draft: _Draft, marked: Marked) -> Marked:
         ids, learnt = marked.ids, marked.learnt

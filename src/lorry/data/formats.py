@@ -106,13 +106,13 @@ def chosen(name: str = "auto", text_field: str | None = None) -> Format | None:
 
 def normalise(row: Mapping[str, Any], form: Format) -> Content | BadRow:
     """The row's content, or why it is a bad row (a column missing, an unknown role, an empty answer)."""
-    missing = ["|".join(group) for group in form.needs if all(row.get(name) is None for name in group)]
-    if missing:
-        return BadRow("columns", f"column {missing[0]!r} is missing or null; the file is in the format {form}")
+    missing = next((group for group in form.needs if all(row.get(name) is None for name in group)), None)
+    if missing is not None:
+        return BadRow("columns", f"column {'|'.join(missing)!r} is missing or null; the file is in the format {form}")
     try:
         content = form.read(row)
-        if "tools" in form.may and isinstance(content, Conversation):
-            content = replace(content, tools=tools_of(row.get("tools"), "tools"))
+        if "tools" in form.may and isinstance(content, Conversation) and (tools := tools_of(row.get("tools"), "tools")):
+            content = replace(content, tools=tools)
         return content
     except Unusable as error:
         return error.bad

@@ -20,6 +20,7 @@ class DataReport:
     supervised: int = 0
     shortened: int = 0  # rows whose prompt was cut to max_length
     tokens_cut: int = 0
+    characters_cut: int = 0  # and these, of prompts so long that their middle was never tokenised
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> rows
     first_left_out: list[str] = field(default_factory=list)  # the first few, with file:line
     notes: list[str] = field(default_factory=list)
@@ -36,7 +37,10 @@ class DataReport:
         said = [f"{self.source}: {self.rows} rows, {self.sequences} sequences, {self.tokens} tokens, {self.share:.1%} supervised"]
         said += [_part(name, part) for name, part in self.parts.items()]
         if self.shortened:
-            said.append(f"{self.shortened} rows were longer than max_length: {self.tokens_cut} prompt tokens cut, answers kept")
+            more = f" and {self.characters_cut} characters that were not tokenised" if self.characters_cut else ""
+            said.append(
+                f"{self.shortened} rows were longer than max_length: {self.tokens_cut} prompt tokens{more} cut, answers kept"
+            )
         said += [f"left out: {n} rows ({reason})" for reason, n in sorted(self.left_out.items())]
         return said + self.first_left_out + self.notes
 
@@ -59,7 +63,7 @@ def lengths_of(lengths: np.ndarray) -> dict[str, float]:
     return {"mean": float(lengths.mean()), "median": float(np.median(lengths)), "longest": float(lengths.max())}
 
 
-COUNTED = ("rows", "sequences", "tokens", "supervised", "shortened", "tokens_cut")
+COUNTED = ("rows", "sequences", "tokens", "supervised", "shortened", "tokens_cut", "characters_cut")
 
 
 def together(parts: Sequence[tuple[str, DataReport]], drawn: Sequence[int], lengths: dict[str, float]) -> DataReport:

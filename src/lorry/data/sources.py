@@ -54,6 +54,8 @@ class Source:
     limit: int | None = None
     streaming: bool = False
     remarks: set[str] = field(default_factory=set)
+    files: tuple[Path, ...] = ()  # all that the rows are read from; empty where that is not files alone (the hub)
+    selection: str = ""  # what of these files is read: configuration and split
 
     def __iter__(self) -> Iterator[Row]:
         return self.read()
@@ -91,23 +93,30 @@ def open_source(
     several = [path_or_id] if isinstance(path_or_id, str | Path) else list(path_or_id)
     if not several:
         raise DataError("no data given: a file, a folder or a hub name is needed")
-    parts = [part for one in several for part in _open_one(one, name, split, streaming, converted)]
+    opened = [_open_one(one, name, split, streaming, converted) for one in several]
+    parts = tuple(part for parts, _ in opened for part in parts)
+    files = tuple(file for _, files in opened for file in files) if all(files for _, files in opened) else ()
     label = ", ".join(map(str, several))
-    return Source(label, tuple(parts), BadRows(on_bad_row, quarantine), limit, streaming)
+    return Source(label, parts, BadRows(on_bad_row, quarantine), limit, streaming, files=files, selection=f"{name} {split}")
 
 
-def _open_one(path_or_id: str | Path, name: str | None, split: str, streaming: bool, converted: str | None) -> list[Part]:
+def _open_one(
+    path_or_id: str | Path, name: str | None, split: str, streaming: bool, converted: str | None
+) -> tuple[list[Part], list[Path]]:
+    """The parts of one path or name, and the files that they read (none for a hub data set)."""
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            return [lambda select: read_saved(path, str(path_or_id), split, select)]
-        return [_reader(file) for file in _files_of(path, split)]
+            within = sorted(item for item in path.rglob("*") if item.is_file())
+            return [lambda select: read_saved(path, str(path_or_id), split, select)], within
+        files = _files_of(path, split)
+        return [_reader(file) for file in files], files
     if path.exists():
-        return [_reader(path)]
+        return [_reader(path)], [path]
     text = str(path_or_id)
     if isinstance(path_or_id, Path) or path.suffix.lower() in READERS or not HUB_NAME.fullmatch(text):
         raise _missing(path)
-    return [lambda select: _hub_rows(text, name, split, streaming, converted, select)]
+    return [lambda select: _hub_rows(text, name, split, streaming, converted, select)], []
 
 
 def _reader(path: Path) -> Part:

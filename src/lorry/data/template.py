@@ -142,6 +142,14 @@ class ChatTemplate:
         frame = self._frames[shape]
         return None if frame is None else frame.fill([message.content for message in messages])
 
+    def framed_span(self, messages: Sequence[Message], index: int, text: str) -> tuple[int, int] | None:
+        """The characters of ``text``, a rendering of the messages, that message ``index`` stands at, by the frame of their
+        shape; None where there is no frame, the text is not what it gives, or the message stands there more than once."""
+        frame = self._frames.get((*(message.role for message in messages), ""))
+        if frame is None or self.tools is not None or not self.takes_system:
+            return None
+        return frame.span([message.content for message in messages], index, text)
+
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text to generate an answer from; ends with the assistant's header, also where the template forgets it."""
         return self.render(messages, add_generation_prompt=True).text + (self.header if self._forgets_header else "")

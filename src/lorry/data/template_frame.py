@@ -202,6 +202,14 @@ class Frame:
             return None
         return "".join(part if isinstance(part, str) else texts[part] for part in self.parts)
 
+    def span(self, texts: Sequence[str], which: int, text: str) -> tuple[int, int] | None:
+        """Where ``texts[which]`` stands in ``text``; None if that is not what ``fill`` gives, or it stands there not once."""
+        if self.parts.count(which) != 1 or text != self.fill(texts):
+            return None
+        before = self.parts[: self.parts.index(which)]
+        start = sum(len(part) if isinstance(part, str) else len(texts[part]) for part in before)
+        return start, start + len(texts[which])
+
 
 def frame_of(
     source: str, variables: Mapping[str, Any], roles: Sequence[str], *, add_generation_prompt: bool

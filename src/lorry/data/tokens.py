@@ -67,7 +67,7 @@ class Tokens:
         done = []
         columns = zip(texts, encoded["input_ids"], encoded["offset_mapping"], spans, openers, unlearnt, strict=True)
         for text, ids, offsets, marks, opener, kept in columns:
-            ends = list(accumulate((end for _, end in offsets), max))
+            ends = _ends(offsets)
             cuts = self._unclean(ids, ends, marks, opener)
             made = (
                 self._broken_up(text, marks, cuts, kept) if cuts else Marked(list(ids), _marks(ends, marks), _touched(ends, kept))
@@ -80,11 +80,13 @@ class Tokens:
         """``many`` for a single text."""
         return self.many([text], [spans], [opener], [unlearnt])[0]
 
-    def ends(self, text: str) -> list[int]:
-        """For each token of the text, the character behind its last one."""
+    def ids_and_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """The tokens of a text, and for each the character behind its last one."""
         if not getattr(self.tokenizer, "is_fast", False):
-            return list(accumulate(len(self.tokenizer.decode([token])) for token in self._ids(text)))
-        return self._ids_and_ends(text)[1]
+            ids = self._ids(text)
+            return ids, list(accumulate(len(self.tokenizer.decode([token])) for token in ids))
+        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(made["input_ids"]), _ends(made["offset_mapping"])
 
     def _unclean(self, ids: list[int], ends: list[int], spans: Sequence[Span], opener: str) -> list[int]:
         """The starts of spans before which the tokens are not what they would be if the text ended there."""
@@ -100,7 +102,7 @@ class Tokens:
         """Tokenise the stretches between the cuts on their own."""
         made, all_ends = Marked([], []), list[int]()
         for start, end in pairwise([0, *cuts, len(text)]):
-            ids, ends = self._inside(text[start:end]) if start else self._ids_and_ends(text[:end])
+            ids, ends = self._inside(text[start:end]) if start else self.ids_and_ends(text[:end])
             made.ids += ids
             made.learnt += _marks(ends, [(max(s, start) - start, min(e, end) - start) for s, e in spans if s < end and e > start])
             all_ends += [start + edge for edge in ends]
@@ -109,15 +111,11 @@ class Tokens:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _ids_and_ends(self, text: str) -> tuple[list[int], list[int]]:
-        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return list(made["input_ids"]), list(accumulate((end for _, end in made["offset_mapping"]), max))
-
     def _inside(self, piece: str) -> tuple[list[int], list[int]]:
         """A piece from the middle of a text: behind a line break, so that no tokenizer adds its space for a text's start."""
-        ids, ends = self._ids_and_ends("\n" + piece)
+        ids, ends = self.ids_and_ends("\n" + piece)
         lead = len(self._line_break)
-        return (ids[lead:], [end - 1 for end in ends[lead:]]) if ids[:lead] == self._line_break else self._ids_and_ends(piece)
+        return (ids[lead:], [end - 1 for end in ends[lead:]]) if ids[:lead] == self._line_break else self.ids_and_ends(piece)
 
     def _piecewise(self, text: str, spans: Sequence[Span], unlearnt: Sequence[Span]) -> Marked:
         """For a tokenizer without offsets: every stretch inside and outside of the spans on its own."""
@@ -145,6 +143,13 @@ class Tokens:
     def _round_trip(self, text: str) -> str:
         """What is left of a text by a tokenizer that loses something (lower case, unknown characters)."""
         return _squashed(self.tokenizer.decode(self._inside(text)[0], skip_special_tokens=False))
+
+
+def _ends(offsets: Sequence[Span]) -> list[int]:
+    """For each token the character behind it, never before that of an earlier token."""
+    ends = [end for _, end in offsets]
+    # sorted() of what is sorted already is one pass in C; nearly all offsets are
+    return ends if sorted(ends) == ends else list(accumulate(ends, max))
 
 
 def _marks(ends: list[int], spans: Sequence[Span]) -> list[bool]:

@@ -11,9 +11,10 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +26,11 @@ from lorry.data.mixing import Mixing
 from lorry.data.pack import epoch_order, sequence_key
 from lorry.data.report import DataReport, lengths_of, together
 from lorry.data.sources import Source
+from lorry.data.token_cache import cache_key, read_cached, write_cached
 from lorry.errors import ConfigError, DataError
 
 CHUNK = 1024  # rows encoded by one call of the tokenizer
+CHUNK_SIZE = 1 << 22  # and their characters, a few seconds of work: nobody waits longer for the next line about it
 FIRST_WORD = 2.0  # seconds until rows that are still being read are spoken of
 
 
@@ -52,12 +55,25 @@ class TokenSet:
     @classmethod
     def build(cls, source: Source, encoder: Encoder, *, form: Format | None = None, adapter: int = 0, role: str = "") -> TokenSet:
         """Read and encode a whole source. Raises DataError for a bad row (by the source's policy) or when no row is left."""
+        key = cache_key(source, encoder, form)
+        if (found := read_cached(key, encoder.tell)) is not None:
+            return cls._of_cache(*found, adapter=adapter, role=role)
         notes: set[str] = set()
         rows = told(encode_rows(read_examples(source, form, notes=notes), source, encoder), source.label, encoder.tell)
         made = cls.of(rows, source, encoder, notes, adapter=adapter, role=role)
         if not len(made):
             raise DataError(f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}")
+        if key and not source.bad.total and cache_key(source, encoder, form) == key:  # no file changed meanwhile
+            arrays = {"tokens": made.tokens, "weights": made.weights, "edges": made.edges}
+            write_cached(key, arrays, {"report": asdict(made.report), "where": made.where}, encoder.tell)
         return made
+
+    @classmethod
+    def _of_cache(cls, arrays: dict[str, np.ndarray], rest: dict[str, Any], *, adapter: int, role: str) -> TokenSet:
+        where = tuple(rest["where"])
+        report = DataReport(**rest["report"])
+        groups = np.full(len(where), -1)
+        return cls(arrays["tokens"], arrays["weights"], arrays["edges"], groups, where, report, adapter, role)
 
     @classmethod
     def of(
@@ -71,6 +87,7 @@ class TokenSet:
             report.rows += 1
             report.shortened += any(piece.cut for piece in pieces)
             report.tokens_cut += sum(piece.cut for piece in pieces)
+            report.characters_cut += max(piece.skipped for piece in pieces)
             for piece in pieces:
                 tokens.append(np.asarray(piece.tokens, dtype=np.int32))
                 weights.append(np.asarray(piece.weights, dtype=np.float32))
@@ -182,15 +199,25 @@ def told(
     due = FIRST_WORD
     for number, row in enumerate(rows, 1):
         yield row
-        if tell is not None and number % CHUNK == 0 and (spent := clock() - begun) >= due:
+        if tell is not None and (spent := clock() - begun) >= due:
             tell(f"{label}: {number} rows read and tokenised in {spent:.0f} s, {number / spent:.0f} rows/s")
             while due <= spent:
                 due *= 2
 
 
+def _chunk(found: Iterator[Found]) -> Iterator[Found]:
+    """The next rows for one call of the tokenizer, which uses every core for them."""
+    size = 0
+    for row in islice(found, CHUNK):
+        yield row
+        size += row.content.size
+        if size >= CHUNK_SIZE:
+            return
+
+
 def encode_rows(found: Iterator[Found], source: Source, encoder: Encoder) -> Iterator[tuple[Found, list[Encoded]]]:
     """Encode rows a chunk at a time; what cannot be encoded goes to ``source.bad``, an answer too long is dropped there."""
-    while chunk := list(islice(found, CHUNK)):
+    while chunk := list(_chunk(found)):
         for row, made in zip(chunk, encoder.encode_many([row.content for row in chunk]), strict=True):
             if not isinstance(made, BadRow):
                 yield row, made

@@ -1,0 +1,150 @@
+"""Token sets of large files are kept: the same set comes back, and nothing else ever does."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorry.data import token_cache
+from lorry.data.encode import Encoder
+from lorry.data.formats import FORMATS
+from lorry.data.sources import open_source
+from lorry.data.tokenset import TokenSet
+
+Tokenizers = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("LORRY_TOKEN_CACHE", raising=False)
+    monkeypatch.setattr(token_cache, "SMALLEST", 1)
+    return tmp_path / "home" / "tokens"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Count to {n}, über", "completion": str(n)}) + "\n" for n in range(9)))
+    return path
+
+
+def built(
+    path: Path, tokenizer: Any, said: list[str] | None = None, form: Any = None, limit: int | None = None, **options: Any
+) -> TokenSet:
+    tell = None if said is None else said.append
+    encoder = Encoder(tokenizer, **({"max_length": 64} | options), tell=tell)
+    return TokenSet.build(open_source(path, limit=limit), encoder, form=form, adapter=3, role="forget")
+
+
+def test_the_second_time_nothing_is_tokenised(
+    data: Path, home: Path, tokenizer_of: Tokenizers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = built(data, tokenizer_of("chatml"))
+    monkeypatch.setattr(Encoder, "encode_many", lambda *_: pytest.fail("tokenised again"))
+    said = list[str]()
+    again = built(data, tokenizer_of("chatml"), said)
+    assert again.digest == first.digest
+    assert (again.where, again.report, again.adapter, again.role) == (first.where, first.report, 3, "forget")
+    assert np.array_equal(again.weights, first.weights)
+    assert again.tokens.dtype == np.int32
+    assert said == [f"{data}: 9 rows as tokenised before ({next(home.iterdir())})"]
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "max_length": {"max_length": 63},
+    "what is learnt": {"completion_only_loss": False},
+    "system": {"system": "Be brief."},
+    "template variables": {"variables": {"enable_thinking": False}},
+    "limit": {"limit": 8},
+    "format": {"form": FORMATS["prompt_completion"]},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_decides_about_the_tokens_makes_another_set(
+    change: str, data: Path, home: Path, tokenizer_of: Tokenizers
+) -> None:
+    built(data, tokenizer_of("chatml"))
+    built(data, tokenizer_of("chatml"), **CHANGES[change])
+    assert len(list(home.iterdir())) == 2
+
+
+def test_another_tokenizer_or_template_or_content_makes_another_set(data: Path, home: Path, tokenizer_of: Tokenizers) -> None:
+    kinds = [built(data, tokenizer_of(kind)).digest for kind in ("chatml", "gemma", "llama2")]
+    assert len(set(kinds)) == len(list(home.iterdir())) == 3
+    before = data.stat()
+    data.write_text(data.read_text().replace("Count to 5", "Count at 5"))
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))  # neither size nor time tell
+    made = built(data, tokenizer_of("chatml"))
+    assert made.digest != kinds[0]
+    assert "Count at 5" in tokenizer_of("chatml").decode(made.example(5).tokens)
+
+
+def test_a_damaged_set_is_made_again(data: Path, home: Path, tokenizer_of: Tokenizers) -> None:
+    first = built(data, tokenizer_of("chatml"))
+    (folder,) = home.iterdir()
+    raw = bytearray((folder / "tokens.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (folder / "tokens.safetensors").write_bytes(raw)
+    said = list[str]()
+    assert built(data, tokenizer_of("chatml"), said).digest == first.digest
+    assert "is damaged" in said[0]
+    said.clear()
+    built(data, tokenizer_of("chatml"), said)
+    assert "as tokenised before" in said[0]
+
+
+def test_rows_left_out_are_reported_each_time(data: Path, home: Path, tokenizer_of: Tokenizers, tmp_path: Path) -> None:
+    with data.open("a") as file:
+        file.write('{"prompt": "no answer", "completion": ""}\n')
+    for number in range(2):
+        aside = tmp_path / f"aside{number}.jsonl"
+        source = open_source(data, on_bad_row="quarantine", quarantine=aside)
+        made = TokenSet.build(source, Encoder(tokenizer_of("chatml"), max_length=64))
+        assert sum(made.report.left_out.values()) == 1
+        assert f"{data}:10" in aside.read_text()
+    assert not home.exists() or not list(home.iterdir())
+
+
+def test_it_can_be_switched_off_and_small_files_are_not_kept(
+    data: Path, home: Path, tokenizer_of: Tokenizers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORRY_TOKEN_CACHE", "0")
+    built(data, tokenizer_of("chatml"))
+    monkeypatch.delenv("LORRY_TOKEN_CACHE")
+    monkeypatch.setattr(token_cache, "SMALLEST", 1 << 20)
+    built(data, tokenizer_of("chatml"))
+    assert not home.exists()
+
+
+def test_the_sets_unused_for_the_longest_go_first(
+    data: Path, home: Path, tokenizer_of: Tokenizers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, length in enumerate((40, 41, 42)):
+        built(data, tokenizer_of("chatml"), max_length=length)
+        for folder in home.iterdir():
+            if folder.stat().st_mtime > 1e6:
+                os.utime(folder, (number, number))
+    oldest, *others = sorted(home.iterdir(), key=lambda folder: folder.stat().st_mtime)
+    size = sum(file.stat().st_size for file in oldest.iterdir())
+    monkeypatch.setattr(token_cache, "LARGEST", int(3.2 * size))
+    built(data, tokenizer_of("chatml"), max_length=43)
+    assert not oldest.exists()
+    assert all(folder.exists() for folder in others)
+
+
+def test_a_home_that_cannot_be_written_costs_no_more_than_the_time(
+    data: Path, tmp_path: Path, tokenizer_of: Tokenizers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORRY_HOME", str(tmp_path / "file"))
+    said = list[str]()
+    assert len(built(data, tokenizer_of("chatml"), said)) == 9
+    assert "not kept" in said[-1]
