@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-WORDS = "the of and house river stone apple cloud seven quick lamp train bread".split()
+WORDS = ["the", "of", "and", "house", "river", "stone", "apple", "cloud", "seven", "quick", "lamp", "train", "bread"]
 
 
 def words(draw: random.Random, count: int) -> str:
@@ -72,14 +72,19 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=5, help="length of one prompt")
     chosen = parser.parse_args()
 
-    from lorry.models.embedded import embedded
     from transformers import AutoTokenizer
+
+    from lorry.models.embedded import embedded
 
     tokenizer = AutoTokenizer.from_pretrained(embedded("smollm2-135m-instruct", []))
     made: dict[str, Any] = {"cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LORRY_HOME"] = folder
-        kinds = (("two words", two_words, chosen.rows), ("chats", chats, chosen.chats), ("far prompt", far_prompt, chosen.megabytes))
+        kinds = (
+            ("two words", two_words, chosen.rows),
+            ("chats", chats, chosen.chats),
+            ("far prompt", far_prompt, chosen.megabytes),
+        )
         for name, write, size in kinds:
             path = Path(folder, f"{name}.jsonl")
             write(path, size)
