@@ -37,7 +37,10 @@ def far_text(seed: int, words: list[str], size: int = 3 * (LENGTH * REACH + 3 * 
     return " ".join(made)
 
 
-PROSE = ["the", "Fox:", "jumps\n\nover", "", "", "it's", "1234567", "dogs,", "don't\tstop!", "naïve", "Straße", "漢字", "über-lang", "x=1;", "🙂🙃", "end.\n"]  # fmt: skip
+PROSE = [
+    *("the", "Fox:", "jumps\n\nover", "", "", "it's", "1234567", "dogs,", "don't\tstop!", "naïve"),
+    *("Straße", "漢字", "über-lang", "x=1;", "🙂🙃", "end.\n"),
+]
 WORDS = st.lists(
     st.one_of(st.sampled_from(PROSE), st.text(st.sampled_from("abé漢🙂 \n\t.'<|1"), min_size=1, max_size=12)), min_size=3
 )
