@@ -493,8 +493,9 @@ def test_another_layout_is_said_once_and_never_skipped(
     ("content", "reason"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n", "a Git LFS pointer"),
-        (gzip.compress(GOOD), r"compressed \(gzip\)"), (b"PK\x03\x04" + GOOD, r"compressed \(zip\)"),
+        (gzip.compress(GOOD, mtime=0), r"compressed \(gzip\)"), (b"PK\x03\x04" + GOOD, r"compressed \(zip\)"),
     ],
+    ids=["pointer", "gzip", "zip"],
 )  # fmt: skip
 def test_files_that_only_stand_for_the_data_are_not_learnt(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     with pytest.raises(DataError, match=rf"{re.escape(name)}:1: {reason}"):
