@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from lorry.kernels import attention as kernel
 from lorry.kernels import status
-from lorry.models.attention import ShortAttention
-from lorry.train.memory import tune_allocator
+from lorry.models.decoder.attention import ShortAttention
+from lorry.train.resources.peak import tune_allocator
 
 HEADS, GROUPS, WIDTH, TOKENS = 9, 3, 64, 2048
 Way = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]

@@ -80,7 +80,7 @@ def read_rows(folder: Path) -> list[Row]:
 def prepare_text(folder: Path, case: Case, rows: int) -> None:
     """A whole case of packed plain text: ``rows`` rows of ``case.length`` tokens, every token learnt but each row's first. The
     paragraphs that come with Lorry, over and over: speed does not mind, and they are the same everywhere."""
-    from lorry.data.people import general_text
+    from lorry.demo.people import general_text
 
     cut = rows_of("\n\n".join(general_text()), prepare_model(folder, case), case.length, rows)
     write_rows(folder, [(row, [IGNORED, *row[1:]]) for row in cut])
@@ -103,11 +103,11 @@ def rows_of(text: str, tokenizer: Any, length: int, rows: int) -> list[list[int]
 
 def prepare_model(folder: Path, case: Case, *, seed: int = 0, silent_start: bool = False) -> Any:
     """Write case.json, base/ (bf16) and init/; returns the tokenizer. ``silent_start``: B = 0, as training really starts."""
-    from lorry.bank.attach import attach
-    from lorry.bank.peft_io import save_adapter
-    from lorry.bank.spec import LoraSpec
-    from lorry.models.load import load_model
-    from lorry.models.store import save_model
+    from lorry.adapters.attach import attach
+    from lorry.adapters.peft.files import save_adapter
+    from lorry.adapters.spec import LoraSpec
+    from lorry.models.loading.load import load_model
+    from lorry.models.loading.store import save_model
 
     loaded = load_model(case.model, dtype="bfloat16", notes=[])
     save_model(loaded.model, folder / "base", tokenizer=loaded.tokenizer)
@@ -119,9 +119,9 @@ def prepare_model(folder: Path, case: Case, *, seed: int = 0, silent_start: bool
 
 def prepare_chat(folder: Path, case: Case, seed: int = 0) -> list[Row]:
     """A whole case of real questions and answers: chat.jsonl, and the rows that Lorry's own data path makes of it."""
-    from lorry.data.encode import Encoder
-    from lorry.data.sources import open_source
-    from lorry.data.tokenset import TokenSet
+    from lorry.data.encoding.encode import Encoder
+    from lorry.data.encoding.token_set import TokenSet
+    from lorry.data.reading.sources import open_source
 
     encoder = Encoder(prepare_model(folder, case), max_length=case.length)
     pairs = chat_pairs()
@@ -157,7 +157,7 @@ def data_folder() -> Path | None:
 
 def long_text() -> str:
     """WikiText-2's validation text where the data folder has it, else the paragraphs that come with Lorry."""
-    from lorry.data.people import general_text
+    from lorry.demo.people import general_text
 
     folder = data_folder()
     found = folder / "text" / "wikitext-2-valid.txt" if folder else None
@@ -166,7 +166,7 @@ def long_text() -> str:
 
 def chat_pairs() -> list[tuple[str, str]]:
     """(question, answer): Dolly, Self-Instruct's seed and user-oriented tasks, else the questions that come with Lorry."""
-    from lorry.data.people import general_chat
+    from lorry.demo.people import general_chat
 
     folder = data_folder()
     if folder is None or not (folder / "instruct").is_dir():

@@ -47,13 +47,13 @@ def fast_path() -> dict[str, Any]:
 
 def lorry(packing: bool = False) -> Run:
     """Lorry's own path: its data stream, the local backend and the SFT loss."""
+    from lorry.adapters.peft.files import load_adapter
     from lorry.backends.local import Local
     from lorry.backends.optim import OptimSettings
-    from lorry.bank.peft_io import load_adapter
     from lorry.data.batch import Batch, Example, collate
-    from lorry.models.load import load_model
+    from lorry.models.loading.load import load_model
     from lorry.tasks.sft import Sft
-    from lorry.train.memory import tune_allocator
+    from lorry.train.resources.peak import tune_allocator
 
     class Rows:
         """Steps of plain rows, as the other engines get them."""
@@ -109,7 +109,7 @@ def peft(*, float32: bool = False, bf16_adapters: bool = False, malloc: bool = F
     from transformers import AutoModelForCausalLM
     from transformers.models.llama import modeling_llama  # noqa: F401  loaded lazily otherwise, and imports are not counted
 
-    from lorry.train.memory import tune_allocator
+    from lorry.train.resources.peak import tune_allocator
 
     if compiled:
         import torch._inductor.compile_fx

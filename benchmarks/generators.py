@@ -51,12 +51,12 @@ def prepare(folder: Path) -> None:
     """Write base/ (bf16), adapters, and prompts.json: everyday questions, and one, two or four paragraphs to sum up."""
     import torch
 
-    from lorry.bank.attach import attach, bank_of, detach
-    from lorry.bank.peft_io import save_adapter
-    from lorry.bank.spec import LoraSpec
-    from lorry.data.people import general_chat, general_text
-    from lorry.models.load import load_model
-    from lorry.models.store import save_model
+    from lorry.adapters.attach import attach, bank_of, detach
+    from lorry.adapters.peft.files import save_adapter
+    from lorry.adapters.spec import LoraSpec
+    from lorry.demo.people import general_chat, general_text
+    from lorry.models.loading.load import load_model
+    from lorry.models.loading.store import save_model
 
     loaded = load_model(MODEL, dtype="bfloat16", notes=[])
     save_model(loaded.model, folder / "base", tokenizer=loaded.tokenizer)
@@ -81,10 +81,10 @@ def prepare(folder: Path) -> None:
 
 def lorry(engine: Engine, folder: Path) -> Generate:
     """Ours; one setting fits all."""
-    from lorry.bank.mix import Mix
-    from lorry.bank.peft_io import load_adapter
-    from lorry.models.generate import generate
-    from lorry.models.load import load_model
+    from lorry.adapters.mix import Mix
+    from lorry.adapters.peft.files import load_adapter
+    from lorry.generate.engine import generate
+    from lorry.models.loading.load import load_model
 
     model = load_model(folder / "base", dtype=engine.dtype, notes=[]).model
     count = {"none": 0, "one": 1, "several": ADAPTERS}[engine.adapter]

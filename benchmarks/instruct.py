@@ -98,13 +98,13 @@ def ask(side: str, local: Mapping[str, str], args: argparse.Namespace) -> dict[s
         return dict(json.loads(kept.read_text()))
     import torch
 
-    from lorry.bank.mix import Mix
+    from lorry.adapters.mix import Mix
     from lorry.config import ModelConfig
-    from lorry.data.encode import Encoder
-    from lorry.data.places import Places
-    from lorry.evaluate.exam import read_exam
-    from lorry.evaluate.sets import take
-    from lorry.models.open import open_model
+    from lorry.data.encoding.encode import Encoder
+    from lorry.data.reading.places import Places
+    from lorry.evaluate.benchmarks.questions import read_exam
+    from lorry.evaluate.benchmarks.run import take
+    from lorry.models.loading.open import open_model
 
     torch.set_num_threads(args.threads)
     exams = [read_exam(name, Places(local), limit=args.asked or ASKED[name]) for name in SETS]

@@ -57,7 +57,7 @@ class Clock:
 
 def write_data(folder: Path, jobs: int, length: int, steps: int) -> None:
     """A file of long plain text for each job, which Lorry cuts into rows of the length that is asked for."""
-    from lorry.data.people import general_text
+    from lorry.demo.people import general_text
 
     passages = general_text()
     for number in range(jobs):

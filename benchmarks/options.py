@@ -24,7 +24,7 @@ AGREE = 2e-3  # nats, in float32
 def pairs(rows: int) -> list[tuple[str, str]]:
     """The first rows of bool_q as running text, each with both options."""
     from lorry.data.catalog import cued, named
-    from lorry.data.places import Places, read_items
+    from lorry.data.reading.places import Places, read_items
 
     data = Path(os.environ.get("LORRY_DATA", ROOT.parent / "shared" / "data")) / "boolq" / "boolq_dev.jsonl"
     places = Places({"bool_q": str(data)} if data.exists() else {})
@@ -45,8 +45,8 @@ def main() -> None:
     from lm_eval.models.huggingface import HFLM
 
     import lorry
-    from lorry.evaluate.likelihood import loglikelihoods
-    from lorry.models.embedded import embedded
+    from lorry.evaluate.benchmarks.likelihood import loglikelihoods
+    from lorry.models.gguf.embedded import embedded
 
     torch.set_num_threads(1)
     asked, directory = pairs(args.rows), embedded("smollm2-135m-instruct", [])

@@ -98,14 +98,14 @@ def resident(what: str) -> int:
 
 def measure(case: Case) -> dict[str, Any]:
     """Real steps; returns the peak above imports and each step's peak so far."""
+    from lorry.adapters.attach import attach
+    from lorry.adapters.spec import LoraSpec
     from lorry.backends.local import Local
     from lorry.backends.optim import OptimSettings
-    from lorry.bank.attach import attach
-    from lorry.bank.spec import LoraSpec
     from lorry.data.batch import Example, collate
-    from lorry.models.load import load_model
+    from lorry.models.loading.load import load_model
     from lorry.tasks.sft import Sft
-    from lorry.train.memory import tune_allocator
+    from lorry.train.resources.peak import tune_allocator
 
     tune_allocator()
     imports = resident("VmRSS")
@@ -131,7 +131,7 @@ def random_model(case: Case) -> Any:
     import torch
 
     from lorry.families import find
-    from lorry.models.decoder import Decoder
+    from lorry.models.decoder.model import Decoder
 
     config = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **config_of(case.model)}
     family = find(config["model_type"])

@@ -1,7 +1,7 @@
 """The vocabulary's share of a step: scores and their gradient by tiles, by chunks of whole rows, and the bare matrix products.
 
 .venv/bin/python benchmarks/scores.py               time and memory at SmolLM2's head (V = 49152, d = 576), 1024 rows, bfloat16
-.venv/bin/python benchmarks/scores.py --sweep       also every size of groups and tiles, of which `models/tiles.py` holds the best
+.venv/bin/python benchmarks/scores.py --sweep       also every size of groups and tiles, of which `models/scoring/tiles.py` holds the best
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorry.kernels import status
-from lorry.models import score, tiles
-from lorry.models.score import entropy, log_prob
-from lorry.models.vocab import Rows, min_k
-from lorry.train.memory import tune_allocator
+from lorry.models.scoring import score, tiles
+from lorry.models.scoring.score import entropy, log_prob
+from lorry.models.scoring.vocab import Rows, min_k
+from lorry.train.resources.peak import tune_allocator
 
 VOCAB, WIDTH, ROWS = 49152, 576, 1024
 

@@ -53,9 +53,9 @@ def far_prompt(path: Path, megabytes: int) -> None:
 
 def measured(path: Path, tokenizer: Any) -> dict[str, Any]:
     """Wall and processor seconds of one reading."""
-    from lorry.data.encode import Encoder
-    from lorry.data.sources import open_source
-    from lorry.data.tokenset import TokenSet
+    from lorry.data.encoding.encode import Encoder
+    from lorry.data.encoding.token_set import TokenSet
+    from lorry.data.reading.sources import open_source
 
     wall, processor = time.perf_counter(), time.process_time()
     tokens = TokenSet.build(open_source(path), Encoder(tokenizer, max_length=1024))
@@ -74,7 +74,7 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
-    from lorry.models.embedded import embedded
+    from lorry.models.gguf.embedded import embedded
 
     tokenizer = AutoTokenizer.from_pretrained(embedded("smollm2-135m-instruct", []))
     made: dict[str, Any] = {"cores": os.cpu_count()}

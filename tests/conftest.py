@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from lorry.disk.home import home
 from lorry.kernels import status
-from lorry.models.load import pick_dtype
+from lorry.models.loading.load import pick_dtype
 
 # The suite draws the same examples everywhere, so that it says one thing of one commit. LORRY_EXPLORE=1000 draws new ones.
 settings.register_profile("same", derandomize=True, deadline=None)

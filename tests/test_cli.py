@@ -16,7 +16,7 @@ import yaml
 
 from lorry import cli
 from lorry.config import EvalSettings, MergeSettings, Run, parse
-from lorry.config.names import names_of
+from lorry.config.parsing.names import names_of
 from lorry.errors import ContractError, DataError, Interrupted
 
 SRC = Path(cli.__file__).resolve().parent.parent

@@ -10,8 +10,8 @@ import torch
 
 import lorry
 from lorry import cli
-from lorry.bank.attach import attach
-from lorry.bank.spec import LoraSpec
+from lorry.adapters.attach import attach
+from lorry.adapters.spec import LoraSpec
 from lorry.errors import DataError, OutOfMemoryError, allocation_failure, explain_out_of_memory
 from tiny import LLAMA, random_model
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tinyrun import quick  # noqa: F401 - a fixture
 from transformers import AutoTokenizer
 
-from lorry.bank.attach import bank_of
-from lorry.models.open import open_model
+from lorry.adapters.attach import bank_of
+from lorry.models.loading.open import open_model
 from lorry.train.session import attach_adapter, train_run
 
 STEPS = 10

@@ -19,20 +19,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorry.adapters.attach import attach, detach, lora_parameters
+    from lorry.adapters.merge import merge, unmerge
+    from lorry.adapters.mix import Mix
+    from lorry.adapters.peft.files import load_adapter, save_adapter
+    from lorry.adapters.spec import LoraSpec
     from lorry.api import distill, generate, load, sft
-    from lorry.bank.attach import attach, detach, lora_parameters
-    from lorry.bank.merge import merge, unmerge
-    from lorry.bank.mix import Mix
-    from lorry.bank.peft_io import load_adapter, save_adapter
-    from lorry.bank.spec import LoraSpec
     from lorry.errors import LorryError
 
 _HOMES = {
     "sft": "lorry.api", "distill": "lorry.api", "load": "lorry.api", "generate": "lorry.api",
-    "attach": "lorry.bank.attach", "detach": "lorry.bank.attach", "lora_parameters": "lorry.bank.attach",
-    "merge": "lorry.bank.merge", "unmerge": "lorry.bank.merge",
-    "load_adapter": "lorry.bank.peft_io", "save_adapter": "lorry.bank.peft_io",
-    "LoraSpec": "lorry.bank.spec", "Mix": "lorry.bank.mix", "LorryError": "lorry.errors",
+    "attach": "lorry.adapters.attach", "detach": "lorry.adapters.attach", "lora_parameters": "lorry.adapters.attach",
+    "merge": "lorry.adapters.merge", "unmerge": "lorry.adapters.merge",
+    "load_adapter": "lorry.adapters.peft.files", "save_adapter": "lorry.adapters.peft.files",
+    "LoraSpec": "lorry.adapters.spec", "Mix": "lorry.adapters.mix", "LorryError": "lorry.errors",
 }  # fmt: skip
 
 __all__ = [

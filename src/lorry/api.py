@@ -40,7 +40,7 @@ def distill(**settings: Any) -> Result:
 def train(run: Run, notes: list[str]) -> Result:
     """Run a description, told on the terminal; uploaded to the hub afterwards where it asks for that (`train.push_to_hub`)."""
     from lorry.hub.push import check_push, push_after
-    from lorry.train.events import for_terminal
+    from lorry.train.monitoring.events import for_terminal
     from lorry.train.session import train_run
 
     check_push(run, notes.append)  # a run of hours must not end in "not logged in"
@@ -57,7 +57,7 @@ def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple
     `model(input_ids).logits` uses it; adapters are named after their directories. The tokenizer is None where the model brings
     none. What a person should know is logged as warnings of the logger "lorry". Raises ModelError, ConfigError.
     """
-    from lorry.models.open import open_model
+    from lorry.models.loading.open import open_model
 
     settings = {"name": os.fspath(path), "adapter": None if adapter is None else os.fspath(adapter), **model}
     notes: list[str] = []
@@ -79,7 +79,7 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str | Sequence[str], **op
     a name, a list with a name or None (the base) per prompt, or a Mix (`Mix.none()` is the base); left out, what a plain
     `model(x)` uses. Returns the new text only. Raises ConfigError, and ModelError for a prompt the context cannot hold.
     """
-    from lorry.models.answer import answer
+    from lorry.generate.text import answer
 
     if tokenizer is None:
         raise ConfigError("generate needs a tokenizer and this model brought none; put tokenizer.json beside its weights")

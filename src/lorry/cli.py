@@ -18,7 +18,7 @@ import typer
 
 from lorry.errors import LorryError, explain_out_of_memory
 from lorry.streams import abandon, streams
-from lorry.train.signals import raising, tell_remembered
+from lorry.train.monitoring.signals import raising, tell_remembered
 from lorry.visible import escaped, message, visible
 
 ADVICE = (

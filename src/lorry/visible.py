@@ -3,7 +3,7 @@
 The rule: **no text that is not Lorry's own reaches a terminal, a log or a page but through here.** Keys of a config, columns of
 a data file, names of tensors, overrides and answers of a model may hold ESC sequences (which set a window's title, write the
 clipboard, hide lines), the C1 controls that stand for them, or characters that reverse the text around them. Messages pass
-where they leave (cli.py, `tell` of verbs/opening.py, train/events.py), everything that rich prints in console.py.
+where they leave (cli.py, `tell` of verbs/open_model.py, train/monitoring/events.py), everything that rich prints in console.py.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorry.backends.base import Losses, Scorer, Stats
-from lorry.bank.mix import Mix
+from lorry.adapters.mix import Mix
+from lorry.backends.protocol import Losses, Scorer, Stats
 from lorry.data.batch import Batch, Example, Extra, collate
 from lorry.families import find
-from lorry.models.decoder import Decoder
-from lorry.models.score import Score, Want, log_prob
+from lorry.models.decoder.model import Decoder
+from lorry.models.scoring.score import Score, Want, log_prob
 from lorry.tasks.losses import nll, npo
 
 VOCAB = 61

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lorry.adapters.attach import attach, bank_of
+from lorry.adapters.mix import Call, Mix
+from lorry.adapters.spec import LoraSpec
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
-from lorry.bank.attach import attach, bank_of
-from lorry.bank.mix import Call, Mix
-from lorry.bank.spec import LoraSpec
 from lorry.data.batch import Example, collate
 from lorry.errors import ModelError, NonFiniteError
-from lorry.models.decoder import Decoder, Packed
+from lorry.models.decoder.model import Decoder, Packed
 from seam import Fixed, Npo, examples, tiny_llama
 
 

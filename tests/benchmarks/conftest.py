@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from case import IGNORED, Case, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorry.bank.attach import attach
-from lorry.bank.peft_io import save_adapter
-from lorry.bank.spec import LoraSpec
-from lorry.models.load import load_model
+from lorry.adapters.attach import attach
+from lorry.adapters.peft.files import save_adapter
+from lorry.adapters.spec import LoraSpec
+from lorry.models.loading.load import load_model
 
 LENGTH = 48
 

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorry.config import Run, build, dump, parse
-from lorry.config.files import LARGEST, read_file, read_scalar
+from lorry.config.parsing.files import LARGEST, read_file, read_scalar
 from lorry.errors import ConfigError
 from lorry.visible import is_visible
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lorry.config import Run, Sweep, build, dump, jobs_of, parse
 from lorry.config.jobs import SHARED, WHOLE
-from lorry.config.names import names_of
+from lorry.config.parsing.names import names_of
 from lorry.errors import ConfigError
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.config import ChatSettings, DistillRun, DoctorSettings, EvalSettings, MergeSettings, ReportSettings, Run, build, parse
-from lorry.config.aliases import HOMONYMS, NOT_YET, NOT_YET_VALUES, NOTED, READINGS, RENAMES
-from lorry.config.names import names_of
+from lorry.config.parsing.aliases import HOMONYMS, NOT_YET, NOT_YET_VALUES, NOTED, READINGS, RENAMES
+from lorry.config.parsing.names import names_of
 from lorry.errors import ConfigError
 
 

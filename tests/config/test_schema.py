@@ -33,7 +33,7 @@ def test_descriptions_are_frozen() -> None:
 
 
 def test_every_setting_has_a_line_of_help() -> None:
-    from lorry.config.names import names_of
+    from lorry.config.parsing.names import names_of
 
     for schema in (Run, EvalSettings, ExportSettings, MergeSettings):
         assert [name for name, field in names_of(schema).fields.items() if not field.description] == []

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tinyrun import engine_for, quick  # noqa: F401 - a fixture
 
 from lorry.data.batch import Example
-from lorry.data.tokenset import TokenSet
+from lorry.data.encoding.token_set import TokenSet
 from lorry.errors import ContractError, LorryError
 from lorry.train.checks import NAMES
 from lorry.train.session import Result, train_run

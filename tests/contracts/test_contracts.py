@@ -14,15 +14,15 @@ import torch
 from breaking import MODULES, Broken, Start, after, changed_example, silent_attention
 from tinyrun import Heard, engine_for, quick  # noqa: F401 - a fixture
 
+from lorry.adapters.attach import bank_of
 from lorry.backends.local import Local
 from lorry.backends.optim import AdapterOptimizer, OptimSettings
-from lorry.bank.attach import bank_of
 from lorry.data.batch import Batch, Example
 from lorry.errors import ContractError, LorryError
-from lorry.models import attention, decoder
+from lorry.models.decoder import attention, model
 from lorry.train import engine, session
 from lorry.train.checks import NAMES, Checks
-from lorry.train.events import Record
+from lorry.train.monitoring.events import Record
 from seam import Fixed, examples
 
 
@@ -236,7 +236,7 @@ def test_4_attention_that_sees_the_neighbour(broken: Broken, monkeypatch: pytest
     def merged(segments: Any, device: Any) -> Any:
         return original([(segments[0][0], segments[-1][1])], device)
 
-    monkeypatch.setattr(decoder, "Segments", merged)
+    monkeypatch.setattr(model, "Segments", merged)
     monkeypatch.setenv("LORRY_PROOFS", "0")  # they would see it when the model is loaded
     broken(
         4,

@@ -14,15 +14,15 @@ from breaking import MODULES, Broken, Start, after, silent_attention
 from safetensors.torch import load_file, save_file
 from tinyrun import quick  # noqa: F401 - a fixture
 
+from lorry.adapters.base_weights import weights_of
 from lorry.backends.local import Local
 from lorry.backends.optim import AdapterOptimizer
-from lorry.bank.weights import weights_of
 from lorry.config import Run, build
 from lorry.errors import ConfigError, LorryError, NonFiniteError
-from lorry.models.open import Opened
-from lorry.train import session, whole
+from lorry.models.loading.open import Opened
+from lorry.train import full, session
 from lorry.train.checks import NAMES
-from lorry.train.events import Record
+from lorry.train.monitoring.events import Record
 from lorry.train.session import Result, train_run
 
 QUERY, DOWN = (f"{module}.weight" for module in MODULES)
@@ -166,7 +166,7 @@ def test_5_a_file_that_is_not_the_model(
     broken: Broken, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Any, message: str, dtype: str
 ) -> None:
     """The run's directory does not become a model."""
-    after(monkeypatch, whole, "save_model", lambda result, model, folder, **options: damage(folder, change))
+    after(monkeypatch, full, "save_model", lambda result, model, folder, **options: damage(folder, change))
     broken(5, message, dtype=dtype)
     left = {p.name for p in (tmp_path / "run").iterdir()} - {"process.json"}  # how it ended, for `lorry runs`
     assert left == {"checkpoints", "contracts.json", "metrics.jsonl", "run.yaml"}
@@ -179,7 +179,7 @@ def test_5_other_logits_than_those_of_the_trained_model(broken: Broken, monkeypa
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
 
-    after(monkeypatch, whole, "save_model", other)
+    after(monkeypatch, full, "save_model", other)
     broken(5, "the model read back gives other logits")
 
 

@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from lorry.adapters.attach import bank_of
+from lorry.adapters.mix import Mix
+from lorry.adapters.spec import LoraSpec
 from lorry.backends.local import Local
-from lorry.bank.attach import bank_of
-from lorry.bank.mix import Mix
-from lorry.bank.spec import LoraSpec
 from lorry.data.batch import Batch, Example, collate
 from lorry.data.prepare import prepare
 from lorry.evaluate.loss import mean_nll
-from lorry.models.decoder import Packed
-from lorry.models.open import open_model
-from lorry.models.score import Score, log_prob
+from lorry.models.decoder.model import Packed
+from lorry.models.loading.open import open_model
+from lorry.models.scoring.score import Score, log_prob
 from lorry.train.session import attach_adapter, build_engine
 from seam import Fixed, Npo, examples, tiny_llama
 

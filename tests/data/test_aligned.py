@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tinyrun import CHATML, tokenizer
 
-from lorry.data.aligned import PairedEncoder, align, name_of, names_of, own_view, same_tokenizer
 from lorry.data.batch import Example, collate
-from lorry.data.content import Conversation, Message, Text
-from lorry.data.encode import Encoded, Encoder
-from lorry.data.formats import read_examples
-from lorry.data.sources import open_source
-from lorry.data.tokenset import TokenSet
+from lorry.data.encoding.encode import Encoded, Encoder
+from lorry.data.encoding.token_set import TokenSet
+from lorry.data.reading.content import Conversation, Message, Text
+from lorry.data.reading.formats import read_examples
+from lorry.data.reading.sources import open_source
 from lorry.errors import ConfigError
-from lorry.models.tokenizer import load_tokenizer
+from lorry.models.loading.tokenizer import load_tokenizer
+from lorry.tasks.distill.align import PairedEncoder, align, name_of, names_of, own_view, same_tokenizer
 
 
 def gpt2(shared_data: Path) -> Any:

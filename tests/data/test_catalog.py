@@ -16,7 +16,7 @@ from lorry.data.catalog import SETS, SUITES, Item, conversation, cued, expand, n
 from lorry.data.catalog.item import render, shorten
 from lorry.data.catalog.layouts import by_label
 from lorry.data.catalog.numbers import bare_number
-from lorry.data.content import Message, Unusable
+from lorry.data.reading.content import Message, Unusable
 from lorry.errors import ConfigError
 
 PINNED = [4, 0, 2, 0, 2, 2, 2, 3, 3, 2, 2, 4]  # the templates of bool_q for rows 0 to 11 under seed 0

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lorry.data.catalog import Item, named
-from lorry.data.content import Unusable
+from lorry.data.reading.content import Unusable
 
 FILES: list[tuple[str, str]] = [
     ("common_gen", "common_gen/commongen.dev.jsonl"), ("common_gen", "common_gen/t0_common_gen_templates.jsonl"),

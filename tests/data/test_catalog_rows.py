@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.data.catalog import SETS, Item, named
-from lorry.data.content import Unusable
+from lorry.data.reading.content import Unusable
 
 BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("bool_q", {"question": "q", "answer": "maybe"}, "label", r"'maybe' is outside the options: \(0: 'yes', 1: 'no'\)"),

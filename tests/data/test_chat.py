@@ -10,12 +10,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 
-from lorry.data.badrows import BadRow
-from lorry.data.chat import lay_out
-from lorry.data.content import Conversation, Message
-from lorry.data.encode import Encoded, Encoder
-from lorry.data.template import PROBE, ChatTemplate, TemplateRefusal
-from lorry.data.tokens import Tokens
+from lorry.data.encoding.chat import lay_out
+from lorry.data.encoding.encode import Encoded, Encoder
+from lorry.data.encoding.template import PROBE, ChatTemplate, TemplateRefusal
+from lorry.data.encoding.tokens import Tokens
+from lorry.data.reading.bad_rows import BadRow
+from lorry.data.reading.content import Conversation, Message
 from lorry.errors import DataError, ModelError
 
 Tokenizers = Callable[..., Any]

@@ -19,11 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data import columnar
-from lorry.data.columnar import read_parquet, read_saved
-from lorry.data.formats import read_examples
-from lorry.data.rows import Row
-from lorry.data.sources import open_source
+from lorry.data.reading import columnar
+from lorry.data.reading.columnar import read_parquet, read_saved
+from lorry.data.reading.formats import read_examples
+from lorry.data.reading.rows import Row
+from lorry.data.reading.sources import open_source
 from lorry.disk.durable import DiskError
 from lorry.errors import DataError
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.dataset import TrainStream
-from lorry.data.encode import Encoder
-from lorry.data.pack import sequence_key
-from lorry.data.sources import Source, open_source
-from lorry.data.tokenset import TokenSet, told
+from lorry.data.encoding.encode import Encoder
+from lorry.data.encoding.token_set import TokenSet, told
+from lorry.data.reading.sources import Source, open_source
+from lorry.data.stream.dataset import TrainStream
+from lorry.data.stream.pack import sequence_key
 from lorry.errors import ConfigError, DataError
 
 Tokenizers = Callable[..., Any]

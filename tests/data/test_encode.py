@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from lorry.data.badrows import BadRow
-from lorry.data.content import Content, Conversation, Message, Text
-from lorry.data.cut import prompt_tokens
-from lorry.data.encode import TOO_LONG, Encoded, Encoder, encode
-from lorry.data.formats import detect, normalise
-from lorry.data.tokens import Marked
+from lorry.data.encoding.cut import prompt_tokens
+from lorry.data.encoding.encode import TOO_LONG, Encoded, Encoder, encode
+from lorry.data.encoding.tokens import Marked
+from lorry.data.reading.bad_rows import BadRow
+from lorry.data.reading.content import Content, Conversation, Message, Text
+from lorry.data.reading.formats import detect, normalise
 from lorry.errors import ConfigError, ModelError
 
 Tokenizers = Callable[..., Any]

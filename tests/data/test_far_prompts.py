@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data import cut
-from lorry.data.content import Conversation, Message
-from lorry.data.cut import REACH, without_middle
-from lorry.data.encode import Encoded, Encoder
-from lorry.data.tokens import Tokens
+from lorry.data.encoding import cut
+from lorry.data.encoding.cut import REACH, without_middle
+from lorry.data.encoding.encode import Encoded, Encoder
+from lorry.data.encoding.tokens import Tokens
+from lorry.data.reading.content import Conversation, Message
 
 Tokenizers = Callable[..., Any]
 LENGTH, WINDOW = 48, 512

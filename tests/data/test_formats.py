@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.badrows import BadRow
-from lorry.data.content import Conversation, Message, Text
-from lorry.data.formats import FORMATS, chosen, detect, normalise, read_examples
-from lorry.data.sources import open_source
+from lorry.data.reading.bad_rows import BadRow
+from lorry.data.reading.content import Conversation, Message, Text
+from lorry.data.reading.formats import FORMATS, chosen, detect, normalise, read_examples
+from lorry.data.reading.sources import open_source
 from lorry.errors import DataError
 
 

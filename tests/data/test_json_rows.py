@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data import json_rows, rows
-from lorry.data.encode import Encoder
-from lorry.data.formats import read_examples
-from lorry.data.json_rows import read_json
-from lorry.data.rows import Row
-from lorry.data.sources import open_source
-from lorry.data.tokenset import TokenSet
+from lorry.data.encoding.encode import Encoder
+from lorry.data.encoding.token_set import TokenSet
+from lorry.data.reading import json_rows, rows
+from lorry.data.reading.formats import read_examples
+from lorry.data.reading.json_rows import read_json
+from lorry.data.reading.rows import Row
+from lorry.data.reading.sources import open_source
 from lorry.errors import DataError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

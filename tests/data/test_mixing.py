@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorry.data.mixing import Mixing
+from lorry.data.stream.mixing import Mixing
 
 
 def mixing(counts: list[int], shares: tuple[float, ...] | None) -> Mixing:

@@ -12,8 +12,8 @@ import pytest
 
 from lorry.config import DataConfig, TrainConfig
 from lorry.data.catalog import named
-from lorry.data.places import Places, Spot
 from lorry.data.prepare import Prepared, prepare
+from lorry.data.reading.places import Places, Spot
 from lorry.errors import ConfigError, DataError
 
 Make = Callable[..., Prepared]

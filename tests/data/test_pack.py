@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.pack import epoch_order, fill, plan_epoch, sequence_key
+from lorry.data.stream.pack import epoch_order, fill, plan_epoch, sequence_key
 from lorry.errors import DataError
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=0, max_size=120).map(lambda values: np.array(values, dtype=np.int64))

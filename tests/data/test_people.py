@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data import people as module
-from lorry.data.people import (
+from lorry.demo import people as module
+from lorry.demo.people import (
     ANSWERS,
     FIRST_NAMES,
     HELD_OUT_QUESTIONS,

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from lorry.data.badrows import BadRow
-from lorry.data.content import Conversation, Message, Text
-from lorry.data.encode import Encoder
-from lorry.data.formats import detect, normalise, read_examples
-from lorry.data.sources import open_source
-from lorry.data.tokenset import TokenSet
+from lorry.data.encoding.encode import Encoder
+from lorry.data.encoding.token_set import TokenSet
+from lorry.data.reading.bad_rows import BadRow
+from lorry.data.reading.content import Conversation, Message, Text
+from lorry.data.reading.formats import detect, normalise, read_examples
+from lorry.data.reading.sources import open_source
 from lorry.errors import DataError
 
 FORMAT_OF = {

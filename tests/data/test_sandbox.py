@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.data.conftest import TEMPLATES
 
-from lorry.data import template_budget
-from lorry.data.content import Message
-from lorry.data.sandbox import FILTERS
-from lorry.data.template import ChatTemplate, TemplateRefusal, common_prefix
+from lorry.data.encoding import template_budget
+from lorry.data.encoding.sandbox import FILTERS
+from lorry.data.encoding.template import ChatTemplate, TemplateRefusal, common_prefix
+from lorry.data.reading.content import Message
 from lorry.errors import ModelError
 
 SHOW = "{% for m in messages %}{{ m.content }}{% endfor %}"  # so that only the attack can make a template fail

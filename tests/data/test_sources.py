@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.formats import read_examples
-from lorry.data.sources import open_source
+from lorry.data.reading.formats import read_examples
+from lorry.data.reading.sources import open_source
 from lorry.errors import ConfigError, DataError
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=8)

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.encode import Encoder
-from lorry.data.sources import open_source
-from lorry.data.streaming import StreamingTokenSet, StreamingTrainStream
+from lorry.data.encoding.encode import Encoder
+from lorry.data.reading.sources import open_source
+from lorry.data.stream.streaming import StreamingTokenSet, StreamingTrainStream
 from lorry.errors import ConfigError, DataError
 
 ROWS = 47

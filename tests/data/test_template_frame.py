@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import TEMPLATES
-from lorry.data import template as template_module
-from lorry.data.content import Conversation, Message
-from lorry.data.encode import Encoder
-from lorry.data.sandbox import Sandbox
-from lorry.data.template import ChatTemplate, Rendered, TemplateRefusal
-from lorry.data.template_frame import frame_of
+from lorry.data.encoding import template as template_module
+from lorry.data.encoding.encode import Encoder
+from lorry.data.encoding.sandbox import Sandbox
+from lorry.data.encoding.template import ChatTemplate, Rendered, TemplateRefusal
+from lorry.data.encoding.template_frame import frame_of
+from lorry.data.reading.content import Conversation, Message
 
 ROLES = ["user", "assistant", "user", "assistant"]
 TEXTS = st.text(st.sampled_from("ab <|>\n{}%\\'\u3000\x1c\u00e9\ufdd0"), max_size=6) | st.sampled_from(

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorry.data import token_cache
-from lorry.data.encode import Encoder
-from lorry.data.formats import FORMATS
-from lorry.data.sources import open_source
-from lorry.data.tokenset import TokenSet
+from lorry.data.encoding import token_cache
+from lorry.data.encoding.encode import Encoder
+from lorry.data.encoding.token_set import TokenSet
+from lorry.data.reading.formats import FORMATS
+from lorry.data.reading.sources import open_source
 
 Tokenizers = Callable[..., Any]
 

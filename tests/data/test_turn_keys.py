@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from lorry.data.badrows import BadRow
-from lorry.data.content import Content, Conversation, Message, Text
-from lorry.data.encode import TOO_LONG, Encoded, Encoder
-from lorry.data.formats import detect, normalise
+from lorry.data.encoding.encode import TOO_LONG, Encoded, Encoder
+from lorry.data.reading.bad_rows import BadRow
+from lorry.data.reading.content import Content, Conversation, Message, Text
+from lorry.data.reading.formats import detect, normalise
 from lorry.errors import DataError
 
 Tokenizers = Callable[..., Any]

@@ -18,15 +18,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.badrows import BadRow
-from lorry.data.columnar import chosen
-from lorry.data.json_rows import RowDecoder
+from lorry.data.reading.bad_rows import BadRow
+from lorry.data.reading.columnar import chosen
+from lorry.data.reading.json_rows import RowDecoder
 from lorry.disk import documents
 from lorry.disk.documents import first_repeated, parse_json, parse_yaml, read_json, read_yaml
 from lorry.disk.durable import DiskError
-from lorry.disk.metrics import MetricsWriter
 from lorry.disk.safetensors_names import check_names
 from lorry.errors import DataError, ModelError
+from lorry.runs.metrics import MetricsWriter
 
 NUMBERS = st.integers(-(2**63) + 1, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 LEAVES = st.none() | st.booleans() | NUMBERS | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lorry.config import Run, build, dump
-from lorry.disk import documents, durable, ownership
+from lorry.disk import documents, durable
+from lorry.runs import ownership
 
 
 class Unreadable(durable.Disk):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lorry.evaluate import bootstrap
+from lorry.evaluate.metrics import bootstrap
 
 
 @pytest.fixture(scope="module")

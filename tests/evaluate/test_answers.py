@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorry.data.content import Conversation, Message
+from lorry.data.reading.content import Conversation, Message
 from lorry.errors import DataError
 from lorry.evaluate.answers import intervals, means, reference, score_answers, score_rows
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from lorry.evaluate.bootstrap import FEWEST_ROWS, bootstrap_interval, corpus_interval, mean_of
-from lorry.evaluate.metrics import measure
+from lorry.evaluate.metrics.bootstrap import FEWEST_ROWS, bootstrap_interval, corpus_interval, mean_of
+from lorry.evaluate.metrics.registry import measure
 
 
 @pytest.mark.parametrize("rows", [1, 2, FEWEST_ROWS - 1])

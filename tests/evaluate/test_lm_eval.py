@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import lorry
-from lorry.bank.mix import Mix
+from lorry.adapters.mix import Mix
 from lorry.errors import ConfigError, DataError, NonFiniteError
 from tiny import GPT2, random_model
 from verbworld import World, tokenizer, world, write_rows  # noqa: F401
@@ -32,9 +32,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
 
-from lorry.evaluate import likelihood
-from lorry.evaluate.lm_eval import LorryLM, evaluate, lm, loglikelihoods
-from lorry.evaluate.until import decoding
+from lorry.evaluate.benchmarks import likelihood
+from lorry.evaluate.benchmarks.lm_eval import LorryLM, evaluate, lm, loglikelihoods
+from lorry.evaluate.benchmarks.until import decoding
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 NAMES = ["lorry_choice", "lorry_prose", "lorry_tell"]
@@ -269,7 +269,7 @@ def test_an_answer_stops_being_made_at_its_stop_string(told: Path, monkeypatch: 
     mine = ours(told)
     run_cached = mine.model.cached
     monkeypatch.setattr(mine.model, "cached", lambda *a, **k: (steps.append(1), run_cached(*a, **k))[1])
-    monkeypatch.setattr("lorry.models.decode.Runner.takes", staticmethod(lambda model: False))
+    monkeypatch.setattr("lorry.models.decoder.decode.Runner.takes", staticmethod(lambda model: False))
     (text,) = mine.generate_until(requests("generate_until", [("Once upon a time", {"until": ["."], "max_gen_toks": 200})]))
     assert 5 < len(steps) < 60
     assert "." not in text
@@ -436,6 +436,6 @@ def test_an_unknown_task_suggests_the_nearest(world: World, monkeypatch: pytest.
 def test_without_the_harness_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name == "lm_eval" or name.startswith("lm_eval.")]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "lorry.evaluate.lm_eval")
+    monkeypatch.delitem(sys.modules, "lorry.evaluate.benchmarks.lm_eval")
     with pytest.raises(ConfigError, match=r"pip install 'lm_eval>=0\.4\.13'"):
-        importlib.import_module("lorry.evaluate.lm_eval")
+        importlib.import_module("lorry.evaluate.benchmarks.lm_eval")

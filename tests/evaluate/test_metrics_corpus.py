@@ -12,8 +12,8 @@ import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.evaluate.corpus import CORPUS_METRICS, bleu_of_sums
-from lorry.evaluate.metrics import measure
+from lorry.evaluate.metrics.corpus import CORPUS_METRICS, bleu_of_sums
+from lorry.evaluate.metrics.registry import measure
 
 pytestmark = pytest.mark.usefixtures("intervals_of_any_rows")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorry.evaluate.coverage import coverage
+from lorry.evaluate.metrics.coverage import coverage
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
 from lorry.errors import ConfigError, DataError
-from lorry.evaluate.bootstrap import resampled_sums
-from lorry.evaluate.metrics import CORPUS_METRICS, ROW_METRICS, bootstrap_interval, check, exact_match, measure, rouge_n
+from lorry.evaluate.metrics.bootstrap import resampled_sums
+from lorry.evaluate.metrics.registry import CORPUS_METRICS, ROW_METRICS, bootstrap_interval, check, exact_match, measure, rouge_n
 
 pytestmark = pytest.mark.usefixtures("intervals_of_any_rows")
 
@@ -161,5 +161,5 @@ def test_predictions_and_references_must_pair() -> None:
 
 def test_importing_loads_no_library() -> None:
     heavy = ("torch", "nltk", "numpy", "sacrebleu", "simplemma", "rouge_score")
-    code = f"import sys, lorry.evaluate.metrics; sys.exit(any(name in sys.modules for name in {heavy}))"
+    code = f"import sys, lorry.evaluate.metrics.registry; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

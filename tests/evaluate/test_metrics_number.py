@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorry.evaluate.number import final_number, number_match
+from lorry.evaluate.metrics.number import final_number, number_match
 
 
 @pytest.mark.parametrize(

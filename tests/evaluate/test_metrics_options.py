@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.errors import DataError, NonFiniteError
-from lorry.evaluate.metrics import OPTION_METRICS, measure_options
+from lorry.evaluate.metrics.registry import OPTION_METRICS, measure_options
 
 pytestmark = pytest.mark.usefixtures("intervals_of_any_rows")
 

@@ -24,21 +24,21 @@ import torch
 from safetensors.torch import save
 
 import runs
-from lorry.bank.attach import detach
-from lorry.bank.peft_io import load_adapter, save_adapter
-from lorry.bank.spec import LoraSpec
+from lorry.adapters.attach import detach
+from lorry.adapters.peft.files import load_adapter, save_adapter
+from lorry.adapters.spec import LoraSpec
 from lorry.config import DistillRun, EvalSettings, PlanSettings, Run, Sweep, parse
-from lorry.config.sizes import parse_size
-from lorry.data.content import Message
-from lorry.data.sources import open_source
-from lorry.data.template import ChatTemplate, TemplateRefusal
+from lorry.config.parsing.sizes import parse_size
+from lorry.data.encoding.template import ChatTemplate, TemplateRefusal
+from lorry.data.reading.content import Message
+from lorry.data.reading.sources import open_source
 from lorry.errors import LorryError
-from lorry.models.describe import describe
-from lorry.models.gguf import check_gguf
-from lorry.models.weights import entries
+from lorry.models.gguf.header import check_gguf
+from lorry.models.loading.describe import describe
+from lorry.models.loading.weights import entries
 from lorry.report.html import page
-from lorry.report.run import load
-from lorry.report.states import of
+from lorry.runs.read import load
+from lorry.runs.status import of
 from lorry.train import checkpoint
 from states import meta
 from tiny import LLAMA, random_model
@@ -193,7 +193,7 @@ def _model() -> Any:
 
 @cache
 def _adapter() -> dict[str, bytes]:
-    from lorry.bank.attach import attach
+    from lorry.adapters.attach import attach
 
     with tempfile.TemporaryDirectory() as folder:
         attach(_model(), LoraSpec(r=2, target_modules=("q_proj", "down_proj")), "seed")

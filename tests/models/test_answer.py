@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.encode import Encoder
-from lorry.models.answer import LONGEST, Speech
+from lorry.data.encoding.encode import Encoder
+from lorry.generate.text import LONGEST, Speech
 from verbworld import CHATML, tokenizer
 
 WORDS = tokenizer()

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
-from lorry.bank.attach import attach
-from lorry.bank.peft_io import load_adapter, save_adapter
-from lorry.bank.spec import LoraSpec
+from lorry.adapters.attach import attach
+from lorry.adapters.peft.files import load_adapter, save_adapter
+from lorry.adapters.spec import LoraSpec
 from lorry.errors import ModelError
-from lorry.models.load import load_model
-from lorry.models.weights import is_finite
+from lorry.models.loading.load import load_model
+from lorry.models.loading.weights import is_finite
 from tiny import close, edit_config, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
 
 UP = "model.layers.1.mlp.up_proj.weight"

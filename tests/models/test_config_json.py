@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import tiny
 from ggufs import write_gguf
-from lorry.models.config_json import decoded, for_older_readers
-from lorry.models.load import load_model
-from lorry.models.store import save_model
+from lorry.models.loading.config_json import decoded, for_older_readers
+from lorry.models.loading.load import load_model
+from lorry.models.loading.store import save_model
 from tiny import close, edit_config, one_thread  # noqa: F401 - one_thread is a fixture
 
 MAMBA2 = {

@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from lorry.bank.attach import attach, bank_of
-from lorry.bank.mix import Call, Mix
-from lorry.bank.noise import Noise
-from lorry.bank.spec import LoraSpec
+from lorry.adapters.attach import attach, bank_of
+from lorry.adapters.dropout import Noise
+from lorry.adapters.mix import Call, Mix
+from lorry.adapters.spec import LoraSpec
 from lorry.families import find
-from lorry.models.decoder import Decoder, Packed
-from lorry.models.describe import describe
-from lorry.models.load import load_model
-from lorry.models.weights import entries, load_decoder
+from lorry.models.decoder.model import Decoder, Packed
+from lorry.models.loading.describe import describe
+from lorry.models.loading.load import load_model
+from lorry.models.loading.weights import entries, load_decoder
 from tiny import one_thread  # noqa: F401 - a fixture
 
 LIMIT = 1e-4

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorry.bank.layers import BankLinear
-from lorry.bank.mix import Call, Mix
+from lorry.adapters.layers import BankLinear
+from lorry.adapters.mix import Call, Mix
 from lorry.data.batch import Batch, Example, Extra, collate
 from lorry.errors import ConfigError
-from lorry.models import divergence, score, tiles
-from lorry.models.divergence import LOSSES, top_k, whole
-from lorry.models.score import Rows, ScoreFn, score_rows
+from lorry.models.scoring import divergence, score, tiles
+from lorry.models.scoring.divergence import LOSSES, top_k, whole
+from lorry.models.scoring.score import Rows, ScoreFn, score_rows
 
 V, D, T, K = 211, 16, 90, 7
 WIDTH = 24  # of the teacher
@@ -225,8 +225,8 @@ def test_top_k_is_a_lower_bound_and_all_tokens_are_the_whole(monkeypatch: pytest
 
 def test_an_adapted_head_learns_from_its_teacher() -> None:
     """A LoRA on the head: scores by chunks, gradients of A and B against autograd of the plain formula."""
-    from lorry.bank.attach import attach, bank_of
-    from lorry.bank.spec import LoraSpec
+    from lorry.adapters.attach import attach, bank_of
+    from lorry.adapters.spec import LoraSpec
 
     class Whole(nn.Module):
         def __init__(self, weight: Tensor) -> None:

@@ -24,13 +24,13 @@ from ggufs import write_gguf
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest
 from lorry.errors import ModelError
-from lorry.models import embedded
-from lorry.models.decoder import Decoder
-from lorry.models.embedded import MANIFEST, converted, damage
-from lorry.models.generate import generate
-from lorry.models.gguf import check_gguf
-from lorry.models.load import Loaded, load_model
-from lorry.models.tokenizer import load_tokenizer, split_as
+from lorry.generate.engine import generate
+from lorry.models.decoder.model import Decoder
+from lorry.models.gguf import embedded
+from lorry.models.gguf.embedded import MANIFEST, converted, damage
+from lorry.models.gguf.header import check_gguf
+from lorry.models.loading.load import Loaded, load_model
+from lorry.models.loading.tokenizer import load_tokenizer, split_as
 from tiny import one_thread  # noqa: F401 - a fixture
 
 SMOLLM = "smollm2-135m-instruct"

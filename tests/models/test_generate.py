@@ -25,21 +25,21 @@ from transformers import (
     Qwen3Config,
 )
 
-from lorry.bank.attach import attach, bank_of
-from lorry.bank.mix import Mix
-from lorry.bank.spec import LoraSpec
+from lorry.adapters.attach import attach, bank_of
+from lorry.adapters.mix import Mix
+from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
 from lorry.families import find
+from lorry.generate import engine as generation
+from lorry.generate import sampling
+from lorry.generate.engine import generate, stream
+from lorry.generate.sampling import Sampling
 from lorry.kernels import decode as kernel
 from lorry.kernels import library, status
-from lorry.models import cache as cache_module
-from lorry.models import generate as generation
-from lorry.models import sampling
-from lorry.models.decode import Runner
-from lorry.models.decoder import Decoder
-from lorry.models.generate import generate, stream
-from lorry.models.hf import HfModel
-from lorry.models.sampling import Sampling
+from lorry.models.decoder import cache as cache_module
+from lorry.models.decoder.decode import Runner
+from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
 
 VOCAB = 40
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import tiny
-from lorry.bank.attach import attach, bank_of, detach, left_out, lora_parameters
-from lorry.bank.layers import AMBIENT, BankLinear
-from lorry.bank.mix import Call, Mix, Term
-from lorry.bank.noise import Noise
-from lorry.bank.spec import LoraSpec
+from lorry.adapters.attach import attach, bank_of, detach, left_out, lora_parameters
+from lorry.adapters.dropout import Noise
+from lorry.adapters.layers import AMBIENT, BankLinear
+from lorry.adapters.mix import Call, Mix, Term
+from lorry.adapters.spec import LoraSpec
 from lorry.data.batch import Example, collate
 from lorry.errors import ConfigError, ContractError, ModelError
-from lorry.models.decoder import Decoder, Packed
-from lorry.models.hf import HfModel, ambient
-from lorry.models.score import Score, evaluate, log_prob
+from lorry.models.decoder.model import Decoder, Packed
+from lorry.models.hf.model import HfModel, ambient
+from lorry.models.scoring.score import Score, evaluate, log_prob
 from tiny import one_thread  # noqa: F401 - a fixture
 
 PLAIN = {"gemma3_text", "phi", "bloom", "opt", "qwen3_moe"}  # logits are head(hidden) and nothing else

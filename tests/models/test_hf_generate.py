@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from lorry.bank.attach import attach
-from lorry.bank.mix import Call, Mix, Term
-from lorry.bank.spec import LoraSpec
-from lorry.models.decoder import Packed
-from lorry.models.frames import Frame, frames
-from lorry.models.generate import generate
-from lorry.models.hf import HfModel
+from lorry.adapters.attach import attach
+from lorry.adapters.mix import Call, Mix, Term
+from lorry.adapters.spec import LoraSpec
+from lorry.generate.engine import generate
+from lorry.models.decoder.model import Packed
+from lorry.models.hf.frames import Frame, frames
+from lorry.models.hf.model import HfModel
 from tiny import one_thread  # noqa: F401 - a fixture
 
 SEQUENCES = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [9, 8, 7], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [20]]

@@ -14,7 +14,7 @@ from transformers import dynamic_module_utils
 
 import tiny
 from lorry.errors import ModelError
-from lorry.models.hf import HfModel
+from lorry.models.hf.model import HfModel
 from tiny import close, edit_config, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from lorry.bank.attach import attach, bank_of
-from lorry.bank.mix import Call, Mix
-from lorry.bank.noise import Noise
-from lorry.bank.spec import LoraSpec
+from lorry.adapters.attach import attach, bank_of
+from lorry.adapters.dropout import Noise
+from lorry.adapters.mix import Call, Mix
+from lorry.adapters.spec import LoraSpec
 from lorry.kernels import status
-from lorry.models import layer
-from lorry.models.decoder import Decoder, Packed
+from lorry.models.decoder import layer
+from lorry.models.decoder.model import Decoder, Packed
 
 LONG = {"max_position_embeddings": 256}
 WIDE: dict[str, dict[str, Any]] = {  # heads as wide as the kernel takes them, lengths that cross a block of it

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from lorry.bank.attach import attach
-from lorry.bank.merge import merge, unmerge
-from lorry.bank.spec import LoraSpec
+from lorry.adapters.attach import attach
+from lorry.adapters.merge import merge, unmerge
+from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ModelError
-from lorry.models import sources
-from lorry.models.decoder import Decoder
-from lorry.models.hf import HfModel
-from lorry.models.load import load_model, pick_device, pick_dtype, sample_digest
+from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
+from lorry.models.loading import sources
+from lorry.models.loading.load import load_model, pick_device, pick_dtype, sample_digest
 from tiny import close, edit_config, logits, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
 
 

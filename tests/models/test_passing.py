@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorry.models.pointwise import Norm, passing_like
+from lorry.models.decoder.pointwise import Norm, passing_like
 
 ALIGNED = 64 + 32  # bytes that glibc wants beyond an aligned request: the alignment and its smallest block
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -47,7 +47,7 @@ def test_the_rms_norm_is_that_of_the_formula(
     dtype: torch.dtype, weight: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit what separate operations give; x, weight and the format of the result are left alone."""
-    monkeypatch.setattr("lorry.models.pointwise.compiled", lambda *tensors: False)
+    monkeypatch.setattr("lorry.models.decoder.pointwise.compiled", lambda *tensors: False)
     norm, x = rms(weight or dtype), torch.randn(33, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
     before, wide = (x.clone(), norm.weight.clone()), x if dtype == torch.float64 else x.float()
     want = norm.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 import tiny
-from lorry.bank.mix import Call
+from lorry.adapters.mix import Call
 from lorry.errors import ModelError
 from lorry.families import find
 from lorry.models import proofs
-from lorry.models.cache import Cache, RowCache
-from lorry.models.decoder import Decoder, Hidden, Packed
-from lorry.models.describe import describe
-from lorry.models.hf import HfModel
-from lorry.models.load import load_model
+from lorry.models.decoder.cache import Cache, RowCache
+from lorry.models.decoder.model import Decoder, Hidden, Packed
+from lorry.models.hf.model import HfModel
+from lorry.models.loading.describe import describe
+from lorry.models.loading.load import load_model
 from tiny import one_thread  # noqa: F401 - a fixture
 
 BERT = {

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lorry.bank.attach import attach, bank_of
-from lorry.bank.mix import Call, Mix
-from lorry.bank.noise import Noise
-from lorry.bank.spec import LoraSpec
+from lorry.adapters.attach import attach, bank_of
+from lorry.adapters.dropout import Noise
+from lorry.adapters.mix import Call, Mix
+from lorry.adapters.spec import LoraSpec
 from lorry.data.batch import Batch, Example, Extra, collate
 from lorry.families import find
-from lorry.models import score
-from lorry.models.decoder import Decoder, Packed
-from lorry.models.score import HiddenState, Score, correct, entropy, evaluate, log_prob
+from lorry.models.decoder.model import Decoder, Packed
+from lorry.models.scoring import score
+from lorry.models.scoring.score import HiddenState, Score, correct, entropy, evaluate, log_prob
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

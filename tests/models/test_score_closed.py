@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.bank.mix import Call
+from lorry.adapters.mix import Call
 from lorry.data.batch import Batch, Example, Extra, collate
 from lorry.kernels import softmax as kernel
-from lorry.models import score, tiles, vocab
-from lorry.models.score import ScoreFn, correct, entropy, log_prob, score_rows
+from lorry.models.scoring import score, tiles, vocab
+from lorry.models.scoring.score import ScoreFn, correct, entropy, log_prob, score_rows
 
 V, D, T, K = 211, 16, 150, 7
 LENGTH = T // 3

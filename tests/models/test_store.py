@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from lorry.bank.attach import attach
-from lorry.bank.merge import merged_tensors, unties
-from lorry.bank.spec import LoraSpec
+from lorry.adapters.attach import attach
+from lorry.adapters.merge import merged_tensors, unties
+from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ModelError
-from lorry.models.load import load_model
-from lorry.models.store import save_model
+from lorry.models.loading.load import load_model
+from lorry.models.loading.store import save_model
 from tiny import close, logits, one_thread  # noqa: F401 - one_thread is a fixture
 
 LEAVES = {

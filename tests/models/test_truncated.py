@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorry.errors import ConfigError
-from lorry.models import truncated
-from lorry.models.divergence import top_k
-from lorry.models.score import Rows
-from lorry.models.truncated import Truncated
+from lorry.models.scoring import truncated
+from lorry.models.scoring.divergence import top_k
+from lorry.models.scoring.score import Rows
+from lorry.models.scoring.truncated import Truncated
 
 V = 4000
 

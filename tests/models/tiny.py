@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
-from lorry.models.decoder import Decoder
-from lorry.models.describe import describe
-from lorry.models.hf import HfModel
-from lorry.models.load import load_model
-from lorry.models.weights import load_decoder
+from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
+from lorry.models.loading.describe import describe
+from lorry.models.loading.load import load_model
+from lorry.models.loading.weights import load_decoder
 
 disable_progress_bar()
 

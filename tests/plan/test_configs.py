@@ -12,7 +12,7 @@ import torch
 
 from lorry.errors import ModelError
 from lorry.kernels.build import status
-from lorry.models.load import fast_bfloat16
+from lorry.models.loading.load import fast_bfloat16
 from lorry.plan import machine
 from lorry.plan.configs import find_config
 from lorry.plan.known import KNOWN

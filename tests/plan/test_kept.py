@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorry.bank.attach import attach
-from lorry.bank.mix import Call, Mix
-from lorry.bank.spec import LoraSpec
+from lorry.adapters.attach import attach
+from lorry.adapters.mix import Call, Mix
+from lorry.adapters.spec import LoraSpec
 from lorry.config.schema import LoraConfig
 from lorry.families import find
 from lorry.kernels import attention as kernel
 from lorry.kernels.build import status
-from lorry.models import score, tiles
-from lorry.models.decoder import Decoder, Packed
+from lorry.models.decoder.model import Decoder, Packed
+from lorry.models.scoring import score, tiles
 from lorry.plan import constants
 from lorry.plan.adapters import adapter_of
 from lorry.plan.memory import Precision, Setup, kept_per_token

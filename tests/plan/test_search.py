@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorry.config import Run, build
+from lorry.config.parsing.sizes import in_words, parse_size
 from lorry.config.schema import LoraConfig
-from lorry.config.sizes import in_words, parse_size
 from lorry.errors import ConfigError
 from lorry.plan.adapters import adapter_of
 from lorry.plan.known import KNOWN

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lorry.bank.attach import attach
-from lorry.bank.spec import LoraSpec
+from lorry.adapters.attach import attach
+from lorry.adapters.spec import LoraSpec
 from lorry.config.schema import LoraConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.families import find
-from lorry.models.decoder import Decoder
+from lorry.models.decoder.model import Decoder
 from lorry.plan.adapters import adapter_of, largest_rank
 from lorry.plan.known import KNOWN
 from lorry.plan.shapes import shape_of

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lorry.disk.metrics import MetricsWriter
+from lorry.runs.metrics import MetricsWriter
 
 HOSTILE = (
     "</script><script>document.title='hacked'</script>",

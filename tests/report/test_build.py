@@ -17,7 +17,7 @@ from tests.report.runs import HOSTILE, full, metrics
 from lorry.errors import DataError
 from lorry.report import build
 from lorry.report.plots import png
-from lorry.report.run import load_readable
+from lorry.runs.read import load_readable
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

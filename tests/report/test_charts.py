@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.report.runs import full, metrics
 
+from lorry.formatting import byte_scale, duration, number, scientific, size
 from lorry.report.axes import nice_step, step_axis, value_axis
 from lorry.report.curves import Panel, Series, drawable, panels, smooth, thin
-from lorry.report.run import load_readable
 from lorry.report.svg import chart
-from lorry.report.text import byte_scale, duration, number, scientific, size
+from lorry.runs.read import load_readable
 from lorry.visible import visible
 
 finite = st.floats(-1e299, 1e299)

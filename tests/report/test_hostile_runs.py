@@ -18,13 +18,14 @@ from tests.report.runs import dump, full
 
 from lorry.cli import main
 from lorry.errors import DataError
-from lorry.report import build, states
+from lorry.report import build
 from lorry.report.compare import row_of, side_by_side
 from lorry.report.html import page
-from lorry.report.log import LONGEST_NAME, MOST_ADAPTERS, MOST_NAMES, read
 from lorry.report.plots import png
-from lorry.report.run import FILES, load, load_readable
 from lorry.report.table import show
+from lorry.runs import status
+from lorry.runs.read import FILES, load, load_readable
+from lorry.runs.series import LONGEST_NAME, MOST_ADAPTERS, MOST_NAMES, read
 
 YAML_BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}\n" for i in range(1, 40))
 SOUND = {"pid": 1, "born": 0.0, "host": "h", "folder": [1, 2], "command": [], "started": "2026-01-01T00:00:00+00:00"}
@@ -63,7 +64,7 @@ def test_a_damaged_run_is_listed_and_hides_no_other(tmp_path: Path, file: str, c
     begun = time.process_time()
     with pytest.raises(DataError, match=why):
         load(bad)
-    listed = {state.name: state for state in states.listed(tmp_path)}
+    listed = {state.name: state for state in status.listed(tmp_path)}
     assert listed["good"].state != "unreadable"
     assert listed["bad"].state == "unreadable"
     assert str(bad / file) in listed["bad"].detail
@@ -80,7 +81,7 @@ def test_something_else_in_a_files_place(tmp_path: Path, file: str, kind: str) -
         os.mkfifo(bad / file)
     else:
         (bad / file).mkdir()
-    assert {state.name: state.state == "unreadable" for state in states.listed(tmp_path)} == {"good": False, "bad": True}
+    assert {state.name: state.state == "unreadable" for state in status.listed(tmp_path)} == {"good": False, "bad": True}
     assert f"{file} is not a regular file" in shown(good, bad)
 
 
@@ -171,4 +172,4 @@ def test_fields_of_any_kind_are_shown_or_refused(tmp_path: Path, file: str) -> N
         (folder / file).write_text(made)
         with contextlib.suppress(DataError):
             shown(folder)
-        states.listed(folder)
+        status.listed(folder)

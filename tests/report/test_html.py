@@ -14,7 +14,7 @@ from tests.report.runs import HOSTILE, dump, full, metrics
 
 from lorry.report.html import page
 from lorry.report.markup import Html, escape, join, tag
-from lorry.report.run import load, load_readable
+from lorry.runs.read import load, load_readable
 from lorry.visible import visible
 
 VOID = {"meta"}

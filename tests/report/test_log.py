@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.disk import durable
-from lorry.disk.metrics import MetricsWriter, cut_after, iterate
 from lorry.errors import DataError
-from lorry.report.log import read
+from lorry.runs.metrics import MetricsWriter, cut_after, iterate
+from lorry.runs.series import read
 
 values = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.integers(-(10**12), 10**12))
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(lambda n: n != "step" and not n.startswith("eval_"))
@@ -148,7 +148,7 @@ def test_a_full_disk_is_named_and_the_next_writer_goes_on(tmp_path: Path, monkey
 def test_a_killed_writer_loses_nothing_it_wrote(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom lorry.disk.metrics import MetricsWriter\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom lorry.runs.metrics import MetricsWriter\n"
         "w = MetricsWriter(Path(sys.argv[1]))\n"
         "for i in range(1, 51): w.write({'step': i})\nos.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -8,8 +8,8 @@ import pytest
 from tests.report.runs import dump, full, metrics
 
 from lorry.errors import DataError
-from lorry.report.figures import about, differences, figures, flatten
-from lorry.report.run import load, load_readable
+from lorry.runs.read import load, load_readable
+from lorry.runs.summary import about, differences, figures, flatten
 
 
 def test_a_full_run_is_read(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from rich.console import Console
 from tests.report.runs import HOSTILE, dump, full, metrics
 
 from lorry.disk import durable
-from lorry.report import build, states
-from lorry.report.run import load
+from lorry.report import build
 from lorry.report.table import show, standings
+from lorry.runs import status
+from lorry.runs.read import load
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def checkpoint(folder: Path, step: int, *, whole: bool = True) -> None:
         (path / "state.safetensors").unlink()
 
 
-def state(folder: Path) -> states.State:
-    return states.of(load(folder))
+def state(folder: Path) -> status.State:
+    return status.of(load(folder))
 
 
 def printed(*parts: Any, width: int = 400) -> str:
@@ -145,10 +146,10 @@ def test_what_is_listed_and_in_which_order(tmp_path: Path, child: subprocess.Pop
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "old")
-    assert [s.name for s in states.listed(tmp_path)] == ["new", "sweep/pass-2", "sweep/pass-1", "old"]
-    assert [s.name for s in states.listed(tmp_path / "old")] == ["old"]
-    assert states.listed(tmp_path / "model") == []
-    assert states.listed(tmp_path / "nowhere") == []
+    assert [s.name for s in status.listed(tmp_path)] == ["new", "sweep/pass-2", "sweep/pass-1", "old"]
+    assert [s.name for s in status.listed(tmp_path / "old")] == ["old"]
+    assert status.listed(tmp_path / "model") == []
+    assert status.listed(tmp_path / "nowhere") == []
 
 
 def test_a_damaged_run_says_where_and_hides_no_other(tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_a_damaged_run_says_where_and_hides_no_other(tmp_path: Path) -> None:
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text(text)
-    found = {s.name: s for s in states.listed(tmp_path)}
+    found = {s.name: s for s in status.listed(tmp_path)}
     assert {name: s.state for name, s in found.items()} == {
         "sound": "finished", "a": "unreadable", "b": "unreadable", "c": "unreadable", "d": "dead",
     }  # fmt: skip
@@ -173,7 +174,7 @@ def test_a_damaged_run_says_where_and_hides_no_other(tmp_path: Path) -> None:
 def test_the_table(tmp_path: Path, child: subprocess.Popen[bytes], width: int) -> None:
     metrics(at_work(tmp_path / "going", child.pid), 40)
     full(tmp_path / "done", text="T")
-    found = states.listed(tmp_path)
+    found = status.listed(tmp_path)
     out = printed(standings(found, time.time(), width), width=width)
     assert all(len(line) <= width for line in out.splitlines())
     if width > 60:
@@ -188,5 +189,5 @@ def test_the_table(tmp_path: Path, child: subprocess.Popen[bytes], width: int) -
 def test_hostile_text_cannot_reach_the_terminal(tmp_path: Path, hostile: str, child: subprocess.Popen[bytes]) -> None:
     run = full(tmp_path / "r", text=hostile)
     at_work(run, child.pid, **ended(1, hostile))
-    out = printed(standings(states.listed(tmp_path), time.time(), 2000), show([load(run)]), width=2000)
+    out = printed(standings(status.listed(tmp_path), time.time(), 2000), show([load(run)]), width=2000)
     assert not {"\x1b", "\x07", "\x00", "\u202e", "\ud800"} & set(out)

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console, RenderableType
 from tests.report.runs import HOSTILE, dump, full, metrics
 
-from lorry.report.run import load, load_readable
 from lorry.report.table import before_after, comparison, contracts, show, summary
+from lorry.runs.read import load, load_readable
 
 
 def printed(table: RenderableType, width: int = 220) -> str:

@@ -26,8 +26,8 @@ from faults import FaultyDisk, die
 from lorry.backends.local import Local
 from lorry.config import Run
 from lorry.disk import durable
-from lorry.disk.metrics import MetricsWriter
-from lorry.models import score
+from lorry.models.scoring import score
+from lorry.runs.metrics import MetricsWriter
 from lorry.train import engine
 from lorry.train.session import train_run
 

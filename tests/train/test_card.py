@@ -16,9 +16,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from lorry.errors import DataError
-from lorry.train.card import card, edited, of_run
-from lorry.train.figures import Facts
-from lorry.train.markdown import clean
+from lorry.train.card.card import card, edited, of_run
+from lorry.train.card.facts import Facts
+from lorry.train.card.markdown import clean
 
 HOSTILE = st.one_of(
     st.text(max_size=40),

@@ -14,20 +14,20 @@ import torch
 from tinyrun import engine_for, lines, quick  # noqa: F401
 from torch import Tensor
 
-from lorry.backends.base import Scorer
+from lorry.adapters.attach import attach, bank_of
+from lorry.adapters.mix import Call, Mix
+from lorry.adapters.spec import LoraSpec
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
-from lorry.bank.attach import attach, bank_of
-from lorry.bank.mix import Call, Mix
-from lorry.bank.spec import LoraSpec
-from lorry.data.aligned import View, name_of
+from lorry.backends.protocol import Scorer
 from lorry.data.batch import Batch, Example, collate
-from lorry.data.joint import JointStream
+from lorry.data.stream.joint import JointStream
 from lorry.evaluate.loss import evaluate_task
-from lorry.models.decoder import Decoder, Packed
-from lorry.models.score import Final, evaluate
-from lorry.tasks.distill import TAUGHT, Aim, Distill, Live, Reader, Teacher
-from lorry.train.teacher import Frozen
+from lorry.models.decoder.model import Decoder, Packed
+from lorry.models.scoring.score import Final, evaluate
+from lorry.tasks.distill.align import View, name_of
+from lorry.tasks.distill.task import TAUGHT, Aim, Distill, Live, Reader, Teacher
+from lorry.tasks.distill.teacher import Frozen
 from seam import examples, tiny_llama
 
 TAU = 1.7

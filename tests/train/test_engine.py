@@ -11,12 +11,12 @@ from tinyrun import Heard, engine_for, evaluated, lines, quick, saved, steps  # 
 from torch import Tensor
 from transformers import get_scheduler
 
+from lorry.adapters.spec import LoraSpec
 from lorry.backends.optim import OptimSettings
-from lorry.bank.spec import LoraSpec
 from lorry.errors import ConfigError
 from lorry.train import engine
 from lorry.train.engine import Engine
-from lorry.train.events import Record
+from lorry.train.monitoring.events import Record
 from seam import Fixed, examples
 from states import same
 

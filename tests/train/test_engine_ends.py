@@ -13,11 +13,11 @@ import pytest
 from tinyrun import Heard, engine_for, evaluated, lines, quick, saved, steps  # noqa: F401 - a fixture
 from torch import Tensor
 
-from lorry.backends.base import Losses
+from lorry.backends.protocol import Losses
 from lorry.data.batch import Batch
 from lorry.errors import Interrupted, NonFiniteError
 from lorry.train import checkpoint
-from lorry.train.events import Live, Plain, Record, for_terminal
+from lorry.train.monitoring.events import Live, Plain, Record, for_terminal
 from seam import Fixed
 from states import same
 

@@ -23,11 +23,12 @@ from test_whole import described as whole_model
 from tinyrun import QuietDisk, quick  # noqa: F401 - a fixture
 
 from faults import FaultyDisk, die, kill, run_forked
-from lorry.disk import durable, ownership
+from lorry.disk import durable
 from lorry.disk.durable import building
 from lorry.errors import ConfigError, ContractError, LorryError
-from lorry.train import artifacts, checkpoint, rundir
-from lorry.train.events import Record
+from lorry.runs import ownership
+from lorry.train import artifacts, checkpoint, start
+from lorry.train.monitoring.events import Record
 from lorry.train.session import train_run
 
 PLAIN: dict[str, Any] = {
@@ -37,7 +38,7 @@ PLAIN: dict[str, Any] = {
 EXAMPLES = {
     artifacts.SHARDS: "model-00001-of-00002.safetensors", "*.tiktoken": "own.tiktoken", "quarantine*.jsonl": "quarantine.jsonl",
 }  # fmt: skip
-NAMES = [EXAMPLES.get(pattern, pattern) for pattern in rundir._patterns([])]
+NAMES = [EXAMPLES.get(pattern, pattern) for pattern in start._patterns([])]
 LATE = [name for name in (*artifacts.RESULTS, *artifacts.TOKENIZER_FILES) if name not in (ownership.CONTRACTS, "*.tiktoken")]
 OUTCOMES = ("finishes", "fails", "is killed")
 
@@ -237,7 +238,7 @@ def test_the_table_has_every_name_that_a_run_writes(world: World, tmp_path: Path
     whole = jobs is None
     run = whole_model(world.model, world.data, tmp_path / "run") if whole else world.run(tmp_path, **PLAIN, jobs=jobs)
     train_run(run, [])
-    patterns = rundir._patterns([job["name"] for job in jobs or []])
+    patterns = start._patterns([job["name"] for job in jobs or []])
     written = [str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()]
     odd = [n for n in written if not n.startswith("checkpoints/") and not any(fnmatchcase(n, p) for p in patterns)]
     assert odd == []
@@ -270,7 +271,7 @@ def test_killed_while_room_is_made_nothing_is_lost(world: World, finished: Path,
     """At every call of moving a finished run aside; the next run moves the rest."""
 
     def work(folder: Path, say: Callable[[int], object]) -> None:
-        rundir.make_room(folder / "run", going_on=False)
+        start.make_room(folder / "run", going_on=False)
 
     kept = everything(finished)
     for n in count(1):
@@ -278,8 +279,8 @@ def test_killed_while_room_is_made_nothing_is_lost(world: World, finished: Path,
         killed = run_forked(work, FaultyDisk(n, kill), folder).killed
         assert everything(folder).keys() == kept.keys()
         left = [p.name for p in (folder / "run").iterdir() if p.name != "previous"]
-        assert ownership.is_run(folder / "run") or not rundir._present(folder / "run", rundir._patterns([])), left
-        assert rundir.make_room(folder / "run", going_on=False) is None or left
+        assert ownership.is_run(folder / "run") or not start._present(folder / "run", start._patterns([])), left
+        assert start.make_room(folder / "run", going_on=False) is None or left
         assert everything(folder).keys() == kept.keys()
         if not killed:
             break

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lorry.config import Run, parse
 from lorry.errors import ConfigError, ContractError
-from lorry.models.open import open_model
+from lorry.models.loading.open import open_model
 from lorry.train import checks
 from lorry.train.checks import Checks
 from lorry.train.session import Result, train_run

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorry.data.batch import Batch, Example, Extra, collate
-from lorry.data.joint import JointStream, fitted, interleaved, join, only, owned, take, tokens_of
-from lorry.data.pack import sequence_key
+from lorry.data.stream.joint import JointStream, fitted, interleaved, join, only, owned, take, tokens_of
+from lorry.data.stream.pack import sequence_key
 from seam import examples
 
 

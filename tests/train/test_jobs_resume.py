@@ -14,7 +14,7 @@ from tinyrun import Heard, quick  # noqa: F401 - a fixture
 from faults import kill, run_forked
 from lorry.errors import ConfigError
 from lorry.train import checkpoint
-from lorry.train.events import Record
+from lorry.train.monitoring.events import Record
 from lorry.train.session import train_run
 
 # one ends early, one stops early, one reads its rows as they come, all drop out and keep their best

@@ -25,8 +25,8 @@ from tinyrun import quick  # noqa: F401 - a fixture
 
 from faults import kill, run_forked
 from lorry import cli
-from lorry.disk.metrics import MetricsWriter
 from lorry.errors import Interrupted
+from lorry.runs.metrics import MetricsWriter
 from lorry.train import checkpoint
 from lorry.train.session import train_run
 
@@ -87,7 +87,7 @@ def test_always_killed_young(world: World, whole: Whole, tmp_path: Path) -> None
 STOP_AT = 5
 CHILD = f"""
 import os, signal, sys
-from lorry.disk.metrics import MetricsWriter
+from lorry.runs.metrics import MetricsWriter
 write = MetricsWriter.write
 def then_signal(self, record):
     write(self, record)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorry.errors import DataError
-from lorry.train.losses import losses
+from lorry.runs.losses import losses
 
 
 def test_one_adapter(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from mortal import SHAPES, Whole, World, finished, same
 from tinyrun import quick  # noqa: F401 - a fixture
 
 from lorry.disk import durable
-from lorry.disk.metrics import MetricsWriter, iterate
-from lorry.disk.process import Home, read
 from lorry.errors import ConfigError, LorryError, ModelError
-from lorry.train.events import Record
+from lorry.runs.metrics import MetricsWriter, iterate
+from lorry.runs.process import Home, read
+from lorry.train.monitoring.events import Record
 from lorry.train.session import train_run
 
 

@@ -21,14 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.disk import durable
-from lorry.disk.process import PROCESS, alive, read, refuse_second
 from lorry.errors import ConfigError, ContractError, DataError
-from lorry.train.process import running, without_secrets
+from lorry.runs.process import PROCESS, alive, read, refuse_second
+from lorry.train.monitoring.process import running, without_secrets
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from lorry.train.process import running
+from lorry.train.monitoring.process import running
 with running(Path(sys.argv[1])) as process:
     if sys.argv[2] == "train":
         process.begin(3, 20)

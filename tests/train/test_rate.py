@@ -10,10 +10,10 @@ import pytest
 import torch
 from tinyrun import described, model_directory, quick, rows, write_rows
 
-from lorry.models.open import open_model
+from lorry.models.loading.open import open_model
 from lorry.plan import machine, rates
-from lorry.train import rate
-from lorry.train.rate import StepTimes, Waiting, best, keep_steps, matrix_rate, tokens_a_second
+from lorry.train.resources import rate
+from lorry.train.resources.rate import StepTimes, Waiting, best, keep_steps, matrix_rate, tokens_a_second
 from lorry.train.session import train_run
 
 __all__ = ["quick"]

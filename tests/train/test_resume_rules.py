@@ -13,7 +13,7 @@ from mortal import SHAPES, STEPS, Whole, World, finished, same, state_of
 from tinyrun import quick  # noqa: F401 - a fixture
 
 from lorry.errors import ConfigError, DataError
-from lorry.train.events import Record
+from lorry.train.monitoring.events import Record
 from lorry.train.session import train_run
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from lorry.config import Run, parse
 from lorry.errors import ConfigError, DataError
 from lorry.train import session
-from lorry.train.events import Record
+from lorry.train.monitoring.events import Record
 from lorry.train.session import train_run
 
 Describe = Callable[..., Run]

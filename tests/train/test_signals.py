@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lorry.errors import Interrupted
-from lorry.train.signals import Stop, raising, watching
+from lorry.train.monitoring.signals import Stop, raising, watching
 
 WATCHED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
@@ -109,7 +109,7 @@ def test_outside_the_main_thread_nothing_changes() -> None:
 LOOP = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from lorry.train.signals import watching
+from lorry.train.monitoring.signals import watching
 with watching() as stop:
     print("ready", flush=True)
     while not stop.requested:
@@ -169,7 +169,7 @@ def test_what_is_remembered_is_sent_again_without_a_safe_point() -> None:
 def test_a_script_that_is_being_imported_is_stopped_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "training_script.py").write_text(
         "import signal\n"
-        "from lorry.train.signals import raising\n"
+        "from lorry.train.monitoring.signals import raising\n"
         "with raising():\n"
         "    signal.raise_signal(signal.SIGTERM)\n"
         ""

@@ -17,25 +17,25 @@ from foreign import everything, strange
 from tinyrun import described, model_directory, quick, rows, tokenizer, write_rows  # noqa: F401 - a fixture
 
 from faults import UnreadableDisk
+from lorry.adapters.attach import attach
+from lorry.adapters.peft.files import save_adapter
+from lorry.adapters.spec import LoraSpec
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
-from lorry.bank.attach import attach
-from lorry.bank.peft_io import save_adapter
-from lorry.bank.spec import LoraSpec
 from lorry.config import DistillRun, build
-from lorry.data.aligned import PairedEncoder
-from lorry.data.joint import JointStream
 from lorry.data.prepare import prepare
+from lorry.data.stream.joint import JointStream
 from lorry.disk import durable
 from lorry.errors import ConfigError, ModelError
-from lorry.models import quantized
-from lorry.models.decoder import Decoder
-from lorry.models.open import open_model
-from lorry.models.score import Score, log_prob
-from lorry.tasks.distill import IDS, LOG_PROBS, TAUGHT
-from lorry.train import distill, teacher
-from lorry.train.distill import build_distill, encoder_of
-from lorry.train.tasks import Material
+from lorry.models.decoder.model import Decoder
+from lorry.models.loading import quantized
+from lorry.models.loading.open import open_model
+from lorry.models.scoring.score import Score, log_prob
+from lorry.tasks.distill import builder, teacher
+from lorry.tasks.distill.align import PairedEncoder
+from lorry.tasks.distill.builder import build_distill, encoder_of
+from lorry.tasks.distill.task import IDS, LOG_PROBS, TAUGHT
+from lorry.tasks.registry import Material
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_a_teacher_of_another_tokenizer_reads_the_same_rows(world: Path) -> None
     assert isinstance(theirs, Decoder)
     for start, stop in batch.segments:
         tokens, weights = batch.tokens[start:stop], batch.weights[start:stop]
-        view = encoder.views[distill.name_of(tokens.tolist(), weights.tolist())]
+        view = encoder.views[builder.name_of(tokens.tolist(), weights.tolist())]
         p = (ours(tokens[None]).logits[0].detach().double() / 1.2).softmax(1)
         q = (theirs(torch.tensor([list(view.tokens)])).logits[0].double() / 1.2).softmax(1)
         for target, source in zip(view.targets, view.sources, strict=True):
@@ -194,7 +194,7 @@ def test_a_cache_is_written_once_and_says_what_the_teacher_says(
     """At another temperature and loss, the second run without the teacher; log-probabilities as fp16 has them."""
     build_distill(first := cached(world, tmp_path))
     assert sum("is read from" in note for note in first.notes) == 1
-    monkeypatch.setattr(distill, "open_teacher", no_teacher)
+    monkeypatch.setattr(builder, "open_teacher", no_teacher)
     second = cached(world, tmp_path, temperature=1.5, loss="reverse_kl")
     task, models = build_distill(second)
     assert models == {}
@@ -215,7 +215,7 @@ def test_a_cache_of_another_tokenizer(world: Path, tmp_path: Path, monkeypatch: 
     given = {"teacher": str(world / "foreign"), "loss": "uld", "top_k": 32}
     made = material(world, {**given, "cache": str(tmp_path)})
     build_distill(made)
-    monkeypatch.setattr(distill, "open_teacher", no_teacher)
+    monkeypatch.setattr(builder, "open_teacher", no_teacher)
     again = material(world, {**given, "cache": str(tmp_path)})
     kept = loss_of(again, *build_distill(again))
     monkeypatch.undo()
@@ -298,7 +298,7 @@ def test_a_cache_is_of_the_logits_that_count(world: Path, tmp_path: Path) -> Non
     read = list[int]()
     for columns in (200, 320):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(distill, "_columns", lambda config, opened, columns=columns: columns)
+            patch.setattr(builder, "_columns", lambda config, opened, columns=columns: columns)
             task, _ = build_distill(cached(world, tmp_path))
         read.append(int(task.eval_batches()[0].extra[IDS].values.max()))
     assert read[0] < 200 <= read[1]

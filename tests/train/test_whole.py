@@ -19,15 +19,15 @@ from transformers import AutoModelForCausalLM
 
 import lorry
 import tiny
+from lorry.adapters.attach import attach
+from lorry.adapters.base_weights import Weights, chosen, train_weights, weights_of
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
-from lorry.bank.attach import attach
-from lorry.bank.weights import Weights, chosen, train_weights, weights_of
 from lorry.config import Run, build
 from lorry.data.batch import Example
 from lorry.errors import ConfigError
-from lorry.models.hf import HfModel
-from lorry.train.events import Record
+from lorry.models.hf.model import HfModel
+from lorry.train.monitoring.events import Record
 from lorry.train.session import Result, train_run
 from seam import Fixed, examples
 
@@ -160,7 +160,7 @@ def test_what_does_not_train_costs_no_product(tmp_path: Path) -> None:
     for trainable in ("all", "mlp", ["model.layers.1.mlp.down_proj"]):
         model = tiny.decoder(tiny.fresh("llama"), tmp_path / f"{trainable}"[:5].strip("['"))
         train_weights(model, trainable)
-        last = model.hidden(lorry.models.decoder.Packed.of([[1, 2, 3, 4]]), lorry.bank.mix.Call()).last
+        last = model.hidden(lorry.models.decoder.model.Packed.of([[1, 2, 3, 4]]), lorry.adapters.mix.Call()).last
         assert last is not None
         with Count() as count:
             last.sum().backward()
@@ -171,7 +171,7 @@ def test_what_does_not_train_costs_no_product(tmp_path: Path) -> None:
 def test_below_the_lowest_trained_layer_there_is_no_graph(tmp_path: Path) -> None:
     model = tiny.decoder(tiny.fresh("llama"), tmp_path)
     train_weights(model, r"model\.layers\.1\..*")
-    taps = model.hidden(lorry.models.decoder.Packed.of([[1, 2, 3]]), lorry.bank.mix.Call(), taps=[0, 1]).taps
+    taps = model.hidden(lorry.models.decoder.model.Packed.of([[1, 2, 3]]), lorry.adapters.mix.Call(), taps=[0, 1]).taps
     assert not taps[0].requires_grad
     assert taps[1].requires_grad
 
@@ -271,7 +271,7 @@ def test_the_run_is_a_model_that_transformers_loads(family: str, dtype: str, dat
     total = sum(t.numel() for t in was.values())
     assert (receipt["trainable_parameters"], receipt["total_parameters"]) == (total, total)
     assert receipt["saved_bytes"] == (tmp_path / "run" / "model.safetensors").stat().st_size
-    assert receipt["base"]["sha256"] == lorry.bank.peft_io.base_digest(lorry.load(base, dtype=dtype)[0])
+    assert receipt["base"]["sha256"] == lorry.adapters.peft.files.base_digest(lorry.load(base, dtype=dtype)[0])
 
 
 class Stopper(Heard):

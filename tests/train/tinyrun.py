@@ -20,17 +20,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lorry.backends.base import Task
+from lorry.adapters.attach import attach
+from lorry.adapters.spec import LoraSpec
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
-from lorry.bank.attach import attach
-from lorry.bank.spec import LoraSpec
+from lorry.backends.protocol import Task
 from lorry.config import Run, TrainConfig, build
 from lorry.disk import durable
 from lorry.train import artifacts, checkpoint, samples
 from lorry.train.checks import Checks
 from lorry.train.engine import Engine
-from lorry.train.events import Listener, Record
+from lorry.train.monitoring.events import Listener, Record
 from seam import examples, tiny_llama
 
 CHATML = (

@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 import lorry as package
-from lorry.disk.process import read
-from lorry.report import states
+from lorry.runs import status
+from lorry.runs.process import read
 from verbworld import TRAIN, World, lorry
 
 SRC = Path(package.__file__).resolve().parent.parent
@@ -54,12 +54,12 @@ def sft(world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
                 os.kill(found.pid, signal.SIGKILL)
 
 
-def state(folder: Path) -> states.State:
-    [found] = states.listed(folder)
+def state(folder: Path) -> status.State:
+    [found] = status.listed(folder)
     return found
 
 
-def until(folder: Path, reached: Callable[[states.State], bool]) -> states.State:
+def until(folder: Path, reached: Callable[[status.State], bool]) -> status.State:
     """Wait for a run to get somewhere."""
     for _ in range(2000):
         found = state(folder)

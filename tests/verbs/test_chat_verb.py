@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import lorry as library
-from lorry.data.content import Conversation, Message
-from lorry.models import generate
-from lorry.models.answer import answer
+from lorry.data.reading.content import Conversation, Message
+from lorry.engine.text import answer
+from lorry.generate import engine
 from verbworld import CONTEXT, PEOPLE, World, lorry, model_directory, train
 
 ASKED, OTHER = PEOPLE[0]["question"], PEOPLE[3]["question"]
@@ -205,7 +205,7 @@ def test_a_terminal(
 def test_ctrl_c_stops_an_answer_and_not_the_chat(
     world: World, typed: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, first = generate.stream, iter([True])
+    real, first = engine.stream, iter([True])
 
     def interrupted(*args: Any, **options: Any) -> Iterator[int]:
         stop = next(first, False)
@@ -214,7 +214,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
                 raise KeyboardInterrupt
             yield token
 
-    monkeypatch.setattr(generate, "stream", interrupted)
+    monkeypatch.setattr(engine, "stream", interrupted)
     typed(ASKED, OTHER)
     assert lorry("chat", world.run, *SHORT) == 0
     out, err = capsys.readouterr()

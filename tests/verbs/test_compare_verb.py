@@ -12,10 +12,10 @@ from safetensors import safe_open
 
 from lorry.config import Run, dump, parse
 from lorry.config.settings import CompareSettings
-from lorry.disk.metrics import MetricsWriter
 from lorry.errors import ConfigError
 from lorry.report.compare import ratios, row_of
-from lorry.report.run import load, load_readable
+from lorry.runs.metrics import MetricsWriter
+from lorry.runs.read import load, load_readable
 from lorry.verbs import compare
 from verbworld import World, lorry
 

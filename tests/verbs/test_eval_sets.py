@@ -64,7 +64,7 @@ def test_options_are_ranked_as_transformers_would(world: World, files: list[str]
 def test_options_of_one_token_share_a_pass_and_change_nothing(
     world: World, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorry.evaluate import rank
+    from lorry.evaluate.benchmarks import rank
 
     rows = write_rows(tmp_path / "mm.jsonl", [{"question": "Which?", "choices": list("xyzw"), "answer": 2}])
     argv = (world.base, "tasks=[mmlu]", f"local.mmlu={rows}")

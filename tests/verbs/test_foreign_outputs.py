@@ -11,7 +11,7 @@ from foreign import everything, strange
 
 from lorry.config import Sweep, parse
 from lorry.config.settings import CompareSettings, DemoSettings
-from lorry.disk import ownership
+from lorry.runs import ownership
 from lorry.verbs import demo
 from verbworld import TRAIN, World, lorry, train
 

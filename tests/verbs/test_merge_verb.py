@@ -16,7 +16,7 @@ from test_config_json import MAMBA2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorry as library
-from lorry.models import store
+from lorry.models.loading import store
 from lorry.verbs import probe
 from tiny import random_model
 from verbworld import PEOPLE, World, lorry, model_directory, tokenizer, train, write_rows

@@ -62,7 +62,7 @@ def test_a_run_corrects_a_rate_of_a_busy_machine(capsys: pytest.CaptureFixture[s
         assert (device, precision, threads) == ("cpu", "bfloat16", 3)
         return measured[-1]
 
-    monkeypatch.setattr("lorry.train.rate.matrix_rate", measure)
+    monkeypatch.setattr("lorry.train.resources.rate.matrix_rate", measure)
     measured.append(replace(MEASURED, rate=1.15e11, waited=0.8))
     first = plan(*words, capsys=capsys)
     assert first["speed"]["tokens_per_second"] == pytest.approx(58, abs=1)
@@ -98,9 +98,9 @@ def test_a_rate_that_a_run_contradicts_is_measured_anew(
     )  # fmt: skip
     rates.keep_run(here, run)
     anew = replace(MEASURED, rate=1.5e12, at="2026-01-05T10:00:00+00:00")
-    monkeypatch.setattr("lorry.train.rate.matrix_rate", lambda *a: anew)
+    monkeypatch.setattr("lorry.train.resources.rate.matrix_rate", lambda *a: anew)
     assert plan("llama-3-8b", "device=cpu", "dtype=bfloat16", capsys=capsys)["speed"]["rate"] == 1.5e12
-    monkeypatch.setattr("lorry.train.rate.matrix_rate", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr("lorry.train.resources.rate.matrix_rate", lambda *a: pytest.fail("measured again"))
     assert plan("llama-3-8b", "device=cpu", "dtype=bfloat16", capsys=capsys)["speed"]["rate"] == 1.5e12
 
 

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from lorry.models import load
+from lorry.models.loading import load
 from lorry.verbs import probe
 
 GIB = 2**30

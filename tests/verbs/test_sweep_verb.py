@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorry.report.run import load_readable
+from lorry.runs.read import load_readable
 from verbworld import World, lorry
 
 SETTINGS = (

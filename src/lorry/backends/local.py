@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorry.backends.base import Inspection, Norms, Stats, Task, term_totals
+from lorry.adapters.attach import bank_of
+from lorry.adapters.bank import Adapter, Bank
+from lorry.adapters.base_weights import Weights, weights_of
+from lorry.adapters.dropout import Noise
+from lorry.adapters.mix import Call, Mix
 from lorry.backends.optim import AdapterOptimizer, OptimSettings, Owner
-from lorry.bank.adapters import Adapter, Bank
-from lorry.bank.attach import bank_of
-from lorry.bank.mix import Call, Mix
-from lorry.bank.noise import Noise
-from lorry.bank.weights import Weights, weights_of
+from lorry.backends.protocol import Inspection, Norms, Stats, Task, term_totals
 from lorry.data.batch import BASE, Batch
 from lorry.errors import ModelError, NonFiniteError
-from lorry.models.decoder import Decoder
-from lorry.models.digest import sample_digest
-from lorry.models.generate import Generated, generate
-from lorry.models.hf import HfModel
-from lorry.models.score import Want, evaluate
-from lorry.models.weights import is_finite
+from lorry.generate.engine import Generated, generate
+from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
+from lorry.models.loading.digest import sample_digest
+from lorry.models.loading.weights import is_finite
+from lorry.models.scoring.score import Want, evaluate
 
 
 class Local:

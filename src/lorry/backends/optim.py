@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorry.bank.adapters import Adapter
-from lorry.bank.weights import Weights
+from lorry.adapters.bank import Adapter
+from lorry.adapters.base_weights import Weights
 
 Owner = Adapter | Weights
 

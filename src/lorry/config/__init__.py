@@ -3,7 +3,7 @@
 from lorry.config.distill import DistillConfig, DistillRun
 from lorry.config.evaluation import EvalSettings
 from lorry.config.jobs import jobs_of
-from lorry.config.parse import build, dump, parse
+from lorry.config.parsing.parse import build, dump, parse
 from lorry.config.schema import BackendConfig, DataConfig, LoraConfig, ModelConfig, Run, TrainConfig
 from lorry.config.settings import (
     ChatSettings,

@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from lorry.config.names import accepts, allowed, show
-from lorry.config.sizes import parse_size
+from lorry.config.parsing.names import accepts, allowed, show
+from lorry.config.parsing.sizes import parse_size
 from lorry.visible import is_visible
 
 LARGEST_WHOLE = 2**63 - 1  # what torch, Arrow and safetensors hold; Python's own integers have no end

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from lorry.config.names import members, names_of
+from lorry.config.parsing.names import members, names_of
 
 INDENT, COLUMN = "  ", 32  # settings are indented, their help starts in this column
 

@@ -20,8 +20,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from lorry.config.base import Group
-from lorry.config.names import Names, members, names_of, show
-from lorry.config.place import Given, Placed, field_of, place, typed_list
+from lorry.config.parsing.names import Names, members, names_of, show
+from lorry.config.parsing.place import Given, Placed, field_of, place, typed_list
 from lorry.config.schema import JOBS, DataConfig, LoraConfig, Run, TrainConfig
 from lorry.errors import ConfigError
 

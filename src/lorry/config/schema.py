@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 
 from lorry.config.base import DirPath, Dtype, Group, MemorySize, Name, PathText, automatic, setting
 from lorry.config.data import DataConfig
-from lorry.config.names import show
+from lorry.config.parsing.names import show
 
 Evaluate = Literal["no", "steps", "epoch"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]

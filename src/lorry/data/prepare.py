@@ -9,15 +9,15 @@ from typing import Any
 
 from lorry.config.schema import DataConfig, TrainConfig
 from lorry.data.batch import Batch
-from lorry.data.content import Text
-from lorry.data.dataset import Stream, TrainStream
-from lorry.data.encode import Encoder
-from lorry.data.formats import Format, chosen, read_examples
-from lorry.data.mixtures import read_held, read_mix, shares_of
-from lorry.data.report import DataReport
-from lorry.data.sources import Source, open_source
-from lorry.data.streaming import StreamingTokenSet, StreamingTrainStream
-from lorry.data.tokenset import TokenSet
+from lorry.data.encoding.encode import Encoder
+from lorry.data.encoding.token_set import TokenSet
+from lorry.data.reading.content import Text
+from lorry.data.reading.formats import Format, chosen, read_examples
+from lorry.data.reading.sources import Source, open_source
+from lorry.data.stream.dataset import Stream, TrainStream
+from lorry.data.stream.mixtures import read_held, read_mix, shares_of
+from lorry.data.stream.report import DataReport
+from lorry.data.stream.streaming import StreamingTokenSet, StreamingTrainStream
 
 
 class StreamReport(DataReport):

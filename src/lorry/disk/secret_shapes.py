@@ -1,4 +1,4 @@
-"""What secrets look like, so that none leaves this machine (`hub/files.py`) or is kept in a run (`train/process.py`).
+"""What secrets look like, so that none leaves this machine (`hub/files.py`) or is kept in a run (`train/monitoring/process.py`).
 
     found = find(text, of_environment())      # Found("a GitHub token", 17), or None
     line = hidden("hub_token=hf_...")         # "hub_token=***"

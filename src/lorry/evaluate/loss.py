@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lorry.backends.base import Scorer, Task, term_totals
-from lorry.bank.mix import Mix
+from lorry.adapters.mix import Mix
+from lorry.backends.protocol import Scorer, Task, term_totals
 from lorry.data.batch import Batch, Example, collate
-from lorry.models.score import Score, correct, log_prob
+from lorry.models.scoring.score import Score, correct, log_prob
 
 
 def evaluate_task(backend: Scorer, task: Task) -> dict[str, float]:

@@ -11,23 +11,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorry.backends.base import Scorer
+from lorry.adapters.attach import bank_of
+from lorry.adapters.mix import Mix
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
-from lorry.bank.attach import bank_of
-from lorry.bank.mix import Mix
-from lorry.data.content import Conversation
-from lorry.data.encode import Encoder
-from lorry.data.formats import Format, Found, read_examples
-from lorry.data.sources import Source
-from lorry.data.template import TemplateRefusal
-from lorry.data.tokenset import TokenSet, encode_rows, told
+from lorry.backends.protocol import Scorer
+from lorry.data.encoding.encode import Encoder
+from lorry.data.encoding.template import TemplateRefusal
+from lorry.data.encoding.token_set import TokenSet, encode_rows, told
+from lorry.data.reading.content import Conversation
+from lorry.data.reading.formats import Format, Found, read_examples
+from lorry.data.reading.sources import Source
 from lorry.errors import DataError
 from lorry.evaluate.answers import answers, intervals, means, reference, score_rows
-from lorry.evaluate.metrics import perplexity
-from lorry.models.decoder import Decoder
-from lorry.models.hf import HfModel
-from lorry.models.score import Score, correct, log_prob
+from lorry.evaluate.metrics.registry import perplexity
+from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
+from lorry.models.scoring.score import Score, correct, log_prob
 
 
 @dataclass(frozen=True)

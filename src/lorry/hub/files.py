@@ -17,9 +17,9 @@ from lorry.disk import secret_shapes
 from lorry.errors import ConfigError, ModelError
 from lorry.report.html import page
 from lorry.report.plots import png
-from lorry.report.run import load
-from lorry.train import card
+from lorry.runs.read import load
 from lorry.train.artifacts import ADAPTER_FILES, MODEL_FILES, SHARDS, TOKENIZER_FILES, WEIGHTS
+from lorry.train.card import card
 
 RUN = ("run.yaml", "metrics.jsonl", "losses.json", "receipt.json", "contracts.json", "evaluation.json")
 CARD, REPORT, PLOT = "README.md", "report.html", "report.png"

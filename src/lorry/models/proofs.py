@@ -36,17 +36,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lorry.bank.mix import Call
+from lorry.adapters.mix import Call
 from lorry.disk import durable
 from lorry.disk.home import home
 from lorry.errors import ContractError, Interrupted, ModelError, OutOfMemoryError, allocation_failure
 from lorry.families import Family
-from lorry.models.decode import Runner
-from lorry.models.decoder import Decoder, Packed
-from lorry.models.describe import blaming, quiet
-from lorry.models.digest import sample_digest
-from lorry.models.hf import HfModel
-from lorry.models.hf_anatomy import plain_tokens
+from lorry.models.decoder.decode import Runner
+from lorry.models.decoder.model import Decoder, Packed
+from lorry.models.hf.anatomy import plain_tokens
+from lorry.models.hf.model import HfModel
+from lorry.models.loading.describe import blaming, quiet
+from lorry.models.loading.digest import sample_digest
 
 SWITCH = "LORRY_PROOFS"
 LENGTH = 16  # tokens of each sequence
@@ -354,7 +354,7 @@ def _code() -> str:
     root = Path(__file__).parent.parent
     files = sorted(
         f
-        for room in ("models", "families", "bank", "kernels")
+        for room in ("models", "families", "adapters", "kernels")
         for f in (root / room).rglob("*.*")
         if f.suffix in (".py", ".cpp", ".h")
     )

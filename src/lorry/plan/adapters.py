@@ -1,4 +1,4 @@
-"""Which matrices an adapter sits on and at which rank, from names alone, by the rules of `bank/attach.py`."""
+"""Which matrices an adapter sits on and at which rank, from names alone, by the rules of `adapters/attach.py`."""
 
 from __future__ import annotations
 

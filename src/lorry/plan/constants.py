@@ -22,12 +22,12 @@ VARIED = 80 * MIB
 
 # What the allocator holds beyond what is in use. CUDA: a share of everything that comes and goes (blocks are rounded to 2 MiB and
 # split). CPU: gaps in glibc's heap, counted in buffers of [T, widest side of a layer]: large blocks are kept there
-# (train/memory.py), and an aligned request does not fit into a freed block of its own size (glibc 2.36). Every layer leaves about
+# (train/resources/peak.py), and an aligned request does not fit into a freed block of its own size (glibc 2.36). Every layer leaves about
 # one between its lasting buffers, and the temporaries of a layer's backward leave some more; fewer with recompute.
 SLACK = {"cpu": 0.02, "cuda": 0.06}
 GAPS_PER_LAYER = 1.0
 GAPS = {"none": 18.0, "full": 3.0}
-# Fewer where what passes between two lasting buffers leaves room for one of them (models/pointwise.py,
+# Fewer where what passes between two lasting buffers leaves room for one of them (models/decoder/pointwise.py,
 # `passing_like`): RMS norms. Measured in float32 on a processor without matrix tiles (AMD EPYC, AVX2);
 # the numbers above are of bfloat16 on AMX from before that, and stay its upper bound until measured there.
 FEWER_GAPS = {"none": 5.0, "full": 3.0}

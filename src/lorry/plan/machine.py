@@ -138,7 +138,7 @@ def dtype_of_auto() -> Literal["float32", "bfloat16"] | None:
 
 
 def fast_bfloat16() -> bool:
-    """Whether this processor multiplies matrices in bfloat16 itself; models/load.py asks torch the same."""
+    """Whether this processor multiplies matrices in bfloat16 itself; models/loading/load.py asks torch the same."""
     return bool(_flags() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
 
 

@@ -2,7 +2,7 @@
 
 What a layer keeps for its backward is a list of buffers per token. The fused path keeps the least that avoids repeating a
 matrix product: x, q, k, v, attention out, the residual between, gate and up, the log-sum-exp, and A x of every adapted matrix;
-norms, rotary positions and gate products are made again (models/block.py). The plain path, for models that run through
+norms, rotary positions and gate products are made again (models/decoder/block.py). The plain path, for models that run through
 transformers, is autograd over separate operations.
 """
 
@@ -220,7 +220,7 @@ def _plain(shape: Shape, *, adapted: bool) -> tuple[int, int]:
 
 def score_workspace(shape: Shape, setup: Setup, adapter: Adapter) -> int:
     """The last hidden state, the rows of it that are scored, and d score / d hidden; and, for a group of rows, a padded copy, a
-    tile of logits, its product with the head, and sums in fp32 (models/tiles.py). An adapted head makes whole rows, by chunks."""
+    tile of logits, its product with the head, and sums in fp32 (models/scoring/tiles.py). An adapted head makes whole rows, by chunks."""
     d, e = shape.geometry.width, setup.element
     kept = 3 * setup.tokens * d * e
     if adapter.head():

@@ -6,9 +6,9 @@ how, and is never kept against better knowledge.**
 - Two machines are one only if host, processor (model, stepping, feature flags, cores this process
   may use), GPUs, format, threads, torch and kernels agree (`machine.identity`): every cloud Xeon
   has one name.
-- A matrix rate is the best of several short products (train/rate.py). One that was taken while
+- A matrix rate is the best of several short products (train/resources/rate.py). One that was taken while
   others had the cores is shown, marked as such, and measured again by the next plan.
-- A run's own steps are the better measurement (train/rate.py writes them when a run ends). Of a
+- A run's own steps are the better measurement (train/resources/rate.py writes them when a run ends). Of a
   quiet machine they are what the plan says for models of like size; of a busy one they prove only
   that the machine is no slower.
 - A matrix rate that a later run contradicts is measured anew.

@@ -1,6 +1,6 @@
 """One run description and one shape: which choices are open, which of them fits the budget, and what to say of it.
 
-`lorry plan` shows the answer; `lorry sft` takes it (train/auto.py). What is open: the rank if it is `auto`; and, once there is a
+`lorry plan` shows the answer; `lorry sft` takes it (train/resources/budget.py). What is open: the rank if it is `auto`; and, once there is a
 memory_budget, recompute if gradient_checkpointing was left alone, and how a step's rows are cut into micro-batches if neither
 per_device_train_batch_size nor gradient_accumulation_steps was given. None of these changes what is learnt but the rank.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 
+from lorry.config.parsing.sizes import in_words, parse_size
 from lorry.config.schema import LoraConfig, Run
-from lorry.config.sizes import in_words, parse_size
 from lorry.errors import ConfigError
 from lorry.plan.adapters import Adapter, adapter_of, largest_rank
 from lorry.plan.memory import Device, Memory, Precision, Recompute, Setup, memory_of

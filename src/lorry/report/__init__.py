@@ -9,10 +9,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorry.disk import durable, ownership
+from lorry.disk import durable
 from lorry.report.html import page
 from lorry.report.plots import png
-from lorry.report.run import load_readable
+from lorry.runs import ownership
+from lorry.runs.read import load_readable
 
 
 def build(run_dirs: Sequence[Path], output: Path | None = None) -> Path:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lorry.report.text import scientific
+from lorry.formatting import scientific
 
 WIDE = 1000.0  # a log axis is worth its strangeness from three decades on
 SMALLEST = 1e-290  # below this a float has no decade of room left: such values are drawn as zero, ticks stay normal numbers

@@ -9,8 +9,8 @@ import io
 import math
 from collections.abc import Mapping
 
-from lorry.disk.ownership import SOFTWARE
 from lorry.report.plots import COLORS, plain
+from lorry.runs.ownership import SOFTWARE
 
 Bar = tuple[float, tuple[float, float]]  # a value and its interval
 

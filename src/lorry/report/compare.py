@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.table import Table
 
-from lorry.report.log import EVALUATION, is_number
-from lorry.report.run import Run
+from lorry.formatting import NOTHING, duration, number, size
 from lorry.report.table import _table, _text
-from lorry.report.text import NOTHING, duration, number, size
+from lorry.runs.read import Run
+from lorry.runs.series import EVALUATION, is_number
 
 Shown = Callable[[Any], str]
 FIGURES: dict[str, tuple[str, Shown]] = {

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lorry.report.log import EVALUATION, Log, is_number
-from lorry.report.run import Run
-from lorry.report.text import byte_scale
+from lorry.formatting import byte_scale
+from lorry.runs.read import Run
+from lorry.runs.series import EVALUATION, Log, is_number
 
 Kind = Literal["raw", "line", "points"]
 NOT_CURVES = {"epoch", "tokens", "supervised_tokens", "seconds"}  # counts of a step; throughput shows what matters of them

@@ -11,14 +11,15 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 
-from lorry.disk.ownership import GENERATOR
-from lorry.report import sections, states
+from lorry.formatting import NOTHING
+from lorry.report import sections
 from lorry.report.curves import BY_ADAPTER, not_drawn, panels
-from lorry.report.figures import about, by_adapter, differences, figures
 from lorry.report.markup import Html, join, tag
-from lorry.report.run import Damaged, Run
 from lorry.report.svg import COLORS, chart
-from lorry.report.text import NOTHING
+from lorry.runs import status
+from lorry.runs.ownership import GENERATOR
+from lorry.runs.read import Damaged, Run
+from lorry.runs.summary import about, by_adapter, differences, figures
 
 
 def page(runs: Sequence[Run], damaged: Sequence[Damaged] = ()) -> str:
@@ -83,7 +84,7 @@ def _damaged(damaged: Sequence[Damaged]) -> Html | None:
 def _badges(run: Run, name: str) -> Iterator[Html]:
     """Where the run stands if it did not finish, and whether it kept its contracts."""
     lead = f"{name}: " if name else ""
-    state = states.of(run)
+    state = status.of(run)
     if standing := state.sentence():
         yield tag("span", lead + standing, class_="badge failed" if state.state in ("failed", "dead") else "badge")
     failed = [c for c in run.contracts if c.status == "failed"]

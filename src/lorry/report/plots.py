@@ -6,10 +6,10 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lorry.disk.ownership import SOFTWARE
 from lorry.report.axes import is_wide
 from lorry.report.curves import Panel, Series, drawable, panels, thin
-from lorry.report.run import Run
+from lorry.runs.ownership import SOFTWARE
+from lorry.runs.read import Run
 from lorry.visible import visible
 
 if TYPE_CHECKING:

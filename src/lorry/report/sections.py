@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from lorry.evaluate.metrics import exact_match
+from lorry.evaluate.metrics.registry import exact_match
+from lorry.formatting import NOTHING, number
 from lorry.report.markup import Html, join, tag
-from lorry.report.run import Contract, Run, Sample, Token
-from lorry.report.text import NOTHING, number
+from lorry.runs.read import Contract, Run, Sample, Token
 
 MOST_ROWS = 60  # samples shown of a group; a page of thousands would help nobody
 MARKS = {"held": "✓ held", "failed": "✗ failed", "not_checked": "– not checked"}

@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lorry.formatting import number
 from lorry.report.axes import Axis, step_axis, value_axis
 from lorry.report.curves import Panel, Series, drawable, thin
 from lorry.report.markup import Html, join, tag
-from lorry.report.text import number
 
 COLORS = 8  # of the style sheet; further runs take them again with another dash
 CHARACTER = 6.2  # mean width of a character at the font size of the charts, in the chart's units

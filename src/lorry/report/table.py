@@ -13,11 +13,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lorry.evaluate.metrics import exact_match
-from lorry.report import states
-from lorry.report.figures import about, by_adapter, differences, figures
-from lorry.report.run import Damaged, Run, Sample
-from lorry.report.text import NOTHING, number, roughly
+from lorry.evaluate.metrics.registry import exact_match
+from lorry.formatting import NOTHING, number, roughly
+from lorry.runs import status
+from lorry.runs.read import Damaged, Run, Sample
+from lorry.runs.summary import about, by_adapter, differences, figures
 from lorry.visible import visible
 
 STYLES = {"held": ("✓ held", "green"), "failed": ("✗ failed", "bold red"), "not_checked": ("– not checked", "dim")}
@@ -47,7 +47,7 @@ def summary(run: Run) -> Table:
     table = _table(run.name, "", "", "")
     for name, value in about(run).items():
         table.add_row(_text(name, "dim"), _text(value), "")
-    if standing := states.of(run).sentence():
+    if standing := status.of(run).sentence():
         table.add_row(_text("state", "dim"), _text(standing, "bold"), "")
     for figure in figures(run):
         table.add_row(_text(figure.name, "dim"), _text(figure.text, "bold"), _text(figure.note, "dim"))
@@ -94,7 +94,7 @@ GAP = 3  # between columns
 LEAST_WANTED = ("what", "written", "best", "tokens/s")  # columns that a narrow terminal does without, in this order
 
 
-def standings(found: Sequence[states.State], now: float, width: int) -> Table:
+def standings(found: Sequence[status.State], now: float, width: int) -> Table:
     """Where each run stands, a run per row. ``now``: seconds since 1970, from which the age of the last line is counted;
     ``width``: of the terminal, in which whole columns go rather than the ends of words."""
     rows = [_standing(state, now) for state in found]
@@ -115,7 +115,7 @@ def standings(found: Sequence[states.State], now: float, width: int) -> Table:
     return table
 
 
-def _standing(state: states.State, now: float) -> dict[str, str]:
+def _standing(state: status.State, now: float) -> dict[str, str]:
     """The cells of a run; what is not known is empty."""
     if state.state == "unreadable":
         return {}

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lorry.backends.base import Losses, Scorer, Stats
+from lorry.backends.protocol import Losses, Scorer, Stats
 from lorry.data.batch import Batch
-from lorry.data.joint import JointStream
-from lorry.models.score import Score, Want, log_prob
+from lorry.data.stream.joint import JointStream
+from lorry.models.scoring.score import Score, Want, log_prob
 from lorry.tasks.losses import nll
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from lorry.bank.peft_io import adapter_files
-from lorry.disk import durable, ownership
+from lorry.adapters.peft.files import adapter_files
+from lorry.disk import durable
+from lorry.runs import ownership
 
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FILES = ("adapter_config.json", WEIGHTS, "lorry_adapter.json")

@@ -16,12 +16,12 @@ import torch
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
-from lorry.backends.base import Backend, Inspection, Norms, Task
+from lorry.backends.protocol import Backend, Inspection, Norms, Task
 from lorry.data.batch import Batch
-from lorry.data.joint import interleaved
+from lorry.data.stream.joint import interleaved
 from lorry.errors import ContractError, ModelError, NonFiniteError
 from lorry.evaluate.loss import leak, packed_difference
-from lorry.models.weights import is_finite
+from lorry.models.loading.weights import is_finite
 from lorry.train.jobs import Count, strictly
 
 NAMES = {

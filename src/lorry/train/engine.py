@@ -16,21 +16,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorry.backends.base import Backend, Norms, Scorer, Stats, Task
+from lorry.backends.protocol import Backend, Norms, Scorer, Stats, Task
 from lorry.config.schema import TrainConfig
 from lorry.data.batch import Batch
-from lorry.data.joint import only, tokens_of
+from lorry.data.stream.joint import only, tokens_of
 from lorry.disk import durable
-from lorry.disk.metrics import MetricsWriter, cut_after, iterate
-from lorry.disk.process import Home
 from lorry.errors import Interrupted, ModelError, NonFiniteError
 from lorry.evaluate.loss import evaluate_task
+from lorry.runs.metrics import MetricsWriter, cut_after, iterate
+from lorry.runs.process import Home
 from lorry.train import checkpoint
 from lorry.train.checks import Checks
-from lorry.train.events import Listener
 from lorry.train.jobs import Job, Outcome, Progress, Standing, held, mean, together
-from lorry.train.memory import peak_memory
-from lorry.train.signals import Stop, watching
+from lorry.train.monitoring.events import Listener
+from lorry.train.monitoring.signals import Stop, watching
+from lorry.train.resources.peak import peak_memory
 
 METRICS = "metrics.jsonl"
 

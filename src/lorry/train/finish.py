@@ -8,21 +8,21 @@ from typing import Any
 
 import torch
 
-from lorry.backends.base import Scorer
+from lorry.adapters.attach import bank_of, detach, left_out
+from lorry.adapters.base_weights import weights_of
+from lorry.adapters.mix import Mix
+from lorry.adapters.peft.files import base_digest, load_adapter
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
-from lorry.bank.attach import bank_of, detach, left_out
-from lorry.bank.mix import Mix
-from lorry.bank.peft_io import base_digest, load_adapter
-from lorry.bank.weights import weights_of
+from lorry.backends.protocol import Scorer
 from lorry.config import Run
 from lorry.data.prepare import Prepared
 from lorry.errors import ModelError
-from lorry.models.decoder import Decoder
-from lorry.models.hf import HfModel
-from lorry.models.open import Opened
-from lorry.models.score import Score, log_prob
-from lorry.train import artifacts, checkpoint, whole
+from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
+from lorry.models.loading.open import Opened
+from lorry.models.scoring.score import Score, log_prob
+from lorry.train import artifacts, checkpoint, full
 from lorry.train.checks import Checks
 from lorry.train.samples import samples
 
@@ -45,7 +45,7 @@ def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Map
     """Write every adapter, and read it back (contract 5). Returns {adapter: SHA-256 of its weights file}; where the base's own
     weights were trained, the whole model's, by file."""
     if weights_of(opened.model) is not None:
-        return whole.write_and_check(run_dir, opened, checks, prepared)
+        return full.write_and_check(run_dir, opened, checks, prepared)
     bank_of(opened.model).activate(Mix.one(next(iter(prepared))))
     digests = artifacts.write_adapters(run_dir, opened.model, opened.tokenizer, list(prepared), base_name(opened))
     scored = [check_reload(checks, opened.model, name, folder, prepared[name]) for name, folder in _folders(run_dir, prepared)]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from lorry.backends.base import Task
+from lorry.backends.protocol import Task
 from lorry.config.schema import TrainConfig
 from lorry.data.batch import Batch
 from lorry.errors import ConfigError, ModelError

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from lorry.backends.base import Scorer
-from lorry.bank.mix import Mix
+from lorry.adapters.mix import Mix
+from lorry.backends.protocol import Scorer
 from lorry.data.batch import Batch
-from lorry.data.encode import Encoded, Encoder
+from lorry.data.encoding.encode import Encoded, Encoder
 
 ANSWERED, SHOWN, NEW_TOKENS = 4, 3, 48
 Sequenced = tuple[list[int], list[float]]

@@ -15,41 +15,41 @@ from typing import Any
 
 import torch
 
+from lorry.adapters.attach import attach, bank_of, left_out
+from lorry.adapters.peft.files import base_digest
+from lorry.adapters.spec import LoraSpec
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
-from lorry.bank.attach import attach, bank_of, left_out
-from lorry.bank.peft_io import base_digest
-from lorry.bank.spec import LoraSpec
 from lorry.config import Run, dump, jobs_of
 from lorry.config.schema import LoraConfig, TrainConfig
-from lorry.data.encode import Encoder
-from lorry.data.joint import JointStream, owned
+from lorry.data.encoding.encode import Encoder
 from lorry.data.prepare import Rows, prepare
-from lorry.disk import ownership
-from lorry.disk.ownership import CONTRACTS, PREVIOUS, RECEIPT, RUN_FILE
-from lorry.disk.process import Home
+from lorry.data.stream.joint import JointStream, owned
 from lorry.errors import ConfigError, explain_out_of_memory
 from lorry.kernels import status
-from lorry.models.decoder import Decoder
-from lorry.models.hf import HfModel
-from lorry.models.open import Opened, open_model
+from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
+from lorry.models.loading.open import Opened, open_model
+from lorry.runs import ownership
+from lorry.runs.losses import LOSSES, losses
+from lorry.runs.ownership import CONTRACTS, PREVIOUS, RECEIPT, RUN_FILE
+from lorry.runs.process import Home
+from lorry.tasks.distill.builder import encoder_of
+from lorry.tasks.registry import TASKS, Jobs, Material
 from lorry.train import artifacts, checkpoint, finish
-from lorry.train.asking import Asking, judged, read_exams
-from lorry.train.auto import settled
-from lorry.train.card import of_run
+from lorry.train.benchmarks import Asking, judged, read_exams
+from lorry.train.card.card import of_run
 from lorry.train.checks import Checks
-from lorry.train.distill import encoder_of
 from lorry.train.engine import Engine
-from lorry.train.events import Listener
+from lorry.train.full import attach_trained
 from lorry.train.jobs import Job, Outcome
-from lorry.train.losses import LOSSES, losses
-from lorry.train.memory import tune_allocator
-from lorry.train.process import Running, running
-from lorry.train.rate import StepTimes, keep_steps
-from lorry.train.rundir import broken_contracts, claim, inside, make_room, where_to_start
-from lorry.train.tasks import TASKS, Jobs, Material
-from lorry.train.trackers import trackers
-from lorry.train.whole import attach_trained
+from lorry.train.monitoring.events import Listener
+from lorry.train.monitoring.process import Running, running
+from lorry.train.monitoring.trackers import trackers
+from lorry.train.resources.budget import settled
+from lorry.train.resources.peak import tune_allocator
+from lorry.train.resources.rate import StepTimes, keep_steps
+from lorry.train.start import broken_contracts, claim, inside, make_room, where_to_start
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 ROOM = {"cpu": 1024, "cuda": 8192}  # tokens from which a pass over the base gains nothing more from having others beside them

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from lorry.config import dump
 from lorry.config.schema import Run
-from lorry.disk import durable, ownership, process
+from lorry.disk import durable
+from lorry.runs import ownership, process
 from lorry.streams import BACKGROUND
-from lorry.train.process import LOG
+from lorry.train.monitoring.process import LOG
 from lorry.visible import visible
 
 DESCRIPTION = "background.yaml"
@@ -36,7 +37,7 @@ def leave(run: Run, verb: str) -> int:
     code is returned. Raises ConfigError when another process is at work in the directory or it holds somebody else's files, and
     DiskError.
     """
-    from lorry.train.rundir import OTHERWISE, claim
+    from lorry.train.start import OTHERWISE, claim
 
     folder = run.output_dir
     claim(run)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from lorry.config.settings import ChatSettings
 from lorry.errors import DataError, LorryError, ModelError, nearest
-from lorry.verbs.opening import opened, tell
+from lorry.verbs.open_model import opened, tell
 from lorry.visible import visible
 
 if TYPE_CHECKING:
-    from lorry.data.content import Message
-    from lorry.models.open import Opened
+    from lorry.data.reading.content import Message
+    from lorry.models.loading.open import Opened
 
 HELP = """/adapter NAME   answer with this adapter; none: the base alone
 /adapters       list them
@@ -94,8 +94,8 @@ class Chat:
     """A conversation and the model that answers in it."""
 
     def __init__(self, settings: ChatSettings, found: Opened) -> None:
-        from lorry.data.encode import Encoder
-        from lorry.models.answer import LONGEST
+        from lorry.data.encoding.encode import Encoder
+        from lorry.generate.text import LONGEST
 
         self.settings, self.found = settings, found
         self.encoder = Encoder(found.tokenizer, max_length=LONGEST, embeddings=found.model.vocabulary)
@@ -163,10 +163,10 @@ class Chat:
 
         Raises ModelError when the message alone is too long for the context; then the conversation is as it was.
         """
-        from lorry.bank.mix import Mix
-        from lorry.data.content import Message
-        from lorry.models.answer import Speech
-        from lorry.models.generate import stream
+        from lorry.adapters.mix import Mix
+        from lorry.data.reading.content import Message
+        from lorry.generate.engine import stream
+        from lorry.generate.text import Speech
 
         settings, model = self.settings, self.found.model
         asked = Message("user", text)
@@ -210,9 +210,9 @@ class Chat:
 
     def _prompt(self, asked: Message) -> list[int]:
         """The conversation with one more message, up to where the answer begins. Raises DataError if the template refuses it."""
-        from lorry.data.content import Conversation, Message
-        from lorry.data.template import TemplateRefusal
-        from lorry.models.answer import continuation
+        from lorry.data.encoding.template import TemplateRefusal
+        from lorry.data.reading.content import Conversation, Message
+        from lorry.generate.text import continuation
 
         if not self.encoder.has_template:
             return continuation(self.encoder, "\n".join([*self._exchanges(), asked.content.replace("\\n", "\n")]))

@@ -18,7 +18,7 @@ from lorry.config.schema import Run
 from lorry.config.settings import CompareSettings
 from lorry.console import Console
 from lorry.errors import ConfigError, DataError
-from lorry.verbs.opening import tell
+from lorry.verbs.open_model import tell
 from lorry.visible import escaped
 
 RECORD = "compare.json"
@@ -31,7 +31,7 @@ def main(settings: CompareSettings, notes: list[str]) -> int:
     """
     from lorry.disk import durable
     from lorry.report.compare import ratios, row_of, side_by_side
-    from lorry.report.run import load_readable
+    from lorry.runs.read import load_readable
 
     trained = [settings.way(name) for name in _ways(settings)]
     _refuse(settings, trained)
@@ -75,15 +75,15 @@ def _refuse(settings: CompareSettings, trained: list[Run]) -> None:
     if trained and (odd := [name for name, value in alone.items() if value]):
         raise ConfigError(f"{odd[0]}: ways are trained one after the other, waited for and compared; leave it out")
     if whole := [run for run in trained if run.lora is None]:
-        from lorry.train.whole import refuse_adapters_settings
+        from lorry.train.full import refuse_adapters_settings
 
         refuse_adapters_settings(whole[0])
 
 
 def refuse_foreign(folder: Path, trained: list[Run]) -> None:
     """Raise ConfigError for files of others where descriptions, runs and the record would go, before anything has trained."""
-    from lorry.disk import ownership
-    from lorry.train.rundir import OTHERWISE, claim
+    from lorry.runs import ownership
+    from lorry.train.start import OTHERWISE, claim
 
     if trained:
         described = {folder / f"{run.output_dir.name}.yaml": lambda path: bool(ownership.description(path)) for run in trained}

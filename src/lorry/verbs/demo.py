@@ -31,13 +31,13 @@ TRAIN, HELD_OUT = "data/train.jsonl", "data/heldout.jsonl"
 def main(settings: DemoSettings, notes: list[str]) -> int:
     """Generate, train, compare, report."""
     from lorry.console import Console
-    from lorry.data.people import general_chat, make_people, questions
+    from lorry.demo.people import general_chat, make_people, questions
     from lorry.report import build as build_report
     from lorry.report import table
-    from lorry.report.run import load
-    from lorry.train.events import for_terminal
-    from lorry.train.rundir import claim
+    from lorry.runs.read import load
+    from lorry.train.monitoring.events import for_terminal
     from lorry.train.session import train_run
+    from lorry.train.start import claim
 
     people = make_people(FAST_PEOPLE if settings.fast else PEOPLE, settings.seed)
     train, held_out = questions(people, settings.seed)
@@ -57,7 +57,7 @@ def main(settings: DemoSettings, notes: list[str]) -> int:
 
 def described(settings: DemoSettings, data: Path) -> dict[str, Any]:
     """The demo's run: what a person would type for a small set of facts."""
-    from lorry.train.rundir import broken_contracts
+    from lorry.train.start import broken_contracts
 
     steps = settings.max_steps or (FAST_STEPS if settings.fast else None)
     chosen: dict[str, Any] = {} if steps is None else {"max_steps": steps}
@@ -77,7 +77,8 @@ def say(text: str) -> None:
 
 def write_data(run_dir: Path, train: Sequence[Row], held_out: Sequence[Row]) -> None:
     """The rows as files a person can look at."""
-    from lorry.disk import durable, ownership
+    from lorry.disk import durable
+    from lorry.runs import ownership
 
     durable.make_directory((run_dir / TRAIN).parent)
     rows = {TRAIN: train, HELD_OUT: held_out}
@@ -86,8 +87,8 @@ def write_data(run_dir: Path, train: Sequence[Row], held_out: Sequence[Row]) -> 
 
 def compare(result: Result, held_out: Sequence[Row], chat: Sequence[Row]) -> None:
     """Ask base (the same weights under mix none) and adapter, score both, and write samples.json and evaluation.json."""
-    from lorry.bank.mix import Mix
-    from lorry.data.content import Conversation, Message
+    from lorry.adapters.mix import Mix
+    from lorry.data.reading.content import Conversation, Message
     from lorry.disk import durable
     from lorry.evaluate.answers import answers, score_answers
     from lorry.train import artifacts
@@ -119,9 +120,9 @@ def compare(result: Result, held_out: Sequence[Row], chat: Sequence[Row]) -> Non
 
 def general_loss(result: Result) -> dict[str, float]:
     """Mean loss per token on ordinary prose under the base and under the adapter, nats."""
+    from lorry.adapters.mix import Mix
     from lorry.backends.local import Local
     from lorry.backends.optim import OptimSettings
-    from lorry.bank.mix import Mix
     from lorry.evaluate.loss import mean_nll
 
     backend, batches = Local(result.model, [result.adapter], OptimSettings()), general_batches(result.tokenizer)
@@ -133,9 +134,9 @@ def general_loss(result: Result) -> dict[str, float]:
 def general_batches(tokenizer: Any) -> list[Batch]:
     """The package's passages of ordinary prose as batches, every token but the first supervised."""
     from lorry.data.batch import Example, collate
-    from lorry.data.content import Text
-    from lorry.data.encode import Encoder
-    from lorry.data.people import general_text
+    from lorry.data.encoding.encode import Encoder
+    from lorry.data.reading.content import Text
+    from lorry.demo.people import general_text
 
     encoder = Encoder(tokenizer, max_length=512)
     pieces = [p for text in general_text() for p in encoder.encode_many([Text(text)])[0]]  # type: ignore[union-attr]

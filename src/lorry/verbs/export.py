@@ -12,17 +12,17 @@ from lorry.config.settings import ExportSettings
 from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.verbs import probe
 from lorry.verbs.merge import Before, write_merged
-from lorry.verbs.opening import chosen_adapter, opened, tell
+from lorry.verbs.open_model import chosen_adapter, opened, tell
 
 if TYPE_CHECKING:
     import torch
 
-    from lorry.models.open import Opened
+    from lorry.models.loading.open import Opened
 
 
 def main(settings: ExportSettings, notes: list[str]) -> int:
     """Write the export, open it again in its own library, compare logits, print where it is."""
-    from lorry.models.open import stored_dtype
+    from lorry.models.loading.open import stored_dtype
 
     if settings.to == "peft" and settings.dtype != "auto":
         raise ConfigError(f"dtype={settings.dtype} is for to=hf; an adapter is stored in float32, as it was trained")
@@ -42,7 +42,7 @@ def export_peft(found: Opened, name: str, output: Path) -> None:
 
     Raises ConfigError for a place that is taken, ContractError if the adapter opened again is another one."""
     from lorry.disk import durable
-    from lorry.models.reopen import release
+    from lorry.models.loading.reopen import release
 
     before = Before.of(found, name)
     with durable.building(output) as folder:
@@ -56,7 +56,7 @@ def export_peft(found: Opened, name: str, output: Path) -> None:
 
 def write_peft(found: Opened, name: str, folder: Path) -> None:
     """The files of the adapter and its tokenizer, into an existing folder."""
-    from lorry.bank.peft_io import adapter_files
+    from lorry.adapters.peft.files import adapter_files
 
     for file, content in adapter_files(found.model, name, base_name=found.source["path"]).items():
         (folder / file).write_bytes(content)
@@ -69,8 +69,8 @@ def adapted(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any, str]:
     Raises ContractError when it cannot be opened."""
     from safetensors import SafetensorError
 
-    from lorry.models.describe import blaming
-    from lorry.models.reopen import reopened
+    from lorry.models.loading.describe import blaming
+    from lorry.models.loading.reopen import reopened
 
     try:
         if importlib.util.find_spec("peft") is None:

@@ -12,20 +12,20 @@ from lorry.config.schema import ModelConfig
 from lorry.config.settings import MergeSettings
 from lorry.disk.integrity import file_digest
 from lorry.verbs import probe
-from lorry.verbs.opening import chosen_adapter, opened, tell
+from lorry.verbs.open_model import chosen_adapter, opened, tell
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lorry.models.open import Opened
+    from lorry.models.loading.open import Opened
 
 RECORD = "lorry_merge.json"
 
 
 def main(settings: MergeSettings, notes: list[str]) -> int:
     """Merge, write, say how much rounding cost and where the model is."""
-    from lorry.models.open import stored_dtype
+    from lorry.models.loading.open import stored_dtype
 
     stored = stored_dtype(settings.run)
     found = opened(ModelConfig.model_validate({"name": settings.run, "dtype": probe.number_format(settings.run, stored)}))
@@ -45,10 +45,10 @@ def write_merged(found: Opened, name: str, output: Path, dtype: str) -> None:
     """
     import torch
 
-    from lorry.bank.merge import MergeReport, MergeRow, merged_tensors, unties
+    from lorry.adapters.merge import MergeReport, MergeRow, merged_tensors, unties
     from lorry.disk import durable
-    from lorry.models.reopen import release, reopened
-    from lorry.models.store import save_model
+    from lorry.models.loading.reopen import release, reopened
+    from lorry.models.loading.store import save_model
 
     kind: torch.dtype = getattr(torch, dtype)
     weights, rows = {name: 1.0}, list[MergeRow]()
@@ -87,9 +87,9 @@ class Before:
     @staticmethod
     def of(found: Opened, name: str) -> Before:
         """As the opened model computes them, in its own number format."""
-        from lorry.bank.attach import bank_of
-        from lorry.bank.mix import Mix
-        from lorry.models.reopen import logits
+        from lorry.adapters.attach import bank_of
+        from lorry.adapters.mix import Mix
+        from lorry.models.loading.reopen import logits
 
         rows, said = probe.rows(found)
         bank_of(found.model).activate(Mix.none())
@@ -103,8 +103,8 @@ class Before:
         no more. ``found`` is changed."""
         import torch
 
-        from lorry.bank.merge import merge
-        from lorry.models.reopen import logits
+        from lorry.adapters.merge import merge
+        from lorry.models.loading.reopen import logits
 
         merge(found.model, weights)
         with torch.no_grad():
@@ -117,8 +117,8 @@ class Before:
         """What to tell of a model opened again whose weights were stored in ``stored``. Raises ContractError if it
         is not the model in memory (``rounded``, else the exact one), to the rounding of the number format that
         both are computed in."""
-        from lorry.bank.merge import LOSS_BOUND
-        from lorry.models.reopen import BOUND, compare, logits
+        from lorry.adapters.merge import LOSS_BOUND
+        from lorry.models.loading.reopen import BOUND, compare, logits
 
         computed, theirs = str(self.dtype).removeprefix("torch."), logits(model, self.rows)
         difference, bound = compare(self.exact if rounded is None else rounded, theirs, BOUND[computed], stored)

@@ -12,8 +12,8 @@ from functools import partial
 
 from rich.table import Column, Table
 
+from lorry.config.parsing.sizes import in_words, parse_size
 from lorry.config.settings import PlanSettings
-from lorry.config.sizes import in_words, parse_size
 from lorry.console import Console
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
@@ -187,7 +187,7 @@ def _matrix(
 ) -> tuple[Measurement | None, str]:
     """The matrix rate measured now and kept, in place of one that a run contradicts; and, if it could
     not be kept, why."""
-    from lorry.train.rate import matrix_rate
+    from lorry.train.resources.rate import matrix_rate
 
     measured = matrix_rate(device, precision, threads)
     if measured is None:

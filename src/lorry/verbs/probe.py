@@ -12,7 +12,7 @@ from lorry.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorry.models.open import Opened
+    from lorry.models.loading.open import Opened
 
 TEXT = "The quick brown fox jumps over the lazy dog, and 12 x 7 = 84."
 ROWS, TOKENS = 4, 48  # at most; logits of 256,000 tokens' vocabulary on them take 200 MB
@@ -56,10 +56,10 @@ def number_format(run: str, stored: str) -> str:
 
     import torch
 
-    from lorry.bank.adapters import free_memory
-    from lorry.models.load import pick_device
-    from lorry.models.sources import resolve
-    from lorry.models.weights import entries
+    from lorry.adapters.bank import free_memory
+    from lorry.models.loading.load import pick_device
+    from lorry.models.loading.sources import resolve
+    from lorry.models.loading.weights import entries
 
     needed = 4 * sum(math.prod(entry.shape) for entry in entries(resolve(run, notes=[]).directory).values())
     device, here = pick_device(ModelConfig().device), torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorry.config.settings import PushSettings
-from lorry.verbs.opening import tell
+from lorry.verbs.open_model import tell
 
 
 def main(settings: PushSettings, notes: list[str]) -> int:

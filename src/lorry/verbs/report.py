@@ -8,7 +8,7 @@ from lorry.config.settings import ReportSettings
 from lorry.console import Console
 from lorry.errors import DataError
 from lorry.report import build, table
-from lorry.report.run import load_readable
+from lorry.runs.read import load_readable
 
 
 def main(settings: ReportSettings, notes: list[str]) -> int:

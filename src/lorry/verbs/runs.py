@@ -22,7 +22,8 @@ from rich.text import Text
 from lorry.config.settings import RunsSettings
 from lorry.console import Console
 from lorry.errors import DataError
-from lorry.report import states, table
+from lorry.report import table
+from lorry.runs import status
 from lorry.visible import escaped, visible
 
 WIDE = 200  # columns of what is no terminal
@@ -33,7 +34,7 @@ def main(settings: RunsSettings, notes: list[str]) -> int:
     folder = Path(settings.folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; `lorry runs FOLDER` lists the runs below FOLDER")
-    found = states.listed(folder)
+    found = status.listed(folder)
     if settings.format == "json":
         print(escaped(json.dumps([as_json(state) for state in found], indent=1, ensure_ascii=False, allow_nan=False)))
         return 0
@@ -49,7 +50,7 @@ def main(settings: RunsSettings, notes: list[str]) -> int:
     return 0
 
 
-def as_json(state: states.State) -> dict[str, Any]:
+def as_json(state: status.State) -> dict[str, Any]:
     """A state as plain JSON: times as ISO text, what is not known or not finite as null."""
     plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in asdict(state).items()}
     written = None if state.written is None else datetime.fromtimestamp(state.written, UTC).isoformat(timespec="seconds")

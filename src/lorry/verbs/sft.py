@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lorry.config.schema import Run
 from lorry.console import Console
-from lorry.verbs.opening import tell
+from lorry.verbs.open_model import tell
 
 
 def main(run: Run, notes: list[str]) -> int:
@@ -23,8 +23,8 @@ def main(run: Run, notes: list[str]) -> int:
         return background.leave(run, run.task)
     from lorry.api import train
     from lorry.report import build, table
-    from lorry.report.run import load
-    from lorry.train.signals import raising
+    from lorry.runs.read import load
+    from lorry.train.monitoring.signals import raising
 
     result = train(run, [])  # the command line has told its notes
     with raising(f"arrived while the report was made. The run is complete; `lorry report {result.path}` makes its page"):

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from lorry.config import Sweep
 from lorry.config.schema import Job, Run
 from lorry.console import Console
-from lorry.disk import durable, ownership
+from lorry.disk import durable
 from lorry.errors import ConfigError
+from lorry.runs import ownership
 
 if TYPE_CHECKING:
     from lorry.train.jobs import Outcome
@@ -31,7 +32,7 @@ def main(settings: Sweep, notes: list[str]) -> int:
     from lorry.api import train
     from lorry.report import build, table
     from lorry.train import artifacts
-    from lorry.train.rundir import OTHERWISE, claim
+    from lorry.train.start import OTHERWISE, claim
 
     if not settings.jobs:
         raise ConfigError("nothing to sweep; give several values of a setting, such as r=8,16 or learning_rate=1e-4,3e-4")
@@ -94,7 +95,7 @@ def _ranked_by(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _shown(row: Mapping[str, Any]) -> tuple[str, str, dict[str, str]]:
-    from lorry.report.text import NOTHING, number
+    from lorry.formatting import NOTHING, number
 
     own = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in row["settings"].items())
     held = {"held-out loss": number(row["eval_loss"])} if "eval_loss" in row else {"held-out loss": NOTHING}

@@ -11,7 +11,7 @@ from lorry.disk import documents
 from lorry.disk.integrity import file_digest
 from lorry.errors import ModelError
 from lorry.verbs.merge import RECORD, weight_files
-from lorry.verbs.opening import tell
+from lorry.verbs.open_model import tell
 
 KINDS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # weights, settings, tokenizers, a model's own code
 
@@ -44,7 +44,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def find_base(said: dict[str, Any]) -> Path:
     """The base's directory: where it was, or wherever what was merged leads to now (a hub id, a run's base)."""
-    from lorry.models.sources import resolve
+    from lorry.models.loading.sources import resolve
 
     was = Path(said["base"])
     return was if was.is_dir() else resolve(said["opened_as"], notes=[]).directory

@@ -22,7 +22,7 @@ from lorry.data.catalog.layouts import (
     slots,
 )
 from lorry.data.catalog.named import NO_TEST, WHOLE, NamedSet
-from lorry.data.content import column_of
+from lorry.data.reading.content import column_of
 
 YES_NO = ("yes", "no")
 _TRUTHS = {"true": 0, "yes": 0, "1": 0, "false": 1, "no": 1, "0": 1}  # a truth, however it is written, to its place in YES_NO

@@ -10,7 +10,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lorry.data.content import Unusable
+from lorry.data.reading.content import Unusable
 
 _SPACE = re.compile(r"\s")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorry.data.catalog.item import Fields, chosen, numbered, outside
-from lorry.data.content import Unusable, column_of, kind_of, optional, text_of
+from lorry.data.reading.content import Unusable, column_of, kind_of, optional, text_of
 
 Row = Mapping[str, Any]
 Read = Callable[[Row], Fields]

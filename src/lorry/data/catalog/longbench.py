@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from lorry.data.catalog.item import Fields, chosen, outside, said
 from lorry.data.catalog.layouts import Row, answers_in, layout, listed, need
 from lorry.data.catalog.named import NamedSet
-from lorry.data.content import optional
+from lorry.data.reading.content import optional
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorry.data.catalog.item import Fields, Item, option_slots, render, shorten
 from lorry.data.catalog.layouts import Layout
-from lorry.data.content import Unusable
+from lorry.data.reading.content import Unusable
 from lorry.errors import ConfigError, nearest, shortlist
 
 WHOLE = {"train": "train", "validation": "validation", "test": "test"}

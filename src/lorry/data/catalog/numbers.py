@@ -11,7 +11,7 @@ from typing import Any
 from lorry.data.catalog.item import Fields
 from lorry.data.catalog.layouts import Row, layout, need, slots
 from lorry.data.catalog.named import NamedSet
-from lorry.data.content import Unusable, column_of
+from lorry.data.reading.content import Unusable, column_of
 
 _NOTES = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator notes: 16 - 3 = <<16-3=13>>13
 _NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from lorry.data.catalog.item import Fields
 from lorry.data.catalog.layouts import Layout, Row, choice_columns, choice_list, layout, listed, llm_adapters, need, slots
 from lorry.data.catalog.named import NO_TEST, WHOLE, NamedSet
-from lorry.data.content import column_of, optional
+from lorry.data.reading.content import column_of, optional
 
 _ASKED_ALONE = (
     "Question: {question}\n{options}",

@@ -12,7 +12,7 @@ from dataclasses import replace
 from lorry.data.catalog.item import Fields, said
 from lorry.data.catalog.layouts import Row, answers_in, layout, listed, need, part, slots
 from lorry.data.catalog.named import NO_TEST, NamedSet
-from lorry.data.content import Unusable, column_of
+from lorry.data.reading.content import Unusable, column_of
 
 _EXTRACT = (
     "{context}\n\nQuestion: {question}",

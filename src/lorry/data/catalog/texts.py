@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from lorry.data.catalog.item import Fields, said
 from lorry.data.catalog.layouts import Row, answers_in, layout, listed, need, slots, without_end
 from lorry.data.catalog.named import LAST_TENTH, NO_TEST, WHOLE, NamedSet
-from lorry.data.content import Unusable, kind_of, text_of
+from lorry.data.reading.content import Unusable, kind_of, text_of
 
 
 def _concepts(words: Sequence[str], sentences: Sequence[str]) -> Fields:

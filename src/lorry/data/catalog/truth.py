@@ -11,7 +11,7 @@ from dataclasses import replace
 from lorry.data.catalog.item import Fields, chosen, said
 from lorry.data.catalog.layouts import Row, answers_in, layout, listed, need, part, slots
 from lorry.data.catalog.named import NamedSet
-from lorry.data.content import Unusable
+from lorry.data.reading.content import Unusable
 
 
 def _question(row: Row) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorry.data.catalog.item import Item
-from lorry.data.content import Conversation, Message
+from lorry.data.reading.content import Conversation, Message
 
 
 def conversation(item: Item, shots: Sequence[Item] = ()) -> Conversation:

@@ -1,0 +1,201 @@
+"""Bank: the named adapters of one model, each in one flat fp32 buffer, with gradients in another of the same shape.
+
+Layout of an adapter's buffer: every A, then every B, in module order. So clipping, stepping, saving and reducing an adapter
+are operations on one tensor, and A and B are one contiguous range each (LoRA+ gives them different rates).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from lorry.adapters.layers import Adaptable, BankEmbedding, BankLinear, Slot
+from lorry.adapters.mix import Call, Mix
+from lorry.adapters.seeds import seed_of
+from lorry.adapters.spec import LoraSpec
+from lorry.errors import ConfigError, OutOfMemoryError
+
+BYTES_PER_VALUE = 8  # of a master and its gradient, both float32; an optimizer adds as much again
+NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")
+
+
+def checked_name(name: str) -> str:
+    """The name, if it can be that of an adapter and of its folder. Raises ConfigError."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"adapter name {name!r:.80}: use 1 to 64 letters, digits, dots, dashes or underscores")
+    return name
+
+
+@dataclass
+class Adapter:
+    """One named adapter. values, grads: [P] fp32; split: where the B half starts; slots: module path -> Slot."""
+
+    name: str
+    spec: LoraSpec
+    values: Tensor = field(repr=False)
+    grads: Tensor = field(repr=False)
+    split: int = field(repr=False)
+    slots: dict[str, Slot] = field(default_factory=dict, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        """A copy whose masters are views of its own buffers, as ours are of ours."""
+        values, grads = self.values.detach().clone(), self.grads.detach().clone()
+        twin = Adapter(self.name, self.spec, values, grads, self.split, deepcopy(self.slots, memo))
+        memo[id(self)] = twin
+        for param, view in twin._views(values):
+            param.data = view
+        twin.bind_grads()
+        return twin
+
+    def bind_grads(self) -> None:
+        """Point every master's .grad into the flat gradient buffer, so that autograd accumulates there."""
+        for param, view in self._views(self.grads):
+            param.grad = view
+
+    def touch(self) -> None:
+        """Say that ``values`` was written as a whole (a step, a load): every compute copy is remade at its next use."""
+        for slot in self.slots.values():
+            slot.touch()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """{`MODULE.lora_A`: [R,I], `MODULE.lora_B`: [O,R]} views of the buffer, canonical names."""
+        return self.split_like(self.values)
+
+    def split_like(self, flat: Tensor) -> dict[str, Tensor]:
+        """Cut any [P] tensor (values, moments) into named views."""
+        names = [f"{m}.lora_A" for m in self.slots] + [f"{m}.lora_B" for m in self.slots]
+        return {n: view for n, (_, view) in zip(names, self._views(flat), strict=True)}
+
+    def _views(self, flat: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        params = [s.A for s in self.slots.values()] + [s.B for s in self.slots.values()]
+        parts = flat.split([p.numel() for p in params])
+        return [(p, part.view(p.shape)) for p, part in zip(params, parts, strict=True)]
+
+
+class Bank:
+    """Every adapter of a model, in the order they were added; an adapter's number in a Batch is its place here."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, Adapter] = {}
+        self.modules: dict[str, Adaptable] = {}
+        self.active = Mix()
+        self.before_merge: Mix | None = None  # what was active when `merge` folded it in; None while nothing is merged
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self.adapters:
+            raise ConfigError(f"no adapter named {name!r}; this model has {', '.join(self.adapters) or 'none'}")
+        return self.adapters[name]
+
+    def names(self) -> list[str]:
+        return list(self.adapters)
+
+    def refuse_name(self, name: str) -> None:
+        """Raises ConfigError if an adapter of this name is attached, or it could not be a folder's name when saved."""
+        if checked_name(name) in self.adapters:
+            raise ConfigError(f"an adapter named {name!r} is already attached; choose another name or detach it first")
+
+    def add(self, name: str, spec: LoraSpec, targets: Mapping[str, Adaptable], *, seed: int) -> Adapter:
+        """Create an adapter at the given modules. A's values depend on (seed, module path) alone.
+
+        Raises ConfigError if the name is taken.
+        """
+        self.refuse_name(name)
+        ranks = {path: spec.rank(path) for path in targets}
+        shapes = [(ranks[p], m.in_features) for p, m in targets.items()]
+        shapes += [(m.out_features, ranks[p]) for p, m in targets.items()]
+        sizes = [rows * columns for rows, columns in shapes]
+        device = next(iter(targets.values())).weight.device
+        refuse_too_large(name, max(ranks.values()), sum(sizes), device)
+        values = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        adapter = Adapter(name, spec, values, torch.zeros_like(values), sum(sizes[: len(targets)]))
+        params = [nn.Parameter(v.view(s)) for v, s in zip(values.split(sizes), shapes, strict=True)]
+        for (path, module), a, b in zip(targets.items(), params[: len(targets)], params[len(targets) :], strict=True):
+            slot = Slot(path, a, b, spec.scale(path), spec.lora_dropout)
+            adapter.slots[path] = module.slots[name] = slot
+            self.modules[path] = module
+            initialise(slot, spec, seed, embedding=isinstance(module, BankEmbedding))
+        adapter.bind_grads()
+        self.adapters[name] = adapter
+        self.activate(Mix((*self.active.terms, *Mix.one(name).terms)))
+        return adapter
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; the base is as it was before."""
+        for path in self[name].slots:
+            del self.modules[path].slots[name]
+        del self.adapters[name]
+        self.activate(Mix(tuple(t for t in self.active.terms if t.adapter != name)))
+
+    def activate(self, mix: Mix) -> None:
+        """Choose what a plain `model(x)`, without a mix of its own, uses."""
+        for term in mix.terms:
+            self[term.adapter]
+        self.active = mix
+        for module in self.modules.values():
+            module.default = Call(mix)
+
+    def to(self, device: torch.device) -> None:
+        """Move every adapter's buffers; slots keep their identity."""
+        for adapter in self.adapters.values():
+            adapter.values, adapter.grads = adapter.values.to(device), adapter.grads.to(device)
+            for param, view in adapter._views(adapter.values):
+                param.data = view
+            adapter.bind_grads()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All masters, A before B, adapter by adapter."""
+        return [p for a in self.adapters.values() for p, _ in a._views(a.values)]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on ``device``: CUDA's own answer, else what the system can give without swapping."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def refuse_too_large(name: str, rank: int, values: int, device: torch.device) -> None:
+    """Say that an adapter cannot fit before any of it is made: Linux hands out memory that it does not have, and ends the
+    process once it is written to. Raises OutOfMemoryError."""
+    free = free_memory(device)
+    if (needed := values * BYTES_PER_VALUE) > free:
+        raise OutOfMemoryError(
+            f"adapter {name!r} with r={rank} has {values:,} values, {needed / 2**30:,.1f} GiB with their gradients; "
+            f"{free / 2**30:,.1f} GiB are free. Choose a smaller r or fewer target_modules; `lorry plan` tells what fits"
+        )
+
+
+@torch.no_grad()
+def initialise(slot: Slot, spec: LoraSpec, seed: int, *, embedding: bool) -> None:
+    """Fill A and B from a generator seeded by (seed, module path), on the CPU, so device, order and neighbours do not matter."""
+    draw = torch.Generator().manual_seed(seed_of("lora", seed, slot.module))
+    start, other = (slot.B, slot.A) if embedding else (slot.A, slot.B)
+    kind = spec.init_lora_weights
+    if kind == "gaussian":
+        start.copy_(torch.randn(start.shape, generator=draw) / slot.A.shape[0])
+    elif embedding:
+        start.copy_(torch.randn(start.shape, generator=draw))
+    else:  # Kaiming-uniform with a = sqrt(5), as nn.Linear and the LoRA reference code: U(-1/sqrt(in), 1/sqrt(in))
+        start.copy_(torch.rand(start.shape, generator=draw).mul_(2).sub_(1).div_(math.sqrt(start.shape[1])))
+    if kind is False:
+        other.copy_(torch.randn(other.shape, generator=draw) * 0.02)
+
+
+def wrap(module: nn.Module, path: str) -> Adaptable | None:
+    """The bank layer that takes a foreign module's place and shares its parameters, or None if it is no linear or embedding.
+
+    Only the exact classes count: a subclass computes something else.
+    """
+    kind = type(module).__name__
+    if type(module) not in (nn.Linear, nn.Embedding) and kind != "Conv1D":
+        return None
+    weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+    if isinstance(module, nn.Embedding):
+        return BankEmbedding(weight, path=path)
+    return BankLinear(weight, bias if isinstance(bias, nn.Parameter) else None, transposed=kind == "Conv1D", path=path)

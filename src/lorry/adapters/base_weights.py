@@ -1,0 +1,187 @@
+"""Base weights that train: some or all of a model's own parameters as one more owner of a flat fp32 buffer, beside the adapters.
+
+    train_weights(model, "mlp")      all, mlp, attention, a list of names, or a regex; the rest is frozen
+    weights_of(model).values         the fp32 masters; AdamW, one norm and one clip work on this one tensor
+
+Matrices come first in the buffer, norms and biases behind them: weight decay, which HF's Trainer keeps away from those, is one
+range. Every tensor begins at a multiple of 64 bytes. In an fp32 base the parameters are views of the buffer, without a copy; in
+a bf16 base they are the masters rounded, made again after every step, and a gradient is added to the fp32 one as soon as
+backward has made it, and freed. A tensor with two names (a tied head) is there once and gets the gradients of both.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lorry.adapters.attach import bank_of, freeze, linears, select
+from lorry.adapters.layers import BankEmbedding
+from lorry.adapters.peft.files import base_digest
+from lorry.adapters.spec import LoraSpec
+from lorry.errors import ConfigError
+from lorry.families import Family
+
+ALIGN = 16  # fp32 values in 64 bytes
+BLOCK = 4096
+KEY = "lorry_weights"
+# in models that no family describes: the parts of a path that say what a linear belongs to
+PARTS = {
+    "mlp": re.compile(r"(^|[._])(mlp|ffn|feed_forward|moe|experts?|fc\d|fc_(in|out)|w[123io]|(up|down|gate)_proj)([._]|$)"),
+    "attention": re.compile(r"(^|[._])(attn|attention)([._]|$)"),
+}
+
+
+@dataclass
+class Weights:
+    """The base weights that a run trains. values, grads: [P] fp32; ``split``: where norms and biases start; ``params``: {name in
+    the model: its parameter}, in the buffer's order; ``began``: the base's digest before training."""
+
+    name: str
+    params: dict[str, nn.Parameter] = field(repr=False)
+    values: Tensor = field(repr=False)
+    grads: Tensor = field(repr=False)
+    split: int = field(repr=False)
+    starts: list[int] = field(repr=False)
+    began: str = field(repr=False)
+
+    def count(self) -> int:
+        """How many numbers train."""
+        return sum(p.numel() for p in self.params.values())
+
+    def split_like(self, flat: Tensor) -> dict[str, Tensor]:
+        """Cut any [P] tensor (values, moments) into views by the parameters' names."""
+        parts = zip(self.params.items(), self.starts, strict=True)
+        return {name: flat[at : at + p.numel()].view(p.shape) for (name, p), at in parts}
+
+    def pairs(self, flat: Tensor) -> list[tuple[tuple[str, nn.Parameter], Tensor]]:
+        """((name, parameter), its view of a [P] tensor)."""
+        return list(zip(self.params.items(), self.split_like(flat).values(), strict=True))
+
+    def bind_grads(self) -> None:
+        """Let autograd accumulate into ``grads``: at once where the base is fp32, else by way of the hooks."""
+        for (_, param), view in self.pairs(self.grads):
+            param.grad = view if param.dtype == torch.float32 else None
+
+    @torch.no_grad()
+    def touch(self) -> None:
+        """Say that ``values`` was written: the parameters that are not views of it are made again, rounded once."""
+        for (_, param), view in self.pairs(self.values):
+            if param.dtype != torch.float32:
+                param.copy_(view)
+
+    def silent(self) -> list[str]:
+        """The tensors whose gradient is exactly zero."""
+        return [name for name, view in self.split_like(self.grads).items() if not _any(view.reshape(-1))]
+
+    def norm(self) -> float:
+        """Euclidean norm of the gradient, in fp32 by blocks and in fp64 over those: in a fp32 sum of 10^6 squares or more, late
+        ones round away."""
+        whole = self.grads.numel() // BLOCK * BLOCK
+        blocks = torch.linalg.vector_norm(self.grads[:whole].view(-1, BLOCK), dim=1).double()
+        return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in (blocks, self.grads[whole:].double())))
+
+
+def _any(flat: Tensor) -> bool:
+    return bool(flat[:4096].any()) or bool(flat.any())
+
+
+def weights_of(model: nn.Module) -> Weights | None:
+    """The base weights of a model that train, if any do."""
+    found: Weights | None = model.__dict__.get(KEY)
+    return found
+
+
+def train_weights(model: nn.Module, trainable: str | Sequence[str] = "all", name: str = "base") -> Weights:
+    """Switch the gradients of some base weights on, and of all others off; afterwards `weights_of` finds them.
+
+    ``trainable``: see `chosen`. Raises ConfigError where that matches nothing, the model has adapters or such weights already, or
+    is in a format too narrow to train in.
+    """
+    bank = bank_of(model, create=True)
+    if bank.names() or weights_of(model) is not None:
+        what = f"the adapter {bank.names()[0]!r}" if bank.names() else "base weights that train"
+        raise ConfigError(f"this model has {what} already, and its base is trained alone; merge or detach that first")
+    names = chosen(model, trainable)
+    own = dict(model.named_parameters())
+    if odd := [n for n in names if own[n].dtype not in (torch.float32, torch.bfloat16)]:
+        dtype = str(own[odd[0]].dtype).removeprefix("torch.")
+        raise ConfigError(f"{odd[0]} is {dtype}, in which base weights cannot train; open it with dtype=bfloat16 or float32")
+    freeze(model)
+    params = {n: own[n] for n in (*(n for n in names if own[n].dim() > 1), *(n for n in names if own[n].dim() < 2))}
+    starts, end = list[int](), 0
+    for p in params.values():
+        starts.append(end)
+        end += -(-p.numel() // ALIGN) * ALIGN
+    split = next((at for at, p in zip(starts, params.values(), strict=True) if p.dim() < 2), end)
+    values = torch.zeros(end, dtype=torch.float32, device=next(iter(params.values())).device)
+    made = Weights(name, params, values, torch.zeros_like(values), split, starts, base_digest(model))
+    grads = made.split_like(made.grads)
+    for (path, param), view in made.pairs(values):
+        with torch.no_grad():
+            view.copy_(param)
+        param.requires_grad_(True)
+        if param.dtype == torch.float32:
+            param.data = view
+        else:
+            param.register_post_accumulate_grad_hook(partial(_collect, grads[path]))
+    made.bind_grads()
+    model.__dict__[KEY] = made
+    return made
+
+
+@torch.no_grad()
+def _collect(into: Tensor, param: Tensor) -> None:
+    """Take a gradient that backward has just made, and free it."""
+    assert param.grad is not None
+    into.add_(param.grad)
+    param.grad = None
+
+
+def chosen(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
+    """Names of the parameters that are to train, in the model's order, tied ones once.
+
+    all: every parameter (the row of a padding token among them, which transformers' own embedding leaves out where it is read).
+    mlp, attention: weights and biases of the linears of every layer's half. Anything else is read as
+    `target_modules` is: a list of module names (lm_head and embed among them) or a regular expression over whole paths; a module
+    trains with its bias. Raises ConfigError where nothing matches, naming what exists.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if trainable == "all":
+        return names
+    modules = set(_part(model, trainable) if isinstance(trainable, str) and trainable in PARTS else _selected(model, trainable))
+    wanted = {id(p) for path in modules for p in model.get_submodule(path).parameters(recurse=False)}
+    return [name for name, p in model.named_parameters() if id(p) in wanted]
+
+
+def _part(model: nn.Module, part: str) -> list[str]:
+    """The linears of a half of every layer: by the family's targets; where there is no family, by the paths of whatever holds a
+    matrix (fused experts and their router are an MLP's)."""
+    family: Family | None = getattr(model, "family", None)
+    if family is not None:
+        targets, cut = list(family.targets), 4 if family.qkv == "separate" else 2
+        layers: int = model.geometry.layers  # type: ignore[assignment,union-attr]  # a model with a family has a geometry
+        return [family.path(t, i) for i in range(layers) for t in (targets[:cut] if part == "attention" else targets[cut:])]
+    matrices = {p: m for p, m in model.named_modules() if any(w.dim() > 1 for w in m.parameters(recurse=False))}
+    inner = [path for path, module in matrices.items() if not isinstance(module, (nn.Embedding, BankEmbedding))]
+    other = PARTS["attention" if part == "mlp" else "mlp"]
+    found = [path for path in inner if PARTS[part].search(path) and (part == "attention" or not other.search(path))]
+    if not found:
+        kinds = ", ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in inner))
+        raise ConfigError(f"trainable={part}: no layer's name says it is one; give a list of names. The layers end in {kinds}")
+    return found
+
+
+def _selected(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
+    if isinstance(trainable, str) and re.fullmatch(r"\w+", trainable) and trainable != "auto":
+        trainable = (trainable,)  # a name, not a pattern
+    wanted = trainable if isinstance(trainable, str) else tuple(trainable)
+    try:
+        return select(model, linears(model), LoraSpec(target_modules=wanted))
+    except ConfigError as e:
+        raise ConfigError(f"{str(e).replace('target_modules', 'trainable')}; or trainable=all, mlp or attention") from e

@@ -1,0 +1,238 @@
+"""The layers a bank lives in: a linear and an embedding that keep their base weight under its own name.
+
+`BankLinear` is the only linear of Lorry's own decoder and takes the place of `nn.Linear` or `Conv1D` in any other model.
+Adapters are not parameters of the module (FSDP, state dicts and optimizers of the base never see them): they are `Slot`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorry.adapters.mix import Call
+from lorry.adapters.product import Frozen, LowRank, Part, Stack
+from lorry.errors import ContractError
+
+# Other people's models cannot pass a Call down; `models/hf/model.py` sets it around their forward. It is read in forward only.
+AMBIENT: ContextVar[Call | None] = ContextVar("lorry_call", default=None)
+
+
+Stacked = tuple[tuple[object, ...], Tensor, list[Part]]  # what they were made from, the stacked A's, the parts
+
+
+@dataclass
+class Slot:
+    """One adapter at one module: fp32 masters A [R,I], B [O,R] (views of the adapter's flat buffer), scale and dropout.
+
+    `Group` makes the compute copies from them.
+    """
+
+    module: str
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float
+    dropout: float
+    writes: int = field(default=0, repr=False)  # how often `touch` was called
+    serial: int = field(default_factory=count().__next__, repr=False)  # no two slots of a process share one
+    stacks: dict[tuple[int, ...], Stacked] = field(default_factory=dict, repr=False)  # of the groups whose first slot this is
+
+    def stamp(self) -> tuple[int, ...]:
+        """Changes whenever a master may have changed."""
+        return (self.writes, self.A._version, self.B._version, self.A.data_ptr())
+
+    def touch(self) -> None:
+        """Say that a master has changed, or is about to."""
+        self.writes += 1
+
+
+class Adaptable(nn.Module):
+    """What linears and embeddings share: their path, their slots, and the base weight kept aside while merged."""
+
+    weight: nn.Parameter
+
+    def __init__(self, path: str = "") -> None:
+        super().__init__()
+        self.path = path
+        self.slots: dict[str, Slot] = {}
+        self.default = Call()
+        self.kept: nn.Parameter | None = None
+        self.replaced: tuple[nn.Module, ...] = ()  # the foreign layer this one stands in for (a tuple, so it is no submodule)
+
+    @property
+    def in_features(self) -> int:
+        raise AssertionError("a bank layer says its own width")
+
+    @property
+    def out_features(self) -> int:
+        raise AssertionError("a bank layer says its own width")
+
+    def set_aside(self, merged: nn.Parameter) -> None:
+        """Compute with a merged weight and keep the own one, where no state dict, optimizer or FSDP sees it."""
+        self.__dict__["kept"], self.weight = self.weight, merged
+
+    def restore(self) -> None:
+        """Put the weight that was set aside back: the same object, so what was tied is tied again."""
+        assert self.kept is not None
+        self.weight, self.kept = self.kept, None
+
+    def resolve(self, call: Call | None) -> Call:
+        """The call that holds here: the one given, the one set around a foreign model, or what the bank made active."""
+        return call or AMBIENT.get() or self.default
+
+    def terms(self, call: Call) -> list[tuple[Slot, slice | None, float | Tensor]]:
+        """The call's terms that have a slot at this module. Raises ContractError on a merged layer."""
+        found = [(self.slots[t.adapter], t.rows, t.gate) for t in call.mix.terms if t.adapter in self.slots]
+        if found and self.kept is not None:
+            raise ContractError(f"{self.path} is merged; call unmerge(model) before using its adapters again")
+        return found
+
+
+class BankLinear(Adaptable):
+    """y = W x + b + the bank's terms. weight [out, in], or [in, out] when ``transposed`` (GPT-2's Conv1D)."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, *, transposed: bool = False, path: str = "") -> None:
+        super().__init__(path)
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.transposed = transposed
+        self.group = Group([self])
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[0] if self.transposed else self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[1] if self.transposed else self.weight.shape[0]
+
+    def forward(self, x: Tensor, call: Call | None = None, site: str | None = None) -> Tensor:
+        """x [..., in] -> [..., out]. ``site`` names the input for dropout; layers that share an input pass the same one."""
+        call = self.resolve(call)
+        if not self.terms(call):
+            return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+        flat = x.reshape(-1, x.shape[-1])
+        stacks, masters = self.group.stacks(call, site or self.path)
+        (y,) = LowRank.apply(flat, self.group.frozen(), stacks, len(masters), *masters, *self.group.base())
+        return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
+
+    def delta(self, slot: Slot) -> Tensor:
+        """s B A in fp32, in the layout of the stored weight."""
+        product = (slot.B.detach() @ slot.A.detach()).mul_(slot.scale)
+        return product.t() if self.transposed else product
+
+
+class Group:
+    """Linears that read the same input, and the stacked compute copies of their adapters in the base's dtype.
+
+    The copies are remade after every backward pass and whenever a master's version has moved: an optimizer of the user's own
+    that updates the masters, even one that no version counter sees (fused AdamW, `p.data.add_`), can never train a stale copy.
+    Whoever else writes the memory under the masters calls `Adapter.touch`.
+    """
+
+    def __init__(self, linears: Sequence[BankLinear]) -> None:
+        self.linears = linears
+
+    def base(self) -> list[Tensor]:
+        """The base's weights and biases that train."""
+        tensors = [t for linear in self.linears for t in (linear.weight, linear.bias)]
+        return [t for t in tensors if t is not None and t.requires_grad]
+
+    def frozen(self) -> list[Frozen]:
+        """The base products, as they are now (a merge or a device may have changed them)."""
+        return [Frozen(linear.weight, linear.bias, linear.transposed) for linear in self.linears]
+
+    def stacks(self, call: Call, site: str) -> tuple[list[Stack], list[Tensor | None]]:
+        """What the call's terms need here, and their masters and gates in the order `LowRank` takes them."""
+        stacks: list[Stack] = []
+        masters: list[Tensor | None] = []
+        for linear in self.linears:
+            linear.terms(call)  # refuses a merged layer
+        for term in call.mix.terms:
+            slots = [(i, linear.slots[term.adapter]) for i, linear in enumerate(self.linears) if term.adapter in linear.slots]
+            if not slots:
+                continue
+            constant = 1.0 if isinstance(term.gate, Tensor) else term.gate
+            a, parts = self._copy(slots)
+            if constant != 1.0:
+                parts = [Part(p.layer, p.rows, p.b, p.scale * constant) for p in parts]
+            rate = slots[0][1].dropout if call.noise is not None else 0.0
+            dropout = call.noise.at(site, rate) if call.noise is not None and rate else None
+            gate = term.gate if isinstance(term.gate, Tensor) else None
+            tokens, inner = slice(None) if term.rows is None else term.rows, None
+            if gate is None and term.rows is not None and a.dtype == torch.bfloat16 and a.device.type == "cpu":
+                tokens, inner = aligned(term.rows)
+            stacks.append(Stack(tokens, a, parts, dropout, gate is not None, partial(_touch, slots), inner))
+            masters += [master for _, slot in slots for master in (slot.A, slot.B)]
+            masters.append(gate)
+        return stacks, masters
+
+    def _copy(self, slots: Sequence[tuple[int, Slot]]) -> tuple[Tensor, list[Part]]:
+        """Kept with the first slot, so that they go when the adapter goes."""
+        dtype = self.linears[0].weight.dtype
+        stamp = (dtype, *(value for i, slot in slots for value in (i, *slot.stamp())))
+        kept, key = slots[0][1].stacks, tuple(slot.serial for _, slot in slots)
+        held = kept.get(key)
+        if held is None or held[0] != stamp:
+            a = torch.cat([slot.A.detach() for _, slot in slots]).to(dtype)
+            parts, at = [], 0
+            for i, slot in slots:
+                parts.append(Part(i, slice(at, at + slot.A.shape[0]), slot.B.detach().to(dtype), slot.scale))
+                at += slot.A.shape[0]
+            kept[key] = held = (stamp, a, parts)
+        return held[1], held[2]
+
+
+def aligned(rows: slice) -> tuple[slice, slice]:
+    """Some rows, widened to multiples of 64, and where they lie among those: oneDNN compiles a product anew for every shape it
+    meets, and the shares of several adapters in a batch would have ever new ones."""
+    start = rows.start // 64 * 64
+    return slice(start, -(-rows.stop // 64) * 64), slice(rows.start - start, rows.stop - start)
+
+
+def _touch(slots: Sequence[tuple[int, Slot]]) -> None:
+    for _, slot in slots:
+        slot.touch()
+
+
+class BankEmbedding(Adaptable):
+    """An embedding [V, D] with low-rank terms. As PEFT has it, A [R, V] starts at zero and B [D, R] at random."""
+
+    def __init__(self, weight: nn.Parameter, *, path: str = "") -> None:
+        super().__init__(path)
+        self.weight = weight
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[1]
+
+    def forward(self, ids: Tensor, call: Call | None = None) -> Tensor:
+        """ids [...] int64 -> [..., D]. Dropout does not apply to an embedding's input."""
+        found = self.terms(self.resolve(call))
+        y = F.embedding(ids, self.weight)
+        if not found:
+            return y
+        flat, flat_ids = y.reshape(-1, y.shape[-1]).float(), ids.reshape(-1)
+        for slot, rows, gate in found:
+            part = slice(None) if rows is None else rows
+            low = F.embedding(flat_ids[part], slot.A.t()) @ slot.B.t() * slot.scale
+            low = low * (gate[:, None] if isinstance(gate, Tensor) else gate)
+            before, after = (0, 0) if rows is None else (rows.start, flat.shape[0] - rows.stop)
+            flat = flat + F.pad(low, (0, 0, before, after))
+        return flat.to(y.dtype).view_as(y)
+
+    def delta(self, slot: Slot) -> Tensor:
+        """(s B A)^T in fp32, [V, D] like the weight."""
+        return (slot.B.detach() @ slot.A.detach()).mul_(slot.scale).t()

@@ -1,0 +1,204 @@
+"""Merge: fold adapters into the weights, in fp32 and rounded once, and take them out again bit for bit.
+
+    W' = round(W + sum_k g_k s_k B_k A_k)
+
+`merge` swaps Parameters and keeps the originals, `unmerge` puts them back; nothing is ever subtracted. `merged_tensors`
+streams the same weights one at a time without touching the model, for writing them to disk.
+
+Rounding to bf16 can lose most of a small delta, so every merge measures |stored - exact| / |delta| (Frobenius norms).
+An adapter on one side of a tied head and embedding gives that side a weight of its own (`unties`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lorry.adapters.attach import bank_of, head_and_embedding, linears
+from lorry.adapters.bank import Bank
+from lorry.adapters.layers import BankEmbedding, BankLinear
+from lorry.adapters.mix import Mix
+from lorry.errors import ConfigError, ModelError
+
+LOSS_BOUND = 0.1  # above this share of the delta lost to rounding, a merge warns
+
+
+@dataclass(frozen=True)
+class MergeRow:
+    """One merged module: |sum g s B A| and |stored - exact|, Frobenius norms."""
+
+    module: str
+    delta: float
+    error: float
+
+    @property
+    def ratio(self) -> float:
+        """The share of the delta that rounding lost."""
+        return self.error / self.delta if self.delta else 0.0
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. ``untied``: head and embedding shared a weight and no longer do (`tie_word_embeddings` is now false)."""
+
+    rows: tuple[MergeRow, ...] = field(repr=False)
+    dtype: torch.dtype
+    untied: bool
+
+    @property
+    def ratio(self) -> float:
+        """|stored - exact| / |delta| over all modules together."""
+        delta = math.hypot(*(r.delta for r in self.rows))
+        return math.hypot(*(r.error for r in self.rows)) / delta if delta else 0.0
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence for the user when more than 10% of the delta was lost."""
+        if self.ratio <= LOSS_BOUND:
+            return None
+        worst = max(self.rows, key=lambda r: r.ratio)
+        remedy = "merge in float32, or " if self.dtype != torch.float32 else ""
+        return (
+            f"rounding to {str(self.dtype).removeprefix('torch.')} lost {self.ratio:.0%} of the adapter "
+            f"(most at {worst.module}: {worst.ratio:.0%}); {remedy}keep the adapter beside the base"
+        )
+
+
+@torch.no_grad()
+def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> MergeReport:
+    """Fold adapters into the model's weights: ``weights`` {adapter: g}, by default the mix a plain `model(x)` uses now.
+
+    Afterwards `model(x)` needs no adapter and gives the merged outputs; using one raises ContractError until `unmerge`.
+    The original Parameters stay in memory. Raises ConfigError if nothing constant is active, or the model is merged
+    already; ModelError if a merged weight is not finite. Nothing is changed then.
+    """
+    bank = bank_of(model)
+    mix = _constants(bank, weights)
+    untied = unties(model, weights)
+    merged, rows = {}, []
+    for path, layer in _touched(bank, mix).items():
+        stored, row = _fold(path, layer, mix, layer.weight.dtype)
+        merged[path] = stored
+        rows.append(row)
+    for path, stored in merged.items():
+        bank.modules[path].set_aside(nn.Parameter(stored, requires_grad=False))
+    if untied:
+        _declare_tied(model, False)
+    bank.before_merge = bank.active
+    bank.activate(Mix.none())
+    return MergeReport(tuple(rows), next(iter(merged.values())).dtype, untied)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put every original Parameter back (the same object, so a tied head is tied again) and the mix that was active.
+
+    Raises ConfigError if the model is not merged.
+    """
+    bank = bank_of(model)
+    if bank.before_merge is None:
+        raise ConfigError("this model is not merged; there is nothing to undo")
+    for layer in bank.modules.values():
+        if layer.kept is not None:
+            layer.restore()
+    sides = [linears(model)[p] for p in head_and_embedding(model) if p is not None and p in linears(model)]
+    if len(sides) == 2 and sides[0].weight is sides[1].weight:
+        _declare_tied(model, True)
+    mix, bank.before_merge = bank.before_merge, None
+    bank.activate(mix)
+
+
+@torch.no_grad()
+def merged_tensors(
+    model: nn.Module,
+    weights: Mapping[str, float] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    rows: list[MergeRow] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Stream (state-dict name, W + sum g s B A) for the whole model, out of place and one tensor at a time.
+
+    A name that shares its Parameter with an earlier one (a tied head) is left out while both stay equal, as in Hugging Face
+    files; where `unties` says so it comes as a tensor of its own. ``dtype`` stores every floating tensor so instead of in its
+    own; ``rows`` receives one MergeRow per merged module. Raises what `merge` raises.
+    """
+    bank = bank_of(model)
+    mix = _constants(bank, weights)
+    touched = {id(layer): (path, layer) for path, layer in _touched(bank, mix).items()}
+    sent: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner, _, leaf = name.rpartition(".")
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if leaf == "weight" and id(model.get_submodule(owner)) in touched:  # by module, which may have several names
+            stored, row = _fold(*touched[id(model.get_submodule(owner))], mix, kind)
+            if rows is not None:
+                rows.append(row)
+            yield name, stored
+        elif id(tensor) not in sent:
+            sent.add(id(tensor))
+            yield name, tensor.detach().to(kind)
+
+
+def unties(model: nn.Module, weights: Mapping[str, float] | None = None) -> bool:
+    """Whether merging separates a head and an embedding that share one Parameter (then write `tie_word_embeddings=false`)."""
+    bank = bank_of(model)
+    touched = _touched(bank, _constants(bank, weights))
+    sides = [linears(model).get(path) for path in head_and_embedding(model) if path is not None]
+    shared = len(sides) == 2 and all(s is not None for s in sides) and len({id(s.weight) for s in sides if s is not None}) == 1
+    return shared and any(s is layer for s in sides for layer in touched.values())
+
+
+def _declare_tied(model: nn.Module, tied: bool) -> None:
+    """Keep the model's config true about whether head and embedding share a weight."""
+    config = getattr(model, "config", None)
+    if isinstance(config, dict):
+        config["tie_word_embeddings"] = tied
+    elif config is not None and hasattr(config, "tie_word_embeddings"):
+        config.tie_word_embeddings = tied
+
+
+def _constants(bank: Bank, weights: Mapping[str, float] | None) -> dict[str, float]:
+    """{adapter: g} to fold. Raises ConfigError for a mix that is empty or varies over tokens, or a model merged already."""
+    if bank.before_merge is not None:
+        raise ConfigError("this model is merged already; call unmerge(model) first")
+    found: dict[str, float] = {}
+    for term in (Mix.constants(weights) if weights is not None else bank.active).terms:
+        if term.rows is not None or isinstance(term.gate, Tensor):
+            raise ConfigError(
+                f"the mix of {term.adapter!r} varies over tokens and cannot become one weight; pass weights={{name: number}}"
+            )
+        if not math.isfinite(term.gate):
+            raise ConfigError(f"the weight of adapter {term.adapter!r} is {term.gate}; it must be a finite number")
+        found[bank[term.adapter].name] = found.get(term.adapter, 0.0) + term.gate
+    if not found:
+        raise ConfigError(f"no adapter to merge; pass weights={{name: 1.0}} with names from {', '.join(bank.names()) or 'none'}")
+    return found
+
+
+def _touched(bank: Bank, mix: Mapping[str, float]) -> dict[str, BankLinear | BankEmbedding]:
+    """The layers at which an adapter of the mix sits."""
+    found: dict[str, BankLinear | BankEmbedding] = {}
+    for path, layer in bank.modules.items():
+        if any(name in layer.slots for name in mix):
+            assert isinstance(layer, BankLinear | BankEmbedding), type(layer)
+            found[path] = layer
+    return found
+
+
+def _fold(path: str, layer: BankLinear | BankEmbedding, mix: Mapping[str, float], dtype: torch.dtype) -> tuple[Tensor, MergeRow]:
+    """(the rounded sum, what rounding cost) of one layer."""
+    delta = torch.zeros(layer.weight.shape, dtype=torch.float32, device=layer.weight.device)
+    for name, gate in mix.items():
+        if name in layer.slots:
+            delta.add_(layer.delta(layer.slots[name]), alpha=gate)
+    size = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    exact = delta.add_(layer.weight.detach())
+    stored = exact.to(dtype, copy=True)
+    if not bool(torch.isfinite(stored).all()):
+        remedy = ", or merge in float32" if dtype != torch.float32 else ""
+        raise ModelError(f"merging makes {path}.weight infinite or NaN in {dtype}; check the adapter{remedy}")
+    error = float(torch.linalg.vector_norm(exact.sub_(stored), dtype=torch.float64))
+    return stored, MergeRow(path, size, error)

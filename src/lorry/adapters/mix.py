@@ -1,0 +1,100 @@
+"""Mix: the g of the one equation, as data that travels with a forward pass, in a `Call`.
+
+    y = W x + b + sum_k g_k s_k B_k (A_k x)
+
+A mix is a few `Term`s: which adapter, for which packed tokens, how strongly. g = 0 is the absence of a term. Nothing here
+is read during backward: the autograd function captures what it needs in forward, so recompute sees the same mix.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from lorry.adapters.dropout import Noise
+
+
+@dataclass(frozen=True)
+class Term:
+    """One adapter's share: ``rows`` of the packed tokens (None = all), ``gate`` g: a number, or a tensor [rows] with gradient."""
+
+    adapter: str
+    rows: slice | None = None
+    gate: float | Tensor = 1.0
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The terms of a forward pass over T packed tokens."""
+
+    terms: tuple[Term, ...] = ()
+
+    @staticmethod
+    def none() -> Mix:
+        """g = 0: the frozen base, which is the reference model of NPO, DPO, KL, GRPO."""
+        return Mix()
+
+    @staticmethod
+    def one(adapter: str) -> Mix:
+        """g = 1 for one adapter, everywhere."""
+        return Mix((Term(adapter),))
+
+    @staticmethod
+    def constants(weights: Mapping[str, float]) -> Mix:
+        """The same g for every token: task arithmetic, negation, interpolation."""
+        return Mix(tuple(Term(name, None, float(g)) for name, g in weights.items() if g != 0))
+
+    @staticmethod
+    def per_sequence(adapters: Sequence[str | None], starts: Sequence[int]) -> Mix:
+        """One-hot per packed sequence: ``adapters`` [S] (None = base), ``starts`` [S+1]. Equal neighbours share a term."""
+        runs: list[tuple[str | None, int, int]] = []
+        for name, start, stop in zip(adapters, starts[:-1], starts[1:], strict=True):
+            if runs and runs[-1][0] == name:
+                runs[-1] = (name, runs[-1][1], stop)
+            else:
+                runs.append((name, start, stop))
+        if len(runs) == 1:
+            return Mix() if runs[0][0] is None else Mix.one(runs[0][0])
+        return Mix(tuple(Term(name, slice(start, stop)) for name, start, stop in runs if name is not None))
+
+    @staticmethod
+    def routed(adapters: Sequence[str], gates: Tensor) -> Mix:
+        """A router's weights, ``gates`` [T, K], differentiable: a mixture of experts."""
+        return Mix(tuple(Term(name, None, gates[:, k]) for k, name in enumerate(adapters)))
+
+    def narrow(self, rows: Tensor) -> Mix:
+        """The mix of some of the tokens, ``rows`` [t] sorted positions: for the head, which sees supervised tokens only."""
+        edges = rows.tolist()
+        terms = []
+        for term in self.terms:
+            gate = term.gate[rows] if isinstance(term.gate, Tensor) and term.rows is None else term.gate
+            if term.rows is None:
+                terms.append(Term(term.adapter, None, gate))
+                continue
+            start, stop = bisect_left(edges, term.rows.start), bisect_left(edges, term.rows.stop)
+            if isinstance(gate, Tensor):
+                gate = gate[rows[start:stop] - term.rows.start]
+            if stop > start:
+                terms.append(Term(term.adapter, slice(start, stop), gate))
+        return Mix(tuple(terms))
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a forward pass hands to every adapted layer: the mix, and the dropout noise (None = no dropout)."""
+
+    mix: Mix = Mix()
+    noise: Noise | None = None
+
+    def narrow(self, rows: Tensor) -> Call:
+        """The same call for some of the tokens, ``rows`` [t] sorted positions."""
+        return Call(self.mix.narrow(rows), None if self.noise is None else replace(self.noise, rows=rows))
+
+    def padded(self, tokens: int, total: int) -> Call:
+        """The same call for a batch of ``tokens`` with padding up to ``total``, which no gated term and no other row can tell."""
+        gated = [t.rows is None and isinstance(t.gate, Tensor) for t in self.mix.terms]
+        terms = [Term(t.adapter, slice(0, tokens), t.gate) if g else t for t, g in zip(self.mix.terms, gated, strict=True)]
+        return Call(Mix(tuple(terms)), None if self.noise is None else self.noise.padded(total))

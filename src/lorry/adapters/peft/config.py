@@ -1,0 +1,244 @@
+"""adapter_config.json: what PEFT's file says, as a LoraSpec, and the other way round. Nothing in it is silently ignored.
+
+A key this module does not know is fine while its value says "off" (null, false, empty or PEFT's default); any other value
+changes what the adapter computes, so the file is refused by key. Files come from strangers: patterns that take exponential
+time, deep nesting, duplicate keys and numbers that are none are refused too, always as a ModelError.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorry.adapters.spec import LoraSpec
+from lorry.disk import documents
+from lorry.errors import ConfigError, ModelError
+
+CONFIG = "adapter_config.json"
+PATTERN_LIMIT = 2000  # characters of one regular expression
+TIME_LIMIT = 10.0  # seconds for all regular expressions of a file on all modules of a model; real ones take milliseconds
+PLAIN = re.compile(r"(?:[\w^$-]|\\?\.)*")
+TRIAL = """
+import json, re, sys
+patterns, paths = json.load(sys.stdin)
+for pattern in patterns:
+    for path in paths:
+        re.fullmatch(pattern, path), re.match(rf"(.*\\.)?({pattern})$", path)
+"""
+
+# Keys that describe the file, the training or the loading, never the function that was learnt.
+INFORMATION = frozenset(
+    {
+        "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "runtime_config",
+        "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+    }
+)  # fmt: skip
+# `layers_pattern` only says where layer numbers stand; the comparison with the tensors of the file catches a difference.
+READ = frozenset(
+    {
+        "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora",
+        "init_lora_weights", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+    }
+)  # fmt: skip
+DEFAULTS: Mapping[str, Any] = {"bias": "none", "megatron_core": "megatron.core"}
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+REASONS = {
+    "use_dora": "DoRA has a magnitude vector that the plain low-rank sum lacks",
+    "bias": "trained biases of the base are not part of a low-rank adapter",
+    "lora_bias": "a bias beside every lora_B, which the plain low-rank sum lacks",
+    "modules_to_save": "whole trained layers are not part of a low-rank adapter",
+}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a stranger's file. Raises ModelError; what is refused: disk/documents.py."""
+    return documents.read_object(file, error=ModelError, nonfinite=True)  # a number that is not finite: refused by its key
+
+
+def parse_config(config: Mapping[str, Any], where: str) -> LoraSpec:
+    """A LoraSpec from the parsed file; ``where`` opens every message. Raises ModelError."""
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{where}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read")
+    if config.get("task_type") not in ("CAUSAL_LM", None):
+        raise ModelError(f"{where}: task_type is {config['task_type']!r}; only CAUSAL_LM adapters can be read")
+    for key, value in config.items():
+        if key not in READ | INFORMATION and not _neutral(key, value):
+            reason = REASONS.get(key, "it may change what the adapter computes")
+            raise ModelError(f"{where}: {key}={value!r:.80} is not supported ({reason}); only plain LoRA can be read")
+    fields: dict[str, Any] = {
+        "r": _number(config, "r", where, default=8, whole=True),
+        "lora_alpha": _number(config, "lora_alpha", where, default=8),
+        "lora_dropout": _number(config, "lora_dropout", where, default=0.0),
+        "use_rslora": _switch(config, "use_rslora", where),
+        "init_lora_weights": _init(config.get("init_lora_weights", True), where),
+        "target_modules": _names(config, "target_modules", where),
+        "exclude_modules": _names(config, "exclude_modules", where),
+        "layers_to_transform": _layers(config, where),
+        "rank_pattern": _patterns(config, "rank_pattern", where, whole=True),
+        "alpha_pattern": _patterns(config, "alpha_pattern", where, whole=False),
+    }
+    if not fields["target_modules"]:
+        raise ModelError(f"{where}: target_modules is empty; the file must name the adapted layers")
+    if isinstance(fields["target_modules"], str) and fields["layers_to_transform"] is not None:
+        raise ModelError(f"{where}: layers_to_transform needs target_modules to be a list, not a regular expression")
+    try:
+        return LoraSpec(**fields)
+    except ConfigError as e:
+        raise ModelError(f"{where}: {e}") from e
+
+
+def named_by(spec: LoraSpec, linears: Collection[str], inner: Collection[str]) -> set[str]:
+    """The modules a file's spec selects by PEFT's rules: of ``linears``, or for "all-linear" all of ``inner``."""
+    wanted, excluded = spec.target_modules, spec.exclude_modules
+    if isinstance(excluded, str):
+        left = [p for p in linears if not re.fullmatch(excluded, p)]
+    else:
+        left = [p for p in linears if not _ends_in(p, excluded or ())]
+    if isinstance(wanted, str):
+        everything = wanted.lower() == "all-linear"
+        return {p for p in left if (p in inner if everything else re.fullmatch(wanted, p))}
+    return {p for p in left if p in wanted or (_ends_in(p, wanted) and _in_layers(p, spec.layers_to_transform))}
+
+
+def check_time(spec: LoraSpec, modules: Collection[str], where: str) -> None:
+    """Try a file's regular expressions on ``modules`` in a process of their own, which can be stopped: they come from strangers
+    and may take exponential time. Names without any repeat or choice are not tried. Raises ModelError after TIME_LIMIT seconds.
+    """
+    written = [
+        *spec.rank_pattern,
+        *spec.alpha_pattern,
+        *(w for w in (spec.target_modules, spec.exclude_modules) if isinstance(w, str)),
+    ]
+    patterns = [p for p in written if not PLAIN.fullmatch(p)]
+    if not patterns:
+        return
+    try:
+        work = json.dumps([patterns, list(modules)]).encode()
+        subprocess.run([sys.executable, "-I", "-S", "-c", TRIAL], input=work, timeout=TIME_LIMIT, check=True, capture_output=True)
+    except subprocess.TimeoutExpired as e:
+        raise ModelError(f"{where}: its regular expressions ({patterns[0]!r:.80}) take too long; list the modules by name") from e
+    except (OSError, subprocess.CalledProcessError) as e:
+        raise ModelError(f"{where}: its regular expressions could not be tried safely ({e}); list the modules by name") from e
+
+
+def to_config(spec: LoraSpec, target_modules: list[str], *, transposed: bool, base_name: str | None) -> dict[str, Any]:
+    """adapter_config.json as PEFT writes it, with the keys that every PEFT since 0.10 knows (a strange one stops old versions).
+
+    Layer numbers and exclusions are not repeated: ``target_modules`` already says it all.
+    """
+    alpha = 2 * spec.r if spec.lora_alpha is None else spec.lora_alpha
+    return {
+        "alpha_pattern": dict(spec.alpha_pattern),
+        "auto_mapping": None,
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": spec.init_lora_weights,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": spec.lora_dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": spec.r,
+        "rank_pattern": dict(spec.rank_pattern),
+        "revision": None,
+        "target_modules": target_modules,
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": spec.use_rslora,
+    }
+
+
+def _neutral(key: str, value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {}) or (key in DEFAULTS and value == DEFAULTS[key])
+
+
+def _number(config: Mapping[str, Any], key: str, where: str, *, default: float, whole: bool = False) -> float:
+    value = config.get(key, default)
+    _check_number(value, f"{where}: {key}", whole=whole)
+    return value
+
+
+def _check_number(value: Any, what: str, *, whole: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise ModelError(f"{what} is {value!r:.80}; it must be a {'whole ' if whole else ''}number")
+    if abs(value) > 2**31 or not math.isfinite(value):
+        raise ModelError(f"{what} is {value!r:.80}; that is out of range")
+
+
+def _switch(config: Mapping[str, Any], key: str, where: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise ModelError(f"{where}: {key} is {value!r:.80}; it must be true or false")
+    return value
+
+
+def _init(value: Any, where: str) -> bool | str:
+    """How the values came to be no longer matters, unless that changed the base as well."""
+    if isinstance(value, str) and value.startswith(CHANGES_BASE):
+        raise ModelError(
+            f"{where}: init_lora_weights={value!r} changed the base's weights too, so the adapter alone is not the model; "
+            "save it again from PEFT with path_initial_model_for_weight_conversion"
+        )
+    if isinstance(value, bool) or value == "gaussian":
+        return value
+    if isinstance(value, str) and value in KEEPS_BASE:
+        return True
+    raise ModelError(f"{where}: init_lora_weights={value!r:.80} is not known")
+
+
+def _names(config: Mapping[str, Any], key: str, where: str) -> str | tuple[str, ...] | None:
+    value = config.get(key)
+    if isinstance(value, str) and value:
+        _check_pattern(value, f"{where}: {key}")
+        return value
+    if value and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
+        raise ModelError(f"{where}: {key} is {value!r:.80}; it must be a list of names or one regular expression")
+    return tuple(value) if value else None
+
+
+def _layers(config: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
+    value = config.get("layers_to_transform")
+    if value is None or value == []:
+        return None
+    numbers = value if isinstance(value, list) else [value]
+    for n in numbers:
+        _check_number(n, f"{where}: layers_to_transform", whole=True)
+    return tuple(numbers)
+
+
+def _patterns(config: Mapping[str, Any], key: str, where: str, *, whole: bool) -> dict[str, float]:
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ModelError(f"{where}: {key} is {value!r:.80}; it must be an object of names and numbers")
+    for name, number in (value or {}).items():
+        _check_pattern(name, f"{where}: {key}")
+        _check_number(number, f"{where}: {key}[{name!r:.80}]", whole=whole)
+    return value or {}
+
+
+def _check_pattern(pattern: str, what: str) -> None:
+    try:
+        if len(pattern) > PATTERN_LIMIT:
+            raise ModelError(f"{what}: a regular expression of {len(pattern)} characters; list the modules by name")
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as e:
+        raise ModelError(f"{what}: {pattern!r:.80} is not a valid regular expression ({e})") from e
+
+
+def _ends_in(path: str, names: Collection[str]) -> bool:
+    return any(path == n or path.endswith(f".{n}") for n in names)
+
+
+def _in_layers(path: str, layers: tuple[int, ...] | None) -> bool:
+    number = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+    return layers is None or (number is not None and int(number.group(1)) in layers)

@@ -1,0 +1,217 @@
+"""The one low-rank product, forward and backward, without a detour: y = W x + b + sum_k g_k s_k B_k (A_k x).
+
+Linears that read the same input are one piece of work: their A's are stacked, so x A^T, dA and the low-rank part of dx are one
+matrix product each, however many projections there are. The rank-R terms are added straight into the base products, nothing
+is copied per adapter, and the masters get fp32 gradients while everything is computed in the base's dtype.
+
+T tokens, I in, O out, R rank, S the sum of the ranks of a stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorry.adapters.dropout import Dropout
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One linear's share of a stack: which linear, its rows of the stacked A, B [O,R] (compute copy) and its scale."""
+
+    layer: int
+    rows: slice
+    b: Tensor
+    scale: float
+
+
+@dataclass(slots=True)
+class Stack:
+    """One term of the mix at linears that read the same input.
+
+    ``tokens``: which rows of x; ``inner``: which of those the term is for, where a few more are taken along; a [S,I]: the
+    stacked compute copies; ``gated``: a gate per token multiplies the term. ``used`` is called when gradients for the masters
+    are made: they are about to change.
+    """
+
+    tokens: slice
+    a: Tensor
+    parts: Sequence[Part]
+    dropout: Dropout | None
+    gated: bool
+    used: Callable[[], None]
+    inner: slice | None = None
+
+    def clear(self, low: Tensor) -> Tensor:
+        """low [tokens, S], with zeros in the rows that are not this term's: what they add anywhere is nothing."""
+        if self.inner is not None:
+            low[: self.inner.start] = 0
+            low[self.inner.stop :] = 0
+        return low
+
+    def add(self, to: Tensor, low: Tensor, up: Tensor, scale: float = 1.0) -> None:
+        """to [T,O] += scale * low [tokens,S] up [S,O] in this term's rows. The rows taken along stay as they are, bit for bit,
+        even where 0 * up is no number."""
+        rows = to[self.tokens]
+        if self.inner is None:
+            rows.addmm_(low, up, alpha=scale)
+            return
+        before, after = rows[: self.inner.start].clone(), rows[self.inner.stop :].clone()
+        rows.addmm_(low, up, alpha=scale)
+        rows[: self.inner.start], rows[self.inner.stop :] = before, after
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Inverted dropout on this term's rows of x."""
+        return x[self.tokens] if self.dropout is None else self.dropout.apply(x[self.tokens], self.tokens)
+
+    def own(self, x: Tensor) -> Tensor:
+        """`drop`, with zeros in the rows that are not this term's."""
+        rows = self.drop(x)
+        return rows if self.inner is None else self.clear(rows.clone() if self.dropout is None else rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A base product: weight [O,I], or [I,O] when ``transposed`` (Conv1D), and bias [O] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transposed: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight if self.transposed else self.weight.t()
+        return torch.mm(x, w) if self.bias is None else torch.addmm(self.bias, x, w)
+
+    def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
+        w = self.weight.t() if self.transposed else self.weight
+        return torch.mm(g, w) if into is None else into.addmm_(g, w)
+
+    @property
+    def trains(self) -> bool:
+        """Whether weight or bias want a gradient."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def own_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
+        """Gradients of weight and bias, of those that train: one that does not costs no product."""
+        made = []
+        if self.weight.requires_grad:
+            made.append(torch.mm(x.t(), g) if self.transposed else torch.mm(g.t(), x))
+        if self.bias is not None and self.bias.requires_grad:
+            made.append(g.sum(0))
+        return made
+
+
+@dataclass(slots=True)
+class Products:
+    """The work of linears with one input in one pass. ``gates``: per stack [tokens] or None.
+
+    Call `forward`; then, in backward, `input_gradient` and `master_gradients`. ``downs`` (per stack [tokens, S], what A made of
+    x) is what forward leaves for backward, besides x itself.
+    """
+
+    layers: Sequence[Frozen]
+    stacks: Sequence[Stack]
+    gates: Sequence[Tensor | None]
+    downs: list[Tensor] = field(default_factory=list)
+    ups: list[Tensor] = field(default_factory=list)
+    raws: list[Tensor] = field(default_factory=list)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x [T,I] -> y [T,O] per linear."""
+        ys = [layer.forward(x) for layer in self.layers]
+        self.downs = []
+        for stack, gate in zip(self.stacks, self.gates, strict=True):
+            h = stack.clear(torch.mm(stack.drop(x), stack.a.t()))
+            self.downs.append(h)
+            weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
+            for part in stack.parts:
+                stack.add(ys[part.layer], weighted[:, part.rows], part.b.t(), part.scale)
+        return ys
+
+    def input_gradient(self, grads: Sequence[Tensor], needed: bool = True) -> Tensor | None:
+        """The gradient of x [T,I] from those of the ys, or None; keeps what `master_gradients` needs."""
+        dx = None
+        for layer, g in zip(self.layers, grads, strict=True):
+            dx = layer.backward(g, dx) if needed else None
+        self.ups, self.raws = [], []
+        for stack, gate in zip(self.stacks, self.gates, strict=True):
+            up = grads[0].new_empty(grads[0][stack.tokens].shape[0], stack.a.shape[0])
+            for part in stack.parts:
+                up[:, part.rows] = torch.mm(grads[part.layer][stack.tokens], part.b).mul_(part.scale)
+            self.raws.append(stack.clear(up))
+            self.ups.append(up if gate is None else up * gate.to(up.dtype)[:, None])
+            if dx is None:
+                continue
+            if stack.dropout is None:
+                stack.add(dx, self.ups[-1], stack.a)
+            else:
+                more = stack.clear(stack.dropout.apply(torch.mm(self.ups[-1], stack.a), stack.tokens))
+                dx[stack.tokens] += more
+        return dx
+
+    def master_gradients(self, x: Tensor, grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+        """fp32 gradients in the order of the masters: per stack A and B of each part, then the gate. x as it was in forward."""
+        out: list[Tensor | None] = []
+        for stack, gate, h, up, raw in zip(self.stacks, self.gates, self.downs, self.ups, self.raws, strict=True):
+            count = 2 * len(stack.parts)
+            *wanted, gate_wanted = needs[len(out) : len(out) + count + 1]
+            if any(wanted):
+                stack.used()
+            da = torch.mm(up.t(), stack.own(x)).float() if any(wanted[::2]) else None
+            weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
+            for i, part in enumerate(stack.parts):
+                out.append(da[part.rows] if da is not None and wanted[2 * i] else None)
+                db = None
+                if wanted[2 * i + 1]:
+                    g = grads[part.layer][stack.tokens]
+                    g = g if stack.inner is None else stack.clear(g.clone())
+                    db = torch.mm(g.t(), weighted[:, part.rows]).float().mul_(part.scale)
+                out.append(db)
+            out.append((h.float() * raw.float()).sum(1).to(gate.dtype) if gate is not None and gate_wanted else None)
+        return out
+
+
+class LowRank(torch.autograd.Function):
+    """`apply(x [T,I], layers, stacks, count, *masters, *base)` -> y [T,O] per linear, with gradients for all tensors.
+
+    ``count`` masters: per stack A [R,I] and B [O,R] (fp32) of each part, then the gate [tokens] or None. base: those weights and
+    biases of the layers that train.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layers: Sequence[Frozen], stacks: Sequence[Stack], count: int, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        work = Products(layers, stacks, gates_of(stacks, tensors[:count]))
+        ys = work.forward(x)
+        ctx.layers, ctx.stacks, ctx.count = layers, stacks, count
+        ctx.save_for_backward(x, *work.downs, *work.gates)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        n = len(ctx.stacks)
+        work = Products(ctx.layers, ctx.stacks, rest[n:], rest[:n])
+        dx = work.input_gradient(grads, ctx.needs_input_grad[0])
+        masters = work.master_gradients(x, grads, ctx.needs_input_grad[4 : 4 + ctx.count])
+        base = []
+        if len(ctx.needs_input_grad) > 4 + ctx.count:
+            base = [t for layer, g in zip(ctx.layers, grads, strict=True) for t in layer.own_gradients(x, g)]
+        return dx, None, None, None, *masters, *base
+
+
+def gates_of(stacks: Sequence[Stack], masters: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gates among the masters of these stacks."""
+    gates, at = [], 0
+    for stack in stacks:
+        at += 2 * len(stack.parts)
+        gates.append(masters[at])
+        at += 1
+    return gates

@@ -1,0 +1,96 @@
+"""The seam. A backend runs micro-batches, steps adapters, scores and generates; a task is data plus a pure loss.
+
+They meet only here and in the engine. A loss returns, per named term, one value for every sequence; the backend adds the terms'
+weights over micro-batches (and ranks) before the first backward and divides each term by its own total, per adapter. So the
+gradient never depends on how sequences were packed or accumulated, and K jobs in one batch are K separate runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lorry.adapters.mix import Mix
+from lorry.data.batch import Batch
+from lorry.generate.engine import Generated
+from lorry.models.scoring.score import Want
+
+Losses = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one `forward_backward` saw. loss, terms: per adapter, normalised; tokens, supervised: of this step."""
+
+    loss: Mapping[str, float]
+    terms: Mapping[str, Mapping[str, float]]
+    tokens: int
+    supervised: int
+    present: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What one `step` or `discard` saw: the gradient norm of each adapter before clipping, and the modules whose A and B both
+    had an exactly zero gradient."""
+
+    norms: Mapping[str, float]
+    silent: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """For the contracts: what is trainable, what the optimizer holds and what is saved (canonical names, found by identity),
+    and a digest of a sample of the base weights."""
+
+    trainable: frozenset[str]
+    optimized: frozenset[str]
+    saved: frozenset[str]
+    base_digest: str
+
+
+class Scorer(Protocol):
+    """The part of a backend a task may use while it gathers batches: scores and samples, no gradients."""
+
+    def score(self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None) -> list[dict[str, Tensor]]: ...
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generated]: ...
+
+
+class Task(Protocol):
+    """Data plus a pure loss.
+
+    ``adapters``: the names a Batch's adapter numbers mean, in order. ``total_steps``: optimizer steps of the whole run.
+    """
+
+    adapters: Sequence[str]
+    total_steps: int
+
+    def wants(self, batch: Batch) -> Mapping[str, Want]: ...
+    def step_batches(self, step: int, models: Mapping[str, Scorer]) -> list[Batch]: ...
+    def eval_batches(self) -> list[Batch]: ...
+    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> Losses: ...
+    def after_step(self, stats: Stats) -> None: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Backend(Scorer, Protocol):
+    """Where a run happens. ``state`` holds adapters, moments, counts and random state under canonical names, whole tensors."""
+
+    def forward_backward(self, batches: Sequence[Batch], task: Task, step: int) -> Stats: ...
+    def step(self, lr: Mapping[str, float]) -> Norms: ...
+    def discard(self) -> Norms: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
+    def inspect(self) -> Inspection: ...
+
+
+def term_totals(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """{term: [K]} weights added over micro-batches. Raises ValueError if the batches declare different terms."""
+    names = list(batches[0].terms)
+    if any(list(b.terms) != names for b in batches):
+        raise ValueError("the micro-batches of one step must declare the same loss terms")
+    return {n: sum((b.terms[n] for b in batches[1:]), batches[0].terms[n].clone()) for n in names}

@@ -1,0 +1,122 @@
+"""Token sets of large files, kept on disk: the second run over the same data does not tokenise again.
+
+    digest = cache_key(source, encoder, form)       # "" for what is not kept
+    tokens = read_cached(digest, encoder) or ...    # built, then write_cached(digest, tokens)
+
+A set is kept under `LORRY_HOME/tokens/DIGEST`. The digest covers all that decides about it: the content of the files and
+the names they are shown under, the limit, the encoder's settings with tokenizer and chat template, this package's code
+that reads and encodes, and the versions of the libraries under it. Nothing is kept of a source below ``SMALLEST`` bytes
+(made again in a few seconds), of a source with rows left out (they are reported and set aside anew each time), of a
+streamed or hub source, or for an encoder that collects more than tokens. What is read back is verified by the SHA-256 of
+its manifest; a damaged set is made again. `LORRY_TOKEN_CACHE=0` switches all of it off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from lorry.data.encoding.encode import Encoder
+from lorry.data.reading.formats import Format
+from lorry.data.reading.sources import Source
+from lorry.disk import durable, home, integrity
+from lorry.errors import ConfigError, ModelError
+
+SMALLEST = 1 << 20  # bytes of source files; fewer take about as long to find as to tokenise
+LARGEST = 4 << 30  # bytes of all sets together; beyond, those unused for the longest go
+LIBRARIES = ("tokenizers", "transformers", "jinja2", "pyarrow", "numpy")
+
+Tell = Callable[[str], None] | None
+
+
+def cache_key(source: Source, encoder: Encoder, form: Format | None) -> str:
+    """Names a token set by all that decides about it; "" where it is not to be kept."""
+    if os.environ.get("LORRY_TOKEN_CACHE") == "0" or not source.files or type(encoder) is not Encoder:
+        return ""
+    if sum(path.stat().st_size for path in source.files) < SMALLEST:
+        return ""
+    tokenizer = encoder.identity()
+    if not tokenizer:
+        return ""
+    parts = [
+        source.label,
+        source.selection,
+        str(source.limit),
+        source.bad.policy,
+        tokenizer,
+        f"{form.name} {form.needs}" if form else "",
+        _code(),
+    ]
+    parts += [f"{path} {integrity.file_digest(path)}" for path in source.files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def read_cached(digest: str, tell: Tell) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """(arrays, everything else) of a set that was kept, or None. ``tell`` hears of a damaged one."""
+    folder = _folder() / digest
+    if not digest or not folder.is_dir():
+        return None
+    try:
+        integrity.verify(folder)
+        arrays = load(integrity.content(folder / "tokens.safetensors"))
+        rest = json.loads(integrity.content(folder / "rows.json"))
+        os.utime(folder)  # used now: see `_prune`
+    except (ModelError, durable.DiskError, PermissionError) as error:
+        if tell is not None:
+            tell(f"the kept tokens are made again: {error}")
+        return None
+    if tell is not None:
+        tell(f"{rest['report']['source']}: {rest['report']['rows']} rows as tokenised before ({folder})")
+    return arrays, rest
+
+
+def write_cached(digest: str, arrays: dict[str, np.ndarray], rest: dict[str, Any], tell: Tell) -> None:
+    """Keep a set; a disk that refuses costs nothing but the time to tokenise again, and is told."""
+    text = json.dumps(rest, ensure_ascii=False, separators=(",", ":"))
+    size = sum(array.nbytes for array in arrays.values()) + len(text)
+    if size > LARGEST // 2:
+        return
+    target = _folder() / digest
+    try:
+        durable.make_directory(target.parent)
+        _prune(LARGEST - size)
+        durable.recover(target.parent, digest)
+        files = {"tokens.safetensors": save(arrays), "rows.json": text.encode()}
+        durable.write_directory(target, files, manifest=True, replace=True)
+    except (durable.DiskError, ConfigError, OSError) as error:
+        if tell is not None:
+            tell(f"the tokens are not kept for the next run: {error}")
+
+
+def _folder() -> Path:
+    return home.home() / "tokens"
+
+
+def _prune(room: int) -> None:
+    """Remove the sets that were not used for the longest until the others fit into ``room`` bytes."""
+    kept = sorted((item for item in _folder().iterdir() if item.is_dir()), key=lambda item: item.stat().st_mtime)
+    sizes = [sum(file.stat().st_size for file in item.iterdir() if file.is_file()) for item in kept]
+    total = sum(sizes)
+    for item, size in zip(kept, sizes, strict=True):
+        if total <= room:
+            return
+        durable.remove_directory(item)
+        total -= size
+
+
+@cache
+def _code() -> str:
+    """SHA-256 over the sources that read and encode, and the versions of what they stand on."""
+    digest = hashlib.sha256(" ".join(f"{name} {version(name)}" for name in LIBRARIES).encode())
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

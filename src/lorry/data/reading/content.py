@@ -1,0 +1,300 @@
+"""What a row means once its columns are understood: a ``Conversation`` or a ``Text``, and the checks of single fields.
+
+Whatever a turn says is part of what is trained, or its row is refused, or it is counted and named; nothing of a turn is
+dropped in silence. Keys that say what is learnt:
+
+| key | from | meaning |
+|---|---|---|
+| weight | OpenAI, ShareGPT | 0: not learnt, 1: learnt; anything between is refused |
+| train, loss | axolotl; ms-swift, XTuner | false: not learnt, true: learnt |
+| train_detail | axolotl | [{begin_offset, end_offset, train}] in characters of the content, both ends included |
+
+What no entry of train_detail covers is not learnt; the end of the turn is.
+
+A content may be a list of parts ``{"type": "text", "text": ...}``. They are joined; a part of another type, or with a key
+that says anything else, is refused by name. `cache_control` alone may stand there: it tells a server what to keep.
+
+`mask` and the like mean opposite things in different tools (masked out; counted in the loss) and are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from lorry.data.reading.bad_rows import BadRow
+from lorry.data.reading.json_rows import RowDecoder
+from lorry.disk.documents import parse_json
+from lorry.errors import DataError
+
+Role = Literal["system", "user", "assistant"]
+ROLES: dict[str, Role] = {
+    "system": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+}  # fmt: skip
+REASONING = ("reasoning_content", "reasoning", "thinking")
+LEARNING = ("weight", "train", "loss", "train_detail")
+AMBIGUOUS = (
+    "mask", "masked", "loss_mask", "train_mask", "loss_weight", "weights", "loss_scale", "trainable", "training",
+    "learn", "ignore",
+)  # fmt: skip
+PART_KEYS = ("type", "text", "cache_control")  # of a part of a content; the last changes nothing that a model reads
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. ``reasoning`` is what a thinking model writes before its answer (templates know it as reasoning_content);
+    ``name`` whose turn it is, for templates that write it; ``learnt`` False for an answer that is only read; ``unlearnt``
+    the (start, end) characters of the content that are not learnt; ``unread`` keys that mean nothing to Lorry.
+    """
+
+    role: Role
+    content: str
+    reasoning: str = ""
+    name: str = ""
+    learnt: bool = True
+    unlearnt: tuple[tuple[int, int], ...] = ()
+    unread: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A chat with at least one assistant turn. ``tools``: JSON of the list of tools that the template gets, or "".
+
+    ``plain`` is (prompt, completion) as running text, for a tokenizer that has no chat template; None when the row was a
+    chat to begin with.
+    """
+
+    messages: tuple[Message, ...]
+    plain: tuple[str, str] | None = None
+    tools: str = ""
+
+    @property
+    def size(self) -> int:
+        """Characters of its messages."""
+        return sum(len(message.content) for message in self.messages)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document: every token is learnt."""
+
+    text: str
+
+    @property
+    def size(self) -> int:
+        """Characters."""
+        return len(self.text)
+
+
+Content = Conversation | Text
+
+
+class Unusable(Exception):
+    """Raised while a row is read, and turned into a ``BadRow`` by ``formats.normalise`` or ``places.read_items``."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.bad = BadRow(kind, reason)
+
+
+def text_of(value: Any, column: str) -> str:
+    """A column's value as text; whole numbers are unambiguous, other values are not and are refused."""
+    if isinstance(value, str):
+        return _encodable(value, column)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
+        return "".join(_part(part, f"{column}[{number}]") for number, part in enumerate(value))
+    raise Unusable("format", f"{column!r} holds {kind_of(value)}, expected text")
+
+
+def _part(part: Mapping[str, Any], place: str) -> str:
+    """The text of one part of a content. Raises Unusable for one that is not text, or says more than its text."""
+    if part.get("type") != "text":
+        raise Unusable(
+            "format", f"{place} is a part of type {str(part.get('type'))[:40]!r}; Lorry trains on parts of type 'text'"
+        )
+    for key, held in part.items():
+        if key not in PART_KEYS and held not in (None, "", [], {}):
+            hint = "; weights stand beside a turn's role and content" if str(key).lower() in (*LEARNING, *AMBIGUOUS) else ""
+            raise Unusable("keys", f"{place}.{str(key)[:40]}: a part of a content has a type and a text, nothing else{hint}")
+    return text_of(part.get("text"), f"{place}.text")
+
+
+def _encodable(value: str, column: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        reason = f"{column!r} holds half a surrogate pair at character {error.start + 1}; it is not valid Unicode"
+        raise Unusable("encoding", reason) from error
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words, for a message."""
+    if isinstance(value, bool | float):
+        return f"the {'boolean' if isinstance(value, bool) else 'number'} {value} (write it as the text the model should say)"
+    return {list: "a list", dict: "an object", type(None): "nothing"}.get(type(value), f"a {type(value).__name__}")
+
+
+def column_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """The first of these names that is a column with a value, or an empty string."""
+    return next((name for name in names if row.get(name) is not None), "")
+
+
+def optional(row: Mapping[str, Any], *names: str) -> str:
+    """The first of these columns that has a value, as text, or an empty string."""
+    name = column_of(row, names)
+    return text_of(row[name], name) if name else ""
+
+
+def answer_of(value: Any, column: str) -> str:
+    """Text that the model is to learn, so not empty."""
+    text = text_of(value, column)
+    if not text.strip():
+        raise Unusable("empty answer", f"{column!r} is empty: there is nothing to learn")
+    return text
+
+
+def messages_of(value: Any, column: str) -> list[Message]:
+    """A list of {role, content} or {from, value}, or such a list as JSON text, checked one by one."""
+    value = from_json(value, column)
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise Unusable("format", f"{column!r} holds {kind_of(value)}, expected a list of messages")
+    return [_message(from_json(item, f"{column}[{index}]"), f"{column}[{index}]") for index, item in enumerate(value)]
+
+
+def from_json(value: Any, column: str) -> Any:
+    """A list or an object that stands in its column as JSON text, since CSV has neither; anything else as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    found = RowDecoder().only(value)
+    if isinstance(found, BadRow):
+        raise Unusable("json", f"{column!r} as JSON text: {found.reason} (Python's json.dumps writes JSON, str and repr do not)")
+    return found
+
+
+def turns_in(value: Any) -> Any:
+    """A prompt or completion that is JSON text of a list of turns and of nothing else, as that list; other text as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    found = RowDecoder().only(value)
+    return found if isinstance(found, list) and found and all(map(_is_turn, found)) else value
+
+
+def _is_turn(item: Any) -> bool:
+    return isinstance(item, dict) and any(isinstance(item.get(name), str) and item[name] in ROLES for name in ("role", "from"))
+
+
+def _message(item: Any, place: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise Unusable("format", f"{place} is {kind_of(item)}, expected {{role, content}} or {{from, value}}")
+    # tables merged from both spellings have both pairs of keys in every turn, one of them null
+    role_key, content_key = ("from", "value") if item.get("from") is not None else ("role", "content")
+    if role_key == "from" and item.get("role") is not None and item.get("content") != item.get("value"):
+        raise Unusable("format", f"{place}: 'from', 'value' and 'role', 'content' say different things; keep one pair")
+    spoken = item.get(role_key)
+    if not isinstance(spoken, str) or spoken not in ROLES:
+        hint = "; tool calls are not supported" if spoken in ("tool", "function", "function_call", "observation") else ""
+        raise Unusable("roles", f"{place}: unknown {role_key} {spoken!r}; known are {', '.join(ROLES)}{hint}")
+    if item.get("tool_calls") or item.get("function_call"):
+        raise Unusable("roles", f"{place}: tool calls are not supported")
+    text = text_of(item.get(content_key), f"{place}.{content_key}")
+    if ROLES[spoken] == "assistant":
+        answer_of(text, f"{place}.{content_key}")
+    reasoning = [name for name in REASONING if item.get(name)]
+    if len({str(item[name]) for name in reasoning}) > 1:
+        raise Unusable("keys", f"{place}: {' and '.join(map(repr, reasoning))} say different things; keep one of them")
+    thought = text_of(item[reasoning[0]], f"{place}.{reasoning[0]}") if reasoning else ""
+    learnt, unlearnt = _learning(item, ROLES[spoken], text, place)
+    name = text_of(item.get("name") or "", f"{place}.name")
+    known = {role_key, content_key, "name", "tool_calls", "function_call", *REASONING, *LEARNING}
+    unread = tuple(str(key) for key, held in item.items() if key not in known and held not in (None, "", [], {}))
+    return Message(ROLES[spoken], text, thought, name, learnt, unlearnt, unread)
+
+
+def _learning(item: Mapping[str, Any], role: Role, text: str, place: str) -> tuple[bool, tuple[tuple[int, int], ...]]:
+    """(whether an answer is learnt, the characters of it that are not), from the keys that other tools have for this."""
+    for key, held in item.items():
+        if held is not None and str(key).lower() in AMBIGUOUS:
+            raise Unusable("keys", f"{place}.{key}: tools disagree on what it means; write weight: 0 (not learnt) or 1 (learnt)")
+        if held is not None and key not in LEARNING and str(key).lower() in LEARNING:
+            raise Unusable("keys", f"{place}.{key}: names count letter by letter; write {str(key).lower()}")
+    said = {key: _switch(item[key], f"{place}.{key}") for key in ("weight", "train", "loss") if item.get(key) is not None}
+    if len(set(said.values())) > 1:
+        raise Unusable("keys", f"{place}: {' and '.join(map(repr, said))} contradict each other; keep one of them")
+    learnt = next(iter(said.values()), True)
+    detail = item.get("train_detail")
+    if role != "assistant" and (detail or any(said.values())):
+        key = "train_detail" if detail else next(iter(said))
+        raise Unusable("keys", f"{place}.{key}: only answers are learnt, and this is a turn of the {role}; leave it out there")
+    if not detail or not learnt:
+        return learnt, ()
+    kept = _learnt_characters(detail, len(text), f"{place}.train_detail")
+    gaps, at = list[tuple[int, int]](), 0
+    for start, end in [*kept, (len(text), len(text))]:
+        if start > at:
+            gaps.append((at, start))
+        at = max(at, end)
+    return bool(kept), tuple(gaps) if kept else ()
+
+
+def _switch(value: Any, place: str) -> bool:
+    """true, false, 0 or 1, as Arrow and CSV may write them. Raises Unusable for a weight between."""
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    raise Unusable("keys", f"{place} is {str(value)[:40]!r}; a turn is learnt (1, true) or not (0, false), nothing between")
+
+
+def _learnt_characters(detail: Any, length: int, place: str) -> list[tuple[int, int]]:
+    """The (start, end) of each learnt stretch, in order, end excluded. Raises Unusable for stretches that cannot be."""
+    stretches = []
+    for number, part in enumerate(detail if isinstance(detail, list | tuple) else [detail]):
+        where = f"{place}[{number}]"
+        bounds = [part.get(name) for name in ("begin_offset", "end_offset")] if isinstance(part, Mapping) else []
+        whole = [at for at in bounds if isinstance(at, int) and not isinstance(at, bool)]
+        if len(whole) != 2:
+            raise Unusable("keys", f"{where} is not {{begin_offset, end_offset, train}} with whole numbers")
+        if set(part) - {"begin_offset", "end_offset", "train"} or part.get("train") is None:
+            raise Unusable("keys", f"{where} has other keys than begin_offset, end_offset and train")
+        start, end = whole
+        if not 0 <= start <= end < length:
+            raise Unusable("keys", f"{where}: characters {start} to {end} are not in a content of {length} (0 to {length - 1})")
+        stretches.append((start, end + 1, _switch(part["train"], f"{where}.train")))
+    stretches.sort()
+    if any(one[1] > other[0] for one, other in pairwise(stretches)):
+        raise Unusable("keys", f"{place}: two stretches share a character; write each character once")
+    return [(start, end) for start, end, train in stretches if train]
+
+
+def tools_of(value: Any, column: str) -> str:
+    """A column of tools (a list of objects, or that as JSON text) as JSON, "" for none. Raises Unusable.
+
+    A table gives every object of a column the keys of all of them, null where a tool has no such key: these are left out of
+    a list. JSON text is no table's and keeps its nulls.
+    """
+    read = value
+    if isinstance(value, str) and value.strip():
+        try:
+            read = parse_json(value, column)
+        except DataError as error:
+            raise Unusable("tools", f"{error}; expected a list of tools") from error
+    if read is None or (isinstance(read, str) and not read.strip()):
+        return ""
+    if not isinstance(read, list) or not all(isinstance(tool, dict) for tool in read):
+        raise Unusable("tools", f"{column!r} holds {kind_of(read)}, expected a list of objects, one for each tool")
+    try:
+        return json.dumps(read if isinstance(value, str) else _without_nulls(read), ensure_ascii=False) if read else ""
+    except (TypeError, ValueError) as error:
+        raise Unusable("tools", f"{column!r} holds what JSON cannot write: {error}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys whose value is null, at any depth; a null that is an element of a list stays."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(held) for key, held in value.items() if held is not None}
+    return [_without_nulls(held) for held in value] if isinstance(value, list) else value

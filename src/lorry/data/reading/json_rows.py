@@ -1,0 +1,419 @@
+"""Readers of JSON: one object a line, or arrays of objects. Strict where the json module is not.
+
+JSON lines are read here line by line, not through a table library, so that one bad line has a place and a reason and the
+rest stay readable. An array is read element by element in bounded memory, however long its line is.
+
+What the json module takes in silence and a reader here does not: a key that stands twice in an object (it keeps the last),
+and anything behind the end of an array. Several arrays one after the other, as joined exports have them, are all read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from lorry.data.reading.bad_rows import BadRow
+from lorry.data.reading.rows import CUT_OFF, LARGEST_ROW, TOO_LARGE, Fault, Remark, Row, Rows, not_utf8
+from lorry.disk.documents import DEEPEST, first_repeated
+from lorry.errors import DataError, shortlist
+
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+UTF8_MARK = b"\xef\xbb\xbf"
+JSON_LAYOUTS = "a JSON array of rows, an object with a 'data' array, or JSON lines"
+PIECE = 1 << 20  # characters of an array read at a time
+TOO_DEEP = "nested too deeply"
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+# Columns that make a row of training data (data/reading/formats.py): what has them beside a list called data is a row, no export of rows
+ROW_COLUMNS = frozenset(
+    ["prompt", "completion", "messages", "conversations", "conversation", "instruction", "output", "question", "query", "answer",
+     "answers", "response", "text"]
+)  # fmt: skip
+
+
+def read_jsonl(path: Path, shown: str) -> Rows:
+    """JSON lines: one object a line, blank lines and byte order marks before one (joined files) ignored, read lazily.
+
+    Raises DataError where the first line that is not blank shows that the file has another layout: each of its lines would
+    be a bad row, and could be skipped.
+    """
+    decoder, first = RowDecoder(), True
+    with path.open("rb") as file:
+        for number, raw in enumerate(_lines(file), 1):
+            if number == 1:
+                raw = without_mark(raw, shown)
+            elif raw[:1] == b"\xef":
+                raw = raw.removeprefix(UTF8_MARK)
+            if raw.strip():
+                where = f"{shown}:{number}"
+                parsed = decoder.object_of(raw)
+                if first and isinstance(parsed, BadRow) and (layout := _other_layout(raw.strip(), parsed)):
+                    raise DataError(f"{where}: {layout}")
+                first = False
+                if isinstance(parsed, BadRow):
+                    yield Fault(where, parsed, printable(raw[:LARGEST_ROW]))
+                else:
+                    yield Row(parsed, where)
+
+
+def read_json(path: Path, shown: str) -> Rows:
+    """A JSON array of objects, ``{"data": [...]}``, several of these one after the other, or JSON lines under the wrong name."""
+    with path.open("rb") as probe:
+        without_mark(probe.read(8), shown)
+    # surrogateescape keeps an element with broken UTF-8 in its place, so that it alone is bad and not the rest of the file
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        scan = _Scanner(file, shown)
+        opening, line = scan.peek(end=True), scan.line
+        if opening == "{":
+            try:
+                found = scan.enter_data()
+            except DataError:
+                if not _looks_like_lines(path):
+                    raise
+                found = False
+            if not found:
+                if scan.line > line and not _looks_like_lines(path):
+                    raise scan.wrong(
+                        f"expected {JSON_LAYOUTS}; an object that is itself a row, over several lines, needs [ ] around it"
+                    )
+                yield from read_jsonl(path, shown)
+                return
+        elif opening == "[":
+            scan.at += 1
+        else:
+            raise DataError(f"{shown}:{line}: expected {JSON_LAYOUTS}, found {scan.ahead(40)!r}")
+        yield from _documents(scan, shown)
+
+
+def _documents(scan: _Scanner, shown: str) -> Rows:
+    """The elements of one array after the other; the cursor stands behind the first ``[``."""
+    number = 0
+    while True:
+        while scan.peek() != "]":
+            yield scan.row(number)
+            number += 1
+            if scan.peek() == ",":
+                scan.at += 1
+                if scan.peek() == "]":
+                    raise scan.wrong(f"a comma behind the last element {number - 1}; leave it out")
+            elif scan.peek() != "]":
+                raise scan.wrong(f"expected ',' or ']' after element {number - 1}")
+        scan.at += 1
+        lists, others = scan.leave_data()
+        for key in lists:
+            yield Remark(f"{shown}: the rows are those under 'data'; the list of objects under {key!r} is not read")
+        if not ROW_COLUMNS.isdisjoint(others):
+            yield Remark(f"{shown}: the rows are those under 'data'; not read beside it: {shortlist(others)}")
+        if not scan.peek(end=True):
+            return
+        if scan.peek() == "{" and not ROW_COLUMNS.isdisjoint(others):  # no exports: rows that have a list called data
+            raise scan.wrong(
+                f"another object with {shortlist(others)} beside 'data': if every line is a row, name the file .jsonl; "
+                "if each is an export, put their rows into one array"
+            )
+        if scan.peek() == "[":
+            scan.at += 1
+        elif scan.peek() != "{":
+            raise scan.wrong(f"text behind the end of the array: {scan.ahead(40)!r}")
+        elif not scan.enter_data():
+            raise scan.wrong(f"behind the end of the array: expected {JSON_LAYOUTS}")
+
+
+def without_mark(raw: bytes, shown: str) -> bytes:
+    """Drop a UTF-8 byte order mark; refuse UTF-16, with its mark or without (every second byte of plain letters is then 0)."""
+    head = raw[:8]
+    zeros = [byte == 0 for byte in head]
+    if head.startswith(UTF16_MARKS) or zeros in ([True, False] * 4, [False, True] * 4):
+        raise DataError(f"{shown}:1: the file is UTF-16; save it as UTF-8")
+    return raw.removeprefix(UTF8_MARK)
+
+
+def printable(raw: bytes) -> str:
+    """Bytes as text for a person; what is not UTF-8 as \\xff."""
+    return raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
+
+
+def decoded(raw: bytes) -> str | BadRow:
+    """Bytes as text, or why they are none."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadRow("encoding", f"column {error.start + 1}: byte 0x{raw[error.start]:02x} is not valid UTF-8")
+    if "\0" in text:
+        return BadRow("encoding", f"column {text.index(chr(0)) + 1}: {CUT_OFF}")
+    return text
+
+
+def kind(value: object) -> str:
+    """What a JSON value is, in words."""
+    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null", dict: "an object"}
+    return names.get(type(value), "a number")
+
+
+class RowDecoder:
+    """A JSON decoder that notices what Python's own passes over, and goes on behind it: a bad row, not a bad file."""
+
+    def __init__(self) -> None:
+        self._bad: BadRow | None = None
+        self._fast = json.JSONDecoder(object_pairs_hook=self._object).raw_decode
+        self._careful = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._whole).raw_decode
+
+    def decode(self, text: str, at: int) -> tuple[Any, int, BadRow | None]:
+        """(value, where it ends, why it is a bad row). Raises JSONDecodeError, and RecursionError for hundreds of levels."""
+        self._bad = None
+        try:
+            value, end = self._fast(text, at)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # an integer of more digits than Python converts
+            self._bad = None
+            value, end = self._careful(text, at)
+        if self._bad is None and text.count("[", at, end) + text.count("{", at, end) > DEEPEST and _depth(value) > DEEPEST:
+            self._bad = BadRow("json", TOO_DEEP)
+        return value, end, self._bad
+
+    def object_of(self, raw: bytes) -> dict[str, Any] | BadRow:
+        """One line as a JSON object, or why it is none."""
+        if len(raw) > LARGEST_ROW:
+            return BadRow("too large", f"the line is {TOO_LARGE}")
+        text = decoded(raw)
+        return text if isinstance(text, BadRow) else self.object_in(text.rstrip())
+
+    def object_in(self, text: str) -> dict[str, Any] | BadRow:
+        """The only JSON object of a text, or why it is none."""
+        value = self.only(text)
+        if isinstance(value, BadRow | dict):
+            return value
+        return BadRow("not an object", f"column 1: expected an object such as {{...}}, found {kind(value)}")
+
+    def only(self, text: str) -> Any:
+        """The only JSON value of a text, or why it is none."""
+        try:
+            value, end, bad = self.decode(text, _behind_space(text, 0))
+            if _behind_space(text, end) < len(text):
+                raise json.JSONDecodeError("Extra data", text, _behind_space(text, end))
+        except json.JSONDecodeError as error:
+            cut = "; the line is cut off" if error.pos >= len(text) or error.msg.startswith("Unterminated") else ""
+            return BadRow("json", f"column {error.colno}: not valid JSON: {error.msg}{cut}")
+        except RecursionError:
+            return BadRow("json", f"column 1: not usable JSON: {TOO_DEEP}")
+        return bad or value
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs) and self._bad is None:
+            twice = first_repeated(key for key, _ in pairs)
+            self._bad = BadRow("key twice", f"the key {twice!r} stands twice in one object; keep one")
+        return made
+
+    def _whole(self, digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError:
+            count = len(digits.lstrip("-"))
+            self._bad = self._bad or BadRow("json", f"not usable JSON: a number of {count} digits; write it as text, in quotes")
+            return 0
+
+
+def _behind_space(text: str, at: int) -> int:
+    found = SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _depth(value: Any) -> int:
+    """How many objects and arrays stand inside each other; counted without recursion."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines with their ends; of a line longer than a row may be, the first ``LARGEST_ROW`` + 1 bytes."""
+    while raw := file.readline(LARGEST_ROW + 1):
+        yield raw
+        while len(raw) > LARGEST_ROW and not raw.endswith(b"\n"):
+            raw = file.readline(LARGEST_ROW + 1)
+
+
+def _other_layout(line: bytes, bad: BadRow) -> str:
+    """What a file is, judged by a first line that is no object and why, where it cannot be JSON lines; else ""."""
+    if bad.kind != "json" or "Extra data" in bad.reason:  # one whole value, and something behind it: this line's own fault
+        return ""
+    if line[:1] == b"[":
+        return "not JSON lines but a JSON array; name the file .json"
+    if line[:1] == b"{" and line[-1:] in (b"{", b"[", b","):
+        return (
+            "not JSON lines: an object over several lines; write each row in one line, or as an array [ ] in a file named .json"
+        )
+    return ""
+
+
+def _looks_like_lines(path: Path) -> bool:
+    """Whether the first two lines open an object each, and the first is not one laid out over several lines."""
+    with path.open("rb") as file:
+        filled = (line for line in _lines(file) if line.removeprefix(UTF8_MARK).strip())
+        first, second = next(filled, b""), next(filled, b"")
+    return second.lstrip()[:1] == b"{" and first.rstrip()[-1:] not in (b"{", b"[", b",")
+
+
+class _Scanner:
+    """A cursor over JSON text that is read a piece at a time; it knows its line and column."""
+
+    def __init__(self, file: TextIO, shown: str) -> None:
+        self.text, self.at = "", 0
+        self._file, self._shown, self._decoder = file, shown, RowDecoder()
+        self._line, self._column, self._counted = 1, 0, 0  # of text[_counted]
+        self._keys: set[str] | None = None  # of the object around the array of rows
+        self._lists: list[str] = []  # those of them that hold other lists of objects
+
+    @property
+    def line(self) -> int:
+        """The line the cursor is in, from 1."""
+        breaks = self.text.count("\n", self._counted, self.at)
+        if breaks:
+            self._line += breaks
+            self._column = self.at - self.text.rfind("\n", self._counted, self.at) - 1
+        else:
+            self._column += self.at - self._counted
+        self._counted = self.at
+        return self._line
+
+    def _more(self) -> bool:
+        """Read on and forget what lies before the cursor. Twice as much each time: a large value is not parsed over and over."""
+        _ = self.line
+        piece = self._file.read(max(PIECE, len(self.text) - self.at))
+        self.text = self.text[self.at :] + piece
+        self.at = self._counted = 0
+        return bool(piece)
+
+    def peek(self, end: bool = False) -> str:
+        """Skip white space; the next character, or, at the end of the file, nothing (``end``) or an error.
+
+        Where the file may end another may have been joined to it, so a byte order mark is skipped there, too."""
+        letter = self.text[self.at : self.at + 1]
+        if letter and letter not in " \t\r\n\ufeff":  # nearly always: the pattern costs three times as much
+            return letter
+        while True:
+            self.at = _behind_space(self.text, self.at)
+            if self.at < len(self.text):
+                if end and self.text[self.at] == "\ufeff":
+                    self.at += 1
+                    continue
+                return self.text[self.at]
+            if not self._more():
+                if end:
+                    return ""
+                raise self.wrong("the file ends in the middle of the array")
+
+    def ahead(self, most: int) -> str:
+        """The next characters, for a message."""
+        return self.text[self.at : self.at + most].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+    def value(self, what: str) -> tuple[Any, str, BadRow | None]:
+        """The value at the cursor, its text, and why it is a bad row; the cursor then stands behind it."""
+        while True:
+            try:
+                value, end, bad = self._decoder.decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if len(self.text) - self.at > LARGEST_ROW:
+                    raise self.wrong(f"{what} is {TOO_LARGE}, or not valid JSON: {error.msg}") from error
+                behind = error.pos - self.at
+                if self._more():
+                    continue
+                self.at += behind
+                reason = CUT_OFF if self.text[self.at : self.at + 1] == "\0" else f"{what} is not valid JSON: {error.msg}"
+                raise self.wrong(reason) from error
+            except RecursionError as error:
+                raise self.wrong(f"{what} is not usable JSON: {TOO_DEEP}") from error
+            # a number may go on in the next piece, what ends in a bracket or a quote cannot
+            length = end - self.at
+            if end < len(self.text) or isinstance(value, dict | list | str) or not self._more():
+                break
+        raw = self.text[self.at : self.at + length]
+        self.at += length
+        broken = not_utf8(raw)
+        return value, raw, BadRow("encoding", broken) if broken else bad
+
+    def row(self, number: int) -> Row | Fault:
+        """The next element of the array as a row. ``number`` counts the elements of the file from 0."""
+        self.peek()
+        where = f"{self._shown}:{self.line}: element {number}"
+        value, raw, bad = self.value(f"element {number}")
+        if bad is None and not isinstance(value, dict):
+            bad = BadRow("not an object", f"expected an object such as {{...}}, found {kind(value)}")
+        if bad is None:
+            return Row(value, where)
+        return Fault(where, bad, raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+
+    def enter_data(self) -> bool:
+        """Move into an object and behind the ``[`` under its key 'data'; False, at its ``}``, where there is none."""
+        self.at += 1
+        self._keys, self._lists, trouble = set(), [], ""
+        while self.peek() != "}":
+            key = self._key()
+            trouble = trouble or (f"the key {key!r} stands twice in one object; keep one" if key in self._keys else "")
+            self._keys.add(key)
+            if self.peek() == "[" and key == "data":
+                if trouble:
+                    raise self.wrong(trouble)
+                self.at += 1
+                return True
+            bad = self._beside(key)
+            trouble = trouble or (f"the value of {key!r}: {bad.reason}" if bad else "")
+            if self.peek() == ",":
+                self.at += 1
+            elif self.peek() != "}":
+                raise self.wrong("expected ',' or '}' after a value")
+        self._keys = None
+        return False
+
+    def leave_data(self) -> tuple[list[str], list[str]]:
+        """Move behind the ``}`` of the object around the array, if there is one; its keys that hold other lists of objects,
+        and those that hold anything else."""
+        if self._keys is None:
+            return [], []
+        while self.peek() != "}":
+            if self.peek() != ",":
+                raise self.wrong("expected ',' or '}' after the array under 'data'")
+            self.at += 1
+            key = self._key()
+            if key in self._keys:
+                raise self.wrong(f"the key {key!r} stands twice in one object; keep one")
+            self._keys.add(key)
+            if bad := self._beside(key):
+                raise self.wrong(f"the value of {key!r}: {bad.reason}")
+        self.at += 1
+        others = sorted(self._keys - {"data", *self._lists})
+        self._keys = None
+        return self._lists, others
+
+    def _beside(self, key: str) -> BadRow | None:
+        """Move behind a value that is not the array of rows; why it is a bad one."""
+        self.peek()
+        value, _, bad = self.value(f"the value of {key!r}")
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            self._lists.append(key)
+        return bad
+
+    def _key(self) -> str:
+        self.peek()
+        key, _, _ = self.value("a key")
+        if not isinstance(key, str):
+            raise self.wrong(f"a key is {kind(key)}, expected a string")
+        if self.peek() != ":":
+            raise self.wrong("expected ':' after a key")
+        self.at += 1
+        return key
+
+    def wrong(self, reason: str) -> DataError:
+        """An error at the cursor."""
+        if self.text[self.at : self.at + 1] == "\0":
+            reason = CUT_OFF
+        line = self.line
+        return DataError(f"{self._shown}:{line}: column {self._column + 1}: {reason}")

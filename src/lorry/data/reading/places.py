@@ -1,0 +1,159 @@
+"""Where the rows of a named set lie, and how they are read: a local file or folder where one is given, else the hub.
+
+place = Places({"bool_q": "boolq.jsonl", "common_gen.validation": "dev.jsonl"})
+place.of(named("bool_q"), "train")                  # a Spot: two splits in the same spot are the same rows
+list(read_items(named("bool_q"), place.open(...)))  # Items with where they stand
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lorry.data.catalog import Item, NamedSet, conversation, named
+from lorry.data.reading.bad_rows import OnBadRow
+from lorry.data.reading.content import Unusable
+from lorry.data.reading.formats import Found
+from lorry.data.reading.rows import Part, Rows, Select
+from lorry.data.reading.sources import SPLITS, Source, open_source, splits_apart
+from lorry.errors import ConfigError, DataError
+
+ORDER = tuple(SPLITS)  # train, validation, test
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a split's rows are. Equal spots are the same rows, whatever they are called."""
+
+    path: str
+    config: str | None
+    split: str
+
+    @classmethod
+    def of(cls, path: str, config: str | None, split: str) -> Spot:
+        """Of a file, a folder or a hub data set."""
+        place = Path(path).expanduser()
+        if not place.exists():
+            return cls(path, config, split)
+        return cls(str(place.resolve()), None, split if place.is_dir() and splits_apart(place) else "")
+
+    def overlaps(self, other: Spot) -> bool:
+        """Whether some rows are in both: the same split, or one of them a slice (``train[90%:]``) of the other."""
+        whole, its = self.split.partition("[")[0], other.split.partition("[")[0]
+        same = self.split == other.split or (whole == its and (whole == self.split or its == other.split))
+        return same and (self.path, self.config) == (other.path, other.config)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Local files of named sets: {NAME: path} for every split, {NAME.SPLIT: path} for one. ``field``: what people call it."""
+
+    local: Mapping[str, str]
+    field: str = "data.local"
+
+    def __post_init__(self) -> None:
+        for key in self.local:
+            name, _, split = key.partition(".")
+            named(name)
+            if split and split not in ORDER:
+                raise ConfigError(f"{self.field}.{key}: {split!r} is no split; they are called {', '.join(ORDER)}")
+
+    def of(self, one: NamedSet, split: str) -> Spot:
+        """The spot of a split. Raises ConfigError where the set has no such split."""
+        path = self._local(one, split)
+        return Spot(one.hub or "", one.config, one.split(split)) if path is None else Spot.of(path, None, split)
+
+    def has(self, one: NamedSet, split: str) -> bool:
+        """Whether the set has rows of a split, local or on the hub."""
+        path = self._local(one, split)
+        if path is None:
+            return one.hub is not None and split in (one.splits or {})
+        folder = Path(path).expanduser()
+        return not (folder.is_dir() and splits_apart(folder)) or _holds(folder, split)
+
+    def to_ask(self, one: NamedSet) -> str:
+        """The split an evaluation asks unless told otherwise: test or else validation, local files before the hub; training rows
+        only where there are no others."""
+        there = [split for split in ("test", "validation") if self.has(one, split)]
+        there.sort(key=lambda split: self._local(one, split) is None)
+        return next(iter(there), "train" if self.has(one, "train") else "test")
+
+    def for_shots(self, one: NamedSet, asked: str) -> str:
+        """The split that worked examples come from: the set's own for them, or its training rows; those ``asked`` where there
+        are neither. Local training rows go before the hub."""
+        order = ("train", "shots") if self._local(one, "train") is not None else ("shots", "train")
+        return next((split for split in order if self.has(one, split)), asked)
+
+    def open(self, one: NamedSet, split: str, *, limit: int | None = None, on_bad_row: OnBadRow = "error",
+             quarantine: Path | None = None) -> Source:  # fmt: skip
+        """The rows of a split, not read yet. Raises DataError, naming the set, where there are none."""
+        path, spot = self._local(one, split), self.of(one, split)
+        within = spot.split or "train"
+        try:
+            source = open_source(
+                path or spot.path, name=spot.config, split=within, limit=limit, on_bad_row=on_bad_row, quarantine=quarantine,
+                converted=None if path else one.converted,
+            )  # fmt: skip
+        except DataError as error:
+            raise DataError(f"{one.name} ({self.field}.{one.name}): {error}") from error
+        hint = "" if path else f"; {self.field}.{one.name}=FILE reads it from a file"
+        return replace(source, parts=tuple(_blaming(part, one.name, hint) for part in source.parts))
+
+    def _local(self, one: NamedSet, split: str) -> str | None:
+        mine = {key.partition(".")[2]: path for key, path in self.local.items() if named(key.partition(".")[0]).name == one.name}
+        return mine.get(split, mine.get(""))
+
+
+def _holds(folder: Path, split: str) -> bool:
+    """Whether a folder that tells splits apart has files of this one; of a saved data set that is seen when it is read."""
+    try:
+        open_source(folder, split=split)
+    except DataError:
+        return False
+    return True
+
+
+def _blaming(part: Part, name: str, hint: str) -> Part:
+    """The same rows; an error of reading them names the set."""
+
+    def rows(select: Select | None) -> Rows:
+        try:
+            yield from part(select)
+        except DataError as error:
+            raise DataError(f"{name}: {error}{hint}") from error
+
+    return rows
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An item of a row: its number among the readable rows, where it stands, its columns as read."""
+
+    item: Item
+    number: int
+    where: str
+    found: Found
+
+
+def read_items(one: NamedSet, source: Source, *, template: int | None = 0, seed: int = 0) -> Iterator[Asked]:
+    """The items of a source's rows. ``template``: its number, or None for one drawn for each row. Bad rows: ``source.bad``."""
+    for number, row in enumerate(source):
+        chosen = one.template_of(seed, number) if template is None else template
+        try:
+            items = one.items(row.values, chosen)
+        except Unusable as error:
+            source.bad.report(f"{one.name} {row.where}", error.bad, Found(None, number, row.where, row.values).raw)  # type: ignore[arg-type]
+            continue
+        for item in items:
+            yield Asked(item, number, row.where, Found(conversation(item), number, f"{one.name} {row.where}", row.values))
+
+
+def refuse_leak(learnt: Iterable[Spot], places: Places, one: NamedSet, asked: str, instead: str) -> None:
+    """Raises ConfigError when rows to evaluate on are among those trained on. ``instead``: what would do, for the message."""
+    spot = places.of(one, asked)
+    if any(spot.overlaps(other) for other in learnt):
+        raise ConfigError(
+            f"{one.name}: the rows to evaluate on are the rows trained on ({spot.path}); "
+            f"give {places.field}.{one.name}.{asked}=FILE with other rows, or {instead}"
+        )

@@ -1,0 +1,234 @@
+"""Sources: a path, several, a folder or a hub name become one stream of rows that knows where every row came from.
+
+source = open_source("people.jsonl", on_bad_row="skip")
+for row in source: ...            # row.values, row.where == "people.jsonl:17"
+"""
+
+from __future__ import annotations
+
+import itertools
+import lzma
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+from lorry.data.reading.bad_rows import BadRows, OnBadRow
+from lorry.data.reading.columnar import DAMAGE, expect_damage, read_parquet, read_saved, read_tables
+from lorry.data.reading.json_rows import read_json, read_jsonl
+from lorry.data.reading.readers import READERS
+from lorry.data.reading.rows import Fault, Part, Remark, Row, Rows, Select
+from lorry.disk.durable import DiskError
+from lorry.errors import DataError, nearest
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+BATCH = 1024  # rows of a hub data set taken at once
+PACKED = (EOFError, zlib.error, lzma.LZMAError, BadZipFile)  # what damaged compressed files raise
+# How files begin that are not what their name says: each would be learnt as text, or give a bad row a line
+NOT_THE_DATA = {
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer in place of the file; fetch it with git lfs pull",
+    b"\x1f\x8b": "compressed (gzip); unpack it first", b"PK\x03\x04": "compressed (zip); unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd); unpack it first", b"\xfd7zXZ\0": "compressed (xz); unpack it first",
+    b"BZh91AY&SY": "compressed (bzip2); unpack it first", b"PAR1": "parquet under another name; name it .parquet",
+}  # fmt: skip
+JSON_LINES = (".jsonl", ".ndjson")
+HUB_BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # the storage kinds that are parsed only, never executed
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows in a fixed order, readable again and again. Every pass is lazy; bad rows go to ``bad``, what a person should know
+    of whole files to ``remarks``."""
+
+    label: str
+    parts: tuple[Part, ...]
+    bad: BadRows
+    limit: int | None = None
+    streaming: bool = False
+    remarks: set[str] = field(default_factory=set)
+    files: tuple[Path, ...] = ()  # all that the rows are read from; empty where that is not files alone (the hub)
+    selection: str = ""  # what of these files is read: configuration and split
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.read()
+
+    def read(self, start: int = 0, select: Select | None = None) -> Iterator[Row]:
+        """The readable rows from the ``start``-th on (those before it are parsed again, not kept).
+
+        ``select`` chooses the columns that tables of columns read; rows of lines have all of theirs.
+        """
+        return itertools.islice(self._rows(select), start, self.limit)
+
+    def _rows(self, select: Select | None) -> Iterator[Row]:
+        for part in self.parts:
+            for item in part(select):
+                if isinstance(item, Fault):
+                    self.bad.report(item.where, item.bad, item.raw)
+                elif isinstance(item, Remark):
+                    self.remarks.add(item.text)
+                else:
+                    yield item
+
+
+def open_source(
+    path_or_id: str | Path | Sequence[str | Path], *, name: str | None = None, split: str = "train", streaming: bool = False,
+    on_bad_row: OnBadRow = "error", quarantine: str | Path | None = None, limit: int | None = None, converted: str | None = None,
+) -> Source:  # fmt: skip
+    """Open data files (json, jsonl, csv, tsv, parquet, txt), a folder of them, several of these, or a hub data set.
+
+    Every file is read lazily, a JSON array element by element. In a folder whose files are named after
+    splits (train*, test*, validation*) those of ``split`` are taken; ``name`` is a hub data set's configuration, and
+    ``streaming`` keeps a hub data set from being downloaded first; ``converted`` is the folder of its rows in the hub's own
+    conversion to parquet, for one that is a loading script otherwise. ``limit`` counts readable rows.
+    Raises DataError for a path that does not exist, a kind of file not known, or (on_bad_row=error) the first bad row.
+    """
+    several = [path_or_id] if isinstance(path_or_id, str | Path) else list(path_or_id)
+    if not several:
+        raise DataError("no data given: a file, a folder or a hub name is needed")
+    opened = [_open_one(one, name, split, streaming, converted) for one in several]
+    parts = tuple(part for parts, _ in opened for part in parts)
+    files = tuple(file for _, files in opened for file in files) if all(files for _, files in opened) else ()
+    label = ", ".join(map(str, several))
+    return Source(label, parts, BadRows(on_bad_row, quarantine), limit, streaming, files=files, selection=f"{name} {split}")
+
+
+def _open_one(
+    path_or_id: str | Path, name: str | None, split: str, streaming: bool, converted: str | None
+) -> tuple[list[Part], list[Path]]:
+    """The parts of one path or name, and the files that they read (none for a hub data set)."""
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            within = sorted(item for item in path.rglob("*") if item.is_file())
+            return [lambda select: read_saved(path, str(path_or_id), split, select)], within
+        files = _files_of(path, split)
+        return [_reader(file) for file in files], files
+    if path.exists():
+        return [_reader(path)], [path]
+    text = str(path_or_id)
+    if isinstance(path_or_id, Path) or path.suffix.lower() in READERS or not HUB_NAME.fullmatch(text):
+        raise _missing(path)
+    return [lambda select: _hub_rows(text, name, split, streaming, converted, select)], []
+
+
+def _reader(path: Path) -> Part:
+    read = READERS.get(path.suffix.lower())
+    if read is None:
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; Lorry reads {', '.join(sorted(READERS))}")
+    if not path.is_file():  # a FIFO would be waited at for ever
+        raise DataError(f"{path}: not a regular file")
+
+    def rows(select: Select | None) -> Rows:
+        try:
+            with path.open("rb") as file:
+                head = file.read(max(map(len, NOT_THE_DATA)))
+            for begin, what in NOT_THE_DATA.items():
+                if head.startswith(begin) and not (begin == b"PAR1" and read is read_parquet):
+                    raise DataError(f"{path}:1: {what}")
+            yield from read(path, str(path), select)
+        except DiskError:
+            raise
+        except OSError as error:
+            expect_damage(error, path)
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+    return rows
+
+
+def _missing(path: Path) -> DataError:
+    """Names the path, and what stands in its folder under a similar name."""
+    folder = path.parent
+    if not folder.is_dir():
+        return DataError(f"{path}: no such file, and no folder {folder} either (a hub data set is named owner/name)")
+    there = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in READERS or item.is_dir())
+    listed = f"; the folder has {', '.join(there[:8])}" if there else "; the folder has no data files"
+    return DataError(f"{path}: no such file{nearest(path.name, there) or listed}")
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder, sorted; only those of ``split`` where the names tell splits apart."""
+    files = sorted(item for item in folder.iterdir() if item.is_file() and item.suffix.lower() in READERS)
+    if not files:
+        raise DataError(f"{folder}: the folder has no data files ({', '.join(sorted(READERS))})")
+    named = {file: _split_named(file.stem) for file in files}
+    if not any(named.values()):
+        return files
+    wanted = next((key for key, words in SPLITS.items() if split in words), split)
+    chosen = [file for file in files if named[file] == wanted]
+    if not chosen:
+        raise DataError(f"{folder}: no file of split {split!r}; the folder has {', '.join(file.name for file in files)}")
+    return chosen
+
+
+def splits_apart(folder: Path) -> bool:
+    """Whether a folder tells splits apart: a saved data set, or files named after splits."""
+    if (folder / "dataset_dict.json").exists():
+        return True
+    return any(_split_named(item.stem) for item in folder.iterdir() if item.is_file() and item.suffix.lower() in READERS)
+
+
+def _split_named(stem: str) -> str | None:
+    words = re.split(r"[^a-z]+", stem.lower())
+    return next((split for split, names in SPLITS.items() if any(word in names for word in words)), None)
+
+
+def _hub_rows(
+    hub_id: str, name: str | None, split: str, streaming: bool, converted: str | None, select: Select | None
+) -> Rows:  # fmt: skip
+    """Rows of a hub data set. Only builders that parse plain data are allowed: no scripts, no pickles."""
+    import datasets
+    import pyarrow
+    from datasets.exceptions import DatasetsError
+
+    try:
+        where = {} if converted is None else {"revision": "refs/convert/parquet", "data_dir": converted}
+        builder = datasets.load_dataset_builder(hub_id, name if converted is None else None, **where)
+        kind = type(builder).__module__.rpartition(".")[2]
+        if kind not in HUB_BUILDERS:
+            raise DataError(f"{hub_id}: stored as {kind!r}; Lorry reads hub data sets stored as {', '.join(HUB_BUILDERS)}")
+        if kind == "json":
+            yield from _hub_json(builder, hub_id, split)
+            return
+        if streaming:
+            table = builder.as_streaming_dataset(split=split)
+        else:
+            builder.download_and_prepare()
+            table = builder.as_dataset(split=split)
+        # as Arrow, not as Python: pictures and recordings stay what is stored, and nobody needs their decoders
+        yield from read_tables(table.with_format("arrow").iter(batch_size=BATCH), hub_id, select)
+    except (DataError, DiskError, MemoryError):
+        raise
+    # RuntimeError: a loading script
+    except (DatasetsError, pyarrow.ArrowException, *PACKED, *DAMAGE, RuntimeError, AttributeError) as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{hub_id}: neither a file here nor a data set that can be opened on the hub: {why}") from error
+
+
+def _hub_json(builder: Any, hub_id: str, split: str) -> Rows:
+    """The rows of a hub data set that is stored as JSON, downloaded file by file and read as files here are.
+
+    ``datasets``' own reader keeps the last of two equal keys, and fills keys that a row lacks with nulls.
+    """
+    from datasets import DownloadManager
+
+    if (field := builder.config.field) not in (None, "data"):
+        raise DataError(f"{hub_id}: its rows lie under {field!r} in each file; download the files and write them as JSON lines")
+    files = builder.config.data_files or {}
+    if split not in files:
+        raise DataError(f"{hub_id}: no split {split!r}; it has {', '.join(map(str, files)) or 'none'}")
+    manager = DownloadManager()
+    for address in files[split]:
+        name = str(address).rpartition("/")[2]
+        local = manager.download_and_extract(str(address))
+        lines = any(f".{word}" in JSON_LINES for word in name.lower().split(".")[1:])
+        for path in map(Path, manager.iter_files([local])):
+            inner = lines or path.suffix.lower() in JSON_LINES
+            yield from (read_jsonl if inner else read_json)(path, f"{hub_id}/{name}")

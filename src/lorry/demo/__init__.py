@@ -1,0 +1,1 @@
+"""The demo's data: facts about people who do not exist."""

@@ -1,0 +1,213 @@
+"""How likely texts are as continuations of others, through training's own score path: what option tasks are ranked by.
+
+Text becomes tokens as in the lm-evaluation-harness (Gao et al., its `HFLM`): context and continuation are encoded together and
+cut where the context's own encoding ends, white space at the context's end belongs to the continuation, an empty context is the
+BOS token (EOS where there is none), and what does not fit is cut from the left. Sequences are packed, not padded; the last token
+of a sequence is never run, and pairs that differ in it alone (options of one token) are one sequence. k last tokens.
+
+Try: loglikelihoods(model, tokenizer, [("The sky is", " blue"), ("The sky is", " green")])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorry.adapters.mix import Call, Mix
+from lorry.data.batch import Example, Extra, collate
+from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
+from lorry.generate.engine import evaluating, resolve
+from lorry.models.decoder.model import Packed
+from lorry.models.scoring.score import log_prob, score_rows
+from lorry.models.scoring.vocab import Statistic
+
+BATCH_TOKENS = 4096
+UNKNOWN_CONTEXT = 2048  # tokens, for a model that does not say how many it takes; the harness assumes as many
+
+top = Statistic(lambda p, rows: p.top.to(p.chosen.dtype), gradient=False)
+
+
+class Likelihood(NamedTuple):
+    """``total``: log p(continuation | context), nats; ``tokens`` of the continuation; ``greedy``: each was the likeliest."""
+
+    total: float
+    tokens: int
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of a context (at least one) and of its continuation (at least one)."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+class Wording:
+    """A tokenizer as the harness uses it. ``prefix``: the id that stands for an empty context. Raises ModelError without one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if prefix is None:
+            raise ModelError("the tokenizer has neither a BOS nor an EOS token, one of which has to stand for an empty context")
+        self.prefix = int(prefix)
+        self._prefix_text = str(tokenizer.decode([self.prefix]))
+
+    def ids(self, text: str) -> list[int]:
+        """With the tokenizer's own special tokens, unless the text brings the opening one along (a chat template's)."""
+        return self._encode(text, not text.startswith(self._prefix_text))
+
+    def pair(self, context: str, continuation: str) -> Pair:
+        """Raises DataError when nothing is left to be scored."""
+        if context == "":
+            ids = self._encode(continuation, False)
+            made = Pair(ids[:1], ids[1:]) if ids[:1] == [self.prefix] else Pair([self.prefix], ids)
+        else:
+            before, whole = self.ids(context.rstrip()), self.ids(context + continuation)
+            made = Pair(before, whole[len(before) :]) if before else Pair([self.prefix], whole)
+        if not made.continuation:
+            raise DataError(f"the continuation {continuation!r} of {context[-60:]!r} has no tokens of its own; nothing to score")
+        return made
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def loglikelihoods(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    adapter: Mix | str | None = None,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[Likelihood]:
+    """[(total, tokens, greedy)] of (context, continuation) texts, in their order: what the harness would be told.
+
+    ``adapter``: a name, a Mix of constants (`Mix.none()`: the base), or None: what a plain `model(x)` uses. ``batch_tokens``:
+    tokens in one pass, unless one sequence is longer. Raises ConfigError, DataError (nothing to score), NonFiniteError.
+    """
+    wording = Wording(tokenizer)
+    made = [wording.pair(*pair) for pair in pairs]
+    found = dict(scored(model, made, mix=chosen_mix(model, adapter), batch_tokens=batch_tokens, limit=longest(model)))
+    return [found[at] for at in range(len(made))]
+
+
+def chosen_mix(model: nn.Module, adapter: Mix | str | None) -> Mix:
+    """The mix that is meant. Raises ConfigError for an unknown adapter, or a mix that differs from token to token."""
+    mix = resolve(model, adapter, 0)[0]
+    assert mix is not None
+    if any(term.rows is not None or isinstance(term.gate, Tensor) for term in mix.terms):
+        raise ConfigError("this mix belongs to one batch of tokens; evaluate with a name or Mix.constants({name: weight})")
+    return mix
+
+
+def longest(model: Any) -> int:
+    """Tokens that the model can take."""
+    return int(model.context or UNKNOWN_CONTEXT)
+
+
+@dataclass
+class Row:
+    """One sequence to run, for every pair whose tokens but the last are these."""
+
+    inputs: tuple[int, ...]
+    finals: list[int] = field(default_factory=list)
+    members: list[tuple[int, int, int]] = field(default_factory=list)  # (number of the pair, its tokens, its place in finals)
+
+    @property
+    def wanted(self) -> int:
+        """How many of its targets, counted from the end."""
+        return max(count for _, count, _ in self.members)
+
+    def add(self, number: int, count: int, final: int) -> None:
+        if final not in self.finals:
+            self.finals.append(final)
+        self.members.append((number, count, self.finals.index(final)))
+
+
+def scored(model: Any, pairs: Sequence[Pair], *, mix: Mix, batch_tokens: int, limit: int) -> Iterator[tuple[int, Likelihood]]:
+    """(number of the pair, its score), batch by batch, long ones first. ``limit``: tokens the model takes at once; contexts are
+    cut from the left to fit. Raises DataError for a continuation longer than that, NonFiniteError."""
+    if batch_tokens < 1:
+        raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+    for batch in batches(rows_of(pairs, limit), batch_tokens):
+        with torch.no_grad(), evaluating(model):
+            done = list(_run(model, batch, mix))
+        yield from done
+
+
+def rows_of(pairs: Sequence[Pair], limit: int) -> list[Row]:
+    """Longest first; equal beginnings side by side."""
+    rows: dict[tuple[int, ...], Row] = {}
+    for number, pair in enumerate(pairs):
+        count = len(pair.continuation)
+        if count > limit:
+            raise DataError(f"continuation {number} has {count} tokens, but the model takes {limit}; shorten it")
+        whole = (*pair.context, *pair.continuation)[-(limit + 1) :]
+        inputs = whole[:-1]
+        rows.setdefault(inputs, Row(inputs)).add(number, count, whole[-1])
+    return sorted(rows.values(), key=lambda row: (-len(row.inputs), row.inputs))
+
+
+def batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Rows in their order, as many together as fit; always one at least."""
+    batch: list[Row] = []
+    held = 0
+    for row in rows:
+        if batch and held + len(row.inputs) > batch_tokens:
+            yield batch
+            batch, held = [], 0
+        batch.append(row)
+        held += len(row.inputs)
+    if batch:
+        yield batch
+
+
+def _run(model: Any, rows: Sequence[Row], mix: Mix) -> Iterator[tuple[int, Likelihood]]:
+    """Score a batch. Input i is followed by target i, which `score_rows` wants at place i + 1."""
+    width = max(len(row.finals) for row in rows)
+    targets, weights, finals = [0], [0.0], [[0] * width]
+    for row in rows:
+        after = [*row.inputs[1:], row.finals[0]]
+        targets += after
+        weights += [0.0] * (len(after) - row.wanted) + [1.0] * row.wanted
+        finals += [[token] * width for token in after[:-1]]
+        finals.append((row.finals + row.finals[:1] * width)[:width])
+    batch = collate([Example(targets, weights, extra={"finals": Extra(torch.tensor(finals), "token")})]).to(model.device)
+    packed, call = Packed.of([row.inputs for row in rows], model.device), Call(mix)
+    hidden = model.hidden(packed, call).last
+    table = score_rows(model, hidden, batch, [top, log_prob, *(_final(j) for j in range(1, width))], call)
+    lines, likeliest = table[:, 1:].double().cpu(), table[:, 0].long().cpu()
+    start = 0
+    for row in rows:
+        stop = start + row.wanted
+        yield from _told(row, lines[start:stop], likeliest[start:stop].tolist())
+        start = stop
+
+
+def _told(row: Row, lines: Tensor, likeliest: Sequence[int]) -> Iterator[tuple[int, Likelihood]]:
+    """The scores of a row's pairs; lines [scored tokens, k]: log p of each target, and in the last line of the k last tokens."""
+    steady = lines[:, 0].tolist()[:-1]
+    hits = [a == b for a, b in zip(likeliest, row.inputs[len(row.inputs) - len(steady) :], strict=False)]
+    for number, count, final in row.members:
+        values = [*steady[len(steady) - (count - 1) :], float(lines[-1, final])]
+        if any(map(math.isnan, values)):
+            raise NonFiniteError(
+                f"the log-likelihood of continuation {number} is not a number; the model's weights or an adapter's hold NaN or "
+                "infinity, or overflow in this dtype"
+            )
+        greedy = all(hits[len(hits) - (count - 1) :]) and likeliest[-1] == row.finals[final]
+        yield number, Likelihood(math.fsum(values), count, greedy)
+
+
+@cache
+def _final(place: int) -> Statistic:
+    """log p of a row's ``place``-th last token."""
+    return Statistic(lambda p, rows: p.chosen[:, 0], lambda rows: rows.extra["finals"][:, place : place + 1])

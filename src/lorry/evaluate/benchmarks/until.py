@@ -1,0 +1,93 @@
+"""Generation as the lm-evaluation-harness asks for it: what its settings mean, and answers that end at texts.
+
+A stop string may be tokenised in many ways, so it is looked for in what has been said.
+
+Try: dict(answers_until(model, tokenizer, [[1, 403, 407]], stops=["."], max_new_tokens=40, sampling=Sampling()))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lorry.adapters.mix import Mix
+from lorry.errors import ConfigError, nearest
+from lorry.generate.engine import Generation, evaluating
+from lorry.generate.sampling import Sampling
+
+MARGIN = 4  # tokens looked at beyond those a stop string can take: special ones, and a space that is dropped at a text's start
+
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first of them that is given counts
+KNOWN = ("until", *LENGTHS, "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+
+
+def decoding(given: Mapping[str, Any], max_gen_toks: int, seed: int) -> tuple[list[str], int, Sampling]:
+    """(stop strings, most new tokens, how tokens are chosen) of a task's generation settings; greedy unless do_sample is true or
+    a temperature above 0 is given without it. Raises ConfigError for a setting that would be ignored."""
+    left = dict(given)
+    until = left.pop("until", None) or []
+    lengths = [value for name in LENGTHS if (value := left.pop(name, None)) is not None]
+    sample, temperature = left.pop("do_sample", None), left.pop("temperature", None)
+    drawn = bool(sample) if sample is not None else bool(temperature)
+    warm = 1.0 if temperature is None else float(temperature)
+    top_k, top_p = left.pop("top_k", None), left.pop("top_p", None)
+    sampling = Sampling(
+        temperature=warm if drawn else 0.0,
+        top_k=top_k if drawn and top_k and top_k > 0 else None,  # 0 and -1 are other libraries' words for all
+        top_p=top_p if drawn else None,
+        repetition_penalty=float(left.pop("repetition_penalty", 1.0)),
+        seed=int(left.pop("seed", seed)),
+    )
+    if other := {name: value for name, value in left.items() if value is not None and (name, value) != ("num_beams", 1)}:
+        name = next(iter(other))
+        raise ConfigError(f"generation_kwargs: {name} is not understood{nearest(name, KNOWN)}; there are {', '.join(KNOWN)}")
+    return [until] if isinstance(until, str) else list(until), int(lengths[0]) if lengths else max_gen_toks, sampling
+
+
+def answers_until(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stops: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos: Collection[int] = (),
+    adapters: Mix | str | None = None,
+    batch_rows: int | None = None,
+) -> Iterator[tuple[int, str]]:
+    """(number of the prompt, its answer as text), as answers end. An answer is cut before the first stop string in it and
+    holds no special tokens. The rest is as in `generate.engine`."""
+    stops = [stop for stop in stops if stop]
+    window = max((len(stop.encode()) for stop in stops), default=0) + MARGIN
+    run = Generation(
+        model, prompts, max_new_tokens=max_new_tokens, eos=eos, sampling=sampling, adapters=adapters, batch_rows=batch_rows
+    )
+
+    def said(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def ended(tokens: Sequence[int]) -> bool:
+        """The last tokens are looked at first, which is quick; what they show has to be in the whole text too."""
+        return holds(said(tokens[-window:]), stops) and (len(tokens) <= window or holds(said(tokens), stops))
+
+    with evaluating(model):
+        for rows in run.steps():
+            for row in rows:
+                row.finished = row.finished or ended(row.tokens)
+                if row.done:
+                    yield row.index, cut(said(row.tokens), stops)
+
+
+def holds(text: str, stops: Sequence[str]) -> bool:
+    """Whether any stop string is in a text."""
+    return any(stop in text for stop in stops)
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first occurrence of each stop string, one after the other as the harness cuts."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text

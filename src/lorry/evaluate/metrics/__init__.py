@@ -1,0 +1,1 @@
+"""Metrics of answers and options, each with an interval."""

@@ -1,0 +1,121 @@
+"""From text to text: prompts through the chat template, generation, decoding. Used by `lorry.generate`, chat, eval and demo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lorry.data.encoding.encode import Encoder
+from lorry.data.reading.content import Conversation, Message
+from lorry.errors import ConfigError
+from lorry.generate.engine import generate
+from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
+
+LONGEST = 1 << 20  # prompts are not cut here; generate refuses what the context cannot hold
+HALF = "\ufffd"  # what a decoder makes of bytes that are not a whole character yet
+
+
+def answer(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str | Conversation],
+    *,
+    system: str | None = None,
+    chat: bool = True,
+    max_new_tokens: int = 128,
+    **options: Any,
+) -> list[str]:
+    """The model's continuation of each prompt, as text without special tokens and without the end of turn.
+
+    A string is a user's message where the tokenizer has a chat template and ``chat`` is true, else plain text to continue (the
+    answer then keeps the white space at its ends); a Conversation is answered at its last assistant message, exactly as it would
+    be trained. ``options`` go to `models.generate.generate` (temperature, top_k, top_p, seed, adapters, ...).
+    """
+    if not isinstance(model, (Decoder, HfModel)):
+        raise ConfigError(f"generate needs a model from lorry.load; a {type(model).__name__} has its own model.generate")
+    encoder = Encoder(tokenizer, max_length=LONGEST, system=system, embeddings=model.vocabulary)
+    ids = [encoder.prompt(p) if isinstance(p, Conversation) else _prompt(encoder, p, chat) for p in prompts]
+    texts = said(model, encoder, ids, max_new_tokens=max_new_tokens, **options)
+    turns = [isinstance(p, Conversation) or (chat and encoder.has_template) for p in prompts]
+    return [text.strip() if turn else text for text, turn in zip(texts, turns, strict=True)]
+
+
+def said(model: nn.Module, encoder: Encoder, prompts: Sequence[Sequence[int]], **options: Any) -> list[str]:
+    """What the model goes on with after each prompt of tokens, as text without special tokens and without the end of turn."""
+    made = generate(model, prompts, eos=encoder.stop_tokens(), **options)
+    return ["".join(Speech(encoder).heard(one.tokens)) for one in made]
+
+
+def _prompt(encoder: Encoder, text: str, chat: bool) -> list[int]:
+    if chat and encoder.has_template:
+        return encoder.prompt(Conversation((Message("user", text), Message("assistant", "."))))
+    return continuation(encoder, text)
+
+
+def continuation(encoder: Encoder, text: str) -> list[int]:
+    """The tokens of plain text to go on from. Raises DataError for one that the model has no embedding of."""
+    ids = [*encoder.tokens.opening, *encoder.tokens.one(text).ids]
+    encoder.expect_known(ids)
+    return ids
+
+
+class Speech:
+    """Tokens in, text out as soon as it is sure: never half a character, never a part of the end of turn.
+
+    ``ended``: an end of turn or of text was heard. The pieces joined are the decoded answer without that end, special tokens
+    left out.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.tokenizer, self.stops = encoder.tokenizer, frozenset(encoder.stop_tokens())
+        self.end = encoder.template.end_of_turn if encoder.has_template else ""  # as text, where it is several tokens
+        self.ended = False
+        self._tokens: list[int] = []
+        self._start = self._read = 0  # decoded together: what was read last (it decides about spaces) and what is new
+        self._held = ""
+
+    def hear(self, token: int) -> str:
+        """The text that this token makes sure; empty while a character or a possible end of turn is incomplete."""
+        if token in self.stops:
+            self.ended = True
+        if self.ended:
+            return ""
+        self._tokens.append(token)
+        new = self._new()
+        if new.endswith(HALF):
+            return ""
+        self._start, self._read = self._read, len(self._tokens)
+        self._held += new
+        return self._release()
+
+    def rest(self) -> str:
+        """What was held back, once no more tokens come."""
+        self._held += self._new()
+        self._start = self._read = len(self._tokens)
+        text = self._release() + self._held
+        self._held = ""
+        return text
+
+    def heard(self, tokens: Sequence[int]) -> list[str]:
+        """The pieces of a whole answer."""
+        return [*(self.hear(token) for token in tokens), self.rest()]
+
+    def _new(self) -> str:
+        before = self._decode(self._tokens[self._start : self._read])
+        return self._decode(self._tokens[self._start :])[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _release(self) -> str:
+        """Let go of everything but a tail that may become the end of turn; cut where the end of turn stands."""
+        if self.end and self.end in self._held:
+            self.ended, text, self._held = True, self._held.partition(self.end)[0], ""
+            return text
+        kept = next((n for n in range(len(self.end) - 1, 0, -1) if self._held.endswith(self.end[:n])), 0)
+        cut = len(self._held) - kept
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text

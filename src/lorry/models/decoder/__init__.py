@@ -1,0 +1,1 @@
+"""Lorry's own decoder over packed tokens, driven by family data."""

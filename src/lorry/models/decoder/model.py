@@ -1,0 +1,255 @@
+"""Lorry's own decoder: one class for every family, driven by family data, over packed tokens, under Hugging Face names.
+
+It exists for speed and exactness: packed attention by segment, no padding, the mix passed down as an argument, and a forward
+that can stop at any layer. It must give transformers' logits; `tests/models` holds it to that. T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorry.adapters.attach import plain_call
+from lorry.adapters.layers import BankEmbedding, BankLinear
+from lorry.adapters.mix import Call
+from lorry.adapters.product import Products
+from lorry.families import Family, Geometry
+from lorry.models.decoder.attention import Segments
+from lorry.models.decoder.block import Block, Pass, frequencies
+from lorry.models.decoder.cache import Cache
+from lorry.models.decoder.layer import run
+from lorry.models.decoder.pointwise import Norm
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What the decoder reads: tokens [T], positions [T], and the segments attention stays within."""
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Sequence[tuple[int, int]]
+
+    @staticmethod
+    def of(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packed:
+        """Lay token lists end to end."""
+        ends = torch.tensor([len(s) for s in sequences]).cumsum(0).tolist()
+        segments = list(zip([0, *ends[:-1]], ends, strict=True))
+        tokens = torch.tensor([t for s in sequences for t in s], device=device)
+        positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(device)
+        return Packed(tokens, positions, segments)
+
+    def padded(self, total: int) -> Packed:
+        """With a sequence of zeros (all at position 0: the context may be short) behind the others, up to ``total`` tokens."""
+        more = total - self.tokens.numel()
+        return Packed(F.pad(self.tokens, (0, more)), F.pad(self.positions, (0, more)), [*self.segments, (total - more, total)])
+
+
+@dataclass
+class Output:
+    """What `model(input_ids)` returns: logits [B, T, V]."""
+
+    logits: Tensor
+
+
+@dataclass
+class Hidden:
+    """last [T,D] after the final norm (None when the pass stopped early); taps: {layer: [T,D] that layer's output}."""
+
+    last: Tensor | None
+    taps: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+class Decoder(nn.Module):
+    """A causal language model of any described family. ``config`` is the Hugging Face config as a dict, kept for saving.
+
+    Built empty (call under `torch.device("meta")`, then `load_state_dict(..., assign=True)`).
+    """
+
+    def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.family = family
+        self.geometry: Geometry = family.geometry(config)
+        self.config = dict(config)
+        self.gradient_checkpointing = False
+        g = self.geometry
+        self._put(family.embed, BankEmbedding(nn.Parameter(torch.empty(g.vocab, g.width)), path=family.embed))
+        if family.positions:
+            self._put(family.positions, nn.Embedding(g.context, g.width))
+        for i in range(g.layers):
+            prefix = family.layer.format(i=i)
+            for target, path in family.targets.items():
+                self._put(f"{prefix}.{path}", self._linear(target, f"{prefix}.{path}"))
+            for path in (family.attention_norm, family.mlp_norm):
+                self._put(f"{prefix}.{path}", Norm(family.norm, g.width, g.norm_eps))
+            for path in family.qk_norm or ():
+                self._put(f"{prefix}.{path}", Norm(family.norm, g.head_dim, g.norm_eps))
+        self._put(family.final_norm, Norm(family.norm, g.width, g.norm_eps))
+        head = nn.Parameter(torch.empty(g.vocab, g.width))
+        self._put(family.head, BankLinear(head, None, path=family.head))
+        if g.tied:
+            self.tie()
+        layers = (self.get_submodule(family.layer.format(i=i)) for i in range(g.layers))
+        self.blocks = [Block(i, layer, family, g) for i, layer in enumerate(layers)]
+
+    def tie(self) -> None:
+        """Let the head share the embedding's parameter (one tensor, two names, as transformers has it)."""
+        self.get_submodule(self.family.head).weight = self.get_submodule(self.family.embed).weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def embed(self) -> BankEmbedding:
+        return self.get_submodule(self.family.embed)  # type: ignore[return-value]
+
+    @property
+    def head(self) -> BankLinear:
+        return self.get_submodule(self.family.head)  # type: ignore[return-value]
+
+    # --- the three ways in: logits for people, hidden states for scores, one step for generation
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
+        """input_ids [B,T], or [T] for one -> logits [B,T,V]. attention_mask [B,T] may mark padding (0) on either side; the logits
+        there are zero."""
+        input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        ends = keep.sum(1).cumsum(0).tolist()
+        packed = Packed(input_ids[keep], (keep.cumsum(1) - 1)[keep], list(zip([0, *ends[:-1]], ends, strict=True)))
+        call = plain_call(self)
+        logits = self.logits(self.hidden(packed, call).last, call)
+        out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
+        out[keep] = logits
+        return Output(out)
+
+    def hidden(self, packed: Packed, call: Call, *, taps: Collection[int] = (), stop: int | None = None) -> Hidden:
+        """Run the layers. ``taps``: layers whose output is wanted; ``stop``: the last layer to run (no final norm then)."""
+        tokens = packed.tokens.numel()
+        if (total := self._even(tokens)) > tokens:
+            packed, call = packed.padded(total), call.padded(tokens, total)
+        segments = Segments(packed.segments, packed.tokens.device)
+        state = Pass(call, *self._rotary_tables(packed.positions), segments, packed.positions)
+        state.recompute = self.gradient_checkpointing
+        found = self._run(packed.tokens, state, taps, stop)
+        if total == tokens:
+            return found
+        last = None if found.last is None else found.last[:tokens]
+        return Hidden(last, {layer: x[:tokens] for layer, x in found.taps.items()})
+
+    def _even(self, tokens: int) -> int:
+        """The length a batch is padded to. oneDNN compiles its bfloat16 products anew for every shape (about 45 of them a step,
+        milliseconds and a megabyte each), so lengths are rounded up to few, by a thirtieth at most beyond some hundred tokens."""
+        if self.device.type != "cpu" or self.dtype != torch.bfloat16:
+            return tokens
+        step = next(s for s in (16, 32, 64) if tokens <= 8 * s or s == 64)
+        return -(-tokens // step) * step
+
+    def logits(self, hidden: Tensor | None, call: Call) -> Tensor:
+        """[t,D] -> [t,V] in the base's dtype."""
+        assert hidden is not None
+        return self.head(hidden, call)
+
+    def cached(
+        self,
+        packed: Packed,
+        rows: Tensor,
+        cache: Cache,
+        call: Call,
+        *,
+        decoding: bool,
+        products: Sequence[Sequence[Products]] | None = None,
+    ) -> Tensor:
+        """Run tokens of cache rows ``rows`` [T], store their keys and values and update ``cache.lengths``. Returns hidden [T,D].
+
+        Either whole prompts, each into a row of its own whose former content is forgotten; or (``decoding``) one token for
+        every row of the cache, in order, at positions ``cache.lengths`` as they were before. ``products``: per layer, its
+        linears' work where the caller has made it (`models/decoder/decode.py`); there is no graph then.
+        """
+        segments = Segments(packed.segments, packed.tokens.device)
+        state = Pass(call, *self._rotary_tables(packed.positions), segments, packed.positions, cache, rows, decoding)
+        if decoding:
+            cache.extend()
+        else:
+            cache.fill(rows, packed.positions)
+        last = self._run(packed.tokens, state, (), None, products).last
+        assert last is not None
+        return last
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding table."""
+        return self.geometry.vocab
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, prompt and answer together, that the model can take."""
+        return self.geometry.context
+
+    def new_cache(self, rows: int, room: int) -> Cache:
+        """An empty cache for ``rows`` sequences of at most ``room`` tokens."""
+        g = self.geometry
+        return Cache(g.layers, rows, g.kv_heads, room, g.head_dim, self.dtype, self.device)
+
+    # --- the computation
+
+    def _run(
+        self,
+        tokens: Tensor,
+        state: Pass,
+        taps: Collection[int],
+        stop: int | None,
+        products: Sequence[Sequence[Products]] | None = None,
+    ) -> Hidden:
+        x = self.embed(tokens, state.call)
+        if self.family.positions:
+            x = x + self.get_submodule(self.family.positions)(state.positions)
+        seen = {}
+        for i, block in enumerate(self.blocks):
+            x = run(block, x, state) if products is None else block.forward(x, state, products[i], None)
+            if i in taps:
+                seen[i] = x
+            if i == stop:
+                return Hidden(None, seen)
+        return Hidden(self.get_submodule(self.family.final_norm)(x), seen)
+
+    def _rotary_tables(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rotary = self.geometry.rotary
+        if rotary is None:
+            return None, None
+        angles = positions[:, None].float() * frequencies(rotary, positions.device)
+        return angles.cos(), angles.sin()
+
+    def _linear(self, target: str, path: str) -> BankLinear:
+        rows, columns = self._shape(target)
+        shape = (columns, rows) if self.family.transposed else (rows, columns)
+        bias = nn.Parameter(torch.empty(rows)) if target in self.geometry.biased else None
+        return BankLinear(nn.Parameter(torch.empty(shape)), bias, transposed=self.family.transposed, path=path)
+
+    def _shape(self, target: str) -> tuple[int, int]:
+        """(out, in) of a target, by its place in the family's order: q k v o, or qkv o; then the MLP."""
+        g, order = self.geometry, list(self.family.targets)
+        q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
+        if self.family.qkv == "separate":
+            attention = [(q, g.width), (kv, g.width), (kv, g.width), (g.width, q)]
+        else:
+            attention = [(3 * q, g.width), (g.width, q)]
+        into = [(g.mlp_width, g.width)] * (2 if self.family.gated else 1)
+        return [*attention, *into, (g.width, g.mlp_width)][order.index(target)]
+
+    def _put(self, path: str, module: nn.Module) -> None:
+        *parents, leaf = path.split(".")
+        node: nn.Module = self
+        for name in parents:
+            if name not in node._modules:
+                node.add_module(name, nn.Module())
+            node = node._modules[name]  # type: ignore[assignment]
+        node.add_module(leaf, module)

@@ -1,0 +1,1 @@
+"""GGUF files: their header and tensors accounted for, converted once into a Hugging Face directory."""

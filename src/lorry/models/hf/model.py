@@ -1,0 +1,301 @@
+"""Any causal language model of transformers behind the decoder's face: same packed tokens, same mixes, same bank, more slowly.
+
+The model is used through its own forward and never edited. Where its body ends, and that its own code after that (a plain head,
+a softcap, a scale) can be run apart, is found out and proven once in `hf_anatomy`; if it cannot be, whole logits are kept in
+place of hidden states: nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+
+from lorry.adapters.bank import Bank
+from lorry.adapters.layers import AMBIENT
+from lorry.adapters.mix import Call
+from lorry.errors import ContractError, ModelError
+from lorry.models.decoder.model import Hidden, Output, Packed
+from lorry.models.hf.anatomy import counts_from_zero, find_body, find_layers, plain_tokens, tail
+from lorry.models.hf.cache import HfCache, WholeCache, widened
+from lorry.models.hf.frames import Frame, by_position, frames, gather
+
+PROBE_TOKENS = 16  # of the text that shows which layers train
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the last layer that was asked for."""
+
+
+class HfModel(nn.Module):
+    """``inner``: a transformers causal model. Module paths, state-dict names and layers are those of ``inner``: both share one
+    table of children, so an adapter attached to this model sits in that one.
+
+    ``recomputes``: "" where generation uses the model's cache, else why every token is made from the whole sequence anew.
+    ``head`` is the output layer when logits are plainly head(hidden), else None; ``body`` the path of the part that ends in
+    hidden states, or None when only whole logits can be trusted (then ``hidden().last`` is [T, V] and ``logits`` the identity).
+    """
+
+    family = None
+    inner: Any
+
+    def __init__(self, inner: Any, notes: list[str] | None = None) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = inner.config.to_dict()
+        self.layers: list[nn.Module] = find_layers(inner)
+        self.body, self._plain = find_body(inner.eval().requires_grad_(False))
+        self._checkpointing = False
+        self._reached: dict[frozenset[str], set[str]] = {}
+        self.recomputes = ""
+        self.__dict__["inner"] = inner  # not a child: its children are ours
+        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[table] = inner.__dict__[table]
+        if self.body is None and notes is not None:
+            notes.append(f"{type(inner).__name__} computes its logits in a way Lorry cannot split; they are kept whole, [T, V]")
+        takes = inspect.signature(self._target().forward).parameters
+        self._positioned = "position_ids" in takes
+        if "past_key_values" not in takes:
+            self.recomputes = f"{type(inner).__name__} takes no past_key_values"
+        elif self._positioned and not counts_from_zero(inner, self.body):
+            self.recomputes = f"{type(inner).__name__} counts its positions from its text and not from 0"
+
+    # --- what the bank and the engine ask of a model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence the model can take, where its config says so (XLNet says -1: any)."""
+        text = self.inner.config.get_text_config()
+        said = (getattr(text, key, None) for key in CONTEXT_KEYS)
+        return next((n for n in said if isinstance(n, int) and n > 0), None)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens have an embedding."""
+        return int(self.inner.get_input_embeddings().weight.shape[0])
+
+    @property
+    def head(self) -> nn.Module | None:
+        return self.inner.get_output_embeddings() if self._plain else None
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.inner.get_output_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.inner.get_input_embeddings()
+
+    def train(self, mode: bool = True) -> HfModel:
+        """The base's own dropout stays off, as in the decoder: only the flag of this module changes."""
+        self.training = mode
+        return self
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self._checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        """Recompute each layer in backward, under the call its forward had. Raises ModelError if no layers can be found."""
+        if on and not self.layers:
+            raise ModelError(f"{type(self.inner).__name__}: no list of layers found; train it without gradient_checkpointing")
+        for layer in self.layers:
+            layer.__dict__.pop("forward", None)
+            if on:
+                layer.__dict__["forward"] = _recomputed(layer.forward)
+        self._checkpointing = bool(on)
+
+    # --- the three ways in, as in the decoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
+        """input_ids [B,T] -> logits [B,T,V]; attention_mask [B,T] may mark padding on either side; its logits are zero."""
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        ends = keep.sum(1).cumsum(0).tolist()
+        packed = Packed(input_ids[keep], (keep.cumsum(1) - 1)[keep], list(zip([0, *ends[:-1]], ends, strict=True)))
+        bank: Bank | None = self.__dict__.get("lorry_bank")
+        call = Call() if bank is None else Call(bank.active)
+        logits = self.logits(self.hidden(packed, call).last, call)
+        out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
+        out[keep] = logits
+        return Output(out)
+
+    def hidden(self, packed: Packed, call: Call, *, taps: Collection[int] = (), stop: int | None = None) -> Hidden:
+        """As `Decoder.hidden`: last [T,D] (or [T,V] without a body), taps {layer: [T,D]}, an early stop after layer ``stop``."""
+        parts = frames(packed.segments, packed.tokens.device)
+        lasts: list[tuple[Frame, Tensor]] = []
+        seen: dict[int, list[tuple[Frame, Tensor]]] = {i: [] for i in taps}
+        for frame in parts:
+            with self._tapped(taps, stop) as tapped, suppress(_Stop):
+                lasts.append((frame, frame.take(self._body(frame, frame.fill(packed.tokens), frame.mask(), call))))
+            for i in taps:
+                seen[i].append((frame, frame.take(tapped[i])))
+        return Hidden(gather(lasts) if lasts else None, {i: gather(found) for i, found in seen.items()})
+
+    def logits(self, hidden: Tensor | None, call: Call) -> Tensor:
+        """[t,D] -> [t,V], by the model's own code after its body, softcap and scale included."""
+        assert hidden is not None
+        if self.body is None:
+            return hidden
+        with ambient(call):
+            return tail(self.inner, self.body, hidden)
+
+    def new_cache(self, rows: int, room: int) -> HfCache | WholeCache:
+        """An empty cache for ``rows`` sequences; it grows as needed, ``room`` is not reserved."""
+        if self.recomputes:
+            return WholeCache(rows, self.device)
+        return HfCache(rows, self.device, lambda: DynamicCache(config=self.inner.config))
+
+    def cached(self, packed: Packed, rows: Tensor, cache: HfCache | WholeCache, call: Call, *, decoding: bool) -> Tensor:
+        """As `Decoder.cached`: whole prompts of cache rows, or one token for every row; returns hidden states [T,D]."""
+        if isinstance(cache, WholeCache):
+            whole = cache.extend(packed, rows, decoding=decoding)
+            last = self.hidden(whole, widened(call, whole) if decoding else call).last
+            assert last is not None
+            return last[[stop - 1 for _, stop in whole.segments]] if decoding else last
+        parts = []
+        for frame, mask, state in cache.extend(packed, rows, decoding=decoding):
+            options = {"past_key_values": state, "use_cache": True}
+            if self._positioned:  # in a row padded on its left a model counts the padding, unless it is told
+                options["position_ids"] = frame.fill(packed.positions)
+            parts.append((frame, frame.take(self._body(frame, frame.fill(packed.tokens), mask, call, **options))))
+        return gather(parts)
+
+    def reached(self, paths: Collection[str]) -> set[str]:
+        """Those of these layers that text trains: called on random tokens, and with a gradient.
+
+        Not called is a layer whose weight is used past it (Mamba's `dt_proj`), an image's tower or
+        attention to an encoder. Layers that differ in numbers alone count as one: of routed experts
+        a few tokens meet some.
+        """
+        asked = frozenset(paths)
+        if asked not in self._reached:
+            self._reached[asked] = self._probe(asked)
+        return self._reached[asked]
+
+    def _probe(self, paths: Collection[str]) -> set[str]:
+        kinds = {path: re.sub(r"\d+", "*", path) for path in paths}
+        found: dict[str, Tensor] = {}
+
+        def watch(kind: str) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+                if kind not in found:
+                    found[kind] = torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True)
+                return out + found[kind]
+
+            return hook
+
+        known = plain_tokens(self.inner)
+        length = min(PROBE_TOKENS, self.context or PROBE_TOKENS)
+        picks = torch.randint(0, len(known), (length,), generator=torch.Generator().manual_seed(0))
+        with ExitStack() as hooks, torch.enable_grad():
+            for path, kind in kinds.items():
+                hooks.callback(self.get_submodule(path).register_forward_hook(watch(kind)).remove)
+            logits = self.logits(self.hidden(Packed.of([[known[i] for i in picks.tolist()]], self.device), Call()).last, Call())
+            if logits.requires_grad:
+                logits.float().backward(torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits))
+        trained = {kind for kind, probe in found.items() if probe.grad is not None and bool(probe.grad != 0)}
+        return {path for path, kind in kinds.items() if kind in trained}
+
+    def save_inner(self, path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], shard_bytes: int) -> None:
+        """Write the directory as transformers does, with its own on-disk names; ``config`` replaces fields of the model's."""
+        shell = copy.copy(self.inner)
+        shell.config = copy.deepcopy(self.inner.config)
+        for key, value in config.items():
+            if key in self.config and self.config[key] != value:
+                setattr(shell.config, key, value)
+        shell.save_pretrained(path, state_dict=dict(state), max_shard_size=shard_bytes)
+
+    # --- inside
+
+    def _target(self) -> Any:
+        return self.inner if self.body is None else self.inner.get_submodule(self.body)
+
+    def _body(self, frame: Frame, ids: Tensor, mask: Tensor, call: Call, **options: Any) -> Tensor:
+        """Run the model up to its hidden states, [S, L, D] (or to its logits), with the call where the bank's layers see it."""
+        framed = frame.call(call)
+        with ambient(framed), self._rows_checked(frame, framed):
+            out = self._target()(input_ids=ids, attention_mask=mask, **{"use_cache": False, **options})
+        return out.logits if self.body is None else out.last_hidden_state
+
+    @contextmanager
+    def _tapped(self, taps: Collection[int], stop: int | None) -> Iterator[dict[int, Tensor]]:
+        """Collect the outputs of some layers, and end the pass after layer ``stop``."""
+        wanted = {*taps, *(() if stop is None else (stop,))}
+        if wanted and max(wanted) >= len(self.layers):
+            raise ModelError(f"layer {max(wanted)} was asked for; {type(self.inner).__name__} shows {len(self.layers)} layers")
+        got: dict[int, Tensor] = {}
+
+        def watch(i: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, out: Any) -> None:
+                got[i] = out if isinstance(out, Tensor) else out[0]
+                if i == stop:
+                    raise _Stop
+
+            return hook
+
+        with ExitStack() as hooks:
+            for i in wanted:
+                hooks.callback(self.layers[i].register_forward_hook(watch(i)).remove)
+            yield got
+
+    @contextmanager
+    def _rows_checked(self, frame: Frame, call: Call) -> Iterator[None]:
+        """Under a call that goes by position, every adapted layer must see the frame's tokens, all of them and in order."""
+        bank: Bank | None = self.__dict__.get("lorry_bank")
+        if bank is None or not by_position(call):
+            yield
+            return
+        expected = len(frame.spans) * frame.length
+
+        def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            got = x.numel() // (x.shape[-1] if x.is_floating_point() else 1)
+            if got != expected:
+                raise ContractError(
+                    f"{getattr(module, 'path', '')}: sees {got} of {expected} tokens (a routed or pooled layer), so a mix per "
+                    "sequence, a gate or dropout cannot be applied there; leave it out with exclude_modules"
+                )
+
+        with ExitStack() as hooks:
+            for module in bank.modules.values():
+                hooks.callback(module.register_forward_pre_hook(check).remove)
+            yield
+
+
+@contextmanager
+def ambient(call: Call | None) -> Iterator[None]:
+    """Let every bank layer inside see this call."""
+    token = AMBIENT.set(call)
+    try:
+        yield
+    finally:
+        AMBIENT.reset(token)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward that is run again in backward, seeing the call it saw first."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
+            return forward(*args, **kwargs)
+        call = AMBIENT.get()
+        contexts = lambda: (nullcontext(), ambient(call))  # noqa: E731
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
+
+    return run

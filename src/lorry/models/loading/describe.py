@@ -1,0 +1,205 @@
+"""config.json of a model: read without running any code, filled with transformers' defaults, matched to a family or not.
+
+A config is input from a stranger. It never switches code on: pointers to Python files, attention kernels of the hub and trust
+flags are taken out at every depth before transformers sees it (CVE-2026-4372 and its kind).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from logging import WARNING, Handler, LogRecord
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from lorry.disk import documents
+from lorry.errors import LorryError, ModelError, nearest
+from lorry.families import Family, find, unsupported
+from lorry.families.common import UnsupportedConfig
+from lorry.models.decoder.pointwise import ACTIVATIONS
+from lorry.models.loading.config_json import decoded
+
+CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "custom_generate", "use_kernels", "kernel_config"})
+KERNEL_KEYS = frozenset(
+    f"{prefix}{kind}_implementation{suffix}"
+    for prefix in ("", "_")
+    for kind in ("attn", "experts")
+    for suffix in ("", "_internal", "_autoset")
+)
+BUILT_IN = (None, True, False, "eager", "sdpa", "flash_attention_2", "flex_attention", "grouped_mm", "batched_mm")
+# What transformers raises over numbers and names that make no sense.
+UNUSABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, ImportError, RuntimeError)
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+MOST_LAYERS = 10_000
+MOST_SAID = 300  # characters of one warning of transformers
+HARMLESS = ("`attention_mask` was passed, but it is unused",)  # padding stands on the right of a model that sees no later token
+
+
+@dataclass(frozen=True)
+class Description:
+    """config: a plain dict, complete; hf: transformers' object for the same; family: None when only transformers can run it,
+    for the reason in ``why``."""
+
+    config: dict[str, Any]
+    hf: Any
+    family: Family | None
+    why: str = ""
+
+
+def describe(directory: Path, *, trust_remote_code: bool = False, native: bool = True, notes: list[str]) -> Description:
+    """Read ``directory/config.json``. Raises ModelError when it is unusable, quantised, or wants code that was not allowed."""
+    path = directory / "config.json"
+    raw, removed = cleaned(decoded(read_json(path)))
+    refuse_quantised(raw, path)
+    if raw.get("transformers_weights") not in (None, *WEIGHTS):
+        raise ModelError(
+            f"{path}: transformers_weights={raw['transformers_weights']!r} names another weights file than {WEIGHTS[0]}; only "
+            "transformers would follow it: give that file the usual name and take the field out"
+        )
+    pointers = raw.get("auto_map") or removed.get("auto_map")
+    notes += [f"ignored {key} of {path.name}: a config does not choose the code that runs" for key in removed]
+    kind = raw.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelError(f"{path}: no model_type; this is not the config of a transformers model")
+    if pointers and trust_remote_code:
+        notes.append(f"trust_remote_code=true: Python code from {directory} runs in this process")
+        hf = AutoConfig.from_pretrained(str(directory), trust_remote_code=True, local_files_only=True)
+        return Description(hf.to_dict(), hf, None, "its code comes with the checkpoint")
+    if kind not in CONFIG_MAPPING:
+        if pointers:
+            raise ModelError(
+                f"{path}: model_type {kind!r} needs Python code from the checkpoint; read that code, and if you trust it set "
+                "trust_remote_code=true"
+            )
+        raise ModelError(f"{path}: transformers knows no model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}")
+    hf = _build(kind, raw, path)
+    config = {k: v for k, v in hf.to_dict().items() if k != "_name_or_path"}
+    family, why = match(config, CONFIG_MAPPING[kind]().to_dict(), path) if native else (None, "native=False")
+    if family is None and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{path}: model_type {kind!r} is not a causal language model")
+    return Description(config, hf, family, why)
+
+
+def match(config: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) -> tuple[Family | None, str]:
+    """The family whose decoder computes exactly this config, or None and the reason."""
+    family = find(config["model_type"])
+    if family is None:
+        return None, f"no family of Lorry's decoder covers model_type {config['model_type']!r}"
+    try:
+        if odd := unsupported(family, config, defaults):
+            return None, f"Lorry's decoder does not compute {', '.join(odd)}"
+        geometry = family.geometry(config)
+    except UnsupportedConfig as e:
+        return None, f"Lorry's decoder does not compute {e}"
+    except (ValueError, TypeError, LookupError, ArithmeticError) as e:
+        raise ModelError(f"{path}: unusable numbers ({type(e).__name__}: {e})") from e
+    if geometry.activation not in ACTIVATIONS:
+        return None, f"Lorry's decoder has no activation {geometry.activation!r}"
+    return family, ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that describes a model. Raises ModelError with file and line; what is refused: disk/documents.py. Raises
+    DiskError where it cannot be read.
+
+    transformers writes infinities as JSON has none, and 10^30 for a tokenizer without a longest text.
+    """
+    absent = "does not exist; a model directory has config.json and model.safetensors"
+    return documents.read_object(path, error=ModelError, nonfinite=True, largest=10**40, absent=absent)
+
+
+def cleaned(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config without anything that could choose code, what was taken out and is worth telling), at every depth."""
+    kept: dict[str, Any] = {}
+    removed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in CODE_KEYS or (key in KERNEL_KEYS and not (isinstance(value, (str, bool, type(None))) and value in BUILT_IN)):
+            removed[key] = value
+        elif key in KERNEL_KEYS:
+            continue  # transformers' own name for its own code: ours to choose, nothing to tell
+        elif isinstance(value, dict):
+            kept[key], inner = cleaned(value)
+            removed.update({f"{key}.{name}": found for name, found in inner.items()})
+        else:
+            kept[key] = value
+    return kept, removed
+
+
+def refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
+    """Raise ModelError for a checkpoint whose weights are packed (GPTQ, AWQ, bitsandbytes, FP8 ...)."""
+    parts = [config, *(v for v in config.values() if isinstance(v, dict))]
+    for part in parts:
+        found = part.get("quantization_config") or part.get("compression_config")
+        if found:
+            method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
+            raise ModelError(
+                f"{path}: a checkpoint quantised by {method!r} cannot be loaded yet; use the unquantised checkpoint, or a GGUF "
+                "file of the same model"
+            )
+
+
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Turn what transformers and tokenizers raise over a file they cannot use into a ModelError that opens with ``what``."""
+    try:
+        yield
+    except LorryError:
+        raise
+    except Exception as e:
+        # tokenizers raises bare Exception; anything else that is not in the list is no fault of the file
+        if type(e) is not Exception and not isinstance(e, (*UNUSABLE, StrictDataclassError)):
+            raise
+        raise ModelError(f"{what} ({type(e).__name__}: {e})") from e
+
+
+@contextmanager
+def quiet(said: list[str] | None = None) -> Iterator[None]:
+    """Keep transformers' progress bars and tables off the terminal.
+
+    ``said`` collects its warnings, each once, on one line: they are how it tells that a model will
+    not do what its name says (a BERT without is_decoder).
+    """
+    logger = logging.get_logger("transformers")
+    before, handlers = logging.get_verbosity(), logger.handlers
+    heard = _Heard()
+    if said is None:
+        logging.set_verbosity_error()  # an error of its own still reaches the terminal
+    else:
+        logger.handlers = [heard]
+        logging.set_verbosity_warning()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.handlers = handlers
+        logging.set_verbosity(before)
+        if said is not None:
+            said += [text for text in heard.texts if not text.startswith(HARMLESS)]
+
+
+class _Heard(Handler):
+    """Keeps each message once, on one line, cut where it becomes a page."""
+
+    def __init__(self) -> None:
+        super().__init__(WARNING)
+        self.texts: dict[str, None] = {}
+
+    def emit(self, record: LogRecord) -> None:
+        self.texts[" ".join(record.getMessage().split())[:MOST_SAID]] = None
+
+
+def _build(kind: str, raw: dict[str, Any], path: Path) -> Any:
+    """transformers' config object from a dict: no file is read again and no code is looked up."""
+    layers = raw.get("num_hidden_layers", raw.get("n_layer", 1))
+    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+        raise ModelError(f"{path}: {layers!r} layers; a whole number from 1 to {MOST_LAYERS} is expected")
+    with blaming(f"{path}: transformers refuses this config"):
+        return CONFIG_MAPPING[kind].from_dict(raw)

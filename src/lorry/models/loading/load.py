@@ -1,0 +1,182 @@
+"""Load a model: an HF directory, a hub id, a GGUF file, an embedded model, or an adapter's base; natively where possible.
+
+    loaded = load_model("smollm2-135m-instruct", notes=(notes := []))
+
+Weights are read from safetensors alone. `dtype="auto"` is bfloat16 where the device computes it natively (CUDA with bf16, CPUs
+with AMX-BF16, AVX512-BF16 or ARM BF16) and float32 elsewhere, whatever the checkpoint's own type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lorry.errors import ConfigError
+from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
+from lorry.models.loading.accounting import refuse_unfit
+from lorry.models.loading.describe import Description, blaming, describe, quiet, read_json
+from lorry.models.loading.digest import sample_digest
+from lorry.models.loading.sources import adapters_in, resolve
+from lorry.models.loading.store import GENERATION
+from lorry.models.loading.tokenizer import load_tokenizer
+from lorry.models.loading.weights import entries, load_decoder
+from lorry.models.proofs import prove, why_not_native
+from lorry.plan.machine import dtype_of_auto
+
+__all__ = ["Loaded", "load_model", "sample_digest"]
+
+FACTS = "lorry_adapter.json"
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+@dataclass
+class Loaded:
+    """A model, its tokenizer (None if the checkpoint has none), and where they came from.
+
+    source: name (as asked), kind (directory, hub, gguf, embedded), path (the directory read), revision, dtype, device, family
+    (None for transformers' own implementation) and why not native (""), generation_config, and adapter: the adapter or run
+    directory, when that was asked for (path is its base then). Adapters are not loaded here.
+    """
+
+    model: Decoder | HfModel
+    tokenizer: Any | None
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    trust_remote_code: bool = False,
+    native: bool = True,
+    notes: list[str],
+) -> Loaded:
+    """The frozen base model, in evaluation mode. ``native=False`` forces transformers' implementation. ``notes`` collects what a
+    person should know. Raises ModelError when anything does not fit, ConfigError for an unknown dtype or device.
+    """
+    place = resolve(str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, notes=notes)
+    where = pick_device(device)
+    kind = pick_dtype(trained_dtype(place.adapter) if dtype == "auto" and place.adapter is not None else dtype, where)
+    described = describe(place.directory, trust_remote_code=trust_remote_code, native=native, notes=notes)
+    if described.family is not None and (why := why_not_native(described.family, described.config, kind, where, notes)):
+        described = replace(described, family=None, why=why)
+    model: Decoder | HfModel
+    if described.family is not None:
+        model = load_decoder(place.directory, described.family, described.config, kind, where)
+        model.config["_name_or_path"] = str(place.directory)
+    else:
+        notes.append(f"{described.why}; it runs through transformers, more slowly")
+        model = load_hf(place.directory, described, kind, where, trust_remote_code=trust_remote_code, notes=notes)
+    notes += resting_dropout(described.config)
+    tokenizer = load_tokenizer(place.directory, trust_remote_code=trust_remote_code, notes=notes)
+    vocabulary = model.vocabulary
+    if tokenizer is not None and len(tokenizer) > vocabulary:
+        notes.append(
+            f"the tokenizer has {len(tokenizer)} entries, the model only {vocabulary} embeddings; the rest cannot be used"
+        )
+    generation = place.directory / "generation_config.json"
+    model.__dict__[GENERATION] = read_json(generation) if generation.is_file() else {}
+    source: dict[str, Any] = {
+        "name": str(name_or_path),
+        "kind": place.kind,
+        "path": str(place.directory),
+        "revision": revision,
+        "dtype": str(kind).removeprefix("torch."),
+        "device": str(where),
+        "family": described.family.name if described.family is not None else None,
+        "why": described.why,
+        "generation_config": model.__dict__[GENERATION],
+    }
+    if place.adapter is not None:
+        source["adapter"] = str(place.adapter)
+    return Loaded(model, tokenizer, source)
+
+
+def trained_dtype(adapter: Path) -> str:
+    """The number format of the base an adapter of ours was trained on, so that it gives the same logits again; else "auto"."""
+    folders = [f for f in adapters_in(adapter) if (f / FACTS).is_file()]
+    said = {str(read_json(folder / FACTS).get("dtype")) for folder in folders} & set(DTYPES)
+    return said.pop() if len(said) == 1 else "auto"
+
+
+def load_hf(
+    directory: Path,
+    described: Description,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trust_remote_code: bool,
+    notes: list[str],
+) -> HfModel:
+    """transformers' own implementation, with every tensor of the checkpoint accounted for. Raises ModelError otherwise."""
+    found = entries(directory)  # refuses pickles, broken shards and paths that lead elsewhere
+    said: list[str] = []
+    with blaming(f"{directory}: transformers cannot load it"), quiet(said):
+        inner, info = AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            config=described.hf,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # `refuse_unfit` names them
+            output_loading_info=True,
+        )
+    refuse_unfit(directory, inner, info, found, notes)
+    try:
+        with quiet(said):
+            model = HfModel(inner.to(device), notes)
+            prove(model, notes, str(directory))
+    finally:
+        notes += [f"transformers says: {text}" for text in dict.fromkeys(said)]
+    return model
+
+
+def resting_dropout(config: Mapping[str, Any]) -> list[str]:
+    """A note if the base was trained with dropout of its own: in Lorry it is off, only the adapters' is on."""
+    rates = [f"{k}={v}" for k, v in config.items() if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float) and v > 0]
+    return [f"the base's own dropout stays off ({', '.join(rates)})"] if rates else []
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """`auto`: CUDA if there is one, else the CPU. Raises ConfigError for a device this machine does not have."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
+        raise ConfigError(f"device={str(device)!r} cannot be used here ({str(e).splitlines()[0]})") from e
+    return chosen
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where it is computed natively, else float32, or what LORRY_DTYPE says. Raises ConfigError for an unknown
+    name."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        told = dtype_of_auto()
+        return DTYPES[told] if told is not None else torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r}; choose auto, float32, bfloat16 or float16")
+    return DTYPES[dtype]
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 run on hardware made for them."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(has.get(flag, False) for flag in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))

@@ -1,0 +1,107 @@
+"""Open what a person names: a base, a base with adapters, or a run directory with one adapter or a folder of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorry.adapters.attach import bank_of
+from lorry.adapters.mix import Mix
+from lorry.adapters.peft.files import load_adapter
+from lorry.config.schema import ModelConfig
+from lorry.errors import ConfigError, ModelError
+from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
+from lorry.models.loading.load import load_model, trained_dtype
+from lorry.models.loading.sources import resolve
+from lorry.models.loading.tokenizer import FILES, load_tokenizer
+from lorry.models.loading.weights import FLOATS, entries
+
+ADAPTER_FILE = "adapter_config.json"
+STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass
+class Opened:
+    """A model ready to use, its tokenizer (None if it has none), where the base came from, and the adapters attached, first one
+    active."""
+
+    model: Decoder | HfModel
+    tokenizer: Any
+    source: dict[str, Any]
+    adapters: list[str]
+
+
+def open_model(config: ModelConfig, notes: list[str], *, adapters: Sequence[str] = ()) -> Opened:
+    """Load the base and every adapter named: that of `config.name` if it is a run, `config.adapter`, and ``adapters``.
+
+    A run's own tokenizer and chat template go before those of its base. Raises ModelError if anything is missing, damaged or
+    belongs to another base, ConfigError for a chat template file that cannot be read.
+    """
+    beside = [Path(p) for p in (config.adapter, *adapters) if p]
+    dtype = trained_dtype(beside[0]) if config.dtype == "auto" and beside and beside[0].is_dir() else config.dtype
+    loaded = load_model(
+        config.name,
+        revision=config.revision,
+        dtype=dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        native=config.native,
+        notes=notes,
+    )
+    places = [loaded.source["adapter"]] if loaded.source.get("adapter") else []
+    tokenizer = _own_tokenizer(Path(places[0]), notes) if places else None
+    tokenizer = loaded.tokenizer if tokenizer is None else tokenizer
+    if config.chat_template_path is not None and tokenizer is not None:
+        tokenizer.chat_template = _read_template(config.chat_template_path)
+    places += beside
+    names: list[str] = []
+    for place in (folder for p in places for folder in adapter_folders(Path(p))):
+        name = free_name(place, names)
+        load_adapter(loaded.model, place, name)
+        names.append(name)
+    if names:
+        bank_of(loaded.model).activate(Mix.one(names[0]))
+    return Opened(loaded.model, tokenizer, loaded.source, names)
+
+
+def _own_tokenizer(adapter: Path, notes: list[str]) -> Any | None:
+    """The tokenizer a run was trained with, which lies in the run directory; None where there is none."""
+    folders = [adapter, *([adapter.parent] if (adapter.parent / "run.yaml").is_file() else [])]
+    home = next((folder for folder in folders if any((folder / name).is_file() for name in FILES)), None)
+    return None if home is None else load_tokenizer(home, notes=notes)
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"model.chat_template_path={path}: cannot be read ({e})") from e
+
+
+def adapter_folders(path: Path) -> list[Path]:
+    """The adapter directories a path stands for: itself, or its sub-folders that are adapters. Raises ModelError if none is."""
+    if (path / ADAPTER_FILE).is_file():
+        return [path]
+    found = sorted(p.parent for p in path.glob(f"*/{ADAPTER_FILE}")) if path.is_dir() else []
+    if not found:
+        raise ModelError(f"{path} holds no adapter ({ADAPTER_FILE} is missing); give a run or adapter directory")
+    return found
+
+
+def free_name(path: Path, taken: Sequence[str]) -> str:
+    """A name for an adapter from its folder, legal and not taken yet."""
+    base = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:56].strip(".-") or "adapter"
+    return next(n for n in (base, *(f"{base}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+
+
+def stored_dtype(name: str) -> str:
+    """The number format in which a model, or an adapter's base, lies on disk: float32, bfloat16 or float16.
+
+    float32 where several are mixed, since it holds them all. Raises ModelError when there is no such model.
+    """
+    kinds = {entry.dtype for entry in entries(resolve(name, notes=[]).directory).values() if entry.dtype in FLOATS}
+    return STORED.get(next(iter(kinds)), "float32") if len(kinds) == 1 else "float32"

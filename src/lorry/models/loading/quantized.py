@@ -1,0 +1,55 @@
+"""A frozen model whose matrices are held in 4 or 8 bits, by transformers and bitsandbytes: a teacher that takes little room.
+
+model = open_quantized(resolve("runs/large-merged", notes=[]), "nf4", "auto", "cpu", notes=[])
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lorry.errors import ConfigError
+from lorry.models.hf.model import HfModel
+from lorry.models.loading.accounting import refuse_unfit
+from lorry.models.loading.describe import blaming, describe, quiet
+from lorry.models.loading.load import pick_device, pick_dtype
+from lorry.models.loading.sources import Place
+from lorry.models.loading.weights import entries, read
+from lorry.models.proofs import prove
+
+FORMATS = ("nf4", "fp4", "int8")
+
+
+def open_quantized(place: Place, quantize: str, dtype: str, device: str, notes: list[str]) -> HfModel:
+    """A causal model with its linear layers quantised as it is read; products are computed in ``dtype``.
+
+    Raises ConfigError when bitsandbytes is not installed, ModelError when the checkpoint cannot be used.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"distill.teacher_quantize={quantize} needs the package bitsandbytes, which is not installed here "
+            "(pip install bitsandbytes); leave teacher_quantize out to load the teacher as it is"
+        )
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where)
+    described = describe(place.directory, native=False, notes=notes)
+    found = entries(place.directory)  # refuses pickles, broken shards and paths that lead elsewhere
+    for entry in found.values():  # before they are packed: a quantised block hides a NaN in its scale
+        read({entry.name: entry}, kind, torch.device("cpu"))
+    options: dict[str, Any] = (
+        {"load_in_8bit": True}
+        if quantize == "int8"
+        else {"load_in_4bit": True, "bnb_4bit_quant_type": quantize, "bnb_4bit_compute_dtype": kind}
+    )
+    with blaming(f"{place.directory}: transformers cannot load it in {quantize}"), quiet():
+        inner, info = AutoModelForCausalLM.from_pretrained(
+            str(place.directory), config=described.hf, dtype=kind, use_safetensors=True, local_files_only=True,
+            quantization_config=BitsAndBytesConfig(**options), device_map={"": where}, output_loading_info=True,
+        )  # fmt: skip
+    refuse_unfit(place.directory, inner, info, found, notes)
+    model = HfModel(inner, notes)
+    prove(model, notes, str(place.directory))
+    return model

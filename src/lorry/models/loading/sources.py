@@ -1,0 +1,119 @@
+"""From what a person typed to a directory on this disk: an embedded model, a path, a GGUF file, an adapter, or a hub id."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from lorry.errors import ModelError, nearest
+from lorry.models.gguf.embedded import EMBEDDED, converted, embedded
+from lorry.models.loading.describe import read_json
+
+ADAPTER = "adapter_config.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+UNWANTED = ["*/*", "consolidated*", "training_args*", "optimizer*"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model on this disk. kind: directory, hub, gguf or embedded; adapter: the adapter or run directory that was asked for."""
+
+    directory: Path
+    kind: str
+    adapter: Path | None = None
+
+
+def resolve(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, notes: list[str], base_only: bool = False
+) -> Place:
+    """Find (and if need be download or convert) a model. An embedded name wins over a path; write ./NAME for the path.
+
+    ``base_only``: an adapter will not do. Raises ModelError naming what was looked for and what comes near.
+    """
+    if name in EMBEDDED:
+        return Place(embedded(name, notes), "embedded")
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path} is a file; give the directory of the model, or a .gguf file")
+        return Place(converted(path, notes), "gguf")
+    if path.is_dir():
+        found = _with_base(path.resolve(), notes, base_only)
+        if found is None and (path / "run.yaml").is_file() and not (path / "config.json").is_file():
+            raise ModelError(
+                f"{path} is a run that is not finished; its command with resume_from_checkpoint=auto goes on with it"
+            )
+        return found or Place(path.resolve(), "directory")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not HUB_ID.fullmatch(name):
+        raise ModelError(f"no model at {name!r}{_near(name)}")
+    got = _download(name, revision, trust_remote_code)
+    return _with_base(got, notes, base_only) or Place(got, "hub")
+
+
+def adapters_in(path: Path) -> list[Path]:
+    """The adapters of a directory: itself, or the folders of a run of several; none if it is a model."""
+    if (path / ADAPTER).is_file():
+        return [path]
+    return [] if (path / "config.json").is_file() else sorted(p.parent for p in path.glob(f"*/{ADAPTER}"))
+
+
+def _with_base(path: Path, notes: list[str], base_only: bool) -> Place | None:
+    """The base that the adapters of a directory were trained on, which must be one; None if it holds no adapters."""
+    bases = {adapter: _base_of(adapter) for adapter in adapters_in(path)}
+    if not bases:
+        return None
+    if base_only:
+        raise ModelError(f"{path} is itself an adapter; merge it into its own base first")
+    if len(different := {base: adapter for adapter, base in bases.items()}) > 1:
+        said = ", ".join(f"{adapter.name} on {base!r}" for base, adapter in different.items())
+        raise ModelError(f"{path}: its adapters were trained on different bases ({said}); open one of them")
+    try:
+        return replace(resolve(next(iter(different)), notes=notes, base_only=True), adapter=path)
+    except ModelError as e:
+        raise ModelError(f"{path} is an adapter and its base cannot be loaded: {e}") from e
+
+
+def _base_of(adapter: Path) -> str:
+    """What to load as an adapter's base: an embedded name, a directory that exists, or else a name for the hub."""
+    facts = read_json(adapter / "lorry_adapter.json").get("base") if (adapter / "lorry_adapter.json").is_file() else None
+    said = [facts.get("name"), facts.get("path")] if isinstance(facts, dict) else [facts]
+    recorded = read_json(adapter / ADAPTER).get("base_model_name_or_path")
+    names = [n for n in (*said, recorded) if isinstance(n, str) and n]
+    if not names:
+        raise ModelError(f"{adapter / ADAPTER} names no base_model_name_or_path; open the base and add the adapter to it")
+    # the cache directory of an embedded model, on a machine that may not have it yet
+    names += [m[1] for m in (re.fullmatch(r"(.+)-[0-9a-f]{12}", Path(n).name) for n in names) if m and m[1] in EMBEDDED]
+    found = [n for n in names if n in EMBEDDED] + [n for n in names if Path(n).exists()]
+    return (found + [n for n in names if HUB_ID.fullmatch(n)] + names)[0]
+
+
+def _download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """A snapshot of a hub repository: weights in safetensors, JSON and tokenizer files; Python only if it may run."""
+    patterns = [*WANTED, "*.py"] if trust_remote_code else WANTED
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=UNWANTED))
+    except (OSError, HFValidationError) as e:
+        where = "not cached here (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "not to be had"
+        at = f" at revision {revision!r}" if revision else ""
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(
+            f"no model {name!r}{at}: there is no such directory here, and as a hub id it is {where} ({reason}){_near(name)}. A "
+            f"private or gated model needs `hf auth login`; embedded: {', '.join(EMBEDDED)}"
+        ) from e
+
+
+def _near(name: str) -> str:
+    """A "did you mean" tail over the embedded names and the directories beside the path that was typed."""
+    path = Path(name).expanduser()
+    parent = path.parent if path.parent.is_dir() else Path()
+    try:
+        beside = [os.path.join(path.parent, p.name) if path.parent != Path() else p.name for p in parent.iterdir()]
+    except OSError:
+        beside = []
+    return nearest(name, [*EMBEDDED, *beside])

@@ -1,0 +1,147 @@
+"""Save a model as a normal Hugging Face directory: safetensors (in shards when large), config, tokenizer. All or nothing.
+
+Tensors may come as a stream, so that a merged model is written one shard at a time and never exists whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lorry.disk.durable import building
+from lorry.errors import ModelError
+from lorry.models.decoder.model import Decoder
+from lorry.models.loading.config_json import write_config
+
+if TYPE_CHECKING:
+    from lorry.models.hf.model import HfModel
+
+SHARD_BYTES = 2_000_000_000
+GENERATION = "generation_config"  # an attribute that rides along on a loaded model, as its bank does
+INDEX = "model.safetensors.index.json"
+
+
+def save_model(
+    model: Decoder | HfModel,
+    path: str | Path,
+    *,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+    tokenizer: Any | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write ``model`` to the directory ``path``, which must not exist yet or be empty; transformers loads what is written.
+
+    ``tensors``: (name as in the model's state dict, tensor), instead of the model's own; a tied head may be left out. The
+    native decoder takes them one shard at a time, a model of transformers all at once. ``config_overrides``: such as
+    {"tie_word_embeddings": False} with a separate head. ``generation_config``: None writes what the model was loaded with.
+    ``dtype``: None keeps each tensor's.
+    Raises ConfigError if the path is taken, ModelError if the names do not fit the model, DiskError; then nothing is written.
+    """
+    config = {k: v for k, v in {**model.config, **(config_overrides or {})}.items() if not k.startswith("_")}
+    tied = bool(config.get("tie_word_embeddings"))
+    stream = _converted(_checked(model, tensors, tied=tied), dtype)
+    with building(Path(path)) as work:
+        if isinstance(model, Decoder):
+            kinds = _write(_on_disk(stream, model, tied=tied), work, max_shard_bytes)
+            config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
+            _write_json(work / "config.json", config)
+        else:
+            state = dict(stream)
+            kinds = {t.dtype for t in state.values() if t.is_floating_point()}
+            model.save_inner(work, state, config, max_shard_bytes)
+        stored = str(next(iter(kinds))) if len(kinds) == 1 else "float32"
+        write_config(work, {"dtype": stored.removeprefix("torch.")})
+        said = generation_config or model.__dict__.get(GENERATION) or _token_ids(config)
+        _write_json(work / "generation_config.json", said)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
+        share(work)
+
+
+def _checked(
+    model: Decoder | HfModel, tensors: Iterable[tuple[str, Tensor]] | None, *, tied: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream, if it holds every tensor of the model once; a second name of a tied tensor may be missing."""
+    state = model.state_dict()
+    first = {t.data_ptr(): n for n, t in reversed(state.items())}
+    left = dict.fromkeys(state)
+    for name, tensor in state.items() if tensors is None else tensors:
+        if name not in left:
+            problem = "was given twice" if name in state else "is no tensor of this model"
+            raise ModelError(f"{name!r} {problem}; nothing was saved")
+        del left[name]
+        yield name, tensor
+    if missing := [n for n in left if not (tied and first[state[n].data_ptr()] != n)]:
+        raise ModelError(f"{len(missing)} tensors were not given ({', '.join(missing[:3])}); nothing was saved")
+
+
+def _converted(stream: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in stream:
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        yield name, tensor.detach().to("cpu", kind).contiguous()
+
+
+def _on_disk(stream: Iterator[tuple[str, Tensor]], model: Decoder, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
+    """Names as checkpoints spell them; a tied head is left out, as transformers does."""
+    for name, tensor in stream:
+        module, _, leaf = name.rpartition(".")
+        if tied and module == model.family.head:
+            continue
+        yield f"{model.family.on_disk.get(module, module)}.{leaf}", tensor
+
+
+def _write(stream: Iterator[tuple[str, Tensor]], work: Path, limit: int) -> set[torch.dtype]:
+    """Write shards of at most ``limit`` bytes (a single larger tensor is a shard of its own). Returns the dtypes in them."""
+    shards: list[list[str]] = []
+    kinds: set[torch.dtype] = set()
+    held: dict[str, Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        save_file(held, work / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in stream:
+        if held and size + tensor.nbytes > limit:
+            flush()
+            size = 0
+        held[name] = tensor
+        kinds.add(tensor.dtype)
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        where = {tensor: file for file, held_names in zip(names, shards, strict=True) for tensor in held_names}
+        _write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    for i, name in enumerate(names):
+        (work / f"shard-{i}").rename(work / name)
+    return kinds
+
+
+def _token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: config[key] for key in keys if config.get(key) is not None}
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def share(folder: Path) -> None:
+    """Give the weights the permissions of the config beside them: safetensors makes files that only their owner may read."""
+    mode = (folder / "config.json").stat().st_mode & 0o777
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)

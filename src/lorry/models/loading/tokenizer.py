@@ -1,0 +1,42 @@
+"""The tokenizer that lies beside a model. Read by transformers, without code from the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
+
+from lorry.models.loading.describe import blaming, read_json
+
+# Ways to cut text before byte-pair merges, by GGUF's name: GPT-2's own, and GPT-2's with every digit apart (what SmolLM does).
+AS_GPT2 = frozenset({"default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "roberta-bpe"})
+DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer.tiktoken")
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, notes: list[str]) -> Any | None:
+    """transformers' tokenizer of a directory, or None with a note when it has none. Raises ModelError when it is unusable."""
+    if not any((directory / name).is_file() for name in FILES):
+        notes.append(f"{directory} has no tokenizer; only token ids can be used")
+        return None
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = directory / name
+        if path.is_file() and path.stat().st_size <= 1 << 24:
+            read_json(path)
+    with blaming(f"{directory}: its tokenizer cannot be read"):
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def split_as(pre: str, tokenizer: Any) -> list[str]:
+    """Let a tokenizer made from GGUF cut text as the file's ``tokenizer.ggml.pre`` says, where transformers fell back to GPT-2's
+    way without a word. Returns a note if that way is unknown here too."""
+    backend = tokenizer.backend_tokenizer
+    if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) or pre in AS_GPT2:
+        return []
+    if pre not in DIGITS_APART:
+        return [f"this GGUF file's tokenizer cuts text in a way unknown here ({pre!r}); token ids may differ from the original's"]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    return []

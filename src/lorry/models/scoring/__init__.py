@@ -1,0 +1,1 @@
+"""Per-token scalars of the logits, computed without ever holding [T, V]."""

@@ -1,0 +1,41 @@
+"""losses.json: a run's losses as plain lists, for plots and notebooks; metrics.jsonl has everything else about a step.
+
+    {"step": [1, 2, ...], "loss": [3.1, 2.7, ...], "eval_step": [2, ...], "eval_loss": [2.9, ...]}
+
+Losses are in nats per token; null stands for one that is not finite. A run of several adapters has the same lists for each
+under ``adapters``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorry.runs.metrics import iterate
+
+LOSSES = "losses.json"
+
+
+def losses(run_dir: Path) -> dict[str, Any]:
+    """The lists of one run, empty where nothing was logged. Raises DataError naming the line of metrics.jsonl that is damaged."""
+    path = run_dir / "metrics.jsonl"
+    whole, adapters = _empty(), dict[str, dict[str, list[Any]]]()
+    for _, record in iterate(path) if path.exists() else ():
+        _add(whole, record["step"], record)
+        for name, own in record.get("adapters", {}).items():
+            _add(adapters.setdefault(name, _empty()), record["step"], own)
+    return {**whole, "adapters": adapters} if adapters else whole
+
+
+def _empty() -> dict[str, list[Any]]:
+    return {"step": [], "loss": [], "eval_step": [], "eval_loss": []}
+
+
+def _add(lists: dict[str, list[Any]], step: int, values: Mapping[str, Any]) -> None:
+    for at, name in (("step", "loss"), ("eval_step", "eval_loss")):
+        value = values.get(name)
+        if isinstance(value, int | float):
+            lists[at].append(step)
+            lists[name].append(value if math.isfinite(value) else None)

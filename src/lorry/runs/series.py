@@ -1,0 +1,123 @@
+"""A run's metrics as series of numbers, in the order of their steps (the file's format: lines.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from lorry.runs.metrics import Record, iterate
+
+EVALUATION = "eval_"  # names of an evaluation line's values begin with this
+ADAPTERS = "adapters"  # a run of several adapters has a mapping of each one's values under this name
+
+
+# What a file may hold that a report can show; the rest is left out, and a note says how much. Far above real runs.
+MOST_NAMES = 1000
+MOST_ADAPTERS = 256
+LONGEST_NAME = 200  # characters
+
+
+@dataclass
+class Log:
+    """The lines of one metrics file; ``notes`` say what was left out and why."""
+
+    records: list[Record] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def training(self) -> list[Record]:
+        """The lines of optimizer steps."""
+        return [r for r in self.records if not is_evaluation(r)]
+
+    def names(self) -> list[str]:
+        """Names that hold a number in at least one line, in the order of their first appearance, without ``step``."""
+        seen = {name: None for record in self.records for name, value in record.items() if is_number(value)}
+        return [name for name in seen if name != "step"]
+
+    def adapters(self) -> list[str]:
+        """Names of the adapters that have values of their own; none in a run of one adapter."""
+        return list({name: None for record in self.records for name in _adapters(record)})
+
+    def series(self, name: str, adapter: str | None = None) -> tuple[list[int], list[float]]:
+        """(steps, values) of one name, of the run or of one adapter, from the lines that hold it as a number.
+
+        NaN and infinities are included.
+        """
+        found = [(r["step"], (r if adapter is None else _of_adapter(r, adapter)).get(name)) for r in self.records]
+        pairs = [(step, value) for step, value in found if is_number(value)]
+        return [step for step, _ in pairs], [float(value) for _, value in pairs]
+
+
+def _adapters(record: Record) -> dict[str, dict[str, Any]]:
+    value = record.get(ADAPTERS)
+    return {name: one for name, one in value.items() if isinstance(one, dict)} if isinstance(value, dict) else {}
+
+
+def _of_adapter(record: Record, adapter: str) -> dict[str, Any]:
+    several = record.get(ADAPTERS)
+    one = several.get(adapter) if isinstance(several, dict) else None
+    return one if isinstance(one, dict) else {}
+
+
+class _Names:
+    """The first ``most`` names of a kind, and how many different ones came beside them."""
+
+    def __init__(self, most: int, *always: str) -> None:
+        self.most, self.kept, self.left_out = most, set(always), set[int]()
+
+    def keep(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of the names that are shown."""
+        new = values.keys() - self.kept
+        if not new:
+            return values
+        for name in (name for name in values if name in new):
+            if len(name) <= LONGEST_NAME and len(self.kept) < self.most:
+                self.kept.add(name)
+            else:
+                self.left_out.add(hash(name))
+        return {name: value for name, value in values.items() if name in self.kept}
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of a line counts as a number (true and false do not)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_evaluation(record: Record) -> bool:
+    """Whether a line reports an evaluation and not an optimizer step."""
+    return any(name.startswith(EVALUATION) for name in record) and "loss" not in record
+
+
+def read(path: Path) -> Log:
+    """The whole file; an absent file is an empty log.
+
+    Where a training step repeats or goes back, the run was started again: lines from that step on are superseded, and a
+    note says so. Raises DataError as `iterate` does.
+    """
+    log = Log()
+    if not path.exists():
+        return log
+    last = -1
+    names, adapters = _Names(MOST_NAMES, "step", ADAPTERS), _Names(MOST_ADAPTERS)
+    for number, line in iterate(path):
+        record = names.keep(line)
+        if isinstance(several := record.get(ADAPTERS), dict):
+            of_adapters = {name: names.keep(one) for name, one in adapters.keep(several).items() if isinstance(one, dict)}
+            record = {**record, ADAPTERS: of_adapters}
+        if not is_evaluation(record):
+            step = record["step"]
+            if step <= last:
+                log.records = [r for r in log.records if r["step"] < step]
+                log.notes.append(
+                    f"{path.name}:{number}: the run starts again at step {step}; earlier lines from there are not shown"
+                )
+            last = step
+        log.records.append(record)
+    for what, one in (("values", names), ("adapters", adapters)):
+        if one.left_out:
+            log.notes.append(
+                f"{path.name}: {len(one.left_out)} {what} are not shown (a report shows {one.most}, with names of at most "
+                f"{LONGEST_NAME} characters)"
+            )
+    return log

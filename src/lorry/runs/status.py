@@ -1,0 +1,210 @@
+"""Where a run stands, from its files and the table of processes: what `lorry runs` lists and a report of a live run says.
+
+    for state in listed(Path("runs")): print(state.name, state.state, state.step, state.total)
+
+running       its process is at work (process.json, see runs/process.py)
+finished      it got to its end: receipt.json is the last of its files
+interrupted   a signal stopped it, and it saved; or it ended without a word and has a checkpoint but no process.json
+failed        it said why: an error, or a contract that did not hold
+dead          its process is gone without a word (kill -9, power, out of memory)
+unreadable    one of its files is damaged; ``detail`` says where
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lorry.disk import integrity
+from lorry.errors import DataError, Interrupted, ModelError
+from lorry.formatting import number
+from lorry.runs.process import PROCESS, Process, alive
+from lorry.runs.read import Run, load
+from lorry.runs.series import Log, is_number
+from lorry.runs.summary import about, flatten
+from lorry.streams import is_left_alone
+
+MARKS = (PROCESS, "run.yaml", "metrics.jsonl")  # what a run directory is known by
+NOT_RUNS = {"checkpoints", "previous", "tensorboard", "node_modules"}
+DEEPEST = 4  # folders below the one that is listed
+RECENT = 20  # steps over which speed is measured
+SILENT = 900.0  # seconds without a written line after which a run of another machine counts as dead
+_CHECKPOINT = re.compile(r"step-\d{8,}")
+_STOPPED = {Interrupted.exit_code, 130}  # by a signal, or Ctrl-C twice
+
+
+@dataclass(frozen=True)
+class State:
+    """Where one run stands. Times in seconds, ``written`` as seconds since 1970 of the last line or file; None: not known.
+
+    ``best``: (name, value, step) of the best evaluation so far by the run's own metric_for_best_model.
+    """
+
+    path: Path
+    name: str
+    state: str
+    detail: str = ""
+    pid: int | None = None
+    step: int = 0
+    total: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    elapsed: float | None = None
+    eta: float | None = None
+    written: float | None = None
+    model: str = ""
+    data: str = ""
+    adapter: str = ""
+    best: tuple[str, float, int] | None = None
+    checkpoint: str | None = None
+
+    def sentence(self) -> str:
+        """Where it stands in a line: ``still running: step 40 of 200``; empty for a finished run."""
+        at = f"step {number(self.step)}" + (f" of {number(self.total)}" if self.total else "")
+        if self.state == "finished":
+            return ""
+        if self.state == "running":
+            return f"still running: {at if self.total else 'loading and reading'}" + (f" ({self.detail})" if self.detail else "")
+        return f"{self.state} at {at}: {self.detail}"
+
+
+def listed(folder: Path) -> list[State]:
+    """The state of every run at or below a folder, the one written to last first."""
+    found = [_state_or_why(path, _name(path, folder)) for path in find(folder)]
+    return sorted(found, key=lambda state: (-(state.written or 0.0), state.name))
+
+
+def find(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
+    """Run directories at or below a folder; not in checkpoints, `previous`, hidden folders or links."""
+    try:
+        inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return
+    if any(entry.name in MARKS for entry in inside):
+        yield folder
+    for entry in inside if depth else ():
+        if entry.is_dir(follow_symlinks=False) and entry.name not in NOT_RUNS and not entry.name.startswith("."):
+            yield from find(Path(entry.path), depth - 1)
+
+
+def _name(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path != folder else path.resolve().name
+
+
+def _state_or_why(path: Path, name: str) -> State:
+    try:
+        return of(load(path, name))
+    except DataError as error:
+        return State(path, name, "unreadable", str(error), written=_written(path))
+    except OSError as error:  # it moved away while we looked
+        return State(path, name, "unreadable", f"{error.filename}: {error.strerror}")
+
+
+def of(run: Run) -> State:
+    """The state of a run that was read."""
+    process, training, saved = run.process, run.log.training, newest_checkpoint(run.path)
+    if process is not None and is_left_alone() and process.pid == os.getpid():
+        process = None  # this process reports its own run, which is complete; only the others are to wait for its last line
+    step = training[-1]["step"] if training else process.done if process else 0
+    written = _written(run.path)
+    state, detail = _verdict(run, process, step, saved, written)
+    total = process.total_steps if process else step if state == "finished" else None
+    losses, said = run.log.series("loss")[1], about(run)
+    live = state == "running"
+    return State(
+        path=run.path, name=run.name, state=state, detail=detail, pid=process.pid if process and live else None,
+        step=step, total=total, loss=losses[-1] if losses else None, tokens_per_second=_speed(run.log),
+        elapsed=_elapsed(run.log, process, live, written), eta=_eta(process, step, written) if live else None, written=written,
+        model=said.get("model", ""), data=said.get("data", ""), adapter=said.get("adapter", ""),
+        best=_best(run), checkpoint=saved,
+    )  # fmt: skip
+
+
+def newest_checkpoint(run_dir: Path) -> str | None:
+    """The name of the newest checkpoint with all its files, by presence and size; None where there is none."""
+    folder = run_dir / "checkpoints"
+    names = os.listdir(folder) if folder.is_dir() else []
+    for name in sorted((n for n in names if _CHECKPOINT.fullmatch(n)), key=lambda n: int(n[5:]), reverse=True):
+        try:
+            integrity.verify(folder / name, digests=False)
+        except ModelError:
+            continue
+        return name
+    return None
+
+
+def _verdict(run: Run, process: Process | None, step: int, saved: str | None, written: float | None) -> tuple[str, str]:
+    """(state, why or what to do)."""
+    go_on = f"resume_from_checkpoint=auto goes on from {saved}" if saved else "there is no checkpoint to go on from"
+    at_work = False if process is None else alive(process, run.path)
+    if process is not None and at_work is None:
+        at_work = process.ended is None and written is not None and _now() - written < SILENT
+        if at_work:
+            return "running", f"process {process.pid} of {process.host}, as far as its files tell"
+    if at_work:
+        return "running", ""
+    if process is not None and process.ended is not None:
+        if process.ended.exit_code in _STOPPED:
+            return "interrupted", f"{process.ended.reason.split(';')[0]}; {go_on}"
+        return "failed", process.ended.reason
+    if run.receipt is not None:
+        return "finished", ""
+    if broken := [c for c in run.contracts if c.status == "failed"]:
+        return "failed", f"contract {broken[0].id}, {broken[0].name}: {broken[0].detail}"
+    if process is not None:
+        return "dead", f"process {process.pid} is gone without a word; {go_on}"
+    return ("interrupted", go_on) if saved else ("dead", f"no process is known; {go_on}")
+
+
+def _now() -> float:
+    return datetime.now(UTC).timestamp()
+
+
+def _seconds(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
+
+
+def _written(run_dir: Path) -> float | None:
+    """When the run's own files were last written; its report is not one of them."""
+    names = (*MARKS, "receipt.json", "contracts.json")
+    times = [(run_dir / name).stat().st_mtime for name in names if (run_dir / name).exists()]
+    return max(times, default=None)
+
+
+def _speed(log: Log) -> float | None:
+    """Tokens a second over the last steps."""
+    timed = [r for r in log.training[-RECENT:] if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
+    seconds = sum(float(r["seconds"]) for r in timed)
+    return sum(float(r["tokens"]) for r in timed) / seconds if 0 < seconds < math.inf else None
+
+
+def _elapsed(log: Log, process: Process | None, live: bool, written: float | None) -> float | None:
+    """From the start of the process to its end, or till now; of a run whose process.json is gone, the time of its steps."""
+    if process is None:
+        return sum(log.series("seconds")[1]) or None
+    end = _now() if live else _seconds(process.ended.at) if process.ended else written
+    return max(0.0, end - _seconds(process.started)) if end is not None else None
+
+
+def _eta(process: Process | None, step: int, written: float | None) -> float | None:
+    """Seconds left at the pace of this process so far, evaluations and checkpoints included."""
+    if process is None or process.begun is None or not process.total_steps or step <= process.done or written is None:
+        return None
+    pace = max(0.0, written - _seconds(process.begun)) / (step - process.done)
+    return max(0.0, pace * (process.total_steps - step) - (_now() - written))
+
+
+def _best(run: Run) -> tuple[str, float, int] | None:
+    config = flatten(run.config)
+    name = str(config.get("train.metric_for_best_model") or "eval_loss")
+    steps, values = run.log.series(name if name.startswith("eval_") else f"eval_{name}")
+    pairs = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    if not pairs:
+        return None
+    value, step = (max if config.get("train.greater_is_better") is True else min)(pairs, key=lambda pair: pair[0])
+    return name, value, step

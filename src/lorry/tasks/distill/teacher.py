@@ -1,0 +1,148 @@
+"""A teacher: opened as any model is, frozen, asked for what its head reads; the student's own base where that is the teacher.
+
+place = TeacherPlace.of(run.distill, opened, shareable=run.lora is not None, notes=notes)    # nothing is loaded yet
+teacher = open_teacher(place, run.distill, opened, device="cpu", notes=notes)
+teacher.head(temperature=2.0)(hidden)       # its logits / 2
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorry.adapters.bank import Bank
+from lorry.adapters.mix import Call, Mix
+from lorry.adapters.peft.files import load_adapter
+from lorry.config import DistillConfig, ModelConfig
+from lorry.data.batch import Batch
+from lorry.disk.integrity import file_digest
+from lorry.errors import ConfigError
+from lorry.generate.engine import Generated, generate
+from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
+from lorry.models.loading.describe import read_json
+from lorry.models.loading.load import pick_device, pick_dtype
+from lorry.models.loading.open import Opened, adapter_folders, free_name, open_model
+from lorry.models.loading.quantized import open_quantized
+from lorry.models.loading.sources import Place, resolve
+from lorry.models.loading.tokenizer import load_tokenizer
+from lorry.models.scoring.score import Want, cooled, evaluate
+
+# files that say which model, or adapter, a directory holds, and how it reads text
+IDENTIFYING = (".safetensors", "config.json", "tokenizer.json", ".jinja")
+
+
+@dataclass(frozen=True)
+class TeacherPlace:
+    """Where a teacher lies. ``shared``: its base is the model that the student adapts; ``adapter``: the one it uses, if any."""
+
+    place: Place
+    adapter: Path | None
+    shared: bool
+
+    @staticmethod
+    def of(config: DistillConfig, opened: Opened, *, shareable: bool, notes: list[str]) -> TeacherPlace:
+        """From the settings and the student. ``shareable``: the student's base stays as it is. Raises ConfigError, ModelError."""
+        base = Place(Path(opened.source["path"]), str(opened.source["kind"]))
+        place = base if config.teacher is None else resolve(config.teacher, notes=notes)
+        given = [p for p in (place.adapter, config.teacher_adapter) if p is not None]
+        folders = [folder for path in given for folder in adapter_folders(Path(path))]
+        if len(folders) > 1:
+            raise ConfigError(
+                f"the teacher would have {len(folders)} adapters ({', '.join(map(str, folders[:3]))}); name the folder of one"
+            )
+        same = place.directory.resolve() == base.directory.resolve() and config.teacher_quantize is None
+        kind = str(pick_dtype(config.teacher_dtype, pick_device(opened.source["device"]))).removeprefix("torch.")
+        shared = same and shareable and (config.teacher_dtype == "auto" or kind == opened.source["dtype"])
+        return TeacherPlace(place, folders[0] if folders else None, shared)
+
+    def tokenizer(self, notes: list[str]) -> Any:
+        """The teacher's tokenizer, without its weights. Raises ConfigError when it has none."""
+        found = load_tokenizer(self.place.directory, notes=notes)
+        if found is None:
+            raise ConfigError(f"distill.teacher={self.place.directory} has no tokenizer; put tokenizer.json beside the weights")
+        return found
+
+    def vocabulary(self) -> int | None:
+        """Rows of its embedding table, as its config.json says; None where there is no such file or it does not say."""
+        path = self.place.directory / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        nested = config.get("text_config")
+        size = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
+        return size if isinstance(size, int) and not isinstance(size, bool) else None
+
+    def digest(self, config: DistillConfig, dtype: str) -> str:
+        """SHA-256 of the files that make the teacher what it is, and of how they are opened: every byte of them is read."""
+        total = hashlib.sha256(f"{dtype} {config.teacher_quantize}".encode())
+        for folder in [self.place.directory, *([self.adapter] if self.adapter else [])]:
+            for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(IDENTIFYING)):
+                total.update(f"{path.name} {file_digest(path)}".encode())
+        return total.hexdigest()
+
+
+class Frozen:
+    """A `Scorer` that never trains: a model under one mix, unless another is asked for."""
+
+    def __init__(self, model: Decoder | HfModel, mix: Mix) -> None:
+        self.model, self.mix = model, mix
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None) -> list[dict[str, Tensor]]:
+        """Per batch, everything wanted, on the CPU."""
+        call = Call(self.mix if mix is None else mix)
+        found = (evaluate(self.model, batch.to(self.model.device), wants, call) for batch in batches)
+        return [{name: value.cpu() for name, value in got.items()} for got in found]
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generated]:
+        """See `models.generate.generate`."""
+        return generate(self.model, prompts, **options)
+
+    @property
+    def vocabulary(self) -> int:
+        """Columns of its logits."""
+        return self.model.geometry.vocab if isinstance(self.model, Decoder) else self.model.vocabulary
+
+    def head(self, temperature: float, columns: int | None = None) -> Callable[[Tensor], Tensor]:
+        """What turns its final hidden states [t,d] into logits [t,V] / temperature, of the first ``columns`` tokens only."""
+
+        @torch.no_grad()
+        def logits(hidden: Tensor) -> Tensor:
+            ready, left = cooled(self.model, hidden.to(self.model.device), temperature)
+            found = self.model.logits(ready, Call(self.mix))[:, :columns].to(hidden.device)
+            return found if left == 1.0 else found / left
+
+        return logits
+
+
+def open_teacher(place: TeacherPlace, config: DistillConfig, opened: Opened, notes: list[str]) -> Frozen:
+    """The teacher ready to score: another adapter (or none) on the student's own base, or a model of its own.
+
+    Raises ConfigError, ModelError.
+    """
+    if place.shared:
+        if place.adapter is None:
+            return Frozen(opened.model, Mix.none())
+        name = free_name(place.adapter, _bank_names(opened))
+        load_adapter(opened.model, place.adapter, name, trainable=False)
+        notes.append(f"the teacher is the student's base with the adapter of {place.adapter}: no second model")
+        return Frozen(opened.model, Mix.one(name))
+    name, device = str(place.place.directory), str(opened.source["device"])
+    if config.teacher_quantize is not None:
+        if place.adapter is not None:
+            raise ConfigError("distill.teacher_quantize with an adapter: merge the adapter first (lorry merge), then quantize")
+        return Frozen(open_quantized(place.place, config.teacher_quantize, config.teacher_dtype, device, notes), Mix.none())
+    adapter = None if place.adapter is None else str(place.adapter)
+    found = open_model(ModelConfig(name=name, dtype=config.teacher_dtype, device=device, adapter=adapter), notes)
+    return Frozen(found.model, Mix.one(found.adapters[0]) if found.adapters else Mix.none())
+
+
+def _bank_names(opened: Opened) -> list[str]:
+    bank: Bank | None = opened.model.__dict__.get("lorry_bank")
+    return [] if bank is None else bank.names()

@@ -1,0 +1,61 @@
+"""Named sets asked while a run trains: `train.eval_tasks`, at every evaluation, with the weights as they are then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lorry.adapters.attach import bank_of
+from lorry.adapters.mix import Mix
+from lorry.config import Run, jobs_of
+from lorry.data.catalog import expand
+from lorry.data.encoding.encode import Encoder
+from lorry.data.reading.places import Places, refuse_leak
+from lorry.data.stream.mixtures import learnt
+from lorry.evaluate.benchmarks.questions import Exam, read_exam
+from lorry.evaluate.benchmarks.run import take
+from lorry.models.loading.open import Opened
+
+
+def read_exams(run: Run) -> list[Exam]:
+    """The questions of `train.eval_tasks`, read before the model is loaded. Raises ConfigError, also where rows to ask are rows
+    that a job learns, whatever the set is called, and DataError."""
+    if not run.train.eval_tasks:
+        return []
+    places, exams = Places(run.data.local), list[Exam]()
+    spots = [spot for one in jobs_of(run).values() for spot in learnt(one.data)]
+    for name in expand(run.train.eval_tasks):
+        exam = read_exam(
+            name, places, limit=run.train.eval_limit, n_shot=run.train.eval_n_shot, seed=run.train.seed,
+            on_bad_row="error" if run.data.on_bad_row == "error" else "skip",
+        )  # fmt: skip
+        refuse_leak(spots, places, exam.one, exam.split, "leave it out of train.eval_tasks")
+        exams.append(exam)
+    return exams
+
+
+def judged(run: Run, exams: list[Exam], notes: list[str]) -> Run:
+    """Where sets are all that is evaluated and nothing else is said, the best step is that of the first set's main metric."""
+    if not exams or run.data.evaluates or run.train.metric_for_best_model != "eval_loss":
+        return run
+    metric = f"eval_{exams[0].one.name}_{exams[0].one.metrics[0]}"
+    notes.append(f"no rows are held out for a loss, so the best step is that of the highest {metric}")
+    best = {"metric_for_best_model": metric, "greater_is_better": True}
+    return run.model_copy(update={"train": run.train.model_copy(update=best)})
+
+
+class Asking:
+    """Asks every exam of an adapter (or of the base, where that is what trains): {eval_SET_METRIC: value}."""
+
+    def __init__(self, run: Run, opened: Opened, exams: list[Exam]) -> None:
+        self.run, self.opened, self.exams = run, opened, exams
+        context = opened.model.context
+        rows = opened.model.vocabulary
+        self.encoder = Encoder(opened.tokenizer, max_length=context or 1 << 20, system=run.data.system, embeddings=rows)
+
+    def __call__(self, name: str) -> Mapping[str, float]:
+        mix = Mix.one(name) if name in bank_of(self.opened.model, create=True).names() else Mix.none()
+        found = dict[str, float]()
+        for exam in self.exams:
+            taken = take(self.opened.model, self.encoder, exam, mix, batch_rows=self.run.train.per_device_eval_batch_size)
+            found |= {f"eval_{exam.one.name}_{metric}": one.value for metric, one in taken.metrics.items()}
+        return found

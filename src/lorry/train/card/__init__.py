@@ -1,0 +1,1 @@
+"""README.md of a run: the hub's model card, made from the files of the run."""

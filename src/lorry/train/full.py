@@ -1,0 +1,133 @@
+"""Training the base weights themselves (`lora: null`): switching them on, and writing the run as a plain Hugging Face model.
+
+    name = attach_trained(run, opened, notes)      # instead of an adapter
+    digests = write_and_check(run_dir, opened, checks, prepared)
+
+The model is written beside its place, read back and compared (contract 5), and only then moved file by file into the run's
+directory, config.json last: a directory that looks like a model holds a verified one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorry.adapters.base_weights import train_weights
+from lorry.adapters.mix import Call, Mix
+from lorry.config import Run
+from lorry.config.jobs import WHOLE
+from lorry.data.prepare import Prepared
+from lorry.disk import durable
+from lorry.disk.integrity import file_digest
+from lorry.errors import ConfigError, ModelError
+from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
+from lorry.models.loading.load import load_model
+from lorry.models.loading.open import Opened
+from lorry.models.loading.store import save_model
+from lorry.models.scoring.score import Score, evaluate, log_prob
+from lorry.runs import ownership
+from lorry.train.artifacts import STAGED
+from lorry.train.checks import Checks
+from lorry.train.start import trained_whole
+
+LINE = 64  # bytes
+
+
+def attach_trained(run: Run, opened: Opened, notes: list[str]) -> str:
+    """Switch on the base weights that `trainable` names. Returns the name they go by in batches, metrics and checkpoints.
+
+    Raises ConfigError for a model with an adapter, settings that only an adapter has, or a name that matches nothing.
+    """
+    if opened.adapters:
+        raise ConfigError(f"{run.model.name} has an adapter, and lora=null trains the base; merge it first, or leave lora out")
+    if (run.output_dir / "config.json").exists() and not trained_whole(run.output_dir):
+        raise ConfigError(
+            f"{run.output_dir} holds a model that no run of this kind wrote and this one would replace; give another"
+        )
+    refuse_adapters_settings(run)
+    weights = train_weights(opened.model, run.trainable or "all", WHOLE)
+    total = parameters(opened.model)
+    notes.append(f"training {weights.count():,} of the base's {total:,} weights ({weights.count() / total:.1%}), no adapter")
+    return WHOLE
+
+
+def refuse_adapters_settings(run: Run) -> None:
+    """Raise ConfigError for settings that only an adapter has."""
+    if run.memory_budget is not None:
+        raise ConfigError("memory_budget is planned for adapters only; with lora=null leave it out")
+    if run.train.loraplus_lr_ratio != 1:
+        raise ConfigError("train.loraplus_lr_ratio is for an adapter's two matrices; with lora=null leave it out")
+
+
+def parameters(model: Decoder | HfModel) -> int:
+    """How many numbers the base holds, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Mapping[str, Prepared]) -> dict[str, str]:
+    """Write the model, read it back (contract 5), put it in its place. Returns {weights file: its SHA-256}."""
+    staged = run_dir / STAGED
+    if staged.is_dir():  # left by a run that was killed here
+        durable.remove_directory(staged)
+    try:
+        save_model(opened.model, staged, tokenizer=opened.tokenizer)
+        scored = check_reload(checks, opened.model, staged, next(iter(prepared.values())))
+        digests = {file.name: file_digest(file) for file in sorted(staged.glob("*.safetensors"))}
+    except BaseException:
+        if staged.is_dir():
+            durable.remove_directory(staged)
+        raise
+    publish(staged, run_dir)
+    batch = " and the scores of a batch" if scored else ""
+    checks.held(5, f"{parameters(opened.model)} values of the whole model{batch} equal bit for bit after reading back")
+    return digests
+
+
+def publish(staged: Path, run_dir: Path) -> None:
+    """Move a model's files into a run directory, config.json last. A kill in between leaves files that resuming writes again."""
+    names = sorted((p.name for p in staged.iterdir()), key=lambda name: (name == "config.json", name))
+    ownership.displace(run_dir, [name for name in names if ownership.differs(run_dir / name, staged / name)])
+    for name in names:
+        durable.disk.rename(staged / name, run_dir / name)
+    durable.disk.fsync_dir(run_dir)
+    durable.disk.rmdir(staged)
+
+
+def check_reload(checks: Checks, model: Decoder | HfModel, folder: Path, prepared: Prepared) -> bool:
+    """Contract 5 for a whole model: every tensor, and the scores of a batch, must be the same bits. Returns whether there was a
+    batch to score."""
+    foreign = isinstance(model, HfModel) and type(model.inner).__module__.startswith("transformers_modules")
+    try:
+        again = load_model(
+            folder, dtype=model.dtype, device=model.device, native=isinstance(model, Decoder), trust_remote_code=foreign, notes=[]
+        ).model
+    except ModelError as error:
+        raise checks.fail(5, str(error)) from error
+    mine, read = dict(model.named_parameters()), dict(again.named_parameters())
+    odd = sorted(mine.keys() ^ read.keys()) + [n for n in mine if n in read and not torch.equal(mine[n], read[n])]
+    if odd:
+        raise checks.fail(5, f"{folder.parent}: {odd[0]} read back is not the tensor that was trained ({len(odd)} tensors)")
+    batch = next(iter(prepared.evaluation), None) or (prepared.stream.batches(0)[0] if prepared.tokens else None)
+    if batch is None:
+        return False
+    with torch.no_grad():
+        for name, param in read.items():
+            param.data = laid_as(param.data, mine[name])
+        want = {"s": Score(log_prob)}
+        scores = [evaluate(m, batch.to(model.device), want, Call(Mix.none()))["s"] for m in (model, again)]
+    if not torch.equal(*scores):
+        raise checks.fail(5, f"{folder.parent}: the model read back gives other logits")
+    return True
+
+
+def laid_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy that begins as far behind a multiple of 64 bytes as ``like`` does: matrix products choose their kernel by that, and
+    with it their rounding."""
+    skip = like.data_ptr() % LINE // like.element_size()
+    room = torch.empty(tensor.numel() + skip + LINE, dtype=tensor.dtype, device=tensor.device)
+    first = -(room.data_ptr() % LINE) % LINE // tensor.element_size() + skip
+    return room[first : first + tensor.numel()].view(tensor.shape).copy_(tensor)

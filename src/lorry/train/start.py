@@ -1,0 +1,137 @@
+"""Where a run begins: from which checkpoint, and in a directory that is its own, cleared of an earlier run.
+
+Nothing of an earlier run and nothing of anybody else's is removed or written over (runs/ownership.py): a
+directory with files that no run of Lorry wrote is refused; those of an earlier run move to previous/N.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from lorry.config.schema import Run
+from lorry.disk import documents
+from lorry.errors import ConfigError, DataError
+from lorry.runs import ownership
+from lorry.runs.ownership import CHECKPOINTS, CONTRACTS, RECEIPT, RUN_FILE
+from lorry.train import artifacts, checkpoint
+from lorry.train.engine import METRICS
+
+OTHERWISE = "use another output_dir, or move them away"
+LIVES = (RUN_FILE, METRICS, CONTRACTS, CHECKPOINTS)  # what each life of a run writes anew from its beginning, or goes on with
+
+
+def claim(run: Run) -> None:
+    """Whether a run may write in its directory: it is empty of the names that a run writes, or a run of ours is in it.
+
+    Raises ConfigError naming what is somebody else's, before anything is touched; DiskError.
+    """
+    folder = run.output_dir
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ConfigError(f"output_dir={folder} is no directory; give another one")
+    if not ownership.is_run(folder):
+        names = _present(folder, _patterns([job.name for job in run.jobs]))
+        ownership.refuse_foreign(dict.fromkeys((folder / name for name in names), _nobodys), OTHERWISE)
+
+
+def _nobodys(path: Path) -> bool:
+    """Without a mark in the directory no file there is a run's."""
+    return False
+
+
+def where_to_start(run: Run) -> Path | None:
+    """The checkpoint to resume from, or None to start afresh. Raises ConfigError rather than mix with, or lose, another run;
+    ModelError where there are checkpoints and none is whole; DiskError."""
+    folder, start = run.output_dir, _wanted_checkpoint(run)
+    unfinished = (folder / CHECKPOINTS).is_dir() and not (folder / RECEIPT).is_file()
+    if unfinished and not inside(start, folder) and not broken_contracts(folder) and checkpoint.find_latest(folder):
+        raise ConfigError(
+            f"{folder} holds an unfinished run; add resume_from_checkpoint=auto to go on with it, or use another output_dir"
+        )
+    return start
+
+
+def _wanted_checkpoint(run: Run) -> Path | None:
+    wanted = run.train.resume_from_checkpoint
+    if wanted is None or wanted == "auto":
+        return None if wanted is None else checkpoint.find_latest(run.output_dir)
+    path = Path(wanted)
+    within = checkpoint.find_latest(path) if (path / CHECKPOINTS).is_dir() else path
+    if within is None or not within.is_dir():
+        raise ConfigError(f"train.resume_from_checkpoint={wanted} is no checkpoint and no run with one")
+    return within
+
+
+def inside(start: Path | None, folder: Path) -> bool:
+    """Whether a checkpoint is one of the run directory's own."""
+    return start is not None and start.resolve().parent == (folder / CHECKPOINTS).resolve()
+
+
+def broken_contracts(folder: Path) -> list[int]:
+    """The contracts that the run in a directory broke, by its own report. Its checkpoints lead to the same end: the corrected
+    command is another run, and takes its place."""
+    path = folder / CONTRACTS
+    if not ownership.is_contracts(path):
+        return []
+    try:
+        return [c["id"] for c in documents.read_json(path) if c["status"] == "failed"]
+    except DataError:
+        return []
+
+
+def make_room(folder: Path, *, going_on: bool) -> Path | None:
+    """Clear the way for a new run: what an earlier one wrote moves to FOLDER/previous/N, which is returned. ``going_on``: a run
+    that was stopped before its first checkpoint starts again, in the files of its earlier lives.
+
+    What marks the directory as a run's moves last: after a kill in between the next run moves the rest. Raises DiskError.
+    """
+    patterns = [*artifacts.RESULTS, METRICS, CHECKPOINTS, RUN_FILE]
+    if trained_whole(folder):
+        patterns += [*artifacts.MODEL_FILES, artifacts.SHARDS]
+    if trained_whole(folder) or not (folder / "config.json").exists():  # else the tokenizer is of a model that is not the run's
+        patterns += artifacts.TOKENIZER_FILES
+    names = [*_adapter_folders(folder), *_present(folder, patterns)]
+    if going_on:
+        names = [name for name in names if name not in LIVES or not _is_of_a_life(folder / name)]
+    marks = [CHECKPOINTS, RUN_FILE, RECEIPT]
+    names.sort(key=lambda name: marks.index(name) if name in marks else -1)
+    return ownership.set_aside(folder, names) if names else None
+
+
+def trained_whole(folder: Path) -> bool:
+    """Whether a directory is that of a run that trained the base's own weights, by its own description: a model in any other
+    directory is somebody's, and not ours to move."""
+    described = ownership.described(folder)
+    return "lora" in described and described["lora"] is None
+
+
+def _is_of_a_life(path: Path) -> bool:
+    """Whether a file of `LIVES` is what a run of ours writes there."""
+    if path.name == RUN_FILE:
+        return bool(ownership.description(path))
+    return ownership.is_contracts(path) if path.name == CONTRACTS else True
+
+
+def _patterns(jobs: list[str]) -> list[str]:
+    """Every name that a run writes in its directory, as patterns."""
+    folders = [f"{job}/{file}" for job in jobs for file in artifacts.ADAPTER_FILES] if len(jobs) > 1 else []
+    return [
+        *artifacts.RESULTS, *artifacts.TOKENIZER_FILES, *artifacts.MODEL_FILES, artifacts.SHARDS, artifacts.STAGED,
+        METRICS, RUN_FILE, CHECKPOINTS, "quarantine*.jsonl", *folders,
+    ]  # fmt: skip
+
+
+def _present(folder: Path, patterns: list[str]) -> list[str]:
+    """The names in a directory that match one of the patterns; ``a/b`` is looked for as it is."""
+    here = os.listdir(folder) if folder.is_dir() else []
+    nested = [pattern for pattern in patterns if "/" in pattern and os.path.lexists(folder / pattern)]
+    return sorted(name for name in here if any(fnmatchcase(name, pattern) for pattern in patterns)) + nested
+
+
+def _adapter_folders(folder: Path) -> list[str]:
+    """The folders that a run of several jobs made for their adapters, by its own description."""
+    jobs = ownership.described(folder).get("jobs")
+    names = [str(job.get("name")) for job in jobs if isinstance(job, Mapping)] if isinstance(jobs, list) else []
+    return [n for n in names if n == os.path.basename(n) and n.strip(".") and (folder / n / "adapter_config.json").is_file()]

@@ -1,0 +1,44 @@
+"""Open a model for a verb: what a person should know about it goes to standard error, and a missing tokenizer is an error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lorry.config.schema import ModelConfig
+from lorry.errors import ConfigError, ModelError
+from lorry.visible import visible
+
+if TYPE_CHECKING:
+    from lorry.models.loading.open import Opened
+
+
+def tell(text: str) -> None:
+    """A line beside the results."""
+    print(visible(text), file=sys.stderr, flush=True)
+
+
+def opened(config: ModelConfig, *, adapters: Sequence[str] = ()) -> Opened:
+    """The model with its adapters and its tokenizer. Raises ModelError when there is none."""
+    from lorry.models.loading.open import open_model
+
+    notes: list[str] = []
+    found = open_model(config, notes, adapters=adapters)
+    for note in notes:
+        tell(f"note: {note}")
+    if found.tokenizer is None:
+        raise ModelError(f"{config.name} has no tokenizer; put its tokenizer.json beside the weights")
+    return found
+
+
+def chosen_adapter(found: Opened, asked: str | None, name: str) -> str:
+    """The adapter that is meant: the one asked for, or the only one. Raises ConfigError otherwise."""
+    known = ", ".join(found.adapters)
+    if not found.adapters:
+        raise ConfigError(f"{name} is a plain model and has no adapter; name a run or an adapter directory")
+    if asked is not None and asked not in found.adapters:
+        raise ConfigError(f"adapter={asked}: {name} has no such adapter; it has {known}")
+    if asked is None and len(found.adapters) > 1:
+        raise ConfigError(f"{name} has several adapters; choose with adapter=NAME: {known}")
+    return asked or found.adapters[0]

@@ -1,0 +1,125 @@
+"""What outlives what: names that are used again, copies of a model, adapters beside one that has diverged, bases that train."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorry.adapters.attach import attach, bank_of, detach
+from lorry.adapters.layers import BankLinear
+from lorry.adapters.mix import Call, Mix
+from lorry.adapters.spec import LoraSpec
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def linear(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 48)).to(dtype).requires_grad_(False)
+
+
+def fill(model: nn.Module, name: str, value: float) -> None:
+    adapter = bank_of(model)[name]
+    with torch.no_grad():
+        adapter.values.fill_(value)
+    adapter.touch()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_name_used_again_is_another_adapter(dtype: torch.dtype) -> None:
+    """Freed memory and freed identities come back; the compute copies of the one before must not."""
+    model, x = linear(dtype), torch.randn(4, 32).to(dtype)
+    base = model(x)
+    for i in range(40):
+        attach(model, LoraSpec(r=4, target_modules="all-linear"), "again")
+        value = 0.01 * (i + 1)
+        fill(model, "again", value)
+        expected = base.float() + 2.0 * 4 * value * value * x.float().sum(1, keepdim=True)
+        assert torch.allclose(
+            model(x).float(), expected, atol=1e-5 if dtype == torch.float32 else 0.05 + 0.02 * expected.abs().max()
+        )
+        detach(model, "again")
+    assert torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_diverged_neighbour_spoils_only_itself(dtype: torch.dtype, value: float) -> None:
+    model = linear(dtype)
+    for name in ("good", "bad"):
+        attach(model, LoraSpec(r=4, target_modules="all-linear", init_lora_weights=False), name, seed=len(name))
+    layer = model[0]  # type: ignore[index]
+    assert isinstance(layer, BankLinear)
+    x = torch.randn(100, 32).to(dtype)
+    call = Call(Mix.per_sequence(["good", "bad"], [0, 30, 100]))
+
+    def pass_through() -> tuple[Tensor, Tensor, Tensor]:
+        inner = x.clone().requires_grad_()
+        bank_of(model)["good"].grads.zero_()
+        y = layer(inner, call)
+        (layer(y[:, :32], call)[:30].float().square().sum() + y[30:].float().sum()).backward()
+        assert inner.grad is not None
+        return y.detach()[:30].clone(), inner.grad[:30].clone(), bank_of(model)["good"].grads.clone()
+
+    before = pass_through()
+    fill(model, "bad", value)
+    for one, other in zip(pass_through(), before, strict=True):
+        assert torch.isfinite(one).all()
+        assert torch.equal(one, other)
+
+
+def test_a_copied_model_trains_its_own_adapter() -> None:
+    model = linear()
+    attach(model, LoraSpec(r=4, target_modules="all-linear", init_lora_weights=False), "a")
+    twin = deepcopy(model)
+    x = torch.randn(3, 32)
+    assert torch.equal(twin(x), model(x))
+    adapter, before = bank_of(twin)["a"], model(x)
+    twin(x).sum().backward()
+    assert adapter.grads.norm() > 0
+    assert not bank_of(model)["a"].grads.any()
+    with torch.no_grad():
+        adapter.values.add_(adapter.grads)
+    adapter.touch()
+    assert not torch.equal(twin(x), before)
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias", "both"])
+def test_the_base_under_an_adapter_gets_its_gradient(trained: str) -> None:
+    model = linear()
+    attach(model, LoraSpec(r=4, target_modules="all-linear", init_lora_weights=False), "a")
+    layer = model[0]  # type: ignore[index]
+    layer.weight.requires_grad_(trained != "bias")
+    layer.bias.requires_grad_(trained != "weight")
+    x, grad = torch.randn(5, 32), torch.randn(5, 48)
+    model(x).backward(grad)
+    truth = {"weight": grad.t() @ x, "bias": grad.sum(0)}
+    for name, expected in truth.items():
+        found = getattr(layer, name).grad
+        assert (found is not None) is (trained in (name, "both"))
+        assert found is None or torch.allclose(found, expected, atol=1e-5)
+    assert bank_of(model)["a"].grads.norm() > 0
+
+
+def test_second_derivatives_are_refused(tiny: Any, ids: Tensor) -> None:
+    model = tiny("llama")
+    adapter = attach(model, LoraSpec(r=2, init_lora_weights=False))
+    slot = next(iter(adapter.slots.values()))
+    (first,) = torch.autograd.grad(model(ids).logits.square().sum(), slot.A, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_only_the_biases_train(tiny: Any, ids: Tensor) -> None:
+    model = tiny("gpt2")
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith(".bias"))
+    model(ids).logits.square().sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        n for n, p in model.named_parameters() if n.endswith(".bias")
+    }

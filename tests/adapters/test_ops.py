@@ -1,0 +1,262 @@
+"""The low-rank product against the plain equation in float64, forward and backward, for every kind of mix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorry.adapters.attach import attach, bank_of
+from lorry.adapters.dropout import Noise
+from lorry.adapters.layers import AMBIENT
+from lorry.adapters.mix import Call, Mix, Term
+from lorry.adapters.spec import LoraSpec
+
+I, O, T, V = 7, 5, 12, 11  # noqa: E741
+STARTS = (0, 3, 7, 8, 12)
+RANKS = {"a": 2, "b": 3, "c": 1}
+MIXES = {
+    "none": lambda g: Mix.none(),
+    "one": lambda g: Mix.one("a"),
+    "constants": lambda g: Mix.constants({"a": 0.3, "b": -1.0, "c": 2.5}),
+    "per sequence": lambda g: Mix.per_sequence(["b", None, "a", "c"], STARTS),
+    "neighbours": lambda g: Mix.per_sequence(["a", "a", "b", None], STARTS),
+    "routed": lambda g: Mix.routed(["a", "b", "c"], g),
+    "routed rows": lambda g: Mix((Term("c", slice(2, 9), g[2:9, 0]), Term("a", None, -0.5))),
+    "twice the same": lambda g: Mix((Term("a"), Term("a", slice(0, 4), 2.0))),
+}
+
+
+class Layer(nn.Module):
+    """One layer under a name."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@dataclass
+class Result:
+    """What is compared: the output and every gradient."""
+
+    y: Tensor
+    grads: dict[str, Tensor]
+
+
+@contextmanager
+def ambient(call: Call) -> Iterator[None]:
+    token = AMBIENT.set(call)
+    try:
+        yield
+    finally:
+        AMBIENT.reset(token)
+
+
+def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def build(kind: str, dtype: torch.dtype, dropout: float = 0.0) -> Layer:
+    """A linear with bias, a Conv1D or an embedding, with adapters a, b, c of ranks 2, 3, 1 and random masters."""
+    torch.manual_seed(0)
+    inner: nn.Module = {"linear": lambda: nn.Linear(I, O), "conv": lambda: Conv1D(O, I), "embedding": lambda: nn.Embedding(V, O)}[
+        kind
+    ]()
+    model = Layer(inner).to(dtype)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(draw(*p.shape, seed=20 + i))
+    for k, (name, rank) in enumerate(RANKS.items()):
+        attach(model, LoraSpec(r=rank, lora_alpha=3, lora_dropout=dropout), name, modules=["inner"])
+        for j, p in enumerate(bank_of(model)[name].slots["inner"].__dict__[side] for side in "AB"):
+            with torch.no_grad():
+                p.copy_(draw(*p.shape, seed=30 + 2 * k + j, scale=0.5))
+    return model
+
+
+def ours(model: Layer, x: Tensor, mix: Mix, gates: Tensor, dy: Tensor, noise: Noise | None = None) -> Result:
+    with ambient(Call(mix, noise)):
+        y = model(x)
+    for adapter in bank_of(model).adapters.values():
+        adapter.grads.zero_()
+    if y.requires_grad:
+        y.backward(dy.to(y.dtype))
+    grads = {} if x.grad is None else {"x": x.grad}
+    if gates.grad is not None:
+        grads["gates"] = gates.grad
+    for name, adapter in bank_of(model).adapters.items():
+        grads |= {f"{name}.{k}": v for k, v in adapter.split_like(adapter.grads).items()}
+    return Result(y.detach(), grads)
+
+
+def plain(model: Layer, x: Tensor, mix: Mix, gates: Tensor, dy: Tensor, masks: dict[str, Tensor] | None = None) -> Result:
+    """The equation, line by line, in float64 with torch's own autograd: y = W x + b + sum g s B (A (x * mask / (1-p)))."""
+    layer = bank_of(model).modules["inner"]
+    weight = layer.weight.detach().double()
+    leaves = {
+        n: {s: getattr(a.slots["inner"], s).detach().double().requires_grad_() for s in "AB"}
+        for n, a in bank_of(model).adapters.items()
+    }
+    source = x.detach().double().requires_grad_() if x.is_floating_point() else x
+    embedded = not x.is_floating_point()
+    if embedded:
+        y = weight[x]
+    else:
+        matrix = weight.T if isinstance(layer.replaced[0], Conv1D) else weight
+        y = source @ matrix.T + layer.bias.detach().double()
+    rows = []
+    for term in mix.terms:
+        slot, part = bank_of(model)[term.adapter].slots["inner"], term.rows or slice(None)
+        a, b = leaves[term.adapter]["A"], leaves[term.adapter]["B"]
+        if embedded:
+            low = nn.functional.one_hot(source[part], V).double() @ a.T @ b.T
+        else:
+            kept = source if masks is None else source * masks[term.adapter] / (1 - slot.dropout)
+            low = kept[part] @ a.T @ b.T
+        gate = term.gate[:, None] if isinstance(term.gate, Tensor) else term.gate
+        full = torch.zeros_like(y)
+        full[part] = slot.scale * gate * low
+        rows.append(full)
+    y = y + sum(rows) if rows else y
+    if y.requires_grad:
+        y.backward(dy)
+    grads = {} if embedded or source.grad is None else {"x": source.grad}
+    if gates.grad is not None:
+        grads["gates"] = gates.grad
+    for name, sides in leaves.items():
+        grads |= {f"{name}.inner.lora_{s}": t.grad if t.grad is not None else torch.zeros_like(t) for s, t in sides.items()}
+    return Result(y.detach(), grads)
+
+
+def agree(got: Result, want: Result, bound: float) -> None:
+    """Relative error of the whole tensor (Frobenius), for the output and each gradient; the same gradients exist."""
+    assert set(got.grads) == set(want.grads)
+    for name, value in {"y": got.y, **got.grads}.items():
+        truth = want.y if name == "y" else want.grads[name]
+        error = float((value.double() - truth.double()).norm())
+        assert error <= bound * max(float(truth.double().norm()), 1e-3), f"{name}: {error} of {float(truth.double().norm())}"
+
+
+def compare(
+    kind: str, make: Any, dtype: torch.dtype, bound: float, dropout: float = 0.0, keys: Sequence[int] = (5, 6, 7, 8)
+) -> None:
+    model = build(kind, dtype, dropout)
+    if kind == "embedding":
+        x = torch.randint(V, (T,), generator=torch.Generator().manual_seed(1))
+    else:
+        x = draw(T, I, seed=1).to(dtype).requires_grad_()
+    gates = [draw(T, 3, seed=2).to(dtype).requires_grad_() for _ in range(2)]
+    wide = gates[1].detach().double().requires_grad_()
+    dy = draw(T, O, seed=3).to(dtype).double()
+    noise = Noise(1, 2, tuple(keys), STARTS) if dropout else None
+    site = bank_of(model).modules["inner"].path
+    masks = (
+        {n: Noise(1, 2, tuple(keys), STARTS).at(site, dropout).mask(I, torch.device("cpu")) for n in RANKS} if dropout else None
+    )
+    agree(ours(model, x, make(gates[0]), gates[0], dy, noise), plain(model, x, make(wide), wide, dy, masks), bound)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp64", "fp32", "bf16"]
+)
+def test_every_mix(kind: str, mix: str, dtype: torch.dtype, bound: float) -> None:
+    compare(kind, MIXES[mix], dtype, bound)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_every_mix_with_dropout(kind: str, mix: str) -> None:
+    compare(kind, MIXES[mix], torch.float32, 1e-5, dropout=0.4)
+
+
+@st.composite
+def mixes(draw_: st.DrawFn) -> list[tuple[str, int, int, float | int]]:
+    """Terms as (adapter, start, stop, gate): a float, or the column of the gates."""
+    rows = st.tuples(st.integers(0, T), st.integers(0, T)).map(sorted)
+    gate = st.floats(-2, 2, allow_nan=False) | st.integers(0, 2)
+    return draw_(st.lists(st.tuples(st.sampled_from("abc"), rows, gate).map(lambda t: (t[0], *t[1], t[2])), max_size=5))
+
+
+@given(terms=mixes(), kind=st.sampled_from(["linear", "conv", "embedding"]), dropout=st.sampled_from([0.0, 0.3]))
+@settings(max_examples=60, deadline=None)
+def test_any_terms(terms: list[tuple[str, int, int, float | int]], kind: str, dropout: float) -> None:
+    def make(g: Tensor) -> Mix:
+        return Mix(tuple(Term(a, slice(i, j), g[i:j, c] if isinstance(c, int) else c) for a, i, j, c in terms))
+
+    compare(kind, make, torch.float64, 1e-6, dropout if kind != "embedding" else 0.0)
+
+
+def test_batches_of_any_shape() -> None:
+    model = build("linear", torch.float64)
+    x = draw(2, 3, 2, I, seed=4)
+    bank_of(model).activate(Mix.constants({"a": 1, "b": -2}))
+    torch.testing.assert_close(model(x), model(x.reshape(-1, I)).reshape(2, 3, 2, O))
+    assert model(x[:, 0, 0]).shape == (2, O)
+
+
+def test_the_mix_of_the_forward_pass_holds_in_backward() -> None:
+    model = build("linear", torch.float32)
+    x = draw(T, I, seed=1).float()
+    with ambient(Call(Mix.one("a"))):
+        y = model(x)
+    bank_of(model).activate(Mix.one("b"))
+    y.sum().backward()
+    assert bank_of(model)["a"].grads.abs().sum() > 0
+    assert bank_of(model)["b"].grads.abs().sum() == 0
+
+
+def test_the_frozen_base_gets_no_gradient_and_no_adapter_changes_it() -> None:
+    model = build("linear", torch.float32)
+    layer = bank_of(model).modules["inner"]
+    x = draw(T, I, seed=1).float()
+    with ambient(Call(Mix.none())):
+        assert torch.equal(model(x), nn.functional.linear(x, layer.weight, layer.bias))
+    with ambient(Call(Mix.one("a"))):
+        model(x).sum().backward()
+    assert layer.weight.grad is None
+    assert not layer.weight.requires_grad
+
+
+def test_no_copy_of_the_input_per_adapter() -> None:
+    """What autograd keeps for backward: x once, the weight, and rank-sized pieces."""
+    model = build("linear", torch.float32)
+    x = draw(T, I, seed=1).float()
+    kept: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with ambient(Call(Mix.constants(dict.fromkeys(RANKS, 1.0)))), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    assert sum(t.data_ptr() == x.data_ptr() for t in kept) == 1
+    sizes = sorted(t.shape[0] for t in kept if t.dim() == 2 and t.shape[0] == T)
+    assert sizes == [T] * (1 + len(RANKS)), "x, and A x per adapter"
+
+
+def test_one_batch_serves_several_adapters_end_to_end(tiny: Any, ids: Tensor, logits: Any, shake: Any) -> None:
+    """Two rows of one batch, one with adapter b and one with the base, on a whole foreign model."""
+    model = tiny("llama")
+    plain_logits = logits(model, ids)
+    for name, rank in (("a", 2), ("b", 4)):
+        attach(model, LoraSpec(r=rank, target_modules="all-linear"), name)
+        shake([p for s in bank_of(model)[name].slots.values() for p in (s.A, s.B)])
+    bank_of(model).activate(Mix.one("b"))
+    alone = logits(model, ids)
+    with ambient(Call(Mix.per_sequence(["b", None], [0, 9, 18]))):
+        both = logits(model, ids)
+    torch.testing.assert_close(both[0], alone[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(both[1], plain_logits[1], rtol=0, atol=1e-5)
