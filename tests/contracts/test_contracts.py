@@ -16,7 +16,7 @@ from tinyrun import Heard, engine_for, quick  # noqa: F401 - a fixture
 
 from lorry.adapters.attach import bank_of
 from lorry.backends.local import Local
-from lorry.backends.optim import AdapterOptimizer, OptimSettings
+from lorry.backends.optim import ParameterSetOptimizer, OptimSettings
 from lorry.data.batch import Batch, Example
 from lorry.errors import ContractError, LorryError
 from lorry.models.decoder import attention, model
@@ -108,15 +108,15 @@ def test_2_a_matrix_that_is_not_the_optimizers(broken: Broken, monkeypatch: pyte
 def test_2_an_optimizer_that_misses_some(
     broken: Broken, monkeypatch: pytest.MonkeyPatch, missing: str, named: tuple[str, str]
 ) -> None:
-    def forget(result: None, self: AdapterOptimizer, *args: Any) -> None:
+    def forget(result: None, self: ParameterSetOptimizer, *args: Any) -> None:
         groups = self.adamw.param_groups
         if missing == "half":
             groups.pop()
         else:
-            last = list(self.adapter.slots.values())[-1].B.numel()
-            groups[1]["params"] = [torch.nn.Parameter(self.halves[1].data[:-last])]
+            last = list(self.params.slots.values())[-1].B.numel()
+            groups[1]["params"] = [torch.nn.Parameter(self.views[1].data[:-last])]
 
-    after(monkeypatch, AdapterOptimizer, "__init__", forget)
+    after(monkeypatch, ParameterSetOptimizer, "__init__", forget)
     broken(2, rf"{named[0]} is trainable but no optimizer holds it {named[1]}")
 
 

@@ -16,7 +16,7 @@ from tinyrun import quick  # noqa: F401 - a fixture
 
 from lorry.adapters.base_weights import weights_of
 from lorry.backends.local import Local
-from lorry.backends.optim import AdapterOptimizer
+from lorry.backends.optim import ParameterSetOptimizer
 from lorry.config import Run, build
 from lorry.errors import ConfigError, LorryError, NonFiniteError
 from lorry.models.loading.open import Opened
@@ -131,14 +131,14 @@ def test_3_a_weight_that_does_not_move(broken: Broken, monkeypatch: pytest.Monke
     tampered(monkeypatch, held.append)
     began: list[torch.Tensor] = []
 
-    def hold(result: None, self: AdapterOptimizer, *args: Any) -> None:
+    def hold(result: None, self: ParameterSetOptimizer, *args: Any) -> None:
         weights = weights_of(held[0].model)
         assert weights is not None
         view = weights.split_like(weights.values)[DOWN]
         view.copy_(began[0])
 
     tampered(monkeypatch, lambda opened: began.append(opened.model.get_parameter(DOWN).detach().clone()))
-    after(monkeypatch, AdapterOptimizer, "step", hold)
+    after(monkeypatch, ParameterSetOptimizer, "step", hold)
     broken(3, r"weights/base/model\.layers\.0\.mlp\.down_proj\.weight did not move in 3 steps \(1 tensors\)")
 
 

@@ -55,6 +55,56 @@ class Adapter:
         twin.bind_grads()
         return twin
 
+    @property
+    def kind(self) -> str:
+        """Of its tensors in a checkpoint."""
+        return "adapter"
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"adapter {self.name!r}"
+
+    @property
+    def in_mix(self) -> bool:
+        """Its sequences have a term of the mix."""
+        return True
+
+    @property
+    def drops(self) -> bool:
+        """Whether it draws dropout masks."""
+        return bool(self.spec.lora_dropout)
+
+    def ranges(self) -> list[tuple[slice, bool, bool]]:
+        """Every A, then every B, which may have a rate of its own (LoRA+); both decay."""
+        halves = [(slice(0, self.split), False, True), (slice(self.split, self.values.numel()), True, True)]
+        return [half for half in halves if half[0].start < half[0].stop]
+
+    def targets(self) -> list[str]:
+        """The modules it sits on."""
+        return list(self.slots)
+
+    def masters(self) -> dict[str, Tensor]:
+        """{`MODULE.lora_A`: its parameter, ...}, module by module."""
+        return {f"{module}.lora_{side}": getattr(slot, side) for module, slot in self.slots.items() for side in "AB"}
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """None: the base is frozen."""
+        return {}
+
+    def wanting_gradients(self) -> set[str]:
+        """The masters that train."""
+        return {name for name, param in self.masters().items() if param.requires_grad}
+
+    def norm(self) -> float:
+        """Euclidean norm of the whole gradient (inf or nan if any entry is)."""
+        return float(torch.linalg.vector_norm(self.grads))
+
+    def zero_grad_names(self) -> list[str]:
+        """The modules whose A and B both have an exactly zero gradient."""
+        grads = self.split_like(self.grads)
+        return [m for m in self.slots if not grads[f"{m}.lora_A"].any() and not grads[f"{m}.lora_B"].any()]
+
     def bind_grads(self) -> None:
         """Point every master's .grad into the flat gradient buffer, so that autograd accumulates there."""
         for param, view in self._views(self.grads):

@@ -38,7 +38,7 @@ PARTS = {
 
 
 @dataclass
-class Weights:
+class BaseWeights:
     """The base weights that a run trains. values, grads: [P] fp32; ``split``: where norms and biases start; ``params``: {name in
     the model: its parameter}, in the buffer's order; ``began``: the base's digest before training."""
 
@@ -63,6 +63,47 @@ class Weights:
         """((name, parameter), its view of a [P] tensor)."""
         return list(zip(self.params.items(), self.split_like(flat).values(), strict=True))
 
+    @property
+    def kind(self) -> str:
+        """Of its tensors in a checkpoint."""
+        return "weights"
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return "a base weight"
+
+    @property
+    def in_mix(self) -> bool:
+        """Its sequences have g = 0."""
+        return False
+
+    @property
+    def drops(self) -> bool:
+        """The base's own dropout is off."""
+        return False
+
+    def ranges(self) -> list[tuple[slice, bool, bool]]:
+        """The matrices, then norms and biases, which do not decay (as HF's Trainer has it)."""
+        halves = [(slice(0, self.split), False, True), (slice(self.split, self.values.numel()), False, False)]
+        return [half for half in halves if half[0].start < half[0].stop]
+
+    def targets(self) -> list[str]:
+        """The tensors that train."""
+        return list(self.params)
+
+    def masters(self) -> dict[str, Tensor]:
+        """Each parameter itself where it is a view of ``values``, else that view."""
+        return {n: p.data if p.dtype == torch.float32 else view for (n, p), view in self.pairs(self.values)}
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """All of its parameters are the model's own."""
+        return self.params
+
+    def wanting_gradients(self) -> set[str]:
+        """None besides those that the model itself lists."""
+        return set()
+
     def bind_grads(self) -> None:
         """Let autograd accumulate into ``grads``: at once where the base is fp32, else by way of the hooks."""
         for (_, param), view in self.pairs(self.grads):
@@ -75,7 +116,7 @@ class Weights:
             if param.dtype != torch.float32:
                 param.copy_(view)
 
-    def silent(self) -> list[str]:
+    def zero_grad_names(self) -> list[str]:
         """The tensors whose gradient is exactly zero."""
         return [name for name, view in self.split_like(self.grads).items() if not _any(view.reshape(-1))]
 
@@ -91,13 +132,13 @@ def _any(flat: Tensor) -> bool:
     return bool(flat[:4096].any()) or bool(flat.any())
 
 
-def weights_of(model: nn.Module) -> Weights | None:
+def weights_of(model: nn.Module) -> BaseWeights | None:
     """The base weights of a model that train, if any do."""
-    found: Weights | None = model.__dict__.get(KEY)
+    found: BaseWeights | None = model.__dict__.get(KEY)
     return found
 
 
-def train_weights(model: nn.Module, trainable: str | Sequence[str] = "all", name: str = "base") -> Weights:
+def train_weights(model: nn.Module, trainable: str | Sequence[str] = "all", name: str = "base") -> BaseWeights:
     """Switch the gradients of some base weights on, and of all others off; afterwards `weights_of` finds them.
 
     ``trainable``: see `chosen`. Raises ConfigError where that matches nothing, the model has adapters or such weights already, or
@@ -120,7 +161,7 @@ def train_weights(model: nn.Module, trainable: str | Sequence[str] = "all", name
         end += -(-p.numel() // ALIGN) * ALIGN
     split = next((at for at, p in zip(starts, params.values(), strict=True) if p.dim() < 2), end)
     values = torch.zeros(end, dtype=torch.float32, device=next(iter(params.values())).device)
-    made = Weights(name, params, values, torch.zeros_like(values), split, starts, base_digest(model))
+    made = BaseWeights(name, params, values, torch.zeros_like(values), split, starts, base_digest(model))
     grads = made.split_like(made.grads)
     for (path, param), view in made.pairs(values):
         with torch.no_grad():

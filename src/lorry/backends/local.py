@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.attach import bank_of
-from lorry.adapters.bank import Adapter, Bank
-from lorry.adapters.base_weights import Weights, weights_of
+from lorry.adapters.bank import Bank
 from lorry.adapters.dropout import Noise
 from lorry.adapters.mix import Call, Mix
-from lorry.backends.optim import AdapterOptimizer, OptimSettings, Owner
+from lorry.adapters.trainable import ParameterSet, parameter_set
+from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
 from lorry.backends.protocol import Inspection, Norms, Stats, Task, term_totals
 from lorry.data.batch import BASE, Batch
 from lorry.errors import ModelError, NonFiniteError
@@ -40,19 +40,15 @@ class Local:
         self.model, self.seed = model, seed
         self.bank: Bank = bank_of(model)
         self.trained = list(trained)
-        self.owners: dict[str, Owner] = {name: self._owner(name) for name in self.trained}
+        self.owners: dict[str, ParameterSet] = {name: parameter_set(model, name) for name in self.trained}
         each = optim if isinstance(optim, Mapping) else dict.fromkeys(self.trained, optim)
-        self.optimizers = {name: AdapterOptimizer(owner, each[name]) for name, owner in self.owners.items()}
+        self.optimizers = {name: ParameterSetOptimizer(owner, each[name]) for name, owner in self.owners.items()}
         self.present: frozenset[str] = frozenset()
         self.at, self.keys = 0, list[int]()  # the step being made and its sequences, for messages
 
-    def _owner(self, name: str) -> Owner:
-        weights = weights_of(self.model)
-        return weights if weights is not None and weights.name == name else self.bank[name]
-
-    def whole(self, name: str) -> bool:
-        """Whether a name means base weights that train, and no adapter."""
-        return isinstance(self.owners.get(name), Weights)
+    def adapter_of(self, name: str) -> str | None:
+        """The adapter that a name means in a mix; None for what trains and has no term there (base weights)."""
+        return name if name not in self.owners or self.owners[name].in_mix else None
 
     @property
     def device(self) -> torch.device:
@@ -110,13 +106,13 @@ class Local:
             )
 
     def _noise(self, batch: Batch, adapters: Sequence[str], step: int) -> Noise | None:
-        if not any(self.bank[name].spec.lora_dropout for name in adapters if not self.whole(name)):
+        if not any((self.owners[name] if name in self.owners else self.bank[name]).drops for name in adapters):
             return None
         return Noise(self.seed, step, tuple(batch.key.tolist()), tuple(batch.starts.tolist()))
 
     def mix_of(self, batch: Batch, adapters: Sequence[str]) -> Mix:
         """One-hot per sequence by the batch's adapter numbers; BASE, and base weights that train, mean no adapter."""
-        names = [None if k == BASE or self.whole(adapters[k]) else adapters[k] for k in batch.adapter.tolist()]
+        names = [None if k == BASE else self.adapter_of(adapters[k]) for k in batch.adapter.tolist()]
         return Mix.per_sequence(names, batch.starts.tolist())
 
     def step(self, lr: Mapping[str, float]) -> Norms:
@@ -127,10 +123,9 @@ class Local:
             if not norm < float("inf"):
                 owner = self.owners[name]
                 where = [t for t, g in owner.split_like(owner.grads).items() if not torch.isfinite(g).all()]
-                whose = f"adapter {name!r}" if isinstance(owner, Adapter) else "a base weight"
                 self.discard()
                 raise NonFiniteError(
-                    f"step {self.at + 1}: the gradient of {where[0] if where else name} ({whose}) is not finite in "
+                    f"step {self.at + 1}: the gradient of {where[0] if where else name} ({owner.label}) is not finite in "
                     f"{len(where)} tensors, with sequences of keys {self.keys[:8]}; nothing was updated. "
                     "Lower learning_rate or max_grad_norm, or look at those rows"
                 )
@@ -147,14 +142,7 @@ class Local:
 
     def _norms(self) -> Norms:
         stepping = [n for n in self.trained if n in self.present]
-        return Norms({n: self.optimizers[n].norm() for n in stepping}, {n: self._silent(n) for n in stepping})
-
-    def _silent(self, name: str) -> list[str]:
-        owner = self.owners[name]
-        if isinstance(owner, Weights):
-            return owner.silent()
-        grads = owner.split_like(owner.grads)
-        return [m for m in owner.slots if not grads[f"{m}.lora_A"].any() and not grads[f"{m}.lora_B"].any()]
+        return Norms({n: self.owners[n].norm() for n in stepping}, {n: self.owners[n].zero_grad_names() for n in stepping})
 
     # --- no gradients
 
@@ -192,7 +180,7 @@ class Local:
     def _flats(self, name: str) -> list[tuple[str, Tensor]]:
         """What a checkpoint holds of an owner: kinds and whole buffers."""
         owner, (m, v, _) = self.owners[name], self.optimizers[name].moments()
-        return [("adapter" if isinstance(owner, Adapter) else "weights", owner.values), ("adam_m", m), ("adam_v", v)]
+        return [(owner.kind, owner.values), ("adam_m", m), ("adam_v", v)]
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -220,15 +208,12 @@ class Local:
         trainable, optimized = {n for n, p in self.model.named_parameters() if p.requires_grad}, set[str]()
         for name, owner in self.owners.items():
             held = [p for group in self.optimizers[name].adamw.param_groups for p in group["params"]]
-            if isinstance(owner, Weights):
-                masters = {n: p.data if p.dtype == torch.float32 else view for (n, p), view in owner.pairs(owner.values)}
-                trainable = {f"{name}/{n}" if n in masters else n for n in trainable}
-            else:
-                masters = {f"{m}.lora_{side}": getattr(slot, side) for m, slot in owner.slots.items() for side in "AB"}
-                trainable |= {f"{name}/{tensor}" for tensor, param in masters.items() if param.requires_grad}
+            masters, own = owner.masters(), owner.base_parameters()
+            trainable = {f"{name}/{n}" if n in own else n for n in trainable}
+            trainable |= {f"{name}/{tensor}" for tensor in owner.wanting_gradients()}
             optimized |= {f"{name}/{n}" for n, master in masters.items() if any(_covers(part, master) for part in held)}
         saved = {t.partition("/")[2] for t in self.state() if t.startswith(("adapter/", "weights/"))}
-        moving = [p for owner in self.owners.values() if isinstance(owner, Weights) for p in owner.params.values()]
+        moving = [p for owner in self.owners.values() for p in owner.base_parameters().values()]
         return Inspection(frozenset(trainable), frozenset(optimized), frozenset(saved), sample_digest(self.model, trained=moving))
 
 

@@ -1,7 +1,7 @@
-"""AdamW over one flat buffer, an adapter's or the base's: two contiguous halves, one fused kernel each, one norm, one clip.
+"""AdamW over the flat buffer of a parameter set: one fused kernel for each of its groups, one norm, one clip.
 
-Decoupled weight decay (Loshchilov & Hutter 2019). An adapter's halves are A and B; B may run at a multiple of A's rate (LoRA+,
-arXiv 2402.12354). Those of base weights are the matrices, and norms and biases, which do not decay (as HF's Trainer has it).
+Decoupled weight decay (Loshchilov & Hutter 2019). Which ranges have a rate of their own, and which decay, is the set's to say
+(`adapters/trainable.py`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.bank import Adapter
-from lorry.adapters.base_weights import Weights
-
-Owner = Adapter | Weights
+from lorry.adapters.trainable import ParameterSet, param_groups
 
 
 @dataclass(frozen=True)
@@ -28,62 +25,42 @@ class OptimSettings:
     b_ratio: float = 1.0
 
 
-@dataclass(frozen=True)
-class Half:
-    """A range of the buffer, its rate over the run's, and its weight decay."""
+class ParameterSetOptimizer:
+    """The optimizer of one parameter set; its state is two flat moments and a count."""
 
-    part: slice
-    ratio: float
-    decay: float
-
-
-class AdapterOptimizer:
-    """The optimizer of one adapter, or of the base weights that train; its state is two flat moments and a count."""
-
-    def __init__(self, adapter: Owner, settings: OptimSettings) -> None:
-        self.adapter, self.settings = adapter, settings
-        ratio, decay = (settings.b_ratio, settings.weight_decay) if isinstance(adapter, Adapter) else (1.0, 0.0)
-        both = [
-            Half(slice(0, adapter.split), 1.0, settings.weight_decay),
-            Half(slice(adapter.split, adapter.values.numel()), ratio, decay),
-        ]
-        self.own = [half for half in both if half.part.start < half.part.stop]
-        self.halves = [nn.Parameter(adapter.values[half.part]) for half in self.own]
+    def __init__(self, params: ParameterSet, settings: OptimSettings) -> None:
+        self.params, self.settings = params, settings
+        self.groups = param_groups(params, lr_ratio=settings.b_ratio, weight_decay=settings.weight_decay)
+        self.views = [nn.Parameter(params.values[group.part]) for group in self.groups]
         self.adamw = torch.optim.AdamW(
-            [{"params": [half], "weight_decay": own.decay} for half, own in zip(self.halves, self.own, strict=True)],
+            [{"params": [view], "weight_decay": group.weight_decay} for view, group in zip(self.views, self.groups, strict=True)],
             lr=0.0, betas=settings.betas, eps=settings.eps, fused=True,
         )  # fmt: skip
-        self.m, self.v = torch.zeros_like(adapter.values), torch.zeros_like(adapter.values)
-        for half, own in zip(self.halves, self.own, strict=True):
-            self.adamw.state[half] = {
-                "step": torch.zeros((), dtype=torch.float32, device=half.device),
-                "exp_avg": self.m[own.part],
-                "exp_avg_sq": self.v[own.part],
+        self.m, self.v = torch.zeros_like(params.values), torch.zeros_like(params.values)
+        for view, group in zip(self.views, self.groups, strict=True):
+            self.adamw.state[view] = {
+                "step": torch.zeros((), dtype=torch.float32, device=view.device),
+                "exp_avg": self.m[group.part],
+                "exp_avg_sq": self.v[group.part],
             }
-
-    def norm(self) -> float:
-        """Euclidean norm of the whole gradient (inf or nan if any entry is)."""
-        if isinstance(self.adapter, Weights):
-            return self.adapter.norm()
-        return float(torch.linalg.vector_norm(self.adapter.grads))
 
     def step(self, lr: float, norm: float) -> None:
         """Clip to max_grad_norm, update the masters, forget the gradient."""
         limit = self.settings.max_grad_norm
         if limit and norm > limit:
-            self.adapter.grads.mul_(limit / (norm + 1e-6))
-        for half, group, own in zip(self.halves, self.adamw.param_groups, self.own, strict=True):
-            half.grad = self.adapter.grads[own.part]
-            group["lr"] = lr * own.ratio
+            self.params.grads.mul_(limit / (norm + 1e-6))
+        for view, group, adamw in zip(self.views, self.groups, self.adamw.param_groups, strict=True):
+            view.grad = self.params.grads[group.part]
+            adamw["lr"] = lr * group.lr_ratio
         self.adamw.step()
-        self.adapter.touch()
-        self.adapter.grads.zero_()
+        self.params.touch()
+        self.params.grads.zero_()
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """(m [P], v [P], count []), the tensors themselves."""
-        return self.m, self.v, self.adamw.state[self.halves[0]]["step"]
+        return self.m, self.v, self.adamw.state[self.views[0]]["step"]
 
     def count(self, steps: Tensor) -> None:
         """Take back the count that `moments` gave; the moments are written in place."""
-        for half in self.halves:
-            self.adamw.state[half]["step"].copy_(steps)
+        for view in self.views:
+            self.adamw.state[view]["step"].copy_(steps)

@@ -12,9 +12,10 @@ from lorry.adapters.attach import bank_of, detach, left_out
 from lorry.adapters.base_weights import weights_of
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest, load_adapter
+from lorry.adapters.trainable import parameter_set
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
-from lorry.backends.protocol import Scorer
+from lorry.backends.protocol import Backend
 from lorry.config import Run
 from lorry.data.prepare import Prepared
 from lorry.errors import ModelError
@@ -29,16 +30,13 @@ from lorry.train.samples import samples
 
 def targets(model: Decoder | HfModel, names: Sequence[str]) -> dict[str, list[str]]:
     """What contracts 1 and 3 watch: the modules each adapter sits on, or the tensors of the base that train."""
-    weights = weights_of(model)
-    own = {} if weights is None else {weights.name: list(weights.params)}
-    return {name: own[name] if name in own else list(bank_of(model)[name].slots) for name in names}
+    return {name: parameter_set(model, name).targets() for name in names}
 
 
 def not_adapted(model: Decoder | HfModel, names: Sequence[str]) -> list[str]:
     """What contract 1 says besides: what the adapters do not sit on, each thing once; nothing where the base itself trains."""
-    if weights_of(model) is not None:
-        return []
-    return list(dict.fromkeys(one.what for name in names for one in left_out(model, bank_of(model)[name])))
+    adapters = [name for name in names if parameter_set(model, name).in_mix]
+    return list(dict.fromkeys(one.what for name in adapters for one in left_out(model, bank_of(model)[name])))
 
 
 def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Mapping[str, Prepared]) -> dict[str, str]:
@@ -97,7 +95,7 @@ def check_checkpoint(checks: Checks, newest: Path | None) -> None:
     checks.held(6, f"{newest.name} verified by SHA-256; resume_from_checkpoint=auto goes on from it")
 
 
-def sampled(backend: Scorer, prepared: Mapping[str, Prepared], context: int | None) -> list[dict[str, Any]]:
+def sampled(backend: Backend, prepared: Mapping[str, Prepared], context: int | None) -> list[dict[str, Any]]:
     """The rows of samples.json: each adapter's answers, and the training rows of each data set once."""
     made = list[dict[str, Any]]()
     shown = set[str]()
@@ -105,8 +103,7 @@ def sampled(backend: Scorer, prepared: Mapping[str, Prepared], context: int | No
         new = one.tokens is not None and one.digest not in shown
         shown.add(one.digest)
         train, held_out = one.stream.batches(0)[0] if new else None, next(iter(one.evaluation), None)
-        trained = isinstance(backend, Local) and backend.whole(name)
-        rows = samples(backend, None if trained else name, one.encoder, train, held_out, one.ends, context=context)
+        rows = samples(backend, backend.adapter_of(name), one.encoder, train, held_out, one.ends, context=context)
         made += [{**row, "group": f"{name}: {row['group']}"} for row in rows] if len(prepared) > 1 else rows
     return made
 

@@ -1,0 +1,93 @@
+"""Whatever trains: a set of parameters in one flat fp32 buffer, with gradients in another of the same shape.
+
+An adapter is one (`bank.Adapter`), the base's own weights are one (`base_weights.BaseWeights`). What is to come (a router,
+magnitudes, a value head) implements the same face, and optimizer, backend, contracts and checkpoints take it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from lorry.adapters.attach import bank_of
+from lorry.adapters.base_weights import weights_of
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """A contiguous range of a set's buffer, its learning rate over the run's, and its weight decay."""
+
+    part: slice
+    lr_ratio: float
+    weight_decay: float
+
+
+class ParameterSet(Protocol):
+    """values, grads: [P] fp32, on the model's device.
+
+    ``name``: what batches, metrics and checkpoints call it. ``kind``: the prefix of its tensors in a checkpoint (`adapter`,
+    `weights`). ``in_mix``: whether its sequences have a term of the mix; those of base weights have none. ``drops``: whether its
+    forward pass draws dropout masks.
+    """
+
+    name: str
+    values: Tensor
+    grads: Tensor
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def label(self) -> str:
+        """What messages call it: adapter 'people', a base weight."""
+
+    @property
+    def in_mix(self) -> bool: ...
+    @property
+    def drops(self) -> bool: ...
+
+    def ranges(self) -> Sequence[tuple[slice, bool, bool]]:
+        """(part of the buffer, whether it takes LoRA+'s own rate, whether it decays), in order, none empty."""
+
+    def targets(self) -> list[str]:
+        """What has to see a gradient: modules of an adapter, tensors of base weights."""
+
+    def split_like(self, flat: Tensor) -> dict[str, Tensor]:
+        """Any [P] tensor (values, moments) as views by canonical names."""
+
+    def masters(self) -> Mapping[str, Tensor]:
+        """The tensors that the optimizer has to cover, by canonical names: found by the memory they occupy."""
+
+    def base_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Those of the model's own parameters that are this set's."""
+
+    def wanting_gradients(self) -> set[str]:
+        """The names of the masters that autograd sees, where they are none of the model's own parameters."""
+
+    def bind_grads(self) -> None:
+        """Let autograd accumulate into ``grads``."""
+
+    def touch(self) -> None:
+        """Say that ``values`` was written as a whole: what is computed with is made again from it."""
+
+    def norm(self) -> float:
+        """Euclidean norm of the gradient; inf or nan if any entry is."""
+
+    def zero_grad_names(self) -> list[str]:
+        """The ``targets`` whose gradient is exactly zero."""
+
+
+def param_groups(params: ParameterSet, *, lr_ratio: float, weight_decay: float) -> list[ParamGroup]:
+    """The ranges of a set with the numbers of a run. ``lr_ratio``: LoRA+'s, of lora_B over lora_A (arXiv 2402.12354)."""
+    return [
+        ParamGroup(part, lr_ratio if own_rate else 1.0, weight_decay if decays else 0.0)
+        for part, own_rate, decays in params.ranges()
+    ]
+
+
+def parameter_set(model: nn.Module, name: str) -> ParameterSet:
+    """What trains under this name: the base's weights if they were switched on as such, else an adapter. Raises ConfigError."""
+    weights = weights_of(model)
+    return weights if weights is not None and weights.name == name else bank_of(model)[name]
