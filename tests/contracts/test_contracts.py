@@ -16,7 +16,7 @@ from tinyrun import Heard, engine_for, quick  # noqa: F401 - a fixture
 
 from lorry.adapters.attach import bank_of
 from lorry.backends.local import Local
-from lorry.backends.optim import ParameterSetOptimizer, OptimSettings
+from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
 from lorry.data.batch import Batch, Example
 from lorry.errors import ContractError, LorryError
 from lorry.models.decoder import attention, model

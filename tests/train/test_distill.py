@@ -27,7 +27,7 @@ from lorry.models.decoder.model import Decoder, Packed
 from lorry.models.scoring.score import Final, evaluate
 from lorry.tasks.distill.align import View, name_of
 from lorry.tasks.distill.task import TAUGHT, Aim, Distill, Live, Reader, Teacher
-from lorry.tasks.distill.teacher import Frozen
+from lorry.tasks.distill.teacher import TeacherScorer
 from seam import examples, tiny_llama
 
 TAU = 1.7
@@ -63,7 +63,7 @@ def task_of(
     return Distill(stream, held, steps, ["default"], aim=aim, teacher=teacher, models=models)
 
 
-def live(aim: Aim, frozen: Frozen, **reader: Any) -> Live:
+def live(aim: Aim, frozen: TeacherScorer, **reader: Any) -> Live:
     k = reader.pop("k", None)
     return Live(aim, frozen.head(aim.temperature), Reader(**{"mix": frozen.mix, **reader}), k)
 
@@ -82,7 +82,7 @@ def logits_of(model: Decoder, example: Example, mix: Mix) -> Tensor:
 @pytest.mark.parametrize("k", [None, 9], ids=["whole", "top k"])
 def test_the_loss_is_the_mean_of_both_over_the_answers(k: int | None) -> None:
     """0.3 CE + 0.7 tau^2 KL(q || p), over two micro-batches, against sequences run one by one; and the adapter's gradient."""
-    backend, frozen = student(), Frozen(tiny_llama(7).double(), Mix.none())
+    backend, frozen = student(), TeacherScorer(tiny_llama(7).double(), Mix.none())
     batches, aim = [examples(3, seed=1), examples(2, seed=2)], Aim("kl", TAU, ce=0.3, weight=0.7)
     models = {"self": backend, "teacher": frozen}
     task = task_of(live(aim, frozen, k=k), aim, batches, models)
@@ -124,7 +124,7 @@ def test_final_is_what_the_head_reads() -> None:
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_and_one_token_off_it_has(loss: str) -> None:
     """The same adapter on the same base as a second model: D and its gradient are 0. Read one token late, they are not."""
     backend, twin, aim = student(), student(), Aim(loss, TAU, ce=0.0, weight=1.0)
-    frozen, rows = Frozen(twin.model, Mix.one("default")), [examples(4, seed=1)]
+    frozen, rows = TeacherScorer(twin.model, Mix.one("default")), [examples(4, seed=1)]
     models = {"self": backend, "teacher": frozen}
 
     def late(example: Example) -> View:
@@ -149,8 +149,8 @@ def test_the_teacher_may_be_the_base_with_another_adapter() -> None:
     aim, rows = Aim("kl", TAU, ce=0.0, weight=1.0), [examples(4, seed=1)]
     losses = []
     for frozen, models in (
-        (Frozen(backend.model, Mix.one("teacher")), {"self": backend}),
-        (Frozen(alone, Mix.one("teacher")), {"self": backend, "teacher": Frozen(alone, Mix.one("teacher"))}),
+        (TeacherScorer(backend.model, Mix.one("teacher")), {"self": backend}),
+        (TeacherScorer(alone, Mix.one("teacher")), {"self": backend, "teacher": TeacherScorer(alone, Mix.one("teacher"))}),
     ):
         task = task_of(live(aim, frozen), aim, rows, models)
         losses.append(backend.forward_backward(task.step_batches(0, models), task, 0).loss["default"])
@@ -161,7 +161,7 @@ def test_the_teacher_may_be_the_base_with_another_adapter() -> None:
 @pytest.mark.parametrize("k", [None, 5], ids=["whole", "top k"])
 def test_what_the_teacher_cannot_read_is_learnt_from_the_data_alone(k: int | None) -> None:
     """Rows longer than the teacher's context have weight 0 in D and full weight in CE; a batch of them alone still runs."""
-    backend, frozen, aim = student(), Frozen(tiny_llama(7).double(), Mix.none()), Aim("kl", 1.0)
+    backend, frozen, aim = student(), TeacherScorer(tiny_llama(7).double(), Mix.none()), Aim("kl", 1.0)
     rows = examples(6, seed=1)
     limit = sorted(len(e.tokens) for e in rows)[2]
     short = [e for e in rows if len(e.tokens) <= limit]
@@ -182,7 +182,7 @@ def test_what_the_teacher_cannot_read_is_learnt_from_the_data_alone(k: int | Non
 
 
 def test_held_out_rows_are_scored_once_and_for_all() -> None:
-    backend, frozen, aim = student(), Frozen(tiny_llama(7).double(), Mix.none()), Aim("jsd", 1.0)
+    backend, frozen, aim = student(), TeacherScorer(tiny_llama(7).double(), Mix.none()), Aim("jsd", 1.0)
     models = {"self": backend, "teacher": frozen}
     task = task_of(live(aim, frozen), aim, [examples(2, seed=1)], models)
     found = evaluate_task(backend, task)
@@ -199,7 +199,7 @@ def test_training_brings_the_student_to_its_teacher(tmp_path: Path, aim: Aim) ->
     """Through the engine, its contracts included: the divergence falls by half; a second run is the same to the bit."""
     curves = []
     for run in ("a", "b"):
-        frozen = Frozen(tiny_llama(0), Mix.one("teacher"))
+        frozen = TeacherScorer(tiny_llama(0), Mix.one("teacher"))
         attach(frozen.model, LoraSpec(r=2, lora_alpha=40, init_lora_weights=False), "teacher", seed=9)
         task = task_of(live(aim, frozen), aim, [examples(6, seed=1)], {"teacher": frozen}, steps=30)
         engine = engine_for(task, tmp_path / run, learning_rate=3e-2, save_strategy="no")

@@ -31,11 +31,11 @@ from lorry.models.decoder.model import Decoder
 from lorry.models.loading import quantized
 from lorry.models.loading.open import open_model
 from lorry.models.scoring.score import Score, log_prob
+from lorry.tasks.build import BuiltTask, TaskInputs
 from lorry.tasks.distill import builder, teacher
 from lorry.tasks.distill.align import PairedEncoder
 from lorry.tasks.distill.builder import build_distill, encoder_of
 from lorry.tasks.distill.task import IDS, LOG_PROBS, TAUGHT
-from lorry.tasks.registry import Material
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return at
 
 
-def material(world: Path, given: Mapping[str, Any], **settings: Any) -> Material:
+def material(world: Path, given: Mapping[str, Any], **settings: Any) -> TaskInputs:
     """What `session` would hand to the task's builder, up to the point where it does."""
     described_as = {
         "model": {"name": str(world / "student")}, "data": {"path": str(world / "rows.jsonl"), "eval": str(world / "held.jsonl")},
@@ -70,14 +70,18 @@ def material(world: Path, given: Mapping[str, Any], **settings: Any) -> Material
         Local(opened.model, ["default"], OptimSettings()),
         JointStream({"default": data.stream}, {"default": 3}, 1024),
     )
-    return Material(run, opened, {"default": (run, data)}, stream, data.evaluation, 6, backend, notes)
+    return TaskInputs(run, opened, {"default": (run, data)}, stream, data.evaluation, 6, backend)
+
+
+def parts(built: BuiltTask) -> tuple[Any, Mapping[str, Any]]:
+    return built.task, built.models
 
 
 def no_teacher(*_: Any) -> Any:
     raise AssertionError("the teacher was opened")
 
 
-def loss_of(given: Material, task: Any, models: Mapping[str, Any]) -> float:
+def loss_of(given: TaskInputs, task: Any, models: Mapping[str, Any]) -> float:
     """Of the first step."""
     stats = given.backend.forward_backward(task.step_batches(0, {"self": given.backend, **models}), task, 0)
     given.backend.discard()
@@ -108,7 +112,7 @@ def test_one_base_or_two(world: Path, given: dict[str, str], settings: dict[str,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tinyrun, "DEFAULTS", defaults)
         made = material(world, placed, **settings)
-    task, models = build_distill(made)
+    task, models = parts(build_distill(made))
     assert (models["teacher"].model is made.opened.model) == shared
     assert loss_of(made, task, models) < 1e-4 if given.get("teacher") == "student" and "adapter" not in str(given) else True
     assert list(made.backend.trained) == ["default"]
@@ -116,10 +120,10 @@ def test_one_base_or_two(world: Path, given: dict[str, str], settings: dict[str,
 
 def test_an_adapter_scores_as_it_would_alone(world: Path) -> None:
     made = material(world, {"teacher_adapter": str(world / "adapter")})
-    _, models = build_distill(made)
+    _, models = parts(build_distill(made))
     alone = open_model(made.run.model.model_copy(update={"adapter": str(world / "adapter")}), [])
     batch, want = made.held[0], {"logprob": Score(log_prob)}
-    expected = teacher.Frozen(alone.model, teacher.Mix.one(alone.adapters[0])).score([batch], want)[0]["logprob"]
+    expected = teacher.TeacherScorer(alone.model, teacher.Mix.one(alone.adapters[0])).score([batch], want)[0]["logprob"]
     assert torch.equal(models["teacher"].score([batch], want)[0]["logprob"], expected)
     assert not torch.equal(made.backend.score([batch], want)[0]["logprob"], expected)
     assert len(models["teacher"].generate([[5, 6, 7]], max_new_tokens=3)) == 1
@@ -141,7 +145,7 @@ def test_another_tokenizer_needs_uld(world: Path) -> None:
 def test_a_teacher_of_another_tokenizer_reads_the_same_rows(world: Path) -> None:
     """Its divergence is the published formula over the pairs of tokens, from two whole forward passes."""
     made = material(world, {"teacher": str(world / "foreign"), "loss": "uld", "temperature": 1.2})
-    task, models = build_distill(made)
+    task, models = parts(build_distill(made))
     encoder = made.jobs["default"][1].encoder
     assert isinstance(encoder, PairedEncoder)
     batch, want = task.eval_batches()[0], task.wants(made.held[0])
@@ -169,13 +173,13 @@ def test_rows_too_long_for_the_teacher_are_counted(world: Path) -> None:
     assert isinstance(encoder, PairedEncoder)
     for name in list(encoder.views)[:2]:
         del encoder.views[name]
-    build_distill(made)
-    assert any(note.startswith("2 of 12 sequences are too long for the teacher") for note in made.notes)
+    built = build_distill(made)
+    assert any(note.startswith("2 of 12 sequences are too long for the teacher") for note in built.notes)
 
 
 def test_equal_tokenizers_and_fewer_logits(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A teacher whose embedding is shorter than the student's: its tokens' likeliest can be compared, all of them cannot."""
-    monkeypatch.setattr(teacher.Frozen, "vocabulary", 319)
+    monkeypatch.setattr(teacher.TeacherScorer, "vocabulary", 319)
     with pytest.raises(ConfigError, match="319 logits and the student 320"):
         build_distill(material(world, {"teacher": str(world / "teacher")}))
     build_distill(material(world, {"teacher": str(world / "teacher"), "top_k": 8}))
@@ -184,7 +188,7 @@ def test_equal_tokenizers_and_fewer_logits(world: Path, monkeypatch: pytest.Monk
 # --- the cache
 
 
-def cached(world: Path, at: Path, **given: Any) -> Material:
+def cached(world: Path, at: Path, **given: Any) -> TaskInputs:
     return material(world, {"teacher": str(world / "teacher"), "cache": str(at), "top_k": 32, **given})
 
 
@@ -192,16 +196,16 @@ def test_a_cache_is_written_once_and_says_what_the_teacher_says(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At another temperature and loss, the second run without the teacher; log-probabilities as fp16 has them."""
-    build_distill(first := cached(world, tmp_path))
+    first = build_distill(cached(world, tmp_path))
     assert sum("is read from" in note for note in first.notes) == 1
     monkeypatch.setattr(builder, "open_teacher", no_teacher)
     second = cached(world, tmp_path, temperature=1.5, loss="reverse_kl")
-    task, models = build_distill(second)
+    task, models = parts(build_distill(second))
     assert models == {}
     kept = loss_of(second, task, models)
     monkeypatch.undo()
     made = material(world, {"teacher": str(world / "teacher"), "top_k": 32, "temperature": 1.5, "loss": "reverse_kl"})
-    live, asked = build_distill(made)
+    live, asked = parts(build_distill(made))
     assert kept == pytest.approx(loss_of(made, live, asked), abs=1e-3)
     one, other = task.eval_batches()[0].extra, live.eval_batches()[0].extra
     taught = one[TAUGHT].values > 0
@@ -217,10 +221,10 @@ def test_a_cache_of_another_tokenizer(world: Path, tmp_path: Path, monkeypatch: 
     build_distill(made)
     monkeypatch.setattr(builder, "open_teacher", no_teacher)
     again = material(world, {**given, "cache": str(tmp_path)})
-    kept = loss_of(again, *build_distill(again))
+    kept = loss_of(again, *parts(build_distill(again)))
     monkeypatch.undo()
     made = material(world, given)
-    assert kept == pytest.approx(loss_of(made, *build_distill(made)), abs=1e-3)
+    assert kept == pytest.approx(loss_of(made, *parts(build_distill(made))), abs=1e-3)
 
 
 def folder_in(path: Path) -> Path:
@@ -299,7 +303,7 @@ def test_a_cache_is_of_the_logits_that_count(world: Path, tmp_path: Path) -> Non
     for columns in (200, 320):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(builder, "_columns", lambda config, opened, columns=columns: columns)
-            task, _ = build_distill(cached(world, tmp_path))
+            task = build_distill(cached(world, tmp_path)).task
         read.append(int(task.eval_batches()[0].extra[IDS].values.max()))
     assert read[0] < 200 <= read[1]
 
@@ -309,7 +313,7 @@ def test_more_likeliest_tokens_than_there_are(world: Path, tmp_path: Path, loss:
     """All but one, which is the rest: what the whole distribution gives; live as from a cache."""
     teacher_of = {"teacher": str(world / "teacher"), "loss": loss}
     expected, live, kept = (
-        loss_of(made, *build_distill(made))
+        loss_of(made, *parts(build_distill(made)))
         for made in (
             material(world, teacher_of), material(world, {**teacher_of, "top_k": 5000}),
             material(world, {**teacher_of, "top_k": 5000, "cache": str(tmp_path)}),
@@ -362,7 +366,7 @@ def test_a_teacher_in_few_bits(world: Path, tmp_path: Path, kind: str) -> None:
     if not large.exists():
         model_directory(large, spread=0.1, hidden_size=128, intermediate_size=128)
     made = material(world, {"teacher": str(large), "teacher_quantize": kind, "loss": "jsd"})
-    task, models = build_distill(made)
+    task, models = parts(build_distill(made))
     held = {type(module).__name__ for module in models["teacher"].model.modules()}
     assert ("Linear8bitLt" if kind == "int8" else "Linear4bit") in held
     assert math.isfinite(loss_of(made, task, models))

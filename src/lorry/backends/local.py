@@ -18,8 +18,7 @@ from lorry.backends.protocol import Inspection, Norms, Stats, Task, term_totals
 from lorry.data.batch import BASE, Batch
 from lorry.errors import ModelError, NonFiniteError
 from lorry.generate.engine import Generated, generate
-from lorry.models.decoder.model import Decoder
-from lorry.models.hf.model import HfModel
+from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.digest import sample_digest
 from lorry.models.loading.weights import is_finite
 from lorry.models.scoring.score import Want, evaluate
@@ -31,7 +30,7 @@ class Local:
 
     def __init__(
         self,
-        model: Decoder | HfModel,
+        model: CausalLM,
         trained: Sequence[str],
         optim: OptimSettings | Mapping[str, OptimSettings],
         *,
@@ -158,7 +157,7 @@ class Local:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generated]:
-        """See `models.generate.generate`."""
+        """See `generate.engine.generate`."""
         return generate(self.model, prompts, **options)
 
     # --- state

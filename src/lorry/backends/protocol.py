@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lorry.adapters.mix import Mix
@@ -78,8 +79,10 @@ class Task(Protocol):
 
 
 class Backend(Scorer, Protocol):
-    """Where a run happens. ``state`` holds adapters, moments, counts and random state under canonical names, whole tensors."""
+    """Where a run happens. ``adapter_of`` says which adapter a trained name is in a mix (None: base weights). ``state`` holds adapters, moments, counts and random state under canonical names, whole tensors."""
 
+    @property
+    def device(self) -> torch.device: ...
     def forward_backward(self, batches: Sequence[Batch], task: Task, step: int) -> Stats: ...
     def step(self, lr: Mapping[str, float]) -> Norms: ...
     def discard(self) -> Norms: ...

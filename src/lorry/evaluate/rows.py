@@ -13,8 +13,6 @@ from typing import Any
 
 from lorry.adapters.attach import bank_of
 from lorry.adapters.mix import Mix
-from lorry.backends.local import Local
-from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Scorer
 from lorry.data.encoding.encode import Encoder
 from lorry.data.encoding.template import TemplateRefusal
@@ -25,8 +23,8 @@ from lorry.data.reading.sources import Source
 from lorry.errors import DataError
 from lorry.evaluate.answers import answers, intervals, means, reference, score_rows
 from lorry.evaluate.metrics.registry import perplexity
-from lorry.models.decoder.model import Decoder
-from lorry.models.hf.model import HfModel
+from lorry.generate.scorer import ModelScorer
+from lorry.models.causal_lm import CausalLM
 from lorry.models.scoring.score import Score, correct, log_prob
 
 
@@ -154,7 +152,7 @@ def forced_by_row(scorer: Scorer, rows: EvalRows, mix: Mix, batch_rows: int) -> 
 
 
 def evaluate_rows(
-    model: Decoder | HfModel,
+    model: CausalLM,
     rows: EvalRows,
     mix: Mix,
     *,
@@ -167,7 +165,7 @@ def evaluate_rows(
     Raises NonFiniteError or ModelError from the model.
     """
     bank_of(model, create=True)
-    forced = forced_by_row(Local(model, [], OptimSettings()), rows, mix, batch_rows)
+    forced = forced_by_row(ModelScorer(model), rows, mix, batch_rows)
     metrics = sum(forced, Forced()).metrics()
     if not asked:
         return Evaluated(metrics, {}, forced)

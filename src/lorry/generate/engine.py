@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +24,12 @@ from lorry.adapters.mix import Call, Mix
 from lorry.adapters.seeds import seed_of
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
 from lorry.generate.sampling import Sampling
+from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.decode import Runner
 from lorry.models.decoder.model import Packed
 
 BATCH_ROWS = 64  # live rows at once unless the caller says otherwise
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, unless a single prompt is longer
-
-
-class Generative(Protocol):
-    """What generation needs of a model: `Decoder` and `HfModel` both have it. A cache has ``lengths`` [B] and ``keep(rows)``."""
-
-    @property
-    def context(self) -> int | None: ...
-    @property
-    def device(self) -> torch.device: ...
-    def new_cache(self, rows: int, room: int) -> Any: ...
-    def cached(self, packed: Packed, rows: Tensor, cache: Any, call: Call, *, decoding: bool) -> Tensor: ...
-    def logits(self, hidden: Tensor | None, call: Call) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -101,7 +90,7 @@ class Generation:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if any(len(s) == 0 for s in stop):
             raise ConfigError("stop holds an empty sequence, which would end every answer at once; remove it")
-        self.model = cast(Generative, Runner(model) if Runner.takes(model) else model)  # type: ignore[arg-type]
+        self.model = cast(CausalLM, Runner(model) if Runner.takes(model) else model)  # type: ignore[arg-type]
         self.eos, self.stop, self.sampling, self.logprobs = frozenset(eos), list(stop), sampling, logprobs
         self.mix, owners = resolve(model, adapters, len(prompts))
         self.rows = [

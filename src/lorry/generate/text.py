@@ -11,8 +11,7 @@ from lorry.data.encoding.encode import Encoder
 from lorry.data.reading.content import Conversation, Message
 from lorry.errors import ConfigError
 from lorry.generate.engine import generate
-from lorry.models.decoder.model import Decoder
-from lorry.models.hf.model import HfModel
+from lorry.models.causal_lm import CausalLM
 
 LONGEST = 1 << 20  # prompts are not cut here; generate refuses what the context cannot hold
 HALF = "\ufffd"  # what a decoder makes of bytes that are not a whole character yet
@@ -34,7 +33,7 @@ def answer(
     answer then keeps the white space at its ends); a Conversation is answered at its last assistant message, exactly as it would
     be trained. ``options`` go to `models.generate.generate` (temperature, top_k, top_p, seed, adapters, ...).
     """
-    if not isinstance(model, (Decoder, HfModel)):
+    if not isinstance(model, CausalLM):
         raise ConfigError(f"generate needs a model from lorry.load; a {type(model).__name__} has its own model.generate")
     encoder = Encoder(tokenizer, max_length=LONGEST, system=system, embeddings=model.vocabulary)
     ids = [encoder.prompt(p) if isinstance(p, Conversation) else _prompt(encoder, p, chat) for p in prompts]

@@ -41,6 +41,7 @@ from lorry.disk import durable
 from lorry.disk.home import home
 from lorry.errors import ContractError, Interrupted, ModelError, OutOfMemoryError, allocation_failure
 from lorry.families import Family
+from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.decode import Runner
 from lorry.models.decoder.model import Decoder, Packed
 from lorry.models.hf.anatomy import plain_tokens
@@ -119,7 +120,7 @@ def _remedy(model: HfModel) -> str:
 
 
 @torch.no_grad()
-def sees_the_future(model: Decoder | HfModel) -> str:
+def sees_the_future(model: CausalLM) -> str:
     """ "" if no position's output depends on a later token, else where it does and by how much."""
     length = min(LENGTH, model.context or LENGTH)
     cuts = sorted({min(cut, length - 1) for cut in CUTS})
@@ -153,7 +154,7 @@ def _is_random(model: HfModel) -> bool:
     return not torch.equal(_hidden(model, rows), _hidden(model, rows))
 
 
-def _blind(model: Decoder | HfModel, rows: list[list[int]], which: int, cut: int) -> bool:
+def _blind(model: CausalLM, rows: list[list[int]], which: int, cut: int) -> bool:
     """Whether the outputs before ``cut`` have no gradient with respect to the embeddings from ``cut`` on."""
     held: list[Tensor] = []
 
@@ -161,7 +162,7 @@ def _blind(model: Decoder | HfModel, rows: list[list[int]], which: int, cut: int
         held.append(out.detach().requires_grad_())
         return held[-1]
 
-    embedding = model.embed if isinstance(model, Decoder) else model.get_input_embeddings()
+    embedding = model.get_input_embeddings()
     assert embedding is not None
     hook = embedding.register_forward_hook(leaf)
     try:
@@ -180,7 +181,7 @@ def _blind(model: Decoder | HfModel, rows: list[list[int]], which: int, cut: int
 
 
 @torch.no_grad()
-def cache_error(model: Decoder | HfModel) -> str:
+def cache_error(model: CausalLM) -> str:
     """ "" if prompts of two lengths, and the tokens after them one by one, give what whole sequences give; else what is wrong."""
     length = min(LENGTH, model.context or LENGTH)
     prompts = [length - STEPS, max(1, length // 2)]
@@ -389,21 +390,21 @@ def _keep(place: Path, said: str) -> None:
 # --- tokens and outputs
 
 
-def _vocabulary(model: Decoder | HfModel) -> list[int]:
+def _vocabulary(model: CausalLM) -> list[int]:
     """Token ids that are plain text to the model."""
     if isinstance(model, Decoder):
         return list(range(min(model.geometry.vocab, 4096)))
     return plain_tokens(model.inner)
 
 
-def _tokens(model: Decoder | HfModel, rows: int, length: int) -> list[list[int]]:
+def _tokens(model: CausalLM, rows: int, length: int) -> list[list[int]]:
     """Random sequences [rows][length]."""
     known = _vocabulary(model)
     picks = torch.randint(0, len(known), (rows, length), generator=torch.Generator().manual_seed(0))
     return [[known[i] for i in row] for row in picks.tolist()]
 
 
-def _hidden(model: Decoder | HfModel, rows: list[list[int]]) -> Tensor:
+def _hidden(model: CausalLM, rows: list[list[int]]) -> Tensor:
     """Outputs [rows, length, D] of sequences of one length, without adapters."""
     last = model.hidden(Packed.of(rows, model.device), Call()).last
     assert last is not None

@@ -11,6 +11,7 @@ from lorry.backends.protocol import Losses, Scorer, Stats
 from lorry.data.batch import Batch
 from lorry.data.stream.joint import JointStream
 from lorry.models.scoring.score import Score, Want, log_prob
+from lorry.tasks.build import BuiltTask, TaskInputs
 from lorry.tasks.losses import nll
 
 
@@ -51,3 +52,8 @@ class Sft:
 
     def _weigh(self, batch: Batch) -> Batch:
         return batch.with_terms(nll=batch.count("token", len(self.adapters)))
+
+
+def build_sft(given: TaskInputs) -> BuiltTask:
+    """Nothing but the rows."""
+    return BuiltTask(Sft(given.stream, given.held, given.total, list(given.jobs)))

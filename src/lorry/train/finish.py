@@ -13,14 +13,12 @@ from lorry.adapters.base_weights import weights_of
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest, load_adapter
 from lorry.adapters.trainable import parameter_set
-from lorry.backends.local import Local
-from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Backend
 from lorry.config import Run
 from lorry.data.prepare import Prepared
 from lorry.errors import ModelError
-from lorry.models.decoder.model import Decoder
-from lorry.models.hf.model import HfModel
+from lorry.generate.scorer import ModelScorer
+from lorry.models.causal_lm import CausalLM, parameter_count
 from lorry.models.loading.open import Opened
 from lorry.models.scoring.score import Score, log_prob
 from lorry.train import artifacts, checkpoint, full
@@ -28,12 +26,12 @@ from lorry.train.checks import Checks
 from lorry.train.samples import samples
 
 
-def targets(model: Decoder | HfModel, names: Sequence[str]) -> dict[str, list[str]]:
+def targets(model: CausalLM, names: Sequence[str]) -> dict[str, list[str]]:
     """What contracts 1 and 3 watch: the modules each adapter sits on, or the tensors of the base that train."""
     return {name: parameter_set(model, name).targets() for name in names}
 
 
-def not_adapted(model: Decoder | HfModel, names: Sequence[str]) -> list[str]:
+def not_adapted(model: CausalLM, names: Sequence[str]) -> list[str]:
     """What contract 1 says besides: what the adapters do not sit on, each thing once; nothing where the base itself trains."""
     adapters = [name for name in names if parameter_set(model, name).in_mix]
     return list(dict.fromkeys(one.what for name in adapters for one in left_out(model, bank_of(model)[name])))
@@ -58,7 +56,7 @@ def _folders(run_dir: Path, names: Mapping[str, Any]) -> list[tuple[str, Path]]:
     return [(name, artifacts.adapter_folder(run_dir, name, len(names))) for name in names]
 
 
-def check_reload(checks: Checks, model: Decoder | HfModel, name: str, folder: Path, prepared: Prepared) -> bool:
+def check_reload(checks: Checks, model: CausalLM, name: str, folder: Path, prepared: Prepared) -> bool:
     """Contract 5: read the adapter back under another name; its values and the scores of a batch must be the same bits.
 
     Returns whether there was a batch to score.
@@ -71,8 +69,8 @@ def check_reload(checks: Checks, model: Decoder | HfModel, name: str, folder: Pa
             raise checks.fail(5, f"{folder}: the adapter read back is not the one that was trained")
         batch = next(iter(prepared.evaluation), None) or (prepared.stream.batches(0)[0] if prepared.tokens else None)
         if batch is not None:
-            local = Local(model, [name], OptimSettings())
-            scores = [local.score([batch], {"s": Score(log_prob)}, Mix.one(n))[0]["s"] for n in (name, again)]
+            scorer = ModelScorer(model)
+            scores = [scorer.score([batch], {"s": Score(log_prob)}, Mix.one(n))[0]["s"] for n in (name, again)]
             if not torch.equal(*scores):
                 raise checks.fail(5, f"{folder}: the adapter read back gives other logits")
     except ModelError as error:
@@ -133,7 +131,7 @@ def receipt(
         seed=next(iter(seeds.values())) if one else seeds,
         sizes={
             "trainable_parameters": trained,
-            "total_parameters": sum(p.numel() for p in opened.model.parameters()),
+            "total_parameters": parameter_count(opened.model),
             "saved_bytes": sum(file.stat().st_size for file in files),
         },
     )

@@ -23,6 +23,7 @@ from lorry.data.prepare import Prepared
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, ModelError
+from lorry.models.causal_lm import CausalLM, parameter_count
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
 from lorry.models.loading.load import load_model
@@ -50,7 +51,7 @@ def attach_trained(run: Run, opened: Opened, notes: list[str]) -> str:
         )
     refuse_adapters_settings(run)
     weights = train_weights(opened.model, run.trainable or "all", WHOLE)
-    total = parameters(opened.model)
+    total = parameter_count(opened.model)
     notes.append(f"training {weights.count():,} of the base's {total:,} weights ({weights.count() / total:.1%}), no adapter")
     return WHOLE
 
@@ -61,11 +62,6 @@ def refuse_adapters_settings(run: Run) -> None:
         raise ConfigError("memory_budget is planned for adapters only; with lora=null leave it out")
     if run.train.loraplus_lr_ratio != 1:
         raise ConfigError("train.loraplus_lr_ratio is for an adapter's two matrices; with lora=null leave it out")
-
-
-def parameters(model: Decoder | HfModel) -> int:
-    """How many numbers the base holds, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Mapping[str, Prepared]) -> dict[str, str]:
@@ -83,7 +79,7 @@ def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Map
         raise
     publish(staged, run_dir)
     batch = " and the scores of a batch" if scored else ""
-    checks.held(5, f"{parameters(opened.model)} values of the whole model{batch} equal bit for bit after reading back")
+    checks.held(5, f"{parameter_count(opened.model)} values of the whole model{batch} equal bit for bit after reading back")
     return digests
 
 
@@ -97,7 +93,7 @@ def publish(staged: Path, run_dir: Path) -> None:
     durable.disk.rmdir(staged)
 
 
-def check_reload(checks: Checks, model: Decoder | HfModel, folder: Path, prepared: Prepared) -> bool:
+def check_reload(checks: Checks, model: CausalLM, folder: Path, prepared: Prepared) -> bool:
     """Contract 5 for a whole model: every tensor, and the scores of a batch, must be the same bits. Returns whether there was a
     batch to score."""
     foreign = isinstance(model, HfModel) and type(model.inner).__module__.startswith("transformers_modules")

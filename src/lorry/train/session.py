@@ -18,8 +18,8 @@ import torch
 from lorry.adapters.attach import attach, bank_of, left_out
 from lorry.adapters.peft.files import base_digest
 from lorry.adapters.spec import LoraSpec
-from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
+from lorry.backends.registry import BACKENDS
 from lorry.config import Run, dump, jobs_of
 from lorry.config.schema import LoraConfig, TrainConfig
 from lorry.data.encoding.encode import Encoder
@@ -27,15 +27,15 @@ from lorry.data.prepare import Rows, prepare
 from lorry.data.stream.joint import JointStream, owned
 from lorry.errors import ConfigError, explain_out_of_memory
 from lorry.kernels import status
-from lorry.models.decoder.model import Decoder
-from lorry.models.hf.model import HfModel
+from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.open import Opened, open_model
 from lorry.runs import ownership
 from lorry.runs.losses import LOSSES, losses
 from lorry.runs.ownership import CONTRACTS, PREVIOUS, RECEIPT, RUN_FILE
 from lorry.runs.process import Home
+from lorry.tasks.build import Jobs, TaskInputs
 from lorry.tasks.distill.builder import encoder_of
-from lorry.tasks.registry import TASKS, Jobs, Material
+from lorry.tasks.registry import TASKS
 from lorry.train import artifacts, checkpoint, finish
 from lorry.train.benchmarks import Asking, judged, read_exams
 from lorry.train.card.card import of_run
@@ -62,7 +62,7 @@ class Result:
     path: Path
     outcome: Outcome
     contracts: list[dict[str, Any]] = field(repr=False)
-    model: Decoder | HfModel = field(repr=False)
+    model: CausalLM = field(repr=False)
     tokenizer: Any = field(repr=False)
     adapters: list[str]
 
@@ -238,7 +238,7 @@ def build_engine(
 ) -> Engine:
     """The backend, the task and the loop of this run. ``ask``: what its evaluations ask besides."""
     # dropout's seed is part of the sequences' keys, job by job
-    backend = Local(opened.model, list(jobs), {name: optim_of(one.train) for name, (one, _) in jobs.items()})
+    backend = BACKENDS[run.backend.name](opened.model, list(jobs), {name: optim_of(one.train) for name, (one, _) in jobs.items()})
     ways = [
         Job(
             name, one.train, data.stream.total_steps(one.train.num_train_epochs, one.train.max_steps),
@@ -250,20 +250,20 @@ def build_engine(
     room = run.joint_tokens or ROOM.get(backend.device.type, max(ROOM.values()))
     stream = JointStream({name: data.stream for name, (_, data) in jobs.items()}, seeds, room)
     held = [owned(batch, k, seeds[n]) for k, (n, (_, data)) in enumerate(jobs.items()) for batch in data.evaluation]
-    given = Material(run, opened, jobs, stream, held, max(way.total for way in ways), backend, notes)
-    task, models = TASKS[run.task](given)
+    built = TASKS[run.task](TaskInputs(run, opened, jobs, stream, held, max(way.total for way in ways), backend))
+    notes += built.notes
     digests = {name: data.digest for name, (_, data) in jobs.items()}
     identity = {
         "config": json.loads(run.model_dump_json()),
         "digests": {
             "data": digests if len(jobs) > 1 else next(iter(digests.values())),
-            "base": base_digest(opened.model), **given.digests, "code": checkpoint.code_digest(),
+            "base": base_digest(opened.model), **built.digests, "code": checkpoint.code_digest(),
         },
         "environment": checkpoint.environment(device=str(backend.device), kernels=status().line()),
     }  # fmt: skip
     return Engine(
-        backend, task, run.train, run.output_dir, identity=identity, checks=Checks(), jobs=ways, listeners=listeners,
-        tolerance=TOLERANCE.get(opened.model.dtype, 1e-2), models=models, ask=ask or (lambda name: {}),
+        backend, built.task, run.train, run.output_dir, identity=identity, checks=Checks(), jobs=ways, listeners=listeners,
+        tolerance=TOLERANCE.get(opened.model.dtype, 1e-2), models=built.models, ask=ask or (lambda name: {}),
     )  # fmt: skip
 
 

@@ -121,13 +121,12 @@ def compare(result: Result, held_out: Sequence[Row], chat: Sequence[Row]) -> Non
 def general_loss(result: Result) -> dict[str, float]:
     """Mean loss per token on ordinary prose under the base and under the adapter, nats."""
     from lorry.adapters.mix import Mix
-    from lorry.backends.local import Local
-    from lorry.backends.optim import OptimSettings
     from lorry.evaluate.loss import mean_nll
+    from lorry.generate.scorer import ModelScorer
 
-    backend, batches = Local(result.model, [result.adapter], OptimSettings()), general_batches(result.tokenizer)
+    scorer, batches = ModelScorer(result.model), general_batches(result.tokenizer)
     sides = {"before": Mix.none(), "after": Mix.one(result.adapter)}
-    found = {side: mean_nll(backend, batches, mix) for side, mix in sides.items()}
+    found = {side: mean_nll(scorer, batches, mix) for side, mix in sides.items()}
     return {side: nll / tokens for side, (nll, tokens) in found.items()}
 
 

@@ -11,12 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from lorry.adapters.attach import bank_of
 from lorry.adapters.mix import Mix
-from lorry.backends.local import Local
-from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Scorer
 from lorry.data.encoding.encode import Encoder
 from lorry.evaluate.benchmarks.questions import Exam, Question
@@ -24,7 +20,9 @@ from lorry.evaluate.benchmarks.rank import Likelihood, fits, likelihoods, prompt
 from lorry.evaluate.metrics.bootstrap import Measured, corpus_interval
 from lorry.evaluate.metrics.calibration import measure_options
 from lorry.evaluate.metrics.registry import check, measure
+from lorry.generate.scorer import ModelScorer
 from lorry.generate.text import said
+from lorry.models.causal_lm import CausalLM
 
 BLANK = "\n\n"  # between worked examples in plain text: what follows it is the model asking itself the next question
 
@@ -43,7 +41,7 @@ class Taken:
 
 
 def take(
-    model: nn.Module, encoder: Encoder, exam: Exam, mix: Mix, *, max_new_tokens: int | None = None, batch_rows: int = 8,
+    model: CausalLM, encoder: Encoder, exam: Exam, mix: Mix, *, max_new_tokens: int | None = None, batch_rows: int = 8,
     seed: int = 0, **sampling: Any,
 ) -> Taken:  # fmt: skip
     """Ask a model every question of an exam under a mix. ``sampling``: temperature, top_p, top_k.
@@ -51,7 +49,7 @@ def take(
     Raises ModelError for a prompt that cannot be cut to the context, ConfigError or DataError for a metric not to be had.
     """
     bank_of(model, create=True)
-    scorer = Local(model, [], OptimSettings())  # type: ignore[arg-type]  # whatever `lorry.load` gives
+    scorer = ModelScorer(model)
     if exam.choice:
         return _ranked(scorer, encoder, exam, mix, seed)
     new = max_new_tokens or exam.one.max_new_tokens
@@ -81,14 +79,13 @@ def _ranked(scorer: Scorer, encoder: Encoder, exam: Exam, mix: Mix, seed: int) -
 
 
 def _generated(
-    model: nn.Module, scorer: Scorer, encoder: Encoder, exam: Exam, mix: Mix, seed: int, options: Mapping[str, Any]
+    model: CausalLM, scorer: Scorer, encoder: Encoder, exam: Exam, mix: Mix, seed: int, options: Mapping[str, Any]
 ) -> Taken:
     questions = exam.questions
     references = [list(q.item.references) for q in questions]
     concepts = [q.item.concepts for q in questions] if any(q.item.concepts for q in questions) else ()
     check(exam.one.metrics, references, concepts=concepts)
-    context: int | None = model.context  # type: ignore[assignment]  # Decoder and HfModel both have it
-    room = None if context is None else context - options["max_new_tokens"]
+    room = None if model.context is None else model.context - options["max_new_tokens"]
     prompts = [prompt_of(encoder, question.conversation("."), room) for question in questions]
     texts = said(model, encoder, [ids for ids, _ in prompts], adapters=mix, seed=seed, **options)
     answers = [_stripped(text, question, encoder) for text, question in zip(texts, questions, strict=True)]

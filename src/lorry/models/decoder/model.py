@@ -19,6 +19,7 @@ from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.mix import Call
 from lorry.adapters.product import Products
 from lorry.families import Family, Geometry
+from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.attention import Segments
 from lorry.models.decoder.block import Block, Pass, frequencies
 from lorry.models.decoder.cache import Cache
@@ -64,7 +65,7 @@ class Hidden:
     taps: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-class Decoder(nn.Module):
+class Decoder(CausalLM):
     """A causal language model of any described family. ``config`` is the Hugging Face config as a dict, kept for saving.
 
     Built empty (call under `torch.device("meta")`, then `load_state_dict(..., assign=True)`).
@@ -115,6 +116,9 @@ class Decoder(nn.Module):
     @property
     def head(self) -> BankLinear:
         return self.get_submodule(self.family.head)  # type: ignore[return-value]
+
+    def get_input_embeddings(self) -> BankEmbedding:
+        return self.embed
 
     # --- the three ways in: logits for people, hidden states for scores, one step for generation
 

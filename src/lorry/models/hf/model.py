@@ -24,6 +24,7 @@ from lorry.adapters.bank import Bank
 from lorry.adapters.layers import AMBIENT
 from lorry.adapters.mix import Call
 from lorry.errors import ContractError, ModelError
+from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.model import Hidden, Output, Packed
 from lorry.models.hf.anatomy import counts_from_zero, find_body, find_layers, plain_tokens, tail
 from lorry.models.hf.cache import HfCache, WholeCache, widened
@@ -37,7 +38,7 @@ class _Stop(Exception):
     """Ends a forward pass at the last layer that was asked for."""
 
 
-class HfModel(nn.Module):
+class HfModel(CausalLM):
     """``inner``: a transformers causal model. Module paths, state-dict names and layers are those of ``inner``: both share one
     table of children, so an adapter attached to this model sits in that one.
 

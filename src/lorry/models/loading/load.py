@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorry.errors import ConfigError
-from lorry.models.decoder.model import Decoder
+from lorry.models.causal_lm import CausalLM
 from lorry.models.hf.model import HfModel
 from lorry.models.loading.accounting import refuse_unfit
 from lorry.models.loading.describe import Description, blaming, describe, quiet, read_json
@@ -47,7 +47,7 @@ class Loaded:
     directory, when that was asked for (path is its base then). Adapters are not loaded here.
     """
 
-    model: Decoder | HfModel
+    model: CausalLM
     tokenizer: Any | None
     source: dict[str, Any] = field(default_factory=dict)
 
@@ -71,7 +71,7 @@ def load_model(
     described = describe(place.directory, trust_remote_code=trust_remote_code, native=native, notes=notes)
     if described.family is not None and (why := why_not_native(described.family, described.config, kind, where, notes)):
         described = replace(described, family=None, why=why)
-    model: Decoder | HfModel
+    model: CausalLM
     if described.family is not None:
         model = load_decoder(place.directory, described.family, described.config, kind, where)
         model.config["_name_or_path"] = str(place.directory)

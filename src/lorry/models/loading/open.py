@@ -13,8 +13,7 @@ from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import load_adapter
 from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
-from lorry.models.decoder.model import Decoder
-from lorry.models.hf.model import HfModel
+from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.load import load_model, trained_dtype
 from lorry.models.loading.sources import resolve
 from lorry.models.loading.tokenizer import FILES, load_tokenizer
@@ -29,7 +28,7 @@ class Opened:
     """A model ready to use, its tokenizer (None if it has none), where the base came from, and the adapters attached, first one
     active."""
 
-    model: Decoder | HfModel
+    model: CausalLM
     tokenizer: Any
     source: dict[str, Any]
     adapters: list[str]

@@ -17,11 +17,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lorry.disk.durable import building
 from lorry.errors import ModelError
+from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.model import Decoder
+from lorry.models.hf.model import HfModel
 from lorry.models.loading.config_json import write_config
 
 if TYPE_CHECKING:
-    from lorry.models.hf.model import HfModel
+    pass
 
 SHARD_BYTES = 2_000_000_000
 GENERATION = "generation_config"  # an attribute that rides along on a loaded model, as its bank does
@@ -29,7 +31,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def save_model(
-    model: Decoder | HfModel,
+    model: CausalLM,
     path: str | Path,
     *,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
@@ -56,6 +58,7 @@ def save_model(
             config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
             _write_json(work / "config.json", config)
         else:
+            assert isinstance(model, HfModel)
             state = dict(stream)
             kinds = {t.dtype for t in state.values() if t.is_floating_point()}
             model.save_inner(work, state, config, max_shard_bytes)
@@ -68,9 +71,7 @@ def save_model(
         share(work)
 
 
-def _checked(
-    model: Decoder | HfModel, tensors: Iterable[tuple[str, Tensor]] | None, *, tied: bool
-) -> Iterator[tuple[str, Tensor]]:
+def _checked(model: CausalLM, tensors: Iterable[tuple[str, Tensor]] | None, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
     """The stream, if it holds every tensor of the model once; a second name of a tied tensor may be missing."""
     state = model.state_dict()
     first = {t.data_ptr(): n for n, t in reversed(state.items())}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from lorry.adapters.layers import BankLinear
 from lorry.adapters.mix import Call
 from lorry.data.batch import Batch
 from lorry.kernels.softmax import accumulator
-from lorry.models.decoder.model import Hidden, Packed
+from lorry.models.causal_lm import CausalLM
+from lorry.models.decoder.model import Packed
 from lorry.models.scoring.tiles import Asked, FromLogits, statistics
 from lorry.models.scoring.vocab import Dense, Rows, ScoreFn, Statistic, correct, entropy, log_prob
 
@@ -60,14 +61,7 @@ class Final:
 Want = Score | HiddenState | Final
 
 
-class Model(Protocol):
-    """What scores need of a model: `Decoder` and `HfModel` both have it."""
-
-    def hidden(self, packed: Packed, call: Call, *, taps: Sequence[int] = ..., stop: int | None = ...) -> Hidden: ...
-    def logits(self, hidden: Tensor | None, call: Call) -> Tensor: ...
-
-
-def evaluate(model: Model, batch: Batch, wants: Mapping[str, Want], call: Call) -> dict[str, Tensor]:
+def evaluate(model: CausalLM, batch: Batch, wants: Mapping[str, Want], call: Call) -> dict[str, Tensor]:
     """Everything a task asked for: scores as [T] (0 at unsupervised tokens), hidden states as [T, D].
 
     Gradients flow to the adapters when they are enabled. If only hidden states are wanted, the pass stops at the highest.
@@ -91,7 +85,7 @@ def evaluate(model: Model, batch: Batch, wants: Mapping[str, Want], call: Call) 
 
 
 def score_rows(
-    model: Model, hidden: Tensor, batch: Batch, fns: Sequence[ScoreFn], call: Call, temperature: float = 1.0
+    model: CausalLM, hidden: Tensor, batch: Batch, fns: Sequence[ScoreFn], call: Call, temperature: float = 1.0
 ) -> Tensor:
     """[t, n] fp32: every score at every supervised token. The logits of target t stand at position t-1."""
     extra = {name: e.values[batch.rows] for name, e in batch.extra.items() if e.per == "token"}
@@ -115,7 +109,7 @@ def score_rows(
     return torch.stack([columns[j] for j in range(len(fns))], 1)
 
 
-def cooled(model: Model, hidden: Tensor, temperature: float) -> tuple[Tensor, float]:
+def cooled(model: CausalLM, hidden: Tensor, temperature: float) -> tuple[Tensor, float]:
     """(hidden states [t,D] for logits at a temperature, what their logits are still to be divided by): softmax(W h / tau) is
     softmax(W (h / tau)) where the head is a product and nothing else, adapted or not."""
     if temperature == 1.0:
@@ -126,7 +120,7 @@ def cooled(model: Model, hidden: Tensor, temperature: float) -> tuple[Tensor, fl
 
 
 def _by_chunks(
-    model: Model, hidden: Tensor, sources: Tensor, rows: Rows, fns: Sequence[ScoreFn], call: Call, temperature: float
+    model: CausalLM, hidden: Tensor, sources: Tensor, rows: Rows, fns: Sequence[ScoreFn], call: Call, temperature: float
 ) -> Tensor:
     """[t,n]: from whole rows of logits, formed again in backward."""
     parts = []
@@ -140,7 +134,7 @@ def _by_chunks(
     return torch.cat(parts) if parts else hidden.new_zeros(0, len(fns), dtype=accumulator(hidden))
 
 
-def _chunk_scores(model: Model, hidden: Tensor, rows: Rows, fns: Sequence[ScoreFn], call: Call, temperature: float) -> Tensor:
+def _chunk_scores(model: CausalLM, hidden: Tensor, rows: Rows, fns: Sequence[ScoreFn], call: Call, temperature: float) -> Tensor:
     logits = model.logits(hidden, call)
     logits = logits if temperature == 1.0 else logits / temperature
     known = [fn for fn in fns if isinstance(fn, Statistic)]
@@ -153,7 +147,7 @@ def _chunk_scores(model: Model, hidden: Tensor, rows: Rows, fns: Sequence[ScoreF
     return torch.stack([columns[id(fn)] for fn in fns], 1)
 
 
-def frozen_head(model: Model, call: Call) -> Tensor | None:
+def frozen_head(model: CausalLM, call: Call) -> Tensor | None:
     """The head's weight [V, D] when nothing in this call adapts or trains it and it is a plain product; else None."""
     head = getattr(model, "head", None)
     if isinstance(head, BankLinear):

@@ -1,15 +1,14 @@
 """A distillation from its description to a task: who the teacher is, what it reads, whether it is asked live or from a cache.
 
 make = encoder_of(run, opened, notes)               # before the rows are read: a teacher of another tokenizer reads them too
-task, models = build_distill(material)              # `train.tasks.TASKS["distill"]`
+built = build_distill(inputs)                       # `tasks.registry.TASKS["distill"]`
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorry.backends.protocol import Scorer
 from lorry.config import DistillConfig, DistillRun, Run
@@ -17,15 +16,12 @@ from lorry.data.batch import Batch
 from lorry.data.encoding.encode import Encoder
 from lorry.data.prepare import Prepared
 from lorry.errors import ConfigError
-from lorry.models.decoder.model import Decoder
 from lorry.models.loading.open import Opened
+from lorry.tasks.build import BuiltTask, TaskInputs
 from lorry.tasks.distill import cache
 from lorry.tasks.distill.align import PairedEncoder, name_of, same_tokenizer
 from lorry.tasks.distill.task import Aim, Distill, Live, Reader, Teacher
-from lorry.tasks.distill.teacher import Frozen, TeacherPlace, open_teacher
-
-if TYPE_CHECKING:
-    from lorry.tasks.registry import Material
+from lorry.tasks.distill.teacher import TeacherPlace, TeacherScorer, open_teacher
 
 PASS_ROWS = 8  # rows the teacher reads at a time when a cache is written
 LONGER = 2  # what a teacher's tokenizer may make of max_length tokens of the student's
@@ -64,34 +60,37 @@ def encoder_of(run: Run, opened: Opened, notes: list[str]) -> Callable[..., Enco
     return partial(Encoder, embeddings=min(ours, place.vocabulary() or ours))
 
 
-def build_distill(given: Material) -> tuple[Distill, Mapping[str, Scorer]]:
+def build_distill(given: TaskInputs) -> BuiltTask:
     """The task, and the frozen models it scores with. Raises ConfigError, ModelError."""
-    run: DistillRun = given.run
+    run = given.run
+    assert isinstance(run, DistillRun)
+    notes: list[str] = []
     (adapter, (_, prepared)), aim = next(iter(given.jobs.items())), aim_of(run.distill)
-    place = _place(run, given.opened, given.notes)
+    place = _place(run, given.opened, notes)
     if run.output_dir.resolve() in {p.resolve() for p in (place.place.directory, place.adapter) if p is not None}:
         raise ConfigError(f"{run.output_dir} holds the teacher, which this run would displace; give another output_dir")
     dtype = str(given.opened.source["dtype"]) if place.shared else run.distill.teacher_dtype
-    given.digests["teacher"] = place.digest(run.distill, dtype)
+    digest = place.digest(run.distill, dtype)
     models: dict[str, Scorer] = {}
     if run.distill.cache is None:
-        scorer = models["teacher"] = open_teacher(place, run.distill, given.opened, given.notes)
+        scorer = models["teacher"] = open_teacher(place, run.distill, given.opened, notes)
         reader, columns = _reader(prepared, scorer), _columns(run.distill, given.opened)
         _enough(run.distill, scorer, columns)
         teacher: Teacher = Live(aim, scorer.head(aim.temperature, columns), reader, _likeliest(run.distill, scorer, columns))
-        _say_missing(given, prepared, lambda tokens, weights: reader.view(tokens, weights) is not None)
+        notes += _missing(given, prepared, lambda tokens, weights: reader.view(tokens, weights) is not None)
     else:
-        teacher = cached = _cached(given, prepared, place, aim)
-        _say_missing(given, prepared, lambda tokens, weights: name_of(tokens, weights) in cached.known)
+        teacher = cached = _cached(given, run.distill, prepared, place, aim, digest, notes)
+        notes += _missing(given, prepared, lambda tokens, weights: name_of(tokens, weights) in cached.known)
     everyone = {"self": given.backend, **models}
-    return Distill(given.stream, given.held, given.total, [adapter], aim=aim, teacher=teacher, models=everyone), models
+    task = Distill(given.stream, given.held, given.total, [adapter], aim=aim, teacher=teacher, models=everyone)
+    return BuiltTask(task, models, {"teacher": digest}, notes)
 
 
 def _place(run: DistillRun, opened: Opened, notes: list[str]) -> TeacherPlace:
     return TeacherPlace.of(run.distill, opened, shareable=run.lora is not None, notes=notes)
 
 
-def _reader(prepared: Prepared, scorer: Frozen) -> Reader:
+def _reader(prepared: Prepared, scorer: TeacherScorer) -> Reader:
     views = prepared.encoder.views if isinstance(prepared.encoder, PairedEncoder) else None
     return Reader(views, scorer.model.context, scorer.mix)
 
@@ -101,10 +100,10 @@ def _columns(config: DistillConfig, opened: Opened) -> int | None:
     longer than its tokenizer); None: all of them."""
     if config.loss == "uld":
         return None
-    return opened.model.geometry.vocab if isinstance(opened.model, Decoder) else opened.model.vocabulary
+    return opened.model.vocabulary
 
 
-def _enough(config: DistillConfig, teacher: Frozen, columns: int | None) -> None:
+def _enough(config: DistillConfig, teacher: TeacherScorer, columns: int | None) -> None:
     """Raises ConfigError when the teacher has fewer logits than are compared with all of it."""
     if columns is not None and teacher.vocabulary < columns and config.top_k is None:
         raise ConfigError(
@@ -113,31 +112,31 @@ def _enough(config: DistillConfig, teacher: Frozen, columns: int | None) -> None
         )
 
 
-def _likeliest(config: DistillConfig, teacher: Frozen, columns: int | None) -> int | None:
+def _likeliest(config: DistillConfig, teacher: TeacherScorer, columns: int | None) -> int | None:
     """How many of the teacher's likeliest tokens are kept: never all of them, as in a cache, since the others count as one."""
     return None if config.top_k is None else min(config.top_k, min(teacher.vocabulary, columns or teacher.vocabulary) - 1)
 
 
-def _cached(given: Material, prepared: Prepared, place: TeacherPlace, aim: Aim) -> cache.Cached:
+def _cached(
+    given: TaskInputs, config: DistillConfig, prepared: Prepared, place: TeacherPlace, aim: Aim, digest: str, notes: list[str]
+) -> cache.Cached:
     """The teacher from disk; it is opened, and forgotten again, only where the cache is not there yet."""
-    run: DistillRun = given.run
-    assert run.distill.cache is not None
-    assert run.distill.top_k is not None
-    columns = _columns(run.distill, given.opened)
-    facts = cache.facts_of(_sequences(given, prepared), given.digests["teacher"], run.distill.top_k, columns)
-    folder = cache.folder_of(Path(run.distill.cache), facts)
+    assert config.cache is not None
+    assert config.top_k is not None
+    columns = _columns(config, given.opened)
+    facts = cache.facts_of(_sequences(given, prepared), digest, config.top_k, columns)
+    folder = cache.folder_of(Path(config.cache), facts)
     if not folder.exists():
-        scorer = open_teacher(place, run.distill, given.opened, given.notes)
+        scorer = open_teacher(place, config, given.opened, notes)
         head = scorer.head(1.0, columns)
         cache.write(folder, _sequences(given, prepared), _reader(prepared, scorer), scorer, head, facts)
     cached = cache.Cached(folder, facts, aim)
-    given.notes.append(
-        f"the teacher is read from {folder}: {cached.facts['tokens']} tokens, {cached.facts['bytes'] / 2**20:.1f} MiB"
-    )
+    size = cached.facts["bytes"] / 2**20
+    notes.append(f"the teacher is read from {folder}: {cached.facts['tokens']} tokens, {size:.1f} MiB")
     return cached
 
 
-def _sequences(given: Material, prepared: Prepared) -> Iterator[Batch]:
+def _sequences(given: TaskInputs, prepared: Prepared) -> Iterator[Batch]:
     """Everything the run reads, once: the training rows in file order, then those held out."""
     if prepared.tokens is None:
         raise ConfigError("distill.cache needs rows that are not streamed; leave data.streaming out")
@@ -145,17 +144,18 @@ def _sequences(given: Material, prepared: Prepared) -> Iterator[Batch]:
     yield from given.held
 
 
-def _say_missing(given: Material, prepared: Prepared, speaks: Callable[[Sequence[int], Sequence[float]], bool]) -> None:
-    """Note how many sequences the teacher has nothing to say of: they carry the data's own loss only."""
+def _missing(given: TaskInputs, prepared: Prepared, speaks: Callable[[Sequence[int], Sequence[float]], bool]) -> list[str]:
+    """A note of how many sequences the teacher has nothing to say of: they carry the data's own loss only."""
     if prepared.tokens is None:
-        return
+        return []
     of = [
         speaks(batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist())
         for batch in _sequences(given, prepared)
         for start, stop in batch.segments
     ]
-    if missing := of.count(False):
-        given.notes.append(
-            f"{missing} of {len(of)} sequences are too long for the teacher, or its chat template makes other turns of them: "
-            "they are learnt from the data alone"
-        )
+    if not (missing := of.count(False)):
+        return []
+    return [
+        f"{missing} of {len(of)} sequences are too long for the teacher, or its chat template makes other turns of them: "
+        "they are learnt from the data alone"
+    ]

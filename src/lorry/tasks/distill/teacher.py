@@ -8,7 +8,7 @@ teacher.head(temperature=2.0)(hidden)       # its logits / 2
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,16 @@ from lorry.adapters.bank import Bank
 from lorry.adapters.mix import Call, Mix
 from lorry.adapters.peft.files import load_adapter
 from lorry.config import DistillConfig, ModelConfig
-from lorry.data.batch import Batch
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError
-from lorry.generate.engine import Generated, generate
-from lorry.models.decoder.model import Decoder
-from lorry.models.hf.model import HfModel
+from lorry.generate.scorer import ModelScorer
 from lorry.models.loading.describe import read_json
 from lorry.models.loading.load import pick_device, pick_dtype
 from lorry.models.loading.open import Opened, adapter_folders, free_name, open_model
 from lorry.models.loading.quantized import open_quantized
 from lorry.models.loading.sources import Place, resolve
 from lorry.models.loading.tokenizer import load_tokenizer
-from lorry.models.scoring.score import Want, cooled, evaluate
+from lorry.models.scoring.score import cooled
 
 # files that say which model, or adapter, a directory holds, and how it reads text
 IDENTIFYING = (".safetensors", "config.json", "tokenizer.json", ".jinja")
@@ -86,28 +83,13 @@ class TeacherPlace:
         return total.hexdigest()
 
 
-class Frozen:
-    """A `Scorer` that never trains: a model under one mix, unless another is asked for."""
-
-    def __init__(self, model: Decoder | HfModel, mix: Mix) -> None:
-        self.model, self.mix = model, mix
-
-    @torch.no_grad()
-    def score(self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None) -> list[dict[str, Tensor]]:
-        """Per batch, everything wanted, on the CPU."""
-        call = Call(self.mix if mix is None else mix)
-        found = (evaluate(self.model, batch.to(self.model.device), wants, call) for batch in batches)
-        return [{name: value.cpu() for name, value in got.items()} for got in found]
-
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generated]:
-        """See `models.generate.generate`."""
-        return generate(self.model, prompts, **options)
+class TeacherScorer(ModelScorer):
+    """A teacher: a model under one mix, and its head."""
 
     @property
     def vocabulary(self) -> int:
         """Columns of its logits."""
-        return self.model.geometry.vocab if isinstance(self.model, Decoder) else self.model.vocabulary
+        return self.model.vocabulary
 
     def head(self, temperature: float, columns: int | None = None) -> Callable[[Tensor], Tensor]:
         """What turns its final hidden states [t,d] into logits [t,V] / temperature, of the first ``columns`` tokens only."""
@@ -121,26 +103,28 @@ class Frozen:
         return logits
 
 
-def open_teacher(place: TeacherPlace, config: DistillConfig, opened: Opened, notes: list[str]) -> Frozen:
+def open_teacher(place: TeacherPlace, config: DistillConfig, opened: Opened, notes: list[str]) -> TeacherScorer:
     """The teacher ready to score: another adapter (or none) on the student's own base, or a model of its own.
 
     Raises ConfigError, ModelError.
     """
     if place.shared:
         if place.adapter is None:
-            return Frozen(opened.model, Mix.none())
+            return TeacherScorer(opened.model, Mix.none())
         name = free_name(place.adapter, _bank_names(opened))
         load_adapter(opened.model, place.adapter, name, trainable=False)
         notes.append(f"the teacher is the student's base with the adapter of {place.adapter}: no second model")
-        return Frozen(opened.model, Mix.one(name))
+        return TeacherScorer(opened.model, Mix.one(name))
     name, device = str(place.place.directory), str(opened.source["device"])
     if config.teacher_quantize is not None:
         if place.adapter is not None:
             raise ConfigError("distill.teacher_quantize with an adapter: merge the adapter first (lorry merge), then quantize")
-        return Frozen(open_quantized(place.place, config.teacher_quantize, config.teacher_dtype, device, notes), Mix.none())
+        return TeacherScorer(
+            open_quantized(place.place, config.teacher_quantize, config.teacher_dtype, device, notes), Mix.none()
+        )
     adapter = None if place.adapter is None else str(place.adapter)
     found = open_model(ModelConfig(name=name, dtype=config.teacher_dtype, device=device, adapter=adapter), notes)
-    return Frozen(found.model, Mix.one(found.adapters[0]) if found.adapters else Mix.none())
+    return TeacherScorer(found.model, Mix.one(found.adapters[0]) if found.adapters else Mix.none())
 
 
 def _bank_names(opened: Opened) -> list[str]:

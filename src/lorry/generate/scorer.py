@@ -1,0 +1,38 @@
+"""Scores and samples of a model under a mix, without gradients and without an optimizer: what evaluation, teachers and
+references ask of a model (the `Scorer` of `backends/protocol.py`).
+
+    ModelScorer(model, Mix.one("people")).score([batch], {"nll": Score(log_prob)})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorry.adapters.mix import Call, Mix
+from lorry.data.batch import Batch
+from lorry.generate.engine import Generated, generate
+from lorry.models.causal_lm import CausalLM
+from lorry.models.scoring.score import Want, evaluate
+
+
+class ModelScorer:
+    """A model that is only asked. ``mix``: what holds unless a call brings its own."""
+
+    def __init__(self, model: CausalLM, mix: Mix | None = None) -> None:
+        self.model, self.mix = model, Mix.none() if mix is None else mix
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None) -> list[dict[str, Tensor]]:
+        """Per batch, everything wanted, on the CPU."""
+        call = Call(self.mix if mix is None else mix)
+        found = (evaluate(self.model, batch.to(self.model.device), wants, call) for batch in batches)
+        return [{name: value.cpu() for name, value in got.items()} for got in found]
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generated]:
+        """See `generate.engine.generate`."""
+        return generate(self.model, prompts, **options)

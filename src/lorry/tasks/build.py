@@ -1,0 +1,40 @@
+"""What a task is made from, and what its builder returns. A builder changes nothing that it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lorry.backends.protocol import Backend, Scorer, Task
+from lorry.config import Run
+from lorry.data.batch import Batch
+from lorry.data.prepare import Prepared
+from lorry.data.stream.joint import JointStream
+from lorry.models.loading.open import Opened
+
+Jobs = Mapping[str, tuple[Run, Prepared]]  # by adapter: the run it would be alone, and what it reads
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """The run, the opened model, its jobs, their rows as one stream, the held-out batches, the steps of the longest job, and the
+    backend (for scores before training)."""
+
+    run: Run
+    opened: Opened
+    jobs: Jobs
+    stream: JointStream
+    held: Sequence[Batch]
+    total: int
+    backend: Backend
+
+
+@dataclass(frozen=True)
+class BuiltTask:
+    """The task; ``models``: the frozen models it scores with besides its own; ``digests``: what else the result hangs on, for the
+    run's identity; ``notes``: what a person should know."""
+
+    task: Task
+    models: Mapping[str, Scorer] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
