@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lorry.adapters.attach import bank_of
-from lorry.adapters.peft.config import CONFIG, parse_config, read_json
+from lorry.adapters.peft.config import parse_config, read_json
 from lorry.adapters.peft.files import load_adapter
-from lorry.adapters.peft.tensors import WEIGHTS
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ModelError
+from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 JSON = st.recursive(
     st.none()
@@ -34,14 +34,14 @@ KEYS = sorted(peft.LoraConfig(target_modules=["q_proj"]).to_dict())
 
 def spec_in(folder: Path) -> LoraSpec:
     """What an adapter directory's config says."""
-    return parse_config(read_json(folder / CONFIG), str(folder / CONFIG))
+    return parse_config(read_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG))
 
 
 @given(changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), JSON, max_size=4))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_config_is_read_or_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     good = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
-    (tmp_path / CONFIG).write_text(json.dumps({**good, **changes}))
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({**good, **changes}))
     try:
         spec = spec_in(tmp_path)
     except ModelError:
@@ -54,7 +54,7 @@ def test_any_config_is_read_or_refused(changes: dict[str, Any], tmp_path: Path) 
 @given(content=st.binary(max_size=40) | st.text(max_size=40).map(str.encode))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_as_config(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / CONFIG).write_bytes(content)
+    (tmp_path / ADAPTER_CONFIG).write_bytes(content)
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
         spec_in(tmp_path)
 
@@ -72,7 +72,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_json(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / CONFIG).write_bytes(content)
+    (tmp_path / ADAPTER_CONFIG).write_bytes(content)
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
         spec_in(tmp_path)
 
@@ -86,7 +86,7 @@ def target(tiny: Any) -> nn.Module:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_damage_to_the_weights_file(data: st.DataObject, saved: Path, target: nn.Module, tmp_path: Path) -> None:
     """Cut, overwritten or lengthened, in the header mostly: read as valid, or refused; never another exception."""
-    content = bytearray((saved / WEIGHTS).read_bytes())
+    content = bytearray((saved / ADAPTER_WEIGHTS).read_bytes())
     kind = data.draw(st.sampled_from(["cut", "overwrite", "append", "header length"]))
     if kind == "cut":
         del content[data.draw(st.integers(0, len(content) - 1)) :]
@@ -100,8 +100,8 @@ def test_any_damage_to_the_weights_file(data: st.DataObject, saved: Path, target
         content[:8] = data.draw(st.integers(0, 2**64 - 1)).to_bytes(8, "little")
     broken = tmp_path / "broken"
     broken.mkdir(exist_ok=True)
-    (broken / CONFIG).write_bytes((saved / CONFIG).read_bytes())
-    (broken / WEIGHTS).write_bytes(content)
+    (broken / ADAPTER_CONFIG).write_bytes((saved / ADAPTER_CONFIG).read_bytes())
+    (broken / ADAPTER_WEIGHTS).write_bytes(content)
     names = set(bank_of(target, create=True).names())
     try:
         load_adapter(target, broken, f"a{len(names)}")

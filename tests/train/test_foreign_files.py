@@ -26,8 +26,8 @@ from faults import FaultyDisk, die, kill, run_forked
 from lorry.disk import durable
 from lorry.disk.durable import building
 from lorry.errors import ConfigError, ContractError, LorryError
-from lorry.runs import ownership
-from lorry.train import artifacts, checkpoint, start
+from lorry.runs import layout, ownership
+from lorry.train import checkpoint, start
 from lorry.train.monitoring.events import Record
 from lorry.train.session import train_run
 
@@ -36,10 +36,10 @@ PLAIN: dict[str, Any] = {
     "early_stopping_patience": None, "resume_from_checkpoint": None, "target_modules": ["q_proj"], "lora_dropout": 0.0,
 }  # fmt: skip
 EXAMPLES = {
-    artifacts.SHARDS: "model-00001-of-00002.safetensors", "*.tiktoken": "own.tiktoken", "quarantine*.jsonl": "quarantine.jsonl",
+    layout.SHARDS: "model-00001-of-00002.safetensors", "*.tiktoken": "own.tiktoken", "quarantine*.jsonl": "quarantine.jsonl",
 }  # fmt: skip
 NAMES = [EXAMPLES.get(pattern, pattern) for pattern in start._patterns([])]
-LATE = [name for name in (*artifacts.RESULTS, *artifacts.TOKENIZER_FILES) if name not in (ownership.CONTRACTS, "*.tiktoken")]
+LATE = [name for name in (*layout.RESULTS, *layout.TOKENIZER_FILES) if name not in (layout.CONTRACTS, "*.tiktoken")]
 OUTCOMES = ("finishes", "fails", "is killed")
 
 
@@ -178,7 +178,7 @@ def test_what_somebody_put_into_a_run_survives_the_next(
     world: World, request: pytest.FixtureRequest, tmp_path: Path, earlier: str, resume: str | None, outcome: str
 ) -> None:
     folder = Path(shutil.copytree(request.getfixturevalue(earlier), tmp_path / "copy"))
-    names = [name for name in LATE if name != ownership.RECEIPT]
+    names = [name for name in LATE if name != layout.RECEIPT]
     for name in names:
         (folder / "run" / name).write_bytes(strange(name))
     kept = everything(folder) if earlier == "finished" else {}
@@ -195,7 +195,7 @@ def test_what_somebody_put_into_a_run_survives_the_next(
 
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_what_appears_while_a_run_goes_is_not_written_over(world: World, tmp_path: Path, outcome: str) -> None:
-    names = [*LATE, ownership.CONTRACTS]
+    names = [*LATE, layout.CONTRACTS]
 
     def first() -> None:
         for name in names:

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from lorry.disk import durable
 from lorry.errors import ConfigError, ContractError, DataError
-from lorry.runs.process import PROCESS, alive, read, refuse_second
+from lorry.runs.layout import PROCESS
+from lorry.runs.process import alive, read, refuse_second
 from lorry.train.monitoring.process import running, without_secrets
 
 HOLD = """

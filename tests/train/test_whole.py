@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import lorry
 import tiny
 from lorry.adapters.attach import attach
-from lorry.adapters.base_weights import Weights, chosen, train_weights, weights_of
+from lorry.adapters.base_weights import BaseWeights, chosen, train_weights, weights_of
 from lorry.backends.local import Local
 from lorry.backends.optim import OptimSettings
 from lorry.config import Run, build
@@ -81,7 +81,7 @@ def plain(theirs: nn.Module, trained: Sequence[str], dtype: torch.dtype = torch.
     return losses
 
 
-def ours(model: Any, trainable: str | Sequence[str], lr: float = RATE) -> tuple[list[float], Weights]:
+def ours(model: Any, trainable: str | Sequence[str], lr: float = RATE) -> tuple[list[float], BaseWeights]:
     weights = train_weights(model, trainable)
     local, task = Local(model, ["base"], OPTIM), Fixed(steps(), ["base"])
     losses = []

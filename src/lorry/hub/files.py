@@ -17,13 +17,23 @@ from lorry.disk import secret_shapes
 from lorry.errors import ConfigError, ModelError
 from lorry.report.html import page
 from lorry.report.plots import png
+from lorry.runs.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    ADAPTER_WEIGHTS,
+    CARD,
+    MODEL_FILES,
+    NOT_ADAPTERS,
+    PLOT,
+    PUBLISHED,
+    RECEIPT,
+    REPORT,
+    SHARDS,
+    TOKENIZER_FILES,
+)
 from lorry.runs.read import load
-from lorry.train.artifacts import ADAPTER_FILES, MODEL_FILES, SHARDS, TOKENIZER_FILES, WEIGHTS
 from lorry.train.card import card
 
-RUN = ("run.yaml", "metrics.jsonl", "losses.json", "receipt.json", "contracts.json", "evaluation.json")
-CARD, REPORT, PLOT = "README.md", "report.html", "report.png"
-NEVER = frozenset(["checkpoints", "previous", "data", "tensorboard"])  # folders of a run that are no adapter's
 BINARY = (".safetensors", ".png", ".model")
 Content = bytes | Path
 
@@ -36,10 +46,10 @@ def upload(run_dir: Path, *, at: str) -> dict[str, Content]:
     """
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: no such run directory")
-    if not (run_dir / "receipt.json").is_file():
+    if not (run_dir / RECEIPT).is_file():
         raise ConfigError(f"{run_dir} is not a finished run (it has no receipt.json); only a finished one goes to the hub")
     found: dict[str, Content] = {
-        p.name: p for p in _matching(run_dir, (*ADAPTER_FILES, *MODEL_FILES, SHARDS, *TOKENIZER_FILES, *RUN))
+        p.name: p for p in _matching(run_dir, (*ADAPTER_FILES, *MODEL_FILES, SHARDS, *TOKENIZER_FILES, *PUBLISHED))
     }
     for folder in adapter_folders(run_dir):
         found |= {f"{folder.name}/{p.name}": p for p in _matching(folder, ADAPTER_FILES)}
@@ -55,7 +65,7 @@ def upload(run_dir: Path, *, at: str) -> dict[str, Content]:
 
 def adapter_folders(run_dir: Path) -> list[Path]:
     """The folders of a run of several adapters."""
-    return sorted(p.parent for p in run_dir.glob("*/adapter_config.json") if p.parent.name not in NEVER)
+    return sorted(p.parent for p in run_dir.glob("*/adapter_config.json") if p.parent.name not in NOT_ADAPTERS)
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
@@ -65,11 +75,11 @@ def _matching(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
 
 def _has_weights(run_dir: Path, found: Mapping[str, Content]) -> None:
     """Adapters, or a whole model. Raises ModelError naming what is missing."""
-    configs = [name for name in found if name.endswith("adapter_config.json")]
-    lacking = [c for c in configs if c.replace("adapter_config.json", WEIGHTS) not in found]
+    configs = [name for name in found if name.endswith(ADAPTER_CONFIG)]
+    lacking = [c for c in configs if c.replace(ADAPTER_CONFIG, ADAPTER_WEIGHTS) not in found]
     whole = "config.json" in found and any(fnmatchcase(name, "model*.safetensors") for name in found)
     if lacking or not (configs or whole):
-        what = f"{Path(lacking[0]).with_name(WEIGHTS)} is missing" if lacking else "it holds no adapter and no model"
+        what = f"{Path(lacking[0]).with_name(ADAPTER_WEIGHTS)} is missing" if lacking else "it holds no adapter and no model"
         raise ModelError(f"{run_dir}: {what}, so there is nothing to upload")
 
 

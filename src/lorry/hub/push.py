@@ -21,6 +21,7 @@ from lorry.disk.documents import read_object
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, LorryError
 from lorry.hub.files import adapter_folders, places, upload
+from lorry.runs.layout import ADAPTER_CONFIG
 
 SILENCE = 120.0  # seconds without a byte after which a request has failed
 LOGIN = "run `hf auth login`, or set HF_TOKEN, with a token that may write (https://huggingface.co/settings/tokens)"
@@ -142,7 +143,7 @@ def _notes(run_dir: Path, naming: list[str]) -> list[str]:
     """What a person may not expect of what is uploaded."""
     notes = []
     for folder in [run_dir, *adapter_folders(run_dir)]:
-        config = folder / "adapter_config.json"
+        config = folder / ADAPTER_CONFIG
         base = read_object(config).get("base_model_name_or_path") if config.is_file() else None
         if isinstance(base, str) and Path(base).is_absolute():
             notes.append(

@@ -10,6 +10,7 @@ from typing import Any
 from lorry.disk import documents
 from lorry.errors import ModelError, nearest
 from lorry.plan.known import KNOWN
+from lorry.runs.layout import ADAPTER_CONFIG
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*|[A-Za-z0-9][A-Za-z0-9._-]*")
 DIGEST = re.compile(r"(.+)-[0-9a-f]{12}")  # a converted model's directory in the cache
@@ -41,9 +42,9 @@ def find_config(name: str, *, revision: str | None = None) -> ConfigFound:
 def _of_directory(path: Path) -> ConfigFound:
     if (path / "config.json").is_file():
         return ConfigFound(_read(path / "config.json"), str(path / "config.json"))
-    if not (path / "adapter_config.json").is_file():
+    if not (path / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{path} has neither config.json nor adapter_config.json; give a model, a run or an adapter directory")
-    adapter = _read(path / "adapter_config.json")
+    adapter = _read(path / ADAPTER_CONFIG)
     base, rank = adapter.get("base_model_name_or_path"), adapter.get("r")
     if not isinstance(base, str) or not isinstance(rank, int):
         raise ModelError(f"{path / 'adapter_config.json'}: no base_model_name_or_path and r; this is not a LoRA adapter")

@@ -13,6 +13,7 @@ from lorry.disk import durable
 from lorry.report.html import page
 from lorry.report.plots import png
 from lorry.runs import ownership
+from lorry.runs.layout import REPORT
 from lorry.runs.read import load_readable
 
 
@@ -43,7 +44,7 @@ def _is_report(path: Path) -> bool:
 
 def _target(paths: Sequence[Path], output: Path | None) -> Path:
     if output is not None:
-        return output if output.suffix in (".html", ".htm") else output / "report.html"
+        return output if output.suffix in (".html", ".htm") else output / REPORT
     if len(paths) == 1:
-        return paths[0] / "report.html"
+        return paths[0] / REPORT
     return Path(os.path.commonpath([path.resolve().parent for path in paths])) / "comparison.html"

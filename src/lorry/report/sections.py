@@ -10,6 +10,7 @@ from itertools import groupby
 from lorry.evaluate.metrics.registry import exact_match
 from lorry.formatting import NOTHING, number
 from lorry.report.markup import Html, join, tag
+from lorry.runs.layout import RUN_FILE
 from lorry.runs.read import Contract, Run, Sample, Token
 
 MOST_ROWS = 60  # samples shown of a group; a page of thousands would help nobody
@@ -142,7 +143,7 @@ def _contract(contract: Contract) -> Html:
 def settings(runs: Sequence[Run]) -> Html | None:
     """run.yaml of each run, folded away."""
     texts = [(run, run.config_text) for run in runs if run.config_text]
-    return _folded("Settings", "settings", "run.yaml", len(runs) > 1, texts)
+    return _folded("Settings", "settings", RUN_FILE, len(runs) > 1, texts)
 
 
 def receipts(runs: Sequence[Run]) -> Html | None:

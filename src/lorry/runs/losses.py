@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorry.runs.layout import METRICS
 from lorry.runs.metrics import iterate
-
-LOSSES = "losses.json"
 
 
 def losses(run_dir: Path) -> dict[str, Any]:
     """The lists of one run, empty where nothing was logged. Raises DataError naming the line of metrics.jsonl that is damaged."""
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / METRICS
     whole, adapters = _empty(), dict[str, dict[str, list[Any]]]()
     for _, record in iterate(path) if path.exists() else ():
         _add(whole, record["step"], record)

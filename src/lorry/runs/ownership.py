@@ -25,11 +25,10 @@ from typing import Any
 from lorry.disk import documents, durable, integrity
 from lorry.disk.integrity import reading
 from lorry.errors import ConfigError, DataError, ModelError
+from lorry.runs.layout import CHECKPOINTS, PREVIOUS, PROCESS, RECEIPT, RUN_FILE, STEP
 
 log = logging.getLogger(__name__)
 
-RUN_FILE, RECEIPT, CONTRACTS, CHECKPOINTS, PREVIOUS = "run.yaml", "receipt.json", "contracts.json", "checkpoints", "previous"
-PROCESS = "process.json"
 MOST_DESCRIPTION = 512 << 10  # bytes: twice a run of 1,000 jobs with six own settings each; YAML is read at some 50 KB a second
 SHOWN = 6  # names in a message; the rest are counted
 HEAD = 4096  # bytes in which a file says who made it
@@ -37,7 +36,6 @@ GENERATOR = b'<meta name="generator" content="Lorry">'  # in the head of every p
 SOFTWARE = {"Software": "Lorry"}  # a text chunk of every picture
 STRANGE = {errno.ELOOP, errno.ENXIO, errno.ENODEV}  # a link to itself, a socket, a device: nothing that a run writes
 _GROUPS = (b"model", b"data", b"train")  # what a description has at the left edge, as `config.dump` writes them
-_STEP = re.compile(r"step-\d{8,}")
 
 
 def is_run(folder: Path) -> bool:
@@ -251,6 +249,6 @@ def _has_begun(found: Any) -> bool:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return bool(_STEP.match(path.name)) and any(
+    return bool(STEP.match(path.name)) and any(
         says(mark)(path / name) for name, mark in (("manifest.json", b'"lorry-manifest/'), ("meta.json", b'"lorry-checkpoint/'))
     )

@@ -23,8 +23,8 @@ import psutil
 from lorry.disk import documents
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, DataError
+from lorry.runs.layout import PROCESS
 
-PROCESS = "process.json"
 SLACK = 10.0  # seconds by which a time of birth may differ when it is asked again: it follows the clock of the machine
 
 

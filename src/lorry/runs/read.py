@@ -24,10 +24,11 @@ from typing import Any
 from lorry.disk import documents, receipt
 from lorry.errors import DataError
 from lorry.runs import ownership, process, series
+from lorry.runs.layout import CONTRACTS, EVALUATION, METRICS, PROCESS, RECEIPT, RUN_FILE, SAMPLES
 from lorry.runs.process import Process
 from lorry.runs.series import Log, is_number
 
-FILES = ("metrics.jsonl", "run.yaml", "receipt.json", "contracts.json", "samples.json", "evaluation.json", "process.json")
+FILES = (METRICS, RUN_FILE, RECEIPT, CONTRACTS, SAMPLES, EVALUATION, PROCESS)
 # Items of a file, far above what a run writes: more would take minutes to show.
 MOST_CONTRACTS, MOST_SAMPLES, MOST_EVALUATIONS, MOST_METRICS = 1000, 100_000, 1000, 2000
 STATUSES = ("held", "failed", "not_checked")
@@ -139,17 +140,17 @@ def _refuse_other(path: Path) -> None:
 
 
 def _load(path: Path, name: str) -> Run:
-    config_text = _read_text(path / "run.yaml")
+    config_text = _read_text(path / RUN_FILE)
     return Run(
         path=path,
         name=name,
-        log=series.read(path / "metrics.jsonl"),
-        config=_settings(config_text, path / "run.yaml"),
+        log=series.read(path / METRICS),
+        config=_settings(config_text, path / RUN_FILE),
         config_text=config_text,
-        receipt=receipt.read(path / "receipt.json"),
-        contracts=tuple(_contract(item, where) for where, item in _items(path / "contracts.json", MOST_CONTRACTS)),
-        samples=tuple(_sample(item, where) for where, item in _items(path / "samples.json", MOST_SAMPLES)),
-        evaluation=tuple(_evaluation(item, where) for where, item in _items(path / "evaluation.json", MOST_EVALUATIONS)),
+        receipt=receipt.read(path / RECEIPT),
+        contracts=tuple(_contract(item, where) for where, item in _items(path / CONTRACTS, MOST_CONTRACTS)),
+        samples=tuple(_sample(item, where) for where, item in _items(path / SAMPLES, MOST_SAMPLES)),
+        evaluation=tuple(_evaluation(item, where) for where, item in _items(path / EVALUATION, MOST_EVALUATIONS)),
         process=process.read(path),
     )
 

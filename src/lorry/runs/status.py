@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,18 +22,18 @@ from pathlib import Path
 from lorry.disk import integrity
 from lorry.errors import DataError, Interrupted, ModelError
 from lorry.formatting import number
-from lorry.runs.process import PROCESS, Process, alive
+from lorry.runs.layout import CHECKPOINTS, CONTRACTS, METRICS, PREVIOUS, PROCESS, RECEIPT, RUN_FILE, STEP
+from lorry.runs.process import Process, alive
 from lorry.runs.read import Run, load
 from lorry.runs.series import Log, is_number
 from lorry.runs.summary import about, flatten
 from lorry.streams import is_left_alone
 
-MARKS = (PROCESS, "run.yaml", "metrics.jsonl")  # what a run directory is known by
-NOT_RUNS = {"checkpoints", "previous", "tensorboard", "node_modules"}
+MARKS = (PROCESS, RUN_FILE, METRICS)  # what a run directory is known by
+NOT_RUNS = {CHECKPOINTS, PREVIOUS, "tensorboard", "node_modules"}
 DEEPEST = 4  # folders below the one that is listed
 RECENT = 20  # steps over which speed is measured
 SILENT = 900.0  # seconds without a written line after which a run of another machine counts as dead
-_CHECKPOINT = re.compile(r"step-\d{8,}")
 _STOPPED = {Interrupted.exit_code, 130}  # by a signal, or Ctrl-C twice
 
 
@@ -127,9 +126,9 @@ def of(run: Run) -> State:
 
 def newest_checkpoint(run_dir: Path) -> str | None:
     """The name of the newest checkpoint with all its files, by presence and size; None where there is none."""
-    folder = run_dir / "checkpoints"
+    folder = run_dir / CHECKPOINTS
     names = os.listdir(folder) if folder.is_dir() else []
-    for name in sorted((n for n in names if _CHECKPOINT.fullmatch(n)), key=lambda n: int(n[5:]), reverse=True):
+    for name in sorted((n for n in names if STEP.fullmatch(n)), key=lambda n: int(n[5:]), reverse=True):
         try:
             integrity.verify(folder / name, digests=False)
         except ModelError:
@@ -171,7 +170,7 @@ def _seconds(text: str) -> float:
 
 def _written(run_dir: Path) -> float | None:
     """When the run's own files were last written; its report is not one of them."""
-    names = (*MARKS, "receipt.json", "contracts.json")
+    names = (*MARKS, RECEIPT, CONTRACTS)
     times = [(run_dir / name).stat().st_mtime for name in names if (run_dir / name).exists()]
     return max(times, default=None)
 

@@ -15,21 +15,7 @@ from torch import nn
 from lorry.adapters.peft.files import adapter_files
 from lorry.disk import durable
 from lorry.runs import ownership
-
-WEIGHTS = "adapter_model.safetensors"
-ADAPTER_FILES = ("adapter_config.json", WEIGHTS, "lorry_adapter.json")
-# of a run that trained the base's own weights; a large model lies in several files beside its index
-MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
-SHARDS = "model-*-of-*.safetensors"
-STAGED = "model.unverified"  # a whole model before it was read back
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "*.tiktoken",
-)  # fmt: skip
-RESULTS = (
-    "receipt.json", "contracts.json", "samples.json", "evaluation.json", "report.html", "report.png", "README.md",
-    "losses.json", "sweep.json", *ADAPTER_FILES,
-)  # fmt: skip
+from lorry.runs.layout import ADAPTER_WEIGHTS, CONTRACTS, RUN_FILE
 
 
 def write_json(run_dir: Path, name: str, value: Any) -> None:
@@ -45,13 +31,8 @@ def json_text(value: Any) -> str:
 def write_text(run_dir: Path, name: str, text: str) -> None:
     """One text file of a run, whole or not at all. What somebody put there while the run went moves to previous/N; a
     description and contracts of the run's earlier lives are written over."""
-    ours = {ownership.RUN_FILE: ownership.description, ownership.CONTRACTS: ownership.is_contracts}
+    ours = {RUN_FILE: ownership.description, CONTRACTS: ownership.is_contracts}
     ownership.put(run_dir, {name: text.encode()}, ours=lambda path: name in ours and bool(ours[name](path)))
-
-
-def adapter_folder(run_dir: Path, name: str, adapters: int) -> Path:
-    """Where an adapter of a run lies: one alone in the run directory itself, several in a folder each."""
-    return run_dir if adapters == 1 else run_dir / name
 
 
 def write_adapters(run_dir: Path, model: nn.Module, tokenizer: Any, names: Sequence[str], base_name: str) -> dict[str, str]:
@@ -64,7 +45,7 @@ def write_adapters(run_dir: Path, model: nn.Module, tokenizer: Any, names: Seque
         files = adapter_files(model, name, base_name=base_name)
         inside = "" if len(names) == 1 else f"{name}/"
         ownership.put(run_dir, {f"{inside}{file}": content for file, content in files.items()})
-        digests[name] = hashlib.sha256(files[WEIGHTS]).hexdigest()
+        digests[name] = hashlib.sha256(files[ADAPTER_WEIGHTS]).hexdigest()
     with durable.scratch(run_dir / "tokenizer") as folder:
         tokenizer.save_pretrained(folder)
         contents = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from lorry.disk import documents, durable, integrity, manifest
 from lorry.errors import ConfigError, ContractError, ModelError
+from lorry.runs.layout import CHECKPOINTS, STEP
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,6 @@ FORMAT = "lorry-checkpoint/1"
 STATE = "state.safetensors"
 META = "meta.json"
 PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
-_STEP = re.compile(r"step-(\d{8,})")
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -92,7 +92,7 @@ def save(
     """
     if keep is not None and keep < 1:
         raise ConfigError(f"save_total_limit={keep} would delete the checkpoint just written; use 1 or more, or null for all")
-    folder = run_dir / "checkpoints"
+    folder = run_dir / CHECKPOINTS
     path = folder / f"step-{step:08d}"
     files: dict[str, durable.Content] = {STATE: _safetensors(tensors), META: _meta_text(step, meta)}
     durable.make_directory(folder, parents=False)
@@ -113,7 +113,7 @@ def forget_after(run_dir: Path, step: int) -> None:
 def tidy(run_dir: Path, step: int, *, keep: int | None = None, protect: Collection[int] = ()) -> None:
     """Bring the checkpoints of a run that goes on from ``step`` into the order that saving it left them in, had a kill not come
     between: what was half written or half removed goes, and so do later steps and those beyond ``keep``. Raises DiskError."""
-    folder = run_dir / "checkpoints"
+    folder = run_dir / CHECKPOINTS
     if folder.is_dir():
         durable.recover(folder)
         forget_after(run_dir, step)
@@ -136,7 +136,7 @@ def find_latest(run_dir: Path) -> Path | None:
         else:
             return path
     if damage:
-        folder = run_dir / "checkpoints"
+        folder = run_dir / CHECKPOINTS
         raise ModelError(
             f"{folder}: none of its {len(damage)} checkpoints is whole; nothing was touched:{''.join(damage)}\n"
             f"restore one of them from a copy; to begin anew instead, move {folder} elsewhere or use another output_dir"
@@ -229,13 +229,13 @@ def code_digest() -> str:
 
 def _named_step(path: Path) -> int | None:
     """The step that a directory's name says, also of one set aside for a replacement; None for a name that says none."""
-    match = _STEP.fullmatch(durable.set_aside(path.name) or path.name)
+    match = STEP.fullmatch(durable.set_aside(path.name) or path.name)
     return int(match[1]) if match else None
 
 
 def _saved(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every checkpoint, also of one set aside for a replacement that never came; oldest first."""
-    folder = run_dir / "checkpoints"
+    folder = run_dir / CHECKPOINTS
     by_step: dict[int, Path] = {}
     try:
         with integrity.reading(folder):

@@ -23,6 +23,7 @@ from lorry.data.stream.joint import only, tokens_of
 from lorry.disk import durable
 from lorry.errors import Interrupted, ModelError, NonFiniteError
 from lorry.evaluate.loss import evaluate_task
+from lorry.runs.layout import METRICS, RunDir
 from lorry.runs.metrics import MetricsWriter, cut_after, iterate
 from lorry.runs.process import Home
 from lorry.train import checkpoint
@@ -31,8 +32,6 @@ from lorry.train.jobs import Job, Outcome, Progress, Standing, held, mean, toget
 from lorry.train.monitoring.events import Listener
 from lorry.train.monitoring.signals import Stop, watching
 from lorry.train.resources.peak import peak_memory
-
-METRICS = "metrics.jsonl"
 
 
 class Engine:
@@ -245,7 +244,7 @@ class Engine:
             raise ModelError(f"{path / checkpoint.META}: task is not what this task writes there ({error!r})") from None
         self.progress = progress
         checkpoint.tidy(self.run_dir, self.progress.step, **self._kept())
-        here = self.run_dir / "checkpoints" / f"step-{self.progress.step:08d}"
+        here = RunDir(self.run_dir).checkpoint(self.progress.step)
         self.newest, self.origin = here if here.is_dir() else path, path
         self._tell("note", f"resumed from {path.name}: {self.progress.step} of {self.total} steps are done")
 
@@ -253,7 +252,7 @@ class Engine:
         """Put each job's adapter, with its moments, back to the step that was its best."""
         state = self.backend.state()
         for step in sorted(set(steps.values())):
-            path = self.run_dir / "checkpoints" / f"step-{step:08d}"
+            path = RunDir(self.run_dir).checkpoint(step)
             if self.origin is not None and not path.is_dir():  # the best step lies before a start from another run's checkpoint
                 path = self.origin.with_name(path.name)
             names = [name for name, best in steps.items() if best == step]

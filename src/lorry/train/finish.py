@@ -21,6 +21,7 @@ from lorry.generate.scorer import ModelScorer
 from lorry.models.causal_lm import CausalLM, parameter_count
 from lorry.models.loading.open import Opened
 from lorry.models.scoring.score import Score, log_prob
+from lorry.runs.layout import ADAPTER_WEIGHTS, RunDir
 from lorry.train import artifacts, checkpoint, full
 from lorry.train.checks import Checks
 from lorry.train.samples import samples
@@ -53,7 +54,7 @@ def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Map
 
 
 def _folders(run_dir: Path, names: Mapping[str, Any]) -> list[tuple[str, Path]]:
-    return [(name, artifacts.adapter_folder(run_dir, name, len(names))) for name in names]
+    return [(name, RunDir(run_dir).adapter(name, len(names))) for name in names]
 
 
 def check_reload(checks: Checks, model: CausalLM, name: str, folder: Path, prepared: Prepared) -> bool:
@@ -119,7 +120,7 @@ def receipt(
     weights, one = weights_of(opened.model), len(jobs) == 1
     base = {**opened.source, "sha256": base_digest(opened.model) if weights is None else weights.began}
     if weights is None:
-        files = [folder / artifacts.WEIGHTS for _, folder in _folders(run_dir, jobs)]
+        files = [folder / ADAPTER_WEIGHTS for _, folder in _folders(run_dir, jobs)]
         trained = sum(bank_of(opened.model)[name].values.numel() for name in jobs)
     else:
         files, trained = [run_dir / file for file in digests], weights.count()

@@ -31,7 +31,7 @@ from lorry.models.loading.open import Opened
 from lorry.models.loading.store import save_model
 from lorry.models.scoring.score import Score, evaluate, log_prob
 from lorry.runs import ownership
-from lorry.train.artifacts import STAGED
+from lorry.runs.layout import STAGED
 from lorry.train.checks import Checks
 from lorry.train.start import trained_whole
 

@@ -30,8 +30,8 @@ from lorry.kernels import status
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.open import Opened, open_model
 from lorry.runs import ownership
-from lorry.runs.losses import LOSSES, losses
-from lorry.runs.ownership import CONTRACTS, PREVIOUS, RECEIPT, RUN_FILE
+from lorry.runs.layout import CARD, CONTRACTS, EVALUATION, LOSSES, PREVIOUS, RECEIPT, RUN_FILE, SAMPLES, RunDir
+from lorry.runs.losses import losses
 from lorry.runs.process import Home
 from lorry.tasks.build import Jobs, TaskInputs
 from lorry.tasks.distill.builder import encoder_of
@@ -163,7 +163,7 @@ def _train(run: Run, opened: Opened, jobs: Jobs, engine: Engine, home: Home) -> 
         home.check()
         digests = finish.write_and_check(run.output_dir, opened, checks, prepared)
         finish.check_checkpoint(checks, engine.newest)
-        artifacts.write_json(run.output_dir, "samples.json", finish.sampled(backend, prepared, opened.model.context))
+        artifacts.write_json(run.output_dir, SAMPLES, finish.sampled(backend, prepared, opened.model.context))
     finally:
         if home.is_there():
             artifacts.write_json(run.output_dir, CONTRACTS, checks.report())
@@ -174,9 +174,9 @@ def _train(run: Run, opened: Opened, jobs: Jobs, engine: Engine, home: Home) -> 
     artifacts.write_json(run.output_dir, LOSSES, losses(run.output_dir))
     receipt = finish.receipt(run.output_dir, opened, jobs, digests, engine.identity["digests"].get("teacher"))
     artifacts.write_json(run.output_dir, RECEIPT, receipt)
-    if os.path.lexists(evaluation := run.output_dir / "evaluation.json") and not ownership.is_evaluation(evaluation):
+    if os.path.lexists(evaluation := run.output_dir / EVALUATION) and not ownership.is_evaluation(evaluation):
         ownership.displace(run.output_dir, [evaluation.name])  # the card would read it
-    artifacts.write_text(run.output_dir, "README.md", of_run(run.output_dir))
+    artifacts.write_text(run.output_dir, CARD, of_run(run.output_dir))
     return Result(run.output_dir, outcome, contracts, opened.model, opened.tokenizer, list(jobs))
 
 
@@ -190,9 +190,18 @@ def prepare_jobs(run: Run, attached: Mapping[str, Run], tokenizer: Any, make: Ca
     """What every job reads; data that several of them share is read once. ``make``: what makes the encoder. Raises what `prepare`
     raises."""
     known = dict[str, Rows]()
-    aside = {name: f"quarantine-{name}.jsonl" if len(attached) > 1 else "quarantine.jsonl" for name in attached}
     return {
-        name: (one, prepare(one.data, one.train, tokenizer, quarantine=run.output_dir / aside[name], known=known, make=make))
+        name: (
+            one,
+            prepare(
+                one.data,
+                one.train,
+                tokenizer,
+                quarantine=RunDir(run.output_dir).quarantine(name, len(attached)),
+                known=known,
+                make=make,
+            ),
+        )
         for name, one in attached.items()
     }
 

@@ -15,9 +15,21 @@ from lorry.config.schema import Run
 from lorry.disk import documents
 from lorry.errors import ConfigError, DataError
 from lorry.runs import ownership
-from lorry.runs.ownership import CHECKPOINTS, CONTRACTS, RECEIPT, RUN_FILE
-from lorry.train import artifacts, checkpoint
-from lorry.train.engine import METRICS
+from lorry.runs.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    CHECKPOINTS,
+    CONTRACTS,
+    METRICS,
+    MODEL_FILES,
+    RECEIPT,
+    RESULTS,
+    RUN_FILE,
+    SHARDS,
+    STAGED,
+    TOKENIZER_FILES,
+)
+from lorry.train import checkpoint
 
 OTHERWISE = "use another output_dir, or move them away"
 LIVES = (RUN_FILE, METRICS, CONTRACTS, CHECKPOINTS)  # what each life of a run writes anew from its beginning, or goes on with
@@ -87,11 +99,11 @@ def make_room(folder: Path, *, going_on: bool) -> Path | None:
 
     What marks the directory as a run's moves last: after a kill in between the next run moves the rest. Raises DiskError.
     """
-    patterns = [*artifacts.RESULTS, METRICS, CHECKPOINTS, RUN_FILE]
+    patterns = [*RESULTS, METRICS, CHECKPOINTS, RUN_FILE]
     if trained_whole(folder):
-        patterns += [*artifacts.MODEL_FILES, artifacts.SHARDS]
+        patterns += [*MODEL_FILES, SHARDS]
     if trained_whole(folder) or not (folder / "config.json").exists():  # else the tokenizer is of a model that is not the run's
-        patterns += artifacts.TOKENIZER_FILES
+        patterns += TOKENIZER_FILES
     names = [*_adapter_folders(folder), *_present(folder, patterns)]
     if going_on:
         names = [name for name in names if name not in LIVES or not _is_of_a_life(folder / name)]
@@ -116,9 +128,9 @@ def _is_of_a_life(path: Path) -> bool:
 
 def _patterns(jobs: list[str]) -> list[str]:
     """Every name that a run writes in its directory, as patterns."""
-    folders = [f"{job}/{file}" for job in jobs for file in artifacts.ADAPTER_FILES] if len(jobs) > 1 else []
+    folders = [f"{job}/{file}" for job in jobs for file in ADAPTER_FILES] if len(jobs) > 1 else []
     return [
-        *artifacts.RESULTS, *artifacts.TOKENIZER_FILES, *artifacts.MODEL_FILES, artifacts.SHARDS, artifacts.STAGED,
+        *RESULTS, *TOKENIZER_FILES, *MODEL_FILES, SHARDS, STAGED,
         METRICS, RUN_FILE, CHECKPOINTS, "quarantine*.jsonl", *folders,
     ]  # fmt: skip
 
@@ -134,4 +146,4 @@ def _adapter_folders(folder: Path) -> list[str]:
     """The folders that a run of several jobs made for their adapters, by its own description."""
     jobs = ownership.described(folder).get("jobs")
     names = [str(job.get("name")) for job in jobs if isinstance(job, Mapping)] if isinstance(jobs, list) else []
-    return [n for n in names if n == os.path.basename(n) and n.strip(".") and (folder / n / "adapter_config.json").is_file()]
+    return [n for n in names if n == os.path.basename(n) and n.strip(".") and (folder / n / ADAPTER_CONFIG).is_file()]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorry.config import Run, build
 from lorry.config.settings import DemoSettings
+from lorry.runs.layout import EVALUATION, RECEIPT, SAMPLES
 
 if TYPE_CHECKING:
     from lorry.data.batch import Batch
@@ -61,7 +62,7 @@ def described(settings: DemoSettings, data: Path) -> dict[str, Any]:
 
     steps = settings.max_steps or (FAST_STEPS if settings.fast else None)
     chosen: dict[str, Any] = {} if steps is None else {"max_steps": steps}
-    if not (settings.output_dir / "receipt.json").exists() and not broken_contracts(settings.output_dir):
+    if not (settings.output_dir / RECEIPT).exists() and not broken_contracts(settings.output_dir):
         chosen["resume_from_checkpoint"] = "auto"  # a demo that was interrupted goes on; a finished one starts anew
     return {
         "data": str(data), "output_dir": str(settings.output_dir), "seed": settings.seed, "r": 16, "learning_rate": 1e-3,
@@ -105,7 +106,7 @@ def compare(result: Result, held_out: Sequence[Row], chat: Sequence[Row]) -> Non
     held = {m: {side: scores[side][m] for side in scores} for m in ("exact_match", "rouge_l", "f1")}
     general = {"loss": general_loss(result)}
     evaluation = [{"name": HELD_OUT_GROUP, "metrics": held}, {"name": "general text", "metrics": general}]
-    artifacts.write_json(result.path, "evaluation.json", evaluation)
+    artifacts.write_json(result.path, EVALUATION, evaluation)
     samples = [
         {
             "group": HELD_OUT_GROUP if i < n else GENERAL_GROUP, "prompt": row["question"], "reference": row["answer"],
@@ -113,9 +114,9 @@ def compare(result: Result, held_out: Sequence[Row], chat: Sequence[Row]) -> Non
         }
         for i, row in enumerate(rows)
     ]  # fmt: skip
-    trained = json.loads((result.path / "samples.json").read_text())
+    trained = json.loads((result.path / SAMPLES).read_text())
     shown = artifacts.json_text(samples + [row for row in trained if row["tokens"]])
-    durable.write_files(result.path, {"samples.json": shown.encode()})  # its own file, read just now and added to
+    durable.write_files(result.path, {SAMPLES: shown.encode()})  # its own file, read just now and added to
 
 
 def general_loss(result: Result) -> dict[str, float]:

@@ -17,6 +17,7 @@ from lorry.disk.integrity import file_digest
 from lorry.errors import ContractError, ModelError
 from lorry.report import table
 from lorry.runs import status
+from lorry.runs.layout import ADAPTER_WEIGHTS
 from lorry.runs.read import Run
 from lorry.runs.read import load as load_run
 
@@ -115,7 +116,7 @@ def decoder(run: Run) -> str:
 def saved_state(run: Run) -> str:
     """Whether the adapters' weights, or a whole model's, are those of the receipt. Raises ModelError when they are not."""
     adapters = receipt.part(run.receipt, "adapters")
-    recorded = {("" if len(adapters) == 1 else f"{name}/") + "adapter_model.safetensors": d for name, d in adapters.items()}
+    recorded = {("" if len(adapters) == 1 else f"{name}/") + ADAPTER_WEIGHTS: d for name, d in adapters.items()}
     recorded |= receipt.part(run.receipt, "weights")
     if not recorded:
         return "no receipt.json, so nothing to compare with"

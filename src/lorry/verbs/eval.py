@@ -22,6 +22,7 @@ from lorry.errors import ConfigError
 from lorry.evaluate.metrics.bootstrap import FEWEST_ROWS, TOO_FEW
 from lorry.formatting import number
 from lorry.runs import ownership
+from lorry.runs.layout import EVALUATION, RECEIPT
 from lorry.runs.read import load
 from lorry.verbs import benchmarks
 from lorry.verbs.open_model import opened, tell
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from lorry.models.loading.open import Opened
 
 BASE = "base"
-EVALUATION = "evaluation.json"  # what the report reads
 RESULTS, FILE_SUFFIXES = "results.json", (".json", ".csv")
 NEW_TOKENS = 64
 
@@ -135,7 +135,7 @@ def mixes(found: Opened) -> dict[str, Mix]:
 
 def tell_other_dtype(found: Opened) -> None:
     """A note when a run is evaluated in another number format than it was trained in: its numbers then differ a little."""
-    file = Path(found.source.get("adapter", "")) / "receipt.json"
+    file = Path(found.source.get("adapter", "")) / RECEIPT
     if not found.source.get("adapter") or not file.is_file():
         return
     trained, now = receipt.part(load(file.parent).receipt, "base").get("dtype"), found.source["dtype"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lorry.config.schema import ModelConfig
 from lorry.disk import documents
 from lorry.errors import DataError
+from lorry.runs.layout import SAMPLES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ def rows(found: Opened) -> tuple[list[Tensor], str]:
 def _of_run(adapter: str | None) -> list[str]:
     """Texts that a run was trained or evaluated on; none where there is no run, or its samples.json is not what we write."""
     folders = [] if adapter is None else [Path(adapter), Path(adapter).parent]
-    file = next((f / "samples.json" for f in folders if (f / "samples.json").is_file()), None)
+    file = next((f / SAMPLES for f in folders if (f / SAMPLES).is_file()), None)
     if file is None:
         return []
     try:

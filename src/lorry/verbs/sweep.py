@@ -20,11 +20,10 @@ from lorry.console import Console
 from lorry.disk import durable
 from lorry.errors import ConfigError
 from lorry.runs import ownership
+from lorry.runs.layout import REPORT, SWEEP, RunDir
 
 if TYPE_CHECKING:
     from lorry.train.jobs import Outcome
-
-RECORD = "sweep.json"
 
 
 def main(settings: Sweep, notes: list[str]) -> int:
@@ -41,7 +40,7 @@ def main(settings: Sweep, notes: list[str]) -> int:
     for run in passes:
         claim(run)  # of all of them, before the first has trained
     if len(passes) > 1:
-        ownership.refuse_foreign({settings.output_dir / RECORD: ownership.has_keys("ranked_by", "jobs")}, OTHERWISE)
+        ownership.refuse_foreign({settings.output_dir / SWEEP: ownership.has_keys("ranked_by", "jobs")}, OTHERWISE)
     for number, run in enumerate(passes, 1):
         if len(passes) > 1:
             print(f"pass {number} of {len(passes)}: {', '.join(job.name for job in run.jobs)}", file=sys.stderr)
@@ -50,23 +49,22 @@ def main(settings: Sweep, notes: list[str]) -> int:
         paths.append(build([result.path]).parent)
     ranked = sorted(rows, key=_rank)
     durable.make_directory(settings.output_dir)
-    artifacts.write_json(settings.output_dir, RECORD, {"ranked_by": _ranked_by(rows), "jobs": ranked})
+    artifacts.write_json(settings.output_dir, SWEEP, {"ranked_by": _ranked_by(rows), "jobs": ranked})
     Console(stderr=True).print(table.figure_rows(f"sweep, by {_ranked_by(rows)}", "job", [_shown(row) for row in ranked]))
     for path in paths:
-        print(f"report  {path / 'report.html'}", file=sys.stderr)
+        print(f"report  {path / REPORT}", file=sys.stderr)
     print(ranked[0]["path"])
     return 0
 
 
 def rows_of(run: Run, adapters: Sequence[str], outcome: Outcome) -> list[dict[str, Any]]:
     """A row of sweep.json for each job of a pass."""
-    from lorry.train.artifacts import adapter_folder
 
     own = {job.name: job for job in run.jobs}
     return [
         {
             "name": name,
-            "path": str(adapter_folder(run.output_dir, name, len(adapters))),
+            "path": str(RunDir(run.output_dir).adapter(name, len(adapters))),
             "settings": settings_of(own[name]),
             "steps": outcome.jobs[name].steps,
             "loss": outcome.jobs[name].final_loss,

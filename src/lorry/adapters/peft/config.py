@@ -20,7 +20,6 @@ from lorry.adapters.spec import LoraSpec
 from lorry.disk import documents
 from lorry.errors import ConfigError, ModelError
 
-CONFIG = "adapter_config.json"
 PATTERN_LIMIT = 2000  # characters of one regular expression
 TIME_LIMIT = 10.0  # seconds for all regular expressions of a file on all modules of a model; real ones take milliseconds
 PLAIN = re.compile(r"(?:[\w^$-]|\\?\.)*")

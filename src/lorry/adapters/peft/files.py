@@ -24,12 +24,12 @@ from torch import nn
 from lorry.adapters.attach import attach, bank_of, linears
 from lorry.adapters.bank import NAME, Adapter, checked_name
 from lorry.adapters.layers import BankEmbedding, BankLinear
-from lorry.adapters.peft.config import CONFIG, check_time, parse_config, read_json, to_config
-from lorry.adapters.peft.tensors import PREFIX, WEIGHTS, adaptable, check_modules, opened, read_values, renaming, sort_parts
+from lorry.adapters.peft.config import check_time, parse_config, read_json, to_config
+from lorry.adapters.peft.tensors import PREFIX, adaptable, check_modules, opened, read_values, renaming, sort_parts
 from lorry.disk import durable
 from lorry.errors import ConfigError, ModelError
+from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, ADAPTER_WEIGHTS
 
-FACTS = "lorry_adapter.json"
 SAMPLES = 4096  # values of each base tensor that the digest looks at
 
 
@@ -56,7 +56,7 @@ def adapter_files(
     config = to_config(adapter.spec, target_names(model, adapter), transposed=transposed, base_name=base_name)
     dtype = str(next(iter(modules[p].weight for p in adapter.slots)).dtype).removeprefix("torch.")
     facts = {**(extra or {}), "dtype": dtype, "lorry_version": _version(), "adapter": name, "base_digest": base_digest(model)}
-    return {WEIGHTS: save(tensors, {"format": "pt"}), CONFIG: _json(config), FACTS: _json(facts)}
+    return {ADAPTER_WEIGHTS: save(tensors, {"format": "pt"}), ADAPTER_CONFIG: _json(config), ADAPTER_FACTS: _json(facts)}
 
 
 def save_adapter(
@@ -91,19 +91,19 @@ def load_adapter(
     fit: a tensor missing, unknown, twice, of another shape or not finite; another base; a variant that is not plain LoRA.
     """
     folder, name = find_adapter(path, name)
-    where = str(folder / CONFIG)
+    where = str(folder / ADAPTER_CONFIG)
     layers = adaptable(model)
     rename = renaming(model, layers)
-    spec = parse_config(read_json(folder / CONFIG), where)
+    spec = parse_config(read_json(folder / ADAPTER_CONFIG), where)
     if not isinstance(spec.target_modules, str):
         spec = replace(spec, target_modules=tuple(rename(t) for t in spec.target_modules))
     check_time(spec, layers, where)
     if not other_base:
         _check_base(model, folder)
     with opened(folder) as file:
-        parts = sort_parts(model, file, str(folder / WEIGHTS), layers, rename)
+        parts = sort_parts(model, file, str(folder / ADAPTER_WEIGHTS), layers, rename)
         check_modules(model, spec, set(parts), where)
-        values = read_values(file, str(folder / WEIGHTS), spec, layers, parts)
+        values = read_values(file, str(folder / ADAPTER_WEIGHTS), spec, layers, parts)
     adapter = attach(model, spec, name, modules=[p for p in layers if p in parts])
     with torch.no_grad():
         for key, view in adapter.tensors().items():
@@ -121,18 +121,18 @@ def find_adapter(path: str | Path, name: str | None = None) -> tuple[Path, str]:
     Raises ModelError if there is none, or several and no ``name``; ConfigError for a name that cannot be a folder.
     """
     root = Path(path)
-    if name is not None and (root / checked_name(name) / CONFIG).is_file():
+    if name is not None and (root / checked_name(name) / ADAPTER_CONFIG).is_file():
         return root / name, name
-    if (root / CONFIG).is_file():
-        saved = read_json(root / FACTS).get("adapter", "default") if (root / FACTS).is_file() else "default"
+    if (root / ADAPTER_CONFIG).is_file():
+        saved = read_json(root / ADAPTER_FACTS).get("adapter", "default") if (root / ADAPTER_FACTS).is_file() else "default"
         if name is None and not (isinstance(saved, str) and NAME.fullmatch(saved)):
-            raise ModelError(f"{root / FACTS}: adapter={saved!r:.80} cannot be an adapter's name")
+            raise ModelError(f"{root / ADAPTER_FACTS}: adapter={saved!r:.80} cannot be an adapter's name")
         return root, name or saved
-    inside = sorted(p.parent.name for p in root.glob(f"*/{CONFIG}"))
+    inside = sorted(p.parent.name for p in root.glob(f"*/{ADAPTER_CONFIG}"))
     if len(inside) == 1 and name is None:
         return root / inside[0], checked_name(inside[0])
     choice = f"; it has adapters named {', '.join(inside)}: pass name=" if inside else "; pass the directory that does"
-    raise ModelError(f"{root} holds no {CONFIG}{choice}")
+    raise ModelError(f"{root} holds no {ADAPTER_CONFIG}{choice}")
 
 
 def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -168,13 +168,13 @@ def _origin(model: nn.Module) -> str | None:
 
 def _check_base(model: nn.Module, folder: Path) -> None:
     """Compare the base's digest with the one an adapter of ours was saved with; PEFT's files say nothing about it."""
-    if not (folder / FACTS).is_file():
+    if not (folder / ADAPTER_FACTS).is_file():
         return
-    said = read_json(folder / FACTS).get("base_digest")
+    said = read_json(folder / ADAPTER_FACTS).get("base_digest")
     if said is not None and said != base_digest(model):
         raise ModelError(
-            f"{folder / FACTS}: this adapter was trained on other base weights than this model's; open it on its own base, "
-            f"{read_json(folder / CONFIG).get('base_model_name_or_path')} (in Python, other_base=True accepts the difference)"
+            f"{folder / ADAPTER_FACTS}: this adapter was trained on other base weights than this model's; open it on its own base, "
+            f"{read_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')} (in Python, other_base=True accepts the difference)"
         )
 
 

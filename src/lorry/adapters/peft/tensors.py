@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from lorry.adapters.attach import head_and_embedding, linears
 from lorry.adapters.bank import wrap
 from lorry.adapters.layers import Adaptable, BankEmbedding
-from lorry.adapters.peft.config import CONFIG, named_by
+from lorry.adapters.peft.config import named_by
 from lorry.adapters.spec import LoraSpec
 from lorry.disk.safetensors_names import check_names
 from lorry.errors import ModelError, nearest
 from lorry.families import find
+from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PART = re.compile(r"(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
 BASE = re.compile(r"(?P<module>.+?)(?P<inner>\.base_layer)?\.(?P<leaf>weight|bias)")
@@ -82,9 +82,11 @@ def check_modules(model: nn.Module, spec: LoraSpec, present: set[str], where: st
     inner = [p for p, m in candidates.items() if not isinstance(m, nn.Embedding | BankEmbedding) and p != head]
     named = named_by(spec, candidates, inner)
     if lost := sorted(named - present):
-        raise ModelError(f"{where}: names {lost[0]} as a target ({len(lost)} such), but {WEIGHTS} has no tensors for it")
+        raise ModelError(f"{where}: names {lost[0]} as a target ({len(lost)} such), but {ADAPTER_WEIGHTS} has no tensors for it")
     if extra := sorted(present - named):
-        raise ModelError(f"{where}: does not name {extra[0]} as a target ({len(extra)} such), but {WEIGHTS} has tensors for it")
+        raise ModelError(
+            f"{where}: does not name {extra[0]} as a target ({len(extra)} such), but {ADAPTER_WEIGHTS} has tensors for it"
+        )
     if not present:
         raise ModelError(f"{where}: its target_modules name no layer of this model; the adapter belongs to another one")
 
@@ -110,14 +112,14 @@ def read_values(
 @contextmanager
 def opened(folder: Path) -> Iterator[safe_open]:
     """The weights file; what is wrong inside it is a ModelError too."""
-    file = folder / WEIGHTS
+    file = folder / ADAPTER_WEIGHTS
     if not file.is_file() and (folder / "adapter_model.bin").exists():
         raise ModelError(
             f"{folder / 'adapter_model.bin'} is a pickle, which can run code and is never opened; whoever trusts it can convert "
             f"it once with PEFT: PeftModel.from_pretrained(base, {str(folder)!r}).save_pretrained(...)"
         )
     if not file.is_file():
-        raise ModelError(f"{file} is missing; an adapter directory holds {CONFIG} and {WEIGHTS}")
+        raise ModelError(f"{file} is missing; an adapter directory holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
     try:
         check_names(file)
         with safe_open(file, framework="pt") as opened:

@@ -28,10 +28,10 @@ from lorry.models.loading.tokenizer import load_tokenizer
 from lorry.models.loading.weights import entries, load_decoder
 from lorry.models.proofs import prove, why_not_native
 from lorry.plan.machine import dtype_of_auto
+from lorry.runs.layout import ADAPTER_FACTS
 
 __all__ = ["Loaded", "load_model", "sample_digest"]
 
-FACTS = "lorry_adapter.json"
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16,
@@ -105,8 +105,8 @@ def load_model(
 
 def trained_dtype(adapter: Path) -> str:
     """The number format of the base an adapter of ours was trained on, so that it gives the same logits again; else "auto"."""
-    folders = [f for f in adapters_in(adapter) if (f / FACTS).is_file()]
-    said = {str(read_json(folder / FACTS).get("dtype")) for folder in folders} & set(DTYPES)
+    folders = [f for f in adapters_in(adapter) if (f / ADAPTER_FACTS).is_file()]
+    said = {str(read_json(folder / ADAPTER_FACTS).get("dtype")) for folder in folders} & set(DTYPES)
     return said.pop() if len(said) == 1 else "auto"
 
 

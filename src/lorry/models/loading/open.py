@@ -18,8 +18,8 @@ from lorry.models.loading.load import load_model, trained_dtype
 from lorry.models.loading.sources import resolve
 from lorry.models.loading.tokenizer import FILES, load_tokenizer
 from lorry.models.loading.weights import FLOATS, entries
+from lorry.runs.layout import ADAPTER_CONFIG, RUN_FILE
 
-ADAPTER_FILE = "adapter_config.json"
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -69,7 +69,7 @@ def open_model(config: ModelConfig, notes: list[str], *, adapters: Sequence[str]
 
 def _own_tokenizer(adapter: Path, notes: list[str]) -> Any | None:
     """The tokenizer a run was trained with, which lies in the run directory; None where there is none."""
-    folders = [adapter, *([adapter.parent] if (adapter.parent / "run.yaml").is_file() else [])]
+    folders = [adapter, *([adapter.parent] if (adapter.parent / RUN_FILE).is_file() else [])]
     home = next((folder for folder in folders if any((folder / name).is_file() for name in FILES)), None)
     return None if home is None else load_tokenizer(home, notes=notes)
 
@@ -83,11 +83,11 @@ def _read_template(path: str) -> str:
 
 def adapter_folders(path: Path) -> list[Path]:
     """The adapter directories a path stands for: itself, or its sub-folders that are adapters. Raises ModelError if none is."""
-    if (path / ADAPTER_FILE).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         return [path]
-    found = sorted(p.parent for p in path.glob(f"*/{ADAPTER_FILE}")) if path.is_dir() else []
+    found = sorted(p.parent for p in path.glob(f"*/{ADAPTER_CONFIG}")) if path.is_dir() else []
     if not found:
-        raise ModelError(f"{path} holds no adapter ({ADAPTER_FILE} is missing); give a run or adapter directory")
+        raise ModelError(f"{path} holds no adapter ({ADAPTER_CONFIG} is missing); give a run or adapter directory")
     return found
 
 

@@ -13,8 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from lorry.errors import ModelError, nearest
 from lorry.models.gguf.embedded import EMBEDDED, converted, embedded
 from lorry.models.loading.describe import read_json
+from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, RUN_FILE
 
-ADAPTER = "adapter_config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 UNWANTED = ["*/*", "consolidated*", "training_args*", "optimizer*"]
@@ -45,7 +45,7 @@ def resolve(
         return Place(converted(path, notes), "gguf")
     if path.is_dir():
         found = _with_base(path.resolve(), notes, base_only)
-        if found is None and (path / "run.yaml").is_file() and not (path / "config.json").is_file():
+        if found is None and (path / RUN_FILE).is_file() and not (path / "config.json").is_file():
             raise ModelError(
                 f"{path} is a run that is not finished; its command with resume_from_checkpoint=auto goes on with it"
             )
@@ -58,9 +58,9 @@ def resolve(
 
 def adapters_in(path: Path) -> list[Path]:
     """The adapters of a directory: itself, or the folders of a run of several; none if it is a model."""
-    if (path / ADAPTER).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         return [path]
-    return [] if (path / "config.json").is_file() else sorted(p.parent for p in path.glob(f"*/{ADAPTER}"))
+    return [] if (path / "config.json").is_file() else sorted(p.parent for p in path.glob(f"*/{ADAPTER_CONFIG}"))
 
 
 def _with_base(path: Path, notes: list[str], base_only: bool) -> Place | None:
@@ -81,12 +81,12 @@ def _with_base(path: Path, notes: list[str], base_only: bool) -> Place | None:
 
 def _base_of(adapter: Path) -> str:
     """What to load as an adapter's base: an embedded name, a directory that exists, or else a name for the hub."""
-    facts = read_json(adapter / "lorry_adapter.json").get("base") if (adapter / "lorry_adapter.json").is_file() else None
+    facts = read_json(adapter / ADAPTER_FACTS).get("base") if (adapter / ADAPTER_FACTS).is_file() else None
     said = [facts.get("name"), facts.get("path")] if isinstance(facts, dict) else [facts]
-    recorded = read_json(adapter / ADAPTER).get("base_model_name_or_path")
+    recorded = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     names = [n for n in (*said, recorded) if isinstance(n, str) and n]
     if not names:
-        raise ModelError(f"{adapter / ADAPTER} names no base_model_name_or_path; open the base and add the adapter to it")
+        raise ModelError(f"{adapter / ADAPTER_CONFIG} names no base_model_name_or_path; open the base and add the adapter to it")
     # the cache directory of an embedded model, on a machine that may not have it yet
     names += [m[1] for m in (re.fullmatch(r"(.+)-[0-9a-f]{12}", Path(n).name) for n in names) if m and m[1] in EMBEDDED]
     found = [n for n in names if n in EMBEDDED] + [n for n in names if Path(n).exists()]

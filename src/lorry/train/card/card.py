@@ -18,6 +18,7 @@ from typing import Any
 from lorry.config.parsing.files import write_yaml
 from lorry.disk import receipt
 from lorry.disk.documents import parse_yaml
+from lorry.runs.layout import CARD
 from lorry.train.card.facts import Facts, Value, figures, read, results
 from lorry.train.card.front_matter import (  # fmt: skip
     EMBEDDED_LICENCES,
@@ -53,7 +54,7 @@ def of_run(
     """The card of a run directory. ``at``: what `lorry.load` is shown with, a hub id or by default the run's name; ``plot``: an
     image beside the card; ``licences``: of hub data sets and bases, beside those that the catalogue knows. Raises ConfigError or
     DataError naming a file of the run that cannot be read."""
-    facts, written = read(run_dir), run_dir / "README.md"
+    facts, written = read(run_dir), run_dir / CARD
     text = written.read_text(encoding="utf-8", errors="replace") if written.is_file() else ""
     if not edited(text):  # made where the run was made, when a relative path could still be told from a hub id
         front, _ = parse_yaml(text.split("---\n")[1], str(written))

@@ -15,6 +15,7 @@ from lorry.config import TrainConfig
 from lorry.config.parsing.files import read_file
 from lorry.disk import documents, receipt
 from lorry.errors import DataError
+from lorry.runs.layout import CONTRACTS, EVALUATION, METRICS, RECEIPT, RUN_FILE
 from lorry.runs.metrics import Record, iterate
 from lorry.train.jobs import Standing
 
@@ -65,13 +66,13 @@ class Value:
 
 def read(run_dir: Path) -> Facts:
     """The files of a run, those that are there. Raises ConfigError or DataError naming the one that cannot be read."""
-    described, logged = run_dir / "run.yaml", run_dir / "metrics.jsonl"
+    described, logged = run_dir / RUN_FILE, run_dir / METRICS
     return Facts(
         run_dir.resolve().name,
         read_file(described).values if described.is_file() else {},
-        receipt.read(run_dir / "receipt.json") or {},
-        [c for c in _list(run_dir / "contracts.json") if isinstance(c, dict)],
-        [e for e in _list(run_dir / "evaluation.json") if isinstance(e, dict)],
+        receipt.read(run_dir / RECEIPT) or {},
+        [c for c in _list(run_dir / CONTRACTS) if isinstance(c, dict)],
+        [e for e in _list(run_dir / EVALUATION) if isinstance(e, dict)],
         [record for _, record in iterate(logged)] if logged.is_file() else [],
     )
 

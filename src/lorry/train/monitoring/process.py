@@ -27,12 +27,13 @@ import psutil
 from lorry.disk import durable
 from lorry.disk.secret_shapes import hidden, names_secret
 from lorry.errors import ConfigError, LorryError
-from lorry.runs.process import PROCESS, Ending, Home, Process, identity, refuse_second
+from lorry.runs.layout import CHECKPOINTS, PROCESS, RECEIPT, RUN_FILE
+from lorry.runs.process import Ending, Home, Process, identity, refuse_second
 from lorry.streams import after_last_line
 from lorry.train.monitoring.signals import raising
 
 LOG = "log.txt"  # what a run in the background says
-RUN_FILES = ("run.yaml", "receipt.json", "checkpoints")  # any of them: the directory holds a run that began
+RUN_FILES = (RUN_FILE, RECEIPT, CHECKPOINTS)  # any of them: the directory holds a run that began
 LONGEST_REASON = 2000
 
 

@@ -15,6 +15,7 @@ from lorry.plan.memory import Device
 from lorry.plan.search import Choice
 from lorry.plan.settle import find, impossible, on_one_device, open_choices
 from lorry.plan.shapes import shape_of
+from lorry.runs.layout import ADAPTER_CONFIG
 
 
 def settled(run: Run, notes: list[str]) -> Run:
@@ -49,7 +50,7 @@ def settled(run: Run, notes: list[str]) -> Run:
 def _rank_of(adapter: Path | None) -> int | None:
     """The rank of the adapter a run goes on with; None when it starts a new one."""
     folders = adapters_in(adapter) if adapter is not None else []
-    rank = read_json(folders[0] / "adapter_config.json").get("r") if folders else None
+    rank = read_json(folders[0] / ADAPTER_CONFIG).get("r") if folders else None
     return rank if isinstance(rank, int) else None
 
 
