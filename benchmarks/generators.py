@@ -83,7 +83,7 @@ def lorry(engine: Engine, folder: Path) -> Generate:
     """Ours; one setting fits all."""
     from lorry.adapters.mix import Mix
     from lorry.adapters.peft.files import load_adapter
-    from lorry.generate.engine import generate
+    from lorry.generation.engine import generate
     from lorry.models.loading.load import load_model
 
     model = load_model(folder / "base", dtype=engine.dtype, notes=[]).model

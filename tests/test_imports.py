@@ -20,7 +20,7 @@ ORDER = [
     {"adapters"},
     {"data"},
     {"models"},
-    {"generate"},
+    {"generation"},
     {"backends"},
     {"tasks", "evaluate"},
     {"train"},
@@ -80,6 +80,13 @@ def test_imports_go_one_way(path: Path) -> None:
 def test_every_room_is_in_the_order() -> None:
     rooms = {room_of(p) for p in SOURCE.rglob("*.py") if p.name != "__init__.py" or p.parent != SOURCE}
     assert rooms <= set(LEVEL)
+
+
+def test_no_room_takes_the_name_of_a_function_that_people_call() -> None:
+    """`lorry.generate` would be the package as soon as something in it is imported."""
+    import lorry
+
+    assert {room_of(p) for p in SOURCE.rglob("*.py")} & set(lorry.__all__) == set()
 
 
 def test_the_check_can_fail() -> None:

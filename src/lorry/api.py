@@ -79,7 +79,7 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str | Sequence[str], **op
     a name, a list with a name or None (the base) per prompt, or a Mix (`Mix.none()` is the base); left out, what a plain
     `model(x)` uses. Returns the new text only. Raises ConfigError, and ModelError for a prompt the context cannot hold.
     """
-    from lorry.generate.text import answer
+    from lorry.generation.text import answer
 
     if tokenizer is None:
         raise ConfigError("generate needs a tokenizer and this model brought none; put tokenizer.json beside its weights")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.data.encoding.encode import Encoder
-from lorry.generate.text import LONGEST, Speech
+from lorry.generation.text import LONGEST, Speech
 from verbworld import CHATML, tokenizer
 
 WORDS = tokenizer()

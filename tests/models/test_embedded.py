@@ -24,7 +24,7 @@ from ggufs import write_gguf
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest
 from lorry.errors import ModelError
-from lorry.generate.engine import generate
+from lorry.generation.engine import generate
 from lorry.models.decoder.model import Decoder
 from lorry.models.gguf import embedded
 from lorry.models.gguf.embedded import MANIFEST, converted, damage

@@ -30,10 +30,10 @@ from lorry.adapters.mix import Mix
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
 from lorry.families import find
-from lorry.generate import engine as generation
-from lorry.generate import sampling
-from lorry.generate.engine import generate, stream
-from lorry.generate.sampling import Sampling
+from lorry.generation import engine as generation
+from lorry.generation import sampling
+from lorry.generation.engine import generate, stream
+from lorry.generation.sampling import Sampling
 from lorry.kernels import decode as kernel
 from lorry.kernels import library, status
 from lorry.models.decoder import cache as cache_module

@@ -17,7 +17,7 @@ import tiny
 from lorry.adapters.attach import attach
 from lorry.adapters.mix import Call, Mix, Term
 from lorry.adapters.spec import LoraSpec
-from lorry.generate.engine import generate
+from lorry.generation.engine import generate
 from lorry.models.decoder.model import Packed
 from lorry.models.hf.frames import Frame, frames
 from lorry.models.hf.model import HfModel

@@ -14,8 +14,8 @@ import pytest
 
 import lorry as library
 from lorry.data.reading.content import Conversation, Message
-from lorry.engine.text import answer
-from lorry.generate import engine
+from lorry.generation import engine
+from lorry.generation.text import answer
 from verbworld import CONTEXT, PEOPLE, World, lorry, model_directory, train
 
 ASKED, OTHER = PEOPLE[0]["question"], PEOPLE[3]["question"]

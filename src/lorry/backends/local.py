@@ -17,7 +17,7 @@ from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
 from lorry.backends.protocol import Inspection, Norms, Stats, Task, term_totals
 from lorry.data.batch import BASE, Batch
 from lorry.errors import ModelError, NonFiniteError
-from lorry.generate.engine import Generated, generate
+from lorry.generation.engine import Generated, generate
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.digest import sample_digest
 from lorry.models.loading.weights import is_finite
@@ -157,7 +157,7 @@ class Local:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generated]:
-        """See `generate.engine.generate`."""
+        """See `generation.engine.generate`."""
         return generate(self.model, prompts, **options)
 
     # --- state

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorry.adapters.mix import Mix
 from lorry.data.batch import Batch
-from lorry.generate.engine import Generated
+from lorry.generation.engine import Generated
 from lorry.models.scoring.score import Want
 
 Losses = Mapping[str, Tensor]

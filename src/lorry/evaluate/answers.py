@@ -15,7 +15,7 @@ from torch import nn
 from lorry.adapters.mix import Mix
 from lorry.data.reading.content import Conversation
 from lorry.evaluate.metrics.registry import References, bootstrap_interval, score_each
-from lorry.generate.text import answer
+from lorry.generation.text import answer
 
 # as `score_each` calls them, and as evaluation.json and the tables do
 METRICS = {"exact_match": "exact_match", "exact_match_strict": "exact_match_strict", "rouge_l": "rouge_l", "token_f1": "f1"}

@@ -23,7 +23,7 @@ from lorry.data.reading.sources import Source
 from lorry.errors import DataError
 from lorry.evaluate.answers import answers, intervals, means, reference, score_rows
 from lorry.evaluate.metrics.registry import perplexity
-from lorry.generate.scorer import ModelScorer
+from lorry.generation.scorer import ModelScorer
 from lorry.models.causal_lm import CausalLM
 from lorry.models.scoring.score import Score, correct, log_prob
 

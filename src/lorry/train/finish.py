@@ -17,7 +17,7 @@ from lorry.backends.protocol import Backend
 from lorry.config import Run
 from lorry.data.prepare import Prepared
 from lorry.errors import ModelError
-from lorry.generate.scorer import ModelScorer
+from lorry.generation.scorer import ModelScorer
 from lorry.models.causal_lm import CausalLM, parameter_count
 from lorry.models.loading.open import Opened
 from lorry.models.scoring.score import Score, log_prob

@@ -95,7 +95,7 @@ class Chat:
 
     def __init__(self, settings: ChatSettings, found: Opened) -> None:
         from lorry.data.encoding.encode import Encoder
-        from lorry.generate.text import LONGEST
+        from lorry.generation.text import LONGEST
 
         self.settings, self.found = settings, found
         self.encoder = Encoder(found.tokenizer, max_length=LONGEST, embeddings=found.model.vocabulary)
@@ -165,8 +165,8 @@ class Chat:
         """
         from lorry.adapters.mix import Mix
         from lorry.data.reading.content import Message
-        from lorry.generate.engine import stream
-        from lorry.generate.text import Speech
+        from lorry.generation.engine import stream
+        from lorry.generation.text import Speech
 
         settings, model = self.settings, self.found.model
         asked = Message("user", text)
@@ -212,7 +212,7 @@ class Chat:
         """The conversation with one more message, up to where the answer begins. Raises DataError if the template refuses it."""
         from lorry.data.encoding.template import TemplateRefusal
         from lorry.data.reading.content import Conversation, Message
-        from lorry.generate.text import continuation
+        from lorry.generation.text import continuation
 
         if not self.encoder.has_template:
             return continuation(self.encoder, "\n".join([*self._exchanges(), asked.content.replace("\\n", "\n")]))

@@ -123,7 +123,7 @@ def general_loss(result: Result) -> dict[str, float]:
     """Mean loss per token on ordinary prose under the base and under the adapter, nats."""
     from lorry.adapters.mix import Mix
     from lorry.evaluate.loss import mean_nll
-    from lorry.generate.scorer import ModelScorer
+    from lorry.generation.scorer import ModelScorer
 
     scorer, batches = ModelScorer(result.model), general_batches(result.tokenizer)
     sides = {"before": Mix.none(), "after": Mix.one(result.adapter)}

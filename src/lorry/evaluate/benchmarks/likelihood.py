@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lorry.adapters.mix import Call, Mix
 from lorry.data.batch import Example, Extra, collate
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
-from lorry.generate.engine import evaluating, resolve
+from lorry.generation.engine import evaluating, resolve
 from lorry.models.decoder.model import Packed
 from lorry.models.scoring.score import log_prob, score_rows
 from lorry.models.scoring.vocab import Statistic

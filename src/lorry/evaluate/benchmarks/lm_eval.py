@@ -30,7 +30,7 @@ from lorry.data.reading.content import ROLES, Message
 from lorry.errors import ConfigError, DataError, ModelError, nearest
 from lorry.evaluate.benchmarks.likelihood import BATCH_TOKENS, Pair, Wording, chosen_mix, loglikelihoods, longest, scored
 from lorry.evaluate.benchmarks.until import answers_until, decoding
-from lorry.generate.text import LONGEST
+from lorry.generation.text import LONGEST
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
 from lorry.models.loading.open import Opened, open_model

@@ -20,8 +20,8 @@ from lorry.evaluate.benchmarks.rank import Likelihood, fits, likelihoods, prompt
 from lorry.evaluate.metrics.bootstrap import Measured, corpus_interval
 from lorry.evaluate.metrics.calibration import measure_options
 from lorry.evaluate.metrics.registry import check, measure
-from lorry.generate.scorer import ModelScorer
-from lorry.generate.text import said
+from lorry.generation.scorer import ModelScorer
+from lorry.generation.text import said
 from lorry.models.causal_lm import CausalLM
 
 BLANK = "\n\n"  # between worked examples in plain text: what follows it is the model asking itself the next question

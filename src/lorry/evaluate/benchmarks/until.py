@@ -14,8 +14,8 @@ from torch import nn
 
 from lorry.adapters.mix import Mix
 from lorry.errors import ConfigError, nearest
-from lorry.generate.engine import Generation, evaluating
-from lorry.generate.sampling import Sampling
+from lorry.generation.engine import Generation, evaluating
+from lorry.generation.sampling import Sampling
 
 MARGIN = 4  # tokens looked at beyond those a stop string can take: special ones, and a space that is dropped at a text's start
 
@@ -59,7 +59,7 @@ def answers_until(
     batch_rows: int | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(number of the prompt, its answer as text), as answers end. An answer is cut before the first stop string in it and
-    holds no special tokens. The rest is as in `generate.engine`."""
+    holds no special tokens. The rest is as in `generation.engine`."""
     stops = [stop for stop in stops if stop]
     window = max((len(stop.encode()) for stop in stops), default=0) + MARGIN
     run = Generation(

@@ -22,7 +22,7 @@ from lorry.adapters.peft.files import load_adapter
 from lorry.config import DistillConfig, ModelConfig
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError
-from lorry.generate.scorer import ModelScorer
+from lorry.generation.scorer import ModelScorer
 from lorry.models.loading.describe import read_json
 from lorry.models.loading.load import pick_device, pick_dtype
 from lorry.models.loading.open import Opened, adapter_folders, free_name, open_model

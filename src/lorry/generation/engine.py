@@ -23,7 +23,7 @@ from lorry.adapters.attach import bank_of
 from lorry.adapters.mix import Call, Mix
 from lorry.adapters.seeds import seed_of
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
-from lorry.generate.sampling import Sampling
+from lorry.generation.sampling import Sampling
 from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.decode import Runner
 from lorry.models.decoder.model import Packed

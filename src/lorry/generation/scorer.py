@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorry.adapters.mix import Call, Mix
 from lorry.data.batch import Batch
-from lorry.generate.engine import Generated, generate
+from lorry.generation.engine import Generated, generate
 from lorry.models.causal_lm import CausalLM
 from lorry.models.scoring.score import Want, evaluate
 
@@ -34,5 +34,5 @@ class ModelScorer:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generated]:
-        """See `generate.engine.generate`."""
+        """See `generation.engine.generate`."""
         return generate(self.model, prompts, **options)

@@ -10,7 +10,7 @@ from torch import nn
 from lorry.data.encoding.encode import Encoder
 from lorry.data.reading.content import Conversation, Message
 from lorry.errors import ConfigError
-from lorry.generate.engine import generate
+from lorry.generation.engine import generate
 from lorry.models.causal_lm import CausalLM
 
 LONGEST = 1 << 20  # prompts are not cut here; generate refuses what the context cannot hold
