@@ -47,7 +47,7 @@ def _of_directory(path: Path) -> ConfigFound:
     adapter = _read(path / ADAPTER_CONFIG)
     base, rank = adapter.get("base_model_name_or_path"), adapter.get("r")
     if not isinstance(base, str) or not isinstance(rank, int):
-        raise ModelError(f"{path / 'adapter_config.json'}: no base_model_name_or_path and r; this is not a LoRA adapter")
+        raise ModelError(f"{path / ADAPTER_CONFIG}: no base_model_name_or_path and r; this is not a LoRA adapter")
     cached = DIGEST.fullmatch(Path(base).name)
     known = cached is not None and not Path(base).is_dir() and cached[1] in KNOWN
     return replace(find_config(cached[1] if known and cached else base), adapter_rank=rank)
