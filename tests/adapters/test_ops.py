@@ -18,6 +18,7 @@ from lorry.adapters.attach import attach, bank_of
 from lorry.adapters.dropout import Noise
 from lorry.adapters.layers import AMBIENT
 from lorry.adapters.mix import Call, Mix, Term
+from lorry.adapters.product import Part, PartParams, Stack, TermParams
 from lorry.adapters.spec import LoraSpec
 
 I, O, T, V = 7, 5, 12, 11  # noqa: E741
@@ -260,3 +261,18 @@ def test_one_batch_serves_several_adapters_end_to_end(tiny: Any, ids: Tensor, lo
         both = logits(model, ids)
     torch.testing.assert_close(both[0], alone[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(both[1], plain_logits[1], rtol=0, atol=1e-5)
+
+
+def test_the_parameters_of_terms_come_back_in_their_places() -> None:
+    """A and B of each part, then the gate; what belongs to others stays in the iterator."""
+    part = Part(0, slice(0, 1), torch.zeros(1, 1), 1.0)
+    stacks = [Stack(slice(None), torch.zeros(1, 1), [part] * n, None, False, lambda: None) for n in (2, 1)]
+    names = iter(["A0", "B0", "A1", "B1", "gate", "A", "B", "other gate", "base"])
+    terms = TermParams.unflat(stacks, names)
+    assert terms == [
+        TermParams((PartParams("A0", "B0"), PartParams("A1", "B1")), "gate"),
+        TermParams((PartParams("A", "B"),), "other gate"),
+    ]
+    assert list(names) == ["base"]
+    assert TermParams.flat(terms) == ["A0", "B0", "A1", "B1", "gate", "A", "B", "other gate"]
+    assert TermParams.flat(TermParams.none(stacks)) == [None] * 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -107,9 +108,9 @@ def test_a_family_names_every_parameter_and_its_shape(kind: str, changes: dict[s
             if target in g.biased:
                 written[f"{family.path(target, i)}.bias"] = (out,)
         for path, width in [
-            (family.attention_norm, g.width),
-            (family.mlp_norm, g.width),
-            *((p, g.head_dim) for p in family.qk_norm or ()),
+            (family.norms.attn, g.width),
+            (family.norms.mlp, g.width),
+            *((p, g.head_dim) for p in (family.norms.q, family.norms.k) if p is not None),
         ]:
             for part in norm:
                 written[f"{prefix}.{path}.{part}"] = (width,)
@@ -118,6 +119,15 @@ def test_a_family_names_every_parameter_and_its_shape(kind: str, changes: dict[s
         model = AutoModelForCausalLM.from_config(config_of(kind, **changes))
     model.tie_weights()
     assert g.tied is (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+
+
+def test_a_family_gives_every_target_one_role() -> None:
+    family = family_of("llama")
+    forgotten = family.roles._replace(mlp_in=("gate_proj",))
+    with pytest.raises(ValueError, match=r"roles .* are not the targets"):
+        replace(family, roles=forgotten)
+    with pytest.raises(ValueError, match="do not fit qkv=heads, gated=True"):
+        replace(family, qkv="heads")
 
 
 @pytest.mark.parametrize("kind", TINY)

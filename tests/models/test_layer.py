@@ -291,9 +291,9 @@ def test_nothing_is_done_below_the_lowest_adapter(monkeypatch: pytest.MonkeyPatc
     ran: list[tuple[int, bool]] = []
     original = layer.Sweep.run
 
-    def watched(self: layer.Sweep, dy: Tensor, needs_x: bool, train_base: bool) -> Tensor | None:
+    def watched(self: layer.Sweep, dy: Tensor, needs_x: bool) -> Tensor | None:
         ran.append((self.block.index, needs_x))
-        return original(self, dy, needs_x, train_base)
+        return original(self, dy, needs_x)
 
     monkeypatch.setattr(layer.Sweep, "run", watched)
     ours(model, Call(Mix.one("default")), packed()).backward()

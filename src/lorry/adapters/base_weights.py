@@ -205,9 +205,10 @@ def _part(model: nn.Module, part: str) -> list[str]:
     matrix (fused experts and their router are an MLP's)."""
     family: Family | None = getattr(model, "family", None)
     if family is not None:
-        targets, cut = list(family.targets), 4 if family.qkv == "separate" else 2
+        roles = family.roles
+        targets = [*roles.qkv, *roles.attn_out] if part == "attention" else [*roles.mlp_in, *roles.mlp_out]
         layers: int = model.geometry.layers  # type: ignore[assignment,union-attr]  # a model with a family has a geometry
-        return [family.path(t, i) for i in range(layers) for t in (targets[:cut] if part == "attention" else targets[cut:])]
+        return [family.path(target, i) for i in range(layers) for target in targets]
     matrices = {p: m for p, m in model.named_modules() if any(w.dim() > 1 for w in m.parameters(recurse=False))}
     inner = [path for path, module in matrices.items() if not isinstance(module, (nn.Embedding, BankEmbedding))]
     other = PARTS["attention" if part == "mlp" else "mlp"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorry.adapters.mix import Call
-from lorry.adapters.product import Frozen, LowRank, Part, Stack
+from lorry.adapters.product import Frozen, Linears, LowRank, Part, PartParams, Stack, TermParams
 from lorry.errors import ContractError
 
 # Other people's models cannot pass a Call down; `models/hf/model.py` sets it around their forward. It is read in forward only.
@@ -120,8 +120,9 @@ class BankLinear(Adaptable):
         if not self.terms(call):
             return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
         flat = x.reshape(-1, x.shape[-1])
-        stacks, masters = self.group.stacks(call, site or self.path)
-        (y,) = LowRank.apply(flat, self.group.frozen(), stacks, len(masters), *masters, *self.group.base())
+        stacks, terms = self.group.stacks(call, site or self.path)
+        linears = Linears(self.group.frozen(), stacks)
+        (y,) = LowRank.apply(flat, linears, *TermParams.flat(terms), *self.group.base())
         return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
 
     def delta(self, slot: Slot) -> Tensor:
@@ -150,10 +151,10 @@ class Group:
         """The base products, as they are now (a merge or a device may have changed them)."""
         return [Frozen(linear.weight, linear.bias, linear.transposed) for linear in self.linears]
 
-    def stacks(self, call: Call, site: str) -> tuple[list[Stack], list[Tensor | None]]:
-        """What the call's terms need here, and their masters and gates in the order `LowRank` takes them."""
+    def stacks(self, call: Call, site: str) -> tuple[list[Stack], list[TermParams[Tensor | None]]]:
+        """What the call's terms need here, and their masters and gates."""
         stacks: list[Stack] = []
-        masters: list[Tensor | None] = []
+        terms: list[TermParams[Tensor | None]] = []
         for linear in self.linears:
             linear.terms(call)  # refuses a merged layer
         for term in call.mix.terms:
@@ -171,9 +172,8 @@ class Group:
             if gate is None and term.rows is not None and a.dtype == torch.bfloat16 and a.device.type == "cpu":
                 tokens, inner = aligned(term.rows)
             stacks.append(Stack(tokens, a, parts, dropout, gate is not None, partial(_touch, slots), inner))
-            masters += [master for _, slot in slots for master in (slot.A, slot.B)]
-            masters.append(gate)
-        return stacks, masters
+            terms.append(TermParams(tuple(PartParams(slot.A, slot.B) for _, slot in slots), gate))
+        return stacks, terms
 
     def _copy(self, slots: Sequence[tuple[int, Slot]]) -> tuple[Tensor, list[Part]]:
         """Kept with the first slot, so that they go when the adapter goes."""

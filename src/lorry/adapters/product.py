@@ -9,15 +9,19 @@ T tokens, I in, O out, R rank, S the sum of the ranks of a stack.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import repeat
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorry.adapters.dropout import Dropout
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,41 @@ class Stack:
         """`drop`, with zeros in the rows that are not this term's."""
         rows = self.drop(x)
         return rows if self.inner is None else self.clear(rows.clone() if self.dropout is None else rows)
+
+
+class PartParams(NamedTuple, Generic[T_co]):
+    """One thing for each parameter of one linear in a term: lora_A [R,I] and lora_B [O,R]."""
+
+    A: T_co
+    B: T_co
+
+
+class TermParams(NamedTuple, Generic[T_co]):
+    """One thing for each parameter of a term at linears that read the same input: the parameter
+    itself, whether it wants a gradient, or that gradient. ``parts``: as in the term's `Stack`;
+    ``gate``: of the gate per token (None in place of a tensor where the term has none).
+
+    autograd takes and gives flat tuples of tensors. Their order is known to `flat` and `unflat`
+    alone, so that a variant with one parameter more changes this class and nothing it passes through.
+    """
+
+    parts: tuple[PartParams[T_co], ...]
+    gate: T_co
+
+    @staticmethod
+    def flat(terms: Iterable[TermParams[T]]) -> list[T]:
+        """What the terms hold, in autograd's order."""
+        return [entry for term in terms for entry in (*(entry for part in term.parts for entry in part), term.gate)]
+
+    @staticmethod
+    def unflat(stacks: Sequence[Stack], flat: Iterator[T]) -> list[TermParams[T]]:
+        """`flat` backwards: take from an iterator as much as the terms of these stacks hold."""
+        return [TermParams(tuple(PartParams(next(flat), next(flat)) for _ in stack.parts), next(flat)) for stack in stacks]
+
+    @staticmethod
+    def none(stacks: Sequence[Stack]) -> list[TermParams[Tensor | None]]:
+        """No gradient for anything."""
+        return TermParams[Tensor | None].unflat(stacks, repeat(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,64 +193,62 @@ class Products:
                 dx[stack.tokens] += more
         return dx
 
-    def master_gradients(self, x: Tensor, grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-        """fp32 gradients in the order of the masters: per stack A and B of each part, then the gate. x as it was in forward."""
-        out: list[Tensor | None] = []
-        for stack, gate, h, up, raw in zip(self.stacks, self.gates, self.downs, self.ups, self.raws, strict=True):
-            count = 2 * len(stack.parts)
-            *wanted, gate_wanted = needs[len(out) : len(out) + count + 1]
-            if any(wanted):
+    def master_gradients(
+        self, x: Tensor, grads: Sequence[Tensor], needs: Sequence[TermParams[bool]]
+    ) -> list[TermParams[Tensor | None]]:
+        """fp32 gradients of each term's masters, and of its gate in the gate's dtype; x as in forward."""
+        out: list[TermParams[Tensor | None]] = []
+        for stack, gate, h, up, raw, need in zip(self.stacks, self.gates, self.downs, self.ups, self.raws, needs, strict=True):
+            if any(part.A or part.B for part in need.parts):
                 stack.used()
-            da = torch.mm(up.t(), stack.own(x)).float() if any(wanted[::2]) else None
+            da = torch.mm(up.t(), stack.own(x)).float() if any(part.A for part in need.parts) else None
             weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
-            for i, part in enumerate(stack.parts):
-                out.append(da[part.rows] if da is not None and wanted[2 * i] else None)
+            parts: list[PartParams[Tensor | None]] = []
+            for part, wanted in zip(stack.parts, need.parts, strict=True):
                 db = None
-                if wanted[2 * i + 1]:
+                if wanted.B:
                     g = grads[part.layer][stack.tokens]
                     g = g if stack.inner is None else stack.clear(g.clone())
                     db = torch.mm(g.t(), weighted[:, part.rows]).float().mul_(part.scale)
-                out.append(db)
-            out.append((h.float() * raw.float()).sum(1).to(gate.dtype) if gate is not None and gate_wanted else None)
+                parts.append(PartParams(da[part.rows] if da is not None and wanted.A else None, db))
+            dgate = (h.float() * raw.float()).sum(1).to(gate.dtype) if gate is not None and need.gate else None
+            out.append(TermParams(tuple(parts), dgate))
         return out
 
 
-class LowRank(torch.autograd.Function):
-    """`apply(x [T,I], layers, stacks, count, *masters, *base)` -> y [T,O] per linear, with gradients for all tensors.
+@dataclass(frozen=True, slots=True)
+class Linears:
+    """What `LowRank` computes: linears that read the same input, and the terms of the call there."""
 
-    ``count`` masters: per stack A [R,I] and B [O,R] (fp32) of each part, then the gate [tokens] or None. base: those weights and
-    biases of the layers that train.
+    layers: Sequence[Frozen]
+    stacks: Sequence[Stack]
+
+
+class LowRank(torch.autograd.Function):
+    """`apply(x [T,I], linears, *TermParams.flat(terms), *base)` -> y [T,O] per linear, with gradients
+    for all tensors. base: those weights and biases of the layers that train.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, layers: Sequence[Frozen], stacks: Sequence[Stack], count: int, *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        work = Products(layers, stacks, gates_of(stacks, tensors[:count]))
+    def forward(ctx: Any, x: Tensor, linears: Linears, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        terms = TermParams.unflat(linears.stacks, iter(tensors))
+        work = Products(linears.layers, linears.stacks, [term.gate for term in terms])
         ys = work.forward(x)
-        ctx.layers, ctx.stacks, ctx.count = layers, stacks, count
+        ctx.linears = linears
         ctx.save_for_backward(x, *work.downs, *work.gates)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
-        n = len(ctx.stacks)
-        work = Products(ctx.layers, ctx.stacks, rest[n:], rest[:n])
-        dx = work.input_gradient(grads, ctx.needs_input_grad[0])
-        masters = work.master_gradients(x, grads, ctx.needs_input_grad[4 : 4 + ctx.count])
-        base = []
-        if len(ctx.needs_input_grad) > 4 + ctx.count:
-            base = [t for layer, g in zip(ctx.layers, grads, strict=True) for t in layer.own_gradients(x, g)]
-        return dx, None, None, None, *masters, *base
-
-
-def gates_of(stacks: Sequence[Stack], masters: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gates among the masters of these stacks."""
-    gates, at = [], 0
-    for stack in stacks:
-        at += 2 * len(stack.parts)
-        gates.append(masters[at])
-        at += 1
-    return gates
+        layers, stacks = ctx.linears.layers, ctx.linears.stacks
+        needs_x, _, *needs_tensors = ctx.needs_input_grad
+        needs = iter(needs_tensors)
+        terms, needs_base = TermParams.unflat(stacks, needs), any(needs)
+        saved = iter(ctx.saved_tensors)
+        x, downs = next(saved), [next(saved) for _ in stacks]
+        work = Products(layers, stacks, list(saved), downs)
+        dx = work.input_gradient(grads, needs_x)
+        masters = TermParams.flat(work.master_gradients(x, grads, terms))
+        base = [t for layer, g in zip(layers, grads, strict=True) for t in layer.own_gradients(x, g)] if needs_base else []
+        return dx, None, *masters, *base

@@ -1,17 +1,64 @@
 """Model families as data: which Hugging Face names hold what, and how a config describes the computation. No torch here.
 
-A family answers four questions: which `model_type`s it covers, where each part lies in the state dict, which target names
-people use, and how `config.json` turns into a `Geometry`. `find` returns None for an architecture nobody described;
-the loader then takes transformers' own implementation.
+A family answers five questions: which `model_type`s it covers, where each part lies in the state
+dict, which target names people use, which role each target and norm has in a layer, and how
+`config.json` turns into a `Geometry`. Nobody else derives a role from a name or a position. `find`
+returns None for an architecture nobody described; the loader then takes transformers' own
+implementation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 Config = Mapping[str, Any]
+T_co = TypeVar("T_co", covariant=True)
+U = TypeVar("U")
+
+
+class LayerLinears(NamedTuple, Generic[T_co]):
+    """One thing for each of the four matrix products of a layer, in the order they run; linears that
+    read the same input are one product.
+
+    qkv: the projections into attention; attn_out: the one out of it; mlp_in: those into the MLP (the
+    gate first, then up); mlp_out: the one out of it.
+    """
+
+    qkv: T_co
+    attn_out: T_co
+    mlp_in: T_co
+    mlp_out: T_co
+
+    def map(self, make: Callable[[T_co], U]) -> LayerLinears[U]:
+        """``make`` of each."""
+        return LayerLinears(make(self.qkv), make(self.attn_out), make(self.mlp_in), make(self.mlp_out))
+
+
+class LayerNorms(NamedTuple, Generic[T_co]):
+    """One thing for each norm of a layer: before attention, before the MLP, and of the heads of q and
+    k where a family has those."""
+
+    attn: T_co
+    mlp: T_co
+    q: T_co | None = None
+    k: T_co | None = None
+
+    def map(self, make: Callable[[T_co], U]) -> LayerNorms[U]:
+        """``make`` of each that is there."""
+        q, k = (None if norm is None else make(norm) for norm in (self.q, self.k))
+        return LayerNorms(make(self.attn), make(self.mlp), q, k)
+
+    def present(self) -> list[T_co]:
+        """Those that are there, in order."""
+        return [norm for norm in self if norm is not None]
+
+
+# Names of the four inputs. Dropout masks are a function of them (adapters/dropout.py): another name
+# would draw other masks.
+Site = Literal["attention.in", "attention.out", "mlp.in", "mlp.out"]
+SITES = LayerLinears[Site]("attention.in", "attention.out", "mlp.in", "mlp.out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +96,7 @@ class Family:
     """One architecture. Paths are Hugging Face module names; `{i}` is the layer number.
 
     targets: canonical target name -> path inside a layer; the layer's linears in the order they run.
+    roles: the targets of each of the layer's products, every target once; norms: paths in a layer.
     qkv: `separate` (three linears), `thirds` (one linear, rows q|k|v) or `heads` (one linear, q,k,v interleaved by head).
     on_disk: module names that checkpoints spell otherwise, {ours (transformers' module name): the file's}.
     reads: config keys `geometry` understands; ignores: keys that change nothing here, with a test of their value.
@@ -61,22 +109,41 @@ class Family:
     layer: str
     final_norm: str
     head: str
-    attention_norm: str
-    mlp_norm: str
+    norms: LayerNorms[str]
     targets: Mapping[str, str]
+    roles: LayerLinears[tuple[str, ...]]
     norm: Literal["rms", "layer"]
     qkv: Literal["separate", "thirds", "heads"]
     gated: bool
-    qk_norm: tuple[str, str] | None = None
     transposed: bool = False
     on_disk: Mapping[str, str] = field(default_factory=dict)
     geometry: Callable[[Config], Geometry]
     reads: frozenset[str]
     ignores: Mapping[str, Callable[[Any, Config], bool]]
 
+    def __post_init__(self) -> None:
+        named = [target for role in self.roles for target in role]
+        if named != list(self.targets):
+            raise ValueError(f"family {self.name}: roles {named} are not the targets {list(self.targets)}")
+        counts = tuple(map(len, self.roles))
+        if counts != (3 if self.qkv == "separate" else 1, 1, 2 if self.gated else 1, 1):
+            what = f"qkv={self.qkv}, gated={self.gated}"
+            raise ValueError(f"family {self.name}: {counts} targets per role do not fit {what}")
+
     def path(self, target: str, layer: int) -> str:
         """Full module name of a canonical target, e.g. `q_proj` of layer 3."""
         return f"{self.layer.format(i=layer)}.{self.targets[target]}"
+
+    def sizes(self, g: Geometry) -> LayerLinears[dict[str, tuple[int, int]]]:
+        """{target: (out, in) features} by role."""
+        q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
+        outputs = (q, kv, kv) if len(self.roles.qkv) == 3 else (q + 2 * kv,)
+        return LayerLinears(
+            qkv={target: (out, g.width) for target, out in zip(self.roles.qkv, outputs, strict=True)},
+            attn_out=dict.fromkeys(self.roles.attn_out, (g.width, q)),
+            mlp_in=dict.fromkeys(self.roles.mlp_in, (g.mlp_width, g.width)),
+            mlp_out=dict.fromkeys(self.roles.mlp_out, (g.width, g.mlp_width)),
+        )
 
 
 def find(model_type: str) -> Family | None:

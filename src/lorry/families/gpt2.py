@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorry.families import Config, Family, Geometry
+from lorry.families import Config, Family, Geometry, LayerLinears, LayerNorms
 from lorry.families.common import METADATA
 
 
@@ -34,9 +34,9 @@ GPT2 = Family(
     layer="transformer.h.{i}",
     final_norm="transformer.ln_f",
     head="lm_head",
-    attention_norm="ln_1",
-    mlp_norm="ln_2",
+    norms=LayerNorms(attn="ln_1", mlp="ln_2"),
     targets={"c_attn": "attn.c_attn", "c_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp_c_proj": "mlp.c_proj"},
+    roles=LayerLinears(qkv=("c_attn",), attn_out=("c_proj",), mlp_in=("c_fc",), mlp_out=("mlp_c_proj",)),
     norm="layer",
     qkv="thirds",
     gated=False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorry.families import Config, Family, Geometry
+from lorry.families import Config, Family, Geometry, LayerLinears, LayerNorms
 from lorry.families.common import METADATA, ROTARY_KEYS, UnsupportedConfig, full_attention, rotary, wide_window
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -41,7 +41,7 @@ def llama_geometry(config: Config) -> Geometry:
 
 def qwen2_geometry(config: Config) -> Geometry:
     """Qwen2: q, k and v always carry a bias, nothing else does."""
-    return replace(llama_geometry(config), biased=frozenset(ATTENTION[:3]))
+    return replace(llama_geometry(config), biased=frozenset(LLAMA.roles.qkv))
 
 
 def qwen3_geometry(config: Config) -> Geometry:
@@ -62,9 +62,11 @@ LLAMA = Family(
     layer="model.layers.{i}",
     final_norm="model.norm",
     head="lm_head",
-    attention_norm="input_layernorm",
-    mlp_norm="post_attention_layernorm",
+    norms=LayerNorms(attn="input_layernorm", mlp="post_attention_layernorm"),
     targets={**{t: f"self_attn.{t}" for t in ATTENTION}, **{t: f"mlp.{t}" for t in MLP}},
+    roles=LayerLinears(
+        qkv=("q_proj", "k_proj", "v_proj"), attn_out=("o_proj",), mlp_in=("gate_proj", "up_proj"), mlp_out=("down_proj",)
+    ),
     norm="rms",
     qkv="separate",
     gated=True,
@@ -92,7 +94,7 @@ QWEN3 = replace(
     QWEN2,
     name="qwen3",
     model_types=("qwen3",),
-    qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
+    norms=LLAMA.norms._replace(q="self_attn.q_norm", k="self_attn.k_norm"),
     geometry=qwen3_geometry,
     reads=READS - {"mlp_bias"},
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorry.families import Config, Family, Geometry
+from lorry.families import Config, Family, Geometry, LayerLinears, LayerNorms
 from lorry.families.common import METADATA, ROTARY_KEYS, rotary
 
 
@@ -38,14 +38,16 @@ NEOX = Family(
     final_norm="gpt_neox.final_layer_norm",
     head="lm_head",
     on_disk={"lm_head": "embed_out"},
-    attention_norm="input_layernorm",
-    mlp_norm="post_attention_layernorm",
+    norms=LayerNorms(attn="input_layernorm", mlp="post_attention_layernorm"),
     targets={
         "query_key_value": "attention.query_key_value",
         "dense": "attention.dense",
         "dense_h_to_4h": "mlp.dense_h_to_4h",
         "dense_4h_to_h": "mlp.dense_4h_to_h",
     },
+    roles=LayerLinears(
+        qkv=("query_key_value",), attn_out=("dense",), mlp_in=("dense_h_to_4h",), mlp_out=("dense_4h_to_h",)
+    ),
     norm="layer",
     qkv="heads",
     gated=False,

@@ -10,12 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorry.errors import ModelError
-from lorry.families import Family, Geometry, find, unsupported
+from lorry.families import SITES, Family, Geometry, Site, find, unsupported
 from lorry.families.common import UnsupportedConfig
 from lorry.families.llama import LLAMA, QWEN3
-
-# Where a linear stands: the projections into attention, out of it, into the MLP, out of it.
-Site = Literal["attention.in", "attention.out", "mlp.in", "mlp.out"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +152,8 @@ def shape_of(config: Mapping[str, Any], *, where: str = "config.json", native: b
         geometry = replace(geometry, mlp_width=experts.width)
     linears = tuple(linear for linear in _linears(reader, geometry) if experts is None or linear.site.startswith("attention"))
     return Shape(
-        geometry=geometry, linears=linears, experts=experts, norm=reader.norm, qk_norm=reader.qk_norm is not None,
-        gated=reader.gated, fused_qkv=reader.qkv != "separate", learned_positions=reader.positions is not None,
+        geometry=geometry, linears=linears, experts=experts, norm=reader.norm, qk_norm=reader.norms.q is not None,
+        gated=reader.gated, fused_qkv=len(reader.roles.qkv) == 1, learned_positions=reader.positions is not None,
         embed=reader.embed, head=reader.head, layer=reader.layer, native=not why, why=why,
         estimate=family is None and kind not in ("mixtral", "qwen3_moe"),
     )  # fmt: skip
@@ -202,16 +199,12 @@ def _check(g: Geometry, where: str) -> None:
 
 
 def _linears(family: Family, g: Geometry) -> list[Linear]:
-    """The layer's matrices by their place in the family's order: q k v o, or qkv o; then the MLP."""
-    q, k = g.heads * g.head_dim, g.kv_heads * g.head_dim
-    sides: list[tuple[int, int, Site]]
-    if family.qkv == "separate":
-        sides = [(g.width, q, "attention.in"), *[(g.width, k, "attention.in")] * 2, (q, g.width, "attention.out")]  # type: ignore[list-item]
-    else:
-        sides = [(g.width, 3 * q, "attention.in"), (q, g.width, "attention.out")]
-    sides += [(g.width, g.mlp_width, "mlp.in")] * (2 if family.gated else 1)
-    sides += [(g.mlp_width, g.width, "mlp.out")]
+    """The layer's matrices in the order they run."""
     return [
-        Linear(target=target, path=f"{family.layer}.{path}", inputs=i, outputs=o, site=site, bias=target in g.biased)
-        for (target, path), (i, o, site) in zip(family.targets.items(), sides, strict=True)
-    ]
+        Linear(
+            target=target, path=f"{family.layer}.{family.targets[target]}", inputs=inputs, outputs=outputs, site=site,
+            bias=target in g.biased,
+        )
+        for site, sizes in zip(SITES, family.sizes(g), strict=True)
+        for target, (outputs, inputs) in sizes.items()
+    ]  # fmt: skip

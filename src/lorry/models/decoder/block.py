@@ -2,7 +2,9 @@
 
 The two are written out by hand, so that a layer keeps for backward no more than it must: its input, q, k, v, the attention's
 output, the middle of the residual stream, the MLP's two inner products, and what the A's made of their inputs. Norms, rotary
-positions and gates are done again; a base product never is. `models/decoder/layer.py` puts the pair behind autograd.
+positions and gates are done again; a base product never is. `models/decoder/layer.py` is the backward,
+and puts the pair behind autograd. Which linear and which norm is which, the family says
+(`LayerLinears`, `LayerNorms`).
 
 T tokens, H heads, G key/value heads, D head width.
 """
@@ -10,22 +12,22 @@ T tokens, H heads, G key/value heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorry.adapters.layers import BankLinear, Group
 from lorry.adapters.mix import Call
-from lorry.adapters.product import Products, Stack, gates_of
-from lorry.families import Family, Geometry, Rotary
+from lorry.adapters.product import Products, Stack, TermParams
+from lorry.families import SITES, Family, Geometry, LayerLinears, Rotary
 from lorry.models.decoder import attention
 from lorry.models.decoder.attention import Memo, Segments
 from lorry.models.decoder.cache import Cache
-from lorry.models.decoder.pointwise import ACTIVATIONS, Norm, gate, rotate
-
-SITES = ("attention.in", "attention.out", "mlp.in", "mlp.out")  # names of the four inputs, for dropout
+from lorry.models.decoder.pointwise import ACTIVATIONS, Norm, rotate
+from lorry.models.decoder.pointwise import gate as apply_gate
 
 
 @dataclass
@@ -47,91 +49,112 @@ class Pass:
 
 
 class Work(NamedTuple):
-    """The low-rank terms of a layer's four products in one pass, with their masters and gates in one list."""
+    """The low-rank terms of a layer in one pass, and their masters and gates."""
 
-    stacks: Sequence[Sequence[Stack]]
-    masters: Sequence[Tensor | None]
-
-    def products(self, groups: Sequence[Group], masters: Sequence[Tensor | None]) -> list[Products]:
-        """The four pieces of work, gates taken from ``masters``."""
-        out, at = [], 0
-        for group, stacks in zip(groups, self.stacks, strict=True):
-            count = sum(2 * len(s.parts) + 1 for s in stacks)
-            out.append(Products(group.frozen(), stacks, gates_of(stacks, masters[at : at + count])))
-            at += count
-        return out
+    stacks: LayerLinears[Sequence[Stack]]
+    terms: LayerLinears[Sequence[TermParams[Tensor | None]]]
 
 
-@dataclass
-class Kept:
-    """What forward leaves for backward. q and k are as they left their products where heads are normed, else already rotated."""
+@dataclass(slots=True)
+class SavedActivations:
+    """What forward leaves for backward.
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    memo: Memo = field(default_factory=Memo)
+    x [T,width]: the layer's input; q [T,H,D], k and v [T,G,D]: q and k as they left their product where
+    heads are normed, else already rotated; attn [T,H,D]: the attention's output; residual [T,width]: the
+    stream before the MLP (None where the MLP reads x as well); gate, up [T,mlp]: the MLP's inner
+    products (up None where there is no gate); stats: what the attention's backward wants besides.
+    """
+
+    x: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attn: Tensor
+    residual: Tensor | None
+    gate: Tensor
+    up: Tensor | None
+    stats: Memo
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What `save_for_backward` takes; `of` reads it."""
+        return (
+            self.x, self.q, self.k, self.v, self.attn, self.residual, self.gate, self.up, self.stats.lse
+        )  # fmt: skip
+
+    @staticmethod
+    def of(tensors: Iterator[Tensor], graph: tuple[Tensor, ...]) -> SavedActivations:
+        """`tensors` backwards; ``graph``: torch's own, of the attention."""
+        x, q, k, v, attn, residual, gate, up, lse = islice(tensors, 9)
+        return SavedActivations(x, q, k, v, attn, residual, gate, up, Memo(lse, graph))
 
 
 class Block:
     """The computation of layer ``index``. It holds the layer's modules but registers nothing: names stay the family's."""
 
     def __init__(self, index: int, layer: nn.Module, family: Family, geometry: Geometry) -> None:
-        self.index, self.family, self.geometry = index, family, geometry
-        modules: list[BankLinear] = [layer.get_submodule(path) for path in family.targets.values()]  # type: ignore[misc]
-        cut = 4 if family.qkv == "separate" else 2
-        self.groups = [Group(g) for g in (modules[: cut - 1], [modules[cut - 1]], modules[cut:-1], [modules[-1]])]
-        norms = [layer.get_submodule(p) for p in (family.attention_norm, family.mlp_norm, *(family.qk_norm or ()))]
-        self.norms: list[Norm] = norms  # type: ignore[assignment]
+        def linears(targets: Sequence[str]) -> Group:
+            return Group([cast(BankLinear, layer.get_submodule(family.targets[target])) for target in targets])
+
+        self.index, self.geometry = index, geometry
+        self.linears = family.roles.map(linears)
+        self.norms = family.norms.map(lambda path: cast(Norm, layer.get_submodule(path)))
+        # the dimension of q, k, v where one product makes all of them: [T, 3, H, D] or [T, H, 3, D]
+        self.fused_at = {"separate": None, "thirds": 1, "heads": 2}[family.qkv]
         self.activation = ACTIVATIONS[geometry.activation]
 
     def work(self, call: Call) -> Work:
         """What the call's adapters add in this layer."""
-        stacks, masters = [], list[Tensor | None]()
-        for group, site in zip(self.groups, SITES, strict=True):
-            found, tensors = group.stacks(call, f"{self.index}.{site}")
-            stacks.append(found)
-            masters += tensors
-        return Work(stacks, masters)
+        found = [group.stacks(call, f"{self.index}.{site}") for group, site in zip(self.linears, SITES, strict=True)]
+        return Work(LayerLinears(*(stacks for stacks, _ in found)), LayerLinears(*(terms for _, terms in found)))
+
+    def products(self, work: Work, terms: LayerLinears[Sequence[TermParams[Tensor | None]]]) -> LayerLinears[Products]:
+        """The layer's four products, gates taken from ``terms``."""
+        parts = zip(self.linears, work.stacks, terms, strict=True)
+        return LayerLinears(*(Products(group.frozen(), stacks, [term.gate for term in own]) for group, stacks, own in parts))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The base's own weights, in the order `backward` gives their gradients: linears, then norms."""
-        modules: list[BankLinear | Norm] = [*(linear for group in self.groups for linear in group.linears), *self.norms]
+        linears = [linear for group in self.linears for linear in group.linears]
+        modules: list[BankLinear | Norm] = [*linears, *self.norms.present()]
         for module in modules:
             yield module.weight
             if module.bias is not None:
                 yield module.bias
 
-    def forward(self, x: Tensor, state: Pass, products: Sequence[Products], kept: Kept | None) -> Tensor:
-        """x [T, width] -> [T, width], without a graph; fills ``kept`` if there is to be a backward."""
-        heads, out, into, down = products
-        q, k, v = self.split(heads.forward(self.norms[0].compute(x)))
+    def forward(
+        self, x: Tensor, state: Pass, products: LayerLinears[Products], *, save: bool = False
+    ) -> tuple[Tensor, SavedActivations | None]:
+        """x [T, width] -> [T, width], without a graph, and what backward needs if there is to be one (``save``)."""
+        q, k, v = self.split(products.qkv.forward(self.norms.attn.compute(x)))
         raw_q, raw_k = q, k
         q, k = self.placed(q, k, state)
         if state.cache is not None and state.rows is not None:
             state.cache.write(self.index, state.rows, state.positions, k, v)
-        memo = Memo()
+        stats = Memo()
         if state.decoding and state.cache is not None:
-            o = state.cache.attend(self.index, q)
+            attn = state.cache.attend(self.index, q)
         else:
-            o, memo = attention.forward(q, k, v, state.segments, keep=kept is not None)
-        (attended,) = out.forward(o.flatten(1))
-        if self.geometry.parallel_residual:
-            mid, normed = attended.add_(x), self.norms[1].compute(x)
+            attn, stats = attention.forward(q, k, v, state.segments, keep=save)
+        (attended,) = products.attn_out.forward(attn.flatten(1))
+        parallel = self.geometry.parallel_residual
+        if parallel:
+            residual, normed = attended.add_(x), self.norms.mlp.compute(x)
         else:
-            mid, normed = self.norms[1].after_adding(attended, x)
-        inner = into.forward(normed)
-        (y,) = down.forward(gate(self.activation, inner[0], inner[1] if len(inner) > 1 else None))
-        if kept is not None:
-            if len(self.norms) > 2:
+            residual, normed = self.norms.mlp.after_adding(attended, x)
+        inner = products.mlp_in.forward(normed)
+        gate, up = inner if len(inner) > 1 else (inner[0], None)
+        (y,) = products.mlp_out.forward(apply_gate(self.activation, gate, up))
+        saved = None
+        if save:
+            if self.norms.q is not None:
                 q, k = raw_q, raw_k
-            kept.tensors = {"x": x, "q": q, "k": k, "v": v, "o": o, "mid": mid, **{f"inner{i}": t for i, t in enumerate(inner)}}
-            if self.geometry.parallel_residual:
-                del kept.tensors["mid"]
-            kept.memo = memo
-        return y.add_(mid)
+            saved = SavedActivations(x, q, k, v, attn, None if parallel else residual, gate, up, stats)
+        return y.add_(residual), saved
 
     def placed(self, q: Tensor, k: Tensor, state: Pass) -> tuple[Tensor, Tensor]:
         """q and k with their head norms and positions."""
-        if len(self.norms) > 2:
-            q, k = self.norms[2].compute(q), self.norms[3].compute(k)
+        if self.norms.q is not None and self.norms.k is not None:
+            q, k = self.norms.q.compute(q), self.norms.k.compute(k)
         if state.cos is not None and state.sin is not None:
             q, k = rotate(q, state.cos, state.sin), rotate(k, state.cos, state.sin)
         return q, k
@@ -139,20 +162,19 @@ class Block:
     def split(self, made: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q [T,H,D], k and v [T,G,D] from the products, however the family stores them; contiguous."""
         g, t = self.geometry, made[0].shape[0]
-        if self.family.qkv == "separate":
+        if self.fused_at is None:
             q, k, v = made
             return q.view(t, g.heads, -1), k.view(t, g.kv_heads, -1), v.view(t, g.kv_heads, -1)
-        if self.family.qkv == "thirds":
-            q, k, v = made[0].view(t, 3, g.heads, g.head_dim).unbind(1)
-        else:
-            q, k, v = made[0].view(t, g.heads, 3, g.head_dim).unbind(2)
+        shape = [t, g.heads, g.head_dim]
+        shape.insert(self.fused_at, 3)
+        q, k, v = made[0].view(shape).unbind(self.fused_at)
         return q.contiguous(), k.contiguous(), v.contiguous()
 
     def join(self, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor]:
         """`split` backwards."""
-        if self.family.qkv == "separate":
+        if self.fused_at is None:
             return [dq.flatten(1), dk.flatten(1), dv.flatten(1)]
-        return [torch.stack([dq, dk, dv], 1 if self.family.qkv == "thirds" else 2).flatten(1)]
+        return [torch.stack([dq, dk, dv], self.fused_at).flatten(1)]
 
 
 def frequencies(rotary: Rotary, device: torch.device) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lorry.adapters.layers import Group
 from lorry.adapters.mix import Call, Mix
 from lorry.adapters.product import Frozen, Products, Stack
+from lorry.families import LayerLinears
 from lorry.kernels import decode as kernel
-from lorry.models.decoder.block import SITES
 from lorry.models.decoder.cache import RowCache
 from lorry.models.decoder.model import Decoder, Packed
 
@@ -68,7 +68,7 @@ class Runner:
     def __init__(self, model: Decoder) -> None:
         self.model, self.context, self.device = model, model.context, model.device
         self.mix: Mix | None = None
-        self.layers: list[list[Products]] = []
+        self.layers: list[LayerLinears[Products]] = []
 
     @staticmethod
     def takes(model: nn.Module) -> bool:
@@ -92,15 +92,14 @@ class Runner:
         (made,) = FewRows.of(head.group, head.group.stacks(call, head.path)[0]).forward(hidden)
         return made
 
-    def _work(self, call: Call) -> list[list[Products]]:
+    def _work(self, call: Call) -> list[LayerLinears[Products]]:
         """The products of every layer, adapters included."""
         if call.mix != self.mix:
             self.mix = call.mix
             self.layers = [
-                [
-                    FewRows.of(group, group.stacks(call, f"{block.index}.{site}")[0])
-                    for group, site in zip(block.groups, SITES, strict=True)
-                ]
+                LayerLinears(
+                    *(FewRows.of(group, stacks) for group, stacks in zip(block.linears, block.work(call).stacks, strict=True))
+                )
                 for block in self.model.blocks
             ]
         return self.layers

@@ -7,16 +7,17 @@ Gradients go to the layer's input, to the masters and gates of the adapters in t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorry.adapters.product import Products
+from lorry.adapters.product import Products, TermParams
+from lorry.families import LayerLinears
 from lorry.models.decoder import attention
-from lorry.models.decoder.attention import Memo
-from lorry.models.decoder.block import Block, Kept, Pass, Work
+from lorry.models.decoder.block import Block, Pass, SavedActivations, Work
 from lorry.models.decoder.pointwise import Norm, gate_backward, rotate
 
 
@@ -25,157 +26,197 @@ def run(block: Block, x: Tensor, state: Pass) -> Tensor:
     work = block.work(state.call)
     if torch.is_grad_enabled():
         base = [p for p in block.parameters() if p.requires_grad]
-        if x.requires_grad or base or any(m is not None and m.requires_grad for m in work.masters):
-            return Layer.apply(x, block, state, work, *work.masters, *base)
-    return block.forward(x, state, work.products(block.groups, work.masters), None)
+        terms = [entry for own in work.terms for entry in TermParams.flat(own)]
+        if x.requires_grad or base or any(t is not None and t.requires_grad for t in terms):
+            return Layer.apply(x, LayerCall(block, state, work), *terms, *base)
+    return block.forward(x, state, block.products(work, work.terms))[0]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """What `Layer` computes: a block's layer, in this pass, with these terms."""
+
+    block: Block
+    state: Pass
+    work: Work
 
 
 class Layer(torch.autograd.Function):
-    """`apply(x, block, state, work, *masters, *trained base weights)`."""
+    """`apply(x, call, *parameters of the terms, *trained base weights)`: products in order, `TermParams.flat` of each."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, state: Pass, work: Work, *tensors: Tensor | None) -> Tensor:
-        ctx.block, ctx.state, ctx.base = block, state, len(tensors) - len(work.masters)
-        masters = tensors[: len(work.masters)]
-        products = work.products(block.groups, masters)
-        ctx.gates = [m is not None and m.dim() == 1 for m in masters]
-        gates = [m for m, is_gate in zip(masters, ctx.gates, strict=True) if is_gate]
-        if state.recompute:
-            y = block.forward(x, state, products, None)
+    def forward(ctx: Any, x: Tensor, call: LayerCall, *tensors: Tensor | None) -> Tensor:
+        block, state, stacks = call.block, call.state, call.work.stacks
+        ctx.block, ctx.state = block, state
+        rest = iter(tensors)
+        terms = LayerLinears(*(TermParams.unflat(own, rest) for own in stacks))
+        products = block.products(call.work, terms)
+        gates = [gate for p in products for gate in p.gates]
+        y, saved = block.forward(x, state, products, save=not state.recompute)
+        if saved is None:
             ctx.save_for_backward(x, *gates)
             return y
-        kept = Kept()
-        y = block.forward(x, state, products, kept)
-        if kept.memo.lse is not None:
-            kept.tensors["lse"] = kept.memo.lse
-        ctx.work, ctx.graph, ctx.names = work, kept.memo.graph, list(kept.tensors)
+        ctx.work, ctx.graph = call.work, saved.stats.graph
         downs = [down for p in products for down in p.downs]
-        ctx.save_for_backward(*kept.tensors.values(), *downs, *gates)
+        ctx.save_for_backward(*saved.tensors(), *downs, *gates)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        block, state = ctx.block, ctx.state
-        saved = list(ctx.saved_tensors)
-        gates = iter(saved[len(saved) - sum(ctx.gates) :])
-        masters = [next(gates) if is_gate else None for is_gate in ctx.gates]
+        block, state, tensors = ctx.block, ctx.state, iter(ctx.saved_tensors)
+        needs_x, _, *needs_tensors = ctx.needs_input_grad
         if state.recompute:
-            work, kept = block.work(state.call), Kept()
-            products = work.products(block.groups, masters)
-            block.forward(saved[0], state, products, kept)
+            work, x = block.work(state.call), next(tensors)
+            products = with_gates(block, work, list(tensors))
+            _, saved = block.forward(x, state, products, save=True)
+            assert saved is not None
         else:
-            kept = Kept(dict(zip(ctx.names, saved, strict=False)))
-            kept.memo, ctx.graph = Memo(kept.tensors.get("lse"), ctx.graph), ()
-            products, at = ctx.work.products(block.groups, masters), len(ctx.names)
-            for p in products:
-                p.downs = saved[at : at + len(p.stacks)]
-                at += len(p.stacks)
-        needs = ctx.needs_input_grad
-        sweep = Sweep(block, state, products, kept, needs[4 : len(needs) - ctx.base])
-        dx = sweep.run(grads[0].contiguous(), needs[0], bool(ctx.base))
-        return dx, None, None, None, *(g for group in sweep.masters for g in group), *sweep.base
+            work = ctx.work
+            saved, ctx.graph = SavedActivations.of(tensors, ctx.graph), ()
+            downs = [[next(tensors) for _ in own] for own in work.stacks]
+            products = with_gates(block, work, list(tensors))
+            for p, own in zip(products, downs, strict=True):
+                p.downs = own
+        needs = iter(needs_tensors)
+        wanted = LayerLinears(*(TermParams.unflat(own, needs) for own in work.stacks))
+        sweep = Sweep(block, state, products, saved, wanted, train_base=any(needs))
+        dx = sweep.run(grads[0].contiguous(), needs_x)
+        return dx, None, *sweep.term_gradients(), *sweep.base_gradients()
+
+
+def with_gates(block: Block, work: Work, gates: Sequence[Tensor | None]) -> LayerLinears[Products]:
+    """The layer's products with these gates, one per term of each product."""
+    rest = iter(gates)
+    return LayerLinears(
+        *(
+            Products(group.frozen(), stacks, [next(rest) for _ in stacks])
+            for group, stacks in zip(block.linears, work.stacks, strict=True)
+        )
+    )
+
+
+class LinearsBackward:
+    """The backward of one of a layer's products. ``terms`` and ``base`` hold the gradients afterwards; ``wanted``: whether
+    anything wants one."""
+
+    def __init__(self, products: Products, needs: Sequence[TermParams[bool]], train_base: bool) -> None:
+        self.products, self.needs = products, needs
+        self.trains = train_base and any(layer.trains for layer in products.layers)
+        self.wanted = self.trains or any(TermParams.flat(needs))
+        self.terms: Sequence[TermParams[Tensor | None]] = TermParams.none(products.stacks)
+        self.base: list[Tensor] = []
+
+    def input_grad(self, grads: Sequence[Tensor], needed: bool = True) -> Tensor | None:
+        """The gradient of the input from those of the outputs; to be called before `weight_grads`."""
+        return self.products.input_gradient(grads, needed)
+
+    def weight_grads(self, x: Tensor, grads: Sequence[Tensor], norm: Norm | None = None) -> None:
+        """Make the gradients of the masters and, if they train, the weights. x: the input (behind ``norm``: what went into
+        that); grads: those of the outputs."""
+        if not self.wanted:
+            return
+        x = x if norm is None else norm.compute(x)
+        self.terms = self.products.master_gradients(x, grads, self.needs)
+        if self.trains:
+            self.base = [t for layer, g in zip(self.products.layers, grads, strict=True) for t in layer.own_gradients(x, g)]
+
+
+class NormBackward:
+    """The backward of one of a layer's norms. ``base`` holds the gradients of its weights afterwards, if they train."""
+
+    def __init__(self, norm: Norm, train_base: bool) -> None:
+        self.norm = norm
+        self.trains = train_base and any(p.requires_grad for p in (norm.weight, norm.bias) if p is not None)
+        self.base: list[Tensor] = []
+
+    def weight_grads(self, dy: Tensor, x: Tensor) -> None:
+        """Make the gradients of weight and bias, of those that train."""
+        if self.trains:
+            made = zip((self.norm.weight, self.norm.bias), self.norm.own_gradients(dy, x), strict=True)
+            self.base = [t for p, t in made if p is not None and t is not None and p.requires_grad]
 
 
 class Sweep:
-    """One backward pass through a layer: ``masters`` (per product) and ``base`` hold the gradients afterwards."""
+    """One backward pass through a layer: `term_gradients` and `base_gradients` afterwards."""
 
-    def __init__(self, block: Block, state: Pass, products: Sequence[Products], kept: Kept, needs: Sequence[bool]) -> None:
-        self.block, self.state, self.products, self.kept = block, state, products, kept
-        self.needs, at = [], 0
-        for p in products:
-            count = sum(2 * len(s.parts) + 1 for s in p.stacks)
-            self.needs.append(needs[at : at + count])
-            at += count
-        self.masters: list[list[Tensor | None]] = [[None] * len(needs) for needs in self.needs]
-        self.weights: list[list[Tensor]] = [[] for _ in products]
-        self.norms: dict[int, list[Tensor]] = {}
-        self.base: list[Tensor] = []
+    def __init__(
+        self,
+        block: Block,
+        state: Pass,
+        products: LayerLinears[Products],
+        saved: SavedActivations,
+        needs: LayerLinears[Sequence[TermParams[bool]]],
+        *,
+        train_base: bool,
+    ) -> None:
+        self.block, self.state, self.saved = block, state, saved
+        self.linears = LayerLinears(*(LinearsBackward(p, need, train_base) for p, need in zip(products, needs, strict=True)))
+        self.norms = block.norms.map(lambda norm: NormBackward(norm, train_base))
 
-    def run(self, dy: Tensor, needs_x: bool, train_base: bool) -> Tensor | None:
+    def run(self, dy: Tensor, needs_x: bool) -> Tensor | None:
         """dy [T, width] -> the gradient of the layer's input, or None where nothing below wants one. What neither trains nor lies
         on the way to something that does costs no product."""
-        block, kept, self.train_base = self.block, self.kept.tensors, train_base
-        x = kept["x"]
-        mid = kept.get("mid", x)
-        below = needs_x or any(self._wanted(i) for i in (0, 1)) or any(self._trains(i) for i in range(len(block.norms)) if i != 1)
-        dmid = self._mlp(dy, mid, below)
+        norms, linears, saved = self.block.norms, self.linears, self.saved
+        below = needs_x or linears.qkv.wanted or linears.attn_out.wanted or self._attention_norms_train()
+        dresidual = self._mlp(dy, below)
         dn = None
         if below:
-            assert dmid is not None
-            first = needs_x or self._trains(0)
-            dn = self._attention(dy if block.geometry.parallel_residual else dmid, first)
-        if train_base:
-            self.base = self._base_gradients()
-        return None if not needs_x or dn is None else block.norms[0].backward(dn, x, dmid)
+            assert dresidual is not None
+            into_attention = dy if self.block.geometry.parallel_residual else dresidual
+            dn = self._attention(into_attention, needs_x or self.norms.attn.trains)
+        return None if not needs_x or dn is None else norms.attn.backward(dn, saved.x, dresidual)
 
-    def _wanted(self, index: int) -> bool:
-        """Whether a product's masters, or its own weights, want gradients."""
-        return any(self.needs[index]) or (self.train_base and any(layer.trains for layer in self.products[index].layers))
+    def term_gradients(self) -> list[Tensor | None]:
+        """Of the terms' parameters, in the order `Layer` takes them."""
+        return [entry for linears in self.linears for entry in TermParams.flat(linears.terms)]
 
-    def _trains(self, index: int) -> bool:
-        """Whether a norm's own weights want gradients."""
-        norm = self.block.norms[index]
-        return self.train_base and any(p.requires_grad for p in (norm.weight, norm.bias) if p is not None)
+    def base_gradients(self) -> list[Tensor]:
+        """Of the base weights that train, in the order of `Block.parameters`."""
+        parts: list[LinearsBackward | NormBackward] = [*self.linears, *self.norms.present()]
+        return [t for part in parts for t in part.base]
 
-    def _mlp(self, dy: Tensor, mid: Tensor, below: bool) -> Tensor | None:
+    def _attention_norms_train(self) -> bool:
+        """Whether a norm whose gradient comes through attention wants one."""
+        norms = self.norms
+        return norms.attn.trains or any(norm.trains for norm in (norms.q, norms.k) if norm is not None)
+
+    def _mlp(self, dy: Tensor, below: bool) -> Tensor | None:
         """The gradient of the MLP's side of the residual stream, that stream's own included."""
-        block, kept = self.block, self.kept.tensors
-        dh = self.products[3].input_gradient([dy])
+        norm, linears, saved = self.norms.mlp, self.linears, self.saved
+        residual = saved.x if saved.residual is None else saved.residual
+        dh = linears.mlp_out.input_grad([dy])
         assert dh is not None
-        inner = [kept[f"inner{i}"] for i in range(len(self.products[2].layers))]
-        dinner, h = gate_backward(block.activation, dh, inner[0], inner[1] if len(inner) > 1 else None)
-        self._done(3, h, [dy])
+        dinner, h = gate_backward(self.block.activation, dh, saved.gate, saved.up)
+        linears.mlp_out.weight_grads(h, [dy])
         del h, dh
-        dn = self.products[2].input_gradient(dinner, below or self._trains(1))
-        self._done(2, mid, dinner, block.norms[1])
+        dn = linears.mlp_in.input_grad(dinner, below or norm.trains)
+        linears.mlp_in.weight_grads(residual, dinner, norm.norm)
         if dn is None:
             return None
-        self._norm(1, dn, mid)
-        return block.norms[1].backward(dn, mid, dy) if below else None
+        norm.weight_grads(dn, residual)
+        return norm.norm.backward(dn, residual, dy) if below else None
 
-    def _attention(self, dmid: Tensor, needs_x: bool) -> Tensor | None:
-        """The gradient of the first norm's output."""
-        block, kept, state = self.block, self.kept.tensors, self.state
-        o = kept["o"]
-        do = self.products[1].input_gradient([dmid])
-        assert do is not None
-        self._done(1, o.flatten(1), [dmid])
-        q, k = kept["q"], kept["k"]
-        if len(block.norms) > 2:
+    def _attention(self, dy: Tensor, needs_x: bool) -> Tensor | None:
+        """The gradient of the first norm's output, from that of what attention adds to the residual stream."""
+        block, norms, linears, saved, state = self.block, self.norms, self.linears, self.saved, self.state
+        dattn = linears.attn_out.input_grad([dy])
+        assert dattn is not None
+        linears.attn_out.weight_grads(saved.attn.flatten(1), [dy])
+        q, k = saved.q, saved.k
+        if norms.q is not None:
             q, k = block.placed(q, k, state)
-        dq, dk, dv = attention.backward(q, k, kept["v"], o, self.kept.memo, state.segments, do.view(o.shape))
+        dattn = dattn.view(saved.attn.shape)
+        dq, dk, dv = attention.backward(q, k, saved.v, saved.attn, saved.stats, state.segments, dattn)
         if state.cos is not None and state.sin is not None:
             dq, dk = rotate(dq, state.cos, state.sin, back=True), rotate(dk, state.cos, state.sin, back=True)
-        if len(block.norms) > 2:
-            self._norm(2, dq, kept["q"])
-            self._norm(3, dk, kept["k"])
-            dq, dk = block.norms[2].backward(dq, kept["q"]), block.norms[3].backward(dk, kept["k"])
-        dmade = block.join(dq, dk, dv)
-        dn = self.products[0].input_gradient(dmade, needs_x)
-        self._done(0, kept["x"], dmade, block.norms[0])
+        if norms.q is not None and norms.k is not None:
+            norms.q.weight_grads(dq, saved.q)
+            norms.k.weight_grads(dk, saved.k)
+            dq, dk = norms.q.norm.backward(dq, saved.q), norms.k.norm.backward(dk, saved.k)
+        dheads = block.join(dq, dk, dv)
+        dn = linears.qkv.input_grad(dheads, needs_x)
+        linears.qkv.weight_grads(saved.x, dheads, norms.attn.norm)
         if dn is not None:
-            self._norm(0, dn, kept["x"])
+            norms.attn.weight_grads(dn, saved.x)
         return dn
-
-    def _done(self, index: int, x: Tensor, grads: Sequence[Tensor], norm: Norm | None = None) -> None:
-        """Input (behind ``norm``: what went into that) and output gradients of a product are known: make those of its masters
-        and, if they train, its weights."""
-        if not self._wanted(index):
-            self.masters[index] = [None] * len(self.needs[index])
-            return
-        x = x if norm is None else norm.compute(x)
-        self.masters[index] = self.products[index].master_gradients(x, grads, self.needs[index])
-        if self.train_base:
-            self.weights[index] = [
-                t for layer, g in zip(self.products[index].layers, grads, strict=True) for t in layer.own_gradients(x, g)
-            ]
-
-    def _norm(self, index: int, dy: Tensor, x: Tensor) -> None:
-        if self._trains(index):
-            norm = self.block.norms[index]
-            made = zip((norm.weight, norm.bias), norm.own_gradients(dy, x), strict=True)
-            self.norms[index] = [t for p, t in made if p is not None and t is not None and p.requires_grad]
-
-    def _base_gradients(self) -> list[Tensor]:
-        return [t for part in self.weights for t in part] + [t for i in sorted(self.norms) for t in self.norms[i]]

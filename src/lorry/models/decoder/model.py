@@ -18,7 +18,7 @@ from lorry.adapters.attach import plain_call
 from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.mix import Call
 from lorry.adapters.product import Products
-from lorry.families import Family, Geometry
+from lorry.families import Family, Geometry, LayerLinears
 from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.attention import Segments
 from lorry.models.decoder.block import Block, Pass, frequencies
@@ -83,12 +83,15 @@ class Decoder(CausalLM):
             self._put(family.positions, nn.Embedding(g.context, g.width))
         for i in range(g.layers):
             prefix = family.layer.format(i=i)
-            for target, path in family.targets.items():
-                self._put(f"{prefix}.{path}", self._linear(target, f"{prefix}.{path}"))
-            for path in (family.attention_norm, family.mlp_norm):
+            for sizes in family.sizes(g):
+                for target, size in sizes.items():
+                    path = family.path(target, i)
+                    self._put(path, self._linear(size, path, biased=target in g.biased))
+            for path in (family.norms.attn, family.norms.mlp):
                 self._put(f"{prefix}.{path}", Norm(family.norm, g.width, g.norm_eps))
-            for path in family.qk_norm or ():
-                self._put(f"{prefix}.{path}", Norm(family.norm, g.head_dim, g.norm_eps))
+            for head_path in (family.norms.q, family.norms.k):
+                if head_path is not None:
+                    self._put(f"{prefix}.{head_path}", Norm(family.norm, g.head_dim, g.norm_eps))
         self._put(family.final_norm, Norm(family.norm, g.width, g.norm_eps))
         head = nn.Parameter(torch.empty(g.vocab, g.width))
         self._put(family.head, BankLinear(head, None, path=family.head))
@@ -170,7 +173,7 @@ class Decoder(CausalLM):
         call: Call,
         *,
         decoding: bool,
-        products: Sequence[Sequence[Products]] | None = None,
+        products: Sequence[LayerLinears[Products]] | None = None,
     ) -> Tensor:
         """Run tokens of cache rows ``rows`` [T], store their keys and values and update ``cache.lengths``. Returns hidden [T,D].
 
@@ -211,14 +214,14 @@ class Decoder(CausalLM):
         state: Pass,
         taps: Collection[int],
         stop: int | None,
-        products: Sequence[Sequence[Products]] | None = None,
+        products: Sequence[LayerLinears[Products]] | None = None,
     ) -> Hidden:
         x = self.embed(tokens, state.call)
         if self.family.positions:
             x = x + self.get_submodule(self.family.positions)(state.positions)
         seen = {}
         for i, block in enumerate(self.blocks):
-            x = run(block, x, state) if products is None else block.forward(x, state, products[i], None)
+            x = run(block, x, state) if products is None else block.forward(x, state, products[i])[0]
             if i in taps:
                 seen[i] = x
             if i == stop:
@@ -232,22 +235,11 @@ class Decoder(CausalLM):
         angles = positions[:, None].float() * frequencies(rotary, positions.device)
         return angles.cos(), angles.sin()
 
-    def _linear(self, target: str, path: str) -> BankLinear:
-        rows, columns = self._shape(target)
+    def _linear(self, size: tuple[int, int], path: str, *, biased: bool) -> BankLinear:
+        rows, columns = size
         shape = (columns, rows) if self.family.transposed else (rows, columns)
-        bias = nn.Parameter(torch.empty(rows)) if target in self.geometry.biased else None
+        bias = nn.Parameter(torch.empty(rows)) if biased else None
         return BankLinear(nn.Parameter(torch.empty(shape)), bias, transposed=self.family.transposed, path=path)
-
-    def _shape(self, target: str) -> tuple[int, int]:
-        """(out, in) of a target, by its place in the family's order: q k v o, or qkv o; then the MLP."""
-        g, order = self.geometry, list(self.family.targets)
-        q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
-        if self.family.qkv == "separate":
-            attention = [(q, g.width), (kv, g.width), (kv, g.width), (g.width, q)]
-        else:
-            attention = [(3 * q, g.width), (g.width, q)]
-        into = [(g.mlp_width, g.width)] * (2 if self.family.gated else 1)
-        return [*attention, *into, (g.width, g.mlp_width)][order.index(target)]
 
     def _put(self, path: str, module: nn.Module) -> None:
         *parents, leaf = path.split(".")
