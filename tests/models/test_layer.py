@@ -5,7 +5,8 @@ The other side is transformers' model with a plain low-rank term added by hooks:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ from torch import Tensor, nn
 
 import tiny
 from lorry.adapters.attach import attach, bank_of
+from lorry.adapters.base_weights import train_weights
 from lorry.adapters.dropout import Noise
+from lorry.adapters.layers import BankLinear
+from lorry.adapters.merge import merge
 from lorry.adapters.mix import Call, Mix
+from lorry.adapters.product import FrozenLinear
 from lorry.adapters.spec import LoraSpec
+from lorry.errors import ConfigError, ContractError
 from lorry.kernels import status
 from lorry.models.decoder import layer
 from lorry.models.decoder.model import Decoder, Packed
@@ -321,3 +327,146 @@ def test_what_a_layer_keeps(tmp_path: Path) -> None:
     tokens = -(-sum(LENGTHS) // 16) * 16  # bfloat16 batches are padded to few lengths
     expected, softmax = tokens * (3 * layers + final), 4 * 3 * 3 * tokens
     assert sum(held.values()) == expected + softmax
+
+
+# --- products that are not the dense one
+
+
+@dataclass(frozen=True)
+class Int8:
+    """A weight in 8 bits with a scale per row: w [O,I] int8, scale [O], bias [O] or None."""
+
+    w: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    trains = False
+
+    @staticmethod
+    def of(linear: BankLinear) -> Int8:
+        weight = linear.weight.detach().t() if linear.transposed else linear.weight.detach()
+        scale = weight.abs().amax(1) / 127
+        bias = None if linear.bias is None else linear.bias.detach()
+        return Int8((weight / scale[:, None]).round().to(torch.int8), scale, bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.w.shape
+        return rows, columns
+
+    def parameters(self) -> Sequence[Tensor]:
+        return []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x @ self.w.to(x.dtype).t()) * self.scale
+        return y if self.bias is None else y + self.bias
+
+    def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
+        dx = (g * self.scale) @ self.w.to(g.dtype)
+        return dx if into is None else into + dx
+
+    def own_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
+        return []
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A variant with a term of its own: y = W x + m * (W x), m [O] trained (of the shape of DoRA's)."""
+
+    inner: FrozenLinear
+    m: Tensor
+    trains = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape
+
+    def parameters(self) -> Sequence[Tensor]:
+        return [self.m]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner.forward(x) * (1 + self.m.detach())
+
+    def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
+        return self.inner.backward(g * (1 + self.m.detach()), into)
+
+    def own_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
+        return [(g * self.inner.forward(x)).sum(0)]
+
+
+def layer_linears(model: Decoder) -> dict[str, BankLinear]:
+    named = {path: m for path, m in model.named_modules() if isinstance(m, BankLinear)}
+    return {path: m for path, m in named.items() if m is not model.head}
+
+
+@pytest.mark.parametrize("name", ["llama biased", "qwen3", "gpt2", "gpt_neox parallel"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_weight_in_eight_bits_brings_its_own_product(name: str, recompute: bool, tmp_path: Path) -> None:
+    """Its adapters' gradients are those of transformers' model with the weights that the bytes stand for."""
+    source = tiny.fresh(name, **WIDE[name])
+    model = tiny.decoder(source, tmp_path)
+    attach(model, LoraSpec(r=4, init_lora_weights=False))
+    theirs, meant = rounded(model, source, torch.float32), dict(source.named_parameters())
+    for path, linear in layer_linears(model).items():
+        stored = Int8.of(linear)
+        linear.use_product(stored)
+        weight = stored.w.double() * stored.scale.double()[:, None]
+        with torch.no_grad():
+            meant[f"{path}.weight"].copy_(weight.t() if linear.transposed else weight)
+            linear.weight.fill_(torch.nan)  # nothing reads it
+    truth = masters(model, "default")
+    objective(hooked(theirs, model, lambda path, row: [(*truth[path], 2.0)])).backward()
+    model.gradient_checkpointing = recompute
+    ours(model, Call(Mix.one("default")), packed()).backward()
+    assert error(model, "default", truth) < 1e-5
+    with pytest.raises(ConfigError, match="product of their own"):
+        merge(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_variant_adds_a_term_of_its_own_that_trains(name: str, tmp_path: Path) -> None:
+    """Magnitudes beside an adapter: the gradients of both are those of float64 autograd."""
+    source = tiny.fresh(name, **WIDE[name])
+    model = tiny.decoder(source, tmp_path)
+    attach(model, LoraSpec(r=4, init_lora_weights=False))
+    theirs, truth = rounded(model, source, torch.float32), masters(model, "default")
+    draw = torch.Generator().manual_seed(5)
+    mine, other = dict[str, Tensor](), dict[str, Tensor]()
+    for path, linear in layer_linears(model).items():
+        m = torch.randn(linear.out_features, generator=draw) * 0.1
+        mine[path], other[path] = m.clone().requires_grad_(), m.double().requires_grad_()
+        linear.use_product(Scaled(linear.frozen(), mine[path]))
+        scaled = lambda module, inputs, y, m=other[path]: y * (1 + m)  # noqa: E731
+        theirs.get_submodule(path).register_forward_hook(scaled)
+    objective(hooked(theirs, model, lambda path, row: [(*truth[path], 2.0)])).backward()
+    ours(model, Call(Mix.one("default")), packed()).backward()
+    assert error(model, "default", truth) < 1e-5
+    for path, m in mine.items():
+        exact = other[path].grad
+        assert m.grad is not None
+        assert exact is not None
+        assert float((m.grad.double() - exact).norm() / exact.norm()) < 1e-5, path
+
+
+def test_a_product_by_itself_is_differentiated_too(tmp_path: Path) -> None:
+    """A linear that is called alone, without an adapter, goes through its product; and what cannot be is refused."""
+    model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"]), tmp_path)
+    path, linear = next(iter(layer_linears(model).items()))
+    stored = Int8.of(linear)
+    x = torch.randn(5, linear.in_features, requires_grad=True)
+    linear.use_product(stored)
+    linear(x).sum().backward()
+    assert x.grad is not None
+    exact = (stored.w.double() * stored.scale.double()[:, None]).sum(0).expand(5, -1)
+    assert float((x.grad.double() - exact).norm() / exact.norm()) < 1e-5
+    with pytest.raises(ConfigError, match=f"{path}.weight cannot train"):
+        train_weights(model, "all")
+    with pytest.raises(ContractError, match="its new product"):
+        model.head.use_product(stored)

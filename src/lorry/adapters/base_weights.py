@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.adapters.attach import bank_of, freeze, linears, select
-from lorry.adapters.layers import BankEmbedding
+from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.peft.files import base_digest
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError
@@ -150,6 +150,9 @@ def train_weights(model: nn.Module, trainable: str | Sequence[str] = "all", name
         raise ConfigError(f"this model has {what} already, and its base is trained alone; merge or detach that first")
     names = chosen(model, trainable)
     own = dict(model.named_parameters())
+    products = {p for m in model.modules() if isinstance(m, BankLinear) and m.product for p in m.parameters(recurse=False)}
+    if unread := [n for n in names if own[n] in products]:
+        raise ConfigError(f"{unread[0]} cannot train: its linear has a product of its own, which does not read it")
     if odd := [n for n in names if own[n].dtype not in (torch.float32, torch.bfloat16)]:
         dtype = str(own[odd[0]].dtype).removeprefix("torch.")
         raise ConfigError(f"{odd[0]} is {dtype}, in which base weights cannot train; open it with dtype=bfloat16 or float32")

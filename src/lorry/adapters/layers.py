@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorry.adapters.mix import Call
-from lorry.adapters.product import Frozen, Linears, LowRank, Part, PartParams, Stack, TermParams
+from lorry.adapters.product import Frozen, FrozenLinear, Linears, LowRank, Part, PartParams, Stack, TermParams
 from lorry.errors import ContractError
 
 # Other people's models cannot pass a Call down; `models/hf/model.py` sets it around their forward. It is read in forward only.
@@ -105,19 +105,41 @@ class BankLinear(Adaptable):
         self.register_parameter("bias", bias)
         self.transposed = transposed
         self.group = Group([self])
+        self.product: FrozenLinear | None = None
+
+    def use_product(self, product: FrozenLinear) -> None:
+        """Compute with ``product`` in place of weight and bias, which nothing reads from then on and
+        which no longer train. Raises ContractError on a merged layer or another shape."""
+        if self.kept is not None:
+            raise ContractError(f"{self.path} is merged; call unmerge(model) before its product changes")
+        if product.shape != (self.out_features, self.in_features):
+            own = (self.out_features, self.in_features)
+            raise ContractError(f"{self.path} is {own} features (out, in), its new product {product.shape}")
+        for param in self.parameters(recurse=False):
+            param.requires_grad_(False)
+        self.product = product
+
+    def frozen(self) -> FrozenLinear:
+        """The base product, as it is now (a merge or a device may have changed it)."""
+        return Frozen(self.weight, self.bias, self.transposed) if self.product is None else self.product
+
+    def trained(self) -> list[Tensor]:
+        """What of the base product trains, in the order of `FrozenLinear.own_gradients`."""
+        own = (self.weight, self.bias) if self.product is None else self.product.parameters()
+        return [t for t in own if t is not None and t.requires_grad]
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[0] if self.transposed else self.weight.shape[1]
+        return self.frozen().shape[1]
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[1] if self.transposed else self.weight.shape[0]
+        return self.frozen().shape[0]
 
     def forward(self, x: Tensor, call: Call | None = None, site: str | None = None) -> Tensor:
         """x [..., in] -> [..., out]. ``site`` names the input for dropout; layers that share an input pass the same one."""
         call = self.resolve(call)
-        if not self.terms(call):
+        if self.product is None and not self.terms(call):
             return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
         flat = x.reshape(-1, x.shape[-1])
         stacks, terms = self.group.stacks(call, site or self.path)
@@ -143,13 +165,12 @@ class Group:
         self.linears = linears
 
     def base(self) -> list[Tensor]:
-        """The base's weights and biases that train."""
-        tensors = [t for linear in self.linears for t in (linear.weight, linear.bias)]
-        return [t for t in tensors if t is not None and t.requires_grad]
+        """What of the base products trains."""
+        return [t for linear in self.linears for t in linear.trained()]
 
-    def frozen(self) -> list[Frozen]:
-        """The base products, as they are now (a merge or a device may have changed them)."""
-        return [Frozen(linear.weight, linear.bias, linear.transposed) for linear in self.linears]
+    def frozen(self) -> list[FrozenLinear]:
+        """The base products, as they are now."""
+        return [linear.frozen() for linear in self.linears]
 
     def stacks(self, call: Call, site: str) -> tuple[list[Stack], list[TermParams[Tensor | None]]]:
         """What the call's terms need here, and their masters and gates."""
@@ -177,7 +198,7 @@ class Group:
 
     def _copy(self, slots: Sequence[tuple[int, Slot]]) -> tuple[Tensor, list[Part]]:
         """Kept with the first slot, so that they go when the adapter goes."""
-        dtype = self.linears[0].weight.dtype
+        dtype = self.linears[0].frozen().dtype
         stamp = (dtype, *(value for i, slot in slots for value in (i, *slot.stamp())))
         kept, key = slots[0][1].stacks, tuple(slot.serial for _, slot in slots)
         held = kept.get(key)

@@ -179,7 +179,10 @@ def _constants(bank: Bank, weights: Mapping[str, float] | None) -> dict[str, flo
 
 
 def _touched(bank: Bank, mix: Mapping[str, float]) -> dict[str, BankLinear | BankEmbedding]:
-    """The layers at which an adapter of the mix sits."""
+    """The layers at which an adapter of the mix sits. Raises ConfigError where a base weight is no dense one."""
+    if odd := [p for p, m in bank.modules.items() if isinstance(m, BankLinear) and m.product is not None]:
+        what = f"{len(odd)} linears have a product of their own ({odd[0]}), into which nothing can be merged"
+        raise ConfigError(f"{what}; keep the adapter beside the base")
     found: dict[str, BankLinear | BankEmbedding] = {}
     for path, layer in bank.modules.items():
         if any(name in layer.slots for name in mix):

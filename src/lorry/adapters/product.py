@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -114,6 +114,38 @@ class TermParams(NamedTuple, Generic[T_co]):
         return TermParams[Tensor | None].unflat(stacks, repeat(None))
 
 
+class FrozenLinear(Protocol):
+    """The product of a linear without its adapters, y [T,O] of x [T,I]; `Frozen` is the dense one.
+
+    `BankLinear.use_product` puts another in its place: a 4-bit weight multiplies as it is stored, and a
+    variant adds a term of its own, with parameters of its own, to the product that it wraps.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of x, y and the gradients; the compute copies of the adapters have it too."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether a parameter wants a gradient."""
+
+    def parameters(self) -> Sequence[Tensor]:
+        """Those that may train."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T,I] -> y [T,O], a new tensor: the terms are added into it."""
+
+    def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
+        """The gradient of x from g [T,O], that of y; added to ``into`` [T,I] if there is one."""
+
+    def own_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
+        """The gradients of those of `parameters` that want one, in that order; x and g as above."""
+
+
 @dataclass(frozen=True, slots=True)
 class Frozen:
     """A base product: weight [O,I], or [I,O] when ``transposed`` (Conv1D), and bias [O] or None."""
@@ -121,6 +153,19 @@ class Frozen:
     weight: Tensor
     bias: Tensor | None
     transposed: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.weight.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def parameters(self) -> Sequence[Tensor]:
+        """Weight, and bias if there is one."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight if self.transposed else self.weight.t()
@@ -153,7 +198,7 @@ class Products:
     x) is what forward leaves for backward, besides x itself.
     """
 
-    layers: Sequence[Frozen]
+    layers: Sequence[FrozenLinear]
     stacks: Sequence[Stack]
     gates: Sequence[Tensor | None]
     downs: list[Tensor] = field(default_factory=list)
@@ -220,7 +265,7 @@ class Products:
 class Linears:
     """What `LowRank` computes: linears that read the same input, and the terms of the call there."""
 
-    layers: Sequence[Frozen]
+    layers: Sequence[FrozenLinear]
     stacks: Sequence[Stack]
 
 

@@ -11,7 +11,7 @@ T tokens, H heads, G key/value heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, cast
@@ -53,6 +53,10 @@ class Work(NamedTuple):
 
     stacks: LayerLinears[Sequence[Stack]]
     terms: LayerLinears[Sequence[TermParams[Tensor | None]]]
+
+    def gates(self) -> list[Tensor | None]:
+        """Per term of each product."""
+        return [term.gate for own in self.terms for term in own]
 
 
 @dataclass(slots=True)
@@ -107,19 +111,16 @@ class Block:
         found = [group.stacks(call, f"{self.index}.{site}") for group, site in zip(self.linears, SITES, strict=True)]
         return Work(LayerLinears(*(stacks for stacks, _ in found)), LayerLinears(*(terms for _, terms in found)))
 
-    def products(self, work: Work, terms: LayerLinears[Sequence[TermParams[Tensor | None]]]) -> LayerLinears[Products]:
-        """The layer's four products, gates taken from ``terms``."""
-        parts = zip(self.linears, work.stacks, terms, strict=True)
-        return LayerLinears(*(Products(group.frozen(), stacks, [term.gate for term in own]) for group, stacks, own in parts))
+    def products(self, work: Work, gates: Iterable[Tensor | None]) -> LayerLinears[Products]:
+        """The layer's four products, with these gates: one per term of each, in order."""
+        rest = iter(gates)
+        parts = zip(self.linears, work.stacks, strict=True)
+        return LayerLinears(*(Products(group.frozen(), stacks, [next(rest) for _ in stacks]) for group, stacks in parts))
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The base's own weights, in the order `backward` gives their gradients: linears, then norms."""
-        linears = [linear for group in self.linears for linear in group.linears]
-        modules: list[BankLinear | Norm] = [*linears, *self.norms.present()]
-        for module in modules:
-            yield module.weight
-            if module.bias is not None:
-                yield module.bias
+    def trained(self) -> list[Tensor]:
+        """What of the base trains, in the order `backward` gives the gradients: linears, then norms."""
+        norms = [p for norm in self.norms.present() for p in norm.parameters() if p.requires_grad]
+        return [*(t for group in self.linears for t in group.base()), *norms]
 
     def forward(
         self, x: Tensor, state: Pass, products: LayerLinears[Products], *, save: bool = False

@@ -25,21 +25,23 @@ class FewRows(Products):
 
     def __init__(self, layers: Sequence[Frozen], stacks: Sequence[Stack]) -> None:
         super().__init__(layers, stacks, [None] * len(stacks))
+        self.dense = layers
         self.direct = [kernel.multiplies(stack.a) and all(kernel.multiplies(p.b) for p in stack.parts) for stack in stacks]
 
     @staticmethod
     def of(group: Group, stacks: Sequence[Stack]) -> Products:
         """FewRows where the kernel takes every weight, else the plain products."""
         layers = group.frozen()
-        if all(kernel.multiplies(layer.weight) and not layer.transposed for layer in layers):
-            return FewRows(layers, stacks)
+        dense = [layer for layer in layers if isinstance(layer, Frozen) and not layer.transposed]
+        if len(dense) == len(layers) and all(kernel.multiplies(layer.weight) for layer in dense):
+            return FewRows(dense, stacks)
         return Products(layers, stacks, [None] * len(stacks))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """As `Products.forward`, without what backward would need."""
         if x.shape[0] > kernel.FEW:
             return super().forward(x)
-        ys = [kernel.product(x, layer.weight, layer.bias) for layer in self.layers]
+        ys = [kernel.product(x, layer.weight, layer.bias) for layer in self.dense]
         for stack, direct in zip(self.stacks, self.direct, strict=True):
             tokens = _own_tokens(stack) if direct else stack.tokens
             part_x = x[tokens]

@@ -25,11 +25,11 @@ def run(block: Block, x: Tensor, state: Pass) -> Tensor:
     """x [T, width] -> [T, width], with a graph if anything in the layer or before it wants a gradient."""
     work = block.work(state.call)
     if torch.is_grad_enabled():
-        base = [p for p in block.parameters() if p.requires_grad]
+        base = block.trained()
         terms = [entry for own in work.terms for entry in TermParams.flat(own)]
         if x.requires_grad or base or any(t is not None and t.requires_grad for t in terms):
             return Layer.apply(x, LayerCall(block, state, work), *terms, *base)
-    return block.forward(x, state, block.products(work, work.terms))[0]
+    return block.forward(x, state, block.products(work, work.gates()))[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ class Layer(torch.autograd.Function):
         ctx.block, ctx.state = block, state
         rest = iter(tensors)
         terms = LayerLinears(*(TermParams.unflat(own, rest) for own in stacks))
-        products = block.products(call.work, terms)
-        gates = [gate for p in products for gate in p.gates]
+        gates = [term.gate for own in terms for term in own]
+        products = block.products(call.work, gates)
         y, saved = block.forward(x, state, products, save=not state.recompute)
         if saved is None:
             ctx.save_for_backward(x, *gates)
@@ -68,14 +68,14 @@ class Layer(torch.autograd.Function):
         needs_x, _, *needs_tensors = ctx.needs_input_grad
         if state.recompute:
             work, x = block.work(state.call), next(tensors)
-            products = with_gates(block, work, list(tensors))
+            products = block.products(work, tensors)
             _, saved = block.forward(x, state, products, save=True)
             assert saved is not None
         else:
             work = ctx.work
             saved, ctx.graph = SavedActivations.of(tensors, ctx.graph), ()
             downs = [[next(tensors) for _ in own] for own in work.stacks]
-            products = with_gates(block, work, list(tensors))
+            products = block.products(work, tensors)
             for p, own in zip(products, downs, strict=True):
                 p.downs = own
         needs = iter(needs_tensors)
@@ -83,17 +83,6 @@ class Layer(torch.autograd.Function):
         sweep = Sweep(block, state, products, saved, wanted, train_base=any(needs))
         dx = sweep.run(grads[0].contiguous(), needs_x)
         return dx, None, *sweep.term_gradients(), *sweep.base_gradients()
-
-
-def with_gates(block: Block, work: Work, gates: Sequence[Tensor | None]) -> LayerLinears[Products]:
-    """The layer's products with these gates, one per term of each product."""
-    rest = iter(gates)
-    return LayerLinears(
-        *(
-            Products(group.frozen(), stacks, [next(rest) for _ in stacks])
-            for group, stacks in zip(block.linears, work.stacks, strict=True)
-        )
-    )
 
 
 class LinearsBackward:
@@ -172,7 +161,7 @@ class Sweep:
         return [entry for linears in self.linears for entry in TermParams.flat(linears.terms)]
 
     def base_gradients(self) -> list[Tensor]:
-        """Of the base weights that train, in the order of `Block.parameters`."""
+        """Of the base weights that train, in the order of `Block.trained`."""
         parts: list[LinearsBackward | NormBackward] = [*self.linears, *self.norms.present()]
         return [t for part in parts for t in part.base]
 

@@ -151,7 +151,7 @@ def frozen_head(model: CausalLM, call: Call) -> Tensor | None:
     """The head's weight [V, D] when nothing in this call adapts or trains it and it is a plain product; else None."""
     head = getattr(model, "head", None)
     if isinstance(head, BankLinear):
-        plain = not head.terms(head.resolve(call)) and not head.transposed
+        plain = head.product is None and not head.terms(head.resolve(call)) and not head.transposed
     else:
         plain = isinstance(head, nn.Linear)
     if head is None or not plain or head.bias is not None or (head.weight.requires_grad and torch.is_grad_enabled()):
