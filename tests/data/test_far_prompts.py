@@ -127,3 +127,15 @@ def test_what_was_never_tokenised_is_counted_in_characters(tokenizer_of: Tokeniz
     assert 0 < piece.cut < whole
     # what was skipped and what was cut is the text but for the tokens that are kept
     assert abs(kept - piece.cut - sum(weight == 0 for weight in piece.weights)) < 0.05 * kept
+
+
+def test_tokens_that_cross_words_may_keep_two_readings_out_of_step() -> None:
+    """Both tails of "b a a a a ..." read " a a" from their own beginning on; the whole reads it from its own."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: number for number, token in enumerate(["b", " ", "a", " a", " a a", "<eos>"])}
+    bpe = models.BPE(vocab=vocab, merges=[(" ", "a"), (" a", " a")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(bpe), eos_token="<eos>")
+    text = "b" + " a" * 60001
+    assert without_middle(Tokens(tokenizer), text, 16) == (text, 0)

@@ -336,7 +336,7 @@ def on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     monkeypatch.setattr(datasets, "load_dataset_builder", local)
 
     def publish(file: str, content: bytes) -> str:
-        (tmp_path / "owner" / "set").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "owner" / "set" / file).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / "owner" / "set", file, content)
         return "owner/set"
 
@@ -509,3 +509,30 @@ def test_a_line_with_something_behind_its_object_is_a_bad_row(tmp_path: Path) ->
 
 def test_blank_lines_before_a_header(tmp_path: Path) -> None:
     assert rows(write(tmp_path, "t.csv", b"\n\na,b\n1,2\n")) == [({"a": "1", "b": "2"}, "t.csv:4")]
+
+
+def test_files_of_one_name_in_several_folders_of_a_hub_data_set_are_several(on_the_hub: Callable[[str, bytes], str]) -> None:
+    name = on_the_hub("en/train.jsonl", b'{"text": "a"}\n')
+    on_the_hub("fr/train.jsonl", b'{"text": "b"}\n')
+    assert {row.where for row in open_source(name)} == {"owner/set/en/train.jsonl:1", "owner/set/fr/train.jsonl:1"}
+    with pytest.raises(DataError, match="no slice"):
+        list(open_source(name, split="train[:50%]"))
+
+
+@pytest.mark.parametrize("first", ['{"text": "cut off,', "{", "[1,"])
+def test_one_damaged_first_line_is_one_bad_row(tmp_path: Path, first: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(first + "\n" + '{"text": "sound"}\n' * 50)
+    source = open_source(path, on_bad_row="skip")
+    assert len(list(source)) == 50
+    assert source.bad.total == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "PAR1,PAR2,text\n1,2,three\n"), ("a.txt", "PAR1 is a gene."), ("b.txt", "BZh91AY&SY is how it begins.")],
+)
+def test_text_that_begins_like_another_kind_of_file_is_text(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert len(list(open_source(path))) == 1

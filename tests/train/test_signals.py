@@ -179,3 +179,31 @@ def test_a_script_that_is_being_imported_is_stopped_all_the_same(tmp_path: Path,
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with pytest.raises(Interrupted):
         importlib.import_module("training_script")
+
+
+def test_what_came_during_an_import_that_failed_is_told_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_module.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\nraise ImportError\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with pytest.raises(Interrupted), raising("outside"):
+        try:
+            with raising("inside"):
+                importlib.import_module("broken_module")
+        except ImportError:
+            raise AssertionError("the signal was lost") from None
+        raise AssertionError("the signal was lost")
+
+
+def test_a_signal_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "signalled_module.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    told = list[str]()
+    with raising("outside"):
+        with pytest.raises(Interrupted):
+            importlib.import_module("signalled_module")
+            with raising("inside"):
+                told.append("inside")
+                threading.Event().wait(5)
+        told.append("outside")
+    assert told == ["inside", "outside"]

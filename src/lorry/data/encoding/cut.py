@@ -16,6 +16,7 @@ from lorry.data.reading.content import Message
 REACH = 64  # characters of a tail per token that may be kept; words have about five, runs of white space more
 WINDOW = 4096  # characters within which two readings of a text have to meet
 # where every tokenizer begins a new word: a space between a letter or mark and a letter
+ACROSS = re.compile(r"\S\s+\S")
 WORD = re.compile(r"(?<=\S) (?=[^\W\d_])")
 
 
@@ -54,6 +55,9 @@ def without_middle(tokens: Tokens, text: str, max_length: int) -> tuple[str, int
     counted = sum(end > WINDOW for end in shorter[1])
     if counted < max_length or counted > len(longer[0]):
         return text, 0
+    starts = [0, *longer[1][:-1]]
+    if any(ACROSS.search(shown[start:end]) for start, end in zip(starts, longer[1], strict=True)):
+        return text, 0  # tokens longer than a word can keep two readings out of step for as long as the text repeats itself
     shift = len(shown) - (len(text) - second.start())
     alike = longer[0][-counted:] == shorter[0][-counted:]
     if not alike or longer[1][-counted:] != [end + shift for end in shorter[1][-counted:]]:

@@ -124,7 +124,14 @@ class Encoder:
         settings = [self.max_length, self.completion_only_loss, self.system, self.embeddings, self.has_template]
         special = self.tokenizer.special_tokens_map
         parts = [settings, self.template.source, self.template.variables, special, self.tokens.opening, self.tokens.end]
-        return f"{json.dumps(parts, sort_keys=True, default=str)} {self.tokenizer.backend_tokenizer.to_str()}"
+        # what Python's half of a tokenizer decides (split_special_tokens ...) is in none of its files' JSON: read a sample
+        sample = " ".join(("Über  12,345", *special_token_texts(self.tokenizer), "\n\n<|x|> 漢字🙂", "end."))
+        parts += [type(self.tokenizer).__qualname__, self.tokens.ids_and_ends(sample)]
+        try:
+            text = json.dumps(parts, sort_keys=True, default=str)
+        except TypeError:  # variables for the template with keys of several types
+            return ""
+        return f"{text} {self.tokenizer.backend_tokenizer.to_str()}"
 
     def encode(self, content: Content) -> list[Encoded] | BadRow:
         """``encode_many`` for one example."""

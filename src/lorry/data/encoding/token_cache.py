@@ -13,10 +13,14 @@ its manifest; a damaged set is made again. `LORRY_TOKEN_CACHE=0` switches all of
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import sys
+import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -42,8 +46,13 @@ def cache_key(source: Source, encoder: Encoder, form: Format | None) -> str:
     """Names a token set by all that decides about it; "" where it is not to be kept."""
     if os.environ.get("LORRY_TOKEN_CACHE") == "0" or not source.files or type(encoder) is not Encoder:
         return ""
-    if sum(path.stat().st_size for path in source.files) < SMALLEST:
-        return ""
+    try:
+        _folder()  # RuntimeError where nobody has a home
+        if sum(path.stat().st_size for path in source.files) < SMALLEST:
+            return ""
+        contents = [f"{path} {integrity.file_digest(path)}" for path in source.files]
+    except (OSError, ModelError, RuntimeError):
+        return ""  # the reader says what is wrong with a file, in its own words
     tokenizer = encoder.identity()
     if not tokenizer:
         return ""
@@ -56,24 +65,23 @@ def cache_key(source: Source, encoder: Encoder, form: Format | None) -> str:
         f"{form.name} {form.needs}" if form else "",
         _code(),
     ]
-    parts += [f"{path} {integrity.file_digest(path)}" for path in source.files]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return hashlib.sha256("\n".join([*parts, *contents]).encode(errors="surrogatepass")).hexdigest()
 
 
 def read_cached(digest: str, tell: Tell) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """(arrays, everything else) of a set that was kept, or None. ``tell`` hears of a damaged one."""
-    folder = _folder() / digest
-    if not digest or not folder.is_dir():
+    if not digest or not (folder := _folder() / digest).is_dir():
         return None
     try:
         integrity.verify(folder)
         arrays = load(integrity.content(folder / "tokens.safetensors"))
         rest = json.loads(integrity.content(folder / "rows.json"))
-        os.utime(folder)  # used now: see `_prune`
-    except (ModelError, durable.DiskError, PermissionError) as error:
+    except (ModelError, OSError) as error:
         if tell is not None:
             tell(f"the kept tokens are made again: {error}")
         return None
+    with suppress(OSError):
+        os.utime(folder)  # used now: see `_prune`
     if tell is not None:
         tell(f"{rest['report']['source']}: {rest['report']['rows']} rows as tokenised before ({folder})")
     return arrays, rest
@@ -81,17 +89,21 @@ def read_cached(digest: str, tell: Tell) -> tuple[dict[str, np.ndarray], dict[st
 
 def write_cached(digest: str, arrays: dict[str, np.ndarray], rest: dict[str, Any], tell: Tell) -> None:
     """Keep a set; a disk that refuses costs nothing but the time to tokenise again, and is told."""
-    text = json.dumps(rest, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(rest, separators=(",", ":"))  # ASCII: a file's name may be no Unicode
     size = sum(array.nbytes for array in arrays.values()) + len(text)
     if size > LARGEST // 2:
         return
     target = _folder() / digest
     try:
         durable.make_directory(target.parent)
-        _prune(LARGEST - size)
-        durable.recover(target.parent, digest)
-        files = {"tokens.safetensors": save(arrays), "rows.json": text.encode()}
-        durable.write_directory(target, files, manifest=True, replace=True)
+        with target.with_name(f".{digest}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # another run is writing this very set: that will do
+            _prune(LARGEST - size)
+            durable.recover(target.parent, digest)
+            files = {"tokens.safetensors": save(arrays), "rows.json": text.encode()}
+            durable.write_directory(target, files, manifest=True, replace=True)
+    except BlockingIOError:
+        return
     except (durable.DiskError, ConfigError, OSError) as error:
         if tell is not None:
             tell(f"the tokens are not kept for the next run: {error}")
@@ -116,7 +128,10 @@ def _prune(room: int) -> None:
 @cache
 def _code() -> str:
     """SHA-256 over the sources that read and encode, and the versions of what they stand on."""
-    digest = hashlib.sha256(" ".join(f"{name} {version(name)}" for name in LIBRARIES).encode())
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    versions = [f"{name} {version(name)}" for name in LIBRARIES]
+    versions += [f"python {sys.version_info}", f"unicode {unicodedata.unidata_version}"]
+    digest = hashlib.sha256(" ".join(versions).encode())
+    room = Path(__file__).parents[1]
+    for path in [*sorted(room.rglob("*.py")), room.parent / "disk" / "documents.py"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()

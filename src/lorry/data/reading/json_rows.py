@@ -38,8 +38,8 @@ ROW_COLUMNS = frozenset(
 def read_jsonl(path: Path, shown: str) -> Rows:
     """JSON lines: one object a line, blank lines and byte order marks before one (joined files) ignored, read lazily.
 
-    Raises DataError where the first line that is not blank shows that the file has another layout: each of its lines would
-    be a bad row, and could be skipped.
+    Raises DataError where the first two lines that are not blank show that the file has another layout: each of its lines
+    would be a bad row, and could be skipped. One damaged line before a sound one is a bad row like any other.
     """
     decoder, first = RowDecoder(), True
     with path.open("rb") as file:
@@ -52,7 +52,8 @@ def read_jsonl(path: Path, shown: str) -> Rows:
                 where = f"{shown}:{number}"
                 parsed = decoder.object_of(raw)
                 if first and isinstance(parsed, BadRow) and (layout := _other_layout(raw.strip(), parsed)):
-                    raise DataError(f"{where}: {layout}")
+                    if isinstance(decoder.object_of(_first_lines(path)[1]), BadRow):
+                        raise DataError(f"{where}: {layout}")
                 first = False
                 if isinstance(parsed, BadRow):
                     yield Fault(where, parsed, printable(raw[:LARGEST_ROW]))
@@ -254,11 +255,16 @@ def _other_layout(line: bytes, bad: BadRow) -> str:
     return ""
 
 
-def _looks_like_lines(path: Path) -> bool:
-    """Whether the first two lines open an object each, and the first is not one laid out over several lines."""
+def _first_lines(path: Path) -> tuple[bytes, bytes]:
+    """The first two lines that are not blank; empty where there are none."""
     with path.open("rb") as file:
         filled = (line for line in _lines(file) if line.removeprefix(UTF8_MARK).strip())
-        first, second = next(filled, b""), next(filled, b"")
+        return next(filled, b""), next(filled, b"")
+
+
+def _looks_like_lines(path: Path) -> bool:
+    """Whether the first two lines open an object each, and the first is not one laid out over several lines."""
+    first, second = _first_lines(path)
     return second.lstrip()[:1] == b"{" and first.rstrip()[-1:] not in (b"{", b"[", b",")
 
 

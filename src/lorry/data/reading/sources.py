@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from lorry.data.reading.bad_rows import BadRows, OnBadRow
 from lorry.data.reading.columnar import DAMAGE, expect_damage, read_parquet, read_saved, read_tables
 from lorry.data.reading.json_rows import read_json, read_jsonl
 from lorry.data.reading.readers import READERS
-from lorry.data.reading.rows import Fault, Part, Remark, Row, Rows, Select
+from lorry.data.reading.rows import Fault, Part, Remark, Row, Rows, Select, not_utf8
 from lorry.disk.durable import DiskError
 from lorry.errors import DataError, nearest
 
@@ -86,7 +87,7 @@ def open_source(
 
     Every file is read lazily, a JSON array element by element. In a folder whose files are named after
     splits (train*, test*, validation*) those of ``split`` are taken; ``name`` is a hub data set's configuration, and
-    ``streaming`` keeps a hub data set from being downloaded first; ``converted`` is the folder of its rows in the hub's own
+    ``streaming`` keeps a hub data set from being downloaded first (one that is stored as JSON comes file by file anyway); ``converted`` is the folder of its rows in the hub's own
     conversion to parquet, for one that is a loading script otherwise. ``limit`` counts readable rows.
     Raises DataError for a path that does not exist, a kind of file not known, or (on_bad_row=error) the first bad row.
     """
@@ -128,11 +129,8 @@ def _reader(path: Path) -> Part:
 
     def rows(select: Select | None) -> Rows:
         try:
-            with path.open("rb") as file:
-                head = file.read(max(map(len, NOT_THE_DATA)))
-            for begin, what in NOT_THE_DATA.items():
-                if head.startswith(begin) and not (begin == b"PAR1" and read is read_parquet):
-                    raise DataError(f"{path}:1: {what}")
+            if what := _stands_for(path, read is read_parquet):
+                raise DataError(f"{path}:1: {what}")
             yield from read(path, str(path), select)
         except DiskError:
             raise
@@ -141,6 +139,19 @@ def _reader(path: Path) -> Part:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
     return rows
+
+
+def _stands_for(path: Path, parquet: bool) -> str:
+    """What a file is that is not the data its name promises; "" where it may be. Text may begin with PAR1 or BZh as well."""
+    with path.open("rb") as file:
+        block = file.read(4096)
+        found = next((begin for begin in NOT_THE_DATA if block.startswith(begin)), b"")
+        if found == b"PAR1":
+            file.seek(-4, os.SEEK_END)
+            found = b"" if parquet or len(block) < 12 or file.read(4) != found else found
+    if found.startswith(b"BZh") and b"\0" not in block and not not_utf8(block.decode("utf-8", "surrogateescape")):
+        return ""
+    return NOT_THE_DATA.get(found, "")
 
 
 def _missing(path: Path) -> DataError:
@@ -222,13 +233,18 @@ def _hub_json(builder: Any, hub_id: str, split: str) -> Rows:
     if (field := builder.config.field) not in (None, "data"):
         raise DataError(f"{hub_id}: its rows lie under {field!r} in each file; download the files and write them as JSON lines")
     files = builder.config.data_files or {}
+    if "[" in split:
+        raise DataError(f"{hub_id}: split={split}: no slice can be taken of a set stored as JSON; take split and data.n instead")
     if split not in files:
         raise DataError(f"{hub_id}: no split {split!r}; it has {', '.join(map(str, files)) or 'none'}")
     manager = DownloadManager()
+    folder = os.path.commonprefix([str(address).rpartition("/")[0] + "/" for address in files[split]])
+    folder = folder[: folder.rfind("/") + 1]
     for address in files[split]:
-        name = str(address).rpartition("/")[2]
+        name = str(address)[len(folder) :]  # en/train.jsonl and fr/train.jsonl are two files
         local = manager.download_and_extract(str(address))
         lines = any(f".{word}" in JSON_LINES for word in name.lower().split(".")[1:])
         for path in map(Path, manager.iter_files([local])):
             inner = lines or path.suffix.lower() in JSON_LINES
-            yield from (read_jsonl if inner else read_json)(path, f"{hub_id}/{name}")
+            member = f"/{path.relative_to(local)}" if Path(local).is_dir() else ""
+            yield from (read_jsonl if inner else read_json)(path, f"{hub_id}/{name}{member}")

@@ -112,7 +112,7 @@ class _Raise:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if _unsafe(frame) > self.imports:
             if number not in self.remembered or not self.remembered[number].is_alive():
-                self._remember(number)
+                self.remember(number)
             return
         self.remembered.pop(number, None)
         self.tell(number)
@@ -125,7 +125,7 @@ class _Raise:
             _leave_the_terminal()
         raise Interrupted(f"{signal.Signals(number).name} {self.text}")
 
-    def _remember(self, number: int) -> None:
+    def remember(self, number: int) -> None:
         """Send the signal again a little later, to this thread, so that it also ends a wait for input."""
         main = threading.main_thread().ident
         assert main is not None
@@ -170,17 +170,23 @@ def raising(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             for taken in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
                 current = signal.getsignal(taken)
+                if isinstance(current, _Raise) and taken != signal.SIGUSR1:
+                    for number in current.forget():  # it is this block's to tell now, once
+                        handler.remember(number)
                 if current in (signal.SIG_DFL, signal.default_int_handler) or isinstance(current, _Raise):
                     before[taken] = signal.signal(taken, _let_pass if taken == signal.SIGUSR1 else handler)
         yield
         for number in handler.forget():
             handler.tell(number)
     finally:
+        left = list[int]()
         try:
-            handler.forget()
+            left = handler.forget()
         finally:
             for number, handler_before in before.items():
                 signal.signal(number, handler_before)
+        for number in left:  # the block ended by an exception before it could tell
+            signal.raise_signal(number)
 
 
 def tell_remembered() -> None:
