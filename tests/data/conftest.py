@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -137,9 +136,11 @@ def prose() -> Callable[[int, int], str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def fingerprints_at_random() -> Iterator[None]:
-    """``datasets`` names a table that tests write by pickling it with dill, which pyarrow before 26 does not stand
-    (PicklingError: MonthDayNano). Nothing here reads that name, and Lorry itself makes no such tables: any name will do."""
+    """``datasets`` names a table that tests write by pickling it with dill. With numpy 1.26.4, pandas 2.3.3 and pyarrow 25 that
+    raises PicklingError (MonthDayNano). Nothing here reads that name, and Lorry itself makes no such tables: any name will do.
+    The module is imported here, not looked up, so that it holds whichever test runs first."""
+    from datasets import arrow_dataset
+
     with pytest.MonkeyPatch.context() as patch:
-        if (module := sys.modules.get("datasets.arrow_dataset")) is not None:
-            patch.setattr(module, "generate_fingerprint", lambda dataset: module.generate_random_fingerprint())
+        patch.setattr(arrow_dataset, "generate_fingerprint", lambda dataset: arrow_dataset.generate_random_fingerprint())
         yield
