@@ -20,7 +20,7 @@ from lorry.adapters.base_weights import train_weights
 from lorry.adapters.dropout import Noise
 from lorry.adapters.layers import BankLinear
 from lorry.adapters.merge import merge
-from lorry.adapters.mix import Call, Mix
+from lorry.adapters.mix import Call, Mix, Term
 from lorry.adapters.product import FrozenLinear
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ContractError
@@ -470,3 +470,123 @@ def test_a_product_by_itself_is_differentiated_too(tmp_path: Path) -> None:
         train_weights(model, "all")
     with pytest.raises(ContractError, match="its new product"):
         model.head.use_product(stored)
+
+
+# --- a router in every layer
+
+
+class Softmax:
+    """A toy router: gates [T, K] = softmax(x W), one W [width, K] per layer and half."""
+
+    def __init__(self, model: Decoder, adapters: Sequence[str], dtype: torch.dtype = torch.float32) -> None:
+        draw, width = torch.Generator().manual_seed(9), model.geometry.width
+        self.adapters = adapters
+        self.weights = {
+            (i, half): torch.randn(width, len(adapters), generator=draw).to(dtype).requires_grad_()
+            for i in range(model.geometry.layers)
+            for half in ("attn", "mlp")
+        }
+
+    def parameters(self, layer: int) -> Sequence[Tensor]:
+        return [self.weights[layer, half] for half in ("attn", "mlp")]
+
+    def gates(self, layer: int, half: str, x: Tensor) -> Tensor:
+        return (x.to(self.weights[layer, half].dtype) @ self.weights[layer, half]).softmax(-1)
+
+
+class Routed:
+    """transformers' model in float64 with the terms of adapters whose gates are made of the norms' outputs, by hooks."""
+
+    def __init__(self, theirs: nn.Module, model: Decoder, router: Softmax, strength: Tensor) -> None:
+        """strength [T, K]: what each token's terms are multiplied with besides."""
+        self.model, self.router, self.strength = model, router, strength
+        self.truth = {name: masters(model, name) for name in router.adapters}
+        self.gates: dict[tuple[int, str], Tensor] = {}
+        self.bounds, self.row, self.theirs = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()], 0, theirs
+        family = model.family
+        for i in range(model.geometry.layers):
+            for half, norm in (("attn", family.norms.attn), ("mlp", family.norms.mlp)):
+                module = theirs.get_submodule(f"{family.layer.format(i=i)}.{norm}")
+                module.register_forward_hook(lambda m, a, y, at=(i, half): self.note(at, y))
+            for site, targets in family.roles._asdict().items():
+                half = "attn" if site in ("qkv", "attn_out") else "mlp"
+                for path in (family.path(target, i) for target in targets):
+                    hook = lambda m, a, y, path=path, at=(i, half): self.add(path, at, a[0], y)  # noqa: E731
+                    theirs.get_submodule(path).register_forward_hook(hook)
+
+    def note(self, at: tuple[int, str], normed: Tensor) -> None:
+        part = self.strength[self.bounds[self.row] : self.bounds[self.row + 1]]
+        self.gates[at] = self.router.gates(*at, normed) * part
+
+    def add(self, path: str, at: tuple[int, str], x: Tensor, y: Tensor) -> Tensor:
+        for k, name in enumerate(self.router.adapters):
+            if path in self.truth[name]:
+                a, b = self.truth[name][path]
+                y = y + self.gates[at][..., k, None] * 2.0 * (x @ a.t() @ b.t())
+        return y
+
+    def run(self) -> Tensor:
+        out = []
+        for self.row, tokens in enumerate(rows()):
+            out.append(self.theirs(input_ids=torch.tensor([tokens])).logits[0])
+        return torch.cat(out)
+
+
+# and how near float64 the worst tensor comes; without a router it is 8% off in bfloat16, as others are
+FLOAT, BRAIN = (torch.float32, 2e-5), (torch.bfloat16, 0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("llama", FLOAT), ("qwen3", FLOAT), ("gpt2", FLOAT), ("gpt_neox parallel", FLOAT), ("llama", BRAIN)],
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_router_reads_each_layers_normed_inputs(
+    name: str, kind: tuple[torch.dtype, float], recompute: bool, tmp_path: Path
+) -> None:
+    """Outputs, and gradients of the experts and of the router through two layers, against float64 autograd."""
+    source = tiny.fresh(name, **WIDE[name], **{"n_layer" if name == "gpt2" else "num_hidden_layers": 2})
+    dtype, bound = kind
+    model = tiny.decoder(source, tmp_path, dtype)
+    attach(model, LoraSpec(r=4, init_lora_weights=False), "a")
+    (out,) = model.family.roles.mlp_out
+    only = model.family.targets[out].rpartition(".")[2]
+    attach(model, LoraSpec(r=3, init_lora_weights=False, target_modules=[only]), "b", seed=1)
+    theirs, router = rounded(model, source, dtype), Softmax(model, ["a", "b"])
+    twin = Softmax(model, ["a", "b"], torch.float64)
+    strength = torch.tensor([[1.0, 0.0]]).double().repeat(sum(LENGTHS), 1)
+    strength[5:100, 1] = 0.5
+    exact = Routed(theirs, model, twin, strength)
+    there = exact.run()
+    objective(there).backward()
+    model.gradient_checkpointing = recompute
+    call, batch = Call(Mix((Term("a"), Term("b", slice(5, 100), 0.5))), None, router), packed()
+    with torch.no_grad():
+        here = model.logits(model.hidden(batch, call).last, call)
+    assert float((here.double() - there.detach()).norm() / there.detach().norm()) < bound
+    loss = ours(model, call, batch)
+    for _ in range(2):  # a second backward through the same graph gives the same again
+        for adapter in "ab":
+            bank_of(model)[adapter].grads.zero_()
+        for w in router.weights.values():
+            w.grad = None
+        loss.backward(retain_graph=True)
+    for adapter in "ab":
+        assert error(model, adapter, exact.truth[adapter]) < bound
+    for at, w in router.weights.items():
+        wanted = twin.weights[at].grad
+        assert w.grad is not None
+        assert wanted is not None
+        assert float((w.grad.double() - wanted).norm() / wanted.norm()) < bound, at
+
+
+def test_a_router_is_refused_where_no_layer_asks_it(tmp_path: Path) -> None:
+    """An adapter at the head cannot take a gate of the layers, nor a term two gates: said, not left out."""
+    model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"]), tmp_path)
+    attach(model, LoraSpec(r=4, init_lora_weights=False, target_modules=["q_proj", "lm_head"]), "a")
+    call = Call(Mix.one("a"), None, Softmax(model, ["a"]))
+    with pytest.raises(ContractError, match=r"lm_head: .* no linear of a decoder layer"):
+        ours(model, call, packed())
+    gate = torch.ones(sum(LENGTHS))
+    with pytest.raises(ContractError, match="one of its own"):
+        model.hidden(packed(), Call(Mix.routed(["a"], gate[:, None]), None, Softmax(model, ["a"])))

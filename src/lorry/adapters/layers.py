@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.mix import Call
+from lorry.adapters.mix import Call, Term
 from lorry.adapters.product import Frozen, FrozenLinear, Linears, LowRank, Part, PartParams, Stack, TermParams
 from lorry.errors import ContractError
 
@@ -172,8 +172,9 @@ class Group:
         """The base products, as they are now."""
         return [linear.frozen() for linear in self.linears]
 
-    def stacks(self, call: Call, site: str) -> tuple[list[Stack], list[TermParams[Tensor | None]]]:
-        """What the call's terms need here, and their masters and gates."""
+    def stacks(self, call: Call, site: str, *, routed: bool = False) -> tuple[list[Stack], list[TermParams[Tensor | None]]]:
+        """What the call's terms need here, and their masters and gates. ``routed``: whether the call's
+        router may be asked here. Raises ContractError for a term of its elsewhere."""
         stacks: list[Stack] = []
         terms: list[TermParams[Tensor | None]] = []
         for linear in self.linears:
@@ -182,6 +183,9 @@ class Group:
             slots = [(i, linear.slots[term.adapter]) for i, linear in enumerate(self.linears) if term.adapter in linear.slots]
             if not slots:
                 continue
+            route = None if call.router is None else call.route_of(term.adapter)
+            if route is not None and (not routed or isinstance(term.gate, Tensor)):
+                raise self._unroutable(term)
             constant = 1.0 if isinstance(term.gate, Tensor) else term.gate
             a, parts = self._copy(slots)
             if constant != 1.0:
@@ -190,11 +194,18 @@ class Group:
             dropout = call.noise.at(site, rate) if call.noise is not None and rate else None
             gate = term.gate if isinstance(term.gate, Tensor) else None
             tokens, inner = slice(None) if term.rows is None else term.rows, None
-            if gate is None and term.rows is not None and a.dtype == torch.bfloat16 and a.device.type == "cpu":
+            gated = gate is not None or route is not None
+            if not gated and term.rows is not None and a.dtype == torch.bfloat16 and a.device.type == "cpu":
                 tokens, inner = aligned(term.rows)
-            stacks.append(Stack(tokens, a, parts, dropout, gate is not None, partial(_touch, slots), inner))
+            stacks.append(Stack(tokens, a, parts, dropout, gated, partial(_touch, slots), inner, route))
             terms.append(TermParams(tuple(PartParams(slot.A, slot.B) for _, slot in slots), gate))
         return stacks, terms
+
+    def _unroutable(self, term: Term) -> ContractError:
+        where = f"{self.linears[0].path}: the adapter {term.adapter!r} has a gate of the router of the layers"
+        if isinstance(term.gate, Tensor):
+            return ContractError(f"{where} and one of its own; give the term a number")
+        return ContractError(f"{where}, and this is no linear of a decoder layer; leave it out of target_modules")
 
     def _copy(self, slots: Sequence[tuple[int, Slot]]) -> tuple[Tensor, list[Part]]:
         """Kept with the first slot, so that they go when the adapter goes."""
@@ -245,6 +256,9 @@ class BankEmbedding(Adaptable):
         y = F.embedding(ids, self.weight)
         if not found:
             return y
+        call = self.resolve(call)
+        if any(t.adapter in self.slots and call.route_of(t.adapter) is not None for t in call.mix.terms):
+            raise ContractError(f"{self.path}: a router of the layers cannot gate an embedding's adapter")
         flat, flat_ids = y.reshape(-1, y.shape[-1]).float(), ids.reshape(-1)
         for slot, rows, gate in found:
             part = slice(None) if rows is None else rows

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -82,19 +83,49 @@ class Mix:
         return Mix(tuple(terms))
 
 
+class LayerRouter(Protocol):
+    """Gates that every decoder layer makes of its own normed inputs: a mixture of LoRA experts with a
+    router per layer, where `Mix.routed` has one for all of them.
+
+    ``adapters``: those that it gates; a number that their terms have multiplies the gate. It works in
+    layers of Lorry's own decoder alone: an adapter of its at another module (the head, the embedding, a
+    model that runs through transformers) raises ContractError when that module is called.
+    """
+
+    adapters: Sequence[str]
+
+    def parameters(self, layer: int) -> Sequence[Tensor]:
+        """What `gates` of this layer reads and gradients may go to."""
+
+    def gates(self, layer: int, half: Literal["attn", "mlp"], x: Tensor) -> Tensor:
+        """x [T,width], what attention's or the MLP's projections read -> [T, adapters], for the terms of
+        that half's linears. By operations that autograd follows; and the same for the same x, since it
+        is called again in backward."""
+
+
 @dataclass(frozen=True)
 class Call:
-    """What a forward pass hands to every adapted layer: the mix, and the dropout noise (None = no dropout)."""
+    """What a forward pass hands to every adapted layer: the mix, the dropout noise (None = no dropout),
+    and the router of the layers, if they have one."""
 
     mix: Mix = Mix()
     noise: Noise | None = None
+    router: LayerRouter | None = None
+
+    def route_of(self, adapter: str) -> int | None:
+        """The column of the router's gates that this adapter's terms take."""
+        if self.router is None or adapter not in self.router.adapters:
+            return None
+        return list(self.router.adapters).index(adapter)
 
     def narrow(self, rows: Tensor) -> Call:
         """The same call for some of the tokens, ``rows`` [t] sorted positions."""
-        return Call(self.mix.narrow(rows), None if self.noise is None else replace(self.noise, rows=rows))
+        noise = None if self.noise is None else replace(self.noise, rows=rows)
+        return Call(self.mix.narrow(rows), noise, self.router)
 
     def padded(self, tokens: int, total: int) -> Call:
         """The same call for a batch of ``tokens`` with padding up to ``total``, which no gated term and no other row can tell."""
         gated = [t.rows is None and isinstance(t.gate, Tensor) for t in self.mix.terms]
         terms = [Term(t.adapter, slice(0, tokens), t.gate) if g else t for t, g in zip(self.mix.terms, gated, strict=True)]
-        return Call(Mix(tuple(terms)), None if self.noise is None else self.noise.padded(total))
+        noise = None if self.noise is None else self.noise.padded(total)
+        return Call(Mix(tuple(terms)), noise, self.router)

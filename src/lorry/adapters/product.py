@@ -50,6 +50,7 @@ class Stack:
     gated: bool
     used: Callable[[], None]
     inner: slice | None = None
+    route: int | None = None  # the column of the layer's router that is its gate
 
     def clear(self, low: Tensor) -> Tensor:
         """low [tokens, S], with zeros in the rows that are not this term's: what they add anywhere is nothing."""

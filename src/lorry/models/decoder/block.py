@@ -108,7 +108,7 @@ class Block:
 
     def work(self, call: Call) -> Work:
         """What the call's adapters add in this layer."""
-        found = [group.stacks(call, f"{self.index}.{site}") for group, site in zip(self.linears, SITES, strict=True)]
+        found = [group.stacks(call, f"{self.index}.{site}", routed=True) for group, site in zip(self.linears, SITES, strict=True)]
         return Work(LayerLinears(*(stacks for stacks, _ in found)), LayerLinears(*(terms for _, terms in found)))
 
     def products(self, work: Work, gates: Iterable[Tensor | None]) -> LayerLinears[Products]:
@@ -126,7 +126,13 @@ class Block:
         self, x: Tensor, state: Pass, products: LayerLinears[Products], *, save: bool = False
     ) -> tuple[Tensor, SavedActivations | None]:
         """x [T, width] -> [T, width], without a graph, and what backward needs if there is to be one (``save``)."""
-        q, k, v = self.split(products.qkv.forward(self.norms.attn.compute(x)))
+        router, normed = state.call.router, self.norms.attn.compute(x)
+        if router is not None:
+            route(router.gates(self.index, "attn", normed), products.qkv, products.attn_out)
+        heads = products.qkv.forward(normed)
+        del normed  # as soon as it has served: it is as large as the layer's input
+        q, k, v = self.split(heads)
+        del heads
         raw_q, raw_k = q, k
         q, k = self.placed(q, k, state)
         if state.cache is not None and state.rows is not None:
@@ -142,6 +148,8 @@ class Block:
             residual, normed = attended.add_(x), self.norms.mlp.compute(x)
         else:
             residual, normed = self.norms.mlp.after_adding(attended, x)
+        if router is not None:
+            route(router.gates(self.index, "mlp", normed), products.mlp_in, products.mlp_out)
         inner = products.mlp_in.forward(normed)
         gate, up = inner if len(inner) > 1 else (inner[0], None)
         (y,) = products.mlp_out.forward(apply_gate(self.activation, gate, up))
@@ -176,6 +184,15 @@ class Block:
         if self.fused_at is None:
             return [dq.flatten(1), dk.flatten(1), dv.flatten(1)]
         return [torch.stack([dq, dk, dv], self.fused_at).flatten(1)]
+
+
+def route(gates: Tensor, *products: Products) -> None:
+    """Give the terms that a router gates their columns of ``gates`` [T, adapters]."""
+    for product in products:
+        product.gates = [
+            gate if stack.route is None else gates[stack.tokens, stack.route]
+            for stack, gate in zip(product.stacks, product.gates, strict=True)
+        ]
 
 
 def frequencies(rotary: Rotary, device: torch.device) -> Tensor:

@@ -85,7 +85,8 @@ class Runner:
     @torch.no_grad()
     def cached(self, packed: Packed, rows: Tensor, cache: RowCache, call: Call, *, decoding: bool) -> Tensor:
         """As `Decoder.cached`: tokens [T] -> hidden [T,D]."""
-        return self.model.cached(packed, rows, cache, call, decoding=decoding, products=self._work(call))
+        products = None if call.router is not None else self._work(call)  # gates differ from token to token
+        return self.model.cached(packed, rows, cache, call, decoding=decoding, products=products)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, call: Call) -> Tensor:

@@ -1,20 +1,21 @@
 """A decoder layer behind autograd: one node per layer, whose backward is written out.
 
-Gradients go to the layer's input, to the masters and gates of the adapters in the call, and, where the base itself trains
-(full fine-tuning), to its weights.
+Gradients go to the layer's input, to the masters and gates of the adapters in the call, to the parameters
+of a router of the layers, and, where the base itself trains (full fine-tuning), to its weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorry.adapters.product import Products, TermParams
+from lorry.adapters.mix import LayerRouter
+from lorry.adapters.product import Products, Stack, TermParams
 from lorry.families import LayerLinears
 from lorry.models.decoder import attention
 from lorry.models.decoder.block import Block, Pass, SavedActivations, Work
@@ -27,9 +28,15 @@ def run(block: Block, x: Tensor, state: Pass) -> Tensor:
     if torch.is_grad_enabled():
         base = block.trained()
         terms = [entry for own in work.terms for entry in TermParams.flat(own)]
-        if x.requires_grad or base or any(t is not None and t.requires_grad for t in terms):
-            return Layer.apply(x, LayerCall(block, state, work), *terms, *base)
+        router = [] if state.call.router is None else trained(state.call.router, block.index)
+        if x.requires_grad or base or router or any(t is not None and t.requires_grad for t in terms):
+            return Layer.apply(x, LayerCall(block, state, work), *terms, *router, *base)
     return block.forward(x, state, block.products(work, work.gates()))[0]
+
+
+def trained(router: LayerRouter, layer: int) -> list[Tensor]:
+    """Those of the router's parameters that want gradients."""
+    return [p for p in router.parameters(layer) if p.requires_grad]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +49,8 @@ class LayerCall:
 
 
 class Layer(torch.autograd.Function):
-    """`apply(x, call, *parameters of the terms, *trained base weights)`: products in order, `TermParams.flat` of each."""
+    """`apply(x, call, *parameters of the terms, *router's that train, *base weights that train)`: products
+    in order, `TermParams.flat` of each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: LayerCall, *tensors: Tensor | None) -> Tensor:
@@ -53,6 +61,7 @@ class Layer(torch.autograd.Function):
         gates = [term.gate for own in terms for term in own]
         products = block.products(call.work, gates)
         y, saved = block.forward(x, state, products, save=not state.recompute)
+        gates = [gate for p in products for gate in p.gates]  # a router's too
         if saved is None:
             ctx.save_for_backward(x, *gates)
             return y
@@ -80,9 +89,12 @@ class Layer(torch.autograd.Function):
                 p.downs = own
         needs = iter(needs_tensors)
         wanted = LayerLinears(*(TermParams.unflat(own, needs) for own in work.stacks))
-        sweep = Sweep(block, state, products, saved, wanted, train_base=any(needs))
+        router = None if state.call.router is None else RouterBackward(state.call.router, block.index)
+        base = [*needs] if router is None else [*needs][len(router.params) :]
+        sweep = Sweep(block, state, products, saved, wanted, router, train_base=any(base))
         dx = sweep.run(grads[0].contiguous(), needs_x)
-        return dx, None, *sweep.term_gradients(), *sweep.base_gradients()
+        own = [] if router is None else router.grads
+        return dx, None, *sweep.term_gradients(), *own, *sweep.base_gradients()
 
 
 class LinearsBackward:
@@ -91,8 +103,12 @@ class LinearsBackward:
 
     def __init__(self, products: Products, needs: Sequence[TermParams[bool]], train_base: bool) -> None:
         self.products, self.needs = products, needs
+        self.routed = any(stack.route is not None for stack in products.stacks)
+        if self.routed:  # a router's gates are no input of the node: their gradients go on to the router
+            pairs = zip(products.stacks, needs, strict=True)
+            self.needs = [n if stack.route is None else n._replace(gate=True) for stack, n in pairs]
         self.trains = train_base and any(layer.trains for layer in products.layers)
-        self.wanted = self.trains or any(TermParams.flat(needs))
+        self.wanted = self.trains or self.routed or any(TermParams.flat(needs))
         self.terms: Sequence[TermParams[Tensor | None]] = TermParams.none(products.stacks)
         self.base: list[Tensor] = []
 
@@ -109,6 +125,47 @@ class LinearsBackward:
         self.terms = self.products.master_gradients(x, grads, self.needs)
         if self.trains:
             self.base = [t for layer, g in zip(self.products.layers, grads, strict=True) for t in layer.own_gradients(x, g)]
+
+    def take_routed(self) -> list[tuple[Stack, Tensor]]:
+        """The gradients of the gates that came from a router; they are none of the terms' own then."""
+        pairs = zip(self.products.stacks, self.terms, strict=True)
+        found = [(stack, term.gate) for stack, term in pairs if stack.route is not None and term.gate is not None]
+        if found:
+            pairs = zip(self.products.stacks, self.terms, strict=True)
+            self.terms = [t if stack.route is None else t._replace(gate=None) for stack, t in pairs]
+        return found
+
+
+class RouterBackward:
+    """The backward of a layer's router. ``params`` are what of it trains, ``grads`` their gradients."""
+
+    def __init__(self, router: LayerRouter, layer: int) -> None:
+        self.router, self.layer = router, layer
+        self.params = trained(router, layer)
+        self.grads: list[Tensor | None] = [None] * len(self.params)
+
+    def run(
+        self, half: Literal["attn", "mlp"], normed: Tensor, linears: Sequence[LinearsBackward], needs_x: bool
+    ) -> Tensor | None:
+        """The gradient of ``normed`` through the gates that the linears' terms took, or None; its
+        parameters' are added to ``grads``. The gates are made again: nothing is kept of them."""
+        routed = [pair for linear in linears for pair in linear.take_routed()]
+        inputs = [normed.detach().requires_grad_()] if needs_x else []
+        if not routed or not (inputs or self.params):
+            return None
+        with torch.enable_grad():
+            gates = self.router.gates(self.layer, half, inputs[0] if inputs else normed)
+        if not gates.requires_grad:
+            return None
+        dgates = torch.zeros_like(gates)
+        for stack, grad in routed:
+            dgates[stack.tokens, stack.route] += grad
+        made = list(torch.autograd.grad(gates, [*self.params, *inputs], dgates, allow_unused=True))
+        dx = made.pop() if inputs else None
+        for i, grad in enumerate(made):
+            held = self.grads[i]
+            self.grads[i] = held if grad is None else grad if held is None else held + grad
+        return dx
 
 
 class NormBackward:
@@ -136,10 +193,11 @@ class Sweep:
         products: LayerLinears[Products],
         saved: SavedActivations,
         needs: LayerLinears[Sequence[TermParams[bool]]],
+        router: RouterBackward | None,
         *,
         train_base: bool,
     ) -> None:
-        self.block, self.state, self.saved = block, state, saved
+        self.block, self.state, self.saved, self.router = block, state, saved, router
         self.linears = LayerLinears(*(LinearsBackward(p, need, train_base) for p, need in zip(products, needs, strict=True)))
         self.norms = block.norms.map(lambda norm: NormBackward(norm, train_base))
 
@@ -181,6 +239,7 @@ class Sweep:
         del h, dh
         dn = linears.mlp_in.input_grad(dinner, below or norm.trains)
         linears.mlp_in.weight_grads(residual, dinner, norm.norm)
+        dn = self._through_router("mlp", residual, norm.norm, dn, (linears.mlp_in, linears.mlp_out))
         if dn is None:
             return None
         norm.weight_grads(dn, residual)
@@ -206,6 +265,16 @@ class Sweep:
         dheads = block.join(dq, dk, dv)
         dn = linears.qkv.input_grad(dheads, needs_x)
         linears.qkv.weight_grads(saved.x, dheads, norms.attn.norm)
+        dn = self._through_router("attn", saved.x, norms.attn.norm, dn, (linears.qkv, linears.attn_out))
         if dn is not None:
             norms.attn.weight_grads(dn, saved.x)
         return dn
+
+    def _through_router(
+        self, half: Literal["attn", "mlp"], x: Tensor, norm: Norm, dn: Tensor | None, linears: Sequence[LinearsBackward]
+    ) -> Tensor | None:
+        """dn, the gradient of ``norm``'s output for x, with what comes to it through the router."""
+        if self.router is None:
+            return dn
+        more = self.router.run(half, norm.compute(x), linears, dn is not None)
+        return dn if dn is None or more is None else dn + more
