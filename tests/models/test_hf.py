@@ -352,3 +352,25 @@ def test_fused_experts_that_get_no_adapter_are_named_with_their_share(kind: str,
 def test_a_dense_model_leaves_nothing_out() -> None:
     for model in (foreign("phi"), foreign("granite")):
         assert left_out(model, attach(model, LoraSpec(r=2))) == []
+
+
+class Halves:
+    """A router of the layers that gates ``adapters`` with a half."""
+
+    adapters = ("default",)
+
+    def parameters(self, layer: int) -> list[Tensor]:
+        return []
+
+    def gates(self, layer: int, half: str, x: Tensor) -> Tensor:
+        return torch.full((x.shape[0], 1), 0.5)
+
+
+@pytest.mark.parametrize("adapters", [["default", "default"], ["default", None]])
+def test_a_router_of_the_layers_is_refused(adapters: list[str | None]) -> None:
+    """transformers' layers ask no router: an adapter that one gates is never computed without its gate."""
+    model = foreign("opt")
+    attach(model, LoraSpec(r=2))
+    call = Call(Mix.per_sequence(adapters, [0, 12, 15]), None, Halves())
+    with pytest.raises(ContractError, match="no linear of a decoder layer"):
+        logits(model, SEQUENCES[:2], call)

@@ -121,11 +121,11 @@ class Call:
     def narrow(self, rows: Tensor) -> Call:
         """The same call for some of the tokens, ``rows`` [t] sorted positions."""
         noise = None if self.noise is None else replace(self.noise, rows=rows)
-        return Call(self.mix.narrow(rows), noise, self.router)
+        return replace(self, mix=self.mix.narrow(rows), noise=noise)
 
     def padded(self, tokens: int, total: int) -> Call:
         """The same call for a batch of ``tokens`` with padding up to ``total``, which no gated term and no other row can tell."""
         gated = [t.rows is None and isinstance(t.gate, Tensor) for t in self.mix.terms]
         terms = [Term(t.adapter, slice(0, tokens), t.gate) if g else t for t, g in zip(self.mix.terms, gated, strict=True)]
         noise = None if self.noise is None else self.noise.padded(total)
-        return Call(Mix(tuple(terms)), noise, self.router)
+        return replace(self, mix=Mix(tuple(terms)), noise=noise)

@@ -128,12 +128,9 @@ class LinearsBackward:
 
     def take_routed(self) -> list[tuple[Stack, Tensor]]:
         """The gradients of the gates that came from a router; they are none of the terms' own then."""
-        pairs = zip(self.products.stacks, self.terms, strict=True)
-        found = [(stack, term.gate) for stack, term in pairs if stack.route is not None and term.gate is not None]
-        if found:
-            pairs = zip(self.products.stacks, self.terms, strict=True)
-            self.terms = [t if stack.route is None else t._replace(gate=None) for stack, t in pairs]
-        return found
+        pairs = list(zip(self.products.stacks, self.terms, strict=True))
+        self.terms = [t if stack.route is None else t._replace(gate=None) for stack, t in pairs]
+        return [(stack, t.gate) for stack, t in pairs if stack.route is not None and t.gate is not None]
 
 
 class RouterBackward:

@@ -127,4 +127,4 @@ def widened(call: Call, whole: Packed) -> Call:
         term if term.rows is None else replace(term, rows=slice(starts[term.rows.start], starts[term.rows.stop]))
         for term in call.mix.terms
     )
-    return Call(Mix(tuple(terms)))
+    return replace(call, mix=Mix(tuple(terms)), noise=None)

@@ -7,7 +7,7 @@ says for packed positions. T packed tokens, S sequences, L padded length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -66,7 +66,8 @@ class Frame:
         """The same mix and noise for this frame's positions. A sequence that a term covers only in part gets a gate of zeros
         elsewhere; so does the padding under a tensor gate."""
         terms = [framed for term in call.mix.terms for framed in self._term(term)]
-        return Call(Mix(tuple(terms)), None if call.noise is None else self._noise(call.noise))
+        noise = None if call.noise is None else self._noise(call.noise)
+        return replace(call, mix=Mix(tuple(terms)), noise=noise)
 
     def _term(self, term: Term) -> list[Term]:
         gate = term.gate
