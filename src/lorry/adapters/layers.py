@@ -129,6 +129,11 @@ class BankLinear(Adaptable):
         return [t for t in own if t is not None and t.requires_grad]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.weight.dtype if self.product is None else self.product.dtype
+
+    @property
     def in_features(self) -> int:
         return self.frozen().shape[1]
 
@@ -209,7 +214,7 @@ class Group:
 
     def _copy(self, slots: Sequence[tuple[int, Slot]]) -> tuple[Tensor, list[Part]]:
         """Kept with the first slot, so that they go when the adapter goes."""
-        dtype = self.linears[0].frozen().dtype
+        dtype = self.linears[0].dtype
         stamp = (dtype, *(value for i, slot in slots for value in (i, *slot.stamp())))
         kept, key = slots[0][1].stacks, tuple(slot.serial for _, slot in slots)
         held = kept.get(key)

@@ -55,7 +55,7 @@ def adapter_files(
     transposed = any(isinstance(modules[p], BankLinear) and modules[p].transposed for p in adapter.slots)
     config = to_config(adapter.spec, target_names(model, adapter), transposed=transposed, base_name=base_name)
     first = modules[next(iter(adapter.slots))]
-    kind = first.frozen().dtype if isinstance(first, BankLinear) else first.weight.dtype
+    kind = first.dtype if isinstance(first, BankLinear) else first.weight.dtype
     dtype = str(kind).removeprefix("torch.")
     facts = {**(extra or {}), "dtype": dtype, "lorry_version": _version(), "adapter": name, "base_digest": base_digest(model)}
     return {ADAPTER_WEIGHTS: save(tensors, {"format": "pt"}), ADAPTER_CONFIG: _json(config), ADAPTER_FACTS: _json(facts)}

@@ -119,8 +119,9 @@ class Block:
 
     def trained(self) -> list[Tensor]:
         """What of the base trains, in the order `backward` gives the gradients: linears, then norms."""
-        norms = [p for norm in self.norms.present() for p in norm.parameters() if p.requires_grad]
-        return [*(t for group in self.linears for t in group.base()), *norms]
+        norms = [p for norm in self.norms.present() for p in (norm.weight, norm.bias)]
+        linears = [t for group in self.linears for t in group.base()]
+        return [*linears, *(p for p in norms if p is not None and p.requires_grad)]
 
     def forward(
         self, x: Tensor, state: Pass, products: LayerLinears[Products], *, save: bool = False
