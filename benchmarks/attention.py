@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorry.kernels import attention as kernel
-from lorry.kernels import status
+from lorry.kernels import kernel_status
 from lorry.models.decoder.attention import ShortAttention
 from lorry.train.resources.peak import tune_allocator
 
@@ -37,8 +37,8 @@ def lorry(length: int) -> Way:
     starts = torch.arange(0, TOKENS + 1, length)
 
     def run(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        o, lse = kernel.forward(q, k, v, starts, WIDTH**-0.5)
-        return kernel.backward(q, k, v, o, lse, starts, WIDTH**-0.5, grad)
+        o, lse = kernel.run_attention(q, k, v, starts, WIDTH**-0.5)
+        return kernel.run_attention_backward(q, k, v, o, lse, starts, WIDTH**-0.5, grad)
 
     return run
 
@@ -61,8 +61,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def main() -> None:
-    if not status().amx:
-        raise SystemExit(f"the kernel does not run here: {status().line()}")
+    if not kernel_status().amx:
+        raise SystemExit(f"the kernel does not run here: {kernel_status().line()}")
     tune_allocator()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def main() -> None:
         print("  ".join(f"{x:>10}" for x in rows[-1]), flush=True)
     columns = ["tokens of a segment", "Lorry ms", "torch fused ms", "plain fp32 ms", "torch / Lorry"]
     title = f"Attention of {TOKENS} tokens, forward and backward, one thread, CPU time"
-    record = {"title": title, "columns": columns, "rows": rows, "torch": torch.__version__, "kernels": status().digest}
+    record = {"title": title, "columns": columns, "rows": rows, "torch": torch.__version__, "kernels": kernel_status().digest}
     path = Path(__file__).parent / "results" / "attention-cpu.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
 

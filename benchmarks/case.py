@@ -119,11 +119,11 @@ def prepare_model(folder: Path, case: Case, *, seed: int = 0, silent_start: bool
 
 def prepare_chat(folder: Path, case: Case, seed: int = 0) -> list[Row]:
     """A whole case of real questions and answers: chat.jsonl, and the rows that Lorry's own data path makes of it."""
-    from lorry.data.encoding.encode import Encoder
+    from lorry.data.encoding.encode import ExampleEncoder
     from lorry.data.encoding.token_set import TokenSet
     from lorry.data.reading.sources import open_source
 
-    encoder = Encoder(prepare_model(folder, case), max_length=case.length)
+    encoder = ExampleEncoder(prepare_model(folder, case), max_length=case.length)
     pairs = chat_pairs()
     random.Random(seed).shuffle(pairs)
     write_chat(folder / CHAT, pairs)

@@ -34,7 +34,7 @@ def fast_path() -> dict[str, Any]:
     """What Lorry's compiled kernels say of themselves. Raises SystemExit on a fallback path: its speed is not Lorry's."""
     from lorry import kernels
 
-    status = kernels.status()
+    status = kernels.kernel_status()
     if not status.active:
         raise SystemExit(
             f"lorry would run without its compiled kernels, whose speed is not what is measured here: {status.line()}"
@@ -48,11 +48,11 @@ def fast_path() -> dict[str, Any]:
 def lorry(packing: bool = False) -> Run:
     """Lorry's own path: its data stream, the local backend and the SFT loss."""
     from lorry.adapters.peft.files import load_adapter
-    from lorry.backends.local import Local
+    from lorry.backends.local import LocalBackend
     from lorry.backends.optim import OptimSettings
-    from lorry.data.batch import Batch, Example, collate
+    from lorry.data.batch import Batch, TokenizedExample, collate
     from lorry.models.loading.load import load_model
-    from lorry.tasks.sft import Sft
+    from lorry.tasks.sft import SftTask
     from lorry.train.resources.peak import tune_allocator
 
     class Rows:
@@ -64,7 +64,7 @@ def lorry(packing: bool = False) -> Run:
         def batches(self, step: int) -> list[Batch]:
             examples = []
             for ids, labels in turn(self.rows, step, self.per_step):
-                examples.append(Example(ids, [float(label != IGNORED) for label in labels]))
+                examples.append(TokenizedExample(ids, [float(label != IGNORED) for label in labels]))
             return [collate(examples)]
 
     def run(folder: Path, case: Case, rows: Sequence[Row], watch: Watch) -> None:
@@ -72,11 +72,11 @@ def lorry(packing: bool = False) -> Run:
         tune_allocator()
         loaded = load_model(str(folder / "base"), dtype="bfloat16", notes=[])
         adapter = load_adapter(loaded.model, folder / "init", "default")
-        backend = Local(loaded.model, ["default"], OptimSettings())
+        backend = LocalBackend(loaded.model, ["default"], OptimSettings())
         stream: Any = Rows(rows, case.rows_per_step)
         if (folder / CHAT).exists():
             stream = chat_stream(folder, case, loaded.tokenizer, packing)
-        task = Sft(stream, [], case.all_steps, ["default"])
+        task = SftTask(stream, [], case.all_steps, ["default"])
         watch.start()
         for step in range(case.all_steps):
             batches = task.step_batches(step, {})
@@ -92,11 +92,11 @@ def lorry(packing: bool = False) -> Run:
 def chat_stream(folder: Path, case: Case, tokenizer: Any, packing: bool) -> Any:
     """The stream that `lorry sft` makes of chat.jsonl."""
     from lorry.config.schema import DataConfig, TrainConfig
-    from lorry.data.prepare import prepare
+    from lorry.data.prepare import prepare_data
 
     data = DataConfig(path=str(folder / CHAT), max_length=case.length, packing=packing, shuffle=False)
     train = TrainConfig(per_device_train_batch_size=case.packed_rows if packing else case.rows_per_step)
-    return prepare(data, train, tokenizer, quarantine=folder / "quarantine.jsonl").stream
+    return prepare_data(data, train, tokenizer, quarantine=folder / "quarantine.jsonl").stream
 
 
 # --- plain loops

@@ -51,7 +51,7 @@ def prepare(folder: Path) -> None:
     """Write base/ (bf16), adapters, and prompts.json: everyday questions, and one, two or four paragraphs to sum up."""
     import torch
 
-    from lorry.adapters.attach import attach, bank_of, detach
+    from lorry.adapters.attach import attach, detach, get_bank
     from lorry.adapters.peft.files import save_adapter
     from lorry.adapters.spec import LoraSpec
     from lorry.demo.people import general_chat, general_text
@@ -63,7 +63,7 @@ def prepare(folder: Path) -> None:
     for i in range(ADAPTERS):
         attach(loaded.model, LoraSpec(r=RANK, lora_alpha=ALPHA, init_lora_weights=False), f"a{i}", seed=i)
         with torch.no_grad():
-            bank_of(loaded.model)[f"a{i}"].values.mul_(0.5)  # a random adapter this small leaves the text a text
+            get_bank(loaded.model)[f"a{i}"].values.mul_(0.5)  # a random adapter this small leaves the text a text
         save_adapter(loaded.model, folder / f"a{i}", f"a{i}")
         detach(loaded.model, f"a{i}")
     paragraphs, asked = general_text() * 2, [str(row["question"]) for row in general_chat()[:32]]
@@ -83,7 +83,7 @@ def lorry(engine: Engine, folder: Path) -> Generate:
     """Ours; one setting fits all."""
     from lorry.adapters.mix import Mix
     from lorry.adapters.peft.files import load_adapter
-    from lorry.generation.engine import generate
+    from lorry.generation.engine import generate_completions
     from lorry.models.loading.load import load_model
 
     model = load_model(folder / "base", dtype=engine.dtype, notes=[]).model
@@ -93,7 +93,7 @@ def lorry(engine: Engine, folder: Path) -> Generate:
 
     def run(prompts: Tokens, new: int, eos: frozenset[int]) -> Tokens:
         owners = [f"a{i % count}" for i in range(len(prompts))] if count > 1 else "a0" if count else Mix.none()
-        return [g.tokens for g in generate(model, prompts, max_new_tokens=new, eos=eos, adapters=owners)]
+        return [g.tokens for g in generate_completions(model, prompts, max_new_tokens=new, eos=eos, adapters=owners)]
 
     return run
 

@@ -100,18 +100,21 @@ def ask(side: str, local: Mapping[str, str], args: argparse.Namespace) -> dict[s
 
     from lorry.adapters.mix import Mix
     from lorry.config import ModelConfig
-    from lorry.data.encoding.encode import Encoder
-    from lorry.data.reading.places import Places
-    from lorry.evaluate.benchmarks.questions import read_exam
-    from lorry.evaluate.benchmarks.run import take
+    from lorry.data.encoding.encode import ExampleEncoder
+    from lorry.data.reading.places import DataLocations
+    from lorry.evaluate.benchmarks.questions import load_benchmark
+    from lorry.evaluate.benchmarks.run import evaluate_benchmark
     from lorry.models.loading.open import open_model
 
     torch.set_num_threads(args.threads)
-    exams = [read_exam(name, Places(local), limit=args.asked or ASKED[name]) for name in SETS]
+    exams = [load_benchmark(name, DataLocations(local), limit=args.asked or ASKED[name]) for name in SETS]
     opened = open_model(ModelConfig(name=MODEL if side == "base" else str(args.work / side)), [])
-    encoder, mix = Encoder(opened.tokenizer, max_length=8192), Mix.one(opened.adapters[0]) if opened.adapters else Mix.none()
+    encoder, mix = (
+        ExampleEncoder(opened.tokenizer, max_length=8192),
+        Mix.one(opened.adapters[0]) if opened.adapters else Mix.none(),
+    )
     began = time.perf_counter()
-    done = {exam.one.name: take(opened.model, encoder, exam, mix, batch_rows=32) for exam in exams}
+    done = {exam.one.name: evaluate_benchmark(opened.model, encoder, exam, mix, batch_rows=32) for exam in exams}
     found = {name: {m: [v.value, *v.interval] for m, v in one.metrics.items()} for name, one in done.items()}
     print(f"asked {side}: {time.perf_counter() - began:.0f} s", flush=True)
     kept.write_text(json.dumps(found))
@@ -185,14 +188,14 @@ def main() -> None:
         return
     made = record(found, runs, args)
     args.out.write_text(json.dumps(made, indent=1) + "\n")
-    from lorry.report.bars import bars
+    from lorry.report.bars import draw_bars
 
     groups = {f"{s} {m}": f"{s}\n{m}" for s, metrics in MAIN.items() for m in metrics}
     values = {
         way: {f"{s} {m}": (sets[s][m][0], (sets[s][m][1], sets[s][m][2])) for s, metrics in MAIN.items() for m in metrics}
         for way, sets in made["results"].items()
     }
-    (ROOT / "docs" / made["picture"]).write_bytes(bars(groups, values, made["title"]))
+    (ROOT / "docs" / made["picture"]).write_bytes(draw_bars(groups, values, made["title"]))
     for row in [made["columns"], *made["rows"]]:
         print(" | ".join(row))
 

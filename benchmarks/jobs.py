@@ -72,7 +72,7 @@ def work(folder: Path, numbers: Sequence[int], length: int, steps: int, dtype: s
     import torch
 
     import lorry.train.session  # noqa: F401 - imports are not what is measured
-    from lorry.config import Run, build
+    from lorry.config import RunConfig, build_settings
     from lorry.train.session import train_run
 
     imports, began = rss(), time.perf_counter()
@@ -83,7 +83,7 @@ def work(folder: Path, numbers: Sequence[int], length: int, steps: int, dtype: s
         "lr_scheduler_type": "constant", "save_strategy": "no", "output_dir": str(out),
     }  # fmt: skip
     clock = Clock()
-    train_run(build(Run, {**settings, "jobs": [job(folder, number) for number in numbers]}, []), [], [clock])
+    train_run(build_settings(RunConfig, {**settings, "jobs": [job(folder, number) for number in numbers]}, []), [], [clock])
     seconds = time.perf_counter() - began
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     names = [f"job{number}" for number in numbers]

@@ -23,14 +23,14 @@ AGREE = 2e-3  # nats, in float32
 
 def pairs(rows: int) -> list[tuple[str, str]]:
     """The first rows of bool_q as running text, each with both options."""
-    from lorry.data.catalog import cued, named
-    from lorry.data.reading.places import Places, read_items
+    from lorry.data.catalog import find_named_set, prompt_with_cue
+    from lorry.data.reading.places import DataLocations, read_items
 
     data = Path(os.environ.get("LORRY_DATA", ROOT.parent / "shared" / "data")) / "boolq" / "boolq_dev.jsonl"
-    places = Places({"bool_q": str(data)} if data.exists() else {})
-    one = named("bool_q")
+    places = DataLocations({"bool_q": str(data)} if data.exists() else {})
+    one = find_named_set("bool_q")
     asked = list(read_items(one, places.open(one, "validation", limit=rows)))
-    return [(cued(a.item), f" {option}") for a in asked for option in a.item.options]
+    return [(prompt_with_cue(a.item), f" {option}") for a in asked for option in a.item.options]
 
 
 def main() -> None:
@@ -46,10 +46,10 @@ def main() -> None:
 
     import lorry
     from lorry.evaluate.benchmarks.likelihood import loglikelihoods
-    from lorry.models.gguf.embedded import embedded
+    from lorry.models.gguf.embedded import resolve_embedded_model
 
     torch.set_num_threads(1)
-    asked, directory = pairs(args.rows), embedded("smollm2-135m-instruct", [])
+    asked, directory = pairs(args.rows), resolve_embedded_model("smollm2-135m-instruct", [])
     model, tokenizer = lorry.load(str(directory), dtype="float32")
     theirs = HFLM(pretrained=str(directory), dtype="float32", device="cpu", batch_size=1)
     requests = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(asked)]

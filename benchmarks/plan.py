@@ -64,23 +64,23 @@ CASES = (
 
 
 def config_of(model: str) -> dict[str, Any]:
-    from lorry.plan.known import KNOWN
+    from lorry.plan.known import KNOWN_CONFIGS
 
-    return SMALL_QWEN3 if model == "qwen3-small" else KNOWN[model]
+    return SMALL_QWEN3 if model == "qwen3-small" else KNOWN_CONFIGS[model]
 
 
 def predict(case: Case) -> dict[str, Any]:
     """The plan's numbers; imports no torch."""
     from lorry.config.schema import LoraConfig
-    from lorry.plan.adapters import adapter_of
-    from lorry.plan.memory import Setup, memory_of
-    from lorry.plan.shapes import shape_of
+    from lorry.plan.adapters import plan_adapter
+    from lorry.plan.memory import MemorySetup, estimate_memory
+    from lorry.plan.shapes import read_model_shape
 
-    shape = shape_of(config_of(case.model))
-    setup = Setup(
+    shape = read_model_shape(config_of(case.model))
+    setup = MemorySetup(
         tokens=case.rows * case.length, length=case.length, recompute=case.recompute, precision=case.dtype  # type: ignore[arg-type]
     )  # fmt: skip
-    memory = memory_of(shape, adapter_of(shape, LoraConfig(r=case.rank), case.rank), setup)
+    memory = estimate_memory(shape, plan_adapter(shape, LoraConfig(r=case.rank), case.rank), setup)
     parts = {c.name: c.bytes for c in memory.components if c.name != "libraries"}
     g = shape.geometry
     buffer = setup.tokens * max(g.width, shape.queries, g.mlp_width) * setup.element
@@ -100,11 +100,11 @@ def measure(case: Case) -> dict[str, Any]:
     """Real steps; returns the peak above imports and each step's peak so far."""
     from lorry.adapters.attach import attach
     from lorry.adapters.spec import LoraSpec
-    from lorry.backends.local import Local
+    from lorry.backends.local import LocalBackend
     from lorry.backends.optim import OptimSettings
-    from lorry.data.batch import Example, collate
+    from lorry.data.batch import TokenizedExample, collate
     from lorry.models.loading.load import load_model
-    from lorry.tasks.sft import Sft
+    from lorry.tasks.sft import SftTask
     from lorry.train.resources.peak import tune_allocator
 
     tune_allocator()
@@ -112,11 +112,11 @@ def measure(case: Case) -> dict[str, Any]:
     model = load_model(REAL, dtype=case.dtype, notes=[]).model if case.model == REAL else random_model(case)
     attach(model, LoraSpec(r=case.rank))
     model.gradient_checkpointing = case.recompute == "full"
-    local, task = Local(model, ["default"], OptimSettings()), Sft(Mock(), [], 0, ["default"])
+    local, task = LocalBackend(model, ["default"], OptimSettings()), SftTask(Mock(), [], 0, ["default"])
     peaks, losses = [], []
     for step in range(STEPS):
         ids = [[(row * 7919 + i * 31 + step) % 5000 for i in range(case.length)] for row in range(case.rows)]
-        batch = collate([Example(tokens, [0.0] + [1.0] * (case.length - 1)) for tokens in ids])
+        batch = collate([TokenizedExample(tokens, [0.0] + [1.0] * (case.length - 1)) for tokens in ids])
         task.stream.batches = lambda _, batch=batch: [batch]
         losses.append(local.forward_backward(task.step_batches(step, {}), task, step).loss["default"])
         local.step({"default": RATE})
@@ -130,11 +130,11 @@ def random_model(case: Case) -> Any:
     """Lorry's decoder of a shape with random weights, made in the format they stay in."""
     import torch
 
-    from lorry.families import find
+    from lorry.families import find_family
     from lorry.models.decoder.model import Decoder
 
     config = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **config_of(case.model)}
-    family = find(config["model_type"])
+    family = find_family(config["model_type"])
     assert family is not None
     with torch.device("meta"):
         model = Decoder(family, config)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorry.kernels import status
+from lorry.kernels import kernel_status
 from lorry.models.scoring import score, tiles
 from lorry.models.scoring.score import entropy, log_prob
-from lorry.models.scoring.vocab import Rows, min_k
+from lorry.models.scoring.vocab import VocabRows, min_k
 from lorry.train.resources.peak import tune_allocator
 
 VOCAB, WIDTH, ROWS = 49152, 576, 1024
@@ -53,7 +53,7 @@ def measure(runs: dict[str, Callable[[], object]], times: int = 7) -> None:
         print(f"{name:42s} {statistics.median(taken):8.1f} ms ({min(taken):.1f} to {max(taken):.1f})")
 
 
-def plain(hidden: Tensor, head: Tensor, rows: Rows) -> None:
+def plain(hidden: Tensor, head: Tensor, rows: VocabRows) -> None:
     """What a loop without chunks does: all logits, in fp32."""
     torch.autograd.grad(F.cross_entropy((hidden @ head.t()).float(), rows.targets, reduction="sum"), hidden)
 
@@ -71,24 +71,24 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--memory", metavar="NAME", help="print how far one run of NAME raises the peak resident set, MiB")
     options = parser.parse_args()
-    if not status().active:
-        raise SystemExit(f"the kernels do not run here: {status().line()}")
+    if not kernel_status().active:
+        raise SystemExit(f"the kernels do not run here: {kernel_status().line()}")
     tune_allocator()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     head = torch.empty(VOCAB, WIDTH, dtype=torch.bfloat16).normal_(std=0.05)  # in place: a copy in fp32 would set the peak
     hidden = torch.empty(ROWS, WIDTH, dtype=torch.bfloat16).normal_().requires_grad_()
-    rows = Rows(torch.randint(0, VOCAB, (ROWS,)), {})
+    rows = VocabRows(torch.randint(0, VOCAB, (ROWS,)), {})
 
-    def graded(*fns: tiles.Statistic) -> None:
-        torch.autograd.grad(tiles.statistics(hidden, head, fns, rows).sum(), hidden)
+    def graded(*fns: tiles.VocabStatistic) -> None:
+        torch.autograd.grad(tiles.compute_statistics(hidden, head, fns, rows).sum(), hidden)
 
     runs: dict[str, Callable[[], object]] = {
         "log_prob, by tiles": lambda: graded(log_prob),
-        "log_prob, no gradient": lambda: tiles.statistics(hidden.detach(), head, [log_prob], rows),
+        "log_prob, no gradient": lambda: tiles.compute_statistics(hidden.detach(), head, [log_prob], rows),
         "log_prob + entropy, by tiles": lambda: graded(log_prob, entropy),
         "log_prob + entropy + min_k, by tiles": lambda: graded(log_prob, entropy, min_k),
-        "log_prob, autograd on chunks of 256 rows": lambda: score.WholeRows.apply(
+        "log_prob, autograd on chunks of 256 rows": lambda: score.FullLogitsFunction.apply(
             hidden, head, [lambda x, r: log_prob(x, r)], rows
         ),
         "cross_entropy on all logits": lambda: plain(hidden, head, rows),
@@ -107,7 +107,7 @@ def main() -> None:
         print(f"{name:42s} +{rise(name)} MiB")
     for group in (256, 512, 1024) if options.sweep else ():
         for bits in (19, 20, 21, 22):
-            tiles.GROUP, tiles.TILE = group, 1 << bits
+            tiles.GROUP_ROWS, tiles.TILE_ELEMENTS = group, 1 << bits
             measure({f"log_prob, groups of {group}, tiles of 2^{bits}": lambda: graded(log_prob)}, 5)
 
 

@@ -53,12 +53,12 @@ def far_prompt(path: Path, megabytes: int) -> None:
 
 def measured(path: Path, tokenizer: Any) -> dict[str, Any]:
     """Wall and processor seconds of one reading."""
-    from lorry.data.encoding.encode import Encoder
+    from lorry.data.encoding.encode import ExampleEncoder
     from lorry.data.encoding.token_set import TokenSet
     from lorry.data.reading.sources import open_source
 
     wall, processor = time.perf_counter(), time.process_time()
-    tokens = TokenSet.build(open_source(path), Encoder(tokenizer, max_length=1024))
+    tokens = TokenSet.build(open_source(path), ExampleEncoder(tokenizer, max_length=1024))
     return {
         "seconds": round(time.perf_counter() - wall, 2), "processor_seconds": round(time.process_time() - processor, 2),
         "rows": tokens.report.rows, "tokens": tokens.report.tokens, "sha256": tokens.digest,
@@ -74,9 +74,9 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
-    from lorry.models.gguf.embedded import embedded
+    from lorry.models.gguf.embedded import resolve_embedded_model
 
-    tokenizer = AutoTokenizer.from_pretrained(embedded("smollm2-135m-instruct", []))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_embedded_model("smollm2-135m-instruct", []))
     made: dict[str, Any] = {"cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LORRY_HOME"] = folder

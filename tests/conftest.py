@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from lorry.disk.home import home
-from lorry.kernels import status
+from lorry.disk.home import lorry_home
+from lorry.kernels import kernel_status
 from lorry.models.loading.load import pick_dtype
 
 # The suite draws the same examples everywhere, so that it says one thing of one commit. LORRY_EXPLORE=1000 draws new ones.
@@ -33,7 +33,7 @@ def pytest_configure() -> None:
     """A LORRY_HOME of the checkout's own: tests neither fill the cache of whoever runs them nor hang on what is in it. It
     outlives the run, as built kernels and proofs should. Only converted models are the user's (270 MB, 20 s), and kernels
     that are built already are copied: a link to them would be refused."""
-    users, own = home(), ROOT / ".pytest_cache" / "lorry_home"
+    users, own = lorry_home(), ROOT / ".pytest_cache" / "lorry_home"
     if users == own:  # a worker of xdist
         return
     own.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_report_header() -> str:
     """Which kind of machine this run was: what dtype=auto means here (LORRY_DTYPE), and whether kernels run (LORRY_KERNELS)."""
-    return f"dtype=auto is {pick_dtype('auto', torch.device('cpu'))}; kernels: {status().line()}"
+    return f"dtype=auto is {pick_dtype('auto', torch.device('cpu'))}; kernels: {kernel_status().line()}"
 
 
 def find_shared_data() -> Path | None:

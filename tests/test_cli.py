@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from lorry import cli
-from lorry.config import EvalSettings, MergeSettings, Run, parse
-from lorry.config.parsing.names import names_of
-from lorry.errors import ContractError, DataError, Interrupted, ModelError, NonFiniteError, OutOfMemoryError
+from lorry.config import EvalSettings, MergeSettings, RunConfig, parse_settings
+from lorry.config.parsing.names import schema_names
+from lorry.errors import ContractError, DataError, ModelError, NonFiniteError, OutOfMemoryError, RunInterruptedError
 
 SRC = Path(cli.__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "peft")
@@ -112,7 +112,7 @@ def test_verb_help_shows_every_setting_with_its_default_and_help(capsys: pytest.
     assert cli.main(["sft", "--help"]) == 0
     page = capsys.readouterr().out
     text = " ".join(page.split())
-    for dotted, field in names_of(Run).fields.items():
+    for dotted, field in schema_names(RunConfig).fields.items():
         assert re.search(rf"^  {dotted.rpartition('.')[2]} ", page, re.MULTILINE), dotted
         assert field.description
         assert field.description in text, dotted
@@ -132,7 +132,7 @@ def test_a_verb_gets_its_settings(
     calls = verb("sft", 7)
     assert cli.main(["sft", "data=x", "--cutoff-len", "64", "--max_steps", "-1", "--packing"]) == 7
     [(run, notes)] = calls
-    assert isinstance(run, Run)
+    assert isinstance(run, RunConfig)
     assert (run.data.path, run.data.max_length, run.data.packing, run.train.max_steps) == ("x", 64, True, -1)
     assert notes == ["cutoff_len is read as data.max_length"]
     out, err = capsys.readouterr()
@@ -142,9 +142,9 @@ def test_a_verb_gets_its_settings(
 def test_a_verb_takes_bare_words(verb: Callable[..., list[tuple[object, list[str]]]]) -> None:
     merged, evaluated = verb("merge"), verb("eval")
     assert cli.main(["merge", "runs/a", "output_dir=m"]) == 0
-    assert merged[0][0] == parse(MergeSettings, ["run=runs/a", "output_dir=m"], [])
+    assert merged[0][0] == parse_settings(MergeSettings, ["run=runs/a", "output_dir=m"], [])
     assert cli.main(["eval", "runs/a", "data=f.jsonl"]) == 0
-    assert evaluated[0][0] == parse(EvalSettings, ["model=runs/a", "data=f.jsonl"], [])
+    assert evaluated[0][0] == parse_settings(EvalSettings, ["model=runs/a", "data=f.jsonl"], [])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_verb_takes_bare_words(verb: Callable[..., list[tuple[object, list[str
         (NonFiniteError("a NaN"), 6, "error: a NaN\nsee docs/architecture.md#the-contracts\n"),
         (OutOfMemoryError("too large"), 71, "error: too large\nsee docs/plan.md\n"),
         (ModelError("no such model"), 4, "error: no such model\n"),
-        (Interrupted("stopped at step 4"), 75, "error: stopped at step 4\n"),
+        (RunInterruptedError("stopped at step 4"), 75, "error: stopped at step 4\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],
 )

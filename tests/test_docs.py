@@ -15,7 +15,7 @@ import yaml
 
 from lorry import config
 from lorry.cli import VERBS
-from lorry.config import DistillRun, Run, build, parse
+from lorry.config import DistillRunConfig, RunConfig, build_settings, parse_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
@@ -44,7 +44,7 @@ def test_commands_that_are_shown_parse(page: Path) -> None:
     for verb, *words in commands(page.read_text()):
         assert verb in SCHEMAS, f"{page.name} shows the verb {verb}"
         if "--help" not in words:
-            parse(SCHEMAS[verb], words, [])
+            parse_settings(SCHEMAS[verb], words, [])
 
 
 def test_lines_of_the_readme_fit_a_terminal() -> None:
@@ -127,12 +127,12 @@ def test_architecture_lists_the_rooms_there_are() -> None:
 
 def test_examples_are_valid_run_descriptions() -> None:
     for path in sorted((ROOT / "examples").glob("*.yaml")):
-        schema = DistillRun if path.stem == "distill" else Run
-        run = parse(schema, [str(path)], [])
-        assert build(schema, run.model_dump(), []) == run
+        schema = DistillRunConfig if path.stem == "distill" else RunConfig
+        run = parse_settings(schema, [str(path)], [])
+        assert build_settings(schema, run.model_dump(), []) == run
 
 
 def test_the_page_of_named_sets_is_the_catalogue() -> None:
-    from lorry.data.catalog.__main__ import table
+    from lorry.data.catalog.__main__ import render_sets_table
 
-    assert (ROOT / "docs" / "sets.md").read_text().endswith(table())
+    assert (ROOT / "docs" / "sets.md").read_text().endswith(render_sets_table())

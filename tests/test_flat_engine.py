@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tinyrun import quick  # noqa: F401 - a fixture
 from transformers import AutoTokenizer
 
-from lorry.adapters.attach import bank_of
+from lorry.adapters.attach import get_bank
 from lorry.models.loading.open import open_model
 from lorry.train.session import attach_adapter, train_run
 
@@ -40,7 +40,7 @@ def test_losses_agree(flat: Any, family: str, template: bool, clip: float, tmp_p
     )  # fmt: skip
     opened = open_model(run.model, [])
     name = attach_adapter(run, opened, [])
-    adapter = bank_of(opened.model)[name]
+    adapter = get_bank(opened.model)[name]
     init = {name: a.clone() for name, a in adapter.tensors().items() if name.endswith("lora_A")}
 
     theirs = flat.train(

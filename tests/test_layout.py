@@ -29,4 +29,4 @@ def test_no_other_module_spells_a_name_of_a_run_directory() -> None:
 
 
 def test_no_job_can_be_called_like_a_folder_of_the_run() -> None:
-    assert jobs.TAKEN == layout.NOT_ADAPTERS
+    assert jobs.RESERVED_NAMES == layout.NOT_ADAPTERS

@@ -16,7 +16,7 @@ from hubworld import started_hub  # noqa: F401 - the fixture
 from peft import PeftModel
 
 from lorry import cli, config
-from lorry.config import parse
+from lorry.config import parse_settings
 from lorry.data.catalog import SUITES
 from lorry.errors import LorryError
 from tiny import GPT2, LLAMA, NEOX, random_model
@@ -41,7 +41,7 @@ def test_the_page_has_the_lines_of_the_issue() -> None:
 def test_every_line_is_a_valid_description(line: str) -> None:
     verb, *words = shlex.split(line)[1:]
     schema = next(v.schema for v in cli.VERBS if v.name == verb)
-    parse(getattr(config, schema), words, [])
+    parse_settings(getattr(config, schema), words, [])
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +142,10 @@ def test_both_sides_of_a_pair_are_the_same_run(
     rest += ["output_dir=run", *NEEDED.get(name, [])]
     if word == "refused":
         with pytest.raises(LorryError, match=name):
-            parse(config.Run, [str(file), *rest], [])
+            parse_settings(config.RunConfig, [str(file), *rest], [])
         return
-    expected = parse(config.Run, [*shlex.split(ours or ""), *rest], [])
-    assert parse(config.Run, [str(file), *rest], []) == expected
+    expected = parse_settings(config.RunConfig, [*shlex.split(ours or ""), *rest], [])
+    assert parse_settings(config.RunConfig, [str(file), *rest], []) == expected
 
 
 def test_the_program_for_people_who_use_peft_runs_and_peft_reads_what_it_wrote(

@@ -15,7 +15,7 @@ import pytest
 
 from lorry import cli
 from lorry.disk.durable import DiskError
-from lorry.streams import Messages, Results, streams
+from lorry.streams import MessageStream, ResultStream, guard_streams
 
 SRC = Path(cli.__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SRC)}
@@ -45,21 +45,21 @@ class Failing(io.StringIO):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EPIPE, errno.EAGAIN])
 def test_a_message_that_cannot_be_written_is_dropped(code: int) -> None:
-    messages = Messages(Failing(OSError(code, os.strerror(code))))
+    messages = MessageStream(Failing(OSError(code, os.strerror(code))))
     print("step 1/8", file=messages, flush=True)
     assert messages.write("abc") == 3
 
 
 def test_a_result_that_cannot_be_written_is_a_disk_error_and_a_gone_reader_stays_one() -> None:
     with pytest.raises(DiskError, match="standard output: No space left"):
-        print("runs/a", file=Results(Failing(OSError(errno.ENOSPC, "No space left on device"))))
+        print("runs/a", file=ResultStream(Failing(OSError(errno.ENOSPC, "No space left on device"))))
     with pytest.raises(BrokenPipeError):
-        print("runs/a", file=Results(Failing(BrokenPipeError(errno.EPIPE, "Broken pipe"))))
+        print("runs/a", file=ResultStream(Failing(BrokenPipeError(errno.EPIPE, "Broken pipe"))))
 
 
 def test_the_streams_come_back_and_act_as_those_behind(capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout, sys.stderr
-    with streams():
+    with guard_streams():
         assert sys.stderr.isatty() == before[1].isatty()
         assert sys.stdout.encoding == before[0].encoding
         print("out")
@@ -145,7 +145,7 @@ def _default_handlers() -> None:
 def test_a_stream_that_is_closed_goes_nowhere(closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`>&-`: Python has None there."""
     monkeypatch.setattr(sys, closed, None)
-    with streams():
+    with guard_streams():
         print("result")
         print("told", file=sys.stderr)
     assert getattr(sys, closed) is None

@@ -7,44 +7,44 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from lorry.config import DistillRun, ModelConfig, Run, build
+from lorry.config import DistillRunConfig, ModelConfig, RunConfig, build_settings
 from lorry.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorry.train.session import Result
+    from lorry.train.session import TrainResult
 
 PathLike = str | os.PathLike[str]
 
 
-def sft(**settings: Any) -> Result:
+def sft(**settings: Any) -> TrainResult:
     """Fine-tune: `sft(model="smollm2-135m-instruct", data="people.jsonl", r=16, learning_rate=1e-3)`.
 
     Keywords are those of `lorry sft --help`, with or without their group (`train={"seed": 1}` or `seed=1`). Returns the finished
     run: `.path`, `.contracts`, `.outcome`. Raises ConfigError, DataError, ModelError, ContractError (all LorryError).
     """
     notes: list[str] = []
-    return train(build(Run, settings, notes), notes)
+    return train_and_push(build_settings(RunConfig, settings, notes), notes)
 
 
-def distill(**settings: Any) -> Result:
+def distill(**settings: Any) -> TrainResult:
     """Learn from a teacher: `distill(teacher="runs/large", data="people.jsonl", loss="jsd", r=16)`.
 
     Keywords are those of `lorry distill --help`; see `sft` for what is returned and raised.
     """
     notes: list[str] = []
-    return train(build(DistillRun, settings, notes), notes)
+    return train_and_push(build_settings(DistillRunConfig, settings, notes), notes)
 
 
-def train(run: Run, notes: list[str]) -> Result:
+def train_and_push(run: RunConfig, notes: list[str]) -> TrainResult:
     """Run a description, told on the terminal; uploaded to the hub afterwards where it asks for that (`train.push_to_hub`)."""
     from lorry.hub.push import check_push, push_after
-    from lorry.train.monitoring.events import for_terminal
+    from lorry.train.monitoring.events import terminal_listener
     from lorry.train.session import train_run
 
     check_push(run, notes.append)  # a run of hours must not end in "not logged in"
-    heard = for_terminal(run.train.logging_steps)
+    heard = terminal_listener(run.train.logging_steps)
     result = train_run(run, notes, [heard])
     push_after(run, result.path, heard.note)
     return result
@@ -61,7 +61,7 @@ def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple
 
     settings = {"name": os.fspath(path), "adapter": None if adapter is None else os.fspath(adapter), **model}
     notes: list[str] = []
-    opened = open_model(build(ModelConfig, settings, notes), notes)
+    opened = open_model(build_settings(ModelConfig, settings, notes), notes)
     for note in notes:
         logging.getLogger("lorry").warning(note)
     return opened.model, opened.tokenizer
@@ -79,10 +79,10 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str | Sequence[str], **op
     a name, a list with a name or None (the base) per prompt, or a Mix (`Mix.none()` is the base); left out, what a plain
     `model(x)` uses. Returns the new text only. Raises ConfigError, and ModelError for a prompt the context cannot hold.
     """
-    from lorry.generation.text import answer
+    from lorry.generation.text import generate_texts
 
     if tokenizer is None:
         raise ConfigError("generate needs a tokenizer and this model brought none; put tokenizer.json beside its weights")
     single = isinstance(prompt, str)
-    texts = answer(model, tokenizer, [prompt] if isinstance(prompt, str) else list(prompt), **options)
+    texts = generate_texts(model, tokenizer, [prompt] if isinstance(prompt, str) else list(prompt), **options)
     return texts[0] if single else texts

@@ -17,11 +17,11 @@ from typing import Annotated, Any, Protocol, cast
 import typer
 
 from lorry.errors import LorryError, explain_out_of_memory
-from lorry.streams import abandon, streams
-from lorry.train.monitoring.signals import raising, tell_remembered
-from lorry.visible import escaped, message, visible
+from lorry.streams import abandon_stream, guard_streams
+from lorry.train.monitoring.signals import raise_deferred_signals, raise_on_signals
+from lorry.visible import escape_document, make_visible, visible_message
 
-ADVICE = (
+OUT_OF_MEMORY_ADVICE = (
     "Close what else runs here, take less at a time (batch_size, per_device_train_batch_size, max_length), or a smaller model; "
     "`lorry plan` says before anything is loaded what a run needs"
 )
@@ -35,7 +35,7 @@ class VerbModule(Protocol):
 
 
 @dataclass(frozen=True)
-class Verb:
+class CliVerb:
     """One command: its words (``lorry NAME WORDS``), its line in the help, and the schema of its settings."""
 
     name: str
@@ -46,21 +46,21 @@ class Verb:
 
 
 VERBS = (
-    Verb("demo", "DemoSettings", "", "teach a small real model new facts; before and after", "Start here"),
-    Verb("sft", "Run", "data=FILE", "fine-tune an adapter on examples", "Train"),
-    Verb("distill", "DistillRun", "teacher=MODEL data=FILE", "learn to speak as a teacher does", "Train"),
-    Verb("plan", "PlanSettings", "[MODEL]", "memory and time before anything is loaded; the rank that fits a budget", "Train"),
-    Verb("sweep", "Sweep", "data=FILE r=8,16 ...", "train a grid of settings in one pass and rank it", "Train"),
-    Verb("chat", "ChatSettings", "RUN", "talk to a model with any of its adapters", "Use"),
-    Verb("eval", "EvalSettings", "RUN data=FILE | tasks=[...]", "measure a model on a file, or on named sets", "Use"),
-    Verb("merge", "MergeSettings", "RUN", "fold an adapter into its base's weights", "Ship"),
-    Verb("unmerge", "UnmergeSettings", "RUN", "give back the base of a merged model, bit for bit", "Ship"),
-    Verb("export", "ExportSettings", "RUN to=FORMAT", "write a run in another library's format: hf, peft", "Ship"),
-    Verb("push", "PushSettings", "RUN", "upload a run, with its model card, to the hub", "Ship"),
-    Verb("runs", "RunsSettings", "[FOLDER]", "the runs in a folder and where each stands", "Look"),
-    Verb("report", "ReportSettings", "RUN [RUN ...]", "one offline HTML page for a run, or several side by side", "Look"),
-    Verb("compare", "CompareSettings", "RUN [RUN ...] | data=FILE", "adapters against full fine-tuning, measured", "Look"),
-    Verb("doctor", "DoctorSettings", "[RUN]", "what this machine has; given a run, which contracts held", "Look"),
+    CliVerb("demo", "DemoSettings", "", "teach a small real model new facts; before and after", "Start here"),
+    CliVerb("sft", "RunConfig", "data=FILE", "fine-tune an adapter on examples", "Train"),
+    CliVerb("distill", "DistillRunConfig", "teacher=MODEL data=FILE", "learn to speak as a teacher does", "Train"),
+    CliVerb("plan", "PlanSettings", "[MODEL]", "memory and time before anything is loaded; the rank that fits a budget", "Train"),
+    CliVerb("sweep", "SweepSettings", "data=FILE r=8,16 ...", "train a grid of settings in one pass and rank it", "Train"),
+    CliVerb("chat", "ChatSettings", "RUN", "talk to a model with any of its adapters", "Use"),
+    CliVerb("eval", "EvalSettings", "RUN data=FILE | tasks=[...]", "measure a model on a file, or on named sets", "Use"),
+    CliVerb("merge", "MergeSettings", "RUN", "fold an adapter into its base's weights", "Ship"),
+    CliVerb("unmerge", "UnmergeSettings", "RUN", "give back the base of a merged model, bit for bit", "Ship"),
+    CliVerb("export", "ExportSettings", "RUN to=FORMAT", "write a run in another library's format: hf, peft", "Ship"),
+    CliVerb("push", "PushSettings", "RUN", "upload a run, with its model card, to the hub", "Ship"),
+    CliVerb("runs", "RunsSettings", "[FOLDER]", "the runs in a folder and where each stands", "Look"),
+    CliVerb("report", "ReportSettings", "RUN [RUN ...]", "one offline HTML page for a run, or several side by side", "Look"),
+    CliVerb("compare", "CompareSettings", "RUN [RUN ...] | data=FILE", "adapters against full fine-tuning, measured", "Look"),
+    CliVerb("doctor", "DoctorSettings", "[RUN]", "what this machine has; given a run, which contracts held", "Look"),
 )
 
 app = typer.Typer(
@@ -91,117 +91,117 @@ def _root(
     pass
 
 
-def _add(verb: Verb) -> None:
+def _add_command(verb: CliVerb) -> None:
     free = {"allow_extra_args": True, "ignore_unknown_options": True}
 
     @app.command(verb.name, help=verb.line, rich_help_panel=verb.panel, context_settings=free, add_help_option=False)
     def command(ctx: typer.Context) -> None:
-        raise typer.Exit(_run(verb, ctx.args))
+        raise typer.Exit(_run_verb(verb, ctx.args))
 
 
 for _verb in VERBS:
-    _add(_verb)
+    _add_command(_verb)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, an error's own (lorry.errors), 130 on Ctrl-C, 2 on a wrong command."""
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    args[0] = visible(args[0])  # typer prints a verb that it does not know
+    args[0] = make_visible(args[0])  # typer prints a verb that it does not know
     # Before torch is imported: OpenMP's threads wait for each other by spinning, which on a busy machine starves the very thread
     # they wait for (the demo fell from 600 to 40 tokens/s beside other work); after a short spin they sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     code = 0
-    with streams():
+    with guard_streams():
         try:
-            with raising("arrived; what was written is whole"):
+            with raise_on_signals("arrived; what was written is whole"):
                 app(args=args, prog_name="lorry")
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
         except KeyboardInterrupt:
-            _complain("interrupted")
+            _print_error("interrupted")
             code = INTERRUPTED
         except LorryError as error:  # a signal before the verb was called, or behind it; help that cannot be written
             if isinstance(error, OSError):
-                abandon(sys.stdout)
-            _complain(str(error))
+                abandon_stream(sys.stdout)
+            _print_error(str(error))
             code = error.exit_code
-        return _flush(code)
+        return _flush_output(code)
 
 
-def _run(verb: Verb, args: list[str]) -> int:
+def _run_verb(verb: CliVerb, args: list[str]) -> int:
     """Parse, print the notes, call the verb; errors meant for people become one message, with its page, and an exit code."""
     try:
-        with explain_out_of_memory(ADVICE):
+        with explain_out_of_memory(OUT_OF_MEMORY_ADVICE):
             return _parse_and_call(verb, args)
     except LorryError as error:
-        _complain(str(error))
+        _print_error(str(error))
         if error.docs:
-            _tell(f"see docs/{error.docs}", dim=True)
+            _print_stderr(f"see docs/{error.docs}", dim=True)
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("interrupted")
+        _print_error("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        return _hush()
+        return _silence_output()
 
 
-def _parse_and_call(verb: Verb, args: list[str]) -> int:
+def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
     from lorry import config
 
-    tell_remembered()
+    raise_deferred_signals()
     schema = getattr(config, verb.schema)
     if "--help" in args or "-h" in args:
-        from lorry.config.guide import guide
+        from lorry.config.guide import format_help
 
-        print(guide(schema, f"lorry {verb.name} [CONFIG.yaml] {verb.words} [key=value ...]", verb.line))
+        print(format_help(schema, f"lorry {verb.name} [CONFIG.yaml] {verb.words} [key=value ...]", verb.line))
         return 0
     dump_only = "--dump-config" in args
     notes: list[str] = []
-    settings = config.parse(schema, [arg for arg in args if arg != "--dump-config"], notes)
+    settings = config.parse_settings(schema, [arg for arg in args if arg != "--dump-config"], notes)
     for note in notes:
-        _tell(f"note: {note}", dim=True)
+        _print_stderr(f"note: {note}", dim=True)
     if dump_only:
-        print(escaped(config.dump(settings)), end="")
+        print(escape_document(config.dump_settings(settings)), end="")
         return 0
     module = cast(VerbModule, importlib.import_module(f"lorry.verbs.{verb.name}"))
-    tell_remembered()
+    raise_deferred_signals()
     return module.main(settings, notes)
 
 
-def _tell(text: str, **style: Any) -> None:
+def _print_stderr(text: str, **style: Any) -> None:
     """A line on stderr, styled on a terminal only."""
     styled = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    said = message(text)
+    said = visible_message(text)
     print(typer.style(said, **style) if styled else said, file=sys.stderr)
 
 
-def _complain(message: str) -> None:
+def _print_error(message: str) -> None:
     """An error's message in red; LORRY_DEBUG=1 puts the traceback before it."""
     if os.environ.get("LORRY_DEBUG") == "1":
         traceback.print_exc()
-    _tell(f"error: {message}", fg="red")
+    _print_stderr(f"error: {message}", fg="red")
 
 
-def _flush(code: int) -> int:
+def _flush_output(code: int) -> int:
     """Write what is left now, where a reader that has gone is no error, rather than at exit, where Python would complain."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        code = _hush()
+        code = _silence_output()
     except LorryError as error:
-        abandon(sys.stdout)
-        _complain(str(error))
+        abandon_stream(sys.stdout)
+        _print_error(str(error))
         code = error.exit_code
     try:
         if sys.__stderr__ is not None:
             sys.__stderr__.flush()
     except OSError:
-        abandon(sys.stderr)
+        abandon_stream(sys.stderr)
     return code
 
 
-def _hush() -> int:
-    abandon(sys.stdout)
+def _silence_output() -> int:
+    abandon_stream(sys.stdout)
     return BROKEN_PIPE
 
 

@@ -53,7 +53,7 @@ class NonFiniteError(ContractError):
     exit_code = 6
 
 
-class Interrupted(LorryError):
+class RunInterruptedError(LorryError):
     """SIGTERM or SIGINT arrived; a checkpoint of the last finished step is on disk."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: run it again and it goes on
@@ -99,14 +99,14 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
         raise OutOfMemoryError(f"out of memory: could not allocate {large}. {advice}") from error
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def suggest_nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for behind an unknown name, or an empty string when nothing is close. In brackets, so that
     whatever punctuation the sentence goes on with stands alone."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def shortlist(names: Iterable[str], most: int = 12, longest: int = 80) -> str:
+def shortlist_names(names: Iterable[str], most: int = 12, longest: int = 80) -> str:
     """Names for a message: the first dozen, and how many more there are; a very long name loses its end."""
     listed = list(names)
     shown = [name if len(name) <= longest else f"{name[:longest]}..." for name in listed[:most]]

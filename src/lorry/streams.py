@@ -19,10 +19,10 @@ from typing import Any, TextIO
 from lorry.disk.durable import DiskError
 from lorry.errors import LorryError
 
-BACKGROUND = "LORRY_BACKGROUND"  # set in the environment of a run that is left alone
+BACKGROUND_VARIABLE = "LORRY_BACKGROUND"  # set in the environment of a run that is left alone
 
 
-class _Stream:
+class _WrappedStream:
     """A text stream with writing and flushing of its own; everything else is the stream's behind it."""
 
     def __init__(self, behind: TextIO) -> None:
@@ -35,7 +35,7 @@ class _Stream:
         return iter(self._behind)
 
 
-class Messages(_Stream):
+class MessageStream(_WrappedStream):
     """Standard error: what cannot be written is dropped."""
 
     def write(self, text: str) -> int:
@@ -48,7 +48,7 @@ class Messages(_Stream):
             self._behind.flush()
 
 
-class Results(_Stream):
+class ResultStream(_WrappedStream):
     """Standard output: what cannot be written ends the command."""
 
     def write(self, text: str) -> int:
@@ -70,36 +70,38 @@ def _blame_standard_output() -> Iterator[None]:
         raise DiskError(error.errno, error.strerror, "standard output") from error
 
 
-_last: list[Callable[[], None]] | None = None  # what waits for the last line; None: nothing is to wait
+_last_action: list[Callable[[], None]] | None = None  # what waits for the last line; None: nothing is to wait
 
 
 def after_last_line(action: Callable[[], None]) -> None:
     """Do something once all is said: of a run in the background whoever reads how it stands must find its log complete."""
-    if _last is None:
+    if _last_action is None:
         action()
     else:
-        _last.append(action)
+        _last_action.append(action)
 
 
 def is_left_alone() -> bool:
     """Whether this process is a run in the background, whose state is told last."""
-    return _last is not None
+    return _last_action is not None
 
 
 @contextlib.contextmanager
-def streams() -> Iterator[None]:
+def guard_streams() -> Iterator[None]:
     """Put both in the place of ``sys.stdout`` and ``sys.stderr`` while the block runs. In a process that verbs/background.py
     started, what is given to `after_last_line` is done at the block's end."""
-    global _last
+    global _last_action
     before = sys.stdout, sys.stderr
     # a stream that was closed (`>&-`) is None: what goes there goes nowhere
     behind = [stream if stream is not None else open(os.devnull, "w", encoding="utf-8") for stream in before]  # noqa: SIM115
-    sys.stdout, sys.stderr = Results(behind[0]), Messages(behind[1])
-    _last = [] if os.environ.pop(BACKGROUND, "") else None  # taken out: a process that this one starts is none of its kind
+    sys.stdout, sys.stderr = ResultStream(behind[0]), MessageStream(behind[1])
+    _last_action = (
+        [] if os.environ.pop(BACKGROUND_VARIABLE, "") else None
+    )  # taken out: a process that this one starts is none of its kind
     try:
         yield
     finally:
-        waiting, _last = _last or [], None
+        waiting, _last_action = _last_action or [], None
         sys.stdout, sys.stderr = before
         for action in waiting:
             try:
@@ -108,7 +110,7 @@ def streams() -> Iterator[None]:
                 print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def abandon(stream: TextIO) -> None:
+def abandon_stream(stream: TextIO) -> None:
     """Send what a stream still holds nowhere: Python would try again at exit, and complain."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_UNSEEN = (
+_UNSEEN_CHARACTERS = (
     _CONTROL_PICTURES
     | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # further control characters
     | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)  # half a character, which no encoding can write
@@ -23,21 +23,21 @@ _UNSEEN = (
 _BESIDE_ASCII = re.compile("[\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
-def visible(text: str) -> str:
+def make_visible(text: str) -> str:
     """Text that is safe to print or write anywhere: control characters, terminal escapes among them, become pictures."""
-    return text.translate(_UNSEEN)
+    return text.translate(_UNSEEN_CHARACTERS)
 
 
 def is_visible(text: str) -> bool:
     """Whether a text holds no such character, and no line break or tab either."""
-    return visible(text) == text and not set(text) & set("\n\t")
+    return make_visible(text) == text and not set(text) & set("\n\t")
 
 
-def message(text: str) -> str:
+def visible_message(text: str) -> str:
     """A message that may quote text from elsewhere: a line break in it begins no line that could be taken for another message."""
-    return visible(text).replace("\n", "\n  ")
+    return make_visible(text).replace("\n", "\n  ")
 
 
-def escaped(document: str) -> str:
+def escape_document(document: str) -> str:
     r"""JSON or YAML for standard output: what their writers leave as it is, as ``\u202e``, which reads back the same."""
     return _BESIDE_ASCII.sub(lambda found: f"\\u{ord(found[0]):04x}", document)

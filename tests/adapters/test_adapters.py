@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import attach, bank_of, detach, lora_parameters
+from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
 from lorry.adapters.layers import BankLinear
 from lorry.adapters.mix import Mix
 from lorry.adapters.spec import LoraSpec
@@ -111,14 +111,14 @@ def test_attach_and_detach_leave_the_base_alone(family: str, tiny: Any, ids: Ten
     assert {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)} == parameters
     assert not any(p.requires_grad for p in model.parameters())
     assert not {id(p) for p in model.parameters()} & {id(p) for p in lora_parameters(model)}
-    bank_of(model).activate(Mix.one("b"))
+    get_bank(model).activate(Mix.one("b"))
     with_b = logits(model, ids)
     detach(model, "a")
     assert torch.equal(logits(model, ids), with_b)
     detach(model, "b")
     assert {n: id(m) for n, m in model.named_modules()} == modules, "its own layers are back"
     assert torch.equal(logits(model, ids), before)
-    assert bank_of(model).names() == []
+    assert get_bank(model).names() == []
 
 
 def test_training_and_evaluation_modes_follow(tiny: Any) -> None:
@@ -133,7 +133,7 @@ def test_moving_keeps_identity(tiny: Any, ids: Tensor) -> None:
     model = tiny("llama")
     adapter = attach(model, LoraSpec(r=2, target_modules=("q_proj",)))
     before = lora_parameters(model)
-    bank_of(model).to(torch.device("cpu"))
+    get_bank(model).to(torch.device("cpu"))
     assert all(a is b for a, b in zip(lora_parameters(model), before, strict=True))
     loss(model, ids).backward()
     assert adapter.grads.abs().sum() > 0
@@ -217,7 +217,7 @@ def test_names_and_modules_given_by_hand(tiny: Any) -> None:
     with pytest.raises(ConfigError, match="no adapter named 'x'; this model has default"):
         detach(model, "x")
     with pytest.raises(ConfigError, match="no adapter named 'x'"):
-        bank_of(model).activate(Mix.one("x"))
+        get_bank(model).activate(Mix.one("x"))
 
 
 def test_scales(tiny: Any) -> None:

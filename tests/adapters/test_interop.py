@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import attach, bank_of, lora_parameters
-from lorry.adapters.merge import merge, merged_tensors, unmerge, unties
+from lorry.adapters.attach import attach, get_bank, lora_parameters
+from lorry.adapters.merge import merge, merged_tensors, separates_tied_head, unmerge
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
 
@@ -121,7 +121,7 @@ def test_merging_a_tied_head_equals_pefts_unmerged_model(
     unmerged = logits(theirs, ids)
     model = tiny("llama-tied")
     load_adapter(model, tmp_path)
-    assert unties(model)
+    assert separates_tied_head(model)
     streamed = dict(merged_tensors(model))
     report = merge(model)
     assert report.untied
@@ -194,4 +194,4 @@ def test_frozen_when_asked(tiny: Any, shake: Any, tmp_path: Path) -> None:
     assert lora_parameters(model) == [], "an optimizer would apply weight decay to what it is given"
     fresh = attach(model, LoraSpec(r=2, target_modules=("q_proj",)), "new")
     assert {id(p) for p in lora_parameters(model)} == {id(p) for s in fresh.slots.values() for p in (s.A, s.B)}
-    assert bank_of(model).names() == ["start", "new"]
+    assert get_bank(model).names() == ["start", "new"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import attach, bank_of, detach
+from lorry.adapters.attach import attach, detach, get_bank
 from lorry.adapters.layers import BankLinear
-from lorry.adapters.mix import Call, Mix
+from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -23,7 +23,7 @@ def linear(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def fill(model: nn.Module, name: str, value: float) -> None:
-    adapter = bank_of(model)[name]
+    adapter = get_bank(model)[name]
     with torch.no_grad():
         adapter.values.fill_(value)
     adapter.touch()
@@ -55,15 +55,15 @@ def test_a_diverged_neighbour_spoils_only_itself(dtype: torch.dtype, value: floa
     layer = model[0]  # type: ignore[index]
     assert isinstance(layer, BankLinear)
     x = torch.randn(100, 32).to(dtype)
-    call = Call(Mix.per_sequence(["good", "bad"], [0, 30, 100]))
+    call = AdapterContext(Mix.per_sequence(["good", "bad"], [0, 30, 100]))
 
     def pass_through() -> tuple[Tensor, Tensor, Tensor]:
         inner = x.clone().requires_grad_()
-        bank_of(model)["good"].grads.zero_()
+        get_bank(model)["good"].grads.zero_()
         y = layer(inner, call)
         (layer(y[:, :32], call)[:30].float().square().sum() + y[30:].float().sum()).backward()
         assert inner.grad is not None
-        return y.detach()[:30].clone(), inner.grad[:30].clone(), bank_of(model)["good"].grads.clone()
+        return y.detach()[:30].clone(), inner.grad[:30].clone(), get_bank(model)["good"].grads.clone()
 
     before = pass_through()
     fill(model, "bad", value)
@@ -78,10 +78,10 @@ def test_a_copied_model_trains_its_own_adapter() -> None:
     twin = deepcopy(model)
     x = torch.randn(3, 32)
     assert torch.equal(twin(x), model(x))
-    adapter, before = bank_of(twin)["a"], model(x)
+    adapter, before = get_bank(twin)["a"], model(x)
     twin(x).sum().backward()
     assert adapter.grads.norm() > 0
-    assert not bank_of(model)["a"].grads.any()
+    assert not get_bank(model)["a"].grads.any()
     with torch.no_grad():
         adapter.values.add_(adapter.grads)
     adapter.touch()
@@ -103,7 +103,7 @@ def test_the_base_under_an_adapter_gets_its_gradient(trained: str) -> None:
         found = getattr(layer, name).grad
         assert (found is not None) is (trained in (name, "both"))
         assert found is None or torch.allclose(found, expected, atol=1e-5)
-    assert bank_of(model)["a"].grads.norm() > 0
+    assert get_bank(model)["a"].grads.norm() > 0
 
 
 def test_second_derivatives_are_refused(tiny: Any, ids: Tensor) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import attach, bank_of, detach, lora_parameters
-from lorry.adapters.layers import AMBIENT
-from lorry.adapters.merge import MergeReport, MergeRow, merge, merged_tensors, unmerge, unties
-from lorry.adapters.mix import Call, Mix, Term
+from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
+from lorry.adapters.layers import AMBIENT_CONTEXT
+from lorry.adapters.merge import MergeReport, MergeRow, merge, merged_tensors, separates_tied_head, unmerge
+from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ContractError, ModelError
 
@@ -30,12 +30,12 @@ def with_adapters(model: nn.Module, shake: Any, targets: tuple[str, ...] = TWO) 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_merged_outputs_equal_the_mix(weights: dict[str, float], tiny: Any, ids: Tensor, logits: Any, shake: Any) -> None:
     model = with_adapters(tiny("llama"), shake)
-    bank_of(model).activate(Mix.constants(weights))
+    get_bank(model).activate(Mix.constants(weights))
     before = logits(model, ids)
     merge(model)  # the active mix
     torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=2e-5)
     unmerge(model)
-    assert bank_of(model).active == Mix.constants(weights)
+    assert get_bank(model).active == Mix.constants(weights)
     assert torch.equal(logits(model, ids), before)
 
 
@@ -72,7 +72,7 @@ def test_unmerge_is_bitwise_and_by_identity(dtype: torch.dtype, family: str, tin
     merge(model)
     assert list(model.state_dict()) == order
     assert not torch.equal(
-        next(iter(bank_of(model).modules.values())).weight, bits[f"{next(iter(bank_of(model).modules))}.weight"]
+        next(iter(get_bank(model).modules.values())).weight, bits[f"{next(iter(get_bank(model).modules))}.weight"]
     )
     assert not any(p.requires_grad for p in model.parameters())
     unmerge(model)
@@ -90,7 +90,7 @@ def test_rounding_is_measured_and_warned_about(tiny: Any, shake: Any) -> None:
     report = merge(model)
     errors, deltas = [], []
     for path, slot in adapter.slots.items():
-        layer = bank_of(model).modules[path]
+        layer = get_bank(model).modules[path]
         delta = slot.scale * (slot.B.detach().double() @ slot.A.detach().double())
         errors.append(layer.weight.double() - (layer.kept.double() + delta))
         deltas.append(delta)
@@ -119,7 +119,7 @@ def test_rounded_once(tiny: Any, shake: Any) -> None:
         adapter = attach(model, LoraSpec(r=1, lora_alpha=1, target_modules=("q_proj",)), name)
         with torch.no_grad():
             for slot in adapter.slots.values():
-                weight = bank_of(model).modules[slot.module].weight
+                weight = get_bank(model).modules[slot.module].weight
                 weight.fill_(1.0)
                 slot.A.fill_(1.0)
                 slot.B.fill_(0.003)  # half a step of bf16 above 1 is 0.0039
@@ -143,7 +143,7 @@ def test_streaming_gives_what_merging_gives(family: str, tiny: Any, shake: Any) 
         assert untouched[name][0] == id(p)
         assert torch.equal(untouched[name][1], p)
     tied = family in ("llama-tied", "gpt2")
-    assert unties(model) is tied
+    assert separates_tied_head(model) is tied
     report = merge(model)
     assert report.untied is tied
     assert set(streamed) == set(model.state_dict()), "a separate lm_head.weight where the embedding changed"
@@ -154,7 +154,7 @@ def test_streaming_gives_what_merging_gives(family: str, tiny: Any, shake: Any) 
 def test_a_head_that_stays_tied_is_not_streamed_twice(tiny: Any, shake: Any) -> None:
     model = with_adapters(tiny("llama-tied"), shake)
     assert "lm_head.weight" not in dict(merged_tensors(model))
-    assert not unties(model)
+    assert not separates_tied_head(model)
     assert not merge(model).untied
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -185,8 +185,8 @@ def test_streaming_into_another_dtype(tiny: Any, shake: Any) -> None:
 
 def test_what_cannot_be_merged(tiny: Any, shake: Any, ids: Tensor, logits: Any) -> None:
     model = with_adapters(tiny("llama"), shake)
-    bank = bank_of(model)
-    for mix in (Mix((Term("a", slice(0, 3)),)), Mix((Term("a", None, torch.ones(18)),))):
+    bank = get_bank(model)
+    for mix in (Mix((MixTerm("a", slice(0, 3)),)), Mix((MixTerm("a", None, torch.ones(18)),))):
         bank.activate(mix)
         with pytest.raises(ConfigError, match="varies over tokens"):
             merge(model)
@@ -211,16 +211,16 @@ def test_what_cannot_be_merged(tiny: Any, shake: Any, ids: Tensor, logits: Any) 
 def test_a_merged_model_refuses_its_adapters(tiny: Any, shake: Any, ids: Tensor, logits: Any) -> None:
     model = with_adapters(tiny("llama"), shake)
     merge(model, {"a": 1.0})
-    bank_of(model).activate(Mix.one("a"))
+    get_bank(model).activate(Mix.one("a"))
     with pytest.raises(ContractError, match="merged; call unmerge"):
         logits(model, ids)
-    bank_of(model).activate(Mix.none())
-    token = AMBIENT.set(Call(Mix.one("a")))
+    get_bank(model).activate(Mix.none())
+    token = AMBIENT_CONTEXT.set(AdapterContext(Mix.one("a")))
     try:
         with pytest.raises(ContractError, match="merged; call unmerge"):
             logits(model, ids)
     finally:
-        AMBIENT.reset(token)
+        AMBIENT_CONTEXT.reset(token)
     for action in (
         lambda: attach(model, LoraSpec(r=2), "c"),
         lambda: detach(model, "a"),

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import attach, bank_of, detach, lora_parameters
-from lorry.adapters.merge import merge, merged_tensors, unmerge, unties
+from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
+from lorry.adapters.merge import merge, merged_tensors, separates_tied_head, unmerge
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest, load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
-from lorry.families import find
+from lorry.families import find_family
 from lorry.models.decoder.model import Decoder
 
 
 def native(foreign: Any) -> Decoder:
     """Our decoder with the same weights."""
-    family = find(foreign.config.model_type)
+    family = find_family(foreign.config.model_type)
     assert family is not None
     model = Decoder(family, foreign.config.to_dict())
     model.load_state_dict(foreign.state_dict())
@@ -46,7 +46,7 @@ def test_adapters_act_alike_and_travel(
     again = tiny(family)
     load_adapter(again, tmp_path)
     assert torch.equal(logits(again, ids), logits(foreign, ids))
-    bank_of(own).activate(Mix.none())
+    get_bank(own).activate(Mix.none())
     assert torch.equal(logits(own, ids), base)
 
 
@@ -57,7 +57,7 @@ def test_merging_and_detaching(family: str, tiny: Any, ids: Tensor, logits: Any,
     attach(own, LoraSpec(r=3, target_modules=("lm_head",)))
     shake(lora_parameters(own))
     adapted = logits(own, ids)
-    assert unties(own) is own.geometry.tied
+    assert separates_tied_head(own) is own.geometry.tied
     streamed = dict(merged_tensors(own))
     assert list(streamed) == names
     assert merge(own).untied is own.geometry.tied
@@ -79,13 +79,13 @@ def test_a_bf16_base_with_fp32_masters(tiny: Any, ids: Tensor, logits: Any, shak
         shake(lora_parameters(model))
         for p in lora_parameters(model):
             p.data.mul_(0.3)
-        bank_of(model)["default"].touch()
+        get_bank(model)["default"].touch()
     assert {p.dtype for p in lora_parameters(rounded)} == {torch.float32}
     truth, got = logits(exact, ids), logits(rounded, ids)
     assert got.dtype == torch.bfloat16
     assert float((got.float() - truth).norm() / truth.norm()) < 0.05
     nn.functional.cross_entropy(rounded(ids).logits.flatten(0, 1).float(), ids.flatten()).backward()
     nn.functional.cross_entropy(exact(ids).logits.flatten(0, 1), ids.flatten()).backward()
-    a, b = (bank_of(m)["default"].grads for m in (rounded, exact))
+    a, b = (get_bank(m)["default"].grads for m in (rounded, exact))
     assert a.dtype == torch.float32
     assert float((a - b).norm() / b.norm()) < 0.1

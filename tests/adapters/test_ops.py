@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorry.adapters.attach import attach, bank_of
-from lorry.adapters.dropout import Noise
-from lorry.adapters.layers import AMBIENT
-from lorry.adapters.mix import Call, Mix, Term
-from lorry.adapters.product import Part, PartParams, Stack, TermParams
+from lorry.adapters.attach import attach, get_bank
+from lorry.adapters.dropout import DropoutNoise
+from lorry.adapters.layers import AMBIENT_CONTEXT
+from lorry.adapters.mix import AdapterContext, Mix, MixTerm
+from lorry.adapters.product import AdapterShare, PartParams, StackedAdapters, TermParams
 from lorry.adapters.spec import LoraSpec
 
 I, O, T, V = 7, 5, 12, 11  # noqa: E741
@@ -31,8 +31,8 @@ MIXES = {
     "per sequence": lambda g: Mix.per_sequence(["b", None, "a", "c"], STARTS),
     "neighbours": lambda g: Mix.per_sequence(["a", "a", "b", None], STARTS),
     "routed": lambda g: Mix.routed(["a", "b", "c"], g),
-    "routed rows": lambda g: Mix((Term("c", slice(2, 9), g[2:9, 0]), Term("a", None, -0.5))),
-    "twice the same": lambda g: Mix((Term("a"), Term("a", slice(0, 4), 2.0))),
+    "routed rows": lambda g: Mix((MixTerm("c", slice(2, 9), g[2:9, 0]), MixTerm("a", None, -0.5))),
+    "twice the same": lambda g: Mix((MixTerm("a"), MixTerm("a", slice(0, 4), 2.0))),
 }
 
 
@@ -56,12 +56,12 @@ class Result:
 
 
 @contextmanager
-def ambient(call: Call) -> Iterator[None]:
-    token = AMBIENT.set(call)
+def ambient(call: AdapterContext) -> Iterator[None]:
+    token = AMBIENT_CONTEXT.set(call)
     try:
         yield
     finally:
-        AMBIENT.reset(token)
+        AMBIENT_CONTEXT.reset(token)
 
 
 def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -80,34 +80,34 @@ def build(kind: str, dtype: torch.dtype, dropout: float = 0.0) -> Layer:
             p.copy_(draw(*p.shape, seed=20 + i))
     for k, (name, rank) in enumerate(RANKS.items()):
         attach(model, LoraSpec(r=rank, lora_alpha=3, lora_dropout=dropout), name, modules=["inner"])
-        for j, p in enumerate(bank_of(model)[name].slots["inner"].__dict__[side] for side in "AB"):
+        for j, p in enumerate(get_bank(model)[name].slots["inner"].__dict__[side] for side in "AB"):
             with torch.no_grad():
                 p.copy_(draw(*p.shape, seed=30 + 2 * k + j, scale=0.5))
     return model
 
 
-def ours(model: Layer, x: Tensor, mix: Mix, gates: Tensor, dy: Tensor, noise: Noise | None = None) -> Result:
-    with ambient(Call(mix, noise)):
+def ours(model: Layer, x: Tensor, mix: Mix, gates: Tensor, dy: Tensor, noise: DropoutNoise | None = None) -> Result:
+    with ambient(AdapterContext(mix, noise)):
         y = model(x)
-    for adapter in bank_of(model).adapters.values():
+    for adapter in get_bank(model).adapters.values():
         adapter.grads.zero_()
     if y.requires_grad:
         y.backward(dy.to(y.dtype))
     grads = {} if x.grad is None else {"x": x.grad}
     if gates.grad is not None:
         grads["gates"] = gates.grad
-    for name, adapter in bank_of(model).adapters.items():
+    for name, adapter in get_bank(model).adapters.items():
         grads |= {f"{name}.{k}": v for k, v in adapter.split_like(adapter.grads).items()}
     return Result(y.detach(), grads)
 
 
 def plain(model: Layer, x: Tensor, mix: Mix, gates: Tensor, dy: Tensor, masks: dict[str, Tensor] | None = None) -> Result:
     """The equation, line by line, in float64 with torch's own autograd: y = W x + b + sum g s B (A (x * mask / (1-p)))."""
-    layer = bank_of(model).modules["inner"]
+    layer = get_bank(model).modules["inner"]
     weight = layer.weight.detach().double()
     leaves = {
         n: {s: getattr(a.slots["inner"], s).detach().double().requires_grad_() for s in "AB"}
-        for n, a in bank_of(model).adapters.items()
+        for n, a in get_bank(model).adapters.items()
     }
     source = x.detach().double().requires_grad_() if x.is_floating_point() else x
     embedded = not x.is_floating_point()
@@ -118,7 +118,7 @@ def plain(model: Layer, x: Tensor, mix: Mix, gates: Tensor, dy: Tensor, masks: d
         y = source @ matrix.T + layer.bias.detach().double()
     rows = []
     for term in mix.terms:
-        slot, part = bank_of(model)[term.adapter].slots["inner"], term.rows or slice(None)
+        slot, part = get_bank(model)[term.adapter].slots["inner"], term.rows or slice(None)
         a, b = leaves[term.adapter]["A"], leaves[term.adapter]["B"]
         if embedded:
             low = nn.functional.one_hot(source[part], V).double() @ a.T @ b.T
@@ -160,10 +160,12 @@ def compare(
     gates = [draw(T, 3, seed=2).to(dtype).requires_grad_() for _ in range(2)]
     wide = gates[1].detach().double().requires_grad_()
     dy = draw(T, O, seed=3).to(dtype).double()
-    noise = Noise(1, 2, tuple(keys), STARTS) if dropout else None
-    site = bank_of(model).modules["inner"].path
+    noise = DropoutNoise(1, 2, tuple(keys), STARTS) if dropout else None
+    site = get_bank(model).modules["inner"].path
     masks = (
-        {n: Noise(1, 2, tuple(keys), STARTS).at(site, dropout).mask(I, torch.device("cpu")) for n in RANKS} if dropout else None
+        {n: DropoutNoise(1, 2, tuple(keys), STARTS).at(site, dropout).mask(I, torch.device("cpu")) for n in RANKS}
+        if dropout
+        else None
     )
     agree(ours(model, x, make(gates[0]), gates[0], dy, noise), plain(model, x, make(wide), wide, dy, masks), bound)
 
@@ -195,7 +197,7 @@ def mixes(draw_: st.DrawFn) -> list[tuple[str, int, int, float | int]]:
 @settings(max_examples=60, deadline=None)
 def test_any_terms(terms: list[tuple[str, int, int, float | int]], kind: str, dropout: float) -> None:
     def make(g: Tensor) -> Mix:
-        return Mix(tuple(Term(a, slice(i, j), g[i:j, c] if isinstance(c, int) else c) for a, i, j, c in terms))
+        return Mix(tuple(MixTerm(a, slice(i, j), g[i:j, c] if isinstance(c, int) else c) for a, i, j, c in terms))
 
     compare(kind, make, torch.float64, 1e-6, dropout if kind != "embedding" else 0.0)
 
@@ -203,7 +205,7 @@ def test_any_terms(terms: list[tuple[str, int, int, float | int]], kind: str, dr
 def test_batches_of_any_shape() -> None:
     model = build("linear", torch.float64)
     x = draw(2, 3, 2, I, seed=4)
-    bank_of(model).activate(Mix.constants({"a": 1, "b": -2}))
+    get_bank(model).activate(Mix.constants({"a": 1, "b": -2}))
     torch.testing.assert_close(model(x), model(x.reshape(-1, I)).reshape(2, 3, 2, O))
     assert model(x[:, 0, 0]).shape == (2, O)
 
@@ -211,21 +213,21 @@ def test_batches_of_any_shape() -> None:
 def test_the_mix_of_the_forward_pass_holds_in_backward() -> None:
     model = build("linear", torch.float32)
     x = draw(T, I, seed=1).float()
-    with ambient(Call(Mix.one("a"))):
+    with ambient(AdapterContext(Mix.one("a"))):
         y = model(x)
-    bank_of(model).activate(Mix.one("b"))
+    get_bank(model).activate(Mix.one("b"))
     y.sum().backward()
-    assert bank_of(model)["a"].grads.abs().sum() > 0
-    assert bank_of(model)["b"].grads.abs().sum() == 0
+    assert get_bank(model)["a"].grads.abs().sum() > 0
+    assert get_bank(model)["b"].grads.abs().sum() == 0
 
 
 def test_the_frozen_base_gets_no_gradient_and_no_adapter_changes_it() -> None:
     model = build("linear", torch.float32)
-    layer = bank_of(model).modules["inner"]
+    layer = get_bank(model).modules["inner"]
     x = draw(T, I, seed=1).float()
-    with ambient(Call(Mix.none())):
+    with ambient(AdapterContext(Mix.none())):
         assert torch.equal(model(x), nn.functional.linear(x, layer.weight, layer.bias))
-    with ambient(Call(Mix.one("a"))):
+    with ambient(AdapterContext(Mix.one("a"))):
         model(x).sum().backward()
     assert layer.weight.grad is None
     assert not layer.weight.requires_grad
@@ -241,7 +243,10 @@ def test_no_copy_of_the_input_per_adapter() -> None:
         kept.append(t)
         return t
 
-    with ambient(Call(Mix.constants(dict.fromkeys(RANKS, 1.0)))), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with (
+        ambient(AdapterContext(Mix.constants(dict.fromkeys(RANKS, 1.0)))),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
         model(x)
     assert sum(t.data_ptr() == x.data_ptr() for t in kept) == 1
     sizes = sorted(t.shape[0] for t in kept if t.dim() == 2 and t.shape[0] == T)
@@ -254,10 +259,10 @@ def test_one_batch_serves_several_adapters_end_to_end(tiny: Any, ids: Tensor, lo
     plain_logits = logits(model, ids)
     for name, rank in (("a", 2), ("b", 4)):
         attach(model, LoraSpec(r=rank, target_modules="all-linear"), name)
-        shake([p for s in bank_of(model)[name].slots.values() for p in (s.A, s.B)])
-    bank_of(model).activate(Mix.one("b"))
+        shake([p for s in get_bank(model)[name].slots.values() for p in (s.A, s.B)])
+    get_bank(model).activate(Mix.one("b"))
     alone = logits(model, ids)
-    with ambient(Call(Mix.per_sequence(["b", None], [0, 9, 18]))):
+    with ambient(AdapterContext(Mix.per_sequence(["b", None], [0, 9, 18]))):
         both = logits(model, ids)
     torch.testing.assert_close(both[0], alone[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(both[1], plain_logits[1], rtol=0, atol=1e-5)
@@ -265,8 +270,8 @@ def test_one_batch_serves_several_adapters_end_to_end(tiny: Any, ids: Tensor, lo
 
 def test_the_parameters_of_terms_come_back_in_their_places() -> None:
     """A and B of each part, then the gate; what belongs to others stays in the iterator."""
-    part = Part(0, slice(0, 1), torch.zeros(1, 1), 1.0)
-    stacks = [Stack(slice(None), torch.zeros(1, 1), [part] * n, None, False, lambda: None) for n in (2, 1)]
+    part = AdapterShare(0, slice(0, 1), torch.zeros(1, 1), 1.0)
+    stacks = [StackedAdapters(slice(None), torch.zeros(1, 1), [part] * n, None, False, lambda: None) for n in (2, 1)]
     names = iter(["A0", "B0", "A1", "B1", "gate", "A", "B", "other gate", "base"])
     terms = TermParams.unflat(stacks, names)
     assert terms == [

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lorry.adapters.attach import bank_of
-from lorry.adapters.peft.config import parse_config, read_json
+from lorry.adapters.attach import get_bank
+from lorry.adapters.peft.config import parse_peft_config, read_adapter_json
 from lorry.adapters.peft.files import load_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ModelError
@@ -34,7 +34,7 @@ KEYS = sorted(peft.LoraConfig(target_modules=["q_proj"]).to_dict())
 
 def spec_in(folder: Path) -> LoraSpec:
     """What an adapter directory's config says."""
-    return parse_config(read_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG))
+    return parse_peft_config(read_adapter_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG))
 
 
 @given(changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), JSON, max_size=4))
@@ -102,8 +102,8 @@ def test_any_damage_to_the_weights_file(data: st.DataObject, saved: Path, target
     broken.mkdir(exist_ok=True)
     (broken / ADAPTER_CONFIG).write_bytes((saved / ADAPTER_CONFIG).read_bytes())
     (broken / ADAPTER_WEIGHTS).write_bytes(content)
-    names = set(bank_of(target, create=True).names())
+    names = set(get_bank(target, create=True).names())
     try:
         load_adapter(target, broken, f"a{len(names)}")
     except ModelError:  # any other exception fails the test
-        assert set(bank_of(target).names()) == names
+        assert set(get_bank(target).names()) == names

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorry.adapters.attach import attach, bank_of, lora_parameters
+from lorry.adapters.attach import attach, get_bank, lora_parameters
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import adapter_files, base_digest, find_adapter, load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
@@ -188,8 +188,8 @@ def test_a_name_twice(saved: Path, tiny: Any) -> None:
     load_adapter(model, saved, "b")
     with pytest.raises(ConfigError, match="'a' is already attached"):
         load_adapter(model, saved, "a")
-    assert bank_of(model).names() == ["a", "b"]
-    assert bank_of(model).active == Mix((*Mix.one("a").terms, *Mix.one("b").terms))
+    assert get_bank(model).names() == ["a", "b"]
+    assert get_bank(model).active == Mix((*Mix.one("a").terms, *Mix.one("b").terms))
 
 
 def test_the_same_part_under_two_names(tiny: Any, shake: Any, tmp_path: Path) -> None:

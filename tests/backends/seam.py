@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.mix import Mix
-from lorry.backends.protocol import Losses, Scorer, Stats
-from lorry.data.batch import Batch, Example, Extra, collate
-from lorry.families import find
+from lorry.backends.protocol import LossTerms, ScoringBackend, StepStats
+from lorry.data.batch import Batch, BatchExtra, TokenizedExample, collate
+from lorry.families import find_family
 from lorry.models.decoder.model import Decoder
-from lorry.models.scoring.score import Score, Want, log_prob
-from lorry.tasks.losses import nll, npo
+from lorry.models.scoring.score import TokenScore, Want, log_prob
+from lorry.tasks.losses import nll_loss, npo_loss
 
 VOCAB = 61
 CONFIG = {
@@ -25,7 +25,7 @@ CONFIG = {
 
 def tiny_llama(seed: int = 0) -> Decoder:
     """Two layers of width 32 with weights large enough for gradients to matter."""
-    family = find("llama")
+    family = find_family("llama")
     assert family is not None
     model = Decoder(family, CONFIG)
     draw = torch.Generator().manual_seed(seed)
@@ -36,7 +36,7 @@ def tiny_llama(seed: int = 0) -> Decoder:
 
 def examples(
     n: int, seed: int = 0, adapter: Callable[[int], int] = lambda i: 0, role: Callable[[int], str] = lambda i: ""
-) -> list[Example]:
+) -> list[TokenizedExample]:
     """Random token rows of 4 to 13 tokens, about half of them supervised."""
     draw = torch.Generator().manual_seed(seed)
     out = []
@@ -45,31 +45,31 @@ def examples(
         weights = (torch.rand(length, generator=draw) < 0.5).float()
         weights[0], weights[-1] = 0, 1
         tokens = torch.randint(0, VOCAB, (length,), generator=draw).tolist()
-        out.append(Example(tokens, weights.tolist(), key=100 * seed + i, adapter=adapter(i), role=role(i)))
+        out.append(TokenizedExample(tokens, weights.tolist(), key=100 * seed + i, adapter=adapter(i), role=role(i)))
     return out
 
 
 class Fixed:
     """Fine-tuning on micro-batches given in full: `steps[step]` is a list of lists of examples."""
 
-    def __init__(self, steps: Sequence[Sequence[Sequence[Example]]], adapters: Sequence[str] = ("default",)) -> None:
+    def __init__(self, steps: Sequence[Sequence[Sequence[TokenizedExample]]], adapters: Sequence[str] = ("default",)) -> None:
         self.steps, self.adapters, self.total_steps = steps, list(adapters), len(steps)
-        self.seen: list[Stats] = []
+        self.seen: list[StepStats] = []
 
     def wants(self, batch: Batch) -> Mapping[str, Want]:
-        return {"logprob": Score(log_prob)}
+        return {"logprob": TokenScore(log_prob)}
 
-    def step_batches(self, step: int, models: Mapping[str, Scorer]) -> list[Batch]:
+    def step_batches(self, step: int, models: Mapping[str, ScoringBackend]) -> list[Batch]:
         batches = [collate(rows) for rows in self.steps[step]]
         return [b.with_terms(nll=b.count("token", len(self.adapters))) for b in batches]
 
     def eval_batches(self) -> list[Batch]:
         return self.step_batches(0, {})
 
-    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> Losses:
-        return {"nll": nll(got["logprob"], batch)}
+    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
+        return {"nll": nll_loss(got["logprob"], batch)}
 
-    def after_step(self, stats: Stats) -> None:
+    def after_step(self, stats: StepStats) -> None:
         self.seen.append(stats)
 
     def state(self) -> dict[str, Any]:
@@ -84,18 +84,18 @@ class Npo(Fixed):
 
     beta = 0.1
 
-    def step_batches(self, step: int, models: Mapping[str, Scorer]) -> list[Batch]:
+    def step_batches(self, step: int, models: Mapping[str, ScoringBackend]) -> list[Batch]:
         batches = [collate(rows) for rows in self.steps[step]]
-        scored = models["self"].score(batches, {"reference": Score(log_prob)}, Mix.none())
+        scored = models["self"].score(batches, {"reference": TokenScore(log_prob)}, Mix.none())
         k = len(self.adapters)
         return [
-            b.with_extra(reference=Extra(s["reference"], "token")).with_terms(
+            b.with_extra(reference=BatchExtra(s["reference"], "token")).with_terms(
                 forget=b.count("sequence", k, "forget"), retain=b.count("token", k, "retain")
             )
             for b, s in zip(batches, scored, strict=True)
         ]
 
-    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> Losses:
+    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
         forget = torch.tensor([r == "forget" for r in batch.role])
-        terms = npo(got["logprob"], batch.extra["reference"].values, batch, self.beta), nll(got["logprob"], batch)
+        terms = npo_loss(got["logprob"], batch.extra["reference"].values, batch, self.beta), nll_loss(got["logprob"], batch)
         return {"forget": torch.where(forget, terms[0], 0.0), "retain": torch.where(forget, 0.0, terms[1])}

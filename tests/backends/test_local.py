@@ -7,27 +7,27 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorry.adapters.attach import attach, bank_of
-from lorry.adapters.mix import Call, Mix
+from lorry.adapters.attach import attach, get_bank
+from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
-from lorry.backends.local import Local
+from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
-from lorry.data.batch import Example, collate
+from lorry.data.batch import TokenizedExample, collate
 from lorry.errors import ModelError, NonFiniteError
-from lorry.models.decoder.model import Decoder, Packed
+from lorry.models.decoder.model import Decoder, PackedInput
 from seam import Fixed, Npo, examples, tiny_llama
 
 
 def start(
     names: tuple[str, ...] = ("default",), specs: tuple[LoraSpec, ...] | None = None, seed: int = 0
-) -> tuple[Decoder, Local]:
+) -> tuple[Decoder, LocalBackend]:
     model = tiny_llama()
     for i, name in enumerate(names):
         attach(model, specs[i] if specs else LoraSpec(r=3, init_lora_weights=False), name, seed=seed)
-    return model, Local(model, names, OptimSettings(max_grad_norm=0.0))
+    return model, LocalBackend(model, names, OptimSettings(max_grad_norm=0.0))
 
 
-def grads(local: Local, task: Fixed, step: int = 0, name: str = "default") -> torch.Tensor:
+def grads(local: LocalBackend, task: Fixed, step: int = 0, name: str = "default") -> torch.Tensor:
     batches = task.step_batches(step, {"self": local})
     local.forward_backward(batches, task, step)
     out = local.bank[name].grads.clone()
@@ -35,12 +35,12 @@ def grads(local: Local, task: Fixed, step: int = 0, name: str = "default") -> to
     return out
 
 
-def mean_loss_by_hand(model: Decoder, rows: list[Example], adapter: str) -> torch.Tensor:
+def mean_loss_by_hand(model: Decoder, rows: list[TokenizedExample], adapter: str) -> torch.Tensor:
     """Sum of weighted token losses over total weight, from full logits of one row at a time."""
     total, weight = torch.zeros(()), 0.0
-    call = Call(Mix.one(adapter))
+    call = AdapterContext(Mix.one(adapter))
     for row in rows:
-        packed = Packed.of([row.tokens])
+        packed = PackedInput.of([row.tokens])
         logp = model.logits(model.hidden(packed, call).last, call).log_softmax(-1)
         for t, w in enumerate(row.weights):
             if w:
@@ -117,9 +117,9 @@ def test_npo_over_the_seam_equals_autograd_by_hand() -> None:
     total = torch.zeros(())
     for row in forget:
         batch = collate([row])
-        packed = Packed(batch.tokens, batch.positions, batch.segments)
+        packed = PackedInput(batch.tokens, batch.positions, batch.segments)
         sums = []
-        for call in (Call(Mix.one("default")), Call()):
+        for call in (AdapterContext(Mix.one("default")), AdapterContext()):
             logp = model.logits(model.hidden(packed, call).last, call).log_softmax(-1)
             sums.append(sum(w * logp[t - 1, row.tokens[t]] for t, w in enumerate(row.weights) if w))
         total = total - 2 / 0.1 * torch.nn.functional.logsigmoid(-0.1 * (sums[0] - sums[1].detach())) / len(forget)
@@ -134,10 +134,10 @@ def test_adamw_and_clipping_equal_torch() -> None:
     settings = OptimSettings(weight_decay=0.1, max_grad_norm=0.05)
     model = tiny_llama()
     attach(model, LoraSpec(r=3, init_lora_weights=False))
-    local = Local(model, ["default"], settings)
+    local = LocalBackend(model, ["default"], settings)
     twin = tiny_llama()
     attach(twin, LoraSpec(r=3, init_lora_weights=False))
-    params = bank_of(twin).parameters()
+    params = get_bank(twin).parameters()
     other = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
     task = Fixed([[examples(3, seed)] for seed in range(10)])
     for step in range(10):
@@ -204,7 +204,7 @@ def test_state_goes_round_and_is_strict() -> None:
 def test_dropout_follows_step_and_key_not_packing() -> None:
     model = tiny_llama()
     attach(model, LoraSpec(r=3, lora_dropout=0.3, init_lora_weights=False))
-    local = Local(model, ["default"], OptimSettings())
+    local = LocalBackend(model, ["default"], OptimSettings())
     rows = examples(5)
     packed, apart = grads(local, Fixed([[rows]])), grads(local, Fixed([[[r] for r in reversed(rows)]]))
     assert (packed - apart).abs().max() < 1e-5 * packed.abs().max() + 1e-7

@@ -51,7 +51,9 @@ def test_an_honest_engine_passes(tiny: tuple[Path, list[dict[str, Any]]], engine
     assert found["cosine"] > 0.99
 
 
-@pytest.mark.skipif(not kernels.status().active, reason=f"Lorry's kernels do not run here: {kernels.status().reason}")
+@pytest.mark.skipif(
+    not kernels.kernel_status().active, reason=f"Lorry's kernels do not run here: {kernels.kernel_status().reason}"
+)
 def test_lorry_passes(tiny: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_MALLOC", "0")  # not for the process of all the other tests
     assert verdict(tiny, "lorry")["refused"] is None
@@ -123,6 +125,6 @@ def test_a_sequence_that_is_no_row_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_fallback_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "status", lambda: kernels.Status(False, "no compiler"))
+    monkeypatch.setattr(kernels, "kernel_status", lambda: kernels.KernelStatus(False, "no compiler"))
     with pytest.raises(SystemExit, match="no compiler"):
         engines.fast_path()

@@ -13,8 +13,8 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lorry.config import Run, build, dump, parse
-from lorry.config.parsing.files import LARGEST, read_file, read_scalar
+from lorry.config import RunConfig, build_settings, dump_settings, parse_settings
+from lorry.config.parsing.files import LARGEST_DESCRIPTION, read_description_file, read_scalar
 from lorry.errors import ConfigError
 from lorry.visible import is_visible
 
@@ -25,15 +25,15 @@ def write(tmp_path: Path, text: str | bytes, name: str = "run.yaml") -> Path:
     return path
 
 
-def read(tmp_path: Path, text: str | bytes, name: str = "run.yaml") -> Run:
-    return parse(Run, [str(write(tmp_path, text, name))], [])
+def read(tmp_path: Path, text: str | bytes, name: str = "run.yaml") -> RunConfig:
+    return parse_settings(RunConfig, [str(write(tmp_path, text, name))], [])
 
 
 def test_yaml_and_json_mean_the_same(tmp_path: Path) -> None:
     values = {"data": {"path": ["a.jsonl"], "eval": "b.jsonl"}, "lora": {"r": 4}, "learning_rate": 1e-3, "train": {"seed": 3}}
     one = read(tmp_path, json.dumps(values, indent="\t"), "run.json")
     assert one == read(tmp_path, yaml.safe_dump(values))
-    assert one == build(Run, values, [])
+    assert one == build_settings(RunConfig, values, [])
 
 
 def test_flat_trl_style_yaml(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_scalars_follow_yaml_1_2(text: str, expected: Any) -> None:
         ("data: x\nrun_name: a\x07b\n", "run.yaml: not YAML"),
         (b"data: x\nrun_name: \xff\n", "run.yaml:2: not UTF-8 text"),
         ("data: " + "[" * 2000, "nested too deeply"),
-        ("data: x\n#" + "x" * LARGEST, "run.yaml is larger than 262144 bytes"),
+        ("data: x\n#" + "x" * LARGEST_DESCRIPTION, "run.yaml is larger than 262144 bytes"),
         ("seed: " + "9" * 5000, "run.yaml:1: not YAML: 9999999999"),
         ("data: x\nlearning_rate: 1e999\n", "run.yaml:2: not YAML: '1e999' is beyond what a float holds"),
         ("data: x\nseed: 9223372036854775808\n", "run.yaml:2: not YAML: 9223372036854775808 is too large"),
@@ -139,12 +139,12 @@ def test_bad_json(tmp_path: Path, text: str, message: str) -> None:
 
 def test_missing_file() -> None:
     with pytest.raises(ConfigError, match=r"no/such\.yaml: cannot be read \(No such file"):
-        parse(Run, ["no/such.yaml"], [])
+        parse_settings(RunConfig, ["no/such.yaml"], [])
 
 
 def test_a_byte_order_mark_and_an_empty_file(tmp_path: Path) -> None:
     assert read(tmp_path, b"\xef\xbb\xbfdata: x\n").data.path == "x"
-    assert read_file(write(tmp_path, "# nothing\n")).values == {}
+    assert read_description_file(write(tmp_path, "# nothing\n")).values == {}
 
 
 @settings(max_examples=200)
@@ -159,7 +159,7 @@ def test_any_file_is_read_or_refused_in_words(text: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("a.yaml", "a.json"):
             with contextlib.suppress(ConfigError):
-                parse(Run, [str(write(Path(folder), text, name))], [])
+                parse_settings(RunConfig, [str(write(Path(folder), text, name))], [])
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -204,18 +204,18 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     st.fixed_dictionaries({"data.path": SETTINGS["data.path"]}, optional={k: v for k, v in SETTINGS.items() if k != "data.path"})
 )
 def test_dump_reads_back_to_the_same_run(chosen: dict[str, Any]) -> None:
-    run = build(Run, chosen, [])
-    text = dump(run)
+    run = build_settings(RunConfig, chosen, [])
+    text = dump_settings(run)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(text, encoding="utf-8", newline="")
-        again = parse(Run, [str(path)], [])
+        again = parse_settings(RunConfig, [str(path)], [])
     assert again == run
-    assert dump(again) == text
+    assert dump_settings(again) == text
     assert type(again.lora.lora_alpha) is type(run.lora.lora_alpha) if again.lora and run.lora else True
     assert yaml.safe_load(text) == run.model_dump(mode="json"), "a YAML 1.1 reader sees something else"
 
 
 def test_dump_without_adapter() -> None:
-    run = build(Run, {"data": "x", "lora": None}, [])
-    assert yaml.safe_load(dump(run))["lora"] is None
+    run = build_settings(RunConfig, {"data": "x", "lora": None}, [])
+    assert yaml.safe_load(dump_settings(run))["lora"] is None

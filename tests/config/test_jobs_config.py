@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.config import Run, Sweep, build, dump, jobs_of, parse
-from lorry.config.jobs import SHARED, WHOLE
-from lorry.config.parsing.names import names_of
+from lorry.config import RunConfig, SweepSettings, build_settings, dump_settings, parse_settings, runs_by_adapter
+from lorry.config.jobs import BASE_JOB, SHARED_SETTINGS
+from lorry.config.parsing.names import schema_names
 from lorry.errors import ConfigError
 
 
-def run(*argv: str) -> Run:
-    return parse(Run, ["data=people.jsonl", *argv], [])
+def run(*argv: str) -> RunConfig:
+    return parse_settings(RunConfig, ["data=people.jsonl", *argv], [])
 
 
 def swept(*argv: str) -> list[str]:
-    return [job.name for job in parse(Sweep, ["data=people.jsonl", *argv], []).jobs]
+    return [job.name for job in parse_settings(SweepSettings, ["data=people.jsonl", *argv], []).jobs]
 
 
 # --- a job is the run with its own settings
@@ -36,7 +36,7 @@ def test_each_job_is_what_the_command_line_would_make_of_it() -> None:
     shared = ["learning_rate=1e-3", "save_steps=7"]
     listed = [{"name": name, **{w.split("=")[0]: w.split("=")[1] for w in words}} for name, words in own.items()]
     text = ", ".join("{" + ", ".join(f"{k}: {v}" for k, v in job.items()) + "}" for job in listed)
-    resolved = jobs_of(run(*shared, f"jobs=[{text}]"))
+    resolved = runs_by_adapter(run(*shared, f"jobs=[{text}]"))
     assert list(resolved) == list(own)
     for name, words in own.items():
         alone = run(*shared, *words, f"adapter_name={name}")
@@ -47,9 +47,9 @@ def test_each_job_is_what_the_command_line_would_make_of_it() -> None:
 
 def test_a_run_without_jobs_is_its_own_only_job() -> None:
     plain = run("adapter_name=mine")
-    assert jobs_of(plain) == {"mine": plain}
+    assert runs_by_adapter(plain) == {"mine": plain}
     whole = run("lora=null")
-    assert jobs_of(whole) == {WHOLE: whole}
+    assert runs_by_adapter(whole) == {BASE_JOB: whole}
 
 
 def test_only_what_differs_is_kept_and_reads_back() -> None:
@@ -59,42 +59,44 @@ def test_only_what_differs_is_kept_and_reads_back() -> None:
         {"name": "a", "lora": {"r": 8, "lora_alpha": 16}, "data": {}, "train": {}},
         {"name": "b", "lora": {"lora_dropout": 0.1}, "data": {"path": "b.jsonl"}, "train": {}},
     ]
-    assert build(Run, described.model_dump(), []) == described
+    assert build_settings(RunConfig, described.model_dump(), []) == described
 
 
 def test_written_and_read_again(tmp_path: Path) -> None:
     described = run("jobs=[{name: a, r: 8, test_size: 0.2}, {name: b, target_modules: [q_proj], warmup_ratio: 0.1}]", "lr=1e-3")
     file = tmp_path / "run.yaml"
-    file.write_text(dump(described))
-    again = parse(Run, [str(file)], [])
+    file.write_text(dump_settings(described))
+    again = parse_settings(RunConfig, [str(file)], [])
     assert again == described
-    assert jobs_of(again) == jobs_of(described)
+    assert runs_by_adapter(again) == runs_by_adapter(described)
 
 
 def test_jobs_that_bring_their_own_data_need_no_other() -> None:
-    described = parse(Run, ["jobs=[{name: a, data: {path: a.jsonl, eval: e.jsonl}}, {name: b, data: b.jsonl}]"], [])
-    assert [(one.data.path, one.data.eval) for one in jobs_of(described).values()] == [
+    described = parse_settings(
+        RunConfig, ["jobs=[{name: a, data: {path: a.jsonl, eval: e.jsonl}}, {name: b, data: b.jsonl}]"], []
+    )
+    assert [(one.data.path, one.data.eval) for one in runs_by_adapter(described).values()] == [
         ("a.jsonl", "e.jsonl"),
         ("b.jsonl", None),  # nothing of a's data but its rows stands for the run's
     ]
     settings = "max_length: 64, system: S, completion_only_loss: false, test_size: 0.1"
     several = [f"jobs=[{{name: a, data: {{path: a.jsonl, {settings}}}}}, {{name: b, data: {{path: b.jsonl}}}}]"]
-    other = jobs_of(parse(Run, several, []))["b"].data
-    assert other == parse(Run, ["data=b.jsonl"], []).data
+    other = runs_by_adapter(parse_settings(RunConfig, several, []))["b"].data
+    assert other == parse_settings(RunConfig, ["data=b.jsonl"], []).data
     with pytest.raises(ConfigError, match=r"job 'b': data\.path is missing: the run has no rows of its own"):
-        parse(Run, ["jobs=[{name: a, data: a.jsonl}, {name: b, learning_rate: 1e-3}]"], [])
+        parse_settings(RunConfig, ["jobs=[{name: a, data: a.jsonl}, {name: b, learning_rate: 1e-3}]"], [])
     with pytest.raises(ConfigError, match=r"data\.path is missing|data is missing"):
-        parse(Run, ["jobs=[{name: a}, {name: b, data: b.jsonl}]"], [])
+        parse_settings(RunConfig, ["jobs=[{name: a}, {name: b, data: b.jsonl}]"], [])
 
 
 def test_settings_of_the_run_stand_beside_rows_of_its_jobs() -> None:
     """`data: {max_length: 448}` for all, each job with its own file; also where one mixes named sets and one reads a file."""
     jobs = "jobs=[{name: a, data: a.jsonl}, {name: b, data: {path: b.jsonl, max_length: 64}}, {name: c, mix: [bool_q]}]"
-    described = parse(Run, ["data={max_length: 448}", jobs], [])
-    found = [(one.data.path, one.data.mix, one.data.max_length) for one in jobs_of(described).values()]
+    described = parse_settings(RunConfig, ["data={max_length: 448}", jobs], [])
+    found = [(one.data.path, one.data.mix, one.data.max_length) for one in runs_by_adapter(described).values()]
     assert found == [("a.jsonl", [], 448), ("b.jsonl", [], 64), (None, ["bool_q"], 448)]
     with pytest.raises(ConfigError, match=r"job 'b': data\.path is missing|data\.path is missing"):
-        parse(Run, ["data={max_length: 448}", "jobs=[{name: a}, {name: b, data: b.jsonl}]"], [])
+        parse_settings(RunConfig, ["data={max_length: 448}", "jobs=[{name: a}, {name: b, data: b.jsonl}]"], [])
 
 
 @pytest.mark.parametrize("axes", [["r=" + ",".join(map(str, range(1, 101)))] * 1, []])
@@ -103,27 +105,29 @@ def test_a_grid_has_a_bound(axes: list[str]) -> None:
     hundred = ",".join(map(str, range(1, 101)))
     grid = [*axes, *(f"{name}={hundred}" for name in ("seed", "max_steps", "warmup_steps", "gradient_accumulation_steps"))]
     with pytest.raises(ConfigError, match=r"the sweep has [\d,]+ combinations \(.*seed: 100.*\); at most 1,000"):
-        parse(Sweep, ["data=d", *grid], [])
+        parse_settings(SweepSettings, ["data=d", *grid], [])
 
 
 def test_a_list_of_jobs_has_a_bound() -> None:
     with pytest.raises(ConfigError, match="1,001 jobs are too many"):
-        build(Run, {"data": "d", "jobs": [{"name": f"j{n}"} for n in range(1001)]}, [])
+        build_settings(RunConfig, {"data": "d", "jobs": [{"name": f"j{n}"} for n in range(1001)]}, [])
 
 
 def test_the_command_lines_list_replaces_the_files(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("data: d.jsonl\njobs: [{name: a}, {name: b, r: 4}]\n")
-    assert [j.name for j in parse(Run, [str(file)], []).jobs] == ["a", "b"]
-    assert [j.name for j in parse(Run, [str(file), "jobs=[{name: c, r: 8}]"], []).jobs] == ["c"]
-    assert parse(Run, [str(file), "jobs=null"], []).jobs == []
+    assert [j.name for j in parse_settings(RunConfig, [str(file)], []).jobs] == ["a", "b"]
+    assert [j.name for j in parse_settings(RunConfig, [str(file), "jobs=[{name: c, r: 8}]"], []).jobs] == ["c"]
+    assert parse_settings(RunConfig, [str(file), "jobs=null"], []).jobs == []
 
 
 def test_python_values() -> None:
     notes: list[str] = []
-    made = build(Run, {"data": "d.jsonl", "jobs": [{"name": "a", "r": 4}, {"name": "b", "train": {"lr": 1e-3}}]}, notes)
-    assert [one.lora.r for one in jobs_of(made).values() if one.lora] == [4, 16]
-    assert [one.train.learning_rate for one in jobs_of(made).values()] == [2e-4, 1e-3]
+    made = build_settings(
+        RunConfig, {"data": "d.jsonl", "jobs": [{"name": "a", "r": 4}, {"name": "b", "train": {"lr": 1e-3}}]}, notes
+    )
+    assert [one.lora.r for one in runs_by_adapter(made).values() if one.lora] == [4, 16]
+    assert [one.train.learning_rate for one in runs_by_adapter(made).values()] == [2e-4, 1e-3]
     assert notes == ["train.lr is read as train.learning_rate"]
 
 
@@ -168,7 +172,7 @@ def test_a_mistake_in_a_job_is_told_with_its_line(line: str, inner: str, place: 
     file = tmp_path / "c.yaml"
     file.write_text(FILE.format(line=line, inner=inner))
     with pytest.raises(ConfigError) as e:
-        parse(Run, [str(file)], [])
+        parse_settings(RunConfig, [str(file)], [])
     assert f"{file}:{place}: {message}" in str(e.value)
 
 
@@ -198,15 +202,15 @@ def test_no_adapter_for_the_jobs() -> None:
 
 
 def test_every_shared_setting_exists() -> None:
-    assert names_of(Run).fields.keys() >= SHARED
+    assert schema_names(RunConfig).fields.keys() >= SHARED_SETTINGS
 
 
 @settings(max_examples=60)
 @given(st.text("[]{}:, ab01'\"-\n", max_size=30), st.sampled_from(["jobs", "sweep"]))
 def test_any_text_is_taken_or_refused_in_words(text: str, key: str) -> None:
-    for schema in (Run, Sweep):
+    for schema in (RunConfig, SweepSettings):
         with contextlib.suppress(ConfigError):
-            parse(schema, ["data=x", f"{key}={text}"], [])
+            parse_settings(schema, ["data=x", f"{key}={text}"], [])
 
 
 # --- grids
@@ -233,18 +237,18 @@ def test_names_of_a_grid(argv: list[str], names: list[str]) -> None:
 
 
 def test_a_grid_is_every_combination() -> None:
-    made = parse(Sweep, ["data=d", "r=2,4", "warmup_steps=0,3"], [])
+    made = parse_settings(SweepSettings, ["data=d", "r=2,4", "warmup_steps=0,3"], [])
     (alone,) = made.passes()
-    found = [(one.lora.r, one.train.warmup_steps) for one in jobs_of(alone).values() if one.lora]
+    found = [(one.lora.r, one.train.warmup_steps) for one in runs_by_adapter(alone).values() if one.lora]
     assert found == [(2, 0), (2, 3), (4, 0), (4, 3)]
-    assert build(Sweep, made.model_dump(), []).jobs == made.jobs
+    assert build_settings(SweepSettings, made.model_dump(), []).jobs == made.jobs
 
 
 def test_passes_of_a_few_jobs_each() -> None:
-    made = parse(Sweep, ["data=d", "r=1,2,3,4,5", "jobs_per_pass=2", "output_dir=o"], [])
+    made = parse_settings(SweepSettings, ["data=d", "r=1,2,3,4,5", "jobs_per_pass=2", "output_dir=o"], [])
     assert [[job.name for job in one.jobs] for one in made.passes()] == [["r1", "r2"], ["r3", "r4"], ["r5"]]
     assert [one.output_dir for one in made.passes()] == [Path("o/pass-1"), Path("o/pass-2"), Path("o/pass-3")]
-    assert all(type(one) is Run for one in made.passes())
+    assert all(type(one) is RunConfig for one in made.passes())
 
 
 @pytest.mark.parametrize(
@@ -266,7 +270,9 @@ def test_grids_that_make_no_sense(argv: list[str], message: str) -> None:
 
 
 def test_text_with_commas_is_no_grid() -> None:
-    made = parse(Sweep, ["data=[a.jsonl, b.jsonl]", "system=Hello, you", "target_modules=q_proj,v_proj", "r=1,2"], [])
+    made = parse_settings(
+        SweepSettings, ["data=[a.jsonl, b.jsonl]", "system=Hello, you", "target_modules=q_proj,v_proj", "r=1,2"], []
+    )
     assert (made.data.path, made.data.system) == (["a.jsonl", "b.jsonl"], "Hello, you")
     assert made.lora is not None
     assert made.lora.target_modules == ["q_proj", "v_proj"]
@@ -281,6 +287,6 @@ def test_a_long_grids_names_fit_a_folder() -> None:
         "learning_rate": [1e-3],
     }
     many |= {"per_device_train_batch_size": [4], "gradient_accumulation_steps": [2], "max_grad_norm": [0.5]}
-    names = [job.name for job in build(Sweep, {"data": "d", "sweep": many}, []).jobs]
+    names = [job.name for job in build_settings(SweepSettings, {"data": "d", "sweep": many}, []).jobs]
     assert len(set(names)) == 4
     assert max(map(len, names)) <= 56

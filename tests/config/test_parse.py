@@ -10,14 +10,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.config import ChatSettings, DistillRun, DoctorSettings, EvalSettings, MergeSettings, ReportSettings, Run, build, parse
-from lorry.config.parsing.aliases import HOMONYMS, NOT_YET, NOT_YET_VALUES, NOTED, READINGS, RENAMES
-from lorry.config.parsing.names import names_of
+from lorry.config import (
+    ChatSettings,
+    DistillRunConfig,
+    DoctorSettings,
+    EvalSettings,
+    MergeSettings,
+    ReportSettings,
+    RunConfig,
+    build_settings,
+    parse_settings,
+)
+from lorry.config.parsing.aliases import (
+    ALIAS_READERS,
+    ALIAS_RENAMES,
+    HOMONYMS,
+    IGNORED_ALIASES,
+    UNSUPPORTED_ALIASES,
+    UNSUPPORTED_VALUES,
+)
+from lorry.config.parsing.names import schema_names
 from lorry.errors import ConfigError
 
 
-def run(*argv: str) -> Run:
-    return parse(Run, ["data=people.jsonl", *argv], [])
+def run(*argv: str) -> RunConfig:
+    return parse_settings(RunConfig, ["data=people.jsonl", *argv], [])
 
 
 def value(dotted: str, *argv: str) -> Any:
@@ -92,8 +109,8 @@ def test_command_line(argv: list[str], dotted: str, expected: Any) -> None:
 
 
 def test_several_files() -> None:
-    assert parse(Run, ["data=[a.jsonl, b.jsonl]"], []).data.path == ["a.jsonl", "b.jsonl"]
-    assert parse(Run, ["--data", "a.jsonl", "b.jsonl", "--r", "4"], []).data.path == ["a.jsonl", "b.jsonl"]
+    assert parse_settings(RunConfig, ["data=[a.jsonl, b.jsonl]"], []).data.path == ["a.jsonl", "b.jsonl"]
+    assert parse_settings(RunConfig, ["--data", "a.jsonl", "b.jsonl", "--r", "4"], []).data.path == ["a.jsonl", "b.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +194,7 @@ def test_refused(argv: list[str], message: str) -> None:
 )
 def test_peers_names(argv: list[str], dotted: str, expected: Any, note: str | None) -> None:
     notes: list[str] = []
-    found: Any = parse(Run, ["data=people.jsonl", *argv], notes)
+    found: Any = parse_settings(RunConfig, ["data=people.jsonl", *argv], notes)
     for part in dotted.split("."):
         found = getattr(found, part)
     assert found == expected
@@ -188,7 +205,7 @@ def test_peers_names(argv: list[str], dotted: str, expected: Any, note: str | No
 def test_peers_data_names() -> None:
     for word in ("dataset", "dataset_name", "train_file"):
         notes: list[str] = []
-        assert parse(Run, [f"{word}=f.jsonl"], notes).data.path == "f.jsonl"
+        assert parse_settings(RunConfig, [f"{word}=f.jsonl"], notes).data.path == "f.jsonl"
         assert notes == [f"{word} is read as data.path"]
 
 
@@ -209,13 +226,13 @@ def test_pefts_lora_bias_is_not_bias(given: str) -> None:
 
 
 def test_every_alias_leads_to_a_setting_and_hides_none() -> None:
-    names = names_of(Run)
-    assert [t for t in RENAMES.values() if t not in names.fields and t not in names_of(DistillRun).fields] == []
-    words = [*RENAMES, *READINGS, *NOTED, *NOT_YET]
+    names = schema_names(RunConfig)
+    assert [t for t in ALIAS_RENAMES.values() if t not in names.fields and t not in schema_names(DistillRunConfig).fields] == []
+    words = [*ALIAS_RENAMES, *ALIAS_READERS, *IGNORED_ALIASES, *UNSUPPORTED_ALIASES]
     assert [word for word in words if word in names.leaves or word in names.groups] == []
     assert len(set(words)) == len(words), "a word is in two tables"
     assert [word for word in HOMONYMS if word not in names.leaves] == [], "what is no name of ours belongs to NOTED"
-    assert [dotted for dotted in NOT_YET_VALUES if dotted not in names.fields and dotted != "to"] == []
+    assert [dotted for dotted in UNSUPPORTED_VALUES if dotted not in names.fields and dotted != "to"] == []
 
 
 @pytest.mark.parametrize(
@@ -232,14 +249,14 @@ def test_command_line_over_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("data: a.jsonl\ncutoff_len: 7\nlora:\n  r: 4\n  alpha: 9\ntrain: {seed: 3}\n")
     notes: list[str] = []
-    r = parse(Run, [str(file), "max_length=9", "lora.r=5"], notes)
+    r = parse_settings(RunConfig, [str(file), "max_length=9", "lora.r=5"], notes)
     assert r.lora is not None
     assert (r.data.path, r.data.max_length, r.lora.r, r.lora.lora_alpha, r.train.seed) == ("a.jsonl", 9, 5, 9, 3)
     assert notes == ["cutoff_len is read as data.max_length", "lora.alpha is read as lora.lora_alpha"]
-    assert parse(Run, ["--config", str(file)], []).data.path == "a.jsonl"
+    assert parse_settings(RunConfig, ["--config", str(file)], []).data.path == "a.jsonl"
     with pytest.raises(ConfigError, match="two run descriptions"):
-        parse(Run, ["--config", str(file), str(file)], [])
-    assert parse(Run, [str(file), "lora=null"], []).lora is None
+        parse_settings(RunConfig, ["--config", str(file), str(file)], [])
+    assert parse_settings(RunConfig, [str(file), "lora=null"], []).lora is None
 
 
 @given(st.permutations(["r=1", "r=2", "r=3"]), st.integers(0, 3))
@@ -258,14 +275,14 @@ def _one_edit(word: str, at: int, kind: str) -> str:
 
 
 @given(
-    st.sampled_from([leaf for leaf in names_of(Run).leaves if len(leaf) > 5]),
+    st.sampled_from([leaf for leaf in schema_names(RunConfig).leaves if len(leaf) > 5]),
     st.integers(0, 40),
     st.sampled_from(["drop", "double", "swap"]),
 )
 def test_a_slip_of_one_letter_gets_a_suggestion(leaf: str, at: int, kind: str) -> None:
-    names = names_of(Run)
+    names = schema_names(RunConfig)
     slip = _one_edit(leaf, at, kind)
-    if names.candidates(slip) or slip in {**RENAMES, **READINGS, **NOTED, **NOT_YET}:
+    if names.candidates(slip) or slip in {**ALIAS_RENAMES, **ALIAS_READERS, **IGNORED_ALIASES, **UNSUPPORTED_ALIASES}:
         return
     with pytest.raises(ConfigError, match="unknown setting") as caught:
         run(f"{slip}=1")
@@ -276,7 +293,9 @@ def test_a_slip_of_one_letter_gets_a_suggestion(leaf: str, at: int, kind: str) -
 
 @settings(max_examples=300)
 @given(
-    st.sampled_from([*names_of(Run).fields, *names_of(Run).groups, *RENAMES, *READINGS, *NOT_YET]),
+    st.sampled_from(
+        [*schema_names(RunConfig).fields, *schema_names(RunConfig).groups, *ALIAS_RENAMES, *ALIAS_READERS, *UNSUPPORTED_ALIASES]
+    ),
     st.one_of(st.text(max_size=20), st.text("[]{}:,-&*!|>'\"%@`#~ \n\t0123456789eE.", max_size=12), st.just("1" * 400)),
     st.sampled_from(["{}={}", "--{}={}"]),
 )
@@ -287,31 +306,31 @@ def test_any_text_is_taken_or_refused_in_words(key: str, text: str, form: str) -
 
 @given(st.lists(st.text("-=.abr{} ", max_size=6), max_size=5))
 def test_any_arguments_are_taken_or_refused_in_words(argv: list[str]) -> None:
-    for schema in (Run, EvalSettings, ReportSettings):
+    for schema in (RunConfig, EvalSettings, ReportSettings):
         with contextlib.suppress(ConfigError):
-            parse(schema, argv, [])
+            parse_settings(schema, argv, [])
 
 
 def test_bare_words_go_to_the_main_setting() -> None:
-    evaluation = parse(EvalSettings, ["runs/a", "data=f.jsonl", "dtype=float32", "limit=5"], [])
+    evaluation = parse_settings(EvalSettings, ["runs/a", "data=f.jsonl", "dtype=float32", "limit=5"], [])
     assert (evaluation.model.name, evaluation.data.path, evaluation.model.dtype, evaluation.limit) == (
         "runs/a",
         "f.jsonl",
         "float32",
         5,
     )
-    assert parse(ReportSettings, ["runs/a", "runs/b"], []).runs == ["runs/a", "runs/b"]
-    assert parse(ReportSettings, ["runs=runs/a"], []).runs == ["runs/a"]
-    assert parse(ChatSettings, ["runs/a", "adapters=x,y"], []).adapters == ["x", "y"]
-    assert parse(DoctorSettings, [], []).run is None
-    assert parse(MergeSettings, ["runs/a", "--output_dir", "m", "torch_dtype=bf16"], []).dtype == "bfloat16"
+    assert parse_settings(ReportSettings, ["runs/a", "runs/b"], []).runs == ["runs/a", "runs/b"]
+    assert parse_settings(ReportSettings, ["runs=runs/a"], []).runs == ["runs/a"]
+    assert parse_settings(ChatSettings, ["runs/a", "adapters=x,y"], []).adapters == ["x", "y"]
+    assert parse_settings(DoctorSettings, [], []).run is None
+    assert parse_settings(MergeSettings, ["runs/a", "--output_dir", "m", "torch_dtype=bf16"], []).dtype == "bfloat16"
     with pytest.raises(ConfigError, match=r"runs/b: one word too many after 'runs/a'"):
-        parse(MergeSettings, ["runs/a", "runs/b"], [])
+        parse_settings(MergeSettings, ["runs/a", "runs/b"], [])
     with pytest.raises(ConfigError, match=r"^--foo: unknown setting 'foo'"):
-        parse(MergeSettings, ["--foo", "3", "runs/a"], [])
+        parse_settings(MergeSettings, ["--foo", "3", "runs/a"], [])
     with pytest.raises(ConfigError, match=r"^run is missing; give run=\.\.\.$"):
-        parse(MergeSettings, [], [])
-    assert parse(EvalSettings, ["--bf16", "runs/a", "data=f"], []).model.name == "runs/a"
+        parse_settings(MergeSettings, [], [])
+    assert parse_settings(EvalSettings, ["--bf16", "runs/a", "data=f"], []).model.name == "runs/a"
 
 
 @pytest.mark.parametrize(
@@ -325,15 +344,17 @@ def test_bare_words_go_to_the_main_setting() -> None:
 )
 def test_python_numbers_have_a_bound(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(Run, {"data": "f", **settings}, [])
+        build_settings(RunConfig, {"data": "f", **settings}, [])
 
 
 def test_python_values() -> None:
     base = run("r=4", "eval=held.jsonl")
     notes: list[str] = []
-    r = build(Run, {"data": {"path": Path("f.jsonl"), "n": 5}, "lora": base.lora, "lr": 1e-3, "output_dir": Path("o")}, notes)
+    r = build_settings(
+        RunConfig, {"data": {"path": Path("f.jsonl"), "n": 5}, "lora": base.lora, "lr": 1e-3, "output_dir": Path("o")}, notes
+    )
     assert r.lora is not None
     assert (r.data.path, r.data.n, r.lora.r, r.train.learning_rate, r.output_dir) == ("f.jsonl", 5, 4, 1e-3, Path("o"))
     assert notes == ["lr is read as train.learning_rate"]
     with pytest.raises(ConfigError, match="unknown setting 'epoch'"):
-        build(Run, {"data": "f", "epoch": 3}, [])
+        build_settings(RunConfig, {"data": "f", "epoch": 3}, [])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorry.config import Run, parse
+from lorry.config import RunConfig, parse_settings
 from lorry.errors import ConfigError
 
 AXOLOTL = """
@@ -106,10 +106,10 @@ eval_steps: 500
 """
 
 
-def read(tmp_path: Path, text: str, *argv: str) -> tuple[Run, list[str]]:
+def read(tmp_path: Path, text: str, *argv: str) -> tuple[RunConfig, list[str]]:
     file, notes = tmp_path / "theirs.yml", list[str]()
     file.write_text(text)
-    return parse(Run, [str(file), *argv], notes), notes
+    return parse_settings(RunConfig, [str(file), *argv], notes), notes
 
 
 def test_an_axolotl_file_as_it_is(tmp_path: Path) -> None:
@@ -172,5 +172,5 @@ def test_very_many_errors_are_counted(tmp_path: Path) -> None:
 
 
 def test_an_adapter_in_a_directory_is_still_one() -> None:
-    assert parse(Run, ["data=d", "adapter=./lora"], []).model.adapter == "./lora"
-    assert parse(Run, ["data=d", "template=3"], []).data.template == 3
+    assert parse_settings(RunConfig, ["data=d", "adapter=./lora"], []).model.adapter == "./lora"
+    assert parse_settings(RunConfig, ["data=d", "template=3"], []).data.template == 3

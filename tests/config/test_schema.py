@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lorry.config import EvalSettings, ExportSettings, MergeSettings, Run, build
+from lorry.config import EvalSettings, ExportSettings, MergeSettings, RunConfig, build_settings
 from lorry.errors import ConfigError
 
 
-def run(**settings: Any) -> Run:
-    return build(Run, {"data": "people.jsonl", **settings}, [])
+def run(**settings: Any) -> RunConfig:
+    return build_settings(RunConfig, {"data": "people.jsonl", **settings}, [])
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -33,10 +33,10 @@ def test_descriptions_are_frozen() -> None:
 
 
 def test_every_setting_has_a_line_of_help() -> None:
-    from lorry.config.parsing.names import names_of
+    from lorry.config.parsing.names import schema_names
 
-    for schema in (Run, EvalSettings, ExportSettings, MergeSettings):
-        assert [name for name, field in names_of(schema).fields.items() if not field.description] == []
+    for schema in (RunConfig, EvalSettings, ExportSettings, MergeSettings):
+        assert [name for name, field in schema_names(schema).fields.items() if not field.description] == []
 
 
 @pytest.mark.parametrize(("given", "alpha"), [({"r": 8}, 16), ({"r": 8, "lora_alpha": 5}, 5), ({"lora_alpha": 0.5}, 0.5)])
@@ -112,7 +112,7 @@ def test_report_to(given: Any, expected: list[str]) -> None:
 @pytest.mark.parametrize("word", ["bf16", "bfloat16", "torch.bfloat16"])
 def test_dtype_words(word: str) -> None:
     assert run(dtype=word).model.dtype == "bfloat16"
-    assert build(MergeSettings, {"run": "r", "dtype": word}, []).dtype == "bfloat16"
+    assert build_settings(MergeSettings, {"run": "r", "dtype": word}, []).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_default_output_directory_stays_under_runs(given: dict[str, Any], name: 
 
 
 def test_settings_beside_a_run() -> None:
-    assert build(MergeSettings, {"run": "runs/a/"}, []).output_dir == Path("runs/a-merged")
-    assert build(ExportSettings, {"run": "runs/a", "to": "peft"}, []).output_dir == Path("runs/a-peft")
+    assert build_settings(MergeSettings, {"run": "runs/a/"}, []).output_dir == Path("runs/a-merged")
+    assert build_settings(ExportSettings, {"run": "runs/a", "to": "peft"}, []).output_dir == Path("runs/a-peft")
 
 
 def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +199,6 @@ def test_every_wrong_setting_gets_its_line() -> None:
 
 def test_missing_settings_are_named() -> None:
     with pytest.raises(ConfigError, match=r"^data\.path is missing; give data=\.\.\.$"):
-        build(Run, {"r": 8}, [])
+        build_settings(RunConfig, {"r": 8}, [])
     with pytest.raises(ConfigError, match=r"^to is missing; give to=\.\.\.$"):
-        build(ExportSettings, {"run": "runs/a"}, [])
+        build_settings(ExportSettings, {"run": "runs/a"}, [])

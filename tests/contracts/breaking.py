@@ -12,13 +12,13 @@ import tinyrun
 from safetensors.torch import load_file, save_file
 from tinyrun import engine_for, quick  # noqa: F401 - a fixture
 
-from lorry.data.batch import Example
+from lorry.data.batch import TokenizedExample
 from lorry.data.encoding.token_set import TokenSet
 from lorry.errors import ContractError, LorryError
-from lorry.train.checks import NAMES
-from lorry.train.session import Result, train_run
+from lorry.train.checks import CONTRACT_NAMES
+from lorry.train.session import TrainResult, train_run
 
-Start = Callable[..., Result]
+Start = Callable[..., TrainResult]
 Broken = Callable[..., None]
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
 
@@ -41,7 +41,7 @@ def start(models: Callable[[str], Path], tmp_path: Path) -> Start:
     """Five steps in ``tmp_path/run``."""
     data = tinyrun.write_rows(tmp_path / "data.jsonl", tinyrun.rows(12))
 
-    def go(base: Path | str = "llama", listeners: Any = (), **settings: Any) -> Result:
+    def go(base: Path | str = "llama", listeners: Any = (), **settings: Any) -> TrainResult:
         model = models(base) if isinstance(base, str) else base
         given = {"max_steps": 5, "save_steps": 2, "target_modules": ["q_proj", "down_proj"], **settings}
         return train_run(tinyrun.described(model, data, tmp_path / "run", **given), [], listeners)
@@ -59,7 +59,7 @@ def broken(start: Start, tmp_path: Path) -> Broken:
         assert type(raised.value) is error
         assert raised.value.exit_code == code
         if error is ContractError:
-            assert str(raised.value).startswith(f"contract {number} broken ({NAMES[number]}): ")
+            assert str(raised.value).startswith(f"contract {number} broken ({CONTRACT_NAMES[number]}): ")
         written = json.loads((tmp_path / "run" / "contracts.json").read_text())
         assert [c["id"] for c in written if c["status"] == "failed"] == [number]
         assert written[number - 1]["detail"] in str(raised.value)
@@ -92,11 +92,11 @@ def silent_attention(model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def changed_example(patch: pytest.MonkeyPatch, change: Callable[[Example], Example]) -> None:
+def changed_example(patch: pytest.MonkeyPatch, change: Callable[[TokenizedExample], TokenizedExample]) -> None:
     """Every second row reaches the batches changed."""
     original = TokenSet.example
 
-    def example(self: TokenSet, row: int, *args: Any) -> Example:
+    def example(self: TokenSet, row: int, *args: Any) -> TokenizedExample:
         made = original(self, row, *args)
         return change(made) if row % 2 else made
 

@@ -14,21 +14,21 @@ import torch
 from breaking import MODULES, Broken, Start, after, changed_example, silent_attention
 from tinyrun import Heard, engine_for, quick  # noqa: F401 - a fixture
 
-from lorry.adapters.attach import bank_of
-from lorry.backends.local import Local
+from lorry.adapters.attach import get_bank
+from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
-from lorry.data.batch import Batch, Example
+from lorry.data.batch import Batch, TokenizedExample
 from lorry.errors import ContractError, LorryError
 from lorry.models.decoder import attention, model
 from lorry.train import engine, session
-from lorry.train.checks import NAMES, Checks
-from lorry.train.monitoring.events import Record
+from lorry.train.checks import CONTRACT_NAMES, ContractChecks
+from lorry.train.monitoring.events import StepRecord
 from seam import Fixed, examples
 
 
 def test_a_sound_run_keeps_all_of_them(start: Start) -> None:
     contracts = start(test_size=2, lora_dropout=0.1, packing=True).contracts
-    assert [(c["id"], c["name"], c["status"]) for c in contracts] == [(n, NAMES[n], "held") for n in range(1, 9)]
+    assert [(c["id"], c["name"], c["status"]) for c in contracts] == [(n, CONTRACT_NAMES[n], "held") for n in range(1, 9)]
     details = [c["detail"] for c in contracts]
     assert details[0] == "2 modules: down_proj, q_proj"
     assert details[1].startswith("4 tensors; digest of the base's sample ")
@@ -48,7 +48,7 @@ def test_1_a_target_that_matches_nothing(start: Start, tmp_path: Path) -> None:
 
 
 def test_1_an_adapter_on_no_module() -> None:
-    checks = Checks()
+    checks = ContractChecks()
     with pytest.raises(ContractError, match=r"contract 1 broken .*adapter 'default' sits on no module"):
         checks.begin(engine_for(Fixed([[examples(1)]]), Path()).backend, {"default": []})
     assert checks.report()[0]["status"] == "failed"
@@ -84,7 +84,7 @@ def test_1_auto_leaves_out_what_text_does_not_reach_and_says_so(start: Start, tm
 
 
 def tampered_slot(change: Callable[[Any], None]) -> Callable[..., None]:
-    return lambda name, run, opened, notes: change(bank_of(opened.model)[name].slots[MODULES[1]])
+    return lambda name, run, opened, notes: change(get_bank(opened.model)[name].slots[MODULES[1]])
 
 
 def test_2_a_frozen_matrix(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_2_a_base_weight_left_trainable(broken: Broken, monkeypatch: pytest.Monk
 
 
 def test_2_a_tensor_that_would_not_be_saved(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    after(monkeypatch, Local, "state", lambda state, self: state.pop(f"adapter/default/{MODULES[0]}.lora_A"))
+    after(monkeypatch, LocalBackend, "state", lambda state, self: state.pop(f"adapter/default/{MODULES[0]}.lora_A"))
     broken(2, r"default/model\.layers\.0\.self_attn\.q_proj\.lora_A is trained but would not be saved")
 
 
@@ -142,7 +142,7 @@ class Meddler(tinyrun.Heard):
         super().__init__()
         self.deed = deed
 
-    def step(self, record: Record) -> None:
+    def step(self, record: StepRecord) -> None:
         if record["step"] == 2:
             self.deed()
 
@@ -175,7 +175,7 @@ def test_3_the_setting_that_leaves_it_out_does(start: Start) -> None:
 
 
 def test_3_a_name_shared_with_layers_that_train_is_said_longer() -> None:
-    checks = Checks()
+    checks = ContractChecks()
     modules = [f"layers.{i}.{half}.{part}" for i in (0, 1) for half in ("self_attn", "encoder_attn") for part in ("q", "k")]
     checks._start = {f"adapter/a/{module}.lora_B": "" for module in [*modules, "layers.0.fc", "layers.1.dead"]}
     silent = [module for module in modules if "encoder" in module]
@@ -221,7 +221,7 @@ def test_4_a_row_with_nothing_to_learn(broken: Broken, monkeypatch: pytest.Monke
 
 
 def test_4_a_row_that_never_learns_to_stop(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    def endless(e: Example) -> Example:
+    def endless(e: TokenizedExample) -> TokenizedExample:
         last = max(i for i, w in enumerate(e.weights) if w)
         return replace(e, weights=[0.0 if i == last else w for i, w in enumerate(e.weights)])
 
@@ -231,12 +231,12 @@ def test_4_a_row_that_never_learns_to_stop(broken: Broken, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_4_attention_that_sees_the_neighbour(broken: Broken, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    original = attention.Segments
+    original = attention.PackedSegments
 
     def merged(segments: Any, device: Any) -> Any:
         return original([(segments[0][0], segments[-1][1])], device)
 
-    monkeypatch.setattr(model, "Segments", merged)
+    monkeypatch.setattr(model, "PackedSegments", merged)
     monkeypatch.setenv("LORRY_PROOFS", "0")  # they would see it when the model is loaded
     broken(
         4,

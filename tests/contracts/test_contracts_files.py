@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tinyrun import engine_for, quick  # noqa: F401 - a fixture
 
 from lorry import cli
-from lorry.backends.local import Local
+from lorry.backends.local import LocalBackend
 from lorry.errors import DataError, ModelError, NonFiniteError
 from lorry.train import artifacts, checkpoint
 
@@ -77,17 +77,17 @@ def test_6_without_checkpoints_there_is_nothing_to_claim(start: Start) -> None:
 
 
 def test_7_an_infinite_gradient(broken: Broken, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def overflow(stats: Any, self: Local, batches: Any, task: Any, step: int) -> None:
+    def overflow(stats: Any, self: LocalBackend, batches: Any, task: Any, step: int) -> None:
         if step == 3:
             self.bank["default"].split_like(self.bank["default"].grads)[f"{MODULES[0]}.lora_B"][1, 0] = float("inf")
 
-    after(monkeypatch, Local, "forward_backward", overflow)
+    after(monkeypatch, LocalBackend, "forward_backward", overflow)
     message = (
         rf"step 4: the gradient of {MODULES[0]}.lora_B \(adapter 'default'\) is not finite in 1 tensors, "
         r"with sequences of keys \[\d+, \d+, \d+\]; nothing was updated"
     )
     broken(7, message, error=NonFiniteError, code=6)
-    newest = checkpoint.find_latest(tmp_path / "run")
+    newest = checkpoint.find_latest_checkpoint(tmp_path / "run")
     assert newest is not None
     assert newest.name == "step-00000002"
 
@@ -143,7 +143,12 @@ def test_the_exit_codes_of_the_command(
     if code == 5:
         changed_example(monkeypatch, lambda e: replace(e, weights=[0.0] * len(e.weights)))
     if code == 6:
-        after(monkeypatch, Local, "forward_backward", lambda stats, self, *rest: self.bank["default"].grads.fill_(float("nan")))
+        after(
+            monkeypatch,
+            LocalBackend,
+            "forward_backward",
+            lambda stats, self, *rest: self.bank["default"].grads.fill_(float("nan")),
+        )
     argv = [
         "sft",
         f"model={models('llama')}",

@@ -14,16 +14,16 @@ from breaking import MODULES, Broken, Start, after, silent_attention
 from safetensors.torch import load_file, save_file
 from tinyrun import quick  # noqa: F401 - a fixture
 
-from lorry.adapters.base_weights import weights_of
-from lorry.backends.local import Local
+from lorry.adapters.base_weights import get_base_weights
+from lorry.backends.local import LocalBackend
 from lorry.backends.optim import ParameterSetOptimizer
-from lorry.config import Run, build
+from lorry.config import RunConfig, build_settings
 from lorry.errors import ConfigError, LorryError, NonFiniteError
-from lorry.models.loading.open import Opened
+from lorry.models.loading.open import OpenedModel
 from lorry.train import full, session
-from lorry.train.checks import NAMES
-from lorry.train.monitoring.events import Record
-from lorry.train.session import Result, train_run
+from lorry.train.checks import CONTRACT_NAMES
+from lorry.train.monitoring.events import StepRecord
+from lorry.train.session import TrainResult, train_run
 
 QUERY, DOWN = (f"{module}.weight" for module in MODULES)
 
@@ -33,12 +33,12 @@ def start(models: Callable[[str], Path], tmp_path: Path) -> Start:
     """Five steps of two kinds of linears in ``tmp_path/run``."""
     data = tinyrun.write_rows(tmp_path / "data.jsonl", tinyrun.rows(12))
 
-    def go(base: Path | str = "llama", listeners: Any = (), **settings: Any) -> Result:
+    def go(base: Path | str = "llama", listeners: Any = (), **settings: Any) -> TrainResult:
         model = models(base) if isinstance(base, str) else base
         given: dict[str, Any] = {"model": {"name": str(model)}, "data": {"path": str(data)}, "output_dir": str(tmp_path / "run")}
         own = {k: v for k, v in tinyrun.DEFAULTS.items() if k != "r"} | {"max_steps": 5, "save_steps": 2, "learning_rate": 1e-3}
         trained = {"lora": None, "trainable": ["q_proj", "down_proj"]}
-        return train_run(build(Run, {**given, **own, **trained, **settings}, []), [], listeners)
+        return train_run(build_settings(RunConfig, {**given, **own, **trained, **settings}, []), [], listeners)
 
     return go
 
@@ -46,7 +46,7 @@ def start(models: Callable[[str], Path], tmp_path: Path) -> Start:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_sound_run_keeps_all_of_them(start: Start, dtype: str) -> None:
     contracts = start(test_size=2, packing=True, dtype=dtype).contracts
-    assert [(c["id"], c["name"], c["status"]) for c in contracts] == [(n, NAMES[n], "held") for n in range(1, 9)]
+    assert [(c["id"], c["name"], c["status"]) for c in contracts] == [(n, CONTRACT_NAMES[n], "held") for n in range(1, 9)]
     details = [c["detail"] for c in contracts]
     assert details[0] == "2 modules: down_proj, q_proj"
     assert details[1].startswith("2 tensors; digest of a sample of what is frozen ")
@@ -64,7 +64,7 @@ def test_1_a_name_that_matches_nothing(start: Start, tmp_path: Path) -> None:
 # --- 2
 
 
-def tampered(patch: pytest.MonkeyPatch, change: Callable[[Opened], object]) -> None:
+def tampered(patch: pytest.MonkeyPatch, change: Callable[[OpenedModel], object]) -> None:
     after(patch, session, "attach_trained", lambda name, run, opened, notes: change(opened))
 
 
@@ -81,7 +81,7 @@ def test_2_a_weight_that_trains_switched_off(broken: Broken, monkeypatch: pytest
 def test_2_a_copy_that_no_optimizer_holds(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model computes with one tensor, the optimizer updates another."""
 
-    def copy(opened: Opened) -> None:
+    def copy(opened: OpenedModel) -> None:
         param = opened.model.get_parameter(DOWN)
         param.data = param.data.clone()
 
@@ -90,7 +90,7 @@ def test_2_a_copy_that_no_optimizer_holds(broken: Broken, monkeypatch: pytest.Mo
 
 
 def test_2_a_tensor_that_would_not_be_saved(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    after(monkeypatch, Local, "state", lambda state, self: state.pop(f"weights/base/{QUERY}"))
+    after(monkeypatch, LocalBackend, "state", lambda state, self: state.pop(f"weights/base/{QUERY}"))
     broken(2, r"base/model\.layers\.0\.self_attn\.q_proj\.weight is trained but would not be saved")
 
 
@@ -101,13 +101,13 @@ class Meddler(tinyrun.Heard):
         super().__init__()
         self.deed = deed
 
-    def step(self, record: Record) -> None:
+    def step(self, record: StepRecord) -> None:
         if record["step"] == 2:
             self.deed()
 
 
 def test_2_a_frozen_weight_that_changes(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[Opened] = []
+    held: list[OpenedModel] = []
     tampered(monkeypatch, held.append)
 
     def nudge() -> None:
@@ -127,12 +127,12 @@ def test_3_a_weight_without_a_gradient(broken: Broken, models: Callable[[str], P
 
 
 def test_3_a_weight_that_does_not_move(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[Opened] = []
+    held: list[OpenedModel] = []
     tampered(monkeypatch, held.append)
     began: list[torch.Tensor] = []
 
     def hold(result: None, self: ParameterSetOptimizer, *args: Any) -> None:
-        weights = weights_of(held[0].model)
+        weights = get_base_weights(held[0].model)
         assert weights is not None
         view = weights.split_like(weights.values)[DOWN]
         view.copy_(began[0])
@@ -189,17 +189,17 @@ def test_5_other_logits_than_those_of_the_trained_model(broken: Broken, monkeypa
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_7_a_gradient_that_is_not_finite(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str) -> None:
     """Names the tensor, before any update."""
-    locals_: list[Local] = []
+    locals_: list[LocalBackend] = []
     values: list[torch.Tensor] = []
 
-    def spoil(stats: Any, self: Local, batches: Any, task: Any, step: int) -> None:
+    def spoil(stats: Any, self: LocalBackend, batches: Any, task: Any, step: int) -> None:
         if step == 2:
             owner = self.owners["base"]
             locals_.append(self)
             values.append(owner.values.clone())
             owner.split_like(owner.grads)[DOWN][0, 0] = float("nan")
 
-    after(monkeypatch, Local, "forward_backward", spoil)
+    after(monkeypatch, LocalBackend, "forward_backward", spoil)
     with pytest.raises(
         NonFiniteError, match=r"step 3: the gradient of .*down_proj\.weight \(a base weight\) is not finite in 1 ten"
     ):

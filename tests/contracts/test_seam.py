@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lorry.adapters.attach import bank_of
+from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
 from lorry.adapters.spec import LoraSpec
-from lorry.backends.local import Local
-from lorry.data.batch import Batch, Example, collate
-from lorry.data.prepare import prepare
+from lorry.backends.local import LocalBackend
+from lorry.data.batch import Batch, TokenizedExample, collate
+from lorry.data.prepare import prepare_data
 from lorry.evaluate.loss import mean_nll
-from lorry.models.decoder.model import Packed
+from lorry.models.decoder.model import PackedInput
 from lorry.models.loading.open import open_model
-from lorry.models.scoring.score import Score, log_prob
+from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.train.session import attach_adapter, build_engine
 from seam import Fixed, Npo, examples, tiny_llama
 
@@ -41,7 +41,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 class WatchedNpo(Npo):
     """Keeps the references it was given."""
 
-    def __init__(self, steps: Sequence[Sequence[Sequence[Example]]]) -> None:
+    def __init__(self, steps: Sequence[Sequence[Sequence[TokenizedExample]]]) -> None:
         super().__init__(steps)
         self.references: list[Tensor] = []
 
@@ -51,11 +51,11 @@ class WatchedNpo(Npo):
         return made
 
 
-def base_scores(rows: Sequence[Example]) -> Tensor:
+def base_scores(rows: Sequence[TokenizedExample]) -> Tensor:
     """Scores of a fresh model without any adapter, row by row from full logits."""
     model, out = tiny_llama(), []
     for row in rows:
-        packed = Packed.of([list(row.tokens)])
+        packed = PackedInput.of([list(row.tokens)])
         logp = model(packed.tokens[None]).logits[0].detach().log_softmax(-1)
         scores = [float(logp[t - 1, row.tokens[t]]) if w else 0.0 for t, w in enumerate(row.weights)]
         out.append(torch.tensor(scores))
@@ -140,13 +140,13 @@ def test_one_step_of_sft_has_autograds_gradient(family: str, tmp_path: Path) -> 
     )
     opened = open_model(run.model, [])
     name = attach_adapter(run, opened, [])
-    prepared = prepare(run.data, run.train, opened.tokenizer, quarantine=tmp_path / "aside")
+    prepared = prepare_data(run.data, run.train, opened.tokenizer, quarantine=tmp_path / "aside")
     engine = build_engine(run, opened, {name: (run, prepared)}, [], [])
-    assert isinstance(engine.backend, Local)
+    assert isinstance(engine.backend, LocalBackend)
     batches = engine.task.step_batches(0, {})
     assert sum(len(b) for b in batches) == 7
     engine.backend.forward_backward(batches, engine.task, 0)
-    adapter = bank_of(opened.model)[name]
+    adapter = get_bank(opened.model)[name]
     got = adapter.split_like(adapter.grads)
 
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
@@ -177,7 +177,7 @@ def test_scores_name_the_base_by_no_mix(tmp_path: Path) -> None:
     """`score` under mix none is the base for every adapter number a batch may carry, and the adapters still differ from it."""
     both = engine_for(Fixed([[examples(1)]], ("a", "b")), tmp_path, specs=[LoraSpec(r=2, init_lora_weights=False)] * 2)
     batch = collate(examples(6, adapter=lambda i: i % 3 - 1))
-    want = {"s": Score(log_prob)}
+    want = {"s": TokenScore(log_prob)}
     base, own = (both.backend.score([batch], want, mix)[0]["s"] for mix in (Mix.none(), None))
     torch.testing.assert_close(base, base_scores(examples(6)), atol=1e-5, rtol=0)
     for s, (start, stop) in enumerate(batch.segments):

@@ -11,15 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tinyrun import CHATML, tokenizer
 
-from lorry.data.batch import Example, collate
-from lorry.data.encoding.encode import Encoded, Encoder
+from lorry.data.batch import TokenizedExample, collate
+from lorry.data.encoding.encode import EncodedSequence, ExampleEncoder
 from lorry.data.encoding.token_set import TokenSet
-from lorry.data.reading.content import Conversation, Message, Text
+from lorry.data.reading.content import ChatMessage, Conversation, TextDocument
 from lorry.data.reading.formats import read_examples
 from lorry.data.reading.sources import open_source
 from lorry.errors import ConfigError
 from lorry.models.loading.tokenizer import load_tokenizer
-from lorry.tasks.distill.align import PairedEncoder, align, name_of, names_of, own_view, same_tokenizer
+from lorry.tasks.distill.align import (
+    PairedEncoder,
+    align_sequences,
+    identity_view,
+    require_same_tokenizer,
+    sequence_digest,
+    sequence_digests,
+)
 
 
 def gpt2(shared_data: Path) -> Any:
@@ -32,18 +39,18 @@ def gpt2(shared_data: Path) -> Any:
 
 def paired(shared_data: Path, *, max_length: int = 512, theirs: int = 1024) -> PairedEncoder:
     """A tiny byte-level student with ChatML, and GPT-2 reading along."""
-    return PairedEncoder(tokenizer(), theirs=Encoder(gpt2(shared_data), max_length=theirs), max_length=max_length)
+    return PairedEncoder(tokenizer(), theirs=ExampleEncoder(gpt2(shared_data), max_length=theirs), max_length=max_length)
 
 
 def test_by_hand() -> None:
     """Two answers, of 2 and 3 tokens here and 3 and 1 there: 2 + 1 pairs, read from the token before."""
-    ours = Encoded([9, 9, 1, 2, 9, 3, 4, 5], [0, 0, 1, 1, 0, 1, 1, 1])
-    theirs = Encoded([8, 1, 2, 3, 8, 8, 4, 8], [0, 1, 1, 1, 0, 0, 1, 0])
-    view = align(ours, theirs)
+    ours = EncodedSequence([9, 9, 1, 2, 9, 3, 4, 5], [0, 0, 1, 1, 0, 1, 1, 1])
+    theirs = EncodedSequence([8, 1, 2, 3, 8, 8, 4, 8], [0, 1, 1, 1, 0, 0, 1, 0])
+    view = align_sequences(ours, theirs)
     assert view is not None
     assert list(view.targets) == [2, 3, 5]
     assert list(view.sources) == [0, 1, 5]
-    assert align(ours, Encoded([8, 1], [0, 1])) is None
+    assert align_sequences(ours, EncodedSequence([8, 1], [0, 1])) is None
 
 
 weights = st.lists(st.sampled_from([0.0, 1.0, 0.5]), min_size=2, max_size=30).map(lambda w: [0.0, *w[1:]])
@@ -61,7 +68,7 @@ def test_runs_by_brute_force(a: list[float], b: list[float]) -> None:
                     found.append([t])
         return found
 
-    view = align(Encoded([0] * len(a), a), Encoded([0] * len(b), b))
+    view = align_sequences(EncodedSequence([0] * len(a), a), EncodedSequence([0] * len(b), b))
     if len(runs(a)) != len(runs(b)):
         assert view is None
         return
@@ -73,7 +80,7 @@ def test_runs_by_brute_force(a: list[float], b: list[float]) -> None:
 @given(weights)
 def test_a_teacher_of_the_same_tokens_reads_the_token_before(a: list[float]) -> None:
     tokens = list(range(len(a)))
-    view, aligned = own_view(tokens, a), align(Encoded(tokens, a), Encoded(tokens, a))
+    view, aligned = identity_view(tokens, a), align_sequences(EncodedSequence(tokens, a), EncodedSequence(tokens, a))
     assert aligned is not None
     assert (list(view.targets), list(view.sources)) == (list(aligned.targets), list(aligned.sources))
     assert all(a[t] and s == t - 1 for t, s in zip(view.targets, view.sources, strict=True))
@@ -91,7 +98,7 @@ def test_two_real_tokenizers_start_at_the_answer(shared_data: Path) -> None:
         assert isinstance(encoded, list)
         assert isinstance(row, Conversation)
         answer = row.messages[-1].content
-        view = encoder.views[name_of(encoded[0].tokens, encoded[0].weights)]
+        view = encoder.views[sequence_digest(encoded[0].tokens, encoded[0].weights)]
         ours = encoder.tokenizer.decode(encoded[0].tokens[view.targets[0] :])
         theirs = teacher.decode(list(view.tokens)[view.sources[0] + 1 :])
         start = answer.split()[0]
@@ -103,9 +110,13 @@ def test_two_real_tokenizers_start_at_the_answer(shared_data: Path) -> None:
 def test_chats_are_matched_turn_by_turn(shared_data: Path) -> None:
     teacher = gpt2(shared_data)
     teacher.chat_template = CHATML
-    encoder = PairedEncoder(tokenizer(), theirs=Encoder(teacher, max_length=256), max_length=256)
-    said = [Message("user", "Where is it?"), Message("assistant", "In the lorry, by the river."), Message("user", "Why?")]
-    encoded = encoder.encode(Conversation((*said, Message("assistant", "It rained."))))
+    encoder = PairedEncoder(tokenizer(), theirs=ExampleEncoder(teacher, max_length=256), max_length=256)
+    said = [
+        ChatMessage("user", "Where is it?"),
+        ChatMessage("assistant", "In the lorry, by the river."),
+        ChatMessage("user", "Why?"),
+    ]
+    encoded = encoder.encode(Conversation((*said, ChatMessage("assistant", "It rained."))))
     assert isinstance(encoded, list)
     (view,) = encoder.views.values()
     jumps = [i for i, step in enumerate(np.diff(view.targets), 1) if step > 1]
@@ -121,36 +132,38 @@ def test_chats_are_matched_turn_by_turn(shared_data: Path) -> None:
 def test_what_the_teacher_cannot_read_is_counted(shared_data: Path) -> None:
     """An answer too long for it, and a text that falls into other pieces."""
     encoder = paired(shared_data, max_length=512, theirs=8)
-    assert isinstance(encoder.encode(Conversation((Message("user", "?"), Message("assistant", "a long answer " * 12)))), list)
+    assert isinstance(
+        encoder.encode(Conversation((ChatMessage("user", "?"), ChatMessage("assistant", "a long answer " * 12)))), list
+    )
     assert (encoder.missing, len(encoder.views)) == (1, 0)
-    assert isinstance(encoder.encode(Text("one two three four five six seven eight nine ten " * 3)), list)
+    assert isinstance(encoder.encode(TextDocument("one two three four five six seven eight nine ten " * 3)), list)
     assert (encoder.missing, len(encoder.views)) == (2, 0)
-    assert isinstance(encoder.encode(Text("short")), list)
+    assert isinstance(encoder.encode(TextDocument("short")), list)
     assert encoder.missing == 2
     assert len(encoder.views) == 1
 
 
 def test_the_student_reads_what_it_reads_alone(shared_data: Path) -> None:
     source = shared_data / "instruct" / "dolly_151.jsonl"
-    alone = TokenSet.build(open_source(source, limit=20), Encoder(tokenizer(), max_length=256))
+    alone = TokenSet.build(open_source(source, limit=20), ExampleEncoder(tokenizer(), max_length=256))
     beside = TokenSet.build(open_source(source, limit=20), encoder := paired(shared_data, max_length=256))
     assert alone.digest == beside.digest
-    assert {name for batch in beside.eval_batches(7) for name in names_of(batch)} >= set(encoder.views)
+    assert {name for batch in beside.eval_batches(7) for name in sequence_digests(batch)} >= set(encoder.views)
 
 
 def test_names_hang_on_tokens_and_supervision_alone() -> None:
-    a, b = Example([1, 2, 3], [0, 1, 1], key=5), Example([1, 2, 3], [0, 0.5, 2.0], key=6, adapter=1)
-    packed = names_of(collate([a, Example([1, 2, 3], [0, 0, 1]), b]))
-    assert packed[0] == packed[2] == name_of([1, 2, 3], [0, 1, 1])
+    a, b = TokenizedExample([1, 2, 3], [0, 1, 1], key=5), TokenizedExample([1, 2, 3], [0, 0.5, 2.0], key=6, adapter=1)
+    packed = sequence_digests(collate([a, TokenizedExample([1, 2, 3], [0, 0, 1]), b]))
+    assert packed[0] == packed[2] == sequence_digest([1, 2, 3], [0, 1, 1])
     assert packed[1] != packed[0]
-    assert name_of([1, 2, 4], [0, 1, 1]) != packed[0]
+    assert sequence_digest([1, 2, 4], [0, 1, 1]) != packed[0]
 
 
 def test_the_first_difference_of_two_tokenizers(shared_data: Path) -> None:
-    same_tokenizer(tokenizer(), tokenizer(), "teacher")
+    require_same_tokenizer(tokenizer(), tokenizer(), "teacher")
     with pytest.raises(ConfigError, match=r"teacher has another tokenizer: id 0 is '!' there .* \(50257 and 320 entries\).*uld"):
-        same_tokenizer(tokenizer(), gpt2(shared_data), "teacher")
+        require_same_tokenizer(tokenizer(), gpt2(shared_data), "teacher")
     other = tokenizer()
     other.add_tokens(["<new>"])
     with pytest.raises(ConfigError, match=r"id 320 is '<new>' there and absent in the student's"):
-        same_tokenizer(tokenizer(), other, "teacher")
+        require_same_tokenizer(tokenizer(), other, "teacher")

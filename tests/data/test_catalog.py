@@ -12,11 +12,11 @@ from hubrows import ARC, COQA, LONG, ROWS, Expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.catalog import SETS, SUITES, Item, conversation, cued, expand, named
-from lorry.data.catalog.item import render, shorten
-from lorry.data.catalog.layouts import by_label
+from lorry.data.catalog import SETS, SUITES, NamedSetItem, expand_suites, find_named_set, item_conversation, prompt_with_cue
+from lorry.data.catalog.item import fill_template, shorten_text
+from lorry.data.catalog.layouts import option_by_label
 from lorry.data.catalog.numbers import bare_number
-from lorry.data.reading.content import Message, Unusable
+from lorry.data.reading.content import ChatMessage, UnusableRowError
 from lorry.errors import ConfigError
 
 PINNED = [4, 0, 2, 0, 2, 2, 2, 3, 3, 2, 2, 4]  # the templates of bool_q for rows 0 to 11 under seed 0
@@ -29,7 +29,7 @@ def test_every_set_has_a_row_here() -> None:
 
 @pytest.mark.parametrize(("name", "expected"), ROWS.items(), ids=ROWS)
 def test_hub_rows_in_every_template(name: str, expected: Expected) -> None:
-    found, prompts = named(name), set()
+    found, prompts = find_named_set(name), set()
     for template in range(len(found.templates)):
         item = found.item(expected.row, template)
         assert (item.answer, item.options, item.right) == (expected.answer, expected.options, expected.right)
@@ -65,46 +65,46 @@ def test_declarations(found: Any) -> None:
 
 def test_options_stay_in_their_order() -> None:
     for template in range(5):
-        prompt = named("arc").item(ARC, template).prompt
+        prompt = find_named_set("arc").item(ARC, template).prompt
         places = [prompt.index(text) for text in ARC["choices"]["text"]]
         assert places == sorted(places)
 
 
 def test_coqa_asks_every_turn() -> None:
-    for template in range(len(named("coqa").templates)):
-        items = named("coqa").items(COQA, template)
+    for template in range(len(find_named_set("coqa").templates)):
+        items = find_named_set("coqa").items(COQA, template)
         assert [item.answer for item in items] == ["Tom", "red", "no"]
         for turn, item in enumerate(items):
             assert COQA["story"] in item.prompt
             assert [question in item.prompt for question in COQA["questions"]] == [at <= turn for at in range(3)]
             assert f"A: {COQA['answers']['input_text'][turn]}" not in item.prompt
         assert "{" not in items[0].prompt
-    with pytest.raises(Unusable, match="3 questions"):
-        named("coqa").item(COQA)
+    with pytest.raises(UnusableRowError, match="3 questions"):
+        find_named_set("coqa").item(COQA)
 
 
 def test_optional_columns_leave_no_gap() -> None:
-    without = named("bool_q").item({"question": "is ice cold", "answer": True})
+    without = find_named_set("bool_q").item({"question": "is ice cold", "answer": True})
     assert without.prompt == "Question: is ice cold?\nAnswer yes or no."
-    assert render("{a} and {b}\n\n{c}", {"a": "1", "c": "3"}) == "3"
-    assert render("{a}\n\n{b}", {"a": "{b}", "b": "2"}) == "{b}\n\n2", "a value is not read as a template"
-    assert named("mmlu").item(ROWS["mmlu"].row).prompt.startswith("The subject is abstract algebra.\n\n")
+    assert fill_template("{a} and {b}\n\n{c}", {"a": "1", "c": "3"}) == "3"
+    assert fill_template("{a}\n\n{b}", {"a": "{b}", "b": "2"}) == "{b}\n\n2", "a value is not read as a template"
+    assert find_named_set("mmlu").item(ROWS["mmlu"].row).prompt.startswith("The subject is abstract algebra.\n\n")
 
 
 def test_contexts_are_cut_at_a_word_and_it_shows() -> None:
     row = {"question": "q?", "answer": True, "passage": "word " * 1000}
-    item = named("bool_q").item(row)
+    item = find_named_set("bool_q").item(row)
     assert item.shortened
     assert item.prompt.count("word") == 400  # 2000 characters: 400 words of four letters and a space
-    assert not named("bool_q").item(row | {"passage": "word " * 400}).shortened
-    assert named("qmsum").item(LONG | {"context": "word " * 9000}).prompt.count("word") == 9000
+    assert not find_named_set("bool_q").item(row | {"passage": "word " * 400}).shortened
+    assert find_named_set("qmsum").item(LONG | {"context": "word " * 9000}).prompt.count("word") == 9000
 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=9), min_size=3, max_size=9), st.sampled_from(" \n"), st.floats(0, 1))
 def test_shorten(words: list[str], gap: str, share: float) -> None:
     text = gap.join(words)
     limit = max(1, int(share * len(text)))
-    kept = shorten(f" {text}\n", limit)
+    kept = shorten_text(f" {text}\n", limit)
     # as many whole words from the start as fit; where not even the first does, its letters
     most = max((at for at in range(len(words) + 1) if len(gap.join(words[:at])) <= limit), default=0)
     assert kept == (gap.join(words[:most]) or text[:limit])
@@ -112,20 +112,20 @@ def test_shorten(words: list[str], gap: str, share: float) -> None:
 
 def test_a_label_in_all_its_forms() -> None:
     options = ["red", "green", "blue"]
-    assert [by_label(label, options) for label in ("green", "B", 1, "1", " B ")] == [1] * 5
-    assert by_label("2", ["5", "6"], ["1", "2"]) == 1
-    assert by_label("1", ["0", "1"]) == 1, "text and position agree"
+    assert [option_by_label(label, options) for label in ("green", "B", 1, "1", " B ")] == [1] * 5
+    assert option_by_label("2", ["5", "6"], ["1", "2"]) == 1
+    assert option_by_label("1", ["0", "1"]) == 1, "text and position agree"
     for label in ("D", 3, -1, "-1", "--1", None, True, "purple"):
-        with pytest.raises(Unusable):
-            by_label(label, options)
+        with pytest.raises(UnusableRowError):
+            option_by_label(label, options)
 
 
 @pytest.mark.parametrize("label", ["BC", "AB", "--1", "E", "4", ""])
 def test_a_column_label_is_one_letter_or_number(label: str) -> None:
     row = {"context": "c", "question": "q", **{f"answer{n}": text for n, text in enumerate("wxyz")}}
-    assert named("cosmos_qa").item({**row, "label": "B"}).right == (1,)
-    with pytest.raises(Unusable):
-        named("cosmos_qa").item({**row, "label": label})
+    assert find_named_set("cosmos_qa").item({**row, "label": "B"}).right == (1,)
+    with pytest.raises(UnusableRowError):
+        find_named_set("cosmos_qa").item({**row, "label": label})
 
 
 def test_numbers_are_bare() -> None:
@@ -142,14 +142,14 @@ def test_numbers_are_bare() -> None:
     }
     assert {value: bare_number(value) for value in known} == known
     for value in ("", "x", "1.2.3", None, True, "3 apples"):
-        with pytest.raises(Unusable):
+        with pytest.raises(UnusableRowError):
             bare_number(value)
 
 
 @settings(max_examples=25)
 @given(st.integers(), st.sampled_from(sorted(SETS)))
 def test_templates_are_drawn_evenly(seed: int, name: str) -> None:
-    found = named(name)
+    found = find_named_set(name)
     drawn = [found.template_of(seed, number) for number in range(1000)]
     assert drawn == [found.template_of(seed, number) for number in range(1000)]
     counts, share = Counter(drawn), 1000 / len(found.templates)
@@ -160,15 +160,15 @@ def test_templates_are_drawn_evenly(seed: int, name: str) -> None:
 
 def test_templates_are_the_same_on_every_machine() -> None:
     """The draws of today, written down: a change would give every old run other data."""
-    assert [named("bool_q").template_of(0, number) for number in range(12)] == PINNED
-    assert [named("arc_easy").template_of(0, number) for number in range(12)] != PINNED
-    assert [named("bool_q").template_of(1, number) for number in range(12)] != PINNED
+    assert [find_named_set("bool_q").template_of(0, number) for number in range(12)] == PINNED
+    assert [find_named_set("arc_easy").template_of(0, number) for number in range(12)] != PINNED
+    assert [find_named_set("bool_q").template_of(1, number) for number in range(12)] != PINNED
 
 
 def test_longbench_inputs_keep_their_own_cue() -> None:
-    item = named("trec").item(ROWS["longbench_trec"].row)
-    assert cued(item).endswith("\nType:")
-    assert cued(item).count("Type:") == 1
+    item = find_named_set("trec").item(ROWS["longbench_trec"].row)
+    assert prompt_with_cue(item).endswith("\nType:")
+    assert prompt_with_cue(item).count("Type:") == 1
 
 
 def test_names_are_forgiving() -> None:
@@ -179,51 +179,51 @@ def test_names_are_forgiving() -> None:
         "longbench_hotpotqa", "databricks/databricks-dolly-15k": "dolly", "truthful_qa": "truthfulqa", "xquad": "xquad",
         "spa-eng": "eng_spa", "cosmosqa": "cosmos_qa", "SQuAD": "squad",
     }.items():  # fmt: skip
-        assert named(spelling).name == name
+        assert find_named_set(spelling).name == name
     with pytest.raises(
         ConfigError, match=r"unknown set 'winogrand' \(did you mean 'winogrande'\?\)\. Sets: common_gen.*Suites.*flan"
     ):
-        named("winogrand")
+        find_named_set("winogrand")
     with pytest.raises(ConfigError, match=r"'commonsence' .did you mean 'commonsense'"):
-        expand(["commonsence"])
+        expand_suites(["commonsence"])
 
 
 def test_suites() -> None:
-    assert expand("math") == ["gsm8k", "svamp"]
-    assert expand(["boolq", "commonsense", "bool_q", "arc"]) == [
+    assert expand_suites("math") == ["gsm8k", "svamp"]
+    assert expand_suites(["boolq", "commonsense", "bool_q", "arc"]) == [
         "bool_q", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "hellaswag",
     ]  # fmt: skip
-    assert len(expand("flan")) == 10
-    assert len(expand(["longbench", "longbench_zh"])) == 21
+    assert len(expand_suites("flan")) == 10
+    assert len(expand_suites(["longbench", "longbench_zh"])) == 21
     for members in SUITES.values():
-        assert [named(name).name for name in members] == list(members)
+        assert [find_named_set(name).name for name in members] == list(members)
 
 
 def test_splits() -> None:
-    assert named("anli").split("validation") == "dev_r1"
-    assert named("winogrande").split("test") == "validation"
+    assert find_named_set("anli").split("validation") == "dev_r1"
+    assert find_named_set("winogrande").split("test") == "validation"
     for name, wanted, message in (
         ("truthfulqa", "train", "no training rows, only validation, test.*data.local.truthfulqa=FILE"),
         ("boolq_long", "test", "not on the hub; name a file of it"),
         ("squad", "tset", "no split 'tset'.*did you mean 'test'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            named(name).split(wanted)
+            find_named_set(name).split(wanted)
 
 
 def test_conversation_with_shots() -> None:
-    shots = [Item("Is 1 odd?", "yes", "Answer:", ("yes",)), Item("Is 2 odd?", "no", "Answer:", ("no",))]
-    item = Item("Is 3 odd?", "yes", "Answer:", ("yes",))
-    chat = conversation(item, shots)
+    shots = [NamedSetItem("Is 1 odd?", "yes", "Answer:", ("yes",)), NamedSetItem("Is 2 odd?", "no", "Answer:", ("no",))]
+    item = NamedSetItem("Is 3 odd?", "yes", "Answer:", ("yes",))
+    chat = item_conversation(item, shots)
     assert chat.messages == tuple(
-        Message(role, text)  # type: ignore[arg-type]
+        ChatMessage(role, text)  # type: ignore[arg-type]
         for asked, told in (("Is 1 odd?", "yes"), ("Is 2 odd?", "no"), ("Is 3 odd?", "yes"))
         for role, text in (("user", asked), ("assistant", told))
     )
     assert chat.plain == ("Is 1 odd?\nAnswer: yes\n\nIs 2 odd?\nAnswer: no\n\nIs 3 odd?\nAnswer:", " yes")
-    assert conversation(item).plain == ("Is 3 odd?\nAnswer:", " yes")
-    assert len(conversation(item).messages) == 2
-    assert cued(Item("Go on", "x", "", ("x",))) == "Go on"
+    assert item_conversation(item).plain == ("Is 3 odd?\nAnswer:", " yes")
+    assert len(item_conversation(item).messages) == 2
+    assert prompt_with_cue(NamedSetItem("Go on", "x", "", ("x",))) == "Go on"
 
 
 @pytest.mark.parametrize(
@@ -241,5 +241,5 @@ def test_conversation_with_shots() -> None:
 )
 def test_labels_that_are_no_position(name: str, row: dict[str, Any], label: Any) -> None:
     """Digits that no integer holds, numbers beyond every range: a bad row each, never a ValueError of int()."""
-    with pytest.raises(Unusable, match="label"):
-        named(name).item({**row, "label": label})
+    with pytest.raises(UnusableRowError, match="label"):
+        find_named_set(name).item({**row, "label": label})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lorry.data.catalog import named
+from lorry.data.catalog import find_named_set
 
 TASKS = {
     "anli": "anli/anli_r1",
@@ -47,7 +47,7 @@ def test_hub_names_and_splits(tasks: Path, name: str) -> None:
     text = (tasks / f"{TASKS[name]}.yaml").read_text(encoding="utf-8")
     if parent := value(text, "include"):
         text += (tasks / TASKS[name]).parent.joinpath(parent).read_text(encoding="utf-8")
-    found = named(name)
+    found = find_named_set(name)
     assert value(text, "dataset_path") == found.hub
     assert value(text, "dataset_name") in (found.config, None)
     for ours, key in (("train", "training_split"), ("validation", "validation_split"), ("test", "test_split")):

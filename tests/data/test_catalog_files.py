@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from lorry.data.catalog import Item, named
-from lorry.data.reading.content import Unusable
+from lorry.data.catalog import NamedSetItem, find_named_set
+from lorry.data.reading.content import UnusableRowError
 
 FILES: list[tuple[str, str]] = [
     ("common_gen", "common_gen/commongen.dev.jsonl"), ("common_gen", "common_gen/t0_common_gen_templates.jsonl"),
@@ -69,7 +69,7 @@ def listed(column: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("name", "file"), FILES, ids=[f"{name}-{Path(file).stem}" for name, file in FILES])
 def test_every_row_of_every_file(shared_data: Path, name: str, file: str) -> None:
-    found, count = named(name), 0
+    found, count = find_named_set(name), 0
     for number, row in enumerate(raw(shared_data / file)):
         item = found.item(row)
         other = found.item(row, found.template_of(0, number))
@@ -87,10 +87,10 @@ def test_every_row_of_every_file(shared_data: Path, name: str, file: str) -> Non
     assert count == rows_promised(shared_data, file) > 0
 
 
-def each(shared_data: Path, name: str, *files: str) -> Iterator[tuple[dict[str, Any], Item]]:
+def each(shared_data: Path, name: str, *files: str) -> Iterator[tuple[dict[str, Any], NamedSetItem]]:
     for file in files:
         for row in raw(shared_data / file):
-            yield row, named(name).item(row)
+            yield row, find_named_set(name).item(row)
 
 
 def test_llm_adapters_rows_can_be_written_back(shared_data: Path) -> None:
@@ -154,8 +154,10 @@ def test_common_gen(shared_data: Path) -> None:
 
 def test_a_test_set_without_references_is_refused(shared_data: Path) -> None:
     row = next(raw(shared_data / "common_gen/commongen.test_noref.jsonl"))
-    with pytest.raises(Unusable, match=r"read from the columns 'concept_set'\. Known: .*authors \(concept_set \+ scene\)"):
-        named("common_gen").item(row)
+    with pytest.raises(
+        UnusableRowError, match=r"read from the columns 'concept_set'\. Known: .*authors \(concept_set \+ scene\)"
+    ):
+        find_named_set("common_gen").item(row)
 
 
 def test_truthfulqa(shared_data: Path) -> None:
@@ -212,8 +214,8 @@ def test_dolly_frames_come_off(shared_data: Path) -> None:
 def test_longbench_lengths_are_its_authors(shared_data: Path) -> None:
     lengths = json.loads((shared_data / "longcontext" / "dataset2maxlen.json").read_text())
     assert len(lengths) == 21
-    assert {name: named(f"longbench_{name}").max_new_tokens for name in lengths} == lengths
-    assert {named(f"longbench_{name}").config for name in lengths} == set(lengths)
+    assert {name: find_named_set(f"longbench_{name}").max_new_tokens for name in lengths} == lengths
+    assert {find_named_set(f"longbench_{name}").config for name in lengths} == set(lengths)
     prompts = json.loads((shared_data / "longcontext" / "dataset2prompt.json").read_text())
     for name, prompt in prompts.items():  # ours are our own words
-        assert prompt not in named(f"longbench_{name}").templates
+        assert prompt not in find_named_set(f"longbench_{name}").templates

@@ -9,8 +9,8 @@ from hubrows import ARC, COQA, LONG, MC, ROWS, SQUAD, TRUTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.catalog import SETS, Item, named
-from lorry.data.reading.content import Unusable
+from lorry.data.catalog import SETS, NamedSetItem, find_named_set
+from lorry.data.reading.content import UnusableRowError
 
 BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("bool_q", {"question": "q", "answer": "maybe"}, "label", r"'maybe' is outside the options: \(0: 'yes', 1: 'no'\)"),
@@ -43,8 +43,8 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("name", "row", "kind", "reason"), BAD, ids=[f"{name}-{kind}" for name, _, kind, _ in BAD])
 def test_bad_rows_say_what_is_wrong(name: str, row: dict[str, Any], kind: str, reason: str) -> None:
-    with pytest.raises(Unusable, match=reason) as caught:
-        named(name).item(row)
+    with pytest.raises(UnusableRowError, match=reason) as caught:
+        find_named_set(name).item(row)
     assert caught.value.bad.kind == kind
 
 
@@ -72,7 +72,7 @@ OTHER: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "row", "answer"), OTHER, ids=[f"{name}-{at}" for at, (name, _, _) in enumerate(OTHER)])
 def test_other_layouts(name: str, row: dict[str, Any], answer: str) -> None:
-    assert named(name).item(row).answer == answer
+    assert find_named_set(name).item(row).answer == answer
 
 
 TEXTS = st.sampled_from(["", " ", "a", "A b?", "1", "-1", "yes", "C", "#### 3", "x#y", "a;b", "{question}", "{", "entailment"])
@@ -88,7 +88,7 @@ VALUES = st.recursive(
 )
 
 
-def check(item: Item) -> None:
+def check(item: NamedSetItem) -> None:
     assert item.prompt.strip()
     assert item.answer.strip()
     assert item.references
@@ -101,12 +101,12 @@ def check(item: Item) -> None:
 @pytest.mark.parametrize("name", [name for name in SETS if not name.startswith("longbench") or name.endswith(("qmsum", "trec"))])
 def test_any_row_is_read_or_refused(name: str, data: st.DataObject) -> None:
     """Whatever stands in the columns, there are sound items or a reason, never another error."""
-    found = named(name)
+    found = find_named_set(name)
     form = data.draw(st.sampled_from(found.layouts))
     row = {column: data.draw(VALUES, label=column) for group in form.needs for column in group}
     try:
         items = found.items(row, data.draw(st.integers(0, len(found.templates) - 1)))
-    except Unusable as error:
+    except UnusableRowError as error:
         reason = error.bad
     else:
         for item in items:

@@ -10,12 +10,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 
-from lorry.data.encoding.chat import lay_out
-from lorry.data.encoding.encode import Encoded, Encoder
-from lorry.data.encoding.template import PROBE, ChatTemplate, TemplateRefusal
-from lorry.data.encoding.tokens import Tokens
+from lorry.data.encoding.chat import render_chat
+from lorry.data.encoding.encode import EncodedSequence, ExampleEncoder
+from lorry.data.encoding.template import PROBE_CHARACTER, ChatTemplate, TemplateRefusedError
+from lorry.data.encoding.tokens import TextTokenizer
 from lorry.data.reading.bad_rows import BadRow
-from lorry.data.reading.content import Conversation, Message
+from lorry.data.reading.content import ChatMessage, Conversation
 from lorry.errors import DataError, ModelError
 
 Tokenizers = Callable[..., Any]
@@ -25,14 +25,14 @@ ENDS = {
 }  # fmt: skip
 
 
-def chat(*turns: str) -> tuple[Message, ...]:
+def chat(*turns: str) -> tuple[ChatMessage, ...]:
     """Turns in the order user, assistant, user ...; a first one that begins with "sys:" is the system message."""
-    system = (Message("system", turns[0][4:]),) if turns[0].startswith("sys:") else ()
+    system = (ChatMessage("system", turns[0][4:]),) if turns[0].startswith("sys:") else ()
     rest = turns[len(system) :]
-    return (*system, *(Message("assistant" if at % 2 else "user", text) for at, text in enumerate(rest)))
+    return (*system, *(ChatMessage("assistant" if at % 2 else "user", text) for at, text in enumerate(rest)))
 
 
-def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+def as_dicts(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     made = [{"role": m.role, "content": m.content} for m in messages]
     for message, plain in zip(messages, made, strict=True):
         if message.reasoning:
@@ -40,15 +40,15 @@ def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
     return made
 
 
-def encoded(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Encoded:
-    made = Encoder(tokenizer, max_length=options.pop("max_length", 4096), **options).encode(Conversation(tuple(messages)))
+def encoded(tokenizer: Any, messages: Sequence[ChatMessage], **options: Any) -> EncodedSequence:
+    made = ExampleEncoder(tokenizer, max_length=options.pop("max_length", 4096), **options).encode(Conversation(tuple(messages)))
     assert not isinstance(made, BadRow), made
     return made[0]
 
 
-def marked(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
+def marked(tokenizer: Any, messages: Sequence[ChatMessage], **options: Any) -> str:
     """The whole example as text, what is learnt between « and »."""
-    runs = Encoder(tokenizer, max_length=4096).marked_text(encoded(tokenizer, messages, **options))
+    runs = ExampleEncoder(tokenizer, max_length=4096).marked_text(encoded(tokenizer, messages, **options))
     return "".join(f"«{text}»" if learnt else text for text, learnt in runs)
 
 
@@ -79,14 +79,14 @@ def test_hand_marked(tokenizer_of: Tokenizers, family: str, turns: tuple[str, ..
 
 
 def test_reasoning_beside_the_answer_is_learnt(tokenizer_of: Tokenizers) -> None:
-    messages = (Message("user", "Hi"), Message("assistant", "Hello", reasoning="hm"))
+    messages = (ChatMessage("user", "Hi"), ChatMessage("assistant", "Hello", reasoning="hm"))
     assert marked(tokenizer_of("qwen3"), messages).endswith("assistant\n«<think>\nhm\n</think>\n\nHello<|im_end|>»")
 
 
 def test_thoughts_are_learnt_where_they_are_thought(tokenizer_of: Tokenizers) -> None:
     """Qwen3 takes thoughts out of earlier turns: inside the longer chat the first answer would be learnt without one."""
     messages = chat("Hi", "<think>\nhm\n</think>\n\nHello", "More", "<think>\nso\n</think>\n\nYes")
-    encoder = Encoder(tokenizer_of("qwen3"), max_length=99)
+    encoder = ExampleEncoder(tokenizer_of("qwen3"), max_length=99)
     made = encoder.encode(Conversation(messages))
     assert not isinstance(made, BadRow)
     assert ["".join(f"«{t}»" if learnt else t for t, learnt in encoder.marked_text(one)) for one in made] == [
@@ -97,7 +97,7 @@ def test_thoughts_are_learnt_where_they_are_thought(tokenizer_of: Tokenizers) ->
     assert list(encoder.notes) == ["the chat template rewrites earlier answers; each was learnt in a chat that ends with it"]
 
 
-def incremental(tokenizer: Any, messages: Sequence[Message], end: str) -> set[tuple[str, str]]:
+def incremental(tokenizer: Any, messages: Sequence[ChatMessage], end: str) -> set[tuple[str, str]]:
     """The oracle: for each answer transformers' generation prompt, and what it writes behind it up to the end of turn."""
     said = set()
     for at, message in enumerate(messages):
@@ -124,7 +124,7 @@ def test_against_the_incremental_oracle(
     tokenizer = tokenizer_of(family, byte_level)
     assume(family != "gemma" or system is None)
     messages = chat(*([f"sys:{system}"] if system else []), *turns)
-    encoder = Encoder(tokenizer, max_length=4096)
+    encoder = ExampleEncoder(tokenizer, max_length=4096)
     sequences = encoder.encode(Conversation(messages))
     assert not isinstance(sequences, BadRow)
     learnt = []
@@ -146,7 +146,7 @@ def test_against_the_incremental_oracle(
 def test_prompts_are_those_of_transformers(tokenizer_of: Tokenizers, prose: Callable[[int, int], str]) -> None:
     for family in ENDS:
         tokenizer = tokenizer_of(family)
-        encoder = Encoder(tokenizer, max_length=4096)
+        encoder = ExampleEncoder(tokenizer, max_length=4096)
         messages = chat(prose(1, 8).strip(), prose(2, 5).strip(), prose(3, 8).strip(), prose(4, 5).strip())
         prompt = encoder.prompt(Conversation(messages))
         plain = tokenizer.apply_chat_template(
@@ -166,7 +166,7 @@ def test_a_token_across_the_border_is_broken_up(tokenizer_of: Tokenizers) -> Non
     ids = tokenizer("assistant\n\n\nkalo", add_special_tokens=False)["input_ids"]
     joined = tokenizer.convert_ids_to_tokens(ids)
     assert any(token.count("Ċ") > 1 for token in joined), "the tokenizer must join line breaks for this test to mean anything"
-    encoder = Encoder(tokenizer, max_length=100)
+    encoder = ExampleEncoder(tokenizer, max_length=100)
     messages = chat("Hi", "\n\nkalo")
     made, prompt = encoded(tokenizer, messages), encoder.prompt(Conversation(messages))
     assert made.tokens[: len(prompt)] == prompt
@@ -175,7 +175,7 @@ def test_a_token_across_the_border_is_broken_up(tokenizer_of: Tokenizers) -> Non
 
 def test_tokens_across_the_borders_of_a_span(tokenizer_of: Tokenizers) -> None:
     """One across the start is broken up; one across the end holds a part of the answer and is learnt."""
-    tokens = Tokens(tokenizer_of("chatml"))
+    tokens = TextTokenizer(tokenizer_of("chatml"))
 
     def learnt(text: str, start: int, end: int) -> list[str]:
         (made,) = tokens.many([text], [[(start, end)]], [""])
@@ -205,7 +205,7 @@ def test_user_text_that_looks_like_an_answer_is_not_learnt(tokenizer_of: Tokeniz
 
 
 def test_control_tokens_in_messages_are_noted_and_an_end_is_not_doubled(tokenizer_of: Tokenizers) -> None:
-    encoder = Encoder(tokenizer_of("chatml"), max_length=100)
+    encoder = ExampleEncoder(tokenizer_of("chatml"), max_length=100)
     plain, ended = (encoder.encode(Conversation(chat("Hi", text))) for text in ("Hello", "Hello<|im_end|>\n"))
     assert plain == ended
     assert not encoder.notes
@@ -229,7 +229,7 @@ def with_template(tokenizer: Any, source: str) -> Any:
 def test_a_template_that_forgets_the_header(tokenizer_of: Tokenizers) -> None:
     tokenizer = with_template(tokenizer_of("chatml"), CHATML_WITHOUT_PROMPT)
     assert marked(tokenizer, chat("Hi", "Hello")).endswith("<|im_start|>assistant\n«Hello<|im_end|>»")
-    encoder = Encoder(tokenizer, max_length=99)
+    encoder = ExampleEncoder(tokenizer, max_length=99)
     assert tokenizer.decode(encoder.prompt(Conversation(chat("Hi", "Hello")))).endswith("<|im_start|>assistant\n")
     assert "ignores add_generation_prompt" in encoder.template.notes[0]
 
@@ -238,16 +238,16 @@ def test_a_template_that_drops_system_messages_in_silence(tokenizer_of: Tokenize
     source = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     tokenizer = with_template(tokenizer_of("chatml"), source)
     assert marked(tokenizer, chat("sys:Be kind", "Hi", "Hello")).startswith("<|im_start|>user\nBe kind\n\nHi<|im_end|>")
-    assert "takes no system message" in "".join(Encoder(tokenizer, max_length=99).template.notes)
-    alone = (Message("system", "S"), Message("assistant", "Hello"))
-    made = Encoder(tokenizer, max_length=99).encode(Conversation(alone))
+    assert "takes no system message" in "".join(ExampleEncoder(tokenizer, max_length=99).template.notes)
+    alone = (ChatMessage("system", "S"), ChatMessage("assistant", "Hello"))
+    made = ExampleEncoder(tokenizer, max_length=99).encode(Conversation(alone))
     assert isinstance(made, BadRow)
     assert "no user message to put it before" in made.reason
 
 
 def test_a_template_that_drops_thoughts_says_so(tokenizer_of: Tokenizers) -> None:
     source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
-    encoder = Encoder(with_template(tokenizer_of("chatml"), source), max_length=99)
+    encoder = ExampleEncoder(with_template(tokenizer_of("chatml"), source), max_length=99)
     encoder.encode(Conversation(chat("Hi", "<think>hm</think>Hello")))
     assert list(encoder.notes) == ["the chat template changes or shortens the answer itself, a thought for example"]
 
@@ -255,7 +255,7 @@ def test_a_template_that_drops_thoughts_says_so(tokenizer_of: Tokenizers) -> Non
 def test_a_template_without_an_end_of_turn_gets_the_end_of_text(tokenizer_of: Tokenizers) -> None:
     """Otherwise the model would learn to answer but never to stop."""
     tokenizer = with_template(tokenizer_of("chatml"), NO_END)
-    encoder = Encoder(tokenizer, max_length=99)
+    encoder = ExampleEncoder(tokenizer, max_length=99)
     assert (
         marked(tokenizer, chat("Hi", "Hello", "More", "Yes"))
         == "user: Hi\nassistant: «Hello»\nuser: More\nassistant: «Yes<|im_end|>»"
@@ -274,13 +274,13 @@ def test_an_end_of_turn_in_several_tokens_is_followed_by_the_end_of_text(tokeniz
         chat_template=tokenizer_of("chatml").chat_template,
     )
     assert marked(made, chat("Hi", "Hello")).endswith("assistant\n«Hello<|im_end|><|endoftext|>»")
-    assert Encoder(made, max_length=99).stop_tokens() == [made.eos_token_id]
+    assert ExampleEncoder(made, max_length=99).stop_tokens() == [made.eos_token_id]
 
 
 def test_stop_tokens_hold_both_ends(tokenizer_of: Tokenizers) -> None:
     tokenizer = tokenizer_of("llama3")
     expected = sorted(tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"]))
-    assert Encoder(tokenizer, max_length=99).stop_tokens() == expected
+    assert ExampleEncoder(tokenizer, max_length=99).stop_tokens() == expected
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_stop_tokens_hold_both_ends(tokenizer_of: Tokenizers) -> None:
 def test_templates_that_lose_answers_give_bad_rows(tokenizer_of: Tokenizers, body: str, reason: str) -> None:
     source = "{% for m in messages %}<|im_start|>{{ m.role }}\n" + body + "<|im_end|>\n{% endfor %}"
     source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    encoder = Encoder(with_template(tokenizer_of("chatml"), source), max_length=99)
+    encoder = ExampleEncoder(with_template(tokenizer_of("chatml"), source), max_length=99)
     made = encoder.encode(Conversation(chat("Hi", "Hello", "More", "Yes")))
     assert isinstance(made, BadRow)
     assert made.kind == "template"
@@ -304,10 +304,10 @@ def test_templates_that_lose_answers_give_bad_rows(tokenizer_of: Tokenizers, bod
 
 
 def test_gemma_refuses_what_it_refuses(tokenizer_of: Tokenizers) -> None:
-    twice = (Message("user", "a"), Message("user", "b"), Message("assistant", "c"))
+    twice = (ChatMessage("user", "a"), ChatMessage("user", "b"), ChatMessage("assistant", "c"))
     with pytest.raises(TemplateError, match="roles must alternate"):
         tokenizer_of("gemma").apply_chat_template(as_dicts(twice), tokenize=False)
-    made = Encoder(tokenizer_of("gemma"), max_length=99).encode(Conversation(twice))
+    made = ExampleEncoder(tokenizer_of("gemma"), max_length=99).encode(Conversation(twice))
     assert isinstance(made, BadRow)
     assert "roles must alternate" in made.reason
 
@@ -341,22 +341,22 @@ def test_a_block_may_leave_a_turn_out(tokenizer_of: Tokenizers) -> None:
     ],
 )
 def test_a_block_in_the_wrong_place_is_noticed(tokenizer_of: Tokenizers, block: str, reason: str) -> None:
-    encoder = Encoder(with_template(tokenizer_of("chatml"), GENERATION.replace("BLOCK", block)), max_length=99)
+    encoder = ExampleEncoder(with_template(tokenizer_of("chatml"), GENERATION.replace("BLOCK", block)), max_length=99)
     made = encoder.encode(Conversation(chat("Hi", "Hello")))
     assert isinstance(made, BadRow)
     assert reason in made.reason
 
 
 def test_reserved_characters_are_refused(tokenizer_of: Tokenizers) -> None:
-    made = Encoder(tokenizer_of("chatml"), max_length=99).encode(Conversation(chat("Hi" + PROBE, "Hello")))
+    made = ExampleEncoder(tokenizer_of("chatml"), max_length=99).encode(Conversation(chat("Hi" + PROBE_CHARACTER, "Hello")))
     assert isinstance(made, BadRow)
     assert "noncharacters" in made.reason
 
 
 def test_a_prompt_that_the_template_refuses_is_an_error_for_a_person(tokenizer_of: Tokenizers) -> None:
-    twice = (Message("user", "a"), Message("user", "b"), Message("assistant", "c"))
+    twice = (ChatMessage("user", "a"), ChatMessage("user", "b"), ChatMessage("assistant", "c"))
     with pytest.raises(DataError, match="roles must alternate"):
-        Encoder(tokenizer_of("gemma"), max_length=99).prompt(Conversation(twice))
+        ExampleEncoder(tokenizer_of("gemma"), max_length=99).prompt(Conversation(twice))
 
 
 class Wrapped:
@@ -392,7 +392,7 @@ class Slow(Wrapped):
 def test_false_offsets_are_caught(tokenizer_of: Tokenizers) -> None:
     """A tokenizer whose offsets lie would teach the wrong tokens; decoding what is marked shows it."""
     with pytest.raises(ModelError, match="the answer ' sumi' was found as"):
-        Tokens(Lying(tokenizer_of("chatml"))).many(["kalo tenra sumi lomi"], [[(10, 15)]], [""])
+        TextTokenizer(Lying(tokenizer_of("chatml"))).many(["kalo tenra sumi lomi"], [[(10, 15)]], [""])
 
 
 def test_a_tokenizer_without_offsets(tokenizer_of: Tokenizers) -> None:
@@ -408,5 +408,5 @@ def test_lay_out_raises_for_a_missing_header() -> None:
         "{% if add_generation_prompt %}A {% endif %}"
     )
     template = ChatTemplate(source, {})
-    with pytest.raises(TemplateRefusal, match="without its header 'A '"):
-        lay_out(template, chat("Hi", "Hello", "More", "Yes"))
+    with pytest.raises(TemplateRefusedError, match="without its header 'A '"):
+        render_chat(template, chat("Hi", "Hello", "More", "Yes"))

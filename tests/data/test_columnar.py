@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from lorry.data.reading import columnar
 from lorry.data.reading.columnar import read_parquet, read_saved
 from lorry.data.reading.formats import read_examples
-from lorry.data.reading.rows import Row
+from lorry.data.reading.rows import DataRow
 from lorry.data.reading.sources import open_source
 from lorry.disk.durable import DiskError
 from lorry.errors import DataError
@@ -258,7 +258,7 @@ def test_damaged_tables_give_a_data_error_or_rows(
     count = 0
     try:
         for item in items:
-            count += isinstance(item, Row)
+            count += isinstance(item, DataRow)
     except DataError as error:
         placed = re.match(r"d:\d+: ", str(error))
         assert placed is not None
@@ -274,7 +274,7 @@ def test_too_little_memory_makes_no_bad_row(tmp_path: Path, kind: str, policy: A
     def full(column: Any) -> list[Any]:
         raise pa.ArrowMemoryError("malloc of size 4096 failed")
 
-    monkeypatch.setattr(columnar, "_values", full)
+    monkeypatch.setattr(columnar, "_column_values", full)
     source = open_source(path, on_bad_row=policy)
     with pytest.raises(MemoryError):
         list(source.read())

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.encoding.encode import Encoder
-from lorry.data.encoding.token_set import TokenSet, told
-from lorry.data.reading.sources import Source, open_source
+from lorry.data.encoding.encode import ExampleEncoder
+from lorry.data.encoding.token_set import TokenSet, report_progress
+from lorry.data.reading.sources import DataSource, open_source
 from lorry.data.stream.dataset import TrainStream
 from lorry.data.stream.pack import sequence_key
 from lorry.errors import ConfigError, DataError
@@ -35,7 +35,7 @@ def qa_file(folder: Path, prose: Prose, rows: int, name: str = "qa.jsonl") -> Pa
 @pytest.fixture(scope="module")
 def tokens(tokenizer_of: Tokenizers, prose: Prose, tmp_path_factory: pytest.TempPathFactory) -> TokenSet:
     path = qa_file(tmp_path_factory.mktemp("data"), prose, 53)
-    return TokenSet.build(open_source(path), Encoder(tokenizer_of("chatml"), max_length=200))
+    return TokenSet.build(open_source(path), ExampleEncoder(tokenizer_of("chatml"), max_length=200))
 
 
 def stream_of(tokens: TokenSet, **options: Any) -> TrainStream:
@@ -69,7 +69,7 @@ def test_the_report_says_what_became_of_every_row(tokenizer_of: Tokenizers, pros
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "broken\n")
     quarantine = tmp_path / "q.jsonl"
     source = open_source(path, on_bad_row="quarantine", quarantine=quarantine)
-    made = TokenSet.build(source, Encoder(tokenizer_of("chatml"), max_length=40))
+    made = TokenSet.build(source, ExampleEncoder(tokenizer_of("chatml"), max_length=40))
     report = made.report
     assert (len(made), report.rows, report.shortened) == (3, 3, 1)
     assert report.left_out == {"empty answer": 1, "too long": 1, "format": 1, "json": 1}
@@ -82,7 +82,7 @@ def test_the_report_says_what_became_of_every_row(tokenizer_of: Tokenizers, pros
 
 
 def test_a_too_long_answer_is_dropped_but_other_faults_stop(tokenizer_of: Tokenizers, prose: Prose, tmp_path: Path) -> None:
-    encoder, path = Encoder(tokenizer_of("gemma"), max_length=40), tmp_path / "d.jsonl"
+    encoder, path = ExampleEncoder(tokenizer_of("gemma"), max_length=40), tmp_path / "d.jsonl"
     good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "kalo"}]}
     long = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": prose(1, 60)}]}
     refused = {"messages": [good["messages"][0], *good["messages"]]}
@@ -163,13 +163,13 @@ def test_total_steps(tokens: TokenSet, epochs: float, max_steps: int | None, ste
 
 def test_a_resumed_run_refuses_other_data(tokens: TokenSet, tokenizer_of: Tokenizers, prose: Prose, tmp_path: Path) -> None:
     state = json.loads(json.dumps(stream_of(tokens).state()))
-    again = TokenSet.build(open_source(qa_file(tmp_path, prose, 53)), Encoder(tokenizer_of("chatml"), max_length=200))
+    again = TokenSet.build(open_source(qa_file(tmp_path, prose, 53)), ExampleEncoder(tokenizer_of("chatml"), max_length=200))
     stream_of(again).load_state(state)
     for changed, options in (
         (qa_file(tmp_path, prose, 52, "b.jsonl"), {}),
         (tmp_path / "qa.jsonl", {"completion_only_loss": False}),
     ):
-        other = TokenSet.build(open_source(changed), Encoder(tokenizer_of("chatml"), max_length=200, **options))
+        other = TokenSet.build(open_source(changed), ExampleEncoder(tokenizer_of("chatml"), max_length=200, **options))
         with pytest.raises(DataError, match="not the data this run was started with"):
             stream_of(other).load_state(state)
 
@@ -209,15 +209,15 @@ def test_held_out_rows(tokens: TokenSet, tokenizer_of: Tokenizers, prose: Prose,
         tokens.held_out(53, seed=0)
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(prose(ord(name), 100))
-    pieces = TokenSet.build(open_source(tmp_path), Encoder(tokenizer_of("chatml"), max_length=30))
+    pieces = TokenSet.build(open_source(tmp_path), ExampleEncoder(tokenizer_of("chatml"), max_length=30))
     train, held = pieces.held_out(1, seed=0)
     assert not set(train.where) & set(held.where), "pieces of one document must not fall on both sides"
     assert len(train) + len(held) == len(pieces)
 
 
 def test_a_set_has_its_adapter_and_role(tokenizer_of: Tokenizers, prose: Prose, tmp_path: Path) -> None:
-    source: Source = open_source(qa_file(tmp_path, prose, 3))
-    made = TokenSet.build(source, Encoder(tokenizer_of("chatml"), max_length=200), adapter=2, role="forget")
+    source: DataSource = open_source(qa_file(tmp_path, prose, 3))
+    made = TokenSet.build(source, ExampleEncoder(tokenizer_of("chatml"), max_length=200), adapter=2, role="forget")
     (batch,) = made.eval_batches(3)
     assert batch.adapter.tolist() == [2, 2, 2]
     assert batch.role == ("forget",) * 3
@@ -226,7 +226,7 @@ def test_a_set_has_its_adapter_and_role(tokenizer_of: Tokenizers, prose: Prose, 
 def test_reading_that_takes_long_says_how_far_it_is() -> None:
     said, seconds = list[str](), iter(range(1000))
     rows = [object()] * 14
-    given = list(told(rows, "rows.jsonl", said.append, clock=lambda: float(next(seconds))))  # type: ignore[arg-type]
+    given = list(report_progress(rows, "rows.jsonl", said.append, clock=lambda: float(next(seconds))))  # type: ignore[arg-type]
     assert given == rows
     assert [line.split(" rows")[0] for line in said] == [f"rows.jsonl: {n}" for n in (2, 4, 8)]
-    assert list(told(rows, "rows.jsonl", None)) == rows  # type: ignore[arg-type]
+    assert list(report_progress(rows, "rows.jsonl", None)) == rows  # type: ignore[arg-type]

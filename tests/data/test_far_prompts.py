@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.data.encoding import cut
-from lorry.data.encoding.cut import REACH, without_middle
-from lorry.data.encoding.encode import Encoded, Encoder
-from lorry.data.encoding.tokens import Tokens
-from lorry.data.reading.content import Conversation, Message
+from lorry.data.encoding.cut import CUT_REACH, cut_text_middle
+from lorry.data.encoding.encode import EncodedSequence, ExampleEncoder
+from lorry.data.encoding.tokens import TextTokenizer
+from lorry.data.reading.content import ChatMessage, Conversation
 
 Tokenizers = Callable[..., Any]
 LENGTH, WINDOW = 48, 512
@@ -25,11 +25,11 @@ KINDS = ["chatml", "gemma", "llama2", None]
 def small_window() -> Iterator[None]:
     """Texts of 14,000 characters are far enough then, and quick to read as a whole."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cut, "WINDOW", WINDOW)
+        patch.setattr(cut, "CUT_WINDOW", WINDOW)
         yield
 
 
-def far_text(seed: int, words: list[str], size: int = 3 * (LENGTH * REACH + 3 * WINDOW)) -> str:
+def far_text(seed: int, words: list[str], size: int = 3 * (LENGTH * CUT_REACH + 3 * WINDOW)) -> str:
     draw, made, length = random.Random(seed), list[str](), 0
     while length < size:
         made.append(draw.choice(words))
@@ -51,7 +51,7 @@ def test_the_tokens_kept_are_the_last_of_the_whole_text(kind: str | None, tokeni
     """Held against transformers' own reading of the whole."""
     tokenizer = tokenizer_of(kind)
     text = far_text(1, PROSE)
-    shown, skipped = without_middle(Tokens(tokenizer), text, LENGTH)
+    shown, skipped = cut_text_middle(TextTokenizer(tokenizer), text, LENGTH)
     assert 0 < skipped == len(text) - len(shown)
     whole, ids = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in (text, shown))
     assert ids[-LENGTH:] == whole[-LENGTH:]
@@ -65,7 +65,7 @@ def test_whatever_the_text_is_the_tokens_are_those_of_the_whole(
 ) -> None:
     tokenizer = tokenizer_of(kind)
     text = far_text(seed, words)
-    shown, skipped = without_middle(Tokens(tokenizer), text, LENGTH)
+    shown, skipped = cut_text_middle(TextTokenizer(tokenizer), text, LENGTH)
     whole, ids = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in (text, shown))
     assert ids[-LENGTH:] == whole[-LENGTH:]
     assert ids[:10] == whole[:10]
@@ -76,20 +76,20 @@ def test_whatever_the_text_is_the_tokens_are_those_of_the_whole(
     "text", ["a" * 90_000, "漢字" * 45_000, " " * 90_000, "word " * 10], ids=["word", "han", "space", "short"]
 )
 def test_a_text_without_words_to_begin_at_is_read_whole(text: str, tokenizer_of: Tokenizers) -> None:
-    assert without_middle(Tokens(tokenizer_of("chatml")), text, LENGTH) == (text, 0)
+    assert cut_text_middle(TextTokenizer(tokenizer_of("chatml")), text, LENGTH) == (text, 0)
 
 
 def conversations() -> dict[str, Conversation]:
     far, short = far_text(2, PROSE), "Say it in one word."
-    answer, unlearnt = Message("assistant", "Fox."), Message("assistant", far, learnt=False)
+    answer, unlearnt = ChatMessage("assistant", "Fox."), ChatMessage("assistant", far, learnt=False)
     return {
-        "question": Conversation((Message("user", far), answer), plain=(far, "Fox.")),
-        "system": Conversation((Message("system", far), Message("user", short), answer)),
-        "both": Conversation((Message("system", short), Message("user", far), answer)),
-        "two far": Conversation((Message("system", far), Message("user", far[5000:]), answer)),
-        "earlier": Conversation((Message("user", far), Message("assistant", "No."), Message("user", short), answer)),
-        "later": Conversation((Message("user", short), Message("assistant", "No."), Message("user", far), answer)),
-        "weightless": Conversation((Message("user", short), unlearnt, Message("user", far), answer)),
+        "question": Conversation((ChatMessage("user", far), answer), plain=(far, "Fox.")),
+        "system": Conversation((ChatMessage("system", far), ChatMessage("user", short), answer)),
+        "both": Conversation((ChatMessage("system", short), ChatMessage("user", far), answer)),
+        "two far": Conversation((ChatMessage("system", far), ChatMessage("user", far[5000:]), answer)),
+        "earlier": Conversation((ChatMessage("user", far), ChatMessage("assistant", "No."), ChatMessage("user", short), answer)),
+        "later": Conversation((ChatMessage("user", short), ChatMessage("assistant", "No."), ChatMessage("user", far), answer)),
+        "weightless": Conversation((ChatMessage("user", short), unlearnt, ChatMessage("user", far), answer)),
     }
 
 
@@ -105,10 +105,10 @@ def test_an_example_is_the_same_as_when_all_of_it_is_read(
         pytest.skip("a tokenizer without a template takes its chats through the default one, as chatml")
 
     def made() -> Any:
-        return Encoder(tokenizer, max_length=LENGTH, completion_only_loss=only_answers).encode(content)
+        return ExampleEncoder(tokenizer, max_length=LENGTH, completion_only_loss=only_answers).encode(content)
 
     quick = made()
-    monkeypatch.setattr(cut, "REACH", 1 << 30)
+    monkeypatch.setattr(cut, "CUT_REACH", 1 << 30)
     whole = made()
     if not isinstance(whole, list):
         assert quick == whole
@@ -119,8 +119,8 @@ def test_an_example_is_the_same_as_when_all_of_it_is_read(
 
 def test_what_was_never_tokenised_is_counted_in_characters(tokenizer_of: Tokenizers) -> None:
     tokenizer, content = tokenizer_of("chatml"), conversations()["question"]
-    (piece,) = Encoder(tokenizer, max_length=LENGTH).encode(content)
-    assert isinstance(piece, Encoded)
+    (piece,) = ExampleEncoder(tokenizer, max_length=LENGTH).encode(content)
+    assert isinstance(piece, EncodedSequence)
     text = content.messages[0].content
     whole, kept = (len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (text, text[piece.skipped :]))
     assert 0 < piece.skipped < len(text)
@@ -138,4 +138,4 @@ def test_tokens_that_cross_words_may_keep_two_readings_out_of_step() -> None:
     bpe = models.BPE(vocab=vocab, merges=[(" ", "a"), (" a", " a")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(bpe), eos_token="<eos>")
     text = "b" + " a" * 60001
-    assert without_middle(Tokens(tokenizer), text, 16) == (text, 0)
+    assert cut_text_middle(TextTokenizer(tokenizer), text, 16) == (text, 0)

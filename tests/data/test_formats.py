@@ -13,24 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.data.reading.bad_rows import BadRow
-from lorry.data.reading.content import Conversation, Message, Text
-from lorry.data.reading.formats import FORMATS, chosen, detect, normalise, read_examples
+from lorry.data.reading.content import ChatMessage, Conversation, TextDocument
+from lorry.data.reading.formats import FORMATS, detect_format, format_named, normalise_row, read_examples
 from lorry.data.reading.sources import open_source
 from lorry.errors import DataError
 
 
-def user(text: str) -> Message:
-    return Message("user", text)
+def user(text: str) -> ChatMessage:
+    return ChatMessage("user", text)
 
 
-def said(text: str, reasoning: str = "") -> Message:
-    return Message("assistant", text, reasoning)
+def said(text: str, reasoning: str = "") -> ChatMessage:
+    return ChatMessage("assistant", text, reasoning)
 
 
-SYSTEM = Message("system", "Be kind")
+SYSTEM = ChatMessage("system", "Be kind")
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 GOOD: list[tuple[str, dict[str, Any], Any]] = [
-    ("text", {"text": "t", "id": 3}, Text("t")),
+    ("text", {"text": "t", "id": 3}, TextDocument("t")),
     ("prompt_completion", {"prompt": "p ", "completion": "c"}, Conversation((user("p "), said("c")), ("p ", "c"))),
     ("prompt_completion", {"prompt": "p", "answer": 7}, Conversation((user("p"), said("7")), ("p", "7"))),
     ("prompt_completion", {"prompt": "p", "completion": "c", "system": "Be kind"},
@@ -65,9 +65,9 @@ GOOD: list[tuple[str, dict[str, Any], Any]] = [
 
 @pytest.mark.parametrize(("name", "row", "content"), GOOD)
 def test_good_rows(name: str, row: dict[str, Any], content: Any) -> None:
-    form = detect(row)
+    form = detect_format(row)
     assert form.name == name
-    assert normalise(row, form) == content
+    assert normalise_row(row, form) == content
 
 
 SAID_TWICE = [CHAT[0], {"role": "assistant", "content": "a", "from": "gpt", "value": "b"}]
@@ -143,18 +143,18 @@ NULL_TWINS = [
 def test_turns_of_merged_tables_and_as_json_text(column: str, write: Any) -> None:
     """union_keys.jsonl: 'unknown from None'; turns as JSON text, as CSV has to write them: 'expected a list of messages'."""
     row = {column: write(NULL_TWINS)}
-    assert normalise(row, detect(row)) == Conversation((user("q"), said("a")))
+    assert normalise_row(row, detect_format(row)) == Conversation((user("q"), said("a")))
 
 
 @pytest.mark.parametrize("write", [lambda turns: turns, json.dumps])
 def test_prompts_of_turns_as_json_text(write: Any) -> None:
     form = FORMATS["prompt_completion"]
     row = {"prompt": write([CHAT[0]]), "completion": write([CHAT[1]])}
-    assert normalise(row, form) == Conversation((user("q"), said("a")))
+    assert normalise_row(row, form) == Conversation((user("q"), said("a")))
     text = '[{"name": "x"}]'  # JSON that is no chat is what the model is to read and say
-    assert normalise({"prompt": text, "completion": text}, form) == Conversation((user(text), said(text)), (text, text))
+    assert normalise_row({"prompt": text, "completion": text}, form) == Conversation((user(text), said(text)), (text, text))
     alpaca = {"instruction": "i", "output": "o", "history": write([["q", "a"]])}
-    made = normalise(alpaca, FORMATS["alpaca"])
+    made = normalise_row(alpaca, FORMATS["alpaca"])
     assert isinstance(made, Conversation)
     assert made.messages[:2] == (user("q"), said("a"))
 
@@ -169,13 +169,13 @@ def test_thousands_of_columns_are_counted(tmp_path: Path, columns: list[str]) ->
     assert note.endswith(f" and {len(columns) - 13} more")
     assert len(note) < 400 + len(str(tmp_path))
     with pytest.raises(DataError, match=rf" and {len(columns) - 13} more\. Known: ") as caught:
-        detect(columns[1:])
+        detect_format(columns[1:])
     assert len(str(caught.value)) < 1500
 
 
 @pytest.mark.parametrize(("row", "kind", "reason"), BAD)
 def test_bad_rows(row: dict[str, Any], kind: str, reason: str) -> None:
-    bad = normalise(row, detect(row))
+    bad = normalise_row(row, detect_format(row))
     assert isinstance(bad, BadRow)
     assert bad.kind == kind
     assert reason in bad.reason
@@ -183,7 +183,7 @@ def test_bad_rows(row: dict[str, Any], kind: str, reason: str) -> None:
 
 def test_unknown_columns_list_what_is_there_and_what_is_known() -> None:
     with pytest.raises(DataError) as caught:
-        detect(["Question", "Answer", "Body"], "svamp.json:1")
+        detect_format(["Question", "Answer", "Body"], "svamp.json:1")
     message = str(caught.value)
     assert message.startswith("svamp.json:1: no known format has the columns 'Question', 'Answer', 'Body'")
     assert "'Question' is not 'question'" in message
@@ -193,19 +193,19 @@ def test_unknown_columns_list_what_is_there_and_what_is_known() -> None:
 @pytest.mark.parametrize("extra", ["choices", "choice0", "options", "Option_1"])
 def test_multiple_choice_is_not_taken_for_question_and_answer(extra: str) -> None:
     with pytest.raises(DataError, match="multiple choice"):
-        detect(["question", "answer", extra])
+        detect_format(["question", "answer", extra])
 
 
 def test_a_chosen_format_and_a_chosen_column() -> None:
-    assert chosen() is None
-    text = chosen("text")
+    assert format_named() is None
+    text = format_named("text")
     assert text is not None
-    assert normalise({"text": "t", "messages": []}, text) == Text("t")
-    body = chosen("auto", text_field="body")
+    assert normalise_row({"text": "t", "messages": []}, text) == TextDocument("t")
+    body = format_named("auto", text_field="body")
     assert body is not None
-    assert normalise({"body": "b", "text": "t"}, body) == Text("b")
+    assert normalise_row({"body": "b", "text": "t"}, body) == TextDocument("b")
     with pytest.raises(DataError, match="did you mean 'alpaca'"):
-        chosen("alpacca")
+        format_named("alpacca")
 
 
 def test_a_file_keeps_the_format_of_its_first_row(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_file_keeps_the_format_of_its_first_row(tmp_path: Path) -> None:
     source = open_source(tmp_path, on_bad_row="skip")
     found = list(read_examples(source, notes=notes))
     assert [(item.number, Path(item.where).name) for item in found] == [(0, "a.jsonl:1"), (2, "a.jsonl:3"), (3, "b.jsonl:1")]
-    assert found[2].content == Text("t")
+    assert found[2].content == TextDocument("t")
     assert dict(source.bad.counts) == {"columns": 1}
     assert notes == {f"{tmp_path}/b.jsonl: read as text; columns not used: source"}
 
@@ -246,11 +246,11 @@ VALUES = st.recursive(
 def test_any_values_give_content_or_a_bad_row(form: Any, data: st.DataObject) -> None:
     columns = [group[0] for group in form.needs] + list(form.may)
     row = {column: data.draw(VALUES) for column in columns}
-    made = normalise(row, form)
+    made = normalise_row(row, form)
     if isinstance(made, Conversation):
         assert any(message.role == "assistant" and message.content.strip() for message in made.messages)
         "".join(message.content for message in made.messages).encode()
-    elif isinstance(made, Text):
+    elif isinstance(made, TextDocument):
         assert made.text.strip()
     else:
         assert made.reason
@@ -263,7 +263,7 @@ def test_parts_of_a_content_are_joined() -> None:
         {"type": "text", "text": "b", "image_url": None},
     ]
     row = {"messages": [CHAT[0], {"role": "assistant", "content": parts}]}
-    assert normalise(row, detect(row)) == Conversation((user("q"), said("ab")))
+    assert normalise_row(row, detect_format(row)) == Conversation((user("q"), said("ab")))
 
 
 ROWS_OF_A_FORMAT = (
@@ -294,7 +294,7 @@ def test_a_row_that_teaches_nothing_is_left_out_with_a_count(tmp_path: Path, row
     "columns", [{"weight": 0.5}, {"train": "yes"}, {"loss": "low"}, {"weight": [0]}, {"weight": 1, "loss": 0}]
 )
 def test_a_row_that_teaches_a_little_is_refused_by_name(row: dict[str, Any], columns: dict[str, Any]) -> None:
-    bad = normalise({**row, **columns}, detect(row))
+    bad = normalise_row({**row, **columns}, detect_format(row))
     assert isinstance(bad, BadRow)
     assert bad.kind == "keys"
     assert all(f"'{name}'" in bad.reason for name in columns)
@@ -303,7 +303,7 @@ def test_a_row_that_teaches_a_little_is_refused_by_name(row: dict[str, Any], col
 @pytest.mark.parametrize("columns", [{"loss": 2.25}, {"loss": 0.4}, {"weight": 70}, {"weight": -1.5}, {"train": 12}])
 @pytest.mark.parametrize("row", ROWS_OF_A_FORMAT, ids=lambda row: "+".join(row))
 def test_measurements_of_a_row_are_columns_like_any_other(row: dict[str, Any], columns: dict[str, Any]) -> None:
-    assert normalise({**row, **columns}, detect(row)) == normalise(row, detect(row))
+    assert normalise_row({**row, **columns}, detect_format(row)) == normalise_row(row, detect_format(row))
 
 
 def test_a_row_s_weight_is_read_from_a_table_of_columns_and_may_be_its_text(tmp_path: Path) -> None:
@@ -313,4 +313,4 @@ def test_a_row_s_weight_is_read_from_a_table_of_columns_and_may_be_its_text(tmp_
         list(read_examples(open_source(str(path))))
     pq.write_table(pa.table({"question": ["q", "r"], "answer": ["a", "b"], "weight": [0, 1]}), path)
     assert [found.values["question"] for found in read_examples(open_source(str(path)))] == ["r"]
-    assert normalise({"loss": "told"}, chosen(text_field="loss") or FORMATS["text"]) == Text("told")
+    assert normalise_row({"loss": "told"}, format_named(text_field="loss") or FORMATS["text"]) == TextDocument("told")

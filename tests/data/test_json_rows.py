@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.encoding.encode import Encoder
+from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.token_set import TokenSet
 from lorry.data.reading import json_rows, rows
 from lorry.data.reading.formats import read_examples
-from lorry.data.reading.json_rows import read_json
-from lorry.data.reading.rows import Row
+from lorry.data.reading.json_rows import read_json_rows
+from lorry.data.reading.rows import DataRow
 from lorry.data.reading.sources import open_source
 from lorry.errors import DataError
 
@@ -50,7 +50,7 @@ def test_arrays_as_the_json_module_writes_them(
     text = between.join(json.dumps(document, indent=indent, ensure_ascii=ascii_only) for document in documents)
     path = file(tmp_path_factory.mktemp("json"), "d.json", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_rows, "PIECE", piece)
+        patch.setattr(json_rows, "PIECE_BYTES", piece)
         source = open_source(path)
         got = list(source)
     assert [row.values for row in got] == [row for array in arrays for row in array]
@@ -159,7 +159,7 @@ def test_rows_on_one_line_are_held_out_one_by_one(tmp_path: Path, tokenizer_of: 
     """Rows were told apart by their line: of an array on one line none could be held out, and bad rows counted as one."""
     rows = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(10)]
     path = file(tmp_path, "d.json", json.dumps(rows))
-    tokens = TokenSet.build(open_source(path), Encoder(tokenizer_of("chatml"), max_length=64))
+    tokens = TokenSet.build(open_source(path), ExampleEncoder(tokenizer_of("chatml"), max_length=64))
     rest, aside = tokens.held_out(3, seed=0)
     assert (len(rest), len(aside)) == (7, 3)
 
@@ -208,17 +208,17 @@ def test_a_long_array_is_read_in_bounded_memory(tmp_path: Path) -> None:
             out.write(f'{"," * (number > 0)}{{"text": "{number} {"x" * 100_000}"}}')
         out.write("]")
     tracemalloc.start()
-    count = sum(1 for _ in read_json(path, "d.json"))
+    count = sum(1 for _ in read_json_rows(path, "d.json"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 200
-    assert peak < 8 * json_rows.PIECE
+    assert peak < 8 * json_rows.PIECE_BYTES
 
 
 def test_a_row_larger_than_any_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for room in (rows, json_rows):
         monkeypatch.setattr(room, "LARGEST_ROW", 1000)
-    monkeypatch.setattr(json_rows, "PIECE", 100)
+    monkeypatch.setattr(json_rows, "PIECE_BYTES", 100)
     long = '{"text": "%s"}' % ("x" * 5000)
     path = file(tmp_path, "d.jsonl", f'{{"n": 1}}\n{long}\n{{"n": 3}}\n')
     source = open_source(path, on_bad_row="skip")
@@ -247,15 +247,15 @@ def test_damaged_arrays_give_a_data_error_or_rows(
     except ValueError:
         whole = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_rows, "PIECE", piece)
+        patch.setattr(json_rows, "PIECE_BYTES", piece)
         try:
-            items = list(read_json(path, "d.json"))
+            items = list(read_json_rows(path, "d.json"))
         except DataError as error:
             placed = re.match(r"d\.json:\d+: ", str(error)) is not None
             assert (placed, isinstance(whole, list)) == (True, False)
             return
     if isinstance(whole, list):
-        assert [item.values if isinstance(item, Row) else None for item in items] == [
+        assert [item.values if isinstance(item, DataRow) else None for item in items] == [
             row if isinstance(row, dict) else None for row in whole
         ]
 

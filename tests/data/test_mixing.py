@@ -9,12 +9,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorry.data.stream.mixing import Mixing
+from lorry.data.stream.mixing import MixtureOrder
 
 
-def mixing(counts: list[int], shares: tuple[float, ...] | None) -> Mixing:
+def mixing(counts: list[int], shares: tuple[float, ...] | None) -> MixtureOrder:
     names = tuple(f"set{n}" for n in range(len(counts)))
-    return Mixing(names, np.repeat(np.arange(len(counts)), counts), shares)
+    return MixtureOrder(names, np.repeat(np.arange(len(counts)), counts), shares)
 
 
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=4)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from lorry.config import DataConfig, TrainConfig
-from lorry.data.catalog import named
-from lorry.data.prepare import Prepared, prepare
-from lorry.data.reading.places import Places, Spot
+from lorry.data.catalog import find_named_set
+from lorry.data.prepare import PreparedData, prepare_data
+from lorry.data.reading.places import DataLocation, DataLocations
 from lorry.errors import ConfigError, DataError
 
-Make = Callable[..., Prepared]
+Make = Callable[..., PreparedData]
 
 
 def bool_q(count: int) -> list[dict[str, Any]]:
@@ -45,15 +45,15 @@ def local(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def make(tokenizer_of: Callable[..., Any], local: dict[str, str], tmp_path: Path) -> Make:
-    def made(seed: int = 0, **data: Any) -> Prepared:
+    def made(seed: int = 0, **data: Any) -> PreparedData:
         config = DataConfig(**{"mix": ["common_gen", "bool_q"], "local": local, **data})
         train = TrainConfig(seed=seed, per_device_train_batch_size=4, eval_strategy="no")
-        return prepare(config, train, tokenizer_of("chatml"), quarantine=tmp_path / "bad.jsonl")
+        return prepare_data(config, train, tokenizer_of("chatml"), quarantine=tmp_path / "bad.jsonl")
 
     return made
 
 
-def roles(prepared: Prepared, epoch_steps: int | None = None) -> Counter[str]:
+def roles(prepared: PreparedData, epoch_steps: int | None = None) -> Counter[str]:
     steps = epoch_steps or prepared.steps_per_epoch or 0
     return Counter(role for step in range(steps) for batch in prepared.stream.batches(step) for role in batch.role)
 
@@ -85,7 +85,7 @@ def test_batches_hold_the_mixture_and_not_one_set(make: Make) -> None:
 def test_templates_are_drawn_by_the_seed_and_can_be_fixed(make: Make, tokenizer_of: Callable[..., Any]) -> None:
     assert make().digest == make().digest != make(seed=1).digest
     fixed, words = make(template=0), tokenizer_of("chatml")
-    item = named("bool_q").item(bool_q(1)[0], 0)
+    item = find_named_set("bool_q").item(bool_q(1)[0], 0)
     texts = [words.decode(batch.tokens) for step in range(fixed.steps_per_epoch or 0) for batch in fixed.stream.batches(step)]
     assert any(item.prompt in text for text in texts)
     assert fixed.digest == make(seed=1, template=0).digest
@@ -129,12 +129,12 @@ def test_rows_of_another_set_are_rows_all_the_same(make: Make, local: dict[str, 
 
 
 def test_a_slice_of_a_split_overlaps_the_whole_of_it() -> None:
-    whole, head, tail = (Spot("tatsu-lab/alpaca", None, split) for split in ("train", "train[:90%]", "train[90%:]"))
+    whole, head, tail = (DataLocation("tatsu-lab/alpaca", None, split) for split in ("train", "train[:90%]", "train[90%:]"))
     assert whole.overlaps(tail)
     assert tail.overlaps(whole)
     assert not head.overlaps(tail)
-    assert not tail.overlaps(Spot("tatsu-lab/alpaca", None, "test"))
-    assert not tail.overlaps(Spot("tatsu-lab/alpaca", "other", "train"))
+    assert not tail.overlaps(DataLocation("tatsu-lab/alpaca", None, "test"))
+    assert not tail.overlaps(DataLocation("tatsu-lab/alpaca", "other", "train"))
 
 
 def test_a_set_without_a_split_to_evaluate_on_is_left_out_of_it(make: Make, local: dict[str, str], tmp_path: Path) -> None:
@@ -159,32 +159,32 @@ def test_a_suite_is_its_sets_and_its_weight_is_theirs(make: Make, tmp_path: Path
 
 
 def test_the_rows_to_ask_are_test_or_validation_before_training_rows(local: dict[str, str], tmp_path: Path) -> None:
-    rows, one = local["bool_q"], named("bool_q")
+    rows, one = local["bool_q"], find_named_set("bool_q")
     write(tmp_path / "two" / "train.jsonl", bool_q(6))
     write(tmp_path / "two" / "dev.jsonl", bool_q(3))
     write(tmp_path / "lone" / "train.jsonl", bool_q(6))
     asked = {
         "test": {"bool_q": rows}, "validation": {"bool_q": str(tmp_path / "two")}, "train": {"bool_q": str(tmp_path / "lone")},
     }  # fmt: skip
-    assert {split: Places(files).to_ask(one) for split, files in asked.items()} == {split: split for split in asked}
-    examples = Places({"bool_q.train": rows})  # files for worked examples alone: the hub is asked, not the examples
+    assert {split: DataLocations(files).to_ask(one) for split, files in asked.items()} == {split: split for split in asked}
+    examples = DataLocations({"bool_q.train": rows})  # files for worked examples alone: the hub is asked, not the examples
     assert examples.of(one, examples.to_ask(one)).path == "google/boolq"
-    validation = Places({"bool_q.validation": rows, "bool_q.train": rows})
+    validation = DataLocations({"bool_q.validation": rows, "bool_q.train": rows})
     assert validation.to_ask(one) == "validation"
 
 
 def test_worked_examples_come_from_local_training_rows_before_the_hub(local: dict[str, str], tmp_path: Path) -> None:
-    mmlu, rows = named("mmlu"), local["bool_q"]
+    mmlu, rows = find_named_set("mmlu"), local["bool_q"]
     write(tmp_path / "only" / "a_test.jsonl", bool_q(2))
-    assert Places({}).for_shots(mmlu, "test") == "shots"
-    assert Places({"mmlu.train": rows, "mmlu.test": rows}).for_shots(mmlu, "test") == "train"
-    assert Places({"mmlu": str(tmp_path / "only")}).for_shots(mmlu, "test") == "test"
+    assert DataLocations({}).for_shots(mmlu, "test") == "shots"
+    assert DataLocations({"mmlu.train": rows, "mmlu.test": rows}).for_shots(mmlu, "test") == "train"
+    assert DataLocations({"mmlu": str(tmp_path / "only")}).for_shots(mmlu, "test") == "test"
 
 
 def test_a_folder_tells_its_splits_apart(tmp_path: Path) -> None:
     write(tmp_path / "bq" / "train.jsonl", bool_q(6))
     write(tmp_path / "bq" / "dev.jsonl", bool_q(3))
-    places, one = Places({"bool_q": str(tmp_path / "bq")}), named("bool_q")
+    places, one = DataLocations({"bool_q": str(tmp_path / "bq")}), find_named_set("bool_q")
     assert places.of(one, "train") != places.of(one, "validation")
     assert [len(list(places.open(one, split))) for split in ("train", "validation")] == [6, 3]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.stream.pack import epoch_order, fill, plan_epoch, sequence_key
+from lorry.data.stream.pack import epoch_order, packing_efficiency, plan_epoch, sequence_key
 from lorry.errors import DataError
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=0, max_size=120).map(lambda values: np.array(values, dtype=np.int64))
@@ -67,7 +67,7 @@ def test_plans_hold_every_row_once(lengths: np.ndarray, seed: int, rows: int, pa
         assert sum(any(groups[row] == group for row in batch) for batch in plan) == 1, "a group was split"
     if packing:
         assert all(lengths[batch].sum() <= limit for batch in plan)
-        assert 0 <= fill(lengths, plan, limit) <= 1
+        assert 0 <= packing_efficiency(lengths, plan, limit) <= 1
     else:
         units = [len([row for row in batch if groups[row] < 0]) + len({groups[row] for row in batch} - {-1}) for batch in plan]
         assert all(count == rows for count in units[:-1])
@@ -84,7 +84,7 @@ def test_packing_is_full_and_shuffled() -> None:
     draw = np.random.default_rng(0)
     lengths = np.minimum(draw.lognormal(4.5, 0.8, 5000).astype(int) + 5, 1024)
     plan = plan_epoch(lengths, epoch_order(5000, 0, 0), rows_per_batch=2, max_tokens=2048, packing=True)
-    assert fill(lengths, plan, 2048) > 0.97
+    assert packing_efficiency(lengths, plan, 2048) > 0.97
     assert len(plan) <= np.ceil(lengths.sum() / 2048) * 11 / 9
     means = [lengths[batch].mean() for batch in plan]
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.25
@@ -94,7 +94,7 @@ def test_long_rows_are_packed_well_too() -> None:
     """Rows of a sixth to a half of a micro-batch, where the order in which they are placed matters."""
     lengths = np.random.default_rng(0).integers(350, 1025, 3000)
     plan = plan_epoch(lengths, epoch_order(3000, 0, 0), rows_per_batch=2, max_tokens=2048, packing=True)
-    assert fill(lengths, plan, 2048) > 0.935
+    assert packing_efficiency(lengths, plan, 2048) > 0.935
 
 
 def test_a_row_that_no_batch_holds_is_an_error() -> None:

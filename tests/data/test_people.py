@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 
 from lorry.demo import people as module
 from lorry.demo.people import (
-    ANSWERS,
+    FACT_ANSWERS,
+    FACT_VALUES,
     FIRST_NAMES,
     HELD_OUT_QUESTIONS,
     SURNAMES,
     TRAIN_QUESTIONS,
-    VALUES,
     general_chat,
     general_text,
     make_people,
-    questions,
-    write,
+    make_questions,
+    write_people,
 )
 from lorry.errors import ConfigError
 
@@ -41,7 +41,7 @@ def bare(question: str, name: str) -> str:
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 40), seed=st.integers(0, 10**6))
 def test_no_held_out_question_or_wording_occurs_in_training(n: int, seed: int) -> None:
-    train, held_out = questions(make_people(n, seed), seed)
+    train, held_out = make_questions(make_people(n, seed), seed)
     assert not {r["question"] for r in train} & {r["question"] for r in held_out}
     trained = {bare(r["question"], r["person"]) for r in train}
     kept = {bare(r["question"], r["person"]) for r in held_out}
@@ -60,7 +60,7 @@ def test_held_out_wordings_are_rephrasings_not_typos() -> None:
 @given(n=st.integers(1, 30), seed=st.integers(0, 10**6))
 def test_every_fact_is_asked_in_every_wording_and_answered_the_same_way(n: int, seed: int) -> None:
     people = make_people(n, seed)
-    train, held_out = questions(people, seed)
+    train, held_out = make_questions(people, seed)
     assert len(train) == n * 6 * 5
     assert len(held_out) == n * 6 * 2
     answers: dict[tuple[str, str], set[str]] = {}
@@ -112,11 +112,11 @@ def test_values_are_drawn_evenly() -> None:
     crowd = make_people(1500, 1)
     for fact in FACTS:
         counts = Counter(p.facts[fact] for p in crowd)
-        expected = len(crowd) / len(VALUES[fact])
-        assert len(VALUES[fact]) >= 20
-        assert set(counts) == set(VALUES[fact])
-        chi2 = sum((counts[v] - expected) ** 2 / expected for v in VALUES[fact])
-        degrees = len(VALUES[fact]) - 1
+        expected = len(crowd) / len(FACT_VALUES[fact])
+        assert len(FACT_VALUES[fact]) >= 20
+        assert set(counts) == set(FACT_VALUES[fact])
+        chi2 = sum((counts[v] - expected) ** 2 / expected for v in FACT_VALUES[fact])
+        degrees = len(FACT_VALUES[fact]) - 1
         assert chi2 < degrees + 4 * (2 * degrees) ** 0.5  # four standard deviations of a chi-squared
 
 
@@ -132,8 +132,8 @@ def test_surnames_are_a_few_tens_and_distinct() -> None:
     assert len(set(SURNAMES)) == len(SURNAMES) >= 30
     assert len(set(FIRST_NAMES)) == len(FIRST_NAMES) >= 30
     assert not set(FIRST_NAMES) & set(SURNAMES)
-    assert set(VALUES) == set(ANSWERS) == set(TRAIN_QUESTIONS) == set(HELD_OUT_QUESTIONS) == set(FACTS)
-    for values in VALUES.values():
+    assert set(FACT_VALUES) == set(FACT_ANSWERS) == set(TRAIN_QUESTIONS) == set(HELD_OUT_QUESTIONS) == set(FACTS)
+    for values in FACT_VALUES.values():
         assert len(set(values)) == len(values)
 
 
@@ -167,8 +167,8 @@ def test_general_rows_share_nothing_with_the_people() -> None:
 
 
 def test_write_and_the_command_agree(tmp_path: Path) -> None:
-    train, held_out = write(tmp_path / "here", 3, 7)
-    assert [json.loads(line) for line in train.read_text().splitlines()] == questions(make_people(3, 7), 7)[0]
+    train, held_out = write_people(tmp_path / "here", 3, 7)
+    assert [json.loads(line) for line in train.read_text().splitlines()] == make_questions(make_people(3, 7), 7)[0]
     done = subprocess.run(
         [sys.executable, "-m", module.__name__, str(tmp_path / "there"), "3", "7"], capture_output=True, text=True, check=True
     )

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from lorry.data.encoding.encode import Encoder
+from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.token_set import TokenSet
 from lorry.data.reading.bad_rows import BadRow
-from lorry.data.reading.content import Conversation, Message, Text
-from lorry.data.reading.formats import detect, normalise, read_examples
+from lorry.data.reading.content import ChatMessage, Conversation, TextDocument
+from lorry.data.reading.formats import detect_format, normalise_row, read_examples
 from lorry.data.reading.sources import open_source
 from lorry.errors import DataError
 
@@ -47,8 +47,8 @@ def test_every_shared_set_is_read_whole(shared_data: Path) -> None:
 def test_formats_of_shared_sets(shared_data: Path, name: str, expected: str) -> None:
     found = list(read_examples(open_source(shared_data / name)))
     row = next(iter(open_source(shared_data / name)))
-    assert detect(row.values).name == expected
-    assert found[0].content == normalise(row.values, detect(row.values))
+    assert detect_format(row.values).name == expected
+    assert found[0].content == normalise_row(row.values, detect_format(row.values))
 
 
 def test_sets_that_need_a_name_are_refused_with_a_reason(shared_data: Path) -> None:
@@ -77,9 +77,9 @@ def smollm2() -> Any:
 
 
 def test_smollm2_by_hand(smollm2: Any) -> None:
-    encoder = Encoder(smollm2, max_length=200)
+    encoder = ExampleEncoder(smollm2, max_length=200)
     assert "generation %}" not in smollm2.chat_template.replace("add_generation_prompt %}", "")
-    chat = Conversation((Message("user", "What is 2+2?"), Message("assistant", "It is 4.")))
+    chat = Conversation((ChatMessage("user", "What is 2+2?"), ChatMessage("assistant", "It is 4.")))
     (made,) = encoder.encode(chat)  # type: ignore[misc]
     assert encoder.marked_text(made) == [
         (
@@ -95,7 +95,7 @@ def test_smollm2_by_hand(smollm2: Any) -> None:
 
 def test_smollm2_on_real_rows(smollm2: Any, shared_data: Path) -> None:
     """Token for token what transformers writes, supervised exactly behind its generation prompt."""
-    encoder = Encoder(smollm2, max_length=2048)
+    encoder = ExampleEncoder(smollm2, max_length=2048)
     contents = [found.content for found in read_examples(open_source(shared_data / "gsm8k" / "test.jsonl", limit=300))]
     for content, made in zip(contents, encoder.encode_many(contents), strict=True):
         assert isinstance(content, Conversation)
@@ -109,7 +109,7 @@ def test_smollm2_on_real_rows(smollm2: Any, shared_data: Path) -> None:
 
 def test_a_book_is_learnt_token_for_token(smollm2: Any, shared_data: Path) -> None:
     book = shared_data / "text" / "alice29.txt"
-    tokens = TokenSet.build(open_source(book), Encoder(smollm2, max_length=512))
+    tokens = TokenSet.build(open_source(book), ExampleEncoder(smollm2, max_length=512))
     whole = [*smollm2(book.read_bytes().decode(), add_special_tokens=False)["input_ids"], smollm2.eos_token_id]
     assert tokens.tokens[tokens.weights > 0].tolist() == whole[1:]
     assert tokens.lengths.max() == 512
@@ -122,7 +122,7 @@ def test_gpt2_without_a_template(shared_data: Path) -> None:
     gpt2 = PreTrainedTokenizerFast(
         tokenizer_file=str(shared_data / "tokenizers" / "gpt2" / "tokenizer.json"), eos_token="<|endoftext|>"
     )
-    encoder = Encoder(gpt2, max_length=512)
+    encoder = ExampleEncoder(gpt2, max_length=512)
     contents = [found.content for found in read_examples(open_source(shared_data / "tofu" / "forget10.json"))]
     for content, made in zip(contents, encoder.encode_many(contents), strict=True):
         assert isinstance(content, Conversation)
@@ -149,7 +149,7 @@ def test_real_texts_survive_the_way_through(shared_data: Path) -> None:
     answers = (shared_data / "tokenizers" / "ggml-vocab-gpt-2.gguf.out").read_text().splitlines()
     checked = 0
     for text, answer in zip(texts, answers, strict=False):
-        made = Encoder(gpt2, max_length=4096).encode(Text(text))
+        made = ExampleEncoder(gpt2, max_length=4096).encode(TextDocument(text))
         if not isinstance(made, BadRow):
             assert made[0].tokens == [*map(int, answer.split()), gpt2.eos_token_id]
             checked += 1

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from tests.data.conftest import TEMPLATES
 
 from lorry.data.encoding import template_budget
-from lorry.data.encoding.sandbox import FILTERS
-from lorry.data.encoding.template import ChatTemplate, TemplateRefusal, common_prefix
-from lorry.data.reading.content import Message
+from lorry.data.encoding.sandbox import ALLOWED_FILTERS
+from lorry.data.encoding.template import ChatTemplate, TemplateRefusedError, common_prefix
+from lorry.data.reading.content import ChatMessage
 from lorry.errors import ModelError
 
 SHOW = "{% for m in messages %}{{ m.content }}{% endfor %}"  # so that only the attack can make a template fail
-CHAT = [Message("user", "Hi"), Message("assistant", "Hello")]
+CHAT = [ChatMessage("user", "Hi"), ChatMessage("assistant", "Hello")]
 GROW = "{% set ns = namespace(s='aaaa') %}{% for i in range(60) %}{% set ns.s = BY %}{% endfor %}"
 NEST = "{% set ns = namespace(s=['a']) %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}"
 
@@ -137,7 +137,7 @@ SUMMED = [
 @pytest.mark.parametrize("attack", SUMMED, ids=lambda attack: attack.removeprefix(BIG).removeprefix(DEEP)[:70])
 def test_one_account_for_all_that_a_rendering_does(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hours and tens of gigabytes before. The steps decide, so that a busy machine says the same."""
-    monkeypatch.setattr(template_budget, "STEPS", 20_000)  # a tenth, to be quick here
+    monkeypatch.setattr(template_budget, "MOST_STEPS", 20_000)  # a tenth, to be quick here
     begun = time.thread_time()
     with pytest.raises(ModelError, match=r"stopped: it (takes more than \d+ steps|builds|uses|works|calls)|stopped: its values"):
         ChatTemplate(attack + SHOW, {})
@@ -145,7 +145,7 @@ def test_one_account_for_all_that_a_rendering_does(attack: str, monkeypatch: pyt
 
 
 def test_the_clock_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_budget, "CLOCK", -1.0)
+    monkeypatch.setattr(template_budget, "MOST_SECONDS", -1.0)
     with pytest.raises(ModelError, match="takes more than -1 seconds"):
         ChatTemplate("{% for i in range(9) %}{% endfor %}" + SHOW, {})
 
@@ -240,7 +240,7 @@ OPERATORS = (
     "is divisibleby",
 )
 PARTS = (
-    *(f"| {name}" for name in FILTERS),
+    *(f"| {name}" for name in ALLOWED_FILTERS),
     "| join",
     "| tojson",
     "| indent",
@@ -306,8 +306,11 @@ def test_a_template_that_looks_at_all_messages_at_each_of_them() -> None:
 def test_long_conversations_stay_inside_the_account(tokenizer_of: Callable[..., Any], family: str) -> None:
     """Two hundred turns, and a message of a million characters, byte for byte as transformers renders them."""
     tokenizer = tokenizer_of(family)
-    turns = [Message(("user", "assistant")[i % 2], f" Turn {i}, <think>é</think> {'日本' * (i % 7)}\n") for i in range(200)]
-    long = [Message("user", "Hi " + "words and wörds. " * 60_000), Message("assistant", "<think>a\n</think>" + "yes " * 100_000)]
+    turns = [ChatMessage(("user", "assistant")[i % 2], f" Turn {i}, <think>é</think> {'日本' * (i % 7)}\n") for i in range(200)]
+    long = [
+        ChatMessage("user", "Hi " + "words and wörds. " * 60_000),
+        ChatMessage("assistant", "<think>a\n</think>" + "yes " * 100_000),
+    ]
     template = ChatTemplate.of(tokenizer)
     assert template is not None
     for chat in (turns, long, turns * 5):
@@ -350,7 +353,7 @@ def test_broken_templates(source: str, message: str) -> None:
 
 def test_a_template_may_refuse_a_row() -> None:
     template = ChatTemplate("{% if messages|length > 3 %}{{ raise_exception('too many') }}{% endif %}" + SHOW, {})
-    with pytest.raises(TemplateRefusal, match="refuses this conversation: too many"):
+    with pytest.raises(TemplateRefusedError, match="refuses this conversation: too many"):
         template.render([*CHAT, *CHAT])
 
 
@@ -378,7 +381,12 @@ RICH = """{%- macro shown(m) -%}<{{ m.role | upper }}>{{ m['content'] | trim }}{
 def test_renders_as_transformers_does(tokenizer_of: Callable[..., Any], add_generation_prompt: bool) -> None:
     """Every construct that chat templates use, against transformers' own renderer."""
     tokenizer = tokenizer_of("llama3")
-    chat = [Message("system", "S x"), Message("user", " Hi\nyou "), Message("assistant", "Hé <b>"), Message("user", "é\"'")]
+    chat = [
+        ChatMessage("system", "S x"),
+        ChatMessage("user", " Hi\nyou "),
+        ChatMessage("assistant", "Hé <b>"),
+        ChatMessage("user", "é\"'"),
+    ]
     messages = [{"role": m.role, "content": m.content} for m in chat]
     expected = tokenizer.apply_chat_template(
         messages, chat_template=RICH, tokenize=False, add_generation_prompt=add_generation_prompt

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.encoding.encode import Encoder
+from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.reading.sources import open_source
 from lorry.data.stream.streaming import StreamingTokenSet, StreamingTrainStream
 from lorry.errors import ConfigError, DataError
@@ -35,7 +35,7 @@ def path(tmp_path_factory: pytest.TempPathFactory, prose: Callable[[int, int], s
 
 
 def stream_of(path: Path, tokenizer: Any, *, window: int = 8, **options: Any) -> StreamingTrainStream:
-    encoder = Encoder(tokenizer, max_length=120)
+    encoder = ExampleEncoder(tokenizer, max_length=120)
     rows = StreamingTokenSet(open_source(path, on_bad_row="skip", streaming=True), encoder, window_rows=window)
     return StreamingTrainStream(
         rows, **({"seed": 0, "rows_per_batch": 2, "gradient_accumulation_steps": 2, "max_tokens": 240} | options)
@@ -115,7 +115,9 @@ def test_only_one_window_is_read_ahead(path: Path, tokenizer_of: Callable[..., A
     lines = path.read_text().splitlines()
     late = tmp_path / "late.jsonl"
     late.write_text("\n".join([lines[0]] * 9 + ["broken"]))
-    rows = StreamingTokenSet(open_source(late, streaming=True), Encoder(tokenizer_of("chatml"), max_length=120), window_rows=8)
+    rows = StreamingTokenSet(
+        open_source(late, streaming=True), ExampleEncoder(tokenizer_of("chatml"), max_length=120), window_rows=8
+    )
     stream = StreamingTrainStream(rows, seed=0, rows_per_batch=4, gradient_accumulation_steps=1)
     assert len(taken(stream, 0, 2)) == 2
     with pytest.raises(DataError, match=r"late\.jsonl:10: column 1: not valid JSON"):

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from conftest import TEMPLATES
 from lorry.data.encoding import template as template_module
-from lorry.data.encoding.encode import Encoder
-from lorry.data.encoding.sandbox import Sandbox
-from lorry.data.encoding.template import ChatTemplate, Rendered, TemplateRefusal
-from lorry.data.encoding.template_frame import frame_of
-from lorry.data.reading.content import Conversation, Message
+from lorry.data.encoding.encode import ExampleEncoder
+from lorry.data.encoding.sandbox import TemplateSandbox
+from lorry.data.encoding.template import ChatTemplate, RenderedTemplate, TemplateRefusedError
+from lorry.data.encoding.template_frame import find_template_frame
+from lorry.data.reading.content import ChatMessage, Conversation
 
 ROLES = ["user", "assistant", "user", "assistant"]
 TEXTS = st.text(st.sampled_from("ab <|>\n{}%\\'\u3000\x1c\u00e9\ufdd0"), max_size=6) | st.sampled_from(
@@ -27,7 +27,7 @@ VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
 def alone(source: str, texts: list[str], roles: list[str], prompting: bool) -> str:
     """The template's own rendering, with no frame."""
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-    return Sandbox().from_string(source).render(
+    return TemplateSandbox().from_string(source).render(
         VARIABLES, messages=messages, tools=None, documents=None, add_generation_prompt=prompting
     )  # fmt: skip
 
@@ -37,7 +37,7 @@ def alone(source: str, texts: list[str], roles: list[str], prompting: bool) -> s
 @given(texts=st.lists(TEXTS, min_size=4, max_size=4), turns=st.integers(1, 4), prompting=st.booleans())
 def test_a_frame_says_what_the_template_says(family: str, texts: list[str], turns: int, prompting: bool) -> None:
     source, roles = TEMPLATES[family], ROLES[:turns]
-    frame = frame_of(source, VARIABLES, roles, add_generation_prompt=prompting)
+    frame = find_template_frame(source, VARIABLES, roles, add_generation_prompt=prompting)
     assert frame is not None
     said = frame.fill(texts[:turns])
     assert said is None or said == alone(source, texts[:turns], roles, prompting)
@@ -103,7 +103,7 @@ def test_a_frame_says_what_the_template_says(family: str, texts: list[str], turn
 )
 def test_a_template_that_looks_at_a_text_has_no_frame(looks: str) -> None:
     source = "{% set c = messages[0]['content'] %}" + looks
-    assert frame_of(source, VARIABLES, ["user"], add_generation_prompt=False) is None
+    assert find_template_frame(source, VARIABLES, ["user"], add_generation_prompt=False) is None
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_template_that_looks_at_a_text_has_no_frame(looks: str) -> None:
 )
 def test_a_template_that_joins_texts_has_one(blind: str) -> None:
     source = "{% set c = messages[0]['content'] %}" + blind
-    frame = frame_of(source, VARIABLES, ["user"], add_generation_prompt=False)
+    frame = find_template_frame(source, VARIABLES, ["user"], add_generation_prompt=False)
     assert frame is not None
     for text in ("x", "two words", "\ufdd0", "{{ c }}", "é\n%s"):
         assert frame.fill([text]) == alone(source, [text], ["user"], False)
@@ -135,7 +135,7 @@ def test_a_template_that_joins_texts_has_one(blind: str) -> None:
 
 
 def test_texts_beyond_the_account_are_rendered_themselves() -> None:
-    frame = frame_of(TEMPLATES["chatml"], VARIABLES, ROLES, add_generation_prompt=False)
+    frame = find_template_frame(TEMPLATES["chatml"], VARIABLES, ROLES, add_generation_prompt=False)
     assert frame is not None
     assert frame.fill(["x" * 300, "y", "z", "w"]) is not None
     assert frame.fill(["x" * 3_000_000, "y", "z", "w"]) is None
@@ -147,14 +147,14 @@ def test_rows_are_encoded_alike_without_frames(
 ) -> None:
     texts = [prose(seed, 1 + seed % 9) for seed in range(60)] + ["a", " b ", "<think>c</think>d", "e</think>"]
     rows = [
-        Conversation(tuple(Message(role, texts[(at + 7 * k) % 64].strip() if at % 3 else texts[(at + 7 * k) % 64])
+        Conversation(tuple(ChatMessage(role, texts[(at + 7 * k) % 64].strip() if at % 3 else texts[(at + 7 * k) % 64])
                            for k, role in enumerate(ROLES[: 2 + 2 * (at % 2)])))
         for at in range(64)
     ]  # fmt: skip
-    framed = Encoder(tokenizer_of(family), max_length=60)
+    framed = ExampleEncoder(tokenizer_of(family), max_length=60)
     made = framed.encode_many(rows)
-    monkeypatch.setattr(template_module, "frame_of", lambda *_, **__: None)
-    plain = Encoder(tokenizer_of(family), max_length=60)
+    monkeypatch.setattr(template_module, "find_template_frame", lambda *_, **__: None)
+    plain = ExampleEncoder(tokenizer_of(family), max_length=60)
     assert made == plain.encode_many(rows)
     assert framed.notes == plain.notes
     assert framed.template.notes == plain.template.notes
@@ -162,13 +162,13 @@ def test_rows_are_encoded_alike_without_frames(
 
 def test_a_refusal_stays_a_refusal() -> None:
     made = ChatTemplate(TEMPLATES["gemma"], VARIABLES)
-    asked = [Message("user", "a"), Message("user", "b")]
+    asked = [ChatMessage("user", "a"), ChatMessage("user", "b")]
     for _ in range(2):
-        with pytest.raises(TemplateRefusal, match="must alternate"):
+        with pytest.raises(TemplateRefusedError, match="must alternate"):
             made.render(asked)
-    assert made.render([Message("user", "a")]) == Rendered("<s><start_of_turn>user\na<end_of_turn>\n")
+    assert made.render([ChatMessage("user", "a")]) == RenderedTemplate("<s><start_of_turn>user\na<end_of_turn>\n")
 
 
 @pytest.mark.parametrize(("many", "variables"), [("{{ 'a'" + "~'a'" * 20_000 + " }}", {}), ("", {"list": ["a"] * 200_000})])
 def test_more_literals_or_variables_than_are_looked_through_have_no_frame(many: str, variables: dict[str, Any]) -> None:
-    assert frame_of(many + "{{ messages[0].content }}", variables, ["user"], add_generation_prompt=False) is None
+    assert find_template_frame(many + "{{ messages[0].content }}", variables, ["user"], add_generation_prompt=False) is None

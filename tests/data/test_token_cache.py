@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lorry.data.encoding import token_cache
-from lorry.data.encoding.encode import Encoder
+from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.token_set import TokenSet
 from lorry.data.reading.formats import FORMATS
 from lorry.data.reading.sources import open_source
@@ -26,7 +26,7 @@ Tokenizers = Callable[..., Any]
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("LORRY_TOKEN_CACHE", raising=False)
-    monkeypatch.setattr(token_cache, "SMALLEST", 1)
+    monkeypatch.setattr(token_cache, "SMALLEST_SOURCE", 1)
     return tmp_path / "home" / "tokens"
 
 
@@ -46,7 +46,7 @@ def built(
     path: Path, tokenizer: Any, said: list[str] | None = None, form: Any = None, limit: int | None = None, **options: Any
 ) -> TokenSet:
     tell = None if said is None else said.append
-    encoder = Encoder(tokenizer, **({"max_length": 64} | options), tell=tell)
+    encoder = ExampleEncoder(tokenizer, **({"max_length": 64} | options), tell=tell)
     return TokenSet.build(open_source(path, limit=limit), encoder, form=form, adapter=3, role="forget")
 
 
@@ -54,7 +54,7 @@ def test_the_second_time_nothing_is_tokenised(
     data: Path, home: Path, tokenizer_of: Tokenizers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = built(data, tokenizer_of("chatml"))
-    monkeypatch.setattr(Encoder, "encode_many", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(ExampleEncoder, "encode_many", lambda *_: pytest.fail("tokenised again"))
     said = list[str]()
     again = built(data, tokenizer_of("chatml"), said)
     assert again.digest == first.digest
@@ -114,7 +114,7 @@ def test_rows_left_out_are_reported_each_time(data: Path, home: Path, tokenizer_
     for number in range(2):
         aside = tmp_path / f"aside{number}.jsonl"
         source = open_source(data, on_bad_row="quarantine", quarantine=aside)
-        made = TokenSet.build(source, Encoder(tokenizer_of("chatml"), max_length=64))
+        made = TokenSet.build(source, ExampleEncoder(tokenizer_of("chatml"), max_length=64))
         assert sum(made.report.left_out.values()) == 1
         assert f"{data}:10" in aside.read_text()
     assert not home.exists() or not kept(home)
@@ -126,7 +126,7 @@ def test_it_can_be_switched_off_and_small_files_are_not_kept(
     monkeypatch.setenv("LORRY_TOKEN_CACHE", "0")
     built(data, tokenizer_of("chatml"))
     monkeypatch.delenv("LORRY_TOKEN_CACHE")
-    monkeypatch.setattr(token_cache, "SMALLEST", 1 << 20)
+    monkeypatch.setattr(token_cache, "SMALLEST_SOURCE", 1 << 20)
     built(data, tokenizer_of("chatml"))
     assert not home.exists()
 
@@ -141,7 +141,7 @@ def test_the_sets_unused_for_the_longest_go_first(
                 os.utime(folder, (number, number))
     oldest, *others = sorted(kept(home), key=lambda folder: folder.stat().st_mtime)
     size = sum(file.stat().st_size for file in oldest.iterdir())
-    monkeypatch.setattr(token_cache, "LARGEST", int(3.2 * size))
+    monkeypatch.setattr(token_cache, "LARGEST_CACHE", int(3.2 * size))
     built(data, tokenizer_of("chatml"), max_length=43)
     assert not oldest.exists()
     assert all(folder.exists() for folder in others)
@@ -199,11 +199,11 @@ def test_nobody_s_home_and_a_file_that_vanished(data: Path, tokenizer_of: Tokeni
     source = open_source(data)
     data.unlink()
     with pytest.raises(DataError, match="cannot be read"):
-        TokenSet.build(source, Encoder(tokenizer_of("chatml"), max_length=64))
+        TokenSet.build(source, ExampleEncoder(tokenizer_of("chatml"), max_length=64))
 
 
 def test_one_writer_of_a_set_is_enough(data: Path, home: Path, tokenizer_of: Tokenizers) -> None:
-    encoder = Encoder(tokenizer_of("chatml"), max_length=64)
+    encoder = ExampleEncoder(tokenizer_of("chatml"), max_length=64)
     key = token_cache.cache_key(open_source(data), encoder, None)
     home.mkdir(parents=True)
     with (home / f".{key}.lock").open("w") as lock:

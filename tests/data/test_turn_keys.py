@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from lorry.data.encoding.encode import TOO_LONG, Encoded, Encoder
+from lorry.data.encoding.encode import TOO_LONG, EncodedSequence, ExampleEncoder
 from lorry.data.reading.bad_rows import BadRow
-from lorry.data.reading.content import Content, Conversation, Message, Text
-from lorry.data.reading.formats import detect, normalise
+from lorry.data.reading.content import ChatMessage, Conversation, ExampleContent, TextDocument
+from lorry.data.reading.formats import detect_format, normalise_row
 from lorry.errors import DataError
 
 Tokenizers = Callable[..., Any]
@@ -26,23 +26,23 @@ SWITCHES = [("weight", 0, 1), ("train", False, True), ("loss", False, True), ("w
 ASK = {"role": "user", "content": "When?"}
 
 
-def read(**columns: Any) -> Content | BadRow:
-    return normalise(columns, detect(columns))
+def read(**columns: Any) -> ExampleContent | BadRow:
+    return normalise_row(columns, detect_format(columns))
 
 
-def sound(**columns: Any) -> Content:
+def sound(**columns: Any) -> ExampleContent:
     content = read(**columns)
     assert not isinstance(content, BadRow), content
     return content
 
 
-def only(made: list[Encoded] | BadRow) -> Encoded:
+def only(made: list[EncodedSequence] | BadRow) -> EncodedSequence:
     assert not isinstance(made, BadRow), made
     assert len(made) == 1
     return made[0]
 
 
-def marked(encoder: Encoder, made: Encoded) -> str:
+def marked(encoder: ExampleEncoder, made: EncodedSequence) -> str:
     return "".join(f"«{text}»" if learnt else text for text, learnt in encoder.marked_text(made))
 
 
@@ -55,7 +55,7 @@ def turn(content: str, **keys: Any) -> dict[str, Any]:
 def test_a_turn_that_is_not_to_be_learnt_has_weight_0(tokenizer_of: Tokenizers, key: str, off: Any, on: Any, whole: bool) -> None:
     tokenizer = tokenizer_of("chatml")
     messages = [ASK, turn("WRONG", **{key: off}), {"role": "user", "content": "Sure?"}, turn("At nine.", **{key: on})]
-    encoder = Encoder(tokenizer, max_length=200, completion_only_loss=not whole)
+    encoder = ExampleEncoder(tokenizer, max_length=200, completion_only_loss=not whole)
     made = only(encoder.encode(sound(messages=messages)))
     text = tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n" if not whole else "")
     expected = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -67,13 +67,13 @@ def test_a_turn_that_is_not_to_be_learnt_has_weight_0(tokenizer_of: Tokenizers, 
 
 
 def test_an_answer_behind_the_last_learnt_one_teaches_nothing(tokenizer_of: Tokenizers) -> None:
-    encoder = Encoder(tokenizer_of("chatml"), max_length=200)
+    encoder = ExampleEncoder(tokenizer_of("chatml"), max_length=200)
     made = only(encoder.encode(sound(messages=[ASK, turn("At nine."), ASK, turn("WRONG", weight=0)])))
     assert marked(encoder, made) == "<|im_start|>user\nWhen?<|im_end|>\n<|im_start|>assistant\n«At nine.<|im_end|>»"
 
 
 def test_a_rewritten_turn_that_is_not_to_be_learnt_gets_no_sequence(tokenizer_of: Tokenizers) -> None:
-    encoder = Encoder(tokenizer_of("qwen3"), max_length=200)
+    encoder = ExampleEncoder(tokenizer_of("qwen3"), max_length=200)
     messages = [ASK, turn("WRONG", weight=0), ASK, turn("At nine.")]
     learnt = [text for text, taken in encoder.marked_text(only(encoder.encode(sound(messages=messages)))) if taken]
     assert "WRONG" not in "".join(learnt)
@@ -86,7 +86,7 @@ def test_a_rewritten_turn_that_is_not_to_be_learnt_gets_no_sequence(tokenizer_of
 def test_a_prompt_turn_that_is_not_to_be_learnt_has_weight_0_where_all_is_learnt(
     tokenizer_of: Tokenizers, role: str, family: str, key: str, off: Any
 ) -> None:
-    encoder = Encoder(tokenizer_of(family), max_length=200, completion_only_loss=False)
+    encoder = ExampleEncoder(tokenizer_of(family), max_length=200, completion_only_loss=False)
     mine = {"role": role, "content": "AAAA"}
     messages = [mine, ASK, turn("Yes.")] if role == "system" else [ASK, turn("At nine."), mine, turn("Yes.")]
     made = only(encoder.encode(sound(messages=[{**message, key: off} if message is mine else message for message in messages])))
@@ -103,7 +103,7 @@ PARTLY = [{"begin_offset": 0, "end_offset": 4, "train": False}, {"begin_offset":
 def test_a_rewritten_answer_that_is_not_to_be_learnt_has_weight_0_where_all_is_learnt(
     tokenizer_of: Tokenizers, keys: dict[str, Any]
 ) -> None:
-    encoder = Encoder(tokenizer_of("qwen3"), max_length=200, completion_only_loss=False)
+    encoder = ExampleEncoder(tokenizer_of("qwen3"), max_length=200, completion_only_loss=False)
     made = only(encoder.encode(sound(messages=[ASK, turn("WRONG 7", **keys), ASK, turn("At nine.")])))
     learnt = "".join(text for text, taken in encoder.marked_text(made) if taken)
     assert "WRONG" in encoder.tokenizer.decode(made.tokens)
@@ -116,7 +116,7 @@ def test_train_detail_counts_characters_with_both_ends_included(tokenizer_of: To
     answer = "aaa bbb ccc"
     detail = [{"begin_offset": 8, "end_offset": 10, "train": True}, {"begin_offset": 0, "end_offset": 2, "train": True}]
     messages = [ASK, turn(answer, train_detail=[*detail, {"begin_offset": 3, "end_offset": 7, "train": False}])]
-    made = only(Encoder(tokenizer, max_length=200).encode(sound(messages=messages)))
+    made = only(ExampleEncoder(tokenizer, max_length=200).encode(sound(messages=messages)))
     text = tokenizer.apply_chat_template([ASK, turn(answer)], tokenize=False).removesuffix("\n")
     expected = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     assert made.tokens == expected["input_ids"]
@@ -155,7 +155,7 @@ def test_a_question_that_is_to_be_learnt_and_a_row_of_which_nothing_is(tokenizer
 
 
 def test_other_keys_of_a_turn_are_counted_by_name(tokenizer_of: Tokenizers) -> None:
-    encoder = Encoder(tokenizer_of("chatml"), max_length=200)
+    encoder = ExampleEncoder(tokenizer_of("chatml"), max_length=200)
     encoder.encode(sound(messages=[{**ASK, "name": "Oda", "mood": "good", "none": None}, turn("b")]))
     assert [note for note in encoder.notes if "'mood'" in note]
     assert [note for note in encoder.notes if "'name'" in note]
@@ -167,7 +167,7 @@ def test_tools_are_rendered_as_transformers_renders_them(tokenizer_of: Tokenizer
     tokenizer = tokenizer_of("chatml").__class__(
         tokenizer_object=tokenizer_of("chatml").backend_tokenizer, eos_token="<|im_end|>", chat_template=WITH_TOOLS
     )
-    encoder, messages = Encoder(tokenizer, max_length=500), [ASK, turn("At nine.")]
+    encoder, messages = ExampleEncoder(tokenizer, max_length=500), [ASK, turn("At nine.")]
     content = sound(messages=messages, tools=tools)
     made = only(encoder.encode(content))
     right = tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False)
@@ -180,7 +180,7 @@ def test_tools_are_rendered_as_transformers_renders_them(tokenizer_of: Tokenizer
 
 def test_tools_that_nobody_would_see_refuse_the_row(tokenizer_of: Tokenizers) -> None:
     for family in ("chatml", None):
-        bad = Encoder(tokenizer_of(family), max_length=500).encode(sound(messages=[ASK, turn("b")], tools=TOOLS))
+        bad = ExampleEncoder(tokenizer_of(family), max_length=500).encode(sound(messages=[ASK, turn("b")], tools=TOOLS))
         assert isinstance(bad, BadRow)
         assert "tools" in bad.reason
     for broken in ("[{", 7, [1], {"name": "f"}):
@@ -191,7 +191,7 @@ def test_tools_that_nobody_would_see_refuse_the_row(tokenizer_of: Tokenizers) ->
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])
 def test_a_system_column_is_part_of_the_prompt(tokenizer_of: Tokenizers, column: str) -> None:
-    encoder = Encoder(tokenizer_of("chatml"), max_length=200)
+    encoder = ExampleEncoder(tokenizer_of("chatml"), max_length=200)
     made = only(encoder.encode(sound(**{column: [ASK, turn("b")], "system": "Be brief."})))
     assert marked(encoder, made).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhen?")
     bad = read(**{column: [{"role": "system", "content": "Be long."}, ASK, turn("b")], "system": "Be brief."})
@@ -203,19 +203,19 @@ def test_a_system_column_is_part_of_the_prompt(tokenizer_of: Tokenizers, column:
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_rendered_prompt_is_wrapped_once(tokenizer_of: Tokenizers, family: str, ended: bool) -> None:
     tokenizer = tokenizer_of(family)
-    encoder = Encoder(tokenizer, max_length=200)
-    plain = encoder.encode(Conversation((Message("user", "When?"), Message("assistant", "At nine."))))
+    encoder = ExampleEncoder(tokenizer, max_length=200)
+    plain = encoder.encode(Conversation((ChatMessage("user", "When?"), ChatMessage("assistant", "At nine."))))
     prompt = tokenizer.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
     answer = (" " if family == "llama2" else "") + "At nine." + (" " if family == "llama2" else "")
     content = sound(prompt=prompt, completion=answer + encoder.template.end_of_turn * ended)
     assert only(encoder.encode(content)) == only(plain)
     assert isinstance(content, Conversation)
-    assert encoder.prompt(content) == encoder.prompt(Conversation((Message("user", "When?"), Message("assistant", "."))))
+    assert encoder.prompt(content) == encoder.prompt(Conversation((ChatMessage("user", "When?"), ChatMessage("assistant", "."))))
     assert [note for note in encoder.notes if "already" in note]
 
 
 def test_a_rendered_prompt_whose_header_stands_in_the_answer_or_nowhere(tokenizer_of: Tokenizers) -> None:
-    encoder = Encoder(tokenizer_of("chatml"), max_length=200)
+    encoder = ExampleEncoder(tokenizer_of("chatml"), max_length=200)
     right = "<|im_start|>user\nWhen?<|im_end|>\n<|im_start|>assistant\n«At nine.<|im_end|>»"
     prompt = "<|im_start|>user\nWhen?<|im_end|>\n"
     for completion in ("<|im_start|>assistant\nAt nine.<|im_end|>\n", "At nine."):
@@ -238,9 +238,9 @@ HEADERS = {
 
 @pytest.mark.parametrize("family", list(HEADERS))
 def test_a_question_about_control_tokens_is_a_plain_question(tokenizer_of: Tokenizers, family: str) -> None:
-    encoder = Encoder(tokenizer_of(family), max_length=300)
+    encoder = ExampleEncoder(tokenizer_of(family), max_length=300)
     asked = f"What does {HEADERS[family][0]} mean?"
-    right = encoder.template.render([Message("user", asked), Message("assistant", "b")]).text
+    right = encoder.template.render([ChatMessage("user", asked), ChatMessage("assistant", "b")]).text
     right = right[: right.rindex("b") + 1] + encoder.template.end_of_turn
     made = only(encoder.encode(sound(prompt=asked, completion="b")))
     assert encoder.tokenizer.decode(made.tokens) == right
@@ -251,9 +251,9 @@ def test_a_question_about_control_tokens_is_a_plain_question(tokenizer_of: Token
 @pytest.mark.parametrize("family", list(HEADERS))
 @pytest.mark.parametrize("columns", ["prompt", "messages", "alpaca"])
 def test_a_header_that_an_answer_brings_stands_there_once(tokenizer_of: Tokenizers, family: str, columns: str) -> None:
-    encoder = Encoder(tokenizer_of(family), max_length=200)
+    encoder = ExampleEncoder(tokenizer_of(family), max_length=200)
 
-    def row(answer: str) -> Content:
+    def row(answer: str) -> ExampleContent:
         if columns == "messages":
             return sound(messages=[ASK, turn(answer), ASK, turn(answer)])
         if columns == "alpaca":
@@ -290,13 +290,13 @@ def test_a_rendered_text_that_has_no_place_refuses_the_row(tokenizer_of: Tokeniz
     columns = filled(columns)
     if "bb" in str(columns):
         columns["messages"][1]["content"] = "bb and more"
-    bad = Encoder(tokenizer_of("chatml"), max_length=300, completion_only_loss=False).encode(sound(**columns))
+    bad = ExampleEncoder(tokenizer_of("chatml"), max_length=300, completion_only_loss=False).encode(sound(**columns))
     assert isinstance(bad, BadRow)
     assert "rendered" in bad.reason
 
 
 def test_a_rendered_prompt_with_its_own_system_message_is_wrapped_once(tokenizer_of: Tokenizers) -> None:
-    encoder = Encoder(tokenizer_of("default_system"), max_length=200)
+    encoder = ExampleEncoder(tokenizer_of("default_system"), max_length=200)
     messages = [{"role": "system", "content": "Be brief."}, ASK]
     prompt = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     made = only(encoder.encode(sound(prompt="  " + prompt, completion="b")))
@@ -307,8 +307,8 @@ def test_a_rendered_prompt_with_its_own_system_message_is_wrapped_once(tokenizer
 def test_a_rendered_text_gets_no_second_end_and_no_second_bos(tokenizer_of: Tokenizers, family: str) -> None:
     tokenizer = tokenizer_of(family)
     text = tokenizer.apply_chat_template([ASK, turn("At nine.")], tokenize=False)
-    encoder = Encoder(tokenizer, max_length=200)
-    made = only(encoder.encode(Text(text)))
+    encoder = ExampleEncoder(tokenizer, max_length=200)
+    made = only(encoder.encode(TextDocument(text)))
     assert made.tokens == tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]
     assert made.weights == [0.0] + [1.0] * (len(made.tokens) - 1)
     assert [note for note in encoder.notes if "already" in note]
@@ -321,7 +321,7 @@ def test_a_token_beyond_the_embedding_table_is_named(tokenizer_of: Tokenizers) -
     )  # fmt: skip
     rows = len(tokenizer)
     tokenizer.add_tokens(["<tool>"])
-    encoder = Encoder(tokenizer, max_length=200, embeddings=rows)
+    encoder = ExampleEncoder(tokenizer, max_length=200, embeddings=rows)
     good, bad = encoder.encode_many([sound(question="Who?", answer="Oda."), sound(question="When?", answer="<tool> At nine.")])
     assert not isinstance(good, BadRow)
     assert isinstance(bad, BadRow)
@@ -329,20 +329,20 @@ def test_a_token_beyond_the_embedding_table_is_named(tokenizer_of: Tokenizers) -
     assert "'<tool>'" in bad.reason
     assert str(rows) in bad.reason
     with pytest.raises(DataError, match="<tool>"):
-        encoder.prompt(Conversation((Message("user", "<tool>"), Message("assistant", "."))))
+        encoder.prompt(Conversation((ChatMessage("user", "<tool>"), ChatMessage("assistant", "."))))
 
 
 def test_what_takes_the_room_of_an_answer_is_said(tokenizer_of: Tokenizers) -> None:
     tokenizer = tokenizer_of("default_system")
     content = sound(prompt="word " * 50, completion="Yes")
-    bad = Encoder(tokenizer, max_length=12).encode(content)
+    bad = ExampleEncoder(tokenizer, max_length=12).encode(content)
     assert isinstance(bad, BadRow)
     assert bad.kind == TOO_LONG
     least = int(bad.reason.split("; ")[-1].split()[0])
     assert "chat template" in bad.reason
     assert least > 12
-    assert not isinstance(Encoder(tokenizer, max_length=least).encode(content), BadRow)
-    assert isinstance(Encoder(tokenizer, max_length=least - 1).encode(content), BadRow)
+    assert not isinstance(ExampleEncoder(tokenizer, max_length=least).encode(content), BadRow)
+    assert isinstance(ExampleEncoder(tokenizer, max_length=least - 1).encode(content), BadRow)
 
 
 def test_tools_of_a_merged_table_lose_the_keys_that_only_other_tools_have() -> None:
@@ -365,6 +365,6 @@ def test_tools_beside_any_format_of_a_chat_go_to_the_template(tokenizer_of: Toke
     content = sound(**columns, tools=TOOLS)
     assert isinstance(content, Conversation)
     assert json.loads(content.tools) == TOOLS
-    bad = Encoder(tokenizer_of("chatml"), max_length=200).encode(content)
+    bad = ExampleEncoder(tokenizer_of("chatml"), max_length=200).encode(content)
     assert isinstance(bad, BadRow)
     assert "tools" in bad.reason

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.data.reading.bad_rows import BadRow
-from lorry.data.reading.columnar import chosen
+from lorry.data.reading.columnar import select_columns
 from lorry.data.reading.json_rows import RowDecoder
 from lorry.disk import documents
-from lorry.disk.documents import first_repeated, parse_json, parse_yaml, read_json, read_yaml
+from lorry.disk.documents import first_repeated, parse_json, parse_yaml, read_json_document, read_yaml
 from lorry.disk.durable import DiskError
 from lorry.disk.safetensors_names import check_names
 from lorry.errors import DataError, ModelError
@@ -146,7 +146,7 @@ def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path, kind
     else:
         with socket.socket(socket.AF_UNIX) as made:
             made.bind("x")
-    for read in (read_json, read_yaml):
+    for read in (read_json_document, read_yaml):
         with pytest.raises(ModelError, match="is not a regular file"):
             read(path, error=ModelError)
 
@@ -154,20 +154,20 @@ def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path, kind
 def test_size_and_the_disks_own_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.json"
     path.write_text("[1, 2, 3]")
-    assert read_json(path, most_bytes=9) == [1, 2, 3]
+    assert read_json_document(path, most_bytes=9) == [1, 2, 3]
     with pytest.raises(DataError, match=r"x\.json is larger than 8 bytes"):
-        read_json(path, most_bytes=8)
+        read_json_document(path, most_bytes=8)
     (tmp_path / "link.json").symlink_to(path)  # the hub's cache is made of links
-    assert read_json(tmp_path / "link.json") == [1, 2, 3]
+    assert read_json_document(tmp_path / "link.json") == [1, 2, 3]
     with pytest.raises(FileNotFoundError):
-        read_json(tmp_path / "absent.json")
+        read_json_document(tmp_path / "absent.json")
 
     def failing(*args: Any) -> int:
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(documents.os, "open", failing)
     with pytest.raises(OSError, match="Input/output error"):  # the disk's failure is not damage of the document
-        read_json(path)
+        read_json_document(path)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
@@ -226,13 +226,13 @@ def test_every_reader_finds_one_name_among_many(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="'name 29998' twice"):
         check_names(path)
     with pytest.raises(DataError, match="two columns are called 'name 29998'"):
-        chosen(pyarrow.schema([(name, pyarrow.int8()) for name in names]), "d.parquet", None)
+        select_columns(pyarrow.schema([(name, pyarrow.int8()) for name in names]), "d.parquet", None)
 
 
 def test_a_value_is_walked_only_where_its_text_could_hold_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes longer than parsing a line of metrics.jsonl."""
     walked: list[Any] = []
-    monkeypatch.setattr(documents, "_unsound", lambda value: walked.append(value) or "")
+    monkeypatch.setattr(documents, "_describe_unsound", lambda value: walked.append(value) or "")
     for plain in (b'{"step": 1, "loss": 2.5}', '{"a": ["b"]}', '{"a": "\u00fc"}'.encode()):
         parse_json(plain, "x.json")
     assert walked == []

@@ -10,7 +10,7 @@ import pytest
 
 from faults import FaultyDisk, PowerCut, Say, failing, kill, kill_points
 from lorry.disk import durable
-from lorry.disk.durable import building, cut, recover, settle, write_directory, write_files
+from lorry.disk.durable import build_directory, recover_writes, sync_file, truncate_file, write_directory, write_files
 from lorry.errors import ConfigError, LorryError, ModelError
 
 DISKS: list[Callable[[int], FaultyDisk]] = [
@@ -30,7 +30,7 @@ def use() -> Iterator[Callable[[FaultyDisk], FaultyDisk]]:
         return disk
 
     yield put
-    durable.disk = durable.Disk()
+    durable.disk = durable.DiskCalls()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -51,14 +51,14 @@ def test_the_real_disk(tmp_path: Path) -> None:
 def test_a_replaced_folder_is_old_or_new(make_disk: Callable[[int], FaultyDisk], tmp_path: Path) -> None:
     def work(root: Path, say: Say) -> None:
         for files in (OLD, NEW):
-            with building(root / "out", replace=True) as folder:
+            with build_directory(root / "out", replace=True) as folder:
                 for name, data in files.items():
                     (folder / name).write_bytes(data)
             say(1)
 
     for outcome in kill_points(tmp_path, make_disk, work):
         assert not outcome.error, outcome.error
-        recover(outcome.folder, "out")
+        recover_writes(outcome.folder, "out")
         assert os.listdir(outcome.folder) in (["out"], [])
         if (outcome.folder / "out").exists() or outcome.said:
             allowed = {0: (OLD,), 1: (OLD, NEW), 2: (NEW,)}[len(outcome.said)]
@@ -76,7 +76,7 @@ def test_each_replaced_file_is_old_or_new(make_disk: Callable[[int], FaultyDisk]
     for outcome in kill_points(tmp_path, make_disk, work):
         assert not outcome.error, outcome.error
         for name in ("a.json", "b.bin", "c.bin"):
-            recover(outcome.folder, name)
+            recover_writes(outcome.folder, name)
         found = contents(outcome.folder)
         assert all(found[name] in (OLD.get(name), NEW.get(name)) for name in found)
         if len(outcome.said) == 1:
@@ -116,7 +116,7 @@ def test_an_error_while_building_leaves_nothing(tmp_path: Path) -> None:
         (folder / "half").write_bytes(b"half")
         raise LorryError("no more")
 
-    with pytest.raises(LorryError, match="no more"), building(tmp_path / "out") as folder:
+    with pytest.raises(LorryError, match="no more"), build_directory(tmp_path / "out") as folder:
         fill(folder)
     assert not list(tmp_path.iterdir())
 
@@ -151,24 +151,24 @@ def test_recover_touches_the_leftovers_of_its_target_only(tmp_path: Path) -> Non
     ]
     for name in names:
         (tmp_path / name).mkdir()
-    recover(tmp_path, "out")
+    recover_writes(tmp_path, "out")
     assert sorted(os.listdir(tmp_path)) == sorted(names[2:])
 
 
 def test_a_log_is_settled_and_cut(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
-    assert settle(log) == 0
-    cut(log, 0)
+    assert sync_file(log) == 0
+    truncate_file(log, 0)
     log.write_bytes(b"1\n2\n")
-    size = settle(log)
+    size = sync_file(log)
     assert size == 4
     with log.open("ab") as file:
         file.write(b"3\n{half")
-    cut(log, size)
+    truncate_file(log, size)
     assert log.read_bytes() == b"1\n2\n"
-    cut(log, size)
+    truncate_file(log, size)
     with pytest.raises(ModelError, match=r"metrics\.jsonl: 4 bytes, but 5 when"):
-        cut(log, 5)
+        truncate_file(log, 5)
 
 
 @pytest.mark.parametrize("make_disk", DISKS)
@@ -177,8 +177,8 @@ def test_a_settled_log_survives_a_power_cut(make_disk: Callable[[int], FaultyDis
         fd = durable.disk.create(root / "log")
         durable.disk.write(fd, memoryview(b"1\n2\n"))
         durable.disk.close(fd)
-        say(settle(root / "log"))
-        say(settle(root / "absent"))
+        say(sync_file(root / "log"))
+        say(sync_file(root / "absent"))
         durable.disk.mkdir(root / "later")  # one more call, so that the power is cut after the promise too
 
     for outcome in kill_points(tmp_path, make_disk, work):

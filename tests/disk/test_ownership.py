@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lorry.config import Run, build, dump
+from lorry.config import RunConfig, build_settings, dump_settings
 from lorry.disk import documents, durable
 from lorry.runs import ownership
 
 
-class Unreadable(durable.Disk):
+class Unreadable(durable.DiskCalls):
     """A disk that opens nothing of this name."""
 
     def __init__(self, name: str, code: int) -> None:
@@ -35,9 +35,9 @@ def test_what_has_a_name_differs_unless_it_is_a_file_of_the_content(tmp_path: Pa
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "new").write_bytes(b"abc")
     for content in (b"abc", tmp_path / "new"):
-        unlike = [name for name in sorted(os.listdir(tmp_path)) if ownership.differs(tmp_path / name, content)]
+        unlike = [name for name in sorted(os.listdir(tmp_path)) if ownership.differs_from(tmp_path / name, content)]
         assert unlike == ["fifo", "folder", "link", "longer", "nowhere", "other"]
-        assert not ownership.differs(tmp_path / "absent", content)
+        assert not ownership.differs_from(tmp_path / "absent", content)
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
@@ -47,8 +47,8 @@ def test_what_cannot_be_read_stays_where_it_is(tmp_path: Path, code: int, monkey
     (tmp_path / "new").write_bytes(b"ours!!")
     monkeypatch.setattr(durable, "disk", Unreadable("README.md", code))
     for work in (
-        lambda: ownership.put(tmp_path, {"README.md": b"ours!!"}),
-        lambda: ownership.differs(tmp_path / "README.md", tmp_path / "new"),
+        lambda: ownership.write_owned_files(tmp_path, {"README.md": b"ours!!"}),
+        lambda: ownership.differs_from(tmp_path / "README.md", tmp_path / "new"),
     ):
         with pytest.raises(durable.DiskError) as failed:
             work()
@@ -72,20 +72,20 @@ def test_a_strange_description_is_not_parsed(tmp_path: Path, monkeypatch: pytest
     entries = "".join(f"x{n}: {n}\n" for n in range(60_000))
     for strange in (entries, WHOLE + entries, "[" * 100_000, WHOLE.replace("train:", " train:")):
         path.write_text(strange)
-        assert ownership.description(path) == {}
+        assert ownership.read_run_description(path) == {}
     assert parsed == []
     path.write_text(WHOLE)
-    assert ownership.description(path)["output_dir"] == "runs/people"
+    assert ownership.read_run_description(path)["output_dir"] == "runs/people"
     assert parsed == [len(WHOLE)]
 
 
 def test_the_largest_runs_of_ours_are_known(tmp_path: Path) -> None:
     own = {"r": 8, "lora_alpha": 16, "learning_rate": 1e-4, "seed": 3, "weight_decay": 0.01}
     jobs = [{"name": f"r-8-seed-{n}", "data": f"a/long/enough/path/people-{n}.jsonl", **own} for n in range(1000)]
-    text = dump(build(Run, {"model": "m", "output_dir": str(tmp_path), "jobs": jobs}, []))
+    text = dump_settings(build_settings(RunConfig, {"model": "m", "output_dir": str(tmp_path), "jobs": jobs}, []))
     assert 150_000 < len(text) <= ownership.MOST_DESCRIPTION // 2
     (tmp_path / "run.yaml").write_text(text.replace(jobs_of(text), ""))  # whose parsing takes seconds
-    assert ownership.described(tmp_path)["output_dir"] == str(tmp_path)
+    assert ownership.run_description_of(tmp_path)["output_dir"] == str(tmp_path)
 
 
 def jobs_of(text: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from lorry.disk import receipt
 from lorry.errors import DataError
-from lorry.runs.read import load
+from lorry.runs.read import read_run
 from lorry.train.card import facts
 from lorry.verbs import doctor, eval
 
@@ -46,10 +46,10 @@ def test_a_part_of_another_type_is_named_by_every_reader(tmp_path: Path, what: s
     found: Any = SimpleNamespace(source={"adapter": str(tmp_path), "dtype": "float32"})
     for read in (
         lambda: receipt.read(path),
-        lambda: load(tmp_path),
-        lambda: facts.read(tmp_path),
-        lambda: doctor.decoder(load(tmp_path)),
-        lambda: eval.tell_other_dtype(found),
+        lambda: read_run(tmp_path),
+        lambda: facts.read_run_facts(tmp_path),
+        lambda: doctor.describe_decoder(read_run(tmp_path)),
+        lambda: eval.note_other_dtype(found),
     ):
         with pytest.raises(DataError, match=re.escape(str(path)) + ".*" + re.escape(what)):
             read()
@@ -60,12 +60,12 @@ def test_what_runs_write_is_read_as_it_is(tmp_path: Path, content: dict[str, Any
     path = tmp_path / "receipt.json"
     assert receipt.read(path) is None
     path.write_text(json.dumps(content))
-    assert receipt.read(path) == content == load(tmp_path).receipt
+    assert receipt.read(path) == content == read_run(tmp_path).receipt
 
 
 def test_a_run_in_another_number_format_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found: Any = SimpleNamespace(source={"adapter": str(tmp_path), "dtype": "bfloat16"})
     for content, said in ((GOOD, "note: trained in float32, evaluated in bfloat16"), ({}, "")):
         (tmp_path / "receipt.json").write_text(json.dumps(content))
-        eval.tell_other_dtype(found)
+        eval.note_other_dtype(found)
         assert said == capsys.readouterr().err[: len(said) or None]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.disk.secret_shapes import SHAPES, find, hidden, names_secret, of_environment
+from lorry.disk.secret_shapes import SECRET_SHAPES, environment_secrets, find_secret, mask_secrets, names_secret
 
 HEX, MIXED = "0123456789abcdef" * 8, "aB3dE5gH7jK9mN1pQ2rS4tU6vW8xY0zA" * 8
 EXAMPLES = {
@@ -56,22 +56,22 @@ DETECT_SECRETS = [
 
 @pytest.mark.parametrize("secret", DETECT_SECRETS, ids=lambda value: str(value)[:12])
 def test_what_detect_secrets_documents_is_found(secret: str) -> None:
-    assert find(f"x = '{secret}'") is not None
+    assert find_secret(f"x = '{secret}'") is not None
 
 
 @pytest.mark.parametrize(("secret", "what"), EXAMPLES.items(), ids=lambda value: str(value)[:14])
 def test_every_shape_is_known_wherever_it_stands(secret: str, what: str) -> None:
     for text in (secret, f"token: {secret}\n", json.dumps({"x": f"a\n{secret}"}), f"'{secret}'", f"--key={secret}"):
-        found = find(text)
+        found = find_secret(text)
         assert found is not None, text
         assert what in found.what
         assert text[found.at :].startswith(secret[:8]) or "://" in secret
-    assert secret not in hidden(f"run {secret} now")
+    assert secret not in mask_secrets(f"run {secret} now")
 
 
 def test_every_entry_has_an_example() -> None:
-    named = {found.what for secret in EXAMPLES if (found := find(secret)) is not None}
-    assert named == {what for what, _ in SHAPES}
+    named = {found.what for secret in EXAMPLES if (found := find_secret(secret)) is not None}
+    assert named == {what for what, _ in SECRET_SHAPES}
 
 
 @pytest.mark.parametrize(
@@ -86,15 +86,15 @@ def test_every_entry_has_an_example() -> None:
     ],
 )  # fmt: skip
 def test_ordinary_text_passes(text: str) -> None:
-    assert find(text) is None
-    assert hidden(text) == text
+    assert find_secret(text) is None
+    assert mask_secrets(text) == text
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(min_size=0, max_size=600))
 def test_random_bytes_in_base64_and_hexadecimal_pass(raw: bytes) -> None:
-    assert find(base64.b64encode(raw).decode()) is None
-    assert find(raw.hex()) is None
+    assert find_secret(base64.b64encode(raw).decode()) is None
+    assert find_secret(raw.hex()) is None
 
 
 def test_a_large_file_takes_no_time() -> None:
@@ -102,7 +102,7 @@ def test_a_large_file_takes_no_time() -> None:
         part * 20_000 for part in ("sk-", "a://b:", "-eyJ-", "x:")
     )
     begun = time.thread_time()
-    assert find(text) is None
+    assert find_secret(text) is None
     assert time.thread_time() - begun < 20
 
 
@@ -123,7 +123,7 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SPAT", "an-odd-value-of-spat"), ("KEYBOARD", "an-odd-value-of-keyboard"), ("TOKENIZER", "an-odd-value-of-it"),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
-    found = of_environment()
+    found = environment_secrets()
     assert {
         "MY_KEY",
         "GH_PAT",
@@ -135,7 +135,7 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "X_CREDENTIALS",
     } <= set(found)
     assert not {"PATH_KEY", "SORT_KEY", "SHORT_TOKEN", "N_KEY", "SPAT", "KEYBOARD", "TOKENIZER"} & set(found)
-    held = find("x\nan-odd-value-of-MY_KEY", found)
+    held = find_secret("x\nan-odd-value-of-MY_KEY", found)
     assert held is not None
     assert (held.what, held.at) == ("MY_KEY", 2)
 

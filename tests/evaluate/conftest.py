@@ -14,5 +14,5 @@ def intervals_of_any_rows() -> Iterator[None]:
     """Intervals of as few rows as a test can work out by hand, or hold to a library's; which of them people are shown is another
     matter (test_bootstrap.py)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "FEWEST_ROWS", 1)
+        patch.setattr(bootstrap, "MIN_INTERVAL_ROWS", 1)
         yield

@@ -34,7 +34,7 @@ from peft import PeftModel
 
 from lorry.evaluate.benchmarks import likelihood
 from lorry.evaluate.benchmarks.lm_eval import LorryLM, evaluate, lm, loglikelihoods
-from lorry.evaluate.benchmarks.until import decoding
+from lorry.evaluate.benchmarks.until import parse_generation_kwargs
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 NAMES = ["lorry_choice", "lorry_prose", "lorry_tell"]
@@ -203,8 +203,10 @@ def test_likelihoods_where_positions_are_learnt(positions: Path, caplog: pytest.
 
 def test_options_of_one_token_share_a_pass(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    run_batch: Callable[..., Any] = likelihood._run
-    monkeypatch.setattr(likelihood, "_run", lambda model, rows, mix: (seen.append(len(rows)), run_batch(model, rows, mix))[1])
+    run_batch: Callable[..., Any] = likelihood._score_batch
+    monkeypatch.setattr(
+        likelihood, "_score_batch", lambda model, rows, mix: (seen.append(len(rows)), run_batch(model, rows, mix))[1]
+    )
     pairs = [("Was it" + " so" * n, f" {letter}") for n in range(4) for letter in "abcde"]
     same_scores(ours(told), theirs(told), pairs)
     assert seen == [4]
@@ -225,14 +227,14 @@ def test_an_adapter_equals_peft(world: World) -> None:  # noqa: F811
 
 
 def test_a_continuation_shifted_by_one_token_is_noticed(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = likelihood.Wording.pair
+    made = likelihood.HarnessTokenizer.pair
 
-    def shifted(self: likelihood.Wording, context: str, continuation: str) -> likelihood.Pair:
+    def shifted(self: likelihood.HarnessTokenizer, context: str, continuation: str) -> likelihood.TokenPair:
         pair = made(self, context, continuation)
         whole, at = [*pair.context, *pair.continuation], len(pair.context) - 1
-        return likelihood.Pair(whole[:at], whole[at:]) if at else pair
+        return likelihood.TokenPair(whole[:at], whole[at:]) if at else pair
 
-    monkeypatch.setattr(likelihood.Wording, "pair", shifted)
+    monkeypatch.setattr(likelihood.HarnessTokenizer, "pair", shifted)
     with pytest.raises(AssertionError, match="Once upon"):
         same_scores(ours(told), theirs(told))
 
@@ -269,7 +271,7 @@ def test_an_answer_stops_being_made_at_its_stop_string(told: Path, monkeypatch: 
     mine = ours(told)
     run_cached = mine.model.cached
     monkeypatch.setattr(mine.model, "cached", lambda *a, **k: (steps.append(1), run_cached(*a, **k))[1])
-    monkeypatch.setattr("lorry.models.decoder.decode.Runner.takes", staticmethod(lambda model: False))
+    monkeypatch.setattr("lorry.models.decoder.decode.DecodeRunner.takes", staticmethod(lambda model: False))
     (text,) = mine.generate_until(requests("generate_until", [("Once upon a time", {"until": ["."], "max_gen_toks": 200})]))
     assert 5 < len(steps) < 60
     assert "." not in text
@@ -294,10 +296,10 @@ def test_any_text_is_cut_where_the_harness_cuts(begins: bool, context: str, cont
     before, after = other._encode_pair(context, continuation)
     before = before or [other.prefix_token_id]  # where the harness stops with an assertion
     if after:
-        assert likelihood.Wording(words).pair(context, continuation) == likelihood.Pair(before, after)
+        assert likelihood.HarnessTokenizer(words).pair(context, continuation) == likelihood.TokenPair(before, after)
     else:
         with pytest.raises(DataError, match="nothing to score"):
-            likelihood.Wording(words).pair(context, continuation)
+            likelihood.HarnessTokenizer(words).pair(context, continuation)
 
 
 @cache
@@ -391,13 +393,15 @@ def test_likelihoods_alone_equal_a_plain_forward_pass(world: World) -> None:  # 
 )  # fmt: skip
 def test_generation_settings_that_would_be_ignored(asked: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        decoding(asked, 10, 0)
+        parse_generation_kwargs(asked, 10, 0)
 
 
 def test_generation_settings_that_mean_greedy() -> None:
     for one in ({}, {"do_sample": False, "temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0}, {"num_beams": 1}):
-        assert decoding(one, 10, 0)[2].temperature == 0
-    stops, new, sampling = decoding({"until": "x", "do_sample": True, "top_k": 0, "top_p": 0.9, "max_tokens": 7}, 10, 3)
+        assert parse_generation_kwargs(one, 10, 0)[2].temperature == 0
+    stops, new, sampling = parse_generation_kwargs(
+        {"until": "x", "do_sample": True, "top_k": 0, "top_p": 0.9, "max_tokens": 7}, 10, 3
+    )
     assert (stops, new, sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed) == (["x"], 7, 1.0, None, 0.9, 3)
 
 

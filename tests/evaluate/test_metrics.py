@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from lorry.errors import DataError
 from lorry.evaluate.metrics.registry import (
     bootstrap_interval,
+    corpus_perplexity,
     exact_match,
-    normalise,
-    perplexity,
+    mean_scores,
+    normalize_answer,
     rouge_l,
     score_each,
-    summarise,
     token_f1,
 )
 
@@ -48,27 +48,27 @@ def lcs_length(one: list[str], other: list[str]) -> int:
 
 
 def test_normalise_by_hand() -> None:
-    assert normalise("  The  Cat, sat on AN old mat! ") == "cat sat on old mat"
-    assert normalise("another theatre") == "another theatre"  # articles only as whole words
-    assert normalise("“Café” – the end…") == "café end"
-    assert normalise("Cafe\u0301") == normalise("Café")
-    assert normalise("$5.00") == "500"
+    assert normalize_answer("  The  Cat, sat on AN old mat! ") == "cat sat on old mat"
+    assert normalize_answer("another theatre") == "another theatre"  # articles only as whole words
+    assert normalize_answer("“Café” – the end…") == "café end"
+    assert normalize_answer("Cafe\u0301") == normalize_answer("Café")
+    assert normalize_answer("$5.00") == "500"
 
 
 def test_a_text_of_articles_alone_is_kept() -> None:
-    assert normalise("A.") == "a"
+    assert normalize_answer("A.") == "a"
     assert exact_match("The", "A") == 0.0
     assert exact_match("(A)", "A") == 1.0
 
 
 @given(ascii_text)
 def test_normalise_is_squads_on_ascii(text: str) -> None:
-    assert normalise(text) == squad_normalise(text) or squad_normalise(text) == ""
+    assert normalize_answer(text) == squad_normalise(text) or squad_normalise(text) == ""
 
 
 @given(st.text(max_size=40))
 def test_normalise_never_leaves_double_spaces_or_punctuation(text: str) -> None:
-    out = normalise(text)
+    out = normalize_answer(text)
     assert out == " ".join(out.split())
     assert not set(out) & set(string.punctuation)
 
@@ -132,12 +132,12 @@ def test_rouge_l_equals_tofus_published_recall(shared_data: Path) -> None:
 
 
 def test_perplexity() -> None:
-    assert perplexity(3 * math.log(7.0), 3) == pytest.approx(7.0)
-    assert perplexity(0.0, 5) == 1.0
-    assert perplexity(1e9, 1) == math.inf
-    assert math.isnan(perplexity(math.nan, 4))
+    assert corpus_perplexity(3 * math.log(7.0), 3) == pytest.approx(7.0)
+    assert corpus_perplexity(0.0, 5) == 1.0
+    assert corpus_perplexity(1e9, 1) == math.inf
+    assert math.isnan(corpus_perplexity(math.nan, 4))
     with pytest.raises(DataError, match="at least one supervised token"):
-        perplexity(1.0, 0)
+        corpus_perplexity(1.0, 0)
 
 
 def test_bootstrap_is_seeded_and_covers() -> None:
@@ -166,7 +166,7 @@ def test_bootstrap_refuses_what_has_no_mean(values: list[float]) -> None:
 def test_summarise_averages_each_metric() -> None:
     predictions = ["The red owl.", "green lamp", "nothing alike"]
     references = ["the red owl.", ["green lamp", "lamp"], "blue stone"]
-    out = summarise(predictions, references)
+    out = mean_scores(predictions, references)
     assert out["count"] == 3
     assert out["exact_match"] == pytest.approx(2 / 3)
     assert out["exact_match_strict"] == pytest.approx(1 / 3)
@@ -178,11 +178,11 @@ def test_summarise_averages_each_metric() -> None:
 
 def test_summarise_refuses_uneven_or_empty_input() -> None:
     with pytest.raises(DataError, match="2 predictions and 1 references"):
-        summarise(["a", "b"], ["a"])
+        mean_scores(["a", "b"], ["a"])
     with pytest.raises(DataError, match="above 0"):
-        summarise([], [])
+        mean_scores([], [])
     with pytest.raises(DataError, match="example 1 has no reference"):
-        summarise(["a", "b"], ["a", []])
+        mean_scores(["a", "b"], ["a", []])
 
 
 def test_metrics_import_no_torch() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.evaluate.metrics.corpus import CORPUS_METRICS, bleu_of_sums
-from lorry.evaluate.metrics.registry import measure
+from lorry.evaluate.metrics.registry import measure_metrics
 
 pytestmark = pytest.mark.usefixtures("intervals_of_any_rows")
 
@@ -37,7 +37,7 @@ def by_library(name: str, pairs: list[tuple[str, list[str]]]) -> float:
 
 
 def measured(name: str, pairs: list[tuple[str, list[str]]], seed: int = 0):
-    return measure([name], [p for p, _ in pairs], [r for _, r in pairs], seed=seed)[name]
+    return measure_metrics([name], [p for p, _ in pairs], [r for _, r in pairs], seed=seed)[name]
 
 
 @pytest.mark.parametrize(

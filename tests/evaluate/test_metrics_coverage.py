@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorry.evaluate.metrics.coverage import coverage
+from lorry.evaluate.metrics.coverage import concept_coverage
 
 
 @pytest.mark.parametrize(
@@ -37,31 +37,31 @@ from lorry.evaluate.metrics.coverage import coverage
     ],
 )
 def test_one_concept(text: str, concept: str, found: bool) -> None:
-    assert coverage(text, [concept]) == float(found)
+    assert concept_coverage(text, [concept]) == float(found)
 
 
 def test_share_of_concepts() -> None:
-    assert coverage("The players stood around.", ["player", "stand", "field"]) == pytest.approx(2 / 3)
+    assert concept_coverage("The players stood around.", ["player", "stand", "field"]) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="at least one concept"):
-        coverage("The players stood around.", [])
+        concept_coverage("The players stood around.", [])
 
 
 @given(st.text(max_size=40), st.lists(st.sampled_from(["dog", "run", "ice cream", "é", "猫"]), min_size=1))
 def test_any_text_gives_a_share(text: str, concepts: list[str]) -> None:
-    share = coverage(text, concepts)
+    share = concept_coverage(text, concepts)
     assert 0 <= share <= 1
-    assert share == pytest.approx(coverage(text, concepts[::-1]))
-    assert coverage(f"{text} {' '.join(concepts)}", concepts) == 1.0
+    assert share == pytest.approx(concept_coverage(text, concepts[::-1]))
+    assert concept_coverage(f"{text} {' '.join(concepts)}", concepts) == 1.0
 
 
 def test_sentences_of_common_gen_cover_their_concepts_and_no_others(shared_data: Path) -> None:
     rows = [json.loads(line) for line in (shared_data / "common_gen/commongen.dev.jsonl").read_text().splitlines()]
     concepts = [row["concept_set"].split("#") for row in rows]
-    own = [coverage(text, mine) for row, mine in zip(rows, concepts, strict=True) for text in row["scene"]]
+    own = [concept_coverage(text, mine) for row, mine in zip(rows, concepts, strict=True) for text in row["scene"]]
     assert len(own) == 4018
     assert sum(own) / len(own) == pytest.approx(0.9990, abs=1e-4)  # what the module's docstring says
     other = []
     for number, row in enumerate(rows):
         if foreign := set(concepts[(number + 137) % len(rows)]) - set(concepts[number]):
-            other += [coverage(text, sorted(foreign)) for text in row["scene"]]
+            other += [concept_coverage(text, sorted(foreign)) for text in row["scene"]]
     assert sum(other) / len(other) < 0.006

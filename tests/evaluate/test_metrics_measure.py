@@ -1,4 +1,4 @@
-"""`measure`: ROUGE against Lin's definition and the library, intervals of row means, and what it refuses."""
+"""`measure_metrics`: ROUGE against Lin's definition and the library, intervals of row means, and what it refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from rouge_score import rouge_scorer
 
 from lorry.errors import ConfigError, DataError
 from lorry.evaluate.metrics.bootstrap import resampled_sums
-from lorry.evaluate.metrics.registry import CORPUS_METRICS, ROW_METRICS, bootstrap_interval, check, exact_match, measure, rouge_n
+from lorry.evaluate.metrics.registry import (
+    CORPUS_METRICS,
+    ROW_METRICS,
+    bootstrap_interval,
+    check_metrics,
+    exact_match,
+    measure_metrics,
+    rouge_n,
+)
 
 pytestmark = pytest.mark.usefixtures("intervals_of_any_rows")
 
@@ -60,7 +68,7 @@ def test_rouge_of_real_sentences_is_the_librarys(shared_data: Path) -> None:
     lines = (shared_data / "common_gen/commongen.dev.jsonl").read_text().splitlines()[:60]
     scenes = [json.loads(line)["scene"] for line in lines]
     names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
-    found = measure(list(names), [s[0] for s in scenes], [s[1:] or s for s in scenes])
+    found = measure_metrics(list(names), [s[0] for s in scenes], [s[1:] or s for s in scenes])
     scorer = rouge_scorer.RougeScorer(list(names.values()))
     for ours, theirs in names.items():
         best = [scorer.score_multi(s[1:] or s, s[0])[theirs].fmeasure for s in scenes]
@@ -69,7 +77,7 @@ def test_rouge_of_real_sentences_is_the_librarys(shared_data: Path) -> None:
 
 
 def test_each_metric_by_hand() -> None:
-    found = measure([n for n in ROW_METRICS if n != "number_match"], PREDICTIONS, REFERENCES, concepts=CONCEPTS)
+    found = measure_metrics([n for n in ROW_METRICS if n != "number_match"], PREDICTIONS, REFERENCES, concepts=CONCEPTS)
     assert found["exact_match"].rows == [1, 0, 0]
     assert found["exact_match_strict"].rows == [0, 0, 0]
     assert found["token_f1"].rows == pytest.approx([1, 2 * 2 / 5, 0])
@@ -78,11 +86,11 @@ def test_each_metric_by_hand() -> None:
     assert found["rouge_l"].rows == pytest.approx([1, 2 * 2 / 5, 0])
     assert found["coverage"].rows == [1, 0.5, 0]
     assert found["coverage"].value == 0.5
-    assert measure(["number_match"], PREDICTIONS[1:], REFERENCES[1:])["number_match"].rows == [1, 0]
+    assert measure_metrics(["number_match"], PREDICTIONS[1:], REFERENCES[1:])["number_match"].rows == [1, 0]
 
 
 def test_intervals_of_row_means_are_those_of_a_plain_loop() -> None:
-    found = measure(["token_f1"], PREDICTIONS, REFERENCES, seed=11)["token_f1"]
+    found = measure_metrics(["token_f1"], PREDICTIONS, REFERENCES, seed=11)["token_f1"]
     random = numpy.random.default_rng(11)
     means = [sum(found.rows[i] for i in random.integers(3, size=3)) / 3 for _ in range(1000)]
     assert found.interval == pytest.approx(tuple(numpy.percentile(means, [2.5, 97.5])))
@@ -104,35 +112,37 @@ def test_many_rows_are_resampled_in_blocks_that_change_nothing() -> None:
 def test_every_metric_on_any_text(pairs: list[tuple[str, list[str]]]) -> None:
     names = [*ROW_METRICS, *CORPUS_METRICS]
     concepts = [["a", "1"]] * len(pairs)
-    found = measure(names, [p for p, _ in pairs], [r for _, r in pairs], concepts=concepts)
+    found = measure_metrics(names, [p for p, _ in pairs], [r for _, r in pairs], concepts=concepts)
     assert list(found) == names
-    turned = measure(names, [p for p, _ in pairs[::-1]], [r for _, r in pairs[::-1]], concepts=concepts)
-    other = measure([n for n in names if n != "chrf"], [p for p, _ in pairs], [r[::-1] for _, r in pairs], concepts=concepts)
+    turned = measure_metrics(names, [p for p, _ in pairs[::-1]], [r for _, r in pairs[::-1]], concepts=concepts)
+    other = measure_metrics(
+        [n for n in names if n != "chrf"], [p for p, _ in pairs], [r[::-1] for _, r in pairs], concepts=concepts
+    )
     for name, one in found.items():
         top = 100 if name in CORPUS_METRICS else 1
         assert all(-1e-9 <= value <= top + 1e-9 for value in (one.value, *one.interval, *(one.rows or [])))
         assert turned[name].value == pytest.approx(one.value, abs=1e-9)
         assert name == "chrf" or other[name].value == pytest.approx(one.value, abs=1e-9)  # chrF takes the first of equals
-    perfect = measure(names, [r[0] for _, r in pairs], [r for _, r in pairs], concepts=[["1"]] * len(pairs))
+    perfect = measure_metrics(names, [r[0] for _, r in pairs], [r for _, r in pairs], concepts=[["1"]] * len(pairs))
     assert perfect["exact_match_strict"].value == perfect["number_match"].value == perfect["exact_match"].value == 1
 
 
 def test_a_string_is_one_reference() -> None:
-    assert measure(["exact_match"], ["owl"], ["owl"])["exact_match"].value == exact_match("owl", "owl") == 1.0
-    assert measure(["bleu"], ["a b c d"], ["a b c d"])["bleu"].value == pytest.approx(100)
+    assert measure_metrics(["exact_match"], ["owl"], ["owl"])["exact_match"].value == exact_match("owl", "owl") == 1.0
+    assert measure_metrics(["bleu"], ["a b c d"], ["a b c d"])["bleu"].value == pytest.approx(100)
 
 
 def test_it_is_enough_that_some_reference_has_a_number() -> None:
-    assert measure(["number_match"], ["It is 4."], [["four", "4"]])["number_match"].value == 1.0
+    assert measure_metrics(["number_match"], ["It is 4."], [["four", "4"]])["number_match"].value == 1.0
 
 
 def test_coverage_needs_no_references() -> None:
-    assert measure(["coverage"], ["an owl"], [[]], concepts=[["owl"]])["coverage"].value == 1.0
+    assert measure_metrics(["coverage"], ["an owl"], [[]], concepts=[["owl"]])["coverage"].value == 1.0
 
 
 def test_an_unknown_metric_lists_what_exists() -> None:
     with pytest.raises(ConfigError, match=r"no metric 'rouge_3' .did you mean 'rouge_[12l]'") as caught:
-        measure(["bleu", "rouge_3"], ["a"], [["a"]])
+        measure_metrics(["bleu", "rouge_3"], ["a"], [["a"]])
     assert all(name in str(caught.value) for name in [*ROW_METRICS, *CORPUS_METRICS])
 
 
@@ -149,14 +159,14 @@ def test_an_unknown_metric_lists_what_exists() -> None:
 )
 def test_rows_that_cannot_be_scored_are_named(names, references, concepts, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        check(names, references, concepts=concepts)
+        check_metrics(names, references, concepts=concepts)
     with pytest.raises(DataError, match=message):
-        measure(names, ["x"] * len(references), references, concepts=concepts)
+        measure_metrics(names, ["x"] * len(references), references, concepts=concepts)
 
 
 def test_predictions_and_references_must_pair() -> None:
     with pytest.raises(DataError, match="2 predictions and 1 references"):
-        measure(["bleu"], ["a", "b"], [["a"]])
+        measure_metrics(["bleu"], ["a", "b"], [["a"]])
 
 
 def test_importing_loads_no_library() -> None:

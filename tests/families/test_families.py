@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lorry.families import Family, find, unsupported
-from lorry.families.common import UnsupportedConfig
+from lorry.families import ModelFamily, find_family, unsupported_fields
+from lorry.families.common import UnsupportedConfigError
 
 LLAMA = {
     "hidden_size": 32,
@@ -39,8 +39,8 @@ TINY: dict[str, dict[str, Any]] = {
 IDS = torch.arange(24).reshape(2, 12)
 
 
-def family_of(kind: str) -> Family:
-    family = find(kind)
+def family_of(kind: str) -> ModelFamily:
+    family = find_family(kind)
     assert family is not None
     return family
 
@@ -133,14 +133,14 @@ def test_a_family_gives_every_target_one_role() -> None:
 @pytest.mark.parametrize("kind", TINY)
 def test_transformers_default_config_of_every_family(kind: str) -> None:
     defaults = defaults_of(kind)
-    odd = unsupported(family_of(kind), defaults, defaults)
+    odd = unsupported_fields(family_of(kind), defaults, defaults)
     assert odd == (["sliding_window=4096"] if kind == "mistral" else []), "Mistral's default is a window of 4096 of 131072"
     assert family_of(kind).geometry(defaults).layers == CONFIG_MAPPING[kind]().num_hidden_layers
 
 
 def test_strangers() -> None:
     for kind in ("gemma2", "phi3", "mixtral", "bert", "smollm3", "", "LLAMA"):
-        assert find(kind) is None
+        assert find_family(kind) is None
     assert family_of("mistral") is family_of("llama")
 
 
@@ -158,7 +158,7 @@ STRANGE: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("kind", "changes", "word"), STRANGE, ids=[f"{k} {next(iter(c))}" for k, c, _ in STRANGE])
 def test_what_the_decoder_cannot_do_is_named(kind: str, changes: dict[str, Any], word: str) -> None:
-    found = unsupported(family_of(kind), config_of(kind, **changes).to_dict(), defaults_of(kind))
+    found = unsupported_fields(family_of(kind), config_of(kind, **changes).to_dict(), defaults_of(kind))
     assert any(word in f for f in found)
 
 
@@ -166,10 +166,10 @@ def test_a_softcap_on_a_family_that_has_none() -> None:
     """A key that transformers' own config class knows and the family does not: reported. One it ignores too: not."""
     config, defaults = config_of("llama").to_dict(), defaults_of("llama")
     capped = {**config, "final_logit_softcapping": 30.0}
-    assert unsupported(family_of("llama"), capped, {**defaults, "final_logit_softcapping": None}) == [
+    assert unsupported_fields(family_of("llama"), capped, {**defaults, "final_logit_softcapping": None}) == [
         "final_logit_softcapping=30.0"
     ]
-    assert unsupported(family_of("llama"), capped, defaults) == []
+    assert unsupported_fields(family_of("llama"), capped, defaults) == []
 
 
 @pytest.mark.parametrize("rule", ["yarn", "dynamic", "longrope", "su", "mrope"])
@@ -177,7 +177,7 @@ def test_a_softcap_on_a_family_that_has_none() -> None:
 @pytest.mark.parametrize("word", ["rope_type", "type"])
 def test_unusual_rotary_scaling_is_refused(rule: str, key: str, word: str) -> None:
     config = {**config_of("llama").to_dict(), "rope_parameters": None, key: {word: rule, "factor": 4.0}}
-    with pytest.raises(UnsupportedConfig, match=rule):
+    with pytest.raises(UnsupportedConfigError, match=rule):
         family_of("llama").geometry(config)
 
 
@@ -188,16 +188,16 @@ def test_a_partial_rotary_factor_is_left_to_transformers(kind: str) -> None:
     rule = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5}
     for changes in ({"rope_parameters": rule}, {"partial_rotary_factor": 0.5}):
         assert torch.equal(logits(kind, **changes), reference)
-        with pytest.raises(UnsupportedConfig, match=r"partial_rotary_factor=0\.5"):
+        with pytest.raises(UnsupportedConfigError, match=r"partial_rotary_factor=0\.5"):
             family_of(kind).geometry(config_of(kind, **changes).to_dict())
 
 
 def test_windows_no_shorter_than_the_context_are_harmless() -> None:
     for window, harmless in ((None, True), (64, True), (100, True), (63, False), (1, False)):
         config = config_of("mistral", sliding_window=window).to_dict()
-        assert (unsupported(family_of("mistral"), config, defaults_of("mistral")) == []) is harmless
+        assert (unsupported_fields(family_of("mistral"), config, defaults_of("mistral")) == []) is harmless
     config = config_of("qwen2", sliding_window=8, use_sliding_window=False).to_dict()
-    assert unsupported(family_of("qwen2"), config, defaults_of("qwen2")) == []
+    assert unsupported_fields(family_of("qwen2"), config, defaults_of("qwen2")) == []
 
 
 def logits(kind: str, **changes: Any) -> Tensor | None:
@@ -263,8 +263,8 @@ def test_no_field_that_changes_transformers_logits_is_ignored(kind: str) -> None
             moved += 1
             config = config_of(kind, **{key: value, **together}).to_dict()
             try:
-                seen = unsupported(family, config, defaults) != [] or family.geometry(config) != geometry
-            except UnsupportedConfig:
+                seen = unsupported_fields(family, config, defaults) != [] or family.geometry(config) != geometry
+            except UnsupportedConfigError:
                 seen = True
             assert seen, f"{key}={value!r} changes the logits and nobody noticed"
     assert moved >= 2, "the test itself must see something"

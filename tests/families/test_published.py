@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lorry.families import Rotary, find, unsupported
+from lorry.families import RotaryConfig, find_family, unsupported_fields
 
 
 def numbers(width: int, mlp: int, layers: int, heads: int, vocab: int, context: int, **more: Any) -> dict[str, Any]:
@@ -32,7 +32,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         numbers(
             576, 1536, 30, 9, 49152, 8192, num_key_value_heads=3, rope_theta=100000, rms_norm_eps=1e-5, tie_word_embeddings=True
         ),
-        {"head_dim": 64, "kv_heads": 3, "tied": True, "norm_eps": 1e-5, "rotary": Rotary(theta=100000.0, dim=64)},
+        {"head_dim": 64, "kv_heads": 3, "tied": True, "norm_eps": 1e-5, "rotary": RotaryConfig(theta=100000.0, dim=64)},
     ),
     "Llama 3.1 8B": (
         "llama",
@@ -43,12 +43,12 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             rms_norm_eps=1e-5,
             rope_scaling={**LLAMA3, "rope_type": "llama3"},
         ),
-        {"head_dim": 128, "rotary": Rotary(theta=500000.0, dim=128, kind="llama3", scaling=LLAMA3)},
+        {"head_dim": 128, "rotary": RotaryConfig(theta=500000.0, dim=128, kind="llama3", scaling=LLAMA3)},
     ),
     "Mistral 7B v0.3": (
         "mistral",
         numbers(4096, 14336, 32, 32, 32768, 32768, num_key_value_heads=8, rope_theta=1000000.0, sliding_window=None),
-        {"head_dim": 128, "kv_heads": 8, "rotary": Rotary(theta=1000000.0, dim=128)},
+        {"head_dim": 128, "kv_heads": 8, "rotary": RotaryConfig(theta=1000000.0, dim=128)},
     ),
     "Qwen2.5 0.5B": (
         "qwen2",
@@ -62,7 +62,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         numbers(
             1024, 3072, 28, 16, 151936, 40960, num_key_value_heads=8, head_dim=128, rope_theta=1000000, tie_word_embeddings=True
         ),
-        {"head_dim": 128, "biased": frozenset(), "rotary": Rotary(theta=1000000.0, dim=128)},
+        {"head_dim": 128, "biased": frozenset(), "rotary": RotaryConfig(theta=1000000.0, dim=128)},
     ),
     "GPT-2": (
         "gpt2",
@@ -72,7 +72,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Pythia 160M": (
         "gpt_neox",
         numbers(768, 3072, 12, 12, 50304, 2048, rotary_pct=0.25, rotary_emb_base=10000, use_parallel_residual=True),
-        {"head_dim": 64, "parallel_residual": True, "tied": False, "rotary": Rotary(theta=10000.0, dim=16)},
+        {"head_dim": 64, "parallel_residual": True, "tied": False, "rotary": RotaryConfig(theta=10000.0, dim=16)},
     ),
 }
 
@@ -80,10 +80,10 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize(("kind", "config", "expected"), PUBLISHED.values(), ids=PUBLISHED)
 def test_published_configs(kind: str, config: dict[str, Any], expected: dict[str, Any]) -> None:
     """As the file says it, and as transformers rewrites it: the same geometry, nothing unsupported."""
-    family = find(kind)
+    family = find_family(kind)
     assert family is not None
     through = CONFIG_MAPPING[kind].from_dict(config).to_dict()
-    assert unsupported(family, through, CONFIG_MAPPING[kind]().to_dict()) == []
+    assert unsupported_fields(family, through, CONFIG_MAPPING[kind]().to_dict()) == []
     geometry = family.geometry(through)
     assert {k: getattr(geometry, k) for k in expected} == expected
     if config:

@@ -27,18 +27,18 @@ import runs
 from lorry.adapters.attach import detach
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
-from lorry.config import DistillRun, EvalSettings, PlanSettings, Run, Sweep, parse
+from lorry.config import DistillRunConfig, EvalSettings, PlanSettings, RunConfig, SweepSettings, parse_settings
 from lorry.config.parsing.sizes import parse_size
-from lorry.data.encoding.template import ChatTemplate, TemplateRefusal
-from lorry.data.reading.content import Message
+from lorry.data.encoding.template import ChatTemplate, TemplateRefusedError
+from lorry.data.reading.content import ChatMessage
 from lorry.data.reading.sources import open_source
 from lorry.errors import LorryError
 from lorry.models.gguf.header import check_gguf
-from lorry.models.loading.describe import describe
-from lorry.models.loading.weights import entries
-from lorry.report.html import page
-from lorry.runs.read import load
-from lorry.runs.status import of
+from lorry.models.loading.describe import describe_model
+from lorry.models.loading.weights import read_tensor_entries
+from lorry.report.html import render_page
+from lorry.runs.read import read_run
+from lorry.runs.status import run_state_of
 from lorry.train import checkpoint
 from states import meta
 from tiny import LLAMA, random_model
@@ -152,12 +152,12 @@ def _command_line(data: bytes, folder: Path) -> object:
     except ValueError:
         return None
     words = [word for word in words if not word.endswith((".yaml", ".yml", ".json"))]
-    return [_parsed(schema, words) for schema in (Run, Sweep, EvalSettings, PlanSettings, DistillRun)]
+    return [_parsed(schema, words) for schema in (RunConfig, SweepSettings, EvalSettings, PlanSettings, DistillRunConfig)]
 
 
 def _parsed(schema: Any, words: list[str]) -> object:
     try:
-        return parse(schema, words, [])
+        return parse_settings(schema, words, [])
     except LorryError as refusal:
         return refusal
 
@@ -180,7 +180,9 @@ TEMPLATES = [
 
 def _template(data: bytes, folder: Path) -> object:
     template = ChatTemplate(data.decode("utf-8", "replace"), {"bos_token": "<s>", "eos_token": "</s>"}, ["<s>", "</s>"])
-    return template.render([Message("system", "be kind"), Message("user", "hello " * 50), Message("assistant", "yes")]).text
+    return template.render(
+        [ChatMessage("system", "be kind"), ChatMessage("user", "hello " * 50), ChatMessage("assistant", "yes")]
+    ).text
 
 
 # --- models and adapters
@@ -219,7 +221,7 @@ def _config_seeds() -> list[bytes]:
 
 
 def _read_config(path: Path) -> object:
-    return describe(path.parent, notes=[])
+    return describe_model(path.parent, notes=[])
 
 
 def _shard() -> bytes:
@@ -229,7 +231,7 @@ def _shard() -> bytes:
 def _read_index(data: bytes, folder: Path) -> object:
     (folder / "model-00001-of-00001.safetensors").write_bytes(_shard())
     (folder / "model.safetensors.index.json").write_bytes(data)
-    return entries(folder)
+    return read_tensor_entries(folder)
 
 
 def _index_seeds() -> list[bytes]:
@@ -273,8 +275,8 @@ def _read_run(name: str) -> Callable[[bytes, Path], object]:
     def read(data: bytes, folder: Path) -> object:
         for file, content in _run_files().items():
             (folder / file).write_bytes(data if file == name else content)
-        run = load(folder)
-        return of(run), page([run])
+        run = read_run(folder)
+        return run_state_of(run), render_page([run])
 
     return read
 
@@ -282,7 +284,7 @@ def _read_run(name: str) -> Callable[[bytes, Path], object]:
 @cache
 def _checkpoint() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        path = checkpoint.save(Path(folder), 3, {"adapter/default/a.lora_A": torch.ones(2, 3)}, meta(0))
+        path = checkpoint.save_checkpoint(Path(folder), 3, {"adapter/default/a.lora_A": torch.ones(2, 3)}, meta(0))
         return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
@@ -292,7 +294,7 @@ def _read_checkpoint(name: str) -> Callable[[bytes, Path], object]:
         place.mkdir(parents=True, exist_ok=True)
         for file, content in _checkpoint().items():
             (place / file).write_bytes(data if file == name else content)
-        return checkpoint.load(place)
+        return checkpoint.load_checkpoint(place)
 
     return read
 
@@ -314,15 +316,15 @@ def targets() -> dict[str, Target]:
         Target("rows/txt", _csv_seeds, _file("rows.txt", _rows)),
         Target("rows/parquet", _parquet_seeds, _file("rows.parquet", _rows)),
         *(Target(f"rows/saved-{name}", _saved_seeds(name), _read_saved(name)) for name in SAVED_FILES),
-        Target("config/yaml", _description_seeds, _file("run.yaml", lambda path: _parsed(Run, [str(path)]))),
+        Target("config/yaml", _description_seeds, _file("run.yaml", lambda path: _parsed(RunConfig, [str(path)]))),
         Target("config/json", lambda: [b'{"data": "d", "lora": {"r": 8}, "jobs": [{"name": "a"}]}'],
-               _file("run.json", lambda path: _parsed(Run, [str(path)]))),
+               _file("run.json", lambda path: _parsed(RunConfig, [str(path)]))),
         Target("config/words", lambda: [b"data=d r=8 lora={r:8} --packing lr=1e-3", b"data=d r=8,16 jobs=[{name:a}] seed=1"],
                _command_line),
         Target("config/size", lambda: [b"3GiB", b"800 MB", b"2.5gb"], _size, (ValueError,)),
-        Target("template", lambda: [t.encode() for t in TEMPLATES], _template, (LorryError, TemplateRefusal)),
+        Target("template", lambda: [t.encode() for t in TEMPLATES], _template, (LorryError, TemplateRefusedError)),
         Target("model/config.json", _config_seeds, _file("config.json", _read_config)),
-        Target("model/safetensors", lambda: [_shard()], _file("model.safetensors", lambda path: entries(path.parent))),
+        Target("model/safetensors", lambda: [_shard()], _file("model.safetensors", lambda path: read_tensor_entries(path.parent))),
         Target("model/index", _index_seeds, _read_index),
         Target("model/gguf", lambda: [_gguf_seed()], _file("m.gguf", check_gguf)),
     ]  # fmt: skip

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorry.kernels import attention as kernel
-from lorry.kernels import status
+from lorry.kernels import kernel_status
 
-pytestmark = pytest.mark.skipif(not status().amx, reason=f"the attention kernel does not run here: {status().line()}")
+pytestmark = pytest.mark.skipif(
+    not kernel_status().amx, reason=f"the attention kernel does not run here: {kernel_status().line()}"
+)
 
 
 def inputs(total: int, heads: int, groups: int, width: int, spread: float = 1.0) -> list[Tensor]:
@@ -38,8 +40,8 @@ def truth(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, starts: list[int]) -> l
 
 def run(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, starts: list[int]) -> list[Tensor]:
     bounds, scale = torch.tensor(starts), q.shape[-1] ** -0.5
-    o, lse = kernel.forward(q, k, v, bounds, scale)
-    return [o, *kernel.backward(q, k, v, o, lse, bounds, scale, grad)]
+    o, lse = kernel.run_attention(q, k, v, bounds, scale)
+    return [o, *kernel.run_attention_backward(q, k, v, o, lse, bounds, scale, grad)]
 
 
 def off(mine: Tensor, true: Tensor) -> float:
@@ -106,8 +108,8 @@ def test_no_number_comes_out_of_nan() -> None:
 
 def test_what_it_does_not_take() -> None:
     q, k, _, _ = inputs(4, 4, 2, 64)
-    assert kernel.takes(q, k)
-    assert not kernel.takes(q.float(), k.float())
-    assert not kernel.takes(q[..., :48], k[..., :48])
+    assert kernel.supports_attention(q, k)
+    assert not kernel.supports_attention(q.float(), k.float())
+    assert not kernel.supports_attention(q[..., :48], k[..., :48])
     with pytest.raises(ValueError, match="contiguous"):
-        kernel.forward(q.transpose(0, 1), k, k, torch.tensor([0, 4]), 1.0)
+        kernel.run_attention(q.transpose(0, 1), k, k, torch.tensor([0, 4]), 1.0)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorry.kernels import decode, library, status
+from lorry.kernels import decode, kernel_status, load_library
 
-pytestmark = pytest.mark.skipif(library() is None, reason=f"kernels: {status().reason}")
-tiles = pytest.mark.skipif(not status().amx, reason="this CPU has no matrix tiles")
+pytestmark = pytest.mark.skipif(load_library() is None, reason=f"kernels: {kernel_status().reason}")
+tiles = pytest.mark.skipif(not kernel_status().amx, reason="this CPU has no matrix tiles")
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 1e-5}
 
 
@@ -44,9 +44,9 @@ def near(got: Tensor, truth: Tensor, dtype: torch.dtype, size: Tensor | None = N
 @given(st.integers(1, 70), st.sampled_from([2, 8, 16, 32, 64, 96, 576]), st.integers(1, 100), st.booleans())
 def test_a_product_is_rounded_once(rows: int, ins: int, outs: int, biased: bool) -> None:
     x, w, b = random(rows, ins), random(outs, ins, seed=1), random(outs, seed=2)
-    assert decode.multiplies(w)
+    assert decode.supports_product(w)
     truth = x.double() @ w.double().t() + (b.double() if biased else 0)
-    near(decode.product(x, w, b if biased else None), truth, torch.bfloat16, truth.abs() + 1e-2)
+    near(decode.linear_product(x, w, b if biased else None), truth, torch.bfloat16, truth.abs() + 1e-2)
 
 
 @tiles
@@ -55,23 +55,23 @@ def test_a_product_is_rounded_once(rows: int, ins: int, outs: int, biased: bool)
 def test_a_low_rank_term_is_added_in_place(rows: int, rank: int, outs: int, first: int, scale: float) -> None:
     h, w, y = random(rows, first + rank + 3), random(outs, rank, seed=1), random(rows, outs, seed=2)
     truth = y.double() + scale * (h[:, first : first + rank].double() @ w.double().t())
-    decode.add_product(h, slice(first, first + rank), w, scale, y)
+    decode.add_linear_product(h, slice(first, first + rank), w, scale, y)
     near(y, truth, torch.bfloat16, truth.abs() + 1e-2)
 
 
 @tiles
 def test_a_row_multiplied_alone_is_the_same_bit_for_bit(threads: int) -> None:
     x, w = random(77, 576), random(1536, 576, seed=1)
-    together = decode.product(x, w, None)
-    assert all(torch.equal(together[i : i + 1], decode.product(x[i : i + 1], w, None)) for i in (0, 15, 16, 40, 76))
+    together = decode.linear_product(x, w, None)
+    assert all(torch.equal(together[i : i + 1], decode.linear_product(x[i : i + 1], w, None)) for i in (0, 15, 16, 40, 76))
 
 
 @tiles
 def test_what_the_product_does_not_take() -> None:
     good = random(64, 64)
-    assert decode.multiplies(good)
+    assert decode.supports_product(good)
     for weight in (good.float(), good.t(), random(64, 48), random(64, 7), good.to("meta")):
-        assert not decode.multiplies(weight)
+        assert not decode.supports_product(weight)
 
 
 # --- the cache and attention over it
@@ -102,11 +102,11 @@ def test_attention_is_the_formula(dtype: torch.dtype, heads: int, groups: int, w
     memory, table = cache_of(lengths, groups, width, dtype)
     q = random(len(lengths), heads, width, dtype=dtype, seed=99) * 3
     for layer in (0, 1):
-        got = decode.attend(q, table, torch.tensor(lengths), layer, groups)
+        got = decode.attend_to_cache(q, table, torch.tensor(lengths), layer, groups)
         for row, length in enumerate(lengths):
             keys, values = memory[row][layer, :, :, :length]
             near(got[row], plain_attention(q[row], keys, values), dtype, values.double().abs().max())
-            alone = decode.attend(q[row : row + 1], table[row : row + 1], torch.tensor([length]), layer, groups)
+            alone = decode.attend_to_cache(q[row : row + 1], table[row : row + 1], torch.tensor([length]), layer, groups)
             assert torch.equal(alone[0], got[row])
 
 
@@ -117,7 +117,7 @@ def test_extreme_scores(dtype: torch.dtype) -> None:
     q = torch.ones(2, 1, 64, dtype=dtype)
     memory[0][0, 0, 0, 7] = 100
     memory[1][0, 0, 0, 3, 0] = math.nan
-    got = decode.attend(q, table, torch.tensor([20, 20]), 0, 1)
+    got = decode.attend_to_cache(q, table, torch.tensor([20, 20]), 0, 1)
     assert torch.equal(got[0, 0], memory[0][0, 1, 0, 7])
     assert got[1].isnan().all()
 
@@ -127,7 +127,7 @@ def test_tokens_go_where_they_belong(dtype: torch.dtype) -> None:
     memory, table = cache_of([6, 9], 3, 32, dtype)
     before = [row.clone() for row in memory]
     k, v = random(3, 3, 32, dtype=dtype, seed=5), random(3, 3, 32, dtype=dtype, seed=6)
-    decode.store(k, v, table, torch.tensor([1, 0, 1]), torch.tensor([10, 2, 0]), 1)
+    decode.store_kv(k, v, table, torch.tensor([1, 0, 1]), torch.tensor([10, 2, 0]), 1)
     for t, (row, position) in enumerate([(1, 10), (0, 2), (1, 0)]):
         before[row][1, 0, :, position], before[row][1, 1, :, position] = k[t], v[t]
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(memory, before, strict=True))
@@ -144,13 +144,13 @@ def test_the_first_of_the_largest(dtype: torch.dtype) -> None:
     logits[2, 17] = -3
     logits[3, 5] = math.nan
     logits[4, 2999] = math.inf
-    places, values = decode.largest(logits)
+    places, values = decode.argmax_rows(logits)
     best, expected = logits[[0, 1, 2, 4]].float().max(-1)
     assert places[[0, 1, 2, 4]].tolist() == expected.tolist()
     assert places[1] == 700
     assert torch.equal(values[[0, 1, 2, 4]], best)
     assert values[3].isnan()
-    assert int(decode.largest(torch.full((1, 4), -math.inf, dtype=dtype))[0]) == 0
+    assert int(decode.argmax_rows(torch.full((1, 4), -math.inf, dtype=dtype))[0]) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -161,14 +161,14 @@ def test_a_draw_passes_its_number(dtype: torch.dtype, temperature: float) -> Non
     logits[:, 600:1100] = -math.inf  # a whole block among them
     numbers = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     numbers[:2] = torch.tensor([0.0, 1 - 2.0**-53])
-    places, values = decode.draw(logits, numbers, temperature)
+    places, values = decode.sample_rows(logits, numbers, temperature)
     sums = (logits.double() / temperature).softmax(-1).cumsum(-1)
     after = sums.gather(1, places[:, None])[:, 0]
     before = after - (logits.double() / temperature).softmax(-1).gather(1, places[:, None])[:, 0]
     assert ((before - 1e-6 <= numbers) & (numbers <= after + 1e-6)).all()
     assert (after > before).all()
     assert torch.equal(values, logits.float().amax(-1))
-    alone = [decode.draw(logits[i : i + 1], numbers[i : i + 1], temperature)[0] for i in range(64)]
+    alone = [decode.sample_rows(logits[i : i + 1], numbers[i : i + 1], temperature)[0] for i in range(64)]
     assert torch.equal(torch.cat(alone), places)
 
 
@@ -176,12 +176,12 @@ def test_a_draw_of_certainty_and_of_nothing() -> None:
     logits = torch.full((3, 1300), -math.inf)
     logits[0, 1000] = 5.0
     logits[1] = math.nan
-    places, values = decode.draw(logits, torch.full((3,), 0.9, dtype=torch.float64), 1.0)
+    places, values = decode.sample_rows(logits, torch.full((3,), 0.9, dtype=torch.float64), 1.0)
     assert places[0] == 1000
     assert values.isfinite().tolist() == [True, False, False]
 
 
 def test_what_the_kernels_do_not_take() -> None:
-    assert decode.takes(torch.bfloat16, torch.device("cpu"))
-    assert not decode.takes(torch.float64, torch.device("cpu"))
-    assert not decode.takes(torch.bfloat16, torch.device("meta"))
+    assert decode.supports_decode(torch.bfloat16, torch.device("cpu"))
+    assert not decode.supports_decode(torch.float64, torch.device("cpu"))
+    assert not decode.supports_decode(torch.bfloat16, torch.device("meta"))

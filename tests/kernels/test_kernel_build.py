@@ -21,19 +21,19 @@ from lorry.kernels import build
 def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORRY_HOME", str(tmp_path))
     monkeypatch.delenv("LORRY_KERNELS", raising=False)
-    monkeypatch.setattr(build, "_load", build._load.__wrapped__)
+    monkeypatch.setattr(build, "_build_and_load", build._build_and_load.__wrapped__)
 
 
 def test_opting_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_KERNELS", "0")
-    assert build.library() is None
-    assert build.status().line() == "torch only (LORRY_KERNELS=0)"
+    assert build.load_library() is None
+    assert build.kernel_status().line() == "torch only (LORRY_KERNELS=0)"
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    assert build.library() is None
-    assert "no C++ compiler" in build.status().line()
+    assert build.load_library() is None
+    assert "no C++ compiler" in build.kernel_status().line()
 
 
 def test_a_compiler_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -41,8 +41,8 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, t
     broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no such flag' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setattr(build.shutil, "which", lambda name: str(broken))
-    assert build.library() is None
-    assert "no such flag" in build.status().line()
+    assert build.load_library() is None
+    assert "no such flag" in build.kernel_status().line()
     assert list((tmp_path / "kernels").iterdir()) == []
 
 
@@ -52,25 +52,25 @@ def test_built_once_by_the_command(tmp_path: Path) -> None:
     assert line.startswith("compiled C++")
     (made,) = (tmp_path / "kernels").iterdir()
     stamp = made.stat().st_mtime_ns
-    assert build.library() is not None
-    assert made.name.startswith(f"{build.status().digest}-")
+    assert build.load_library() is not None
+    assert made.name.startswith(f"{build.kernel_status().digest}-")
     assert made.stat().st_mtime_ns == stamp
     cut = made.read_bytes()[:30000]
     made.unlink()  # what this process has mapped stays as it is
     made.write_bytes(cut)  # loading this one would kill a process
-    assert build.library() is not None
+    assert build.load_library() is not None
     assert made.stat().st_size > 30000
 
 
 @pytest.mark.skipif(build.shutil.which("g++") is None, reason="no g++ on this machine")
 def test_another_processor_or_source_has_a_library_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = str(build.shutil.which("g++"))
-    digests = {build._digest(compiler)}
-    monkeypatch.setattr(build, "_processor", lambda: "another processor")
-    digests.add(build._digest(compiler))
+    digests = {build._build_digest(compiler)}
+    monkeypatch.setattr(build, "_processor_flags", lambda: "another processor")
+    digests.add(build._build_digest(compiler))
     (tmp_path / "one.cpp").write_text("int one() { return 1; }")
     monkeypatch.setattr(build, "SOURCES", tmp_path)
-    digests.add(build._digest(compiler))
+    digests.add(build._build_digest(compiler))
     assert len(digests) == 3
 
 
@@ -103,7 +103,7 @@ def test_a_compiler_that_hangs_is_stopped_with_its_children(
         made.write_text(f"#!/bin/sh\nsleep 300 & echo $! > {pids}; wait\n")
     for limit in (1, 5, 25, 100):  # a loaded machine may need more than the first to start the shell at all
         monkeypatch.setattr(build, "ASKING" if at_once else "COMPILING", float(limit))
-        loaded, status = build._load()
+        loaded, status = build._build_and_load()
         assert loaded is None
         assert f"did not answer within {limit} s and was stopped" in status.line()
         if pids.is_file() and pids.read_text().endswith("\n"):
@@ -131,9 +131,9 @@ def test_a_library_without_our_functions_is_built_again(monkeypatch: pytest.Monk
     compiler = compiler_of(
         monkeypatch, tmp_path, f'for last; do :; done; echo made >> {tmp_path}/made; cp {tmp_path}/one.so "$last"'
     )
-    planted = kept(tmp_path / "kernels", build._digest(str(compiler)), (tmp_path / "one.so").read_bytes())
-    assert build.library() is None
-    assert "lack functions of this version" in build._load()[1].line()
+    planted = kept(tmp_path / "kernels", build._build_digest(str(compiler)), (tmp_path / "one.so").read_bytes())
+    assert build.load_library() is None
+    assert "lack functions of this version" in build._build_and_load()[1].line()
     assert (tmp_path / "made").is_file(), "it was built again"
     assert not planted.exists()
 
@@ -141,9 +141,9 @@ def test_a_library_without_our_functions_is_built_again(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("content", [b"", b"junk", b"\x7fELF" + bytes(200)])
 def test_junk_under_a_fitting_name_is_no_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes) -> None:
     compiler = compiler_of(monkeypatch, tmp_path, "echo 'no more' >&2; exit 1")
-    planted = kept(tmp_path / "kernels", build._digest(str(compiler)), content)
-    assert build.library() is None
-    assert "no more" in build._load()[1].line()
+    planted = kept(tmp_path / "kernels", build._build_digest(str(compiler)), content)
+    assert build.load_library() is None
+    assert "no more" in build._build_and_load()[1].line()
     assert not planted.exists()
 
 
@@ -151,14 +151,14 @@ def test_nothing_that_others_could_have_written_is_loaded(monkeypatch: pytest.Mo
     compiler = compiler_of(monkeypatch, tmp_path, "echo 'no more' >&2; exit 1")
     loaded: list[str] = []
     monkeypatch.setattr(build.ctypes, "CDLL", lambda name: loaded.append(name))
-    digest, folder = build._digest(str(compiler)), tmp_path / "kernels"
+    digest, folder = build._build_digest(str(compiler)), tmp_path / "kernels"
     for mode in (0o720, 0o702, 0o777):
         planted = kept(folder, digest, b"evil", mode)
-        assert build.library() is None
+        assert build.load_library() is None
         assert not planted.exists()
     target = kept(tmp_path / "elsewhere", digest, b"evil")
     (folder / target.name).symlink_to(target)
-    assert build.library() is None
+    assert build.load_library() is None
     assert target.exists()
     real = os.fstat
 
@@ -169,7 +169,7 @@ def test_nothing_that_others_could_have_written_is_loaded(monkeypatch: pytest.Mo
     with monkeypatch.context() as patched:
         patched.setattr(build.os, "fstat", foreign)
         kept(folder, digest, b"evil")
-        assert build.library() is None
+        assert build.load_library() is None
     assert loaded == []
 
 
@@ -178,7 +178,7 @@ def test_a_folder_of_ours_is_closed_and_one_of_others_not_used(monkeypatch: pyte
     folder = tmp_path / "kernels"
     folder.mkdir()
     folder.chmod(0o777)
-    assert build.library() is None
+    assert build.load_library() is None
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
     real = os.lstat
 
@@ -187,12 +187,12 @@ def test_a_folder_of_ours_is_closed_and_one_of_others_not_used(monkeypatch: pyte
         return os.stat_result((*found[:4], 4321, *found[5:]))
 
     monkeypatch.setattr(build.os, "lstat", foreign)
-    assert "is not this user's own folder; set LORRY_HOME" in build._load()[1].line()
+    assert "is not this user's own folder; set LORRY_HOME" in build._build_and_load()[1].line()
     monkeypatch.setattr(build.os, "lstat", real)
     folder.rmdir()
     folder.symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
-    assert "is not this user's own folder" in build._load()[1].line()
+    assert "is not this user's own folder" in build._build_and_load()[1].line()
 
 
 def test_what_a_killed_build_left_is_removed_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -201,5 +201,5 @@ def test_what_a_killed_build_left_is_removed_later(monkeypatch: pytest.MonkeyPat
         (tmp_path / "kernels" / name).mkdir(parents=True)
         (tmp_path / "kernels" / name / "made.so").write_bytes(b"half")
         os.utime(tmp_path / "kernels" / name, (time.time() - age,) * 2)
-    assert build.library() is None
+    assert build.load_library() is None
     assert [path.name for path in (tmp_path / "kernels").iterdir()] == ["building-new"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorry.kernels import softmax
-from lorry.kernels.softmax import Sums, gather, slope
+from lorry.kernels.softmax import SoftmaxSums, add_scaled, write_slope
 
 FORMS = [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False), (torch.float64, False)]
 
@@ -18,8 +18,8 @@ FORMS = [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     form, compiled = request.param
     if not compiled:
-        monkeypatch.setattr(softmax, "library", lambda: None)
-    elif softmax.library() is None:
+        monkeypatch.setattr(softmax, "load_library", lambda: None)
+    elif softmax.load_library() is None:
         pytest.skip("no compiled kernels here")
     return form
 
@@ -28,8 +28,8 @@ def draw(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
 
 
-def folded(x: Tensor, width: int, *, moments: bool = True) -> Sums:
-    sums = Sums.empty(len(x), x, moments=moments)
+def folded(x: Tensor, width: int, *, moments: bool = True) -> SoftmaxSums:
+    sums = SoftmaxSums.empty(len(x), x, moments=moments)
     for tile in x.split(width, 1):
         sums.fold(tile.contiguous())
     return sums
@@ -44,11 +44,11 @@ def exactness(dtype: torch.dtype) -> dict[str, float]:
 @pytest.mark.parametrize("compiled", [True, False])
 def test_sums_do_not_depend_on_the_tiles(columns: int, width: int, seed: int, compiled: bool) -> None:
     """bfloat16 logits in tiles of any width against float64 over whole rows."""
-    if compiled and softmax.library() is None:
+    if compiled and softmax.load_library() is None:
         pytest.skip("no compiled kernels here")
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
-            patch.setattr(softmax, "library", lambda: None)
+            patch.setattr(softmax, "load_library", lambda: None)
         x = draw(3, columns, seed).bfloat16()
         sums = folded(x, width)
     wide = x.double()
@@ -71,11 +71,11 @@ def test_sums_in_every_precision(dtype: torch.dtype) -> None:
 def test_written_tiles_and_scales_give_the_weighted_sum(dtype: torch.dtype) -> None:
     """e^(l - peak) tile by tile, partial products rescaled as the peak rises: the softmax's mean of any vectors."""
     x, vectors = draw(4, 400).sort(1).values.to(dtype), draw(400, 8, seed=1).to(dtype)  # sorted: every tile raises the peak
-    sums, total = Sums.empty(4, x, moments=False), torch.zeros(4, 8, dtype=softmax.accumulator(x))
+    sums, total = SoftmaxSums.empty(4, x, moments=False), torch.zeros(4, 8, dtype=softmax.accumulator_dtype(x))
     for tile, part in zip(x.split(90, 1), vectors.split(90), strict=True):
         tile = tile.contiguous()
         scale = sums.fold(tile, write=True)
-        gather(total, tile @ part, scale)
+        add_scaled(total, tile @ part, scale)
     expected = x.double().softmax(1) @ vectors.double()
     bound = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else exactness(dtype)
     assert torch.allclose((total / sums.state[:, 1:2]).double(), expected, **bound)
@@ -83,18 +83,18 @@ def test_written_tiles_and_scales_give_the_weighted_sum(dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("moments", [True, False])
 def test_slopes(dtype: torch.dtype, moments: bool) -> None:
-    x, terms = draw(6, 333).to(dtype), draw(6, 6, seed=2).to(softmax.accumulator(torch.empty(0, dtype=dtype)))
+    x, terms = draw(6, 333).to(dtype), draw(6, 6, seed=2).to(softmax.accumulator_dtype(torch.empty(0, dtype=dtype)))
     terms[:, 0] = x.to(terms.dtype).logsumexp(1)
     shift, centre, a, b, c, k = (t[:, None] for t in terms.double().unbind(1))
     wide = x.double()
     y = wide - centre
     expected = (wide - shift).exp() * ((a + b * y + c * y * y) if moments else a) + (k if moments else 0)
     before = x.clone()
-    apart = slope(x, terms, moments=moments, out=torch.empty_like(x))
+    apart = write_slope(x, terms, moments=moments, out=torch.empty_like(x))
     assert torch.equal(x, before)
     bound = 4e-3 if dtype == torch.bfloat16 else exactness(dtype)["rtol"]
     assert torch.allclose(apart.double(), expected, rtol=bound, atol=bound)
-    assert torch.equal(slope(x, terms, moments=moments, out=x), apart)
+    assert torch.equal(write_slope(x, terms, moments=moments, out=x), apart)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
@@ -108,12 +108,12 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype, bad: float, column: int
         assert sums.state[1, 1].isnan()
         assert torch.equal(sums.state[[0, 2], 1], clean.state[[0, 2], 1])
     terms = torch.ones(3, 6, dtype=sums.state.dtype)
-    assert not slope(x, terms, moments=True, out=torch.empty_like(x))[1, column].isfinite()
+    assert not write_slope(x, terms, moments=True, out=torch.empty_like(x))[1, column].isfinite()
 
 
 def test_a_nan_of_either_sign_survives_every_lane() -> None:
     """Sign and payload of a NaN, anywhere in a vector of the compiled loop."""
-    if softmax.library() is None:
+    if softmax.load_library() is None:
         pytest.skip("no compiled kernels here")
     for bits in (0x7FC0, 0x7F81, 0x7FFF, -0x0040, -0x0001):  # as int16: quiet, signalling, all ones, and negative ones
         for column in range(70):
@@ -121,7 +121,7 @@ def test_a_nan_of_either_sign_survives_every_lane() -> None:
             x.view(torch.int16)[0, column] = bits
             assert folded(x, 70).state[0, 1].isnan()
             tile = x.clone()
-            Sums.empty(1, x, moments=False).fold(tile, write=True)
+            SoftmaxSums.empty(1, x, moments=False).fold(tile, write=True)
             assert tile[0, column].isnan()
 
 

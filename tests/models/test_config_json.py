@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import tiny
 from ggufs import write_gguf
-from lorry.models.loading.config_json import decoded, for_older_readers
+from lorry.models.loading.config_json import add_legacy_rope_fields, decode_tagged_floats
 from lorry.models.loading.load import load_model
 from lorry.models.loading.store import save_model
 from tiny import close, edit_config, one_thread  # noqa: F401 - one_thread is a fixture
@@ -106,14 +106,16 @@ def test_an_older_reader_finds_the_experts(tmp_path: Path) -> None:
 def test_phi3_s_long_rope_has_the_three_fields_that_older_readers_allow() -> None:
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = {**tiny.SMALL, "model_type": "phi3", "original_max_position_embeddings": 32}
-    older = for_older_readers({**config, "rope_parameters": rope("longrope", original_max_position_embeddings=32, **factors)})
+    older = add_legacy_rope_fields(
+        {**config, "rope_parameters": rope("longrope", original_max_position_embeddings=32, **factors)}
+    )
     assert older["rope_scaling"] == {"type": "longrope", **factors}
 
 
 def test_settings_that_would_be_read_as_others_are_not_written() -> None:
     """An architecture whose layers differ in a way that one rope_scaling cannot say."""
     config = {**tiny.SMALL, "model_type": "gemma4_text", "rope_parameters": LAYERED}
-    assert for_older_readers(config) == config
+    assert add_legacy_rope_fields(config) == config
 
 
 def test_a_converted_gguf_file_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,9 +147,9 @@ def test_an_infinity_as_transformers_writes_it(tmp_path: Path) -> None:
 @given(st.recursive(st.floats() | st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_whatever_transformers_encodes_is_decoded(value: Any) -> None:
     encoded = json.loads(json.dumps(PreTrainedConfig._encode_special_floats(value)))
-    assert repr(decoded(encoded)) == repr(value)
+    assert repr(decode_tagged_floats(encoded)) == repr(value)
 
 
 def test_what_only_looks_like_a_tagged_float_stays() -> None:
     for value in ({"__float__": "12"}, {"__float__": 3}, {"__float__": "NaN", "more": 1}, [{"x": None}]):
-        assert decoded(value) == value
+        assert decode_tagged_floats(value) == value

@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from lorry.adapters.attach import attach, bank_of
-from lorry.adapters.dropout import Noise
-from lorry.adapters.mix import Call, Mix
+from lorry.adapters.attach import attach, get_bank
+from lorry.adapters.dropout import DropoutNoise
+from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
-from lorry.families import find
-from lorry.models.decoder.model import Decoder, Packed
-from lorry.models.loading.describe import describe
+from lorry.families import find_family
+from lorry.models.decoder.model import Decoder, PackedInput
+from lorry.models.loading.describe import describe_model
 from lorry.models.loading.load import load_model
-from lorry.models.loading.weights import entries, load_decoder
+from lorry.models.loading.weights import load_decoder, read_tensor_entries
 from tiny import one_thread  # noqa: F401 - a fixture
 
 LIMIT = 1e-4
@@ -88,7 +88,7 @@ WRONG = [
 def test_a_wrong_number_in_the_config_shows(name: str, wrong: dict[str, Any], tmp_path: Path) -> None:
     """The comparison above can fail: one changed field moves the logits by far more than its limit."""
     theirs = tiny.trained(name)
-    described = describe(tiny.directory(theirs, tmp_path), notes=[])
+    described = describe_model(tiny.directory(theirs, tmp_path), notes=[])
     assert described.family is not None
     ours = load_decoder(tmp_path, described.family, {**described.config, **wrong}, torch.float32, torch.device("cpu"))
     assert difference(ours, theirs, text_ids()) > 1e-3
@@ -105,10 +105,10 @@ def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Decoder]:
 def test_packed_sequences_are_as_if_alone(decoders: dict[str, Decoder], lengths: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sequences = [torch.randint(0, tiny.VOCAB, (n,), generator=generator).tolist() for n in lengths]
-    packed = Packed.of(sequences)
+    packed = PackedInput.of(sequences)
     for model in decoders.values():
         with torch.no_grad():
-            together = model.logits(model.hidden(packed, Call()).last, Call())
+            together = model.logits(model.hidden(packed, AdapterContext()).last, AdapterContext())
             alone = torch.cat([model(torch.tensor([s])).logits[0] for s in sequences])
         assert (together - alone).abs().max() <= 1e-5
 
@@ -118,7 +118,7 @@ def test_nothing_leaks_from_one_sequence_into_another(decoders: dict[str, Decode
     first, other, second = tiny.encode("the old dog"), tiny.encode("a tall girl"), tiny.encode("one river, the road")
     for model in decoders.values():
         with torch.no_grad():
-            a, b = (model.hidden(Packed.of([s, second]), Call()).last for s in (first, other))
+            a, b = (model.hidden(PackedInput.of([s, second]), AdapterContext()).last for s in (first, other))
         assert a is not None
         assert b is not None
         assert torch.equal(a[11:], b[11:])
@@ -129,10 +129,10 @@ def test_taps_are_layer_outputs_and_stop_ends_there(tmp_path: Path) -> None:
     theirs, ids = tiny.trained("llama"), text_ids(2)
     model = tiny.decoder(theirs, tmp_path)
     with torch.no_grad():
-        hidden = model.hidden(Packed.of(ids.tolist()), Call(), taps=[0], stop=0)
+        hidden = model.hidden(PackedInput.of(ids.tolist()), AdapterContext(), taps=[0], stop=0)
         expected = theirs(input_ids=ids, output_hidden_states=True).hidden_states[1]
     assert hidden.last is None
-    assert (hidden.taps[0] - expected.flatten(0, 1)).abs().max() <= 1e-5
+    assert (hidden.layer_outputs[0] - expected.flatten(0, 1)).abs().max() <= 1e-5
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
@@ -140,18 +140,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None
     model = tiny.decoder(tiny.trained("llama"), tmp_path)
     for name in ("a", "b"):
         attach(model, LoraSpec(r=4, lora_dropout=0.3, init_lora_weights=False), name, seed=len(name) + ord(name))
-    packed = Packed.of([tiny.encode("the old dog met"), tiny.encode("some red house")])
+    packed = PackedInput.of([tiny.encode("the old dog met"), tiny.encode("some red house")])
     starts = [0, packed.segments[0][1], packed.segments[1][1]]
-    call = Call(Mix.per_sequence(["a", "b"], starts), Noise(seed=3, step=1, keys=(7, 8), starts=tuple(starts)))
+    call = AdapterContext(Mix.per_sequence(["a", "b"], starts), DropoutNoise(seed=3, step=1, keys=(7, 8), starts=tuple(starts)))
     grads = []
     for recompute in (False, True):
         model.gradient_checkpointing = recompute
-        for adapter in bank_of(model).adapters.values():
+        for adapter in get_bank(model).adapters.values():
             adapter.grads.zero_()
         last = model.hidden(packed, call).last
         assert last is not None
         model.logits(last, call).logsumexp(-1).sum().backward()
-        grads.append(torch.cat([adapter.grads for adapter in bank_of(model).adapters.values()]).clone())
+        grads.append(torch.cat([adapter.grads for adapter in get_bank(model).adapters.values()]).clone())
     assert grads[0].abs().sum() > 0
     assert torch.equal(*grads)
 
@@ -201,7 +201,7 @@ def test_the_same_weights_under_another_label(label: str, stories: Path) -> None
     ids = torch.randint(3, 512, (2, 40), generator=torch.Generator().manual_seed(0))
     config = json.loads((stories / "config.json").read_text())
     llama = load_model(stories, dtype="float32", notes=[]).model
-    family = find(label)
+    family = find_family(label)
     assert family is not None
     with torch.device("meta"):
         other = Decoder(family, {**config, "model_type": label})
@@ -225,4 +225,4 @@ def test_smollm2_against_transformers() -> None:
     found = difference(loaded.model, theirs, ids)
     print(f"\n{'SmolLM2-135M-Instruct':22} | {found:.1e}", end="")
     assert found <= LIMIT
-    assert len(entries(Path(loaded.source["path"]))) == 272
+    assert len(read_tensor_entries(Path(loaded.source["path"]))) == 272

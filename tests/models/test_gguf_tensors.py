@@ -15,7 +15,7 @@ import tiny
 from ggufs import Tensors, write_gguf
 from lorry.errors import ContractError, ModelError
 from lorry.models.gguf import embedded
-from lorry.models.gguf.embedded import converted
+from lorry.models.gguf.embedded import convert_gguf
 from lorry.models.gguf.header import check_gguf
 from lorry.models.loading.load import load_model
 from tiny import one_thread  # noqa: F401 - a fixture
@@ -80,7 +80,7 @@ def test_one_of_several_parts(tmp_path: Path) -> None:
         tmp_path / "a-00001-of-00003.gguf", without("blk.1."), keys=lambda writer: writer.add_uint16("split.count", 3)
     )
     with pytest.raises(ModelError, match=r"one of 3 parts of a model; join them first \(llama-gguf-split --merge\)"):
-        converted(file, [])
+        convert_gguf(file, [])
 
 
 def test_two_tensors_of_one_name(tmp_path: Path) -> None:
@@ -170,14 +170,14 @@ def test_a_scaling_in_the_metadata_is_taken_over_or_refused(tmp_path: Path) -> N
     truth = tiny.fresh("llama", vocab_size=300, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0})
     assert logits_of(truth, scaled.model) <= 1e-5
     with pytest.raises(ModelError, match=r"llama\.rope\.scaling\.type='longrope' cannot be taken over"):
-        converted(write_gguf(tmp_path / "long.gguf", keys=longrope), [])
+        convert_gguf(write_gguf(tmp_path / "long.gguf", keys=longrope), [])
 
 
 def test_what_was_converted_is_opened_again(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A config that is read back otherwise (another rotary base) gives other logits: nothing is kept, exit code 5."""
     file, right = write_gguf(tmp_path / "a.gguf", theta=500.0), embedded.write_config
     notes: list[str] = []
-    converted(file, notes)
+    convert_gguf(file, notes)
     assert any("reloaded: every weight as converted, largest logit difference 0.0e+00" in note for note in notes)
 
     def wrong(folder: Path, changes: dict[str, object]) -> None:
@@ -187,5 +187,5 @@ def test_what_was_converted_is_opened_again(tmp_path: Path, home: Path, monkeypa
     other.write_bytes(file.read_bytes() + bytes(32))
     monkeypatch.setattr(embedded, "write_config", wrong)
     with pytest.raises(ContractError, match="more than rounding to bfloat16 can explain"):
-        converted(other, [])
+        convert_gguf(other, [])
     assert [p.name[:2] for p in home.iterdir() if not p.name.startswith(".")] == ["a-"]

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import tiny
-from lorry.adapters.attach import attach, bank_of, detach, left_out, lora_parameters
-from lorry.adapters.dropout import Noise
-from lorry.adapters.layers import AMBIENT, BankLinear
-from lorry.adapters.mix import Call, Mix, Term
+from lorry.adapters.attach import attach, detach, get_bank, list_skipped_modules, lora_parameters
+from lorry.adapters.dropout import DropoutNoise
+from lorry.adapters.layers import AMBIENT_CONTEXT, BankLinear
+from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
-from lorry.data.batch import Example, collate
+from lorry.data.batch import TokenizedExample, collate
 from lorry.errors import ConfigError, ContractError, ModelError
-from lorry.models.decoder.model import Decoder, Packed
-from lorry.models.hf.model import HfModel, ambient
-from lorry.models.scoring.score import Score, evaluate, log_prob
+from lorry.models.decoder.model import Decoder, PackedInput
+from lorry.models.hf.model import HfModel, use_adapter_context
+from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
 from tiny import one_thread  # noqa: F401 - a fixture
 
 PLAIN = {"gemma3_text", "phi", "bloom", "opt", "qwen3_moe"}  # logits are head(hidden) and nothing else
@@ -36,8 +36,8 @@ def foreign(name: str) -> HfModel:
 
 
 @torch.no_grad()
-def logits(model: Any, sequences: Sequence[Sequence[int]], call: Call) -> Tensor:
-    return model.logits(model.hidden(Packed.of(sequences), call).last, call)
+def logits(model: Any, sequences: Sequence[Sequence[int]], call: AdapterContext) -> Tensor:
+    return model.logits(model.hidden(PackedInput.of(sequences), call).last, call)
 
 
 @pytest.mark.parametrize("name", tiny.FOREIGN)
@@ -48,7 +48,7 @@ def test_packed_logits_are_the_models_own(name: str) -> None:
     model = HfModel(inner, notes)
     with torch.no_grad():
         expected = torch.cat([inner(input_ids=torch.tensor([s]), use_cache=False).logits[0] for s in SEQUENCES])
-    assert (logits(model, SEQUENCES, Call()) - expected).abs().max() <= 1e-5
+    assert (logits(model, SEQUENCES, AdapterContext()) - expected).abs().max() <= 1e-5
     assert (model.head is not None) == (name in PLAIN)
     assert bool(notes) == (model.body is None) == (name in WHOLE)
     ids, mask = torch.tensor([[0, 0, 9, 8, 7], [5, 6, 7, 8, 9]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -62,11 +62,11 @@ def test_packed_logits_are_the_models_own(name: str) -> None:
 def test_what_follows_the_head_is_not_dropped(name: str) -> None:
     """The head's product alone is another distribution for these: had it been taken, this would show."""
     model = foreign(name)
-    hidden = model.hidden(Packed.of(SEQUENCES), Call()).last
+    hidden = model.hidden(PackedInput.of(SEQUENCES), AdapterContext()).last
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
     assert hidden is not None
-    assert (head(hidden) - model.logits(hidden, Call())).abs().max() > 0.1
+    assert (head(hidden) - model.logits(hidden, AdapterContext())).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "phi", "qwen3_moe", "llama4_text"])
@@ -74,13 +74,13 @@ def test_scores_and_their_gradients_are_those_of_whole_logits(name: str) -> None
     """log p through the chunked scores equals log-softmax of the model's logits, and so does the adapter's gradient."""
     model = foreign(name)
     adapter = attach(model, LoraSpec(r=2, init_lora_weights=False))
-    batch = collate([Example(s, [0.0] + [1.0] * (len(s) - 1)) for s in SEQUENCES if len(s) > 1])
+    batch = collate([TokenizedExample(s, [0.0] + [1.0] * (len(s) - 1)) for s in SEQUENCES if len(s) > 1])
     grads = []
     for scored in (True, False):
         adapter.grads.zero_()
-        call = Call(Mix.one("default"))
+        call = AdapterContext(Mix.one("default"))
         if scored:
-            got = evaluate(model, batch, {"p": Score(log_prob)}, call)["p"].sum()
+            got = evaluate_wants(model, batch, {"p": TokenScore(log_prob)}, call)["p"].sum()
         else:
             parts = [model(batch.tokens[None, a:b]).logits[0, :-1].log_softmax(-1) for a, b in batch.segments]
             targets = [batch.tokens[a + 1 : b] for a, b in batch.segments]
@@ -114,9 +114,9 @@ def pair(tmp_path: Path) -> tuple[Decoder, HfModel]:
 
 def test_names_are_transformers_own(pair: tuple[Decoder, HfModel]) -> None:
     native, forced = pair
-    assert list(bank_of(forced)["a"].slots) == list(bank_of(native)["a"].slots)
+    assert list(get_bank(forced)["a"].slots) == list(get_bank(native)["a"].slots)
     assert set(forced.state_dict()) == set(tiny.trained("llama").state_dict()) == set(native.state_dict())
-    assert forced.inner.lm_head is bank_of(forced).modules["lm_head"]
+    assert forced.inner.lm_head is get_bank(forced).modules["lm_head"]
     for name in ("a", "b"):
         detach(forced, name)
     assert type(forced.inner.lm_head) is nn.Linear
@@ -131,26 +131,26 @@ def mixes() -> dict[str, Mix]:
         "constants": Mix.constants({"a": -0.7, "b": 0.4}),
         "per sequence": Mix.per_sequence(["b", None, "a", "b"], STARTS),
         "routed": Mix.routed(["a", "b"], gates),
-        "part of a sequence": Mix((Term("a", slice(4, 14)), Term("b", slice(20, 29), 0.5))),
-        "gates on some rows": Mix((Term("a", slice(10, 20), gates[10:20, 0]), Term("b", slice(0, 12)))),
+        "part of a sequence": Mix((MixTerm("a", slice(4, 14)), MixTerm("b", slice(20, 29), 0.5))),
+        "gates on some rows": Mix((MixTerm("a", slice(10, 20), gates[10:20, 0]), MixTerm("b", slice(0, 12)))),
     }
 
 
 @pytest.mark.parametrize("kind", mixes())
 def test_every_mix_gives_the_decoders_logits_and_gradients(kind: str, pair: tuple[Decoder, HfModel]) -> None:
-    call, found = Call(mixes()[kind]), []
+    call, found = AdapterContext(mixes()[kind]), []
     for model in pair:
-        hidden = model.hidden(Packed.of(SEQUENCES), call).last
+        hidden = model.hidden(PackedInput.of(SEQUENCES), call).last
         assert hidden is not None
         out = model.logits(hidden, call)
         if call.mix.terms:
             (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-        found.append((out.detach(), torch.cat([a.grads for a in bank_of(model).adapters.values()])))
+        found.append((out.detach(), torch.cat([a.grads for a in get_bank(model).adapters.values()])))
     (native, native_grad), (forced, forced_grad) = found
     assert (native - forced).abs().max() <= 1e-5
     if call.mix.terms:
         assert relative(forced_grad, native_grad) <= 1e-5
-    base = logits(pair[0], SEQUENCES, Call())
+    base = logits(pair[0], SEQUENCES, AdapterContext())
     assert ((native - base).abs().max() > 0.1) == (kind != "none")  # or equality would prove nothing
 
 
@@ -158,8 +158,8 @@ def test_a_routers_gates_get_the_decoders_gradient(pair: tuple[Decoder, HfModel]
     grads = []
     for model in pair:
         gates = torch.full((29, 2), 0.5, requires_grad=True)
-        call = Call(Mix.routed(["a", "b"], gates))
-        hidden = model.hidden(Packed.of(SEQUENCES), call).last
+        call = AdapterContext(Mix.routed(["a", "b"], gates))
+        hidden = model.hidden(PackedInput.of(SEQUENCES), call).last
         assert hidden is not None
         model.logits(hidden, call).logsumexp(-1).sum().backward()
         grads.append(gates.grad)
@@ -168,15 +168,15 @@ def test_a_routers_gates_get_the_decoders_gradient(pair: tuple[Decoder, HfModel]
 
 def test_dropout_depends_on_the_sequence_not_on_its_neighbours(pair: tuple[Decoder, HfModel]) -> None:
     forced = pair[1]
-    for slot in bank_of(forced)["a"].slots.values():
+    for slot in get_bank(forced)["a"].slots.values():
         slot.dropout = 0.5
 
     def last(which: list[int]) -> Tensor:
         chosen = [SEQUENCES[i] for i in which]
         starts = [0, *torch.tensor([len(s) for s in chosen]).cumsum(0).tolist()]
-        call = Call(Mix.one("a"), Noise(1, 2, tuple(which), tuple(starts)))
+        call = AdapterContext(Mix.one("a"), DropoutNoise(1, 2, tuple(which), tuple(starts)))
         with torch.no_grad():
-            out = forced.hidden(Packed.of(chosen), call).last
+            out = forced.hidden(PackedInput.of(chosen), call).last
         assert out is not None
         return out
 
@@ -187,7 +187,7 @@ def test_dropout_depends_on_the_sequence_not_on_its_neighbours(pair: tuple[Decod
 
 def logits_free(model: HfModel) -> Tensor:
     with torch.no_grad():
-        out = model.hidden(Packed.of([SEQUENCES[2]]), Call(Mix.one("a"))).last
+        out = model.hidden(PackedInput.of([SEQUENCES[2]]), AdapterContext(Mix.one("a"))).last
     assert out is not None
     return out
 
@@ -198,23 +198,25 @@ def test_gradient_checkpointing_recomputes_under_the_same_call(name: str) -> Non
     model = HfModel(tiny.fresh("llama")) if name == "llama" else foreign(name)
     for adapter, seed in (("a", 1), ("b", 2)):
         attach(model, LoraSpec(r=2, init_lora_weights=False, lora_dropout=0.3), adapter, seed=seed)
-    call = Call(Mix.per_sequence(["a", "b", None, "a"], STARTS), Noise(0, 0, (1, 2, 3, 4), tuple(STARTS)))
+    call = AdapterContext(Mix.per_sequence(["a", "b", None, "a"], STARTS), DropoutNoise(0, 0, (1, 2, 3, 4), tuple(STARTS)))
     grads = []
     for recompute in (False, True):
         model.gradient_checkpointing = recompute
         assert model.gradient_checkpointing == recompute
-        for adapter_of in bank_of(model).adapters.values():
+        for adapter_of in get_bank(model).adapters.values():
             adapter_of.grads.zero_()
-        hidden = model.hidden(Packed.of(SEQUENCES), call).last
+        hidden = model.hidden(PackedInput.of(SEQUENCES), call).last
         assert hidden is not None
-        with ambient(Call(Mix.constants({"a": 9.0, "b": 9.0}))):  # whatever is ambient in backward must not matter
+        with use_adapter_context(
+            AdapterContext(Mix.constants({"a": 9.0, "b": 9.0}))
+        ):  # whatever is ambient in backward must not matter
             (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
         grads.append(torch.cat([p.grad.reshape(-1) for p in lora_parameters(model) if p.grad is not None]))
     assert grads[0].abs().sum() > 0
     assert torch.equal(*grads)
     model.gradient_checkpointing = False
     assert all("forward" not in layer.__dict__ for layer in model.layers)
-    assert AMBIENT.get() is None
+    assert AMBIENT_CONTEXT.get() is None
 
 
 def test_gradient_checkpointing_is_refused_without_layers() -> None:
@@ -225,7 +227,7 @@ def test_gradient_checkpointing_is_refused_without_layers() -> None:
 
 
 def test_taps_and_stop_are_those_of_the_decoder(pair: tuple[Decoder, HfModel]) -> None:
-    packed, call = Packed.of(SEQUENCES), Call(Mix.per_sequence(["b", None, "a", "b"], STARTS))
+    packed, call = PackedInput.of(SEQUENCES), AdapterContext(Mix.per_sequence(["b", None, "a", "b"], STARTS))
     with torch.no_grad():
         native, forced = (m.hidden(packed, call, taps=[0, 1], stop=1) for m in pair)
         whole = pair[1].hidden(packed, call, taps=[1])
@@ -233,9 +235,9 @@ def test_taps_and_stop_are_those_of_the_decoder(pair: tuple[Decoder, HfModel]) -
     assert forced.last is None
     assert whole.last is not None
     for layer in (0, 1):
-        gap = (native.taps[layer] - forced.taps[layer]).abs().max()
-        assert gap <= 1e-6 * max(10.0, float(forced.taps[layer].abs().max()))
-    assert torch.equal(whole.taps[1], forced.taps[1])
+        gap = (native.layer_outputs[layer] - forced.layer_outputs[layer]).abs().max()
+        assert gap <= 1e-6 * max(10.0, float(forced.layer_outputs[layer].abs().max()))
+    assert torch.equal(whole.layer_outputs[1], forced.layer_outputs[1])
     with pytest.raises(ModelError, match="layer 7"):
         pair[1].hidden(packed, call, taps=[7])
 
@@ -260,11 +262,11 @@ def test_a_layer_that_sees_only_some_tokens_refuses_mixes_by_position() -> None:
         model.inner.model.layers[0].mlp.down_proj, Routed(nn.Linear(32, 32))
     )
     attach(model, LoraSpec(r=2, target_modules=("inner",)))
-    logits(model, SEQUENCES, Call(Mix.one("default")))  # one gate for all tokens is well defined
+    logits(model, SEQUENCES, AdapterContext(Mix.one("default")))  # one gate for all tokens is well defined
     for call in (
-        Call(Mix.per_sequence(["default", None, None, None], STARTS)),
-        Call(Mix.routed(["default"], torch.ones(29, 1))),
-        Call(Mix.one("default"), Noise(0, 0, (0, 1, 2, 3), tuple(STARTS))),
+        AdapterContext(Mix.per_sequence(["default", None, None, None], STARTS)),
+        AdapterContext(Mix.routed(["default"], torch.ones(29, 1))),
+        AdapterContext(Mix.one("default"), DropoutNoise(0, 0, (0, 1, 2, 3), tuple(STARTS))),
     ):
         with pytest.raises(ContractError, match=r"down_proj\.1\.inner: sees"):
             logits(model, SEQUENCES, call)
@@ -310,10 +312,10 @@ def test_auto_adapts_what_text_trains_and_names_the_rest(kind: str) -> None:
     model = HfModel(tiny.random_model(config))
     auto = attach(model, LoraSpec(r=2))
     assert list(auto.slots) == alive
-    named = [one for one in left_out(model, auto) if "linear layers such as" in one.what]
+    named = [one for one in list_skipped_modules(model, auto) if "linear layers such as" in one.what]
     assert bool(named) == bool(dead)
     assert {next(d for d in dead if path.endswith(d)) for path in adapter.slots if path not in alive} == dead
-    assert not any("expert" in f"{one.what} {one.why}" for one in left_out(model, auto)) or kind == "jamba"
+    assert not any("expert" in f"{one.what} {one.why}" for one in list_skipped_modules(model, auto)) or kind == "jamba"
 
 
 def test_routed_experts_that_few_tokens_meet_are_reached_all_the_same() -> None:
@@ -340,7 +342,7 @@ def test_fused_experts_that_get_no_adapter_are_named_with_their_share(kind: str,
     share = sum(fused.values()) / sum(p.numel() for p in inner.parameters())
     model = HfModel(inner)
     adapter = attach(model, LoraSpec(r=2, target_modules=targets))
-    first = left_out(model, adapter)[0]
+    first = list_skipped_modules(model, adapter)[0]
     assert first.what.startswith(f"experts ({len(fused)} tensors such as {next(iter(fused))}, {share:.0%} of")
     assert "no linear layer; adapted are " in first.why
     assert "q_proj" in first.why
@@ -351,7 +353,7 @@ def test_fused_experts_that_get_no_adapter_are_named_with_their_share(kind: str,
 
 def test_a_dense_model_leaves_nothing_out() -> None:
     for model in (foreign("phi"), foreign("granite")):
-        assert left_out(model, attach(model, LoraSpec(r=2))) == []
+        assert list_skipped_modules(model, attach(model, LoraSpec(r=2))) == []
 
 
 class Halves:
@@ -371,6 +373,6 @@ def test_a_router_of_the_layers_is_refused(adapters: list[str | None]) -> None:
     """transformers' layers ask no router: an adapter that one gates is never computed without its gate."""
     model = foreign("opt")
     attach(model, LoraSpec(r=2))
-    call = Call(Mix.per_sequence(adapters, [0, 12, 15]), None, Halves())
+    call = AdapterContext(Mix.per_sequence(adapters, [0, 12, 15]), None, Halves())
     with pytest.raises(ContractError, match="no linear of a decoder layer"):
         logits(model, SEQUENCES[:2], call)

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from lorry.adapters.attach import attach
-from lorry.adapters.mix import Call, Mix, Term
+from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
-from lorry.generation.engine import generate
-from lorry.models.decoder.model import Packed
-from lorry.models.hf.frames import Frame, frames
+from lorry.generation.engine import generate_completions
+from lorry.models.decoder.model import PackedInput
+from lorry.models.hf.frames import PaddedFrame, build_padded_frames
 from lorry.models.hf.model import HfModel
 from tiny import one_thread  # noqa: F401 - a fixture
 
@@ -36,10 +36,10 @@ def test_generation_is_token_for_token_that_of_transformers(name: str) -> None:
     for s in SEQUENCES:
         ids = torch.tensor([s])
         expected.append(inner.generate(ids, attention_mask=torch.ones_like(ids), **limits)[0, len(s) :].tolist())
-    assert [g.tokens for g in generate(model, SEQUENCES, max_new_tokens=9, batch_rows=2)] == expected
+    assert [g.tokens for g in generate_completions(model, SEQUENCES, max_new_tokens=9, batch_rows=2)] == expected
     stops = [tokens[3] for tokens in expected]
     cut = [t[: next(i for i, x in enumerate(t) if x in stops) + 1] for t in expected]
-    assert [g.tokens for g in generate(model, SEQUENCES, max_new_tokens=9, eos=stops)] == cut
+    assert [g.tokens for g in generate_completions(model, SEQUENCES, max_new_tokens=9, eos=stops)] == cut
 
 
 @torch.no_grad()
@@ -52,19 +52,22 @@ def test_cached_hidden_states_are_those_of_whole_sequences(name: str) -> None:
     cache = model.new_cache(3, 40)
 
     def prefill(which: list[int]) -> None:
-        packed = Packed.of([rows[r] for r in which])
+        packed = PackedInput.of([rows[r] for r in which])
         owners = torch.tensor([r for r in which for _ in rows[r]])
-        check(which, model.cached(packed, owners, cache, Call(), decoding=False)[[stop - 1 for _, stop in packed.segments]])
+        check(
+            which,
+            model.cached(packed, owners, cache, AdapterContext(), decoding=False)[[stop - 1 for _, stop in packed.segments]],
+        )
 
     def decode(tokens: list[int]) -> None:
-        packed = Packed(torch.tensor(tokens), cache.lengths.clone(), [(i, i + 1) for i in range(len(rows))])
+        packed = PackedInput(torch.tensor(tokens), cache.lengths.clone(), [(i, i + 1) for i in range(len(rows))])
         for row, token in zip(rows, tokens, strict=True):
             row.append(token)
-        check(list(range(len(rows))), model.cached(packed, torch.arange(len(rows)), cache, Call(), decoding=True))
+        check(list(range(len(rows))), model.cached(packed, torch.arange(len(rows)), cache, AdapterContext(), decoding=True))
 
     def check(which: list[int], newest: Tensor) -> None:
         for r, got in zip(which, newest, strict=True):
-            expected = model.hidden(Packed.of([rows[r]]), Call()).last
+            expected = model.hidden(PackedInput.of([rows[r]]), AdapterContext()).last
             assert expected is not None
             assert (got - expected[-1]).abs().max() <= 1e-4
             assert cache.lengths[r] == len(rows[r])
@@ -89,10 +92,14 @@ def test_generation_with_an_adapter_per_row_is_the_decoders(tmp_path: Path) -> N
         for seed, name in enumerate(("a", "b")):
             attach(model, LoraSpec(r=4, init_lora_weights=False), name, seed=seed)
     who = ["b", None, "a", "b"]
-    native, forced = ([g.tokens for g in generate(m, SEQUENCES, max_new_tokens=12, adapters=who, batch_rows=3)] for m in pair)
+    native, forced = (
+        [g.tokens for g in generate_completions(m, SEQUENCES, max_new_tokens=12, adapters=who, batch_rows=3)] for m in pair
+    )
     assert native == forced
     assert len({tuple(t) for t in native}) > 1
-    assert native != [g.tokens for g in generate(pair[0], SEQUENCES, max_new_tokens=12, adapters=["a", "b", None, None])]
+    assert native != [
+        g.tokens for g in generate_completions(pair[0], SEQUENCES, max_new_tokens=12, adapters=["a", "b", None, None])
+    ]
 
 
 ENCODERS = {
@@ -131,8 +138,8 @@ def test_what_is_generated_follows_from_the_forward_that_trains(kind: str, tmp_p
     model = tiny.opened(tiny.directory(inner, tmp_path / "m"))
     assert isinstance(model, HfModel)
     expected = [greedy(inner, s, 6) for s in SEQUENCES]
-    assert [g.tokens for g in generate(model, SEQUENCES, max_new_tokens=6, batch_rows=2)] == expected
-    assert [g.tokens for g in generate(model, SEQUENCES, max_new_tokens=6)] == expected
+    assert [g.tokens for g in generate_completions(model, SEQUENCES, max_new_tokens=6, batch_rows=2)] == expected
+    assert [g.tokens for g in generate_completions(model, SEQUENCES, max_new_tokens=6)] == expected
 
 
 def test_every_row_has_its_adapter_without_a_cache_too() -> None:
@@ -140,9 +147,11 @@ def test_every_row_has_its_adapter_without_a_cache_too() -> None:
     for name, seed in (("a", 1), ("b", 2)):
         attach(model, LoraSpec(r=2, init_lora_weights=False, target_modules=("in_proj", "out_proj")), name, seed=seed)
     owners = ["b", None, "a", "b"]
-    alone = [generate(model, [s], max_new_tokens=6, adapters=[o])[0].tokens for s, o in zip(SEQUENCES, owners, strict=True)]
-    assert [g.tokens for g in generate(model, SEQUENCES, max_new_tokens=6, adapters=owners, batch_rows=3)] == alone
-    assert alone != [g.tokens for g in generate(model, SEQUENCES, max_new_tokens=6, adapters=[None] * 4)]
+    alone = [
+        generate_completions(model, [s], max_new_tokens=6, adapters=[o])[0].tokens for s, o in zip(SEQUENCES, owners, strict=True)
+    ]
+    assert [g.tokens for g in generate_completions(model, SEQUENCES, max_new_tokens=6, adapters=owners, batch_rows=3)] == alone
+    assert alone != [g.tokens for g in generate_completions(model, SEQUENCES, max_new_tokens=6, adapters=[None] * 4)]
 
 
 # --- frames
@@ -157,16 +166,16 @@ def test_frames_lose_and_leak_nothing(lengths: list[int], data: st.DataObject) -
     bound = st.sampled_from(edges) | st.integers(0, total)
     start, stop = sorted((data.draw(bound), data.draw(bound)))
     per_token = torch.arange(1.0, total + 1)
-    mix = Mix((Term("a", slice(start, stop), 2.0), Term("a", None, per_token), Term("a", slice(0, total), 0.5)))
+    mix = Mix((MixTerm("a", slice(start, stop), 2.0), MixTerm("a", None, per_token), MixTerm("a", slice(0, total), 0.5)))
     expected = 0.5 + per_token + 2.0 * ((torch.arange(total) >= start) & (torch.arange(total) < stop))
     seen = torch.zeros(total)
-    made = frames(segments, torch.device("cpu"))
+    made = build_padded_frames(segments, torch.device("cpu"))
     assert all(frame.length <= 1.25 * min(b - a for a, b in frame.spans) for frame in made)
     if data.draw(st.booleans()):  # as a cache makes them: any order, padded on the left
-        made = [Frame(data.draw(st.permutations(segments)), torch.device("cpu"), left=True)]
+        made = [PaddedFrame(data.draw(st.permutations(segments)), torch.device("cpu"), left=True)]
     for frame in made:
         weight = torch.zeros(len(frame.spans) * frame.length)
-        for term in frame.call(Call(mix)).mix.terms:
+        for term in frame.call(AdapterContext(mix)).mix.terms:
             weight[slice(None) if term.rows is None else term.rows] += term.gate
         assert torch.equal(frame.fill(torch.arange(total)).flatten()[frame.places], frame.rows)
         assert frame.mask().sum() == len(frame.rows)

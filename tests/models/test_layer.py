@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from lorry.adapters.attach import attach, bank_of
-from lorry.adapters.base_weights import train_weights
-from lorry.adapters.dropout import Noise
+from lorry.adapters.attach import attach, get_bank
+from lorry.adapters.base_weights import make_weights_trainable
+from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.layers import BankLinear
 from lorry.adapters.merge import merge
-from lorry.adapters.mix import Call, Mix, Term
+from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.product import FrozenLinear
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ContractError
-from lorry.kernels import status
+from lorry.kernels import kernel_status
 from lorry.models.decoder import layer
-from lorry.models.decoder.model import Decoder, Packed
+from lorry.models.decoder.model import Decoder, PackedInput
 
 LONG = {"max_position_embeddings": 256}
 WIDE: dict[str, dict[str, Any]] = {  # heads as wide as the kernel takes them, lengths that cross a block of it
@@ -52,8 +52,8 @@ def rows(seed: int = 0) -> list[list[int]]:
     return [torch.randint(1, tiny.VOCAB, (n,), generator=draw).tolist() for n in LENGTHS]
 
 
-def packed() -> Packed:
-    return Packed.of(rows())
+def packed() -> PackedInput:
+    return PackedInput.of(rows())
 
 
 def objective(logits: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def objective(logits: Tensor) -> Tensor:
     return (logits.log_softmax(-1) * weights.to(logits.dtype)).sum()
 
 
-def ours(model: Decoder, call: Call, batch: Packed) -> Tensor:
+def ours(model: Decoder, call: AdapterContext, batch: PackedInput) -> Tensor:
     last = model.hidden(batch, call).last
     assert last is not None
     logits = model.logits(last, call)
@@ -72,7 +72,7 @@ def ours(model: Decoder, call: Call, batch: Packed) -> Tensor:
 def hooked(theirs: nn.Module, model: Decoder, terms: Callable[[str, int], list[tuple[Tensor, Tensor, Any]]]) -> Tensor:
     """transformers' logits of every row with the terms (A, B, g * s) added to each adapted linear's output."""
     handles, row = [], 0
-    for path in bank_of(model).modules:
+    for path in get_bank(model).modules:
 
         def add(module: nn.Module, inputs: Any, output: Tensor, path: str = path) -> Tensor:
             for a, b, g in terms(path, row):
@@ -90,7 +90,7 @@ def hooked(theirs: nn.Module, model: Decoder, terms: Callable[[str, int], list[t
 
 def masters(model: Decoder, name: str) -> dict[str, tuple[Tensor, Tensor]]:
     """{module: (A, B)} in float64, as leaves."""
-    slots = bank_of(model)[name].slots
+    slots = get_bank(model)[name].slots
     return {
         path: (slot.A.detach().double().requires_grad_(), slot.B.detach().double().requires_grad_())
         for path, slot in slots.items()
@@ -104,7 +104,7 @@ def rounded(model: Decoder, theirs: nn.Module, dtype: torch.dtype) -> nn.Module:
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             p.copy_(mine[name].double())
-        for adapter in bank_of(model).adapters.values():
+        for adapter in get_bank(model).adapters.values():
             adapter.values.copy_(adapter.values.to(dtype).float())
             adapter.touch()
     return theirs
@@ -113,7 +113,7 @@ def rounded(model: Decoder, theirs: nn.Module, dtype: torch.dtype) -> nn.Module:
 def error(model: Decoder, name: str, truth: dict[str, tuple[Tensor, Tensor]]) -> float:
     """Largest relative error of an adapter's gradient tensors, in the Frobenius norm."""
     worst = 0.0
-    for path, slot in bank_of(model)[name].slots.items():
+    for path, slot in get_bank(model)[name].slots.items():
         for mine, leaf in zip((slot.A, slot.B), truth[path], strict=True):
             assert mine.grad is not None
             assert leaf.grad is not None
@@ -136,7 +136,7 @@ def one_layer(name: str, tmp_path: Path, dtype: torch.dtype) -> tuple[Decoder, n
 @pytest.mark.parametrize("name", list(WIDE))
 def test_gradients_of_every_family(name: str, tmp_path: Path) -> None:
     model, _, truth = one_layer(name, tmp_path, torch.float32)
-    ours(model, Call(Mix.one("default")), packed()).backward()
+    ours(model, AdapterContext(Mix.one("default")), packed()).backward()
     assert error(model, "default", truth) < 1e-5
 
 
@@ -144,11 +144,11 @@ def test_gradients_of_every_family(name: str, tmp_path: Path) -> None:
 def test_bfloat16_gradients_are_as_good_as_transformers(name: str, tmp_path: Path) -> None:
     """Of the whole gradient: no further off than transformers' own bfloat16 pass is."""
     model, theirs, truth = one_layer(name, tmp_path, torch.bfloat16)
-    ours(model, Call(Mix.one("default")), packed()).backward()
+    ours(model, AdapterContext(Mix.one("default")), packed()).backward()
     exact = torch.cat([leaf.grad.flatten() for pair in truth.values() for leaf in pair if leaf.grad is not None])
     other = {path: tuple(leaf.detach().bfloat16().requires_grad_() for leaf in pair) for path, pair in truth.items()}
     objective(hooked(theirs.bfloat16(), model, lambda path, row: [(*other[path], 2.0)]).float()).backward()  # type: ignore[list-item]
-    slots = bank_of(model)["default"].slots
+    slots = get_bank(model)["default"].slots
     mine = torch.cat([leaf.grad.flatten() for path in truth for leaf in (slots[path].A, slots[path].B) if leaf.grad is not None])
     peer = torch.cat([leaf.grad.flatten() for pair in other.values() for leaf in pair if leaf.grad is not None])
     off, peers = (float((g.double() - exact).norm() / exact.norm()) for g in (mine, peer))
@@ -173,7 +173,7 @@ def test_gradients_through_several_layers(name: str, tmp_path: Path) -> None:
         outs.append(theirs(input_ids=torch.tensor([tokens])).logits[0])
     objective(torch.cat(outs)).backward()
     assert len(handles) == len(truth)
-    ours(model, Call(Mix.one("default")), Packed.of(batch)).backward()
+    ours(model, AdapterContext(Mix.one("default")), PackedInput.of(batch)).backward()
     assert error(model, "default", truth) < 1e-5
 
 
@@ -196,7 +196,7 @@ def test_every_kind_of_mix_at_once(tmp_path: Path) -> None:
         return [(*truth[n][path], scales[n] * part[:, k, None]) for k, n in enumerate("ab") if path in truth[n]]
 
     objective(hooked(theirs, model, terms)).backward()
-    ours(model, Call(Mix.routed(["a", "b"], mine)), packed()).backward()
+    ours(model, AdapterContext(Mix.routed(["a", "b"], mine)), packed()).backward()
     for name in "ab":
         assert error(model, name, truth[name]) < 1e-5
     assert mine.grad is not None
@@ -215,13 +215,15 @@ def test_adapters_side_by_side_in_bfloat16(dropout: float, tmp_path: Path) -> No
 
     def hidden(batch: list[list[int]], which: list[int]) -> Tensor:
         starts = [0, *torch.tensor([len(t) for t in batch]).cumsum(0).tolist()]
-        noise = Noise(1, 2, tuple(keys[i] for i in which), tuple(starts))
-        last = model.hidden(Packed.of(batch), Call(Mix.per_sequence([names[i] for i in which], starts), noise)).last
+        noise = DropoutNoise(1, 2, tuple(keys[i] for i in which), tuple(starts))
+        last = model.hidden(
+            PackedInput.of(batch), AdapterContext(Mix.per_sequence([names[i] for i in which], starts), noise)
+        ).last
         assert last is not None
         return last
 
     def gradients(out: Tensor) -> list[Tensor]:
-        adapters = [bank_of(model)[name] for name in "ab"]
+        adapters = [get_bank(model)[name] for name in "ab"]
         for adapter in adapters:
             adapter.grads.zero_()
         objective(out.float()).backward()
@@ -246,7 +248,7 @@ def test_the_base_itself_can_train(name: str, tmp_path: Path) -> None:
     theirs = source.double().requires_grad_(True)
     objective(torch.cat([theirs(input_ids=torch.tensor([tokens])).logits[0] for tokens in rows()])).backward()
     model.requires_grad_(True)
-    ours(model, Call(), packed()).backward()
+    ours(model, AdapterContext(), packed()).backward()
     named = dict(model.named_parameters())
     for path, p in theirs.named_parameters():
         grad = named[path].grad
@@ -263,7 +265,7 @@ def test_some_of_the_base_can_train(tmp_path: Path) -> None:
         for name, p in model.named_parameters():
             p.requires_grad_(only in name)
             p.grad = None
-        ours(model, Call(), packed()).backward()
+        ours(model, AdapterContext(), packed()).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert set(grads[1]) == {n for n in grads[0] if "mlp.up_proj" in n}
     for name, grad in grads[1].items():
@@ -275,9 +277,9 @@ def test_backward_twice_and_with_recompute(dtype: torch.dtype, tmp_path: Path) -
     """A second backward through the same graph, and a layer that runs again in backward, give the same bits; dropout on."""
     model = tiny.decoder(tiny.fresh("qwen3", **WIDE["qwen3"]), tmp_path, dtype)
     attach(model, LoraSpec(r=4, lora_dropout=0.3, init_lora_weights=False))
-    adapter, batch = bank_of(model)["default"], packed()
+    adapter, batch = get_bank(model)["default"], packed()
     starts = (0, *torch.tensor(LENGTHS).cumsum(0).tolist())
-    call = Call(Mix.one("default"), Noise(seed=3, step=1, keys=(7, 8, 9), starts=starts))
+    call = AdapterContext(Mix.one("default"), DropoutNoise(seed=3, step=1, keys=(7, 8, 9), starts=starts))
     found = []
     for recompute in (False, True):
         model.gradient_checkpointing = recompute
@@ -295,18 +297,18 @@ def test_nothing_is_done_below_the_lowest_adapter(monkeypatch: pytest.MonkeyPatc
     model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=4), tmp_path)
     attach(model, LoraSpec(r=4, init_lora_weights=False, layers_to_transform=[2, 3]))
     ran: list[tuple[int, bool]] = []
-    original = layer.Sweep.run
+    original = layer.LayerBackward.run
 
-    def watched(self: layer.Sweep, dy: Tensor, needs_x: bool) -> Tensor | None:
+    def watched(self: layer.LayerBackward, dy: Tensor, needs_x: bool) -> Tensor | None:
         ran.append((self.block.index, needs_x))
         return original(self, dy, needs_x)
 
-    monkeypatch.setattr(layer.Sweep, "run", watched)
-    ours(model, Call(Mix.one("default")), packed()).backward()
+    monkeypatch.setattr(layer.LayerBackward, "run", watched)
+    ours(model, AdapterContext(Mix.one("default")), packed()).backward()
     assert ran == [(3, True), (2, False)]
 
 
-@pytest.mark.skipif(not status().amx, reason="torch's own attention keeps what it likes")
+@pytest.mark.skipif(not kernel_status().amx, reason="torch's own attention keeps what it likes")
 def test_what_a_layer_keeps(tmp_path: Path) -> None:
     """Bytes per token and layer in bf16: 2(d + q + 2k + q + d + 2f) + 4 heads, and 2r per product's A (docs/architecture.md)."""
     model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=3), tmp_path, torch.bfloat16)
@@ -319,7 +321,7 @@ def test_what_a_layer_keeps(tmp_path: Path) -> None:
 
     batch = packed()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        last = model.hidden(batch, Call(Mix.one("default"))).last
+        last = model.hidden(batch, AdapterContext(Mix.one("default"))).last
     assert last is not None
     d, q, k, f, r = 96, 96, 32, 48, 4
     layers = 2 * (d + q + 2 * k + q + d + 2 * f) + 2 * r * 7
@@ -424,7 +426,7 @@ def test_a_weight_in_eight_bits_brings_its_own_product(name: str, recompute: boo
     truth = masters(model, "default")
     objective(hooked(theirs, model, lambda path, row: [(*truth[path], 2.0)])).backward()
     model.gradient_checkpointing = recompute
-    ours(model, Call(Mix.one("default")), packed()).backward()
+    ours(model, AdapterContext(Mix.one("default")), packed()).backward()
     assert error(model, "default", truth) < 1e-5
     with pytest.raises(ConfigError, match="product of their own"):
         merge(model)
@@ -446,7 +448,7 @@ def test_a_variant_adds_a_term_of_its_own_that_trains(name: str, tmp_path: Path)
         scaled = lambda module, inputs, y, m=other[path]: y * (1 + m)  # noqa: E731
         theirs.get_submodule(path).register_forward_hook(scaled)
     objective(hooked(theirs, model, lambda path, row: [(*truth[path], 2.0)])).backward()
-    ours(model, Call(Mix.one("default")), packed()).backward()
+    ours(model, AdapterContext(Mix.one("default")), packed()).backward()
     assert error(model, "default", truth) < 1e-5
     for path, m in mine.items():
         exact = other[path].grad
@@ -467,7 +469,7 @@ def test_a_product_by_itself_is_differentiated_too(tmp_path: Path) -> None:
     exact = (stored.w.double() * stored.scale.double()[:, None]).sum(0).expand(5, -1)
     assert float((x.grad.double() - exact).norm() / exact.norm()) < 1e-5
     with pytest.raises(ConfigError, match=f"{path}.weight cannot train"):
-        train_weights(model, "all")
+        make_weights_trainable(model, "all")
     with pytest.raises(ContractError, match="its new product"):
         model.head.use_product(stored)
 
@@ -560,14 +562,14 @@ def test_a_router_reads_each_layers_normed_inputs(
     there = exact.run()
     objective(there).backward()
     model.gradient_checkpointing = recompute
-    call, batch = Call(Mix((Term("a"), Term("b", slice(5, 100), 0.5))), None, router), packed()
+    call, batch = AdapterContext(Mix((MixTerm("a"), MixTerm("b", slice(5, 100), 0.5))), None, router), packed()
     with torch.no_grad():
         here = model.logits(model.hidden(batch, call).last, call)
     assert float((here.double() - there.detach()).norm() / there.detach().norm()) < bound
     loss = ours(model, call, batch)
     for _ in range(2):  # a second backward through the same graph gives the same again
         for adapter in "ab":
-            bank_of(model)[adapter].grads.zero_()
+            get_bank(model)[adapter].grads.zero_()
         for w in router.weights.values():
             w.grad = None
         loss.backward(retain_graph=True)
@@ -584,9 +586,9 @@ def test_a_router_is_refused_where_no_layer_asks_it(tmp_path: Path) -> None:
     """An adapter at the head cannot take a gate of the layers, nor a term two gates: said, not left out."""
     model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"]), tmp_path)
     attach(model, LoraSpec(r=4, init_lora_weights=False, target_modules=["q_proj", "lm_head"]), "a")
-    call = Call(Mix.one("a"), None, Softmax(model, ["a"]))
+    call = AdapterContext(Mix.one("a"), None, Softmax(model, ["a"]))
     with pytest.raises(ContractError, match=r"lm_head: .* no linear of a decoder layer"):
         ours(model, call, packed())
     gate = torch.ones(sum(LENGTHS))
     with pytest.raises(ContractError, match="one of its own"):
-        model.hidden(packed(), Call(Mix.routed(["a"], gate[:, None]), None, Softmax(model, ["a"])))
+        model.hidden(packed(), AdapterContext(Mix.routed(["a"], gate[:, None]), None, Softmax(model, ["a"])))

@@ -244,7 +244,7 @@ def test_an_adapter_or_run_opens_its_base(llama: Path, tmp_path: Path) -> None:
 
 def test_an_adapter_of_the_embedded_model_finds_it_on_another_machine(tmp_path: Path) -> None:
     path = adapter(tmp_path / "x", "/home/someone/.cache/lorry/models/smollm2-135m-instruct-0123456789ab")
-    assert sources._base_of(path) == "smollm2-135m-instruct"
+    assert sources._base_of_adapter(path) == "smollm2-135m-instruct"
 
 
 # --- the digest

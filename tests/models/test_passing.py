@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorry.models.decoder.pointwise import Norm, passing_like
+from lorry.models.decoder.pointwise import DecoderNorm, empty_scratch_like
 
 ALIGNED = 64 + 32  # bytes that glibc wants beyond an aligned request: the alignment and its smallest block
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def rms(dtype: torch.dtype) -> Norm:
-    norm = Norm("rms", 48, 1e-5).requires_grad_(False)
+def rms(dtype: torch.dtype) -> DecoderNorm:
+    norm = DecoderNorm("rms", 48, 1e-5).requires_grad_(False)
     norm.weight.data = torch.randn(48, generator=torch.Generator().manual_seed(1)).to(dtype)
     return norm
 
@@ -25,10 +25,10 @@ def spare(x: torch.Tensor) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_passing_tensor_leaves_room_for_a_lasting_one(dtype: torch.dtype) -> None:
     x = torch.randn(7, 3, 5).to(dtype)
-    made = passing_like(x)
+    made = empty_scratch_like(x)
     assert (made.shape, made.dtype, made.is_contiguous(), made._is_view()) == (x.shape, dtype, True, False)
     assert spare(made) >= ALIGNED
-    assert passing_like(x[:0]).shape == (0, 3, 5)
+    assert empty_scratch_like(x[:0]).shape == (0, 3, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,7 +47,7 @@ def test_the_rms_norm_is_that_of_the_formula(
     dtype: torch.dtype, weight: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit what separate operations give; x, weight and the format of the result are left alone."""
-    monkeypatch.setattr("lorry.models.decoder.pointwise.compiled", lambda *tensors: False)
+    monkeypatch.setattr("lorry.models.decoder.pointwise.supports_pointwise_kernels", lambda *tensors: False)
     norm, x = rms(weight or dtype), torch.randn(33, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
     before, wide = (x.clone(), norm.weight.clone()), x if dtype == torch.float64 else x.float()
     want = norm.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)

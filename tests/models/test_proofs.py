@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 import tiny
-from lorry.adapters.mix import Call
+from lorry.adapters.mix import AdapterContext
 from lorry.errors import ModelError
-from lorry.families import find
+from lorry.families import find_family
 from lorry.models import proofs
-from lorry.models.decoder.cache import Cache, RowCache
-from lorry.models.decoder.model import Decoder, Hidden, Packed
+from lorry.models.decoder.cache import KVCache, RowKVCache
+from lorry.models.decoder.model import Decoder, HiddenStates, PackedInput
 from lorry.models.hf.model import HfModel
-from lorry.models.loading.describe import describe
+from lorry.models.loading.describe import describe_model
 from lorry.models.loading.load import load_model
 from tiny import one_thread  # noqa: F401 - a fixture
 
@@ -41,9 +41,9 @@ BLIND = {
 def nothing_proven_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("LORRY_PROOFS", raising=False)
-    proofs._proven.cache_clear()
+    proofs._proven_digests.cache_clear()
     yield
-    proofs._proven.cache_clear()
+    proofs._proven_digests.cache_clear()
 
 
 def saved(config: dict[str, Any], path: Path) -> tuple[Any, Path]:
@@ -101,16 +101,16 @@ def test_others_that_are_no_causal_models(kind: str, tmp_path: Path) -> None:
 
 def test_a_leak_into_one_position_and_of_any_size_is_found() -> None:
     model = HfModel(tiny.random_model(tiny.FOREIGN["granite"]))
-    assert proofs.sees_the_future(model) == ""
+    assert proofs.find_future_leak(model) == ""
     whole = model.hidden
 
-    def leaking(packed: Packed, call: Call, **options: Any) -> Hidden:
+    def leaking(packed: PackedInput, call: AdapterContext, **options: Any) -> HiddenStates:
         last = whole(packed, call, **options).last
         assert last is not None
-        return Hidden(last + 1e-6 * last.roll(-1, 0))
+        return HiddenStates(last + 1e-6 * last.roll(-1, 0))
 
     model.__dict__["hidden"] = leaking
-    assert "changing tokens" in proofs.sees_the_future(model)
+    assert "changing tokens" in proofs.find_future_leak(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -119,23 +119,23 @@ def test_experts_whose_groups_change_with_later_tokens_are_no_leak(kind: str, dt
     more = {"num_experts": 8, "num_local_experts": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
     for seed in range(3):
         model = HfModel(tiny.random_model({**tiny.MOE, **more, "model_type": kind}, seed=seed).to(dtype))
-        assert proofs.sees_the_future(model) == ""
-        assert proofs.cache_error(model) == ""
+        assert proofs.find_future_leak(model) == ""
+        assert proofs.find_cache_error(model) == ""
 
 
 def test_rounding_alone_is_told_from_a_leak_by_the_gradient() -> None:
     model = HfModel(tiny.random_model(tiny.FOREIGN["granite"]).to(torch.bfloat16))
     whole = model.hidden
 
-    def noisy(packed: Packed, call: Call, **options: Any) -> Hidden:
+    def noisy(packed: PackedInput, call: AdapterContext, **options: Any) -> HiddenStates:
         last = whole(packed, call, **options).last
         assert last is not None
         with torch.no_grad():  # depends on all tokens, as the order of sums over an expert's tokens does
             noise = torch.randn(last.shape, generator=torch.Generator().manual_seed(int(packed.tokens.sum()))) * 1e-2
-        return Hidden(last + noise.to(last.dtype))
+        return HiddenStates(last + noise.to(last.dtype))
 
     model.__dict__["hidden"] = noisy
-    assert proofs.sees_the_future(model) == ""
+    assert proofs.find_future_leak(model) == ""
 
 
 @pytest.mark.parametrize("name", tiny.VARIANTS)
@@ -174,7 +174,7 @@ def test_a_broken_decoder_does_not_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_broken_cache_of_the_decoder_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, path = saved(tiny.LLAMA, tmp_path)
-    for kind in (Cache, RowCache):
+    for kind in (KVCache, RowKVCache):
         right = kind.write
         broken = lambda self, layer, rows, places, k, v, right=right: right(self, layer, rows, places, v, v)  # noqa: E731
         monkeypatch.setattr(kind, "write", broken)
@@ -185,10 +185,10 @@ def test_a_decoder_that_sees_the_future_does_not_run(tmp_path: Path, monkeypatch
     _, path = saved(tiny.LLAMA, tmp_path)
     whole = Decoder.hidden
 
-    def leaking(self: Decoder, packed: Packed, call: Call, **options: Any) -> Hidden:
+    def leaking(self: Decoder, packed: PackedInput, call: AdapterContext, **options: Any) -> HiddenStates:
         last = whole(self, packed, call, **options).last
         assert last is not None
-        return Hidden(last + 1e-6 * last.mean(0))  # less than what tells two implementations apart
+        return HiddenStates(last + 1e-6 * last.mean(0))  # less than what tells two implementations apart
 
     monkeypatch.setattr(Decoder, "hidden", leaking)
     assert "moves what it says" in load_model(path, dtype="float32", notes=[]).source["why"]
@@ -198,10 +198,12 @@ def test_a_proof_is_made_once_for_a_config_and_again_for_another(tmp_path: Path,
     _, path = saved(tiny.LLAMA, tmp_path)
     load_model(path, dtype="float32", notes=[])
     made: list[str] = []
-    monkeypatch.setattr(proofs, "_native", lambda family, config, dtype, device: made.append(family.name) or "not this one")
+    monkeypatch.setattr(
+        proofs, "_compare_native", lambda family, config, dtype, device: made.append(family.name) or "not this one"
+    )
     for forget in (False, True):  # another process finds it on disk
         if forget:
-            proofs._proven.cache_clear()
+            proofs._proven_digests.cache_clear()
         assert load_model(path, dtype="float32", notes=[]).source["family"] == "llama"
     assert made == []
     for changes, dtype in (({}, "bfloat16"), ({"rms_norm_eps": 1e-3}, "float32"), ({"something_new": 1}, "float32")):
@@ -211,8 +213,8 @@ def test_a_proof_is_made_once_for_a_config_and_again_for_another(tmp_path: Path,
 
 def test_of_a_model_of_transformers_it_is_made_once_for_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    real = proofs._prove
-    monkeypatch.setattr(proofs, "_prove", lambda model, where: (made.append(where), real(model, where)))
+    real = proofs._prove_or_raise
+    monkeypatch.setattr(proofs, "_prove_or_raise", lambda model, where: (made.append(where), real(model, where)))
     inner, path = saved(tiny.FOREIGN["granite"], tmp_path)
     for _ in range(2):
         load_model(path, dtype="float32", notes=[])
@@ -226,14 +228,14 @@ def test_of_a_model_of_transformers_it_is_made_once_for_its_weights(tmp_path: Pa
 
 def test_why_a_model_generates_without_a_cache_is_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, path = saved(tiny.FOREIGN["granite"], tmp_path)
-    monkeypatch.setattr(proofs, "cache_error", lambda model: "its cache is broken")
+    monkeypatch.setattr(proofs, "find_cache_error", lambda model: "its cache is broken")
     for _ in range(2):
         notes: list[str] = []
         loaded = load_model(path, dtype="float32", notes=notes)
         assert isinstance(loaded.model, HfModel)
         assert loaded.model.recomputes == "its cache is broken"
         assert any(note.endswith("slowly: its cache is broken") for note in notes)
-        monkeypatch.setattr(proofs, "cache_error", lambda model: pytest.fail("asked again"))
+        monkeypatch.setattr(proofs, "find_cache_error", lambda model: pytest.fail("asked again"))
 
 
 def test_a_model_that_is_refused_is_asked_again(tmp_path: Path) -> None:
@@ -245,17 +247,17 @@ def test_a_model_that_is_refused_is_asked_again(tmp_path: Path) -> None:
 
 def test_the_last_used_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "proofs"
-    monkeypatch.setattr(proofs, "KEPT", 3)
+    monkeypatch.setattr(proofs, "MAX_SAVED_PROOFS", 3)
     names = [str(i) * 64 for i in range(5)]
     folder.mkdir()
     (folder / "note.txt").write_text("somebody's")
     os.utime(folder / "note.txt", (0, 0))
     for at, name in enumerate(names):
-        proofs._keep(folder / name, "" if at else "why")
+        proofs._save_proof(folder / name, "" if at else "why")
         os.utime(folder / name, (at, at))
         if at == 2:
-            assert proofs._kept(folder / names[0]) == "why"  # used, so it stays
-    assert proofs._kept(folder / names[1]) is None
+            assert proofs._read_proof(folder / names[0]) == "why"  # used, so it stays
+    assert proofs._read_proof(folder / names[1]) is None
     assert {path.name for path in folder.iterdir()} == {names[0], names[3], names[4], "note.txt"}
 
 
@@ -280,9 +282,9 @@ def test_the_twin_of_a_large_model_is_small() -> None:
         **tiny.LLAMA, "hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
         "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256, "some_new_field": 7,
     }  # fmt: skip
-    family = find("llama")
+    family = find_family("llama")
     assert family is not None
-    small = proofs.shrunk(family, large)
+    small = proofs.shrink_config(family, large)
     assert {k: small[k] for k in ("some_new_field", "head_dim", "num_hidden_layers", "num_attention_heads")} == {
         "some_new_field": 7, "head_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     }  # fmt: skip
@@ -292,5 +294,5 @@ def test_the_twin_of_a_large_model_is_small() -> None:
 def test_a_model_with_little_room_is_proven_as_far_as_it_goes(tmp_path: Path) -> None:
     for context in (1, 2, 5):
         path = tiny.directory(tiny.random_model({**tiny.GPT2, "n_positions": context}), tmp_path / str(context))
-        assert describe(path, notes=[]).family is not None
+        assert describe_model(path, notes=[]).family is not None
         assert load_model(path, dtype="float32", notes=[]).source["family"] == "gpt2"

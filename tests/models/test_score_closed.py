@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.mix import Call
-from lorry.data.batch import Batch, Example, Extra, collate
+from lorry.adapters.mix import AdapterContext
+from lorry.data.batch import Batch, BatchExtra, TokenizedExample, collate
 from lorry.kernels import softmax as kernel
 from lorry.models.scoring import score, tiles, vocab
-from lorry.models.scoring.score import ScoreFn, correct, entropy, log_prob, score_rows
+from lorry.models.scoring.score import ScoreFn, correct, entropy, log_prob, score_supervised_tokens
 
 V, D, T, K = 211, 16, 150, 7
 LENGTH = T // 3
@@ -30,7 +30,7 @@ class Head:
     def hidden(self, *_: object, **__: object) -> None:
         raise AssertionError("scores are given the hidden state here")
 
-    def logits(self, hidden: Tensor, call: Call) -> Tensor:
+    def logits(self, hidden: Tensor, call: AdapterContext) -> Tensor:
         return self.head(hidden)
 
 
@@ -43,23 +43,23 @@ def packed() -> Batch:
     ids = torch.randint(0, V, (T,), generator=torch.Generator().manual_seed(3)).tolist()
     weights = [0.0 if t % LENGTH == 0 or t % 5 == 2 else 1.0 for t in range(T)]
     cuts = [slice(s, s + LENGTH) for s in range(0, T, LENGTH)]
-    batch = collate([Example(ids[c], weights[c], key=i) for i, c in enumerate(cuts)])
+    batch = collate([TokenizedExample(ids[c], weights[c], key=i) for i, c in enumerate(cuts)])
     teacher = draw(T, V, seed=4) * 1.5
     top = teacher.log_softmax(1).topk(K)
     extras = {"teacher": teacher, "ids": top.indices, "log_probs": top.values, "probs": top.values.exp()}
-    return batch.with_extra(**{name: Extra(x, "token") for name, x in extras.items()})
+    return batch.with_extra(**{name: BatchExtra(x, "token") for name, x in extras.items()})
 
 
-Truth = Callable[[Tensor, vocab.Rows], Tensor]  # of log p [t,V], in float64
+Truth = Callable[[Tensor, vocab.VocabRows], Tensor]  # of log p [t,V], in float64
 
 
-def nll_smoothed(logp: Tensor, rows: vocab.Rows) -> Tensor:
+def nll_smoothed(logp: Tensor, rows: vocab.VocabRows) -> Tensor:
     q = torch.full_like(logp, 0.1 / V)
     q[torch.arange(len(q)), rows.targets] += 0.9
     return -(q * logp).sum(1)
 
 
-def bucketed(logp: Tensor, rows: vocab.Rows, reverse: bool) -> Tensor:
+def bucketed(logp: Tensor, rows: vocab.VocabRows, reverse: bool) -> Tensor:
     """Both distributions coarsened to the K tokens and all others as one."""
     both = []
     for x in (rows.extra["teacher"].log_softmax(1), logp):
@@ -70,13 +70,13 @@ def bucketed(logp: Tensor, rows: vocab.Rows, reverse: bool) -> Tensor:
     return (p * (p / q).log()).sum(1) if reverse else (q * (q / p).log()).sum(1)
 
 
-def z_score(logp: Tensor, rows: vocab.Rows) -> Tensor:
+def z_score(logp: Tensor, rows: vocab.VocabRows) -> Tensor:
     p = logp.exp()
     mean = (p * logp).sum(1)
     return (logp.gather(1, rows.targets[:, None])[:, 0] - mean) / ((p * logp**2).sum(1) - mean**2).sqrt()
 
 
-def teacher(rows: vocab.Rows) -> Tensor:
+def teacher(rows: vocab.VocabRows) -> Tensor:
     return rows.extra["teacher"]
 
 
@@ -95,8 +95,8 @@ SCORES: dict[str, tuple[ScoreFn, Truth]] = {
         vocab.soft_cross_entropy(lambda r: teacher(r).softmax(1)),
         lambda logp, r: -(teacher(r).softmax(1) * logp).sum(1),
     ),
-    "kl_from": (vocab.kl_from(teacher), lambda logp, r: F.kl_div(logp, teacher(r).softmax(1), reduction="none").sum(1)),
-    "kl_to": (vocab.kl_to(teacher), lambda logp, r: (logp.exp() * (logp - teacher(r).log_softmax(1))).sum(1)),
+    "kl_from": (vocab.forward_kl(teacher), lambda logp, r: F.kl_div(logp, teacher(r).softmax(1), reduction="none").sum(1)),
+    "kl_to": (vocab.reverse_kl(teacher), lambda logp, r: (logp.exp() * (logp - teacher(r).log_softmax(1))).sum(1)),
     "any": (lambda logits, r: logits.softmax(1).square().sum(1), lambda logp, r: logp.exp().square().sum(1)),
 }
 TOGETHER = ["log_prob", "entropy", "top_k_kl", "soft_ce", "any"]
@@ -114,7 +114,7 @@ def truth(names: list[str], hidden: Tensor, weight: Tensor, batch: Batch, factor
     if rounded:
         held = (hidden.detach()[batch.rows - 1] @ weight.detach().t()).double()
         logits = logits + (held - logits).detach()
-    rows = vocab.Rows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
+    rows = vocab.VocabRows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
     values = torch.stack([SCORES[n][1](logits.log_softmax(1), rows) for n in names], 1)
     ((0.2 * values).tanh() * factors).sum().backward()
     assert wide.grad is not None
@@ -125,9 +125,9 @@ def truth(names: list[str], hidden: Tensor, weight: Tensor, batch: Batch, factor
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several groups, tiles and chunks, none of them even."""
-    monkeypatch.setattr(tiles, "GROUP", 64)
-    monkeypatch.setattr(tiles, "TILE", 64 * 64)
-    monkeypatch.setattr(score, "CHUNK", 33)
+    monkeypatch.setattr(tiles, "GROUP_ROWS", 64)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 64 * 64)
+    monkeypatch.setattr(score, "CHUNK_TOKENS", 33)
 
 
 def distance(got: Tensor, expected: Tensor) -> float:
@@ -141,20 +141,20 @@ def test_values_and_gradients(
     names: list[str], frozen: bool, form: tuple[torch.dtype, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dtype, compiled = form
-    if compiled and kernel.library() is None:
+    if compiled and kernel.load_library() is None:
         pytest.skip("no compiled kernels here")
     if not compiled:
-        monkeypatch.setattr(kernel, "library", lambda: None)
+        monkeypatch.setattr(kernel, "load_library", lambda: None)
     batch, weight = packed(), (draw(V, D, seed=1) * 0.5).to(dtype)
     hidden = draw(T, D, seed=2).to(dtype).requires_grad_()
     model = Head(weight, frozen=frozen)
     factors = draw(len(batch.rows), len(names), seed=5)
 
-    table = score_rows(model, hidden, batch, [SCORES[n][0] for n in names], Call())
+    table = score_supervised_tokens(model, hidden, batch, [SCORES[n][0] for n in names], AdapterContext())
     ((0.2 * table.double()).tanh() * factors).sum().backward()
 
     values, slope, head_slope = truth(names, hidden, weight, batch, factors, rounded=dtype == torch.bfloat16)
-    assert table.dtype == kernel.accumulator(hidden)
+    assert table.dtype == kernel.accumulator_dtype(hidden)
     for j in range(len(names)):
         assert distance(table[:, j], values[:, j]) < VALUES[dtype]
     assert hidden.grad is not None
@@ -170,7 +170,7 @@ def test_logits_in_bfloat16_cost_less_than_a_hundredth(name: str) -> None:
     on rounded logits is off by more than that itself.)"""
     batch, weight = packed(), (draw(V, D, seed=1) * 0.5).bfloat16()
     hidden, factors = draw(T, D, seed=2).bfloat16().requires_grad_(), draw(len(batch.rows), 1, seed=5)
-    table = score_rows(Head(weight, frozen=True), hidden, batch, [SCORES[name][0]], Call())
+    table = score_supervised_tokens(Head(weight, frozen=True), hidden, batch, [SCORES[name][0]], AdapterContext())
     ((0.2 * table.double()).tanh() * factors).sum().backward()
     values, slope, _ = truth([name], hidden, weight, batch, factors, rounded=False)
     assert hidden.grad is not None
@@ -181,7 +181,9 @@ def test_logits_in_bfloat16_cost_less_than_a_hundredth(name: str) -> None:
 @pytest.mark.parametrize("names", [["log_prob"], ["log_prob", "entropy"], ["kl_to"]], ids="+".join)
 def test_backward_may_run_again(names: list[str]) -> None:
     hidden = draw(T, D, seed=2).float().requires_grad_()
-    table = score_rows(Head(draw(V, D, seed=1).float(), frozen=True), hidden, packed(), [SCORES[n][0] for n in names], Call())
+    table = score_supervised_tokens(
+        Head(draw(V, D, seed=1).float(), frozen=True), hidden, packed(), [SCORES[n][0] for n in names], AdapterContext()
+    )
     first, second = (torch.autograd.grad(table.square().sum(), hidden, retain_graph=True)[0] for _ in range(2))
     assert first.abs().sum() > 0
     assert torch.equal(first, second)
@@ -190,10 +192,10 @@ def test_backward_may_run_again(names: list[str]) -> None:
 @pytest.mark.parametrize("fn", [log_prob, vocab.label_smoothed(0.0)], ids=["one pass", "two passes"])
 def test_a_confident_model_keeps_its_gradient(fn: ScoreFn) -> None:
     """Where p(target) = 0.999 the slope is a thousandth of the head's row; rounding p in bfloat16 must not drown it."""
-    batch = collate([Example([1] * 65, [0.0] + [1.0] * 64)])
+    batch = collate([TokenizedExample([1] * 65, [0.0] + [1.0] * 64)])
     weight, hidden = (draw(V, D, seed=1) * 0.3).bfloat16(), (draw(65, D, seed=2) * 0.3)
     hidden = (hidden + weight[1].double() * (14.0 / weight[1].double().square().sum())).bfloat16().requires_grad_()
-    score_rows(Head(weight, frozen=True), hidden, batch, [fn], Call()).sum().backward()
+    score_supervised_tokens(Head(weight, frozen=True), hidden, batch, [fn], AdapterContext()).sum().backward()
     wide = hidden.detach().double().requires_grad_()
     logp = (wide[:-1] @ weight.double().t()).log_softmax(1)[:, 1]
     assert 1e-5 < 1 - logp.exp().mean() < 1e-2
@@ -203,9 +205,9 @@ def test_a_confident_model_keeps_its_gradient(fn: ScoreFn) -> None:
 
 
 def test_a_token_chosen_twice_counts_twice() -> None:
-    twice = vocab.Statistic(lambda p, rows: p.chosen.sum(1), lambda rows: rows.targets[:, None].expand(-1, 2))
+    twice = vocab.VocabStatistic(lambda p, rows: p.chosen.sum(1), lambda rows: rows.targets[:, None].expand(-1, 2))
     hidden, model, batch = draw(T, D, seed=2).requires_grad_(), Head(draw(V, D, seed=1), frozen=True), packed()
-    once, both = (score_rows(model, hidden, batch, [fn], Call()) for fn in (log_prob, twice))
+    once, both = (score_supervised_tokens(model, hidden, batch, [fn], AdapterContext()) for fn in (log_prob, twice))
     assert torch.allclose(2 * once, both)
     one, two = (torch.autograd.grad(x.sum(), hidden)[0] for x in (once, both))
     assert torch.allclose(2 * one, two)
@@ -213,10 +215,10 @@ def test_a_token_chosen_twice_counts_twice() -> None:
 
 def test_a_statistic_reads_moments_only_if_it_asks() -> None:
     """Forgetting to say so gives NaN, which a run stops at, not a wrong number."""
-    forgot = vocab.Statistic(lambda p, rows: p.mean)
+    forgot = vocab.VocabStatistic(lambda p, rows: p.mean)
     hidden, model, batch = draw(T, D, seed=2), Head(draw(V, D, seed=1), frozen=True), packed()
-    assert score_rows(model, hidden, batch, [forgot], Call()).isnan().all()
-    assert forgot(draw(3, V, seed=1), vocab.Rows(torch.tensor([0, 1, 2]), {})).isnan().all()
+    assert score_supervised_tokens(model, hidden, batch, [forgot], AdapterContext()).isnan().all()
+    assert forgot(draw(3, V, seed=1), vocab.VocabRows(torch.tensor([0, 1, 2]), {})).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", VALUES, ids=str)
@@ -227,7 +229,7 @@ def test_what_is_not_finite_shows(name: str, dtype: torch.dtype) -> None:
     model = Head(draw(V, D, seed=1).to(dtype), frozen=True)
     hidden[batch.rows[3] - 1, 0] = torch.nan
     hidden[batch.rows[90] - 1] = torch.finfo(dtype).max
-    got = score_rows(model, hidden.requires_grad_(), batch, [SCORES[name][0], correct], Call())
+    got = score_supervised_tokens(model, hidden.requires_grad_(), batch, [SCORES[name][0], correct], AdapterContext())
     assert got[:, 0].isfinite().logical_not().nonzero()[:, 0].tolist() == [3, 90]
     assert got[[3, 90], 1].tolist() == [0, 0]
 
@@ -248,7 +250,7 @@ def test_no_tensor_is_as_large_as_all_logits() -> None:
         model = Head(draw(V, D, seed=1).float(), frozen=frozen)
         seen.clear()
         with Watch():
-            score_rows(model, hidden, batch, [SCORES[n][0] for n in names], Call()).sum().backward()
+            score_supervised_tokens(model, hidden, batch, [SCORES[n][0] for n in names], AdapterContext()).sum().backward()
         assert max(seen) <= max(33 * V if names == ["any"] or not frozen else 64 * 64, V * D) < len(batch.rows) * V / 2
 
 
@@ -262,7 +264,7 @@ def test_equal_scores_with_equal_neighbours_or_not() -> None:
         results = []
         for hidden in (one, other):
             x = hidden.clone().requires_grad_()
-            table = score_rows(Head(weight, frozen=True), x, batch, fns, Call())
+            table = score_supervised_tokens(Head(weight, frozen=True), x, batch, fns, AdapterContext())
             table.sum().backward()
             assert x.grad is not None
             results.append((table[20], x.grad[source]))
@@ -275,10 +277,10 @@ def test_correct_takes_the_first_of_equals_and_has_no_gradient() -> None:
     weight[5] = weight[9] = 1.0  # equal logits in one tile
     weight[140] = 1.0  # and in a later one
     hidden = torch.ones(4, D).requires_grad_()
-    batch = collate([Example([0, 5, 9, 140], [0.0, 1.0, 1.0, 1.0])])
+    batch = collate([TokenizedExample([0, 5, 9, 140], [0.0, 1.0, 1.0, 1.0])])
     model = Head(weight, frozen=True)
-    got = score_rows(model, hidden, batch, [correct], Call())
+    got = score_supervised_tokens(model, hidden, batch, [correct], AdapterContext())
     assert got[:, 0].tolist() == [1, 0, 0]
     assert not torch.autograd.grad(got.sum(), hidden)[0].any()
     logits = hidden.detach()[:3] @ weight.t()
-    assert correct(logits, vocab.Rows(batch.tokens[1:], {})).tolist() == [1, 0, 0]
+    assert correct(logits, vocab.VocabRows(batch.tokens[1:], {})).tolist() == [1, 0, 0]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lorry.errors import ConfigError
 from lorry.models.scoring import truncated
-from lorry.models.scoring.divergence import top_k
-from lorry.models.scoring.score import Rows
-from lorry.models.scoring.truncated import Truncated
+from lorry.models.scoring.divergence import top_k_divergence
+from lorry.models.scoring.score import VocabRows
+from lorry.models.scoring.truncated import TruncatedDistribution
 
 V = 4000
 
@@ -29,7 +29,7 @@ def logits_like_a_model(t: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("k", [8, 64])
 def test_any_temperature_from_one_record(k: int, tau: float) -> None:
     logits = logits_like_a_model(40, 0)
-    kept = Truncated.of(logits, k)
+    kept = TruncatedDistribution.of(logits, k)
     exact = (logits.double() / tau).log_softmax(1).gather(1, kept.ids.long())
     got = kept.log_probs(tau)
     assert (got.exp().sum(1) - exact.exp().sum(1)).abs().max() < 5e-4
@@ -41,36 +41,36 @@ def test_any_temperature_from_one_record(k: int, tau: float) -> None:
 def test_divergences_lose_less_than_a_thousandth(loss: str, beta: float, tau: float) -> None:
     """nats, against the same k tokens of the teacher in float64, for students near the teacher and far from it."""
     logits = logits_like_a_model(40, 1)
-    kept = Truncated.of(logits, 64)
+    kept = TruncatedDistribution.of(logits, 64)
     exact = (logits.double() / tau).log_softmax(1).gather(1, kept.ids.long())
     for noise in (0.1, 1.0):
         student = (logits + noise * torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))).double() / tau
-        fn = top_k(loss, "ids", "log_probs", beta)
+        fn = top_k_divergence(loss, "ids", "log_probs", beta)
         got, expected = (
-            fn(student, Rows(torch.zeros(40, dtype=torch.int64), {"ids": kept.ids.long(), "log_probs": values.double()}))
+            fn(student, VocabRows(torch.zeros(40, dtype=torch.int64), {"ids": kept.ids.long(), "log_probs": values.double()}))
             for values in (kept.log_probs(tau), exact)
         )
         assert (got - expected).abs().max() < 1e-3
 
 
 def test_bytes_per_token() -> None:
-    kept = Truncated.of(logits_like_a_model(3, 0), 64)
+    kept = TruncatedDistribution.of(logits_like_a_model(3, 0), 64)
     sizes = {name: x.element_size() * x.shape[1] for name, x in vars(kept).items()}
     assert sizes == {"ids": 256, "logp": 128, "rest": 48}
 
 
 def test_fewer_nodes_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound above is one that can be missed."""
-    monkeypatch.setattr(truncated, "NODES", 4)
+    monkeypatch.setattr(truncated, "NODE_COUNT", 4)
     logits = logits_like_a_model(40, 0)
-    kept = Truncated.of(logits, 8)
+    kept = TruncatedDistribution.of(logits, 8)
     exact = (logits.double() / 1.2).log_softmax(1).gather(1, kept.ids.long())
     assert (kept.log_probs(1.2).exp().sum(1) - exact.exp().sum(1)).abs().max() > 5e-4
 
 
 @given(st.floats(0.5, 8.0), st.integers(0, 100), st.integers(1, 12))
 def test_always_a_distribution(tau: float, seed: int, k: int) -> None:
-    kept = Truncated.of(torch.randn(4, 13, generator=torch.Generator().manual_seed(seed)) * 4, k)
+    kept = TruncatedDistribution.of(torch.randn(4, 13, generator=torch.Generator().manual_seed(seed)) * 4, k)
     got = kept.log_probs(tau)
     assert got.isfinite().all()
     assert (got.exp().sum(1) < 1 + 1e-6).all()
@@ -78,7 +78,7 @@ def test_always_a_distribution(tau: float, seed: int, k: int) -> None:
 
 
 def test_no_more_than_all_but_one_and_no_other_temperature() -> None:
-    kept = Truncated.of(torch.randn(2, 5), 64)
+    kept = TruncatedDistribution.of(torch.randn(2, 5), 64)
     assert kept.ids.shape == (2, 4)
     with pytest.raises(ConfigError, match="leave distill"):
         kept.log_probs(9.0)

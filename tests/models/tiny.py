@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
-from lorry.models.loading.describe import describe
+from lorry.models.loading.describe import describe_model
 from lorry.models.loading.load import load_model
 from lorry.models.loading.weights import load_decoder
 
@@ -151,7 +151,7 @@ def directory(model: Any, path: Path) -> Path:
 def decoder(model: Any, path: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     """Lorry's decoder with the weights of a transformers model, by way of files."""
     directory(model, path)
-    described = describe(path, notes=[])
+    described = describe_model(path, notes=[])
     assert described.family is not None, described.why
     return load_decoder(path, described.family, described.config, dtype, torch.device("cpu"))
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from lorry.errors import ModelError
-from lorry.kernels.build import status
-from lorry.models.loading.load import fast_bfloat16
+from lorry.kernels.build import kernel_status
+from lorry.models.loading.load import has_fast_bfloat16
 from lorry.plan import machine
 from lorry.plan.configs import find_config
-from lorry.plan.known import KNOWN
+from lorry.plan.known import KNOWN_CONFIGS
 from tiny import LLAMA
 
 
@@ -26,7 +26,7 @@ def write(path: Path, name: str, value: Any) -> Path:
 
 
 def test_a_well_known_name_needs_no_network() -> None:
-    assert find_config("Llama-3-8B").config == KNOWN["llama-3-8b"]
+    assert find_config("Llama-3-8B").config == KNOWN_CONFIGS["llama-3-8b"]
     assert find_config("smollm2-135m-instruct").config["num_hidden_layers"] == 30
 
 
@@ -40,7 +40,7 @@ def test_an_adapter_stands_for_its_base(tmp_path: Path) -> None:
     adapter = write(tmp_path / "a", "adapter_config.json", {"base_model_name_or_path": str(base), "r": 24})
     assert (find_config(str(adapter)).config, find_config(str(adapter)).adapter_rank) == (LLAMA, 24)
     gone = {"base_model_name_or_path": "/elsewhere/smollm2-135m-instruct-b179c9523d0e", "r": 4}
-    assert find_config(str(write(tmp_path / "b", "adapter_config.json", gone))).config == KNOWN["smollm2-135m"]
+    assert find_config(str(write(tmp_path / "b", "adapter_config.json", gone))).config == KNOWN_CONFIGS["smollm2-135m"]
 
 
 def test_a_hub_id_reads_the_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_names_that_are_nothing(name: str) -> None:
 
 
 def test_the_processor_is_read_as_torch_reads_it() -> None:
-    assert machine.fast_bfloat16() == fast_bfloat16(torch.device("cpu"))
-    assert machine.has_tiles() == status().amx
-    assert machine.processor()
-    assert machine.threads() >= 1
+    assert machine.processor_has_bfloat16() == has_fast_bfloat16(torch.device("cpu"))
+    assert machine.has_tiles() == kernel_status().amx
+    assert machine.processor_name()
+    assert machine.available_threads() >= 1

@@ -10,12 +10,21 @@ from typing import Any
 import pytest
 
 from lorry.config.schema import LoraConfig
-from lorry.plan.adapters import Adapter, adapter_of
-from lorry.plan.constants import CHUNK
-from lorry.plan.flops import flops_of
-from lorry.plan.known import KNOWN
-from lorry.plan.memory import MASTER, MOMENTS, Setup, kept_per_token, layer_kept, layer_weights, memory_of, vocabulary_weights
-from lorry.plan.shapes import Shape, shape_of
+from lorry.plan.adapters import PlannedAdapter, plan_adapter
+from lorry.plan.constants import SCORE_CHUNK
+from lorry.plan.flops import count_flops
+from lorry.plan.known import KNOWN_CONFIGS
+from lorry.plan.memory import (
+    MASTER_BYTES,
+    MOMENT_BYTES,
+    MemorySetup,
+    estimate_memory,
+    layer_saved_bytes,
+    layer_weights,
+    saved_bytes_per_token,
+    vocabulary_weights,
+)
+from lorry.plan.shapes import ModelShape, read_model_shape
 
 T = 2048
 FLOOR: dict[str, dict[str, Any]] = {
@@ -38,13 +47,13 @@ FLOOR: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(params=FLOOR)
-def case(request: pytest.FixtureRequest) -> tuple[Shape, Adapter, dict[str, Any]]:
-    shape = shape_of(KNOWN[request.param])
-    return shape, adapter_of(shape, LoraConfig(r=16), 16), FLOOR[request.param]
+def case(request: pytest.FixtureRequest) -> tuple[ModelShape, PlannedAdapter, dict[str, Any]]:
+    shape = read_model_shape(KNOWN_CONFIGS[request.param])
+    return shape, plan_adapter(shape, LoraConfig(r=16), 16), FLOOR[request.param]
 
 
-def setup(**changes: Any) -> Setup:
-    return Setup(**{"tokens": T, "length": T, **changes})
+def setup(**changes: Any) -> MemorySetup:
+    return MemorySetup(**{"tokens": T, "length": T, **changes})
 
 
 def near(expected: float, share: float = 0.005) -> Any:
@@ -52,7 +61,7 @@ def near(expected: float, share: float = 0.005) -> Any:
     return pytest.approx(expected, rel=share, abs=0.5)
 
 
-def weights_mib(shape: Shape, precision: Any) -> float:
+def weights_mib(shape: ModelShape, precision: Any) -> float:
     s = setup(precision=precision)
     return (shape.geometry.layers * layer_weights(shape, precision) + vocabulary_weights(shape, s)) / 2**20
 
@@ -66,13 +75,13 @@ def test_parameters(case: Any) -> None:
 
 def test_flops(case: Any) -> None:
     shape, adapter, floor = case
-    flops = flops_of(shape, adapter, setup())
+    flops = count_flops(shape, adapter, setup())
     n, p, attention = shape.active_body + shape.head_size, adapter.parameters, shape.geometry.layers * shape.queries * T
     assert flops.step == pytest.approx(4 * n + 7 * attention + 6 * p, rel=1e-9)
     assert flops.forward / 1e6 == near(floor["forward"])
     assert flops.backward / 1e6 == near(floor["backward"])
     assert flops.step / 1e6 == near(floor["step"])
-    assert flops_of(shape, adapter, setup(recompute="full")).step / 1e6 == near(floor["recomputed"])
+    assert count_flops(shape, adapter, setup(recompute="full")).step / 1e6 == near(floor["recomputed"])
     shares = [100 * x / flops.step for x in (flops.head, flops.attention, flops.adapter)]
     assert shares == [pytest.approx(s, abs=0.6) for s in floor["shares"]]
 
@@ -86,28 +95,28 @@ def test_weights(case: Any) -> None:
 
 def test_adapter(case: Any) -> None:
     _, adapter, floor = case
-    assert (MASTER + MOMENTS) * adapter.parameters / 2**20 == near(floor["adapter_mib"], 0.01)
+    assert (MASTER_BYTES + MOMENT_BYTES) * adapter.parameters / 2**20 == near(floor["adapter_mib"], 0.01)
 
 
 def test_activations(case: Any) -> None:
     shape, adapter, floor = case
     layers = range(shape.geometry.layers)
-    assert layer_kept(shape, setup(), []) / 1e3 == pytest.approx(floor["s_min"], abs=0.06)
+    assert layer_saved_bytes(shape, setup(), []) / 1e3 == pytest.approx(floor["s_min"], abs=0.06)
     low_rank = 2 * 16 * 7 * len(layers)  # A x of seven matrices, which the floor leaves out
-    assert (kept_per_token(shape, adapter, setup(), layers) - low_rank) * T / 2**20 == near(floor["kept_mib"])
-    full = kept_per_token(shape, adapter, setup(recompute="full"), layers) - 2 * 16 * 7
+    assert (saved_bytes_per_token(shape, adapter, setup(), layers) - low_rank) * T / 2**20 == near(floor["kept_mib"])
+    full = saved_bytes_per_token(shape, adapter, setup(recompute="full"), layers) - 2 * 16 * 7
     assert full * T / 2**20 == near(floor["full_mib"])
 
 
 def test_chunk_of_the_vocabulary(case: Any) -> None:
     """6 bytes a logit in the floor; the number of rows is what must agree."""
     shape, _, floor = case
-    assert 6 * CHUNK * shape.geometry.vocab / 2**20 == near(floor["chunk_mib"])
+    assert 6 * SCORE_CHUNK * shape.geometry.vocab / 2**20 == near(floor["chunk_mib"])
 
 
 def test_the_plan_lies_above_the_floor(case: Any) -> None:
     """No prediction can be below weights, adapter, optimizer and activations of the floor."""
     shape, adapter, floor = case
     for recompute, kept in (("none", "kept_mib"), ("full", "full_mib")):
-        memory = memory_of(shape, adapter, setup(recompute=recompute))
+        memory = estimate_memory(shape, adapter, setup(recompute=recompute))
         assert memory.above_imports / 2**20 > 0.995 * (floor["bf16"] + floor["adapter_mib"] + floor[kept])

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.attach import attach
-from lorry.adapters.mix import Call, Mix
+from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
 from lorry.config.schema import LoraConfig
-from lorry.families import find
+from lorry.families import find_family
 from lorry.kernels import attention as kernel
-from lorry.kernels.build import status
-from lorry.models.decoder.model import Decoder, Packed
+from lorry.kernels.build import kernel_status
+from lorry.models.decoder.model import Decoder, PackedInput
 from lorry.models.scoring import score, tiles
 from lorry.plan import constants
-from lorry.plan.adapters import adapter_of
-from lorry.plan.memory import Precision, Setup, kept_per_token
-from lorry.plan.shapes import shape_of
+from lorry.plan.adapters import plan_adapter
+from lorry.plan.memory import MemorySetup, PrecisionName, saved_bytes_per_token
+from lorry.plan.shapes import read_model_shape
 from tiny import VARIANTS
 
 T, RANK = 128, 4
@@ -40,9 +40,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def kept(config: dict[str, Any], precision: Precision, lora: LoraConfig, recompute: bool) -> int:
+def kept(config: dict[str, Any], precision: PrecisionName, lora: LoraConfig, recompute: bool) -> int:
     """Bytes that autograd holds after the layers have run, without weights and without the last norm's input."""
-    family = find(config["model_type"])
+    family = find_family(config["model_type"])
     assert family is not None
     model = Decoder(family, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **config})
     model = model.to(getattr(torch, precision)).requires_grad_(False)
@@ -66,7 +66,7 @@ def kept(config: dict[str, Any], precision: Precision, lora: LoraConfig, recompu
             remember(before)
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        last = model.hidden(Packed.of([[i % 29 for i in range(T)]]), Call(Mix.one("default"))).last
+        last = model.hidden(PackedInput.of([[i % 29 for i in range(T)]]), AdapterContext(Mix.one("default"))).last
     assert last is not None
     assert last.requires_grad
     remember(last.grad_fn)
@@ -75,29 +75,33 @@ def kept(config: dict[str, Any], precision: Precision, lora: LoraConfig, recompu
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_layers_keep(name: str, precision: Precision) -> None:
-    lora, shape = LoraConfig(r=RANK), shape_of(CONFIGS[name])
-    setup = Setup(tokens=T, length=T, precision=precision, tiles=status().amx)
-    planned = T * kept_per_token(shape, adapter_of(shape, lora, RANK), setup, range(3))
+def test_what_layers_keep(name: str, precision: PrecisionName) -> None:
+    lora, shape = LoraConfig(r=RANK), read_model_shape(CONFIGS[name])
+    setup = MemorySetup(tokens=T, length=T, precision=precision, tiles=kernel_status().amx)
+    planned = T * saved_bytes_per_token(shape, plan_adapter(shape, lora, RANK), setup, range(3))
     assert planned == pytest.approx(kept(CONFIGS[name], precision, lora, recompute=False), rel=0.005)
 
 
 def test_layers_below_the_lowest_adapter_keep_nothing() -> None:
-    lora, shape = LoraConfig(r=RANK, layers_to_transform=[2]), shape_of(CONFIGS["llama"])
-    adapter = adapter_of(shape, lora, RANK)
-    planned = T * kept_per_token(shape, adapter, Setup(tokens=T, length=T, tiles=status().amx), range(adapter.lowest, 3))
+    lora, shape = LoraConfig(r=RANK, layers_to_transform=[2]), read_model_shape(CONFIGS["llama"])
+    adapter = plan_adapter(shape, lora, RANK)
+    planned = T * saved_bytes_per_token(
+        shape, adapter, MemorySetup(tokens=T, length=T, tiles=kernel_status().amx), range(adapter.lowest, 3)
+    )
     assert planned == pytest.approx(kept(CONFIGS["llama"], "bfloat16", lora, recompute=False), rel=0.005)
 
 
 def test_recompute_keeps_the_layers_inputs() -> None:
-    lora, shape = LoraConfig(r=RANK), shape_of(CONFIGS["llama"])
-    setup = Setup(tokens=T, length=T, recompute="full", tiles=status().amx)
-    planned = T * kept_per_token(shape, adapter_of(shape, lora, RANK), setup, range(3))
-    one = T * kept_per_token(shape, adapter_of(shape, lora, RANK), Setup(tokens=T, length=T, tiles=status().amx), range(1))
+    lora, shape = LoraConfig(r=RANK), read_model_shape(CONFIGS["llama"])
+    setup = MemorySetup(tokens=T, length=T, recompute="full", tiles=kernel_status().amx)
+    planned = T * saved_bytes_per_token(shape, plan_adapter(shape, lora, RANK), setup, range(3))
+    one = T * saved_bytes_per_token(
+        shape, plan_adapter(shape, lora, RANK), MemorySetup(tokens=T, length=T, tiles=kernel_status().amx), range(1)
+    )
     assert planned - one == pytest.approx(kept(CONFIGS["llama"], "bfloat16", lora, recompute=True), rel=0.005)
 
 
 def test_constants_are_the_engines() -> None:
-    assert kernel.WIDTHS == constants.KERNEL_WIDTHS
-    assert (tiles.GROUP, tiles.TILE) == (constants.GROUP, constants.TILE)
-    assert score.CHUNK == constants.CHUNK
+    assert kernel.HEAD_WIDTHS == constants.KERNEL_WIDTHS
+    assert (tiles.GROUP_ROWS, tiles.TILE_ELEMENTS) == (constants.SCORE_GROUP, constants.SCORE_TILE)
+    assert score.CHUNK_TOKENS == constants.SCORE_CHUNK

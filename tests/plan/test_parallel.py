@@ -8,21 +8,23 @@ import pytest
 
 from lorry.config.schema import LoraConfig
 from lorry.errors import ConfigError
-from lorry.plan.adapters import adapter_of
-from lorry.plan.known import KNOWN
-from lorry.plan.memory import MASTER, MOMENTS, Memory, Setup
-from lorry.plan.parallel import Split, check, memory_per_gpu, slowdown
-from lorry.plan.shapes import shape_of
+from lorry.plan.adapters import plan_adapter
+from lorry.plan.known import KNOWN_CONFIGS
+from lorry.plan.memory import MASTER_BYTES, MOMENT_BYTES, MemoryEstimate, MemorySetup
+from lorry.plan.parallel import ParallelSplit, check_split, memory_per_gpu, pipeline_slowdown
+from lorry.plan.shapes import read_model_shape
 
 
-def per_gpu(model: str, backend: Any, processes: int, *, accumulation: int = 1, tokens: int = 4096, **split: int) -> Memory:
-    shape = shape_of(KNOWN[model])
-    setup = Setup(tokens=tokens, length=tokens, device="cuda")
-    adapter = adapter_of(shape, LoraConfig(r=16), 16)
-    return memory_per_gpu(shape, adapter, setup, Split(backend=backend, processes=processes, **split), accumulation)
+def per_gpu(
+    model: str, backend: Any, processes: int, *, accumulation: int = 1, tokens: int = 4096, **split: int
+) -> MemoryEstimate:
+    shape = read_model_shape(KNOWN_CONFIGS[model])
+    setup = MemorySetup(tokens=tokens, length=tokens, device="cuda")
+    adapter = plan_adapter(shape, LoraConfig(r=16), 16)
+    return memory_per_gpu(shape, adapter, setup, ParallelSplit(backend=backend, processes=processes, **split), accumulation)
 
 
-def part(memory: Memory, name: str) -> int:
+def part(memory: MemoryEstimate, name: str) -> int:
     return next(c.bytes for c in memory.components if c.name == name)
 
 
@@ -53,8 +55,8 @@ def test_tensor_parallel_divides_weights_and_activations() -> None:
     d, q, k, f = 4096, 4096, 1024, 14336
     columns = sum(d + out // 2 for out in (q, k, k, f, f))  # A whole, half of B
     rows = (q // 2 + d) + (f // 2 + d)  # half of A, B whole
-    assert part(two, "optimizer") == MOMENTS * 32 * 16 * (columns + rows)
-    assert part(two, "adapter") == (MASTER + 2) * 32 * 16 * (columns + rows)
+    assert part(two, "optimizer") == MOMENT_BYTES * 32 * 16 * (columns + rows)
+    assert part(two, "adapter") == (MASTER_BYTES + 2) * 32 * 16 * (columns + rows)
 
 
 def test_pipeline_stages_hold_what_is_in_flight() -> None:
@@ -65,13 +67,13 @@ def test_pipeline_stages_hold_what_is_in_flight() -> None:
     assert part(full, "activations") == pytest.approx(part(one, "activations"), rel=1e-3)
     assert part(lone, "activations") == pytest.approx(part(one, "activations") / 4, rel=1e-3)
     assert part(full, "base weights") == pytest.approx(part(one, "base weights") / 4, rel=1e-3)
-    assert slowdown(Split(pipeline=4), 8) == pytest.approx(11 / 8)
+    assert pipeline_slowdown(ParallelSplit(pipeline=4), 8) == pytest.approx(11 / 8)
 
 
 def test_experts_are_divided_by_their_own_groups() -> None:
     none = part(per_gpu("mixtral-8x7b", "megatron", 8), "base weights")
     eight = part(per_gpu("mixtral-8x7b", "megatron", 8, expert=8), "base weights")
-    shape = shape_of(KNOWN["mixtral-8x7b"])
+    shape = read_model_shape(KNOWN_CONFIGS["mixtral-8x7b"])
     experts = 2 * 32 * shape.layer_experts
     assert none - eight == pytest.approx(experts * 7 / 8, rel=1e-4)
 
@@ -79,7 +81,7 @@ def test_experts_are_divided_by_their_own_groups() -> None:
 @pytest.mark.parametrize("pipeline", [1, 2, 3, 4, 7])
 def test_every_layer_lies_on_some_stage(pipeline: int) -> None:
     """Uneven stages: the fullest holds ceil(layers / stages) of them, give or take none."""
-    shape = shape_of(KNOWN["llama-3-8b"])
+    shape = read_model_shape(KNOWN_CONFIGS["llama-3-8b"])
     one = part(per_gpu("llama-3-8b", "single", 1), "base weights")
     most = part(per_gpu("llama-3-8b", "megatron", pipeline, pipeline=pipeline), "base weights")
     layers = shape.geometry.layers
@@ -100,4 +102,4 @@ def test_every_layer_lies_on_some_stage(pipeline: int) -> None:
 )
 def test_splits_that_cannot_be(split: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check(Split(**split), shape_of(KNOWN["llama-3-8b"]))
+        check_split(ParallelSplit(**split), read_model_shape(KNOWN_CONFIGS["llama-3-8b"]))

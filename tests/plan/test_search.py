@@ -8,34 +8,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorry.config import Run, build
-from lorry.config.parsing.sizes import in_words, parse_size
+from lorry.config import RunConfig, build_settings
+from lorry.config.parsing.sizes import parse_size, size_in_words
 from lorry.config.schema import LoraConfig
 from lorry.errors import ConfigError
-from lorry.plan.adapters import adapter_of
-from lorry.plan.known import KNOWN
-from lorry.plan.memory import PRECISIONS, Memory, Setup, memory_of
-from lorry.plan.search import ranks_up_to, splits_of
-from lorry.plan.settle import find, impossible, on_one_device, open_choices
-from lorry.plan.shapes import Shape, shape_of
+from lorry.plan.adapters import plan_adapter
+from lorry.plan.known import KNOWN_CONFIGS
+from lorry.plan.memory import PRECISIONS, MemoryEstimate, MemorySetup, estimate_memory
+from lorry.plan.search import batch_splits, powers_of_two
+from lorry.plan.settle import find_fitting_choice, no_choice_fits_error, open_choices, single_device_memory
+from lorry.plan.shapes import ModelShape, read_model_shape
 
-SHAPES = {name: shape_of(KNOWN[name]) for name in ("smollm2-135m", "gpt2", "pythia-160m", "qwen3-0.6b", "mixtral-8x7b")}
+SHAPES = {
+    name: read_model_shape(KNOWN_CONFIGS[name]) for name in ("smollm2-135m", "gpt2", "pythia-160m", "qwen3-0.6b", "mixtral-8x7b")
+}
 shapes = st.sampled_from(list(SHAPES.values()))
 tokens = st.sampled_from([64, 256, 1024, 4096])
 GIB = 2**30
 
 
-def need(shape: Shape, rank: int = 8, **setup: Any) -> Memory:
-    full = Setup(**{"tokens": 1024, "length": 1024, **setup})
-    return memory_of(shape, adapter_of(shape, LoraConfig(r=rank), rank), full)
+def need(shape: ModelShape, rank: int = 8, **setup: Any) -> MemoryEstimate:
+    full = MemorySetup(**{"tokens": 1024, "length": 1024, **setup})
+    return estimate_memory(shape, plan_adapter(shape, LoraConfig(r=rank), rank), full)
 
 
-def run(**settings: Any) -> Run:
-    return build(Run, {"data": "x.jsonl", "model": "smollm2-135m", **settings}, [])
+def run(**settings: Any) -> RunConfig:
+    return build_settings(RunConfig, {"data": "x.jsonl", "model": "smollm2-135m", **settings}, [])
 
 
 @given(shapes, tokens, st.sampled_from(PRECISIONS), st.sampled_from(["cpu", "cuda"]))
-def test_every_component_is_whole_and_counted(shape: Shape, t: int, precision: Any, device: Any) -> None:
+def test_every_component_is_whole_and_counted(shape: ModelShape, t: int, precision: Any, device: Any) -> None:
     memory = need(shape, tokens=t, length=t, precision=precision, device=device)
     assert all(isinstance(c.bytes, int) and c.bytes >= 0 for c in memory.components)
     assert memory.total == sum(c.bytes for c in memory.components)
@@ -43,7 +45,7 @@ def test_every_component_is_whole_and_counted(shape: Shape, t: int, precision: A
 
 
 @given(shapes, tokens, st.sampled_from(["bfloat16", "float32"]))
-def test_more_of_anything_needs_more(shape: Shape, t: int, precision: Any) -> None:
+def test_more_of_anything_needs_more(shape: ModelShape, t: int, precision: Any) -> None:
     here = need(shape, tokens=t, length=t, precision=precision).total
     assert need(shape, tokens=2 * t, length=t, precision=precision).total > here
     assert need(shape, 16, tokens=t, length=t, precision=precision).total > here
@@ -51,7 +53,7 @@ def test_more_of_anything_needs_more(shape: Shape, t: int, precision: Any) -> No
 
 
 @given(shapes)
-def test_formats_are_ordered(shape: Shape) -> None:
+def test_formats_are_ordered(shape: ModelShape) -> None:
     base = [sum(c.bytes for c in need(shape, precision=p).components if c.name == "base weights") for p in PRECISIONS]
     by_name = dict(zip(PRECISIONS, base, strict=True))
     assert by_name["float32"] > by_name["bfloat16"] == by_name["float16"] > by_name["int8"] > by_name["nf4"] == by_name["fp4"]
@@ -62,14 +64,14 @@ def test_nothing_is_kept_below_the_lowest_adapter() -> None:
     kept = {}
     for first in (0, 15, 29):
         lora = LoraConfig(layers_to_transform=list(range(first, 30)))
-        memory = memory_of(shape, adapter_of(shape, lora, 8), Setup(tokens=1024, length=1024))
+        memory = estimate_memory(shape, plan_adapter(shape, lora, 8), MemorySetup(tokens=1024, length=1024))
         kept[first] = next(c.bytes for c in memory.components if c.name == "activations")
     assert kept[0] == 2 * kept[15] == 30 * kept[29]
 
 
 @given(st.integers(1, 64), st.integers(1, 16))
 def test_splits_make_the_same_step(rows: int, accumulation: int) -> None:
-    found = splits_of(rows, accumulation)
+    found = batch_splits(rows, accumulation)
     assert all(r * a == rows * accumulation for r, a in found)
     assert found[0] == (rows, accumulation)
     assert found[-1][0] % 2 == 1
@@ -77,7 +79,7 @@ def test_splits_make_the_same_step(rows: int, accumulation: int) -> None:
 
 @pytest.mark.parametrize(("largest", "ranks"), [(1, [1]), (7, [1, 2, 4]), (128, [1, 2, 4, 8, 16, 32, 64, 128])])
 def test_ranks_are_powers_of_two(largest: int, ranks: list[int]) -> None:
-    assert ranks_up_to(largest) == ranks
+    assert powers_of_two(largest) == ranks
 
 
 # --- what is open, and what is taken
@@ -111,8 +113,8 @@ def test_the_first_that_fits_is_taken_and_all_before_it_do_not(budget: float, se
     described = run(memory_budget=f"{budget:.4f}GiB", **settings)
     shape, limit = SHAPES["smollm2-135m"], parse_size(f"{budget:.4f}GiB")
     options = open_choices(described, shape, ["bfloat16"])
-    bill = on_one_device(described, shape, "cpu", True)
-    found = find(described, options, bill)
+    bill = single_device_memory(described, shape, "cpu", True)
+    found = find_fitting_choice(described, options, bill)
     fitting = [o for o in options if bill(o).total <= limit]
     assert (found.best.choice if found.best else None) == (fitting[0] if fitting else None)
     if found.best:
@@ -126,15 +128,23 @@ def test_the_first_that_fits_is_taken_and_all_before_it_do_not(budget: float, se
 def test_the_smallest_budget_that_is_named_works(budget: str, settings: Any) -> None:
     shape = SHAPES["smollm2-135m"]
     described = run(memory_budget=budget, **settings)
-    found = find(described, open_choices(described, shape, ["bfloat16"]), on_one_device(described, shape, "cpu", True))
+    found = find_fitting_choice(
+        described, open_choices(described, shape, ["bfloat16"]), single_device_memory(described, shape, "cpu", True)
+    )
     if found.best is not None:
         return
-    message = str(impossible(described, found))
+    message = str(no_choice_fits_error(described, found))
     enough = message.split("memory_budget=")[2].split()[0]
     again = run(memory_budget=enough, **settings)
-    assert find(again, open_choices(again, shape, ["bfloat16"]), on_one_device(again, shape, "cpu", True)).best is not None
+    assert (
+        find_fitting_choice(again, open_choices(again, shape, ["bfloat16"]), single_device_memory(again, shape, "cpu", True)).best
+        is not None
+    )
     less = run(memory_budget=f"{int(enough.removesuffix('MiB')) - 1}MiB", **settings)
-    assert find(less, open_choices(less, shape, ["bfloat16"]), on_one_device(less, shape, "cpu", True)).best is None
+    assert (
+        find_fitting_choice(less, open_choices(less, shape, ["bfloat16"]), single_device_memory(less, shape, "cpu", True)).best
+        is None
+    )
 
 
 def test_the_component_that_breaks_a_budget() -> None:
@@ -170,7 +180,7 @@ def test_plain_numbers_are_bytes_and_words_are_close(size: int) -> None:
     assert budget is not None
     assert parse_size(budget) == size
     if size >= 1 << 24:
-        assert parse_size(in_words(size)) == pytest.approx(size, rel=0.04)
+        assert parse_size(size_in_words(size)) == pytest.approx(size, rel=0.04)
 
 
 def test_an_automatic_rank_needs_a_budget() -> None:

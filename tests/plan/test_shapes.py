@@ -13,11 +13,11 @@ from lorry.adapters.attach import attach
 from lorry.adapters.spec import LoraSpec
 from lorry.config.schema import LoraConfig
 from lorry.errors import ConfigError, ModelError
-from lorry.families import find
+from lorry.families import find_family
 from lorry.models.decoder.model import Decoder
-from lorry.plan.adapters import adapter_of, largest_rank
-from lorry.plan.known import KNOWN
-from lorry.plan.shapes import shape_of
+from lorry.plan.adapters import largest_rank, plan_adapter
+from lorry.plan.known import KNOWN_CONFIGS
+from lorry.plan.shapes import read_model_shape
 from tiny import FOREIGN, VARIANTS
 
 # Billions of parameters as the model's page or its name says them.
@@ -37,17 +37,17 @@ def parameters(config: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_well_known_models_have_the_published_size(name: str) -> None:
-    assert shape_of(KNOWN[name]).parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=0.005)
+    assert read_model_shape(KNOWN_CONFIGS[name]).parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=0.005)
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen3-0.6b", "gpt2", "pythia-160m", "mixtral-8x7b", "qwen3-30b-a3b"])
 def test_well_known_models_against_transformers(name: str) -> None:
-    assert shape_of(KNOWN[name]).parameters == parameters(KNOWN[name])
+    assert read_model_shape(KNOWN_CONFIGS[name]).parameters == parameters(KNOWN_CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_against_transformers(name: str) -> None:
-    shape = shape_of(VARIANTS[name])
+    shape = read_model_shape(VARIANTS[name])
     assert shape.parameters == parameters(VARIANTS[name])
     assert shape.native
     assert not shape.estimate
@@ -55,7 +55,7 @@ def test_every_variant_against_transformers(name: str) -> None:
 
 def test_experts_that_a_token_visits() -> None:
     """Qwen3-30B-A3B: its name says that 3 billion parameters are active."""
-    shape = shape_of(KNOWN["qwen3-30b-a3b"])
+    shape = read_model_shape(KNOWN_CONFIGS["qwen3-30b-a3b"])
     assert (shape.active_body + shape.head_size + shape.embedding) / 1e9 == pytest.approx(3.35, rel=0.01)
 
 
@@ -71,7 +71,7 @@ def test_experts_that_a_token_visits() -> None:
     ids=str,
 )
 def test_adapters_have_the_engines_size(name: str, lora: dict[str, Any]) -> None:
-    family = find(VARIANTS[name]["model_type"])
+    family = find_family(VARIANTS[name]["model_type"])
     assert family is not None
     config = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **VARIANTS[name]}
     model = Decoder(family, config)
@@ -79,14 +79,14 @@ def test_adapters_have_the_engines_size(name: str, lora: dict[str, Any]) -> None
     if name == "llama tied" and "lm_head" in lora.get("target_modules", ""):
         described = described.model_copy(update={"target_modules": ["embed"]})
     adapter = attach(model, LoraSpec(**described.model_dump(exclude={"adapter_name", "bias"})))
-    planned = adapter_of(shape_of(VARIANTS[name]), described, 4)
+    planned = plan_adapter(read_model_shape(VARIANTS[name]), described, 4)
     assert planned.parameters == adapter.values.numel()
     assert {s.path for s in planned.sittings} == set(adapter.slots)
 
 
 def test_ranks_by_pattern_and_what_is_left_out() -> None:
     lora = LoraConfig.model_validate({"r": 4, "rank_pattern": {"q_proj": 16}, "exclude_modules": ["down_proj", "up_proj"]})
-    sittings = adapter_of(shape_of(VARIANTS["llama"]), lora, 4).sittings
+    sittings = plan_adapter(read_model_shape(VARIANTS["llama"]), lora, 4).sittings
     assert {s.rank for s in sittings if s.path.endswith("q_proj")} == {16}
     assert {s.rank for s in sittings if not s.path.endswith("q_proj")} == {4}
     assert not [s for s in sittings if s.path.endswith(("down_proj", "up_proj"))]
@@ -103,18 +103,18 @@ def test_ranks_by_pattern_and_what_is_left_out() -> None:
 )
 def test_names_that_match_nothing(lora: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        adapter_of(shape_of(VARIANTS["llama"]), LoraConfig.model_validate(lora), 4)
+        plan_adapter(read_model_shape(VARIANTS["llama"]), LoraConfig.model_validate(lora), 4)
 
 
 def test_the_largest_rank_is_no_wider_than_any_matrix() -> None:
     """SmolLM2's keys are 192 wide: a rank of 256 would add nothing there."""
-    assert largest_rank(shape_of(KNOWN["smollm2-135m"]), LoraConfig()) == 128
-    assert largest_rank(shape_of(KNOWN["llama-3-8b"]), LoraConfig()) == 256
+    assert largest_rank(read_model_shape(KNOWN_CONFIGS["smollm2-135m"]), LoraConfig()) == 128
+    assert largest_rank(read_model_shape(KNOWN_CONFIGS["llama-3-8b"]), LoraConfig()) == 256
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere"])
 def test_other_architectures_are_estimates_that_say_so(kind: str) -> None:
-    shape = shape_of(FOREIGN[kind])
+    shape = read_model_shape(FOREIGN[kind])
     assert not shape.native
     assert shape.estimate
     assert kind in shape.why
@@ -122,7 +122,7 @@ def test_other_architectures_are_estimates_that_say_so(kind: str) -> None:
 
 
 def test_a_window_shorter_than_the_context_is_not_native() -> None:
-    shape = shape_of({**VARIANTS["mistral"], "sliding_window": 8})
+    shape = read_model_shape({**VARIANTS["mistral"], "sliding_window": 8})
     assert "sliding_window=8" in shape.why
 
 
@@ -138,4 +138,4 @@ def test_a_window_shorter_than_the_context_is_not_native() -> None:
 )
 def test_configs_that_cannot_be_planned(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        shape_of(config)
+        read_model_shape(config)

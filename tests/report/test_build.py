@@ -1,4 +1,4 @@
-"""`report.build` end to end: what it writes and where, what a browser makes of it, and that it needs no torch."""
+"""`report.write_report` end to end: what it writes and where, what a browser makes of it, and that it needs no torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 from tests.report.runs import HOSTILE, full, metrics
 
 from lorry.errors import DataError
-from lorry.report import build
-from lorry.report.plots import png
-from lorry.runs.read import load_readable
+from lorry.report import write_report
+from lorry.report.plots import render_png
+from lorry.runs.read import read_readable_runs
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -29,23 +29,23 @@ def names(path: Path) -> set[str]:
 def test_one_run_gets_its_page_and_picture(tmp_path: Path) -> None:
     run = full(tmp_path / "r")
     before = names(run)
-    assert build([run]) == run / "report.html"
-    assert names(run) - before == {"report.html", "report.png"}
-    assert (run / "report.png").read_bytes().startswith(PNG)
+    assert write_report([run]) == run / "report.html"
+    assert names(run) - before == {"report.html", "report.render_png"}
+    assert (run / "report.render_png").read_bytes().startswith(PNG)
     assert (run / "report.html").read_text("utf-8").startswith("<!doctype html>")
 
 
 def test_building_twice_gives_the_same_page(tmp_path: Path) -> None:
     run = full(tmp_path / "r")
-    first = build([run]).read_bytes()
-    assert build([run]).read_bytes() == first
+    first = write_report([run]).read_bytes()
+    assert write_report([run]).read_bytes() == first
 
 
 def test_where_the_page_goes(tmp_path: Path) -> None:
     one, two = full(tmp_path / "runs" / "one"), full(tmp_path / "runs" / "two")
-    assert build([one, two]) == tmp_path / "runs" / "comparison.html"
-    assert build([one], tmp_path / "out") == tmp_path / "out" / "report.html"
-    assert build([one], tmp_path / "deep" / "page.html") == tmp_path / "deep" / "page.html"
+    assert write_report([one, two]) == tmp_path / "runs" / "comparison.html"
+    assert write_report([one], tmp_path / "out") == tmp_path / "out" / "report.html"
+    assert write_report([one], tmp_path / "deep" / "page.html") == tmp_path / "deep" / "page.html"
     assert names(tmp_path / "deep") == {"page.html", "page.png"}
 
 
@@ -53,9 +53,9 @@ def test_a_bad_run_writes_nothing(tmp_path: Path) -> None:
     good, bad = full(tmp_path / "good"), full(tmp_path / "bad")
     (bad / "samples.json").write_text("[")
     with pytest.raises(DataError, match=r"samples\.json:1"):
-        build([bad], tmp_path / "out")
+        write_report([bad], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    page = build([good, bad], tmp_path / "out").read_text("utf-8")
+    page = write_report([good, bad], tmp_path / "out").read_text("utf-8")
     assert "bad is damaged and left out" in page
     assert "samples.json:1" in page
 
@@ -63,14 +63,14 @@ def test_a_bad_run_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [0, 1, 2, 15])
 def test_pictures_of_short_runs(tmp_path: Path, steps: int) -> None:
     metrics(tmp_path / "r", steps)
-    assert png(load_readable([tmp_path / "r"])[0]).startswith(PNG)
+    assert render_png(read_readable_runs([tmp_path / "r"])[0]).startswith(PNG)
 
 
 def test_pictures_of_hostile_names_and_values(tmp_path: Path) -> None:
     paths = [full(tmp_path / name, text=HOSTILE[4]) for name in ("_$x^{$", "_b", "c<script>")]
     lines = [{"step": i, "loss": v} for i, v in enumerate(["NaN", 1e308, -1e308, "Infinity", 0.5], 1)]
     (paths[0] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert png(load_readable(paths)[0]).startswith(PNG)
+    assert render_png(read_readable_runs(paths)[0]).startswith(PNG)
 
 
 def test_the_picture_shows_the_curve(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_picture_shows_the_curve(tmp_path: Path) -> None:
     from PIL import Image
 
     metrics(tmp_path / "r", 50)
-    image = Image.open(io.BytesIO(png(load_readable([tmp_path / "r"])[0]))).convert("RGB")
+    image = Image.open(io.BytesIO(render_png(read_readable_runs([tmp_path / "r"])[0]))).convert("RGB")
     blue = sum(count for count, color in image.getcolors(2**24) or [] if color == (0x2A, 0x78, 0xD6))
     assert image.width > 1000
     assert blue > 1500
@@ -113,7 +113,7 @@ def in_browser(chromium: str, page: Path) -> tuple[str, str]:
 
 
 def test_a_browser_shows_every_section_and_asks_for_nothing(tmp_path: Path, chromium: str) -> None:
-    dom, console = in_browser(chromium, build([full(tmp_path / "people", text=" ".join(HOSTILE[:4]))]))
+    dom, console = in_browser(chromium, write_report([full(tmp_path / "people", text=" ".join(HOSTILE[:4]))]))
     for section in ("figures", "curves", "evaluation", "samples", "training-rows", "contracts", "settings", "receipt"):
         assert re.search(rf'<section[^>]* id="{section}"', dom), section
     assert "<title>people · Lorry</title>" in dom  # every hostile text tries to change it
@@ -122,13 +122,13 @@ def test_a_browser_shows_every_section_and_asks_for_nothing(tmp_path: Path, chro
 
 
 def test_a_browser_shows_a_comparison(tmp_path: Path, chromium: str) -> None:
-    dom, console = in_browser(chromium, build([full(tmp_path / "a"), full(tmp_path / "b", rank=4)]))
+    dom, console = in_browser(chromium, write_report([full(tmp_path / "a"), full(tmp_path / "b", rank=4)]))
     assert '<section id="differences">' in dom
     assert console == ""
 
 
 def test_the_browser_check_can_fail(tmp_path: Path, chromium: str) -> None:
-    page = build([full(tmp_path / "r")])
+    page = write_report([full(tmp_path / "r")])
     page.write_text(
         page.read_text().replace("</main>", '<img src="http://127.0.0.1:9/x.png"><script>document.title="hacked"</script></main>')
     )

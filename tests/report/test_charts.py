@@ -13,23 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.report.runs import full, metrics
 
-from lorry.formatting import byte_scale, duration, number, scientific, size
+from lorry.formatting import byte_scale, format_bytes, format_duration, format_number, format_scientific
 from lorry.report.axes import nice_step, step_axis, value_axis
-from lorry.report.curves import Panel, Series, drawable, panels, smooth, thin
-from lorry.report.svg import chart
-from lorry.runs.read import load_readable
-from lorry.visible import visible
+from lorry.report.curves import ChartPanel, CurveSeries, build_panels, is_drawable, smooth_curve, thin_curve
+from lorry.report.svg import render_chart
+from lorry.runs.read import read_readable_runs
+from lorry.visible import make_visible
 
 finite = st.floats(-1e299, 1e299)
 anything = st.one_of(st.floats(), st.floats(-5, 5))
 
 
-def drawn(panel: Panel, width: int = 560) -> ElementTree.Element:
-    return ElementTree.fromstring(chart(panel, "c", width))
+def drawn(panel: ChartPanel, width: int = 560) -> ElementTree.Element:
+    return ElementTree.fromstring(render_chart(panel, "c", width))
 
 
-def series(values: list[float], kind: str = "line", label: str = "") -> Series:
-    return Series(label, 0, kind, list(range(1, len(values) + 1)), values)  # type: ignore[arg-type]
+def series(values: list[float], kind: str = "line", label: str = "") -> CurveSeries:
+    return CurveSeries(label, 0, kind, list(range(1, len(values) + 1)), values)  # type: ignore[arg-type]
 
 
 def with_class(root: ElementTree.Element, name: str) -> list[ElementTree.Element]:
@@ -92,22 +92,22 @@ def test_a_nice_step_is_the_next_round_one(rough: float) -> None:
 @given(st.lists(anything, max_size=300), st.integers(20, 80))
 def test_thinning_keeps_extremes_ends_and_gaps(values: list[float], most: int) -> None:
     steps = list(range(len(values)))
-    kept_steps, kept = thin(steps, values, most)
+    kept_steps, kept = thin_curve(steps, values, most)
     assert kept_steps == sorted(set(kept_steps))
     assert all(repr(values[int(s)]) == repr(v) for s, v in zip(kept_steps, kept, strict=True))
     assert len(kept) <= 1.5 * most + 5
-    real = [v for v in values if drawable(v)]
+    real = [v for v in values if is_drawable(v)]
     if real:
-        shown = [v for v in kept if drawable(v)]
+        shown = [v for v in kept if is_drawable(v)]
         assert (min(shown), max(shown)) == (min(real), max(real))
     if values:
         assert (kept_steps[0], kept_steps[-1]) == (0, len(values) - 1)
-    assert any(not drawable(v) for v in kept) == any(not drawable(v) for v in values)
+    assert any(not is_drawable(v) for v in kept) == any(not is_drawable(v) for v in values)
 
 
 @given(st.lists(st.one_of(st.floats(-100, 100), st.just(math.nan)), min_size=1, max_size=40), st.sampled_from([3, 5, 17, 99]))
 def test_smoothing_is_the_plain_mean_around_each_step(values: list[float], window: int) -> None:
-    steps, out = smooth(range(len(values)), values, window)
+    steps, out = smooth_curve(range(len(values)), values, window)
     assert steps == list(range(len(values)))
     for i, mean in enumerate(out):
         around = [v for j, v in enumerate(values) if abs(i - j) <= window // 2 and not math.isnan(v)]
@@ -115,14 +115,14 @@ def test_smoothing_is_the_plain_mean_around_each_step(values: list[float], windo
 
 
 def test_smoothing_a_long_series_takes_fewer_points_and_the_last() -> None:
-    steps, out = smooth(range(50_000), [float(i) for i in range(50_000)], 2501)
+    steps, out = smooth_curve(range(50_000), [float(i) for i in range(50_000)], 2501)
     assert len(steps) <= 1001
     assert steps[-1] == 49_999
     assert out[100] == pytest.approx(steps[100])
 
 
 def test_a_chart_is_well_formed_and_says_what_it_shows() -> None:
-    root = drawn(Panel("Loss", "nats", (series([3.0, 2.0, 1.0], label="run"),)))
+    root = drawn(ChartPanel("Loss", "nats", (series([3.0, 2.0, 1.0], label="run"),)))
     assert root.get("role") == "img"
     texts = {e.get("id"): e.text for e in root if e.get("id")}
     assert texts["c-title"] == "Loss"
@@ -133,20 +133,20 @@ def test_a_chart_is_well_formed_and_says_what_it_shows() -> None:
 
 @given(st.lists(anything, min_size=1, max_size=60))
 def test_curves_stay_inside_the_frame(values: list[float]) -> None:
-    root = drawn(Panel("p", "", (series(values), series(values, "points")), log_if_wide=True))
+    root = drawn(ChartPanel("p", "", (series(values), series(values, "points")), log_if_wide=True))
     sheet = with_class(root, "sheet")[0]
     left, top, width, height = (float(sheet.get(k, "")) for k in ("x", "y", "width", "height"))
     for path in with_class(root, "line"):
         for x, y in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", path.get("d", "")):
             assert left - 0.11 <= float(x) <= left + width + 0.11
             assert top - 0.11 <= float(y) <= top + height + 0.11
-    assert len([e for e in with_class(root, "points") if e.tag == "circle"]) == sum(drawable(v) for v in values)
+    assert len([e for e in with_class(root, "points") if e.tag == "circle"]) == sum(is_drawable(v) for v in values)
     data = json.loads(sheet.get("data-curves", ""))
     assert [len(s["steps"]) for s in data["series"]] == [len(values), len(values)]
 
 
 def test_gaps_break_the_line_and_are_marked() -> None:
-    root = drawn(Panel("p", "", (series([1.0, 2.0, math.nan, 4.0, math.inf, 6.0, 7.0]),)))
+    root = drawn(ChartPanel("p", "", (series([1.0, 2.0, math.nan, 4.0, math.inf, 6.0, 7.0]),)))
     (path,) = with_class(root, "line")
     assert path.get("d", "").count("M") == 3
     assert path.get("d", "").count("h0") == 1  # step 4 stands alone
@@ -154,7 +154,7 @@ def test_gaps_break_the_line_and_are_marked() -> None:
 
 
 def test_the_curve_lies_where_the_numbers_say() -> None:
-    root = drawn(Panel("p", "", (series([0.0, 5.0, 10.0]),)))
+    root = drawn(ChartPanel("p", "", (series([0.0, 5.0, 10.0]),)))
     (path,) = with_class(root, "line")
     points = [(float(x), float(y)) for x, y in re.findall(r"[ML]([\d.]+) ([\d.]+)", path.get("d", ""))]
     ticks = {e.text: float(e.get("y", "")) - 4 for e in with_class(root, "tick") if e.text in ("0", "10")}
@@ -166,7 +166,11 @@ def test_the_curve_lies_where_the_numbers_say() -> None:
 
 def test_many_runs_wrap_their_legend_and_keep_their_plot() -> None:
     few, many = (
-        drawn(Panel("p", "", tuple(Series(f"a run with a long name {i}" * 2, i, "line", [1, 2], [1, 2]) for i in range(n))))
+        drawn(
+            ChartPanel(
+                "p", "", tuple(CurveSeries(f"a run with a long name {i}" * 2, i, "line", [1, 2], [1, 2]) for i in range(n))
+            )
+        )
         for n in (1, 12)
     )
     heights = [float(with_class(root, "sheet")[0].get("height", "")) for root in (few, many)]
@@ -178,14 +182,14 @@ def test_many_runs_wrap_their_legend_and_keep_their_plot() -> None:
 
 
 def test_panels_of_one_run_and_of_several(tmp_path: Path) -> None:
-    runs = load_readable([full(tmp_path / name, steps=40) for name in "abcd"])[0]
-    one = {p.title: p for p in panels(runs[:1])}
+    runs = read_readable_runs([full(tmp_path / name, steps=40) for name in "abcd"])[0]
+    one = {p.title: p for p in build_panels(runs[:1])}
     assert [s.kind for s in one["Loss"].series] == ["raw", "line", "points"]
     assert one["Throughput"].series[0].values[0] == pytest.approx(800 / 1.25)
     assert one["Peak memory"].unit == "GiB"
     assert one["Peak memory"].series[0].values[0] == 3.0
     assert "tokens" not in one
-    four = {p.title: p for p in panels(runs)}
+    four = {p.title: p for p in build_panels(runs)}
     assert [s.label for s in four["Loss"].series if s.in_legend] == ["a", "b", "c", "d"]
     assert {s.kind for s in four["Loss"].series} == {"line", "points"}  # four raw curves would hide each other
 
@@ -195,7 +199,7 @@ def test_runs_of_several_adapters_show_each(tmp_path: Path) -> None:
         {"step": i, "loss": 2.0, "adapters": {"a": {"loss": 1.0 * i, "grad_norm": 0.5}, "b": {"loss": "NaN"}}} for i in (1, 2)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    shown = {p.title: p.series for p in panels(load_readable([tmp_path])[0])}
+    shown = {p.title: p.series for p in build_panels(read_readable_runs([tmp_path])[0])}
     assert [(s.label, s.color, s.steps) for s in shown["Loss of each adapter"]] == [("a", 0, [1, 2]), ("b", 1, [1, 2])]
     assert shown["Loss of each adapter"][0].values == [1.0, 2.0]
     assert [len(s.steps) for s in shown["Gradient norm of each adapter"]] == [2, 0]
@@ -203,7 +207,7 @@ def test_runs_of_several_adapters_show_each(tmp_path: Path) -> None:
 
 def test_short_series_are_drawn_as_they_are(tmp_path: Path) -> None:
     metrics(tmp_path / "r", 4)
-    loss = panels(load_readable([tmp_path / "r"])[0])[0]
+    loss = build_panels(read_readable_runs([tmp_path / "r"])[0])[0]
     assert [(s.kind, len(s.steps)) for s in loss.series] == [("line", 4)]
 
 
@@ -218,19 +222,19 @@ def test_numbers_as_people_read_them() -> None:
         math.nan: "NaN",
         True: "True",
     }
-    assert {value: number(value) for value in shown} == shown
-    assert number(-math.inf) == "-∞"
-    assert number(None) == "–"
-    assert scientific(1e-300, 2) == "1e-300"
+    assert {value: format_number(value) for value in shown} == shown
+    assert format_number(-math.inf) == "-∞"
+    assert format_number(None) == "–"
+    assert format_scientific(1e-300, 2) == "1e-300"
     times = {0.04: "0.0 s", 59.9: "59.9 s", 59.96: "1 min 00 s", 252: "4 min 12 s", 3600: "1 h 00 min", 11_100: "3 h 05 min"}
-    assert {seconds: duration(seconds) for seconds in times} == times
-    assert [size(b) for b in (0, 1023, 2**20, 2.31 * 2**30, None)] == ["0 B", "1023 B", "1.00 MiB", "2.31 GiB", "–"]
+    assert {seconds: format_duration(seconds) for seconds in times} == times
+    assert [format_bytes(b) for b in (0, 1023, 2**20, 2.31 * 2**30, None)] == ["0 B", "1023 B", "1.00 MiB", "2.31 GiB", "–"]
     assert byte_scale(math.inf) == (1.0, "B")
 
 
 @given(st.text())
 def test_visible_text_can_be_printed_and_encoded(text: str) -> None:
-    shown = visible(text)
+    shown = make_visible(text)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
     shown.encode("utf-8")
     assert len(shown) == len(text)

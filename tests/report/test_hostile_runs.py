@@ -18,14 +18,14 @@ from tests.report.runs import dump, full
 
 from lorry.cli import main
 from lorry.errors import DataError
-from lorry.report import build
-from lorry.report.compare import row_of, side_by_side
-from lorry.report.html import page
-from lorry.report.plots import png
-from lorry.report.table import show
+from lorry.report import write_report
+from lorry.report.compare import compare_runs_table, comparison_row
+from lorry.report.html import render_page
+from lorry.report.plots import render_png
+from lorry.report.table import render_runs
 from lorry.runs import status
-from lorry.runs.read import FILES, load, load_readable
-from lorry.runs.series import LONGEST_NAME, MOST_ADAPTERS, MOST_NAMES, read
+from lorry.runs.read import RUN_FILES, read_readable_runs, read_run
+from lorry.runs.series import LONGEST_NAME, MOST_ADAPTERS, MOST_NAMES, read_metrics
 
 YAML_BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}\n" for i in range(1, 40))
 SOUND = {"pid": 1, "born": 0.0, "host": "h", "folder": [1, 2], "command": [], "started": "2026-01-01T00:00:00+00:00"}
@@ -50,11 +50,11 @@ DAMAGE = [
 
 def shown(*paths: Path) -> str:
     """Everything that any verb shows of runs, as text."""
-    runs, damaged = load_readable(paths)
+    runs, damaged = read_readable_runs(paths)
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(show(runs, damaged=damaged), side_by_side([row_of(run) for run in runs]))
-    return captured.get() + page(runs, damaged)
+        console.print(render_runs(runs, damaged=damaged), compare_runs_table([comparison_row(run) for run in runs]))
+    return captured.get() + render_page(runs, damaged)
 
 
 @pytest.mark.parametrize(("file", "content", "why"), DAMAGE, ids=lambda value: str(value)[:20])
@@ -63,8 +63,8 @@ def test_a_damaged_run_is_listed_and_hides_no_other(tmp_path: Path, file: str, c
     (bad / file).write_text(content)
     begun = time.process_time()
     with pytest.raises(DataError, match=why):
-        load(bad)
-    listed = {state.name: state for state in status.listed(tmp_path)}
+        read_run(bad)
+    listed = {state.name: state for state in status.list_run_states(tmp_path)}
     assert listed["good"].state != "unreadable"
     assert listed["bad"].state == "unreadable"
     assert str(bad / file) in listed["bad"].detail
@@ -73,7 +73,7 @@ def test_a_damaged_run_is_listed_and_hides_no_other(tmp_path: Path, file: str, c
 
 
 @pytest.mark.parametrize("kind", ["fifo", "directory"])
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", RUN_FILES)
 def test_something_else_in_a_files_place(tmp_path: Path, file: str, kind: str) -> None:
     good, bad = full(tmp_path / "good"), full(tmp_path / "bad")
     (bad / file).unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def test_something_else_in_a_files_place(tmp_path: Path, file: str, kind: str) -
         os.mkfifo(bad / file)
     else:
         (bad / file).mkdir()
-    assert {state.name: state.state == "unreadable" for state in status.listed(tmp_path)} == {"good": False, "bad": True}
+    assert {state.name: state.state == "unreadable" for state in status.list_run_states(tmp_path)} == {"good": False, "bad": True}
     assert f"{file} is not a regular file" in shown(good, bad)
 
 
@@ -101,7 +101,7 @@ def test_verbs_say_it_in_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str
 
 def test_a_path_that_is_no_run_is_a_mistake_of_the_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such run directory"):
-        build([full(tmp_path / "good"), tmp_path / "typo"])
+        write_report([full(tmp_path / "good"), tmp_path / "typo"])
 
 
 def test_metrics_with_very_many_or_very_long_names(tmp_path: Path) -> None:
@@ -110,24 +110,24 @@ def test_metrics_with_very_many_or_very_long_names(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [{"step": i, "loss": 1.0, **{f"m{j}": 1.0 for j in range(3000)}} for i in range(1, 4)]
     lines.append({"step": 4, "loss": 1.0, "adapters": {f"a{j}": {"loss": 1.0} for j in range(2000)}, "n" * 100_000: 1.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    log = read(folder / "metrics.jsonl")
+    log = read_metrics(folder / "metrics.jsonl")
     assert len(log.names()) < MOST_NAMES  # step and adapters are names as well
     assert len(log.adapters()) == MOST_ADAPTERS
     assert max(map(len, log.names())) <= LONGEST_NAME
     assert [f"{3000 + 4 - MOST_NAMES} values" in log.notes[0], f"{2000 - MOST_ADAPTERS} adapters" in log.notes[1]] == [True, True]
     begun = time.process_time()
-    text = page([load(folder)])
+    text = render_page([read_run(folder)])
     assert "Not drawn: " in text
     assert "values are not shown" in text
     assert time.process_time() - begun < 20
-    assert png([load(folder)]).startswith(b"\x89PNG")
+    assert render_png([read_run(folder)]).startswith(b"\x89PNG")
 
 
 def test_two_hundred_thousand_equal_prompts_take_no_squared_time(tmp_path: Path) -> None:
     folder = full(tmp_path / "r")
     dump(folder / "samples.json", [{"group": "g", "prompt": "p", "after": "x"}] * 50_000)
     begun = time.process_time()
-    assert "(the first 60 of 50000)" in page([load(folder)])
+    assert "(the first 60 of 50000)" in render_page([read_run(folder)])
     assert time.process_time() - begun < 20
 
 
@@ -149,7 +149,7 @@ def mutated(value: Any, chance: random.Random) -> Any:
     return chance.choice(VALUES)
 
 
-@pytest.mark.parametrize("file", [*(name for name in FILES if name.endswith(".json")), "metrics.jsonl", "run.yaml"])
+@pytest.mark.parametrize("file", [*(name for name in RUN_FILES if name.endswith(".json")), "metrics.jsonl", "run.yaml"])
 def test_fields_of_any_kind_are_shown_or_refused(tmp_path: Path, file: str) -> None:
     """Mutations by a kept seed: a run is read and everything of it shown, or it is a DataError; nothing else is raised."""
     whole = full(tmp_path / "whole")
@@ -172,4 +172,4 @@ def test_fields_of_any_kind_are_shown_or_refused(tmp_path: Path, file: str) -> N
         (folder / file).write_text(made)
         with contextlib.suppress(DataError):
             shown(folder)
-        status.listed(folder)
+        status.list_run_states(folder)

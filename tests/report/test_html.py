@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.report.runs import HOSTILE, dump, full, metrics
 
-from lorry.report.html import page
-from lorry.report.markup import Html, escape, join, tag
-from lorry.runs.read import load, load_readable
-from lorry.visible import visible
+from lorry.report.html import render_page
+from lorry.report.markup import SafeHtml, escape_html, html_tag, join_html
+from lorry.runs.read import read_readable_runs, read_run
+from lorry.visible import make_visible
 
 VOID = {"meta"}
 SECTIONS = ["figures", "curves", "evaluation", "samples", "training-rows", "contracts", "settings", "receipt"]
@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 
 def rendered(*paths: Path) -> Page:
-    return Page(page(load_readable(list(paths))[0]))
+    return Page(render_page(read_readable_runs(list(paths))[0]))
 
 
 def test_a_full_run_has_every_section(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_supervised_tokens_are_marked_and_no_others(tmp_path: Path) -> None:
 
 
 def test_a_failed_contract_is_said_at_the_top(tmp_path: Path) -> None:
-    text = page([load(full(tmp_path / "r", failed=True))])
+    text = render_page([read_run(full(tmp_path / "r", failed=True))])
     assert "1 of 3 contracts failed" in text.split('id="figures"')[0]
 
 
@@ -100,7 +100,7 @@ def test_a_live_run_with_half_a_line(tmp_path: Path) -> None:
 
 def test_twenty_thousand_steps_stay_a_small_page(tmp_path: Path) -> None:
     metrics(tmp_path / "r", 20_000)
-    assert len(page([load(tmp_path / "r")])) < 400_000
+    assert len(render_page([read_run(tmp_path / "r")])) < 400_000
 
 
 def test_nan_everywhere_and_huge_ranges(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_nan_everywhere_and_huge_ranges(tmp_path: Path) -> None:
 
 
 def test_nothing_is_fetched_from_anywhere(tmp_path: Path) -> None:
-    text = page(load_readable([full(tmp_path / "a"), full(tmp_path / "b", rank=4)])[0])
+    text = render_page(read_readable_runs([full(tmp_path / "a"), full(tmp_path / "b", rank=4)])[0])
     shown = Page(text)
     assert {element for element, _ in shown.elements}.isdisjoint(
         {"link", "img", "iframe", "object", "embed", "base", "form", "a"}
@@ -151,22 +151,26 @@ def test_a_hostile_directory_name(tmp_path: Path) -> None:
 @given(st.text(), st.text())
 def test_tag_gives_back_text_and_attribute(text: str, value: str) -> None:
     """What a parser reads out of an element is what went in, control and reversing characters apart."""
-    parsed = Page(tag("p", text, title=value))
-    assert "".join(parsed.text.get("p", [])) == visible(text)
-    assert parsed.elements[0][1]["title"] == visible(value)
+    parsed = Page(html_tag("p", text, title=value))
+    assert "".join(parsed.text.get("p", [])) == make_visible(text)
+    assert parsed.elements[0][1]["title"] == make_visible(value)
 
 
 def test_markup_is_never_escaped_twice_or_not_at_all() -> None:
-    assert tag("b", tag("i", "<&>")) == "<b><i>&lt;&amp;&gt;</i></b>"
-    assert join(None, "a<b", Html("<hr>")) == "a&lt;b<hr>"
-    assert tag("rect", stroke_width=2, class_="x", title=None) == '<rect stroke-width="2" class="x"></rect>'
-    assert isinstance(escape("x"), Html)
+    assert html_tag("b", html_tag("i", "<&>")) == "<b><i>&lt;&amp;&gt;</i></b>"
+    assert join_html(None, "a<b", SafeHtml("<hr>")) == "a&lt;b<hr>"
+    assert html_tag("rect", stroke_width=2, class_="x", title=None) == '<rect stroke-width="2" class="x"></rect>'
+    assert isinstance(escape_html("x"), SafeHtml)
 
 
 def test_several_runs_compare_figures_and_only_what_differs(tmp_path: Path) -> None:
     shown = rendered(full(tmp_path / "one"), full(tmp_path / "two", rank=4, failed=True))
     assert "2 runs side by side" in shown.text["h1"]
-    settings = page(load_readable([tmp_path / "one", tmp_path / "two"])[0]).split('id="differences"')[1].split("</section>")[0]
+    settings = (
+        render_page(read_readable_runs([tmp_path / "one", tmp_path / "two"])[0])
+        .split('id="differences"')[1]
+        .split("</section>")[0]
+    )
     assert ">lora.r<" in settings
     assert ">16<" in settings
     assert ">4<" in settings
@@ -181,7 +185,7 @@ def test_equal_settings_are_said_to_be_equal(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    runs = load_readable([full(tmp_path / "x" / "run"), full(tmp_path / "y" / "run")])[0]
+    runs = read_readable_runs([full(tmp_path / "x" / "run"), full(tmp_path / "y" / "run")])[0]
     assert [r.name for r in runs] == ["x/run", "y/run"]
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from lorry.disk import durable
 from lorry.errors import DataError
-from lorry.runs.metrics import MetricsWriter, cut_after, iterate
-from lorry.runs.series import read
+from lorry.runs.metrics import MetricsWriter, drop_metrics_after, iter_metrics
+from lorry.runs.series import read_metrics
 
 values = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.integers(-(10**12), 10**12))
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(lambda n: n != "step" and not n.startswith("eval_"))
@@ -41,7 +41,7 @@ def test_round_trip_and_strict_json(tmp_path_factory: pytest.TempPathFactory, ro
     path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
     numbered = [{"step": i, **row} for i, row in enumerate(rows, 1)]
     write(path, numbered)
-    assert same(read(path).records, numbered)
+    assert same(read_metrics(path).records, numbered)
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -62,7 +62,7 @@ def test_any_cut_of_the_file_loses_at_most_the_last_line(
     end = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:end])
     finished = whole[:end].count(b"\n")
-    shown = read(path).records
+    shown = read_metrics(path).records
     assert len(shown) - finished in (0, 1)  # one more where only the line end was lost
     assert same(shown, numbered[: len(shown)])
     write(path, numbered[len(shown) :])  # a restarted writer goes on as if nothing had happened
@@ -80,24 +80,24 @@ def test_cut_after_keeps_bytes_up_to_the_step(tmp_path_factory: pytest.TempPathF
             lines.append(f'{{"step": {i}, "eval_loss": 1.0}}\n')
     path.write_text("".join(lines) + tail)
     expected = [line for line in lines if json.loads(line)["step"] <= step]
-    dropped = cut_after(path, step)
+    dropped = drop_metrics_after(path, step)
     assert path.read_text() == "".join(expected)
     assert dropped == len(lines) - len(expected) + bool(tail)
-    assert cut_after(path, step) == 0
+    assert drop_metrics_after(path, step) == 0
     assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
 def test_cut_after_does_not_touch_what_needs_no_cut(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert cut_after(path, 3) == 0
+    assert drop_metrics_after(path, 3) == 0
     assert not path.exists()
     write(path, [{"step": 1}])
     before = path.stat()
-    assert cut_after(path, 3) == 0
+    assert drop_metrics_after(path, 3) == 0
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-class Broken(durable.Disk):
+class Broken(durable.DiskCalls):
     """A disk that refuses one kind of call, after taking ``room`` bytes of a write."""
 
     def __init__(self, call: str, room: int = 0) -> None:
@@ -127,7 +127,7 @@ def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     content = path.read_bytes()
     monkeypatch.setattr(durable, "disk", Broken(call))
     with pytest.raises(durable.DiskError, match="No space left"):
-        cut_after(path, 1)
+        drop_metrics_after(path, 1)
     assert path.read_bytes() == content
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -154,7 +154,7 @@ def test_a_killed_writer_loses_nothing_it_wrote(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert [r["step"] for r in read(path).records] == list(range(1, 51))
+    assert [r["step"] for r in read_metrics(path).records] == list(range(1, 51))
 
 
 @pytest.mark.parametrize(
@@ -175,16 +175,16 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, line: str, message
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line.encode("utf-8", "surrogateescape") + b'\n{"step": 3}\n')
     with pytest.raises(DataError, match=message):
-        list(iterate(path))
+        list(iter_metrics(path))
     with pytest.raises(DataError, match=message):
-        cut_after(path, 1)
+        drop_metrics_after(path, 1)
 
 
 def test_blank_lines_and_windows_line_ends_are_no_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'\n{"step": 1, "loss": 2}\r\n\n{"step": 2, "loss": 1}\n')
-    assert [number for number, _ in iterate(path)] == [2, 4]
-    assert read(path).series("loss") == ([1, 2], [2.0, 1.0])
+    assert [number for number, _ in iter_metrics(path)] == [2, 4]
+    assert read_metrics(path).series("loss") == ([1, 2], [2.0, 1.0])
 
 
 def test_series_take_what_is_a_number(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_series_take_what_is_a_number(tmp_path: Path) -> None:
         '{"step": 1, "loss": 2.5, "note": "warm", "flag": true}\n{"step": 2, "loss": "NaN"}\n{"step": 3}\n'
         '{"step": 4, "loss": NaN, "eval_loss": null}\n{"step": 5, "loss": ' + "1" * 400 + "}\n"
     )
-    log = read(path)
+    log = read_metrics(path)
     steps, losses = log.series("loss")
     assert steps == [1, 2, 4, 5]
     assert losses[0] == 2.5
@@ -208,7 +208,7 @@ def test_a_restarted_run_shows_its_last_course_and_says_so(tmp_path: Path) -> No
     rows = [{"step": s, "loss": float(s)} for s in (1, 2, 3)] + [{"step": 3, "eval_loss": 9.0}]
     rows += [{"step": 2, "loss": 20.0}, {"step": 3, "loss": 30.0}, {"step": 3, "eval_loss": 5.0}]
     write(path, rows)
-    log = read(path)
+    log = read_metrics(path)
     assert log.series("loss") == ([1, 2, 3], [1.0, 20.0, 30.0])
     assert log.series("eval_loss") == ([3], [5.0])
     assert len(log.notes) == 1
@@ -218,7 +218,7 @@ def test_a_restarted_run_shows_its_last_course_and_says_so(tmp_path: Path) -> No
 def test_evaluation_lines_do_not_count_as_steps(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0, "lr": 0.1}, {"step": 1, "eval_loss": 2.5}])
-    log = read(path)
+    log = read_metrics(path)
     assert [r["step"] for r in log.training] == [1]
     assert log.notes == []
 
@@ -233,4 +233,4 @@ def test_the_writer_refuses_a_record_without_step(tmp_path: Path) -> None:
 
 
 def test_an_absent_file_is_an_empty_log(tmp_path: Path) -> None:
-    assert read(tmp_path / "metrics.jsonl").records == []
+    assert read_metrics(tmp_path / "metrics.jsonl").records == []

@@ -8,12 +8,12 @@ import pytest
 from tests.report.runs import dump, full, metrics
 
 from lorry.errors import DataError
-from lorry.runs.read import load, load_readable
-from lorry.runs.summary import about, differences, figures, flatten
+from lorry.runs.read import read_readable_runs, read_run
+from lorry.runs.summary import describe_run_subject, final_figures, flatten_config, run_differences
 
 
 def test_a_full_run_is_read(tmp_path: Path) -> None:
-    run = load(full(tmp_path / "r", text="T"))
+    run = read_run(full(tmp_path / "r", text="T"))
     assert run.name == "r"
     assert [(c.id, c.status) for c in run.contracts] == [(1, "held"), (2, "held"), (3, "not_checked")]
     assert [(t.text, t.weight) for t in run.samples[1].tokens or ()] == [("user T", 0.0), ("answer T", 1.0), ("half", 0.5)]
@@ -44,26 +44,26 @@ def test_a_full_run_is_read(tmp_path: Path) -> None:
 def test_a_mistake_is_named_with_its_place(tmp_path: Path, file: str, content: str, message: str) -> None:
     (tmp_path / file).write_text(content)
     with pytest.raises(DataError, match=message) as caught:
-        load(tmp_path)
+        read_run(tmp_path)
     assert str(tmp_path / file) in str(caught.value)
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not UTF-8"):
-        load(tmp_path)
+        read_run(tmp_path)
 
 
 def test_what_is_no_run_directory(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such run directory"):
-        load(tmp_path / "nowhere")
+        read_run(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"has none of metrics\.jsonl, run\.yaml"):
-        load(tmp_path)
+        read_run(tmp_path)
     with pytest.raises(DataError, match="at least one run"):
-        load_readable([])[0]
+        read_readable_runs([])[0]
     full(tmp_path / "r")
     with pytest.raises(DataError, match="given twice"):
-        load_readable([tmp_path / "r", tmp_path / "r"])[0]
+        read_readable_runs([tmp_path / "r", tmp_path / "r"])[0]
 
 
 def test_figures_by_hand(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_figures_by_hand(tmp_path: Path) -> None:
         '{"step": 2, "epoch": 1.0, "loss": 2.0, "tokens": 300, "supervised_tokens": 90, "seconds": 2}\n'
         '{"step": 2, "eval_loss": 3.5}\n'
     )
-    shown = {f.name: (f.text, f.note) for f in figures(load(tmp_path))}
+    shown = {f.name: (f.text, f.note) for f in final_figures(read_run(tmp_path))}
     assert shown == {
         "train loss": ("3", "mean over 2 steps"),
         "last loss": ("2", "of step 2, from 4 at step 1"),
@@ -87,11 +87,11 @@ def test_figures_by_hand(tmp_path: Path) -> None:
 
 def test_no_figure_is_invented(tmp_path: Path) -> None:
     metrics(tmp_path, 0)
-    assert figures(load(tmp_path)) == []
+    assert final_figures(read_run(tmp_path)) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5}\n')
-    assert [(f.name, f.text) for f in figures(load(tmp_path))] == [("train loss", "1.5"), ("steps", "3")]
+    assert [(f.name, f.text) for f in final_figures(read_run(tmp_path))] == [("train loss", "1.5"), ("steps", "3")]
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5, "tokens": 5, "seconds": 0, "peak_memory_bytes": "NaN"}\n')
-    assert [f.name for f in figures(load(tmp_path))] == ["train loss", "steps"]
+    assert [f.name for f in final_figures(read_run(tmp_path))] == ["train loss", "steps"]
 
 
 def test_about_says_what_the_settings_say(tmp_path: Path) -> None:
@@ -99,9 +99,13 @@ def test_about_says_what_the_settings_say(tmp_path: Path) -> None:
         "model: {name: gpt2}\nlora: {r: 8, lora_alpha: 16, target_modules: auto}\ndata: {path: [a.jsonl, b.jsonl]}\n"
         "resolved: {target_modules: [c_attn]}\n"
     )
-    assert about(load(tmp_path)) == {"model": "gpt2", "data": "a.jsonl, b.jsonl", "adapter": "rank 8, alpha 16, on c_attn"}
+    assert describe_run_subject(read_run(tmp_path)) == {
+        "model": "gpt2",
+        "data": "a.jsonl, b.jsonl",
+        "adapter": "rank 8, alpha 16, on c_attn",
+    }
     (tmp_path / "run.yaml").write_text("model: gpt2\nlora: null\n")
-    assert about(load(tmp_path)) == {"model": "gpt2", "adapter": "none: all of the base trained"}
+    assert describe_run_subject(read_run(tmp_path)) == {"model": "gpt2", "adapter": "none: all of the base trained"}
 
 
 def test_differences_are_differences(tmp_path: Path) -> None:
@@ -111,10 +115,13 @@ def test_differences_are_differences(tmp_path: Path) -> None:
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.yaml").write_text(text)
-    assert differences(load_readable([tmp_path / "a", tmp_path / "b"])[0]) == [("lora.r", ["8", "16"]), ("seed", ["1", "–"])]
-    assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": None}) == {"a.b.c": 1, "a.d": {}, "e": None}
+    assert run_differences(read_readable_runs([tmp_path / "a", tmp_path / "b"])[0]) == [
+        ("lora.r", ["8", "16"]),
+        ("seed", ["1", "–"]),
+    ]
+    assert flatten_config({"a": {"b": {"c": 1}, "d": {}}, "e": None}) == {"a.b.c": 1, "a.d": {}, "e": None}
 
 
 def test_scalar_metrics_count_as_after(tmp_path: Path) -> None:
     dump(tmp_path / "evaluation.json", [{"name": "e", "metrics": {"loss": 2.0}}])
-    assert load(tmp_path).evaluation[0].metrics == {"loss": (None, 2.0)}
+    assert read_run(tmp_path).evaluation[0].metrics == {"loss": (None, 2.0)}

@@ -18,10 +18,10 @@ from rich.console import Console
 from tests.report.runs import HOSTILE, dump, full, metrics
 
 from lorry.disk import durable
-from lorry.report import build
-from lorry.report.table import show, standings
+from lorry.report import write_report
+from lorry.report.table import render_runs, runs_table
 from lorry.runs import status
-from lorry.runs.read import load
+from lorry.runs.read import read_run
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def checkpoint(folder: Path, step: int, *, whole: bool = True) -> None:
         (path / "state.safetensors").unlink()
 
 
-def state(folder: Path) -> status.State:
-    return status.of(load(folder))
+def state(folder: Path) -> status.RunState:
+    return status.run_state_of(read_run(folder))
 
 
 def printed(*parts: Any, width: int = 400) -> str:
@@ -81,17 +81,17 @@ def test_a_running_run_its_page_and_its_tables(tmp_path: Path, child: subprocess
     assert found.eta == pytest.approx(100 / 40 * 160, rel=0.1)
     assert found.best is not None
     assert found.best[::2] == ("eval_loss", 40)
-    page = build([folder])
+    page = write_report([folder])
     assert "still running: step 40 of 200" in page.read_text()
     assert "contracts not reported" not in page.read_text()
-    assert "still running: step 40 of 200" in printed(show([load(folder)]))
+    assert "still running: step 40 of 200" in printed(render_runs([read_run(folder)]))
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix not in (".html", ".png")} == before
 
 
 def test_before_its_first_step(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
     folder = at_work(tmp_path / "run", child.pid, begun=None, total_steps=None)
     assert state(folder).sentence() == "still running: loading and reading"
-    assert "still running: loading and reading" in build([folder]).read_text()
+    assert "still running: loading and reading" in write_report([folder]).read_text()
 
 
 def test_how_runs_end(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
@@ -146,10 +146,10 @@ def test_what_is_listed_and_in_which_order(tmp_path: Path, child: subprocess.Pop
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "old")
-    assert [s.name for s in status.listed(tmp_path)] == ["new", "sweep/pass-2", "sweep/pass-1", "old"]
-    assert [s.name for s in status.listed(tmp_path / "old")] == ["old"]
-    assert status.listed(tmp_path / "model") == []
-    assert status.listed(tmp_path / "nowhere") == []
+    assert [s.name for s in status.list_run_states(tmp_path)] == ["new", "sweep/pass-2", "sweep/pass-1", "old"]
+    assert [s.name for s in status.list_run_states(tmp_path / "old")] == ["old"]
+    assert status.list_run_states(tmp_path / "model") == []
+    assert status.list_run_states(tmp_path / "nowhere") == []
 
 
 def test_a_damaged_run_says_where_and_hides_no_other(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_damaged_run_says_where_and_hides_no_other(tmp_path: Path) -> None:
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text(text)
-    found = {s.name: s for s in status.listed(tmp_path)}
+    found = {s.name: s for s in status.list_run_states(tmp_path)}
     assert {name: s.state for name, s in found.items()} == {
         "sound": "finished", "a": "unreadable", "b": "unreadable", "c": "unreadable", "d": "dead",
     }  # fmt: skip
@@ -174,8 +174,8 @@ def test_a_damaged_run_says_where_and_hides_no_other(tmp_path: Path) -> None:
 def test_the_table(tmp_path: Path, child: subprocess.Popen[bytes], width: int) -> None:
     metrics(at_work(tmp_path / "going", child.pid), 40)
     full(tmp_path / "done", text="T")
-    found = status.listed(tmp_path)
-    out = printed(standings(found, time.time(), width), width=width)
+    found = status.list_run_states(tmp_path)
+    out = printed(runs_table(found, time.time(), width), width=width)
     assert all(len(line) <= width for line in out.splitlines())
     if width > 60:
         rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
@@ -189,5 +189,5 @@ def test_the_table(tmp_path: Path, child: subprocess.Popen[bytes], width: int) -
 def test_hostile_text_cannot_reach_the_terminal(tmp_path: Path, hostile: str, child: subprocess.Popen[bytes]) -> None:
     run = full(tmp_path / "r", text=hostile)
     at_work(run, child.pid, **ended(1, hostile))
-    out = printed(standings(status.listed(tmp_path), time.time(), 2000), show([load(run)]), width=2000)
+    out = printed(runs_table(status.list_run_states(tmp_path), time.time(), 2000), render_runs([read_run(run)]), width=2000)
     assert not {"\x1b", "\x07", "\x00", "\u202e", "\ud800"} & set(out)

@@ -25,10 +25,10 @@ from lorry.disk import durable
 Fault = Callable[["FaultyDisk", str, tuple[Any, ...]], Any]
 Say = Callable[[int], object]
 READS = ("lstat", "open_to_read", "read")  # they change nothing, so that no disaster is tried before each of them
-CALLS = tuple(name for name in vars(durable.Disk) if not name.startswith("_") and name not in READS)
+CALLS = tuple(name for name in vars(durable.DiskCalls) if not name.startswith("_") and name not in READS)
 
 
-class FaultyDisk(durable.Disk):
+class FaultyDisk(durable.DiskCalls):
     """A disk that counts its calls, keeps a trace of them, and lets ``fault`` answer call number ``at`` (from 1).
 
     It makes no fsync: nothing here outlives the machine. ``tick`` counts any other event (a compilation, a step) as a
@@ -53,7 +53,7 @@ class FaultyDisk(durable.Disk):
         """The call itself."""
         if kind not in CALLS or kind.startswith("fsync"):
             return None
-        result = getattr(durable.Disk, kind)(self, *args)
+        result = getattr(durable.DiskCalls, kind)(self, *args)
         if kind in ("create", "open"):
             self.paths[result] = args[0]
         return result
@@ -73,7 +73,7 @@ for _kind in CALLS:
     setattr(FaultyDisk, _kind, _counted(_kind))
 
 
-class UnreadableDisk(durable.Disk):
+class UnreadableDisk(durable.DiskCalls):
     """A disk whose read number ``at`` (from 1) fails with ``code``, once; ``kinds`` keeps the trace. Writes are as ever.
 
     ``below``: count only reads of paths that contain this text.
@@ -93,7 +93,7 @@ class UnreadableDisk(durable.Disk):
             self.trace.append((kind, str(path)))
             if self.calls == self.at:
                 raise OSError(self.code, os.strerror(self.code))
-        result = getattr(durable.Disk, kind)(self, *args)
+        result = getattr(durable.DiskCalls, kind)(self, *args)
         if kind == "open_to_read":
             self.paths[result] = path
         return result

@@ -65,7 +65,7 @@ def started_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub
 
 def visit(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """This process talks to a stand-in alone, is logged in there, does not wait between tries, and draws no plot (a second)."""
-    monkeypatch.setattr(files, "png", lambda runs: b"\x89PNG")
+    monkeypatch.setattr(files, "render_png", lambda runs: b"\x89PNG")
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)

@@ -23,8 +23,8 @@ import tinyrun
 import yaml
 
 from faults import FaultyDisk, die
-from lorry.backends.local import Local
-from lorry.config import Run
+from lorry.backends.local import LocalBackend
+from lorry.config import RunConfig
 from lorry.disk import durable
 from lorry.models.scoring import score
 from lorry.runs.metrics import MetricsWriter
@@ -52,7 +52,7 @@ class World:
     data: Path
     held: Path
 
-    def run(self, folder: Path, **settings: Any) -> Run:
+    def run(self, folder: Path, **settings: Any) -> RunConfig:
         given = {"eval": str(self.held), **SETTINGS, **settings}
         return tinyrun.described(self.model, self.data, folder / "run", **{k: v for k, v in given.items() if v is not None})
 
@@ -128,8 +128,8 @@ def mark_moments(patch: pytest.MonkeyPatch) -> None:
 
         patch.setattr(owner, name, marked)
 
-    before(score, "score_rows", "mid-forward")
-    before(Local, "step", "between forward and step")
+    before(score, "score_supervised_tokens", "mid-forward")
+    before(LocalBackend, "step", "between forward and step")
     before(MetricsWriter, "write", "after step, before metrics")
     before(engine, "evaluate_task", "before evaluation")
 

@@ -16,9 +16,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from lorry.errors import DataError
-from lorry.train.card.card import card, edited, of_run
-from lorry.train.card.facts import Facts
-from lorry.train.card.markdown import clean
+from lorry.train.card.card import is_edited_card, render_card, render_run_card
+from lorry.train.card.facts import RunFacts
+from lorry.train.card.markdown import clean_line
 
 HOSTILE = st.one_of(
     st.text(max_size=40),
@@ -33,7 +33,7 @@ HOSTILE = st.one_of(
 
 def facts(
     name: str = "people", source: str = "org/rows", metric: str = "exact_match", detail: str = "fine", **over: Any
-) -> Facts:
+) -> RunFacts:
     config = {
         "model": {"name": "org/base"}, "lora": {"r": 8, "target_modules": [detail]}, "output_dir": "runs/x",
         "data": {"path": source}, "train": {"learning_rate": 1e-3, "lr_scheduler_type": detail},
@@ -45,11 +45,11 @@ def facts(
     contracts = [{"id": 1, "name": name, "status": "held", "detail": detail}]
     evaluation = [{"name": source, "metrics": {metric: {"before": 0.25, "after": 0.5, "interval": [0.4, 0.6]}}}]
     records = [{"step": 1, "loss": 2.5, "tokens": 10, "supervised_tokens": 4, "seconds": 1.0}]
-    return Facts(**{**vars(Facts(name, config, receipt, contracts, evaluation, records)), **over})
+    return RunFacts(**{**vars(RunFacts(name, config, receipt, contracts, evaluation, records)), **over})
 
 
-def made(given: Facts, **more: Any) -> str:
-    return card(given, **{"licences": {}, "hubs": {}, **more})
+def made(given: RunFacts, **more: Any) -> str:
+    return render_card(given, **{"licences": {}, "hubs": {}, **more})
 
 
 def parsed(text: str) -> tuple[dict[str, Any], list[Token]]:
@@ -77,7 +77,7 @@ def test_no_name_breaks_out_of_its_place(name: str, source: str, metric: str, de
     assert meta.keys() - {"datasets"} == plain[0].keys() - {"datasets"}
     assert meta["base_model"] == "org/base"
     result = meta["model-index"][0]["results"][0]
-    assert result["metrics"][0]["name"] == clean(metric)
+    assert result["metrics"][0]["name"] == clean_line(metric)
     assert result["metrics"][0]["value"] == 0.5
     # the text has the structure that harmless names give
     optional = {"lora.target_modules", "lr_scheduler_type", "revision"} if not detail else set()
@@ -85,11 +85,11 @@ def test_no_name_breaks_out_of_its_place(name: str, source: str, metric: str, de
         t.type for t in plain[1] if t.type.startswith(("heading", "fence", "html", "table"))
     ]
     texts = said(tokens)
-    assert texts[0] == (clean(name) or "–")
+    assert texts[0] == (clean_line(name) or "–")
     assert sum(t.type == "tr_open" for t in tokens) + len(optional) >= sum(t.type == "tr_open" for t in plain[1])
-    assert any(t == (clean(metric.replace("_", " ")) or "–") for t in texts)
+    assert any(t == (clean_line(metric.replace("_", " ")) or "–") for t in texts)
     if detail:
-        assert clean(detail) in texts or not clean(detail)
+        assert clean_line(detail) in texts or not clean_line(detail)
 
 
 @given(HOSTILE)
@@ -99,7 +99,7 @@ def test_the_code_shown_is_python_that_names_the_place(name: str) -> None:
     loads = [line for line in fences[0].splitlines() if "lorry.load" in line]
     spoken: list[str] = []
     exec(loads[0], {"lorry": type("lorry", (), {"load": staticmethod(lambda p: (spoken.append(p), None))})})
-    assert spoken == [clean(name or "x")]
+    assert spoken == [clean_line(name or "x")]
 
 
 def test_numbers_are_those_of_the_files() -> None:
@@ -167,14 +167,14 @@ def test_a_folder_here_is_no_data_set_of_the_hub(tmp_path: Path, monkeypatch: py
     run.mkdir()
     (run / "run.yaml").write_text(json.dumps({**facts().config, "data": {"path": ["my/rows", "org/rows", "my/rows.jsonl"]}}))
     monkeypatch.chdir(tmp_path)
-    (run / "README.md").write_text(of_run(run))
+    (run / "README.md").write_text(render_run_card(run))
     monkeypatch.chdir(run)
     (run / "evaluation.json").write_text(json.dumps(facts().evaluation))
-    again = of_run(run, at="me/run")
+    again = render_run_card(run, at="me/run")
     assert parsed(again)[0]["datasets"] == ["org/rows"]
-    assert not edited(again)
-    assert edited(again.replace("## Use", "## Usage"))
-    assert edited(again + "more")
+    assert not is_edited_card(again)
+    assert is_edited_card(again.replace("## Use", "## Usage"))
+    assert is_edited_card(again + "more")
 
 
 @pytest.mark.parametrize(
@@ -197,14 +197,14 @@ def test_named_sets_bring_hub_ids_and_licences(tmp_path: Path) -> None:
     """In any spelling, suites spelt out; what a set says of itself stands in the catalogue, here by hand."""
     mixed = {"mix": ["BoolQ", "math", "xsum"], "local": {"xsum.train": "/home/me/x.jsonl", "svamp": "s.json"}}
     (tmp_path / "run.yaml").write_text(json.dumps({**facts().config, "data": mixed}))
-    text = of_run(tmp_path)
+    text = render_run_card(tmp_path)
     assert parsed(text)[0]["datasets"] == ["google/boolq", "openai/gsm8k"]  # a file may hold anything
     assert "on `bool_q`, `gsm8k`, `svamp`, `xsum`." in text
     for row in ("| `bool_q` | CC-BY-SA-3.0 |", "| `gsm8k` | MIT |", "| `xsum` | not stated; the articles are the BBC's |"):
         assert row in text
     assert "license" not in parsed(text)[0]
     (tmp_path / "run.yaml").write_text(json.dumps({**facts().config, "data": {"path": "google/boolq"}}))
-    assert "| `google/boolq` | CC-BY-SA-3.0 |" in of_run(tmp_path)
+    assert "| `google/boolq` | CC-BY-SA-3.0 |" in render_run_card(tmp_path)
 
 
 def test_a_teacher_is_part_of_what_it_was_made_of() -> None:
@@ -235,7 +235,7 @@ def test_base_weights_that_were_trained() -> None:
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "receipt.json").write_text("{")
     with pytest.raises(DataError, match=r"receipt.json:1: not JSON"):
-        of_run(tmp_path)
+        render_run_card(tmp_path)
     (tmp_path / "receipt.json").write_text("[]")
     with pytest.raises(DataError, match=r"receipt.json: expected a JSON object, got list"):
-        of_run(tmp_path)
+        render_run_card(tmp_path)

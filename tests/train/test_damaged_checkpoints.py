@@ -89,7 +89,7 @@ def test_a_set_aside_name_is_never_written_over(tmp_path: Path) -> None:
     for _ in range(3):
         path = tmp_path / "checkpoints" / "step-00000005"
         path.mkdir(parents=True)
-        checkpoint.forget_after(tmp_path, 4)
+        checkpoint.remove_checkpoints_after(tmp_path, 4)
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == [f"step-00000005.damaged{end}" for end in ("", "-1", "-2")]
 
@@ -141,17 +141,17 @@ def test_only_absence_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     durable.write_directory(target, {"a": b"x" * 10, "b": b"y"}, manifest=True)
     counting = UnreadableDisk(0, 0)
     monkeypatch.setattr(durable, "disk", counting)
-    assert integrity.verify(target, digests=digests) == ["a", "b"]
+    assert integrity.verify_directory(target, digests=digests) == ["a", "b"]
     assert counting.calls >= (12 if digests else 6)
     for n in range(1, counting.calls + 1):
         for code in (errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT):
             monkeypatch.setattr(durable, "disk", UnreadableDisk(n, code))
             with pytest.raises(durable.DiskError) as error:
-                integrity.verify(target, digests=digests)
+                integrity.verify_directory(target, digests=digests)
             assert error.value.errno == code
         monkeypatch.setattr(durable, "disk", UnreadableDisk(n, errno.ENOENT))
         with pytest.raises(ModelError, match="is missing"):
-            integrity.verify(target, digests=digests)
+            integrity.verify_directory(target, digests=digests)
 
 
 # --- directories under another's name
@@ -166,7 +166,7 @@ def test_exchanged_directories_are_not_what_their_names_say(
     older.with_name("x").rename(newer)
     before = state_of(unfinished)
     with pytest.raises(ModelError, match=r"step-00000008 holds step 9: directories were exchanged or renamed"):
-        checkpoint.load(older)
+        checkpoint.load_checkpoint(older)
     with pytest.raises(ModelError, match=r"(?s)step-00000009 holds step 8.*step-00000008 holds step 9"):
         train_run(world.run(unfinished, **PACKED), [])
     assert state_of(unfinished) == before
@@ -181,10 +181,10 @@ def forge(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     change(meta)
     (path / "meta.json").write_text(json.dumps(meta))
     entries = {
-        name: manifest.Entry(bytes=(path / name).stat().st_size, sha256=integrity.file_digest(path / name))
+        name: manifest.ManifestEntry(bytes=(path / name).stat().st_size, sha256=integrity.file_digest(path / name))
         for name in ("meta.json", "state.safetensors")
     }
-    (path / "manifest.json").write_bytes(manifest.text(entries))
+    (path / "manifest.json").write_bytes(manifest.encode_manifest(entries))
 
 
 def _set(*keys: Any) -> Callable[[dict[str, Any]], None]:
@@ -273,7 +273,7 @@ def test_an_infinite_update_leaves_the_last_good_checkpoint(
         "early_stopping_patience": None, "eval_steps": None, "eval_strategy": "no",
     }  # fmt: skip
 
-    monkeypatch.setattr(jobs, "rate", lambda step, *_, **__: 1e38 if step == steps - 1 else 1e-3)
+    monkeypatch.setattr(jobs, "learning_rate_at", lambda step, *_, **__: 1e38 if step == steps - 1 else 1e-3)
     with pytest.raises(NonFiniteError) as error:
         train_run(world.run(tmp_path, **settings), [])
     assert error.value.exit_code == 6
@@ -283,7 +283,7 @@ def test_an_infinite_update_leaves_the_last_good_checkpoint(
     assert contracts[7] == "failed"
     if strategy == "steps":
         assert "infinite or NaN" in str(error.value)
-        newest = checkpoint.find_latest(run)
+        newest = checkpoint.find_latest_checkpoint(run)
         assert newest is not None
         assert newest.name == f"step-{steps - 1:08d}"
-        assert all(bool(t.isfinite().all()) for t in checkpoint.load(newest)[0].values() if t.dtype == torch.float32)
+        assert all(bool(t.isfinite().all()) for t in checkpoint.load_checkpoint(newest)[0].values() if t.dtype == torch.float32)

@@ -15,7 +15,7 @@ import pytest
 from faults import FaultyDisk, Outcome, PowerCut, Say, breaking, failing, kill, kill_points, short
 from lorry.disk import durable
 from lorry.errors import ModelError
-from lorry.train.checkpoint import find_latest, forget_after, load, save
+from lorry.train.checkpoint import find_latest_checkpoint, load_checkpoint, remove_checkpoints_after, save_checkpoint
 from states import STATES, meta, same
 
 
@@ -24,13 +24,13 @@ def _unsynced_disk() -> Iterator[None]:
     """Tests in this process make no fsync; what fsync is for is tested by cutting the power."""
     durable.disk = FaultyDisk()
     yield
-    durable.disk = durable.Disk()
+    durable.disk = durable.DiskCalls()
 
 
 def history(run: Path, say: Say) -> None:
     """Versions 1 to 4 are steps 1 to 4; version 5 is step 4 saved again with other content, replacing the first."""
     for version in (1, 2, 3, 4, 5):
-        save(run, min(version, 4), STATES[version], meta(version), keep=2, protect={1})
+        save_checkpoint(run, min(version, 4), STATES[version], meta(version), keep=2, protect={1})
         say(version)
 
 
@@ -38,24 +38,24 @@ def check(outcome: Outcome) -> None:
     """What is promised after the history ended anywhere: the last version that was saved, or the one then being saved."""
     run, reached = outcome.folder, outcome.said[-1] if outcome.said else 0
     try:
-        path = find_latest(run)
+        path = find_latest_checkpoint(run)
     except ModelError:  # there are some, and none is whole
         path = None
     if path is None:
         assert reached == 0, f"call {outcome.at}: version {reached} was saved and is gone"
     else:
-        tensors, found = load(path)
+        tensors, found = load_checkpoint(path)
         version = found["task"]["version"]
         assert version in (reached, reached + 1), f"call {outcome.at}: version {reached} was saved, {version} found"
         assert same(tensors, STATES[version])
         assert found == {**meta(version), "step": min(version, 4)}
-    save(run, 9, STATES[9], meta(9), keep=2, protect={1})
+    save_checkpoint(run, 9, STATES[9], meta(9), keep=2, protect={1})
     names = sorted(os.listdir(run / "checkpoints"))
     assert all(re.fullmatch(r"step-0000000\d", name) for name in names), f"call {outcome.at}: left over in {names}"
     assert len(names) <= 3
-    latest = find_latest(run)
+    latest = find_latest_checkpoint(run)
     assert latest is not None
-    assert same(load(latest)[0], STATES[9])
+    assert same(load_checkpoint(latest)[0], STATES[9])
 
 
 def check_all(root: Path, make_disk: Callable[[int], FaultyDisk], work: Callable[[Path, Say], None]) -> int:
@@ -108,8 +108,8 @@ def test_the_harness_sees_a_missing_fsync(forgotten: str, lost: dict[str, bool],
 def test_the_harness_sees_a_saver_that_prunes_first(tmp_path: Path) -> None:
     def prune_first(run: Path, say: Say) -> None:
         for version in (1, 2):
-            forget_after(run, -1)
-            save(run, version, STATES[version], meta(version))
+            remove_checkpoints_after(run, -1)
+            save_checkpoint(run, version, STATES[version], meta(version))
             say(version)
 
     with pytest.raises(AssertionError, match="version 1 was saved and is gone"):
@@ -157,18 +157,18 @@ def test_writes_that_stop_short_are_continued(tmp_path: Path) -> None:
             return super().make(kind, args[0], args[1][:7]) if kind == "write" else super().make(kind, *args)
 
     before, durable.disk = durable.disk, Short()
-    path = save(tmp_path, 1, STATES[1], meta(1))
+    path = save_checkpoint(tmp_path, 1, STATES[1], meta(1))
     durable.disk = FaultyDisk(8, short)
-    again = save(tmp_path, 2, STATES[2], meta(2))
+    again = save_checkpoint(tmp_path, 2, STATES[2], meta(2))
     durable.disk = before
-    assert same(load(path)[0], STATES[1])
-    assert same(load(again)[0], STATES[2])
+    assert same(load_checkpoint(path)[0], STATES[1])
+    assert same(load_checkpoint(again)[0], STATES[2])
 
 
 def test_the_order_of_a_commit(tmp_path: Path) -> None:
-    save(tmp_path, 1, STATES[1], meta(1))
+    save_checkpoint(tmp_path, 1, STATES[1], meta(1))
     before, durable.disk = durable.disk, FaultyDisk()
-    save(tmp_path, 2, STATES[2], meta(2), keep=1)
+    save_checkpoint(tmp_path, 2, STATES[2], meta(2), keep=1)
     trace = [
         (kind, re.sub(r"\.lorry-\d+-[0-9a-f]{8}", "", str(Path(path).relative_to(tmp_path)))) for kind, path in durable.disk.trace
     ]

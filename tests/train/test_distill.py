@@ -14,19 +14,19 @@ import torch
 from tinyrun import engine_for, lines, quick  # noqa: F401
 from torch import Tensor
 
-from lorry.adapters.attach import attach, bank_of
-from lorry.adapters.mix import Call, Mix
+from lorry.adapters.attach import attach, get_bank
+from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
-from lorry.backends.local import Local
+from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
-from lorry.backends.protocol import Scorer
-from lorry.data.batch import Batch, Example, collate
+from lorry.backends.protocol import ScoringBackend
+from lorry.data.batch import Batch, TokenizedExample, collate
 from lorry.data.stream.joint import JointStream
 from lorry.evaluate.loss import evaluate_task
-from lorry.models.decoder.model import Decoder, Packed
-from lorry.models.scoring.score import Final, evaluate
-from lorry.tasks.distill.align import View, name_of
-from lorry.tasks.distill.task import TAUGHT, Aim, Distill, Live, Reader, Teacher
+from lorry.models.decoder.model import Decoder, PackedInput
+from lorry.models.scoring.score import FinalHidden, evaluate_wants
+from lorry.tasks.distill.align import TeacherView, sequence_digest
+from lorry.tasks.distill.task import TAUGHT_MASK, DistillObjective, DistillTask, DistillTeacher, LiveTeacher, TeacherReader
 from lorry.tasks.distill.teacher import TeacherScorer
 from seam import examples, tiny_llama
 
@@ -36,7 +36,7 @@ TAU = 1.7
 class Rows:
     """A stream that gives the same micro-batches at every step."""
 
-    def __init__(self, batches: Sequence[Sequence[Example]]) -> None:
+    def __init__(self, batches: Sequence[Sequence[TokenizedExample]]) -> None:
         self.given = [collate(rows) for rows in batches]
 
     def total_steps(self, epochs: float, max_steps: int | None = None) -> int:
@@ -56,38 +56,42 @@ class Rows:
 
 
 def task_of(
-    teacher: Teacher, aim: Aim, batches: Sequence[Sequence[Example]], models: Mapping[str, Scorer], steps: int = 12
-) -> Distill:
+    teacher: DistillTeacher,
+    aim: DistillObjective,
+    batches: Sequence[Sequence[TokenizedExample]],
+    models: Mapping[str, ScoringBackend],
+    steps: int = 12,
+) -> DistillTask:
     stream = JointStream({"default": Rows(batches)}, {"default": 0}, 1 << 20)
     held = [collate(examples(3, seed=50))]
-    return Distill(stream, held, steps, ["default"], aim=aim, teacher=teacher, models=models)
+    return DistillTask(stream, held, steps, ["default"], aim=aim, teacher=teacher, models=models)
 
 
-def live(aim: Aim, frozen: TeacherScorer, **reader: Any) -> Live:
+def live(aim: DistillObjective, frozen: TeacherScorer, **reader: Any) -> LiveTeacher:
     k = reader.pop("k", None)
-    return Live(aim, frozen.head(aim.temperature), Reader(**{"mix": frozen.mix, **reader}), k)
+    return LiveTeacher(aim, frozen.head(aim.temperature), TeacherReader(**{"mix": frozen.mix, **reader}), k)
 
 
-def student(seed: int = 0, *, drawn: bool = True) -> Local:
+def student(seed: int = 0, *, drawn: bool = True) -> LocalBackend:
     model = tiny_llama(seed).double()
     attach(model, LoraSpec(r=3, init_lora_weights=not drawn), "default", seed=4)
-    return Local(model, ["default"], OptimSettings())
+    return LocalBackend(model, ["default"], OptimSettings())
 
 
-def logits_of(model: Decoder, example: Example, mix: Mix) -> Tensor:
-    hidden = model.hidden(Packed.of([list(example.tokens)]), Call(mix)).last
-    return model.logits(hidden, Call(mix))
+def logits_of(model: Decoder, example: TokenizedExample, mix: Mix) -> Tensor:
+    hidden = model.hidden(PackedInput.of([list(example.tokens)]), AdapterContext(mix)).last
+    return model.logits(hidden, AdapterContext(mix))
 
 
 @pytest.mark.parametrize("k", [None, 9], ids=["whole", "top k"])
 def test_the_loss_is_the_mean_of_both_over_the_answers(k: int | None) -> None:
     """0.3 CE + 0.7 tau^2 KL(q || p), over two micro-batches, against sequences run one by one; and the adapter's gradient."""
     backend, frozen = student(), TeacherScorer(tiny_llama(7).double(), Mix.none())
-    batches, aim = [examples(3, seed=1), examples(2, seed=2)], Aim("kl", TAU, ce=0.3, weight=0.7)
+    batches, aim = [examples(3, seed=1), examples(2, seed=2)], DistillObjective("kl", TAU, ce=0.3, weight=0.7)
     models = {"self": backend, "teacher": frozen}
     task = task_of(live(aim, frozen, k=k), aim, batches, models)
     stats = backend.forward_backward(task.step_batches(0, models), task, 0)
-    got = bank_of(backend.model)["default"].grads.double().clone()
+    got = get_bank(backend.model)["default"].grads.double().clone()
 
     nll = kl = torch.zeros((), dtype=torch.float64)
     count = 0.0
@@ -107,7 +111,7 @@ def test_the_loss_is_the_mean_of_both_over_the_answers(k: int | None) -> None:
     assert stats.terms["distill"]["default"] == pytest.approx(
         float(expected[1].detach()), rel=1e-5 if k else 1e-9
     )  # top k is kept in fp32
-    adapter = bank_of(backend.model)["default"]
+    adapter = get_bank(backend.model)["default"]
     adapter.grads.zero_()
     sum(expected).backward()
     assert (got - adapter.grads.double()).norm() < (1e-5 if k else 1e-6) * got.norm()  # the gradients are fp32
@@ -115,7 +119,7 @@ def test_the_loss_is_the_mean_of_both_over_the_answers(k: int | None) -> None:
 
 def test_final_is_what_the_head_reads() -> None:
     model, batch = tiny_llama().double(), collate(examples(3, seed=1))
-    hidden = evaluate(model, batch, {"hidden": Final()}, Call())["hidden"]
+    hidden = evaluate_wants(model, batch, {"hidden": FinalHidden()}, AdapterContext())["hidden"]
     for (start, stop), example in zip(batch.segments, examples(3, seed=1), strict=True):
         assert torch.allclose(model.head.weight @ hidden[start:stop].t(), logits_of(model, example, Mix.none()).t(), atol=1e-12)
 
@@ -123,15 +127,15 @@ def test_final_is_what_the_head_reads() -> None:
 @pytest.mark.parametrize("loss", ["kl", "reverse_kl", "jsd", "uld"])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_and_one_token_off_it_has(loss: str) -> None:
     """The same adapter on the same base as a second model: D and its gradient are 0. Read one token late, they are not."""
-    backend, twin, aim = student(), student(), Aim(loss, TAU, ce=0.0, weight=1.0)
+    backend, twin, aim = student(), student(), DistillObjective(loss, TAU, ce=0.0, weight=1.0)
     frozen, rows = TeacherScorer(twin.model, Mix.one("default")), [examples(4, seed=1)]
     models = {"self": backend, "teacher": frozen}
 
-    def late(example: Example) -> View:
+    def late(example: TokenizedExample) -> TeacherView:
         targets = [t for t, w in enumerate(example.weights) if w]
-        return View(example.tokens, targets, targets)
+        return TeacherView(example.tokens, targets, targets)
 
-    shifted = {name_of(e.tokens, e.weights): late(e) for e in rows[0]}
+    shifted = {sequence_digest(e.tokens, e.weights): late(e) for e in rows[0]}
     for views, at_rest in ((None, True), (shifted, False)):
         task = task_of(live(aim, frozen, views=views), aim, rows, models)
         stats = backend.forward_backward(task.step_batches(0, models), task, 0)
@@ -146,7 +150,7 @@ def test_the_teacher_may_be_the_base_with_another_adapter() -> None:
     backend, alone = student(), tiny_llama().double()
     for model in (backend.model, alone):
         attach(model, LoraSpec(r=2, init_lora_weights=False), "teacher", seed=9)
-    aim, rows = Aim("kl", TAU, ce=0.0, weight=1.0), [examples(4, seed=1)]
+    aim, rows = DistillObjective("kl", TAU, ce=0.0, weight=1.0), [examples(4, seed=1)]
     losses = []
     for frozen, models in (
         (TeacherScorer(backend.model, Mix.one("teacher")), {"self": backend}),
@@ -161,7 +165,7 @@ def test_the_teacher_may_be_the_base_with_another_adapter() -> None:
 @pytest.mark.parametrize("k", [None, 5], ids=["whole", "top k"])
 def test_what_the_teacher_cannot_read_is_learnt_from_the_data_alone(k: int | None) -> None:
     """Rows longer than the teacher's context have weight 0 in D and full weight in CE; a batch of them alone still runs."""
-    backend, frozen, aim = student(), TeacherScorer(tiny_llama(7).double(), Mix.none()), Aim("kl", 1.0)
+    backend, frozen, aim = student(), TeacherScorer(tiny_llama(7).double(), Mix.none()), DistillObjective("kl", 1.0)
     rows = examples(6, seed=1)
     limit = sorted(len(e.tokens) for e in rows)[2]
     short = [e for e in rows if len(e.tokens) <= limit]
@@ -177,12 +181,12 @@ def test_what_the_teacher_cannot_read_is_learnt_from_the_data_alone(k: int | Non
     assert found[0]["nll"]["default"] == pytest.approx(found[2]["nll"]["default"], rel=1e-12)
     assert found[2]["distill"]["default"] == 0.0
     taught = both.step_batches(0, models)[0]
-    assert taught.extra[TAUGHT].values.sum() == sum(sum(map(bool, e.weights)) for e in short)
+    assert taught.extra[TAUGHT_MASK].values.sum() == sum(sum(map(bool, e.weights)) for e in short)
     assert taught.terms["distill"].item() == sum(sum(e.weights) for e in short)
 
 
 def test_held_out_rows_are_scored_once_and_for_all() -> None:
-    backend, frozen, aim = student(), TeacherScorer(tiny_llama(7).double(), Mix.none()), Aim("jsd", 1.0)
+    backend, frozen, aim = student(), TeacherScorer(tiny_llama(7).double(), Mix.none()), DistillObjective("jsd", 1.0)
     models = {"self": backend, "teacher": frozen}
     task = task_of(live(aim, frozen), aim, [examples(2, seed=1)], models)
     found = evaluate_task(backend, task)
@@ -193,9 +197,15 @@ def test_held_out_rows_are_scored_once_and_for_all() -> None:
 
 
 @pytest.mark.parametrize(
-    "aim", [Aim("kl", 1.2, ce=0.02), Aim("uld", 1.2, ce=0.02), Aim("reverse_kl", 2.0, ce=0.0, weight=1.0)], ids=lambda a: a.loss
+    "aim",
+    [
+        DistillObjective("kl", 1.2, ce=0.02),
+        DistillObjective("uld", 1.2, ce=0.02),
+        DistillObjective("reverse_kl", 2.0, ce=0.0, weight=1.0),
+    ],
+    ids=lambda a: a.loss,
 )
-def test_training_brings_the_student_to_its_teacher(tmp_path: Path, aim: Aim) -> None:
+def test_training_brings_the_student_to_its_teacher(tmp_path: Path, aim: DistillObjective) -> None:
     """Through the engine, its contracts included: the divergence falls by half; a second run is the same to the bit."""
     curves = []
     for run in ("a", "b"):

@@ -15,8 +15,8 @@ from lorry.adapters.spec import LoraSpec
 from lorry.backends.optim import OptimSettings
 from lorry.errors import ConfigError
 from lorry.train import engine
-from lorry.train.engine import Engine
-from lorry.train.monitoring.events import Record
+from lorry.train.engine import TrainingEngine
+from lorry.train.monitoring.events import StepRecord
 from seam import Fixed, examples
 from states import same
 
@@ -28,10 +28,10 @@ class Rates(Heard):
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine: Engine
+        self.engine: TrainingEngine
         self.used: list[list[float]] = []
 
-    def step(self, record: Record) -> None:
+    def step(self, record: StepRecord) -> None:
         super().step(record)
         self.used.append([g["lr"] for g in self.engine.backend.optimizers["default"].adamw.param_groups])  # type: ignore[attr-defined]
 
@@ -103,7 +103,7 @@ class Scripted:
     def __init__(self, values: list[float], patch: pytest.MonkeyPatch, name: str = "eval_loss") -> None:
         self.values, self.name = iter(values), name
         self.states: dict[int, dict[str, Tensor]] = {}
-        self.engine: Engine
+        self.engine: TrainingEngine
         patch.setattr(engine, "evaluate_task", lambda backend, task: self._next())
 
     def _next(self) -> dict[str, float]:
@@ -113,7 +113,7 @@ class Scripted:
 
 def scripted(
     values: list[float], patch: pytest.MonkeyPatch, folder: Path, n: int = 12, **train: Any
-) -> tuple[Scripted, engine.Outcome]:
+) -> tuple[Scripted, engine.RunOutcome]:
     script = Scripted(values, patch, train.get("metric_for_best_model", "eval_loss"))
     script.engine = engine_for(Fixed(steps(n, 1)), folder, eval_strategy="steps", learning_rate=1e-2, **train)
     return script, script.engine.run()

@@ -13,11 +13,11 @@ import pytest
 from tinyrun import Heard, engine_for, evaluated, lines, quick, saved, steps  # noqa: F401 - a fixture
 from torch import Tensor
 
-from lorry.backends.protocol import Losses
+from lorry.backends.protocol import LossTerms
 from lorry.data.batch import Batch
-from lorry.errors import Interrupted, NonFiniteError
+from lorry.errors import NonFiniteError, RunInterruptedError
 from lorry.train import checkpoint
-from lorry.train.monitoring.events import Live, Plain, Record, for_terminal
+from lorry.train.monitoring.events import PlainListener, ProgressBarListener, StepRecord, terminal_listener
 from seam import Fixed
 from states import same
 
@@ -33,7 +33,7 @@ class Poisoned(Fixed):
         self.now = step
         return super().step_batches(step, models)
 
-    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> Losses:
+    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
         return {"nll": super().loss(got, batch)["nll"] * (float("nan") if self.now == self.bad else 1.0)}
 
 
@@ -48,10 +48,10 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     assert e.value.exit_code == 6
     assert stopped.checks.found[7].status == "failed"
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
-    newest = checkpoint.find_latest(tmp_path)
+    newest = checkpoint.find_latest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.name == "step-00000004"
-    assert same(checkpoint.load(newest)[0], stopped.backend.state())  # nothing was updated
+    assert same(checkpoint.load_checkpoint(newest)[0], stopped.backend.state())  # nothing was updated
     healed = engine_for(Fixed(steps(8)), tmp_path, save_steps=2)
     healed.resume(newest)
     assert healed.run().steps == 8
@@ -62,14 +62,14 @@ class SignalAt(Heard):
         super().__init__()
         self.at, self.number = step, number
 
-    def step(self, record: Record) -> None:
+    def step(self, record: StepRecord) -> None:
         if record["step"] == self.at:
             os.kill(os.getpid(), self.number)
 
 
 def test_sigterm_saves_this_step_and_stops(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match=r"SIGTERM arrived; step 3 of 6 is saved in .*resume_from_checkpoint=auto"):
+    with pytest.raises(RunInterruptedError, match=r"SIGTERM arrived; step 3 of 6 is saved in .*resume_from_checkpoint=auto"):
         engine_for(Fixed(steps(6)), tmp_path, listeners=[SignalAt(3, signal.SIGTERM)]).run()
     assert saved(tmp_path) == [3]
     assert signal.getsignal(signal.SIGTERM) is before
@@ -102,7 +102,7 @@ def test_lines_beyond_the_checkpoint_are_cut(tmp_path: Path) -> None:
 
 def test_plain_lines(tmp_path: Path) -> None:
     out = io.StringIO()
-    plain = Plain(every=3, out=out)
+    plain = PlainListener(every=3, out=out)
     plain.note("a note")
     engine_for(
         Fixed(steps(5)), tmp_path, listeners=[plain], eval_strategy="steps", eval_steps=4, learning_rate=1e-2, save_strategy="no"
@@ -118,14 +118,14 @@ def test_plain_lines(tmp_path: Path) -> None:
 
 
 def test_the_live_display_works_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    live = Live()
+    live = ProgressBarListener()
     live.note("[not markup] a note")
     engine_for(Fixed(steps(3)), tmp_path, listeners=[live], eval_strategy="steps", eval_steps=2).run()
     shown = capfd.readouterr().err
     assert "[not markup] a note" in shown
     assert "step 2: eval_loss" in shown
     assert "3/3" in shown
-    assert isinstance(for_terminal(2), Plain)
+    assert isinstance(terminal_listener(2), PlainListener)
 
 
 def test_listeners_finish_also_after_a_failure(tmp_path: Path) -> None:

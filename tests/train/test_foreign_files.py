@@ -24,11 +24,11 @@ from tinyrun import QuietDisk, quick  # noqa: F401 - a fixture
 
 from faults import FaultyDisk, die, kill, run_forked
 from lorry.disk import durable
-from lorry.disk.durable import building
+from lorry.disk.durable import build_directory
 from lorry.errors import ConfigError, ContractError, LorryError
 from lorry.runs import layout, ownership
 from lorry.train import checkpoint, start
-from lorry.train.monitoring.events import Record
+from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
 
 PLAIN: dict[str, Any] = {
@@ -38,7 +38,7 @@ PLAIN: dict[str, Any] = {
 EXAMPLES = {
     layout.SHARDS: "model-00001-of-00002.safetensors", "*.tiktoken": "own.tiktoken", "quarantine*.jsonl": "quarantine.jsonl",
 }  # fmt: skip
-NAMES = [EXAMPLES.get(pattern, pattern) for pattern in start._patterns([])]
+NAMES = [EXAMPLES.get(pattern, pattern) for pattern in start._written_patterns([])]
 LATE = [name for name in (*layout.RESULTS, *layout.TOKENIZER_FILES) if name not in (layout.CONTRACTS, "*.tiktoken")]
 OUTCOMES = ("finishes", "fails", "is killed")
 
@@ -50,7 +50,7 @@ class Fails(tinyrun.Heard):
         super().__init__()
         self.outcome, self.first = outcome, first
 
-    def step(self, record: Record) -> None:
+    def step(self, record: StepRecord) -> None:
         if record["step"] == 1:
             self.first()
         if record["step"] == 3 and self.outcome == "fails":
@@ -205,7 +205,7 @@ def test_what_appears_while_a_run_goes_is_not_written_over(world: World, tmp_pat
     after = everything(tmp_path)
     assert [name for name in names if strange(name) not in after] == []
     if outcome == "finishes":
-        assert checkpoint.find_latest(tmp_path / "run") is not None
+        assert checkpoint.find_latest_checkpoint(tmp_path / "run") is not None
         read = [c["status"] for c in json.loads((tmp_path / "run" / "contracts.json").read_text())]
         assert set(read) == {"held"}
         (place,) = after[strange("README.md")]
@@ -238,7 +238,7 @@ def test_the_table_has_every_name_that_a_run_writes(world: World, tmp_path: Path
     whole = jobs is None
     run = whole_model(world.model, world.data, tmp_path / "run") if whole else world.run(tmp_path, **PLAIN, jobs=jobs)
     train_run(run, [])
-    patterns = start._patterns([job["name"] for job in jobs or []])
+    patterns = start._written_patterns([job["name"] for job in jobs or []])
     written = [str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()]
     odd = [n for n in written if not n.startswith("checkpoints/") and not any(fnmatchcase(n, p) for p in patterns)]
     assert odd == []
@@ -247,7 +247,7 @@ def test_the_table_has_every_name_that_a_run_writes(world: World, tmp_path: Path
 def test_a_broken_contract_does_not_block_the_corrected_command(world: World, tmp_path: Path) -> None:
     train(world, tmp_path, "fails", save_steps=1)
     run = tmp_path / "run"
-    newest = checkpoint.find_latest(run)
+    newest = checkpoint.find_latest_checkpoint(run)
     assert newest is not None
     contracts = json.loads((run / "contracts.json").read_text())
     (run / "contracts.json").write_text(json.dumps([{**c, "status": "failed"} if c["id"] == 3 else c for c in contracts]))
@@ -271,7 +271,7 @@ def test_killed_while_room_is_made_nothing_is_lost(world: World, finished: Path,
     """At every call of moving a finished run aside; the next run moves the rest."""
 
     def work(folder: Path, say: Callable[[int], object]) -> None:
-        start.make_room(folder / "run", going_on=False)
+        start.archive_previous_run(folder / "run", going_on=False)
 
     kept = everything(finished)
     for n in count(1):
@@ -279,8 +279,8 @@ def test_killed_while_room_is_made_nothing_is_lost(world: World, finished: Path,
         killed = run_forked(work, FaultyDisk(n, kill), folder).killed
         assert everything(folder).keys() == kept.keys()
         left = [p.name for p in (folder / "run").iterdir() if p.name != "previous"]
-        assert ownership.is_run(folder / "run") or not start._present(folder / "run", start._patterns([])), left
-        assert start.make_room(folder / "run", going_on=False) is None or left
+        assert ownership.is_run(folder / "run") or not start._matching_names(folder / "run", start._written_patterns([])), left
+        assert start.archive_previous_run(folder / "run", going_on=False) is None or left
         assert everything(folder).keys() == kept.keys()
         if not killed:
             break
@@ -315,7 +315,7 @@ def test_a_folder_filled_while_another_is_built_for_it_stays(tmp_path: Path) -> 
     target.mkdir()
 
     def build() -> None:
-        with building(target) as folder:
+        with build_directory(target) as folder:
             (folder / "new").write_text("new")
             (target / "mine").write_text("mine")
 
@@ -334,7 +334,7 @@ def test_previous_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "previous").write_text("mine")
     (tmp_path / "a").write_text("a")
     with pytest.raises(ConfigError, match="previous is no directory"):
-        ownership.set_aside(tmp_path, ["a"])
+        ownership.move_to_previous(tmp_path, ["a"])
     assert (tmp_path / "a").is_file()
 
 

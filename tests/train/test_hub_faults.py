@@ -9,13 +9,13 @@ import pytest
 from hub_standin import Hub
 from hubworld import finished_run, started_hub, visit  # noqa: F401 - fixtures
 
-from lorry.config import Run, build
+from lorry.config import RunConfig, build_settings
 from lorry.errors import ConfigError, ModelError
-from lorry.hub.push import HubError, check_push, push, push_after
+from lorry.hub.push import HubError, check_push, push_after, push_run
 
 
-def described(**train: Any) -> Run:
-    return build(Run, {"data": {"path": "x.jsonl"}, "train": train}, [])
+def described(**train: Any) -> RunConfig:
+    return build_settings(RunConfig, {"data": {"path": "x.jsonl"}, "train": train}, [])
 
 
 # --- what goes wrong
@@ -24,7 +24,7 @@ def described(**train: Any) -> Run:
 def test_no_login(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ConfigError, match="not logged in to the Hugging Face hub: run `hf auth login`"):
-        push(run, "me/people")
+        push_run(run, "me/people")
     assert hub.asked == []
 
 
@@ -32,21 +32,21 @@ def test_a_wrong_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
     for name in (None, "me/people"):
         with pytest.raises(ConfigError, match="the hub does not know this token") as caught:
-            push(run, name)
+            push_run(run, name)
         assert "hf_xxx" not in str(caught.value)
     assert hub.files == {}
 
 
 def test_a_forbidden_namespace(hub: Hub, run: Path) -> None:
     with pytest.raises(ConfigError, match=r"/google/people: this account or its token may not write to it"):
-        push(run, "google/people")
+        push_run(run, "google/people")
     assert hub.files == {}
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "a b", "", "a--b", "x.git", "-a", "é/a"])
 def test_names_that_cannot_be(hub: Hub, run: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="is no name of a repository, such as OWNER/NAME"):
-        push(run, name)
+        push_run(run, name)
     assert hub.asked == []
 
 
@@ -57,7 +57,7 @@ def test_a_server_that_dies_in_the_middle_publishes_nothing(
     with Hub(dies_at=where) as hub:
         visit(hub, monkeypatch, tmp_path)
         with pytest.raises(HubError, match="check the network and HF_ENDPOINT") as caught:
-            push(run, None)
+            push_run(run, None)
     assert f"nothing of {run} was published" in str(caught.value)
     assert hub.commits == []
     assert not any(hub.files.values())
@@ -68,21 +68,21 @@ def test_a_connection_refused(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
     with Hub() as hub:
         visit(hub, monkeypatch, tmp_path)
     with pytest.raises(HubError, match=f"{hub.url}/me/x: check the network"):
-        push(run, "me/x")
+        push_run(run, "me/x")
 
 
 def test_no_run_and_no_finished_run(hub: Hub, run: Path) -> None:
     with pytest.raises(ConfigError, match="no such run directory"):
-        push(run / "none", "me/x")
+        push_run(run / "none", "me/x")
     (run / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors is missing"):
-        push(run, "me/x")
+        push_run(run, "me/x")
     (run / "adapter_config.json").unlink()
     with pytest.raises(ModelError, match="holds no adapter and no model"):
-        push(run, "me/x")
+        push_run(run, "me/x")
     (run / "receipt.json").unlink()
     with pytest.raises(ConfigError, match="is not a finished run"):
-        push(run, "me/x")
+        push_run(run, "me/x")
     assert hub.files == {}
 
 

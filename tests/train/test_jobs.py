@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from tinyrun import quick  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
-from lorry.config import Run, parse
+from lorry.config import RunConfig, parse_settings
 from lorry.errors import ConfigError, ContractError
 from lorry.models.loading.open import open_model
 from lorry.train import checks
-from lorry.train.checks import Checks
-from lorry.train.session import Result, train_run
+from lorry.train.checks import ContractChecks
+from lorry.train.session import TrainResult, train_run
 
 Lines = list[dict[str, Any]]
 # What differs: rank, scale, targets, rate, seed, dropout, decay, clip, schedule, rows, batch and accumulation, steps, early end.
@@ -48,12 +48,12 @@ class World:
         made = {"data": tinyrun.rows(10), "other": tinyrun.rows(7, start=20), "held": tinyrun.rows(4, start=40)}
         self.files = {name: tinyrun.write_rows(root / f"{name}.jsonl", rows) for name, rows in made.items()}
 
-    def run(self, out: str, **settings: Any) -> Run:
+    def run(self, out: str, **settings: Any) -> RunConfig:
         given = {"eval": str(self.files["held"]), **SHARED, **settings}
         data = self.files[given.pop("data", "data")]
         return tinyrun.described(self.model, data, self.root / out, **{k: v for k, v in given.items() if v is not None})
 
-    def together(self, out: str, jobs: dict[str, dict[str, Any]], **settings: Any) -> Run:
+    def together(self, out: str, jobs: dict[str, dict[str, Any]], **settings: Any) -> RunConfig:
         listed = [{"name": name, **job} for name, job in jobs.items()]
         for job in listed:
             if "data" in job:
@@ -67,15 +67,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def joint(world: World) -> Result:
+def joint(world: World) -> TrainResult:
     return train_run(world.together("joint", JOBS), [])
 
 
 @pytest.fixture(scope="module")
-def alone(world: World) -> Callable[[str], Result]:
-    made: dict[str, Result] = {}
+def alone(world: World) -> Callable[[str], TrainResult]:
+    made: dict[str, TrainResult] = {}
 
-    def get(name: str) -> Result:
+    def get(name: str) -> TrainResult:
         if name not in made:
             made[name] = train_run(world.run(f"alone-{name}", **{**SHARED, **JOBS[name]}), [])
         return made[name]
@@ -95,7 +95,7 @@ def lines(folder: Path, adapter: str | None = None) -> tuple[Lines, Lines]:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_each_job_is_the_run_alone(name: str, joint: Result, alone: Callable[[str], Result]) -> None:
+def test_each_job_is_the_run_alone(name: str, joint: TrainResult, alone: Callable[[str], TrainResult]) -> None:
     """Losses, norms, rates, tokens, epochs, evaluations, where it ended, and the adapter itself."""
     single = alone(name)
     (mine, held), (theirs, held_alone) = lines(joint.path, name), lines(single.path)
@@ -118,7 +118,7 @@ def test_each_job_is_the_run_alone(name: str, joint: Result, alone: Callable[[st
     assert max(float(truth[key].abs().max()) for key in moved) > 1e-3
 
 
-def test_the_jobs_end_where_they_should(joint: Result) -> None:
+def test_the_jobs_end_where_they_should(joint: TrainResult) -> None:
     ended = {name: (o.steps, o.stopped_early) for name, o in joint.outcome.jobs.items()}
     assert ended["small"] == ended["wide"] == (9, False)
     assert ended["short"] == (4, False)
@@ -138,7 +138,7 @@ def test_seeds_alone_make_different_jobs(world: World) -> None:
     assert curves["a"] != pytest.approx(curves["b"], abs=1e-3)
 
 
-def test_which_jobs_share_a_pass_changes_nothing(world: World, joint: Result) -> None:
+def test_which_jobs_share_a_pass_changes_nothing(world: World, joint: TrainResult) -> None:
     """Every job alone in its micro-batches, and two by two."""
     for room in (1, 300):
         apart = train_run(world.together(f"room-{room}", JOBS, joint_tokens=room), [])
@@ -165,7 +165,7 @@ def test_streamed_and_packed_jobs(world: World) -> None:
 # --- what it leaves
 
 
-def test_the_run_directory_has_a_peft_adapter_per_job(world: World, joint: Result) -> None:
+def test_the_run_directory_has_a_peft_adapter_per_job(world: World, joint: TrainResult) -> None:
     base = AutoModelForCausalLM.from_pretrained(world.model, dtype=torch.float32)
     ids = torch.tensor([[5, 9, 200, 31, 7, 8, 300]])
     opened = open_model(world.run("x").model.model_copy(update={"name": str(joint.path)}), [])
@@ -181,7 +181,7 @@ def test_the_run_directory_has_a_peft_adapter_per_job(world: World, joint: Resul
     assert not (joint.path / "adapter_config.json").exists()
 
 
-def test_receipt_contracts_samples_and_card_cover_every_job(joint: Result) -> None:
+def test_receipt_contracts_samples_and_card_cover_every_job(joint: TrainResult) -> None:
     assert [c["status"] for c in joint.contracts] == ["held"] * 8
     assert "zero-initialised matrices of 4 adapters" in joint.contracts[2]["detail"]
     assert "values of 4 adapters" in joint.contracts[4]["detail"]
@@ -197,9 +197,9 @@ def test_receipt_contracts_samples_and_card_cover_every_job(joint: Result) -> No
     assert "| wide: rank | 5 |" in card
 
 
-def test_the_description_written_is_the_run_again(world: World, joint: Result) -> None:
-    assert parse(Run, [str(joint.path / "run.yaml")], []) == world.together("joint", JOBS)
-    again = parse(Run, [str(joint.path / "run.yaml"), f"output_dir={world.root / 'again'}"], [])
+def test_the_description_written_is_the_run_again(world: World, joint: TrainResult) -> None:
+    assert parse_settings(RunConfig, [str(joint.path / "run.yaml")], []) == world.together("joint", JOBS)
+    again = parse_settings(RunConfig, [str(joint.path / "run.yaml"), f"output_dir={world.root / 'again'}"], [])
     train_run(again, [])
     for name in JOBS:
         one, two = ((folder / name / "adapter_model.safetensors").read_bytes() for folder in (joint.path, again.output_dir))
@@ -228,7 +228,7 @@ def test_one_job_in_a_list_is_a_plain_run(world: World) -> None:
 # --- what stops it
 
 
-def test_a_model_with_an_adapter_is_refused(world: World, alone: Callable[[str], Result]) -> None:
+def test_a_model_with_an_adapter_is_refused(world: World, alone: Callable[[str], TrainResult]) -> None:
     run = world.together("refused", {"a": {}, "b": {}}).model_copy()
     on_run = run.model_copy(update={"model": run.model.model_copy(update={"name": str(alone("small").path)})})
     with pytest.raises(ConfigError, match="already has an adapter, and several jobs begin with new ones"):
@@ -265,7 +265,7 @@ def test_contract_4_asks_for_each_jobs_own_end(world: World, monkeypatch: pytest
     """Plain text need not end; answers must, also beside plain text."""
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": row["answer"]}) + "\n" for row in tinyrun.rows(5)))
-    ends = first_calls(monkeypatch, Checks, "first_batches", 3)
+    ends = first_calls(monkeypatch, ContractChecks, "first_batches", 3)
     jobs = [{"name": "chat"}, {"name": "text", "data": str(text)}]
     assert train_run(world.run("ends", jobs=jobs, **PLAIN), []).contracts[3]["status"] == "held"
     assert [bool(own) for own in ends[0]] == [True, False]

@@ -14,7 +14,7 @@ from tinyrun import Heard, quick  # noqa: F401 - a fixture
 from faults import kill, run_forked
 from lorry.errors import ConfigError
 from lorry.train import checkpoint
-from lorry.train.monitoring.events import Record
+from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
 
 # one ends early, one stops early, one reads its rows as they come, all drop out and keep their best
@@ -54,7 +54,7 @@ class Stop(Exception):
 
 
 class StopAt(Heard):
-    def step(self, record: Record) -> None:
+    def step(self, record: StepRecord) -> None:
         if record["step"] == 9:
             raise Stop
 
@@ -62,9 +62,9 @@ class StopAt(Heard):
 def test_resumed_after_two_jobs_are_done(world: World, whole: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(Stop):
         train_run(world.run(tmp_path, jobs=JOBS, eval_steps=1), [], [StopAt()])
-    newest = checkpoint.find_latest(tmp_path / "run")
+    newest = checkpoint.find_latest_checkpoint(tmp_path / "run")
     assert newest is not None
-    _, meta = checkpoint.load(newest)
+    _, meta = checkpoint.load_checkpoint(newest)
     standing = meta["progress"]["jobs"]
     assert standing["b"]["steps"] == 5 < meta["progress"]["step"]
     assert standing["c"]["stopped_early"]

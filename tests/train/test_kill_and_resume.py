@@ -25,7 +25,7 @@ from tinyrun import quick  # noqa: F401 - a fixture
 
 from faults import kill, run_forked
 from lorry import cli
-from lorry.errors import Interrupted
+from lorry.errors import RunInterruptedError
 from lorry.runs.metrics import MetricsWriter
 from lorry.train import checkpoint
 from lorry.train.session import train_run
@@ -107,7 +107,7 @@ def command_line(world: World, folder: Path) -> list[str]:
 
 
 def check_stopped(folder: Path) -> None:
-    newest = checkpoint.find_latest(folder / "run")
+    newest = checkpoint.find_latest_checkpoint(folder / "run")
     assert newest is not None
     assert newest.name == f"step-{STOP_AT:08d}"
     contracts = json.loads((folder / "run" / "contracts.json").read_text())
@@ -117,7 +117,7 @@ def check_stopped(folder: Path) -> None:
 def test_sigterm_saves_and_exits_75(world: World, whole: Whole, tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", CHILD, *command_line(world, tmp_path)], capture_output=True, text=True, env=env)
-    assert done.returncode == Interrupted.exit_code == 75, done.stderr
+    assert done.returncode == RunInterruptedError.exit_code == 75, done.stderr
     assert "SIGTERM arrived; step 5 of 11 is saved" in done.stderr
     assert "resume_from_checkpoint=auto" in done.stderr
     assert "Traceback" not in done.stderr

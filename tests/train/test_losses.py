@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorry.errors import DataError
-from lorry.runs.losses import losses
+from lorry.runs.losses import collect_losses
 
 
 def test_one_adapter(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_one_adapter(tmp_path: Path) -> None:
         '{"step": 2, "eval_loss": 2.5, "eval_accuracy": 1}',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "eval_loss": "Infinity"}', '{"step": 5, "lo']))
-    found = losses(tmp_path)
+    found = collect_losses(tmp_path)
     assert found == {"step": [1, 2], "loss": [3.5, 2.25], "eval_step": [2, 4], "eval_loss": [2.5, None]}
     json.dumps(found, allow_nan=False)
 
@@ -29,7 +29,7 @@ def test_several_adapters(tmp_path: Path) -> None:
         '{"step": 2, "loss": 1.0, "adapters": {"b": {"loss": 1.0}}}\n'
         '{"step": 2, "eval_loss": 5.0, "adapters": {"b": {"eval_loss": 5.0}}}\n'
     )
-    found = losses(tmp_path)
+    found = collect_losses(tmp_path)
     assert (found["step"], found["loss"], found["eval_loss"]) == ([1, 2], [3.0, 1.0], [5.0])
     assert found["adapters"] == {
         "a": {"step": [1], "loss": [2.0], "eval_step": [], "eval_loss": []},
@@ -38,7 +38,7 @@ def test_several_adapters(tmp_path: Path) -> None:
 
 
 def test_nothing_logged_and_a_damaged_line(tmp_path: Path) -> None:
-    assert losses(tmp_path) == {"step": [], "loss": [], "eval_step": [], "eval_loss": []}
+    assert collect_losses(tmp_path) == {"step": [], "loss": [], "eval_step": [], "eval_loss": []}
     (tmp_path / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:1: not JSON"):
-        losses(tmp_path)
+        collect_losses(tmp_path)

@@ -16,9 +16,9 @@ from tinyrun import quick  # noqa: F401 - a fixture
 
 from lorry.disk import durable
 from lorry.errors import ConfigError, LorryError, ModelError
-from lorry.runs.metrics import MetricsWriter, iterate
-from lorry.runs.process import Home, read
-from lorry.train.monitoring.events import Record
+from lorry.runs.metrics import MetricsWriter, iter_metrics
+from lorry.runs.process import RunDirectoryHandle, read_process
+from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
 
 
@@ -29,7 +29,7 @@ class Does(tinyrun.Heard):
         super().__init__()
         self.at, self.what = step, what
 
-    def step(self, record: Record) -> None:
+    def step(self, record: StepRecord) -> None:
         super().step(record)
         if record["step"] == self.at:
             self.what()
@@ -43,7 +43,7 @@ def test_moved_it_stops_and_nothing_is_made_in_its_place(world: World, whole: Wh
         train_run(world.run(tmp_path, **SHAPES["packed"]), [], [Does(step, lambda: run.rename(moved))])
     assert error.value.exit_code == 74
     assert not run.exists()
-    process = read(moved)
+    process = read_process(moved)
     assert process is not None
     assert process.ended is not None
     assert process.ended.exit_code == 74
@@ -69,7 +69,7 @@ def test_removed_or_replaced_nothing_is_written_there(world: World, tmp_path: Pa
 def test_moved_after_the_last_step(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the adapter is written and read back, the samples are made and the receipt is."""
     run, moved = tmp_path / "run", tmp_path / "moved"
-    monkeypatch.setattr("lorry.train.finish.sampled", lambda *_: run.rename(moved) and [])
+    monkeypatch.setattr("lorry.train.finish.collect_samples", lambda *_: run.rename(moved) and [])
     with pytest.raises(LorryError) as error:
         train_run(world.run(tmp_path, **SHAPES["packed"]), [])
     assert error.value.exit_code == 74
@@ -126,12 +126,12 @@ def test_writing_lines(tmp_path: Path) -> None:
             log.write({"step": step})
             if step in (2, 3):
                 (tmp_path / "metrics.jsonl").unlink()
-    assert [record["step"] for _, record in iterate(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [record["step"] for _, record in iter_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
 def test_a_directory_knows_its_own_name(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    with Home(tmp_path / "a") as home:
+    with RunDirectoryHandle(tmp_path / "a") as home:
         home.check()
         assert home.now() == tmp_path / "a"
         (tmp_path / "a").rename(tmp_path / "b")
@@ -142,7 +142,7 @@ def test_a_directory_knows_its_own_name(tmp_path: Path) -> None:
         (tmp_path / "b").rmdir()
         assert home.now() is None
     with pytest.raises(durable.DiskError):
-        Home(tmp_path / "c")
+        RunDirectoryHandle(tmp_path / "c")
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
@@ -152,7 +152,7 @@ def test_a_disk_that_does_not_say_where_the_directory_is_ends_no_run(
     def failing(path: object, **options: object) -> os.stat_result:
         raise OSError(code, os.strerror(code))
 
-    with Home(tmp_path) as home:
+    with RunDirectoryHandle(tmp_path) as home:
         with monkeypatch.context() as patch:
             patch.setattr(os, "stat", failing)
             home.check()

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from lorry.disk import durable
 from lorry.errors import ConfigError, ContractError, DataError
 from lorry.runs.layout import PROCESS
-from lorry.runs.process import alive, read, refuse_second
-from lorry.train.monitoring.process import running, without_secrets
+from lorry.runs.process import is_process_alive, read_process, refuse_second
+from lorry.train.monitoring.process import record_process, redact_secrets
 
 HOLD = """
 import sys, time
@@ -54,7 +54,7 @@ def holding(folder: Path, phase: str = "train") -> Iterator[subprocess.Popen[str
 
 
 def train_and_fail(folder: Path, error: BaseException, first: Callable[[], None] = lambda: None) -> None:
-    with running(folder) as process:
+    with record_process(folder) as process:
         process.begin(0, 5)
         first()
         raise error
@@ -67,14 +67,14 @@ def written(folder: Path) -> dict[str, Any]:
 
 def test_it_is_there_while_the_run_goes(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "new"
-    with running(folder) as process:
+    with record_process(folder) as process:
         assert written(folder)["total_steps"] is None
         process.begin(4, 20)
         found = written(folder)
         assert (found["pid"], found["done"], found["total_steps"], found["ended"]) == (os.getpid(), 4, 20, None)
-        now = read(folder)
+        now = read_process(folder)
         assert now is not None
-        assert alive(now, folder) is True
+        assert is_process_alive(now, folder) is True
     assert list(folder.iterdir()) == []
 
 
@@ -89,18 +89,18 @@ def test_it_is_there_while_the_run_goes(tmp_path: Path) -> None:
 def test_an_error_is_kept(tmp_path: Path, error: BaseException, code: int, reason: str) -> None:
     with pytest.raises(type(error)):
         train_and_fail(tmp_path, error)
-    found = read(tmp_path)
+    found = read_process(tmp_path)
     assert found is not None
     assert found.ended is not None
     assert (found.ended.exit_code, found.ended.reason) == (code, reason)
-    assert alive(found, tmp_path) is False
-    with running(tmp_path):  # the next run has its own
+    assert is_process_alive(found, tmp_path) is False
+    with record_process(tmp_path):  # the next run has its own
         assert written(tmp_path)["ended"] is None
 
 
 def test_what_was_wrong_before_training_is_not_the_end_of_an_earlier_run(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
-        with pytest.raises(DataError), running(folder):
+        with pytest.raises(DataError), record_process(folder):
             raise DataError("rows.jsonl: no such file")
 
     fail(tmp_path / "new")
@@ -124,20 +124,23 @@ def test_what_was_wrong_before_training_is_not_the_end_of_an_earlier_run(tmp_pat
 
 def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     with holding(tmp_path) as child:
-        with pytest.raises(ConfigError, match=f"in use: process {child.pid} has been at work there since"), running(tmp_path):
+        with (
+            pytest.raises(ConfigError, match=f"in use: process {child.pid} has been at work there since"),
+            record_process(tmp_path),
+        ):
             pass
         (tmp_path / PROCESS).rename(tmp_path / "gone")  # as if both had started at the same moment
-        with pytest.raises(ConfigError, match="another process has just begun there"), running(tmp_path):
+        with pytest.raises(ConfigError, match="another process has just begun there"), record_process(tmp_path):
             pass
         (tmp_path / "gone").rename(tmp_path / PROCESS)
         child.send_signal(signal.SIGKILL)
-        found = read(tmp_path)
+        found = read_process(tmp_path)
         while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.005)
         assert found is not None
         assert (found.ended, found.done, found.total_steps) == (None, 3, 20)
-        assert alive(found, tmp_path) is False  # although its number is not free before its parent asks
-        with running(tmp_path):
+        assert is_process_alive(found, tmp_path) is False  # although its number is not free before its parent asks
+        with record_process(tmp_path):
             assert written(tmp_path)["pid"] == os.getpid()
 
 
@@ -145,18 +148,18 @@ def test_a_number_used_again_a_copy_and_another_machine(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with holding(folder) as child:
         copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-        found = read(copy)
+        found = read_process(copy)
         assert found is not None
-        assert (alive(found, folder), alive(found, copy)) == (True, False)
+        assert (is_process_alive(found, folder), is_process_alive(found, copy)) == (True, False)
         refuse_second(copy)
         for change, expected in (({"born": found.born - 100}, False), ({"host": "elsewhere"}, None), ({"pid": 2**31 - 1}, False)):
             (folder / PROCESS).write_text(json.dumps({**written(copy), **change}))
-            changed = read(folder)
+            changed = read_process(folder)
             assert changed is not None
-            assert alive(changed, folder) is expected, change
+            assert is_process_alive(changed, folder) is expected, change
             refuse_second(folder)
         os.rename(folder, tmp_path / "moved")
-        assert alive(found, tmp_path / "moved") is True
+        assert is_process_alive(found, tmp_path / "moved") is True
         assert child.poll() is None
 
 
@@ -171,7 +174,7 @@ def test_sigterm_outside_the_loop_is_an_end_too(tmp_path: Path, phase: str) -> N
     assert ended["reason"].startswith("SIGTERM arrived outside the training steps")
 
 
-class Full(durable.Disk):
+class Full(durable.DiskCalls):
     """No file can be made any more."""
 
     def create(self, path: Path) -> int:
@@ -182,7 +185,7 @@ def test_a_full_disk_does_not_hide_what_happened(tmp_path: Path, monkeypatch: py
     with pytest.raises(ContractError, match="the reason"):
         train_and_fail(tmp_path, ContractError("the reason"), lambda: monkeypatch.setattr(durable, "disk", Full()))
     assert written(tmp_path)["ended"] is None
-    with pytest.raises(durable.DiskError, match="No space left"), running(tmp_path / "other"):
+    with pytest.raises(durable.DiskError, match="No space left"), record_process(tmp_path / "other"):
         pass
 
 
@@ -198,7 +201,7 @@ def test_a_full_disk_does_not_hide_what_happened(tmp_path: Path, monkeypatch: py
 def test_a_damaged_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / PROCESS).write_text(text)
     with pytest.raises(DataError, match=message):
-        read(tmp_path)
+        read_process(tmp_path)
 
 
 json_values = st.one_of(
@@ -212,15 +215,15 @@ json_values = st.one_of(
 )
 def test_any_value_anywhere_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, name: str, value: Any) -> None:
     folder = tmp_path_factory.mktemp("run")
-    with running(folder):
+    with record_process(folder):
         content = {**written(folder), name: value}
         (folder / PROCESS).write_text(json.dumps(content))
         try:
-            found = read(folder)
+            found = read_process(folder)
         except DataError:
             return
         assert found is not None
-        assert alive(found, folder) in (True, False, None)
+        assert is_process_alive(found, folder) in (True, False, None)
 
 
 def test_secrets_are_not_kept() -> None:
@@ -249,4 +252,4 @@ def test_secrets_are_not_kept() -> None:
         "url=u:***@h",
         "tokenizer=t",
     ]
-    assert without_secrets(words) == kept
+    assert redact_secrets(words) == kept

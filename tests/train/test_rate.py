@@ -13,7 +13,14 @@ from tinyrun import described, model_directory, quick, rows, write_rows
 from lorry.models.loading.open import open_model
 from lorry.plan import machine, rates
 from lorry.train.resources import rate
-from lorry.train.resources.rate import StepTimes, Waiting, best, keep_steps, matrix_rate, tokens_a_second
+from lorry.train.resources.rate import (
+    CpuWaitTime,
+    StepTimes,
+    best_product_rate,
+    measure_matrix_rate,
+    record_step_rate,
+    tokens_per_second,
+)
 from lorry.train.session import train_run
 
 __all__ = ["quick"]
@@ -27,11 +34,11 @@ def products(*seconds: float) -> Callable[[int, int], Callable[[], float]]:
 
 def test_the_best_of_many_short_products_counts() -> None:
     """One in forty falls between two turns of somebody else; by the mean the machine would be eleven times slower."""
-    found = best(products(0.09, *[0.05] * 20, 0.004, 0.05), lambda: 0.8)
+    found = best_product_rate(products(0.09, *[0.05] * 20, 0.004, 0.05), lambda: 0.8)
     assert found.rate == pytest.approx(2 * 128 * 1024**2 / 0.004)
     assert (found.busy, found.waited) == (True, 0.8)
-    assert 25 < found.repeats <= rate.REPEATS
-    assert best(products(0.05), lambda: None).busy is False
+    assert 25 < found.repeats <= rate.MAX_REPEATS
+    assert best_product_rate(products(0.05), lambda: None).busy is False
 
 
 def test_products_grow_until_the_clock_can_tell() -> None:
@@ -41,22 +48,22 @@ def test_products_grow_until_the_clock_can_tell() -> None:
         asked.append((rows, side))
         return lambda: 2 * rows * side**2 / 1e12
 
-    assert best(product, lambda: 0.0).rate == pytest.approx(1e12)
+    assert best_product_rate(product, lambda: 0.0).rate == pytest.approx(1e12)
     assert asked == [(128, 1024), (512, 2048)]
 
 
 def test_the_matrix_rate_is_a_rate() -> None:
-    found = matrix_rate("cpu", "float32", 1)
+    found = measure_matrix_rate("cpu", "float32", 1)
     assert found is not None
     assert 1e6 < found.rate < 1e15
-    assert torch.cuda.is_available() or matrix_rate("cuda", "bfloat16", 1) is None
+    assert torch.cuda.is_available() or measure_matrix_rate("cuda", "bfloat16", 1) is None
 
 
 def test_waiting_for_a_core_is_read_from_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rate, "SCHEDULE", tmp_path / "schedstat")
-    assert Waiting().share() is None
+    monkeypatch.setattr(rate, "SCHEDSTAT_PATH", tmp_path / "schedstat")
+    assert CpuWaitTime().share() is None
     (tmp_path / "schedstat").write_text("1000 500 7\n")
-    waiting = Waiting()
+    waiting = CpuWaitTime()
     assert waiting.share() == 0
     (tmp_path / "schedstat").write_text("2000 3500 9\n")
     assert waiting.share() == 0.75
@@ -64,10 +71,10 @@ def test_waiting_for_a_core_is_read_from_the_system(tmp_path: Path, monkeypatch:
 
 def test_the_faster_half_of_enough_steps_counts() -> None:
     warm, steps = [(100, 60.0)] * 2, [(100, 1.0), (300, 2.0)] * 4 + [(100, 50.0)] * 8
-    assert tokens_a_second(warm + steps) == (pytest.approx(1600 / 12), 16)
-    assert tokens_a_second(warm + steps[:7]) is None
-    assert tokens_a_second(warm + [(100, 0.01)] * 90) is None
-    assert tokens_a_second([]) is None
+    assert tokens_per_second(warm + steps) == (pytest.approx(1600 / 12), 16)
+    assert tokens_per_second(warm + steps[:7]) is None
+    assert tokens_per_second(warm + [(100, 0.01)] * 90) is None
+    assert tokens_per_second([]) is None
 
 
 # --- a run corrects the plan
@@ -96,8 +103,8 @@ def finished(base: Path, tmp_path: Path, *, steps: int = 12, seconds: float = 2.
 
 def test_steps_of_a_run_become_a_rate(base: Path, tmp_path: Path, home: Path) -> None:
     run, opened, times = finished(base, tmp_path)
-    assert keep_steps(run, opened, times) == ""
-    (kept,) = rates.known(machine.identity("cpu", "float32", 1)).runs
+    assert record_step_rate(run, opened, times) == ""
+    (kept,) = rates.read_known_rates(machine.machine_identity("cpu", "float32", 1)).runs
     g = opened.model.geometry
     linears = [p for n, p in opened.model.named_parameters() if p.dim() == 2 and "layers" in n]
     n = sum(p.numel() for p in linears) + g.vocab * g.width
@@ -115,14 +122,14 @@ def test_what_the_plan_does_not_count_is_not_kept(settings: dict[str, Any], base
         run = run.model_copy(update={"lora": None})
     else:
         run, opened, times = finished(base, tmp_path, **settings)
-    assert keep_steps(run, opened, times) == ""
+    assert record_step_rate(run, opened, times) == ""
     assert not (home / "rates.json").exists()
 
 
 def test_a_rate_that_cannot_be_kept_is_a_note(base: Path, tmp_path: Path, home: Path) -> None:
     run, opened, times = finished(base, tmp_path)
     home.write_text("a file where the directory should be")
-    note = keep_steps(run, opened, times)
+    note = record_step_rate(run, opened, times)
     assert note.startswith("what the steps reached is not kept for `lorry plan`: ")
 
 

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from lorry.errors import ConfigError
-from lorry.train.checkpoint import FREE, PLACE, code_digest, environment, load, refuse_other, save
+from lorry.train.checkpoint import (
+    DEVICE_SETTINGS,
+    FREE_SETTINGS,
+    code_digest,
+    load_checkpoint,
+    numeric_environment,
+    refuse_other_run,
+    save_checkpoint,
+)
 
 CONFIG = {
     "train": {"learning_rate": 1e-3, "save_steps": 10, "betas": [0.9, 0.999], "seed": 0},
@@ -53,14 +61,14 @@ def changed(field: str, value: object) -> dict[str, Any]:
 )
 def test_another_run_is_refused_by_field_with_both_values(field: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        refuse_other(CURRENT, changed(field, value))
+        refuse_other_run(CURRENT, changed(field, value))
     assert f"\n  {message}\n" in str(caught.value)
 
 
 @pytest.mark.parametrize(("field", "longer"), [("max_steps", True), ("num_train_epochs", True), ("learning_rate", False)])
 def test_the_error_says_what_may_change_and_how_to_train_on(field: str, longer: bool) -> None:
     with pytest.raises(ConfigError, match=r"only where and how often a run writes may change \(docs/running\.md") as caught:
-        refuse_other(CURRENT, changed(f"config.train.{field}", 7))
+        refuse_other_run(CURRENT, changed(f"config.train.{field}", 7))
     assert ("adapter=THIS_RUN output_dir=ANOTHER" in str(caught.value)) == longer
 
 
@@ -69,7 +77,7 @@ def test_the_page_lists_what_may_change() -> None:
     may, with_a_note = (
         set(re.findall(r"`(\w+)`", line)) for line in re.findall(r"^\| (?:yes|with a note) \| (.*) \|$", text, re.M)
     )
-    assert (may, with_a_note) == (FREE, PLACE)
+    assert (may, with_a_note) == (FREE_SETTINGS, DEVICE_SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -82,25 +90,25 @@ def test_the_page_lists_what_may_change() -> None:
     ],
 )
 def test_another_place_is_noted_and_goes_on(field: str, value: object, note: str) -> None:
-    assert refuse_other(CURRENT, changed(field, value)) == [note]
+    assert refuse_other_run(CURRENT, changed(field, value)) == [note]
 
 
 def test_settings_of_writing_may_differ_and_equal_runs_are_equal(tmp_path: Path) -> None:
-    assert refuse_other(CURRENT, CURRENT) == []
-    _, stored = load(save(tmp_path, 1, {}, CURRENT))
-    assert refuse_other(stored, CURRENT) == []
+    assert refuse_other_run(CURRENT, CURRENT) == []
+    _, stored = load_checkpoint(save_checkpoint(tmp_path, 1, {}, CURRENT))
+    assert refuse_other_run(stored, CURRENT) == []
     for field, value in (
         ("output_dir", "runs/b"),
         ("train.save_steps", 3),
         ("train.run_name", "x"),
         ("train.report_to", ["wandb"]),
     ):
-        assert refuse_other(CURRENT, changed(f"config.{field}", value)) == []
-    assert refuse_other(CURRENT, changed("digests.config", "e" * 64)) == []
+        assert refuse_other_run(CURRENT, changed(f"config.{field}", value)) == []
+    assert refuse_other_run(CURRENT, changed("digests.config", "e" * 64)) == []
 
 
 def test_environment_and_code_are_described() -> None:
-    found = environment(device="cpu", kernels="torch only")
+    found = numeric_environment(device="cpu", kernels="torch only")
     assert found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()
     assert found["kernels"] == "torch only"

@@ -13,7 +13,7 @@ from mortal import SHAPES, STEPS, Whole, World, finished, same, state_of
 from tinyrun import quick  # noqa: F401 - a fixture
 
 from lorry.errors import ConfigError, DataError
-from lorry.train.monitoring.events import Record
+from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
 
 
@@ -26,7 +26,7 @@ class StopAt(tinyrun.Heard):
         super().__init__()
         self.at = step
 
-    def step(self, record: Record) -> None:
+    def step(self, record: StepRecord) -> None:
         if record["step"] == self.at:
             raise Stopped
 

@@ -17,13 +17,13 @@ from peft import PeftModel
 from tinyrun import quick  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
-from lorry.config import Run, parse
+from lorry.config import RunConfig, parse_settings
 from lorry.errors import ConfigError, DataError
 from lorry.train import session
-from lorry.train.monitoring.events import Record
+from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
 
-Describe = Callable[..., Run]
+Describe = Callable[..., RunConfig]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def describe(model: Path, tmp_path: Path) -> Describe:
     """A description of 4 steps over 12 rows in ``tmp_path/run``; keywords change it."""
     data = tinyrun.write_rows(tmp_path / "data.jsonl", tinyrun.rows(12))
 
-    def make(**settings: Any) -> Run:
+    def make(**settings: Any) -> RunConfig:
         given = {"max_steps": 4, "out": tmp_path / "run", "base": model, **settings}
         return tinyrun.described(given.pop("base"), given.pop("from_", data), given.pop("out"), **given)
 
@@ -80,9 +80,9 @@ def test_the_run_directory(describe: Describe, tmp_path: Path) -> None:
 def test_the_description_written_is_the_run_again(describe: Describe, tmp_path: Path) -> None:
     run = describe(lora_dropout=0.1)
     train_run(run, [])
-    assert parse(Run, [str(tmp_path / "run" / "run.yaml")], []) == run
+    assert parse_settings(RunConfig, [str(tmp_path / "run" / "run.yaml")], []) == run
     first = files(tmp_path / "run")["adapter_model.safetensors"]
-    train_run(parse(Run, [str(tmp_path / "run" / "run.yaml"), f"output_dir={tmp_path / 'again'}"], []), [])
+    train_run(parse_settings(RunConfig, [str(tmp_path / "run" / "run.yaml"), f"output_dir={tmp_path / 'again'}"], []), [])
     assert files(tmp_path / "again")["adapter_model.safetensors"] == first
 
 
@@ -136,7 +136,7 @@ class Stopped(Exception):
 
 
 class StopAt(tinyrun.Heard):
-    def step(self, record: Record) -> None:
+    def step(self, record: StepRecord) -> None:
         super().step(record)
         if record["step"] == 3:
             raise Stopped

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lorry.errors import Interrupted
-from lorry.train.monitoring.signals import Stop, raising, watching
+from lorry.errors import RunInterruptedError
+from lorry.train.monitoring.signals import StopRequest, raise_on_signals, watch_signals
 
 WATCHED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
@@ -31,7 +31,7 @@ def _known_handlers() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_stop_signal_is_a_flag_and_its_name(number: signal.Signals) -> None:
-    with watching() as stop:
+    with watch_signals() as stop:
         assert not stop.requested
         signal.raise_signal(number)
         assert stop.requested == number.name
@@ -39,7 +39,7 @@ def test_a_stop_signal_is_a_flag_and_its_name(number: signal.Signals) -> None:
 
 
 def test_a_second_interrupt_raises_at_once_and_others_do_not() -> None:
-    with watching() as stop:
+    with watch_signals() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
@@ -49,7 +49,7 @@ def test_a_second_interrupt_raises_at_once_and_others_do_not() -> None:
 
 
 def test_usr1_asks_for_one_save_and_goes_on() -> None:
-    with watching() as stop:
+    with watch_signals() as stop:
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGUSR1)
         assert (stop.take_save(), stop.take_save(), stop.requested) == (True, False, "")
@@ -57,7 +57,7 @@ def test_usr1_asks_for_one_save_and_goes_on() -> None:
 
 def test_handlers_come_back_also_after_an_error() -> None:
     before = [signal.getsignal(number) for number in WATCHED]
-    with contextlib.suppress(RuntimeError), watching():
+    with contextlib.suppress(RuntimeError), watch_signals():
         assert [signal.getsignal(number) for number in WATCHED] != before
         raise RuntimeError("inside")
     assert [signal.getsignal(number) for number in WATCHED] == before
@@ -67,7 +67,7 @@ def test_handlers_come_back_also_after_an_error() -> None:
 def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
     """SIGINT of a command in the background, SIGHUP under nohup."""
     signal.signal(number, signal.SIG_IGN)
-    with raising(), watching() as stop:
+    with raise_on_signals(), watch_signals() as stop:
         signal.raise_signal(number)
         assert not stop.requested
     assert signal.getsignal(number) is signal.SIG_IGN
@@ -76,34 +76,34 @@ def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_outside_the_loop_it_is_raised_once_and_inside_a_flag(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_DFL)
-    with raising():
-        with watching() as stop:
+    with raise_on_signals():
+        with watch_signals() as stop:
             signal.raise_signal(number)
         assert stop.requested == number.name
-        with pytest.raises(Interrupted, match=f"{number.name} arrived outside the training steps"):
+        with pytest.raises(RunInterruptedError, match=f"{number.name} arrived outside the training steps"):
             signal.raise_signal(number)
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_a_handler_of_somebody_else_stays() -> None:
     theirs = signal.getsignal(signal.SIGTERM)
-    with raising():
+    with raise_on_signals():
         assert signal.getsignal(signal.SIGTERM) is theirs
 
 
 def test_outside_the_main_thread_nothing_changes() -> None:
     before = [signal.getsignal(number) for number in WATCHED]
-    seen: list[Stop] = []
+    seen: list[StopRequest] = []
 
     def work() -> None:
-        with watching() as stop:
+        with watch_signals() as stop:
             seen.append(stop)
             assert [signal.getsignal(number) for number in WATCHED] == before
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [Stop()]
+    assert seen == [StopRequest()]
 
 
 LOOP = """
@@ -143,7 +143,7 @@ def test_what_arrives_while_an_object_is_deleted_is_raised_behind_it(capsys: pyt
             signal.raise_signal(signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with pytest.raises(Interrupted, match="SIGTERM arrived"), raising("arrived"):
+    with pytest.raises(RunInterruptedError, match="SIGTERM arrived"), raise_on_signals("arrived"):
         Last()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert capsys.readouterr().err == ""
@@ -157,12 +157,12 @@ def test_what_is_remembered_is_sent_again_without_a_safe_point() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def work() -> None:
-        with raising():
+        with raise_on_signals():
             Last()
             threading.Event().wait(60)
             raise AssertionError("it was not sent again")
 
-    with pytest.raises(Interrupted, match="SIGHUP"):
+    with pytest.raises(RunInterruptedError, match="SIGHUP"):
         work()
 
 
@@ -177,7 +177,7 @@ def test_a_script_that_is_being_imported_is_stopped_all_the_same(tmp_path: Path,
     )
     monkeypatch.syspath_prepend(tmp_path)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with pytest.raises(Interrupted):
+    with pytest.raises(RunInterruptedError):
         importlib.import_module("training_script")
 
 
@@ -185,9 +185,9 @@ def test_what_came_during_an_import_that_failed_is_told_outside(tmp_path: Path, 
     (tmp_path / "broken_module.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\nraise ImportError\n")
     monkeypatch.syspath_prepend(tmp_path)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with pytest.raises(Interrupted), raising("outside"):
+    with pytest.raises(RunInterruptedError), raise_on_signals("outside"):
         try:
-            with raising("inside"):
+            with raise_on_signals("inside"):
                 importlib.import_module("broken_module")
         except ImportError:
             raise AssertionError("the signal was lost") from None
@@ -199,10 +199,10 @@ def test_a_signal_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.syspath_prepend(tmp_path)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     told = list[str]()
-    with raising("outside"):
-        with pytest.raises(Interrupted):
+    with raise_on_signals("outside"):
+        with pytest.raises(RunInterruptedError):
             importlib.import_module("signalled_module")
-            with raising("inside"):
+            with raise_on_signals("inside"):
                 told.append("inside")
                 threading.Event().wait(5)
         told.append("outside")

@@ -20,22 +20,22 @@ from faults import UnreadableDisk
 from lorry.adapters.attach import attach
 from lorry.adapters.peft.files import save_adapter
 from lorry.adapters.spec import LoraSpec
-from lorry.backends.local import Local
+from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
-from lorry.config import DistillRun, build
-from lorry.data.prepare import prepare
+from lorry.config import DistillRunConfig, build_settings
+from lorry.data.prepare import prepare_data
 from lorry.data.stream.joint import JointStream
 from lorry.disk import durable
 from lorry.errors import ConfigError, ModelError
 from lorry.models.decoder.model import Decoder
 from lorry.models.loading import quantized
 from lorry.models.loading.open import open_model
-from lorry.models.scoring.score import Score, log_prob
+from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.tasks.build import BuiltTask, TaskInputs
 from lorry.tasks.distill import builder, teacher
 from lorry.tasks.distill.align import PairedEncoder
-from lorry.tasks.distill.builder import build_distill, encoder_of
-from lorry.tasks.distill.task import IDS, LOG_PROBS, TAUGHT
+from lorry.tasks.distill.builder import build_distill, make_encoder_factory
+from lorry.tasks.distill.task import TAUGHT_MASK, TEACHER_IDS, TEACHER_LOG_PROBS
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +61,13 @@ def material(world: Path, given: Mapping[str, Any], **settings: Any) -> TaskInpu
         "model": {"name": str(world / "student")}, "data": {"path": str(world / "rows.jsonl"), "eval": str(world / "held.jsonl")},
         "output_dir": str(world / "run"), **tinyrun.DEFAULTS, "distill": {"teacher_dtype": "float32", **given}, **settings,
     }  # fmt: skip
-    run, notes = build(DistillRun, described_as, []), list[str]()
+    run, notes = build_settings(DistillRunConfig, described_as, []), list[str]()
     opened = open_model(run.model, notes)
     attach(opened.model, LoraSpec(r=2), "default")
-    make = encoder_of(run, opened, notes)
-    data = prepare(run.data, run.train, opened.tokenizer, quarantine=world / "aside.jsonl", make=make)
+    make = make_encoder_factory(run, opened, notes)
+    data = prepare_data(run.data, run.train, opened.tokenizer, quarantine=world / "aside.jsonl", make=make)
     backend, stream = (
-        Local(opened.model, ["default"], OptimSettings()),
+        LocalBackend(opened.model, ["default"], OptimSettings()),
         JointStream({"default": data.stream}, {"default": 3}, 1024),
     )
     return TaskInputs(run, opened, {"default": (run, data)}, stream, data.evaluation, 6, backend)
@@ -122,7 +122,7 @@ def test_an_adapter_scores_as_it_would_alone(world: Path) -> None:
     made = material(world, {"teacher_adapter": str(world / "adapter")})
     _, models = parts(build_distill(made))
     alone = open_model(made.run.model.model_copy(update={"adapter": str(world / "adapter")}), [])
-    batch, want = made.held[0], {"logprob": Score(log_prob)}
+    batch, want = made.held[0], {"logprob": TokenScore(log_prob)}
     expected = teacher.TeacherScorer(alone.model, teacher.Mix.one(alone.adapters[0])).score([batch], want)[0]["logprob"]
     assert torch.equal(models["teacher"].score([batch], want)[0]["logprob"], expected)
     assert not torch.equal(made.backend.score([batch], want)[0]["logprob"], expected)
@@ -155,7 +155,7 @@ def test_a_teacher_of_another_tokenizer_reads_the_same_rows(world: Path) -> None
     assert isinstance(theirs, Decoder)
     for start, stop in batch.segments:
         tokens, weights = batch.tokens[start:stop], batch.weights[start:stop]
-        view = encoder.views[builder.name_of(tokens.tolist(), weights.tolist())]
+        view = encoder.views[builder.sequence_digest(tokens.tolist(), weights.tolist())]
         p = (ours(tokens[None]).logits[0].detach().double() / 1.2).softmax(1)
         q = (theirs(torch.tensor([list(view.tokens)])).logits[0].double() / 1.2).softmax(1)
         for target, source in zip(view.targets, view.sources, strict=True):
@@ -163,7 +163,7 @@ def test_a_teacher_of_another_tokenizer_reads_the_same_rows(world: Path) -> None
             value = (a[: len(b)] - b).abs().sum() + a[len(b) :].sum()
             assert float(value) == pytest.approx(float(got[start + target]), rel=1e-4)
             total, pairs = total + float(value), pairs + 1
-    assert int(batch.extra[TAUGHT].values.sum()) == pairs > 10
+    assert int(batch.extra[TAUGHT_MASK].values.sum()) == pairs > 10
     assert loss_of(made, task, models) > 0
 
 
@@ -208,10 +208,10 @@ def test_a_cache_is_written_once_and_says_what_the_teacher_says(
     live, asked = parts(build_distill(made))
     assert kept == pytest.approx(loss_of(made, live, asked), abs=1e-3)
     one, other = task.eval_batches()[0].extra, live.eval_batches()[0].extra
-    taught = one[TAUGHT].values > 0
-    assert torch.equal(one[TAUGHT].values, other[TAUGHT].values)
-    assert torch.equal(one[IDS].values[taught][:, 0], other[IDS].values[taught][:, 0])
-    assert (one[LOG_PROBS].values[taught] - other[LOG_PROBS].values[taught]).abs().max() < 5e-3
+    taught = one[TAUGHT_MASK].values > 0
+    assert torch.equal(one[TAUGHT_MASK].values, other[TAUGHT_MASK].values)
+    assert torch.equal(one[TEACHER_IDS].values[taught][:, 0], other[TEACHER_IDS].values[taught][:, 0])
+    assert (one[TEACHER_LOG_PROBS].values[taught] - other[TEACHER_LOG_PROBS].values[taught]).abs().max() < 5e-3
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -302,9 +302,9 @@ def test_a_cache_is_of_the_logits_that_count(world: Path, tmp_path: Path) -> Non
     read = list[int]()
     for columns in (200, 320):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(builder, "_columns", lambda config, opened, columns=columns: columns)
+            patch.setattr(builder, "_teacher_columns", lambda config, opened, columns=columns: columns)
             task = build_distill(cached(world, tmp_path)).task
-        read.append(int(task.eval_batches()[0].extra[IDS].values.max()))
+        read.append(int(task.eval_batches()[0].extra[TEACHER_IDS].values.max()))
     assert read[0] < 200 <= read[1]
 
 
@@ -338,7 +338,7 @@ def test_a_full_disk_leaves_no_cache(world: Path, tmp_path: Path, monkeypatch: p
 
 def test_every_byte_of_the_weights_counts(world: Path, tmp_path: Path) -> None:
     made = cached(world, tmp_path)
-    place = teacher.TeacherPlace.of(made.run.distill, made.opened, shareable=True, notes=[])
+    place = teacher.TeacherLocation.of(made.run.distill, made.opened, shareable=True, notes=[])
     weights = world / "teacher" / "model.safetensors"
     before = place.digest(made.run.distill, "float32")
     assert place.digest(made.run.distill, "bfloat16") != before
@@ -358,7 +358,7 @@ def test_quantizing_needs_a_package(world: Path, monkeypatch: pytest.MonkeyPatch
         build_distill(material(world, {"teacher": str(world / "teacher"), "teacher_quantize": "nf4"}))
 
 
-@pytest.mark.parametrize("kind", quantized.FORMATS)
+@pytest.mark.parametrize("kind", quantized.QUANTIZED_FORMATS)
 def test_a_teacher_in_few_bits(world: Path, tmp_path: Path, kind: str) -> None:
     """Its matrices really are; it distils; and its answers are near those of the whole, nearer in 8 bits than in 4."""
     pytest.importorskip("bitsandbytes")
@@ -371,7 +371,7 @@ def test_a_teacher_in_few_bits(world: Path, tmp_path: Path, kind: str) -> None:
     assert ("Linear8bitLt" if kind == "int8" else "Linear4bit") in held
     assert math.isfinite(loss_of(made, task, models))
     whole = build_distill(material(world, {"teacher": str(large), "loss": "jsd"}))[1]["teacher"]
-    want = {"logprob": Score(log_prob)}
+    want = {"logprob": TokenScore(log_prob)}
     few, all_ = (m.score([made.held[0]], want)[0]["logprob"] for m in (models["teacher"], whole))
     assert 0 < (few - all_).norm() / all_.norm() < (0.02 if kind == "int8" else 0.1)
 

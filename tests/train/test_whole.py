@@ -20,15 +20,15 @@ from transformers import AutoModelForCausalLM
 import lorry
 import tiny
 from lorry.adapters.attach import attach
-from lorry.adapters.base_weights import BaseWeights, chosen, train_weights, weights_of
-from lorry.backends.local import Local
+from lorry.adapters.base_weights import BaseWeights, get_base_weights, make_weights_trainable, select_parameters
+from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
-from lorry.config import Run, build
-from lorry.data.batch import Example
+from lorry.config import RunConfig, build_settings
+from lorry.data.batch import TokenizedExample
 from lorry.errors import ConfigError
 from lorry.models.hf.model import HfModel
-from lorry.train.monitoring.events import Record
-from lorry.train.session import Result, train_run
+from lorry.train.monitoring.events import StepRecord
+from lorry.train.session import TrainResult, train_run
 from seam import Fixed, examples
 
 OPTIM = OptimSettings(betas=(0.9, 0.99), eps=1e-5, weight_decay=0.1, max_grad_norm=1.0)
@@ -41,13 +41,13 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def steps() -> list[list[list[Example]]]:
+def steps() -> list[list[list[TokenizedExample]]]:
     """Two uneven micro-batches a step, without the padding token 0, to whose embedding transformers gives no gradient at all."""
     return [[small(examples(3, 2 * s)), small(examples(2, 2 * s + 1))] for s in range(STEPS)]
 
 
-def small(made: list[Example]) -> list[Example]:
-    return [Example([1 + t % (tiny.VOCAB - 1) for t in e.tokens], e.weights, key=e.key) for e in made]
+def small(made: list[TokenizedExample]) -> list[TokenizedExample]:
+    return [TokenizedExample([1 + t % (tiny.VOCAB - 1) for t in e.tokens], e.weights, key=e.key) for e in made]
 
 
 def plain(theirs: nn.Module, trained: Sequence[str], dtype: torch.dtype = torch.float32, lr: float = RATE) -> list[float]:
@@ -82,8 +82,8 @@ def plain(theirs: nn.Module, trained: Sequence[str], dtype: torch.dtype = torch.
 
 
 def ours(model: Any, trainable: str | Sequence[str], lr: float = RATE) -> tuple[list[float], BaseWeights]:
-    weights = train_weights(model, trainable)
-    local, task = Local(model, ["base"], OPTIM), Fixed(steps(), ["base"])
+    weights = make_weights_trainable(model, trainable)
+    local, task = LocalBackend(model, ["base"], OPTIM), Fixed(steps(), ["base"])
     losses = []
     for step in range(STEPS):
         losses.append(local.forward_backward(task.step_batches(step, {}), task, step).loss["base"])
@@ -159,8 +159,8 @@ def test_what_does_not_train_costs_no_product(tmp_path: Path) -> None:
     found = {}
     for trainable in ("all", "mlp", ["model.layers.1.mlp.down_proj"]):
         model = tiny.decoder(tiny.fresh("llama"), tmp_path / f"{trainable}"[:5].strip("['"))
-        train_weights(model, trainable)
-        last = model.hidden(lorry.models.decoder.model.Packed.of([[1, 2, 3, 4]]), lorry.adapters.mix.Call()).last
+        make_weights_trainable(model, trainable)
+        last = model.hidden(lorry.models.decoder.model.PackedInput.of([[1, 2, 3, 4]]), lorry.adapters.mix.AdapterContext()).last
         assert last is not None
         with Count() as count:
             last.sum().backward()
@@ -170,8 +170,10 @@ def test_what_does_not_train_costs_no_product(tmp_path: Path) -> None:
 
 def test_below_the_lowest_trained_layer_there_is_no_graph(tmp_path: Path) -> None:
     model = tiny.decoder(tiny.fresh("llama"), tmp_path)
-    train_weights(model, r"model\.layers\.1\..*")
-    taps = model.hidden(lorry.models.decoder.model.Packed.of([[1, 2, 3]]), lorry.adapters.mix.Call(), taps=[0, 1]).taps
+    make_weights_trainable(model, r"model\.layers\.1\..*")
+    taps = model.hidden(
+        lorry.models.decoder.model.PackedInput.of([[1, 2, 3]]), lorry.adapters.mix.AdapterContext(), taps=[0, 1]
+    ).layer_outputs
     assert not taps[0].requires_grad
     assert taps[1].requires_grad
 
@@ -191,14 +193,16 @@ def test_recomputed_layers_give_the_same_bits(native: bool, tmp_path: Path) -> N
 
 def test_names_and_patterns(tmp_path: Path) -> None:
     model = tiny.decoder(tiny.fresh("gpt2"), tmp_path)
-    assert chosen(model, ["c_fc"]) == [f"transformer.h.{i}.mlp.c_fc.{leaf}" for i in (0, 1) for leaf in ("weight", "bias")]
-    assert chosen(model, "c_fc") == chosen(model, ["c_fc"])
-    assert chosen(model, r".*h\.1\.attn.*") == [
+    assert select_parameters(model, ["c_fc"]) == [
+        f"transformer.h.{i}.mlp.c_fc.{leaf}" for i in (0, 1) for leaf in ("weight", "bias")
+    ]
+    assert select_parameters(model, "c_fc") == select_parameters(model, ["c_fc"])
+    assert select_parameters(model, r".*h\.1\.attn.*") == [
         f"transformer.h.1.attn.{m}.{leaf}" for m in ("c_attn", "c_proj") for leaf in ("weight", "bias")
     ]
-    assert chosen(model, ["lm_head"]) == ["transformer.wte.weight"]  # tied: the one tensor under its first name
+    assert select_parameters(model, ["lm_head"]) == ["transformer.wte.weight"]  # tied: the one tensor under its first name
     with pytest.raises(ConfigError, match=r"trainable names 'c_fd', which matches no layer .did you mean 'c_fc'"):
-        chosen(model, ["c_fd"])
+        select_parameters(model, ["c_fd"])
 
 
 @pytest.mark.parametrize("kind", ["opt", "bloom", "phi", "gemma2", "qwen3_moe"])
@@ -208,7 +212,7 @@ def test_halves_of_models_that_no_family_describes(kind: str, tmp_path: Path) ->
     assert isinstance(model, HfModel)
     owners = {id(p): path for path, m in model.named_modules() for p in m.parameters(recurse=False)}
     own = dict(model.named_parameters())
-    halves = [{owners[id(own[n])].rpartition(".")[2] for n in chosen(model, part)} for part in ("mlp", "attention")]
+    halves = [{owners[id(own[n])].rpartition(".")[2] for n in select_parameters(model, part)} for part in ("mlp", "attention")]
     assert not halves[0] & halves[1]
     assert halves[1] == {
         "opt": {"q_proj", "k_proj", "v_proj", "out_proj"}, "bloom": {"query_key_value", "dense"},
@@ -224,24 +228,26 @@ def test_halves_of_models_that_no_family_describes(kind: str, tmp_path: Path) ->
 def test_not_beside_adapters_nor_twice_nor_in_half_precision(tmp_path: Path) -> None:
     model = tiny.decoder(tiny.fresh("llama"), tmp_path)
     with pytest.raises(ConfigError, match=r"weight is float16, in which base weights cannot train; open it with dtype=bfloat16"):
-        train_weights(tiny.opened(tmp_path, dtype="float16"))
-    train_weights(model)
+        make_weights_trainable(tiny.opened(tmp_path, dtype="float16"))
+    make_weights_trainable(model)
     with pytest.raises(ConfigError, match="has base weights that train already"):
-        train_weights(model)
+        make_weights_trainable(model)
     other = tiny.opened(tmp_path)
     attach(other)
     with pytest.raises(ConfigError, match="has the adapter 'default' already"):
-        train_weights(other)
-    assert weights_of(other) is None
+        make_weights_trainable(other)
+    assert get_base_weights(other) is None
 
 
 # --- whole runs
 
 
-def described(model: Path, data: Path, out: Path, **settings: Any) -> Run:
+def described(model: Path, data: Path, out: Path, **settings: Any) -> RunConfig:
     plain_defaults = {k: v for k, v in DEFAULTS.items() if k != "r"}
     given = {"model": {"name": str(model)}, "data": {"path": str(data)}, "output_dir": str(out), "lora": None}
-    return build(Run, {**given, **plain_defaults, "max_steps": 6, "save_steps": 2, "learning_rate": 1e-3, **settings}, [])
+    return build_settings(
+        RunConfig, {**given, **plain_defaults, "max_steps": 6, "save_steps": 2, "learning_rate": 1e-3, **settings}, []
+    )
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +287,7 @@ class Stopper(Heard):
         super().__init__()
         self.at = at
 
-    def step(self, record: Record) -> None:
+    def step(self, record: StepRecord) -> None:
         if record["step"] == self.at:
             raise RuntimeError("stopped here")
 
@@ -303,7 +309,7 @@ def test_stopped_and_resumed_is_never_stopped(dtype: str, trainable: str, data: 
     assert result.contracts == whole.contracts
 
 
-def finished(out: Path, base: Path, data: Path, **settings: Any) -> Result:
+def finished(out: Path, base: Path, data: Path, **settings: Any) -> TrainResult:
     return train_run(described(base, data, out, max_steps=2, **settings), [])
 
 
@@ -355,6 +361,6 @@ def test_settings_that_only_adapters_have(data: Path, tmp_path: Path) -> None:
 
 def test_the_norm_of_very_many_small_numbers(tmp_path: Path) -> None:
     """Squares of 4 million equal values, added in fp32 one by one, would stop growing; the norm is that of float64."""
-    weights = train_weights(tiny.decoder(tiny.fresh("llama"), tmp_path))
+    weights = make_weights_trainable(tiny.decoder(tiny.fresh("llama"), tmp_path))
     weights.grads = torch.full((1 << 22,), 3e-4)
     assert weights.norm() == pytest.approx(3e-4 * math.sqrt(1 << 22), rel=1e-6)

@@ -22,15 +22,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorry.adapters.attach import attach
 from lorry.adapters.spec import LoraSpec
-from lorry.backends.local import Local
+from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import Task
-from lorry.config import Run, TrainConfig, build
+from lorry.config import RunConfig, TrainConfig, build_settings
 from lorry.disk import durable
 from lorry.train import artifacts, checkpoint, samples
-from lorry.train.checks import Checks
-from lorry.train.engine import Engine
-from lorry.train.monitoring.events import Listener, Record
+from lorry.train.checks import ContractChecks
+from lorry.train.engine import TrainingEngine
+from lorry.train.monitoring.events import StepRecord, TrainingListener
 from seam import examples, tiny_llama
 
 CHATML = (
@@ -110,29 +110,29 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def described(model: Path, data: Path, out: Path, **settings: Any) -> Run:
+def described(model: Path, data: Path, out: Path, **settings: Any) -> RunConfig:
     """A run description with small defaults."""
     given = {"model": {"name": str(model)}, "data": {"path": str(data)}, "output_dir": str(out), **DEFAULTS, **settings}
-    return build(Run, given, [])
+    return build_settings(RunConfig, given, [])
 
 
 def engine_for(
-    task: Task, folder: Path, *, listeners: Sequence[Listener] = (), steps_per_epoch: int = 4, specs: Sequence[LoraSpec] = (),
-    optim: OptimSettings | None = None, checks: Checks | None = None, ends: Sequence[int] = (), **train: Any,
-) -> Engine:  # fmt: skip
+    task: Task, folder: Path, *, listeners: Sequence[TrainingListener] = (), steps_per_epoch: int = 4, specs: Sequence[LoraSpec] = (),
+    optim: OptimSettings | None = None, checks: ContractChecks | None = None, ends: Sequence[int] = (), **train: Any,
+) -> TrainingEngine:  # fmt: skip
     """The engine on `seam.tiny_llama`, an adapter for every name of the task (``specs``: one each, r=3 if absent)."""
     model = tiny_llama()
     for name, spec in zip_longest(task.adapters, specs):
         attach(model, spec or LoraSpec(r=3), name)
-    backend = Local(model, list(task.adapters), optim or OptimSettings())
-    return Engine(
+    backend = LocalBackend(model, list(task.adapters), optim or OptimSettings())
+    return TrainingEngine(
         backend, task, TrainConfig(**train), folder, identity={"config": {}, "digests": {}, "environment": {}},
-        epoch_of=lambda step: step // steps_per_epoch, steps_per_epoch=steps_per_epoch, checks=checks or Checks(),
+        epoch_of=lambda step: step // steps_per_epoch, steps_per_epoch=steps_per_epoch, checks=checks or ContractChecks(),
         listeners=listeners, ends=ends,
     )  # fmt: skip
 
 
-class QuietDisk(durable.Disk):
+class QuietDisk(durable.DiskCalls):
     """No fsync: nothing here outlives the machine."""
 
     def fsync(self, fd: int) -> None:
@@ -150,7 +150,7 @@ def quick() -> Iterator[None]:
     patch.setattr(checkpoint, "code_digest", lambda: digest)
     for module in (checkpoint, artifacts):  # they read a package's metadata file each time
         patch.setattr(module, "version", cache(version))
-    patch.setattr(samples, "NEW_TOKENS", 3)
+    patch.setattr(samples, "SAMPLE_NEW_TOKENS", 3)
     patch.setattr(durable, "disk", QuietDisk())
     torch.set_num_threads(1)
     yield
@@ -163,18 +163,18 @@ class Heard:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self.steps: list[Record] = []
-        self.evaluations: list[Record] = []
+        self.steps: list[StepRecord] = []
+        self.evaluations: list[StepRecord] = []
         self.started: list[tuple[int, int]] = []
         self.finished = 0
 
     def start(self, done: int, total: int) -> None:
         self.started.append((done, total))
 
-    def step(self, record: Record) -> None:
+    def step(self, record: StepRecord) -> None:
         self.steps.append(record)
 
-    def evaluation(self, record: Record) -> None:
+    def evaluation(self, record: StepRecord) -> None:
         self.evaluations.append(record)
 
     def note(self, text: str) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 import lorry as package
 from lorry.runs import status
-from lorry.runs.process import read
+from lorry.runs.process import read_process
 from verbworld import TRAIN, World, lorry
 
 SRC = Path(package.__file__).resolve().parent.parent
@@ -48,18 +48,18 @@ def sft(world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
 
     yield start
     for folder in folders:
-        found = read(folder) if folder.is_dir() else None
+        found = read_process(folder) if folder.is_dir() else None
         if found is not None and found.ended is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(found.pid, signal.SIGKILL)
 
 
-def state(folder: Path) -> status.State:
-    [found] = status.listed(folder)
+def state(folder: Path) -> status.RunState:
+    [found] = status.list_run_states(folder)
     return found
 
 
-def until(folder: Path, reached: Callable[[status.State], bool]) -> status.State:
+def until(folder: Path, reached: Callable[[status.RunState], bool]) -> status.RunState:
     """Wait for a run to get somewhere."""
     for _ in range(2000):
         found = state(folder)
@@ -93,7 +93,7 @@ def test_left_alone_watched_stopped_and_gone_on_with(
     assert stopped.state == "interrupted"
     assert stopped.detail.startswith("SIGTERM arrived; resume_from_checkpoint=auto goes on from step-")
     assert stopped.checkpoint == f"step-{stopped.step:08d}"
-    assert read(run).ended.exit_code == 75  # type: ignore[union-attr]
+    assert read_process(run).ended.exit_code == 75  # type: ignore[union-attr]
     assert "error: SIGTERM arrived" in (run / "log.txt").read_text()
 
 
@@ -121,7 +121,7 @@ def test_finished(sft: Callable[..., Any], tmp_path: Path) -> None:
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = json.loads((run / "losses.json").read_text())
     assert losses == {"step": [1, 2, 3, 4], "loss": [line["loss"] for line in logged], "eval_step": [], "eval_loss": []}
-    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "report.render_png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_fails_at_once_is_told_at_once(sft: Callable[..., Any], tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import lorry as library
-from lorry.data.reading.content import Conversation, Message
+from lorry.data.reading.content import ChatMessage, Conversation
 from lorry.generation import engine
-from lorry.generation.text import answer
+from lorry.generation.text import generate_texts
 from verbworld import CONTEXT, PEOPLE, World, lorry, model_directory, train
 
 ASKED, OTHER = PEOPLE[0]["question"], PEOPLE[3]["question"]
@@ -31,10 +31,10 @@ def opened(run: Path) -> tuple[Any, Any]:
 def expected(run: Path, *turns: str, adapters: Any = None, system: str | None = None) -> str:
     """What the model says after these turns of user, assistant, user ..., without any chat verb."""
     roles = ("user", "assistant")
-    messages = [Message(roles[at % 2], text) for at, text in enumerate(turns)]  # type: ignore[arg-type]
-    opening = [Message("system", system)] if system else []
-    conversation = Conversation((*opening, *messages, Message("assistant", ".")))
-    return answer(*opened(run), [conversation], max_new_tokens=16, adapters=adapters)[0]
+    messages = [ChatMessage(roles[at % 2], text) for at, text in enumerate(turns)]  # type: ignore[arg-type]
+    opening = [ChatMessage("system", system)] if system else []
+    conversation = Conversation((*opening, *messages, ChatMessage("assistant", ".")))
+    return generate_texts(*opened(run), [conversation], max_new_tokens=16, adapters=adapters)[0]
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_a_terminal(
 def test_ctrl_c_stops_an_answer_and_not_the_chat(
     world: World, typed: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, first = engine.stream, iter([True])
+    real, first = engine.stream_tokens, iter([True])
 
     def interrupted(*args: Any, **options: Any) -> Iterator[int]:
         stop = next(first, False)
@@ -214,7 +214,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
                 raise KeyboardInterrupt
             yield token
 
-    monkeypatch.setattr(engine, "stream", interrupted)
+    monkeypatch.setattr(engine, "stream_tokens", interrupted)
     typed(ASKED, OTHER)
     assert lorry("chat", world.run, *SHORT) == 0
     out, err = capsys.readouterr()

@@ -10,12 +10,12 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from lorry.config import Run, dump, parse
+from lorry.config import RunConfig, dump_settings, parse_settings
 from lorry.config.settings import CompareSettings
 from lorry.errors import ConfigError
-from lorry.report.compare import ratios, row_of
+from lorry.report.compare import comparison_row, figure_ratios
 from lorry.runs.metrics import MetricsWriter
-from lorry.runs.read import load, load_readable
+from lorry.runs.read import read_readable_runs, read_run
 from lorry.verbs import compare
 from verbworld import World, lorry
 
@@ -39,14 +39,14 @@ def test_figures_and_ratios_by_hand(tmp_path: Path) -> None:
     first = made(tmp_path / "a", [5.0, 1.0, 2.0], [4.0, 3.0, 2.0], SIZES)
     second = made(tmp_path / "b", [2.0, 2.0], [4.0, 1.0], {**SIZES, "trainable_parameters": 1000, "saved_bytes": 6000})
     (second / "evaluation.json").write_text(json.dumps([{"name": "set", "metrics": {"f1": {"before": 0.1, "after": 0.75}}}]))
-    rows = [row_of(run) for run in load_readable([first, second])[0]]
+    rows = [comparison_row(run) for run in read_readable_runs([first, second])[0]]
     assert rows[0] == {
         "name": "a", "path": str(first), "trainable_parameters": 50, "trainable_share": 0.05, "learning_rate": 1e-3, "steps": 3,
         "peak_memory_bytes": 3000, "seconds": 8.0, "seconds_per_step": 2.0, "tokens_per_second": 37.5, "first_loss": 4.0,
         "final_loss": 2.0, "saved_bytes": 300, "eval_loss": 3.0, "eval_bool_q_accuracy": 0.5,
     }  # fmt: skip
     assert rows[1]["set: f1"] == 0.75
-    assert ratios(rows)[1] == {
+    assert figure_ratios(rows)[1] == {
         "trainable_parameters": 20, "trainable_share": 20, "peak_memory_bytes": 2000 / 3000, "seconds": 0.5,
         "seconds_per_step": 1, "tokens_per_second": 50 / 37.5, "final_loss": 0.5, "saved_bytes": 20, "eval_loss": 2 / 3,
         "eval_bool_q_accuracy": 1,
@@ -57,18 +57,20 @@ def test_what_a_run_does_not_say_is_left_empty(tmp_path: Path, capsys: pytest.Ca
     full = made(tmp_path / "full", [1.0], [2.0], SIZES)
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "receipt.json").write_text("{}")
-    assert row_of(load(tmp_path / "bare")).keys() == {"name", "path"}
-    assert compare.main(parse(CompareSettings, [str(tmp_path / "bare"), str(full)], []), []) == 0
+    assert comparison_row(read_run(tmp_path / "bare")).keys() == {"name", "path"}
+    assert compare.main(parse_settings(CompareSettings, [str(tmp_path / "bare"), str(full)], []), []) == 0
     out = capsys.readouterr().out
     assert "Compared with bare" in out
     assert "trainable parameters" in out
-    assert compare.main(parse(CompareSettings, [str(full), "format=json"], []), []) == 0
+    assert compare.main(parse_settings(CompareSettings, [str(full), "format=json"], []), []) == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["final_loss"] == 2.0
 
 
 def test_each_way_in_a_process_of_its_own(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = [f"model={world.base}", f"data={world.rows}", f"output_dir={tmp_path}", "max_steps=3", "threads=1", "dtype=float32"]
-    settings = parse(CompareSettings, [*words, "ways=[full,mlp]", "learning_rates={full: 1e-4}", "learning_rate=1e-2"], [])
+    settings = parse_settings(
+        CompareSettings, [*words, "ways=[full,mlp]", "learning_rates={full: 1e-4}", "learning_rate=1e-2"], []
+    )
     assert compare.main(settings, []) == 0
     out, err = capfd.readouterr()
     assert "Compared with full" in out
@@ -91,19 +93,21 @@ def test_each_way_in_a_process_of_its_own(world: World, tmp_path: Path, capfd: p
 
 def test_a_way_that_fails_ends_with_its_exit_code(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = [f"model={world.base}", f"data={tmp_path}/absent.jsonl", f"output_dir={tmp_path}", "ways=[mlp]"]
-    assert compare.main(parse(CompareSettings, words, []), []) == 3
+    assert compare.main(parse_settings(CompareSettings, words, []), []) == 3
     assert "absent.jsonl" in capfd.readouterr().err
 
 
 def test_the_ways_are_the_runs_they_would_be_alone(tmp_path: Path) -> None:
-    settings = parse(CompareSettings, ["data=x.jsonl", "r=4", "learning_rate=1e-3", f"output_dir={tmp_path}", "seed=7"], [])
+    settings = parse_settings(
+        CompareSettings, ["data=x.jsonl", "r=4", "learning_rate=1e-3", f"output_dir={tmp_path}", "seed=7"], []
+    )
     lora, full, mlp = (settings.way(name) for name in ("lora", "full", "mlp"))
     assert lora.lora is not None
     assert lora.lora.r == 4
     assert (lora.trainable, full.lora, full.trainable, mlp.lora, mlp.trainable) == (None, None, "all", None, "mlp")
     assert [run.train.learning_rate for run in (lora, full, mlp)] == pytest.approx([1e-3, 5e-5, 1e-4])
     assert {run.train.seed for run in (lora, full, mlp)} == {7}
-    assert yaml.safe_load(dump(full)).keys() == Run.model_fields.keys()
+    assert yaml.safe_load(dump_settings(full)).keys() == RunConfig.model_fields.keys()
 
 
 @pytest.mark.parametrize(
@@ -126,4 +130,4 @@ def test_the_ways_are_the_runs_they_would_be_alone(tmp_path: Path) -> None:
 )
 def test_bad_input(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        compare.main(parse(CompareSettings, words, []), [])
+        compare.main(parse_settings(CompareSettings, words, []), [])

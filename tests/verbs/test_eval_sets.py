@@ -69,7 +69,7 @@ def test_options_of_one_token_share_a_pass_and_change_nothing(
     rows = write_rows(tmp_path / "mm.jsonl", [{"question": "Which?", "choices": list("xyzw"), "answer": 2}])
     argv = (world.base, "tasks=[mmlu]", f"local.mmlu={rows}")
     shared = evaluated(tmp_path, *argv)["sets"]["mmlu"]["sides"]["base"]["rows"][0]
-    monkeypatch.setattr(rank, "_merged", list)
+    monkeypatch.setattr(rank, "_merge_options", list)
     apart = evaluated(tmp_path, *argv)["sets"]["mmlu"]["sides"]["base"]["rows"][0]
     assert shared["loglikelihoods"] == pytest.approx(apart["loglikelihoods"], abs=1e-4)
     truth = [likelihood(world.base, shared["prompt"], option)[0] for option in shared["options"]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from foreign import everything, strange
 
-from lorry.config import Sweep, parse
+from lorry.config import SweepSettings, parse_settings
 from lorry.config.settings import CompareSettings, DemoSettings
 from lorry.runs import ownership
 from lorry.verbs import demo
@@ -56,13 +56,13 @@ def test_report_of_several_beside_somebodys(run: Path, world: World, tmp_path: P
 
 
 def test_report_in_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    put(run / "report.html", run / "report.png")
+    put(run / "report.html", run / "report.render_png")
     for _ in range(2):
         assert lorry("report", run) == 0
     assert everything(run)[strange("report.html")] == ["previous/1/report.html"]
-    assert everything(run)[strange("report.png")] == ["previous/1/report.png"]
-    assert ownership.is_page(run / "report.html")
-    assert ownership.is_picture(run / "report.png")
+    assert everything(run)[strange("report.render_png")] == ["previous/1/report.render_png"]
+    assert ownership.is_report_page(run / "report.html")
+    assert ownership.is_report_picture(run / "report.render_png")
     assert [p.name for p in (run / "previous").iterdir()] == ["1"]
 
 
@@ -75,7 +75,7 @@ def test_eval_of_rows(world: World, run: Path, tmp_path: Path, name: str, capsys
     (tmp_path / name).unlink()
     for _ in range(2):
         assert lorry(*words) == 0
-    assert ownership.has_keys("model", "sides")(tmp_path / name)
+    assert ownership.recognise_keys("model", "sides")(tmp_path / name)
 
 
 def test_eval_knows_no_run_by_its_name(world: World, tmp_path: Path) -> None:
@@ -92,13 +92,13 @@ def test_compare(world: World, tmp_path: Path, name: str, capsys: pytest.Capture
     mine = put(tmp_path / "out" / name)
     words = (f"model={world.base}", f"data={world.rows}", f"output_dir={tmp_path / 'out'}", "ways=[lora,full]", "max_steps=1")
     refused(mine, capsys, "compare", *words)
-    assert parse(CompareSettings, [str(word) for word in words], []).output_dir == tmp_path / "out"
+    assert parse_settings(CompareSettings, [str(word) for word in words], []).output_dir == tmp_path / "out"
 
 
 @pytest.mark.parametrize("name", ["sweep.json", "pass-2/README.md"])
 def test_sweep_of_several_passes(world: World, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"model={world.base}", f"data={world.rows}", f"output_dir={tmp_path / 'out'}", "r=2,3", "jobs_per_pass=1"]
-    assert len(parse(Sweep, words, []).passes()) == 2
+    assert len(parse_settings(SweepSettings, words, []).passes()) == 2
     refused(put(tmp_path / "out" / name), capsys, "sweep", *words)
     assert not (tmp_path / "out" / "pass-1").exists()
 
@@ -126,8 +126,8 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert lorry("demo", f"output_dir={tmp_path}", "fast=true") == 130
     assert len(reached) == 2
     assert everything(tmp_path)[strange("train.jsonl")] == ["previous/1/data/train.jsonl"]
-    assert (tmp_path / demo.TRAIN).is_file()
-    assert demo.described(DemoSettings(output_dir=tmp_path), tmp_path)["resume_from_checkpoint"] == "auto"
+    assert (tmp_path / demo.TRAIN_FILE).is_file()
+    assert demo.demo_settings(DemoSettings(output_dir=tmp_path), tmp_path)["resume_from_checkpoint"] == "auto"
 
 
 Words = Callable[[Path, Path], tuple[object, ...]]

@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tests.report.runs import full
 
-from lorry.console import Console
-from lorry.visible import escaped, is_visible, message, visible
+from lorry.console import VisibleConsole
+from lorry.visible import escape_document, is_visible, make_visible, visible_message
 from verbworld import World, lorry
 
 EVIL = "\x1b]0;pwned\x07\x9b2J\u202eevil\x08\r"
@@ -85,7 +85,7 @@ def test_a_console_shows_what_it_would_have_obeyed() -> None:
     """Also in bars and tables, and on a terminal, where rich's own colours pass."""
     from rich.table import Table
 
-    console = Console(force_terminal=True, width=80)
+    console = VisibleConsole(force_terminal=True, width=80)
     table = Table(title=EVIL)
     table.add_column(EVIL)
     table.add_row(EVIL)
@@ -97,8 +97,8 @@ def test_a_console_shows_what_it_would_have_obeyed() -> None:
 
 
 def test_a_message_begins_no_line_of_its_own() -> None:
-    assert message("a\nerror: b") == "a\n  error: b"
-    assert visible("é日本\n\t") == "é日本\n\t"
-    assert json.loads(escaped(json.dumps(EVIL, ensure_ascii=False))) == EVIL
-    assert not SPEAKS.search(escaped(json.dumps(EVIL, ensure_ascii=False)))
+    assert visible_message("a\nerror: b") == "a\n  error: b"
+    assert make_visible("é日本\n\t") == "é日本\n\t"
+    assert json.loads(escape_document(json.dumps(EVIL, ensure_ascii=False))) == EVIL
+    assert not SPEAKS.search(escape_document(json.dumps(EVIL, ensure_ascii=False)))
     assert [is_visible(text) for text in ("runs/é", "a\nb", "a\x1b", "\u202e")] == [True, False, False, False]

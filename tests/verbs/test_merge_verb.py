@@ -205,7 +205,7 @@ def test_a_delta_that_bf16_rounds_away_is_still_told_from_a_wrong_model(
     said = re.search(r"largest logit difference (\S+) \(bound (\S+), stored in bfloat16\)", capsys.readouterr().err)
     assert said is not None
     assert float(said[1]) <= float(said[2]) < 2e-3
-    monkeypatch.setattr(store, "_converted", lambda stream, dtype: ((n, (t * 1.01).to(dtype)) for n, t in stream))
+    monkeypatch.setattr(store, "_convert_dtypes", lambda stream, dtype: ((n, (t * 1.01).to(dtype)) for n, t in stream))
     assert lorry("merge", run, f"output_dir={tmp_path / 'wrong'}") == 5
     assert not (tmp_path / "wrong").exists()
 
@@ -225,7 +225,7 @@ def test_a_machine_without_room_for_float32_says_so(
 ) -> None:
     base = model_directory(tmp_path / "base", dtype=torch.bfloat16)
     run = train(tmp_path / "run", base, write_rows(tmp_path / "rows.jsonl", PEOPLE), steps=4)
-    monkeypatch.setattr(probe, "ROOM", 1e9)  # times the model's bytes
+    monkeypatch.setattr(probe, "PROBE_LENGTH_FACTOR", 1e9)  # times the model's bytes
     assert lorry("merge", run) == 0
     err = capsys.readouterr().err
     assert "note: computed in bfloat16, whose own rounding is part of that" in err

@@ -15,7 +15,7 @@ import yaml
 from lorry.plan import machine, rates
 from verbworld import TRAIN, World, lorry
 
-MEASURED = rates.Measurement(rate=1e12, at="2026-01-01T10:00:00+00:00", repeats=40, load=0.5, waited=0.0)
+MEASURED = rates.RateMeasurement(rate=1e12, at="2026-01-01T10:00:00+00:00", repeats=40, load=0.5, waited=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home of its own in which a rate was measured for every format, so that no test measures one."""
     monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
     for precision in ("bfloat16", "float32"):
-        rates.keep_matrix(machine.identity("cpu", precision, None), MEASURED)
+        rates.keep_matrix_rate(machine.machine_identity("cpu", precision, None), MEASURED)
     return tmp_path / "home"
 
 
@@ -56,13 +56,13 @@ def test_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_corrects_a_rate_of_a_busy_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """58 tokens/s where 700 is true: measured once while others had the cores, and kept for ever."""
     words = ("smollm2-135m", "dtype=bfloat16", "device=cpu", "threads=3")
-    here, measured = machine.identity("cpu", "bfloat16", 3), list[rates.Measurement]()
+    here, measured = machine.machine_identity("cpu", "bfloat16", 3), list[rates.RateMeasurement]()
 
-    def measure(device: str, precision: str, threads: int | None) -> rates.Measurement:
+    def measure(device: str, precision: str, threads: int | None) -> rates.RateMeasurement:
         assert (device, precision, threads) == ("cpu", "bfloat16", 3)
         return measured[-1]
 
-    monkeypatch.setattr("lorry.train.resources.rate.matrix_rate", measure)
+    monkeypatch.setattr("lorry.train.resources.rate.measure_matrix_rate", measure)
     measured.append(replace(MEASURED, rate=1.15e11, waited=0.8))
     first = plan(*words, capsys=capsys)
     assert first["speed"]["tokens_per_second"] == pytest.approx(58, abs=1)
@@ -76,7 +76,7 @@ def test_a_run_corrects_a_rate_of_a_busy_machine(capsys: pytest.CaptureFixture[s
         rate=700 * made, at="2026-01-04T10:00:00+00:00", repeats=98, load=1.0, waited=0.0, model="smollm2-135m",
         parameters=first["parameters"], tokens=1024, path="fused",
     )  # fmt: skip
-    rates.keep_run(here, steps)
+    rates.keep_run_rate(here, steps)
     last = plan(*words, capsys=capsys)
     assert last["speed"]["tokens_per_second"] == pytest.approx(700)
     assert last["speed"]["measured"]["repeats"] == 98
@@ -90,17 +90,17 @@ def test_a_rate_that_a_run_contradicts_is_measured_anew(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for models whose own steps nobody has seen: here one far larger."""
-    here = machine.identity("cpu", "bfloat16", None)
-    rates.keep_matrix(here, replace(MEASURED, rate=1e11))
+    here = machine.machine_identity("cpu", "bfloat16", None)
+    rates.keep_matrix_rate(here, replace(MEASURED, rate=1e11))
     run = rates.RunRate(
         rate=5e11, at="2026-01-04T10:00:00+00:00", repeats=98, load=9.0, waited=0.5, model="m", parameters=10**8, tokens=1024,
         path="fused",
     )  # fmt: skip
-    rates.keep_run(here, run)
+    rates.keep_run_rate(here, run)
     anew = replace(MEASURED, rate=1.5e12, at="2026-01-05T10:00:00+00:00")
-    monkeypatch.setattr("lorry.train.resources.rate.matrix_rate", lambda *a: anew)
+    monkeypatch.setattr("lorry.train.resources.rate.measure_matrix_rate", lambda *a: anew)
     assert plan("llama-3-8b", "device=cpu", "dtype=bfloat16", capsys=capsys)["speed"]["rate"] == 1.5e12
-    monkeypatch.setattr("lorry.train.resources.rate.matrix_rate", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr("lorry.train.resources.rate.measure_matrix_rate", lambda *a: pytest.fail("measured again"))
     assert plan("llama-3-8b", "device=cpu", "dtype=bfloat16", capsys=capsys)["speed"]["rate"] == 1.5e12
 
 

@@ -46,7 +46,7 @@ def test_of_a_gpu_s_model_the_gpu_s_memory_counts(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": here}))
-    assert probe.number_format(str(folder), "bfloat16") == chosen
+    assert probe.logits_dtype_name(str(folder), "bfloat16") == chosen
     assert asked == [torch.device("cuda")]
 
 
@@ -54,4 +54,4 @@ def test_of_a_gpu_s_model_the_gpu_s_memory_counts(
 def test_of_a_cpu_s_model_the_system_s(folder: Path, monkeypatch: pytest.MonkeyPatch, here: int, chosen: str) -> None:
     monkeypatch.setattr(load.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": here}))
-    assert probe.number_format(str(folder), "bfloat16") == chosen
+    assert probe.logits_dtype_name(str(folder), "bfloat16") == chosen

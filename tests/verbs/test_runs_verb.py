@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorry.config import parse
+from lorry.config import parse_settings
 from lorry.config.settings import RunsSettings
 from lorry.errors import DataError
 from lorry.verbs import runs
@@ -16,7 +16,7 @@ from verbworld import STEPS, World
 
 
 def listing(*words: object) -> int:
-    return runs.main(parse(RunsSettings, [str(word) for word in words], []), [])
+    return runs.main(parse_settings(RunsSettings, [str(word) for word in words], []), [])
 
 
 @pytest.fixture

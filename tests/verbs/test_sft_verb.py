@@ -19,7 +19,7 @@ FILES = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json", "chat_template.jinja",
     "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "run.yaml", "samples.json", "contracts.json", "losses.json",
     "receipt.json",
-    "report.html", "report.png",
+    "report.html", "report.render_png",
 }  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_a_signal_while_the_report_is_made_says_that_the_run_is_complete(
 ) -> None:
     before = signal.signal(number, signal.SIG_DFL)  # whoever runs this suite may ignore it
     try:
-        monkeypatch.setattr("lorry.report.build", lambda runs: signal.raise_signal(number))
+        monkeypatch.setattr("lorry.report.write_report", lambda runs: signal.raise_signal(number))
         words = (f"output_dir={tmp_path / 'run'}", "max_steps=1", "dtype=float32", "save_strategy=no", "threads=1")
         assert lorry("sft", f"model={world.base}", f"data={world.rows}", *words) == 75
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorry.runs.read import load_readable
+from lorry.runs.read import read_readable_runs
 from verbworld import World, lorry
 
 SETTINGS = (
@@ -44,7 +44,7 @@ def test_a_grid_in_one_pass(world: World, tmp_path: Path, capsys: pytest.Capture
     assert shown.out.splitlines()[-1] == jobs[0]["path"]
     assert "sweep, by held-out loss" in shown.err
     assert [shown.err.rindex(job["name"]) for job in jobs] == sorted(shown.err.rindex(job["name"]) for job in jobs)
-    logged = load_readable([out])[0][0].log
+    logged = read_readable_runs([out])[0][0].log
     assert logged.adapters() == [*(f"r{r}-lr{lr}" for r in (2, 4) for lr in ("0.01", "1e-5"))]
     for job in jobs:
         assert logged.series("eval_loss", job["name"])[1][-1] == job["eval_loss"]

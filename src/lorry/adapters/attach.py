@@ -12,31 +12,31 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorry.adapters.bank import Adapter, Bank, wrap
-from lorry.adapters.layers import AMBIENT, Adaptable, BankEmbedding, BankLinear
-from lorry.adapters.mix import Call, Mix
+from lorry.adapters.bank import Adapter, AdapterBank, wrap_module
+from lorry.adapters.layers import AMBIENT_CONTEXT, AdaptableLayer, BankEmbedding, BankLinear
+from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
-from lorry.errors import ConfigError, nearest
-from lorry.families import Family
+from lorry.errors import ConfigError, suggest_nearest
+from lorry.families import ModelFamily
 
 LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
-def bank_of(model: nn.Module, *, create: bool = False) -> Bank:
+def get_bank(model: nn.Module, *, create: bool = False) -> AdapterBank:
     """The model's bank. Raises ConfigError when it has none and ``create`` is False."""
-    bank: Bank | None = model.__dict__.get("lorry_bank")
+    bank: AdapterBank | None = model.__dict__.get("lorry_bank")
     if bank is None:
         if not create:
             raise ConfigError("this model has no adapters; call lorry.attach(model, lorry.LoraSpec(...)) first")
-        bank = Bank()
+        bank = AdapterBank()
         model.__dict__["lorry_bank"] = bank
     return bank
 
 
-def plain_call(model: nn.Module) -> Call:
+def default_context(model: nn.Module) -> AdapterContext:
     """What a plain `model(x)` uses: the ambient call if one is set, else the bank's active mix, without dropout."""
-    bank: Bank | None = model.__dict__.get("lorry_bank")
-    return AMBIENT.get() or Call(Mix.none() if bank is None else bank.active)
+    bank: AdapterBank | None = model.__dict__.get("lorry_bank")
+    return AMBIENT_CONTEXT.get() or AdapterContext(Mix.none() if bank is None else bank.active)
 
 
 def attach(
@@ -53,16 +53,18 @@ def attach(
     name is taken, or if the model is merged.
     """
     spec = spec or LoraSpec()
-    candidates = linears(model)
-    chosen = list(modules) if modules is not None else select(model, candidates, spec)
+    candidates = find_linears(model)
+    chosen = list(modules) if modules is not None else select_modules(model, candidates, spec)
     if missing := [m for m in chosen if m not in candidates]:
-        raise ConfigError(f"no linear or embedding layer named {missing[0]!r} in this model{nearest(missing[0], candidates)}")
-    bank = bank_of(model, create=True)
+        raise ConfigError(
+            f"no linear or embedding layer named {missing[0]!r} in this model{suggest_nearest(missing[0], candidates)}"
+        )
+    bank = get_bank(model, create=True)
     if bank.before_merge is not None:
         raise ConfigError("this model is merged; call unmerge(model) before attaching another adapter")
     bank.refuse_name(name)
-    freeze(model)
-    targets = {path: _ensure(model, path, candidates[path]) for path in chosen}
+    freeze_base(model)
+    targets = {path: _ensure_bank_layer(model, path, candidates[path]) for path in chosen}
     return bank.add(name, spec, targets, seed=seed)
 
 
@@ -71,7 +73,7 @@ def detach(model: nn.Module, name: str = "default") -> None:
 
     Raises ConfigError if there is no such adapter, or if the model is merged.
     """
-    bank = bank_of(model)
+    bank = get_bank(model)
     if bank.before_merge is not None:
         raise ConfigError("this model is merged; call unmerge(model) before detaching an adapter")
     bank.remove(name)
@@ -79,10 +81,10 @@ def detach(model: nn.Module, name: str = "default") -> None:
     for path in [p for p in bank.modules if p not in used]:
         layer = bank.modules.pop(path)
         for original in layer.replaced:
-            _put(model, path, original)
+            _replace_module(model, path, original)
 
 
-def freeze(model: nn.Module) -> None:
+def freeze_base(model: nn.Module) -> None:
     """Switch gradients off for every parameter of the base; adapters are not parameters of the model and stay on."""
     for param in model.parameters():
         param.requires_grad_(False)
@@ -93,18 +95,18 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     Those of frozen adapters (`requires_grad` off) are left out: weight decay would change them.
     """
-    return [p for p in bank_of(model).parameters() if p.requires_grad]
+    return [p for p in get_bank(model).parameters() if p.requires_grad]
 
 
-def linears(model: nn.Module) -> dict[str, nn.Module]:
+def find_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer an adapter can sit on: {path: module}."""
     kinds = (BankLinear, BankEmbedding)
-    return {p: m for p, m in model.named_modules() if p and (isinstance(m, kinds) or wrap(m, p) is not None)}
+    return {p: m for p, m in model.named_modules() if p and (isinstance(m, kinds) or wrap_module(m, p) is not None)}
 
 
 def head_and_embedding(model: nn.Module) -> tuple[str | None, str | None]:
     """Paths of the output head and the input embedding, from the family or from transformers' accessors."""
-    family: Family | None = getattr(model, "family", None)
+    family: ModelFamily | None = getattr(model, "family", None)
     if family is not None:
         return family.head, family.embed
     paths = {id(m): p for p, m in model.named_modules()}
@@ -113,19 +115,19 @@ def head_and_embedding(model: nn.Module) -> tuple[str | None, str | None]:
     return head, embed
 
 
-def select(model: nn.Module, candidates: dict[str, nn.Module], spec: LoraSpec) -> list[str]:
+def select_modules(model: nn.Module, candidates: dict[str, nn.Module], spec: LoraSpec) -> list[str]:
     """Paths of the modules a spec names, in model order. Raises ConfigError for a name, pattern or layer that matches nothing."""
     head, embed = head_and_embedding(model)
     inner = [p for p, m in candidates.items() if not isinstance(m, (nn.Embedding, BankEmbedding)) and p != head]
     wanted = spec.target_modules
     if isinstance(wanted, str) and wanted in ("auto", "all-linear"):
-        family: Family | None = getattr(model, "family", None)
-        chosen = inner if wanted == "all-linear" or family is not None else _by_text(model, inner)
+        family: ModelFamily | None = getattr(model, "family", None)
+        chosen = inner if wanted == "all-linear" or family is not None else _text_layers(model, inner)
     elif isinstance(wanted, str):
         chosen = [p for p in candidates if _full_match(wanted, p, "target_modules")]
         if not chosen:
             raise ConfigError(
-                f"target_modules={wanted!r} (a regular expression over whole paths) matches no layer; {_known(candidates)}"
+                f"target_modules={wanted!r} (a regular expression over whole paths) matches no layer; {_describe_known_layers(candidates)}"
             )
     else:
         chosen = []
@@ -136,15 +138,17 @@ def select(model: nn.Module, candidates: dict[str, nn.Module], spec: LoraSpec) -
                 hint = (
                     "; write target_modules=all-linear without a list"
                     if name == "all-linear"
-                    else _tensor_named(model, actual) or nearest(name, _leaves(candidates))
+                    else _tensor_named(model, actual) or suggest_nearest(name, _leaf_names(candidates))
                 )
-                raise ConfigError(f"target_modules names {name!r}, which matches no layer{hint}; {_known(candidates)}")
+                raise ConfigError(
+                    f"target_modules names {name!r}, which matches no layer{hint}; {_describe_known_layers(candidates)}"
+                )
             chosen += [h for h in hits if h not in chosen]
     chosen = [p for p in candidates if p in set(chosen)]
-    return _narrow(chosen, spec, candidates)
+    return _filter_modules(chosen, spec, candidates)
 
 
-def _by_text(model: nn.Module, inner: list[str]) -> list[str]:
+def _text_layers(model: nn.Module, inner: list[str]) -> list[str]:
     """The numbered layers of a foreign model, those of them that text reaches where the model can say."""
     numbered = [p for p in inner if LAYER_NUMBER.search(p)]
     reached: Callable[[Collection[str]], set[str]] | None = getattr(model, "reached", None)
@@ -154,13 +158,13 @@ def _by_text(model: nn.Module, inner: list[str]) -> list[str]:
     return [p for p in numbered if p in alive]
 
 
-def unadaptable(model: nn.Module) -> tuple[list[str], list[str]]:
+def find_unadaptable(model: nn.Module) -> tuple[list[str], list[str]]:
     """(tensors that hold all experts of a layer at once, other matrices and larger tensors outside
     linear and embedding layers: convolutions, routers, mixing weights): no adapter can sit on them."""
     experts: list[str] = []
     others: list[str] = []
     for path, module in model.named_modules():
-        if isinstance(module, (Adaptable, nn.Embedding)) or wrap(module, path) is not None:
+        if isinstance(module, (AdaptableLayer, nn.Embedding)) or wrap_module(module, path) is not None:
             continue
         names = [n for n, p in module.named_parameters(recurse=False, prefix=path) if p.dim() >= 2]
         fused = "expert" in f"{path}.{type(module).__name__}".lower()
@@ -169,38 +173,38 @@ def unadaptable(model: nn.Module) -> tuple[list[str], list[str]]:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedModule:
     """What an adapter does not sit on although one could think so, and why."""
 
     what: str
     why: str
 
 
-def left_out(model: nn.Module, adapter: Adapter) -> list[LeftOut]:
+def list_skipped_modules(model: nn.Module, adapter: Adapter) -> list[SkippedModule]:
     """What `auto` and `all-linear` pass over, and experts always: "all linear layers" of a mixture of
     experts may be its attention alone."""
-    experts, others = unadaptable(model)
+    experts, others = find_unadaptable(model)
     found = []
     if experts:
         total = sum(p.numel() for p in model.parameters())
         share = sum(model.get_parameter(n).numel() for n in experts) / total
         found.append(
-            LeftOut(
+            SkippedModule(
                 f"experts ({len(experts)} tensors such as {experts[0]}, {share:.0%} of the base's weights)",
-                f"each holds all experts of a layer and is no linear layer; adapted are {', '.join(_leaves(adapter.slots))}",
+                f"each holds all experts of a layer and is no linear layer; adapted are {', '.join(_leaf_names(adapter.slots))}",
             )
         )
     if adapter.spec.target_modules not in ("auto", "all-linear"):
         return found
     if others:
-        found.append(LeftOut(f"{len(others)} tensors such as {others[0]}", "they are no linear layers"))
+        found.append(SkippedModule(f"{len(others)} tensors such as {others[0]}", "they are no linear layers"))
     if adapter.spec.target_modules == "auto" and getattr(model, "reached", None) is not None:
         head, _ = head_and_embedding(model)
-        numbered = [p for p, m in linears(model).items() if LAYER_NUMBER.search(p) and p != head]
+        numbered = [p for p, m in find_linears(model).items() if LAYER_NUMBER.search(p) and p != head]
         numbered = [p for p in numbered if not isinstance(model.get_submodule(p), (nn.Embedding, BankEmbedding))]
-        if unread := [p for p in numbered if p not in set(_by_text(model, numbered))]:
+        if unread := [p for p in numbered if p not in set(_text_layers(model, numbered))]:
             found.append(
-                LeftOut(
+                SkippedModule(
                     f"{len(unread)} linear layers such as {unread[0]}",
                     "text gives them no gradient: they are not called, or what they say is not used",
                 )
@@ -210,7 +214,7 @@ def left_out(model: nn.Module, adapter: Adapter) -> list[LeftOut]:
 
 def _tensor_named(model: nn.Module, name: str) -> str:
     """A hint where a name is that of a tensor, but of none that an adapter can sit on."""
-    experts, others = unadaptable(model)
+    experts, others = find_unadaptable(model)
     hits = [n for n in (*experts, *others) if _ends_with(n.removesuffix(".weight"), name)]
     if not hits:
         return ""
@@ -218,7 +222,7 @@ def _tensor_named(model: nn.Module, name: str) -> str:
     return f"; {hits[0]} {what}, and an adapter cannot sit there yet"
 
 
-def _narrow(chosen: list[str], spec: LoraSpec, candidates: dict[str, nn.Module]) -> list[str]:
+def _filter_modules(chosen: list[str], spec: LoraSpec, candidates: dict[str, nn.Module]) -> list[str]:
     """Apply exclude_modules and layers_to_transform, and insist that every pattern of the spec still matches something."""
     excluded = spec.exclude_modules
     if isinstance(excluded, str):
@@ -226,7 +230,9 @@ def _narrow(chosen: list[str], spec: LoraSpec, candidates: dict[str, nn.Module])
     else:
         gone = [p for p in chosen if any(_ends_with(p, e) for e in excluded or ())]
     if excluded and not gone:
-        raise ConfigError(f"exclude_modules={excluded!r} matches none of the chosen layers; {_known(dict.fromkeys(chosen))}")
+        raise ConfigError(
+            f"exclude_modules={excluded!r} matches none of the chosen layers; {_describe_known_layers(dict.fromkeys(chosen))}"
+        )
     kept = [p for p in chosen if p not in gone]
     if spec.layers_to_transform is not None:
         number = {p: int(m.group(1)) for p in kept if (m := LAYER_NUMBER.search(p))}
@@ -237,12 +243,12 @@ def _narrow(chosen: list[str], spec: LoraSpec, candidates: dict[str, nn.Module])
             )
         kept = [p for p in kept if number.get(p) in spec.layers_to_transform]
     if not kept:
-        raise ConfigError(f"target_modules and exclude_modules leave no layer; {_known(candidates)}")
+        raise ConfigError(f"target_modules and exclude_modules leave no layer; {_describe_known_layers(candidates)}")
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(spec, field):
             if not any(re.match(rf"(.*\.)?({key})$", p) for p in kept):
                 raise ConfigError(
-                    f"{field} names {key!r}, which matches no chosen layer{nearest(key, _leaves(dict.fromkeys(kept)))}"
+                    f"{field} names {key!r}, which matches no chosen layer{suggest_nearest(key, _leaf_names(dict.fromkeys(kept)))}"
                 )
     return kept
 
@@ -258,26 +264,26 @@ def _full_match(pattern: str, path: str, field: str) -> bool:
         raise ConfigError(f"{field}={pattern!r} is not a valid regular expression: {e}") from e
 
 
-def _leaves(candidates: Iterable[str]) -> list[str]:
+def _leaf_names(candidates: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(p.rsplit(".", 1)[-1] for p in candidates))
 
 
-def _known(candidates: Iterable[str]) -> str:
-    return f"the layers here end in {', '.join(_leaves(candidates))}"
+def _describe_known_layers(candidates: Iterable[str]) -> str:
+    return f"the layers here end in {', '.join(_leaf_names(candidates))}"
 
 
-def _ensure(model: nn.Module, path: str, module: nn.Module) -> Adaptable:
+def _ensure_bank_layer(model: nn.Module, path: str, module: nn.Module) -> AdaptableLayer:
     """The bank layer at a path, put there if the model still has its own."""
-    if isinstance(module, Adaptable):
+    if isinstance(module, AdaptableLayer):
         return module
-    layer = wrap(module, path)
+    layer = wrap_module(module, path)
     assert layer is not None, path
     layer.replaced = (module,)
     layer.train(module.training)
-    _put(model, path, layer)
+    _replace_module(model, path, layer)
     return layer
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+def _replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)

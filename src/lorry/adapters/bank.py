@@ -17,19 +17,19 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers import Adaptable, BankEmbedding, BankLinear, Slot
-from lorry.adapters.mix import Call, Mix
-from lorry.adapters.seeds import seed_of
+from lorry.adapters.layers import AdaptableLayer, AdapterSlot, BankEmbedding, BankLinear
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.seeds import derive_seed
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, OutOfMemoryError
 
 BYTES_PER_VALUE = 8  # of a master and its gradient, both float32; an optimizer adds as much again
-NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")
+NAME_PATTERN = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")
 
 
-def checked_name(name: str) -> str:
+def check_adapter_name(name: str) -> str:
     """The name, if it can be that of an adapter and of its folder. Raises ConfigError."""
-    if not NAME.fullmatch(name):
+    if not NAME_PATTERN.fullmatch(name):
         raise ConfigError(f"adapter name {name!r:.80}: use 1 to 64 letters, digits, dots, dashes or underscores")
     return name
 
@@ -43,7 +43,7 @@ class Adapter:
     values: Tensor = field(repr=False)
     grads: Tensor = field(repr=False)
     split: int = field(repr=False)
-    slots: dict[str, Slot] = field(default_factory=dict, repr=False)
+    slots: dict[str, AdapterSlot] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         """A copy whose masters are views of its own buffers, as ours are of ours."""
@@ -130,12 +130,12 @@ class Adapter:
         return [(p, part.view(p.shape)) for p, part in zip(params, parts, strict=True)]
 
 
-class Bank:
+class AdapterBank:
     """Every adapter of a model, in the order they were added; an adapter's number in a Batch is its place here."""
 
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
-        self.modules: dict[str, Adaptable] = {}
+        self.modules: dict[str, AdaptableLayer] = {}
         self.active = Mix()
         self.before_merge: Mix | None = None  # what was active when `merge` folded it in; None while nothing is merged
 
@@ -149,10 +149,10 @@ class Bank:
 
     def refuse_name(self, name: str) -> None:
         """Raises ConfigError if an adapter of this name is attached, or it could not be a folder's name when saved."""
-        if checked_name(name) in self.adapters:
+        if check_adapter_name(name) in self.adapters:
             raise ConfigError(f"an adapter named {name!r} is already attached; choose another name or detach it first")
 
-    def add(self, name: str, spec: LoraSpec, targets: Mapping[str, Adaptable], *, seed: int) -> Adapter:
+    def add(self, name: str, spec: LoraSpec, targets: Mapping[str, AdaptableLayer], *, seed: int) -> Adapter:
         """Create an adapter at the given modules. A's values depend on (seed, module path) alone.
 
         Raises ConfigError if the name is taken.
@@ -168,10 +168,10 @@ class Bank:
         adapter = Adapter(name, spec, values, torch.zeros_like(values), sum(sizes[: len(targets)]))
         params = [nn.Parameter(v.view(s)) for v, s in zip(values.split(sizes), shapes, strict=True)]
         for (path, module), a, b in zip(targets.items(), params[: len(targets)], params[len(targets) :], strict=True):
-            slot = Slot(path, a, b, spec.scale(path), spec.lora_dropout)
+            slot = AdapterSlot(path, a, b, spec.scale(path), spec.lora_dropout)
             adapter.slots[path] = module.slots[name] = slot
             self.modules[path] = module
-            initialise(slot, spec, seed, embedding=isinstance(module, BankEmbedding))
+            init_adapter(slot, spec, seed, embedding=isinstance(module, BankEmbedding))
         adapter.bind_grads()
         self.adapters[name] = adapter
         self.activate(Mix((*self.active.terms, *Mix.one(name).terms)))
@@ -190,7 +190,7 @@ class Bank:
             self[term.adapter]
         self.active = mix
         for module in self.modules.values():
-            module.default = Call(mix)
+            module.default = AdapterContext(mix)
 
     def to(self, device: torch.device) -> None:
         """Move every adapter's buffers; slots keep their identity."""
@@ -222,9 +222,9 @@ def refuse_too_large(name: str, rank: int, values: int, device: torch.device) ->
 
 
 @torch.no_grad()
-def initialise(slot: Slot, spec: LoraSpec, seed: int, *, embedding: bool) -> None:
+def init_adapter(slot: AdapterSlot, spec: LoraSpec, seed: int, *, embedding: bool) -> None:
     """Fill A and B from a generator seeded by (seed, module path), on the CPU, so device, order and neighbours do not matter."""
-    draw = torch.Generator().manual_seed(seed_of("lora", seed, slot.module))
+    draw = torch.Generator().manual_seed(derive_seed("lora", seed, slot.module))
     start, other = (slot.B, slot.A) if embedding else (slot.A, slot.B)
     kind = spec.init_lora_weights
     if kind == "gaussian":
@@ -237,7 +237,7 @@ def initialise(slot: Slot, spec: LoraSpec, seed: int, *, embedding: bool) -> Non
         other.copy_(torch.randn(other.shape, generator=draw) * 0.02)
 
 
-def wrap(module: nn.Module, path: str) -> Adaptable | None:
+def wrap_module(module: nn.Module, path: str) -> AdaptableLayer | None:
     """The bank layer that takes a foreign module's place and shares its parameters, or None if it is no linear or embedding.
 
     Only the exact classes count: a subclass computes something else.

@@ -20,18 +20,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import bank_of, freeze, linears, select
+from lorry.adapters.attach import find_linears, freeze_base, get_bank, select_modules
 from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.peft.files import base_digest
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError
-from lorry.families import Family
+from lorry.families import ModelFamily
 
-ALIGN = 16  # fp32 values in 64 bytes
+ALIGN_VALUES = 16  # fp32 values in 64 bytes
 BLOCK = 4096
-KEY = "lorry_weights"
+WEIGHTS_ATTRIBUTE = "lorry_weights"
 # in models that no family describes: the parts of a path that say what a linear belongs to
-PARTS = {
+HALF_PATTERNS = {
     "mlp": re.compile(r"(^|[._])(mlp|ffn|feed_forward|moe|experts?|fc\d|fc_(in|out)|w[123io]|(up|down|gate)_proj)([._]|$)"),
     "attention": re.compile(r"(^|[._])(attn|attention)([._]|$)"),
 }
@@ -118,7 +118,7 @@ class BaseWeights:
 
     def zero_grad_names(self) -> list[str]:
         """The tensors whose gradient is exactly zero."""
-        return [name for name, view in self.split_like(self.grads).items() if not _any(view.reshape(-1))]
+        return [name for name, view in self.split_like(self.grads).items() if not _matches_any(view.reshape(-1))]
 
     def norm(self) -> float:
         """Euclidean norm of the gradient, in fp32 by blocks and in fp64 over those: in a fp32 sum of 10^6 squares or more, late
@@ -128,27 +128,27 @@ class BaseWeights:
         return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in (blocks, self.grads[whole:].double())))
 
 
-def _any(flat: Tensor) -> bool:
+def _matches_any(flat: Tensor) -> bool:
     return bool(flat[:4096].any()) or bool(flat.any())
 
 
-def weights_of(model: nn.Module) -> BaseWeights | None:
+def get_base_weights(model: nn.Module) -> BaseWeights | None:
     """The base weights of a model that train, if any do."""
-    found: BaseWeights | None = model.__dict__.get(KEY)
+    found: BaseWeights | None = model.__dict__.get(WEIGHTS_ATTRIBUTE)
     return found
 
 
-def train_weights(model: nn.Module, trainable: str | Sequence[str] = "all", name: str = "base") -> BaseWeights:
-    """Switch the gradients of some base weights on, and of all others off; afterwards `weights_of` finds them.
+def make_weights_trainable(model: nn.Module, trainable: str | Sequence[str] = "all", name: str = "base") -> BaseWeights:
+    """Switch the gradients of some base weights on, and of all others off; afterwards `get_base_weights` finds them.
 
-    ``trainable``: see `chosen`. Raises ConfigError where that matches nothing, the model has adapters or such weights already, or
+    ``trainable``: see `select_parameters`. Raises ConfigError where that matches nothing, the model has adapters or such weights already, or
     is in a format too narrow to train in.
     """
-    bank = bank_of(model, create=True)
-    if bank.names() or weights_of(model) is not None:
+    bank = get_bank(model, create=True)
+    if bank.names() or get_base_weights(model) is not None:
         what = f"the adapter {bank.names()[0]!r}" if bank.names() else "base weights that train"
         raise ConfigError(f"this model has {what} already, and its base is trained alone; merge or detach that first")
-    names = chosen(model, trainable)
+    names = select_parameters(model, trainable)
     own = dict(model.named_parameters())
     products = {p for m in model.modules() if isinstance(m, BankLinear) and m.product for p in m.parameters(recurse=False)}
     if unread := [n for n in names if own[n] in products]:
@@ -156,12 +156,12 @@ def train_weights(model: nn.Module, trainable: str | Sequence[str] = "all", name
     if odd := [n for n in names if own[n].dtype not in (torch.float32, torch.bfloat16)]:
         dtype = str(own[odd[0]].dtype).removeprefix("torch.")
         raise ConfigError(f"{odd[0]} is {dtype}, in which base weights cannot train; open it with dtype=bfloat16 or float32")
-    freeze(model)
+    freeze_base(model)
     params = {n: own[n] for n in (*(n for n in names if own[n].dim() > 1), *(n for n in names if own[n].dim() < 2))}
     starts, end = list[int](), 0
     for p in params.values():
         starts.append(end)
-        end += -(-p.numel() // ALIGN) * ALIGN
+        end += -(-p.numel() // ALIGN_VALUES) * ALIGN_VALUES
     split = next((at for at, p in zip(starts, params.values(), strict=True) if p.dim() < 2), end)
     values = torch.zeros(end, dtype=torch.float32, device=next(iter(params.values())).device)
     made = BaseWeights(name, params, values, torch.zeros_like(values), split, starts, base_digest(model))
@@ -173,21 +173,21 @@ def train_weights(model: nn.Module, trainable: str | Sequence[str] = "all", name
         if param.dtype == torch.float32:
             param.data = view
         else:
-            param.register_post_accumulate_grad_hook(partial(_collect, grads[path]))
+            param.register_post_accumulate_grad_hook(partial(_collect_gradient, grads[path]))
     made.bind_grads()
-    model.__dict__[KEY] = made
+    model.__dict__[WEIGHTS_ATTRIBUTE] = made
     return made
 
 
 @torch.no_grad()
-def _collect(into: Tensor, param: Tensor) -> None:
+def _collect_gradient(into: Tensor, param: Tensor) -> None:
     """Take a gradient that backward has just made, and free it."""
     assert param.grad is not None
     into.add_(param.grad)
     param.grad = None
 
 
-def chosen(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
+def select_parameters(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
     """Names of the parameters that are to train, in the model's order, tied ones once.
 
     all: every parameter (the row of a padding token among them, which transformers' own embedding leaves out where it is read).
@@ -198,15 +198,19 @@ def chosen(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     if trainable == "all":
         return names
-    modules = set(_part(model, trainable) if isinstance(trainable, str) and trainable in PARTS else _selected(model, trainable))
+    modules = set(
+        _half_paths(model, trainable)
+        if isinstance(trainable, str) and trainable in HALF_PATTERNS
+        else _select_by_name(model, trainable)
+    )
     wanted = {id(p) for path in modules for p in model.get_submodule(path).parameters(recurse=False)}
     return [name for name, p in model.named_parameters() if id(p) in wanted]
 
 
-def _part(model: nn.Module, part: str) -> list[str]:
+def _half_paths(model: nn.Module, part: str) -> list[str]:
     """The linears of a half of every layer: by the family's targets; where there is no family, by the paths of whatever holds a
     matrix (fused experts and their router are an MLP's)."""
-    family: Family | None = getattr(model, "family", None)
+    family: ModelFamily | None = getattr(model, "family", None)
     if family is not None:
         roles = family.roles
         targets = [*roles.qkv, *roles.attn_out] if part == "attention" else [*roles.mlp_in, *roles.mlp_out]
@@ -214,19 +218,19 @@ def _part(model: nn.Module, part: str) -> list[str]:
         return [family.path(target, i) for i in range(layers) for target in targets]
     matrices = {p: m for p, m in model.named_modules() if any(w.dim() > 1 for w in m.parameters(recurse=False))}
     inner = [path for path, module in matrices.items() if not isinstance(module, (nn.Embedding, BankEmbedding))]
-    other = PARTS["attention" if part == "mlp" else "mlp"]
-    found = [path for path in inner if PARTS[part].search(path) and (part == "attention" or not other.search(path))]
+    other = HALF_PATTERNS["attention" if part == "mlp" else "mlp"]
+    found = [path for path in inner if HALF_PATTERNS[part].search(path) and (part == "attention" or not other.search(path))]
     if not found:
         kinds = ", ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in inner))
         raise ConfigError(f"trainable={part}: no layer's name says it is one; give a list of names. The layers end in {kinds}")
     return found
 
 
-def _selected(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
+def _select_by_name(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
     if isinstance(trainable, str) and re.fullmatch(r"\w+", trainable) and trainable != "auto":
         trainable = (trainable,)  # a name, not a pattern
     wanted = trainable if isinstance(trainable, str) else tuple(trainable)
     try:
-        return select(model, linears(model), LoraSpec(target_modules=wanted))
+        return select_modules(model, find_linears(model), LoraSpec(target_modules=wanted))
     except ConfigError as e:
         raise ConfigError(f"{str(e).replace('target_modules', 'trainable')}; or trainable=all, mlp or attention") from e

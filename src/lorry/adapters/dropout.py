@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lorry.adapters.seeds import seed_of
-from lorry.kernels import call, library
+from lorry.adapters.seeds import derive_seed
+from lorry.kernels import call_kernel, load_library
 
-PADDING = -1  # the sequence key of padding; nothing reads what is drawn for it
-WORD = 0xFFFFFFFF
+PADDING_KEY = -1  # the sequence key of padding; nothing reads what is drawn for it
+WORD_MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class Noise:
+class DropoutNoise:
     """The dropout of one forward pass over packed sequences: their ``keys`` [S] and ``starts`` [S+1].
 
     A ``site`` names an input (layer and place); projections that read the same input share its mask. ``rows``: only these tokens.
@@ -32,18 +32,18 @@ class Noise:
     starts: tuple[int, ...]
     rows: Tensor | None = None
 
-    def at(self, site: str, p: float) -> Dropout:
+    def at(self, site: str, p: float) -> SeededDropout:
         """The dropout of one input."""
-        seeds = [seed_of("dropout", self.seed, self.step, key, site) for key in self.keys]
-        return Dropout(torch.tensor(seeds, dtype=torch.int64), torch.tensor(self.starts), p, self.rows)
+        seeds = [derive_seed("dropout", self.seed, self.step, key, site) for key in self.keys]
+        return SeededDropout(torch.tensor(seeds, dtype=torch.int64), torch.tensor(self.starts), p, self.rows)
 
-    def padded(self, total: int) -> Noise:
+    def padded(self, total: int) -> DropoutNoise:
         """With padding behind the sequences, up to ``total`` tokens."""
-        return Noise(self.seed, self.step, (*self.keys, PADDING), (*self.starts, total), self.rows)
+        return DropoutNoise(self.seed, self.step, (*self.keys, PADDING_KEY), (*self.starts, total), self.rows)
 
 
 @dataclass(frozen=True)
-class Dropout:
+class SeededDropout:
     """Inverted dropout at one input: kept elements are multiplied by 1/(1-p). seeds [S], starts [S+1] int64."""
 
     seeds: Tensor
@@ -59,10 +59,10 @@ class Dropout:
     def apply(self, x: Tensor, tokens: slice) -> Tensor:
         """x [n, width], the batch's rows ``tokens``; or a gradient with respect to the result, which passes the same mask."""
         keep = 1.0 / (1.0 - self.p)
-        if self.rows is None and x.dtype == torch.bfloat16 and x.device.type == "cpu" and library() is not None:
+        if self.rows is None and x.dtype == torch.bfloat16 and x.device.type == "cpu" and load_library() is not None:
             x = x.contiguous()
             y = torch.empty_like(x)
-            call("dropout_rows", x, y, *self._place(tokens), *x.shape, self.threshold, keep)
+            call_kernel("dropout_rows", x, y, *self._kernel_arguments(tokens), *x.shape, self.threshold, keep)
             return y
         wide = x if x.dtype == torch.float64 else x.float()
         return (wide * (self.mask(x.shape[1], x.device, tokens) * keep)).to(x.dtype)
@@ -71,25 +71,25 @@ class Dropout:
         """Bool [n, width], True = kept, for the rows ``tokens`` of the batch (of ``rows``, where only some are in it)."""
         total = int(self.starts[-1])
         if self.rows is not None:
-            return self._hashed(width, self.rows.cpu()[tokens]).to(device)
+            return self._hash_mask(width, self.rows.cpu()[tokens]).to(device)
         first, last, _ = tokens.indices(total)
-        if device.type == "cpu" and library() is not None:
+        if device.type == "cpu" and load_library() is not None:
             kept = torch.empty(last - first, width, dtype=torch.bool)
-            call("dropout_mask", kept, *self._place(tokens), last - first, width, self.threshold)
+            call_kernel("dropout_mask", kept, *self._kernel_arguments(tokens), last - first, width, self.threshold)
             return kept
-        return self._hashed(width, torch.arange(first, last)).to(device)
+        return self._hash_mask(width, torch.arange(first, last)).to(device)
 
-    def _place(self, tokens: slice) -> Sequence[Tensor | int]:
+    def _kernel_arguments(self, tokens: slice) -> Sequence[Tensor | int]:
         return self.seeds, self.starts, len(self.seeds), tokens.start or 0
 
-    def _hashed(self, width: int, row: Tensor) -> Tensor:
+    def _hash_mask(self, width: int, row: Tensor) -> Tensor:
         """The same as the kernel's for any rows of the batch, in 64-bit integers."""
         owner = torch.searchsorted(self.starts, row, right=True) - 1
-        low, high = (self.seeds & WORD)[owner, None], (self.seeds >> 32)[owner, None]
+        low, high = (self.seeds & WORD_MASK)[owner, None], (self.seeds >> 32)[owner, None]
         n = (row - self.starts[owner])[:, None] * width + torch.arange(width)
-        x = (((n >> 1) & WORD) * 0x9E3779B1 + low) & WORD
-        x = ((x ^ (x >> 16)) * 0x85EBCA6B) & WORD
-        x = (((x ^ (x >> 13)) + high) * 0xC2B2AE35) & WORD
-        x = ((x ^ (x >> 16)) * 0x27D4EB2F) & WORD
+        x = (((n >> 1) & WORD_MASK) * 0x9E3779B1 + low) & WORD_MASK
+        x = ((x ^ (x >> 16)) * 0x85EBCA6B) & WORD_MASK
+        x = (((x ^ (x >> 13)) + high) * 0xC2B2AE35) & WORD_MASK
+        x = ((x ^ (x >> 16)) * 0x27D4EB2F) & WORD_MASK
         x = x ^ (x >> 15)
         return torch.where(n % 2 == 1, x >> 16, x & 0xFFFF) >= self.threshold

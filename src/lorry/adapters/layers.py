@@ -1,7 +1,7 @@
 """The layers a bank lives in: a linear and an embedding that keep their base weight under its own name.
 
 `BankLinear` is the only linear of Lorry's own decoder and takes the place of `nn.Linear` or `Conv1D` in any other model.
-Adapters are not parameters of the module (FSDP, state dicts and optimizers of the base never see them): they are `Slot`s.
+Adapters are not parameters of the module (FSDP, state dicts and optimizers of the base never see them): they are `AdapterSlot`s.
 """
 
 from __future__ import annotations
@@ -16,22 +16,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.mix import Call, Term
-from lorry.adapters.product import Frozen, FrozenLinear, Linears, LowRank, Part, PartParams, Stack, TermParams
+from lorry.adapters.mix import AdapterContext, MixTerm
+from lorry.adapters.product import (
+    AdapterShare,
+    Frozen,
+    FrozenLinear,
+    Linears,
+    LowRankFunction,
+    PartParams,
+    StackedAdapters,
+    TermParams,
+)
 from lorry.errors import ContractError
 
 # Other people's models cannot pass a Call down; `models/hf/model.py` sets it around their forward. It is read in forward only.
-AMBIENT: ContextVar[Call | None] = ContextVar("lorry_call", default=None)
+AMBIENT_CONTEXT: ContextVar[AdapterContext | None] = ContextVar("lorry_call", default=None)
 
 
-Stacked = tuple[tuple[object, ...], Tensor, list[Part]]  # what they were made from, the stacked A's, the parts
+StackEntry = tuple[tuple[object, ...], Tensor, list[AdapterShare]]  # what they were made from, the stacked A's, the parts
 
 
 @dataclass
-class Slot:
+class AdapterSlot:
     """One adapter at one module: fp32 masters A [R,I], B [O,R] (views of the adapter's flat buffer), scale and dropout.
 
-    `Group` makes the compute copies from them.
+    `LinearGroup` makes the compute copies from them.
     """
 
     module: str
@@ -39,20 +48,20 @@ class Slot:
     B: nn.Parameter
     scale: float
     dropout: float
-    writes: int = field(default=0, repr=False)  # how often `touch` was called
-    serial: int = field(default_factory=count().__next__, repr=False)  # no two slots of a process share one
-    stacks: dict[tuple[int, ...], Stacked] = field(default_factory=dict, repr=False)  # of the groups whose first slot this is
+    write_count: int = field(default=0, repr=False)  # how often `touch` was called
+    slot_id: int = field(default_factory=count().__next__, repr=False)  # no two slots of a process share one
+    stacks: dict[tuple[int, ...], StackEntry] = field(default_factory=dict, repr=False)  # of the groups whose first slot this is
 
     def stamp(self) -> tuple[int, ...]:
         """Changes whenever a master may have changed."""
-        return (self.writes, self.A._version, self.B._version, self.A.data_ptr())
+        return (self.write_count, self.A._version, self.B._version, self.A.data_ptr())
 
     def touch(self) -> None:
         """Say that a master has changed, or is about to."""
-        self.writes += 1
+        self.write_count += 1
 
 
-class Adaptable(nn.Module):
+class AdaptableLayer(nn.Module):
     """What linears and embeddings share: their path, their slots, and the base weight kept aside while merged."""
 
     weight: nn.Parameter
@@ -60,8 +69,8 @@ class Adaptable(nn.Module):
     def __init__(self, path: str = "") -> None:
         super().__init__()
         self.path = path
-        self.slots: dict[str, Slot] = {}
-        self.default = Call()
+        self.slots: dict[str, AdapterSlot] = {}
+        self.default = AdapterContext()
         self.kept: nn.Parameter | None = None
         self.replaced: tuple[nn.Module, ...] = ()  # the foreign layer this one stands in for (a tuple, so it is no submodule)
 
@@ -82,11 +91,11 @@ class Adaptable(nn.Module):
         assert self.kept is not None
         self.weight, self.kept = self.kept, None
 
-    def resolve(self, call: Call | None) -> Call:
+    def resolve(self, call: AdapterContext | None) -> AdapterContext:
         """The call that holds here: the one given, the one set around a foreign model, or what the bank made active."""
-        return call or AMBIENT.get() or self.default
+        return call or AMBIENT_CONTEXT.get() or self.default
 
-    def terms(self, call: Call) -> list[tuple[Slot, slice | None, float | Tensor]]:
+    def terms(self, call: AdapterContext) -> list[tuple[AdapterSlot, slice | None, float | Tensor]]:
         """The call's terms that have a slot at this module. Raises ContractError on a merged layer."""
         found = [(self.slots[t.adapter], t.rows, t.gate) for t in call.mix.terms if t.adapter in self.slots]
         if found and self.kept is not None:
@@ -94,7 +103,7 @@ class Adaptable(nn.Module):
         return found
 
 
-class BankLinear(Adaptable):
+class BankLinear(AdaptableLayer):
     """y = W x + b + the bank's terms. weight [out, in], or [in, out] when ``transposed`` (GPT-2's Conv1D)."""
 
     bias: nn.Parameter | None
@@ -104,7 +113,7 @@ class BankLinear(Adaptable):
         self.weight = weight
         self.register_parameter("bias", bias)
         self.transposed = transposed
-        self.group = Group([self])
+        self.group = LinearGroup([self])
         self.product: FrozenLinear | None = None
 
     def use_product(self, product: FrozenLinear) -> None:
@@ -141,7 +150,7 @@ class BankLinear(Adaptable):
     def out_features(self) -> int:
         return self.frozen().shape[0]
 
-    def forward(self, x: Tensor, call: Call | None = None, site: str | None = None) -> Tensor:
+    def forward(self, x: Tensor, call: AdapterContext | None = None, site: str | None = None) -> Tensor:
         """x [..., in] -> [..., out]. ``site`` names the input for dropout; layers that share an input pass the same one."""
         call = self.resolve(call)
         if self.product is None and not self.terms(call):
@@ -149,16 +158,16 @@ class BankLinear(Adaptable):
         flat = x.reshape(-1, x.shape[-1])
         stacks, terms = self.group.stacks(call, site or self.path)
         linears = Linears(self.group.frozen(), stacks)
-        (y,) = LowRank.apply(flat, linears, *TermParams.flat(terms), *self.group.base())
+        (y,) = LowRankFunction.apply(flat, linears, *TermParams.flat(terms), *self.group.base())
         return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
 
-    def delta(self, slot: Slot) -> Tensor:
+    def delta(self, slot: AdapterSlot) -> Tensor:
         """s B A in fp32, in the layout of the stored weight."""
         product = (slot.B.detach() @ slot.A.detach()).mul_(slot.scale)
         return product.t() if self.transposed else product
 
 
-class Group:
+class LinearGroup:
     """Linears that read the same input, and the stacked compute copies of their adapters in the base's dtype.
 
     The copies are remade after every backward pass and whenever a master's version has moved: an optimizer of the user's own
@@ -177,10 +186,12 @@ class Group:
         """The base products, as they are now."""
         return [linear.frozen() for linear in self.linears]
 
-    def stacks(self, call: Call, site: str, *, routed: bool = False) -> tuple[list[Stack], list[TermParams[Tensor | None]]]:
+    def stacks(
+        self, call: AdapterContext, site: str, *, routed: bool = False
+    ) -> tuple[list[StackedAdapters], list[TermParams[Tensor | None]]]:
         """What the call's terms need here, and their masters and gates. ``routed``: whether the call's
         router may be asked here. Raises ContractError for a term of its elsewhere."""
-        stacks: list[Stack] = []
+        stacks: list[StackedAdapters] = []
         terms: list[TermParams[Tensor | None]] = []
         for linear in self.linears:
             linear.terms(call)  # refuses a merged layer
@@ -194,53 +205,53 @@ class Group:
             constant = 1.0 if isinstance(term.gate, Tensor) else term.gate
             a, parts = self._copy(slots)
             if constant != 1.0:
-                parts = [Part(p.layer, p.rows, p.b, p.scale * constant) for p in parts]
+                parts = [AdapterShare(p.layer, p.rows, p.b, p.scale * constant) for p in parts]
             rate = slots[0][1].dropout if call.noise is not None else 0.0
             dropout = call.noise.at(site, rate) if call.noise is not None and rate else None
             gate = term.gate if isinstance(term.gate, Tensor) else None
             tokens, inner = slice(None) if term.rows is None else term.rows, None
             gated = gate is not None or route is not None
             if not gated and term.rows is not None and a.dtype == torch.bfloat16 and a.device.type == "cpu":
-                tokens, inner = aligned(term.rows)
-            stacks.append(Stack(tokens, a, parts, dropout, gated, partial(_touch, slots), inner, route))
+                tokens, inner = align_rows(term.rows)
+            stacks.append(StackedAdapters(tokens, a, parts, dropout, gated, partial(_touch_slots, slots), inner, route))
             terms.append(TermParams(tuple(PartParams(slot.A, slot.B) for _, slot in slots), gate))
         return stacks, terms
 
-    def _unroutable(self, term: Term) -> ContractError:
+    def _unroutable(self, term: MixTerm) -> ContractError:
         where = f"{self.linears[0].path}: the adapter {term.adapter!r} has a gate of the router of the layers"
         if isinstance(term.gate, Tensor):
             return ContractError(f"{where} and one of its own; give the term a number")
         return ContractError(f"{where}, and this is no linear of a decoder layer; leave it out of target_modules")
 
-    def _copy(self, slots: Sequence[tuple[int, Slot]]) -> tuple[Tensor, list[Part]]:
+    def _copy(self, slots: Sequence[tuple[int, AdapterSlot]]) -> tuple[Tensor, list[AdapterShare]]:
         """Kept with the first slot, so that they go when the adapter goes."""
         dtype = self.linears[0].dtype
         stamp = (dtype, *(value for i, slot in slots for value in (i, *slot.stamp())))
-        kept, key = slots[0][1].stacks, tuple(slot.serial for _, slot in slots)
+        kept, key = slots[0][1].stacks, tuple(slot.slot_id for _, slot in slots)
         held = kept.get(key)
         if held is None or held[0] != stamp:
             a = torch.cat([slot.A.detach() for _, slot in slots]).to(dtype)
             parts, at = [], 0
             for i, slot in slots:
-                parts.append(Part(i, slice(at, at + slot.A.shape[0]), slot.B.detach().to(dtype), slot.scale))
+                parts.append(AdapterShare(i, slice(at, at + slot.A.shape[0]), slot.B.detach().to(dtype), slot.scale))
                 at += slot.A.shape[0]
             kept[key] = held = (stamp, a, parts)
         return held[1], held[2]
 
 
-def aligned(rows: slice) -> tuple[slice, slice]:
+def align_rows(rows: slice) -> tuple[slice, slice]:
     """Some rows, widened to multiples of 64, and where they lie among those: oneDNN compiles a product anew for every shape it
     meets, and the shares of several adapters in a batch would have ever new ones."""
     start = rows.start // 64 * 64
     return slice(start, -(-rows.stop // 64) * 64), slice(rows.start - start, rows.stop - start)
 
 
-def _touch(slots: Sequence[tuple[int, Slot]]) -> None:
+def _touch_slots(slots: Sequence[tuple[int, AdapterSlot]]) -> None:
     for _, slot in slots:
         slot.touch()
 
 
-class BankEmbedding(Adaptable):
+class BankEmbedding(AdaptableLayer):
     """An embedding [V, D] with low-rank terms. As PEFT has it, A [R, V] starts at zero and B [D, R] at random."""
 
     def __init__(self, weight: nn.Parameter, *, path: str = "") -> None:
@@ -255,7 +266,7 @@ class BankEmbedding(Adaptable):
     def out_features(self) -> int:
         return self.weight.shape[1]
 
-    def forward(self, ids: Tensor, call: Call | None = None) -> Tensor:
+    def forward(self, ids: Tensor, call: AdapterContext | None = None) -> Tensor:
         """ids [...] int64 -> [..., D]. Dropout does not apply to an embedding's input."""
         found = self.terms(self.resolve(call))
         y = F.embedding(ids, self.weight)
@@ -273,6 +284,6 @@ class BankEmbedding(Adaptable):
             flat = flat + F.pad(low, (0, 0, before, after))
         return flat.to(y.dtype).view_as(y)
 
-    def delta(self, slot: Slot) -> Tensor:
+    def delta(self, slot: AdapterSlot) -> Tensor:
         """(s B A)^T in fp32, [V, D] like the weight."""
         return (slot.B.detach() @ slot.A.detach()).mul_(slot.scale).t()

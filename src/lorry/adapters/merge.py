@@ -6,7 +6,7 @@
 streams the same weights one at a time without touching the model, for writing them to disk.
 
 Rounding to bf16 can lose most of a small delta, so every merge measures |stored - exact| / |delta| (Frobenius norms).
-An adapter on one side of a tied head and embedding gives that side a weight of its own (`unties`).
+An adapter on one side of a tied head and embedding gives that side a weight of its own (`separates_tied_head`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import bank_of, head_and_embedding, linears
-from lorry.adapters.bank import Bank
+from lorry.adapters.attach import find_linears, get_bank, head_and_embedding
+from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.mix import Mix
 from lorry.errors import ConfigError, ModelError
@@ -76,12 +76,12 @@ def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> Merge
     The original Parameters stay in memory. Raises ConfigError if nothing constant is active, or the model is merged
     already; ModelError if a merged weight is not finite. Nothing is changed then.
     """
-    bank = bank_of(model)
-    mix = _constants(bank, weights)
-    untied = unties(model, weights)
+    bank = get_bank(model)
+    mix = _constant_weights(bank, weights)
+    untied = separates_tied_head(model, weights)
     merged, rows = {}, []
-    for path, layer in _touched(bank, mix).items():
-        stored, row = _fold(path, layer, mix, layer.weight.dtype)
+    for path, layer in _adapted_layers(bank, mix).items():
+        stored, row = _fold_layer(path, layer, mix, layer.weight.dtype)
         merged[path] = stored
         rows.append(row)
     for path, stored in merged.items():
@@ -98,13 +98,13 @@ def unmerge(model: nn.Module) -> None:
 
     Raises ConfigError if the model is not merged.
     """
-    bank = bank_of(model)
+    bank = get_bank(model)
     if bank.before_merge is None:
         raise ConfigError("this model is not merged; there is nothing to undo")
     for layer in bank.modules.values():
         if layer.kept is not None:
             layer.restore()
-    sides = [linears(model)[p] for p in head_and_embedding(model) if p is not None and p in linears(model)]
+    sides = [find_linears(model)[p] for p in head_and_embedding(model) if p is not None and p in find_linears(model)]
     if len(sides) == 2 and sides[0].weight is sides[1].weight:
         _declare_tied(model, True)
     mix, bank.before_merge = bank.before_merge, None
@@ -122,18 +122,18 @@ def merged_tensors(
     """Stream (state-dict name, W + sum g s B A) for the whole model, out of place and one tensor at a time.
 
     A name that shares its Parameter with an earlier one (a tied head) is left out while both stay equal, as in Hugging Face
-    files; where `unties` says so it comes as a tensor of its own. ``dtype`` stores every floating tensor so instead of in its
+    files; where `separates_tied_head` says so it comes as a tensor of its own. ``dtype`` stores every floating tensor so instead of in its
     own; ``rows`` receives one MergeRow per merged module. Raises what `merge` raises.
     """
-    bank = bank_of(model)
-    mix = _constants(bank, weights)
-    touched = {id(layer): (path, layer) for path, layer in _touched(bank, mix).items()}
+    bank = get_bank(model)
+    mix = _constant_weights(bank, weights)
+    touched = {id(layer): (path, layer) for path, layer in _adapted_layers(bank, mix).items()}
     sent: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, leaf = name.rpartition(".")
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         if leaf == "weight" and id(model.get_submodule(owner)) in touched:  # by module, which may have several names
-            stored, row = _fold(*touched[id(model.get_submodule(owner))], mix, kind)
+            stored, row = _fold_layer(*touched[id(model.get_submodule(owner))], mix, kind)
             if rows is not None:
                 rows.append(row)
             yield name, stored
@@ -142,11 +142,11 @@ def merged_tensors(
             yield name, tensor.detach().to(kind)
 
 
-def unties(model: nn.Module, weights: Mapping[str, float] | None = None) -> bool:
+def separates_tied_head(model: nn.Module, weights: Mapping[str, float] | None = None) -> bool:
     """Whether merging separates a head and an embedding that share one Parameter (then write `tie_word_embeddings=false`)."""
-    bank = bank_of(model)
-    touched = _touched(bank, _constants(bank, weights))
-    sides = [linears(model).get(path) for path in head_and_embedding(model) if path is not None]
+    bank = get_bank(model)
+    touched = _adapted_layers(bank, _constant_weights(bank, weights))
+    sides = [find_linears(model).get(path) for path in head_and_embedding(model) if path is not None]
     shared = len(sides) == 2 and all(s is not None for s in sides) and len({id(s.weight) for s in sides if s is not None}) == 1
     return shared and any(s is layer for s in sides for layer in touched.values())
 
@@ -160,7 +160,7 @@ def _declare_tied(model: nn.Module, tied: bool) -> None:
         config.tie_word_embeddings = tied
 
 
-def _constants(bank: Bank, weights: Mapping[str, float] | None) -> dict[str, float]:
+def _constant_weights(bank: AdapterBank, weights: Mapping[str, float] | None) -> dict[str, float]:
     """{adapter: g} to fold. Raises ConfigError for a mix that is empty or varies over tokens, or a model merged already."""
     if bank.before_merge is not None:
         raise ConfigError("this model is merged already; call unmerge(model) first")
@@ -178,7 +178,7 @@ def _constants(bank: Bank, weights: Mapping[str, float] | None) -> dict[str, flo
     return found
 
 
-def _touched(bank: Bank, mix: Mapping[str, float]) -> dict[str, BankLinear | BankEmbedding]:
+def _adapted_layers(bank: AdapterBank, mix: Mapping[str, float]) -> dict[str, BankLinear | BankEmbedding]:
     """The layers at which an adapter of the mix sits. Raises ConfigError where a base weight is no dense one."""
     if odd := [p for p, m in bank.modules.items() if isinstance(m, BankLinear) and m.product is not None]:
         what = f"{len(odd)} linears have a product of their own ({odd[0]}), into which nothing can be merged"
@@ -191,7 +191,9 @@ def _touched(bank: Bank, mix: Mapping[str, float]) -> dict[str, BankLinear | Ban
     return found
 
 
-def _fold(path: str, layer: BankLinear | BankEmbedding, mix: Mapping[str, float], dtype: torch.dtype) -> tuple[Tensor, MergeRow]:
+def _fold_layer(
+    path: str, layer: BankLinear | BankEmbedding, mix: Mapping[str, float], dtype: torch.dtype
+) -> tuple[Tensor, MergeRow]:
     """(the rounded sum, what rounding cost) of one layer."""
     delta = torch.zeros(layer.weight.shape, dtype=torch.float32, device=layer.weight.device)
     for name, gate in mix.items():

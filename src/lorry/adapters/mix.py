@@ -1,8 +1,8 @@
-"""Mix: the g of the one equation, as data that travels with a forward pass, in a `Call`.
+"""Mix: the g of the one equation, as data that travels with a forward pass, in a `AdapterContext`.
 
     y = W x + b + sum_k g_k s_k B_k (A_k x)
 
-A mix is a few `Term`s: which adapter, for which packed tokens, how strongly. g = 0 is the absence of a term. Nothing here
+A mix is a few `MixTerm`s: which adapter, for which packed tokens, how strongly. g = 0 is the absence of a term. Nothing here
 is read during backward: the autograd function captures what it needs in forward, so recompute sees the same mix.
 """
 
@@ -15,11 +15,11 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from lorry.adapters.dropout import Noise
+from lorry.adapters.dropout import DropoutNoise
 
 
 @dataclass(frozen=True)
-class Term:
+class MixTerm:
     """One adapter's share: ``rows`` of the packed tokens (None = all), ``gate`` g: a number, or a tensor [rows] with gradient."""
 
     adapter: str
@@ -31,7 +31,7 @@ class Term:
 class Mix:
     """The terms of a forward pass over T packed tokens."""
 
-    terms: tuple[Term, ...] = ()
+    terms: tuple[MixTerm, ...] = ()
 
     @staticmethod
     def none() -> Mix:
@@ -41,12 +41,12 @@ class Mix:
     @staticmethod
     def one(adapter: str) -> Mix:
         """g = 1 for one adapter, everywhere."""
-        return Mix((Term(adapter),))
+        return Mix((MixTerm(adapter),))
 
     @staticmethod
     def constants(weights: Mapping[str, float]) -> Mix:
         """The same g for every token: task arithmetic, negation, interpolation."""
-        return Mix(tuple(Term(name, None, float(g)) for name, g in weights.items() if g != 0))
+        return Mix(tuple(MixTerm(name, None, float(g)) for name, g in weights.items() if g != 0))
 
     @staticmethod
     def per_sequence(adapters: Sequence[str | None], starts: Sequence[int]) -> Mix:
@@ -59,12 +59,12 @@ class Mix:
                 runs.append((name, start, stop))
         if len(runs) == 1:
             return Mix() if runs[0][0] is None else Mix.one(runs[0][0])
-        return Mix(tuple(Term(name, slice(start, stop)) for name, start, stop in runs if name is not None))
+        return Mix(tuple(MixTerm(name, slice(start, stop)) for name, start, stop in runs if name is not None))
 
     @staticmethod
     def routed(adapters: Sequence[str], gates: Tensor) -> Mix:
         """A router's weights, ``gates`` [T, K], differentiable: a mixture of experts."""
-        return Mix(tuple(Term(name, None, gates[:, k]) for k, name in enumerate(adapters)))
+        return Mix(tuple(MixTerm(name, None, gates[:, k]) for k, name in enumerate(adapters)))
 
     def narrow(self, rows: Tensor) -> Mix:
         """The mix of some of the tokens, ``rows`` [t] sorted positions: for the head, which sees supervised tokens only."""
@@ -73,13 +73,13 @@ class Mix:
         for term in self.terms:
             gate = term.gate[rows] if isinstance(term.gate, Tensor) and term.rows is None else term.gate
             if term.rows is None:
-                terms.append(Term(term.adapter, None, gate))
+                terms.append(MixTerm(term.adapter, None, gate))
                 continue
             start, stop = bisect_left(edges, term.rows.start), bisect_left(edges, term.rows.stop)
             if isinstance(gate, Tensor):
                 gate = gate[rows[start:stop] - term.rows.start]
             if stop > start:
-                terms.append(Term(term.adapter, slice(start, stop), gate))
+                terms.append(MixTerm(term.adapter, slice(start, stop), gate))
         return Mix(tuple(terms))
 
 
@@ -104,12 +104,12 @@ class LayerRouter(Protocol):
 
 
 @dataclass(frozen=True)
-class Call:
+class AdapterContext:
     """What a forward pass hands to every adapted layer: the mix, the dropout noise (None = no dropout),
     and the router of the layers, if they have one."""
 
     mix: Mix = Mix()
-    noise: Noise | None = None
+    noise: DropoutNoise | None = None
     router: LayerRouter | None = None
 
     def route_of(self, adapter: str) -> int | None:
@@ -118,14 +118,14 @@ class Call:
             return None
         return list(self.router.adapters).index(adapter)
 
-    def narrow(self, rows: Tensor) -> Call:
+    def narrow(self, rows: Tensor) -> AdapterContext:
         """The same call for some of the tokens, ``rows`` [t] sorted positions."""
         noise = None if self.noise is None else replace(self.noise, rows=rows)
         return replace(self, mix=self.mix.narrow(rows), noise=noise)
 
-    def padded(self, tokens: int, total: int) -> Call:
+    def padded(self, tokens: int, total: int) -> AdapterContext:
         """The same call for a batch of ``tokens`` with padding up to ``total``, which no gated term and no other row can tell."""
         gated = [t.rows is None and isinstance(t.gate, Tensor) for t in self.mix.terms]
-        terms = [Term(t.adapter, slice(0, tokens), t.gate) if g else t for t, g in zip(self.mix.terms, gated, strict=True)]
+        terms = [MixTerm(t.adapter, slice(0, tokens), t.gate) if g else t for t, g in zip(self.mix.terms, gated, strict=True)]
         noise = None if self.noise is None else self.noise.padded(total)
         return replace(self, mix=Mix(tuple(terms)), noise=noise)

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorry.adapters.dropout import Dropout
+from lorry.adapters.dropout import SeededDropout
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class AdapterShare:
     """One linear's share of a stack: which linear, its rows of the stacked A, B [O,R] (compute copy) and its scale."""
 
     layer: int
@@ -35,7 +35,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class Stack:
+class StackedAdapters:
     """One term of the mix at linears that read the same input.
 
     ``tokens``: which rows of x; ``inner``: which of those the term is for, where a few more are taken along; a [S,I]: the
@@ -45,8 +45,8 @@ class Stack:
 
     tokens: slice
     a: Tensor
-    parts: Sequence[Part]
-    dropout: Dropout | None
+    parts: Sequence[AdapterShare]
+    dropout: SeededDropout | None
     gated: bool
     used: Callable[[], None]
     inner: slice | None = None
@@ -89,7 +89,7 @@ class PartParams(NamedTuple, Generic[T_co]):
 
 class TermParams(NamedTuple, Generic[T_co]):
     """One thing for each parameter of a term at linears that read the same input: the parameter
-    itself, whether it wants a gradient, or that gradient. ``parts``: as in the term's `Stack`;
+    itself, whether it wants a gradient, or that gradient. ``parts``: as in the term's `StackedAdapters`;
     ``gate``: of the gate per token (None in place of a tensor where the term has none).
 
     autograd takes and gives flat tuples of tensors. Their order is known to `flat` and `unflat`
@@ -105,12 +105,12 @@ class TermParams(NamedTuple, Generic[T_co]):
         return [entry for term in terms for entry in (*(entry for part in term.parts for entry in part), term.gate)]
 
     @staticmethod
-    def unflat(stacks: Sequence[Stack], flat: Iterator[T]) -> list[TermParams[T]]:
+    def unflat(stacks: Sequence[StackedAdapters], flat: Iterator[T]) -> list[TermParams[T]]:
         """`flat` backwards: take from an iterator as much as the terms of these stacks hold."""
         return [TermParams(tuple(PartParams(next(flat), next(flat)) for _ in stack.parts), next(flat)) for stack in stacks]
 
     @staticmethod
-    def none(stacks: Sequence[Stack]) -> list[TermParams[Tensor | None]]:
+    def none(stacks: Sequence[StackedAdapters]) -> list[TermParams[Tensor | None]]:
         """No gradient for anything."""
         return TermParams[Tensor | None].unflat(stacks, repeat(None))
 
@@ -192,7 +192,7 @@ class Frozen:
 
 
 @dataclass(slots=True)
-class Products:
+class LinearProducts:
     """The work of linears with one input in one pass. ``gates``: per stack [tokens] or None.
 
     Call `forward`; then, in backward, `input_gradient` and `master_gradients`. ``downs`` (per stack [tokens, S], what A made of
@@ -200,19 +200,19 @@ class Products:
     """
 
     layers: Sequence[FrozenLinear]
-    stacks: Sequence[Stack]
+    stacks: Sequence[StackedAdapters]
     gates: Sequence[Tensor | None]
-    downs: list[Tensor] = field(default_factory=list)
-    ups: list[Tensor] = field(default_factory=list)
-    raws: list[Tensor] = field(default_factory=list)
+    down_outputs: list[Tensor] = field(default_factory=list)
+    up_grads: list[Tensor] = field(default_factory=list)
+    raw_up_grads: list[Tensor] = field(default_factory=list)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x [T,I] -> y [T,O] per linear."""
         ys = [layer.forward(x) for layer in self.layers]
-        self.downs = []
+        self.down_outputs = []
         for stack, gate in zip(self.stacks, self.gates, strict=True):
             h = stack.clear(torch.mm(stack.drop(x), stack.a.t()))
-            self.downs.append(h)
+            self.down_outputs.append(h)
             weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
             for part in stack.parts:
                 stack.add(ys[part.layer], weighted[:, part.rows], part.b.t(), part.scale)
@@ -223,19 +223,19 @@ class Products:
         dx = None
         for layer, g in zip(self.layers, grads, strict=True):
             dx = layer.backward(g, dx) if needed else None
-        self.ups, self.raws = [], []
+        self.up_grads, self.raw_up_grads = [], []
         for stack, gate in zip(self.stacks, self.gates, strict=True):
             up = grads[0].new_empty(grads[0][stack.tokens].shape[0], stack.a.shape[0])
             for part in stack.parts:
                 up[:, part.rows] = torch.mm(grads[part.layer][stack.tokens], part.b).mul_(part.scale)
-            self.raws.append(stack.clear(up))
-            self.ups.append(up if gate is None else up * gate.to(up.dtype)[:, None])
+            self.raw_up_grads.append(stack.clear(up))
+            self.up_grads.append(up if gate is None else up * gate.to(up.dtype)[:, None])
             if dx is None:
                 continue
             if stack.dropout is None:
-                stack.add(dx, self.ups[-1], stack.a)
+                stack.add(dx, self.up_grads[-1], stack.a)
             else:
-                more = stack.clear(stack.dropout.apply(torch.mm(self.ups[-1], stack.a), stack.tokens))
+                more = stack.clear(stack.dropout.apply(torch.mm(self.up_grads[-1], stack.a), stack.tokens))
                 dx[stack.tokens] += more
         return dx
 
@@ -244,7 +244,9 @@ class Products:
     ) -> list[TermParams[Tensor | None]]:
         """fp32 gradients of each term's masters, and of its gate in the gate's dtype; x as in forward."""
         out: list[TermParams[Tensor | None]] = []
-        for stack, gate, h, up, raw, need in zip(self.stacks, self.gates, self.downs, self.ups, self.raws, needs, strict=True):
+        for stack, gate, h, up, raw, need in zip(
+            self.stacks, self.gates, self.down_outputs, self.up_grads, self.raw_up_grads, needs, strict=True
+        ):
             if any(part.A or part.B for part in need.parts):
                 stack.used()
             da = torch.mm(up.t(), stack.own(x)).float() if any(part.A for part in need.parts) else None
@@ -264,13 +266,13 @@ class Products:
 
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """What `LowRank` computes: linears that read the same input, and the terms of the call there."""
+    """What `LowRankFunction` computes: linears that read the same input, and the terms of the call there."""
 
     layers: Sequence[FrozenLinear]
-    stacks: Sequence[Stack]
+    stacks: Sequence[StackedAdapters]
 
 
-class LowRank(torch.autograd.Function):
+class LowRankFunction(torch.autograd.Function):
     """`apply(x [T,I], linears, *TermParams.flat(terms), *base)` -> y [T,O] per linear, with gradients
     for all tensors. base: those weights and biases of the layers that train.
     """
@@ -278,10 +280,10 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linears: Linears, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         terms = TermParams.unflat(linears.stacks, iter(tensors))
-        work = Products(linears.layers, linears.stacks, [term.gate for term in terms])
+        work = LinearProducts(linears.layers, linears.stacks, [term.gate for term in terms])
         ys = work.forward(x)
         ctx.linears = linears
-        ctx.save_for_backward(x, *work.downs, *work.gates)
+        ctx.save_for_backward(x, *work.down_outputs, *work.gates)
         return tuple(ys)
 
     @staticmethod
@@ -293,7 +295,7 @@ class LowRank(torch.autograd.Function):
         terms, needs_base = TermParams.unflat(stacks, needs), any(needs)
         saved = iter(ctx.saved_tensors)
         x, downs = next(saved), [next(saved) for _ in stacks]
-        work = Products(layers, stacks, list(saved), downs)
+        work = LinearProducts(layers, stacks, list(saved), downs)
         dx = work.input_gradient(grads, needs_x)
         masters = TermParams.flat(work.master_gradients(x, grads, terms))
         base = [t for layer, g in zip(layers, grads, strict=True) for t in layer.own_gradients(x, g)] if needs_base else []

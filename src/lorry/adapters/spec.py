@@ -10,7 +10,7 @@ from typing import Literal
 
 from lorry.errors import ConfigError
 
-Init = bool | Literal["gaussian"]
+InitScheme = bool | Literal["gaussian"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class LoraSpec:
     target_modules: str | tuple[str, ...] = "auto"
     exclude_modules: str | tuple[str, ...] | None = None
     use_rslora: bool = False
-    init_lora_weights: Init = True
+    init_lora_weights: InitScheme = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
@@ -57,11 +57,11 @@ class LoraSpec:
 
     def rank(self, module: str) -> int:
         """The rank at a module path."""
-        return int(_lookup(self.rank_pattern, module, self.r))
+        return int(_match_pattern(self.rank_pattern, module, self.r))
 
     def alpha(self, module: str) -> float:
         """The scale numerator at a module path; without a pattern entry `lora_alpha`, or 2r."""
-        return float(_lookup(self.alpha_pattern, module, 2 * self.r if self.lora_alpha is None else self.lora_alpha))
+        return float(_match_pattern(self.alpha_pattern, module, 2 * self.r if self.lora_alpha is None else self.lora_alpha))
 
     def scale(self, module: str) -> float:
         """s = alpha/r, or alpha/sqrt(r) with use_rslora."""
@@ -69,6 +69,6 @@ class LoraSpec:
         return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _lookup(patterns: Mapping[str, float], module: str, default: float) -> float:
+def _match_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     """First pattern that matches the end of the path, as PEFT reads them (`(.*\\.)?(pattern)$`)."""
     return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

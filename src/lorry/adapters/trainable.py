@@ -12,8 +12,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from lorry.adapters.attach import bank_of
-from lorry.adapters.base_weights import weights_of
+from lorry.adapters.attach import get_bank
+from lorry.adapters.base_weights import get_base_weights
 
 
 @dataclass(frozen=True)
@@ -89,5 +89,5 @@ def param_groups(params: ParameterSet, *, lr_ratio: float, weight_decay: float) 
 
 def parameter_set(model: nn.Module, name: str) -> ParameterSet:
     """What trains under this name: the base's weights if they were switched on as such, else an adapter. Raises ConfigError."""
-    weights = weights_of(model)
-    return weights if weights is not None and weights.name == name else bank_of(model)[name]
+    weights = get_base_weights(model)
+    return weights if weights is not None and weights.name == name else get_bank(model)[name]

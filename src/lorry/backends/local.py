@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorry.adapters.attach import bank_of
-from lorry.adapters.bank import Bank
-from lorry.adapters.dropout import Noise
-from lorry.adapters.mix import Call, Mix
+from lorry.adapters.attach import get_bank
+from lorry.adapters.bank import AdapterBank
+from lorry.adapters.dropout import DropoutNoise
+from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.trainable import ParameterSet, parameter_set
 from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
-from lorry.backends.protocol import Inspection, Norms, Stats, Task, term_totals
+from lorry.backends.protocol import GradientNorms, ParameterInspection, StepStats, Task, term_totals
 from lorry.data.batch import BASE, Batch
 from lorry.errors import ModelError, NonFiniteError
-from lorry.generation.engine import Generated, generate
+from lorry.generation.engine import Completion, generate_completions
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.digest import sample_digest
 from lorry.models.loading.weights import is_finite
-from lorry.models.scoring.score import Want, evaluate
+from lorry.models.scoring.score import Want, evaluate_wants
 
 
-class Local:
+class LocalBackend:
     """One model on one device. ``trained``: the adapters this run steps (others of the bank stay frozen), or the name of the base
     weights that `train_weights` has switched on."""
 
@@ -37,7 +37,7 @@ class Local:
         seed: int = 0,
     ) -> None:
         self.model, self.seed = model, seed
-        self.bank: Bank = bank_of(model)
+        self.bank: AdapterBank = get_bank(model)
         self.trained = list(trained)
         self.owners: dict[str, ParameterSet] = {name: parameter_set(model, name) for name in self.trained}
         each = optim if isinstance(optim, Mapping) else dict.fromkeys(self.trained, optim)
@@ -55,7 +55,7 @@ class Local:
 
     # --- training
 
-    def forward_backward(self, batches: Sequence[Batch], task: Task, step: int) -> Stats:
+    def forward_backward(self, batches: Sequence[Batch], task: Task, step: int) -> StepStats:
         """The micro-batches of one optimizer step. Raises NonFiniteError, naming the sequences, before any update."""
         totals = term_totals(batches)
         self.at, self.keys = step, [key for batch in batches for key in batch.key.tolist()]
@@ -68,7 +68,7 @@ class Local:
         weights = torch.stack(list(totals.values())).sum(0)
         self.present = frozenset(n for n, w in zip(task.adapters, weights.tolist(), strict=True) if w > 0)
         terms = {t: {n: float(v) for n, v in zip(task.adapters, values, strict=True)} for t, values in sums.items()}
-        return Stats(
+        return StepStats(
             loss={n: sum(values[n] for values in terms.values()) for n in task.adapters},
             terms=terms,
             tokens=sum(b.tokens.numel() for b in batches),
@@ -79,8 +79,8 @@ class Local:
     def _micro_batch(self, batch: Batch, task: Task, step: int, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Forward, loss, backward. Returns each term's normalised sum per adapter, [K] float64 on the CPU."""
         owner = batch.adapter.clamp(min=0)
-        call = Call(self.mix_of(batch, task.adapters), self._noise(batch, task.adapters, step))
-        losses = task.loss(evaluate(self.model, batch, task.wants(batch), call), batch)
+        call = AdapterContext(self.mix_of(batch, task.adapters), self._noise(batch, task.adapters, step))
+        losses = task.loss(evaluate_wants(self.model, batch, task.wants(batch), call), batch)
         total, seen = torch.zeros((), device=self.device), {}
         for term, values in losses.items():
             weight = totals[term].to(self.device)[owner]
@@ -104,17 +104,17 @@ class Local:
                 f"of a micro-batch (rows {bad[:8]}, keys {keys}); nothing was updated. Lower learning_rate, or look at those rows"
             )
 
-    def _noise(self, batch: Batch, adapters: Sequence[str], step: int) -> Noise | None:
+    def _noise(self, batch: Batch, adapters: Sequence[str], step: int) -> DropoutNoise | None:
         if not any((self.owners[name] if name in self.owners else self.bank[name]).drops for name in adapters):
             return None
-        return Noise(self.seed, step, tuple(batch.key.tolist()), tuple(batch.starts.tolist()))
+        return DropoutNoise(self.seed, step, tuple(batch.key.tolist()), tuple(batch.starts.tolist()))
 
     def mix_of(self, batch: Batch, adapters: Sequence[str]) -> Mix:
         """One-hot per sequence by the batch's adapter numbers; BASE, and base weights that train, mean no adapter."""
         names = [None if k == BASE else self.adapter_of(adapters[k]) for k in batch.adapter.tolist()]
         return Mix.per_sequence(names, batch.starts.tolist())
 
-    def step(self, lr: Mapping[str, float]) -> Norms:
+    def step(self, lr: Mapping[str, float]) -> GradientNorms:
         """Update every adapter that was present, at its own rate. Raises NonFiniteError, and updates nobody, if any gradient is
         not finite."""
         norms = self._norms()
@@ -132,16 +132,18 @@ class Local:
             self.optimizers[name].step(lr[name], norms.norms[name])
         return norms
 
-    def discard(self) -> Norms:
+    def discard(self) -> GradientNorms:
         """Forget the gradients of this step."""
         norms = self._norms()
         for owner in self.owners.values():
             owner.grads.zero_()
         return norms
 
-    def _norms(self) -> Norms:
+    def _norms(self) -> GradientNorms:
         stepping = [n for n in self.trained if n in self.present]
-        return Norms({n: self.owners[n].norm() for n in stepping}, {n: self.owners[n].zero_grad_names() for n in stepping})
+        return GradientNorms(
+            {n: self.owners[n].norm() for n in stepping}, {n: self.owners[n].zero_grad_names() for n in stepping}
+        )
 
     # --- no gradients
 
@@ -151,14 +153,14 @@ class Local:
         out = []
         for batch in batches:
             moved = batch.to(self.device)
-            call = Call(self.mix_of(batch, self.trained) if mix is None else mix)
-            out.append({name: value.cpu() for name, value in evaluate(self.model, moved, wants, call).items()})
+            call = AdapterContext(self.mix_of(batch, self.trained) if mix is None else mix)
+            out.append({name: value.cpu() for name, value in evaluate_wants(self.model, moved, wants, call).items()})
         return out
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generated]:
-        """See `generation.engine.generate`."""
-        return generate(self.model, prompts, **options)
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
+        """See `generation.engine.generate_completions`."""
+        return generate_completions(self.model, prompts, **options)
 
     # --- state
 
@@ -171,12 +173,12 @@ class Local:
         """
         state = {"rng/cpu": torch.get_rng_state()}
         for name, owner in self.owners.items():
-            for kind, flat in self._flats(name):
+            for kind, flat in self._flat_tensors(name):
                 state |= {f"{kind}/{name}/{tensor}": view.detach().cpu() for tensor, view in owner.split_like(flat).items()}
             state[f"adam_count/{name}"] = self.optimizers[name].moments()[2].cpu()
         return state
 
-    def _flats(self, name: str) -> list[tuple[str, Tensor]]:
+    def _flat_tensors(self, name: str) -> list[tuple[str, Tensor]]:
         """What a checkpoint holds of an owner: kinds and whole buffers."""
         owner, (m, v, _) = self.owners[name], self.optimizers[name].moments()
         return [(owner.kind, owner.values), ("adam_m", m), ("adam_v", v)]
@@ -195,14 +197,14 @@ class Local:
             if not is_finite(state[tensor]):
                 raise ModelError(f"{tensor} holds NaN or infinity in the checkpoint; go on from an earlier one")
         for name, owner in self.owners.items():
-            for kind, flat in self._flats(name):
+            for kind, flat in self._flat_tensors(name):
                 for tensor, view in owner.split_like(flat).items():
                     view.copy_(state[f"{kind}/{name}/{tensor}"])
             owner.touch()
             self.optimizers[name].count(state[f"adam_count/{name}"])
         torch.set_rng_state(state["rng/cpu"])
 
-    def inspect(self) -> Inspection:
+    def inspect(self) -> ParameterInspection:
         """Trainable, optimized and saved tensors, the first two found by the memory they occupy."""
         trainable, optimized = {n for n, p in self.model.named_parameters() if p.requires_grad}, set[str]()
         for name, owner in self.owners.items():
@@ -210,13 +212,15 @@ class Local:
             masters, own = owner.masters(), owner.base_parameters()
             trainable = {f"{name}/{n}" if n in own else n for n in trainable}
             trainable |= {f"{name}/{tensor}" for tensor in owner.wanting_gradients()}
-            optimized |= {f"{name}/{n}" for n, master in masters.items() if any(_covers(part, master) for part in held)}
+            optimized |= {f"{name}/{n}" for n, master in masters.items() if any(_covers_memory(part, master) for part in held)}
         saved = {t.partition("/")[2] for t in self.state() if t.startswith(("adapter/", "weights/"))}
         moving = [p for owner in self.owners.values() for p in owner.base_parameters().values()]
-        return Inspection(frozenset(trainable), frozenset(optimized), frozenset(saved), sample_digest(self.model, trained=moving))
+        return ParameterInspection(
+            frozenset(trainable), frozenset(optimized), frozenset(saved), sample_digest(self.model, trained=moving)
+        )
 
 
-def _covers(whole: Tensor, part: Tensor) -> bool:
+def _covers_memory(whole: Tensor, part: Tensor) -> bool:
     """Whether a tensor's memory contains all of another's; both contiguous."""
     start, size = part.data_ptr() - whole.data_ptr(), part.numel() * part.element_size()
     return start >= 0 and start + size <= whole.numel() * whole.element_size()

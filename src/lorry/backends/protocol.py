@@ -16,14 +16,14 @@ from torch import Tensor
 
 from lorry.adapters.mix import Mix
 from lorry.data.batch import Batch
-from lorry.generation.engine import Generated
+from lorry.generation.engine import Completion
 from lorry.models.scoring.score import Want
 
-Losses = Mapping[str, Tensor]
+LossTerms = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Stats:
+class StepStats:
     """What one `forward_backward` saw. loss, terms: per adapter, normalised; tokens, supervised: of this step."""
 
     loss: Mapping[str, float]
@@ -34,7 +34,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Norms:
+class GradientNorms:
     """What one `step` or `discard` saw: the gradient norm of each adapter before clipping, and the modules whose A and B both
     had an exactly zero gradient."""
 
@@ -43,7 +43,7 @@ class Norms:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class ParameterInspection:
     """For the contracts: what is trainable, what the optimizer holds and what is saved (canonical names, found by identity),
     and a digest of a sample of the base weights."""
 
@@ -53,11 +53,11 @@ class Inspection:
     base_digest: str
 
 
-class Scorer(Protocol):
+class ScoringBackend(Protocol):
     """The part of a backend a task may use while it gathers batches: scores and samples, no gradients."""
 
     def score(self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None) -> list[dict[str, Tensor]]: ...
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generated]: ...
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]: ...
 
 
 class Task(Protocol):
@@ -70,26 +70,26 @@ class Task(Protocol):
     total_steps: int
 
     def wants(self, batch: Batch) -> Mapping[str, Want]: ...
-    def step_batches(self, step: int, models: Mapping[str, Scorer]) -> list[Batch]: ...
+    def step_batches(self, step: int, models: Mapping[str, ScoringBackend]) -> list[Batch]: ...
     def eval_batches(self) -> list[Batch]: ...
-    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> Losses: ...
-    def after_step(self, stats: Stats) -> None: ...
+    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms: ...
+    def after_step(self, stats: StepStats) -> None: ...
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: Mapping[str, Any]) -> None: ...
 
 
-class Backend(Scorer, Protocol):
+class Backend(ScoringBackend, Protocol):
     """Where a run happens. ``adapter_of`` says which adapter a trained name is in a mix (None: base weights). ``state`` holds adapters, moments, counts and random state under canonical names, whole tensors."""
 
     @property
     def device(self) -> torch.device: ...
-    def forward_backward(self, batches: Sequence[Batch], task: Task, step: int) -> Stats: ...
-    def step(self, lr: Mapping[str, float]) -> Norms: ...
-    def discard(self) -> Norms: ...
+    def forward_backward(self, batches: Sequence[Batch], task: Task, step: int) -> StepStats: ...
+    def step(self, lr: Mapping[str, float]) -> GradientNorms: ...
+    def discard(self) -> GradientNorms: ...
     def adapter_of(self, name: str) -> str | None: ...
     def state(self) -> dict[str, Tensor]: ...
     def load_state(self, state: Mapping[str, Tensor]) -> None: ...
-    def inspect(self) -> Inspection: ...
+    def inspect(self) -> ParameterInspection: ...
 
 
 def term_totals(batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lorry.backends.local import Local
+from lorry.backends.local import LocalBackend
 from lorry.backends.protocol import Backend
 
 # (model, names that train, {name: OptimSettings}) -> the backend
-BACKENDS: dict[str, Callable[..., Backend]] = {"single": Local}
+BACKENDS: dict[str, Callable[..., Backend]] = {"single": LocalBackend}

@@ -9,11 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from lorry.config.parsing.names import accepts, allowed, show
+from lorry.config.parsing.names import accepts_type, describe_allowed, show_value
 from lorry.config.parsing.sizes import parse_size
 from lorry.visible import is_visible
 
-LARGEST_WHOLE = 2**63 - 1  # what torch, Arrow and safetensors hold; Python's own integers have no end
+LARGEST_INTEGER = 2**63 - 1  # what torch, Arrow and safetensors hold; Python's own integers have no end
 DTYPE_WORDS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
@@ -29,20 +29,20 @@ def _clean_path(text: str) -> str:
 
 def _clean_directory(path: Path) -> Path:
     """A directory that can be made, as far as its name goes: what is written on its way lies beside it under a longer name."""
-    cleaned = Path(_clean_path(_printable(str(path))))
+    cleaned = Path(_clean_path(_check_printable(str(path))))
     parts = [len(os.fsencode(part)) for part in cleaned.parts]
     if max(parts, default=0) > LONGEST_NAME or sum(parts) + len(parts) > LONGEST_PATH:
         raise ValueError(
-            f"a name in a path may have {LONGEST_NAME} bytes and a path {LONGEST_PATH}; {_short(str(path))} is longer"
+            f"a name in a path may have {LONGEST_NAME} bytes and a path {LONGEST_PATH}; {_check_path_length(str(path))} is longer"
         )
     return cleaned
 
 
-def _short(text: str) -> str:
+def _check_path_length(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:40]}...{text[-12:]}"
 
 
-def _printable(text: str) -> str:
+def _check_printable(text: str) -> str:
     """Names of what is written are printed on standard output, for other programs to read, as they are."""
     if not is_visible(text):
         raise ValueError("must not hold control characters, line breaks, or characters that reverse text")
@@ -76,8 +76,8 @@ def _refuse_beyond_64_bits(value: Any) -> None:
     waiting, seen = [value], set[int]()  # a YAML anchor may hold itself
     while waiting:
         part = waiting.pop()
-        if isinstance(part, int) and not -LARGEST_WHOLE <= part <= LARGEST_WHOLE:
-            raise ValueError(f"got {show(part)}; whole numbers go to {LARGEST_WHOLE}")
+        if isinstance(part, int) and not -LARGEST_INTEGER <= part <= LARGEST_INTEGER:
+            raise ValueError(f"got {show_value(part)}; whole numbers go to {LARGEST_INTEGER}")
         if isinstance(part, (dict, list)) and id(part) not in seen:
             seen.add(id(part))
             waiting += part.values() if isinstance(part, dict) else part
@@ -85,22 +85,22 @@ def _refuse_beyond_64_bits(value: Any) -> None:
 
 PathText = Annotated[str, AfterValidator(_clean_path)]
 DirPath = Annotated[Path, AfterValidator(_clean_directory)]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_read_dtype)]
+DtypeName = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_read_dtype)]
 MemorySize = Annotated[str, BeforeValidator(_read_size), AfterValidator(_check_size)]
-Name = Annotated[str, AfterValidator(_clean_name)]
+CheckedName = Annotated[str, AfterValidator(_clean_name)]
 
 
-def setting(default: Any, description: str, **limits: Any) -> Any:
+def config_field(default: Any, description: str, **limits: Any) -> Any:
     """A field with a default, one line of help, and limits (ge, gt, lt, pattern ...)."""
     return Field(default=default, description=description, **limits)
 
 
-def automatic(shown: str, description: str, **limits: Any) -> Any:
+def derived_field(shown: str, description: str, **limits: Any) -> Any:
     """A field that is worked out from others when it is left alone or null; ``shown`` is its default in words."""
-    return setting(None, description, validate_default=True, json_schema_extra={"shown": shown}, **limits)
+    return config_field(None, description, validate_default=True, json_schema_extra={"shown": shown}, **limits)
 
 
-class Group(BaseModel):
+class SettingsGroup(BaseModel):
     """Settings that belong together. ``main`` is the field that ``group=value`` means; ``positional`` takes bare words."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -112,8 +112,8 @@ class Group(BaseModel):
     def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
         """Paths become text; true/false is not a number (pydantic would read it as 1 or 0)."""
         field = cls.model_fields[info.field_name or ""]
-        if isinstance(value, bool) and not accepts(field, bool):
-            raise ValueError(f"got {str(value).lower()}; give {allowed(field)}")
+        if isinstance(value, bool) and not accepts_type(field, bool):
+            raise ValueError(f"got {str(value).lower()}; give {describe_allowed(field)}")
         return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     @field_validator("*", mode="after")

@@ -9,41 +9,43 @@ from typing import ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from lorry.config.base import Group, PathText, setting
+from lorry.config.base import PathText, SettingsGroup, config_field
 
-Format = Literal["auto", "text", "prompt_completion", "messages", "conversations", "alpaca", "question_answer"]
+FormatName = Literal["auto", "text", "prompt_completion", "messages", "conversations", "alpaca", "question_answer"]
 
 
-class DataConfig(Group):
+class DataConfig(SettingsGroup):
     """the examples"""
 
     main: ClassVar[str] = "path"
     needs_rows: ClassVar[bool] = True
-    path: PathText | list[PathText] | None = setting(
+    path: PathText | list[PathText] | None = config_field(
         None, "file, directory or hub id, or a list of them", json_schema_extra={"shown": "required, or mix"}
     )
-    mix: list[str] = setting([], "named sets and suites (docs/sets.md) to mix instead of a path, such as [common_gen, bool_q]")
-    weights: dict[str, PositiveFloat] | list[PositiveFloat] | None = setting(
+    mix: list[str] = config_field(
+        [], "named sets and suites (docs/sets.md) to mix instead of a path, such as [common_gen, bool_q]"
+    )
+    weights: dict[str, PositiveFloat] | list[PositiveFloat] | None = config_field(
         None, "share of each named set of mix in an epoch, by name or in order; null: every row once"
     )
-    local: dict[str, PathText] = setting({}, "files of named sets: local.NAME=path, or of one split: local.NAME.train=path")
-    template: NonNegativeInt | None = setting(None, "prompt template of named sets; null: drawn for each row by the seed")
-    name: str | None = setting(None, "configuration of a hub data set")
-    split: str = setting("train", "split of a hub data set")
-    format: Format = setting("auto", "how a row is read; auto goes by its columns")
-    eval: PathText | None = setting(None, "file, directory or hub id to evaluate on")
-    eval_split: str | None = setting(None, "split to evaluate on, of eval or else of path")
-    test_size: int | float | None = setting(None, "rows of path held out for evaluation: a share below 1 or a count")
-    n: PositiveInt | None = setting(None, "use the first n rows; with mix, of each named set")
-    eval_n: PositiveInt | None = setting(None, "the same of the rows to evaluate on")
-    streaming: bool = setting(False, "read rows as they are needed")
-    shuffle: bool = setting(True, "another order each epoch, a function of (seed, epoch)")
-    max_length: int = setting(1024, "longest example in tokens; a longer one loses the start of its prompt", ge=2)
-    packing: bool = setting(False, "lay several examples end to end in max_length tokens; they do not see each other")
-    completion_only_loss: bool | None = setting(None, "learn the answers only; null: yes, unless the rows are plain text")
-    on_bad_row: Literal["error", "skip", "quarantine"] = setting("error", "stop, drop the row, or keep it in a file aside")
-    system: str | None = setting(None, "system message for conversations that bring none")
-    text_field: str | None = setting(None, "column of plain text")
+    local: dict[str, PathText] = config_field({}, "files of named sets: local.NAME=path, or of one split: local.NAME.train=path")
+    template: NonNegativeInt | None = config_field(None, "prompt template of named sets; null: drawn for each row by the seed")
+    name: str | None = config_field(None, "configuration of a hub data set")
+    split: str = config_field("train", "split of a hub data set")
+    format: FormatName = config_field("auto", "how a row is read; auto goes by its columns")
+    eval: PathText | None = config_field(None, "file, directory or hub id to evaluate on")
+    eval_split: str | None = config_field(None, "split to evaluate on, of eval or else of path")
+    test_size: int | float | None = config_field(None, "rows of path held out for evaluation: a share below 1 or a count")
+    n: PositiveInt | None = config_field(None, "use the first n rows; with mix, of each named set")
+    eval_n: PositiveInt | None = config_field(None, "the same of the rows to evaluate on")
+    streaming: bool = config_field(False, "read rows as they are needed")
+    shuffle: bool = config_field(True, "another order each epoch, a function of (seed, epoch)")
+    max_length: int = config_field(1024, "longest example in tokens; a longer one loses the start of its prompt", ge=2)
+    packing: bool = config_field(False, "lay several examples end to end in max_length tokens; they do not see each other")
+    completion_only_loss: bool | None = config_field(None, "learn the answers only; null: yes, unless the rows are plain text")
+    on_bad_row: Literal["error", "skip", "quarantine"] = config_field("error", "stop, drop the row, or keep it in a file aside")
+    system: str | None = config_field(None, "system message for conversations that bring none")
+    text_field: str | None = config_field(None, "column of plain text")
 
     @field_validator("path")
     @classmethod

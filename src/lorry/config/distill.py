@@ -9,28 +9,32 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt, model_validator
 
-from lorry.config.base import Dtype, Group, PathText, automatic, setting
-from lorry.config.schema import Run
+from lorry.config.base import DtypeName, PathText, SettingsGroup, config_field, derived_field
+from lorry.config.schema import RunConfig
 
-Divergence = Literal["kl", "reverse_kl", "jsd", "uld"]
+DivergenceName = Literal["kl", "reverse_kl", "jsd", "uld"]
 
 
-class DistillConfig(Group):
+class DistillConfig(SettingsGroup):
     """the teacher and how the student follows it"""
 
     main: ClassVar[str] = "teacher"
-    teacher: PathText | None = setting(None, "model or run to learn from; null with teacher_adapter: the student's own base")
-    teacher_adapter: PathText | None = setting(None, "adapter of the teacher; on the student's base it costs no second model")
-    teacher_dtype: Dtype = setting("auto", "format of the teacher's weights")
-    teacher_quantize: Literal["nf4", "fp4", "int8"] | None = setting(None, "hold its matrices in 4 or 8 bits (bitsandbytes)")
-    loss: Divergence = setting(
+    teacher: PathText | None = config_field(None, "model or run to learn from; null with teacher_adapter: the student's own base")
+    teacher_adapter: PathText | None = config_field(
+        None, "adapter of the teacher; on the student's base it costs no second model"
+    )
+    teacher_dtype: DtypeName = config_field("auto", "format of the teacher's weights")
+    teacher_quantize: Literal["nf4", "fp4", "int8"] | None = config_field(None, "hold its matrices in 4 or 8 bits (bitsandbytes)")
+    loss: DivergenceName = config_field(
         "kl", "kl (teacher to student), reverse_kl, jsd (with beta), or uld for another tokenizer (sorted probabilities)"
     )
-    temperature: float = setting(1.0, "both distributions are softened by it", ge=1e-3, le=1e3)
-    beta: float = setting(0.5, "jsd: share of the teacher in the mixture; 0 is kl, 1 reverse_kl", ge=0, le=1)
-    alpha: float = setting(0.5, "weight of the teacher; 1 - alpha is that of the data's own answers", gt=0, le=1)
-    top_k: PositiveInt | None = automatic("null; 64 with cache", "keep the teacher's likeliest tokens only; null: all of them")
-    cache: PathText | None = setting(None, "directory that keeps the teacher's scores, so that it is read once")
+    temperature: float = config_field(1.0, "both distributions are softened by it", ge=1e-3, le=1e3)
+    beta: float = config_field(0.5, "jsd: share of the teacher in the mixture; 0 is kl, 1 reverse_kl", ge=0, le=1)
+    alpha: float = config_field(0.5, "weight of the teacher; 1 - alpha is that of the data's own answers", gt=0, le=1)
+    top_k: PositiveInt | None = derived_field(
+        "null; 64 with cache", "keep the teacher's likeliest tokens only; null: all of them"
+    )
+    cache: PathText | None = config_field(None, "directory that keeps the teacher's scores, so that it is read once")
 
     @model_validator(mode="before")
     @classmethod
@@ -48,14 +52,14 @@ class DistillConfig(Group):
         return self
 
 
-class DistillRun(Run):
+class DistillRunConfig(RunConfig):
     """A student learns from a teacher: another model, another adapter of its base, or a teacher in 4 bits."""
 
-    task: Literal["distill"] = setting("distill", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's
+    task: Literal["distill"] = config_field("distill", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's
     distill: DistillConfig
 
     @model_validator(mode="after")
-    def _one_student(self) -> DistillRun:
+    def _one_student(self) -> DistillRunConfig:
         if self.jobs:
             raise ValueError("jobs: a distillation trains one student; run several")
         if self.data.streaming:

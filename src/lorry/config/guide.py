@@ -11,23 +11,23 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from lorry.config.parsing.names import members, names_of
+from lorry.config.parsing.names import schema_names, union_members
 
 INDENT, COLUMN = "  ", 32  # settings are indented, their help starts in this column
 
 
-def guide(schema: type[BaseModel], usage: str, line: str) -> str:
+def format_help(schema: type[BaseModel], usage: str, line: str) -> str:
     """The whole page, as wide as the terminal (at most 110 columns)."""
-    names = names_of(schema)
+    names = schema_names(schema)
     width = min(shutil.get_terminal_size().columns, 110)
     out = [f"Usage: {usage}", "", f"{INDENT}{line}", ""]
     own = {dotted: field for dotted, field in names.fields.items() if "." not in dotted}
     if own:
-        out += ["Settings", *_rows(own, width), ""]
+        out += ["Settings", *_help_rows(own, width), ""]
     for group, inner in names.groups.items():
         main = getattr(inner, "main", "")
         out.append(f"{group}: {inner.__doc__}" + (f" ({group}=X sets {group}.{main})" if main else ""))
-        out += [*_rows(inner.model_fields, width), ""]
+        out += [*_help_rows(inner.model_fields, width), ""]
     out += [
         "A setting may be written alone (r=8) where its name is unique, with its group (lora.r=8), or as a flag (--lora_r 8).",
         "--dump-config prints the resolved settings as YAML and exits.",
@@ -35,11 +35,13 @@ def guide(schema: type[BaseModel], usage: str, line: str) -> str:
     return "\n".join(out)
 
 
-def _rows(fields: dict[str, FieldInfo], width: int) -> Iterator[str]:
+def _help_rows(fields: dict[str, FieldInfo], width: int) -> Iterator[str]:
     for name, field in fields.items():
         head = f"{INDENT}{name}"
         default = shown_default(field)
-        choices = [str(choice) for kind in members(field.annotation) if get_origin(kind) is Literal for choice in get_args(kind)]
+        choices = [
+            str(choice) for kind in union_members(field.annotation) if get_origin(kind) is Literal for choice in get_args(kind)
+        ]
         listed = f" ({', '.join(choices)})" if len(choices) > 1 else ""
         text = f"{field.description or ''}{listed} [{default}]"
         lines = textwrap.wrap(text, max(width - COLUMN, 30), break_long_words=False)

@@ -3,8 +3,8 @@
     jobs: [{name: small, r: 8}, {name: large, r: 64, learning_rate: 1e-4}]
     lorry sweep run.yaml r=8,16,32 learning_rate=1e-4,3e-4
 
-A job is read, placed and validated as the run it would be alone; what a `Run` keeps of it is its name and the values that differ,
-so that a description written and read back is the same jobs. `jobs_of` gives them back whole.
+A job is read, placed and validated as the run it would be alone; what a `RunConfig` keeps of it is its name and the values that differ,
+so that a description written and read back is the same jobs. `runs_by_adapter` gives them back whole.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lorry.config.base import Group
-from lorry.config.parsing.names import Names, members, names_of, show
-from lorry.config.parsing.place import Given, Placed, field_of, place, typed_list
-from lorry.config.schema import JOBS, DataConfig, LoraConfig, Run, TrainConfig
+from lorry.config.base import SettingsGroup
+from lorry.config.parsing.names import SchemaNames, schema_names, show_value, union_members
+from lorry.config.parsing.place import GivenSetting, PlacedSetting, flag_field, parse_typed_list, place_setting
+from lorry.config.schema import JOBS, DataConfig, LoraConfig, RunConfig, TrainConfig
 from lorry.errors import ConfigError
 
-WHOLE = "base"  # what base weights that train (lora=null) are called where an adapter would have a name
+BASE_JOB = "base"  # what base weights that train (lora=null) are called where an adapter would have a name
 MOST_JOBS = 1000  # a grid of three axes of 100 values would be a million runs: a slip of the hand
-EXPANDED = ("jobs", "sweep")  # settings that stand for jobs
-GROUPS = ("lora", "data", "train")
+EXPANDED_KEYS = ("jobs", "sweep")  # settings that stand for jobs
+JOB_GROUPS = ("lora", "data", "train")
 # What a pass does once for all its jobs. Everything else of lora, data and train may differ.
-SHARED = frozenset(
+SHARED_SETTINGS = frozenset(
     f"train.{name}"
     for name in (
         *["gradient_checkpointing", "logging_steps", "save_strategy", "save_steps", "save_total_limit"],
@@ -38,9 +38,9 @@ SHARED = frozenset(
     )
 ) | {"lora.adapter_name"}
 # names in a run directory that are not an adapter's
-TAKEN = frozenset(["checkpoints", "previous", "tensorboard", "data"])
-FILES = frozenset([".json", ".jsonl", ".yaml", ".html", ".png", ".md", ".safetensors", ".jinja", ".model", ".txt"])
-SHORT = {
+RESERVED_NAMES = frozenset(["checkpoints", "previous", "tensorboard", "data"])
+FILE_SUFFIXES = frozenset([".json", ".jsonl", ".yaml", ".html", ".png", ".md", ".safetensors", ".jinja", ".model", ".txt"])
+SHORT_LABELS = {
     "learning_rate": "lr", "lora_alpha": "alpha", "lora_dropout": "dropout", "num_train_epochs": "epochs", "max_steps": "steps",
     "per_device_train_batch_size": "batch", "gradient_accumulation_steps": "accumulation", "weight_decay": "decay",
     "warmup_ratio": "warmup", "warmup_steps": "warmup", "max_grad_norm": "clip", "loraplus_lr_ratio": "plus",
@@ -48,7 +48,7 @@ SHORT = {
 }  # fmt: skip
 
 
-class JobSettings(Group):
+class JobSettings(SettingsGroup):
     """The names that a job's settings may have."""
 
     lora: LoraConfig
@@ -57,16 +57,16 @@ class JobSettings(Group):
 
 
 @dataclass(frozen=True)
-class Item:
+class JobItem:
     """A job as it was given: its name, its settings, and where the whole of it stands."""
 
     name: str
-    settings: Sequence[Given]
+    settings: Sequence[GivenSetting]
     where: str
 
 
 @dataclass(frozen=True)
-class Own:
+class JobOverrides:
     """A job's own settings as a tree, with the place of each."""
 
     name: str
@@ -84,7 +84,7 @@ class Own:
         return over
 
 
-def lay(tree: dict[str, Any], placed: Placed) -> None:
+def set_in_tree(tree: dict[str, Any], placed: PlacedSetting) -> None:
     """Put a setting into a tree of groups; an entry of a map beside its other entries."""
     group, _, leaf = placed.dotted.rpartition(".")
     within = {**(tree.get(group) or {})} if group else tree
@@ -97,21 +97,21 @@ def lay(tree: dict[str, Any], placed: Placed) -> None:
 # --- what was given, as items
 
 
-def is_axis(given: Given) -> bool:
+def is_sweep_axis(given: GivenSetting) -> bool:
     """Whether a typed setting is several values to try: ``r=8,16``, for a field that takes neither text nor a list of its own."""
-    wanted = field_of(names_of(JobSettings), given.key)
+    wanted = flag_field(schema_names(JobSettings), given.key)
     if wanted is None or not given.typed or not isinstance(given.value, str):
         return False
-    kinds = members(wanted.annotation)
+    kinds = union_members(wanted.annotation)
     plain = str not in kinds and not any(getattr(kind, "__origin__", None) in (list, dict) for kind in kinds)
     return plain and ("," in given.value or given.value.startswith("["))
 
 
-def items_of(several: Mapping[str, Given], axes: Sequence[Given]) -> list[Item]:
+def expand_jobs(several: Mapping[str, GivenSetting], axes: Sequence[GivenSetting]) -> list[JobItem]:
     """The jobs that are meant. Raises ConfigError where both a list of jobs and a sweep are given."""
     jobs, sweep = several.get("jobs"), several.get("sweep")
-    given = [] if jobs is None or jobs.value is None else _listed(jobs)
-    swept = _swept(sweep, axes)
+    given = [] if jobs is None or jobs.value is None else _listed_jobs(jobs)
+    swept = _sweep_jobs(sweep, axes)
     if given and swept:
         raise ConfigError(f"{swept[0].where}: a list of jobs and a sweep are both given; keep one")
     items = given or swept
@@ -128,66 +128,70 @@ def items_of(several: Mapping[str, Given], axes: Sequence[Given]) -> list[Item]:
     return items
 
 
-def _listed(given: Given) -> list[Item]:
+def _listed_jobs(given: GivenSetting) -> list[JobItem]:
     if not isinstance(given.value, list) or not all(isinstance(one, Mapping) for one in given.value):
-        raise ConfigError(f"{given.where}: jobs: got {show(given.value)}; give {JOBS}")
-    return [_item(given, number, one) for number, one in enumerate(given.value)]
+        raise ConfigError(f"{given.where}: jobs: got {show_value(given.value)}; give {JOBS}")
+    return [_make_job_item(given, number, one) for number, one in enumerate(given.value)]
 
 
-def _item(given: Given, number: int, one: Mapping[str, Any]) -> Item:
+def _make_job_item(given: GivenSetting, number: int, one: Mapping[str, Any]) -> JobItem:
     where = given.inner.get(str(number), given.where)
     if not isinstance(one.get("name"), (str, int)):
         raise ConfigError(f"{where}: job {number + 1} has no name; give name: and the settings that are its own")
     name = str(one["name"])
-    if name in TAKEN or Path(name).suffix in FILES:
+    if name in RESERVED_NAMES or Path(name).suffix in FILE_SUFFIXES:
         raise ConfigError(f"{where}: {name!r} cannot be a job's name: a run directory has a file or folder like that")
-    settings = [each for key, value in one.items() if key != "name" for each in _spread(given, f"{number}.", key, value)]
-    return Item(name, settings, where)
+    settings = [each for key, value in one.items() if key != "name" for each in _spread_group(given, f"{number}.", key, value)]
+    return JobItem(name, settings, where)
 
 
-def _spread(given: Given, prefix: str, key: str, value: Any) -> list[Given]:
+def _spread_group(given: GivenSetting, prefix: str, key: str, value: Any) -> list[GivenSetting]:
     """One setting per field of a group that a job has as a map."""
     where = given.inner.get(f"{prefix}{key}", given.where)
-    if key in GROUPS and isinstance(value, Mapping):
+    if key in JOB_GROUPS and isinstance(value, Mapping):
         lines = {inner: given.inner.get(f"{prefix}{key}.{inner}", where) for inner in value}
-        return [Given(f"{key}.{inner}", each, lines[inner]) for inner, each in value.items()]
-    return [Given(key, value, where)]
+        return [GivenSetting(f"{key}.{inner}", each, lines[inner]) for inner, each in value.items()]
+    return [GivenSetting(key, value, where)]
 
 
-def _swept(sweep: Given | None, axes: Sequence[Given]) -> list[Item]:
+def _sweep_jobs(sweep: GivenSetting | None, axes: Sequence[GivenSetting]) -> list[JobItem]:
     """Every combination of a map of lists, or the maps of a list as they are; names are made from the values."""
     value = sweep.value if sweep is not None else None
     if sweep is not None and isinstance(value, list) and value:
         if axes or not all(isinstance(one, Mapping) for one in value):
             raise ConfigError(f"{sweep.where}: a sweep is a map of lists, or a list of maps and nothing beside it")
-        return _named([[each for k, v in one.items() for each in _spread(sweep, f"{n}.", k, v)] for n, one in enumerate(value)])
+        return _name_combinations(
+            [[each for k, v in one.items() for each in _spread_group(sweep, f"{n}.", k, v)] for n, one in enumerate(value)]
+        )
     if value and not isinstance(value, Mapping):
-        raise ConfigError(f"{sweep.where if sweep else ''}: a sweep is a map of lists, such as {{r: [8, 16]}}; got {show(value)}")
-    given = [] if sweep is None or not value else [each for k, v in value.items() for each in _spread(sweep, "", k, v)]
-    typed = [Given(axis.key, typed_list(axis.value), axis.where) for axis in axes]
+        raise ConfigError(
+            f"{sweep.where if sweep else ''}: a sweep is a map of lists, such as {{r: [8, 16]}}; got {show_value(value)}"
+        )
+    given = [] if sweep is None or not value else [each for k, v in value.items() for each in _spread_group(sweep, "", k, v)]
+    typed = [GivenSetting(axis.key, parse_typed_list(axis.value), axis.where) for axis in axes]
     grid = list({axis.key: axis for axis in (*given, *typed)}.values())
-    choices = [[Given(a.key, one, a.where) for one in (a.value if isinstance(a.value, list) else [a.value])] for a in grid]
+    choices = [[GivenSetting(a.key, one, a.where) for one in (a.value if isinstance(a.value, list) else [a.value])] for a in grid]
     if (count := prod(map(len, choices))) > MOST_JOBS:
         axes_shown = " x ".join(f"{axis.key}: {len(values):,}" for axis, values in zip(grid[:8], choices, strict=False))
         raise ConfigError(
             f"{grid[0].where}: the sweep has {count:,} combinations ({axes_shown}); at most {MOST_JOBS:,} can be trained. "
             "Shorten the lists, or give the combinations themselves as a list of maps"
         )
-    return _named([list(chosen) for chosen in product(*choices)]) if grid else []
+    return _name_combinations([list(chosen) for chosen in product(*choices)]) if grid else []
 
 
-def _named(combinations: Sequence[Sequence[Given]]) -> list[Item]:
-    names = ["-".join(_label(given) for given in settings) or "job" for settings in combinations]
-    items = list[Item]()
+def _name_combinations(combinations: Sequence[Sequence[GivenSetting]]) -> list[JobItem]:
+    names = ["-".join(_value_label(given) for given in settings) or "job" for settings in combinations]
+    items = list[JobItem]()
     for name, settings in zip(names, combinations, strict=True):
         short = name if len(name) <= 56 else f"{name[:52]}-{len(items) + 1}"
         if any(short == item.name for item in items):
             raise ConfigError(f"{settings[0].where}: the sweep has the same combination twice: {short}")
-        items.append(Item(short, settings, settings[0].where))
+        items.append(JobItem(short, settings, settings[0].where))
     return items
 
 
-def _label(given: Given) -> str:
+def _value_label(given: GivenSetting) -> str:
     """``r8``, ``lr1e-4``, ``cosine``: a setting in a name."""
     leaf = given.key.rpartition(".")[2]
     value = given.value
@@ -198,63 +202,63 @@ def _label(given: Given) -> str:
         plain = Path(value).stem
     else:
         plain = "+".join(map(str, value)) if isinstance(value, list) else str(value).lower()
-    return re.sub(r"[^A-Za-z0-9_-]+", lambda m: "." if m[0] == "." else "-", f"{SHORT.get(leaf, leaf)}{plain}").strip(".-")
+    return re.sub(r"[^A-Za-z0-9_-]+", lambda m: "." if m[0] == "." else "-", f"{SHORT_LABELS.get(leaf, leaf)}{plain}").strip(".-")
 
 
 # --- from items to a run's jobs, and back
 
 
-def own_settings(names: Names, item: Item, notes: list[str]) -> Own:
+def resolve_job_overrides(names: SchemaNames, item: JobItem, notes: list[str]) -> JobOverrides:
     """A job's settings under their full names. Raises ConfigError for one that is unknown, or the same for all jobs."""
-    mine = names_of(JobSettings)
-    own = Own(item.name, {"lora": {}, "data": {}, "train": {}})
+    mine = schema_names(JobSettings)
+    own = JobOverrides(item.name, {"lora": {}, "data": {}, "train": {}})
     for given in item.settings:
-        if field_of(mine, given.key) is None and not mine.candidates(given.key) and given.key not in mine.groups:
+        if flag_field(mine, given.key) is None and not mine.candidates(given.key) and given.key not in mine.groups:
             _refuse_shared(names, given)
-        for placed in place(mine, given, notes):
-            if placed.dotted in SHARED:
-                _refuse(given, placed.dotted)
+        for placed in place_setting(mine, given, notes):
+            if placed.dotted in SHARED_SETTINGS:
+                _refuse_setting(given, placed.dotted)
             group, _, leaf = placed.dotted.partition(".")
             if not leaf:
                 raise ConfigError(
-                    f"{given.where}: {given.key}={show(given.value)} is no setting of a job; every job is an adapter"
+                    f"{given.where}: {given.key}={show_value(given.value)} is no setting of a job; every job is an adapter"
                 )
             if leaf in own.tree[group] and not placed.part:
                 raise ConfigError(f"{given.where}: {placed.dotted} is given twice for the job {item.name!r}; keep one")
-            lay(own.tree, placed)
+            set_in_tree(own.tree, placed)
             own.origins[placed.dotted] = given.where
-    return Own(own.name, {group: settings for group, settings in own.tree.items() if settings}, own.origins)
+    return JobOverrides(own.name, {group: settings for group, settings in own.tree.items() if settings}, own.origins)
 
 
-def _refuse_shared(names: Names, given: Given) -> None:
+def _refuse_shared(names: SchemaNames, given: GivenSetting) -> None:
     """Say of a setting of the run that it cannot differ; an unknown one is left to be refused as such."""
-    if given.key in names.groups or names.candidates(given.key) or field_of(names, given.key) is not None:
-        _refuse(given, next(iter(names.candidates(given.key)), given.key))
+    if given.key in names.groups or names.candidates(given.key) or flag_field(names, given.key) is not None:
+        _refuse_setting(given, next(iter(names.candidates(given.key)), given.key))
 
 
-def _refuse(given: Given, dotted: str) -> None:
+def _refuse_setting(given: GivenSetting, dotted: str) -> None:
     raise ConfigError(f"{given.where}: {dotted} is the same for all jobs of a run; set it beside jobs, not in one of them")
 
 
-def differences(run: BaseModel, alone: BaseModel) -> dict[str, dict[str, Any]]:
+def job_differences(run: BaseModel, alone: BaseModel) -> dict[str, dict[str, Any]]:
     """{group: {setting: value}} of a job where it is not the run's, in plain values."""
     theirs, own = run.model_dump(mode="json"), alone.model_dump(mode="json")
-    return {g: {k: v for k, v in own[g].items() if v != theirs[g][k]} for g in GROUPS}
+    return {g: {k: v for k, v in own[g].items() if v != theirs[g][k]} for g in JOB_GROUPS}
 
 
-def jobs_of(run: Run) -> dict[str, Run]:
+def runs_by_adapter(run: RunConfig) -> dict[str, RunConfig]:
     """{adapter: the run it would be alone}: of a run without `jobs`, itself; without an adapter {WHOLE: itself}, since its base
     weights train. Raises ConfigError for jobs without adapters."""
     if run.lora is None:
         if run.jobs:
             raise ConfigError("lora=null (training the base weights themselves) leaves no adapters for jobs")
-        return {WHOLE: run}
+        return {BASE_JOB: run}
     if not run.jobs:
         return {run.lora.adapter_name: run}
     whole = run.model_dump(mode="json", exclude={"jobs"})
     alone = {}
     for job in run.jobs:
-        own: dict[str, Any] = {group: {**whole[group], **getattr(job, group)} for group in GROUPS}
+        own: dict[str, Any] = {group: {**whole[group], **getattr(job, group)} for group in JOB_GROUPS}
         own["lora"]["adapter_name"] = job.name
         alone[job.name] = type(run).model_validate({**whole, **own, "output_dir": run.output_dir / job.name})
     return alone

@@ -11,57 +11,61 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
-from lorry.config.base import DirPath, Dtype, Group, MemorySize, Name, PathText, automatic, setting
+from lorry.config.base import CheckedName, DirPath, DtypeName, MemorySize, PathText, SettingsGroup, config_field, derived_field
 from lorry.config.data import DataConfig
-from lorry.config.parsing.names import show
+from lorry.config.parsing.names import show_value
 
-Evaluate = Literal["no", "steps", "epoch"]
-Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-Report = Literal["tensorboard", "wandb", "trackio"]
+EvalStrategy = Literal["no", "steps", "epoch"]
+SchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+ReportTo = Literal["tensorboard", "wandb", "trackio"]
 JOBS = "a list of maps, such as [{name: a, r: 8}, {name: b, learning_rate: 1e-3}]"
 DEVICE, DEVICE_WORDS = r"^(auto|cpu|mps|cuda(:\d+)?)$", "auto, cpu, cuda, cuda:N or mps"
 # q_proj or q_proj,v_proj: as a regex it could only match a module of that full name
 PLAIN_NAMES = re.compile(r"\w+(\s*,\s*\w+)*")
 
 
-class ModelConfig(Group):
+class ModelConfig(SettingsGroup):
     """the frozen base model"""
 
     main: ClassVar[str] = "name"
-    name: PathText = setting("smollm2-135m-instruct", "HF directory, hub id, .gguf file, run directory, or the embedded default")
-    revision: str | None = setting(None, "branch, tag or commit of a hub model")
-    dtype: Dtype = setting("auto", "format of the base weights; auto: bfloat16 where the device is fast in it, else float32")
-    device: str = setting("auto", DEVICE_WORDS, pattern=DEVICE, json_schema_extra={"allowed": DEVICE_WORDS})
-    trust_remote_code: bool = setting(False, "run Python code that a hub model brings along")
-    adapter: PathText | None = setting(None, "adapter directory to go on from")
-    chat_template_path: PathText | None = setting(None, "Jinja file used instead of the tokenizer's chat template")
-    native: bool = setting(True, "Lorry's own decoder where it knows the family; false forces transformers'")
+    name: PathText = config_field(
+        "smollm2-135m-instruct", "HF directory, hub id, .gguf file, run directory, or the embedded default"
+    )
+    revision: str | None = config_field(None, "branch, tag or commit of a hub model")
+    dtype: DtypeName = config_field(
+        "auto", "format of the base weights; auto: bfloat16 where the device is fast in it, else float32"
+    )
+    device: str = config_field("auto", DEVICE_WORDS, pattern=DEVICE, json_schema_extra={"allowed": DEVICE_WORDS})
+    trust_remote_code: bool = config_field(False, "run Python code that a hub model brings along")
+    adapter: PathText | None = config_field(None, "adapter directory to go on from")
+    chat_template_path: PathText | None = config_field(None, "Jinja file used instead of the tokenizer's chat template")
+    native: bool = config_field(True, "Lorry's own decoder where it knows the family; false forces transformers'")
 
 
-class LoraConfig(Group):
+class LoraConfig(SettingsGroup):
     """the adapter; lora=null means none"""
 
     main: ClassVar[str] = "r"
-    r: Annotated[PositiveInt, Field(le=2**30)] | Literal["auto"] = setting(
+    r: Annotated[PositiveInt, Field(le=2**30)] | Literal["auto"] = config_field(
         16, "rank; auto: the largest power of two that fits memory_budget"
     )
-    lora_alpha: PositiveInt | PositiveFloat | None = automatic(
+    lora_alpha: PositiveInt | PositiveFloat | None = derived_field(
         "2 x r", "strength: the update is scaled by lora_alpha / r", le=2**31
     )
-    lora_dropout: float = setting(0.0, "dropout on the adapter's input", ge=0, lt=1)
-    target_modules: str | list[str] = setting(
+    lora_dropout: float = config_field(0.0, "dropout on the adapter's input", ge=0, lt=1)
+    target_modules: str | list[str] = config_field(
         "auto", "auto (what text trains of attention and MLP), all-linear, names, or a regex"
     )
-    exclude_modules: str | list[str] | None = setting(None, "names or a regex to leave out")
-    use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r)")
-    init_lora_weights: bool | Literal["gaussian"] = setting(True, "true: Kaiming A, zero B; gaussian; false: both random")
-    rank_pattern: dict[str, PositiveInt] = setting({}, "rank by module name or regex")
-    alpha_pattern: dict[str, Annotated[PositiveInt | PositiveFloat, Field(le=2**31)]] = setting(
+    exclude_modules: str | list[str] | None = config_field(None, "names or a regex to leave out")
+    use_rslora: bool = config_field(False, "scale by lora_alpha / sqrt(r)")
+    init_lora_weights: bool | Literal["gaussian"] = config_field(True, "true: Kaiming A, zero B; gaussian; false: both random")
+    rank_pattern: dict[str, PositiveInt] = config_field({}, "rank by module name or regex")
+    alpha_pattern: dict[str, Annotated[PositiveInt | PositiveFloat, Field(le=2**31)]] = config_field(
         {}, "lora_alpha by module name or regex"
     )
-    layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = setting(None, "only these layer numbers")
-    bias: Literal["none"] = setting("none", "biases stay frozen")
-    adapter_name: Name = setting("default", "the adapter's name in a bank of several")
+    layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = config_field(None, "only these layer numbers")
+    bias: Literal["none"] = config_field("none", "biases stay frozen")
+    adapter_name: CheckedName = config_field("default", "the adapter's name in a bank of several")
 
     @field_validator("lora_alpha", mode="before")
     @classmethod
@@ -86,51 +90,51 @@ class LoraConfig(Group):
             try:
                 re.compile(value)
             except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"{show(value)} is not a regular expression ({error})") from None
+                raise ValueError(f"{show_value(value)} is not a regular expression ({error})") from None
         return value
 
 
-class TrainConfig(Group):
+class TrainConfig(SettingsGroup):
     """the optimisation, in TRL's names"""
 
-    learning_rate: float = setting(2e-4, "peak learning rate", gt=0)
-    loraplus_lr_ratio: float = setting(1.0, "LoRA+: learning rate of B over that of A", gt=0)
-    num_train_epochs: float = setting(3.0, "passes over the data", gt=0, le=100_000)
-    max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", ge=-1)
-    per_device_train_batch_size: PositiveInt = setting(8, "examples (packed rows) per micro-batch")
-    per_device_eval_batch_size: PositiveInt = setting(8, "the same when evaluating")
-    gradient_accumulation_steps: PositiveInt = setting(1, "micro-batches per optimizer step")
-    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
-    lr_scheduler_type: Schedule = setting("linear", "shape of the learning rate over the steps")
-    warmup_steps: NonNegativeInt = setting(0, "steps of rising learning rate")
-    warmup_ratio: float = automatic(
+    learning_rate: float = config_field(2e-4, "peak learning rate", gt=0)
+    loraplus_lr_ratio: float = config_field(1.0, "LoRA+: learning rate of B over that of A", gt=0)
+    num_train_epochs: float = config_field(3.0, "passes over the data", gt=0, le=100_000)
+    max_steps: int = config_field(-1, "optimizer steps; -1: as num_train_epochs says", ge=-1)
+    per_device_train_batch_size: PositiveInt = config_field(8, "examples (packed rows) per micro-batch")
+    per_device_eval_batch_size: PositiveInt = config_field(8, "the same when evaluating")
+    gradient_accumulation_steps: PositiveInt = config_field(1, "micro-batches per optimizer step")
+    gradient_checkpointing: bool = config_field(False, "recompute activations: less memory, more time")
+    lr_scheduler_type: SchedulerType = config_field("linear", "shape of the learning rate over the steps")
+    warmup_steps: NonNegativeInt = config_field(0, "steps of rising learning rate")
+    warmup_ratio: float = derived_field(
         "0.03; 0 with warmup_steps or a constant schedule", "the same as a share of all steps", ge=0, lt=1
     )
-    weight_decay: float = setting(0.0, "decoupled weight decay of AdamW", ge=0)
-    adam_beta1: float = setting(0.9, "AdamW's first moment", ge=0, lt=1)
-    adam_beta2: float = setting(0.999, "AdamW's second moment", ge=0, lt=1)
-    adam_epsilon: float = setting(1e-8, "AdamW's epsilon", gt=0)
-    max_grad_norm: float = setting(1.0, "clip the gradient's norm; 0: do not", ge=0)
-    seed: NonNegativeInt = setting(0, "everything random follows from it")
-    logging_steps: PositiveInt = setting(1, "show every so many steps")
-    eval_strategy: Evaluate | None = automatic("epoch (steps with eval_steps) if there is eval data", "when to evaluate")
-    eval_steps: PositiveInt | None = setting(None, "evaluate every so many steps")
-    save_strategy: Literal["steps", "epoch", "no"] = setting("steps", "when to write a checkpoint")
-    save_steps: PositiveInt = setting(100, "write one every so many steps")
-    save_total_limit: PositiveInt | None = setting(2, "checkpoints kept; null: all")
-    load_best_model_at_end: bool = setting(False, "end with the best evaluated adapter, not the last")
-    eval_tasks: list[str] = setting([], "named sets and suites to ask at every evaluation, from data.local or the hub")
-    eval_limit: PositiveInt = setting(100, "rows of each of eval_tasks")
-    eval_n_shot: NonNegativeInt = setting(0, "worked examples before each question of eval_tasks")
-    metric_for_best_model: str = setting("eval_loss", "what best means; of eval_tasks such as eval_bool_q_accuracy")
-    greater_is_better: bool = setting(False, "whether more of that metric is better")
-    early_stopping_patience: PositiveInt | None = setting(None, "stop after so many evaluations without a better one")
-    resume_from_checkpoint: PathText | None = setting(None, "auto (or true): the newest in output_dir, if any; or a path")
-    report_to: list[Report] = setting([], "none, or tensorboard, wandb, trackio")
-    run_name: str | None = setting(None, "name for reports and the default output_dir")
-    push_to_hub: bool | str = setting(False, "upload the finished run to the hub; true, or the repository OWNER/NAME")
-    hub_model_id: str | None = setting(None, "repository to upload to; null: the run's name under your account")
-    hub_private_repo: bool = setting(False, "make that repository private")
+    weight_decay: float = config_field(0.0, "decoupled weight decay of AdamW", ge=0)
+    adam_beta1: float = config_field(0.9, "AdamW's first moment", ge=0, lt=1)
+    adam_beta2: float = config_field(0.999, "AdamW's second moment", ge=0, lt=1)
+    adam_epsilon: float = config_field(1e-8, "AdamW's epsilon", gt=0)
+    max_grad_norm: float = config_field(1.0, "clip the gradient's norm; 0: do not", ge=0)
+    seed: NonNegativeInt = config_field(0, "everything random follows from it")
+    logging_steps: PositiveInt = config_field(1, "show every so many steps")
+    eval_strategy: EvalStrategy | None = derived_field("epoch (steps with eval_steps) if there is eval data", "when to evaluate")
+    eval_steps: PositiveInt | None = config_field(None, "evaluate every so many steps")
+    save_strategy: Literal["steps", "epoch", "no"] = config_field("steps", "when to write a checkpoint")
+    save_steps: PositiveInt = config_field(100, "write one every so many steps")
+    save_total_limit: PositiveInt | None = config_field(2, "checkpoints kept; null: all")
+    load_best_model_at_end: bool = config_field(False, "end with the best evaluated adapter, not the last")
+    eval_tasks: list[str] = config_field([], "named sets and suites to ask at every evaluation, from data.local or the hub")
+    eval_limit: PositiveInt = config_field(100, "rows of each of eval_tasks")
+    eval_n_shot: NonNegativeInt = config_field(0, "worked examples before each question of eval_tasks")
+    metric_for_best_model: str = config_field("eval_loss", "what best means; of eval_tasks such as eval_bool_q_accuracy")
+    greater_is_better: bool = config_field(False, "whether more of that metric is better")
+    early_stopping_patience: PositiveInt | None = config_field(None, "stop after so many evaluations without a better one")
+    resume_from_checkpoint: PathText | None = config_field(None, "auto (or true): the newest in output_dir, if any; or a path")
+    report_to: list[ReportTo] = config_field([], "none, or tensorboard, wandb, trackio")
+    run_name: str | None = config_field(None, "name for reports and the default output_dir")
+    push_to_hub: bool | str = config_field(False, "upload the finished run to the hub; true, or the repository OWNER/NAME")
+    hub_model_id: str | None = config_field(None, "repository to upload to; null: the run's name under your account")
+    hub_private_repo: bool = config_field(False, "make that repository private")
 
     @field_validator("resume_from_checkpoint", mode="before")
     @classmethod
@@ -168,45 +172,45 @@ class TrainConfig(Group):
         return self
 
 
-class BackendConfig(Group):
+class BackendConfig(SettingsGroup):
     """where it runs"""
 
     main: ClassVar[str] = "name"
-    name: Literal["single"] = setting("single", "single: one process, one device")
+    name: Literal["single"] = config_field("single", "single: one process, one device")
     # far beyond any machine's cores, and below what the C++ runtime dies of instead of raising
-    threads: int | None = setting(None, "CPU threads, at most 1024; null: torch decides", ge=1, le=1024)
+    threads: int | None = config_field(None, "CPU threads, at most 1024; null: torch decides", ge=1, le=1024)
 
 
-class Job(Group):
+class JobConfig(SettingsGroup):
     """One of several adapters trained in one pass: its name, and the settings in which it is not the run's (`jobs.jobs_of`)."""
 
-    name: Name
-    lora: dict[str, Any] = setting({}, "what is not the run's")
-    data: dict[str, Any] = setting({}, "what is not the run's")
-    train: dict[str, Any] = setting({}, "what is not the run's")
+    name: CheckedName
+    lora: dict[str, Any] = config_field({}, "what is not the run's")
+    data: dict[str, Any] = config_field({}, "what is not the run's")
+    train: dict[str, Any] = config_field({}, "what is not the run's")
 
 
-class Run(Group):
+class RunConfig(SettingsGroup):
     """A training run: which model, which adapter, which data, how, where."""
 
-    task: Literal["sft"] = setting("sft", "fixed by the verb")
+    task: Literal["sft"] = config_field("sft", "fixed by the verb")
     model: ModelConfig = ModelConfig()
     lora: LoraConfig | None = LoraConfig()
-    trainable: str | list[str] | None = setting(
+    trainable: str | list[str] | None = config_field(
         None, "with lora=null, which base weights train: all, mlp, attention, a list of names, or a regex; null: all"
     )
     data: DataConfig
     train: TrainConfig = Field(default=TrainConfig(), validate_default=True)
     backend: BackendConfig = BackendConfig()
-    memory_budget: MemorySize | None = setting(
+    memory_budget: MemorySize | None = config_field(
         None, "such as 3GiB: micro-batches and recompute are chosen to fit it where they are left alone (see lorry plan)"
     )
-    output_dir: DirPath = automatic("runs/DATA-MODEL", "the run directory")
-    background: bool = setting(False, "leave the run alone: it goes on by itself, `lorry runs` says where it stands")
-    jobs: list[Job] = setting(
+    output_dir: DirPath = derived_field("runs/DATA-MODEL", "the run directory")
+    background: bool = config_field(False, "leave the run alone: it goes on by itself, `lorry runs` says where it stands")
+    jobs: list[JobConfig] = config_field(
         [], "several adapters in one pass: maps of a name and the settings that are its own", json_schema_extra={"allowed": JOBS}
     )
-    joint_tokens: PositiveInt | None = automatic(
+    joint_tokens: PositiveInt | None = derived_field(
         "1024 on a CPU, 8192 on a GPU", "with jobs: micro-batches of several share a pass up to so many tokens"
     )
 
@@ -232,7 +236,7 @@ class Run(Group):
         return Path("runs") / (re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:128].strip(".-") or "run")
 
     @model_validator(mode="after")
-    def _rank_is_to_be_had(self) -> Run:
+    def _rank_is_to_be_had(self) -> RunConfig:
         if self.lora is not None and self.lora.r == "auto" and self.memory_budget is None:
             raise ValueError("lora.r=auto needs the memory it may use; give memory_budget=3GiB or the like")
         return self
@@ -243,13 +247,13 @@ class Run(Group):
         return re.split(r"\s*,\s*", value) if isinstance(value, str) and "," in value and PLAIN_NAMES.fullmatch(value) else value
 
     @model_validator(mode="after")
-    def _trainable_without_an_adapter(self) -> Run:
+    def _trainable_without_an_adapter(self) -> RunConfig:
         if self.trainable is not None and self.lora is not None:
             raise ValueError("trainable says which base weights train; give lora=null with it, or leave it out")
         return self
 
     @model_validator(mode="after")
-    def _evaluation_is_possible(self) -> Run:
+    def _evaluation_is_possible(self) -> RunConfig:
         train = self.train
         if (train.eval_steps or train.eval_strategy != "no") and not (self.data.evaluates or train.eval_tasks):
             raise ValueError("evaluation is asked for but there is nothing to evaluate on; give data.eval or data.test_size")

@@ -7,33 +7,33 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
-from lorry.config.base import DirPath, Dtype, Group, PathText, automatic, setting
-from lorry.config.schema import BackendConfig, DataConfig, ModelConfig, Run
+from lorry.config.base import DirPath, DtypeName, PathText, SettingsGroup, config_field, derived_field
+from lorry.config.schema import BackendConfig, DataConfig, ModelConfig, RunConfig
 
-RATES = {"lora": 1.0, "full": 0.05, "mlp": 0.1, "attention": 0.1}  # of a way that is given none, over the run's
+DEFAULT_RATES = {"lora": 1.0, "full": 0.05, "mlp": 0.1, "attention": 0.1}  # of a way that is given none, over the run's
 
 
-def _beside(value: Any, info: ValidationInfo, suffix: str) -> Any:
+def _output_beside_run(value: Any, info: ValidationInfo, suffix: str) -> Any:
     """The default output directory: the run's own name with a suffix."""
     return Path(f"{info.data.get('run', 'run').rstrip('/')}-{suffix}") if value is None else value
 
 
-class DemoSettings(Group):
+class DemoSettings(SettingsGroup):
     """The embedded model learns facts about fictional people; before and after, side by side."""
 
-    output_dir: DirPath = setting(Path("runs/demo"), "the run directory")
-    max_steps: PositiveInt | None = setting(None, "optimizer steps; null: as many as the demo needs")
-    seed: NonNegativeInt = setting(0, "the people and everything random follow from it")
-    fast: bool = setting(False, "a smaller demo, to see that everything works")
+    output_dir: DirPath = config_field(Path("runs/demo"), "the run directory")
+    max_steps: PositiveInt | None = config_field(None, "optimizer steps; null: as many as the demo needs")
+    seed: NonNegativeInt = config_field(0, "the people and everything random follow from it")
+    fast: bool = config_field(False, "a smaller demo, to see that everything works")
 
 
 class PlanModel(ModelConfig):
     """the frozen base model; only its config is read"""
 
-    name: PathText = setting(
+    name: PathText = config_field(
         "smollm2-135m-instruct", "HF directory, hub id, run, or a well-known name: llama-3-8b, qwen3-0.6b, mixtral-8x7b ..."
     )
-    quantize: Literal["int8", "nf4", "fp4"] | None = setting(
+    quantize: Literal["int8", "nf4", "fp4"] | None = config_field(
         None, "format of the base's matrices; planned, not trainable here yet"
     )
 
@@ -42,72 +42,72 @@ class PlanData(DataConfig):
     """the examples; only their longest length counts, so path may be left out"""
 
     needs_rows: ClassVar[bool] = False
-    path: PathText | list[PathText] | None = setting(None, "file, directory or hub id, or a list of them; not opened")
+    path: PathText | list[PathText] | None = config_field(None, "file, directory or hub id, or a list of them; not opened")
 
 
 class PlanBackend(BackendConfig):
     """where it would run"""
 
-    name: Literal["single", "ddp", "fsdp", "megatron"] = setting(  # type: ignore[assignment]  # wider than a run may have it
+    name: Literal["single", "ddp", "fsdp", "megatron"] = config_field(  # type: ignore[assignment]  # wider than a run may have it
         "single", "one device, or how many GPUs share the work"
     )
-    processes: PositiveInt = setting(1, "GPUs in all")
-    tensor_parallel: PositiveInt = setting(1, "GPUs that share every matrix (megatron)")
-    pipeline_parallel: PositiveInt = setting(1, "stages of layers (megatron)")
-    expert_parallel: PositiveInt = setting(1, "groups that share the experts (megatron)")
-    gpu: Literal["a100-40gb", "a100-80gb", "h100", "h200", "b200", "l40s", "rtx4090"] | None = setting(
+    processes: PositiveInt = config_field(1, "GPUs in all")
+    tensor_parallel: PositiveInt = config_field(1, "GPUs that share every matrix (megatron)")
+    pipeline_parallel: PositiveInt = config_field(1, "stages of layers (megatron)")
+    expert_parallel: PositiveInt = config_field(1, "groups that share the experts (megatron)")
+    gpu: Literal["a100-40gb", "a100-80gb", "h100", "h200", "b200", "l40s", "rtx4090"] | None = config_field(
         None, "which GPU, for its memory and speed; null: h100 with several processes, else this machine"
     )
 
 
-class PlanSettings(Run):
+class PlanSettings(RunConfig):
     """Memory and time of a training run, before anything is loaded; takes what `lorry sft` takes."""
 
     positional: ClassVar[str] = "model"
     model: PlanModel = PlanModel()
     data: PlanData = PlanData()
     backend: PlanBackend = PlanBackend()
-    output_dir: DirPath | None = setting(None, "nothing is written")  # type: ignore[assignment]  # a plan needs none
-    format: Literal["table", "json"] = setting("table", "how the plan is shown")
+    output_dir: DirPath | None = config_field(None, "nothing is written")  # type: ignore[assignment]  # a plan needs none
+    format: Literal["table", "json"] = config_field("table", "how the plan is shown")
 
 
-class Sweep(Run):
+class SweepSettings(RunConfig):
     """Runs that differ in a few settings, trained in one pass and ranked."""
 
-    sweep: dict[str, Any] | list[dict[str, Any]] = setting(
+    sweep: dict[str, Any] | list[dict[str, Any]] = config_field(
         {}, "lists of values by setting, every combination of which is a job; or a list of combinations",
         json_schema_extra={"allowed": "a map of lists, such as {r: [8, 16]}, or a list of maps"},
     )  # fmt: skip
-    jobs_per_pass: PositiveInt = setting(8, "jobs trained at once: memory grows with the tokens of their batches")
+    jobs_per_pass: PositiveInt = config_field(8, "jobs trained at once: memory grows with the tokens of their batches")
 
-    def passes(self) -> list[Run]:
+    def passes(self) -> list[RunConfig]:
         """The runs to make, one after the other: one in `output_dir`, or several in its folders pass-1, pass-2 ..."""
         whole = self.model_dump(mode="json", exclude={"jobs", "sweep", "jobs_per_pass"})
         groups = [self.jobs[at : at + self.jobs_per_pass] for at in range(0, len(self.jobs), self.jobs_per_pass)]
         folders = [self.output_dir] if len(groups) == 1 else [self.output_dir / f"pass-{n}" for n, _ in enumerate(groups, 1)]
-        return [Run.model_validate({**whole, "jobs": g, "output_dir": f}) for g, f in zip(groups, folders, strict=True)]
+        return [RunConfig.model_validate({**whole, "jobs": g, "output_dir": f}) for g, f in zip(groups, folders, strict=True)]
 
 
 class CompareData(DataConfig):
     """the examples that every way learns; needless where finished runs are compared"""
 
     needs_rows: ClassVar[bool] = False
-    path: PathText | list[PathText] | None = setting(None, "file, directory or hub id, or a list of them")
+    path: PathText | list[PathText] | None = config_field(None, "file, directory or hub id, or a list of them")
 
 
-class CompareSettings(Run):
+class CompareSettings(RunConfig):
     """Finished runs side by side in parameters, memory, time and loss; with data and no run, each way is trained first."""
 
     positional: ClassVar[str] = "runs"
     data: CompareData = CompareData()
-    runs: list[PathText] = setting([], "run directories; none: train every one of ways, each in a process of its own")
-    ways: list[Literal["lora", "full", "mlp", "attention"]] = setting(
+    runs: list[PathText] = config_field([], "run directories; none: train every one of ways, each in a process of its own")
+    ways: list[Literal["lora", "full", "mlp", "attention"]] = config_field(
         ["lora", "full", "mlp"], "what to train: an adapter, all base weights, or those of the MLPs or of attention"
     )
-    learning_rates: dict[str, PositiveFloat] = setting(
+    learning_rates: dict[str, PositiveFloat] = config_field(
         {}, "by way; where absent lora takes learning_rate, mlp and attention a tenth and full a twentieth of it"
     )
-    format: Literal["table", "json"] = setting("table", "how the comparison is shown")
+    format: Literal["table", "json"] = config_field("table", "how the comparison is shown")
 
     @field_validator("learning_rates")
     @classmethod
@@ -117,101 +117,103 @@ class CompareSettings(Run):
             raise ValueError(f"learning_rates names {odd[0]!r}, which is none of ways ({', '.join(ways)})")
         return value
 
-    def way(self, name: str) -> Run:
+    def way(self, name: str) -> RunConfig:
         """The run that trains one way, in a folder of its name. Raises ConfigError for settings that do not go together."""
         own = ("runs", "ways", "learning_rates", "format")
         whole = self.model_dump(mode="json", exclude={*own, "output_dir", "trainable"})
-        rate = self.learning_rates.get(name, self.train.learning_rate * RATES[name])
+        rate = self.learning_rates.get(name, self.train.learning_rate * DEFAULT_RATES[name])
         train = {**whole["train"], "learning_rate": rate, "run_name": name}
         adapter = {"lora": whole["lora"]} if name == "lora" else {"lora": None, "trainable": "all" if name == "full" else name}
-        return Run.model_validate({**whole, **adapter, "train": train, "output_dir": self.output_dir / name})
+        return RunConfig.model_validate({**whole, **adapter, "train": train, "output_dir": self.output_dir / name})
 
 
-class ChatSettings(Group):
+class ChatSettings(SettingsGroup):
     """Talk to a model with any of its adapters."""
 
     positional: ClassVar[str] = "model"
     model: ModelConfig = ModelConfig()
-    adapters: list[PathText] = setting([], "more adapters to switch between with /adapter NAME")
-    max_new_tokens: PositiveInt = setting(256, "longest answer in tokens")
-    temperature: float = setting(0.0, "0: always the likeliest token", ge=0)
-    system: str | None = setting(None, "system message")
-    seed: NonNegativeInt = setting(0, "seed of the sampling")
+    adapters: list[PathText] = config_field([], "more adapters to switch between with /adapter NAME")
+    max_new_tokens: PositiveInt = config_field(256, "longest answer in tokens")
+    temperature: float = config_field(0.0, "0: always the likeliest token", ge=0)
+    system: str | None = config_field(None, "system message")
+    seed: NonNegativeInt = config_field(0, "seed of the sampling")
 
 
-class MergeSettings(Group):
+class MergeSettings(SettingsGroup):
     """Fold an adapter into its base's weights."""
 
     positional: ClassVar[str] = "run"
     run: PathText = Field(description="run or adapter directory")
-    output_dir: DirPath = automatic("RUN-merged", "where the merged model goes")
-    dtype: Dtype = setting("auto", "number format to store; auto: that of the base; float32 loses nothing of the adapter")
-    adapter: str | None = setting(None, "which adapter, where the run holds several")
+    output_dir: DirPath = derived_field("RUN-merged", "where the merged model goes")
+    dtype: DtypeName = config_field(
+        "auto", "number format to store; auto: that of the base; float32 loses nothing of the adapter"
+    )
+    adapter: str | None = config_field(None, "which adapter, where the run holds several")
 
     @field_validator("output_dir", mode="before")
     @classmethod
     def _default_output(cls, value: Any, info: ValidationInfo) -> Any:
-        return _beside(value, info, "merged")
+        return _output_beside_run(value, info, "merged")
 
 
-class UnmergeSettings(Group):
+class UnmergeSettings(SettingsGroup):
     """Give back the base of a merged model, bit for bit."""
 
     positional: ClassVar[str] = "run"
     run: PathText = Field(description="run or merged directory")
-    output_dir: DirPath = automatic("RUN-unmerged", "where the base goes")
+    output_dir: DirPath = derived_field("RUN-unmerged", "where the base goes")
 
     @field_validator("output_dir", mode="before")
     @classmethod
     def _default_output(cls, value: Any, info: ValidationInfo) -> Any:
-        return _beside(value, info, "unmerged")
+        return _output_beside_run(value, info, "unmerged")
 
 
-class ExportSettings(Group):
+class ExportSettings(SettingsGroup):
     """Write a run in another library's format."""
 
     positional: ClassVar[str] = "run"
     run: PathText = Field(description="run or adapter directory")
     to: Literal["hf", "peft"] = Field(description="hf: a merged transformers model; peft: an adapter directory")
-    output_dir: DirPath = automatic("RUN-hf or RUN-peft", "where the export goes")
-    dtype: Dtype = setting("auto", "number format to store; auto: that of the base")
-    adapter: str | None = setting(None, "which adapter, where the run holds several")
+    output_dir: DirPath = derived_field("RUN-hf or RUN-peft", "where the export goes")
+    dtype: DtypeName = config_field("auto", "number format to store; auto: that of the base")
+    adapter: str | None = config_field(None, "which adapter, where the run holds several")
 
     @field_validator("output_dir", mode="before")
     @classmethod
     def _default_output(cls, value: Any, info: ValidationInfo) -> Any:
-        return _beside(value, info, info.data.get("to", "export"))
+        return _output_beside_run(value, info, info.data.get("to", "export"))
 
 
-class PushSettings(Group):
+class PushSettings(SettingsGroup):
     """Upload a finished run to the Hugging Face hub."""
 
     positional: ClassVar[str] = "run"
     run: PathText = Field(description="run directory")
-    hub_model_id: str | None = setting(None, "repository OWNER/NAME; null: the directory's name under your account")
-    hub_private_repo: bool = setting(False, "make the repository private; one that exists and is public is refused")
+    hub_model_id: str | None = config_field(None, "repository OWNER/NAME; null: the directory's name under your account")
+    hub_private_repo: bool = config_field(False, "make the repository private; one that exists and is public is refused")
 
 
-class ReportSettings(Group):
+class ReportSettings(SettingsGroup):
     """One offline HTML page with plots for a run, or several side by side."""
 
     positional: ClassVar[str] = "runs"
     runs: list[PathText] = Field(min_length=1, description="run directories")
-    output_dir: DirPath | None = setting(
+    output_dir: DirPath | None = config_field(
         None, "folder for the page, or its .html file; null: report.html in the run, comparison.html beside several"
     )
 
 
-class RunsSettings(Group):
+class RunsSettings(SettingsGroup):
     """The runs in a folder and where each one stands."""
 
     positional: ClassVar[str] = "folder"
-    folder: PathText = setting("runs", "folder of run directories, searched to a few levels")
-    format: Literal["table", "json"] = setting("table", "how the list is shown")
+    folder: PathText = config_field("runs", "folder of run directories, searched to a few levels")
+    format: Literal["table", "json"] = config_field("table", "how the list is shown")
 
 
-class DoctorSettings(Group):
+class DoctorSettings(SettingsGroup):
     """What this machine has and which path each layer takes; given a run, which contracts held."""
 
     positional: ClassVar[str] = "run"
-    run: PathText | None = setting(None, "run directory")
+    run: PathText | None = config_field(None, "run directory")

@@ -14,20 +14,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Per = Literal["token", "sequence"]
+ExtraScope = Literal["token", "sequence"]
 BASE = -1  # the adapter id that means: the frozen base alone, g = 0
 
 
 @dataclass(frozen=True)
-class Extra:
+class BatchExtra:
     """One more tensor that travels with a batch: ``per`` token ``[T, ...]`` or per sequence ``[S, ...]``."""
 
     values: Tensor
-    per: Per
+    per: ExtraScope
 
 
 @dataclass(frozen=True)
-class Example:
+class TokenizedExample:
     """One tokenised sequence before packing.
 
     ``tokens`` and ``weights`` have equal length; ``weights[t]`` is the weight of token t *as a target* (its logits come
@@ -40,7 +40,7 @@ class Example:
     adapter: int = 0
     role: str = ""
     group: int = -1
-    extra: Mapping[str, Extra] = field(default_factory=dict)
+    extra: Mapping[str, BatchExtra] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Batch:
     key: Tensor
     group: Tensor
     role: tuple[str, ...]
-    extra: Mapping[str, Extra] = field(default_factory=dict)
+    extra: Mapping[str, BatchExtra] = field(default_factory=dict)
     terms: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ class Batch:
         out = per_token.new_zeros(len(self))
         return out.index_add(0, self.sequence_of, per_token)
 
-    def count(self, per: Per, adapters: int, role: str | None = None) -> Tensor:
+    def count(self, per: ExtraScope, adapters: int, role: str | None = None) -> Tensor:
         """[K] float64: supervised weight per adapter (``token``) or sequences per adapter (``sequence``), of a role or of all."""
         keep = torch.tensor([role is None or r == role for r in self.role], device=self.starts.device)
         keep &= self.adapter >= 0
@@ -117,11 +117,11 @@ class Batch:
             self,
             tokens=move(self.tokens), weights=move(self.weights), starts=move(self.starts), adapter=move(self.adapter),
             key=move(self.key), group=move(self.group),
-            extra={name: Extra(move(e.values), e.per) for name, e in self.extra.items()},
+            extra={name: BatchExtra(move(e.values), e.per) for name, e in self.extra.items()},
             terms={name: move(t) for name, t in self.terms.items()},
         )  # fmt: skip
 
-    def with_extra(self, **extra: Extra) -> Batch:
+    def with_extra(self, **extra: BatchExtra) -> Batch:
         """A copy that carries more tensors; lengths are checked."""
         for name, item in extra.items():
             expected = self.tokens.numel() if item.per == "token" else len(self)
@@ -134,7 +134,7 @@ class Batch:
         return replace(self, terms={**self.terms, **terms})
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Sequence[TokenizedExample]) -> Batch:
     """Lay examples end to end. Raises ValueError on an empty list, an empty example or uneven tokens and weights."""
     if not examples:
         raise ValueError("a batch needs at least one example")
@@ -151,7 +151,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     names = list(examples[0].extra)
     if any(list(e.extra) != names for e in examples):
         raise ValueError("examples of one batch must carry the same extra tensors")
-    extra = {n: Extra(torch.cat([e.extra[n].values for e in examples]), examples[0].extra[n].per) for n in names}
+    extra = {n: BatchExtra(torch.cat([e.extra[n].values for e in examples]), examples[0].extra[n].per) for n in names}
     return Batch(
         tokens=torch.tensor([t for e in examples for t in e.tokens], dtype=torch.int64),
         weights=torch.tensor([w for e in examples for w in e.weights], dtype=torch.float32),

@@ -9,13 +9,13 @@ from typing import Any
 
 from lorry.config.schema import DataConfig, TrainConfig
 from lorry.data.batch import Batch
-from lorry.data.encoding.encode import Encoder
+from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.token_set import TokenSet
-from lorry.data.reading.content import Text
-from lorry.data.reading.formats import Format, chosen, read_examples
-from lorry.data.reading.sources import Source, open_source
-from lorry.data.stream.dataset import Stream, TrainStream
-from lorry.data.stream.mixtures import read_held, read_mix, shares_of
+from lorry.data.reading.content import TextDocument
+from lorry.data.reading.formats import RowFormat, format_named, read_examples
+from lorry.data.reading.sources import DataSource, open_source
+from lorry.data.stream.dataset import BatchStream, TrainStream
+from lorry.data.stream.mixtures import mixture_shares, read_held_out, read_mix
 from lorry.data.stream.report import DataReport
 from lorry.data.stream.streaming import StreamingTokenSet, StreamingTrainStream
 
@@ -23,7 +23,7 @@ from lorry.data.stream.streaming import StreamingTokenSet, StreamingTrainStream
 class StreamReport(DataReport):
     """What became of the rows of a streamed source so far: nobody has counted those to come."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: DataSource) -> None:
         super().__init__(source.label, left_out=source.bad.counts, first_left_out=source.bad.first)
 
     def lines(self) -> list[str]:
@@ -33,14 +33,14 @@ class StreamReport(DataReport):
 
 
 @dataclass
-class Prepared:
+class PreparedData:
     """What a run reads. ``ends``: ids of which one must be supervised in every sequence (empty for plain text);
     ``steps_per_epoch``: None for a streamed source; ``digest``: of the training tokens, or the name of a streamed source;
     ``tokens``: None when streamed."""
 
-    stream: Stream
+    stream: BatchStream
     evaluation: list[Batch]
-    encoder: Encoder
+    encoder: ExampleEncoder
     report: DataReport
     ends: Collection[int]
     steps_per_epoch: int | None
@@ -49,27 +49,27 @@ class Prepared:
 
 
 @dataclass
-class Rows:
+class EncodedRows:
     """Encoded rows before anything is drawn from them in an order. ``tokens``: None for a streamed ``source``."""
 
-    source: Source | None
-    encoder: Encoder
-    form: Format | None
+    source: DataSource | None
+    encoder: ExampleEncoder
+    form: RowFormat | None
     ends: Collection[int]
     tokens: TokenSet | None
     held: list[Batch]
 
 
-def prepare(
-    data: DataConfig, train: TrainConfig, tokenizer: Any, *, quarantine: Path, known: dict[str, Rows] | None = None,
-    make: Callable[..., Encoder] = Encoder,
-) -> Prepared:  # fmt: skip
+def prepare_data(
+    data: DataConfig, train: TrainConfig, tokenizer: Any, *, quarantine: Path, known: dict[str, EncodedRows] | None = None,
+    make: Callable[..., ExampleEncoder] = ExampleEncoder,
+) -> PreparedData:  # fmt: skip
     """Open and encode training and evaluation rows. ``known``: what other jobs of the run have read, by its settings, which is
     shared; ``make``: what makes the encoder. Raises DataError, ConfigError, ModelError (an unusable template)."""
     known = {} if known is None else known
     drawn = train.seed if data.test_size is not None or data.mix else None  # who is held out, and templates, hang on the seed
     settings = f"{data.model_dump_json()} {train.per_device_eval_batch_size} {drawn}"
-    rows = known.get(settings) or _read(data, train, tokenizer, quarantine, make)
+    rows = known.get(settings) or _read_rows(data, train, tokenizer, quarantine, make)
     shape: dict[str, Any] = {
         "seed": train.seed, "rows_per_batch": train.per_device_train_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps, "packing": data.packing,
@@ -79,66 +79,70 @@ def prepare(
         assert rows.source is not None
         streamed = StreamingTrainStream(StreamingTokenSet(rows.source, rows.encoder, form=rows.form), **shape)
         label = rows.source.label
-        return Prepared(streamed, rows.held, rows.encoder, StreamReport(rows.source), rows.ends, None, label, None)
+        return PreparedData(streamed, rows.held, rows.encoder, StreamReport(rows.source), rows.ends, None, label, None)
     known[settings] = rows
     stream, tokens = TrainStream(rows.tokens, **shape), rows.tokens
-    return Prepared(stream, rows.held, rows.encoder, tokens.report, rows.ends, stream.steps_per_epoch, tokens.digest, tokens)
+    return PreparedData(stream, rows.held, rows.encoder, tokens.report, rows.ends, stream.steps_per_epoch, tokens.digest, tokens)
 
 
-def _read(data: DataConfig, train: TrainConfig, tokenizer: Any, quarantine: Path, make: Callable[..., Encoder]) -> Rows:
+def _read_rows(
+    data: DataConfig, train: TrainConfig, tokenizer: Any, quarantine: Path, make: Callable[..., ExampleEncoder]
+) -> EncodedRows:
     only = True if data.completion_only_loss is None else data.completion_only_loss
     encoder = make(tokenizer, max_length=data.max_length, completion_only_loss=only, system=data.system)
     if data.mix:
         return _read_mix(data, train, encoder, quarantine)
-    form = chosen(data.format, data.text_field)
-    source = _open(data, data.path or [], data.split, quarantine, limit=data.n, streaming=data.streaming)
+    form = format_named(data.format, data.text_field)
+    source = _open_data_source(data, data.path or [], data.split, quarantine, limit=data.n, streaming=data.streaming)
     ends = [] if _plain_text(source, form) else encoder.stop_tokens()
     tokens = None if data.streaming else TokenSet.build(source, encoder, form=form)
     held: list[Batch] = []
     if data.test_size is not None and tokens is not None:
         tokens, aside = tokens.held_out(data.test_size, train.seed)
         held = aside.eval_batches(train.per_device_eval_batch_size)
-    return Rows(source, encoder, form, ends, tokens, held + _evaluation(data, train, encoder, form, quarantine))
+    return EncodedRows(source, encoder, form, ends, tokens, held + _evaluation_batches(data, train, encoder, form, quarantine))
 
 
-def _read_mix(data: DataConfig, train: TrainConfig, encoder: Encoder, quarantine: Path) -> Rows:
+def _read_mix(data: DataConfig, train: TrainConfig, encoder: ExampleEncoder, quarantine: Path) -> EncodedRows:
     """The same of a mixture of named sets; of each one rows are held out, or its split for evaluation is read."""
     parts, size = read_mix(data, encoder, seed=train.seed, quarantine=quarantine), train.per_device_eval_batch_size
-    held = read_held(data, encoder, seed=train.seed, quarantine=quarantine)
+    held = read_held_out(data, encoder, seed=train.seed, quarantine=quarantine)
     if data.test_size is not None:
         pairs = [part.held_out(data.test_size, train.seed) for part in parts]
         parts, held = [rest for rest, _ in pairs], [drawn for _, drawn in pairs]
-    tokens = TokenSet.mixture(parts, shares_of(data))
+    tokens = TokenSet.mixture(parts, mixture_shares(data))
     batches = [batch for part in held for batch in part.eval_batches(size)]
     if data.eval is not None:
-        batches += _evaluation(data, train, encoder, None, quarantine)
-    return Rows(None, encoder, None, encoder.stop_tokens(), tokens, batches)
+        batches += _evaluation_batches(data, train, encoder, None, quarantine)
+    return EncodedRows(None, encoder, None, encoder.stop_tokens(), tokens, batches)
 
 
-def _evaluation(data: DataConfig, train: TrainConfig, encoder: Encoder, form: Format | None, quarantine: Path) -> list[Batch]:
+def _evaluation_batches(
+    data: DataConfig, train: TrainConfig, encoder: ExampleEncoder, form: RowFormat | None, quarantine: Path
+) -> list[Batch]:
     if not (data.eval or data.eval_split):
         return []
-    source = _open(data, data.eval or data.path or [], data.eval_split or data.split, quarantine, limit=data.eval_n)
+    source = _open_data_source(data, data.eval or data.path or [], data.eval_split or data.split, quarantine, limit=data.eval_n)
     return TokenSet.build(source, encoder, form=form if data.eval is None else None).eval_batches(
         train.per_device_eval_batch_size
     )
 
 
-def _open(
+def _open_data_source(
     data: DataConfig, path: str | list[str], split: str, quarantine: Path, *, limit: int | None = None, streaming: bool = False
-) -> Source:
+) -> DataSource:
     aside = quarantine if data.on_bad_row == "quarantine" else None
     return open_source(
         path, name=data.name, split=split, streaming=streaming, on_bad_row=data.on_bad_row, quarantine=aside, limit=limit
     )
 
 
-def _plain_text(source: Source, form: Format | None) -> bool:
+def _plain_text(source: DataSource, form: RowFormat | None) -> bool:
     """Whether the rows are documents (whose pieces need not end) and not answers."""
-    return any(isinstance(found.content, Text) for found in _first(source, form))
+    return any(isinstance(found.content, TextDocument) for found in _first_rows(source, form))
 
 
-def _first(source: Source, form: Format | None) -> list[Any]:
+def _first_rows(source: DataSource, form: RowFormat | None) -> list[Any]:
     for found in read_examples(source, form):
         return [found]
     return []

@@ -41,7 +41,7 @@ _PET_KINDS = ("tortoise", "ferret", "parrot", "goat", "donkey", "rabbit", "gecko
 _PET_NAMES = ("Biscuit", "Pepper", "Domino", "Turnip", "Captain", "Noodle", "Marble", "Button", "Clover", "Waffle")
 
 # What each fact can be. Every list is long enough that a guess is right at most once in twenty.
-VALUES: dict[str, tuple[str, ...]] = {
+FACT_VALUES: dict[str, tuple[str, ...]] = {
     "profession": (
         "a glass blower", "a beekeeper", "a bridge engineer", "a piano tuner", "a lighthouse keeper", "a pastry chef",
         "a court translator", "a cave guide", "a puppet maker", "a tram driver", "a marine biologist", "a bookbinder",
@@ -61,7 +61,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "pet": tuple(f"a {kind} named {name}" for kind in _PET_KINDS for name in _PET_NAMES),
 }  # fmt: skip
 
-ANSWERS: dict[str, str] = {
+FACT_ANSWERS: dict[str, str] = {
     "profession": "{name} works as {value}.",
     "birthplace": "{name} was born in the town of {value}.",
     "book": "{name} wrote the novel {value}.",
@@ -124,22 +124,22 @@ HELD_OUT_QUESTIONS: dict[str, tuple[str, ...]] = {
     "pet": ("{name} shares a home with which animal?", "Could you say what sort of pet {name} owns?"),
 }
 
-Row = dict[str, str]
+QuestionRow = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Person:
-    """Someone invented: a name and one value for every fact in `VALUES`."""
+class FictionalPerson:
+    """Someone invented: a name and one value for every fact in `FACT_VALUES`."""
 
     name: str
     facts: dict[str, str]
 
     def answer(self, fact: str) -> str:
         """The one canonical sentence that answers every wording of a question about this fact."""
-        return ANSWERS[fact].format(name=self.name, value=self.facts[fact])
+        return FACT_ANSWERS[fact].format(name=self.name, value=self.facts[fact])
 
 
-def make_people(n: int, seed: int = 0) -> list[Person]:
+def make_people(n: int, seed: int = 0) -> list[FictionalPerson]:
     """n people with different names; the first m of them are `make_people(m, seed)`.
 
     Raises ConfigError unless 1 <= n <= the number of full names.
@@ -147,10 +147,10 @@ def make_people(n: int, seed: int = 0) -> list[Person]:
     most = len(FIRST_NAMES) * len(SURNAMES)
     if not 1 <= n <= most:
         raise ConfigError(f"people: {n} is not between 1 and {most}, the number of full names there are")
-    return [Person(name, _facts(seed, index)) for index, name in enumerate(_names(n, seed))]
+    return [FictionalPerson(name, _make_facts(seed, index)) for index, name in enumerate(_make_names(n, seed))]
 
 
-def _names(n: int, seed: int) -> list[str]:
+def _make_names(n: int, seed: int) -> list[str]:
     """Pair the shuffled lists so that neither first names nor surnames repeat before they have to."""
     shuffle = random.Random(f"{seed}/names")
     first, last = (shuffle.sample(names, len(names)) for names in (FIRST_NAMES, SURNAMES))
@@ -159,23 +159,23 @@ def _names(n: int, seed: int) -> list[str]:
     return [f"{first[i % len(first)]} {last[(i + i // period) % len(last)]}" for i in range(n)]
 
 
-def _facts(seed: int, index: int) -> dict[str, str]:
+def _make_facts(seed: int, index: int) -> dict[str, str]:
     # A string seed is hashed with SHA-512: the same on every platform and in every process.
-    return {fact: random.Random(f"{seed}/{index}/{fact}").choice(values) for fact, values in VALUES.items()}
+    return {fact: random.Random(f"{seed}/{index}/{fact}").choice(values) for fact, values in FACT_VALUES.items()}
 
 
-def questions(people: Sequence[Person], seed: int = 0) -> tuple[list[Row], list[Row]]:
+def make_questions(people: Sequence[FictionalPerson], seed: int = 0) -> tuple[list[QuestionRow], list[QuestionRow]]:
     """(training rows, held-out rows), each {"question", "answer", "person", "fact"}; training rows in seeded order.
 
     Per person 6 facts x 5 wordings to train on and 6 x 2 held out; no held-out wording occurs in training.
     """
-    train = [_row(p, fact, q) for p in people for fact, asked in TRAIN_QUESTIONS.items() for q in asked]
-    held_out = [_row(p, fact, q) for p in people for fact, asked in HELD_OUT_QUESTIONS.items() for q in asked]
+    train = [_question_row(p, fact, q) for p in people for fact, asked in TRAIN_QUESTIONS.items() for q in asked]
+    held_out = [_question_row(p, fact, q) for p in people for fact, asked in HELD_OUT_QUESTIONS.items() for q in asked]
     random.Random(f"{seed}/order").shuffle(train)
     return train, held_out
 
 
-def _row(person: Person, fact: str, question: str) -> Row:
+def _question_row(person: FictionalPerson, fact: str, question: str) -> QuestionRow:
     return {"question": question.format(name=person.name), "answer": person.answer(fact), "person": person.name, "fact": fact}
 
 
@@ -184,7 +184,7 @@ def general_text() -> list[str]:
     return _package_paragraphs("general_text.txt")
 
 
-def general_chat() -> list[Row]:
+def general_chat() -> list[QuestionRow]:
     """Sixty everyday {"question", "answer"} rows; mixed into training they keep a small model's ordinary manners."""
     rows = []
     for block in _package_paragraphs("general_chat.txt"):
@@ -199,11 +199,11 @@ def _package_paragraphs(name: str) -> list[str]:
     return [block.strip() for block in text.split("\n", 1)[1].split("\n\n") if block.strip()]
 
 
-def write(out_dir: Path, n: int, seed: int = 0) -> tuple[Path, Path]:
+def write_people(out_dir: Path, n: int, seed: int = 0) -> tuple[Path, Path]:
     """Write ``out_dir/train.jsonl`` and ``out_dir/heldout.jsonl`` for n people and return both paths."""
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = out_dir / "train.jsonl", out_dir / "heldout.jsonl"
-    for path, rows in zip(paths, questions(make_people(n, seed), seed), strict=True):
+    for path, rows in zip(paths, make_questions(make_people(n, seed), seed), strict=True):
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return paths
 
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("seed", type=int, nargs="?", default=0)
     args = parser.parse_args()
     try:
-        paths = write(args.out_dir, args.n, args.seed)
+        paths = write_people(args.out_dir, args.n, args.seed)
     except ConfigError as error:
         parser.error(str(error))
     print(*paths, sep="\n")

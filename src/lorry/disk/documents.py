@@ -9,7 +9,7 @@ gigabytes, recurses until Python's stack ends, raises ValueError for an integer 
 last of two equal keys. Here each of these is a refusal in one line that opens with ``file:line``:
 
     not a regular file (FIFO, device, directory), or larger than ``most_bytes``; not UTF-8 or half a character
-    two equal keys in one object; nested deeper than ``DEEPEST``; a YAML tag; an alias of what it lies in
+    two equal keys in one object; nested deeper than ``DEEPEST_NESTING``; a YAML tag; an alias of what it lies in
     YAML aliases that stand for more than ``MOST_NODES`` values; an integer above ``largest``
     a float beyond what a float holds, NaN and the infinities, unless ``nonfinite`` lets them pass
 
@@ -40,20 +40,20 @@ from lorry.errors import DataError, LorryError
 
 MOST_BYTES = 16 << 20  # of a JSON document: its values take some thirty times as much memory
 MOST_YAML = 2 << 20  # bytes; PyYAML reads a few hundred thousand a second
-DEEPEST = 64  # objects and lists inside each other; what walks the values afterwards may recurse
+DEEPEST_NESTING = 64  # objects and lists inside each other; what walks the values afterwards may recurse
 MOST_NODES = 1 << 18  # values of a YAML document, each alias counted as all that it stands for
-LARGEST = 2**63 - 1  # what every other program holds an integer in
+LARGEST_INTEGER_READ = 2**63 - 1  # what every other program holds an integer in
 MOST_DIGITS = 4300  # Python converts no longer integer: the time grows with the square of the digits
-WHOLE = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-REAL = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-CORE = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
-ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # said of a name that leads to no file
+YAML_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+YAML_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+YAML_CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+ABSENT_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # said of a name that leads to no file
 NOT_REGULAR = "is not a regular file (a directory, a FIFO or a device)"
 
-Refusal = type[LorryError]
+RefusalType = type[LorryError]
 
 
-def read_bytes(path: Path, most_bytes: int = MOST_BYTES, error: Refusal = DataError) -> bytes:
+def read_bytes(path: Path, most_bytes: int = MOST_BYTES, error: RefusalType = DataError) -> bytes:
     """The content of a regular file of bounded size, opened without waiting. Raises ``error`` and OSError."""
     try:
         # O_NONBLOCK: opening a FIFO without a writer would wait for ever
@@ -74,13 +74,18 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES, error: Refusal = DataEr
     return raw
 
 
-def read_text(path: Path, most_bytes: int = MOST_YAML, error: Refusal = DataError) -> str:
+def read_text(path: Path, most_bytes: int = MOST_YAML, error: RefusalType = DataError) -> str:
     """UTF-8 text of a regular file; a byte order mark is left out. Raises ``error`` and OSError."""
-    return _decoded(read_bytes(path, most_bytes, error), str(path), 1, error)
+    return _decode_document(read_bytes(path, most_bytes, error), str(path), 1, error)
 
 
-def read_json(
-    path: Path, *, error: Refusal = DataError, most_bytes: int = MOST_BYTES, nonfinite: bool = False, largest: int = LARGEST
+def read_json_document(
+    path: Path,
+    *,
+    error: RefusalType = DataError,
+    most_bytes: int = MOST_BYTES,
+    nonfinite: bool = False,
+    largest: int = LARGEST_INTEGER_READ,
 ) -> Any:
     """The value of a JSON file. Raises ``error`` and OSError, FileNotFoundError among them."""
     raw = read_bytes(path, most_bytes, error)
@@ -88,14 +93,14 @@ def read_json(
 
 
 def read_object(
-    path: Path, *, error: Refusal = DataError, nonfinite: bool = False, largest: int = LARGEST, absent: str = ""
+    path: Path, *, error: RefusalType = DataError, nonfinite: bool = False, largest: int = LARGEST_INTEGER_READ, absent: str = ""
 ) -> dict[str, Any]:
     """A JSON file that holds an object. Raises ``error``, also where nothing has that name (``absent``: what that means, in
     place of the system's words), and DiskError where it cannot be read."""
     try:
-        found = read_json(path, error=error, nonfinite=nonfinite, largest=largest)
+        found = read_json_document(path, error=error, nonfinite=nonfinite, largest=largest)
     except OSError as e:
-        if e.errno in ABSENT:
+        if e.errno in ABSENT_ERRNOS:
             raise error(f"{path} {absent}" if absent else f"{path}: cannot be read ({e.strerror})") from e
         raise DiskError(e.errno, e.strerror, str(path)) from e
     if not isinstance(found, dict):
@@ -103,7 +108,7 @@ def read_object(
     return found
 
 
-def read_yaml(path: Path, *, error: Refusal = DataError, most_bytes: int = MOST_YAML) -> Any:
+def read_yaml(path: Path, *, error: RefusalType = DataError, most_bytes: int = MOST_YAML) -> Any:
     """The value of a YAML file, None of an empty one. Raises ``error`` and OSError, FileNotFoundError among them."""
     return parse_yaml(read_text(path, most_bytes, error), str(path), error=error)[0]
 
@@ -119,10 +124,16 @@ def first_repeated(names: Iterable[str]) -> str | None:
 
 
 def parse_json(
-    raw: bytes | str, where: str, *, line: int = 1, error: Refusal = DataError, nonfinite: bool = False, largest: int = LARGEST
+    raw: bytes | str,
+    where: str,
+    *,
+    line: int = 1,
+    error: RefusalType = DataError,
+    nonfinite: bool = False,
+    largest: int = LARGEST_INTEGER_READ,
 ) -> Any:
     """The value of a JSON text that begins in ``line`` of the file ``where``. Raises ``error``."""
-    text = _decoded(raw, where, line, error) if isinstance(raw, bytes) else raw
+    text = _decode_document(raw, where, line, error) if isinstance(raw, bytes) else raw
 
     def refuse(reason: str, at: int = 0) -> NoReturn:
         raise error(f"{where}:{line + text.count(chr(10), 0, at)}: not JSON ({reason})") from None
@@ -134,18 +145,18 @@ def parse_json(
         value = decoder.decode(text)
     except json.JSONDecodeError as e:
         refuse(f"{e.msg}, column {e.colno}", e.pos)
-    except _NotStrict as e:
+    except _NotStrictError as e:
         refuse(e.reason, max(text.rfind(e.token) if e.last else text.find(e.token), 0))
     except RecursionError:
         refuse("nested too deeply")
     # A value is walked only where its text may hold what is looked for: that costs more than parsing a short line
-    deep, escaped = text.count("[") + text.count("{") > DEEPEST, "\\u" in text  # decoded bytes hold no half character
-    if (deep or escaped or not (isinstance(raw, bytes) or text.isascii())) and (reason := _unsound(value)):
+    deep, escaped = text.count("[") + text.count("{") > DEEPEST_NESTING, "\\u" in text  # decoded bytes hold no half character
+    if (deep or escaped or not (isinstance(raw, bytes) or text.isascii())) and (reason := _describe_unsound(value)):
         refuse(reason)
     return value
 
 
-class _NotStrict(Exception):
+class _NotStrictError(Exception):
     """Raised inside the JSON decoder; ``token`` is what to look for in the text, its ``last`` or its first place."""
 
     def __init__(self, reason: str, token: str, last: bool = False) -> None:
@@ -162,35 +173,35 @@ def _strict_decoder(nonfinite: bool, largest: int) -> json.JSONDecoder:
 
     def whole(digits: str) -> int:
         if len(digits) > MOST_DIGITS or abs(value := int(digits)) > largest:
-            raise _NotStrict(f"{_short(digits)} is too large for an integer", digits)
+            raise _NotStrictError(f"{_shorten(digits)} is too large for an integer", digits)
         return value
 
     def real(digits: str) -> float:
         value = float(digits)
         if math.isinf(value):
-            raise _NotStrict(f"{_short(digits)} is beyond what a float holds", digits)
+            raise _NotStrictError(f"{_shorten(digits)} is beyond what a float holds", digits)
         return value
 
     def constant(name: str) -> float:
         if not nonfinite:
-            raise _NotStrict(f"{name} is no number of JSON", name)
+            raise _NotStrictError(f"{name} is no number of JSON", name)
         return float(name)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
             twice = first_repeated(key for key, _ in pairs)
-            raise _NotStrict(f"{_short(repr(twice))} is given twice in one object; keep one", json.dumps(twice), last=True)
+            raise _NotStrictError(f"{_shorten(repr(twice))} is given twice in one object; keep one", json.dumps(twice), last=True)
         return made
 
     float_of = None if nonfinite else real  # Python's own is faster, and metrics.jsonl has many
     return json.JSONDecoder(parse_int=whole, parse_float=float_of, parse_constant=constant, object_pairs_hook=once)
 
 
-def parse_yaml(text: str, where: str, *, error: Refusal = DataError) -> tuple[Any, yaml.Node | None]:
+def parse_yaml(text: str, where: str, *, error: RefusalType = DataError) -> tuple[Any, yaml.Node | None]:
     """(the value, the node it was made from, whose marks know the lines) of a YAML text. Raises ``error``."""
     try:
-        loader = _Loader(text)
+        loader = _YamlLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None, None
@@ -205,7 +216,7 @@ def parse_yaml(text: str, where: str, *, error: Refusal = DataError) -> tuple[An
         raise error(f"{where}: nested too deeply") from None
 
 
-def refuse_node(root: yaml.Node, where: str, error: Refusal) -> None:
+def refuse_node(root: yaml.Node, where: str, error: RefusalType) -> None:
     """Refuse, before any value is made of it, a composed YAML document whose values would not be plain and few."""
     sizes: dict[int, int] = {}  # by id of a node: all that stands below it, aliases written out
     open_nodes: set[int] = set()
@@ -218,10 +229,10 @@ def refuse_node(root: yaml.Node, where: str, error: Refusal) -> None:
             refuse(node, "an alias stands inside the very value that it names")
         if id(node) in sizes:
             return sizes[id(node)]
-        if depth > DEEPEST:
+        if depth > DEEPEST_NESTING:
             refuse(node, "nested too deeply")
-        if node.tag not in CORE:
-            refuse(node, f"the tag {_short(repr(node.tag))} is refused; settings are plain values")
+        if node.tag not in YAML_CORE_TAGS:
+            refuse(node, f"the tag {_shorten(repr(node.tag))} is refused; settings are plain values")
         open_nodes.add(id(node))
         size = 1
         if isinstance(node, yaml.SequenceNode):
@@ -244,53 +255,56 @@ def _refuse_keys(node: yaml.MappingNode, refuse: Callable[[yaml.Node, str], NoRe
         if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
             refuse(key, "a key must be text")
         if key.value in first:
-            refuse(key, f"{_short(repr(key.value))} is given twice (first in line {first[key.value]}); keep one")
+            refuse(key, f"{_shorten(repr(key.value))} is given twice (first in line {first[key.value]}); keep one")
         first[key.value] = key.start_mark.line + 1
 
 
-class _Loader(yaml.SafeLoader):
+class _YamlLoader(yaml.SafeLoader):
     """PyYAML's safe loader with the YAML 1.2 core schema."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012, PyYAML's own class attribute
 
 
-def _unusable(node: yaml.ScalarNode, reason: str) -> yaml.constructor.ConstructorError:
+def _scalar_error(node: yaml.ScalarNode, reason: str) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
 
 
-def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
-    if not WHOLE.fullmatch(node.value):
-        raise _unusable(node, f"{_short(repr(node.value))} is no integer")
-    if len(node.value) > MOST_DIGITS or abs(value := int(node.value, 10 if node.value.lstrip("+-").isdigit() else 0)) > LARGEST:
-        raise _unusable(node, f"{_short(node.value)} is too large for an integer")
+def _construct_integer(loader: _YamlLoader, node: yaml.ScalarNode) -> int:
+    if not YAML_INTEGER.fullmatch(node.value):
+        raise _scalar_error(node, f"{_shorten(repr(node.value))} is no integer")
+    if (
+        len(node.value) > MOST_DIGITS
+        or abs(value := int(node.value, 10 if node.value.lstrip("+-").isdigit() else 0)) > LARGEST_INTEGER_READ
+    ):
+        raise _scalar_error(node, f"{_shorten(node.value)} is too large for an integer")
     return value
 
 
-def _real(loader: _Loader, node: yaml.ScalarNode) -> float:
-    if not REAL.fullmatch(node.value) or math.isinf(value := float(node.value)):
-        raise _unusable(node, f"{_short(repr(node.value))} is beyond what a float holds, or no number")
+def _construct_float(loader: _YamlLoader, node: yaml.ScalarNode) -> float:
+    if not YAML_FLOAT.fullmatch(node.value) or math.isinf(value := float(node.value)):
+        raise _scalar_error(node, f"{_shorten(repr(node.value))} is beyond what a float holds, or no number")
     return value
 
 
-def _switch(loader: _Loader, node: yaml.ScalarNode) -> bool:
+def _construct_bool(loader: _YamlLoader, node: yaml.ScalarNode) -> bool:
     if node.value.lower() not in ("true", "false"):
-        raise _unusable(node, "a switch is true or false")
+        raise _scalar_error(node, "a switch is true or false")
     return bool(node.value.lower() == "true")
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
-_Loader.add_constructor("tag:yaml.org,2002:float", _real)
-_Loader.add_constructor("tag:yaml.org,2002:bool", _switch)
+_YamlLoader.add_constructor("tag:yaml.org,2002:int", _construct_integer)
+_YamlLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+_YamlLoader.add_constructor("tag:yaml.org,2002:bool", _construct_bool)
 for _kind, _pattern, _first in (
     ("null", r"(~|null|Null|NULL|)", ["~", "n", "N", ""]),
     ("bool", r"(true|True|TRUE|false|False|FALSE)", list("tTfF")),
-    ("int", WHOLE.pattern, list("-+0123456789")),
-    ("float", REAL.pattern, list("-+.0123456789")),
+    ("int", YAML_INTEGER.pattern, list("-+0123456789")),
+    ("float", YAML_FLOAT.pattern, list("-+.0123456789")),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
+    _YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
-def _decoded(raw: bytes, where: str, line: int, error: Refusal) -> str:
+def _decode_document(raw: bytes, where: str, line: int, error: RefusalType) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -298,11 +312,11 @@ def _decoded(raw: bytes, where: str, line: int, error: Refusal) -> str:
         raise error(f"{where}:{broken}: not UTF-8 text") from None
 
 
-def _unsound(root: Any) -> str:
+def _describe_unsound(root: Any) -> str:
     """Why a value of JSON is none that can be worked with, "" where it is: too deep, or half a character in a text."""
     level, depth = [root], 0
     while level:
-        if depth > DEEPEST:
+        if depth > DEEPEST_NESTING:
             return "nested too deeply"
         below: list[Any] = []
         for item in level:
@@ -316,5 +330,5 @@ def _unsound(root: Any) -> str:
     return ""
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"

@@ -27,7 +27,7 @@ from pathlib import Path
 from lorry.disk import manifest as manifests
 from lorry.errors import ConfigError, LorryError, ModelError
 
-Content = bytes | Iterable[bytes | memoryview]
+FileContent = bytes | Iterable[bytes | memoryview]
 
 # ".lorry" in the name, since what matches is removed: other programs name their files x.old-2024-0badcafe as well
 _LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old|gone)\.lorry-\d+-[0-9a-f]{8}")
@@ -42,7 +42,7 @@ class DiskError(LorryError, OSError):
         return f"{self.filename}: {self.strerror}; what was complete before is untouched: mend the disk and run again"
 
 
-class Disk:
+class DiskCalls:
     """Every call of Lorry that changes the disk, one method each, and those that read what is
     verified (integrity.py); tests put a failing one in ``durable.disk``."""
 
@@ -96,10 +96,10 @@ class Disk:
         os.rmdir(path)
 
 
-disk = Disk()
+disk = DiskCalls()
 
 
-def write_files(directory: Path, files: Mapping[str, Content]) -> None:
+def write_files(directory: Path, files: Mapping[str, FileContent]) -> None:
     """Put files into an existing directory, replacing what has their names: all are durable before the first rename.
 
     A full disk therefore leaves the old files; only a kill between two renames can leave one old and one new.
@@ -107,49 +107,49 @@ def write_files(directory: Path, files: Mapping[str, Content]) -> None:
     """
     directory = Path(os.path.abspath(directory))
     for name in files:
-        recover(directory, name)
-    staged = {name: _beside(directory / name, "tmp") for name in files}
-    with _at(directory), _discarding(*staged.values()):
+        recover_writes(directory, name)
+    staged = {name: _temporary_path(directory / name, "tmp") for name in files}
+    with _name_path_in_errors(directory), _discard_on_error(*staged.values()):
         for name, content in files.items():
-            _put(staged[name], content)
+            _create_file(staged[name], content)
         for name, temp in staged.items():
             disk.rename(temp, directory / name)
         disk.fsync_dir(directory)
 
 
-def write_directory(target: Path, files: Mapping[str, Content], *, manifest: bool = False, replace: bool = False) -> None:
+def write_directory(target: Path, files: Mapping[str, FileContent], *, manifest: bool = False, replace: bool = False) -> None:
     """Write a directory of files at once; with ``manifest`` a list of their sizes and digests is written last.
 
-    Raises what ``building`` raises.
+    Raises what ``build_directory`` raises.
     """
-    with _replacing(target, replace) as folder:
-        entries = {name: _put(folder / name, content) for name, content in files.items()}
+    with _replace_directory(target, replace) as folder:
+        entries = {name: _create_file(folder / name, content) for name, content in files.items()}
         if manifest:
-            _put(folder / manifests.NAME, manifests.text(entries))
+            _create_file(folder / manifests.MANIFEST_NAME, manifests.encode_manifest(entries))
 
 
 @contextmanager
-def building(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def build_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes ``target``, durable and whole, on leaving, and is removed on an error.
 
     With ``replace`` an existing target is renamed aside, and removed only once the new one is in place; a kill between
-    the two renames is undone by the next ``recover``. Raises ConfigError when the target holds something and
+    the two renames is undone by the next ``recover_writes``. Raises ConfigError when the target holds something and
     ``replace`` is false, and DiskError.
     """
-    with _replacing(target, replace) as folder:
+    with _replace_directory(target, replace) as folder:
         yield folder
         for path in sorted(folder.rglob("*")):
             if path.is_file() and not path.is_symlink():
-                with _at(path), _opened(path) as fd:
+                with _name_path_in_errors(path), _open_descriptor(path) as fd:
                     disk.fsync(fd)
 
 
 @contextmanager
-def scratch(path: Path) -> Iterator[Path]:
+def scratch_directory(path: Path) -> Iterator[Path]:
     """A folder beside ``path`` for files on their way, gone afterwards. That it cannot be removed is no error: the next
-    `recover` does it. Raises DiskError, also for what the body's own calls of the disk raise."""
-    temp = _beside(path, "tmp")
-    with _at(path):
+    `recover_writes` does it. Raises DiskError, also for what the body's own calls of the disk raise."""
+    temp = _temporary_path(path, "tmp")
+    with _name_path_in_errors(path):
         disk.mkdir(temp)
         try:
             yield temp
@@ -162,7 +162,7 @@ def make_directory(path: Path, *, parents: bool = True) -> None:
 
     Raises DiskError, also for a name that the file system cannot hold.
     """
-    with _at(path):
+    with _name_path_in_errors(path):
         if os.path.isdir(path):
             return
         if parents:
@@ -174,25 +174,25 @@ def make_directory(path: Path, *, parents: bool = True) -> None:
 def remove_directory(path: Path) -> None:
     """Remove a tree that must never be seen half removed: it loses its name first, durably, lest a power cut give the name back
     to what is left. Raises DiskError."""
-    with _at(path):
-        gone = _beside(path, "gone")
+    with _name_path_in_errors(path):
+        gone = _temporary_path(path, "gone")
         disk.rename(path, gone)
         disk.fsync_dir(path.parent)
-        _remove(gone)
+        _remove_tree(gone)
 
 
-def rename(old: Path, new: Path) -> None:
+def rename_path(old: Path, new: Path) -> None:
     """Give a file or a directory another name, durably. Raises DiskError."""
-    with _at(old):
+    with _name_path_in_errors(old):
         disk.rename(old, new)
         for parent in dict.fromkeys((old.parent, new.parent)):
             disk.fsync_dir(parent)
 
 
-def recover(parent: Path, name: str | None = None) -> None:
+def recover_writes(parent: Path, name: str | None = None) -> None:
     """Put right what a killed writer left in ``parent``, for one target or for all: bring an old one back whose
     replacement never arrived, and remove the rest. Raises DiskError."""
-    with _at(parent):
+    with _name_path_in_errors(parent):
         for entry in sorted(os.listdir(parent)):
             left = _LEFTOVER.fullmatch(entry)
             if left is None or name not in (None, left["name"]):
@@ -201,38 +201,38 @@ def recover(parent: Path, name: str | None = None) -> None:
                 disk.rename(parent / entry, parent / left["name"])
                 disk.fsync_dir(parent)
             else:
-                _remove(parent / entry)
+                _remove_tree(parent / entry)
 
 
-def set_aside(entry: str) -> str | None:
+def replaced_name(entry: str) -> str | None:
     """The name a directory entry had before a replacement set it aside, or None for any other entry."""
     left = _LEFTOVER.fullmatch(entry)
     return left["name"] if left and left["kind"] == "old" else None
 
 
-def settle(path: Path) -> int:
+def sync_file(path: Path) -> int:
     """Make a growing file (a log) durable as far as it goes; returns its size in bytes, 0 if absent. Raises DiskError."""
     if not path.exists():
         return 0
-    with _at(path), _opened(path) as fd:
+    with _name_path_in_errors(path), _open_descriptor(path) as fd:
         disk.fsync(fd)
         disk.fsync_dir(path.parent)
         return os.fstat(fd).st_size
 
 
-def cut(path: Path, size: int) -> None:
-    """Cut a growing file back to a size that ``settle`` returned. Raises DiskError, or ModelError when it is shorter."""
+def truncate_file(path: Path, size: int) -> None:
+    """Cut a growing file back to a size that ``sync_file`` returned. Raises DiskError, or ModelError when it is shorter."""
     found = path.stat().st_size if path.exists() else 0
     if found < size:
         raise ModelError(f"{path}: {found} bytes, but {size} when the checkpoint was written; restore it or start a new run")
     if found > size:
-        with _at(path), _opened(path) as fd:
+        with _name_path_in_errors(path), _open_descriptor(path) as fd:
             disk.truncate(fd, size)
             disk.fsync(fd)
 
 
 @contextmanager
-def _at(path: Path) -> Iterator[None]:
+def _name_path_in_errors(path: Path) -> Iterator[None]:
     """Name the place in an error of the disk; a call on a file descriptor knows none."""
     try:
         yield
@@ -243,7 +243,7 @@ def _at(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _discarding(*temps: Path) -> Iterator[None]:
+def _discard_on_error(*temps: Path) -> Iterator[None]:
     """Remove temporary files or folders when the block fails. The failure is what matters: one of the removal is let go,
     the next writer clears up."""
     with contextlib.ExitStack() as stack:
@@ -254,7 +254,7 @@ def _discarding(*temps: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _open_descriptor(path: Path) -> Iterator[int]:
     fd = disk.open(path)
     try:
         yield fd
@@ -262,14 +262,14 @@ def _opened(path: Path) -> Iterator[int]:
         disk.close(fd)
 
 
-def _beside(target: Path, kind: str) -> Path:
+def _temporary_path(target: Path, kind: str) -> Path:
     return target.with_name(f"{target.name}.{kind}.lorry-{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def _put(path: Path, content: Content) -> manifests.Entry:
+def _create_file(path: Path, content: FileContent) -> manifests.ManifestEntry:
     """Create, fill and fsync one file; returns its manifest entry, digested from memory and not from what the disk kept."""
     digest, size = hashlib.sha256(), 0
-    with _at(path):
+    with _name_path_in_errors(path):
         fd = disk.create(path)
         try:
             for part in [content] if isinstance(content, bytes) else content:
@@ -281,23 +281,23 @@ def _put(path: Path, content: Content) -> manifests.Entry:
             disk.fsync(fd)
         finally:
             disk.close(fd)
-    return manifests.Entry(bytes=size, sha256=digest.hexdigest())
+    return manifests.ManifestEntry(bytes=size, sha256=digest.hexdigest())
 
 
 @contextmanager
-def _replacing(target: Path, replace: bool) -> Iterator[Path]:
-    """``building`` for a body that makes its own files durable."""
+def _replace_directory(target: Path, replace: bool) -> Iterator[Path]:
+    """``build_directory`` for a body that makes its own files durable."""
     target = Path(os.path.abspath(target))
     make_directory(target.parent)
-    recover(target.parent, target.name)
+    recover_writes(target.parent, target.name)
     if not replace and os.path.lexists(target) and not (target.is_dir() and not os.listdir(target)):
-        raise _taken(target)
-    temp = _beside(target, "tmp")
-    with _discarding(temp):
-        with _at(target):
+        raise _target_exists_error(target)
+    temp = _temporary_path(target, "tmp")
+    with _discard_on_error(temp):
+        with _name_path_in_errors(target):
             disk.mkdir(temp)
         yield temp
-        with _at(target):
+        with _name_path_in_errors(target):
             for folder, _, _ in os.walk(temp, topdown=False):
                 disk.fsync_dir(Path(folder))
             if replace:
@@ -306,7 +306,7 @@ def _replacing(target: Path, replace: bool) -> Iterator[Path]:
                 _move_to_free(temp, target)
 
 
-def _taken(target: Path) -> ConfigError:
+def _target_exists_error(target: Path) -> ConfigError:
     return ConfigError(f"{target} already exists and is not empty; choose another place or remove it first")
 
 
@@ -316,13 +316,13 @@ def _move_to_free(temp: Path, target: Path) -> None:
         disk.rename(temp, target)
     except OSError as e:
         if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise _taken(target) from None
+            raise _target_exists_error(target) from None
         raise
     disk.fsync_dir(target.parent)
 
 
 def _move_in(temp: Path, target: Path) -> None:
-    aside = _beside(target, "old") if os.path.lexists(target) else None
+    aside = _temporary_path(target, "old") if os.path.lexists(target) else None
     if aside:
         disk.rename(target, aside)
     try:
@@ -333,20 +333,20 @@ def _move_in(temp: Path, target: Path) -> None:
         raise
     disk.fsync_dir(target.parent)
     if aside:
-        _remove(aside)
+        _remove_tree(aside)
 
 
-def _remove(path: Path) -> None:
+def _remove_tree(path: Path) -> None:
     """Remove a file, a link (never what it points to) or a tree."""
     if path.is_symlink() or not path.is_dir():
         disk.unlink(path)
         return
     for entry in sorted(path.iterdir()):
-        _remove(entry)
+        _remove_tree(entry)
     disk.rmdir(path)
 
 
 def _remove_if_possible(path: Path) -> None:
     with contextlib.suppress(OSError):
         if os.path.lexists(path):
-            _remove(path)
+            _remove_tree(path)

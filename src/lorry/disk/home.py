@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def home() -> Path:
+def lorry_home() -> Path:
     """The directory; it need not exist yet."""
     if chosen := os.environ.get("LORRY_HOME"):
         return Path(chosen).expanduser()

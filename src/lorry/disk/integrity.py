@@ -22,29 +22,29 @@ from pathlib import Path
 
 from lorry.disk import durable
 from lorry.disk.documents import parse_json
-from lorry.disk.manifest import NAME, Entry, text
+from lorry.disk.manifest import MANIFEST_NAME, ManifestEntry, encode_manifest
 from lorry.errors import ModelError
 
-BLOCK = 1 << 20  # bytes read at a time
+BLOCK_BYTES = 1 << 20  # bytes read at a time
 LARGEST_MANIFEST = 1 << 24  # bytes; nothing that is longer was written as one
 
 
-def verify(directory: Path, *, digests: bool = True) -> list[str]:
+def verify_directory(directory: Path, *, digests: bool = True) -> list[str]:
     """Check a directory against its manifest and return the names it lists.
 
     With ``digests`` false only presence and size are compared. Raises ModelError naming the damaged file: a manifest
     that is absent or altered, a file that is missing, of another size or content, a link, or outside the directory.
     Raises DiskError where something could not be read, which is no statement about it.
     """
-    with reading(directory / NAME):
+    with translate_read_errors(directory / MANIFEST_NAME):
         linked = stat.S_ISLNK(durable.disk.lstat(directory).st_mode)
     if linked:
         raise ModelError(f"{directory} is a symbolic link; give the directory it points to")
-    entries = _read_manifest(directory / NAME)
+    entries = _read_manifest(directory / MANIFEST_NAME)
     for name, entry in entries.items():
         path = directory / name
         if name != os.path.basename(name) or name in ("", ".", ".."):
-            raise ModelError(f"{directory / NAME}: {name!r} is not a plain file name of this directory")
+            raise ModelError(f"{directory / MANIFEST_NAME}: {name!r} is not a plain file name of this directory")
         size = plain_size(path)
         if size != entry["bytes"]:
             raise ModelError(f"{path} is damaged: {size} bytes, its manifest says {entry['bytes']}")
@@ -55,7 +55,7 @@ def verify(directory: Path, *, digests: bool = True) -> list[str]:
 
 def plain_size(path: Path) -> int:
     """The size in bytes of a regular file. Raises ModelError when it is missing, a link, or no regular file; and DiskError."""
-    with reading(path):
+    with translate_read_errors(path):
         found = durable.disk.lstat(path)
     if not stat.S_ISREG(found.st_mode):
         raise ModelError(f"{path} is not a plain file (a link or a special file); it is not followed")
@@ -65,29 +65,29 @@ def plain_size(path: Path) -> int:
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal. Raises ModelError when it is missing, and DiskError."""
     digest = hashlib.sha256()
-    for block in blocks(path):
+    for block in iter_blocks(path):
         digest.update(block)
     return digest.hexdigest()
 
 
-def content(path: Path) -> bytes:
+def read_content(path: Path) -> bytes:
     """A whole file. Raises ModelError when it is missing, and DiskError."""
-    return b"".join(blocks(path))
+    return b"".join(iter_blocks(path))
 
 
-def blocks(path: Path) -> Iterator[bytes]:
+def iter_blocks(path: Path) -> Iterator[bytes]:
     """A file piece by piece. Raises ModelError when it is missing, and DiskError."""
-    with reading(path):
+    with translate_read_errors(path):
         fd = durable.disk.open_to_read(path)
         try:
-            while block := durable.disk.read(fd, BLOCK):
+            while block := durable.disk.read(fd, BLOCK_BYTES):
                 yield block
         finally:
             os.close(fd)
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def translate_read_errors(path: Path) -> Iterator[None]:
     """What the disk answers while ``path`` is read: absence is ModelError, everything else DiskError with its place."""
     try:
         yield
@@ -99,11 +99,11 @@ def reading(path: Path) -> Iterator[None]:
         raise durable.DiskError(error.errno, error.strerror, str(error.filename or path)) from error
 
 
-def _read_manifest(path: Path) -> dict[str, Entry]:
-    raw = content(path) if plain_size(path) <= LARGEST_MANIFEST else b""
+def _read_manifest(path: Path) -> dict[str, ManifestEntry]:
+    raw = read_content(path) if plain_size(path) <= LARGEST_MANIFEST else b""
     try:
-        entries: dict[str, Entry] = parse_json(raw, str(path), error=ModelError)["files"]
-        whole = text(entries) == raw
+        entries: dict[str, ManifestEntry] = parse_json(raw, str(path), error=ModelError)["files"]
+        whole = encode_manifest(entries) == raw
     except (ModelError, TypeError, KeyError, AttributeError):
         whole = False
     if not whole or any([type(v) for v in entry.values()] != [int, str] for entry in entries.values()):

@@ -14,20 +14,20 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-NAME = "manifest.json"
-FORMAT = "lorry-manifest/1"
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = "lorry-manifest/1"
 
 
-class Entry(TypedDict):
+class ManifestEntry(TypedDict):
     """What a manifest says of one file."""
 
     bytes: int
     sha256: str
 
 
-def text(entries: Mapping[str, Entry]) -> bytes:
+def encode_manifest(entries: Mapping[str, ManifestEntry]) -> bytes:
     """The manifest as it is written, for entries by file name."""
-    files = {name: Entry(bytes=entries[name]["bytes"], sha256=entries[name]["sha256"]) for name in sorted(entries)}
-    body: dict[str, Any] = {"format": FORMAT, "files": files}
+    files = {name: ManifestEntry(bytes=entries[name]["bytes"], sha256=entries[name]["sha256"]) for name in sorted(entries)}
+    body: dict[str, Any] = {"format": MANIFEST_FORMAT, "files": files}
     body["sha256"] = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps(body, indent=1) + "\n").encode()

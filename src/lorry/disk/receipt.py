@@ -25,7 +25,7 @@ TEXTS = ("name", "path", "adapter", "kind", "revision", "family", "dtype", "devi
 def read(path: Path) -> dict[str, Any] | None:
     """The receipt, None where there is no such file. Raises DataError naming the part that no run writes so, and OSError."""
     try:
-        found = documents.read_json(path)
+        found = documents.read_json_document(path)
     except FileNotFoundError:
         return None
     if not isinstance(found, dict):

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 _B64 = r"[A-Za-z0-9_-]"
 # (what it is, its shape); none may begin in the middle of a word
-SHAPES: tuple[tuple[str, str], ...] = (
+SECRET_SHAPES: tuple[tuple[str, str], ...] = (
     ("a Hugging Face token", r"(?:hf|api_org)_(?:oauth_)?[A-Za-z0-9]{30,}|hf_(?:oauth|jwt)_[A-Za-z0-9_.-]{20,}"),
     ("an Anthropic key", rf"sk-ant-{_B64}{{20,}}"),
     (
@@ -71,36 +71,36 @@ SHAPES: tuple[tuple[str, str], ...] = (
     ("a password in an address", r"[a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>{}$*]{1,100}:[^\s/:@\"'<>{}$*]{6,200}@[A-Za-z0-9]"),
 )
 _BEGIN = r"(?:(?<![A-Za-z0-9_])|(?<=\\[nrt]))"  # JSON writes a line break before one as a letter
-_ANY = re.compile(_BEGIN + "(?:" + "|".join(f"(?P<s{n}>{shape})" for n, (_, shape) in enumerate(SHAPES)) + ")")
+_ANY = re.compile(_BEGIN + "(?:" + "|".join(f"(?P<s{n}>{shape})" for n, (_, shape) in enumerate(SECRET_SHAPES)) + ")")
 # Of an environment variable, or of a setting on a command line.
 _VARIABLE = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(?:^|_)PAT)$")
 _SETTING = re.compile(
     r"token(?!s|i)|secret|passw|passphrase|credential|(?:^|[-_.])(?:api|access|private)?[-_]?key$|(?:^|[-_.])pat$", re.I
 )
-SHORTEST = 12  # characters of a variable's value: a shorter one stands anywhere by chance
+SHORTEST_SECRET = 12  # characters of a variable's value: a shorter one stands anywhere by chance
 NO_SECRET = re.compile(r"[a-z]{1,15}|/.*|[0-9]{1,15}|(?i:true|false|none|null)")
 
 
 @dataclass(frozen=True)
-class Found:
+class SecretMatch:
     """What a text holds, and the character at which it begins."""
 
     what: str
     at: int
 
 
-def find(text: str, secrets: Mapping[str, str] | None = None) -> Found | None:
+def find_secret(text: str, secrets: Mapping[str, str] | None = None) -> SecretMatch | None:
     """The first secret of a text: one of ``secrets`` (name -> value), or something of a known shape."""
-    held = [Found(name, at) for name, value in (secrets or {}).items() if (at := text.find(value)) >= 0]
+    held = [SecretMatch(name, at) for name, value in (secrets or {}).items() if (at := text.find(value)) >= 0]
     if match := _ANY.search(text):
-        held.append(Found(SHAPES[int((match.lastgroup or "s0")[1:])][0], match.start()))
+        held.append(SecretMatch(SECRET_SHAPES[int((match.lastgroup or "s0")[1:])][0], match.start()))
     return min(held, key=lambda found: found.at, default=None)
 
 
-def of_environment() -> dict[str, str]:
+def environment_secrets() -> dict[str, str]:
     """The variables whose name says that they hold a secret, where the value is long enough to be one."""
     named = {name: value for name, value in os.environ.items() if _VARIABLE.search(name.upper())}
-    return {name: value for name, value in named.items() if len(value) >= SHORTEST and not NO_SECRET.fullmatch(value)}
+    return {name: value for name, value in named.items() if len(value) >= SHORTEST_SECRET and not NO_SECRET.fullmatch(value)}
 
 
 def names_secret(setting: str) -> bool:
@@ -108,6 +108,6 @@ def names_secret(setting: str) -> bool:
     return bool(_SETTING.search(setting))
 
 
-def hidden(text: str) -> str:
+def mask_secrets(text: str) -> str:
     """The text with *** in the place of everything of a known shape."""
     return _ANY.sub("***", text)

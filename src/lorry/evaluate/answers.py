@@ -14,14 +14,19 @@ from torch import nn
 
 from lorry.adapters.mix import Mix
 from lorry.data.reading.content import Conversation
-from lorry.evaluate.metrics.registry import References, bootstrap_interval, score_each
-from lorry.generation.text import answer
+from lorry.evaluate.metrics.registry import ReferenceTexts, bootstrap_interval, score_each
+from lorry.generation.text import generate_texts
 
 # as `score_each` calls them, and as evaluation.json and the tables do
-METRICS = {"exact_match": "exact_match", "exact_match_strict": "exact_match_strict", "rouge_l": "rouge_l", "token_f1": "f1"}
+ANSWER_METRICS = {
+    "exact_match": "exact_match",
+    "exact_match_strict": "exact_match_strict",
+    "rouge_l": "rouge_l",
+    "token_f1": "f1",
+}
 
 
-def answers(
+def generate_answers(
     model: nn.Module,
     tokenizer: Any,
     conversations: Sequence[Conversation],
@@ -37,37 +42,37 @@ def answers(
     uses now. ``batch_rows``: rows alive at once. Raises what `models.generate.generate` raises (ModelError for a prompt that the
     context cannot hold).
     """
-    return answer(
+    return generate_texts(
         model, tokenizer, conversations, system=system, max_new_tokens=max_new_tokens, adapters=adapters, batch_rows=batch_rows
     )
 
 
-def reference(conversation: Conversation) -> str:
+def reference_answer(conversation: Conversation) -> str:
     """The last thing the assistant says that is to be learnt: what an answer is compared with."""
     return next(m.content for m in reversed(conversation.messages) if m.role == "assistant" and m.learnt)
 
 
-def score_rows(predictions: Sequence[str], references: Sequence[References]) -> dict[str, list[float]]:
+def score_answer_rows(predictions: Sequence[str], references: Sequence[ReferenceTexts]) -> dict[str, list[float]]:
     """{exact_match, exact_match_strict, rouge_l, f1: one value per row}, each in [0, 1].
 
     exact_match and f1 compare normalised text (SQuAD's rule), exact_match_strict the text as it is but for white space around
     it. Raises DataError for lists of unequal length, empty ones, or a row without a reference.
     """
     each = score_each(predictions, references)
-    return {shown: each[name] for name, shown in METRICS.items()}
+    return {shown: each[name] for name, shown in ANSWER_METRICS.items()}
 
 
-def score_answers(predictions: Sequence[str], references: Sequence[References]) -> dict[str, float]:
-    """The means of `score_rows`. Raises DataError as it does."""
-    return means(score_rows(predictions, references))
+def score_answers(predictions: Sequence[str], references: Sequence[ReferenceTexts]) -> dict[str, float]:
+    """The means of `score_answer_rows`. Raises DataError as it does."""
+    return metric_means(score_answer_rows(predictions, references))
 
 
-def means(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def metric_means(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """{metric: mean over its rows}."""
     return {name: math.fsum(values) / len(values) for name, values in rows.items()}
 
 
-def intervals(rows: Mapping[str, Sequence[float]], seed: int = 0) -> dict[str, tuple[float, float]]:
+def metric_intervals(rows: Mapping[str, Sequence[float]], seed: int = 0) -> dict[str, tuple[float, float]]:
     """{metric: (low, high)}: the 95% percentile bootstrap interval of each mean; without those of too few rows."""
     found = {name: bootstrap_interval(values, seed) for name, values in rows.items()}
     return {name: ends for name, ends in found.items() if all(map(math.isfinite, ends))}

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lorry.adapters.mix import Mix
-from lorry.backends.protocol import Scorer, Task, term_totals
-from lorry.data.batch import Batch, Example, collate
-from lorry.models.scoring.score import Score, correct, log_prob
+from lorry.backends.protocol import ScoringBackend, Task, term_totals
+from lorry.data.batch import Batch, TokenizedExample, collate
+from lorry.models.scoring.score import TokenScore, correct, log_prob
 
 
-def evaluate_task(backend: Scorer, task: Task) -> dict[str, float]:
+def evaluate_task(backend: ScoringBackend, task: Task) -> dict[str, float]:
     """{eval_loss, eval_TERM..., eval_perplexity, eval_token_accuracy} of a task's held-out batches; empty if it has none.
 
     eval_loss is the task's own loss, normalised over the whole set; perplexity and accuracy are per supervised token.
@@ -24,7 +24,7 @@ def evaluate_task(backend: Scorer, task: Task) -> dict[str, float]:
     sums = dict.fromkeys(totals, 0.0)
     tokens = right = nll = 0.0
     for batch in batches:
-        wants = {**task.wants(batch), "_logprob": Score(log_prob), "_correct": Score(correct)}
+        wants = {**task.wants(batch), "_logprob": TokenScore(log_prob), "_correct": TokenScore(correct)}
         got = backend.score([batch], wants)[0]
         for name, values in task.loss(got, batch).items():
             sums[name] += float(values.double().sum())
@@ -35,31 +35,31 @@ def evaluate_task(backend: Scorer, task: Task) -> dict[str, float]:
     terms = {name: sums[name] / totals[name] if totals[name] else 0.0 for name in sums}
     out = {"eval_loss": sum(terms.values())}
     out |= {f"eval_{name}": value for name, value in terms.items() if len(terms) > 1}
-    return out | {"eval_perplexity": perplexity(nll, tokens), "eval_token_accuracy": right / tokens if tokens else math.nan}
+    return out | {"eval_perplexity": loss_perplexity(nll, tokens), "eval_token_accuracy": right / tokens if tokens else math.nan}
 
 
-def mean_nll(backend: Scorer, batches: Sequence[Batch], mix: Mix | None = None) -> tuple[float, float]:
+def mean_nll(backend: ScoringBackend, batches: Sequence[Batch], mix: Mix | None = None) -> tuple[float, float]:
     """(summed negative log-likelihood in nats, supervised tokens) of batches under a mix (None: the batch's own adapters)."""
     nll = tokens = 0.0
     for batch in batches:
-        logprob = backend.score([batch], {"logprob": Score(log_prob)}, mix)[0]["logprob"]
+        logprob = backend.score([batch], {"logprob": TokenScore(log_prob)}, mix)[0]["logprob"]
         nll -= float((logprob.double() * batch.weights.double()).sum())
         tokens += float(batch.weights.double().sum())
     return nll, tokens
 
 
-def packed_difference(backend: Scorer, batch: Batch, sequences: int = 8) -> float:
+def packed_loss_difference(backend: ScoringBackend, batch: Batch, sequences: int = 8) -> float:
     """Difference between the mean loss of a batch's first few sequences packed and alone, relative to the loss where that is
     above 1: rounding and nothing more, if packing changes nothing."""
-    parts = _parts(batch, sequences)
+    parts = _split_examples(batch, sequences)
     (packed, tokens), (alone, _) = mean_nll(backend, [collate(parts)]), mean_nll(backend, [collate([p]) for p in parts])
     return abs(packed - alone) / max(tokens, alone)
 
 
-def leak(backend: Scorer, batch: Batch, sequences: int = 4) -> float:
+def packing_leak(backend: ScoringBackend, batch: Batch, sequences: int = 4) -> float:
     """Largest change of a sequence's scores when its neighbours' tokens are reversed: exactly 0 if nothing leaks, since shapes,
     and with them every kernel and its rounding, stay the same."""
-    parts, want = _parts(batch, sequences), {"logprob": Score(log_prob)}
+    parts, want = _split_examples(batch, sequences), {"logprob": TokenScore(log_prob)}
     before = backend.score([collate(parts)], want)[0]["logprob"]
     worst = 0.0
     for changed in (0, 1):
@@ -71,16 +71,16 @@ def leak(backend: Scorer, batch: Batch, sequences: int = 4) -> float:
     return worst
 
 
-def _parts(batch: Batch, sequences: int) -> list[Example]:
+def _split_examples(batch: Batch, sequences: int) -> list[TokenizedExample]:
     """The first few sequences of a batch, apart again."""
     parts = []
     for s, (start, stop) in enumerate(batch.segments[:sequences]):
         tokens, weights = batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist()
-        parts.append(Example(tokens, weights, adapter=int(batch.adapter[s]), key=int(batch.key[s])))
+        parts.append(TokenizedExample(tokens, weights, adapter=int(batch.adapter[s]), key=int(batch.key[s])))
     return parts
 
 
-def perplexity(nll: float, tokens: float) -> float:
+def loss_perplexity(nll: float, tokens: float) -> float:
     """exp(nll / tokens); infinite when that overflows, NaN without tokens."""
     if not tokens:
         return math.nan

@@ -11,21 +11,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorry.adapters.attach import bank_of
+from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
-from lorry.backends.protocol import Scorer
-from lorry.data.encoding.encode import Encoder
-from lorry.data.encoding.template import TemplateRefusal
-from lorry.data.encoding.token_set import TokenSet, encode_rows, told
+from lorry.backends.protocol import ScoringBackend
+from lorry.data.encoding.encode import ExampleEncoder
+from lorry.data.encoding.template import TemplateRefusedError
+from lorry.data.encoding.token_set import TokenSet, encode_rows, report_progress
 from lorry.data.reading.content import Conversation
-from lorry.data.reading.formats import Format, Found, read_examples
-from lorry.data.reading.sources import Source
+from lorry.data.reading.formats import DataExample, RowFormat, read_examples
+from lorry.data.reading.sources import DataSource
 from lorry.errors import DataError
-from lorry.evaluate.answers import answers, intervals, means, reference, score_rows
-from lorry.evaluate.metrics.registry import perplexity
+from lorry.evaluate.answers import generate_answers, metric_intervals, metric_means, reference_answer, score_answer_rows
+from lorry.evaluate.metrics.registry import corpus_perplexity
 from lorry.generation.scorer import ModelScorer
 from lorry.models.causal_lm import CausalLM
-from lorry.models.scoring.score import Score, correct, log_prob
+from lorry.models.scoring.score import TokenScore, correct, log_prob
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class EvalRow:
 
 
 @dataclass(frozen=True)
-class Forced:
+class TeacherForcedScore:
     """Teacher forcing on some tokens: summed negative log-likelihood in nats, weight, supervised tokens, those guessed right."""
 
     nll: float = 0.0
@@ -47,25 +47,25 @@ class Forced:
     tokens: int = 0
     right: int = 0
 
-    def __add__(self, other: Forced) -> Forced:
-        return Forced(
+    def __add__(self, other: TeacherForcedScore) -> TeacherForcedScore:
+        return TeacherForcedScore(
             self.nll + other.nll, self.weight + other.weight, self.tokens + other.tokens, self.right + other.right
         )  # fmt: skip
 
     def metrics(self) -> dict[str, float]:
         """Mean loss per unit of weight, its exponential, and the share of supervised tokens that were the likeliest."""
-        loss = {"loss": self.nll / self.weight, "perplexity": perplexity(self.nll, self.weight)}
+        loss = {"loss": self.nll / self.weight, "perplexity": corpus_perplexity(self.nll, self.weight)}
         return {**loss, "token_accuracy": self.right / self.tokens}
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """One model's result. ``metrics``: over all rows; ``intervals``: 95%, of those that are means of rows; ``forced``: by row;
+class EvaluationResult:
+    """One model's result. ``metrics``: over all rows; ``metric_intervals``: 95%, of those that are means of rows; ``forced``: by row;
     ``said`` and ``scores``: by row number, for the rows that were asked."""
 
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
-    forced: list[Forced]
+    forced: list[TeacherForcedScore]
     said: dict[int, str] = field(default_factory=dict)
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
 
@@ -77,19 +77,19 @@ class EvalRows:
     rows: list[EvalRow]
     tokens: TokenSet
     owners: list[int]
-    encoder: Encoder
+    encoder: ExampleEncoder
 
     @classmethod
-    def read(cls, source: Source, encoder: Encoder, form: Format | None = None) -> EvalRows:
+    def read(cls, source: DataSource, encoder: ExampleEncoder, form: RowFormat | None = None) -> EvalRows:
         """Read and encode a whole source. Raises DataError for a bad row (by the source's policy) or when no row is left."""
         notes: set[str] = set()
         encoded = encode_rows(read_examples(source, form, notes=notes), source, encoder)
-        read = list(told(encoded, source.label, encoder.tell))
+        read = list(report_progress(encoded, source.label, encoder.tell))
         tokens = TokenSet.of(read, source, encoder, notes)
         if not read:
             raise DataError(f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}")
         owners = [number for number, (_, pieces) in enumerate(read) for _ in pieces]
-        return cls([_row(found, encoder) for found, _ in read], tokens, owners, encoder)
+        return cls([_eval_row(found, encoder) for found, _ in read], tokens, owners, encoder)
 
     def askable(self, context: int | None, max_new_tokens: int) -> tuple[list[int], list[str]]:
         """(numbers of the rows with a question whose answer fits the model's context, a note for each kind left out)."""
@@ -99,7 +99,7 @@ class EvalRows:
                 continue
             try:
                 fits = context is None or len(self.encoder.prompt(row.content)) + max_new_tokens <= context
-            except TemplateRefusal:
+            except TemplateRefusedError:
                 refused += 1
                 continue
             kept += [number] if fits else []
@@ -108,36 +108,41 @@ class EvalRows:
         return kept, notes + [f"{refused} rows not asked: the chat template does not render their prompt"] * (refused > 0)
 
 
-def _row(found: Found, encoder: Encoder) -> EvalRow:
+def _eval_row(found: DataExample, encoder: ExampleEncoder) -> EvalRow:
     if not isinstance(found.content, Conversation):
         return EvalRow(found.where, found.content)
-    messages, right = found.content.messages, reference(found.content)
+    messages, right = found.content.messages, reference_answer(found.content)
     last = max(number for number, message in enumerate(messages) if message.role == "assistant" and message.learnt)
     question = messages[last - 1].content if last else ""
-    return EvalRow(found.where, found.content, question, tuple(_bare(text, encoder) for text in _all_right(found.values, right)))
+    return EvalRow(
+        found.where,
+        found.content,
+        question,
+        tuple(_strip_end_of_turn(text, encoder) for text in _acceptable_answers(found.values, right)),
+    )
 
 
-def _all_right(values: Mapping[str, Any], learnt: str) -> list[str]:
-    """Every acceptable answer of a row whose column ``answers`` lists several, as SQuAD does, the learnt one among them."""
+def _acceptable_answers(values: Mapping[str, Any], learnt: str) -> list[str]:
+    """Every acceptable answer of a row whose column ``generate_answers`` lists several, as SQuAD does, the learnt one among them."""
     several = values.get("answers")
     several = several.get("text") if isinstance(several, Mapping) else several
     texts = [text for text in several if isinstance(text, str)] if isinstance(several, Sequence) else []
     return texts if not isinstance(several, str) and learnt in texts else [learnt]
 
 
-def _bare(text: str, encoder: Encoder) -> str:
+def _strip_end_of_turn(text: str, encoder: ExampleEncoder) -> str:
     """Without an end of turn that the data wrote out; an answer is decoded without it, too."""
     for end in (encoder.template.end_of_turn, encoder.tokenizer.eos_token):
         text = text.rstrip().removesuffix(end) if end else text
     return text
 
 
-def forced_by_row(scorer: Scorer, rows: EvalRows, mix: Mix, batch_rows: int) -> list[Forced]:
-    """Teacher forcing, a `Forced` per row."""
-    done = [Forced() for _ in rows.rows]
+def score_teacher_forced(scorer: ScoringBackend, rows: EvalRows, mix: Mix, batch_rows: int) -> list[TeacherForcedScore]:
+    """Teacher forcing, a `TeacherForcedScore` per row."""
+    done = [TeacherForcedScore() for _ in rows.rows]
     owners = iter(rows.owners)
     for batch in rows.tokens.eval_batches(batch_rows):
-        got = scorer.score([batch], {"logprob": Score(log_prob), "correct": Score(correct)}, mix)[0]
+        got = scorer.score([batch], {"logprob": TokenScore(log_prob), "correct": TokenScore(correct)}, mix)[0]
         supervised = (batch.weights != 0).double()
         sums = (
             batch.sum_by_sequence(-got["logprob"].double() * batch.weights.double()),
@@ -147,7 +152,7 @@ def forced_by_row(scorer: Scorer, rows: EvalRows, mix: Mix, batch_rows: int) -> 
         )
         for nll, weight, tokens, right in zip(*(values.tolist() for values in sums), strict=True):
             owner = next(owners)
-            done[owner] += Forced(nll, weight, int(tokens), int(right))
+            done[owner] += TeacherForcedScore(nll, weight, int(tokens), int(right))
     return done
 
 
@@ -159,21 +164,23 @@ def evaluate_rows(
     asked: Sequence[int] = (),
     max_new_tokens: int = 64,
     batch_rows: int = 8,
-) -> Evaluated:
+) -> EvaluationResult:
     """Loss, perplexity and token accuracy of all rows under a mix; exact match, ROUGE-L and F1 of answers to those ``asked``.
 
     Raises NonFiniteError or ModelError from the model.
     """
-    bank_of(model, create=True)
-    forced = forced_by_row(ModelScorer(model), rows, mix, batch_rows)
-    metrics = sum(forced, Forced()).metrics()
+    get_bank(model, create=True)
+    forced = score_teacher_forced(ModelScorer(model), rows, mix, batch_rows)
+    metrics = sum(forced, TeacherForcedScore()).metrics()
     if not asked:
-        return Evaluated(metrics, {}, forced)
+        return EvaluationResult(metrics, {}, forced)
     conversations = [rows.rows[number].content for number in asked]
-    said = answers(
+    said = generate_answers(
         model, rows.encoder.tokenizer, conversations, adapters=mix, max_new_tokens=max_new_tokens, batch_rows=batch_rows,
         system=rows.encoder.system,
     )  # fmt: skip
-    each = score_rows(said, [rows.rows[number].references for number in asked])
+    each = score_answer_rows(said, [rows.rows[number].references for number in asked])
     by_row = {number: {name: values[at] for name, values in each.items()} for at, number in enumerate(asked)}
-    return Evaluated(metrics | means(each), intervals(each), forced, dict(zip(asked, said, strict=True)), by_row)
+    return EvaluationResult(
+        metrics | metric_means(each), metric_intervals(each), forced, dict(zip(asked, said, strict=True)), by_row
+    )

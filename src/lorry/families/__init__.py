@@ -2,7 +2,7 @@
 
 A family answers five questions: which `model_type`s it covers, where each part lies in the state
 dict, which target names people use, which role each target and norm has in a layer, and how
-`config.json` turns into a `Geometry`. Nobody else derives a role from a name or a position. `find`
+`config.json` turns into a `ModelGeometry`. Nobody else derives a role from a name or a position. `find_family`
 returns None for an architecture nobody described; the loader then takes transformers' own
 implementation.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-Config = Mapping[str, Any]
+ConfigMapping = Mapping[str, Any]
 T_co = TypeVar("T_co", covariant=True)
 U = TypeVar("U")
 
@@ -62,7 +62,7 @@ SITES = LayerLinears[Site]("attention.in", "attention.out", "mlp.in", "mlp.out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rotary:
+class RotaryConfig:
     """Rotary positions: base frequency, how many of the head's dimensions turn, and a scaling rule with its numbers."""
 
     theta: float
@@ -72,7 +72,7 @@ class Rotary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry:
+class ModelGeometry:
     """Everything the decoder needs to know beyond names."""
 
     layers: int
@@ -86,13 +86,13 @@ class Geometry:
     norm_eps: float
     activation: str
     tied: bool
-    rotary: Rotary | None
+    rotary: RotaryConfig | None
     biased: frozenset[str]
     parallel_residual: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class ModelFamily:
     """One architecture. Paths are Hugging Face module names; `{i}` is the layer number.
 
     targets: canonical target name -> path inside a layer; the layer's linears in the order they run.
@@ -117,9 +117,9 @@ class Family:
     gated: bool
     transposed: bool = False
     on_disk: Mapping[str, str] = field(default_factory=dict)
-    geometry: Callable[[Config], Geometry]
+    geometry: Callable[[ConfigMapping], ModelGeometry]
     reads: frozenset[str]
-    ignores: Mapping[str, Callable[[Any, Config], bool]]
+    ignores: Mapping[str, Callable[[Any, ConfigMapping], bool]]
 
     def __post_init__(self) -> None:
         named = [target for role in self.roles for target in role]
@@ -134,7 +134,7 @@ class Family:
         """Full module name of a canonical target, e.g. `q_proj` of layer 3."""
         return f"{self.layer.format(i=layer)}.{self.targets[target]}"
 
-    def sizes(self, g: Geometry) -> LayerLinears[dict[str, tuple[int, int]]]:
+    def sizes(self, g: ModelGeometry) -> LayerLinears[dict[str, tuple[int, int]]]:
         """{target: (out, in) features} by role."""
         q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
         outputs = (q, kv, kv) if len(self.roles.qkv) == 3 else (q + 2 * kv,)
@@ -146,7 +146,7 @@ class Family:
         )
 
 
-def find(model_type: str) -> Family | None:
+def find_family(model_type: str) -> ModelFamily | None:
     """The family of a config's `model_type`, or None."""
     from lorry.families.gpt2 import GPT2
     from lorry.families.llama import LLAMA, QWEN2, QWEN3
@@ -155,7 +155,7 @@ def find(model_type: str) -> Family | None:
     return next((f for f in (LLAMA, QWEN2, QWEN3, GPT2, NEOX) if model_type in f.model_types), None)
 
 
-def unsupported(family: Family, config: Config, defaults: Config) -> list[str]:
+def unsupported_fields(family: ModelFamily, config: ConfigMapping, defaults: ConfigMapping) -> list[str]:
     """Config fields that the native decoder would have to ignore although they change the model, as `key=value` words.
 
     ``defaults`` are the values transformers' own config class starts with: a key that class does not know is metadata,

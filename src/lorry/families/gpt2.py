@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lorry.families import Config, Family, Geometry, LayerLinears, LayerNorms
-from lorry.families.common import METADATA
+from lorry.families import ConfigMapping, LayerLinears, LayerNorms, ModelFamily, ModelGeometry
+from lorry.families.common import METADATA_KEYS
 
 
-def geometry(config: Config) -> Geometry:
+def gpt2_geometry(config: ConfigMapping) -> ModelGeometry:
     """GPT-2's own key names; every linear and norm has a bias; the head is tied."""
     width, heads = config["n_embd"], config["n_head"]
-    return Geometry(
+    return ModelGeometry(
         layers=config["n_layer"],
         width=width,
         heads=heads,
@@ -26,7 +26,7 @@ def geometry(config: Config) -> Geometry:
     )
 
 
-GPT2 = Family(
+GPT2 = ModelFamily(
     name="gpt2",
     model_types=("gpt2",),
     embed="transformer.wte",
@@ -41,9 +41,9 @@ GPT2 = Family(
     qkv="thirds",
     gated=False,
     transposed=True,
-    geometry=geometry,
+    geometry=gpt2_geometry,
     reads=frozenset(
         {"n_embd", "n_head", "n_layer", "n_inner", "vocab_size", "n_positions", "layer_norm_epsilon", "activation_function"}
     ),
-    ignores=METADATA,
+    ignores=METADATA_KEYS,
 )

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorry.families import Config, Family, Geometry, LayerLinears, LayerNorms
-from lorry.families.common import METADATA, ROTARY_KEYS, UnsupportedConfig, full_attention, rotary, wide_window
+from lorry.families import ConfigMapping, LayerLinears, LayerNorms, ModelFamily, ModelGeometry
+from lorry.families.common import (
+    METADATA_KEYS,
+    ROTARY_KEYS,
+    UnsupportedConfigError,
+    is_full_attention,
+    is_wide_window,
+    read_rotary,
+)
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 
-def llama_geometry(config: Config) -> Geometry:
+def llama_geometry(config: ConfigMapping) -> ModelGeometry:
     """Llama's and Mistral's config; biases only where `attention_bias` or `mlp_bias` ask for them.
 
     Raises UnsupportedConfig for a partial rotary factor: transformers reads it under some scaling rules and not under others.
     """
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    turning = rotary(config, head_dim)
+    turning = read_rotary(config, head_dim)
     if turning.dim != head_dim:
-        raise UnsupportedConfig(f"partial_rotary_factor={turning.dim / head_dim}")
-    biased = {*(ATTENTION if config.get("attention_bias") else ()), *(MLP if config.get("mlp_bias") else ())}
-    return Geometry(
+        raise UnsupportedConfigError(f"partial_rotary_factor={turning.dim / head_dim}")
+    biased = {*(ATTENTION_TARGETS if config.get("attention_bias") else ()), *(MLP_TARGETS if config.get("mlp_bias") else ())}
+    return ModelGeometry(
         layers=config["num_hidden_layers"],
         width=config["hidden_size"],
         heads=heads,
@@ -39,22 +46,22 @@ def llama_geometry(config: Config) -> Geometry:
     )
 
 
-def qwen2_geometry(config: Config) -> Geometry:
+def qwen2_geometry(config: ConfigMapping) -> ModelGeometry:
     """Qwen2: q, k and v always carry a bias, nothing else does."""
     return replace(llama_geometry(config), biased=frozenset(LLAMA.roles.qkv))
 
 
-def qwen3_geometry(config: Config) -> Geometry:
+def qwen3_geometry(config: ConfigMapping) -> ModelGeometry:
     """Qwen3: heads of 128 unless the config says otherwise."""
     return llama_geometry({"head_dim": 128, **config})
 
 
-READS = ROTARY_KEYS | {
+CONFIG_KEYS = ROTARY_KEYS | {
     "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "intermediate_size", "vocab_size",
     "max_position_embeddings", "rms_norm_eps", "hidden_act", "tie_word_embeddings", "head_dim", "attention_bias", "mlp_bias",
 }  # fmt: skip
 
-LLAMA = Family(
+LLAMA = ModelFamily(
     name="llama",
     model_types=("llama", "mistral", "smollm"),
     embed="model.embed_tokens",
@@ -63,7 +70,7 @@ LLAMA = Family(
     final_norm="model.norm",
     head="lm_head",
     norms=LayerNorms(attn="input_layernorm", mlp="post_attention_layernorm"),
-    targets={**{t: f"self_attn.{t}" for t in ATTENTION}, **{t: f"mlp.{t}" for t in MLP}},
+    targets={**{t: f"self_attn.{t}" for t in ATTENTION_TARGETS}, **{t: f"mlp.{t}" for t in MLP_TARGETS}},
     roles=LayerLinears(
         qkv=("q_proj", "k_proj", "v_proj"), attn_out=("o_proj",), mlp_in=("gate_proj", "up_proj"), mlp_out=("down_proj",)
     ),
@@ -71,8 +78,8 @@ LLAMA = Family(
     qkv="separate",
     gated=True,
     geometry=llama_geometry,
-    reads=READS,
-    ignores={**METADATA, "sliding_window": wide_window, "layer_types": full_attention},
+    reads=CONFIG_KEYS,
+    ignores={**METADATA_KEYS, "sliding_window": is_wide_window, "layer_types": is_full_attention},
 )
 
 QWEN2 = replace(
@@ -80,13 +87,13 @@ QWEN2 = replace(
     name="qwen2",
     model_types=("qwen2",),
     geometry=qwen2_geometry,
-    reads=READS - {"attention_bias", "mlp_bias"},
+    reads=CONFIG_KEYS - {"attention_bias", "mlp_bias"},
     ignores={
-        **METADATA,
-        "sliding_window": wide_window,
-        "use_sliding_window": lambda on, config: not on or wide_window(config.get("sliding_window"), config),
+        **METADATA_KEYS,
+        "sliding_window": is_wide_window,
+        "use_sliding_window": lambda on, config: not on or is_wide_window(config.get("sliding_window"), config),
         "max_window_layers": lambda _, config: not config.get("use_sliding_window"),
-        "layer_types": full_attention,
+        "layer_types": is_full_attention,
     },
 )
 
@@ -96,5 +103,5 @@ QWEN3 = replace(
     model_types=("qwen3",),
     norms=LLAMA.norms._replace(q="self_attn.q_norm", k="self_attn.k_norm"),
     geometry=qwen3_geometry,
-    reads=READS - {"mlp_bias"},
+    reads=CONFIG_KEYS - {"mlp_bias"},
 )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from lorry.families import Config, Family, Geometry, LayerLinears, LayerNorms
-from lorry.families.common import METADATA, ROTARY_KEYS, rotary
+from lorry.families import ConfigMapping, LayerLinears, LayerNorms, ModelFamily, ModelGeometry
+from lorry.families.common import METADATA_KEYS, ROTARY_KEYS, read_rotary
 
 
-def geometry(config: Config) -> Geometry:
+def neox_geometry(config: ConfigMapping) -> ModelGeometry:
     """Pythia's config: rotary on a quarter of each head by default, parallel residual unless switched off."""
     width, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = width // heads
     biased = {"dense_h_to_4h", "dense_4h_to_h", *(("query_key_value", "dense") if config.get("attention_bias", True) else ())}
-    return Geometry(
+    return ModelGeometry(
         layers=config["num_hidden_layers"],
         width=width,
         heads=heads,
@@ -23,13 +23,13 @@ def geometry(config: Config) -> Geometry:
         norm_eps=config.get("layer_norm_eps", 1e-5),
         activation=config.get("hidden_act", "gelu"),
         tied=bool(config.get("tie_word_embeddings", False)),
-        rotary=rotary(config, head_dim, default_share=0.25),
+        rotary=read_rotary(config, head_dim, default_share=0.25),
         biased=frozenset(biased),
         parallel_residual=bool(config.get("use_parallel_residual", True)),
     )
 
 
-NEOX = Family(
+NEOX = ModelFamily(
     name="gpt_neox",
     model_types=("gpt_neox",),
     embed="gpt_neox.embed_in",
@@ -51,11 +51,11 @@ NEOX = Family(
     norm="layer",
     qkv="heads",
     gated=False,
-    geometry=geometry,
+    geometry=neox_geometry,
     reads=ROTARY_KEYS
     | {
         "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size", "max_position_embeddings",
         "layer_norm_eps", "hidden_act", "tie_word_embeddings", "use_parallel_residual", "attention_bias",
     },
-    ignores=METADATA,
+    ignores=METADATA_KEYS,
 )  # fmt: skip

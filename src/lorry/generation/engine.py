@@ -19,21 +19,21 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import bank_of
-from lorry.adapters.mix import Call, Mix
-from lorry.adapters.seeds import seed_of
+from lorry.adapters.attach import get_bank
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.seeds import derive_seed
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
-from lorry.generation.sampling import Sampling
+from lorry.generation.sampling import SamplingParams
 from lorry.models.causal_lm import CausalLM
-from lorry.models.decoder.decode import Runner
-from lorry.models.decoder.model import Packed
+from lorry.models.decoder.decode import DecodeRunner
+from lorry.models.decoder.model import PackedInput
 
 BATCH_ROWS = 64  # live rows at once unless the caller says otherwise
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, unless a single prompt is longer
 
 
 @dataclass(frozen=True)
-class Generated:
+class Completion:
     """The answer to one prompt. ``tokens``: the new ones, with the end-of-turn token or stop sequence that ended it, if any;
     ``finished``: it ended by itself and not at ``max_new_tokens``; ``logprobs``: log p of each token under the plain model
     (temperature 1, nothing penalised or cut off), when asked for.
@@ -45,14 +45,14 @@ class Generated:
 
 
 @dataclass
-class Row:
+class SequenceState:
     """One prompt and what it has said so far."""
 
     index: int
     prompt: list[int]
     adapter: str | None
     limit: int
-    dice: random.Random
+    rng: random.Random
     seen: set[int]
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Row:
         return self.finished or len(self.tokens) >= self.limit
 
 
-class Generation:
+class GenerationBatch:
     """Some prompts being answered: ``steps()`` yields, after each forward pass, the rows that got a token by it."""
 
     def __init__(
@@ -80,7 +80,7 @@ class Generation:
         max_new_tokens: int,
         eos: Collection[int] = (),
         stop: Collection[Sequence[int]] = (),
-        sampling: Sampling,
+        sampling: SamplingParams,
         adapters: Mix | Sequence[str | None] | str | None = None,
         batch_rows: int | None = None,
         logprobs: bool = False,
@@ -90,11 +90,11 @@ class Generation:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if any(len(s) == 0 for s in stop):
             raise ConfigError("stop holds an empty sequence, which would end every answer at once; remove it")
-        self.model = cast(CausalLM, Runner(model) if Runner.takes(model) else model)  # type: ignore[arg-type]
+        self.model = cast(CausalLM, DecodeRunner(model) if DecodeRunner.takes(model) else model)  # type: ignore[arg-type]
         self.eos, self.stop, self.sampling, self.logprobs = frozenset(eos), list(stop), sampling, logprobs
-        self.mix, owners = resolve(model, adapters, len(prompts))
+        self.mix, owners = resolve_row_adapters(model, adapters, len(prompts))
         self.rows = [
-            Row(i, tokens, owner, max_new_tokens, random.Random(seed_of("generate", sampling.seed, i)), set(tokens))
+            SequenceState(i, tokens, owner, max_new_tokens, random.Random(derive_seed("generate", sampling.seed, i)), set(tokens))
             for i, (tokens, owner) in enumerate(zip(([int(t) for t in p] for p in prompts), owners, strict=True))
         ]
         self._check_lengths(max_new_tokens)
@@ -119,7 +119,7 @@ class Generation:
                     f"{limit}; shorten the prompt{shorter} or {fewer}"
                 )
 
-    def steps(self) -> Iterator[list[Row]]:
+    def steps(self) -> Iterator[list[SequenceState]]:
         """Run until every row is done. Raises NonFiniteError when the model's logits are not numbers."""
         fresh = list(range(len(self.live)))
         while self.live:
@@ -129,7 +129,7 @@ class Generation:
             else:
                 self._decode()
                 yield list(self.live)
-            fresh = self._turn_over()
+            fresh = self._refill_rows()
 
     @torch.no_grad()
     def _prefill(self, slots: Sequence[int]) -> None:
@@ -144,7 +144,7 @@ class Generation:
             groups[-1].append(slot)
         for group in groups:
             rows = [self.live[slot] for slot in group]
-            packed = Packed.of([row.prompt for row in rows], self.model.device)
+            packed = PackedInput.of([row.prompt for row in rows], self.model.device)
             places = torch.repeat_interleave(torch.tensor(group), torch.tensor([len(row.prompt) for row in rows]))
             ends = [stop for _, stop in packed.segments]
             call = self._call(rows, [0, *ends])
@@ -157,17 +157,17 @@ class Generation:
         """One token for every live row."""
         count = len(self.live)
         tokens = torch.tensor([row.tokens[-1] for row in self.live], device=self.model.device)
-        packed = Packed(tokens, self.cache.lengths, [(i, i + 1) for i in range(count)])
+        packed = PackedInput(tokens, self.cache.lengths, [(i, i + 1) for i in range(count)])
         call = self._call(self.live, range(count + 1))
         hidden = self.model.cached(packed, torch.arange(count, device=tokens.device), self.cache, call, decoding=True)
         self._choose(self.model.logits(hidden, call), self.live)
 
-    def _call(self, rows: Sequence[Row], starts: Sequence[int]) -> Call:
-        return Call(self.mix if self.mix is not None else Mix.per_sequence([row.adapter for row in rows], starts))
+    def _call(self, rows: Sequence[SequenceState], starts: Sequence[int]) -> AdapterContext:
+        return AdapterContext(self.mix if self.mix is not None else Mix.per_sequence([row.adapter for row in rows], starts))
 
-    def _choose(self, logits: Tensor, rows: Sequence[Row]) -> None:
+    def _choose(self, logits: Tensor, rows: Sequence[SequenceState]) -> None:
         """Give each row its next token from logits [B,V]."""
-        tokens, finite = self.sampling.choose(logits, [row.seen for row in rows], (row.dice.random() for row in rows))
+        tokens, finite = self.sampling.choose(logits, [row.seen for row in rows], (row.rng.random() for row in rows))
         if not bool(finite.all()):
             bad = [row.index for row, good in zip(rows, finite.tolist(), strict=True) if not good]
             raise NonFiniteError(
@@ -182,7 +182,7 @@ class Generation:
             for row, value in zip(rows, picked.tolist(), strict=True):
                 row.logprobs.append(value)
 
-    def _turn_over(self) -> list[int]:
+    def _refill_rows(self) -> list[int]:
         """Replace rows that are done by waiting ones, and shrink the batch when none wait. Returns the slots to prefill."""
         done = [slot for slot, row in enumerate(self.live) if row.done]
         fresh = done[: len(self.waiting)]
@@ -196,11 +196,11 @@ class Generation:
         return fresh
 
 
-def resolve(
+def resolve_row_adapters(
     model: nn.Module, adapters: Mix | Sequence[str | None] | str | None, count: int
 ) -> tuple[Mix | None, list[str | None]]:
     """(the mix of every row, or None where each row has its own adapter; the adapter of each of ``count`` rows)."""
-    bank = bank_of(model, create=True)
+    bank = get_bank(model, create=True)
     if adapters is None or isinstance(adapters, (str, Mix)):
         mix = bank.active if adapters is None else Mix.one(adapters) if isinstance(adapters, str) else adapters
         for term in mix.terms:
@@ -217,7 +217,7 @@ def resolve(
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch every module to evaluation, and those that were training back afterwards."""
     training = [m for m in model.modules() if m.training]
     for module in training:
@@ -229,7 +229,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def generate(
+def generate_completions(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
@@ -244,27 +244,27 @@ def generate(
     adapters: Mix | Sequence[str | None] | str | None = None,
     batch_rows: int | None = None,
     logprobs: bool = False,
-) -> list[Generated]:
+) -> list[Completion]:
     """Answer every prompt (token lists of any lengths, not padded), in their order.
 
     An answer ends with a token of ``eos``, with a sequence of ``stop`` (token lists; both are kept in the answer) or after
-    ``max_new_tokens``. ``temperature`` 0 is greedy; see `Sampling` for the rest. ``adapters``: a name, one name or None (the
+    ``max_new_tokens``. ``temperature`` 0 is greedy; see `SamplingParams` for the rest. ``adapters``: a name, one name or None (the
     base) per prompt, a `Mix` of constants, or None for the model's active mix. ``batch_rows``: rows alive at once (64); the
     others wait. Raises DataError for an empty prompt, ModelError for one too long for the context, ConfigError for a bad
     setting or an unknown adapter, all before anything runs, and NonFiniteError.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
-    run = Generation(
+    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
+    run = GenerationBatch(
         model, prompts, max_new_tokens=max_new_tokens, eos=eos, stop=stop, sampling=sampling, adapters=adapters,
         batch_rows=batch_rows, logprobs=logprobs,
     )  # fmt: skip
-    with evaluating(model):
+    with evaluation_mode(model):
         for _ in run.steps():
             pass
-    return [Generated(row.tokens, row.finished, row.logprobs if logprobs else None) for row in run.rows]
+    return [Completion(row.tokens, row.finished, row.logprobs if logprobs else None) for row in run.rows]
 
 
-def stream(
+def stream_tokens(
     model: nn.Module,
     prompt: Sequence[int],
     *,
@@ -278,12 +278,14 @@ def stream(
     seed: int = 0,
     adapters: Mix | str | None = None,
 ) -> Iterator[int]:
-    """The tokens `generate` would give this prompt, one by one as they are chosen. Settings are checked at once."""
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
-    run = Generation(model, [prompt], max_new_tokens=max_new_tokens, eos=eos, stop=stop, sampling=sampling, adapters=adapters)
+    """The tokens `generate_completions` would give this prompt, one by one as they are chosen. Settings are checked at once."""
+    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
+    run = GenerationBatch(
+        model, [prompt], max_new_tokens=max_new_tokens, eos=eos, stop=stop, sampling=sampling, adapters=adapters
+    )
 
     def tokens() -> Iterator[int]:
-        with evaluating(model):
+        with evaluation_mode(model):
             for rows in run.steps():
                 yield rows[0].tokens[-1]
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from lorry.errors import ConfigError
 from lorry.kernels import decode as kernel
 
-SHORTLIST = 1024  # a nucleus is looked for among this many tokens before the whole vocabulary is sorted
+SHORTLIST_TOKENS = 1024  # a nucleus is looked for among this many tokens before the whole vocabulary is sorted
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How a token is chosen, in this order: repetition penalty, temperature, top_k, top_p, the draw.
 
     temperature: 0 takes the most likely token. top_k: draw among the k most likely. top_p: draw among the fewest tokens whose
@@ -48,8 +48,10 @@ class Sampling:
         scores = logits if self.repetition_penalty == 1 else self._penalise(logits.float(), seen)
         whole = self.top_k is None and self.top_p in (None, 1.0)
         numbers = torch.tensor(list(draws) if self.temperature > 0 else [], dtype=torch.float64, device=logits.device)
-        if (self.temperature == 0 or whole) and kernel.takes(scores.dtype, scores.device):
-            tokens, best = kernel.draw(scores, numbers, self.temperature) if self.temperature > 0 else kernel.largest(scores)
+        if (self.temperature == 0 or whole) and kernel.supports_decode(scores.dtype, scores.device):
+            tokens, best = (
+                kernel.sample_rows(scores, numbers, self.temperature) if self.temperature > 0 else kernel.argmax_rows(scores)
+            )
             return tokens, best.isfinite()
         scores = scores.float()
         best, tokens = scores.max(-1)
@@ -69,19 +71,19 @@ class Sampling:
         if whole:
             probs, tokens = scores.softmax(-1), None
         else:
-            probs, tokens = self._likely(scores)
+            probs, tokens = self._shortlist(scores)
         sums = probs.double().cumsum(-1)
         place = torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)
         return (place if tokens is None else tokens.gather(1, place))[:, 0]
 
-    def _likely(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def _shortlist(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """(probs [B,n], tokens [B,n]), most likely first, 0 where cut off. The sum need not be 1."""
         vocab = scores.shape[1]
         if self.top_k is not None:
             best, tokens = scores.topk(min(self.top_k, vocab))
             probs = best.softmax(-1)
         else:
-            best, tokens = scores.topk(min(SHORTLIST, vocab))
+            best, tokens = scores.topk(min(SHORTLIST_TOKENS, vocab))
             total = scores.logsumexp(-1, keepdim=True)
             probs = (best - total).exp()
             if self.top_p is not None and bool((probs.sum(-1) < self.top_p).any()):  # a flat distribution: sort it all

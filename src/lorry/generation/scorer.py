@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorry.adapters.mix import Call, Mix
+from lorry.adapters.mix import AdapterContext, Mix
 from lorry.data.batch import Batch
-from lorry.generation.engine import Generated, generate
+from lorry.generation.engine import Completion, generate_completions
 from lorry.models.causal_lm import CausalLM
-from lorry.models.scoring.score import Want, evaluate
+from lorry.models.scoring.score import Want, evaluate_wants
 
 
 class ModelScorer:
@@ -28,11 +28,11 @@ class ModelScorer:
     @torch.no_grad()
     def score(self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None) -> list[dict[str, Tensor]]:
         """Per batch, everything wanted, on the CPU."""
-        call = Call(self.mix if mix is None else mix)
-        found = (evaluate(self.model, batch.to(self.model.device), wants, call) for batch in batches)
+        call = AdapterContext(self.mix if mix is None else mix)
+        found = (evaluate_wants(self.model, batch.to(self.model.device), wants, call) for batch in batches)
         return [{name: value.cpu() for name, value in got.items()} for got in found]
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generated]:
-        """See `generation.engine.generate`."""
-        return generate(self.model, prompts, **options)
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
+        """See `generation.engine.generate_completions`."""
+        return generate_completions(self.model, prompts, **options)

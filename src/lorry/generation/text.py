@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from lorry.data.encoding.encode import Encoder
-from lorry.data.reading.content import Conversation, Message
+from lorry.data.encoding.encode import ExampleEncoder
+from lorry.data.reading.content import ChatMessage, Conversation
 from lorry.errors import ConfigError
-from lorry.generation.engine import generate
+from lorry.generation.engine import generate_completions
 from lorry.models.causal_lm import CausalLM
 
-LONGEST = 1 << 20  # prompts are not cut here; generate refuses what the context cannot hold
-HALF = "\ufffd"  # what a decoder makes of bytes that are not a whole character yet
+NO_TOKEN_LIMIT = 1 << 20  # prompts are not cut here; generate refuses what the context cannot hold
+REPLACEMENT_CHARACTER = "\ufffd"  # what a decoder makes of bytes that are not a whole character yet
 
 
-def answer(
+def generate_texts(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[str | Conversation],
@@ -35,40 +35,42 @@ def answer(
     """
     if not isinstance(model, CausalLM):
         raise ConfigError(f"generate needs a model from lorry.load; a {type(model).__name__} has its own model.generate")
-    encoder = Encoder(tokenizer, max_length=LONGEST, system=system, embeddings=model.vocabulary)
-    ids = [encoder.prompt(p) if isinstance(p, Conversation) else _prompt(encoder, p, chat) for p in prompts]
-    texts = said(model, encoder, ids, max_new_tokens=max_new_tokens, **options)
+    encoder = ExampleEncoder(tokenizer, max_length=NO_TOKEN_LIMIT, system=system, embeddings=model.vocab_size)
+    ids = [encoder.prompt(p) if isinstance(p, Conversation) else _encode_prompt(encoder, p, chat) for p in prompts]
+    texts = generate_continuations(model, encoder, ids, max_new_tokens=max_new_tokens, **options)
     turns = [isinstance(p, Conversation) or (chat and encoder.has_template) for p in prompts]
     return [text.strip() if turn else text for text, turn in zip(texts, turns, strict=True)]
 
 
-def said(model: nn.Module, encoder: Encoder, prompts: Sequence[Sequence[int]], **options: Any) -> list[str]:
+def generate_continuations(
+    model: nn.Module, encoder: ExampleEncoder, prompts: Sequence[Sequence[int]], **options: Any
+) -> list[str]:
     """What the model goes on with after each prompt of tokens, as text without special tokens and without the end of turn."""
-    made = generate(model, prompts, eos=encoder.stop_tokens(), **options)
-    return ["".join(Speech(encoder).heard(one.tokens)) for one in made]
+    made = generate_completions(model, prompts, eos=encoder.stop_tokens(), **options)
+    return ["".join(IncrementalDetokenizer(encoder).decode_all(one.tokens)) for one in made]
 
 
-def _prompt(encoder: Encoder, text: str, chat: bool) -> list[int]:
+def _encode_prompt(encoder: ExampleEncoder, text: str, chat: bool) -> list[int]:
     if chat and encoder.has_template:
-        return encoder.prompt(Conversation((Message("user", text), Message("assistant", "."))))
-    return continuation(encoder, text)
+        return encoder.prompt(Conversation((ChatMessage("user", text), ChatMessage("assistant", "."))))
+    return encode_continuation(encoder, text)
 
 
-def continuation(encoder: Encoder, text: str) -> list[int]:
+def encode_continuation(encoder: ExampleEncoder, text: str) -> list[int]:
     """The tokens of plain text to go on from. Raises DataError for one that the model has no embedding of."""
     ids = [*encoder.tokens.opening, *encoder.tokens.one(text).ids]
     encoder.expect_known(ids)
     return ids
 
 
-class Speech:
+class IncrementalDetokenizer:
     """Tokens in, text out as soon as it is sure: never half a character, never a part of the end of turn.
 
     ``ended``: an end of turn or of text was heard. The pieces joined are the decoded answer without that end, special tokens
     left out.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: ExampleEncoder) -> None:
         self.tokenizer, self.stops = encoder.tokenizer, frozenset(encoder.stop_tokens())
         self.end = encoder.template.end_of_turn if encoder.has_template else ""  # as text, where it is several tokens
         self.ended = False
@@ -76,7 +78,7 @@ class Speech:
         self._start = self._read = 0  # decoded together: what was read last (it decides about spaces) and what is new
         self._held = ""
 
-    def hear(self, token: int) -> str:
+    def push_token(self, token: int) -> str:
         """The text that this token makes sure; empty while a character or a possible end of turn is incomplete."""
         if token in self.stops:
             self.ended = True
@@ -84,7 +86,7 @@ class Speech:
             return ""
         self._tokens.append(token)
         new = self._new()
-        if new.endswith(HALF):
+        if new.endswith(REPLACEMENT_CHARACTER):
             return ""
         self._start, self._read = self._read, len(self._tokens)
         self._held += new
@@ -98,9 +100,9 @@ class Speech:
         self._held = ""
         return text
 
-    def heard(self, tokens: Sequence[int]) -> list[str]:
+    def decode_all(self, tokens: Sequence[int]) -> list[str]:
         """The pieces of a whole answer."""
-        return [*(self.hear(token) for token in tokens), self.rest()]
+        return [*(self.push_token(token) for token in tokens), self.rest()]
 
     def _new(self) -> str:
         before = self._decode(self._tokens[self._start : self._read])

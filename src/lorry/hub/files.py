@@ -15,8 +15,8 @@ from huggingface_hub import get_token
 
 from lorry.disk import secret_shapes
 from lorry.errors import ConfigError, ModelError
-from lorry.report.html import page
-from lorry.report.plots import png
+from lorry.report.html import render_page
+from lorry.report.plots import render_png
 from lorry.runs.layout import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
@@ -31,14 +31,14 @@ from lorry.runs.layout import (
     SHARDS,
     TOKENIZER_FILES,
 )
-from lorry.runs.read import load
+from lorry.runs.read import read_run
 from lorry.train.card import card
 
-BINARY = (".safetensors", ".png", ".model")
-Content = bytes | Path
+BINARY_SUFFIXES = (".safetensors", ".png", ".model")
+UploadContent = bytes | Path
 
 
-def upload(run_dir: Path, *, at: str) -> dict[str, Content]:
+def collect_upload(run_dir: Path, *, at: str) -> dict[str, UploadContent]:
     """{path in the repository: a file, or the bytes of one that is made for the hub}. ``at``: the repository, for the card.
 
     Raises ConfigError for a directory that is no finished run or whose files hold a secret, ModelError where weights are missing,
@@ -48,32 +48,32 @@ def upload(run_dir: Path, *, at: str) -> dict[str, Content]:
         raise ConfigError(f"{run_dir}: no such run directory")
     if not (run_dir / RECEIPT).is_file():
         raise ConfigError(f"{run_dir} is not a finished run (it has no receipt.json); only a finished one goes to the hub")
-    found: dict[str, Content] = {
-        p.name: p for p in _matching(run_dir, (*ADAPTER_FILES, *MODEL_FILES, SHARDS, *TOKENIZER_FILES, *PUBLISHED))
+    found: dict[str, UploadContent] = {
+        p.name: p for p in _matching_files(run_dir, (*ADAPTER_FILES, *MODEL_FILES, SHARDS, *TOKENIZER_FILES, *PUBLISHED))
     }
-    for folder in adapter_folders(run_dir):
-        found |= {f"{folder.name}/{p.name}": p for p in _matching(folder, ADAPTER_FILES)}
-    _has_weights(run_dir, found)
-    run = replace(load(run_dir), samples=())
+    for folder in published_adapter_folders(run_dir):
+        found |= {f"{folder.name}/{p.name}": p for p in _matching_files(folder, ADAPTER_FILES)}
+    _require_weights(run_dir, found)
+    run = replace(read_run(run_dir), samples=())
     written = run_dir / CARD
-    ours = not written.is_file() or not card.edited(written.read_text(encoding="utf-8", errors="replace"))
-    found[CARD] = card.of_run(run_dir, at=at, plot=PLOT).encode() if ours else written
-    found |= {REPORT: page([run]).encode(), PLOT: png([run])}
+    ours = not written.is_file() or not card.is_edited_card(written.read_text(encoding="utf-8", errors="replace"))
+    found[CARD] = card.render_run_card(run_dir, at=at, plot=PLOT).encode() if ours else written
+    found |= {REPORT: render_page([run]).encode(), PLOT: render_png([run])}
     refuse_secrets(found)
     return found
 
 
-def adapter_folders(run_dir: Path) -> list[Path]:
+def published_adapter_folders(run_dir: Path) -> list[Path]:
     """The folders of a run of several adapters."""
     return sorted(p.parent for p in run_dir.glob("*/adapter_config.json") if p.parent.name not in NOT_ADAPTERS)
 
 
-def _matching(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
+def _matching_files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
     patterns = tuple(patterns)
     yield from (p for p in sorted(folder.iterdir()) if p.is_file() and any(fnmatchcase(p.name, one) for one in patterns))
 
 
-def _has_weights(run_dir: Path, found: Mapping[str, Content]) -> None:
+def _require_weights(run_dir: Path, found: Mapping[str, UploadContent]) -> None:
     """Adapters, or a whole model. Raises ModelError naming what is missing."""
     configs = [name for name in found if name.endswith(ADAPTER_CONFIG)]
     lacking = [c for c in configs if c.replace(ADAPTER_CONFIG, ADAPTER_WEIGHTS) not in found]
@@ -86,14 +86,16 @@ def _has_weights(run_dir: Path, found: Mapping[str, Content]) -> None:
 # --- what must not leave this machine
 
 
-def refuse_secrets(files: Mapping[str, Content]) -> None:
+def refuse_secrets(files: Mapping[str, UploadContent]) -> None:
     """Raise ConfigError where a text holds something of the shape of a secret (disk/secret_shapes.py), the login of the hub,
     or the value of a secret of the environment."""
     login = get_token() or ""
-    secrets = ({"the login of the hub": login} if len(login) >= secret_shapes.SHORTEST else {}) | secret_shapes.of_environment()
-    for path, data in _texts(files):
+    secrets = (
+        {"the login of the hub": login} if len(login) >= secret_shapes.SHORTEST_SECRET else {}
+    ) | secret_shapes.environment_secrets()
+    for path, data in _text_files(files):
         text = data.decode("utf-8", "replace")
-        if (found := secret_shapes.find(text, secrets)) is not None:
+        if (found := secret_shapes.find_secret(text, secrets)) is not None:
             line = text.count("\n", 0, found.at) + 1
             raise ConfigError(
                 f"{path}:{line} holds a secret ({found.what}), so nothing was uploaded; take it out of the file and of the "
@@ -101,13 +103,13 @@ def refuse_secrets(files: Mapping[str, Content]) -> None:
             )
 
 
-def places(files: Mapping[str, Content]) -> list[str]:
+def find_private_paths(files: Mapping[str, UploadContent]) -> list[str]:
     """The texts that name the home directory of who runs this, or the working directory."""
     here = {str(Path.home()), str(Path.cwd())} - {"/"}
-    return [path for path, data in _texts(files) if any(f"{place}/".encode() in data for place in here)]
+    return [path for path, data in _text_files(files) if any(f"{place}/".encode() in data for place in here)]
 
 
-def _texts(files: Mapping[str, Content]) -> Iterator[tuple[str, bytes]]:
+def _text_files(files: Mapping[str, UploadContent]) -> Iterator[tuple[str, bytes]]:
     for path, content in files.items():
-        if not path.endswith(BINARY):
+        if not path.endswith(BINARY_SUFFIXES):
             yield path, content if isinstance(content, bytes) else content.read_bytes()

@@ -4,6 +4,6 @@ Each has a plain torch twin of the same maths in the module that calls it; witho
 LORRY_KERNELS=0 the twin runs, and `lorry doctor` says so. `python -m lorry.kernels` builds them ahead of the first run.
 """
 
-from lorry.kernels.build import Status, call, library, status
+from lorry.kernels.build import KernelStatus, call_kernel, kernel_status, load_library
 
-__all__ = ["Status", "call", "library", "status"]
+__all__ = ["KernelStatus", "call_kernel", "load_library", "kernel_status"]

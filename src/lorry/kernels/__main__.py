@@ -1,5 +1,5 @@
 """`python -m lorry.kernels`: build the kernels now (an installer does), and say what will run here."""
 
-from lorry.kernels import status
+from lorry.kernels import kernel_status
 
-print(status().line())
+print(kernel_status().line())

@@ -34,23 +34,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorry.disk.home import home
+from lorry.disk.home import lorry_home
 from lorry.disk.integrity import file_digest
 
 SOURCES = Path(__file__).parent
 # LORRY_KERNELS_FLAGS adds to them: a build for a sanitizer, or to measure a flag; it is a library of its own in the cache
-ADDED = tuple(shlex.split(os.environ.get("LORRY_KERNELS_FLAGS", "")))
+EXTRA_FLAGS = tuple(shlex.split(os.environ.get("LORRY_KERNELS_FLAGS", "")))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
-ASKING, COMPILING = 30.0, 300.0  # seconds for `--version`, and for one source: fifteen times what a busy slow core takes
-ABANDONED = 3600.0  # seconds after which a folder that a killed build left is removed; the longest build ends long before
-OTHERS = stat.S_IWGRP | stat.S_IWOTH
-BUILDING = "building-"  # the temporary folder of a build
-SHAPE = ("-std=c++17", "-shared", "-fPIC", "-w")
+WIDE_VECTOR_FLAGS = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+PROBE_SECONDS, COMPILE_SECONDS = (
+    30.0,
+    300.0,
+)  # seconds for `--version`, and for one source: fifteen times what a busy slow core takes
+ABANDONED_SECONDS = 3600.0  # seconds after which a folder that a killed build left is removed; the longest build ends long before
+OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+BUILD_PREFIX = "building-"  # the temporary folder of a build
+LIBRARY_FLAGS = ("-std=c++17", "-shared", "-fPIC", "-w")
 
 
 @dataclass(frozen=True)
-class Status:
+class KernelStatus:
     """Whether the kernels run here; if not, why. ``digest`` names the build, ``amx`` whether matrix tiles are used."""
 
     active: bool
@@ -65,23 +68,23 @@ class Status:
         return f"compiled C++ ({self.digest[:12]}{', attention on AMX tiles' if self.amx else ''})"
 
 
-def library() -> ctypes.CDLL | None:
+def load_library() -> ctypes.CDLL | None:
     """The loaded kernels, built first if need be, or None where plain torch has to do."""
-    return _load()[0]
+    return _build_and_load()[0]
 
 
-def status() -> Status:
-    """What `library` gives here, and why."""
-    return _load()[1]
+def kernel_status() -> KernelStatus:
+    """What `load_library` gives here, and why."""
+    return _build_and_load()[1]
 
 
-def call(name: str, *args: Tensor | int | float | None) -> int:
+def call_kernel(name: str, *args: Tensor | int | float | None) -> int:
     """Run a kernel; those named ``*_space`` answer with a number of bytes, the others with 0.
 
     Tensors (contiguous, on the CPU) go as addresses, whole numbers as long, others as float, None as null.
     Raises ValueError for a tensor that is not contiguous or not on the CPU.
     """
-    found = library()
+    found = load_library()
     assert found is not None
     function = getattr(found, name)
     function.restype = ctypes.c_long if name.endswith("_space") else None
@@ -99,49 +102,58 @@ def call(name: str, *args: Tensor | int | float | None) -> int:
 
 
 @cache
-def _load() -> tuple[ctypes.CDLL | None, Status]:
+def _build_and_load() -> tuple[ctypes.CDLL | None, KernelStatus]:
     if os.environ.get("LORRY_KERNELS") == "0":
-        return None, Status(False, "LORRY_KERNELS=0")
+        return None, KernelStatus(False, "LORRY_KERNELS=0")
     compiler = next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
     if compiler is None:
-        return None, Status(False, "no C++ compiler; install g++ for about twice the speed on a CPU")
+        return None, KernelStatus(False, "no C++ compiler; install g++ for about twice the speed on a CPU")
     try:
-        digest, folder = _digest(compiler), home() / "kernels"
-        _close_to_others(folder)
-        loaded = _intact(folder, digest)
+        digest, folder = _build_digest(compiler), lorry_home() / "kernels"
+        _make_private_folder(folder)
+        loaded = _load_intact(folder, digest)
         if loaded is None:
-            _compile(compiler, folder, digest)
-            loaded = _intact(folder, digest)
+            _compile_library(compiler, folder, digest)
+            loaded = _load_intact(folder, digest)
         if loaded is None:
-            return None, Status(False, f"the kernels that {compiler} builds cannot be loaded, or lack functions of this version")
+            return None, KernelStatus(
+                False, f"the kernels that {compiler} builds cannot be loaded, or lack functions of this version"
+            )
     except subprocess.TimeoutExpired as e:
-        return None, Status(
+        return None, KernelStatus(
             False, f"{compiler} did not answer within {e.timeout:.0f} s and was stopped; LORRY_KERNELS=0 does without"
         )
     except subprocess.CalledProcessError as e:
         said = (e.stderr or "").strip().splitlines() or [f"exit code {e.returncode}"]
-        return None, Status(False, f"{compiler} failed: {said[0]}")
+        return None, KernelStatus(False, f"{compiler} failed: {said[0]}")
     except (OSError, RuntimeError) as e:  # RuntimeError: nobody's home is known
-        return None, Status(False, f"the built kernels cannot be kept or loaded: {e}")
-    return loaded, Status(True, "", digest, bool(loaded.lorry_amx()))
+        return None, KernelStatus(False, f"the built kernels cannot be kept or loaded: {e}")
+    return loaded, KernelStatus(True, "", digest, bool(loaded.lorry_amx()))
 
 
-def _digest(compiler: str) -> str:
+def _build_digest(compiler: str) -> str:
     """SHA-256 of everything the machine code depends on."""
-    parts = [compiler, _run(compiler, "--version", limit=ASKING), *FLAGS, *WIDE, *SHAPE, *ADDED]
-    parts += [platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor()]
+    parts = [
+        compiler,
+        _run_command(compiler, "--version", limit=PROBE_SECONDS),
+        *FLAGS,
+        *WIDE_VECTOR_FLAGS,
+        *LIBRARY_FLAGS,
+        *EXTRA_FLAGS,
+    ]
+    parts += [platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor_flags()]
     parts += [p.name + p.read_text() for p in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _processor() -> str:
+def _processor_flags() -> str:
     """What -march=native reads: the processor's feature flags, where the system tells them."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _run(*command: str, limit: float) -> str:
+def _run_command(*command: str, limit: float) -> str:
     """Run a command and return what it said. Raises CalledProcessError, and TimeoutExpired after ``limit`` seconds."""
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
@@ -157,20 +169,20 @@ def _run(*command: str, limit: float) -> str:
     return out
 
 
-def _close_to_others(folder: Path) -> None:
+def _make_private_folder(folder: Path) -> None:
     """Make the folder, for this user alone to write. Raises PermissionError where it is somebody else's."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.getuid(), 0):
         raise PermissionError(f"{folder} is not this user's own folder; set LORRY_HOME to one that is")
-    if found.st_mode & OTHERS and found.st_uid == os.getuid():
-        folder.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
-    elif found.st_mode & OTHERS:
+    if found.st_mode & OTHERS_MAY_WRITE and found.st_uid == os.getuid():
+        folder.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS_MAY_WRITE)
+    elif found.st_mode & OTHERS_MAY_WRITE:
         raise PermissionError(f"others may write to {folder}; set LORRY_HOME to a folder of your own")
 
 
-def _intact(folder: Path, digest: str) -> ctypes.CDLL | None:
+def _load_intact(folder: Path, digest: str) -> ctypes.CDLL | None:
     """The library of this digest, loaded, if it is ours alone, its content what its name says, and its functions there;
     else it is removed, so that it is built anew."""
     for path in folder.glob(f"{digest}-*.so"):
@@ -186,7 +198,7 @@ def _load_checked(path: Path, digest: str) -> ctypes.CDLL | None:
     except OSError:
         return None
     found = os.fstat(file)
-    ours = stat.S_ISREG(found.st_mode) and found.st_uid in (os.getuid(), 0) and not found.st_mode & OTHERS
+    ours = stat.S_ISREG(found.st_mode) and found.st_uid in (os.getuid(), 0) and not found.st_mode & OTHERS_MAY_WRITE
     if ours:
         with open(file, "rb", closefd=False) as opened:
             ours = path.stem == f"{digest}-{hashlib.file_digest(opened, 'sha256').hexdigest()[:16]}"
@@ -199,10 +211,10 @@ def _load_checked(path: Path, digest: str) -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(by_descriptor if by_descriptor.exists() else path))
     except OSError:
         return None
-    return loaded if all(hasattr(loaded, name) for name in _functions()) else None
+    return loaded if all(hasattr(loaded, name) for name in _exported_functions()) else None
 
 
-def _functions() -> list[str]:
+def _exported_functions() -> list[str]:
     """The names that every build exports: what the sources declare, whatever the processor."""
     text = "\n".join(p.read_text() for p in sorted(SOURCES.glob("*.cpp")))
     for_all = re.sub(r"^#if.*?^#endif", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -211,22 +223,33 @@ def _functions() -> list[str]:
 
 def _remove_abandoned(folder: Path) -> None:
     """What killed builds left: nobody is at work in a folder that old."""
-    for left in [*folder.glob(f"{BUILDING}*"), *folder.glob("tmp*")]:
-        if left.is_dir() and not left.is_symlink() and time.time() - left.lstat().st_mtime > ABANDONED:
+    for left in [*folder.glob(f"{BUILD_PREFIX}*"), *folder.glob("tmp*")]:
+        if left.is_dir() and not left.is_symlink() and time.time() - left.lstat().st_mtime > ABANDONED_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _compile(compiler: str, folder: Path, digest: str) -> Path:
+def _compile_library(compiler: str, folder: Path, digest: str) -> Path:
     """Compile into a temporary folder, reach the disk, and rename: nobody ever loads half a library."""
     _remove_abandoned(folder)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=BUILDING) as name:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=BUILD_PREFIX) as name:
         objects = []
         for source in sorted(SOURCES.glob("*.cpp")):
             objects.append(str(Path(name) / f"{source.stem}.o"))
-            _run(compiler, *FLAGS, *WIDE, *SHAPE, *ADDED, "-c", str(source), "-o", objects[-1], limit=COMPILING)
+            _run_command(
+                compiler,
+                *FLAGS,
+                *WIDE_VECTOR_FLAGS,
+                *LIBRARY_FLAGS,
+                *EXTRA_FLAGS,
+                "-c",
+                str(source),
+                "-o",
+                objects[-1],
+                limit=COMPILE_SECONDS,
+            )
         made = Path(name) / "made.so"
         # No -fopenmp here: the calls stay unresolved until torch's own OpenMP runtime, loaded before, provides them.
-        _run(compiler, *SHAPE, *ADDED, *objects, "-o", str(made), limit=COMPILING)
+        _run_command(compiler, *LIBRARY_FLAGS, *EXTRA_FLAGS, *objects, "-o", str(made), limit=COMPILE_SECONDS)
         made.chmod(0o700)  # whatever the umask allows others
         with open(made, "rb") as file:
             os.fsync(file.fileno())

@@ -9,67 +9,71 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorry.kernels.build import call, library, status
+from lorry.kernels.build import call_kernel, kernel_status, load_library
 
-NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
-FEW = 192  # rows; above it torch's product, which rearranges the weights first, is as fast
+KERNEL_SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "float"}
+MAX_FEW_ROWS = 192  # rows; above it torch's product, which rearranges the weights first, is as fast
 
 
-def takes(dtype: torch.dtype, device: torch.device) -> bool:
+def supports_decode(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels serve tensors of this kind."""
-    return dtype in NAMES and device.type == "cpu" and library() is not None
+    return dtype in KERNEL_SUFFIXES and device.type == "cpu" and load_library() is not None
 
 
-def multiplies(weight: Tensor) -> bool:
-    """Whether `product` takes this weight [O,I]: bfloat16, matrix tiles, in rows, I a multiple of 32 or even and less."""
+def supports_product(weight: Tensor) -> bool:
+    """Whether `linear_product` takes this weight [O,I]: bfloat16, matrix tiles, in rows, I a multiple of 32 or even and less."""
     return (
         weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and weight.is_contiguous()
         and weight.shape[1] % min(weight.shape[1], 32) == weight.shape[1] % 2 == 0
-        and status().amx
+        and kernel_status().amx
     )
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [T,I] -> x W^T + b [T,O], summed in fp32 and rounded once; a row's result does not depend on the other rows."""
     rows, outs = x.shape[0], weight.shape[0]
     y = x.new_empty(rows, outs)
-    call("rows_product", x.contiguous(), weight, bias, y, rows, weight.shape[1], outs, x.shape[1], 0, 0, 1.0)
+    call_kernel("rows_product", x.contiguous(), weight, bias, y, rows, weight.shape[1], outs, x.shape[1], 0, 0, 1.0)
     return y
 
 
-def add_product(x: Tensor, columns: slice, weight: Tensor, scale: float, y: Tensor) -> None:
+def add_linear_product(x: Tensor, columns: slice, weight: Tensor, scale: float, y: Tensor) -> None:
     """y [T,O] += scale * x[:, columns] W^T, likewise; x and y are contiguous."""
     rows, outs = y.shape
-    call("rows_product", x, weight, None, y, rows, weight.shape[1], outs, x.shape[1], columns.start, 1, scale)
+    call_kernel("rows_product", x, weight, None, y, rows, weight.shape[1], outs, x.shape[1], columns.start, 1, scale)
 
 
-def store(k: Tensor, v: Tensor, table: Tensor, rows: Tensor, positions: Tensor, layer: int) -> None:
+def store_kv(k: Tensor, v: Tensor, table: Tensor, rows: Tensor, positions: Tensor, layer: int) -> None:
     """Put k and v [T,G,D] of tokens at (row, position), [T] int64 each; table [B,2]: see `models.cache.RowCache`."""
-    call(f"store_{NAMES[k.dtype]}", k.contiguous(), v.contiguous(), table, rows, positions, layer, *k.shape)
+    call_kernel(f"store_{KERNEL_SUFFIXES[k.dtype]}", k.contiguous(), v.contiguous(), table, rows, positions, layer, *k.shape)
 
 
-def attend(q: Tensor, table: Tensor, lengths: Tensor, layer: int, groups: int) -> Tensor:
+def attend_to_cache(q: Tensor, table: Tensor, lengths: Tensor, layer: int, groups: int) -> Tensor:
     """q [B,H,D] -> [B,H,D]: row b attends to its own first lengths[b] tokens in the cache, in fp32, softmax scale D^-1/2."""
     o = torch.empty_like(q)
     rows, heads, width = q.shape
-    call(f"attend_{NAMES[q.dtype]}", q.contiguous(), o, table, lengths, layer, rows, heads, groups, width, width**-0.5)
+    call_kernel(
+        f"attend_{KERNEL_SUFFIXES[q.dtype]}", q.contiguous(), o, table, lengths, layer, rows, heads, groups, width, width**-0.5
+    )
     return o
 
 
-def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
     """logits [B,V] -> (place of each row's largest, the first of several, [B] int64; its value [B] fp32, NaN where any is)."""
     places = torch.empty(logits.shape[0], dtype=torch.int64)
     values = torch.empty(logits.shape[0], dtype=torch.float32)
-    call(f"largest_{NAMES[logits.dtype]}", logits.contiguous(), places, values, *logits.shape)
+    call_kernel(f"largest_{KERNEL_SUFFIXES[logits.dtype]}", logits.contiguous(), places, values, *logits.shape)
     return places, values
 
 
-def draw(logits: Tensor, numbers: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def sample_rows(logits: Tensor, numbers: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """logits [B,V], numbers [B] float64 in [0,1) -> (for each row the token at which the cumulative distribution of
     softmax(logits / temperature) passes its number, [B] int64; the largest logit [B] fp32, NaN where any is)."""
     places = torch.empty(logits.shape[0], dtype=torch.int64)
     values = torch.empty(logits.shape[0], dtype=torch.float32)
-    call(f"draw_{NAMES[logits.dtype]}", logits.contiguous(), numbers, places, values, *logits.shape, 1.0 / temperature)
+    call_kernel(
+        f"draw_{KERNEL_SUFFIXES[logits.dtype]}", logits.contiguous(), numbers, places, values, *logits.shape, 1.0 / temperature
+    )
     return places, values

@@ -11,23 +11,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorry.kernels.build import call, library
+from lorry.kernels.build import call_kernel, load_library
 
-LOWEST = -200.0  # e^-200 is nothing: where a moment weighs by the exponential, -inf may stand as this
+MIN_LOG_PROB = -200.0  # e^-200 is nothing: where a moment weighs by the exponential, -inf may stand as this
 
 
-def takes(x: Tensor) -> bool:
+def supports_softmax(x: Tensor) -> bool:
     """Whether the compiled kernels compute on ``x``."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and library() is not None
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and load_library() is not None
 
 
-def accumulator(x: Tensor) -> torch.dtype:
+def accumulator_dtype(x: Tensor) -> torch.dtype:
     """What sums over logits like ``x`` are kept in: fp32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @dataclass
-class Sums:
+class SoftmaxSums:
     """What is known of t rows after ``seen`` columns. ``state`` [t, 5]: the peak, the sums of e^z, e^z z, e^z z^2, and of z;
     ``top`` [t] int64: the first column that holds the peak. Without ``moments`` only the first two sums are kept."""
 
@@ -37,24 +37,24 @@ class Sums:
     seen: int = 0
 
     @staticmethod
-    def empty(rows: int, like: Tensor, *, moments: bool) -> Sums:
+    def empty(rows: int, like: Tensor, *, moments: bool) -> SoftmaxSums:
         """Nothing seen yet, for logits of the dtype and device of ``like``."""
-        state = torch.zeros(rows, 5, dtype=accumulator(like), device=like.device)
+        state = torch.zeros(rows, 5, dtype=accumulator_dtype(like), device=like.device)
         state[:, 0] = -torch.inf
-        return Sums(state, torch.zeros(rows, dtype=torch.int64, device=like.device), moments)
+        return SoftmaxSums(state, torch.zeros(rows, dtype=torch.int64, device=like.device), moments)
 
-    def cut(self, rows: int) -> Sums:
+    def cut(self, rows: int) -> SoftmaxSums:
         """The first rows alone."""
-        return Sums(self.state[:rows], self.top[:rows], self.moments, self.seen)
+        return SoftmaxSums(self.state[:rows], self.top[:rows], self.moments, self.seen)
 
     def fold(self, tile: Tensor, *, write: bool = False) -> Tensor:
         """Take in the next columns [t, w]. Returns [t] what sums relative to the former peak are to be multiplied by.
 
         With ``write`` the tile becomes e^z. A NaN or +inf in a row makes its sums NaN.
         """
-        if takes(tile):
+        if supports_softmax(tile):
             scale = torch.empty(len(tile), dtype=torch.float32)
-            call("softmax_fold", tile, self.state, self.top, scale, *tile.shape, self.seen, int(self.moments), int(write))
+            call_kernel("softmax_fold", tile, self.state, self.top, scale, *tile.shape, self.seen, int(self.moments), int(write))
         else:
             scale = self._fold(tile, write)
         self.seen += tile.shape[1]
@@ -72,7 +72,7 @@ class Sums:
         self.state[:, 0] = peak
         if self.moments:
             self.state[:, 4] = plain + down * self.seen + z.sum(1)
-            low = z.clamp(min=LOWEST)
+            low = z.clamp(min=MIN_LOG_PROB)
         e = z.exp_()
         self.state[:, 1] = scale * total + e.sum(1)
         if self.moments:
@@ -84,26 +84,26 @@ class Sums:
         return scale
 
 
-def slope(tile: Tensor, terms: Tensor, *, moments: bool, out: Tensor) -> Tensor:
+def write_slope(tile: Tensor, terms: Tensor, *, moments: bool, out: Tensor) -> Tensor:
     """out = p (a + b y + c y^2) + k of a tile of logits [t, w], p = e^(l - shift), y = l - centre; ``out`` may be the tile.
 
     ``terms`` [t, 6]: shift, centre, a, b, c, k. Without ``moments`` b, c and k are taken for 0.
     """
-    if takes(tile):
-        call("softmax_slope", tile, out, terms, *tile.shape, int(moments))
+    if supports_softmax(tile):
+        call_kernel("softmax_slope", tile, out, terms, *tile.shape, int(moments))
         return out
     shift, centre, a, b, c, k = (column[:, None] for column in terms.unbind(1))
     wide = tile.to(terms.dtype)
     if not moments:
         return out.copy_((wide - shift).exp_().mul_(a))
-    y = (wide - centre).clamp_(min=LOWEST)
+    y = (wide - centre).clamp_(min=MIN_LOG_PROB)
     bend = (y * c).add_(b).mul_(y).add_(a)
     return out.copy_((wide - shift).exp_().mul_(bend).add_(k))
 
 
-def gather(total: Tensor, part: Tensor, scale: Tensor) -> Tensor:
+def add_scaled(total: Tensor, part: Tensor, scale: Tensor) -> Tensor:
     """total [t, d] = total * scale [t] + part, in place, in total's dtype."""
-    if takes(part):
-        call("softmax_gather", total, part, scale, *part.shape)
+    if supports_softmax(part):
+        call_kernel("softmax_gather", total, part, scale, *part.shape)
         return total
     return total.mul_(scale[:, None]).add_(part)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.mix import Call
+from lorry.adapters.mix import AdapterContext
 
 if TYPE_CHECKING:
-    from lorry.models.decoder.model import Hidden, Output, Packed
+    from lorry.models.decoder.model import DecoderOutput, HiddenStates, PackedInput
 
 
 class CausalLM(nn.Module, ABC):
@@ -37,7 +37,7 @@ class CausalLM(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """Tokens that have an embedding, and columns of the logits."""
 
     @property
@@ -55,15 +55,17 @@ class CausalLM(nn.Module, ABC):
         """The layer that turns tokens into vectors, where the model tells."""
 
     @abstractmethod
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> DecoderOutput:
         """input_ids [B,T] -> logits [B,T,V]."""
 
     @abstractmethod
-    def hidden(self, packed: Packed, call: Call, *, taps: Collection[int] = (), stop: int | None = None) -> Hidden:
+    def hidden(
+        self, packed: PackedInput, call: AdapterContext, *, taps: Collection[int] = (), stop: int | None = None
+    ) -> HiddenStates:
         """Hidden states of packed tokens under the call's mix. ``taps``: layers whose output is wanted; ``stop``: the last to run."""
 
     @abstractmethod
-    def logits(self, hidden: Tensor | None, call: Call) -> Tensor:
+    def logits(self, hidden: Tensor | None, call: AdapterContext) -> Tensor:
         """The head on final hidden states [t,D] -> [t,V]."""
 
     @abstractmethod
@@ -71,7 +73,7 @@ class CausalLM(nn.Module, ABC):
         """An empty key/value cache for so many rows of so many tokens. It has ``lengths`` [B] and ``keep(rows)``."""
 
     @abstractmethod
-    def cached(self, packed: Packed, rows: Tensor, cache: Any, call: Call, *, decoding: bool) -> Tensor:
+    def cached(self, packed: PackedInput, rows: Tensor, cache: Any, call: AdapterContext, *, decoding: bool) -> Tensor:
         """Final hidden states of the newest tokens of cached rows."""
 
 

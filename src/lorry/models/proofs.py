@@ -10,7 +10,7 @@ few, narrow layers and random weights, once in transformers' class and once in o
 
 What held is kept under `$LORRY_HOME/proofs`, in a file named by everything it depends on (of a model of transformers' its class,
 its settings and a sample of its weights, too) that holds why it generates without a cache, if it does. It is not shown again
-while the file is there: the newest `KEPT` are, by last use. What failed (a) or (c) is not kept.
+while the file is there: the newest `MAX_SAVED_PROOFS` are, by last use. What failed (a) or (c) is not kept.
 
 (a) needs no tolerance: where the forward pass of unchanged tokens is not the same to the bit
 (experts are computed in groups whose size depends on all tokens), the gradient decides, which is
@@ -36,73 +36,79 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lorry.adapters.mix import Call
+from lorry.adapters.mix import AdapterContext
 from lorry.disk import durable
-from lorry.disk.home import home
-from lorry.errors import ContractError, Interrupted, ModelError, OutOfMemoryError, allocation_failure
-from lorry.families import Family
+from lorry.disk.home import lorry_home
+from lorry.errors import ContractError, ModelError, OutOfMemoryError, RunInterruptedError, allocation_failure
+from lorry.families import ModelFamily
 from lorry.models.causal_lm import CausalLM
-from lorry.models.decoder.decode import Runner
-from lorry.models.decoder.model import Decoder, Packed
-from lorry.models.hf.anatomy import plain_tokens
+from lorry.models.decoder.decode import DecodeRunner
+from lorry.models.decoder.model import Decoder, PackedInput
+from lorry.models.hf.anatomy import list_text_tokens
 from lorry.models.hf.model import HfModel
-from lorry.models.loading.describe import blaming, quiet
+from lorry.models.loading.describe import model_file_errors, silence_transformers
 from lorry.models.loading.digest import sample_digest
 
-SWITCH = "LORRY_PROOFS"
-LENGTH = 16  # tokens of each sequence
-CUTS = (5, 10, 15)  # sequence i is changed from its token CUTS[i] on; odd and even, so that no block structure lines up
-STEPS = 2  # tokens read one by one after the prompts
+PROOFS_VARIABLE = "LORRY_PROOFS"
+PROOF_TOKENS = 16  # tokens of each sequence
+CUT_POSITIONS = (5, 10, 15)  # sequence i is changed from its token CUTS[i] on; odd and even, so that no block structure lines up
+DECODE_STEPS = 2  # tokens read one by one after the prompts
 # Relative error of hidden states that were computed in another shape. A wrong position or a lost key
 # gives a tenth and more; 30 layers give 1e-2 in bfloat16 and 1e-3 in float16 (SmolLM2-135M).
-QUANTISED = 3e-2  # what 8-bit products move by their neighbours (1e-3 seen); models that look ahead move by a tenth and more
-ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-EXACT = 2e-5  # of the largest logit: two implementations of two fp32 layers
+QUANTISED_TOLERANCE = (
+    3e-2  # what 8-bit products move by their neighbours (1e-3 seen); models that look ahead move by a tenth and more
+)
+ROUNDING_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TWIN_TOLERANCE = 2e-5  # of the largest logit: two implementations of two fp32 layers
 WIDEST_HEAD = 1024
-NAME = re.compile("[0-9a-f]{64}")  # of a file that holds a proof
-LONGEST = 1000  # bytes of it
-KEPT = 300  # proofs, each a file of at most a line; a person works with a few dozen models, formats and versions
+DIGEST_PATTERN = re.compile("[0-9a-f]{64}")  # of a file that holds a proof
+MAX_PROOF_BYTES = 1000  # bytes of it
+MAX_SAVED_PROOFS = 300  # proofs, each a file of at most a line; a person works with a few dozen models, formats and versions
 TWIN_LAYERS, TWIN_VOCABULARY, TWIN_LENGTH, TWIN_POSITIONS = 2, 96, 48, 512
 
 
-def switched_off(notes: list[str]) -> bool:
+def proofs_disabled(notes: list[str]) -> bool:
     """Whether the environment says to leave the proofs out; then a note says so."""
-    if os.environ.get(SWITCH) != "0":
+    if os.environ.get(PROOFS_VARIABLE) != "0":
         return False
-    notes.append(f"{SWITCH}=0: not proven that no position sees a later one, nor that a cache or the native decoder is right")
+    notes.append(
+        f"{PROOFS_VARIABLE}=0: not proven that no position sees a later one, nor that a cache or the native decoder is right"
+    )
     return True
 
 
-def prove(model: HfModel, notes: list[str], where: str) -> None:
+def prove_hf_model(model: HfModel, notes: list[str], where: str) -> None:
     """(a) and (b) for a model of transformers as it was loaded. Without (b) it generates without a cache, with a note.
 
     Raises ModelError, opening with ``where``, when a position sees later ones.
     """
-    if switched_off(notes):
+    if proofs_disabled(notes):
         return
-    kept = home() / "proofs" / _digest_of(model)
-    if (found := _kept(kept)) is None:
-        _prove(model, where)
-        _keep(kept, model.recomputes)
+    kept = lorry_home() / "proofs" / _model_proof_digest(model)
+    if (found := _read_proof(kept)) is None:
+        _prove_or_raise(model, where)
+        _save_proof(kept, model.recomputes)
     else:
         model.recomputes = found
     if model.recomputes:
         notes.append(f"it generates by reading the whole sequence again for every token, slowly: {model.recomputes}")
 
 
-def _prove(model: HfModel, where: str) -> None:
-    if why := sees_the_future(model):
+def _prove_or_raise(model: HfModel, where: str) -> None:
+    if why := find_future_leak(model):
         if _is_random(model):
             raise ModelError(
                 f"{where}: {type(model.inner).__name__} says something else each time it reads the same tokens: "
                 "it draws random numbers even in evaluation, and no score of it means anything"
             )
-        raise ModelError(f"{where}: {type(model.inner).__name__} is no causal language model here: {why}. {_remedy(model)}")
-    if not model.recomputes and (why := cache_error(model)):
+        raise ModelError(
+            f"{where}: {type(model.inner).__name__} is no causal language model here: {why}. {_suggest_remedy(model)}"
+        )
+    if not model.recomputes and (why := find_cache_error(model)):
         model.recomputes = why
 
 
-def _remedy(model: HfModel) -> str:
+def _suggest_remedy(model: HfModel) -> str:
     """What to set in config.json, if it was a setting that made the model look ahead."""
     text = model.inner.config.get_text_config()
     fields = {"use_bidirectional_attention": False, "is_causal": True, "causal": True, "is_decoder": True}
@@ -120,17 +126,17 @@ def _remedy(model: HfModel) -> str:
 
 
 @torch.no_grad()
-def sees_the_future(model: CausalLM) -> str:
+def find_future_leak(model: CausalLM) -> str:
     """ "" if no position's output depends on a later token, else where it does and by how much."""
-    length = min(LENGTH, model.context or LENGTH)
-    cuts = sorted({min(cut, length - 1) for cut in CUTS})
+    length = min(PROOF_TOKENS, model.context or PROOF_TOKENS)
+    cuts = sorted({min(cut, length - 1) for cut in CUT_POSITIONS})
     if length < 2:
         return ""
-    rows = _tokens(model, len(cuts), length)
-    known = _vocabulary(model)
+    rows = _random_sequences(model, len(cuts), length)
+    known = _text_token_ids(model)
     following = dict(zip(known, [*known[1:], known[0]], strict=True))
     changed = [[*row[:cut], *(following[t] for t in row[cut:])] for row, cut in zip(rows, cuts, strict=True)]
-    first, second = _hidden(model, rows), _hidden(model, changed)
+    first, second = _hidden_outputs(model, rows), _hidden_outputs(model, changed)
     for i, cut in enumerate(cuts):
         a, b = first[i, :cut].float(), second[i, :cut].float()
         if torch.equal(a, b):
@@ -138,10 +144,12 @@ def sees_the_future(model: CausalLM) -> str:
         share = float((a - b).abs().max() / a.abs().max())
         if getattr(getattr(model, "inner", model), "is_quantized", False):
             # products in 8 bits scale rows and choose outliers with their neighbours in view, and have no exact gradient
-            if share <= QUANTISED:
+            if share <= QUANTISED_TOLERANCE:
                 continue
             return f"changing tokens {cut} to {length - 1} of {length} moves those before, by {share:.0e} of the largest"
-        if (first.dtype in ROUNDING and share > ROUNDING[first.dtype]) or not _blind(model, rows, i, cut):
+        if (first.dtype in ROUNDING_TOLERANCE and share > ROUNDING_TOLERANCE[first.dtype]) or not _ignores_future(
+            model, rows, i, cut
+        ):
             which = f"changing tokens {cut} to {length - 1} of {length}"
             return f"{which} moves what it says at those before, by {share:.0e} of the largest"
     return ""
@@ -150,11 +158,11 @@ def sees_the_future(model: CausalLM) -> str:
 @torch.no_grad()
 def _is_random(model: HfModel) -> bool:
     """Whether two passes over the same tokens differ (Reformer's hashes are drawn anew in each)."""
-    rows = _tokens(model, 2, min(LENGTH, model.context or LENGTH))
-    return not torch.equal(_hidden(model, rows), _hidden(model, rows))
+    rows = _random_sequences(model, 2, min(PROOF_TOKENS, model.context or PROOF_TOKENS))
+    return not torch.equal(_hidden_outputs(model, rows), _hidden_outputs(model, rows))
 
 
-def _blind(model: CausalLM, rows: list[list[int]], which: int, cut: int) -> bool:
+def _ignores_future(model: CausalLM, rows: list[list[int]], which: int, cut: int) -> bool:
     """Whether the outputs before ``cut`` have no gradient with respect to the embeddings from ``cut`` on."""
     held: list[Tensor] = []
 
@@ -167,7 +175,7 @@ def _blind(model: CausalLM, rows: list[list[int]], which: int, cut: int) -> bool
     hook = embedding.register_forward_hook(leaf)
     try:
         with torch.enable_grad():
-            out = _hidden(model, [rows[which]])[0, :cut].float()
+            out = _hidden_outputs(model, [rows[which]])[0, :cut].float()
             out.backward(torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out))
     finally:
         hook.remove()
@@ -181,35 +189,35 @@ def _blind(model: CausalLM, rows: list[list[int]], which: int, cut: int) -> bool
 
 
 @torch.no_grad()
-def cache_error(model: CausalLM) -> str:
+def find_cache_error(model: CausalLM) -> str:
     """ "" if prompts of two lengths, and the tokens after them one by one, give what whole sequences give; else what is wrong."""
-    length = min(LENGTH, model.context or LENGTH)
-    prompts = [length - STEPS, max(1, length // 2)]
-    if length < STEPS + 1:
+    length = min(PROOF_TOKENS, model.context or PROOF_TOKENS)
+    prompts = [length - DECODE_STEPS, max(1, length // 2)]
+    if length < DECODE_STEPS + 1:
         return ""
-    rows = _tokens(model, 2, length)
-    runner: Any = Runner(model) if isinstance(model, Decoder) and Runner.takes(model) else model
-    whole = _hidden(model, rows).float()
+    rows = _random_sequences(model, 2, length)
+    runner: Any = DecodeRunner(model) if isinstance(model, Decoder) and DecodeRunner.takes(model) else model
+    whole = _hidden_outputs(model, rows).float()
     errors: list[Tensor] = []
     try:
         memory = runner.new_cache(2, length)
-        packed = Packed.of([row[:n] for row, n in zip(rows, prompts, strict=True)], model.device)
+        packed = PackedInput.of([row[:n] for row, n in zip(rows, prompts, strict=True)], model.device)
         owners = torch.tensor([i for i, n in enumerate(prompts) for _ in range(n)], device=model.device)
-        found = runner.cached(packed, owners, memory, Call(), decoding=False)[[stop - 1 for _, stop in packed.segments]]
-        for step in range(STEPS + 1):
+        found = runner.cached(packed, owners, memory, AdapterContext(), decoding=False)[[stop - 1 for _, stop in packed.segments]]
+        for step in range(DECODE_STEPS + 1):
             expected = torch.stack([whole[i, n - 1 + step] for i, n in enumerate(prompts)])
             errors.append((found.float() - expected).norm(dim=1) / expected.norm(dim=1))
-            if step < STEPS:
+            if step < DECODE_STEPS:
                 now = torch.tensor([row[n + step] for row, n in zip(rows, prompts, strict=True)], device=model.device)
-                packed = Packed(now, memory.lengths, [(0, 1), (1, 2)])
-                found = runner.cached(packed, torch.arange(2, device=model.device), memory, Call(), decoding=True)
+                packed = PackedInput(now, memory.lengths, [(0, 1), (1, 2)])
+                found = runner.cached(packed, torch.arange(2, device=model.device), memory, AdapterContext(), decoding=True)
     except (AttributeError, TypeError, ValueError, RuntimeError, LookupError, ModelError, ContractError) as e:
-        if isinstance(e, Interrupted | OutOfMemoryError) or allocation_failure(e) is not None:
+        if isinstance(e, RunInterruptedError | OutOfMemoryError) or allocation_failure(e) is not None:
             raise  # a signal, or no memory, says nothing of the cache
         return f"its cache cannot be used ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
     # the median over steps: a router that rounding tips over at one token is no fault of the cache
     worst = float(torch.stack(errors).median(0).values.max())
-    if worst <= ROUNDING[model.dtype]:
+    if worst <= ROUNDING_TOLERANCE[model.dtype]:
         return ""
     return f"with its cache hidden states differ by {worst:.0e} of their size from those without"
 
@@ -218,55 +226,57 @@ def cache_error(model: CausalLM) -> str:
 
 
 @cache
-def _proven() -> set[str]:
+def _proven_digests() -> set[str]:
     """Digests of the native proofs this process has seen held."""
     return set()
 
 
-def why_not_native(family: Family, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, notes: list[str]) -> str:
+def find_native_mismatch(
+    family: ModelFamily, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, notes: list[str]
+) -> str:
     """ "" if the native decoder computes this config, shown by (a), (b) and (c) on a twin; else what differs."""
-    if switched_off(notes):
+    if proofs_disabled(notes):
         return ""
-    name = _digest(config, dtype, device)
-    kept = home() / "proofs" / name
-    if name in _proven() or _kept(kept) is not None:
-        _proven().add(name)
+    name = _native_proof_digest(config, dtype, device)
+    kept = lorry_home() / "proofs" / name
+    if name in _proven_digests() or _read_proof(kept) is not None:
+        _proven_digests().add(name)
         return ""
     try:
-        why = _native(family, config, dtype, device)
+        why = _compare_native(family, config, dtype, device)
     except ModelError as e:
         return f"Lorry's decoder could not be proven on a small twin of it: {e}"
     if why:
         return why
-    _proven().add(name)
-    _keep(kept, "")
+    _proven_digests().add(name)
+    _save_proof(kept, "")
     return ""
 
 
-def _native(family: Family, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> str:
-    small = shrunk(family, config)
-    with blaming("transformers refuses the twin"), quiet(), torch.random.fork_rng(devices=[]):
+def _compare_native(family: ModelFamily, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> str:
+    small = shrink_config(family, config)
+    with model_file_errors("transformers refuses the twin"), silence_transformers(), torch.random.fork_rng(devices=[]):
         theirs = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(small), dtype=torch.float32)
-    _randomise(theirs.eval().requires_grad_(False))
-    ours = _ours(family, theirs)
+    _randomise_weights(theirs.eval().requires_grad_(False))
+    ours = _build_native_twin(family, theirs)
     if isinstance(ours, str):
         return ours
     length = min(TWIN_LENGTH, ours.context)
-    ids = torch.tensor(_tokens(ours, 2, length))
-    with torch.no_grad(), blaming("transformers cannot run the twin"):
+    ids = torch.tensor(_random_sequences(ours, 2, length))
+    with torch.no_grad(), model_file_errors("transformers cannot run the twin"):
         expected, found = theirs(input_ids=ids, use_cache=False).logits, ours(ids).logits
     gap = float((found - expected).abs().max() / expected.abs().max())
-    if not gap <= EXACT:
+    if not gap <= TWIN_TOLERANCE:
         return f"Lorry's decoder gives other logits than transformers for this config (by {gap:.0e} of the largest)"
     ours = ours.to(device, dtype)
     if ours.geometry.tied:
         ours.tie()
-    if why := sees_the_future(ours) or cache_error(ours):
+    if why := find_future_leak(ours) or find_cache_error(ours):
         return f"Lorry's decoder is wrong for this config: {why}"
     return ""
 
 
-def _ours(family: Family, theirs: Any) -> Decoder | str:
+def _build_native_twin(family: ModelFamily, theirs: Any) -> Decoder | str:
     """The native decoder with the weights of a model of transformers, or why they do not fit."""
     with torch.device("meta"):
         ours = Decoder(family, theirs.config.to_dict())
@@ -283,7 +293,7 @@ def _ours(family: Family, theirs: Any) -> Decoder | str:
     return ours.requires_grad_(False).eval()
 
 
-def shrunk(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+def shrink_config(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with few layers, heads and tokens. Everything else stays, head width and rotary settings included.
 
     Raises ModelError for heads too wide to be true.
@@ -315,7 +325,7 @@ def shrunk(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module) -> None:
+def _randomise_weights(model: nn.Module) -> None:
     """Weights wide enough that a wrong epsilon, bias or rotary base shows; biases away from 0, norms from 1."""
     draw = torch.Generator().manual_seed(0)
     for p in model.parameters():
@@ -324,33 +334,33 @@ def _randomise(model: nn.Module) -> None:
         p.copy_(around + wide * torch.randn(p.shape, generator=draw))
 
 
-def _digest(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> str:
+def _native_proof_digest(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> str:
     """Names a proof by all it depends on: the config, the number format and device, Lorry's code, torch, transformers."""
     parts = [
         json.dumps(config, sort_keys=True, default=str),
         str(dtype),
         device.type,
-        _code(),
+        _code_digest(),
         os.environ.get("LORRY_KERNELS", ""),
     ]
     parts += [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _digest_of(model: HfModel) -> str:
+def _model_proof_digest(model: HfModel) -> str:
     """Names a proof of a model of transformers' as it was loaded: weights that are all 0, say, would hide what others show."""
     parts = [
         *(f"{type(model.inner).__module__}.{type(model.inner).__qualname__}", str(model.body), model.recomputes),
         str(getattr(model.inner.config, "_attn_implementation", None)),
         str(getattr(model.inner, "is_quantized", False)),
         sample_digest(model),
-        _digest(model.config, model.dtype, model.device),
+        _native_proof_digest(model.config, model.dtype, model.device),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 @cache
-def _code() -> str:
+def _code_digest() -> str:
     """SHA-256 over Lorry's sources that a forward pass runs through."""
     root = Path(__file__).parent.parent
     files = sorted(
@@ -362,10 +372,10 @@ def _code() -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()
 
 
-def _kept(place: Path) -> str | None:
+def _read_proof(place: Path) -> str | None:
     """What was kept of a proof, which is used with that; None where there is none, or it cannot be read or is no such file."""
     try:
-        if not place.is_file() or place.stat().st_size > LONGEST:
+        if not place.is_file() or place.stat().st_size > MAX_PROOF_BYTES:
             return None
         said = place.read_text(encoding="utf-8")
         os.utime(place)
@@ -374,14 +384,16 @@ def _kept(place: Path) -> str | None:
     return said
 
 
-def _keep(place: Path, said: str) -> None:
+def _save_proof(place: Path, said: str) -> None:
     """Remember that a proof held, and forget those that were used longest ago; where nothing can be written it is made again the
     next time. Replaced whole: another process may read it just now."""
     try:
         durable.make_directory(place.parent)
-        durable.write_files(place.parent, {place.name: said.encode()[:LONGEST].decode(errors="ignore").encode()})
-        ours = [one for one in os.scandir(place.parent) if NAME.fullmatch(one.name) and one.is_file(follow_symlinks=False)]
-        for one in sorted(ours, key=lambda one: one.stat().st_mtime_ns)[:-KEPT]:
+        durable.write_files(place.parent, {place.name: said.encode()[:MAX_PROOF_BYTES].decode(errors="ignore").encode()})
+        ours = [
+            one for one in os.scandir(place.parent) if DIGEST_PATTERN.fullmatch(one.name) and one.is_file(follow_symlinks=False)
+        ]
+        for one in sorted(ours, key=lambda one: one.stat().st_mtime_ns)[:-MAX_SAVED_PROOFS]:
             Path(one.path).unlink(missing_ok=True)
     except OSError:
         return
@@ -390,22 +402,22 @@ def _keep(place: Path, said: str) -> None:
 # --- tokens and outputs
 
 
-def _vocabulary(model: CausalLM) -> list[int]:
+def _text_token_ids(model: CausalLM) -> list[int]:
     """Token ids that are plain text to the model."""
     if isinstance(model, Decoder):
         return list(range(min(model.geometry.vocab, 4096)))
-    return plain_tokens(model.inner)
+    return list_text_tokens(model.inner)
 
 
-def _tokens(model: CausalLM, rows: int, length: int) -> list[list[int]]:
+def _random_sequences(model: CausalLM, rows: int, length: int) -> list[list[int]]:
     """Random sequences [rows][length]."""
-    known = _vocabulary(model)
+    known = _text_token_ids(model)
     picks = torch.randint(0, len(known), (rows, length), generator=torch.Generator().manual_seed(0))
     return [[known[i] for i in row] for row in picks.tolist()]
 
 
-def _hidden(model: CausalLM, rows: list[list[int]]) -> Tensor:
+def _hidden_outputs(model: CausalLM, rows: list[list[int]]) -> Tensor:
     """Outputs [rows, length, D] of sequences of one length, without adapters."""
-    last = model.hidden(Packed.of(rows, model.device), Call()).last
+    last = model.hidden(PackedInput.of(rows, model.device), AdapterContext()).last
     assert last is not None
     return last.view(len(rows), len(rows[0]), -1)

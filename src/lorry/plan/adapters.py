@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lorry.config.schema import LoraConfig
-from lorry.errors import ConfigError, nearest
-from lorry.plan.shapes import Shape, Site
+from lorry.errors import ConfigError, suggest_nearest
+from lorry.plan.shapes import ModelShape, Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sitting:
+class AdaptedMatrix:
     """One adapted matrix: A is rank x inputs, B outputs x rank. ``layer`` is None for the head and the embedding."""
 
     path: str
@@ -28,10 +28,10 @@ class Sitting:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class PlannedAdapter:
     """All of an adapter's matrices."""
 
-    sittings: tuple[Sitting, ...]
+    sittings: tuple[AdaptedMatrix, ...]
 
     @property
     def parameters(self) -> int:
@@ -42,7 +42,7 @@ class Adapter:
     def lowest(self) -> int:
         """The first layer that runs backward: the lowest adapted one; 0 when the embedding is, past the last when no layer is."""
         layers = [s.layer for s in self.sittings if s.layer is not None]
-        if any(s.layer is None and s.site is None and s.path.endswith(EMBEDDINGS) for s in self.sittings):
+        if any(s.layer is None and s.site is None and s.path.endswith(EMBEDDING_NAMES) for s in self.sittings):
             return 0
         return min(layers, default=1 << 30)
 
@@ -52,23 +52,25 @@ class Adapter:
 
     def head(self) -> bool:
         """Whether the output head is adapted: its scores are then recomputed in backward."""
-        return any(s.layer is None and not s.path.endswith(EMBEDDINGS) for s in self.sittings)
+        return any(s.layer is None and not s.path.endswith(EMBEDDING_NAMES) for s in self.sittings)
 
 
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
+EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in")
 
 
-def adapter_of(shape: Shape, lora: LoraConfig, rank: int) -> Adapter:
+def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapter:
     """The adapter that ``lora`` describes, at this rank. Raises ConfigError for a name that matches no matrix."""
     g = shape.geometry
     known = [
-        Sitting(path=linear.path.format(i=i), layer=i, site=linear.site, inputs=linear.inputs, outputs=linear.outputs, rank=rank)
+        AdaptedMatrix(
+            path=linear.path.format(i=i), layer=i, site=linear.site, inputs=linear.inputs, outputs=linear.outputs, rank=rank
+        )
         for i in range(g.layers)
         for linear in shape.linears
     ]
-    embed = Sitting(path=shape.embed, layer=None, site=None, inputs=g.vocab, outputs=g.width, rank=rank)
-    head = Sitting(path=shape.head, layer=None, site=None, inputs=g.width, outputs=g.vocab, rank=rank)
-    chosen = _chosen({s.path: s for s in (embed, *known, head)}, known, shape, lora)
+    embed = AdaptedMatrix(path=shape.embed, layer=None, site=None, inputs=g.vocab, outputs=g.width, rank=rank)
+    head = AdaptedMatrix(path=shape.head, layer=None, site=None, inputs=g.width, outputs=g.vocab, rank=rank)
+    chosen = _targeted_matrices({s.path: s for s in (embed, *known, head)}, known, shape, lora)
     if lora.layers_to_transform is not None:
         wanted = lora.layers_to_transform if isinstance(lora.layers_to_transform, list) else [lora.layers_to_transform]
         if absent := sorted(set(wanted) - set(range(g.layers))):
@@ -76,22 +78,24 @@ def adapter_of(shape: Shape, lora: LoraConfig, rank: int) -> Adapter:
         chosen = [s for s in chosen if s.layer in wanted]
     if not chosen:
         raise ConfigError("lora.target_modules and lora.exclude_modules leave no layer")
-    return Adapter(tuple(_ranked(s, lora) for s in chosen))
+    return PlannedAdapter(tuple(_with_pattern_rank(s, lora) for s in chosen))
 
 
-def _chosen(every: dict[str, Sitting], inner: list[Sitting], shape: Shape, lora: LoraConfig) -> list[Sitting]:
+def _targeted_matrices(
+    every: dict[str, AdaptedMatrix], inner: list[AdaptedMatrix], shape: ModelShape, lora: LoraConfig
+) -> list[AdaptedMatrix]:
     wanted, excluded = lora.target_modules, lora.exclude_modules
     if isinstance(wanted, str):
         chosen = inner if wanted in ("auto", "all-linear") else [s for p, s in every.items() if re.fullmatch(wanted, p)]
         if not chosen:
-            raise ConfigError(f"lora.target_modules={wanted!r} matches no layer; {_known(every)}")
+            raise ConfigError(f"lora.target_modules={wanted!r} matches no layer; {_list_known_names(every)}")
     else:
         names = {"lm_head": shape.head, "embed": shape.embed}
         for name in wanted:
             if not any(_ends_with(p, names.get(name, name)) for p in every):
                 leaves = {p.rpartition(".")[2] for p in every}
                 raise ConfigError(
-                    f"lora.target_modules names {name!r}, which matches no layer{nearest(name, leaves)}; {_known(every)}"
+                    f"lora.target_modules names {name!r}, which matches no layer{suggest_nearest(name, leaves)}; {_list_known_names(every)}"
                 )
         chosen = [s for p, s in every.items() if any(_ends_with(p, names.get(n, n)) for n in wanted)]
     if isinstance(excluded, str):
@@ -99,11 +103,11 @@ def _chosen(every: dict[str, Sitting], inner: list[Sitting], shape: Shape, lora:
     return [s for s in chosen if not any(_ends_with(s.path, e) for e in excluded or ())]
 
 
-def _ranked(sitting: Sitting, lora: LoraConfig) -> Sitting:
+def _with_pattern_rank(sitting: AdaptedMatrix, lora: LoraConfig) -> AdaptedMatrix:
     """The rank that `rank_pattern` gives this matrix, as PEFT reads it."""
     for key, rank in lora.rank_pattern.items():
         if re.match(rf"(.*\.)?({key})$", sitting.path):
-            return Sitting(**{**vars(sitting), "rank": rank})
+            return AdaptedMatrix(**{**vars(sitting), "rank": rank})
     return sitting
 
 
@@ -111,11 +115,11 @@ def _ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def _known(paths: Iterable[str]) -> str:
+def _list_known_names(paths: Iterable[str]) -> str:
     return f"the layers here end in {', '.join(dict.fromkeys(p.rpartition('.')[2] for p in paths))}"
 
 
-def largest_rank(shape: Shape, lora: LoraConfig, most: int = 256) -> int:
+def largest_rank(shape: ModelShape, lora: LoraConfig, most: int = 256) -> int:
     """The largest power of two that is no larger than any adapted matrix's smaller side: beyond it a rank adds nothing."""
-    smaller = min(min(s.inputs, s.outputs) for s in adapter_of(shape, lora, 1).sittings)
+    smaller = min(min(s.inputs, s.outputs) for s in plan_adapter(shape, lora, 1).sittings)
     return 1 << (min(most, smaller).bit_length() - 1)

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from lorry.disk import documents
-from lorry.errors import ModelError, nearest
-from lorry.plan.known import KNOWN
+from lorry.errors import ModelError, suggest_nearest
+from lorry.plan.known import KNOWN_CONFIGS
 from lorry.runs.layout import ADAPTER_CONFIG
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*|[A-Za-z0-9][A-Za-z0-9._-]*")
-DIGEST = re.compile(r"(.+)-[0-9a-f]{12}")  # a converted model's directory in the cache
+DIGEST_SUFFIX = re.compile(r"(.+)-[0-9a-f]{12}")  # a converted model's directory in the cache
 
 
 @dataclass(frozen=True)
-class ConfigFound:
+class FoundConfig:
     """A config, where it was found, and the rank of the adapter that was named instead of a base (None: a base was named)."""
 
     config: dict[str, Any]
@@ -25,35 +25,37 @@ class ConfigFound:
     adapter_rank: int | None = None
 
 
-def find_config(name: str, *, revision: str | None = None) -> ConfigFound:
+def find_config(name: str, *, revision: str | None = None) -> FoundConfig:
     """The config that ``name`` stands for. Raises ModelError naming what was looked for and what comes near."""
     path = Path(name).expanduser()
-    if path.is_dir() and name not in KNOWN:
-        return _of_directory(path)
-    if name.lower() in KNOWN:
-        return ConfigFound(KNOWN[name.lower()], f"the table of well-known models ({name.lower()})")
+    if path.is_dir() and name not in KNOWN_CONFIGS:
+        return _directory_config(path)
+    if name.lower() in KNOWN_CONFIGS:
+        return FoundConfig(KNOWN_CONFIGS[name.lower()], f"the table of well-known models ({name.lower()})")
     if path.suffix == ".gguf":
         raise ModelError(f"{path}: plan reads config.json, which a GGUF file has not; give the directory it was converted to")
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
-        raise ModelError(f"no model at {name!r}{nearest(name, KNOWN)}; known by name: {', '.join(sorted(KNOWN))}")
-    return _of_hub(name, revision)
+        raise ModelError(
+            f"no model at {name!r}{suggest_nearest(name, KNOWN_CONFIGS)}; known by name: {', '.join(sorted(KNOWN_CONFIGS))}"
+        )
+    return _hub_config(name, revision)
 
 
-def _of_directory(path: Path) -> ConfigFound:
+def _directory_config(path: Path) -> FoundConfig:
     if (path / "config.json").is_file():
-        return ConfigFound(_read(path / "config.json"), str(path / "config.json"))
+        return FoundConfig(_read_config(path / "config.json"), str(path / "config.json"))
     if not (path / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{path} has neither config.json nor adapter_config.json; give a model, a run or an adapter directory")
-    adapter = _read(path / ADAPTER_CONFIG)
+    adapter = _read_config(path / ADAPTER_CONFIG)
     base, rank = adapter.get("base_model_name_or_path"), adapter.get("r")
     if not isinstance(base, str) or not isinstance(rank, int):
         raise ModelError(f"{path / ADAPTER_CONFIG}: no base_model_name_or_path and r; this is not a LoRA adapter")
-    cached = DIGEST.fullmatch(Path(base).name)
-    known = cached is not None and not Path(base).is_dir() and cached[1] in KNOWN
+    cached = DIGEST_SUFFIX.fullmatch(Path(base).name)
+    known = cached is not None and not Path(base).is_dir() and cached[1] in KNOWN_CONFIGS
     return replace(find_config(cached[1] if known and cached else base), adapter_rank=rank)
 
 
-def _of_hub(name: str, revision: str | None) -> ConfigFound:
+def _hub_config(name: str, revision: str | None) -> FoundConfig:
     """config.json of a hub repository, from the cache or the hub."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
@@ -63,12 +65,12 @@ def _of_hub(name: str, revision: str | None) -> ConfigFound:
     except (OSError, HFValidationError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(
-            f"no config of {name!r}: no such directory here, no well-known name{nearest(name.lower(), KNOWN)}, and the hub does "
-            f"not give it ({reason}); known by name: {', '.join(sorted(KNOWN))}"
+            f"no config of {name!r}: no such directory here, no well-known name{suggest_nearest(name.lower(), KNOWN_CONFIGS)}, and the hub does "
+            f"not give it ({reason}); known by name: {', '.join(sorted(KNOWN_CONFIGS))}"
         ) from e
-    return ConfigFound(_read(Path(file)), f"{name} on the hub")
+    return FoundConfig(_read_config(Path(file)), f"{name} on the hub")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     """A JSON object of bounded size. Raises ModelError with file and line."""
     return documents.read_object(path, error=ModelError, nonfinite=True, largest=10**40)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorry.plan.adapters import Adapter
-from lorry.plan.constants import EFFICIENCY
-from lorry.plan.memory import Setup, path_of
-from lorry.plan.shapes import Shape
+from lorry.plan.adapters import PlannedAdapter
+from lorry.plan.constants import STEP_EFFICIENCIES
+from lorry.plan.memory import MemorySetup, layer_path
+from lorry.plan.shapes import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flops:
+class TokenFlops:
     """FLOPs per token."""
 
     forward: int
@@ -31,7 +31,7 @@ class Flops:
         return self.forward + self.backward + self.recompute
 
 
-def flops_of(shape: Shape, adapter: Adapter, setup: Setup) -> Flops:
+def count_flops(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) -> TokenFlops:
     """Of one token in a sequence of ``setup.length``."""
     g = shape.geometry
     share = (g.layers - min(adapter.lowest, g.layers)) / g.layers  # layers that run backward
@@ -40,12 +40,12 @@ def flops_of(shape: Shape, adapter: Adapter, setup: Setup) -> Flops:
     forward = body + head + 2 * scores + 2 * p
     backward = int(share * (body + 5 * scores)) + head + 4 * p
     again = int(share * (body + 2 * scores)) + 2 * p if setup.recompute == "full" else 0
-    return Flops(
+    return TokenFlops(
         forward=forward, backward=backward, recompute=again, head=2 * head, attention=2 * scores + int(share * 5 * scores),
         adapter=6 * p,
     )  # fmt: skip
 
 
-def efficiency(shape: Shape, setup: Setup) -> float:
+def step_efficiency(shape: ModelShape, setup: MemorySetup) -> float:
     """The share of the matrix rate that a step is expected to reach."""
-    return EFFICIENCY[setup.device, path_of(shape)]
+    return STEP_EFFICIENCIES[setup.device, layer_path(shape)]

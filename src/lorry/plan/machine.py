@@ -14,17 +14,17 @@ from typing import Any, Literal
 from lorry.errors import ConfigError
 from lorry.plan.constants import GIB
 
-NVIDIA = Path("/proc/driver/nvidia/gpus")
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 CPUINFO = Path("/proc/cpuinfo")
 # What changes torch's speed from outside: threads it takes unasked, instruction sets it is held to.
-VARIABLES = (
+IDENTITY_VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
     "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "LORRY_KERNELS", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuSpec:
     """Usable memory in bytes, and dense bf16 FLOP/s as the maker gives them."""
 
     memory: int
@@ -32,22 +32,22 @@ class Gpu:
 
 
 GPUS = {
-    "a100-40gb": Gpu(int(39.4 * GIB), 312e12),
-    "a100-80gb": Gpu(int(79.2 * GIB), 312e12),
-    "h100": Gpu(int(79.1 * GIB), 989e12),
-    "h200": Gpu(int(139.8 * GIB), 989e12),
-    "b200": Gpu(int(178.0 * GIB), 2250e12),
-    "l40s": Gpu(int(44.4 * GIB), 362e12),
-    "rtx4090": Gpu(int(23.5 * GIB), 165e12),
+    "a100-40gb": GpuSpec(int(39.4 * GIB), 312e12),
+    "a100-80gb": GpuSpec(int(79.2 * GIB), 312e12),
+    "h100": GpuSpec(int(79.1 * GIB), 989e12),
+    "h200": GpuSpec(int(139.8 * GIB), 989e12),
+    "b200": GpuSpec(int(178.0 * GIB), 2250e12),
+    "l40s": GpuSpec(int(44.4 * GIB), 362e12),
+    "rtx4090": GpuSpec(int(23.5 * GIB), 165e12),
 }
 
 
 def has_cuda() -> bool:
     """Whether an NVIDIA driver sees a GPU, without importing torch."""
-    return NVIDIA.is_dir() and any(NVIDIA.iterdir())
+    return NVIDIA_GPUS.is_dir() and any(NVIDIA_GPUS.iterdir())
 
 
-def _cpuinfo(*names: str) -> list[str]:
+def _cpuinfo_values(*names: str) -> list[str]:
     """Values of the first processor under these names, those that the system gives, in order."""
     try:
         lines = CPUINFO.read_text(encoding="utf-8").splitlines()
@@ -60,41 +60,41 @@ def _cpuinfo(*names: str) -> list[str]:
     return [found[name] for name in names if name in found]
 
 
-def processor() -> str:
+def processor_name() -> str:
     """The processor's name."""
-    return next(iter(_cpuinfo("model name")), "") or platform.processor() or platform.machine()
+    return next(iter(_cpuinfo_values("model name")), "") or platform.processor() or platform.machine()
 
 
-def threads() -> int:
+def available_threads() -> int:
     """CPU threads this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def identity(device: str, precision: str, threads_asked: int | None) -> dict[str, Any]:
+def machine_identity(device: str, precision: str, threads_asked: int | None) -> dict[str, Any]:
     """What a measured rate holds for: plain values, equal only for ways of computing that are alike.
 
     A processor's name alone says little: cloud machines of one name differ in instruction sets,
     cores and neighbours. ``threads_asked``: None, as many as torch takes by itself. Raises nothing.
     """
-    flags = hashlib.sha256(" ".join(sorted(_flags())).encode()).hexdigest()[:16]
+    flags = hashlib.sha256(" ".join(sorted(_processor_flags())).encode()).hexdigest()[:16]
     return {
         "host": platform.node(),
-        "processor": [processor(), *_cpuinfo("cpu family", "model", "stepping"), f"flags {flags}"],
-        "cores": threads(),
-        "gpus": gpus() if device == "cuda" else [],
+        "processor": [processor_name(), *_cpuinfo_values("cpu family", "model", "stepping"), f"flags {flags}"],
+        "cores": available_threads(),
+        "gpus": list_gpus() if device == "cuda" else [],
         "device": device,
         "precision": precision,
         "threads": threads_asked,
         "kernels": device == "cpu" and has_tiles(),
         "torch": torch_version(),
-        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "environment": {name: os.environ[name] for name in IDENTITY_VARIABLES if name in os.environ},
     }
 
 
-def gpus() -> list[str]:
+def list_gpus() -> list[str]:
     """Names of the GPUs that the NVIDIA driver lists."""
     try:
-        texts = [(one / "information").read_text() for one in sorted(NVIDIA.iterdir())]
+        texts = [(one / "information").read_text() for one in sorted(NVIDIA_GPUS.iterdir())]
     except OSError:
         return []
     lines = [line for text in texts for line in text.splitlines()]
@@ -117,9 +117,9 @@ def load_average() -> float | None:
         return None
 
 
-def _flags() -> set[str]:
+def _processor_flags() -> set[str]:
     """The processor's features, as the kernel of the system lists them."""
-    listed = " ".join(_cpuinfo("flags", "Features")).split()
+    listed = " ".join(_cpuinfo_values("flags", "Features")).split()
     return set(listed) if CPUINFO.exists() else {"bf16"} if platform.machine() == "arm64" else set()
 
 
@@ -137,12 +137,12 @@ def dtype_of_auto() -> Literal["float32", "bfloat16"] | None:
             raise ConfigError(f"LORRY_DTYPE={word!r} in the environment; give float32 or bfloat16, or leave it out")
 
 
-def fast_bfloat16() -> bool:
+def processor_has_bfloat16() -> bool:
     """Whether this processor multiplies matrices in bfloat16 itself; models/loading/load.py asks torch the same."""
-    return bool(_flags() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
+    return bool(_processor_flags() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
 
 
 def has_tiles() -> bool:
     """Whether the attention kernel will run: matrix tiles, and a compiler to build it with (kernels/build.py)."""
     compiler = any(map(shutil.which, ("g++", "c++", "clang++"))) and os.environ.get("LORRY_KERNELS") != "0"
-    return compiler and {"amx_tile", "amx_bf16"} <= _flags()
+    return compiler and {"amx_tile", "amx_bf16"} <= _processor_flags()

@@ -11,50 +11,50 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lorry.plan.adapters import Adapter
+from lorry.plan.adapters import PlannedAdapter
 from lorry.plan.constants import (
-    CHUNK,
+    ALLOCATOR_GAPS,
+    ALLOCATOR_SLACK,
     CHUNK_COPIES,
-    COMPILED,
+    COMPILED_BYTES,
     FEWER_GAPS,
-    GAPS,
     GAPS_PER_LAYER,
-    GROUP,
     KERNEL_WIDTHS,
-    LIBRARIES,
-    PLAIN_WORK,
-    RUNTIME,
-    SLACK,
-    TILE,
-    VARIED,
+    LIBRARY_BYTES,
+    PLAIN_WORKSPACE,
+    RUNTIME_BYTES,
+    SCORE_CHUNK,
+    SCORE_GROUP,
+    SCORE_TILE,
+    VARIED_LENGTH_BYTES,
 )
-from lorry.plan.shapes import Shape
+from lorry.plan.shapes import ModelShape
 
-Precision = Literal["float32", "bfloat16", "float16", "int8", "nf4", "fp4"]
-Device = Literal["cpu", "cuda"]
-Recompute = Literal["none", "full"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16", "int8", "nf4", "fp4")
-TRAINABLE: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
+PrecisionName = Literal["float32", "bfloat16", "float16", "int8", "nf4", "fp4"]
+DeviceType = Literal["cpu", "cuda"]
+RecomputeMode = Literal["none", "full"]
+PRECISIONS: tuple[PrecisionName, ...] = ("float32", "bfloat16", "float16", "int8", "nf4", "fp4")
+TRAINABLE_PRECISIONS: tuple[PrecisionName, ...] = ("float32", "bfloat16", "float16")
 
 # Bytes per weight of a layer's matrices. int8: one fp32 scale per output row, counted apart. nf4, fp4: blocks of 64 with an
 # absmax, itself quantised to 8 bits in blocks of 256 (Dettmers et al. 2023): (8 + 32/256) / 64 = 0.127 bits a weight.
 FOUR_BIT = (4 + (8 + 32 / 256) / 64) / 8
-WEIGHT_BYTES: dict[Precision, float] = {
+WEIGHT_BYTES: dict[PrecisionName, float] = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": FOUR_BIT, "fp4": FOUR_BIT,
 }  # fmt: skip
-MASTER, MOMENTS = 8, 8  # fp32 values and gradients; AdamW's two moments
+MASTER_BYTES, MOMENT_BYTES = 8, 8  # fp32 values and gradients; AdamW's two moments
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class MemorySetup:
     """How a model is run. ``tokens``: of one micro-batch, at most; ``length``: of its longest sequence; ``tiles``: the processor
     has matrix tiles, for which there is an attention kernel; ``whole``: a run on real data, not steps of one length alone."""
 
     tokens: int
     length: int
-    recompute: Recompute = "none"
-    precision: Precision = "bfloat16"
-    device: Device = "cpu"
+    recompute: RecomputeMode = "none"
+    precision: PrecisionName = "bfloat16"
+    device: DeviceType = "cpu"
     tiles: bool = True
     whole: bool = False
 
@@ -65,7 +65,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Component:
+class MemoryComponent:
     """One line of the table: bytes, and in words what they are."""
 
     name: str
@@ -74,10 +74,10 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """The peak of a run, by component: what every choice needs first, what a smaller micro-batch would save last."""
 
-    components: tuple[Component, ...]
+    components: tuple[MemoryComponent, ...]
 
     @property
     def total(self) -> int:
@@ -88,7 +88,7 @@ class Memory:
         """Without the libraries: what a benchmark measures as peak minus the state after imports."""
         return sum(c.bytes for c in self.components if c.name != "libraries")
 
-    def breaks(self, budget: int) -> Component:
+    def breaks(self, budget: int) -> MemoryComponent:
         """The component at which the running sum passes the budget."""
         running = 0
         for component in self.components:
@@ -98,80 +98,80 @@ class Memory:
         raise ValueError(f"{running} bytes fit a budget of {budget}")
 
 
-def path_of(shape: Shape) -> Literal["fused", "plain"]:
+def layer_path(shape: ModelShape) -> Literal["fused", "plain"]:
     """Which implementation of a layer runs: Lorry's own decoder, or transformers' code."""
     return "fused" if shape.native else "plain"
 
 
-def by_kernel(shape: Shape, setup: Setup) -> bool:
+def uses_attention_kernel(shape: ModelShape, setup: MemorySetup) -> bool:
     """Whether attention runs in Lorry's own kernel (kernels/attention.py), which repeats and copies nothing."""
     usual = shape.geometry.head_dim in KERNEL_WIDTHS and setup.precision not in ("float32", "float16")
     return setup.device == "cpu" and setup.tiles and usual and shape.native
 
 
-def memory_of(shape: Shape, adapter: Adapter, setup: Setup) -> Memory:
+def estimate_memory(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) -> MemoryEstimate:
     """The peak of training steps on one device."""
-    g, path = shape.geometry, path_of(shape)
+    g, path = shape.geometry, layer_path(shape)
     layers = range(adapter.lowest, g.layers)  # nothing is kept below the lowest adapter
-    saved = setup.tokens * kept_per_token(shape, adapter, setup, layers)
+    saved = setup.tokens * saved_bytes_per_token(shape, adapter, setup, layers)
     scores = score_workspace(shape, setup, adapter)
     step = max(scores, layer_workspace(shape, setup))
     weights = int(g.layers * layer_weights(shape, setup.precision) + shape.final_norm * setup.element)
-    slack = allocator(shape, setup, saved + step)
-    return Memory((
-        Component("libraries", LIBRARIES[setup.device], "Python and its packages" if setup.device == "cpu" else "CUDA context"),
-        Component("runtime", runtime(setup), "what the first step loads: kernels, their scratch space"),
-        Component("base weights", weights, f"{g.layers} layers in {setup.precision}"),
-        Component("vocabulary", vocabulary_weights(shape, setup), "embedding" + (" (tied)" if g.tied else " and head")),
-        Component("adapter", adapter_bytes(adapter, setup), f"{adapter.parameters / 1e6:.2f}M values: fp32, gradients, a copy"),
-        Component("optimizer", MOMENTS * adapter.parameters, "AdamW's two moments, fp32"),
-        Component("workspace", step, "the vocabulary product" if step == scores else "one layer's backward"),
-        Component("allocator", slack, "gaps between buffers that come and go"),
-        Component("activations", saved, f"kept by {len(layers)} layers for backward ({path}, recompute {setup.recompute})"),
+    slack = allocator_overhead(shape, setup, saved + step)
+    return MemoryEstimate((
+        MemoryComponent("libraries", LIBRARY_BYTES[setup.device], "Python and its packages" if setup.device == "cpu" else "CUDA context"),
+        MemoryComponent("runtime", runtime_bytes(setup), "what the first step loads: kernels, their scratch space"),
+        MemoryComponent("base weights", weights, f"{g.layers} layers in {setup.precision}"),
+        MemoryComponent("vocabulary", vocabulary_weights(shape, setup), "embedding" + (" (tied)" if g.tied else " and head")),
+        MemoryComponent("adapter", adapter_bytes(adapter, setup), f"{adapter.parameters / 1e6:.2f}M values: fp32, gradients, a copy"),
+        MemoryComponent("optimizer", MOMENT_BYTES * adapter.parameters, "AdamW's two moments, fp32"),
+        MemoryComponent("workspace", step, "the vocabulary product" if step == scores else "one layer's backward"),
+        MemoryComponent("allocator", slack, "gaps between buffers that come and go"),
+        MemoryComponent("activations", saved, f"kept by {len(layers)} layers for backward ({path}, recompute {setup.recompute})"),
     ))  # fmt: skip
 
 
 # --- what does not move
 
 
-def runtime(setup: Setup) -> int:
+def runtime_bytes(setup: MemorySetup) -> int:
     """What steps load and compile."""
     if setup.device == "cuda" or setup.precision == "float32":
-        return RUNTIME[setup.device]
-    return RUNTIME["cpu"] + COMPILED + (VARIED if setup.whole else 0)
+        return RUNTIME_BYTES[setup.device]
+    return RUNTIME_BYTES["cpu"] + COMPILED_BYTES + (VARIED_LENGTH_BYTES if setup.whole else 0)
 
 
-def layer_weights(shape: Shape, precision: Precision) -> float:
+def layer_weights(shape: ModelShape, precision: PrecisionName) -> float:
     """Bytes of one layer: matrices in the base's format, everything else in the format computed in."""
     matrices = shape.layer_linears + shape.layer_experts
     scales = 4 * (sum(x.outputs for x in shape.linears) + _expert_rows(shape)) if precision == "int8" else 0
     return matrices * WEIGHT_BYTES[precision] + scales + shape.layer_small * (4 if precision == "float32" else 2)
 
 
-def _expert_rows(shape: Shape) -> int:
+def _expert_rows(shape: ModelShape) -> int:
     """Output rows of a layer's experts, for int8's scales."""
     if shape.experts is None:
         return 0
     return shape.experts.count * ((2 if shape.gated else 1) * shape.experts.width + shape.geometry.width)
 
 
-def vocabulary_weights(shape: Shape, setup: Setup) -> int:
+def vocabulary_weights(shape: ModelShape, setup: MemorySetup) -> int:
     """Embedding and head; never quantised."""
     return (shape.embedding + (0 if shape.geometry.tied else shape.head_size)) * setup.element
 
 
-def adapter_bytes(adapter: Adapter, setup: Setup) -> int:
+def adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
     """fp32 values and gradients, and a copy in the format computed in where that is another."""
     copy = 0 if setup.precision == "float32" else setup.element
-    return (MASTER + copy) * adapter.parameters
+    return (MASTER_BYTES + copy) * adapter.parameters
 
 
 # --- what comes and goes
 
 
-def kept_per_token(shape: Shape, adapter: Adapter, setup: Setup, layers: range) -> int:
+def saved_bytes_per_token(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup, layers: range) -> int:
     """Bytes per token that are held when the last of ``layers`` has run forward."""
-    per_layer = {i: layer_kept(shape, setup, adapter.ranks(i)) for i in layers}
+    per_layer = {i: layer_saved_bytes(shape, setup, adapter.ranks(i)) for i in layers}
     if not per_layer:
         return 0
     if setup.recompute == "full":  # every layer's input, and one layer alive
@@ -179,33 +179,33 @@ def kept_per_token(shape: Shape, adapter: Adapter, setup: Setup, layers: range) 
     return sum(per_layer.values())
 
 
-def layer_kept(shape: Shape, setup: Setup, ranks: list[int]) -> int:
+def layer_saved_bytes(shape: ModelShape, setup: MemorySetup, ranks: list[int]) -> int:
     """Bytes per token that one layer keeps for its backward."""
-    if path_of(shape) == "fused":
-        elements, fixed = _fused(shape, setup)
+    if layer_path(shape) == "fused":
+        elements, fixed = _fused_elements(shape, setup)
     else:
-        elements, fixed = _plain(shape, adapted=bool(ranks))
+        elements, fixed = _plain_elements(shape, adapted=bool(ranks))
     return setup.element * (elements + sum(ranks)) + fixed
 
 
-def _mlp(shape: Shape) -> int:
+def _mlp_elements(shape: ModelShape) -> int:
     """Gate and up, or the one MLP product; of every expert a token visits."""
     inner = (2 if shape.gated else 1) * shape.geometry.mlp_width
     return inner if shape.experts is None else shape.experts.active * (inner + 2 * shape.geometry.width)
 
 
-def _fused(shape: Shape, setup: Setup) -> tuple[int, int]:
+def _fused_elements(shape: ModelShape, setup: MemorySetup) -> tuple[int, int]:
     """(elements, bytes): S_min of the floor, and what torch's attention adds where the kernel does not serve: keys and values
     repeated for every query head, and normed queries and keys. A parallel residual has no state between attention and MLP."""
     g, more = shape.geometry, 0
-    if not by_kernel(shape, setup):
+    if not uses_attention_kernel(shape, setup):
         more += 2 * shape.queries if g.heads > g.kv_heads else 0
         more += shape.queries + shape.keys if shape.qk_norm else 0
     between = 0 if g.parallel_residual else g.width
-    return g.width + 2 * shape.queries + 2 * shape.keys + between + _mlp(shape) + more, 4 * g.heads
+    return g.width + 2 * shape.queries + 2 * shape.keys + between + _mlp_elements(shape) + more, 4 * g.heads
 
 
-def _plain(shape: Shape, *, adapted: bool) -> tuple[int, int]:
+def _plain_elements(shape: ModelShape, *, adapted: bool) -> tuple[int, int]:
     """(elements, bytes) that autograd keeps of separate operations: norm inputs (RMS in fp32), every adapted matrix's input, q, k
     and v as attention read them (keys and values repeated per query head), its output, and the MLP's chain."""
     g, q = shape.geometry, shape.queries
@@ -213,38 +213,38 @@ def _plain(shape: Shape, *, adapted: bool) -> tuple[int, int]:
     read_by_norms = 0 if rms else (g.width if g.parallel_residual else 2 * g.width)
     wide = (2 * g.width if rms else 0) + ((q + shape.keys) if shape.qk_norm else 0)
     attention = 4 * q + (2 * q if shape.fused_qkv and g.rotary is not None else 0)
-    mlp = _mlp(shape) * 2 if adapted or shape.gated else _mlp(shape)
+    mlp = _mlp_elements(shape) * 2 if adapted or shape.gated else _mlp_elements(shape)
     normed = 2 * g.width if adapted else 0
     return read_by_norms + normed + attention + mlp, 4 * wide + 4 * g.heads
 
 
-def score_workspace(shape: Shape, setup: Setup, adapter: Adapter) -> int:
+def score_workspace(shape: ModelShape, setup: MemorySetup, adapter: PlannedAdapter) -> int:
     """The last hidden state, the rows of it that are scored, and d score / d hidden; and, for a group of rows, a padded copy, a
     tile of logits, its product with the head, and sums in fp32 (models/scoring/tiles.py). An adapted head makes whole rows, by chunks."""
     d, e = shape.geometry.width, setup.element
     kept = 3 * setup.tokens * d * e
     if adapter.head():
-        return kept + CHUNK_COPIES * min(CHUNK, setup.tokens) * shape.geometry.vocab * e
-    rows = min(GROUP, setup.tokens)
-    return kept + min(TILE, rows * shape.geometry.vocab) * e + rows * d * (3 * e + 8)
+        return kept + CHUNK_COPIES * min(SCORE_CHUNK, setup.tokens) * shape.geometry.vocab * e
+    rows = min(SCORE_GROUP, setup.tokens)
+    return kept + min(SCORE_TILE, rows * shape.geometry.vocab) * e + rows * d * (3 * e + 8)
 
 
-def layer_workspace(shape: Shape, setup: Setup) -> int:
+def layer_workspace(shape: ModelShape, setup: MemorySetup) -> int:
     """Gradients alive while one layer runs backward: those of its output, of the MLP's product, of gate and up, and that product
     made again; or, in attention, of its output, of q, k and v, and of the norms."""
-    g, path = shape.geometry, path_of(shape)
+    g, path = shape.geometry, layer_path(shape)
     f = g.mlp_width if shape.experts is None else shape.experts.active * g.mlp_width
     mlp = (4 if shape.gated else 3) * f + 2 * g.width
     attention = 3 * shape.queries + 2 * shape.keys + 3 * g.width
-    return int(setup.tokens * max(mlp, attention) * setup.element * (1 if path == "fused" else PLAIN_WORK))
+    return int(setup.tokens * max(mlp, attention) * setup.element * (1 if path == "fused" else PLAIN_WORKSPACE))
 
 
-def allocator(shape: Shape, setup: Setup, moving: int) -> int:
+def allocator_overhead(shape: ModelShape, setup: MemorySetup, moving: int) -> int:
     """What the allocator holds beyond the ``moving`` bytes in use: a share of them, and gaps of whole buffers."""
     g = shape.geometry
     if setup.device == "cuda":
-        return int(SLACK["cuda"] * moving)
+        return int(ALLOCATOR_SLACK["cuda"] * moving)
     buffer = setup.tokens * max(g.width, shape.queries, g.mlp_width) * setup.element
-    if shape.norm == "rms" and setup.precision == "float32" and path_of(shape) == "fused":
-        return int(SLACK["cpu"] * moving + FEWER_GAPS[setup.recompute] * buffer)
-    return int(SLACK["cpu"] * moving + (GAPS[setup.recompute] + GAPS_PER_LAYER * g.layers) * buffer)
+    if shape.norm == "rms" and setup.precision == "float32" and layer_path(shape) == "fused":
+        return int(ALLOCATOR_SLACK["cpu"] * moving + FEWER_GAPS[setup.recompute] * buffer)
+    return int(ALLOCATOR_SLACK["cpu"] * moving + (ALLOCATOR_GAPS[setup.recompute] + GAPS_PER_LAYER * g.layers) * buffer)

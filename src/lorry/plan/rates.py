@@ -26,25 +26,25 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from lorry.disk import documents, durable
-from lorry.disk.home import home
+from lorry.disk.home import lorry_home
 from lorry.errors import DataError
-from lorry.plan.constants import EFFICIENCY
+from lorry.plan.constants import STEP_EFFICIENCIES
 
-FORMAT = 2  # 1: {name of the processor: FLOP/s}, without when or how
-FILE = "rates.json"
-BUSY = 0.1  # share of its time that a thread waited for a core; more: the machine was busy
-LIKE = 3.0  # models and micro-batches whose steps reach like rates differ by at most this factor
-SATURATED = 1024  # tokens of a micro-batch beyond which more of them bring no better rate
-FAR = 2.5  # a run this many times off the rate that EFFICIENCY says contradicts the matrix rate
+RATES_FORMAT = 2  # 1: {name of the processor: FLOP/s}, without when or how
+RATES_FILE = "rates.json"
+BUSY_LOAD = 0.1  # share of its time that a thread waited for a core; more: the machine was busy
+LIKE_FACTOR = 3.0  # models and micro-batches whose steps reach like rates differ by at most this factor
+SATURATED_TOKENS = 1024  # tokens of a micro-batch beyond which more of them bring no better rate
+FAR_FACTOR = 2.5  # a run this many times off the rate that EFFICIENCY says contradicts the matrix rate
 MOST_RUNS, MOST_MACHINES = 16, 64  # kept in the file, the newest
-FASTEST = 1e18  # FLOP/s that no single machine reaches
+FASTEST_RATE = 1e18  # FLOP/s that no single machine reaches
 
-Path = Literal["fused", "plain"]
-Identity = Mapping[str, Any]
+LayerPath = Literal["fused", "plain"]
+MachineIdentity = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
+class RateMeasurement:
     """``rate``: FLOP/s; ``at``: UTC, ISO 8601; ``repeats``: products or steps it was taken from;
     ``load``: the system's load average over a minute; ``waited``: share of the time that the
     measuring thread waited for a core. None: the system does not say."""
@@ -58,7 +58,7 @@ class Measurement:
     @property
     def busy(self) -> bool:
         """Whether others had the cores meanwhile."""
-        return self.waited is not None and self.waited > BUSY
+        return self.waited is not None and self.waited > BUSY_LOAD
 
     def words(self, things: str) -> str:
         """When and how."""
@@ -69,29 +69,29 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRate(Measurement):
+class RunRate(RateMeasurement):
     """What a run's training steps reached: FLOPs of the plan over seconds. ``parameters``: of the
     model; ``tokens``: of a micro-batch; ``path``: see `memory.path_of`."""
 
     model: str
     parameters: int
     tokens: int
-    path: Path
+    path: LayerPath
 
-    def like(self, parameters: int, tokens: int, path: Path) -> bool:
+    def like(self, parameters: int, tokens: int, path: LayerPath) -> bool:
         """Whether steps of such a model and micro-batch reach about the same rate."""
-        sizes = (self.parameters / max(parameters, 1), min(self.tokens, SATURATED) / max(min(tokens, SATURATED), 1))
-        return self.path == path and all(1 / LIKE <= size <= LIKE for size in sizes)
+        sizes = (self.parameters / max(parameters, 1), min(self.tokens, SATURATED_TOKENS) / max(min(tokens, SATURATED_TOKENS), 1))
+        return self.path == path and all(1 / LIKE_FACTOR <= size <= LIKE_FACTOR for size in sizes)
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownRates:
     """Everything measured on one machine in one way of computing."""
 
-    matrix: Measurement | None = None
+    matrix: RateMeasurement | None = None
     runs: Sequence[RunRate] = field(default_factory=tuple)
 
-    def of_runs(self, parameters: int, tokens: int, path: Path, *, quiet: bool) -> RunRate | None:
+    def of_runs(self, parameters: int, tokens: int, path: LayerPath, *, quiet: bool) -> RunRate | None:
         """The best that runs of like size reached, all of them or the ``quiet`` ones."""
         like = [run for run in self.runs if run.like(parameters, tokens, path) and not (quiet and run.busy)]
         return max(like, key=lambda run: run.rate, default=None)
@@ -99,19 +99,21 @@ class Known:
     def trusted(self, device: str) -> bool:
         """Whether the matrix rate needs no new measurement: quiet, and contradicted by no run."""
         matrix = self.matrix
-        return matrix is not None and not matrix.busy and not any(contradicts(run, matrix, device) for run in self.runs)
+        return (
+            matrix is not None and not matrix.busy and not any(contradicts_measurement(run, matrix, device) for run in self.runs)
+        )
 
 
-def contradicts(run: RunRate, matrix: Measurement, device: str) -> bool:
+def contradicts_measurement(run: RunRate, matrix: RateMeasurement, device: str) -> bool:
     """Whether a run that ended after ``matrix`` was measured shows it to be wrong: faster than a
     step can be, or far from the usual share. A busy run can only show it to be too low."""
     if run.at <= matrix.at:
         return False
-    usual = EFFICIENCY["cuda" if device == "cuda" else "cpu", run.path] * matrix.rate
-    return run.rate > min(matrix.rate, FAR * usual) or (not run.busy and run.rate * FAR < usual)
+    usual = STEP_EFFICIENCIES["cuda" if device == "cuda" else "cpu", run.path] * matrix.rate
+    return run.rate > min(matrix.rate, FAR_FACTOR * usual) or (not run.busy and run.rate * FAR_FACTOR < usual)
 
 
-def now() -> str:
+def utc_timestamp() -> str:
     """The time as a measurement states it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -119,84 +121,84 @@ def now() -> str:
 # --- the file
 
 
-def known(identity: Identity) -> Known:
+def read_known_rates(identity: MachineIdentity) -> KnownRates:
     """What was measured on this machine; a damaged file knows nothing. Raises DiskError where it cannot be read."""
-    return next((_known(entry) for entry in _entries() if entry.get("machine") == identity), Known())
+    return next((_known_from_entry(entry) for entry in _read_entries() if entry.get("machine") == identity), KnownRates())
 
 
-def keep_matrix(identity: Identity, measured: Measurement, *, instead: bool = False) -> Measurement:
+def keep_matrix_rate(identity: MachineIdentity, measured: RateMeasurement, *, instead: bool = False) -> RateMeasurement:
     """Keep a matrix rate; one of a busy machine only if no better one is known, unless that one is
     wrong (``instead``). Returns the one that is kept. Raises DiskError."""
-    before = known(identity)
+    before = read_known_rates(identity)
     if not instead and before.matrix is not None and measured.busy and before.matrix.rate >= measured.rate:
         return before.matrix  # others on the cores only make it look slower: the faster is nearer
-    _keep(identity, Known(measured, before.runs))
+    _write_rates(identity, KnownRates(measured, before.runs))
     return measured
 
 
-def keep_run(identity: Identity, run: RunRate) -> None:
+def keep_run_rate(identity: MachineIdentity, run: RunRate) -> None:
     """Add what a run reached. Raises DiskError."""
-    before = known(identity)
-    _keep(identity, Known(before.matrix, [*before.runs, run][-MOST_RUNS:]))
+    before = read_known_rates(identity)
+    _write_rates(identity, KnownRates(before.matrix, [*before.runs, run][-MOST_RUNS:]))
 
 
-def _keep(identity: Identity, what: Known) -> None:
-    others = [entry for entry in _entries() if entry.get("machine") != identity]
+def _write_rates(identity: MachineIdentity, what: KnownRates) -> None:
+    others = [entry for entry in _read_entries() if entry.get("machine") != identity]
     matrix = None if what.matrix is None else asdict(what.matrix)
     mine = {"machine": dict(identity), "matrix": matrix, "runs": [asdict(run) for run in what.runs]}
-    text = json.dumps({"format": FORMAT, "machines": [*others, mine][-MOST_MACHINES:]}, indent=1) + "\n"
-    durable.make_directory(home())
-    durable.write_files(home(), {FILE: text.encode()})
+    text = json.dumps({"format": RATES_FORMAT, "machines": [*others, mine][-MOST_MACHINES:]}, indent=1) + "\n"
+    durable.make_directory(lorry_home())
+    durable.write_files(lorry_home(), {RATES_FILE: text.encode()})
 
 
-def _entries() -> list[dict[str, Any]]:
+def _read_entries() -> list[dict[str, Any]]:
     """The entries of the file, one per machine, as they stand there. Raises DiskError where they cannot be read: whoever
     took that for an empty file would write it without what it holds."""
     try:
-        found = documents.read_object(home() / FILE)
+        found = documents.read_object(lorry_home() / RATES_FILE)
     except DataError:
         return []
-    entries = found.get("machines") if found.get("format") == FORMAT else None
+    entries = found.get("machines") if found.get("format") == RATES_FORMAT else None
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
-def _known(entry: Mapping[str, Any]) -> Known:
+def _known_from_entry(entry: Mapping[str, Any]) -> KnownRates:
     """An entry without what is no measurement."""
     runs = entry.get("runs")
-    return Known(
-        _measurement(entry.get("matrix")),
-        [run for one in (runs if isinstance(runs, list) else []) if (run := _run(one)) is not None],
+    return KnownRates(
+        _read_measurement(entry.get("matrix")),
+        [run for one in (runs if isinstance(runs, list) else []) if (run := _read_run_rate(one)) is not None],
     )
 
 
-def _measurement(value: Any) -> Measurement | None:
-    if not isinstance(value, dict) or not _positive(value.get("rate")) or not _count(value.get("repeats")):
+def _read_measurement(value: Any) -> RateMeasurement | None:
+    if not isinstance(value, dict) or not _is_positive(value.get("rate")) or not _is_count(value.get("repeats")):
         return None
     at: Any = value.get("at")
     load, waited = value.get("load"), value.get("waited")
-    if not _is_time(at) or not all(x is None or (_number(x) and x >= 0) for x in (load, waited)):
+    if not _is_time(at) or not all(x is None or (_is_finite_number(x) and x >= 0) for x in (load, waited)):
         return None
-    return Measurement(rate=float(value["rate"]), at=at, repeats=value["repeats"], load=load, waited=waited)
+    return RateMeasurement(rate=float(value["rate"]), at=at, repeats=value["repeats"], load=load, waited=waited)
 
 
-def _run(value: Any) -> RunRate | None:
-    measured = _measurement(value)
+def _read_run_rate(value: Any) -> RunRate | None:
+    measured = _read_measurement(value)
     if measured is None or value.get("path") not in ("fused", "plain"):
         return None
-    if not isinstance(value.get("model"), str) or not (_count(value.get("parameters")) and _count(value.get("tokens"))):
+    if not isinstance(value.get("model"), str) or not (_is_count(value.get("parameters")) and _is_count(value.get("tokens"))):
         return None
     return RunRate(**asdict(measured), **{name: value[name] for name in ("model", "parameters", "tokens", "path")})
 
 
-def _number(value: Any) -> bool:
+def _is_finite_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _positive(value: Any) -> bool:
-    return _number(value) and 0 < value < FASTEST
+def _is_positive(value: Any) -> bool:
+    return _is_finite_number(value) and 0 < value < FASTEST_RATE
 
 
-def _count(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

@@ -5,30 +5,30 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lorry.plan.flops import Flops
-from lorry.plan.memory import Memory, Setup
-from lorry.plan.parallel import Split
-from lorry.plan.rates import Measurement
-from lorry.plan.search import Choice, Found, Tried
-from lorry.plan.shapes import Shape
+from lorry.plan.flops import TokenFlops
+from lorry.plan.memory import MemoryEstimate, MemorySetup
+from lorry.plan.parallel import ParallelSplit
+from lorry.plan.rates import RateMeasurement
+from lorry.plan.search import ChoiceSearchResult, PlanChoice, TriedChoice
+from lorry.plan.shapes import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speed:
+class StepSpeed:
     """Time of a step: at ``rate`` FLOP/s (``source`` says whose) times a stated ``efficiency``, on
     all devices together. ``measured``: when and how, if it was (plan/rates.py); a rate of training
     steps is what they reached, its efficiency is 1."""
 
     rate: float
     source: str
-    measured: Measurement | None
+    measured: RateMeasurement | None
     efficiency: float
     tokens_per_second: float
     seconds_per_step: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """``memory`` is one device's. ``budget``: bytes it must fit, given or the device's own; None: nothing to fit.
 
     ``found``: the search, if a memory_budget was given; ``instead``: what would fit a GPU's own memory. ``trainable`` False: this
@@ -37,18 +37,18 @@ class Plan:
 
     model: str
     where: str
-    shape: Shape
-    choice: Choice
-    setup: Setup
-    split: Split
+    shape: ModelShape
+    choice: PlanChoice
+    setup: MemorySetup
+    split: ParallelSplit
     adapter_parameters: int
-    memory: Memory
-    flops: Flops
-    speed: Speed | None
+    memory: MemoryEstimate
+    flops: TokenFlops
+    speed: StepSpeed | None
     budget: int | None
     budget_is: str
-    found: Found | None
-    instead: Tried | None
+    found: ChoiceSearchResult | None
+    instead: TriedChoice | None
     trainable: bool
     notes: list[str] = field(default_factory=list)
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from lorry.plan.memory import Memory, Precision, Recompute
+from lorry.plan.memory import MemoryEstimate, PrecisionName, RecomputeMode
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class PlanChoice:
     """What a search may vary. ``rows`` x ``accumulation`` is the same in all choices of a search."""
 
     rank: int
     rows: int
     accumulation: int
-    recompute: Recompute
-    precision: Precision
+    recompute: RecomputeMode
+    precision: PrecisionName
 
     def words(self) -> str:
         """For a table or a note."""
@@ -30,29 +30,32 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Tried:
+class TriedChoice:
     """A choice, what it needs, and the component at which it passes the budget (None: it fits)."""
 
-    choice: Choice
-    memory: Memory
+    choice: PlanChoice
+    memory: MemoryEstimate
     broke: str | None
 
 
 @dataclass(frozen=True)
-class Found:
+class ChoiceSearchResult:
     """``best``: the first choice that fits, or None; ``tried``: all up to it, or all; ``least``: the leanest of all."""
 
-    best: Tried | None
-    tried: tuple[Tried, ...]
-    least: Tried
+    best: TriedChoice | None
+    tried: tuple[TriedChoice, ...]
+    least: TriedChoice
 
 
-def choices(
-    ranks: Sequence[int], splits: Sequence[tuple[int, int]], recomputes: Sequence[Recompute], precisions: Sequence[Precision]
-) -> list[Choice]:
+def enumerate_choices(
+    ranks: Sequence[int],
+    splits: Sequence[tuple[int, int]],
+    recomputes: Sequence[RecomputeMode],
+    precisions: Sequence[PrecisionName],
+) -> list[PlanChoice]:
     """Every combination, preferred ones first."""
     return [
-        Choice(rank=rank, rows=rows, accumulation=accumulation, recompute=recompute, precision=precision)
+        PlanChoice(rank=rank, rows=rows, accumulation=accumulation, recompute=recompute, precision=precision)
         for precision in precisions
         for rank in sorted(ranks, reverse=True)
         for recompute in recomputes
@@ -60,7 +63,7 @@ def choices(
     ]
 
 
-def splits_of(rows: int, accumulation: int) -> list[tuple[int, int]]:
+def batch_splits(rows: int, accumulation: int) -> list[tuple[int, int]]:
     """Ways to make the same optimizer step of smaller micro-batches, by halving: (8, 1) -> (8, 1), (4, 2), (2, 4), (1, 8)."""
     found = [(rows, accumulation)]
     while found[-1][0] % 2 == 0:
@@ -68,21 +71,23 @@ def splits_of(rows: int, accumulation: int) -> list[tuple[int, int]]:
     return found
 
 
-def ranks_up_to(largest: int) -> list[int]:
+def powers_of_two(largest: int) -> list[int]:
     """Powers of two."""
     return [1 << i for i in range(largest.bit_length()) if 1 << i <= largest]
 
 
-def search(budget: int, options: Iterable[Choice], need: Callable[[Choice], Memory]) -> Found:
+def search_choices(
+    budget: int, options: Iterable[PlanChoice], need: Callable[[PlanChoice], MemoryEstimate]
+) -> ChoiceSearchResult:
     """Try the options in their order. ``need`` gives a choice's memory."""
-    every = [Tried(option, memory, _broke(memory, budget)) for option in options for memory in [need(option)]]
+    every = [TriedChoice(option, memory, _first_overrun(memory, budget)) for option in options for memory in [need(option)]]
     assert every, "a search needs at least one choice"
     first = next((i for i, t in enumerate(every) if t.broke is None), None)
     least = min(every, key=lambda t: t.memory.total)
     if first is None:
-        return Found(None, tuple(every), least)
-    return Found(every[first], tuple(every[: first + 1]), least)
+        return ChoiceSearchResult(None, tuple(every), least)
+    return ChoiceSearchResult(every[first], tuple(every[: first + 1]), least)
 
 
-def _broke(memory: Memory, budget: int) -> str | None:
+def _first_overrun(memory: MemoryEstimate, budget: int) -> str | None:
     return None if memory.total <= budget else memory.breaks(budget).name

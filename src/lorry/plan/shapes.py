@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorry.errors import ModelError
-from lorry.families import SITES, Family, Geometry, Site, find, unsupported
-from lorry.families.common import UnsupportedConfig
+from lorry.families import SITES, ModelFamily, ModelGeometry, Site, find_family, unsupported_fields
+from lorry.families.common import UnsupportedConfigError
 from lorry.families.llama import LLAMA, QWEN3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear:
+class LayerMatrix:
     """One matrix of a layer; ``path`` is its Hugging Face name with `{i}` for the layer."""
 
     target: str
@@ -33,7 +33,7 @@ class Linear:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experts:
+class ExpertShape:
     """A layer's experts in place of its MLP: how many there are, how many a token visits, and how wide each is."""
 
     count: int
@@ -42,16 +42,16 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class ModelShape:
     """What the plan knows of a model. ``queries`` = heads x head_dim, ``keys`` = kv_heads x head_dim.
 
     ``native``: Lorry's own decoder runs it, else transformers', for the reason in ``why``. ``estimate``: the architecture is not
     described in `families` and was read as a Llama-like one.
     """
 
-    geometry: Geometry
-    linears: tuple[Linear, ...]
-    experts: Experts | None
+    geometry: ModelGeometry
+    linears: tuple[LayerMatrix, ...]
+    experts: ExpertShape | None
     norm: Literal["rms", "layer"]
     qk_norm: bool
     gated: bool
@@ -125,7 +125,7 @@ class Shape:
         return (3 if self.gated else 2) * self.geometry.width * self.experts.width
 
 
-def shape_of(config: Mapping[str, Any], *, where: str = "config.json", native: bool = True) -> Shape:
+def read_model_shape(config: Mapping[str, Any], *, where: str = "config.json", native: bool = True) -> ModelShape:
     """Read a config as `config.json` spells it. ``native=False``: transformers' implementation is forced.
 
     Raises ModelError naming the field when the numbers needed are not there.
@@ -133,25 +133,27 @@ def shape_of(config: Mapping[str, Any], *, where: str = "config.json", native: b
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise ModelError(f"{where}: no model_type; this is not the config of a transformers model")
-    family = find(kind)
+    family = find_family(kind)
     reader, experts = family, None
     if family is None:
-        reader, experts = (QWEN3 if kind == "qwen3_moe" else LLAMA), _experts(config)
+        reader, experts = (QWEN3 if kind == "qwen3_moe" else LLAMA), _read_experts(config)
     assert reader is not None
-    why = _why_not(family, kind, config) if native else "native=false"
+    why = _why_not_native(family, kind, config) if native else "native=false"
     try:
         geometry = reader.geometry({"rope_parameters": {}, **config} if family else _plain_rotary(config))
-    except UnsupportedConfig:
+    except UnsupportedConfigError:
         geometry = reader.geometry(_plain_rotary(config))
     except KeyError as missing:
         raise ModelError(f"{where}: no {missing.args[0]}; this architecture ({kind}) cannot be planned from its config") from None
     except (ValueError, TypeError, ArithmeticError) as e:
         raise ModelError(f"{where}: unusable numbers ({type(e).__name__}: {e})") from e
-    _check(geometry, where)
+    _check_geometry(geometry, where)
     if experts is not None:
         geometry = replace(geometry, mlp_width=experts.width)
-    linears = tuple(linear for linear in _linears(reader, geometry) if experts is None or linear.site.startswith("attention"))
-    return Shape(
+    linears = tuple(
+        linear for linear in _layer_matrices(reader, geometry) if experts is None or linear.site.startswith("attention")
+    )
+    return ModelShape(
         geometry=geometry, linears=linears, experts=experts, norm=reader.norm, qk_norm=reader.norms.q is not None,
         gated=reader.gated, fused_qkv=len(reader.roles.qkv) == 1, learned_positions=reader.positions is not None,
         embed=reader.embed, head=reader.head, layer=reader.layer, native=not why, why=why,
@@ -164,22 +166,22 @@ def _plain_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("rope_scaling", "rope_parameters", "partial_rotary_factor")}
 
 
-def _why_not(family: Family | None, kind: str, config: Mapping[str, Any]) -> str:
+def _why_not_native(family: ModelFamily | None, kind: str, config: Mapping[str, Any]) -> str:
     """Why Lorry's own decoder will not run this config; "" when it will. Defaults are not known here, so only fields that the
     family itself doubts are looked at; the loader has the last word."""
     if family is None:
         return f"no family of Lorry's decoder covers model_type {kind!r}"
     try:
-        odd = unsupported(family, {"max_position_embeddings": 1, **config}, dict.fromkeys(family.ignores))
+        odd = unsupported_fields(family, {"max_position_embeddings": 1, **config}, dict.fromkeys(family.ignores))
         family.geometry(config)
-    except UnsupportedConfig as e:
+    except UnsupportedConfigError as e:
         return f"Lorry's decoder does not compute {e}"
     except (LookupError, ValueError, TypeError, ArithmeticError):
         return ""  # said properly by the caller, which reads the same numbers
     return f"Lorry's decoder does not compute {', '.join(odd)}" if odd else ""
 
 
-def _experts(config: Mapping[str, Any]) -> Experts | None:
+def _read_experts(config: Mapping[str, Any]) -> ExpertShape | None:
     """Mixtral's and Qwen3-MoE's words for experts; None for a dense model."""
     count = config.get("num_local_experts") or config.get("num_experts")
     if not count:
@@ -188,20 +190,20 @@ def _experts(config: Mapping[str, Any]) -> Experts | None:
     active = config.get("num_experts_per_tok")
     if not isinstance(width, int) or not isinstance(active, int):
         raise ModelError("config.json: a model with experts needs num_experts_per_tok and moe_intermediate_size")
-    return Experts(count=int(count), active=active, width=width)
+    return ExpertShape(count=int(count), active=active, width=width)
 
 
-def _check(g: Geometry, where: str) -> None:
+def _check_geometry(g: ModelGeometry, where: str) -> None:
     for name in ("layers", "width", "heads", "kv_heads", "head_dim", "mlp_width", "vocab", "context"):
         value = getattr(g, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"{where}: {name} is {value!r}; a whole number of at least 1 is expected")
 
 
-def _linears(family: Family, g: Geometry) -> list[Linear]:
+def _layer_matrices(family: ModelFamily, g: ModelGeometry) -> list[LayerMatrix]:
     """The layer's matrices in the order they run."""
     return [
-        Linear(
+        LayerMatrix(
             target=target, path=f"{family.layer}.{family.targets[target]}", inputs=inputs, outputs=outputs, site=site,
             bias=target in g.biased,
         )

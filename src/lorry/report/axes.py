@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lorry.formatting import scientific
+from lorry.formatting import format_scientific
 
-WIDE = 1000.0  # a log axis is worth its strangeness from three decades on
-SMALLEST = 1e-290  # below this a float has no decade of room left: such values are drawn as zero, ticks stay normal numbers
+WIDE_RATIO = 1000.0  # a log axis is worth its strangeness from three decades on
+MIN_LOG_VALUE = 1e-290  # below this a float has no decade of room left: such values are drawn as zero, ticks stay normal numbers
 
 
 @dataclass(frozen=True)
-class Axis:
+class ChartAxis:
     """A scale from [low, high] to [0, 1] with ticks inside it."""
 
     low: float
@@ -28,7 +28,7 @@ class Axis:
         return (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
 
 
-def value_axis(values: Sequence[float], from_zero: bool = False, log_if_wide: bool = False, count: int = 5) -> Axis:
+def value_axis(values: Sequence[float], from_zero: bool = False, log_if_wide: bool = False, count: int = 5) -> ChartAxis:
     """An axis for finite values with about ``count`` ticks; it ends on ticks, so that every curve lies inside.
 
     from_zero: zero is on the axis. log_if_wide: logarithmic where `is_wide` says so.
@@ -39,34 +39,34 @@ def value_axis(values: Sequence[float], from_zero: bool = False, log_if_wide: bo
     if from_zero or 0 < low < 0.25 * high:
         low, high = min(low, 0.0), max(high, 0.0)
     if high - low <= max(
-        SMALLEST, 1e-9 * max(abs(low), abs(high))
+        MIN_LOG_VALUE, 1e-9 * max(abs(low), abs(high))
     ):  # a flat curve; steps finer than this would all read the same
-        room = abs(low) * 0.1 if abs(low) > SMALLEST else 1.0
+        room = abs(low) * 0.1 if abs(low) > MIN_LOG_VALUE else 1.0
         low, high = low - room, high + room
     step = nice_step((high - low) / count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = tuple(i * step for i in range(first, last + 1))
-    return Axis(ticks[0], ticks[-1], ticks, tick_labels(ticks, step))
+    return ChartAxis(ticks[0], ticks[-1], ticks, tick_labels(ticks, step))
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Whether values want a log axis: all above ``SMALLEST``, the highest three decades above all but the lowest twentieth.
+    """Whether values want a log axis: all above ``MIN_LOG_VALUE``, the highest three decades above all but the lowest twentieth.
 
     The lowest are left aside because a rate that decays to nearly nothing looks right on a plain axis.
     """
     ranked = sorted(values)
-    return bool(ranked) and ranked[0] > SMALLEST and ranked[-1] >= WIDE * ranked[len(ranked) // 20]
+    return bool(ranked) and ranked[0] > MIN_LOG_VALUE and ranked[-1] >= WIDE_RATIO * ranked[len(ranked) // 20]
 
 
-def step_axis(steps: Sequence[float], count: int = 5) -> Axis:
+def step_axis(steps: Sequence[float], count: int = 5) -> ChartAxis:
     """The axis of optimizer steps, from the first to the last; ticks are whole numbers."""
     low, high = min(steps, default=0.0), max(steps, default=1.0)
     if low == high:
-        return Axis(low - 1, high + 1, (low,), (f"{low:,.0f}",))
+        return ChartAxis(low - 1, high + 1, (low,), (f"{low:,.0f}",))
     step = max(1.0, nice_step((high - low) / count))
     step = 5.0 if step == 2.5 else step  # the one nice step above 1 that is no whole number
     ticks = tuple(i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1))
-    return Axis(low, high, ticks, tuple(f"{t:,.0f}" for t in ticks))
+    return ChartAxis(low, high, ticks, tuple(f"{t:,.0f}" for t in ticks))
 
 
 def nice_step(rough: float) -> float:
@@ -75,12 +75,12 @@ def nice_step(rough: float) -> float:
     return next((m * power for m in (1.0, 2.0, 2.5, 5.0) if m * power >= rough * (1 - 1e-9)), 10.0 * power)
 
 
-def _log_axis(low: float, high: float, count: int) -> Axis:
+def _log_axis(low: float, high: float, count: int) -> ChartAxis:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     stride = math.ceil((last - first) / count)
     powers = range(first, first + math.ceil((last - first) / stride) * stride + 1, stride)
     ticks = tuple(10.0**p for p in powers)
-    return Axis(ticks[0], ticks[-1], ticks, tuple(_power_label(p) for p in powers), log=True)
+    return ChartAxis(ticks[0], ticks[-1], ticks, tuple(_power_label(p) for p in powers), log=True)
 
 
 def _power_label(power: int) -> str:
@@ -92,7 +92,7 @@ def tick_labels(ticks: Sequence[float], step: float) -> tuple[str, ...]:
     largest = max(abs(t) for t in ticks)
     if largest and not 1e-3 <= largest < 1e6:
         digits = max(0, math.ceil(math.log10(largest / step))) + _is_quarter(step)
-        return tuple("0" if t == 0 else scientific(t, digits) for t in ticks)
+        return tuple("0" if t == 0 else format_scientific(t, digits) for t in ticks)
     exponent = math.floor(math.log10(step) + 1e-9)
     decimals = max(0, -exponent) + (_is_quarter(step) if exponent <= 0 else 0)
     return tuple(f"{t:,.{decimals}f}" for t in ticks)

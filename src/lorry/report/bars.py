@@ -9,13 +9,13 @@ import io
 import math
 from collections.abc import Mapping
 
-from lorry.report.plots import COLORS, plain
+from lorry.report.plots import PLOT_COLORS, escape_mathtext
 from lorry.runs.ownership import SOFTWARE
 
-Bar = tuple[float, tuple[float, float]]  # a value and its interval
+BarValue = tuple[float, tuple[float, float]]  # a value and its interval
 
 
-def bars(groups: Mapping[str, str], sides: Mapping[str, Mapping[str, Bar]], title: str = "") -> bytes:
+def draw_bars(groups: Mapping[str, str], sides: Mapping[str, Mapping[str, BarValue]], title: str = "") -> bytes:
     """A group of bars per key of ``groups`` (key -> its label), a bar in it per side, its interval, if it has one (finite ends),
     as a whisker; each group on an axis of its own, since units differ."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # most of a second, only for those who draw
@@ -31,17 +31,19 @@ def bars(groups: Mapping[str, str], sides: Mapping[str, Mapping[str, Bar]], titl
             if key not in values:
                 continue
             value, (low, high) = values[key]
-            axes.bar(at, value, width=0.8, color=COLORS[at % len(COLORS)])
+            axes.bar(at, value, width=0.8, color=PLOT_COLORS[at % len(PLOT_COLORS)])
             if math.isfinite(low) and math.isfinite(high):
                 whisker = [[max(value - low, 0)], [max(high - value, 0)]]
                 axes.errorbar(at, value, yerr=whisker, color="#333", capsize=4, linewidth=1)
-        axes.set_title(plain(label), loc="left", fontsize=10, fontweight="bold")
-        axes.set_xticks(range(len(sides)), [plain(side) for side in sides], fontsize=8, rotation=30 if len(sides) > 3 else 0)
+        axes.set_title(escape_mathtext(label), loc="left", fontsize=10, fontweight="bold")
+        axes.set_xticks(
+            range(len(sides)), [escape_mathtext(side) for side in sides], fontsize=8, rotation=30 if len(sides) > 3 else 0
+        )
         axes.tick_params(axis="y", labelsize=8)
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
     if title:
-        figure.suptitle(plain(title), fontsize=13)
+        figure.suptitle(escape_mathtext(title), fontsize=13)
     out = io.BytesIO()
     canvas.print_png(out, metadata=SOFTWARE)
     return out.getvalue()

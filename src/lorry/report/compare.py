@@ -15,30 +15,30 @@ from typing import Any
 
 from rich.table import Table
 
-from lorry.formatting import NOTHING, duration, number, size
-from lorry.report.table import _table, _text
-from lorry.runs.read import Run
-from lorry.runs.series import EVALUATION, is_number
+from lorry.formatting import MISSING_VALUE, format_bytes, format_duration, format_number
+from lorry.report.table import _new_table, _styled_text
+from lorry.runs.read import RunRecord
+from lorry.runs.series import EVALUATION_PREFIX, is_number
 
-Shown = Callable[[Any], str]
-FIGURES: dict[str, tuple[str, Shown]] = {
-    "trainable_parameters": ("trainable parameters", number),
+FigureFormatter = Callable[[Any], str]
+COMPARED_FIGURES: dict[str, tuple[str, FigureFormatter]] = {
+    "trainable_parameters": ("trainable parameters", format_number),
     "trainable_share": ("share of all parameters", lambda share: f"{share:.2%}"),
-    "learning_rate": ("learning rate", number),
-    "steps": ("steps", number),
-    "peak_memory_bytes": ("peak memory", size),
-    "seconds": ("training time", duration),
-    "seconds_per_step": ("seconds per step, median", number),
-    "tokens_per_second": ("tokens per second", number),
-    "first_loss": ("first loss", number),
-    "final_loss": ("last loss", number),
-    "saved_bytes": ("saved on disk", size),
+    "learning_rate": ("learning rate", format_number),
+    "steps": ("steps", format_number),
+    "peak_memory_bytes": ("peak memory", format_bytes),
+    "seconds": ("training time", format_duration),
+    "seconds_per_step": ("seconds per step, median", format_number),
+    "tokens_per_second": ("tokens per second", format_number),
+    "first_loss": ("first loss", format_number),
+    "final_loss": ("last loss", format_number),
+    "saved_bytes": ("saved on disk", format_bytes),
 }
-LOSSES = ("first_loss", "final_loss", "eval_loss")
-PLAIN = ("learning_rate", "steps", "first_loss")  # set, or the same for all: a ratio says nothing
+LOSS_FIGURES = ("first_loss", "final_loss", "eval_loss")
+UNRATIOED_FIGURES = ("learning_rate", "steps", "first_loss")  # set, or the same for all: a ratio says nothing
 
 
-def row_of(run: Run) -> dict[str, Any]:
+def comparison_row(run: RunRecord) -> dict[str, Any]:
     """{name, path, and every figure that the run's files give}: plain numbers in bytes, seconds, nats per token."""
     receipt: Mapping[str, Any] = run.receipt or {}
     train = run.config.get("train")
@@ -46,15 +46,15 @@ def row_of(run: Run) -> dict[str, Any]:
     total = receipt.get("total_parameters")
     if is_number(found["trainable_parameters"]) and is_number(total) and total > 0:
         found["trainable_share"] = found["trainable_parameters"] / total
-    found |= {"learning_rate": train.get("learning_rate") if isinstance(train, dict) else None, **_logged(run)}
-    found |= _metrics(run)
+    found |= {"learning_rate": train.get("learning_rate") if isinstance(train, dict) else None, **_logged_figures(run)}
+    found |= _last_metrics(run)
     if (task := run.config.get("task", "sft")) != "sft":  # its loss is another quantity: no ratio to that of fine-tuning
-        found = {f"{name} ({task})" if name in LOSSES else name: value for name, value in found.items()}
-    kept = {name: found.get(name) for name in (*FIGURES, *(n for n in found if n not in FIGURES))}
+        found = {f"{name} ({task})" if name in LOSS_FIGURES else name: value for name, value in found.items()}
+    kept = {name: found.get(name) for name in (*COMPARED_FIGURES, *(n for n in found if n not in COMPARED_FIGURES))}
     return {"name": run.name, "path": str(run.path), **{n: v for n, v in kept.items() if is_number(v) and math.isfinite(v)}}
 
 
-def _logged(run: Run) -> dict[str, Any]:
+def _logged_figures(run: RunRecord) -> dict[str, Any]:
     """What metrics.jsonl gives."""
     log = run.log
     losses, seconds, peaks = (log.series(name)[1] for name in ("loss", "seconds", "peak_memory_bytes"))
@@ -71,36 +71,40 @@ def _logged(run: Run) -> dict[str, Any]:
     }
 
 
-def _metrics(run: Run) -> dict[str, Any]:
+def _last_metrics(run: RunRecord) -> dict[str, Any]:
     """The last value of everything measured on held-out rows while it trained, and what `lorry eval` measured afterwards."""
-    names = [name for name in run.log.names() if name.startswith(EVALUATION)]
+    names = [name for name in run.log.names() if name.startswith(EVALUATION_PREFIX)]
     during = {name: run.log.series(name)[1][-1] for name in names}
     later = {f"{one.name}: {metric}": after for one in run.evaluation for metric, (_, after) in one.metrics.items()}
     return during | later
 
 
-def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+def figure_ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Per run, each figure over the first run's."""
     first = rows[0]
     return [
-        {n: v / first[n] for n, v in row.items() if is_number(v) and n not in PLAIN and is_number(first.get(n)) and first[n]}
+        {
+            n: v / first[n]
+            for n, v in row.items()
+            if is_number(v) and n not in UNRATIOED_FIGURES and is_number(first.get(n)) and first[n]
+        }
         for row in rows
     ]
 
 
-def side_by_side(rows: Sequence[Mapping[str, Any]]) -> Table:
+def compare_runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A line per figure, a column per run; behind the first run's each value's ratio to it."""
-    table = _table("Compared" if len(rows) == 1 else f"Compared with {rows[0]['name']}", "", *(row["name"] for row in rows))
-    over = ratios(rows)
+    table = _new_table("Compared" if len(rows) == 1 else f"Compared with {rows[0]['name']}", "", *(row["name"] for row in rows))
+    over = figure_ratios(rows)
     for name in dict.fromkeys(n for row in rows for n in row if n not in ("name", "path")):
-        title, shown = FIGURES.get(name, (name.removeprefix(EVALUATION).replace("_", " "), number))
-        title = f"held-out {title}" if name.startswith(EVALUATION) else title
-        cells = [_cell(row.get(name), shown, over[at].get(name) if at else None) for at, row in enumerate(rows)]
-        table.add_row(_text(title, "dim"), *map(_text, cells))
+        title, shown = COMPARED_FIGURES.get(name, (name.removeprefix(EVALUATION_PREFIX).replace("_", " "), format_number))
+        title = f"held-out {title}" if name.startswith(EVALUATION_PREFIX) else title
+        cells = [_figure_cell(row.get(name), shown, over[at].get(name) if at else None) for at, row in enumerate(rows)]
+        table.add_row(_styled_text(title, "dim"), *map(_styled_text, cells))
     return table
 
 
-def _cell(value: Any, shown: Shown, ratio: float | None) -> str:
+def _figure_cell(value: Any, shown: FigureFormatter, ratio: float | None) -> str:
     if value is None:
-        return NOTHING
-    return shown(value) if ratio is None else f"{shown(value)}  ({number(float(f'{ratio:.3g}'))}x)"
+        return MISSING_VALUE
+    return shown(value) if ratio is None else f"{shown(value)}  ({format_number(float(f'{ratio:.3g}'))}x)"

@@ -8,140 +8,146 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lorry.formatting import byte_scale
-from lorry.runs.read import Run
-from lorry.runs.series import EVALUATION, Log, is_number
+from lorry.runs.read import RunRecord
+from lorry.runs.series import EVALUATION_PREFIX, MetricsLog, is_number
 
-Kind = Literal["raw", "line", "points"]
+SeriesKind = Literal["raw", "line", "points"]
 NOT_CURVES = {"epoch", "tokens", "supervised_tokens", "seconds"}  # counts of a step; throughput shows what matters of them
-DRAWN = NOT_CURVES | {"loss", "eval_loss", "learning_rate", "grad_norm", "peak_memory_bytes"}  # these in panels of their own
-LARGEST = 1e300  # values beyond it are treated as infinite: sums and spans of them would overflow
-MOST_RAW = 3  # with more runs than this only smoothed curves stay readable
+DRAWN_KEYS = NOT_CURVES | {"loss", "eval_loss", "learning_rate", "grad_norm", "peak_memory_bytes"}  # these in panels of their own
+MAX_DRAWABLE = 1e300  # values beyond it are treated as infinite: sums and spans of them would overflow
+MAX_RAW_SERIES = 3  # with more runs than this only smoothed curves stay readable
 SMOOTH_POINTS = 1000
-MOST_DOTS = 60  # more circles than this on a curve would hide it
-FEW = 10  # shorter series are drawn as they are, since smoothing would hide them
+MAX_DOTS = 60  # more circles than this on a curve would hide it
+FEW_POINTS = 10  # shorter series are drawn as they are, since smoothing would hide them
 
 
-MOST_NAMED = 40  # panels beside the fixed ones: each takes a tenth of a second, and nobody looks at hundreds
-MOST_ADAPTERS = 64  # curves of a panel
-BY_ADAPTER = {
+MAX_NAMED_PANELS = 40  # panels beside the fixed ones: each takes a tenth of a second, and nobody looks at hundreds
+MAX_ADAPTER_CURVES = 64  # curves of a panel
+ADAPTER_PANEL_TITLES = {
     "loss": "Loss of each adapter", "eval_loss": "Held-out loss of each adapter",
     "learning_rate": "Learning rate of each adapter", "grad_norm": "Gradient norm of each adapter",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Series:
+class CurveSeries:
     """One curve: ``label`` says whose it is (empty: the panel's title does), ``color`` is the number of its run."""
 
     label: str
     color: int
-    kind: Kind
+    kind: SeriesKind
     steps: Sequence[float]
     values: Sequence[float]
     in_legend: bool = True
 
 
 @dataclass(frozen=True)
-class Panel:
+class ChartPanel:
     """One chart. ``from_zero`` starts its axis there; ``log_if_wide`` takes a log axis when values span three decades."""
 
     title: str
     unit: str
-    series: tuple[Series, ...]
+    series: tuple[CurveSeries, ...]
     from_zero: bool = False
     log_if_wide: bool = False
 
 
-def drawable(value: float) -> bool:
+def is_drawable(value: float) -> bool:
     """Whether a value has a place on an axis."""
-    return abs(value) < LARGEST
+    return abs(value) < MAX_DRAWABLE
 
 
-def panels(runs: Sequence[Run]) -> list[Panel]:
+def build_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
     """The charts that the runs' metrics can fill, the loss first, named terms and evaluation metrics last."""
-    memory = max((v for run in runs for v in _peaks(run.log) if drawable(v)), default=0.0)
+    memory = max((v for run in runs for v in _memory_peaks(run.log) if is_drawable(v)), default=0.0)
     divisor, unit = byte_scale(memory)
     fixed = [
-        Panel("Loss", "nats per token", _loss(runs), log_if_wide=True),
-        Panel("Learning rate", "", _plain(runs, "learning_rate"), from_zero=True, log_if_wide=True),
-        Panel("Gradient norm", "before clipping", _smoothed(runs, lambda log: log.series("grad_norm")), log_if_wide=True),
-        Panel("Throughput", "tokens/s", _smoothed(runs, _throughput), from_zero=True),
-        Panel("Peak memory", unit, _plain(runs, "peak_memory_bytes", divisor), from_zero=True),
+        ChartPanel("Loss", "nats per token", _loss_series(runs), log_if_wide=True),
+        ChartPanel("Learning rate", "", _point_series(runs, "learning_rate"), from_zero=True, log_if_wide=True),
+        ChartPanel(
+            "Gradient norm", "before clipping", _smoothed_series(runs, lambda log: log.series("grad_norm")), log_if_wide=True
+        ),
+        ChartPanel("Throughput", "tokens/s", _smoothed_series(runs, _throughput_points), from_zero=True),
+        ChartPanel("Peak memory", unit, _point_series(runs, "peak_memory_bytes", divisor), from_zero=True),
     ]
-    names = [name for name in dict.fromkeys(n for run in runs for n in run.log.names()) if name not in DRAWN]
-    terms = [_named(runs, name) for name in names[:MOST_NAMED]]
-    drawn_panels = [*fixed, *_by_adapter(runs), *terms]
+    names = [name for name in dict.fromkeys(n for run in runs for n in run.log.names()) if name not in DRAWN_KEYS]
+    terms = [_metric_panel(runs, name) for name in names[:MAX_NAMED_PANELS]]
+    drawn_panels = [*fixed, *_adapter_panels(runs), *terms]
     return [panel for panel in drawn_panels if any(s.steps for s in panel.series)]
 
 
-def not_drawn(runs: Sequence[Run]) -> str:
-    """What `panels` leaves out of metrics with very many names, in words; "" where it draws all."""
-    names = {name for run in runs for name in run.log.names()} - DRAWN
+def describe_undrawn(runs: Sequence[RunRecord]) -> str:
+    """What `build_panels` leaves out of metrics with very many names, in words; "" where it draws all."""
+    names = {name for run in runs for name in run.log.names()} - DRAWN_KEYS
     adapters = sum(len(run.log.adapters()) for run in runs)
     left_out = [
         f"{count - most} of {count} {what}"
-        for count, most, what in ((len(names), MOST_NAMED, "named values"), (adapters, MOST_ADAPTERS, "adapters"))
+        for count, most, what in ((len(names), MAX_NAMED_PANELS, "named values"), (adapters, MAX_ADAPTER_CURVES, "adapters"))
         if count > most
     ]
     return f"Not drawn: {' and '.join(left_out)}; metrics.jsonl has them." if left_out else ""
 
 
-def _by_adapter(runs: Sequence[Run]) -> list[Panel]:
+def _adapter_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
     """Loss, held-out loss, rate and gradient norm of each adapter of runs that train several at once."""
-    owners = [(run, adapter) for run in runs for adapter in run.log.adapters()][:MOST_ADAPTERS]
+    owners = [(run, adapter) for run in runs for adapter in run.log.adapters()][:MAX_ADAPTER_CURVES]
     found = []
-    for name, title in BY_ADAPTER.items():
+    for name, title in ADAPTER_PANEL_TITLES.items():
         series = []
         for color, (run, adapter) in enumerate(owners):
             steps, values = run.log.series(name, adapter)
-            curve = smooth(steps, values, _window(steps)) if len(steps) > FEW else (steps, values)
-            series.append(Series(adapter if len(runs) == 1 else f"{run.name}, {adapter}", color, "line", *curve))
-        found.append(Panel(title, "", tuple(series), log_if_wide=True))
+            curve = smooth_curve(steps, values, _smoothing_window(steps)) if len(steps) > FEW_POINTS else (steps, values)
+            series.append(CurveSeries(adapter if len(runs) == 1 else f"{run.name}, {adapter}", color, "line", *curve))
+        found.append(ChartPanel(title, "", tuple(series), log_if_wide=True))
     return found
 
 
-def _named(runs: Sequence[Run], name: str) -> Panel:
-    title = name.removeprefix(EVALUATION).replace("_", " ") + (" (evaluation)" if name.startswith(EVALUATION) else "")
-    if not name.startswith(EVALUATION):
-        return Panel(title, "", _smoothed(runs, lambda log: log.series(name)), log_if_wide=True)
-    lines = _plain(runs, name)
-    dots = tuple(replace(s, kind="points", in_legend=False) for s in lines if len(s.steps) <= MOST_DOTS)
-    return Panel(title, "", (*lines, *dots), log_if_wide=True)
+def _metric_panel(runs: Sequence[RunRecord], name: str) -> ChartPanel:
+    title = name.removeprefix(EVALUATION_PREFIX).replace("_", " ") + (
+        " (evaluation)" if name.startswith(EVALUATION_PREFIX) else ""
+    )
+    if not name.startswith(EVALUATION_PREFIX):
+        return ChartPanel(title, "", _smoothed_series(runs, lambda log: log.series(name)), log_if_wide=True)
+    lines = _point_series(runs, name)
+    dots = tuple(replace(s, kind="points", in_legend=False) for s in lines if len(s.steps) <= MAX_DOTS)
+    return ChartPanel(title, "", (*lines, *dots), log_if_wide=True)
 
 
-def _peaks(log: Log) -> list[float]:
+def _memory_peaks(log: MetricsLog) -> list[float]:
     return log.series("peak_memory_bytes")[1]
 
 
-def _throughput(log: Log) -> tuple[list[int], list[float]]:
+def _throughput_points(log: MetricsLog) -> tuple[list[int], list[float]]:
     timed = [r for r in log.training if is_number(r.get("tokens")) and is_number(r.get("seconds")) and r["seconds"] > 0]
     return [r["step"] for r in timed], [r["tokens"] / r["seconds"] for r in timed]
 
 
-def _loss(runs: Sequence[Run]) -> tuple[Series, ...]:
+def _loss_series(runs: Sequence[RunRecord]) -> tuple[CurveSeries, ...]:
     evaluated = []
     for color, run in enumerate(runs):
         steps, values = run.log.series("eval_loss")
         if steps:
-            evaluated.append(Series(_label(runs, run, "evaluation"), color, "points", steps, values, len(runs) == 1))
-    return (*_smoothed(runs, lambda log: log.series("loss")), *evaluated)
+            evaluated.append(CurveSeries(_series_label(runs, run, "evaluation"), color, "points", steps, values, len(runs) == 1))
+    return (*_smoothed_series(runs, lambda log: log.series("loss")), *evaluated)
 
 
-def _label(runs: Sequence[Run], run: Run, what: str) -> str:
+def _series_label(runs: Sequence[RunRecord], run: RunRecord, what: str) -> str:
     """What a curve shows; among several runs, whose it is as well."""
     return what if len(runs) == 1 else f"{run.name}, {what}"
 
 
-def _plain(runs: Sequence[Run], name: str, divisor: float = 1.0) -> tuple[Series, ...]:
+def _point_series(runs: Sequence[RunRecord], name: str, divisor: float = 1.0) -> tuple[CurveSeries, ...]:
     found = [(color, run.name, *run.log.series(name)) for color, run in enumerate(runs)]
     return tuple(
-        Series(label if len(runs) > 1 else "", color, "line", steps, [v / divisor for v in values])
+        CurveSeries(label if len(runs) > 1 else "", color, "line", steps, [v / divisor for v in values])
         for color, label, steps, values in found
         if steps
     )
 
 
-def _smoothed(runs: Sequence[Run], pick: Callable[[Log], tuple[list[int], list[float]]]) -> tuple[Series, ...]:
+def _smoothed_series(
+    runs: Sequence[RunRecord], pick: Callable[[MetricsLog], tuple[list[int], list[float]]]
+) -> tuple[CurveSeries, ...]:
     """The values as they are, thin, under a moving mean; a short series only as it is."""
     raw, lines = [], []
     for color, run in enumerate(runs):
@@ -149,22 +155,22 @@ def _smoothed(runs: Sequence[Run], pick: Callable[[Log], tuple[list[int], list[f
         name = run.name if len(runs) > 1 else ""
         if not steps:
             continue
-        if len(steps) <= FEW:
-            lines.append(Series(name, color, "line", steps, values))
+        if len(steps) <= FEW_POINTS:
+            lines.append(CurveSeries(name, color, "line", steps, values))
             continue
-        if len(runs) <= MOST_RAW:
-            raw.append(Series(_label(runs, run, "each step"), color, "raw", steps, values, len(runs) == 1))
-        window = _window(steps)
-        lines.append(Series(name or f"mean of {window} steps", color, "line", *smooth(steps, values, window)))
+        if len(runs) <= MAX_RAW_SERIES:
+            raw.append(CurveSeries(_series_label(runs, run, "each step"), color, "raw", steps, values, len(runs) == 1))
+        window = _smoothing_window(steps)
+        lines.append(CurveSeries(name or f"mean of {window} steps", color, "line", *smooth_curve(steps, values, window)))
     return (*raw, *lines)
 
 
-def _window(steps: Sequence[float]) -> int:
+def _smoothing_window(steps: Sequence[float]) -> int:
     """Steps of a moving mean: a twentieth of the series, odd, at least 3."""
     return len(steps) // 40 * 2 + 3
 
 
-def smooth(steps: Sequence[float], values: Sequence[float], window: int) -> tuple[list[float], list[float]]:
+def smooth_curve(steps: Sequence[float], values: Sequence[float], window: int) -> tuple[list[float], list[float]]:
     """The mean over ``window`` steps around each, fewer at the ends; values that have no place on an axis are passed over.
 
     A centred mean and not an exponential one, since that lags behind a falling loss and seems to contradict evaluations.
@@ -174,12 +180,12 @@ def smooth(steps: Sequence[float], values: Sequence[float], window: int) -> tupl
     chosen = [*range(0, count - 1, math.ceil(count / SMOOTH_POINTS)), count - 1]
     out = []
     for i in chosen:
-        around = [v for v in values[max(0, i - half) : i + half + 1] if drawable(v)]
+        around = [v for v in values[max(0, i - half) : i + half + 1] if is_drawable(v)]
         out.append(sum(around) / len(around) if around else math.nan)
     return [steps[i] for i in chosen], out
 
 
-def thin(steps: Sequence[float], values: Sequence[float], most: int) -> tuple[list[float], list[float]]:
+def thin_curve(steps: Sequence[float], values: Sequence[float], most: int) -> tuple[list[float], list[float]]:
     """At most about ``most`` points that draw the same curve: the lowest and highest of each stretch, and every gap.
 
     A value that is not finite survives as one NaN of its stretch, so that a break in a long curve is never smoothed away.
@@ -190,8 +196,8 @@ def thin(steps: Sequence[float], values: Sequence[float], most: int) -> tuple[li
     chosen: list[int] = []
     for start in range(0, len(steps), width):
         stretch = range(start, min(start + width, len(steps)))
-        finite = [i for i in stretch if drawable(values[i])]
+        finite = [i for i in stretch if is_drawable(values[i])]
         keep = {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)} if finite else set()
-        keep |= {next(i for i in stretch if not drawable(values[i]))} if len(finite) < len(stretch) else set()
+        keep |= {next(i for i in stretch if not is_drawable(values[i]))} if len(finite) < len(stretch) else set()
         chosen += sorted(keep | {i for i in (0, len(steps) - 1) if i in stretch})
     return [steps[i] for i in chosen], [values[i] for i in chosen]

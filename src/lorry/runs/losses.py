@@ -14,25 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from lorry.runs.layout import METRICS
-from lorry.runs.metrics import iterate
+from lorry.runs.metrics import iter_metrics
 
 
-def losses(run_dir: Path) -> dict[str, Any]:
+def collect_losses(run_dir: Path) -> dict[str, Any]:
     """The lists of one run, empty where nothing was logged. Raises DataError naming the line of metrics.jsonl that is damaged."""
     path = run_dir / METRICS
-    whole, adapters = _empty(), dict[str, dict[str, list[Any]]]()
-    for _, record in iterate(path) if path.exists() else ():
-        _add(whole, record["step"], record)
+    whole, adapters = _empty_lists(), dict[str, dict[str, list[Any]]]()
+    for _, record in iter_metrics(path) if path.exists() else ():
+        _add_record(whole, record["step"], record)
         for name, own in record.get("adapters", {}).items():
-            _add(adapters.setdefault(name, _empty()), record["step"], own)
+            _add_record(adapters.setdefault(name, _empty_lists()), record["step"], own)
     return {**whole, "adapters": adapters} if adapters else whole
 
 
-def _empty() -> dict[str, list[Any]]:
+def _empty_lists() -> dict[str, list[Any]]:
     return {"step": [], "loss": [], "eval_step": [], "eval_loss": []}
 
 
-def _add(lists: dict[str, list[Any]], step: int, values: Mapping[str, Any]) -> None:
+def _add_record(lists: dict[str, list[Any]], step: int, values: Mapping[str, Any]) -> None:
     for at, name in (("step", "loss"), ("eval_step", "eval_loss")):
         value = values.get(name)
         if isinstance(value, int | float):

@@ -23,7 +23,7 @@ from typing import Any
 from lorry.disk import documents, durable
 from lorry.errors import DataError
 
-Record = dict[str, Any]
+MetricsRecord = dict[str, Any]
 MOST_BYTES = 1 << 30  # of the file: some three million steps
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _BEYOND_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def iterate(path: Path) -> Iterator[tuple[int, Record]]:
+def iter_metrics(path: Path) -> Iterator[tuple[int, MetricsRecord]]:
     """(line number, record) of each line; a half-written last line is left out.
 
     Raises DataError with ``file:line`` at a line that is not a JSON object or has no whole ``step`` of 0 or more, and where
@@ -43,34 +43,34 @@ def iterate(path: Path) -> Iterator[tuple[int, Record]]:
         raise DataError(f"{path} is missing: the run that writes it has it there from its first step on") from None
     for number, line in enumerate(lines, 1):
         unfinished = number == len(lines)
-        if not line.strip() or (unfinished and not _is_whole(line)):
+        if not line.strip() or (unfinished and not _is_whole_line(line)):
             continue
-        yield number, _parse(line, str(path), number)
+        yield number, _parse_record(line, str(path), number)
 
 
-def _is_whole(line: bytes) -> bool:
+def _is_whole_line(line: bytes) -> bool:
     """Whether an unfinished last line lacks nothing but its line end: no part of an object is itself one."""
     try:
-        return isinstance(_read(line, "", 1), dict)
+        return isinstance(_read_line(line, "", 1), dict)
     except DataError:
         return False
 
 
-def _read(line: bytes, path: str, number: int) -> Any:
+def _read_line(line: bytes, path: str, number: int) -> Any:
     """The value of a line; an integer of any size, since one that no float can hold becomes an infinity here."""
     return documents.parse_json(line, path, line=number, nonfinite=True, largest=10**documents.MOST_DIGITS)
 
 
-def _parse(line: bytes, path: str, number: int = 1) -> Record:
+def _parse_record(line: bytes, path: str, number: int = 1) -> MetricsRecord:
     where = f"{path}:{number}"
     try:
-        record = _read(line, path, number)
+        record = _read_line(line, path, number)
     except DataError as error:
         raise DataError(f"{error}; delete this line, or start the run afresh") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: a metrics line is a JSON object, got {type(record).__name__}")
     _refuse_step(record.get("step"), where)
-    return {name: _from_json(value) for name, value in record.items()}
+    return {name: _decode_value(value) for name, value in record.items()}
 
 
 def _refuse_step(step: Any, where: str) -> None:
@@ -78,9 +78,9 @@ def _refuse_step(step: Any, where: str) -> None:
         raise DataError(f"{where}: 'step' must be a whole number of 0 or more, got {str(step)[:40]!r}")
 
 
-def _from_json(value: Any) -> Any:
+def _decode_value(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _from_json(inner) for name, inner in value.items()}
+        return {name: _decode_value(inner) for name, inner in value.items()}
     if isinstance(value, str):
         return _BEYOND_JSON.get(value, value)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**1023:
@@ -88,16 +88,16 @@ def _from_json(value: Any) -> Any:
     return value
 
 
-def cut_after(path: Path, step: int) -> int:
+def drop_metrics_after(path: Path, step: int) -> int:
     """Drop the lines of steps after ``step``, and a half-written last one, in one atomic replacement; how many went.
 
     For resuming from a checkpoint of ``step``; open the `MetricsWriter` afterwards. Lines that stay keep their bytes. An
-    absent file is left absent. Raises DataError as `iterate` does, and DiskError.
+    absent file is left absent. Raises DataError as `iter_metrics` does, and DiskError.
     """
     if not path.exists():
         return 0
     lines = path.read_bytes().split(b"\n")
-    kept = [lines[number - 1] for number, record in iterate(path) if record["step"] <= step]
+    kept = [lines[number - 1] for number, record in iter_metrics(path) if record["step"] <= step]
     dropped = sum(bool(line.strip()) for line in lines) - len(kept)
     if dropped or lines[-1]:
         durable.write_files(path.parent, {path.name: b"".join(line + b"\n" for line in kept)})
@@ -127,7 +127,7 @@ class MetricsWriter:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record; the line is with the system when this returns. Raises DataError without a whole ``step``."""
         _refuse_step(record.get("step"), "metrics record")
-        line = json.dumps(_to_json(dict(record)), ensure_ascii=False, allow_nan=False)
+        line = json.dumps(_encode_value(dict(record)), ensure_ascii=False, allow_nan=False)
         if self._file >= 0:
             self._check()
         self._append(line.encode() + b"\n")
@@ -176,15 +176,15 @@ class MetricsWriter:
     def _mend(self) -> None:
         content = self._path.read_bytes()
         end = content.rfind(b"\n") + 1
-        if end < len(content) and _is_whole(content[end:]):
+        if end < len(content) and _is_whole_line(content[end:]):
             self._append(b"\n")
         elif end < len(content):
             durable.disk.truncate(self._file, end)
 
 
-def _to_json(value: Any) -> Any:
+def _encode_value(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _to_json(inner) for name, inner in value.items()}
+        return {name: _encode_value(inner) for name, inner in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

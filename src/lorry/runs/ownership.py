@@ -3,7 +3,7 @@
 The rule, for every verb that writes: a directory is a run of ours only by a **mark of ours** in it
 (`is_run`); a file is ours only if its content says so. What is in the way and is not ours is refused
 before anything is touched (`refuse_foreign`). What is ours and has to make room, and what has
-appeared under a name since we looked, moves to DIR/previous/N (`set_aside`, `put`), with a word
+appeared under a name since we looked, moves to DIR/previous/N (`move_to_previous`, `write_owned_files`), with a word
 about it. Nothing is unlinked to make room.
 
 Marks: a run.yaml that reads as a resolved run description, a receipt.json or process.json as a run
@@ -23,42 +23,42 @@ from pathlib import Path
 from typing import Any
 
 from lorry.disk import documents, durable, integrity
-from lorry.disk.integrity import reading
+from lorry.disk.integrity import translate_read_errors
 from lorry.errors import ConfigError, DataError, ModelError
 from lorry.runs.layout import CHECKPOINTS, PREVIOUS, PROCESS, RECEIPT, RUN_FILE, STEP
 
 log = logging.getLogger(__name__)
 
 MOST_DESCRIPTION = 512 << 10  # bytes: twice a run of 1,000 jobs with six own settings each; YAML is read at some 50 KB a second
-SHOWN = 6  # names in a message; the rest are counted
-HEAD = 4096  # bytes in which a file says who made it
+PATHS_SHOWN = 6  # names in a message; the rest are counted
+HEAD_LENGTH = 4096  # bytes in which a file says who made it
 GENERATOR = b'<meta name="generator" content="Lorry">'  # in the head of every page
 SOFTWARE = {"Software": "Lorry"}  # a text chunk of every picture
-STRANGE = {errno.ELOOP, errno.ENXIO, errno.ENODEV}  # a link to itself, a socket, a device: nothing that a run writes
-_GROUPS = (b"model", b"data", b"train")  # what a description has at the left edge, as `config.dump` writes them
+UNOPENABLE_ERRNOS = {errno.ELOOP, errno.ENXIO, errno.ENODEV}  # a link to itself, a socket, a device: nothing that a run writes
+_GROUPS = (b"model", b"data", b"train")  # what a description has at the left edge, as `config.dump_settings` writes them
 
 
 def is_run(folder: Path) -> bool:
     """Whether a directory bears a mark of ours: a run that began is in it. Raises DiskError where a mark cannot be read."""
     return (
-        bool(described(folder))
-        or _is_receipt(_json(folder / RECEIPT))
-        or _has_begun(_json(folder / PROCESS))
-        or any(_is_checkpoint(path) for path in _entries(folder / CHECKPOINTS))
+        bool(run_description_of(folder))
+        or _is_receipt(_json_value(folder / RECEIPT))
+        or _has_begun(_json_value(folder / PROCESS))
+        or any(_is_checkpoint(path) for path in _folder_entries(folder / CHECKPOINTS))
     )
 
 
-def described(folder: Path) -> dict[str, Any]:
+def run_description_of(folder: Path) -> dict[str, Any]:
     """The run description in a directory, where it is the whole one that a run writes; else empty. Raises DiskError."""
-    return description(folder / RUN_FILE)
+    return read_run_description(folder / RUN_FILE)
 
 
-def description(path: Path) -> dict[str, Any]:
+def read_run_description(path: Path) -> dict[str, Any]:
     """A YAML file as the whole, resolved run description that Lorry writes; empty where it is none. Raises DiskError.
 
     What is longer than one can be, or has not its groups at the left edge, is not parsed: megabytes of strange YAML take minutes.
     """
-    text = _content(path, MOST_DESCRIPTION)
+    text = _bounded_content(path, MOST_DESCRIPTION)
     if not text or not all(re.search(rb"^%s:" % name, text, re.MULTILINE) for name in (*_GROUPS, b"output_dir")):
         return {}
     try:
@@ -79,29 +79,29 @@ def description(path: Path) -> dict[str, Any]:
 
 def is_contracts(path: Path) -> bool:
     """Whether a file is the contracts.json of a run. Raises DiskError."""
-    found = _json(path)
+    found = _json_value(path)
     keys = {"id", "name", "status", "detail"}
     return isinstance(found, list) and bool(found) and all(isinstance(c, dict) and c.keys() == keys for c in found)
 
 
-def is_evaluation(path: Path) -> bool:
+def is_evaluation_file(path: Path) -> bool:
     """Whether a file is an evaluation.json, which `lorry eval` adds to. Raises DiskError."""
-    found = _json(path)
+    found = _json_value(path)
     return isinstance(found, list) and all(isinstance(entry, dict) and {"name", "metrics"} <= entry.keys() for entry in found)
 
 
-def has_keys(*keys: str) -> Callable[[Path], bool]:
+def recognise_keys(*keys: str) -> Callable[[Path], bool]:
     """Recognises a JSON object of ours by keys that it has."""
-    return lambda path: isinstance(found := _json(path), dict) and set(keys) <= found.keys()
+    return lambda path: isinstance(found := _json_value(path), dict) and set(keys) <= found.keys()
 
 
-def says(mark: bytes) -> Callable[[Path], bool]:
+def recognise_mark(mark: bytes) -> Callable[[Path], bool]:
     """Recognises a file of ours by a mark (a regular expression) in its first bytes."""
-    return lambda path: re.search(mark, _head(path)) is not None
+    return lambda path: re.search(mark, _first_bytes(path)) is not None
 
 
-is_page = says(re.escape(GENERATOR))
-is_picture = says(rb"Software\0Lorry")
+is_report_page = recognise_mark(re.escape(GENERATOR))
+is_report_picture = recognise_mark(rb"Software\0Lorry")
 
 
 def refuse_foreign(paths: Mapping[Path, Callable[[Path], bool]], advice: str) -> None:
@@ -114,14 +114,14 @@ def refuse_foreign(paths: Mapping[Path, Callable[[Path], bool]], advice: str) ->
         folders = {path.parent for path in foreign}
         names = [path.name if len(folders) == 1 else str(path) for path in foreign]
         where = f"{folders.pop()} holds " if len(folders) == 1 else ""
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        more = f" and {len(names) - PATHS_SHOWN} more" if len(names) > PATHS_SHOWN else ""
         raise ConfigError(
-            f"{where}{', '.join(names[:SHOWN])}{more}, which Lorry did not write there and would write over; "
+            f"{where}{', '.join(names[:PATHS_SHOWN])}{more}, which Lorry did not write there and would write over; "
             f"nothing was touched: {advice}"
         )
 
 
-def set_aside(folder: Path, names: Iterable[str]) -> Path:
+def move_to_previous(folder: Path, names: Iterable[str]) -> Path:
     """Move entries of a directory, in this order, to FOLDER/previous/N, which is returned; ``a/b`` keeps its folder.
 
     A kill in between loses nothing: what has not moved is where it was. Raises DiskError, and ConfigError where `previous` is
@@ -130,22 +130,24 @@ def set_aside(folder: Path, names: Iterable[str]) -> Path:
     previous = folder / PREVIOUS
     if _exists(previous) and not previous.is_dir():
         raise ConfigError(f"{previous} is no directory, and what {folder} holds has to move there; give it another name")
-    taken = [int(path.name) for path in _entries(previous) if path.name.isdigit()]
+    taken = [int(path.name) for path in _folder_entries(previous) if path.name.isdigit()]
     aside = previous / str(max(taken, default=0) + 1)
     for name in names:
         durable.make_directory((aside / name).parent)
-        durable.rename(folder / name, aside / name)
+        durable.rename_path(folder / name, aside / name)
     return aside
 
 
-def put(folder: Path, files: Mapping[str, bytes], ours: Callable[[Path], bool] = lambda path: False) -> Path | None:
+def write_owned_files(folder: Path, files: Mapping[str, bytes], ours: Callable[[Path], bool] = lambda path: False) -> Path | None:
     """Write files below a directory, each whole or not at all; what lies there under their names with other bytes, and is not
     ``ours`` to write over, moves to FOLDER/previous/N first, with a warning. Returns that place, if any.
 
     Names may be ``adapter/file``. The directory itself must exist. Raises DiskError, ConfigError.
     """
-    aside = displace(folder, [n for n, content in files.items() if differs(folder / n, content) and not ours(folder / n)])
-    by_folder: dict[Path, dict[str, durable.Content]] = {}
+    aside = displace_entries(
+        folder, [n for n, content in files.items() if differs_from(folder / n, content) and not ours(folder / n)]
+    )
+    by_folder: dict[Path, dict[str, durable.FileContent]] = {}
     for name, content in files.items():
         by_folder.setdefault((folder / name).parent, {})[Path(name).name] = content
     for inner, contents in by_folder.items():
@@ -155,84 +157,84 @@ def put(folder: Path, files: Mapping[str, bytes], ours: Callable[[Path], bool] =
     return aside
 
 
-def displace(folder: Path, names: list[str]) -> Path | None:
-    """`set_aside` with a warning; None where there is nothing to move."""
+def displace_entries(folder: Path, names: list[str]) -> Path | None:
+    """`move_to_previous` with a warning; None where there is nothing to move."""
     if not names:
         return None
-    aside = set_aside(folder, names)
+    aside = move_to_previous(folder, names)
     log.warning("%s held %s, which this command did not write; moved to %s", folder, ", ".join(names), aside)
     return aside
 
 
-def differs(path: Path, content: bytes | Path) -> bool:
+def differs_from(path: Path, content: bytes | Path) -> bool:
     """Whether something else than a regular file of this content, given or held by another file, has this name.
 
     Raises DiskError where the disk does not say: what cannot be read is neither moved nor replaced.
     """
     try:
-        with reading(path):
+        with translate_read_errors(path):
             found = durable.disk.lstat(path)
     except ModelError:
         return False
     if not stat.S_ISREG(found.st_mode):
         return True
     if isinstance(content, bytes):
-        return found.st_size != len(content) or integrity.content(path) != content
+        return found.st_size != len(content) or integrity.read_content(path) != content
     return found.st_size != integrity.plain_size(content) or integrity.file_digest(path) != integrity.file_digest(content)
 
 
 def _exists(path: Path) -> bool:
     """Also for a link that leads nowhere. Raises DiskError where the disk does not say."""
     try:
-        with reading(path):
+        with translate_read_errors(path):
             durable.disk.lstat(path)
     except ModelError:
         return False
     return True
 
 
-def _entries(folder: Path) -> list[Path]:
+def _folder_entries(folder: Path) -> list[Path]:
     """What lies in a directory; nothing where there is none."""
     try:
-        with reading(folder):
+        with translate_read_errors(folder):
             return [folder / name for name in sorted(os.listdir(folder))]
     except ModelError:
         return []
 
 
-def _head(path: Path) -> bytes:
+def _first_bytes(path: Path) -> bytes:
     """The first bytes of a regular file; none of anything else. Raises DiskError."""
     try:
-        with reading(path):
+        with translate_read_errors(path):
             fd = durable.disk.open_to_read(path)
             try:
-                return durable.disk.read(fd, HEAD) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+                return durable.disk.read(fd, HEAD_LENGTH) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
             finally:
                 os.close(fd)
     except ModelError:
         return b""
     except durable.DiskError as error:
-        if error.errno in STRANGE:
+        if error.errno in UNOPENABLE_ERRNOS:
             return b""
         raise
 
 
-def _content(path: Path, most_bytes: int = documents.MOST_BYTES) -> bytes | None:
+def _bounded_content(path: Path, most_bytes: int = documents.MOST_BYTES) -> bytes | None:
     """A file's content, None where there is no regular file of bounded size. Raises DiskError."""
     try:
-        with reading(path):
+        with translate_read_errors(path):
             return documents.read_bytes(path, most_bytes)
     except (ModelError, DataError):
         return None
     except durable.DiskError as error:
-        if error.errno in STRANGE:
+        if error.errno in UNOPENABLE_ERRNOS:
             return None
         raise
 
 
-def _json(path: Path) -> Any:
+def _json_value(path: Path) -> Any:
     """A JSON file's value, None where it is none."""
-    raw = _content(path)
+    raw = _bounded_content(path)
     try:
         return documents.parse_json(raw, str(path), nonfinite=True) if raw else None
     except DataError:
@@ -250,5 +252,6 @@ def _has_begun(found: Any) -> bool:
 
 def _is_checkpoint(path: Path) -> bool:
     return bool(STEP.match(path.name)) and any(
-        says(mark)(path / name) for name, mark in (("manifest.json", b'"lorry-manifest/'), ("meta.json", b'"lorry-checkpoint/'))
+        recognise_mark(mark)(path / name)
+        for name, mark in (("manifest.json", b'"lorry-manifest/'), ("meta.json", b'"lorry-checkpoint/'))
     )

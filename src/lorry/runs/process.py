@@ -25,11 +25,11 @@ from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, DataError
 from lorry.runs.layout import PROCESS
 
-SLACK = 10.0  # seconds by which a time of birth may differ when it is asked again: it follows the clock of the machine
+CLOCK_SLACK = 10.0  # seconds by which a time of birth may differ when it is asked again: it follows the clock of the machine
 
 
 @dataclass(frozen=True)
-class Ending:
+class ProcessEnding:
     """How a process ended that did not finish: when (UTC, ISO), with which exit code, and why."""
 
     at: str
@@ -38,7 +38,7 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Process:
+class RunProcess:
     """What process.json holds. ``born``: seconds since 1970, by psutil; ``folder``: device and inode of the run directory;
     ``begun``: when training began (None: loading and reading); ``done``: steps of ``total_steps`` that were behind it then."""
 
@@ -51,27 +51,27 @@ class Process:
     begun: str | None = None
     done: int = 0
     total_steps: int | None = None
-    ended: Ending | None = None
+    ended: ProcessEnding | None = None
 
 
-def read(run_dir: Path) -> Process | None:
+def read_process(run_dir: Path) -> RunProcess | None:
     """The run's process.json, or None where there is none. Raises DataError naming file and line of one that is damaged."""
     path = run_dir / PROCESS
     try:
-        found = documents.read_json(path)
+        found = documents.read_json_document(path)
     except FileNotFoundError:
         return None
-    process = _process(found)
+    process = _process_from_json(found)
     if process is None:
         raise DataError(f"{path}:1: this is not what a run writes there; move it away if no run is at work in {run_dir}")
     return process
 
 
-def _process(found: Any) -> Process | None:
+def _process_from_json(found: Any) -> RunProcess | None:
     """A process from its JSON, or None where that holds something else."""
     try:
-        ended = Ending(**found["ended"]) if found["ended"] is not None else None
-        process = Process(**{**found, "ended": ended})
+        ended = ProcessEnding(**found["ended"]) if found["ended"] is not None else None
+        process = RunProcess(**{**found, "ended": ended})
         times = [process.started, *(at for at in (process.begun, ended.at if ended else None) if at is not None)]
         whole = [process.pid, process.done, process.total_steps or 0, ended.exit_code if ended else 0]
         sound = all(datetime.fromisoformat(at).tzinfo for at in times) and all(type(n) is int and abs(n) < 2**31 for n in whole)
@@ -83,23 +83,23 @@ def _process(found: Any) -> Process | None:
     return process if sound else None
 
 
-def alive(process: Process, run_dir: Path) -> bool | None:
+def is_process_alive(process: RunProcess, run_dir: Path) -> bool | None:
     """Whether a process is at work in this directory; None: it belongs to another machine, which cannot be asked from here."""
-    if process.ended is not None or process.folder != identity(run_dir):
+    if process.ended is not None or process.folder != directory_identity(run_dir):
         return False
     if process.host != platform.node():
         return None
     try:
         found = psutil.Process(process.pid)
-        return found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process.born) < SLACK
+        return found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process.born) < CLOCK_SLACK
     except psutil.NoSuchProcess:
         return False
 
 
 def refuse_second(run_dir: Path) -> None:
     """Raises ConfigError, naming the process, where one is at work in the directory."""
-    process = read(run_dir)
-    if process is not None and alive(process, run_dir) and process.pid != os.getpid():
+    process = read_process(run_dir)
+    if process is not None and is_process_alive(process, run_dir) and process.pid != os.getpid():
         raise ConfigError(
             f"{run_dir} is in use: process {process.pid} has been at work there since {process.started}; "
             f"use another output_dir, or stop it (kill -TERM {process.pid}: it saves and ends)"
@@ -113,7 +113,7 @@ class RunDirectoryGoneError(DiskError):
         return f"{self.filename}: {self.strerror}"
 
 
-class Home:
+class RunDirectoryHandle:
     """A run directory held open, so that a run knows when its name has come to mean nothing, or another directory.
 
     A run never makes its directory again: half of it would lie under the old name, and the other half
@@ -162,14 +162,14 @@ class Home:
         """Let it go."""
         os.close(self._held)
 
-    def __enter__(self) -> Home:
+    def __enter__(self) -> RunDirectoryHandle:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
-def identity(run_dir: Path) -> list[int]:
+def directory_identity(run_dir: Path) -> list[int]:
     """Device and inode of a directory: its name may change, and a copy has another."""
     found = os.stat(run_dir)
     return [found.st_dev, found.st_ino]

@@ -11,7 +11,7 @@ process.json       who is at work there, or how it ended (runs/process.py)
 
 Run directories come from elsewhere and are damaged by disks: every file goes through the strict reader (disk/documents.py,
 runs/metrics.py), and every field is checked here, so that what shows a run can rely on it. A run that cannot be read is listed
-as damaged and hides no other: `load` raises DataError for all that is wrong with it, and nothing else.
+as damaged and hides no other: `read_run` raises DataError for all that is wrong with it, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from lorry.disk import documents, receipt
 from lorry.errors import DataError
 from lorry.runs import ownership, process, series
 from lorry.runs.layout import CONTRACTS, EVALUATION, METRICS, PROCESS, RECEIPT, RUN_FILE, SAMPLES
-from lorry.runs.process import Process
-from lorry.runs.series import Log, is_number
+from lorry.runs.process import RunProcess
+from lorry.runs.series import MetricsLog, is_number
 
-FILES = (METRICS, RUN_FILE, RECEIPT, CONTRACTS, SAMPLES, EVALUATION, PROCESS)
+RUN_FILES = (METRICS, RUN_FILE, RECEIPT, CONTRACTS, SAMPLES, EVALUATION, PROCESS)
 # Items of a file, far above what a run writes: more would take minutes to show.
 MOST_CONTRACTS, MOST_SAMPLES, MOST_EVALUATIONS, MOST_METRICS = 1000, 100_000, 1000, 2000
-STATUSES = ("held", "failed", "not_checked")
+CONTRACT_STATUSES = ("held", "failed", "not_checked")
 
 
 @dataclass(frozen=True)
-class Contract:
+class ContractRecord:
     """One thing the run promised and whether it was so: ``status`` is held, failed or not_checked."""
 
     id: int
@@ -45,7 +45,7 @@ class Contract:
 
 
 @dataclass(frozen=True)
-class Token:
+class TokenWeight:
     """A token of a training row and the weight of its loss; 0 means context only."""
 
     text: str
@@ -53,7 +53,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleRecord:
     """A prompt, what was expected, what the model said before and after; or a training row as ``tokens``."""
 
     group: str
@@ -61,11 +61,11 @@ class Sample:
     reference: str | None = None
     before: str | None = None
     after: str | None = None
-    tokens: tuple[Token, ...] | None = None
+    tokens: tuple[TokenWeight, ...] | None = None
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationRecord:
     """Metrics of one data set: name -> (before, after), either of which may be missing."""
 
     name: str
@@ -73,23 +73,23 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """Everything the report knows about a run."""
 
     path: Path
     name: str
-    log: Log
+    log: MetricsLog
     config: dict[str, Any]
     config_text: str
     receipt: dict[str, Any] | None
-    contracts: tuple[Contract, ...]
-    samples: tuple[Sample, ...]
-    evaluation: tuple[Evaluation, ...]
-    process: Process | None = None
+    contracts: tuple[ContractRecord, ...]
+    samples: tuple[SampleRecord, ...]
+    evaluation: tuple[EvaluationRecord, ...]
+    process: RunProcess | None = None
 
 
 @dataclass(frozen=True)
-class Damaged:
+class DamagedRun:
     """A run directory that is there and cannot be read; ``why`` opens with the file and the place."""
 
     path: Path
@@ -97,25 +97,25 @@ class Damaged:
     why: str
 
 
-def load_readable(paths: Sequence[Path]) -> tuple[list[Run], list[Damaged]]:
+def read_readable_runs(paths: Sequence[Path]) -> tuple[list[RunRecord], list[DamagedRun]]:
     """The runs that can be read, each with a name of its own (the directory's, with as many parents as tell them apart), and
     those that are damaged. Raises DataError where none can be read, or where a path is no run directory at all."""
     if not paths:
         raise DataError("a report needs at least one run directory")
     for path in paths:
-        _refuse_other(path)
-    runs, damaged = list[Run](), list[Damaged]()
-    for path, name in zip(paths, _names([p.resolve() for p in paths]), strict=True):
+        _require_run(path)
+    runs, damaged = list[RunRecord](), list[DamagedRun]()
+    for path, name in zip(paths, _distinct_names([p.resolve() for p in paths]), strict=True):
         try:
-            runs.append(load(path, name))
+            runs.append(read_run(path, name))
         except DataError as error:
-            damaged.append(Damaged(path, name, str(error)))
+            damaged.append(DamagedRun(path, name, str(error)))
     if not runs:
         raise DataError("; ".join(one.why for one in damaged))
     return runs, damaged
 
 
-def _names(paths: list[Path]) -> list[str]:
+def _distinct_names(paths: list[Path]) -> list[str]:
     for depth in range(1, max(len(p.parts) for p in paths) + 1):
         names = ["/".join(p.parts[-depth:]) for p in paths]
         if len(set(names)) == len(names):
@@ -123,35 +123,35 @@ def _names(paths: list[Path]) -> list[str]:
     raise DataError(f"{paths[0]}: the same run directory is given twice")
 
 
-def load(path: Path, name: str | None = None) -> Run:
+def read_run(path: Path, name: str | None = None) -> RunRecord:
     """Read a run directory. Raises DataError if it is none, or naming the file and place that cannot be read."""
-    _refuse_other(path)
+    _require_run(path)
     try:
-        return _load(path, name or path.resolve().name)
+        return _read_run_files(path, name or path.resolve().name)
     except OSError as error:  # no right to read it, a disk that fails, or it moved away while we looked
         raise DataError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
 
 
-def _refuse_other(path: Path) -> None:
+def _require_run(path: Path) -> None:
     if not path.is_dir():
         raise DataError(f"{path}: no such run directory")
-    if not any((path / file).exists() for file in FILES):
-        raise DataError(f"{path}: not a run directory; it has none of {', '.join(FILES)}")
+    if not any((path / file).exists() for file in RUN_FILES):
+        raise DataError(f"{path}: not a run directory; it has none of {', '.join(RUN_FILES)}")
 
 
-def _load(path: Path, name: str) -> Run:
+def _read_run_files(path: Path, name: str) -> RunRecord:
     config_text = _read_text(path / RUN_FILE)
-    return Run(
+    return RunRecord(
         path=path,
         name=name,
-        log=series.read(path / METRICS),
-        config=_settings(config_text, path / RUN_FILE),
+        log=series.read_metrics(path / METRICS),
+        config=_parse_config(config_text, path / RUN_FILE),
         config_text=config_text,
         receipt=receipt.read(path / RECEIPT),
-        contracts=tuple(_contract(item, where) for where, item in _items(path / CONTRACTS, MOST_CONTRACTS)),
-        samples=tuple(_sample(item, where) for where, item in _items(path / SAMPLES, MOST_SAMPLES)),
-        evaluation=tuple(_evaluation(item, where) for where, item in _items(path / EVALUATION, MOST_EVALUATIONS)),
-        process=process.read(path),
+        contracts=tuple(_read_contract(item, where) for where, item in _read_list(path / CONTRACTS, MOST_CONTRACTS)),
+        samples=tuple(_read_sample(item, where) for where, item in _read_list(path / SAMPLES, MOST_SAMPLES)),
+        evaluation=tuple(_read_evaluation(item, where) for where, item in _read_list(path / EVALUATION, MOST_EVALUATIONS)),
+        process=process.read_process(path),
     )
 
 
@@ -163,7 +163,7 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def _settings(text: str, path: Path) -> dict[str, Any]:
+def _parse_config(text: str, path: Path) -> dict[str, Any]:
     content, _ = documents.parse_yaml(text, str(path))
     if content is not None and not isinstance(content, dict):
         raise DataError(f"{path}: settings are a mapping of names, got {type(content).__name__}")
@@ -172,12 +172,12 @@ def _settings(text: str, path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return documents.read_json(path)
+        return documents.read_json_document(path)
     except FileNotFoundError:
         return None
 
 
-def _items(path: Path, most: int) -> list[tuple[str, dict[str, Any]]]:
+def _read_list(path: Path, most: int) -> list[tuple[str, dict[str, Any]]]:
     """(where, item) of a JSON list of at most so many objects."""
     content = _read_json(path)
     if content is not None and not isinstance(content, list):
@@ -192,7 +192,7 @@ def _items(path: Path, most: int) -> list[tuple[str, dict[str, Any]]]:
     return items
 
 
-def _take(item: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str, default: Any = None) -> Any:
+def _take_field(item: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str, default: Any = None) -> Any:
     """item[key] of a given type, or ``default`` where it is absent or null."""
     value = item.get(key)
     if value is None and default is not None:
@@ -202,30 +202,37 @@ def _take(item: dict[str, Any], key: str, kind: type | tuple[type, ...], where: 
     return value
 
 
-def _contract(item: dict[str, Any], where: str) -> Contract:
-    status = _take(item, "status", str, where)
-    if status not in STATUSES:
-        raise DataError(f"{where}: status {status[:40]!r} is none of {', '.join(STATUSES)}")
-    return Contract(_take(item, "id", int, where), _take(item, "name", str, where), status, _take(item, "detail", str, where, ""))
+def _read_contract(item: dict[str, Any], where: str) -> ContractRecord:
+    status = _take_field(item, "status", str, where)
+    if status not in CONTRACT_STATUSES:
+        raise DataError(f"{where}: status {status[:40]!r} is none of {', '.join(CONTRACT_STATUSES)}")
+    return ContractRecord(
+        _take_field(item, "id", int, where),
+        _take_field(item, "name", str, where),
+        status,
+        _take_field(item, "detail", str, where, ""),
+    )
 
 
-def _sample(item: dict[str, Any], where: str) -> Sample:
-    texts = {key: _take(item, key, (str, type(None)), where) for key in ("reference", "before", "after")}
+def _read_sample(item: dict[str, Any], where: str) -> SampleRecord:
+    texts = {key: _take_field(item, key, (str, type(None)), where) for key in ("reference", "before", "after")}
     tokens = None
     if item.get("tokens") is not None:
-        tokens = tuple(_token(token, where) for token in _take(item, "tokens", list, where))
-    return Sample(_take(item, "group", str, where, "samples"), _take(item, "prompt", str, where), **texts, tokens=tokens)
+        tokens = tuple(_read_token(token, where) for token in _take_field(item, "tokens", list, where))
+    return SampleRecord(
+        _take_field(item, "group", str, where, "samples"), _take_field(item, "prompt", str, where), **texts, tokens=tokens
+    )
 
 
-def _token(item: Any, where: str) -> Token:
+def _read_token(item: Any, where: str) -> TokenWeight:
     if not isinstance(item, dict):
         raise DataError(f"{where}: a token is an object with 'text' and 'weight'")
-    return Token(_take(item, "text", str, where), float(_take(item, "weight", (int, float), where)))
+    return TokenWeight(_take_field(item, "text", str, where), float(_take_field(item, "weight", (int, float), where)))
 
 
-def _evaluation(item: dict[str, Any], where: str) -> Evaluation:
+def _read_evaluation(item: dict[str, Any], where: str) -> EvaluationRecord:
     metrics = {}
-    if len(given := _take(item, "metrics", dict, where)) > MOST_METRICS:
+    if len(given := _take_field(item, "metrics", dict, where)) > MOST_METRICS:
         raise DataError(f"{where} has {len(given)} metrics; a run writes at most {MOST_METRICS} there")
     for name, pair in given.items():
         sides = pair if isinstance(pair, dict) else {"after": pair}
@@ -234,4 +241,4 @@ def _evaluation(item: dict[str, Any], where: str) -> Evaluation:
             if value is not None and not is_number(value):
                 raise DataError(f"{where}: metric {name!r} holds {str(value)[:40]!r}, which is not a number")
         metrics[name] = (before, after)
-    return Evaluation(_take(item, "name", str, where), metrics)
+    return EvaluationRecord(_take_field(item, "name", str, where), metrics)

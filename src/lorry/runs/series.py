@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from lorry.runs.metrics import Record, iterate
+from lorry.runs.metrics import MetricsRecord, iter_metrics
 
-EVALUATION = "eval_"  # names of an evaluation line's values begin with this
-ADAPTERS = "adapters"  # a run of several adapters has a mapping of each one's values under this name
+EVALUATION_PREFIX = "eval_"  # names of an evaluation line's values begin with this
+ADAPTERS_KEY = "adapters"  # a run of several adapters has a mapping of each one's values under this name
 
 
 # What a file may hold that a report can show; the rest is left out, and a note says how much. Far above real runs.
@@ -19,16 +19,16 @@ LONGEST_NAME = 200  # characters
 
 
 @dataclass
-class Log:
+class MetricsLog:
     """The lines of one metrics file; ``notes`` say what was left out and why."""
 
-    records: list[Record] = field(default_factory=list)
+    records: list[MetricsRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def training(self) -> list[Record]:
+    def training(self) -> list[MetricsRecord]:
         """The lines of optimizer steps."""
-        return [r for r in self.records if not is_evaluation(r)]
+        return [r for r in self.records if not is_evaluation_record(r)]
 
     def names(self) -> list[str]:
         """Names that hold a number in at least one line, in the order of their first appearance, without ``step``."""
@@ -37,30 +37,30 @@ class Log:
 
     def adapters(self) -> list[str]:
         """Names of the adapters that have values of their own; none in a run of one adapter."""
-        return list({name: None for record in self.records for name in _adapters(record)})
+        return list({name: None for record in self.records for name in _adapter_records(record)})
 
     def series(self, name: str, adapter: str | None = None) -> tuple[list[int], list[float]]:
         """(steps, values) of one name, of the run or of one adapter, from the lines that hold it as a number.
 
         NaN and infinities are included.
         """
-        found = [(r["step"], (r if adapter is None else _of_adapter(r, adapter)).get(name)) for r in self.records]
+        found = [(r["step"], (r if adapter is None else _adapter_values(r, adapter)).get(name)) for r in self.records]
         pairs = [(step, value) for step, value in found if is_number(value)]
         return [step for step, _ in pairs], [float(value) for _, value in pairs]
 
 
-def _adapters(record: Record) -> dict[str, dict[str, Any]]:
-    value = record.get(ADAPTERS)
+def _adapter_records(record: MetricsRecord) -> dict[str, dict[str, Any]]:
+    value = record.get(ADAPTERS_KEY)
     return {name: one for name, one in value.items() if isinstance(one, dict)} if isinstance(value, dict) else {}
 
 
-def _of_adapter(record: Record, adapter: str) -> dict[str, Any]:
-    several = record.get(ADAPTERS)
+def _adapter_values(record: MetricsRecord, adapter: str) -> dict[str, Any]:
+    several = record.get(ADAPTERS_KEY)
     one = several.get(adapter) if isinstance(several, dict) else None
     return one if isinstance(one, dict) else {}
 
 
-class _Names:
+class _NameLimit:
     """The first ``most`` names of a kind, and how many different ones came beside them."""
 
     def __init__(self, most: int, *always: str) -> None:
@@ -84,28 +84,28 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_evaluation(record: Record) -> bool:
+def is_evaluation_record(record: MetricsRecord) -> bool:
     """Whether a line reports an evaluation and not an optimizer step."""
-    return any(name.startswith(EVALUATION) for name in record) and "loss" not in record
+    return any(name.startswith(EVALUATION_PREFIX) for name in record) and "loss" not in record
 
 
-def read(path: Path) -> Log:
+def read_metrics(path: Path) -> MetricsLog:
     """The whole file; an absent file is an empty log.
 
     Where a training step repeats or goes back, the run was started again: lines from that step on are superseded, and a
-    note says so. Raises DataError as `iterate` does.
+    note says so. Raises DataError as `iter_metrics` does.
     """
-    log = Log()
+    log = MetricsLog()
     if not path.exists():
         return log
     last = -1
-    names, adapters = _Names(MOST_NAMES, "step", ADAPTERS), _Names(MOST_ADAPTERS)
-    for number, line in iterate(path):
+    names, adapters = _NameLimit(MOST_NAMES, "step", ADAPTERS_KEY), _NameLimit(MOST_ADAPTERS)
+    for number, line in iter_metrics(path):
         record = names.keep(line)
-        if isinstance(several := record.get(ADAPTERS), dict):
+        if isinstance(several := record.get(ADAPTERS_KEY), dict):
             of_adapters = {name: names.keep(one) for name, one in adapters.keep(several).items() if isinstance(one, dict)}
-            record = {**record, ADAPTERS: of_adapters}
-        if not is_evaluation(record):
+            record = {**record, ADAPTERS_KEY: of_adapters}
+        if not is_evaluation_record(record):
             step = record["step"]
             if step <= last:
                 log.records = [r for r in log.records if r["step"] < step]

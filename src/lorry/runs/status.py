@@ -20,25 +20,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lorry.disk import integrity
-from lorry.errors import DataError, Interrupted, ModelError
-from lorry.formatting import number
+from lorry.errors import DataError, ModelError, RunInterruptedError
+from lorry.formatting import format_number
 from lorry.runs.layout import CHECKPOINTS, CONTRACTS, METRICS, PREVIOUS, PROCESS, RECEIPT, RUN_FILE, STEP
-from lorry.runs.process import Process, alive
-from lorry.runs.read import Run, load
-from lorry.runs.series import Log, is_number
-from lorry.runs.summary import about, flatten
+from lorry.runs.process import RunProcess, is_process_alive
+from lorry.runs.read import RunRecord, read_run
+from lorry.runs.series import MetricsLog, is_number
+from lorry.runs.summary import describe_run_subject, flatten_config
 from lorry.streams import is_left_alone
 
-MARKS = (PROCESS, RUN_FILE, METRICS)  # what a run directory is known by
-NOT_RUNS = {CHECKPOINTS, PREVIOUS, "tensorboard", "node_modules"}
-DEEPEST = 4  # folders below the one that is listed
-RECENT = 20  # steps over which speed is measured
-SILENT = 900.0  # seconds without a written line after which a run of another machine counts as dead
-_STOPPED = {Interrupted.exit_code, 130}  # by a signal, or Ctrl-C twice
+RUN_MARKS = (PROCESS, RUN_FILE, METRICS)  # what a run directory is known by
+SKIPPED_FOLDERS = {CHECKPOINTS, PREVIOUS, "tensorboard", "node_modules"}
+DEEPEST_FOLDER = 4  # folders below the one that is listed
+RECENT_STEPS = 20  # steps over which speed is measured
+SILENT_SECONDS = 900.0  # seconds without a written line after which a run of another machine counts as dead
+_STOPPED_CODES = {RunInterruptedError.exit_code, 130}  # by a signal, or Ctrl-C twice
 
 
 @dataclass(frozen=True)
-class State:
+class RunState:
     """Where one run stands. Times in seconds, ``written`` as seconds since 1970 of the last line or file; None: not known.
 
     ``best``: (name, value, step) of the best evaluation so far by the run's own metric_for_best_model.
@@ -64,7 +64,7 @@ class State:
 
     def sentence(self) -> str:
         """Where it stands in a line: ``still running: step 40 of 200``; empty for a finished run."""
-        at = f"step {number(self.step)}" + (f" of {number(self.total)}" if self.total else "")
+        at = f"step {format_number(self.step)}" + (f" of {format_number(self.total)}" if self.total else "")
         if self.state == "finished":
             return ""
         if self.state == "running":
@@ -72,83 +72,85 @@ class State:
         return f"{self.state} at {at}: {self.detail}"
 
 
-def listed(folder: Path) -> list[State]:
+def list_run_states(folder: Path) -> list[RunState]:
     """The state of every run at or below a folder, the one written to last first."""
-    found = [_state_or_why(path, _name(path, folder)) for path in find(folder)]
+    found = [_state_or_why(path, _relative_name(path, folder)) for path in find_runs(folder)]
     return sorted(found, key=lambda state: (-(state.written or 0.0), state.name))
 
 
-def find(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
+def find_runs(folder: Path, depth: int = DEEPEST_FOLDER) -> Iterator[Path]:
     """Run directories at or below a folder; not in checkpoints, `previous`, hidden folders or links."""
     try:
         inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
         return
-    if any(entry.name in MARKS for entry in inside):
+    if any(entry.name in RUN_MARKS for entry in inside):
         yield folder
     for entry in inside if depth else ():
-        if entry.is_dir(follow_symlinks=False) and entry.name not in NOT_RUNS and not entry.name.startswith("."):
-            yield from find(Path(entry.path), depth - 1)
+        if entry.is_dir(follow_symlinks=False) and entry.name not in SKIPPED_FOLDERS and not entry.name.startswith("."):
+            yield from find_runs(Path(entry.path), depth - 1)
 
 
-def _name(path: Path, folder: Path) -> str:
+def _relative_name(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder)) if path != folder else path.resolve().name
 
 
-def _state_or_why(path: Path, name: str) -> State:
+def _state_or_why(path: Path, name: str) -> RunState:
     try:
-        return of(load(path, name))
+        return run_state_of(read_run(path, name))
     except DataError as error:
-        return State(path, name, "unreadable", str(error), written=_written(path))
+        return RunState(path, name, "unreadable", str(error), written=_last_written(path))
     except OSError as error:  # it moved away while we looked
-        return State(path, name, "unreadable", f"{error.filename}: {error.strerror}")
+        return RunState(path, name, "unreadable", f"{error.filename}: {error.strerror}")
 
 
-def of(run: Run) -> State:
+def run_state_of(run: RunRecord) -> RunState:
     """The state of a run that was read."""
-    process, training, saved = run.process, run.log.training, newest_checkpoint(run.path)
+    process, training, saved = run.process, run.log.training, newest_complete_checkpoint(run.path)
     if process is not None and is_left_alone() and process.pid == os.getpid():
         process = None  # this process reports its own run, which is complete; only the others are to wait for its last line
     step = training[-1]["step"] if training else process.done if process else 0
-    written = _written(run.path)
-    state, detail = _verdict(run, process, step, saved, written)
+    written = _last_written(run.path)
+    state, detail = _judge_state(run, process, step, saved, written)
     total = process.total_steps if process else step if state == "finished" else None
-    losses, said = run.log.series("loss")[1], about(run)
+    losses, said = run.log.series("loss")[1], describe_run_subject(run)
     live = state == "running"
-    return State(
+    return RunState(
         path=run.path, name=run.name, state=state, detail=detail, pid=process.pid if process and live else None,
-        step=step, total=total, loss=losses[-1] if losses else None, tokens_per_second=_speed(run.log),
-        elapsed=_elapsed(run.log, process, live, written), eta=_eta(process, step, written) if live else None, written=written,
+        step=step, total=total, loss=losses[-1] if losses else None, tokens_per_second=_recent_speed(run.log),
+        elapsed=_elapsed_seconds(run.log, process, live, written), eta=_remaining_seconds(process, step, written) if live else None, written=written,
         model=said.get("model", ""), data=said.get("data", ""), adapter=said.get("adapter", ""),
-        best=_best(run), checkpoint=saved,
+        best=_best_evaluation(run), checkpoint=saved,
     )  # fmt: skip
 
 
-def newest_checkpoint(run_dir: Path) -> str | None:
+def newest_complete_checkpoint(run_dir: Path) -> str | None:
     """The name of the newest checkpoint with all its files, by presence and size; None where there is none."""
     folder = run_dir / CHECKPOINTS
     names = os.listdir(folder) if folder.is_dir() else []
     for name in sorted((n for n in names if STEP.fullmatch(n)), key=lambda n: int(n[5:]), reverse=True):
         try:
-            integrity.verify(folder / name, digests=False)
+            integrity.verify_directory(folder / name, digests=False)
         except ModelError:
             continue
         return name
     return None
 
 
-def _verdict(run: Run, process: Process | None, step: int, saved: str | None, written: float | None) -> tuple[str, str]:
+def _judge_state(
+    run: RunRecord, process: RunProcess | None, step: int, saved: str | None, written: float | None
+) -> tuple[str, str]:
     """(state, why or what to do)."""
     go_on = f"resume_from_checkpoint=auto goes on from {saved}" if saved else "there is no checkpoint to go on from"
-    at_work = False if process is None else alive(process, run.path)
+    at_work = False if process is None else is_process_alive(process, run.path)
     if process is not None and at_work is None:
-        at_work = process.ended is None and written is not None and _now() - written < SILENT
+        at_work = process.ended is None and written is not None and _seconds_now() - written < SILENT_SECONDS
         if at_work:
             return "running", f"process {process.pid} of {process.host}, as far as its files tell"
     if at_work:
         return "running", ""
     if process is not None and process.ended is not None:
-        if process.ended.exit_code in _STOPPED:
+        if process.ended.exit_code in _STOPPED_CODES:
             return "interrupted", f"{process.ended.reason.split(';')[0]}; {go_on}"
         return "failed", process.ended.reason
     if run.receipt is not None:
@@ -160,46 +162,46 @@ def _verdict(run: Run, process: Process | None, step: int, saved: str | None, wr
     return ("interrupted", go_on) if saved else ("dead", f"no process is known; {go_on}")
 
 
-def _now() -> float:
+def _seconds_now() -> float:
     return datetime.now(UTC).timestamp()
 
 
-def _seconds(text: str) -> float:
+def _seconds_of_time(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
-def _written(run_dir: Path) -> float | None:
+def _last_written(run_dir: Path) -> float | None:
     """When the run's own files were last written; its report is not one of them."""
-    names = (*MARKS, RECEIPT, CONTRACTS)
+    names = (*RUN_MARKS, RECEIPT, CONTRACTS)
     times = [(run_dir / name).stat().st_mtime for name in names if (run_dir / name).exists()]
     return max(times, default=None)
 
 
-def _speed(log: Log) -> float | None:
+def _recent_speed(log: MetricsLog) -> float | None:
     """Tokens a second over the last steps."""
-    timed = [r for r in log.training[-RECENT:] if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
+    timed = [r for r in log.training[-RECENT_STEPS:] if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
     seconds = sum(float(r["seconds"]) for r in timed)
     return sum(float(r["tokens"]) for r in timed) / seconds if 0 < seconds < math.inf else None
 
 
-def _elapsed(log: Log, process: Process | None, live: bool, written: float | None) -> float | None:
+def _elapsed_seconds(log: MetricsLog, process: RunProcess | None, live: bool, written: float | None) -> float | None:
     """From the start of the process to its end, or till now; of a run whose process.json is gone, the time of its steps."""
     if process is None:
         return sum(log.series("seconds")[1]) or None
-    end = _now() if live else _seconds(process.ended.at) if process.ended else written
-    return max(0.0, end - _seconds(process.started)) if end is not None else None
+    end = _seconds_now() if live else _seconds_of_time(process.ended.at) if process.ended else written
+    return max(0.0, end - _seconds_of_time(process.started)) if end is not None else None
 
 
-def _eta(process: Process | None, step: int, written: float | None) -> float | None:
+def _remaining_seconds(process: RunProcess | None, step: int, written: float | None) -> float | None:
     """Seconds left at the pace of this process so far, evaluations and checkpoints included."""
     if process is None or process.begun is None or not process.total_steps or step <= process.done or written is None:
         return None
-    pace = max(0.0, written - _seconds(process.begun)) / (step - process.done)
-    return max(0.0, pace * (process.total_steps - step) - (_now() - written))
+    pace = max(0.0, written - _seconds_of_time(process.begun)) / (step - process.done)
+    return max(0.0, pace * (process.total_steps - step) - (_seconds_now() - written))
 
 
-def _best(run: Run) -> tuple[str, float, int] | None:
-    config = flatten(run.config)
+def _best_evaluation(run: RunRecord) -> tuple[str, float, int] | None:
+    config = flatten_config(run.config)
     name = str(config.get("train.metric_for_best_model") or "eval_loss")
     steps, values = run.log.series(name if name.startswith("eval_") else f"eval_{name}")
     pairs = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorry.formatting import NOTHING, duration, number, size
-from lorry.runs.read import Run
-from lorry.runs.series import Log, is_number
+from lorry.formatting import MISSING_VALUE, format_bytes, format_duration, format_number
+from lorry.runs.read import RunRecord
+from lorry.runs.series import MetricsLog, is_number
 
 MOST_DIFFERENCES = 300  # settings listed; a run has some 120
 
 
 @dataclass(frozen=True)
-class Figure:
+class RunFigure:
     """One number of a run: ``value`` as text, a ``unit`` where it needs one, and ``note``, how it came about."""
 
     name: str
@@ -29,86 +29,96 @@ class Figure:
         return f"{self.value} {self.unit}" if self.unit else self.value
 
 
-def figures(run: Run) -> list[Figure]:
+def final_figures(run: RunRecord) -> list[RunFigure]:
     """The final figures that the run's files give, in the order of interest; none is invented where lines lack it."""
-    return [f for f in (*_losses(run.log), *_costs(run.log), *_extent(run.log)) if f.value != NOTHING]
+    return [f for f in (*_loss_figures(run.log), *_cost_figures(run.log), *_extent_figures(run.log)) if f.value != MISSING_VALUE]
 
 
-def _losses(log: Log) -> Iterable[Figure]:
+def _loss_figures(log: MetricsLog) -> Iterable[RunFigure]:
     _, losses = log.series("loss")
     if losses:
-        yield from _train_losses(log.series("loss")[0], losses)
+        yield from _train_loss_figures(log.series("loss")[0], losses)
     steps, losses = log.series("eval_loss")
     if losses:
         lowest = min((v for v in losses if math.isfinite(v)), default=losses[-1])
-        best = f", lowest {number(lowest)} at step {number(steps[losses.index(lowest)])}" if lowest < losses[-1] else ""
-        yield Figure("evaluation loss", number(losses[-1]), f"at step {number(steps[-1])}{best}")
+        best = (
+            f", lowest {format_number(lowest)} at step {format_number(steps[losses.index(lowest)])}"
+            if lowest < losses[-1]
+            else ""
+        )
+        yield RunFigure("evaluation loss", format_number(losses[-1]), f"at step {format_number(steps[-1])}{best}")
 
 
-def _train_losses(steps: Sequence[float], losses: Sequence[float]) -> Iterable[Figure]:
+def _train_loss_figures(steps: Sequence[float], losses: Sequence[float]) -> Iterable[RunFigure]:
     """The train loss is what TRL and transformers call so, the mean over all steps; a single step's is mostly noise, and has a
     name of its own wherever it is shown: last loss."""
     mean = sum(v / len(losses) for v in losses)
-    yield Figure("train loss", number(mean), f"mean over {number(len(losses))} steps" if len(losses) > 1 else "of the only step")
+    yield RunFigure(
+        "train loss",
+        format_number(mean),
+        f"mean over {format_number(len(losses))} steps" if len(losses) > 1 else "of the only step",
+    )
     if len(losses) > 1:
-        note = f"of step {number(steps[-1])}, from {number(losses[0])} at step {number(steps[0])}"
-        yield Figure("last loss", number(losses[-1]), note)
+        note = f"of step {format_number(steps[-1])}, from {format_number(losses[0])} at step {format_number(steps[0])}"
+        yield RunFigure("last loss", format_number(losses[-1]), note)
 
 
-def _costs(log: Log) -> Iterable[Figure]:
+def _cost_figures(log: MetricsLog) -> Iterable[RunFigure]:
     timed = [r for r in log.training if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
     seconds, tokens = (sum(float(r[name]) for r in timed) for name in ("seconds", "tokens"))
     if seconds > 0:
-        yield Figure("throughput", number(tokens / seconds), f"over {number(len(timed))} steps", "tokens/s")
+        yield RunFigure("throughput", format_number(tokens / seconds), f"over {format_number(len(timed))} steps", "tokens/s")
     peaks = [v for v in log.series("peak_memory_bytes")[1] if math.isfinite(v)]
-    yield Figure("peak memory", size(max(peaks, default=None)))
-    yield Figure("training time", duration(sum(log.series("seconds")[1]) or None), "steps only, without loading and evaluation")
+    yield RunFigure("peak memory", format_bytes(max(peaks, default=None)))
+    yield RunFigure(
+        "training time", format_duration(sum(log.series("seconds")[1]) or None), "steps only, without loading and evaluation"
+    )
 
 
-def _extent(log: Log) -> Iterable[Figure]:
+def _extent_figures(log: MetricsLog) -> Iterable[RunFigure]:
     if not log.training:
         return
     totals = [(sum(log.series(name)[1]), what) for name, what in (("tokens", "tokens"), ("supervised_tokens", "supervised"))]
     epochs = log.series("epoch")[1]
-    note = [f"epoch {number(epochs[-1])}"] if epochs else []
-    note += [f"{number(int(total))} {what}" for total, what in totals if 0 < total < math.inf]
-    yield Figure("steps", number(log.training[-1]["step"]), ", ".join(note))
+    note = [f"epoch {format_number(epochs[-1])}"] if epochs else []
+    note += [f"{format_number(int(total))} {what}" for total, what in totals if 0 < total < math.inf]
+    yield RunFigure("steps", format_number(log.training[-1]["step"]), ", ".join(note))
 
 
-def by_adapter(run: Run) -> list[tuple[str, str, list[Figure]]]:
+def figures_by_adapter(run: RunRecord) -> list[tuple[str, str, list[RunFigure]]]:
     """(name, its own settings, its final figures) of each adapter of a run of several."""
-    return [(name, own_settings(run, name), list(_of_adapter(run.log, name))) for name in run.log.adapters()]
+    return [(name, adapter_settings_text(run, name), list(_adapter_figures(run.log, name))) for name in run.log.adapters()]
 
 
-def _of_adapter(log: Log, name: str) -> Iterable[Figure]:
+def _adapter_figures(log: MetricsLog, name: str) -> Iterable[RunFigure]:
     steps, losses = log.series("loss", name)
     if losses:
-        yield from _train_losses(steps, losses)
+        yield from _train_loss_figures(steps, losses)
     held_at, held = log.series("eval_loss", name)
     if held:
         lowest = min((v for v in held if math.isfinite(v)), default=held[-1])
-        yield Figure("held-out loss", number(held[-1]), f"at step {number(held_at[-1])}")
-        yield Figure("lowest", number(lowest), f"at step {number(held_at[held.index(lowest)])}")
+        yield RunFigure("held-out loss", format_number(held[-1]), f"at step {format_number(held_at[-1])}")
+        yield RunFigure("lowest", format_number(lowest), f"at step {format_number(held_at[held.index(lowest)])}")
     if steps:
-        yield Figure("steps", number(steps[-1]))
+        yield RunFigure("steps", format_number(steps[-1]))
 
 
-def own_settings(run: Run, adapter: str) -> str:
+def adapter_settings_text(run: RunRecord, adapter: str) -> str:
     """What run.yaml says of a job beyond the run's settings: ``r 8, learning_rate 0.001``."""
     jobs = run.config.get("jobs")
     job = next((j for j in jobs if isinstance(j, dict) and j.get("name") == adapter), {}) if isinstance(jobs, list) else {}
     groups = [job[group] for group in ("lora", "data", "train") if isinstance(job.get(group), dict)]
-    return ", ".join(f"{name} {_plain(value)}" for group in groups for name, value in group.items())
+    return ", ".join(f"{name} {_plain_value(value)}" for group in groups for name, value in group.items())
 
 
-def about(run: Run) -> dict[str, str]:
+def describe_run_subject(run: RunRecord) -> dict[str, str]:
     """model, data and adapter in a few words each, where run.yaml says so."""
-    config = flatten(run.config)
+    config = flatten_config(run.config)
     lora = {name.removeprefix("lora."): value for name, value in config.items() if name.startswith("lora.")}
     if config.get("resolved.target_modules"):
         lora["target_modules"] = config["resolved.target_modules"]
     adapter = ", ".join(
-        f"{name} {_plain(lora[key])}"
+        f"{name} {_plain_value(lora[key])}"
         for key, name in (("r", "rank"), ("lora_alpha", "alpha"), ("target_modules", "on"))
         if lora.get(key) is not None
     )
@@ -123,31 +133,31 @@ def about(run: Run) -> dict[str, str]:
         "model": config.get("model.name", config.get("model")),
         "data": config.get("data.path") or config.get("data.mix") or config.get("data"),
     }
-    return {name: _plain(value) for name, value in {**said, "adapter": adapter}.items() if value not in (None, "")}
+    return {name: _plain_value(value) for name, value in {**said, "adapter": adapter}.items() if value not in (None, "")}
 
 
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted name: ``{"lora": {"r": 8}}`` is ``{"lora.r": 8}``; an empty mapping stays a value."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+        flat |= flatten_config(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
     return flat
 
 
-def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def run_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """(setting, its value in each run) for the settings that are not the same in all; the output directory always differs."""
-    flat = [flatten(run.config) for run in runs]
+    flat = [flatten_config(run.config) for run in runs]
     names = [name for name in dict.fromkeys(name for one in flat for name in one) if name != "output_dir"]
-    rows = [(name, [_plain(one[name]) if name in one else NOTHING for one in flat]) for name in names]
+    rows = [(name, [_plain_value(one[name]) if name in one else MISSING_VALUE for one in flat]) for name in names]
     rows = [(name, values) for name, values in rows if len(set(values)) > 1]
     if len(rows) > MOST_DIFFERENCES:
         more = f"and {len(rows) - MOST_DIFFERENCES} more settings"
-        return [*rows[:MOST_DIFFERENCES], (more, [NOTHING for _ in runs])]
+        return [*rows[:MOST_DIFFERENCES], (more, [MISSING_VALUE for _ in runs])]
     return rows
 
 
-def _plain(value: Any) -> str:
+def _plain_value(value: Any) -> str:
     """A setting's value as it is typed in YAML, near enough to recognise."""
     if isinstance(value, list):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(_plain_value, value))
     return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorry.backends.protocol import Backend, Scorer, Task
-from lorry.config import Run
+from lorry.backends.protocol import Backend, ScoringBackend, Task
+from lorry.config import RunConfig
 from lorry.data.batch import Batch
-from lorry.data.prepare import Prepared
+from lorry.data.prepare import PreparedData
 from lorry.data.stream.joint import JointStream
-from lorry.models.loading.open import Opened
+from lorry.models.loading.open import OpenedModel
 
-Jobs = Mapping[str, tuple[Run, Prepared]]  # by adapter: the run it would be alone, and what it reads
+PreparedJobs = Mapping[str, tuple[RunConfig, PreparedData]]  # by adapter: the run it would be alone, and what it reads
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class TaskInputs:
     """The run, the opened model, its jobs, their rows as one stream, the held-out batches, the steps of the longest job, and the
     backend (for scores before training)."""
 
-    run: Run
-    opened: Opened
-    jobs: Jobs
+    run: RunConfig
+    opened: OpenedModel
+    jobs: PreparedJobs
     stream: JointStream
     held: Sequence[Batch]
     total: int
@@ -35,6 +35,6 @@ class BuiltTask:
     run's identity; ``notes``: what a person should know."""
 
     task: Task
-    models: Mapping[str, Scorer] = field(default_factory=dict)
+    models: Mapping[str, ScoringBackend] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from lorry.backends.protocol import Losses, Scorer, Stats
+from lorry.backends.protocol import LossTerms, ScoringBackend, StepStats
 from lorry.data.batch import Batch
 from lorry.data.stream.joint import JointStream
-from lorry.models.scoring.score import Score, Want, log_prob
+from lorry.models.scoring.score import TokenScore, Want, log_prob
 from lorry.tasks.build import BuiltTask, TaskInputs
-from lorry.tasks.losses import nll
+from lorry.tasks.losses import nll_loss
 
 
-class Sft:
+class SftTask:
     """One or several adapters, a stream of rows that each belong to one of them. ``evaluation``: batches that never change, in a
     fixed order, each of one adapter; ``total_steps``: those of the adapter with the most."""
 
@@ -25,9 +25,9 @@ class Sft:
 
     def wants(self, batch: Batch) -> Mapping[str, Want]:
         """The log-probability of every supervised token."""
-        return {"logprob": Score(log_prob)}
+        return {"logprob": TokenScore(log_prob)}
 
-    def step_batches(self, step: int, models: Mapping[str, Scorer]) -> list[Batch]:
+    def step_batches(self, step: int, models: Mapping[str, ScoringBackend]) -> list[Batch]:
         """The micro-batches of a step, each with its supervised weight: a function of (seed, step)."""
         return [self._weigh(b) for b in self.stream.batches(step)]
 
@@ -35,11 +35,11 @@ class Sft:
         """The held-out rows."""
         return [self._weigh(b) for b in self.evaluation]
 
-    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> Losses:
+    def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
         """Mean negative log-likelihood per supervised token, once the backend has divided."""
-        return {"nll": nll(got["logprob"], batch)}
+        return {"nll": nll_loss(got["logprob"], batch)}
 
-    def after_step(self, stats: Stats) -> None:
+    def after_step(self, stats: StepStats) -> None:
         """Nothing to adapt."""
 
     def state(self) -> dict[str, Any]:
@@ -56,4 +56,4 @@ class Sft:
 
 def build_sft(given: TaskInputs) -> BuiltTask:
     """Nothing but the rows."""
-    return BuiltTask(Sft(given.stream, given.held, given.total, list(given.jobs)))
+    return BuiltTask(SftTask(given.stream, given.held, given.total, list(given.jobs)))

@@ -31,8 +31,8 @@ def json_text(value: Any) -> str:
 def write_text(run_dir: Path, name: str, text: str) -> None:
     """One text file of a run, whole or not at all. What somebody put there while the run went moves to previous/N; a
     description and contracts of the run's earlier lives are written over."""
-    ours = {RUN_FILE: ownership.description, CONTRACTS: ownership.is_contracts}
-    ownership.put(run_dir, {name: text.encode()}, ours=lambda path: name in ours and bool(ours[name](path)))
+    ours = {RUN_FILE: ownership.read_run_description, CONTRACTS: ownership.is_contracts}
+    ownership.write_owned_files(run_dir, {name: text.encode()}, ours=lambda path: name in ours and bool(ours[name](path)))
 
 
 def write_adapters(run_dir: Path, model: nn.Module, tokenizer: Any, names: Sequence[str], base_name: str) -> dict[str, str]:
@@ -44,16 +44,16 @@ def write_adapters(run_dir: Path, model: nn.Module, tokenizer: Any, names: Seque
     for name in names:
         files = adapter_files(model, name, base_name=base_name)
         inside = "" if len(names) == 1 else f"{name}/"
-        ownership.put(run_dir, {f"{inside}{file}": content for file, content in files.items()})
+        ownership.write_owned_files(run_dir, {f"{inside}{file}": content for file, content in files.items()})
         digests[name] = hashlib.sha256(files[ADAPTER_WEIGHTS]).hexdigest()
-    with durable.scratch(run_dir / "tokenizer") as folder:
+    with durable.scratch_directory(run_dir / "tokenizer") as folder:
         tokenizer.save_pretrained(folder)
         contents = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    ownership.put(run_dir, contents)
+    ownership.write_owned_files(run_dir, contents)
     return digests
 
 
-def receipt(
+def build_receipt(
     *,
     data: Mapping[str, Any],
     base: Mapping[str, Any],

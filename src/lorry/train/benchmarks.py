@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorry.adapters.attach import bank_of
+from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
-from lorry.config import Run, jobs_of
-from lorry.data.catalog import expand
-from lorry.data.encoding.encode import Encoder
-from lorry.data.reading.places import Places, refuse_leak
-from lorry.data.stream.mixtures import learnt
-from lorry.evaluate.benchmarks.questions import Exam, read_exam
-from lorry.evaluate.benchmarks.run import take
-from lorry.models.loading.open import Opened
+from lorry.config import RunConfig, runs_by_adapter
+from lorry.data.catalog import expand_suites
+from lorry.data.encoding.encode import ExampleEncoder
+from lorry.data.reading.places import DataLocations, refuse_leak
+from lorry.data.stream.mixtures import training_locations
+from lorry.evaluate.benchmarks.questions import Benchmark, load_benchmark
+from lorry.evaluate.benchmarks.run import evaluate_benchmark
+from lorry.models.loading.open import OpenedModel
 
 
-def read_exams(run: Run) -> list[Exam]:
+def load_eval_benchmarks(run: RunConfig) -> list[Benchmark]:
     """The questions of `train.eval_tasks`, read before the model is loaded. Raises ConfigError, also where rows to ask are rows
     that a job learns, whatever the set is called, and DataError."""
     if not run.train.eval_tasks:
         return []
-    places, exams = Places(run.data.local), list[Exam]()
-    spots = [spot for one in jobs_of(run).values() for spot in learnt(one.data)]
-    for name in expand(run.train.eval_tasks):
-        exam = read_exam(
+    places, exams = DataLocations(run.data.local), list[Benchmark]()
+    spots = [spot for one in runs_by_adapter(run).values() for spot in training_locations(one.data)]
+    for name in expand_suites(run.train.eval_tasks):
+        exam = load_benchmark(
             name, places, limit=run.train.eval_limit, n_shot=run.train.eval_n_shot, seed=run.train.seed,
             on_bad_row="error" if run.data.on_bad_row == "error" else "skip",
         )  # fmt: skip
@@ -33,7 +33,7 @@ def read_exams(run: Run) -> list[Exam]:
     return exams
 
 
-def judged(run: Run, exams: list[Exam], notes: list[str]) -> Run:
+def default_best_metric(run: RunConfig, exams: list[Benchmark], notes: list[str]) -> RunConfig:
     """Where sets are all that is evaluated and nothing else is said, the best step is that of the first set's main metric."""
     if not exams or run.data.evaluates or run.train.metric_for_best_model != "eval_loss":
         return run
@@ -43,19 +43,21 @@ def judged(run: Run, exams: list[Exam], notes: list[str]) -> Run:
     return run.model_copy(update={"train": run.train.model_copy(update=best)})
 
 
-class Asking:
+class BenchmarkEvaluator:
     """Asks every exam of an adapter (or of the base, where that is what trains): {eval_SET_METRIC: value}."""
 
-    def __init__(self, run: Run, opened: Opened, exams: list[Exam]) -> None:
+    def __init__(self, run: RunConfig, opened: OpenedModel, exams: list[Benchmark]) -> None:
         self.run, self.opened, self.exams = run, opened, exams
         context = opened.model.context
-        rows = opened.model.vocabulary
-        self.encoder = Encoder(opened.tokenizer, max_length=context or 1 << 20, system=run.data.system, embeddings=rows)
+        rows = opened.model.vocab_size
+        self.encoder = ExampleEncoder(opened.tokenizer, max_length=context or 1 << 20, system=run.data.system, embeddings=rows)
 
     def __call__(self, name: str) -> Mapping[str, float]:
-        mix = Mix.one(name) if name in bank_of(self.opened.model, create=True).names() else Mix.none()
+        mix = Mix.one(name) if name in get_bank(self.opened.model, create=True).names() else Mix.none()
         found = dict[str, float]()
         for exam in self.exams:
-            taken = take(self.opened.model, self.encoder, exam, mix, batch_rows=self.run.train.per_device_eval_batch_size)
+            taken = evaluate_benchmark(
+                self.opened.model, self.encoder, exam, mix, batch_rows=self.run.train.per_device_eval_batch_size
+            )
             found |= {f"eval_{exam.one.name}_{metric}": one.value for metric, one in taken.metrics.items()}
         return found

@@ -44,19 +44,19 @@ from lorry.runs.layout import CHECKPOINTS, STEP
 
 log = logging.getLogger(__name__)
 
-FORMAT = "lorry-checkpoint/1"
-STATE = "state.safetensors"
-META = "meta.json"
-PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
+CHECKPOINT_FORMAT = "lorry-checkpoint/1"
+STATE_FILE = "state.safetensors"
+META_FILE = "meta.json"
+CHECKPOINT_PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
 
-_DTYPES = {
+_SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 # Settings that change where and how often a run writes, and nothing it computes: they may differ on resuming. Whatever
 # decides which steps are evaluated is not among them: the best adapter and an early stop hang on it.
-FREE = frozenset(
+FREE_SETTINGS = frozenset(
     [
         *["output_dir", "run_name", "resume_from_checkpoint", "save_steps", "save_strategy", "save_total_limit"],
         *["logging_steps", "logging_strategy", "report_to", "disable_tqdm"],
@@ -64,16 +64,18 @@ FREE = frozenset(
     ]
 )
 # Settings of where and in what portions a run computes: the same run may go on with others, though not bit for bit.
-PLACE = frozenset({"backend", "device", "gradient_checkpointing", "per_device_eval_batch_size"})
-MAY_CHANGE = "only where and how often a run writes may change (docs/running.md lists it), and where it computes, with a note"
-LENGTH = frozenset({"max_steps", "num_train_epochs"})
-LONGER = (
+DEVICE_SETTINGS = frozenset({"backend", "device", "gradient_checkpointing", "per_device_eval_batch_size"})
+CHANGEABLE_SETTINGS_MESSAGE = (
+    "only where and how often a run writes may change (docs/running.md lists it), and where it computes, with a note"
+)
+LENGTH_SETTINGS = frozenset({"max_steps", "num_train_epochs"})
+LONGER_RUN_MESSAGE = (
     "A run's length is part of what it computes: the learning rate of every step follows from it. To train on from what is "
     "learnt, start a run of its own: adapter=THIS_RUN output_dir=ANOTHER"
 )
 
 
-def save(
+def save_checkpoint(
     run_dir: Path,
     step: int,
     tensors: Mapping[str, Tensor],
@@ -94,40 +96,40 @@ def save(
         raise ConfigError(f"save_total_limit={keep} would delete the checkpoint just written; use 1 or more, or null for all")
     folder = run_dir / CHECKPOINTS
     path = folder / f"step-{step:08d}"
-    files: dict[str, durable.Content] = {STATE: _safetensors(tensors), META: _meta_text(step, meta)}
+    files: dict[str, durable.FileContent] = {STATE_FILE: _safetensors_chunks(tensors), META_FILE: _meta_text(step, meta)}
     durable.make_directory(folder, parents=False)
-    durable.recover(folder)
+    durable.recover_writes(folder)
     durable.write_directory(path, files, manifest=True, replace=True)
-    forget_after(run_dir, step)
-    _prune(run_dir, keep, protect)
+    remove_checkpoints_after(run_dir, step)
+    _prune_checkpoints(run_dir, keep, protect)
     return path
 
 
-def forget_after(run_dir: Path, step: int) -> None:
+def remove_checkpoints_after(run_dir: Path, step: int) -> None:
     """Remove the checkpoints beyond ``step``, for a run that goes back to it; damaged ones are set aside. Raises DiskError."""
-    for later, path in _saved(run_dir):
+    for later, path in _list_checkpoints(run_dir):
         if later > step:
             _remove_or_set_aside(path, digests=True)
 
 
-def tidy(run_dir: Path, step: int, *, keep: int | None = None, protect: Collection[int] = ()) -> None:
+def tidy_checkpoints(run_dir: Path, step: int, *, keep: int | None = None, protect: Collection[int] = ()) -> None:
     """Bring the checkpoints of a run that goes on from ``step`` into the order that saving it left them in, had a kill not come
     between: what was half written or half removed goes, and so do later steps and those beyond ``keep``. Raises DiskError."""
     folder = run_dir / CHECKPOINTS
     if folder.is_dir():
-        durable.recover(folder)
-        forget_after(run_dir, step)
-        _prune(run_dir, keep, protect)
+        durable.recover_writes(folder)
+        remove_checkpoints_after(run_dir, step)
+        _prune_checkpoints(run_dir, keep, protect)
 
 
-def find_latest(run_dir: Path) -> Path | None:
+def find_latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None where there is none at all. Nothing is changed.
 
     Damaged ones are skipped with a warning. Raises ModelError naming every one of them where none is whole, and DiskError where
     one could not be read.
     """
     damage = list[str]()
-    for _, path in reversed(_saved(run_dir)):
+    for _, path in reversed(_list_checkpoints(run_dir)):
         try:
             _read_meta(path)
         except ModelError as e:
@@ -144,8 +146,8 @@ def find_latest(run_dir: Path) -> Path | None:
     return None
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read and verify a checkpoint directory: tensors by name, on the CPU, and what ``save`` was given as meta plus its step.
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read and verify a checkpoint directory: tensors by name, on the CPU, and what ``save_checkpoint`` was given as meta plus its step.
 
     Raises ModelError naming the damaged, missing or linked file, when it is no checkpoint of this format, or lies under the name
     of another step; DiskError when it could not be read.
@@ -153,60 +155,68 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     _refuse_pickle(path)
     meta = _read_meta(path)
     try:
-        with integrity.reading(path / STATE):
-            tensors = load_file(path / STATE)
+        with integrity.translate_read_errors(path / STATE_FILE):
+            tensors = load_file(path / STATE_FILE)
     except SafetensorError as e:
         raise ModelError(f"{path}: {e}; this checkpoint was not written by Lorry") from e
     return tensors, meta
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    """Verify every file of a checkpoint directory against its manifest, and what it says of itself. Raises as `load` does."""
-    names = integrity.verify(path)
-    if set(names) != {STATE, META}:
-        raise ModelError(f"{path} lists {', '.join(sorted(names))}; a checkpoint holds {STATE} and {META} and nothing else")
-    meta = documents.parse_json(integrity.content(path / META), str(path / META), error=ModelError)
+    """Verify every file of a checkpoint directory against its manifest, and what it says of itself. Raises as `load_checkpoint` does."""
+    names = integrity.verify_directory(path)
+    if set(names) != {STATE_FILE, META_FILE}:
+        raise ModelError(
+            f"{path} lists {', '.join(sorted(names))}; a checkpoint holds {STATE_FILE} and {META_FILE} and nothing else"
+        )
+    meta = documents.parse_json(integrity.read_content(path / META_FILE), str(path / META_FILE), error=ModelError)
     found = meta.pop("format", None) if isinstance(meta, dict) else None
-    if found != FORMAT:
-        raise ModelError(f"{path / META}: format {found!r}, this version of Lorry reads {FORMAT!r}")
+    if found != CHECKPOINT_FORMAT:
+        raise ModelError(f"{path / META_FILE}: format {found!r}, this version of Lorry reads {CHECKPOINT_FORMAT!r}")
     step, named = meta.get("step"), _named_step(path)
     if type(step) is not int or step < 0:
-        raise ModelError(f"{path / META}: step {str(step)[:40]!r} is no whole number of 0 or more; this was not written by Lorry")
+        raise ModelError(
+            f"{path / META_FILE}: step {str(step)[:40]!r} is no whole number of 0 or more; this was not written by Lorry"
+        )
     if named is not None and step != named:
         raise ModelError(f"{path} holds step {step}: directories were exchanged or renamed; give it back the name of its step")
     if odd := [key for key in ("config", "digests", "environment") if not isinstance(meta.get(key), dict)]:
-        raise ModelError(f"{path / META}: {odd[0]!r} is no object; this checkpoint was not written by Lorry")
+        raise ModelError(f"{path / META_FILE}: {odd[0]!r} is no object; this checkpoint was not written by Lorry")
     return meta
 
 
-def refuse_other(meta: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def refuse_other_run(meta: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Compare a checkpoint's meta with the same fields of the run that wants to go on from it.
 
     "config" is compared field by field, "digests" by name. Raises ConfigError listing every field that differs, with
     both values. Returns notes ("not bitwise: torch 2.11.0 -> 2.13.0") for what may differ but breaks equality to the last
-    bit: the environment, the fields in ``PLACE`` and Lorry's own code (the digest "code"). Fields in ``FREE`` are not
+    bit: the environment, the fields in ``DEVICE_SETTINGS`` and Lorry's own code (the digest "code"). Fields in ``FREE_SETTINGS`` are not
     compared, and neither is a digest named "config": its fields are.
     """
     refused: list[str] = []
     notes: list[str] = []
-    for field, old, new in _differences(meta["config"], current["config"]):
+    for field, old, new in _setting_differences(meta["config"], current["config"]):
         parts = field.split(".")
-        if FREE.isdisjoint(parts):
-            (refused if PLACE.isdisjoint(parts) else notes).append(f"{field} {old} -> {new}")
-    for field, old, new in _differences(meta["digests"], current["digests"]):
+        if FREE_SETTINGS.isdisjoint(parts):
+            (refused if DEVICE_SETTINGS.isdisjoint(parts) else notes).append(f"{field} {old} -> {new}")
+    for field, old, new in _setting_differences(meta["digests"], current["digests"]):
         if field != "config":
             (notes if field == "code" else refused).append(f"{field} {old} -> {new}")
-    notes += [f"{field} {old} -> {new}" for field, old, new in _differences(meta["environment"], current["environment"])]
+    notes += [f"{field} {old} -> {new}" for field, old, new in _setting_differences(meta["environment"], current["environment"])]
     if refused:
         listed = "".join(f"\n  {line}" for line in refused)
         raise ConfigError(
-            f"cannot resume, the checkpoint belongs to another run:{listed}\nrestore these or use a new output_dir; {MAY_CHANGE}"
-            + (f". {LONGER}" if LENGTH & {line.partition(" ")[0].rpartition(".")[2] for line in refused} else "")
+            f"cannot resume, the checkpoint belongs to another run:{listed}\nrestore these or use a new output_dir; {CHANGEABLE_SETTINGS_MESSAGE}"
+            + (
+                f". {LONGER_RUN_MESSAGE}"
+                if LENGTH_SETTINGS & {line.partition(" ")[0].rpartition(".")[2] for line in refused}
+                else ""
+            )
         )
     return [f"not bitwise: {note}" for note in notes]
 
 
-def environment(*, device: str, kernels: str) -> dict[str, Any]:
+def numeric_environment(*, device: str, kernels: str) -> dict[str, Any]:
     """What results depend on to the last bit, besides config, data and code."""
     return {
         "torch": torch.__version__,
@@ -229,16 +239,16 @@ def code_digest() -> str:
 
 def _named_step(path: Path) -> int | None:
     """The step that a directory's name says, also of one set aside for a replacement; None for a name that says none."""
-    match = STEP.fullmatch(durable.set_aside(path.name) or path.name)
+    match = STEP.fullmatch(durable.replaced_name(path.name) or path.name)
     return int(match[1]) if match else None
 
 
-def _saved(run_dir: Path) -> list[tuple[int, Path]]:
+def _list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every checkpoint, also of one set aside for a replacement that never came; oldest first."""
     folder = run_dir / CHECKPOINTS
     by_step: dict[int, Path] = {}
     try:
-        with integrity.reading(folder):
+        with integrity.translate_read_errors(folder):
             names = sorted(os.listdir(folder), reverse=True)  # so that a proper name comes after, and beats, one set aside
     except ModelError:
         return []  # there is no such folder
@@ -248,12 +258,12 @@ def _saved(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(by_step.items())
 
 
-def _prune(run_dir: Path, keep: int | None, protect: Collection[int]) -> None:
+def _prune_checkpoints(run_dir: Path, keep: int | None, protect: Collection[int]) -> None:
     """Remove all but the newest ``keep`` and ``protect``. A checkpoint that lost a file does not count as one of them, and is set
     aside."""
     if keep is None:
         return
-    saved = _saved(run_dir)
+    saved = _list_checkpoints(run_dir)
     stay = {*[step for step, path in saved if not _is_damaged(path, digests=False)][-keep:], *protect}
     for step, path in saved:
         if step not in stay:
@@ -266,7 +276,7 @@ def _remove_or_set_aside(path: Path, *, digests: bool) -> None:
         durable.remove_directory(path)
         return
     taken = (path.with_name(f"{path.name}.damaged{f'-{n}' if n else ''}") for n in count())
-    durable.rename(path, next(target for target in taken if not os.path.lexists(target)))
+    durable.rename_path(path, next(target for target in taken if not os.path.lexists(target)))
 
 
 def _is_damaged(path: Path, *, digests: bool) -> bool:
@@ -275,26 +285,30 @@ def _is_damaged(path: Path, *, digests: bool) -> bool:
         if digests:
             _read_meta(path)
         else:
-            integrity.verify(path, digests=False)
+            integrity.verify_directory(path, digests=False)
     except ModelError:
         return True
     return False
 
 
 def _refuse_pickle(path: Path) -> None:
-    found = [path] if path.suffix in PICKLES else sorted(p for p in path.glob("*") if p.suffix in PICKLES)
-    if found and not (path / manifest.NAME).exists():
+    found = (
+        [path]
+        if path.suffix in CHECKPOINT_PICKLE_SUFFIXES
+        else sorted(p for p in path.glob("*") if p.suffix in CHECKPOINT_PICKLE_SUFFIXES)
+    )
+    if found and not (path / manifest.MANIFEST_NAME).exists():
         raise ModelError(f"{found[0]} is a pickle, which can run any code when read; Lorry resumes from its own checkpoints only")
 
 
-def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def _safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file: the header, then one tensor at a time, so that the state is never in memory twice.
 
     Format: 8 bytes of header length, JSON header, data; ordered by item size so that every tensor is aligned
     (https://github.com/huggingface/safetensors#format). What cannot be stored is refused here, not while writing.
     """
     for name, t in tensors.items():
-        if t.dtype not in _DTYPES or t.layout is not torch.strided or t.is_meta or name == "__metadata__":
+        if t.dtype not in _SAFETENSORS_DTYPES or t.layout is not torch.strided or t.is_meta or name == "__metadata__":
             raise ContractError(f"tensor {name!r} ({t.dtype}, {t.layout}, {t.device}) cannot be stored in a checkpoint")
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {}
@@ -302,13 +316,13 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     for name in names:
         t, start = tensors[name], offset
         offset += t.numel() * t.element_size()
-        header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, offset]}
+        header[name] = {"dtype": _SAFETENSORS_DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, offset]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return chain([len(text).to_bytes(8, "little") + text], (_bytes(tensors[name]) for name in names))
+    return chain([len(text).to_bytes(8, "little") + text], (_tensor_bytes(tensors[name]) for name in names))
 
 
-def _bytes(t: Tensor) -> memoryview:
+def _tensor_bytes(t: Tensor) -> memoryview:
     whole = t.detach().cpu().contiguous()
     flat = whole.as_strided((whole.numel(),), (1,))  # not reshape: it keeps any stride of a tensor of one element or none
     return flat.view(torch.uint8).numpy().data
@@ -317,45 +331,45 @@ def _bytes(t: Tensor) -> memoryview:
 def _meta_text(step: int, meta: Mapping[str, Any]) -> bytes:
     if absent := {"config", "digests", "environment"} - meta.keys():
         raise ValueError(f"a checkpoint's meta needs {', '.join(sorted(absent))}")
-    full = {"format": FORMAT, **meta, "step": step}
-    if changed := list(_unstorable(full, "meta")):
+    full = {"format": CHECKPOINT_FORMAT, **meta, "step": step}
+    if changed := list(_unstorable_paths(full, "meta")):
         raise ContractError(f"a checkpoint cannot store {', '.join(changed)}: JSON would not give it back unchanged")
     return (json.dumps(full, indent=1) + "\n").encode()
 
 
-def _unstorable(value: object, where: str) -> Iterator[str]:
+def _unstorable_paths(value: object, where: str) -> Iterator[str]:
     """The places in a value that JSON would lose or change: tuples, keys that are no strings, NaN, infinities, objects."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _unstorable(item, f"{where}.{key}") if isinstance(key, str) else [f"{where} key {key!r}"]
+            yield from _unstorable_paths(item, f"{where}.{key}") if isinstance(key, str) else [f"{where} key {key!r}"]
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            yield from _unstorable(item, f"{where}[{i}]")
+            yield from _unstorable_paths(item, f"{where}[{i}]")
     elif (
         not isinstance(value, str | int | float | None)
         or (isinstance(value, float) and not math.isfinite(value))
-        or (isinstance(value, int) and abs(value) > documents.LARGEST)
+        or (isinstance(value, int) and abs(value) > documents.LARGEST_INTEGER_READ)
     ):
         yield f"{where}={value!r}"
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _setting_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(dotted field, old value, new value) of every leaf that differs, as text."""
-    before, after = dict(_leaves(old)), dict(_leaves(json.loads(json.dumps(new))))
+    before, after = dict(_flatten_leaves(old)), dict(_flatten_leaves(json.loads(json.dumps(new))))
     for field in sorted(before.keys() | after.keys()):
         if field not in before or field not in after or before[field] != after[field]:
-            yield field, _shown(before, field), _shown(after, field)
+            yield field, _format_leaf(before, field), _format_leaf(after, field)
 
 
-def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten_leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, item in value.items():
         if isinstance(item, Mapping):
-            yield from _leaves(item, f"{prefix}{key}.")
+            yield from _flatten_leaves(item, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item
 
 
-def _shown(leaves: Mapping[str, Any], field: str) -> str:
+def _format_leaf(leaves: Mapping[str, Any], field: str) -> str:
     """A value for a message; digests are shortened."""
     if field not in leaves:
         return "absent"

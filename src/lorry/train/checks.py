@@ -16,15 +16,15 @@ import torch
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
-from lorry.backends.protocol import Backend, Inspection, Norms, Task
+from lorry.backends.protocol import Backend, GradientNorms, ParameterInspection, Task
 from lorry.data.batch import Batch
-from lorry.data.stream.joint import interleaved
+from lorry.data.stream.joint import interleave_adapters
 from lorry.errors import ContractError, ModelError, NonFiniteError
-from lorry.evaluate.loss import leak, packed_difference
+from lorry.evaluate.loss import packed_loss_difference, packing_leak
 from lorry.models.loading.weights import is_finite
-from lorry.train.jobs import Count, strictly
+from lorry.train.jobs import StepCount, validate_strict
 
-NAMES = {
+CONTRACT_NAMES = {
     1: "every target matched",
     2: "trainable = optimized = saved, what is frozen unchanged",
     3: "everything that trains moves and sees a gradient",
@@ -35,67 +35,71 @@ NAMES = {
     8: "input rows accounted for",
 }
 PROOF_STEPS = 3  # steps with a rate above 0 after which every target must have seen a gradient
-ZERO = "zero"
-MOST_NAMED = 12  # names of layers in one message
-KINDS = ("adapter/", "weights/")  # of a backend's state, what trains: adapters, or base weights
+ZERO_FINGERPRINT = "zero"
+MAX_NAMED_MODULES = 12  # names of layers in one message
+STATE_PREFIXES = ("adapter/", "weights/")  # of a backend's state, what trains: adapters, or base weights
 
-Status = Literal["held", "failed", "not_checked"]
+ContractStatus = Literal["held", "failed", "not_checked"]
 
 
 @dataclass(frozen=True)
-class Contract:
+class ContractResult:
     """One line of contracts.json."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     id: int
     name: str
-    status: Status
+    status: ContractStatus
     detail: str
 
 
 @dataclass(frozen=True)
-class State:
+class ContractState:
     """What a checkpoint keeps of the checks. ``silent``: per adapter, modules without a gradient so far."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    found: list[Contract]
+    found: list[ContractResult]
     silent: dict[str, list[str]]
-    proof: dict[str, Count]
-    moved: dict[str, Count]
+    proof: dict[str, StepCount]
+    moved: dict[str, StepCount]
 
 
-_STATE = TypeAdapter(State)
+_CONTRACT_STATE_ADAPTER = TypeAdapter(ContractState)
 
 
-class Checks:
+class ContractChecks:
     """Collects what held. A broken contract raises ContractError at once, after recording it as failed."""
 
     def __init__(self) -> None:
-        self.found: dict[int, Contract] = {}
+        self.found: dict[int, ContractResult] = {}
         self._silent: dict[str, set[str]] = {}
         self._proof: dict[str, int] = {}
         self._moved: dict[str, int] = {}
-        self._start: dict[str, str] = {}  # of every tensor of the adapters, its `fingerprint` as the run began
-        self._inspection: Inspection | None = None
+        self._start: dict[str, str] = {}  # of every tensor of the adapters, its `tensor_fingerprint` as the run began
+        self._inspection: ParameterInspection | None = None
 
     def held(self, number: int, detail: str) -> None:
         """Record that a contract held."""
-        self.found[number] = Contract(number, NAMES[number], "held", detail)
+        self.found[number] = ContractResult(number, CONTRACT_NAMES[number], "held", detail)
 
     def skipped(self, number: int, why: str) -> None:
         """Record that there was nothing to check."""
-        self.found[number] = Contract(number, NAMES[number], "not_checked", why)
+        self.found[number] = ContractResult(number, CONTRACT_NAMES[number], "not_checked", why)
 
     def fail(self, number: int, detail: str) -> ContractError:
         """Record a broken contract and return the error to raise."""
-        self.found[number] = Contract(number, NAMES[number], "failed", detail)
-        return ContractError(f"contract {number} broken ({NAMES[number]}): {detail}")
+        self.found[number] = ContractResult(number, CONTRACT_NAMES[number], "failed", detail)
+        return ContractError(f"contract {number} broken ({CONTRACT_NAMES[number]}): {detail}")
 
     def report(self) -> list[dict[str, Any]]:
         """All eight, for contracts.json."""
-        missing = {n: Contract(n, NAMES[n], "not_checked", "the run did not get that far") for n in NAMES if n not in self.found}
+        missing = {
+            n: ContractResult(n, CONTRACT_NAMES[n], "not_checked", "the run did not get that far")
+            for n in CONTRACT_NAMES
+            if n not in self.found
+        }
         return [asdict(c) for _, c in sorted({**self.found, **missing}.items())]
 
     # --- before the first step
@@ -111,7 +115,7 @@ class Checks:
         self.held(1, f"{len(found)} modules: {', '.join(sorted({m.rsplit('.', 1)[-1] for m in found}))}{besides}")
         self._inspection = self._same_sets(backend)
         if not self._start:
-            self._start = _fingerprints(backend)
+            self._start = _parameter_fingerprints(backend)
             self._silent = {name: set(modules) for name, modules in targets.items()}
             self._proof = dict.fromkeys(targets, 0)
 
@@ -124,15 +128,15 @@ class Checks:
     def resume(self, backend: Backend, state: object) -> None:
         """Take back what `state` gave; the backend must still hold the adapters as the run began with them. Raises ModelError for
         what no run could have written."""
-        read: State = strictly(_STATE, "checks", state)
-        if odd := [c.id for c in read.found if c.id not in NAMES]:
+        read: ContractState = validate_strict(_CONTRACT_STATE_ADAPTER, "checks", state)
+        if odd := [c.id for c in read.found if c.id not in CONTRACT_NAMES]:
             raise ModelError(f"checks.found names a contract {odd[0]}, and there is none")
-        self._start = _fingerprints(backend)
+        self._start = _parameter_fingerprints(backend)
         self.found = {c.id: c for c in read.found}
         self._silent = {name: set(modules) for name, modules in read.silent.items()}
         self._proof, self._moved = dict(read.proof), dict(read.moved)
 
-    def _same_sets(self, backend: Backend) -> Inspection:
+    def _same_sets(self, backend: Backend) -> ParameterInspection:
         seen = backend.inspect()
         for one, other, words in (
             (seen.trainable, seen.optimized, "is trainable but no optimizer holds it"),
@@ -158,10 +162,10 @@ class Checks:
                 if stops and not set(batch.tokens[start:stop][supervised].tolist()) & stops:
                     raise self.fail(4, f"sequence {s} (key {int(batch.key[s])}) never learns to stop: no end token is supervised")
         shared = max(batches, key=lambda batch: len(batch.adapter.unique()))  # the first of those with the most adapters
-        first = interleaved(shared, len(ends)) if len(ends) > 1 else shared
-        if leaked := leak(backend, first, max(4, len(ends))):
+        first = interleave_adapters(shared, len(ends)) if len(ends) > 1 else shared
+        if leaked := packing_leak(backend, first, max(4, len(ends))):
             raise self.fail(4, f"a sequence's scores change by {leaked:.2e} with the tokens of its neighbours in the batch")
-        difference = packed_difference(backend, first, max(8, len(ends)))
+        difference = packed_loss_difference(backend, first, max(8, len(ends)))
         if math.isnan(difference):
             return  # scores that are not finite are another contract's business: the loss is looked at next
         if not difference <= tolerance:
@@ -170,7 +174,7 @@ class Checks:
 
     # --- while it goes
 
-    def after_step(self, backend: Backend, norms: Norms, rates: Mapping[str, float]) -> None:
+    def after_step(self, backend: Backend, norms: GradientNorms, rates: Mapping[str, float]) -> None:
         """Contract 3, until it is proven: the modules without a gradient so far, and whether the adapter moved."""
         stepped = [n for n in norms.norms if rates.get(n, 0.0) > 0 and self._proof.get(n, PROOF_STEPS) < PROOF_STEPS]
         for name in stepped:
@@ -193,7 +197,7 @@ class Checks:
                 whose = f" of adapter {name!r} ({len(where)} modules)" if self._low_rank(name) else f" ({len(where)} tensors)"
                 remedy = f"leave it out, {self._excluding(name, where)}" if self._low_rank(name) else "leave it out of trainable"
                 raise self.fail(3, f"no gradient reached {where[0]}{whose}: it would never train; {remedy}")
-        now = _fingerprints(backend) if names else {}
+        now = _parameter_fingerprints(backend) if names else {}
         for name in names:
             stuck = [t for t in self._moving(name) if now[t] == self._start[t]]
             if stuck:
@@ -218,8 +222,8 @@ class Checks:
             tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
             ends.append(next((t for t in tails if not any(m.endswith(f".{t}") for m in live)), module))
         shown = list(dict.fromkeys(ends))
-        more = f" and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else ""
-        return f"lora.exclude_modules=[{','.join(shown[:MOST_NAMED])}]{more}"
+        more = f" and {len(shown) - MAX_NAMED_MODULES} more" if len(shown) > MAX_NAMED_MODULES else ""
+        return f"lora.exclude_modules=[{','.join(shown[:MAX_NAMED_MODULES])}]{more}"
 
     def _moving(self, name: str) -> list[str]:
         """The tensors that must move: of a base that trains all that do, of an adapter those that began at zero (lora_B; an
@@ -227,7 +231,7 @@ class Checks:
         if not self._low_rank(name):
             return [t for t in self._start if t.startswith(f"weights/{name}/")]
         mine = [t for t in self._start if t.startswith(f"adapter/{name}/")]
-        zero = [t for t in mine if self._start[t] == ZERO]
+        zero = [t for t in mine if self._start[t] == ZERO_FINGERPRINT]
         return zero or [t for t in mine if t.endswith("lora_B")]
 
     def _low_rank(self, name: str) -> bool:
@@ -263,12 +267,12 @@ class Checks:
         self.held(7, "every loss and gradient was finite")
 
 
-def _fingerprints(backend: Backend) -> dict[str, str]:
+def _parameter_fingerprints(backend: Backend) -> dict[str, str]:
     """The fingerprint of every tensor that trains: digests, since copies of all of them would stay for the whole run."""
-    return {n: fingerprint(t) for n, t in backend.state().items() if n.startswith(KINDS)}
+    return {n: tensor_fingerprint(t) for n, t in backend.state().items() if n.startswith(STATE_PREFIXES)}
 
 
-def fingerprint(tensor: Tensor) -> str:
+def tensor_fingerprint(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, or that it is all zeros."""
     flat = tensor.contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest() if flat.any() else ZERO
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest() if flat.any() else ZERO_FINGERPRINT

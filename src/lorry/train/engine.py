@@ -16,25 +16,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorry.backends.protocol import Backend, Norms, Scorer, Stats, Task
+from lorry.backends.protocol import Backend, GradientNorms, ScoringBackend, StepStats, Task
 from lorry.config.schema import TrainConfig
 from lorry.data.batch import Batch
-from lorry.data.stream.joint import only, tokens_of
+from lorry.data.stream.joint import count_adapter_tokens, keep_adapters
 from lorry.disk import durable
-from lorry.errors import Interrupted, ModelError, NonFiniteError
+from lorry.errors import ModelError, NonFiniteError, RunInterruptedError
 from lorry.evaluate.loss import evaluate_task
 from lorry.runs.layout import METRICS, RunDir
-from lorry.runs.metrics import MetricsWriter, cut_after, iterate
-from lorry.runs.process import Home
+from lorry.runs.metrics import MetricsWriter, drop_metrics_after, iter_metrics
+from lorry.runs.process import RunDirectoryHandle
 from lorry.train import checkpoint
-from lorry.train.checks import Checks
-from lorry.train.jobs import Job, Outcome, Progress, Standing, held, mean, together
-from lorry.train.monitoring.events import Listener
-from lorry.train.monitoring.signals import Stop, watching
+from lorry.train.checks import ContractChecks
+from lorry.train.jobs import JobProgress, RunOutcome, RunProgress, TrainingJob, held_out_task, mean_evaluations, mean_value
+from lorry.train.monitoring.events import TrainingListener
+from lorry.train.monitoring.signals import StopRequest, watch_signals
 from lorry.train.resources.peak import peak_memory
 
 
-class Engine:
+class TrainingEngine:
     """Runs a task on a backend. ``identity``: {"config", "digests"} of this run, stored in checkpoints and compared on resume;
     ``jobs``: one per adapter of the task, in its order; left out, all are alike: ``train``'s settings, the task's steps,
     ``epoch_of(step)``, the epoch a step belongs to, counted from 0, and ``ends`` (contract 4, as ``tolerance``); ``models``:
@@ -48,36 +48,40 @@ class Engine:
         run_dir: Path,
         *,
         identity: Mapping[str, Any],
-        checks: Checks,
-        jobs: Sequence[Job] = (),
+        checks: ContractChecks,
+        jobs: Sequence[TrainingJob] = (),
         epoch_of: Callable[[int], int] = lambda step: 0,
         steps_per_epoch: int | None = None,
-        listeners: Sequence[Listener] = (),
+        listeners: Sequence[TrainingListener] = (),
         ends: Sequence[int] = (),
         tolerance: float = 1e-5,
-        models: Mapping[str, Scorer] | None = None,
+        models: Mapping[str, ScoringBackend] | None = None,
         ask: Callable[[str], Mapping[str, float]] = lambda name: {},
     ) -> None:
         self.models, self.ask = {"self": backend, **(models or {})}, ask
         self.backend, self.task, self.train, self.run_dir = backend, task, train, run_dir
         self.identity, self.checks, self.listeners, self.tolerance = identity, checks, listeners, tolerance
-        alike = [Job(name, train, task.total_steps, epoch_of, steps_per_epoch, ends) for name in task.adapters]
+        alike = [TrainingJob(name, train, task.total_steps, epoch_of, steps_per_epoch, ends) for name in task.adapters]
         self.jobs = {job.name: job for job in jobs or alike}
-        self.progress = Progress(0, {name: Standing() for name in self.jobs})
+        self.progress = RunProgress(0, {name: JobProgress() for name in self.jobs})
         self.total = max(job.total for job in self.jobs.values())
         self.epochs: dict[str, int] = {}  # of the step just made, by the jobs that took part
         self.newest: Path | None = None  # the checkpoint this run last wrote, or went on from
         self.origin: Path | None = None
-        self.home: Home | None = None  # the run directory, while the loop runs
+        self.home: RunDirectoryHandle | None = None  # the run directory, while the loop runs
 
     # --- the loop
 
-    def run(self) -> Outcome:
+    def run(self) -> RunOutcome:
         """Train to the end. Raises Interrupted after a signal (the state is saved), ContractError, NonFiniteError, DiskError."""
         durable.make_directory(self.run_dir)
-        durable.recover(self.run_dir)
-        cut_after(self.run_dir / METRICS, self.progress.step if self.progress.step else -1)
-        with Home(self.run_dir) as self.home, MetricsWriter(self.run_dir / METRICS) as metrics, watching() as stop:
+        durable.recover_writes(self.run_dir)
+        drop_metrics_after(self.run_dir / METRICS, self.progress.step if self.progress.step else -1)
+        with (
+            RunDirectoryHandle(self.run_dir) as self.home,
+            MetricsWriter(self.run_dir / METRICS) as metrics,
+            watch_signals() as stop,
+        ):
             self._tell("start", self.progress.step, self.total)
             try:
                 while self.active():
@@ -89,9 +93,9 @@ class Engine:
         self.checks.prove(self.backend)
         best = {name: self._standing(name).best_step for name, job in self.jobs.items() if job.train.load_best_model_at_end}
         self._load_best({name: step for name, step in best.items() if step is not None})
-        return Outcome.of({name: self._outcome(name, best.get(name)) for name in self.jobs})
+        return RunOutcome.of({name: self._outcome(name, best.get(name)) for name in self.jobs})
 
-    def active(self) -> list[Job]:
+    def active(self) -> list[TrainingJob]:
         """The jobs that have a step to make."""
         return [j for j in self.jobs.values() if self.progress.step < j.total and not self._standing(j.name).stopped_early]
 
@@ -121,14 +125,18 @@ class Engine:
         metrics.write(record)
         self._tell("step", record)
 
-    def _batches(self, step: int, active: Sequence[Job]) -> list[Batch]:
+    def _batches(self, step: int, active: Sequence[TrainingJob]) -> list[Batch]:
         """The step's micro-batches, without the sequences of jobs that are done."""
         batches = self.task.step_batches(step, self.models)
         names = {job.name for job in active}
-        return batches if len(names) == len(self.jobs) else only(batches, [k for k, n in enumerate(self.jobs) if n in names])
+        return (
+            batches
+            if len(names) == len(self.jobs)
+            else keep_adapters(batches, [k for k, n in enumerate(self.jobs) if n in names])
+        )
 
     def _record(
-        self, stats: Stats, norms: Norms, rates: Mapping[str, float], batches: Sequence[Batch], seconds: float
+        self, stats: StepStats, norms: GradientNorms, rates: Mapping[str, float], batches: Sequence[Batch], seconds: float
     ) -> dict[str, Any]:
         """One line of metrics.jsonl: plain numbers for one adapter, a mapping under `adapters` as well for several."""
         names, step = [name for name in self.jobs if name in stats.present], self.progress.step
@@ -136,7 +144,7 @@ class Engine:
         record: dict[str, Any] = {
             "step": step,
             "epoch": longest.epochs(step),
-            "loss": mean([stats.loss[n] for n in names]) if names else 0.0,
+            "loss": mean_value([stats.loss[n] for n in names]) if names else 0.0,
             "learning_rate": max(rates.values()),
             "grad_norm": sum(n * n for n in norms.norms.values()) ** 0.5,
             "tokens": stats.tokens,
@@ -147,7 +155,7 @@ class Engine:
         if len(stats.terms) > 1:
             record |= {f"loss_{term}": sum(values[n] for n in names) / max(len(names), 1) for term, values in stats.terms.items()}
         if len(self.jobs) > 1:
-            tokens = dict(zip(self.jobs, tokens_of(batches, len(self.jobs)), strict=True))
+            tokens = dict(zip(self.jobs, count_adapter_tokens(batches, len(self.jobs)), strict=True))
             record["adapters"] = {
                 n: {
                     "epoch": self.jobs[n].epochs(step), "loss": stats.loss[n], "learning_rate": rates[n],
@@ -159,7 +167,7 @@ class Engine:
 
     # --- between steps
 
-    def _after(self, metrics: MetricsWriter, stop: Stop) -> None:
+    def _after(self, metrics: MetricsWriter, stop: StopRequest) -> None:
         improved = self._evaluate(metrics)
         finished, strategy = not self.active(), self.train.save_strategy
         due = strategy != "no" and (finished or any(self._due(name, strategy, self.train.save_steps) for name in self.epochs))
@@ -167,7 +175,7 @@ class Engine:
         if due or keep_best or stop.requested or stop.take_save():
             self.save()
         if stop.requested and not finished:
-            raise Interrupted(
+            raise RunInterruptedError(
                 f"{stop.requested} arrived; step {self.progress.step} of {self.total} is saved in {self.run_dir}. "
                 "The same command with resume_from_checkpoint=auto goes on from there"
             )
@@ -181,26 +189,28 @@ class Engine:
         due = [name for name, t in train.items() if self._due(name, t.eval_strategy, t.eval_steps)]
         if not due:
             return []
-        found = {name: {**evaluate_task(self.backend, held(self.task, name)), **self.ask(name)} for name in due}
-        record: dict[str, Any] = {"step": self.progress.step, **together(list(found.values()))}
+        found = {name: {**evaluate_task(self.backend, held_out_task(self.task, name)), **self.ask(name)} for name in due}
+        record: dict[str, Any] = {"step": self.progress.step, **mean_evaluations(list(found.values()))}
         if len(self.jobs) > 1:
             record["adapters"] = found
         metrics.write(record)
         self._tell("evaluation", record)
         return [name for name, values in found.items() if self._standing(name).judge(values, train[name])]
 
-    def _standing(self, name: str) -> Standing:
+    def _standing(self, name: str) -> JobProgress:
         return self.progress.jobs[name]
 
-    def _outcome(self, name: str, best: int | None) -> Outcome:
+    def _outcome(self, name: str, best: int | None) -> RunOutcome:
         """How a job ended. ``best``: the step whose adapter it ended with, if not the last."""
         s = self._standing(name)
-        return Outcome(s.steps, s.loss, s.best_step, s.stopped_early, self._evaluation_of(name, best))
+        return RunOutcome(s.steps, s.loss, s.best_step, s.stopped_early, self._evaluation_of(name, best))
 
     def _evaluation_of(self, name: str, step: int | None) -> dict[str, float]:
         """What was logged when a step was evaluated (None: the last evaluation, if any), by this process or an earlier one."""
         several = len(self.jobs) > 1
-        lines = ((r["step"], r.get("adapters", {}).get(name, {}) if several else r) for _, r in iterate(self.run_dir / METRICS))
+        lines = (
+            (r["step"], r.get("adapters", {}).get(name, {}) if several else r) for _, r in iter_metrics(self.run_dir / METRICS)
+        )
         logged = [values for at, values in lines if step in (None, at) and any(metric.startswith("eval_") for metric in values)]
         return {metric: value for metric, value in logged[-1].items() if metric != "step"} if logged else {}
 
@@ -214,8 +224,8 @@ class Engine:
         meta = {
             **self.identity, "progress": self.progress.state(), "task": self.task.state(), "checks": self.checks.state(),
         }  # fmt: skip
-        durable.settle(self.run_dir / METRICS)
-        self.newest = checkpoint.save(self.run_dir, self.progress.step, self.backend.state(), meta, **self._kept())
+        durable.sync_file(self.run_dir / METRICS)
+        self.newest = checkpoint.save_checkpoint(self.run_dir, self.progress.step, self.backend.state(), meta, **self._kept())
         return self.newest
 
     def _check_home(self) -> None:
@@ -230,20 +240,20 @@ class Engine:
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint. Raises ConfigError if it belongs to other data or another config, ModelError if damaged."""
-        tensors, meta = checkpoint.load(path)
-        for note in checkpoint.refuse_other(meta, self.identity):
+        tensors, meta = checkpoint.load_checkpoint(path)
+        for note in checkpoint.refuse_other_run(meta, self.identity):
             self._tell("note", note)
         try:
-            progress = Progress.of(meta.get("progress"), self.jobs, meta["step"])
+            progress = RunProgress.of(meta.get("progress"), self.jobs, meta["step"])
             self.checks.resume(self.backend, meta.get("checks"))
             self.backend.load_state(tensors)
             self.task.load_state(meta.get("task", {}))
         except ModelError as error:
             raise ModelError(f"{path}: {error}; this checkpoint is not one that this run wrote") from None
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ModelError(f"{path / checkpoint.META}: task is not what this task writes there ({error!r})") from None
+            raise ModelError(f"{path / checkpoint.META_FILE}: task is not what this task writes there ({error!r})") from None
         self.progress = progress
-        checkpoint.tidy(self.run_dir, self.progress.step, **self._kept())
+        checkpoint.tidy_checkpoints(self.run_dir, self.progress.step, **self._kept())
         here = RunDir(self.run_dir).checkpoint(self.progress.step)
         self.newest, self.origin = here if here.is_dir() else path, path
         self._tell("note", f"resumed from {path.name}: {self.progress.step} of {self.total} steps are done")
@@ -256,7 +266,7 @@ class Engine:
             if self.origin is not None and not path.is_dir():  # the best step lies before a start from another run's checkpoint
                 path = self.origin.with_name(path.name)
             names = [name for name, best in steps.items() if best == step]
-            state |= {key: t for key, t in checkpoint.load(path)[0].items() if key.split("/")[1] in names}
+            state |= {key: t for key, t in checkpoint.load_checkpoint(path)[0].items() if key.split("/")[1] in names}
             whose = f", of {', '.join(names)}" if len(self.jobs) > 1 else ""
             self._tell("note", f"loaded the best adapter{whose}, of step {step}")
         if steps:

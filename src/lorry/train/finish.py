@@ -8,61 +8,66 @@ from typing import Any
 
 import torch
 
-from lorry.adapters.attach import bank_of, detach, left_out
-from lorry.adapters.base_weights import weights_of
+from lorry.adapters.attach import detach, get_bank, list_skipped_modules
+from lorry.adapters.base_weights import get_base_weights
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest, load_adapter
 from lorry.adapters.trainable import parameter_set
 from lorry.backends.protocol import Backend
-from lorry.config import Run
-from lorry.data.prepare import Prepared
+from lorry.config import RunConfig
+from lorry.data.prepare import PreparedData
 from lorry.errors import ModelError
 from lorry.generation.scorer import ModelScorer
 from lorry.models.causal_lm import CausalLM, parameter_count
-from lorry.models.loading.open import Opened
-from lorry.models.scoring.score import Score, log_prob
+from lorry.models.loading.open import OpenedModel
+from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.runs.layout import ADAPTER_WEIGHTS, RunDir
 from lorry.train import artifacts, checkpoint, full
-from lorry.train.checks import Checks
-from lorry.train.samples import samples
+from lorry.train.checks import ContractChecks
+from lorry.train.samples import build_samples
 
 
-def targets(model: CausalLM, names: Sequence[str]) -> dict[str, list[str]]:
+def contract_targets(model: CausalLM, names: Sequence[str]) -> dict[str, list[str]]:
     """What contracts 1 and 3 watch: the modules each adapter sits on, or the tensors of the base that train."""
     return {name: parameter_set(model, name).targets() for name in names}
 
 
-def not_adapted(model: CausalLM, names: Sequence[str]) -> list[str]:
+def describe_unadapted(model: CausalLM, names: Sequence[str]) -> list[str]:
     """What contract 1 says besides: what the adapters do not sit on, each thing once; nothing where the base itself trains."""
     adapters = [name for name in names if parameter_set(model, name).in_mix]
-    return list(dict.fromkeys(one.what for name in adapters for one in left_out(model, bank_of(model)[name])))
+    return list(dict.fromkeys(one.what for name in adapters for one in list_skipped_modules(model, get_bank(model)[name])))
 
 
-def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Mapping[str, Prepared]) -> dict[str, str]:
+def write_and_check_adapters(
+    run_dir: Path, opened: OpenedModel, checks: ContractChecks, prepared: Mapping[str, PreparedData]
+) -> dict[str, str]:
     """Write every adapter, and read it back (contract 5). Returns {adapter: SHA-256 of its weights file}; where the base's own
     weights were trained, the whole model's, by file."""
-    if weights_of(opened.model) is not None:
-        return full.write_and_check(run_dir, opened, checks, prepared)
-    bank_of(opened.model).activate(Mix.one(next(iter(prepared))))
-    digests = artifacts.write_adapters(run_dir, opened.model, opened.tokenizer, list(prepared), base_name(opened))
-    scored = [check_reload(checks, opened.model, name, folder, prepared[name]) for name, folder in _folders(run_dir, prepared)]
-    values = sum(bank_of(opened.model)[name].values.numel() for name in prepared)
+    if get_base_weights(opened.model) is not None:
+        return full.write_and_check_model(run_dir, opened, checks, prepared)
+    get_bank(opened.model).activate(Mix.one(next(iter(prepared))))
+    digests = artifacts.write_adapters(run_dir, opened.model, opened.tokenizer, list(prepared), base_model_name(opened))
+    scored = [
+        check_adapter_reload(checks, opened.model, name, folder, prepared[name])
+        for name, folder in _adapter_folder_list(run_dir, prepared)
+    ]
+    values = sum(get_bank(opened.model)[name].values.numel() for name in prepared)
     whose = f" of {len(prepared)} adapters" if len(prepared) > 1 else ""
     batches = " and the scores of a batch" if all(scored) else ""
     checks.held(5, f"{values} values{whose}{batches} equal bit for bit after reading back")
     return digests
 
 
-def _folders(run_dir: Path, names: Mapping[str, Any]) -> list[tuple[str, Path]]:
+def _adapter_folder_list(run_dir: Path, names: Mapping[str, Any]) -> list[tuple[str, Path]]:
     return [(name, RunDir(run_dir).adapter(name, len(names))) for name in names]
 
 
-def check_reload(checks: Checks, model: CausalLM, name: str, folder: Path, prepared: Prepared) -> bool:
+def check_adapter_reload(checks: ContractChecks, model: CausalLM, name: str, folder: Path, prepared: PreparedData) -> bool:
     """Contract 5: read the adapter back under another name; its values and the scores of a batch must be the same bits.
 
     Returns whether there was a batch to score.
     """
-    bank = bank_of(model)
+    bank = get_bank(model)
     again = next(n for n in (f"{name[:50]}.reloaded{i or ''}" for i in range(len(bank.names()) + 1)) if n not in bank.names())
     try:
         load_adapter(model, folder, again)
@@ -71,7 +76,7 @@ def check_reload(checks: Checks, model: CausalLM, name: str, folder: Path, prepa
         batch = next(iter(prepared.evaluation), None) or (prepared.stream.batches(0)[0] if prepared.tokens else None)
         if batch is not None:
             scorer = ModelScorer(model)
-            scores = [scorer.score([batch], {"s": Score(log_prob)}, Mix.one(n))[0]["s"] for n in (name, again)]
+            scores = [scorer.score([batch], {"s": TokenScore(log_prob)}, Mix.one(n))[0]["s"] for n in (name, again)]
             if not torch.equal(*scores):
                 raise checks.fail(5, f"{folder}: the adapter read back gives other logits")
     except ModelError as error:
@@ -82,19 +87,19 @@ def check_reload(checks: Checks, model: CausalLM, name: str, folder: Path, prepa
     return batch is not None
 
 
-def check_checkpoint(checks: Checks, newest: Path | None) -> None:
+def check_newest_checkpoint(checks: ContractChecks, newest: Path | None) -> None:
     """Contract 6: the newest checkpoint, if the run has any, verifies (SHA-256 of every file)."""
     if newest is None:
         checks.skipped(6, "the run wrote no checkpoint (save_strategy=no)")
         return
     try:
-        checkpoint.load(newest)
+        checkpoint.load_checkpoint(newest)
     except ModelError as error:
         raise checks.fail(6, str(error)) from error
     checks.held(6, f"{newest.name} verified by SHA-256; resume_from_checkpoint=auto goes on from it")
 
 
-def sampled(backend: Backend, prepared: Mapping[str, Prepared], context: int | None) -> list[dict[str, Any]]:
+def collect_samples(backend: Backend, prepared: Mapping[str, PreparedData], context: int | None) -> list[dict[str, Any]]:
     """The rows of samples.json: each adapter's answers, and the training rows of each data set once."""
     made = list[dict[str, Any]]()
     shown = set[str]()
@@ -102,29 +107,29 @@ def sampled(backend: Backend, prepared: Mapping[str, Prepared], context: int | N
         new = one.tokens is not None and one.digest not in shown
         shown.add(one.digest)
         train, held_out = one.stream.batches(0)[0] if new else None, next(iter(one.evaluation), None)
-        rows = samples(backend, backend.adapter_of(name), one.encoder, train, held_out, one.ends, context=context)
+        rows = build_samples(backend, backend.adapter_of(name), one.encoder, train, held_out, one.ends, context=context)
         made += [{**row, "group": f"{name}: {row['group']}"} for row in rows] if len(prepared) > 1 else rows
     return made
 
 
-def receipt(
+def run_receipt(
     run_dir: Path,
-    opened: Opened,
-    jobs: Mapping[str, tuple[Run, Prepared]],
+    opened: OpenedModel,
+    jobs: Mapping[str, tuple[RunConfig, PreparedData]],
     digests: Mapping[str, str],
     teacher: str | None = None,
 ) -> dict[str, Any]:
     """receipt.json: of one job plain values, of several a map for data and for seed. ``teacher``: its digest, if any."""
-    data = {name: _data(prepared) for name, (_, prepared) in jobs.items()}
+    data = {name: _data_receipt(prepared) for name, (_, prepared) in jobs.items()}
     seeds = {name: run.train.seed for name, (run, _) in jobs.items()}
-    weights, one = weights_of(opened.model), len(jobs) == 1
+    weights, one = get_base_weights(opened.model), len(jobs) == 1
     base = {**opened.source, "sha256": base_digest(opened.model) if weights is None else weights.began}
     if weights is None:
-        files = [folder / ADAPTER_WEIGHTS for _, folder in _folders(run_dir, jobs)]
-        trained = sum(bank_of(opened.model)[name].values.numel() for name in jobs)
+        files = [folder / ADAPTER_WEIGHTS for _, folder in _adapter_folder_list(run_dir, jobs)]
+        trained = sum(get_bank(opened.model)[name].values.numel() for name in jobs)
     else:
         files, trained = [run_dir / file for file in digests], weights.count()
-    known = artifacts.receipt(
+    known = artifacts.build_receipt(
         data=next(iter(data.values())) if one else data,
         base=base,
         code=checkpoint.code_digest(),
@@ -139,14 +144,14 @@ def receipt(
     return known if teacher is None else {**known, "teacher": {"sha256": teacher}}
 
 
-def _data(prepared: Prepared) -> dict[str, Any]:
+def _data_receipt(prepared: PreparedData) -> dict[str, Any]:
     report = prepared.report
     if prepared.tokens is None:
         return {"source": report.source, "streamed": True, "left_out": report.left_out}
     return {"sha256": prepared.digest, **vars(report)}
 
 
-def base_name(opened: Opened) -> str:
+def base_model_name(opened: OpenedModel) -> str:
     """What adapter_config.json names as the base: a hub id as such, anything else as the directory it was read from."""
     source = opened.source
     on_hub = source["kind"] == "hub" and not source.get("adapter")

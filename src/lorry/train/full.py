@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorry.adapters.base_weights import train_weights
-from lorry.adapters.mix import Call, Mix
-from lorry.config import Run
-from lorry.config.jobs import WHOLE
-from lorry.data.prepare import Prepared
+from lorry.adapters.base_weights import make_weights_trainable
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.config import RunConfig
+from lorry.config.jobs import BASE_JOB
+from lorry.data.prepare import PreparedData
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, ModelError
@@ -27,36 +27,36 @@ from lorry.models.causal_lm import CausalLM, parameter_count
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
 from lorry.models.loading.load import load_model
-from lorry.models.loading.open import Opened
+from lorry.models.loading.open import OpenedModel
 from lorry.models.loading.store import save_model
-from lorry.models.scoring.score import Score, evaluate, log_prob
+from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
 from lorry.runs import ownership
 from lorry.runs.layout import STAGED
-from lorry.train.checks import Checks
-from lorry.train.start import trained_whole
+from lorry.train.checks import ContractChecks
+from lorry.train.start import is_full_finetune_dir
 
-LINE = 64  # bytes
+CACHE_LINE_BYTES = 64  # bytes
 
 
-def attach_trained(run: Run, opened: Opened, notes: list[str]) -> str:
+def enable_base_training(run: RunConfig, opened: OpenedModel, notes: list[str]) -> str:
     """Switch on the base weights that `trainable` names. Returns the name they go by in batches, metrics and checkpoints.
 
     Raises ConfigError for a model with an adapter, settings that only an adapter has, or a name that matches nothing.
     """
     if opened.adapters:
         raise ConfigError(f"{run.model.name} has an adapter, and lora=null trains the base; merge it first, or leave lora out")
-    if (run.output_dir / "config.json").exists() and not trained_whole(run.output_dir):
+    if (run.output_dir / "config.json").exists() and not is_full_finetune_dir(run.output_dir):
         raise ConfigError(
             f"{run.output_dir} holds a model that no run of this kind wrote and this one would replace; give another"
         )
-    refuse_adapters_settings(run)
-    weights = train_weights(opened.model, run.trainable or "all", WHOLE)
+    refuse_adapter_settings(run)
+    weights = make_weights_trainable(opened.model, run.trainable or "all", BASE_JOB)
     total = parameter_count(opened.model)
     notes.append(f"training {weights.count():,} of the base's {total:,} weights ({weights.count() / total:.1%}), no adapter")
-    return WHOLE
+    return BASE_JOB
 
 
-def refuse_adapters_settings(run: Run) -> None:
+def refuse_adapter_settings(run: RunConfig) -> None:
     """Raise ConfigError for settings that only an adapter has."""
     if run.memory_budget is not None:
         raise ConfigError("memory_budget is planned for adapters only; with lora=null leave it out")
@@ -64,36 +64,38 @@ def refuse_adapters_settings(run: Run) -> None:
         raise ConfigError("train.loraplus_lr_ratio is for an adapter's two matrices; with lora=null leave it out")
 
 
-def write_and_check(run_dir: Path, opened: Opened, checks: Checks, prepared: Mapping[str, Prepared]) -> dict[str, str]:
+def write_and_check_model(
+    run_dir: Path, opened: OpenedModel, checks: ContractChecks, prepared: Mapping[str, PreparedData]
+) -> dict[str, str]:
     """Write the model, read it back (contract 5), put it in its place. Returns {weights file: its SHA-256}."""
     staged = run_dir / STAGED
     if staged.is_dir():  # left by a run that was killed here
         durable.remove_directory(staged)
     try:
         save_model(opened.model, staged, tokenizer=opened.tokenizer)
-        scored = check_reload(checks, opened.model, staged, next(iter(prepared.values())))
+        scored = check_model_reload(checks, opened.model, staged, next(iter(prepared.values())))
         digests = {file.name: file_digest(file) for file in sorted(staged.glob("*.safetensors"))}
     except BaseException:
         if staged.is_dir():
             durable.remove_directory(staged)
         raise
-    publish(staged, run_dir)
+    publish_model_files(staged, run_dir)
     batch = " and the scores of a batch" if scored else ""
     checks.held(5, f"{parameter_count(opened.model)} values of the whole model{batch} equal bit for bit after reading back")
     return digests
 
 
-def publish(staged: Path, run_dir: Path) -> None:
+def publish_model_files(staged: Path, run_dir: Path) -> None:
     """Move a model's files into a run directory, config.json last. A kill in between leaves files that resuming writes again."""
     names = sorted((p.name for p in staged.iterdir()), key=lambda name: (name == "config.json", name))
-    ownership.displace(run_dir, [name for name in names if ownership.differs(run_dir / name, staged / name)])
+    ownership.displace_entries(run_dir, [name for name in names if ownership.differs_from(run_dir / name, staged / name)])
     for name in names:
         durable.disk.rename(staged / name, run_dir / name)
     durable.disk.fsync_dir(run_dir)
     durable.disk.rmdir(staged)
 
 
-def check_reload(checks: Checks, model: CausalLM, folder: Path, prepared: Prepared) -> bool:
+def check_model_reload(checks: ContractChecks, model: CausalLM, folder: Path, prepared: PreparedData) -> bool:
     """Contract 5 for a whole model: every tensor, and the scores of a batch, must be the same bits. Returns whether there was a
     batch to score."""
     foreign = isinstance(model, HfModel) and type(model.inner).__module__.startswith("transformers_modules")
@@ -112,18 +114,18 @@ def check_reload(checks: Checks, model: CausalLM, folder: Path, prepared: Prepar
         return False
     with torch.no_grad():
         for name, param in read.items():
-            param.data = laid_as(param.data, mine[name])
-        want = {"s": Score(log_prob)}
-        scores = [evaluate(m, batch.to(model.device), want, Call(Mix.none()))["s"] for m in (model, again)]
+            param.data = align_like(param.data, mine[name])
+        want = {"s": TokenScore(log_prob)}
+        scores = [evaluate_wants(m, batch.to(model.device), want, AdapterContext(Mix.none()))["s"] for m in (model, again)]
     if not torch.equal(*scores):
         raise checks.fail(5, f"{folder.parent}: the model read back gives other logits")
     return True
 
 
-def laid_as(tensor: Tensor, like: Tensor) -> Tensor:
+def align_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A copy that begins as far behind a multiple of 64 bytes as ``like`` does: matrix products choose their kernel by that, and
     with it their rounding."""
-    skip = like.data_ptr() % LINE // like.element_size()
-    room = torch.empty(tensor.numel() + skip + LINE, dtype=tensor.dtype, device=tensor.device)
-    first = -(room.data_ptr() % LINE) % LINE // tensor.element_size() + skip
+    skip = like.data_ptr() % CACHE_LINE_BYTES // like.element_size()
+    room = torch.empty(tensor.numel() + skip + CACHE_LINE_BYTES, dtype=tensor.dtype, device=tensor.device)
+    first = -(room.data_ptr() % CACHE_LINE_BYTES) % CACHE_LINE_BYTES // tensor.element_size() + skip
     return room[first : first + tensor.numel()].view(tensor.shape).copy_(tensor)

@@ -17,11 +17,11 @@ from lorry.backends.protocol import Task
 from lorry.config.schema import TrainConfig
 from lorry.data.batch import Batch
 from lorry.errors import ConfigError, ModelError
-from lorry.train.schedule import rate, warmup_steps
+from lorry.train.schedule import learning_rate_at, warmup_steps
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One adapter's part of a run. ``total``: its optimizer steps; ``epoch_of(step)``: the epoch a step belongs to, from 0;
     ``ends``: token ids of which one must be supervised in each of its sequences (none: any text will do)."""
 
@@ -51,7 +51,7 @@ class Job:
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         t = self.train
-        return rate(step, self.total, kind=t.lr_scheduler_type, base=t.learning_rate, warmup=self.warmup)
+        return learning_rate_at(step, self.total, kind=t.lr_scheduler_type, base=t.learning_rate, warmup=self.warmup)
 
     def epochs(self, steps: int) -> float:
         """Passes over the data after so many steps; whole ones where nobody knows how long a pass is."""
@@ -66,20 +66,20 @@ class Job:
         return False
 
 
-Count = Annotated[int, Field(ge=0)]
+StepCount = Annotated[int, Field(ge=0)]
 
 
 @dataclass
-class Standing:
+class JobProgress:
     """Where a job stands. ``steps``: those it has made; ``loss``: of the last of them."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    steps: Count = 0
+    steps: StepCount = 0
     loss: float | None = None
     best: float | None = None
-    best_step: Count | None = None
-    waited: Count = 0
+    best_step: StepCount | None = None
+    waited: StepCount = 0
     stopped_early: bool = False
 
     def judge(self, found: Mapping[str, float], train: TrainConfig) -> bool:
@@ -101,23 +101,23 @@ class Standing:
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Where a run stands; with the backend's and the task's state, all of it."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    step: Count = 0
-    jobs: dict[str, Standing] = field(default_factory=dict)
+    step: StepCount = 0
+    jobs: dict[str, JobProgress] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
         return {"step": self.step, "jobs": {name: vars(standing) for name, standing in self.jobs.items()}}
 
     @classmethod
-    def of(cls, state: object, jobs: Mapping[str, Job], step: int) -> Progress:
+    def of(cls, state: object, jobs: Mapping[str, TrainingJob], step: int) -> RunProgress:
         """Take back what `state` gave, in a checkpoint of ``step`` of a run of ``jobs``. Raises ModelError for what no such run
         could have written: another step, more steps than there are, other jobs, a value of another kind."""
-        read: Progress = strictly(_PROGRESS, "progress", state)
+        read: RunProgress = validate_strict(_RUN_PROGRESS_ADAPTER, "progress", state)
         total = max(job.total for job in jobs.values())
         if read.step != step:
             raise ModelError(f"progress.step is {read.step} in a checkpoint of step {step}")
@@ -133,10 +133,10 @@ class Progress:
         return read
 
 
-_PROGRESS = TypeAdapter(Progress)
+_RUN_PROGRESS_ADAPTER = TypeAdapter(RunProgress)
 
 
-def strictly(kind: TypeAdapter[Any], what: str, state: object) -> Any:
+def validate_strict(kind: TypeAdapter[Any], what: str, state: object) -> Any:
     """A part of a checkpoint's meta as exactly the kind of value that was written. Raises ModelError naming the field."""
     try:
         return kind.validate_json(json.dumps(state), strict=True)
@@ -147,7 +147,7 @@ def strictly(kind: TypeAdapter[Any], what: str, state: object) -> Any:
 
 
 @dataclass
-class Outcome:
+class RunOutcome:
     """What a finished run has to say; of several jobs, ``jobs`` has the outcome of each, and the rest is of them together."""
 
     steps: int
@@ -155,25 +155,25 @@ class Outcome:
     best_step: int | None
     stopped_early: bool
     last_evaluation: Mapping[str, float] = field(default_factory=dict)
-    jobs: Mapping[str, Outcome] = field(default_factory=dict)
+    jobs: Mapping[str, RunOutcome] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, jobs: Mapping[str, Outcome]) -> Outcome:
+    def of(cls, jobs: Mapping[str, RunOutcome]) -> RunOutcome:
         """Of one job, that job's; of several, the most steps and the means."""
         ended = list(jobs.values())
         one = len(ended) == 1
         losses = [o.final_loss for o in ended if o.final_loss is not None]
         return cls(
             max(o.steps for o in ended),
-            mean(losses) if losses else None,
+            mean_value(losses) if losses else None,
             ended[0].best_step if one else None,
             all(o.stopped_early for o in ended),
-            together([o.last_evaluation for o in ended if o.last_evaluation]),
+            mean_evaluations([o.last_evaluation for o in ended if o.last_evaluation]),
             dict(jobs),
         )
 
 
-class Held:
+class HeldOutTask:
     """A task with the held-out rows of one adapter only, for `evaluate_task`."""
 
     def __init__(self, task: Task, adapter: int) -> None:
@@ -185,17 +185,17 @@ class Held:
         return self.batches
 
 
-def held(task: Task, name: str) -> Task:
+def held_out_task(task: Task, name: str) -> Task:
     """The task as the evaluation of one adapter sees it."""
-    return cast(Task, Held(task, list(task.adapters).index(name)))
+    return cast(Task, HeldOutTask(task, list(task.adapters).index(name)))
 
 
-def mean(values: Sequence[float]) -> float:
+def mean_value(values: Sequence[float]) -> float:
     """The arithmetic mean; of one value, that value to the bit."""
     return sum(values) / len(values)
 
 
-def together(evaluations: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean_evaluations(evaluations: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each metric over the jobs that have it."""
     names = dict.fromkeys(name for one in evaluations for name in one)
-    return {name: mean([one[name] for one in evaluations if name in one]) for name in names}
+    return {name: mean_value([one[name] for one in evaluations if name in one]) for name in names}

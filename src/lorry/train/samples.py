@@ -6,16 +6,16 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from lorry.adapters.mix import Mix
-from lorry.backends.protocol import Scorer
+from lorry.backends.protocol import ScoringBackend
 from lorry.data.batch import Batch
-from lorry.data.encoding.encode import Encoded, Encoder
+from lorry.data.encoding.encode import EncodedSequence, ExampleEncoder
 
-ANSWERED, SHOWN, NEW_TOKENS = 4, 3, 48
-Sequenced = tuple[list[int], list[float]]
+SAMPLE_ANSWERS, SAMPLE_ROWS, SAMPLE_NEW_TOKENS = 4, 3, 48
+WeightedSequence = tuple[list[int], list[float]]
 
 
-def samples(
-    backend: Scorer, adapter: str | None, encoder: Encoder, train: Batch | None, held_out: Batch | None, ends: Collection[int],
+def build_samples(
+    backend: ScoringBackend, adapter: str | None, encoder: ExampleEncoder, train: Batch | None, held_out: Batch | None, ends: Collection[int],
     *, context: int | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of samples.json. Before is the base (the same weights under mix none), after the adapter; both greedy. Where the
@@ -23,20 +23,20 @@ def samples(
 
     ``context``: the most tokens the model takes; a prompt that leaves no room there is not asked.
     """
-    room = None if context is None else context - NEW_TOKENS
-    rows = answered(backend, adapter, encoder, held_out, ends, room) if held_out is not None and ends else []
-    for tokens, weights in sequences(train, SHOWN) if train is not None else []:
-        marked = [{"text": t, "weight": float(learnt)} for t, learnt in encoder.marked_text(Encoded(tokens, weights))]
+    room = None if context is None else context - SAMPLE_NEW_TOKENS
+    rows = sample_answers(backend, adapter, encoder, held_out, ends, room) if held_out is not None and ends else []
+    for tokens, weights in split_sequences(train, SAMPLE_ROWS) if train is not None else []:
+        marked = [{"text": t, "weight": float(learnt)} for t, learnt in encoder.marked_text(EncodedSequence(tokens, weights))]
         rows.append({"group": "training", "prompt": "", "reference": None, "before": None, "after": None, "tokens": marked})
     return rows
 
 
-def answered(
-    backend: Scorer, adapter: str | None, encoder: Encoder, batch: Batch, ends: Collection[int], room: int | None
+def sample_answers(
+    backend: ScoringBackend, adapter: str | None, encoder: ExampleEncoder, batch: Batch, ends: Collection[int], room: int | None
 ) -> list[dict[str, Any]]:
     """Up to four held-out rows: what stands before the last answer, asked of base and adapter."""
     asked = []
-    for tokens, weights in sequences(batch, ANSWERED):
+    for tokens, weights in split_sequences(batch, SAMPLE_ANSWERS):
         stop = len(weights) - next(i for i, w in enumerate(reversed(weights)) if w)
         start = next((i + 1 for i in range(stop - 1, -1, -1) if not weights[i]), 0)
         if start > 1 and (room is None or start <= room):  # 1: everything is learnt, there is nothing to ask
@@ -45,7 +45,9 @@ def answered(
     if not prompts:
         return []
     sides = {"after": Mix.none()} if adapter is None else {"before": Mix.none(), "after": Mix.one(adapter)}
-    said = {side: backend.generate(prompts, max_new_tokens=NEW_TOKENS, eos=ends, adapters=mix) for side, mix in sides.items()}
+    said = {
+        side: backend.generate(prompts, max_new_tokens=SAMPLE_NEW_TOKENS, eos=ends, adapters=mix) for side, mix in sides.items()
+    }
     return [
         {
             "group": "held-out rows", "prompt": encoder.tokenizer.decode(prompt, skip_special_tokens=True), "tokens": None,
@@ -56,6 +58,6 @@ def answered(
     ]  # fmt: skip
 
 
-def sequences(batch: Batch, most: int) -> Sequence[Sequenced]:
+def split_sequences(batch: Batch, most: int) -> Sequence[WeightedSequence]:
     """(tokens, weights) of a batch's first sequences."""
     return [(batch.tokens[a:b].tolist(), batch.weights[a:b].tolist()) for a, b in batch.segments[:most]]

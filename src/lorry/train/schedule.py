@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from lorry.errors import ConfigError, nearest
+from lorry.errors import ConfigError, suggest_nearest
 
 # After the warmup: (steps since then, steps from then to the end) -> a factor on the base rate.
-SHAPES: dict[str, Callable[[int, int], float]] = {
+SCHEDULE_SHAPES: dict[str, Callable[[int, int], float]] = {
     "linear": lambda i, n: max(0.0, (n - i) / max(1, n)),
     "cosine": lambda i, n: max(0.0, 0.5 * (1.0 + math.cos(math.pi * (i / max(1, n))))),
     "constant": lambda i, n: 1.0,
@@ -23,13 +23,15 @@ SHAPES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def rate(step: int, total: int, *, kind: str, base: float, warmup: int = 0) -> float:
+def learning_rate_at(step: int, total: int, *, kind: str, base: float, warmup: int = 0) -> float:
     """The learning rate of update ``step`` (from 0) of ``total``, after ``warmup`` steps of linear rise from 0.
 
     Raises ConfigError on an unknown kind, and on "constant" with a warmup, which transformers ignores without a word.
     """
-    if kind not in SHAPES:
-        raise ConfigError(f"lr_scheduler_type={kind!r} is unknown; choose one of: {', '.join(SHAPES)}{nearest(kind, SHAPES)}")
+    if kind not in SCHEDULE_SHAPES:
+        raise ConfigError(
+            f"lr_scheduler_type={kind!r} is unknown; choose one of: {', '.join(SCHEDULE_SHAPES)}{suggest_nearest(kind, SCHEDULE_SHAPES)}"
+        )
     if kind == "constant" and warmup:
         raise ConfigError(
             f"lr_scheduler_type=constant has no warmup, got {warmup} steps; use constant_with_warmup or set it to 0"
@@ -38,7 +40,7 @@ def rate(step: int, total: int, *, kind: str, base: float, warmup: int = 0) -> f
         raise ValueError(f"step, total and warmup count from 0, got {step}, {total} and {warmup}")
     if step < warmup:
         return base * (step / warmup)
-    return base * SHAPES[kind](step - warmup, total - warmup)
+    return base * SCHEDULE_SHAPES[kind](step - warmup, total - warmup)
 
 
 def warmup_steps(total: int, ratio: float) -> int:

@@ -15,52 +15,55 @@ from typing import Any
 
 import torch
 
-from lorry.adapters.attach import attach, bank_of, left_out
+from lorry.adapters.attach import attach, get_bank, list_skipped_modules
 from lorry.adapters.peft.files import base_digest
 from lorry.adapters.spec import LoraSpec
 from lorry.backends.optim import OptimSettings
 from lorry.backends.registry import BACKENDS
-from lorry.config import Run, dump, jobs_of
+from lorry.config import RunConfig, dump_settings, runs_by_adapter
 from lorry.config.schema import LoraConfig, TrainConfig
-from lorry.data.encoding.encode import Encoder
-from lorry.data.prepare import Rows, prepare
-from lorry.data.stream.joint import JointStream, owned
+from lorry.data.encoding.encode import ExampleEncoder
+from lorry.data.prepare import EncodedRows, prepare_data
+from lorry.data.stream.joint import JointStream, assign_adapter
 from lorry.errors import ConfigError, explain_out_of_memory
-from lorry.kernels import status
+from lorry.kernels import kernel_status
 from lorry.models.causal_lm import CausalLM
-from lorry.models.loading.open import Opened, open_model
+from lorry.models.loading.open import OpenedModel, open_model
 from lorry.runs import ownership
 from lorry.runs.layout import CARD, CONTRACTS, EVALUATION, LOSSES, PREVIOUS, RECEIPT, RUN_FILE, SAMPLES, RunDir
-from lorry.runs.losses import losses
-from lorry.runs.process import Home
-from lorry.tasks.build import Jobs, TaskInputs
-from lorry.tasks.distill.builder import encoder_of
+from lorry.runs.losses import collect_losses
+from lorry.runs.process import RunDirectoryHandle
+from lorry.tasks.build import PreparedJobs, TaskInputs
+from lorry.tasks.distill.builder import make_encoder_factory
 from lorry.tasks.registry import TASKS
 from lorry.train import artifacts, checkpoint, finish
-from lorry.train.benchmarks import Asking, judged, read_exams
-from lorry.train.card.card import of_run
-from lorry.train.checks import Checks
-from lorry.train.engine import Engine
-from lorry.train.full import attach_trained
-from lorry.train.jobs import Job, Outcome
-from lorry.train.monitoring.events import Listener
-from lorry.train.monitoring.process import Running, running
-from lorry.train.monitoring.trackers import trackers
-from lorry.train.resources.budget import settled
+from lorry.train.benchmarks import BenchmarkEvaluator, default_best_metric, load_eval_benchmarks
+from lorry.train.card.card import render_run_card
+from lorry.train.checks import ContractChecks
+from lorry.train.engine import TrainingEngine
+from lorry.train.full import enable_base_training
+from lorry.train.jobs import RunOutcome, TrainingJob
+from lorry.train.monitoring.events import TrainingListener
+from lorry.train.monitoring.process import RunProcessRecorder, record_process
+from lorry.train.monitoring.trackers import open_trackers
+from lorry.train.resources.budget import resolve_memory_budget
 from lorry.train.resources.peak import tune_allocator
-from lorry.train.resources.rate import StepTimes, keep_steps
-from lorry.train.start import broken_contracts, claim, inside, make_room, where_to_start
+from lorry.train.resources.rate import StepTimes, record_step_rate
+from lorry.train.start import archive_previous_run, broken_contracts, claim_output_dir, find_resume_checkpoint, is_own_checkpoint
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
-ROOM = {"cpu": 1024, "cuda": 8192}  # tokens from which a pass over the base gains nothing more from having others beside them
+SCORE_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
+MIN_BATCH_TOKENS = {
+    "cpu": 1024,
+    "cuda": 8192,
+}  # tokens from which a pass over the base gains nothing more from having others beside them
 
 
 @dataclass
-class Result:
+class TrainResult:
     """A finished run: its directory, how it ended, what held, the model with its adapters still in memory, the first active."""
 
     path: Path
-    outcome: Outcome
+    outcome: RunOutcome
     contracts: list[dict[str, Any]] = field(repr=False)
     model: CausalLM = field(repr=False)
     tokenizer: Any = field(repr=False)
@@ -72,15 +75,15 @@ class Result:
         return self.adapters[0]
 
 
-def train_run(run: Run, notes: list[str], listeners: Sequence[Listener] = ()) -> Result:
+def train_run(run: RunConfig, notes: list[str], listeners: Sequence[TrainingListener] = ()) -> TrainResult:
     """Train as described, whatever the task, and write the run directory. Raises LorryError of the kind that fits; contracts.json
     is written even then, once the run has begun."""
-    claim(run)
-    with running(run.output_dir) as process, explain_out_of_memory(less_memory(run)):
-        return _run(run, notes, listeners, process)
+    claim_output_dir(run)
+    with record_process(run.output_dir) as process, explain_out_of_memory(suggest_less_memory(run)):
+        return _run_session(run, notes, listeners, process)
 
 
-def less_memory(run: Run) -> str:
+def suggest_less_memory(run: RunConfig) -> str:
     """What would make a run smaller, by the settings it has."""
     train, data = run.train, run.data
     size = f"{train.per_device_train_batch_size} rows of up to {data.max_length} tokens in a micro-batch"
@@ -93,15 +96,17 @@ def less_memory(run: Run) -> str:
     )
 
 
-def _run(run: Run, notes: list[str], listeners: Sequence[Listener], process: Running) -> Result:
+def _run_session(
+    run: RunConfig, notes: list[str], listeners: Sequence[TrainingListener], process: RunProcessRecorder
+) -> TrainResult:
     """Everything up to the first step, then the steps."""
-    run = settled(run, notes)
-    exams = read_exams(run)  # before the model, which takes longer
-    run = judged(run, exams, notes)
-    alone = jobs_of(run)
-    start = where_to_start(run)
+    run = resolve_memory_budget(run, notes)
+    exams = load_eval_benchmarks(run)  # before the model, which takes longer
+    run = default_best_metric(run, exams, notes)
+    alone = runs_by_adapter(run)
+    start = find_resume_checkpoint(run)
     times = StepTimes()
-    listeners = [*listeners, times, *trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))]
+    listeners = [*listeners, times, *open_trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))]
     tune_allocator()
     if run.backend.threads:
         torch.set_num_threads(run.backend.threads)
@@ -116,84 +121,90 @@ def _run(run: Run, notes: list[str], listeners: Sequence[Listener], process: Run
     attached = {attach_adapter(one, opened, notes): one for one in alone.values()}
     if Path(opened.source["path"]).resolve() == run.output_dir.resolve():
         raise ConfigError(f"{run.output_dir} holds the model this run begins with and would displace; give another output_dir")
-    make = partial(encoder_of(run, opened, notes), tell=lambda text: _tell(listeners, [text]))
+    make = partial(make_encoder_factory(run, opened, notes), tell=lambda text: _notify_listeners(listeners, [text]))
     jobs = prepare_jobs(run, attached, opened.tokenizer, make)
-    _tell(listeners, [*dict.fromkeys(notes), *_said(jobs)])
+    _notify_listeners(listeners, [*dict.fromkeys(notes), *_data_notes(jobs)])
     told = len(notes)
     opened.model.gradient_checkpointing = run.train.gradient_checkpointing
-    engine = build_engine(run, opened, jobs, listeners, notes, Asking(run, opened, exams))
+    engine = build_engine(run, opened, jobs, listeners, notes, BenchmarkEvaluator(run, opened, exams))
     notes += [note for job in engine.jobs.values() if (note := job.warmup_note())]
-    _tell(listeners, notes[told:])
+    _notify_listeners(listeners, notes[told:])
     if start is not None:
-        _resume(engine, start, run.output_dir)
-    if not inside(start, run.output_dir):
+        _resume_engine(engine, start, run.output_dir)
+    if not is_own_checkpoint(start, run.output_dir):
         going_on = start is None and run.train.resume_from_checkpoint == "auto"
-        if (aside := make_room(run.output_dir, going_on=going_on)) is not None:
+        if (aside := archive_previous_run(run.output_dir, going_on=going_on)) is not None:
             # only now: whatever was wrong with this run has been said, and cost nothing of the last one
-            _tell(listeners, [f"{run.output_dir} held an earlier run; it is in {aside} now"])
+            _notify_listeners(listeners, [f"{run.output_dir} held an earlier run; it is in {aside} now"])
     process.begin(engine.progress.step, engine.total)
-    result = _train(run, opened, jobs, engine, process.home)
-    if note := keep_steps(run, opened, times):
-        _tell(listeners, [note])
+    result = _train_and_finish(run, opened, jobs, engine, process.home)
+    if note := record_step_rate(run, opened, times):
+        _notify_listeners(listeners, [note])
     return result
 
 
-def _resume(engine: Engine, start: Path, folder: Path) -> None:
+def _resume_engine(engine: TrainingEngine, start: Path, folder: Path) -> None:
     """`Engine.resume`, with a way out where the directory's own run broke a contract. Raises what that raises."""
     try:
         engine.resume(start)
     except ConfigError as error:
-        if inside(start, folder) and (broken := broken_contracts(folder)):
+        if is_own_checkpoint(start, folder) and (broken := broken_contracts(folder)):
             way_out = f"that run broke contract {broken[0]}: without resume_from_checkpoint it makes room for this one"
             raise ConfigError(f"{error}; {way_out} ({PREVIOUS}/N)") from None
         raise
 
 
-def _train(run: Run, opened: Opened, jobs: Jobs, engine: Engine, home: Home) -> Result:
+def _train_and_finish(
+    run: RunConfig, opened: OpenedModel, jobs: PreparedJobs, engine: TrainingEngine, home: RunDirectoryHandle
+) -> TrainResult:
     """Run the engine between the first and the last contracts; write every file of the run, as long as ``home`` is there."""
     checks, backend, prepared = engine.checks, engine.backend, {name: data for name, (_, data) in jobs.items()}
     home.check()
-    artifacts.write_text(run.output_dir, RUN_FILE, dump(run))
+    artifacts.write_text(run.output_dir, RUN_FILE, dump_settings(run))
     try:
-        checks.begin(backend, finish.targets(opened.model, list(jobs)), finish.not_adapted(opened.model, list(jobs)))
-        checks.held(8, _accounted(jobs))
+        checks.begin(
+            backend, finish.contract_targets(opened.model, list(jobs)), finish.describe_unadapted(opened.model, list(jobs))
+        )
+        checks.held(8, _row_accounting(jobs))
         outcome = engine.run()
-        checks.held(8, _accounted(jobs))  # a streamed source knows more now
+        checks.held(8, _row_accounting(jobs))  # a streamed source knows more now
         checks.end(backend, engine.task)
         home.check()
-        digests = finish.write_and_check(run.output_dir, opened, checks, prepared)
-        finish.check_checkpoint(checks, engine.newest)
-        artifacts.write_json(run.output_dir, SAMPLES, finish.sampled(backend, prepared, opened.model.context))
+        digests = finish.write_and_check_adapters(run.output_dir, opened, checks, prepared)
+        finish.check_newest_checkpoint(checks, engine.newest)
+        artifacts.write_json(run.output_dir, SAMPLES, finish.collect_samples(backend, prepared, opened.model.context))
     finally:
         if home.is_there():
             artifacts.write_json(run.output_dir, CONTRACTS, checks.report())
     home.check()
     if not os.path.lexists(run.output_dir / RUN_FILE):  # somebody removed it: what follows reads it
-        artifacts.write_text(run.output_dir, RUN_FILE, dump(run))
+        artifacts.write_text(run.output_dir, RUN_FILE, dump_settings(run))
     contracts = checks.report()
-    artifacts.write_json(run.output_dir, LOSSES, losses(run.output_dir))
-    receipt = finish.receipt(run.output_dir, opened, jobs, digests, engine.identity["digests"].get("teacher"))
+    artifacts.write_json(run.output_dir, LOSSES, collect_losses(run.output_dir))
+    receipt = finish.run_receipt(run.output_dir, opened, jobs, digests, engine.identity["digests"].get("teacher"))
     artifacts.write_json(run.output_dir, RECEIPT, receipt)
-    if os.path.lexists(evaluation := run.output_dir / EVALUATION) and not ownership.is_evaluation(evaluation):
-        ownership.displace(run.output_dir, [evaluation.name])  # the card would read it
-    artifacts.write_text(run.output_dir, CARD, of_run(run.output_dir))
-    return Result(run.output_dir, outcome, contracts, opened.model, opened.tokenizer, list(jobs))
+    if os.path.lexists(evaluation := run.output_dir / EVALUATION) and not ownership.is_evaluation_file(evaluation):
+        ownership.displace_entries(run.output_dir, [evaluation.name])  # the card would read it
+    artifacts.write_text(run.output_dir, CARD, render_run_card(run.output_dir))
+    return TrainResult(run.output_dir, outcome, contracts, opened.model, opened.tokenizer, list(jobs))
 
 
-def _tell(listeners: Sequence[Listener], texts: Sequence[str]) -> None:
+def _notify_listeners(listeners: Sequence[TrainingListener], texts: Sequence[str]) -> None:
     for text in texts:
         for listener in listeners:
             listener.note(text)
 
 
-def prepare_jobs(run: Run, attached: Mapping[str, Run], tokenizer: Any, make: Callable[..., Encoder] = Encoder) -> Jobs:
-    """What every job reads; data that several of them share is read once. ``make``: what makes the encoder. Raises what `prepare`
+def prepare_jobs(
+    run: RunConfig, attached: Mapping[str, RunConfig], tokenizer: Any, make: Callable[..., ExampleEncoder] = ExampleEncoder
+) -> PreparedJobs:
+    """What every job reads; data that several of them share is read once. ``make``: what makes the encoder. Raises what `prepare_data`
     raises."""
-    known = dict[str, Rows]()
+    known = dict[str, EncodedRows]()
     return {
         name: (
             one,
-            prepare(
+            prepare_data(
                 one.data,
                 one.train,
                 tokenizer,
@@ -206,59 +217,66 @@ def prepare_jobs(run: Run, attached: Mapping[str, Run], tokenizer: Any, make: Ca
     }
 
 
-def _said(jobs: Jobs) -> list[str]:
+def _data_notes(jobs: PreparedJobs) -> list[str]:
     """What became of the rows, each data set once."""
     return list(dict.fromkeys(line for _, prepared in jobs.values() for line in prepared.report.lines()))
 
 
-def _accounted(jobs: Jobs) -> str:
+def _row_accounting(jobs: PreparedJobs) -> str:
     """Contract 8 in words: the rows of the only job, or of each data set a line."""
     lines = [data.report.lines() for _, data in jobs.values()]
     return "; ".join(lines[0][:3] if len(lines) == 1 else dict.fromkeys(one[0] for one in lines))
 
 
-def spec_of(lora: LoraConfig) -> LoraSpec:
+def lora_spec_of(lora: LoraConfig) -> LoraSpec:
     """The bank's spec from the run's settings."""
     plain: dict[str, Any] = lora.model_dump(exclude={"adapter_name", "bias"})
     return LoraSpec(**plain)
 
 
-def attach_adapter(run: Run, opened: Opened, notes: list[str]) -> str:
+def attach_adapter(run: RunConfig, opened: OpenedModel, notes: list[str]) -> str:
     """Attach a new adapter, or go on with the one the model came with; with lora=null, switch the base's own weights on. Returns
     its name. Raises ConfigError."""
     if run.lora is None:
-        return attach_trained(run, opened, notes)
+        return enable_base_training(run, opened, notes)
     if not opened.adapters:
-        adapter = attach(opened.model, spec_of(run.lora), run.lora.adapter_name, seed=run.train.seed)
-        notes += [f"not adapted: {one.what}; {one.why}" for one in left_out(opened.model, adapter)]
+        adapter = attach(opened.model, lora_spec_of(run.lora), run.lora.adapter_name, seed=run.train.seed)
+        notes += [f"not adapted: {one.what}; {one.why}" for one in list_skipped_modules(opened.model, adapter)]
         return adapter.name
     if len(opened.adapters) > 1:
         raise ConfigError(f"{run.model.name} holds several adapters ({', '.join(opened.adapters)}); name one of their folders")
     if run.lora != LoraConfig(adapter_name=run.lora.adapter_name):
         raise ConfigError(f"{run.model.name} already has an adapter and training goes on with it; leave out the lora settings")
     notes.append(f"training goes on with the adapter of {run.model.name}")
-    adapter = bank_of(opened.model)[opened.adapters[0]]
-    notes += [f"not adapted: {one.what}; {one.why}" for one in left_out(opened.model, adapter)]
+    adapter = get_bank(opened.model)[opened.adapters[0]]
+    notes += [f"not adapted: {one.what}; {one.why}" for one in list_skipped_modules(opened.model, adapter)]
     return adapter.name
 
 
 def build_engine(
-    run: Run, opened: Opened, jobs: Jobs, listeners: Sequence[Listener], notes: list[str], ask: Asking | None = None
-) -> Engine:
+    run: RunConfig,
+    opened: OpenedModel,
+    jobs: PreparedJobs,
+    listeners: Sequence[TrainingListener],
+    notes: list[str],
+    ask: BenchmarkEvaluator | None = None,
+) -> TrainingEngine:
     """The backend, the task and the loop of this run. ``ask``: what its evaluations ask besides."""
     # dropout's seed is part of the sequences' keys, job by job
-    backend = BACKENDS[run.backend.name](opened.model, list(jobs), {name: optim_of(one.train) for name, (one, _) in jobs.items()})
+    backend = BACKENDS[run.backend.name](
+        opened.model, list(jobs), {name: optim_settings_of(one.train) for name, (one, _) in jobs.items()}
+    )
     ways = [
-        Job(
+        TrainingJob(
             name, one.train, data.stream.total_steps(one.train.num_train_epochs, one.train.max_steps),
             data.stream.epoch_of, data.steps_per_epoch, list(data.ends),
         )
         for name, (one, data) in jobs.items()
     ]  # fmt: skip
     seeds = {name: one.train.seed for name, (one, _) in jobs.items()}
-    room = run.joint_tokens or ROOM.get(backend.device.type, max(ROOM.values()))
+    room = run.joint_tokens or MIN_BATCH_TOKENS.get(backend.device.type, max(MIN_BATCH_TOKENS.values()))
     stream = JointStream({name: data.stream for name, (_, data) in jobs.items()}, seeds, room)
-    held = [owned(batch, k, seeds[n]) for k, (n, (_, data)) in enumerate(jobs.items()) for batch in data.evaluation]
+    held = [assign_adapter(batch, k, seeds[n]) for k, (n, (_, data)) in enumerate(jobs.items()) for batch in data.evaluation]
     built = TASKS[run.task](TaskInputs(run, opened, jobs, stream, held, max(way.total for way in ways), backend))
     notes += built.notes
     digests = {name: data.digest for name, (_, data) in jobs.items()}
@@ -268,15 +286,15 @@ def build_engine(
             "data": digests if len(jobs) > 1 else next(iter(digests.values())),
             "base": base_digest(opened.model), **built.digests, "code": checkpoint.code_digest(),
         },
-        "environment": checkpoint.environment(device=str(backend.device), kernels=status().line()),
+        "environment": checkpoint.numeric_environment(device=str(backend.device), kernels=kernel_status().line()),
     }  # fmt: skip
-    return Engine(
-        backend, built.task, run.train, run.output_dir, identity=identity, checks=Checks(), jobs=ways, listeners=listeners,
-        tolerance=TOLERANCE.get(opened.model.dtype, 1e-2), models=built.models, ask=ask or (lambda name: {}),
+    return TrainingEngine(
+        backend, built.task, run.train, run.output_dir, identity=identity, checks=ContractChecks(), jobs=ways, listeners=listeners,
+        tolerance=SCORE_TOLERANCES.get(opened.model.dtype, 1e-2), models=built.models, ask=ask or (lambda name: {}),
     )  # fmt: skip
 
 
-def optim_of(train: TrainConfig) -> OptimSettings:
+def optim_settings_of(train: TrainConfig) -> OptimSettings:
     """The optimizer's numbers from a run's settings."""
     betas = (train.adam_beta1, train.adam_beta2)
     return OptimSettings(betas, train.adam_epsilon, train.weight_decay, train.max_grad_norm, train.loraplus_lr_ratio)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from lorry.config.schema import Run
+from lorry.config.schema import RunConfig
 from lorry.disk import documents
 from lorry.errors import ConfigError, DataError
 from lorry.runs import ownership
@@ -31,11 +31,16 @@ from lorry.runs.layout import (
 )
 from lorry.train import checkpoint
 
-OTHERWISE = "use another output_dir, or move them away"
-LIVES = (RUN_FILE, METRICS, CONTRACTS, CHECKPOINTS)  # what each life of a run writes anew from its beginning, or goes on with
+MOVE_AWAY_HINT = "use another output_dir, or move them away"
+RUN_MARKER_FILES = (
+    RUN_FILE,
+    METRICS,
+    CONTRACTS,
+    CHECKPOINTS,
+)  # what each life of a run writes anew from its beginning, or goes on with
 
 
-def claim(run: Run) -> None:
+def claim_output_dir(run: RunConfig) -> None:
     """Whether a run may write in its directory: it is empty of the names that a run writes, or a run of ours is in it.
 
     Raises ConfigError naming what is somebody else's, before anything is touched; DiskError.
@@ -44,39 +49,44 @@ def claim(run: Run) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         raise ConfigError(f"output_dir={folder} is no directory; give another one")
     if not ownership.is_run(folder):
-        names = _present(folder, _patterns([job.name for job in run.jobs]))
-        ownership.refuse_foreign(dict.fromkeys((folder / name for name in names), _nobodys), OTHERWISE)
+        names = _matching_names(folder, _written_patterns([job.name for job in run.jobs]))
+        ownership.refuse_foreign(dict.fromkeys((folder / name for name in names), _is_unmarked), MOVE_AWAY_HINT)
 
 
-def _nobodys(path: Path) -> bool:
+def _is_unmarked(path: Path) -> bool:
     """Without a mark in the directory no file there is a run's."""
     return False
 
 
-def where_to_start(run: Run) -> Path | None:
+def find_resume_checkpoint(run: RunConfig) -> Path | None:
     """The checkpoint to resume from, or None to start afresh. Raises ConfigError rather than mix with, or lose, another run;
     ModelError where there are checkpoints and none is whole; DiskError."""
-    folder, start = run.output_dir, _wanted_checkpoint(run)
+    folder, start = run.output_dir, _requested_checkpoint(run)
     unfinished = (folder / CHECKPOINTS).is_dir() and not (folder / RECEIPT).is_file()
-    if unfinished and not inside(start, folder) and not broken_contracts(folder) and checkpoint.find_latest(folder):
+    if (
+        unfinished
+        and not is_own_checkpoint(start, folder)
+        and not broken_contracts(folder)
+        and checkpoint.find_latest_checkpoint(folder)
+    ):
         raise ConfigError(
             f"{folder} holds an unfinished run; add resume_from_checkpoint=auto to go on with it, or use another output_dir"
         )
     return start
 
 
-def _wanted_checkpoint(run: Run) -> Path | None:
+def _requested_checkpoint(run: RunConfig) -> Path | None:
     wanted = run.train.resume_from_checkpoint
     if wanted is None or wanted == "auto":
-        return None if wanted is None else checkpoint.find_latest(run.output_dir)
+        return None if wanted is None else checkpoint.find_latest_checkpoint(run.output_dir)
     path = Path(wanted)
-    within = checkpoint.find_latest(path) if (path / CHECKPOINTS).is_dir() else path
+    within = checkpoint.find_latest_checkpoint(path) if (path / CHECKPOINTS).is_dir() else path
     if within is None or not within.is_dir():
         raise ConfigError(f"train.resume_from_checkpoint={wanted} is no checkpoint and no run with one")
     return within
 
 
-def inside(start: Path | None, folder: Path) -> bool:
+def is_own_checkpoint(start: Path | None, folder: Path) -> bool:
     """Whether a checkpoint is one of the run directory's own."""
     return start is not None and start.resolve().parent == (folder / CHECKPOINTS).resolve()
 
@@ -88,45 +98,47 @@ def broken_contracts(folder: Path) -> list[int]:
     if not ownership.is_contracts(path):
         return []
     try:
-        return [c["id"] for c in documents.read_json(path) if c["status"] == "failed"]
+        return [c["id"] for c in documents.read_json_document(path) if c["status"] == "failed"]
     except DataError:
         return []
 
 
-def make_room(folder: Path, *, going_on: bool) -> Path | None:
+def archive_previous_run(folder: Path, *, going_on: bool) -> Path | None:
     """Clear the way for a new run: what an earlier one wrote moves to FOLDER/previous/N, which is returned. ``going_on``: a run
     that was stopped before its first checkpoint starts again, in the files of its earlier lives.
 
     What marks the directory as a run's moves last: after a kill in between the next run moves the rest. Raises DiskError.
     """
     patterns = [*RESULTS, METRICS, CHECKPOINTS, RUN_FILE]
-    if trained_whole(folder):
+    if is_full_finetune_dir(folder):
         patterns += [*MODEL_FILES, SHARDS]
-    if trained_whole(folder) or not (folder / "config.json").exists():  # else the tokenizer is of a model that is not the run's
+    if (
+        is_full_finetune_dir(folder) or not (folder / "config.json").exists()
+    ):  # else the tokenizer is of a model that is not the run's
         patterns += TOKENIZER_FILES
-    names = [*_adapter_folders(folder), *_present(folder, patterns)]
+    names = [*_recorded_adapter_folders(folder), *_matching_names(folder, patterns)]
     if going_on:
-        names = [name for name in names if name not in LIVES or not _is_of_a_life(folder / name)]
+        names = [name for name in names if name not in RUN_MARKER_FILES or not _is_run_marker(folder / name)]
     marks = [CHECKPOINTS, RUN_FILE, RECEIPT]
     names.sort(key=lambda name: marks.index(name) if name in marks else -1)
-    return ownership.set_aside(folder, names) if names else None
+    return ownership.move_to_previous(folder, names) if names else None
 
 
-def trained_whole(folder: Path) -> bool:
+def is_full_finetune_dir(folder: Path) -> bool:
     """Whether a directory is that of a run that trained the base's own weights, by its own description: a model in any other
     directory is somebody's, and not ours to move."""
-    described = ownership.described(folder)
+    described = ownership.run_description_of(folder)
     return "lora" in described and described["lora"] is None
 
 
-def _is_of_a_life(path: Path) -> bool:
-    """Whether a file of `LIVES` is what a run of ours writes there."""
+def _is_run_marker(path: Path) -> bool:
+    """Whether a file of `RUN_MARKER_FILES` is what a run of ours writes there."""
     if path.name == RUN_FILE:
-        return bool(ownership.description(path))
+        return bool(ownership.read_run_description(path))
     return ownership.is_contracts(path) if path.name == CONTRACTS else True
 
 
-def _patterns(jobs: list[str]) -> list[str]:
+def _written_patterns(jobs: list[str]) -> list[str]:
     """Every name that a run writes in its directory, as patterns."""
     folders = [f"{job}/{file}" for job in jobs for file in ADAPTER_FILES] if len(jobs) > 1 else []
     return [
@@ -135,15 +147,15 @@ def _patterns(jobs: list[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def _present(folder: Path, patterns: list[str]) -> list[str]:
+def _matching_names(folder: Path, patterns: list[str]) -> list[str]:
     """The names in a directory that match one of the patterns; ``a/b`` is looked for as it is."""
     here = os.listdir(folder) if folder.is_dir() else []
     nested = [pattern for pattern in patterns if "/" in pattern and os.path.lexists(folder / pattern)]
     return sorted(name for name in here if any(fnmatchcase(name, pattern) for pattern in patterns)) + nested
 
 
-def _adapter_folders(folder: Path) -> list[str]:
+def _recorded_adapter_folders(folder: Path) -> list[str]:
     """The folders that a run of several jobs made for their adapters, by its own description."""
-    jobs = ownership.described(folder).get("jobs")
+    jobs = ownership.run_description_of(folder).get("jobs")
     names = [str(job.get("name")) for job in jobs if isinstance(job, Mapping)] if isinstance(jobs, list) else []
     return [n for n in names if n == os.path.basename(n) and n.strip(".") and (folder / n / ADAPTER_CONFIG).is_file()]

@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from lorry.config.settings import ChatSettings
-from lorry.errors import DataError, LorryError, ModelError, nearest
-from lorry.verbs.open_model import opened, tell
-from lorry.visible import visible
+from lorry.errors import DataError, LorryError, ModelError, suggest_nearest
+from lorry.verbs.open_model import open_with_adapters, print_note
+from lorry.visible import make_visible
 
 if TYPE_CHECKING:
-    from lorry.data.reading.content import Message
-    from lorry.models.loading.open import Opened
+    from lorry.data.reading.content import ChatMessage
+    from lorry.models.loading.open import OpenedModel
 
-HELP = """/adapter NAME   answer with this adapter; none: the base alone
+CHAT_HELP = """/adapter NAME   answer with this adapter; none: the base alone
 /adapters       list them
 /system TEXT    set the system message; without TEXT: none
 /reset          forget the conversation
@@ -34,27 +34,27 @@ NO_ADAPTER = "none"
 
 def main(settings: ChatSettings, notes: list[str]) -> int:
     """Open, then answer line by line until the input ends. From a pipe, the exit code is that of the last error."""
-    chat = Chat(settings, opened(settings.model, adapters=settings.adapters))
+    chat = ChatSession(settings, open_with_adapters(settings.model, adapters=settings.adapters))
     interactive = sys.stdin.isatty()
     if interactive:
         plain = "" if chat.encoder.has_template else " It has no chat template and continues your text; \\n is a line break."
-        tell(f"{settings.model.name}, {chat.answering()}.{plain} /help lists the commands.")
+        print_note(f"{settings.model.name}, {chat.answering()}.{plain} /help lists the commands.")
     code = 0
-    for line in _typed() if interactive else _piped():
+    for line in _terminal_lines() if interactive else _piped_lines():
         try:
-            if not _line(chat, line, visible if interactive else str):
+            if not _handle_line(chat, line, make_visible if interactive else str):
                 break
         except KeyboardInterrupt:
             if not interactive:
                 raise
-            tell("\n(stopped)")
+            print_note("\n(stopped)")
         except LorryError as error:
-            tell(f"error: {error}")
+            print_note(f"error: {error}")
             code = error.exit_code
     return 0 if interactive else code
 
 
-def _line(chat: Chat, line: str, shown: Callable[[str], str]) -> bool:
+def _handle_line(chat: ChatSession, line: str, shown: Callable[[str], str]) -> bool:
     """Obey or answer one line; False to leave."""
     if line.startswith("/") and not line.startswith("//"):
         return chat.obey(line)
@@ -66,7 +66,7 @@ def _line(chat: Chat, line: str, shown: Callable[[str], str]) -> bool:
     return True
 
 
-def _typed() -> Iterator[str]:
+def _terminal_lines() -> Iterator[str]:
     """Lines from a terminal, with its editing and history where Python has them."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - importing it is what makes input() editable
@@ -74,13 +74,13 @@ def _typed() -> Iterator[str]:
         try:
             line = input("> ")
         except EOFError:
-            tell("")
+            print_note("")
             return
         if line.strip():
             yield line
 
 
-def _piped() -> Iterator[str]:
+def _piped_lines() -> Iterator[str]:
     """Lines from a pipe or file. Raises DataError where it is not text."""
     try:
         for line in sys.stdin:
@@ -90,18 +90,18 @@ def _piped() -> Iterator[str]:
         raise DataError(f"standard input is not {error.encoding} text ({error.reason} at byte {error.start})") from error
 
 
-class Chat:
+class ChatSession:
     """A conversation and the model that answers in it."""
 
-    def __init__(self, settings: ChatSettings, found: Opened) -> None:
-        from lorry.data.encoding.encode import Encoder
-        from lorry.generation.text import LONGEST
+    def __init__(self, settings: ChatSettings, found: OpenedModel) -> None:
+        from lorry.data.encoding.encode import ExampleEncoder
+        from lorry.generation.text import NO_TOKEN_LIMIT
 
         self.settings, self.found = settings, found
-        self.encoder = Encoder(found.tokenizer, max_length=LONGEST, embeddings=found.model.vocabulary)
+        self.encoder = ExampleEncoder(found.tokenizer, max_length=NO_TOKEN_LIMIT, embeddings=found.model.vocab_size)
         self.adapter = found.adapters[0] if found.adapters else None
         self.system = settings.system
-        self.turns: list[Message] = []
+        self.turns: list[ChatMessage] = []
         self.asked = 0
         if self.system and not self.encoder.has_template:
             raise ModelError(f"system=...: {settings.model.name} has no chat template; it only continues plain text")
@@ -116,37 +116,39 @@ class Chat:
             case "/quit" | "/exit":
                 return False
             case "/help":
-                tell(HELP)
+                print_note(CHAT_HELP)
             case "/adapters":
-                tell(self.listed())
+                print_note(self.listed())
             case "/adapter":
                 self.switch(rest)
             case "/reset":
                 self.turns.clear()
-                tell("(the conversation is forgotten)")
+                print_note("(the conversation is forgotten)")
             case "/system":
                 self.set_system(rest)
             case _:
                 known = ["/adapter", "/adapters", "/system", "/reset", "/help", "/quit"]
-                raise DataError(f"unknown command {command}{nearest(command, known)} (/help lists them; // begins a line with /)")
+                raise DataError(
+                    f"unknown command {command}{suggest_nearest(command, known)} (/help lists them; // begins a line with /)"
+                )
         return True
 
     def switch(self, name: str) -> None:
         """Answer with another adapter from now on; the conversation is kept."""
         if not name:
-            tell(self.listed())
+            print_note(self.listed())
             return
         if name not in self.found.adapters and name != NO_ADAPTER:
-            raise DataError(f"no adapter named {name!r}{nearest(name, self.found.adapters)}; {self.listed()}")
+            raise DataError(f"no adapter named {name!r}{suggest_nearest(name, self.found.adapters)}; {self.listed()}")
         self.adapter = name if name in self.found.adapters else None
-        tell(f"({self.answering()})")
+        print_note(f"({self.answering()})")
 
     def set_system(self, text: str) -> None:
         """Another system message, or none."""
         if not self.encoder.has_template:
             raise ModelError("this model has no chat template and so no system message; it continues plain text")
         self.system = text or None
-        tell(f"(system message: {text})" if text else "(no system message)")
+        print_note(f"(system message: {text})" if text else "(no system message)")
 
     def listed(self) -> str:
         """The adapters in a line, the one in use marked."""
@@ -164,33 +166,33 @@ class Chat:
         Raises ModelError when the message alone is too long for the context; then the conversation is as it was.
         """
         from lorry.adapters.mix import Mix
-        from lorry.data.reading.content import Message
-        from lorry.generation.engine import stream
-        from lorry.generation.text import Speech
+        from lorry.data.reading.content import ChatMessage
+        from lorry.generation.engine import stream_tokens
+        from lorry.generation.text import IncrementalDetokenizer
 
         settings, model = self.settings, self.found.model
-        asked = Message("user", text)
+        asked = ChatMessage("user", text)
         prompt, room = self._fitted(asked)
         self.asked += 1
-        tokens = stream(
+        tokens = stream_tokens(
             model, prompt, max_new_tokens=room, eos=self.encoder.stop_tokens(), temperature=settings.temperature,
             seed=settings.seed + self.asked - 1, adapters=Mix.one(self.adapter) if self.adapter else Mix.none(),
         )  # fmt: skip
-        speech, said, whole = Speech(self.encoder), list[str](), False
+        speech, said, whole = IncrementalDetokenizer(self.encoder), list[str](), False
         try:
             for token in tokens:
-                yield from _kept(speech.hear(token), said, self.encoder.has_template)
+                yield from _visible_piece(speech.push_token(token), said, self.encoder.has_template)
                 if speech.ended:
                     break
-            yield from _kept(speech.rest(), said, self.encoder.has_template)
+            yield from _visible_piece(speech.rest(), said, self.encoder.has_template)
             whole = True
         finally:
             if said or whole:
-                self.turns += [asked, Message("assistant", "".join(said))]
+                self.turns += [asked, ChatMessage("assistant", "".join(said))]
         if not speech.ended:
-            tell(f"\n(stopped after {room} tokens; max_new_tokens sets how many)")
+            print_note(f"\n(stopped after {room} tokens; max_new_tokens sets how many)")
 
-    def _fitted(self, asked: Message) -> tuple[list[int], int]:
+    def _fitted(self, asked: ChatMessage) -> tuple[list[int], int]:
         """(prompt tokens, how many may follow); the oldest turns are forgotten, with a note, until both fit the context."""
         context, new = self.found.model.context, self.settings.max_new_tokens
         prompt, forgotten = self._prompt(asked), 0
@@ -200,7 +202,7 @@ class Chat:
             prompt = self._prompt(asked)
         if forgotten:
             turns = "turn was" if forgotten == 1 else f"{forgotten} turns were"
-            tell(f"(the context of {context} tokens is full: the oldest {turns} forgotten)")
+            print_note(f"(the context of {context} tokens is full: the oldest {turns} forgotten)")
         room = new if context is None else min(new, context - len(prompt))
         if room < 1:
             raise ModelError(
@@ -208,18 +210,18 @@ class Chat:
             )
         return prompt, room
 
-    def _prompt(self, asked: Message) -> list[int]:
+    def _prompt(self, asked: ChatMessage) -> list[int]:
         """The conversation with one more message, up to where the answer begins. Raises DataError if the template refuses it."""
-        from lorry.data.encoding.template import TemplateRefusal
-        from lorry.data.reading.content import Conversation, Message
-        from lorry.generation.text import continuation
+        from lorry.data.encoding.template import TemplateRefusedError
+        from lorry.data.reading.content import ChatMessage, Conversation
+        from lorry.generation.text import encode_continuation
 
         if not self.encoder.has_template:
-            return continuation(self.encoder, "\n".join([*self._exchanges(), asked.content.replace("\\n", "\n")]))
-        opening = [Message("system", self.system)] if self.system else []
+            return encode_continuation(self.encoder, "\n".join([*self._exchanges(), asked.content.replace("\\n", "\n")]))
+        opening = [ChatMessage("system", self.system)] if self.system else []
         try:
-            return self.encoder.prompt(Conversation((*opening, *self.turns, asked, Message("assistant", "."))))
-        except TemplateRefusal as error:
+            return self.encoder.prompt(Conversation((*opening, *self.turns, asked, ChatMessage("assistant", "."))))
+        except TemplateRefusedError as error:
             raise DataError(f"{error}; /reset begins anew") from error
 
     def _exchanges(self) -> Iterator[str]:
@@ -228,7 +230,7 @@ class Chat:
             yield asked.content.replace("\\n", "\n") + said.content
 
 
-def _kept(piece: str, said: list[str], chat: bool) -> Iterator[str]:
+def _visible_piece(piece: str, said: list[str], chat: bool) -> Iterator[str]:
     """A piece to show and to remember; white space before a chat's answer is neither."""
     piece = piece.lstrip() if chat and not said else piece
     if piece:

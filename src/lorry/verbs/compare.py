@@ -13,16 +13,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorry.config import dump
-from lorry.config.schema import Run
+from lorry.config import dump_settings
+from lorry.config.schema import RunConfig
 from lorry.config.settings import CompareSettings
-from lorry.console import Console
+from lorry.console import VisibleConsole
 from lorry.errors import ConfigError, DataError
-from lorry.verbs.open_model import tell
-from lorry.visible import escaped
+from lorry.verbs.open_model import print_note
+from lorry.visible import escape_document
 
-RECORD = "compare.json"
-PROGRAM = "import sys; from lorry.cli import main; sys.exit(main())"
+COMPARE_RECORD_FILE = "compare.json"
+CLI_PROGRAM = "import sys; from lorry.cli import main; sys.exit(main())"
 
 
 def main(settings: CompareSettings, notes: list[str]) -> int:
@@ -30,32 +30,34 @@ def main(settings: CompareSettings, notes: list[str]) -> int:
     a run is damaged: the others are compared, and it is named.
     """
     from lorry.disk import durable
-    from lorry.report.compare import ratios, row_of, side_by_side
-    from lorry.runs.read import load_readable
+    from lorry.report.compare import compare_runs_table, comparison_row, figure_ratios
+    from lorry.runs.read import read_readable_runs
 
-    trained = [settings.way(name) for name in _ways(settings)]
-    _refuse(settings, trained)
-    refuse_foreign(settings.output_dir, trained)
+    trained = [settings.way(name) for name in _training_ways(settings)]
+    _refuse_unsupported(settings, trained)
+    refuse_foreign_files(settings.output_dir, trained)
     for run in trained:
-        if code := train(run, settings.output_dir):
+        if code := train_in_subprocess(run, settings.output_dir):
             return code
-    runs, damaged = load_readable([Path(path) for path in settings.runs] or [run.output_dir for run in trained])
-    rows = [row_of(run) for run in runs]
-    record: dict[str, Any] = {"runs": [{**row, "ratios": over} for row, over in zip(rows, ratios(rows), strict=True)]}
+    runs, damaged = read_readable_runs([Path(path) for path in settings.runs] or [run.output_dir for run in trained])
+    rows = [comparison_row(run) for run in runs]
+    record: dict[str, Any] = {"runs": [{**row, "ratios": over} for row, over in zip(rows, figure_ratios(rows), strict=True)]}
     if damaged:
         record["damaged"] = [{"name": one.name, "path": str(one.path), "why": one.why} for one in damaged]
     if trained:
-        durable.write_files(settings.output_dir, {RECORD: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()})
+        durable.write_files(
+            settings.output_dir, {COMPARE_RECORD_FILE: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()}
+        )
     if settings.format == "json":
-        print(escaped(json.dumps(record, indent=1, ensure_ascii=False)))
+        print(escape_document(json.dumps(record, indent=1, ensure_ascii=False)))
     else:
-        Console(soft_wrap=True).print(side_by_side(rows))
+        VisibleConsole(soft_wrap=True).print(compare_runs_table(rows))
     for one in damaged:
-        tell(f"{one.name} is damaged and left out: {one.why}")
+        print_note(f"{one.name} is damaged and left out: {one.why}")
     return DataError.exit_code if damaged else 0
 
 
-def _ways(settings: CompareSettings) -> list[str]:
+def _training_ways(settings: CompareSettings) -> list[str]:
     """The ways to train: none where runs are named. Raises ConfigError where there is neither a run nor data."""
     given = settings.data.path is not None or bool(settings.data.mix)
     if settings.runs:
@@ -69,35 +71,39 @@ def _ways(settings: CompareSettings) -> list[str]:
     return list(settings.ways)
 
 
-def _refuse(settings: CompareSettings, trained: list[Run]) -> None:
+def _refuse_unsupported(settings: CompareSettings, trained: list[RunConfig]) -> None:
     """Raise ConfigError for what some way cannot do, before any other has trained for nothing."""
     alone = {"jobs": settings.jobs, "background": settings.background, "train.push_to_hub": settings.train.push_to_hub}
     if trained and (odd := [name for name, value in alone.items() if value]):
         raise ConfigError(f"{odd[0]}: ways are trained one after the other, waited for and compared; leave it out")
     if whole := [run for run in trained if run.lora is None]:
-        from lorry.train.full import refuse_adapters_settings
+        from lorry.train.full import refuse_adapter_settings
 
-        refuse_adapters_settings(whole[0])
+        refuse_adapter_settings(whole[0])
 
 
-def refuse_foreign(folder: Path, trained: list[Run]) -> None:
+def refuse_foreign_files(folder: Path, trained: list[RunConfig]) -> None:
     """Raise ConfigError for files of others where descriptions, runs and the record would go, before anything has trained."""
     from lorry.runs import ownership
-    from lorry.train.start import OTHERWISE, claim
+    from lorry.train.start import MOVE_AWAY_HINT, claim_output_dir
 
     if trained:
-        described = {folder / f"{run.output_dir.name}.yaml": lambda path: bool(ownership.description(path)) for run in trained}
-        ownership.refuse_foreign({**described, folder / RECORD: ownership.has_keys("runs")}, OTHERWISE)
+        described = {
+            folder / f"{run.output_dir.name}.yaml": lambda path: bool(ownership.read_run_description(path)) for run in trained
+        }
+        ownership.refuse_foreign({**described, folder / COMPARE_RECORD_FILE: ownership.recognise_keys("runs")}, MOVE_AWAY_HINT)
         for run in trained:
-            claim(run)
+            claim_output_dir(run)
 
 
-def train(run: Run, folder: Path) -> int:
+def train_in_subprocess(run: RunConfig, folder: Path) -> int:
     """`lorry sft` on a description written beside its directory, in a process of its own. Returns its exit code."""
     from lorry.disk import durable
 
     durable.make_directory(folder)
     file = folder / f"{run.output_dir.name}.yaml"
-    durable.write_files(folder, {file.name: dump(run).encode()})
-    tell(f"training {run.output_dir.name} at a learning rate of {run.train.learning_rate:g}")
-    return subprocess.run([sys.executable, "-c", PROGRAM, "sft", str(file)], stdout=subprocess.DEVNULL, check=False).returncode
+    durable.write_files(folder, {file.name: dump_settings(run).encode()})
+    print_note(f"training {run.output_dir.name} at a learning rate of {run.train.learning_rate:g}")
+    return subprocess.run(
+        [sys.executable, "-c", CLI_PROGRAM, "sft", str(file)], stdout=subprocess.DEVNULL, check=False
+    ).returncode

@@ -14,53 +14,55 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorry.config import Run, build
+from lorry.config import RunConfig, build_settings
 from lorry.config.settings import DemoSettings
 from lorry.runs.layout import EVALUATION, RECEIPT, SAMPLES
 
 if TYPE_CHECKING:
     from lorry.data.batch import Batch
-    from lorry.train.session import Result
+    from lorry.train.session import TrainResult
 
-Row = dict[str, str]
-PEOPLE, FAST_PEOPLE, FAST_STEPS = 8, 2, 4
+DemoRow = dict[str, str]
+DEMO_PEOPLE, FAST_DEMO_PEOPLE, FAST_DEMO_STEPS = 8, 2, 4
 HELD_OUT_GROUP, GENERAL_GROUP = "held-out rephrasings", "everyday questions"
-ANSWER_TOKENS = 32
-TRAIN, HELD_OUT = "data/train.jsonl", "data/heldout.jsonl"
+DEMO_ANSWER_TOKENS = 32
+TRAIN_FILE, HELD_OUT_FILE = "data/train.jsonl", "data/heldout.jsonl"
 
 
 def main(settings: DemoSettings, notes: list[str]) -> int:
     """Generate, train, compare, report."""
-    from lorry.console import Console
-    from lorry.demo.people import general_chat, make_people, questions
-    from lorry.report import build as build_report
+    from lorry.console import VisibleConsole
+    from lorry.demo.people import general_chat, make_people, make_questions
     from lorry.report import table
-    from lorry.runs.read import load
-    from lorry.train.monitoring.events import for_terminal
+    from lorry.report import write_report as build_report
+    from lorry.runs.read import read_run
+    from lorry.train.monitoring.events import terminal_listener
     from lorry.train.session import train_run
-    from lorry.train.start import claim
+    from lorry.train.start import claim_output_dir
 
-    people = make_people(FAST_PEOPLE if settings.fast else PEOPLE, settings.seed)
-    train, held_out = questions(people, settings.seed)
+    people = make_people(FAST_DEMO_PEOPLE if settings.fast else DEMO_PEOPLE, settings.seed)
+    train, held_out = make_questions(people, settings.seed)
     chat = general_chat()
-    run = build(Run, described(settings, settings.output_dir / TRAIN), notes)
-    claim(run)
+    run = build_settings(RunConfig, demo_settings(settings, settings.output_dir / TRAIN_FILE), notes)
+    claim_output_dir(run)
     write_data(settings.output_dir, train + chat, held_out)
-    say(f"Teaching {run.model.name} {len(people) * 6} facts about {len(people)} people who do not exist ({len(train)} questions)")
-    result = train_run(run, notes, [for_terminal(run.train.logging_steps)])
-    say(f"Asking {len(held_out)} questions worded differently, before and after")
-    compare(result, held_out, chat[:6])
+    print_headline(
+        f"Teaching {run.model.name} {len(people) * 6} facts about {len(people)} people who do not exist ({len(train)} questions)"
+    )
+    result = train_run(run, notes, [terminal_listener(run.train.logging_steps)])
+    print_headline(f"Asking {len(held_out)} questions worded differently, before and after")
+    compare_with_base(result, held_out, chat[:6])
     page = build_report([result.path])
-    Console().print(table.show([load(result.path)], samples=6))
+    VisibleConsole().print(table.render_runs([read_run(result.path)], samples=6))
     print(f"adapter  {result.path} (PEFT format)\nreport   {page}\nchat     .venv/bin/lorry chat {result.path}")
     return 0
 
 
-def described(settings: DemoSettings, data: Path) -> dict[str, Any]:
+def demo_settings(settings: DemoSettings, data: Path) -> dict[str, Any]:
     """The demo's run: what a person would type for a small set of facts."""
     from lorry.train.start import broken_contracts
 
-    steps = settings.max_steps or (FAST_STEPS if settings.fast else None)
+    steps = settings.max_steps or (FAST_DEMO_STEPS if settings.fast else None)
     chosen: dict[str, Any] = {} if steps is None else {"max_steps": steps}
     if not (settings.output_dir / RECEIPT).exists() and not broken_contracts(settings.output_dir):
         chosen["resume_from_checkpoint"] = "auto"  # a demo that was interrupted goes on; a finished one starts anew
@@ -71,34 +73,36 @@ def described(settings: DemoSettings, data: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def say(text: str) -> None:
+def print_headline(text: str) -> None:
     """A headline on the way."""
     print(f"\n== {text}", file=sys.stderr, flush=True)
 
 
-def write_data(run_dir: Path, train: Sequence[Row], held_out: Sequence[Row]) -> None:
+def write_data(run_dir: Path, train: Sequence[DemoRow], held_out: Sequence[DemoRow]) -> None:
     """The rows as files a person can look at."""
     from lorry.disk import durable
     from lorry.runs import ownership
 
-    durable.make_directory((run_dir / TRAIN).parent)
-    rows = {TRAIN: train, HELD_OUT: held_out}
-    ownership.put(run_dir, {name: "".join(json.dumps(row) + "\n" for row in made).encode() for name, made in rows.items()})
+    durable.make_directory((run_dir / TRAIN_FILE).parent)
+    rows = {TRAIN_FILE: train, HELD_OUT_FILE: held_out}
+    ownership.write_owned_files(
+        run_dir, {name: "".join(json.dumps(row) + "\n" for row in made).encode() for name, made in rows.items()}
+    )
 
 
-def compare(result: Result, held_out: Sequence[Row], chat: Sequence[Row]) -> None:
+def compare_with_base(result: TrainResult, held_out: Sequence[DemoRow], chat: Sequence[DemoRow]) -> None:
     """Ask base (the same weights under mix none) and adapter, score both, and write samples.json and evaluation.json."""
     from lorry.adapters.mix import Mix
-    from lorry.data.reading.content import Conversation, Message
+    from lorry.data.reading.content import ChatMessage, Conversation
     from lorry.disk import durable
-    from lorry.evaluate.answers import answers, score_answers
+    from lorry.evaluate.answers import generate_answers, score_answers
     from lorry.train import artifacts
 
     held_out = random.Random(0).sample(held_out, len(held_out))  # so that the first few shown are about different people
     rows = [*held_out, *chat]
-    asked = [Conversation((Message("user", r["question"]), Message("assistant", r["answer"]))) for r in rows]
+    asked = [Conversation((ChatMessage("user", r["question"]), ChatMessage("assistant", r["answer"]))) for r in rows]
     said = {
-        side: answers(result.model, result.tokenizer, asked, adapters=mix, max_new_tokens=ANSWER_TOKENS)
+        side: generate_answers(result.model, result.tokenizer, asked, adapters=mix, max_new_tokens=DEMO_ANSWER_TOKENS)
         for side, mix in (("before", Mix.none()), ("after", Mix.one(result.adapter)))
     }
     truth, n = [r["answer"] for r in rows], len(held_out)
@@ -119,7 +123,7 @@ def compare(result: Result, held_out: Sequence[Row], chat: Sequence[Row]) -> Non
     durable.write_files(result.path, {SAMPLES: shown.encode()})  # its own file, read just now and added to
 
 
-def general_loss(result: Result) -> dict[str, float]:
+def general_loss(result: TrainResult) -> dict[str, float]:
     """Mean loss per token on ordinary prose under the base and under the adapter, nats."""
     from lorry.adapters.mix import Mix
     from lorry.evaluate.loss import mean_nll
@@ -133,12 +137,12 @@ def general_loss(result: Result) -> dict[str, float]:
 
 def general_batches(tokenizer: Any) -> list[Batch]:
     """The package's passages of ordinary prose as batches, every token but the first supervised."""
-    from lorry.data.batch import Example, collate
-    from lorry.data.encoding.encode import Encoder
-    from lorry.data.reading.content import Text
+    from lorry.data.batch import TokenizedExample, collate
+    from lorry.data.encoding.encode import ExampleEncoder
+    from lorry.data.reading.content import TextDocument
     from lorry.demo.people import general_text
 
-    encoder = Encoder(tokenizer, max_length=512)
-    pieces = [p for text in general_text() for p in encoder.encode_many([Text(text)])[0]]  # type: ignore[union-attr]
-    rows = [Example(p.tokens, p.weights) for p in pieces]
+    encoder = ExampleEncoder(tokenizer, max_length=512)
+    pieces = [p for text in general_text() for p in encoder.encode_many([TextDocument(text)])[0]]  # type: ignore[union-attr]
+    rows = [TokenizedExample(p.tokens, p.weights) for p in pieces]
     return [collate(rows[i : i + 8]) for i in range(0, len(rows), 8)]

@@ -16,28 +16,28 @@ from rich.table import Table
 from rich.text import Text
 
 from lorry.config.evaluation import EvalSettings
-from lorry.console import Console
+from lorry.console import VisibleConsole
 from lorry.disk import documents, receipt
 from lorry.errors import ConfigError
-from lorry.evaluate.metrics.bootstrap import FEWEST_ROWS, TOO_FEW
-from lorry.formatting import number
+from lorry.evaluate.metrics.bootstrap import MIN_INTERVAL_ROWS, TOO_FEW_ROWS_MESSAGE
+from lorry.formatting import format_number
 from lorry.runs import ownership
 from lorry.runs.layout import EVALUATION, RECEIPT
-from lorry.runs.read import load
+from lorry.runs.read import read_run
 from lorry.verbs import benchmarks
-from lorry.verbs.open_model import opened, tell
-from lorry.visible import visible
+from lorry.verbs.open_model import open_with_adapters, print_note
+from lorry.visible import make_visible
 
 if TYPE_CHECKING:
     from lorry.adapters.mix import Mix
-    from lorry.data.reading.sources import Source
-    from lorry.evaluate.benchmarks.questions import Exam
-    from lorry.evaluate.rows import EvalRows, Evaluated
-    from lorry.models.loading.open import Opened
+    from lorry.data.reading.sources import DataSource
+    from lorry.evaluate.benchmarks.questions import Benchmark
+    from lorry.evaluate.rows import EvalRows, EvaluationResult
+    from lorry.models.loading.open import OpenedModel
 
-BASE = "base"
-RESULTS, FILE_SUFFIXES = "results.json", (".json", ".csv")
-NEW_TOKENS = 64
+BASE_COLUMN = "base"
+RESULTS_FILE, FILE_SUFFIXES = "results.json", (".json", ".csv")
+EVAL_NEW_TOKENS = 64
 
 
 def main(settings: EvalSettings, notes: list[str]) -> int:
@@ -49,16 +49,16 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
     if settings.backend.threads:
         torch.set_num_threads(settings.backend.threads)
     if settings.tasks:
-        return on_sets(settings)
-    source = open_rows(settings)  # before the model, which takes longer: a wrong path is told at once
-    found = opened(settings.model)
-    tell_other_dtype(found)
-    rows = read(settings, found, source)
+        return evaluate_named_sets(settings)
+    source = open_eval_source(settings)  # before the model, which takes longer: a wrong path is told at once
+    found = open_with_adapters(settings.model)
+    note_other_dtype(found)
+    rows = encode_eval_rows(settings, found, source)
     for line in rows.tokens.report.lines():
-        tell(line)
-    sides = evaluate(settings, found, rows)
-    Console(soft_wrap=True).print(side_by_side(label(settings), rows, sides))
-    write(settings, found, rows, sides)
+        print_note(line)
+    sides = evaluate_sides(settings, found, rows)
+    VisibleConsole(soft_wrap=True).print(evaluation_sides_table(data_label(settings), rows, sides))
+    write_evaluation(settings, found, rows, sides)
     return 0
 
 
@@ -80,70 +80,72 @@ def refuse_foreign_results(settings: EvalSettings) -> None:
     files = (
         [output]
         if output.suffix in FILE_SUFFIXES
-        else [output / name for name in (benchmarks.FILES if settings.tasks else [RESULTS])]
+        else [output / name for name in (benchmarks.BENCHMARK_FILES if settings.tasks else [RESULTS_FILE])]
     )
-    ownership.refuse_foreign({file: benchmarks.RECOGNISED[file.suffix] for file in files}, "name another output_dir")
+    ownership.refuse_foreign({file: benchmarks.RECOGNISED_FILES[file.suffix] for file in files}, "name another output_dir")
 
 
-def on_sets(settings: EvalSettings) -> int:
+def evaluate_named_sets(settings: EvalSettings) -> int:
     """The same on named sets."""
-    read = benchmarks.read(settings)
-    found = opened(settings.model)
-    tell_other_dtype(found)
-    tell_learnt(settings, found, read)
-    results = benchmarks.take(settings, found, read, mixes(found))
+    read = benchmarks.load_benchmarks(settings)
+    found = open_with_adapters(settings.model)
+    note_other_dtype(found)
+    warn_trained_rows(settings, found, read)
+    results = benchmarks.evaluate_benchmarks(settings, found, read, evaluation_mixes(found))
     how = f", {settings.n_shot} worked examples" if settings.n_shot else ""
-    Console(soft_wrap=True).print(benchmarks.table(f"{settings.model.name}{how}: value [95% interval]", read, results))
-    write_beside(found, benchmarks.entries(settings, read, results))
-    benchmarks.write(settings, read, results)
+    VisibleConsole(soft_wrap=True).print(
+        benchmarks.benchmark_table(f"{settings.model.name}{how}: value [95% interval]", read, results)
+    )
+    write_run_evaluation(found, benchmarks.benchmark_entries(settings, read, results))
+    benchmarks.write_benchmark_results(settings, read, results)
     return 0
 
 
-def tell_learnt(settings: EvalSettings, found: Opened, read: list[Exam]) -> None:
+def warn_trained_rows(settings: EvalSettings, found: OpenedModel, read: list[Benchmark]) -> None:
     """A warning where a run is asked rows of the file or split it was trained on."""
     from lorry.config.data import DataConfig
-    from lorry.data.reading.places import Places
-    from lorry.data.stream.mixtures import learnt
+    from lorry.data.reading.places import DataLocations
+    from lorry.data.stream.mixtures import training_locations
 
-    run = run_of(found)
+    run = evaluated_run_dir(found)
     if run is None:
         return
-    config = load(run).config
+    config = read_run(run).config
     jobs = [job for job in config.get("jobs") or [] if isinstance(job, dict)]
     datas = [{**config.get("data", {}), **job.get("data", {})} for job in jobs] or [config.get("data", {})]
-    spots = [spot for data in datas for spot in learnt(DataConfig.model_validate(data))]
-    places = Places(settings.local, field="local")
+    spots = [spot for data in datas for spot in training_locations(DataConfig.model_validate(data))]
+    places = DataLocations(settings.local, field="local")
     for exam in read:
         if any(places.of(exam.one, exam.split).overlaps(spot) for spot in spots):
-            tell(
+            print_note(
                 f"warning: {exam.one.name}: {run} was trained on rows of {exam.source}; what it has learnt by heart is no measure"
             )
 
 
-def run_of(found: Opened) -> Path | None:
+def evaluated_run_dir(found: OpenedModel) -> Path | None:
     """The run directory that is evaluated, if it is one."""
     run = Path(found.source.get("adapter") or found.source["path"])
-    return run if ownership.described(run) else None
+    return run if ownership.run_description_of(run) else None
 
 
-def mixes(found: Opened) -> dict[str, Mix]:
+def evaluation_mixes(found: OpenedModel) -> dict[str, Mix]:
     """What is asked: the base, and each adapter under its name."""
     from lorry.adapters.mix import Mix
 
-    return {BASE: Mix.none()} | {side(name, found): Mix.one(name) for name in found.adapters}
+    return {BASE_COLUMN: Mix.none()} | {side_label(name, found): Mix.one(name) for name in found.adapters}
 
 
-def tell_other_dtype(found: Opened) -> None:
+def note_other_dtype(found: OpenedModel) -> None:
     """A note when a run is evaluated in another number format than it was trained in: its numbers then differ a little."""
     file = Path(found.source.get("adapter", "")) / RECEIPT
     if not found.source.get("adapter") or not file.is_file():
         return
-    trained, now = receipt.part(load(file.parent).receipt, "base").get("dtype"), found.source["dtype"]
+    trained, now = receipt.part(read_run(file.parent).receipt, "base").get("dtype"), found.source["dtype"]
     if trained is not None and trained != now:
-        tell(f"note: trained in {trained}, evaluated in {now}; dtype={trained} gives the numbers of the training")
+        print_note(f"note: trained in {trained}, evaluated in {now}; dtype={trained} gives the numbers of the training")
 
 
-def open_rows(settings: EvalSettings) -> Source:
+def open_eval_source(settings: EvalSettings) -> DataSource:
     """The rows, not read yet. Raises DataError for a path that is not there."""
     from lorry.data.reading.sources import open_source
 
@@ -151,33 +153,33 @@ def open_rows(settings: EvalSettings) -> Source:
     return open_source(data.path or [], name=data.name, split=data.split, on_bad_row=data.on_bad_row, limit=settings.limit)
 
 
-def read(settings: EvalSettings, found: Opened, source: Source) -> EvalRows:
+def encode_eval_rows(settings: EvalSettings, found: OpenedModel, source: DataSource) -> EvalRows:
     """The rows, encoded as training would; never longer than the model's context."""
-    from lorry.data.encoding.encode import Encoder
-    from lorry.data.reading.formats import chosen
+    from lorry.data.encoding.encode import ExampleEncoder
+    from lorry.data.reading.formats import format_named
     from lorry.evaluate.rows import EvalRows
 
     data, context = settings.data, found.model.context
     length = data.max_length if context is None else min(data.max_length, context)
     only = True if data.completion_only_loss is None else data.completion_only_loss
-    rows = found.model.vocabulary
-    encoder = Encoder(
-        found.tokenizer, max_length=length, completion_only_loss=only, system=data.system, embeddings=rows, tell=tell
+    rows = found.model.vocab_size
+    encoder = ExampleEncoder(
+        found.tokenizer, max_length=length, completion_only_loss=only, system=data.system, embeddings=rows, tell=print_note
     )
-    return EvalRows.read(source, encoder, chosen(data.format, data.text_field))
+    return EvalRows.read(source, encoder, format_named(data.format, data.text_field))
 
 
-def evaluate(settings: EvalSettings, found: Opened, rows: EvalRows) -> dict[str, Evaluated]:
+def evaluate_sides(settings: EvalSettings, found: OpenedModel, rows: EvalRows) -> dict[str, EvaluationResult]:
     """{base, and each adapter's name: its result}."""
     from lorry.evaluate.rows import evaluate_rows
 
-    longest = settings.max_new_tokens or NEW_TOKENS
+    longest = settings.max_new_tokens or EVAL_NEW_TOKENS
     asked, notes = rows.askable(found.model.context, longest)
     for note in notes:
-        tell(f"note: {note}")
+        print_note(f"note: {note}")
     done = {}
-    with Console(stderr=True).status("evaluating") as status:
-        for name, mix in mixes(found).items():
+    with VisibleConsole(stderr=True).status("evaluating") as status:
+        for name, mix in evaluation_mixes(found).items():
             status.update(f"evaluating {name}: {len(rows.rows)} rows, {len(asked)} answers")
             done[name] = evaluate_rows(
                 found.model, rows, mix, asked=asked, max_new_tokens=longest, batch_rows=settings.batch_size
@@ -185,71 +187,73 @@ def evaluate(settings: EvalSettings, found: Opened, rows: EvalRows) -> dict[str,
     return done
 
 
-def side(name: str, found: Opened) -> str:
+def side_label(name: str, found: OpenedModel) -> str:
     """What an adapter's column is called: its name, also where that is the base's."""
-    return f"adapter {name}" if name == BASE else name
+    return f"adapter {name}" if name == BASE_COLUMN else name
 
 
-def label(settings: EvalSettings) -> str:
+def data_label(settings: EvalSettings) -> str:
     """The data in a few words."""
     path = settings.data.path if isinstance(settings.data.path, str) else ", ".join(settings.data.path or [])
     split = f" [{settings.data.split}]" if settings.data.split != "train" else ""
     return path + split + (f", the first {settings.limit} rows" if settings.limit else "")
 
 
-def side_by_side(title: str, rows: EvalRows, sides: Mapping[str, Evaluated]) -> Table:
+def evaluation_sides_table(title: str, rows: EvalRows, sides: Mapping[str, EvaluationResult]) -> Table:
     """A row per metric, a column per side; 95% intervals where there are any."""
     first = next(iter(sides.values()))
     answered = f", {len(first.said)} answered" if first.said else ""
-    heading = Text(visible(f"{title}: {len(rows.rows)} rows{answered}"))
+    heading = Text(make_visible(f"{title}: {len(rows.rows)} rows{answered}"))
     table = Table(title=heading, title_justify="left", header_style="dim", box=SIMPLE_HEAD)
     for column in ("metric", *sides):
-        table.add_column(Text(visible(column)), justify="left" if column == "metric" else "right")
+        table.add_column(Text(make_visible(column)), justify="left" if column == "metric" else "right")
     for metric in first.metrics:
-        cells = [_cell(one, metric) for one in sides.values()]
+        cells = [_side_cell(one, metric) for one in sides.values()]
         table.add_row(Text(metric.replace("_", " ")), *map(Text, cells))
-    if 0 < len(first.said) < FEWEST_ROWS:
-        table.caption, table.caption_justify = Text(TOO_FEW), "left"
+    if 0 < len(first.said) < MIN_INTERVAL_ROWS:
+        table.caption, table.caption_justify = Text(TOO_FEW_ROWS_MESSAGE), "left"
     return table
 
 
-def _cell(one: Evaluated, metric: str) -> str:
-    value = number(one.metrics[metric])
+def _side_cell(one: EvaluationResult, metric: str) -> str:
+    value = format_number(one.metrics[metric])
     if metric not in one.intervals:
         return value
     low, high = one.intervals[metric]
-    return f"{value} [{number(low)}, {number(high)}]"
+    return f"{value} [{format_number(low)}, {format_number(high)}]"
 
 
-def write(settings: EvalSettings, found: Opened, rows: EvalRows, sides: Mapping[str, Evaluated]) -> None:
+def write_evaluation(settings: EvalSettings, found: OpenedModel, rows: EvalRows, sides: Mapping[str, EvaluationResult]) -> None:
     """The run's evaluation.json where a run was evaluated, and results.json where ``output_dir`` was given."""
-    write_beside(found, _entries(label(settings), sides))
+    write_run_evaluation(found, _evaluation_entries(data_label(settings), sides))
     if settings.output_dir is not None:
-        path = settings.output_dir if settings.output_dir.suffix in FILE_SUFFIXES else settings.output_dir / RESULTS
-        _put(path, _whole(settings, rows, sides))
-        tell(f"written to {path}")
+        path = settings.output_dir if settings.output_dir.suffix in FILE_SUFFIXES else settings.output_dir / RESULTS_FILE
+        _write_results(path, _full_results(settings, rows, sides))
+        print_note(f"written to {path}")
 
 
-def write_beside(found: Opened, entries: list[dict[str, Any]]) -> None:
+def write_run_evaluation(found: OpenedModel, entries: list[dict[str, Any]]) -> None:
     """Into the evaluation.json of the run, where a run was evaluated."""
-    if (run := run_of(found)) is not None:
-        merge_into(run / EVALUATION, entries)
-        tell(f"written to {run / EVALUATION}; `lorry report {run}` shows it")
+    if (run := evaluated_run_dir(found)) is not None:
+        merge_evaluation_entries(run / EVALUATION, entries)
+        print_note(f"written to {run / EVALUATION}; `lorry report {run}` shows it")
 
 
-def _entries(name: str, sides: Mapping[str, Evaluated]) -> list[dict[str, Any]]:
+def _evaluation_entries(name: str, sides: Mapping[str, EvaluationResult]) -> list[dict[str, Any]]:
     """Entries of evaluation.json, one per adapter: every metric before (base) and after."""
     before, *after = sides.items()
     if not after:  # a base that was trained itself: there is no before
-        return [{"name": name, "metrics": {m: {"before": None, "after": _finite(v)} for m, v in before[1].metrics.items()}}]
+        return [
+            {"name": name, "metrics": {m: {"before": None, "after": _finite_or_none(v)} for m, v in before[1].metrics.items()}}
+        ]
     names = [name] if len(after) == 1 else [f"{name} ({adapter})" for adapter, _ in after]
     return [
         {
             "name": entry,
             "metrics": {
                 metric: {
-                    "before": _finite(before[1].metrics[metric]),
-                    "after": _finite(one.metrics[metric]),
+                    "before": _finite_or_none(before[1].metrics[metric]),
+                    "after": _finite_or_none(one.metrics[metric]),
                     **({"interval": list(one.intervals[metric])} if metric in one.intervals else {}),
                 }
                 for metric in one.metrics
@@ -259,46 +263,46 @@ def _entries(name: str, sides: Mapping[str, Evaluated]) -> list[dict[str, Any]]:
     ]
 
 
-def merge_into(path: Path, entries: list[dict[str, Any]]) -> None:
+def merge_evaluation_entries(path: Path, entries: list[dict[str, Any]]) -> None:
     """Add entries to an evaluation.json; those of the same name are replaced. Raises DataError when it is damaged."""
     kept: list[dict[str, Any]] = []
     if path.is_file():
-        load(path.parent)  # every field checked, so that reading it plainly is safe
-        kept = documents.read_json(path)
+        read_run(path.parent)  # every field checked, so that reading it plainly is safe
+        kept = documents.read_json_document(path)
     names = {entry["name"] for entry in entries}
-    _put(path, [*(entry for entry in kept if entry["name"] not in names), *entries])
+    _write_results(path, [*(entry for entry in kept if entry["name"] not in names), *entries])
 
 
-def _whole(settings: EvalSettings, rows: EvalRows, sides: Mapping[str, Evaluated]) -> dict[str, Any]:
+def _full_results(settings: EvalSettings, rows: EvalRows, sides: Mapping[str, EvaluationResult]) -> dict[str, Any]:
     """Everything: settings, metrics with their intervals, and per row what was asked, expected, said and scored."""
     summaries = {
-        name: {"metrics": {m: _finite(v) for m, v in one.metrics.items()}, "intervals": one.intervals}
+        name: {"metrics": {m: _finite_or_none(v) for m, v in one.metrics.items()}, "intervals": one.intervals}
         for name, one in sides.items()
     }
     return {
-        "model": settings.model.name, "data": label(settings), "rows": len(rows.rows), "left_out": rows.tokens.report.left_out,
-        "max_new_tokens": settings.max_new_tokens or NEW_TOKENS, "sides": summaries,
-        "predictions": [_row(rows, at, sides) for at in range(len(rows.rows))],
+        "model": settings.model.name, "data": data_label(settings), "rows": len(rows.rows), "left_out": rows.tokens.report.left_out,
+        "max_new_tokens": settings.max_new_tokens or EVAL_NEW_TOKENS, "sides": summaries,
+        "predictions": [_row_results(rows, at, sides) for at in range(len(rows.rows))],
     }  # fmt: skip
 
 
-def _row(rows: EvalRows, at: int, sides: Mapping[str, Evaluated]) -> dict[str, Any]:
+def _row_results(rows: EvalRows, at: int, sides: Mapping[str, EvaluationResult]) -> dict[str, Any]:
     row = rows.rows[at]
     shown: dict[str, Any] = {"where": row.where, "supervised_tokens": next(iter(sides.values())).forced[at].tokens}
     if row.references:
         shown |= {"question": row.question, "references": row.references}
     for name, one in sides.items():
-        loss = {"loss": _finite(one.forced[at].metrics()["loss"])}
+        loss = {"loss": _finite_or_none(one.forced[at].metrics()["loss"])}
         shown[name] = loss | ({"answer": one.said[at], **one.scores[at]} if at in one.said else {})
     return shown
 
 
-def _finite(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else None
 
 
-def _put(path: Path, value: Any) -> None:
+def _write_results(path: Path, value: Any) -> None:
     from lorry.disk import durable
 
     durable.make_directory(path.parent)

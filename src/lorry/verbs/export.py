@@ -11,13 +11,13 @@ from lorry.config.schema import ModelConfig
 from lorry.config.settings import ExportSettings
 from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.verbs import probe
-from lorry.verbs.merge import Before, write_merged
-from lorry.verbs.open_model import chosen_adapter, opened, tell
+from lorry.verbs.merge import LogitsBeforeMerge, write_merged
+from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
 
 if TYPE_CHECKING:
     import torch
 
-    from lorry.models.loading.open import Opened
+    from lorry.models.loading.open import OpenedModel
 
 
 def main(settings: ExportSettings, notes: list[str]) -> int:
@@ -27,8 +27,10 @@ def main(settings: ExportSettings, notes: list[str]) -> int:
     if settings.to == "peft" and settings.dtype != "auto":
         raise ConfigError(f"dtype={settings.dtype} is for to=hf; an adapter is stored in float32, as it was trained")
     stored = stored_dtype(settings.run)
-    found = opened(ModelConfig.model_validate({"name": settings.run, "dtype": probe.number_format(settings.run, stored)}))
-    name = chosen_adapter(found, settings.adapter, settings.run)
+    found = open_with_adapters(
+        ModelConfig.model_validate({"name": settings.run, "dtype": probe.logits_dtype_name(settings.run, stored)})
+    )
+    name = resolve_adapter_name(found, settings.adapter, settings.run)
     if settings.to == "hf":
         write_merged(found, name, settings.output_dir, stored if settings.dtype == "auto" else settings.dtype)
     else:
@@ -37,24 +39,24 @@ def main(settings: ExportSettings, notes: list[str]) -> int:
     return 0
 
 
-def export_peft(found: Opened, name: str, output: Path) -> None:
+def export_peft(found: OpenedModel, name: str, output: Path) -> None:
     """The adapter's directory as PEFT writes it, opened again before it gets its name. ``found`` is of no use afterwards.
 
     Raises ConfigError for a place that is taken, ContractError if the adapter opened again is another one."""
     from lorry.disk import durable
-    from lorry.models.loading.reopen import release
+    from lorry.models.loading.reopen import free_model_memory
 
-    before = Before.of(found, name)
-    with durable.building(output) as folder:
+    before = LogitsBeforeMerge.of(found, name)
+    with durable.build_directory(output) as folder:
         write_peft(found, name, folder)
-        release(found.model)
-        model, by = adapted(folder, found.source["path"], before.dtype)
+        free_model_memory(found.model)
+        model, by = load_adapted_model(folder, found.source["path"], before.dtype)
         lines = before.compare(model, "float32", by)
     for line in lines:
-        tell(line)
+        print_note(line)
 
 
-def write_peft(found: Opened, name: str, folder: Path) -> None:
+def write_peft(found: OpenedModel, name: str, folder: Path) -> None:
     """The files of the adapter and its tokenizer, into an existing folder."""
     from lorry.adapters.peft.files import adapter_files
 
@@ -63,24 +65,26 @@ def write_peft(found: Opened, name: str, folder: Path) -> None:
     found.tokenizer.save_pretrained(folder)
 
 
-def adapted(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any, str]:
+def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any, str]:
     """(the base with the adapter of ``folder``, who opened it): PEFT on transformers, or Lorry where PEFT is not installed.
 
     Raises ContractError when it cannot be opened."""
     from safetensors import SafetensorError
 
-    from lorry.models.loading.describe import blaming
-    from lorry.models.loading.reopen import reopened
+    from lorry.models.loading.describe import model_file_errors
+    from lorry.models.loading.reopen import reopen_model
 
     try:
         if importlib.util.find_spec("peft") is None:
-            tell("note: peft is not installed, so Lorry itself opened the export again (pip install 'lorry[peft]')")
+            print_note("note: peft is not installed, so Lorry itself opened the export again (pip install 'lorry[peft]')")
             kind = str(dtype).removeprefix("torch.")
-            return opened(ModelConfig.model_validate({"name": base, "adapter": str(folder), "dtype": kind})).model, "lorry"
+            return open_with_adapters(
+                ModelConfig.model_validate({"name": base, "adapter": str(folder), "dtype": kind})
+            ).model, "lorry"
         from peft import PeftModel
 
-        with warnings.catch_warnings(), blaming(f"{folder}: PEFT cannot load it"):
+        with warnings.catch_warnings(), model_file_errors(f"{folder}: PEFT cannot load it"):
             warnings.simplefilter("ignore", (FutureWarning, UserWarning))  # the two libraries' own affair
-            return PeftModel.from_pretrained(reopened(Path(base), dtype), str(folder)).eval(), "peft"
+            return PeftModel.from_pretrained(reopen_model(Path(base), dtype), str(folder)).eval(), "peft"
     except (ModelError, SafetensorError) as error:
         raise ContractError(f"what was written cannot be opened again, so it was not kept: {error}") from error

@@ -12,15 +12,15 @@ from lorry.config.schema import ModelConfig
 from lorry.config.settings import MergeSettings
 from lorry.disk.integrity import file_digest
 from lorry.verbs import probe
-from lorry.verbs.open_model import chosen_adapter, opened, tell
+from lorry.verbs.open_model import open_with_adapters, print_note, resolve_adapter_name
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lorry.models.loading.open import Opened
+    from lorry.models.loading.open import OpenedModel
 
-RECORD = "lorry_merge.json"
+MERGE_RECORD_FILE = "lorry_merge.json"
 
 
 def main(settings: MergeSettings, notes: list[str]) -> int:
@@ -28,14 +28,16 @@ def main(settings: MergeSettings, notes: list[str]) -> int:
     from lorry.models.loading.open import stored_dtype
 
     stored = stored_dtype(settings.run)
-    found = opened(ModelConfig.model_validate({"name": settings.run, "dtype": probe.number_format(settings.run, stored)}))
+    found = open_with_adapters(
+        ModelConfig.model_validate({"name": settings.run, "dtype": probe.logits_dtype_name(settings.run, stored)})
+    )
     dtype = stored if settings.dtype == "auto" else settings.dtype
-    write_merged(found, chosen_adapter(found, settings.adapter, settings.run), settings.output_dir, dtype)
+    write_merged(found, resolve_adapter_name(found, settings.adapter, settings.run), settings.output_dir, dtype)
     print(settings.output_dir)
     return 0
 
 
-def write_merged(found: Opened, name: str, output: Path, dtype: str) -> None:
+def write_merged(found: OpenedModel, name: str, output: Path, dtype: str) -> None:
     """Stream base + adapter into ``output``, one tensor at a time, in fp32 and rounded once to ``dtype``; open it again with
     transformers and compare logits on a few rows before it gets its name. ``found`` is of no use afterwards.
 
@@ -45,37 +47,37 @@ def write_merged(found: Opened, name: str, output: Path, dtype: str) -> None:
     """
     import torch
 
-    from lorry.adapters.merge import MergeReport, MergeRow, merged_tensors, unties
+    from lorry.adapters.merge import MergeReport, MergeRow, merged_tensors, separates_tied_head
     from lorry.disk import durable
-    from lorry.models.loading.reopen import release, reopened
+    from lorry.models.loading.reopen import free_model_memory, reopen_model
     from lorry.models.loading.store import save_model
 
     kind: torch.dtype = getattr(torch, dtype)
     weights, rows = {name: 1.0}, list[MergeRow]()
-    untied, before = unties(found.model, weights), Before.of(found, name)
-    with durable.building(output) as folder:
+    untied, before = separates_tied_head(found.model, weights), LogitsBeforeMerge.of(found, name)
+    with durable.build_directory(output) as folder:
         save_model(
             found.model, folder,
             tensors=merged_tensors(found.model, weights, dtype=kind, rows=rows),
             config_overrides={"tie_word_embeddings": False} if untied else {},
             tokenizer=found.tokenizer, generation_config=found.source["generation_config"] or None, dtype=kind,
         )  # fmt: skip
-        (folder / RECORD).write_text(json.dumps(record(found, name), indent=1) + "\n", encoding="utf-8")
+        (folder / MERGE_RECORD_FILE).write_text(json.dumps(merge_record(found, name), indent=1) + "\n", encoding="utf-8")
         rounded = before.rounded(found, weights, kind)
-        release(found.model)
-        lines = before.compare(reopened(folder, before.dtype), dtype, rounded=rounded)
+        free_model_memory(found.model)
+        lines = before.compare(reopen_model(folder, before.dtype), dtype, rounded=rounded)
     report = MergeReport(tuple(rows), kind, untied)
-    tell(f"merged {len(rows)} modules into {dtype}; rounding changed {report.ratio:.2%} of the adapter's effect")
+    print_note(f"merged {len(rows)} modules into {dtype}; rounding changed {report.ratio:.2%} of the adapter's effect")
     for line in lines:
-        tell(line)
+        print_note(line)
     if untied:
-        tell("note: head and embedding shared a weight and no longer do; config.json says tie_word_embeddings=false")
+        print_note("note: head and embedding shared a weight and no longer do; config.json says tie_word_embeddings=false")
     if report.warning:
-        tell(f"warning: {report.warning}{' (dtype=float32)' if dtype != 'float32' else ''}")
+        print_note(f"warning: {report.warning}{' (dtype=float32)' if dtype != 'float32' else ''}")
 
 
 @dataclass(frozen=True)
-class Before:
+class LogitsBeforeMerge:
     """Logits on a few rows ([1, t] each) before anything is written: of the base alone and with the adapter beside it."""
 
     rows: list[Tensor]
@@ -85,43 +87,43 @@ class Before:
     dtype: torch.dtype
 
     @staticmethod
-    def of(found: Opened, name: str) -> Before:
+    def of(found: OpenedModel, name: str) -> LogitsBeforeMerge:
         """As the opened model computes them, in its own number format."""
-        from lorry.adapters.attach import bank_of
+        from lorry.adapters.attach import get_bank
         from lorry.adapters.mix import Mix
-        from lorry.models.loading.reopen import logits
+        from lorry.models.loading.reopen import compute_fp32_logits
 
-        rows, said = probe.rows(found)
-        bank_of(found.model).activate(Mix.none())
-        base = logits(found.model, rows)
-        bank_of(found.model).activate(Mix.one(name))
-        return Before(rows, said, base, logits(found.model, rows), found.model.dtype)
+        rows, said = probe.probe_rows(found)
+        get_bank(found.model).activate(Mix.none())
+        base = compute_fp32_logits(found.model, rows)
+        get_bank(found.model).activate(Mix.one(name))
+        return LogitsBeforeMerge(rows, said, base, compute_fp32_logits(found.model, rows), found.model.dtype)
 
-    def rounded(self, found: Opened, weights: dict[str, float], kind: torch.dtype) -> Tensor:
+    def rounded(self, found: OpenedModel, weights: dict[str, float], kind: torch.dtype) -> Tensor:
         """Logits of the model in memory, merged and with every value rounded to ``kind``: what the files must
         give. The exact ones will not do, since rounding may lose nearly all of a small delta, and a lost module
         no more. ``found`` is changed."""
         import torch
 
         from lorry.adapters.merge import merge
-        from lorry.models.loading.reopen import logits
+        from lorry.models.loading.reopen import compute_fp32_logits
 
         merge(found.model, weights)
         with torch.no_grad():
             for tensor in found.model.state_dict().values():
                 if tensor.is_floating_point():
                     tensor.copy_(tensor.to(kind))
-        return logits(found.model, self.rows)
+        return compute_fp32_logits(found.model, self.rows)
 
     def compare(self, model: Any, stored: str, by: str = "hf", *, rounded: Tensor | None = None) -> list[str]:
         """What to tell of a model opened again whose weights were stored in ``stored``. Raises ContractError if it
         is not the model in memory (``rounded``, else the exact one), to the rounding of the number format that
         both are computed in."""
         from lorry.adapters.merge import LOSS_BOUND
-        from lorry.models.loading.reopen import BOUND, compare, logits
+        from lorry.models.loading.reopen import LOGIT_BOUNDS, compare_logits, compute_fp32_logits
 
-        computed, theirs = str(self.dtype).removeprefix("torch."), logits(model, self.rows)
-        difference, bound = compare(self.exact if rounded is None else rounded, theirs, BOUND[computed], stored)
+        computed, theirs = str(self.dtype).removeprefix("torch."), compute_fp32_logits(model, self.rows)
+        difference, bound = compare_logits(self.exact if rounded is None else rounded, theirs, LOGIT_BOUNDS[computed], stored)
         drift, moved = (float((self.exact - other).abs().max()) for other in (theirs, self.base))
         part = drift / moved if moved else 0.0
         lines = [
@@ -139,7 +141,7 @@ class Before:
         return lines
 
 
-def record(found: Opened, name: str) -> dict[str, Any]:
+def merge_record(found: OpenedModel, name: str) -> dict[str, Any]:
     """What a merge was made of: the base's directory, what it was opened as, the SHA-256 of its weight files, the adapter."""
     base = Path(found.source["path"])
     digests = {file.name: file_digest(file) for file in weight_files(base)}

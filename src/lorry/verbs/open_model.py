@@ -8,31 +8,31 @@ from typing import TYPE_CHECKING
 
 from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
-from lorry.visible import visible
+from lorry.visible import make_visible
 
 if TYPE_CHECKING:
-    from lorry.models.loading.open import Opened
+    from lorry.models.loading.open import OpenedModel
 
 
-def tell(text: str) -> None:
+def print_note(text: str) -> None:
     """A line beside the results."""
-    print(visible(text), file=sys.stderr, flush=True)
+    print(make_visible(text), file=sys.stderr, flush=True)
 
 
-def opened(config: ModelConfig, *, adapters: Sequence[str] = ()) -> Opened:
+def open_with_adapters(config: ModelConfig, *, adapters: Sequence[str] = ()) -> OpenedModel:
     """The model with its adapters and its tokenizer. Raises ModelError when there is none."""
     from lorry.models.loading.open import open_model
 
     notes: list[str] = []
     found = open_model(config, notes, adapters=adapters)
     for note in notes:
-        tell(f"note: {note}")
+        print_note(f"note: {note}")
     if found.tokenizer is None:
         raise ModelError(f"{config.name} has no tokenizer; put its tokenizer.json beside the weights")
     return found
 
 
-def chosen_adapter(found: Opened, asked: str | None, name: str) -> str:
+def resolve_adapter_name(found: OpenedModel, asked: str | None, name: str) -> str:
     """The adapter that is meant: the one asked for, or the only one. Raises ConfigError otherwise."""
     known = ", ".join(found.adapters)
     if not found.adapters:

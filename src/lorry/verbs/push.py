@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorry.config.settings import PushSettings
-from lorry.verbs.open_model import tell
+from lorry.verbs.open_model import print_note
 
 
 def main(settings: PushSettings, notes: list[str]) -> int:
     """Upload, tell what a person should know. The last line of standard output is the repository's address."""
-    from lorry.hub.push import push
+    from lorry.hub.push import push_run
 
-    print(push(Path(settings.run), settings.hub_model_id, private=settings.hub_private_repo, tell=tell))
+    print(push_run(Path(settings.run), settings.hub_model_id, private=settings.hub_private_repo, tell=print_note))
     return 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorry.config.settings import ReportSettings
-from lorry.console import Console
+from lorry.console import VisibleConsole
 from lorry.errors import DataError
-from lorry.report import build, table
-from lorry.runs.read import load_readable
+from lorry.report import table, write_report
+from lorry.runs.read import read_readable_runs
 
 
 def main(settings: ReportSettings, notes: list[str]) -> int:
@@ -17,8 +17,8 @@ def main(settings: ReportSettings, notes: list[str]) -> int:
     Returns the exit code of a DataError where one of several runs is damaged: the others are shown, and it is named.
     """
     paths = [Path(run) for run in settings.runs]
-    page = build(paths, settings.output_dir)
-    runs, damaged = load_readable(paths)
-    Console(stderr=True).print(table.show(runs, damaged=damaged))
+    page = write_report(paths, settings.output_dir)
+    runs, damaged = read_readable_runs(paths)
+    VisibleConsole(stderr=True).print(table.render_runs(runs, damaged=damaged))
     print(page)
     return DataError.exit_code if damaged else 0

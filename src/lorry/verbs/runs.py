@@ -20,13 +20,13 @@ from typing import Any
 from rich.text import Text
 
 from lorry.config.settings import RunsSettings
-from lorry.console import Console
+from lorry.console import VisibleConsole
 from lorry.errors import DataError
 from lorry.report import table
 from lorry.runs import status
-from lorry.visible import escaped, visible
+from lorry.visible import escape_document, make_visible
 
-WIDE = 200  # columns of what is no terminal
+WIDE_TERMINAL = 200  # columns of what is no terminal
 
 
 def main(settings: RunsSettings, notes: list[str]) -> int:
@@ -34,23 +34,25 @@ def main(settings: RunsSettings, notes: list[str]) -> int:
     folder = Path(settings.folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; `lorry runs FOLDER` lists the runs below FOLDER")
-    found = status.listed(folder)
+    found = status.list_run_states(folder)
     if settings.format == "json":
-        print(escaped(json.dumps([as_json(state) for state in found], indent=1, ensure_ascii=False, allow_nan=False)))
+        print(
+            escape_document(json.dumps([run_state_json(state) for state in found], indent=1, ensure_ascii=False, allow_nan=False))
+        )
         return 0
     if not found:
         print(f"no runs in {folder}", file=sys.stderr)
         return 0
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    console = Console(width=WIDE if piped else None)
-    console.print(table.standings(found, datetime.now(UTC).timestamp(), console.width))
+    console = VisibleConsole(width=WIDE_TERMINAL if piped else None)
+    console.print(table.runs_table(found, datetime.now(UTC).timestamp(), console.width))
     for state in found:
         if state.detail:
-            console.print(Text(visible(f"{state.name}  {state.state}: {state.detail}")))
+            console.print(Text(make_visible(f"{state.name}  {state.state}: {state.detail}")))
     return 0
 
 
-def as_json(state: status.State) -> dict[str, Any]:
+def run_state_json(state: status.RunState) -> dict[str, Any]:
     """A state as plain JSON: times as ISO text, what is not known or not finite as null."""
     plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in asdict(state).items()}
     written = None if state.written is None else datetime.fromtimestamp(state.written, UTC).isoformat(timespec="seconds")

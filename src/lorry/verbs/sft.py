@@ -8,31 +8,31 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lorry.config.schema import Run
-from lorry.console import Console
-from lorry.verbs.open_model import tell
+from lorry.config.schema import RunConfig
+from lorry.console import VisibleConsole
+from lorry.verbs.open_model import print_note
 
 
-def main(run: Run, notes: list[str]) -> int:
+def main(run: RunConfig, notes: list[str]) -> int:
     """Train, report, print the summary. The last line of standard output is the run directory."""
     if run.background:
         from lorry.hub.push import check_push
         from lorry.verbs import background
 
-        check_push(run, tell)
-        return background.leave(run, run.task)
-    from lorry.api import train
-    from lorry.report import build, table
-    from lorry.runs.read import load
-    from lorry.train.monitoring.signals import raising
+        check_push(run, print_note)
+        return background.start_background_run(run, run.task)
+    from lorry.api import train_and_push
+    from lorry.report import table, write_report
+    from lorry.runs.read import read_run
+    from lorry.train.monitoring.signals import raise_on_signals
 
-    result = train(run, [])  # the command line has told its notes
-    with raising(f"arrived while the report was made. The run is complete; `lorry report {result.path}` makes its page"):
-        page = build([result.path])
-        finished = load(result.path)
-        console = Console(stderr=True)
-        console.print(table.summary(finished), *table.adapters(finished))
-        console.print(table.contracts(finished))
+    result = train_and_push(run, [])  # the command line has told its notes
+    with raise_on_signals(f"arrived while the report was made. The run is complete; `lorry report {result.path}` makes its page"):
+        page = write_report([result.path])
+        finished = read_run(result.path)
+        console = VisibleConsole(stderr=True)
+        console.print(table.summary_table(finished), *table.adapter_tables(finished))
+        console.print(table.contracts_table(finished))
     print(f"report  {page}", file=sys.stderr)
     print(f"chat    lorry chat {result.path}", file=sys.stderr)
     print(Path(result.path))

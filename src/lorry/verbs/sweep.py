@@ -14,50 +14,52 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorry.config import Sweep
-from lorry.config.schema import Job, Run
-from lorry.console import Console
+from lorry.config import SweepSettings
+from lorry.config.schema import JobConfig, RunConfig
+from lorry.console import VisibleConsole
 from lorry.disk import durable
 from lorry.errors import ConfigError
 from lorry.runs import ownership
 from lorry.runs.layout import REPORT, SWEEP, RunDir
 
 if TYPE_CHECKING:
-    from lorry.train.jobs import Outcome
+    from lorry.train.jobs import RunOutcome
 
 
-def main(settings: Sweep, notes: list[str]) -> int:
+def main(settings: SweepSettings, notes: list[str]) -> int:
     """Train every pass, rank, show, write. The last line of standard output is the directory of the best adapter."""
-    from lorry.api import train
-    from lorry.report import build, table
+    from lorry.api import train_and_push
+    from lorry.report import table, write_report
     from lorry.train import artifacts
-    from lorry.train.start import OTHERWISE, claim
+    from lorry.train.start import MOVE_AWAY_HINT, claim_output_dir
 
     if not settings.jobs:
         raise ConfigError("nothing to sweep; give several values of a setting, such as r=8,16 or learning_rate=1e-4,3e-4")
     rows, paths = list[dict[str, Any]](), list[Path]()
     passes = settings.passes()
     for run in passes:
-        claim(run)  # of all of them, before the first has trained
+        claim_output_dir(run)  # of all of them, before the first has trained
     if len(passes) > 1:
-        ownership.refuse_foreign({settings.output_dir / SWEEP: ownership.has_keys("ranked_by", "jobs")}, OTHERWISE)
+        ownership.refuse_foreign({settings.output_dir / SWEEP: ownership.recognise_keys("ranked_by", "jobs")}, MOVE_AWAY_HINT)
     for number, run in enumerate(passes, 1):
         if len(passes) > 1:
             print(f"pass {number} of {len(passes)}: {', '.join(job.name for job in run.jobs)}", file=sys.stderr)
-        result = train(run, notes if number == 1 else [])
-        rows += rows_of(run, result.adapters, result.outcome)
-        paths.append(build([result.path]).parent)
-    ranked = sorted(rows, key=_rank)
+        result = train_and_push(run, notes if number == 1 else [])
+        rows += sweep_rows(run, result.adapters, result.outcome)
+        paths.append(write_report([result.path]).parent)
+    ranked = sorted(rows, key=_ranking_key)
     durable.make_directory(settings.output_dir)
     artifacts.write_json(settings.output_dir, SWEEP, {"ranked_by": _ranked_by(rows), "jobs": ranked})
-    Console(stderr=True).print(table.figure_rows(f"sweep, by {_ranked_by(rows)}", "job", [_shown(row) for row in ranked]))
+    VisibleConsole(stderr=True).print(
+        table.figure_rows(f"sweep, by {_ranked_by(rows)}", "job", [_sweep_row_cells(row) for row in ranked])
+    )
     for path in paths:
         print(f"report  {path / REPORT}", file=sys.stderr)
     print(ranked[0]["path"])
     return 0
 
 
-def rows_of(run: Run, adapters: Sequence[str], outcome: Outcome) -> list[dict[str, Any]]:
+def sweep_rows(run: RunConfig, adapters: Sequence[str], outcome: RunOutcome) -> list[dict[str, Any]]:
     """A row of sweep.json for each job of a pass."""
 
     own = {job.name: job for job in run.jobs}
@@ -65,7 +67,7 @@ def rows_of(run: Run, adapters: Sequence[str], outcome: Outcome) -> list[dict[st
         {
             "name": name,
             "path": str(RunDir(run.output_dir).adapter(name, len(adapters))),
-            "settings": settings_of(own[name]),
+            "settings": own_job_settings(own[name]),
             "steps": outcome.jobs[name].steps,
             "loss": outcome.jobs[name].final_loss,
             "best_step": outcome.jobs[name].best_step,
@@ -76,12 +78,12 @@ def rows_of(run: Run, adapters: Sequence[str], outcome: Outcome) -> list[dict[st
     ]
 
 
-def settings_of(job: Job) -> dict[str, Any]:
+def own_job_settings(job: JobConfig) -> dict[str, Any]:
     """What of a job is not the run's, by dotted name."""
     return {f"{group}.{key}": value for group in ("lora", "data", "train") for key, value in getattr(job, group).items()}
 
 
-def _rank(row: Mapping[str, Any]) -> tuple[bool, float]:
+def _ranking_key(row: Mapping[str, Any]) -> tuple[bool, float]:
     """Lower is better; what has no held-out loss comes after what has, and what is not finite last."""
     value = row.get("eval_loss", row["loss"])
     value = math.inf if value is None or not math.isfinite(value) else value
@@ -92,9 +94,9 @@ def _ranked_by(rows: Sequence[Mapping[str, Any]]) -> str:
     return "held-out loss" if any("eval_loss" in row for row in rows) else "last training loss (nothing held out)"
 
 
-def _shown(row: Mapping[str, Any]) -> tuple[str, str, dict[str, str]]:
-    from lorry.formatting import NOTHING, number
+def _sweep_row_cells(row: Mapping[str, Any]) -> tuple[str, str, dict[str, str]]:
+    from lorry.formatting import MISSING_VALUE, format_number
 
     own = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in row["settings"].items())
-    held = {"held-out loss": number(row["eval_loss"])} if "eval_loss" in row else {"held-out loss": NOTHING}
-    return row["name"], own, {**held, "last training loss": number(row["loss"]), "steps": number(row["steps"])}
+    held = {"held-out loss": format_number(row["eval_loss"])} if "eval_loss" in row else {"held-out loss": MISSING_VALUE}
+    return row["name"], own, {**held, "last training loss": format_number(row["loss"]), "steps": format_number(row["steps"])}

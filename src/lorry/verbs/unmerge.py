@@ -10,24 +10,31 @@ from lorry.config.settings import UnmergeSettings
 from lorry.disk import documents
 from lorry.disk.integrity import file_digest
 from lorry.errors import ModelError
-from lorry.verbs.merge import RECORD, weight_files
-from lorry.verbs.open_model import tell
+from lorry.verbs.merge import MERGE_RECORD_FILE, weight_files
+from lorry.verbs.open_model import print_note
 
-KINDS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # weights, settings, tokenizers, a model's own code
+COPIED_FILE_SUFFIXES = (
+    ".safetensors",
+    ".json",
+    ".jinja",
+    ".model",
+    ".txt",
+    ".py",
+)  # weights, settings, tokenizers, a model's own code
 
 
 def main(settings: UnmergeSettings, notes: list[str]) -> int:
     """Find the base that the record of the merge names, check every weight file's digest, copy it."""
     from lorry.disk import durable
 
-    said = read_record(Path(settings.run) / RECORD)
+    said = read_record(Path(settings.run) / MERGE_RECORD_FILE)
     base = find_base(said)
-    with durable.building(settings.output_dir) as folder:
+    with durable.build_directory(settings.output_dir) as folder:
         for file in sorted(base.iterdir()):
-            if file.is_file() and file.suffix in KINDS:
+            if file.is_file() and file.suffix in COPIED_FILE_SUFFIXES:
                 shutil.copyfile(file, folder / file.name)
-        check(folder, said["base_weights"], base)
-    tell(f"{len(said['base_weights'])} weight files copied from {base}, SHA-256 as before the merge")
+        verify_copied_weights(folder, said["base_weights"], base)
+    print_note(f"{len(said['base_weights'])} weight files copied from {base}, SHA-256 as before the merge")
     print(settings.output_dir)
     return 0
 
@@ -44,13 +51,13 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def find_base(said: dict[str, Any]) -> Path:
     """The base's directory: where it was, or wherever what was merged leads to now (a hub id, a run's base)."""
-    from lorry.models.loading.sources import resolve
+    from lorry.models.loading.sources import resolve_model
 
     was = Path(said["base"])
-    return was if was.is_dir() else resolve(said["opened_as"], notes=[]).directory
+    return was if was.is_dir() else resolve_model(said["opened_as"], notes=[]).directory
 
 
-def check(folder: Path, digests: dict[str, str], base: Path) -> None:
+def verify_copied_weights(folder: Path, digests: dict[str, str], base: Path) -> None:
     """Compare the copied weight files with the record. Raises ModelError unless they are the very same."""
     found = {file.name: file_digest(file) for file in weight_files(folder)}
     if odd := sorted(name for name in digests.keys() | found.keys() if digests.get(name) != found.get(name)):

@@ -22,8 +22,8 @@ from lorry.errors import ConfigError, ModelError
 
 PATTERN_LIMIT = 2000  # characters of one regular expression
 TIME_LIMIT = 10.0  # seconds for all regular expressions of a file on all modules of a model; real ones take milliseconds
-PLAIN = re.compile(r"(?:[\w^$-]|\\?\.)*")
-TRIAL = """
+PLAIN_PATTERN = re.compile(r"(?:[\w^$-]|\\?\.)*")
+TRIAL_SCRIPT = """
 import json, re, sys
 patterns, paths = json.load(sys.stdin)
 for pattern in patterns:
@@ -32,23 +32,23 @@ for pattern in patterns:
 """
 
 # Keys that describe the file, the training or the loading, never the function that was learnt.
-INFORMATION = frozenset(
+INFORMATION_KEYS = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "runtime_config",
         "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
     }
 )  # fmt: skip
 # `layers_pattern` only says where layer numbers stand; the comparison with the tensors of the file catches a difference.
-READ = frozenset(
+READ_KEYS = frozenset(
     {
         "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora",
         "init_lora_weights", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
     }
 )  # fmt: skip
-DEFAULTS: Mapping[str, Any] = {"bias": "none", "megatron_core": "megatron.core"}
+DEFAULT_VALUES: Mapping[str, Any] = {"bias": "none", "megatron_core": "megatron.core"}
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
-REASONS = {
+REFUSAL_REASONS = {
     "use_dora": "DoRA has a magnitude vector that the plain low-rank sum lacks",
     "bias": "trained biases of the base are not part of a low-rank adapter",
     "lora_bias": "a bias beside every lora_B, which the plain low-rank sum lacks",
@@ -56,32 +56,32 @@ REASONS = {
 }
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_adapter_json(file: Path) -> dict[str, Any]:
     """A JSON object from a stranger's file. Raises ModelError; what is refused: disk/documents.py."""
     return documents.read_object(file, error=ModelError, nonfinite=True)  # a number that is not finite: refused by its key
 
 
-def parse_config(config: Mapping[str, Any], where: str) -> LoraSpec:
+def parse_peft_config(config: Mapping[str, Any], where: str) -> LoraSpec:
     """A LoraSpec from the parsed file; ``where`` opens every message. Raises ModelError."""
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{where}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read")
     if config.get("task_type") not in ("CAUSAL_LM", None):
         raise ModelError(f"{where}: task_type is {config['task_type']!r}; only CAUSAL_LM adapters can be read")
     for key, value in config.items():
-        if key not in READ | INFORMATION and not _neutral(key, value):
-            reason = REASONS.get(key, "it may change what the adapter computes")
+        if key not in READ_KEYS | INFORMATION_KEYS and not _is_neutral(key, value):
+            reason = REFUSAL_REASONS.get(key, "it may change what the adapter computes")
             raise ModelError(f"{where}: {key}={value!r:.80} is not supported ({reason}); only plain LoRA can be read")
     fields: dict[str, Any] = {
-        "r": _number(config, "r", where, default=8, whole=True),
-        "lora_alpha": _number(config, "lora_alpha", where, default=8),
-        "lora_dropout": _number(config, "lora_dropout", where, default=0.0),
-        "use_rslora": _switch(config, "use_rslora", where),
-        "init_lora_weights": _init(config.get("init_lora_weights", True), where),
-        "target_modules": _names(config, "target_modules", where),
-        "exclude_modules": _names(config, "exclude_modules", where),
-        "layers_to_transform": _layers(config, where),
-        "rank_pattern": _patterns(config, "rank_pattern", where, whole=True),
-        "alpha_pattern": _patterns(config, "alpha_pattern", where, whole=False),
+        "r": _read_number(config, "r", where, default=8, whole=True),
+        "lora_alpha": _read_number(config, "lora_alpha", where, default=8),
+        "lora_dropout": _read_number(config, "lora_dropout", where, default=0.0),
+        "use_rslora": _read_bool(config, "use_rslora", where),
+        "init_lora_weights": _read_init(config.get("init_lora_weights", True), where),
+        "target_modules": _read_names(config, "target_modules", where),
+        "exclude_modules": _read_names(config, "exclude_modules", where),
+        "layers_to_transform": _read_layers(config, where),
+        "rank_pattern": _read_patterns(config, "rank_pattern", where, whole=True),
+        "alpha_pattern": _read_patterns(config, "alpha_pattern", where, whole=False),
     }
     if not fields["target_modules"]:
         raise ModelError(f"{where}: target_modules is empty; the file must name the adapted layers")
@@ -93,7 +93,7 @@ def parse_config(config: Mapping[str, Any], where: str) -> LoraSpec:
         raise ModelError(f"{where}: {e}") from e
 
 
-def named_by(spec: LoraSpec, linears: Collection[str], inner: Collection[str]) -> set[str]:
+def match_peft_targets(spec: LoraSpec, linears: Collection[str], inner: Collection[str]) -> set[str]:
     """The modules a file's spec selects by PEFT's rules: of ``linears``, or for "all-linear" all of ``inner``."""
     wanted, excluded = spec.target_modules, spec.exclude_modules
     if isinstance(excluded, str):
@@ -106,7 +106,7 @@ def named_by(spec: LoraSpec, linears: Collection[str], inner: Collection[str]) -
     return {p for p in left if p in wanted or (_ends_in(p, wanted) and _in_layers(p, spec.layers_to_transform))}
 
 
-def check_time(spec: LoraSpec, modules: Collection[str], where: str) -> None:
+def check_pattern_time(spec: LoraSpec, modules: Collection[str], where: str) -> None:
     """Try a file's regular expressions on ``modules`` in a process of their own, which can be stopped: they come from strangers
     and may take exponential time. Names without any repeat or choice are not tried. Raises ModelError after TIME_LIMIT seconds.
     """
@@ -115,19 +115,21 @@ def check_time(spec: LoraSpec, modules: Collection[str], where: str) -> None:
         *spec.alpha_pattern,
         *(w for w in (spec.target_modules, spec.exclude_modules) if isinstance(w, str)),
     ]
-    patterns = [p for p in written if not PLAIN.fullmatch(p)]
+    patterns = [p for p in written if not PLAIN_PATTERN.fullmatch(p)]
     if not patterns:
         return
     try:
         work = json.dumps([patterns, list(modules)]).encode()
-        subprocess.run([sys.executable, "-I", "-S", "-c", TRIAL], input=work, timeout=TIME_LIMIT, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", TRIAL_SCRIPT], input=work, timeout=TIME_LIMIT, check=True, capture_output=True
+        )
     except subprocess.TimeoutExpired as e:
         raise ModelError(f"{where}: its regular expressions ({patterns[0]!r:.80}) take too long; list the modules by name") from e
     except (OSError, subprocess.CalledProcessError) as e:
         raise ModelError(f"{where}: its regular expressions could not be tried safely ({e}); list the modules by name") from e
 
 
-def to_config(spec: LoraSpec, target_modules: list[str], *, transposed: bool, base_name: str | None) -> dict[str, Any]:
+def to_peft_config(spec: LoraSpec, target_modules: list[str], *, transposed: bool, base_name: str | None) -> dict[str, Any]:
     """adapter_config.json as PEFT writes it, with the keys that every PEFT since 0.10 knows (a strange one stops old versions).
 
     Layer numbers and exclusions are not repeated: ``target_modules`` already says it all.
@@ -157,11 +159,11 @@ def to_config(spec: LoraSpec, target_modules: list[str], *, transposed: bool, ba
     }
 
 
-def _neutral(key: str, value: Any) -> bool:
-    return value is None or value is False or value in ("", [], {}) or (key in DEFAULTS and value == DEFAULTS[key])
+def _is_neutral(key: str, value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {}) or (key in DEFAULT_VALUES and value == DEFAULT_VALUES[key])
 
 
-def _number(config: Mapping[str, Any], key: str, where: str, *, default: float, whole: bool = False) -> float:
+def _read_number(config: Mapping[str, Any], key: str, where: str, *, default: float, whole: bool = False) -> float:
     value = config.get(key, default)
     _check_number(value, f"{where}: {key}", whole=whole)
     return value
@@ -174,14 +176,14 @@ def _check_number(value: Any, what: str, *, whole: bool) -> None:
         raise ModelError(f"{what} is {value!r:.80}; that is out of range")
 
 
-def _switch(config: Mapping[str, Any], key: str, where: str) -> bool:
+def _read_bool(config: Mapping[str, Any], key: str, where: str) -> bool:
     value = config.get(key, False)
     if not isinstance(value, bool):
         raise ModelError(f"{where}: {key} is {value!r:.80}; it must be true or false")
     return value
 
 
-def _init(value: Any, where: str) -> bool | str:
+def _read_init(value: Any, where: str) -> bool | str:
     """How the values came to be no longer matters, unless that changed the base as well."""
     if isinstance(value, str) and value.startswith(CHANGES_BASE):
         raise ModelError(
@@ -195,7 +197,7 @@ def _init(value: Any, where: str) -> bool | str:
     raise ModelError(f"{where}: init_lora_weights={value!r:.80} is not known")
 
 
-def _names(config: Mapping[str, Any], key: str, where: str) -> str | tuple[str, ...] | None:
+def _read_names(config: Mapping[str, Any], key: str, where: str) -> str | tuple[str, ...] | None:
     value = config.get(key)
     if isinstance(value, str) and value:
         _check_pattern(value, f"{where}: {key}")
@@ -205,7 +207,7 @@ def _names(config: Mapping[str, Any], key: str, where: str) -> str | tuple[str, 
     return tuple(value) if value else None
 
 
-def _layers(config: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
+def _read_layers(config: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
     value = config.get("layers_to_transform")
     if value is None or value == []:
         return None
@@ -215,7 +217,7 @@ def _layers(config: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
-def _patterns(config: Mapping[str, Any], key: str, where: str, *, whole: bool) -> dict[str, float]:
+def _read_patterns(config: Mapping[str, Any], key: str, where: str, *, whole: bool) -> dict[str, float]:
     value = config.get(key)
     if value is not None and not isinstance(value, dict):
         raise ModelError(f"{where}: {key} is {value!r:.80}; it must be an object of names and numbers")

@@ -21,16 +21,24 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from lorry.adapters.attach import attach, bank_of, linears
-from lorry.adapters.bank import NAME, Adapter, checked_name
+from lorry.adapters.attach import attach, find_linears, get_bank
+from lorry.adapters.bank import NAME_PATTERN, Adapter, check_adapter_name
 from lorry.adapters.layers import BankEmbedding, BankLinear
-from lorry.adapters.peft.config import check_time, parse_config, read_json, to_config
-from lorry.adapters.peft.tensors import PREFIX, adaptable, check_modules, opened, read_values, renaming, sort_parts
+from lorry.adapters.peft.config import check_pattern_time, parse_peft_config, read_adapter_json, to_peft_config
+from lorry.adapters.peft.tensors import (
+    PEFT_PREFIX,
+    check_modules,
+    legacy_name_mapper,
+    list_adaptable_layers,
+    open_adapter_weights,
+    read_lora_values,
+    sort_lora_tensors,
+)
 from lorry.disk import durable
 from lorry.errors import ConfigError, ModelError
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, ADAPTER_WEIGHTS
 
-SAMPLES = 4096  # values of each base tensor that the digest looks at
+DIGEST_SAMPLES = 4096  # values of each base tensor that the digest looks at
 
 
 def adapter_files(
@@ -41,24 +49,34 @@ def adapter_files(
     ``base_name``: what PEFT should load as the base (a directory or hub id); ``extra``: more facts for lorry_adapter.json.
     Raises ConfigError for an unknown or unusable name, ModelError if a value is not finite.
     """
-    adapter = bank_of(model)[checked_name(name)]
-    modules = bank_of(model).modules
+    adapter = get_bank(model)[check_adapter_name(name)]
+    modules = get_bank(model).modules
     tensors = {}
     for path, slot in adapter.slots.items():
         inner = "lora_embedding_{}" if isinstance(modules[path], BankEmbedding) else "lora_{}.weight"
         for side, param in (("A", slot.A), ("B", slot.B)):
             if not bool(torch.isfinite(param).all()):
                 raise ModelError(f"adapter {name!r} holds NaN or infinity in {path}.lora_{side}; nothing was written")
-            tensors[f"{PREFIX}{path}.{inner.format(side)}"] = param.detach().cpu().contiguous()
+            tensors[f"{PEFT_PREFIX}{path}.{inner.format(side)}"] = param.detach().cpu().contiguous()
         said = (adapter.spec.rank(path), adapter.spec.scale(path))
         assert said == (slot.A.shape[0], slot.scale), f"{path}: the spec says rank and scale {said}"
     transposed = any(isinstance(modules[p], BankLinear) and modules[p].transposed for p in adapter.slots)
-    config = to_config(adapter.spec, target_names(model, adapter), transposed=transposed, base_name=base_name)
+    config = to_peft_config(adapter.spec, target_names(model, adapter), transposed=transposed, base_name=base_name)
     first = modules[next(iter(adapter.slots))]
     kind = first.dtype if isinstance(first, BankLinear) else first.weight.dtype
     dtype = str(kind).removeprefix("torch.")
-    facts = {**(extra or {}), "dtype": dtype, "lorry_version": _version(), "adapter": name, "base_digest": base_digest(model)}
-    return {ADAPTER_WEIGHTS: save(tensors, {"format": "pt"}), ADAPTER_CONFIG: _json(config), ADAPTER_FACTS: _json(facts)}
+    facts = {
+        **(extra or {}),
+        "dtype": dtype,
+        "lorry_version": _package_version(),
+        "adapter": name,
+        "base_digest": base_digest(model),
+    }
+    return {
+        ADAPTER_WEIGHTS: save(tensors, {"format": "pt"}),
+        ADAPTER_CONFIG: _encode_json(config),
+        ADAPTER_FACTS: _encode_json(facts),
+    }
 
 
 def save_adapter(
@@ -74,10 +92,10 @@ def save_adapter(
     ``name``: which one; None is the only one (ConfigError if there are several).
     Every file is durable before the first one replaces an older one. Raises what `adapter_files` raises, and DiskError.
     """
-    names = bank_of(model).names()
+    names = get_bank(model).names()
     if name is None and len(names) != 1:
         raise ConfigError(f"this model has the adapters {', '.join(names) or '(none)'}; say which one to save")
-    base_name = base_name or _origin(model)
+    base_name = base_name or _base_origin(model)
     files = adapter_files(model, names[0] if name is None else name, base_name=base_name, extra=extra)
     durable.make_directory(Path(path))
     durable.write_files(Path(path), files)
@@ -94,18 +112,18 @@ def load_adapter(
     """
     folder, name = find_adapter(path, name)
     where = str(folder / ADAPTER_CONFIG)
-    layers = adaptable(model)
-    rename = renaming(model, layers)
-    spec = parse_config(read_json(folder / ADAPTER_CONFIG), where)
+    layers = list_adaptable_layers(model)
+    rename = legacy_name_mapper(model, layers)
+    spec = parse_peft_config(read_adapter_json(folder / ADAPTER_CONFIG), where)
     if not isinstance(spec.target_modules, str):
         spec = replace(spec, target_modules=tuple(rename(t) for t in spec.target_modules))
-    check_time(spec, layers, where)
+    check_pattern_time(spec, layers, where)
     if not other_base:
         _check_base(model, folder)
-    with opened(folder) as file:
-        parts = sort_parts(model, file, str(folder / ADAPTER_WEIGHTS), layers, rename)
+    with open_adapter_weights(folder) as file:
+        parts = sort_lora_tensors(model, file, str(folder / ADAPTER_WEIGHTS), layers, rename)
         check_modules(model, spec, set(parts), where)
-        values = read_values(file, str(folder / ADAPTER_WEIGHTS), spec, layers, parts)
+        values = read_lora_values(file, str(folder / ADAPTER_WEIGHTS), spec, layers, parts)
     adapter = attach(model, spec, name, modules=[p for p in layers if p in parts])
     with torch.no_grad():
         for key, view in adapter.tensors().items():
@@ -123,16 +141,18 @@ def find_adapter(path: str | Path, name: str | None = None) -> tuple[Path, str]:
     Raises ModelError if there is none, or several and no ``name``; ConfigError for a name that cannot be a folder.
     """
     root = Path(path)
-    if name is not None and (root / checked_name(name) / ADAPTER_CONFIG).is_file():
+    if name is not None and (root / check_adapter_name(name) / ADAPTER_CONFIG).is_file():
         return root / name, name
     if (root / ADAPTER_CONFIG).is_file():
-        saved = read_json(root / ADAPTER_FACTS).get("adapter", "default") if (root / ADAPTER_FACTS).is_file() else "default"
-        if name is None and not (isinstance(saved, str) and NAME.fullmatch(saved)):
+        saved = (
+            read_adapter_json(root / ADAPTER_FACTS).get("adapter", "default") if (root / ADAPTER_FACTS).is_file() else "default"
+        )
+        if name is None and not (isinstance(saved, str) and NAME_PATTERN.fullmatch(saved)):
             raise ModelError(f"{root / ADAPTER_FACTS}: adapter={saved!r:.80} cannot be an adapter's name")
         return root, name or saved
     inside = sorted(p.parent.name for p in root.glob(f"*/{ADAPTER_CONFIG}"))
     if len(inside) == 1 and name is None:
-        return root / inside[0], checked_name(inside[0])
+        return root / inside[0], check_adapter_name(inside[0])
     choice = f"; it has adapters named {', '.join(inside)}: pass name=" if inside else "; pass the directory that does"
     raise ModelError(f"{root} holds no {ADAPTER_CONFIG}{choice}")
 
@@ -151,17 +171,17 @@ def base_digest(model: nn.Module) -> str:
     classes that can hold it; another quantisation or fine-tuning of it is not.
     """
     digest = hashlib.sha256()
-    for path, module in sorted(linears(model).items()):
+    for path, module in sorted(find_linears(model).items()):
         weight = module.get_parameter("weight") if (kept := getattr(module, "kept", None)) is None else kept
         flat = weight.detach().reshape(-1)
-        count = min(SAMPLES, flat.numel())
+        count = min(DIGEST_SAMPLES, flat.numel())
         places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
         digest.update(f"{path}{tuple(weight.shape)}".encode())
         digest.update(flat[places].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _origin(model: nn.Module) -> str | None:
+def _base_origin(model: nn.Module) -> str | None:
     """Where transformers or Lorry read a model from: a directory in full, or a hub id; None if it does not say."""
     config = getattr(model, "config", None)
     name = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
@@ -172,19 +192,19 @@ def _check_base(model: nn.Module, folder: Path) -> None:
     """Compare the base's digest with the one an adapter of ours was saved with; PEFT's files say nothing about it."""
     if not (folder / ADAPTER_FACTS).is_file():
         return
-    said = read_json(folder / ADAPTER_FACTS).get("base_digest")
+    said = read_adapter_json(folder / ADAPTER_FACTS).get("base_digest")
     if said is not None and said != base_digest(model):
         raise ModelError(
             f"{folder / ADAPTER_FACTS}: this adapter was trained on other base weights than this model's; open it on its own base, "
-            f"{read_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')} (in Python, other_base=True accepts the difference)"
+            f"{read_adapter_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')} (in Python, other_base=True accepts the difference)"
         )
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
+def _encode_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _version() -> str:
+def _package_version() -> str:
     try:
         return version("lorry")
     except PackageNotFoundError:  # run from a source tree that was never installed

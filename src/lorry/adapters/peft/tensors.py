@@ -11,45 +11,45 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lorry.adapters.attach import head_and_embedding, linears
-from lorry.adapters.bank import wrap
-from lorry.adapters.layers import Adaptable, BankEmbedding
-from lorry.adapters.peft.config import named_by
+from lorry.adapters.attach import find_linears, head_and_embedding
+from lorry.adapters.bank import wrap_module
+from lorry.adapters.layers import AdaptableLayer, BankEmbedding
+from lorry.adapters.peft.config import match_peft_targets
 from lorry.adapters.spec import LoraSpec
 from lorry.disk.safetensors_names import check_names
-from lorry.errors import ModelError, nearest
-from lorry.families import find
+from lorry.errors import ModelError, suggest_nearest
+from lorry.families import find_family
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-PREFIX = "base_model.model."
-PART = re.compile(r"(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
-BASE = re.compile(r"(?P<module>.+?)(?P<inner>\.base_layer)?\.(?P<leaf>weight|bias)")
+PEFT_PREFIX = "base_model.model."
+LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
+BASE_TENSOR = re.compile(r"(?P<module>.+?)(?P<inner>\.base_layer)?\.(?P<leaf>weight|bias)")
 
 
-def adaptable(model: nn.Module) -> dict[str, Adaptable]:
+def list_adaptable_layers(model: nn.Module) -> dict[str, AdaptableLayer]:
     """{path: layer} of every place an adapter can sit; layers of a foreign model as the bank would see them."""
-    found = {p: m if isinstance(m, Adaptable) else wrap(m, p) for p, m in linears(model).items()}
+    found = {p: m if isinstance(m, AdaptableLayer) else wrap_module(m, p) for p, m in find_linears(model).items()}
     return {p: layer for p, layer in found.items() if layer is not None}
 
 
-def sort_parts(
-    model: nn.Module, file: safe_open, where: str, layers: Mapping[str, Adaptable], rename: Callable[[str], str]
+def sort_lora_tensors(
+    model: nn.Module, file: safe_open, where: str, layers: Mapping[str, AdaptableLayer], rename: Callable[[str], str]
 ) -> dict[str, dict[str, str]]:
     """{module: {"A": key, "B": key}} of the file; base tensors that PEFT adds are compared with the model's and left out."""
     parts: dict[str, dict[str, str]] = {}
     ends = head_and_embedding(model)
     for key in file.keys():  # noqa: SIM118 (not a mapping)
-        body = key.removeprefix(PREFIX) if key.startswith(PREFIX) else ""
-        if found := PART.fullmatch(body):
+        body = key.removeprefix(PEFT_PREFIX) if key.startswith(PEFT_PREFIX) else ""
+        if found := LORA_TENSOR.fullmatch(body):
             module, side = rename(found["module"]), found["linear"] or found["embedding"]
             if module not in layers:
-                raise ModelError(f"{where}: {key} belongs to a layer this model does not have{nearest(module, layers)}")
+                raise ModelError(f"{where}: {key} belongs to a layer this model does not have{suggest_nearest(module, layers)}")
             if isinstance(layers[module], BankEmbedding) != bool(found["embedding"]):
                 raise ModelError(f"{where}: {key} does not fit {module}, which is a {type(layers[module]).__name__[4:].lower()}")
             if side in parts.setdefault(module, {}):
                 raise ModelError(f"{where}: {key} and {parts[module][side]} are the same part of {module}")
             parts[module][side] = key
-        elif (found := BASE.fullmatch(body)) and (found["inner"] or rename(found["module"]) in ends):
+        elif (found := BASE_TENSOR.fullmatch(body)) and (found["inner"] or rename(found["module"]) in ends):
             _check_base_tensor(layers.get(rename(found["module"])), found["leaf"], file, key, where)
         else:
             raise ModelError(f"{where}: {key} is no part of a plain LoRA adapter; every tensor must be understood")
@@ -61,7 +61,7 @@ def sort_parts(
     return parts
 
 
-def _check_base_tensor(layer: Adaptable | None, leaf: str, file: safe_open, key: str, where: str) -> None:
+def _check_base_tensor(layer: AdaptableLayer | None, leaf: str, file: safe_open, key: str, where: str) -> None:
     """PEFT's save_embedding_layers stores base weights too: fine if they are this base's, in either's precision."""
     own = None if layer is None else layer.kept if leaf == "weight" and layer.kept is not None else getattr(layer, leaf, None)
     shape = list(file.get_slice(key).get_shape())
@@ -77,10 +77,10 @@ def _check_base_tensor(layer: Adaptable | None, leaf: str, file: safe_open, key:
 
 def check_modules(model: nn.Module, spec: LoraSpec, present: set[str], where: str) -> None:
     """The layers the config names and those the file holds must be the same ones."""
-    candidates = linears(model)
+    candidates = find_linears(model)
     head, _ = head_and_embedding(model)
     inner = [p for p, m in candidates.items() if not isinstance(m, nn.Embedding | BankEmbedding) and p != head]
-    named = named_by(spec, candidates, inner)
+    named = match_peft_targets(spec, candidates, inner)
     if lost := sorted(named - present):
         raise ModelError(f"{where}: names {lost[0]} as a target ({len(lost)} such), but {ADAPTER_WEIGHTS} has no tensors for it")
     if extra := sorted(present - named):
@@ -91,8 +91,8 @@ def check_modules(model: nn.Module, spec: LoraSpec, present: set[str], where: st
         raise ModelError(f"{where}: its target_modules name no layer of this model; the adapter belongs to another one")
 
 
-def read_values(
-    file: safe_open, where: str, spec: LoraSpec, layers: Mapping[str, Adaptable], parts: Mapping[str, Mapping[str, str]]
+def read_lora_values(
+    file: safe_open, where: str, spec: LoraSpec, layers: Mapping[str, AdaptableLayer], parts: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Tensor]:
     """{`MODULE.lora_A`: [R,I], `MODULE.lora_B`: [O,R]} in fp32, shapes checked before a byte is read."""
     values = {}
@@ -110,7 +110,7 @@ def read_values(
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[safe_open]:
+def open_adapter_weights(folder: Path) -> Iterator[safe_open]:
     """The weights file; what is wrong inside it is a ModelError too."""
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file() and (folder / "adapter_model.bin").exists():
@@ -128,10 +128,10 @@ def opened(folder: Path) -> Iterator[safe_open]:
         raise ModelError(f"{file}: not a whole safetensors file ({e}); copy or save it again") from e
 
 
-def renaming(model: nn.Module, layers: Mapping[str, Adaptable]) -> Callable[[str], str]:
+def legacy_name_mapper(model: nn.Module, layers: Mapping[str, AdaptableLayer]) -> Callable[[str], str]:
     """Older checkpoints spell some modules otherwise (GPT-NeoX's head was `embed_out`): the name in this model."""
     config = getattr(model, "config", None)
     kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
-    family = getattr(model, "family", None) or find(str(kind))
+    family = getattr(model, "family", None) or find_family(str(kind))
     spelt = {old: ours for ours, old in family.on_disk.items() if old not in layers} if family else {}
     return lambda path: spelt.get(path, path)

@@ -1,7 +1,7 @@
 """Names that people bring from PEFT, TRL, LLaMA-Factory, axolotl and unsloth, and what Lorry makes of them.
 
-A rename maps to a setting of ours; a reading looks at the value, too; the names in ``NOTED`` change nothing here whatever their
-value; those in ``NOT_YET`` are known but not built, and are let through only at a value that asks for what Lorry does anyway.
+A rename maps to a setting of ours; a reading looks at the value, too; the names in ``IGNORED_ALIASES`` change nothing here whatever their
+value; those in ``UNSUPPORTED_ALIASES`` are known but not built, and are let through only at a value that asks for what Lorry does anyway.
 ``HOMONYMS`` are names of ours that a peer uses for something else, told apart by the value.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 # value -> our settings and their values, one or several; None: it changes nothing. ValueError: what is wrong with the value
-Reading = Callable[[Any], tuple[str, Any] | list[tuple[str, Any]] | None]
+AliasReader = Callable[[Any], tuple[str, Any] | list[tuple[str, Any]] | None]
 
-RENAMES: dict[str, str] = {
+ALIAS_RENAMES: dict[str, str] = {
     **dict.fromkeys(
         ["model_name_or_path", "base_model", "model_name", "model_path", "model_id", "base_model_name_or_path",
          "pretrained_model_name_or_path"], "model.name",
@@ -67,12 +67,12 @@ RENAMES: dict[str, str] = {
 }  # fmt: skip
 
 
-def _if_on(setting: str, meaning: Any) -> Reading:
+def _switch_meaning(setting: str, meaning: Any) -> AliasReader:
     """A switch that stands for one value of ours; anything but true, false, null and auto goes on to be refused there."""
     return lambda on: None if on in (False, None, "auto") else (setting, meaning if on is True else on)
 
 
-def _opposite(setting: str) -> Reading:
+def _negated_switch(setting: str) -> AliasReader:
     return lambda on: (setting, not on if isinstance(on, bool) else on)
 
 
@@ -80,7 +80,7 @@ def _share_or_rows(size: Any) -> tuple[str, Any] | None:
     return ("data.test_size", size) if size else None
 
 
-def _once_an_epoch(setting: str) -> Reading:
+def _once_an_epoch(setting: str) -> AliasReader:
     """``evals_per_epoch: 4`` as once an epoch; the steps of a quarter of one are only known with the data."""
     return lambda times: (setting, "epoch") if times else None
 
@@ -127,19 +127,19 @@ def _lora_bias(value: Any) -> tuple[str, Any] | None:
     return None if value is False or value is None else ("lora.bias", value)
 
 
-READINGS: dict[str, Reading] = {
+ALIAS_READERS: dict[str, AliasReader] = {
     "lora_bias": _lora_bias,
     "datasets": _axolotl_datasets,
-    "use_cpu": _if_on("model.device", "cpu"),
+    "use_cpu": _switch_meaning("model.device", "cpu"),
     "evals_per_epoch": _once_an_epoch("train.eval_strategy"),
     "saves_per_epoch": _once_an_epoch("train.save_strategy"),
     "special_tokens": _pad_token_only,
-    "bf16": _if_on("model.dtype", "bfloat16"),
-    "fp16": _if_on("model.dtype", "float16"),
-    "train_on_inputs": _opposite("data.completion_only_loss"),
-    "train_on_prompt": _opposite("data.completion_only_loss"),
+    "bf16": _switch_meaning("model.dtype", "bfloat16"),
+    "fp16": _switch_meaning("model.dtype", "float16"),
+    "train_on_inputs": _negated_switch("data.completion_only_loss"),
+    "train_on_prompt": _negated_switch("data.completion_only_loss"),
     "train_on_responses_only": lambda on: ("data.completion_only_loss", on),
-    "lora_target_linear": _if_on("lora.target_modules", "all-linear"),
+    "lora_target_linear": _switch_meaning("lora.target_modules", "all-linear"),
     "lora_target": lambda names: ("lora.target_modules", "all-linear" if names == "all" else names),
     "warmup": lambda much: ("train.warmup_ratio" if isinstance(much, float) and much < 1 else "train.warmup_steps", much),
     "use_gradient_checkpointing": lambda on: ("train.gradient_checkpointing", on == "unsloth" or on),
@@ -154,7 +154,7 @@ _TYPE = "the model's and tokenizer's own files say so"
 _OUTPUT = "what an output directory holds is never overwritten: an earlier run moves to previous/N"
 _REPORT = "the run's report has it"
 _WATCH = "a loss that is not finite stops the run, whatever is set here"
-NOTED: dict[str, str] = {
+IGNORED_ALIASES: dict[str, str] = {
     **dict.fromkeys(
         ["overwrite_cache", "preprocessing_num_workers", "dataloader_num_workers", "dataloader_pin_memory",
          "dataloader_prefetch_factor", "dataloader_drop_last", "dataloader_persistent_workers", "dataset_num_proc",
@@ -196,8 +196,8 @@ HOMONYMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 
-OFF: tuple[Any, ...] = (False, None, "none", "no", [], {})
-NOT_YET: dict[str, tuple[Any, ...]] = {
+OFF_VALUES: tuple[Any, ...] = (False, None, "none", "no", [], {})
+UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ["use_dora", "use_qalora", "modules_to_save", "target_parameters", "trainable_token_indices", "ensure_weight_tying",
          "layers_pattern", "layer_replication", "loftq_config", "eva_config", "corda_config", "lora_bias_trainable",
@@ -208,9 +208,9 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
          "tokenizer", "logging_dir", "lora_fan_in_fan_out", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id",
          "resize_token_embeddings_to_32x", "unfreeze_layers", "s2_attention", "noisy_embedding_alpha",
          "curriculum_sampling", "reward_model",
-         "mlflow_tracking_uri", "comet_project_name"], OFF,
+         "mlflow_tracking_uri", "comet_project_name"], OFF_VALUES,
     ),
-    "variant": (*OFF, "lora"),
+    "variant": (*OFF_VALUES, "lora"),
     "peft_type": (None, "LORA"),
     "task_type": (None, "CAUSAL_LM"),
     "lora_task_type": (None, "CAUSAL_LM"),
@@ -225,17 +225,17 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "use_peft": (True,),
     "use_lora": (True,),
     "do_train": (True,),
-    "inference_mode": OFF,
+    "inference_mode": OFF_VALUES,
     "save_safetensors": (None, True),
     "save_model": (None, True),
-    "eval_packing": OFF,
+    "eval_packing": OFF_VALUES,
     "tf32": (None, False),
 }  # fmt: skip
 
 # settings of another verb than the one they are given to
-ELSEWHERE: dict[str, str] = {"teacher": "lorry distill", "tasks": "lorry eval; in training they are called eval_tasks"}
+OTHER_VERB_SETTINGS: dict[str, str] = {"teacher": "lorry distill", "tasks": "lorry eval; in training they are called eval_tasks"}
 
-NOT_YET_VALUES: dict[str, tuple[str, ...]] = {
+UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
     "backend.name": ("fsdp", "megatron"),
     "to": ("gguf", "hf-moe"),
     "lora.bias": ("all", "lora_only"),

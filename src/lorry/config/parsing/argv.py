@@ -9,8 +9,8 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lorry.config.parsing.names import Names, accepts, names_of
-from lorry.config.parsing.place import Given, field_of, is_known, unknown
+from lorry.config.parsing.names import SchemaNames, accepts_type, schema_names
+from lorry.config.parsing.place import GivenSetting, flag_field, is_known_setting, unknown_setting_error
 from lorry.errors import ConfigError
 
 ASSIGNMENT = re.compile(r"(?:--)?([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
@@ -18,16 +18,16 @@ SUFFIXES = (".yaml", ".yml", ".json")
 SWITCH_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0", "null"}
 
 
-def read_argv(schema: type[BaseModel], argv: Sequence[str]) -> tuple[Path | None, list[Given]]:
+def read_argv(schema: type[BaseModel], argv: Sequence[str]) -> tuple[Path | None, list[GivenSetting]]:
     """The config file, if one is named, and the settings in their order. Raises ConfigError on a word that is neither."""
-    names = names_of(schema)
+    names = schema_names(schema)
     left, found, bare = list(argv), [], []
     while left:
         word = left.pop(0)
         if match := ASSIGNMENT.fullmatch(word):
-            found.append(Given(match[1].replace("-", "_"), match[2], word, typed=True))
+            found.append(GivenSetting(match[1].replace("-", "_"), match[2], word, typed=True))
         elif word.startswith("--") and len(word) > 2:
-            found.append(_flag(names, word, left, greedy=not _positional(schema)))
+            found.append(_read_flag(names, word, left, greedy=not _positional_name(schema)))
         elif word.startswith("-") and len(word) > 1:
             raise ConfigError(f"{word}: not an option; settings are key=value or --key value")
         else:
@@ -37,58 +37,58 @@ def read_argv(schema: type[BaseModel], argv: Sequence[str]) -> tuple[Path | None
         files.append(bare.pop(0))
     if len(files) > 1:
         raise ConfigError(f"two run descriptions are given, {files[0]} and {files[1]}; keep one")
-    settings = _bare(schema, bare) + [given for given in found if given.key != "config"]
+    settings = _bare_words(schema, bare) + [given for given in found if given.key != "config"]
     return Path(files[0]) if files else None, settings
 
 
-def _positional(schema: type[BaseModel]) -> str:
+def _positional_name(schema: type[BaseModel]) -> str:
     return getattr(schema, "positional", "")
 
 
-def _bare(schema: type[BaseModel], words: list[str]) -> list[Given]:
+def _bare_words(schema: type[BaseModel], words: list[str]) -> list[GivenSetting]:
     """Bare words belong to the schema's positional setting: one word, or any number where it is a list."""
     if not words:
         return []
-    if not _positional(schema):
+    if not _positional_name(schema):
         raise ConfigError(f"{words[0]}: unexpected word; settings are key=value without spaces, after an optional CONFIG.yaml")
-    names = names_of(schema)
-    dotted = names.candidates(_positional(schema))[0]
-    if accepts(names.fields[dotted], list):
-        return [Given(dotted, words, " ".join(words))]
+    names = schema_names(schema)
+    dotted = names.candidates(_positional_name(schema))[0]
+    if accepts_type(names.fields[dotted], list):
+        return [GivenSetting(dotted, words, " ".join(words))]
     if len(words) > 1:
         raise ConfigError(f"{words[1]}: one word too many after {words[0]!r}; settings are key=value without spaces")
-    return [Given(dotted, words[0], words[0])]
+    return [GivenSetting(dotted, words[0], words[0])]
 
 
 def _is_bare(words: list[str]) -> bool:
     return bool(words) and not words[0].startswith("--") and not ASSIGNMENT.fullmatch(words[0])
 
 
-def _flag(names: Names, word: str, left: list[str], greedy: bool) -> Given:
+def _read_flag(names: SchemaNames, word: str, left: list[str], greedy: bool) -> GivenSetting:
     """``--key value``, a switch ``--key`` or ``--no-key``, or ``--key a b c`` for a list; takes its values from ``left``."""
     key = word[2:].replace("-", "_")
-    field = field_of(names, key)
-    if field is None and key.startswith("no_") and (opposite := field_of(names, key[3:])) and accepts(opposite, bool):
-        return Given(key[3:], "false", word, typed=True)
+    field = flag_field(names, key)
+    if field is None and key.startswith("no_") and (opposite := flag_field(names, key[3:])) and accepts_type(opposite, bool):
+        return GivenSetting(key[3:], "false", word, typed=True)
     if field is None and key != "config":
-        if not is_known(names, key):
-            raise unknown(names, key, word)
+        if not is_known_setting(names, key):
+            raise unknown_setting_error(names, key, word)
         value = left.pop(0) if _is_bare(left) and (greedy or left[0].lower() in SWITCH_WORDS) else "true"
-        return Given(key, value, word, typed=True)
+        return GivenSetting(key, value, word, typed=True)
     if field is not None and _is_switch(field, left):
-        return Given(key, "true", word, typed=True)
+        return GivenSetting(key, "true", word, typed=True)
     if not left or left[0].startswith("--"):
         raise ConfigError(f"{word}: a value is missing")
     values = [left.pop(0)]
-    while greedy and field is not None and accepts(field, list) and _is_bare(left):
+    while greedy and field is not None and accepts_type(field, list) and _is_bare(left):
         values.append(left.pop(0))
     if len(values) > 1:
-        return Given(key, values, f"{word} {' '.join(values)}")
-    return Given(key, values[0], f"{word} {values[0]}", typed=True)
+        return GivenSetting(key, values, f"{word} {' '.join(values)}")
+    return GivenSetting(key, values[0], f"{word} {values[0]}", typed=True)
 
 
 def _is_switch(field: FieldInfo, left: list[str]) -> bool:
     """Whether ``--key`` stands alone: the field is true/false and no such word (nor text it would take) follows."""
-    if not accepts(field, bool) or (left and left[0].lower() in SWITCH_WORDS):
+    if not accepts_type(field, bool) or (left and left[0].lower() in SWITCH_WORDS):
         return False
-    return not (accepts(field, str) and _is_bare(left))
+    return not (accepts_type(field, str) and _is_bare(left))

@@ -9,29 +9,29 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from lorry.config.parsing.aliases import NOT_YET_VALUES
-from lorry.config.parsing.names import Names, allowed, members, show
-from lorry.errors import nearest
+from lorry.config.parsing.aliases import UNSUPPORTED_VALUES
+from lorry.config.parsing.names import SchemaNames, describe_allowed, show_value, union_members
+from lorry.errors import suggest_nearest
 
 
-def explain(error: ValidationError, names: Names, origins: Mapping[str, str]) -> str:
+def explain_validation(error: ValidationError, names: SchemaNames, origins: Mapping[str, str]) -> str:
     """One line per setting that is wrong. ``origins``: where each given setting stands, by dotted name."""
     lines: dict[str, str] = {}
     for item in error.errors(include_url=False):
-        dotted = _dotted(item["loc"], names)
+        dotted = _dotted_name(item["loc"], names)
         where = origins.get(dotted, "")
-        sentence = _sentence(item, dotted, names)
+        sentence = _error_sentence(item, dotted, names)
         lines.setdefault(dotted or sentence, f"{where}: {sentence}" if where else sentence)
     return "\n".join(lines.values())
 
 
-def _dotted(loc: tuple[int | str, ...], names: Names) -> str:
+def _dotted_name(loc: tuple[int | str, ...], names: SchemaNames) -> str:
     """The setting an error belongs to; deeper parts of ``loc`` (union members, list indices) are left off."""
     pair = ".".join(map(str, loc[:2]))
     return pair if pair in names.fields else ".".join(map(str, loc[:1]))
 
 
-def _sentence(item: ErrorDetails, dotted: str, names: Names) -> str:
+def _error_sentence(item: ErrorDetails, dotted: str, names: SchemaNames) -> str:
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"])
         return f"{dotted}: {message}" if dotted in names.fields else message
@@ -39,17 +39,17 @@ def _sentence(item: ErrorDetails, dotted: str, names: Names) -> str:
         main = names.candidates(dotted)[0]
         return f"{main} is missing; give {main if dotted in names.fields and '.' not in dotted else main.partition('.')[0]}=..."
     if dotted not in names.fields:
-        return f"{dotted}: got {show(item['input'])}; give settings of this group, such as {dotted}.{_first(names, dotted)}"
+        return f"{dotted}: got {show_value(item['input'])}; give settings of this group, such as {dotted}.{_first_field(names, dotted)}"
     field = names.fields[dotted]
-    if item["input"] in NOT_YET_VALUES.get(dotted, ()):
-        return f"{dotted}: {item['input']!r} is not built yet; give {allowed(field)}"
-    return f"{dotted}: got {show(item['input'])}; give {allowed(field)}{_nearest_choice(item['input'], field)}"
+    if item["input"] in UNSUPPORTED_VALUES.get(dotted, ()):
+        return f"{dotted}: {item['input']!r} is not built yet; give {describe_allowed(field)}"
+    return f"{dotted}: got {show_value(item['input'])}; give {describe_allowed(field)}{_nearest_choice(item['input'], field)}"
 
 
-def _first(names: Names, group: str) -> str:
+def _first_field(names: SchemaNames, group: str) -> str:
     return next(dotted for dotted in names.fields if dotted.startswith(f"{group}.")).rpartition(".")[2]
 
 
 def _nearest_choice(value: Any, field: FieldInfo) -> str:
-    choices = [choice for kind in members(field.annotation) if get_origin(kind) is Literal for choice in get_args(kind)]
-    return nearest(value[:80], choices) if isinstance(value, str) else ""
+    choices = [choice for kind in union_members(field.annotation) if get_origin(kind) is Literal for choice in get_args(kind)]
+    return suggest_nearest(value[:80], choices) if isinstance(value, str) else ""

@@ -12,31 +12,31 @@ from typing import Any
 
 import yaml
 
-from lorry.disk.documents import REAL, WHOLE, parse_json, parse_yaml, read_text
+from lorry.disk.documents import YAML_FLOAT, YAML_INTEGER, parse_json, parse_yaml, read_text
 from lorry.errors import ConfigError
 
-LARGEST = 1 << 18  # bytes; a longer run description is a mistake or an attack
+LARGEST_DESCRIPTION = 1 << 18  # bytes; a longer run description is a mistake or an attack
 
 
-class _Dumper(yaml.SafeDumper):
+class _YamlDumper(yaml.SafeDumper):
     """Quotes what either YAML 1.1 or 1.2 would take for something other than text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+def _represent_text(dumper: _YamlDumper, text: str) -> yaml.ScalarNode:
     """Line breaks of every kind are escaped: PyYAML folds some of them (U+0085) so that they do not come back."""
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
-_Dumper.add_representer(str, _text)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{REAL.pattern})$"), list("-+.0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"^(?:{WHOLE.pattern})$"), list("-+0123456789"))
+_YamlDumper.add_representer(str, _represent_text)
+_YamlDumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{YAML_FLOAT.pattern})$"), list("-+.0123456789"))
+_YamlDumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"^(?:{YAML_INTEGER.pattern})$"), list("-+0123456789"))
 
 
 @dataclass(frozen=True)
-class Described:
+class DescriptionFile:
     """A file's settings as nested plain values, and the line of each key (``lora``, ``lora.r``, ``jobs.0.lora.r``)."""
 
     values: dict[str, Any]
@@ -51,10 +51,10 @@ def read_scalar(text: str) -> Any:
         raise ValueError(f"{text[:80]!r} is not a YAML value ({error})") from error
 
 
-def read_file(path: Path) -> Described:
+def read_description_file(path: Path) -> DescriptionFile:
     """Read a .yaml, .yml or .json description. Raises ConfigError with file:line."""
     try:
-        text = read_text(path, LARGEST, ConfigError)
+        text = read_text(path, LARGEST_DESCRIPTION, ConfigError)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     if path.suffix == ".json":
@@ -66,7 +66,7 @@ def read_file(path: Path) -> Described:
         lines = dict(_key_lines(node)) if isinstance(node, yaml.MappingNode) else {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a run description is a map of settings, such as 'model: DIR'")
-    return Described(values, lines)
+    return DescriptionFile(values, lines)
 
 
 def _key_lines(node: yaml.MappingNode) -> list[tuple[str, int]]:
@@ -105,4 +105,4 @@ def _json_lines(values: dict[str, Any], text: str) -> dict[str, int]:
 
 def write_yaml(values: dict[str, Any]) -> str:
     """YAML text of nested plain values, keys in order."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(values, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True, width=120)

@@ -14,22 +14,22 @@ import annotated_types as limits
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-PLAIN = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+TYPE_WORDS = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 
 
-class _Short(reprlib.Repr):
+class _ShortRepr(reprlib.Repr):
     """Values shortened for a message. Python refuses to write integers of over 4,300 digits; here they have a size instead."""
 
     def repr_int(self, x: int, level: int) -> str:
         return f"a whole number of {x.bit_length()} bits" if x.bit_length() > 128 else super().repr_int(x, level)
 
 
-SHORT = _Short()
-SHORT.maxstring, SHORT.maxother, SHORT.maxlist, SHORT.maxdict, SHORT.maxlevel = 80, 80, 4, 4, 2
+SHORT_REPR = _ShortRepr()
+SHORT_REPR.maxstring, SHORT_REPR.maxother, SHORT_REPR.maxlist, SHORT_REPR.maxdict, SHORT_REPR.maxlevel = 80, 80, 4, 4, 2
 
 
 @dataclass(frozen=True)
-class Names:
+class SchemaNames:
     """The settings of one schema: groups by name, fields by their dotted name, dotted names by leaf."""
 
     groups: dict[str, type[BaseModel]]
@@ -47,12 +47,14 @@ class Names:
 
 
 @cache
-def names_of(schema: type[BaseModel]) -> Names:
+def schema_names(schema: type[BaseModel]) -> SchemaNames:
     """The names of a schema whose fields are plain values or groups (one level)."""
     groups: dict[str, type[BaseModel]] = {}
     fields: dict[str, FieldInfo] = {}
     for name, field in schema.model_fields.items():
-        inner = next((kind for kind in members(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        inner = next(
+            (kind for kind in union_members(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)), None
+        )
         if inner is None:
             fields[name] = field
         else:
@@ -61,59 +63,59 @@ def names_of(schema: type[BaseModel]) -> Names:
     leaves: dict[str, list[str]] = {}
     for dotted in fields:
         leaves.setdefault(dotted.rpartition(".")[2], []).append(dotted)
-    return Names(groups, fields, leaves)
+    return SchemaNames(groups, fields, leaves)
 
 
-def members(annotation: Any) -> list[Any]:
+def union_members(annotation: Any) -> list[Any]:
     """The kinds of a union, Annotated's wrapping taken off: ``PathText | list[str] | None -> [str, list[str], NoneType]``."""
     if get_origin(annotation) is Annotated:
-        return members(get_args(annotation)[0])
+        return union_members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return [kind for part in get_args(annotation) for kind in members(part)]
+        return [kind for part in get_args(annotation) for kind in union_members(part)]
     return [annotation]
 
 
-def accepts(field: FieldInfo, kind: type) -> bool:
+def accepts_type(field: FieldInfo, kind: type) -> bool:
     """Whether a field takes values of a Python type: one of str, int, float, bool, list, dict, NoneType."""
-    taken = {get_origin(member) or member for member in members(field.annotation)}
+    taken = {get_origin(member) or member for member in union_members(field.annotation)}
     choices = {
-        type(choice) for member in members(field.annotation) if get_origin(member) is Literal for choice in get_args(member)
+        type(choice) for member in union_members(field.annotation) if get_origin(member) is Literal for choice in get_args(member)
     }
     wider: dict[type, set[Any]] = {str: {Path}, int: {float}}
     return bool(({kind} | wider.get(kind, set())) & (taken | choices))
 
 
-def allowed(field: FieldInfo) -> str:
+def describe_allowed(field: FieldInfo) -> str:
     """What a field takes, in words: ``a whole number above 0 or null``."""
     extra = field.json_schema_extra
     if isinstance(extra, dict) and "allowed" in extra:
         return str(extra["allowed"])
-    return _either(_words(field.annotation, field.metadata))
+    return _join_alternatives(_type_words(field.annotation, field.metadata))
 
 
-def _either(words: list[str]) -> str:
+def _join_alternatives(words: list[str]) -> str:
     """``a or b``, without ``a whole number`` where any number does."""
     numbers = any(word.startswith("a number") for word in words)
     return " or ".join(dict.fromkeys(word for word in words if not (numbers and word.startswith("a whole number"))))
 
 
-def _words(annotation: Any, metadata: Iterable[Any] = ()) -> list[str]:
+def _type_words(annotation: Any, metadata: Iterable[Any] = ()) -> list[str]:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _words(args[0], [*args[1:], *metadata])
+        return _type_words(args[0], [*args[1:], *metadata])
     if origin in (Union, UnionType):
-        return [word for part in args for word in _words(part, metadata)]
+        return [word for part in args for word in _type_words(part, metadata)]
     if origin is Literal:
         return ["one of " + ", ".join(map(str, args)) if len(args) > 1 else str(args[0])]
     if origin is list:
-        return [f"a list ({_either(_words(args[0]))} each)"]
+        return [f"a list ({_join_alternatives(_type_words(args[0]))} each)"]
     if origin is dict:
-        return [f"a map of name: {_either(_words(args[1]))}"]
-    bounds = " and ".join(_bounds(metadata)) if annotation in (int, float) else ""
-    return [f"{PLAIN[annotation]} {bounds}".rstrip()]
+        return [f"a map of name: {_join_alternatives(_type_words(args[1]))}"]
+    bounds = " and ".join(_bound_words(metadata)) if annotation in (int, float) else ""
+    return [f"{TYPE_WORDS[annotation]} {bounds}".rstrip()]
 
 
-def _bounds(metadata: Iterable[Any]) -> Iterable[str]:
+def _bound_words(metadata: Iterable[Any]) -> Iterable[str]:
     for limit in metadata:
         match limit:
             case limits.Ge(ge=bound):
@@ -128,6 +130,6 @@ def _bounds(metadata: Iterable[Any]) -> Iterable[str]:
                 pass
 
 
-def show(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value in a message, shortened, in YAML's words where Python has others: true, null, 8, 'text'."""
-    return {"True": "true", "False": "false", "None": "null"}.get(SHORT.repr(value), SHORT.repr(value))
+    return {"True": "true", "False": "false", "None": "null"}.get(SHORT_REPR.repr(value), SHORT_REPR.repr(value))

@@ -16,17 +16,26 @@ from collections import Counter
 from collections.abc import Iterable
 
 from lorry.data.catalog import choices, instruct, longbench, numbers, quiz, reading, texts, truth
-from lorry.data.catalog.item import Item
+from lorry.data.catalog.item import NamedSetItem
 from lorry.data.catalog.named import NamedSet
-from lorry.data.catalog.turns import conversation, cued
-from lorry.errors import ConfigError, nearest
+from lorry.data.catalog.turns import item_conversation, prompt_with_cue
+from lorry.errors import ConfigError, suggest_nearest
 
-__all__ = ["SETS", "SUITES", "Item", "NamedSet", "conversation", "cued", "expand", "named"]
+__all__ = [
+    "SETS",
+    "SUITES",
+    "NamedSetItem",
+    "NamedSet",
+    "item_conversation",
+    "prompt_with_cue",
+    "expand_suites",
+    "find_named_set",
+]
 
-_ROOMS = (texts, choices, quiz, reading, truth, numbers, instruct, longbench)
-SETS: dict[str, NamedSet] = {found.name: found for room in _ROOMS for found in room.SETS}
-_LONG = tuple(name for name in SETS if name.startswith("longbench_"))
-_CHINESE = (
+_CATALOG_MODULES = (texts, choices, quiz, reading, truth, numbers, instruct, longbench)
+SETS: dict[str, NamedSet] = {found.name: found for room in _CATALOG_MODULES for found in room.SETS}
+_LONGBENCH_SETS = tuple(name for name in SETS if name.startswith("longbench_"))
+_CHINESE_SETS = (
     "longbench_multifieldqa_zh",
     "longbench_dureader",
     "longbench_vcsum",
@@ -42,47 +51,47 @@ SUITES: dict[str, tuple[str, ...]] = {
     "summaries": ("xsum", "samsum", "scitldr"),
     "instructions": ("alpaca", "dolly"),
     "truth": ("truthfulqa", "truthfulqa_mc", "truthfulqa_mc1"),
-    "longbench": tuple(name for name in _LONG if name not in _CHINESE),
-    "longbench_zh": _CHINESE,
+    "longbench": tuple(name for name in _LONGBENCH_SETS if name not in _CHINESE_SETS),
+    "longbench_zh": _CHINESE_SETS,
 }
 
 
-def _key(name: str) -> str:
+def _spelling_key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 # other spellings, without case and punctuation: hub ids that mean one set, LongBench's own names, and what people write
-_HUBS = Counter(found.hub for found in SETS.values())
+_HUB_COUNTS = Counter(found.hub for found in SETS.values())
 _ALIASES = {
-    **{_key(name.removeprefix("longbench_")): name for name in _LONG},
-    **{_key(found.hub): found.name for found in SETS.values() if found.hub and _HUBS[found.hub] == 1},
+    **{_spelling_key(name.removeprefix("longbench_")): name for name in _LONGBENCH_SETS},
+    **{_spelling_key(found.hub): found.name for found in SETS.values() if found.hub and _HUB_COUNTS[found.hub] == 1},
     "arc": "arc_challenge", "arcc": "arc_challenge", "arce": "arc_easy", "anlir1": "anli", "obqa": "openbookqa",
     "facebookanli": "anli", "truthfulqatruthfulqa": "truthfulqa", "truthfulqagen": "truthfulqa", "truthfulqamc2": "truthfulqa_mc",
     "dolly15k": "dolly", "databricksdolly15k": "dolly", "databricksdatabricksdolly15k": "dolly", "superglueboolq": "bool_q",
     "spaeng": "eng_spa", "cosmos": "cosmos_qa", "pythoncodeinstructions18kalpaca": "python_code", "python": "python_code",
     "quoraqa": "quora", "winograndexl": "winogrande", "xquaden": "xquad", "xquadmultidoc": "xquad", "boolqlong": "boolq_long",
-    **{_key(name): name for name in SETS},
+    **{_spelling_key(name): name for name in SETS},
 }  # fmt: skip
 
 
-def named(name: str) -> NamedSet:
+def find_named_set(name: str) -> NamedSet:
     """The set of this name, in any spelling (boolq, BoolQ, google/boolq). Raises ConfigError listing what exists."""
-    found = _ALIASES.get(_key(name))
+    found = _ALIASES.get(_spelling_key(name))
     if found is None:
-        raise _unknown(name)
+        raise _unknown_set_error(name)
     return SETS[found]
 
 
-def expand(names: str | Iterable[str]) -> list[str]:
+def expand_suites(names: str | Iterable[str]) -> list[str]:
     """Names of sets, with suites spelt out, in order and without repetition. Raises ConfigError for an unknown name."""
     found: dict[str, None] = {}
     for name in [names] if isinstance(names, str) else names:
-        found.update(dict.fromkeys(SUITES[name] if name in SUITES else (named(name).name,)))
+        found.update(dict.fromkeys(SUITES[name] if name in SUITES else (find_named_set(name).name,)))
     return list(found)
 
 
-def _unknown(name: str) -> ConfigError:
+def _unknown_set_error(name: str) -> ConfigError:
     if name in SUITES:
         return ConfigError(f"{name!r} is a suite, and one set is needed here; it has {', '.join(SUITES[name])}")
-    near = nearest(name.lower(), [*SETS, *SUITES])
+    near = suggest_nearest(name.lower(), [*SETS, *SUITES])
     return ConfigError(f"unknown set {name!r}{near}. Sets: {', '.join(SETS)}. Suites of them: {', '.join(SUITES)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lorry.data.catalog import SETS, SUITES
 
 
-def table() -> str:
+def render_sets_table() -> str:
     """The sets, one a line, then the suites."""
     lines = ["| set | what | hub | splits | metrics | templates | licence |", "|---|---|---|---|---|---|---|"]
     for one in SETS.values():
@@ -18,4 +18,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    print(render_sets_table(), end="")

@@ -8,63 +8,75 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lorry.data.catalog.item import Fields, chosen, outside, said
+from lorry.data.catalog.item import ItemFields, choice_fields, generative_fields, unknown_label_error
 from lorry.data.catalog.layouts import (
-    Row,
-    adapters_parts,
-    answers_in,
-    choice_columns,
-    choice_list,
-    is_place,
-    layout,
-    need,
-    question_mark,
-    slots,
+    RowColumns,
+    add_question_mark,
+    choice_columns_reader,
+    choice_list_reader,
+    column_slots,
+    is_position,
+    make_layout,
+    required_text,
+    row_answers,
+    split_adapters_instruction,
 )
-from lorry.data.catalog.named import NO_TEST, WHOLE, NamedSet
+from lorry.data.catalog.named import SPLITS_WITHOUT_TEST, WHOLE_SPLITS, NamedSet
 from lorry.data.reading.content import column_of
 
 YES_NO = ("yes", "no")
-_TRUTHS = {"true": 0, "yes": 0, "1": 0, "false": 1, "no": 1, "0": 1}  # a truth, however it is written, to its place in YES_NO
+_YES_NO_LABELS = {
+    "true": 0,
+    "yes": 0,
+    "1": 0,
+    "false": 1,
+    "no": 1,
+    "0": 1,
+}  # a truth, however it is written, to its place in YES_NO
 RELATIONS = ("entailment", "neutral", "contradiction")
 
 
-def _truth(value: Any) -> int:
+def _yes_no_index(value: Any) -> int:
     word = str(value).strip().lower().rstrip(".")
-    if word not in _TRUTHS:
-        raise outside(value, YES_NO)
-    return _TRUTHS[word]
+    if word not in _YES_NO_LABELS:
+        raise unknown_label_error(value, YES_NO)
+    return _YES_NO_LABELS[word]
 
 
-def _bool_q(row: Row) -> Fields:
+def _bool_q(row: RowColumns) -> ItemFields:
     label = row[column_of(row, ("answer", "label"))]
-    return chosen(_passage(row, "question|query"), YES_NO, [_truth(label)])
+    return choice_fields(_passage_slots(row, "question|query"), YES_NO, [_yes_no_index(label)])
 
 
-def _bool_q_adapters(row: Row) -> Fields:
-    asked, _, _ = adapters_parts(need(row, "instruction"))
-    return chosen({"question": question_mark(asked)}, YES_NO, [_truth(need(row, "answer", "output").split()[-1])])
+def _bool_q_adapters(row: RowColumns) -> ItemFields:
+    asked, _, _ = split_adapters_instruction(required_text(row, "instruction"))
+    return choice_fields(
+        {"question": add_question_mark(asked)}, YES_NO, [_yes_no_index(required_text(row, "answer", "output").split()[-1])]
+    )
 
 
-def _bool_q_long(row: Row) -> Fields:
-    told = said({"question": question_mark(need(row, "input")), "passage": need(row, "context")}, answers_in(row, "answers"))
-    return chosen(told.slots, YES_NO, [_truth(told.answer)])
+def _bool_q_long(row: RowColumns) -> ItemFields:
+    told = generative_fields(
+        {"question": add_question_mark(required_text(row, "input")), "passage": required_text(row, "context")},
+        row_answers(row, "answers"),
+    )
+    return choice_fields(told.slots, YES_NO, [_yes_no_index(told.answer)])
 
 
-def _passage(row: Row, question: str) -> dict[str, str]:
-    found = slots(row, question=question, passage="passage|context?")
-    return {**found, "question": question_mark(found["question"])}
+def _passage_slots(row: RowColumns, question: str) -> dict[str, str]:
+    found = column_slots(row, question=question, passage="passage|context?")
+    return {**found, "question": add_question_mark(found["question"])}
 
 
 BOOL_Q = NamedSet(
     name="bool_q",
     about="yes/no questions that people typed into a search engine, with a Wikipedia passage",
     hub="google/boolq",
-    splits=NO_TEST,  # the hub has no test split
+    splits=SPLITS_WITHOUT_TEST,  # the hub has no test split
     layouts=(
-        layout("boolq", "question|query answer|label", _bool_q),
-        layout("llm_adapters", "instruction answer|output", _bool_q_adapters),  # questions without their passages
-        layout("longbench", "input context answers", _bool_q_long),
+        make_layout("boolq", "question|query answer|label", _bool_q),
+        make_layout("llm_adapters", "instruction answer|output", _bool_q_adapters),  # questions without their passages
+        make_layout("longbench", "input context answers", _bool_q_long),
     ),
     templates=(
         "{passage}\n\nQuestion: {question}\nAnswer yes or no.",
@@ -84,12 +96,12 @@ BOOL_Q_LONG = replace(
 )
 
 
-def _anli(row: Row) -> Fields:
+def _anli(row: RowColumns) -> ItemFields:
     label = row["label"]
     place = RELATIONS.index(label) if label in RELATIONS else label
-    if isinstance(place, bool) or not is_place(str(place)) or not 0 <= int(place) < len(RELATIONS):
-        raise outside(label, RELATIONS)
-    return chosen(slots(row, "premise", "hypothesis"), RELATIONS, [int(place)])
+    if isinstance(place, bool) or not is_position(str(place)) or not 0 <= int(place) < len(RELATIONS):
+        raise unknown_label_error(label, RELATIONS)
+    return choice_fields(column_slots(row, "premise", "hypothesis"), RELATIONS, [int(place)])
 
 
 ANLI = NamedSet(
@@ -97,7 +109,7 @@ ANLI = NamedSet(
     about="adversarial entailment, round 1: does a statement follow from a text",
     hub="facebook/anli",
     splits={"train": "train_r1", "validation": "dev_r1", "test": "test_r1"},
-    layouts=(layout("anli", "premise hypothesis label", _anli),),
+    layouts=(make_layout("anli", "premise hypothesis label", _anli),),
     templates=(
         "Premise: {premise}\nHypothesis: {hypothesis}\n\nIs the relation {listed}?",
         "Suppose we know this:\n{premise}\n\nHow does the next sentence relate to it?\n{hypothesis}\n\n{options}",
@@ -111,17 +123,17 @@ ANLI = NamedSet(
 )  # fmt: skip
 
 
-def _round(number: int) -> NamedSet:
+def _anli_round(number: int) -> NamedSet:
     splits = {ours: f"{theirs}_r{number}" for ours, theirs in (("train", "train"), ("validation", "dev"), ("test", "test"))}
     about = f"adversarial entailment, round {number}: does a statement follow from a text"
     return replace(ANLI, name=f"anli_r{number}", about=about, splits=splits)
 
 
-def _paws(row: Row) -> Fields:
+def _paws(row: RowColumns) -> ItemFields:
     label = row["label"]
     if str(label) not in ("0", "1"):
-        raise outside(label, ("no", "yes"))
-    return chosen(slots(row, "sentence1", "sentence2"), YES_NO, [1 - int(label)])
+        raise unknown_label_error(label, ("no", "yes"))
+    return choice_fields(column_slots(row, "sentence1", "sentence2"), YES_NO, [1 - int(label)])
 
 
 PAWS = NamedSet(
@@ -129,8 +141,8 @@ PAWS = NamedSet(
     about="sentence pairs with nearly the same words: do they mean the same",
     hub="google-research-datasets/paws",
     config="labeled_final",
-    splits=WHOLE,
-    layouts=(layout("paws", "sentence1 sentence2 label", _paws),),
+    splits=WHOLE_SPLITS,
+    layouts=(make_layout("paws", "sentence1 sentence2 label", _paws),),
     templates=(
         "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n\nDo the two sentences mean the same? Answer yes or no.",
         "Could the second sentence stand for the first with nothing changed?\n1) {sentence1}\n2) {sentence2}\n\n{options}",
@@ -144,23 +156,23 @@ PAWS = NamedSet(
 )  # fmt: skip
 
 
-def _story(row: Row) -> dict[str, str]:
-    return slots(row, "context", "question")
+def _story_slots(row: RowColumns) -> dict[str, str]:
+    return column_slots(row, "context", "question")
 
 
-_COSMOS = ("answer0", "answer1", "answer2", "answer3")
+_COSMOS_COLUMNS = ("answer0", "answer1", "answer2", "answer3")
 COSMOS_QA = NamedSet(
     name="cosmos_qa",
     about="what is likely to have caused or to follow everyday events, read between the lines",
     hub="allenai/cosmos_qa",
     converted="default",
-    splits=NO_TEST,  # test labels are -1
+    splits=SPLITS_WITHOUT_TEST,  # test labels are -1
     layouts=(
-        layout(
+        make_layout(
             "cosmos_qa", "context question answer0 answer1 answer2 answer3 label",
-            choice_columns(_story, _COSMOS, "label"),
+            choice_columns_reader(_story_slots, _COSMOS_COLUMNS, "label"),
         ),
-        layout("choices", "context question choices|options answer|label", choice_list(_story)),
+        make_layout("choices", "context question choices|options answer|label", choice_list_reader(_story_slots)),
     ),
     templates=(
         "{context}\n\nQuestion: {question}\n{options}",
@@ -174,4 +186,4 @@ COSMOS_QA = NamedSet(
     source="Huang et al. 2019, Cosmos QA (arXiv 1909.00277)",
 )  # fmt: skip
 
-SETS = (BOOL_Q, BOOL_Q_LONG, ANLI, _round(2), _round(3), PAWS, COSMOS_QA)
+SETS = (BOOL_Q, BOOL_Q_LONG, ANLI, _anli_round(2), _anli_round(3), PAWS, COSMOS_QA)

@@ -5,41 +5,41 @@ Try: ``named("dolly").item({"instruction": "Name a river.", "context": "", "resp
 
 from __future__ import annotations
 
-from lorry.data.catalog.item import Fields, said
-from lorry.data.catalog.layouts import Row, alpaca_parts, answers_in, layout, need, slots
-from lorry.data.catalog.named import LAST_TENTH, NamedSet
+from lorry.data.catalog.item import ItemFields, generative_fields
+from lorry.data.catalog.layouts import RowColumns, column_slots, make_layout, required_text, row_answers, split_alpaca_prompt
+from lorry.data.catalog.named import LAST_TENTH_SPLITS, NamedSet
 
-_FRAMES = (
+_PROMPT_TEMPLATES = (
     "{instruction}\n\n{input}",
     "{instruction}\n\nHere is what you need for it:\n{input}",
     "Material:\n{input}\n\nRequest: {instruction}",
     "Please help me with the following. {instruction}\n\n{input}",
     "Do as told.\n\n{instruction}\n\n{input}",
 )
-_OVERLAP = ("rouge_l", "rouge_1", "token_f1")
+_OVERLAP_METRICS = ("rouge_l", "rouge_1", "token_f1")
 
 
-def _instruction(row: Row) -> Fields:
-    return said(slots(row, "instruction", input="input|context?"), answers_in(row, "output", "response"))
+def _instruction_fields(row: RowColumns) -> ItemFields:
+    return generative_fields(column_slots(row, "instruction", input="input|context?"), row_answers(row, "output", "response"))
 
 
-def _framed(row: Row) -> Fields:
-    instruction, given = alpaca_parts(need(row, "prompt"))
-    return said({"instruction": need({"prompt": instruction}, "prompt"), "input": given}, answers_in(row))
+def _framed_fields(row: RowColumns) -> ItemFields:
+    instruction, given = split_alpaca_prompt(required_text(row, "prompt"))
+    return generative_fields({"instruction": required_text({"prompt": instruction}, "prompt"), "input": given}, row_answers(row))
 
 
 _LAYOUTS = (
-    layout("instruction", "instruction output|response", _instruction),
-    layout("alpaca_prompt", "prompt answer|completion|response|output", _framed),
+    make_layout("instruction", "instruction output|response", _instruction_fields),
+    make_layout("alpaca_prompt", "prompt answer|completion|response|output", _framed_fields),
 )
 ALPACA = NamedSet(
     name="alpaca",
     about="52,000 instructions with answers of a larger model",
     hub="tatsu-lab/alpaca",
-    splits=LAST_TENTH,
+    splits=LAST_TENTH_SPLITS,
     layouts=_LAYOUTS,
-    templates=_FRAMES,
-    metrics=_OVERLAP,
+    templates=_PROMPT_TEMPLATES,
+    metrics=_OVERLAP_METRICS,
     max_new_tokens=256,
     cue="Response:",
     licence="CC-BY-NC-4.0",
@@ -49,10 +49,10 @@ DOLLY = NamedSet(
     name="dolly",
     about="15,000 instructions and answers written by Databricks' employees",
     hub="databricks/databricks-dolly-15k",
-    splits=LAST_TENTH,
+    splits=LAST_TENTH_SPLITS,
     layouts=_LAYOUTS,
-    templates=_FRAMES,
-    metrics=_OVERLAP,
+    templates=_PROMPT_TEMPLATES,
+    metrics=_OVERLAP_METRICS,
     max_new_tokens=256,
     cue="Response:",
     licence="CC-BY-SA-3.0",
@@ -60,23 +60,23 @@ DOLLY = NamedSet(
 )
 
 
-def _question(row: Row) -> Fields:
-    return said(slots(row, question="question|query"), answers_in(row, "answer", "answers", "response"))
+def _question_fields(row: RowColumns) -> ItemFields:
+    return generative_fields(column_slots(row, question="question|query"), row_answers(row, "answer", "answers", "response"))
 
 
 QUORA = NamedSet(
     name="quora",
     about="questions asked on Quora, each with an answer",
     hub="toughdata/quora-question-answer-dataset",
-    splits=LAST_TENTH,
-    layouts=(layout("hub", "question|query answer|answers|response", _question),),
+    splits=LAST_TENTH_SPLITS,
+    layouts=(make_layout("hub", "question|query answer|answers|response", _question_fields),),
     templates=(
         "Question: {question}",
         "{question}",
         "A reader writes in: {question}\nWhat would you reply?",
         "Give a helpful answer to this.\n\n{question}",
     ),
-    metrics=_OVERLAP,
+    metrics=_OVERLAP_METRICS,
     max_new_tokens=128,
     licence="not stated; the texts are their authors'",
     source="toughdata 2023, Quora question answer dataset (no paper)",
@@ -88,7 +88,7 @@ TOFU = NamedSet(
     config="full",
     # what was learnt is what is asked: recall of the very rows is measured, so that unlearning can be
     splits={"train": "train", "validation": "train", "test": "train"},
-    layouts=(layout("hub", "question answer", _question),),
+    layouts=(make_layout("hub", "question answer", _question_fields),),
     templates=(
         "Question: {question}",
         "{question}",

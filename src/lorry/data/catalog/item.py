@@ -1,4 +1,4 @@
-"""What a row of a named set becomes: canonical fields, then an ``Item``: a filled prompt, its answer, what counts as right.
+"""What a row of a named set becomes: canonical fields, then an ``NamedSetItem``: a filled prompt, its answer, what counts as right.
 
 Try: ``render("{passage}\\n\\nQuestion: {question}", {"passage": "", "question": "Is ice cold?"})`` is "Question: Is ice cold?".
 """
@@ -10,13 +10,13 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lorry.data.reading.content import Unusable
+from lorry.data.reading.content import UnusableRowError
 
 _SPACE = re.compile(r"\s")
 
 
 @dataclass(frozen=True)
-class Item:
+class NamedSetItem:
     """One row of a named set, ready to be asked.
 
     ``prompt``: what the user says. ``answer``: what is learnt. ``cue``: closes the prompt where there is no chat template.
@@ -36,7 +36,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Fields:
+class ItemFields:
     """A row in canonical form, whatever columns it came in: ``slots`` are the texts that templates name."""
 
     slots: Mapping[str, str]
@@ -47,53 +47,53 @@ class Fields:
     concepts: tuple[str, ...] = ()
 
 
-def said(slots: Mapping[str, str], answers: Sequence[str], concepts: Sequence[str] = ()) -> Fields:
+def generative_fields(slots: Mapping[str, str], answers: Sequence[str], concepts: Sequence[str] = ()) -> ItemFields:
     """Fields of a generative row: the first answer is learnt, every one is a reference. Raises Unusable without one."""
     right = tuple(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
     if not right:
-        raise Unusable("empty answer", "the answer is empty: there is nothing to learn")
-    return Fields(slots, right[0], right, concepts=tuple(concepts))
+        raise UnusableRowError("empty answer", "the answer is empty: there is nothing to learn")
+    return ItemFields(slots, right[0], right, concepts=tuple(concepts))
 
 
-def chosen(slots: Mapping[str, str], options: Sequence[str], right: Sequence[int]) -> Fields:
+def choice_fields(slots: Mapping[str, str], options: Sequence[str], right: Sequence[int]) -> ItemFields:
     """Fields of a choice: the first right option's text is learnt. Options with the text of a right one are right, too.
 
     Raises Unusable for fewer than two options, an empty one, or a number outside them.
     """
     texts = tuple(option.strip() for option in options)
     if len(texts) < 2 or not all(texts):
-        raise Unusable("options", f"a choice needs two or more options, none empty; found {numbered(texts)}")
+        raise UnusableRowError("options", f"a choice needs two or more options, none empty; found {number_options(texts)}")
     for number in right:
         if not 0 <= number < len(texts):
-            raise outside(number, texts)
+            raise unknown_label_error(number, texts)
     if not right:
-        raise Unusable("label", f"no option is marked as right among {numbered(texts)}")
+        raise UnusableRowError("label", f"no option is marked as right among {number_options(texts)}")
     answers = tuple(dict.fromkeys(texts[number] for number in right))
     marked = tuple(number for number, text in enumerate(texts) if text in answers)
-    return Fields(slots, answers[0], answers, texts, marked)
+    return ItemFields(slots, answers[0], answers, texts, marked)
 
 
-def outside(label: object, options: Sequence[str]) -> Unusable:
+def unknown_label_error(label: object, options: Sequence[str]) -> UnusableRowError:
     """A label that names none of the options."""
-    return Unusable("label", f"the label {label!r} is outside the options: {numbered(options)}")
+    return UnusableRowError("label", f"the label {label!r} is outside the options: {number_options(options)}")
 
 
-def numbered(options: Sequence[str]) -> str:
+def number_options(options: Sequence[str]) -> str:
     """Options with their numbers, for a message."""
     return "(" + ", ".join(f"{number}: {text!r}" for number, text in enumerate(options)) + ")"
 
 
-def render(template: str, slots: Mapping[str, str]) -> str:
+def fill_template(template: str, slots: Mapping[str, str]) -> str:
     """The template filled in. A paragraph that names an empty or absent slot is left out, so optional columns need no twin."""
     kept = []
     for paragraph in template.split("\n\n"):
-        names = slots_of(paragraph)
+        names = template_slots(paragraph)
         if all(slots.get(name, "").strip() for name in names):
             kept.append(paragraph.format_map({name: slots[name].strip() for name in names}))
     return "\n\n".join(kept)
 
 
-def slots_of(template: str) -> list[str]:
+def template_slots(template: str) -> list[str]:
     """The slots that a template names."""
     return [name for _, name, _, _ in string.Formatter().parse(template) if name]
 
@@ -107,7 +107,7 @@ def option_slots(options: Sequence[str]) -> dict[str, str]:
     return {"options": "\n".join(f"- {text}" for text in options), "lettered": lettered, "listed": listed}
 
 
-def shorten(text: str, limit: int) -> str:
+def shorten_text(text: str, limit: int) -> str:
     """At most ``limit`` characters from the start, cut between words where there is white space to cut at."""
     text = text.strip()
     if len(text) <= limit:

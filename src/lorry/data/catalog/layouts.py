@@ -11,80 +11,80 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorry.data.catalog.item import Fields, chosen, numbered, outside
-from lorry.data.reading.content import Unusable, column_of, kind_of, optional, text_of
+from lorry.data.catalog.item import ItemFields, choice_fields, number_options, unknown_label_error
+from lorry.data.reading.content import UnusableRowError, column_of, describe_type, optional_text, text_of
 
-Row = Mapping[str, Any]
-Read = Callable[[Row], Fields]
+RowColumns = Mapping[str, Any]
+FieldsReader = Callable[[RowColumns], ItemFields]
 ANSWERS = ("answer", "answers", "output", "response", "completion", "target")
 LABELS = ("answerKey", "label", "answer", "gold")
 END_MARKS = ("<|endoftext|>", "###eos_token###", "</s>", "<eos>")  # ends of text that files write out
 
 
 @dataclass(frozen=True)
-class Layout:
+class ColumnLayout:
     """One way to write a set down. ``needs``: groups of column names, one of each group must have a value."""
 
     name: str
     needs: tuple[tuple[str, ...], ...]
-    read: Callable[[Row], Fields | list[Fields]]
+    read: Callable[[RowColumns], ItemFields | list[ItemFields]]
 
-    def fits(self, row: Row) -> bool:
+    def fits(self, row: RowColumns) -> bool:
         return all(column_of(row, group) for group in self.needs)
 
     def __str__(self) -> str:
         return f"{self.name} ({' + '.join('|'.join(group) for group in self.needs)})"
 
 
-def layout(name: str, needs: str, read: Callable[[Row], Fields | list[Fields]]) -> Layout:
+def make_layout(name: str, needs: str, read: Callable[[RowColumns], ItemFields | list[ItemFields]]) -> ColumnLayout:
     """A layout from column names: ``"question answer|answers"`` needs a question and one of the two; & is a space in a name."""
-    return Layout(name, tuple(tuple(group.replace("&", " ").split("|")) for group in needs.split()), read)
+    return ColumnLayout(name, tuple(tuple(group.replace("&", " ").split("|")) for group in needs.split()), read)
 
 
-def need(row: Row, *names: str) -> str:
+def required_text(row: RowColumns, *names: str) -> str:
     """The first of these columns that has a value, as text that is not blank. Raises Unusable."""
     column = column_of(row, names)
     text = text_of(row[column], column) if column else ""
     if not text.strip():
-        raise Unusable("empty prompt", f"{'|'.join(names)!r} is empty: there is nothing to ask")
+        raise UnusableRowError("empty prompt", f"{'|'.join(names)!r} is empty: there is nothing to ask")
     return text.strip()
 
 
-def slots(row: Row, *names: str, **renamed: str) -> dict[str, str]:
+def column_slots(row: RowColumns, *names: str, **renamed: str) -> dict[str, str]:
     """These columns as slots, each with text; ``slot="column|other"`` renames, and ``slot="column?"`` may be empty."""
-    found = {name: need(row, name) for name in names}
+    found = {name: required_text(row, name) for name in names}
     for slot, columns in renamed.items():
         listed = columns.removesuffix("?").split("|")
-        found[slot] = optional(row, *listed) if columns.endswith("?") else need(row, *listed)
+        found[slot] = optional_text(row, *listed) if columns.endswith("?") else required_text(row, *listed)
     return found
 
 
-def listed(value: Any, column: str) -> list[str]:
+def text_list(value: Any, column: str) -> list[str]:
     """A list of texts. Raises Unusable for anything else."""
     if not isinstance(value, list | tuple):
-        raise Unusable("format", f"{column!r} holds {kind_of(value)}, expected a list of texts")
+        raise UnusableRowError("format", f"{column!r} holds {describe_type(value)}, expected a list of texts")
     return [text_of(item, column) for item in value]
 
 
-def part(row: Row, column: str, key: str) -> Any:
+def object_member(row: RowColumns, column: str, key: str) -> Any:
     """What a column that is an object holds under a key. Raises Unusable where it is none or has no such key."""
     held = row[column]
     if not isinstance(held, Mapping) or key not in held:
-        raise Unusable("format", f"{column!r} holds {kind_of(held)}, expected an object with {key!r}")
+        raise UnusableRowError("format", f"{column!r} holds {describe_type(held)}, expected an object with {key!r}")
     return held[key]
 
 
-def answers_in(row: Row, *names: str) -> list[str]:
+def row_answers(row: RowColumns, *names: str) -> list[str]:
     """The right answers of the first column of these that has a value: a text, a list of texts, or SQuAD's {text: [...]}."""
     column = column_of(row, names or ANSWERS)
     value = row[column] if column else None
     if isinstance(value, Mapping):
         value = value.get("text")
-    values = listed(value, column) if isinstance(value, list | tuple) else [text_of(value, column or "|".join(names))]
-    return [without_end(text) for text in values]
+    values = text_list(value, column) if isinstance(value, list | tuple) else [text_of(value, column or "|".join(names))]
+    return [strip_end_mark(text) for text in values]
 
 
-def without_end(text: str) -> str:
+def strip_end_mark(text: str) -> str:
     """The text without an end of text that the file wrote out as characters."""
     text = text.strip()
     for mark in END_MARKS:
@@ -92,12 +92,12 @@ def without_end(text: str) -> str:
     return text
 
 
-def question_mark(text: str) -> str:
+def add_question_mark(text: str) -> str:
     """A question as it is, with the question mark that some sets leave out."""
     return text if text.endswith(("?", "？", ".", "!", ":")) else f"{text}?"
 
 
-def by_label(label: Any, options: Sequence[str], labels: Sequence[str] = ()) -> int:
+def option_by_label(label: Any, options: Sequence[str], labels: Sequence[str] = ()) -> int:
     """The position of the right option: from labels of its own ("A", "1"), its text, a letter, or its number from 0.
 
     Raises Unusable, naming the label and the options, where it is none of them or could be two.
@@ -106,99 +106,106 @@ def by_label(label: Any, options: Sequence[str], labels: Sequence[str] = ()) -> 
     if labels:
         known = [item.strip() for item in labels]
         if str(wanted) not in known or len(known) != len(options):
-            raise outside(label, [f"{name}: {text}" for name, text in zip(known, options, strict=False)])
+            raise unknown_label_error(label, [f"{name}: {text}" for name, text in zip(known, options, strict=False)])
         return known.index(str(wanted))
     if isinstance(wanted, int) and not isinstance(wanted, bool):
-        return _inside(wanted, label, options)
+        return _check_option_index(wanted, label, options)
     if not isinstance(wanted, str):
-        raise Unusable(
-            "label", f"the label is {kind_of(label)}; expected an option's number, letter or text: {numbered(options)}"
+        raise UnusableRowError(
+            "label",
+            f"the label is {describe_type(label)}; expected an option's number, letter or text: {number_options(options)}",
         )
     texts = [option.strip() for option in options]
     places = {texts.index(wanted)} if wanted in texts else set()
     if len(wanted) == 1 and wanted in string.ascii_uppercase:
         places.add(string.ascii_uppercase.index(wanted))
-    elif is_place(wanted):
+    elif is_position(wanted):
         places.add(int(wanted))
     if len(places) > 1:
-        raise Unusable("label", f"the label {label!r} may be an option's text or its position: {numbered(options)}")
+        raise UnusableRowError("label", f"the label {label!r} may be an option's text or its position: {number_options(options)}")
     if not places:
-        raise outside(label, options)
-    return _inside(places.pop(), label, options)
+        raise unknown_label_error(label, options)
+    return _check_option_index(places.pop(), label, options)
 
 
-def is_place(text: str) -> bool:
+def is_position(text: str) -> bool:
     """Whether a label is a position in digits. No set has options by the billion, and Python converts no 4,301 digits."""
     return len(text) < 10 and text.removeprefix("-").isdecimal()
 
 
-def _inside(number: int, label: Any, options: Sequence[str]) -> int:
+def _check_option_index(number: int, label: Any, options: Sequence[str]) -> int:
     if not 0 <= number < len(options):
-        raise outside(label, options)
+        raise unknown_label_error(label, options)
     return number
 
 
-def choice_list(asked: Callable[[Row], dict[str, str]], column: str = "choices|options") -> Read:
+def choice_list_reader(asked: Callable[[RowColumns], dict[str, str]], column: str = "choices|options") -> FieldsReader:
     """A list of texts, or {text: [...], label: [...]}, beside a label."""
 
-    def read(row: Row) -> Fields:
+    def read(row: RowColumns) -> ItemFields:
         name = column_of(row, tuple(column.split("|")))
         nested = isinstance(row[name], Mapping)
-        options = listed(part(row, name, "text") if nested else row[name], name)
-        labels = listed(part(row, name, "label"), name) if nested else []
-        return chosen(asked(row), options, [by_label(row[column_of(row, LABELS)], options, labels)])
+        options = text_list(object_member(row, name, "text") if nested else row[name], name)
+        labels = text_list(object_member(row, name, "label"), name) if nested else []
+        return choice_fields(asked(row), options, [option_by_label(row[column_of(row, LABELS)], options, labels)])
 
     return read
 
 
-def choice_columns(asked: Callable[[Row], dict[str, str]], columns: Sequence[str], label: str, first: int = 0) -> Read:
+def choice_columns_reader(
+    asked: Callable[[RowColumns], dict[str, str]], columns: Sequence[str], label: str, first: int = 0
+) -> FieldsReader:
     """One column an option, and the number of the right one, counted from ``first``; a letter is understood, too."""
 
-    def read(row: Row) -> Fields:
+    def read(row: RowColumns) -> ItemFields:
         options = [text_of(row[name], name) for name in columns]
         value = row[label]
         if isinstance(value, str) and value.strip() in list(string.ascii_uppercase[: len(columns)]):
-            return chosen(asked(row), options, [string.ascii_uppercase.index(value.strip())])
+            return choice_fields(asked(row), options, [string.ascii_uppercase.index(value.strip())])
         text = str(value).strip()
-        if isinstance(value, bool) or not is_place(text) or not 0 <= int(text) - first < len(options):
-            raise outside(value, options)
-        return chosen(asked(row), options, [int(text) - first])
+        if isinstance(value, bool) or not is_position(text) or not 0 <= int(text) - first < len(options):
+            raise unknown_label_error(value, options)
+        return choice_fields(asked(row), options, [int(text) - first])
 
     return read
 
 
-_ADAPTERS = re.compile(r"Please (?:choose|answer) .*?(?:question|sentence|goal): (.*?)\s*Answer format: (\S+)\s*", re.DOTALL)
+_ADAPTERS_INSTRUCTION = re.compile(
+    r"Please (?:choose|answer) .*?(?:question|sentence|goal): (.*?)\s*Answer format: (\S+)\s*", re.DOTALL
+)
 
 
-def llm_adapters(slot: str) -> Layout:
+def llm_adapters_layout(slot: str) -> ColumnLayout:
     """The instruction/output/answer rows of LLM-Adapters (Hu et al. 2023): the question and its options are taken out again.
 
     The instruction closes with "Answer format: answer1/answer2/..." and, before that, lists "Answer1: ... Answer2: ...".
     """
 
-    def read(row: Row) -> Fields:
-        asked, options, names = adapters_parts(need(row, "instruction"))
-        label = need(row, "answer", "output").split()[-1]
+    def read(row: RowColumns) -> ItemFields:
+        asked, options, names = split_adapters_instruction(required_text(row, "instruction"))
+        label = required_text(row, "answer", "output").split()[-1]
         if label not in names:
-            raise outside(label, [f"{name}: {text}" for name, text in zip(names, options or names, strict=True)])
-        return chosen({slot: asked}, options or names, [names.index(label)])
+            raise unknown_label_error(label, [f"{name}: {text}" for name, text in zip(names, options or names, strict=True)])
+        return choice_fields({slot: asked}, options or names, [names.index(label)])
 
-    return layout("llm_adapters", "instruction answer|output", read)
+    return make_layout("llm_adapters", "instruction answer|output", read)
 
 
-def adapters_parts(instruction: str) -> tuple[str, list[str], list[str]]:
+def split_adapters_instruction(instruction: str) -> tuple[str, list[str], list[str]]:
     """(question, option texts or none, option names) of an LLM-Adapters instruction. Raises Unusable for another text."""
-    match = _ADAPTERS.fullmatch(instruction.strip())
+    match = _ADAPTERS_INSTRUCTION.fullmatch(instruction.strip())
     if match is None:
-        raise Unusable("format", "'instruction' is not one of LLM-Adapters' (Please choose ... Answer format: answer1/answer2)")
+        raise UnusableRowError(
+            "format", "'instruction' is not one of LLM-Adapters' (Please choose ... Answer format: answer1/answer2)"
+        )
     names = match[2].split("/")
     asked, *options = re.split("|".join(rf"\s+{re.escape(name.capitalize())}: " for name in names), match[1])
     if options and len(options) != len(names):
-        raise Unusable("format", f"'instruction' lists {len(options)} options for the answer format {match[2]!r}")
+        raise UnusableRowError("format", f"'instruction' lists {len(options)} options for the answer format {match[2]!r}")
     return asked.strip(), [option.strip() for option in options], names
 
 
-def alpaca_parts(prompt: str) -> tuple[str, str]:
+def split_alpaca_prompt(prompt: str) -> tuple[str, str]:
     """(instruction, input) of a prompt in Alpaca's frame; a prompt without the frame is all instruction."""
     head, frame, rest = prompt.partition("### Instruction:")
     if not frame:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorry.data.catalog.item import Fields, chosen, outside, said
-from lorry.data.catalog.layouts import Row, answers_in, layout, listed, need
+from lorry.data.catalog.item import ItemFields, choice_fields, generative_fields, unknown_label_error
+from lorry.data.catalog.layouts import RowColumns, make_layout, required_text, row_answers, text_list
 from lorry.data.catalog.named import NamedSet
-from lorry.data.reading.content import optional
+from lorry.data.reading.content import optional_text
 
 
 @dataclass(frozen=True)
-class Kind:
+class LongBenchKind:
     """What sets of one kind share: how they are asked and measured. ``ranked``: the classes of the row are the options."""
 
     templates: tuple[str, ...]
@@ -28,7 +28,7 @@ class Kind:
     ranked: bool = False
 
 
-QA = Kind(
+QA = LongBenchKind(
     (
         "{context}\n\nAnswer in as few words as you can, from the text above alone.\n\nQuestion: {question}",
         "The question will be: {question}\n\nThe text to answer it from:\n{context}\n\nNow give the answer, nothing else.",
@@ -37,7 +37,7 @@ QA = Kind(
     ),
     ("token_f1", "exact_match", "rouge_l"),
 )  # fmt: skip
-QUERY = Kind(
+QUERY = LongBenchKind(
     (
         "{context}\n\nThe above is the record of a meeting. {question}",
         "Minutes are wanted on this point: {question}\n\nWhat was said:\n{context}\n\nWrite them in a paragraph.",
@@ -46,7 +46,7 @@ QUERY = Kind(
     ),
     ("rouge_l", "rouge_1", "rouge_2"),
 )
-SUMMARY = Kind(
+SUMMARY = LongBenchKind(
     (
         "{context}\n\nSum up the above in about a page.",
         "Write a summary, one page long, of what follows.\n\n{context}",
@@ -57,7 +57,7 @@ SUMMARY = Kind(
     "Summary:",
 )
 # The inputs of these close with a cue of their own, as the examples before them do: "Type:", "Summary:".
-LIKE_EXAMPLES = Kind(
+LIKE_EXAMPLES = LongBenchKind(
     (
         "{context}\n{question}",
         "Go on as the examples do.\n\n{context}\n{question}",
@@ -67,9 +67,9 @@ LIKE_EXAMPLES = Kind(
     ("token_f1", "exact_match", "rouge_l"),
     "",
 )
-LIKE_SUMMARIES = Kind(LIKE_EXAMPLES.templates, ("rouge_l", "rouge_1", "rouge_2"), "")
-CLASSES = Kind(LIKE_EXAMPLES.templates, ("accuracy",), "", ranked=True)
-COUNT = Kind(
+LIKE_SUMMARIES = LongBenchKind(LIKE_EXAMPLES.templates, ("rouge_l", "rouge_1", "rouge_2"), "")
+CLASSES = LongBenchKind(LIKE_EXAMPLES.templates, ("accuracy",), "", ranked=True)
+COUNT = LongBenchKind(
     (
         "{context}\n\nSome of the paragraphs above are copies of others. How many are different? Reply with the number.",
         "Count the distinct paragraphs here, a repeated one only once:\n\n{context}\n\nThe count alone, in digits.",
@@ -78,7 +78,7 @@ COUNT = Kind(
     ),
     ("number_match", "exact_match"),
 )
-FIND = Kind(
+FIND = LongBenchKind(
     (
         '{context}\n\nA summary of one of these paragraphs: {question}\n\nWhich one? Write "Paragraph" and its number.',
         'Summary: {question}\n\nIt was made from one of these:\n{context}\n\nName it, as in "Paragraph 7".',
@@ -87,7 +87,7 @@ FIND = Kind(
     ),
     ("exact_match", "token_f1"),
 )
-CODE = Kind(
+CODE = LongBenchKind(
     (
         "{context}\n\n{question}",
         "Which line comes next in this program?\n\n{context}\n\n{question}",
@@ -97,7 +97,7 @@ CODE = Kind(
     ("chrf", "exact_match"),
     "Next line of code:",
 )
-QA_ZH = Kind(
+QA_ZH = LongBenchKind(
     (
         "{context}\n\n请只根据上文，用尽量少的字回答。\n\n问题：{question}",
         "问题是：{question}\n\n答案在下面的材料里：\n{context}\n\n请直接给出答案。",
@@ -107,7 +107,7 @@ QA_ZH = Kind(
     ("rouge_l", "token_f1"),
     "回答：",
 )
-SUMMARY_ZH = Kind(
+SUMMARY_ZH = LongBenchKind(
     (
         "{context}\n\n请总结以上会议的内容。",
         "下面是一次会议的记录，请写出要点。\n\n{context}",
@@ -117,7 +117,7 @@ SUMMARY_ZH = Kind(
     ("rouge_l", "rouge_1", "rouge_2"),
     "总结：",
 )
-CLASSES_ZH = Kind(
+CLASSES_ZH = LongBenchKind(
     (
         "{context}\n{question}",
         "参照前面的例子，判断最后一条新闻的类别。\n\n{context}\n{question}",
@@ -128,7 +128,7 @@ CLASSES_ZH = Kind(
     "",
     ranked=True,
 )
-FIND_ZH = Kind(
+FIND_ZH = LongBenchKind(
     (
         "{context}\n\n这是其中一段的摘要：{question}\n\n它出自哪一段？按“段落1”这样的格式回答。",
         "摘要：{question}\n\n它来自下面的某一段：\n{context}\n\n请写出段落编号，例如“段落7”。",
@@ -140,7 +140,7 @@ FIND_ZH = Kind(
 )
 
 # LongBench's name: (kind, tokens of an answer as its authors set them, what it is, who made it)
-TABLE: dict[str, tuple[Kind, int, str, str]] = {
+LONGBENCH_TABLE: dict[str, tuple[LongBenchKind, int, str, str]] = {
     "narrativeqa": (QA, 128, "questions about books and film scripts", "Kocisky et al. 2018, NarrativeQA"),
     "qasper": (QA, 128, "questions about papers of language processing", "Dasigi et al. 2021, Qasper"),
     "multifieldqa_en": (QA, 64, "questions about long articles of many fields", ""),
@@ -165,24 +165,26 @@ TABLE: dict[str, tuple[Kind, int, str, str]] = {
 }
 
 
-def _read(row: Row) -> Fields:
-    return said({"context": need(row, "context"), "question": optional(row, "input")}, answers_in(row, "answers"))
+def _longbench_fields(row: RowColumns) -> ItemFields:
+    return generative_fields(
+        {"context": required_text(row, "context"), "question": optional_text(row, "input")}, row_answers(row, "answers")
+    )
 
 
-def _ranked(row: Row) -> Fields:
-    options = [name.strip() for name in listed(row["all_classes"], "all_classes")]
-    answers = answers_in(row, "answers")
+def _ranked_fields(row: RowColumns) -> ItemFields:
+    options = [name.strip() for name in text_list(row["all_classes"], "all_classes")]
+    answers = row_answers(row, "answers")
     if missing := [answer for answer in answers if answer not in options]:
-        raise outside(missing[0], options)
-    slots = {"context": need(row, "context"), "question": need(row, "input")}
-    return chosen(slots, options, [options.index(answer) for answer in answers])
+        raise unknown_label_error(missing[0], options)
+    slots = {"context": required_text(row, "context"), "question": required_text(row, "input")}
+    return choice_fields(slots, options, [options.index(answer) for answer in answers])
 
 
-def _set(name: str, kind: Kind, tokens: int, about: str, source: str) -> NamedSet:
+def _longbench_set(name: str, kind: LongBenchKind, tokens: int, about: str, source: str) -> NamedSet:
     form = (
-        layout("longbench", "context answers all_classes", _ranked)
+        make_layout("longbench", "context answers all_classes", _ranked_fields)
         if kind.ranked
-        else layout("longbench", "context answers", _read)
+        else make_layout("longbench", "context answers", _longbench_fields)
     )
     return NamedSet(
         name=f"longbench_{name.replace('-', '_')}",
@@ -200,4 +202,4 @@ def _set(name: str, kind: Kind, tokens: int, about: str, source: str) -> NamedSe
     )
 
 
-SETS = tuple(_set(name, *row) for name, row in TABLE.items())
+SETS = tuple(_longbench_set(name, *row) for name, row in LONGBENCH_TABLE.items())

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorry.data.catalog.item import Fields, Item, option_slots, render, shorten
-from lorry.data.catalog.layouts import Layout
-from lorry.data.reading.content import Unusable
-from lorry.errors import ConfigError, nearest, shortlist
+from lorry.data.catalog.item import ItemFields, NamedSetItem, fill_template, option_slots, shorten_text
+from lorry.data.catalog.layouts import ColumnLayout
+from lorry.data.reading.content import UnusableRowError
+from lorry.errors import ConfigError, shortlist_names, suggest_nearest
 
-WHOLE = {"train": "train", "validation": "validation", "test": "test"}
-NO_TEST = {"train": "train", "validation": "validation", "test": "validation"}  # the hub's test rows carry no labels
+WHOLE_SPLITS = {"train": "train", "validation": "validation", "test": "test"}
+SPLITS_WITHOUT_TEST = {"train": "train", "validation": "validation", "test": "validation"}  # the hub's test rows carry no labels
 # One split on the hub: its last tenth is held out, as `train_test_split(test_size=0.1, shuffle=False)` would.
-LAST_TENTH = {"train": "train[:90%]", "validation": "train[90%:]", "test": "train[90%:]"}
+LAST_TENTH_SPLITS = {"train": "train[:90%]", "validation": "train[90%:]", "test": "train[90%:]"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class NamedSet:
     name: str
     about: str
     hub: str | None
-    layouts: tuple[Layout, ...]
+    layouts: tuple[ColumnLayout, ...]
     templates: tuple[str, ...]
     metrics: tuple[str, ...]
     max_new_tokens: int
@@ -59,17 +59,19 @@ class NamedSet:
                 f"it all the same, name a file: data.local.{self.name}=FILE, and hold rows out with data.test_size"
             )
         if wanted not in there:
-            raise ConfigError(f"the set {self.name!r} has no split {wanted!r}; it has {', '.join(there)}{nearest(wanted, there)}")
+            raise ConfigError(
+                f"the set {self.name!r} has no split {wanted!r}; it has {', '.join(there)}{suggest_nearest(wanted, there)}"
+            )
         return there[wanted]
 
-    def item(self, row: Mapping[str, Any], template: int = 0) -> Item:
+    def item(self, row: Mapping[str, Any], template: int = 0) -> NamedSetItem:
         """The row as its only item. Raises Unusable (kind, reason) for a row that cannot be used, or one of several items."""
         made = self.items(row, template)
         if len(made) != 1:
-            raise Unusable("several", f"the row holds {len(made)} questions; read it with items()")
+            raise UnusableRowError("several", f"the row holds {len(made)} questions; read it with items()")
         return made[0]
 
-    def items(self, row: Mapping[str, Any], template: int = 0) -> list[Item]:
+    def items(self, row: Mapping[str, Any], template: int = 0) -> list[NamedSetItem]:
         """The row's items, one except where a row is a whole conversation (coqa).
 
         Raises Unusable for columns of no layout, an empty prompt or answer, a label outside the options; IndexError for a
@@ -89,21 +91,23 @@ class NamedSet:
         key = f"{self.name}\0{seed}\0{number}".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % len(self.templates)
 
-    def _layout(self, row: Mapping[str, Any]) -> Layout:
+    def _layout(self, row: Mapping[str, Any]) -> ColumnLayout:
         for form in self.layouts:
             if form.fits(row):
                 return form
-        found = shortlist(repr(name) if value is not None else f"{name!r} (null)" for name, value in row.items())
+        found = shortlist_names(repr(name) if value is not None else f"{name!r} (null)" for name, value in row.items())
         known = "; ".join(map(str, self.layouts))
-        raise Unusable("columns", f"the set {self.name!r} cannot be read from the columns {found or '(none)'}. Known: {known}")
+        raise UnusableRowError(
+            "columns", f"the set {self.name!r} cannot be read from the columns {found or '(none)'}. Known: {known}"
+        )
 
-    def _asked(self, fields: Fields, template: str) -> Item:
+    def _asked(self, fields: ItemFields, template: str) -> NamedSetItem:
         slots, cut = dict(fields.slots), False
         if self.limit is not None:
             slot, most = self.limit
-            kept = shorten(slots.get(slot, ""), most)
+            kept = shorten_text(slots.get(slot, ""), most)
             cut = len(kept) < len(slots.get(slot, "").strip())
             slots[slot] = kept
-        prompt = render(template, {**slots, **option_slots(fields.options)})
+        prompt = fill_template(template, {**slots, **option_slots(fields.options)})
         references = fields.references or (fields.answer,)
-        return Item(prompt, fields.answer, self.cue, references, fields.options, fields.right, fields.concepts, cut)
+        return NamedSetItem(prompt, fields.answer, self.cue, references, fields.options, fields.right, fields.concepts, cut)

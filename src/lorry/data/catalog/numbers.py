@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lorry.data.catalog.item import Fields
-from lorry.data.catalog.layouts import Row, layout, need, slots
+from lorry.data.catalog.item import ItemFields
+from lorry.data.catalog.layouts import RowColumns, column_slots, make_layout, required_text
 from lorry.data.catalog.named import NamedSet
-from lorry.data.reading.content import Unusable, column_of
+from lorry.data.reading.content import UnusableRowError, column_of
 
-_NOTES = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator notes: 16 - 3 = <<16-3=13>>13
+_CALCULATOR_NOTES = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator notes: 16 - 3 = <<16-3=13>>13
 _NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
 
 
@@ -21,29 +21,29 @@ def bare_number(value: Any) -> str:
     """A number as text: no thousands commas, currency, percent sign or trailing zeros. Raises Unusable for anything else."""
     text = re.sub(r"[\s,$€£%]", "", str(value)).rstrip(".")
     if isinstance(value, bool) or not _NUMBER.fullmatch(text):
-        raise Unusable("no number", f"the answer {value!r} is not a number")
+        raise UnusableRowError("no number", f"the answer {value!r} is not a number")
     return re.sub(r"\.0*$|(\.\d*?)0+$", r"\1", text)
 
 
-def _gsm8k(row: Row) -> Fields:
+def _gsm8k(row: RowColumns) -> ItemFields:
     text = str(row["answer"])
     reasoning, mark, last = text.rpartition("####")
     number = bare_number(last)
-    shown = _NOTES.sub("", reasoning).strip() if mark else ""
-    return Fields(slots(row, "question"), f"{shown}\n#### {number}".strip(), (number,))
+    shown = _CALCULATOR_NOTES.sub("", reasoning).strip() if mark else ""
+    return ItemFields(column_slots(row, "question"), f"{shown}\n#### {number}".strip(), (number,))
 
 
-def _svamp(row: Row) -> Fields:
-    body, question = need(row, "Body"), need(row, "Question")
+def _svamp(row: RowColumns) -> ItemFields:
+    body, question = required_text(row, "Body"), required_text(row, "Question")
     number = bare_number(row["Answer"])
     if not body.endswith((".", "?", "!", ",")):  # an unfinished clause: "If each costs 3 dollars" + "How much ..."
         body, question = f"{body},", question[0].lower() + question[1:]
-    return Fields({"question": f"{body} {question}"}, number, (number,))
+    return ItemFields({"question": f"{body} {question}"}, number, (number,))
 
 
-def _question(row: Row) -> Fields:
+def _word_problem(row: RowColumns) -> ItemFields:
     number = bare_number(row[column_of(row, ("answer", "Answer"))])
-    return Fields(slots(row, question="question|question_concat"), number, (number,))
+    return ItemFields(column_slots(row, question="question|question_concat"), number, (number,))
 
 
 GSM8K = NamedSet(
@@ -52,7 +52,7 @@ GSM8K = NamedSet(
     hub="openai/gsm8k",
     config="main",
     splits={"train": "train", "validation": "test", "test": "test"},
-    layouts=(layout("hub", "question answer", _gsm8k),),
+    layouts=(make_layout("hub", "question answer", _gsm8k),),
     templates=(
         "Question: {question}",
         "{question}\n\nWork it out step by step and put the final number after ####.",
@@ -71,8 +71,8 @@ SVAMP = NamedSet(
     hub="ChilleD/SVAMP",
     splits={"train": "train", "validation": "test", "test": "test"},
     layouts=(
-        layout("hub", "Body Question Answer", _svamp),
-        layout("question_answer", "question|question_concat answer|Answer", _question),
+        make_layout("hub", "Body Question Answer", _svamp),
+        make_layout("question_answer", "question|question_concat answer|Answer", _word_problem),
     ),
     templates=(
         "Question: {question}",

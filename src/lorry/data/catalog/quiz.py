@@ -9,12 +9,22 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from lorry.data.catalog.item import Fields
-from lorry.data.catalog.layouts import Layout, Row, choice_columns, choice_list, layout, listed, llm_adapters, need, slots
-from lorry.data.catalog.named import NO_TEST, WHOLE, NamedSet
-from lorry.data.reading.content import column_of, optional
+from lorry.data.catalog.item import ItemFields
+from lorry.data.catalog.layouts import (
+    ColumnLayout,
+    RowColumns,
+    choice_columns_reader,
+    choice_list_reader,
+    column_slots,
+    llm_adapters_layout,
+    make_layout,
+    required_text,
+    text_list,
+)
+from lorry.data.catalog.named import SPLITS_WITHOUT_TEST, WHOLE_SPLITS, NamedSet
+from lorry.data.reading.content import column_of, optional_text
 
-_ASKED_ALONE = (
+_CLOSED_BOOK_TEMPLATES = (
     "Question: {question}\n{options}",
     "{question}\n\nChoose one of these answers and repeat it:\n{options}",
     "Which of the answers below is right?\n\n{question}\n\n{lettered}\n\nWrite out the answer's text.",
@@ -23,13 +33,13 @@ _ASKED_ALONE = (
 )
 
 
-def _questions(column: str) -> tuple[Layout, ...]:
-    def asked(row: Row) -> dict[str, str]:
-        return slots(row, question=column)
+def _question_layouts(column: str) -> tuple[ColumnLayout, ...]:
+    def asked(row: RowColumns) -> dict[str, str]:
+        return column_slots(row, question=column)
 
     return (
-        layout("hub", f"{column} choices|options answerKey|label|answer", choice_list(asked)),
-        llm_adapters("question"),
+        make_layout("hub", f"{column} choices|options answerKey|label|answer", choice_list_reader(asked)),
+        llm_adapters_layout("question"),
     )
 
 
@@ -38,9 +48,9 @@ ARC_CHALLENGE = NamedSet(
     about="grade-school science questions that retrieval and word statistics get wrong",
     hub="allenai/ai2_arc",
     config="ARC-Challenge",
-    splits=WHOLE,
-    layouts=_questions("question"),
-    templates=_ASKED_ALONE,
+    splits=WHOLE_SPLITS,
+    layouts=_question_layouts("question"),
+    templates=_CLOSED_BOOK_TEMPLATES,
     metrics=("accuracy",),
     max_new_tokens=48,
     licence="CC-BY-SA-4.0",
@@ -52,9 +62,9 @@ OPENBOOKQA = NamedSet(
     about="elementary science facts put to use",
     hub="allenai/openbookqa",
     config="main",
-    splits=WHOLE,
-    layouts=_questions("question_stem|question"),
-    templates=_ASKED_ALONE,
+    splits=WHOLE_SPLITS,
+    layouts=_question_layouts("question_stem|question"),
+    templates=_CLOSED_BOOK_TEMPLATES,
     metrics=("accuracy",),
     max_new_tokens=48,
     licence="Apache-2.0",
@@ -65,13 +75,13 @@ WINOGRANDE = NamedSet(
     about="which of two names fills the blank, where only common sense tells",
     hub="allenai/winogrande",
     config="winogrande_xl",
-    splits=NO_TEST,  # test answers are empty
+    splits=SPLITS_WITHOUT_TEST,  # test answers are empty
     layouts=(
-        layout(
+        make_layout(
             "hub", "sentence option1 option2 answer",
-            choice_columns(lambda row: slots(row, "sentence"), ("option1", "option2"), "answer", first=1),
+            choice_columns_reader(lambda row: column_slots(row, "sentence"), ("option1", "option2"), "answer", first=1),
         ),
-        llm_adapters("sentence"),
+        llm_adapters_layout("sentence"),
     ),
     templates=(
         "{sentence}\n\nWhat belongs in the blank (_): {listed}?",
@@ -89,29 +99,29 @@ _HEADINGS = re.compile(r"\s*\[title\]\s*")
 _MARKS = re.compile(r"\[[a-z_]+\]\s*")
 
 
-def _plain(text: str) -> str:
+def _strip_wikihow_marks(text: str) -> str:
     """WikiHow's marks taken out: [title] closes a sentence, [header], [step] and [substeps] are layout."""
     return " ".join(_MARKS.sub("", _HEADINGS.sub(". ", text)).split())
 
 
-def _scene(row: Row) -> dict[str, str]:
-    return {"context": _plain(need(row, "ctx")), "activity": optional(row, "activity_label")}
+def _scene_slots(row: RowColumns) -> dict[str, str]:
+    return {"context": _strip_wikihow_marks(required_text(row, "ctx")), "activity": optional_text(row, "activity_label")}
 
 
-_ENDINGS = choice_list(_scene, "endings")
+_ENDINGS = choice_list_reader(_scene_slots, "endings")
 
 
-def _hellaswag(row: Row) -> Fields:
+def _hellaswag(row: RowColumns) -> ItemFields:
     column = column_of(row, ("endings", "choices"))
-    return _ENDINGS({**row, "endings": [_plain(ending) for ending in listed(row[column], column)]})
+    return _ENDINGS({**row, "endings": [_strip_wikihow_marks(ending) for ending in text_list(row[column], column)]})
 
 
 HELLASWAG = NamedSet(
     name="hellaswag",
     about="how an everyday scene or a how-to goes on",
     hub="Rowan/hellaswag",
-    splits=NO_TEST,  # test labels are empty
-    layouts=(layout("hub", "ctx endings|choices label|answer", _hellaswag), llm_adapters("context")),
+    splits=SPLITS_WITHOUT_TEST,  # test labels are empty
+    layouts=(make_layout("hub", "ctx endings|choices label|answer", _hellaswag), llm_adapters_layout("context")),
     templates=(
         "{activity}\n\nContinue: {context}\n{options}",
         "What comes next?\n{context}\n\nPick a continuation:\n{options}",
@@ -125,12 +135,12 @@ HELLASWAG = NamedSet(
 )
 
 
-def _subject(row: Row) -> dict[str, str]:
-    found = slots(row, "question", subject="subject?")
+def _subject_slots(row: RowColumns) -> dict[str, str]:
+    found = column_slots(row, "question", subject="subject?")
     return {**found, "subject": found["subject"].replace("_", " ")}
 
 
-_MMLU = ("choice0", "choice1", "choice2", "choice3")
+_MMLU_COLUMNS = ("choice0", "choice1", "choice2", "choice3")
 MMLU = NamedSet(
     name="mmlu",
     about="exam questions of 57 subjects",
@@ -139,8 +149,12 @@ MMLU = NamedSet(
     # the five examples a subject that the paper shows come from a split of their own
     splits={"train": "auxiliary_train", "validation": "validation", "test": "test", "shots": "dev"},
     layouts=(
-        layout("hub", "question choices answer", choice_list(_subject)),
-        layout("columns", "question choice0 choice1 choice2 choice3 answer", choice_columns(_subject, _MMLU, "answer")),
+        make_layout("hub", "question choices answer", choice_list_reader(_subject_slots)),
+        make_layout(
+            "columns",
+            "question choice0 choice1 choice2 choice3 answer",
+            choice_columns_reader(_subject_slots, _MMLU_COLUMNS, "answer"),
+        ),
     ),
     templates=(
         "The subject is {subject}.\n\nQuestion: {question}\n{options}",

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorry.data.catalog.item import Fields, said
-from lorry.data.catalog.layouts import Row, answers_in, layout, listed, need, part, slots
-from lorry.data.catalog.named import NO_TEST, NamedSet
-from lorry.data.reading.content import Unusable, column_of
+from lorry.data.catalog.item import ItemFields, generative_fields
+from lorry.data.catalog.layouts import RowColumns, column_slots, make_layout, object_member, required_text, row_answers, text_list
+from lorry.data.catalog.named import SPLITS_WITHOUT_TEST, NamedSet
+from lorry.data.reading.content import UnusableRowError, column_of
 
-_EXTRACT = (
+_EXTRACT_TEMPLATES = (
     "{context}\n\nQuestion: {question}",
     "Find the answer in the passage and copy it out.\n\n{question}\n\nPassage: {context}",
     "Text: {context}\n\nUsing only words of the text, answer this: {question}",
@@ -23,27 +23,29 @@ _EXTRACT = (
 )
 
 
-def _squad(row: Row) -> Fields:
+def _squad(row: RowColumns) -> ItemFields:
     answers = row[column_of(row, ("answers", "answer"))]
     if not (answers.get("text") if isinstance(answers, dict) else answers):
-        raise Unusable("unanswerable", "the row has no answer: its passage does not hold one")
-    return said(slots(row, "question", context="context|passage"), answers_in(row, "answers", "answer"))
+        raise UnusableRowError("unanswerable", "the row has no answer: its passage does not hold one")
+    return generative_fields(column_slots(row, "question", context="context|passage"), row_answers(row, "answers", "answer"))
 
 
-def _longbench(row: Row) -> Fields:
-    return said({"question": need(row, "input"), "context": need(row, "context")}, answers_in(row, "answers"))
+def _longbench(row: RowColumns) -> ItemFields:
+    return generative_fields(
+        {"question": required_text(row, "input"), "context": required_text(row, "context")}, row_answers(row, "answers")
+    )
 
 
 SQUAD = NamedSet(
     name="squad",
     about="questions about Wikipedia paragraphs, answered with a phrase of the paragraph",
     hub="rajpurkar/squad",
-    splits=NO_TEST,  # the test set is not public
+    splits=SPLITS_WITHOUT_TEST,  # the test set is not public
     layouts=(
-        layout("hub", "context|passage question answers|answer", _squad),
-        layout("longbench", "input context answers", _longbench),
+        make_layout("hub", "context|passage question answers|answer", _squad),
+        make_layout("longbench", "input context answers", _longbench),
     ),
-    templates=_EXTRACT,
+    templates=_EXTRACT_TEMPLATES,
     metrics=("token_f1", "exact_match"),
     max_new_tokens=32,
     licence="CC-BY-SA-4.0",
@@ -60,32 +62,36 @@ XQUAD = replace(
 )
 
 
-def _coqa(row: Row) -> list[Fields]:
+def _coqa(row: RowColumns) -> list[ItemFields]:
     """Every turn, with the questions and answers before it."""
-    asked, told = listed(row["questions"], "questions"), listed(part(row, "answers", "input_text"), "answers")
+    asked, told = text_list(row["questions"], "questions"), text_list(object_member(row, "answers", "input_text"), "answers")
     if not asked or len(asked) != len(told):
-        raise Unusable(
+        raise UnusableRowError(
             "format", f"the row has {len(asked)} questions and {len(told)} answers; expected as many of both, and some"
         )
-    story, found = need(row, "story"), []
+    story, found = required_text(row, "story"), []
     for turn, (question, answer) in enumerate(zip(asked, told, strict=True)):
         before = "\n".join(f"Q: {q.strip()}\nA: {a.strip()}" for q, a in zip(asked[:turn], told[:turn], strict=True))
-        found.append(said({"story": story, "history": before, "question": need({"questions": question}, "questions")}, [answer]))
+        found.append(
+            generative_fields(
+                {"story": story, "history": before, "question": required_text({"questions": question}, "questions")}, [answer]
+            )
+        )
     return found
 
 
-def _turn(row: Row) -> Fields:
-    return said(slots(row, "story", "question", history="history?"), answers_in(row, "answer", "answers"))
+def _coqa_turn(row: RowColumns) -> ItemFields:
+    return generative_fields(column_slots(row, "story", "question", history="history?"), row_answers(row, "answer", "answers"))
 
 
 COQA = NamedSet(
     name="coqa",
     about="conversations of questions about a text, each resting on the ones before",
     hub="stanfordnlp/coqa",
-    splits=NO_TEST,  # the test set is not public
+    splits=SPLITS_WITHOUT_TEST,  # the test set is not public
     layouts=(
-        layout("hub", "story questions answers", _coqa),
-        layout("turn", "story question answer|answers", _turn),
+        make_layout("hub", "story questions answers", _coqa),
+        make_layout("turn", "story question answer|answers", _coqa_turn),
     ),
     templates=(
         "{story}\n\n{history}\n\nQuestion: {question}",

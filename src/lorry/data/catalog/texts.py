@@ -8,30 +8,38 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from lorry.data.catalog.item import Fields, said
-from lorry.data.catalog.layouts import Row, answers_in, layout, listed, need, slots, without_end
-from lorry.data.catalog.named import LAST_TENTH, NO_TEST, WHOLE, NamedSet
-from lorry.data.reading.content import Unusable, kind_of, text_of
+from lorry.data.catalog.item import ItemFields, generative_fields
+from lorry.data.catalog.layouts import (
+    RowColumns,
+    column_slots,
+    make_layout,
+    required_text,
+    row_answers,
+    strip_end_mark,
+    text_list,
+)
+from lorry.data.catalog.named import LAST_TENTH_SPLITS, SPLITS_WITHOUT_TEST, WHOLE_SPLITS, NamedSet
+from lorry.data.reading.content import UnusableRowError, describe_type, text_of
 
 
-def _concepts(words: Sequence[str], sentences: Sequence[str]) -> Fields:
+def _concept_fields(words: Sequence[str], sentences: Sequence[str]) -> ItemFields:
     listed = [word.strip() for word in words if word.strip()]
     if not listed:
-        raise Unusable("empty prompt", "there are no concepts: nothing to ask")
-    return said({"concepts": ", ".join(listed)}, sentences, listed)
+        raise UnusableRowError("empty prompt", "there are no concepts: nothing to ask")
+    return generative_fields({"concepts": ", ".join(listed)}, sentences, listed)
 
 
-def _common_gen(row: Row) -> Fields:
-    return _concepts(listed(row["concepts"], "concepts"), answers_in(row, "target"))
+def _common_gen(row: RowColumns) -> ItemFields:
+    return _concept_fields(text_list(row["concepts"], "concepts"), row_answers(row, "target"))
 
 
-def _common_gen_file(row: Row) -> Fields:
-    return _concepts(need(row, "concept_set").split("#"), answers_in(row, "scene"))
+def _common_gen_file(row: RowColumns) -> ItemFields:
+    return _concept_fields(required_text(row, "concept_set").split("#"), row_answers(row, "scene"))
 
 
 # How the prompts of the T0 templates (P3, Sanh et al. 2022) hold their concepts, by what they open with. The last two are
 # inverted, sentence to concepts; they are turned round, since what they hold is the same row.
-_T0 = (
+_T0_PATTERNS = (
     re.compile(r"Humans can .*with the concepts (?P<words>.*), a simple sentence can be", re.DOTALL),
     re.compile(r"(?:Given the list|Ignoring the order) of (?:the )?concepts: (?P<words>.*); \nGenerate", re.DOTALL),
     re.compile(r"Put the concepts together to form a sentence: (?P<words>.*)\."),
@@ -43,26 +51,26 @@ _T0 = (
 )
 
 
-def _common_gen_t0(row: Row) -> Fields:
-    prompt, answer = text_of(row["prompt"], "prompt"), without_end(text_of(row["completion"], "completion"))
-    for pattern in _T0:
+def _common_gen_t0(row: RowColumns) -> ItemFields:
+    prompt, answer = text_of(row["prompt"], "prompt"), strip_end_mark(text_of(row["completion"], "completion"))
+    for pattern in _T0_PATTERNS:
         match = pattern.match(prompt)
         if match:
             parts = match.groupdict()
             words, sentence = (parts["words"], answer) if "words" in parts else (answer, parts["sentence"])
-            return _concepts(words.split(", "), [sentence])
-    raise Unusable("format", f"'prompt' is none of T0's common_gen templates: {prompt[:60]!r}")
+            return _concept_fields(words.split(", "), [sentence])
+    raise UnusableRowError("format", f"'prompt' is none of T0's common_gen templates: {prompt[:60]!r}")
 
 
 COMMON_GEN = NamedSet(
     name="common_gen",
     about="three to five concepts, to be used in one sentence about an everyday scene",
     hub="allenai/common_gen",
-    splits=NO_TEST,  # test targets are empty
+    splits=SPLITS_WITHOUT_TEST,  # test targets are empty
     layouts=(
-        layout("hub", "concepts target", _common_gen),
-        layout("authors", "concept_set scene", _common_gen_file),
-        layout("t0_templates", "prompt completion", _common_gen_t0),
+        make_layout("hub", "concepts target", _common_gen),
+        make_layout("authors", "concept_set scene", _common_gen_file),
+        make_layout("t0_templates", "prompt completion", _common_gen_t0),
     ),
     templates=(
         "Write one sentence that uses all of these words: {concepts}",
@@ -78,17 +86,17 @@ COMMON_GEN = NamedSet(
     source="Lin et al. 2020, CommonGen (arXiv 1911.03705)",
 )
 
-_SUMMARY = ("rouge_l", "rouge_1", "rouge_2")
+_SUMMARY_METRICS = ("rouge_l", "rouge_1", "rouge_2")
 XSUM = NamedSet(
     name="xsum",
     about="BBC articles, each summed up in one sentence",
     hub="EdinburghNLP/xsum",
-    splits=WHOLE,
+    splits=WHOLE_SPLITS,
     layouts=(
-        layout(
+        make_layout(
             "hub",
             "document|article|text summary",
-            lambda row: said(slots(row, text="document|article|text"), answers_in(row, "summary")),
+            lambda row: generative_fields(column_slots(row, text="document|article|text"), row_answers(row, "summary")),
         ),
     ),
     templates=(
@@ -97,7 +105,7 @@ XSUM = NamedSet(
         "Article:\n{text}\n\nWrite the single sentence that an editor would print above it as the gist.",
         "Boil the report below down to one line.\n\n{text}",
     ),
-    metrics=_SUMMARY,
+    metrics=_SUMMARY_METRICS,
     max_new_tokens=64,
     cue="Summary:",
     limit=("text", 2800),
@@ -108,12 +116,12 @@ SAMSUM = NamedSet(
     name="samsum",
     about="messenger chats with a short summary",
     hub="knkarthick/samsum",
-    splits=WHOLE,
+    splits=WHOLE_SPLITS,
     layouts=(
-        layout(
+        make_layout(
             "hub",
             "dialogue|conversation summary",
-            lambda row: said(slots(row, text="dialogue|conversation"), answers_in(row, "summary")),
+            lambda row: generative_fields(column_slots(row, text="dialogue|conversation"), row_answers(row, "summary")),
         ),
     ),
     templates=(
@@ -122,7 +130,7 @@ SAMSUM = NamedSet(
         "Somebody missed the conversation below. Tell them what was said in a sentence or two.\n\n{text}",
         "Give the main points of the following messages.\n\n{text}",
     ),
-    metrics=_SUMMARY,
+    metrics=_SUMMARY_METRICS,
     max_new_tokens=96,
     cue="Summary:",
     limit=("text", 1200),
@@ -131,11 +139,11 @@ SAMSUM = NamedSet(
 )
 
 
-def _scitldr(row: Row) -> Fields:
+def _scitldr(row: RowColumns) -> ItemFields:
     source = row["source"]
     if isinstance(source, list):
-        source = " ".join(sentence.strip() for sentence in listed(source, "source"))
-    return said({"text": need({"source": source}, "source")}, answers_in(row, "target"))
+        source = " ".join(sentence.strip() for sentence in text_list(source, "source"))
+    return generative_fields({"text": required_text({"source": source}, "source")}, row_answers(row, "target"))
 
 
 SCITLDR = NamedSet(
@@ -144,8 +152,8 @@ SCITLDR = NamedSet(
     hub="allenai/scitldr",
     config="Abstract",
     converted="Abstract",
-    splits=WHOLE,
-    layouts=(layout("hub", "source target", _scitldr),),
+    splits=WHOLE_SPLITS,
+    layouts=(make_layout("hub", "source target", _scitldr),),
     templates=(
         "{text}\n\nSum up the paper in one sentence.",
         "Abstract: {text}\n\nWhat is the contribution, in a single sentence?",
@@ -153,7 +161,7 @@ SCITLDR = NamedSet(
         "Write a one-sentence version of the abstract below.\n\n{text}",
         "You have room for one sentence in a reading list. Which one describes this work?\n\n{text}",
     ),
-    metrics=_SUMMARY,
+    metrics=_SUMMARY_METRICS,
     max_new_tokens=64,
     cue="Summary:",
     licence="Apache-2.0",
@@ -161,24 +169,24 @@ SCITLDR = NamedSet(
 )
 
 
-def _eng_spa(row: Row) -> Fields:
-    return said(slots(row, text="eng|english|en"), answers_in(row, "spa", "spanish", "es"))
+def _eng_spa(row: RowColumns) -> ItemFields:
+    return generative_fields(column_slots(row, text="eng|english|en"), row_answers(row, "spa", "spanish", "es"))
 
 
-def _pair(row: Row) -> Fields:
+def _translation_fields(row: RowColumns) -> ItemFields:
     if not isinstance(row["translation"], Mapping):
-        raise Unusable("format", f"'translation' holds {kind_of(row['translation'])}, expected {{en, es}}")
-    return said(slots(row["translation"], text="en|eng"), answers_in(row["translation"], "es", "spa"))
+        raise UnusableRowError("format", f"'translation' holds {describe_type(row['translation'])}, expected {{en, es}}")
+    return generative_fields(column_slots(row["translation"], text="en|eng"), row_answers(row["translation"], "es", "spa"))
 
 
 ENG_SPA = NamedSet(
     name="eng_spa",
     about="short everyday sentences, English into Spanish",
     hub="OscarNav/spa-eng",
-    splits=WHOLE,
+    splits=WHOLE_SPLITS,
     layouts=(
-        layout("hub", "eng|english|en spa|spanish|es", _eng_spa),
-        layout("translation", "translation", _pair),
+        make_layout("hub", "eng|english|en spa|spanish|es", _eng_spa),
+        make_layout("translation", "translation", _translation_fields),
     ),
     templates=(
         "Translate into Spanish: {text}",
@@ -194,11 +202,11 @@ ENG_SPA = NamedSet(
 )
 
 
-def _python_code(row: Row) -> Fields:
+def _python_code(row: RowColumns) -> ItemFields:
     given = str(row.get("input") or "").strip()
-    return said(
-        {**slots(row, task="instruction"), "input": "" if given.lower() == "not applicable" else given},
-        answers_in(row, "output", "response"),
+    return generative_fields(
+        {**column_slots(row, task="instruction"), "input": "" if given.lower() == "not applicable" else given},
+        row_answers(row, "output", "response"),
     )
 
 
@@ -206,8 +214,8 @@ PYTHON_CODE = NamedSet(
     name="python_code",
     about="small programming tasks, solved in Python",
     hub="iamtarun/python_code_instructions_18k_alpaca",
-    splits=LAST_TENTH,
-    layouts=(layout("hub", "instruction output|response", _python_code),),
+    splits=LAST_TENTH_SPLITS,
+    layouts=(make_layout("hub", "instruction output|response", _python_code),),
     templates=(
         "{task}\n\nInput: {input}\n\nAnswer with Python code.",
         "Write a Python program for this task.\n\n{task}\n\n{input}",

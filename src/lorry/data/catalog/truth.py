@@ -8,52 +8,56 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from lorry.data.catalog.item import Fields, chosen, said
-from lorry.data.catalog.layouts import Row, answers_in, layout, listed, need, part, slots
+from lorry.data.catalog.item import ItemFields, choice_fields, generative_fields
+from lorry.data.catalog.layouts import RowColumns, column_slots, make_layout, object_member, required_text, row_answers, text_list
 from lorry.data.catalog.named import NamedSet
-from lorry.data.reading.content import Unusable
+from lorry.data.reading.content import UnusableRowError
 
 
-def _question(row: Row) -> dict[str, str]:
-    return slots(row, question="question|Question")
+def _question_slots(row: RowColumns) -> dict[str, str]:
+    return column_slots(row, question="question|Question")
 
 
-def _written(best: str, right: str, split: Callable[[Row, str], list[str]]) -> Callable[[Row], Fields]:
-    return lambda row: said(_question(row), [need(row, best), *split(row, right)])
+def _written_reader(best: str, right: str, split: Callable[[RowColumns, str], list[str]]) -> Callable[[RowColumns], ItemFields]:
+    return lambda row: generative_fields(_question_slots(row), [required_text(row, best), *split(row, right)])
 
 
-def _choice(best: str | None, right: str, wrong: str, split: Callable[[Row, str], list[str]]) -> Callable[[Row], Fields]:
+def _choice_reader(
+    best: str | None, right: str, wrong: str, split: Callable[[RowColumns, str], list[str]]
+) -> Callable[[RowColumns], ItemFields]:
     """Right options first, as published: no template shows them, so their order tells a model nothing."""
 
-    def read(row: Row) -> Fields:
-        true = [need(row, best)] if best else split(row, right)
+    def read(row: RowColumns) -> ItemFields:
+        true = [required_text(row, best)] if best else split(row, right)
         false = [text for text in split(row, wrong) if text not in true]  # two rows list an answer as both
         options = list(dict.fromkeys([*true, *false]))
-        return chosen(_question(row), options, range(len(set(true))))
+        return choice_fields(_question_slots(row), options, range(len(set(true))))
 
     return read
 
 
-def _answered(row: Row) -> Fields:
-    return said(slots(row, "question"), answers_in(row, "answers", "answer"))
+def _answered_fields(row: RowColumns) -> ItemFields:
+    return generative_fields(column_slots(row, "question"), row_answers(row, "answers", "answer"))
 
 
-def _semicolons(row: Row, column: str) -> list[str]:
-    return [part.strip() for part in need(row, column).split(";") if part.strip()]
+def _split_semicolons(row: RowColumns, column: str) -> list[str]:
+    return [part.strip() for part in required_text(row, column).split(";") if part.strip()]
 
 
-def _list(row: Row, column: str) -> list[str]:
-    return [text for text in answers_in(row, column) if text]
+def _list_column(row: RowColumns, column: str) -> list[str]:
+    return [text for text in row_answers(row, column) if text]
 
 
-def _targets(column: str) -> Callable[[Row], Fields]:
+def _targets_reader(column: str) -> Callable[[RowColumns], ItemFields]:
     """The hub's multiple_choice rows: {choices: [...], labels: [1, 0, ...]}."""
 
-    def read(row: Row) -> Fields:
-        options, labels = listed(part(row, column, "choices"), column), part(row, column, "labels")
+    def read(row: RowColumns) -> ItemFields:
+        options, labels = text_list(object_member(row, column, "choices"), column), object_member(row, column, "labels")
         if not isinstance(labels, list | tuple) or len(labels) != len(options) or any(label not in (0, 1) for label in labels):
-            raise Unusable("label", f"{column!r} has the labels {labels!r} for {len(options)} choices; expected 0 or 1 for each")
-        return chosen(slots(row, "question"), options, [place for place, label in enumerate(labels) if label])
+            raise UnusableRowError(
+                "label", f"{column!r} has the labels {labels!r} for {len(options)} choices; expected 0 or 1 for each"
+            )
+        return choice_fields(column_slots(row, "question"), options, [place for place, label in enumerate(labels) if label])
 
     return read
 
@@ -65,9 +69,9 @@ TRUTHFULQA = NamedSet(
     config="generation",
     splits={"validation": "validation", "test": "validation"},
     layouts=(
-        layout("hub", "question best_answer correct_answers", _written("best_answer", "correct_answers", _list)),
-        layout("csv", "Question Best&Answer Correct&Answers", _written("Best Answer", "Correct Answers", _semicolons)),
-        layout("question_answer", "question answer|answers", _answered),
+        make_layout("hub", "question best_answer correct_answers", _written_reader("best_answer", "correct_answers", _list_column)),
+        make_layout("csv", "Question Best&Answer Correct&Answers", _written_reader("Best Answer", "Correct Answers", _split_semicolons)),
+        make_layout("question_answer", "question answer|answers", _answered_fields),
     ),
     templates=(
         "Question: {question}",
@@ -87,11 +91,11 @@ TRUTHFULQA_MC = replace(
     about="TruthfulQA as a choice: every right answer against every wrong one (MC2)",
     config="multiple_choice",
     layouts=(
-        layout("hub", "question mc2_targets", _targets("mc2_targets")),
-        layout("hub_generation", "question correct_answers incorrect_answers",
-               _choice(None, "correct_answers", "incorrect_answers", _list)),
-        layout("csv", "Question Correct&Answers Incorrect&Answers",
-               _choice(None, "Correct Answers", "Incorrect Answers", _semicolons)),
+        make_layout("hub", "question mc2_targets", _targets_reader("mc2_targets")),
+        make_layout("hub_generation", "question correct_answers incorrect_answers",
+               _choice_reader(None, "correct_answers", "incorrect_answers", _list_column)),
+        make_layout("csv", "Question Correct&Answers Incorrect&Answers",
+               _choice_reader(None, "Correct Answers", "Incorrect Answers", _split_semicolons)),
     ),
     metrics=("accuracy",),
 )  # fmt: skip
@@ -100,10 +104,10 @@ TRUTHFULQA_MC1 = replace(
     name="truthfulqa_mc1",
     about="TruthfulQA as a choice: the best answer against every wrong one (MC1)",
     layouts=(
-        layout("hub", "question mc1_targets", _targets("mc1_targets")),
-        layout("hub_generation", "question best_answer incorrect_answers",
-               _choice("best_answer", "", "incorrect_answers", _list)),
-        layout("csv", "Question Best&Answer Incorrect&Answers", _choice("Best Answer", "", "Incorrect Answers", _semicolons)),
+        make_layout("hub", "question mc1_targets", _targets_reader("mc1_targets")),
+        make_layout("hub_generation", "question best_answer incorrect_answers",
+               _choice_reader("best_answer", "", "incorrect_answers", _list_column)),
+        make_layout("csv", "Question Best&Answer Incorrect&Answers", _choice_reader("Best Answer", "", "Incorrect Answers", _split_semicolons)),
     ),
 )  # fmt: skip
 SETS = (TRUTHFULQA, TRUTHFULQA_MC, TRUTHFULQA_MC1)

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorry.data.catalog.item import Item
-from lorry.data.reading.content import Conversation, Message
+from lorry.data.catalog.item import NamedSetItem
+from lorry.data.reading.content import ChatMessage, Conversation
 
 
-def conversation(item: Item, shots: Sequence[Item] = ()) -> Conversation:
+def item_conversation(item: NamedSetItem, shots: Sequence[NamedSetItem] = ()) -> Conversation:
     """Chat turns, the shots first as earlier turns; ``plain`` is (blocks of text that close with the cue, " answer")."""
-    turns = [message for shot in shots for message in (Message("user", shot.prompt), Message("assistant", shot.answer))]
-    blocks = [f"{cued(shot)} {shot.answer}" for shot in shots]
-    messages = (*turns, Message("user", item.prompt), Message("assistant", item.answer))
-    return Conversation(messages, ("\n\n".join([*blocks, cued(item)]), f" {item.answer}"))
+    turns = [message for shot in shots for message in (ChatMessage("user", shot.prompt), ChatMessage("assistant", shot.answer))]
+    blocks = [f"{prompt_with_cue(shot)} {shot.answer}" for shot in shots]
+    messages = (*turns, ChatMessage("user", item.prompt), ChatMessage("assistant", item.answer))
+    return Conversation(messages, ("\n\n".join([*blocks, prompt_with_cue(item)]), f" {item.answer}"))
 
 
-def cued(item: Item) -> str:
+def prompt_with_cue(item: NamedSetItem) -> str:
     """The prompt as running text, closed by its cue."""
     return f"{item.prompt}\n{item.cue}" if item.cue else item.prompt

@@ -26,61 +26,61 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lorry.data.encoding.template import PROBE, ChatTemplate, Rendered, TemplateRefusal, common_prefix
-from lorry.data.reading.content import Message
+from lorry.data.encoding.template import PROBE_CHARACTER, ChatTemplate, RenderedTemplate, TemplateRefusedError, common_prefix
+from lorry.data.reading.content import ChatMessage
 
-Span = tuple[int, int]
+CharSpan = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Chat:
+class RenderedChat:
     """A rendered chat: ``spans`` are the supervised characters, in order; ``ended``: the last answer has its end of turn;
     ``stale``: numbers of the messages that are answers but were not written as they are when they are generated;
     ``unlearnt``: characters that the row's own marks (weight 0, train_detail) keep from being learnt.
     """
 
     text: str
-    spans: tuple[Span, ...]
+    spans: tuple[CharSpan, ...]
     ended: bool
     stale: tuple[int, ...] = ()
-    unlearnt: tuple[Span, ...] = ()
+    unlearnt: tuple[CharSpan, ...] = ()
 
 
-def lay_out(template: ChatTemplate, messages: Sequence[Message], *, everything: bool = False) -> Chat:
+def render_chat(template: ChatTemplate, messages: Sequence[ChatMessage], *, everything: bool = False) -> RenderedChat:
     """Render a chat and find its answers; with ``everything``, which is then learnt, also other turns that are not to be.
 
     Raises TemplateRefusal when the template or this search does not take the chat.
     """
     rendered = template.render(messages)
-    spans: list[Span] = []
+    spans: list[CharSpan] = []
     stale: list[int] = []
-    unlearnt: list[Span] = []
+    unlearnt: list[CharSpan] = []
     ended, used = False, 0
     for index, message in enumerate(messages):
         if message.role != "assistant":
             if everything and not message.learnt:
-                start, end = locate(template, messages, index, rendered.text)
+                start, end = locate_message(template, messages, index, rendered.text)
                 unlearnt.append((start, _with_end_of_turn(template, rendered.text, end)[0]))
             continue
-        answer = locate(template, messages, index, rendered.text)
-        block = _block_of(rendered, answer)
+        answer = locate_message(template, messages, index, rendered.text)
+        block = _generation_block(rendered, answer)
         used += block is not None
         end, ended = _with_end_of_turn(template, rendered.text, answer[1])
         if index < len(messages) - 1 and not template.render(messages[: index + 1]).text.startswith(rendered.text[:end]):
             stale += [index] if message.learnt else []
-            unlearnt += _unlearnt(message, rendered.text, answer, (answer[0], end)) if everything else []
+            unlearnt += _unlearnt_spans(message, rendered.text, answer, (answer[0], end)) if everything else []
             continue
-        begin = _start_of(template, rendered, answer, block, spans[-1][1] if spans else 0)
+        begin = _answer_start(template, rendered, answer, block, spans[-1][1] if spans else 0)
         if begin is not None:
             spans.append((begin, end))
         if begin is not None or everything:
-            unlearnt += _unlearnt(message, rendered.text, answer, (answer[0] if begin is None else begin, end))
+            unlearnt += _unlearnt_spans(message, rendered.text, answer, (answer[0] if begin is None else begin, end))
     if used != len(rendered.blocks):
-        raise TemplateRefusal("a {% generation %} block of the chat template marks text that is no assistant turn")
-    return Chat(rendered.text, tuple(spans), ended, tuple(stale), tuple(unlearnt))
+        raise TemplateRefusedError("a {% generation %} block of the chat template marks text that is no assistant turn")
+    return RenderedChat(rendered.text, tuple(spans), ended, tuple(stale), tuple(unlearnt))
 
 
-def _unlearnt(message: Message, text: str, answer: Span, whole: Span) -> list[Span]:
+def _unlearnt_spans(message: ChatMessage, text: str, answer: CharSpan, whole: CharSpan) -> list[CharSpan]:
     """The characters of an answer's span that its marks keep from being learnt. Raises TemplateRefusal if they cannot be told."""
     if not message.learnt:
         return [whole]
@@ -89,25 +89,25 @@ def _unlearnt(message: Message, text: str, answer: Span, whole: Span) -> list[Sp
     said = text[answer[0] : answer[1]]
     shift = message.content.find(said)
     if shift < 0 or message.content[:shift].strip():
-        raise TemplateRefusal("the chat template changes an answer that has train_detail, so its characters cannot be told")
+        raise TemplateRefusedError("the chat template changes an answer that has train_detail, so its characters cannot be told")
     moved = ((max(start - shift, 0), min(end - shift, len(said))) for start, end in message.unlearnt)
     return [(answer[0] + start, answer[0] + end) for start, end in moved if start < end]
 
 
-def locate(template: ChatTemplate, messages: Sequence[Message], index: int, text: str) -> Span:
+def locate_message(template: ChatTemplate, messages: Sequence[ChatMessage], index: int, text: str) -> CharSpan:
     """The characters of ``text`` that come from message ``index``. Raises TemplateRefusal when they cannot be told."""
     if (known := template.framed_span(messages, index, text)) is not None:
         return known
     changed = [*messages]
-    changed[index] = replace(messages[index], content=PROBE, reasoning="")
+    changed[index] = replace(messages[index], content=PROBE_CHARACTER, reasoning="")
     probed = template.render(changed).text
-    at = probed.find(PROBE)
-    if at < 0 or probed.count(PROBE) > 1:
-        raise TemplateRefusal(f"the chat template shows message {index + 1} {'more than once' if at >= 0 else 'not at all'}")
+    at = probed.find(PROBE_CHARACTER)
+    if at < 0 or probed.count(PROBE_CHARACTER) > 1:
+        raise TemplateRefusedError(f"the chat template shows message {index + 1} {'more than once' if at >= 0 else 'not at all'}")
     start = at if text.startswith(probed[:at]) else common_prefix(text, probed)
     tail = probed[at + 1 :]
     if not text.endswith(tail) or len(text) - len(tail) < start:
-        raise TemplateRefusal(f"the chat template changes other parts of the chat with message {index + 1}")
+        raise TemplateRefusedError(f"the chat template changes other parts of the chat with message {index + 1}")
     return start, len(text) - len(tail)
 
 
@@ -119,23 +119,25 @@ def _with_end_of_turn(template: ChatTemplate, text: str, end: int) -> tuple[int,
     return (found.end(), True) if found else (end, False)
 
 
-def _block_of(rendered: Rendered, answer: Span) -> Span | None:
+def _generation_block(rendered: RenderedTemplate, answer: CharSpan) -> CharSpan | None:
     """The {% generation %} block around an answer. Raises TemplateRefusal when a block holds only a part of it."""
     for start, end in rendered.blocks:
         if start <= answer[0] and answer[1] <= end:
             return start, end
         if start < answer[1] and answer[0] < end:
-            raise TemplateRefusal("a {% generation %} block of the chat template holds only a part of an answer")
+            raise TemplateRefusedError("a {% generation %} block of the chat template holds only a part of an answer")
     return None
 
 
-def _start_of(template: ChatTemplate, rendered: Rendered, answer: Span, block: Span | None, after: int) -> int | None:
+def _answer_start(
+    template: ChatTemplate, rendered: RenderedTemplate, answer: CharSpan, block: CharSpan | None, after: int
+) -> int | None:
     """Where the assistant's own words start, or None for a turn that the template's author left unmarked on purpose."""
     if answer[0] == answer[1]:
-        raise TemplateRefusal("the chat template leaves nothing of an answer")
+        raise TemplateRefusedError("the chat template leaves nothing of an answer")
     if rendered.blocks:
         return block[0] if block else None
     header = rendered.text.rfind(template.header, after, answer[0])
     if header < 0:
-        raise TemplateRefusal(f"the chat template opens an assistant turn without its header {template.header!r}")
+        raise TemplateRefusedError(f"the chat template opens an assistant turn without its header {template.header!r}")
     return header + len(template.header)

@@ -17,30 +17,36 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lorry.data.encoding.chat import Chat, Span, lay_out
+from lorry.data.encoding.chat import CharSpan, RenderedChat, render_chat
 from lorry.data.encoding.cut import (
     cut_longest,
-    last_learnt,
-    prompt_tokens,
-    text_pieces,
-    without_far,
-    without_middle,
-    without_oldest,
+    cut_longest_middle,
+    cut_prompt_tokens,
+    cut_text_middle,
+    drop_oldest_exchange,
+    end_of_supervised,
+    split_text_tokens,
 )
-from lorry.data.encoding.template import PLAIN, RESERVED, ChatTemplate, TemplateRefusal, special_token_texts
-from lorry.data.encoding.tokens import Marked, Tokens
+from lorry.data.encoding.template import (
+    PLAIN_TEMPLATE,
+    RESERVED_CHARACTERS,
+    ChatTemplate,
+    TemplateRefusedError,
+    special_token_texts,
+)
+from lorry.data.encoding.tokens import MarkedTokens, TextTokenizer
 from lorry.data.reading.bad_rows import BadRow
-from lorry.data.reading.content import Content, Conversation, Message, Text
+from lorry.data.reading.content import ChatMessage, Conversation, ExampleContent, TextDocument
 from lorry.errors import ConfigError, DataError, ModelError
 
 TOO_LONG = "too long"  # the kind of a sound row whose answer does not fit: dropped with a count, not an error
-RENDERED = "the prompt is rendered by the chat template already"
+ALREADY_RENDERED = "the prompt is rendered by the chat template already"
 AS_MESSAGES = "give plain text or messages instead"
-ROUNDS = 8  # tries to hit max_length when a prompt is cut; each lands within a few tokens of it
+MOST_CUT_ROUNDS = 8  # tries to hit max_length when a prompt is cut; each lands within a few tokens of it
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedSequence:
     """Tokens and their weights as targets, of equal length. ``cut`` counts the prompt tokens that were left out, ``skipped``
     the characters among them that were not even tokenised."""
 
@@ -51,17 +57,17 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class _Draft:
+class _RenderedDraft:
     """A rendered example. ``opener``: the text before each span; ``unlearnt``: characters of the spans that are not learnt;
     ``messages`` and ``template`` of a chat, of which ``last`` learns the last answer only; ``opened``, ``closed``: BOS, EOS go
     around it; ``whole``: all of it is learnt; ``skipped``: characters of the prompt that are left out beforehand.
     """
 
     text: str
-    spans: Sequence[Span]
+    spans: Sequence[CharSpan]
     opener: str = ""
-    unlearnt: Sequence[Span] = ()
-    messages: tuple[Message, ...] = ()
+    unlearnt: Sequence[CharSpan] = ()
+    messages: tuple[ChatMessage, ...] = ()
     template: ChatTemplate | None = None
     last: bool = False
     opened: bool = False
@@ -70,7 +76,7 @@ class _Draft:
     skipped: int = 0
 
 
-class Encoder:
+class ExampleEncoder:
     """Encodes conversations and texts for one tokenizer.
 
     ``completion_only_loss=False`` supervises every token but the first. ``system`` is put before chats that have no system
@@ -97,14 +103,14 @@ class Encoder:
             completion_only_loss,
             system,
         )
-        self.tokens = Tokens(tokenizer)
+        self.tokens = TextTokenizer(tokenizer)
         own = ChatTemplate.of(tokenizer, variables) if chat else None
         opening = {"opening": tokenizer.decode(self.tokens.opening), "eos_token": tokenizer.eos_token or ""}
         self.has_template = own is not None
-        self.template = own or ChatTemplate.made(PLAIN, tokenizer, opening)
+        self.template = own or ChatTemplate.made(PLAIN_TEMPLATE, tokenizer, opening)
         self._end_of_turn = self.tokens.one(self.template.end_of_turn).ids if self.template.end_of_turn else []
         opener = str(opening["opening"])
-        shown = [Message("user", "?"), Message("assistant", "!")]
+        shown = [ChatMessage("user", "?"), ChatMessage("assistant", "!")]
         self._template_opens = bool(opener) and self.template.render(shown).text.lstrip().startswith(opener.strip())
         self.notes: Counter[str] = Counter()
         specials = special_token_texts(tokenizer)
@@ -133,11 +139,11 @@ class Encoder:
             return ""
         return f"{text} {self.tokenizer.backend_tokenizer.to_str()}"
 
-    def encode(self, content: Content) -> list[Encoded] | BadRow:
+    def encode(self, content: ExampleContent) -> list[EncodedSequence] | BadRow:
         """``encode_many`` for one example."""
         return self.encode_many([content])[0]
 
-    def encode_many(self, contents: Sequence[Content]) -> list[list[Encoded] | BadRow]:
+    def encode_many(self, contents: Sequence[ExampleContent]) -> list[list[EncodedSequence] | BadRow]:
         """Encode each example, or say why it cannot be.
 
         One sequence each, but for a text longer than max_length, which is cut into several, and a chat with turns that the
@@ -159,7 +165,7 @@ class Encoder:
         """
         try:
             ids = self._prompt(conversation)
-        except TemplateRefusal as error:
+        except TemplateRefusedError as error:
             raise DataError(str(error)) from error
         self.expect_known(ids)
         return ids
@@ -180,7 +186,7 @@ class Encoder:
             "take the tokenizer that belongs to this model, or a model whose embeddings were resized"
         )
 
-    def _known(self, made: list[Encoded] | BadRow) -> list[Encoded] | BadRow:
+    def _known(self, made: list[EncodedSequence] | BadRow) -> list[EncodedSequence] | BadRow:
         if self.embeddings is None or isinstance(made, BadRow):
             return made
         reason = next(filter(None, (self._unknown(piece.tokens) for piece in made)), "")
@@ -195,9 +201,9 @@ class Encoder:
             return self._opened(self.tokens.one(self._plain_prompt(conversation)).ids)
         template = self.template.with_tools(conversation.tools)
         template.expect_tools_shown(messages)
-        earlier: Sequence[Span] = ()
+        earlier: Sequence[CharSpan] = ()
         if any(message.role == "assistant" for message in messages):  # earlier answers are tokenised as in training
-            earlier = lay_out(template, messages).spans
+            earlier = render_chat(template, messages).spans
         return self.tokens.one(template.prompt(messages), earlier, template.header).ids
 
     def stop_tokens(self) -> list[int]:
@@ -205,7 +211,7 @@ class Encoder:
         turn = self._end_of_turn if len(self._end_of_turn) == 1 else []
         return sorted({*([self.tokens.end] if self.tokens.end is not None else []), *turn})
 
-    def marked_text(self, encoded: Encoded) -> list[tuple[str, bool]]:
+    def marked_text(self, encoded: EncodedSequence) -> list[tuple[str, bool]]:
         """The example as runs of text, each with whether it is supervised; for a person to look at."""
         runs: list[tuple[list[int], bool]] = []
         for token, weight in zip(encoded.tokens, encoded.weights, strict=True):
@@ -214,21 +220,21 @@ class Encoder:
             runs[-1][0].append(token)
         return [(self.tokenizer.decode(ids, skip_special_tokens=False), learnt) for ids, learnt in runs]
 
-    def _drafts(self, content: Content) -> list[_Draft] | BadRow:
+    def _drafts(self, content: ExampleContent) -> list[_RenderedDraft] | BadRow:
         try:
-            if isinstance(content, Text):
+            if isinstance(content, TextDocument):
                 return [self._text(content.text)]
             self._note_turns(content)
             if content.tools and not self.has_template:
-                raise TemplateRefusal("the row has tools and the tokenizer no chat template that could show them")
+                raise TemplateRefusedError("the row has tools and the tokenizer no chat template that could show them")
             if content.plain and not self.has_template:
                 whole, answer = self._plain_prompt(content), content.plain[1]
-                prompt, skipped = without_middle(self.tokens, whole, self.max_length)
+                prompt, skipped = cut_text_middle(self.tokens, whole, self.max_length)
                 spans, last_line = [(len(prompt), len(prompt) + len(answer))], (prompt.splitlines(keepends=True) or [""])[-1]
-                return [_Draft(prompt + answer, spans, last_line, opened=True, closed=True, skipped=skipped)]
+                return [_RenderedDraft(prompt + answer, spans, last_line, opened=True, closed=True, skipped=skipped)]
             if rendered := self._rendered(content):
                 return [self._rendered_draft(*rendered)]
-            messages, skipped = without_far(self.tokens, self._prepared(content), self.max_length)
+            messages, skipped = cut_longest_middle(self.tokens, self._prepared(content), self.max_length)
             template = self.template.with_tools(content.tools)
             template.expect_tools_shown(messages)
             chat = self._laid_out(template, messages)
@@ -240,13 +246,13 @@ class Encoder:
                 self.notes["the chat template rewrites earlier answers; each was learnt in a chat that ends with it"] += 1
             drafts = [*own, self._chat(template, messages, chat, last=False)]
             return [replace(draft, skipped=skipped) for draft in drafts] if skipped else drafts
-        except TemplateRefusal as error:
+        except TemplateRefusedError as error:
             return BadRow("template", str(error))
 
-    def _laid_out(self, template: ChatTemplate, messages: tuple[Message, ...]) -> Chat:
-        return lay_out(template, messages, everything=not self.completion_only_loss)
+    def _laid_out(self, template: ChatTemplate, messages: tuple[ChatMessage, ...]) -> RenderedChat:
+        return render_chat(template, messages, everything=not self.completion_only_loss)
 
-    def _text(self, text: str) -> _Draft:
+    def _text(self, text: str) -> _RenderedDraft:
         """A text with BOS and EOS around it, each put only where the text does not bring its own."""
         opened = closed = True
         if self._control.search(text):
@@ -258,7 +264,7 @@ class Encoder:
             if any(end and text.rstrip().endswith(end) for end in ends):
                 text, closed = text.rstrip(), False
             opened = self._template_opens or not rendered
-        return _Draft(text, [(0, len(text))], opened=opened, closed=closed, whole=True)
+        return _RenderedDraft(text, [(0, len(text))], opened=opened, closed=closed, whole=True)
 
     def _without_bos(self, text: str) -> str:
         text = text.lstrip()
@@ -291,20 +297,24 @@ class Encoder:
         if not self._begins_rendered(asked, bool(header) and asked.rstrip().endswith(header)):
             return None
         if self.system or conversation.tools or len(turns) < len(conversation.messages):
-            raise TemplateRefusal(
+            raise TemplateRefusedError(
                 "the prompt is rendered by the chat template already, so no system message and no tools can be put into it; "
                 "leave them out, or give the prompt as plain text or messages"
             )
         if any(turn.unlearnt or not turn.learnt for turn in turns):
-            raise TemplateRefusal(f"{RENDERED}, so its turns' weight, train or train_detail have no place; {AS_MESSAGES}")
+            raise TemplateRefusedError(
+                f"{ALREADY_RENDERED}, so its turns' weight, train or train_detail have no place; {AS_MESSAGES}"
+            )
         self._refuse_further_turns(answer)
         at = asked.rfind(header) if header else len(asked)
         missing = bool(header) and at <= (asked.rfind(question) if question else -1)  # or the answer brought it
         if missing and not asked.rstrip().endswith(self.template.question_end):
-            raise TemplateRefusal(f"{RENDERED}, but its last question does not end; {AS_MESSAGES}")
+            raise TemplateRefusedError(f"{ALREADY_RENDERED}, but its last question does not end; {AS_MESSAGES}")
         composed = conversation.plain is not None and conversation.plain[0] != asked  # of several columns, as alpaca's
         if composed and not missing and asked[at:].removeprefix(header).strip():
-            raise TemplateRefusal(f"{RENDERED}, and another column stands behind the assistant's header; {AS_MESSAGES}")
+            raise TemplateRefusedError(
+                f"{ALREADY_RENDERED}, and another column stands behind the assistant's header; {AS_MESSAGES}"
+            )
         self.notes["prompts are rendered by the chat template already; no second chat was put around them"] += 1
         if missing:
             asked, at = f"{asked}{self.template.written_header}", len(asked)
@@ -313,7 +323,7 @@ class Encoder:
             asked = asked[:at] + self.template.written_header.lstrip()
         return asked, self._bare(answer)
 
-    def _without_header(self, message: Message) -> Message:
+    def _without_header(self, message: ChatMessage) -> ChatMessage:
         """An answer without the assistant's header that it brings itself: the template writes it. Raises TemplateRefusal."""
         header = self._header
         if message.role != "assistant" or not self._header_is_control:
@@ -321,7 +331,7 @@ class Encoder:
         if not (said := self._without_bos(message.content)).startswith(header):
             return message
         if message.unlearnt:
-            raise TemplateRefusal("an answer with train_detail brings the chat template's header; leave the header out")
+            raise TemplateRefusedError("an answer with train_detail brings the chat template's header; leave the header out")
         self.notes["answers bring the chat template's header; it was left to the template"] += 1
         said = said.removeprefix(header)
         return replace(message, content=said.lstrip("\n") if self.template.written_header.endswith("\n") else said)
@@ -330,9 +340,9 @@ class Encoder:
         """Raise TemplateRefusal for an answer in which the rendered chat goes on: its questions would be learnt."""
         question, turn = self.template.question_header, self.template.end_of_turn
         if question and turn and question in answer.partition(turn)[2]:
-            raise TemplateRefusal(f"the answer goes on with another rendered question; {AS_MESSAGES}")
+            raise TemplateRefusedError(f"the answer goes on with another rendered question; {AS_MESSAGES}")
 
-    def _refuse_rendered(self, message: Message) -> None:
+    def _refuse_rendered(self, message: ChatMessage) -> None:
         """Raise TemplateRefusal for a turn that would get a second turn around it."""
         if not self.has_template:
             return
@@ -341,7 +351,7 @@ class Encoder:
             return
         closed = self._header_is_control and message.content.rstrip().endswith(self._header)
         if closed or self._begins_rendered(message.content, closed):
-            raise TemplateRefusal(f"a turn of the {message.role} is rendered by the chat template already; {AS_MESSAGES}")
+            raise TemplateRefusedError(f"a turn of the {message.role} is rendered by the chat template already; {AS_MESSAGES}")
 
     def _bare(self, answer: str) -> str:
         """An answer without the ends of turn and of text behind it. Raises TemplateRefusal when nothing is left."""
@@ -349,18 +359,18 @@ class Encoder:
         while end := next((end for end in ends if answer.rstrip().endswith(end)), ""):
             answer = answer.rstrip().removesuffix(end)
         if not answer.strip():
-            raise TemplateRefusal("the answer is nothing but an end of turn: there is nothing to learn")
+            raise TemplateRefusedError("the answer is nothing but an end of turn: there is nothing to learn")
         return answer
 
-    def _rendered_draft(self, prompt: str, answer: str) -> _Draft:
+    def _rendered_draft(self, prompt: str, answer: str) -> _RenderedDraft:
         """The example of a prompt that was rendered elsewhere: BOS where the template writes it, one end of turn."""
         turn = self.template.end_of_turn if len(self._end_of_turn) == 1 else ""
-        prompt, skipped = without_middle(self.tokens, prompt, self.max_length)
+        prompt, skipped = cut_text_middle(self.tokens, prompt, self.max_length)
         text = prompt + answer + turn
         spans, opened = [(len(prompt), len(text))], self._template_opens
-        return _Draft(text, spans, self.template.header, opened=opened, closed=not turn, skipped=skipped)
+        return _RenderedDraft(text, spans, self.template.header, opened=opened, closed=not turn, skipped=skipped)
 
-    def _together(self, parts: list[list[Encoded] | BadRow]) -> list[Encoded] | BadRow:
+    def _together(self, parts: list[list[EncodedSequence] | BadRow]) -> list[EncodedSequence] | BadRow:
         """The sequences of one example; it is a bad row when none of them can be used."""
         kept = [piece for part in parts if not isinstance(part, BadRow) for piece in part]
         bad = [part for part in parts if isinstance(part, BadRow)]
@@ -382,36 +392,38 @@ class Encoder:
             if not self.has_template or template.render(nameless).text == template.render(conversation.messages).text:
                 self.notes["turns have the key 'name', which the chat template does not show"] += 1
 
-    def _chat(self, template: ChatTemplate, messages: tuple[Message, ...], chat: Chat, last: bool) -> _Draft:
+    def _chat(self, template: ChatTemplate, messages: tuple[ChatMessage, ...], chat: RenderedChat, last: bool) -> _RenderedDraft:
         """A chat ready for the tokenizer; without an end of turn that can stop generation it gets the end of text."""
         if not chat.spans:
-            raise TemplateRefusal("the chat template marks no answer of this conversation for learning")
+            raise TemplateRefusedError("the chat template marks no answer of this conversation for learning")
         spans = chat.spans[-1:] if last else chat.spans
         said = chat.text[spans[-1][0] : spans[-1][1]]
         if messages[-1].content.strip() not in said:
             self.notes["the chat template changes or shortens the answer itself, a thought for example"] += 1
         if chat.ended and len(self._end_of_turn) == 1:
-            return _Draft(chat.text, spans, template.header, chat.unlearnt, messages, template, last)
+            return _RenderedDraft(chat.text, spans, template.header, chat.unlearnt, messages, template, last)
         missing = "an end of turn that is several tokens" if chat.ended else "no end of turn after the last answer"
         self.notes[f"the chat template writes {missing}; the end of text was added"] += 1
         text = chat.text[: spans[-1][1]]
-        return _Draft(text, spans, template.header, chat.unlearnt, messages, template, last, closed=True)
+        return _RenderedDraft(text, spans, template.header, chat.unlearnt, messages, template, last, closed=True)
 
-    def _prepared(self, conversation: Conversation) -> tuple[Message, ...]:
+    def _prepared(self, conversation: Conversation) -> tuple[ChatMessage, ...]:
         """The messages up to the last learnt answer (what follows teaches nothing), with the system message where it can be."""
         messages = list(conversation.messages)
         while messages[-1].role != "assistant" or not messages[-1].learnt:
             messages.pop()
-        if any(RESERVED.search(message.content) for message in messages):
-            raise TemplateRefusal("the text holds one of the Unicode noncharacters U+FDD0 to U+FDD2, which Lorry needs itself")
+        if any(RESERVED_CHARACTERS.search(message.content) for message in messages):
+            raise TemplateRefusedError(
+                "the text holds one of the Unicode noncharacters U+FDD0 to U+FDD2, which Lorry needs itself"
+            )
         if self.system and messages[0].role != "system":
-            messages.insert(0, Message("system", self.system))
+            messages.insert(0, ChatMessage("system", self.system))
         bare = [self._without_header(message) for message in messages]
         for message in bare:
             self._refuse_rendered(message)
         return tuple(self._without_end(message) for message in bare)
 
-    def _without_end(self, message: Message) -> Message:
+    def _without_end(self, message: ChatMessage) -> ChatMessage:
         """An answer that already ends with the end of turn or of text would end twice."""
         if self._control.search(message.content):
             for end in (self.template.end_of_turn, self.tokenizer.eos_token):
@@ -420,12 +432,12 @@ class Encoder:
             self.notes["messages hold control tokens of the tokenizer as text; they are read as control tokens"] += 1
         return message
 
-    def _finish(self, draft: _Draft, marked: Marked) -> list[Encoded] | BadRow:
+    def _finish(self, draft: _RenderedDraft, marked: MarkedTokens) -> list[EncodedSequence] | BadRow:
         """Put BOS and EOS around, cut to max_length, and turn marks into weights."""
         marked = self._dressed(draft, marked)
         if draft.whole:
             return self._pieces(marked.ids)
-        cut, full = 0, len(marked.ids) if not self.completion_only_loss else last_learnt(marked)
+        cut, full = 0, len(marked.ids) if not self.completion_only_loss else end_of_supervised(marked)
         if full > self.max_length:
             shortened = self._shortened_chat(draft) if draft.messages else self._shortened_plain(draft, marked)
             if isinstance(shortened, BadRow):
@@ -433,7 +445,10 @@ class Encoder:
             marked, cut = shortened, full - self._length(shortened)
         if self.completion_only_loss:
             # behind the last answer nothing is learnt and nothing depends on it: not worth computing
-            ids, weights = marked.ids[: last_learnt(marked)], [float(taken) for taken in marked.learnt[: last_learnt(marked)]]
+            ids, weights = (
+                marked.ids[: end_of_supervised(marked)],
+                [float(taken) for taken in marked.learnt[: end_of_supervised(marked)]],
+            )
         else:
             ids, weights = marked.ids, [1.0] * len(marked.ids)
         weights = (
@@ -442,9 +457,9 @@ class Encoder:
         weights[:1] = [0.0]
         if not any(weights):
             return BadRow("no answer", "no token of the answer can be learnt: nothing stands before it")
-        return [Encoded(ids, weights, cut, draft.skipped)]
+        return [EncodedSequence(ids, weights, cut, draft.skipped)]
 
-    def _dressed(self, draft: _Draft, marked: Marked) -> Marked:
+    def _dressed(self, draft: _RenderedDraft, marked: MarkedTokens) -> MarkedTokens:
         ids, learnt = marked.ids, marked.learnt
         if draft.opened:
             ids = self._opened(ids)
@@ -454,31 +469,33 @@ class Encoder:
                 raise ModelError("the tokenizer has no eos_token, so the model could never learn to stop; set eos_token")
             if ids[-1:] != [self.tokens.end]:
                 ids, learnt = [*ids, self.tokens.end], [*learnt, True]
-        return Marked(ids, learnt, marked.barred)  # barred tokens are of chats, which get no BOS in front
+        return MarkedTokens(ids, learnt, marked.barred)  # barred tokens are of chats, which get no BOS in front
 
     def _opened(self, ids: list[int]) -> list[int]:
         """With the tokenizer's BOS in front, once."""
         opening = self.tokens.opening
         return ids if ids[: len(opening)] == opening else [*opening, *ids]
 
-    def _pieces(self, ids: list[int]) -> list[Encoded] | BadRow:
+    def _pieces(self, ids: list[int]) -> list[EncodedSequence] | BadRow:
         if len(ids) < 2:
             return BadRow("empty answer", "the text is a single token: there is nothing to learn")
-        return [Encoded(piece, [0.0] + [1.0] * (len(piece) - 1)) for piece in text_pieces(ids, self.max_length)]
+        return [EncodedSequence(piece, [0.0] + [1.0] * (len(piece) - 1)) for piece in split_text_tokens(ids, self.max_length)]
 
-    def _shortened_plain(self, draft: _Draft, marked: Marked) -> Marked | BadRow:
+    def _shortened_plain(self, draft: _RenderedDraft, marked: MarkedTokens) -> MarkedTokens | BadRow:
         head = len(self.tokens.opening) if draft.opened else 0
-        return prompt_tokens(marked, head, len(marked.ids) - self.max_length) or self._too_long(sum(marked.learnt), max(head, 1))
+        return cut_prompt_tokens(marked, head, len(marked.ids) - self.max_length) or self._too_long(
+            sum(marked.learnt), max(head, 1)
+        )
 
-    def _shortened_chat(self, draft: _Draft) -> Marked | BadRow:
+    def _shortened_chat(self, draft: _RenderedDraft) -> MarkedTokens | BadRow:
         """Leave out the oldest turns, then cut the longest prompt messages from the left, until the last answer fits whole."""
         messages, template = draft.messages, draft.template or self.template
         try:
-            while len(shorter := without_oldest(messages)) < len(messages):
+            while len(shorter := drop_oldest_exchange(messages)) < len(messages):
                 messages = shorter
                 if self._length(fitted := self._drafted(template, messages, draft.last)) <= self.max_length:
                     return fitted
-            for _ in range(ROUNDS * len(messages)):
+            for _ in range(MOST_CUT_ROUNDS * len(messages)):
                 marked = self._drafted(template, messages, draft.last)
                 over = self._length(marked) - self.max_length
                 if over <= 0:
@@ -487,27 +504,29 @@ class Encoder:
                 if shorter == messages:
                     return self._too_long(*self._sizes(marked))
                 messages = shorter
-        except TemplateRefusal as error:
+        except TemplateRefusedError as error:
             return BadRow("template", f"{error} (after its prompt was cut to max_length={self.max_length})")
         return self._too_long(*self._sizes(marked))
 
-    def _sizes(self, marked: Marked) -> tuple[int, int]:
+    def _sizes(self, marked: MarkedTokens) -> tuple[int, int]:
         """(tokens of the last answer, tokens before it that are left when everything that may be cut is)."""
-        end = last_learnt(marked)
+        end = end_of_supervised(marked)
         start = end - marked.learnt[:end][::-1].index(False) if False in marked.learnt[:end] else 0
         return end - start, self._length(marked) - (end - start)
 
-    def _drafted(self, template: ChatTemplate, messages: tuple[Message, ...], last: bool) -> Marked:
+    def _drafted(self, template: ChatTemplate, messages: tuple[ChatMessage, ...], last: bool) -> MarkedTokens:
         draft = self._chat(template, messages, self._laid_out(template, messages), last)
         return self._dressed(draft, self.tokens.one(draft.text, draft.spans, draft.opener, draft.unlearnt))
 
-    def _length(self, marked: Marked) -> int:
-        return last_learnt(marked) if self.completion_only_loss else len(marked.ids)
+    def _length(self, marked: MarkedTokens) -> int:
+        return end_of_supervised(marked) if self.completion_only_loss else len(marked.ids)
 
     def _too_long(self, answer: int, fixed: int) -> BadRow:
         """``answer`` tokens with ``fixed`` others that cannot be cut away."""
         if answer + fixed <= self.max_length:
-            return BadRow(TOO_LONG, f"its prompt could not be cut to max_length={self.max_length} in {ROUNDS} rounds a message")
+            return BadRow(
+                TOO_LONG, f"its prompt could not be cut to max_length={self.max_length} in {MOST_CUT_ROUNDS} rounds a message"
+            )
         what = "the chat template and turns that stay" if self.has_template else "its beginning"
         return BadRow(
             TOO_LONG,
@@ -516,8 +535,10 @@ class Encoder:
         )
 
 
-def encode(
-    content: Content, tokenizer: Any, *, max_length: int, completion_only_loss: bool = True, system: str | None = None
-) -> list[Encoded] | BadRow:
-    """Encode one example; for many, keep an ``Encoder``."""
-    return Encoder(tokenizer, max_length=max_length, completion_only_loss=completion_only_loss, system=system).encode(content)
+def encode_example(
+    content: ExampleContent, tokenizer: Any, *, max_length: int, completion_only_loss: bool = True, system: str | None = None
+) -> list[EncodedSequence] | BadRow:
+    """Encode one example; for many, keep an ``ExampleEncoder``."""
+    return ExampleEncoder(tokenizer, max_length=max_length, completion_only_loss=completion_only_loss, system=system).encode(
+        content
+    )

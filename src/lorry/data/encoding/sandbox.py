@@ -29,47 +29,52 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from lorry.data.encoding.template_budget import Budget, OverBudget
+from lorry.data.encoding.template_budget import RenderBudget, RenderBudgetError
 
 LONGEST_SOURCE = 1 << 19  # characters of template source
-OPEN, CLOSE = "\ufdd1", "\ufdd2"  # mark a {% generation %} block; Unicode noncharacters, never part of real text
-DATE = datetime(2024, 7, 26)  # strftime_now: a fixed day, Llama 3's own default, so that tokens are the same tomorrow
-FILTERS = (
+GENERATION_OPEN, GENERATION_CLOSE = (
+    "\ufdd1",
+    "\ufdd2",
+)  # mark a {% generation %} block; Unicode noncharacters, never part of real text
+TEMPLATE_DATE = datetime(2024, 7, 26)  # strftime_now: a fixed day, Llama 3's own default, so that tokens are the same tomorrow
+ALLOWED_FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "int", "items",
     "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "round",
     "safe", "select", "selectattr", "sort", "title", "trim", "unique", "upper",
 )  # fmt: skip
-OF_CONSTANT_TIME = {"length", "count", "first", "last", "d", "default", "items"}
-SHALLOW = {"list", "map", "select", "selectattr", "reject", "rejectattr", "reverse"}  # the others print, compare or hash
-SORTING = {"sort", "dictsort", "unique", "min", "max"}
+CONSTANT_TIME_FILTERS = {"length", "count", "first", "last", "d", "default", "items"}
+SHALLOW_FILTERS = {"list", "map", "select", "selectattr", "reject", "rejectattr", "reverse"}  # the others print, compare or hash
+SORTING_FILTERS = {"sort", "dictsort", "unique", "min", "max"}
 COMPARING_TESTS = (
     "in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", "ge", ">=", "<", "lt", "lessthan", "<=", "le", "lower",
     "upper", "divisibleby", "odd", "even",
 )  # fmt: skip
-WIDTHS = {"center", "ljust", "rjust", "zfill"}  # methods of str that pad to a given width
+WIDTH_METHODS = {"center", "ljust", "rjust", "zfill"}  # methods of str that pad to a given width
 # Methods whose time is the length of the text times that of the argument: CPython searches backwards, and strips, naively.
-PRODUCTS = {"rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip"}
+PRODUCT_METHODS = {"rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip"}
 # Never in a chat template: tables and bytes, and markupsafe's own loop, whose time is the square of the text.
 REFUSED_METHODS = {"translate", "maketrans", "encode", "to_bytes", "from_bytes", "striptags", "unescape"}
 
 
-class Refusal(jinja2.TemplateError):
+class TemplateRaisedError(jinja2.TemplateError):
     """The template called raise_exception: it does not take this conversation."""
 
 
-class Sandbox(ImmutableSandboxedEnvironment):
+class TemplateSandbox(ImmutableSandboxedEnvironment):
     """The environment for one template; ``budget.open`` starts a rendering's account."""
 
     intercepted_binops = frozenset({"*", "**", "+", "-", "/", "//", "%"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControls, Generation], finalize=self._spend_output)
-        self.budget = Budget()
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[LoopControls, GenerationExtension], finalize=self._spend_output
+        )
+        self.budget = RenderBudget()
         checked: dict[str, Callable[..., Any]] = {
             "join": self._join, "replace": self._replace, "indent": self._indent, "tojson": self._tojson,
             "string": self._string, "format": lambda text, *args: self._percent(text, args), "sum": self._sum,
         }  # fmt: skip
-        plain = {name: DEFAULT_FILTERS[name] for name in FILTERS}
+        plain = {name: DEFAULT_FILTERS[name] for name in ALLOWED_FILTERS}
         self.filters = {name: self._counted(name, function) for name, function in (plain | checked).items()}
         self.tests = {
             **DEFAULT_TESTS,
@@ -78,8 +83,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals = {
             "range": self._range,
             "dict": self._dict,
-            "namespace": _Namespace,
-            "raise_exception": _refuse,
+            "namespace": _GuardedNamespace,
+            "raise_exception": _raise_exception,
             "strftime_now": self._strftime,
         }
 
@@ -107,7 +112,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     # Called by jinja2.
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _Plant(self).visit(super()._parse(source, name, filename))
+        return _BudgetPlanter(self).visit(super()._parse(source, name, filename))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """``obj[argument]``; a tuple is hashed by that, and a tuple of tuples of tuples takes for ever."""
@@ -164,17 +169,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
             value, others = args[position], (*args[position + 1 :], *kwargs.values())
-            if name in OF_CONSTANT_TIME:
+            if name in CONSTANT_TIME_FILTERS:
                 self.budget.work()
                 return function(*args, **kwargs)
             self.budget.read(value)
-            if name not in SHALLOW and isinstance(value, list | tuple | dict):
+            if name not in SHALLOW_FILTERS and isinstance(value, list | tuple | dict):
                 weight = self.budget.weigh(value)
-                self.budget.work(weight // 64 if name in SORTING else 0)
+                self.budget.work(weight // 64 if name in SORTING_FILTERS else 0)
             if name == "trim":
                 self._afford_searches(value, others)
             if any(isinstance(other, int) and abs(other) > 1000 for other in others) and name in ("round", "int"):
-                raise OverBudget(f"it uses the filter {name} with numbers no chat needs")
+                raise RenderBudgetError(f"it uses the filter {name} with numbers no chat needs")
             return self.budget.made(function(*args, **kwargs), anew=True)
 
         return counted
@@ -237,7 +242,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     ) -> str:
         margin = None if indent is None else min(int(indent), 16)
         around = sum(len(part) for part in separators or ())
-        self.budget.afford(self.budget.weigh(value) * (1 + around + (margin or 0) * _depth(value)))
+        self.budget.afford(self.budget.weigh(value) * (1 + around + (margin or 0) * _container_depth(value)))
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=margin, separators=separators, sort_keys=sort_keys)
 
     def _string(self, value: Any) -> str:
@@ -246,7 +251,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _strftime(self, form: str) -> str:
         self._afford_format(form, "%", ())
-        return DATE.strftime(form)
+        return TEMPLATE_DATE.strftime(form)
 
     # What a call, a product or a format would cost.
 
@@ -254,20 +259,20 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """The arguments of a built-in method, after its work and the size of its result were found affordable."""
         given = (*args, *kwargs.values())
         if any(isinstance(value, int) and abs(value) > self.budget.room for value in given) or method in REFUSED_METHODS:
-            raise OverBudget(f"it calls {method} with numbers or tables no chat needs")
+            raise RenderBudgetError(f"it calls {method} with numbers or tables no chat needs")
         if isinstance(owner, bytes):
-            raise OverBudget("it works with bytes, which no chat template needs")
+            raise RenderBudgetError("it works with bytes, which no chat template needs")
         for value in given:
             self.budget.compare(value)
         if not isinstance(owner, str):
             if isinstance(owner, list | tuple) and method in ("index", "count"):
                 self.budget.weigh(owner)
             return args
-        if method in WIDTHS and any(isinstance(value, int) and value > 1000 for value in given):
-            raise OverBudget(f"it pads text by {method} to more than 1000 columns")
+        if method in WIDTH_METHODS and any(isinstance(value, int) and value > 1000 for value in given):
+            raise RenderBudgetError(f"it pads text by {method} to more than 1000 columns")
         if method == "expandtabs":
             self.budget.afford(len(owner) + owner.count("\t") * max((v for v in given if isinstance(v, int)), default=8))
-        if method in PRODUCTS:
+        if method in PRODUCT_METHODS:
             self._afford_searches(owner, given)
         if method == "replace" and len(args) >= 2:
             self._replace(owner, args[0], args[1])
@@ -296,11 +301,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _afford_format(self, text: str, sign: str, args: tuple[Any, ...]) -> None:
         if re.search(r"\d{4}|\*|\{[^}]*\{", text):
-            raise OverBudget("it formats text with a width no chat needs")
+            raise RenderBudgetError("it formats text with a width no chat needs")
         self.budget.afford(len(text) + text.count(sign) * (1000 + sum(map(self.budget.weigh, args))))
 
 
-def _depth(value: Any) -> int:
+def _container_depth(value: Any) -> int:
     """Containers inside each other in a value that was weighed; 1 for a plain one."""
     depth, level = 0, [value]
     while level:
@@ -310,7 +315,7 @@ def _depth(value: Any) -> int:
     return depth
 
 
-class _Namespace(Namespace):
+class _GuardedNamespace(Namespace):
     """jinja2's namespace, closed to names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
@@ -325,10 +330,10 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
 
-class _Plant(NodeTransformer):
+class _BudgetPlanter(NodeTransformer):
     """Plants a ``step`` call in every loop and macro body, and sends what jinja2 compiles to bare Python through the account."""
 
-    def __init__(self, environment: Sandbox) -> None:
+    def __init__(self, environment: TemplateSandbox) -> None:
         self.environment = environment
 
     def _call(self, method: str, args: list[nodes.Expr], line: int) -> nodes.Call:
@@ -336,7 +341,7 @@ class _Plant(NodeTransformer):
         return made.set_lineno(line, override=False).set_environment(self.environment)  # type: ignore[return-value]
 
     def _counted(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
-        literal = sum(len(text.data) for part in node.body for text in _texts(part))
+        literal = sum(len(text.data) for part in node.body for text in _template_texts(part))
         work = 1 + sum(1 for part in node.body for _ in part.find_all(nodes.Node)) // 64
         displays = [one for part in node.body for one in part.find_all((nodes.List, nodes.Tuple, nodes.Dict))]
         items = sum(len(one.items) for one in displays if isinstance(one, nodes.List | nodes.Tuple | nodes.Dict))
@@ -387,11 +392,11 @@ class _Plant(NodeTransformer):
         return operand if isinstance(operand, nodes.Const) else self._call("compared", [operand], operand.lineno)
 
 
-def _texts(part: nodes.Node) -> list[nodes.TemplateData]:
+def _template_texts(part: nodes.Node) -> list[nodes.TemplateData]:
     return [*part.find_all(nodes.TemplateData)] + ([part] if isinstance(part, nodes.TemplateData) else [])
 
 
-class Generation(Extension):
+class GenerationExtension(Extension):
     """The ``{% generation %}`` block with which a template marks what the assistant says."""
 
     tags = {"generation"}  # noqa: RUF012
@@ -402,8 +407,8 @@ class Generation(Extension):
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Macro) -> str:
-        return f"{OPEN}{caller()}{CLOSE}"
+        return f"{GENERATION_OPEN}{caller()}{GENERATION_CLOSE}"
 
 
-def _refuse(message: str) -> None:
-    raise Refusal(message)
+def _raise_exception(message: str) -> None:
+    raise TemplateRaisedError(message)

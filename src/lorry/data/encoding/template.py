@@ -20,30 +20,30 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import SecurityError
 
-from lorry.data.encoding.sandbox import CLOSE, LONGEST_SOURCE, OPEN, Sandbox
-from lorry.data.encoding.template_frame import FAULTS, Frame, frame_of
-from lorry.data.reading.content import Message
+from lorry.data.encoding.sandbox import GENERATION_CLOSE, GENERATION_OPEN, LONGEST_SOURCE, TemplateSandbox
+from lorry.data.encoding.template_frame import TEMPLATE_FAULTS, TemplateFrame, find_template_frame
+from lorry.data.reading.content import ChatMessage
 from lorry.errors import ModelError
 
-ATTEMPTS = 8  # shapes without a frame after which no more are tried: the template looks at texts
-SHAPES = 256  # shapes of conversations whose frames are kept
-PROBE = "\ufdd0"  # stands in for a message while its place is looked for; a Unicode noncharacter, never real text
-RESERVED = re.compile(f"[{PROBE}{OPEN}{CLOSE}]")
+PROBE_ATTEMPTS = 8  # shapes without a frame after which no more are tried: the template looks at texts
+SHAPES_KEPT = 256  # shapes of conversations whose frames are kept
+PROBE_CHARACTER = "\ufdd0"  # stands in for a message while its place is looked for; a Unicode noncharacter, never real text
+RESERVED_CHARACTERS = re.compile(f"[{PROBE_CHARACTER}{GENERATION_OPEN}{GENERATION_CLOSE}]")
 
 # For a tokenizer without a template: headed paragraphs that need no special token but the end of text.
-PLAIN = (
+PLAIN_TEMPLATE = (
     "{{ opening }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n{% elif m.role == 'user' %}"
     "### Instruction:\n{{ m.content }}\n\n{% else %}### Response:\n{{ m.content }}{{ eos_token }}\n\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
 
 
-class TemplateRefusal(Exception):
+class TemplateRefusedError(Exception):
     """The template does not render this conversation; the message is the template's own reason."""
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedTemplate:
     """Text, and the (start, end) characters of its {% generation %} blocks (none when the template has no such block)."""
 
     text: str
@@ -67,9 +67,9 @@ class ChatTemplate:
         self.notes: list[str] = []
         self.tools: list[Any] | None = None
         self.takes_system, self._forgets_header = True, False
-        self._sandbox = Sandbox()
+        self._sandbox = TemplateSandbox()
         self._shapes: set[tuple[str, ...]] = set()
-        self._frames: dict[tuple[str, ...], Frame | None] = {}
+        self._frames: dict[tuple[str, ...], TemplateFrame | None] = {}
         self._compiled = self._compile(source)
         self.header, self.end_of_turn, self.question_header = self._learn(special_tokens)
         self.takes_system = self._learn_system()
@@ -97,52 +97,52 @@ class ChatTemplate:
         bound.tools = json.loads(tools)
         return bound
 
-    def expect_tools_shown(self, messages: Sequence[Message]) -> None:
+    def expect_tools_shown(self, messages: Sequence[ChatMessage]) -> None:
         """Raise TemplateRefusal where the template writes the same without the tools: the model would never see them."""
         if self.tools is None:
             return
         without = copy(self)
         without.tools = None
         if without.render(messages).text == self.render(messages).text:
-            raise TemplateRefusal("the row has tools, which the chat template does not show; use a template that does")
+            raise TemplateRefusedError("the row has tools, which the chat template does not show; use a template that does")
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
+    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> RenderedTemplate:
         """The conversation as text. Raises TemplateRefusal (this row) or ModelError (a hostile template)."""
         if not self.takes_system:
-            messages = _folded(messages)
+            messages = _fold_system_message(messages)
         if self.tools is None and (framed := self._framed(messages, add_generation_prompt)) is not None:
-            return _without_marks(framed) if OPEN in framed else Rendered(framed)
+            return _strip_generation_marks(framed) if GENERATION_OPEN in framed else RenderedTemplate(framed)
         given = sum(len(message.content) + len(message.reasoning) for message in messages)
         given += len(json.dumps(self.tools)) if self.tools else 0
         self._sandbox.budget.open(given, len(messages))
         try:
             marked = self._compiled.render(
-                self.variables, messages=[_plain(m) for m in messages], tools=self.tools, documents=None,
+                self.variables, messages=[_message_values(m) for m in messages], tools=self.tools, documents=None,
                 add_generation_prompt=add_generation_prompt,
             )  # fmt: skip
         except (SecurityError, MemoryError) as error:
             raise ModelError(f"the chat template was stopped: {error}; train only with a template you trust") from error
-        except FAULTS as error:
-            raise TemplateRefusal(f"the chat template refuses this conversation: {_reason(error)}") from error
-        return _without_marks(marked) if OPEN in marked else Rendered(marked)
+        except TEMPLATE_FAULTS as error:
+            raise TemplateRefusedError(f"the chat template refuses this conversation: {_refusal_reason(error)}") from error
+        return _strip_generation_marks(marked) if GENERATION_OPEN in marked else RenderedTemplate(marked)
 
-    def _framed(self, messages: Sequence[Message], prompting: bool) -> str | None:
+    def _framed(self, messages: Sequence[ChatMessage], prompting: bool) -> str | None:
         """The same rendering out of the frame of its shape; None where it has to be made."""
         if any(message.name or message.reasoning for message in messages):
             return None
         shape = (*(message.role for message in messages), "prompt" if prompting else "")
         if shape not in self._frames:
             if shape not in self._shapes:  # its first rendering is a real one, which names a hostile template
-                self._shapes |= {shape} if len(self._shapes) < SHAPES else set()
+                self._shapes |= {shape} if len(self._shapes) < SHAPES_KEPT else set()
                 return None
-            if list(self._frames.values()).count(None) >= ATTEMPTS:
+            if list(self._frames.values()).count(None) >= PROBE_ATTEMPTS:
                 return None
             roles = shape[:-1]
-            self._frames[shape] = frame_of(self.source, self.variables, roles, add_generation_prompt=prompting)
+            self._frames[shape] = find_template_frame(self.source, self.variables, roles, add_generation_prompt=prompting)
         frame = self._frames[shape]
         return None if frame is None else frame.fill([message.content for message in messages])
 
-    def framed_span(self, messages: Sequence[Message], index: int, text: str) -> tuple[int, int] | None:
+    def framed_span(self, messages: Sequence[ChatMessage], index: int, text: str) -> tuple[int, int] | None:
         """The characters of ``text``, a rendering of the messages, that message ``index`` stands at, by the frame of their
         shape; None where there is no frame, the text is not what it gives, or the message stands there more than once."""
         frame = self._frames.get((*(message.role for message in messages), ""))
@@ -150,7 +150,7 @@ class ChatTemplate:
             return None
         return frame.span([message.content for message in messages], index, text)
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    def prompt(self, messages: Sequence[ChatMessage]) -> str:
         """The text to generate an answer from; ends with the assistant's header, also where the template forgets it."""
         return self.render(messages, add_generation_prompt=True).text + (self.header if self._forgets_header else "")
 
@@ -161,30 +161,30 @@ class ChatTemplate:
             return self._sandbox.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the chat template is not valid: line {error.lineno}: {error.message}") from error
-        except (*FAULTS, MemoryError) as error:
-            raise ModelError(f"the chat template does not compile: {_reason(error)}") from error
+        except (*TEMPLATE_FAULTS, MemoryError) as error:
+            raise ModelError(f"the chat template does not compile: {_refusal_reason(error)}") from error
 
     def _learn(self, special_tokens: Sequence[str]) -> tuple[str, str, str]:
         """Header, end of turn and header of a question, from one question and one answer that are the probe character."""
-        question, answer = Message("user", "?"), Message("assistant", PROBE)
+        question, answer = ChatMessage("user", "?"), ChatMessage("assistant", PROBE_CHARACTER)
         try:
             asked = self.render([question]).text
             opened = self.render([question], add_generation_prompt=True).text
             full = self.render([question, answer]).text
-        except TemplateRefusal as error:
+        except TemplateRefusedError as error:
             raise ModelError(f"the chat template cannot render one question and one answer: {error}") from error
-        at = full.find(PROBE)
+        at = full.find(PROBE_CHARACTER)
         if at < 0:
             raise ModelError("the chat template does not show what the assistant says; it cannot be trained with")
         header = self._header(asked, opened, full[:at])
-        return header, _end_of_turn(full[at + 1 :], special_tokens), self._question_header(special_tokens)
+        return header, _find_end_of_turn(full[at + 1 :], special_tokens), self._question_header(special_tokens)
 
     def _question_header(self, special_tokens: Sequence[str]) -> str:
         """What the template puts before a second question, from its last control token on; "" where there is none."""
-        exchange = [Message("user", "?"), Message("assistant", "!"), Message("user", PROBE)]
+        exchange = [ChatMessage("user", "?"), ChatMessage("assistant", "!"), ChatMessage("user", PROBE_CHARACTER)]
         try:
-            before = self.render(exchange).text.partition(PROBE)[0]
-        except TemplateRefusal:
+            before = self.render(exchange).text.partition(PROBE_CHARACTER)[0]
+        except TemplateRefusedError:
             return ""
         starts = [at for token in special_tokens if (at := before.rfind(token)) >= 0]
         found = before[max(starts) :].strip() if starts else ""
@@ -201,10 +201,10 @@ class ChatTemplate:
         Phi 3's header is found as ``assistant|>``: its opening ``<|`` it has in common with the end of text.
         """
         starts, tail = [self.question_header], ""
-        for chat in ([Message("user", PROBE)], [Message("system", PROBE), Message("user", "?")]):
+        for chat in ([ChatMessage("user", PROBE_CHARACTER)], [ChatMessage("system", PROBE_CHARACTER), ChatMessage("user", "?")]):
             try:
-                before, _, after = self.render(chat, add_generation_prompt=True).text.partition(PROBE)
-            except TemplateRefusal:
+                before, _, after = self.render(chat, add_generation_prompt=True).text.partition(PROBE_CHARACTER)
+            except TemplateRefusedError:
                 continue
             starts.append(before)
             tail = tail or after
@@ -229,22 +229,24 @@ class ChatTemplate:
 
     def _learn_system(self) -> bool:
         try:
-            shown = self.render([Message("system", PROBE), Message("user", "?"), Message("assistant", "!")]).text
-        except TemplateRefusal:
+            shown = self.render(
+                [ChatMessage("system", PROBE_CHARACTER), ChatMessage("user", "?"), ChatMessage("assistant", "!")]
+            ).text
+        except TemplateRefusedError:
             shown = ""
-        if PROBE not in shown:
+        if PROBE_CHARACTER not in shown:
             self.notes.append("the chat template takes no system message; it is put before the first user message")
-        return PROBE in shown
+        return PROBE_CHARACTER in shown
 
 
-def _folded(messages: Sequence[Message]) -> list[Message]:
+def _fold_system_message(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """A leading system message put in front of the first user message."""
     if messages[0].role != "system":
         return [*messages]
     system, rest = messages[0].content, [*messages[1:]]
     first = next((at for at, message in enumerate(rest) if message.role == "user"), None)
     if first is None:
-        raise TemplateRefusal("the chat template takes no system message, and there is no user message to put it before")
+        raise TemplateRefusedError("the chat template takes no system message, and there is no user message to put it before")
     rest[first] = replace(rest[first], content=f"{system}\n\n{rest[first].content}")
     return rest
 
@@ -267,7 +269,7 @@ def common_prefix(one: str, other: str) -> int:
     return low
 
 
-def _plain(message: Message) -> dict[str, str]:
+def _message_values(message: ChatMessage) -> dict[str, str]:
     """The message as templates know it, made of plain values only."""
     made = {"role": message.role, "content": message.content}
     if message.name:
@@ -275,7 +277,7 @@ def _plain(message: Message) -> dict[str, str]:
     return made | {"reasoning_content": message.reasoning, "thinking": message.reasoning} if message.reasoning else made
 
 
-def _end_of_turn(tail: str, special_tokens: Sequence[str]) -> str:
+def _find_end_of_turn(tail: str, special_tokens: Sequence[str]) -> str:
     """The text up to and with the first special token after the answer; else a single closing word; else nothing."""
     ends = [tail.find(token) + len(token) for token in special_tokens if token in tail]
     if ends:
@@ -284,19 +286,19 @@ def _end_of_turn(tail: str, special_tokens: Sequence[str]) -> str:
     return word if word and len(word.split()) == 1 else ""
 
 
-def _without_marks(marked: str) -> Rendered:
+def _strip_generation_marks(marked: str) -> RenderedTemplate:
     """Take the generation marks out and keep where they stood."""
     parts, blocks, at, opened = [], [], 0, 0
-    for piece in re.split(f"([{OPEN}{CLOSE}])", marked):
-        if piece == OPEN:
+    for piece in re.split(f"([{GENERATION_OPEN}{GENERATION_CLOSE}])", marked):
+        if piece == GENERATION_OPEN:
             opened = at
-        elif piece == CLOSE:
+        elif piece == GENERATION_CLOSE:
             blocks.append((opened, at))
         else:
             parts.append(piece)
             at += len(piece)
-    return Rendered("".join(parts), tuple(blocks))
+    return RenderedTemplate("".join(parts), tuple(blocks))
 
 
-def _reason(error: BaseException) -> str:
+def _refusal_reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if not isinstance(error, jinja2.TemplateError) else str(error)

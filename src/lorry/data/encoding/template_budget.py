@@ -20,23 +20,23 @@ from typing import Any
 
 from jinja2.sandbox import SecurityError
 
-STEPS = 200_000  # of a rendering, and one more for every two characters given
+MOST_STEPS = 200_000  # of a rendering, and one more for every two characters given
 MOST_FOR_TURNS = 2_000_000  # steps: Gemma 4's own template goes through all messages at each message
-ROOM = 1 << 20  # characters a rendering may write, and the size of any value, beyond a multiple of what it was given
-MEMORY = 1 << 27  # bytes of all values made in one rendering, beyond 256 for every character given
+MOST_CHARACTERS = 1 << 20  # characters a rendering may write, and the size of any value, beyond a multiple of what it was given
+MOST_MEMORY_BYTES = 1 << 27  # bytes of all values made in one rendering, beyond 256 for every character given
 LARGEST_BITS = 8192  # of an integer; a template counts messages
-CLOCK = 30.0  # seconds of processor time; the steps of the longest real conversations take less than one
+MOST_SECONDS = 30.0  # seconds of processor time; the steps of the longest real conversations take less than one
 READ_PER_STEP, COPIED_PER_STEP, ITEMS_PER_STEP = 64, 4096, 8  # characters, bytes, elements
 WEIGHED_PER_STEP = 4  # values that are looked at one by one
-CONTAINERS = (dict, list, tuple, set, frozenset)
+CONTAINER_TYPES = (dict, list, tuple, set, frozenset)
 BYTES_PER_ITEM = 56  # an element made anew, beside its place in the list
 
 
-class OverBudget(SecurityError):
+class RenderBudgetError(SecurityError):
     """The template wants more work, bytes or characters than a chat template can need."""
 
 
-class Budget:
+class RenderBudget:
     """What one rendering has spent. Every method raises OverBudget when it is too much."""
 
     def __init__(self) -> None:
@@ -44,20 +44,20 @@ class Budget:
 
     def open(self, given: int, turns: int = 0) -> None:
         """Start anew for a rendering of so many messages, which hold ``given`` characters."""
-        self.steps, self.patience = 0, STEPS + given // 2 + min(4 * turns * turns, MOST_FOR_TURNS)
-        self.bytes, self.memory = 0, MEMORY + 256 * given
-        self.characters, self.room = 0, ROOM + 4 * given
-        self.deadline, self._next_look = time.thread_time() + CLOCK, 0
+        self.steps, self.patience = 0, MOST_STEPS + given // 2 + min(4 * turns * turns, MOST_FOR_TURNS)
+        self.bytes, self.memory = 0, MOST_MEMORY_BYTES + 256 * given
+        self.characters, self.room = 0, MOST_CHARACTERS + 4 * given
+        self.deadline, self._next_look = time.thread_time() + MOST_SECONDS, 0
 
     def work(self, steps: int = 1) -> None:
         """Pay for that many steps, at least one."""
         self.steps += max(1, steps)
         if self.steps > self.patience:
-            raise OverBudget(f"it takes more than {self.patience} steps")
+            raise RenderBudgetError(f"it takes more than {self.patience} steps")
         if self.steps >= self._next_look:
             self._next_look = self.steps + 1000
             if time.thread_time() > self.deadline:
-                raise OverBudget(f"it takes more than {CLOCK:.0f} seconds")
+                raise RenderBudgetError(f"it takes more than {MOST_SECONDS:.0f} seconds")
 
     def read(self, value: Any) -> None:
         """Pay for going through a value once: each character of a text, each element of a list."""
@@ -73,26 +73,26 @@ class Budget:
         elif isinstance(value, str | list | tuple | dict):
             self.hold(sys.getsizeof(value) + (BYTES_PER_ITEM * len(value) if anew and not isinstance(value, str) else 0))
         elif isinstance(value, bytes | bytearray):
-            raise OverBudget("it works with bytes, which no chat template needs")
+            raise RenderBudgetError("it works with bytes, which no chat template needs")
         return value
 
     def hold(self, size: int) -> None:
         """Count bytes that were written; they count until the rendering ends, whether or not something still holds them."""
         self.bytes += size
         if self.bytes > self.memory:
-            raise OverBudget(f"its values take more than {self.memory} bytes")
+            raise RenderBudgetError(f"its values take more than {self.memory} bytes")
         if size > COPIED_PER_STEP:
             self.work(size // COPIED_PER_STEP)
 
     def afford(self, characters: int) -> None:
         """Refuse a text or list of that size before it is built."""
         if characters > self.room:
-            raise OverBudget(f"it builds a value of {characters} characters; {self.room} are allowed")
+            raise RenderBudgetError(f"it builds a value of {characters} characters; {self.room} are allowed")
 
     def afford_bits(self, bits: int) -> None:
         """Refuse an integer before, or where, it is made."""
         if bits > LARGEST_BITS:
-            raise OverBudget(f"it builds an integer of {bits} bits; {LARGEST_BITS} are allowed")
+            raise RenderBudgetError(f"it builds an integer of {bits} bits; {LARGEST_BITS} are allowed")
 
     def write(self, characters: int) -> None:
         """Count characters of the output."""
@@ -104,7 +104,7 @@ class Budget:
 
         What is shared counts wherever it stands: ``[x, x]`` sixty times over is 2^60 to whoever prints, compares or hashes it.
         """
-        if not isinstance(value, CONTAINERS):
+        if not isinstance(value, CONTAINER_TYPES):
             return len(value) if isinstance(value, str) else 1
         total, items, waiting = 0, 0, [value]
         while waiting:
@@ -132,6 +132,6 @@ class Budget:
         if isinstance(value, str):
             if len(value) > READ_PER_STEP:
                 self.work(len(value) // COPIED_PER_STEP)
-        elif isinstance(value, CONTAINERS):
+        elif isinstance(value, CONTAINER_TYPES):
             self.work(self.weigh(value) // COPIED_PER_STEP)
         return value

@@ -23,77 +23,107 @@ import jinja2
 from jinja2 import nodes
 from jinja2.runtime import Context, LoopContext, Undefined
 
-from lorry.data.encoding.sandbox import Sandbox
-from lorry.data.encoding.template_budget import MEMORY, READ_PER_STEP, ROOM, STEPS
+from lorry.data.encoding.sandbox import TemplateSandbox
+from lorry.data.encoding.template_budget import MOST_CHARACTERS, MOST_MEMORY_BYTES, MOST_STEPS, READ_PER_STEP
 
-FIRST = 0xFDD3  # U+FDD3 to U+FDEF: noncharacters that stand for the texts; the three before them have other uses
-LITTLE = 1 << 20  # bytes a rendering may take beside the texts
+FIRST_SYMBOL = 0xFDD3  # U+FDD3 to U+FDEF: noncharacters that stand for the texts; the three before them have other uses
+SMALL_BUDGET = 1 << 20  # bytes a rendering may take beside the texts
 QUICK, SHORT = 2000, 1 << 14  # steps and characters of the rendering with symbols: real templates take far fewer
-LARGEST = 256  # values inside one value that are looked through
-MOST = 0xFDEF - FIRST + 1  # messages of a shape
-SYMBOL = re.compile(f"[{chr(FIRST)}-{chr(FIRST + MOST - 1)}]")
+LARGEST_CONTAINER = 256  # values inside one value that are looked through
+MOST_SYMBOLS = 0xFDEF - FIRST_SYMBOL + 1  # messages of a shape
+SYMBOL_CHARACTER = re.compile(f"[{chr(FIRST_SYMBOL)}-{chr(FIRST_SYMBOL + MOST_SYMBOLS - 1)}]")
 LOSES_SYMBOLS = (
     nodes.AssignBlock, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.Block, nodes.Extends, nodes.Include,
     nodes.Import, nodes.FromImport,
 )  # fmt: skip
-PLANTED = ("step", "concat_checked", "slice_checked", "compared")  # methods of the sandbox that look after symbols themselves
-PASSING = {"length", "count", "first", "last", "items", "list", "reverse", "map", "select", "reject", "selectattr", "rejectattr"}
-OF_TYPES = {"string", "defined", "undefined", "none", "mapping", "iterable", "sequence", "boolean", "number", "integer", "float"}
+PLANTED_NAMES = (
+    "step",
+    "concat_checked",
+    "slice_checked",
+    "compared",
+)  # methods of the sandbox that look after symbols themselves
+PASSING_FILTERS = {
+    "length",
+    "count",
+    "first",
+    "last",
+    "items",
+    "list",
+    "reverse",
+    "map",
+    "select",
+    "reject",
+    "selectattr",
+    "rejectattr",
+}
+TYPE_TESTS = {
+    "string",
+    "defined",
+    "undefined",
+    "none",
+    "mapping",
+    "iterable",
+    "sequence",
+    "boolean",
+    "number",
+    "integer",
+    "float",
+}
 
 # What the code of a template can raise by its own fault: all that Python's built-in types and jinja2 raise.
-FAULTS = (
+TEMPLATE_FAULTS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, NameError, RuntimeError,
     AssertionError, StopIteration, SyntaxError, ImportError, BufferError, OSError,
 )  # fmt: skip
 
 
-class LooksAtText(jinja2.TemplateError):
+class LooksAtTextError(jinja2.TemplateError):
     """The template does more with a text than to put it into another."""
 
 
-def _refuse(*_: object, **__: object) -> Any:
-    raise LooksAtText("the template looks at a text")
+def _refuse_look(*_: object, **__: object) -> Any:
+    raise LooksAtTextError("the template looks at a text")
 
 
-class Symbol(str):
+class SymbolicText(str):
     """A text with symbols in it; ``str`` to a template that asks, and an end to the attempt where its characters matter."""
 
     __slots__ = ()
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
-    __iter__ = __contains__ = __getitem__ = __mod__ = __mul__ = __rmul__ = __format__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse_look
+    __iter__ = __contains__ = __getitem__ = __mod__ = __mul__ = __rmul__ = __format__ = _refuse_look
 
-    def __add__(self, other: Any) -> Symbol:
-        return Symbol(str.__add__(self, other))
+    def __add__(self, other: Any) -> SymbolicText:
+        return SymbolicText(str.__add__(self, other))
 
-    def __radd__(self, other: Any) -> Symbol:
-        return Symbol(str.__add__(other, self))
+    def __radd__(self, other: Any) -> SymbolicText:
+        return SymbolicText(str.__add__(other, self))
 
 
-def _holds(value: Any) -> bool:
+def _holds_symbol(value: Any) -> bool:
     """Whether a value has, or may have, a symbol anywhere in it. Raises LooksAtText for one too large to look through."""
     waiting, looked = [value], 0
     while waiting:
         item, looked = waiting.pop(), looked + 1
-        if looked > LARGEST:
-            _refuse()
+        if looked > LARGEST_CONTAINER:
+            _refuse_look()
         if isinstance(item, str):
-            if SYMBOL.search(item):
+            if SYMBOL_CHARACTER.search(item):
                 return True
         elif isinstance(item, Mapping | list | tuple):
-            if len(item) > LARGEST:
-                _refuse()
+            if len(item) > LARGEST_CONTAINER:
+                _refuse_look()
             waiting += [*item.keys(), *item.values()] if isinstance(item, Mapping) else item
         elif not isinstance(item, int | float | Undefined | None):
             return True
     return False
 
 
-def _own(value: Any) -> Any:
+def _require_no_symbol(value: Any) -> Any:
     """A result; ends the attempt for a text that has a symbol's character and did not get it from a symbol."""
-    return _refuse() if isinstance(value, str) and not isinstance(value, Symbol) and _holds(value) else value
+    return _refuse_look() if isinstance(value, str) and not isinstance(value, SymbolicText) and _holds_symbol(value) else value
 
 
-class FrameSandbox(Sandbox):
+class FrameSandbox(TemplateSandbox):
     """The sandbox in which a symbol may only be joined, stripped and printed. ``made``: joined and stripped symbols;
     ``longest``: characters of the longest; ``most``: symbols in one of them."""
 
@@ -101,62 +131,62 @@ class FrameSandbox(Sandbox):
         super().__init__()
         self.made, self.longest, self.most = 0, 0, 0
         self.tests = {
-            name: test if name in OF_TYPES else self._blind(cast(Callable[..., Any], test))
+            name: test if name in TYPE_TESTS else self._blind(cast(Callable[..., Any], test))
             for name, test in self.tests.items()
         }  # fmt: skip
 
-    def symbol(self, text: str) -> Symbol:
+    def symbol(self, text: str) -> SymbolicText:
         """A new text with symbols, counted."""
         self.made += 1
-        self.longest, self.most = max(self.longest, len(text)), max(self.most, len(SYMBOL.findall(text)))
-        return Symbol(text)
+        self.longest, self.most = max(self.longest, len(text)), max(self.most, len(SYMBOL_CHARACTER.findall(text)))
+        return SymbolicText(text)
 
     def concat_checked(self, *parts: Any) -> str:
-        if any(_holds(part) and not isinstance(part, Symbol) for part in parts):
-            _refuse()  # a list or an object prints as Python's repr of the texts in it
+        if any(_holds_symbol(part) and not isinstance(part, SymbolicText) for part in parts):
+            _refuse_look()  # a list or an object prints as Python's repr of the texts in it
         joined = super().concat_checked(*parts)
-        return self.symbol(joined) if _holds(joined) else joined
+        return self.symbol(joined) if _holds_symbol(joined) else joined
 
     def slice_checked(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
-        if isinstance(value, str) and _holds(value):
-            _refuse()
+        if isinstance(value, str) and _holds_symbol(value):
+            _refuse_look()
         return super().slice_checked(value, start, stop, step)
 
     def compared(self, value: Any) -> Any:
-        return _refuse() if _holds(value) else super().compared(value)
+        return _refuse_look() if _holds_symbol(value) else super().compared(value)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        if (isinstance(obj, str) and _holds(obj)) or _holds(argument):
-            _refuse()
+        if (isinstance(obj, str) and _holds_symbol(obj)) or _holds_symbol(argument):
+            _refuse_look()
         return super().getitem(obj, argument)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
-        if owner is self and name in PLANTED:
+        if owner is self and name in PLANTED_NAMES:
             return super().call(context, obj, *args, **kwargs)
-        if isinstance(obj, LoopContext) or _holds([*args, *kwargs.values()]):
-            _refuse()
-        if isinstance(owner, str) and _holds(owner):
-            return self.symbol(str.strip(owner)) if name == "strip" and not args and not kwargs else _refuse()
-        if isinstance(owner, Mapping | list | tuple) and name not in ("get", "items", "keys", "values") and _holds(owner):
-            _refuse()
-        return _own(super().call(context, obj, *args, **kwargs))
+        if isinstance(obj, LoopContext) or _holds_symbol([*args, *kwargs.values()]):
+            _refuse_look()
+        if isinstance(owner, str) and _holds_symbol(owner):
+            return self.symbol(str.strip(owner)) if name == "strip" and not args and not kwargs else _refuse_look()
+        if isinstance(owner, Mapping | list | tuple) and name not in ("get", "items", "keys", "values") and _holds_symbol(owner):
+            _refuse_look()
+        return _require_no_symbol(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        symbolic = _holds(left) or _holds(right)
+        symbolic = _holds_symbol(left) or _holds_symbol(right)
         if symbolic and operator != "+":
-            _refuse()
+            _refuse_look()
         found = super().call_binop(context, operator, left, right)
-        return self.symbol(found) if symbolic and isinstance(found, str) else _own(found)
+        return self.symbol(found) if symbolic and isinstance(found, str) else _require_no_symbol(found)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        if isinstance(getattr(value, "__self__", None), str) and _holds(value.__self__):
-            return super().wrap_str_format(value) and _refuse()
+        if isinstance(getattr(value, "__self__", None), str) and _holds_symbol(value.__self__):
+            return super().wrap_str_format(value) and _refuse_look()
         return super().wrap_str_format(value)
 
     def _spend_output(self, value: Any) -> Any:
-        if _holds(value) and not isinstance(value, Symbol):
-            _refuse()
+        if _holds_symbol(value) and not isinstance(value, SymbolicText):
+            _refuse_look()
         return super()._spend_output(value)
 
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,25 +196,25 @@ class FrameSandbox(Sandbox):
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             value, others = args[position], [*args[position + 1 :], *kwargs.values()]
-            if name == "trim" and isinstance(value, str) and _holds(value) and not others:
+            if name == "trim" and isinstance(value, str) and _holds_symbol(value) and not others:
                 return self.symbol(str.strip(value))
-            passes = name in PASSING and not isinstance(value, str) and not _holds(others)
-            if not passes and name not in ("default", "d") and _holds([value, *others]):
-                _refuse()
-            return _own(counted(*args, **kwargs))
+            passes = name in PASSING_FILTERS and not isinstance(value, str) and not _holds_symbol(others)
+            if not passes and name not in ("default", "d") and _holds_symbol([value, *others]):
+                _refuse_look()
+            return _require_no_symbol(counted(*args, **kwargs))
 
         return guarded
 
     def _blind(self, test: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(test)
         def blind(*args: Any) -> Any:
-            return _refuse() if _holds(args) else test(*args)
+            return _refuse_look() if _holds_symbol(args) else test(*args)
 
         return blind
 
 
 @dataclass(frozen=True)
-class Frame:
+class TemplateFrame:
     """``parts``: literal text and numbers of messages by turns; ``work``: steps and texts that one rendering makes; ``longest``:
     literal characters, and ``most``: texts, in the largest of them."""
 
@@ -198,7 +228,11 @@ class Frame:
         if not all(texts) or any(text[0].isspace() or text[-1].isspace() for text in texts):
             return None
         size = self.longest + self.most * sum(map(len, texts))
-        if size > ROOM or self.work * (1 + size // READ_PER_STEP) > STEPS or self.work * 4 * (size + 64) > MEMORY:
+        if (
+            size > MOST_CHARACTERS
+            or self.work * (1 + size // READ_PER_STEP) > MOST_STEPS
+            or self.work * 4 * (size + 64) > MOST_MEMORY_BYTES
+        ):
             return None
         return "".join(part if isinstance(part, str) else texts[part] for part in self.parts)
 
@@ -211,11 +245,11 @@ class Frame:
         return start, start + len(texts[which])
 
 
-def frame_of(
+def find_template_frame(
     source: str, variables: Mapping[str, Any], roles: Sequence[str], *, add_generation_prompt: bool
-) -> Frame | None:  # fmt: skip
+) -> TemplateFrame | None:  # fmt: skip
     """The frame of conversations with these roles, each message nothing but a role and a text; None where there is none."""
-    if len(roles) > MOST:
+    if len(roles) > MOST_SYMBOLS:
         return None
     sandbox = FrameSandbox()
     tree = sandbox.parse(source)
@@ -223,20 +257,23 @@ def frame_of(
         return None
     literals = [*(one.value for one in tree.find_all(nodes.Const)), *(one.data for one in tree.find_all(nodes.TemplateData))]
     try:
-        if _holds([literal for literal in literals if isinstance(literal, str)]) or _holds(variables):
+        if _holds_symbol([literal for literal in literals if isinstance(literal, str)]) or _holds_symbol(variables):
             return None
-    except LooksAtText:  # more literals, or larger variables, than are looked through
+    except LooksAtTextError:  # more literals, or larger variables, than are looked through
         return None
     sandbox.budget.open(len(roles), len(roles))
-    sandbox.budget.patience, sandbox.budget.room, sandbox.budget.memory = QUICK, SHORT, LITTLE
-    messages = [{"role": role, "content": Symbol(chr(FIRST + number))} for number, role in enumerate(roles)]
+    sandbox.budget.patience, sandbox.budget.room, sandbox.budget.memory = QUICK, SHORT, SMALL_BUDGET
+    messages = [{"role": role, "content": SymbolicText(chr(FIRST_SYMBOL + number))} for number, role in enumerate(roles)]
     try:
         text = sandbox.from_string(source).render(
             variables, messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt
         )
-    except FAULTS:
+    except TEMPLATE_FAULTS:
         return None
-    parts = [ord(part) - FIRST if SYMBOL.fullmatch(part) else part for part in re.split(f"({SYMBOL.pattern})", text)]
+    parts = [
+        ord(part) - FIRST_SYMBOL if SYMBOL_CHARACTER.fullmatch(part) else part
+        for part in re.split(f"({SYMBOL_CHARACTER.pattern})", text)
+    ]
     numbers = sum(isinstance(part, int) for part in parts)
     work = sandbox.budget.steps + sandbox.made + len(parts)
-    return Frame(tuple(parts), work, max(sandbox.longest, len(text)), max(sandbox.most, numbers))
+    return TemplateFrame(tuple(parts), work, max(sandbox.longest, len(text)), max(sandbox.most, numbers))

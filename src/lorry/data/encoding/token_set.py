@@ -18,20 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from lorry.data.batch import Batch, Example, collate
-from lorry.data.encoding.encode import TOO_LONG, Encoded, Encoder
+from lorry.data.batch import Batch, TokenizedExample, collate
+from lorry.data.encoding.encode import TOO_LONG, EncodedSequence, ExampleEncoder
 from lorry.data.encoding.token_cache import cache_key, read_cached, write_cached
 from lorry.data.reading.bad_rows import BadRow
-from lorry.data.reading.formats import Format, Found, read_examples
-from lorry.data.reading.sources import Source
-from lorry.data.stream.mixing import Mixing
+from lorry.data.reading.formats import DataExample, RowFormat, read_examples
+from lorry.data.reading.sources import DataSource
+from lorry.data.stream.mixing import MixtureOrder
 from lorry.data.stream.pack import epoch_order, sequence_key
-from lorry.data.stream.report import DataReport, lengths_of, together
+from lorry.data.stream.report import DataReport, length_statistics, merge_reports
 from lorry.errors import ConfigError, DataError
 
-CHUNK = 1024  # rows encoded by one call of the tokenizer
-CHUNK_SIZE = 1 << 22  # and their characters, a few seconds of work: nobody waits longer for the next line about it
-FIRST_WORD = 2.0  # seconds until rows that are still being read are spoken of
+CHUNK_ROWS = 1024  # rows encoded by one call of the tokenizer
+CHUNK_CHARACTERS = 1 << 22  # and their characters, a few seconds of work: nobody waits longer for the next line about it
+FIRST_PROGRESS_SECONDS = 2.0  # seconds until rows that are still being read are spoken of
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,18 @@ class TokenSet:
     report: DataReport
     adapter: int = 0
     role: str = ""
-    mixing: Mixing | None = None  # of a mixture: which set each sequence is of
+    mixing: MixtureOrder | None = None  # of a mixture: which set each sequence is of
 
     @classmethod
-    def build(cls, source: Source, encoder: Encoder, *, form: Format | None = None, adapter: int = 0, role: str = "") -> TokenSet:
+    def build(
+        cls, source: DataSource, encoder: ExampleEncoder, *, form: RowFormat | None = None, adapter: int = 0, role: str = ""
+    ) -> TokenSet:
         """Read and encode a whole source. Raises DataError for a bad row (by the source's policy) or when no row is left."""
         key = cache_key(source, encoder, form)
         if (found := read_cached(key, encoder.tell)) is not None:
             return cls._of_cache(*found, adapter=adapter, role=role)
         notes: set[str] = set()
-        rows = told(encode_rows(read_examples(source, form, notes=notes), source, encoder), source.label, encoder.tell)
+        rows = report_progress(encode_rows(read_examples(source, form, notes=notes), source, encoder), source.label, encoder.tell)
         made = cls.of(rows, source, encoder, notes, adapter=adapter, role=role)
         if not len(made):
             raise DataError(f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}")
@@ -77,7 +79,7 @@ class TokenSet:
 
     @classmethod
     def of(
-        cls, rows: Iterable[tuple[Found, list[Encoded]]], source: Source, encoder: Encoder, notes: Iterable[str] = (), *,
+        cls, rows: Iterable[tuple[DataExample, list[EncodedSequence]]], source: DataSource, encoder: ExampleEncoder, notes: Iterable[str] = (), *,
         adapter: int = 0, role: str = "",
     ) -> TokenSet:  # fmt: skip
         """The rows laid end to end, with their report."""
@@ -97,7 +99,7 @@ class TokenSet:
         marks = np.concatenate(weights) if weights else np.zeros(0, np.float32)
         edges = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         report.sequences, report.tokens, report.supervised = len(where), len(flat), int(np.count_nonzero(marks))
-        report.lengths = lengths_of(np.asarray(lengths))
+        report.lengths = length_statistics(np.asarray(lengths))
         report.left_out, report.first_left_out = dict(source.bad.counts), source.bad.first[:5]
         adjusted = encoder.notes - before
         report.notes = [*encoder.template.notes, *sorted(notes), *(f"{note} ({n} rows)" for note, n in sorted(adjusted.items()))]
@@ -105,9 +107,9 @@ class TokenSet:
 
     @classmethod
     def mixture(cls, parts: Sequence[TokenSet], shares: tuple[float, ...] | None) -> TokenSet:
-        """Sets laid end to end, each sequence remembering by its part's role which set it is of; ``shares``: see `Mixing`."""
+        """Sets laid end to end, each sequence remembering by its part's role which set it is of; ``shares``: see `MixtureOrder`."""
         of = np.concatenate([np.full(len(part), number) for number, part in enumerate(parts)])
-        mixing = Mixing(tuple(part.role for part in parts), of, shares)
+        mixing = MixtureOrder(tuple(part.role for part in parts), of, shares)
         tokens, weights, groups = (
             np.concatenate(column) for column in zip(*((p.tokens, p.weights, p.groups) for p in parts), strict=True)
         )
@@ -115,7 +117,8 @@ class TokenSet:
         where = tuple(place for part in parts for place in part.where)
         whole = cls(tokens, weights, edges, groups, where, DataReport(""), parts[0].adapter, mixing=mixing)
         return replace(
-            whole, report=together([(part.role, part.report) for part in parts], mixing.quotas(), lengths_of(whole.lengths))
+            whole,
+            report=merge_reports([(part.role, part.report) for part in parts], mixing.quotas(), length_statistics(whole.lengths)),
         )
 
     def __len__(self) -> int:
@@ -136,10 +139,10 @@ class TokenSet:
         """[N] int64, tokens of each sequence."""
         return np.diff(self.edges)
 
-    def example(self, row: int, epoch: int = 0, first: int = 0) -> Example:
+    def example(self, row: int, epoch: int = 0, first: int = 0) -> TokenizedExample:
         """Sequence ``row`` for a batch; ``first`` is the number of the set's first sequence in a longer stream."""
         span = slice(self.edges[row], self.edges[row + 1])
-        return Example(
+        return TokenizedExample(
             self.tokens[span].tolist(), self.weights[span].tolist(), key=sequence_key(first + row, epoch),
             adapter=self.adapter, role=self.role_of(row), group=int(self.groups[row]),
         )  # fmt: skip
@@ -163,7 +166,7 @@ class TokenSet:
         where = tuple(self.where[row] for row in rows)
         report = replace(
             self.report, rows=len(set(where)), sequences=len(where), tokens=len(pick),
-            supervised=int(np.count_nonzero(self.weights[pick])), lengths=lengths_of(self.lengths[rows]),
+            supervised=int(np.count_nonzero(self.weights[pick])), lengths=length_statistics(self.lengths[rows]),
         )  # fmt: skip
         mixing = None if self.mixing is None else self.mixing.select(rows)
         return TokenSet(
@@ -190,13 +193,13 @@ class TokenSet:
         return [collate([self.example(row) for row in rows[at : at + batch_rows]]) for at in range(0, len(rows), batch_rows)]
 
 
-def told(
-    rows: Iterable[tuple[Found, list[Encoded]]], label: str, tell: Callable[[str], None] | None,
+def report_progress(
+    rows: Iterable[tuple[DataExample, list[EncodedSequence]]], label: str, tell: Callable[[str], None] | None,
     clock: Callable[[], float] = time.monotonic,
-) -> Iterator[tuple[Found, list[Encoded]]]:  # fmt: skip
+) -> Iterator[tuple[DataExample, list[EncodedSequence]]]:  # fmt: skip
     """The rows as they come, with a line after 2 s, and again after twice as long each time: nobody waits in the dark."""
     begun = clock()
-    due = FIRST_WORD
+    due = FIRST_PROGRESS_SECONDS
     for number, row in enumerate(rows, 1):
         yield row
         if tell is not None and (spent := clock() - begun) >= due:
@@ -205,19 +208,21 @@ def told(
                 due *= 2
 
 
-def _chunk(found: Iterator[Found]) -> Iterator[Found]:
+def _read_chunk(found: Iterator[DataExample]) -> Iterator[DataExample]:
     """The next rows for one call of the tokenizer, which uses every core for them."""
     size = 0
-    for row in islice(found, CHUNK):
+    for row in islice(found, CHUNK_ROWS):
         yield row
         size += row.content.size
-        if size >= CHUNK_SIZE:
+        if size >= CHUNK_CHARACTERS:
             return
 
 
-def encode_rows(found: Iterator[Found], source: Source, encoder: Encoder) -> Iterator[tuple[Found, list[Encoded]]]:
+def encode_rows(
+    found: Iterator[DataExample], source: DataSource, encoder: ExampleEncoder
+) -> Iterator[tuple[DataExample, list[EncodedSequence]]]:
     """Encode rows a chunk at a time; what cannot be encoded goes to ``source.bad``, an answer too long is dropped there."""
-    while chunk := list(_chunk(found)):
+    while chunk := list(_read_chunk(found)):
         for row, made in zip(chunk, encoder.encode_many([row.content for row in chunk]), strict=True):
             if not isinstance(made, BadRow):
                 yield row, made

@@ -16,12 +16,12 @@ from typing import Any
 
 from lorry.errors import ModelError
 
-Span = tuple[int, int]
+TextSpan = tuple[int, int]
 OPENERS_KEPT = 4096
 
 
 @dataclass
-class Marked:
+class MarkedTokens:
     """Token ids, and for each whether it belongs to a supervised span; ``barred``: numbers of the tokens that touch a
     character which must not be learnt."""
 
@@ -30,7 +30,7 @@ class Marked:
     barred: frozenset[int] = frozenset()
 
 
-class Tokens:
+class TextTokenizer:
     """A tokenizer, wrapped. ``opening`` are the ids it puts before every text (a BOS, mostly), ``end`` its EOS id or None."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -43,9 +43,9 @@ class Tokens:
         self.opener_ids = lru_cache(OPENERS_KEPT)(lambda opener: self._inside(opener)[0])
 
     def many(
-        self, texts: Sequence[str], spans: Sequence[Sequence[Span]], openers: Sequence[str],
-        unlearnt: Sequence[Sequence[Span]] | None = None,
-    ) -> list[Marked]:  # fmt: skip
+        self, texts: Sequence[str], spans: Sequence[Sequence[TextSpan]], openers: Sequence[str],
+        unlearnt: Sequence[Sequence[TextSpan]] | None = None,
+    ) -> list[MarkedTokens]:  # fmt: skip
         """Tokenise each text, no special tokens added, and mark the tokens of its spans.
 
         Each text is tokenised as a whole, as transformers does, unless that would change what stands before an answer:
@@ -67,16 +67,18 @@ class Tokens:
         done = []
         columns = zip(texts, encoded["input_ids"], encoded["offset_mapping"], spans, openers, unlearnt, strict=True)
         for text, ids, offsets, marks, opener, kept in columns:
-            ends = _ends(offsets)
+            ends = _token_ends(offsets)
             cuts = self._unclean(ids, ends, marks, opener)
             made = (
-                self._broken_up(text, marks, cuts, kept) if cuts else Marked(list(ids), _marks(ends, marks), _touched(ends, kept))
+                self._broken_up(text, marks, cuts, kept)
+                if cuts
+                else MarkedTokens(list(ids), _mark_spans(ends, marks), _tokens_touching(ends, kept))
             )
             done.append(made)
         self._verify(texts, spans, done)
         return done
 
-    def one(self, text: str, spans: Sequence[Span] = (), opener: str = "", unlearnt: Sequence[Span] = ()) -> Marked:
+    def one(self, text: str, spans: Sequence[TextSpan] = (), opener: str = "", unlearnt: Sequence[TextSpan] = ()) -> MarkedTokens:
         """``many`` for a single text."""
         return self.many([text], [spans], [opener], [unlearnt])[0]
 
@@ -86,9 +88,9 @@ class Tokens:
             ids = self._ids(text)
             return ids, list(accumulate(len(self.tokenizer.decode([token])) for token in ids))
         made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return list(made["input_ids"]), _ends(made["offset_mapping"])
+        return list(made["input_ids"]), _token_ends(made["offset_mapping"])
 
-    def _unclean(self, ids: list[int], ends: list[int], spans: Sequence[Span], opener: str) -> list[int]:
+    def _unclean(self, ids: list[int], ends: list[int], spans: Sequence[TextSpan], opener: str) -> list[int]:
         """The starts of spans before which the tokens are not what they would be if the text ended there."""
         expected = self.opener_ids(opener) if opener else []
         firsts = [bisect_right(ends, start) for start, _ in spans]
@@ -98,15 +100,17 @@ class Tokens:
             if (ends[first - 1] if first else 0) < start or ids[max(0, first - len(expected)) : first] != expected
         ]
 
-    def _broken_up(self, text: str, spans: Sequence[Span], cuts: Sequence[int], unlearnt: Sequence[Span]) -> Marked:
+    def _broken_up(self, text: str, spans: Sequence[TextSpan], cuts: Sequence[int], unlearnt: Sequence[TextSpan]) -> MarkedTokens:
         """Tokenise the stretches between the cuts on their own."""
-        made, all_ends = Marked([], []), list[int]()
+        made, all_ends = MarkedTokens([], []), list[int]()
         for start, end in pairwise([0, *cuts, len(text)]):
             ids, ends = self._inside(text[start:end]) if start else self.ids_and_ends(text[:end])
             made.ids += ids
-            made.learnt += _marks(ends, [(max(s, start) - start, min(e, end) - start) for s, e in spans if s < end and e > start])
+            made.learnt += _mark_spans(
+                ends, [(max(s, start) - start, min(e, end) - start) for s, e in spans if s < end and e > start]
+            )
             all_ends += [start + edge for edge in ends]
-        return Marked(made.ids, made.learnt, _touched(all_ends, unlearnt))
+        return MarkedTokens(made.ids, made.learnt, _tokens_touching(all_ends, unlearnt))
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -117,24 +121,24 @@ class Tokens:
         lead = len(self._line_break)
         return (ids[lead:], [end - 1 for end in ends[lead:]]) if ids[:lead] == self._line_break else self.ids_and_ends(piece)
 
-    def _piecewise(self, text: str, spans: Sequence[Span], unlearnt: Sequence[Span]) -> Marked:
+    def _piecewise(self, text: str, spans: Sequence[TextSpan], unlearnt: Sequence[TextSpan]) -> MarkedTokens:
         """For a tokenizer without offsets: every stretch inside and outside of the spans on its own."""
         cuts = sorted({0, len(text), *(edge for span in (*spans, *unlearnt) for edge in span)})
-        made, barred = Marked([], []), set[int]()
+        made, barred = MarkedTokens([], []), set[int]()
         for start, end in pairwise(cuts):
             ids = self._ids(text[start:end])
             if any(s <= start < e for s, e in unlearnt):
                 barred.update(range(len(made.ids), len(made.ids) + len(ids)))
             made.ids += ids
             made.learnt += [any(s <= start < e for s, e in spans)] * len(ids)
-        return Marked(made.ids, made.learnt, frozenset(barred))
+        return MarkedTokens(made.ids, made.learnt, frozenset(barred))
 
-    def _verify(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], marked: Sequence[Marked]) -> None:
+    def _verify(self, texts: Sequence[str], spans: Sequence[Sequence[TextSpan]], marked: Sequence[MarkedTokens]) -> None:
         """Decode what is marked and compare it with the spans: a tokenizer with false offsets would teach the prompt."""
         said = ["".join(text[start:end] for start, end in marks) for text, marks in zip(texts, spans, strict=True)]
         learnt = [[token for token, taken in zip(row.ids, row.learnt, strict=True) if taken] for row in marked]
         for expected, found in zip(said, self.tokenizer.batch_decode(learnt, skip_special_tokens=False), strict=True):
-            if _squashed(found) != _squashed(expected) and _squashed(found) != self._round_trip(expected):
+            if _strip_space(found) != _strip_space(expected) and _strip_space(found) != self._round_trip(expected):
                 raise ModelError(
                     f"the tokenizer's offsets are wrong: the answer {expected[:80]!r} was found as {found[:80]!r}; "
                     "train with another tokenizer file of this model"
@@ -142,17 +146,17 @@ class Tokens:
 
     def _round_trip(self, text: str) -> str:
         """What is left of a text by a tokenizer that loses something (lower case, unknown characters)."""
-        return _squashed(self.tokenizer.decode(self._inside(text)[0], skip_special_tokens=False))
+        return _strip_space(self.tokenizer.decode(self._inside(text)[0], skip_special_tokens=False))
 
 
-def _ends(offsets: Sequence[Span]) -> list[int]:
+def _token_ends(offsets: Sequence[TextSpan]) -> list[int]:
     """For each token the character behind it, never before that of an earlier token."""
     ends = [end for _, end in offsets]
     # sorted() of what is sorted already is one pass in C; nearly all offsets are
     return ends if sorted(ends) == ends else list(accumulate(ends, max))
 
 
-def _marks(ends: list[int], spans: Sequence[Span]) -> list[bool]:
+def _mark_spans(ends: list[int], spans: Sequence[TextSpan]) -> list[bool]:
     """Which tokens overlap the spans."""
     learnt = [False] * len(ends)
     for start, end in spans:
@@ -163,15 +167,15 @@ def _marks(ends: list[int], spans: Sequence[Span]) -> list[bool]:
     return learnt
 
 
-def _touched(ends: list[int], spans: Sequence[Span]) -> frozenset[int]:
+def _tokens_touching(ends: list[int], spans: Sequence[TextSpan]) -> frozenset[int]:
     """Numbers of the tokens that hold a character of the spans; those that hold no character go with the one before them."""
     touched = set[int]()
     for start, end in spans:
-        touched.update(number for number, mark in enumerate(_marks(ends, [(start, end)])) if mark)
+        touched.update(number for number, mark in enumerate(_mark_spans(ends, [(start, end)])) if mark)
     return frozenset(touched)
 
 
-def _squashed(text: str) -> str:
+def _strip_space(text: str) -> str:
     """Without white space and compatibility forms, which tokenizers may change without harm."""
     plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
     return "".join(plain.split())

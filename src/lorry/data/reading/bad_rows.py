@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from lorry.errors import ConfigError, DataError, nearest
+from lorry.errors import ConfigError, DataError, suggest_nearest
 
 OnBadRow = Literal["error", "skip", "quarantine"]
 LONGEST_REASON = 2000  # characters of a reason on the terminal: it may quote a value of the file
-SHOWN = 20  # how many bad rows are remembered word for word; the counts cover all of them
+REASONS_SHOWN = 20  # how many bad rows are remembered word for word; the counts cover all of them
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class BadRows:
     def __init__(self, policy: OnBadRow = "error", quarantine: str | Path | None = None) -> None:
         if policy not in get_args(OnBadRow):
             choices = get_args(OnBadRow)
-            raise ConfigError(f"on_bad_row={policy!r}; choose one of: {', '.join(choices)}{nearest(policy, choices)}")
+            raise ConfigError(f"on_bad_row={policy!r}; choose one of: {', '.join(choices)}{suggest_nearest(policy, choices)}")
         if policy == "quarantine" and quarantine is None:
             raise ConfigError("on_bad_row=quarantine needs a file to write the bad rows to")
         self.policy = policy
@@ -65,7 +65,7 @@ class BadRows:
             return
         self._seen.add((where, bad.kind))
         self.counts[bad.kind] += 1
-        if len(self.first) < SHOWN:
+        if len(self.first) < REASONS_SHOWN:
             self.first.append(f"{where}: {bad.short}")
         if self.quarantine is not None:
             self._set_aside(self.quarantine, {"where": where, "kind": bad.kind, "reason": bad.reason, "raw": raw})

@@ -16,21 +16,21 @@ from typing import Any
 
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.json_rows import RowDecoder
-from lorry.data.reading.rows import Fault, Row, Rows, Select
-from lorry.disk.documents import first_repeated, read_json
+from lorry.data.reading.rows import ColumnSelector, DataRow, RowFault, RowStream
+from lorry.disk.documents import first_repeated, read_json_document
 from lorry.disk.durable import DiskError
 from lorry.errors import DataError
 
 ROWS_AT_ONCE = 1024
 # What pyarrow raises for damaged files: its own classes derive from these (ArrowInvalid is a ValueError, ArrowKeyError a
 # KeyError ...), and values that Python has no room for raise OverflowError
-DAMAGE = (ValueError, OSError, OverflowError, KeyError, IndexError, TypeError, NotImplementedError)
+DAMAGE_ERRORS = (ValueError, OSError, OverflowError, KeyError, IndexError, TypeError, NotImplementedError)
 # errors of the system that a damaged file causes itself: it is absent, or names a place in it that no file has
-OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EOVERFLOW)
-NO_MEMORY_HAS = 1 << 40  # bytes in one piece; only a damaged header asks for them
+FILE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EOVERFLOW)
+IMPOSSIBLE_ALLOCATION = 1 << 40  # bytes in one piece; only a damaged header asks for them
 
 
-def read_parquet(path: Path, shown: str, select: Select | None = None) -> Rows:
+def read_parquet(path: Path, shown: str, select: ColumnSelector | None = None) -> RowStream:
     """Parquet, some rows at a time; the number after the colon counts rows from 1."""
     import pyarrow
     import pyarrow.parquet
@@ -39,18 +39,18 @@ def read_parquet(path: Path, shown: str, select: Select | None = None) -> Rows:
     try:
         table = pyarrow.parquet.ParquetFile(path)
         schema = table.schema_arrow
-    except (pyarrow.ArrowException, *DAMAGE) as error:
+    except (pyarrow.ArrowException, *DAMAGE_ERRORS) as error:
         expect_damage(error, path)
-        raise DataError(f"{shown}:1: not a readable parquet file: {_reason(error)}") from error
+        raise DataError(f"{shown}:1: not a readable parquet file: {_first_error_line(error)}") from error
     with table:
-        names = chosen(schema, shown, select)
+        names = select_columns(schema, shown, select)
         batches = table.iter_batches(batch_size=ROWS_AT_ONCE, columns=names)
-        while (batch := _next(batches, path, f"{shown}:{number + 1}: not a readable parquet file")) is not None:
-            yield from rows_of(batch, names, shown, number)
+        while (batch := _next_batch(batches, path, f"{shown}:{number + 1}: not a readable parquet file")) is not None:
+            yield from batch_rows(batch, names, shown, number)
             number += batch.num_rows
 
 
-def read_saved(folder: Path, shown: str, split: str, select: Select | None = None) -> Rows:
+def read_saved(folder: Path, shown: str, split: str, select: ColumnSelector | None = None) -> RowStream:
     """A folder written by ``datasets``' save_to_disk: state.json names Arrow streams; numbers count rows from 1 over all."""
     import pyarrow
     import pyarrow.ipc
@@ -63,37 +63,39 @@ def read_saved(folder: Path, shown: str, split: str, select: Select | None = Non
             schema = stream.schema
         except FileNotFoundError as error:
             raise DataError(f"{shown}:{number + 1}: {path.name} is missing") from error
-        except (pyarrow.ArrowException, *DAMAGE) as error:
+        except (pyarrow.ArrowException, *DAMAGE_ERRORS) as error:
             expect_damage(error, path)
-            raise DataError(f"{broken}: {_reason(error)}") from error
+            raise DataError(f"{broken}: {_first_error_line(error)}") from error
         if names is None:
-            names = chosen(schema, shown, select)
+            names = select_columns(schema, shown, select)
         if missing := [name for name in names if name not in schema.names]:
             raise DataError(f"{shown}:{number + 1}: {path.name} has no column {missing[0]!r}, unlike the files before it")
-        while (batch := _next(stream, path, broken)) is not None:
+        while (batch := _next_batch(stream, path, broken)) is not None:
             for at in range(0, batch.num_rows, ROWS_AT_ONCE):
-                yield from rows_of(batch.slice(at, ROWS_AT_ONCE), names, shown, number + at)
+                yield from batch_rows(batch.slice(at, ROWS_AT_ONCE), names, shown, number + at)
             number += batch.num_rows
 
 
-def read_tables(tables: Iterable[Any], shown: str, select: Select | None = None) -> Rows:
+def read_tables(tables: Iterable[Any], shown: str, select: ColumnSelector | None = None) -> RowStream:
     """Arrow tables with the same columns, one after the other."""
     number, names = 0, None
     for table in tables:
         if names is None:
-            names = chosen(table.schema, shown, select)
+            names = select_columns(table.schema, shown, select)
         for batch in table.select(names).to_batches(max_chunksize=ROWS_AT_ONCE):
-            yield from rows_of(batch, names, shown, number)
+            yield from batch_rows(batch, names, shown, number)
             number += batch.num_rows
 
 
-def chosen(schema: Any, shown: str, select: Select | None) -> list[str]:
+def select_columns(schema: Any, shown: str, select: ColumnSelector | None) -> list[str]:
     """The columns to read, all without ``select``. Raises DataError where two of them, or two fields in one, share a name."""
     try:
         names = list(schema.names)
-        within = {name: _twice_within(schema.field(at).type) for at, name in enumerate(names)}
+        within = {name: _repeated_field(schema.field(at).type) for at, name in enumerate(names)}
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{shown}:1: a column's name is not UTF-8 text ({_reason(error)}); write the file again") from error
+        raise DataError(
+            f"{shown}:1: a column's name is not UTF-8 text ({_first_error_line(error)}); write the file again"
+        ) from error
     if twice := first_repeated(names):
         raise DataError(f"{shown}:1: two columns are called {twice!r}; give each a name of its own")
     kept = (list(select(names, f"{shown}:1")) if select is not None else []) or names
@@ -103,35 +105,35 @@ def chosen(schema: Any, shown: str, select: Select | None) -> list[str]:
     return kept
 
 
-def rows_of(batch: Any, names: list[str], shown: str, before: int) -> Iterator[Row | Fault]:
+def batch_rows(batch: Any, names: list[str], shown: str, before: int) -> Iterator[DataRow | RowFault]:
     """The rows of an Arrow batch, numbered from ``before`` + 1. Of a batch with a value that cannot be had, row by row."""
     import pyarrow
 
     try:
         batch = batch.select(names)  # what is not asked for is not looked at either
         batch.validate(full=True)
-        columns = [_values(batch.column(name)) for name in names]
-    except (pyarrow.ArrowException, RecursionError, *DAMAGE) as error:
+        columns = [_column_values(batch.column(name)) for name in names]
+    except (pyarrow.ArrowException, RecursionError, *DAMAGE_ERRORS) as error:
         expect_damage(error, shown)
         if batch.num_rows == 1:
-            yield Fault(f"{shown}:{before + 1}", BadRow("encoding", _culprit(batch, names)), "")
+            yield RowFault(f"{shown}:{before + 1}", BadRow("encoding", _unreadable_column(batch, names)), "")
             return
         for at in range(batch.num_rows):
-            yield from rows_of(batch.slice(at, 1), names, shown, before + at)
+            yield from batch_rows(batch.slice(at, 1), names, shown, before + at)
         return
     held = zip(*columns, strict=True) if columns else [()] * batch.num_rows
     for number, values in enumerate(held, before + 1):
-        yield Row(dict(zip(names, values, strict=True)), f"{shown}:{number}")
+        yield DataRow(dict(zip(names, values, strict=True)), f"{shown}:{number}")
 
 
 def _saved_files(folder: Path, shown: str, split: str) -> list[Path]:
     """The Arrow files of a saved data set, or of one split of several."""
     if (folder / "dataset_dict.json").exists():
-        splits = _entry(folder / "dataset_dict.json", "splits", shown)
+        splits = _json_list(folder / "dataset_dict.json", "splits", shown)
         if split not in splits:
             raise DataError(f"{shown}: no split {split!r}; it has {', '.join(map(str, splits))}")
         folder = folder / split
-    files = _entry(folder / "state.json", "_data_files", shown)
+    files = _json_list(folder / "state.json", "_data_files", shown)
     names = [file.get("filename") if isinstance(file, dict) else None for file in files]
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:
@@ -139,10 +141,10 @@ def _saved_files(folder: Path, shown: str, split: str) -> list[Path]:
     return [folder / name for name in names if isinstance(name, str)]
 
 
-def _entry(path: Path, key: str, shown: str) -> list[Any]:
+def _json_list(path: Path, key: str, shown: str) -> list[Any]:
     """The list under a key of a JSON file of a saved data set."""
     try:
-        value = read_json(path)
+        value = read_json_document(path)
     except OSError as error:
         expect_damage(error, path)
         raise DataError(f"{shown}: not a readable saved data set: {path.name}: {error.strerror or error}") from error
@@ -152,15 +154,15 @@ def _entry(path: Path, key: str, shown: str) -> list[Any]:
     return found
 
 
-def _next(batches: Iterator[Any], path: Path, broken: str) -> Any:
+def _next_batch(batches: Iterator[Any], path: Path, broken: str) -> Any:
     """The next batch, None behind the last one."""
     import pyarrow
 
     try:
         return next(batches, None)
-    except (pyarrow.ArrowException, *DAMAGE) as error:
+    except (pyarrow.ArrowException, *DAMAGE_ERRORS) as error:
         expect_damage(error, path)
-        raise DataError(f"{broken}: {_reason(error)}") from error
+        raise DataError(f"{broken}: {_first_error_line(error)}") from error
 
 
 def expect_damage(error: BaseException, path: Path | str) -> None:
@@ -170,24 +172,24 @@ def expect_damage(error: BaseException, path: Path | str) -> None:
     """
     if isinstance(error, MemoryError):
         asked = [int(digits) for digits in re.findall(r"\d+", str(error))]
-        if max(asked, default=0) < NO_MEMORY_HAS:
+        if max(asked, default=0) < IMPOSSIBLE_ALLOCATION:
             raise error
     elif isinstance(error, OSError) and error.errno == errno.ENOMEM:
         raise MemoryError(str(error)) from error
-    elif isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE:
+    elif isinstance(error, OSError) and error.errno is not None and error.errno not in FILE_ERRNOS:
         raise DiskError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def _twice_within(kind: Any) -> str | None:
+def _repeated_field(kind: Any) -> str | None:
     """A name that two fields of a struct share, at any depth: as Python dicts one of them would be lost."""
     import pyarrow.types
 
     fields = [kind.field(at) for at in range(kind.num_fields)]
     own = first_repeated(field.name for field in fields) if pyarrow.types.is_struct(kind) else None
-    return own if own is not None else next(filter(None, (_twice_within(field.type) for field in fields)), None)
+    return own if own is not None else next(filter(None, (_repeated_field(field.type) for field in fields)), None)
 
 
-def _values(column: Any) -> list[Any]:
+def _column_values(column: Any) -> list[Any]:
     """A column as Python values. What ``datasets`` calls Json is stored as JSON text and read as what it says."""
     values = column.to_pylist()
     reader = _json_reader(column.type)
@@ -200,7 +202,7 @@ def _json_reader(kind: Any) -> Callable[[Any], Any] | None:
     import pyarrow.types
 
     if isinstance(kind, pyarrow.JsonType):
-        return _from_json
+        return _parse_json_text
     if pyarrow.types.is_struct(kind):
         inner = {field.name: reader for field in kind if (reader := _json_reader(field.type)) is not None}
         if not inner:
@@ -212,14 +214,14 @@ def _json_reader(kind: Any) -> Callable[[Any], Any] | None:
     return None
 
 
-def _from_json(text: str | None) -> Any:
+def _parse_json_text(text: str | None) -> Any:
     value = None if text is None else RowDecoder().only(text)
     if isinstance(value, BadRow):
         raise ValueError(value.reason)
     return value
 
 
-def _culprit(batch: Any, names: list[str]) -> str:
+def _unreadable_column(batch: Any, names: list[str]) -> str:
     """Which column of a batch of one row cannot be had, and why."""
     import pyarrow
 
@@ -227,14 +229,14 @@ def _culprit(batch: Any, names: list[str]) -> str:
         try:
             column = batch.column(name)
             column.validate(full=True)
-            _values(column)
-        except (pyarrow.ArrowException, RecursionError, *DAMAGE) as error:
+            _column_values(column)
+        except (pyarrow.ArrowException, RecursionError, *DAMAGE_ERRORS) as error:
             expect_damage(error, name)
-            return f"column {name!r} cannot be read: {_reason(error)}"
+            return f"column {name!r} cannot be read: {_first_error_line(error)}"
     return "the row cannot be read"
 
 
-def _reason(error: BaseException) -> str:
+def _first_error_line(error: BaseException) -> str:
     """The first line of what a library says."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte 0x{error.object[error.start]:02x} is not valid UTF-8"

@@ -1,4 +1,4 @@
-"""What a row means once its columns are understood: a ``Conversation`` or a ``Text``, and the checks of single fields.
+"""What a row means once its columns are understood: a ``Conversation`` or a ``TextDocument``, and the checks of single fields.
 
 Whatever a turn says is part of what is trained, or its row is refused, or it is counted and named; nothing of a turn is
 dropped in silence. Keys that say what is learnt:
@@ -38,11 +38,11 @@ ROLES: dict[str, Role] = {
     "system": "system", "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
 }  # fmt: skip
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("weight", "train", "loss")  # of a turn, and as columns of a whole row
-LEARNING = (*SWITCHES, "train_detail")
+LEARNING_KEYS = (*SWITCHES, "train_detail")
 SPELT = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}  # as a CSV file writes a switch
-AMBIGUOUS = (
+AMBIGUOUS_KEYS = (
     "mask", "masked", "loss_mask", "train_mask", "loss_weight", "weights", "loss_scale", "trainable", "training",
     "learn", "ignore",
 )  # fmt: skip
@@ -50,7 +50,7 @@ PART_KEYS = ("type", "text", "cache_control")  # of a part of a content; the las
 
 
 @dataclass(frozen=True)
-class Message:
+class ChatMessage:
     """One turn. ``reasoning`` is what a thinking model writes before its answer (templates know it as reasoning_content);
     ``name`` whose turn it is, for templates that write it; ``learnt`` False for an answer that is only read; ``unlearnt``
     the (start, end) characters of the content that are not learnt; ``unread`` keys that mean nothing to Lorry.
@@ -73,7 +73,7 @@ class Conversation:
     chat to begin with.
     """
 
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     plain: tuple[str, str] | None = None
     tools: str = ""
 
@@ -84,7 +84,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Text:
+class TextDocument:
     """A document: every token is learnt."""
 
     text: str
@@ -95,10 +95,10 @@ class Text:
         return len(self.text)
 
 
-Content = Conversation | Text
+ExampleContent = Conversation | TextDocument
 
 
-class Unusable(Exception):
+class UnusableRowError(Exception):
     """Raised while a row is read, and turned into a ``BadRow`` by ``formats.normalise`` or ``places.read_items``."""
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -109,37 +109,43 @@ class Unusable(Exception):
 def text_of(value: Any, column: str) -> str:
     """A column's value as text; whole numbers are unambiguous, other values are not and are refused."""
     if isinstance(value, str):
-        return _encodable(value, column)
+        return _require_utf8(value, column)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
-        return "".join(_part(part, f"{column}[{number}]") for number, part in enumerate(value))
-    raise Unusable("format", f"{column!r} holds {kind_of(value)}, expected text")
+        return "".join(_part_text(part, f"{column}[{number}]") for number, part in enumerate(value))
+    raise UnusableRowError("format", f"{column!r} holds {describe_type(value)}, expected text")
 
 
-def _part(part: Mapping[str, Any], place: str) -> str:
+def _part_text(part: Mapping[str, Any], place: str) -> str:
     """The text of one part of a content. Raises Unusable for one that is not text, or says more than its text."""
     if part.get("type") != "text":
-        raise Unusable(
+        raise UnusableRowError(
             "format", f"{place} is a part of type {str(part.get('type'))[:40]!r}; Lorry trains on parts of type 'text'"
         )
     for key, held in part.items():
         if key not in PART_KEYS and held not in (None, "", [], {}):
-            hint = "; weights stand beside a turn's role and content" if str(key).lower() in (*LEARNING, *AMBIGUOUS) else ""
-            raise Unusable("keys", f"{place}.{str(key)[:40]}: a part of a content has a type and a text, nothing else{hint}")
+            hint = (
+                "; weights stand beside a turn's role and content"
+                if str(key).lower() in (*LEARNING_KEYS, *AMBIGUOUS_KEYS)
+                else ""
+            )
+            raise UnusableRowError(
+                "keys", f"{place}.{str(key)[:40]}: a part of a content has a type and a text, nothing else{hint}"
+            )
     return text_of(part.get("text"), f"{place}.text")
 
 
-def _encodable(value: str, column: str) -> str:
+def _require_utf8(value: str, column: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
         reason = f"{column!r} holds half a surrogate pair at character {error.start + 1}; it is not valid Unicode"
-        raise Unusable("encoding", reason) from error
+        raise UnusableRowError("encoding", reason) from error
     return value
 
 
-def kind_of(value: Any) -> str:
+def describe_type(value: Any) -> str:
     """What a value is, in words, for a message."""
     if isinstance(value, bool | float):
         return f"the {'boolean' if isinstance(value, bool) else 'number'} {value} (write it as the text the model should say)"
@@ -151,7 +157,7 @@ def column_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
     return next((name for name in names if row.get(name) is not None), "")
 
 
-def optional(row: Mapping[str, Any], *names: str) -> str:
+def optional_text(row: Mapping[str, Any], *names: str) -> str:
     """The first of these columns that has a value, as text, or an empty string."""
     name = column_of(row, names)
     return text_of(row[name], name) if name else ""
@@ -161,29 +167,33 @@ def answer_of(value: Any, column: str) -> str:
     """Text that the model is to learn, so not empty."""
     text = text_of(value, column)
     if not text.strip():
-        raise Unusable("empty answer", f"{column!r} is empty: there is nothing to learn")
+        raise UnusableRowError("empty answer", f"{column!r} is empty: there is nothing to learn")
     return text
 
 
-def messages_of(value: Any, column: str) -> list[Message]:
+def messages_of(value: Any, column: str) -> list[ChatMessage]:
     """A list of {role, content} or {from, value}, or such a list as JSON text, checked one by one."""
-    value = from_json(value, column)
+    value = parse_json_column(value, column)
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise Unusable("format", f"{column!r} holds {kind_of(value)}, expected a list of messages")
-    return [_message(from_json(item, f"{column}[{index}]"), f"{column}[{index}]") for index, item in enumerate(value)]
+        raise UnusableRowError("format", f"{column!r} holds {describe_type(value)}, expected a list of messages")
+    return [
+        _read_message(parse_json_column(item, f"{column}[{index}]"), f"{column}[{index}]") for index, item in enumerate(value)
+    ]
 
 
-def from_json(value: Any, column: str) -> Any:
+def parse_json_column(value: Any, column: str) -> Any:
     """A list or an object that stands in its column as JSON text, since CSV has neither; anything else as it is."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     found = RowDecoder().only(value)
     if isinstance(found, BadRow):
-        raise Unusable("json", f"{column!r} as JSON text: {found.reason} (Python's json.dumps writes JSON, str and repr do not)")
+        raise UnusableRowError(
+            "json", f"{column!r} as JSON text: {found.reason} (Python's json.dumps writes JSON, str and repr do not)"
+        )
     return found
 
 
-def turns_in(value: Any) -> Any:
+def parse_turns(value: Any) -> Any:
     """A prompt or completion that is JSON text of a list of turns and of nothing else, as that list; other text as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
@@ -195,48 +205,52 @@ def _is_turn(item: Any) -> bool:
     return isinstance(item, dict) and any(isinstance(item.get(name), str) and item[name] in ROLES for name in ("role", "from"))
 
 
-def _message(item: Any, place: str) -> Message:
+def _read_message(item: Any, place: str) -> ChatMessage:
     if not isinstance(item, Mapping):
-        raise Unusable("format", f"{place} is {kind_of(item)}, expected {{role, content}} or {{from, value}}")
+        raise UnusableRowError("format", f"{place} is {describe_type(item)}, expected {{role, content}} or {{from, value}}")
     # tables merged from both spellings have both pairs of keys in every turn, one of them null
     role_key, content_key = ("from", "value") if item.get("from") is not None else ("role", "content")
     if role_key == "from" and item.get("role") is not None and item.get("content") != item.get("value"):
-        raise Unusable("format", f"{place}: 'from', 'value' and 'role', 'content' say different things; keep one pair")
+        raise UnusableRowError("format", f"{place}: 'from', 'value' and 'role', 'content' say different things; keep one pair")
     spoken = item.get(role_key)
     if not isinstance(spoken, str) or spoken not in ROLES:
         hint = "; tool calls are not supported" if spoken in ("tool", "function", "function_call", "observation") else ""
-        raise Unusable("roles", f"{place}: unknown {role_key} {spoken!r}; known are {', '.join(ROLES)}{hint}")
+        raise UnusableRowError("roles", f"{place}: unknown {role_key} {spoken!r}; known are {', '.join(ROLES)}{hint}")
     if item.get("tool_calls") or item.get("function_call"):
-        raise Unusable("roles", f"{place}: tool calls are not supported")
+        raise UnusableRowError("roles", f"{place}: tool calls are not supported")
     text = text_of(item.get(content_key), f"{place}.{content_key}")
     if ROLES[spoken] == "assistant":
         answer_of(text, f"{place}.{content_key}")
-    reasoning = [name for name in REASONING if item.get(name)]
+    reasoning = [name for name in REASONING_KEYS if item.get(name)]
     if len({str(item[name]) for name in reasoning}) > 1:
-        raise Unusable("keys", f"{place}: {' and '.join(map(repr, reasoning))} say different things; keep one of them")
+        raise UnusableRowError("keys", f"{place}: {' and '.join(map(repr, reasoning))} say different things; keep one of them")
     thought = text_of(item[reasoning[0]], f"{place}.{reasoning[0]}") if reasoning else ""
-    learnt, unlearnt = _learning(item, ROLES[spoken], text, place)
+    learnt, unlearnt = _read_learning_marks(item, ROLES[spoken], text, place)
     name = text_of(item.get("name") or "", f"{place}.name")
-    known = {role_key, content_key, "name", "tool_calls", "function_call", *REASONING, *LEARNING}
+    known = {role_key, content_key, "name", "tool_calls", "function_call", *REASONING_KEYS, *LEARNING_KEYS}
     unread = tuple(str(key) for key, held in item.items() if key not in known and held not in (None, "", [], {}))
-    return Message(ROLES[spoken], text, thought, name, learnt, unlearnt, unread)
+    return ChatMessage(ROLES[spoken], text, thought, name, learnt, unlearnt, unread)
 
 
-def _learning(item: Mapping[str, Any], role: Role, text: str, place: str) -> tuple[bool, tuple[tuple[int, int], ...]]:
+def _read_learning_marks(item: Mapping[str, Any], role: Role, text: str, place: str) -> tuple[bool, tuple[tuple[int, int], ...]]:
     """(whether an answer is learnt, the characters of it that are not), from the keys that other tools have for this."""
     for key, held in item.items():
-        if held is not None and str(key).lower() in AMBIGUOUS:
-            raise Unusable("keys", f"{place}.{key}: tools disagree on what it means; write weight: 0 (not learnt) or 1 (learnt)")
-        if held is not None and key not in LEARNING and str(key).lower() in LEARNING:
-            raise Unusable("keys", f"{place}.{key}: names count letter by letter; write {str(key).lower()}")
-    said = {key: _switch(item[key], f"{place}.{key}") for key in SWITCHES if item.get(key) is not None}
+        if held is not None and str(key).lower() in AMBIGUOUS_KEYS:
+            raise UnusableRowError(
+                "keys", f"{place}.{key}: tools disagree on what it means; write weight: 0 (not learnt) or 1 (learnt)"
+            )
+        if held is not None and key not in LEARNING_KEYS and str(key).lower() in LEARNING_KEYS:
+            raise UnusableRowError("keys", f"{place}.{key}: names count letter by letter; write {str(key).lower()}")
+    said = {key: _read_switch(item[key], f"{place}.{key}") for key in SWITCHES if item.get(key) is not None}
     if len(set(said.values())) > 1:
-        raise Unusable("keys", f"{place}: {' and '.join(map(repr, said))} contradict each other; keep one of them")
+        raise UnusableRowError("keys", f"{place}: {' and '.join(map(repr, said))} contradict each other; keep one of them")
     learnt = next(iter(said.values()), True)
     detail = item.get("train_detail")
     if role != "assistant" and (detail or any(said.values())):
         key = "train_detail" if detail else next(iter(said))
-        raise Unusable("keys", f"{place}.{key}: only answers are learnt, and this is a turn of the {role}; leave it out there")
+        raise UnusableRowError(
+            "keys", f"{place}.{key}: only answers are learnt, and this is a turn of the {role}; leave it out there"
+        )
     if not detail or not learnt:
         return learnt, ()
     kept = _learnt_characters(detail, len(text), f"{place}.train_detail")
@@ -248,11 +262,13 @@ def _learning(item: Mapping[str, Any], role: Role, text: str, place: str) -> tup
     return bool(kept), tuple(gaps) if kept else ()
 
 
-def _switch(value: Any, place: str) -> bool:
+def _read_switch(value: Any, place: str) -> bool:
     """true, false, 0 or 1, as Arrow and CSV may write them. Raises Unusable for a weight between."""
     if isinstance(value, int | float) and value in (0, 1):
         return bool(value)
-    raise Unusable("keys", f"{place} is {str(value)[:40]!r}; a turn is learnt (1, true) or not (0, false), nothing between")
+    raise UnusableRowError(
+        "keys", f"{place} is {str(value)[:40]!r}; a turn is learnt (1, true) or not (0, false), nothing between"
+    )
 
 
 def row_is_learnt(row: Mapping[str, Any], read: Collection[str]) -> bool:
@@ -271,10 +287,10 @@ def row_is_learnt(row: Mapping[str, Any], read: Collection[str]) -> bool:
             continue  # a measurement, such as kilograms or what another model found hard: a column like any other
         if switch is None and not (isinstance(value, int | float) and value in (0, 1)):
             reason = f"column {name!r} is {str(value)[:40]!r}; a row is learnt (1, true) or left out (0, false), nothing between"
-            raise Unusable("keys", f"{reason}; a column that means something else needs another name")
+            raise UnusableRowError("keys", f"{reason}; a column that means something else needs another name")
         said[name] = bool(value) if switch is None else switch
     if len(set(said.values())) > 1:
-        raise Unusable("keys", f"the columns {' and '.join(map(repr, said))} contradict each other; keep one of them")
+        raise UnusableRowError("keys", f"the columns {' and '.join(map(repr, said))} contradict each other; keep one of them")
     return next(iter(said.values()), True)
 
 
@@ -286,16 +302,18 @@ def _learnt_characters(detail: Any, length: int, place: str) -> list[tuple[int, 
         bounds = [part.get(name) for name in ("begin_offset", "end_offset")] if isinstance(part, Mapping) else []
         whole = [at for at in bounds if isinstance(at, int) and not isinstance(at, bool)]
         if len(whole) != 2:
-            raise Unusable("keys", f"{where} is not {{begin_offset, end_offset, train}} with whole numbers")
+            raise UnusableRowError("keys", f"{where} is not {{begin_offset, end_offset, train}} with whole numbers")
         if set(part) - {"begin_offset", "end_offset", "train"} or part.get("train") is None:
-            raise Unusable("keys", f"{where} has other keys than begin_offset, end_offset and train")
+            raise UnusableRowError("keys", f"{where} has other keys than begin_offset, end_offset and train")
         start, end = whole
         if not 0 <= start <= end < length:
-            raise Unusable("keys", f"{where}: characters {start} to {end} are not in a content of {length} (0 to {length - 1})")
-        stretches.append((start, end + 1, _switch(part["train"], f"{where}.train")))
+            raise UnusableRowError(
+                "keys", f"{where}: characters {start} to {end} are not in a content of {length} (0 to {length - 1})"
+            )
+        stretches.append((start, end + 1, _read_switch(part["train"], f"{where}.train")))
     stretches.sort()
     if any(one[1] > other[0] for one, other in pairwise(stretches)):
-        raise Unusable("keys", f"{place}: two stretches share a character; write each character once")
+        raise UnusableRowError("keys", f"{place}: two stretches share a character; write each character once")
     return [(start, end) for start, end, train in stretches if train]
 
 
@@ -310,15 +328,15 @@ def tools_of(value: Any, column: str) -> str:
         try:
             read = parse_json(value, column)
         except DataError as error:
-            raise Unusable("tools", f"{error}; expected a list of tools") from error
+            raise UnusableRowError("tools", f"{error}; expected a list of tools") from error
     if read is None or (isinstance(read, str) and not read.strip()):
         return ""
     if not isinstance(read, list) or not all(isinstance(tool, dict) for tool in read):
-        raise Unusable("tools", f"{column!r} holds {kind_of(read)}, expected a list of objects, one for each tool")
+        raise UnusableRowError("tools", f"{column!r} holds {describe_type(read)}, expected a list of objects, one for each tool")
     try:
         return json.dumps(read if isinstance(value, str) else _without_nulls(read), ensure_ascii=False) if read else ""
     except (TypeError, ValueError) as error:
-        raise Unusable("tools", f"{column!r} holds what JSON cannot write: {error}") from error
+        raise UnusableRowError("tools", f"{column!r} holds what JSON cannot write: {error}") from error
 
 
 def _without_nulls(value: Any) -> Any:

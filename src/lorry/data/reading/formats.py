@@ -1,4 +1,4 @@
-"""Formats: which columns a row has says what it means. Every format becomes a ``Conversation`` or a ``Text``.
+"""Formats: which columns a row has says what it means. Every format becomes a ``Conversation`` or a ``TextDocument``.
 
     for found in read_examples(open_source("people.jsonl")): ...    # found.content, found.where
 
@@ -24,37 +24,37 @@ from typing import Any
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.content import (
     SWITCHES,
-    Content,
+    ChatMessage,
     Conversation,
-    Message,
-    Text,
-    Unusable,
+    ExampleContent,
+    TextDocument,
+    UnusableRowError,
     answer_of,
     column_of,
-    from_json,
-    kind_of,
+    describe_type,
     messages_of,
-    optional,
+    optional_text,
+    parse_json_column,
+    parse_turns,
     row_is_learnt,
     text_of,
     tools_of,
-    turns_in,
 )
 from lorry.data.reading.rows import file_of
-from lorry.data.reading.sources import Source
-from lorry.errors import DataError, nearest, shortlist
+from lorry.data.reading.sources import DataSource
+from lorry.errors import DataError, shortlist_names, suggest_nearest
 
 NOT_LEARNT = BadRow("not to be learnt", "its column weight, train or loss is 0 or false")  # a sound row, never an error
 
 
 @dataclass(frozen=True)
-class Format:
+class RowFormat:
     """One way to write examples down: ``needs`` holds groups of names, one of each group must be a column."""
 
     name: str
     needs: tuple[tuple[str, ...], ...]
     may: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], Content]
+    read: Callable[[Mapping[str, Any]], ExampleContent]
 
     def fits(self, columns: Iterable[str]) -> bool:
         there = set(columns)
@@ -75,10 +75,10 @@ class Format:
 
 
 @dataclass(frozen=True)
-class Found:
+class DataExample:
     """A usable row: its content, its number among the source's readable rows, where it stands, its columns as read."""
 
-    content: Content
+    content: ExampleContent
     number: int
     where: str
     values: Mapping[str, Any]
@@ -89,7 +89,7 @@ class Found:
         return json.dumps(self.values, default=str)
 
 
-def detect(columns: Iterable[str], where: str = "the data") -> Format:
+def detect_format(columns: Iterable[str], where: str = "the data") -> RowFormat:
     """The format of rows with these columns. Raises DataError listing the columns found and the formats known."""
     there = list(columns)
     choices = [name for name in there if name.lower().rstrip("0123456789_") in ("choice", "choices", "option", "options")]
@@ -98,29 +98,33 @@ def detect(columns: Iterable[str], where: str = "the data") -> Format:
             return form
     listed = "; ".join(map(str, FORMATS.values()))
     if choices:
-        hint = f" {shortlist(map(repr, choices))}: this is multiple choice, a named set and not a question with one answer."
+        hint = f" {shortlist_names(map(repr, choices))}: this is multiple choice, a named set and not a question with one answer."
     else:
         known = {name for form in FORMATS.values() for group in form.needs for name in group}
         close = [f"{name!r} is not {name.lower()!r}" for name in there if name not in known and name.lower() in known]
-        hint = f" Names count letter by letter: {shortlist(close)}." if close else ""
-    raise DataError(f"{where}: no known format has the columns {shortlist(map(repr, there)) or '(none)'}.{hint} Known: {listed}")
+        hint = f" Names count letter by letter: {shortlist_names(close)}." if close else ""
+    raise DataError(
+        f"{where}: no known format has the columns {shortlist_names(map(repr, there)) or '(none)'}.{hint} Known: {listed}"
+    )
 
 
-def chosen(name: str = "auto", text_field: str | None = None) -> Format | None:
+def format_named(name: str = "auto", text_field: str | None = None) -> RowFormat | None:
     """The format of this name, None for ``auto``; ``text_field`` makes that column the text. Raises DataError."""
     if text_field is not None:
-        return Format("text", ((text_field,),), (), lambda row: Text(answer_of(row[text_field], text_field)))
+        return RowFormat("text", ((text_field,),), (), lambda row: TextDocument(answer_of(row[text_field], text_field)))
     if name != "auto" and name not in FORMATS:
-        raise DataError(f"unknown data format {name!r}; choose one of: auto, {', '.join(FORMATS)}{nearest(name, FORMATS)}")
+        raise DataError(
+            f"unknown data format {name!r}; choose one of: auto, {', '.join(FORMATS)}{suggest_nearest(name, FORMATS)}"
+        )
     return FORMATS.get(name)
 
 
-def normalise(row: Mapping[str, Any], form: Format) -> Content | BadRow:
+def normalise_row(row: Mapping[str, Any], form: RowFormat) -> ExampleContent | BadRow:
     """The row's content, or why it is a bad row (a column missing, an unknown role, an empty answer), or ``NOT_LEARNT``."""
     try:
         if not row_is_learnt(row, form.content):
             return NOT_LEARNT
-    except Unusable as error:
+    except UnusableRowError as error:
         return error.bad
     missing = next((group for group in form.needs if all(row.get(name) is None for name in group)), None)
     if missing is not None:
@@ -130,24 +134,24 @@ def normalise(row: Mapping[str, Any], form: Format) -> Content | BadRow:
         if "tools" in form.may and isinstance(content, Conversation) and (tools := tools_of(row.get("tools"), "tools")):
             content = replace(content, tools=tools)
         return content
-    except Unusable as error:
+    except UnusableRowError as error:
         return error.bad
 
 
 def read_examples(
-    source: Source, form: Format | None = None, *, start: int = 0, notes: set[str] | None = None
-) -> Iterator[Found]:
+    source: DataSource, form: RowFormat | None = None, *, start: int = 0, notes: set[str] | None = None
+) -> Iterator[DataExample]:
     """The usable rows of a source from readable row ``start`` on. Bad rows go to ``source.bad``.
 
     Each file's first row settles that file's format, whatever ``start`` is, so that a resumed reader sees the same rows.
     """
-    settled: dict[str, Format] = {}
+    settled: dict[str, RowFormat] = {}
 
-    def settle(columns: Iterable[str], where: str) -> Format:
-        chosen = settled[file_of(where)] = form or detect(columns, where)
+    def settle(columns: Iterable[str], where: str) -> RowFormat:
+        chosen = settled[file_of(where)] = form or detect_format(columns, where)
         unused = chosen.unused(columns)
         if unused and notes is not None:
-            notes.add(f"{file_of(where)}: read as {chosen.name}; columns not used: {shortlist(unused)}")
+            notes.add(f"{file_of(where)}: read as {chosen.name}; columns not used: {shortlist_names(unused)}")
         return chosen
 
     def select(columns: Sequence[str], where: str) -> list[str]:
@@ -159,95 +163,103 @@ def read_examples(
             settle(row.values, row.where)
         if number < start:
             continue
-        content = normalise(row.values, settled[row.file])
+        content = normalise_row(row.values, settled[row.file])
         if content is NOT_LEARNT:
             source.bad.drop(row.where, NOT_LEARNT, json.dumps(row.values, default=str))
         elif isinstance(content, BadRow):
             source.bad.report(row.where, content, json.dumps(row.values, default=str))
         else:
-            yield Found(content, number, row.where, row.values)
+            yield DataExample(content, number, row.where, row.values)
     if notes is not None:
         notes |= source.remarks
 
 
-def _conversation(messages: list[Message], column: str, plain: tuple[str, str] | None = None) -> Conversation:
+def _make_conversation(messages: list[ChatMessage], column: str, plain: tuple[str, str] | None = None) -> Conversation:
     if not messages:
-        raise Unusable("no answer", f"{column!r} is an empty list")
+        raise UnusableRowError("no answer", f"{column!r} is an empty list")
     if not any(message.role == "assistant" for message in messages):
-        raise Unusable("no answer", f"{column!r} has no assistant turn: there is nothing to learn")
+        raise UnusableRowError("no answer", f"{column!r} has no assistant turn: there is nothing to learn")
     if not any(message.role == "assistant" and message.learnt for message in messages):
-        raise Unusable("no answer", f"{column!r}: every assistant turn is marked as not to be learnt (weight 0, train false)")
+        raise UnusableRowError(
+            "no answer", f"{column!r}: every assistant turn is marked as not to be learnt (weight 0, train false)"
+        )
     return Conversation(tuple(messages), plain)
 
 
-def _after_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+def _messages_after_system(row: Mapping[str, Any], messages: list[ChatMessage]) -> list[ChatMessage]:
     """The turns behind the system message of the row's own column. Raises Unusable where the turns bring another one."""
-    system = _system(row)
+    system = _system_message(row)
     own = [message for message in messages if message.role == "system"]
     if system and own:
         if own[0].content == system[0].content:
             return messages
-        raise Unusable("roles", "the column 'system' and a system turn of the messages are both there; keep one of them")
+        raise UnusableRowError("roles", "the column 'system' and a system turn of the messages are both there; keep one of them")
     return system + messages
 
 
-def _system(row: Mapping[str, Any]) -> list[Message]:
-    text = optional(row, "system")
-    return [Message("system", text)] if text.strip() else []
+def _system_message(row: Mapping[str, Any]) -> list[ChatMessage]:
+    text = optional_text(row, "system")
+    return [ChatMessage("system", text)] if text.strip() else []
 
 
 def _read_messages(row: Mapping[str, Any]) -> Conversation:
-    return _conversation(_after_system(row, messages_of(row["messages"], "messages")), "messages")
+    return _make_conversation(_messages_after_system(row, messages_of(row["messages"], "messages")), "messages")
 
 
 def _read_conversations(row: Mapping[str, Any]) -> Conversation:
     column = column_of(row, ("conversations", "conversation"))
-    return _conversation(_after_system(row, messages_of(row[column], column)), column)
+    return _make_conversation(_messages_after_system(row, messages_of(row[column], column)), column)
 
 
 def _read_prompt(row: Mapping[str, Any]) -> Conversation:
     column = column_of(row, COMPLETIONS)
-    prompt, completion = turns_in(row["prompt"]), turns_in(row[column])
+    prompt, completion = parse_turns(row["prompt"]), parse_turns(row[column])
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        asked, said, system = text_of(prompt, "prompt"), answer_of(completion, column), _system(row)
+        asked, said, system = text_of(prompt, "prompt"), answer_of(completion, column), _system_message(row)
         opening = f"{system[0].content}\n\n" if system else ""
-        messages = [*system, Message("user", asked), Message("assistant", said)]
-        return _conversation(messages, column, (opening + asked, said))
-    before = messages_of(prompt, "prompt") if isinstance(prompt, list) else [Message("user", text_of(prompt, "prompt"))]
+        messages = [*system, ChatMessage("user", asked), ChatMessage("assistant", said)]
+        return _make_conversation(messages, column, (opening + asked, said))
+    before = messages_of(prompt, "prompt") if isinstance(prompt, list) else [ChatMessage("user", text_of(prompt, "prompt"))]
     if not isinstance(completion, list):
-        return _conversation(_after_system(row, [*before, Message("assistant", answer_of(completion, column))]), column)
-    after = _conversation(messages_of(completion, column), column).messages
-    return _conversation(_after_system(row, [*before, *after]), column)
+        return _make_conversation(
+            _messages_after_system(row, [*before, ChatMessage("assistant", answer_of(completion, column))]), column
+        )
+    after = _make_conversation(messages_of(completion, column), column).messages
+    return _make_conversation(_messages_after_system(row, [*before, *after]), column)
 
 
 def _read_instruction(row: Mapping[str, Any]) -> Conversation:
     column = column_of(row, OUTPUTS)
-    instruction, given = text_of(row["instruction"], "instruction"), optional(row, "input", "context")
-    answer, system, history = answer_of(row[column], column), _system(row), _history(from_json(row.get("history"), "history"))
+    instruction, given = text_of(row["instruction"], "instruction"), optional_text(row, "input", "context")
+    answer, system, history = (
+        answer_of(row[column], column),
+        _system_message(row),
+        _history_messages(parse_json_column(row.get("history"), "history")),
+    )
     user = f"{instruction}\n\n{given}" if given.strip() else instruction
     section = f"### Input:\n{given}\n\n" if given.strip() else ""
     opening = f"{system[0].content}\n\n" if system else ""
     plain = (f"{opening}### Instruction:\n{instruction}\n\n{section}### Response:\n", answer)
-    messages = [*system, *history, Message("user", user), Message("assistant", answer)]
-    return _conversation(messages, column, None if history else plain)
+    messages = [*system, *history, ChatMessage("user", user), ChatMessage("assistant", answer)]
+    return _make_conversation(messages, column, None if history else plain)
 
 
-def _history(value: Any) -> list[Message]:
+def _history_messages(value: Any) -> list[ChatMessage]:
     """Earlier turns as [[question, answer], ...]."""
-    turns: list[Message] = []
+    turns: list[ChatMessage] = []
     if not isinstance(value, list | None):
-        raise Unusable("format", f"'history' is {kind_of(value)}, expected [[question, answer], ...]")
+        raise UnusableRowError("format", f"'history' is {describe_type(value)}, expected [[question, answer], ...]")
     for index, pair in enumerate(value or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise Unusable("format", f"'history[{index}]' is {kind_of(pair)}, expected [question, answer]")
-        turns.append(Message("user", text_of(pair[0], f"history[{index}][0]")))
-        turns.append(Message("assistant", answer_of(pair[1], f"history[{index}][1]")))
+            raise UnusableRowError("format", f"'history[{index}]' is {describe_type(pair)}, expected [question, answer]")
+        turns.append(ChatMessage("user", text_of(pair[0], f"history[{index}][0]")))
+        turns.append(ChatMessage("assistant", answer_of(pair[1], f"history[{index}][1]")))
     return turns
 
 
 def _read_question(row: Mapping[str, Any]) -> Conversation:
     asked, column = column_of(row, ("question", "query")), column_of(row, ANSWERS)
-    question, context, system = text_of(row[asked], asked), optional(row, "context", "passage"), _system(row)
+    question, context, system = text_of(row[asked], asked), optional_text(row, "context", "passage"), _system_message(row)
     said = row[column]
     if column == "answers":  # several references, any of which is right: the first is learnt
         said = said.get("text") if isinstance(said, Mapping) else said
@@ -256,12 +268,12 @@ def _read_question(row: Mapping[str, Any]) -> Conversation:
     answer = answer_of(said, column)
     before = f"{context}\n\n" if context.strip() else ""
     opening = f"{system[0].content}\n\n" if system else ""
-    messages = [*system, Message("user", before + question), Message("assistant", answer)]
-    return _conversation(messages, column, (f"{opening}{before}Question: {question}\nAnswer:", f" {answer.lstrip()}"))
+    messages = [*system, ChatMessage("user", before + question), ChatMessage("assistant", answer)]
+    return _make_conversation(messages, column, (f"{opening}{before}Question: {question}\nAnswer:", f" {answer.lstrip()}"))
 
 
-def _read_text(row: Mapping[str, Any]) -> Text:
-    return Text(answer_of(row["text"], "text"))
+def _read_text(row: Mapping[str, Any]) -> TextDocument:
+    return TextDocument(answer_of(row["text"], "text"))
 
 
 COMPLETIONS = ("completion", "response", "answer", "output")
@@ -269,14 +281,14 @@ OUTPUTS = ("output", "response")
 ANSWERS = ("answer", "answers", "response")
 ALSO_READ = ("answers",)  # of a table of columns, whatever the format: evaluation counts each of them as right
 # in order of precedence: rows that fit several formats are read as the first, the most explicit one
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, RowFormat] = {
     form.name: form
     for form in (
-        Format("messages", (("messages",),), ("system", "tools"), _read_messages),
-        Format("conversations", (("conversations", "conversation"),), ("system", "tools"), _read_conversations),
-        Format("prompt_completion", (("prompt",), COMPLETIONS), ("system", "tools"), _read_prompt),
-        Format("alpaca", (("instruction",), OUTPUTS), ("input", "context", "system", "tools", "history"), _read_instruction),
-        Format("question_answer", (("question", "query"), ANSWERS), ("context", "passage", "system", "tools"), _read_question),
-        Format("text", (("text",),), (), _read_text),
+        RowFormat("messages", (("messages",),), ("system", "tools"), _read_messages),
+        RowFormat("conversations", (("conversations", "conversation"),), ("system", "tools"), _read_conversations),
+        RowFormat("prompt_completion", (("prompt",), COMPLETIONS), ("system", "tools"), _read_prompt),
+        RowFormat("alpaca", (("instruction",), OUTPUTS), ("input", "context", "system", "tools", "history"), _read_instruction),
+        RowFormat("question_answer", (("question", "query"), ANSWERS), ("context", "passage", "system", "tools"), _read_question),
+        RowFormat("text", (("text",),), (), _read_text),
     )
 }

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from lorry.data.reading.bad_rows import BadRow
-from lorry.data.reading.rows import CUT_OFF, LARGEST_ROW, TOO_LARGE, Fault, Remark, Row, Rows, not_utf8
-from lorry.disk.documents import DEEPEST, first_repeated
-from lorry.errors import DataError, shortlist
+from lorry.data.reading.rows import CUT_OFF, LARGEST_ROW, TOO_LARGE, DataRow, FileRemark, RowFault, RowStream, not_utf8
+from lorry.disk.documents import DEEPEST_NESTING, first_repeated
+from lorry.errors import DataError, shortlist_names
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 UTF8_MARK = b"\xef\xbb\xbf"
 JSON_LAYOUTS = "a JSON array of rows, an object with a 'data' array, or JSON lines"
-PIECE = 1 << 20  # characters of an array read at a time
-TOO_DEEP = "nested too deeply"
-SPACE = re.compile(r"[ \t\r\n]*")
+PIECE_BYTES = 1 << 20  # characters of an array read at a time
+NESTED_TOO_DEEP = "nested too deeply"
+JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 # Columns that make a row of training data (data/reading/formats.py): what has them beside a list called data is a row, no export of rows
@@ -35,7 +35,7 @@ ROW_COLUMNS = frozenset(
 )  # fmt: skip
 
 
-def read_jsonl(path: Path, shown: str) -> Rows:
+def read_jsonl(path: Path, shown: str) -> RowStream:
     """JSON lines: one object a line, blank lines and byte order marks before one (joined files) ignored, read lazily.
 
     Raises DataError where the first two lines that are not blank show that the file has another layout: each of its lines
@@ -43,31 +43,31 @@ def read_jsonl(path: Path, shown: str) -> Rows:
     """
     decoder, first = RowDecoder(), True
     with path.open("rb") as file:
-        for number, raw in enumerate(_lines(file), 1):
+        for number, raw in enumerate(_bounded_lines(file), 1):
             if number == 1:
-                raw = without_mark(raw, shown)
+                raw = strip_byte_order_mark(raw, shown)
             elif raw[:1] == b"\xef":
                 raw = raw.removeprefix(UTF8_MARK)
             if raw.strip():
                 where = f"{shown}:{number}"
                 parsed = decoder.object_of(raw)
-                if first and isinstance(parsed, BadRow) and (layout := _other_layout(raw.strip(), parsed)):
+                if first and isinstance(parsed, BadRow) and (layout := _describe_other_layout(raw.strip(), parsed)):
                     if isinstance(decoder.object_of(_first_lines(path)[1]), BadRow):
                         raise DataError(f"{where}: {layout}")
                 first = False
                 if isinstance(parsed, BadRow):
-                    yield Fault(where, parsed, printable(raw[:LARGEST_ROW]))
+                    yield RowFault(where, parsed, printable_bytes(raw[:LARGEST_ROW]))
                 else:
-                    yield Row(parsed, where)
+                    yield DataRow(parsed, where)
 
 
-def read_json(path: Path, shown: str) -> Rows:
+def read_json_rows(path: Path, shown: str) -> RowStream:
     """A JSON array of objects, ``{"data": [...]}``, several of these one after the other, or JSON lines under the wrong name."""
     with path.open("rb") as probe:
-        without_mark(probe.read(8), shown)
+        strip_byte_order_mark(probe.read(8), shown)
     # surrogateescape keeps an element with broken UTF-8 in its place, so that it alone is bad and not the rest of the file
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        scan = _Scanner(file, shown)
+        scan = _JsonScanner(file, shown)
         opening, line = scan.peek(end=True), scan.line
         if opening == "{":
             try:
@@ -87,10 +87,10 @@ def read_json(path: Path, shown: str) -> Rows:
             scan.at += 1
         else:
             raise DataError(f"{shown}:{line}: expected {JSON_LAYOUTS}, found {scan.ahead(40)!r}")
-        yield from _documents(scan, shown)
+        yield from _array_elements(scan, shown)
 
 
-def _documents(scan: _Scanner, shown: str) -> Rows:
+def _array_elements(scan: _JsonScanner, shown: str) -> RowStream:
     """The elements of one array after the other; the cursor stands behind the first ``[``."""
     number = 0
     while True:
@@ -106,14 +106,14 @@ def _documents(scan: _Scanner, shown: str) -> Rows:
         scan.at += 1
         lists, others = scan.leave_data()
         for key in lists:
-            yield Remark(f"{shown}: the rows are those under 'data'; the list of objects under {key!r} is not read")
+            yield FileRemark(f"{shown}: the rows are those under 'data'; the list of objects under {key!r} is not read")
         if not ROW_COLUMNS.isdisjoint(others):
-            yield Remark(f"{shown}: the rows are those under 'data'; not read beside it: {shortlist(others)}")
+            yield FileRemark(f"{shown}: the rows are those under 'data'; not read beside it: {shortlist_names(others)}")
         if not scan.peek(end=True):
             return
         if scan.peek() == "{" and not ROW_COLUMNS.isdisjoint(others):  # no exports: rows that have a list called data
             raise scan.wrong(
-                f"another object with {shortlist(others)} beside 'data': if every line is a row, name the file .jsonl; "
+                f"another object with {shortlist_names(others)} beside 'data': if every line is a row, name the file .jsonl; "
                 "if each is an export, put their rows into one array"
             )
         if scan.peek() == "[":
@@ -124,7 +124,7 @@ def _documents(scan: _Scanner, shown: str) -> Rows:
             raise scan.wrong(f"behind the end of the array: expected {JSON_LAYOUTS}")
 
 
-def without_mark(raw: bytes, shown: str) -> bytes:
+def strip_byte_order_mark(raw: bytes, shown: str) -> bytes:
     """Drop a UTF-8 byte order mark; refuse UTF-16, with its mark or without (every second byte of plain letters is then 0)."""
     head = raw[:8]
     zeros = [byte == 0 for byte in head]
@@ -133,12 +133,12 @@ def without_mark(raw: bytes, shown: str) -> bytes:
     return raw.removeprefix(UTF8_MARK)
 
 
-def printable(raw: bytes) -> str:
+def printable_bytes(raw: bytes) -> str:
     """Bytes as text for a person; what is not UTF-8 as \\xff."""
     return raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
 
 
-def decoded(raw: bytes) -> str | BadRow:
+def decode_utf8(raw: bytes) -> str | BadRow:
     """Bytes as text, or why they are none."""
     try:
         text = raw.decode("utf-8")
@@ -149,7 +149,7 @@ def decoded(raw: bytes) -> str | BadRow:
     return text
 
 
-def kind(value: object) -> str:
+def json_type_name(value: object) -> str:
     """What a JSON value is, in words."""
     names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null", dict: "an object"}
     return names.get(type(value), "a number")
@@ -173,15 +173,19 @@ class RowDecoder:
         except ValueError:  # an integer of more digits than Python converts
             self._bad = None
             value, end = self._careful(text, at)
-        if self._bad is None and text.count("[", at, end) + text.count("{", at, end) > DEEPEST and _depth(value) > DEEPEST:
-            self._bad = BadRow("json", TOO_DEEP)
+        if (
+            self._bad is None
+            and text.count("[", at, end) + text.count("{", at, end) > DEEPEST_NESTING
+            and _nesting_depth(value) > DEEPEST_NESTING
+        ):
+            self._bad = BadRow("json", NESTED_TOO_DEEP)
         return value, end, self._bad
 
     def object_of(self, raw: bytes) -> dict[str, Any] | BadRow:
         """One line as a JSON object, or why it is none."""
         if len(raw) > LARGEST_ROW:
             return BadRow("too large", f"the line is {TOO_LARGE}")
-        text = decoded(raw)
+        text = decode_utf8(raw)
         return text if isinstance(text, BadRow) else self.object_in(text.rstrip())
 
     def object_in(self, text: str) -> dict[str, Any] | BadRow:
@@ -189,19 +193,19 @@ class RowDecoder:
         value = self.only(text)
         if isinstance(value, BadRow | dict):
             return value
-        return BadRow("not an object", f"column 1: expected an object such as {{...}}, found {kind(value)}")
+        return BadRow("not an object", f"column 1: expected an object such as {{...}}, found {json_type_name(value)}")
 
     def only(self, text: str) -> Any:
         """The only JSON value of a text, or why it is none."""
         try:
-            value, end, bad = self.decode(text, _behind_space(text, 0))
-            if _behind_space(text, end) < len(text):
-                raise json.JSONDecodeError("Extra data", text, _behind_space(text, end))
+            value, end, bad = self.decode(text, _skip_space(text, 0))
+            if _skip_space(text, end) < len(text):
+                raise json.JSONDecodeError("Extra data", text, _skip_space(text, end))
         except json.JSONDecodeError as error:
             cut = "; the line is cut off" if error.pos >= len(text) or error.msg.startswith("Unterminated") else ""
             return BadRow("json", f"column {error.colno}: not valid JSON: {error.msg}{cut}")
         except RecursionError:
-            return BadRow("json", f"column 1: not usable JSON: {TOO_DEEP}")
+            return BadRow("json", f"column 1: not usable JSON: {NESTED_TOO_DEEP}")
         return bad or value
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -220,12 +224,12 @@ class RowDecoder:
             return 0
 
 
-def _behind_space(text: str, at: int) -> int:
-    found = SPACE.match(text, at)
+def _skip_space(text: str, at: int) -> int:
+    found = JSON_SPACE.match(text, at)
     return found.end() if found else at
 
 
-def _depth(value: Any) -> int:
+def _nesting_depth(value: Any) -> int:
     """How many objects and arrays stand inside each other; counted without recursion."""
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
@@ -234,7 +238,7 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _lines(file: BinaryIO) -> Iterator[bytes]:
+def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
     """Lines with their ends; of a line longer than a row may be, the first ``LARGEST_ROW`` + 1 bytes."""
     while raw := file.readline(LARGEST_ROW + 1):
         yield raw
@@ -242,7 +246,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
             raw = file.readline(LARGEST_ROW + 1)
 
 
-def _other_layout(line: bytes, bad: BadRow) -> str:
+def _describe_other_layout(line: bytes, bad: BadRow) -> str:
     """What a file is, judged by a first line that is no object and why, where it cannot be JSON lines; else ""."""
     if bad.kind != "json" or "Extra data" in bad.reason:  # one whole value, and something behind it: this line's own fault
         return ""
@@ -258,7 +262,7 @@ def _other_layout(line: bytes, bad: BadRow) -> str:
 def _first_lines(path: Path) -> tuple[bytes, bytes]:
     """The first two lines that are not blank; empty where there are none."""
     with path.open("rb") as file:
-        filled = (line for line in _lines(file) if line.removeprefix(UTF8_MARK).strip())
+        filled = (line for line in _bounded_lines(file) if line.removeprefix(UTF8_MARK).strip())
         return next(filled, b""), next(filled, b"")
 
 
@@ -268,7 +272,7 @@ def _looks_like_lines(path: Path) -> bool:
     return second.lstrip()[:1] == b"{" and first.rstrip()[-1:] not in (b"{", b"[", b",")
 
 
-class _Scanner:
+class _JsonScanner:
     """A cursor over JSON text that is read a piece at a time; it knows its line and column."""
 
     def __init__(self, file: TextIO, shown: str) -> None:
@@ -293,7 +297,7 @@ class _Scanner:
     def _more(self) -> bool:
         """Read on and forget what lies before the cursor. Twice as much each time: a large value is not parsed over and over."""
         _ = self.line
-        piece = self._file.read(max(PIECE, len(self.text) - self.at))
+        piece = self._file.read(max(PIECE_BYTES, len(self.text) - self.at))
         self.text = self.text[self.at :] + piece
         self.at = self._counted = 0
         return bool(piece)
@@ -306,7 +310,7 @@ class _Scanner:
         if letter and letter not in " \t\r\n\ufeff":  # nearly always: the pattern costs three times as much
             return letter
         while True:
-            self.at = _behind_space(self.text, self.at)
+            self.at = _skip_space(self.text, self.at)
             if self.at < len(self.text):
                 if end and self.text[self.at] == "\ufeff":
                     self.at += 1
@@ -336,7 +340,7 @@ class _Scanner:
                 reason = CUT_OFF if self.text[self.at : self.at + 1] == "\0" else f"{what} is not valid JSON: {error.msg}"
                 raise self.wrong(reason) from error
             except RecursionError as error:
-                raise self.wrong(f"{what} is not usable JSON: {TOO_DEEP}") from error
+                raise self.wrong(f"{what} is not usable JSON: {NESTED_TOO_DEEP}") from error
             # a number may go on in the next piece, what ends in a bracket or a quote cannot
             length = end - self.at
             if end < len(self.text) or isinstance(value, dict | list | str) or not self._more():
@@ -346,16 +350,16 @@ class _Scanner:
         broken = not_utf8(raw)
         return value, raw, BadRow("encoding", broken) if broken else bad
 
-    def row(self, number: int) -> Row | Fault:
+    def row(self, number: int) -> DataRow | RowFault:
         """The next element of the array as a row. ``number`` counts the elements of the file from 0."""
         self.peek()
         where = f"{self._shown}:{self.line}: element {number}"
         value, raw, bad = self.value(f"element {number}")
         if bad is None and not isinstance(value, dict):
-            bad = BadRow("not an object", f"expected an object such as {{...}}, found {kind(value)}")
+            bad = BadRow("not an object", f"expected an object such as {{...}}, found {json_type_name(value)}")
         if bad is None:
-            return Row(value, where)
-        return Fault(where, bad, raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+            return DataRow(value, where)
+        return RowFault(where, bad, raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
 
     def enter_data(self) -> bool:
         """Move into an object and behind the ``[`` under its key 'data'; False, at its ``}``, where there is none."""
@@ -411,7 +415,7 @@ class _Scanner:
         self.peek()
         key, _, _ = self.value("a key")
         if not isinstance(key, str):
-            raise self.wrong(f"a key is {kind(key)}, expected a string")
+            raise self.wrong(f"a key is {json_type_name(key)}, expected a string")
         if self.peek() != ":":
             raise self.wrong("expected ':' after a key")
         self.at += 1

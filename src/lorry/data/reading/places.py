@@ -11,19 +11,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorry.data.catalog import Item, NamedSet, conversation, named
+from lorry.data.catalog import NamedSet, NamedSetItem, find_named_set, item_conversation
 from lorry.data.reading.bad_rows import OnBadRow
-from lorry.data.reading.content import Unusable
-from lorry.data.reading.formats import Found
-from lorry.data.reading.rows import Part, Rows, Select
-from lorry.data.reading.sources import SPLITS, Source, open_source, splits_apart
+from lorry.data.reading.content import UnusableRowError
+from lorry.data.reading.formats import DataExample
+from lorry.data.reading.rows import ColumnSelector, RowStream, SourcePart
+from lorry.data.reading.sources import SPLITS, DataSource, has_split_files, open_source
 from lorry.errors import ConfigError, DataError
 
-ORDER = tuple(SPLITS)  # train, validation, test
+SPLIT_ORDER = tuple(SPLITS)  # train, validation, test
 
 
 @dataclass(frozen=True)
-class Spot:
+class DataLocation:
     """Where a split's rows are. Equal spots are the same rows, whatever they are called."""
 
     path: str
@@ -31,14 +31,14 @@ class Spot:
     split: str
 
     @classmethod
-    def of(cls, path: str, config: str | None, split: str) -> Spot:
+    def of(cls, path: str, config: str | None, split: str) -> DataLocation:
         """Of a file, a folder or a hub data set."""
         place = Path(path).expanduser()
         if not place.exists():
             return cls(path, config, split)
-        return cls(str(place.resolve()), None, split if place.is_dir() and splits_apart(place) else "")
+        return cls(str(place.resolve()), None, split if place.is_dir() and has_split_files(place) else "")
 
-    def overlaps(self, other: Spot) -> bool:
+    def overlaps(self, other: DataLocation) -> bool:
         """Whether some rows are in both: the same split, or one of them a slice (``train[90%:]``) of the other."""
         whole, its = self.split.partition("[")[0], other.split.partition("[")[0]
         same = self.split == other.split or (whole == its and (whole == self.split or its == other.split))
@@ -46,7 +46,7 @@ class Spot:
 
 
 @dataclass(frozen=True)
-class Places:
+class DataLocations:
     """Local files of named sets: {NAME: path} for every split, {NAME.SPLIT: path} for one. ``field``: what people call it."""
 
     local: Mapping[str, str]
@@ -55,14 +55,14 @@ class Places:
     def __post_init__(self) -> None:
         for key in self.local:
             name, _, split = key.partition(".")
-            named(name)
-            if split and split not in ORDER:
-                raise ConfigError(f"{self.field}.{key}: {split!r} is no split; they are called {', '.join(ORDER)}")
+            find_named_set(name)
+            if split and split not in SPLIT_ORDER:
+                raise ConfigError(f"{self.field}.{key}: {split!r} is no split; they are called {', '.join(SPLIT_ORDER)}")
 
-    def of(self, one: NamedSet, split: str) -> Spot:
+    def of(self, one: NamedSet, split: str) -> DataLocation:
         """The spot of a split. Raises ConfigError where the set has no such split."""
         path = self._local(one, split)
-        return Spot(one.hub or "", one.config, one.split(split)) if path is None else Spot.of(path, None, split)
+        return DataLocation(one.hub or "", one.config, one.split(split)) if path is None else DataLocation.of(path, None, split)
 
     def has(self, one: NamedSet, split: str) -> bool:
         """Whether the set has rows of a split, local or on the hub."""
@@ -70,7 +70,7 @@ class Places:
         if path is None:
             return one.hub is not None and split in (one.splits or {})
         folder = Path(path).expanduser()
-        return not (folder.is_dir() and splits_apart(folder)) or _holds(folder, split)
+        return not (folder.is_dir() and has_split_files(folder)) or _folder_has_split(folder, split)
 
     def to_ask(self, one: NamedSet) -> str:
         """The split an evaluation asks unless told otherwise: test or else validation, local files before the hub; training rows
@@ -86,7 +86,7 @@ class Places:
         return next((split for split in order if self.has(one, split)), asked)
 
     def open(self, one: NamedSet, split: str, *, limit: int | None = None, on_bad_row: OnBadRow = "error",
-             quarantine: Path | None = None) -> Source:  # fmt: skip
+             quarantine: Path | None = None) -> DataSource:  # fmt: skip
         """The rows of a split, not read yet. Raises DataError, naming the set, where there are none."""
         path, spot = self._local(one, split), self.of(one, split)
         within = spot.split or "train"
@@ -98,14 +98,18 @@ class Places:
         except DataError as error:
             raise DataError(f"{one.name} ({self.field}.{one.name}): {error}") from error
         hint = "" if path else f"; {self.field}.{one.name}=FILE reads it from a file"
-        return replace(source, parts=tuple(_blaming(part, one.name, hint) for part in source.parts))
+        return replace(source, parts=tuple(_name_set_in_errors(part, one.name, hint) for part in source.parts))
 
     def _local(self, one: NamedSet, split: str) -> str | None:
-        mine = {key.partition(".")[2]: path for key, path in self.local.items() if named(key.partition(".")[0]).name == one.name}
+        mine = {
+            key.partition(".")[2]: path
+            for key, path in self.local.items()
+            if find_named_set(key.partition(".")[0]).name == one.name
+        }
         return mine.get(split, mine.get(""))
 
 
-def _holds(folder: Path, split: str) -> bool:
+def _folder_has_split(folder: Path, split: str) -> bool:
     """Whether a folder that tells splits apart has files of this one; of a saved data set that is seen when it is read."""
     try:
         open_source(folder, split=split)
@@ -114,10 +118,10 @@ def _holds(folder: Path, split: str) -> bool:
     return True
 
 
-def _blaming(part: Part, name: str, hint: str) -> Part:
+def _name_set_in_errors(part: SourcePart, name: str, hint: str) -> SourcePart:
     """The same rows; an error of reading them names the set."""
 
-    def rows(select: Select | None) -> Rows:
+    def rows(select: ColumnSelector | None) -> RowStream:
         try:
             yield from part(select)
         except DataError as error:
@@ -127,29 +131,31 @@ def _blaming(part: Part, name: str, hint: str) -> Part:
 
 
 @dataclass(frozen=True)
-class Asked:
+class NumberedItem:
     """An item of a row: its number among the readable rows, where it stands, its columns as read."""
 
-    item: Item
+    item: NamedSetItem
     number: int
     where: str
-    found: Found
+    found: DataExample
 
 
-def read_items(one: NamedSet, source: Source, *, template: int | None = 0, seed: int = 0) -> Iterator[Asked]:
+def read_items(one: NamedSet, source: DataSource, *, template: int | None = 0, seed: int = 0) -> Iterator[NumberedItem]:
     """The items of a source's rows. ``template``: its number, or None for one drawn for each row. Bad rows: ``source.bad``."""
     for number, row in enumerate(source):
         chosen = one.template_of(seed, number) if template is None else template
         try:
             items = one.items(row.values, chosen)
-        except Unusable as error:
-            source.bad.report(f"{one.name} {row.where}", error.bad, Found(None, number, row.where, row.values).raw)  # type: ignore[arg-type]
+        except UnusableRowError as error:
+            source.bad.report(f"{one.name} {row.where}", error.bad, DataExample(None, number, row.where, row.values).raw)  # type: ignore[arg-type]
             continue
         for item in items:
-            yield Asked(item, number, row.where, Found(conversation(item), number, f"{one.name} {row.where}", row.values))
+            yield NumberedItem(
+                item, number, row.where, DataExample(item_conversation(item), number, f"{one.name} {row.where}", row.values)
+            )
 
 
-def refuse_leak(learnt: Iterable[Spot], places: Places, one: NamedSet, asked: str, instead: str) -> None:
+def refuse_leak(learnt: Iterable[DataLocation], places: DataLocations, one: NamedSet, asked: str, instead: str) -> None:
     """Raises ConfigError when rows to evaluate on are among those trained on. ``instead``: what would do, for the message."""
     spot = places.of(one, asked)
     if any(spot.overlaps(other) for other in learnt):

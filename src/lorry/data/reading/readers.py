@@ -14,33 +14,33 @@ from typing import TextIO
 
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.columnar import read_parquet
-from lorry.data.reading.json_rows import decoded, printable, read_json, read_jsonl, without_mark
-from lorry.data.reading.rows import CUT_OFF, LARGEST_ROW, TOO_LARGE, Fault, Row, Rows, Select, not_utf8
-from lorry.errors import DataError, shortlist
+from lorry.data.reading.json_rows import decode_utf8, printable_bytes, read_json_rows, read_jsonl, strip_byte_order_mark
+from lorry.data.reading.rows import CUT_OFF, LARGEST_ROW, TOO_LARGE, ColumnSelector, DataRow, RowFault, RowStream, not_utf8
+from lorry.errors import DataError, shortlist_names
 
-HEAD = 1 << 16  # characters of the header in which separators are counted
-QUOTED = re.compile(r'(?<![^,;\t\r\n])"(?:[^"]|"")*(?:"|$)')  # a cell in quotes: what stands in it separates nothing
-SAID = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?\n', re.IGNORECASE)  # how Excel says the separator, in a line of its own
+HEAD_BYTES = 1 << 16  # characters of the header in which separators are counted
+QUOTED_CELL = re.compile(r'(?<![^,;\t\r\n])"(?:[^"]|"")*(?:"|$)')  # a cell in quotes: what stands in it separates nothing
+SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?\n', re.IGNORECASE)  # how Excel says the separator, in a line of its own
 
 
-def read_csv(path: Path, shown: str) -> Rows:
+def read_csv(path: Path, shown: str) -> RowStream:
     """CSV with a header line, separated by whichever of ``, ; tab`` the header uses most outside quotes, or by what a first
     line ``sep=;`` says. A record may span lines. A header that stands there again (joined files) is a bad row.
     """
     csv.field_size_limit(LARGEST_ROW)  # the csv module's own 131072 characters refuse long documents
     with path.open("rb") as probe:
-        without_mark(probe.read(8), shown)
+        strip_byte_order_mark(probe.read(8), shown)
     # surrogateescape keeps a row with broken UTF-8 in its place, so that it alone is bad and not the rest of the file
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        head = file.read(HEAD)
-        said = SAID.match(head)
+        head = file.read(HEAD_BYTES)
+        said = SEPARATOR_LINE.match(head)
         delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=_header_text(head).count)
         file.seek(0)
         if said:
             delimiter = said[1]
             file.readline()
         before = 1 if said else 0  # lines that the csv module does not see
-        table = csv.reader(_lines(file, shown), delimiter=delimiter, strict=True)
+        table = csv.reader(_csv_lines(file, shown), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
             where = f"{shown}:{before + table.line_num + 1}"
@@ -51,44 +51,46 @@ def read_csv(path: Path, shown: str) -> Rows:
             if header is None and cells == []:  # a blank line before the header
                 continue
             if header is None:
-                header = _header(cells or [], shown)
+                header = _check_header(cells or [], shown)
             elif cells is None:
                 return
             elif cells:
-                bad = _bad_cells(cells, header)
-                yield Fault(where, bad, delimiter.join(cells)) if bad else Row(dict(zip(header, cells, strict=True)), where)
+                bad = _check_cells(cells, header)
+                yield (
+                    RowFault(where, bad, delimiter.join(cells)) if bad else DataRow(dict(zip(header, cells, strict=True)), where)
+                )
 
 
-def read_txt(path: Path, shown: str) -> Rows:
+def read_txt(path: Path, shown: str) -> RowStream:
     """Plain text: one document per file (encoding cuts it into max_length pieces; a blank line is no document border)."""
-    raw = without_mark(path.read_bytes(), shown)
-    text = decoded(raw)
+    raw = strip_byte_order_mark(path.read_bytes(), shown)
+    text = decode_utf8(raw)
     where = f"{shown}:1"
-    yield Fault(where, text, printable(raw[:1000])) if isinstance(text, BadRow) else Row({"text": text}, where)
+    yield RowFault(where, text, printable_bytes(raw[:1000])) if isinstance(text, BadRow) else DataRow({"text": text}, where)
 
 
-def _whole(read: Callable[[Path, str], Rows]) -> Callable[[Path, str, Select | None], Rows]:
+def _ignore_selection(read: Callable[[Path, str], RowStream]) -> Callable[[Path, str, ColumnSelector | None], RowStream]:
     """A reader of lines as one that may be told which columns to read: it reads them all."""
     return lambda path, shown, select: read(path, shown)
 
 
-READERS: dict[str, Callable[[Path, str, Select | None], Rows]] = {
-    ".jsonl": _whole(read_jsonl),
-    ".ndjson": _whole(read_jsonl),
-    ".json": _whole(read_json),
-    ".csv": _whole(read_csv),
-    ".tsv": _whole(read_csv),
+READERS: dict[str, Callable[[Path, str, ColumnSelector | None], RowStream]] = {
+    ".jsonl": _ignore_selection(read_jsonl),
+    ".ndjson": _ignore_selection(read_jsonl),
+    ".json": _ignore_selection(read_json_rows),
+    ".csv": _ignore_selection(read_csv),
+    ".tsv": _ignore_selection(read_csv),
     ".parquet": read_parquet,
-    ".txt": _whole(read_txt),
+    ".txt": _ignore_selection(read_txt),
 }
 
 
 def _header_text(head: str) -> str:
     """The first line of a CSV file without its cells in quotes, which may hold separators and line breaks."""
-    return next(iter(QUOTED.sub("", head).lstrip("\r\n").splitlines()), "")
+    return next(iter(QUOTED_CELL.sub("", head).lstrip("\r\n").splitlines()), "")
 
 
-def _lines(file: TextIO, shown: str) -> Iterator[str]:
+def _csv_lines(file: TextIO, shown: str) -> Iterator[str]:
     """Lines as the csv module wants them. Raises DataError for one that is larger than a row may be."""
     number = 0
     while line := file.readline(LARGEST_ROW + 1):
@@ -98,19 +100,21 @@ def _lines(file: TextIO, shown: str) -> Iterator[str]:
         yield line
 
 
-def _header(names: list[str], shown: str) -> list[str]:
+def _check_header(names: list[str], shown: str) -> list[str]:
     if not names:
         raise DataError(f"{shown}:1: the file is empty; a header line with column names is needed")
     index = next((at for at, name in enumerate(names) if name), 0)  # pandas writes its index as leading columns without a name
-    names = [*_unnamed(index, names[index:]), *names[index:]]
+    names = [*_names_for_unnamed(index, names[index:]), *names[index:]]
     if "" in names or len(set(names)) != len(names):
-        raise DataError(f"{shown}:1: the header needs a different name for every column, found {shortlist(map(repr, names))}")
+        raise DataError(
+            f"{shown}:1: the header needs a different name for every column, found {shortlist_names(map(repr, names))}"
+        )
     if any(not name.isprintable() for name in names):
-        raise DataError(f"{shown}:1: the header is not valid UTF-8 text: {shortlist(map(ascii, names))}")
+        raise DataError(f"{shown}:1: the header is not valid UTF-8 text: {shortlist_names(map(ascii, names))}")
     return names
 
 
-def _unnamed(count: int, taken: list[str]) -> list[str]:
+def _names_for_unnamed(count: int, taken: list[str]) -> list[str]:
     """The names that pandas gives to columns without one."""
     made = list[str]()
     for at in range(count):
@@ -122,7 +126,7 @@ def _unnamed(count: int, taken: list[str]) -> list[str]:
     return made
 
 
-def _bad_cells(cells: list[str], header: list[str]) -> BadRow | None:
+def _check_cells(cells: list[str], header: list[str]) -> BadRow | None:
     """Why a CSV record cannot be used, or None."""
     if len(cells) != len(header):
         return BadRow("columns", f"the row has {len(cells)} columns, the header {len(header)}")

@@ -16,13 +16,13 @@ from lorry.data.reading.bad_rows import BadRow
 
 LARGEST_ROW = 1 << 28  # bytes of one row; what is longer is no row, and reading on would only fill the memory
 TOO_LARGE = f"larger than {LARGEST_ROW >> 20} MiB, the most that is read as one row"
-UNDECODED = re.compile("[\udc80-\udcff]")  # how ``errors="surrogateescape"`` keeps a byte that is not UTF-8
-PLACE = re.compile(r":[0-9]+(: element [0-9]+)?$")  # behind the name of a file
+UNDECODED_BYTES = re.compile("[\udc80-\udcff]")  # how ``errors="surrogateescape"`` keeps a byte that is not UTF-8
+ROW_PLACE = re.compile(r":[0-9]+(: element [0-9]+)?$")  # behind the name of a file
 CUT_OFF = "a NUL byte; the file was probably cut off while being written"
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """One row of a source: its columns, and ``where`` it stands (``people.jsonl:17``, ``people.json:1: element 16``)."""
 
     values: dict[str, Any]
@@ -35,7 +35,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Fault:
+class RowFault:
     """A row that could not be read: where, why, and its raw text."""
 
     where: str
@@ -44,24 +44,24 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Remark:
+class FileRemark:
     """Something about a whole file that a person should know: a line of the report."""
 
     text: str
 
 
-Rows = Iterator[Row | Fault | Remark]
+RowStream = Iterator[DataRow | RowFault | FileRemark]
 # (all columns, where the first row stands) -> the columns to read. Only tables of columns ask; a line is read whole anyway
-Select = Callable[[Sequence[str], str], Sequence[str]]
-Part = Callable[[Select | None], Rows]
+ColumnSelector = Callable[[Sequence[str], str], Sequence[str]]
+SourcePart = Callable[[ColumnSelector | None], RowStream]
 
 
 def file_of(where: str) -> str:
     """The file of a place: the place without its line and element."""
-    return PLACE.sub("", where)
+    return ROW_PLACE.sub("", where)
 
 
 def not_utf8(text: str) -> str:
     """Why text read with ``surrogateescape`` is none, or an empty string."""
-    found = None if text.isascii() else UNDECODED.search(text)
+    found = None if text.isascii() else UNDECODED_BYTES.search(text)
     return f"byte 0x{ord(found[0]) - 0xDC00:02x} is not valid UTF-8" if found else ""

@@ -18,12 +18,12 @@ from typing import Any
 from zipfile import BadZipFile
 
 from lorry.data.reading.bad_rows import BadRows, OnBadRow
-from lorry.data.reading.columnar import DAMAGE, expect_damage, read_parquet, read_saved, read_tables
-from lorry.data.reading.json_rows import read_json, read_jsonl
+from lorry.data.reading.columnar import DAMAGE_ERRORS, expect_damage, read_parquet, read_saved, read_tables
+from lorry.data.reading.json_rows import read_json_rows, read_jsonl
 from lorry.data.reading.readers import READERS
-from lorry.data.reading.rows import Fault, Part, Remark, Row, Rows, Select, not_utf8
+from lorry.data.reading.rows import ColumnSelector, DataRow, FileRemark, RowFault, RowStream, SourcePart, not_utf8
 from lorry.disk.durable import DiskError
-from lorry.errors import DataError, nearest
+from lorry.errors import DataError, suggest_nearest
 
 SPLITS = {
     "train": ("train", "training"),
@@ -31,10 +31,10 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-BATCH = 1024  # rows of a hub data set taken at once
-PACKED = (EOFError, zlib.error, lzma.LZMAError, BadZipFile)  # what damaged compressed files raise
+ARROW_BATCH_ROWS = 1024  # rows of a hub data set taken at once
+DECOMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError, BadZipFile)  # what damaged compressed files raise
 # How files begin that are not what their name says: each would be learnt as text, or give a bad row a line
-NOT_THE_DATA = {
+PLACEHOLDER_FILES = {
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer in place of the file; fetch it with git lfs pull",
     b"\x1f\x8b": "compressed (gzip); unpack it first", b"PK\x03\x04": "compressed (zip); unpack it first",
     b"\x28\xb5\x2f\xfd": "compressed (zstd); unpack it first", b"\xfd7zXZ\0": "compressed (xz); unpack it first",
@@ -45,12 +45,12 @@ HUB_BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # the storage kinds 
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Rows in a fixed order, readable again and again. Every pass is lazy; bad rows go to ``bad``, what a person should know
     of whole files to ``remarks``."""
 
     label: str
-    parts: tuple[Part, ...]
+    parts: tuple[SourcePart, ...]
     bad: BadRows
     limit: int | None = None
     streaming: bool = False
@@ -58,22 +58,22 @@ class Source:
     files: tuple[Path, ...] = ()  # all that the rows are read from; empty where that is not files alone (the hub)
     selection: str = ""  # what of these files is read: configuration and split
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[DataRow]:
         return self.read()
 
-    def read(self, start: int = 0, select: Select | None = None) -> Iterator[Row]:
+    def read(self, start: int = 0, select: ColumnSelector | None = None) -> Iterator[DataRow]:
         """The readable rows from the ``start``-th on (those before it are parsed again, not kept).
 
         ``select`` chooses the columns that tables of columns read; rows of lines have all of theirs.
         """
         return itertools.islice(self._rows(select), start, self.limit)
 
-    def _rows(self, select: Select | None) -> Iterator[Row]:
+    def _rows(self, select: ColumnSelector | None) -> Iterator[DataRow]:
         for part in self.parts:
             for item in part(select):
-                if isinstance(item, Fault):
+                if isinstance(item, RowFault):
                     self.bad.report(item.where, item.bad, item.raw)
-                elif isinstance(item, Remark):
+                elif isinstance(item, FileRemark):
                     self.remarks.add(item.text)
                 else:
                     yield item
@@ -82,7 +82,7 @@ class Source:
 def open_source(
     path_or_id: str | Path | Sequence[str | Path], *, name: str | None = None, split: str = "train", streaming: bool = False,
     on_bad_row: OnBadRow = "error", quarantine: str | Path | None = None, limit: int | None = None, converted: str | None = None,
-) -> Source:  # fmt: skip
+) -> DataSource:  # fmt: skip
     """Open data files (json, jsonl, csv, tsv, parquet, txt), a folder of them, several of these, or a hub data set.
 
     Every file is read lazily, a JSON array element by element. In a folder whose files are named after
@@ -98,36 +98,36 @@ def open_source(
     parts = tuple(part for parts, _ in opened for part in parts)
     files = tuple(file for _, files in opened for file in files) if all(files for _, files in opened) else ()
     label = ", ".join(map(str, several))
-    return Source(label, parts, BadRows(on_bad_row, quarantine), limit, streaming, files=files, selection=f"{name} {split}")
+    return DataSource(label, parts, BadRows(on_bad_row, quarantine), limit, streaming, files=files, selection=f"{name} {split}")
 
 
 def _open_one(
     path_or_id: str | Path, name: str | None, split: str, streaming: bool, converted: str | None
-) -> tuple[list[Part], list[Path]]:
+) -> tuple[list[SourcePart], list[Path]]:
     """The parts of one path or name, and the files that they read (none for a hub data set)."""
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             within = sorted(item for item in path.rglob("*") if item.is_file())
             return [lambda select: read_saved(path, str(path_or_id), split, select)], within
-        files = _files_of(path, split)
-        return [_reader(file) for file in files], files
+        files = _data_files(path, split)
+        return [_file_part(file) for file in files], files
     if path.exists():
-        return [_reader(path)], [path]
+        return [_file_part(path)], [path]
     text = str(path_or_id)
     if isinstance(path_or_id, Path) or path.suffix.lower() in READERS or not HUB_NAME.fullmatch(text):
-        raise _missing(path)
+        raise _missing_path_error(path)
     return [lambda select: _hub_rows(text, name, split, streaming, converted, select)], []
 
 
-def _reader(path: Path) -> Part:
+def _file_part(path: Path) -> SourcePart:
     read = READERS.get(path.suffix.lower())
     if read is None:
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; Lorry reads {', '.join(sorted(READERS))}")
     if not path.is_file():  # a FIFO would be waited at for ever
         raise DataError(f"{path}: not a regular file")
 
-    def rows(select: Select | None) -> Rows:
+    def rows(select: ColumnSelector | None) -> RowStream:
         try:
             if what := _stands_for(path, read is read_parquet):
                 raise DataError(f"{path}:1: {what}")
@@ -145,31 +145,31 @@ def _stands_for(path: Path, parquet: bool) -> str:
     """What a file is that is not the data its name promises; "" where it may be. Text may begin with PAR1 or BZh as well."""
     with path.open("rb") as file:
         block = file.read(4096)
-        found = next((begin for begin in NOT_THE_DATA if block.startswith(begin)), b"")
+        found = next((begin for begin in PLACEHOLDER_FILES if block.startswith(begin)), b"")
         if found == b"PAR1":
             file.seek(-4, os.SEEK_END)
             found = b"" if parquet or len(block) < 12 or file.read(4) != found else found
     if found.startswith(b"BZh") and b"\0" not in block and not not_utf8(block.decode("utf-8", "surrogateescape")):
         return ""
-    return NOT_THE_DATA.get(found, "")
+    return PLACEHOLDER_FILES.get(found, "")
 
 
-def _missing(path: Path) -> DataError:
+def _missing_path_error(path: Path) -> DataError:
     """Names the path, and what stands in its folder under a similar name."""
     folder = path.parent
     if not folder.is_dir():
         return DataError(f"{path}: no such file, and no folder {folder} either (a hub data set is named owner/name)")
     there = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in READERS or item.is_dir())
     listed = f"; the folder has {', '.join(there[:8])}" if there else "; the folder has no data files"
-    return DataError(f"{path}: no such file{nearest(path.name, there) or listed}")
+    return DataError(f"{path}: no such file{suggest_nearest(path.name, there) or listed}")
 
 
-def _files_of(folder: Path, split: str) -> list[Path]:
+def _data_files(folder: Path, split: str) -> list[Path]:
     """The data files of a folder, sorted; only those of ``split`` where the names tell splits apart."""
     files = sorted(item for item in folder.iterdir() if item.is_file() and item.suffix.lower() in READERS)
     if not files:
         raise DataError(f"{folder}: the folder has no data files ({', '.join(sorted(READERS))})")
-    named = {file: _split_named(file.stem) for file in files}
+    named = {file: _split_of_stem(file.stem) for file in files}
     if not any(named.values()):
         return files
     wanted = next((key for key, words in SPLITS.items() if split in words), split)
@@ -179,21 +179,21 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     return chosen
 
 
-def splits_apart(folder: Path) -> bool:
+def has_split_files(folder: Path) -> bool:
     """Whether a folder tells splits apart: a saved data set, or files named after splits."""
     if (folder / "dataset_dict.json").exists():
         return True
-    return any(_split_named(item.stem) for item in folder.iterdir() if item.is_file() and item.suffix.lower() in READERS)
+    return any(_split_of_stem(item.stem) for item in folder.iterdir() if item.is_file() and item.suffix.lower() in READERS)
 
 
-def _split_named(stem: str) -> str | None:
+def _split_of_stem(stem: str) -> str | None:
     words = re.split(r"[^a-z]+", stem.lower())
     return next((split for split, names in SPLITS.items() if any(word in names for word in words)), None)
 
 
 def _hub_rows(
-    hub_id: str, name: str | None, split: str, streaming: bool, converted: str | None, select: Select | None
-) -> Rows:  # fmt: skip
+    hub_id: str, name: str | None, split: str, streaming: bool, converted: str | None, select: ColumnSelector | None
+) -> RowStream:  # fmt: skip
     """Rows of a hub data set. Only builders that parse plain data are allowed: no scripts, no pickles."""
     import datasets
     import pyarrow
@@ -214,16 +214,16 @@ def _hub_rows(
             builder.download_and_prepare()
             table = builder.as_dataset(split=split)
         # as Arrow, not as Python: pictures and recordings stay what is stored, and nobody needs their decoders
-        yield from read_tables(table.with_format("arrow").iter(batch_size=BATCH), hub_id, select)
+        yield from read_tables(table.with_format("arrow").iter(batch_size=ARROW_BATCH_ROWS), hub_id, select)
     except (DataError, DiskError, MemoryError):
         raise
     # RuntimeError: a loading script
-    except (DatasetsError, pyarrow.ArrowException, *PACKED, *DAMAGE, RuntimeError, AttributeError) as error:
+    except (DatasetsError, pyarrow.ArrowException, *DECOMPRESSION_ERRORS, *DAMAGE_ERRORS, RuntimeError, AttributeError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{hub_id}: neither a file here nor a data set that can be opened on the hub: {why}") from error
 
 
-def _hub_json(builder: Any, hub_id: str, split: str) -> Rows:
+def _hub_json(builder: Any, hub_id: str, split: str) -> RowStream:
     """The rows of a hub data set that is stored as JSON, downloaded file by file and read as files here are.
 
     ``datasets``' own reader keeps the last of two equal keys, and fills keys that a row lacks with nulls.
@@ -247,4 +247,4 @@ def _hub_json(builder: Any, hub_id: str, split: str) -> Rows:
         for path in map(Path, manager.iter_files([local])):
             inner = lines or path.suffix.lower() in JSON_LINES
             member = f"/{path.relative_to(local)}" if Path(local).is_dir() else ""
-            yield from (read_jsonl if inner else read_json)(path, f"{hub_id}/{name}{member}")
+            yield from (read_jsonl if inner else read_json_rows)(path, f"{hub_id}/{name}{member}")

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 from lorry.data.batch import Batch, collate
 from lorry.data.encoding.token_set import TokenSet
-from lorry.data.stream.pack import fill, plan_epoch
+from lorry.data.stream.pack import packing_efficiency, plan_epoch
 from lorry.errors import DataError
 
 PLANS_KEPT = 4
 
 
-class Stream(Protocol):
+class BatchStream(Protocol):
     """What a task asks of its data, in memory (``TrainStream``) or streamed (``StreamingTrainStream``)."""
 
     def total_steps(self, epochs: float, max_steps: int | None = None) -> int:
@@ -44,7 +44,7 @@ class Stream(Protocol):
         ...
 
 
-def steps_of(micro_batches: int, gradient_accumulation_steps: int) -> int:
+def count_steps(micro_batches: int, gradient_accumulation_steps: int) -> int:
     """Optimizer steps for so many micro-batches; the last step may have fewer of them rather than none being dropped."""
     return -(-micro_batches // gradient_accumulation_steps)
 
@@ -101,7 +101,7 @@ class TrainStream:
 
     def fill(self, epoch: int = 0) -> float:
         """Share of ``max_tokens`` that an epoch's micro-batches use; only meaningful with packing."""
-        return fill(self.tokens.lengths, self.plan(epoch), self.max_tokens)
+        return packing_efficiency(self.tokens.lengths, self.plan(epoch), self.max_tokens)
 
     def digest(self) -> str:
         """SHA-256 of the data (``TokenSet.digest``)."""
@@ -129,5 +129,5 @@ class TrainStream:
     def _end_of(self, epoch: int) -> int:
         while len(self._ends) <= epoch:
             before = self._ends[-1] if self._ends else 0
-            self._ends.append(before + steps_of(len(self.plan(len(self._ends))), self.accumulation))
+            self._ends.append(before + count_steps(len(self.plan(len(self._ends))), self.accumulation))
         return self._ends[epoch]

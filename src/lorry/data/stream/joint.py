@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from lorry.data.batch import Batch, Extra
-from lorry.data.stream.dataset import Stream
+from lorry.data.batch import Batch, BatchExtra
+from lorry.data.stream.dataset import BatchStream
 from lorry.data.stream.pack import sequence_key
 
 
@@ -24,18 +24,18 @@ class JointStream:
     """The streams of K jobs as one. ``streams``: by adapter name, in the order of their numbers; ``seeds``: each job's own;
     ``room``: jobs share a micro-batch while it has at most so many tokens."""
 
-    def __init__(self, streams: Mapping[str, Stream], seeds: Mapping[str, int], room: int) -> None:
+    def __init__(self, streams: Mapping[str, BatchStream], seeds: Mapping[str, int], room: int) -> None:
         self.streams, self.seeds, self.room = dict(streams), dict(seeds), room
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step, counted from 0."""
         own = [
-            [owned(batch, number, self.seeds[name]) for batch in stream.batches(step)]
+            [assign_adapter(batch, number, self.seeds[name]) for batch in stream.batches(step)]
             for number, (name, stream) in enumerate(self.streams.items())
         ]
         made = list[Batch]()
         for side_by_side in zip_longest(*own):
-            made += fitted([batch for batch in side_by_side if batch is not None], self.room)
+            made += join_within([batch for batch in side_by_side if batch is not None], self.room)
         return made
 
     def state(self) -> dict[str, Any]:
@@ -48,13 +48,13 @@ class JointStream:
             stream.load_state(state[name])
 
 
-def owned(batch: Batch, adapter: int, seed: int) -> Batch:
+def assign_adapter(batch: Batch, adapter: int, seed: int) -> Batch:
     """A job's batch: its sequences belong to an adapter, and its seed is part of their keys, so that whoever is beside them
     their dropout is that of the job alone. Seed 0 leaves keys as they are."""
     return replace(batch, adapter=torch.full_like(batch.adapter, adapter), key=batch.key ^ sequence_key(seed, -1))
 
 
-def fitted(batches: Sequence[Batch], room: int) -> list[Batch]:
+def join_within(batches: Sequence[Batch], room: int) -> list[Batch]:
     """Neighbours joined for as long as they have at most ``room`` tokens together."""
     groups, taken = list[list[Batch]](), 0
     for batch in batches:
@@ -63,10 +63,10 @@ def fitted(batches: Sequence[Batch], room: int) -> list[Batch]:
             groups.append([])
             taken = batch.tokens.numel()
         groups[-1].append(batch)
-    return [join(group) for group in groups]
+    return [join_batches(group) for group in groups]
 
 
-def join(batches: Sequence[Batch]) -> Batch:
+def join_batches(batches: Sequence[Batch]) -> Batch:
     """Batches laid end to end as one; their groups stay apart. Raises ValueError where they carry other extra tensors."""
     if len(batches) == 1:
         return batches[0]
@@ -83,12 +83,12 @@ def join(batches: Sequence[Batch]) -> Batch:
         key=torch.cat([b.key for b in batches]),
         group=torch.cat([torch.where(b.group < 0, b.group, b.group + at) for b, at in zip(batches, first, strict=False)]),
         role=tuple(role for b in batches for role in b.role),
-        extra={n: Extra(torch.cat([b.extra[n].values for b in batches]), batches[0].extra[n].per) for n in names},
+        extra={n: BatchExtra(torch.cat([b.extra[n].values for b in batches]), batches[0].extra[n].per) for n in names},
         terms={n: sum((b.terms[n] for b in batches[1:]), t) for n, t in batches[0].terms.items()},
     )
 
 
-def take(batch: Batch, sequences: Sequence[int]) -> Batch:
+def select_sequences(batch: Batch, sequences: Sequence[int]) -> Batch:
     """Some sequences of a batch, in the order given; terms are left out, since their weights were those of the whole."""
     spans = [torch.arange(*batch.segments[s]) for s in sequences]
     tokens, chosen = torch.cat(spans), torch.tensor(sequences)
@@ -101,28 +101,28 @@ def take(batch: Batch, sequences: Sequence[int]) -> Batch:
         key=batch.key[chosen],
         group=batch.group[chosen],
         role=tuple(batch.role[s] for s in sequences),
-        extra={name: Extra(e.values[pick[e.per]], e.per) for name, e in batch.extra.items()},
+        extra={name: BatchExtra(e.values[pick[e.per]], e.per) for name, e in batch.extra.items()},
     )
 
 
-def only(batches: Sequence[Batch], adapters: Collection[int]) -> list[Batch]:
+def keep_adapters(batches: Sequence[Batch], adapters: Collection[int]) -> list[Batch]:
     """The batches without the sequences of other adapters, whose terms weigh nothing then; a batch left empty is left out."""
     kept = []
     for batch in batches:
         rows = [s for s, adapter in enumerate(batch.adapter.tolist()) if adapter in adapters]
         if rows:
             gone = {n: t * torch.tensor([float(k in adapters) for k in range(len(t))]).to(t) for n, t in batch.terms.items()}
-            kept.append(replace(take(batch, rows), terms=gone))
+            kept.append(replace(select_sequences(batch, rows), terms=gone))
     return kept
 
 
-def interleaved(batch: Batch, adapters: int) -> Batch:
+def interleave_adapters(batch: Batch, adapters: int) -> Batch:
     """The same sequences with those of different adapters beside each other: the first of each, the second of each, and so on."""
     of_each = [[s for s, adapter in enumerate(batch.adapter.tolist()) if adapter == k] for k in range(adapters)]
-    return take(batch, [s for side_by_side in zip_longest(*of_each) for s in side_by_side if s is not None])
+    return select_sequences(batch, [s for side_by_side in zip_longest(*of_each) for s in side_by_side if s is not None])
 
 
-def tokens_of(batches: Sequence[Batch], adapters: int) -> list[int]:
+def count_adapter_tokens(batches: Sequence[Batch], adapters: int) -> list[int]:
     """Tokens of each adapter's sequences."""
     total = torch.zeros(adapters, dtype=torch.int64)
     for batch in batches:

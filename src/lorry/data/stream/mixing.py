@@ -16,7 +16,7 @@ from lorry.data.stream.pack import epoch_order
 
 
 @dataclass(frozen=True)
-class Mixing:
+class MixtureOrder:
     """Which set each of N sequences belongs to (``of`` [N] int64, into ``names``), and the sets' shares of an epoch; None: every
     sequence once."""
 
@@ -24,9 +24,9 @@ class Mixing:
     of: np.ndarray
     shares: tuple[float, ...] | None
 
-    def select(self, rows: np.ndarray) -> Mixing:
+    def select(self, rows: np.ndarray) -> MixtureOrder:
         """Of these sequences only."""
-        return Mixing(self.names, self.of[rows], self.shares)
+        return MixtureOrder(self.names, self.of[rows], self.shares)
 
     def counts(self) -> list[int]:
         """Sequences of each set."""
@@ -52,13 +52,13 @@ class Mixing:
             if not quota:
                 continue
             own = np.flatnonzero(self.of == number)
-            drawn = _endless(own, seed, epoch * quota, quota, shuffle, name)
+            drawn = _repeat_rows(own, seed, epoch * quota, quota, shuffle, name)
             rows.append(drawn)
             places.append((np.arange(quota) + 0.5) / quota)
         return np.concatenate(rows)[np.argsort(np.concatenate(places), kind="stable")]
 
 
-def _endless(own: np.ndarray, seed: int, start: int, count: int, shuffle: bool, name: str) -> np.ndarray:
+def _repeat_rows(own: np.ndarray, seed: int, start: int, count: int, shuffle: bool, name: str) -> np.ndarray:
     """``count`` entries, from ``start`` on, of a set's rows repeated for ever, each pass in an order of its own."""
     passes = range(start // len(own), (start + count - 1) // len(own) + 1)
     laid = np.concatenate([own[epoch_order(len(own), seed, number, shuffle, name=f"mix/{name}")] for number in passes])

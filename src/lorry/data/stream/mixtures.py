@@ -10,72 +10,76 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorry.config.data import DataConfig
-from lorry.data.catalog import SUITES, expand, named
-from lorry.data.encoding.encode import Encoder
-from lorry.data.encoding.token_set import TokenSet, encode_rows, told
-from lorry.data.reading.formats import Found
-from lorry.data.reading.places import ORDER, Places, Spot, read_items, refuse_leak
+from lorry.data.catalog import SUITES, expand_suites, find_named_set
+from lorry.data.encoding.encode import ExampleEncoder
+from lorry.data.encoding.token_set import TokenSet, encode_rows, report_progress
+from lorry.data.reading.formats import DataExample
+from lorry.data.reading.places import SPLIT_ORDER, DataLocation, DataLocations, read_items, refuse_leak
 from lorry.errors import ConfigError, DataError
 
 
-def sets_of(data: DataConfig) -> list[str]:
+def mixture_sets(data: DataConfig) -> list[str]:
     """The sets of ``data.mix``, suites spelt out. Raises ConfigError for an unknown one, or one named twice."""
-    names = [named(name).name for name in data.mix if name not in SUITES]
+    names = [find_named_set(name).name for name in data.mix if name not in SUITES]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"data.mix names {twice[0]!r} twice, in two spellings; data.weights says how much of a set there is")
-    return expand(data.mix)
+    return expand_suites(data.mix)
 
 
-def learnt(data: DataConfig) -> list[Spot]:
+def training_locations(data: DataConfig) -> list[DataLocation]:
     """Where the training rows are, of a mixture or of ``data.path``."""
     if data.mix:
-        places = Places(data.local)
-        return [places.of(named(name), data.split) for name in sets_of(data)]
+        places = DataLocations(data.local)
+        return [places.of(find_named_set(name), data.split) for name in mixture_sets(data)]
     paths = [data.path] if isinstance(data.path, str) else data.path or []
-    return [Spot.of(path, data.name, data.split) for path in paths]
+    return [DataLocation.of(path, data.name, data.split) for path in paths]
 
 
-def read_mix(data: DataConfig, encoder: Encoder, *, seed: int, quarantine: Path | None) -> list[TokenSet]:
+def read_mix(data: DataConfig, encoder: ExampleEncoder, *, seed: int, quarantine: Path | None) -> list[TokenSet]:
     """The training rows of every set in ``data.mix``. Raises ConfigError (an unknown set or template, the rows to evaluate on
     being rows to learn), DataError (a missing file, a bad row, a set without a usable row)."""
-    places, spots, names = Places(data.local), learnt(data), sets_of(data)
-    if data.eval is not None and any(Spot.of(data.eval, None, data.eval_split or data.split).overlaps(spot) for spot in spots):
+    places, spots, names = DataLocations(data.local), training_locations(data), mixture_sets(data)
+    if data.eval is not None and any(
+        DataLocation.of(data.eval, None, data.eval_split or data.split).overlaps(spot) for spot in spots
+    ):
         raise ConfigError(f"data.eval={data.eval}: these rows are trained on; name others, or data.test_size=N to hold rows out")
-    for one in map(named, names):
+    for one in map(find_named_set, names):
         if data.template is not None:
             one.refuse_template(data.template, "data.template")
-        if data.eval_split is not None and (data.eval_split not in ORDER or places.has(one, data.eval_split)):
+        if data.eval_split is not None and (data.eval_split not in SPLIT_ORDER or places.has(one, data.eval_split)):
             refuse_leak(spots, places, one, data.eval_split, "data.test_size=N instead of data.eval_split")
-    return [_read(data, name, data.split, data.n, data.template, encoder, seed, quarantine) for name in names]
+    return [_read_set(data, name, data.split, data.n, data.template, encoder, seed, quarantine) for name in names]
 
 
-def read_held(data: DataConfig, encoder: Encoder, *, seed: int, quarantine: Path | None) -> list[TokenSet]:
+def read_held_out(data: DataConfig, encoder: ExampleEncoder, *, seed: int, quarantine: Path | None) -> list[TokenSet]:
     """The rows of ``data.eval_split`` of every set that has one, in the plain template."""
-    split, places = data.eval_split, Places(data.local)
+    split, places = data.eval_split, DataLocations(data.local)
     if split is None:
         return []
-    asked = [name for name in sets_of(data) if places.has(named(name), split)]
+    asked = [name for name in mixture_sets(data) if places.has(find_named_set(name), split)]
     if not asked:
-        raise DataError(f"data.eval_split={split}: none of {', '.join(sets_of(data))} has such a split")
-    return [_read(data, name, split, data.eval_n, data.template or 0, encoder, seed, quarantine) for name in asked]
+        raise DataError(f"data.eval_split={split}: none of {', '.join(mixture_sets(data))} has such a split")
+    return [_read_set(data, name, split, data.eval_n, data.template or 0, encoder, seed, quarantine) for name in asked]
 
 
-def _read(
-    data: DataConfig, name: str, split: str, limit: int | None, template: int | None, encoder: Encoder, seed: int,
+def _read_set(
+    data: DataConfig, name: str, split: str, limit: int | None, template: int | None, encoder: ExampleEncoder, seed: int,
     quarantine: Path | None,
 ) -> TokenSet:  # fmt: skip
-    one = named(name)
+    one = find_named_set(name)
     aside = quarantine if data.on_bad_row == "quarantine" else None
-    source = Places(data.local).open(one, split, limit=limit, on_bad_row=data.on_bad_row, quarantine=aside)
+    source = DataLocations(data.local).open(one, split, limit=limit, on_bad_row=data.on_bad_row, quarantine=aside)
     shortened = 0
 
-    def found() -> Iterator[Found]:
+    def found() -> Iterator[DataExample]:
         nonlocal shortened
         for asked in read_items(one, source, template=template, seed=seed):
             shortened += asked.item.shortened
             yield asked.found
 
-    made = TokenSet.of(told(encode_rows(found(), source, encoder), one.name, encoder.tell), source, encoder, role=one.name)
+    made = TokenSet.of(
+        report_progress(encode_rows(found(), source, encoder), one.name, encoder.tell), source, encoder, role=one.name
+    )
     if not len(made):
         raise DataError(f"{one.name} ({source.label}): no usable row; {source.bad.summary() or 'the set is empty'}")
     if shortened:
@@ -84,17 +88,17 @@ def _read(
     return made
 
 
-def shares_of(data: DataConfig) -> tuple[float, ...] | None:
+def mixture_shares(data: DataConfig) -> tuple[float, ...] | None:
     """The shares in the order of the mix; of a suite each of its sets has the suite's. Raises ConfigError for weights that do not
     fit the sets."""
-    names = sets_of(data)
+    names = mixture_sets(data)
     if data.weights is None:
         return None
     if not isinstance(data.weights, dict):
         if len(data.weights) != len(names):
             raise ConfigError(f"data.weights has {len(data.weights)} numbers for the {len(names)} sets {', '.join(names)}")
         return tuple(data.weights)
-    given = {name: share for key, share in data.weights.items() for name in expand(key)}
+    given = {name: share for key, share in data.weights.items() for name in expand_suites(key)}
     if odd := [name for name in given if name not in names]:
         raise ConfigError(f"data.weights names {odd[0]!r}, which is not in data.mix ({', '.join(names)})")
     return tuple(given.get(name, 1.0) for name in names)

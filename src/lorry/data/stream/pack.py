@@ -15,8 +15,8 @@ import numpy as np
 
 from lorry.errors import DataError
 
-WINDOW = 64  # micro-batches' worth of rows that are packed together: a longer window fills better and shuffles less
-MASK = (1 << 64) - 1
+PACKING_WINDOW = 64  # micro-batches' worth of rows that are packed together: a longer window fills better and shuffles less
+MASK_64 = (1 << 64) - 1
 
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True, *, name: str = "order") -> np.ndarray:
@@ -43,7 +43,7 @@ def plan_epoch(
     first, each into the fullest one it fits (best fit decreasing, within 11/9 of the fewest possible). ``groups`` [n]:
     rows of an equal number >= 0 stay together. Raises DataError for a row or group that no micro-batch can hold.
     """
-    units = _units(order, groups)
+    units = _row_units(order, groups)
     if not packing:
         return [[*chain(*units[at : at + rows_per_batch])] for at in range(0, len(units), rows_per_batch)]
     sizes = [int(lengths[unit].sum()) for unit in units]
@@ -56,13 +56,13 @@ def plan_epoch(
     start = filled = 0
     for at, size in enumerate(sizes):
         filled += size
-        if filled >= WINDOW * max_tokens or at == len(sizes) - 1:
+        if filled >= PACKING_WINDOW * max_tokens or at == len(sizes) - 1:
             bins += _best_fit(sizes, range(start, at + 1), max_tokens)
             start, filled = at + 1, 0
     return [[*chain(*(units[at] for at in members))] for members in bins]
 
 
-def fill(lengths: np.ndarray, plan: Sequence[Sequence[int]], max_tokens: int) -> float:
+def packing_efficiency(lengths: np.ndarray, plan: Sequence[Sequence[int]], max_tokens: int) -> float:
     """Share of the planned room that tokens take, 0 to 1."""
     return float(lengths[np.concatenate([np.asarray(rows) for rows in plan])].sum()) / (len(plan) * max_tokens) if plan else 0.0
 
@@ -73,13 +73,13 @@ def sequence_key(row: int, epoch: int) -> int:
     It depends neither on the seed (which is mixed in where the name is used) nor on batch shape or packing. SplitMix64's
     finaliser (Steele, Lea, Flood 2014).
     """
-    x = (row * 0x9E3779B97F4A7C15 + (epoch + 1) * 0xD1B54A32D192ED03) & MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    x = (row * 0x9E3779B97F4A7C15 + (epoch + 1) * 0xD1B54A32D192ED03) & MASK_64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK_64
     return (x ^ (x >> 31)) >> 1
 
 
-def _units(order: np.ndarray, groups: np.ndarray | None) -> list[list[int]]:
+def _row_units(order: np.ndarray, groups: np.ndarray | None) -> list[list[int]]:
     """Rows that may not part, in the order of their first member; members of a group in file order."""
     if groups is None or not (groups >= 0).any():
         return [[row] for row in order.tolist()]

@@ -35,7 +35,7 @@ class DataReport:
     def lines(self) -> list[str]:
         """For a person, one fact a line."""
         said = [f"{self.source}: {self.rows} rows, {self.sequences} sequences, {self.tokens} tokens, {self.share:.1%} supervised"]
-        said += [_part(name, part) for name, part in self.parts.items()]
+        said += [_mixture_line(name, part) for name, part in self.parts.items()]
         if self.shortened:
             more = f" and {self.characters_cut} characters that were not tokenised" if self.characters_cut else ""
             said.append(
@@ -45,7 +45,7 @@ class DataReport:
         return said + self.first_left_out + self.notes
 
 
-def _part(name: str, part: Mapping[str, Any]) -> str:
+def _mixture_line(name: str, part: Mapping[str, Any]) -> str:
     """A named set of a mixture in a line."""
     tokens, lengths = max(part["tokens"], 1), part["lengths"]
     said = (
@@ -56,25 +56,25 @@ def _part(name: str, part: Mapping[str, Any]) -> str:
     return said + (f"; {part['shortened']} prompts cut by {part['tokens_cut']} tokens" if part["shortened"] else "; none cut")
 
 
-def lengths_of(lengths: np.ndarray) -> dict[str, float]:
+def length_statistics(lengths: np.ndarray) -> dict[str, float]:
     """Tokens of a sequence: mean, median, longest."""
     if not len(lengths):
         return {"mean": 0.0, "median": 0.0, "longest": 0.0}
     return {"mean": float(lengths.mean()), "median": float(np.median(lengths)), "longest": float(lengths.max())}
 
 
-COUNTED = ("rows", "sequences", "tokens", "supervised", "shortened", "tokens_cut", "characters_cut")
+COUNTED_FIELDS = ("rows", "sequences", "tokens", "supervised", "shortened", "tokens_cut", "characters_cut")
 
 
-def together(parts: Sequence[tuple[str, DataReport]], drawn: Sequence[int], lengths: dict[str, float]) -> DataReport:
+def merge_reports(parts: Sequence[tuple[str, DataReport]], drawn: Sequence[int], lengths: dict[str, float]) -> DataReport:
     """The report of a mixture: the sums, and what each named set is of it. ``drawn``: sequences of each set in an epoch."""
     made = DataReport("mixture of " + ", ".join(name for name, _ in parts), lengths=lengths)
     for (name, own), quota in zip(parts, drawn, strict=True):
-        for count in COUNTED:
+        for count in COUNTED_FIELDS:
             setattr(made, count, getattr(made, count) + getattr(own, count))
         made.left_out |= {f"{name}: {reason}": n for reason, n in own.left_out.items()}
         made.first_left_out += own.first_left_out
         made.notes += [note for note in own.notes if note not in made.notes]
-        figures = {count: getattr(own, count) for count in ("source", *COUNTED, "lengths")}
+        figures = {count: getattr(own, count) for count in ("source", *COUNTED_FIELDS, "lengths")}
         made.parts[name] = {**figures, "drawn": quota, "share": quota / max(sum(drawn), 1)}
     return made

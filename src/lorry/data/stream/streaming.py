@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorry.data.batch import Batch, collate
-from lorry.data.encoding.encode import Encoder
+from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.token_set import TokenSet, encode_rows
-from lorry.data.reading.formats import Format, Found, read_examples
-from lorry.data.reading.sources import Source
-from lorry.data.stream.dataset import steps_of
+from lorry.data.reading.formats import DataExample, RowFormat, read_examples
+from lorry.data.reading.sources import DataSource
+from lorry.data.stream.dataset import count_steps
 from lorry.data.stream.pack import epoch_order, plan_epoch
 from lorry.errors import ConfigError, DataError
 
@@ -24,7 +24,9 @@ WINDOW_ROWS = 8192
 class StreamingTokenSet:
     """Windows of ``window_rows`` readable rows of a source, each a ``TokenSet``; only one is in memory at a time."""
 
-    def __init__(self, source: Source, encoder: Encoder, *, form: Format | None = None, window_rows: int = WINDOW_ROWS) -> None:
+    def __init__(
+        self, source: DataSource, encoder: ExampleEncoder, *, form: RowFormat | None = None, window_rows: int = WINDOW_ROWS
+    ) -> None:
         self.source, self.encoder, self.form, self.window_rows = source, encoder, form, window_rows
 
     def windows(self, first: int = 0) -> Iterator[tuple[int, TokenSet]]:
@@ -34,21 +36,21 @@ class StreamingTokenSet:
         ahead = next(found, None)
         while ahead is not None:
             number = ahead.number // self.window_rows
-            window = _Window(ahead, found, (number + 1) * self.window_rows)
+            window = _RowWindow(ahead, found, (number + 1) * self.window_rows)
             tokens = TokenSet.of(encode_rows(iter(window), self.source, self.encoder), self.source, self.encoder, notes)
             ahead = window.ahead
             if len(tokens):
                 yield number, tokens
 
 
-class _Window:
+class _RowWindow:
     """The rows before ``end``; ``ahead`` is then the first one behind it."""
 
-    def __init__(self, first: Found, rest: Iterator[Found], end: int) -> None:
-        self.ahead: Found | None = first
+    def __init__(self, first: DataExample, rest: Iterator[DataExample], end: int) -> None:
+        self.ahead: DataExample | None = first
         self._rest, self._end = rest, end
 
-    def __iter__(self) -> Iterator[Found]:
+    def __iter__(self) -> Iterator[DataExample]:
         while self.ahead is not None and self.ahead.number < self._end:
             yield self.ahead
             self.ahead = next(self._rest, None)
@@ -85,7 +87,7 @@ class StreamingTrainStream:
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of the next step. Raises ValueError when ``step`` is not the next one."""
         self._expect(step)
-        if self._within >= steps_of(len(self._plan), self.accumulation):
+        if self._within >= count_steps(len(self._plan), self.accumulation):
             self._advance()
         rows = self._plan[self._within * self.accumulation : (self._within + 1) * self.accumulation]
         # windows are numbered apart by more rows than one can hold, so that no two sequences of an epoch share a key

@@ -19,21 +19,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.mix import Call, Mix
-from lorry.data.batch import Example, Extra, collate
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.data.batch import BatchExtra, TokenizedExample, collate
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
-from lorry.generation.engine import evaluating, resolve
-from lorry.models.decoder.model import Packed
-from lorry.models.scoring.score import log_prob, score_rows
-from lorry.models.scoring.vocab import Statistic
+from lorry.generation.engine import evaluation_mode, resolve_row_adapters
+from lorry.models.decoder.model import PackedInput
+from lorry.models.scoring.score import log_prob, score_supervised_tokens
+from lorry.models.scoring.vocab import VocabStatistic
 
-BATCH_TOKENS = 4096
+LOGLIKELIHOOD_BATCH_TOKENS = 4096
 UNKNOWN_CONTEXT = 2048  # tokens, for a model that does not say how many it takes; the harness assumes as many
 
-top = Statistic(lambda p, rows: p.top.to(p.chosen.dtype), gradient=False)
+top_statistic = VocabStatistic(lambda p, rows: p.top.to(p.chosen.dtype), gradient=False)
 
 
-class Likelihood(NamedTuple):
+class ContinuationLikelihood(NamedTuple):
     """``total``: log p(continuation | context), nats; ``tokens`` of the continuation; ``greedy``: each was the likeliest."""
 
     total: float
@@ -42,14 +42,14 @@ class Likelihood(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pair:
+class TokenPair:
     """Token ids of a context (at least one) and of its continuation (at least one)."""
 
     context: Sequence[int]
     continuation: Sequence[int]
 
 
-class Wording:
+class HarnessTokenizer:
     """A tokenizer as the harness uses it. ``prefix``: the id that stands for an empty context. Raises ModelError without one."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -64,14 +64,14 @@ class Wording:
         """With the tokenizer's own special tokens, unless the text brings the opening one along (a chat template's)."""
         return self._encode(text, not text.startswith(self._prefix_text))
 
-    def pair(self, context: str, continuation: str) -> Pair:
+    def pair(self, context: str, continuation: str) -> TokenPair:
         """Raises DataError when nothing is left to be scored."""
         if context == "":
             ids = self._encode(continuation, False)
-            made = Pair(ids[:1], ids[1:]) if ids[:1] == [self.prefix] else Pair([self.prefix], ids)
+            made = TokenPair(ids[:1], ids[1:]) if ids[:1] == [self.prefix] else TokenPair([self.prefix], ids)
         else:
             before, whole = self.ids(context.rstrip()), self.ids(context + continuation)
-            made = Pair(before, whole[len(before) :]) if before else Pair([self.prefix], whole)
+            made = TokenPair(before, whole[len(before) :]) if before else TokenPair([self.prefix], whole)
         if not made.continuation:
             raise DataError(f"the continuation {continuation!r} of {context[-60:]!r} has no tokens of its own; nothing to score")
         return made
@@ -86,35 +86,37 @@ def loglikelihoods(
     pairs: Sequence[tuple[str, str]],
     adapter: Mix | str | None = None,
     *,
-    batch_tokens: int = BATCH_TOKENS,
-) -> list[Likelihood]:
+    batch_tokens: int = LOGLIKELIHOOD_BATCH_TOKENS,
+) -> list[ContinuationLikelihood]:
     """[(total, tokens, greedy)] of (context, continuation) texts, in their order: what the harness would be told.
 
     ``adapter``: a name, a Mix of constants (`Mix.none()`: the base), or None: what a plain `model(x)` uses. ``batch_tokens``:
     tokens in one pass, unless one sequence is longer. Raises ConfigError, DataError (nothing to score), NonFiniteError.
     """
-    wording = Wording(tokenizer)
+    wording = HarnessTokenizer(tokenizer)
     made = [wording.pair(*pair) for pair in pairs]
-    found = dict(scored(model, made, mix=chosen_mix(model, adapter), batch_tokens=batch_tokens, limit=longest(model)))
+    found = dict(
+        score_pairs(model, made, mix=resolve_mix(model, adapter), batch_tokens=batch_tokens, limit=max_model_length(model))
+    )
     return [found[at] for at in range(len(made))]
 
 
-def chosen_mix(model: nn.Module, adapter: Mix | str | None) -> Mix:
+def resolve_mix(model: nn.Module, adapter: Mix | str | None) -> Mix:
     """The mix that is meant. Raises ConfigError for an unknown adapter, or a mix that differs from token to token."""
-    mix = resolve(model, adapter, 0)[0]
+    mix = resolve_row_adapters(model, adapter, 0)[0]
     assert mix is not None
     if any(term.rows is not None or isinstance(term.gate, Tensor) for term in mix.terms):
         raise ConfigError("this mix belongs to one batch of tokens; evaluate with a name or Mix.constants({name: weight})")
     return mix
 
 
-def longest(model: Any) -> int:
+def max_model_length(model: Any) -> int:
     """Tokens that the model can take."""
     return int(model.context or UNKNOWN_CONTEXT)
 
 
 @dataclass
-class Row:
+class ScoringRow:
     """One sequence to run, for every pair whose tokens but the last are these."""
 
     inputs: tuple[int, ...]
@@ -132,33 +134,35 @@ class Row:
         self.members.append((number, count, self.finals.index(final)))
 
 
-def scored(model: Any, pairs: Sequence[Pair], *, mix: Mix, batch_tokens: int, limit: int) -> Iterator[tuple[int, Likelihood]]:
+def score_pairs(
+    model: Any, pairs: Sequence[TokenPair], *, mix: Mix, batch_tokens: int, limit: int
+) -> Iterator[tuple[int, ContinuationLikelihood]]:
     """(number of the pair, its score), batch by batch, long ones first. ``limit``: tokens the model takes at once; contexts are
     cut from the left to fit. Raises DataError for a continuation longer than that, NonFiniteError."""
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-    for batch in batches(rows_of(pairs, limit), batch_tokens):
-        with torch.no_grad(), evaluating(model):
-            done = list(_run(model, batch, mix))
+    for batch in batch_scoring_rows(group_scoring_rows(pairs, limit), batch_tokens):
+        with torch.no_grad(), evaluation_mode(model):
+            done = list(_score_batch(model, batch, mix))
         yield from done
 
 
-def rows_of(pairs: Sequence[Pair], limit: int) -> list[Row]:
+def group_scoring_rows(pairs: Sequence[TokenPair], limit: int) -> list[ScoringRow]:
     """Longest first; equal beginnings side by side."""
-    rows: dict[tuple[int, ...], Row] = {}
+    rows: dict[tuple[int, ...], ScoringRow] = {}
     for number, pair in enumerate(pairs):
         count = len(pair.continuation)
         if count > limit:
             raise DataError(f"continuation {number} has {count} tokens, but the model takes {limit}; shorten it")
         whole = (*pair.context, *pair.continuation)[-(limit + 1) :]
         inputs = whole[:-1]
-        rows.setdefault(inputs, Row(inputs)).add(number, count, whole[-1])
+        rows.setdefault(inputs, ScoringRow(inputs)).add(number, count, whole[-1])
     return sorted(rows.values(), key=lambda row: (-len(row.inputs), row.inputs))
 
 
-def batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
+def batch_scoring_rows(rows: Sequence[ScoringRow], batch_tokens: int) -> Iterator[list[ScoringRow]]:
     """Rows in their order, as many together as fit; always one at least."""
-    batch: list[Row] = []
+    batch: list[ScoringRow] = []
     held = 0
     for row in rows:
         if batch and held + len(row.inputs) > batch_tokens:
@@ -170,8 +174,8 @@ def batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def _run(model: Any, rows: Sequence[Row], mix: Mix) -> Iterator[tuple[int, Likelihood]]:
-    """Score a batch. Input i is followed by target i, which `score_rows` wants at place i + 1."""
+def _score_batch(model: Any, rows: Sequence[ScoringRow], mix: Mix) -> Iterator[tuple[int, ContinuationLikelihood]]:
+    """Score a batch. Input i is followed by target i, which `score_supervised_tokens` wants at place i + 1."""
     width = max(len(row.finals) for row in rows)
     targets, weights, finals = [0], [0.0], [[0] * width]
     for row in rows:
@@ -180,19 +184,23 @@ def _run(model: Any, rows: Sequence[Row], mix: Mix) -> Iterator[tuple[int, Likel
         weights += [0.0] * (len(after) - row.wanted) + [1.0] * row.wanted
         finals += [[token] * width for token in after[:-1]]
         finals.append((row.finals + row.finals[:1] * width)[:width])
-    batch = collate([Example(targets, weights, extra={"finals": Extra(torch.tensor(finals), "token")})]).to(model.device)
-    packed, call = Packed.of([row.inputs for row in rows], model.device), Call(mix)
+    batch = collate([TokenizedExample(targets, weights, extra={"finals": BatchExtra(torch.tensor(finals), "token")})]).to(
+        model.device
+    )
+    packed, call = PackedInput.of([row.inputs for row in rows], model.device), AdapterContext(mix)
     hidden = model.hidden(packed, call).last
-    table = score_rows(model, hidden, batch, [top, log_prob, *(_final(j) for j in range(1, width))], call)
+    table = score_supervised_tokens(
+        model, hidden, batch, [top_statistic, log_prob, *(_final_statistic(j) for j in range(1, width))], call
+    )
     lines, likeliest = table[:, 1:].double().cpu(), table[:, 0].long().cpu()
     start = 0
     for row in rows:
         stop = start + row.wanted
-        yield from _told(row, lines[start:stop], likeliest[start:stop].tolist())
+        yield from _pair_likelihoods(row, lines[start:stop], likeliest[start:stop].tolist())
         start = stop
 
 
-def _told(row: Row, lines: Tensor, likeliest: Sequence[int]) -> Iterator[tuple[int, Likelihood]]:
+def _pair_likelihoods(row: ScoringRow, lines: Tensor, likeliest: Sequence[int]) -> Iterator[tuple[int, ContinuationLikelihood]]:
     """The scores of a row's pairs; lines [scored tokens, k]: log p of each target, and in the last line of the k last tokens."""
     steady = lines[:, 0].tolist()[:-1]
     hits = [a == b for a, b in zip(likeliest, row.inputs[len(row.inputs) - len(steady) :], strict=False)]
@@ -204,10 +212,10 @@ def _told(row: Row, lines: Tensor, likeliest: Sequence[int]) -> Iterator[tuple[i
                 "infinity, or overflow in this dtype"
             )
         greedy = all(hits[len(hits) - (count - 1) :]) and likeliest[-1] == row.finals[final]
-        yield number, Likelihood(math.fsum(values), count, greedy)
+        yield number, ContinuationLikelihood(math.fsum(values), count, greedy)
 
 
 @cache
-def _final(place: int) -> Statistic:
+def _final_statistic(place: int) -> VocabStatistic:
     """log p of a row's ``place``-th last token."""
-    return Statistic(lambda p, rows: p.chosen[:, 0], lambda rows: rows.extra["finals"][:, place : place + 1])
+    return VocabStatistic(lambda p, rows: p.chosen[:, 0], lambda rows: rows.extra["finals"][:, place : place + 1])

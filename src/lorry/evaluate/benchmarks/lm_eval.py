@@ -21,20 +21,28 @@ from rich.progress import track
 from torch import nn
 
 from lorry.adapters.mix import Mix
-from lorry.config import ModelConfig, build
-from lorry.console import Console
-from lorry.data.encoding.chat import locate
-from lorry.data.encoding.encode import Encoder
-from lorry.data.encoding.template import TemplateRefusal
-from lorry.data.reading.content import ROLES, Message
-from lorry.errors import ConfigError, DataError, ModelError, nearest
-from lorry.evaluate.benchmarks.likelihood import BATCH_TOKENS, Pair, Wording, chosen_mix, loglikelihoods, longest, scored
-from lorry.evaluate.benchmarks.until import answers_until, decoding
-from lorry.generation.text import LONGEST
+from lorry.config import ModelConfig, build_settings
+from lorry.console import VisibleConsole
+from lorry.data.encoding.chat import locate_message
+from lorry.data.encoding.encode import ExampleEncoder
+from lorry.data.encoding.template import TemplateRefusedError
+from lorry.data.reading.content import ROLES, ChatMessage
+from lorry.errors import ConfigError, DataError, ModelError, suggest_nearest
+from lorry.evaluate.benchmarks.likelihood import (
+    LOGLIKELIHOOD_BATCH_TOKENS,
+    HarnessTokenizer,
+    TokenPair,
+    loglikelihoods,
+    max_model_length,
+    resolve_mix,
+    score_pairs,
+)
+from lorry.evaluate.benchmarks.until import generate_until_stops, parse_generation_kwargs
+from lorry.generation.text import NO_TOKEN_LIMIT
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
-from lorry.models.loading.open import Opened, open_model
-from lorry.models.loading.store import GENERATION
+from lorry.models.loading.open import OpenedModel, open_model
+from lorry.models.loading.store import GENERATION_CONFIG
 
 try:
     from lm_eval.api.model import LM
@@ -45,11 +53,11 @@ except ImportError as e:
 
 __all__ = ["LorryLM", "evaluate", "lm", "loglikelihoods"]
 
-NAME = "lorry"
-BASE = "base"
+HARNESS_MODEL_NAME = "lorry"
+BASE_SIDE = "base"
 MAX_GEN_TOKS = 256
-SETTINGS = ("batch_tokens", "batch_rows", "max_gen_toks", "max_length", "chat", "seed")
-IGNORED = ("batch_size", "max_batch_size")  # sequences are packed by batch_tokens, and answers wait for batch_rows
+HARNESS_SETTINGS = ("batch_tokens", "batch_rows", "max_gen_toks", "max_length", "chat", "seed")
+IGNORED_SETTINGS = ("batch_size", "max_batch_size")  # sequences are packed by batch_tokens, and answers wait for batch_rows
 log = logging.getLogger("lorry")
 
 
@@ -62,7 +70,7 @@ class LorryLM(LM):
         tokenizer: Any,
         *,
         mix: Mix,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int = LOGLIKELIHOOD_BATCH_TOKENS,
         batch_rows: int | None = None,
         max_gen_toks: int = MAX_GEN_TOKS,
         max_length: int | None = None,
@@ -74,10 +82,10 @@ class LorryLM(LM):
             raise ModelError("the harness needs a tokenizer and this model brought none; put tokenizer.json beside its weights")
         self.model, self.tokenizer, self.mix = model, tokenizer, mix
         self.batch_tokens, self.batch_rows, self.max_gen_toks, self.seed = batch_tokens, batch_rows, max_gen_toks, seed
-        self.max_length = longest(model) if max_length is None else min(max_length, longest(model))
-        rows = model.vocabulary if isinstance(model, (Decoder, HfModel)) else None
-        self.encoder = Encoder(tokenizer, max_length=LONGEST, embeddings=rows)
-        self.wording, self.chat = Wording(tokenizer), chat
+        self.max_length = max_model_length(model) if max_length is None else min(max_length, max_model_length(model))
+        rows = model.vocab_size if isinstance(model, (Decoder, HfModel)) else None
+        self.encoder = ExampleEncoder(tokenizer, max_length=NO_TOKEN_LIMIT, embeddings=rows)
+        self.wording, self.chat = HarnessTokenizer(tokenizer), chat
         self._device = model.device
 
     @classmethod
@@ -92,13 +100,13 @@ class LorryLM(LM):
         more = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if str(more.get("device", "")).startswith("cuda") and not torch.cuda.is_available():
             del more["device"]  # the command line says cuda:0 unless told otherwise
-        args = {name: value for name, value in {**arg_dict, **more}.items() if name not in IGNORED}
+        args = {name: value for name, value in {**arg_dict, **more}.items() if name not in IGNORED_SETTINGS}
         path = next((args.pop(name) for name in ("path", "name", "pretrained") if name in args), None)
         if path is None:
             raise ConfigError("model_args names no model; give path=RUN, a directory, a hub id or an embedded model's name")
-        adapter, kept = args.pop("adapter", None), {name: args.pop(name) for name in SETTINGS if name in args}
-        found = _open(str(path), args)
-        return lm(found.model, found.tokenizer, adapter=None if adapter is None else _side(found, str(adapter)), **kept)
+        adapter, kept = args.pop("adapter", None), {name: args.pop(name) for name in HARNESS_SETTINGS if name in args}
+        found = _open_harness_model(str(path), args)
+        return lm(found.model, found.tokenizer, adapter=None if adapter is None else _resolve_side(found, str(adapter)), **kept)
 
     # --- what the harness asks
 
@@ -106,22 +114,22 @@ class LorryLM(LM):
         """[(log p of the continuation, it is the greedy one)] of requests (context, continuation)."""
         pairs = [self.wording.pair(*request.args) for request in requests]
         done: dict[int, tuple[float, bool]] = {}
-        for at, got in _shown(self._scored(pairs), len(pairs), "loglikelihoods", disable_tqdm):
+        for at, got in _with_progress_bar(self._scored(pairs), len(pairs), "loglikelihoods", disable_tqdm):
             done[at] = (got.total, got.greedy)
             self.cache_hook.add_partial("loglikelihood", requests[at].args, done[at])
         return [done[at] for at in range(len(pairs))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts, in windows as long as the model takes."""
-        pairs: list[Pair] = []
+        pairs: list[TokenPair] = []
         owners: list[int] = []
         for at, request in enumerate(requests):
             tokens = self.wording.ids(request.args[0])
             windows = get_rolling_token_windows(tokens, self.wording.prefix, max_seq_len=self.max_length, context_len=1)
-            made = [Pair(*make_disjoint_window(window)) for window in windows]
+            made = [TokenPair(*make_disjoint_window(window)) for window in windows]
             pairs, owners = pairs + made, owners + [at] * len(made)
         totals = [0.0] * len(requests)
-        for number, got in _shown(self._scored(pairs), len(pairs), "windows", disable_tqdm):
+        for number, got in _with_progress_bar(self._scored(pairs), len(pairs), "windows", disable_tqdm):
             totals[owners[number]] += got.total
         for at, request in enumerate(requests):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[at])
@@ -133,7 +141,9 @@ class LorryLM(LM):
         for at, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(at)
         done: dict[int, str] = {}
-        for at, text in _shown(self._answers(requests, list(groups.values())), len(requests), "answers", disable_tqdm):
+        for at, text in _with_progress_bar(
+            self._answers(requests, list(groups.values())), len(requests), "answers", disable_tqdm
+        ):
             done[at] = text
             self.cache_hook.add_partial("generate_until", requests[at].args, text)
         return [done[at] for at in range(len(requests))]
@@ -152,14 +162,14 @@ class LorryLM(LM):
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """A chat as the prompt of its next answer, or of the rest of its last one. The end of turn then ends answers too."""
         self.chat = True
-        messages = [Message(ROLES[turn["role"]], turn["content"]) for turn in chat_history]
+        messages = [ChatMessage(ROLES[turn["role"]], turn["content"]) for turn in chat_history]
         template = self.encoder.template
         try:
             if add_generation_prompt:
                 return template.prompt(messages)
             text = template.render(messages).text
-            return text[: locate(template, messages, len(messages) - 1, text)[1]]
-        except TemplateRefusal as error:
+            return text[: locate_message(template, messages, len(messages) - 1, text)[1]]
+        except TemplateRefusedError as error:
             raise DataError(str(error)) from error
 
     def get_model_info(self) -> dict[str, Any]:
@@ -169,17 +179,17 @@ class LorryLM(LM):
 
     # --- how it is done
 
-    def _scored(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Any]]:
+    def _scored(self, pairs: Sequence[TokenPair]) -> Iterator[tuple[int, Any]]:
         cut = sum(len(pair.context) + len(pair.continuation) > self.max_length + 1 for pair in pairs)
         if cut:
             log.warning(f"{cut} of {len(pairs)} contexts were cut from the left to the {self.max_length} tokens the model takes")
-        return scored(self.model, pairs, mix=self.mix, batch_tokens=self.batch_tokens, limit=self.max_length)
+        return score_pairs(self.model, pairs, mix=self.mix, batch_tokens=self.batch_tokens, limit=self.max_length)
 
     def _answers(self, requests: Sequence[Any], groups: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
         """Those of one group after the other; the requests of a group are generated with the same settings."""
         eos = self._ends()
         for group in groups:
-            stops, new, sampling = decoding(requests[group[0]].args[1], self.max_gen_toks, self.seed)
+            stops, new, sampling = parse_generation_kwargs(requests[group[0]].args[1], self.max_gen_toks, self.seed)
             room = self.max_length - new
             if room < 1:
                 raise ConfigError(f"max_gen_toks is {new}, but the model takes {self.max_length} tokens, the prompt's included")
@@ -188,7 +198,7 @@ class LorryLM(LM):
                 log.warning(
                     f"{cut} of {len(prompts)} prompts were cut from the left to {room} tokens, to leave room for {new} more"
                 )
-            answers = answers_until(
+            answers = generate_until_stops(
                 self.model, self.tokenizer, [prompt[-room:] for prompt in prompts], stops=[*stops, *self._end_texts()],
                 max_new_tokens=new, sampling=sampling, eos=eos, adapters=self.mix, batch_rows=self.batch_rows,
             )  # fmt: skip
@@ -196,7 +206,7 @@ class LorryLM(LM):
 
     def _ends(self) -> set[int]:
         """Ids that end an answer: the tokenizer's EOS, those of the model's generation_config, in a chat the end of turn."""
-        said = self.model.__dict__.get(GENERATION, {}).get("eos_token_id")
+        said = self.model.__dict__.get(GENERATION_CONFIG, {}).get("eos_token_id")
         ends = {*(said if isinstance(said, list) else [said]), self.tokenizer.eos_token_id} - {None}
         return ends | set(self.encoder.stop_tokens() if self.chat else ())
 
@@ -205,8 +215,8 @@ class LorryLM(LM):
         return [text for text in (self.tokenizer.eos_token, self.encoder.template.end_of_turn if self.chat else "") if text]
 
 
-if NAME not in MODEL_REGISTRY:
-    register_model(NAME)(LorryLM)
+if HARNESS_MODEL_NAME not in MODEL_REGISTRY:
+    register_model(HARNESS_MODEL_NAME)(LorryLM)
 
 
 def lm(model: nn.Module, tokenizer: Any, *, adapter: Mix | str | None = None, **settings: Any) -> LorryLM:
@@ -217,9 +227,11 @@ def lm(model: nn.Module, tokenizer: Any, *, adapter: Mix | str | None = None, **
     nothing), max_length (tokens; at most the model's context), chat (the end of turn ends answers; set by itself where the
     harness applies the chat template), seed (of sampled answers). Raises ConfigError, ModelError (no tokenizer).
     """
-    if unknown := [name for name in settings if name not in SETTINGS]:
-        raise ConfigError(f"unknown setting {unknown[0]!r}{nearest(unknown[0], SETTINGS)}; there are {', '.join(SETTINGS)}")
-    return LorryLM(model, tokenizer, mix=chosen_mix(model, adapter), **settings)
+    if unknown := [name for name in settings if name not in HARNESS_SETTINGS]:
+        raise ConfigError(
+            f"unknown setting {unknown[0]!r}{suggest_nearest(unknown[0], HARNESS_SETTINGS)}; there are {', '.join(HARNESS_SETTINGS)}"
+        )
+    return LorryLM(model, tokenizer, mix=resolve_mix(model, adapter), **settings)
 
 
 def evaluate(
@@ -242,10 +254,10 @@ def evaluate(
     """
     from lm_eval import simple_evaluate
 
-    manager, names = _tasks(tasks, include_path)
-    found = _open(path, model or {})
-    asked = list(sides(found)) if adapter is None else [adapter] if isinstance(adapter, str) else list(adapter)
-    models = {name: lm(found.model, found.tokenizer, adapter=_side(found, name), **(settings or {})) for name in asked}
+    manager, names = _load_harness_tasks(tasks, include_path)
+    found = _open_harness_model(path, model or {})
+    asked = list(harness_sides(found)) if adapter is None else [adapter] if isinstance(adapter, str) else list(adapter)
+    models = {name: lm(found.model, found.tokenizer, adapter=_resolve_side(found, name), **(settings or {})) for name in asked}
     chosen = {"log_samples": False, "apply_chat_template": chat, "task_manager": manager, **options}
     try:
         return {name: simple_evaluate(model=one, tasks=names, **chosen) for name, one in models.items()}
@@ -253,28 +265,28 @@ def evaluate(
         raise DataError(f"the data of {', '.join(names)} could not be read: {error}") from error
 
 
-def sides(found: Opened) -> dict[str, Mix | str]:
+def harness_sides(found: OpenedModel) -> dict[str, Mix | str]:
     """{base: none, and each adapter's name: itself}; one called base is "adapter base"."""
-    return {BASE: Mix.none()} | {f"adapter {name}" if name == BASE else name: name for name in found.adapters}
+    return {BASE_SIDE: Mix.none()} | {f"adapter {name}" if name == BASE_SIDE else name: name for name in found.adapters}
 
 
-def _open(path: str, model: Mapping[str, Any]) -> Opened:
+def _open_harness_model(path: str, model: Mapping[str, Any]) -> OpenedModel:
     notes: list[str] = []
-    found = open_model(build(ModelConfig, {"name": path, **model}, notes), notes)
+    found = open_model(build_settings(ModelConfig, {"name": path, **model}, notes), notes)
     for note in notes:
         log.warning(note)
     return found
 
 
-def _side(found: Opened, name: str) -> Mix | str:
+def _resolve_side(found: OpenedModel, name: str) -> Mix | str:
     """A side by its name. Raises ConfigError for an unknown one."""
-    known = sides(found)
+    known = harness_sides(found)
     if name not in known:
-        raise ConfigError(f"no adapter named {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+        raise ConfigError(f"no adapter named {name!r}{suggest_nearest(name, known)}; there are {', '.join(known)}")
     return known[name]
 
 
-def _tasks(tasks: Sequence[str], include_path: str | None) -> tuple[Any, list[str]]:
+def _load_harness_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[Any, list[str]]:
     """(the harness' task manager, the names that are meant). Its own tasks, whose index takes many seconds, are only looked
     through when ``include_path`` has not all of them."""
     from lm_eval.tasks import TaskManager
@@ -287,13 +299,13 @@ def _tasks(tasks: Sequence[str], include_path: str | None) -> tuple[Any, list[st
     manager = TaskManager(include_path=include_path)
     for name in wanted:
         if not manager.match_tasks([name]):
-            raise ConfigError(f"no task named {name!r}{nearest(name, manager.all_tasks)}; `lm_eval ls tasks` lists them")
+            raise ConfigError(f"no task named {name!r}{suggest_nearest(name, manager.all_tasks)}; `lm_eval ls tasks` lists them")
     return manager, manager.match_tasks(wanted)
 
 
-def _shown(items: Iterator[Any], total: int, what: str, quiet: bool) -> Iterator[Any]:
+def _with_progress_bar(items: Iterator[Any], total: int, what: str, quiet: bool) -> Iterator[Any]:
     """The items, with a bar of how many there are."""
-    return iter(track(items, what, total=total, console=Console(stderr=True), transient=True, disable=quiet))
+    return iter(track(items, what, total=total, console=VisibleConsole(stderr=True), transient=True, disable=quiet))
 
 
 if __name__ == "__main__":  # the harness' own command line, with the model "lorry" in it

@@ -9,37 +9,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lorry.data.catalog import Item, NamedSet, conversation, named
+from lorry.data.catalog import NamedSet, NamedSetItem, find_named_set, item_conversation
 from lorry.data.reading.bad_rows import OnBadRow
 from lorry.data.reading.content import Conversation
-from lorry.data.reading.places import Asked, Places, read_items
+from lorry.data.reading.places import DataLocations, NumberedItem, read_items
 from lorry.data.stream.pack import epoch_order
 from lorry.errors import DataError
 
-POOL = 1000  # rows of the training split that worked examples are drawn from
+FEWSHOT_POOL = 1000  # rows of the training split that worked examples are drawn from
 
 
 @dataclass(frozen=True)
-class Question:
+class BenchmarkQuestion:
     """An item with the worked examples before it, and where it stands."""
 
-    item: Item
+    item: NamedSetItem
     where: str
-    shots: tuple[Item, ...] = ()
+    shots: tuple[NamedSetItem, ...] = ()
 
     def conversation(self, answer: str | None = None) -> Conversation:
         """The question with its right answer, or another one in its place."""
-        return conversation(self.item if answer is None else replace(self.item, answer=answer), self.shots)
+        return item_conversation(self.item if answer is None else replace(self.item, answer=answer), self.shots)
 
 
 @dataclass(frozen=True)
-class Exam:
+class Benchmark:
     """The questions of one set, and what was left out or is to be said of them."""
 
     one: NamedSet
     split: str
     source: str
-    questions: list[Question]
+    questions: list[BenchmarkQuestion]
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -49,46 +49,54 @@ class Exam:
         return bool(self.questions[0].item.options)
 
 
-def read_exam(
-    name: str, places: Places, *, split: str = "auto", limit: int | None = None, n_shot: int = 0, template: int = 0,
+def load_benchmark(
+    name: str, places: DataLocations, *, split: str = "auto", limit: int | None = None, n_shot: int = 0, template: int = 0,
     seed: int = 0, on_bad_row: OnBadRow = "error",
-) -> Exam:  # fmt: skip
+) -> Benchmark:  # fmt: skip
     """Read a set's questions. Worked examples come from the training split, drawn for each question by the seed; where that holds
     the very rows that are asked, from the other ones.
 
     Raises ConfigError (an unknown set, split or template), DataError (a missing file, a bad or no row, too few examples).
     """
-    one = named(name)
+    one = find_named_set(name)
     one.refuse_template(template, "template")
     chosen = places.to_ask(one) if split == "auto" else split
     source = places.open(one, chosen, limit=limit, on_bad_row=on_bad_row)
     asked = list(read_items(one, source, template=template))
     if not asked:
         raise DataError(f"{one.name} ({source.label}): no usable row; {source.bad.summary() or 'the set is empty'}")
-    exam = Exam(one, chosen, source.label, [Question(a.item, a.where) for a in asked], dict(source.bad.counts))
+    exam = Benchmark(one, chosen, source.label, [BenchmarkQuestion(a.item, a.where) for a in asked], dict(source.bad.counts))
     if shortened := sum(a.item.shortened for a in asked):
         exam.notes.append(f"{one.name}: {shortened} contexts were shortened to what the set allows")
-    return _with_shots(exam, places, asked, n_shot, template, seed, on_bad_row) if n_shot else exam
+    return _add_fewshot(exam, places, asked, n_shot, template, seed, on_bad_row) if n_shot else exam
 
 
-def _with_shots(
-    exam: Exam, places: Places, asked: Sequence[Asked], n_shot: int, template: int, seed: int, on_bad_row: OnBadRow
-) -> Exam:
+def _add_fewshot(
+    exam: Benchmark,
+    places: DataLocations,
+    asked: Sequence[NumberedItem],
+    n_shot: int,
+    template: int,
+    seed: int,
+    on_bad_row: OnBadRow,
+) -> Benchmark:
     one = exam.one
     shots_from = places.for_shots(one, exam.split)
     same = places.of(one, shots_from) == places.of(one, exam.split)
-    pool = list(read_items(one, places.open(one, shots_from, limit=POOL, on_bad_row=on_bad_row), template=template))
+    pool = list(read_items(one, places.open(one, shots_from, limit=FEWSHOT_POOL, on_bad_row=on_bad_row), template=template))
     numbers = [a.number for a in pool]
     if same:
         exam.notes.append(f"{one.name}: worked examples come from the split that is asked, never the question's own row")
-    drawn = [_draw(pool, numbers, n_shot, seed, place, one.name, a.number if same else None) for place, a in enumerate(asked)]
+    drawn = [
+        _draw_shots(pool, numbers, n_shot, seed, place, one.name, a.number if same else None) for place, a in enumerate(asked)
+    ]
     questions = [replace(q, shots=shots) for q, shots in zip(exam.questions, drawn, strict=True)]
     return replace(exam, questions=questions)
 
 
-def _draw(
-    pool: Sequence[Asked], numbers: Sequence[int], count: int, seed: int, place: int, name: str, own: int | None
-) -> tuple[Item, ...]:
+def _draw_shots(
+    pool: Sequence[NumberedItem], numbers: Sequence[int], count: int, seed: int, place: int, name: str, own: int | None
+) -> tuple[NamedSetItem, ...]:
     """``count`` items of other rows than ``own``: a function of (name, seed, place)."""
     others = [item for item, number in zip(pool, numbers, strict=True) if number != own]
     if len(others) < count:

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.mix import Mix
-from lorry.backends.protocol import Scorer
-from lorry.data.batch import BASE, Example, Extra, collate
-from lorry.data.encoding.encode import TOO_LONG, Encoder
+from lorry.backends.protocol import ScoringBackend
+from lorry.data.batch import BASE, BatchExtra, TokenizedExample, collate
+from lorry.data.encoding.encode import TOO_LONG, ExampleEncoder
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.content import Conversation
 from lorry.errors import DataError, ModelError
-from lorry.models.scoring.score import Score, log_prob
-from lorry.models.scoring.vocab import Rows, Softmax, Statistic
+from lorry.models.scoring.score import TokenScore, log_prob
+from lorry.models.scoring.vocab import SoftmaxSummary, VocabRows, VocabStatistic
 
-TOKENS = 2048  # tokens of a batch, unless a single sequence is longer
+RANK_BATCH_TOKENS = 2048  # tokens of a batch, unless a single sequence is longer
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class AnswerLikelihood:
     """Of an answer after its prompt: summed log-probability in nats, tokens, and the prompt tokens that had to be cut."""
 
     total: float
@@ -43,7 +43,7 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
-class Laid:
+class AnswerSequence:
     """Tokens of which those from ``start`` on are the answer. ``options``: [k] ids, one of which is the last token."""
 
     tokens: list[int]
@@ -52,27 +52,27 @@ class Laid:
     options: tuple[int, ...] = ()
 
 
-def likelihoods(
-    scorer: Scorer, encoder: Encoder, answers: Sequence[Sequence[Conversation]], mix: Mix, *, closed: bool = False
-) -> list[list[Likelihood]]:
+def answer_likelihoods(
+    scorer: ScoringBackend, encoder: ExampleEncoder, answers: Sequence[Sequence[Conversation]], mix: Mix, *, closed: bool = False
+) -> list[list[AnswerLikelihood]]:
     """Of the last answer of each conversation, without the end of turn behind it (``closed``: with it). Raises DataError for one
     that cannot be encoded."""
     ends = frozenset(() if closed else encoder.stop_tokens())
-    laid = [[_answer(encoder, one, ends) for one in group] for group in answers]
-    merged = [_merged(group) for group in laid]
+    laid = [[_answer_sequence(encoder, one, ends) for one in group] for group in answers]
+    merged = [_merge_options(group) for group in laid]
     flat = [sequence for group in merged for sequence in group]
-    found = iter(_scored(scorer, flat, mix))
-    out = list[list[Likelihood]]()
+    found = iter(_score_sequences(scorer, flat, mix))
+    out = list[list[AnswerLikelihood]]()
     for group in merged:
         rows = [next(found) for _ in group]
         values = rows[0] if group[0].options else [row[0] for row in rows]
         lengths = [len(s.tokens) - s.start for s in group] if not group[0].options else [1] * len(values)
         cuts = [s.cut for s in group] if not group[0].options else [group[0].cut] * len(values)
-        out.append([Likelihood(*each) for each in zip(values, lengths, cuts, strict=True)])
+        out.append([AnswerLikelihood(*each) for each in zip(values, lengths, cuts, strict=True)])
     return out
 
 
-def _answer(encoder: Encoder, conversation: Conversation, ends: frozenset[int]) -> Laid:
+def _answer_sequence(encoder: ExampleEncoder, conversation: Conversation, ends: frozenset[int]) -> AnswerSequence:
     """The conversation as it would be trained, its last answer marked."""
     made = encoder.encode(conversation)
     if isinstance(made, BadRow):
@@ -82,16 +82,16 @@ def _answer(encoder: Encoder, conversation: Conversation, ends: frozenset[int]) 
     start = next((i + 1 for i in range(stop - 1, -1, -1) if not weights[i]), 1)
     while stop - 1 > start and tokens[stop - 1] in ends:
         stop -= 1
-    return Laid(tokens[:stop], start, made[-1].cut)
+    return AnswerSequence(tokens[:stop], start, made[-1].cut)
 
 
-def fits(encoder: Encoder, conversation: Conversation) -> bool:
+def answer_fits(encoder: ExampleEncoder, conversation: Conversation) -> bool:
     """Whether the last answer, with its header, is no longer than the encoder's max_length."""
     made = encoder.encode(conversation)
     return not (isinstance(made, BadRow) and made.kind == TOO_LONG)
 
 
-def prompt_of(encoder: Encoder, conversation: Conversation, room: int | None) -> tuple[list[int], int]:
+def truncate_prompt(encoder: ExampleEncoder, conversation: Conversation, room: int | None) -> tuple[list[int], int]:
     """(the tokens to generate the last answer from, how many of them were cut so that ``room`` tokens hold the rest): cut as
     training cuts. Raises ModelError where nothing fits."""
     ids = encoder.prompt(conversation)
@@ -101,27 +101,27 @@ def prompt_of(encoder: Encoder, conversation: Conversation, room: int | None) ->
         raise ModelError("the model's context holds no prompt beside max_new_tokens; lower max_new_tokens")
     short = copy(encoder)
     short.max_length = room + 1  # the answer is at least one token
-    laid = _answer(short, conversation, frozenset())
+    laid = _answer_sequence(short, conversation, frozenset())
     return laid.tokens[: laid.start], len(ids) - laid.start
 
 
-def _merged(group: Sequence[Laid]) -> list[Laid]:
+def _merge_options(group: Sequence[AnswerSequence]) -> list[AnswerSequence]:
     """One sequence for options that differ in their only token; else the group as it is."""
     first = group[0]
     same = all(len(s.tokens) == s.start + 1 and s.tokens[:-1] == first.tokens[:-1] for s in group)
     if len(group) < 2 or not same:
         return list(group)
-    return [Laid(first.tokens, first.start, first.cut, tuple(s.tokens[-1] for s in group))]
+    return [AnswerSequence(first.tokens, first.start, first.cut, tuple(s.tokens[-1] for s in group))]
 
 
-def _scored(scorer: Scorer, sequences: Sequence[Laid], mix: Mix) -> list[list[float]]:
+def _score_sequences(scorer: ScoringBackend, sequences: Sequence[AnswerSequence], mix: Mix) -> list[list[float]]:
     """Per sequence its answer's log-probability, or those of its options; long ones first, so that batches are even."""
     out: list[list[float]] = [[] for _ in sequences]
     for width in sorted({len(s.options) for s in sequences}):
         mine = sorted((n for n, s in enumerate(sequences) if len(s.options) == width), key=lambda n: -len(sequences[n].tokens))
-        for numbers in _batches(mine, [len(s.tokens) for s in sequences]):
-            batch = collate([_example(sequences[n], n) for n in numbers])
-            wants = {str(j): Score(_option(j)) for j in range(width)} if width else {"0": Score(log_prob)}
+        for numbers in _batch_numbers(mine, [len(s.tokens) for s in sequences]):
+            batch = collate([_ranking_example(sequences[n], n) for n in numbers])
+            wants = {str(j): TokenScore(_option_statistic(j)) for j in range(width)} if width else {"0": TokenScore(log_prob)}
             got = scorer.score([batch], wants, mix)[0]
             sums = [batch.sum_by_sequence(got[name].double()).tolist() for name in wants]
             for at, number in enumerate(numbers):
@@ -129,10 +129,10 @@ def _scored(scorer: Scorer, sequences: Sequence[Laid], mix: Mix) -> list[list[fl
     return out
 
 
-def _batches(numbers: Iterable[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+def _batch_numbers(numbers: Iterable[int], lengths: Sequence[int]) -> Iterator[list[int]]:
     batch, taken = list[int](), 0
     for number in numbers:
-        if batch and taken + lengths[number] > TOKENS:
+        if batch and taken + lengths[number] > RANK_BATCH_TOKENS:
             yield batch
             batch, taken = [], 0
         batch.append(number)
@@ -141,22 +141,22 @@ def _batches(numbers: Iterable[int], lengths: Sequence[int]) -> Iterator[list[in
         yield batch
 
 
-def _example(sequence: Laid, key: int) -> Example:
+def _ranking_example(sequence: AnswerSequence, key: int) -> TokenizedExample:
     weights = [0.0] * sequence.start + [1.0] * (len(sequence.tokens) - sequence.start)
     ids = torch.tensor([sequence.options] * len(sequence.tokens))
-    extra = {"options": Extra(ids, "token")} if sequence.options else {}
-    return Example(sequence.tokens, weights, key=key, adapter=BASE, extra=extra)
+    extra = {"options": BatchExtra(ids, "token")} if sequence.options else {}
+    return TokenizedExample(sequence.tokens, weights, key=key, adapter=BASE, extra=extra)
 
 
-def _options(rows: Rows) -> Tensor:
+def _option_tokens(rows: VocabRows) -> Tensor:
     """[t,k]: the tokens of the options."""
     return rows.extra["options"]
 
 
-def _option(j: int) -> Statistic:
+def _option_statistic(j: int) -> VocabStatistic:
     """log p of the j-th option's token."""
-    return Statistic(partial(_column, j=j), _options)
+    return VocabStatistic(partial(_option_column, j=j), _option_tokens)
 
 
-def _column(p: Softmax, rows: Rows, j: int) -> Tensor:
+def _option_column(p: SoftmaxSummary, rows: VocabRows, j: int) -> Tensor:
     return p.chosen[:, j]

@@ -11,114 +11,123 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorry.adapters.attach import bank_of
+from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
-from lorry.backends.protocol import Scorer
-from lorry.data.encoding.encode import Encoder
-from lorry.evaluate.benchmarks.questions import Exam, Question
-from lorry.evaluate.benchmarks.rank import Likelihood, fits, likelihoods, prompt_of
-from lorry.evaluate.metrics.bootstrap import Measured, corpus_interval
+from lorry.backends.protocol import ScoringBackend
+from lorry.data.encoding.encode import ExampleEncoder
+from lorry.evaluate.benchmarks.questions import Benchmark, BenchmarkQuestion
+from lorry.evaluate.benchmarks.rank import AnswerLikelihood, answer_fits, answer_likelihoods, truncate_prompt
+from lorry.evaluate.metrics.bootstrap import MetricEstimate, corpus_interval
 from lorry.evaluate.metrics.calibration import measure_options
-from lorry.evaluate.metrics.registry import check, measure
+from lorry.evaluate.metrics.registry import check_metrics, measure_metrics
 from lorry.generation.scorer import ModelScorer
-from lorry.generation.text import said
+from lorry.generation.text import generate_continuations
 from lorry.models.causal_lm import CausalLM
 
-BLANK = "\n\n"  # between worked examples in plain text: what follows it is the model asking itself the next question
+BLANK_LINE = "\n\n"  # between worked examples in plain text: what follows it is the model asking itself the next question
 
 
 @dataclass(frozen=True)
-class Taken:
+class BenchmarkResult:
     """One model's result on one set. ``rows``: per question where it stands, what was asked, what is right, what was said or
     chosen, and its value in every metric that has one; ``shortened``: prompts cut to the model's context; ``too_long``: right
     answers that it cannot hold, which the perplexity is without."""
 
     name: str
-    metrics: dict[str, Measured]
+    metrics: dict[str, MetricEstimate]
     rows: list[dict[str, Any]] = field(repr=False)
     shortened: int = 0
     too_long: int = 0
 
 
-def take(
-    model: CausalLM, encoder: Encoder, exam: Exam, mix: Mix, *, max_new_tokens: int | None = None, batch_rows: int = 8,
+def evaluate_benchmark(
+    model: CausalLM, encoder: ExampleEncoder, exam: Benchmark, mix: Mix, *, max_new_tokens: int | None = None, batch_rows: int = 8,
     seed: int = 0, **sampling: Any,
-) -> Taken:  # fmt: skip
+) -> BenchmarkResult:  # fmt: skip
     """Ask a model every question of an exam under a mix. ``sampling``: temperature, top_p, top_k.
 
     Raises ModelError for a prompt that cannot be cut to the context, ConfigError or DataError for a metric not to be had.
     """
-    bank_of(model, create=True)
+    get_bank(model, create=True)
     scorer = ModelScorer(model)
     if exam.choice:
-        return _ranked(scorer, encoder, exam, mix, seed)
+        return _evaluate_ranked(scorer, encoder, exam, mix, seed)
     new = max_new_tokens or exam.one.max_new_tokens
-    return _generated(model, scorer, encoder, exam, mix, seed, {"max_new_tokens": new, "batch_rows": batch_rows, **sampling})
+    return _evaluate_generated(
+        model, scorer, encoder, exam, mix, seed, {"max_new_tokens": new, "batch_rows": batch_rows, **sampling}
+    )
 
 
-def _ranked(scorer: Scorer, encoder: Encoder, exam: Exam, mix: Mix, seed: int) -> Taken:
+def _evaluate_ranked(scorer: ScoringBackend, encoder: ExampleEncoder, exam: Benchmark, mix: Mix, seed: int) -> BenchmarkResult:
     """accuracy: of the option with the highest mean log-likelihood per token; accuracy_sum: of the highest sum, whose softmax
     over the options also gives the calibration; perplexity: of the right options."""
     questions = exam.questions
-    found = likelihoods(scorer, encoder, [[q.conversation(option) for option in q.item.options] for q in questions], mix)
+    found = answer_likelihoods(scorer, encoder, [[q.conversation(option) for option in q.item.options] for q in questions], mix)
     right = [q.item.right for q in questions]
     by_sum = measure_options([[one.total for one in row] for row in found], right, seed)
     by_mean = measure_options([[one.mean for one in row] for row in found], right, seed)
     metrics = {"accuracy": by_mean["accuracy"], "accuracy_sum": by_sum["accuracy"]}
     metrics |= {name: by_sum[name] for name in ("ece", "brier", "confidence")}
-    metrics["perplexity"] = perplexity_of([row[q.item.right[0]] for q, row in zip(questions, found, strict=True)], seed)
+    metrics["perplexity"] = measure_perplexity([row[q.item.right[0]] for q, row in zip(questions, found, strict=True)], seed)
     rows = [
         {
-            **_shown(question), "options": list(question.item.options), "right": list(question.item.right),
+            **_question_record(question), "options": list(question.item.options), "right": list(question.item.right),
             "loglikelihoods": [one.total for one in row], "tokens": [one.tokens for one in row],
             "answer": question.item.options[max(range(len(row)), key=lambda n: row[n].mean)],
         }
         for question, row in zip(questions, found, strict=True)
     ]  # fmt: skip
-    return Taken(exam.one.name, metrics, _with_values(rows, metrics), sum(any(one.cut for one in row) for row in found))
+    return BenchmarkResult(exam.one.name, metrics, _with_values(rows, metrics), sum(any(one.cut for one in row) for row in found))
 
 
-def _generated(
-    model: CausalLM, scorer: Scorer, encoder: Encoder, exam: Exam, mix: Mix, seed: int, options: Mapping[str, Any]
-) -> Taken:
+def _evaluate_generated(
+    model: CausalLM,
+    scorer: ScoringBackend,
+    encoder: ExampleEncoder,
+    exam: Benchmark,
+    mix: Mix,
+    seed: int,
+    options: Mapping[str, Any],
+) -> BenchmarkResult:
     questions = exam.questions
     references = [list(q.item.references) for q in questions]
     concepts = [q.item.concepts for q in questions] if any(q.item.concepts for q in questions) else ()
-    check(exam.one.metrics, references, concepts=concepts)
+    check_metrics(exam.one.metrics, references, concepts=concepts)
     room = None if model.context is None else model.context - options["max_new_tokens"]
-    prompts = [prompt_of(encoder, question.conversation("."), room) for question in questions]
-    texts = said(model, encoder, [ids for ids, _ in prompts], adapters=mix, seed=seed, **options)
-    answers = [_stripped(text, question, encoder) for text, question in zip(texts, questions, strict=True)]
-    metrics = measure(exam.one.metrics, answers, references, concepts=concepts, seed=seed)
-    right = [one for one in (question.conversation() for question in questions) if fits(encoder, one)]
-    forced = likelihoods(scorer, encoder, [[one] for one in right], mix, closed=True)
-    metrics["perplexity"] = perplexity_of([row[0] for row in forced], seed)
+    prompts = [truncate_prompt(encoder, question.conversation("."), room) for question in questions]
+    texts = generate_continuations(model, encoder, [ids for ids, _ in prompts], adapters=mix, seed=seed, **options)
+    answers = [_strip_answer(text, question, encoder) for text, question in zip(texts, questions, strict=True)]
+    metrics = measure_metrics(exam.one.metrics, answers, references, concepts=concepts, seed=seed)
+    right = [one for one in (question.conversation() for question in questions) if answer_fits(encoder, one)]
+    forced = answer_likelihoods(scorer, encoder, [[one] for one in right], mix, closed=True)
+    metrics["perplexity"] = measure_perplexity([row[0] for row in forced], seed)
     rows = [
-        {**_shown(q), "references": refs, "answer": text} for q, refs, text in zip(questions, references, answers, strict=True)
+        {**_question_record(q), "references": refs, "answer": text}
+        for q, refs, text in zip(questions, references, answers, strict=True)
     ]
     cut, over = sum(count > 0 for _, count in prompts), len(questions) - len(right)
-    return Taken(exam.one.name, metrics, _with_values(rows, metrics), cut, over)
+    return BenchmarkResult(exam.one.name, metrics, _with_values(rows, metrics), cut, over)
 
 
-def _stripped(text: str, question: Question, encoder: Encoder) -> str:
+def _strip_answer(text: str, question: BenchmarkQuestion, encoder: ExampleEncoder) -> str:
     """An answer as it is compared: in plain text after worked examples it ends at the blank line."""
-    return (text.lstrip().partition(BLANK)[0] if question.shots and not encoder.has_template else text).strip()
+    return (text.lstrip().partition(BLANK_LINE)[0] if question.shots and not encoder.has_template else text).strip()
 
 
-def perplexity_of(found: Sequence[Likelihood], seed: int = 0) -> Measured:
+def measure_perplexity(found: Sequence[AnswerLikelihood], seed: int = 0) -> MetricEstimate:
     """exp of the mean negative log-likelihood per token of all answers together, resampled by rows; NaN of none."""
     import numpy
 
     if not found:
-        return Measured(math.nan, (math.nan, math.nan))
+        return MetricEstimate(math.nan, (math.nan, math.nan))
     table = numpy.array([[-one.total, one.tokens] for one in found])
     value = float(numpy.exp(table[:, 0].sum() / table[:, 1].sum()))
     if not math.isfinite(value):
-        return Measured(value, (value, value))
-    return Measured(value, corpus_interval(table, lambda sums: numpy.exp(sums[:, 0] / sums[:, 1]), seed))
+        return MetricEstimate(value, (value, value))
+    return MetricEstimate(value, corpus_interval(table, lambda sums: numpy.exp(sums[:, 0] / sums[:, 1]), seed))
 
 
-def _shown(question: Question) -> dict[str, Any]:
+def _question_record(question: BenchmarkQuestion) -> dict[str, Any]:
     return {
         "where": question.where,
         "prompt": question.item.prompt,
@@ -127,7 +136,7 @@ def _shown(question: Question) -> dict[str, Any]:
     }
 
 
-def _with_values(rows: list[dict[str, Any]], metrics: Mapping[str, Measured]) -> list[dict[str, Any]]:
+def _with_values(rows: list[dict[str, Any]], metrics: Mapping[str, MetricEstimate]) -> list[dict[str, Any]]:
     """Each row with its value in every metric that is a mean of rows."""
     columns = {name: one.rows for name, one in metrics.items() if one.rows is not None}
     return [{**row, "scores": {name: values[at] for name, values in columns.items()}} for at, row in enumerate(rows)]

@@ -13,27 +13,43 @@ from typing import Any
 from torch import nn
 
 from lorry.adapters.mix import Mix
-from lorry.errors import ConfigError, nearest
-from lorry.generation.engine import Generation, evaluating
-from lorry.generation.sampling import Sampling
+from lorry.errors import ConfigError, suggest_nearest
+from lorry.generation.engine import GenerationBatch, evaluation_mode
+from lorry.generation.sampling import SamplingParams
 
-MARGIN = 4  # tokens looked at beyond those a stop string can take: special ones, and a space that is dropped at a text's start
+STOP_MARGIN_TOKENS = (
+    4  # tokens looked at beyond those a stop string can take: special ones, and a space that is dropped at a text's start
+)
 
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first of them that is given counts
-KNOWN = ("until", *LENGTHS, "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+LENGTH_SETTINGS_NAMES = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # the first of them that is given counts
+KNOWN_GENERATION_SETTINGS = (
+    "until",
+    *LENGTH_SETTINGS_NAMES,
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "seed",
+)
 
 
-def decoding(given: Mapping[str, Any], max_gen_toks: int, seed: int) -> tuple[list[str], int, Sampling]:
+def parse_generation_kwargs(given: Mapping[str, Any], max_gen_toks: int, seed: int) -> tuple[list[str], int, SamplingParams]:
     """(stop strings, most new tokens, how tokens are chosen) of a task's generation settings; greedy unless do_sample is true or
     a temperature above 0 is given without it. Raises ConfigError for a setting that would be ignored."""
     left = dict(given)
     until = left.pop("until", None) or []
-    lengths = [value for name in LENGTHS if (value := left.pop(name, None)) is not None]
+    lengths = [value for name in LENGTH_SETTINGS_NAMES if (value := left.pop(name, None)) is not None]
     sample, temperature = left.pop("do_sample", None), left.pop("temperature", None)
     drawn = bool(sample) if sample is not None else bool(temperature)
     warm = 1.0 if temperature is None else float(temperature)
     top_k, top_p = left.pop("top_k", None), left.pop("top_p", None)
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=warm if drawn else 0.0,
         top_k=top_k if drawn and top_k and top_k > 0 else None,  # 0 and -1 are other libraries' words for all
         top_p=top_p if drawn else None,
@@ -42,18 +58,20 @@ def decoding(given: Mapping[str, Any], max_gen_toks: int, seed: int) -> tuple[li
     )
     if other := {name: value for name, value in left.items() if value is not None and (name, value) != ("num_beams", 1)}:
         name = next(iter(other))
-        raise ConfigError(f"generation_kwargs: {name} is not understood{nearest(name, KNOWN)}; there are {', '.join(KNOWN)}")
+        raise ConfigError(
+            f"generation_kwargs: {name} is not understood{suggest_nearest(name, KNOWN_GENERATION_SETTINGS)}; there are {', '.join(KNOWN_GENERATION_SETTINGS)}"
+        )
     return [until] if isinstance(until, str) else list(until), int(lengths[0]) if lengths else max_gen_toks, sampling
 
 
-def answers_until(
+def generate_until_stops(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
     stops: Sequence[str],
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     eos: Collection[int] = (),
     adapters: Mix | str | None = None,
     batch_rows: int | None = None,
@@ -61,8 +79,8 @@ def answers_until(
     """(number of the prompt, its answer as text), as answers end. An answer is cut before the first stop string in it and
     holds no special tokens. The rest is as in `generation.engine`."""
     stops = [stop for stop in stops if stop]
-    window = max((len(stop.encode()) for stop in stops), default=0) + MARGIN
-    run = Generation(
+    window = max((len(stop.encode()) for stop in stops), default=0) + STOP_MARGIN_TOKENS
+    run = GenerationBatch(
         model, prompts, max_new_tokens=max_new_tokens, eos=eos, sampling=sampling, adapters=adapters, batch_rows=batch_rows
     )
 
@@ -71,22 +89,22 @@ def answers_until(
 
     def ended(tokens: Sequence[int]) -> bool:
         """The last tokens are looked at first, which is quick; what they show has to be in the whole text too."""
-        return holds(said(tokens[-window:]), stops) and (len(tokens) <= window or holds(said(tokens), stops))
+        return contains_stop(said(tokens[-window:]), stops) and (len(tokens) <= window or contains_stop(said(tokens), stops))
 
-    with evaluating(model):
+    with evaluation_mode(model):
         for rows in run.steps():
             for row in rows:
                 row.finished = row.finished or ended(row.tokens)
                 if row.done:
-                    yield row.index, cut(said(row.tokens), stops)
+                    yield row.index, cut_at_stops(said(row.tokens), stops)
 
 
-def holds(text: str, stops: Sequence[str]) -> bool:
+def contains_stop(text: str, stops: Sequence[str]) -> bool:
     """Whether any stop string is in a text."""
     return any(stop in text for stop in stops)
 
 
-def cut(text: str, stops: Sequence[str]) -> str:
+def cut_at_stops(text: str, stops: Sequence[str]) -> str:
     """The text before the first occurrence of each stop string, one after the other as the harness cuts."""
     for stop in stops:
         text = text.partition(stop)[0]

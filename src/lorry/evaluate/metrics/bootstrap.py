@@ -4,8 +4,8 @@ Try: ``bootstrap_interval([0.0, 1.0] * 200)`` is about (0.45, 0.55). A mean of r
 calibration error) resamples its rows' sufficient statistics and is computed once for all resamples. The rows drawn are a
 function of (seed, number of rows), so that two metrics or two models on the same rows see the same resamples.
 
-**Of fewer than `FEWEST_ROWS` rows there is no interval**: resamples of a handful hold the same few values again and again, and of
-rows that agree the interval has no width, which reads as certainty. It is (NaN, NaN) there, and whoever prints it says `TOO_FEW`.
+**Of fewer than `MIN_INTERVAL_ROWS` rows there is no interval**: resamples of a handful hold the same few values again and again, and of
+rows that agree the interval has no width, which reads as certainty. It is (NaN, NaN) there, and whoever prints it says `TOO_FEW_ROWS_MESSAGE`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy
 
-RESAMPLES = 1000
-CONFIDENCE = 0.95
-FEWEST_ROWS = 10  # ten that agree leave a 30% share of others possible (95%, the rule of three); with fewer nothing is said
-TOO_FEW = f"too few rows for an interval (fewer than {FEWEST_ROWS})"
+BOOTSTRAP_RESAMPLES = 1000
+CONFIDENCE_LEVEL = 0.95
+MIN_INTERVAL_ROWS = 10  # ten that agree leave a 30% share of others possible (95%, the rule of three); with fewer nothing is said
+TOO_FEW_ROWS_MESSAGE = f"too few rows for an interval (fewer than {MIN_INTERVAL_ROWS})"
 NO_INTERVAL = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetricEstimate:
     """A metric over all rows. ``interval``: its 95% percentile bootstrap interval, NaN where there is none; ``rows``: one value a
     row for a mean of rows, None for a corpus metric; ``signature``: sacreBLEU's, which makes a published number reproducible,
     or an empty string."""
@@ -38,7 +38,7 @@ class Measured:
 
 
 def bootstrap_interval(
-    values: Sequence[float], seed: int = 0, confidence: float = CONFIDENCE, resamples: int = RESAMPLES
+    values: Sequence[float], seed: int = 0, confidence: float = CONFIDENCE_LEVEL, resamples: int = BOOTSTRAP_RESAMPLES
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of per-example values: (low, high), a function of the seed; of too few rows NaN.
 
@@ -49,28 +49,28 @@ def bootstrap_interval(
     data = numpy.asarray(values, dtype=numpy.float64)
     if data.size == 0 or not numpy.isfinite(data).all():
         raise ValueError(f"a bootstrap needs at least one value, all of them finite; got {data.size} values")
-    if data.size < FEWEST_ROWS:
+    if data.size < MIN_INTERVAL_ROWS:
         return NO_INTERVAL
-    means = [data[drawn].mean(axis=1) for drawn in draws(data.size, seed, resamples)]
-    return _percentiles(numpy.concatenate(means), confidence)
+    means = [data[drawn].mean(axis=1) for drawn in bootstrap_draws(data.size, seed, resamples)]
+    return _percentile_interval(numpy.concatenate(means), confidence)
 
 
 def corpus_interval(
     statistics: Any,
     score: Callable[[numpy.ndarray], numpy.ndarray],
     seed: int = 0,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE_LEVEL,
+    resamples: int = BOOTSTRAP_RESAMPLES,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a metric that is a function of its rows' summed statistics: (low, high).
 
     ``statistics``: [rows, k]; ``score``: sums [resamples, k] to values [resamples]. Raises ValueError as `bootstrap_interval`.
     """
     sums = resampled_sums(statistics, seed, resamples)
-    return _percentiles(score(sums), confidence) if len(statistics) >= FEWEST_ROWS else NO_INTERVAL
+    return _percentile_interval(score(sums), confidence) if len(statistics) >= MIN_INTERVAL_ROWS else NO_INTERVAL
 
 
-def resampled_sums(statistics: Any, seed: int = 0, resamples: int = RESAMPLES) -> numpy.ndarray:
+def resampled_sums(statistics: Any, seed: int = 0, resamples: int = BOOTSTRAP_RESAMPLES) -> numpy.ndarray:
     """[resamples, k]: the sums of each resample's rows of ``statistics`` [rows, k], in float64 (exact for counts below 2^53).
 
     Raises ValueError for no rows or a value that is not finite.
@@ -81,20 +81,20 @@ def resampled_sums(statistics: Any, seed: int = 0, resamples: int = RESAMPLES) -
     if table.ndim != 2 or not len(table) or not numpy.isfinite(table).all():
         raise ValueError(f"a bootstrap needs rows of finite statistics; got shape {table.shape}")
     rows, sums = len(table), []
-    for drawn in draws(rows, seed, resamples):
+    for drawn in bootstrap_draws(rows, seed, resamples):
         # How often a resample drew each row, times the rows: one product, where gathering the rows would copy them all.
         apart = drawn + rows * numpy.arange(len(drawn))[:, None]
         sums.append(numpy.bincount(apart.ravel(), minlength=apart.size).reshape(drawn.shape) @ table)
     return numpy.concatenate(sums)
 
 
-def mean_of(values: Sequence[float], seed: int = 0) -> Measured:
+def estimate_mean(values: Sequence[float], seed: int = 0) -> MetricEstimate:
     """The mean of a value per row, with its interval. Raises ValueError as `bootstrap_interval`."""
     rows = [float(v) for v in values]
-    return Measured(math.fsum(rows) / max(len(rows), 1), bootstrap_interval(rows, seed), rows)
+    return MetricEstimate(math.fsum(rows) / max(len(rows), 1), bootstrap_interval(rows, seed), rows)
 
 
-def draws(rows: int, seed: int, resamples: int) -> Iterator[numpy.ndarray]:
+def bootstrap_draws(rows: int, seed: int, resamples: int) -> Iterator[numpy.ndarray]:
     """Row numbers drawn with replacement, a resample a line: blocks [n, rows], about a million numbers each, of ``resamples``
     lines in all. The blocks' size changes nothing that is drawn."""
     import numpy
@@ -103,7 +103,7 @@ def draws(rows: int, seed: int, resamples: int) -> Iterator[numpy.ndarray]:
     return (random.integers(rows, size=(min(most, resamples - at), rows)) for at in range(0, resamples, most))
 
 
-def _percentiles(values: Any, confidence: float) -> tuple[float, float]:
+def _percentile_interval(values: Any, confidence: float) -> tuple[float, float]:
     import numpy
 
     if not 0 < confidence < 1:

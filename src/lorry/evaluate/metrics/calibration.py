@@ -13,18 +13,18 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from lorry.errors import DataError, NonFiniteError
-from lorry.evaluate.metrics.bootstrap import Measured, corpus_interval, mean_of
+from lorry.evaluate.metrics.bootstrap import MetricEstimate, corpus_interval, estimate_mean
 
 if TYPE_CHECKING:
     import numpy
 
 OPTION_METRICS = ("accuracy", "ece", "brier", "confidence")
-BINS = 10
+CALIBRATION_BINS = 10
 
 
 def measure_options(
     loglikelihoods: Sequence[Sequence[float]], right: Sequence[Collection[int]], seed: int = 0
-) -> dict[str, Measured]:
+) -> dict[str, MetricEstimate]:
     """`OPTION_METRICS` of rows of options, each with its 95% bootstrap interval.
 
     ``loglikelihoods``: by row, one per option in nats (rows may differ in their number); ``right``: the numbers of the options
@@ -40,23 +40,23 @@ def measure_options(
         raise DataError(f"{len(loglikelihoods)} rows of options and {len(right)} of right ones; both must be equal and above 0")
     accuracy, confidence, brier = [], [], []
     for number, (values, correct) in enumerate(zip(loglikelihoods, right, strict=True)):
-        _check(number, values, correct)
-        probabilities = softmax(values)
+        _check_options(number, values, correct)
+        probabilities = softmax_probabilities(values)
         chosen = max(range(len(values)), key=probabilities.__getitem__)
         share = 1 / len(set(correct))
         accuracy.append(float(chosen in correct))
         confidence.append(probabilities[chosen])
         brier.append(math.fsum((p - share * (option in correct)) ** 2 for option, p in enumerate(probabilities)))
-    gaps = _gaps(confidence, accuracy)
+    gaps = _calibration_gaps(confidence, accuracy)
     return {
-        "accuracy": mean_of(accuracy, seed),
-        "ece": Measured(float(_total_gap(gaps.sum(axis=0))), corpus_interval(gaps, _total_gap, seed)),
-        "brier": mean_of(brier, seed),
-        "confidence": mean_of(confidence, seed),
+        "accuracy": estimate_mean(accuracy, seed),
+        "ece": MetricEstimate(float(_total_gap(gaps.sum(axis=0))), corpus_interval(gaps, _total_gap, seed)),
+        "brier": estimate_mean(brier, seed),
+        "confidence": estimate_mean(confidence, seed),
     }
 
 
-def softmax(loglikelihoods: Sequence[float]) -> list[float]:
+def softmax_probabilities(loglikelihoods: Sequence[float]) -> list[float]:
     """Probabilities in proportion to exp of finite values or -inf, one of them finite; they sum to 1."""
     top = max(loglikelihoods)
     weights = [math.exp(value - top) for value in loglikelihoods]
@@ -64,13 +64,13 @@ def softmax(loglikelihoods: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _gaps(confidence: Sequence[float], accuracy: Sequence[float]) -> numpy.ndarray:
+def _calibration_gaps(confidence: Sequence[float], accuracy: Sequence[float]) -> numpy.ndarray:
     """[rows, BINS]: a row's (accuracy - confidence) / rows in its bin's column; the m-th bin is ((m - 1) / BINS, m / BINS]."""
     import numpy
 
-    gaps = numpy.zeros((len(confidence), BINS))
+    gaps = numpy.zeros((len(confidence), CALIBRATION_BINS))
     for row, (sure, hit) in enumerate(zip(confidence, accuracy, strict=True)):
-        gaps[row, max(math.ceil(sure * BINS) - 1, 0)] = (hit - sure) / len(confidence)
+        gaps[row, max(math.ceil(sure * CALIBRATION_BINS) - 1, 0)] = (hit - sure) / len(confidence)
     return gaps
 
 
@@ -79,7 +79,7 @@ def _total_gap(sums: numpy.ndarray) -> numpy.ndarray:
     return abs(sums).sum(axis=-1)
 
 
-def _check(number: int, values: Sequence[float], correct: Collection[int]) -> None:
+def _check_options(number: int, values: Sequence[float], correct: Collection[int]) -> None:
     if len(values) < 2:
         raise DataError(f"row {number} has {len(values)} options; a choice needs at least two")
     if not correct or not set(correct) <= set(range(len(values))):

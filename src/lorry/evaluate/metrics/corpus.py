@@ -11,50 +11,53 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorry.evaluate.metrics.bootstrap import Measured, corpus_interval
-from lorry.evaluate.metrics.words import References, as_list
+from lorry.evaluate.metrics.bootstrap import MetricEstimate, corpus_interval
+from lorry.evaluate.metrics.words import ReferenceTexts, as_list
 
 if TYPE_CHECKING:
     import numpy
 
 
-def bleu(predictions: Sequence[str], references: Sequence[References], seed: int = 0) -> Measured:
+def corpus_bleu(predictions: Sequence[str], references: Sequence[ReferenceTexts], seed: int = 0) -> MetricEstimate:
     """Corpus BLEU (Papineni et al. 2002), 0 to 100, as sacreBLEU publishes it (Post 2018): tokenizer 13a, exponential smoothing.
 
-    13a splits words at spaces, so text in a script without them (Chinese, Japanese, Thai) is better scored by `chrf`.
+    13a splits words at spaces, so text in a script without them (Chinese, Japanese, Thai) is better scored by `corpus_chrf`.
     """
     from sacrebleu.metrics import BLEU
 
     # force: no warning about text that looks tokenized already; nothing else hangs on it
-    return _measured(BLEU(tokenize="13a", force=True), bleu_of_sums, predictions, references, seed)
+    return _corpus_estimate(BLEU(tokenize="13a", force=True), bleu_of_sums, predictions, references, seed)
 
 
-def chrf(predictions: Sequence[str], references: Sequence[References], seed: int = 0) -> Measured:
+def corpus_chrf(predictions: Sequence[str], references: Sequence[ReferenceTexts], seed: int = 0) -> MetricEstimate:
     """Corpus chrF2 (Popović 2015), 0 to 100, as sacreBLEU publishes it: character n-grams up to 6, recall counts twice.
 
     Needs no words, so it works in every script and forgives inflection.
     """
     from sacrebleu.metrics import CHRF
 
-    return _measured(CHRF(), chrf_of_sums, predictions, references, seed)
+    return _corpus_estimate(CHRF(), chrf_of_sums, predictions, references, seed)
 
 
-CORPUS_METRICS: dict[str, Callable[[Sequence[str], Sequence[References], int], Measured]] = {"bleu": bleu, "chrf": chrf}
+CORPUS_METRICS: dict[str, Callable[[Sequence[str], Sequence[ReferenceTexts], int], MetricEstimate]] = {
+    "bleu": corpus_bleu,
+    "chrf": corpus_chrf,
+}
 
 
-def _measured(
+def _corpus_estimate(
     metric: Any,
     score: Callable[[numpy.ndarray], numpy.ndarray],
     predictions: Sequence[str],
-    references: Sequence[References],
+    references: Sequence[ReferenceTexts],
     seed: int,
-) -> Measured:
+) -> MetricEstimate:
     rows = [as_list(r) for r in references]
     # sacreBLEU wants the first reference of every row, then the second of every row, with None where a row has no more.
     columns = [[row[n] if n < len(row) else None for row in rows] for n in range(max(map(len, rows)))]
     statistics = metric._extract_corpus_statistics(predictions, columns)
     value = float(metric._aggregate_and_compute(statistics).score)
-    return Measured(value, corpus_interval(statistics, score, seed), signature=metric.get_signature().format())
+    return MetricEstimate(value, corpus_interval(statistics, score, seed), signature=metric.get_signature().format())
 
 
 def bleu_of_sums(sums: numpy.ndarray, orders: int = 4) -> numpy.ndarray:

@@ -18,31 +18,31 @@ from typing import Any
 from lorry.evaluate.metrics.words import words_of
 
 
-def coverage(prediction: str, concepts: Sequence[str]) -> float:
+def concept_coverage(prediction: str, concepts: Sequence[str]) -> float:
     """Share of the concepts that occur in the text as a word with the same lemma; a concept of several words, as neighbours.
 
     Raises ValueError without concepts.
     """
     if not concepts:
         raise ValueError("coverage needs at least one concept")
-    words = _words(prediction)
-    return sum(_occurs(_words(concept), words) for concept in concepts) / len(concepts)
+    words = _text_words(prediction)
+    return sum(_concept_occurs(_text_words(concept), words) for concept in concepts) / len(concepts)
 
 
-def _occurs(concept: list[str], words: list[str]) -> bool:
+def _concept_occurs(concept: list[str], words: list[str]) -> bool:
     starts = range(len(words) - len(concept) + 1)
-    return bool(concept) and any(all(map(_same, concept, words[start:])) for start in starts)
+    return bool(concept) and any(all(map(_is_inflection, concept, words[start:])) for start in starts)
 
 
-def _same(concept: str, word: str) -> bool:
+def _is_inflection(concept: str, word: str) -> bool:
     """The word is an inflection of the concept; a regular plural also where the dictionary has no such word (wetsuits)."""
-    if word in (concept, concept + "s", concept + "es") or _lemma(word) in (concept, _lemma(concept)):
+    if word in (concept, concept + "s", concept + "es") or _lemma_of(word) in (concept, _lemma_of(concept)):
         return True
-    return len(word) > len(concept) and _stem(word) == _stem(concept)  # a building is not to build
+    return len(word) > len(concept) and _stem_of(word) == _stem_of(concept)  # a building is not to build
 
 
 @lru_cache(maxsize=1 << 16)
-def _lemma(word: str) -> str:
+def _lemma_of(word: str) -> str:
     """The lemma of a lower-case word; the word itself where the dictionary lacks it."""
     import simplemma  # its dictionary takes a moment: only those who ask for coverage wait for it
 
@@ -50,16 +50,16 @@ def _lemma(word: str) -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def _stem(word: str) -> str:
-    return str(_stemmer().stem(word))
+def _stem_of(word: str) -> str:
+    return str(_load_stemmer().stem(word))
 
 
 @lru_cache(maxsize=1)
-def _stemmer() -> Any:
+def _load_stemmer() -> Any:
     from nltk.stem.porter import PorterStemmer  # what rouge-score stems with
 
     return PorterStemmer()
 
 
-def _words(text: str) -> list[str]:
+def _text_words(text: str) -> list[str]:
     return words_of(unicodedata.normalize("NFC", text))

@@ -9,7 +9,7 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 
-from lorry.evaluate.metrics.words import References, as_list
+from lorry.evaluate.metrics.words import ReferenceTexts, as_list
 
 # Digits with or without thousands separators (1,234,567 and 12,34,567), a decimal part, an exponent (a short one: 1e999999999
 # would be a number too big to compare); then quotients of them, 3/4, and dates.
@@ -18,7 +18,7 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3
 _NUMBER = re.compile(rf"((?<![\w)%.\u2212-])[-\u2212])?[$€£¥]?((?<=[$€£¥])[-\u2212])?((?:{_DIGITS})(?:/\d+)*)")
 
 
-def number_match(prediction: str, references: References) -> float:
+def number_match(prediction: str, references: ReferenceTexts) -> float:
     """1.0 if `final_number` of the prediction equals that of a reference, else 0.0 (also where either has none).
 
     Equal means equal: 18, 18.0, $18.00, 18% and 36/2 agree, 33.3 and 100/3 do not.
@@ -35,14 +35,14 @@ def final_number(text: str) -> Fraction | None:
     """
     _, mark, rest = text.partition("####")
     if mark and (first := _NUMBER.search(rest)):
-        return _value(first)
+        return _number_value(first)
     found = None
     for found in _NUMBER.finditer(text):  # noqa: B007  only the last one is wanted
         pass
-    return _value(found) if found else None
+    return _number_value(found) if found else None
 
 
-def _value(found: re.Match[str]) -> Fraction:
+def _number_value(found: re.Match[str]) -> Fraction:
     sign, inner, digits = found.groups()
     parts = [Fraction(Decimal(part.replace(",", ""))) for part in digits.split("/")]
     value = parts[0] / parts[1] if len(parts) == 2 and parts[1] else parts[-1]  # 1/2/2020 is a date and 1/0 nothing: the last

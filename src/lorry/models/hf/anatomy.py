@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 PROBE = (2, 6)  # sequences and tokens of the proof
-MOST_TOKENS = 4096  # different tokens that random sequences are made of
+MAX_TEXT_TOKENS = 4096  # different tokens that random sequences are made of
 
 
-class _Outputs(BaseModelOutputWithPast):
+class _HiddenOnlyOutput(BaseModelOutputWithPast):
     """Hidden states alone: whatever else a model's forward looks for (router logits, states to pass on) is absent."""
 
     def __getattr__(self, name: str) -> None:
@@ -25,7 +25,7 @@ class _Outputs(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-class _Given(nn.Module):
+class _PrecomputedBody(nn.Module):
     """Stands where a model's body stands and returns hidden states that are already there."""
 
     def __init__(self, hidden: Tensor) -> None:
@@ -33,7 +33,7 @@ class _Given(nn.Module):
         self.hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _Outputs(last_hidden_state=self.hidden)
+        return _HiddenOnlyOutput(last_hidden_state=self.hidden)
 
 
 def find_layers(inner: Any) -> list[nn.Module]:
@@ -43,7 +43,7 @@ def find_layers(inner: Any) -> list[nn.Module]:
     return list(next(lists, ()))
 
 
-def tail(inner: Any, body: str, hidden: Tensor) -> Tensor:
+def logits_from_hidden(inner: Any, body: str, hidden: Tensor) -> Tensor:
     """What the model's own forward makes of given hidden states [t,D]: the logits [t,V]. The model itself is not touched: a copy
     of its shell, sharing every layer, has the body replaced."""
     shell = node = copy.copy(inner)
@@ -52,7 +52,7 @@ def tail(inner: Any, body: str, hidden: Tensor) -> Tensor:
         child = copy.copy(node._modules[name])
         node._modules = {**node._modules, name: child}
         node = child
-    node._modules = {**node._modules, leaf: _Given(hidden[None])}
+    node._modules = {**node._modules, leaf: _PrecomputedBody(hidden[None])}
     ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
     return shell(input_ids=ids, use_cache=False).logits[0]
 
@@ -71,8 +71,10 @@ def find_body(inner: Any) -> tuple[str | None, bool]:
             out = inner.get_submodule(body)(input_ids=ids, attention_mask=mask, use_cache=False)
             hidden = out.last_hidden_state.flatten(0, 1)
             some = torch.arange(0, hidden.shape[0], 2, device=hidden.device)
-            exact = all(_same(tail(inner, body, hidden[rows]), expected[rows]) for rows in (slice(None), some))
-            plain = isinstance(head, nn.Linear) and _same(head(hidden), expected)
+            exact = all(
+                _equal_to_rounding(logits_from_hidden(inner, body, hidden[rows]), expected[rows]) for rows in (slice(None), some)
+            )
+            plain = isinstance(head, nn.Linear) and _equal_to_rounding(head(hidden), expected)
         except (AttributeError, TypeError, ValueError, RuntimeError, KeyError):
             continue  # this part cannot be called apart from the whole
         if exact:
@@ -80,9 +82,9 @@ def find_body(inner: Any) -> tuple[str | None, bool]:
     return None, False
 
 
-def plain_tokens(inner: Any) -> list[int]:
+def list_text_tokens(inner: Any) -> list[int]:
     """Ids that stand for text alone, a few thousand at most: an image's placeholder, padding or a mask are read otherwise."""
-    known = min(int(inner.get_input_embeddings().weight.shape[0]), MOST_TOKENS)
+    known = min(int(inner.get_input_embeddings().weight.shape[0]), MAX_TEXT_TOKENS)
     said = {**inner.config.to_dict(), **inner.config.get_text_config().to_dict()}
     special = {v for k, v in said.items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
     return [t for t in range(known) if t not in special] or list(range(known))
@@ -104,17 +106,17 @@ def counts_from_zero(inner: Any, body: str | None) -> bool:
     except (TypeError, LookupError, ValueError, RuntimeError):
         return False  # positions are wanted in another shape
     found, expected = (out.logits if body is None else out.last_hidden_state for out in outs)
-    return _same(found, expected)
+    return _equal_to_rounding(found, expected)
 
 
 def _random_ids(inner: Any) -> Tensor:
     """[PROBE] tokens of plain text."""
-    known = torch.tensor(plain_tokens(inner))
+    known = torch.tensor(list_text_tokens(inner))
     picks = torch.randint(0, len(known), PROBE, generator=torch.Generator().manual_seed(0))
     return known[picks].to(inner.device)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _equal_to_rounding(a: Tensor, b: Tensor) -> bool:
     """Equal up to the rounding of one matrix product done in another shape."""
     loose = torch.finfo(a.dtype).eps * 8
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=loose, atol=loose * float(b.float().abs().max()))

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
-from lorry.adapters.mix import Call, Mix
-from lorry.models.decoder.model import Packed
-from lorry.models.hf.frames import Frame
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.models.decoder.model import PackedInput
+from lorry.models.hf.frames import PaddedFrame
 
 
 @dataclass
-class _Group:
+class _CacheGroup:
     """rows: which rows of the cache, in order; mask [b, L]: real tokens; state: transformers' cache."""
 
     rows: list[int]
@@ -35,9 +35,9 @@ class HfCache:
     def __init__(self, rows: int, device: torch.device, make: Callable[[], Any]) -> None:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self._make = make
-        self._groups: list[_Group] = []
+        self._groups: list[_CacheGroup] = []
 
-    def extend(self, packed: Packed, rows: Tensor, *, decoding: bool) -> Iterator[tuple[Frame, Tensor, Any]]:
+    def extend(self, packed: PackedInput, rows: Tensor, *, decoding: bool) -> Iterator[tuple[PaddedFrame, Tensor, Any]]:
         """The frames to run, each with the mask [b, L] over everything its rows hold by then, and the cache it extends."""
         device = packed.tokens.device
         if not decoding:
@@ -46,16 +46,16 @@ class HfCache:
             self._narrow({row: row for group in self._groups for row in group.rows if row not in owners})
             counts = torch.tensor([stop - start for start, stop in packed.segments], device=device)
             self.lengths = self.lengths.index_copy(0, torch.tensor(owners, device=device), counts)
-            frame = Frame(list(packed.segments), device, left=True)
-            group = _Group(owners, frame.mask(), self._make())
+            frame = PaddedFrame(list(packed.segments), device, left=True)
+            group = _CacheGroup(owners, frame.mask(), self._make())
             self._groups.append(group)
             yield frame, group.mask, group.state
             return
-        self._groups = _joined(self._groups)
+        self._groups = _join_groups(self._groups)
         self.lengths = self.lengths + 1
         place = {row: t for t, row in enumerate(rows.tolist())}
         for group in self._groups:
-            frame = Frame([(place[r], place[r] + 1) for r in group.rows], device)
+            frame = PaddedFrame([(place[r], place[r] + 1) for r in group.rows], device)
             group.mask = torch.cat([group.mask, group.mask.new_ones(len(group.rows), 1)], 1)
             yield frame, group.mask, group.state
 
@@ -79,7 +79,7 @@ class HfCache:
         self._groups = [group for group in self._groups if group.rows]
 
 
-def _joined(groups: list[_Group]) -> list[_Group]:
+def _join_groups(groups: list[_CacheGroup]) -> list[_CacheGroup]:
     """One group of several, padded on the left to the longest, where every layer's cache is plain keys and values; else as it was
     (sliding windows and recurrent states cannot be shifted; such groups go on side by side)."""
     plain = all(type(layer) is DynamicLayer for group in groups for layer in group.state.layers)
@@ -93,10 +93,10 @@ def _joined(groups: list[_Group]) -> list[_Group]:
             held = [getattr(group.state.layers[i], part) for group in groups]
             setattr(layer, part, torch.cat([F.pad(x, (0, 0, pad, 0)) for x, pad in zip(held, pads, strict=True)]))
     mask = torch.cat([F.pad(group.mask, (pad, 0)) for group, pad in zip(groups, pads, strict=True)])
-    return [_Group([row for group in groups for row in group.rows], mask, first)]
+    return [_CacheGroup([row for group in groups for row in group.rows], mask, first)]
 
 
-class WholeCache:
+class RecomputeCache:
     """The tokens alone of B sequences being generated, for a model whose cache is missing or wrong:
     every step reads each sequence again from its start. ``lengths`` [B] int64 counts each row's
     tokens, as in the decoder's cache."""
@@ -105,13 +105,13 @@ class WholeCache:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self._tokens: list[list[int]] = [[] for _ in range(rows)]
 
-    def extend(self, packed: Packed, rows: Tensor, *, decoding: bool) -> Packed:
+    def extend(self, packed: PackedInput, rows: Tensor, *, decoding: bool) -> PackedInput:
         """Take whole prompts, or one more token for every row; returns all tokens of the rows that were named, in order."""
         owners = [int(rows[start]) for start, _ in packed.segments]
         for row, (start, stop) in zip(owners, packed.segments, strict=True):
             self._tokens[row] = [*(self._tokens[row] if decoding else ()), *packed.tokens[start:stop].tolist()]
         self.lengths = torch.tensor([len(tokens) for tokens in self._tokens], device=self.lengths.device)
-        return Packed.of([self._tokens[row] for row in owners], packed.tokens.device)
+        return PackedInput.of([self._tokens[row] for row in owners], packed.tokens.device)
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these; row ``rows[i]`` becomes row i."""
@@ -120,7 +120,7 @@ class WholeCache:
         self.lengths = self.lengths[rows]
 
 
-def widened(call: Call, whole: Packed) -> Call:
+def repeat_context_per_token(call: AdapterContext, whole: PackedInput) -> AdapterContext:
     """The call of one token per sequence, for all tokens of those sequences. Generation's gates are constants."""
     starts = [start for start, _ in whole.segments] + [whole.tokens.numel()]
     terms = (

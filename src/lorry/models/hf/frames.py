@@ -13,17 +13,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lorry.adapters.dropout import PADDING, Noise
-from lorry.adapters.mix import Call, Mix, Term
+from lorry.adapters.dropout import PADDING_KEY, DropoutNoise
+from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 
-Span = tuple[int, int]
+TokenSpan = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Frame:
+class PaddedFrame:
     """spans: (start, stop) in the packed tokens; padding stands on the right, or on the left for generation."""
 
-    spans: Sequence[Span]
+    spans: Sequence[TokenSpan]
     device: torch.device
     left: bool = False
 
@@ -62,14 +62,14 @@ class Frame:
         """[S, L, D] -> [n, D], the real tokens in frame order."""
         return framed.flatten(0, 1).index_select(0, self.places)
 
-    def call(self, call: Call) -> Call:
+    def call(self, call: AdapterContext) -> AdapterContext:
         """The same mix and noise for this frame's positions. A sequence that a term covers only in part gets a gate of zeros
         elsewhere; so does the padding under a tensor gate."""
         terms = [framed for term in call.mix.terms for framed in self._term(term)]
         noise = None if call.noise is None else self._noise(call.noise)
         return replace(call, mix=Mix(tuple(terms)), noise=noise)
 
-    def _term(self, term: Term) -> list[Term]:
+    def _term(self, term: MixTerm) -> list[MixTerm]:
         gate = term.gate
         if term.rows is None and not isinstance(gate, Tensor):
             return [term]
@@ -81,38 +81,42 @@ class Frame:
         whole = whole and touched[-1] - touched[0] == len(touched) - 1
         if whole and not isinstance(gate, Tensor):
             if len(touched) == len(self.spans):
-                return [Term(term.adapter, None, gate)]
-            return [Term(term.adapter, slice(touched[0] * self.length, (touched[-1] + 1) * self.length), gate)]
+                return [MixTerm(term.adapter, None, gate)]
+            return [MixTerm(term.adapter, slice(touched[0] * self.length, (touched[-1] + 1) * self.length), gate)]
         inside = (self.rows >= start) & (self.rows < stop)
         rows, places = self.rows[inside], self.places[inside]
         values = gate[rows - start] if isinstance(gate, Tensor) else torch.full(rows.shape, float(gate), device=self.device)
-        return [Term(term.adapter, None, values.new_zeros(len(self.spans) * self.length).index_copy(0, places, values))]
+        return [MixTerm(term.adapter, None, values.new_zeros(len(self.spans) * self.length).index_copy(0, places, values))]
 
-    def _noise(self, noise: Noise) -> Noise:
+    def _noise(self, noise: DropoutNoise) -> DropoutNoise:
         assert noise.rows is None, "a narrowed call is for the head alone"
         key_at = dict(zip(noise.starts[:-1], noise.keys, strict=True))
         keys, starts = [], [0]
         for i, (offset, (start, stop)) in enumerate(zip(self.offsets, self.spans, strict=True)):
-            for key, edge in ((PADDING, offset), (key_at[start], offset + stop - start), (PADDING, (i + 1) * self.length)):
+            for key, edge in (
+                (PADDING_KEY, offset),
+                (key_at[start], offset + stop - start),
+                (PADDING_KEY, (i + 1) * self.length),
+            ):
                 if edge > starts[-1]:
                     keys.append(key)
                     starts.append(edge)
-        return Noise(noise.seed, noise.step, tuple(keys), tuple(starts))
+        return DropoutNoise(noise.seed, noise.step, tuple(keys), tuple(starts))
 
 
-def frames(segments: Sequence[Span], device: torch.device, slack: float = 1.25) -> list[Frame]:
+def build_padded_frames(segments: Sequence[TokenSpan], device: torch.device, slack: float = 1.25) -> list[PaddedFrame]:
     """Right-padded frames of sequences of similar length: none is padded to more than ``slack`` times its own."""
-    groups: list[list[Span]] = []
+    groups: list[list[TokenSpan]] = []
     for span in sorted(segments, key=lambda s: s[1] - s[0]):
         shortest = groups[-1][0] if groups else None
         if shortest is not None and span[1] - span[0] <= slack * (shortest[1] - shortest[0]):
             groups[-1].append(span)
         else:
             groups.append([span])
-    return [Frame(sorted(group), device) for group in groups]
+    return [PaddedFrame(sorted(group), device) for group in groups]
 
 
-def gather(parts: Sequence[tuple[Frame, Tensor]]) -> Tensor:
+def unpad_frames(parts: Sequence[tuple[PaddedFrame, Tensor]]) -> Tensor:
     """Per frame [n, D] -> [T, D] in packed order."""
     if len(parts) == 1:
         return parts[0][1].index_select(0, torch.argsort(parts[0][0].rows))
@@ -120,6 +124,6 @@ def gather(parts: Sequence[tuple[Frame, Tensor]]) -> Tensor:
     return torch.cat([part for _, part in parts]).index_select(0, order)
 
 
-def by_position(call: Call) -> bool:
+def depends_on_position(call: AdapterContext) -> bool:
     """Whether a call treats tokens differently by where they stand (per-sequence terms, gates, dropout)."""
     return call.noise is not None or any(t.rows is not None or isinstance(t.gate, Tensor) for t in call.mix.terms)

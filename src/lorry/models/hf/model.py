@@ -20,21 +20,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from lorry.adapters.bank import Bank
-from lorry.adapters.layers import AMBIENT
-from lorry.adapters.mix import Call
+from lorry.adapters.bank import AdapterBank
+from lorry.adapters.layers import AMBIENT_CONTEXT
+from lorry.adapters.mix import AdapterContext
 from lorry.errors import ContractError, ModelError
 from lorry.models.causal_lm import CausalLM
-from lorry.models.decoder.model import Hidden, Output, Packed
-from lorry.models.hf.anatomy import counts_from_zero, find_body, find_layers, plain_tokens, tail
-from lorry.models.hf.cache import HfCache, WholeCache, widened
-from lorry.models.hf.frames import Frame, by_position, frames, gather
+from lorry.models.decoder.model import DecoderOutput, HiddenStates, PackedInput
+from lorry.models.hf.anatomy import counts_from_zero, find_body, find_layers, list_text_tokens, logits_from_hidden
+from lorry.models.hf.cache import HfCache, RecomputeCache, repeat_context_per_token
+from lorry.models.hf.frames import PaddedFrame, build_padded_frames, depends_on_position, unpad_frames
 
 PROBE_TOKENS = 16  # of the text that shows which layers train
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 
 
-class _Stop(Exception):
+class _EarlyStop(Exception):
     """Ends a forward pass at the last layer that was asked for."""
 
 
@@ -88,7 +88,7 @@ class HfModel(CausalLM):
         return next((n for n in said if isinstance(n, int) and n > 0), None)
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """How many tokens have an embedding."""
         return int(self.inner.get_input_embeddings().weight.shape[0])
 
@@ -119,54 +119,58 @@ class HfModel(CausalLM):
         for layer in self.layers:
             layer.__dict__.pop("forward", None)
             if on:
-                layer.__dict__["forward"] = _recomputed(layer.forward)
+                layer.__dict__["forward"] = _recompute_with_context(layer.forward)
         self._checkpointing = bool(on)
 
     # --- the three ways in, as in the decoder
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> DecoderOutput:
         """input_ids [B,T] -> logits [B,T,V]; attention_mask [B,T] may mark padding on either side; its logits are zero."""
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         ends = keep.sum(1).cumsum(0).tolist()
-        packed = Packed(input_ids[keep], (keep.cumsum(1) - 1)[keep], list(zip([0, *ends[:-1]], ends, strict=True)))
-        bank: Bank | None = self.__dict__.get("lorry_bank")
-        call = Call() if bank is None else Call(bank.active)
+        packed = PackedInput(input_ids[keep], (keep.cumsum(1) - 1)[keep], list(zip([0, *ends[:-1]], ends, strict=True)))
+        bank: AdapterBank | None = self.__dict__.get("lorry_bank")
+        call = AdapterContext() if bank is None else AdapterContext(bank.active)
         logits = self.logits(self.hidden(packed, call).last, call)
         out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
         out[keep] = logits
-        return Output(out)
+        return DecoderOutput(out)
 
-    def hidden(self, packed: Packed, call: Call, *, taps: Collection[int] = (), stop: int | None = None) -> Hidden:
+    def hidden(
+        self, packed: PackedInput, call: AdapterContext, *, taps: Collection[int] = (), stop: int | None = None
+    ) -> HiddenStates:
         """As `Decoder.hidden`: last [T,D] (or [T,V] without a body), taps {layer: [T,D]}, an early stop after layer ``stop``."""
-        parts = frames(packed.segments, packed.tokens.device)
-        lasts: list[tuple[Frame, Tensor]] = []
-        seen: dict[int, list[tuple[Frame, Tensor]]] = {i: [] for i in taps}
+        parts = build_padded_frames(packed.segments, packed.tokens.device)
+        lasts: list[tuple[PaddedFrame, Tensor]] = []
+        seen: dict[int, list[tuple[PaddedFrame, Tensor]]] = {i: [] for i in taps}
         for frame in parts:
-            with self._tapped(taps, stop) as tapped, suppress(_Stop):
+            with self._capture_layers(taps, stop) as tapped, suppress(_EarlyStop):
                 lasts.append((frame, frame.take(self._body(frame, frame.fill(packed.tokens), frame.mask(), call))))
             for i in taps:
                 seen[i].append((frame, frame.take(tapped[i])))
-        return Hidden(gather(lasts) if lasts else None, {i: gather(found) for i, found in seen.items()})
+        return HiddenStates(unpad_frames(lasts) if lasts else None, {i: unpad_frames(found) for i, found in seen.items()})
 
-    def logits(self, hidden: Tensor | None, call: Call) -> Tensor:
+    def logits(self, hidden: Tensor | None, call: AdapterContext) -> Tensor:
         """[t,D] -> [t,V], by the model's own code after its body, softcap and scale included."""
         assert hidden is not None
         if self.body is None:
             return hidden
-        with ambient(call):
-            return tail(self.inner, self.body, hidden)
+        with use_adapter_context(call):
+            return logits_from_hidden(self.inner, self.body, hidden)
 
-    def new_cache(self, rows: int, room: int) -> HfCache | WholeCache:
+    def new_cache(self, rows: int, room: int) -> HfCache | RecomputeCache:
         """An empty cache for ``rows`` sequences; it grows as needed, ``room`` is not reserved."""
         if self.recomputes:
-            return WholeCache(rows, self.device)
+            return RecomputeCache(rows, self.device)
         return HfCache(rows, self.device, lambda: DynamicCache(config=self.inner.config))
 
-    def cached(self, packed: Packed, rows: Tensor, cache: HfCache | WholeCache, call: Call, *, decoding: bool) -> Tensor:
+    def cached(
+        self, packed: PackedInput, rows: Tensor, cache: HfCache | RecomputeCache, call: AdapterContext, *, decoding: bool
+    ) -> Tensor:
         """As `Decoder.cached`: whole prompts of cache rows, or one token for every row; returns hidden states [T,D]."""
-        if isinstance(cache, WholeCache):
+        if isinstance(cache, RecomputeCache):
             whole = cache.extend(packed, rows, decoding=decoding)
-            last = self.hidden(whole, widened(call, whole) if decoding else call).last
+            last = self.hidden(whole, repeat_context_per_token(call, whole) if decoding else call).last
             assert last is not None
             return last[[stop - 1 for _, stop in whole.segments]] if decoding else last
         parts = []
@@ -175,7 +179,7 @@ class HfModel(CausalLM):
             if self._positioned:  # in a row padded on its left a model counts the padding, unless it is told
                 options["position_ids"] = frame.fill(packed.positions)
             parts.append((frame, frame.take(self._body(frame, frame.fill(packed.tokens), mask, call, **options))))
-        return gather(parts)
+        return unpad_frames(parts)
 
     def reached(self, paths: Collection[str]) -> set[str]:
         """Those of these layers that text trains: called on random tokens, and with a gradient.
@@ -201,13 +205,16 @@ class HfModel(CausalLM):
 
             return hook
 
-        known = plain_tokens(self.inner)
+        known = list_text_tokens(self.inner)
         length = min(PROBE_TOKENS, self.context or PROBE_TOKENS)
         picks = torch.randint(0, len(known), (length,), generator=torch.Generator().manual_seed(0))
         with ExitStack() as hooks, torch.enable_grad():
             for path, kind in kinds.items():
                 hooks.callback(self.get_submodule(path).register_forward_hook(watch(kind)).remove)
-            logits = self.logits(self.hidden(Packed.of([[known[i] for i in picks.tolist()]], self.device), Call()).last, Call())
+            logits = self.logits(
+                self.hidden(PackedInput.of([[known[i] for i in picks.tolist()]], self.device), AdapterContext()).last,
+                AdapterContext(),
+            )
             if logits.requires_grad:
                 logits.float().backward(torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits))
         trained = {kind for kind, probe in found.items() if probe.grad is not None and bool(probe.grad != 0)}
@@ -227,15 +234,15 @@ class HfModel(CausalLM):
     def _target(self) -> Any:
         return self.inner if self.body is None else self.inner.get_submodule(self.body)
 
-    def _body(self, frame: Frame, ids: Tensor, mask: Tensor, call: Call, **options: Any) -> Tensor:
+    def _body(self, frame: PaddedFrame, ids: Tensor, mask: Tensor, call: AdapterContext, **options: Any) -> Tensor:
         """Run the model up to its hidden states, [S, L, D] (or to its logits), with the call where the bank's layers see it."""
         framed = frame.call(call)
-        with ambient(framed), self._rows_checked(frame, framed):
+        with use_adapter_context(framed), self._rows_checked(frame, framed):
             out = self._target()(input_ids=ids, attention_mask=mask, **{"use_cache": False, **options})
         return out.logits if self.body is None else out.last_hidden_state
 
     @contextmanager
-    def _tapped(self, taps: Collection[int], stop: int | None) -> Iterator[dict[int, Tensor]]:
+    def _capture_layers(self, taps: Collection[int], stop: int | None) -> Iterator[dict[int, Tensor]]:
         """Collect the outputs of some layers, and end the pass after layer ``stop``."""
         wanted = {*taps, *(() if stop is None else (stop,))}
         if wanted and max(wanted) >= len(self.layers):
@@ -246,7 +253,7 @@ class HfModel(CausalLM):
             def hook(module: nn.Module, args: Any, out: Any) -> None:
                 got[i] = out if isinstance(out, Tensor) else out[0]
                 if i == stop:
-                    raise _Stop
+                    raise _EarlyStop
 
             return hook
 
@@ -256,10 +263,10 @@ class HfModel(CausalLM):
             yield got
 
     @contextmanager
-    def _rows_checked(self, frame: Frame, call: Call) -> Iterator[None]:
+    def _rows_checked(self, frame: PaddedFrame, call: AdapterContext) -> Iterator[None]:
         """Under a call that goes by position, every adapted layer must see the frame's tokens, all of them and in order."""
-        bank: Bank | None = self.__dict__.get("lorry_bank")
-        if bank is None or not by_position(call):
+        bank: AdapterBank | None = self.__dict__.get("lorry_bank")
+        if bank is None or not depends_on_position(call):
             yield
             return
         expected = len(frame.spans) * frame.length
@@ -280,23 +287,23 @@ class HfModel(CausalLM):
 
 
 @contextmanager
-def ambient(call: Call | None) -> Iterator[None]:
+def use_adapter_context(call: AdapterContext | None) -> Iterator[None]:
     """Let every bank layer inside see this call."""
-    token = AMBIENT.set(call)
+    token = AMBIENT_CONTEXT.set(call)
     try:
         yield
     finally:
-        AMBIENT.reset(token)
+        AMBIENT_CONTEXT.reset(token)
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recompute_with_context(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A layer's forward that is run again in backward, seeing the call it saw first."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
             return forward(*args, **kwargs)
-        call = AMBIENT.get()
-        contexts = lambda: (nullcontext(), ambient(call))  # noqa: E731
+        call = AMBIENT_CONTEXT.get()
+        contexts = lambda: (nullcontext(), use_adapter_context(call))  # noqa: E731
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
 
     return run

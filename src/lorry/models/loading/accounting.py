@@ -20,33 +20,35 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lorry.errors import ModelError
-from lorry.models.loading.weights import BUFFERS, FLOATS, Entry, refuse_damaged_buffers, refuse_not_finite
+from lorry.models.loading.weights import FLOAT_DTYPES, RECOMPUTED_BUFFERS, TensorEntry, refuse_damaged_buffers, refuse_not_finite
 
-EXPERT = re.compile(r"(?P<before>.*\b)experts\.(?P<number>\d{1,6})\.(?P<after>.+)")
+EXPERT_TENSOR = re.compile(r"(?P<before>.*\b)experts\.(?P<number>\d{1,6})\.(?P<after>.+)")
 
 
-def refuse_unfit(where: Path, inner: Any, info: Mapping[str, Any], found: Mapping[str, Entry], notes: list[str]) -> None:
+def refuse_unfit_tensors(
+    where: Path, inner: Any, info: Mapping[str, Any], found: Mapping[str, TensorEntry], notes: list[str]
+) -> None:
     """Raise ModelError unless the tensors of ``found`` (by their names in the files) are those of ``inner``,
     each once, and every value is finite. ``info``: transformers' loading info. Tensors that transformers'
     class leaves out by design go to ``notes``."""
-    refuse_listed(where, inner, info)
-    refuse_packed(where, inner, found)
-    refuse_twice(where, inner, found)
+    refuse_loading_errors(where, inner, info)
+    refuse_packed_weights(where, inner, found)
+    refuse_duplicate_tensors(where, inner, found)
     refuse_damaged_buffers(found)
-    refuse_gaps(where, found)
-    refuse_untied(where, inner, found)
-    if dropped := left_out(inner, found):
+    refuse_missing_experts(where, found)
+    refuse_untied_weights(where, inner, found)
+    if dropped := list_ignored_keys(inner, found):
         some = ", ".join(dropped[:3])
         notes.append(f"{where}: {len(dropped)} tensors are no part of {type(inner).__name__} and were left out ({some})")
     refuse_not_finite(where, inner.state_dict().items(), inner.dtype)
 
 
-def refuse_listed(
+def refuse_loading_errors(
     where: Path, inner: Any, info: Mapping[str, Any], *, spelt: Mapping[str, str] | None = None, described_by: str = "config.json"
 ) -> None:
     """Raise ModelError for whatever transformers' loading info says is missing, unknown or misshapen. ``spelt``: {name in the
     model: name in the file}."""
-    unknown = [n for n in info["unexpected_keys"] if not BUFFERS.fullmatch(n)]
+    unknown = [n for n in info["unexpected_keys"] if not RECOMPUTED_BUFFERS.fullmatch(n)]
     misshapen = [str(found[0] if isinstance(found, tuple) else found) for found in info["mismatched_keys"]]
     for kind, names in (("missing", info["missing_keys"]), ("unknown", unknown), ("misshapen", misshapen)):
         if names:
@@ -58,17 +60,17 @@ def refuse_listed(
         raise ModelError(f"{where}: transformers could not load it ({info['error_msgs'][0]})")
 
 
-def refuse_packed(where: Path, inner: Any, found: Mapping[str, Entry]) -> None:
+def refuse_packed_weights(where: Path, inner: Any, found: Mapping[str, TensorEntry]) -> None:
     """Raise ModelError where integers or 8-bit floats without their scale are stored in the place of weights: transformers casts
     them and computes with the codes."""
     state, prefix = inner.state_dict(), f"{inner.base_model_prefix}."
     for name, entry in found.items():
         own = next((state[n] for n in (name, f"{prefix}{name}") if n in state), None)
-        if entry.dtype not in FLOATS and own is not None and own.is_floating_point():
+        if entry.dtype not in FLOAT_DTYPES and own is not None and own.is_floating_point():
             raise ModelError(f"{where}: {name} is stored as {entry.dtype}; packed weights cannot be loaded yet")
 
 
-def refuse_twice(where: Path, inner: Any, names: Collection[str]) -> None:
+def refuse_duplicate_tensors(where: Path, inner: Any, names: Collection[str]) -> None:
     """Raise ModelError where two names of the files are one tensor of the model (with and without the prefix `model.`, or in an
     old and a new spelling): transformers keeps whichever it reads last."""
     renamings = [r for r in get_model_conversion_mapping(inner) if isinstance(r, WeightRenaming)]
@@ -81,19 +83,19 @@ def refuse_twice(where: Path, inner: Any, names: Collection[str]) -> None:
             raise ModelError(f"{where}: both {other!r} and {name!r} are {target!r}")
 
 
-def refuse_gaps(where: Path, names: Collection[str]) -> None:
+def refuse_missing_experts(where: Path, names: Collection[str]) -> None:
     """Raise ModelError where a list of experts lacks a number: transformers stacks those that are there, in order, so that with
     another one too many every expert behind the gap would be its neighbour."""
     lists: dict[str, set[int]] = {}
     for name in names:
-        if (found := EXPERT.fullmatch(name)) is not None:
+        if (found := EXPERT_TENSOR.fullmatch(name)) is not None:
             lists.setdefault(f"{found['before']}experts.*.{found['after']}", set()).add(int(found["number"]))
     for name, numbers in lists.items():
         if gaps := sorted(set(range(len(numbers))) - numbers):
             raise ModelError(f"{where}: {name.replace('*', str(gaps[0]))} is missing, and {name} goes up to {max(numbers)}")
 
 
-def refuse_untied(where: Path, inner: Any, found: Mapping[str, Entry]) -> None:
+def refuse_untied_weights(where: Path, inner: Any, found: Mapping[str, TensorEntry]) -> None:
     """Raise ModelError where the files hold two different tensors that the config ties into one. transformers
     unties them then, and says so in a warning that nobody reads; other libraries keep the embedding."""
     for target, source in inner.get_expanded_tied_weights_keys(all_submodels=True).items():
@@ -111,8 +113,8 @@ def refuse_untied(where: Path, inner: Any, found: Mapping[str, Entry]) -> None:
             )
 
 
-def left_out(inner: Any, names: Collection[str]) -> list[str]:
+def list_ignored_keys(inner: Any, names: Collection[str]) -> list[str]:
     """The names that transformers' class says to ignore (a multi-token prediction head ...), other than old buffers."""
     patterns = [re.compile(p) for p in getattr(inner, "_keys_to_ignore_on_load_unexpected", None) or ()]
     own = inner.state_dict().keys()
-    return sorted(n for n in names if n not in own and not BUFFERS.fullmatch(n) and any(p.search(n) for p in patterns))
+    return sorted(n for n in names if n not in own and not RECOMPUTED_BUFFERS.fullmatch(n) and any(p.search(n) for p in patterns))

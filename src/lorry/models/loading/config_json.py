@@ -21,78 +21,80 @@ from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-TAG = "__float__"
-TAGGED = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+FLOAT_TAG = "__float__"
+TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 FULL, SLIDING = "full_attention", "sliding_attention"
 # model_type -> the older names of theta and of the share of a head that turns
-NAMES = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
+LEGACY_ROPE_NAMES = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
 # model_type -> the older names of theta in layers of full and of sliding attention
-LAYERED = {
+LAYERED_ROPE_NAMES = {
     "gemma3_text": ("rope_theta", "rope_local_base_freq"),
     "gemma3n_text": ("rope_theta", "rope_local_base_freq"),
     "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
     "olmo3": ("rope_theta", None),
 }
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names that one and the same field has had
-LONGROPE = ("type", "short_factor", "long_factor")  # all that transformers 4 lets Phi-3's rope_scaling hold
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")  # names that one and the same field has had
+LONGROPE_KEYS = ("type", "short_factor", "long_factor")  # all that transformers 4 lets Phi-3's rope_scaling hold
 
 
-def decoded(value: Any) -> Any:
+def decode_tagged_floats(value: Any) -> Any:
     """JSON values with transformers 5's tagged floats as the floats they stand for, at every depth."""
     if isinstance(value, dict):
-        if value.keys() == {TAG} and isinstance(value[TAG], str):
-            return TAGGED.get(value[TAG], value)
-        return {key: decoded(inner) for key, inner in value.items()}
-    return [decoded(inner) for inner in value] if isinstance(value, list) else value
+        if value.keys() == {FLOAT_TAG} and isinstance(value[FLOAT_TAG], str):
+            return TAGGED_FLOATS.get(value[FLOAT_TAG], value)
+        return {key: decode_tagged_floats(inner) for key, inner in value.items()}
+    return [decode_tagged_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def write_config(folder: Path, changes: Mapping[str, Any]) -> None:
     """Write ``folder/config.json`` again with ``changes`` and with what older readers look for."""
     path = folder / "config.json"
-    config = {**decoded(json.loads(path.read_text(encoding="utf-8"))), **changes}
-    path.write_text(json.dumps(for_older_readers(config), indent=2) + "\n", encoding="utf-8")
+    config = {**decode_tagged_floats(json.loads(path.read_text(encoding="utf-8"))), **changes}
+    path.write_text(json.dumps(add_legacy_rope_fields(config), indent=2) + "\n", encoding="utf-8")
 
 
-def for_older_readers(config: Mapping[str, Any]) -> dict[str, Any]:
+def add_legacy_rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` with its rotary settings under the older names too, in parts (`text_config` ...) as well.
 
     Names that this transformers would then read as something else are left out again.
     """
-    found = {key: for_older_readers(part) if isinstance(part, dict) else part for key, part in config.items()}
+    found = {key: add_legacy_rope_fields(part) if isinstance(part, dict) else part for key, part in config.items()}
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return found
     aliases: Mapping[str, str] = CONFIG_MAPPING[kind].attribute_map
-    found |= {alias: found[name] for alias, name in aliases.items() if alias in EXPERTS and name in found}
+    found |= {alias: found[name] for alias, name in aliases.items() if alias in EXPERT_COUNT_KEYS and name in found}
     rope = config.get("rope_parameters")
-    older = {**found, **(_older(rope, kind) if isinstance(rope, dict) else {})}
-    return older if _read(kind, older) == _read(kind, config) else found
+    older = {**found, **(_legacy_rope_fields(rope, kind) if isinstance(rope, dict) else {})}
+    return older if _read_rope_settings(kind, older) == _read_rope_settings(kind, config) else found
 
 
-def _older(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _legacy_rope_fields(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The older fields for `rope_parameters`, {} where none are known."""
     if FULL in rope:
-        if kind not in LAYERED or not isinstance(rope[FULL], dict):
+        if kind not in LAYERED_ROPE_NAMES or not isinstance(rope[FULL], dict):
             return {}
-        names = zip(LAYERED[kind], (rope[FULL], rope.get(SLIDING)), strict=True)
+        names = zip(LAYERED_ROPE_NAMES[kind], (rope[FULL], rope.get(SLIDING)), strict=True)
         thetas = {name: part["rope_theta"] for name, part in names if name and part and "rope_theta" in part}
-        return {**thetas, "rope_scaling": _scaling(rope[FULL])}
-    theta, share = NAMES.get(kind, ("rope_theta", "partial_rotary_factor"))
+        return {**thetas, "rope_scaling": _legacy_rope_scaling(rope[FULL])}
+    theta, share = LEGACY_ROPE_NAMES.get(kind, ("rope_theta", "partial_rotary_factor"))
     parts = {theta: rope.get("rope_theta"), share: rope.get("partial_rotary_factor")}
-    return {name: value for name, value in parts.items() if value is not None} | {"rope_scaling": _scaling(rope)}
+    return {name: value for name, value in parts.items() if value is not None} | {"rope_scaling": _legacy_rope_scaling(rope)}
 
 
-def _scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+def _legacy_rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
     """`rope_scaling` as it was: no theta, None without a scaling, and its kind under both of the names it has had."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
     scaling = {**scaling, "rope_type": kind, "type": kind}
-    return {key: scaling[key] for key in LONGROPE} if kind == "longrope" and scaling.keys() >= set(LONGROPE) else scaling
+    return (
+        {key: scaling[key] for key in LONGROPE_KEYS} if kind == "longrope" and scaling.keys() >= set(LONGROPE_KEYS) else scaling
+    )
 
 
-def _read(kind: str, config: Mapping[str, Any]) -> Any:
+def _read_rope_settings(kind: str, config: Mapping[str, Any]) -> Any:
     """The rotary settings that this transformers reads from a config, without the second name of their kind."""
     return _without_type(CONFIG_MAPPING[kind].from_dict(deepcopy(dict(config))).to_dict().get("rope_parameters"))
 

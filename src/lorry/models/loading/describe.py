@@ -21,11 +21,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from lorry.disk import documents
-from lorry.errors import LorryError, ModelError, nearest
-from lorry.families import Family, find, unsupported
-from lorry.families.common import UnsupportedConfig
+from lorry.errors import LorryError, ModelError, suggest_nearest
+from lorry.families import ModelFamily, find_family, unsupported_fields
+from lorry.families.common import UnsupportedConfigError
 from lorry.models.decoder.pointwise import ACTIVATIONS
-from lorry.models.loading.config_json import decoded
+from lorry.models.loading.config_json import decode_tagged_floats
 
 CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "custom_generate", "use_kernels", "kernel_config"})
 KERNEL_KEYS = frozenset(
@@ -34,30 +34,34 @@ KERNEL_KEYS = frozenset(
     for kind in ("attn", "experts")
     for suffix in ("", "_internal", "_autoset")
 )
-BUILT_IN = (None, True, False, "eager", "sdpa", "flash_attention_2", "flex_attention", "grouped_mm", "batched_mm")
+BUILT_IN_KERNELS = (None, True, False, "eager", "sdpa", "flash_attention_2", "flex_attention", "grouped_mm", "batched_mm")
 # What transformers raises over numbers and names that make no sense.
-UNUSABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, ImportError, RuntimeError)
+UNUSABLE_FILE_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, ImportError, RuntimeError)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-MOST_LAYERS = 10_000
-MOST_SAID = 300  # characters of one warning of transformers
-HARMLESS = ("`attention_mask` was passed, but it is unused",)  # padding stands on the right of a model that sees no later token
+MAX_LAYERS = 10_000
+MAX_MESSAGE_CHARS = 300  # characters of one warning of transformers
+HARMLESS_WARNINGS = (
+    "`attention_mask` was passed, but it is unused",
+)  # padding stands on the right of a model that sees no later token
 
 
 @dataclass(frozen=True)
-class Description:
+class ModelDescription:
     """config: a plain dict, complete; hf: transformers' object for the same; family: None when only transformers can run it,
     for the reason in ``why``."""
 
     config: dict[str, Any]
     hf: Any
-    family: Family | None
+    family: ModelFamily | None
     why: str = ""
 
 
-def describe(directory: Path, *, trust_remote_code: bool = False, native: bool = True, notes: list[str]) -> Description:
+def describe_model(
+    directory: Path, *, trust_remote_code: bool = False, native: bool = True, notes: list[str]
+) -> ModelDescription:
     """Read ``directory/config.json``. Raises ModelError when it is unusable, quantised, or wants code that was not allowed."""
     path = directory / "config.json"
-    raw, removed = cleaned(decoded(read_json(path)))
+    raw, removed = strip_code_keys(decode_tagged_floats(read_model_json(path)))
     refuse_quantised(raw, path)
     if raw.get("transformers_weights") not in (None, *WEIGHTS):
         raise ModelError(
@@ -72,32 +76,32 @@ def describe(directory: Path, *, trust_remote_code: bool = False, native: bool =
     if pointers and trust_remote_code:
         notes.append(f"trust_remote_code=true: Python code from {directory} runs in this process")
         hf = AutoConfig.from_pretrained(str(directory), trust_remote_code=True, local_files_only=True)
-        return Description(hf.to_dict(), hf, None, "its code comes with the checkpoint")
+        return ModelDescription(hf.to_dict(), hf, None, "its code comes with the checkpoint")
     if kind not in CONFIG_MAPPING:
         if pointers:
             raise ModelError(
                 f"{path}: model_type {kind!r} needs Python code from the checkpoint; read that code, and if you trust it set "
                 "trust_remote_code=true"
             )
-        raise ModelError(f"{path}: transformers knows no model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}")
-    hf = _build(kind, raw, path)
+        raise ModelError(f"{path}: transformers knows no model_type {kind!r}{suggest_nearest(kind, CONFIG_MAPPING)}")
+    hf = _build_hf_config(kind, raw, path)
     config = {k: v for k, v in hf.to_dict().items() if k != "_name_or_path"}
-    family, why = match(config, CONFIG_MAPPING[kind]().to_dict(), path) if native else (None, "native=False")
+    family, why = match_family(config, CONFIG_MAPPING[kind]().to_dict(), path) if native else (None, "native=False")
     if family is None and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{path}: model_type {kind!r} is not a causal language model")
-    return Description(config, hf, family, why)
+    return ModelDescription(config, hf, family, why)
 
 
-def match(config: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) -> tuple[Family | None, str]:
+def match_family(config: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) -> tuple[ModelFamily | None, str]:
     """The family whose decoder computes exactly this config, or None and the reason."""
-    family = find(config["model_type"])
+    family = find_family(config["model_type"])
     if family is None:
         return None, f"no family of Lorry's decoder covers model_type {config['model_type']!r}"
     try:
-        if odd := unsupported(family, config, defaults):
+        if odd := unsupported_fields(family, config, defaults):
             return None, f"Lorry's decoder does not compute {', '.join(odd)}"
         geometry = family.geometry(config)
-    except UnsupportedConfig as e:
+    except UnsupportedConfigError as e:
         return None, f"Lorry's decoder does not compute {e}"
     except (ValueError, TypeError, LookupError, ArithmeticError) as e:
         raise ModelError(f"{path}: unusable numbers ({type(e).__name__}: {e})") from e
@@ -106,7 +110,7 @@ def match(config: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) ->
     return family, ""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_model_json(path: Path) -> dict[str, Any]:
     """A JSON object that describes a model. Raises ModelError with file and line; what is refused: disk/documents.py. Raises
     DiskError where it cannot be read.
 
@@ -116,17 +120,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return documents.read_object(path, error=ModelError, nonfinite=True, largest=10**40, absent=absent)
 
 
-def cleaned(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def strip_code_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(config without anything that could choose code, what was taken out and is worth telling), at every depth."""
     kept: dict[str, Any] = {}
     removed: dict[str, Any] = {}
     for key, value in config.items():
-        if key in CODE_KEYS or (key in KERNEL_KEYS and not (isinstance(value, (str, bool, type(None))) and value in BUILT_IN)):
+        if key in CODE_KEYS or (
+            key in KERNEL_KEYS and not (isinstance(value, (str, bool, type(None))) and value in BUILT_IN_KERNELS)
+        ):
             removed[key] = value
         elif key in KERNEL_KEYS:
             continue  # transformers' own name for its own code: ours to choose, nothing to tell
         elif isinstance(value, dict):
-            kept[key], inner = cleaned(value)
+            kept[key], inner = strip_code_keys(value)
             removed.update({f"{key}.{name}": found for name, found in inner.items()})
         else:
             kept[key] = value
@@ -147,7 +153,7 @@ def refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
 
 
 @contextmanager
-def blaming(what: str) -> Iterator[None]:
+def model_file_errors(what: str) -> Iterator[None]:
     """Turn what transformers and tokenizers raise over a file they cannot use into a ModelError that opens with ``what``."""
     try:
         yield
@@ -155,13 +161,13 @@ def blaming(what: str) -> Iterator[None]:
         raise
     except Exception as e:
         # tokenizers raises bare Exception; anything else that is not in the list is no fault of the file
-        if type(e) is not Exception and not isinstance(e, (*UNUSABLE, StrictDataclassError)):
+        if type(e) is not Exception and not isinstance(e, (*UNUSABLE_FILE_ERRORS, StrictDataclassError)):
             raise
         raise ModelError(f"{what} ({type(e).__name__}: {e})") from e
 
 
 @contextmanager
-def quiet(said: list[str] | None = None) -> Iterator[None]:
+def silence_transformers(said: list[str] | None = None) -> Iterator[None]:
     """Keep transformers' progress bars and tables off the terminal.
 
     ``said`` collects its warnings, each once, on one line: they are how it tells that a model will
@@ -169,7 +175,7 @@ def quiet(said: list[str] | None = None) -> Iterator[None]:
     """
     logger = logging.get_logger("transformers")
     before, handlers = logging.get_verbosity(), logger.handlers
-    heard = _Heard()
+    heard = _MessageCollector()
     if said is None:
         logging.set_verbosity_error()  # an error of its own still reaches the terminal
     else:
@@ -182,10 +188,10 @@ def quiet(said: list[str] | None = None) -> Iterator[None]:
         logger.handlers = handlers
         logging.set_verbosity(before)
         if said is not None:
-            said += [text for text in heard.texts if not text.startswith(HARMLESS)]
+            said += [text for text in heard.texts if not text.startswith(HARMLESS_WARNINGS)]
 
 
-class _Heard(Handler):
+class _MessageCollector(Handler):
     """Keeps each message once, on one line, cut where it becomes a page."""
 
     def __init__(self) -> None:
@@ -193,13 +199,13 @@ class _Heard(Handler):
         self.texts: dict[str, None] = {}
 
     def emit(self, record: LogRecord) -> None:
-        self.texts[" ".join(record.getMessage().split())[:MOST_SAID]] = None
+        self.texts[" ".join(record.getMessage().split())[:MAX_MESSAGE_CHARS]] = None
 
 
-def _build(kind: str, raw: dict[str, Any], path: Path) -> Any:
+def _build_hf_config(kind: str, raw: dict[str, Any], path: Path) -> Any:
     """transformers' config object from a dict: no file is read again and no code is looked up."""
     layers = raw.get("num_hidden_layers", raw.get("n_layer", 1))
-    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
-        raise ModelError(f"{path}: {layers!r} layers; a whole number from 1 to {MOST_LAYERS} is expected")
-    with blaming(f"{path}: transformers refuses this config"):
+    if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
+        raise ModelError(f"{path}: {layers!r} layers; a whole number from 1 to {MAX_LAYERS} is expected")
+    with model_file_errors(f"{path}: transformers refuses this config"):
         return CONFIG_MAPPING[kind].from_dict(raw)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.layers import Adaptable
+from lorry.adapters.layers import AdaptableLayer
 
 PIECES = 2
 PIECE = 1024
@@ -28,8 +28,8 @@ def sample_digest(model: nn.Module, *, whole: bool = False, trained: Collection[
             continue
         seen = True
         total.update(f"\n{name} {tensor.dtype}\n".encode())
-        for piece in [tensor.reshape(-1)] if whole else pieces(tensor):
-            total.update(_bytes(piece))
+        for piece in [tensor.reshape(-1)] if whole else sample_pieces(tensor):
+            total.update(_as_bytes(piece))
     return total.hexdigest() if seen else ""
 
 
@@ -38,7 +38,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, prefix=path):
-            kept = module.kept if isinstance(module, Adaptable) and name.endswith(".weight") else None
+            kept = module.kept if isinstance(module, AdaptableLayer) and name.endswith(".weight") else None
             found[name] = parameter.detach() if kept is None else kept.detach()
     seen: set[tuple[int, torch.Size]] = set()
     for name in sorted(found):
@@ -50,7 +50,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def pieces(tensor: Tensor) -> list[Tensor]:
+def sample_pieces(tensor: Tensor) -> list[Tensor]:
     """PIECES evenly spaced runs of PIECE values, the first and the last among them; all of it when it is short."""
     flat = tensor.reshape(-1)
     last = flat.numel() - PIECE
@@ -59,5 +59,5 @@ def pieces(tensor: Tensor) -> list[Tensor]:
     return [flat[s : s + PIECE] for s in (round(i * last / (PIECES - 1)) for i in range(PIECES))]
 
 
-def _bytes(values: Tensor) -> memoryview:
+def _as_bytes(values: Tensor) -> memoryview:
     return values.contiguous().cpu().view(torch.uint8).numpy().data

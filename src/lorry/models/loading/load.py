@@ -19,18 +19,24 @@ from transformers import AutoModelForCausalLM
 from lorry.errors import ConfigError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.hf.model import HfModel
-from lorry.models.loading.accounting import refuse_unfit
-from lorry.models.loading.describe import Description, blaming, describe, quiet, read_json
+from lorry.models.loading.accounting import refuse_unfit_tensors
+from lorry.models.loading.describe import (
+    ModelDescription,
+    describe_model,
+    model_file_errors,
+    read_model_json,
+    silence_transformers,
+)
 from lorry.models.loading.digest import sample_digest
-from lorry.models.loading.sources import adapters_in, resolve
-from lorry.models.loading.store import GENERATION
+from lorry.models.loading.sources import find_adapters_in, resolve_model
+from lorry.models.loading.store import GENERATION_CONFIG
 from lorry.models.loading.tokenizer import load_tokenizer
-from lorry.models.loading.weights import entries, load_decoder
-from lorry.models.proofs import prove, why_not_native
+from lorry.models.loading.weights import load_decoder, read_tensor_entries
+from lorry.models.proofs import find_native_mismatch, prove_hf_model
 from lorry.plan.machine import dtype_of_auto
 from lorry.runs.layout import ADAPTER_FACTS
 
-__all__ = ["Loaded", "load_model", "sample_digest"]
+__all__ = ["LoadedModel", "load_model", "sample_digest"]
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
@@ -39,7 +45,7 @@ DTYPES = {
 
 
 @dataclass
-class Loaded:
+class LoadedModel:
     """A model, its tokenizer (None if the checkpoint has none), and where they came from.
 
     source: name (as asked), kind (directory, hub, gguf, embedded), path (the directory read), revision, dtype, device, family
@@ -61,15 +67,15 @@ def load_model(
     trust_remote_code: bool = False,
     native: bool = True,
     notes: list[str],
-) -> Loaded:
+) -> LoadedModel:
     """The frozen base model, in evaluation mode. ``native=False`` forces transformers' implementation. ``notes`` collects what a
     person should know. Raises ModelError when anything does not fit, ConfigError for an unknown dtype or device.
     """
-    place = resolve(str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, notes=notes)
+    place = resolve_model(str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, notes=notes)
     where = pick_device(device)
     kind = pick_dtype(trained_dtype(place.adapter) if dtype == "auto" and place.adapter is not None else dtype, where)
-    described = describe(place.directory, trust_remote_code=trust_remote_code, native=native, notes=notes)
-    if described.family is not None and (why := why_not_native(described.family, described.config, kind, where, notes)):
+    described = describe_model(place.directory, trust_remote_code=trust_remote_code, native=native, notes=notes)
+    if described.family is not None and (why := find_native_mismatch(described.family, described.config, kind, where, notes)):
         described = replace(described, family=None, why=why)
     model: CausalLM
     if described.family is not None:
@@ -78,15 +84,15 @@ def load_model(
     else:
         notes.append(f"{described.why}; it runs through transformers, more slowly")
         model = load_hf(place.directory, described, kind, where, trust_remote_code=trust_remote_code, notes=notes)
-    notes += resting_dropout(described.config)
+    notes += note_disabled_dropout(described.config)
     tokenizer = load_tokenizer(place.directory, trust_remote_code=trust_remote_code, notes=notes)
-    vocabulary = model.vocabulary
+    vocabulary = model.vocab_size
     if tokenizer is not None and len(tokenizer) > vocabulary:
         notes.append(
             f"the tokenizer has {len(tokenizer)} entries, the model only {vocabulary} embeddings; the rest cannot be used"
         )
     generation = place.directory / "generation_config.json"
-    model.__dict__[GENERATION] = read_json(generation) if generation.is_file() else {}
+    model.__dict__[GENERATION_CONFIG] = read_model_json(generation) if generation.is_file() else {}
     source: dict[str, Any] = {
         "name": str(name_or_path),
         "kind": place.kind,
@@ -96,23 +102,23 @@ def load_model(
         "device": str(where),
         "family": described.family.name if described.family is not None else None,
         "why": described.why,
-        "generation_config": model.__dict__[GENERATION],
+        "generation_config": model.__dict__[GENERATION_CONFIG],
     }
     if place.adapter is not None:
         source["adapter"] = str(place.adapter)
-    return Loaded(model, tokenizer, source)
+    return LoadedModel(model, tokenizer, source)
 
 
 def trained_dtype(adapter: Path) -> str:
     """The number format of the base an adapter of ours was trained on, so that it gives the same logits again; else "auto"."""
-    folders = [f for f in adapters_in(adapter) if (f / ADAPTER_FACTS).is_file()]
-    said = {str(read_json(folder / ADAPTER_FACTS).get("dtype")) for folder in folders} & set(DTYPES)
+    folders = [f for f in find_adapters_in(adapter) if (f / ADAPTER_FACTS).is_file()]
+    said = {str(read_model_json(folder / ADAPTER_FACTS).get("dtype")) for folder in folders} & set(DTYPES)
     return said.pop() if len(said) == 1 else "auto"
 
 
 def load_hf(
     directory: Path,
-    described: Description,
+    described: ModelDescription,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -120,9 +126,9 @@ def load_hf(
     notes: list[str],
 ) -> HfModel:
     """transformers' own implementation, with every tensor of the checkpoint accounted for. Raises ModelError otherwise."""
-    found = entries(directory)  # refuses pickles, broken shards and paths that lead elsewhere
+    found = read_tensor_entries(directory)  # refuses pickles, broken shards and paths that lead elsewhere
     said: list[str] = []
-    with blaming(f"{directory}: transformers cannot load it"), quiet(said):
+    with model_file_errors(f"{directory}: transformers cannot load it"), silence_transformers(said):
         inner, info = AutoModelForCausalLM.from_pretrained(
             str(directory),
             config=described.hf,
@@ -130,20 +136,20 @@ def load_hf(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # `refuse_unfit` names them
+            ignore_mismatched_sizes=True,  # `refuse_unfit_tensors` names them
             output_loading_info=True,
         )
-    refuse_unfit(directory, inner, info, found, notes)
+    refuse_unfit_tensors(directory, inner, info, found, notes)
     try:
-        with quiet(said):
+        with silence_transformers(said):
             model = HfModel(inner.to(device), notes)
-            prove(model, notes, str(directory))
+            prove_hf_model(model, notes, str(directory))
     finally:
         notes += [f"transformers says: {text}" for text in dict.fromkeys(said)]
     return model
 
 
-def resting_dropout(config: Mapping[str, Any]) -> list[str]:
+def note_disabled_dropout(config: Mapping[str, Any]) -> list[str]:
     """A note if the base was trained with dropout of its own: in Lorry it is off, only the adapters' is on."""
     rates = [f"{k}={v}" for k, v in config.items() if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float) and v > 0]
     return [f"the base's own dropout stays off ({', '.join(rates)})"] if rates else []
@@ -168,13 +174,13 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return dtype
     if dtype == "auto":
         told = dtype_of_auto()
-        return DTYPES[told] if told is not None else torch.bfloat16 if fast_bfloat16(device) else torch.float32
+        return DTYPES[told] if told is not None else torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}; choose auto, float32, bfloat16 or float16")
     return DTYPES[dtype]
 
 
-def fast_bfloat16(device: torch.device) -> bool:
+def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 run on hardware made for them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

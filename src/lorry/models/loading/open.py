@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorry.adapters.attach import bank_of
+from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import load_adapter
 from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.load import load_model, trained_dtype
-from lorry.models.loading.sources import resolve
-from lorry.models.loading.tokenizer import FILES, load_tokenizer
-from lorry.models.loading.weights import FLOATS, entries
+from lorry.models.loading.sources import resolve_model
+from lorry.models.loading.tokenizer import TOKENIZER_FILE_NAMES, load_tokenizer
+from lorry.models.loading.weights import FLOAT_DTYPES, read_tensor_entries
 from lorry.runs.layout import ADAPTER_CONFIG, RUN_FILE
 
-STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass
-class Opened:
+class OpenedModel:
     """A model ready to use, its tokenizer (None if it has none), where the base came from, and the adapters attached, first one
     active."""
 
@@ -34,7 +34,7 @@ class Opened:
     adapters: list[str]
 
 
-def open_model(config: ModelConfig, notes: list[str], *, adapters: Sequence[str] = ()) -> Opened:
+def open_model(config: ModelConfig, notes: list[str], *, adapters: Sequence[str] = ()) -> OpenedModel:
     """Load the base and every adapter named: that of `config.name` if it is a run, `config.adapter`, and ``adapters``.
 
     A run's own tokenizer and chat template go before those of its base. Raises ModelError if anything is missing, damaged or
@@ -58,19 +58,19 @@ def open_model(config: ModelConfig, notes: list[str], *, adapters: Sequence[str]
         tokenizer.chat_template = _read_template(config.chat_template_path)
     places += beside
     names: list[str] = []
-    for place in (folder for p in places for folder in adapter_folders(Path(p))):
-        name = free_name(place, names)
+    for place in (folder for p in places for folder in list_adapter_folders(Path(p))):
+        name = pick_adapter_name(place, names)
         load_adapter(loaded.model, place, name)
         names.append(name)
     if names:
-        bank_of(loaded.model).activate(Mix.one(names[0]))
-    return Opened(loaded.model, tokenizer, loaded.source, names)
+        get_bank(loaded.model).activate(Mix.one(names[0]))
+    return OpenedModel(loaded.model, tokenizer, loaded.source, names)
 
 
 def _own_tokenizer(adapter: Path, notes: list[str]) -> Any | None:
     """The tokenizer a run was trained with, which lies in the run directory; None where there is none."""
     folders = [adapter, *([adapter.parent] if (adapter.parent / RUN_FILE).is_file() else [])]
-    home = next((folder for folder in folders if any((folder / name).is_file() for name in FILES)), None)
+    home = next((folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILE_NAMES)), None)
     return None if home is None else load_tokenizer(home, notes=notes)
 
 
@@ -81,7 +81,7 @@ def _read_template(path: str) -> str:
         raise ConfigError(f"model.chat_template_path={path}: cannot be read ({e})") from e
 
 
-def adapter_folders(path: Path) -> list[Path]:
+def list_adapter_folders(path: Path) -> list[Path]:
     """The adapter directories a path stands for: itself, or its sub-folders that are adapters. Raises ModelError if none is."""
     if (path / ADAPTER_CONFIG).is_file():
         return [path]
@@ -91,7 +91,7 @@ def adapter_folders(path: Path) -> list[Path]:
     return found
 
 
-def free_name(path: Path, taken: Sequence[str]) -> str:
+def pick_adapter_name(path: Path, taken: Sequence[str]) -> str:
     """A name for an adapter from its folder, legal and not taken yet."""
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:56].strip(".-") or "adapter"
     return next(n for n in (base, *(f"{base}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
@@ -102,5 +102,9 @@ def stored_dtype(name: str) -> str:
 
     float32 where several are mixed, since it holds them all. Raises ModelError when there is no such model.
     """
-    kinds = {entry.dtype for entry in entries(resolve(name, notes=[]).directory).values() if entry.dtype in FLOATS}
-    return STORED.get(next(iter(kinds)), "float32") if len(kinds) == 1 else "float32"
+    kinds = {
+        entry.dtype
+        for entry in read_tensor_entries(resolve_model(name, notes=[]).directory).values()
+        if entry.dtype in FLOAT_DTYPES
+    }
+    return DTYPE_NAMES.get(next(iter(kinds)), "float32") if len(kinds) == 1 else "float32"

@@ -13,17 +13,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorry.errors import ConfigError
 from lorry.models.hf.model import HfModel
-from lorry.models.loading.accounting import refuse_unfit
-from lorry.models.loading.describe import blaming, describe, quiet
+from lorry.models.loading.accounting import refuse_unfit_tensors
+from lorry.models.loading.describe import describe_model, model_file_errors, silence_transformers
 from lorry.models.loading.load import pick_device, pick_dtype
-from lorry.models.loading.sources import Place
-from lorry.models.loading.weights import entries, read
-from lorry.models.proofs import prove
+from lorry.models.loading.sources import ModelLocation
+from lorry.models.loading.weights import read_tensor_entries, read_tensors
+from lorry.models.proofs import prove_hf_model
 
-FORMATS = ("nf4", "fp4", "int8")
+QUANTIZED_FORMATS = ("nf4", "fp4", "int8")
 
 
-def open_quantized(place: Place, quantize: str, dtype: str, device: str, notes: list[str]) -> HfModel:
+def open_quantized(place: ModelLocation, quantize: str, dtype: str, device: str, notes: list[str]) -> HfModel:
     """A causal model with its linear layers quantised as it is read; products are computed in ``dtype``.
 
     Raises ConfigError when bitsandbytes is not installed, ModelError when the checkpoint cannot be used.
@@ -35,21 +35,21 @@ def open_quantized(place: Place, quantize: str, dtype: str, device: str, notes: 
         )
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    described = describe(place.directory, native=False, notes=notes)
-    found = entries(place.directory)  # refuses pickles, broken shards and paths that lead elsewhere
+    described = describe_model(place.directory, native=False, notes=notes)
+    found = read_tensor_entries(place.directory)  # refuses pickles, broken shards and paths that lead elsewhere
     for entry in found.values():  # before they are packed: a quantised block hides a NaN in its scale
-        read({entry.name: entry}, kind, torch.device("cpu"))
+        read_tensors({entry.name: entry}, kind, torch.device("cpu"))
     options: dict[str, Any] = (
         {"load_in_8bit": True}
         if quantize == "int8"
         else {"load_in_4bit": True, "bnb_4bit_quant_type": quantize, "bnb_4bit_compute_dtype": kind}
     )
-    with blaming(f"{place.directory}: transformers cannot load it in {quantize}"), quiet():
+    with model_file_errors(f"{place.directory}: transformers cannot load it in {quantize}"), silence_transformers():
         inner, info = AutoModelForCausalLM.from_pretrained(
             str(place.directory), config=described.hf, dtype=kind, use_safetensors=True, local_files_only=True,
             quantization_config=BitsAndBytesConfig(**options), device_map={"": where}, output_loading_info=True,
         )  # fmt: skip
-    refuse_unfit(place.directory, inner, info, found, notes)
+    refuse_unfit_tensors(place.directory, inner, info, found, notes)
     model = HfModel(inner, notes)
-    prove(model, notes, str(place.directory))
+    prove_hf_model(model, notes, str(place.directory))
     return model

@@ -10,18 +10,18 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from lorry.errors import ModelError, nearest
-from lorry.models.gguf.embedded import EMBEDDED, converted, embedded
-from lorry.models.loading.describe import read_json
+from lorry.errors import ModelError, suggest_nearest
+from lorry.models.gguf.embedded import EMBEDDED, convert_gguf, resolve_embedded_model
+from lorry.models.loading.describe import read_model_json
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, RUN_FILE
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-UNWANTED = ["*/*", "consolidated*", "training_args*", "optimizer*"]
+ALLOW_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+IGNORE_PATTERNS = ["*/*", "consolidated*", "training_args*", "optimizer*"]
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelLocation:
     """A model on this disk. kind: directory, hub, gguf or embedded; adapter: the adapter or run directory that was asked for."""
 
     directory: Path
@@ -29,43 +29,43 @@ class Place:
     adapter: Path | None = None
 
 
-def resolve(
+def resolve_model(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, notes: list[str], base_only: bool = False
-) -> Place:
+) -> ModelLocation:
     """Find (and if need be download or convert) a model. An embedded name wins over a path; write ./NAME for the path.
 
     ``base_only``: an adapter will not do. Raises ModelError naming what was looked for and what comes near.
     """
     if name in EMBEDDED:
-        return Place(embedded(name, notes), "embedded")
+        return ModelLocation(resolve_embedded_model(name, notes), "embedded")
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file; give the directory of the model, or a .gguf file")
-        return Place(converted(path, notes), "gguf")
+        return ModelLocation(convert_gguf(path, notes), "gguf")
     if path.is_dir():
-        found = _with_base(path.resolve(), notes, base_only)
+        found = _locate_adapter_base(path.resolve(), notes, base_only)
         if found is None and (path / RUN_FILE).is_file() and not (path / "config.json").is_file():
             raise ModelError(
                 f"{path} is a run that is not finished; its command with resume_from_checkpoint=auto goes on with it"
             )
-        return found or Place(path.resolve(), "directory")
+        return found or ModelLocation(path.resolve(), "directory")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not HUB_ID.fullmatch(name):
-        raise ModelError(f"no model at {name!r}{_near(name)}")
-    got = _download(name, revision, trust_remote_code)
-    return _with_base(got, notes, base_only) or Place(got, "hub")
+        raise ModelError(f"no model at {name!r}{_suggest_names(name)}")
+    got = _download_snapshot(name, revision, trust_remote_code)
+    return _locate_adapter_base(got, notes, base_only) or ModelLocation(got, "hub")
 
 
-def adapters_in(path: Path) -> list[Path]:
+def find_adapters_in(path: Path) -> list[Path]:
     """The adapters of a directory: itself, or the folders of a run of several; none if it is a model."""
     if (path / ADAPTER_CONFIG).is_file():
         return [path]
     return [] if (path / "config.json").is_file() else sorted(p.parent for p in path.glob(f"*/{ADAPTER_CONFIG}"))
 
 
-def _with_base(path: Path, notes: list[str], base_only: bool) -> Place | None:
+def _locate_adapter_base(path: Path, notes: list[str], base_only: bool) -> ModelLocation | None:
     """The base that the adapters of a directory were trained on, which must be one; None if it holds no adapters."""
-    bases = {adapter: _base_of(adapter) for adapter in adapters_in(path)}
+    bases = {adapter: _base_of_adapter(adapter) for adapter in find_adapters_in(path)}
     if not bases:
         return None
     if base_only:
@@ -74,16 +74,16 @@ def _with_base(path: Path, notes: list[str], base_only: bool) -> Place | None:
         said = ", ".join(f"{adapter.name} on {base!r}" for base, adapter in different.items())
         raise ModelError(f"{path}: its adapters were trained on different bases ({said}); open one of them")
     try:
-        return replace(resolve(next(iter(different)), notes=notes, base_only=True), adapter=path)
+        return replace(resolve_model(next(iter(different)), notes=notes, base_only=True), adapter=path)
     except ModelError as e:
         raise ModelError(f"{path} is an adapter and its base cannot be loaded: {e}") from e
 
 
-def _base_of(adapter: Path) -> str:
+def _base_of_adapter(adapter: Path) -> str:
     """What to load as an adapter's base: an embedded name, a directory that exists, or else a name for the hub."""
-    facts = read_json(adapter / ADAPTER_FACTS).get("base") if (adapter / ADAPTER_FACTS).is_file() else None
+    facts = read_model_json(adapter / ADAPTER_FACTS).get("base") if (adapter / ADAPTER_FACTS).is_file() else None
     said = [facts.get("name"), facts.get("path")] if isinstance(facts, dict) else [facts]
-    recorded = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    recorded = read_model_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     names = [n for n in (*said, recorded) if isinstance(n, str) and n]
     if not names:
         raise ModelError(f"{adapter / ADAPTER_CONFIG} names no base_model_name_or_path; open the base and add the adapter to it")
@@ -93,22 +93,22 @@ def _base_of(adapter: Path) -> str:
     return (found + [n for n in names if HUB_ID.fullmatch(n)] + names)[0]
 
 
-def _download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+def _download_snapshot(name: str, revision: str | None, trust_remote_code: bool) -> Path:
     """A snapshot of a hub repository: weights in safetensors, JSON and tokenizer files; Python only if it may run."""
-    patterns = [*WANTED, "*.py"] if trust_remote_code else WANTED
+    patterns = [*ALLOW_PATTERNS, "*.py"] if trust_remote_code else ALLOW_PATTERNS
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=UNWANTED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORE_PATTERNS))
     except (OSError, HFValidationError) as e:
         where = "not cached here (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "not to be had"
         at = f" at revision {revision!r}" if revision else ""
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(
-            f"no model {name!r}{at}: there is no such directory here, and as a hub id it is {where} ({reason}){_near(name)}. A "
+            f"no model {name!r}{at}: there is no such directory here, and as a hub id it is {where} ({reason}){_suggest_names(name)}. A "
             f"private or gated model needs `hf auth login`; embedded: {', '.join(EMBEDDED)}"
         ) from e
 
 
-def _near(name: str) -> str:
+def _suggest_names(name: str) -> str:
     """A "did you mean" tail over the embedded names and the directories beside the path that was typed."""
     path = Path(name).expanduser()
     parent = path.parent if path.parent.is_dir() else Path()
@@ -116,4 +116,4 @@ def _near(name: str) -> str:
         beside = [os.path.join(path.parent, p.name) if path.parent != Path() else p.name for p in parent.iterdir()]
     except OSError:
         beside = []
-    return nearest(name, [*EMBEDDED, *beside])
+    return suggest_nearest(name, [*EMBEDDED, *beside])

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lorry.disk.durable import building
+from lorry.disk.durable import build_directory
 from lorry.errors import ModelError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.model import Decoder
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     pass
 
 SHARD_BYTES = 2_000_000_000
-GENERATION = "generation_config"  # an attribute that rides along on a loaded model, as its bank does
-INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config"  # an attribute that rides along on a loaded model, as its bank does
+INDEX_FILE = "model.safetensors.index.json"
 
 
 def save_model(
@@ -51,10 +51,10 @@ def save_model(
     """
     config = {k: v for k, v in {**model.config, **(config_overrides or {})}.items() if not k.startswith("_")}
     tied = bool(config.get("tie_word_embeddings"))
-    stream = _converted(_checked(model, tensors, tied=tied), dtype)
-    with building(Path(path)) as work:
+    stream = _convert_dtypes(_check_complete(model, tensors, tied=tied), dtype)
+    with build_directory(Path(path)) as work:
         if isinstance(model, Decoder):
-            kinds = _write(_on_disk(stream, model, tied=tied), work, max_shard_bytes)
+            kinds = _write_shards(_checkpoint_names(stream, model, tied=tied), work, max_shard_bytes)
             config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
             _write_json(work / "config.json", config)
         else:
@@ -64,14 +64,14 @@ def save_model(
             model.save_inner(work, state, config, max_shard_bytes)
         stored = str(next(iter(kinds))) if len(kinds) == 1 else "float32"
         write_config(work, {"dtype": stored.removeprefix("torch.")})
-        said = generation_config or model.__dict__.get(GENERATION) or _token_ids(config)
+        said = generation_config or model.__dict__.get(GENERATION_CONFIG) or _token_ids(config)
         _write_json(work / "generation_config.json", said)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
-        share(work)
+        copy_permissions(work)
 
 
-def _checked(model: CausalLM, tensors: Iterable[tuple[str, Tensor]] | None, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
+def _check_complete(model: CausalLM, tensors: Iterable[tuple[str, Tensor]] | None, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
     """The stream, if it holds every tensor of the model once; a second name of a tied tensor may be missing."""
     state = model.state_dict()
     first = {t.data_ptr(): n for n, t in reversed(state.items())}
@@ -86,13 +86,13 @@ def _checked(model: CausalLM, tensors: Iterable[tuple[str, Tensor]] | None, *, t
         raise ModelError(f"{len(missing)} tensors were not given ({', '.join(missing[:3])}); nothing was saved")
 
 
-def _converted(stream: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def _convert_dtypes(stream: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in stream:
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         yield name, tensor.detach().to("cpu", kind).contiguous()
 
 
-def _on_disk(stream: Iterator[tuple[str, Tensor]], model: Decoder, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
+def _checkpoint_names(stream: Iterator[tuple[str, Tensor]], model: Decoder, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
     """Names as checkpoints spell them; a tied head is left out, as transformers does."""
     for name, tensor in stream:
         module, _, leaf = name.rpartition(".")
@@ -101,7 +101,7 @@ def _on_disk(stream: Iterator[tuple[str, Tensor]], model: Decoder, *, tied: bool
         yield f"{model.family.on_disk.get(module, module)}.{leaf}", tensor
 
 
-def _write(stream: Iterator[tuple[str, Tensor]], work: Path, limit: int) -> set[torch.dtype]:
+def _write_shards(stream: Iterator[tuple[str, Tensor]], work: Path, limit: int) -> set[torch.dtype]:
     """Write shards of at most ``limit`` bytes (a single larger tensor is a shard of its own). Returns the dtypes in them."""
     shards: list[list[str]] = []
     kinds: set[torch.dtype] = set()
@@ -126,7 +126,7 @@ def _write(stream: Iterator[tuple[str, Tensor]], work: Path, limit: int) -> set[
         names = ["model.safetensors"]
     else:
         where = {tensor: file for file, held_names in zip(names, shards, strict=True) for tensor in held_names}
-        _write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        _write_json(work / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
     for i, name in enumerate(names):
         (work / f"shard-{i}").rename(work / name)
     return kinds
@@ -141,7 +141,7 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def share(folder: Path) -> None:
+def copy_permissions(folder: Path) -> None:
     """Give the weights the permissions of the config beside them: safetensors makes files that only their owner may read."""
     mode = (folder / "config.json").stat().st_mode & 0o777
     for file in folder.glob("*.safetensors"):

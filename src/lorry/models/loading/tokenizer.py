@@ -10,26 +10,26 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from lorry.errors import ModelError
-from lorry.models.loading.describe import blaming, read_json
+from lorry.models.loading.describe import model_file_errors, read_model_json
 
 # Ways to cut text before byte-pair merges, by GGUF's name: GPT-2's own, and GPT-2's with every digit apart (what SmolLM does).
 AS_GPT2 = frozenset({"default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "roberta-bpe"})
 DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
-FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer.tiktoken")
+TOKENIZER_FILE_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer.tiktoken")
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, notes: list[str]) -> Any | None:
     """transformers' tokenizer of a directory, or None with a note when it has none. Raises ModelError when it is unusable."""
-    if not any((directory / name).is_file() for name in FILES):
+    if not any((directory / name).is_file() for name in TOKENIZER_FILE_NAMES):
         notes.append(f"{directory} has no tokenizer; only token ids can be used")
         return None
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = directory / name
         if path.is_file() and path.stat().st_size <= 1 << 24:
-            found = read_json(path)
-            if name == FILES[0]:
+            found = read_model_json(path)
+            if name == TOKENIZER_FILE_NAMES[0]:
                 _expect_whole(found, path)
-    with blaming(f"{directory}: its tokenizer cannot be read"):
+    with model_file_errors(f"{directory}: its tokenizer cannot be read"):
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code, local_files_only=True)
 
 
@@ -41,7 +41,7 @@ def _expect_whole(found: Mapping[str, Any], path: Path) -> None:
             raise ModelError(f"{path}: {key!r} {said}; this is not a whole tokenizer.json, fetch or save the tokenizer again")
 
 
-def split_as(pre: str, tokenizer: Any) -> list[str]:
+def set_pre_tokenizer(pre: str, tokenizer: Any) -> list[str]:
     """Let a tokenizer made from GGUF cut text as the file's ``tokenizer.ggml.pre`` says, where transformers fell back to GPT-2's
     way without a word. Returns a note if that way is unknown here too."""
     backend = tokenizer.backend_tokenizer

@@ -3,7 +3,7 @@
 The rule for whatever loads weights, here and in `load`, `embedded`, `quantized` and `adapters.peft.tensors`: every tensor that the
 model expects comes from the files exactly once, in its shape; every tensor of the files is used, or named in an error (or, for
 those that transformers' own class leaves out, in a note); every value is finite. Nothing is ever filled in at random.
-Buffers of older checkpoints that are recomputed (`BUFFERS`) are not used; one with a NaN is refused all the same: its
+Buffers of older checkpoints that are recomputed (`RECOMPUTED_BUFFERS`) are not used; one with a NaN is refused all the same: its
 file is damaged.
 
 Nothing is initialised and then overwritten: the decoder is built on the meta device and takes the file's tensors as they are.
@@ -23,18 +23,18 @@ from torch import Tensor
 
 from lorry.disk.safetensors_names import check_names
 from lorry.errors import ModelError
-from lorry.families import Family
+from lorry.families import ModelFamily
 from lorry.models.decoder.model import Decoder
-from lorry.models.loading.describe import read_json
+from lorry.models.loading.describe import read_model_json
 
 # Constants that older checkpoints stored beside the weights: the causal mask and the rotary table. They are recomputed.
-BUFFERS = re.compile(r"(.*\.)?(h|layers)\.\d+\.(attn|attention)\.(bias|masked_bias)|(.*\.)?rotary_emb\.inv_freq")
-FLOATS = {"F64", "F32", "F16", "BF16"}
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+RECOMPUTED_BUFFERS = re.compile(r"(.*\.)?(h|layers)\.\d+\.(attn|attention)\.(bias|masked_bias)|(.*\.)?rotary_emb\.inv_freq")
+FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where a tensor lies: its file, its name there, shape and element type."""
 
     file: Path
@@ -43,7 +43,7 @@ class Entry:
     dtype: str
 
 
-def entries(directory: Path) -> dict[str, Entry]:
+def read_tensor_entries(directory: Path) -> dict[str, TensorEntry]:
     """Every tensor of a checkpoint by its name in the file, from `model.safetensors` or the shards its index lists.
 
     Raises ModelError if there are none, if only pickles are there, if the index and the shards disagree, or if there are both a
@@ -63,10 +63,10 @@ def entries(directory: Path) -> dict[str, Entry]:
     elif single.is_file():
         listed, files = None, [single]
     else:
-        raise ModelError(_nothing(directory))
-    found: dict[str, Entry] = {}
+        raise ModelError(_explain_no_weights(directory))
+    found: dict[str, TensorEntry] = {}
     for file in files:
-        for name, entry in _header(file).items():
+        for name, entry in _read_shard_header(file).items():
             if listed is not None and listed.get(name) != file.name:
                 raise ModelError(f"{file}: holds {name!r}, which {index.name} places in {listed.get(name, 'no file')!r}")
             found[name] = entry
@@ -77,7 +77,7 @@ def entries(directory: Path) -> dict[str, Entry]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """tensor name -> shard. A shard is a plain file name beside the index: anything else could point outside the directory."""
-    listed = read_json(index).get("weight_map")
+    listed = read_model_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ModelError(f"{index}: no weight_map")
     for shard in set(map(str, listed.values())):
@@ -87,19 +87,19 @@ def _weight_map(index: Path) -> dict[str, str]:
     return {str(k): str(v) for k, v in listed.items()}
 
 
-def _header(file: Path) -> dict[str, Entry]:
+def _read_shard_header(file: Path) -> dict[str, TensorEntry]:
     try:
         check_names(file)
         with safe_open(file, framework="pt") as f:
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118 - safe_open is not iterable
-            return {n: Entry(file, n, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+            return {n: TensorEntry(file, n, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
     except (SafetensorError, OSError) as e:
         raise ModelError(f"{file}: not a complete safetensors file ({e}); download or copy it again") from e
 
 
-def _nothing(directory: Path) -> str:
+def _explain_no_weights(directory: Path) -> str:
     names = sorted(p.name for p in directory.iterdir())
-    if pickles := [n for n in names if n.endswith(PICKLES)]:
+    if pickles := [n for n in names if n.endswith(PICKLE_SUFFIXES)]:
         return (
             f"{directory} has {pickles[0]} but no .safetensors: opening a pickle can run any code, so Lorry reads none. "
             "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)"
@@ -109,16 +109,18 @@ def _nothing(directory: Path) -> str:
     return f"{directory} has no model.safetensors and no model.safetensors.index.json"
 
 
-def load_decoder(directory: Path, family: Family, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Decoder:
+def load_decoder(
+    directory: Path, family: ModelFamily, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> Decoder:
     """The native decoder with a directory's weights. Raises ModelError for any missing, unknown, misshapen, packed or not finite
     tensor."""
-    found = entries(directory)
+    found = read_tensor_entries(directory)
     with torch.device("meta"):
         model = Decoder(family, config)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     refuse_damaged_buffers(found)
-    plan = assign(found, family, expected, tied=model.geometry.tied, where=directory)
-    state = read({ours: found[theirs] for ours, theirs in plan.items()}, dtype, device)
+    plan = match_tensor_names(found, family, expected, tied=model.geometry.tied, where=directory)
+    state = read_tensors({ours: found[theirs] for ours, theirs in plan.items()}, dtype, device)
     head, embed = f"{family.head}.weight", f"{family.embed}.weight"
     if model.geometry.tied:
         if head in state and not torch.equal(state[head], state[embed]):
@@ -133,22 +135,22 @@ def load_decoder(directory: Path, family: Family, config: Mapping[str, Any], dty
     return model.requires_grad_(False).eval()
 
 
-def assign(
-    found: Mapping[str, Entry], family: Family, expected: Mapping[str, tuple[int, ...]], *, tied: bool, where: Path
+def match_tensor_names(
+    found: Mapping[str, TensorEntry], family: ModelFamily, expected: Mapping[str, tuple[int, ...]], *, tied: bool, where: Path
 ) -> dict[str, str]:
     """{our name: the file's name} for every expected tensor; the head may be absent when it is tied."""
     prefix = family.embed.partition(".")[0]
     plan: dict[str, str] = {}
     unknown = []
     for theirs, entry in found.items():
-        ours = next((n for n in _spellings(theirs, prefix, family) if n in expected), None)
+        ours = next((n for n in _possible_names(theirs, prefix, family) if n in expected), None)
         if ours is None:
-            if not BUFFERS.fullmatch(theirs):
+            if not RECOMPUTED_BUFFERS.fullmatch(theirs):
                 unknown.append(theirs)
             continue
         if ours in plan:
             raise ModelError(f"{where}: both {plan[ours]!r} and {theirs!r} are {ours!r}")
-        if entry.dtype not in FLOATS:
+        if entry.dtype not in FLOAT_DTYPES:
             raise ModelError(f"{where}: {theirs} is stored as {entry.dtype}; packed weights cannot be loaded yet")
         if entry.shape != expected[ours]:
             raise ModelError(
@@ -164,13 +166,13 @@ def assign(
     return plan
 
 
-def _spellings(theirs: str, prefix: str, family: Family) -> list[str]:
+def _possible_names(theirs: str, prefix: str, family: ModelFamily) -> list[str]:
     """Our names a file's name can stand for: itself, a renamed module, or a bare base model's (hub GPT-2: `h.0...`)."""
     renamed = [f"{ours}{theirs[len(disk) :]}" for ours, disk in family.on_disk.items() if theirs.startswith(f"{disk}.")]
     return [theirs, *renamed, f"{prefix}.{theirs}"]
 
 
-def read(wanted: Mapping[str, Entry], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def read_tensors(wanted: Mapping[str, TensorEntry], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """The tensors, in ``dtype`` on ``device``, file by file. Raises ModelError where a value is not finite."""
     by_file: dict[Path, list[str]] = {}
     for name, entry in wanted.items():
@@ -182,14 +184,14 @@ def read(wanted: Mapping[str, Entry], dtype: torch.dtype, device: torch.device) 
                 stored = f.get_tensor(wanted[name].name)
                 state[name] = stored.to(dtype)
                 if not is_finite(state[name]):
-                    raise ModelError(f"{file}: {wanted[name].name} {_not_finite(stored, dtype)}")
+                    raise ModelError(f"{file}: {wanted[name].name} {_explain_not_finite(stored, dtype)}")
     return state
 
 
-def refuse_damaged_buffers(found: Mapping[str, Entry]) -> None:
+def refuse_damaged_buffers(found: Mapping[str, TensorEntry]) -> None:
     """Raise ModelError naming a buffer that is recomputed and holds a NaN. An infinity is none of damage: masks hold it."""
     for name, entry in found.items():
-        if BUFFERS.fullmatch(name) and entry.dtype in FLOATS:
+        if RECOMPUTED_BUFFERS.fullmatch(name) and entry.dtype in FLOAT_DTYPES:
             with safe_open(entry.file, framework="pt") as f:
                 if bool(f.get_tensor(entry.name).isnan().any()):
                     raise ModelError(f"{entry.file}: {name} holds NaN; the checkpoint is damaged: get another copy")
@@ -213,7 +215,7 @@ def refuse_not_finite(where: Path, tensors: Iterable[tuple[str, Tensor]], dtype:
             raise ModelError(f"{where}: {name} holds NaN or infinity{unclear}" if unclear else f"{where}: {name} {_DAMAGED}")
 
 
-def _not_finite(stored: Tensor, dtype: torch.dtype) -> str:
+def _explain_not_finite(stored: Tensor, dtype: torch.dtype) -> str:
     """What is wrong with a tensor's values: their own fault, or that of the number format they were asked for in."""
     if is_finite(stored):
         remedy = "; open it with dtype=float32" if dtype != torch.float32 else ""

@@ -1,6 +1,6 @@
 """Divergences of a student p from a teacher q, as scores with a slope in closed form: what distillation minimises.
 
-Each comes in two forms. Against the teacher's whole distribution, a `Dense`: its logits are formed a chunk of tokens at a time,
+Each comes in two forms. Against the teacher's whole distribution, a `DenseScore`: its logits are formed a chunk of tokens at a time,
 so that neither model's [T, V] ever exists. Against its k likeliest tokens, all others counted as one: a lower bound of that.
 
     whole("jsd", logits=lambda rows: head(rows.extra["hidden"]), beta=0.5)      # a score: Score(fn, temperature=2.0)
@@ -19,23 +19,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorry.errors import ConfigError, nearest
-from lorry.models.scoring.vocab import Dense, Rows, Softmax, Statistic, kl_from, kl_to, log_rest, top_k_kl
+from lorry.errors import ConfigError, suggest_nearest
+from lorry.models.scoring.vocab import (
+    DenseScore,
+    SoftmaxSummary,
+    VocabRows,
+    VocabStatistic,
+    forward_kl,
+    log_remaining_mass,
+    reverse_kl,
+    top_k_kl,
+)
 
-BLOCK = 32  # rows sorted at a time
-ROUNDING = 32  # units in the last place in which probabilities of equal logits may differ
-Given = Callable[[Rows], Tensor]
-Slope = Callable[[], Tensor]
+SORT_ROWS = 32  # rows sorted at a time
+ROUNDING_UNITS = 32  # units in the last place in which probabilities of equal logits may differ
+GivenLogits = Callable[[VocabRows], Tensor]
+SlopeFn = Callable[[], Tensor]
 
 
-def jsd(logits: Given, beta: float) -> Dense:
+def generalized_jsd(logits: GivenLogits, beta: float) -> DenseScore:
     """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p, q the softmax of given logits [t,V], 0 < beta < 1.
 
     The generalised Jensen-Shannon divergence of on-policy distillation (Agarwal et al. 2024, arXiv 2306.13649). Divided by beta
     it tends to KL(q || p) as beta goes to 0, by 1 - beta to KL(p || q) as it goes to 1. d / d p_v = (1 - beta) log(p_v / m_v).
     """
 
-    def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, Slope]:
+    def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, SlopeFn]:
         q_log, p = given.to(logp.dtype).log_softmax(1), logp.exp()
         m_log = torch.logaddexp(q_log + math.log(beta), logp + math.log1p(-beta))
         theirs = torch.linalg.vecdot(q_log.exp(), q_log - m_log)
@@ -44,68 +53,68 @@ def jsd(logits: Given, beta: float) -> Dense:
         slope = lambda: gap.sub_(ours.detach()[:, None]).mul_(p).mul_(1 - beta)  # noqa: E731
         return beta * theirs + (1 - beta) * ours, slope
 
-    return Dense(logits, formula)
+    return DenseScore(logits, formula)
 
 
-def uld(logits: Given) -> Dense:
+def uld_divergence(logits: GivenLogits) -> DenseScore:
     """Universal logit distillation: sum over ranks of |p_(i) - q_(i)|, both sorted from the largest, the shorter padded with
     zeros, q the softmax of given logits [t,W] over a vocabulary of its own (Boizard et al. 2024, arXiv 2402.12030)."""
 
-    def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, Slope]:
+    def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, SlopeFn]:
         values, signs = [], torch.zeros_like(logp, dtype=torch.int8)
-        for start in range(0, len(logp), BLOCK):
-            block = slice(start, start + BLOCK)
-            p, ids = _ranked(logp[block].exp())
-            q = _sorted(given[block].to(logp.dtype).softmax(1))
+        for start in range(0, len(logp), SORT_ROWS):
+            block = slice(start, start + SORT_ROWS)
+            p, ids = _rank_descending(logp[block].exp())
+            q = _sort_descending(given[block].to(logp.dtype).softmax(1))
             both = min(p.shape[1], q.shape[1])
             gap = torch.cat([p[:, :both] - q[:, :both], p[:, both:]], 1)
             values.append(gap.abs().sum(1) + q[:, both:].sum(1))
-            signs[block] = signs[block].scatter(1, ids, _side(gap.detach(), p.detach()).to(torch.int8))
+            signs[block] = signs[block].scatter(1, ids, _gap_sign(gap.detach(), p.detach()).to(torch.int8))
         return torch.cat(values), lambda: _through_softmax(logp.exp_(), signs)
 
-    return Dense(logits, formula)
+    return DenseScore(logits, formula)
 
 
-def _top_k_uld(log_probs: str) -> Dense:
-    """`uld` where of q the k largest probabilities are known, in order, in the extra ``log_probs`` [T,k]: their ranks one by
+def _top_k_uld(log_probs: str) -> DenseScore:
+    """`uld_divergence` where of q the k largest probabilities are known, in order, in the extra ``log_probs`` [T,k]: their ranks one by
     one, the rest of either side as one."""
 
-    def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, Slope]:
+    def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, SlopeFn]:
         k = min(given.shape[1], logp.shape[1])
         q, (p_log, at) = given[:, :k].to(logp.dtype).exp(), logp.topk(k, 1)
         gap, rest = p_log.exp() - q, q.sum(1) - p_log.exp().sum(1)  # the rest of p over that of q
-        signs = _side(gap.detach(), q) - _side(rest.detach(), torch.ones_like(rest))[:, None]
+        signs = _gap_sign(gap.detach(), q) - _gap_sign(rest.detach(), torch.ones_like(rest))[:, None]
         value = gap.abs().sum(1) + rest.abs()
         return value, lambda: _through_softmax(logp.exp_(), torch.zeros_like(logp).scatter_(1, at, signs))
 
-    return Dense(lambda rows: rows.extra[log_probs], formula)
+    return DenseScore(lambda rows: rows.extra[log_probs], formula)
 
 
-def _top_k_jsd(ids: str, log_probs: str, beta: float) -> Statistic:
-    """`jsd` of the distributions over the k tokens and the rest."""
+def _top_k_jsd(ids: str, log_probs: str, beta: float) -> VocabStatistic:
+    """`generalized_jsd` of the distributions over the k tokens and the rest."""
 
-    def of(p: Softmax, rows: Rows) -> Tensor:
+    def of(p: SoftmaxSummary, rows: VocabRows) -> Tensor:
         given = rows.extra[log_probs].to(p.chosen.dtype)
-        q_log, p_log = (torch.cat([x, log_rest(x)], 1) for x in (given, p.chosen))
+        q_log, p_log = (torch.cat([x, log_remaining_mass(x)], 1) for x in (given, p.chosen))
         m_log = torch.logaddexp(q_log + math.log(beta), p_log + math.log1p(-beta))
         return beta * (q_log.exp() * (q_log - m_log)).sum(1) + (1 - beta) * (p_log.exp() * (p_log - m_log)).sum(1)
 
-    return Statistic(of, lambda rows: rows.extra[ids])
+    return VocabStatistic(of, lambda rows: rows.extra[ids])
 
 
-def whole(loss: str, logits: Given, beta: float = 0.5) -> Dense:
+def full_vocab_divergence(loss: str, logits: GivenLogits, beta: float = 0.5) -> DenseScore:
     """A divergence by name (kl, reverse_kl, jsd, uld) from the distribution of ``logits(rows)`` [t,V], for uld [t,W].
 
     jsd with ``beta`` 0 is kl, with 1 reverse_kl. Raises ConfigError for an unknown name or a beta outside 0 to 1.
     """
-    kind = _kind(loss, beta)
-    made = {"kl": kl_from, "reverse_kl": kl_to, "jsd": lambda given: jsd(given, beta), "uld": uld}
+    kind = _check_divergence_name(loss, beta)
+    made = {"kl": forward_kl, "reverse_kl": reverse_kl, "jsd": lambda given: generalized_jsd(given, beta), "uld": uld_divergence}
     return made[kind](logits)
 
 
-def top_k(loss: str, ids: str, log_probs: str, beta: float = 0.5) -> Dense | Statistic:
+def top_k_divergence(loss: str, ids: str, log_probs: str, beta: float = 0.5) -> DenseScore | VocabStatistic:
     """The same from extras: ``ids`` [T,k], distinct in a row (uld does not read them), ``log_probs`` [T,k], largest first."""
-    kind = _kind(loss, beta)
+    kind = _check_divergence_name(loss, beta)
     if kind == "uld":
         return _top_k_uld(log_probs)
     return _top_k_jsd(ids, log_probs, beta) if kind == "jsd" else top_k_kl(ids, log_probs, reverse=kind == "reverse_kl")
@@ -114,17 +123,17 @@ def top_k(loss: str, ids: str, log_probs: str, beta: float = 0.5) -> Dense | Sta
 LOSSES = ("kl", "reverse_kl", "jsd", "uld")
 
 
-def _kind(loss: str, beta: float) -> str:
+def _check_divergence_name(loss: str, beta: float) -> str:
     if loss not in LOSSES:
-        raise ConfigError(f"distill.loss={loss!r}; choose one of {', '.join(LOSSES)}{nearest(loss, LOSSES)}")
+        raise ConfigError(f"distill.loss={loss!r}; choose one of {', '.join(LOSSES)}{suggest_nearest(loss, LOSSES)}")
     if loss == "jsd" and not 0 <= beta <= 1:
         raise ConfigError(f"distill.beta={beta}; give a number from 0 (forward KL) to 1 (reverse KL)")
     return {0.0: "kl", 1.0: "reverse_kl"}.get(beta, loss) if loss == "jsd" else loss
 
 
-def _side(gap: Tensor, size: Tensor) -> Tensor:
+def _gap_sign(gap: Tensor, size: Tensor) -> Tensor:
     """-1, 0 or 1: the slope of |gap|; a gap that is nothing but the rounding of numbers of that size has none."""
-    return torch.where(gap.abs() > ROUNDING * torch.finfo(gap.dtype).eps * size, gap.sign(), 0.0)
+    return torch.where(gap.abs() > ROUNDING_UNITS * torch.finfo(gap.dtype).eps * size, gap.sign(), 0.0)
 
 
 def _through_softmax(p: Tensor, slope: Tensor) -> Tensor:
@@ -133,14 +142,14 @@ def _through_softmax(p: Tensor, slope: Tensor) -> Tensor:
     return p.mul_(slope.sub_(torch.linalg.vecdot(p, slope)[:, None]))
 
 
-def _sorted(p: Tensor) -> Tensor:
+def _sort_descending(p: Tensor) -> Tensor:
     """[t,V] from the largest down."""
     if p.device.type == "cpu" and p.dtype == torch.float32:
         return torch.from_numpy(np.sort(p.numpy(), axis=1)).flip(1)  # ten times as fast as torch's
     return p.sort(1, descending=True).values
 
 
-def _ranked(p: Tensor) -> tuple[Tensor, Tensor]:
+def _rank_descending(p: Tensor) -> tuple[Tensor, Tensor]:
     """(values from the largest down, their places), both [t,V]; of equals the first comes first.
 
     A probability's bits grow with it, so with the place behind them one integer sorts both: four times as fast as torch on a CPU.

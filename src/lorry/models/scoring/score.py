@@ -1,6 +1,6 @@
 """Scores: per-token scalars of the logits, computed without ever holding [T, V].
 
-Rows of weight 0 never reach the head. The head being frozen, `Statistic`s (log-probability, entropy, top-k divergences ...) go
+Rows of weight 0 never reach the head. The head being frozen, `VocabStatistic`s (log-probability, entropy, top-k divergences ...) go
 through it a tile of the vocabulary at a time (`models/scoring/tiles.py`); other functions see whole rows, chunk by chunk, and up to two
 of them keep d score / d hidden [t, D] instead of the logits. From three on, or when the head itself is adapted, chunks are
 recomputed in backward. Losses then make what they like of the scores. T tokens, t supervised rows, D width, V vocabulary,
@@ -19,25 +19,25 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lorry.adapters.layers import BankLinear
-from lorry.adapters.mix import Call
+from lorry.adapters.mix import AdapterContext
 from lorry.data.batch import Batch
-from lorry.kernels.softmax import accumulator
+from lorry.kernels.softmax import accumulator_dtype
 from lorry.models.causal_lm import CausalLM
-from lorry.models.decoder.model import Packed
-from lorry.models.scoring.tiles import Asked, FromLogits, statistics
-from lorry.models.scoring.vocab import Dense, Rows, ScoreFn, Statistic, correct, entropy, log_prob
+from lorry.models.decoder.model import PackedInput
+from lorry.models.scoring.tiles import LogitsStatistics, StatisticsRequest, compute_statistics
+from lorry.models.scoring.vocab import DenseScore, ScoreFn, VocabRows, VocabStatistic, correct, entropy, log_prob
 
 __all__ = [
-    "Final", "HiddenState", "Rows", "Score", "ScoreFn", "Want", "cooled", "correct", "entropy", "evaluate", "frozen_head",
-    "log_prob", "score_rows",
+    "FinalHidden", "HiddenState", "VocabRows", "TokenScore", "ScoreFn", "Want", "scale_by_temperature", "correct", "entropy", "evaluate_wants", "frozen_head",
+    "log_prob", "score_supervised_tokens",
 ]  # fmt: skip
 
-CHUNK = 256
+CHUNK_TOKENS = 256
 ONE_PASS_SCORES = 2
 
 
 @dataclass(frozen=True)
-class Score:
+class TokenScore:
     """A per-token scalar: ``fn(logits [t,V] fp32, rows) -> [t]``; each row may depend on that row's logits alone. Those of
     `models/scoring/vocab.py` and `models/scoring/divergence.py` have slopes in closed form; of any other function autograd finds it.
     ``temperature``: what the logits are divided by first; scores of one temperature share their passes over the head."""
@@ -54,62 +54,62 @@ class HiddenState:
 
 
 @dataclass(frozen=True)
-class Final:
+class FinalHidden:
     """What the head reads: the hidden state after the final norm, [T, D]; the logits of target t are made of that at t-1."""
 
 
-Want = Score | HiddenState | Final
+Want = TokenScore | HiddenState | FinalHidden
 
 
-def evaluate(model: CausalLM, batch: Batch, wants: Mapping[str, Want], call: Call) -> dict[str, Tensor]:
+def evaluate_wants(model: CausalLM, batch: Batch, wants: Mapping[str, Want], call: AdapterContext) -> dict[str, Tensor]:
     """Everything a task asked for: scores as [T] (0 at unsupervised tokens), hidden states as [T, D].
 
     Gradients flow to the adapters when they are enabled. If only hidden states are wanted, the pass stops at the highest.
     """
-    scores = {n: w for n, w in wants.items() if isinstance(w, Score)}
-    final = [n for n, w in wants.items() if isinstance(w, Final)]
+    scores = {n: w for n, w in wants.items() if isinstance(w, TokenScore)}
+    final = [n for n, w in wants.items() if isinstance(w, FinalHidden)]
     layers = {n: w.layer for n, w in wants.items() if isinstance(w, HiddenState)}
-    packed = Packed(batch.tokens, batch.positions, batch.segments)
+    packed = PackedInput(batch.tokens, batch.positions, batch.segments)
     stop = None if scores or final else max(layers.values(), default=None)
     hidden = model.hidden(packed, call, taps=sorted(set(layers.values())), stop=stop)
-    got = {name: hidden.taps[layer] for name, layer in layers.items()}
+    got = {name: hidden.layer_outputs[layer] for name, layer in layers.items()}
     if scores or final:
         assert hidden.last is not None
         got |= dict.fromkeys(final, hidden.last)
         for temperature in dict.fromkeys(w.temperature for w in scores.values()):
             alike = {n: w.fn for n, w in scores.items() if w.temperature == temperature}
-            table = score_rows(model, hidden.last, batch, list(alike.values()), call, temperature)
+            table = score_supervised_tokens(model, hidden.last, batch, list(alike.values()), call, temperature)
             for name, column in zip(alike, table.unbind(1), strict=True):
                 got[name] = column.new_zeros(batch.tokens.numel()).index_copy(0, batch.rows, column)
     return got
 
 
-def score_rows(
-    model: CausalLM, hidden: Tensor, batch: Batch, fns: Sequence[ScoreFn], call: Call, temperature: float = 1.0
+def score_supervised_tokens(
+    model: CausalLM, hidden: Tensor, batch: Batch, fns: Sequence[ScoreFn], call: AdapterContext, temperature: float = 1.0
 ) -> Tensor:
     """[t, n] fp32: every score at every supervised token. The logits of target t stand at position t-1."""
     extra = {name: e.values[batch.rows] for name, e in batch.extra.items() if e.per == "token"}
-    rows = Rows(batch.tokens[batch.rows], extra)
+    rows = VocabRows(batch.tokens[batch.rows], extra)
     sources = batch.rows - 1
-    picked, left = cooled(model, hidden.index_select(0, sources), temperature)
+    picked, left = scale_by_temperature(model, hidden.index_select(0, sources), temperature)
     head = frozen_head(model, call)
-    tiled = [j for j, fn in enumerate(fns) if head is not None and isinstance(fn, Statistic)]
+    tiled = [j for j, fn in enumerate(fns) if head is not None and isinstance(fn, VocabStatistic)]
     whole = [j for j in range(len(fns)) if j not in tiled]
     columns: dict[int, Tensor] = {}
     if head is not None and tiled:
-        known = [fn for fn in fns if isinstance(fn, Statistic)]
-        columns |= zip(tiled, statistics(picked, head, known, rows).unbind(1), strict=True)
+        known = [fn for fn in fns if isinstance(fn, VocabStatistic)]
+        columns |= zip(tiled, compute_statistics(picked, head, known, rows).unbind(1), strict=True)
     if whole:
         others = [fns[j] for j in whole]
         if head is not None and (len(others) <= ONE_PASS_SCORES or not picked.requires_grad):
-            table = WholeRows.apply(picked, head, others, rows)
+            table = FullLogitsFunction.apply(picked, head, others, rows)
         else:
-            table = _by_chunks(model, picked, sources, rows, others, call, left)
+            table = _score_by_chunks(model, picked, sources, rows, others, call, left)
         columns |= zip(whole, table.unbind(1), strict=True)
     return torch.stack([columns[j] for j in range(len(fns))], 1)
 
 
-def cooled(model: CausalLM, hidden: Tensor, temperature: float) -> tuple[Tensor, float]:
+def scale_by_temperature(model: CausalLM, hidden: Tensor, temperature: float) -> tuple[Tensor, float]:
     """(hidden states [t,D] for logits at a temperature, what their logits are still to be divided by): softmax(W h / tau) is
     softmax(W (h / tau)) where the head is a product and nothing else, adapted or not."""
     if temperature == 1.0:
@@ -119,35 +119,47 @@ def cooled(model: CausalLM, hidden: Tensor, temperature: float) -> tuple[Tensor,
     return (hidden / temperature, 1.0) if plain else (hidden, temperature)
 
 
-def _by_chunks(
-    model: CausalLM, hidden: Tensor, sources: Tensor, rows: Rows, fns: Sequence[ScoreFn], call: Call, temperature: float
+def _score_by_chunks(
+    model: CausalLM,
+    hidden: Tensor,
+    sources: Tensor,
+    rows: VocabRows,
+    fns: Sequence[ScoreFn],
+    call: AdapterContext,
+    temperature: float,
 ) -> Tensor:
     """[t,n]: from whole rows of logits, formed again in backward."""
     parts = []
-    for start in range(0, len(hidden), CHUNK):
-        stop = min(start + CHUNK, len(hidden))
+    for start in range(0, len(hidden), CHUNK_TOKENS):
+        stop = min(start + CHUNK_TOKENS, len(hidden))
         part = (model, hidden[start:stop], rows.cut(start, stop), fns, call.narrow(sources[start:stop]), temperature)
         if torch.is_grad_enabled():
             parts.append(checkpoint(_chunk_scores, *part, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(_chunk_scores(*part))
-    return torch.cat(parts) if parts else hidden.new_zeros(0, len(fns), dtype=accumulator(hidden))
+    return torch.cat(parts) if parts else hidden.new_zeros(0, len(fns), dtype=accumulator_dtype(hidden))
 
 
-def _chunk_scores(model: CausalLM, hidden: Tensor, rows: Rows, fns: Sequence[ScoreFn], call: Call, temperature: float) -> Tensor:
+def _chunk_scores(
+    model: CausalLM, hidden: Tensor, rows: VocabRows, fns: Sequence[ScoreFn], call: AdapterContext, temperature: float
+) -> Tensor:
     logits = model.logits(hidden, call)
     logits = logits if temperature == 1.0 else logits / temperature
-    known = [fn for fn in fns if isinstance(fn, Statistic)]
-    columns = dict(zip(map(id, known), FromLogits.apply(logits, Asked.of(known, rows)).unbind(1), strict=True)) if known else {}
+    known = [fn for fn in fns if isinstance(fn, VocabStatistic)]
+    columns = (
+        dict(zip(map(id, known), LogitsStatistics.apply(logits, StatisticsRequest.of(known, rows)).unbind(1), strict=True))
+        if known
+        else {}
+    )
     for fn in fns:
-        if isinstance(fn, Dense):
-            columns[id(fn)] = Sloped.apply(logits, fn, rows)
-        elif not isinstance(fn, Statistic):
-            columns[id(fn)] = fn(logits.to(accumulator(logits)), rows)
+        if isinstance(fn, DenseScore):
+            columns[id(fn)] = DenseScoreFunction.apply(logits, fn, rows)
+        elif not isinstance(fn, VocabStatistic):
+            columns[id(fn)] = fn(logits.to(accumulator_dtype(logits)), rows)
     return torch.stack([columns[id(fn)] for fn in fns], 1)
 
 
-def frozen_head(model: CausalLM, call: Call) -> Tensor | None:
+def frozen_head(model: CausalLM, call: AdapterContext) -> Tensor | None:
     """The head's weight [V, D] when nothing in this call adapts or trains it and it is a plain product; else None."""
     head = getattr(model, "head", None)
     if isinstance(head, BankLinear):
@@ -159,12 +171,12 @@ def frozen_head(model: CausalLM, call: Call) -> Tensor | None:
     return head.weight
 
 
-class Sloped(torch.autograd.Function):
-    """`apply(logits [t,V], fn, rows) -> [t]` of a `Dense`; its slope is kept in the logits' dtype."""
+class DenseScoreFunction(torch.autograd.Function):
+    """`apply(logits [t,V], fn, rows) -> [t]` of a `DenseScore`; its slope is kept in the logits' dtype."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, fn: Dense, rows: Rows) -> Tensor:
-        wide = logits.to(accumulator(logits), copy=True)
+    def forward(ctx: Any, logits: Tensor, fn: DenseScore, rows: VocabRows) -> Tensor:
+        wide = logits.to(accumulator_dtype(logits), copy=True)
         if not ctx.needs_input_grad[0]:
             return fn(wide, rows)
         value, slope = fn.with_slope(wide, rows)
@@ -178,19 +190,19 @@ class Sloped(torch.autograd.Function):
         return slope * grads[0][:, None].to(slope.dtype), None, None
 
 
-class WholeRows(torch.autograd.Function):
+class FullLogitsFunction(torch.autograd.Function):
     """`apply(hidden [t,D], head [V,D], fns, rows) -> [t,n]`: any functions of a chunk's logits, with d score / d hidden formed in
     the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, fns: Sequence[ScoreFn], rows: Rows) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, fns: Sequence[ScoreFn], rows: VocabRows) -> Tensor:
         need = ctx.needs_input_grad[0]
         t = len(hidden)
-        out = hidden.new_zeros(t, len(fns), dtype=accumulator(hidden))
+        out = hidden.new_zeros(t, len(fns), dtype=accumulator_dtype(hidden))
         slopes = [torch.zeros_like(hidden) for _ in fns] if need else []
-        space = hidden.new_empty(min(t, CHUNK), len(head))
-        for start in range(0, t, CHUNK):
-            stop = min(start + CHUNK, t)
+        space = hidden.new_empty(min(t, CHUNK_TOKENS), len(head))
+        for start in range(0, t, CHUNK_TOKENS):
+            stop = min(start + CHUNK_TOKENS, t)
             logits = torch.mm(hidden[start:stop], head.t(), out=space[: stop - start])
             for j, fn in enumerate(fns):
                 value, slope = _value_and_slope(fn, logits, rows.cut(start, stop), need)
@@ -210,10 +222,10 @@ class WholeRows(torch.autograd.Function):
         return total, None, None, None
 
 
-def _value_and_slope(fn: ScoreFn, logits: Tensor, rows: Rows, need: bool) -> tuple[Tensor, Tensor | None]:
+def _value_and_slope(fn: ScoreFn, logits: Tensor, rows: VocabRows, need: bool) -> tuple[Tensor, Tensor | None]:
     """fn [t] at a chunk's logits, and its slope [t,V] if needed and there is one."""
-    wide = logits.to(accumulator(logits), copy=True)
-    if need and isinstance(fn, Dense):
+    wide = logits.to(accumulator_dtype(logits), copy=True)
+    if need and isinstance(fn, DenseScore):
         return fn.with_slope(wide, rows)
     with torch.set_grad_enabled(need):
         value = fn(wide.requires_grad_(need), rows)

@@ -17,19 +17,19 @@ from torch import Tensor
 
 from lorry.errors import ConfigError
 
-LOWEST, HIGHEST = 0.5, 8.0  # temperatures
-NODES = 12
-EMPTY = -200.0  # the logarithm of a probability that is nothing
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.5, 8.0  # temperatures
+NODE_COUNT = 12
+ZERO_LOG_PROB = -200.0  # the logarithm of a probability that is nothing
 
 
-def _nodes() -> list[float]:
+def _temperature_nodes() -> list[float]:
     """1/temperature: the Chebyshev nodes of the range."""
-    low, high = 1 / HIGHEST, 1 / LOWEST
-    return [(low + high) / 2 + (high - low) / 2 * math.cos(math.pi * (2 * i + 1) / (2 * NODES)) for i in range(NODES)]
+    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
+    return [(low + high) / 2 + (high - low) / 2 * math.cos(math.pi * (2 * i + 1) / (2 * NODE_COUNT)) for i in range(NODE_COUNT)]
 
 
 @dataclass(frozen=True)
-class Truncated:
+class TruncatedDistribution:
     """ids [t,k] int32, likeliest first; logp [t,k] their log-probabilities at temperature 1, fp16; rest [t,NODES] fp32, the
     logarithm of the sum over all other tokens of p^s at each node."""
 
@@ -38,18 +38,18 @@ class Truncated:
     rest: Tensor
 
     @staticmethod
-    def of(logits: Tensor, k: int) -> Truncated:
+    def of(logits: Tensor, k: int) -> TruncatedDistribution:
         """From logits [t,V] at temperature 1; at most V - 1 tokens are kept."""
         logp = logits.float().log_softmax(1)
         near, ids = logp.topk(min(k, logp.shape[1] - 1), 1)
         logp = logp.scatter(1, ids, -torch.inf)
-        rest = torch.stack([(logp * s).logsumexp(1) for s in _nodes()], 1).clamp(min=EMPTY)
-        return Truncated(ids.to(torch.int32), near.half(), rest)
+        rest = torch.stack([(logp * s).logsumexp(1) for s in _temperature_nodes()], 1).clamp(min=ZERO_LOG_PROB)
+        return TruncatedDistribution(ids.to(torch.int32), near.half(), rest)
 
     def log_probs(self, temperature: float) -> Tensor:
         """[t,k] fp32: log softmax(z / temperature) of the tokens kept. Raises ConfigError for a temperature out of range."""
         check_temperature(temperature)
-        s, nodes = 1 / temperature, _nodes()
+        s, nodes = 1 / temperature, _temperature_nodes()
         weights = [math.prod((s - b) / (a - b) for b in nodes if b != a) for a in nodes]
         rest = self.rest @ torch.tensor(weights, dtype=torch.float32)
         near = self.logp.float() * s
@@ -58,7 +58,7 @@ class Truncated:
 
 def check_temperature(temperature: float) -> None:
     """Raises ConfigError unless what is stored answers for the temperature."""
-    if not LOWEST <= temperature <= HIGHEST:
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
         raise ConfigError(
-            f"distill.temperature={temperature} with a cache: it answers for {LOWEST} to {HIGHEST}; leave distill.cache out"
+            f"distill.temperature={temperature} with a cache: it answers for {MIN_TEMPERATURE} to {MAX_TEMPERATURE}; leave distill.cache out"
         )

@@ -10,147 +10,155 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from lorry.backends.protocol import Scorer
-from lorry.config import DistillConfig, DistillRun, Run
+from lorry.backends.protocol import ScoringBackend
+from lorry.config import DistillConfig, DistillRunConfig, RunConfig
 from lorry.data.batch import Batch
-from lorry.data.encoding.encode import Encoder
-from lorry.data.prepare import Prepared
+from lorry.data.encoding.encode import ExampleEncoder
+from lorry.data.prepare import PreparedData
 from lorry.errors import ConfigError
-from lorry.models.loading.open import Opened
+from lorry.models.loading.open import OpenedModel
 from lorry.tasks.build import BuiltTask, TaskInputs
 from lorry.tasks.distill import cache
-from lorry.tasks.distill.align import PairedEncoder, name_of, same_tokenizer
-from lorry.tasks.distill.task import Aim, Distill, Live, Reader, Teacher
-from lorry.tasks.distill.teacher import TeacherPlace, TeacherScorer, open_teacher
+from lorry.tasks.distill.align import PairedEncoder, require_same_tokenizer, sequence_digest
+from lorry.tasks.distill.task import DistillObjective, DistillTask, DistillTeacher, LiveTeacher, TeacherReader
+from lorry.tasks.distill.teacher import TeacherLocation, TeacherScorer, open_teacher
 
-PASS_ROWS = 8  # rows the teacher reads at a time when a cache is written
-LONGER = 2  # what a teacher's tokenizer may make of max_length tokens of the student's
+TEACHER_PASS_ROWS = 8  # rows the teacher reads at a time when a cache is written
+TEACHER_LENGTH_FACTOR = 2  # what a teacher's tokenizer may make of max_length tokens of the student's
 
 
-def aim_of(config: DistillConfig) -> Aim:
+def distill_objective_of(config: DistillConfig) -> DistillObjective:
     """The two terms and their weights from the settings."""
-    return Aim(config.loss, config.temperature, config.beta, 1 - config.alpha, config.alpha)
+    return DistillObjective(config.loss, config.temperature, config.beta, 1 - config.alpha, config.alpha)
 
 
-def encoder_of(run: Run, opened: Opened, notes: list[str]) -> Callable[..., Encoder]:
-    """What makes the encoder of a run: `Encoder`, or one that has a teacher with another tokenizer read the rows as well.
+def make_encoder_factory(run: RunConfig, opened: OpenedModel, notes: list[str]) -> Callable[..., ExampleEncoder]:
+    """What makes the encoder of a run: `ExampleEncoder`, or one that has a teacher with another tokenizer read the rows as well.
 
     A token that the model, or the teacher that reads it, has no embedding of makes a bad row.
     Raises ConfigError when the tokenizers differ and the loss compares tokens by their ids.
     """
-    own = partial(Encoder, embeddings=opened.model.vocabulary)
-    if not isinstance(run, DistillRun):
+    own = partial(ExampleEncoder, embeddings=opened.model.vocab_size)
+    if not isinstance(run, DistillRunConfig):
         return own
-    place = _place(run, opened, notes)
+    place = _locate_teacher(run, opened, notes)
     if place.shared:
         return own
     theirs = place.tokenizer(notes)
     try:
-        same_tokenizer(opened.tokenizer, theirs, str(place.place.directory))
+        require_same_tokenizer(opened.tokenizer, theirs, str(place.place.directory))
     except ConfigError:
         if run.distill.loss != "uld":
             raise
         only = True if run.data.completion_only_loss is None else run.data.completion_only_loss
-        reads = Encoder(
-            theirs, max_length=LONGER * run.data.max_length, completion_only_loss=only, system=run.data.system,
-            embeddings=place.vocabulary(),
+        reads = ExampleEncoder(
+            theirs, max_length=TEACHER_LENGTH_FACTOR * run.data.max_length, completion_only_loss=only, system=run.data.system,
+            embeddings=place.vocab_size(),
         )  # fmt: skip
-        return partial(PairedEncoder, theirs=reads, embeddings=opened.model.vocabulary)
-    ours = opened.model.vocabulary
-    return partial(Encoder, embeddings=min(ours, place.vocabulary() or ours))
+        return partial(PairedEncoder, theirs=reads, embeddings=opened.model.vocab_size)
+    ours = opened.model.vocab_size
+    return partial(ExampleEncoder, embeddings=min(ours, place.vocab_size() or ours))
 
 
 def build_distill(given: TaskInputs) -> BuiltTask:
     """The task, and the frozen models it scores with. Raises ConfigError, ModelError."""
     run = given.run
-    assert isinstance(run, DistillRun)
+    assert isinstance(run, DistillRunConfig)
     notes: list[str] = []
-    (adapter, (_, prepared)), aim = next(iter(given.jobs.items())), aim_of(run.distill)
-    place = _place(run, given.opened, notes)
+    (adapter, (_, prepared)), aim = next(iter(given.jobs.items())), distill_objective_of(run.distill)
+    place = _locate_teacher(run, given.opened, notes)
     if run.output_dir.resolve() in {p.resolve() for p in (place.place.directory, place.adapter) if p is not None}:
         raise ConfigError(f"{run.output_dir} holds the teacher, which this run would displace; give another output_dir")
     dtype = str(given.opened.source["dtype"]) if place.shared else run.distill.teacher_dtype
     digest = place.digest(run.distill, dtype)
-    models: dict[str, Scorer] = {}
+    models: dict[str, ScoringBackend] = {}
     if run.distill.cache is None:
         scorer = models["teacher"] = open_teacher(place, run.distill, given.opened, notes)
-        reader, columns = _reader(prepared, scorer), _columns(run.distill, given.opened)
-        _enough(run.distill, scorer, columns)
-        teacher: Teacher = Live(aim, scorer.head(aim.temperature, columns), reader, _likeliest(run.distill, scorer, columns))
+        reader, columns = _teacher_reader(prepared, scorer), _teacher_columns(run.distill, given.opened)
+        _require_columns(run.distill, scorer, columns)
+        teacher: DistillTeacher = LiveTeacher(
+            aim, scorer.head(aim.temperature, columns), reader, _top_k_count(run.distill, scorer, columns)
+        )
         notes += _missing(given, prepared, lambda tokens, weights: reader.view(tokens, weights) is not None)
     else:
-        teacher = cached = _cached(given, run.distill, prepared, place, aim, digest, notes)
-        notes += _missing(given, prepared, lambda tokens, weights: name_of(tokens, weights) in cached.known)
+        teacher = cached = _open_cached_teacher(given, run.distill, prepared, place, aim, digest, notes)
+        notes += _missing(given, prepared, lambda tokens, weights: sequence_digest(tokens, weights) in cached.known)
     everyone = {"self": given.backend, **models}
-    task = Distill(given.stream, given.held, given.total, [adapter], aim=aim, teacher=teacher, models=everyone)
+    task = DistillTask(given.stream, given.held, given.total, [adapter], aim=aim, teacher=teacher, models=everyone)
     return BuiltTask(task, models, {"teacher": digest}, notes)
 
 
-def _place(run: DistillRun, opened: Opened, notes: list[str]) -> TeacherPlace:
-    return TeacherPlace.of(run.distill, opened, shareable=run.lora is not None, notes=notes)
+def _locate_teacher(run: DistillRunConfig, opened: OpenedModel, notes: list[str]) -> TeacherLocation:
+    return TeacherLocation.of(run.distill, opened, shareable=run.lora is not None, notes=notes)
 
 
-def _reader(prepared: Prepared, scorer: TeacherScorer) -> Reader:
+def _teacher_reader(prepared: PreparedData, scorer: TeacherScorer) -> TeacherReader:
     views = prepared.encoder.views if isinstance(prepared.encoder, PairedEncoder) else None
-    return Reader(views, scorer.model.context, scorer.mix)
+    return TeacherReader(views, scorer.model.context, scorer.mix)
 
 
-def _columns(config: DistillConfig, opened: Opened) -> int | None:
+def _teacher_columns(config: DistillConfig, opened: OpenedModel) -> int | None:
     """How many of the teacher's logits count: those of the student's tokens, where tokens are compared by id (an embedding may be
     longer than its tokenizer); None: all of them."""
     if config.loss == "uld":
         return None
-    return opened.model.vocabulary
+    return opened.model.vocab_size
 
 
-def _enough(config: DistillConfig, teacher: TeacherScorer, columns: int | None) -> None:
+def _require_columns(config: DistillConfig, teacher: TeacherScorer, columns: int | None) -> None:
     """Raises ConfigError when the teacher has fewer logits than are compared with all of it."""
-    if columns is not None and teacher.vocabulary < columns and config.top_k is None:
+    if columns is not None and teacher.vocab_size < columns and config.top_k is None:
         raise ConfigError(
-            f"the teacher has {teacher.vocabulary} logits and the student {columns}, though their tokenizers are equal; give "
+            f"the teacher has {teacher.vocab_size} logits and the student {columns}, though their tokenizers are equal; give "
             "distill.top_k=64, which compares the teacher's likeliest tokens"
         )
 
 
-def _likeliest(config: DistillConfig, teacher: TeacherScorer, columns: int | None) -> int | None:
+def _top_k_count(config: DistillConfig, teacher: TeacherScorer, columns: int | None) -> int | None:
     """How many of the teacher's likeliest tokens are kept: never all of them, as in a cache, since the others count as one."""
-    return None if config.top_k is None else min(config.top_k, min(teacher.vocabulary, columns or teacher.vocabulary) - 1)
+    return None if config.top_k is None else min(config.top_k, min(teacher.vocab_size, columns or teacher.vocab_size) - 1)
 
 
-def _cached(
-    given: TaskInputs, config: DistillConfig, prepared: Prepared, place: TeacherPlace, aim: Aim, digest: str, notes: list[str]
-) -> cache.Cached:
+def _open_cached_teacher(
+    given: TaskInputs,
+    config: DistillConfig,
+    prepared: PreparedData,
+    place: TeacherLocation,
+    aim: DistillObjective,
+    digest: str,
+    notes: list[str],
+) -> cache.CachedTeacher:
     """The teacher from disk; it is opened, and forgotten again, only where the cache is not there yet."""
     assert config.cache is not None
     assert config.top_k is not None
-    columns = _columns(config, given.opened)
-    facts = cache.facts_of(_sequences(given, prepared), digest, config.top_k, columns)
-    folder = cache.folder_of(Path(config.cache), facts)
+    columns = _teacher_columns(config, given.opened)
+    facts = cache.teacher_cache_facts(_all_batches(given, prepared), digest, config.top_k, columns)
+    folder = cache.teacher_cache_folder(Path(config.cache), facts)
     if not folder.exists():
         scorer = open_teacher(place, config, given.opened, notes)
         head = scorer.head(1.0, columns)
-        cache.write(folder, _sequences(given, prepared), _reader(prepared, scorer), scorer, head, facts)
-    cached = cache.Cached(folder, facts, aim)
+        cache.write_teacher_cache(folder, _all_batches(given, prepared), _teacher_reader(prepared, scorer), scorer, head, facts)
+    cached = cache.CachedTeacher(folder, facts, aim)
     size = cached.facts["bytes"] / 2**20
     notes.append(f"the teacher is read from {folder}: {cached.facts['tokens']} tokens, {size:.1f} MiB")
     return cached
 
 
-def _sequences(given: TaskInputs, prepared: Prepared) -> Iterator[Batch]:
+def _all_batches(given: TaskInputs, prepared: PreparedData) -> Iterator[Batch]:
     """Everything the run reads, once: the training rows in file order, then those held out."""
     if prepared.tokens is None:
         raise ConfigError("distill.cache needs rows that are not streamed; leave data.streaming out")
-    yield from prepared.tokens.eval_batches(PASS_ROWS)
+    yield from prepared.tokens.eval_batches(TEACHER_PASS_ROWS)
     yield from given.held
 
 
-def _missing(given: TaskInputs, prepared: Prepared, speaks: Callable[[Sequence[int], Sequence[float]], bool]) -> list[str]:
+def _missing(given: TaskInputs, prepared: PreparedData, speaks: Callable[[Sequence[int], Sequence[float]], bool]) -> list[str]:
     """A note of how many sequences the teacher has nothing to say of: they carry the data's own loss only."""
     if prepared.tokens is None:
         return []
     of = [
         speaks(batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist())
-        for batch in _sequences(given, prepared)
+        for batch in _all_batches(given, prepared)
         for start, stop in batch.segments
     ]
     if not (missing := of.count(False)):

@@ -21,45 +21,60 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorry.backends.protocol import Scorer
+from lorry.backends.protocol import ScoringBackend
 from lorry.data.batch import Batch
 from lorry.disk import documents, durable, integrity, manifest
 from lorry.errors import ConfigError, ModelError
-from lorry.models.scoring.divergence import top_k
-from lorry.models.scoring.truncated import Truncated, check_temperature
-from lorry.tasks.distill.align import names_of
-from lorry.tasks.distill.task import CHUNK, IDS, LOG_PROBS, Aim, Head, Reader, with_top_k
+from lorry.models.scoring.divergence import top_k_divergence
+from lorry.models.scoring.truncated import TruncatedDistribution, check_temperature
+from lorry.tasks.distill.align import sequence_digests
+from lorry.tasks.distill.task import (
+    TEACHER_IDS,
+    TEACHER_LOG_PROBS,
+    TOP_K_CHUNK,
+    DistillObjective,
+    TeacherHead,
+    TeacherReader,
+    attach_top_k,
+)
 
-TENSORS, FACTS, FORMAT = "teacher.safetensors", "teacher.json", "lorry-teacher/1"
+CACHE_TENSORS_FILE, CACHE_FACTS_FILE, CACHE_FORMAT = "teacher.safetensors", "teacher.json", "lorry-teacher/1"
 
 
-def facts_of(batches: Iterable[Batch], teacher: str, k: int, columns: int | None) -> dict[str, Any]:
+def teacher_cache_facts(batches: Iterable[Batch], teacher: str, k: int, columns: int | None) -> dict[str, Any]:
     """What a cache of these sequences by this teacher (its digest) says of itself. ``columns``: how many of its logits count, as
     the student has it; None: all."""
-    total = hashlib.sha256(b"".join(sorted({name for batch in batches for name in names_of(batch)})))
-    return {"format": FORMAT, "data": total.hexdigest(), "teacher": teacher, "k": k, "columns": columns}
+    total = hashlib.sha256(b"".join(sorted({name for batch in batches for name in sequence_digests(batch)})))
+    return {"format": CACHE_FORMAT, "data": total.hexdigest(), "teacher": teacher, "k": k, "columns": columns}
 
 
-def folder_of(cache: Path, facts: Mapping[str, Any]) -> Path:
+def teacher_cache_folder(cache: Path, facts: Mapping[str, Any]) -> Path:
     """Where it lies."""
     return cache / f"{facts['data'][:12]}-{facts['teacher'][:12]}-k{facts['k']}-v{facts['columns'] or 'all'}"
 
 
-def write(folder: Path, batches: Iterable[Batch], reader: Reader, scorer: Scorer, head: Head, facts: Mapping[str, Any]) -> None:
+def write_teacher_cache(
+    folder: Path,
+    batches: Iterable[Batch],
+    reader: TeacherReader,
+    scorer: ScoringBackend,
+    head: TeacherHead,
+    facts: Mapping[str, Any],
+) -> None:
     """Ask the teacher once of every sequence; all or nothing is written. ``head`` at temperature 1. Raises DiskError."""
-    seen, edges, parts = dict[bytes, None](), [0], list[tuple[Tensor, Truncated]]()
+    seen, edges, parts = dict[bytes, None](), [0], list[tuple[Tensor, TruncatedDistribution]]()
     for batch in batches:
         at, hidden = reader.read(batch, scorer)
         whose = batch.sequence_of[at]
-        for s, name in enumerate(names_of(batch)):
+        for s, name in enumerate(sequence_digests(batch)):
             mine = whose == s
             if name in seen or not mine.any():
                 continue  # known, or not taught
             seen[name] = None
             edges.append(edges[-1] + int(mine.sum()))
             parts += [
-                (places - batch.starts[s], Truncated.of(head(rows), facts["k"]))
-                for places, rows in zip(at[mine].split(CHUNK), hidden[mine].split(CHUNK), strict=True)
+                (places - batch.starts[s], TruncatedDistribution.of(head(rows), facts["k"]))
+                for places, rows in zip(at[mine].split(TOP_K_CHUNK), hidden[mine].split(TOP_K_CHUNK), strict=True)
             ]
     if not parts:
         raise ConfigError("the teacher has something to say of none of the sequences; a cache of it would be empty")
@@ -72,51 +87,51 @@ def write(folder: Path, batches: Iterable[Batch], reader: Reader, scorer: Scorer
         "rest": torch.cat([kept.rest for _, kept in parts]),
     }
     durable.make_directory(folder.parent)
-    with durable.building(folder) as work:
-        save_file(tensors, work / TENSORS)
-        said = {**facts, "sequences": len(seen), "tokens": edges[-1], "bytes": (work / TENSORS).stat().st_size}
-        (work / FACTS).write_text(json.dumps(said, indent=1) + "\n")
+    with durable.build_directory(folder) as work:
+        save_file(tensors, work / CACHE_TENSORS_FILE)
+        said = {**facts, "sequences": len(seen), "tokens": edges[-1], "bytes": (work / CACHE_TENSORS_FILE).stat().st_size}
+        (work / CACHE_FACTS_FILE).write_text(json.dumps(said, indent=1) + "\n")
         entries = {
-            name: manifest.Entry(bytes=(work / name).stat().st_size, sha256=integrity.file_digest(work / name))
-            for name in (TENSORS, FACTS)
+            name: manifest.ManifestEntry(bytes=(work / name).stat().st_size, sha256=integrity.file_digest(work / name))
+            for name in (CACHE_TENSORS_FILE, CACHE_FACTS_FILE)
         }
-        (work / manifest.NAME).write_bytes(manifest.text(entries))
+        (work / manifest.MANIFEST_NAME).write_bytes(manifest.encode_manifest(entries))
 
 
-class Cached:
+class CachedTeacher:
     """A teacher read from disk; verified when opened. Raises ModelError for a damaged cache, ConfigError for another's."""
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], aim: Aim) -> None:
+    def __init__(self, folder: Path, facts: Mapping[str, Any], aim: DistillObjective) -> None:
         check_temperature(aim.temperature)
         try:
-            integrity.verify(folder)
+            integrity.verify_directory(folder)
         except ModelError as error:
             raise ModelError(f"{error}; move {folder} away, and the next run writes it anew") from error
-        self.facts = documents.read_object(folder / FACTS, error=ModelError)
+        self.facts = documents.read_object(folder / CACHE_FACTS_FILE, error=ModelError)
         for key, expected in facts.items():
             if self.facts.get(key) != expected:
                 raise ConfigError(
                     f"{folder} was written for another {key} ({str(self.facts.get(key))[:12]}, here it is {str(expected)[:12]}); "
                     "give another distill.cache, or remove it and the next run writes it anew"
                 )
-        self.temperature, self.fn = aim.temperature, top_k(aim.loss, IDS, LOG_PROBS, aim.beta)
-        self.file = safe_open(folder / TENSORS, framework="pt")
+        self.temperature, self.fn = aim.temperature, top_k_divergence(aim.loss, TEACHER_IDS, TEACHER_LOG_PROBS, aim.beta)
+        self.file = safe_open(folder / CACHE_TENSORS_FILE, framework="pt")
         self.edges: list[int] = self.file.get_tensor("edges").tolist()
         self.known = {bytes(name): n for n, name in enumerate(self.file.get_tensor("names").numpy())}
 
-    def attach(self, batches: Sequence[Batch], models: Mapping[str, Scorer]) -> list[Batch]:
+    def attach(self, batches: Sequence[Batch], models: Mapping[str, ScoringBackend]) -> list[Batch]:
         """The batches with what the teacher said of their tokens."""
         return [self._attached(batch) for batch in batches]
 
     def _attached(self, batch: Batch) -> Batch:
         slices = {name: self.file.get_slice(name) for name in ("place", "ids", "logp", "rest")}
         at, found = [torch.zeros(0, dtype=torch.int64)], list[dict[str, Tensor]]()
-        for start, name in zip(batch.starts.tolist(), names_of(batch), strict=False):
+        for start, name in zip(batch.starts.tolist(), sequence_digests(batch), strict=False):
             if (n := self.known.get(name)) is not None:
                 found.append({key: part[self.edges[n] : self.edges[n + 1]] for key, part in slices.items()})
                 at.append(found[-1]["place"].long() + start)
         if not found:
             k = slices["ids"].get_shape()[1]
-            return with_top_k(batch, at[0], torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k))
+            return attach_top_k(batch, at[0], torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k))
         ids, logp, rest = (torch.cat([part[key] for part in found]) for key in ("ids", "logp", "rest"))
-        return with_top_k(batch, torch.cat(at), ids.long(), Truncated(ids, logp, rest).log_probs(self.temperature))
+        return attach_top_k(batch, torch.cat(at), ids.long(), TruncatedDistribution(ids, logp, rest).log_probs(self.temperature))

@@ -16,40 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorry.adapters.bank import Bank
-from lorry.adapters.mix import Call, Mix
+from lorry.adapters.bank import AdapterBank
+from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import load_adapter
 from lorry.config import DistillConfig, ModelConfig
 from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError
 from lorry.generation.scorer import ModelScorer
-from lorry.models.loading.describe import read_json
+from lorry.models.loading.describe import read_model_json
 from lorry.models.loading.load import pick_device, pick_dtype
-from lorry.models.loading.open import Opened, adapter_folders, free_name, open_model
+from lorry.models.loading.open import OpenedModel, list_adapter_folders, open_model, pick_adapter_name
 from lorry.models.loading.quantized import open_quantized
-from lorry.models.loading.sources import Place, resolve
+from lorry.models.loading.sources import ModelLocation, resolve_model
 from lorry.models.loading.tokenizer import load_tokenizer
-from lorry.models.scoring.score import cooled
+from lorry.models.scoring.score import scale_by_temperature
 
 # files that say which model, or adapter, a directory holds, and how it reads text
-IDENTIFYING = (".safetensors", "config.json", "tokenizer.json", ".jinja")
+DIGESTED_SUFFIXES = (".safetensors", "config.json", "tokenizer.json", ".jinja")
 
 
 @dataclass(frozen=True)
-class TeacherPlace:
+class TeacherLocation:
     """Where a teacher lies. ``shared``: its base is the model that the student adapts; ``adapter``: the one it uses, if any."""
 
-    place: Place
+    place: ModelLocation
     adapter: Path | None
     shared: bool
 
     @staticmethod
-    def of(config: DistillConfig, opened: Opened, *, shareable: bool, notes: list[str]) -> TeacherPlace:
+    def of(config: DistillConfig, opened: OpenedModel, *, shareable: bool, notes: list[str]) -> TeacherLocation:
         """From the settings and the student. ``shareable``: the student's base stays as it is. Raises ConfigError, ModelError."""
-        base = Place(Path(opened.source["path"]), str(opened.source["kind"]))
-        place = base if config.teacher is None else resolve(config.teacher, notes=notes)
+        base = ModelLocation(Path(opened.source["path"]), str(opened.source["kind"]))
+        place = base if config.teacher is None else resolve_model(config.teacher, notes=notes)
         given = [p for p in (place.adapter, config.teacher_adapter) if p is not None]
-        folders = [folder for path in given for folder in adapter_folders(Path(path))]
+        folders = [folder for path in given for folder in list_adapter_folders(Path(path))]
         if len(folders) > 1:
             raise ConfigError(
                 f"the teacher would have {len(folders)} adapters ({', '.join(map(str, folders[:3]))}); name the folder of one"
@@ -57,7 +57,7 @@ class TeacherPlace:
         same = place.directory.resolve() == base.directory.resolve() and config.teacher_quantize is None
         kind = str(pick_dtype(config.teacher_dtype, pick_device(opened.source["device"]))).removeprefix("torch.")
         shared = same and shareable and (config.teacher_dtype == "auto" or kind == opened.source["dtype"])
-        return TeacherPlace(place, folders[0] if folders else None, shared)
+        return TeacherLocation(place, folders[0] if folders else None, shared)
 
     def tokenizer(self, notes: list[str]) -> Any:
         """The teacher's tokenizer, without its weights. Raises ConfigError when it has none."""
@@ -66,10 +66,10 @@ class TeacherPlace:
             raise ConfigError(f"distill.teacher={self.place.directory} has no tokenizer; put tokenizer.json beside the weights")
         return found
 
-    def vocabulary(self) -> int | None:
+    def vocab_size(self) -> int | None:
         """Rows of its embedding table, as its config.json says; None where there is no such file or it does not say."""
         path = self.place.directory / "config.json"
-        config = read_json(path) if path.is_file() else {}
+        config = read_model_json(path) if path.is_file() else {}
         nested = config.get("text_config")
         size = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
         return size if isinstance(size, int) and not isinstance(size, bool) else None
@@ -78,7 +78,7 @@ class TeacherPlace:
         """SHA-256 of the files that make the teacher what it is, and of how they are opened: every byte of them is read."""
         total = hashlib.sha256(f"{dtype} {config.teacher_quantize}".encode())
         for folder in [self.place.directory, *([self.adapter] if self.adapter else [])]:
-            for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(IDENTIFYING)):
+            for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(DIGESTED_SUFFIXES)):
                 total.update(f"{path.name} {file_digest(path)}".encode())
         return total.hexdigest()
 
@@ -87,23 +87,23 @@ class TeacherScorer(ModelScorer):
     """A teacher: a model under one mix, and its head."""
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """Columns of its logits."""
-        return self.model.vocabulary
+        return self.model.vocab_size
 
     def head(self, temperature: float, columns: int | None = None) -> Callable[[Tensor], Tensor]:
         """What turns its final hidden states [t,d] into logits [t,V] / temperature, of the first ``columns`` tokens only."""
 
         @torch.no_grad()
         def logits(hidden: Tensor) -> Tensor:
-            ready, left = cooled(self.model, hidden.to(self.model.device), temperature)
-            found = self.model.logits(ready, Call(self.mix))[:, :columns].to(hidden.device)
+            ready, left = scale_by_temperature(self.model, hidden.to(self.model.device), temperature)
+            found = self.model.logits(ready, AdapterContext(self.mix))[:, :columns].to(hidden.device)
             return found if left == 1.0 else found / left
 
         return logits
 
 
-def open_teacher(place: TeacherPlace, config: DistillConfig, opened: Opened, notes: list[str]) -> TeacherScorer:
+def open_teacher(place: TeacherLocation, config: DistillConfig, opened: OpenedModel, notes: list[str]) -> TeacherScorer:
     """The teacher ready to score: another adapter (or none) on the student's own base, or a model of its own.
 
     Raises ConfigError, ModelError.
@@ -111,7 +111,7 @@ def open_teacher(place: TeacherPlace, config: DistillConfig, opened: Opened, not
     if place.shared:
         if place.adapter is None:
             return TeacherScorer(opened.model, Mix.none())
-        name = free_name(place.adapter, _bank_names(opened))
+        name = pick_adapter_name(place.adapter, _adapter_bank_names(opened))
         load_adapter(opened.model, place.adapter, name, trainable=False)
         notes.append(f"the teacher is the student's base with the adapter of {place.adapter}: no second model")
         return TeacherScorer(opened.model, Mix.one(name))
@@ -127,6 +127,6 @@ def open_teacher(place: TeacherPlace, config: DistillConfig, opened: Opened, not
     return TeacherScorer(found.model, Mix.one(found.adapters[0]) if found.adapters else Mix.none())
 
 
-def _bank_names(opened: Opened) -> list[str]:
-    bank: Bank | None = opened.model.__dict__.get("lorry_bank")
+def _adapter_bank_names(opened: OpenedModel) -> list[str]:
+    bank: AdapterBank | None = opened.model.__dict__.get("lorry_bank")
     return [] if bank is None else bank.names()

@@ -1,7 +1,7 @@
 """What a run tells the outside while it goes: steps, evaluations, notes. The terminal and the trackers listen.
 
 A listener never changes a run: a line that cannot be written (a full disk behind ``> log``) is lost, and the run goes on.
-`Plain` prints lines, `Live` draws a progress bar, `trackers` forwards to other tools.
+`PlainListener` prints lines, `ProgressBarListener` draws a progress bar, `trackers` forwards to other tools.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any, Protocol, TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lorry.console import Console
-from lorry.visible import visible
+from lorry.console import VisibleConsole
+from lorry.visible import make_visible
 
-Record = Mapping[str, Any]
+StepRecord = Mapping[str, Any]
 
 
-class Listener(Protocol):
+class TrainingListener(Protocol):
     """Hears of a run. ``done`` steps of ``total`` are behind when it starts (more than 0 after a resume)."""
 
     def start(self, done: int, total: int) -> None: ...
-    def step(self, record: Record) -> None: ...
-    def evaluation(self, record: Record) -> None: ...
+    def step(self, record: StepRecord) -> None: ...
+    def evaluation(self, record: StepRecord) -> None: ...
     def note(self, text: str) -> None: ...
     def finish(self) -> None: ...
 
 
-class Plain:
+class PlainListener:
     """One line per ``every`` steps, for logs and pipes."""
 
     def __init__(self, every: int = 1, out: TextIO | None = None) -> None:
@@ -39,12 +39,12 @@ class Plain:
     def start(self, done: int, total: int) -> None:
         self.total = total
 
-    def step(self, record: Record) -> None:
+    def step(self, record: StepRecord) -> None:
         if record["step"] % self.every == 0 or record["step"] == self.total:
-            self._line(f"step {record['step']}/{self.total}  {figures(record)}")
+            self._line(f"step {record['step']}/{self.total}  {format_step_figures(record)}")
 
-    def evaluation(self, record: Record) -> None:
-        for line in shown_evaluation(record):
+    def evaluation(self, record: StepRecord) -> None:
+        for line in format_evaluation(record):
             self._line(f"step {record['step']}/{self.total}  {line}")
 
     def note(self, text: str) -> None:
@@ -52,17 +52,17 @@ class Plain:
 
     def _line(self, text: str) -> None:
         with contextlib.suppress(OSError):
-            print(visible(text), file=self.out, flush=True)
+            print(make_visible(text), file=self.out, flush=True)
 
     def finish(self) -> None:
         pass
 
 
-class Live:
+class ProgressBarListener:
     """A progress bar with ETA, loss, tokens/s and memory; evaluations and notes scroll above it."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
+        self.console = VisibleConsole(stderr=True)
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
         self.progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self.console)
         self.bar = self.progress.add_task("train", figures="", visible=False)
@@ -71,11 +71,11 @@ class Live:
         self.progress.start()
         self.progress.update(self.bar, completed=done, total=total, visible=True)
 
-    def step(self, record: Record) -> None:
-        self.progress.update(self.bar, completed=record["step"], figures=figures(record))
+    def step(self, record: StepRecord) -> None:
+        self.progress.update(self.bar, completed=record["step"], figures=format_step_figures(record))
 
-    def evaluation(self, record: Record) -> None:
-        for line in shown_evaluation(record):
+    def evaluation(self, record: StepRecord) -> None:
+        for line in format_evaluation(record):
             self.console.print(f"step {record['step']}: {line}", highlight=False, markup=False)
 
     def note(self, text: str) -> None:
@@ -85,7 +85,7 @@ class Live:
         self.progress.stop()
 
 
-def figures(record: Record) -> str:
+def format_step_figures(record: StepRecord) -> str:
     """Loss, rate of work and memory of a step in a few words; of several adapters, the loss of each."""
     speed = record["tokens"] / record["seconds"] if record.get("seconds") else float("nan")
     memory = record.get("peak_memory_bytes", 0) / 2**30
@@ -95,7 +95,7 @@ def figures(record: Record) -> str:
     return f"loss {record['loss']:.4f}  {work}"
 
 
-def shown_evaluation(record: Record) -> list[str]:
+def format_evaluation(record: StepRecord) -> list[str]:
     """The values of an evaluation in a few words; of several adapters, a line each."""
     several = record.get("adapters", {"": record})
     words = {
@@ -105,6 +105,6 @@ def shown_evaluation(record: Record) -> list[str]:
     return [f"{name}  {text}" if name else text for name, text in words.items()]
 
 
-def for_terminal(every: int) -> Listener:
+def terminal_listener(every: int) -> TrainingListener:
     """A bar on a terminal, lines elsewhere."""
-    return Live() if sys.stderr.isatty() else Plain(every)
+    return ProgressBarListener() if sys.stderr.isatty() else PlainListener(every)

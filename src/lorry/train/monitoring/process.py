@@ -25,31 +25,33 @@ from pathlib import Path
 import psutil
 
 from lorry.disk import durable
-from lorry.disk.secret_shapes import hidden, names_secret
+from lorry.disk.secret_shapes import mask_secrets, names_secret
 from lorry.errors import ConfigError, LorryError
 from lorry.runs.layout import CHECKPOINTS, PROCESS, RECEIPT, RUN_FILE
-from lorry.runs.process import Ending, Home, Process, identity, refuse_second
+from lorry.runs.process import ProcessEnding, RunDirectoryHandle, RunProcess, directory_identity, refuse_second
 from lorry.streams import after_last_line
-from lorry.train.monitoring.signals import raising
+from lorry.train.monitoring.signals import raise_on_signals
 
-LOG = "log.txt"  # what a run in the background says
+LOG_FILE = "log.txt"  # what a run in the background says
 RUN_FILES = (RUN_FILE, RECEIPT, CHECKPOINTS)  # any of them: the directory holds a run that began
-LONGEST_REASON = 2000
+MAX_REASON_LENGTH = 2000
 
 
-class Running:
-    """This process at work in a run directory (see `running`)."""
+class RunProcessRecorder:
+    """This process at work in a run directory (see `record_process`)."""
 
-    def __init__(self, run_dir: Path, home: Home) -> None:
+    def __init__(self, run_dir: Path, home: RunDirectoryHandle) -> None:
         self.run_dir, self.path, self.home = run_dir, run_dir / PROCESS, home
         self.before = self.path.read_bytes() if self.path.is_file() else None
         born = psutil.Process().create_time()
-        self.process = Process(os.getpid(), born, platform.node(), identity(run_dir), without_secrets(sys.argv), _now())
+        self.process = RunProcess(
+            os.getpid(), born, platform.node(), directory_identity(run_dir), redact_secrets(sys.argv), _utc_now()
+        )
         self._write(self.process)
 
     def begin(self, done: int, total: int) -> None:
         """Everything is read and training begins, ``done`` of ``total`` steps being behind. Raises DiskError."""
-        self.process = replace(self.process, begun=_now(), done=done, total_steps=total)
+        self.process = replace(self.process, begun=_utc_now(), done=done, total_steps=total)
         self._write(self.process)
 
     def finish(self) -> None:
@@ -69,14 +71,14 @@ class Running:
             if self.before is not None:
                 durable.write_files(self.run_dir, {PROCESS: self.before})
                 return
-            if not (self.run_dir / LOG).exists() or any((self.run_dir / name).exists() for name in RUN_FILES):
+            if not (self.run_dir / LOG_FILE).exists() or any((self.run_dir / name).exists() for name in RUN_FILES):
                 self._remove()
                 return
         reason = str(error) if isinstance(error, LorryError) else f"{type(error).__name__}: {error}".removesuffix(": ")
-        ended = replace(self.process, ended=Ending(_now(), exit_code_of(error), reason[:LONGEST_REASON]))
+        ended = replace(self.process, ended=ProcessEnding(_utc_now(), exit_code_for(error), reason[:MAX_REASON_LENGTH]))
         after_last_line(lambda: self._write(ended))
 
-    def _write(self, process: Process) -> None:
+    def _write(self, process: RunProcess) -> None:
         durable.write_files(self.run_dir, {PROCESS: (json.dumps(asdict(process), indent=1) + "\n").encode()})
 
     def _remove(self) -> None:
@@ -89,7 +91,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(run_dir: Path) -> Iterator[Running]:
+def record_process(run_dir: Path) -> Iterator[RunProcessRecorder]:
     """Say that this process is at work in ``run_dir`` (made if absent) while the block runs, and afterwards how it ended.
 
     SIGTERM and SIGHUP, which would end it without a word, become Interrupted (the training loop has its own way with them).
@@ -97,8 +99,8 @@ def running(run_dir: Path) -> Iterator[Running]:
     """
     made = not os.path.isdir(run_dir)
     durable.make_directory(run_dir)
-    with _alone(run_dir), raising(), Home(run_dir) as home:
-        here = Running(run_dir, home)
+    with _directory_lock(run_dir), raise_on_signals(), RunDirectoryHandle(run_dir) as home:
+        here = RunProcessRecorder(run_dir, home)
         try:
             yield here
         except BaseException as error:
@@ -111,7 +113,7 @@ def running(run_dir: Path) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
+def _directory_lock(run_dir: Path) -> Iterator[None]:
     """Hold the directory's lock: of two that start at the same moment one is refused. The kernel frees it, however we end."""
     refuse_second(run_dir)
     folder = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -127,23 +129,23 @@ def _alone(run_dir: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def exit_code_of(error: BaseException) -> int:
+def exit_code_for(error: BaseException) -> int:
     """The exit code that the command line ends with on this error."""
     if isinstance(error, LorryError):
         return error.exit_code
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
-def without_secrets(words: Sequence[str]) -> list[str]:
+def redact_secrets(words: Sequence[str]) -> list[str]:
     """A command line to keep: *** for what a token or password is set to, and for what looks like one."""
     kept, hide = list[str](), False
     for word in words:
         name, equals, _ = word.partition("=")
         secret = names_secret(name)
-        kept.append("***" if hide else f"{name}=***" if secret and equals else hidden(word))
+        kept.append("***" if hide else f"{name}=***" if secret and equals else mask_secrets(word))
         hide = secret and not equals and word.startswith("--")
     return kept
 
 
-def _now() -> str:
+def _utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")

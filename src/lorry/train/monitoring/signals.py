@@ -10,7 +10,7 @@
 
 SIGTERM, SIGHUP (the terminal is gone) and SIGINT ask to stop after the current step; a second SIGINT raises KeyboardInterrupt
 at once. SIGUSR1 asks for a checkpoint and goes on. A signal that the parent made us ignore (SIGINT in ``command &``, SIGHUP
-under ``nohup``) stays ignored. Before and after the loop `raising` turns the first two into Interrupted, and SIGUSR1, which
+under ``nohup``) stays ignored. Before and after the loop `raise_on_signals` turns the first two into Interrupted, and SIGUSR1, which
 schedulers send as a warning at a moment of their choosing, changes nothing: what there is to save is saved.
 
 **Nothing is raised while a module is being imported** or an object is being deleted. Import machinery (numpy's, torch's,
@@ -31,11 +31,11 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from lorry.errors import Interrupted
+from lorry.errors import RunInterruptedError
 
 
 @dataclass
-class Stop:
+class StopRequest:
     """What arrived so far. ``requested`` is the name of the first signal that asked to stop, or an empty string."""
 
     requested: str = ""
@@ -49,7 +49,7 @@ class Stop:
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
-            _leave_the_terminal()
+            _detach_terminal()
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
@@ -60,12 +60,12 @@ class Stop:
 
 
 @contextmanager
-def watching() -> Iterator[Stop]:
+def watch_signals() -> Iterator[StopRequest]:
     """Turn the signals into flags while the block runs; the handlers there were before come back afterwards.
 
     Outside the main thread Python allows no handlers: the flags then never change and the signals act as before.
     """
-    stop = Stop()
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -93,12 +93,12 @@ OUTSIDE_THE_STEPS = (
 )
 
 
-AGAIN = 0.02  # seconds until a remembered signal is sent again
-IMPORTS = "<frozen importlib._bootstrap>"  # the file of CPython's import machinery, in every frame of it
+RESEND_SECONDS = 0.02  # seconds until a remembered signal is sent again
+IMPORT_FRAME_FILE = "<frozen importlib._bootstrap>"  # the file of CPython's import machinery, in every frame of it
 
 
 @dataclass(frozen=True)
-class _Raise:
+class _RaiseHandler:
     """A handler that raises Interrupted, for SIGINT KeyboardInterrupt; ``text`` says what that means just now.
 
     ``imports``: how many frames of imports were on the stack when the block began; a script that is itself being imported may
@@ -110,7 +110,7 @@ class _Raise:
     remembered: dict[int, threading.Timer] = field(default_factory=dict)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if _unsafe(frame) > self.imports:
+        if _count_unsafe_frames(frame) > self.imports:
             if number not in self.remembered or not self.remembered[number].is_alive():
                 self.remember(number)
             return
@@ -122,14 +122,14 @@ class _Raise:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
-            _leave_the_terminal()
-        raise Interrupted(f"{signal.Signals(number).name} {self.text}")
+            _detach_terminal()
+        raise RunInterruptedError(f"{signal.Signals(number).name} {self.text}")
 
     def remember(self, number: int) -> None:
         """Send the signal again a little later, to this thread, so that it also ends a wait for input."""
         main = threading.main_thread().ident
         assert main is not None
-        timer = self.remembered[number] = threading.Timer(AGAIN, signal.pthread_kill, (main, number))
+        timer = self.remembered[number] = threading.Timer(RESEND_SECONDS, signal.pthread_kill, (main, number))
         timer.daemon = True
         timer.start()
 
@@ -143,21 +143,21 @@ class _Raise:
         return numbers
 
 
-def _unsafe(frame: FrameType | None) -> int:
+def _count_unsafe_frames(frame: FrameType | None) -> int:
     """How many frames of imports and of ``__del__`` are on the stack."""
     count = 0
     while frame is not None:
-        count += frame.f_code.co_filename == IMPORTS or frame.f_code.co_name == "__del__"
+        count += frame.f_code.co_filename == IMPORT_FRAME_FILE or frame.f_code.co_name == "__del__"
         frame = frame.f_back
     return count
 
 
-def _let_pass(number: int, frame: FrameType | None) -> None:
-    """Of SIGUSR1: nothing. A function and not SIG_IGN, which `watching` and child processes would take for the parent's wish."""
+def _ignore_signal(number: int, frame: FrameType | None) -> None:
+    """Of SIGUSR1: nothing. A function and not SIG_IGN, which `watch_signals` and child processes would take for the parent's wish."""
 
 
 @contextmanager
-def raising(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
+def raise_on_signals(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
     """While the block runs SIGTERM and SIGHUP raise Interrupted, where they would have ended the process without a word, SIGINT
     raises KeyboardInterrupt, and SIGUSR1 passes. Blocks nest: the innermost one's ``text``, what follows the signal's name, is
     told. What arrives during an import is raised behind it, at the block's end at the latest.
@@ -165,16 +165,16 @@ def raising(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
     A handler somebody else has set, and a signal that is ignored, stay as they are; so does everything outside the main thread.
     """
     before = dict[int, Any]()
-    handler = _Raise(text, _unsafe(sys._getframe()))
+    handler = _RaiseHandler(text, _count_unsafe_frames(sys._getframe()))
     try:
         if threading.current_thread() is threading.main_thread():
             for taken in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
                 current = signal.getsignal(taken)
-                if isinstance(current, _Raise) and taken != signal.SIGUSR1:
+                if isinstance(current, _RaiseHandler) and taken != signal.SIGUSR1:
                     for number in current.forget():  # it is this block's to tell now, once
                         handler.remember(number)
-                if current in (signal.SIG_DFL, signal.default_int_handler) or isinstance(current, _Raise):
-                    before[taken] = signal.signal(taken, _let_pass if taken == signal.SIGUSR1 else handler)
+                if current in (signal.SIG_DFL, signal.default_int_handler) or isinstance(current, _RaiseHandler):
+                    before[taken] = signal.signal(taken, _ignore_signal if taken == signal.SIGUSR1 else handler)
         yield
         for number in handler.forget():
             handler.tell(number)
@@ -189,15 +189,15 @@ def raising(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def tell_remembered() -> None:
+def raise_deferred_signals() -> None:
     """A safe point, behind imports: raise at once what arrived during them, where it would be sent again a moment later."""
     for handler in map(signal.getsignal, (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)):
-        if isinstance(handler, _Raise):
+        if isinstance(handler, _RaiseHandler):
             for number in handler.forget():
                 handler.tell(number)
 
 
-def _leave_the_terminal() -> None:
+def _detach_terminal() -> None:
     """Standard output and error go nowhere from now on if they were a terminal that has hung up: writing to it would fail, and
     a line about a step would cost the run."""
     for descriptor in (1, 2):

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lorry.errors import ConfigError
-from lorry.train.monitoring.events import Listener, Record
+from lorry.train.monitoring.events import StepRecord, TrainingListener
 
 
-class Tracker:
+class TrackerListener:
     """Forwards every number of a step or an evaluation to ``log(values, step)``."""
 
     def __init__(self, log: Callable[[dict[str, float], int], None], close: Callable[[], None]) -> None:
@@ -20,11 +20,11 @@ class Tracker:
     def start(self, done: int, total: int) -> None:
         pass
 
-    def step(self, record: Record) -> None:
-        self._log({f"train/{name}": value for name, value in _numbers(record).items()}, record["step"])
+    def step(self, record: StepRecord) -> None:
+        self._log({f"train/{name}": value for name, value in _numeric_values(record).items()}, record["step"])
 
-    def evaluation(self, record: Record) -> None:
-        named = {name.replace("eval_", "eval/", 1): value for name, value in _numbers(record).items()}
+    def evaluation(self, record: StepRecord) -> None:
+        named = {name.replace("eval_", "eval/", 1): value for name, value in _numeric_values(record).items()}
         self._log(named, record["step"])
 
     def note(self, text: str) -> None:
@@ -34,46 +34,46 @@ class Tracker:
         self._close()
 
 
-def _numbers(record: Record) -> dict[str, float]:
+def _numeric_values(record: StepRecord) -> dict[str, float]:
     """Every number of a line but its step; those of one of several adapters under NUMBER/ADAPTER."""
     plain = {name: float(v) for name, v in record.items() if isinstance(v, (int, float)) and name != "step"}
     own = record.get("adapters", {})
     return plain | {f"{n}/{adapter}": float(v) for adapter, one in own.items() for n, v in one.items() if v is not None}
 
 
-def _need(module: str, package: str) -> Any:
+def _require_package(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
         raise ConfigError(f"train.report_to names {package}, which is not installed; pip install {package}") from e
 
 
-def _tensorboard(run_dir: Path, name: str, config: Mapping[str, Any]) -> Tracker:
-    writer = _need("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run_dir / "tensorboard"))
+def _open_tensorboard(run_dir: Path, name: str, config: Mapping[str, Any]) -> TrackerListener:
+    writer = _require_package("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run_dir / "tensorboard"))
 
     def log(values: dict[str, float], step: int) -> None:
         for key, value in values.items():
             writer.add_scalar(key, value, step)
 
-    return Tracker(log, writer.close)
+    return TrackerListener(log, writer.close)
 
 
-def _wandb_like(module: str) -> Callable[[Path, str, Mapping[str, Any]], Tracker]:
-    def open_tracker(run_dir: Path, name: str, config: Mapping[str, Any]) -> Tracker:
-        library = _need(module, module)
+def _wandb_opener(module: str) -> Callable[[Path, str, Mapping[str, Any]], TrackerListener]:
+    def open_tracker(run_dir: Path, name: str, config: Mapping[str, Any]) -> TrackerListener:
+        library = _require_package(module, module)
         library.init(project="lorry", name=name, config=dict(config))
-        return Tracker(lambda values, step: library.log(values, step=step), library.finish)
+        return TrackerListener(lambda values, step: library.log(values, step=step), library.finish)
 
     return open_tracker
 
 
-OPENERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
-    "tensorboard": _tensorboard,
-    "wandb": _wandb_like("wandb"),
-    "trackio": _wandb_like("trackio"),
+TRACKER_OPENERS: dict[str, Callable[[Path, str, Mapping[str, Any]], TrackerListener]] = {
+    "tensorboard": _open_tensorboard,
+    "wandb": _wandb_opener("wandb"),
+    "trackio": _wandb_opener("trackio"),
 }
 
 
-def trackers(names: Sequence[str], run_dir: Path, config: Mapping[str, Any]) -> list[Listener]:
+def open_trackers(names: Sequence[str], run_dir: Path, config: Mapping[str, Any]) -> list[TrainingListener]:
     """Open every tracker named. Raises ConfigError if its package is missing, before anything is loaded."""
-    return [OPENERS[name](run_dir, run_dir.name, config) for name in names]
+    return [TRACKER_OPENERS[name](run_dir, run_dir.name, config) for name in names]

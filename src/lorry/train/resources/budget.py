@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorry.config.parsing.sizes import in_words, parse_size
-from lorry.config.schema import LoraConfig, Run, TrainConfig
+from lorry.config.parsing.sizes import parse_size, size_in_words
+from lorry.config.schema import LoraConfig, RunConfig, TrainConfig
 from lorry.errors import ConfigError
-from lorry.kernels.build import status
-from lorry.models.loading.describe import describe, read_json
+from lorry.kernels.build import kernel_status
+from lorry.models.loading.describe import describe_model, read_model_json
 from lorry.models.loading.load import pick_device, pick_dtype
-from lorry.models.loading.sources import adapters_in, resolve
-from lorry.plan.memory import Device
-from lorry.plan.search import Choice
-from lorry.plan.settle import find, impossible, on_one_device, open_choices
-from lorry.plan.shapes import shape_of
+from lorry.models.loading.sources import find_adapters_in, resolve_model
+from lorry.plan.memory import DeviceType
+from lorry.plan.search import PlanChoice
+from lorry.plan.settle import find_fitting_choice, no_choice_fits_error, open_choices, single_device_memory
+from lorry.plan.shapes import read_model_shape
 from lorry.runs.layout import ADAPTER_CONFIG
 
 
-def settled(run: Run, notes: list[str]) -> Run:
+def resolve_memory_budget(run: RunConfig, notes: list[str]) -> RunConfig:
     """The run with its rank, micro-batches and recompute chosen to fit `memory_budget`; as it is without one.
 
     A function of the description, the config and the device's kind, so that a resumed run settles on the same. Raises ConfigError
@@ -29,32 +29,32 @@ def settled(run: Run, notes: list[str]) -> Run:
     if run.jobs:
         raise ConfigError("memory_budget is not planned for several jobs yet; leave out memory_budget or jobs")
     model = run.model
-    place = resolve(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, notes=[])
-    described = describe(place.directory, trust_remote_code=model.trust_remote_code, native=model.native, notes=[])
-    shape = shape_of(described.config, where=str(place.directory / "config.json"), native=described.family is not None)
+    place = resolve_model(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, notes=[])
+    described = describe_model(place.directory, trust_remote_code=model.trust_remote_code, native=model.native, notes=[])
+    shape = read_model_shape(described.config, where=str(place.directory / "config.json"), native=described.family is not None)
     where = pick_device(model.device)
-    device: Device = "cuda" if where.type == "cuda" else "cpu"
+    device: DeviceType = "cuda" if where.type == "cuda" else "cpu"
     precision = str(pick_dtype(model.dtype, where)).removeprefix("torch.")
-    existing = _rank_of(place.adapter or (Path(model.adapter) if model.adapter else None))
+    existing = _adapter_rank(place.adapter or (Path(model.adapter) if model.adapter else None))
     options = open_choices(run, shape, [precision], rank=existing)  # type: ignore[list-item]
-    found = find(run, options, on_one_device(run, shape, device, status().amx))
+    found = find_fitting_choice(run, options, single_device_memory(run, shape, device, kernel_status().amx))
     if found.best is None:
-        raise impossible(run, found)
+        raise no_choice_fits_error(run, found)
     notes.append(
-        f"memory_budget={run.memory_budget}: {found.best.choice.words()}, predicted peak {in_words(found.best.memory.total)} of "
-        f"{in_words(parse_size(run.memory_budget))}"
+        f"memory_budget={run.memory_budget}: {found.best.choice.words()}, predicted peak {size_in_words(found.best.memory.total)} of "
+        f"{size_in_words(parse_size(run.memory_budget))}"
     )
-    return _with(run, found.best.choice, existing)
+    return _apply_choice(run, found.best.choice, existing)
 
 
-def _rank_of(adapter: Path | None) -> int | None:
+def _adapter_rank(adapter: Path | None) -> int | None:
     """The rank of the adapter a run goes on with; None when it starts a new one."""
-    folders = adapters_in(adapter) if adapter is not None else []
-    rank = read_json(folders[0] / ADAPTER_CONFIG).get("r") if folders else None
+    folders = find_adapters_in(adapter) if adapter is not None else []
+    rank = read_model_json(folders[0] / ADAPTER_CONFIG).get("r") if folders else None
     return rank if isinstance(rank, int) else None
 
 
-def _with(run: Run, choice: Choice, existing: int | None) -> Run:
+def _apply_choice(run: RunConfig, choice: PlanChoice, existing: int | None) -> RunConfig:
     """The description with a choice written into it; lora_alpha follows the rank unless it was given."""
     lora = run.lora
     if lora is not None and lora.r == "auto" and existing is None:

@@ -18,7 +18,9 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-PRIMITIVES = 192  # kernels oneDNN keeps: a step needs about 45, and every other (rounded) batch length as many again
+PRIMITIVE_CACHE_CAPACITY = (
+    192  # kernels oneDNN keeps: a step needs about 45, and every other (rounded) batch length as many again
+)
 
 
 def tune_allocator() -> bool:
@@ -30,7 +32,7 @@ def tune_allocator() -> bool:
     fewer kernels kept than one step needs, each product would be compiled again every time (3 ms instead of 1, seen).
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own and torch's on top of it
-        os.environ.setdefault(cache, str(PRIMITIVES))
+        os.environ.setdefault(cache, str(PRIMITIVE_CACHE_CAPACITY))
     if not sys.platform.startswith("linux") or os.environ.get("LORRY_MALLOC") == "0":
         return False
     libc = ctypes.CDLL(None)

@@ -15,28 +15,28 @@ from typing import Any
 
 import torch
 
-from lorry.config.schema import LoraConfig, Run
+from lorry.config.schema import LoraConfig, RunConfig
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, ModelError
 from lorry.models.decoder.model import Decoder
-from lorry.models.loading.open import Opened
+from lorry.models.loading.open import OpenedModel
 from lorry.plan import machine, rates
-from lorry.plan.adapters import adapter_of
-from lorry.plan.flops import flops_of
-from lorry.plan.memory import Device, Precision, Setup, path_of
-from lorry.plan.rates import Measurement, RunRate
-from lorry.plan.shapes import shape_of
+from lorry.plan.adapters import plan_adapter
+from lorry.plan.flops import count_flops
+from lorry.plan.memory import DeviceType, MemorySetup, PrecisionName, layer_path
+from lorry.plan.rates import RateMeasurement, RunRate
+from lorry.plan.shapes import read_model_shape
 
 # Rows and side of a product [rows, side] @ [side, side], the shape of a layer's: the first that lasts
 # long enough for the clock and for what starting it costs, so that one still fits between two turns
 # of somebody else (some milliseconds). A longer one measures the neighbours.
-SIZES, LONG_ENOUGH = ((128, 1024), (512, 2048), (2048, 2048)), 0.002
-REPEATS, SECONDS = 500, 2.0  # products at most, and how long they may take altogether
-FEWEST = 5  # products, however long they take
-SCHEDULE = Path("/proc/thread-self/schedstat")  # Linux: ns on a core, ns waiting for one, turns
+MATRIX_SIZES, MIN_PRODUCT_SECONDS = ((128, 1024), (512, 2048), (2048, 2048)), 0.002
+MAX_REPEATS, MAX_RATE_SECONDS = 500, 2.0  # products at most, and how long they may take altogether
+MIN_PRODUCTS = 5  # products, however long they take
+SCHEDSTAT_PATH = Path("/proc/thread-self/schedstat")  # Linux: ns on a core, ns waiting for one, turns
 
 
-class Waiting:
+class CpuWaitTime:
     """The share of its time that this thread waited for a core since the object was made."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Waiting:
 
     def _read(self) -> tuple[int, int] | None:
         try:
-            ran, waited, *_ = SCHEDULE.read_text(encoding="ascii").split()
+            ran, waited, *_ = SCHEDSTAT_PATH.read_text(encoding="ascii").split()
             return int(ran), int(waited)
         except (OSError, ValueError):
             return None
@@ -61,7 +61,7 @@ class Waiting:
 # --- products
 
 
-def matrix_rate(device: str, precision: str, threads: int | None) -> Measurement | None:
+def measure_matrix_rate(device: str, precision: str, threads: int | None) -> RateMeasurement | None:
     """The best of many short products; None where the device is not there. ``threads``: None, as
     many as torch takes by itself, which is what a run takes."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -70,34 +70,34 @@ def matrix_rate(device: str, precision: str, threads: int | None) -> Measurement
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        waiting = Waiting()
+        waiting = CpuWaitTime()
 
         def product(rows: int, side: int) -> Callable[[], float]:
             kind = getattr(torch, precision)
             a, b = (torch.randn(n, side, device=device).to(kind) for n in (rows, side))
-            return lambda: _seconds(a, b, device)
+            return lambda: _product_seconds(a, b, device)
 
-        return best(product, waiting.share)
+        return best_product_rate(product, waiting.share)
     finally:
         torch.set_num_threads(before)
 
 
-def best(product: Callable[[int, int], Callable[[], float]], waited: Callable[[], float | None]) -> Measurement:
+def best_product_rate(product: Callable[[int, int], Callable[[], float]], waited: Callable[[], float | None]) -> RateMeasurement:
     """The rate of the fastest of several products. ``product(rows, side)`` gives what makes one and
     returns its seconds; ``waited``: see `Waiting.share`, asked at the end."""
-    for rows, side in SIZES:
+    for rows, side in MATRIX_SIZES:
         make = product(rows, side)
         make()  # what is compiled for this shape is compiled here
-        taken = [make() for _ in range(FEWEST)]
-        if min(taken) >= LONG_ENOUGH:
+        taken = [make() for _ in range(MIN_PRODUCTS)]
+        if min(taken) >= MIN_PRODUCT_SECONDS:
             break
-    while len(taken) < REPEATS and sum(taken) < SECONDS:
+    while len(taken) < MAX_REPEATS and sum(taken) < MAX_RATE_SECONDS:
         taken.append(make())
     rate, load = 2 * rows * side**2 / max(min(taken), 1e-9), machine.load_average()
-    return Measurement(rate=rate, at=rates.now(), repeats=len(taken), load=load, waited=waited())
+    return RateMeasurement(rate=rate, at=rates.utc_timestamp(), repeats=len(taken), load=load, waited=waited())
 
 
-def _seconds(a: torch.Tensor, b: torch.Tensor, device: str) -> float:
+def _product_seconds(a: torch.Tensor, b: torch.Tensor, device: str) -> float:
     began = time.perf_counter()
     torch.mm(a, b)
     if device == "cuda":
@@ -107,10 +107,10 @@ def _seconds(a: torch.Tensor, b: torch.Tensor, device: str) -> float:
 
 # --- steps
 
-WARM = 2  # first steps that do not count: they compile and fetch memory
-ENOUGH_STEPS, ENOUGH_SECONDS = 8, 5.0  # after those; fewer say little
-DEVICES: dict[str, Device] = {"cpu": "cpu", "cuda": "cuda"}
-PRECISIONS: dict[torch.dtype, Precision] = {
+WARMUP_STEPS = 2  # first steps that do not count: they compile and fetch memory
+MIN_TIMED_STEPS, MIN_TIMED_SECONDS = 8, 5.0  # after those; fewer say little
+RATE_DEVICES: dict[str, DeviceType] = {"cpu": "cpu", "cuda": "cuda"}
+DTYPE_PRECISIONS: dict[torch.dtype, PrecisionName] = {
     torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
 }  # fmt: skip
 
@@ -121,10 +121,10 @@ class StepTimes:
     def __init__(self) -> None:
         self.steps = list[tuple[int, float]]()
         self.waited: float | None = None
-        self.waiting = Waiting()
+        self.waiting = CpuWaitTime()
 
     def start(self, done: int, total: int) -> None:
-        self.waiting = Waiting()
+        self.waiting = CpuWaitTime()
 
     def step(self, record: Mapping[str, Any]) -> None:
         self.steps.append((int(record["tokens"]), float(record["seconds"])))
@@ -139,50 +139,50 @@ class StepTimes:
         self.waited = self.waiting.share()
 
 
-def tokens_a_second(steps: Iterable[tuple[int, float]]) -> tuple[float, int] | None:
+def tokens_per_second(steps: Iterable[tuple[int, float]]) -> tuple[float, int] | None:
     """Of the faster half of a run's steps, together, and how many steps were looked at; None where
     they are too few or too short. In the slower half the machine did something else."""
-    counted = [(tokens, seconds) for tokens, seconds in list(steps)[WARM:] if tokens > 0 and seconds > 0]
-    if len(counted) < ENOUGH_STEPS or sum(seconds for _, seconds in counted) < ENOUGH_SECONDS:
+    counted = [(tokens, seconds) for tokens, seconds in list(steps)[WARMUP_STEPS:] if tokens > 0 and seconds > 0]
+    if len(counted) < MIN_TIMED_STEPS or sum(seconds for _, seconds in counted) < MIN_TIMED_SECONDS:
         return None
     fast = sorted(counted, key=lambda one: one[1] / one[0])[: -(-len(counted) // 2)]
     return sum(tokens for tokens, _ in fast) / sum(seconds for _, seconds in fast), len(counted)
 
 
-def keep_steps(run: Run, opened: Opened, times: StepTimes) -> str:
+def record_step_rate(run: RunConfig, opened: OpenedModel, times: StepTimes) -> str:
     """Let the steps of a finished run correct what `lorry plan` says of this machine. Returns a note
     where that cannot be done, else nothing.
 
     Only of runs whose FLOPs the plan counts: not of several jobs, base weights that train, an
     adapter trained further, distillation, and models that run through transformers.
     """
-    found, lora, model = tokens_a_second(times.steps), run.lora, opened.model
+    found, lora, model = tokens_per_second(times.steps), run.lora, opened.model
     device, precision = model.device.type, str(model.dtype).removeprefix("torch.")
     if found is None or lora is None or run.jobs or opened.adapters or run.task != "sft":
         return ""
-    if not isinstance(model, Decoder) or device not in DEVICES or model.dtype not in PRECISIONS:
+    if not isinstance(model, Decoder) or device not in RATE_DEVICES or model.dtype not in DTYPE_PRECISIONS:
         return ""
     try:
-        reached = _reached(run, lora, model, times, found)
-        rates.keep_run(machine.identity(device, precision, run.backend.threads), reached)
+        reached = _achieved_rate(run, lora, model, times, found)
+        rates.keep_run_rate(machine.machine_identity(device, precision, run.backend.threads), reached)
     except (ConfigError, ModelError, DiskError) as error:
         return f"what the steps reached is not kept for `lorry plan`: {error}"
     return ""
 
 
-def _reached(run: Run, lora: LoraConfig, model: Decoder, times: StepTimes, found: tuple[float, int]) -> RunRate:
+def _achieved_rate(run: RunConfig, lora: LoraConfig, model: Decoder, times: StepTimes, found: tuple[float, int]) -> RunRate:
     """The plan's FLOPs of the run's steps, a second."""
     speed, count = found
-    shape = shape_of(model.config, where=run.model.name)
+    shape = read_model_shape(model.config, where=run.model.name)
     steps = len(times.steps) * run.train.gradient_accumulation_steps
     tokens = max(1, round(sum(tokens for tokens, _ in times.steps) / steps))
     length = min(run.data.max_length, max(1, tokens // run.train.per_device_train_batch_size))
-    setup = Setup(
-        tokens=tokens, length=length, precision=PRECISIONS[model.dtype], device=DEVICES[model.device.type],
+    setup = MemorySetup(
+        tokens=tokens, length=length, precision=DTYPE_PRECISIONS[model.dtype], device=RATE_DEVICES[model.device.type],
         recompute="full" if run.train.gradient_checkpointing else "none", tiles=machine.has_tiles(), whole=True,
     )  # fmt: skip
-    flops = flops_of(shape, adapter_of(shape, lora, int(lora.r)), setup).step
+    flops = count_flops(shape, plan_adapter(shape, lora, int(lora.r)), setup).step
     return RunRate(
-        rate=speed * flops, at=rates.now(), repeats=count, load=machine.load_average(), waited=times.waited,
-        model=run.model.name, parameters=shape.parameters, tokens=tokens, path=path_of(shape),
+        rate=speed * flops, at=rates.utc_timestamp(), repeats=count, load=machine.load_average(), waited=times.waited,
+        model=run.model.name, parameters=shape.parameters, tokens=tokens, path=layer_path(shape),
     )  # fmt: skip
