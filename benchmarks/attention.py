@@ -1,9 +1,11 @@
-"""Causal attention on this CPU, forward and backward, for SmolLM2's heads: Lorry's kernel, torch's, plain fp32 products.
+"""Causal attention on this CPU, forward and backward, for SmolLM2's heads: Lorry's kernel, torch's,
+plain fp32 products.
 
     .venv/bin/python benchmarks/attention.py
 
-2048 tokens as segments of one length, bfloat16, one thread. The three take turns; CPU time, median of nine. No time is shown
-unless each way's gradients are within 1% of float64's. JSON goes to benchmarks/results/attention-cpu.json.
+2048 tokens as segments of one length, bfloat16, one thread. The three take turns; CPU time, median
+of nine. No time is shown unless each way's gradients are within 1% of float64's. JSON goes to
+benchmarks/results/attention-cpu.json.
 """
 
 from __future__ import annotations
@@ -76,7 +78,10 @@ def main() -> None:
         }
         truth = through_autograd(fused, length, torch.float64)(*inputs)
         for name, way in ways.items():
-            worst = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(way(*inputs), truth, strict=True))
+            worst = max(
+                float((a.double() - b).norm() / b.norm())
+                for a, b in zip(way(*inputs), truth, strict=True)
+            )
             if worst > 1e-2:
                 raise SystemExit(f"{name} at {length}: gradients off by {worst:.2%}; no time shown")
         times: dict[str, list[float]] = {name: [] for name in ways}
@@ -86,11 +91,25 @@ def main() -> None:
                 way(*inputs)
                 times[name].append(1e3 * (time.thread_time() - began))
         ms = {name: statistics.median(t) for name, t in times.items()}
-        rows.append([length, *(round(t, 2) for t in ms.values()), round(ms["torch fused"] / ms["lorry"], 2)])
+        rows.append(
+            [length, *(round(t, 2) for t in ms.values()), round(ms["torch fused"] / ms["lorry"], 2)]
+        )
         print("  ".join(f"{x:>10}" for x in rows[-1]), flush=True)
-    columns = ["tokens of a segment", "Lorry ms", "torch fused ms", "plain fp32 ms", "torch / Lorry"]
+    columns = [
+        "tokens of a segment",
+        "Lorry ms",
+        "torch fused ms",
+        "plain fp32 ms",
+        "torch / Lorry",
+    ]
     title = f"Attention of {TOKENS} tokens, forward and backward, one thread, CPU time"
-    record = {"title": title, "columns": columns, "rows": rows, "torch": torch.__version__, "kernels": kernel_status().digest}
+    record = {
+        "title": title,
+        "columns": columns,
+        "rows": rows,
+        "torch": torch.__version__,
+        "kernels": kernel_status().digest,
+    }
     path = Path(__file__).parent / "results" / "attention-cpu.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -1,14 +1,16 @@
-"""Bit equality of whole runs before and after a change of the code: what ought to change nothing is shown to change nothing.
+"""Bit equality of whole runs before and after a change of the code: what ought to change nothing is
+shown to change nothing.
 
     python benchmarks/bits.py --write before.json          # at the commit before
     python benchmarks/bits.py --against before.json        # after the change; exit code 1 on any difference
     python benchmarks/bits.py --against before.json --cases llama-float32-dropout,opt-bfloat16
     python benchmarks/bits.py --source ../before/src --write before.json    # another checkout's package, this very script
 
-Each case is a training of a few steps on one CPU thread, of a random model of two layers and width 64 that is made here by
-transformers: every family with a native decoder and a model that runs through transformers, in float32 and bfloat16, and on Llama
-each way to train. Only `lorry.sft`, `lorry.distill`, `lorry.load`, `lorry.generate` and `python -m lorry` are called, so the same
-script runs before and after a change of the package's layout. A case records, in this order:
+Each case is a training of a few steps on one CPU thread, of a random model of two layers and width
+64 that is made here by transformers: every family with a native decoder and a model that runs
+through transformers, in float32 and bfloat16, and on Llama each way to train. Only `lorry.sft`,
+`lorry.distill`, `lorry.load`, `lorry.generate` and `python -m lorry` are called, so the same script
+runs before and after a change of the package's layout. A case records, in this order:
 
     steps          loss, grad_norm, learning_rate and eval_* of each line of metrics.jsonl, every digit of them
     weights        SHA-256 of each tensor (dtype, shape, bytes) of the run's safetensors files: adapters, or the whole model
@@ -16,9 +18,10 @@ script runs before and after a change of the package's layout. A case records, i
     logits, texts  SHA-256 of logits, and what is said greedily and sampled, where a case reads its run again
     evaluation     every number and answer of results.json, where a case calls `lorry eval`
 
-Metadata, run.yaml, receipts, times and memory are left out: they may differ between equal runs. Bits hang on the processor and
-the versions of torch and its neighbours, so the file names them and --against refuses another machine (exit code 2). What is
-built once (kernels, proofs) is kept in build/bits beside this folder, not in the user's LORRY_HOME.
+Metadata, run.yaml, receipts, times and memory are left out: they may differ between equal runs.
+Bits hang on the processor and the versions of torch and its neighbours, so the file names them and
+--against refuses another machine (exit code 2). What is built once (kernels, proofs) is kept in
+build/bits beside this folder, not in the user's LORRY_HOME.
 """
 
 from __future__ import annotations
@@ -47,7 +50,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
-SWITCHES = ("LORRY_KERNELS", "LORRY_PROOFS", "LORRY_DTYPE", "LORRY_MALLOC")  # of the environment: each may change bits
+SWITCHES = (
+    "LORRY_KERNELS",
+    "LORRY_PROOFS",
+    "LORRY_DTYPE",
+    "LORRY_MALLOC",
+)  # of the environment: each may change bits
 DTYPES = ("float32", "bfloat16")
 VOCABULARY = 320
 CHATML = (
@@ -55,12 +63,21 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 160, "tie_word_embeddings": False,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 160,
+    "tie_word_embeddings": False,
+}
 NEOX = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 160,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 160,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "mistral": {**LLAMA, "sliding_window": None, "head_dim": 32},
@@ -69,15 +86,25 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 160},
     "gpt_neox": NEOX,
     "opt": {  # runs through transformers
-        "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 160,
+        "hidden_size": 64,
+        "ffn_dim": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 160,
         "word_embed_proj_dim": 64,
     },
-}  # fmt: skip
+}
 PROMPTS = ("What has Ada in room 1?", "Where is the lorry?", "Say nothing at all.")
 SETTINGS: dict[str, Any] = {
-    "r": 4, "learning_rate": 5e-3, "per_device_train_batch_size": 4, "max_steps": 4, "max_length": 96, "save_steps": 2,
-    "threads": 1, "logging_steps": 100,
-}  # fmt: skip
+    "r": 4,
+    "learning_rate": 5e-3,
+    "per_device_train_batch_size": 4,
+    "max_steps": 4,
+    "max_length": 96,
+    "save_steps": 2,
+    "threads": 1,
+    "logging_steps": 100,
+}
 Record = dict[str, Any]
 
 
@@ -87,10 +114,19 @@ Record = dict[str, Any]
 def rows(n: int, *, start: int = 0) -> list[dict[str, str]]:
     """Questions and answers of uneven length, every one different."""
     who = ["Ada", "Bo", "Cleo", "Dov", "Eve", "Finn", "Gus"]
-    what = ["a red lorry", "two old dogs", "bread and salt", "a house by the river", "nothing at all"]
+    what = [
+        "a red lorry",
+        "two old dogs",
+        "bread and salt",
+        "a house by the river",
+        "nothing at all",
+    ]
     picked = [(who[i % 7], what[(i * 3 + i // 7) % 5], i) for i in range(start, start + n)]
     return [
-        {"question": f"What has {one} in room {i}?", "answer": f"{one} has {thing}" + ", again" * (i % 4)}
+        {
+            "question": f"What has {one} in room {i}?",
+            "answer": f"{one} has {thing}" + ", again" * (i % 4),
+        }
         for one, thing, i in picked
     ]
 
@@ -109,20 +145,32 @@ def tokenizer() -> Any:
     )  # fmt: skip
     made.train_from_iterator([text for row in rows(50) for text in row.values()], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML,
-        additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=made,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def write_model(path: Path, model_type: str, **changes: Any) -> None:
-    """A Hugging Face directory: a model whose every parameter is random, a function of its name, and the tokenizer."""
+    """A Hugging Face directory: a model whose every parameter is random, a function of its name,
+    and the tokenizer.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     words = tokenizer()
-    ids = {"eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id, "bos_token_id": None}
-    config = CONFIG_MAPPING[model_type].from_dict({"vocab_size": VOCABULARY, **ids, **MODELS[model_type], **changes})
+    ids = {
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+        "bos_token_id": None,
+    }
+    config = CONFIG_MAPPING[model_type].from_dict(
+        {"vocab_size": VOCABULARY, **ids, **MODELS[model_type], **changes}
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     draw = torch.Generator().manual_seed(zlib.crc32(path.name.encode()))
     with torch.no_grad():
@@ -140,7 +188,9 @@ class World:
         self.folder = folder
 
     def model(self, model_type: str, name: str = "", **changes: Any) -> str:
-        """The directory of a model; ``name``: of another one of the type, with ``changes`` of its config."""
+        """The directory of a model; ``name``: of another one of the type, with ``changes`` of its
+        config.
+        """
         path = self.folder / "models" / (name or model_type)
         if not path.exists():
             write_model(path, model_type, **changes)
@@ -175,9 +225,15 @@ def tensors(path: Path) -> dict[str, str]:
     import torch
     from safetensors.torch import load_file
 
-    return {name: digest(tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8),
-                         f"{tensor.dtype} {list(tensor.shape)}")
-            for name, tensor in sorted(load_file(path).items())}  # fmt: skip
+    return {
+        name: digest(
+            tensor.contiguous().view(torch.uint8)
+            if tensor.dim()
+            else tensor.reshape(1).view(torch.uint8),
+            f"{tensor.dtype} {list(tensor.shape)}",
+        )
+        for name, tensor in sorted(load_file(path).items())
+    }
 
 
 def digest(raw: Any, kind: str) -> str:
@@ -193,13 +249,19 @@ def numbers(line: Mapping[str, Any]) -> Record:
             kept[key] = {name: numbers(own) for name, own in value.items()}
         elif key in ("step", "learning_rate", "grad_norm") or key.startswith(("loss", "eval_")):
             kept[key] = value if isinstance(value, dict) else repr(value)
-    return {key: value for key, value in kept.items() if not key.endswith(("seconds", "per_second"))}
+    return {
+        key: value for key, value in kept.items() if not key.endswith(("seconds", "per_second"))
+    }
 
 
 def trained(run: Path) -> Record:
     """What a finished run left: its steps, the weights it saved, the state of its last checkpoint."""
     steps = [numbers(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    files = sorted(p for p in run.rglob("*.safetensors") if "checkpoints" not in p.parts and "previous" not in p.parts)
+    files = sorted(
+        p
+        for p in run.rglob("*.safetensors")
+        if "checkpoints" not in p.parts and "previous" not in p.parts
+    )
     last = max((run / "checkpoints").iterdir(), key=lambda path: path.name)
     if not files or not steps:
         raise SystemExit(f"{run} holds no weights or no steps")
@@ -227,16 +289,24 @@ def read_again(path: Path, dtype: str, **model: Any) -> Record:
 
 
 def without_places(value: Any) -> Any:
-    """Results of `lorry eval` without its settings and the names of files and folders; floats with every digit."""
+    """Results of `lorry eval` without its settings and the names of files and folders; floats with
+    every digit.
+    """
     if isinstance(value, dict):
-        return {k: without_places(v) for k, v in value.items() if k not in ("asked", "model", "data", "where", "source")}
+        return {
+            k: without_places(v)
+            for k, v in value.items()
+            if k not in ("asked", "model", "data", "where", "source")
+        }
     if isinstance(value, list):
         return [without_places(v) for v in value]
     return repr(value) if isinstance(value, float) else value
 
 
 def command(*words: str) -> None:
-    """`python -m lorry WORDS`, in this process: a new one would import torch again. Raises RuntimeError unless it ends with 0."""
+    """`python -m lorry WORDS`, in this process: a new one would import torch again. Raises
+    RuntimeError unless it ends with 0.
+    """
     before, interrupt = sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = ["lorry", *words]
     code: Any = 0
@@ -264,7 +334,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Training:
-    """One run by `lorry.sft`, or `lorry.distill` where a teacher is among the settings; ``again``: it is loaded and asked."""
+    """One run by `lorry.sft`, or `lorry.distill` where a teacher is among the settings; ``again``:
+    it is loaded and asked.
+    """
 
     name: str
     dtype: str
@@ -277,7 +349,12 @@ class Training:
         import lorry
 
         own = {key: made(world) if callable(made) else made for key, made in self.settings.items()}
-        given = {"model": world.model(self.model), "data": world.rows(), "dtype": self.dtype, "output_dir": run}
+        given = {
+            "model": world.model(self.model),
+            "data": world.rows(),
+            "dtype": self.dtype,
+            "output_dir": run,
+        }
         verb = lorry.distill if any(key.startswith("teacher") for key in own) else lorry.sft
         settings = {**SETTINGS, **given, **own, **more}
         if "lora" in own:
@@ -292,7 +369,9 @@ class Training:
 
 
 def resumed(training: Training, world: World) -> Record:
-    """Six steps in one go, and the same run gone on with from its checkpoint of step 4 in a copy; the two have to be equal."""
+    """Six steps in one go, and the same run gone on with from its checkpoint of step 4 in a copy;
+    the two have to be equal.
+    """
     run, copy = world.run(training.name), world.run(f"{training.name}-resumed")
     training.start(world, run, max_steps=6, save_total_limit=3)
     for name in ("checkpoints/step-00000002", "checkpoints/step-00000004"):
@@ -305,11 +384,22 @@ def resumed(training: Training, world: World) -> Record:
 
 
 def evaluated(dtype: str, world: World) -> Record:
-    """`lorry eval` of a run: a file with answers, a named set whose options are ranked, one that is answered by sampling."""
+    """`lorry eval` of a run: a file with answers, a named set whose options are ranked, one that is
+    answered by sampling.
+    """
     run = world.run(f"eval-{dtype}")
     Training("eval", dtype).start(world, run)
-    facts = [{"question": f"is room {i} cold", "passage": f"Room {i} is a room.", "answer": i % 2 == 0} for i in range(12)]
-    words = [{"concepts": ["lorry", "road", f"room {i}"], "target": f"The lorry of room {i} is on the road."} for i in range(3)]
+    facts = [
+        {"question": f"is room {i} cold", "passage": f"Room {i} is a room.", "answer": i % 2 == 0}
+        for i in range(12)
+    ]
+    words = [
+        {
+            "concepts": ["lorry", "road", f"room {i}"],
+            "target": f"The lorry of room {i} is on the road.",
+        }
+        for i in range(3)
+    ]
     ranked, said = world.write("facts", facts), world.write("words", words)
     found: Record = {}
     for name, asked in {
@@ -344,7 +434,12 @@ def jobs(world: World) -> list[dict[str, Any]]:
     return [
         {"name": "small", "r": 2},
         {"name": "wide", "r": 8, "learning_rate": 1e-3, "lora_dropout": 0.1, "seed": 7},
-        {"name": "other", "data": world.rows("other", 10, start=40), "target_modules": ["q_proj", "down_proj"], "max_steps": 3},
+        {
+            "name": "other",
+            "data": world.rows("other", 10, start=40),
+            "target_modules": ["q_proj", "down_proj"],
+            "max_steps": 3,
+        },
     ]
 
 
@@ -366,8 +461,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True, "lora_dropout": 0.1},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     "packing": {"packing": True},
-    "loraplus": {"loraplus_lr_ratio": 8.0, "weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 1},
-    "patterns": {"rank_pattern": {"q_proj": 8, "down_proj": 2}, "alpha_pattern": {"q_proj": 4}, "use_rslora": True},
+    "loraplus": {
+        "loraplus_lr_ratio": 8.0,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 1,
+    },
+    "patterns": {
+        "rank_pattern": {"q_proj": 8, "down_proj": 2},
+        "alpha_pattern": {"q_proj": 4},
+        "use_rslora": True,
+    },
     "all-linear": {"target_modules": "all-linear", "init_lora_weights": "gaussian"},
     "head": {"target_modules": ["q_proj", "v_proj", "up_proj", "lm_head"]},
     "text": {"completion_only_loss": False, "max_grad_norm": 0.1},
@@ -382,7 +486,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 RESUMED: dict[str, dict[str, Any]] = {
     "resume": {"lora_dropout": 0.1},
-    "resume-packing": {"packing": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    "resume-packing": {
+        "packing": True,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 1,
+    },
     "resume-jobs": {"jobs": jobs},
     "resume-full": {"lora": None, "learning_rate": 1e-3},
     "resume-streaming": {"streaming": True},
@@ -394,7 +502,9 @@ ON_EVERY_MODEL: dict[str, dict[str, Any]] = {  # on those but Llama, which has e
 
 
 def cases() -> list[Case]:
-    """Every case, by names such as llama-float32 (plain LoRA, asked afterwards), gpt2-bfloat16-full, llama-float32-resume."""
+    """Every case, by names such as llama-float32 (plain LoRA, asked afterwards),
+    gpt2-bfloat16-full, llama-float32-resume.
+    """
     found = list[Case]()
     for dtype in DTYPES:
         for model in MODELS:
@@ -403,12 +513,17 @@ def cases() -> list[Case]:
             ways = WAYS if model == "llama" else ON_EVERY_MODEL
             for way, settings in ways.items():
                 name = f"{plain}-{way}"
-                found.append(Case(name, Training(name, dtype, model, settings, again=way == "not-native")))
+                found.append(
+                    Case(name, Training(name, dtype, model, settings, again=way == "not-native"))
+                )
         for way, settings in RESUMED.items():
             name = f"llama-{dtype}-{way}"
             found.append(Case(name, partial(resumed, Training(name, dtype, settings=settings))))
         found.append(Case(f"llama-{dtype}-eval", partial(evaluated, dtype)))
-        found += [Case(f"{model}-{dtype}-merge", partial(merged, model, dtype)) for model in ("llama", "gpt2")]
+        found += [
+            Case(f"{model}-{dtype}-merge", partial(merged, model, dtype))
+            for model in ("llama", "gpt2")
+        ]
     return found
 
 
@@ -420,7 +535,11 @@ def machine() -> dict[str, str]:
     import torch
 
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    lines = dict(line.split("\t", 1) for line in text.splitlines() if line.startswith(("model name", "flags", "microcode")))
+    lines = dict(
+        line.split("\t", 1)
+        for line in text.splitlines()
+        if line.startswith(("model name", "flags", "microcode"))
+    )
     return {
         "cpu": lines.get("model name", platform.processor() or platform.machine()).strip("\t: "),
         "cpu flags": hashlib.sha256(lines.get("flags", "").encode()).hexdigest()[:16],
@@ -472,7 +591,9 @@ def quiet(told: io.StringIO) -> Iterator[None]:
 
 
 def record(case: Case, world: World) -> Record:
-    """A case's record; of one that failed {"error": the last line of its traceback}, and the traceback on standard error."""
+    """A case's record; of one that failed {"error": the last line of its traceback}, and the
+    traceback on standard error.
+    """
     told = io.StringIO()
     try:
         with quiet(told):
@@ -504,7 +625,9 @@ def verdict(name: str, before: Mapping[str, Any], now: Record) -> str:
 def code(source: Path) -> str:
     """SHA-256 of a package's source: whether two records are of the same code."""
     files = sorted(p for p in (source / "lorry").rglob("*") if p.suffix in (".py", ".cpp", ".h"))
-    return hashlib.sha256(b"".join(f"{p.relative_to(source)}\n".encode() + p.read_bytes() for p in files)).hexdigest()
+    return hashlib.sha256(
+        b"".join(f"{p.relative_to(source)}\n".encode() + p.read_bytes() for p in files)
+    ).hexdigest()
 
 
 def use(source: Path) -> None:
@@ -513,24 +636,39 @@ def use(source: Path) -> None:
     import lorry
 
     if not Path(str(lorry.__file__)).resolve().is_relative_to(source):
-        raise SystemExit(f"{source} holds no lorry: {lorry.__file__} was imported; give --source the src folder of a checkout")
+        raise SystemExit(
+            f"{source} holds no lorry: {lorry.__file__} was imported; give --source the src folder of a checkout"
+        )
 
 
 def main() -> int:
-    """Run the cases; 0 where all are equal or the file is written, 1 on any difference, 2 on another machine."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the cases; 0 where all are equal or the file is written, 1 on any difference, 2 on
+    another machine.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", type=Path, metavar="FILE", help="record what this code computes")
-    what.add_argument("--against", type=Path, metavar="FILE", help="compare what this code computes with a record")
+    what.add_argument(
+        "--against", type=Path, metavar="FILE", help="compare what this code computes with a record"
+    )
     what.add_argument("--list", action="store_true", help="the names of the cases")
     parser.add_argument("--cases", default="", help="names, separated by commas; left out: all")
-    parser.add_argument("--source", type=Path, default=ROOT / "src", help="the folder that holds the package lorry")
+    parser.add_argument(
+        "--source", type=Path, default=ROOT / "src", help="the folder that holds the package lorry"
+    )
     args = parser.parse_args()
     todo = chosen(args.cases)
     if args.list:
         print("\n".join(case.name for case in todo))
         return 0
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
     os.environ["LORRY_HOME"] = str(ROOT / "build" / "bits")
     use(args.source.resolve())
     import torch
@@ -538,12 +676,20 @@ def main() -> int:
 
     disable_progress_bar()
     torch.set_num_threads(1)
-    here, before = machine(), json.loads(args.against.read_text()) if args.against else {"cases": {}, "machine": {}}
+    here, before = (
+        machine(),
+        json.loads(args.against.read_text()) if args.against else {"cases": {}, "machine": {}},
+    )
     if args.against and (other := differences(before["machine"], here)):
-        print(f"{args.against} is of another machine, and bits are equal on one only; {'; '.join(other)}", file=sys.stderr)
+        print(
+            f"{args.against} is of another machine, and bits are equal on one only; {'; '.join(other)}",
+            file=sys.stderr,
+        )
         return 2
     if before.get("code") == (now_code := code(args.source.resolve())):
-        print("note: the record is of this very code, so that only the machine can make a difference")
+        print(
+            "note: the record is of this very code, so that only the machine can make a difference"
+        )
     began, done, bad = time.perf_counter(), {}, 0
     wide = max(len(case.name) for case in todo)
     with tempfile.TemporaryDirectory(prefix="lorry-bits-") as folder:
@@ -557,13 +703,23 @@ def main() -> int:
     if gone := [name for name in before["cases"] if name not in done and not args.cases]:
         bad += len(gone)
         print(f"recorded before and no case now: {', '.join(gone)}")
-    print(f"{len(todo)} cases in {time.perf_counter() - began:.0f} s, {bad} not equal" if args.against else
-          f"{len(todo)} cases in {time.perf_counter() - began:.0f} s, {bad} failed")  # fmt: skip
-    if code(args.source.resolve()) != now_code:  # modules are imported as they are needed: it may be of neither
-        print(f"{args.source} was changed while this ran, so that it says nothing; run it again", file=sys.stderr)
+    print(
+        f"{len(todo)} cases in {time.perf_counter() - began:.0f} s, {bad} not equal"
+        if args.against
+        else f"{len(todo)} cases in {time.perf_counter() - began:.0f} s, {bad} failed"
+    )
+    if (
+        code(args.source.resolve()) != now_code
+    ):  # modules are imported as they are needed: it may be of neither
+        print(
+            f"{args.source} was changed while this ran, so that it says nothing; run it again",
+            file=sys.stderr,
+        )
         return 1
     if args.write and not bad:
-        args.write.write_text(json.dumps({"machine": here, "code": now_code, "cases": done}, indent=1) + "\n")
+        args.write.write_text(
+            json.dumps({"machine": here, "code": now_code, "cases": done}, indent=1) + "\n"
+        )
         print(f"written to {args.write}")
     return 1 if bad else 0
 

@@ -1,7 +1,9 @@
-"""One case of a benchmark: the base model, the tokenised rows, the adapter's first values and the settings, all in one folder.
+"""One case of a benchmark: the base model, the tokenised rows, the adapter's first values and the
+settings, all in one folder.
 
-Every engine reads the same folder, so all train the same thing: `case.json`, `rows.safetensors`, `base/` and `init/` (a PEFT
-adapter directory whose B is not zero, so that no tensor's first gradient is).
+Every engine reads the same folder, so all train the same thing: `case.json`, `rows.safetensors`,
+`base/` and `init/` (a PEFT adapter directory whose B is not zero, so that no tensor's first
+gradient is).
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ from typing import Any
 IGNORED = -100  # the label of a token that is not learnt, as everybody writes it
 MODEL = "smollm2-135m-instruct"
 CHAT = "chat.jsonl"
-Row = tuple[list[int], list[int]]  # token ids and labels; the first label is always IGNORED, since nothing predicts that token
+Row = tuple[
+    list[int], list[int]
+]  # token ids and labels; the first label is always IGNORED, since nothing predicts that token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """``length``: tokens a row has (packed text) or may have (chat); a step trains ``rows_per_step`` rows, or, in engines that
-    pack, as many rows as fit into ``packed_rows`` times ``length`` tokens. ``warmup`` and ``steps``: untimed and timed steps."""
+    """``length``: tokens a row has (packed text) or may have (chat); a step trains
+    ``rows_per_step`` rows, or, in engines that pack, as many rows as fit into ``packed_rows`` times
+    ``length`` tokens. ``warmup`` and ``steps``: untimed and timed steps.
+    """
 
     kind: str = "sft"
     model: str = MODEL
@@ -63,8 +69,14 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> None:
         if len(ids) != len(labels) or labels[0] != IGNORED:
             raise SystemExit("a row needs a label per token, and no label on its first token")
         edges.append(edges[-1] + len(ids))
-    flat = {"tokens": [t for ids, _ in rows for t in ids], "labels": [t for _, labels in rows for t in labels], "edges": edges}
-    save_file({name: torch.tensor(values) for name, values in flat.items()}, folder / "rows.safetensors")
+    flat = {
+        "tokens": [t for ids, _ in rows for t in ids],
+        "labels": [t for _, labels in rows for t in labels],
+        "edges": edges,
+    }
+    save_file(
+        {name: torch.tensor(values) for name, values in flat.items()}, folder / "rows.safetensors"
+    )
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -78,8 +90,10 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def prepare_text(folder: Path, case: Case, rows: int) -> None:
-    """A whole case of packed plain text: ``rows`` rows of ``case.length`` tokens, every token learnt but each row's first. The
-    paragraphs that come with Lorry, over and over: speed does not mind, and they are the same everywhere."""
+    """A whole case of packed plain text: ``rows`` rows of ``case.length`` tokens, every token
+    learnt but each row's first. The paragraphs that come with Lorry, over and over: speed does not
+    mind, and they are the same everywhere.
+    """
     from lorry.demo.people import general_text
 
     cut = rows_of("\n\n".join(general_text()), prepare_model(folder, case), case.length, rows)
@@ -87,7 +101,9 @@ def prepare_text(folder: Path, case: Case, rows: int) -> None:
 
 
 def prepare_curve(folder: Path, case: Case, seed: int) -> None:
-    """A case to learn from: other text in every row, the order and the adapter's start by ``seed``, B = 0 as training starts."""
+    """A case to learn from: other text in every row, the order and the adapter's start by ``seed``,
+    B = 0 as training starts.
+    """
     tokenizer = prepare_model(folder, case, seed=seed, silent_start=True)
     cut = rows_of(long_text(), tokenizer, case.length, case.all_steps)
     random.Random(seed).shuffle(cut)
@@ -102,7 +118,9 @@ def rows_of(text: str, tokenizer: Any, length: int, rows: int) -> list[list[int]
 
 
 def prepare_model(folder: Path, case: Case, *, seed: int = 0, silent_start: bool = False) -> Any:
-    """Write case.json, base/ (bf16) and init/; returns the tokenizer. ``silent_start``: B = 0, as training really starts."""
+    """Write case.json, base/ (bf16) and init/; returns the tokenizer. ``silent_start``: B = 0, as
+    training really starts.
+    """
     from lorry.adapters.attach import attach
     from lorry.adapters.peft.files import save_adapter
     from lorry.adapters.spec import LoraSpec
@@ -111,14 +129,20 @@ def prepare_model(folder: Path, case: Case, *, seed: int = 0, silent_start: bool
 
     loaded = load_model(case.model, dtype="bfloat16", notes=[])
     save_model(loaded.model, folder / "base", tokenizer=loaded.tokenizer)
-    attach(loaded.model, LoraSpec(r=case.rank, lora_alpha=case.alpha, init_lora_weights=silent_start), seed=seed)
+    attach(
+        loaded.model,
+        LoraSpec(r=case.rank, lora_alpha=case.alpha, init_lora_weights=silent_start),
+        seed=seed,
+    )
     save_adapter(loaded.model, folder / "init")
     case.save(folder)
     return loaded.tokenizer
 
 
 def prepare_chat(folder: Path, case: Case, seed: int = 0) -> list[Row]:
-    """A whole case of real questions and answers: chat.jsonl, and the rows that Lorry's own data path makes of it."""
+    """A whole case of real questions and answers: chat.jsonl, and the rows that Lorry's own data
+    path makes of it.
+    """
     from lorry.data.encoding.encode import ExampleEncoder
     from lorry.data.encoding.token_set import TokenSet
     from lorry.data.reading.sources import open_source
@@ -131,12 +155,16 @@ def prepare_chat(folder: Path, case: Case, seed: int = 0) -> list[Row]:
     rows, kept = [], []
     for number, where in enumerate(tokens.where):
         ids, weights = list(tokens.example(number).tokens), tokens.example(number).weights
-        if len(ids) < case.length:  # one that long may have been cut, which every engine does in its own way
+        if (
+            len(ids) < case.length
+        ):  # one that long may have been cut, which every engine does in its own way
             rows.append((ids, [t if w else IGNORED for t, w in zip(ids, weights, strict=True)]))
             kept.append(pairs[int(where.rsplit(":", 1)[1]) - 1])
     wanted = case.rows_per_step * case.all_steps
     if len(rows) < wanted:
-        raise SystemExit(f"{wanted} rows are needed and there are {len(rows)}; use fewer steps, or give LORRY_DATA")
+        raise SystemExit(
+            f"{wanted} rows are needed and there are {len(rows)}; use fewer steps, or give LORRY_DATA"
+        )
     write_chat(folder / CHAT, kept[:wanted])
     write_rows(folder, rows[:wanted])
     return rows[:wanted]
@@ -144,7 +172,10 @@ def prepare_chat(folder: Path, case: Case, seed: int = 0) -> list[Row]:
 
 def write_chat(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
     """One JSON object a line, in the form everybody reads."""
-    talks = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in pairs]
+    talks = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        for asked, answer in pairs
+    ]
     path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
 
 
@@ -156,7 +187,9 @@ def data_folder() -> Path | None:
 
 
 def long_text() -> str:
-    """WikiText-2's validation text where the data folder has it, else the paragraphs that come with Lorry."""
+    """WikiText-2's validation text where the data folder has it, else the paragraphs that come with
+    Lorry.
+    """
     from lorry.demo.people import general_text
 
     folder = data_folder()
@@ -165,18 +198,25 @@ def long_text() -> str:
 
 
 def chat_pairs() -> list[tuple[str, str]]:
-    """(question, answer): Dolly, Self-Instruct's seed and user-oriented tasks, else the questions that come with Lorry."""
+    """(question, answer): Dolly, Self-Instruct's seed and user-oriented tasks, else the questions
+    that come with Lorry.
+    """
     from lorry.demo.people import general_chat
 
     folder = data_folder()
     if folder is None or not (folder / "instruct").is_dir():
         return [(str(row["question"]), str(row["answer"])) for row in general_chat()]
-    dolly = [(row["prompt"], row["answer"]) for row in json_lines(folder / "instruct" / "dolly_151.jsonl")]
+    dolly = [
+        (row["prompt"], row["answer"])
+        for row in json_lines(folder / "instruct" / "dolly_151.jsonl")
+    ]
     pairs = []
     for name in ("seed_tasks", "user_oriented_instructions"):
         for row in json_lines(folder / "instruct" / f"{name}.jsonl"):
             first = row["instances"][0]
-            pairs.append(("\n".join(filter(None, (row["instruction"], first["input"]))), first["output"]))
+            pairs.append(
+                ("\n".join(filter(None, (row["instruction"], first["input"]))), first["output"])
+            )
     return [(asked, answer) for asked, answer in dolly + pairs if asked.strip() and answer.strip()]
 
 

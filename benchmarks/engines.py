@@ -1,7 +1,9 @@
-"""The engines that are compared: Lorry and plain PyTorch loops over PEFT (the trainers of others are in trainers.py).
+"""The engines that are compared: Lorry and plain PyTorch loops over PEFT (the trainers of others
+are in trainers.py).
 
-Each function here imports what it needs, so that memory can be counted from there, and returns a function of (folder, case,
-rows, watch) that trains ``case.all_steps`` steps and tells the watch of each. turns.py names them all.
+Each function here imports what it needs, so that memory can be counted from there, and returns a
+function of (folder, case, rows, watch) that trains ``case.all_steps`` steps and tells the watch of
+each. turns.py names them all.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ Run = Callable[[Path, Case, Sequence[Row], Watch], None]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """``work``: what a step computes, for the floor; ``anchor``: not LoRA training, only there to compare with."""
+    """``work``: what a step computes, for the floor; ``anchor``: not LoRA training, only there to
+    compare with.
+    """
 
     make: Callable[[], Run]
     says: str
@@ -31,7 +35,9 @@ class Entry:
 
 
 def fast_path() -> dict[str, Any]:
-    """What Lorry's compiled kernels say of themselves. Raises SystemExit on a fallback path: its speed is not Lorry's."""
+    """What Lorry's compiled kernels say of themselves. Raises SystemExit on a fallback path: its
+    speed is not Lorry's.
+    """
     from lorry import kernels
 
     status = kernels.kernel_status()
@@ -64,7 +70,9 @@ def lorry(packing: bool = False) -> Run:
         def batches(self, step: int) -> list[Batch]:
             examples = []
             for ids, labels in turn(self.rows, step, self.per_step):
-                examples.append(TokenizedExample(ids, [float(label != IGNORED) for label in labels]))
+                examples.append(
+                    TokenizedExample(ids, [float(label != IGNORED) for label in labels])
+                )
             return [collate(examples)]
 
     def run(folder: Path, case: Case, rows: Sequence[Row], watch: Watch) -> None:
@@ -80,9 +88,13 @@ def lorry(packing: bool = False) -> Run:
         watch.start()
         for step in range(case.all_steps):
             batches = task.step_batches(step, {})
-            watch.saw([b.tokens[start:stop].tolist() for b in batches for start, stop in b.segments])
+            watch.saw(
+                [b.tokens[start:stop].tolist() for b in batches for start, stop in b.segments]
+            )
             stats = backend.forward_backward(batches, task, step)
-            watch.gradients(lambda: {n: g.clone() for n, g in adapter.split_like(adapter.grads).items()})
+            watch.gradients(
+                lambda: {n: g.clone() for n, g in adapter.split_like(adapter.grads).items()}
+            )
             backend.step({"default": case.learning_rate})
             watch.step(stats.loss["default"], stats.tokens, stats.supervised)
 
@@ -94,15 +106,25 @@ def chat_stream(folder: Path, case: Case, tokenizer: Any, packing: bool) -> Any:
     from lorry.config.schema import DataConfig, TrainConfig
     from lorry.data.prepare import prepare_data
 
-    data = DataConfig(path=str(folder / CHAT), max_length=case.length, packing=packing, shuffle=False)
-    train = TrainConfig(per_device_train_batch_size=case.packed_rows if packing else case.rows_per_step)
+    data = DataConfig(
+        path=str(folder / CHAT), max_length=case.length, packing=packing, shuffle=False
+    )
+    train = TrainConfig(
+        per_device_train_batch_size=case.packed_rows if packing else case.rows_per_step
+    )
     return prepare_data(data, train, tokenizer, quarantine=folder / "quarantine.jsonl").stream
 
 
 # --- plain loops
 
 
-def peft(*, float32: bool = False, bf16_adapters: bool = False, malloc: bool = False, compiled: bool = False) -> Run:
+def peft(
+    *,
+    float32: bool = False,
+    bf16_adapters: bool = False,
+    malloc: bool = False,
+    compiled: bool = False,
+) -> Run:
     """PEFT with a plain loop. Its default keeps adapters in fp32 over a bf16 base."""
     import torch
     from peft import PeftModel
@@ -119,7 +141,9 @@ def peft(*, float32: bool = False, bf16_adapters: bool = False, malloc: bool = F
             tune_allocator()
         dtype = torch.float32 if float32 else torch.bfloat16
         base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
-        model = PeftModel.from_pretrained(base, folder / "init", is_trainable=True, autocast_adapter_dtype=not bf16_adapters)
+        model = PeftModel.from_pretrained(
+            base, folder / "init", is_trainable=True, autocast_adapter_dtype=not bf16_adapters
+        )
         model.config.use_cache = False
         model.train()
         params = {clean(n): p for n, p in model.named_parameters() if p.requires_grad}
@@ -144,7 +168,9 @@ def full() -> Run:
 
 
 def forward() -> Run:
-    """The frozen model's forward pass and loss, no gradient: what nobody can be faster than by training less."""
+    """The frozen model's forward pass and loss, no gradient: what nobody can be faster than by
+    training less.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.llama import modeling_llama  # noqa: F401
@@ -163,11 +189,23 @@ def forward() -> Run:
     return run
 
 
-def loop(model: Any, params: dict[str, Tensor], case: Case, rows: Sequence[Row], watch: Watch, *, lora: bool) -> None:
-    """A plain training loop: forward, backward, clip at 1, fused AdamW. ``lora``: the gradients can be compared."""
+def loop(
+    model: Any,
+    params: dict[str, Tensor],
+    case: Case,
+    rows: Sequence[Row],
+    watch: Watch,
+    *,
+    lora: bool,
+) -> None:
+    """A plain training loop: forward, backward, clip at 1, fused AdamW. ``lora``: the gradients can
+    be compared.
+    """
     import torch
 
-    optimizer = torch.optim.AdamW(params.values(), lr=case.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        params.values(), lr=case.learning_rate, weight_decay=0.0, fused=True
+    )
     watch.start()
     for step in range(case.all_steps):
         mine = turn(rows, step, case.rows_per_step)
@@ -175,7 +213,9 @@ def loop(model: Any, params: dict[str, Tensor], case: Case, rows: Sequence[Row],
         loss = model(**padded(mine)).loss
         loss.backward()
         if lora:
-            watch.gradients(lambda: {n: p.grad.clone() for n, p in params.items() if p.grad is not None})
+            watch.gradients(
+                lambda: {n: p.grad.clone() for n, p in params.items() if p.grad is not None}
+            )
         torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -192,7 +232,9 @@ def turn(rows: Sequence[Row], step: int, per_step: int) -> list[Row]:
 
 def count(rows: Sequence[Row]) -> tuple[int, int]:
     """(tokens, supervised tokens)."""
-    return sum(len(ids) for ids, _ in rows), sum(label != IGNORED for _, labels in rows for label in labels)
+    return sum(len(ids) for ids, _ in rows), sum(
+        label != IGNORED for _, labels in rows for label in labels
+    )
 
 
 def padded(rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
 """Gates: nothing is said of an engine's speed unless it computed what it was asked to.
 
-The reference is PEFT in float32, given exactly the rows an engine had in its first step, one row at a time, so that neither
-padding nor packing can hide anything. An engine passes when its first loss is within LOSS_GAP of the reference's, the cosine of
-its whole first adapter gradient with the reference's is above COSINE, their lengths agree within LENGTH_GAP, and no tensor's
-gradient is zero. Rounding to bf16 alone brings the cosine close to COSINE, on some texts below it. So PEFT at its default runs on
-the same rows as a control, an engine may be twice as far off as it, and one that passed on that account only is said to have.
-Anchors train no adapter and are held to the loss of the base alone.
+The reference is PEFT in float32, given exactly the rows an engine had in its first step, one row at
+a time, so that neither padding nor packing can hide anything. An engine passes when its first loss
+is within LOSS_GAP of the reference's, the cosine of its whole first adapter gradient with the
+reference's is above COSINE, their lengths agree within LENGTH_GAP, and no tensor's gradient is
+zero. Rounding to bf16 alone brings the cosine close to COSINE, on some texts below it. So PEFT at
+its default runs on the same rows as a control, an engine may be twice as far off as it, and one
+that passed on that account only is said to have. Anchors train no adapter and are held to the loss
+of the base alone.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ LOSS_GAP, COSINE, LENGTH_GAP = 0.005, 0.999, 0.03
 REFERENCE = "reference"
 
 
-def reference(folder: Path, rows: Sequence[Row], sets: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """For each set of row numbers: the loss with the adapter and without, in float32, and the control's cosine. The gradient goes
-    to reference-N.safetensors."""
+def reference(
+    folder: Path, rows: Sequence[Row], sets: Sequence[Sequence[int]]
+) -> list[dict[str, Any]]:
+    """For each set of row numbers: the loss with the adapter and without, in float32, and the
+    control's cosine. The gradient goes to reference-N.safetensors."""
     import torch
     from safetensors.torch import save_file
 
@@ -37,10 +41,15 @@ def reference(folder: Path, rows: Sequence[Row], sets: Sequence[Sequence[int]]) 
         mine = [rows[n] for n in chosen]
         loss, grads = one_by_one(model, mine)
         with torch.no_grad(), model.disable_adapter():
-            base_loss = sum(float(model(**padded([row])).loss) * count([row])[1] for row in mine) / count(mine)[1]
+            base_loss = (
+                sum(float(model(**padded([row])).loss) * count([row])[1] for row in mine)
+                / count(mine)[1]
+            )
         save_file(grads, folder / f"{REFERENCE}-{number}.safetensors")
         rounded = compare(one_by_one(control, mine)[1], grads)[0]["cosine"]
-        found.append({"rows": list(chosen), "loss": loss, "base_loss": base_loss, "control_cosine": rounded})
+        found.append(
+            {"rows": list(chosen), "loss": loss, "base_loss": base_loss, "control_cosine": rounded}
+        )
     return found
 
 
@@ -66,17 +75,25 @@ def one_by_one(model: Any, rows: Sequence[Row]) -> tuple[float, dict[str, Tensor
 
 
 def judge(
-    run: Mapping[str, Any], truth: Mapping[str, Any], grads: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None
+    run: Mapping[str, Any],
+    truth: Mapping[str, Any],
+    grads: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None,
 ) -> dict[str, Any]:
-    """One engine's first step against the reference's. ``grads``: (theirs, the reference's), None for an anchor.
+    """One engine's first step against the reference's. ``grads``: (theirs, the reference's), None
+    for an anchor.
 
-    Returns what was found, with ``refused``: why no speed may be shown, or None."""
+    Returns what was found, with ``refused``: why no speed may be shown, or None.
+    """
     expected = truth["base_loss" if grads is None else "loss"]
     gap = abs(run["losses"][0] - expected) / expected
     found: dict[str, Any] = {"loss": run["losses"][0], "reference_loss": expected, "loss_gap": gap}
     found["control_cosine"] = truth["control_cosine"]
     reasons = (
-        [] if gap < LOSS_GAP else [f"the first loss is {run['losses'][0]:.4f}, {gap:.1%} off the reference's {expected:.4f}"]
+        []
+        if gap < LOSS_GAP
+        else [
+            f"the first loss is {run['losses'][0]:.4f}, {gap:.1%} off the reference's {expected:.4f}"
+        ]
     )
     if not all(math.isfinite(loss) for loss in run["losses"]):
         reasons.append("a loss is not finite")
@@ -93,8 +110,12 @@ def allowed(control: float) -> float:
 
 
 def let_through(verdicts: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The engines that passed although their cosine is not above COSINE, because the control's is close to it too."""
-    return {e: v for e, v in verdicts.items() if not v["refused"] and v.get("cosine", 1.0) <= COSINE}
+    """The engines that passed although their cosine is not above COSINE, because the control's is
+    close to it too.
+    """
+    return {
+        e: v for e, v in verdicts.items() if not v["refused"] and v.get("cosine", 1.0) <= COSINE
+    }
 
 
 def compare(
@@ -104,22 +125,43 @@ def compare(
     import torch
 
     if odd := sorted(set(truth) ^ set(theirs)):
-        return {}, [f"{len(odd)} adapter tensors have a gradient on one side only, such as {odd[0]}"]
+        return {}, [
+            f"{len(odd)} adapter tensors have a gradient on one side only, such as {odd[0]}"
+        ]
     if dead := [n for n, g in theirs.items() if not g.any()]:
         return {}, [f"{len(dead)} adapter tensors have a gradient of zero, such as {dead[0]}"]
-    a, b = (torch.cat([side[n].flatten().double() for n in sorted(truth)]) for side in (theirs, truth))
-    cosine, length = float(torch.nn.functional.cosine_similarity(a, b, 0)), float(a.norm() / b.norm())
-    worst = min(float(torch.nn.functional.cosine_similarity(theirs[n].flatten(), truth[n].flatten(), 0)) for n in truth)
-    reasons = [] if cosine > least else [f"the gradient's cosine with the reference's is {cosine:.5f}, {least:.5f} is asked for"]
+    a, b = (
+        torch.cat([side[n].flatten().double() for n in sorted(truth)]) for side in (theirs, truth)
+    )
+    cosine, length = (
+        float(torch.nn.functional.cosine_similarity(a, b, 0)),
+        float(a.norm() / b.norm()),
+    )
+    worst = min(
+        float(torch.nn.functional.cosine_similarity(theirs[n].flatten(), truth[n].flatten(), 0))
+        for n in truth
+    )
+    reasons = (
+        []
+        if cosine > least
+        else [
+            f"the gradient's cosine with the reference's is {cosine:.5f}, {least:.5f} is asked for"
+        ]
+    )
     if not abs(length - 1) < LENGTH_GAP:
         reasons.append(f"the gradient is {length:.3f} times as long as the reference's")
     return {"cosine": cosine, "gradient_length": length, "worst_tensor_cosine": worst}, reasons
 
 
 def judge_all(
-    folder: Path, firsts: Mapping[str, Mapping[str, Any]], truths: Sequence[Mapping[str, Any]], anchors: set[str]
+    folder: Path,
+    firsts: Mapping[str, Mapping[str, Any]],
+    truths: Sequence[Mapping[str, Any]],
+    anchors: set[str],
 ) -> dict[str, Any]:
-    """The verdict on each engine's first run. ``truths``: what `reference` found, each for one set of rows."""
+    """The verdict on each engine's first run. ``truths``: what `reference` found, each for one set
+    of rows.
+    """
     from safetensors.torch import load_file
 
     verdicts = {}
@@ -127,7 +169,10 @@ def judge_all(
         number = next(n for n, truth in enumerate(truths) if truth["rows"] == run["first_rows"])
         grads = None
         if engine not in anchors:
-            grads = (load_file(folder / f"{engine}.safetensors"), load_file(folder / f"{REFERENCE}-{number}.safetensors"))
+            grads = (
+                load_file(folder / f"{engine}.safetensors"),
+                load_file(folder / f"{REFERENCE}-{number}.safetensors"),
+            )
         verdicts[engine] = judge(run, truths[number], grads)
     return verdicts
 

@@ -1,13 +1,16 @@
-"""Generation speed and memory, side by side: Lorry and transformers' generate, without an adapter and with one.
+"""Generation speed and memory, side by side: Lorry and transformers' generate, without an adapter
+and with one.
 
     python benchmarks/generate.py                            # every setting of transformers once, then the best of them in turns
     python benchmarks/generate.py --threads 2 --rounds 3
 
-The same 64 chat prompts of 35 to 500 tokens, greedy, in bf16. Two tasks: ``fixed``, 64 new tokens for every prompt; ``answers``,
-at most 96, ending where the model ends them, so that rows leave at different times. transformers pads on the left and is given
-batches of 64, 32 and 16, in the order given and sorted by length, and a static cache. Engines take turns in fresh processes. No
-speed is shown unless both libraries give the same tokens in float32, with and without the adapter. Tokens per second count new
-tokens only and all of the time, reading the prompts included; that part is also shown alone. JSON: benchmarks/results/.
+The same 64 chat prompts of 35 to 500 tokens, greedy, in bf16. Two tasks: ``fixed``, 64 new tokens
+for every prompt; ``answers``, at most 96, ending where the model ends them, so that rows leave at
+different times. transformers pads on the left and is given batches of 64, 32 and 16, in the order
+given and sorted by length, and a static cache. Engines take turns in fresh processes. No speed is
+shown unless both libraries give the same tokens in float32, with and without the adapter. Tokens
+per second count new tokens only and all of the time, reading the prompts included; that part is
+also shown alone. JSON: benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -45,21 +48,38 @@ def fresh(engine: Engine, folder: Path, threads: int, tasks: Sequence[str]) -> d
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONWARNINGS": "ignore",
     }
-    command = [sys.executable, __file__, "--worker", json.dumps(asdict(engine)), str(folder), ",".join(tasks)]
+    command = [
+        sys.executable,
+        __file__,
+        "--worker",
+        json.dumps(asdict(engine)),
+        str(folder),
+        ",".join(tasks),
+    ]
     env = {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+    )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     speeds = {task: round(t["new_tokens"] / t["cpu"], 1) for task, t in found["tasks"].items()}
-    print(f"  {engine.says} ({engine.dtype}): {speeds if tasks != ['gate'] else 'gate'}", file=sys.stderr, flush=True)
+    print(
+        f"  {engine.says} ({engine.dtype}): {speeds if tasks != ['gate'] else 'gate'}",
+        file=sys.stderr,
+        flush=True,
+    )
     return found
 
 
 def gate(folder: Path, threads: int) -> dict[str, Tokens]:
-    """Both libraries' float32 tokens must be the same, without and with the adapter. Returns them by adapter."""
+    """Both libraries' float32 tokens must be the same, without and with the adapter. Returns them
+    by adapter.
+    """
     truths = {}
     for adapter in ("none", "one"):
         ours = fresh(Engine("lorry", adapter, dtype="float32"), folder, threads, ["gate"])
-        theirs = fresh(Engine("transformers", adapter, 16, True, dtype="float32"), folder, threads, ["gate"])
+        theirs = fresh(
+            Engine("transformers", adapter, 16, True, dtype="float32"), folder, threads, ["gate"]
+        )
         a, b = (run["tasks"]["gate"]["made"] for run in (ours, theirs))
         if different := [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]:
             raise SystemExit(
@@ -70,15 +90,23 @@ def gate(folder: Path, threads: int) -> dict[str, Tokens]:
 
 
 def contest(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
-    """The gate, every setting of transformers once, then its best beside Lorry in turns; everything that was measured."""
+    """The gate, every setting of transformers once, then its best beside Lorry in turns; everything
+    that was measured.
+    """
     truths = gate(folder, threads)
     tried = [fresh(engine, folder, threads, ["fixed"]) for engine in SETTINGS]
-    best = max(tried, key=lambda run: run["tasks"]["fixed"]["new_tokens"] / run["tasks"]["fixed"]["cpu"])["engine"]
+    best = max(
+        tried, key=lambda run: run["tasks"]["fixed"]["new_tokens"] / run["tasks"]["fixed"]["cpu"]
+    )["engine"]
     setting = {key: best[key] for key in ("batch", "by_length", "static")}
     engines = [
-        Engine("lorry"), Engine("transformers", **setting), Engine("lorry", "one"), Engine("transformers", "one", **setting),
-        Engine("transformers", "merged", **setting), Engine("lorry", "several"),
-    ]  # fmt: skip
+        Engine("lorry"),
+        Engine("transformers", **setting),
+        Engine("lorry", "one"),
+        Engine("transformers", "one", **setting),
+        Engine("transformers", "merged", **setting),
+        Engine("lorry", "several"),
+    ]
     runs = [
         {"round": turn, **fresh(engine, folder, threads, ["prefill", "fixed", "answers"])}
         for turn in range(rounds)
@@ -92,11 +120,18 @@ def summary(found: dict[str, Any], rounds: int, threads: int) -> dict[str, Any]:
     by_name: dict[str, list[dict[str, Any]]] = {}
     for run in found["runs"]:
         by_name.setdefault(run["says"], []).append(run)
-    ours = {run["engine"]["adapter"]: by_name[run["says"]] for run in found["runs"] if run["engine"]["library"] == "lorry"}
+    ours = {
+        run["engine"]["adapter"]: by_name[run["says"]]
+        for run in found["runs"]
+        if run["engine"]["library"] == "lorry"
+    }
     rows = []
     for runs in [[run] for run in found["settings"]] + list(by_name.values()):
         adapter = runs[0]["engine"]["adapter"]
-        row: dict[str, Any] = {"engine": runs[0]["says"], "memory": statistics.median(r["memory_bytes"] for r in runs)}
+        row: dict[str, Any] = {
+            "engine": runs[0]["says"],
+            "memory": statistics.median(r["memory_bytes"] for r in runs),
+        }
         for task in runs[0]["tasks"]:
             row[task] = statistics.median(rate(run, task) for run in runs)
             mine = ours["one" if adapter == "merged" else adapter]
@@ -105,27 +140,48 @@ def summary(found: dict[str, Any], rounds: int, threads: int) -> dict[str, Any]:
         truth = found["truths"].get("one" if adapter == "merged" else adapter)
         if truth is not None:
             made = runs[0]["tasks"]["fixed"]["made"][::2]
-            row["rows_as_in_float32"] = sum(a == b for a, b in zip(made, truth, strict=True)) / len(truth)
+            row["rows_as_in_float32"] = sum(a == b for a, b in zip(made, truth, strict=True)) / len(
+                truth
+            )
         rows.append(row)
     for run in (*found["settings"], *found["runs"]):
         for task in run["tasks"].values():
             task["lengths"] = [len(row) for row in task.pop("made")]
     highest = max(run["load"] for run in (*found["settings"], *found["runs"]))
     return {
-        "kind": "generate", "threads": threads, "rounds": rounds, "machine": measure.machine(), "highest_load": highest,
-        "command": " ".join(["python", *sys.argv]), "clock": "CPU seconds of the process", **printable(rows), "medians": rows,
-        "settings": found["settings"], "runs": found["runs"],
-    }  # fmt: skip
+        "kind": "generate",
+        "threads": threads,
+        "rounds": rounds,
+        "machine": measure.machine(),
+        "highest_load": highest,
+        "command": " ".join(["python", *sys.argv]),
+        "clock": "CPU seconds of the process",
+        **printable(rows),
+        "medians": rows,
+        "settings": found["settings"],
+        "runs": found["runs"],
+    }
 
 
 def rate(run: dict[str, Any], task: str) -> float:
-    """New tokens per CPU second, which other people's work on the machine disturbs least; the wall's are in the record."""
+    """New tokens per CPU second, which other people's work on the machine disturbs least; the
+    wall's are in the record.
+    """
     return float(run["tasks"][task]["new_tokens"] / run["tasks"][task]["cpu"])
 
 
 def printable(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The table for people."""
-    columns = ["engine", "prompts/s", "fixed tok/s", "Lorry's lead", "answers tok/s", "its lead", "memory GiB", "rows as in fp32"]
+    columns = [
+        "engine",
+        "prompts/s",
+        "fixed tok/s",
+        "Lorry's lead",
+        "answers tok/s",
+        "its lead",
+        "memory GiB",
+        "rows as in fp32",
+    ]
     cells = []
     for row in rows:
         keys = ("prefill", "fixed", "fixed_lead", "answers", "answers_lead")
@@ -137,10 +193,14 @@ def printable(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--worker", nargs=3, metavar=("ENGINE", "FOLDER", "TASKS"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--worker", nargs=3, metavar=("ENGINE", "FOLDER", "TASKS"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.worker:
         engine, folder, tasks = args.worker

@@ -1,4 +1,6 @@
-"""The engines of generate.py: Lorry, and transformers' generate in several settings; what they answer; one of them at work."""
+"""The engines of generate.py: Lorry, and transformers' generate in several settings; what they
+answer; one of them at work.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,15 @@ MODEL = "smollm2-135m-instruct"
 RANK, ALPHA, ADAPTERS = 16, 32, 4
 FIXED, ANSWERS = 64, 96  # new tokens per prompt: exactly, at most
 Tokens = list[list[int]]
-Generate = Callable[[Tokens, int, frozenset[int]], Tokens]  # (prompts, new tokens, what ends an answer) -> new tokens per prompt
+Generate = Callable[
+    [Tokens, int, frozenset[int]], Tokens
+]  # (prompts, new tokens, what ends an answer) -> new tokens per prompt
 
 
 @dataclass(frozen=True)
 class Engine:
-    """``adapter``: none, one (as it is), merged into the weights, or several, of which each row has its own. ``batch``,
-    ``by_length`` and ``static`` are settings of transformers."""
+    """``adapter``: none, one (as it is), merged into the weights, or several, of which each row has
+    its own. ``batch``, ``by_length`` and ``static`` are settings of transformers."""
 
     library: str
     adapter: str = "none"
@@ -43,12 +47,18 @@ class Engine:
             "several": f", {ADAPTERS} adapters, one per row",
         }
         order = ", sorted by length" if self.by_length else ""
-        setting = f", batches of {self.batch}{order}{', static cache' if self.static else ''}" if self.library != "lorry" else ""
+        setting = (
+            f", batches of {self.batch}{order}{', static cache' if self.static else ''}"
+            if self.library != "lorry"
+            else ""
+        )
         return f"{self.library}{with_adapter[self.adapter]}{setting}"
 
 
 def prepare(folder: Path) -> None:
-    """Write base/ (bf16), adapters, and prompts.json: everyday questions, and one, two or four paragraphs to sum up."""
+    """Write base/ (bf16), adapters, and prompts.json: everyday questions, and one, two or four
+    paragraphs to sum up.
+    """
     import torch
 
     from lorry.adapters.attach import attach, detach, get_bank
@@ -61,9 +71,16 @@ def prepare(folder: Path) -> None:
     loaded = load_model(MODEL, dtype="bfloat16", notes=[])
     save_model(loaded.model, folder / "base", tokenizer=loaded.tokenizer)
     for i in range(ADAPTERS):
-        attach(loaded.model, LoraSpec(r=RANK, lora_alpha=ALPHA, init_lora_weights=False), f"a{i}", seed=i)
+        attach(
+            loaded.model,
+            LoraSpec(r=RANK, lora_alpha=ALPHA, init_lora_weights=False),
+            f"a{i}",
+            seed=i,
+        )
         with torch.no_grad():
-            get_bank(loaded.model)[f"a{i}"].values.mul_(0.5)  # a random adapter this small leaves the text a text
+            get_bank(loaded.model)[f"a{i}"].values.mul_(
+                0.5
+            )  # a random adapter this small leaves the text a text
         save_adapter(loaded.model, folder / f"a{i}", f"a{i}")
         detach(loaded.model, f"a{i}")
     paragraphs, asked = general_text() * 2, [str(row["question"]) for row in general_chat()[:32]]
@@ -74,9 +91,14 @@ def prepare(folder: Path) -> None:
     random.Random(0).shuffle(asked)
     tokenizer: Any = loaded.tokenizer
     talks = [[{"role": "user", "content": text}] for text in asked]
-    ids = [tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in talks]
+    ids = [
+        tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False)
+        for t in talks
+    ]
     end = [tokenizer.eos_token_id]
-    (folder / "prompts.json").write_text(json.dumps({"ids": [list(map(int, row)) for row in ids], "eos": end}))
+    (folder / "prompts.json").write_text(
+        json.dumps({"ids": [list(map(int, row)) for row in ids], "eos": end})
+    )
 
 
 def lorry(engine: Engine, folder: Path) -> Generate:
@@ -92,8 +114,19 @@ def lorry(engine: Engine, folder: Path) -> Generate:
         load_adapter(model, folder / f"a{i}", f"a{i}")
 
     def run(prompts: Tokens, new: int, eos: frozenset[int]) -> Tokens:
-        owners = [f"a{i % count}" for i in range(len(prompts))] if count > 1 else "a0" if count else Mix.none()
-        return [g.tokens for g in generate_completions(model, prompts, max_new_tokens=new, eos=eos, adapters=owners)]
+        owners = (
+            [f"a{i % count}" for i in range(len(prompts))]
+            if count > 1
+            else "a0"
+            if count
+            else Mix.none()
+        )
+        return [
+            g.tokens
+            for g in generate_completions(
+                model, prompts, max_new_tokens=new, eos=eos, adapters=owners
+            )
+        ]
 
     return run
 
@@ -103,7 +136,9 @@ def transformers(engine: Engine, folder: Path) -> Generate:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, engine.dtype)).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder / "base", dtype=getattr(torch, engine.dtype)
+    ).eval()
     if engine.adapter != "none":
         from peft import PeftModel
 
@@ -117,13 +152,23 @@ def transformers(engine: Engine, folder: Path) -> Generate:
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         kind = {"cache_implementation": "static"} if engine.static else {}
         made = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=sorted(eos) or None,
-            pad_token_id=0, disable_compile=True, **kind,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=sorted(eos) or None,
+            pad_token_id=0,
+            disable_compile=True,
+            **kind,
+        )
         return [until(row, eos) for row in made[:, longest:].tolist()]
 
     def run(prompts: Tokens, new: int, eos: frozenset[int]) -> Tokens:
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if engine.by_length else list(range(len(prompts)))
+        order = (
+            sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+            if engine.by_length
+            else list(range(len(prompts)))
+        )
         out: dict[int, list[int]] = {}
         for at in range(0, len(order), engine.batch):
             chosen = order[at : at + engine.batch]
@@ -140,7 +185,9 @@ def until(row: list[int], eos: frozenset[int]) -> list[int]:
 
 
 def work(engine: Engine, folder: Path, tasks: Sequence[str]) -> dict[str, Any]:
-    """One engine in this process: tokens, wall and CPU seconds per task, peak memory above the imports."""
+    """One engine in this process: tokens, wall and CPU seconds per task, peak memory above the
+    imports.
+    """
     import torch
 
     importlib.import_module("transformers")  # by both, so that neither is charged for it
@@ -151,9 +198,18 @@ def work(engine: Engine, folder: Path, tasks: Sequence[str]) -> dict[str, Any]:
     imports = measure.rss()
     run = (lorry if engine.library == "lorry" else transformers)(engine, folder)
     run(prompts[:4], 2, frozenset())
-    shapes = {"prefill": (prompts, 1, frozenset()), "fixed": (prompts, FIXED, frozenset()), "answers": (prompts, ANSWERS, eos)}
+    shapes = {
+        "prefill": (prompts, 1, frozenset()),
+        "fixed": (prompts, FIXED, frozenset()),
+        "answers": (prompts, ANSWERS, eos),
+    }
     shapes |= {"gate": (prompts[::2], FIXED, frozenset())}
-    out: dict[str, Any] = {"engine": asdict(engine), "says": engine.says, "threads": torch.get_num_threads(), "tasks": {}}
+    out: dict[str, Any] = {
+        "engine": asdict(engine),
+        "says": engine.says,
+        "threads": torch.get_num_threads(),
+        "tasks": {},
+    }
     for task in tasks:
         wall, cpu = time.perf_counter(), time.process_time()
         made = run(*shapes[task])

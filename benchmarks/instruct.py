@@ -1,11 +1,14 @@
-"""A study: one small model, three tasks at once, five ways to train it, one distillation: quality with intervals, memory, time.
+"""A study: one small model, three tasks at once, five ways to train it, one distillation: quality
+with intervals, memory, time.
 
     make study-instruct              # or: python benchmarks/instruct.py --n 300 --batch 8
 
-SmolLM2-135M-Instruct learns common_gen (a sentence from concepts), bool_q (yes or no about a passage) and scitldr (an abstract in
-a sentence) from n rows of each; LoRA of rank 4, 16 and 64, all weights, the MLPs only, and a rank-4 student of the full model.
-Every way trains in a process of its own on the same rows in the same order; all are asked the same held-out rows. The rows come
-from LORRY_DATA or ../shared/data where that is there, else from the hub. Results: benchmarks/results/instruct-cpu.json.
+SmolLM2-135M-Instruct learns common_gen (a sentence from concepts), bool_q (yes or no about a
+passage) and scitldr (an abstract in a sentence) from n rows of each; LoRA of rank 4, 16 and 64, all
+weights, the MLPs only, and a rank-4 student of the full model. Every way trains in a process of its
+own on the same rows in the same order; all are asked the same held-out rows. The rows come from
+LORRY_DATA or ../shared/data where that is there, else from the hub. Results:
+benchmarks/results/instruct-cpu.json.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2-135m-instruct"
 SETS = ("common_gen", "bool_q", "scitldr")
 ASKED = {"common_gen": 100, "bool_q": 150, "scitldr": 40}
-# way -> (its words, its settings); rates as is usual for each: a tenth of LoRA's where the weights themselves move
+# way -> (its words, its settings); rates as is usual for each: a tenth of LoRA's where the weights
+# themselves move
 WAYS: dict[str, tuple[str, list[str]]] = {
     "lora-r4": ("LoRA, r=4", ["r=4", "learning_rate=5e-4"]),
     "lora-r16": ("LoRA, r=16", ["r=16", "learning_rate=5e-4"]),
@@ -44,7 +48,9 @@ FILES = {  # name -> (file, rows that are learnt, rows that are asked)
 
 
 def local_files(work: Path) -> dict[str, str]:
-    """{NAME.SPLIT: file} of the rows, cut from the shared data so that no row is both learnt and asked; empty without them."""
+    """{NAME.SPLIT: file} of the rows, cut from the shared data so that no row is both learnt and
+    asked; empty without them.
+    """
     data = Path(os.environ.get("LORRY_DATA", ROOT.parent / "shared" / "data"))
     if not data.is_dir():
         return {}
@@ -54,21 +60,39 @@ def local_files(work: Path) -> dict[str, str]:
         for split, rows in (("train", lines[learnt]), ("test", lines[asked] if asked else None)):
             path = work / "data" / f"{name}-{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(rows) if rows is not None else (data / "scitldr" / "test.jsonl").read_text())
+            path.write_text(
+                "".join(rows) if rows is not None else (data / "scitldr" / "test.jsonl").read_text()
+            )
             made[f"{name}.{split}"] = str(path)
     return made
 
 
-def train(way: str, settings: Sequence[str], verb: str, local: Mapping[str, str], args: argparse.Namespace) -> dict[str, Any]:
-    """One way, in a process of its own; skipped where it is finished. Returns what its run files say."""
+def train(
+    way: str, settings: Sequence[str], verb: str, local: Mapping[str, str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """One way, in a process of its own; skipped where it is finished. Returns what its run files
+    say.
+    """
     run = args.work / way
     if not (run / "receipt.json").exists():
         command = [
-            sys.executable, "-m", "lorry.cli", verb, f"model={MODEL}", f"data.mix=[{','.join(SETS)}]", f"data.n={args.n}",
-            *(f"data.local.{key}={path}" for key, path in local.items()), f"max_length={args.length}", "num_train_epochs=1",
-            f"per_device_train_batch_size={args.batch}", "save_strategy=no", f"seed={args.seed}",
-            f"backend.threads={args.threads}", f"output_dir={run}", *settings,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "lorry.cli",
+            verb,
+            f"model={MODEL}",
+            f"data.mix=[{','.join(SETS)}]",
+            f"data.n={args.n}",
+            *(f"data.local.{key}={path}" for key, path in local.items()),
+            f"max_length={args.length}",
+            "num_train_epochs=1",
+            f"per_device_train_batch_size={args.batch}",
+            "save_strategy=no",
+            f"seed={args.seed}",
+            f"backend.threads={args.threads}",
+            f"output_dir={run}",
+            *settings,
+        ]
         print(f"--- {way}: {' '.join(settings)}", flush=True)
         with (args.work / f"{way}.log").open("w") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
@@ -76,23 +100,30 @@ def train(way: str, settings: Sequence[str], verb: str, local: Mapping[str, str]
 
 
 def figures(run: Path) -> dict[str, Any]:
-    """Time, memory and size of a run, from its files. The first two steps, which set things up, are left out of the time."""
+    """Time, memory and size of a run, from its files. The first two steps, which set things up, are
+    left out of the time.
+    """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line and "seconds" in line]
     timed = steps[2:]
     receipt = json.loads((run / "receipt.json").read_text())
     return {
-        "steps": len(steps), "tokens": sum(s["tokens"] for s in steps), "seconds": sum(s["seconds"] for s in steps),
+        "steps": len(steps),
+        "tokens": sum(s["tokens"] for s in steps),
+        "seconds": sum(s["seconds"] for s in steps),
         "tokens_per_second": sum(s["tokens"] for s in timed) / sum(s["seconds"] for s in timed),
         "peak_memory_bytes": max(s["peak_memory_bytes"] for s in steps),
-        "first_loss": steps[0]["loss"], "last_losses": sum(s["loss"] for s in steps[-10:]) / len(steps[-10:]),
+        "first_loss": steps[0]["loss"],
+        "last_losses": sum(s["loss"] for s in steps[-10:]) / len(steps[-10:]),
         "trainable_parameters": receipt.get("trainable_parameters"),
         "saved_bytes": sum(p.stat().st_size for p in run.glob("*.safetensors")),
-    }  # fmt: skip
+    }
 
 
 def ask(side: str, local: Mapping[str, str], args: argparse.Namespace) -> dict[str, Any]:
-    """{set: {metric: [value, low, high]}} of the base or a way; kept beside the runs, so that what is done is not done again."""
+    """{set: {metric: [value, low, high]}} of the base or a way; kept beside the runs, so that what
+    is done is not done again.
+    """
     kept = args.work / f"asked-{side}.json"
     if kept.exists():
         return dict(json.loads(kept.read_text()))
@@ -107,15 +138,23 @@ def ask(side: str, local: Mapping[str, str], args: argparse.Namespace) -> dict[s
     from lorry.models.loading.open import open_model
 
     torch.set_num_threads(args.threads)
-    exams = [load_benchmark(name, DataLocations(local), limit=args.asked or ASKED[name]) for name in SETS]
+    exams = [
+        load_benchmark(name, DataLocations(local), limit=args.asked or ASKED[name]) for name in SETS
+    ]
     opened = open_model(ModelConfig(name=MODEL if side == "base" else str(args.work / side)), [])
     encoder, mix = (
         ExampleEncoder(opened.tokenizer, max_length=8192),
         Mix.one(opened.adapters[0]) if opened.adapters else Mix.none(),
     )
     began = time.perf_counter()
-    done = {exam.one.name: evaluate_benchmark(opened.model, encoder, exam, mix, batch_rows=32) for exam in exams}
-    found = {name: {m: [v.value, *v.interval] for m, v in one.metrics.items()} for name, one in done.items()}
+    done = {
+        exam.one.name: evaluate_benchmark(opened.model, encoder, exam, mix, batch_rows=32)
+        for exam in exams
+    }
+    found = {
+        name: {m: [v.value, *v.interval] for m, v in one.metrics.items()}
+        for name, one in done.items()
+    }
     print(f"asked {side}: {time.perf_counter() - began:.0f} s", flush=True)
     kept.write_text(json.dumps(found))
     return found
@@ -125,15 +164,25 @@ MAIN = {"common_gen": ("rouge_l", "coverage"), "bool_q": ("accuracy",), "scitldr
 
 
 def record(
-    found: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]], args: argparse.Namespace
+    found: Mapping[str, Mapping[str, Any]],
+    runs: Mapping[str, Mapping[str, Any]],
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Everything as JSON, with the table that the results page shows."""
-    says = {"base": "base", **{way: words for way, (words, _) in WAYS.items()}, DISTILLED[0]: DISTILLED[1]}
+    says = {
+        "base": "base",
+        **{way: words for way, (words, _) in WAYS.items()},
+        DISTILLED[0]: DISTILLED[1],
+    }
     columns = ["", *(f"{s} {m.replace('_', ' ')}" for s, metrics in MAIN.items() for m in metrics)]
     columns += ["trained", "saved", "peak memory", "tokens/s"]
     rows = []
     for way, sets in found.items():
-        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*sets[s][m]) for s, metrics in MAIN.items() for m in metrics]
+        cells = [
+            "{:.3f} [{:.3f}, {:.3f}]".format(*sets[s][m])
+            for s, metrics in MAIN.items()
+            for m in metrics
+        ]
         run = runs.get(way)
         own = (
             [f"{run['trainable_parameters'] / 1e6:.2f} M", f"{run['saved_bytes'] / 1e6:.0f} MB",
@@ -151,36 +200,74 @@ def record(
     ).rstrip()
     return {
         "text": text,
-        "title": "Instruction tuning on three tasks: LoRA, all weights, MLPs, distillation", "study": "instruct",
-        "columns": columns, "rows": rows, "results": found, "runs": runs, "machine": where, "model": MODEL,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "picture": "results/instruct-cpu.png",
+        "title": "Instruction tuning on three tasks: LoRA, all weights, MLPs, distillation",
+        "study": "instruct",
+        "columns": columns,
+        "rows": rows,
+        "results": found,
+        "runs": runs,
+        "machine": where,
+        "model": MODEL,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "picture": "results/instruct-cpu.png",
         "command": f"python benchmarks/instruct.py --n {args.n} --threads {args.threads}",
-        "settings": {"n": args.n, "batch": args.batch, "length": args.length, "threads": args.threads, "seed": args.seed,
-                     "ways": {w: s for w, (_, s) in WAYS.items()},
-                     "asked": {s: args.asked or ASKED[s] for s in SETS}},
-    }  # fmt: skip
+        "settings": {
+            "n": args.n,
+            "batch": args.batch,
+            "length": args.length,
+            "threads": args.threads,
+            "seed": args.seed,
+            "ways": {w: s for w, (_, s) in WAYS.items()},
+            "asked": {s: args.asked or ASKED[s] for s in SETS},
+        },
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--n", type=int, default=100, help="rows of each set that are learnt")
-    parser.add_argument("--asked", type=int, default=0, help="rows of each set that are asked; 0: 100, 150 and 40")
+    parser.add_argument(
+        "--asked", type=int, default=0, help="rows of each set that are asked; 0: 100, 150 and 40"
+    )
     parser.add_argument("--batch", type=int, default=4, help="rows of a step")
     parser.add_argument("--length", type=int, default=256, help="longest row in tokens")
-    parser.add_argument("--note", default="", help="what else is to be said of how this was measured")
-    parser.add_argument("--train-only", action="store_true", help="train these ways and stop, to run several side by side")
+    parser.add_argument(
+        "--note", default="", help="what else is to be said of how this was measured"
+    )
+    parser.add_argument(
+        "--train-only",
+        action="store_true",
+        help="train these ways and stop, to run several side by side",
+    )
     parser.add_argument("--ask-only", action="store_true", help="train and ask these ways and stop")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ways", nargs="*", default=["base", *WAYS, DISTILLED[0]])
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "instruct")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "instruct-cpu.json")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "instruct-cpu.json"
+    )
     args = parser.parse_args()
     local = local_files(args.work)
     args.work.mkdir(parents=True, exist_ok=True)
-    taught = [f"teacher={args.work / 'full'}", "distill.loss=kl", "distill.alpha=0.5", "r=4", "learning_rate=5e-4"]
-    settings = {**{way: ("sft", own) for way, (_, own) in WAYS.items()}, DISTILLED[0]: ("distill", taught)}
-    runs = {way: train(way, settings[way][1], settings[way][0], local, args) for way in args.ways if way != "base"}
+    taught = [
+        f"teacher={args.work / 'full'}",
+        "distill.loss=kl",
+        "distill.alpha=0.5",
+        "r=4",
+        "learning_rate=5e-4",
+    ]
+    settings = {
+        **{way: ("sft", own) for way, (_, own) in WAYS.items()},
+        DISTILLED[0]: ("distill", taught),
+    }
+    runs = {
+        way: train(way, settings[way][1], settings[way][0], local, args)
+        for way in args.ways
+        if way != "base"
+    }
     if args.train_only:
         return
     found = {way: ask(way, local, args) for way in args.ways}
@@ -192,7 +279,11 @@ def main() -> None:
 
     groups = {f"{s} {m}": f"{s}\n{m}" for s, metrics in MAIN.items() for m in metrics}
     values = {
-        way: {f"{s} {m}": (sets[s][m][0], (sets[s][m][1], sets[s][m][2])) for s, metrics in MAIN.items() for m in metrics}
+        way: {
+            f"{s} {m}": (sets[s][m][0], (sets[s][m][1], sets[s][m][2]))
+            for s, metrics in MAIN.items()
+            for m in metrics
+        }
         for way, sets in made["results"].items()
     }
     (ROOT / "docs" / made["picture"]).write_bytes(draw_bars(groups, values, made["title"]))

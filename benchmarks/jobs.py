@@ -1,12 +1,15 @@
-"""K jobs in one pass against K runs in turn: time and memory of whole `lorry sft` runs, at small and large micro-batches.
+"""K jobs in one pass against K runs in turn: time and memory of whole `lorry sft` runs, at small
+and large micro-batches.
 
     .venv/bin/python benchmarks/jobs.py                 # or: --jobs 1,4 --lengths 128 --steps 4 --rounds 1
 
-The jobs differ in data, rank, learning rate and seed; each trains one row of LENGTH tokens a step. Every run is a fresh process,
-and runs of several jobs and of one take turns. Nothing is printed unless, in float32, every job's losses are within 1e-5 of those
-of its run alone, and in the timed bfloat16 runs within 2%. Shown: wall and CPU time of the steps without the first two (median
-over rounds), the wall time of whole runs, loading and writing included, and the peak resident set above the imports, as a share
-of the sum and of the largest of the separate runs. JSON goes to benchmarks/results/jobs-cpu.json.
+The jobs differ in data, rank, learning rate and seed; each trains one row of LENGTH tokens a step.
+Every run is a fresh process, and runs of several jobs and of one take turns. Nothing is printed
+unless, in float32, every job's losses are within 1e-5 of those of its run alone, and in the timed
+bfloat16 runs within 2%. Shown: wall and CPU time of the steps without the first two (median over
+rounds), the wall time of whole runs, loading and writing included, and the peak resident set above
+the imports, as a share of the sum and of the largest of the separate runs. JSON goes to
+benchmarks/results/jobs-cpu.json.
 """
 
 from __future__ import annotations
@@ -36,8 +39,13 @@ Row = dict[str, Any]
 def job(folder: Path, number: int) -> dict[str, Any]:
     """A job of its own: data, rank, rate and seed."""
     k = number % len(RANKS)
-    return {"name": f"job{number}", "data": {"path": str(folder / f"{number}.jsonl")}, "r": RANKS[k], "learning_rate": RATES[k],
-            "seed": number}  # fmt: skip
+    return {
+        "name": f"job{number}",
+        "data": {"path": str(folder / f"{number}.jsonl")},
+        "r": RANKS[k],
+        "learning_rate": RATES[k],
+        "seed": number,
+    }
 
 
 class Clock:
@@ -56,7 +64,9 @@ class Clock:
 
 
 def write_data(folder: Path, jobs: int, length: int, steps: int) -> None:
-    """A file of long plain text for each job, which Lorry cuts into rows of the length that is asked for."""
+    """A file of long plain text for each job, which Lorry cuts into rows of the length that is
+    asked for.
+    """
     from lorry.demo.people import general_text
 
     passages = general_text()
@@ -64,7 +74,9 @@ def write_data(folder: Path, jobs: int, length: int, steps: int) -> None:
         turned = passages[number:] + passages[:number]
         text = "\n\n".join(turned)
         enough = text * (1 + (steps + 2) * length * 8 // len(text))
-        (folder / f"{number}.jsonl").write_text(json.dumps({"text": enough[: (steps + 2) * length * 8]}) + "\n")
+        (folder / f"{number}.jsonl").write_text(
+            json.dumps({"text": enough[: (steps + 2) * length * 8]}) + "\n"
+        )
 
 
 def work(folder: Path, numbers: Sequence[int], length: int, steps: int, dtype: str) -> Row:
@@ -78,33 +90,64 @@ def work(folder: Path, numbers: Sequence[int], length: int, steps: int, dtype: s
     imports, began = rss(), time.perf_counter()
     out = folder / f"run-{os.getpid()}"
     settings: dict[str, Any] = {
-        "model": MODEL, "dtype": dtype, "device": "cpu", "max_steps": steps, "per_device_train_batch_size": 1,
-        "data": {"path": str(folder / "0.jsonl"), "max_length": length, "shuffle": False},  # so the short last row is not reached
-        "lr_scheduler_type": "constant", "save_strategy": "no", "output_dir": str(out),
-    }  # fmt: skip
+        "model": MODEL,
+        "dtype": dtype,
+        "device": "cpu",
+        "max_steps": steps,
+        "per_device_train_batch_size": 1,
+        "data": {
+            "path": str(folder / "0.jsonl"),
+            "max_length": length,
+            "shuffle": False,
+        },  # so the short last row is not reached
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "output_dir": str(out),
+    }
     clock = Clock()
-    train_run(build_settings(RunConfig, {**settings, "jobs": [job(folder, number) for number in numbers]}, []), [], [clock])
+    train_run(
+        build_settings(
+            RunConfig, {**settings, "jobs": [job(folder, number) for number in numbers]}, []
+        ),
+        [],
+        [clock],
+    )
     seconds = time.perf_counter() - began
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     names = [f"job{number}" for number in numbers]
-    losses = {n: [line["adapters"][n]["loss"] if len(names) > 1 else line["loss"] for line in lines] for n in names}
+    losses = {
+        n: [line["adapters"][n]["loss"] if len(names) > 1 else line["loss"] for line in lines]
+        for n in names
+    }
     return {
-        "jobs": names, "total_seconds": seconds, "step_cpu": [b - a for a, b in pairwise(clock.at)],
-        "step_seconds": [line["seconds"] for line in lines], "losses": losses,
-        "tokens": [line["tokens"] for line in lines], "memory": peak_rss() - imports, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "jobs": names,
+        "total_seconds": seconds,
+        "step_cpu": [b - a for a, b in pairwise(clock.at)],
+        "step_seconds": [line["seconds"] for line in lines],
+        "losses": losses,
+        "tokens": [line["tokens"] for line in lines],
+        "memory": peak_rss() - imports,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def fresh(folder: Path, numbers: Sequence[int], length: int, steps: int, dtype: str) -> Row:
     """`work` in a process of its own."""
     words = [str(folder), ",".join(map(str, numbers)), str(length), str(steps), dtype]
-    done = subprocess.run([sys.executable, __file__, "--worker", *words], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", *words],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     row: Row = json.loads(done.stdout.splitlines()[-1])
     return row
 
 
 def turns(sizes: Sequence[int]) -> list[list[int]]:
-    """Runs in the order they are made: each size of a joint run, then the separate runs that it is the first to need."""
+    """Runs in the order they are made: each size of a joint run, then the separate runs that it is
+    the first to need.
+    """
     order, alone = list[list[int]](), 0
     for size in sizes:
         order += [list(range(size)), *([number] for number in range(alone, size))]
@@ -113,13 +156,17 @@ def turns(sizes: Sequence[int]) -> list[list[int]]:
 
 
 def gate(joint: Row, alone: dict[str, Row], within: float, relative: bool) -> float:
-    """The largest difference of a job's loss from that of its run alone. Ends the benchmark where it is too large."""
+    """The largest difference of a job's loss from that of its run alone. Ends the benchmark where
+    it is too large.
+    """
     worst = 0.0
     for name in joint["jobs"]:
         pairs = list(zip(joint["losses"][name], alone[name]["losses"][name], strict=True))
         worst = max(worst, *(abs(a - b) / (abs(b) if relative else 1.0) for a, b in pairs))
     if not worst <= within:
-        raise SystemExit(f"{len(joint['jobs'])} jobs together: a loss differs by {worst:.2e} from the run alone; no time shown")
+        raise SystemExit(
+            f"{len(joint['jobs'])} jobs together: a loss differs by {worst:.2e} from the run alone; no time shown"
+        )
     return worst
 
 
@@ -128,9 +175,16 @@ def compare(folder: Path, length: int, args: argparse.Namespace) -> list[Row]:
     sizes, most = args.jobs, max(args.jobs)
     write_data(folder, most, length, args.steps + WARMUP)
     exact = {f"job{n}": fresh(folder, [n], length, 3, "float32") for n in range(min(2, most))}
-    exact_gap = gate(fresh(folder, range(min(2, most)), length, 3, "float32"), exact, EXACT, relative=False)
-    made = [[(numbers, fresh(folder, numbers, length, args.steps + WARMUP, "bfloat16")) for numbers in turns(sizes)]
-            for _ in range(args.rounds)]  # fmt: skip
+    exact_gap = gate(
+        fresh(folder, range(min(2, most)), length, 3, "float32"), exact, EXACT, relative=False
+    )
+    made = [
+        [
+            (numbers, fresh(folder, numbers, length, args.steps + WARMUP, "bfloat16"))
+            for numbers in turns(sizes)
+        ]
+        for _ in range(args.rounds)
+    ]
     rows = []
     for size in sizes:
         ratios = list[Row]()
@@ -140,22 +194,37 @@ def compare(folder: Path, length: int, args: argparse.Namespace) -> list[Row]:
             singles = [alone[name] for name in joint["jobs"]]
             gap = gate(joint, alone, NEAR, relative=True)
             ratios.append(figures(joint, singles) | {"gap": gap})
-        rows.append({"jobs": size, "length": length, "float32_gap": exact_gap, **medians(ratios), "rounds": ratios})
+        rows.append(
+            {
+                "jobs": size,
+                "length": length,
+                "float32_gap": exact_gap,
+                **medians(ratios),
+                "rounds": ratios,
+            }
+        )
     return rows
 
 
 def figures(joint: Row, singles: Sequence[Row]) -> Row:
     """One round's numbers of K jobs together and of their runs in turn."""
     steps = [sum(row["step_seconds"][WARMUP:]) for row in singles]
-    cpu = [sum(row["step_cpu"][WARMUP - 1 :]) for row in (joint, *singles)]  # the first step has no step before it
+    cpu = [
+        sum(row["step_cpu"][WARMUP - 1 :]) for row in (joint, *singles)
+    ]  # the first step has no step before it
     memory = [row["memory"] for row in singles]
     return {
-        "joint_seconds": sum(joint["step_seconds"][WARMUP:]), "separate_seconds": sum(steps),
-        "joint_cpu": cpu[0], "separate_cpu": sum(cpu[1:]),
-        "joint_total": joint["total_seconds"], "separate_total": sum(row["total_seconds"] for row in singles),
-        "joint_memory": joint["memory"], "separate_memory_max": max(memory), "separate_memory_sum": sum(memory),
+        "joint_seconds": sum(joint["step_seconds"][WARMUP:]),
+        "separate_seconds": sum(steps),
+        "joint_cpu": cpu[0],
+        "separate_cpu": sum(cpu[1:]),
+        "joint_total": joint["total_seconds"],
+        "separate_total": sum(row["total_seconds"] for row in singles),
+        "joint_memory": joint["memory"],
+        "separate_memory_max": max(memory),
+        "separate_memory_sum": sum(memory),
         "tokens": sum(joint["tokens"][WARMUP:]),
-    }  # fmt: skip
+    }
 
 
 def medians(ratios: Sequence[Row]) -> Row:
@@ -183,28 +252,51 @@ def show(row: Row) -> str:
 def table(rows: Sequence[Row]) -> dict[str, Any]:
     """What `benchmarks/results.py` shows."""
     columns = [
-        "jobs", "tokens each and step", "steps, seconds", "in turn", "ratio", "whole runs", "GiB", "of the sum", "of one",
-    ]  # fmt: skip
+        "jobs",
+        "tokens each and step",
+        "steps, seconds",
+        "in turn",
+        "ratio",
+        "whole runs",
+        "GiB",
+        "of the sum",
+        "of one",
+    ]
     cells = [
         [
-            r["jobs"], r["length"], f"{r['joint_seconds']:.2f}", f"{r['separate_seconds']:.2f}", f"{r['ratio_seconds']:.2f}x",
-            f"{r['ratio_total']:.2f}x", f"{r['joint_memory'] / 2**30:.2f}", f"{r['ratio_memory']:.2f}x",
+            r["jobs"],
+            r["length"],
+            f"{r['joint_seconds']:.2f}",
+            f"{r['separate_seconds']:.2f}",
+            f"{r['ratio_seconds']:.2f}x",
+            f"{r['ratio_total']:.2f}x",
+            f"{r['joint_memory'] / 2**30:.2f}",
+            f"{r['ratio_memory']:.2f}x",
             f"{r['ratio_memory_of_one']:.2f}x",
         ]
         for r in rows
-    ]  # fmt: skip
+    ]
     return {"title": "K jobs in one pass against K runs in turn", "columns": columns, "rows": cells}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     numbers = lambda text: sorted(int(n) for n in text.split(","))  # noqa: E731
     parser.add_argument("--jobs", type=numbers, default=[1, 2, 4, 8])
     parser.add_argument("--lengths", type=numbers, default=[128, 1024])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "jobs-cpu.json")
-    parser.add_argument("--worker", nargs=5, metavar=("FOLDER", "JOBS", "LENGTH", "STEPS", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results" / "jobs-cpu.json"
+    )
+    parser.add_argument(
+        "--worker",
+        nargs=5,
+        metavar=("FOLDER", "JOBS", "LENGTH", "STEPS", "DTYPE"),
+        help=argparse.SUPPRESS,
+    )
     args = parser.parse_args()
     if args.worker:
         folder, which, length, steps, dtype = args.worker

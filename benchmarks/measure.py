@@ -1,8 +1,10 @@
-"""What is measured: wall and CPU time per step, memory above the imports, and how fast this process multiplies matrices.
+"""What is measured: wall and CPU time per step, memory above the imports, and how fast this process
+multiplies matrices.
 
-The floor of a step is the arithmetic it cannot avoid, per token, with N weights in matrices, P adapter values, L layers,
-attention width q and T tokens of context: LoRA 4N + 7LqT + 6P, full fine-tuning 6N + 7LqT, a forward pass 2N + 2LqT (causal
-attention, whose backward is 2.5 times its forward; weights that are frozen need no gradient of their own).
+The floor of a step is the arithmetic it cannot avoid, per token, with N weights in matrices, P
+adapter values, L layers, attention width q and T tokens of context: LoRA 4N + 7LqT + 6P, full
+fine-tuning 6N + 7LqT, a forward pass 2N + 2LqT (causal attention, whose backward is 2.5 times its
+forward; weights that are frozen need no gradient of their own).
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ def rss() -> int:
 
 
 def peak_rss() -> int:
-    """Highest resident set of this program, bytes. Not getrusage where it can be helped: on Linux that also counts the parent's
-    memory from before this program was started, which would hide a lean engine behind a fat parent."""
+    """Highest resident set of this program, bytes. Not getrusage where it can be helped: on Linux
+    that also counts the parent's memory from before this program was started, which would hide a
+    lean engine behind a fat parent.
+    """
     unit = 1 if sys.platform == "darwin" else 1024
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -43,7 +47,9 @@ def _status(name: str) -> int:
 
 @dataclass
 class Watch:
-    """What an engine tells of itself while it runs. The clock of a step runs from the end of the step before."""
+    """What an engine tells of itself while it runs. The clock of a step runs from the end of the
+    step before.
+    """
 
     folder: Path
     engine: str
@@ -62,11 +68,15 @@ class Watch:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def saw(self, sequences: Sequence[Sequence[int]]) -> None:
-        """The rows of the first step, so that the reference can compute the same. One that is no row of the case is refused."""
+        """The rows of the first step, so that the reference can compute the same. One that is no
+        row of the case is refused.
+        """
         if not self.losses:
             unknown = [s for s in sequences if tuple(s) not in self.known]
             if unknown:
-                raise SystemExit(f"{self.engine} trained on a sequence of {len(unknown[0])} tokens that is no row of the data")
+                raise SystemExit(
+                    f"{self.engine} trained on a sequence of {len(unknown[0])} tokens that is no row of the data"
+                )
             self.first_rows = [self.known[tuple(s)] for s in sequences]
 
     def gradients(self, make: Callable[[], dict[str, Tensor]]) -> None:
@@ -74,7 +84,10 @@ class Watch:
         if not self.losses:
             from safetensors.torch import save_file
 
-            save_file({n: g.detach().float().contiguous() for n, g in make().items()}, self.folder / f"{self.engine}.safetensors")
+            save_file(
+                {n: g.detach().float().contiguous() for n, g in make().items()},
+                self.folder / f"{self.engine}.safetensors",
+            )
 
     def step(self, loss: float, tokens: int, supervised: int) -> None:
         """A step is over; ``tokens`` are real ones, padding does not count."""
@@ -89,7 +102,9 @@ class Watch:
 
 @dataclass(frozen=True)
 class Shape:
-    """The matrices of a Llama-like model: ``linears`` is (inputs, outputs, how many) of the adapted ones."""
+    """The matrices of a Llama-like model: ``linears`` is (inputs, outputs, how many) of the adapted
+    ones.
+    """
 
     linears: tuple[tuple[int, int, int], ...]
     head: tuple[int, int]
@@ -100,10 +115,21 @@ class Shape:
     def of(base: Path) -> Shape:
         """From a model directory's config.json."""
         c = json.loads((base / "config.json").read_text())
-        d, f, layers, heads = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"]
+        d, f, layers, heads = (
+            c["hidden_size"],
+            c["intermediate_size"],
+            c["num_hidden_layers"],
+            c["num_attention_heads"],
+        )
         width = c.get("head_dim") or d // heads
         q, k = heads * width, c.get("num_key_value_heads", heads) * width
-        linears = ((d, q, layers), (d, k, 2 * layers), (q, d, layers), (d, f, 2 * layers), (f, d, layers))
+        linears = (
+            (d, q, layers),
+            (d, k, 2 * layers),
+            (q, d, layers),
+            (d, f, 2 * layers),
+            (f, d, layers),
+        )
         return Shape(linears, (d, c["vocab_size"]), layers, q)
 
     @property
@@ -116,26 +142,36 @@ class Shape:
         return sum(rank * (a + b) * n for a, b, n in self.linears)
 
     def flops(self, work: str, length: float, rank: int) -> float:
-        """Operations per token that ``work`` (lora, full or forward) cannot avoid at ``length`` tokens of context."""
+        """Operations per token that ``work`` (lora, full or forward) cannot avoid at ``length``
+        tokens of context.
+        """
         attention = self.layers * self.attention * length
         if work == "lora":
             return 4 * self.weights + 7 * attention + 6 * self.adapter(rank)
-        return {"full": 6 * self.weights + 7 * attention, "forward": 2 * self.weights + 2 * attention}[work]
+        return {
+            "full": 6 * self.weights + 7 * attention,
+            "forward": 2 * self.weights + 2 * attention,
+        }[work]
 
 
 def matrix_rate(shape: Shape, rows: int, repeats: int = 2) -> float:
-    """bf16 operations per second of plain products of the model's own shapes, forward and with respect to the input: each shape
-    at its best of ``repeats``, weighed by how often it occurs."""
+    """bf16 operations per second of plain products of the model's own shapes, forward and with
+    respect to the input: each shape at its best of ``repeats``, weighed by how often it occurs."""
     import torch
 
-    rows = min(rows, 1024)  # more rows are not faster, and this should not be the largest thing in memory
+    rows = min(
+        rows, 1024
+    )  # more rows are not faster, and this should not be the largest thing in memory
     flops = seconds = 0.0
     for inputs, outputs, count in (*shape.linears, (*shape.head, 1)):
         weight = torch.randn(outputs, inputs).bfloat16()
         x, g = torch.randn(rows, inputs).bfloat16(), torch.randn(rows, outputs).bfloat16()
         y, dx = torch.empty_like(g), torch.empty_like(x)
         for left, right, out in ((x, weight.t(), y), (g, weight, dx)):
-            seconds += count * min(_timed(lambda a=left, b=right, c=out: torch.mm(a, b, out=c)) for _ in range(repeats + 1))  # type: ignore[misc]
+            seconds += count * min(
+                _timed(lambda a=left, b=right, c=out: torch.mm(a, b, out=c))
+                for _ in range(repeats + 1)
+            )  # type: ignore[misc]
             flops += count * 2 * rows * inputs * outputs
     return flops / seconds
 
@@ -148,7 +184,12 @@ def _timed(run: Callable[[], object]) -> float:
 
 def machine() -> dict[str, Any]:
     """Where and with what this was measured."""
-    found = {"python": platform.python_version(), "system": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count()}
+    found = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+    }
     for package in ("lorry", "torch", "transformers", "peft", "trl", "accelerate"):
         try:
             found[package] = version(package)
@@ -164,7 +205,9 @@ def cpu_name() -> str:
     for line in path.read_text().splitlines() if path.exists() else []:
         name, _, value = line.partition(":")
         facts.setdefault(name.strip(), value.strip())
-    flags = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in facts.get("flags", "").split()]
-    return (
-        f"{facts.get('model name', platform.machine())}, model {facts.get('model', '?')} ({', '.join(flags) or 'no flags known'})"
-    )
+    flags = [
+        f
+        for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+        if f in facts.get("flags", "").split()
+    ]
+    return f"{facts.get('model name', platform.machine())}, model {facts.get('model', '?')} ({', '.join(flags) or 'no flags known'})"

@@ -1,8 +1,10 @@
-"""Ranking options: Lorry against the lm-evaluation-harness' own transformers model, on the same weights, rows and prompts.
+"""Ranking options: Lorry against the lm-evaluation-harness' own transformers model, on the same
+weights, rows and prompts.
 
     python benchmarks/options.py --rows 40       # needs the extra: pip install -e '.[lm-eval]'
 
-Both are asked the same (context, continuation) pairs of bool_q; the log-likelihoods have to agree before a time is printed.
+Both are asked the same (context, continuation) pairs of bool_q; the log-likelihoods have to agree
+before a time is printed.
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ def pairs(rows: int) -> list[tuple[str, str]]:
     from lorry.data.catalog import find_named_set, prompt_with_cue
     from lorry.data.reading.places import DataLocations, read_items
 
-    data = Path(os.environ.get("LORRY_DATA", ROOT.parent / "shared" / "data")) / "boolq" / "boolq_dev.jsonl"
+    data = (
+        Path(os.environ.get("LORRY_DATA", ROOT.parent / "shared" / "data"))
+        / "boolq"
+        / "boolq_dev.jsonl"
+    )
     places = DataLocations({"bool_q": str(data)} if data.exists() else {})
     one = find_named_set("bool_q")
     asked = list(read_items(one, places.open(one, "validation", limit=rows)))
@@ -34,11 +40,21 @@ def pairs(rows: int) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 16], help="the harness' batch sizes; the best counts")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "options-cpu.json")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        nargs="*",
+        default=[1, 8, 16],
+        help="the harness' batch sizes; the best counts",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "options-cpu.json"
+    )
     args = parser.parse_args()
     import torch
     from lm_eval.api.instance import Instance
@@ -68,13 +84,19 @@ def main() -> None:
             if worst > AGREE:
                 raise SystemExit(f"the two disagree by {worst:.2e} nats: no time is shown")
     best = {name: min(times) for name, times in seconds.items()}
-    rows = [[name, f"{value:.1f}", f"{value / best['lorry']:.2f}x" if name != "lorry" else ""] for name, value in best.items()]
+    rows = [
+        [name, f"{value:.1f}", f"{value / best['lorry']:.2f}x" if name != "lorry" else ""]
+        for name, value in best.items()
+    ]
     made = {
         "title": f"Ranking options: {args.rows} rows of bool_q, two options each, float32, one thread",
         "text": f"SmolLM2-135M-Instruct, the best of {args.rounds} rounds; log-likelihoods agree within {AGREE} nats.",
-        "columns": ["engine", "seconds", "Lorry is faster"], "rows": rows, "seconds": seconds, "machine": machine(),
+        "columns": ["engine", "seconds", "Lorry is faster"],
+        "rows": rows,
+        "seconds": seconds,
+        "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
     args.out.write_text(json.dumps(made, indent=1) + "\n")
     for row in rows:
         print(" | ".join(row))

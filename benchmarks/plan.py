@@ -3,13 +3,16 @@
     .venv/bin/python benchmarks/plan.py              # all configurations, about five minutes on one core
     .venv/bin/python benchmarks/plan.py --only gpt2  # those whose name holds a word; nothing is written
 
-Each configuration runs in a fresh process: five steps of Lorry's local backend on packed rows of one length. Measured: the peak
-resident set minus the resident set after imports. Predicted: `lorry.plan` on the same config, before anything is made. JSON goes
-to benchmarks/results/plan-cpu.json, a plot to docs/results/plan.png; exit code 1 if one prediction is off by more than 10%.
+Each configuration runs in a fresh process: five steps of Lorry's local backend on packed rows of
+one length. Measured: the peak resident set minus the resident set after imports. Predicted:
+`lorry.plan` on the same config, before anything is made. JSON goes to
+benchmarks/results/plan-cpu.json, a plot to docs/results/plan.png; exit code 1 if one prediction is
+off by more than 10%.
 
-To calibrate src/lorry/plan/constants.py: `rest` is what was measured beyond runtime, weights, adapter, optimizer and kept
-activations, to be explained by `work` (derived) and `alloc` (GAPS, GAPS_PER_LAYER); `buffers` is `rest` less `work` in units of
-one [T, widest side] buffer, which should be GAPS[recompute] + GAPS_PER_LAYER x layers. What is left over at small T is RUNTIME.
+To calibrate src/lorry/plan/constants.py: `rest` is what was measured beyond runtime, weights,
+adapter, optimizer and kept activations, to be explained by `work` (derived) and `alloc` (GAPS,
+GAPS_PER_LAYER); `buffers` is `rest` less `work` in units of one [T, widest side] buffer, which
+should be GAPS[recompute] + GAPS_PER_LAYER x layers. What is left over at small T is RUNTIME.
 """
 
 from __future__ import annotations
@@ -26,13 +29,25 @@ from typing import Any
 from unittest.mock import Mock
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PLOT = ROOT / "benchmarks" / "results" / "plan-cpu.json", ROOT / "docs" / "results" / "plan.png"
+RESULTS, PLOT = (
+    ROOT / "benchmarks" / "results" / "plan-cpu.json",
+    ROOT / "docs" / "results" / "plan.png",
+)
 BOUND, STEPS, RATE = 0.10, 5, 1e-4
-REAL = "smollm2-135m-instruct"  # the embedded model's own weights; every other shape is filled with random numbers
+# the embedded model's own weights; every other shape is filled with random numbers
+REAL = "smollm2-135m-instruct"
 SMALL_QWEN3 = {
-    "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 4096, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "qwen3",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
 
 
 @dataclass(frozen=True)
@@ -53,14 +68,29 @@ class Case:
 
 
 CASES = (
-    Case(REAL, 16, 1024), Case(REAL, 16, 1024, "full"), Case(REAL, 4, 512, rows=2), Case("smollm2-135m", 8, 256),
-    Case("smollm2-135m", 64, 512), Case("smollm2-135m", 128, 1024), Case("smollm2-135m", 16, 2048),
-    Case("smollm2-135m", 16, 2048, "full"), Case("smollm2-135m", 128, 256, "full", rows=4), Case("gpt2", 16, 1024),
-    Case("gpt2", 64, 512, "full"), Case("gpt2", 4, 512), Case("pythia-160m", 16, 1024), Case("pythia-160m", 128, 256),
-    Case("pythia-160m", 32, 2048, "full"), Case("qwen3-small", 16, 1024), Case("qwen3-small", 32, 2048, "full"),
-    Case("qwen3-small", 128, 512), Case("smollm2-135m", 16, 512, dtype="float32"), Case("gpt2", 16, 512, dtype="float32"),
-    Case("smollm2-135m", 16, 1024, dtype="float32"), Case("smollm2-135m", 16, 512, "full", dtype="float32"),
-)  # fmt: skip
+    Case(REAL, 16, 1024),
+    Case(REAL, 16, 1024, "full"),
+    Case(REAL, 4, 512, rows=2),
+    Case("smollm2-135m", 8, 256),
+    Case("smollm2-135m", 64, 512),
+    Case("smollm2-135m", 128, 1024),
+    Case("smollm2-135m", 16, 2048),
+    Case("smollm2-135m", 16, 2048, "full"),
+    Case("smollm2-135m", 128, 256, "full", rows=4),
+    Case("gpt2", 16, 1024),
+    Case("gpt2", 64, 512, "full"),
+    Case("gpt2", 4, 512),
+    Case("pythia-160m", 16, 1024),
+    Case("pythia-160m", 128, 256),
+    Case("pythia-160m", 32, 2048, "full"),
+    Case("qwen3-small", 16, 1024),
+    Case("qwen3-small", 32, 2048, "full"),
+    Case("qwen3-small", 128, 512),
+    Case("smollm2-135m", 16, 512, dtype="float32"),
+    Case("gpt2", 16, 512, dtype="float32"),
+    Case("smollm2-135m", 16, 1024, dtype="float32"),
+    Case("smollm2-135m", 16, 512, "full", dtype="float32"),
+)
 
 
 def config_of(model: str) -> dict[str, Any]:
@@ -78,8 +108,11 @@ def predict(case: Case) -> dict[str, Any]:
 
     shape = read_model_shape(config_of(case.model))
     setup = MemorySetup(
-        tokens=case.rows * case.length, length=case.length, recompute=case.recompute, precision=case.dtype  # type: ignore[arg-type]
-    )  # fmt: skip
+        tokens=case.rows * case.length,
+        length=case.length,
+        recompute=case.recompute,
+        precision=case.dtype,  # type: ignore[arg-type]
+    )
     memory = estimate_memory(shape, plan_adapter(shape, LoraConfig(r=case.rank), case.rank), setup)
     parts = {c.name: c.bytes for c in memory.components if c.name != "libraries"}
     g = shape.geometry
@@ -91,7 +124,9 @@ def predict(case: Case) -> dict[str, Any]:
 
 
 def resident(what: str) -> int:
-    """VmRSS (now) or VmHWM (the most so far) of this process, bytes; unlike getrusage's, this peak is the program's alone."""
+    """VmRSS (now) or VmHWM (the most so far) of this process, bytes; unlike getrusage's, this peak
+    is the program's alone.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
@@ -109,20 +144,36 @@ def measure(case: Case) -> dict[str, Any]:
 
     tune_allocator()
     imports = resident("VmRSS")
-    model = load_model(REAL, dtype=case.dtype, notes=[]).model if case.model == REAL else random_model(case)
+    model = (
+        load_model(REAL, dtype=case.dtype, notes=[]).model
+        if case.model == REAL
+        else random_model(case)
+    )
     attach(model, LoraSpec(r=case.rank))
     model.gradient_checkpointing = case.recompute == "full"
-    local, task = LocalBackend(model, ["default"], OptimSettings()), SftTask(Mock(), [], 0, ["default"])
+    local, task = (
+        LocalBackend(model, ["default"], OptimSettings()),
+        SftTask(Mock(), [], 0, ["default"]),
+    )
     peaks, losses = [], []
     for step in range(STEPS):
-        ids = [[(row * 7919 + i * 31 + step) % 5000 for i in range(case.length)] for row in range(case.rows)]
-        batch = collate([TokenizedExample(tokens, [0.0] + [1.0] * (case.length - 1)) for tokens in ids])
+        ids = [
+            [(row * 7919 + i * 31 + step) % 5000 for i in range(case.length)]
+            for row in range(case.rows)
+        ]
+        batch = collate(
+            [TokenizedExample(tokens, [0.0] + [1.0] * (case.length - 1)) for tokens in ids]
+        )
         task.stream.batches = lambda _, batch=batch: [batch]
-        losses.append(local.forward_backward(task.step_batches(step, {}), task, step).loss["default"])
+        losses.append(
+            local.forward_backward(task.step_batches(step, {}), task, step).loss["default"]
+        )
         local.step({"default": RATE})
         peaks.append(resident("VmHWM") - imports)
     if not all(0 < loss < 100 for loss in losses):
-        raise SystemExit(f"{case.name}: losses {losses}: this is no training, so its memory says nothing")
+        raise SystemExit(
+            f"{case.name}: losses {losses}: this is no training, so its memory says nothing"
+        )
     return {"measured": peaks[-1], "by_step": peaks, "imports": imports, "losses": losses}
 
 
@@ -133,13 +184,19 @@ def random_model(case: Case) -> Any:
     from lorry.families import find_family
     from lorry.models.decoder.model import Decoder
 
-    config = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **config_of(case.model)}
+    config = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        **config_of(case.model),
+    }
     family = find_family(config["model_type"])
     assert family is not None
     with torch.device("meta"):
         model = Decoder(family, config)
     draw, kind = torch.Generator().manual_seed(0), getattr(torch, case.dtype)
-    state = {n: torch.empty(t.shape, dtype=kind).normal_(0, 0.02, generator=draw) for n, t in unique(model).items()}
+    state = {
+        n: torch.empty(t.shape, dtype=kind).normal_(0, 0.02, generator=draw)
+        for n, t in unique(model).items()
+    }
     for name, value in state.items():
         if value.dim() == 1 and name.endswith("weight"):
             value.fill_(1.0)
@@ -165,7 +222,10 @@ def run(case: Case) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", json.dumps(asdict(case))]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     row = {"case": case.name, **asdict(case), **predict(case), **json.loads(out.splitlines()[-1])}
-    fixed = sum(row["components"][n] for n in ("runtime", "base weights", "vocabulary", "adapter", "optimizer", "activations"))
+    fixed = sum(
+        row["components"][n]
+        for n in ("runtime", "base weights", "vocabulary", "adapter", "optimizer", "activations")
+    )
     return {**row, "error": row["predicted"] / row["measured"] - 1, "rest": row["measured"] - fixed}
 
 
@@ -190,14 +250,34 @@ def plot(rows: list[dict[str, Any]]) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 6), dpi=130)
     most = max(max(r["predicted"], r["measured"]) for r in rows) / 2**20 * 1.1
     axes.plot([0, most], [0, most], color="0.4", linewidth=1)
-    axes.fill_between([0, most], [0, most * (1 - BOUND)], [0, most * (1 + BOUND)], color="0.92", label=f"within {BOUND:.0%}")
+    axes.fill_between(
+        [0, most],
+        [0, most * (1 - BOUND)],
+        [0, most * (1 + BOUND)],
+        color="0.92",
+        label=f"within {BOUND:.0%}",
+    )
     marks = {"none": "o", "full": "s"}
-    for model, colour in zip(dict.fromkeys(r["model"] for r in rows), ("C0", "C1", "C2", "C3", "C4"), strict=False):
+    for model, colour in zip(
+        dict.fromkeys(r["model"] for r in rows), ("C0", "C1", "C2", "C3", "C4"), strict=False
+    ):
         for recompute, mark in marks.items():
             mine = [r for r in rows if (r["model"], r["recompute"]) == (model, recompute)]
             xs, ys = ([r[k] / 2**20 for r in mine] for k in ("measured", "predicted"))
-            axes.scatter(xs, ys, color=colour, marker=mark, s=34, label=f"{model}, recompute {recompute}" if mine else None)
-    axes.set(xlabel="measured peak above imports, MiB", ylabel="predicted, MiB", xlim=(0, most), ylim=(0, most))
+            axes.scatter(
+                xs,
+                ys,
+                color=colour,
+                marker=mark,
+                s=34,
+                label=f"{model}, recompute {recompute}" if mine else None,
+            )
+    axes.set(
+        xlabel="measured peak above imports, MiB",
+        ylabel="predicted, MiB",
+        xlim=(0, most),
+        ylim=(0, most),
+    )
     axes.set_title("lorry plan against real training steps, CPU")
     axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
@@ -206,15 +286,21 @@ def plot(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="WORD", help="configurations whose name holds this; nothing is written")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", metavar="WORD", help="configurations whose name holds this; nothing is written"
+    )
     parser.add_argument("--worker", metavar="CASE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(measure(Case(**json.loads(args.worker)))))
         return 0
-    print(f"{'MiB above imports':44s} {'predict':>8s} {'measure':>8s} {'error':>7s}   {'kept':>8s} {'work':>6s} {'alloc':>5s}   "
-          f"{'rest':>6s} {'buffers':>6s}")  # fmt: skip
+    print(
+        f"{'MiB above imports':44s} {'predict':>8s} {'measure':>8s} {'error':>7s}   {'kept':>8s} {'work':>6s} {'alloc':>5s}   "
+        f"{'rest':>6s} {'buffers':>6s}"
+    )
     rows = []
     for case in CASES:
         if args.only is None or args.only in case.name:
@@ -223,15 +309,23 @@ def main() -> int:
     wrong = [r["case"] for r in rows if abs(r["error"]) > BOUND]
     if args.only is None:
         keep(rows)
-    print(f"{len(rows) - len(wrong)} of {len(rows)} within {BOUND:.0%}; worst {max(abs(r['error']) for r in rows):.1%}")
+    print(
+        f"{len(rows) - len(wrong)} of {len(rows)} within {BOUND:.0%}; worst {max(abs(r['error']) for r in rows):.1%}"
+    )
     return 1 if wrong else 0
 
 
 def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What `benchmarks/results.py` shows."""
     columns = ["model, rank, rows x length, recompute", "predicted MiB", "measured MiB", "off by"]
-    cells = [[r["case"], r["predicted"] >> 20, r["measured"] >> 20, f"{r['error']:+.1%}"] for r in rows]
-    return {"title": "`lorry plan`: predicted and measured peak above imports", "columns": columns, "rows": cells}
+    cells = [
+        [r["case"], r["predicted"] >> 20, r["measured"] >> 20, f"{r['error']:+.1%}"] for r in rows
+    ]
+    return {
+        "title": "`lorry plan`: predicted and measured peak above imports",
+        "columns": columns,
+        "rows": cells,
+    }
 
 
 def keep(rows: list[dict[str, Any]]) -> None:
@@ -239,9 +333,13 @@ def keep(rows: list[dict[str, Any]]) -> None:
     import torch
 
     machine = {
-        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "bound": BOUND, "steps": STEPS,
-    }  # fmt: skip
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "bound": BOUND,
+        "steps": STEPS,
+    }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps({**machine, **table(rows), "records": rows}, indent=1) + "\n")
     plot(rows)

@@ -1,4 +1,6 @@
-"""The plots of docs/results.md: bars of speed and memory per configuration, lines over lengths, and the loss curves."""
+"""The plots of docs/results.md: bars of speed and memory per configuration, lines over lengths, and
+the loss curves.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,24 @@ from pathlib import Path
 from typing import Any
 
 OURS, THEIRS, ANCHOR = "#c2410c", "#64748b", "#cbd5e1"
-LINES = ("#c2410c", "#334155", "#0e7490", "#7c3aed", "#a16207", "#be185d", "#15803d", "#94a3b8", "#1d4ed8")
+LINES = (
+    "#c2410c",
+    "#334155",
+    "#0e7490",
+    "#7c3aed",
+    "#a16207",
+    "#be185d",
+    "#15803d",
+    "#94a3b8",
+    "#1d4ed8",
+)
 Record = Mapping[str, Any]
 
 
 def draw(records: Mapping[str, Record], folder: Path) -> dict[str, Path]:
-    """A PNG per record that has something to draw, and one named sweep where there are several lengths."""
+    """A PNG per record that has something to draw, and one named sweep where there are several
+    lengths.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,7 +38,11 @@ def draw(records: Mapping[str, Record], folder: Path) -> dict[str, Path]:
             made[name] = bars(record)
         elif record.get("kind") == "curve":
             made[name] = curves(record)
-    rank_16 = [r for r in records.values() if r.get("kind") == "sft" and (r["case"]["rank"], r["case"]["threads"]) == (16, 1)]
+    rank_16 = [
+        r
+        for r in records.values()
+        if r.get("kind") == "sft" and (r["case"]["rank"], r["case"]["threads"]) == (16, 1)
+    ]
     if len({r["case"]["length"] for r in rank_16}) > 1:
         made["sweep"] = over_lengths(sorted(rank_16, key=lambda r: r["case"]["length"]))
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,11 +57,24 @@ def bars(record: Record) -> Any:
     from matplotlib import pyplot
 
     engines = list(record["table"])[::-1]
-    colours = [OURS if e.startswith("lorry") else ANCHOR if e in record["anchors"] else THEIRS for e in engines]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.9 + 0.36 * len(engines)), sharey=True, layout="constrained")
-    for axis, key, unit, form in ((axes[0], "tokens_per_second", 1.0, "{:.0f}"), (axes[1], "memory_bytes", 2.0**30, "{:.2f}")):
+    colours = [
+        OURS if e.startswith("lorry") else ANCHOR if e in record["anchors"] else THEIRS
+        for e in engines
+    ]
+    figure, axes = pyplot.subplots(
+        1, 2, figsize=(10, 0.9 + 0.36 * len(engines)), sharey=True, layout="constrained"
+    )
+    for axis, key, unit, form in (
+        (axes[0], "tokens_per_second", 1.0, "{:.0f}"),
+        (axes[1], "memory_bytes", 2.0**30, "{:.2f}"),
+    ):
         values = [record["table"][e][key] / unit for e in engines]
-        axis.bar_label(axis.barh(engines, values, color=colours), [form.format(v) for v in values], padding=3, fontsize=8)
+        axis.bar_label(
+            axis.barh(engines, values, color=colours),
+            [form.format(v) for v in values],
+            padding=3,
+            fontsize=8,
+        )
         axis.margins(x=0.14)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_title("tokens per second (longer is better)", fontsize=9)
@@ -62,11 +93,22 @@ def over_lengths(records: list[Record]) -> Any:
         (axes[1], "memory_bytes", 2.0**30, "GiB above imports"),
     ):
         for engine, colour in zip(engines, LINES * 2, strict=False):
-            points = [(r["case"]["length"], r["table"][engine][key] / unit) for r in records if engine in r["table"]]
-            axis.plot(*zip(*points, strict=True), "o-", color=colour, label=engine, linewidth=2.5 if engine == "lorry" else 1.2)
+            points = [
+                (r["case"]["length"], r["table"][engine][key] / unit)
+                for r in records
+                if engine in r["table"]
+            ]
+            axis.plot(
+                *zip(*points, strict=True),
+                "o-",
+                color=colour,
+                label=engine,
+                linewidth=2.5 if engine == "lorry" else 1.2,
+            )
         axis.set_xscale("log", base=2)
         axis.set_xticks(
-            sorted({r["case"]["length"] for r in records}), [str(n) for n in sorted({r["case"]["length"] for r in records})]
+            sorted({r["case"]["length"] for r in records}),
+            [str(n) for n in sorted({r["case"]["length"] for r in records})],
         )
         axis.set_ylim(bottom=0)
         axis.set_xlabel("tokens per row")

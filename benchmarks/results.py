@@ -2,8 +2,9 @@
 
     make results                     # or: python benchmarks/results.py
 
-A record says what it is by ``kind``: sft, chat, curve. Any other is shown as a table if it has ``title``, ``columns`` and
-``rows`` (and, if it likes, ``text`` and a ``picture`` it has drawn), and is left out otherwise.
+A record says what it is by ``kind``: sft, chat, curve. Any other is shown as a table if it has
+``title``, ``columns`` and ``rows`` (and, if it likes, ``text`` and a ``picture`` it has drawn), and
+is left out otherwise.
 """
 
 from __future__ import annotations
@@ -38,15 +39,26 @@ def load(folder: Path) -> dict[str, Record]:
 
 def page(records: Mapping[str, Record], pictures: Mapping[str, str]) -> str:
     """The whole page. ``pictures``: record name -> path of its plot, relative to the page."""
-    order = lambda item: (item[1]["case"]["threads"], item[1]["case"]["length"], item[1]["case"]["rank"])  # noqa: E731
-    chosen = {k: sorted(((n, r) for n, r in records.items() if r.get("kind") == k), key=order) for k in ("sft", "chat", "curve")}
+    order = lambda item: (  # noqa: E731
+        item[1]["case"]["threads"],
+        item[1]["case"]["length"],
+        item[1]["case"]["rank"],
+    )
+    chosen = {
+        k: sorted(((n, r) for n, r in records.items() if r.get("kind") == k), key=order)
+        for k in ("sft", "chat", "curve")
+    }
     parts = [HEAD, targets(records), losses(records)]
     if len(chosen["sft"]) > 1:
         parts.append(sweep([r for _, r in chosen["sft"]], pictures.get("sweep")))
     for name, record in chosen["sft"] + chosen["chat"]:
         parts.append(contest(record, pictures.get(name)))
     parts += [curve(record, pictures.get(name)) for name, record in chosen["curve"]]
-    parts += [other(r) for r in records.values() if "kind" not in r and {"title", "columns", "rows"} <= set(r)]
+    parts += [
+        other(r)
+        for r in records.values()
+        if "kind" not in r and {"title", "columns", "rows"} <= set(r)
+    ]
     return "\n".join(parts)
 
 
@@ -61,19 +73,38 @@ def grid(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def contest(record: Record, picture: str | None) -> str:
     """One configuration: what was run, where, and a row per engine."""
-    columns = ["engine", "tokens/s", "quartiles", "matrix rate", "memory GiB", "Lorry's speed", "Lorry's memory", "warm-up s"]
+    columns = [
+        "engine",
+        "tokens/s",
+        "quartiles",
+        "matrix rate",
+        "memory GiB",
+        "Lorry's speed",
+        "Lorry's memory",
+        "warm-up s",
+    ]
     rows = []
     for engine, row in record["table"].items():
         against = None if engine.startswith("lorry") else row["lorry"]
-        rows.append([
-            record["says"][engine], f"{row['tokens_per_second']:.0f}", "{:.0f} to {:.0f}".format(*row["quartiles"]),
-            f"{row['share_of_matrix_rate']:.0%}" if "share_of_matrix_rate" in row else "", f"{row['memory_bytes'] / 2**30:.2f}",
-            f"{against['speed']:.2f}x" if against else "", f"{against['memory']:.2f}x" if against else "",
-            ", ".join(f"{s:.0f}" for s in row["warmup_seconds"]),
-        ])  # fmt: skip
-    near = ", ".join(f"{record['says'][e]} ({g['cosine']:.5f})" for e, g in let_through(record["gates"]).items())
+        rows.append(
+            [
+                record["says"][engine],
+                f"{row['tokens_per_second']:.0f}",
+                "{:.0f} to {:.0f}".format(*row["quartiles"]),
+                f"{row['share_of_matrix_rate']:.0%}" if "share_of_matrix_rate" in row else "",
+                f"{row['memory_bytes'] / 2**30:.2f}",
+                f"{against['speed']:.2f}x" if against else "",
+                f"{against['memory']:.2f}x" if against else "",
+                ", ".join(f"{s:.0f}" for s in row["warmup_seconds"]),
+            ]
+        )
+    near = ", ".join(
+        f"{record['says'][e]} ({g['cosine']:.5f})" for e, g in let_through(record["gates"]).items()
+    )
     noted = f"\nNot above {COSINE}, let through by the control: {near}.\n" if near else ""
-    refused = "".join(f"\nRefused: {record['says'][e]}: {reason}.\n" for e, reason in record["refused"].items())
+    refused = "".join(
+        f"\nRefused: {record['says'][e]}: {reason}.\n" for e, reason in record["refused"].items()
+    )
     shown = f"\n![{title(record)}]({picture})\n" if picture else ""
     return f"## {title(record)}\n\n{story(record)}\n\n{grid(columns, rows)}{noted}{refused}{shown}"
 
@@ -93,7 +124,9 @@ def threads(count: int) -> str:
 def story(record: Record) -> str:
     """How and where it was measured."""
     m, case = record["machine"], record["case"]
-    versions = ", ".join(f"{p} {m[p]}" for p in ("torch", "transformers", "peft", "trl") if m.get(p))
+    versions = ", ".join(
+        f"{p} {m[p]}" for p in ("torch", "transformers", "peft", "trl") if m.get(p)
+    )
     gates = [g["cosine"] for g in record["gates"].values() if "cosine" in g and not g["refused"]]
     control = [g["control_cosine"] for g in record["gates"].values()]
     said = [
@@ -125,7 +158,11 @@ def story(record: Record) -> str:
 def peers(record: Record) -> dict[str, Mapping[str, Any]]:
     """Engines that do the same work as Lorry, and did it right."""
     anchors = set(record["anchors"])
-    return {e: row for e, row in record["table"].items() if e not in anchors and not e.startswith("lorry") and row["lorry"]}
+    return {
+        e: row
+        for e, row in record["table"].items()
+        if e not in anchors and not e.startswith("lorry") and row["lorry"]
+    }
 
 
 def strongest(record: Record) -> str | None:
@@ -152,11 +189,18 @@ def sweep(records: Sequence[Record], picture: str | None) -> str:
         case, best, table = record["case"], strongest(record), record["table"]
         if "lorry" not in table:
             continue
-        cells: list[object] = [case["length"], case["rank"], case["threads"], f"{table['lorry']['tokens_per_second']:.0f}"]
+        cells: list[object] = [
+            case["length"],
+            case["rank"],
+            case["threads"],
+            f"{table['lorry']['tokens_per_second']:.0f}",
+        ]
         for engine in ("peft", best):
             against = table[engine]["lorry"] if engine in peers(record) else None
             cells += [best or ""] if engine != "peft" else []
-            cells += [f"{against['speed']:.2f}x", f"{against['memory']:.2f}x"] if against else ["", ""]
+            cells += (
+                [f"{against['speed']:.2f}x", f"{against['memory']:.2f}x"] if against else ["", ""]
+            )
         rows.append(cells)
     shown = f"\n![Lengths and ranks]({picture})\n" if picture else ""
     return f"## Lengths and ranks\n\n{grid(columns, rows)}{shown}"
@@ -166,23 +210,49 @@ def targets(records: Mapping[str, Record]) -> str:
     """What was set out for, and what was reached where it was measured."""
     rows: list[list[str]] = []
 
-    def add(goal: str, value: float | None, least: float | None = None, most: float | None = None) -> None:
+    def add(
+        goal: str, value: float | None, least: float | None = None, most: float | None = None
+    ) -> None:
         if value is not None:
             met = (least is None or value >= least) and (most is None or value <= most)
             rows.append([goal, f"{value:.2f}", "yes" if met else "no"])
 
     for record in records.values():
-        if record.get("kind") == "sft" and record["case"]["length"] == 1024 and record["case"]["rank"] == 16:
-            found, best, where = peers(record), strongest(record), f" ({threads(record['case']['threads'])})"
+        if (
+            record.get("kind") == "sft"
+            and record["case"]["length"] == 1024
+            and record["case"]["rank"] == 16
+        ):
+            found, best, where = (
+                peers(record),
+                strongest(record),
+                f" ({threads(record['case']['threads'])})",
+            )
             for engine, speed, memory in (("peft", 3, 0.5), (best, 2, 0.75)):
                 if engine in found:
                     name = "PEFT's default" if engine == "peft" else f"the strongest peer, {engine}"
-                    add(f"speed at 1024 tokens, at least {speed}x {name}{where}", found[engine]["lorry"]["speed"], least=speed)
-                    add(f"memory, at most {memory}x {name}{where}", found[engine]["lorry"]["memory"], most=memory)
+                    add(
+                        f"speed at 1024 tokens, at least {speed}x {name}{where}",
+                        found[engine]["lorry"]["speed"],
+                        least=speed,
+                    )
+                    add(
+                        f"memory, at most {memory}x {name}{where}",
+                        found[engine]["lorry"]["memory"],
+                        most=memory,
+                    )
             ours = record["table"].get("lorry")
-            add(f"at least 0.35 of the matrix rate{where}", ours and ours["share_of_matrix_rate"], least=0.35)
+            add(
+                f"at least 0.35 of the matrix rate{where}",
+                ours and ours["share_of_matrix_rate"],
+                least=0.35,
+            )
         if record.get("kind") == "chat" and "trl" in peers(record):
-            add("speed on real conversations, at least 4x TRL's default", record["table"]["trl"]["lorry"]["speed"], least=4)
+            add(
+                "speed on real conversations, at least 4x TRL's default",
+                record["table"]["trl"]["lorry"]["speed"],
+                least=4,
+            )
     return f"## Targets\n\n{grid(['target', 'measured', 'met'], rows)}" if rows else ""
 
 
@@ -200,7 +270,9 @@ def losses(records: Mapping[str, Record]) -> str:
             if row["lorry"]["memory"] > 1:
                 lines.append(f"- more memory than {where}: {row['lorry']['memory']:.2f}x")
         lines += [
-            f"- Lorry was refused in {title(record)}: {record['refused'][e]}" for e in record["refused"] if e.startswith("lorry")
+            f"- Lorry was refused in {title(record)}: {record['refused'][e]}"
+            for e in record["refused"]
+            if e.startswith("lorry")
         ]
     none = (
         f"In none of the {compared} comparisons on this page was another engine faster or leaner."
@@ -230,13 +302,18 @@ def other(record: Record) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--source", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
     args = parser.parse_args()
     records = load(args.source)
     pictures = plots.draw(records, args.out.parent / "results")
-    args.out.write_text(page(records, {name: f"results/{path.name}" for name, path in pictures.items()}).rstrip() + "\n")
+    args.out.write_text(
+        page(records, {name: f"results/{path.name}" for name, path in pictures.items()}).rstrip()
+        + "\n"
+    )
     print(f"{args.out}: {len(records)} records, {len(pictures)} plots")
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/tokenise.py --rows 1000000 --chats 10000 --megabytes 5
 
-Makes the files in a temporary folder, reads each twice with the embedded model's tokenizer (the second time out of the
-cache of token sets, which lies in that folder too) and prints one JSON object: rows, tokens, wall and processor seconds,
-and the digests, which have to be equal.
+Makes the files in a temporary folder, reads each twice with the embedded model's tokenizer (the
+second time out of the cache of token sets, which lies in that folder too) and prints one JSON
+object: rows, tokens, wall and processor seconds, and the digests, which have to be equal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-WORDS = ["the", "of", "and", "house", "river", "stone", "apple", "cloud", "seven", "quick", "lamp", "train", "bread"]
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "house",
+    "river",
+    "stone",
+    "apple",
+    "cloud",
+    "seven",
+    "quick",
+    "lamp",
+    "train",
+    "bread",
+]
 
 
 def words(draw: random.Random, count: int) -> str:
@@ -60,13 +74,18 @@ def measured(path: Path, tokenizer: Any) -> dict[str, Any]:
     wall, processor = time.perf_counter(), time.process_time()
     tokens = TokenSet.build(open_source(path), ExampleEncoder(tokenizer, max_length=1024))
     return {
-        "seconds": round(time.perf_counter() - wall, 2), "processor_seconds": round(time.process_time() - processor, 2),
-        "rows": tokens.report.rows, "tokens": tokens.report.tokens, "sha256": tokens.digest,
-    }  # fmt: skip
+        "seconds": round(time.perf_counter() - wall, 2),
+        "processor_seconds": round(time.process_time() - processor, 2),
+        "rows": tokens.report.rows,
+        "tokens": tokens.report.tokens,
+        "sha256": tokens.digest,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=100_000, help="rows of two words")
     parser.add_argument("--chats", type=int, default=10_000)
     parser.add_argument("--megabytes", type=int, default=5, help="length of one prompt")

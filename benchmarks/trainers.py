@@ -1,7 +1,9 @@
-"""The trainers of others as engines: transformers' Trainer, TRL's SFTTrainer as it comes, and with its packing.
+"""The trainers of others as engines: transformers' Trainer, TRL's SFTTrainer as it comes, and with
+its packing.
 
-All settings are theirs, but for what makes the work comparable: the same rows in the same order, the same base in bf16, the same
-adapter, a constant rate, no report and no checkpoint. They are handed token ids and labels, so their tokenising is not timed.
+All settings are theirs, but for what makes the work comparable: the same rows in the same order,
+the same base in bf16, the same adapter, a constant rate, no report and no checkpoint. They are
+handed token ids and labels, so their tokenising is not timed.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ def hf_trainer() -> Run:
         model, data = opened(libraries, folder, rows)
         made, ends = watched(Trainer, watch)
         args = TrainingArguments(**settings(folder, case, case.rows_per_step))
-        trainer = made(model=model, args=args, train_dataset=data, data_collator=DefaultDataCollator(), callbacks=[ends])
+        trainer = made(
+            model=model,
+            args=args,
+            train_dataset=data,
+            data_collator=DefaultDataCollator(),
+            callbacks=[ends],
+        )
         watch.start()
         trainer.train()
 
@@ -35,10 +43,12 @@ def hf_trainer() -> Run:
 
 
 def trl(packing: bool = False) -> Run:
-    """TRL's SFTTrainer: gradient checkpointing, bf16 autocast and the chunked loss are its defaults.
+    """TRL's SFTTrainer: gradient checkpointing, bf16 autocast and the chunked loss are its
+    defaults.
 
-    With packing, rows are put together by best fit into ``length`` tokens and laid end to end ("bfd", its default). Without a
-    FlashAttention kernel transformers keeps them apart by a mask over the whole batch; the gates check that this is so.
+    With packing, rows are put together by best fit into ``length`` tokens and laid end to end
+    ("bfd", its default). Without a FlashAttention kernel transformers keeps them apart by a mask
+    over the whole batch; the gates check that this is so.
     """
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -51,7 +61,9 @@ def trl(packing: bool = False) -> Run:
         args = SFTConfig(packing=packing, max_length=case.length, **settings(folder, case, batch))
         tokenizer = AutoTokenizer.from_pretrained(folder / "base")
         made, ends = watched(SFTTrainer, watch)
-        trainer = made(model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[ends])
+        trainer = made(
+            model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[ends]
+        )
         watch.start()
         trainer.train()
 
@@ -82,14 +94,24 @@ def opened(libraries: Any, folder: Path, rows: Sequence[Row]) -> tuple[Any, Any]
 def settings(folder: Path, case: Case, batch: int) -> dict[str, Any]:
     """What must be equal, and nothing else."""
     return {
-        "output_dir": str(folder / "trainer"), "per_device_train_batch_size": batch, "max_steps": case.all_steps,
-        "learning_rate": case.learning_rate, "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential",
-        "use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 0,
-    }  # fmt: skip
+        "output_dir": str(folder / "trainer"),
+        "per_device_train_batch_size": batch,
+        "max_steps": case.all_steps,
+        "learning_rate": case.learning_rate,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
 
 
 def watched(trainer: type, watch: Watch) -> tuple[type, Any]:
-    """A trainer that tells the watch what it does after each backward, and the callback that tells of each step's end."""
+    """A trainer that tells the watch what it does after each backward, and the callback that tells
+    of each step's end.
+    """
     from transformers import TrainerCallback
 
     told: dict[str, Any] = {}
@@ -99,7 +121,13 @@ def watched(trainer: type, watch: Watch) -> tuple[type, Any]:
             sequences, supervised = split(inputs), int((inputs["labels"] != IGNORED).sum())
             watch.saw(sequences)
             loss = super().training_step(model, inputs, *rest, **more)
-            watch.gradients(lambda: {clean(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            watch.gradients(
+                lambda: {
+                    clean(n): p.grad.clone()
+                    for n, p in model.named_parameters()
+                    if p.grad is not None
+                }
+            )
             told.update(loss=float(loss), tokens=sum(map(len, sequences)), supervised=supervised)
             return loss
 
@@ -111,8 +139,14 @@ def watched(trainer: type, watch: Watch) -> tuple[type, Any]:
 
 
 def split(inputs: dict[str, Any]) -> list[list[int]]:
-    """The sequences in a collated batch: padded rows, or rows laid end to end whose positions restart."""
-    ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
+    """The sequences in a collated batch: padded rows, or rows laid end to end whose positions
+    restart.
+    """
+    ids, mask, positions = (
+        inputs["input_ids"],
+        inputs.get("attention_mask"),
+        inputs.get("position_ids"),
+    )
     if positions is not None:
         starts = [n for n, p in enumerate(positions[0].tolist()) if p == 0]
         flat = ids[0].tolist()

@@ -1,4 +1,6 @@
-"""Engines take turns A B C A B C, each in a fresh process; then the gates; then what came out of it, as one JSON record."""
+"""Engines take turns A B C A B C, each in a fresh process; then the gates; then what came out of
+it, as one JSON record.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,12 @@ ENGINES = {
     "lorry": Entry(lorry, "Lorry"),
     "peft": Entry(peft, "PEFT, plain loop, as it comes (fp32 adapters)"),
     "peft-bf16": Entry(partial(peft, bf16_adapters=True), "PEFT, bf16 adapters"),
-    "peft-bf16-malloc": Entry(partial(peft, bf16_adapters=True, malloc=True), "PEFT, bf16 adapters, tuned malloc"),
+    "peft-bf16-malloc": Entry(
+        partial(peft, bf16_adapters=True, malloc=True), "PEFT, bf16 adapters, tuned malloc"
+    ),
     "peft-bf16-malloc-compile": Entry(
-        partial(peft, bf16_adapters=True, malloc=True, compiled=True), "PEFT, bf16 adapters, tuned malloc, torch.compile"
+        partial(peft, bf16_adapters=True, malloc=True, compiled=True),
+        "PEFT, bf16 adapters, tuned malloc, torch.compile",
     ),
     "hf-trainer": Entry(trainers.hf_trainer, "transformers' Trainer with PEFT"),
     "trl": Entry(trainers.trl, "TRL SFTTrainer, as it comes"),
@@ -53,7 +58,9 @@ def work(engine: str, folder: Path) -> dict[str, Any]:
     case, rows = Case.load(folder), read_rows(folder)
     torch.set_num_threads(case.threads)
     if engine == gates.REFERENCE:
-        return {"truths": gates.reference(folder, rows, json.loads((folder / "sets.json").read_text()))}
+        return {
+            "truths": gates.reference(folder, rows, json.loads((folder / "sets.json").read_text()))
+        }
     began = time.perf_counter()
     run = ENGINES[engine].make()
     watch = measure.Watch(folder, engine, {tuple(ids): n for n, (ids, _) in enumerate(rows)})
@@ -64,12 +71,21 @@ def work(engine: str, folder: Path) -> dict[str, Any]:
         raise SystemExit(f"{engine} made {len(watch.wall)} steps and not {case.all_steps}")
     timed = slice(case.warmup, None)
     return {
-        "engine": engine, "losses": watch.losses, "first_rows": watch.first_rows, "wall": watch.wall[timed],
-        "cpu": watch.cpu[timed], "tokens": watch.tokens[timed], "supervised": watch.supervised[timed],
-        "import_seconds": imported - began, "warmup_seconds": sum(watch.wall[: case.warmup]), "imports_bytes": imports,
-        "loaded_bytes": watch.loaded_bytes - imports, "memory_bytes": peak - imports, "threads": torch.get_num_threads(),
+        "engine": engine,
+        "losses": watch.losses,
+        "first_rows": watch.first_rows,
+        "wall": watch.wall[timed],
+        "cpu": watch.cpu[timed],
+        "tokens": watch.tokens[timed],
+        "supervised": watch.supervised[timed],
+        "import_seconds": imported - began,
+        "warmup_seconds": sum(watch.wall[: case.warmup]),
+        "imports_bytes": imports,
+        "loaded_bytes": watch.loaded_bytes - imports,
+        "memory_bytes": peak - imports,
+        "threads": torch.get_num_threads(),
         "matrix_rate": measure.matrix_rate(measure.Shape.of(folder / "base"), case.length),
-    }  # fmt: skip
+    }
 
 
 def in_fresh_process(engine: str, folder: Path, case: Case) -> dict[str, Any]:
@@ -80,18 +96,28 @@ def in_fresh_process(engine: str, folder: Path, case: Case) -> dict[str, Any]:
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONWARNINGS": "ignore",
     }
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "HF_DATASETS_CACHE": str(folder / "datasets")}
+    cache = {
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+    }
     env = {**os.environ, **quiet, **cache, "OMP_NUM_THREADS": str(case.threads)}
     before = os.getloadavg()[0]
-    done = subprocess.run([sys.executable, __file__, engine, str(folder)], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, __file__, engine, str(folder)], capture_output=True, text=True, env=env
+    )
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"engine": engine, "failed": f"exit {done.returncode}: {said[-1] if said else 'killed, for memory perhaps'}"}
+        return {
+            "engine": engine,
+            "failed": f"exit {done.returncode}: {said[-1] if said else 'killed, for memory perhaps'}",
+        }
     return {**json.loads(done.stdout.splitlines()[-1]), "load": [before, os.getloadavg()[0]]}
 
 
 def contest(folder: Path, case: Case, engines: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Everything but the printing. The record says whether it is ``clean``, and which engines are ``refused`` and why."""
+    """Everything but the printing. The record says whether it is ``clean``, and which engines are
+    ``refused`` and why.
+    """
     kernels = fast_path()
     runs: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
@@ -107,25 +133,43 @@ def contest(folder: Path, case: Case, engines: Sequence[str], rounds: int) -> di
     (folder / "sets.json").write_text(json.dumps(gates.first_sets(list(firsts.values()))))
     truth = in_fresh_process(gates.REFERENCE, folder, case)
     if "failed" in truth:
-        raise SystemExit(f"the float32 reference failed, so nothing can be checked: {truth['failed']}")
-    verdicts = gates.judge_all(folder, firsts, truth["truths"], {e for e in engines if ENGINES[e].anchor})
+        raise SystemExit(
+            f"the float32 reference failed, so nothing can be checked: {truth['failed']}"
+        )
+    verdicts = gates.judge_all(
+        folder, firsts, truth["truths"], {e for e in engines if ENGINES[e].anchor}
+    )
     refused = failed | {e: v["refused"] for e, v in verdicts.items() if v["refused"]}
     highest = max((load for run in runs for load in run["load"]), default=0.0)
     shape = measure.Shape.of(folder / "base")
     return {
-        "kind": case.kind, "case": vars(case), "rounds": rounds, "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "kind": case.kind,
+        "case": vars(case),
+        "rounds": rounds,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "machine": measure.machine(), "kernels": kernels, "highest_load": highest,
-        "clean": highest <= (os.cpu_count() or 1), "says": {e: ENGINES[e].says for e in engines},
-        "anchors": [e for e in engines if ENGINES[e].anchor], "gates": verdicts, "refused": refused,
-        "table": table([run for run in runs if run["engine"] not in refused], case, shape), "runs": runs,
-    }  # fmt: skip
+        "machine": measure.machine(),
+        "kernels": kernels,
+        "highest_load": highest,
+        "clean": highest <= (os.cpu_count() or 1),
+        "says": {e: ENGINES[e].says for e in engines},
+        "anchors": [e for e in engines if ENGINES[e].anchor],
+        "gates": verdicts,
+        "refused": refused,
+        "table": table([run for run in runs if run["engine"] not in refused], case, shape),
+        "runs": runs,
+    }
 
 
-def table(runs: Sequence[Mapping[str, Any]], case: Case, shape: measure.Shape) -> dict[str, dict[str, Any]]:
-    """Per engine: speed, spread, memory, share of the machine's matrix rate, and how much faster and leaner Lorry is.
+def table(
+    runs: Sequence[Mapping[str, Any]], case: Case, shape: measure.Shape
+) -> dict[str, dict[str, Any]]:
+    """Per engine: speed, spread, memory, share of the machine's matrix rate, and how much faster
+    and leaner Lorry is.
 
-    Text: the median step counts. Chat: all timed steps together, since what padding costs differs from step to step."""
+    Text: the median step counts. Chat: all timed steps together, since what padding costs differs
+    from step to step.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for engine in dict.fromkeys(run["engine"] for run in runs):
         mine = [run for run in runs if run["engine"] == engine]
@@ -133,16 +177,25 @@ def table(runs: Sequence[Mapping[str, Any]], case: Case, shape: measure.Shape) -
         low, middle, high = statistics.quantiles(speeds, n=4) if len(speeds) > 1 else speeds * 3
         per_run = [speed(run, "wall", case.kind) for run in mine]
         rows[engine] = {
-            "tokens_per_second": middle if case.kind == "sft" else statistics.median(per_run), "quartiles": [low, high],
-            "tokens_per_cpu_second": statistics.median(speed(run, "cpu", case.kind) for run in mine),
-            "supervised_per_second": statistics.median(sum(r["supervised"]) / sum(r["wall"]) for r in mine),
+            "tokens_per_second": middle if case.kind == "sft" else statistics.median(per_run),
+            "quartiles": [low, high],
+            "tokens_per_cpu_second": statistics.median(
+                speed(run, "cpu", case.kind) for run in mine
+            ),
+            "supervised_per_second": statistics.median(
+                sum(r["supervised"]) / sum(r["wall"]) for r in mine
+            ),
             "memory_bytes": statistics.median(run["memory_bytes"] for run in mine),
-            "warmup_seconds": [run["warmup_seconds"] for run in mine], "steps": len(speeds),
-        }  # fmt: skip
+            "warmup_seconds": [run["warmup_seconds"] for run in mine],
+            "steps": len(speeds),
+        }
         if case.kind == "sft":
             flops = shape.flops(ENGINES[engine].work, case.length, case.rank)
             shares = [flops * s / run["matrix_rate"] for run, s in zip(mine, per_run, strict=True)]
-            rows[engine] |= {"share_of_matrix_rate": statistics.median(shares), "flops_per_token": flops}
+            rows[engine] |= {
+                "share_of_matrix_rate": statistics.median(shares),
+                "flops_per_token": flops,
+            }
     for engine, row in rows.items():
         row["lorry"] = ratios(runs, ours(engine, rows), engine, case.kind)
     return rows
@@ -156,12 +209,18 @@ def ours(engine: str, rows: Mapping[str, Any]) -> str:
 def speed(run: Mapping[str, Any], clock: str, kind: str) -> float:
     """Tokens per second of one process."""
     if kind == "sft":
-        return float(statistics.median(t / s for t, s in zip(run["tokens"], run[clock], strict=True)))
+        return float(
+            statistics.median(t / s for t, s in zip(run["tokens"], run[clock], strict=True))
+        )
     return float(sum(run["tokens"]) / sum(run[clock]))
 
 
-def ratios(runs: Sequence[Mapping[str, Any]], our: str, engine: str, kind: str) -> dict[str, float] | None:
-    """Lorry's speed over the engine's and its memory over the engine's, round by round, then the median round."""
+def ratios(
+    runs: Sequence[Mapping[str, Any]], our: str, engine: str, kind: str
+) -> dict[str, float] | None:
+    """Lorry's speed over the engine's and its memory over the engine's, round by round, then the
+    median round.
+    """
     pairs = [
         (mine, theirs)
         for mine in runs for theirs in runs
@@ -170,8 +229,12 @@ def ratios(runs: Sequence[Mapping[str, Any]], our: str, engine: str, kind: str) 
     if not pairs:
         return None
     return {
-        "speed": statistics.median(speed(a, "wall", kind) / speed(b, "wall", kind) for a, b in pairs),
-        "cpu_speed": statistics.median(speed(a, "cpu", kind) / speed(b, "cpu", kind) for a, b in pairs),
+        "speed": statistics.median(
+            speed(a, "wall", kind) / speed(b, "wall", kind) for a, b in pairs
+        ),
+        "cpu_speed": statistics.median(
+            speed(a, "cpu", kind) / speed(b, "cpu", kind) for a, b in pairs
+        ),
         "memory": statistics.median(a["memory_bytes"] / b["memory_bytes"] for a, b in pairs),
     }
 
@@ -179,11 +242,17 @@ def ratios(runs: Sequence[Mapping[str, Any]], our: str, engine: str, kind: str) 
 def show(record: Mapping[str, Any]) -> None:
     """The table, for a person; a refused engine has a reason in place of a speed."""
     case = record["case"]
-    print(f"{case['kind']}: {case['model']}, {case['length']} tokens, rank {case['rank']}, {case['threads']} threads")
+    print(
+        f"{case['kind']}: {case['model']}, {case['length']} tokens, rank {case['rank']}, {case['threads']} threads"
+    )
     for engine, row in record["table"].items():
         share = f"{row['share_of_matrix_rate']:4.0%}" if "share_of_matrix_rate" in row else "    "
         against = row["lorry"]
-        versus = f"lorry {against['speed']:5.2f}x as fast, {against['memory']:4.2f}x the memory" if against else ""
+        versus = (
+            f"lorry {against['speed']:5.2f}x as fast, {against['memory']:4.2f}x the memory"
+            if against
+            else ""
+        )
         low, high = row["quartiles"]
         print(
             f"  {engine:26s} {row['tokens_per_second']:7.1f} tok/s ({low:.0f} to {high:.0f})  {share}  "

@@ -1,4 +1,6 @@
-"""Fixtures every test may use: where the shared data lies, quiet, deterministic torch, and the same examples on every machine."""
+"""Fixtures every test may use: where the shared data lies, quiet, deterministic torch, and the same
+examples on every machine.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,17 @@ from lorry.disk.home import lorry_home
 from lorry.kernels import kernel_status
 from lorry.models.loading.load import pick_dtype
 
-# The suite draws the same examples everywhere, so that it says one thing of one commit. LORRY_EXPLORE=1000 draws new ones.
+# The suite draws the same examples everywhere, so that it says one thing of one commit.
+# LORRY_EXPLORE=1000 draws new ones.
 settings.register_profile("same", derandomize=True, deadline=None)
-settings.register_profile("explore", max_examples=int(os.environ.get("LORRY_EXPLORE", "100")), deadline=None)
+settings.register_profile(
+    "explore", max_examples=int(os.environ.get("LORRY_EXPLORE", "100")), deadline=None
+)
 settings.load_profile("explore" if "LORRY_EXPLORE" in os.environ else "same")
 
-torch.set_num_threads(1)  # tiny models: a second thread only waits, and results stay the same on any machine
+torch.set_num_threads(
+    1
+)  # tiny models: a second thread only waits, and results stay the same on any machine
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLING = ("test_kill_and_resume.py", "test_disasters.py", "test_foreign_files.py")
@@ -30,9 +37,11 @@ FLAT = ROOT / "examples" / "flat.py"
 
 
 def pytest_configure() -> None:
-    """A LORRY_HOME of the checkout's own: tests neither fill the cache of whoever runs them nor hang on what is in it. It
-    outlives the run, as built kernels and proofs should. Only converted models are the user's (270 MB, 20 s), and kernels
-    that are built already are copied: a link to them would be refused."""
+    """A LORRY_HOME of the checkout's own: tests neither fill the cache of whoever runs them nor
+    hang on what is in it. It outlives the run, as built kernels and proofs should. Only converted
+    models are the user's (270 MB, 20 s), and kernels that are built already are copied: a link to
+    them would be refused.
+    """
     users, own = lorry_home(), ROOT / ".pytest_cache" / "lorry_home"
     if users == own:  # a worker of xdist
         return
@@ -46,19 +55,32 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that kill processes go first, then the rest of tests/train: they fork hundreds of times, which is slow once the
-    process has grown to gigabytes, and each takes minutes, which nothing else could share if it came last."""
-    items.sort(key=lambda item: (item.path.name not in KILLING, (ROOT / "tests" / "train") not in item.path.parents))
+    """The files that kill processes go first, then the rest of tests/train: they fork hundreds of
+    times, which is slow once the process has grown to gigabytes, and each takes minutes, which
+    nothing else could share if it came last.
+    """
+    items.sort(
+        key=lambda item: (
+            item.path.name not in KILLING,
+            (ROOT / "tests" / "train") not in item.path.parents,
+        )
+    )
 
 
 def pytest_report_header() -> str:
-    """Which kind of machine this run was: what dtype=auto means here (LORRY_DTYPE), and whether kernels run (LORRY_KERNELS)."""
+    """Which kind of machine this run was: what dtype=auto means here (LORRY_DTYPE), and whether
+    kernels run (LORRY_KERNELS).
+    """
     return f"dtype=auto is {pick_dtype('auto', torch.device('cpu'))}; kernels: {kernel_status().line()}"
 
 
 def find_shared_data() -> Path | None:
     """LORRY_DATA, or ../shared/data beside the checkout, or None on a stranger's machine."""
-    candidates = [Path(os.environ["LORRY_DATA"])] if "LORRY_DATA" in os.environ else [ROOT.parent / "shared" / "data"]
+    candidates = (
+        [Path(os.environ["LORRY_DATA"])]
+        if "LORRY_DATA" in os.environ
+        else [ROOT.parent / "shared" / "data"]
+    )
     return next((c for c in candidates if c.is_dir()), None)
 
 

@@ -20,23 +20,36 @@ QUESTIONS, ANSWERS = [row["question"] for row in PEOPLE], [row["answer"] for row
 
 def test_train_load_generate(world: World, tmp_path: Path) -> None:  # noqa: F811
     run = lorry.sft(
-        model=str(world.base), data=str(world.rows), output_dir=tmp_path / "run", r=8, learning_rate=1e-2, max_steps=40,
-        per_device_train_batch_size=4, lr_scheduler_type="constant", dtype="float32", logging_steps=40,
-        train={"save_strategy": "no"}, backend={"threads": 1},
-    )  # fmt: skip
+        model=str(world.base),
+        data=str(world.rows),
+        output_dir=tmp_path / "run",
+        r=8,
+        learning_rate=1e-2,
+        max_steps=40,
+        per_device_train_batch_size=4,
+        lr_scheduler_type="constant",
+        dtype="float32",
+        logging_steps=40,
+        train={"save_strategy": "no"},
+        backend={"threads": 1},
+    )
     assert run.path == tmp_path / "run"
     assert {c["status"] for c in run.contracts} == {"held", "not_checked"}
     model, words = lorry.load(run.path, dtype="float32")
     assert lorry.generate(model, words, QUESTIONS, max_new_tokens=16) == ANSWERS
     ids = words(QUESTIONS[0], return_tensors="pt").input_ids
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, run.model(ids).logits)  # what was saved is what was trained
+        assert torch.equal(
+            model(ids).logits, run.model(ids).logits
+        )  # what was saved is what was trained
 
 
 def test_one_prompt_gives_one_answer_and_each_may_have_its_adapter(world: World) -> None:  # noqa: F811
     model, words = lorry.load(world.base, world.run, dtype="float32")
     assert lorry.generate(model, words, QUESTIONS[1], max_new_tokens=16) == ANSWERS[1]
-    both = lorry.generate(model, words, [QUESTIONS[1]] * 2, max_new_tokens=16, adapters=["people", None])
+    both = lorry.generate(
+        model, words, [QUESTIONS[1]] * 2, max_new_tokens=16, adapters=["people", None]
+    )
     base = lorry.generate(model, words, QUESTIONS[1], max_new_tokens=16, adapters=lorry.Mix.none())
     assert both == [ANSWERS[1], base]
     assert base != ANSWERS[1]
@@ -61,7 +74,10 @@ def test_merge_and_unmerge(world: World) -> None:  # noqa: F811
         report = lorry.merge(model)
         assert (model(ids).logits - beside).abs().max() < 1e-4
         assert len(report.rows) == 14
-        assert lorry.generate(model, words, QUESTIONS, max_new_tokens=16, adapters=lorry.Mix.none()) == ANSWERS
+        assert (
+            lorry.generate(model, words, QUESTIONS, max_new_tokens=16, adapters=lorry.Mix.none())
+            == ANSWERS
+        )
         with pytest.raises(ContractError):
             lorry.generate(model, words, QUESTIONS, adapters="people")
         lorry.unmerge(model)
@@ -86,7 +102,10 @@ def test_the_layer_alone_on_any_torch_model() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     x, target = torch.randn(64, 8), torch.randn(64, 4)
-    names, before = list(model.state_dict()), {name: value.clone() for name, value in model.state_dict().items()}
+    names, before = (
+        list(model.state_dict()),
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
     plain = model(x)
     lorry.attach(model, lorry.LoraSpec(r=4, target_modules="all-linear"))
     assert torch.equal(model(x), plain)  # B starts at zero
@@ -110,7 +129,9 @@ def test_the_layer_alone_on_any_torch_model() -> None:
     assert [type(layer) for layer in model] == [nn.Linear, nn.Tanh, nn.Linear]
 
 
-def test_what_a_person_should_know_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_person_should_know_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     base = model_directory(tmp_path / "base")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (base / name).unlink()

@@ -1,4 +1,6 @@
-"""The command line: help without torch, settings to verbs, errors and exit codes as a person or a script sees them."""
+"""The command line: help without torch, settings to verbs, errors and exit codes as a person or a
+script sees them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ import yaml
 from lorry import cli
 from lorry.config import EvalSettings, MergeSettings, RunConfig, parse_settings
 from lorry.config.parsing.names import schema_names
-from lorry.errors import ContractError, DataError, ModelError, NonFiniteError, OutOfMemoryError, RunInterruptedError
+from lorry.errors import (
+    ContractError,
+    DataError,
+    ModelError,
+    NonFiniteError,
+    OutOfMemoryError,
+    RunInterruptedError,
+)
 
 SRC = Path(cli.__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "peft")
@@ -42,12 +51,20 @@ ENVIRONMENT = {**BUFFERED, "PYTHONPATH": str(SRC), "COLUMNS": "100", "TERM": "du
 
 
 def python(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=60,
+    )
 
 
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[object, list[str]]]]:
-    """Install a stand-in for a verb's module; it notes what it is called with, then returns or raises ``outcome``."""
+    """Install a stand-in for a verb's module; it notes what it is called with, then returns or
+    raises ``outcome``.
+    """
 
     def install(name: str, outcome: int | BaseException = 0) -> list[tuple[object, list[str]]]:
         calls: list[tuple[object, list[str]]] = []
@@ -66,7 +83,9 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[object, li
     return install
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["sft", "--help"], ["sft", "data=x", "--dump-config"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], ["sft", "--help"], ["sft", "data=x", "--dump-config"]]
+)
 def test_help_is_light(argv: list[str]) -> None:
     done = python(MEASURE, *argv)
     assert done.returncode == 0, done.stderr
@@ -108,7 +127,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("lorry ")
 
 
-def test_verb_help_shows_every_setting_with_its_default_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verb_help_shows_every_setting_with_its_default_and_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.main(["sft", "--help"]) == 0
     page = capsys.readouterr().out
     text = " ".join(page.split())
@@ -116,7 +137,13 @@ def test_verb_help_shows_every_setting_with_its_default_and_help(capsys: pytest.
         assert re.search(rf"^  {dotted.rpartition('.')[2]} ", page, re.MULTILINE), dotted
         assert field.description
         assert field.description in text, dotted
-    for shown in ("[0.0002]", "[2 x r]", "[smollm2-135m-instruct]", "[required, or mix]", "[runs/DATA-MODEL]"):
+    for shown in (
+        "[0.0002]",
+        "[2 x r]",
+        "[smollm2-135m-instruct]",
+        "[required, or mix]",
+        "[runs/DATA-MODEL]",
+    ):
         assert shown in text
 
 
@@ -133,7 +160,12 @@ def test_a_verb_gets_its_settings(
     assert cli.main(["sft", "data=x", "--cutoff-len", "64", "--max_steps", "-1", "--packing"]) == 7
     [(run, notes)] = calls
     assert isinstance(run, RunConfig)
-    assert (run.data.path, run.data.max_length, run.data.packing, run.train.max_steps) == ("x", 64, True, -1)
+    assert (run.data.path, run.data.max_length, run.data.packing, run.train.max_steps) == (
+        "x",
+        64,
+        True,
+        -1,
+    )
     assert notes == ["cutoff_len is read as data.max_length"]
     out, err = capsys.readouterr()
     assert (out, err) == ("", "note: cutoff_len is read as data.max_length\n")
@@ -150,8 +182,16 @@ def test_a_verb_takes_bare_words(verb: Callable[..., list[tuple[object, list[str
 @pytest.mark.parametrize(
     ("outcome", "code", "message"),
     [
-        (DataError("people.jsonl:3: not JSON"), 3, "error: people.jsonl:3: not JSON\nsee docs/data.md\n"),
-        (ContractError("nothing trained"), 5, "error: nothing trained\nsee docs/architecture.md#the-contracts\n"),
+        (
+            DataError("people.jsonl:3: not JSON"),
+            3,
+            "error: people.jsonl:3: not JSON\nsee docs/data.md\n",
+        ),
+        (
+            ContractError("nothing trained"),
+            5,
+            "error: nothing trained\nsee docs/architecture.md#the-contracts\n",
+        ),
         (NonFiniteError("a NaN"), 6, "error: a NaN\nsee docs/architecture.md#the-contracts\n"),
         (OutOfMemoryError("too large"), 71, "error: too large\nsee docs/plan.md\n"),
         (ModelError("no such model"), 4, "error: no such model\n"),
@@ -169,7 +209,9 @@ def test_errors_for_people(
 
 
 def test_debug_shows_the_traceback(
-    verb: Callable[..., list[tuple[object, list[str]]]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    verb: Callable[..., list[tuple[object, list[str]]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     verb("sft", DataError("bad row"))
     monkeypatch.setenv("LORRY_DEBUG", "1")
@@ -180,20 +222,28 @@ def test_debug_shows_the_traceback(
 
 
 def test_our_own_mistakes_show_a_traceback() -> None:
-    done = python(STAND_IN.format(body="def broken(settings, notes): assert False, 'ours'\nverb.main = broken"))
+    done = python(
+        STAND_IN.format(
+            body="def broken(settings, notes): assert False, 'ours'\nverb.main = broken"
+        )
+    )
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "AssertionError: ours" in done.stderr
 
 
 def test_colour_on_a_terminal_only(
-    verb: Callable[..., list[tuple[object, list[str]]]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    verb: Callable[..., list[tuple[object, list[str]]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     verb("sft", DataError("bad row"))
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     cli.main(["sft", "data=x"])
-    assert capsys.readouterr().err == "\x1b[31merror: bad row\x1b[0m\n\x1b[2msee docs/data.md\x1b[0m\n"
+    assert (
+        capsys.readouterr().err == "\x1b[31merror: bad row\x1b[0m\n\x1b[2msee docs/data.md\x1b[0m\n"
+    )
     monkeypatch.setenv("NO_COLOR", "1")
     cli.main(["sft", "data=x"])
     assert capsys.readouterr().err == "error: bad row\nsee docs/data.md\n"
@@ -209,10 +259,15 @@ def test_colour_on_a_terminal_only(
         ),
         (["sft", "no.yaml"], "error: no.yaml: cannot be read (No such file or directory)\n"),
         (["merge"], "error: run is missing; give run=...\n"),
-        (["export", "runs/a", "to=gguf"], "error: to=gguf: to: 'gguf' is not built yet; give one of hf, peft\n"),
+        (
+            ["export", "runs/a", "to=gguf"],
+            "error: to=gguf: to: 'gguf' is not built yet; give one of hf, peft\n",
+        ),
     ],
 )
-def test_wrong_settings_exit_2_with_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_settings_exit_2_with_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(argv) == 2
     assert capsys.readouterr().err == message
 
@@ -234,7 +289,9 @@ def test_dump_config_reloads(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("lines", [1, 200_000])
 def test_a_reader_that_leaves_is_no_error(lines: int) -> None:
-    """One line is still in Python's buffer when the verb returns; many break the pipe inside the verb."""
+    """One line is still in Python's buffer when the verb returns; many break the pipe inside the
+    verb.
+    """
     body = f"def talk(settings, notes):\n    input()\n    for i in range({lines}): print(i)\n    return 0\nverb.main = talk"
     code = [sys.executable, "-c", STAND_IN.format(body=body)]
     with subprocess.Popen(

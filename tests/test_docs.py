@@ -1,4 +1,6 @@
-"""README and docs tell the truth: files they name exist, commands they show parse, rooms they list are the rooms there are."""
+"""README and docs tell the truth: files they name exist, commands they show parse, rooms they list
+are the rooms there are.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ SCHEMAS = {verb.name: getattr(config, verb.schema) for verb in VERBS}
 def commands(text: str) -> list[list[str]]:
     """`lorry VERB ...` lines of the code blocks, without a leading path."""
     blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", text, flags=re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [
+        line.split("#")[0].strip()
+        for block in blocks
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
     return [shlex.split(line)[1:] for line in lines if re.match(r"(\.venv/bin/)?lorry \w", line)]
 
 
@@ -35,7 +41,9 @@ def test_files_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
     named = re.findall(r"`((?:src|docs|tests|examples|benchmarks)/[\w./-]+)`", text)
     named += [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not link.startswith("http")]
-    missing = [name for name in named if not any((base / name).exists() for base in (ROOT, page.parent))]
+    missing = [
+        name for name in named if not any((base / name).exists() for base in (ROOT, page.parent))
+    ]
     assert missing == []
 
 
@@ -68,7 +76,9 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 
 def test_templates_and_hooks_are_whole() -> None:
-    """Forms that the forge would refuse are found here: every field but plain text has an id of its own and a label."""
+    """Forms that the forge would refuse are found here: every field but plain text has an id of its
+    own and a label.
+    """
     for form in ("bug.yml", "feature.yml"):
         document = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / form).read_text())
         fields = [field for field in document["body"] if field["type"] != "markdown"]
@@ -80,7 +90,9 @@ def test_templates_and_hooks_are_whole() -> None:
     lint = re.search(r"^lint: setup\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.M)
     assert lint is not None
     ran = [line.strip().removeprefix("$(BIN)/").removesuffix(" .") for line in lint[1].splitlines()]
-    assert [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude") for hook in hooks] == ran
+    assert [
+        hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude") for hook in hooks
+    ] == ran
 
 
 def test_readme_opens_with_the_two_commands() -> None:
@@ -92,13 +104,17 @@ def test_readme_opens_with_the_two_commands() -> None:
 
 def test_the_table_of_the_environment_has_every_variable_there_is() -> None:
     files = [path for folder in ("src", "tests") for path in (ROOT / folder).rglob("*.py")]
-    read = {name for path in files for name in re.findall(r"\bLORRY_[A-Z_]*[A-Z]\b", path.read_text())}
+    read = {
+        name for path in files for name in re.findall(r"\bLORRY_[A-Z_]*[A-Z]\b", path.read_text())
+    }
     table = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "running.md").read_text(), flags=re.M)
     assert sorted(table) == sorted(read)
 
 
 def test_what_is_said_of_the_plan_is_what_was_measured() -> None:
-    """README, docs/plan.md and the JSON of benchmarks/plan.py, which has configurations that were never run."""
+    """README, docs/plan.md and the JSON of benchmarks/plan.py, which has configurations that were
+    never run.
+    """
     records = json.loads((ROOT / "benchmarks" / "results" / "plan-cpu.json").read_text())["records"]
     errors = sorted(abs(record["predicted"] / record["measured"] - 1) for record in records)
     worst, near = f"{errors[-1]:.1%}", 0.042
@@ -108,7 +124,9 @@ def test_what_is_said_of_the_plan_is_what_was_measured() -> None:
         assert f"{len(records)} configurations" in text, page
         assert f"within {worst}" in text, page
         assert within in text, page
-    spec = importlib.util.spec_from_file_location("benchmarks_plan", ROOT / "benchmarks" / "plan.py")
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks_plan", ROOT / "benchmarks" / "plan.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -121,7 +139,11 @@ def test_what_is_said_of_the_plan_is_what_was_measured() -> None:
 
 def test_architecture_lists_the_rooms_there_are() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    rooms = {p.name for p in (ROOT / "src" / "lorry").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    rooms = {
+        p.name
+        for p in (ROOT / "src" / "lorry").iterdir()
+        if p.is_dir() and (p / "__init__.py").exists()
+    }
     assert {r for r in rooms if f"`{r}/`" not in text} == set()
 
 

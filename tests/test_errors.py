@@ -39,7 +39,9 @@ def no_number_for_it() -> None:
 @pytest.mark.parametrize("ask", [torch_refuses, numpy_refuses, python_refuses, no_number_for_it])
 def test_real_allocators_are_understood(ask: object) -> None:
     assert callable(ask)
-    wanted = pytest.raises(OutOfMemoryError, match=r"^out of memory: could not allocate .+\. Take less$")
+    wanted = pytest.raises(
+        OutOfMemoryError, match=r"^out of memory: could not allocate .+\. Take less$"
+    )
     with wanted, explain_out_of_memory("Take less"):
         ask()
 
@@ -60,7 +62,11 @@ def test_what_is_about_memory_and_what_is_not(error: Exception, large: str | Non
 
 
 def test_other_errors_pass() -> None:
-    for error in (DataError("rows.jsonl:1: out of memory is a text here"), RuntimeError("shapes"), OSError(errno.EIO, "disk")):
+    for error in (
+        DataError("rows.jsonl:1: out of memory is a text here"),
+        RuntimeError("shapes"),
+        OSError(errno.EIO, "disk"),
+    ):
         with pytest.raises(type(error)) as caught, explain_out_of_memory(""):
             raise error
         assert caught.value is error
@@ -69,27 +75,39 @@ def test_other_errors_pass() -> None:
 @pytest.mark.parametrize("rank", [1_000_000_000, 2**40])  # 10 TB and more even here
 def test_an_adapter_that_cannot_fit_is_refused_before_it_is_made(rank: int) -> None:
     model = random_model(LLAMA)
-    with pytest.raises(OutOfMemoryError, match=rf"r={rank} has [\d,]+ values, [\d,.]+ GiB with their gradients"):
+    with pytest.raises(
+        OutOfMemoryError, match=rf"r={rank} has [\d,]+ values, [\d,.]+ GiB with their gradients"
+    ):
         attach(model, LoraSpec(r=rank))
     assert lorry.lora_parameters(model) == []
 
 
-def test_the_command_line_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from lorry.verbs import doctor
 
     monkeypatch.setattr(doctor, "main", lambda settings, notes: torch_refuses())
     assert cli.main(["doctor"]) == 71
-    assert capsys.readouterr().err.startswith("error: out of memory: could not allocate 1048576.00 GiB in one piece. Close what")
+    assert capsys.readouterr().err.startswith(
+        "error: out of memory: could not allocate 1048576.00 GiB in one piece. Close what"
+    )
 
 
 def test_the_page_that_an_error_names_has_that_section() -> None:
     """Anchors as Markdown makes them of headings: small letters, words joined by hyphens."""
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LorryError)]
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.LorryError)
+    ]
     named = {kind.docs for kind in kinds if kind.docs}
     assert "data.md" in named
     for link in named:
         page, _, section = link.partition("#")
         text = (Path(__file__).resolve().parent.parent / "docs" / page).read_text()
         headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
-        anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        anchors = {
+            re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings
+        }
         assert not section or section in anchors, link

@@ -1,4 +1,6 @@
-"""The examples of docs/extending.md run as they stand, in order, and each does what the page says of it."""
+"""The examples of docs/extending.md run as they stand, in order, and each does what the page says
+of it.
+"""
 
 from __future__ import annotations
 
@@ -22,4 +24,6 @@ def test_every_block_of_the_page_runs() -> None:
 
 def test_every_section_with_a_seam_asserts_something() -> None:
     sections = PAGE.read_text().split("\n## ")[1:]
-    assert [part.splitlines()[0] for part in sections if "```python" in part and "assert " not in part] == []
+    assert [
+        part.splitlines()[0] for part in sections if "```python" in part and "assert " not in part
+    ] == []

@@ -65,7 +65,11 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 def wrong_way(path: Path, tree: ast.AST) -> list[str]:
     room = room_of(path)
-    targets = {name.split(".")[1] for name in imports(tree) if name.startswith("lorry.") and name.split(".")[1] in LEVEL}
+    targets = {
+        name.split(".")[1]
+        for name in imports(tree)
+        if name.startswith("lorry.") and name.split(".")[1] in LEVEL
+    }
     return [f"{room} imports {other}" for other in targets if LEVEL[other] > LEVEL[room]]
 
 
@@ -78,7 +82,9 @@ def test_imports_go_one_way(path: Path) -> None:
 
 
 def test_every_room_is_in_the_order() -> None:
-    rooms = {room_of(p) for p in SOURCE.rglob("*.py") if p.name != "__init__.py" or p.parent != SOURCE}
+    rooms = {
+        room_of(p) for p in SOURCE.rglob("*.py") if p.name != "__init__.py" or p.parent != SOURCE
+    }
     assert rooms <= set(LEVEL)
 
 
@@ -90,9 +96,9 @@ def test_no_room_takes_the_name_of_a_function_that_people_call() -> None:
 
 
 def test_the_check_can_fail() -> None:
-    assert wrong_way(SOURCE / "adapters" / "x.py", ast.parse("from lorry.train.engine import Engine")) == [
-        "adapters imports train"
-    ]
+    assert wrong_way(
+        SOURCE / "adapters" / "x.py", ast.parse("from lorry.train.engine import Engine")
+    ) == ["adapters imports train"]
 
 
 def name_of(path: Path) -> str:
@@ -101,17 +107,24 @@ def name_of(path: Path) -> str:
 
 
 def imported_at_once(body: list[ast.stmt]) -> Iterator[str]:
-    """What importing a module imports, directly: not what its functions do later, nor what only a type checker reads."""
+    """What importing a module imports, directly: not what its functions do later, nor what only a
+    type checker reads.
+    """
     for node in body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             yield from imports(node)
             if isinstance(node, ast.ImportFrom) and node.module:
                 yield node.module
-        elif isinstance(node, ast.Try) or (isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test)):
+        elif isinstance(node, ast.Try) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test)
+        ):
             yield from imported_at_once(node.body)
 
 
-AT_ONCE = {name_of(path): set(imported_at_once(ast.parse(path.read_text()).body)) for path in SOURCE.rglob("*.py")}
+AT_ONCE = {
+    name_of(path): set(imported_at_once(ast.parse(path.read_text()).body))
+    for path in SOURCE.rglob("*.py")
+}
 
 
 def way_to_heavy(module: str, modules: dict[str, set[str]], seen: set[str]) -> list[str]:
@@ -120,13 +133,17 @@ def way_to_heavy(module: str, modules: dict[str, set[str]], seen: set[str]) -> l
     for name in sorted(modules[module]):
         if name.split(".")[0] in HEAVY:
             return [module, name]
-        for found in (part for part in (name, name.rpartition(".")[0]) if part in modules and part not in seen):
+        for found in (
+            part for part in (name, name.rpartition(".")[0]) if part in modules and part not in seen
+        ):
             if way := way_to_heavy(found, modules, seen):
                 return [module, *way]
     return []
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in NO_TORCH], ids=lambda p: str(p.relative_to(SOURCE)))
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if room_of(p) in NO_TORCH], ids=lambda p: str(p.relative_to(SOURCE))
+)
 def test_light_rooms_load_nothing_heavy_however_indirectly(path: Path) -> None:
     assert way_to_heavy(name_of(path), AT_ONCE, set()) == []
 
@@ -139,6 +156,8 @@ def test_the_check_sees_through_other_modules() -> None:
 def test_no_room_is_crowded() -> None:
     folders = {path.parent for path in FILES} - {SOURCE, SOURCE / "verbs"}
     crowded = {
-        str(f.relative_to(SOURCE)): n for f in folders if (n := len([p for p in f.glob("*.py") if p.stem != "__init__"])) > MOST
+        str(f.relative_to(SOURCE)): n
+        for f in folders
+        if (n := len([p for p in f.glob("*.py") if p.stem != "__init__"])) > MOST
     }
     assert crowded == {}

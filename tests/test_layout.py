@@ -13,7 +13,9 @@ BELOW = ("config", "disk")  # rooms that cannot import it
 NAMES = {
     value
     for name, value in vars(layout).items()
-    if name.isupper() and isinstance(value, str) and value not in (layout.CHECKPOINTS, layout.PREVIOUS)
+    if name.isupper()
+    and isinstance(value, str)
+    and value not in (layout.CHECKPOINTS, layout.PREVIOUS)
 }
 
 

@@ -1,7 +1,8 @@
-"""A signal while modules are imported: never a traceback, never a verb that goes on, in a process of every verb.
+"""A signal while modules are imported: never a traceback, never a verb that goes on, in a process
+of every verb.
 
-A finder that finds nothing stands first in sys.meta_path and sends the signal at the n-th search, which is deterministic where
-a timer would not be.
+A finder that finds nothing stands first in sys.meta_path and sends the signal at the n-th search,
+which is deterministic where a timer would not be.
 """
 
 from __future__ import annotations
@@ -36,15 +37,35 @@ code = main(sys.argv[1:])
 assert Sender.searches >= {at}, f"only {{Sender.searches}} searches"
 sys.exit(code)
 """
-ARGUMENTS = {"sft": ["data=x"], "distill": ["data=x", "teacher=y"], "sweep": ["data=x", "r=8,16"], "push": ["run=x"]}
+ARGUMENTS = {
+    "sft": ["data=x"],
+    "distill": ["data=x", "teacher=y"],
+    "sweep": ["data=x", "r=8,16"],
+    "push": ["run=x"],
+}
 EXITS = {signal.SIGTERM: 75, signal.SIGHUP: 75, signal.SIGINT: 130}
 
 
-def signalled(verb: str, at: int, number: signal.Signals, cwd: Path) -> subprocess.CompletedProcess[str]:
+def signalled(
+    verb: str, at: int, number: signal.Signals, cwd: Path
+) -> subprocess.CompletedProcess[str]:
     words = [verb, *ARGUMENTS.get(verb, [])]
-    env = {**os.environ, "PYTHONPATH": str(SRC), "LORRY_HOME": str(cwd / "home"), "COLUMNS": "300", "TERM": "dumb"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(SRC),
+        "LORRY_HOME": str(cwd / "home"),
+        "COLUMNS": "300",
+        "TERM": "dumb",
+    }
     code = SIGNALLED.format(at=at, number=int(number))
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=env, cwd=cwd, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=cwd,
+        timeout=60,
+    )
 
 
 def check(done: subprocess.CompletedProcess[str], number: signal.Signals) -> None:

@@ -1,4 +1,6 @@
-"""docs/migrating.md tells the truth: every `lorry` line of it runs, on small models of the three families and local rows."""
+"""docs/migrating.md tells the truth: every `lorry` line of it runs, on small models of the three
+families and local rows.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ from tiny import GPT2, LLAMA, NEOX, random_model
 from verbworld import tokenizer, write_rows
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "migrating.md"
-LINES = [line for line in re.findall(r"`(lorry \w+ [^`]+)`", PAGE.read_text()) if "data.mix=" in line or "tasks=" in line]
+LINES = [
+    line
+    for line in re.findall(r"`(lorry \w+ [^`]+)`", PAGE.read_text())
+    if "data.mix=" in line or "tasks=" in line
+]
 MODELS = {"gpt2": GPT2, "pythia": NEOX, "smol": LLAMA}
 SMALL = ("max_steps=2", "dtype=float32", "threads=1", "save_strategy=no", "max_length=400")
 SETS = ("common_gen", "bool_q", "xsum")
@@ -64,7 +70,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base_directory(path: Path, family: dict[str, Any], size: dict[str, Any]) -> Path:
     """A random base model without a chat template."""
     words = tokenizer(None, "<|endoftext|>")
-    model = random_model({**family, "vocab_size": len(words), "eos_token_id": words.eos_token_id, **size})
+    model = random_model(
+        {**family, "vocab_size": len(words), "eos_token_id": words.eos_token_id, **size}
+    )
     model.save_pretrained(path)
     words.save_pretrained(path)
     return path
@@ -82,7 +90,11 @@ def small(line: str, place: Path, out: Path) -> list[str]:
     for word in words:
         key, _, value = word.partition("=")
         if key in ("model", "teacher"):
-            name = "teacher" if key == "teacher" else next(name for name in MODELS if name in value.lower())
+            name = (
+                "teacher"
+                if key == "teacher"
+                else next(name for name in MODELS if name in value.lower())
+            )
             word = f"{key}={place / name}"
         elif word == "runs/mine":
             word = str(out / "mine")
@@ -93,16 +105,30 @@ def small(line: str, place: Path, out: Path) -> list[str]:
         made.append(word)
     if verb == "eval":
         names = SUITES["flan"] if "tasks=flan" in words else SETS
-        return [*made, *(f"local.{name}={place / name}.jsonl" for name in names), "max_new_tokens=4", "dtype=float32"]
-    return [*made, *(f"data.local.{name}={place / name}.jsonl" for name in SETS), *SMALL, f"output_dir={out / 'run'}"]
+        return [
+            *made,
+            *(f"local.{name}={place / name}.jsonl" for name in names),
+            "max_new_tokens=4",
+            "dtype=float32",
+        ]
+    return [
+        *made,
+        *(f"data.local.{name}={place / name}.jsonl" for name in SETS),
+        *SMALL,
+        f"output_dir={out / 'run'}",
+    ]
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_every_line_runs(line: str, place: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_line_runs(
+    line: str, place: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = small(line, place, tmp_path)
     if argv[0] == "eval":
         first = next(one for one in LINES if one.startswith("lorry sft"))
-        assert cli.main([*small(first, place, tmp_path)[:-1], f"output_dir={tmp_path / 'mine'}"]) == 0
+        assert (
+            cli.main([*small(first, place, tmp_path)[:-1], f"output_dir={tmp_path / 'mine'}"]) == 0
+        )
     assert cli.main(argv) == 0, capsys.readouterr().err
     if argv[0] == "eval":
         return
@@ -117,21 +143,32 @@ def test_every_line_runs(line: str, place: Path, tmp_path: Path, hub: Hub, capsy
     assert bool(hub.files) == ("push_to_hub=true" in argv)
 
 
-# Of the tools whose settings are pairs of "`name: value`" and "`name=value ...`", "nothing" or "refused"
+# Of the tools whose settings are pairs of "`name: value`" and "`name=value ...`", "nothing" or
+# "refused"
 PEERS = ("PEFT", "TRL", "axolotl", "LLaMA-Factory")
 PAIR = re.compile(r"^\| `(\w+: [^`]+)` \| (?:`([^`]+)`|(nothing|refused)) \|", flags=re.M)
-SECTIONS = dict(re.findall(r"^## From ([\w-]+)\b[^\n]*\n(.*?)(?=^## |\Z)", PAGE.read_text(), flags=re.M | re.S))
+SECTIONS = dict(
+    re.findall(r"^## From ([\w-]+)\b[^\n]*\n(.*?)(?=^## |\Z)", PAGE.read_text(), flags=re.M | re.S)
+)
 PAIRS = [(tool, *found.groups()) for tool in PEERS for found in PAIR.finditer(SECTIONS[tool])]
 NEEDED = {"eval_strategy": ["test_size=0.1"]}  # beside a setting, or it would be refused
 
 
 @pytest.mark.parametrize("tool", PEERS)
 def test_every_pair_of_a_table_is_tried(tool: str) -> None:
-    rows = [line for line in SECTIONS[tool].split("| what is different |")[1].split("\n\n")[0].splitlines() if line[:3] == "| `"]
+    rows = [
+        line
+        for line in SECTIONS[tool].split("| what is different |")[1].split("\n\n")[0].splitlines()
+        if line[:3] == "| `"
+    ]
     assert len(rows) == sum(one == tool for one, *_ in PAIRS) >= 12
 
 
-@pytest.mark.parametrize(("tool", "theirs", "ours", "word"), PAIRS, ids=[f"{tool}-{theirs}" for tool, theirs, *_ in PAIRS])
+@pytest.mark.parametrize(
+    ("tool", "theirs", "ours", "word"),
+    PAIRS,
+    ids=[f"{tool}-{theirs}" for tool, theirs, *_ in PAIRS],
+)
 def test_both_sides_of_a_pair_are_the_same_run(
     tool: str, theirs: str, ours: str | None, word: str | None, tmp_path: Path
 ) -> None:
@@ -155,5 +192,11 @@ def test_the_program_for_people_who_use_peft_runs_and_peft_reads_what_it_wrote(
     (program,) = re.findall(r"```python\n(.*?)```", SECTIONS["PEFT"], flags=re.S)
     model = random_model(LLAMA)
     exec(compile(program, "docs/migrating.md", "exec"), {"model": model})
-    found = PeftModel.from_pretrained(random_model(LLAMA), tmp_path / "adapter").peft_config["default"]
-    assert (found.r, found.lora_alpha, set(found.target_modules or ())) == (4, 8, {"q_proj", "v_proj"})
+    found = PeftModel.from_pretrained(random_model(LLAMA), tmp_path / "adapter").peft_config[
+        "default"
+    ]
+    assert (found.r, found.lora_alpha, set(found.target_modules or ())) == (
+        4,
+        8,
+        {"q_proj", "v_proj"},
+    )

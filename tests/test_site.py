@@ -1,4 +1,6 @@
-"""The site of `make docs`: pages staged with links that lead somewhere, in the menu, nothing from elsewhere."""
+"""The site of `make docs`: pages staged with links that lead somewhere, in the menu, nothing from
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def site() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_site_build", ROOT / "docs" / "site" / "build.py")
+    spec = importlib.util.spec_from_file_location(
+        "docs_site_build", ROOT / "docs" / "site" / "build.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -36,7 +40,9 @@ def test_links_of_staged_pages_lead_to_staged_files(staged: Path) -> None:
     lost = [
         f"{page.name}: {link}"
         for page in sorted(staged.glob("*.md"))
-        for link in re.findall(r"\]\(([^)\s:#]+)[^)]*\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+        for link in re.findall(
+            r"\]\(([^)\s:#]+)[^)]*\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        )
         if link != "https" and not (staged / link).exists()
     ]
     assert lost == []
@@ -75,11 +81,15 @@ def test_the_reference_has_every_public_name(site: ModuleType) -> None:
         ('<img src="results/plan.png"><script src="assets/x.js"></script>', False),
     ],
 )  # fmt: skip
-def test_what_a_page_fetches_from_elsewhere_is_found(site: ModuleType, tmp_path: Path, page: str, fetches: bool) -> None:
+def test_what_a_page_fetches_from_elsewhere_is_found(
+    site: ModuleType, tmp_path: Path, page: str, fetches: bool
+) -> None:
     (tmp_path / "page.html").write_text(page)
     assert bool(site.fetched_from_elsewhere(tmp_path)) is fetches
 
 
 def test_a_style_sheet_that_fetches_is_found(site: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "x.css").write_text("@import url('https://fonts.example/f.css'); a { background: url(./x.svg) }")
+    (tmp_path / "x.css").write_text(
+        "@import url('https://fonts.example/f.css'); a { background: url(./x.svg) }"
+    )
     assert site.fetched_from_elsewhere(tmp_path) == ["x.css: https://fonts.example/f.css"]

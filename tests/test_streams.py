@@ -1,4 +1,6 @@
-"""Messages that cannot be written cost nothing; results that cannot be written end the command with the disk's exit code."""
+"""Messages that cannot be written cost nothing; results that cannot be written end the command with
+the disk's exit code.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def test_a_message_that_cannot_be_written_is_dropped(code: int) -> None:
 
 def test_a_result_that_cannot_be_written_is_a_disk_error_and_a_gone_reader_stays_one() -> None:
     with pytest.raises(DiskError, match="standard output: No space left"):
-        print("runs/a", file=ResultStream(Failing(OSError(errno.ENOSPC, "No space left on device"))))
+        print(
+            "runs/a", file=ResultStream(Failing(OSError(errno.ENOSPC, "No space left on device")))
+        )
     with pytest.raises(BrokenPipeError):
         print("runs/a", file=ResultStream(Failing(BrokenPipeError(errno.EPIPE, "Broken pipe"))))
 
@@ -71,7 +75,9 @@ def test_the_streams_come_back_and_act_as_those_behind(capsys: pytest.CaptureFix
 @needs_full
 @pytest.mark.parametrize(("stream", "code"), [("stderr", 0), ("stdout", 74)])
 def test_a_full_disk_behind_a_command(stream: str, code: int, tmp_path: Path) -> None:
-    """`lorry ... 2> log` goes on and ends as if it had been heard; `lorry ... > results` says that they are not there."""
+    """`lorry ... 2> log` goes on and ends as if it had been heard; `lorry ... > results` says that
+    they are not there.
+    """
     body = (
         "def work(settings, notes):\n"
         "    for n in range(3): print('told', n, file=sys.stderr, flush=True)\n"
@@ -82,8 +88,14 @@ def test_a_full_disk_behind_a_command(stream: str, code: int, tmp_path: Path) ->
     )
     other = tmp_path / "other"
     with FULL.open("w") as full, other.open("w") as kept:
-        where = {"stderr": full, "stdout": kept} if stream == "stderr" else {"stderr": kept, "stdout": full}
-        done = subprocess.run([sys.executable, "-c", VERB.format(body=body)], env=ENVIRONMENT, check=False, **where)
+        where = (
+            {"stderr": full, "stdout": kept}
+            if stream == "stderr"
+            else {"stderr": kept, "stdout": full}
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", VERB.format(body=body)], env=ENVIRONMENT, check=False, **where
+        )
     assert done.returncode == code
     assert (tmp_path / "done").exists()
     text = other.read_text()
@@ -118,12 +130,21 @@ verb.main = work
         (signal.SIGHUP, 75, "error: SIGHUP arrived; what was written is whole\n"),
     ],
 )
-def test_signals_of_schedulers_outside_the_training_steps(number: signal.Signals, code: int, said: str, tmp_path: Path) -> None:
-    """SIGUSR1, which would kill a process that has no handler, changes nothing; the others end it with a word."""
+def test_signals_of_schedulers_outside_the_training_steps(
+    number: signal.Signals, code: int, said: str, tmp_path: Path
+) -> None:
+    """SIGUSR1, which would kill a process that has no handler, changes nothing; the others end it
+    with a word.
+    """
     flag = tmp_path / "go on"
     command = [sys.executable, "-c", VERB.format(body=WAITING.format(flag=str(flag)))]
     child = subprocess.Popen(
-        command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_default_handlers
+        command,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=_default_handlers,
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
@@ -155,5 +176,7 @@ def test_a_stream_that_is_closed_goes_nowhere(closed: str, monkeypatch: pytest.M
 def test_help_that_cannot_be_written_is_one_line() -> None:
     with FULL.open("w") as full:
         command = [sys.executable, "-m", "lorry.cli", "--help"]
-        done = subprocess.run(command, env=ENVIRONMENT, check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command, env=ENVIRONMENT, check=False, stdout=full, stderr=subprocess.PIPE, text=True
+        )
     assert (done.returncode, done.stderr.count("\n")) == (74, 1)

@@ -2,12 +2,13 @@
 
     python docs/site/build.py
 
-Pages are staged in build/docs with links that fit a flat site: the README is its first page, and what
-stands in the root of the repository (CONTRIBUTING.md ...) is a page like any other. The reference has
-the public names of `lorry.__all__`, each read from where `lorry` looks it up, so that a module that
-moves needs nothing here. Zensical builds with --strict: a link or an anchor that leads nowhere, and a
-name that is not there, end the build. Then every page is searched for what a browser would fetch from
-elsewhere, since the site has to work without a network. Exit code 1 with the findings.
+Pages are staged in build/docs with links that fit a flat site: the README is its first page, and
+what stands in the root of the repository (CONTRIBUTING.md ...) is a page like any other. The
+reference has the public names of `lorry.__all__`, each read from where `lorry` looks it up, so that
+a module that moves needs nothing here. Zensical builds with --strict: a link or an anchor that
+leads nowhere, and a name that is not there, end the build. Then every page is searched for what a
+browser would fetch from elsewhere, since the site has to work without a network. Exit code 1 with
+the findings.
 """
 
 from __future__ import annotations
@@ -48,11 +49,15 @@ def stage(folder: Path) -> None:
 
 
 def flat(text: str) -> str:
-    """A page with `docs/x.md` and `../X.md` as `x.md` and `X.md`, and files without a suffix as pages."""
+    """A page with `docs/x.md` and `../X.md` as `x.md` and `X.md`, and files without a suffix as
+    pages.
+    """
 
     def moved(link: re.Match[str]) -> str:
         target = link[2].removeprefix("../").removeprefix("docs/")
-        return f"{link[1]}{f'{target}.md' if target in TOP and '.' not in target else target}{link[3]}"
+        return (
+            f"{link[1]}{f'{target}.md' if target in TOP and '.' not in target else target}{link[3]}"
+        )
 
     return LINK.sub(moved, text)
 
@@ -73,8 +78,10 @@ def reference() -> str:
 
 
 class Fetches(HTMLParser):
-    """Collects what a browser would fetch from another host while it shows a page, scripts' own requests
-    aside: the theme's make some for features that no page here uses (diagrams, a repository's stars)."""
+    """Collects what a browser would fetch from another host while it shows a page, scripts' own
+    requests aside: the theme's make some for features that no page here uses (diagrams, a
+    repository's stars).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +91,9 @@ class Fetches(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = {name: value or "" for name, value in attrs}
         followed = tag == "link" and not set(given.get("rel", "").split()) & NO_FETCH
-        addresses = [given[name] for name in (*FETCHED, *(["href"] if followed else [])) if name in given]
+        addresses = [
+            given[name] for name in (*FETCHED, *(["href"] if followed else [])) if name in given
+        ]
         found = [address for value in addresses for address in ELSEWHERE.findall(value)]
         found += IN_STYLES.findall(given.get("style", ""))
         self.found += [f"<{tag}> {address}" for address in found]
@@ -106,7 +115,10 @@ def fetched_from_elsewhere(site: Path) -> list[str]:
         parser.feed(page.read_text())
         found += [f"{page.relative_to(site)}: {one}" for one in parser.found]
     for sheet in sorted(site.rglob("*.css")):
-        found += [f"{sheet.relative_to(site)}: {address}" for address in IN_STYLES.findall(sheet.read_text())]
+        found += [
+            f"{sheet.relative_to(site)}: {address}"
+            for address in IN_STYLES.findall(sheet.read_text())
+        ]
     return found
 
 

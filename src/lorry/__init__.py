@@ -1,4 +1,5 @@
-"""Lorry: LoRA post-training for language models. One low-rank equation, one engine, one adapter format.
+"""Lorry: LoRA post-training for language models. One low-rank equation, one engine, one adapter
+format.
 
     import lorry
     run = lorry.sft(model="smollm2-135m-instruct", data="people.jsonl", r=16, learning_rate=1e-3)
@@ -10,7 +11,8 @@ The layer alone, on any torch model:
     lorry.attach(model, lorry.LoraSpec(r=8, target_modules="all-linear"))
     optimizer = torch.optim.AdamW(lorry.lora_parameters(model), lr=1e-4)
 
-Names are looked up on first use, so `import lorry` costs nothing and `lorry --help` imports no torch.
+Names are looked up on first use, so `import lorry` costs nothing and `lorry --help` imports no
+torch.
 """
 
 from __future__ import annotations
@@ -28,17 +30,38 @@ if TYPE_CHECKING:
     from lorry.errors import LorryError
 
 _HOMES = {
-    "sft": "lorry.api", "distill": "lorry.api", "load": "lorry.api", "generate": "lorry.api",
-    "attach": "lorry.adapters.attach", "detach": "lorry.adapters.attach", "lora_parameters": "lorry.adapters.attach",
-    "merge": "lorry.adapters.merge", "unmerge": "lorry.adapters.merge",
-    "load_adapter": "lorry.adapters.peft.files", "save_adapter": "lorry.adapters.peft.files",
-    "LoraSpec": "lorry.adapters.spec", "Mix": "lorry.adapters.mix", "LorryError": "lorry.errors",
-}  # fmt: skip
+    "sft": "lorry.api",
+    "distill": "lorry.api",
+    "load": "lorry.api",
+    "generate": "lorry.api",
+    "attach": "lorry.adapters.attach",
+    "detach": "lorry.adapters.attach",
+    "lora_parameters": "lorry.adapters.attach",
+    "merge": "lorry.adapters.merge",
+    "unmerge": "lorry.adapters.merge",
+    "load_adapter": "lorry.adapters.peft.files",
+    "save_adapter": "lorry.adapters.peft.files",
+    "LoraSpec": "lorry.adapters.spec",
+    "Mix": "lorry.adapters.mix",
+    "LorryError": "lorry.errors",
+}
 
 __all__ = [
-    "LoraSpec", "LorryError", "Mix", "attach", "detach", "distill", "generate", "load", "load_adapter",
-    "lora_parameters", "merge", "save_adapter", "sft", "unmerge",
-]  # fmt: skip
+    "LoraSpec",
+    "LorryError",
+    "Mix",
+    "attach",
+    "detach",
+    "distill",
+    "generate",
+    "load",
+    "load_adapter",
+    "lora_parameters",
+    "merge",
+    "save_adapter",
+    "sft",
+    "unmerge",
+]
 
 
 def __getattr__(name: str) -> Any:

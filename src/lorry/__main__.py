@@ -1,7 +1,9 @@
-"""The console script, and ``python -m lorry``: the command line, with Ctrl-C quiet from its first import on.
+"""The console script, and ``python -m lorry``: the command line, with Ctrl-C quiet from its first
+import on.
 
-Python's own handler would print a traceback where `lorry.cli` and typer are being imported, and again while the process ends;
-until and after `lorry.cli.main` has its handlers (lorry.train.monitoring.signals) the signal ends the process as it does any program.
+Python's own handler would print a traceback where `lorry.cli` and typer are being imported, and
+again while the process ends; until and after `lorry.cli.main` has its handlers
+(lorry.train.monitoring.signals) the signal ends the process as it does any program.
 """
 
 from __future__ import annotations

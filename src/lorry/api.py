@@ -1,4 +1,6 @@
-"""What people call from Python: `sft`, `distill`, `load`, `generate`. The command line calls the same functions."""
+"""What people call from Python: `sft`, `distill`, `load`, `generate`. The command line calls the
+same functions.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ PathLike = str | os.PathLike[str]
 
 
 def sft(**settings: Any) -> TrainResult:
-    """Fine-tune: `sft(model="smollm2-135m-instruct", data="people.jsonl", r=16, learning_rate=1e-3)`.
+    """Fine-tune: `sft(model="smollm2-135m-instruct", data="people.jsonl", r=16,
+    learning_rate=1e-3)`.
 
-    Keywords are those of `lorry sft --help`, with or without their group (`train={"seed": 1}` or `seed=1`). Returns the finished
-    run: `.path`, `.contracts`, `.outcome`. Raises ConfigError, DataError, ModelError, ContractError (all LorryError).
+    Keywords are those of `lorry sft --help`, with or without their group (`train={"seed": 1}` or
+    `seed=1`). Returns the finished run: `.path`, `.contracts`, `.outcome`. Raises ConfigError,
+    DataError, ModelError, ContractError (all LorryError).
     """
     notes: list[str] = []
     return train_and_push(build_settings(RunConfig, settings, notes), notes)
@@ -38,7 +42,9 @@ def distill(**settings: Any) -> TrainResult:
 
 
 def train_and_push(run: RunConfig, notes: list[str]) -> TrainResult:
-    """Run a description, told on the terminal; uploaded to the hub afterwards where it asks for that (`train.push_to_hub`)."""
+    """Run a description, told on the terminal; uploaded to the hub afterwards where it asks for
+    that (`train.push_to_hub`).
+    """
     from lorry.hub.push import check_push, push_after
     from lorry.train.monitoring.events import terminal_listener
     from lorry.train.session import train_run
@@ -51,15 +57,21 @@ def train_and_push(run: RunConfig, notes: list[str]) -> TrainResult:
 
 
 def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) of a run, an adapter, a model directory, a hub id, a GGUF file or the embedded name.
+    """(model, tokenizer) of a run, an adapter, a model directory, a hub id, a GGUF file or the
+    embedded name.
 
-    ``adapter``: one more adapter directory; ``model``: dtype, device, revision, native. With an adapter,
-    `model(input_ids).logits` uses it; adapters are named after their directories. The tokenizer is None where the model brings
-    none. What a person should know is logged as warnings of the logger "lorry". Raises ModelError, ConfigError.
+    ``adapter``: one more adapter directory; ``model``: dtype, device, revision, native. With an
+    adapter, `model(input_ids).logits` uses it; adapters are named after their directories. The
+    tokenizer is None where the model brings none. What a person should know is logged as warnings
+    of the logger "lorry". Raises ModelError, ConfigError.
     """
     from lorry.models.loading.open import open_model
 
-    settings = {"name": os.fspath(path), "adapter": None if adapter is None else os.fspath(adapter), **model}
+    settings = {
+        "name": os.fspath(path),
+        "adapter": None if adapter is None else os.fspath(adapter),
+        **model,
+    }
     notes: list[str] = []
     opened = open_model(build_settings(ModelConfig, settings, notes), notes)
     for note in notes:
@@ -70,19 +82,28 @@ def load(path: PathLike, adapter: PathLike | None = None, **model: Any) -> tuple
 @overload
 def generate(model: nn.Module, tokenizer: Any, prompt: str, **options: Any) -> str: ...
 @overload
-def generate(model: nn.Module, tokenizer: Any, prompt: Sequence[str], **options: Any) -> list[str]: ...
-def generate(model: nn.Module, tokenizer: Any, prompt: str | Sequence[str], **options: Any) -> str | list[str]:
-    """Answer a prompt, or several in one batch. With a chat template a prompt is the user's message; ``chat=False`` continues it
-    as plain text.
+def generate(
+    model: nn.Module, tokenizer: Any, prompt: Sequence[str], **options: Any
+) -> list[str]: ...
+def generate(
+    model: nn.Module, tokenizer: Any, prompt: str | Sequence[str], **options: Any
+) -> str | list[str]:
+    """Answer a prompt, or several in one batch. With a chat template a prompt is the user's
+    message; ``chat=False`` continues it as plain text.
 
-    Options: max_new_tokens=128, temperature=0 (greedy), top_k, top_p, repetition_penalty, seed, system, batch_rows, and adapters:
-    a name, a list with a name or None (the base) per prompt, or a Mix (`Mix.none()` is the base); left out, what a plain
-    `model(x)` uses. Returns the new text only. Raises ConfigError, and ModelError for a prompt the context cannot hold.
+    Options: max_new_tokens=128, temperature=0 (greedy), top_k, top_p, repetition_penalty, seed,
+    system, batch_rows, and adapters: a name, a list with a name or None (the base) per prompt, or a
+    Mix (`Mix.none()` is the base); left out, what a plain `model(x)` uses. Returns the new text
+    only. Raises ConfigError, and ModelError for a prompt the context cannot hold.
     """
     from lorry.generation.text import generate_texts
 
     if tokenizer is None:
-        raise ConfigError("generate needs a tokenizer and this model brought none; put tokenizer.json beside its weights")
+        raise ConfigError(
+            "generate needs a tokenizer and this model brought none; put tokenizer.json beside its weights"
+        )
     single = isinstance(prompt, str)
-    texts = generate_texts(model, tokenizer, [prompt] if isinstance(prompt, str) else list(prompt), **options)
+    texts = generate_texts(
+        model, tokenizer, [prompt] if isinstance(prompt, str) else list(prompt), **options
+    )
     return texts[0] if single else texts

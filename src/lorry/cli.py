@@ -1,6 +1,8 @@
-"""The command line: ``lorry VERB [CONFIG.yaml] [key=value ...]`` becomes checked settings and one call of the verb's ``main``.
+"""The command line: ``lorry VERB [CONFIG.yaml] [key=value ...]`` becomes checked settings and one
+call of the verb's ``main``.
 
-Nothing here, nor anything it imports before the verb runs, imports torch: ``lorry --help`` answers at once.
+Nothing here, nor anything it imports before the verb runs, imports torch: ``lorry --help`` answers
+at once.
 """
 
 from __future__ import annotations
@@ -29,14 +31,18 @@ BROKEN_PIPE, INTERRUPTED = 141, 130  # as the shell reports a program that SIGPI
 
 
 class VerbModule(Protocol):
-    """A module of lorry.verbs: takes checked settings and the notes about how they were read, returns the exit code."""
+    """A module of lorry.verbs: takes checked settings and the notes about how they were read,
+    returns the exit code.
+    """
 
     def main(self, settings: object, notes: list[str]) -> int: ...
 
 
 @dataclass(frozen=True)
 class CliVerb:
-    """One command: its words (``lorry NAME WORDS``), its line in the help, and the schema of its settings."""
+    """One command: its words (``lorry NAME WORDS``), its line in the help, and the schema of its
+    settings.
+    """
 
     name: str
     schema: str
@@ -46,21 +52,83 @@ class CliVerb:
 
 
 VERBS = (
-    CliVerb("demo", "DemoSettings", "", "teach a small real model new facts; before and after", "Start here"),
+    CliVerb(
+        "demo",
+        "DemoSettings",
+        "",
+        "teach a small real model new facts; before and after",
+        "Start here",
+    ),
     CliVerb("sft", "RunConfig", "data=FILE", "fine-tune an adapter on examples", "Train"),
-    CliVerb("distill", "DistillRunConfig", "teacher=MODEL data=FILE", "learn to speak as a teacher does", "Train"),
-    CliVerb("plan", "PlanSettings", "[MODEL]", "memory and time before anything is loaded; the rank that fits a budget", "Train"),
-    CliVerb("sweep", "SweepSettings", "data=FILE r=8,16 ...", "train a grid of settings in one pass and rank it", "Train"),
+    CliVerb(
+        "distill",
+        "DistillRunConfig",
+        "teacher=MODEL data=FILE",
+        "learn to speak as a teacher does",
+        "Train",
+    ),
+    CliVerb(
+        "plan",
+        "PlanSettings",
+        "[MODEL]",
+        "memory and time before anything is loaded; the rank that fits a budget",
+        "Train",
+    ),
+    CliVerb(
+        "sweep",
+        "SweepSettings",
+        "data=FILE r=8,16 ...",
+        "train a grid of settings in one pass and rank it",
+        "Train",
+    ),
     CliVerb("chat", "ChatSettings", "RUN", "talk to a model with any of its adapters", "Use"),
-    CliVerb("eval", "EvalSettings", "RUN data=FILE | tasks=[...]", "measure a model on a file, or on named sets", "Use"),
+    CliVerb(
+        "eval",
+        "EvalSettings",
+        "RUN data=FILE | tasks=[...]",
+        "measure a model on a file, or on named sets",
+        "Use",
+    ),
     CliVerb("merge", "MergeSettings", "RUN", "fold an adapter into its base's weights", "Ship"),
-    CliVerb("unmerge", "UnmergeSettings", "RUN", "give back the base of a merged model, bit for bit", "Ship"),
-    CliVerb("export", "ExportSettings", "RUN to=FORMAT", "write a run in another library's format: hf, peft", "Ship"),
+    CliVerb(
+        "unmerge",
+        "UnmergeSettings",
+        "RUN",
+        "give back the base of a merged model, bit for bit",
+        "Ship",
+    ),
+    CliVerb(
+        "export",
+        "ExportSettings",
+        "RUN to=FORMAT",
+        "write a run in another library's format: hf, peft",
+        "Ship",
+    ),
     CliVerb("push", "PushSettings", "RUN", "upload a run, with its model card, to the hub", "Ship"),
-    CliVerb("runs", "RunsSettings", "[FOLDER]", "the runs in a folder and where each stands", "Look"),
-    CliVerb("report", "ReportSettings", "RUN [RUN ...]", "one offline HTML page for a run, or several side by side", "Look"),
-    CliVerb("compare", "CompareSettings", "RUN [RUN ...] | data=FILE", "adapters against full fine-tuning, measured", "Look"),
-    CliVerb("doctor", "DoctorSettings", "[RUN]", "what this machine has; given a run, which contracts held", "Look"),
+    CliVerb(
+        "runs", "RunsSettings", "[FOLDER]", "the runs in a folder and where each stands", "Look"
+    ),
+    CliVerb(
+        "report",
+        "ReportSettings",
+        "RUN [RUN ...]",
+        "one offline HTML page for a run, or several side by side",
+        "Look",
+    ),
+    CliVerb(
+        "compare",
+        "CompareSettings",
+        "RUN [RUN ...] | data=FILE",
+        "adapters against full fine-tuning, measured",
+        "Look",
+    ),
+    CliVerb(
+        "doctor",
+        "DoctorSettings",
+        "[RUN]",
+        "what this machine has; given a run, which contracts held",
+        "Look",
+    ),
 )
 
 app = typer.Typer(
@@ -85,7 +153,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -94,7 +165,13 @@ def _root(
 def _add_command(verb: CliVerb) -> None:
     free = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-    @app.command(verb.name, help=verb.line, rich_help_panel=verb.panel, context_settings=free, add_help_option=False)
+    @app.command(
+        verb.name,
+        help=verb.line,
+        rich_help_panel=verb.panel,
+        context_settings=free,
+        add_help_option=False,
+    )
     def command(ctx: typer.Context) -> None:
         raise typer.Exit(_run_verb(verb, ctx.args))
 
@@ -104,11 +181,15 @@ for _verb in VERBS:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit code: 0, an error's own (lorry.errors), 130 on Ctrl-C, 2 on a wrong command."""
+    """The console script. Returns the exit code: 0, an error's own (lorry.errors), 130 on Ctrl-C, 2
+    on a wrong command.
+    """
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     args[0] = make_visible(args[0])  # typer prints a verb that it does not know
-    # Before torch is imported: OpenMP's threads wait for each other by spinning, which on a busy machine starves the very thread
-    # they wait for (the demo fell from 600 to 40 tokens/s beside other work); after a short spin they sleep instead.
+    # Before torch is imported: OpenMP's threads wait for each other by spinning, which on a busy
+    # machine starves the very thread
+    # they wait for (the demo fell from 600 to 40 tokens/s beside other work); after a short spin
+    # they sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     code = 0
     with guard_streams():
@@ -120,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             _print_error("interrupted")
             code = INTERRUPTED
-        except LorryError as error:  # a signal before the verb was called, or behind it; help that cannot be written
+        # a signal before the verb was called, or behind it; help that cannot be written
+        except LorryError as error:
             if isinstance(error, OSError):
                 abandon_stream(sys.stdout)
             _print_error(str(error))
@@ -129,7 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_verb(verb: CliVerb, args: list[str]) -> int:
-    """Parse, print the notes, call the verb; errors meant for people become one message, with its page, and an exit code."""
+    """Parse, print the notes, call the verb; errors meant for people become one message, with its
+    page, and an exit code.
+    """
     try:
         with explain_out_of_memory(OUT_OF_MEMORY_ADVICE):
             return _parse_and_call(verb, args)
@@ -153,7 +237,11 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
     if "--help" in args or "-h" in args:
         from lorry.config.guide import format_help
 
-        print(format_help(schema, f"lorry {verb.name} [CONFIG.yaml] {verb.words} [key=value ...]", verb.line))
+        print(
+            format_help(
+                schema, f"lorry {verb.name} [CONFIG.yaml] {verb.words} [key=value ...]", verb.line
+            )
+        )
         return 0
     dump_only = "--dump-config" in args
     notes: list[str] = []
@@ -183,7 +271,9 @@ def _print_error(message: str) -> None:
 
 
 def _flush_output(code: int) -> int:
-    """Write what is left now, where a reader that has gone is no error, rather than at exit, where Python would complain."""
+    """Write what is left now, where a reader that has gone is no error, rather than at exit, where
+    Python would complain.
+    """
     try:
         sys.stdout.flush()
     except BrokenPipeError:

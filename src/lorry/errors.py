@@ -1,8 +1,9 @@
 """The errors Lorry raises for people: what was wrong, where, and what to do.
 
-Every one is a ``LorryError``; the command line prints it without a traceback, names the page that explains errors of
-its kind, where there is one (``docs``, of the repository's docs/), and exits with its ``exit_code``.
-Mistakes of ours (a broken invariant) stay ``AssertionError`` and do show a traceback.
+Every one is a ``LorryError``; the command line prints it without a traceback, names the page that
+explains errors of its kind, where there is one (``docs``, of the repository's docs/), and exits
+with its ``exit_code``. Mistakes of ours (a broken invariant) stay ``AssertionError`` and do show a
+traceback.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ class LorryError(Exception):
     """Base of all errors meant for the user."""
 
     exit_code = 1
-    docs = ""  # the page of docs/ that explains errors of this kind, with its section; tests/test_errors.py finds it there
+    # the page of docs/ that explains errors of this kind, with its section; tests/test_errors.py
+    # finds it there
+    docs = ""
 
 
 class ConfigError(LorryError, ValueError):
-    """The run description is wrong: an unknown key, a bad value, two settings that exclude each other."""
+    """The run description is wrong: an unknown key, a bad value, two settings that exclude each
+    other.
+    """
 
     exit_code = 2
 
@@ -41,7 +46,9 @@ class ModelError(LorryError, ValueError):
 
 
 class ContractError(LorryError, RuntimeError):
-    """A run broke one of its contracts (DESIGN section 7): it would have been silently wrong, so it stopped."""
+    """A run broke one of its contracts (DESIGN section 7): it would have been silently wrong, so it
+    stopped.
+    """
 
     exit_code = 5
     docs = "architecture.md#the-contracts"
@@ -66,14 +73,19 @@ class OutOfMemoryError(LorryError, MemoryError):
     docs = "plan.md"
 
 
-# What allocators say: torch on a CPU and on CUDA, a tensor whose size has no number, a mapped file, C++
+# What allocators say: torch on a CPU and on CUDA, a tensor whose size has no number, a mapped file,
+# C++
 _TRIED_BYTES = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 _TRIED = re.compile(r"out of memory.{0,80}?[Tt]ried to allocate ([\d.]+ [KMGT]i?B)", re.DOTALL)
-_TOO_LARGE = re.compile(r"Storage size calculation overflowed|out of memory|[Cc]annot allocate memory|bad_alloc|array is too big")
+_TOO_LARGE = re.compile(
+    r"Storage size calculation overflowed|out of memory|[Cc]annot allocate memory|bad_alloc|array is too big"
+)
 
 
 def allocation_failure(error: BaseException) -> str | None:
-    """What could not be allocated, in words; None for an error of another kind. torch's are RuntimeErrors with a text."""
+    """What could not be allocated, in words; None for an error of another kind. torch's are
+    RuntimeErrors with a text.
+    """
     text = str(error)
     if found := _TRIED_BYTES.search(text):
         return f"{int(found[1]) / 2**30:.2f} GiB in one piece"
@@ -90,7 +102,9 @@ def allocation_failure(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn what allocators raise while the block runs into an OutOfMemoryError that ends in ``advice``."""
+    """Turn what allocators raise while the block runs into an OutOfMemoryError that ends in
+    ``advice``.
+    """
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
@@ -100,14 +114,16 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
 
 
 def suggest_nearest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for behind an unknown name, or an empty string when nothing is close. In brackets, so that
-    whatever punctuation the sentence goes on with stands alone."""
+    """`` (did you mean 'x'?)`` for behind an unknown name, or an empty string when nothing is
+    close. In brackets, so that whatever punctuation the sentence goes on with stands alone."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def shortlist_names(names: Iterable[str], most: int = 12, longest: int = 80) -> str:
-    """Names for a message: the first dozen, and how many more there are; a very long name loses its end."""
+    """Names for a message: the first dozen, and how many more there are; a very long name loses its
+    end.
+    """
     listed = list(names)
     shown = [name if len(name) <= longest else f"{name[:longest]}..." for name in listed[:most]]
     return ", ".join(shown) + (f" and {len(listed) - most} more" if len(listed) > most else "")

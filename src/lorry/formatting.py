@@ -1,4 +1,6 @@
-"""Numbers as people can read them: `format_number`, `format_bytes`, `format_duration`, `format_rough_duration`."""
+"""Numbers as people can read them: `format_number`, `format_bytes`, `format_duration`,
+`format_rough_duration`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def format_number(value: object) -> str:
-    """Four significant digits, thousands apart, no exponent between 1e-3 and 1e6; anything that is no number as itself."""
+    """Four significant digits, thousands apart, no exponent between 1e-3 and 1e6; anything that is
+    no number as itself.
+    """
     if value is None:
         return MISSING_VALUE
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -31,7 +35,9 @@ def format_scientific(value: float, digits: int) -> str:
 
 def byte_scale(largest: float) -> tuple[float, str]:
     """(divisor, unit) that brings a number of bytes below 1024."""
-    power = min(int(math.log(largest, 1024)), len(_BYTE_UNITS) - 1) if 1 <= largest < math.inf else 0
+    power = (
+        min(int(math.log(largest, 1024)), len(_BYTE_UNITS) - 1) if 1 <= largest < math.inf else 0
+    )
     return 1024.0**power, _BYTE_UNITS[power]
 
 
@@ -58,5 +64,9 @@ def format_rough_duration(seconds: float | None) -> str:
     """A time in its largest unit, for ages and forecasts: ``32 s``, ``5 min``, ``3 h``, ``2 d``."""
     if seconds is None or not math.isfinite(seconds):
         return MISSING_VALUE
-    scale, unit = next((s, u) for s, u in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")) if seconds >= s or s == 1)
+    scale, unit = next(
+        (s, u)
+        for s, u in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+        if seconds >= s or s == 1
+    )
     return f"{seconds / scale:.0f} {unit}"

@@ -1,11 +1,13 @@
-"""Standard output and error of a command, so that a terminal or a log that cannot be written costs no work.
+"""Standard output and error of a command, so that a terminal or a log that cannot be written costs
+no work.
 
     with streams():
         ...  # sys.stdout and sys.stderr are these
 
-What goes to standard error tells of the work: where it cannot be written (a full disk behind ``2> log``, a reader that has gone)
-it is lost, and the work goes on. What goes to standard output is the result: where it cannot be written the command ends with
-DiskError, and with BrokenPipeError where its reader has gone, as under ``| head``.
+What goes to standard error tells of the work: where it cannot be written (a full disk behind ``2>
+log``, a reader that has gone) it is lost, and the work goes on. What goes to standard output is the
+result: where it cannot be written the command ends with DiskError, and with BrokenPipeError where
+its reader has gone, as under ``| head``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ BACKGROUND_VARIABLE = "LORRY_BACKGROUND"  # set in the environment of a run that
 
 
 class _WrappedStream:
-    """A text stream with writing and flushing of its own; everything else is the stream's behind it."""
+    """A text stream with writing and flushing of its own; everything else is the stream's behind
+    it.
+    """
 
     def __init__(self, behind: TextIO) -> None:
         self._behind = behind
@@ -70,11 +74,15 @@ def _blame_standard_output() -> Iterator[None]:
         raise DiskError(error.errno, error.strerror, "standard output") from error
 
 
-_last_action: list[Callable[[], None]] | None = None  # what waits for the last line; None: nothing is to wait
+_last_action: list[Callable[[], None]] | None = (
+    None  # what waits for the last line; None: nothing is to wait
+)
 
 
 def after_last_line(action: Callable[[], None]) -> None:
-    """Do something once all is said: of a run in the background whoever reads how it stands must find its log complete."""
+    """Do something once all is said: of a run in the background whoever reads how it stands must
+    find its log complete.
+    """
     if _last_action is None:
         action()
     else:
@@ -88,12 +96,15 @@ def is_left_alone() -> bool:
 
 @contextlib.contextmanager
 def guard_streams() -> Iterator[None]:
-    """Put both in the place of ``sys.stdout`` and ``sys.stderr`` while the block runs. In a process that verbs/background.py
-    started, what is given to `after_last_line` is done at the block's end."""
+    """Put both in the place of ``sys.stdout`` and ``sys.stderr`` while the block runs. In a process
+    that verbs/background.py started, what is given to `after_last_line` is done at the block's end."""
     global _last_action
     before = sys.stdout, sys.stderr
     # a stream that was closed (`>&-`) is None: what goes there goes nowhere
-    behind = [stream if stream is not None else open(os.devnull, "w", encoding="utf-8") for stream in before]  # noqa: SIM115
+    behind = [
+        stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        for stream in before
+    ]
     sys.stdout, sys.stderr = ResultStream(behind[0]), MessageStream(behind[1])
     _last_action = (
         [] if os.environ.pop(BACKGROUND_VARIABLE, "") else None

@@ -1,4 +1,6 @@
-"""Tiny random models of every family, as transformers builds them, and a few helpers all bank tests share."""
+"""Tiny random models of every family, as transformers builds them, and a few helpers all bank tests
+share.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", LLAMA),
     "qwen2": ("qwen2", {k: v for k, v in LLAMA.items() if k != "head_dim"}),
     "qwen3": ("qwen3", LLAMA),
-    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB}),
+    "gpt2": (
+        "gpt2",
+        {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB},
+    ),
     "gpt_neox": (
         "gpt_neox",
         {
@@ -67,14 +72,19 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., nn.Module]:
-    """``tiny(name, seed=0)``: a fresh fp32 transformers model, in eval mode; the same name and seed give the same weights."""
+    """``tiny(name, seed=0)``: a fresh fp32 transformers model, in eval mode; the same name and seed
+    give the same weights.
+    """
 
     def build(name: str, seed: int = 0, **changes: Any) -> nn.Module:
         kind, settings = FAMILIES[name]
         torch.manual_seed(seed)
-        config = CONFIG_MAPPING[kind](**{**settings, "bos_token_id": 1, "eos_token_id": 2, **changes})
+        config = CONFIG_MAPPING[kind](
+            **{**settings, "bos_token_id": 1, "eos_token_id": 2, **changes}
+        )
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-        with torch.no_grad():  # transformers starts at std 0.02, where every logit is near 0 and comparisons prove little
+        # transformers starts at std 0.02, where every logit is near 0 and comparisons prove little
+        with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(6)
@@ -102,7 +112,9 @@ def logits() -> Callable[[nn.Module, Tensor], Tensor]:
 
 @pytest.fixture(scope="session")
 def shake() -> Callable[..., None]:
-    """``shake(parameters, seed)``: random values in place of the zeros that make a new adapter do nothing."""
+    """``shake(parameters, seed)``: random values in place of the zeros that make a new adapter do
+    nothing.
+    """
 
     def fill(parameters: Any, seed: int = 3) -> None:
         draw = torch.Generator().manual_seed(seed)

@@ -1,4 +1,6 @@
-"""Adapters as flat buffers, attaching and detaching, and every way to ask for layers that do not exist."""
+"""Adapters as flat buffers, attaching and detaching, and every way to ask for layers that do not
+exist.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,14 @@ def loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def test_the_buffer_is_every_a_then_every_b(tiny: Any) -> None:
-    adapter = attach(tiny("llama"), LoraSpec(r=3, target_modules=("down_proj", "q_proj"), rank_pattern={"q_proj": 5}))
+    adapter = attach(
+        tiny("llama"),
+        LoraSpec(r=3, target_modules=("down_proj", "q_proj"), rank_pattern={"q_proj": 5}),
+    )
     slots = list(adapter.slots.values())
-    assert [s.module for s in slots[:2]] == [Q0, "model.layers.0.mlp.down_proj"], "model order, not the order of the list"
+    assert [s.module for s in slots[:2]] == [Q0, "model.layers.0.mlp.down_proj"], (
+        "model order, not the order of the list"
+    )
     halves = [torch.cat([getattr(s, side).detach().flatten() for s in slots]) for side in "AB"]
     assert torch.equal(adapter.values, torch.cat(halves))
     assert adapter.split == halves[0].numel()
@@ -60,7 +67,9 @@ def test_writing_the_buffer_reaches_the_layers(tiny: Any, ids: Tensor, logits: A
 
 
 def raw_sgd(params: list[nn.Parameter]) -> None:
-    """How many optimizers outside torch are written: through `.data`, which no version counter sees."""
+    """How many optimizers outside torch are written: through `.data`, which no version counter
+    sees.
+    """
     for p in params:
         p.data.add_(p.grad, alpha=-0.5)
 
@@ -78,7 +87,9 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Callable[[], Any]]] = {
 def test_an_optimizer_of_your_own_trains_the_model(
     optimizer: str, dtype: torch.dtype, tiny: Any, ids: Tensor, logits: Any
 ) -> None:
-    """The trap: with a bf16 base the layers compute with copies, and a stale copy would train nothing and look fine."""
+    """The trap: with a bf16 base the layers compute with copies, and a stale copy would train
+    nothing and look fine.
+    """
     model = tiny("llama").to(dtype)
     attach(model, LoraSpec(r=4, target_modules="all-linear"))
     step = OPTIMIZERS[optimizer](lora_parameters(model))
@@ -96,13 +107,17 @@ def test_an_optimizer_of_your_own_trains_the_model(
     assert losses[-1] < losses[0]
 
 
-def test_attach_and_detach_leave_the_base_alone(family: str, tiny: Any, ids: Tensor, logits: Any, shake: Any) -> None:
+def test_attach_and_detach_leave_the_base_alone(
+    family: str, tiny: Any, ids: Tensor, logits: Any, shake: Any
+) -> None:
     model = tiny(family)
     keys = list(model.state_dict())
     parameters = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
     modules = {n: id(m) for n, m in model.named_modules()}
     before = logits(model, ids)
-    targets = {"gpt2": ("c_attn", "wte"), "gpt_neox": ("dense", "embed_in")}.get(family, ("v_proj", "embed_tokens"))
+    targets = {"gpt2": ("c_attn", "wte"), "gpt_neox": ("dense", "embed_in")}.get(
+        family, ("v_proj", "embed_tokens")
+    )
     attach(model, LoraSpec(r=2, target_modules=(*targets, "lm_head")), "a")
     assert torch.equal(logits(model, ids), before), "a new adapter does nothing"
     attach(model, LoraSpec(r=3, target_modules="all-linear"), "b")
@@ -148,12 +163,24 @@ def test_chosen_modules(tiny: Any) -> None:
     assert chosen("llama", target_modules=("mlp.up_proj",)) == every[1::2]
     assert chosen("llama", target_modules=(every[3],)) == every[3:4]
     assert chosen("llama", target_modules=r".*\.1\..*(q|up)_proj") == every[2:4]
-    assert chosen("llama", target_modules=("q_proj", "up_proj"), layers_to_transform=(0, 2)) == every[:2] + every[4:]
-    assert chosen("llama", target_modules=("q_proj", "up_proj"), exclude_modules=("up_proj",)) == every[::2]
-    assert chosen("llama", target_modules=("q_proj", "up_proj"), exclude_modules=r".*\.[12]\..*") == every[:2]
+    assert (
+        chosen("llama", target_modules=("q_proj", "up_proj"), layers_to_transform=(0, 2))
+        == every[:2] + every[4:]
+    )
+    assert (
+        chosen("llama", target_modules=("q_proj", "up_proj"), exclude_modules=("up_proj",))
+        == every[::2]
+    )
+    assert (
+        chosen("llama", target_modules=("q_proj", "up_proj"), exclude_modules=r".*\.[12]\..*")
+        == every[:2]
+    )
     assert chosen("llama", target_modules=("embed", "lm_head")) == ["model.embed_tokens", "lm_head"]
     assert chosen("gpt2", target_modules=("embed", "lm_head")) == ["transformer.wte", "lm_head"]
-    assert chosen("gpt_neox", target_modules=("embed", "lm_head")) == ["gpt_neox.embed_in", "lm_head"]
+    assert chosen("gpt_neox", target_modules=("embed", "lm_head")) == [
+        "gpt_neox.embed_in",
+        "lm_head",
+    ]
     for name in ("llama", "gpt2", "gpt_neox"):
         auto, linear = chosen(name), chosen(name, target_modules="all-linear")
         assert auto == linear, "every linear of attention and MLP"
@@ -162,22 +189,55 @@ def test_chosen_modules(tiny: Any) -> None:
 
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
-    "a typing error": ({"target_modules": ("q_porj",)}, r"'q_porj', which matches no layer .did you mean 'q_proj'\?.*o_proj"),
+    "a typing error": (
+        {"target_modules": ("q_porj",)},
+        r"'q_porj', which matches no layer .did you mean 'q_proj'\?.*o_proj",
+    ),
     "a stranger": ({"target_modules": ("query",)}, r"names 'query'.*end in .*q_proj"),
     "a norm is no target": ({"target_modules": ("input_layernorm",)}, "matches no layer"),
-    "all-linear in a list": ({"target_modules": ("all-linear",)}, "write target_modules=all-linear without a list"),
+    "all-linear in a list": (
+        {"target_modules": ("all-linear",)},
+        "write target_modules=all-linear without a list",
+    ),
     "half a name": ({"target_modules": ("proj",)}, "matches no layer"),
     "an empty list": ({"target_modules": ()}, "leave no layer"),
-    "a regex that matches nothing": ({"target_modules": "q_proj"}, "regular expression over whole paths"),
-    "a broken regex": ({"target_modules": "(q_proj"}, "target_modules=.*not a valid regular expression"),
-    "a broken exclusion": ({"exclude_modules": "*"}, "exclude_modules=.*not a valid regular expression"),
-    "an exclusion of nothing": ({"exclude_modules": ("c_attn",)}, "matches none of the chosen layers"),
-    "an exclusion of everything": ({"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)}, "leave no layer"),
-    "a layer too far": ({"layers_to_transform": (1, 3)}, r"layer 3; the chosen layers are numbered \[0\] to \[2\]"),
+    "a regex that matches nothing": (
+        {"target_modules": "q_proj"},
+        "regular expression over whole paths",
+    ),
+    "a broken regex": (
+        {"target_modules": "(q_proj"},
+        "target_modules=.*not a valid regular expression",
+    ),
+    "a broken exclusion": (
+        {"exclude_modules": "*"},
+        "exclude_modules=.*not a valid regular expression",
+    ),
+    "an exclusion of nothing": (
+        {"exclude_modules": ("c_attn",)},
+        "matches none of the chosen layers",
+    ),
+    "an exclusion of everything": (
+        {"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)},
+        "leave no layer",
+    ),
+    "a layer too far": (
+        {"layers_to_transform": (1, 3)},
+        r"layer 3; the chosen layers are numbered \[0\] to \[2\]",
+    ),
     "a negative layer": ({"layers_to_transform": -1}, "layer -1"),
-    "a rank of nothing": ({"rank_pattern": {"q_porj": 4}}, r"rank_pattern names 'q_porj'.*did you mean 'q_proj'"),
-    "an alpha of nothing": ({"target_modules": ("q_proj",), "alpha_pattern": {"v_proj": 4}}, "alpha_pattern names 'v_proj'"),
-    "a broken pattern": ({"rank_pattern": {"*": 4}}, "rank_pattern.*not a valid regular expression"),
+    "a rank of nothing": (
+        {"rank_pattern": {"q_porj": 4}},
+        r"rank_pattern names 'q_porj'.*did you mean 'q_proj'",
+    ),
+    "an alpha of nothing": (
+        {"target_modules": ("q_proj",), "alpha_pattern": {"v_proj": 4}},
+        "alpha_pattern names 'v_proj'",
+    ),
+    "a broken pattern": (
+        {"rank_pattern": {"*": 4}},
+        "rank_pattern.*not a valid regular expression",
+    ),
 }
 
 
@@ -194,7 +254,15 @@ def test_what_does_not_exist_is_named(error: str, tiny: Any) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [{"r": 0}, {"r": -1}, {"r": 2.5}, {"r": True}, {"rank_pattern": {"q": 0}}, {"lora_dropout": 1.0}, {"lora_dropout": -0.1}],
+    [
+        {"r": 0},
+        {"r": -1},
+        {"r": 2.5},
+        {"r": True},
+        {"rank_pattern": {"q": 0}},
+        {"lora_dropout": 1.0},
+        {"lora_dropout": -0.1},
+    ],
 )
 def test_numbers_out_of_range(spec: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(spec))):
@@ -205,7 +273,9 @@ def test_names_and_modules_given_by_hand(tiny: Any) -> None:
     model = tiny("llama")
     with pytest.raises(ConfigError, match=r"no adapters; call lorry\.attach"):
         lora_parameters(model)
-    with pytest.raises(ConfigError, match=r"no linear or embedding layer named 'lm_haed'.*'lm_head'"):
+    with pytest.raises(
+        ConfigError, match=r"no linear or embedding layer named 'lm_haed'.*'lm_head'"
+    ):
         attach(model, modules=["lm_haed"])
     attach(model, LoraSpec(r=2, target_modules=("q_proj",)))
     with pytest.raises(ConfigError, match="'default' is already attached"):
@@ -229,7 +299,9 @@ def test_scales(tiny: Any) -> None:
 
 
 def test_any_torch_model() -> None:
-    """Not a language model at all: a linear without bias, one with, and a subclass that must stay alone."""
+    """Not a language model at all: a linear without bias, one with, and a subclass that must stay
+    alone.
+    """
 
     class Odd(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""Our adapter files in PEFT and PEFT's in ours, with PEFT's own forward pass as the judge, for every family."""
+"""Our adapter files in PEFT and PEFT's in ours, with PEFT's own forward pass as the judge, for
+every family.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ LINEARS = {
 }
 EMBEDDING = {"gpt2": "wte", "gpt_neox": "embed_in"}
 
-# What a file can say, in PEFT's words; {0} and {1} are two linear targets of the family, {e} its embedding.
+# What a file can say, in PEFT's words; {0} and {1} are two linear targets of the family, {e} its
+# embedding.
 CASES: dict[str, dict[str, Any]] = {
     "two linears": {"r": 4, "lora_alpha": 12, "target_modules": ["{0}", "{1}"]},
     "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["{0}", "{1}"]},
@@ -35,8 +38,18 @@ CASES: dict[str, dict[str, Any]] = {
         "alpha_pattern": {r".*\.2\..*": 20, "{1}": 3},
         "use_rslora": True,
     },
-    "some layers": {"r": 3, "lora_alpha": 6, "target_modules": ["{0}", "{1}"], "layers_to_transform": [0, 2]},
-    "excluding": {"r": 3, "lora_alpha": 6, "target_modules": ["{0}", "{1}"], "exclude_modules": r".*\.1\..*"},
+    "some layers": {
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": ["{0}", "{1}"],
+        "layers_to_transform": [0, 2],
+    },
+    "excluding": {
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": ["{0}", "{1}"],
+        "exclude_modules": r".*\.1\..*",
+    },
     "regex": {"r": 3, "lora_alpha": 6, "target_modules": r".*\.(0|1)\..*{0}"},
     "all-linear": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"},
     "head and embedding": {"r": 4, "lora_alpha": 8, "target_modules": ["{0}", "lm_head", "{e}"]},
@@ -54,7 +67,11 @@ def words(value: Any, family: str) -> Any:
     if not isinstance(value, str):
         return value
     first, second = LINEARS.get(family, ("q_proj", "down_proj"))
-    return value.replace("{0}", first).replace("{1}", second).replace("{e}", EMBEDDING.get(family, "embed_tokens"))
+    return (
+        value.replace("{0}", first)
+        .replace("{1}", second)
+        .replace("{e}", EMBEDDING.get(family, "embed_tokens"))
+    )
 
 
 @pytest.fixture(params=list(CASES))
@@ -64,7 +81,9 @@ def case(request: pytest.FixtureRequest, family: str) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Any:
-    """PEFT warns about Conv1D's layout, tied heads and saved embeddings, all of which are meant here."""
+    """PEFT warns about Conv1D's layout, tied heads and saved embeddings, all of which are meant
+    here.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -76,7 +95,15 @@ def peft_model(model: nn.Module, case: dict[str, Any], shake: Any) -> peft.PeftM
     return wrapped
 
 
-def test_ours_in_peft(family: str, case: dict[str, Any], tiny: Any, ids: Tensor, logits: Any, shake: Any, tmp_path: Path) -> None:
+def test_ours_in_peft(
+    family: str,
+    case: dict[str, Any],
+    tiny: Any,
+    ids: Tensor,
+    logits: Any,
+    shake: Any,
+    tmp_path: Path,
+) -> None:
     model = tiny(family)
     attach(model, LoraSpec(**case))
     shake(lora_parameters(model))
@@ -91,7 +118,15 @@ def test_ours_in_peft(family: str, case: dict[str, Any], tiny: Any, ids: Tensor,
     assert torch.equal(logits(again, ids), ours), "save -> load -> same logits, exactly"
 
 
-def test_peft_in_ours(family: str, case: dict[str, Any], tiny: Any, ids: Tensor, logits: Any, shake: Any, tmp_path: Path) -> None:
+def test_peft_in_ours(
+    family: str,
+    case: dict[str, Any],
+    tiny: Any,
+    ids: Tensor,
+    logits: Any,
+    shake: Any,
+    tmp_path: Path,
+) -> None:
     theirs = peft_model(tiny(family), case, shake)
     theirs.save_pretrained(tmp_path)
     model = tiny(family)
@@ -104,19 +139,33 @@ def test_peft_in_ours(family: str, case: dict[str, Any], tiny: Any, ids: Tensor,
     torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=1e-4)
 
 
-def test_same_targets_same_parameter_count(family: str, case: dict[str, Any], tiny: Any, shake: Any) -> None:
+def test_same_targets_same_parameter_count(
+    family: str, case: dict[str, Any], tiny: Any, shake: Any
+) -> None:
     theirs = peft_model(tiny(family), case, shake)
-    names = {n.replace(".default", "").removeprefix("base_model.model.") for n, _ in theirs.named_parameters() if "lora_" in n}
+    names = {
+        n.replace(".default", "").removeprefix("base_model.model.")
+        for n, _ in theirs.named_parameters()
+        if "lora_" in n
+    }
     ours = attach(tiny(family), LoraSpec(**case))
-    assert ours.values.numel() == sum(p.numel() for n, p in theirs.named_parameters() if "lora_" in n)
-    assert {n.replace("lora_embedding_", "lora_").removesuffix(".weight") for n in names} == set(ours.tensors())
+    assert ours.values.numel() == sum(
+        p.numel() for n, p in theirs.named_parameters() if "lora_" in n
+    )
+    assert {n.replace("lora_embedding_", "lora_").removesuffix(".weight") for n in names} == set(
+        ours.tensors()
+    )
 
 
-@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "v_proj"]])
+@pytest.mark.parametrize(
+    "targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "v_proj"]]
+)
 def test_merging_a_tied_head_equals_pefts_unmerged_model(
     targets: list[str], tiny: Any, ids: Tensor, logits: Any, shake: Any, tmp_path: Path
 ) -> None:
-    theirs = peft_model(tiny("llama-tied"), {"r": 4, "lora_alpha": 8, "target_modules": targets}, shake)
+    theirs = peft_model(
+        tiny("llama-tied"), {"r": 4, "lora_alpha": 8, "target_modules": targets}, shake
+    )
     theirs.save_pretrained(tmp_path)
     unmerged = logits(theirs, ids)
     model = tiny("llama-tied")
@@ -136,7 +185,10 @@ def test_merging_a_tied_head_equals_pefts_unmerged_model(
 
 def test_targets_are_written_short_where_that_selects_exactly(tiny: Any, tmp_path: Path) -> None:
     model = tiny("gpt2")
-    cases = [(("c_attn",), ["c_attn"]), (("mlp.c_proj",), [f"transformer.h.{i}.mlp.c_proj" for i in range(3)])]
+    cases = [
+        (("c_attn",), ["c_attn"]),
+        (("mlp.c_proj",), [f"transformer.h.{i}.mlp.c_proj" for i in range(3)]),
+    ]
     for i, (targets, written) in enumerate(cases):
         attach(model, LoraSpec(r=2, target_modules=targets), f"a{i}")
         save_adapter(model, tmp_path / str(i), f"a{i}")
@@ -145,10 +197,14 @@ def test_targets_are_written_short_where_that_selects_exactly(tiny: Any, tmp_pat
         assert config["fan_in_fan_out"] is True
 
 
-def test_a_run_of_several_adapters_in_sub_folders(tiny: Any, ids: Tensor, logits: Any, shake: Any, tmp_path: Path) -> None:
+def test_a_run_of_several_adapters_in_sub_folders(
+    tiny: Any, ids: Tensor, logits: Any, shake: Any, tmp_path: Path
+) -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     theirs = peft.get_peft_model(tiny("llama"), config, adapter_name="poet").eval()
-    theirs.add_adapter("clerk", peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["v_proj"]))
+    theirs.add_adapter(
+        "clerk", peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["v_proj"])
+    )
     shake(p for n, p in theirs.named_parameters() if "lora_" in n)
     theirs.save_pretrained(tmp_path)
     for name in ("poet", "clerk"):
@@ -158,7 +214,9 @@ def test_a_run_of_several_adapters_in_sub_folders(tiny: Any, ids: Tensor, logits
         torch.testing.assert_close(logits(model, ids), logits(theirs, ids), rtol=0, atol=1e-5)
 
 
-def test_an_old_neox_file_that_calls_the_head_embed_out(tiny: Any, ids: Tensor, logits: Any, shake: Any, tmp_path: Path) -> None:
+def test_an_old_neox_file_that_calls_the_head_embed_out(
+    tiny: Any, ids: Tensor, logits: Any, shake: Any, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     model = tiny("gpt_neox")
@@ -166,7 +224,9 @@ def test_an_old_neox_file_that_calls_the_head_embed_out(tiny: Any, ids: Tensor, 
     shake(lora_parameters(model))
     save_adapter(model, tmp_path)
     weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    save_file({k.replace("lm_head", "embed_out"): v for k, v in load_file(weights).items()}, weights)
+    save_file(
+        {k.replace("lm_head", "embed_out"): v for k, v in load_file(weights).items()}, weights
+    )
     config.write_text(config.read_text().replace("lm_head", "embed_out"))
     again = tiny("gpt_neox")
     load_adapter(again, tmp_path)
@@ -174,24 +234,47 @@ def test_an_old_neox_file_that_calls_the_head_embed_out(tiny: Any, ids: Tensor, 
 
 
 def test_peft_reads_every_pattern_as_we_do(tiny: Any) -> None:
-    """`rank_pattern` keys against PEFT's own matcher, on real module names and on names made to confuse."""
+    """`rank_pattern` keys against PEFT's own matcher, on real module names and on names made to
+    confuse.
+    """
     from peft.utils.other import get_pattern_key
 
-    paths = [n for n, _ in tiny("llama").named_modules() if n] + ["up_proj", "xq_proj", "model.q_proj.inner", "a.b.q_proj"]
-    keys = ["q_proj", "^q_proj", "^model.*q_proj", r"layers\.1\..*", "model.layers.0.self_attn.q_proj", ".*", "proj", "b.q_proj"]
+    paths = [n for n, _ in tiny("llama").named_modules() if n] + [
+        "up_proj",
+        "xq_proj",
+        "model.q_proj.inner",
+        "a.b.q_proj",
+    ]
+    keys = [
+        "q_proj",
+        "^q_proj",
+        "^model.*q_proj",
+        r"layers\.1\..*",
+        "model.layers.0.self_attn.q_proj",
+        ".*",
+        "proj",
+        "b.q_proj",
+    ]
     for n in range(1, len(keys) + 1):
         patterns = {key: 100 + i for i, key in enumerate(keys[-n:])}
         spec = LoraSpec(r=7, rank_pattern=patterns)
         for path in paths:
-            assert spec.rank(path) == patterns.get(get_pattern_key(patterns.keys(), path), 7), (path, patterns)
+            assert spec.rank(path) == patterns.get(get_pattern_key(patterns.keys(), path), 7), (
+                path,
+                patterns,
+            )
 
 
 def test_frozen_when_asked(tiny: Any, shake: Any, tmp_path: Path) -> None:
-    peft_model(tiny("llama"), {"r": 2, "target_modules": ["q_proj"]}, shake).save_pretrained(tmp_path)
+    peft_model(tiny("llama"), {"r": 2, "target_modules": ["q_proj"]}, shake).save_pretrained(
+        tmp_path
+    )
     model = tiny("llama")
     adapter = load_adapter(model, tmp_path, "start", trainable=False)
     assert not any(s.A.requires_grad or s.B.requires_grad for s in adapter.slots.values())
     assert lora_parameters(model) == [], "an optimizer would apply weight decay to what it is given"
     fresh = attach(model, LoraSpec(r=2, target_modules=("q_proj",)), "new")
-    assert {id(p) for p in lora_parameters(model)} == {id(p) for s in fresh.slots.values() for p in (s.A, s.B)}
+    assert {id(p) for p in lora_parameters(model)} == {
+        id(p) for s in fresh.slots.values() for p in (s.A, s.B)
+    }
     assert get_bank(model).names() == ["start", "new"]

@@ -1,4 +1,6 @@
-"""Lorry's own decoder and PEFT over transformers, through adapter files, both ways; `pytest -s` prints the differences."""
+"""Lorry's own decoder and PEFT over transformers, through adapter files, both ways; `pytest -s`
+prints the differences.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,14 @@ def table() -> Iterator[dict[tuple[str, str], tuple[float, float]]]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SHOWN)
 def test_native_decoder_and_peft(
-    name: str, family: str, tiny: Any, ids: Tensor, logits: Any, shake: Any, tmp_path: Path, table: Any
+    name: str,
+    family: str,
+    tiny: Any,
+    ids: Tensor,
+    logits: Any,
+    shake: Any,
+    tmp_path: Path,
+    table: Any,
 ) -> None:
     case = words(CASES[name], family)
     own = native(tiny(family))
@@ -40,7 +49,11 @@ def test_native_decoder_and_peft(
     shake(lora_parameters(own))
     save_adapter(own, tmp_path / "ours")
     ours = logits(own, ids)
-    there = float((logits(peft.PeftModel.from_pretrained(tiny(family), tmp_path / "ours"), ids) - ours).abs().max())
+    there = float(
+        (logits(peft.PeftModel.from_pretrained(tiny(family), tmp_path / "ours"), ids) - ours)
+        .abs()
+        .max()
+    )
 
     theirs = peft_model(tiny(family), case, shake)
     theirs.save_pretrained(tmp_path / "theirs")

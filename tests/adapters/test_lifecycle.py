@@ -1,4 +1,6 @@
-"""What outlives what: names that are used again, copies of a model, adapters beside one that has diverged, bases that train."""
+"""What outlives what: names that are used again, copies of a model, adapters beside one that has
+diverged, bases that train.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def test_a_name_used_again_is_another_adapter(dtype: torch.dtype) -> None:
         fill(model, "again", value)
         expected = base.float() + 2.0 * 4 * value * value * x.float().sum(1, keepdim=True)
         assert torch.allclose(
-            model(x).float(), expected, atol=1e-5 if dtype == torch.float32 else 0.05 + 0.02 * expected.abs().max()
+            model(x).float(),
+            expected,
+            atol=1e-5 if dtype == torch.float32 else 0.05 + 0.02 * expected.abs().max(),
         )
         detach(model, "again")
     assert torch.equal(model(x), base)
@@ -51,7 +55,12 @@ def test_a_name_used_again_is_another_adapter(dtype: torch.dtype) -> None:
 def test_a_diverged_neighbour_spoils_only_itself(dtype: torch.dtype, value: float) -> None:
     model = linear(dtype)
     for name in ("good", "bad"):
-        attach(model, LoraSpec(r=4, target_modules="all-linear", init_lora_weights=False), name, seed=len(name))
+        attach(
+            model,
+            LoraSpec(r=4, target_modules="all-linear", init_lora_weights=False),
+            name,
+            seed=len(name),
+        )
     layer = model[0]  # type: ignore[index]
     assert isinstance(layer, BankLinear)
     x = torch.randn(100, 32).to(dtype)
@@ -63,7 +72,11 @@ def test_a_diverged_neighbour_spoils_only_itself(dtype: torch.dtype, value: floa
         y = layer(inner, call)
         (layer(y[:, :32], call)[:30].float().square().sum() + y[30:].float().sum()).backward()
         assert inner.grad is not None
-        return y.detach()[:30].clone(), inner.grad[:30].clone(), get_bank(model)["good"].grads.clone()
+        return (
+            y.detach()[:30].clone(),
+            inner.grad[:30].clone(),
+            get_bank(model)["good"].grads.clone(),
+        )
 
     before = pass_through()
     fill(model, "bad", value)

@@ -1,4 +1,6 @@
-"""Merging: fp32 sums rounded once, the original Parameters back bit for bit, tied heads, and honest numbers about rounding."""
+"""Merging: fp32 sums rounded once, the original Parameters back bit for bit, tied heads, and honest
+numbers about rounding.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ from torch import Tensor, nn
 
 from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
 from lorry.adapters.layers import AMBIENT_CONTEXT
-from lorry.adapters.merge import MergeReport, MergeRow, merge, merged_tensors, separates_tied_head, unmerge
+from lorry.adapters.merge import (
+    MergeReport,
+    MergeRow,
+    merge,
+    merged_tensors,
+    separates_tied_head,
+    unmerge,
+)
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ContractError, ModelError
@@ -20,15 +29,23 @@ WEIGHTS = ({"a": 1.0}, {"a": 0.5, "b": -1.5}, {"b": -1.0}, {"a": 0.3, "b": 0.7})
 
 
 def with_adapters(model: nn.Module, shake: Any, targets: tuple[str, ...] = TWO) -> nn.Module:
-    """Adapter a on all targets and adapter b, of another rank and scale, on the last one and `v_proj`."""
+    """Adapter a on all targets and adapter b, of another rank and scale, on the last one and
+    `v_proj`.
+    """
     attach(model, LoraSpec(r=4, target_modules=targets), "a")
-    attach(model, LoraSpec(r=3, lora_alpha=5, use_rslora=True, target_modules=(targets[-1], "v_proj")), "b")
+    attach(
+        model,
+        LoraSpec(r=3, lora_alpha=5, use_rslora=True, target_modules=(targets[-1], "v_proj")),
+        "b",
+    )
     shake(lora_parameters(model))
     return model
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_merged_outputs_equal_the_mix(weights: dict[str, float], tiny: Any, ids: Tensor, logits: Any, shake: Any) -> None:
+def test_merged_outputs_equal_the_mix(
+    weights: dict[str, float], tiny: Any, ids: Tensor, logits: Any, shake: Any
+) -> None:
     model = with_adapters(tiny("llama"), shake)
     get_bank(model).activate(Mix.constants(weights))
     before = logits(model, ids)
@@ -40,12 +57,22 @@ def test_merged_outputs_equal_the_mix(weights: dict[str, float], tiny: Any, ids:
 
 
 def test_every_weight_against_float64(family: str, tiny: Any, shake: Any) -> None:
-    """Independent arithmetic: W + s B A in float64 from the raw masters, in the layout of each layer."""
-    targets = {"gpt2": ("c_attn", "wte", "lm_head"), "gpt_neox": ("query_key_value", "embed_in", "lm_head")}
+    """Independent arithmetic: W + s B A in float64 from the raw masters, in the layout of each
+    layer.
+    """
+    targets = {
+        "gpt2": ("c_attn", "wte", "lm_head"),
+        "gpt_neox": ("query_key_value", "embed_in", "lm_head"),
+    }
     model = tiny(family)
     untouched = {k: v.clone() for k, v in model.state_dict().items()}
     adapter = attach(
-        model, LoraSpec(r=4, lora_alpha=6, target_modules=targets.get(family, ("q_proj", "embed_tokens", "lm_head")))
+        model,
+        LoraSpec(
+            r=4,
+            lora_alpha=6,
+            target_modules=targets.get(family, ("q_proj", "embed_tokens", "lm_head")),
+        ),
     )
     shake(lora_parameters(model))
     parts = adapter.tensors()
@@ -62,7 +89,9 @@ def test_every_weight_against_float64(family: str, tiny: Any, shake: Any) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unmerge_is_bitwise_and_by_identity(dtype: torch.dtype, family: str, tiny: Any, shake: Any) -> None:
+def test_unmerge_is_bitwise_and_by_identity(
+    dtype: torch.dtype, family: str, tiny: Any, shake: Any
+) -> None:
     model = tiny(family).to(dtype)
     attach(model, LoraSpec(r=4, target_modules="all-linear"))
     shake(lora_parameters(model))
@@ -72,7 +101,8 @@ def test_unmerge_is_bitwise_and_by_identity(dtype: torch.dtype, family: str, tin
     merge(model)
     assert list(model.state_dict()) == order
     assert not torch.equal(
-        next(iter(get_bank(model).modules.values())).weight, bits[f"{next(iter(get_bank(model).modules))}.weight"]
+        next(iter(get_bank(model).modules.values())).weight,
+        bits[f"{next(iter(get_bank(model).modules))}.weight"],
     )
     assert not any(p.requires_grad for p in model.parameters())
     unmerge(model)
@@ -109,11 +139,15 @@ def test_rounding_is_measured_and_warned_about(tiny: Any, shake: Any) -> None:
     quiet = merge(exact)
     assert quiet.ratio < 1e-5
     assert quiet.warning is None
-    assert MergeReport((MergeRow("m", 0.0, 0.0),), torch.float32, False).ratio == 0, "an untrained adapter loses nothing"
+    assert MergeReport((MergeRow("m", 0.0, 0.0),), torch.float32, False).ratio == 0, (
+        "an untrained adapter loses nothing"
+    )
 
 
 def test_rounded_once(tiny: Any, shake: Any) -> None:
-    """Two adapters whose sum matters in bf16 although each alone is lost: adding one by one would lose both."""
+    """Two adapters whose sum matters in bf16 although each alone is lost: adding one by one would
+    lose both.
+    """
     model = tiny("llama").bfloat16()
     for name in ("a", "b"):
         adapter = attach(model, LoraSpec(r=1, lora_alpha=1, target_modules=("q_proj",)), name)
@@ -129,10 +163,14 @@ def test_rounded_once(tiny: Any, shake: Any) -> None:
 
 def test_streaming_gives_what_merging_gives(family: str, tiny: Any, shake: Any) -> None:
     model = tiny(family)
-    targets = {"gpt2": ("c_attn", "wte"), "gpt_neox": ("dense", "embed_in")}.get(family, ("v_proj", "embed_tokens"))
+    targets = {"gpt2": ("c_attn", "wte"), "gpt_neox": ("dense", "embed_in")}.get(
+        family, ("v_proj", "embed_tokens")
+    )
     attach(model, LoraSpec(r=4, target_modules=targets))
     shake(lora_parameters(model))
-    untouched = {n: (id(p), p.detach().clone()) for n, p in model.named_parameters(remove_duplicate=False)}
+    untouched = {
+        n: (id(p), p.detach().clone()) for n, p in model.named_parameters(remove_duplicate=False)
+    }
     rows: list[MergeRow] = []
     stream = merged_tensors(model, rows=rows)
     first, _ = next(stream)
@@ -146,7 +184,9 @@ def test_streaming_gives_what_merging_gives(family: str, tiny: Any, shake: Any) 
     assert separates_tied_head(model) is tied
     report = merge(model)
     assert report.untied is tied
-    assert set(streamed) == set(model.state_dict()), "a separate lm_head.weight where the embedding changed"
+    assert set(streamed) == set(model.state_dict()), (
+        "a separate lm_head.weight where the embedding changed"
+    )
     for name, value in model.state_dict().items():
         assert torch.equal(value, streamed[name]), name
 
@@ -179,7 +219,9 @@ def test_a_tied_side_gets_a_weight_of_its_own(side: str, tiny: Any, shake: Any) 
 def test_streaming_into_another_dtype(tiny: Any, shake: Any) -> None:
     model = with_adapters(tiny("llama").bfloat16(), shake)
     rows: list[MergeRow] = []
-    assert {t.dtype for _, t in merged_tensors(model, {"a": 1.0}, dtype=torch.float32, rows=rows)} == {torch.float32}
+    assert {
+        t.dtype for _, t in merged_tensors(model, {"a": 1.0}, dtype=torch.float32, rows=rows)
+    } == {torch.float32}
     assert max(r.ratio for r in rows) < 1e-5, "fp32 is what the warning offers"
 
 
@@ -208,7 +250,9 @@ def test_what_cannot_be_merged(tiny: Any, shake: Any, ids: Tensor, logits: Any) 
     assert all(layer.kept is None for layer in bank.modules.values()), "all or nothing"
 
 
-def test_a_merged_model_refuses_its_adapters(tiny: Any, shake: Any, ids: Tensor, logits: Any) -> None:
+def test_a_merged_model_refuses_its_adapters(
+    tiny: Any, shake: Any, ids: Tensor, logits: Any
+) -> None:
     model = with_adapters(tiny("llama"), shake)
     merge(model, {"a": 1.0})
     get_bank(model).activate(Mix.one("a"))

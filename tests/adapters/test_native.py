@@ -1,4 +1,6 @@
-"""The bank on Lorry's own decoder: the same adapters, files, merges and digests as on transformers' classes."""
+"""The bank on Lorry's own decoder: the same adapters, files, merges and digests as on transformers'
+classes.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +52,14 @@ def test_adapters_act_alike_and_travel(
     assert torch.equal(logits(own, ids), base)
 
 
-def test_merging_and_detaching(family: str, tiny: Any, ids: Tensor, logits: Any, shake: Any) -> None:
+def test_merging_and_detaching(
+    family: str, tiny: Any, ids: Tensor, logits: Any, shake: Any
+) -> None:
     own = native(tiny(family))
-    names, objects = list(own.state_dict()), {n: id(p) for n, p in own.named_parameters(remove_duplicate=False)}
+    names, objects = (
+        list(own.state_dict()),
+        {n: id(p) for n, p in own.named_parameters(remove_duplicate=False)},
+    )
     base = logits(own, ids)
     attach(own, LoraSpec(r=3, target_modules=("lm_head",)))
     shake(lora_parameters(own))

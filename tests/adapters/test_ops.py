@@ -1,4 +1,6 @@
-"""The low-rank product against the plain equation in float64, forward and backward, for every kind of mix."""
+"""The low-rank product against the plain equation in float64, forward and backward, for every kind
+of mix.
+"""
 
 from __future__ import annotations
 
@@ -65,15 +67,22 @@ def ambient(call: AdapterContext) -> Iterator[None]:
 
 
 def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
+    return (
+        torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        * scale
+    )
 
 
 def build(kind: str, dtype: torch.dtype, dropout: float = 0.0) -> Layer:
-    """A linear with bias, a Conv1D or an embedding, with adapters a, b, c of ranks 2, 3, 1 and random masters."""
+    """A linear with bias, a Conv1D or an embedding, with adapters a, b, c of ranks 2, 3, 1 and
+    random masters.
+    """
     torch.manual_seed(0)
-    inner: nn.Module = {"linear": lambda: nn.Linear(I, O), "conv": lambda: Conv1D(O, I), "embedding": lambda: nn.Embedding(V, O)}[
-        kind
-    ]()
+    inner: nn.Module = {
+        "linear": lambda: nn.Linear(I, O),
+        "conv": lambda: Conv1D(O, I),
+        "embedding": lambda: nn.Embedding(V, O),
+    }[kind]()
     model = Layer(inner).to(dtype)
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
@@ -86,7 +95,9 @@ def build(kind: str, dtype: torch.dtype, dropout: float = 0.0) -> Layer:
     return model
 
 
-def ours(model: Layer, x: Tensor, mix: Mix, gates: Tensor, dy: Tensor, noise: DropoutNoise | None = None) -> Result:
+def ours(
+    model: Layer, x: Tensor, mix: Mix, gates: Tensor, dy: Tensor, noise: DropoutNoise | None = None
+) -> Result:
     with ambient(AdapterContext(mix, noise)):
         y = model(x)
     for adapter in get_bank(model).adapters.values():
@@ -101,8 +112,17 @@ def ours(model: Layer, x: Tensor, mix: Mix, gates: Tensor, dy: Tensor, noise: Dr
     return Result(y.detach(), grads)
 
 
-def plain(model: Layer, x: Tensor, mix: Mix, gates: Tensor, dy: Tensor, masks: dict[str, Tensor] | None = None) -> Result:
-    """The equation, line by line, in float64 with torch's own autograd: y = W x + b + sum g s B (A (x * mask / (1-p)))."""
+def plain(
+    model: Layer,
+    x: Tensor,
+    mix: Mix,
+    gates: Tensor,
+    dy: Tensor,
+    masks: dict[str, Tensor] | None = None,
+) -> Result:
+    """The equation, line by line, in float64 with torch's own autograd: y = W x + b + sum g s B (A
+    (x * mask / (1-p))).
+    """
     layer = get_bank(model).modules["inner"]
     weight = layer.weight.detach().double()
     leaves = {
@@ -136,21 +156,33 @@ def plain(model: Layer, x: Tensor, mix: Mix, gates: Tensor, dy: Tensor, masks: d
     if gates.grad is not None:
         grads["gates"] = gates.grad
     for name, sides in leaves.items():
-        grads |= {f"{name}.inner.lora_{s}": t.grad if t.grad is not None else torch.zeros_like(t) for s, t in sides.items()}
+        grads |= {
+            f"{name}.inner.lora_{s}": t.grad if t.grad is not None else torch.zeros_like(t)
+            for s, t in sides.items()
+        }
     return Result(y.detach(), grads)
 
 
 def agree(got: Result, want: Result, bound: float) -> None:
-    """Relative error of the whole tensor (Frobenius), for the output and each gradient; the same gradients exist."""
+    """Relative error of the whole tensor (Frobenius), for the output and each gradient; the same
+    gradients exist.
+    """
     assert set(got.grads) == set(want.grads)
     for name, value in {"y": got.y, **got.grads}.items():
         truth = want.y if name == "y" else want.grads[name]
         error = float((value.double() - truth.double()).norm())
-        assert error <= bound * max(float(truth.double().norm()), 1e-3), f"{name}: {error} of {float(truth.double().norm())}"
+        assert error <= bound * max(float(truth.double().norm()), 1e-3), (
+            f"{name}: {error} of {float(truth.double().norm())}"
+        )
 
 
 def compare(
-    kind: str, make: Any, dtype: torch.dtype, bound: float, dropout: float = 0.0, keys: Sequence[int] = (5, 6, 7, 8)
+    kind: str,
+    make: Any,
+    dtype: torch.dtype,
+    bound: float,
+    dropout: float = 0.0,
+    keys: Sequence[int] = (5, 6, 7, 8),
 ) -> None:
     model = build(kind, dtype, dropout)
     if kind == "embedding":
@@ -163,17 +195,28 @@ def compare(
     noise = DropoutNoise(1, 2, tuple(keys), STARTS) if dropout else None
     site = get_bank(model).modules["inner"].path
     masks = (
-        {n: DropoutNoise(1, 2, tuple(keys), STARTS).at(site, dropout).mask(I, torch.device("cpu")) for n in RANKS}
+        {
+            n: DropoutNoise(1, 2, tuple(keys), STARTS)
+            .at(site, dropout)
+            .mask(I, torch.device("cpu"))
+            for n in RANKS
+        }
         if dropout
         else None
     )
-    agree(ours(model, x, make(gates[0]), gates[0], dy, noise), plain(model, x, make(wide), wide, dy, masks), bound)
+    agree(
+        ours(model, x, make(gates[0]), gates[0], dy, noise),
+        plain(model, x, make(wide), wide, dy, masks),
+        bound,
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp64", "fp32", "bf16"]
+    ("dtype", "bound"),
+    [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)],
+    ids=["fp64", "fp32", "bf16"],
 )
 def test_every_mix(kind: str, mix: str, dtype: torch.dtype, bound: float) -> None:
     compare(kind, MIXES[mix], dtype, bound)
@@ -190,14 +233,30 @@ def mixes(draw_: st.DrawFn) -> list[tuple[str, int, int, float | int]]:
     """Terms as (adapter, start, stop, gate): a float, or the column of the gates."""
     rows = st.tuples(st.integers(0, T), st.integers(0, T)).map(sorted)
     gate = st.floats(-2, 2, allow_nan=False) | st.integers(0, 2)
-    return draw_(st.lists(st.tuples(st.sampled_from("abc"), rows, gate).map(lambda t: (t[0], *t[1], t[2])), max_size=5))
+    return draw_(
+        st.lists(
+            st.tuples(st.sampled_from("abc"), rows, gate).map(lambda t: (t[0], *t[1], t[2])),
+            max_size=5,
+        )
+    )
 
 
-@given(terms=mixes(), kind=st.sampled_from(["linear", "conv", "embedding"]), dropout=st.sampled_from([0.0, 0.3]))
+@given(
+    terms=mixes(),
+    kind=st.sampled_from(["linear", "conv", "embedding"]),
+    dropout=st.sampled_from([0.0, 0.3]),
+)
 @settings(max_examples=60, deadline=None)
-def test_any_terms(terms: list[tuple[str, int, int, float | int]], kind: str, dropout: float) -> None:
+def test_any_terms(
+    terms: list[tuple[str, int, int, float | int]], kind: str, dropout: float
+) -> None:
     def make(g: Tensor) -> Mix:
-        return Mix(tuple(MixTerm(a, slice(i, j), g[i:j, c] if isinstance(c, int) else c) for a, i, j, c in terms))
+        return Mix(
+            tuple(
+                MixTerm(a, slice(i, j), g[i:j, c] if isinstance(c, int) else c)
+                for a, i, j, c in terms
+            )
+        )
 
     compare(kind, make, torch.float64, 1e-6, dropout if kind != "embedding" else 0.0)
 
@@ -253,7 +312,9 @@ def test_no_copy_of_the_input_per_adapter() -> None:
     assert sizes == [T] * (1 + len(RANKS)), "x, and A x per adapter"
 
 
-def test_one_batch_serves_several_adapters_end_to_end(tiny: Any, ids: Tensor, logits: Any, shake: Any) -> None:
+def test_one_batch_serves_several_adapters_end_to_end(
+    tiny: Any, ids: Tensor, logits: Any, shake: Any
+) -> None:
     """Two rows of one batch, one with adapter b and one with the base, on a whole foreign model."""
     model = tiny("llama")
     plain_logits = logits(model, ids)
@@ -271,7 +332,10 @@ def test_one_batch_serves_several_adapters_end_to_end(tiny: Any, ids: Tensor, lo
 def test_the_parameters_of_terms_come_back_in_their_places() -> None:
     """A and B of each part, then the gate; what belongs to others stays in the iterator."""
     part = AdapterShare(0, slice(0, 1), torch.zeros(1, 1), 1.0)
-    stacks = [StackedAdapters(slice(None), torch.zeros(1, 1), [part] * n, None, False, lambda: None) for n in (2, 1)]
+    stacks = [
+        StackedAdapters(slice(None), torch.zeros(1, 1), [part] * n, None, False, lambda: None)
+        for n in (2, 1)
+    ]
     names = iter(["A0", "B0", "A1", "B1", "gate", "A", "B", "other gate", "base"])
     terms = TermParams.unflat(stacks, names)
     assert terms == [

@@ -1,4 +1,6 @@
-"""Adapter files from strangers, broken on purpose or by accident: read as valid or refused with a ModelError, nothing else."""
+"""Adapter files from strangers, broken on purpose or by accident: read as valid or refused with a
+ModelError, nothing else.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ JSON = st.recursive(
     | st.floats()
     | st.text(max_size=8)
     | st.sampled_from(["LORA", "q_proj", "(", ".*"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 KEYS = sorted(peft.LoraConfig(target_modules=["q_proj"]).to_dict())
@@ -34,13 +38,23 @@ KEYS = sorted(peft.LoraConfig(target_modules=["q_proj"]).to_dict())
 
 def spec_in(folder: Path) -> LoraSpec:
     """What an adapter directory's config says."""
-    return parse_peft_config(read_adapter_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG))
+    return parse_peft_config(
+        read_adapter_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG)
+    )
 
 
 @given(changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), JSON, max_size=4))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_config_is_read_or_refused(changes: dict[str, Any], tmp_path: Path) -> None:
-    good = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    good = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+    }
     (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({**good, **changes}))
     try:
         spec = spec_in(tmp_path)
@@ -52,7 +66,9 @@ def test_any_config_is_read_or_refused(changes: dict[str, Any], tmp_path: Path) 
 
 
 @given(content=st.binary(max_size=40) | st.text(max_size=40).map(str.encode))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_bytes_as_config(content: bytes, tmp_path: Path) -> None:
     (tmp_path / ADAPTER_CONFIG).write_bytes(content)
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
@@ -83,9 +99,15 @@ def target(tiny: Any) -> nn.Module:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_damage_to_the_weights_file(data: st.DataObject, saved: Path, target: nn.Module, tmp_path: Path) -> None:
-    """Cut, overwritten or lengthened, in the header mostly: read as valid, or refused; never another exception."""
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_damage_to_the_weights_file(
+    data: st.DataObject, saved: Path, target: nn.Module, tmp_path: Path
+) -> None:
+    """Cut, overwritten or lengthened, in the header mostly: read as valid, or refused; never
+    another exception.
+    """
     content = bytearray((saved / ADAPTER_WEIGHTS).read_bytes())
     kind = data.draw(st.sampled_from(["cut", "overwrite", "append", "header length"]))
     if kind == "cut":

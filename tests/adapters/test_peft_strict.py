@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from lorry.adapters.attach import attach, get_bank, lora_parameters
 from lorry.adapters.mix import Mix
-from lorry.adapters.peft.files import adapter_files, base_digest, find_adapter, load_adapter, save_adapter
+from lorry.adapters.peft.files import (
+    adapter_files,
+    base_digest,
+    find_adapter,
+    load_adapter,
+    save_adapter,
+)
 from lorry.adapters.spec import LoraSpec
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, ModelError
@@ -33,7 +39,9 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None
 
 
 def configure(folder: Path, **changes: Any) -> None:
-    (folder / CONFIG).write_text(json.dumps({**json.loads((folder / CONFIG).read_text()), **changes}))
+    (folder / CONFIG).write_text(
+        json.dumps({**json.loads((folder / CONFIG).read_text()), **changes})
+    )
 
 
 def refused(tiny: Any, folder: Path, *parts: str, family: str = "llama") -> None:
@@ -55,18 +63,32 @@ def swap(tensors: dict[str, torch.Tensor]) -> None:
 
 
 TENSOR_FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], tuple[str, ...]]] = {
-    "one side missing": (lambda t: t.pop(Q0.format("B")), (Q0.format("A"), "no lora_B", "incomplete")),
+    "one side missing": (
+        lambda t: t.pop(Q0.format("B")),
+        (Q0.format("A"), "no lora_B", "incomplete"),
+    ),
     "a module missing": (
         lambda t: [t.pop(Q0.format(s)) for s in "AB"],
         ("model.layers.0.self_attn.q_proj", "no tensors for it"),
     ),
     "two modules swapped": (swap, (DOWN0.format("A"), "[4, 32]", "[4, 48]")),
-    "another rank": (lambda t: t.update({Q0.format("A"): torch.zeros(8, 32)}), (Q0.format("A"), "[8, 32]", "[4, 32]")),
-    "transposed": (lambda t: t.update({Q0.format("B"): torch.zeros(4, 32)}), (Q0.format("B"), "[4, 32]", "[32, 4]")),
+    "another rank": (
+        lambda t: t.update({Q0.format("A"): torch.zeros(8, 32)}),
+        (Q0.format("A"), "[8, 32]", "[4, 32]"),
+    ),
+    "transposed": (
+        lambda t: t.update({Q0.format("B"): torch.zeros(4, 32)}),
+        (Q0.format("B"), "[4, 32]", "[32, 4]"),
+    ),
     "three axes": (lambda t: t.update({Q0.format("B"): torch.zeros(32, 4, 1)}), ("[32, 4, 1]",)),
-    "a stranger": (lambda t: t.update(scale=torch.ones(1)), ("scale", "every tensor must be understood")),
+    "a stranger": (
+        lambda t: t.update(scale=torch.ones(1)),
+        ("scale", "every tensor must be understood"),
+    ),
     "a DoRA magnitude": (
-        lambda t: t.update({Q0.format("A").replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}),
+        lambda t: t.update(
+            {Q0.format("A").replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}
+        ),
         ("lora_magnitude_vector", "every tensor must be understood"),
     ),
     "an unknown layer": (
@@ -74,16 +96,23 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], tuple[s
         ("layers.9", "does not have", "did you mean"),
     ),
     "an unnamed module": (
-        lambda t: t.update({K0.format("A"): torch.zeros(4, 32), K0.format("B"): torch.zeros(16, 4)}),
+        lambda t: t.update(
+            {K0.format("A"): torch.zeros(4, 32), K0.format("B"): torch.zeros(16, 4)}
+        ),
         ("does not name model.layers.0.self_attn.k_proj",),
     ),
     "an embedding part on a linear": (
-        lambda t: t.update({Q0.format("A").replace("lora_A.weight", "lora_embedding_A"): t.pop(Q0.format("A"))}),
+        lambda t: t.update(
+            {Q0.format("A").replace("lora_A.weight", "lora_embedding_A"): t.pop(Q0.format("A"))}
+        ),
         ("lora_embedding_A", "is a linear"),
     ),
     "NaN": (lambda t: t[Q0.format("A")].fill_(float("nan")), (Q0.format("A"), "finite")),
     "infinity": (lambda t: t[Q0.format("B")][3].fill_(float("inf")), (Q0.format("B"), "finite")),
-    "whole numbers": (lambda t: t.update({Q0.format("A"): torch.ones(4, 32, dtype=torch.int64)}), ("int64",)),
+    "whole numbers": (
+        lambda t: t.update({Q0.format("A"): torch.ones(4, 32, dtype=torch.int64)}),
+        ("int64",),
+    ),
 }
 
 
@@ -123,7 +152,10 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "bad pattern": ({"rank_pattern": {"*": 3}}, "not a valid regular expression"),
     "pattern of words": ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern['q_proj'] is '8'"),
     "pattern list": ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is ['q_proj']"),
-    "more targets than tensors": ({"target_modules": ["q_proj", "down_proj", "o_proj"]}, "self_attn.o_proj"),
+    "more targets than tensors": (
+        {"target_modules": ["q_proj", "down_proj", "o_proj"]},
+        "self_attn.o_proj",
+    ),
     "fewer targets than tensors": ({"target_modules": ["q_proj"]}, "mlp.down_proj"),
     "fewer layers than tensors": ({"layers_to_transform": [0, 1]}, "layers.2"),
     "another model's targets": ({"target_modules": ["c_attn"]}, "does not name"),
@@ -139,8 +171,21 @@ def test_config_faults(fault: str, saved: Path, tiny: Any) -> None:
 
 def test_neutral_and_informative_keys_are_no_fault(saved: Path, tiny: Any) -> None:
     settings = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights="orthogonal").to_dict()
-    neutral = {k: v for k, v in settings.items() if k not in ("r", "lora_alpha", "target_modules", "peft_type", "task_type")}
-    configure(saved, **{**neutral, "from_the_future": False, "another": [], "layers_pattern": "layers", "eva_config": {"rho": 2}})
+    neutral = {
+        k: v
+        for k, v in settings.items()
+        if k not in ("r", "lora_alpha", "target_modules", "peft_type", "task_type")
+    }
+    configure(
+        saved,
+        **{
+            **neutral,
+            "from_the_future": False,
+            "another": [],
+            "layers_pattern": "layers",
+            "eva_config": {"rho": 2},
+        },
+    )
     assert load_adapter(tiny("llama"), saved).spec.r == 4
 
 
@@ -149,12 +194,20 @@ def test_a_pattern_that_changes_a_rank_is_a_shape_error(saved: Path, tiny: Any) 
     refused(tiny, saved, "layers.1", "rank 8", "[4, 48]", "[8, 48]")
 
 
-def test_catastrophic_patterns_are_stopped(saved: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catastrophic_patterns_are_stopped(
+    saved: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lorry.adapters.peft.config.TIME_LIMIT", 0.5)
-    for changes in ({"rank_pattern": {"(.|.)*!": 3}}, {"target_modules": "(.*)*!"}, {"exclude_modules": "(a|.|.|.)+!"}):
+    for changes in (
+        {"rank_pattern": {"(.|.)*!": 3}},
+        {"target_modules": "(.*)*!"},
+        {"exclude_modules": "(a|.|.|.)+!"},
+    ):
         before = json.loads((saved / CONFIG).read_text())
         configure(saved, **changes)
-        refused(tiny, saved, CONFIG, "take too long")  # that it returns at all is the bound: pytest's own limit ends a hang
+        refused(
+            tiny, saved, CONFIG, "take too long"
+        )  # that it returns at all is the bound: pytest's own limit ends a hang
         (saved / CONFIG).write_text(json.dumps(before))
 
 
@@ -196,7 +249,10 @@ def test_the_same_part_under_two_names(tiny: Any, shake: Any, tmp_path: Path) ->
     model = tiny("gpt_neox")
     attach(model, LoraSpec(r=2, target_modules=("lm_head",)))
     save_adapter(model, tmp_path)
-    edit(tmp_path, lambda t: t.update({k.replace("lm_head", "embed_out"): v.clone() for k, v in t.items()}))
+    edit(
+        tmp_path,
+        lambda t: t.update({k.replace("lm_head", "embed_out"): v.clone() for k, v in t.items()}),
+    )
     refused(tiny, tmp_path, "embed_out", "lm_head", "same part", family="gpt_neox")
 
 
@@ -204,14 +260,18 @@ def embedding_file(tiny: Any, shake: Any, folder: Path, family: str = "llama-tie
     """A PEFT adapter on head and embedding, whose file carries both base weights as well."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head", "embed_tokens"])
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=2, target_modules=["lm_head", "embed_tokens"]
+        )
         theirs = peft.get_peft_model(tiny(family), config)
         shake(p for n, p in theirs.named_parameters() if "lora_" in n)
         theirs.save_pretrained(folder, save_embedding_layers=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_base_weights_in_the_file_are_compared_and_dropped(dtype: torch.dtype, tiny: Any, shake: Any, tmp_path: Path) -> None:
+def test_base_weights_in_the_file_are_compared_and_dropped(
+    dtype: torch.dtype, tiny: Any, shake: Any, tmp_path: Path
+) -> None:
     embedding_file(tiny, shake, tmp_path)
     base = [k for k in load_file(tmp_path / WEIGHTS) if "base_layer" in k]
     assert len(base) == 2, "PEFT saves both"
@@ -219,10 +279,14 @@ def test_base_weights_in_the_file_are_compared_and_dropped(dtype: torch.dtype, t
     assert len(adapter.tensors()) == 4
 
     edit(tmp_path, lambda t: t.update({k: t[k].bfloat16() for k in base}))
-    load_adapter(tiny("llama-tied").to(dtype), tmp_path)  # a bf16 file on an fp32 base, and bf16 on bf16
+    load_adapter(
+        tiny("llama-tied").to(dtype), tmp_path
+    )  # a bf16 file on an fp32 base, and bf16 on bf16
 
     edit(tmp_path, lambda t: t.update({k.replace(".base_layer", ""): t.pop(k) for k in base}))
-    load_adapter(tiny("llama-tied").to(dtype), tmp_path)  # as PEFT writes them where they are not targeted
+    load_adapter(
+        tiny("llama-tied").to(dtype), tmp_path
+    )  # as PEFT writes them where they are not targeted
 
 
 def test_another_bases_embedding_is_refused(tiny: Any, shake: Any, tmp_path: Path) -> None:
@@ -271,7 +335,9 @@ def test_saving_refuses_what_could_not_be_loaded(tiny: Any, tmp_path: Path) -> N
     assert not (tmp_path / "new").exists()
 
 
-def test_a_full_disk_leaves_the_old_adapter(saved: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_adapter(
+    saved: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lorry.disk import durable
 
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
@@ -298,4 +364,6 @@ def test_files_are_the_same_bytes_every_time(tiny: Any) -> None:
         made.append(adapter_files(model, extra={"data": "people"}))
     assert made[0] == made[1]
     assert json.loads(made[0][FACTS])["data"] == "people"
-    assert set(json.loads(made[0][CONFIG])) <= set(peft.LoraConfig(target_modules=["q_proj"]).to_dict())
+    assert set(json.loads(made[0][CONFIG])) <= set(
+        peft.LoraConfig(target_modules=["q_proj"]).to_dict()
+    )

@@ -1,4 +1,6 @@
-"""Everything random is a function of names: A's initialisation of (seed, module), dropout of (seed, step, sequence, site)."""
+"""Everything random is a function of names: A's initialisation of (seed, module), dropout of (seed,
+step, sequence, site).
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,26 @@ def test_a_depends_only_on_seed_and_module(tiny: Any) -> None:
     crowded = tiny("qwen3")
     attach(crowded, LoraSpec(r=2, target_modules="all-linear"), "first", seed=9)
     torch.manual_seed(99)
-    among = attach(crowded, LoraSpec(r=4, target_modules=("down_proj", "q_proj", "lm_head")), "second", seed=3).slots[Q1]
+    among = attach(
+        crowded, LoraSpec(r=4, target_modules=("down_proj", "q_proj", "lm_head")), "second", seed=3
+    ).slots[Q1]
     assert torch.equal(alone.A, among.A)
-    assert not torch.equal(alone.A, get_bank(crowded)["second"].slots[Q1.replace("1", "2")].A), "another module, other values"
-    assert not torch.equal(alone.A, attach(crowded, LoraSpec(r=4, target_modules=(Q1,)), "third", seed=4).slots[Q1].A)
+    assert not torch.equal(alone.A, get_bank(crowded)["second"].slots[Q1.replace("1", "2")].A), (
+        "another module, other values"
+    )
+    assert not torch.equal(
+        alone.A, attach(crowded, LoraSpec(r=4, target_modules=(Q1,)), "third", seed=4).slots[Q1].A
+    )
 
 
 def test_the_default_is_kaiming_uniform_as_in_peft_and_linear(tiny: Any) -> None:
-    """U(-1/sqrt(in), 1/sqrt(in)) and zero B: bounds, moments and a chi-square test of 20 bins over some 60 000 values."""
-    adapter = attach(tiny("llama", hidden_size=128), LoraSpec(r=64, target_modules=("q_proj", "v_proj", "up_proj")))
+    """U(-1/sqrt(in), 1/sqrt(in)) and zero B: bounds, moments and a chi-square test of 20 bins over
+    some 60 000 values.
+    """
+    adapter = attach(
+        tiny("llama", hidden_size=128),
+        LoraSpec(r=64, target_modules=("q_proj", "v_proj", "up_proj")),
+    )
     parts = []
     for slot in adapter.slots.values():
         bound = 1 / math.sqrt(slot.A.shape[1])
@@ -51,7 +64,9 @@ def test_the_default_is_kaiming_uniform_as_in_peft_and_linear(tiny: Any) -> None
 
 @pytest.mark.parametrize(("kind", "std"), [("gaussian", 1 / 8), (False, 1 / math.sqrt(3 * 32))])
 def test_other_initialisations(kind: Any, std: float, tiny: Any) -> None:
-    adapter = attach(tiny("llama"), LoraSpec(r=8, target_modules=("q_proj",), init_lora_weights=kind))
+    adapter = attach(
+        tiny("llama"), LoraSpec(r=8, target_modules=("q_proj",), init_lora_weights=kind)
+    )
     a = torch.cat([s.A.detach().flatten() for s in adapter.slots.values()])
     b = torch.cat([s.B.detach().flatten() for s in adapter.slots.values()])
     assert float(a.std()) == pytest.approx(std, rel=0.1)
@@ -71,9 +86,19 @@ def mask(noise: DropoutNoise, site: str = "s", p: float = 0.5, width: int = 4) -
     return noise.at(site, p).mask(width, torch.device("cpu"))
 
 
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 6)), min_size=1, max_size=6, unique_by=lambda t: t[0]), st.randoms())
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 50), st.integers(1, 6)),
+        min_size=1,
+        max_size=6,
+        unique_by=lambda t: t[0],
+    ),
+    st.randoms(),
+)
 @settings(max_examples=50, deadline=None)
-def test_a_sequence_has_its_mask_in_any_company(sequences: list[tuple[int, int]], random: Any) -> None:
+def test_a_sequence_has_its_mask_in_any_company(
+    sequences: list[tuple[int, int]], random: Any
+) -> None:
     """Each (key, length) drawn alone, packed together, and packed in another order."""
 
     def packed(order: list[tuple[int, int]]) -> dict[int, Tensor]:
@@ -96,7 +121,9 @@ def test_masks_differ_by_seed_step_key_and_site() -> None:
         return mask(DropoutNoise(seed, step, (key,), (0, 32)), site).numpy().tobytes()
 
     assert one() == one()
-    assert len({one(), one(seed=2), one(step=2), one(key=2), one(site="t"), one(seed=11, step=0)}) == 6
+    assert (
+        len({one(), one(seed=2), one(step=2), one(key=2), one(site="t"), one(seed=11, step=0)}) == 6
+    )
 
 
 def test_rows_of_a_mask_are_the_same_rows() -> None:
@@ -115,7 +142,9 @@ def test_rows_of_a_mask_are_the_same_rows() -> None:
     st.integers(0, 2**40),
     st.data(),
 )
-def test_kernel_and_torch_draw_the_same(lengths: list[int], width: int, p: float, seed: int, data: st.DataObject) -> None:
+def test_kernel_and_torch_draw_the_same(
+    lengths: list[int], width: int, p: float, seed: int, data: st.DataObject
+) -> None:
     """The compiled hash against the one in 64-bit integers, on any rows, in both number formats."""
     starts = (0, *torch.tensor(lengths).cumsum(0).tolist())
     dropout = DropoutNoise(seed, 3, tuple(range(len(lengths))), starts).at("s", p)
@@ -125,14 +154,18 @@ def test_kernel_and_torch_draw_the_same(lengths: list[int], width: int, p: float
     assert torch.equal(dropout.mask(width, torch.device("cpu"), slice(first, last)), plain)
     x = torch.randn(last - first, width)
     scaled = x.bfloat16().float() * torch.tensor(1 / (1 - p), dtype=torch.float32)
-    assert torch.equal(dropout.apply(x.bfloat16(), slice(first, last)), torch.where(plain, scaled, 0).bfloat16())
+    assert torch.equal(
+        dropout.apply(x.bfloat16(), slice(first, last)), torch.where(plain, scaled, 0).bfloat16()
+    )
     assert torch.equal(dropout.apply(x, slice(first, last)), x * (plain * (1 / (1 - p))))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_dropout_keeps_the_expectation(p: float, tiny: Any) -> None:
     """The share kept is 1-p within 5 sigma, and B(A(dropout(x))) averages to B(A(x))."""
-    kept = torch.cat([mask(DropoutNoise(0, step, (7,), (0, 64)), p=p, width=32).flatten() for step in range(10)]).double()
+    kept = torch.cat(
+        [mask(DropoutNoise(0, step, (7,), (0, 64)), p=p, width=32).flatten() for step in range(10)]
+    ).double()
     assert abs(float(kept.mean()) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / kept.numel())
 
     model = tiny("llama")
@@ -142,7 +175,10 @@ def test_dropout_keeps_the_expectation(p: float, tiny: Any) -> None:
     base = layer(x, AdapterContext())
     exact = layer(x, AdapterContext(Mix.one("default"))) - base
     runs = torch.stack(
-        [layer(x, AdapterContext(Mix.one("default"), DropoutNoise(0, s, (1,), (0, 4)))) - base for s in range(400)]
+        [
+            layer(x, AdapterContext(Mix.one("default"), DropoutNoise(0, s, (1,), (0, 4)))) - base
+            for s in range(400)
+        ]
     ).detach()
     sigma = runs.std(0) / math.sqrt(len(runs))
     assert ((runs.mean(0) - exact).abs() < 5 * sigma + 1e-6).all()
@@ -157,7 +193,8 @@ def test_projections_that_share_an_input_share_the_mask(tiny: Any) -> None:
     call = AdapterContext(Mix.one("default"), DropoutNoise(0, 0, (1,), (0, 5)))
     x = torch.ones(5, 32)
     dropped = [
-        (m(x, call, site) - m(x, AdapterContext()))[:, :16] == 0 for m, site in ((q, "0.in"), (k, "0.in"), (q, None), (k, None))
+        (m(x, call, site) - m(x, AdapterContext()))[:, :16] == 0
+        for m, site in ((q, "0.in"), (k, "0.in"), (q, None), (k, None))
     ]
     assert torch.equal(dropped[0], dropped[1]), "the same site"
     assert not torch.equal(dropped[2], dropped[3]), "without a site each module has its own"
@@ -175,7 +212,9 @@ def test_no_noise_means_no_dropout(tiny: Any, ids: Tensor, logits: Any, shake: A
     assert torch.equal(logits(model.train(), ids), logits(model.eval(), ids))
     noisy = []
     for _ in range(2):
-        token = AMBIENT_CONTEXT.set(AdapterContext(Mix.one("default"), DropoutNoise(0, 1, (1, 2), (0, 9, 18))))
+        token = AMBIENT_CONTEXT.set(
+            AdapterContext(Mix.one("default"), DropoutNoise(0, 1, (1, 2), (0, 9, 18)))
+        )
         noisy.append(logits(model, ids))
         AMBIENT_CONTEXT.reset(token)
     assert torch.equal(*noisy)
@@ -218,5 +257,10 @@ def test_narrowing_a_mix_selects_its_rows(owners: list[str | None], data: st.Dat
         return out
 
     half = MixTerm("a", slice(0, starts[1]), gates[: starts[1], 0])
-    for mix in (Mix.per_sequence(owners, starts), Mix.routed(["a", "b"], gates), Mix((half,)), Mix.constants({"a": 2})):
+    for mix in (
+        Mix.per_sequence(owners, starts),
+        Mix.routed(["a", "b"], gates),
+        Mix((half,)),
+        Mix.constants({"a": 2}),
+    ):
         assert torch.equal(table(mix.narrow(rows), len(rows)), table(mix, starts[-1])[rows])

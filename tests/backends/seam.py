@@ -18,9 +18,16 @@ from lorry.tasks.losses import nll_loss, npo_loss
 
 VOCAB = 61
 CONFIG = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 64, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
 
 
 def tiny_llama(seed: int = 0) -> Decoder:
@@ -35,7 +42,10 @@ def tiny_llama(seed: int = 0) -> Decoder:
 
 
 def examples(
-    n: int, seed: int = 0, adapter: Callable[[int], int] = lambda i: 0, role: Callable[[int], str] = lambda i: ""
+    n: int,
+    seed: int = 0,
+    adapter: Callable[[int], int] = lambda i: 0,
+    role: Callable[[int], str] = lambda i: "",
 ) -> list[TokenizedExample]:
     """Random token rows of 4 to 13 tokens, about half of them supervised."""
     draw = torch.Generator().manual_seed(seed)
@@ -45,14 +55,22 @@ def examples(
         weights = (torch.rand(length, generator=draw) < 0.5).float()
         weights[0], weights[-1] = 0, 1
         tokens = torch.randint(0, VOCAB, (length,), generator=draw).tolist()
-        out.append(TokenizedExample(tokens, weights.tolist(), key=100 * seed + i, adapter=adapter(i), role=role(i)))
+        out.append(
+            TokenizedExample(
+                tokens, weights.tolist(), key=100 * seed + i, adapter=adapter(i), role=role(i)
+            )
+        )
     return out
 
 
 class Fixed:
     """Fine-tuning on micro-batches given in full: `steps[step]` is a list of lists of examples."""
 
-    def __init__(self, steps: Sequence[Sequence[Sequence[TokenizedExample]]], adapters: Sequence[str] = ("default",)) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Sequence[Sequence[TokenizedExample]]],
+        adapters: Sequence[str] = ("default",),
+    ) -> None:
         self.steps, self.adapters, self.total_steps = steps, list(adapters), len(steps)
         self.seen: list[StepStats] = []
 
@@ -80,7 +98,9 @@ class Fixed:
 
 
 class Npo(Fixed):
-    """NPO in a few lines: the reference is the same model under mix none, no second model; plus a retain term."""
+    """NPO in a few lines: the reference is the same model under mix none, no second model; plus a
+    retain term.
+    """
 
     beta = 0.1
 
@@ -97,5 +117,11 @@ class Npo(Fixed):
 
     def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
         forget = torch.tensor([r == "forget" for r in batch.role])
-        terms = npo_loss(got["logprob"], batch.extra["reference"].values, batch, self.beta), nll_loss(got["logprob"], batch)
-        return {"forget": torch.where(forget, terms[0], 0.0), "retain": torch.where(forget, 0.0, terms[1])}
+        terms = (
+            npo_loss(got["logprob"], batch.extra["reference"].values, batch, self.beta),
+            nll_loss(got["logprob"], batch),
+        )
+        return {
+            "forget": torch.where(forget, terms[0], 0.0),
+            "retain": torch.where(forget, 0.0, terms[1]),
+        }

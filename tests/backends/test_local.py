@@ -23,7 +23,9 @@ def start(
 ) -> tuple[Decoder, LocalBackend]:
     model = tiny_llama()
     for i, name in enumerate(names):
-        attach(model, specs[i] if specs else LoraSpec(r=3, init_lora_weights=False), name, seed=seed)
+        attach(
+            model, specs[i] if specs else LoraSpec(r=3, init_lora_weights=False), name, seed=seed
+        )
     return model, LocalBackend(model, names, OptimSettings(max_grad_norm=0.0))
 
 
@@ -72,19 +74,32 @@ def test_uneven_micro_batches_averaged_by_means_would_differ() -> None:
 
 
 def test_jobs_in_one_batch_equal_jobs_alone() -> None:
-    """Three adapters of different rank and scale in shared micro-batches: losses, norms and steps as in three separate runs."""
+    """Three adapters of different rank and scale in shared micro-batches: losses, norms and steps
+    as in three separate runs.
+    """
     specs = (LoraSpec(r=2), LoraSpec(r=5, lora_alpha=3), LoraSpec(r=3, use_rslora=True))
     names = ("a", "b", "c")
     rates = {"a": 1e-2, "b": 3e-3, "c": 2e-2}
-    shared = [[examples(4, seed, lambda i: i % 3), examples(5, seed + 50, lambda i: (i + 1) % 3)] for seed in range(4)]
+    shared = [
+        [examples(4, seed, lambda i: i % 3), examples(5, seed + 50, lambda i: (i + 1) % 3)]
+        for seed in range(4)
+    ]
     _, together = start(names, specs)
     task = Fixed(shared, names)
     joint = []
     for step in range(4):
-        joint.append((together.forward_backward(task.step_batches(step, {}), task, step), together.step(rates)))
+        joint.append(
+            (
+                together.forward_backward(task.step_batches(step, {}), task, step),
+                together.step(rates),
+            )
+        )
     for k, name in enumerate(names):
         _, alone = start((name,), (specs[k],))
-        own = [[[replace(r, adapter=0) for r in micro if r.adapter == k] for micro in step] for step in shared]
+        own = [
+            [[replace(r, adapter=0) for r in micro if r.adapter == k] for micro in step]
+            for step in shared
+        ]
         single = Fixed([[m for m in step if m] for step in own], (name,))
         for step in range(4):
             stats = alone.forward_backward(single.step_batches(step, {}), single, step)
@@ -108,12 +123,17 @@ def test_an_absent_job_does_not_step() -> None:
 
 
 def test_npo_over_the_seam_equals_autograd_by_hand() -> None:
-    """The second task: reference by mix none, two terms with normalisers of their own, against a plain computation."""
+    """The second task: reference by mix none, two terms with normalisers of their own, against a
+    plain computation.
+    """
     model, local = start()
     rows = examples(7, role=lambda i: "forget" if i % 2 else "retain")
     got = grads(local, Npo([[rows[:3], rows[3:]]]))
 
-    forget, retain = [r for r in rows if r.role == "forget"], [r for r in rows if r.role == "retain"]
+    forget, retain = (
+        [r for r in rows if r.role == "forget"],
+        [r for r in rows if r.role == "retain"],
+    )
     total = torch.zeros(())
     for row in forget:
         batch = collate([row])
@@ -122,7 +142,9 @@ def test_npo_over_the_seam_equals_autograd_by_hand() -> None:
         for call in (AdapterContext(Mix.one("default")), AdapterContext()):
             logp = model.logits(model.hidden(packed, call).last, call).log_softmax(-1)
             sums.append(sum(w * logp[t - 1, row.tokens[t]] for t, w in enumerate(row.weights) if w))
-        total = total - 2 / 0.1 * torch.nn.functional.logsigmoid(-0.1 * (sums[0] - sums[1].detach())) / len(forget)
+        total = total - 2 / 0.1 * torch.nn.functional.logsigmoid(
+            -0.1 * (sums[0] - sums[1].detach())
+        ) / len(forget)
     (total + mean_loss_by_hand(model, retain, "default")).backward()
     truth = local.bank["default"].grads
     assert truth.abs().max() > 1e-3
@@ -153,7 +175,9 @@ def test_adamw_and_clipping_equal_torch() -> None:
     mine = torch.cat([p.flatten() for p in local.bank.parameters()])
     theirs = torch.cat([p.flatten() for p in params])
     assert torch.allclose(mine, theirs, atol=2e-5)
-    assert (mine - torch.cat([p.flatten() for p in start()[1].bank.parameters()])).abs().max() > 1e-2
+    assert (
+        mine - torch.cat([p.flatten() for p in start()[1].bank.parameters()])
+    ).abs().max() > 1e-2
 
 
 def test_nothing_steps_on_a_non_finite_loss_or_gradient() -> None:
@@ -163,7 +187,9 @@ def test_nothing_steps_on_a_non_finite_loss_or_gradient() -> None:
     batches = task.step_batches(0, {})
     norm = model.get_submodule("model.norm")
     norm.weight.data.fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match=r"step 1: the loss term 'nll' is not finite for 4 of 4"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 1: the loss term 'nll' is not finite for 4 of 4"
+    ):
         local.forward_backward(batches, task, 0)
     norm.weight.data.fill_(1.0)
     local.forward_backward(batches, task, 0)
@@ -206,7 +232,10 @@ def test_dropout_follows_step_and_key_not_packing() -> None:
     attach(model, LoraSpec(r=3, lora_dropout=0.3, init_lora_weights=False))
     local = LocalBackend(model, ["default"], OptimSettings())
     rows = examples(5)
-    packed, apart = grads(local, Fixed([[rows]])), grads(local, Fixed([[[r] for r in reversed(rows)]]))
+    packed, apart = (
+        grads(local, Fixed([[rows]])),
+        grads(local, Fixed([[[r] for r in reversed(rows)]])),
+    )
     assert (packed - apart).abs().max() < 1e-5 * packed.abs().max() + 1e-7
     other = grads(local, Fixed([[rows], [rows]]), step=1)
     assert (packed - other).abs().max() > 1e-3 * packed.abs().max()
@@ -217,4 +246,6 @@ def test_inspection_sees_a_frozen_matrix() -> None:
     seen = local.inspect()
     assert seen.trainable == seen.optimized == seen.saved
     local.bank["default"].slots["model.layers.0.mlp.up_proj"].B.requires_grad_(False)
-    assert local.inspect().trainable == seen.trainable - {"default/model.layers.0.mlp.up_proj.lora_B"}
+    assert local.inspect().trainable == seen.trainable - {
+        "default/model.layers.0.mlp.up_proj.lora_B"
+    }

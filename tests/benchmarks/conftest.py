@@ -1,4 +1,6 @@
-"""The benchmarks are scripts and no package; their folder is put on the path. `tiny`: a case small enough to run in a second."""
+"""The benchmarks are scripts and no package; their folder is put on the path. `tiny`: a case small
+enough to run in a second.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,21 @@ LENGTH = 48
 
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers that is sure of itself (large weights), its adapter, and two rows of noise."""
+    """A random Llama of two layers that is sure of itself (large weights), its adapter, and two
+    rows of noise.
+    """
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96,
-        max_position_embeddings=128, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=96,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
     model = load_model(str(folder / "base"), dtype="bfloat16", notes=[]).model
     attach(model, LoraSpec(r=4, lora_alpha=8, init_lora_weights=False))

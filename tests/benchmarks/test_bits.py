@@ -1,4 +1,6 @@
-"""Comparing the bits of runs: what differs first is named, nothing missing passes as equal, another machine is refused."""
+"""Comparing the bits of runs: what differs first is named, nothing missing passes as equal, another
+machine is refused.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-BEFORE = {"steps": [{"step": "1", "loss": "2.5"}, {"step": "2", "loss": "2.25"}], "weights": {"a": "0" * 64, "b": "1" * 64}}
+BEFORE = {
+    "steps": [{"step": "1", "loss": "2.5"}, {"step": "2", "loss": "2.25"}],
+    "weights": {"a": "0" * 64, "b": "1" * 64},
+}
 
 
 def changed(**parts: Any) -> dict[str, Any]:
@@ -52,17 +57,34 @@ def test_every_bit_of_a_tensor_counts_and_its_name_shape_and_dtype(tmp_path: Pat
 
     plain = torch.zeros(2, 3)
     assert of(plain) == of(plain, "another run's metadata")
-    others = [of(-plain), of(plain.reshape(3, 2)), of(plain.to(torch.int32)), of(plain.bfloat16()), of(torch.tensor(0.0))]
+    others = [
+        of(-plain),
+        of(plain.reshape(3, 2)),
+        of(plain.to(torch.int32)),
+        of(plain.bfloat16()),
+        of(torch.tensor(0.0)),
+    ]
     assert len({of(plain)["w"], *(other["w"] for other in others)}) == 6
 
 
 def test_times_and_places_are_no_part_of_it() -> None:
-    line = {"step": 1, "loss": 0.1, "grad_norm": 1e-3, "seconds": 1.0, "peak_memory_bytes": 5, "eval_seconds": 2.0,
-            "adapters": {"a": {"loss": 0.1, "tokens": 3}}}  # fmt: skip
+    line = {
+        "step": 1,
+        "loss": 0.1,
+        "grad_norm": 1e-3,
+        "seconds": 1.0,
+        "peak_memory_bytes": 5,
+        "eval_seconds": 2.0,
+        "adapters": {"a": {"loss": 0.1, "tokens": 3}},
+    }
     kept = {"step": "1", "loss": "0.1", "grad_norm": "0.001", "adapters": {"a": {"loss": "0.1"}}}
     assert bits.numbers(line) == kept
     assert bits.without_places(
-        {"data": "/tmp/x", "bool_q": {"source": "/tmp/y", "split": "train"}, "sides": [{"loss": 0.1, "answer": "yes"}]}
+        {
+            "data": "/tmp/x",
+            "bool_q": {"source": "/tmp/y", "split": "train"},
+            "sides": [{"loss": 0.1, "answer": "yes"}],
+        }
     ) == {"bool_q": {"split": "train"}, "sides": [{"loss": "0.1", "answer": "yes"}]}
 
 

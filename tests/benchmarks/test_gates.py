@@ -28,8 +28,12 @@ def tiny(tiny_files: Path) -> tuple[Path, list[dict[str, Any]]]:
     return tiny_files, gates.reference(tiny_files, read_rows(tiny_files), [[0]])
 
 
-def verdict(tiny: tuple[Path, list[dict[str, Any]]], engine: str, folder: Path | None = None) -> dict[str, Any]:
-    """Run an engine, perhaps on a folder that was tampered with, and judge it by the reference of the true one."""
+def verdict(
+    tiny: tuple[Path, list[dict[str, Any]]], engine: str, folder: Path | None = None
+) -> dict[str, Any]:
+    """Run an engine, perhaps on a folder that was tampered with, and judge it by the reference of
+    the true one.
+    """
     true, truths = tiny
     run = turns.work(engine, folder or true)
     if folder is not None:
@@ -52,9 +56,12 @@ def test_an_honest_engine_passes(tiny: tuple[Path, list[dict[str, Any]]], engine
 
 
 @pytest.mark.skipif(
-    not kernels.kernel_status().active, reason=f"Lorry's kernels do not run here: {kernels.kernel_status().reason}"
+    not kernels.kernel_status().active,
+    reason=f"Lorry's kernels do not run here: {kernels.kernel_status().reason}",
 )
-def test_lorry_passes(tiny: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lorry_passes(
+    tiny: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LORRY_MALLOC", "0")  # not for the process of all the other tests
     assert verdict(tiny, "lorry")["refused"] is None
 
@@ -96,9 +103,14 @@ def silent_b(params: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-@pytest.mark.parametrize(("change", "why"), [(without_b, "on one side only"), (silent_b, "gradient of zero")])
+@pytest.mark.parametrize(
+    ("change", "why"), [(without_b, "on one side only"), (silent_b, "gradient of zero")]
+)
 def test_an_engine_that_does_not_train_b_is_refused(
-    tiny: tuple[Path, list[dict[str, Any]]], change: Callable[..., Any], why: str, monkeypatch: pytest.MonkeyPatch
+    tiny: tuple[Path, list[dict[str, Any]]],
+    change: Callable[..., Any],
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(turns.ENGINES, "wrong", Entry(partial(faulty, change), "wrong on purpose"))
     assert why in verdict(tiny, "wrong")["refused"]
@@ -125,6 +137,8 @@ def test_a_sequence_that_is_no_row_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_fallback_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "kernel_status", lambda: kernels.KernelStatus(False, "no compiler"))
+    monkeypatch.setattr(
+        kernels, "kernel_status", lambda: kernels.KernelStatus(False, "no compiler")
+    )
     with pytest.raises(SystemExit, match="no compiler"):
         engines.fast_path()

@@ -1,4 +1,6 @@
-"""The floor formula against hand-worked numbers, the ratios, the table, and how batches are taken apart."""
+"""The floor formula against hand-worked numbers, the ratios, the table, and how batches are taken
+apart.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,30 @@ import turns
 from case import Case
 
 SMOLLM2 = {
-    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
     "vocab_size": 49152,
-}  # fmt: skip
+}
 QWEN3 = {
-    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
-    "head_dim": 128, "vocab_size": 151936,
-}  # fmt: skip
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+}
 LLAMA3 = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
     "vocab_size": 128256,
-}  # fmt: skip
+}
 
 
 def shape(folder: Path, config: dict[str, int]) -> measure.Shape:
@@ -33,8 +48,12 @@ def shape(folder: Path, config: dict[str, int]) -> measure.Shape:
     return measure.Shape.of(folder)
 
 
-@pytest.mark.parametrize(("config", "lora", "full"), [(SMOLLM2, 814, 1055), (QWEN3, 3267, 4398), (LLAMA3, 32149, 46907)])
-def test_the_floor_is_what_was_worked_out_by_hand(tmp_path: Path, config: dict[str, int], lora: int, full: int) -> None:
+@pytest.mark.parametrize(
+    ("config", "lora", "full"), [(SMOLLM2, 814, 1055), (QWEN3, 3267, 4398), (LLAMA3, 32149, 46907)]
+)
+def test_the_floor_is_what_was_worked_out_by_hand(
+    tmp_path: Path, config: dict[str, int], lora: int, full: int
+) -> None:
     found = shape(tmp_path, config)
     assert found.flops("lora", 2048, 16) / 1e6 == pytest.approx(lora, rel=0.0015)
     assert found.flops("full", 2048, 16) / 1e6 == pytest.approx(full, rel=0.0015)
@@ -45,19 +64,32 @@ def test_the_parts_of_smollm2(tmp_path: Path) -> None:
     assert found.weights / 1e6 == pytest.approx(106.2 + 28.3, abs=0.1)
     assert found.adapter(16) / 1e6 == pytest.approx(4.88, abs=0.01)
     assert found.adapter(64) == 4 * found.adapter(16)
-    assert found.flops("forward", 2048, 16) + 2 * found.adapter(16) == pytest.approx(350e6, rel=0.005)
+    assert found.flops("forward", 2048, 16) + 2 * found.adapter(16) == pytest.approx(
+        350e6, rel=0.005
+    )
 
 
 def run(engine: str, turn: int, seconds: list[float], memory: int = 100) -> dict[str, Any]:
     return {
-        "engine": engine, "round": turn, "wall": seconds, "cpu": seconds, "tokens": [100] * len(seconds), "warmup_seconds": 1.0,
-        "supervised": [50] * len(seconds), "memory_bytes": memory, "matrix_rate": 1e9,
-    }  # fmt: skip
+        "engine": engine,
+        "round": turn,
+        "wall": seconds,
+        "cpu": seconds,
+        "tokens": [100] * len(seconds),
+        "warmup_seconds": 1.0,
+        "supervised": [50] * len(seconds),
+        "memory_bytes": memory,
+        "matrix_rate": 1e9,
+    }
 
 
 def test_a_ratio_is_the_median_of_rounds_not_a_ratio_of_medians(tmp_path: Path) -> None:
     """The machine slows down from round to round; within a round the peer is always twice as slow."""
-    runs = [r for n, s in enumerate((1.0, 3.0, 9.0)) for r in (run("lorry", n, [s, s, s * 5], 50), run("peft", n, [2 * s] * 3))]
+    runs = [
+        r
+        for n, s in enumerate((1.0, 3.0, 9.0))
+        for r in (run("lorry", n, [s, s, s * 5], 50), run("peft", n, [2 * s] * 3))
+    ]
     row = turns.table(runs, Case(), shape(tmp_path, SMOLLM2))["peft"]
     assert row["lorry"]["speed"] == pytest.approx(2)
     assert row["lorry"]["memory"] == pytest.approx(0.5)
@@ -72,7 +104,10 @@ def test_batches_are_taken_apart_again() -> None:
     ids = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     assert trainers.split({"input_ids": ids, "attention_mask": mask}) == [[5, 6, 7], [8, 9]]
-    packed = {"input_ids": torch.tensor([[5, 6, 7, 8, 9]]), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+    packed = {
+        "input_ids": torch.tensor([[5, 6, 7, 8, 9]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
+    }
     assert trainers.split(packed) == [[5, 6, 7], [8, 9]]
 
 

@@ -1,4 +1,6 @@
-"""docs/results.md says what the records say: ratios, refusals, targets missed, and where Lorry loses."""
+"""docs/results.md says what the records say: ratios, refusals, targets missed, and where Lorry
+loses.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +18,41 @@ MACHINE |= {"cpu": "a CPU", "cores": 2, "trl": None}
 
 def row(speed: float, memory: float, against: tuple[float, float] | None) -> dict[str, Any]:
     return {
-        "tokens_per_second": speed, "quartiles": [speed - 1, speed + 1], "memory_bytes": memory * 2**30,
-        "warmup_seconds": [3.0, 2.0], "share_of_matrix_rate": 0.4,
+        "tokens_per_second": speed,
+        "quartiles": [speed - 1, speed + 1],
+        "memory_bytes": memory * 2**30,
+        "warmup_seconds": [3.0, 2.0],
+        "share_of_matrix_rate": 0.4,
         "lorry": against and {"speed": against[0], "cpu_speed": against[0], "memory": against[1]},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
 def record() -> dict[str, Any]:
     table = {
-        "lorry": row(600, 1.0, (1.0, 1.0)), "peft": row(200, 3.0, (3.0, 0.33)), "peft-bf16": row(400, 0.8, (1.5, 1.25)),
+        "lorry": row(600, 1.0, (1.0, 1.0)),
+        "peft": row(200, 3.0, (3.0, 0.33)),
+        "peft-bf16": row(400, 0.8, (1.5, 1.25)),
         "forward": row(2000, 0.5, (0.3, 2.0)),
-    }  # fmt: skip
+    }
     return {
-        "kind": "sft", "case": {"model": "m", "length": 1024, "rank": 16, "threads": 1, "steps": 3}, "rounds": 2, "clean": True,
-        "date": "2026-11-22T08:00:00+00:00", "command": "python benchmarks/sft.py", "machine": MACHINE, "highest_load": 1.0,
-        "says": {e: f"engine {e}" for e in (*table, "trl")}, "anchors": ["forward"], "refused": {"trl": "another loss"},
+        "kind": "sft",
+        "case": {"model": "m", "length": 1024, "rank": 16, "threads": 1, "steps": 3},
+        "rounds": 2,
+        "clean": True,
+        "date": "2026-11-22T08:00:00+00:00",
+        "command": "python benchmarks/sft.py",
+        "machine": MACHINE,
+        "highest_load": 1.0,
+        "says": {e: f"engine {e}" for e in (*table, "trl")},
+        "anchors": ["forward"],
+        "refused": {"trl": "another loss"},
         "gates": {
             "lorry": {"cosine": 0.9995, "control_cosine": 0.9994, "refused": None},
             "peft-bf16": {"cosine": 0.9989, "control_cosine": 0.9994, "refused": None},
         },
         "table": table,
-    }  # fmt: skip
+    }
 
 
 def test_the_page_tells_ratios_refusals_and_targets(record: dict[str, Any]) -> None:
@@ -52,7 +67,10 @@ def test_the_page_tells_ratios_refusals_and_targets(record: dict[str, Any]) -> N
 
 def test_where_we_lose_is_computed(record: dict[str, Any]) -> None:
     said = results.losses({"one": record})
-    assert "- more memory than engine peft-bf16 (Packed text: 1024 tokens, rank 16, 1 thread): 1.25x" in said
+    assert (
+        "- more memory than engine peft-bf16 (Packed text: 1024 tokens, rank 16, 1 thread): 1.25x"
+        in said
+    )
     assert "forward" not in said  # nobody can train faster than by not training
     won = copy.deepcopy(record)
     won["table"]["peft-bf16"]["lorry"]["memory"] = 0.9
@@ -63,11 +81,20 @@ def test_where_we_lose_is_computed(record: dict[str, Any]) -> None:
 
 def test_a_record_under_load_says_so(record: dict[str, Any]) -> None:
     assert "Not clean" not in results.story(record)
-    assert "**Not clean**: the load went up to 5.0 on 2 cores" in results.story({**record, "clean": False, "highest_load": 5.0})
+    assert "**Not clean**: the load went up to 5.0 on 2 cores" in results.story(
+        {**record, "clean": False, "highest_load": 5.0}
+    )
 
 
 def test_other_benchmarks_may_add_a_table(record: dict[str, Any]) -> None:
-    text = results.page({"one": record, "gen": {"title": "Generation", "columns": ["a"], "rows": [[1]]}, "x": {"kind": "?"}}, {})
+    text = results.page(
+        {
+            "one": record,
+            "gen": {"title": "Generation", "columns": ["a"], "rows": [[1]]},
+            "x": {"kind": "?"},
+        },
+        {},
+    )
     assert "## Generation" in text
     assert "| 1 |" in text
 
@@ -75,7 +102,11 @@ def test_other_benchmarks_may_add_a_table(record: dict[str, Any]) -> None:
 def test_plots_are_drawn(record: dict[str, Any], tmp_path: Path) -> None:
     longer = copy.deepcopy(record)
     longer["case"]["length"] = 2048
-    curve = {"kind": "curve", "window": 2, "losses": {"peft-1": [3.0, 2.0, 1.0], "lorry-1": [3.0, 2.1, 1.0]}}
+    curve = {
+        "kind": "curve",
+        "window": 2,
+        "losses": {"peft-1": [3.0, 2.0, 1.0], "lorry-1": [3.0, 2.1, 1.0]},
+    }
     made = plots.draw({"one": record, "two": longer, "curve": curve, "other": {}}, tmp_path)
     assert set(made) == {"one", "two", "curve", "sweep"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made.values())

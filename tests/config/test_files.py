@@ -1,4 +1,6 @@
-"""Descriptions on disk: what YAML and JSON mean here, where errors stand, hostile files, dump and back."""
+"""Descriptions on disk: what YAML and JSON mean here, where errors stand, hostile files, dump and
+back.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ def read(tmp_path: Path, text: str | bytes, name: str = "run.yaml") -> RunConfig
 
 
 def test_yaml_and_json_mean_the_same(tmp_path: Path) -> None:
-    values = {"data": {"path": ["a.jsonl"], "eval": "b.jsonl"}, "lora": {"r": 4}, "learning_rate": 1e-3, "train": {"seed": 3}}
+    values = {
+        "data": {"path": ["a.jsonl"], "eval": "b.jsonl"},
+        "lora": {"r": 4},
+        "learning_rate": 1e-3,
+        "train": {"seed": 3},
+    }
     one = read(tmp_path, json.dumps(values, indent="\t"), "run.json")
     assert one == read(tmp_path, yaml.safe_dump(values))
     assert one == build_settings(RunConfig, values, [])
@@ -38,10 +45,17 @@ def test_yaml_and_json_mean_the_same(tmp_path: Path) -> None:
 
 def test_flat_trl_style_yaml(tmp_path: Path) -> None:
     r = read(
-        tmp_path, "model_name_or_path: x\ndataset_name: f.jsonl\nlearning_rate: 2e-5\nlora_r: 4\neval_strategy: no\nbf16: true\n"
+        tmp_path,
+        "model_name_or_path: x\ndataset_name: f.jsonl\nlearning_rate: 2e-5\nlora_r: 4\neval_strategy: no\nbf16: true\n",
     )
     assert r.lora is not None
-    assert (r.model.name, r.data.path, r.train.learning_rate, r.lora.r, r.model.dtype) == ("x", "f.jsonl", 2e-5, 4, "bfloat16")
+    assert (r.model.name, r.data.path, r.train.learning_rate, r.lora.r, r.model.dtype) == (
+        "x",
+        "f.jsonl",
+        2e-5,
+        4,
+        "bfloat16",
+    )
     assert r.train.eval_strategy == "no"
 
 
@@ -61,14 +75,26 @@ def test_scalars_follow_yaml_1_2(text: str, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data: x\nlora:\n  r: 4\n  rnk: 8\n", "run.yaml:4: unknown setting 'lora.rnk' (did you mean 'lora.r"),
-        ("data: x\n\nlerning_rate: 1\n", "run.yaml:3: unknown setting 'lerning_rate' (did you mean 'learning_rate'?)"),
+        (
+            "data: x\nlora:\n  r: 4\n  rnk: 8\n",
+            "run.yaml:4: unknown setting 'lora.rnk' (did you mean 'lora.r",
+        ),
+        (
+            "data: x\n\nlerning_rate: 1\n",
+            "run.yaml:3: unknown setting 'lerning_rate' (did you mean 'learning_rate'?)",
+        ),
         ("data: x\ntrain:\n  seed: -1\n", "run.yaml:3: train.seed: got -1"),
-        ("data: x\nseed: 1\nlora: {r: 1}\nseed: 2\n", "run.yaml:4: 'seed' is given twice (first in line 2)"),
+        (
+            "data: x\nseed: 1\nlora: {r: 1}\nseed: 2\n",
+            "run.yaml:4: 'seed' is given twice (first in line 2)",
+        ),
         ("data: x\nlora:\n  r: 1\n  r: 2\n", "run.yaml:4: 'r' is given twice (first in line 3)"),
         ("data: x\nlora: {rank_pattern: {q: 1, q: 2}}\n", "run.yaml:2: 'q' is given twice"),
         ("data: x\nr: 1\nlora:\n  r: 2\n", "run.yaml:4: r and lora.r both set lora.r; keep one"),
-        ("data: x\ncutoff_len: 1\nmax_length: 2\n", "run.yaml:3: cutoff_len and max_length both set data.max_length"),
+        (
+            "data: x\ncutoff_len: 1\nmax_length: 2\n",
+            "run.yaml:3: cutoff_len and max_length both set data.max_length",
+        ),
         ("data: x\n  bad\n indent: 1\n", "run.yaml:3: not YAML"),
         ("data: [a\n", "not YAML"),
         ("data: x\ntrain: 5\n", "run.yaml:2: 'train' is a group"),
@@ -76,7 +102,10 @@ def test_scalars_follow_yaml_1_2(text: str, expected: Any) -> None:
         ("data: x\n---\ndata: y\n", "run.yaml:2: not YAML"),
         ("data: x\n1: y\n", "run.yaml:2: a key must be text"),
         ("data: x\n? [a]\n: y\n", "run.yaml:2: a key must be text"),
-        ("data: x\nmodel: !!python/object/apply:os.system ['echo hi']\n", "run.yaml:2: the tag 'tag:yaml.org,2002:python/object"),
+        (
+            "data: x\nmodel: !!python/object/apply:os.system ['echo hi']\n",
+            "run.yaml:2: the tag 'tag:yaml.org,2002:python/object",
+        ),
         ("data: x\nmodel: !!binary aGk=\n", "run.yaml:2: the tag"),
         ("data: x\nmodel: !mine y\n", "run.yaml:2: the tag '!mine' is refused"),
         ("data: x\npacking: !!bool maybe\n", "run.yaml:2: not YAML: a switch is true or false"),
@@ -90,8 +119,14 @@ def test_scalars_follow_yaml_1_2(text: str, expected: Any) -> None:
         ("data: " + "[" * 2000, "nested too deeply"),
         ("data: x\n#" + "x" * LARGEST_DESCRIPTION, "run.yaml is larger than 262144 bytes"),
         ("seed: " + "9" * 5000, "run.yaml:1: not YAML: 9999999999"),
-        ("data: x\nlearning_rate: 1e999\n", "run.yaml:2: not YAML: '1e999' is beyond what a float holds"),
-        ("data: x\nseed: 9223372036854775808\n", "run.yaml:2: not YAML: 9223372036854775808 is too large"),
+        (
+            "data: x\nlearning_rate: 1e999\n",
+            "run.yaml:2: not YAML: '1e999' is beyond what a float holds",
+        ),
+        (
+            "data: x\nseed: 9223372036854775808\n",
+            "run.yaml:2: not YAML: 9223372036854775808 is too large",
+        ),
     ],
 )
 def test_bad_yaml_gets_its_line(tmp_path: Path, text: str | bytes, message: str) -> None:
@@ -109,11 +144,17 @@ def test_python_tags_run_nothing(tmp_path: Path) -> None:
 
 
 def test_billion_laughs_is_refused_at_once(tmp_path: Path) -> None:
-    lines = ["a0: &a0 [lol, lol]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 40)]
+    lines = ["a0: &a0 [lol, lol]"] + [
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 40)
+    ]
     with pytest.raises(ConfigError, match="its aliases stand for more than 262144 values"):
         read(tmp_path, "\n".join(lines))
-    nested = "data:\n" + "".join(f"  - &b{i} [{', '.join([f'*b{i - 1}'] * 9) if i else 'x'}]\n" for i in range(30))
-    with pytest.raises(ConfigError, match="its aliases stand for more than 262144 values") as caught:
+    nested = "data:\n" + "".join(
+        f"  - &b{i} [{', '.join([f'*b{i - 1}'] * 9) if i else 'x'}]\n" for i in range(30)
+    )
+    with pytest.raises(
+        ConfigError, match="its aliases stand for more than 262144 values"
+    ) as caught:
         read(tmp_path, nested)
     assert len(str(caught.value)) < 600
 
@@ -183,7 +224,9 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "data.path": PATHS | st.lists(PATHS, min_size=1, max_size=3),
     "data.system": st.none()
     | TEXT
-    | st.sampled_from(["no", "1e-3", "null", "0o7", "=", "<<", "2024-01-01", "a: b", " x ", "\n", "\x85"]),
+    | st.sampled_from(
+        ["no", "1e-3", "null", "0o7", "=", "<<", "2024-01-01", "a: b", " x ", "\n", "\x85"]
+    ),
     "data.test_size": st.none() | COUNTS | st.floats(0.001, 0.999),
     "data.completion_only_loss": st.none() | st.booleans(),
     "data.packing": st.booleans(),
@@ -191,7 +234,9 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "train.adam_epsilon": RATES,
     "train.warmup_steps": st.integers(0, 100),
     "train.save_total_limit": st.none() | COUNTS,
-    "train.resume_from_checkpoint": st.none() | st.just("auto") | PATHS.filter(lambda t: t.lower() not in ("true", "false")),
+    "train.resume_from_checkpoint": st.none()
+    | st.just("auto")
+    | PATHS.filter(lambda t: t.lower() not in ("true", "false")),
     "train.report_to": st.lists(st.sampled_from(["wandb", "trackio"]), unique=True),
     "train.run_name": st.none() | TEXT,
     "output_dir": st.none() | PATHS.filter(str.isprintable).filter(is_visible),
@@ -201,7 +246,10 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
 @settings(max_examples=100, deadline=None)
 @example({"data.path": "x", "lora.alpha_pattern": {"\x85": 1}})
 @given(
-    st.fixed_dictionaries({"data.path": SETTINGS["data.path"]}, optional={k: v for k, v in SETTINGS.items() if k != "data.path"})
+    st.fixed_dictionaries(
+        {"data.path": SETTINGS["data.path"]},
+        optional={k: v for k, v in SETTINGS.items() if k != "data.path"},
+    )
 )
 def test_dump_reads_back_to_the_same_run(chosen: dict[str, Any]) -> None:
     run = build_settings(RunConfig, chosen, [])
@@ -212,8 +260,14 @@ def test_dump_reads_back_to_the_same_run(chosen: dict[str, Any]) -> None:
         again = parse_settings(RunConfig, [str(path)], [])
     assert again == run
     assert dump_settings(again) == text
-    assert type(again.lora.lora_alpha) is type(run.lora.lora_alpha) if again.lora and run.lora else True
-    assert yaml.safe_load(text) == run.model_dump(mode="json"), "a YAML 1.1 reader sees something else"
+    assert (
+        type(again.lora.lora_alpha) is type(run.lora.lora_alpha)
+        if again.lora and run.lora
+        else True
+    )
+    assert yaml.safe_load(text) == run.model_dump(mode="json"), (
+        "a YAML 1.1 reader sees something else"
+    )
 
 
 def test_dump_without_adapter() -> None:

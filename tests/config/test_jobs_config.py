@@ -1,4 +1,6 @@
-"""`jobs:` and `sweep:`: what each job resolves to, what stays of it in run.yaml, what is refused and where it is said."""
+"""`jobs:` and `sweep:`: what each job resolves to, what stays of it in run.yaml, what is refused
+and where it is said.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.config import RunConfig, SweepSettings, build_settings, dump_settings, parse_settings, runs_by_adapter
+from lorry.config import (
+    RunConfig,
+    SweepSettings,
+    build_settings,
+    dump_settings,
+    parse_settings,
+    runs_by_adapter,
+)
 from lorry.config.jobs import BASE_JOB, SHARED_SETTINGS
 from lorry.config.parsing.names import schema_names
 from lorry.errors import ConfigError
@@ -21,20 +30,30 @@ def run(*argv: str) -> RunConfig:
 
 
 def swept(*argv: str) -> list[str]:
-    return [job.name for job in parse_settings(SweepSettings, ["data=people.jsonl", *argv], []).jobs]
+    return [
+        job.name for job in parse_settings(SweepSettings, ["data=people.jsonl", *argv], []).jobs
+    ]
 
 
 # --- a job is the run with its own settings
 
 
 def test_each_job_is_what_the_command_line_would_make_of_it() -> None:
-    """Its settings given to `lorry sft` beside the run's give the same description, defaults that hang on others included."""
+    """Its settings given to `lorry sft` beside the run's give the same description, defaults that
+    hang on others included.
+    """
     own = {
-        "a": ["r=8"], "b": ["lora_alpha=7", "lr_scheduler_type=constant"], "c": ["data=other.jsonl", "eval=held.jsonl", "seed=4"],
-        "d": ["lora.r=4", "train.warmup_steps=5", "max_steps=9", "loraplus_lr_ratio=8"], "e": [],
-    }  # fmt: skip
+        "a": ["r=8"],
+        "b": ["lora_alpha=7", "lr_scheduler_type=constant"],
+        "c": ["data=other.jsonl", "eval=held.jsonl", "seed=4"],
+        "d": ["lora.r=4", "train.warmup_steps=5", "max_steps=9", "loraplus_lr_ratio=8"],
+        "e": [],
+    }
     shared = ["learning_rate=1e-3", "save_steps=7"]
-    listed = [{"name": name, **{w.split("=")[0]: w.split("=")[1] for w in words}} for name, words in own.items()]
+    listed = [
+        {"name": name, **{w.split("=")[0]: w.split("=")[1] for w in words}}
+        for name, words in own.items()
+    ]
     text = ", ".join("{" + ", ".join(f"{k}: {v}" for k, v in job.items()) + "}" for job in listed)
     resolved = runs_by_adapter(run(*shared, f"jobs=[{text}]"))
     assert list(resolved) == list(own)
@@ -53,7 +72,9 @@ def test_a_run_without_jobs_is_its_own_only_job() -> None:
 
 
 def test_only_what_differs_is_kept_and_reads_back() -> None:
-    described = run("r=16", "jobs=[{name: a, r: 8}, {name: b, lora: {r: 16, lora_dropout: 0.1}, data: b.jsonl}]")
+    described = run(
+        "r=16", "jobs=[{name: a, r: 8}, {name: b, lora: {r: 16, lora_dropout: 0.1}, data: b.jsonl}]"
+    )
     kept = [job.model_dump() for job in described.jobs]
     assert kept == [
         {"name": "a", "lora": {"r": 8, "lora_alpha": 16}, "data": {}, "train": {}},
@@ -63,7 +84,10 @@ def test_only_what_differs_is_kept_and_reads_back() -> None:
 
 
 def test_written_and_read_again(tmp_path: Path) -> None:
-    described = run("jobs=[{name: a, r: 8, test_size: 0.2}, {name: b, target_modules: [q_proj], warmup_ratio: 0.1}]", "lr=1e-3")
+    described = run(
+        "jobs=[{name: a, r: 8, test_size: 0.2}, {name: b, target_modules: [q_proj], warmup_ratio: 0.1}]",
+        "lr=1e-3",
+    )
     file = tmp_path / "run.yaml"
     file.write_text(dump_settings(described))
     again = parse_settings(RunConfig, [str(file)], [])
@@ -73,58 +97,87 @@ def test_written_and_read_again(tmp_path: Path) -> None:
 
 def test_jobs_that_bring_their_own_data_need_no_other() -> None:
     described = parse_settings(
-        RunConfig, ["jobs=[{name: a, data: {path: a.jsonl, eval: e.jsonl}}, {name: b, data: b.jsonl}]"], []
+        RunConfig,
+        ["jobs=[{name: a, data: {path: a.jsonl, eval: e.jsonl}}, {name: b, data: b.jsonl}]"],
+        [],
     )
     assert [(one.data.path, one.data.eval) for one in runs_by_adapter(described).values()] == [
         ("a.jsonl", "e.jsonl"),
         ("b.jsonl", None),  # nothing of a's data but its rows stands for the run's
     ]
     settings = "max_length: 64, system: S, completion_only_loss: false, test_size: 0.1"
-    several = [f"jobs=[{{name: a, data: {{path: a.jsonl, {settings}}}}}, {{name: b, data: {{path: b.jsonl}}}}]"]
+    several = [
+        f"jobs=[{{name: a, data: {{path: a.jsonl, {settings}}}}}, {{name: b, data: {{path: b.jsonl}}}}]"
+    ]
     other = runs_by_adapter(parse_settings(RunConfig, several, []))["b"].data
     assert other == parse_settings(RunConfig, ["data=b.jsonl"], []).data
-    with pytest.raises(ConfigError, match=r"job 'b': data\.path is missing: the run has no rows of its own"):
-        parse_settings(RunConfig, ["jobs=[{name: a, data: a.jsonl}, {name: b, learning_rate: 1e-3}]"], [])
+    with pytest.raises(
+        ConfigError, match=r"job 'b': data\.path is missing: the run has no rows of its own"
+    ):
+        parse_settings(
+            RunConfig, ["jobs=[{name: a, data: a.jsonl}, {name: b, learning_rate: 1e-3}]"], []
+        )
     with pytest.raises(ConfigError, match=r"data\.path is missing|data is missing"):
         parse_settings(RunConfig, ["jobs=[{name: a}, {name: b, data: b.jsonl}]"], [])
 
 
 def test_settings_of_the_run_stand_beside_rows_of_its_jobs() -> None:
-    """`data: {max_length: 448}` for all, each job with its own file; also where one mixes named sets and one reads a file."""
+    """`data: {max_length: 448}` for all, each job with its own file; also where one mixes named
+    sets and one reads a file.
+    """
     jobs = "jobs=[{name: a, data: a.jsonl}, {name: b, data: {path: b.jsonl, max_length: 64}}, {name: c, mix: [bool_q]}]"
     described = parse_settings(RunConfig, ["data={max_length: 448}", jobs], [])
-    found = [(one.data.path, one.data.mix, one.data.max_length) for one in runs_by_adapter(described).values()]
+    found = [
+        (one.data.path, one.data.mix, one.data.max_length)
+        for one in runs_by_adapter(described).values()
+    ]
     assert found == [("a.jsonl", [], 448), ("b.jsonl", [], 64), (None, ["bool_q"], 448)]
     with pytest.raises(ConfigError, match=r"job 'b': data\.path is missing|data\.path is missing"):
-        parse_settings(RunConfig, ["data={max_length: 448}", "jobs=[{name: a}, {name: b, data: b.jsonl}]"], [])
+        parse_settings(
+            RunConfig, ["data={max_length: 448}", "jobs=[{name: a}, {name: b, data: b.jsonl}]"], []
+        )
 
 
 @pytest.mark.parametrize("axes", [["r=" + ",".join(map(str, range(1, 101)))] * 1, []])
 def test_a_grid_has_a_bound(axes: list[str]) -> None:
     """A million or 10^9 combinations are refused by count, before any is made."""
     hundred = ",".join(map(str, range(1, 101)))
-    grid = [*axes, *(f"{name}={hundred}" for name in ("seed", "max_steps", "warmup_steps", "gradient_accumulation_steps"))]
-    with pytest.raises(ConfigError, match=r"the sweep has [\d,]+ combinations \(.*seed: 100.*\); at most 1,000"):
+    grid = [
+        *axes,
+        *(
+            f"{name}={hundred}"
+            for name in ("seed", "max_steps", "warmup_steps", "gradient_accumulation_steps")
+        ),
+    ]
+    with pytest.raises(
+        ConfigError, match=r"the sweep has [\d,]+ combinations \(.*seed: 100.*\); at most 1,000"
+    ):
         parse_settings(SweepSettings, ["data=d", *grid], [])
 
 
 def test_a_list_of_jobs_has_a_bound() -> None:
     with pytest.raises(ConfigError, match="1,001 jobs are too many"):
-        build_settings(RunConfig, {"data": "d", "jobs": [{"name": f"j{n}"} for n in range(1001)]}, [])
+        build_settings(
+            RunConfig, {"data": "d", "jobs": [{"name": f"j{n}"} for n in range(1001)]}, []
+        )
 
 
 def test_the_command_lines_list_replaces_the_files(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("data: d.jsonl\njobs: [{name: a}, {name: b, r: 4}]\n")
     assert [j.name for j in parse_settings(RunConfig, [str(file)], []).jobs] == ["a", "b"]
-    assert [j.name for j in parse_settings(RunConfig, [str(file), "jobs=[{name: c, r: 8}]"], []).jobs] == ["c"]
+    assert [
+        j.name for j in parse_settings(RunConfig, [str(file), "jobs=[{name: c, r: 8}]"], []).jobs
+    ] == ["c"]
     assert parse_settings(RunConfig, [str(file), "jobs=null"], []).jobs == []
 
 
 def test_python_values() -> None:
     notes: list[str] = []
     made = build_settings(
-        RunConfig, {"data": "d.jsonl", "jobs": [{"name": "a", "r": 4}, {"name": "b", "train": {"lr": 1e-3}}]}, notes
+        RunConfig,
+        {"data": "d.jsonl", "jobs": [{"name": "a", "r": 4}, {"name": "b", "train": {"lr": 1e-3}}]},
+        notes,
     )
     assert [one.lora.r for one in runs_by_adapter(made).values() if one.lora] == [4, 16]
     assert [one.train.learning_rate for one in runs_by_adapter(made).values()] == [2e-4, 1e-3]
@@ -150,7 +203,12 @@ jobs:
 @pytest.mark.parametrize(
     ("line", "inner", "place", "message"),
     [
-        ("learning_rat: 1", "r: 4", 8, "unknown setting 'learning_rat' (did you mean 'learning_rate'?)"),
+        (
+            "learning_rat: 1",
+            "r: 4",
+            8,
+            "unknown setting 'learning_rat' (did you mean 'learning_rate'?)",
+        ),
         ("seed: 1", "rr: 4", 10, "unknown setting 'lora.rr' (did you mean 'lora.r'?)"),
         ("seed: x", "r: 4", 8, "train.seed: got 'x'; give a whole number of at least 0"),
         ("seed: 1", "r: 0", 10, "lora.r: got 0; give a whole number above 0 or auto"),
@@ -160,15 +218,27 @@ jobs:
             8,
             "train.save_steps is the same for all jobs of a run; set it beside jobs, not in one of them",
         ),
-        ("dtype: bf16", "r: 4", 8, "model.dtype is the same for all jobs of a run; set it beside jobs, not in one of them"),
-        ("backend: single", "r: 4", 8, "backend.name is the same for all jobs of a run; set it beside jobs, not in one of them"),
+        (
+            "dtype: bf16",
+            "r: 4",
+            8,
+            "model.dtype is the same for all jobs of a run; set it beside jobs, not in one of them",
+        ),
+        (
+            "backend: single",
+            "r: 4",
+            8,
+            "backend.name is the same for all jobs of a run; set it beside jobs, not in one of them",
+        ),
         ("seed: 1", "adapter_name: x", 10, "lora.adapter_name is the same for all jobs of a run"),
         ("output_dir: x", "r: 4", 8, "output_dir is the same for all jobs of a run"),
         ("r: 5", "r: 4", 10, "lora.r is given twice for the job 'b'; keep one"),
         ("modules_to_save: [x]", "r: 4", 8, "modules_to_save=['x'] is not supported yet"),
     ],
 )
-def test_a_mistake_in_a_job_is_told_with_its_line(line: str, inner: str, place: int, message: str, tmp_path: Path) -> None:
+def test_a_mistake_in_a_job_is_told_with_its_line(
+    line: str, inner: str, place: int, message: str, tmp_path: Path
+) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(FILE.format(line=line, inner=inner))
     with pytest.raises(ConfigError) as e:
@@ -188,7 +258,10 @@ def test_a_mistake_in_a_job_is_told_with_its_line(line: str, inner: str, place: 
         ("[{name: run.yaml}]", r"'run\.yaml' cannot be a job's name"),
         ("[{name: a, lora: null}]", "no setting of a job; every job is an adapter"),
         ("[{name: a, test_size: 0.1, eval: y}]", r"job 'a': data\.test_size and data\.eval"),
-        ("[{name: a, load_best_model_at_end: true}]", "job 'a': train.load_best_model_at_end needs evaluation"),
+        (
+            "[{name: a, load_best_model_at_end: true}]",
+            "job 'a': train.load_best_model_at_end needs evaluation",
+        ),
     ],
 )
 def test_lists_that_make_no_sense(jobs: str, message: str) -> None:
@@ -239,15 +312,27 @@ def test_names_of_a_grid(argv: list[str], names: list[str]) -> None:
 def test_a_grid_is_every_combination() -> None:
     made = parse_settings(SweepSettings, ["data=d", "r=2,4", "warmup_steps=0,3"], [])
     (alone,) = made.passes()
-    found = [(one.lora.r, one.train.warmup_steps) for one in runs_by_adapter(alone).values() if one.lora]
+    found = [
+        (one.lora.r, one.train.warmup_steps) for one in runs_by_adapter(alone).values() if one.lora
+    ]
     assert found == [(2, 0), (2, 3), (4, 0), (4, 3)]
     assert build_settings(SweepSettings, made.model_dump(), []).jobs == made.jobs
 
 
 def test_passes_of_a_few_jobs_each() -> None:
-    made = parse_settings(SweepSettings, ["data=d", "r=1,2,3,4,5", "jobs_per_pass=2", "output_dir=o"], [])
-    assert [[job.name for job in one.jobs] for one in made.passes()] == [["r1", "r2"], ["r3", "r4"], ["r5"]]
-    assert [one.output_dir for one in made.passes()] == [Path("o/pass-1"), Path("o/pass-2"), Path("o/pass-3")]
+    made = parse_settings(
+        SweepSettings, ["data=d", "r=1,2,3,4,5", "jobs_per_pass=2", "output_dir=o"], []
+    )
+    assert [[job.name for job in one.jobs] for one in made.passes()] == [
+        ["r1", "r2"],
+        ["r3", "r4"],
+        ["r5"],
+    ]
+    assert [one.output_dir for one in made.passes()] == [
+        Path("o/pass-1"),
+        Path("o/pass-2"),
+        Path("o/pass-3"),
+    ]
     assert all(type(one) is RunConfig for one in made.passes())
 
 
@@ -271,7 +356,9 @@ def test_grids_that_make_no_sense(argv: list[str], message: str) -> None:
 
 def test_text_with_commas_is_no_grid() -> None:
     made = parse_settings(
-        SweepSettings, ["data=[a.jsonl, b.jsonl]", "system=Hello, you", "target_modules=q_proj,v_proj", "r=1,2"], []
+        SweepSettings,
+        ["data=[a.jsonl, b.jsonl]", "system=Hello, you", "target_modules=q_proj,v_proj", "r=1,2"],
+        [],
     )
     assert (made.data.path, made.data.system) == (["a.jsonl", "b.jsonl"], "Hello, you")
     assert made.lora is not None
@@ -286,7 +373,13 @@ def test_a_long_grids_names_fit_a_folder() -> None:
         "weight_decay": [0.01],
         "learning_rate": [1e-3],
     }
-    many |= {"per_device_train_batch_size": [4], "gradient_accumulation_steps": [2], "max_grad_norm": [0.5]}
-    names = [job.name for job in build_settings(SweepSettings, {"data": "d", "sweep": many}, []).jobs]
+    many |= {
+        "per_device_train_batch_size": [4],
+        "gradient_accumulation_steps": [2],
+        "max_grad_norm": [0.5],
+    }
+    names = [
+        job.name for job in build_settings(SweepSettings, {"data": "d", "sweep": many}, []).jobs
+    ]
     assert len(set(names)) == 4
     assert max(map(len, names)) <= 56

@@ -1,4 +1,6 @@
-"""Names and values from the command line, YAML, JSON and Python: which setting is meant, what wins, what is refused."""
+"""Names and values from the command line, YAML, JSON and Python: which setting is meant, what wins,
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,11 @@ def value(dotted: str, *argv: str) -> Any:
         (["save_strategy=no"], "train.save_strategy", "no"),
         (["target_modules=[q_proj, v_proj]"], "lora.target_modules", ["q_proj", "v_proj"]),
         (["target_modules=q_proj,v_proj"], "lora.target_modules", ["q_proj", "v_proj"]),
-        (["--target_modules", "q_proj", "v_proj", "r=2"], "lora.target_modules", ["q_proj", "v_proj"]),
+        (
+            ["--target_modules", "q_proj", "v_proj", "r=2"],
+            "lora.target_modules",
+            ["q_proj", "v_proj"],
+        ),
         (["--target_modules", "all-linear"], "lora.target_modules", "all-linear"),
         (["target_modules=.*\\.(q|v)_proj"], "lora.target_modules", ".*\\.(q|v)_proj"),
         (["layers_to_transform=0,2"], "lora.layers_to_transform", [0, 2]),
@@ -109,14 +115,22 @@ def test_command_line(argv: list[str], dotted: str, expected: Any) -> None:
 
 
 def test_several_files() -> None:
-    assert parse_settings(RunConfig, ["data=[a.jsonl, b.jsonl]"], []).data.path == ["a.jsonl", "b.jsonl"]
-    assert parse_settings(RunConfig, ["--data", "a.jsonl", "b.jsonl", "--r", "4"], []).data.path == ["a.jsonl", "b.jsonl"]
+    assert parse_settings(RunConfig, ["data=[a.jsonl, b.jsonl]"], []).data.path == [
+        "a.jsonl",
+        "b.jsonl",
+    ]
+    assert parse_settings(
+        RunConfig, ["--data", "a.jsonl", "b.jsonl", "--r", "4"], []
+    ).data.path == ["a.jsonl", "b.jsonl"]
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["lerning_rate=1"], "lerning_rate=1: unknown setting 'lerning_rate' (did you mean 'learning_rate'?)"),
+        (
+            ["lerning_rate=1"],
+            "lerning_rate=1: unknown setting 'lerning_rate' (did you mean 'learning_rate'?)",
+        ),
         (["lora.lora_alfa=1"], "did you mean 'lora.lora_alpha'?"),
         (["lora.learning_rate=1"], "did you mean 'train.learning_rate'?"),
         (["modle=x"], "did you mean 'model'?"),
@@ -124,13 +138,19 @@ def test_several_files() -> None:
         (["--lerning-rate", "3"], "--lerning-rate: unknown setting"),
         (["--name", "x"], "'name' is ambiguous"),
         (["bf16=maybe"], "bf16=maybe: model.dtype: got 'maybe'"),
-        (["train_on_inputs=maybe"], "data.completion_only_loss: got 'maybe'; give true or false or null"),
+        (
+            ["train_on_inputs=maybe"],
+            "data.completion_only_loss: got 'maybe'; give true or false or null",
+        ),
         (["zzz=1"], "zzz=1: unknown setting 'zzz'"),
         (["name=x"], "'name' is ambiguous; write one of: model.name, data.name, backend.name"),
         (["train=5"], "'train' is a group; set one of its settings, such as train.learning_rate"),
         (["use_dora=true"], "use_dora=true is not supported yet"),
         (["--use_dora"], "use_dora=true is not supported yet"),
-        (["lora.modules_to_save=[lm_head]"], "lora.modules_to_save=['lm_head'] is not supported yet"),
+        (
+            ["lora.modules_to_save=[lm_head]"],
+            "lora.modules_to_save=['lm_head'] is not supported yet",
+        ),
         (["optim=adafactor"], "optim=adafactor is not supported yet"),
         (["r", "=", "8"], "r: unexpected word; settings are key=value without spaces"),
         (["-r", "8"], "-r: not an option"),
@@ -139,13 +159,22 @@ def test_several_files() -> None:
         (["r=abc"], "r=abc: lora.r: got 'abc'; give a whole number above 0"),
         (["r=!!python/object:os.system x"], "lora.r: got '!!python/object:os.system x'"),
         (["r=" + "9" * 5000], "lora.r: got '999"),
-        (["seed=99999999999999999999999"], "train.seed: got 99999999999999999999999; whole numbers go to"),
+        (
+            ["seed=99999999999999999999999"],
+            "train.seed: got 99999999999999999999999; whole numbers go to",
+        ),
         (["max_length=0x" + "f" * 5000], "data.max_length: got '0xfffff"),
         (["rank_pattern={q_proj: 1" + "0" * 30 + "}"], "lora.rank_pattern: got "),
-        (["lora_alpha=1e300"], "lora.lora_alpha: got 1e+300; give a number above 0 and at most 2147483648"),
+        (
+            ["lora_alpha=1e300"],
+            "lora.lora_alpha: got 1e+300; give a number above 0 and at most 2147483648",
+        ),
         (["alpha_pattern={q_proj: 1e300}"], "lora.alpha_pattern: got 1e+300"),
         (["r=5000000000"], "lora.r: got 5000000000"),
-        (["num_train_epochs=1e300"], "train.num_train_epochs: got 1e+300; give a number above 0 and at most 100000"),
+        (
+            ["num_train_epochs=1e300"],
+            "train.num_train_epochs: got 1e+300; give a number above 0 and at most 100000",
+        ),
         (["learning_rate=1e999"], "train.learning_rate: got '1e999'; give a number above 0"),
         (["memory_budget=" + "9" * 5000], "is no amount of memory"),
         (["memory_budget=" + "9" * 400 + "GiB"], "is no amount of memory"),
@@ -175,9 +204,24 @@ def test_refused(argv: list[str], message: str) -> None:
         (["gradient_accumulation=2"], "train.gradient_accumulation_steps", 2, None),
         (["model_name_or_path=x"], "model.name", "x", None),
         (["base_model=x"], "model.name", "x", None),
-        (["--lora_target_modules", "q_proj", "v_proj"], "lora.target_modules", ["q_proj", "v_proj"], None),
-        (["lora_target_linear=true"], "lora.target_modules", "all-linear", "lora_target_linear=true is read as"),
-        (["lora_target_linear=false"], "lora.target_modules", "auto", "lora_target_linear=false changes nothing"),
+        (
+            ["--lora_target_modules", "q_proj", "v_proj"],
+            "lora.target_modules",
+            ["q_proj", "v_proj"],
+            None,
+        ),
+        (
+            ["lora_target_linear=true"],
+            "lora.target_modules",
+            "all-linear",
+            "lora_target_linear=true is read as",
+        ),
+        (
+            ["lora_target_linear=false"],
+            "lora.target_modules",
+            "auto",
+            "lora_target_linear=false changes nothing",
+        ),
         (["lora_target=all"], "lora.target_modules", "all-linear", None),
         (["warmup=0.1"], "train.warmup_ratio", 0.1, "warmup=0.1 is read as train.warmup_ratio=0.1"),
         (["warmup=10"], "train.warmup_steps", 10, "warmup=10 is read as train.warmup_steps=10"),
@@ -209,7 +253,9 @@ def test_peers_data_names() -> None:
         assert notes == [f"{word} is read as data.path"]
 
 
-@pytest.mark.parametrize("given", ["lora_bias=none", "lora.lora_bias=none", "lora_bias=false", "lora_bias=null"])
+@pytest.mark.parametrize(
+    "given", ["lora_bias=none", "lora.lora_bias=none", "lora_bias=false", "lora_bias=null"]
+)
 def test_lora_bias_that_asks_for_no_bias(given: str) -> None:
     lora = run(given).lora
     assert lora is not None
@@ -218,8 +264,13 @@ def test_lora_bias_that_asks_for_no_bias(given: str) -> None:
 
 @pytest.mark.parametrize("given", ["lora_bias=true", "lora.lora_bias=true"])
 def test_pefts_lora_bias_is_not_bias(given: str) -> None:
-    """PEFT: `lora_bias` (a switch) trains a bias beside lora_B; `bias` (a word) trains those of the base."""
-    with pytest.raises(ConfigError, match="lora_bias is true: in PEFT that trains a bias beside every lora_B, which is"):
+    """PEFT: `lora_bias` (a switch) trains a bias beside lora_B; `bias` (a word) trains those of the
+    base.
+    """
+    with pytest.raises(
+        ConfigError,
+        match="lora_bias is true: in PEFT that trains a bias beside every lora_B, which is",
+    ):
         run(given)
     with pytest.raises(ConfigError, match=r"lora\.bias: 'lora_only' is not built yet"):
         run("lora_bias=lora_only")
@@ -227,12 +278,20 @@ def test_pefts_lora_bias_is_not_bias(given: str) -> None:
 
 def test_every_alias_leads_to_a_setting_and_hides_none() -> None:
     names = schema_names(RunConfig)
-    assert [t for t in ALIAS_RENAMES.values() if t not in names.fields and t not in schema_names(DistillRunConfig).fields] == []
+    assert [
+        t
+        for t in ALIAS_RENAMES.values()
+        if t not in names.fields and t not in schema_names(DistillRunConfig).fields
+    ] == []
     words = [*ALIAS_RENAMES, *ALIAS_READERS, *IGNORED_ALIASES, *UNSUPPORTED_ALIASES]
     assert [word for word in words if word in names.leaves or word in names.groups] == []
     assert len(set(words)) == len(words), "a word is in two tables"
-    assert [word for word in HOMONYMS if word not in names.leaves] == [], "what is no name of ours belongs to NOTED"
-    assert [dotted for dotted in UNSUPPORTED_VALUES if dotted not in names.fields and dotted != "to"] == []
+    assert [word for word in HOMONYMS if word not in names.leaves] == [], (
+        "what is no name of ours belongs to NOTED"
+    )
+    assert [
+        dotted for dotted in UNSUPPORTED_VALUES if dotted not in names.fields and dotted != "to"
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -251,8 +310,17 @@ def test_command_line_over_file(tmp_path: Path) -> None:
     notes: list[str] = []
     r = parse_settings(RunConfig, [str(file), "max_length=9", "lora.r=5"], notes)
     assert r.lora is not None
-    assert (r.data.path, r.data.max_length, r.lora.r, r.lora.lora_alpha, r.train.seed) == ("a.jsonl", 9, 5, 9, 3)
-    assert notes == ["cutoff_len is read as data.max_length", "lora.alpha is read as lora.lora_alpha"]
+    assert (r.data.path, r.data.max_length, r.lora.r, r.lora.lora_alpha, r.train.seed) == (
+        "a.jsonl",
+        9,
+        5,
+        9,
+        3,
+    )
+    assert notes == [
+        "cutoff_len is read as data.max_length",
+        "lora.alpha is read as lora.lora_alpha",
+    ]
     assert parse_settings(RunConfig, ["--config", str(file)], []).data.path == "a.jsonl"
     with pytest.raises(ConfigError, match="two run descriptions"):
         parse_settings(RunConfig, ["--config", str(file), str(file)], [])
@@ -269,9 +337,11 @@ def test_the_last_of_equal_names_wins(order: list[str], cut: int) -> None:
 
 def _one_edit(word: str, at: int, kind: str) -> str:
     at %= len(word)
-    return {"drop": word[:at] + word[at + 1 :], "double": word[: at + 1] + word[at:], "swap": word[:at] + "x" + word[at + 1 :]}[
-        kind
-    ]
+    return {
+        "drop": word[:at] + word[at + 1 :],
+        "double": word[: at + 1] + word[at:],
+        "swap": word[:at] + "x" + word[at + 1 :],
+    }[kind]
 
 
 @given(
@@ -282,7 +352,12 @@ def _one_edit(word: str, at: int, kind: str) -> str:
 def test_a_slip_of_one_letter_gets_a_suggestion(leaf: str, at: int, kind: str) -> None:
     names = schema_names(RunConfig)
     slip = _one_edit(leaf, at, kind)
-    if names.candidates(slip) or slip in {**ALIAS_RENAMES, **ALIAS_READERS, **IGNORED_ALIASES, **UNSUPPORTED_ALIASES}:
+    if names.candidates(slip) or slip in {
+        **ALIAS_RENAMES,
+        **ALIAS_READERS,
+        **IGNORED_ALIASES,
+        **UNSUPPORTED_ALIASES,
+    }:
         return
     with pytest.raises(ConfigError, match="unknown setting") as caught:
         run(f"{slip}=1")
@@ -294,9 +369,19 @@ def test_a_slip_of_one_letter_gets_a_suggestion(leaf: str, at: int, kind: str) -
 @settings(max_examples=300)
 @given(
     st.sampled_from(
-        [*schema_names(RunConfig).fields, *schema_names(RunConfig).groups, *ALIAS_RENAMES, *ALIAS_READERS, *UNSUPPORTED_ALIASES]
+        [
+            *schema_names(RunConfig).fields,
+            *schema_names(RunConfig).groups,
+            *ALIAS_RENAMES,
+            *ALIAS_READERS,
+            *UNSUPPORTED_ALIASES,
+        ]
     ),
-    st.one_of(st.text(max_size=20), st.text("[]{}:,-&*!|>'\"%@`#~ \n\t0123456789eE.", max_size=12), st.just("1" * 400)),
+    st.one_of(
+        st.text(max_size=20),
+        st.text("[]{}:,-&*!|>'\"%@`#~ \n\t0123456789eE.", max_size=12),
+        st.just("1" * 400),
+    ),
     st.sampled_from(["{}={}", "--{}={}"]),
 )
 def test_any_text_is_taken_or_refused_in_words(key: str, text: str, form: str) -> None:
@@ -312,8 +397,15 @@ def test_any_arguments_are_taken_or_refused_in_words(argv: list[str]) -> None:
 
 
 def test_bare_words_go_to_the_main_setting() -> None:
-    evaluation = parse_settings(EvalSettings, ["runs/a", "data=f.jsonl", "dtype=float32", "limit=5"], [])
-    assert (evaluation.model.name, evaluation.data.path, evaluation.model.dtype, evaluation.limit) == (
+    evaluation = parse_settings(
+        EvalSettings, ["runs/a", "data=f.jsonl", "dtype=float32", "limit=5"], []
+    )
+    assert (
+        evaluation.model.name,
+        evaluation.data.path,
+        evaluation.model.dtype,
+        evaluation.limit,
+    ) == (
         "runs/a",
         "f.jsonl",
         "float32",
@@ -323,7 +415,10 @@ def test_bare_words_go_to_the_main_setting() -> None:
     assert parse_settings(ReportSettings, ["runs=runs/a"], []).runs == ["runs/a"]
     assert parse_settings(ChatSettings, ["runs/a", "adapters=x,y"], []).adapters == ["x", "y"]
     assert parse_settings(DoctorSettings, [], []).run is None
-    assert parse_settings(MergeSettings, ["runs/a", "--output_dir", "m", "torch_dtype=bf16"], []).dtype == "bfloat16"
+    assert (
+        parse_settings(MergeSettings, ["runs/a", "--output_dir", "m", "torch_dtype=bf16"], []).dtype
+        == "bfloat16"
+    )
     with pytest.raises(ConfigError, match=r"runs/b: one word too many after 'runs/a'"):
         parse_settings(MergeSettings, ["runs/a", "runs/b"], [])
     with pytest.raises(ConfigError, match=r"^--foo: unknown setting 'foo'"):
@@ -337,7 +432,10 @@ def test_bare_words_go_to_the_main_setting() -> None:
     ("settings", "message"),
     [
         ({"seed": 10**30}, r"train\.seed: got 10{30}; whole numbers go to 9223372036854775807"),
-        ({"max_length": 1 << 20_000}, r"data\.max_length: got a whole number of 20001 bits; whole numbers go to"),
+        (
+            {"max_length": 1 << 20_000},
+            r"data\.max_length: got a whole number of 20001 bits; whole numbers go to",
+        ),
         ({"rank_pattern": {"q_proj": 10**30}}, r"lora\.rank_pattern: got 10{11}"),
         ({"learning_rate": float("inf")}, r"train\.learning_rate: got inf; give a number above 0"),
     ],
@@ -351,10 +449,23 @@ def test_python_values() -> None:
     base = run("r=4", "eval=held.jsonl")
     notes: list[str] = []
     r = build_settings(
-        RunConfig, {"data": {"path": Path("f.jsonl"), "n": 5}, "lora": base.lora, "lr": 1e-3, "output_dir": Path("o")}, notes
+        RunConfig,
+        {
+            "data": {"path": Path("f.jsonl"), "n": 5},
+            "lora": base.lora,
+            "lr": 1e-3,
+            "output_dir": Path("o"),
+        },
+        notes,
     )
     assert r.lora is not None
-    assert (r.data.path, r.data.n, r.lora.r, r.train.learning_rate, r.output_dir) == ("f.jsonl", 5, 4, 1e-3, Path("o"))
+    assert (r.data.path, r.data.n, r.lora.r, r.train.learning_rate, r.output_dir) == (
+        "f.jsonl",
+        5,
+        4,
+        1e-3,
+        Path("o"),
+    )
     assert notes == ["lr is read as train.learning_rate"]
     with pytest.raises(ConfigError, match="unknown setting 'epoch'"):
         build_settings(RunConfig, {"data": "f", "epoch": 3}, [])

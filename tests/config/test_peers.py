@@ -1,4 +1,6 @@
-"""Descriptions written for axolotl, LLaMA-Factory and TRL, as they are: understood, noted, or every stranger named at once."""
+"""Descriptions written for axolotl, LLaMA-Factory and TRL, as they are: understood, noted, or every
+stranger named at once.
+"""
 
 from __future__ import annotations
 
@@ -115,24 +117,52 @@ def read(tmp_path: Path, text: str, *argv: str) -> tuple[RunConfig, list[str]]:
 def test_an_axolotl_file_as_it_is(tmp_path: Path) -> None:
     run, notes = read(tmp_path, AXOLOTL)
     assert run.lora is not None
-    assert (run.model.name, run.model.adapter, run.data.path, run.data.format) == ("org/model", None, "org/rows", "alpaca")
+    assert (run.model.name, run.model.adapter, run.data.path, run.data.format) == (
+        "org/model",
+        None,
+        "org/rows",
+        "alpaca",
+    )
     assert (run.lora.r, run.lora.lora_alpha, run.lora.target_modules) == (16, 32, "all-linear")
     assert (run.data.max_length, run.data.packing, run.data.test_size) == (2048, True, 0.1)
     assert (run.data.completion_only_loss, run.train.gradient_checkpointing) == (True, True)
-    assert (run.train.per_device_train_batch_size, run.train.gradient_accumulation_steps, run.train.num_train_epochs) == (3, 2, 1)
-    assert (run.train.lr_scheduler_type, run.train.warmup_steps, run.train.learning_rate) == ("cosine", 10, 2e-4)
+    assert (
+        run.train.per_device_train_batch_size,
+        run.train.gradient_accumulation_steps,
+        run.train.num_train_epochs,
+    ) == (3, 2, 1)
+    assert (run.train.lr_scheduler_type, run.train.warmup_steps, run.train.learning_rate) == (
+        "cosine",
+        10,
+        2e-4,
+    )
     assert (run.train.eval_strategy, run.train.save_strategy) == ("epoch", "epoch")
     said = "\n".join(notes)
-    for word in ("adapter=lora", "flash_attention", "evals_per_epoch=4 is read as", "loss_watchdog_threshold", "model_type"):
+    for word in (
+        "adapter=lora",
+        "flash_attention",
+        "evals_per_epoch=4 is read as",
+        "loss_watchdog_threshold",
+        "model_type",
+    ):
         assert word in said
 
 
 def test_a_llama_factory_file_as_it_is(tmp_path: Path) -> None:
     run, notes = read(tmp_path, LLAMA_FACTORY)
     assert run.lora is not None
-    assert (run.model.name, run.data.path, run.data.n, run.data.template) == ("org/model", "rows.jsonl", 1000, None)
+    assert (run.model.name, run.data.path, run.data.n, run.data.template) == (
+        "org/model",
+        "rows.jsonl",
+        1000,
+        None,
+    )
     assert (run.lora.r, run.lora.target_modules, run.model.dtype) == (8, "all-linear", "bfloat16")
-    assert (run.train.eval_strategy, run.train.eval_steps, run.data.test_size) == ("steps", 500, 0.1)
+    assert (run.train.eval_strategy, run.train.eval_steps, run.data.test_size) == (
+        "steps",
+        500,
+        0.1,
+    )
     assert any(note.startswith("template=llama3 changes nothing") for note in notes)
 
 
@@ -142,12 +172,22 @@ def test_a_llama_factory_file_as_it_is(tmp_path: Path) -> None:
         ("tf32: false", "lora_rnk: 3\nlerning_rate: 1", ":38: unknown setting 'lora_rnk'"),
         ("load_in_4bit: false", "load_in_4bit: true", "load_in_4bit=true is not supported yet"),
         ("wandb_project:", "wandb_project: mine", "wandb_project=mine is not supported yet"),
-        ("    type: alpaca", "    type: gpteacher", "datasets must have one and the same type (alpaca,"),
+        (
+            "    type: alpaca",
+            "    type: gpteacher",
+            "datasets must have one and the same type (alpaca,",
+        ),
         ("    type: alpaca", "    shards: 5", "datasets has shards, which Lorry has no word for"),
-        ("  pad_token:", "  bos_token:", "special_tokens special tokens are those of the tokenizer's files"),
+        (
+            "  pad_token:",
+            "  bos_token:",
+            "special_tokens special tokens are those of the tokenizer's files",
+        ),
     ],
 )
-def test_what_would_change_the_run_is_refused(tmp_path: Path, before: str, after: str, message: str) -> None:
+def test_what_would_change_the_run_is_refused(
+    tmp_path: Path, before: str, after: str, message: str
+) -> None:
     assert before in AXOLOTL
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, AXOLOTL.replace(before, after))

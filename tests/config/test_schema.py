@@ -1,4 +1,6 @@
-"""The settings themselves: defaults, limits, values worked out from others, and settings that exclude each other."""
+"""The settings themselves: defaults, limits, values worked out from others, and settings that
+exclude each other.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,19 @@ def run(**settings: Any) -> RunConfig:
 
 def test_defaults_are_the_documented_ones() -> None:
     r = run()
-    assert (r.model.name, r.model.dtype, r.model.device, r.model.native) == ("smollm2-135m-instruct", "auto", "auto", True)
+    assert (r.model.name, r.model.dtype, r.model.device, r.model.native) == (
+        "smollm2-135m-instruct",
+        "auto",
+        "auto",
+        True,
+    )
     assert r.lora is not None
-    assert (r.lora.r, r.lora.lora_alpha, r.lora.target_modules, r.lora.adapter_name) == (16, 32, "auto", "default")
+    assert (r.lora.r, r.lora.lora_alpha, r.lora.target_modules, r.lora.adapter_name) == (
+        16,
+        32,
+        "auto",
+        "default",
+    )
     assert (r.train.learning_rate, r.train.num_train_epochs, r.train.max_steps) == (2e-4, 3.0, -1)
     assert (r.train.warmup_ratio, r.train.eval_strategy, r.train.report_to) == (0.03, "no", [])
     assert (r.data.max_length, r.data.packing, r.data.completion_only_loss) == (1024, False, None)
@@ -36,10 +48,14 @@ def test_every_setting_has_a_line_of_help() -> None:
     from lorry.config.parsing.names import schema_names
 
     for schema in (RunConfig, EvalSettings, ExportSettings, MergeSettings):
-        assert [name for name, field in schema_names(schema).fields.items() if not field.description] == []
+        assert [
+            name for name, field in schema_names(schema).fields.items() if not field.description
+        ] == []
 
 
-@pytest.mark.parametrize(("given", "alpha"), [({"r": 8}, 16), ({"r": 8, "lora_alpha": 5}, 5), ({"lora_alpha": 0.5}, 0.5)])
+@pytest.mark.parametrize(
+    ("given", "alpha"), [({"r": 8}, 16), ({"r": 8, "lora_alpha": 5}, 5), ({"lora_alpha": 0.5}, 0.5)]
+)
 def test_alpha_is_twice_the_rank_unless_given(given: dict[str, Any], alpha: float) -> None:
     lora = run(**given).lora
     assert lora is not None
@@ -96,14 +112,23 @@ def test_the_default_warmup_gives_way(given: dict[str, Any], ratio: float) -> No
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [(True, "auto"), (False, None), (None, None), ("auto", "auto"), ("runs/a", "runs/a"), ("true", "auto")]
+    ("given", "expected"),
+    [
+        (True, "auto"),
+        (False, None),
+        (None, None),
+        ("auto", "auto"),
+        ("runs/a", "runs/a"),
+        ("true", "auto"),
+    ],
 )
 def test_resume(given: Any, expected: str | None) -> None:
     assert run(resume_from_checkpoint=given).train.resume_from_checkpoint == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [("none", []), (None, []), ("wandb", ["wandb"]), ("wandb,trackio", ["wandb", "trackio"])]
+    ("given", "expected"),
+    [("none", []), (None, []), ("wandb", ["wandb"]), ("wandb,trackio", ["wandb", "trackio"])],
 )
 def test_report_to(given: Any, expected: list[str]) -> None:
     assert run(report_to=given).train.report_to == expected
@@ -130,7 +155,9 @@ def test_default_output_directory_stays_under_runs(given: dict[str, Any], name: 
 
 def test_settings_beside_a_run() -> None:
     assert build_settings(MergeSettings, {"run": "runs/a/"}, []).output_dir == Path("runs/a-merged")
-    assert build_settings(ExportSettings, {"run": "runs/a", "to": "peft"}, []).output_dir == Path("runs/a-peft")
+    assert build_settings(ExportSettings, {"run": "runs/a", "to": "peft"}, []).output_dir == Path(
+        "runs/a-peft"
+    )
 
 
 def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,11 +174,17 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "constant has no warmup"),
         ({"load_best_model_at_end": True}, "train.load_best_model_at_end needs evaluation"),
         ({"early_stopping_patience": 2}, "train.early_stopping_patience needs evaluation"),
-        ({"early_stopping_patience": 2, "eval": "e", "eval_strategy": "no"}, "train.early_stopping_patience needs evaluation"),
+        (
+            {"early_stopping_patience": 2, "eval": "e", "eval_strategy": "no"},
+            "train.early_stopping_patience needs evaluation",
+        ),
         ({"eval_strategy": "epoch"}, "nothing to evaluate on"),
         ({"eval_steps": 5}, "nothing to evaluate on"),
         ({"eval": "e", "eval_strategy": "steps"}, "needs train.eval_steps"),
-        ({"eval": "e", "eval_strategy": "epoch", "eval_steps": 5}, "needs train.eval_strategy=steps"),
+        (
+            {"eval": "e", "eval_strategy": "epoch", "eval_steps": 5},
+            "needs train.eval_strategy=steps",
+        ),
         ({"eval": "e", "test_size": 5}, "keep one"),
         ({"test_size": 1.0}, "got 1.0; give a share between 0 and 1"),
         ({"test_size": 0}, "got 0; give a share"),
@@ -159,7 +192,10 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"r": True}, "lora.r: got true; give a whole number above 0"),
         ({"r": 2.5}, "lora.r: got 2.5; give a whole number"),
         ({"lora_alpha": -1}, "lora.lora_alpha: got -1; give a number above 0"),
-        ({"lora_dropout": 1.0}, "lora.lora_dropout: got 1.0; give a number of at least 0 and below 1"),
+        (
+            {"lora_dropout": 1.0},
+            "lora.lora_dropout: got 1.0; give a number of at least 0 and below 1",
+        ),
         ({"learning_rate": float("nan")}, "train.learning_rate: got nan"),
         ({"learning_rate": float("inf")}, "train.learning_rate: got inf"),
         ({"max_steps": 0}, "train.max_steps: got 0; give at least 1, or -1"),
@@ -168,12 +204,18 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"adapter_name": ".."}, "lora.adapter_name: '..' is not a name"),
         ({"adapter_name": "x" * 65}, "is not a name"),
         ({"bias": "all"}, "lora.bias: 'all' is not built yet; give none"),
-        ({"init_lora_weights": "pissa"}, "'pissa' is not built yet; give true or false or gaussian"),
+        (
+            {"init_lora_weights": "pissa"},
+            "'pissa' is not built yet; give true or false or gaussian",
+        ),
         ({"backend": "fsdp"}, "backend.name: 'fsdp' is not built yet; give single"),
         ({"backend": "sngle"}, "did you mean 'single'?"),
         ({"target_modules": "*bad"}, "is not a regular expression"),
         ({"target_modules": []}, "lora.target_modules: names no module"),
-        ({"rank_pattern": {"q_proj": 0}}, "lora.rank_pattern: got 0; give a map of name: a whole number above 0"),
+        (
+            {"rank_pattern": {"q_proj": 0}},
+            "lora.rank_pattern: got 0; give a map of name: a whole number above 0",
+        ),
         ({"device": "gpu"}, "model.device: got 'gpu'; give auto, cpu, cuda, cuda:N or mps"),
         ({"data": []}, "data.path: names no file"),
         ({"data": ""}, "data.path: must not be empty"),
@@ -194,7 +236,11 @@ def test_refused_in_one_sentence(given: dict[str, Any], message: str) -> None:
 def test_every_wrong_setting_gets_its_line() -> None:
     with pytest.raises(ConfigError) as caught:
         run(r=0, seed=-1, dtype="int4")
-    assert [line.split(":")[1].strip() for line in str(caught.value).splitlines()] == ["model.dtype", "lora.r", "train.seed"]
+    assert [line.split(":")[1].strip() for line in str(caught.value).splitlines()] == [
+        "model.dtype",
+        "lora.r",
+        "train.seed",
+    ]
 
 
 def test_missing_settings_are_named() -> None:

@@ -1,4 +1,6 @@
-"""Runs made to break one contract: fixtures that start them and check how they end, and ways to meddle with them."""
+"""Runs made to break one contract: fixtures that start them and check how they end, and ways to
+meddle with them.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,12 @@ def start(models: Callable[[str], Path], tmp_path: Path) -> Start:
 
     def go(base: Path | str = "llama", listeners: Any = (), **settings: Any) -> TrainResult:
         model = models(base) if isinstance(base, str) else base
-        given = {"max_steps": 5, "save_steps": 2, "target_modules": ["q_proj", "down_proj"], **settings}
+        given = {
+            "max_steps": 5,
+            "save_steps": 2,
+            "target_modules": ["q_proj", "down_proj"],
+            **settings,
+        }
         return train_run(tinyrun.described(model, data, tmp_path / "run", **given), [], listeners)
 
     return go
@@ -53,13 +60,22 @@ def start(models: Callable[[str], Path], tmp_path: Path) -> Start:
 def broken(start: Start, tmp_path: Path) -> Broken:
     """The run must end with this contract broken, in words and in contracts.json."""
 
-    def check(number: int, message: str, *, error: type[LorryError] = ContractError, code: int = 5, **settings: Any) -> None:
+    def check(
+        number: int,
+        message: str,
+        *,
+        error: type[LorryError] = ContractError,
+        code: int = 5,
+        **settings: Any,
+    ) -> None:
         with pytest.raises(error, match=message) as raised:
             start(**settings)
         assert type(raised.value) is error
         assert raised.value.exit_code == code
         if error is ContractError:
-            assert str(raised.value).startswith(f"contract {number} broken ({CONTRACT_NAMES[number]}): ")
+            assert str(raised.value).startswith(
+                f"contract {number} broken ({CONTRACT_NAMES[number]}): "
+            )
         written = json.loads((tmp_path / "run" / "contracts.json").read_text())
         assert [c["id"] for c in written if c["status"] == "failed"] == [number]
         assert written[number - 1]["detail"] in str(raised.value)
@@ -92,7 +108,9 @@ def silent_attention(model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def changed_example(patch: pytest.MonkeyPatch, change: Callable[[TokenizedExample], TokenizedExample]) -> None:
+def changed_example(
+    patch: pytest.MonkeyPatch, change: Callable[[TokenizedExample], TokenizedExample]
+) -> None:
     """Every second row reaches the batches changed."""
     original = TokenSet.example
 

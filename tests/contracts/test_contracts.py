@@ -1,4 +1,6 @@
-"""Contracts 1 to 4 broken on purpose: the run stops, says what and where, and records it as failed in contracts.json."""
+"""Contracts 1 to 4 broken on purpose: the run stops, says what and where, and records it as failed
+in contracts.json.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ from seam import Fixed, examples
 
 def test_a_sound_run_keeps_all_of_them(start: Start) -> None:
     contracts = start(test_size=2, lora_dropout=0.1, packing=True).contracts
-    assert [(c["id"], c["name"], c["status"]) for c in contracts] == [(n, CONTRACT_NAMES[n], "held") for n in range(1, 9)]
+    assert [(c["id"], c["name"], c["status"]) for c in contracts] == [
+        (n, CONTRACT_NAMES[n], "held") for n in range(1, 9)
+    ]
     details = [c["detail"] for c in contracts]
     assert details[0] == "2 modules: down_proj, q_proj"
     assert details[1].startswith("4 tensors; digest of the base's sample ")
@@ -49,7 +53,9 @@ def test_1_a_target_that_matches_nothing(start: Start, tmp_path: Path) -> None:
 
 def test_1_an_adapter_on_no_module() -> None:
     checks = ContractChecks()
-    with pytest.raises(ContractError, match=r"contract 1 broken .*adapter 'default' sits on no module"):
+    with pytest.raises(
+        ContractError, match=r"contract 1 broken .*adapter 'default' sits on no module"
+    ):
         checks.begin(engine_for(Fixed([[examples(1)]]), Path()).backend, {"default": []})
     assert checks.report()[0]["status"] == "failed"
     assert {c["status"] for c in checks.report()[1:]} == {"not_checked"}
@@ -63,12 +69,21 @@ def test_1_says_that_experts_got_no_adapter(start: Start, tmp_path: Path, target
     first = json.loads((tmp_path / "run" / "contracts.json").read_text())[0]
     inner = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["target_modules"]
     assert first["status"] == "held"
-    assert "not adapted: experts (2 tensors such as model.layers.0.mlp.experts.gate_up_proj, " in first["detail"]
+    assert (
+        "not adapted: experts (2 tensors such as model.layers.0.mlp.experts.gate_up_proj, "
+        in first["detail"]
+    )
     assert sorted(inner) == ["k_proj", "o_proj", "q_proj", "v_proj"]
-    assert [t for t in heard.notes if "experts (2 tensors" in t and "adapted are q_proj, k_proj, v_proj, o_proj" in t]
+    assert [
+        t
+        for t in heard.notes
+        if "experts (2 tensors" in t and "adapted are q_proj, k_proj, v_proj, o_proj" in t
+    ]
 
 
-def test_1_auto_leaves_out_what_text_does_not_reach_and_says_so(start: Start, tmp_path: Path) -> None:
+def test_1_auto_leaves_out_what_text_does_not_reach_and_says_so(
+    start: Start, tmp_path: Path
+) -> None:
     """Mamba uses the weight of dt_proj past the layer: an adapter there would never train."""
     heard = Heard()
     start("mamba", [heard], target_modules="auto")
@@ -88,11 +103,21 @@ def tampered_slot(change: Callable[[Any], None]) -> Callable[..., None]:
 
 
 def test_2_a_frozen_matrix(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    after(monkeypatch, session, "attach_adapter", tampered_slot(lambda slot: slot.B.requires_grad_(False)))
-    broken(2, r"default/model\.layers\.0\.mlp\.down_proj\.lora_B is optimized but not trainable \(1 tensors\)")
+    after(
+        monkeypatch,
+        session,
+        "attach_adapter",
+        tampered_slot(lambda slot: slot.B.requires_grad_(False)),
+    )
+    broken(
+        2,
+        r"default/model\.layers\.0\.mlp\.down_proj\.lora_B is optimized but not trainable \(1 tensors\)",
+    )
 
 
-def test_2_a_matrix_that_is_not_the_optimizers(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_2_a_matrix_that_is_not_the_optimizers(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As after a copy: the layer computes with one tensor, the optimizer updates another."""
 
     def copy(slot: Any) -> None:
@@ -103,7 +128,8 @@ def test_2_a_matrix_that_is_not_the_optimizers(broken: Broken, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("missing", "named"), [("half", ("lora_B", r"\(2 tensors\)")), ("last", (r"down_proj\.lora_B", r"\(1 tensors\)"))]
+    ("missing", "named"),
+    [("half", ("lora_B", r"\(2 tensors\)")), ("last", (r"down_proj\.lora_B", r"\(1 tensors\)"))],
 )
 def test_2_an_optimizer_that_misses_some(
     broken: Broken, monkeypatch: pytest.MonkeyPatch, missing: str, named: tuple[str, str]
@@ -125,14 +151,25 @@ def test_2_a_base_weight_left_trainable(broken: Broken, monkeypatch: pytest.Monk
         monkeypatch,
         session,
         "attach_adapter",
-        lambda name, run, opened, notes: opened.model.get_parameter("model.norm.weight").requires_grad_(True),
+        lambda name, run, opened, notes: opened.model.get_parameter(
+            "model.norm.weight"
+        ).requires_grad_(True),
     )
     broken(2, r"model\.norm\.weight is trainable but no optimizer holds it")
 
 
-def test_2_a_tensor_that_would_not_be_saved(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    after(monkeypatch, LocalBackend, "state", lambda state, self: state.pop(f"adapter/default/{MODULES[0]}.lora_A"))
-    broken(2, r"default/model\.layers\.0\.self_attn\.q_proj\.lora_A is trained but would not be saved")
+def test_2_a_tensor_that_would_not_be_saved(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after(
+        monkeypatch,
+        LocalBackend,
+        "state",
+        lambda state, self: state.pop(f"adapter/default/{MODULES[0]}.lora_A"),
+    )
+    broken(
+        2, r"default/model\.layers\.0\.self_attn\.q_proj\.lora_A is trained but would not be saved"
+    )
 
 
 class Meddler(tinyrun.Heard):
@@ -149,8 +186,15 @@ class Meddler(tinyrun.Heard):
 
 def test_2_a_base_weight_that_changes(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    after(monkeypatch, session, "attach_adapter", lambda name, run, opened, notes: seen.append(opened.model))
-    nudge = Meddler(lambda: seen[0].get_parameter("model.layers.0.mlp.up_proj.weight").data[0, 0].mul_(1.001))
+    after(
+        monkeypatch,
+        session,
+        "attach_adapter",
+        lambda name, run, opened, notes: seen.append(opened.model),
+    )
+    nudge = Meddler(
+        lambda: seen[0].get_parameter("model.layers.0.mlp.up_proj.weight").data[0, 0].mul_(1.001)
+    )
     broken(2, "a base weight changed during training", listeners=[nudge])
 
 
@@ -158,7 +202,9 @@ def test_2_a_base_weight_that_changes(broken: Broken, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("steps", [5, 2])
-def test_3_a_gradient_that_never_arrives(broken: Broken, models: Callable[[str], Path], tmp_path: Path, steps: int) -> None:
+def test_3_a_gradient_that_never_arrives(
+    broken: Broken, models: Callable[[str], Path], tmp_path: Path, steps: int
+) -> None:
     base = silent_attention(models("llama"), tmp_path)
     message = r"no gradient reached model\.layers\.0\.self_attn\.q_proj of adapter 'default' \(1 modules\): it would never train"
     broken(3, message, base=base, max_steps=steps, lr_scheduler_type="constant")
@@ -176,21 +222,36 @@ def test_3_the_setting_that_leaves_it_out_does(start: Start) -> None:
 
 def test_3_a_name_shared_with_layers_that_train_is_said_longer() -> None:
     checks = ContractChecks()
-    modules = [f"layers.{i}.{half}.{part}" for i in (0, 1) for half in ("self_attn", "encoder_attn") for part in ("q", "k")]
-    checks._start = {f"adapter/a/{module}.lora_B": "" for module in [*modules, "layers.0.fc", "layers.1.dead"]}
+    modules = [
+        f"layers.{i}.{half}.{part}"
+        for i in (0, 1)
+        for half in ("self_attn", "encoder_attn")
+        for part in ("q", "k")
+    ]
+    checks._start = {
+        f"adapter/a/{module}.lora_B": "" for module in [*modules, "layers.0.fc", "layers.1.dead"]
+    }
     silent = [module for module in modules if "encoder" in module]
-    assert checks._excluding("a", [*silent, "layers.1.dead"]) == "lora.exclude_modules=[encoder_attn.q,encoder_attn.k,dead]"
+    assert (
+        checks._excluding("a", [*silent, "layers.1.dead"])
+        == "lora.exclude_modules=[encoder_attn.q,encoder_attn.k,dead]"
+    )
 
 
 def test_3_a_matrix_that_does_not_move(tmp_path: Path) -> None:
     """B's rate is zero: gradients everywhere, and yet nothing is learnt."""
-    stuck = engine_for(Fixed([[examples(2, s)] for s in range(5)]), tmp_path, optim=OptimSettings(b_ratio=0.0))
+    stuck = engine_for(
+        Fixed([[examples(2, s)] for s in range(5)]), tmp_path, optim=OptimSettings(b_ratio=0.0)
+    )
     stuck.checks.begin(stuck.backend, {"default": list(stuck.backend.bank["default"].slots)})  # type: ignore[attr-defined]
     with pytest.raises(
-        ContractError, match=r"contract 3 broken .*lora_B did not move in 3 steps \(14 tensors\): it does not train"
+        ContractError,
+        match=r"contract 3 broken .*lora_B did not move in 3 steps \(14 tensors\): it does not train",
     ):
         stuck.run()
-    assert stuck.progress.step == 3  # the first has a rate of 0 and proves nothing; the fourth is not counted as done
+    assert (
+        stuck.progress.step == 3
+    )  # the first has a rate of 0 and proves nothing; the fourth is not counted as done
 
 
 def test_3_steps_with_a_rate_of_zero_prove_nothing(start: Start) -> None:
@@ -200,11 +261,17 @@ def test_3_steps_with_a_rate_of_zero_prove_nothing(start: Start) -> None:
         start(max_steps=1, warmup_steps=1)
 
 
-def test_3_the_best_of_a_short_run_may_be_its_unmoved_start(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step's rate is 0, and its adapter is what is loaded at the end; the proof is about the steps behind it."""
+def test_3_the_best_of_a_short_run_may_be_its_unmoved_start(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step's rate is 0, and its adapter is what is loaded at the end; the proof is about
+    the steps behind it.
+    """
     scores = iter([1.0, 2.0, 3.0])
     monkeypatch.setattr(engine, "evaluate_task", lambda *_: {"eval_loss": next(scores)})
-    result = start(max_steps=3, warmup_steps=1, test_size=2, eval_steps=1, load_best_model_at_end=True)
+    result = start(
+        max_steps=3, warmup_steps=1, test_size=2, eval_steps=1, load_best_model_at_end=True
+    )
     assert result.outcome.best_step == 1
     assert (result.contracts[2]["status"], result.contracts[2]["detail"][:46]) == (
         "held",
@@ -230,7 +297,9 @@ def test_4_a_row_that_never_learns_to_stop(broken: Broken, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_4_attention_that_sees_the_neighbour(broken: Broken, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+def test_4_attention_that_sees_the_neighbour(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
     original = attention.PackedSegments
 
     def merged(segments: Any, device: Any) -> Any:
@@ -246,9 +315,15 @@ def test_4_attention_that_sees_the_neighbour(broken: Broken, monkeypatch: pytest
     )
 
 
-def test_4_positions_that_do_not_restart(broken: Broken, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learned positions tell a sequence where it lies in the batch; rotary ones are relative and do not mind."""
-    monkeypatch.setattr(Batch, "positions", property(lambda self: torch.arange(self.tokens.numel())))
+def test_4_positions_that_do_not_restart(
+    broken: Broken, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Learned positions tell a sequence where it lies in the batch; rotary ones are relative and do
+    not mind.
+    """
+    monkeypatch.setattr(
+        Batch, "positions", property(lambda self: torch.arange(self.tokens.numel()))
+    )
     assert start("llama", per_device_train_batch_size=2).contracts[3]["status"] == "held"
     broken(
         4,

@@ -1,4 +1,6 @@
-"""Contracts 5 to 8 broken on purpose: what is on the disk, what is not finite, what is no input; and the codes a shell sees."""
+"""Contracts 5 to 8 broken on purpose: what is on the disk, what is not finite, what is no input;
+and the codes a shell sees.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from lorry.train import artifacts, checkpoint
 
 def edit_config(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]})
+    )
 
 
 def edit_weights(change: Callable[[bytearray], bytes]) -> Callable[[Path], object]:
@@ -41,22 +45,32 @@ def flip_last_value(content: bytearray) -> bytes:
 
 
 TAMPERINGS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a bit of a value": (edit_weights(flip_last_value), "the adapter read back is not the one that was trained"),
+    "a bit of a value": (
+        edit_weights(flip_last_value),
+        "the adapter read back is not the one that was trained",
+    ),
     "the scale": (edit_config, "the adapter read back gives other logits"),
     "cut short": (edit_weights(lambda content: bytes(content[:-8])), "adapter_model.safetensors"),
-    "gone": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
+    "gone": (
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        "adapter_model.safetensors",
+    ),
 }
 
 
 @pytest.mark.parametrize("how", TAMPERINGS)
-def test_5_an_adapter_that_is_not_what_was_trained(broken: Broken, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_5_an_adapter_that_is_not_what_was_trained(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     tamper, message = TAMPERINGS[how]
     after(monkeypatch, artifacts, "write_adapters", lambda digests, folder, *rest: tamper(folder))
     broken(5, message)
 
 
 @pytest.mark.parametrize("file", ["state.safetensors", "meta.json", "manifest.json"])
-def test_6_a_newest_checkpoint_that_is_damaged(broken: Broken, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+def test_6_a_newest_checkpoint_that_is_damaged(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
     """An older one that is whole does not make up for it."""
 
     def damage(path: Path, run_dir: Path, step: int, *rest: Any) -> None:
@@ -76,10 +90,14 @@ def test_6_without_checkpoints_there_is_nothing_to_claim(start: Start) -> None:
 # --- 7: finite
 
 
-def test_7_an_infinite_gradient(broken: Broken, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_7_an_infinite_gradient(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def overflow(stats: Any, self: LocalBackend, batches: Any, task: Any, step: int) -> None:
         if step == 3:
-            self.bank["default"].split_like(self.bank["default"].grads)[f"{MODULES[0]}.lora_B"][1, 0] = float("inf")
+            self.bank["default"].split_like(self.bank["default"].grads)[f"{MODULES[0]}.lora_B"][
+                1, 0
+            ] = float("inf")
 
     after(monkeypatch, LocalBackend, "forward_backward", overflow)
     message = (
@@ -92,14 +110,22 @@ def test_7_an_infinite_gradient(broken: Broken, monkeypatch: pytest.MonkeyPatch,
     assert newest.name == "step-00000002"
 
 
-def test_7_a_base_that_overflows(broken: Broken, models: Callable[[str], Path], tmp_path: Path) -> None:
-    """From the first step on: it is the loss that is named, not the packing, whose check cannot tell. (NaN itself is refused when
-    the base is loaded.)"""
+def test_7_a_base_that_overflows(
+    broken: Broken, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """From the first step on: it is the loss that is named, not the packing, whose check cannot
+    tell. (NaN itself is refused when the base is loaded.)"""
     folder = silent_attention(models("llama"), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = 3e38  # finite, and the logits are not
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    broken(7, "step 1: the loss term 'nll' is not finite for 3 of 3 sequences", error=NonFiniteError, code=6, base=folder)
+    broken(
+        7,
+        "step 1: the loss term 'nll' is not finite for 3 of 3 sequences",
+        error=NonFiniteError,
+        code=6,
+        base=folder,
+    )
 
 
 # --- 8: bad input; and the codes a shell sees
@@ -116,16 +142,23 @@ def test_8_a_bad_row(start: Start, tmp_path: Path) -> None:
 
 def test_8_rows_left_out_are_accounted_for(start: Start, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
-    data.write_text(data.read_text() + '{"question": "Who?", "ans\n{"question": "Who?", "answer": ""}\n')
+    data.write_text(
+        data.read_text() + '{"question": "Who?", "ans\n{"question": "Who?", "answer": ""}\n'
+    )
     eight = start(on_bad_row="quarantine").contracts[7]
     assert eight["status"] == "held"
     assert "12 rows, 12 sequences" in eight["detail"]
     assert eight["detail"].count("left out: 1 rows") == 2
-    aside = [json.loads(line)["where"] for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    aside = [
+        json.loads(line)["where"]
+        for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    ]
     assert aside == [f"{data}:13", f"{data}:14"]
 
 
-def test_an_adapter_of_another_base(start: Start, models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_adapter_of_another_base(
+    start: Start, models: Callable[[str], Path], tmp_path: Path
+) -> None:
     start()
     other = tinyrun.model_directory(tmp_path / "other", spread=0.21)
     with pytest.raises(ModelError, match="trained on other base weights") as e:
@@ -135,7 +168,11 @@ def test_an_adapter_of_another_base(start: Start, models: Callable[[str], Path],
 
 @pytest.mark.parametrize("code", [2, 3, 5, 6])
 def test_the_exit_codes_of_the_command(
-    code: int, models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    code: int,
+    models: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     data = tinyrun.write_rows(tmp_path / "data.jsonl", tinyrun.rows(6))
     if code == 3:

@@ -35,10 +35,20 @@ def start(models: Callable[[str], Path], tmp_path: Path) -> Start:
 
     def go(base: Path | str = "llama", listeners: Any = (), **settings: Any) -> TrainResult:
         model = models(base) if isinstance(base, str) else base
-        given: dict[str, Any] = {"model": {"name": str(model)}, "data": {"path": str(data)}, "output_dir": str(tmp_path / "run")}
-        own = {k: v for k, v in tinyrun.DEFAULTS.items() if k != "r"} | {"max_steps": 5, "save_steps": 2, "learning_rate": 1e-3}
+        given: dict[str, Any] = {
+            "model": {"name": str(model)},
+            "data": {"path": str(data)},
+            "output_dir": str(tmp_path / "run"),
+        }
+        own = {k: v for k, v in tinyrun.DEFAULTS.items() if k != "r"} | {
+            "max_steps": 5,
+            "save_steps": 2,
+            "learning_rate": 1e-3,
+        }
         trained = {"lora": None, "trainable": ["q_proj", "down_proj"]}
-        return train_run(build_settings(RunConfig, {**given, **own, **trained, **settings}, []), [], listeners)
+        return train_run(
+            build_settings(RunConfig, {**given, **own, **trained, **settings}, []), [], listeners
+        )
 
     return go
 
@@ -46,12 +56,17 @@ def start(models: Callable[[str], Path], tmp_path: Path) -> Start:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_sound_run_keeps_all_of_them(start: Start, dtype: str) -> None:
     contracts = start(test_size=2, packing=True, dtype=dtype).contracts
-    assert [(c["id"], c["name"], c["status"]) for c in contracts] == [(n, CONTRACT_NAMES[n], "held") for n in range(1, 9)]
+    assert [(c["id"], c["name"], c["status"]) for c in contracts] == [
+        (n, CONTRACT_NAMES[n], "held") for n in range(1, 9)
+    ]
     details = [c["detail"] for c in contracts]
     assert details[0] == "2 modules: down_proj, q_proj"
     assert details[1].startswith("2 tensors; digest of a sample of what is frozen ")
     assert details[2] == "2 tensors of the base moved within 3 steps; a gradient at each"
-    assert details[4] == "7088 values of the whole model and the scores of a batch equal bit for bit after reading back"
+    assert (
+        details[4]
+        == "7088 values of the whole model and the scores of a batch equal bit for bit after reading back"
+    )
 
 
 def test_1_a_name_that_matches_nothing(start: Start, tmp_path: Path) -> None:
@@ -69,13 +84,21 @@ def tampered(patch: pytest.MonkeyPatch, change: Callable[[OpenedModel], object])
 
 
 def test_2_a_frozen_weight_left_trainable(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    tampered(monkeypatch, lambda opened: opened.model.get_parameter("model.norm.weight").requires_grad_(True))
+    tampered(
+        monkeypatch,
+        lambda opened: opened.model.get_parameter("model.norm.weight").requires_grad_(True),
+    )
     broken(2, r"model\.norm\.weight is trainable but no optimizer holds it")
 
 
-def test_2_a_weight_that_trains_switched_off(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_2_a_weight_that_trains_switched_off(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tampered(monkeypatch, lambda opened: opened.model.get_parameter(DOWN).requires_grad_(False))
-    broken(2, r"base/model\.layers\.0\.mlp\.down_proj\.weight is optimized but not trainable \(1 tensors\)")
+    broken(
+        2,
+        r"base/model\.layers\.0\.mlp\.down_proj\.weight is optimized but not trainable \(1 tensors\)",
+    )
 
 
 def test_2_a_copy_that_no_optimizer_holds(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,11 +109,18 @@ def test_2_a_copy_that_no_optimizer_holds(broken: Broken, monkeypatch: pytest.Mo
         param.data = param.data.clone()
 
     tampered(monkeypatch, copy)
-    broken(2, r"base/model\.layers\.0\.mlp\.down_proj\.weight is trainable but no optimizer holds it \(1 tensors\)")
+    broken(
+        2,
+        r"base/model\.layers\.0\.mlp\.down_proj\.weight is trainable but no optimizer holds it \(1 tensors\)",
+    )
 
 
-def test_2_a_tensor_that_would_not_be_saved(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    after(monkeypatch, LocalBackend, "state", lambda state, self: state.pop(f"weights/base/{QUERY}"))
+def test_2_a_tensor_that_would_not_be_saved(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after(
+        monkeypatch, LocalBackend, "state", lambda state, self: state.pop(f"weights/base/{QUERY}")
+    )
     broken(2, r"base/model\.layers\.0\.self_attn\.q_proj\.weight is trained but would not be saved")
 
 
@@ -120,10 +150,16 @@ def test_2_a_frozen_weight_that_changes(broken: Broken, monkeypatch: pytest.Monk
 # --- 3
 
 
-def test_3_a_weight_without_a_gradient(broken: Broken, models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_3_a_weight_without_a_gradient(
+    broken: Broken, models: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Behind an output projection of zeros that does not train."""
     base = silent_attention(models("llama"), tmp_path)
-    broken(3, r"no gradient reached model\.layers\.0\.self_attn\.q_proj\.weight \(1 tensors\)", base=base)
+    broken(
+        3,
+        r"no gradient reached model\.layers\.0\.self_attn\.q_proj\.weight \(1 tensors\)",
+        base=base,
+    )
 
 
 def test_3_a_weight_that_does_not_move(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +173,14 @@ def test_3_a_weight_that_does_not_move(broken: Broken, monkeypatch: pytest.Monke
         view = weights.split_like(weights.values)[DOWN]
         view.copy_(began[0])
 
-    tampered(monkeypatch, lambda opened: began.append(opened.model.get_parameter(DOWN).detach().clone()))
+    tampered(
+        monkeypatch, lambda opened: began.append(opened.model.get_parameter(DOWN).detach().clone())
+    )
     after(monkeypatch, ParameterSetOptimizer, "step", hold)
-    broken(3, r"weights/base/model\.layers\.0\.mlp\.down_proj\.weight did not move in 3 steps \(1 tensors\)")
+    broken(
+        3,
+        r"weights/base/model\.layers\.0\.mlp\.down_proj\.weight did not move in 3 steps \(1 tensors\)",
+    )
 
 
 # --- 5
@@ -163,16 +204,30 @@ def damage(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) ->
     ],
 )
 def test_5_a_file_that_is_not_the_model(
-    broken: Broken, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Any, message: str, dtype: str
+    broken: Broken,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    change: Any,
+    message: str,
+    dtype: str,
 ) -> None:
     """The run's directory does not become a model."""
-    after(monkeypatch, full, "save_model", lambda result, model, folder, **options: damage(folder, change))
+    after(
+        monkeypatch,
+        full,
+        "save_model",
+        lambda result, model, folder, **options: damage(folder, change),
+    )
     broken(5, message, dtype=dtype)
-    left = {p.name for p in (tmp_path / "run").iterdir()} - {"process.json"}  # how it ended, for `lorry runs`
+    left = {p.name for p in (tmp_path / "run").iterdir()} - {
+        "process.json"
+    }  # how it ended, for `lorry runs`
     assert left == {"checkpoints", "contracts.json", "metrics.jsonl", "run.yaml"}
 
 
-def test_5_other_logits_than_those_of_the_trained_model(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_5_other_logits_than_those_of_the_trained_model(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Parameters that agree do not show what the config says."""
 
     def other(result: None, model: Any, folder: Path, **options: Any) -> None:
@@ -187,7 +242,9 @@ def test_5_other_logits_than_those_of_the_trained_model(broken: Broken, monkeypa
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_7_a_gradient_that_is_not_finite(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str) -> None:
+def test_7_a_gradient_that_is_not_finite(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str
+) -> None:
     """Names the tensor, before any update."""
     locals_: list[LocalBackend] = []
     values: list[torch.Tensor] = []
@@ -201,7 +258,8 @@ def test_7_a_gradient_that_is_not_finite(start: Start, monkeypatch: pytest.Monke
 
     after(monkeypatch, LocalBackend, "forward_backward", spoil)
     with pytest.raises(
-        NonFiniteError, match=r"step 3: the gradient of .*down_proj\.weight \(a base weight\) is not finite in 1 ten"
+        NonFiniteError,
+        match=r"step 3: the gradient of .*down_proj\.weight \(a base weight\) is not finite in 1 ten",
     ):
         start(dtype=dtype)
     assert torch.equal(locals_[0].owners["base"].values, values[0])

@@ -1,4 +1,6 @@
-"""The seam holds for more than fine-tuning: a second task over the same engine, several jobs at once, every family's gradient."""
+"""The seam holds for more than fine-tuning: a second task over the same engine, several jobs at
+once, every family's gradient.
+"""
 
 from __future__ import annotations
 
@@ -57,14 +59,16 @@ def base_scores(rows: Sequence[TokenizedExample]) -> Tensor:
     for row in rows:
         packed = PackedInput.of([list(row.tokens)])
         logp = model(packed.tokens[None]).logits[0].detach().log_softmax(-1)
-        scores = [float(logp[t - 1, row.tokens[t]]) if w else 0.0 for t, w in enumerate(row.weights)]
+        scores = [
+            float(logp[t - 1, row.tokens[t]]) if w else 0.0 for t, w in enumerate(row.weights)
+        ]
         out.append(torch.tensor(scores))
     return torch.cat(out)
 
 
 def test_npo_unlearns_through_the_same_engine(tmp_path: Path) -> None:
-    """Ten steps on the same rows: what is to be forgotten becomes less likely, what is to be kept does not; one model serves as
-    policy and as its own reference."""
+    """Ten steps on the same rows: what is to be forgotten becomes less likely, what is to be kept
+    does not; one model serves as policy and as its own reference."""
     rows = examples(6, role=lambda i: "forget" if i % 2 else "retain")
     task = WatchedNpo([[rows[:3], rows[3:]]] * 10)
     run = engine_for(task, tmp_path, learning_rate=1e-2, warmup_steps=1)
@@ -97,22 +101,39 @@ def test_npo_unlearns_through_the_same_engine(tmp_path: Path) -> None:
 
 
 def test_two_jobs_at_once_are_two_runs(tmp_path: Path) -> None:
-    """Shared micro-batches, two ranks: losses, norms and trained weights as in two runs of their own."""
+    """Shared micro-batches, two ranks: losses, norms and trained weights as in two runs of their
+    own.
+    """
     specs = [LoraSpec(r=2, lora_dropout=0.2), LoraSpec(r=5, lora_alpha=3)]
-    shared = [[examples(4, s, lambda i: i % 2), examples(3, s + 50, lambda i: (i + 1) % 2)] for s in range(8)]
-    together = engine_for(Fixed(shared, ("a", "b")), tmp_path / "both", specs=specs, learning_rate=1e-2)
+    shared = [
+        [examples(4, s, lambda i: i % 2), examples(3, s + 50, lambda i: (i + 1) % 2)]
+        for s in range(8)
+    ]
+    together = engine_for(
+        Fixed(shared, ("a", "b")), tmp_path / "both", specs=specs, learning_rate=1e-2
+    )
     together.run()
     for k, name in enumerate(("a", "b")):
-        own = [[[replace(r, adapter=0) for r in micro if r.adapter == k] for micro in step] for step in shared]
-        alone = engine_for(Fixed(own, (name,)), tmp_path / name, specs=specs[k : k + 1], learning_rate=1e-2)
+        own = [
+            [[replace(r, adapter=0) for r in micro if r.adapter == k] for micro in step]
+            for step in shared
+        ]
+        alone = engine_for(
+            Fixed(own, (name,)), tmp_path / name, specs=specs[k : k + 1], learning_rate=1e-2
+        )
         alone.run()
         for both, single in zip(lines(tmp_path / "both"), lines(tmp_path / name), strict=True):
             assert both["adapters"][name]["loss"] == pytest.approx(single["loss"], rel=1e-6)
-            assert both["adapters"][name]["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-4)
+            assert both["adapters"][name]["grad_norm"] == pytest.approx(
+                single["grad_norm"], rel=1e-4
+            )
         a, b = (e.backend.bank[name].values for e in (together, alone))  # type: ignore[attr-defined]
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
         assert (
-            a - engine_for(Fixed(own, (name,)), tmp_path, specs=specs[k : k + 1]).backend.bank[name].values
+            a
+            - engine_for(Fixed(own, (name,)), tmp_path, specs=specs[k : k + 1])
+            .backend.bank[name]
+            .values
         ).abs().max() > 1e-2  # type: ignore[attr-defined]
 
 
@@ -125,18 +146,31 @@ class PlainLora:
     def __init__(self, layer: torch.nn.Module, a: Tensor, b: Tensor, scale: float) -> None:
         assert isinstance(layer, torch.nn.Linear | Conv1D)
         self.a, self.b = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
-        layer.register_forward_hook(lambda _, inputs, out: out + scale * (inputs[0] @ self.a.T) @ self.b.T)
+        layer.register_forward_hook(
+            lambda _, inputs, out: out + scale * (inputs[0] @ self.a.T) @ self.b.T
+        )
 
 
 @pytest.mark.parametrize("family", tinyrun.FAMILIES)
 def test_one_step_of_sft_has_autograds_gradient(family: str, tmp_path: Path) -> None:
-    """Packed rows of the real data path, both halves of every adapter, against transformers row by row."""
+    """Packed rows of the real data path, both halves of every adapter, against transformers row by
+    row.
+    """
     folder = tinyrun.model_directory(
-        tmp_path / "model", family, **({"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2})
+        tmp_path / "model",
+        family,
+        **({"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2}),
     )
     data = tinyrun.write_rows(tmp_path / "data.jsonl", tinyrun.rows(7))
     run = tinyrun.described(
-        folder, data, tmp_path / "run", init_lora_weights=False, r=3, lora_alpha=5, packing=True, gradient_accumulation_steps=3
+        folder,
+        data,
+        tmp_path / "run",
+        init_lora_weights=False,
+        r=3,
+        lora_alpha=5,
+        packing=True,
+        gradient_accumulation_steps=3,
     )
     opened = open_model(run.model, [])
     name = attach_adapter(run, opened, [])
@@ -149,7 +183,11 @@ def test_one_step_of_sft_has_autograds_gradient(family: str, tmp_path: Path) -> 
     adapter = get_bank(opened.model)[name]
     got = adapter.split_like(adapter.grads)
 
-    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    oracle = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
     values = adapter.tensors()
     loras = {
         p: PlainLora(oracle.get_submodule(p), values[f"{p}.lora_A"], values[f"{p}.lora_B"], s.scale)
@@ -170,12 +208,20 @@ def test_one_step_of_sft_has_autograds_gradient(family: str, tmp_path: Path) -> 
         for side, truth in (("A", lora.a.grad), ("B", lora.b.grad)):
             assert truth is not None
             error = float((got[f"{path}.lora_{side}"] - truth).abs().max())
-            assert error <= 1e-4 * float(truth.abs().max()), f"{path}.lora_{side}: {error:.2e} of {float(truth.abs().max()):.2e}"
+            assert error <= 1e-4 * float(truth.abs().max()), (
+                f"{path}.lora_{side}: {error:.2e} of {float(truth.abs().max()):.2e}"
+            )
 
 
 def test_scores_name_the_base_by_no_mix(tmp_path: Path) -> None:
-    """`score` under mix none is the base for every adapter number a batch may carry, and the adapters still differ from it."""
-    both = engine_for(Fixed([[examples(1)]], ("a", "b")), tmp_path, specs=[LoraSpec(r=2, init_lora_weights=False)] * 2)
+    """`score` under mix none is the base for every adapter number a batch may carry, and the
+    adapters still differ from it.
+    """
+    both = engine_for(
+        Fixed([[examples(1)]], ("a", "b")),
+        tmp_path,
+        specs=[LoraSpec(r=2, init_lora_weights=False)] * 2,
+    )
     batch = collate(examples(6, adapter=lambda i: i % 3 - 1))
     want = {"s": TokenScore(log_prob)}
     base, own = (both.backend.score([batch], want, mix)[0]["s"] for mix in (Mix.none(), None))

@@ -1,4 +1,6 @@
-"""Small real tokenizers with the chat templates of the families people use, trained here on generated text."""
+"""Small real tokenizers with the chat templates of the families people use, trained here on
+generated text.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 DEFAULT_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}" + CHATML
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+    + CHATML
 )
 LLAMA3 = (
     "{% for m in messages %}"
@@ -32,7 +35,8 @@ GEMMA = (
     "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-# thinking is cut from all turns but those after the last question, and an empty thought is written when there is none
+# thinking is cut from all turns but those after the last question, and an empty thought is written
+# when there is none
 QWEN3 = (
     "{%- set ns = namespace(last=0) %}"
     "{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
@@ -55,7 +59,8 @@ LLAMA2 = (
     "{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'] | trim + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-# text behind the end of turn, and a header that the plain rendering does not share with the generation prompt
+# text behind the end of turn, and a header that the plain rendering does not share with the
+# generation prompt
 PHI3 = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
@@ -67,11 +72,21 @@ MARKED = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEMPLATES = {
-    "chatml": CHATML, "default_system": DEFAULT_SYSTEM, "llama3": LLAMA3, "gemma": GEMMA, "qwen3": QWEN3, "llama2": LLAMA2,
-    "phi3": PHI3, "marked": MARKED,
-}  # fmt: skip
+    "chatml": CHATML,
+    "default_system": DEFAULT_SYSTEM,
+    "llama3": LLAMA3,
+    "gemma": GEMMA,
+    "qwen3": QWEN3,
+    "llama2": LLAMA2,
+    "phi3": PHI3,
+    "marked": MARKED,
+}
 SPECIALS = {  # bos, eos (which is the padding token too), other control tokens
-    "llama3": ("<|begin_of_text|>", "<|end_of_text|>", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "llama3": (
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
     "gemma": ("<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>")),
     "llama2": ("<s>", "</s>", ()),
     "phi3": ("<s>", "<|endoftext|>", ("<|user|>", "<|system|>", "<|assistant|>", "<|end|>")),
@@ -80,51 +95,93 @@ CHATML_SPECIALS = (None, "<|im_end|>", ("<|im_start|>",))
 
 
 def words(seed: int, count: int) -> str:
-    """Generated prose: words of a small invented language, with digits, line breaks and letters beyond ASCII."""
+    """Generated prose: words of a small invented language, with digits, line breaks and letters
+    beyond ASCII.
+    """
     draw = random.Random(seed)
-    syllables = ["ka", "lo", "mi", "ten", "ra", "su", "é", "ü", "ßo", "日本", "12", "7", "ing", "th", "!"]
+    syllables = [
+        "ka",
+        "lo",
+        "mi",
+        "ten",
+        "ra",
+        "su",
+        "é",
+        "ü",
+        "ßo",
+        "日本",
+        "12",
+        "7",
+        "ing",
+        "th",
+        "!",
+    ]
     made = ("".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(count))
     return "".join(word + draw.choice([" ", " ", " ", ", ", ".\n", "\n\n"]) for word in made)
 
 
 @lru_cache
 def trained(byte_level: bool, specials: tuple[str, ...]) -> str:
-    """A BPE tokenizer as JSON: GPT-2's byte level, or SentencePiece's manner with a space put before every text."""
+    """A BPE tokenizer as JSON: GPT-2's byte level, or SentencePiece's manner with a space put
+    before every text.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=not byte_level))
     if byte_level:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     else:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
         tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
         )
         alphabet = []
     fallback = () if byte_level else tuple(f"<0x{byte:02X}>" for byte in range(256))
     trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=[*specials, *fallback], initial_alphabet=alphabet, show_progress=False
+        vocab_size=900,
+        special_tokens=[*specials, *fallback],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
-    corpus = [words(seed, 200) for seed in range(20)] + ["system user assistant model think Instruction Response Question Answer"]
+    corpus = [words(seed, 200) for seed in range(20)] + [
+        "system user assistant model think Instruction Response Question Answer"
+    ]
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer.to_str()
 
 
 @lru_cache
 def made(family: str | None, byte_level: bool = True) -> PreTrainedTokenizerFast:
-    """A tokenizer with a family's control tokens and template; None is a base model's tokenizer without a template."""
-    bos, eos, others = SPECIALS.get(family or "", CHATML_SPECIALS) if family else (None, "<|endoftext|>", ())
+    """A tokenizer with a family's control tokens and template; None is a base model's tokenizer
+    without a template.
+    """
+    bos, eos, others = (
+        SPECIALS.get(family or "", CHATML_SPECIALS) if family else (None, "<|endoftext|>", ())
+    )
     specials = tuple(token for token in (bos, eos, *others) if token)
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(trained(byte_level, specials)), bos_token=bos, eos_token=eos, pad_token=eos,
-        additional_special_tokens=list(others), chat_template=TEMPLATES[family] if family else None,
+        tokenizer_object=Tokenizer.from_str(trained(byte_level, specials)),
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=eos,
+        additional_special_tokens=list(others),
+        chat_template=TEMPLATES[family] if family else None,
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")
 def tokenizer_of() -> Callable[..., Any]:
-    """``tokenizer_of("gemma")``, ``tokenizer_of("llama2", byte_level=False)``, ``tokenizer_of(None)``."""
+    """``tokenizer_of("gemma")``, ``tokenizer_of("llama2", byte_level=False)``,
+    ``tokenizer_of(None)``.
+    """
     return made
 
 
@@ -136,11 +193,17 @@ def prose() -> Callable[[int, int], str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def fingerprints_at_random() -> Iterator[None]:
-    """``datasets`` names a table that tests write by pickling it with dill. With numpy 1.26.4, pandas 2.3.3 and pyarrow 25 that
-    raises PicklingError (MonthDayNano). Nothing here reads that name, and Lorry itself makes no such tables: any name will do.
-    The module is imported here, not looked up, so that it holds whichever test runs first."""
+    """``datasets`` names a table that tests write by pickling it with dill. With numpy 1.26.4,
+    pandas 2.3.3 and pyarrow 25 that raises PicklingError (MonthDayNano). Nothing here reads that
+    name, and Lorry itself makes no such tables: any name will do. The module is imported here, not
+    looked up, so that it holds whichever test runs first.
+    """
     from datasets import arrow_dataset
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrow_dataset, "generate_fingerprint", lambda dataset: arrow_dataset.generate_random_fingerprint())
+        patch.setattr(
+            arrow_dataset,
+            "generate_fingerprint",
+            lambda dataset: arrow_dataset.generate_random_fingerprint(),
+        )
         yield

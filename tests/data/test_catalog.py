@@ -1,4 +1,6 @@
-"""The catalogue of named sets: rows as the hub has them give the right items in every template; names are forgiving."""
+"""The catalogue of named sets: rows as the hub has them give the right items in every template;
+names are forgiving.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,47 @@ from hubrows import ARC, COQA, LONG, ROWS, Expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.data.catalog import SETS, SUITES, NamedSetItem, expand_suites, find_named_set, item_conversation, prompt_with_cue
+from lorry.data.catalog import (
+    SETS,
+    SUITES,
+    NamedSetItem,
+    expand_suites,
+    find_named_set,
+    item_conversation,
+    prompt_with_cue,
+)
 from lorry.data.catalog.item import fill_template, shorten_text
 from lorry.data.catalog.layouts import option_by_label
 from lorry.data.catalog.numbers import bare_number
 from lorry.data.reading.content import ChatMessage, UnusableRowError
 from lorry.errors import ConfigError
 
-PINNED = [4, 0, 2, 0, 2, 2, 2, 3, 3, 2, 2, 4]  # the templates of bool_q for rows 0 to 11 under seed 0
-METRICS = {"accuracy", "exact_match", "token_f1", "rouge_l", "rouge_1", "rouge_2", "bleu", "chrf", "coverage", "number_match"}
+PINNED = [
+    4,
+    0,
+    2,
+    0,
+    2,
+    2,
+    2,
+    3,
+    3,
+    2,
+    2,
+    4,
+]  # the templates of bool_q for rows 0 to 11 under seed 0
+METRICS = {
+    "accuracy",
+    "exact_match",
+    "token_f1",
+    "rouge_l",
+    "rouge_1",
+    "rouge_2",
+    "bleu",
+    "chrf",
+    "coverage",
+    "number_match",
+}
 
 
 def test_every_set_has_a_row_here() -> None:
@@ -32,7 +66,11 @@ def test_hub_rows_in_every_template(name: str, expected: Expected) -> None:
     found, prompts = find_named_set(name), set()
     for template in range(len(found.templates)):
         item = found.item(expected.row, template)
-        assert (item.answer, item.options, item.right) == (expected.answer, expected.options, expected.right)
+        assert (item.answer, item.options, item.right) == (
+            expected.answer,
+            expected.options,
+            expected.right,
+        )
         assert item.references == (expected.references or (expected.answer,))
         assert item.cue == found.cue
         assert not item.shortened
@@ -55,12 +93,19 @@ def test_declarations(found: Any) -> None:
     assert all((found.licence, found.source, found.about))
     assert found.max_new_tokens > 0
     if found.hub:
-        assert {"validation", "test"} <= set(found.splits) <= {"train", "validation", "test", "shots"}
+        assert (
+            {"validation", "test"} <= set(found.splits) <= {"train", "validation", "test", "shots"}
+        )
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", found.hub)
-    used = [{name for _, name, _, _ in string.Formatter().parse(text) if name} for text in found.templates]
+    used = [
+        {name for _, name, _, _ in string.Formatter().parse(text) if name}
+        for text in found.templates
+    ]
     asked = [names - {"options", "listed", "lettered"} for names in used]
     optional = {"subject", "activity", "input"}
-    assert len({frozenset(names - optional) for names in asked}) == 1, "a template leaves out a column that the others show"
+    assert len({frozenset(names - optional) for names in asked}) == 1, (
+        "a template leaves out a column that the others show"
+    )
 
 
 def test_options_stay_in_their_order() -> None:
@@ -76,7 +121,9 @@ def test_coqa_asks_every_turn() -> None:
         assert [item.answer for item in items] == ["Tom", "red", "no"]
         for turn, item in enumerate(items):
             assert COQA["story"] in item.prompt
-            assert [question in item.prompt for question in COQA["questions"]] == [at <= turn for at in range(3)]
+            assert [question in item.prompt for question in COQA["questions"]] == [
+                at <= turn for at in range(3)
+            ]
             assert f"A: {COQA['answers']['input_text'][turn]}" not in item.prompt
         assert "{" not in items[0].prompt
     with pytest.raises(UnusableRowError, match="3 questions"):
@@ -87,26 +134,43 @@ def test_optional_columns_leave_no_gap() -> None:
     without = find_named_set("bool_q").item({"question": "is ice cold", "answer": True})
     assert without.prompt == "Question: is ice cold?\nAnswer yes or no."
     assert fill_template("{a} and {b}\n\n{c}", {"a": "1", "c": "3"}) == "3"
-    assert fill_template("{a}\n\n{b}", {"a": "{b}", "b": "2"}) == "{b}\n\n2", "a value is not read as a template"
-    assert find_named_set("mmlu").item(ROWS["mmlu"].row).prompt.startswith("The subject is abstract algebra.\n\n")
+    assert fill_template("{a}\n\n{b}", {"a": "{b}", "b": "2"}) == "{b}\n\n2", (
+        "a value is not read as a template"
+    )
+    assert (
+        find_named_set("mmlu")
+        .item(ROWS["mmlu"].row)
+        .prompt.startswith("The subject is abstract algebra.\n\n")
+    )
 
 
 def test_contexts_are_cut_at_a_word_and_it_shows() -> None:
     row = {"question": "q?", "answer": True, "passage": "word " * 1000}
     item = find_named_set("bool_q").item(row)
     assert item.shortened
-    assert item.prompt.count("word") == 400  # 2000 characters: 400 words of four letters and a space
+    assert (
+        item.prompt.count("word") == 400
+    )  # 2000 characters: 400 words of four letters and a space
     assert not find_named_set("bool_q").item(row | {"passage": "word " * 400}).shortened
-    assert find_named_set("qmsum").item(LONG | {"context": "word " * 9000}).prompt.count("word") == 9000
+    assert (
+        find_named_set("qmsum").item(LONG | {"context": "word " * 9000}).prompt.count("word")
+        == 9000
+    )
 
 
-@given(st.lists(st.text("ab", min_size=1, max_size=9), min_size=3, max_size=9), st.sampled_from(" \n"), st.floats(0, 1))
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=9), min_size=3, max_size=9),
+    st.sampled_from(" \n"),
+    st.floats(0, 1),
+)
 def test_shorten(words: list[str], gap: str, share: float) -> None:
     text = gap.join(words)
     limit = max(1, int(share * len(text)))
     kept = shorten_text(f" {text}\n", limit)
     # as many whole words from the start as fit; where not even the first does, its letters
-    most = max((at for at in range(len(words) + 1) if len(gap.join(words[:at])) <= limit), default=0)
+    most = max(
+        (at for at in range(len(words) + 1) if len(gap.join(words[:at])) <= limit), default=0
+    )
     assert kept == (gap.join(words[:most]) or text[:limit])
 
 
@@ -181,7 +245,8 @@ def test_names_are_forgiving() -> None:
     }.items():  # fmt: skip
         assert find_named_set(spelling).name == name
     with pytest.raises(
-        ConfigError, match=r"unknown set 'winogrand' \(did you mean 'winogrande'\?\)\. Sets: common_gen.*Suites.*flan"
+        ConfigError,
+        match=r"unknown set 'winogrand' \(did you mean 'winogrande'\?\)\. Sets: common_gen.*Suites.*flan",
     ):
         find_named_set("winogrand")
     with pytest.raises(ConfigError, match=r"'commonsence' .did you mean 'commonsense'"):
@@ -203,7 +268,11 @@ def test_splits() -> None:
     assert find_named_set("anli").split("validation") == "dev_r1"
     assert find_named_set("winogrande").split("test") == "validation"
     for name, wanted, message in (
-        ("truthfulqa", "train", "no training rows, only validation, test.*data.local.truthfulqa=FILE"),
+        (
+            "truthfulqa",
+            "train",
+            "no training rows, only validation, test.*data.local.truthfulqa=FILE",
+        ),
         ("boolq_long", "test", "not on the hub; name a file of it"),
         ("squad", "tset", "no split 'tset'.*did you mean 'test'"),
     ):
@@ -212,7 +281,10 @@ def test_splits() -> None:
 
 
 def test_conversation_with_shots() -> None:
-    shots = [NamedSetItem("Is 1 odd?", "yes", "Answer:", ("yes",)), NamedSetItem("Is 2 odd?", "no", "Answer:", ("no",))]
+    shots = [
+        NamedSetItem("Is 1 odd?", "yes", "Answer:", ("yes",)),
+        NamedSetItem("Is 2 odd?", "no", "Answer:", ("no",)),
+    ]
     item = NamedSetItem("Is 3 odd?", "yes", "Answer:", ("yes",))
     chat = item_conversation(item, shots)
     assert chat.messages == tuple(
@@ -220,26 +292,45 @@ def test_conversation_with_shots() -> None:
         for asked, told in (("Is 1 odd?", "yes"), ("Is 2 odd?", "no"), ("Is 3 odd?", "yes"))
         for role, text in (("user", asked), ("assistant", told))
     )
-    assert chat.plain == ("Is 1 odd?\nAnswer: yes\n\nIs 2 odd?\nAnswer: no\n\nIs 3 odd?\nAnswer:", " yes")
+    assert chat.plain == (
+        "Is 1 odd?\nAnswer: yes\n\nIs 2 odd?\nAnswer: no\n\nIs 3 odd?\nAnswer:",
+        " yes",
+    )
     assert item_conversation(item).plain == ("Is 3 odd?\nAnswer:", " yes")
     assert len(item_conversation(item).messages) == 2
     assert prompt_with_cue(NamedSetItem("Go on", "x", "", ("x",))) == "Go on"
 
 
 @pytest.mark.parametrize(
-    "label", ["9" * 5000, "-" + "9" * 5000, 2**70, -(2**70), float("inf"), float("nan"), "1e400", "\u0663" * 5000, -1]
+    "label",
+    [
+        "9" * 5000,
+        "-" + "9" * 5000,
+        2**70,
+        -(2**70),
+        float("inf"),
+        float("nan"),
+        "1e400",
+        "\u0663" * 5000,
+        -1,
+    ],
 )
 @pytest.mark.parametrize(
     ("name", "row"),
     [
         ("anli", {"premise": "p", "hypothesis": "h"}),
         ("paws", {"sentence1": "s", "sentence2": "t"}),
-        ("cosmos_qa", {"context": "c", "question": "q", **{f"answer{n}": f"a{n}" for n in range(4)}}),
+        (
+            "cosmos_qa",
+            {"context": "c", "question": "q", **{f"answer{n}": f"a{n}" for n in range(4)}},
+        ),
         ("cosmos_qa", {"context": "c", "question": "q", "choices": ["a", "b"]}),
         ("bool_q", {"question": "q", "passage": "p"}),
     ],
 )
 def test_labels_that_are_no_position(name: str, row: dict[str, Any], label: Any) -> None:
-    """Digits that no integer holds, numbers beyond every range: a bad row each, never a ValueError of int()."""
+    """Digits that no integer holds, numbers beyond every range: a bad row each, never a ValueError
+    of int().
+    """
     with pytest.raises(UnusableRowError, match="label"):
         find_named_set(name).item({**row, "label": label})

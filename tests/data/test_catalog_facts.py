@@ -1,4 +1,5 @@
-"""Hub names, configurations and splits of the catalogue against an independent list: the tasks of the lm-evaluation-harness.
+"""Hub names, configurations and splits of the catalogue against an independent list: the tasks of
+the lm-evaluation-harness.
 
 Skipped where lm_eval is not installed; nothing is downloaded, only its YAML files are read.
 """
@@ -50,5 +51,9 @@ def test_hub_names_and_splits(tasks: Path, name: str) -> None:
     found = find_named_set(name)
     assert value(text, "dataset_path") == found.hub
     assert value(text, "dataset_name") in (found.config, None)
-    for ours, key in (("train", "training_split"), ("validation", "validation_split"), ("test", "test_split")):
+    for ours, key in (
+        ("train", "training_split"),
+        ("validation", "validation_split"),
+        ("test", "test_split"),
+    ):
         assert value(text, key) in ((found.splits or {}).get(ours), None)

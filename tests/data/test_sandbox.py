@@ -1,4 +1,6 @@
-"""Chat templates are programs from strangers: they render as in transformers, reach nothing, and cannot run away."""
+"""Chat templates are programs from strangers: they render as in transformers, reach nothing, and
+cannot run away.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from lorry.data.encoding.template import ChatTemplate, TemplateRefusedError, com
 from lorry.data.reading.content import ChatMessage
 from lorry.errors import ModelError
 
-SHOW = "{% for m in messages %}{{ m.content }}{% endfor %}"  # so that only the attack can make a template fail
+# so that only the attack can make a template fail
+SHOW = "{% for m in messages %}{{ m.content }}{% endfor %}"
 CHAT = [ChatMessage("user", "Hi"), ChatMessage("assistant", "Hello")]
 GROW = "{% set ns = namespace(s='aaaa') %}{% for i in range(60) %}{% set ns.s = BY %}{% endfor %}"
 NEST = "{% set ns = namespace(s=['a']) %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}"
@@ -74,20 +77,32 @@ RUNNING_AWAY = [
     *(
         GROW.replace("BY", by)
         for by in (
-            "ns.s + ns.s", "ns.s ~ ns.s", "ns.s * 2", "[ns.s, ns.s]|join", "ns.s.join([ns.s, ns.s])", "'%s%s' % (ns.s, ns.s)",
-            "ns.s.replace('a', 'aa')", "ns.s|replace('a', 'aa')", "ns.s|indent(ns.s)|string ~ ns.s", "'{0}{0}'.format(ns.s)",
+            "ns.s + ns.s",
+            "ns.s ~ ns.s",
+            "ns.s * 2",
+            "[ns.s, ns.s]|join",
+            "ns.s.join([ns.s, ns.s])",
+            "'%s%s' % (ns.s, ns.s)",
+            "ns.s.replace('a', 'aa')",
+            "ns.s|replace('a', 'aa')",
+            "ns.s|indent(ns.s)|string ~ ns.s",
+            "'{0}{0}'.format(ns.s)",
         )
     ),
     "{% set ns = namespace(s='a') %}{% for i in range(60) %}{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}{% endfor %}",
-    *(NEST + end for end in ("{{ ns.s }}", "{{ ns.s|tojson }}", "{{ ns.s ~ 'x' }}", "{{ ns.s|upper }}")),
+    *(
+        NEST + end
+        for end in ("{{ ns.s }}", "{{ ns.s|tojson }}", "{{ ns.s ~ 'x' }}", "{{ ns.s|upper }}")
+    ),
     "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "{{ " + "-" * 5000 + "1 }}",
     "x" * 600_000,
-]  # fmt: skip
+]
 
 
 BIG = "{% set ns = namespace(s='ab' * 400000, t='ab' * 399999 + 'c', l=[0] * 900000, m=[0] * 899999 + [1], n=2**8000, x=0) %}"
-DEEP = (  # two structures of sixty elements that are 2^60 to whoever compares, prints or hashes them
+# two structures of sixty elements that are 2^60 to whoever compares, prints or hashes them
+DEEP = (
     "{% set ns = namespace(t=(1,), u=(1,)) %}"
     "{% for i in range(60) %}{% set ns.t = (ns.t, ns.t) %}{% set ns.u = (ns.u, ns.u) %}{% endfor %}"
 )
@@ -97,25 +112,52 @@ def ninety_thousand(body: str) -> str:
     return BIG + "{% for i in range(90000) %}" + body + "{% endfor %}"
 
 
-# Each value is small enough; what grows is their sum, or the time of single operations that jinja2 compiles to bare Python.
+# Each value is small enough; what grows is their sum, or the time of single operations that jinja2
+# compiles to bare Python.
 SUMMED = [
     "{% set ns = namespace(l=[]) %}{% for i in range(3000) %}{% set ns.l = ns.l + [[0] * 1000000] %}{% endfor %}",
     "{% set ns = namespace(l=[]) %}{% for i in range(90000) %}{% set ns.l = [ns.l, 'a' * 1000000] %}{% endfor %}",
     *(
         ninety_thousand("{% set ns.x = BY %}".replace("BY", by) * 30)
         for by in (
-            "ns.s[1:]", "ns.s == ns.t", "ns.t in ns.s", "ns.l == ns.m", "ns.l[1:]", "ns.n * ns.n", "ns.n // 3 + ns.n",
-            "ns.s.rfind('b' + ns.s[:300000])", "ns.s.lstrip('x' * 500000 + 'ab')", "ns.s | trim('x' * 500000 + 'ab')",
-            "[ns.x, ns.s.split('a')]", "[ns.x, ns.s | list]", "ns.s | title", "ns.s is lower", "ns.s.lower()", "ns.s < ns.t",
-            "[1, 2] == ns.l", "ns.l is eq ns.m", "ns.l.count(5)", "'%s' % ns.s", "ns.s ~ 'a'", "ns.l | map('string') | list",
+            "ns.s[1:]",
+            "ns.s == ns.t",
+            "ns.t in ns.s",
+            "ns.l == ns.m",
+            "ns.l[1:]",
+            "ns.n * ns.n",
+            "ns.n // 3 + ns.n",
+            "ns.s.rfind('b' + ns.s[:300000])",
+            "ns.s.lstrip('x' * 500000 + 'ab')",
+            "ns.s | trim('x' * 500000 + 'ab')",
+            "[ns.x, ns.s.split('a')]",
+            "[ns.x, ns.s | list]",
+            "ns.s | title",
+            "ns.s is lower",
+            "ns.s.lower()",
+            "ns.s < ns.t",
+            "[1, 2] == ns.l",
+            "ns.l is eq ns.m",
+            "ns.l.count(5)",
+            "'%s' % ns.s",
+            "ns.s ~ 'a'",
+            "ns.l | map('string') | list",
         )
     ),
     *(
         DEEP + end
         for end in (
-            "{% set d = {ns.t: 1} %}", "{{ {}[ns.t] }}", "{{ {}.get(ns.t) }}", "{{ ns.t in {} }}", "{{ dict([(ns.t, 1)]) }}",
-            "{{ [ns.t] | unique | list }}", "{{ ns.t == ns.u }}", "{{ ns.t is eq ns.u }}", "{{ [ns.t].index(ns.u) }}",
-            "{% for x in [ns.t, ns.u] %}{{ loop.changed(x) }}{% endfor %}", "{{ [ns.t, ns.u] | sort }}",
+            "{% set d = {ns.t: 1} %}",
+            "{{ {}[ns.t] }}",
+            "{{ {}.get(ns.t) }}",
+            "{{ ns.t in {} }}",
+            "{{ dict([(ns.t, 1)]) }}",
+            "{{ [ns.t] | unique | list }}",
+            "{{ ns.t == ns.u }}",
+            "{{ ns.t is eq ns.u }}",
+            "{{ [ns.t].index(ns.u) }}",
+            "{% for x in [ns.t, ns.u] %}{{ loop.changed(x) }}{% endfor %}",
+            "{{ [ns.t, ns.u] | sort }}",
         )
     ),
     "{% for i in range(90000) %}{% set x = [" + "0," * 20000 + "] %}{% endfor %}",
@@ -131,15 +173,22 @@ SUMMED = [
     "{% set ns = namespace(t=[0] * 1000) %}{% for i in range(200) %}{% set ns.t = [ns.t] %}{% endfor %}"
     "{{ ([ns.t] * 100) | tojson(indent=16) | length }}",
     "{{ ([0] * 100000) | tojson(separators=('x' * 100000, ':')) | length }}",
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize("attack", SUMMED, ids=lambda attack: attack.removeprefix(BIG).removeprefix(DEEP)[:70])
-def test_one_account_for_all_that_a_rendering_does(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "attack", SUMMED, ids=lambda attack: attack.removeprefix(BIG).removeprefix(DEEP)[:70]
+)
+def test_one_account_for_all_that_a_rendering_does(
+    attack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hours and tens of gigabytes before. The steps decide, so that a busy machine says the same."""
     monkeypatch.setattr(template_budget, "MOST_STEPS", 20_000)  # a tenth, to be quick here
     begun = time.thread_time()
-    with pytest.raises(ModelError, match=r"stopped: it (takes more than \d+ steps|builds|uses|works|calls)|stopped: its values"):
+    with pytest.raises(
+        ModelError,
+        match=r"stopped: it (takes more than \d+ steps|builds|uses|works|calls)|stopped: its values",
+    ):
         ChatTemplate(attack + SHOW, {})
     assert time.thread_time() - begun < 10
 
@@ -268,9 +317,13 @@ PARTS = (
     ".index(1)",
 )
 TERM = st.builds(
-    lambda value, parts: value + "".join(parts), st.sampled_from(VALUES), st.lists(st.sampled_from(PARTS), max_size=3)
+    lambda value, parts: value + "".join(parts),
+    st.sampled_from(VALUES),
+    st.lists(st.sampled_from(PARTS), max_size=3),
 )
-EXPRESSION = st.builds(lambda a, op, b: f"({a}) {op} ({b})", TERM, st.sampled_from(OPERATORS), TERM) | TERM
+EXPRESSION = (
+    st.builds(lambda a, op, b: f"({a}) {op} ({b})", TERM, st.sampled_from(OPERATORS), TERM) | TERM
+)
 STATEMENT = st.builds(
     lambda form, e: form.replace("E", e),
     st.sampled_from(
@@ -298,15 +351,27 @@ def test_any_template_renders_or_is_one_error(source: str) -> None:
 def test_a_template_that_looks_at_all_messages_at_each_of_them() -> None:
     """As Gemma 4's own does."""
     looking = "{% for m in messages %}{% set ns = namespace(n=0) %}{% for o in messages %}{% if o.role == m.role %}"
-    template = ChatTemplate(looking + "{% set ns.n = ns.n + 1 %}{% endif %}{% endfor %}{{ ns.n }}{% endfor %}" + SHOW, {})
+    template = ChatTemplate(
+        looking + "{% set ns.n = ns.n + 1 %}{% endif %}{% endfor %}{{ ns.n }}{% endfor %}" + SHOW,
+        {},
+    )
     assert template.render(CHAT * 250).text == "250" * 500 + "HiHello" * 250
 
 
 @pytest.mark.parametrize("family", sorted(TEMPLATES))
-def test_long_conversations_stay_inside_the_account(tokenizer_of: Callable[..., Any], family: str) -> None:
-    """Two hundred turns, and a message of a million characters, byte for byte as transformers renders them."""
+def test_long_conversations_stay_inside_the_account(
+    tokenizer_of: Callable[..., Any], family: str
+) -> None:
+    """Two hundred turns, and a message of a million characters, byte for byte as transformers
+    renders them.
+    """
     tokenizer = tokenizer_of(family)
-    turns = [ChatMessage(("user", "assistant")[i % 2], f" Turn {i}, <think>é</think> {'日本' * (i % 7)}\n") for i in range(200)]
+    turns = [
+        ChatMessage(
+            ("user", "assistant")[i % 2], f" Turn {i}, <think>é</think> {'日本' * (i % 7)}\n"
+        )
+        for i in range(200)
+    ]
     long = [
         ChatMessage("user", "Hi " + "words and wörds. " * 60_000),
         ChatMessage("assistant", "<think>a\n</think>" + "yes " * 100_000),
@@ -316,7 +381,9 @@ def test_long_conversations_stay_inside_the_account(tokenizer_of: Callable[..., 
     for chat in (turns, long, turns * 5):
         messages = [{"role": m.role, "content": m.content} for m in chat]
         for prompted in (False, True):
-            expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted)
+            expected = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompted
+            )
             assert template.render(chat, add_generation_prompt=prompted).text == expected
 
 
@@ -341,7 +408,10 @@ def test_an_attack_that_waits_for_a_row() -> None:
         ("\n\n{{ x", "not valid: line 3"),
         ("{{ x|nosuchfilter }}", "No filter named 'nosuchfilter'"),
         ("hello", "does not show what the assistant says"),
-        ("{{ nothing.at.all }}", "cannot render one question and one answer: .*'nothing' is undefined"),
+        (
+            "{{ nothing.at.all }}",
+            "cannot render one question and one answer: .*'nothing' is undefined",
+        ),
         ("{{ raise_exception('I am closed') }}", "I am closed"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
     ],
@@ -352,7 +422,9 @@ def test_broken_templates(source: str, message: str) -> None:
 
 
 def test_a_template_may_refuse_a_row() -> None:
-    template = ChatTemplate("{% if messages|length > 3 %}{{ raise_exception('too many') }}{% endif %}" + SHOW, {})
+    template = ChatTemplate(
+        "{% if messages|length > 3 %}{{ raise_exception('too many') }}{% endif %}" + SHOW, {}
+    )
     with pytest.raises(TemplateRefusedError, match="refuses this conversation: too many"):
         template.render([*CHAT, *CHAT])
 
@@ -378,7 +450,9 @@ RICH = """{%- macro shown(m) -%}<{{ m.role | upper }}>{{ m['content'] | trim }}{
 
 
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
-def test_renders_as_transformers_does(tokenizer_of: Callable[..., Any], add_generation_prompt: bool) -> None:
+def test_renders_as_transformers_does(
+    tokenizer_of: Callable[..., Any], add_generation_prompt: bool
+) -> None:
     """Every construct that chat templates use, against transformers' own renderer."""
     tokenizer = tokenizer_of("llama3")
     chat = [
@@ -406,14 +480,21 @@ def test_generation_blocks_are_placed(tokenizer_of: Callable[..., Any]) -> None:
 
 
 def test_the_date_stands_still() -> None:
-    """A template that writes today's date would give other tokens tomorrow, and the run could not be resumed."""
-    assert ChatTemplate("{{ strftime_now('%d %b %Y') }} " + SHOW, {}).render(CHAT).text == "26 Jul 2024 HiHello"
+    """A template that writes today's date would give other tokens tomorrow, and the run could not
+    be resumed.
+    """
+    assert (
+        ChatTemplate("{{ strftime_now('%d %b %Y') }} " + SHOW, {}).render(CHAT).text
+        == "26 Jul 2024 HiHello"
+    )
 
 
 def test_variables_reach_the_template(tokenizer_of: Callable[..., Any]) -> None:
     tokenizer = tokenizer_of("gemma")
     tokenizer = type(tokenizer)(
-        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<bos>", chat_template="{{ bos_token }}{{ mood }}" + SHOW
+        tokenizer_object=tokenizer.backend_tokenizer,
+        bos_token="<bos>",
+        chat_template="{{ bos_token }}{{ mood }}" + SHOW,
     )
     template = ChatTemplate.of(tokenizer, {"mood": "calm "})
     assert template is not None
@@ -421,7 +502,8 @@ def test_variables_reach_the_template(tokenizer_of: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "same"), [("", "a", 0), ("abc", "abd", 2), ("ab", "abc", 2), ("x", "y", 0), ("same", "same", 4)]
+    ("one", "other", "same"),
+    [("", "a", 0), ("abc", "abd", 2), ("ab", "abc", 2), ("x", "y", 0), ("same", "same", 4)],
 )
 def test_common_prefix(one: str, other: str, same: int) -> None:
     assert common_prefix(one, other) == common_prefix(other, one) == same

@@ -1,4 +1,6 @@
-"""Files in: every row with its place, every broken one with a reason, and never anything but a DataError."""
+"""Files in: every row with its place, every broken one with a reason, and never anything but a
+DataError.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,10 @@ def test_quarantine_keeps_the_raw_row_once(tmp_path: Path) -> None:
 
 
 def test_quarantine_after_a_torn_line(tmp_path: Path) -> None:
-    path, aside = write(tmp_path, "d.jsonl", b"oops\n"), write(tmp_path, "q.jsonl", '{"where": "torn')
+    path, aside = (
+        write(tmp_path, "d.jsonl", b"oops\n"),
+        write(tmp_path, "q.jsonl", '{"where": "torn'),
+    )
     list(open_source(path, on_bad_row="quarantine", quarantine=aside))
     torn, whole = aside.read_text().splitlines()
     assert torn == '{"where": "torn'
@@ -93,8 +98,14 @@ def test_quarantine_after_a_torn_line(tmp_path: Path) -> None:
 
 
 def test_a_value_of_megabytes_does_not_flood_the_terminal(tmp_path: Path) -> None:
-    path = write(tmp_path, "d.jsonl", json.dumps({"x" * 1_000_000: 1})[:-1] + ', "' + "x" * 1_000_000 + '": 2}')
-    with pytest.raises(DataError, match=r"d\.jsonl:1: the key 'x+\.\.\. \(\d+ characters\)") as caught:
+    path = write(
+        tmp_path,
+        "d.jsonl",
+        json.dumps({"x" * 1_000_000: 1})[:-1] + ', "' + "x" * 1_000_000 + '": 2}',
+    )
+    with pytest.raises(
+        DataError, match=r"d\.jsonl:1: the key 'x+\.\.\. \(\d+ characters\)"
+    ) as caught:
         rows(path)
     assert len(str(caught.value)) < 3000
     source = open_source(path, on_bad_row="skip")
@@ -112,13 +123,23 @@ def test_policy_is_checked(tmp_path: Path) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    damage=st.lists(st.tuples(st.integers(0, 400), st.sampled_from(["flip", "cut", "insert"]), st.integers(0, 255)), max_size=6)
+    damage=st.lists(
+        st.tuples(
+            st.integers(0, 400), st.sampled_from(["flip", "cut", "insert"]), st.integers(0, 255)
+        ),
+        max_size=6,
+    )
 )
 def test_damaged_bytes_give_a_data_error_or_rows(
     tmp_path_factory: pytest.TempPathFactory, damage: list[tuple[int, str, int]]
 ) -> None:
-    """Whatever is done to the bytes, a reader raises nothing but DataError with file:line; lines left alone are still read."""
-    lines = [json.dumps({"text": f"row {at} é", "n": at}, ensure_ascii=False).encode() + b"\n" for at in range(12)]
+    """Whatever is done to the bytes, a reader raises nothing but DataError with file:line; lines
+    left alone are still read.
+    """
+    lines = [
+        json.dumps({"text": f"row {at} é", "n": at}, ensure_ascii=False).encode() + b"\n"
+        for at in range(12)
+    ]
     raw = bytearray(b"".join(lines))
     for position, kind, byte in damage:
         at = position % max(1, len(raw))
@@ -137,8 +158,13 @@ def test_damaged_bytes_give_a_data_error_or_rows(
             list(open_source(path))
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return
-    got = {json.dumps(row.values, ensure_ascii=False).encode() for row in open_source(path, on_bad_row="skip")}
-    untouched = {line.rstrip() for line in bytes(raw).split(b"\n")} & {line.rstrip() for line in lines}
+    got = {
+        json.dumps(row.values, ensure_ascii=False).encode()
+        for row in open_source(path, on_bad_row="skip")
+    }
+    untouched = {line.rstrip() for line in bytes(raw).split(b"\n")} & {
+        line.rstrip() for line in lines
+    }
     assert untouched <= got
 
 
@@ -164,7 +190,10 @@ def test_json_arrays(tmp_path: Path, text: str) -> None:
 
 
 def test_json_lines_under_the_wrong_name(tmp_path: Path) -> None:
-    assert rows(write(tmp_path, "d.json", '{"a": 1}\n{"a": 2}\n')) == [({"a": 1}, "d.json:1"), ({"a": 2}, "d.json:2")]
+    assert rows(write(tmp_path, "d.json", '{"a": 1}\n{"a": 2}\n')) == [
+        ({"a": 1}, "d.json:1"),
+        ({"a": 2}, "d.json:2"),
+    ]
     with pytest.raises(DataError, match=r"d\.json:1: column 6: not valid JSON"):
         rows(write(tmp_path, "d.json", '{"a": \n{"a": 2}\n'))
 
@@ -172,11 +201,17 @@ def test_json_lines_under_the_wrong_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[\n{"a": 1},\n{"a": }]', r"d\.json:3: column 7: element 1 is not valid JSON: Expecting value"),
+        (
+            '[\n{"a": 1},\n{"a": }]',
+            r"d\.json:3: column 7: element 1 is not valid JSON: Expecting value",
+        ),
         ('[\n{"a": 1},\n{"a": 2', r"d\.json:3: column \d+: element 1 is not valid JSON"),
         ('[\n{"a": 1}', r"d\.json:2: column 9: the file ends in the middle of the array"),
         ('[{"a": 1}\n {"a": 2}]', r"d\.json:2: column 2: expected ',' or '\]' after element 0"),
-        ('[{"a": 1},\n 7]', r"d\.json:2: element 1: expected an object such as \{\.\.\.\}, found a number"),
+        (
+            '[{"a": 1},\n 7]',
+            r"d\.json:2: element 1: expected an object such as \{\.\.\.\}, found a number",
+        ),
         ('{"a":\n 1}', r"d\.json:2: column 3: expected a JSON array of rows"),
         ("", r"d\.json:1: expected a JSON array"),
         ("hello", r"d\.json:1: expected a JSON array"),
@@ -199,7 +234,9 @@ def test_csv_records_may_span_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "mark"), [("d.csv", ";"), ("d.tsv", "\t"), ("d.csv", "\t")])
 def test_csv_separators(tmp_path: Path, name: str, mark: str) -> None:
-    assert rows(write(tmp_path, name, f"a{mark}b\n1,5{mark}2\n")) == [({"a": "1,5", "b": "2"}, f"{name}:2")]
+    assert rows(write(tmp_path, name, f"a{mark}b\n1,5{mark}2\n")) == [
+        ({"a": "1,5", "b": "2"}, f"{name}:2")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +248,10 @@ def test_csv_separators(tmp_path: Path, name: str, mark: str) -> None:
         ("a,a\n1,2\n", r"d\.csv:1: the header needs a different name for every column"),
         ("a,\n1,2\n", r"d\.csv:1: the header needs"),
         (",,\n1,2,3\n", r"d\.csv:1: the header needs"),
-        ('"question,answer\nx,y', r"d\.csv:1: unexpected end of data \(a quote that is opened must be closed\)"),
+        (
+            '"question,answer\nx,y',
+            r"d\.csv:1: unexpected end of data \(a quote that is opened must be closed\)",
+        ),
         ('"a"b,c\nx,y', r"d\.csv:1: ',' expected after '\"'"),
         ("", r"d\.csv:1: the file is empty"),
         (b"a,b\n1,caf\xe9\n", r"d\.csv:2: column 'b' is not valid UTF-8"),
@@ -229,13 +269,19 @@ def test_broken_csv(tmp_path: Path, text: str | bytes, message: str) -> None:
        ends=st.sampled_from(["\n", "\r\n"]), quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
        mark=st.booleans())  # fmt: skip
 def test_csv_as_the_csv_module_writes_it(
-    tmp_path_factory: pytest.TempPathFactory, table: list[dict[str, str]], ends: str, quoting: Any, mark: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    table: list[dict[str, str]],
+    ends: str,
+    quoting: Any,
+    mark: bool,
 ) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, ["question", "answer", "é"], lineterminator=ends, quoting=quoting)
     writer.writeheader()
     writer.writerows(table)
-    path = write(tmp_path_factory.mktemp("csv"), "d.csv", ("\ufeff" if mark else "") + text.getvalue())
+    path = write(
+        tmp_path_factory.mktemp("csv"), "d.csv", ("\ufeff" if mark else "") + text.getvalue()
+    )
     got = list(open_source(path))
     assert [row.values for row in got] == table
     assert len({row.where for row in got}) == len(table)
@@ -243,8 +289,13 @@ def test_csv_as_the_csv_module_writes_it(
 
 @pytest.mark.parametrize("again", [False, True])
 def test_csv_as_pandas_writes_it(tmp_path: Path, again: bool) -> None:
-    """The index is a column without a name; it is called what pandas calls it, and said to be unused. Turns are JSON text."""
-    turns = [[{"role": "user", "content": f"q, {n}"}, {"role": "assistant", "content": f'a "{n}"'}] for n in range(3)]
+    """The index is a column without a name; it is called what pandas calls it, and said to be
+    unused. Turns are JSON text.
+    """
+    turns = [
+        [{"role": "user", "content": f"q, {n}"}, {"role": "assistant", "content": f'a "{n}"'}]
+        for n in range(3)
+    ]
     table = pandas.DataFrame({"messages": [json.dumps(turn) for turn in turns]}, index=[7, 8, 9])
     path = tmp_path / "d.csv"
     table.to_csv(path)
@@ -252,7 +303,9 @@ def test_csv_as_pandas_writes_it(tmp_path: Path, again: bool) -> None:
         pandas.read_csv(path).to_csv(path)
     notes: set[str] = set()
     found = list(read_examples(open_source(path), notes=notes))
-    assert [[m.content for m in one.content.messages] for one in found] == [[f"q, {n}", f'a "{n}"'] for n in range(3)]  # type: ignore[union-attr]
+    assert [[m.content for m in one.content.messages] for one in found] == [
+        [f"q, {n}", f'a "{n}"'] for n in range(3)
+    ]  # type: ignore[union-attr]
     assert list(found[0].values) == list(pandas.read_csv(path).columns)
     unused = "Unnamed: 0.1, Unnamed: 0" if again else "Unnamed: 0"
     assert notes == {f"{path}: read as messages; columns not used: {unused}"}
@@ -275,14 +328,21 @@ def test_csv_skips_only_the_bad_row(tmp_path: Path) -> None:
 
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "d.parquet"
-    pyarrow.parquet.write_table(pa.table({"messages": [[{"role": "user", "content": "x"}], None]}), path)
-    assert rows(path) == [({"messages": [{"role": "user", "content": "x"}]}, "d.parquet:1"), ({"messages": None}, "d.parquet:2")]
+    pyarrow.parquet.write_table(
+        pa.table({"messages": [[{"role": "user", "content": "x"}], None]}), path
+    )
+    assert rows(path) == [
+        ({"messages": [{"role": "user", "content": "x"}]}, "d.parquet:1"),
+        ({"messages": None}, "d.parquet:2"),
+    ]
     with pytest.raises(DataError, match="not a readable parquet file"):
         rows(write(tmp_path, "e.parquet", b"PAR1 and nothing more"))
 
 
 def test_text_is_one_document(tmp_path: Path) -> None:
-    assert rows(write(tmp_path, "book.txt", "one\n\ntwo\n")) == [({"text": "one\n\ntwo\n"}, "book.txt:1")]
+    assert rows(write(tmp_path, "book.txt", "one\n\ntwo\n")) == [
+        ({"text": "one\n\ntwo\n"}, "book.txt:1")
+    ]
     with pytest.raises(DataError, match=r"book\.txt:1: column 4: byte 0xff"):
         rows(write(tmp_path, "book.txt", b"one\xff"))
 
@@ -292,7 +352,10 @@ def test_folders_and_several_files(tmp_path: Path) -> None:
     write(tmp_path, "a.jsonl", GOOD)
     write(tmp_path, "SOURCE.md", "not data")
     assert [where for _, where in rows(tmp_path)] == ["a.jsonl:1", "b.jsonl:1"]
-    assert [where for _, where in rows([tmp_path / "b.jsonl", str(tmp_path / "a.jsonl")])] == ["b.jsonl:1", "a.jsonl:1"]
+    assert [where for _, where in rows([tmp_path / "b.jsonl", str(tmp_path / "a.jsonl")])] == [
+        "b.jsonl:1",
+        "a.jsonl:1",
+    ]
 
 
 def test_a_folder_of_splits_never_mixes_them(tmp_path: Path) -> None:
@@ -307,7 +370,9 @@ def test_a_folder_of_splits_never_mixes_them(tmp_path: Path) -> None:
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     write(tmp_path, "people.jsonl", GOOD)
-    with pytest.raises(DataError, match=r"peopel\.jsonl: no such file .did you mean 'people\.jsonl'"):
+    with pytest.raises(
+        DataError, match=r"peopel\.jsonl: no such file .did you mean 'people\.jsonl'"
+    ):
         open_source(tmp_path / "peopel.jsonl")
     with pytest.raises(DataError, match=r"no such file; the folder has people\.jsonl"):
         open_source(tmp_path / "x.csv")
@@ -325,7 +390,9 @@ def test_unknown_kinds_are_refused(tmp_path: Path, name: str) -> None:
 
 @pytest.fixture
 def on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bytes], str]:
-    """Stands in for the hub: owner/name resolves to a local folder, through the real builders of ``datasets``."""
+    """Stands in for the hub: owner/name resolves to a local folder, through the real builders of
+    ``datasets``.
+    """
     import datasets
 
     real = datasets.load_dataset_builder
@@ -345,7 +412,9 @@ def on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hub_data_sets(on_the_hub: Callable[[str, bytes], str], streaming: bool) -> None:
-    name = on_the_hub("train.jsonl", b'{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n')
+    name = on_the_hub(
+        "train.jsonl", b'{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n'
+    )
     got = [(row.values, row.where) for row in open_source(name, streaming=streaming)]
     assert got == [
         ({"question": "a", "answer": "b"}, "owner/set/train.jsonl:1"),
@@ -359,19 +428,26 @@ def test_hub_data_sets(on_the_hub: Callable[[str, bytes], str], streaming: bool)
 def test_a_hub_data_set_with_pictures_is_read_without_them(
     on_the_hub: Callable[[str, bytes], str], streaming: bool, tmp_path: Path
 ) -> None:
-    """Nobody decodes what no format reads, downloaded or streamed: these bytes are no picture and no sound."""
+    """Nobody decodes what no format reads, downloaded or streamed: these bytes are no picture and
+    no sound.
+    """
     import datasets
 
-    features = datasets.Features(text=datasets.Value("string"), picture=datasets.Image(), sound=datasets.Audio())
+    features = datasets.Features(
+        text=datasets.Value("string"), picture=datasets.Image(), sound=datasets.Audio()
+    )
     junk = [{"bytes": b"junk", "path": None}] * 3
     schema = features.arrow_schema
     pyarrow.parquet.write_table(
-        pa.table({"text": ["a", "b", "c"], "picture": junk, "sound": junk}, schema), tmp_path / "x.parquet"
+        pa.table({"text": ["a", "b", "c"], "picture": junk, "sound": junk}, schema),
+        tmp_path / "x.parquet",
     )
     name = on_the_hub("train.parquet", (tmp_path / "x.parquet").read_bytes())
     notes: set[str] = set()
     found = list(read_examples(open_source(name, streaming=streaming), notes=notes))
-    assert [(one.values, one.where) for one in found] == [({"text": t}, f"owner/set:{n}") for n, t in enumerate("abc", 1)]
+    assert [(one.values, one.where) for one in found] == [
+        ({"text": t}, f"owner/set:{n}") for n, t in enumerate("abc", 1)
+    ]
     assert notes == {"owner/set: read as text; columns not used: picture, sound"}
 
 
@@ -389,7 +465,9 @@ def test_a_hub_data_set_with_pictures_is_read_without_them(
         ("train.parquet", b"PAR1 and nothing more"),
     ],
 )
-def test_damaged_hub_data_sets(on_the_hub: Callable[[str, bytes], str], streaming: bool, file: str, content: bytes) -> None:
+def test_damaged_hub_data_sets(
+    on_the_hub: Callable[[str, bytes], str], streaming: bool, file: str, content: bytes
+) -> None:
     name = on_the_hub(file, content)
     with pytest.raises(DataError, match=f"owner/set(: |/{file}:)"):
         list(open_source(name, streaming=streaming))
@@ -399,7 +477,9 @@ def test_damaged_hub_data_sets(on_the_hub: Callable[[str, bytes], str], streamin
 def test_json_of_a_hub_data_set_is_read_as_files_here_are(
     on_the_hub: Callable[[str, bytes], str], streaming: bool, tmp_path: Path
 ) -> None:
-    """Of two equal keys none wins, joined arrays are all read, packed files are unpacked, splits of a README's YAML hold."""
+    """Of two equal keys none wins, joined arrays are all read, packed files are unpacked, splits of
+    a README's YAML hold.
+    """
     name = on_the_hub("a.json", b'[{"text": "a"}]\n[{"text": "b"}]')
     on_the_hub("b.jsonl.gz", gzip.compress(b'{"text": "c", "text": "C"}\n{"text": "d"}\n'))
     on_the_hub("c.jsonl", b'{"text": "other"}\n')
@@ -408,13 +488,19 @@ def test_json_of_a_hub_data_set_is_read_as_files_here_are(
     on_the_hub("README.md", f"---\n{front}\n---\n".encode())
     source = open_source(name, streaming=streaming, on_bad_row="skip")
     assert [(row.values["text"], row.where) for row in source] == [
-        ("a", "owner/set/a.json:1: element 0"), ("b", "owner/set/a.json:2: element 1"), ("d", "owner/set/b.jsonl.gz:2"),
-    ]  # fmt: skip
+        ("a", "owner/set/a.json:1: element 0"),
+        ("b", "owner/set/a.json:2: element 1"),
+        ("d", "owner/set/b.jsonl.gz:2"),
+    ]
     assert source.bad.counts == {"key twice": 1}
-    assert [row.values for row in open_source(name, split="test", streaming=streaming)] == [{"text": "other"}]
+    assert [row.values for row in open_source(name, split="test", streaming=streaming)] == [
+        {"text": "other"}
+    ]
 
 
-def test_hub_data_sets_that_are_not_plain_tables_are_refused(on_the_hub: Callable[[str, bytes], str]) -> None:
+def test_hub_data_sets_that_are_not_plain_tables_are_refused(
+    on_the_hub: Callable[[str, bytes], str],
+) -> None:
     name = on_the_hub("train.xml", b"<a/>")
     with pytest.raises(DataError, match="stored as 'xml'"):
         list(open_source(name))
@@ -443,9 +529,13 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
         (b"SEP=\t\na\tb\nx\ty\n", [({"a": "x", "b": "y"}, "t.csv:3")]),
     ],
 )
-def test_separators_are_those_outside_quotes_or_what_excel_says(tmp_path: Path, content: bytes, expected: Any) -> None:
+def test_separators_are_those_outside_quotes_or_what_excel_says(
+    tmp_path: Path, content: bytes, expected: Any
+) -> None:
     if b"a\n,,," in content:
-        with pytest.raises(DataError, match="header is not valid"):  # a line break in a name is refused, whatever separates
+        with pytest.raises(
+            DataError, match="header is not valid"
+        ):  # a line break in a name is refused, whatever separates
             rows(write(tmp_path, "t.csv", content))
         return
     assert rows(write(tmp_path, "t.csv", content)) == expected
@@ -456,13 +546,19 @@ def test_joined_csv_files_do_not_teach_their_headers(tmp_path: Path, second: byt
     path = write(tmp_path, "t.csv", b"\xef\xbb\xbfa,b\n1,2\n" + second + b"3,4\n")
     with pytest.raises(DataError, match=r"t\.csv:3: .*stands here again"):
         rows(path)
-    assert [row for row, _ in rows(path, on_bad_row="skip")] == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+    assert [row for row, _ in rows(path, on_bad_row="skip")] == [
+        {"a": "1", "b": "2"},
+        {"a": "3", "b": "4"},
+    ]
 
 
 def test_byte_order_marks_of_joined_files_are_no_text(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     lines = mark + b'{"a": "x"}\n' + mark + b'{"a": "\xef\xbb\xbfy"}\n' + mark + b"\n"
-    assert [row for row, _ in rows(write(tmp_path, "t.jsonl", lines))] == [{"a": "x"}, {"a": "\ufeffy"}]
+    assert [row for row, _ in rows(write(tmp_path, "t.jsonl", lines))] == [
+        {"a": "x"},
+        {"a": "\ufeffy"},
+    ]
     arrays = mark + b'[{"a": 1}]\n' + mark + b'[{"a": 2}]' + mark
     assert [row for row, _ in rows(write(tmp_path, "t.json", arrays))] == [{"a": 1}, {"a": 2}]
     with pytest.raises(DataError, match="expected ',' or ']'"):
@@ -497,7 +593,9 @@ def test_another_layout_is_said_once_and_never_skipped(
     ],
     ids=["pointer", "gzip", "zip"],
 )  # fmt: skip
-def test_files_that_only_stand_for_the_data_are_not_learnt(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+def test_files_that_only_stand_for_the_data_are_not_learnt(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
     with pytest.raises(DataError, match=rf"{re.escape(name)}:1: {reason}"):
         rows(write(tmp_path, name, content), on_bad_row="skip")
 
@@ -511,10 +609,15 @@ def test_blank_lines_before_a_header(tmp_path: Path) -> None:
     assert rows(write(tmp_path, "t.csv", b"\n\na,b\n1,2\n")) == [({"a": "1", "b": "2"}, "t.csv:4")]
 
 
-def test_files_of_one_name_in_several_folders_of_a_hub_data_set_are_several(on_the_hub: Callable[[str, bytes], str]) -> None:
+def test_files_of_one_name_in_several_folders_of_a_hub_data_set_are_several(
+    on_the_hub: Callable[[str, bytes], str],
+) -> None:
     name = on_the_hub("en/train.jsonl", b'{"text": "a"}\n')
     on_the_hub("fr/train.jsonl", b'{"text": "b"}\n')
-    assert {row.where for row in open_source(name)} == {"owner/set/en/train.jsonl:1", "owner/set/fr/train.jsonl:1"}
+    assert {row.where for row in open_source(name)} == {
+        "owner/set/en/train.jsonl:1",
+        "owner/set/fr/train.jsonl:1",
+    }
     with pytest.raises(DataError, match="no slice"):
         list(open_source(name, split="train[:50%]"))
 
@@ -530,9 +633,15 @@ def test_one_damaged_first_line_is_one_bad_row(tmp_path: Path, first: str) -> No
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.csv", "PAR1,PAR2,text\n1,2,three\n"), ("a.txt", "PAR1 is a gene."), ("b.txt", "BZh91AY&SY is how it begins.")],
+    [
+        ("a.csv", "PAR1,PAR2,text\n1,2,three\n"),
+        ("a.txt", "PAR1 is a gene."),
+        ("b.txt", "BZh91AY&SY is how it begins."),
+    ],
 )
-def test_text_that_begins_like_another_kind_of_file_is_text(tmp_path: Path, name: str, content: str) -> None:
+def test_text_that_begins_like_another_kind_of_file_is_text(
+    tmp_path: Path, name: str, content: str
+) -> None:
     path = tmp_path / name
     path.write_text(content)
     assert len(list(open_source(path))) == 1

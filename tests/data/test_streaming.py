@@ -1,4 +1,6 @@
-"""Streaming: windows in bounded memory, and a stop at any step that leaves no trace in what follows."""
+"""Streaming: windows in bounded memory, and a stop at any step that leaves no trace in what
+follows.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ def path(tmp_path_factory: pytest.TempPathFactory, prose: Callable[[int, int], s
     """Rows of many lengths, some of them bad, and a stretch of twelve in which no row is usable."""
     lines = []
     for n in range(ROWS):
-        row: dict[str, Any] = {"question": f"{n} {prose(n, 2 + n % 7)}", "answer": prose(n + 1000, 1 + n % 5)}
+        row: dict[str, Any] = {
+            "question": f"{n} {prose(n, 2 + n % 7)}",
+            "answer": prose(n + 1000, 1 + n % 5),
+        }
         if n % 9 == 4 or 20 <= n < 32:
             row["answer"] = ""
         lines.append("broken" if n % 11 == 6 else json.dumps(row))
@@ -34,17 +39,28 @@ def path(tmp_path_factory: pytest.TempPathFactory, prose: Callable[[int, int], s
     return made
 
 
-def stream_of(path: Path, tokenizer: Any, *, window: int = 8, **options: Any) -> StreamingTrainStream:
+def stream_of(
+    path: Path, tokenizer: Any, *, window: int = 8, **options: Any
+) -> StreamingTrainStream:
     encoder = ExampleEncoder(tokenizer, max_length=120)
-    rows = StreamingTokenSet(open_source(path, on_bad_row="skip", streaming=True), encoder, window_rows=window)
+    rows = StreamingTokenSet(
+        open_source(path, on_bad_row="skip", streaming=True), encoder, window_rows=window
+    )
     return StreamingTrainStream(
-        rows, **({"seed": 0, "rows_per_batch": 2, "gradient_accumulation_steps": 2, "max_tokens": 240} | options)
+        rows,
+        **(
+            {"seed": 0, "rows_per_batch": 2, "gradient_accumulation_steps": 2, "max_tokens": 240}
+            | options
+        ),
     )
 
 
 def taken(stream: StreamingTrainStream, first: int, last: int) -> list[Any]:
     return [
-        [(b.tokens.tolist(), b.weights.tolist(), b.starts.tolist(), b.key.tolist()) for b in stream.batches(step)]
+        [
+            (b.tokens.tolist(), b.weights.tolist(), b.starts.tolist(), b.key.tolist())
+            for b in stream.batches(step)
+        ]
         for step in range(first, last)
     ]
 
@@ -57,7 +73,12 @@ def taken(stream: StreamingTrainStream, first: int, last: int) -> list[Any]:
     seed=st.integers(0, 3),
 )
 def test_stopping_anywhere_leaves_no_trace(
-    path: Path, tokenizer_of: Callable[..., Any], stops: list[int], window: int, packing: bool, seed: int
+    path: Path,
+    tokenizer_of: Callable[..., Any],
+    stops: list[int],
+    window: int,
+    packing: bool,
+    seed: int,
 ) -> None:
     """Against an uninterrupted stream; stopped and resumed up to three times, over several epochs."""
     options: dict[str, Any] = {"window": window, "packing": packing, "seed": seed}
@@ -72,7 +93,9 @@ def test_stopping_anywhere_leaves_no_trace(
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_an_epoch_has_every_usable_row_once(path: Path, tokenizer_of: Callable[..., Any], packing: bool) -> None:
+def test_an_epoch_has_every_usable_row_once(
+    path: Path, tokenizer_of: Callable[..., Any], packing: bool
+) -> None:
     stream = stream_of(path, tokenizer_of("chatml"), packing=packing)
     usable = [n for n in range(ROWS) if n % 11 != 6 and n % 9 != 4 and not 20 <= n < 32]
     epochs: dict[int, list[tuple[int, ...]]] = {0: [], 1: []}
@@ -85,16 +108,23 @@ def test_an_epoch_has_every_usable_row_once(path: Path, tokenizer_of: Callable[.
         epochs[stream.state()["epoch"]] += sequences
         step += 1
     tokenizer = tokenizer_of("chatml")
-    numbers = [sorted(int(tokenizer.decode(row).split("user\n")[1].split()[0]) for row in rows) for rows in epochs.values()]
+    numbers = [
+        sorted(int(tokenizer.decode(row).split("user\n")[1].split()[0]) for row in rows)
+        for rows in epochs.values()
+    ]
     assert numbers == [usable, usable]
     assert epochs[0] != epochs[1], "another order in the second epoch"
 
 
-def test_every_window_is_shuffled_in_its_own_way(path: Path, tokenizer_of: Callable[..., Any], tmp_path: Path) -> None:
+def test_every_window_is_shuffled_in_its_own_way(
+    path: Path, tokenizer_of: Callable[..., Any], tmp_path: Path
+) -> None:
     same = tmp_path / "same.jsonl"
     same.write_text("\n".join(path.read_text().splitlines()[:4] * 2))
     options: dict[str, Any] = {"window": 4, "rows_per_batch": 4, "gradient_accumulation_steps": 1}
-    first, second = (step[0][0] for step in taken(stream_of(same, tokenizer_of("chatml"), **options), 0, 2))
+    first, second = (
+        step[0][0] for step in taken(stream_of(same, tokenizer_of("chatml"), **options), 0, 2)
+    )
     assert sorted(first) == sorted(second)
     assert first != second
 
@@ -110,13 +140,17 @@ def test_keys_are_unique_within_an_epoch(path: Path, tokenizer_of: Callable[...,
     assert set(keys.values()) == {1}
 
 
-def test_only_one_window_is_read_ahead(path: Path, tokenizer_of: Callable[..., Any], tmp_path: Path) -> None:
+def test_only_one_window_is_read_ahead(
+    path: Path, tokenizer_of: Callable[..., Any], tmp_path: Path
+) -> None:
     """The second window holds a broken row; the first is given out before anybody looks at it."""
     lines = path.read_text().splitlines()
     late = tmp_path / "late.jsonl"
     late.write_text("\n".join([lines[0]] * 9 + ["broken"]))
     rows = StreamingTokenSet(
-        open_source(late, streaming=True), ExampleEncoder(tokenizer_of("chatml"), max_length=120), window_rows=8
+        open_source(late, streaming=True),
+        ExampleEncoder(tokenizer_of("chatml"), max_length=120),
+        window_rows=8,
     )
     stream = StreamingTrainStream(rows, seed=0, rows_per_batch=4, gradient_accumulation_steps=1)
     assert len(taken(stream, 0, 2)) == 2
@@ -124,7 +158,9 @@ def test_only_one_window_is_read_ahead(path: Path, tokenizer_of: Callable[..., A
         stream.batches(2)
 
 
-def test_other_data_is_refused(path: Path, tokenizer_of: Callable[..., Any], tmp_path: Path) -> None:
+def test_other_data_is_refused(
+    path: Path, tokenizer_of: Callable[..., Any], tmp_path: Path
+) -> None:
     stream = stream_of(path, tokenizer_of("chatml"))
     taken(stream, 0, 5)
     changed = tmp_path / "qa.jsonl"
@@ -133,7 +169,9 @@ def test_other_data_is_refused(path: Path, tokenizer_of: Callable[..., Any], tmp
         stream_of(changed, tokenizer_of("chatml")).load_state(stream.state())
 
 
-def test_what_a_stream_cannot_do(path: Path, tokenizer_of: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_a_stream_cannot_do(
+    path: Path, tokenizer_of: Callable[..., Any], tmp_path: Path
+) -> None:
     stream = stream_of(path, tokenizer_of("chatml"))
     assert stream.total_steps(3, 10) == 10
     with pytest.raises(ConfigError, match="needs max_steps"):

@@ -1,4 +1,6 @@
-"""Frames of chat templates: what they fill in is what the template itself writes, and whoever looks at texts has none."""
+"""Frames of chat templates: what they fill in is what the template itself writes, and whoever looks
+at texts has none.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ from lorry.data.encoding.template_frame import find_template_frame
 from lorry.data.reading.content import ChatMessage, Conversation
 
 ROLES = ["user", "assistant", "user", "assistant"]
-TEXTS = st.text(st.sampled_from("ab <|>\n{}%\\'\u3000\x1c\u00e9\ufdd0"), max_size=6) | st.sampled_from(
-    ["x", "</think>y", "{{ 7 }}"]
-)
+TEXTS = st.text(
+    st.sampled_from("ab <|>\n{}%\\'\u3000\x1c\u00e9\ufdd0"), max_size=6
+) | st.sampled_from(["x", "</think>y", "{{ 7 }}"])
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -32,10 +34,16 @@ def alone(source: str, texts: list[str], roles: list[str], prompting: bool) -> s
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["chatml", "default_system", "llama3", "gemma", "llama2", "phi3"])
+@pytest.mark.parametrize(
+    "family", ["chatml", "default_system", "llama3", "gemma", "llama2", "phi3"]
+)
 @settings(max_examples=40, deadline=None)
-@given(texts=st.lists(TEXTS, min_size=4, max_size=4), turns=st.integers(1, 4), prompting=st.booleans())
-def test_a_frame_says_what_the_template_says(family: str, texts: list[str], turns: int, prompting: bool) -> None:
+@given(
+    texts=st.lists(TEXTS, min_size=4, max_size=4), turns=st.integers(1, 4), prompting=st.booleans()
+)
+def test_a_frame_says_what_the_template_says(
+    family: str, texts: list[str], turns: int, prompting: bool
+) -> None:
     source, roles = TEMPLATES[family], ROLES[:turns]
     frame = find_template_frame(source, VARIABLES, roles, add_generation_prompt=prompting)
     assert frame is not None
@@ -143,14 +151,28 @@ def test_texts_beyond_the_account_are_rendered_themselves() -> None:
 
 @pytest.mark.parametrize("family", sorted(TEMPLATES))
 def test_rows_are_encoded_alike_without_frames(
-    family: str, tokenizer_of: Callable[..., Any], prose: Callable[[int, int], str], monkeypatch: pytest.MonkeyPatch
+    family: str,
+    tokenizer_of: Callable[..., Any],
+    prose: Callable[[int, int], str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    texts = [prose(seed, 1 + seed % 9) for seed in range(60)] + ["a", " b ", "<think>c</think>d", "e</think>"]
+    texts = [prose(seed, 1 + seed % 9) for seed in range(60)] + [
+        "a",
+        " b ",
+        "<think>c</think>d",
+        "e</think>",
+    ]
     rows = [
-        Conversation(tuple(ChatMessage(role, texts[(at + 7 * k) % 64].strip() if at % 3 else texts[(at + 7 * k) % 64])
-                           for k, role in enumerate(ROLES[: 2 + 2 * (at % 2)])))
+        Conversation(
+            tuple(
+                ChatMessage(
+                    role, texts[(at + 7 * k) % 64].strip() if at % 3 else texts[(at + 7 * k) % 64]
+                )
+                for k, role in enumerate(ROLES[: 2 + 2 * (at % 2)])
+            )
+        )
         for at in range(64)
-    ]  # fmt: skip
+    ]
     framed = ExampleEncoder(tokenizer_of(family), max_length=60)
     made = framed.encode_many(rows)
     monkeypatch.setattr(template_module, "find_template_frame", lambda *_, **__: None)
@@ -166,9 +188,21 @@ def test_a_refusal_stays_a_refusal() -> None:
     for _ in range(2):
         with pytest.raises(TemplateRefusedError, match="must alternate"):
             made.render(asked)
-    assert made.render([ChatMessage("user", "a")]) == RenderedTemplate("<s><start_of_turn>user\na<end_of_turn>\n")
+    assert made.render([ChatMessage("user", "a")]) == RenderedTemplate(
+        "<s><start_of_turn>user\na<end_of_turn>\n"
+    )
 
 
-@pytest.mark.parametrize(("many", "variables"), [("{{ 'a'" + "~'a'" * 20_000 + " }}", {}), ("", {"list": ["a"] * 200_000})])
-def test_more_literals_or_variables_than_are_looked_through_have_no_frame(many: str, variables: dict[str, Any]) -> None:
-    assert find_template_frame(many + "{{ messages[0].content }}", variables, ["user"], add_generation_prompt=False) is None
+@pytest.mark.parametrize(
+    ("many", "variables"),
+    [("{{ 'a'" + "~'a'" * 20_000 + " }}", {}), ("", {"list": ["a"] * 200_000})],
+)
+def test_more_literals_or_variables_than_are_looked_through_have_no_frame(
+    many: str, variables: dict[str, Any]
+) -> None:
+    assert (
+        find_template_frame(
+            many + "{{ messages[0].content }}", variables, ["user"], add_generation_prompt=False
+        )
+        is None
+    )

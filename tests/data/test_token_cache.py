@@ -33,7 +33,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"Count to {n}, über", "completion": str(n)}) + "\n" for n in range(9)))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"Count to {n}, über", "completion": str(n)}) + "\n"
+            for n in range(9)
+        )
+    )
     return path
 
 
@@ -43,11 +48,18 @@ def kept(home: Path) -> list[Path]:
 
 
 def built(
-    path: Path, tokenizer: Any, said: list[str] | None = None, form: Any = None, limit: int | None = None, **options: Any
+    path: Path,
+    tokenizer: Any,
+    said: list[str] | None = None,
+    form: Any = None,
+    limit: int | None = None,
+    **options: Any,
 ) -> TokenSet:
     tell = None if said is None else said.append
     encoder = ExampleEncoder(tokenizer, **({"max_length": 64} | options), tell=tell)
-    return TokenSet.build(open_source(path, limit=limit), encoder, form=form, adapter=3, role="forget")
+    return TokenSet.build(
+        open_source(path, limit=limit), encoder, form=form, adapter=3, role="forget"
+    )
 
 
 def test_the_second_time_nothing_is_tokenised(
@@ -58,7 +70,12 @@ def test_the_second_time_nothing_is_tokenised(
     said = list[str]()
     again = built(data, tokenizer_of("chatml"), said)
     assert again.digest == first.digest
-    assert (again.where, again.report, again.adapter, again.role) == (first.where, first.report, 3, "forget")
+    assert (again.where, again.report, again.adapter, again.role) == (
+        first.where,
+        first.report,
+        3,
+        "forget",
+    )
     assert np.array_equal(again.weights, first.weights)
     assert again.tokens.dtype == np.int32
     assert said == [f"{data}: 9 rows as tokenised before ({kept(home)[0]})"]
@@ -83,7 +100,9 @@ def test_whatever_decides_about_the_tokens_makes_another_set(
     assert len(kept(home)) == 2
 
 
-def test_another_tokenizer_or_template_or_content_makes_another_set(data: Path, home: Path, tokenizer_of: Tokenizers) -> None:
+def test_another_tokenizer_or_template_or_content_makes_another_set(
+    data: Path, home: Path, tokenizer_of: Tokenizers
+) -> None:
     kinds = [built(data, tokenizer_of(kind)).digest for kind in ("chatml", "gemma", "llama2")]
     assert len(set(kinds)) == len(kept(home)) == 3
     before = data.stat()
@@ -108,7 +127,9 @@ def test_a_damaged_set_is_made_again(data: Path, home: Path, tokenizer_of: Token
     assert "as tokenised before" in said[0]
 
 
-def test_rows_left_out_are_reported_each_time(data: Path, home: Path, tokenizer_of: Tokenizers, tmp_path: Path) -> None:
+def test_rows_left_out_are_reported_each_time(
+    data: Path, home: Path, tokenizer_of: Tokenizers, tmp_path: Path
+) -> None:
     with data.open("a") as file:
         file.write('{"prompt": "no answer", "completion": ""}\n')
     for number in range(2):
@@ -157,10 +178,14 @@ def test_a_home_that_cannot_be_written_costs_no_more_than_the_time(
     assert "not kept" in said[-1]
 
 
-def test_what_only_the_tokenizer_object_decides_is_in_the_key(data: Path, home: Path, tokenizer_of: Tokenizers) -> None:
+def test_what_only_the_tokenizer_object_decides_is_in_the_key(
+    data: Path, home: Path, tokenizer_of: Tokenizers
+) -> None:
     """`split_special_tokens` is in no tokenizer.json: control tokens are one token or many by it."""
     plain = tokenizer_of("chatml")
-    split = type(plain).from_pretrained(_saved(plain, data.parent / "tokenizer"), split_special_tokens=True)
+    split = type(plain).from_pretrained(
+        _saved(plain, data.parent / "tokenizer"), split_special_tokens=True
+    )
     assert len(plain.tokenize("<|im_start|>")) < len(split.tokenize("<|im_start|>"))
     digests = {built(data, one).digest for one in (plain, split)}
     assert len(digests) == len(kept(home)) == 2
@@ -171,7 +196,9 @@ def _saved(tokenizer: Any, folder: Path) -> Path:
     return folder
 
 
-def test_a_name_that_is_no_unicode_is_a_name(tmp_path: Path, data: Path, home: Path, tokenizer_of: Tokenizers) -> None:
+def test_a_name_that_is_no_unicode_is_a_name(
+    tmp_path: Path, data: Path, home: Path, tokenizer_of: Tokenizers
+) -> None:
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/data-\xe9.jsonl"))
     odd.write_bytes(data.read_bytes())
     first, again = (built(odd, tokenizer_of("chatml")) for _ in range(2))
@@ -193,7 +220,9 @@ def test_that_a_set_was_used_need_not_be_noted(
     assert "as tokenised before" in said[0]
 
 
-def test_nobody_s_home_and_a_file_that_vanished(data: Path, tokenizer_of: Tokenizers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_s_home_and_a_file_that_vanished(
+    data: Path, tokenizer_of: Tokenizers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LORRY_HOME", "~nosuchuser/x")
     assert len(built(data, tokenizer_of("chatml"))) == 9
     source = open_source(data)

@@ -1,4 +1,6 @@
-"""The strict reader of JSON and YAML: plain values, or one refusal with its place; never a hang, never a traceback."""
+"""The strict reader of JSON and YAML: plain values, or one refusal with its place; never a hang,
+never a traceback.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,31 @@ from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.columnar import select_columns
 from lorry.data.reading.json_rows import RowDecoder
 from lorry.disk import documents
-from lorry.disk.documents import first_repeated, parse_json, parse_yaml, read_json_document, read_yaml
+from lorry.disk.documents import (
+    first_repeated,
+    parse_json,
+    parse_yaml,
+    read_json_document,
+    read_yaml,
+)
 from lorry.disk.durable import DiskError
 from lorry.disk.safetensors_names import check_names
 from lorry.errors import DataError, ModelError
 from lorry.runs.metrics import MetricsWriter
 
 NUMBERS = st.integers(-(2**63) + 1, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
-LEAVES = st.none() | st.booleans() | NUMBERS | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | NUMBERS
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+)
 KEYS = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
-PLAIN = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=20)
+PLAIN = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=20,
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -43,7 +60,10 @@ def test_what_json_writes_is_read_alike(value: Any) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=60) | st.text('[]{}",:0e-.\\u1nulNaIfity&*!<>|#\n ', max_size=60).map(str.encode))
+@given(
+    st.binary(max_size=60)
+    | st.text('[]{}",:0e-.\\u1nulNaIfity&*!<>|#\n ', max_size=60).map(str.encode)
+)
 def test_any_bytes_are_read_or_refused_in_one_line(raw: bytes) -> None:
     with contextlib.suppress(DataError):
         parse_json(raw, "x.json")
@@ -57,7 +77,10 @@ def test_any_bytes_are_read_or_refused_in_one_line(raw: bytes) -> None:
         ('{"a": 1,\n "b": }', r"x\.json:2: not JSON \(Expecting value, column 7\)"),
         ('{"a": 1,\n "a": 2}', r"x\.json:2: not JSON \('a' is given twice in one object"),
         ('[1,\n{"k": {"b": 1, "b": 1}}]', r"x\.json:2: not JSON \('b' is given twice"),
-        ("[0,\n" + "9" * 5000 + "]", r"x\.json:2: not JSON \(9+\.\.\. \(5000 characters\) is too large for an integer"),
+        (
+            "[0,\n" + "9" * 5000 + "]",
+            r"x\.json:2: not JSON \(9+\.\.\. \(5000 characters\) is too large for an integer",
+        ),
         ("[9223372036854775808]", r"x\.json:1: .* too large for an integer"),
         ("[-" + "1" * 400 + "]", "too large for an integer"),
         ("[0,\n1e999]", r"x\.json:2: not JSON \(1e999 is beyond what a float holds"),
@@ -80,15 +103,24 @@ def test_json_is_refused_with_its_line(text: str | bytes, message: str) -> None:
 
 
 def test_json_numbers_that_a_caller_lets_pass() -> None:
-    found = parse_json("[NaN, Infinity, -Infinity, 1e999, 1000000000000000019884624838656]", "x", nonfinite=True, largest=10**40)
+    found = parse_json(
+        "[NaN, Infinity, -Infinity, 1e999, 1000000000000000019884624838656]",
+        "x",
+        nonfinite=True,
+        largest=10**40,
+    )
     assert math.isnan(found[0])
     assert found[1:] == [math.inf, -math.inf, math.inf, 10**30 + 19884624838656]
     with pytest.raises(ModelError, match="x:7: not JSON"):
         parse_json("[" + "1" * 4301 + "]", "x", line=7, largest=10**5000, error=ModelError)
 
 
-BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
-MAPS = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}\n" for i in range(1, 40))
+BOMB = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)
+)
+MAPS = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}\n" for i in range(1, 40)
+)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +155,10 @@ def test_yaml_is_refused_with_its_line(text: str, message: str) -> None:
 
 def test_yaml_aliases_that_stand_for_little_are_read(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("one: &o {r: 8, on: no}\ntwo: *o\n")
-    assert read_yaml(tmp_path / "x.yaml") == {"one": {"r": 8, "on": "no"}, "two": {"r": 8, "on": "no"}}
+    assert read_yaml(tmp_path / "x.yaml") == {
+        "one": {"r": 8, "on": "no"},
+        "two": {"r": 8, "on": "no"},
+    }
     (tmp_path / "x.yaml").write_text("")
     assert read_yaml(tmp_path / "x.yaml") is None
 
@@ -134,7 +169,9 @@ def test_yaml_is_what_pyyaml_reads_where_the_two_versions_agree() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "directory", "device", "socket"])
-def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_regular_file_is_refused_without_waiting(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # the address of a socket is short
     path = Path("x")
     if kind == "fifo":
@@ -166,12 +203,16 @@ def test_size_and_the_disks_own_errors(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(documents.os, "open", failing)
-    with pytest.raises(OSError, match="Input/output error"):  # the disk's failure is not damage of the document
+    with pytest.raises(
+        OSError, match="Input/output error"
+    ):  # the disk's failure is not damage of the document
         read_json_document(path)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
-def test_what_cannot_be_read_is_neither_absent_nor_damaged(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_read_is_neither_absent_nor_damaged(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(path: object, flags: int) -> int:
         raise OSError(code, os.strerror(code))
 
@@ -180,7 +221,11 @@ def test_what_cannot_be_read_is_neither_absent_nor_damaged(tmp_path: Path, code:
         patch.setattr(os, "open", failing)
         with pytest.raises(DiskError) as failed:
             documents.read_object(tmp_path / "x.json", error=ModelError)
-    assert (failed.value.exit_code, failed.value.errno, failed.value.filename) == (74, code, str(tmp_path / "x.json"))
+    assert (failed.value.exit_code, failed.value.errno, failed.value.filename) == (
+        74,
+        code,
+        str(tmp_path / "x.json"),
+    )
 
 
 def test_a_name_that_leads_nowhere_is_the_callers_error(tmp_path: Path) -> None:
@@ -210,11 +255,15 @@ def test_a_name_that_is_there_twice_is_found_in_linear_time() -> None:
     assert first_repeated(names) is None
     assert first_repeated([*names, CountedName("name 1999"), CountedName("name 3")]) == "name 1999"
     assert first_repeated(iter(["a", "", "b", ""])) == ""
-    assert CountedName.compared < 100  # a search through the names for each of them compares two million times
+    assert (
+        CountedName.compared < 100
+    )  # a search through the names for each of them compares two million times
 
 
 def test_every_reader_finds_one_name_among_many(tmp_path: Path) -> None:
-    names = [f"name {at}" for at in range(30_000)] + ["name 29998"]  # by a search for each of them half a minute
+    names = [f"name {at}" for at in range(30_000)] + [
+        "name 29998"
+    ]  # by a search for each of them half a minute
     text = "{" + ", ".join(f"{json.dumps(name)}: 1" for name in names) + "}"
     bad = RowDecoder().only(text)
     assert isinstance(bad, BadRow)
@@ -226,17 +275,26 @@ def test_every_reader_finds_one_name_among_many(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="'name 29998' twice"):
         check_names(path)
     with pytest.raises(DataError, match="two columns are called 'name 29998'"):
-        select_columns(pyarrow.schema([(name, pyarrow.int8()) for name in names]), "d.parquet", None)
+        select_columns(
+            pyarrow.schema([(name, pyarrow.int8()) for name in names]), "d.parquet", None
+        )
 
 
-def test_a_value_is_walked_only_where_its_text_could_hold_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_is_walked_only_where_its_text_could_hold_what_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It takes longer than parsing a line of metrics.jsonl."""
     walked: list[Any] = []
     monkeypatch.setattr(documents, "_describe_unsound", lambda value: walked.append(value) or "")
     for plain in (b'{"step": 1, "loss": 2.5}', '{"a": ["b"]}', '{"a": "\u00fc"}'.encode()):
         parse_json(plain, "x.json")
     assert walked == []
-    for doubtful in (b'{"a": "\\u00fc"}', '{"a": "\u00fc"}', b"[" * 33 + b"]" * 33 + b"", b'[{"a":' * 33 + b"1" + b"}]" * 33):
+    for doubtful in (
+        b'{"a": "\\u00fc"}',
+        '{"a": "\u00fc"}',
+        b"[" * 33 + b"]" * 33 + b"",
+        b'[{"a":' * 33 + b"1" + b"}]" * 33,
+    ):
         parse_json(doubtful, "x.json")
     assert len(walked) == 3
     monkeypatch.undo()
@@ -245,11 +303,15 @@ def test_a_value_is_walked_only_where_its_text_could_hold_what_is_refused(monkey
             parse_json(bad, "x.json")
 
 
-def test_a_metrics_line_is_written_without_being_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metrics_line_is_written_without_being_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch, MetricsWriter(tmp_path / "metrics.jsonl") as log:
         patch.setattr(documents, "parse_json", None)
         log.write({"step": 3, "loss": math.nan, "grad_norm": math.inf})
         for step in (None, -1, 2**53, True, 1.0, "3"):
             with pytest.raises(DataError, match="'step' must be a whole number of 0 or more"):
                 log.write({"step": step})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "loss": "NaN", "grad_norm": "Infinity"}\n'
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_text() == '{"step": 3, "loss": "NaN", "grad_norm": "Infinity"}\n'

@@ -10,7 +10,14 @@ import pytest
 
 from faults import FaultyDisk, PowerCut, Say, failing, kill, kill_points
 from lorry.disk import durable
-from lorry.disk.durable import build_directory, recover_writes, sync_file, truncate_file, write_directory, write_files
+from lorry.disk.durable import (
+    build_directory,
+    recover_writes,
+    sync_file,
+    truncate_file,
+    write_directory,
+    write_files,
+)
 from lorry.errors import ConfigError, LorryError, ModelError
 
 DISKS: list[Callable[[int], FaultyDisk]] = [
@@ -48,7 +55,9 @@ def test_the_real_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make_disk", DISKS)
-def test_a_replaced_folder_is_old_or_new(make_disk: Callable[[int], FaultyDisk], tmp_path: Path) -> None:
+def test_a_replaced_folder_is_old_or_new(
+    make_disk: Callable[[int], FaultyDisk], tmp_path: Path
+) -> None:
     def work(root: Path, say: Say) -> None:
         for files in (OLD, NEW):
             with build_directory(root / "out", replace=True) as folder:
@@ -67,7 +76,9 @@ def test_a_replaced_folder_is_old_or_new(make_disk: Callable[[int], FaultyDisk],
 
 
 @pytest.mark.parametrize("make_disk", DISKS)
-def test_each_replaced_file_is_old_or_new(make_disk: Callable[[int], FaultyDisk], tmp_path: Path) -> None:
+def test_each_replaced_file_is_old_or_new(
+    make_disk: Callable[[int], FaultyDisk], tmp_path: Path
+) -> None:
     def work(root: Path, say: Say) -> None:
         for files in (OLD, NEW):
             write_files(root, files)
@@ -87,7 +98,9 @@ def test_each_replaced_file_is_old_or_new(make_disk: Callable[[int], FaultyDisk]
     assert outcome.at > 15
 
 
-def test_a_full_disk_leaves_every_old_file(tmp_path: Path, use: Callable[[FaultyDisk], FaultyDisk]) -> None:
+def test_a_full_disk_leaves_every_old_file(
+    tmp_path: Path, use: Callable[[FaultyDisk], FaultyDisk]
+) -> None:
     use(FaultyDisk())
     write_files(tmp_path, OLD)
     for n in range(1, 9):  # create, write, fsync, close of each of the two
@@ -104,7 +117,9 @@ def test_a_replacement_that_cannot_move_in_brings_the_old_one_back(
     write_directory(tmp_path / "out", OLD)
     write_directory(tmp_path / "out", NEW, replace=True)
     moves = [i for i, (kind, _) in enumerate(calls.trace, start=1) if kind == "rename"]
-    use(FaultyDisk(moves[2] - (moves[0] + 1), failing(5)))  # the first write ended with the call after its rename
+    use(
+        FaultyDisk(moves[2] - (moves[0] + 1), failing(5))
+    )  # the first write ended with the call after its rename
     with pytest.raises(durable.DiskError):
         write_directory(tmp_path / "out", OLD, replace=True)
     assert contents(tmp_path / "out") == NEW
@@ -172,14 +187,18 @@ def test_a_log_is_settled_and_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make_disk", DISKS)
-def test_a_settled_log_survives_a_power_cut(make_disk: Callable[[int], FaultyDisk], tmp_path: Path) -> None:
+def test_a_settled_log_survives_a_power_cut(
+    make_disk: Callable[[int], FaultyDisk], tmp_path: Path
+) -> None:
     def work(root: Path, say: Say) -> None:
         fd = durable.disk.create(root / "log")
         durable.disk.write(fd, memoryview(b"1\n2\n"))
         durable.disk.close(fd)
         say(sync_file(root / "log"))
         say(sync_file(root / "absent"))
-        durable.disk.mkdir(root / "later")  # one more call, so that the power is cut after the promise too
+        durable.disk.mkdir(
+            root / "later"
+        )  # one more call, so that the power is cut after the promise too
 
     for outcome in kill_points(tmp_path, make_disk, work):
         assert not outcome.error, outcome.error

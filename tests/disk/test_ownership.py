@@ -1,4 +1,6 @@
-"""Whose a file is: what cannot be read is neither moved nor replaced, and no marker file costs minutes."""
+"""Whose a file is: what cannot be read is neither moved nor replaced, and no marker file costs
+minutes.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,22 @@ def test_what_has_a_name_differs_unless_it_is_a_file_of_the_content(tmp_path: Pa
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "new").write_bytes(b"abc")
     for content in (b"abc", tmp_path / "new"):
-        unlike = [name for name in sorted(os.listdir(tmp_path)) if ownership.differs_from(tmp_path / name, content)]
+        unlike = [
+            name
+            for name in sorted(os.listdir(tmp_path))
+            if ownership.differs_from(tmp_path / name, content)
+        ]
         assert unlike == ["fifo", "folder", "link", "longer", "nowhere", "other"]
         assert not ownership.differs_from(tmp_path / "absent", content)
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
-def test_what_cannot_be_read_stays_where_it_is(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody's README.md, of our size, that we have no right to read: one line and 74, not a traceback."""
+def test_what_cannot_be_read_stays_where_it_is(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody's README.md, of our size, that we have no right to read: one line and 74, not a
+    traceback.
+    """
     (tmp_path / "README.md").write_bytes(b"theirs")
     (tmp_path / "new").write_bytes(b"ours!!")
     monkeypatch.setattr(durable, "disk", Unreadable("README.md", code))
@@ -64,11 +74,17 @@ train: {learning_rate: 1.0e-4, save_steps: 5, resume_from_checkpoint: null}
 """
 
 
-def test_a_strange_description_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strange_description_is_not_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PyYAML reads 50 KB a second: a marker that cannot be ours is known without it."""
     path, parsed = tmp_path / "run.yaml", list[int]()
     real = documents.parse_yaml
-    monkeypatch.setattr(documents, "parse_yaml", lambda text, where: (parsed.append(len(text)), real(text, where))[1])
+    monkeypatch.setattr(
+        documents,
+        "parse_yaml",
+        lambda text, where: (parsed.append(len(text)), real(text, where))[1],
+    )
     entries = "".join(f"x{n}: {n}\n" for n in range(60_000))
     for strange in (entries, WHOLE + entries, "[" * 100_000, WHOLE.replace("train:", " train:")):
         path.write_text(strange)
@@ -81,10 +97,17 @@ def test_a_strange_description_is_not_parsed(tmp_path: Path, monkeypatch: pytest
 
 def test_the_largest_runs_of_ours_are_known(tmp_path: Path) -> None:
     own = {"r": 8, "lora_alpha": 16, "learning_rate": 1e-4, "seed": 3, "weight_decay": 0.01}
-    jobs = [{"name": f"r-8-seed-{n}", "data": f"a/long/enough/path/people-{n}.jsonl", **own} for n in range(1000)]
-    text = dump_settings(build_settings(RunConfig, {"model": "m", "output_dir": str(tmp_path), "jobs": jobs}, []))
+    jobs = [
+        {"name": f"r-8-seed-{n}", "data": f"a/long/enough/path/people-{n}.jsonl", **own}
+        for n in range(1000)
+    ]
+    text = dump_settings(
+        build_settings(RunConfig, {"model": "m", "output_dir": str(tmp_path), "jobs": jobs}, [])
+    )
     assert 150_000 < len(text) <= ownership.MOST_DESCRIPTION // 2
-    (tmp_path / "run.yaml").write_text(text.replace(jobs_of(text), ""))  # whose parsing takes seconds
+    (tmp_path / "run.yaml").write_text(
+        text.replace(jobs_of(text), "")
+    )  # whose parsing takes seconds
     assert ownership.run_description_of(tmp_path)["output_dir"] == str(tmp_path)
 
 

@@ -6,7 +6,13 @@ import pytest
 
 from lorry.data.reading.content import ChatMessage, Conversation
 from lorry.errors import DataError
-from lorry.evaluate.answers import metric_intervals, metric_means, reference_answer, score_answer_rows, score_answers
+from lorry.evaluate.answers import (
+    metric_intervals,
+    metric_means,
+    reference_answer,
+    score_answer_rows,
+    score_answers,
+)
 
 SAID = ["The Oslo!", "Lima", "in Kyoto"]
 RIGHT: list[str | list[str]] = ["Oslo", ["Lima", "Peru"], "Ghent"]
@@ -15,9 +21,15 @@ RIGHT: list[str | list[str]] = ["Oslo", ["Lima", "Peru"], "Ghent"]
 def test_rows_and_their_means() -> None:
     rows = score_answer_rows(SAID, RIGHT)
     assert rows == {
-        "exact_match": [1, 1, 0], "exact_match_strict": [0, 1, 0], "f1": [1, 1, 0],
-        "rouge_l": [pytest.approx(2 / 3), 1, 0],  # "the oslo" against "oslo": precision 1/2, recall 1
-    }  # fmt: skip
+        "exact_match": [1, 1, 0],
+        "exact_match_strict": [0, 1, 0],
+        "f1": [1, 1, 0],
+        "rouge_l": [
+            pytest.approx(2 / 3),
+            1,
+            0,
+        ],  # "the oslo" against "oslo": precision 1/2, recall 1
+    }
     assert score_answers(SAID, RIGHT) == pytest.approx(
         {"exact_match": 2 / 3, "exact_match_strict": 1 / 3, "f1": 2 / 3, "rouge_l": 5 / 9}
     )

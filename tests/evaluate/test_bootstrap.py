@@ -1,4 +1,6 @@
-"""Of a handful of rows no interval is told, by any metric: it would have no width where they agree, and read as certainty."""
+"""Of a handful of rows no interval is told, by any metric: it would have no width where they agree,
+and read as certainty.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,12 @@ import math
 
 import pytest
 
-from lorry.evaluate.metrics.bootstrap import MIN_INTERVAL_ROWS, bootstrap_interval, corpus_interval, estimate_mean
+from lorry.evaluate.metrics.bootstrap import (
+    MIN_INTERVAL_ROWS,
+    bootstrap_interval,
+    corpus_interval,
+    estimate_mean,
+)
 from lorry.evaluate.metrics.registry import measure_metrics
 
 
@@ -14,7 +21,12 @@ from lorry.evaluate.metrics.registry import measure_metrics
 def test_too_few_rows_have_no_interval(rows: int) -> None:
     found = [bootstrap_interval([0.0] * rows), estimate_mean([1.0] * rows).interval]
     found.append(corpus_interval([[1.0, 2.0]] * rows, lambda sums: sums[:, 0] / sums[:, 1]))
-    found += [one.interval for one in measure_metrics(["rouge_l", "bleu"], ["a b c d"] * rows, [["a b c d"]] * rows).values()]
+    found += [
+        one.interval
+        for one in measure_metrics(
+            ["rouge_l", "bleu"], ["a b c d"] * rows, [["a b c d"]] * rows
+        ).values()
+    ]
     assert all(math.isnan(end) for ends in found for end in ends)
 
 

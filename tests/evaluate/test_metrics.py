@@ -1,4 +1,6 @@
-"""Metrics against hand-computed values, TOFU's published ROUGE numbers and plain re-implementations."""
+"""Metrics against hand-computed values, TOFU's published ROUGE numbers and plain
+re-implementations.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from lorry.evaluate.metrics.registry import (
 pytestmark = pytest.mark.usefixtures("intervals_of_any_rows")
 
 words = st.lists(st.sampled_from(["red", "green", "blue", "owl", "lamp", "7", "stone"]), max_size=9)
-ascii_text = st.text(string.ascii_letters + string.digits + string.punctuation + " \t\n", max_size=40)
+ascii_text = st.text(
+    string.ascii_letters + string.digits + string.punctuation + " \t\n", max_size=40
+)
 
 
 def squad_normalise(text: str) -> str:
@@ -43,7 +47,9 @@ def lcs_length(one: list[str], other: list[str]) -> int:
     table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
     for i, a in enumerate(one):
         for j, b in enumerate(other):
-            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+            table[i + 1][j + 1] = (
+                table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+            )
     return table[-1][-1]
 
 
@@ -83,7 +89,9 @@ def test_exact_match_and_strict() -> None:
 
 
 def test_token_f1_by_hand() -> None:
-    assert token_f1("the red owl", "a red red owl") == pytest.approx(2 * 2 / (2 + 3))  # red once, owl once
+    assert token_f1("the red owl", "a red red owl") == pytest.approx(
+        2 * 2 / (2 + 3)
+    )  # red once, owl once
     assert token_f1("", "owl") == 0.0
     assert token_f1("!!", "...") == 1.0
     assert token_f1("red", ["green", "red lamp"]) == pytest.approx(2 / 3)
@@ -91,8 +99,12 @@ def test_token_f1_by_hand() -> None:
 
 def test_rouge_l_by_hand() -> None:
     # Lin 2004, section 3.1: "police killed the gunman" against two candidates.
-    assert rouge_l("police kill the gunman", "police killed the gunman") == pytest.approx((0.75, 0.75, 0.75))
-    assert rouge_l("the gunman kill police", "police killed the gunman") == pytest.approx((0.5, 0.5, 0.5))
+    assert rouge_l("police kill the gunman", "police killed the gunman") == pytest.approx(
+        (0.75, 0.75, 0.75)
+    )
+    assert rouge_l("the gunman kill police", "police killed the gunman") == pytest.approx(
+        (0.5, 0.5, 0.5)
+    )
     assert rouge_l("police kill the gunman", "police killed the gunman", stemmer=True).recall == 1.0
     assert rouge_l("one two", "one two three four") == pytest.approx((1.0, 0.5, 2 / 3))
     assert rouge_l("", "one") == (0.0, 0.0, 0.0)
@@ -110,7 +122,9 @@ def test_rouge_l_equals_a_plain_lcs(predicted: list[str], expected: list[str]) -
     common = lcs_length(predicted, expected)
     assert score.precision == pytest.approx(common / len(predicted) if predicted else 0)
     assert score.recall == pytest.approx(common / len(expected) if expected else 0)
-    assert score.fmeasure == pytest.approx(2 * common / (len(predicted) + len(expected)) if common else 0)
+    assert score.fmeasure == pytest.approx(
+        2 * common / (len(predicted) + len(expected)) if common else 0
+    )
 
 
 @given(words, st.lists(words, min_size=1, max_size=4))
@@ -124,7 +138,11 @@ def test_several_references_give_the_best(predicted: list[str], expected: list[l
 def test_rouge_l_equals_tofus_published_recall(shared_data: Path) -> None:
     logs = json.loads((shared_data / "tofu/ref_eval/llama2-7b_full_wd0.01.json").read_text())
     rows = []
-    for log in (logs["eval_log.json"], logs["eval_real_author_wo_options.json"], logs["eval_real_world_wo_options.json"]):
+    for log in (
+        logs["eval_log.json"],
+        logs["eval_real_author_wo_options.json"],
+        logs["eval_real_world_wo_options.json"],
+    ):
         rows += list(zip(log["generated_text"], log["rougeL_recall"], strict=True))[:100]
     assert len({published for _, published in rows}) >= 10  # not a column of ones
     for (_, generated, gold), published in rows:

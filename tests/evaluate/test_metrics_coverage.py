@@ -1,4 +1,6 @@
-"""Concept coverage: inflections by hand, and CommonGen's own sentences, which were written to cover their concepts."""
+"""Concept coverage: inflections by hand, and CommonGen's own sentences, which were written to cover
+their concepts.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +43,17 @@ def test_one_concept(text: str, concept: str, found: bool) -> None:
 
 
 def test_share_of_concepts() -> None:
-    assert concept_coverage("The players stood around.", ["player", "stand", "field"]) == pytest.approx(2 / 3)
+    assert concept_coverage(
+        "The players stood around.", ["player", "stand", "field"]
+    ) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="at least one concept"):
         concept_coverage("The players stood around.", [])
 
 
-@given(st.text(max_size=40), st.lists(st.sampled_from(["dog", "run", "ice cream", "é", "猫"]), min_size=1))
+@given(
+    st.text(max_size=40),
+    st.lists(st.sampled_from(["dog", "run", "ice cream", "é", "猫"]), min_size=1),
+)
 def test_any_text_gives_a_share(text: str, concepts: list[str]) -> None:
     share = concept_coverage(text, concepts)
     assert 0 <= share <= 1
@@ -55,11 +62,20 @@ def test_any_text_gives_a_share(text: str, concepts: list[str]) -> None:
 
 
 def test_sentences_of_common_gen_cover_their_concepts_and_no_others(shared_data: Path) -> None:
-    rows = [json.loads(line) for line in (shared_data / "common_gen/commongen.dev.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (shared_data / "common_gen/commongen.dev.jsonl").read_text().splitlines()
+    ]
     concepts = [row["concept_set"].split("#") for row in rows]
-    own = [concept_coverage(text, mine) for row, mine in zip(rows, concepts, strict=True) for text in row["scene"]]
+    own = [
+        concept_coverage(text, mine)
+        for row, mine in zip(rows, concepts, strict=True)
+        for text in row["scene"]
+    ]
     assert len(own) == 4018
-    assert sum(own) / len(own) == pytest.approx(0.9990, abs=1e-4)  # what the module's docstring says
+    assert sum(own) / len(own) == pytest.approx(
+        0.9990, abs=1e-4
+    )  # what the module's docstring says
     other = []
     for number, row in enumerate(rows):
         if foreign := set(concepts[(number + 137) % len(rows)]) - set(concepts[number]):

@@ -1,4 +1,6 @@
-"""`measure_metrics`: ROUGE against Lin's definition and the library, intervals of row means, and what it refuses."""
+"""`measure_metrics`: ROUGE against Lin's definition and the library, intervals of row means, and
+what it refuses.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,14 @@ CONCEPTS = [["owl", "red"], ["lamp", "owl"], ["stone"]]
 
 def plain_rouge(predicted: list[str], expected: list[str], n: int) -> tuple[float, float, float]:
     """Lin 2004, equation 1, and its precision and F1, by counting."""
-    grams = [Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1)) for w in (predicted, expected)]
-    shared, said, asked = sum((grams[0] & grams[1]).values()), sum(grams[0].values()), sum(grams[1].values())
+    grams = [
+        Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1)) for w in (predicted, expected)
+    ]
+    shared, said, asked = (
+        sum((grams[0] & grams[1]).values()),
+        sum(grams[0].values()),
+        sum(grams[1].values()),
+    )
     return shared / max(said, 1), shared / max(asked, 1), 2 * shared / max(said + asked, 1)
 
 
@@ -53,8 +61,14 @@ def test_rouge_n_by_hand() -> None:
 
 
 @given(words, st.lists(words, min_size=1, max_size=3), st.integers(1, 2))
-def test_rouge_n_counts_words_and_takes_the_best(predicted: list[str], expected: list[list[str]], n: int) -> None:
-    russian = [sum(w in ("кот", "дом") for w in e) * 3 > sum(len(w) for w in e if w.isascii() and w.isalpha()) for e in expected]
+def test_rouge_n_counts_words_and_takes_the_best(
+    predicted: list[str], expected: list[list[str]], n: int
+) -> None:
+    russian = [
+        sum(w in ("кот", "дом") for w in e) * 3
+        > sum(len(w) for w in e if w.isascii() and w.isalpha())
+        for e in expected
+    ]
     plain = [w for w in predicted if w.isascii()]
     each = [
         plain_rouge(predicted if other else plain, e if other else [w for w in e if w.isascii()], n)
@@ -77,7 +91,9 @@ def test_rouge_of_real_sentences_is_the_librarys(shared_data: Path) -> None:
 
 
 def test_each_metric_by_hand() -> None:
-    found = measure_metrics([n for n in ROW_METRICS if n != "number_match"], PREDICTIONS, REFERENCES, concepts=CONCEPTS)
+    found = measure_metrics(
+        [n for n in ROW_METRICS if n != "number_match"], PREDICTIONS, REFERENCES, concepts=CONCEPTS
+    )
     assert found["exact_match"].rows == [1, 0, 0]
     assert found["exact_match_strict"].rows == [0, 0, 0]
     assert found["token_f1"].rows == pytest.approx([1, 2 * 2 / 5, 0])
@@ -86,7 +102,9 @@ def test_each_metric_by_hand() -> None:
     assert found["rouge_l"].rows == pytest.approx([1, 2 * 2 / 5, 0])
     assert found["coverage"].rows == [1, 0.5, 0]
     assert found["coverage"].value == 0.5
-    assert measure_metrics(["number_match"], PREDICTIONS[1:], REFERENCES[1:])["number_match"].rows == [1, 0]
+    assert measure_metrics(["number_match"], PREDICTIONS[1:], REFERENCES[1:])[
+        "number_match"
+    ].rows == [1, 0]
 
 
 def test_intervals_of_row_means_are_those_of_a_plain_loop() -> None:
@@ -102,46 +120,83 @@ def test_many_rows_are_resampled_in_blocks_that_change_nothing() -> None:
     random = numpy.random.default_rng(4)
     drawn = [random.integers(3000, size=3000) for _ in range(800)]  # three blocks
     expected = numpy.percentile([values[i].mean() for i in drawn], [2.5, 97.5])
-    assert bootstrap_interval(values, seed=4, resamples=800) == pytest.approx(tuple(expected), abs=1e-12)
+    assert bootstrap_interval(values, seed=4, resamples=800) == pytest.approx(
+        tuple(expected), abs=1e-12
+    )
     table = numpy.stack([values, numpy.arange(3000)], axis=1)
-    assert resampled_sums(table, 4, 800) == pytest.approx(numpy.stack([table[i].sum(axis=0) for i in drawn]))
+    assert resampled_sums(table, 4, 800) == pytest.approx(
+        numpy.stack([table[i].sum(axis=0) for i in drawn])
+    )
 
 
 @settings(max_examples=25)
-@given(st.lists(st.tuples(strange, st.lists(strange.map("1{}".format), min_size=1, max_size=3)), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(strange, st.lists(strange.map("1{}".format), min_size=1, max_size=3)),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_every_metric_on_any_text(pairs: list[tuple[str, list[str]]]) -> None:
     names = [*ROW_METRICS, *CORPUS_METRICS]
     concepts = [["a", "1"]] * len(pairs)
     found = measure_metrics(names, [p for p, _ in pairs], [r for _, r in pairs], concepts=concepts)
     assert list(found) == names
-    turned = measure_metrics(names, [p for p, _ in pairs[::-1]], [r for _, r in pairs[::-1]], concepts=concepts)
+    turned = measure_metrics(
+        names, [p for p, _ in pairs[::-1]], [r for _, r in pairs[::-1]], concepts=concepts
+    )
     other = measure_metrics(
-        [n for n in names if n != "chrf"], [p for p, _ in pairs], [r[::-1] for _, r in pairs], concepts=concepts
+        [n for n in names if n != "chrf"],
+        [p for p, _ in pairs],
+        [r[::-1] for _, r in pairs],
+        concepts=concepts,
     )
     for name, one in found.items():
         top = 100 if name in CORPUS_METRICS else 1
-        assert all(-1e-9 <= value <= top + 1e-9 for value in (one.value, *one.interval, *(one.rows or [])))
+        assert all(
+            -1e-9 <= value <= top + 1e-9 for value in (one.value, *one.interval, *(one.rows or []))
+        )
         assert turned[name].value == pytest.approx(one.value, abs=1e-9)
-        assert name == "chrf" or other[name].value == pytest.approx(one.value, abs=1e-9)  # chrF takes the first of equals
-    perfect = measure_metrics(names, [r[0] for _, r in pairs], [r for _, r in pairs], concepts=[["1"]] * len(pairs))
-    assert perfect["exact_match_strict"].value == perfect["number_match"].value == perfect["exact_match"].value == 1
+        assert name == "chrf" or other[name].value == pytest.approx(
+            one.value, abs=1e-9
+        )  # chrF takes the first of equals
+    perfect = measure_metrics(
+        names, [r[0] for _, r in pairs], [r for _, r in pairs], concepts=[["1"]] * len(pairs)
+    )
+    assert (
+        perfect["exact_match_strict"].value
+        == perfect["number_match"].value
+        == perfect["exact_match"].value
+        == 1
+    )
 
 
 def test_a_string_is_one_reference() -> None:
-    assert measure_metrics(["exact_match"], ["owl"], ["owl"])["exact_match"].value == exact_match("owl", "owl") == 1.0
+    assert (
+        measure_metrics(["exact_match"], ["owl"], ["owl"])["exact_match"].value
+        == exact_match("owl", "owl")
+        == 1.0
+    )
     assert measure_metrics(["bleu"], ["a b c d"], ["a b c d"])["bleu"].value == pytest.approx(100)
 
 
 def test_it_is_enough_that_some_reference_has_a_number() -> None:
-    assert measure_metrics(["number_match"], ["It is 4."], [["four", "4"]])["number_match"].value == 1.0
+    assert (
+        measure_metrics(["number_match"], ["It is 4."], [["four", "4"]])["number_match"].value
+        == 1.0
+    )
 
 
 def test_coverage_needs_no_references() -> None:
-    assert measure_metrics(["coverage"], ["an owl"], [[]], concepts=[["owl"]])["coverage"].value == 1.0
+    assert (
+        measure_metrics(["coverage"], ["an owl"], [[]], concepts=[["owl"]])["coverage"].value == 1.0
+    )
 
 
 def test_an_unknown_metric_lists_what_exists() -> None:
-    with pytest.raises(ConfigError, match=r"no metric 'rouge_3' .did you mean 'rouge_[12l]'") as caught:
+    with pytest.raises(
+        ConfigError, match=r"no metric 'rouge_3' .did you mean 'rouge_[12l]'"
+    ) as caught:
         measure_metrics(["bleu", "rouge_3"], ["a"], [["a"]])
     assert all(name in str(caught.value) for name in [*ROW_METRICS, *CORPUS_METRICS])
 
@@ -151,8 +206,18 @@ def test_an_unknown_metric_lists_what_exists() -> None:
     [
         (["bleu"], [], (), "no rows"),
         (["bleu"], [["a"], []], (), r"example 1 has no reference \(1 such\)"),
-        (["number_match"], [["4"], ["four", "vier"]], (), "example 1 has no reference with a number"),
-        (["coverage"], [["a"], ["a"]], (), r"example 0 has no concepts of letters or digits \(2 such\)"),
+        (
+            ["number_match"],
+            [["4"], ["four", "vier"]],
+            (),
+            "example 1 has no reference with a number",
+        ),
+        (
+            ["coverage"],
+            [["a"], ["a"]],
+            (),
+            r"example 0 has no concepts of letters or digits \(2 such\)",
+        ),
         (["coverage"], [["a"], ["a"]], [["owl"], ["owl", "?!"]], "example 1 has no concepts"),
         (["coverage"], [["a"], ["a"]], [["owl"]], "2 rows and 1 lists of concepts"),
     ],

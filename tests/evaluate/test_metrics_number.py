@@ -1,4 +1,6 @@
-"""Numbers at the end of an answer: by hand, by GSM8K's published rule on its test set, and by SVAMP's equations."""
+"""Numbers at the end of an answer: by hand, by GSM8K's published rule on its test set, and by
+SVAMP's equations.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def test_no_text_is_too_strange(text: str) -> None:
 
 
 def test_gsm8k_by_its_published_rule(shared_data: Path) -> None:
-    rows = [json.loads(line) for line in (shared_data / "gsm8k/test.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (shared_data / "gsm8k/test.jsonl").read_text().splitlines()
+    ]
     agree = 0
     for row in rows:
         solution, last = row["answer"].split("####")

@@ -1,4 +1,6 @@
-"""Families against transformers: where weights lie, what a config means, and that no field which changes a model is ignored."""
+"""Families against transformers: where weights lie, what a config means, and that no field which
+changes a model is ignored.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +57,13 @@ def defaults_of(kind: str) -> dict[str, Any]:
 
 @cache
 def base(kind: str) -> Any:
-    """A tiny transformers model whose weights are large enough for every detail to show, biases and norms included."""
+    """A tiny transformers model whose weights are large enough for every detail to show, biases and
+    norms included.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(kind), attn_implementation="eager", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        config_of(kind), attn_implementation="eager", dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.3)
@@ -83,9 +89,13 @@ VARIANTS = [(kind, {}) for kind in TINY] + [
 ]
 
 
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=[f"{k} {' '.join(c)}".strip() for k, c in VARIANTS])
+@pytest.mark.parametrize(
+    ("kind", "changes"), VARIANTS, ids=[f"{k} {' '.join(c)}".strip() for k, c in VARIANTS]
+)
 def test_a_family_names_every_parameter_and_its_shape(kind: str, changes: dict[str, Any]) -> None:
-    """The state dict written down from the family and the geometry alone equals that of transformers' model."""
+    """The state dict written down from the family and the geometry alone equals that of
+    transformers' model.
+    """
     family = family_of(kind)
     g = family.geometry(config_of(kind, **changes).to_dict())
     q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
@@ -96,7 +106,10 @@ def test_a_family_names_every_parameter_and_its_shape(kind: str, changes: dict[s
     )
     mlp = [(g.mlp_width, g.width)] * (2 if family.gated else 1) + [(g.width, g.mlp_width)]
     norm = ("weight", "bias") if family.norm == "layer" else ("weight",)
-    written = {f"{family.embed}.weight": (g.vocab, g.width), f"{family.head}.weight": (g.vocab, g.width)}
+    written = {
+        f"{family.embed}.weight": (g.vocab, g.width),
+        f"{family.head}.weight": (g.vocab, g.width),
+    }
     if family.positions:
         written[f"{family.positions}.weight"] = (g.context, g.width)
     for part in norm:
@@ -104,7 +117,9 @@ def test_a_family_names_every_parameter_and_its_shape(kind: str, changes: dict[s
     for i in range(g.layers):
         prefix = family.layer.format(i=i)
         for target, (out, into) in zip(family.targets, attention + mlp, strict=True):
-            written[f"{family.path(target, i)}.weight"] = (into, out) if family.transposed else (out, into)
+            written[f"{family.path(target, i)}.weight"] = (
+                (into, out) if family.transposed else (out, into)
+            )
             if target in g.biased:
                 written[f"{family.path(target, i)}.bias"] = (out,)
         for path, width in [
@@ -134,7 +149,9 @@ def test_a_family_gives_every_target_one_role() -> None:
 def test_transformers_default_config_of_every_family(kind: str) -> None:
     defaults = defaults_of(kind)
     odd = unsupported_fields(family_of(kind), defaults, defaults)
-    assert odd == (["sliding_window=4096"] if kind == "mistral" else []), "Mistral's default is a window of 4096 of 131072"
+    assert odd == (["sliding_window=4096"] if kind == "mistral" else []), (
+        "Mistral's default is a window of 4096 of 131072"
+    )
     assert family_of(kind).geometry(defaults).layers == CONFIG_MAPPING[kind]().num_hidden_layers
 
 
@@ -146,7 +163,11 @@ def test_strangers() -> None:
 
 STRANGE: list[tuple[str, dict[str, Any], str]] = [
     ("mistral", {"sliding_window": 16}, "sliding_window=16"),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding_window=16"),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        "sliding_window=16",
+    ),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ("qwen3", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
@@ -156,19 +177,25 @@ STRANGE: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "changes", "word"), STRANGE, ids=[f"{k} {next(iter(c))}" for k, c, _ in STRANGE])
+@pytest.mark.parametrize(
+    ("kind", "changes", "word"), STRANGE, ids=[f"{k} {next(iter(c))}" for k, c, _ in STRANGE]
+)
 def test_what_the_decoder_cannot_do_is_named(kind: str, changes: dict[str, Any], word: str) -> None:
-    found = unsupported_fields(family_of(kind), config_of(kind, **changes).to_dict(), defaults_of(kind))
+    found = unsupported_fields(
+        family_of(kind), config_of(kind, **changes).to_dict(), defaults_of(kind)
+    )
     assert any(word in f for f in found)
 
 
 def test_a_softcap_on_a_family_that_has_none() -> None:
-    """A key that transformers' own config class knows and the family does not: reported. One it ignores too: not."""
+    """A key that transformers' own config class knows and the family does not: reported. One it
+    ignores too: not.
+    """
     config, defaults = config_of("llama").to_dict(), defaults_of("llama")
     capped = {**config, "final_logit_softcapping": 30.0}
-    assert unsupported_fields(family_of("llama"), capped, {**defaults, "final_logit_softcapping": None}) == [
-        "final_logit_softcapping=30.0"
-    ]
+    assert unsupported_fields(
+        family_of("llama"), capped, {**defaults, "final_logit_softcapping": None}
+    ) == ["final_logit_softcapping=30.0"]
     assert unsupported_fields(family_of("llama"), capped, defaults) == []
 
 
@@ -176,14 +203,20 @@ def test_a_softcap_on_a_family_that_has_none() -> None:
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("word", ["rope_type", "type"])
 def test_unusual_rotary_scaling_is_refused(rule: str, key: str, word: str) -> None:
-    config = {**config_of("llama").to_dict(), "rope_parameters": None, key: {word: rule, "factor": 4.0}}
+    config = {
+        **config_of("llama").to_dict(),
+        "rope_parameters": None,
+        key: {word: rule, "factor": 4.0},
+    }
     with pytest.raises(UnsupportedConfigError, match=rule):
         family_of("llama").geometry(config)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_partial_rotary_factor_is_left_to_transformers(kind: str) -> None:
-    """It is inconsistent there: under the default rule these classes do not read it, under `linear` they do."""
+    """It is inconsistent there: under the default rule these classes do not read it, under `linear`
+    they do.
+    """
     reference = logits(kind)
     rule = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5}
     for changes in ({"rope_parameters": rule}, {"partial_rotary_factor": 0.5}):
@@ -195,20 +228,35 @@ def test_a_partial_rotary_factor_is_left_to_transformers(kind: str) -> None:
 def test_windows_no_shorter_than_the_context_are_harmless() -> None:
     for window, harmless in ((None, True), (64, True), (100, True), (63, False), (1, False)):
         config = config_of("mistral", sliding_window=window).to_dict()
-        assert (unsupported_fields(family_of("mistral"), config, defaults_of("mistral")) == []) is harmless
+        assert (
+            unsupported_fields(family_of("mistral"), config, defaults_of("mistral")) == []
+        ) is harmless
     config = config_of("qwen2", sliding_window=8, use_sliding_window=False).to_dict()
     assert unsupported_fields(family_of("qwen2"), config, defaults_of("qwen2")) == []
 
 
 def logits(kind: str, **changes: Any) -> Tensor | None:
-    """What transformers computes with one field changed and the weights as they are; None if it will not run so."""
+    """What transformers computes with one field changed and the weights as they are; None if it
+    will not run so.
+    """
     try:
         config = config_of(kind, **changes)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", dtype=torch.float32
+        ).eval()
         model.load_state_dict(base(kind).state_dict())
         with torch.no_grad():
             return model(input_ids=IDS, use_cache=False, return_dict=True).logits
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, StrictDataclassError):
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        ZeroDivisionError,
+        StrictDataclassError,
+    ):
         return None
 
 
@@ -226,12 +274,18 @@ def other_values(value: Any) -> list[Any]:
         return [["sliding_attention"] * len(value)]
     if isinstance(value, dict) and "rope_theta" in value:
         slower = {"factor": 4.0, "original_max_position_embeddings": 4}
-        rules: list[dict[str, Any]] = [{"rope_type": "linear", "factor": 2.0}, {"rope_type": "yarn", **slower}]
+        rules: list[dict[str, Any]] = [
+            {"rope_type": "linear", "factor": 2.0},
+            {"rope_type": "yarn", **slower},
+        ]
         rules += [
             {"rope_type": "dynamic", **slower},
             {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **slower},
         ]
-        return [{**value, **rule} for rule in [{"rope_theta": 77.0}, {"partial_rotary_factor": 0.5}, *rules]]
+        return [
+            {**value, **rule}
+            for rule in [{"rope_theta": 77.0}, {"partial_rotary_factor": 0.5}, *rules]
+        ]
     return [True, 4, 0.5]
 
 
@@ -246,8 +300,8 @@ COMPANY: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", TINY)
 def test_no_field_that_changes_transformers_logits_is_ignored(kind: str) -> None:
-    """Every field of the config class, changed one by one with the same weights: where the logits move, the family must have
-    read the field (another geometry) or report it."""
+    """Every field of the config class, changed one by one with the same weights: where the logits
+    move, the family must have read the field (another geometry) or report it."""
     family, defaults, plain = family_of(kind), defaults_of(kind), config_of(kind).to_dict()
     geometry, reference = family.geometry(plain), logits(kind)
     assert reference is not None
@@ -263,7 +317,10 @@ def test_no_field_that_changes_transformers_logits_is_ignored(kind: str) -> None
             moved += 1
             config = config_of(kind, **{key: value, **together}).to_dict()
             try:
-                seen = unsupported_fields(family, config, defaults) != [] or family.geometry(config) != geometry
+                seen = (
+                    unsupported_fields(family, config, defaults) != []
+                    or family.geometry(config) != geometry
+                )
             except UnsupportedConfigError:
                 seen = True
             assert seen, f"{key}={value!r} changes the logits and nobody noticed"
@@ -273,8 +330,17 @@ def test_no_field_that_changes_transformers_logits_is_ignored(kind: str) -> None
 @given(st.sampled_from(["linear", "llama3", "default"]), st.floats(1, 1e7), st.floats(1, 64))
 @settings(max_examples=30, deadline=None)
 def test_rotary_settings_old_and_new_spelling_agree(kind: str, theta: float, factor: float) -> None:
-    rule = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-    rule = {} if kind == "default" else {k: v for k, v in rule.items() if kind == "llama3" or k == "factor"}
+    rule = {
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    rule = (
+        {}
+        if kind == "default"
+        else {k: v for k, v in rule.items() if kind == "llama3" or k == "factor"}
+    )
     plain = {k: v for k, v in config_of("llama").to_dict().items() if not k.startswith("rope")}
     old = {**plain, "rope_theta": theta, "rope_scaling": {"type": kind, **rule} if rule else None}
     new = {**plain, "rope_parameters": {"rope_theta": theta, "rope_type": kind, **rule}}

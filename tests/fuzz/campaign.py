@@ -2,8 +2,9 @@
 
     python tests/fuzz/campaign.py --seconds 600 --targets rows/json template --seed 7
 
-Every input follows from (seed, target, number), so a finding can be made again; it is kept in tests/fuzz/cases/TARGET, where
-`test_fuzz.py` reads it from then on. The table at the end counts executions, refusals and findings; exit code 1 with findings.
+Every input follows from (seed, target, number), so a finding can be made again; it is kept in
+tests/fuzz/cases/TARGET, where `test_fuzz.py` reads it from then on. The table at the end counts
+executions, refusals and findings; exit code 1 with findings.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Tally:
 
 
 class TooSlow(BaseException):
-    """An input took longer than `SECONDS`; no Exception, so that no reader can take it for damage of its file."""
+    """An input took longer than `SECONDS`; no Exception, so that no reader can take it for damage
+    of its file.
+    """
 
 
 def _ring(number: int, frame: FrameType | None) -> None:
@@ -68,7 +71,9 @@ def bounded(seconds: float) -> Iterator[None]:
 
 
 def execute(target: Target, data: bytes) -> bool:
-    """Give an input to a target in a fresh folder; whether it was refused. Raises what the target raises beyond that."""
+    """Give an input to a target in a fresh folder; whether it was refused. Raises what the target
+    raises beyond that.
+    """
     with tempfile.TemporaryDirectory() as folder, bounded(SECONDS):
         try:
             target.read(data, Path(folder))
@@ -87,7 +92,9 @@ def made(target: Target, seed: int, number: int) -> bytes:
 
 
 def attempt(target: Target, seed: int, number: int, tally: Tally, keep: Path | None) -> None:
-    """Execute one input and count it; the input of a new finding is kept, and its traceback printed."""
+    """Execute one input and count it; the input of a new finding is kept, and its traceback
+    printed.
+    """
     data, began = made(target, seed, number), time.perf_counter()
     tally.executions += 1
     try:
@@ -108,35 +115,54 @@ def attempt(target: Target, seed: int, number: int, tally: Tally, keep: Path | N
 
 def _place(error: BaseException) -> str:
     """The kind of an error and where in Lorry it arose."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/lorry/" in f.filename] or traceback.extract_tb(
-        error.__traceback__
-    )
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if "/lorry/" in f.filename
+    ] or traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__} at {Path(frames[-1].filename).name}:{frames[-1].lineno}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=240, help="wall clock for all targets together")
-    parser.add_argument("--targets", nargs="*", default=[], help="names, or beginnings of names; none: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="wall clock for all targets together"
+    )
+    parser.add_argument(
+        "--targets", nargs="*", default=[], help="names, or beginnings of names; none: all"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed makes other inputs")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     known = targets()
-    chosen = [t for name, t in known.items() if not asked.targets or name.startswith(tuple(asked.targets))]
+    chosen = [
+        t for name, t in known.items() if not asked.targets or name.startswith(tuple(asked.targets))
+    ]
     if not chosen:
         parser.error(f"no such target; there are {', '.join(known)}")
     tallies = {target.name: Tally() for target in chosen}
     end = time.monotonic() + asked.seconds
-    for target in chosen:  # each gets its share of what is left, so that slow ones do not crowd out the others
+    for target in (
+        chosen
+    ):  # each gets its share of what is left, so that slow ones do not crowd out the others
         until = time.monotonic() + (end - time.monotonic()) / (len(chosen) - chosen.index(target))
         while time.monotonic() < until:
-            attempt(target, asked.seed, tallies[target.name].executions, tallies[target.name], CASES)
+            attempt(
+                target, asked.seed, tallies[target.name].executions, tallies[target.name], CASES
+            )
     print(f"{'target':32}{'executions':>12}{'refused':>10}{'findings':>10}{'slowest, s':>12}")
     for name, tally in tallies.items():
-        print(f"{name:32}{tally.executions:>12,}{tally.refused:>10,}{len(tally.findings):>10}{tally.slowest:>12.2f}")
-    executions, findings = (sum(x) for x in zip(*((t.executions, len(t.findings)) for t in tallies.values()), strict=True))
-    print(f"{executions:,} executions, {findings} findings (seed {asked.seed}); cases lie in {CASES}")
+        print(
+            f"{name:32}{tally.executions:>12,}{tally.refused:>10,}{len(tally.findings):>10}{tally.slowest:>12.2f}"
+        )
+    executions, findings = (
+        sum(x)
+        for x in zip(*((t.executions, len(t.findings)) for t in tallies.values()), strict=True)
+    )
+    print(
+        f"{executions:,} executions, {findings} findings (seed {asked.seed}); cases lie in {CASES}"
+    )
     return 1 if findings else 0
 
 

@@ -1,6 +1,8 @@
-"""Damaged copies of sound inputs: flipped bits, cuts, repeats, splices of two, and words that readers stumble over.
+"""Damaged copies of sound inputs: flipped bits, cuts, repeats, splices of two, and words that
+readers stumble over.
 
-A mutation is a function of its random generator alone, so that a finding can be made again from its number.
+A mutation is a function of its random generator alone, so that a finding can be made again from its
+number.
 """
 
 from __future__ import annotations
@@ -8,15 +10,70 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-# What hand-made attacks found to matter: numbers beyond every bound, endings, nesting, control characters, YAML, jinja
+# What hand-made attacks found to matter: numbers beyond every bound, endings, nesting, control
+# characters, YAML, jinja
 WORDS = tuple(
     word.encode("utf-8", "surrogatepass")
     for word in (
-        *("9" * 25, "9" * 5000, "-1", "0", "1e999", "-1e400", "NaN", "Infinity", "null", "true", "[]", "{}", '""'),
-        *("]", "}", "[[[[[[[[", '{"a":' * 80, '"', "'", "\\", "\\u0000", "\\ud800", ",", ":", "\n", "\r\n", "\t", "\x00"),
-        *("\x1b]0;t\x07", "\u202e", "\ufeff", "\ud800", "\uffff", "&a [*a]", "<<: *a", "!!python/object:os.system ", "---\n"),
-        *("{% for i in range(99999) %}", "{% endfor %}", "{{ x * 10 ** 9 }}", "{{ 1e999 }}", "{% set x = x + x %}", "__class__"),
-        *("2147483648", "9223372036854775808", "18446744073709551616", "../../etc/passwd", "/dev/zero", "a" * 3000),
+        *(
+            "9" * 25,
+            "9" * 5000,
+            "-1",
+            "0",
+            "1e999",
+            "-1e400",
+            "NaN",
+            "Infinity",
+            "null",
+            "true",
+            "[]",
+            "{}",
+            '""',
+        ),
+        *(
+            "]",
+            "}",
+            "[[[[[[[[",
+            '{"a":' * 80,
+            '"',
+            "'",
+            "\\",
+            "\\u0000",
+            "\\ud800",
+            ",",
+            ":",
+            "\n",
+            "\r\n",
+            "\t",
+            "\x00",
+        ),
+        *(
+            "\x1b]0;t\x07",
+            "\u202e",
+            "\ufeff",
+            "\ud800",
+            "\uffff",
+            "&a [*a]",
+            "<<: *a",
+            "!!python/object:os.system ",
+            "---\n",
+        ),
+        *(
+            "{% for i in range(99999) %}",
+            "{% endfor %}",
+            "{{ x * 10 ** 9 }}",
+            "{{ 1e999 }}",
+            "{% set x = x + x %}",
+            "__class__",
+        ),
+        *(
+            "2147483648",
+            "9223372036854775808",
+            "18446744073709551616",
+            "../../etc/passwd",
+            "/dev/zero",
+            "a" * 3000,
+        ),
     )
 )
 LONGEST = 1 << 20
@@ -96,5 +153,14 @@ def append(data: bytes, others: Sequence[bytes], draw: random.Random) -> bytes:
 
 
 CHANGES: tuple[Callable[[bytes, Sequence[bytes], random.Random], bytes], ...] = (
-    flip_bit, set_bytes, extreme_bytes, cut_end, remove, repeat, insert_word, replace_word, splice, append,
-)  # fmt: skip
+    flip_bit,
+    set_bytes,
+    extreme_bytes,
+    cut_end,
+    remove,
+    repeat,
+    insert_word,
+    replace_word,
+    splice,
+    append,
+)

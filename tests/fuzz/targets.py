@@ -1,7 +1,8 @@
-"""Everything of Lorry that reads what others wrote, as targets of fuzzing: sound inputs, and what is done with a damaged one.
+"""Everything of Lorry that reads what others wrote, as targets of fuzzing: sound inputs, and what
+is done with a damaged one.
 
-A target may read the input or refuse it with a LorryError. Anything else it raises, and a time beyond `campaign.SECONDS`, is a
-finding.
+A target may read the input or refuse it with a LorryError. Anything else it raises, and a time
+beyond `campaign.SECONDS`, is a finding.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ import runs
 from lorry.adapters.attach import detach
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
-from lorry.config import DistillRunConfig, EvalSettings, PlanSettings, RunConfig, SweepSettings, parse_settings
+from lorry.config import (
+    DistillRunConfig,
+    EvalSettings,
+    PlanSettings,
+    RunConfig,
+    SweepSettings,
+    parse_settings,
+)
 from lorry.config.parsing.sizes import parse_size
 from lorry.data.encoding.template import ChatTemplate, TemplateRefusedError
 from lorry.data.reading.content import ChatMessage
@@ -46,14 +54,21 @@ from tiny import LLAMA, random_model
 ROWS = [
     {"question": "Where does Mara live?", "answer": "In Oslo.", "n": 3},
     {"question": 'A "quote", a comma', "answer": "über\nzwei Zeilen", "n": -1.5},
-    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", "weight": 1}]},
+    {
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "hello", "weight": 1},
+        ]
+    },
     {"text": "plain text", "meta": {"a": [1, 2, {"b": None}], "c": True}},
 ]
 
 
 @dataclass(frozen=True)
 class Target:
-    """``seeds``: sound inputs; ``read``: what is done with one; ``refusals``: errors that are an answer."""
+    """``seeds``: sound inputs; ``read``: what is done with one; ``refusals``: errors that are an
+    answer.
+    """
 
     name: str
     seeds: Callable[[], list[bytes]]
@@ -88,7 +103,10 @@ def _json_seeds() -> list[bytes]:
 
 
 def _jsonl_seeds() -> list[bytes]:
-    return ["".join(json.dumps(row, ensure_ascii=plain) + "\n" for row in ROWS).encode() for plain in (True, False)]
+    return [
+        "".join(json.dumps(row, ensure_ascii=plain) + "\n" for row in ROWS).encode()
+        for plain in (True, False)
+    ]
 
 
 def _csv_seeds() -> list[bytes]:
@@ -102,7 +120,9 @@ def _csv_seeds() -> list[bytes]:
 def _parquet_seeds() -> list[bytes]:
     made = []
     for compression in ("snappy", "none"):
-        table = pa.table({"question": ["a", "b", None] * 5, "answer": ["x", "y", "z"] * 5, "n": list(range(15))})
+        table = pa.table(
+            {"question": ["a", "b", None] * 5, "answer": ["x", "y", "z"] * 5, "n": list(range(15))}
+        )
         table = table.append_column("messages", [[[{"role": "user", "content": "hi"}]]] * 15)
         sink = io.BytesIO()
         pyarrow.parquet.write_table(table, sink, compression=compression)
@@ -152,7 +172,10 @@ def _command_line(data: bytes, folder: Path) -> object:
     except ValueError:
         return None
     words = [word for word in words if not word.endswith((".yaml", ".yml", ".json"))]
-    return [_parsed(schema, words) for schema in (RunConfig, SweepSettings, EvalSettings, PlanSettings, DistillRunConfig)]
+    return [
+        _parsed(schema, words)
+        for schema in (RunConfig, SweepSettings, EvalSettings, PlanSettings, DistillRunConfig)
+    ]
 
 
 def _parsed(schema: Any, words: list[str]) -> object:
@@ -179,9 +202,15 @@ TEMPLATES = [
 
 
 def _template(data: bytes, folder: Path) -> object:
-    template = ChatTemplate(data.decode("utf-8", "replace"), {"bos_token": "<s>", "eos_token": "</s>"}, ["<s>", "</s>"])
+    template = ChatTemplate(
+        data.decode("utf-8", "replace"), {"bos_token": "<s>", "eos_token": "</s>"}, ["<s>", "</s>"]
+    )
     return template.render(
-        [ChatMessage("system", "be kind"), ChatMessage("user", "hello " * 50), ChatMessage("assistant", "yes")]
+        [
+            ChatMessage("system", "be kind"),
+            ChatMessage("user", "hello " * 50),
+            ChatMessage("assistant", "yes"),
+        ]
     ).text
 
 
@@ -216,7 +245,8 @@ def _read_adapter(name: str) -> Callable[[bytes, Path], object]:
 
 def _config_seeds() -> list[bytes]:
     return [
-        json.dumps({**LLAMA, **more}).encode() for more in ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
+        json.dumps({**LLAMA, **more}).encode()
+        for more in ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
     ]
 
 
@@ -225,7 +255,10 @@ def _read_config(path: Path) -> object:
 
 
 def _shard() -> bytes:
-    return save({"model.a": torch.arange(6.0).view(2, 3), "model.b": torch.ones(4, dtype=torch.bfloat16)}, {"format": "pt"})
+    return save(
+        {"model.a": torch.arange(6.0).view(2, 3), "model.b": torch.ones(4, dtype=torch.bfloat16)},
+        {"format": "pt"},
+    )
 
 
 def _read_index(data: bytes, folder: Path) -> object:
@@ -236,7 +269,11 @@ def _read_index(data: bytes, folder: Path) -> object:
 
 def _index_seeds() -> list[bytes]:
     shard = "model-00001-of-00001.safetensors"
-    return [json.dumps({"metadata": {"total_size": 32}, "weight_map": {"model.a": shard, "model.b": shard}}).encode()]
+    return [
+        json.dumps(
+            {"metadata": {"total_size": 32}, "weight_map": {"model.a": shard, "model.b": shard}}
+        ).encode()
+    ]
 
 
 @cache
@@ -249,7 +286,11 @@ def _gguf_seed() -> bytes:
         writer.add_array("tokenizer.ggml.scores", [0.5, 1.5, 2.5])
         writer.add_tensor("token_embd.weight", np.ones((3, 32), dtype=np.float32))
         writer.add_tensor("output_norm.weight", np.ones(32, dtype=np.float16))
-        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        for write in (
+            writer.write_header_to_file,
+            writer.write_kv_data_to_file,
+            writer.write_tensors_to_file,
+        ):
             write()
         writer.close()
         return (Path(folder) / "m.gguf").read_bytes()
@@ -284,7 +325,9 @@ def _read_run(name: str) -> Callable[[bytes, Path], object]:
 @cache
 def _checkpoint() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        path = checkpoint.save_checkpoint(Path(folder), 3, {"adapter/default/a.lora_A": torch.ones(2, 3)}, meta(0))
+        path = checkpoint.save_checkpoint(
+            Path(folder), 3, {"adapter/default/a.lora_A": torch.ones(2, 3)}, meta(0)
+        )
         return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
@@ -300,7 +343,9 @@ def _read_checkpoint(name: str) -> Callable[[bytes, Path], object]:
 
 
 def _of(
-    files: Callable[[], dict[str, bytes]], read: Callable[[str], Callable[[bytes, Path], object]], kind: str
+    files: Callable[[], dict[str, bytes]],
+    read: Callable[[str], Callable[[bytes, Path], object]],
+    kind: str,
 ) -> Iterable[Target]:
     """One target for every file of a directory, the others being sound."""
     for name in sorted(files()):
@@ -315,19 +360,44 @@ def targets() -> dict[str, Target]:
         Target("rows/csv", _csv_seeds, _file("rows.csv", _rows)),
         Target("rows/txt", _csv_seeds, _file("rows.txt", _rows)),
         Target("rows/parquet", _parquet_seeds, _file("rows.parquet", _rows)),
-        *(Target(f"rows/saved-{name}", _saved_seeds(name), _read_saved(name)) for name in SAVED_FILES),
-        Target("config/yaml", _description_seeds, _file("run.yaml", lambda path: _parsed(RunConfig, [str(path)]))),
-        Target("config/json", lambda: [b'{"data": "d", "lora": {"r": 8}, "jobs": [{"name": "a"}]}'],
-               _file("run.json", lambda path: _parsed(RunConfig, [str(path)]))),
-        Target("config/words", lambda: [b"data=d r=8 lora={r:8} --packing lr=1e-3", b"data=d r=8,16 jobs=[{name:a}] seed=1"],
-               _command_line),
+        *(
+            Target(f"rows/saved-{name}", _saved_seeds(name), _read_saved(name))
+            for name in SAVED_FILES
+        ),
+        Target(
+            "config/yaml",
+            _description_seeds,
+            _file("run.yaml", lambda path: _parsed(RunConfig, [str(path)])),
+        ),
+        Target(
+            "config/json",
+            lambda: [b'{"data": "d", "lora": {"r": 8}, "jobs": [{"name": "a"}]}'],
+            _file("run.json", lambda path: _parsed(RunConfig, [str(path)])),
+        ),
+        Target(
+            "config/words",
+            lambda: [
+                b"data=d r=8 lora={r:8} --packing lr=1e-3",
+                b"data=d r=8,16 jobs=[{name:a}] seed=1",
+            ],
+            _command_line,
+        ),
         Target("config/size", lambda: [b"3GiB", b"800 MB", b"2.5gb"], _size, (ValueError,)),
-        Target("template", lambda: [t.encode() for t in TEMPLATES], _template, (LorryError, TemplateRefusedError)),
+        Target(
+            "template",
+            lambda: [t.encode() for t in TEMPLATES],
+            _template,
+            (LorryError, TemplateRefusedError),
+        ),
         Target("model/config.json", _config_seeds, _file("config.json", _read_config)),
-        Target("model/safetensors", lambda: [_shard()], _file("model.safetensors", lambda path: read_tensor_entries(path.parent))),
+        Target(
+            "model/safetensors",
+            lambda: [_shard()],
+            _file("model.safetensors", lambda path: read_tensor_entries(path.parent)),
+        ),
         Target("model/index", _index_seeds, _read_index),
         Target("model/gguf", lambda: [_gguf_seed()], _file("m.gguf", check_gguf)),
-    ]  # fmt: skip
+    ]
     several = [
         *_of(_adapter, _read_adapter, "adapter"),
         *_of(_run_files, _read_run, "run"),

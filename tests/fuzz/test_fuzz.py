@@ -1,4 +1,6 @@
-"""The kept findings of `make fuzz`, a few inputs of every target, and a proof that a finding is found."""
+"""The kept findings of `make fuzz`, a few inputs of every target, and a proof that a finding is
+found.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ KEPT = sorted(path for path in CASES.glob("*/*") if path.is_file())
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_finding_of_the_past_is_read_or_refused(path: Path) -> None:
-    target = next(target for name, target in KNOWN.items() if name.replace("/", "-") == path.parent.name)
+    target = next(
+        target for name, target in KNOWN.items() if name.replace("/", "-") == path.parent.name
+    )
     execute(target, path.read_bytes())
 
 
@@ -37,7 +41,9 @@ def _careless(data: bytes, folder: Path) -> None:
         raise KeyError("a reader's own mistake")
 
 
-def test_what_a_reader_lets_through_is_found_once_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_reader_lets_through_is_found_once_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target, tally = Target("careless", lambda: [b"sound" * 10], _careless), Tally()
     assert execute(target, b"please refuse")
     for number in range(400):

@@ -1,4 +1,6 @@
-"""The attention kernel against float64 attention, segment by segment; on machines without matrix tiles these are skipped."""
+"""The attention kernel against float64 attention, segment by segment; on machines without matrix
+tiles these are skipped.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,17 @@ from lorry.kernels import attention as kernel
 from lorry.kernels import kernel_status
 
 pytestmark = pytest.mark.skipif(
-    not kernel_status().amx, reason=f"the attention kernel does not run here: {kernel_status().line()}"
+    not kernel_status().amx,
+    reason=f"the attention kernel does not run here: {kernel_status().line()}",
 )
 
 
 def inputs(total: int, heads: int, groups: int, width: int, spread: float = 1.0) -> list[Tensor]:
     """q, k, v and the gradient of the output, bfloat16."""
     torch.manual_seed(total * heads + width)
-    return [(torch.randn(total, h, width) * spread).bfloat16() for h in (heads, groups, groups, heads)]
+    return [
+        (torch.randn(total, h, width) * spread).bfloat16() for h in (heads, groups, groups, heads)
+    ]
 
 
 def truth(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, starts: list[int]) -> list[Tensor]:
@@ -31,7 +36,10 @@ def truth(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, starts: list[int]) -> l
     share = q.shape[1] // k.shape[1]
     parts = []
     for start, stop in itertools.pairwise(starts):
-        one = [x[start:stop].transpose(0, 1) for x in (wide[0], *(x.repeat_interleave(share, 1) for x in wide[1:]))]
+        one = [
+            x[start:stop].transpose(0, 1)
+            for x in (wide[0], *(x.repeat_interleave(share, 1) for x in wide[1:]))
+        ]
         parts.append(F.scaled_dot_product_attention(*one, is_causal=True).transpose(0, 1))
     out = torch.cat(parts)
     out.backward(grad.double())
@@ -49,7 +57,9 @@ def off(mine: Tensor, true: Tensor) -> float:
     return float((mine.double() - true).norm() / max(float(true.norm()), 1e-2))
 
 
-@pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 64), (4, 4, 32), (2, 1, 96), (4, 2, 128), (7, 1, 64)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "width"), [(9, 3, 64), (4, 4, 32), (2, 1, 96), (4, 2, 128), (7, 1, 64)]
+)
 @pytest.mark.parametrize("starts", [[0, 64], [0, 1], [0, 63, 128, 193], [0, 5, 70, 71, 200, 333]])
 def test_output_and_gradients(heads: int, groups: int, width: int, starts: list[int]) -> None:
     given_ = inputs(starts[-1], heads, groups, width)
@@ -60,15 +70,25 @@ def test_output_and_gradients(heads: int, groups: int, width: int, starts: list[
 def test_large_scores() -> None:
     """Trained attention is peaked: scores of a standard deviation of 16."""
     given_ = inputs(300, 9, 3, 64, spread=4.0)
-    assert max(off(a, b) for a, b in zip(run(*given_, [0, 300]), truth(*given_, [0, 300]), strict=True)) < 1e-2
+    assert (
+        max(
+            off(a, b) for a, b in zip(run(*given_, [0, 300]), truth(*given_, [0, 300]), strict=True)
+        )
+        < 1e-2
+    )
 
 
 @settings(max_examples=25)
-@given(st.lists(st.integers(1, 150), min_size=1, max_size=6), st.sampled_from([(3, 1), (2, 2), (4, 2)]))
+@given(
+    st.lists(st.integers(1, 150), min_size=1, max_size=6), st.sampled_from([(3, 1), (2, 2), (4, 2)])
+)
 def test_any_lengths(lengths: list[int], heads: tuple[int, int]) -> None:
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     given_ = inputs(starts[-1], *heads, 32)
-    assert max(off(a, b) for a, b in zip(run(*given_, starts), truth(*given_, starts), strict=True)) < 1e-2
+    assert (
+        max(off(a, b) for a, b in zip(run(*given_, starts), truth(*given_, starts), strict=True))
+        < 1e-2
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -91,7 +111,9 @@ def test_threads_split_a_lone_segment_by_heads() -> None:
     given_ = inputs(200, 9, 3, 64)
     torch.set_num_threads(2)
     try:
-        errors = [off(a, b) for a, b in zip(run(*given_, [0, 200]), truth(*given_, [0, 200]), strict=True)]
+        errors = [
+            off(a, b) for a, b in zip(run(*given_, [0, 200]), truth(*given_, [0, 200]), strict=True)
+        ]
     finally:
         torch.set_num_threads(1)
     assert max(errors) < 6e-3

@@ -31,7 +31,9 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> T
 
 
 def near(got: Tensor, truth: Tensor, dtype: torch.dtype, size: Tensor | None = None) -> None:
-    """Within one rounding to ``dtype`` of the truth, or of what was summed (``size``) where it cancels."""
+    """Within one rounding to ``dtype`` of the truth, or of what was summed (``size``) where it
+    cancels.
+    """
     allowed = ROUNDING[dtype] * ((truth.abs() if size is None else size) + 1e-3)
     assert ((got.double() - truth).abs() <= allowed).all()
 
@@ -41,18 +43,36 @@ def near(got: Tensor, truth: Tensor, dtype: torch.dtype, size: Tensor | None = N
 
 @tiles
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 70), st.sampled_from([2, 8, 16, 32, 64, 96, 576]), st.integers(1, 100), st.booleans())
+@given(
+    st.integers(1, 70),
+    st.sampled_from([2, 8, 16, 32, 64, 96, 576]),
+    st.integers(1, 100),
+    st.booleans(),
+)
 def test_a_product_is_rounded_once(rows: int, ins: int, outs: int, biased: bool) -> None:
     x, w, b = random(rows, ins), random(outs, ins, seed=1), random(outs, seed=2)
     assert decode.supports_product(w)
     truth = x.double() @ w.double().t() + (b.double() if biased else 0)
-    near(decode.linear_product(x, w, b if biased else None), truth, torch.bfloat16, truth.abs() + 1e-2)
+    near(
+        decode.linear_product(x, w, b if biased else None),
+        truth,
+        torch.bfloat16,
+        truth.abs() + 1e-2,
+    )
 
 
 @tiles
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.sampled_from([4, 16, 32, 64]), st.integers(1, 70), st.integers(0, 50), st.floats(-3, 3))
-def test_a_low_rank_term_is_added_in_place(rows: int, rank: int, outs: int, first: int, scale: float) -> None:
+@given(
+    st.integers(1, 40),
+    st.sampled_from([4, 16, 32, 64]),
+    st.integers(1, 70),
+    st.integers(0, 50),
+    st.floats(-3, 3),
+)
+def test_a_low_rank_term_is_added_in_place(
+    rows: int, rank: int, outs: int, first: int, scale: float
+) -> None:
     h, w, y = random(rows, first + rank + 3), random(outs, rank, seed=1), random(rows, outs, seed=2)
     truth = y.double() + scale * (h[:, first : first + rank].double() @ w.double().t())
     decode.add_linear_product(h, slice(first, first + rank), w, scale, y)
@@ -63,7 +83,10 @@ def test_a_low_rank_term_is_added_in_place(rows: int, rank: int, outs: int, firs
 def test_a_row_multiplied_alone_is_the_same_bit_for_bit(threads: int) -> None:
     x, w = random(77, 576), random(1536, 576, seed=1)
     together = decode.linear_product(x, w, None)
-    assert all(torch.equal(together[i : i + 1], decode.linear_product(x[i : i + 1], w, None)) for i in (0, 15, 16, 40, 76))
+    assert all(
+        torch.equal(together[i : i + 1], decode.linear_product(x[i : i + 1], w, None))
+        for i in (0, 15, 16, 40, 76)
+    )
 
 
 @tiles
@@ -77,8 +100,12 @@ def test_what_the_product_does_not_take() -> None:
 # --- the cache and attention over it
 
 
-def cache_of(lengths: list[int], groups: int, width: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Two layers of random keys and values for every row, with room beyond its length that holds NaN; and the table."""
+def cache_of(
+    lengths: list[int], groups: int, width: int, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    """Two layers of random keys and values for every row, with room beyond its length that holds
+    NaN; and the table.
+    """
     memory = []
     for seed, length in enumerate(lengths):
         row = torch.full((2, 2, groups, length + 5, width), math.nan, dtype=dtype)
@@ -96,8 +123,13 @@ def plain_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 64), (4, 4, 64), (7, 1, 64), (5, 1, 128), (4, 2, 96), (6, 2, 8)])
-def test_attention_is_the_formula(dtype: torch.dtype, heads: int, groups: int, width: int, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "groups", "width"),
+    [(9, 3, 64), (4, 4, 64), (7, 1, 64), (5, 1, 128), (4, 2, 96), (6, 2, 8)],
+)
+def test_attention_is_the_formula(
+    dtype: torch.dtype, heads: int, groups: int, width: int, threads: int
+) -> None:
     lengths = [1, 15, 16, 17, 200, 3]
     memory, table = cache_of(lengths, groups, width, dtype)
     q = random(len(lengths), heads, width, dtype=dtype, seed=99) * 3
@@ -105,14 +137,20 @@ def test_attention_is_the_formula(dtype: torch.dtype, heads: int, groups: int, w
         got = decode.attend_to_cache(q, table, torch.tensor(lengths), layer, groups)
         for row, length in enumerate(lengths):
             keys, values = memory[row][layer, :, :, :length]
-            near(got[row], plain_attention(q[row], keys, values), dtype, values.double().abs().max())
-            alone = decode.attend_to_cache(q[row : row + 1], table[row : row + 1], torch.tensor([length]), layer, groups)
+            near(
+                got[row], plain_attention(q[row], keys, values), dtype, values.double().abs().max()
+            )
+            alone = decode.attend_to_cache(
+                q[row : row + 1], table[row : row + 1], torch.tensor([length]), layer, groups
+            )
             assert torch.equal(alone[0], got[row])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_extreme_scores(dtype: torch.dtype) -> None:
-    """One key far ahead of the others takes everything; a NaN in the row spoils that row and no other."""
+    """One key far ahead of the others takes everything; a NaN in the row spoils that row and no
+    other.
+    """
     memory, table = cache_of([20, 20], 1, 64, dtype)
     q = torch.ones(2, 1, 64, dtype=dtype)
     memory[0][0, 0, 0, 7] = 100
@@ -130,7 +168,9 @@ def test_tokens_go_where_they_belong(dtype: torch.dtype) -> None:
     decode.store_kv(k, v, table, torch.tensor([1, 0, 1]), torch.tensor([10, 2, 0]), 1)
     for t, (row, position) in enumerate([(1, 10), (0, 2), (1, 0)]):
         before[row][1, 0, :, position], before[row][1, 1, :, position] = k[t], v[t]
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(memory, before, strict=True))
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(memory, before, strict=True)
+    )
 
 
 # --- the likeliest token
@@ -156,7 +196,9 @@ def test_the_first_of_the_largest(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_a_draw_passes_its_number(dtype: torch.dtype, temperature: float) -> None:
-    """The cumulative distribution in float64 lies on either side of the number, for 1700 tokens: blocks, and a part of one."""
+    """The cumulative distribution in float64 lies on either side of the number, for 1700 tokens:
+    blocks, and a part of one.
+    """
     logits = random(64, 1700, dtype=dtype) * 4
     logits[:, 600:1100] = -math.inf  # a whole block among them
     numbers = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -168,7 +210,9 @@ def test_a_draw_passes_its_number(dtype: torch.dtype, temperature: float) -> Non
     assert ((before - 1e-6 <= numbers) & (numbers <= after + 1e-6)).all()
     assert (after > before).all()
     assert torch.equal(values, logits.float().amax(-1))
-    alone = [decode.sample_rows(logits[i : i + 1], numbers[i : i + 1], temperature)[0] for i in range(64)]
+    alone = [
+        decode.sample_rows(logits[i : i + 1], numbers[i : i + 1], temperature)[0] for i in range(64)
+    ]
     assert torch.equal(torch.cat(alone), places)
 
 

@@ -36,9 +36,13 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no C++ compiler" in build.kernel_status().line()
 
 
-def test_a_compiler_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_that_fails_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     broken = tmp_path / "g++"
-    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no such flag' >&2\nexit 1\n")
+    broken.write_text(
+        "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no such flag' >&2\nexit 1\n"
+    )
     broken.chmod(0o755)
     monkeypatch.setattr(build.shutil, "which", lambda name: str(broken))
     assert build.load_library() is None
@@ -48,7 +52,9 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.mark.skipif(build.shutil.which("g++") is None, reason="no g++ on this machine")
 def test_built_once_by_the_command(tmp_path: Path) -> None:
-    line = subprocess.run([sys.executable, "-m", "lorry.kernels"], capture_output=True, text=True, check=True).stdout
+    line = subprocess.run(
+        [sys.executable, "-m", "lorry.kernels"], capture_output=True, text=True, check=True
+    ).stdout
     assert line.startswith("compiled C++")
     (made,) = (tmp_path / "kernels").iterdir()
     stamp = made.stat().st_mtime_ns
@@ -63,7 +69,9 @@ def test_built_once_by_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(build.shutil.which("g++") is None, reason="no g++ on this machine")
-def test_another_processor_or_source_has_a_library_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_another_processor_or_source_has_a_library_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     compiler = str(build.shutil.which("g++"))
     digests = {build._build_digest(compiler)}
     monkeypatch.setattr(build, "_processor_flags", lambda: "another processor")
@@ -101,7 +109,12 @@ def test_a_compiler_that_hangs_is_stopped_with_its_children(
     made = compiler_of(monkeypatch, tmp_path, f"sleep 300 & echo $! > {pids}; wait")
     if at_once:
         made.write_text(f"#!/bin/sh\nsleep 300 & echo $! > {pids}; wait\n")
-    for limit in (1, 5, 25, 100):  # a loaded machine may need more than the first to start the shell at all
+    for limit in (
+        1,
+        5,
+        25,
+        100,
+    ):  # a loaded machine may need more than the first to start the shell at all
         monkeypatch.setattr(build, "ASKING" if at_once else "COMPILING", float(limit))
         loaded, status = build._build_and_load()
         assert loaded is None
@@ -121,17 +134,28 @@ def test_a_compiler_that_hangs_is_stopped_with_its_children(
         pytest.fail("the compiler's child lives on")
 
 
-def test_a_library_without_our_functions_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A traceback before. Here the compiler's own is such a library too, so that there are no kernels and one line."""
+def test_a_library_without_our_functions_is_built_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A traceback before. Here the compiler's own is such a library too, so that there are no
+    kernels and one line.
+    """
     gcc = build.shutil.which("gcc")
     if gcc is None:
         pytest.skip("no gcc on this machine")
     (tmp_path / "one.c").write_text("int one(void) { return 1; }")
-    subprocess.run([gcc, "-shared", "-fPIC", "-o", str(tmp_path / "one.so"), str(tmp_path / "one.c")], check=True)
-    compiler = compiler_of(
-        monkeypatch, tmp_path, f'for last; do :; done; echo made >> {tmp_path}/made; cp {tmp_path}/one.so "$last"'
+    subprocess.run(
+        [gcc, "-shared", "-fPIC", "-o", str(tmp_path / "one.so"), str(tmp_path / "one.c")],
+        check=True,
     )
-    planted = kept(tmp_path / "kernels", build._build_digest(str(compiler)), (tmp_path / "one.so").read_bytes())
+    compiler = compiler_of(
+        monkeypatch,
+        tmp_path,
+        f'for last; do :; done; echo made >> {tmp_path}/made; cp {tmp_path}/one.so "$last"',
+    )
+    planted = kept(
+        tmp_path / "kernels", build._build_digest(str(compiler)), (tmp_path / "one.so").read_bytes()
+    )
     assert build.load_library() is None
     assert "lack functions of this version" in build._build_and_load()[1].line()
     assert (tmp_path / "made").is_file(), "it was built again"
@@ -139,7 +163,9 @@ def test_a_library_without_our_functions_is_built_again(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"\x7fELF" + bytes(200)])
-def test_junk_under_a_fitting_name_is_no_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes) -> None:
+def test_junk_under_a_fitting_name_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
+) -> None:
     compiler = compiler_of(monkeypatch, tmp_path, "echo 'no more' >&2; exit 1")
     planted = kept(tmp_path / "kernels", build._build_digest(str(compiler)), content)
     assert build.load_library() is None
@@ -147,7 +173,9 @@ def test_junk_under_a_fitting_name_is_no_traceback(monkeypatch: pytest.MonkeyPat
     assert not planted.exists()
 
 
-def test_nothing_that_others_could_have_written_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_that_others_could_have_written_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     compiler = compiler_of(monkeypatch, tmp_path, "echo 'no more' >&2; exit 1")
     loaded: list[str] = []
     monkeypatch.setattr(build.ctypes, "CDLL", lambda name: loaded.append(name))
@@ -173,7 +201,9 @@ def test_nothing_that_others_could_have_written_is_loaded(monkeypatch: pytest.Mo
     assert loaded == []
 
 
-def test_a_folder_of_ours_is_closed_and_one_of_others_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_of_ours_is_closed_and_one_of_others_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     compiler_of(monkeypatch, tmp_path, "echo 'no more' >&2; exit 1")
     folder = tmp_path / "kernels"
     folder.mkdir()
@@ -195,7 +225,9 @@ def test_a_folder_of_ours_is_closed_and_one_of_others_not_used(monkeypatch: pyte
     assert "is not this user's own folder" in build._build_and_load()[1].line()
 
 
-def test_what_a_killed_build_left_is_removed_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_a_killed_build_left_is_removed_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     compiler_of(monkeypatch, tmp_path, "echo 'no more' >&2; exit 1")
     for name, age in (("building-old", 7200), ("tmpold", 7200), ("building-new", 10)):
         (tmp_path / "kernels" / name).mkdir(parents=True)

@@ -11,7 +11,12 @@ from torch import Tensor
 from lorry.kernels import softmax
 from lorry.kernels.softmax import SoftmaxSums, add_scaled, write_slope
 
-FORMS = [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False), (torch.float64, False)]
+FORMS = [
+    (torch.bfloat16, True),
+    (torch.bfloat16, False),
+    (torch.float32, False),
+    (torch.float64, False),
+]
 
 
 @pytest.fixture(params=FORMS, ids=lambda f: f"{str(f[0])[6:]}-{'compiled' if f[1] else 'torch'}")
@@ -25,7 +30,12 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
 
 
 def draw(rows: int, columns: int, seed: int = 0) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+    return (
+        torch.randn(
+            rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        * 3
+    )
 
 
 def folded(x: Tensor, width: int, *, moments: bool = True) -> SoftmaxSums:
@@ -36,13 +46,17 @@ def folded(x: Tensor, width: int, *, moments: bool = True) -> SoftmaxSums:
 
 
 def exactness(dtype: torch.dtype) -> dict[str, float]:
-    return {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    return (
+        {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    )
 
 
 @given(columns=st.integers(1, 300), width=st.integers(1, 120), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 @pytest.mark.parametrize("compiled", [True, False])
-def test_sums_do_not_depend_on_the_tiles(columns: int, width: int, seed: int, compiled: bool) -> None:
+def test_sums_do_not_depend_on_the_tiles(
+    columns: int, width: int, seed: int, compiled: bool
+) -> None:
     """bfloat16 logits in tiles of any width against float64 over whole rows."""
     if compiled and softmax.load_library() is None:
         pytest.skip("no compiled kernels here")
@@ -53,7 +67,9 @@ def test_sums_do_not_depend_on_the_tiles(columns: int, width: int, seed: int, co
         sums = folded(x, width)
     wide = x.double()
     z = wide - wide.amax(1, keepdim=True)
-    expected = torch.stack([wide.amax(1), z.exp().sum(1), (z.exp() * z).sum(1), (z.exp() * z * z).sum(1), z.sum(1)], 1)
+    expected = torch.stack(
+        [wide.amax(1), z.exp().sum(1), (z.exp() * z).sum(1), (z.exp() * z * z).sum(1), z.sum(1)], 1
+    )
     assert torch.allclose(sums.state.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(sums.top, wide.argmax(1))
 
@@ -62,16 +78,26 @@ def test_sums_in_every_precision(dtype: torch.dtype) -> None:
     x = draw(5, 1000).to(dtype)
     wide, sums = x.double(), folded(x, 170)
     z = wide - wide.amax(1, keepdim=True)
-    expected = torch.stack([wide.amax(1), z.exp().sum(1), (z.exp() * z).sum(1), (z.exp() * z * z).sum(1), z.sum(1)], 1)
+    expected = torch.stack(
+        [wide.amax(1), z.exp().sum(1), (z.exp() * z).sum(1), (z.exp() * z * z).sum(1), z.sum(1)], 1
+    )
     assert torch.allclose(sums.state.double(), expected, **exactness(dtype))
     plain = folded(x, 170, moments=False)
     assert torch.allclose(plain.state[:, :2].double(), expected[:, :2], **exactness(dtype))
 
 
 def test_written_tiles_and_scales_give_the_weighted_sum(dtype: torch.dtype) -> None:
-    """e^(l - peak) tile by tile, partial products rescaled as the peak rises: the softmax's mean of any vectors."""
-    x, vectors = draw(4, 400).sort(1).values.to(dtype), draw(400, 8, seed=1).to(dtype)  # sorted: every tile raises the peak
-    sums, total = SoftmaxSums.empty(4, x, moments=False), torch.zeros(4, 8, dtype=softmax.accumulator_dtype(x))
+    """e^(l - peak) tile by tile, partial products rescaled as the peak rises: the softmax's mean of
+    any vectors.
+    """
+    x, vectors = (
+        draw(4, 400).sort(1).values.to(dtype),
+        draw(400, 8, seed=1).to(dtype),
+    )  # sorted: every tile raises the peak
+    sums, total = (
+        SoftmaxSums.empty(4, x, moments=False),
+        torch.zeros(4, 8, dtype=softmax.accumulator_dtype(x)),
+    )
     for tile, part in zip(x.split(90, 1), vectors.split(90), strict=True):
         tile = tile.contiguous()
         scale = sums.fold(tile, write=True)
@@ -83,12 +109,17 @@ def test_written_tiles_and_scales_give_the_weighted_sum(dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("moments", [True, False])
 def test_slopes(dtype: torch.dtype, moments: bool) -> None:
-    x, terms = draw(6, 333).to(dtype), draw(6, 6, seed=2).to(softmax.accumulator_dtype(torch.empty(0, dtype=dtype)))
+    x, terms = (
+        draw(6, 333).to(dtype),
+        draw(6, 6, seed=2).to(softmax.accumulator_dtype(torch.empty(0, dtype=dtype))),
+    )
     terms[:, 0] = x.to(terms.dtype).logsumexp(1)
     shift, centre, a, b, c, k = (t[:, None] for t in terms.double().unbind(1))
     wide = x.double()
     y = wide - centre
-    expected = (wide - shift).exp() * ((a + b * y + c * y * y) if moments else a) + (k if moments else 0)
+    expected = (wide - shift).exp() * ((a + b * y + c * y * y) if moments else a) + (
+        k if moments else 0
+    )
     before = x.clone()
     apart = write_slope(x, terms, moments=moments, out=torch.empty_like(x))
     assert torch.equal(x, before)
@@ -115,7 +146,13 @@ def test_a_nan_of_either_sign_survives_every_lane() -> None:
     """Sign and payload of a NaN, anywhere in a vector of the compiled loop."""
     if softmax.load_library() is None:
         pytest.skip("no compiled kernels here")
-    for bits in (0x7FC0, 0x7F81, 0x7FFF, -0x0040, -0x0001):  # as int16: quiet, signalling, all ones, and negative ones
+    for bits in (
+        0x7FC0,
+        0x7F81,
+        0x7FFF,
+        -0x0040,
+        -0x0001,
+    ):  # as int16: quiet, signalling, all ones, and negative ones
         for column in range(70):
             x = draw(1, 70).bfloat16()
             x.view(torch.int16)[0, column] = bits

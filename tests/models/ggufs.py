@@ -1,4 +1,6 @@
-"""A tiny Llama as a GGUF file with a byte-level tokenizer of its own, whole or with something wrong with it."""
+"""A tiny Llama as a GGUF file with a byte-level tokenizer of its own, whole or with something wrong
+with it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ Tensors = list[tuple[str, NDArray[numpy.float32]]]
 
 
 def llama_tensors(**overrides: object) -> Tensors:
-    """(name in GGUF, values) of `tiny.fresh("llama", vocab_size=300)`, rounded to bf16, as llama.cpp lays them out."""
+    """(name in GGUF, values) of `tiny.fresh("llama", vocab_size=300)`, rounded to bf16, as
+    llama.cpp lays them out.
+    """
     model = tiny.fresh("llama", vocab_size=300, **overrides)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     found = []
@@ -36,7 +40,9 @@ def write_gguf(
     keys: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
     theta: float = 10000.0,
 ) -> Path:
-    """``change``: of the tensors; ``kinds``: {name: element type} of those not in fp32; ``keys``: adds metadata."""
+    """``change``: of the tensors; ``kinds``: {name: element type} of those not in fp32; ``keys``:
+    adds metadata.
+    """
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -49,7 +55,9 @@ def write_gguf(
     writer.add_rope_dimension_count(8)
     writer.add_vocab_size(300)
     letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
-    letters += [chr(256 + n) for n in range(256 - len(letters))]  # GPT-2's printable stand-ins for the 256 bytes
+    letters += [
+        chr(256 + n) for n in range(256 - len(letters))
+    ]  # GPT-2's printable stand-ins for the 256 bytes
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*letters, "ab", *(f"<s{i}>" for i in range(43))])

@@ -1,4 +1,6 @@
-"""From tokens to text as they come: never half a character, never a part of the end of turn, and nothing lost."""
+"""From tokens to text as they come: never half a character, never a part of the end of turn, and
+nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -64,4 +66,6 @@ def test_a_character_of_several_tokens_waits_for_its_last() -> None:
     speech = IncrementalDetokenizer(ENCODER)
     assert [speech.push_token(token) for token in tokens] == ["a", "", "", "€", "b"]
     cut = IncrementalDetokenizer(ENCODER)
-    assert "".join(cut.decode_all(tokens[:3])) == "a\ufffd"  # the answer was cut inside it: that much has to be shown
+    assert (
+        "".join(cut.decode_all(tokens[:3])) == "a\ufffd"
+    )  # the answer was cut inside it: that much has to be shown

@@ -1,4 +1,6 @@
-"""Every tensor of a checkpoint exactly once, all of them used, all finite, and the file that transformers would read."""
+"""Every tensor of a checkpoint exactly once, all of them used, all finite, and the file that
+transformers would read.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def llama(tmp_path: Path) -> Path:
     return tiny.directory(tiny.trained("llama"), tmp_path / "llama")
 
 
-def with_value(name: str, value: float, dtype: torch.dtype = torch.float32) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+def with_value(
+    name: str, value: float, dtype: torch.dtype = torch.float32
+) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = {n: t.to(dtype) for n, t in tensors.items()}
         tensors[name].view(-1)[-1] = value
@@ -60,16 +64,23 @@ def test_one_value_that_is_not_finite_shows(dtype: torch.dtype, size: int) -> No
 @native
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_values_that_are_not_finite(native: bool, value: float, stored: torch.dtype, llama: Path) -> None:
+def test_values_that_are_not_finite(
+    native: bool, value: float, stored: torch.dtype, llama: Path
+) -> None:
     rewrite(llama, with_value(UP, value, stored))
-    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+    with pytest.raises(
+        ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"
+    ):
         opened(llama, native=native)
 
 
 def test_values_too_large_for_the_number_format(llama: Path) -> None:
     rewrite(llama, with_value(UP, 1e6))
     opened(llama, dtype="float32")
-    with pytest.raises(ModelError, match=r"up_proj\.weight holds values too large for float16; open it with dtype=float32"):
+    with pytest.raises(
+        ModelError,
+        match=r"up_proj\.weight holds values too large for float16; open it with dtype=float32",
+    ):
         opened(llama, dtype="float16")
 
 
@@ -81,13 +92,18 @@ def test_float32_is_no_remedy_for_float32(llama: Path) -> None:
 
 def test_what_transformers_read_into_float16_may_have_been_whole(llama: Path) -> None:
     rewrite(llama, with_value(UP, 1e6))
-    with pytest.raises(ModelError, match=r"holds NaN or infinity in float16; dtype=float32 tells whether the file does, too"):
+    with pytest.raises(
+        ModelError,
+        match=r"holds NaN or infinity in float16; dtype=float32 tells whether the file does, too",
+    ):
         opened(llama, dtype="float16", native=False)
 
 
 @native
 def test_a_buffer_that_is_not_used_may_not_be_damaged(native: bool, llama: Path) -> None:
-    """Recomputed, so the model would be right; but what else in such a file is? An infinite mask is as it should be."""
+    """Recomputed, so the model would be right; but what else in such a file is? An infinite mask is
+    as it should be.
+    """
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(llama, lambda t: {**t, name: torch.tensor([1.0, float("inf")])})
     opened(llama, native=native)
@@ -100,7 +116,9 @@ def test_a_buffer_that_is_not_used_may_not_be_damaged(native: bool, llama: Path)
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
 def test_codes_in_the_place_of_weights(native: bool, stored: torch.dtype, llama: Path) -> None:
     rewrite(llama, lambda t: {**t, UP: t[UP].to(stored)})
-    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is stored as (I8|F8_E4M3)"):
+    with pytest.raises(
+        ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is stored as (I8|F8_E4M3)"
+    ):
         opened(llama, native=native)
 
 
@@ -110,18 +128,27 @@ def test_codes_in_the_place_of_weights(native: bool, stored: torch.dtype, llama:
 def shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write ``tensors`` as two shards and an index into ``folder``."""
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[:9],
+        "model-00002-of-00002.safetensors": names[9:],
+    }
     for file, held in parts.items():
         save_file({n: tensors[n] for n in held}, folder / file, metadata={"format": "pt"})
     where = {n: file for file, held in parts.items() for n in held}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
 
 
 @native
 def test_a_single_file_beside_an_index_of_others_is_refused(native: bool, llama: Path) -> None:
-    """transformers reads model.safetensors, we read the index: one of the two is stale, and nobody can know which."""
+    """transformers reads model.safetensors, we read the index: one of the two is stale, and nobody
+    can know which.
+    """
     shards(llama, {n: t * 2 for n, t in load_file(llama / "model.safetensors").items()})
-    with pytest.raises(ModelError, match=r"two checkpoints: model\.safetensors, and .*index\.json with model-00001"):
+    with pytest.raises(
+        ModelError, match=r"two checkpoints: model\.safetensors, and .*index\.json with model-00001"
+    ):
         opened(llama, native=native)
     (llama / "model.safetensors").unlink()
     sharded = opened(llama, native=native)
@@ -131,7 +158,9 @@ def test_a_single_file_beside_an_index_of_others_is_refused(native: bool, llama:
 
 def test_an_index_left_behind_is_called_so(llama: Path) -> None:
     """Its shards are gone: transformers would not even look at it."""
-    where = dict.fromkeys(load_file(llama / "model.safetensors"), "model-00001-of-00001.safetensors")
+    where = dict.fromkeys(
+        load_file(llama / "model.safetensors"), "model-00001-of-00001.safetensors"
+    )
     (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     with pytest.raises(ModelError, match="two checkpoints"):
         opened(llama)
@@ -139,17 +168,24 @@ def test_an_index_left_behind_is_called_so(llama: Path) -> None:
 
 def test_an_index_of_the_single_file_is_that_file(llama: Path) -> None:
     where = dict.fromkeys(load_file(llama / "model.safetensors"), "model.safetensors")
-    (llama / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (llama / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     assert close(opened(llama), tiny.trained("llama"))
 
 
 @native
 def test_a_config_does_not_name_the_weights(native: bool, llama: Path) -> None:
-    """transformers reads the file that `transformers_weights` names; we would read model.safetensors."""
+    """transformers reads the file that `transformers_weights` names; we would read
+    model.safetensors.
+    """
     shutil.copy(llama / "model.safetensors", llama / "other.safetensors")
     with pytest.raises(ModelError, match=r"transformers_weights='other\.safetensors'"):
         opened(edit_config(llama, transformers_weights="other.safetensors"), native=native)
-    assert close(opened(edit_config(llama, transformers_weights="model.safetensors"), native=native), tiny.trained("llama"))
+    assert close(
+        opened(edit_config(llama, transformers_weights="model.safetensors"), native=native),
+        tiny.trained("llama"),
+    )
 
 
 @native
@@ -167,7 +203,10 @@ def test_one_tensor_in_two_shards(native: bool, llama: Path) -> None:
     second = load_file(llama / "model-00002-of-00002.safetensors")
     first = sorted(tensors)[0]
     save_file({**second, first: tensors[first] + 1}, llama / "model-00002-of-00002.safetensors")
-    with pytest.raises(ModelError, match=rf"holds '{first}', which model\.safetensors\.index\.json places in 'model-00001"):
+    with pytest.raises(
+        ModelError,
+        match=rf"holds '{first}', which model\.safetensors\.index\.json places in 'model-00001",
+    ):
         opened(llama, native=native)
 
 
@@ -176,7 +215,9 @@ def header_twice(file: Path, name: str, **changes: Any) -> None:
     whole = file.read_bytes()
     (size,) = struct.unpack("<Q", whole[:8])
     entry = {**json.loads(whole[8 : 8 + size])[name], **changes}
-    header = whole[8 : 8 + size].rstrip()[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}".encode()
+    header = (
+        whole[8 : 8 + size].rstrip()[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}".encode()
+    )
     header += b" " * (-len(header) % 8)
     file.write_bytes(struct.pack("<Q", len(header)) + header + whole[8 + size :])
 
@@ -184,7 +225,9 @@ def header_twice(file: Path, name: str, **changes: Any) -> None:
 @native
 def test_one_name_twice_in_a_header(native: bool, llama: Path) -> None:
     header_twice(llama / "model.safetensors", UP)
-    with pytest.raises(ModelError, match=r"its header holds 'model\.layers\.1\.mlp\.up_proj\.weight' twice"):
+    with pytest.raises(
+        ModelError, match=r"its header holds 'model\.layers\.1\.mlp\.up_proj\.weight' twice"
+    ):
         opened(llama, native=native)
 
 
@@ -192,7 +235,9 @@ def test_one_name_twice_in_an_adapter_s_header(llama: Path, tmp_path: Path) -> N
     model = opened(llama)
     attach(model, LoraSpec(r=2, target_modules=("q_proj",), init_lora_weights=False))
     save_adapter(model, tmp_path / "adapter")
-    name = next(n for n in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if "lora_B" in n)
+    name = next(
+        n for n in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if "lora_B" in n
+    )
     header_twice(tmp_path / "adapter" / "adapter_model.safetensors", name)
     with pytest.raises(ModelError, match=r"its header holds 'base_model.*lora_B.*' twice"):
         load_adapter(opened(llama), tmp_path / "adapter")
@@ -209,20 +254,29 @@ def test_a_tied_head_that_differs_is_refused_as_well(tmp_path: Path) -> None:
 
 
 def test_a_gap_among_experts(tmp_path: Path) -> None:
-    """Expert 1 missing and one too many at the end: stacked in order, every shape is right and every expert behind wrong."""
+    """Expert 1 missing and one too many at the end: stacked in order, every shape is right and
+    every expert behind wrong.
+    """
     path = tiny.directory(tiny.random_model(tiny.FOREIGN["qwen3_moe"]), tmp_path)
 
     def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {n.replace("experts.1.", "experts.4."): t for n, t in tensors.items()}
 
     rewrite(path, moved)
-    with pytest.raises(ModelError, match=r"experts\.1\.\w+\.weight is missing, and .*experts\.\*\..* goes up to 4"):
+    with pytest.raises(
+        ModelError, match=r"experts\.1\.\w+\.weight is missing, and .*experts\.\*\..* goes up to 4"
+    ):
         opened(path)
 
 
 def test_a_missing_expert(tmp_path: Path) -> None:
     path = tiny.directory(tiny.random_model(tiny.FOREIGN["qwen3_moe"]), tmp_path)
-    rewrite(path, lambda t: {n: v for n, v in t.items() if n != "model.layers.0.mlp.experts.3.down_proj.weight"})
+    rewrite(
+        path,
+        lambda t: {
+            n: v for n, v in t.items() if n != "model.layers.0.mlp.experts.3.down_proj.weight"
+        },
+    )
     with pytest.raises(ModelError, match=r"misshapen.*layers\.0\.mlp\.experts\.down_proj"):
         opened(path)
 
@@ -230,16 +284,29 @@ def test_a_missing_expert(tmp_path: Path) -> None:
 def test_what_transformers_leaves_out_by_design_is_said(tmp_path: Path) -> None:
     """Its DeepSeek-V3 class drops `model.layers.61` (a multi-token prediction head) without a word."""
     config = {
-        **tiny.SMALL, "model_type": "deepseek_v3", "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4,
-    }  # fmt: skip
+        **tiny.SMALL,
+        "model_type": "deepseek_v3",
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    }
     path = tiny.directory(tiny.random_model(config), tmp_path)
     rewrite(path, lambda t: {**t, "model.layers.61.eh_proj.weight": torch.ones(32, 64)})
     notes: list[str] = []
     load_model(path, dtype="float32", notes=notes)
     assert any(
-        "1 tensors are no part of DeepseekV3ForCausalLM and were left out (model.layers.61.eh_proj.weight)" in n for n in notes
+        "1 tensors are no part of DeepseekV3ForCausalLM and were left out (model.layers.61.eh_proj.weight)"
+        in n
+        for n in notes
     )
 
 

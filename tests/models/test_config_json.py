@@ -1,4 +1,6 @@
-"""Configs between versions: transformers 5's infinities are read, and what we write means the same to older readers."""
+"""Configs between versions: transformers 5's infinities are read, and what we write means the same
+to older readers.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,20 @@ from lorry.models.loading.store import save_model
 from tiny import close, edit_config, one_thread  # noqa: F401 - one_thread is a fixture
 
 MAMBA2 = {
-    "model_type": "mamba2", "vocab_size": tiny.VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8,
-    "state_size": 8, "n_groups": 2, "expand": 2, "conv_kernel": 4, "bos_token_id": 0, "eos_token_id": 27, "pad_token_id": 0,
-}  # fmt: skip
+    "model_type": "mamba2",
+    "vocab_size": tiny.VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_heads": 8,
+    "head_dim": 8,
+    "state_size": 8,
+    "n_groups": 2,
+    "expand": 2,
+    "conv_kernel": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 27,
+    "pad_token_id": 0,
+}
 
 
 def rope(kind: str, **more: Any) -> dict[str, Any]:
@@ -32,7 +45,10 @@ def rope(kind: str, **more: Any) -> dict[str, Any]:
 
 
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
-LAYERED = {"full_attention": rope("linear", factor=8.0), "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
+LAYERED = {
+    "full_attention": rope("linear", factor=8.0),
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
 SCALED: dict[str, dict[str, Any]] = {
     "llama": {**tiny.LLAMA, "rope_parameters": rope("default")},
     "llama linear": {**tiny.LLAMA, "rope_parameters": rope("linear", factor=2.0)},
@@ -42,22 +58,35 @@ SCALED: dict[str, dict[str, Any]] = {
     "gpt_neox": {**tiny.NEOX, "rope_parameters": rope("default", partial_rotary_factor=0.25)},
     "phi": {**tiny.FOREIGN["phi"], "rope_parameters": rope("default", partial_rotary_factor=0.25)},
     "gemma3_text": {**tiny.FOREIGN["gemma3_text"], "rope_parameters": LAYERED},
-    "olmo3": {**tiny.SMALL, "model_type": "olmo3", "sliding_window": 8, "rope_parameters": {"full_attention": YARN,
-              "sliding_attention": rope("default")}},
-}  # fmt: skip
+    "olmo3": {
+        **tiny.SMALL,
+        "model_type": "olmo3",
+        "sliding_window": 8,
+        "rope_parameters": {"full_attention": YARN, "sliding_attention": rope("default")},
+    },
+}
 
 
 def saved(config: dict[str, Any], folder: Path) -> tuple[Any, dict[str, Any]]:
-    """transformers' model and the config.json that we write for it; what is written is opened again by us and by transformers."""
+    """transformers' model and the config.json that we write for it; what is written is opened again
+    by us and by transformers.
+    """
     model = tiny.random_model(config)
-    save_model(load_model(tiny.directory(model, folder / "in"), dtype="float32", notes=[]).model, folder / "out")
+    save_model(
+        load_model(tiny.directory(model, folder / "in"), dtype="float32", notes=[]).model,
+        folder / "out",
+    )
     assert close(load_model(folder / "out", dtype="float32", notes=[]).model, model)
     assert close(AutoModelForCausalLM.from_pretrained(folder / "out"), model)
     return model, json.loads((folder / "out" / "config.json").read_text())
 
 
-def older_frequencies(config: dict[str, Any], head: int, theta_name: str, share_name: str) -> Tensor:
-    """[dim / 2] as transformers 4 computes them from a config, written down from its modeling_rope_utils.py."""
+def older_frequencies(
+    config: dict[str, Any], head: int, theta_name: str, share_name: str
+) -> Tensor:
+    """[dim / 2] as transformers 4 computes them from a config, written down from its
+    modeling_rope_utils.py.
+    """
     theta, dim = config.get(theta_name, 10000.0), int(head * config.get(share_name, 1.0))
     plain = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     scaling = config.get("rope_scaling")
@@ -69,17 +98,27 @@ def older_frequencies(config: dict[str, Any], head: int, theta_name: str, share_
         return plain / scaling["factor"]
     if kind == "llama3":
         context, wavelengths = scaling["original_max_position_embeddings"], 2 * math.pi / plain
-        smooth = (context / wavelengths - scaling["low_freq_factor"]) / (scaling["high_freq_factor"] - scaling["low_freq_factor"])
+        smooth = (context / wavelengths - scaling["low_freq_factor"]) / (
+            scaling["high_freq_factor"] - scaling["low_freq_factor"]
+        )
         return plain * ((1 - smooth.clamp(0, 1)) / scaling["factor"] + smooth.clamp(0, 1))
     assert kind == "dynamic"  # up to max_position_embeddings
     return plain
 
 
-@pytest.mark.parametrize("name", ["llama", "llama linear", "llama dynamic", "llama llama3", "gpt_neox", "phi"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama linear", "llama dynamic", "llama llama3", "gpt_neox", "phi"]
+)
 def test_an_older_reader_finds_the_same_rotary_frequencies(name: str, tmp_path: Path) -> None:
     model, config = saved(SCALED[name], tmp_path)
-    names = ("rotary_emb_base", "rotary_pct") if name == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
-    theirs = dict(model.named_buffers())[next(n for n, _ in model.named_buffers() if n.endswith("rotary_emb.inv_freq"))]
+    names = (
+        ("rotary_emb_base", "rotary_pct")
+        if name == "gpt_neox"
+        else ("rope_theta", "partial_rotary_factor")
+    )
+    theirs = dict(model.named_buffers())[
+        next(n for n, _ in model.named_buffers() if n.endswith("rotary_emb.inv_freq"))
+    ]
     assert torch.allclose(older_frequencies(config, 8, *names).float(), theirs, rtol=1e-6)
     without = {k: v for k, v in config.items() if k not in (*names, "rope_scaling")}
     found = older_frequencies(without, 8, *names)  # what it would make of rope_parameters alone
@@ -87,10 +126,20 @@ def test_an_older_reader_finds_the_same_rotary_frequencies(name: str, tmp_path: 
 
 
 def test_what_the_older_fields_are(tmp_path: Path) -> None:
-    found = {name: saved(config, tmp_path / name.replace(" ", "-"))[1] for name, config in SCALED.items()}
-    older = {"factor": 4.0, "original_max_position_embeddings": 16, "rope_type": "yarn", "type": "yarn"}
+    found = {
+        name: saved(config, tmp_path / name.replace(" ", "-"))[1] for name, config in SCALED.items()
+    }
+    older = {
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "rope_type": "yarn",
+        "type": "yarn",
+    }
     assert (found["llama"]["rope_theta"], found["llama"]["rope_scaling"]) == (500.0, None)
-    assert (found["qwen3 yarn"]["rope_theta"], found["qwen3 yarn"]["rope_scaling"]) == (500.0, older)
+    assert (found["qwen3 yarn"]["rope_theta"], found["qwen3 yarn"]["rope_scaling"]) == (
+        500.0,
+        older,
+    )
     assert (found["olmo3"]["rope_theta"], found["olmo3"]["rope_scaling"]) == (500.0, older)
     gemma = found["gemma3_text"]
     assert (gemma["rope_theta"], gemma["rope_local_base_freq"]) == (500.0, 50.0)
@@ -107,7 +156,10 @@ def test_phi3_s_long_rope_has_the_three_fields_that_older_readers_allow() -> Non
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = {**tiny.SMALL, "model_type": "phi3", "original_max_position_embeddings": 32}
     older = add_legacy_rope_fields(
-        {**config, "rope_parameters": rope("longrope", original_max_position_embeddings=32, **factors)}
+        {
+            **config,
+            "rope_parameters": rope("longrope", original_max_position_embeddings=32, **factors),
+        }
     )
     assert older["rope_scaling"] == {"type": "longrope", **factors}
 
@@ -129,7 +181,9 @@ def test_a_converted_gguf_file_as_well(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_an_infinity_as_transformers_writes_it(tmp_path: Path) -> None:
-    """Mamba2's time_step_limit; saved by us, it is opened again, and written as older readers know it."""
+    """Mamba2's time_step_limit; saved by us, it is opened again, and written as older readers know
+    it.
+    """
     model = tiny.random_model(MAMBA2)
     text = (tiny.directory(model, tmp_path / "in") / "config.json").read_text()
     if "__float__" not in text:  # the default, which this transformers leaves out
@@ -144,12 +198,22 @@ def test_an_infinity_as_transformers_writes_it(tmp_path: Path) -> None:
 
 
 @settings(max_examples=50)
-@given(st.recursive(st.floats() | st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@given(
+    st.recursive(
+        st.floats() | st.text() | st.integers(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
 def test_whatever_transformers_encodes_is_decoded(value: Any) -> None:
     encoded = json.loads(json.dumps(PreTrainedConfig._encode_special_floats(value)))
     assert repr(decode_tagged_floats(encoded)) == repr(value)
 
 
 def test_what_only_looks_like_a_tagged_float_stays() -> None:
-    for value in ({"__float__": "12"}, {"__float__": 3}, {"__float__": "NaN", "more": 1}, [{"x": None}]):
+    for value in (
+        {"__float__": "12"},
+        {"__float__": 3},
+        {"__float__": "NaN", "more": 1},
+        [{"x": None}],
+    ):
         assert decode_tagged_floats(value) == value

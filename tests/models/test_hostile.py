@@ -1,4 +1,6 @@
-"""Checkpoints that do not fit, are damaged or mean harm: one clear ModelError each, and nothing of theirs is ever executed."""
+"""Checkpoints that do not fit, are damaged or mean harm: one clear ModelError each, and nothing of
+theirs is ever executed.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,14 @@ def llama(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {n: v for n, v in t.items() if n != "model.norm.weight"}, r"1 .*missing.*model\.norm\.weight"),
-        (lambda t: {**t, "model.extra.weight": torch.ones(2)}, r"1 .*unknown.*model\.extra\.weight"),
+        (
+            lambda t: {n: v for n, v in t.items() if n != "model.norm.weight"},
+            r"1 .*missing.*model\.norm\.weight",
+        ),
+        (
+            lambda t: {**t, "model.extra.weight": torch.ones(2)},
+            r"1 .*unknown.*model\.extra\.weight",
+        ),
         (lambda t: {**t, "model.norm.weight": torch.ones(7)}, r"model\.norm\.weight"),
     ],
     ids=["missing", "unknown", "shape"],
@@ -56,12 +64,22 @@ def test_pickles_are_never_opened(llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "shard", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "x.bin", "a\\b.safetensors"]
+    "shard",
+    [
+        "../secret.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "..",
+        "x.bin",
+        "a\\b.safetensors",
+    ],
 )
 @pytest.mark.parametrize("native", [True, False])
 def test_an_index_cannot_point_outside_its_directory(shard: str, native: bool, llama: Path) -> None:
     (llama / "model.safetensors").rename(llama.parent / "secret.safetensors")
-    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    (llama / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": shard}})
+    )
     with pytest.raises(ModelError, match="not the plain name"):
         opened(llama, native=native)
 
@@ -71,7 +89,10 @@ def test_an_index_that_lies(llama: Path) -> None:
     (llama / "model.safetensors").rename(llama / "a.safetensors")
     index = llama / "model.safetensors.index.json"
     for weight_map, message in (
-        ({**dict.fromkeys(names, "a.safetensors"), "ghost": "a.safetensors"}, "'ghost', which its shard does not hold"),
+        (
+            {**dict.fromkeys(names, "a.safetensors"), "ghost": "a.safetensors"},
+            "'ghost', which its shard does not hold",
+        ),
         (dict.fromkeys(names[1:], "a.safetensors"), "places in 'no file'"),
         (dict.fromkeys(names, "b.safetensors"), r"b\.safetensors is missing"),
         ({}, "no weight_map"),
@@ -117,21 +138,33 @@ def hostile(path: Path, **changes: Any) -> Path:
     [
         {},
         {"_attn_implementation": "stranger/kernel"},
-        {"_attn_implementation_internal": "stranger/kernel", "experts_implementation": "stranger/kernel"},
+        {
+            "_attn_implementation_internal": "stranger/kernel",
+            "experts_implementation": "stranger/kernel",
+        },
         {"attn_implementation": {"": "stranger/kernel"}},
-        {"task_specific_params": {"auto_map": {"AutoConfig": "modeling_evil.X"}, "_attn_implementation": "stranger/kernel"}},
+        {
+            "task_specific_params": {
+                "auto_map": {"AutoConfig": "modeling_evil.X"},
+                "_attn_implementation": "stranger/kernel",
+            }
+        },
     ],
     ids=lambda c: next(iter(c), "auto_map"),
 )
 def test_a_config_does_not_choose_code(native: bool, changes: dict[str, Any], llama: Path) -> None:
     notes: list[str] = []
     path = hostile(llama, **changes)
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": "x.Y"}}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": "x.Y"}})
+    )
     model = opened(path, native=native, notes=notes)
     assert close(model, tiny.trained("llama"))
     assert not (llama.parent / "canary").exists()
     assert any("auto_map" in note for note in notes)
-    assert all(any(key in note for note in notes) for key in changes if key != "task_specific_params")
+    assert all(
+        any(key in note for note in notes) for key in changes if key != "task_specific_params"
+    )
     if isinstance(model, HfModel):
         assert model.inner.config._attn_implementation in ("sdpa", "eager")
 
@@ -143,14 +176,19 @@ def test_an_architecture_that_needs_code_is_refused_unless_trusted(llama: Path) 
     assert not (llama.parent / "canary").exists()
 
 
-def test_trusted_code_runs_and_is_said_to(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_trusted_code_runs_and_is_said_to(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     (llama / "modeling_own.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
         "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
-    pointers = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    pointers = {
+        "AutoConfig": "modeling_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnModel",
+    }
     edit_config(llama, model_type="own", architectures=["OwnModel"], auto_map=pointers)
     notes: list[str] = []
     model = opened(llama, trust_remote_code=True, notes=notes)
@@ -164,7 +202,9 @@ def test_a_tokenizer_that_needs_code_is_refused(llama: Path) -> None:
     path = hostile(llama)
     (path / "tokenizer.json").write_text("{}")
     pointers = {"AutoTokenizer": ["tokenization_evil.EvilTokenizer", None]}
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "EvilTokenizer", "auto_map": pointers}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "EvilTokenizer", "auto_map": pointers})
+    )
     with pytest.raises(ModelError, match="tokenizer"):
         opened(path)
     assert not (llama.parent / "canary").exists()

@@ -1,6 +1,8 @@
-"""A layer's hand-written backward against transformers' own autograd in float64, for every family, precision and kind of mix.
+"""A layer's hand-written backward against transformers' own autograd in float64, for every family,
+precision and kind of mix.
 
-The other side is transformers' model with a plain low-rank term added by hooks: it shares no line with ours.
+The other side is transformers' model with a plain low-rank term added by hooks: it shares no line
+with ours.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from lorry.models.decoder import layer
 from lorry.models.decoder.model import Decoder, PackedInput
 
 LONG = {"max_position_embeddings": 256}
-WIDE: dict[str, dict[str, Any]] = {  # heads as wide as the kernel takes them, lengths that cross a block of it
+WIDE: dict[
+    str, dict[str, Any]
+] = {  # heads as wide as the kernel takes them, lengths that cross a block of it
     "llama": {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, **LONG},
     "llama biased": {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, **LONG},
     "qwen2": {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, **LONG},
@@ -57,8 +61,12 @@ def packed() -> PackedInput:
 
 
 def objective(logits: Tensor) -> Tensor:
-    """Something whose gradient is not small anywhere: a fixed random functional of the log-probabilities."""
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    """Something whose gradient is not small anywhere: a fixed random functional of the
+    log-probabilities.
+    """
+    weights = torch.randn(
+        logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     return (logits.log_softmax(-1) * weights.to(logits.dtype)).sum()
 
 
@@ -69,8 +77,12 @@ def ours(model: Decoder, call: AdapterContext, batch: PackedInput) -> Tensor:
     return objective(logits.float() if logits.dtype == torch.bfloat16 else logits)
 
 
-def hooked(theirs: nn.Module, model: Decoder, terms: Callable[[str, int], list[tuple[Tensor, Tensor, Any]]]) -> Tensor:
-    """transformers' logits of every row with the terms (A, B, g * s) added to each adapted linear's output."""
+def hooked(
+    theirs: nn.Module, model: Decoder, terms: Callable[[str, int], list[tuple[Tensor, Tensor, Any]]]
+) -> Tensor:
+    """transformers' logits of every row with the terms (A, B, g * s) added to each adapted linear's
+    output.
+    """
     handles, row = [], 0
     for path in get_bank(model).modules:
 
@@ -122,9 +134,15 @@ def error(model: Decoder, name: str, truth: dict[str, tuple[Tensor, Tensor]]) ->
     return worst
 
 
-def one_layer(name: str, tmp_path: Path, dtype: torch.dtype) -> tuple[Decoder, nn.Module, dict[str, tuple[Tensor, Tensor]]]:
-    """Ours, transformers in float64, and its adapter leaves with their gradient. One layer, large weights everywhere."""
-    source = tiny.fresh(name, **{**WIDE[name], "n_layer" if name == "gpt2" else "num_hidden_layers": 1})
+def one_layer(
+    name: str, tmp_path: Path, dtype: torch.dtype
+) -> tuple[Decoder, nn.Module, dict[str, tuple[Tensor, Tensor]]]:
+    """Ours, transformers in float64, and its adapter leaves with their gradient. One layer, large
+    weights everywhere.
+    """
+    source = tiny.fresh(
+        name, **{**WIDE[name], "n_layer" if name == "gpt2" else "num_hidden_layers": 1}
+    )
     model = tiny.decoder(source, tmp_path, dtype)
     attach(model, LoraSpec(r=4, init_lora_weights=False))
     theirs = rounded(model, source, dtype)
@@ -145,12 +163,28 @@ def test_bfloat16_gradients_are_as_good_as_transformers(name: str, tmp_path: Pat
     """Of the whole gradient: no further off than transformers' own bfloat16 pass is."""
     model, theirs, truth = one_layer(name, tmp_path, torch.bfloat16)
     ours(model, AdapterContext(Mix.one("default")), packed()).backward()
-    exact = torch.cat([leaf.grad.flatten() for pair in truth.values() for leaf in pair if leaf.grad is not None])
-    other = {path: tuple(leaf.detach().bfloat16().requires_grad_() for leaf in pair) for path, pair in truth.items()}
-    objective(hooked(theirs.bfloat16(), model, lambda path, row: [(*other[path], 2.0)]).float()).backward()  # type: ignore[list-item]
+    exact = torch.cat(
+        [leaf.grad.flatten() for pair in truth.values() for leaf in pair if leaf.grad is not None]
+    )
+    other = {
+        path: tuple(leaf.detach().bfloat16().requires_grad_() for leaf in pair)
+        for path, pair in truth.items()
+    }
+    objective(
+        hooked(theirs.bfloat16(), model, lambda path, row: [(*other[path], 2.0)]).float()
+    ).backward()  # type: ignore[list-item]
     slots = get_bank(model)["default"].slots
-    mine = torch.cat([leaf.grad.flatten() for path in truth for leaf in (slots[path].A, slots[path].B) if leaf.grad is not None])
-    peer = torch.cat([leaf.grad.flatten() for pair in other.values() for leaf in pair if leaf.grad is not None])
+    mine = torch.cat(
+        [
+            leaf.grad.flatten()
+            for path in truth
+            for leaf in (slots[path].A, slots[path].B)
+            if leaf.grad is not None
+        ]
+    )
+    peer = torch.cat(
+        [leaf.grad.flatten() for pair in other.values() for leaf in pair if leaf.grad is not None]
+    )
     off, peers = (float((g.double() - exact).norm() / exact.norm()) for g in (mine, peer))
     assert off < 1.25 * peers
 
@@ -166,7 +200,9 @@ def test_gradients_through_several_layers(name: str, tmp_path: Path) -> None:
     theirs.load_state_dict({k: v.double() for k, v in source.state_dict().items()})
     outs = []
     handles = [
-        theirs.get_submodule(path).register_forward_hook(lambda m, i, o, ab=ab: o + 2.0 * (i[0] @ ab[0].t() @ ab[1].t()))
+        theirs.get_submodule(path).register_forward_hook(
+            lambda m, i, o, ab=ab: o + 2.0 * (i[0] @ ab[0].t() @ ab[1].t())
+        )
         for path, ab in truth.items()
     ]
     for tokens in batch:
@@ -178,11 +214,18 @@ def test_gradients_through_several_layers(name: str, tmp_path: Path) -> None:
 
 
 def test_every_kind_of_mix_at_once(tmp_path: Path) -> None:
-    """Two adapters of unlike rank and targets, gates per token that want gradients, and rows that use neither."""
+    """Two adapters of unlike rank and targets, gates per token that want gradients, and rows that
+    use neither.
+    """
     source = tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=2)
     model = tiny.decoder(source, tmp_path)
     attach(model, LoraSpec(r=4, init_lora_weights=False), "a")
-    attach(model, LoraSpec(r=3, init_lora_weights=False, target_modules=["v_proj", "down_proj", "up_proj"]), "b", seed=1)
+    attach(
+        model,
+        LoraSpec(r=3, init_lora_weights=False, target_modules=["v_proj", "down_proj", "up_proj"]),
+        "b",
+        seed=1,
+    )
     theirs = rounded(model, source, torch.float32)
     bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
     gates = torch.rand(bounds[-1], 2, generator=torch.Generator().manual_seed(3))
@@ -193,7 +236,11 @@ def test_every_kind_of_mix_at_once(tmp_path: Path) -> None:
 
     def terms(path: str, row: int) -> list[tuple[Tensor, Tensor, Any]]:
         part = other[bounds[row] : bounds[row + 1]]
-        return [(*truth[n][path], scales[n] * part[:, k, None]) for k, n in enumerate("ab") if path in truth[n]]
+        return [
+            (*truth[n][path], scales[n] * part[:, k, None])
+            for k, n in enumerate("ab")
+            if path in truth[n]
+        ]
 
     objective(hooked(theirs, model, terms)).backward()
     ours(model, AdapterContext(Mix.routed(["a", "b"], mine)), packed()).backward()
@@ -206,18 +253,25 @@ def test_every_kind_of_mix_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_adapters_side_by_side_in_bfloat16(dropout: float, tmp_path: Path) -> None:
-    """Rows of one adapter are widened to even shapes there: each adapter's gradient is what it is in a batch of its own, and not
-    one bit of a sequence's output depends on what the other sequences say."""
-    model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=2), tmp_path, torch.bfloat16)
+    """Rows of one adapter are widened to even shapes there: each adapter's gradient is what it is
+    in a batch of its own, and not one bit of a sequence's output depends on what the other
+    sequences say.
+    """
+    model = tiny.decoder(
+        tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=2), tmp_path, torch.bfloat16
+    )
     for i, name in enumerate("ab"):
-        attach(model, LoraSpec(r=4 - i, lora_dropout=dropout, init_lora_weights=False), name, seed=i)
+        attach(
+            model, LoraSpec(r=4 - i, lora_dropout=dropout, init_lora_weights=False), name, seed=i
+        )
     names, keys = ["a", None, "b"], (5, 6, 7)
 
     def hidden(batch: list[list[int]], which: list[int]) -> Tensor:
         starts = [0, *torch.tensor([len(t) for t in batch]).cumsum(0).tolist()]
         noise = DropoutNoise(1, 2, tuple(keys[i] for i in which), tuple(starts))
         last = model.hidden(
-            PackedInput.of(batch), AdapterContext(Mix.per_sequence([names[i] for i in which], starts), noise)
+            PackedInput.of(batch),
+            AdapterContext(Mix.per_sequence([names[i] for i in which], starts), noise),
         ).last
         assert last is not None
         return last
@@ -246,7 +300,9 @@ def test_the_base_itself_can_train(name: str, tmp_path: Path) -> None:
     source = tiny.fresh(name, **WIDE[name])
     model = tiny.decoder(source, tmp_path)
     theirs = source.double().requires_grad_(True)
-    objective(torch.cat([theirs(input_ids=torch.tensor([tokens])).logits[0] for tokens in rows()])).backward()
+    objective(
+        torch.cat([theirs(input_ids=torch.tensor([tokens])).logits[0] for tokens in rows()])
+    ).backward()
     model.requires_grad_(True)
     ours(model, AdapterContext(), packed()).backward()
     named = dict(model.named_parameters())
@@ -274,12 +330,16 @@ def test_some_of_the_base_can_train(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_twice_and_with_recompute(dtype: torch.dtype, tmp_path: Path) -> None:
-    """A second backward through the same graph, and a layer that runs again in backward, give the same bits; dropout on."""
+    """A second backward through the same graph, and a layer that runs again in backward, give the
+    same bits; dropout on.
+    """
     model = tiny.decoder(tiny.fresh("qwen3", **WIDE["qwen3"]), tmp_path, dtype)
     attach(model, LoraSpec(r=4, lora_dropout=0.3, init_lora_weights=False))
     adapter, batch = get_bank(model)["default"], packed()
     starts = (0, *torch.tensor(LENGTHS).cumsum(0).tolist())
-    call = AdapterContext(Mix.one("default"), DropoutNoise(seed=3, step=1, keys=(7, 8, 9), starts=starts))
+    call = AdapterContext(
+        Mix.one("default"), DropoutNoise(seed=3, step=1, keys=(7, 8, 9), starts=starts)
+    )
     found = []
     for recompute in (False, True):
         model.gradient_checkpointing = recompute
@@ -292,8 +352,12 @@ def test_backward_twice_and_with_recompute(dtype: torch.dtype, tmp_path: Path) -
     assert all(torch.equal(f, found[0]) for f in found)
 
 
-def test_nothing_is_done_below_the_lowest_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Adapters in layers 2 and 3 of 4: two layers go backward, and the lower of them makes no gradient for its input."""
+def test_nothing_is_done_below_the_lowest_adapter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Adapters in layers 2 and 3 of 4: two layers go backward, and the lower of them makes no
+    gradient for its input.
+    """
     model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=4), tmp_path)
     attach(model, LoraSpec(r=4, init_lora_weights=False, layers_to_transform=[2, 3]))
     ran: list[tuple[int, bool]] = []
@@ -310,8 +374,12 @@ def test_nothing_is_done_below_the_lowest_adapter(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(not kernel_status().amx, reason="torch's own attention keeps what it likes")
 def test_what_a_layer_keeps(tmp_path: Path) -> None:
-    """Bytes per token and layer in bf16: 2(d + q + 2k + q + d + 2f) + 4 heads, and 2r per product's A (docs/architecture.md)."""
-    model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=3), tmp_path, torch.bfloat16)
+    """Bytes per token and layer in bf16: 2(d + q + 2k + q + d + 2f) + 4 heads, and 2r per product's
+    A (docs/architecture.md).
+    """
+    model = tiny.decoder(
+        tiny.fresh("llama", **WIDE["llama"], num_hidden_layers=3), tmp_path, torch.bfloat16
+    )
     attach(model, LoraSpec(r=4, init_lora_weights=False))
     held: dict[int, int] = {}
 
@@ -376,7 +444,9 @@ class Int8:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A variant with a term of its own: y = W x + m * (W x), m [O] trained (of the shape of DoRA's)."""
+    """A variant with a term of its own: y = W x + m * (W x), m [O] trained (of the shape of
+    DoRA's).
+    """
 
     inner: FrozenLinear
     m: Tensor
@@ -410,8 +480,12 @@ def layer_linears(model: Decoder) -> dict[str, BankLinear]:
 
 @pytest.mark.parametrize("name", ["llama biased", "qwen3", "gpt2", "gpt_neox parallel"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_weight_in_eight_bits_brings_its_own_product(name: str, recompute: bool, tmp_path: Path) -> None:
-    """Its adapters' gradients are those of transformers' model with the weights that the bytes stand for."""
+def test_a_weight_in_eight_bits_brings_its_own_product(
+    name: str, recompute: bool, tmp_path: Path
+) -> None:
+    """Its adapters' gradients are those of transformers' model with the weights that the bytes
+    stand for.
+    """
     source = tiny.fresh(name, **WIDE[name])
     model = tiny.decoder(source, tmp_path)
     attach(model, LoraSpec(r=4, init_lora_weights=False))
@@ -458,7 +532,9 @@ def test_a_variant_adds_a_term_of_its_own_that_trains(name: str, tmp_path: Path)
 
 
 def test_a_product_by_itself_is_differentiated_too(tmp_path: Path) -> None:
-    """A linear that is called alone, without an adapter, goes through its product; and what cannot be is refused."""
+    """A linear that is called alone, without an adapter, goes through its product; and what cannot
+    be is refused.
+    """
     model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"]), tmp_path)
     path, linear = next(iter(layer_linears(model).items()))
     stored = Int8.of(linear)
@@ -480,7 +556,9 @@ def test_a_product_by_itself_is_differentiated_too(tmp_path: Path) -> None:
 class Softmax:
     """A toy router: gates [T, K] = softmax(x W), one W [width, K] per layer and half."""
 
-    def __init__(self, model: Decoder, adapters: Sequence[str], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: Decoder, adapters: Sequence[str], dtype: torch.dtype = torch.float32
+    ) -> None:
         draw, width = torch.Generator().manual_seed(9), model.geometry.width
         self.adapters = adapters
         self.weights = {
@@ -497,14 +575,22 @@ class Softmax:
 
 
 class Routed:
-    """transformers' model in float64 with the terms of adapters whose gates are made of the norms' outputs, by hooks."""
+    """transformers' model in float64 with the terms of adapters whose gates are made of the norms'
+    outputs, by hooks.
+    """
 
-    def __init__(self, theirs: nn.Module, model: Decoder, router: Softmax, strength: Tensor) -> None:
+    def __init__(
+        self, theirs: nn.Module, model: Decoder, router: Softmax, strength: Tensor
+    ) -> None:
         """strength [T, K]: what each token's terms are multiplied with besides."""
         self.model, self.router, self.strength = model, router, strength
         self.truth = {name: masters(model, name) for name in router.adapters}
         self.gates: dict[tuple[int, str], Tensor] = {}
-        self.bounds, self.row, self.theirs = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()], 0, theirs
+        self.bounds, self.row, self.theirs = (
+            [0, *torch.tensor(LENGTHS).cumsum(0).tolist()],
+            0,
+            theirs,
+        )
         family = model.family
         for i in range(model.geometry.layers):
             for half, norm in (("attn", family.norms.attn), ("mlp", family.norms.mlp)):
@@ -534,20 +620,31 @@ class Routed:
         return torch.cat(out)
 
 
-# and how near float64 the worst tensor comes; without a router it is 8% off in bfloat16, as others are
+# and how near float64 the worst tensor comes; without a router it is 8% off in bfloat16, as others
+# are
 FLOAT, BRAIN = (torch.float32, 2e-5), (torch.bfloat16, 0.15)
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("llama", FLOAT), ("qwen3", FLOAT), ("gpt2", FLOAT), ("gpt_neox parallel", FLOAT), ("llama", BRAIN)],
+    [
+        ("llama", FLOAT),
+        ("qwen3", FLOAT),
+        ("gpt2", FLOAT),
+        ("gpt_neox parallel", FLOAT),
+        ("llama", BRAIN),
+    ],
 )
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_router_reads_each_layers_normed_inputs(
     name: str, kind: tuple[torch.dtype, float], recompute: bool, tmp_path: Path
 ) -> None:
-    """Outputs, and gradients of the experts and of the router through two layers, against float64 autograd."""
-    source = tiny.fresh(name, **WIDE[name], **{"n_layer" if name == "gpt2" else "num_hidden_layers": 2})
+    """Outputs, and gradients of the experts and of the router through two layers, against float64
+    autograd.
+    """
+    source = tiny.fresh(
+        name, **WIDE[name], **{"n_layer" if name == "gpt2" else "num_hidden_layers": 2}
+    )
     dtype, bound = kind
     model = tiny.decoder(source, tmp_path, dtype)
     attach(model, LoraSpec(r=4, init_lora_weights=False), "a")
@@ -562,7 +659,10 @@ def test_a_router_reads_each_layers_normed_inputs(
     there = exact.run()
     objective(there).backward()
     model.gradient_checkpointing = recompute
-    call, batch = AdapterContext(Mix((MixTerm("a"), MixTerm("b", slice(5, 100), 0.5))), None, router), packed()
+    call, batch = (
+        AdapterContext(Mix((MixTerm("a"), MixTerm("b", slice(5, 100), 0.5))), None, router),
+        packed(),
+    )
     with torch.no_grad():
         here = model.logits(model.hidden(batch, call).last, call)
     assert float((here.double() - there.detach()).norm() / there.detach().norm()) < bound
@@ -583,7 +683,9 @@ def test_a_router_reads_each_layers_normed_inputs(
 
 
 def test_a_router_is_refused_where_no_layer_asks_it(tmp_path: Path) -> None:
-    """An adapter at the head cannot take a gate of the layers, nor a term two gates: said, not left out."""
+    """An adapter at the head cannot take a gate of the layers, nor a term two gates: said, not left
+    out.
+    """
     model = tiny.decoder(tiny.fresh("llama", **WIDE["llama"]), tmp_path)
     attach(model, LoraSpec(r=4, init_lora_weights=False, target_modules=["q_proj", "lm_head"]), "a")
     call = AdapterContext(Mix.one("a"), None, Softmax(model, ["a"]))
@@ -591,4 +693,6 @@ def test_a_router_is_refused_where_no_layer_asks_it(tmp_path: Path) -> None:
         ours(model, call, packed())
     gate = torch.ones(sum(LENGTHS))
     with pytest.raises(ContractError, match="one of its own"):
-        model.hidden(packed(), AdapterContext(Mix.routed(["a"], gate[:, None]), None, Softmax(model, ["a"])))
+        model.hidden(
+            packed(), AdapterContext(Mix.routed(["a"], gate[:, None]), None, Softmax(model, ["a"]))
+        )

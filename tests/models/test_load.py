@@ -1,4 +1,6 @@
-"""Loading: every tensor accounted for, what the decoder cannot compute handed on with the reason, names found or explained."""
+"""Loading: every tensor accounted for, what the decoder cannot compute handed on with the reason,
+names found or explained.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def test_native_and_forced_models_agree_and_have_the_same_names(name: str, tmp_p
     assert isinstance(forced, HfModel)
     assert set(native.state_dict()) == set(forced.state_dict())
     assert (logits(native) - logits(forced)).abs().max() <= 1e-4
-    assert (logits(native) - tiny.trained(name)(input_ids=tiny.text_ids()).logits).abs().max() <= 1e-4
+    assert (
+        logits(native) - tiny.trained(name)(input_ids=tiny.text_ids()).logits
+    ).abs().max() <= 1e-4
     assert not any(p.requires_grad for p in native.parameters())
 
 
@@ -51,15 +55,23 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
 
 
 def test_hub_gpt2_names_and_buffers(tmp_path: Path) -> None:
-    """The hub's GPT-2 has no `transformer.` prefix and stores the causal mask; the mask is dropped, nothing else is."""
+    """The hub's GPT-2 has no `transformer.` prefix and stores the causal mask; the mask is dropped,
+    nothing else is.
+    """
     path = tiny.directory(tiny.trained("gpt2"), tmp_path)
 
     def old(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         bare = {n.removeprefix("transformer."): t for n, t in tensors.items()}
-        return {**bare, "h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+        return {
+            **bare,
+            "h.0.attn.bias": torch.ones(1, 1, 64, 64),
+            "h.1.attn.masked_bias": torch.tensor(-1e4),
+        }
 
     for native in (True, False):
-        assert (logits(opened(rewrite(path, old), native=native)) - logits(tiny.trained("gpt2"))).abs().max() <= 1e-5
+        assert (
+            logits(opened(rewrite(path, old), native=native)) - logits(tiny.trained("gpt2"))
+        ).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("spelling", ["embed_out.weight", "lm_head.weight"])
@@ -68,10 +80,19 @@ def test_neox_heads_and_buffers_in_either_spelling(spelling: str, tmp_path: Path
 
     def old(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         head = next(n for n in tensors if n in ("embed_out.weight", "lm_head.weight"))
-        buffers = {f"gpt_neox.layers.0.attention.{n}": torch.ones(2) for n in ("bias", "masked_bias", "rotary_emb.inv_freq")}
-        return {**{n: t for n, t in tensors.items() if n != head}, spelling: tensors[head], **buffers}
+        buffers = {
+            f"gpt_neox.layers.0.attention.{n}": torch.ones(2)
+            for n in ("bias", "masked_bias", "rotary_emb.inv_freq")
+        }
+        return {
+            **{n: t for n, t in tensors.items() if n != head},
+            spelling: tensors[head],
+            **buffers,
+        }
 
-    assert (logits(opened(rewrite(path, old))) - logits(tiny.trained("gpt_neox parallel"))).abs().max() <= 1e-4
+    assert (
+        logits(opened(rewrite(path, old))) - logits(tiny.trained("gpt_neox parallel"))
+    ).abs().max() <= 1e-4
 
 
 def test_a_tied_head_may_be_absent_or_equal_but_not_different(tmp_path: Path) -> None:
@@ -111,10 +132,18 @@ def test_loading_leaves_the_file_alone(llama: Path) -> None:
     ("name", "changes", "reason"),
     [
         ("mistral", {"sliding_window": 8}, "sliding_window=8"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding_window=8"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+            "sliding_window=8",
+        ),
         ("llama", {"hidden_act": "relu2"}, "no activation 'relu2'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type='dynamic'",
+        ),
     ],
 )
 def test_what_the_decoder_does_not_compute_goes_to_transformers_with_the_reason(
@@ -136,7 +165,9 @@ def test_dtype_and_device(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_dtype("bf16", cpu) == torch.bfloat16
     assert pick_dtype(torch.float16, cpu) == torch.float16
     for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"avx2": True, "amx_bf16": fast})
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda fast=fast: {"avx2": True, "amx_bf16": fast}
+        )
         assert opened(llama, dtype="auto").dtype == expected
         # one kind of machine runs what the other would
         for told in (torch.float32, torch.bfloat16):
@@ -145,7 +176,9 @@ def test_dtype_and_device(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert opened(llama, dtype="float32").dtype == torch.float32
         monkeypatch.delenv("LORRY_DTYPE")
     monkeypatch.setenv("LORRY_DTYPE", "half")
-    with pytest.raises(ConfigError, match="LORRY_DTYPE='half' in the environment; give float32 or bfloat16"):
+    with pytest.raises(
+        ConfigError, match="LORRY_DTYPE='half' in the environment; give float32 or bfloat16"
+    ):
         pick_dtype("auto", cpu)
     with pytest.raises(ConfigError, match="choose auto"):
         pick_dtype("float8", cpu)
@@ -168,7 +201,11 @@ def test_the_bases_own_dropout_is_off_and_said_to_be(tmp_path: Path) -> None:
 
 def test_a_misspelt_path_and_an_unknown_id(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(llama.parent)
-    for typed, hint in (("./lama", "llama"), ("lama", "llama"), ("smollm2-135m-instrukt", "smollm2-135m-instruct")):
+    for typed, hint in (
+        ("./lama", "llama"),
+        ("lama", "llama"),
+        ("smollm2-135m-instrukt", "smollm2-135m-instruct"),
+    ):
         monkeypatch.setattr(sources, "snapshot_download", offline)
         with pytest.raises(ModelError, match=f"did you mean '{hint}'|did you mean './{hint}'"):
             opened(typed)
@@ -184,7 +221,9 @@ def offline(name: str, **options: Any) -> str:
     raise LocalEntryNotFoundError("Cannot find the requested files in the disk cache.")
 
 
-def test_a_hub_id_is_downloaded_without_pickles_or_code(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_downloaded_without_pickles_or_code(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
 
     def snapshot(name: str, **options: Any) -> str:
@@ -204,7 +243,9 @@ def test_a_hub_id_is_downloaded_without_pickles_or_code(llama: Path, monkeypatch
 
 def test_an_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "snapshot_download", offline)
-    with pytest.raises(ModelError, match=r"'someone/x' at revision 'v2'.*no such directory.*smollm2-135m-instruct"):
+    with pytest.raises(
+        ModelError, match=r"'someone/x' at revision 'v2'.*no such directory.*smollm2-135m-instruct"
+    ):
         opened("someone/x", revision="v2")
     monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
@@ -243,7 +284,9 @@ def test_an_adapter_or_run_opens_its_base(llama: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_the_embedded_model_finds_it_on_another_machine(tmp_path: Path) -> None:
-    path = adapter(tmp_path / "x", "/home/someone/.cache/lorry/models/smollm2-135m-instruct-0123456789ab")
+    path = adapter(
+        tmp_path / "x", "/home/someone/.cache/lorry/models/smollm2-135m-instruct-0123456789ab"
+    )
     assert sources._base_of_adapter(path) == "smollm2-135m-instruct"
 
 
@@ -255,12 +298,19 @@ def test_the_digest_sees_base_weights_and_nothing_else(llama: Path) -> None:
     before, whole = sample_digest(model), sample_digest(model, whole=True)
     attach(model, LoraSpec(r=2, init_lora_weights=False))
     assert (sample_digest(model), sample_digest(model, whole=True)) == (before, whole)
-    assert (sample_digest(opened(llama)), sample_digest(opened(llama, native=False))) == (before, before)
+    assert (sample_digest(opened(llama)), sample_digest(opened(llama, native=False))) == (
+        before,
+        before,
+    )
     merge(model)
-    assert sample_digest(model, whole=True) == whole  # the base of a merged model is what it keeps aside
+    assert (
+        sample_digest(model, whole=True) == whole
+    )  # the base of a merged model is what it keeps aside
     unmerge(model)
     with torch.no_grad():
-        model.get_parameter("model.layers.1.mlp.up_proj.weight").view(torch.int32)[3, 5] ^= 1  # the smallest change there is
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").view(torch.int32)[3, 5] ^= (
+            1  # the smallest change there is
+        )
     assert sample_digest(model, whole=True) != whole
     assert sample_digest(model) != before  # in a model this small every value is sampled
 

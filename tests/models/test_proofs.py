@@ -24,14 +24,24 @@ from lorry.models.loading.load import load_model
 from tiny import one_thread  # noqa: F401 - a fixture
 
 BERT = {
-    "model_type": "bert", "vocab_size": tiny.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
+    "model_type": "bert",
+    "vocab_size": tiny.VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 # Models that see the future, and the field that makes them
 BLIND = {
     "bert": (BERT, "is_decoder=true"),
-    "embeddinggemma": ({**tiny.FOREIGN["gemma3_text"], "use_bidirectional_attention": True}, "use_bidirectional_attention=false"),
-    # transformers reads it with getattr; LlamaConfig does not list it, and Lorry's own decoder is causal all the same
+    "embeddinggemma": (
+        {**tiny.FOREIGN["gemma3_text"], "use_bidirectional_attention": True},
+        "use_bidirectional_attention=false",
+    ),
+    # transformers reads it with getattr; LlamaConfig does not list it, and Lorry's own decoder is
+    # causal all the same
     "llama": ({**tiny.LLAMA, "is_causal": False}, "is_causal=true"),
     "qwen2": ({**tiny.LLAMA, "model_type": "qwen2", "is_causal": False}, "is_causal=true"),
 }
@@ -67,32 +77,53 @@ def test_a_model_that_sees_the_future_is_refused(kind: str, dtype: str, tmp_path
     inner, path = saved(config, tmp_path)
     assert moved(inner, 3) > 1e-3
     notes: list[str] = []
-    with pytest.raises(ModelError, match=f"(?s)model: .*no causal language model here: changing tokens .* Set {field}"):
+    with pytest.raises(
+        ModelError,
+        match=f"(?s)model: .*no causal language model here: changing tokens .* Set {field}",
+    ):
         load_model(path, dtype=dtype, notes=notes)
     if kind == "bert":
         assert any("transformers says" in note and "is_decoder=True" in note for note in notes)
     name, _, value = field.partition("=")
     tiny.edit_config(path, **{name: value == "true"})
-    assert load_model(path, dtype=dtype, notes=[]).source["family"] == (kind if kind in ("llama", "qwen2") else None)
+    assert load_model(path, dtype=dtype, notes=[]).source["family"] == (
+        kind if kind in ("llama", "qwen2") else None
+    )
 
 
 OTHERS = {
-    "xlnet": ({"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}, "It cannot be trained or scored as one"),
-    "xlm": ({"emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}, "Set causal=true"),
+    "xlnet": (
+        {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+        "It cannot be trained or scored as one",
+    ),
+    "xlm": (
+        {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
+        "Set causal=true",
+    ),
     "reformer": (
         {
-            "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["lsh"], "num_hidden_layers": 1, "hidden_size": 32,
-            "num_attention_heads": 4, "attention_head_size": 8, "feed_forward_size": 48, "lsh_attn_chunk_length": 4,
-            "num_buckets": 4, "max_position_embeddings": 64,
+            "is_decoder": True,
+            "axial_pos_embds": False,
+            "attn_layers": ["lsh"],
+            "num_hidden_layers": 1,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "attention_head_size": 8,
+            "feed_forward_size": 48,
+            "lsh_attn_chunk_length": 4,
+            "num_buckets": 4,
+            "max_position_embeddings": 64,
         },
         "says something else each time",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_others_that_are_no_causal_models(kind: str, tmp_path: Path) -> None:
-    """XLNet reads both ways and says max_position_embeddings=-1; Reformer sorts all tokens by random hashes."""
+    """XLNet reads both ways and says max_position_embeddings=-1; Reformer sorts all tokens by
+    random hashes.
+    """
     config, words = OTHERS[kind]
     _, path = saved({"model_type": kind, "vocab_size": tiny.VOCAB, **config}, tmp_path)
     with pytest.raises(ModelError, match=words):
@@ -115,10 +146,19 @@ def test_a_leak_into_one_position_and_of_any_size_is_found() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "qwen2_moe"])
-def test_experts_whose_groups_change_with_later_tokens_are_no_leak(kind: str, dtype: torch.dtype) -> None:
-    more = {"num_experts": 8, "num_local_experts": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+def test_experts_whose_groups_change_with_later_tokens_are_no_leak(
+    kind: str, dtype: torch.dtype
+) -> None:
+    more = {
+        "num_experts": 8,
+        "num_local_experts": 8,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    }
     for seed in range(3):
-        model = HfModel(tiny.random_model({**tiny.MOE, **more, "model_type": kind}, seed=seed).to(dtype))
+        model = HfModel(
+            tiny.random_model({**tiny.MOE, **more, "model_type": kind}, seed=seed).to(dtype)
+        )
         assert proofs.find_future_leak(model) == ""
         assert proofs.find_cache_error(model) == ""
 
@@ -130,8 +170,15 @@ def test_rounding_alone_is_told_from_a_leak_by_the_gradient() -> None:
     def noisy(packed: PackedInput, call: AdapterContext, **options: Any) -> HiddenStates:
         last = whole(packed, call, **options).last
         assert last is not None
-        with torch.no_grad():  # depends on all tokens, as the order of sums over an expert's tokens does
-            noise = torch.randn(last.shape, generator=torch.Generator().manual_seed(int(packed.tokens.sum()))) * 1e-2
+        with (
+            torch.no_grad()
+        ):  # depends on all tokens, as the order of sums over an expert's tokens does
+            noise = (
+                torch.randn(
+                    last.shape, generator=torch.Generator().manual_seed(int(packed.tokens.sum()))
+                )
+                * 1e-2
+            )
         return HiddenStates(last + noise.to(last.dtype))
 
     model.__dict__["hidden"] = noisy
@@ -147,7 +194,9 @@ def test_every_family_is_proven_and_runs_natively(name: str, dtype: str, tmp_pat
     assert len(list((tmp_path / "home" / "proofs").iterdir())) == 1
 
 
-def test_a_field_that_only_transformers_reads_sends_the_model_to_transformers(tmp_path: Path) -> None:
+def test_a_field_that_only_transformers_reads_sends_the_model_to_transformers(
+    tmp_path: Path,
+) -> None:
     """GPT-NeoX's rotary table looks for `head_dim`, which its config class does not list."""
     inner, path = saved({**tiny.NEOX, "head_dim": 4}, tmp_path)
     notes: list[str] = []
@@ -172,49 +221,71 @@ def test_a_broken_decoder_does_not_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(list((tmp_path / "home" / "proofs").iterdir())) == 1  # that of transformers' own
 
 
-def test_a_broken_cache_of_the_decoder_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_cache_of_the_decoder_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, path = saved(tiny.LLAMA, tmp_path)
     for kind in (KVCache, RowKVCache):
         right = kind.write
-        broken = lambda self, layer, rows, places, k, v, right=right: right(self, layer, rows, places, v, v)  # noqa: E731
+        broken = lambda self, layer, rows, places, k, v, right=right: right(  # noqa: E731
+            self, layer, rows, places, v, v
+        )
         monkeypatch.setattr(kind, "write", broken)
     assert "with its cache" in load_model(path, dtype="float32", notes=[]).source["why"]
 
 
-def test_a_decoder_that_sees_the_future_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_sees_the_future_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, path = saved(tiny.LLAMA, tmp_path)
     whole = Decoder.hidden
 
-    def leaking(self: Decoder, packed: PackedInput, call: AdapterContext, **options: Any) -> HiddenStates:
+    def leaking(
+        self: Decoder, packed: PackedInput, call: AdapterContext, **options: Any
+    ) -> HiddenStates:
         last = whole(self, packed, call, **options).last
         assert last is not None
-        return HiddenStates(last + 1e-6 * last.mean(0))  # less than what tells two implementations apart
+        return HiddenStates(
+            last + 1e-6 * last.mean(0)
+        )  # less than what tells two implementations apart
 
     monkeypatch.setattr(Decoder, "hidden", leaking)
     assert "moves what it says" in load_model(path, dtype="float32", notes=[]).source["why"]
 
 
-def test_a_proof_is_made_once_for_a_config_and_again_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proof_is_made_once_for_a_config_and_again_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, path = saved(tiny.LLAMA, tmp_path)
     load_model(path, dtype="float32", notes=[])
     made: list[str] = []
     monkeypatch.setattr(
-        proofs, "_compare_native", lambda family, config, dtype, device: made.append(family.name) or "not this one"
+        proofs,
+        "_compare_native",
+        lambda family, config, dtype, device: made.append(family.name) or "not this one",
     )
     for forget in (False, True):  # another process finds it on disk
         if forget:
             proofs._proven_digests.cache_clear()
         assert load_model(path, dtype="float32", notes=[]).source["family"] == "llama"
     assert made == []
-    for changes, dtype in (({}, "bfloat16"), ({"rms_norm_eps": 1e-3}, "float32"), ({"something_new": 1}, "float32")):
+    for changes, dtype in (
+        ({}, "bfloat16"),
+        ({"rms_norm_eps": 1e-3}, "float32"),
+        ({"something_new": 1}, "float32"),
+    ):
         tiny.edit_config(path, **changes)
         assert load_model(path, dtype=dtype, notes=[]).source["why"] == "not this one"
 
 
-def test_of_a_model_of_transformers_it_is_made_once_for_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_model_of_transformers_it_is_made_once_for_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[str] = []
     real = proofs._prove_or_raise
-    monkeypatch.setattr(proofs, "_prove_or_raise", lambda model, where: (made.append(where), real(model, where)))
+    monkeypatch.setattr(
+        proofs, "_prove_or_raise", lambda model, where: (made.append(where), real(model, where))
+    )
     inner, path = saved(tiny.FOREIGN["granite"], tmp_path)
     for _ in range(2):
         load_model(path, dtype="float32", notes=[])
@@ -226,7 +297,9 @@ def test_of_a_model_of_transformers_it_is_made_once_for_its_weights(tmp_path: Pa
     assert len(made) == 3
 
 
-def test_why_a_model_generates_without_a_cache_is_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_a_model_generates_without_a_cache_is_kept_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, path = saved(tiny.FOREIGN["granite"], tmp_path)
     monkeypatch.setattr(proofs, "find_cache_error", lambda model: "its cache is broken")
     for _ in range(2):
@@ -269,7 +342,9 @@ def test_a_proof_leaves_the_random_numbers_of_a_run_alone(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("config", [BERT, tiny.LLAMA], ids=["bert", "llama"])
-def test_the_switch_leaves_them_out_and_says_so(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_switch_leaves_them_out_and_says_so(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, path = saved(config, tmp_path)
     monkeypatch.setenv("LORRY_PROOFS", "0")
     notes: list[str] = []
@@ -279,20 +354,35 @@ def test_the_switch_leaves_them_out_and_says_so(config: dict[str, Any], tmp_path
 
 def test_the_twin_of_a_large_model_is_small() -> None:
     large = {
-        **tiny.LLAMA, "hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
-        "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256, "some_new_field": 7,
-    }  # fmt: skip
+        **tiny.LLAMA,
+        "hidden_size": 8192,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "vocab_size": 128256,
+        "some_new_field": 7,
+    }
     family = find_family("llama")
     assert family is not None
     small = proofs.shrink_config(family, large)
-    assert {k: small[k] for k in ("some_new_field", "head_dim", "num_hidden_layers", "num_attention_heads")} == {
-        "some_new_field": 7, "head_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    }  # fmt: skip
+    assert {
+        k: small[k]
+        for k in ("some_new_field", "head_dim", "num_hidden_layers", "num_attention_heads")
+    } == {
+        "some_new_field": 7,
+        "head_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     assert (small["num_key_value_heads"], small["hidden_size"]) == (2, 512)
 
 
 def test_a_model_with_little_room_is_proven_as_far_as_it_goes(tmp_path: Path) -> None:
     for context in (1, 2, 5):
-        path = tiny.directory(tiny.random_model({**tiny.GPT2, "n_positions": context}), tmp_path / str(context))
+        path = tiny.directory(
+            tiny.random_model({**tiny.GPT2, "n_positions": context}), tmp_path / str(context)
+        )
         assert describe_model(path, notes=[]).family is not None
         assert load_model(path, dtype="float32", notes=[]).source["family"] == "gpt2"

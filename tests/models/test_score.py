@@ -1,4 +1,6 @@
-"""Scores against float64 autograd over full logits: values, gradients, skipped rows, adapted heads, hidden states."""
+"""Scores against float64 autograd over full logits: values, gradients, skipped rows, adapted heads,
+hidden states.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,26 @@ from lorry.data.batch import Batch, BatchExtra, TokenizedExample, collate
 from lorry.families import find_family
 from lorry.models.decoder.model import Decoder, PackedInput
 from lorry.models.scoring import score
-from lorry.models.scoring.score import HiddenState, TokenScore, correct, entropy, evaluate_wants, log_prob
+from lorry.models.scoring.score import (
+    HiddenState,
+    TokenScore,
+    correct,
+    entropy,
+    evaluate_wants,
+    log_prob,
+)
 
 CONFIG = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 64, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
 
 
 def tiny(dtype: torch.dtype = torch.float32) -> Decoder:
@@ -38,7 +54,11 @@ def rows(lengths: list[int], seed: int = 0) -> Batch:
     for i, n in enumerate(lengths):
         weights = (torch.rand(n, generator=draw) < 0.6).float()
         weights[0] = 0
-        examples.append(TokenizedExample(torch.randint(0, 61, (n,), generator=draw).tolist(), weights.tolist(), key=i))
+        examples.append(
+            TokenizedExample(
+                torch.randint(0, 61, (n,), generator=draw).tolist(), weights.tolist(), key=i
+            )
+        )
     return collate(examples)
 
 
@@ -54,24 +74,34 @@ def soft_cross_entropy(logits: torch.Tensor, rows: score.VocabRows) -> torch.Ten
 FNS = {"log_prob": log_prob, "entropy": entropy, "soft_ce": soft_cross_entropy}
 
 
-@pytest.mark.parametrize("names", [["log_prob"], ["log_prob", "entropy"], ["log_prob", "entropy", "soft_ce"]])
+@pytest.mark.parametrize(
+    "names", [["log_prob"], ["log_prob", "entropy"], ["log_prob", "entropy", "soft_ce"]]
+)
 @pytest.mark.parametrize("head", [False, True])
 def test_scores_and_gradients_equal_autograd_over_full_logits(
     names: list[str], head: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The chunked forms (one pass, or recompute from three scores and for an adapted head) against plain logits in float64."""
+    """The chunked forms (one pass, or recompute from three scores and for an adapted head) against
+    plain logits in float64.
+    """
     monkeypatch.setattr(score, "CHUNK_TOKENS", 5)
     model = tiny(torch.float64)
     targets = ("q_proj", "down_proj", "lm_head") if head else ("q_proj", "down_proj")
     attach(model, LoraSpec(r=3, target_modules=targets, init_lora_weights=False))
     batch = rows([9, 4, 7])
-    teacher = torch.rand(batch.tokens.numel(), 61, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    teacher = torch.rand(
+        batch.tokens.numel(), 61, generator=torch.Generator().manual_seed(1)
+    ).softmax(-1)
     batch = batch.with_extra(teacher=BatchExtra(teacher, "token"))
     call, bank = AdapterContext(Mix.one("default")), get_bank(model)["default"]
-    factors = torch.randn(len(names), batch.tokens.numel(), generator=torch.Generator().manual_seed(2)).double()
+    factors = torch.randn(
+        len(names), batch.tokens.numel(), generator=torch.Generator().manual_seed(2)
+    ).double()
 
     got = evaluate_wants(model, batch, {n: TokenScore(FNS[n]) for n in names}, call)
-    sum((torch.tanh(0.2 * got[n]) * f).sum() for n, f in zip(names, factors, strict=True)).backward()
+    sum(
+        (torch.tanh(0.2 * got[n]) * f).sum() for n, f in zip(names, factors, strict=True)
+    ).backward()
     ours = bank.grads.clone()
     bank.grads.zero_()
 
@@ -99,9 +129,13 @@ def test_unsupervised_rows_never_reach_the_head() -> None:
 
 
 def test_shifting_the_targets_by_one_is_seen() -> None:
-    """The comparison can fail: scoring token t with the logits at t instead of t-1 gives other values."""
+    """The comparison can fail: scoring token t with the logits at t instead of t-1 gives other
+    values.
+    """
     model, batch = tiny(), rows([12])
-    got = evaluate_wants(model, batch, {"logprob": TokenScore(log_prob)}, AdapterContext())["logprob"]
+    got = evaluate_wants(model, batch, {"logprob": TokenScore(log_prob)}, AdapterContext())[
+        "logprob"
+    ]
     logits = full_logits(model, batch, AdapterContext()).log_softmax(-1)
     shifted = logits[batch.rows, batch.tokens[batch.rows]]
     right = logits[batch.rows - 1, batch.tokens[batch.rows]]
@@ -113,7 +147,9 @@ def test_a_row_without_supervision_gives_zeros_and_no_gradient() -> None:
     model = tiny()
     attach(model, LoraSpec(r=2))
     batch = collate([TokenizedExample([1, 2, 3], [0.0, 0.0, 0.0])])
-    got = evaluate_wants(model, batch, {"logprob": TokenScore(log_prob)}, AdapterContext(Mix.one("default")))["logprob"]
+    got = evaluate_wants(
+        model, batch, {"logprob": TokenScore(log_prob)}, AdapterContext(Mix.one("default"))
+    )["logprob"]
     assert got.tolist() == [0, 0, 0]
 
 
@@ -125,7 +161,9 @@ def test_hidden_states_stop_the_pass_and_equal_the_full_one() -> None:
     assert list(got) == ["early"]
     assert torch.equal(got["early"], wanted[0])
     called = []
-    model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(lambda *a: called.append(1))
+    model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(
+        lambda *a: called.append(1)
+    )
     evaluate_wants(model, batch, {"early": HiddenState(0)}, AdapterContext())
     assert not called
 
@@ -136,10 +174,17 @@ def test_accuracy_counts_the_argmax() -> None:
 
 
 def test_mixes_and_dropout_narrow_to_the_rows_the_head_sees() -> None:
-    """An adapted head under a per-sequence mix with dropout: the same as applying it to all tokens and picking rows."""
+    """An adapted head under a per-sequence mix with dropout: the same as applying it to all tokens
+    and picking rows.
+    """
     model = tiny(torch.float64)
     for name in ("a", "b"):
-        attach(model, LoraSpec(r=2, target_modules=("lm_head",), init_lora_weights=False, lora_dropout=0.5), name, seed=ord(name))
+        attach(
+            model,
+            LoraSpec(r=2, target_modules=("lm_head",), init_lora_weights=False, lora_dropout=0.5),
+            name,
+            seed=ord(name),
+        )
     batch = rows([6, 5, 8, 4])
     starts = batch.starts.tolist()
     noise = DropoutNoise(0, 3, tuple(batch.key.tolist()), tuple(starts))
@@ -148,7 +193,9 @@ def test_mixes_and_dropout_narrow_to_the_rows_the_head_sees() -> None:
     wide = full_logits(model, batch, call).log_softmax(-1)
     expected = wide[batch.rows - 1, batch.tokens[batch.rows]]
     assert torch.allclose(got[batch.rows].double(), expected, atol=1e-6)
-    base = evaluate_wants(model, batch, {"logprob": TokenScore(log_prob)}, AdapterContext())["logprob"]
+    base = evaluate_wants(model, batch, {"logprob": TokenScore(log_prob)}, AdapterContext())[
+        "logprob"
+    ]
     second = slice(starts[1], starts[2])
     assert torch.equal(got[second], base[second])
     assert (got - base).abs().max() > 1e-3

@@ -1,4 +1,6 @@
-"""Saving: transformers loads what is written with the same logits, and a failed save leaves nothing."""
+"""Saving: transformers loads what is written with the same logits, and a failed save leaves
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def test_transformers_loads_what_we_save(name: str, native: bool, tmp_path: Path
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "float32"
     assert config["architectures"] == [type(again).__name__]
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 27
+    assert (
+        json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 27
+    )
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "hf"])
@@ -79,7 +83,10 @@ def test_a_stream_is_never_held_whole(tmp_path: Path) -> None:
     given = [t.numel() * 2 for t in model.state_dict().values()]
     assert all(sum(given[:i]) - on_disk <= 20_000 for i, on_disk in enumerate(written))
     again = load_model(out, dtype="float32", notes=[]).model
-    assert all(torch.equal(again.state_dict()[n], (t * 2).bfloat16().float()) for n, t in model.state_dict().items())
+    assert all(
+        torch.equal(again.state_dict()[n], (t * 2).bfloat16().float())
+        for n, t in model.state_dict().items()
+    )
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -89,24 +96,41 @@ def test_a_head_set_apart_from_a_tied_embedding(native: bool, tmp_path: Path) ->
     model = opened("llama tied", tmp_path, native=native)
     head = model.state_dict()["lm_head.weight"] + 1
     tensors = {**model.state_dict(), "lm_head.weight": head}
-    save_model(model, tmp_path / "out", tensors=tensors.items(), config_overrides={"tie_word_embeddings": False})
+    save_model(
+        model,
+        tmp_path / "out",
+        tensors=tensors.items(),
+        config_overrides={"tie_word_embeddings": False},
+    )
     again = theirs(tmp_path / "out")
     assert torch.equal(again.lm_head.weight, head)
-    assert torch.equal(again.model.embed_tokens.weight, model.state_dict()["model.embed_tokens.weight"])
-    assert torch.equal(load_model(tmp_path / "out", dtype="float32", notes=[]).model.state_dict()["lm_head.weight"], head)
+    assert torch.equal(
+        again.model.embed_tokens.weight, model.state_dict()["model.embed_tokens.weight"]
+    )
+    assert torch.equal(
+        load_model(tmp_path / "out", dtype="float32", notes=[]).model.state_dict()[
+            "lm_head.weight"
+        ],
+        head,
+    )
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "hf"])
 @pytest.mark.parametrize("name", ["llama tied", "gpt2", "gpt_neox parallel"])
 def test_a_merged_stream_is_the_adapted_model(name: str, native: bool, tmp_path: Path) -> None:
-    """Adapters on every linear and on the head, folded in as they are written; transformers then says what we said before."""
+    """Adapters on every linear and on the head, folded in as they are written; transformers then
+    says what we said before.
+    """
     model = opened(name, tmp_path, native=native)
     attach(model, LoraSpec(r=2, target_modules=("lm_head", *LEAVES[name]), init_lora_weights=False))
     overrides = {"tie_word_embeddings": False} if separates_tied_head(model) else {}
     assert bool(overrides) == (name != "gpt_neox parallel")
     save_model(model, tmp_path / "out", tensors=merged_tensors(model), config_overrides=overrides)
     assert (logits(model) - logits(tiny.trained(name))).abs().max() > 0.1
-    for merged in (theirs(tmp_path / "out"), load_model(tmp_path / "out", dtype="float32", notes=[]).model):
+    for merged in (
+        theirs(tmp_path / "out"),
+        load_model(tmp_path / "out", dtype="float32", notes=[]).model,
+    ):
         assert (logits(merged) - logits(model)).abs().max() <= 1e-4
 
 
@@ -129,7 +153,9 @@ def test_a_failed_save_leaves_nothing(native: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("native", [True, False], ids=["native", "hf"])
 def test_generation_config_and_dtype_go_along(native: bool, tmp_path: Path) -> None:
     path = tiny.directory(tiny.trained("qwen2"), tmp_path / "base")
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 27], "temperature": 0.6, "do_sample": True}))
+    (path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [3, 27], "temperature": 0.6, "do_sample": True})
+    )
     model = load_model(path, dtype="float32", notes=[], native=native).model
     save_model(model, tmp_path / "out", dtype=torch.bfloat16)
     said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -137,12 +163,18 @@ def test_generation_config_and_dtype_go_along(native: bool, tmp_path: Path) -> N
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     again = theirs(tmp_path / "out")
     assert again.dtype == torch.bfloat16
-    assert all(torch.equal(t, model.state_dict()[n].bfloat16()) for n, t in again.state_dict().items())
+    assert all(
+        torch.equal(t, model.state_dict()[n].bfloat16()) for n, t in again.state_dict().items()
+    )
     save_model(model, tmp_path / "other", generation_config={"eos_token_id": 5})
-    assert json.loads((tmp_path / "other" / "generation_config.json").read_text()) == {"eos_token_id": 5}
+    assert json.loads((tmp_path / "other" / "generation_config.json").read_text()) == {
+        "eos_token_id": 5
+    }
 
 
 def test_permissions_are_those_of_any_file(tmp_path: Path) -> None:
     save_model(opened("llama", tmp_path), tmp_path / "out")
     (tmp_path / "plain").touch()
-    assert {p.stat().st_mode for p in (tmp_path / "out").iterdir()} == {(tmp_path / "plain").stat().st_mode}
+    assert {p.stat().st_mode for p in (tmp_path / "out").iterdir()} == {
+        (tmp_path / "plain").stat().st_mode
+    }

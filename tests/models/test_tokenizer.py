@@ -21,8 +21,13 @@ from lorry.models.loading.tokenizer import load_tokenizer
         ({"model": {"type": "BPE", "vocab": [], "merges": 3}, "added_tokens": [3]}, "cannot be read"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("config", [None, {"tokenizer_class": "PreTrainedTokenizerFast"}, {"tokenizer_class": "GPT2Tokenizer"}])
-def test_a_damaged_tokenizer_is_one_line_naming_its_file(tmp_path: Path, content: Any, what: str, config: Any) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [None, {"tokenizer_class": "PreTrainedTokenizerFast"}, {"tokenizer_class": "GPT2Tokenizer"}],
+)
+def test_a_damaged_tokenizer_is_one_line_naming_its_file(
+    tmp_path: Path, content: Any, what: str, config: Any
+) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     if config is not None:

@@ -1,4 +1,6 @@
-"""What is kept of a teacher against the whole softmax in float64: masses at any temperature, and divergences."""
+"""What is kept of a teacher against the whole softmax in float64: masses at any temperature, and
+divergences.
+"""
 
 from __future__ import annotations
 
@@ -37,17 +39,29 @@ def test_any_temperature_from_one_record(k: int, tau: float) -> None:
 
 
 @pytest.mark.parametrize("tau", [0.8, 1.0, 1.2, 4.0])
-@pytest.mark.parametrize(("loss", "beta"), [("kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("uld", 0.5)])
+@pytest.mark.parametrize(
+    ("loss", "beta"), [("kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("uld", 0.5)]
+)
 def test_divergences_lose_less_than_a_thousandth(loss: str, beta: float, tau: float) -> None:
-    """nats, against the same k tokens of the teacher in float64, for students near the teacher and far from it."""
+    """nats, against the same k tokens of the teacher in float64, for students near the teacher and
+    far from it.
+    """
     logits = logits_like_a_model(40, 1)
     kept = TruncatedDistribution.of(logits, 64)
     exact = (logits.double() / tau).log_softmax(1).gather(1, kept.ids.long())
     for noise in (0.1, 1.0):
-        student = (logits + noise * torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))).double() / tau
+        student = (
+            logits + noise * torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+        ).double() / tau
         fn = top_k_divergence(loss, "ids", "log_probs", beta)
         got, expected = (
-            fn(student, VocabRows(torch.zeros(40, dtype=torch.int64), {"ids": kept.ids.long(), "log_probs": values.double()}))
+            fn(
+                student,
+                VocabRows(
+                    torch.zeros(40, dtype=torch.int64),
+                    {"ids": kept.ids.long(), "log_probs": values.double()},
+                ),
+            )
             for values in (kept.log_probs(tau), exact)
         )
         assert (got - expected).abs().max() < 1e-3
@@ -70,7 +84,9 @@ def test_fewer_nodes_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @given(st.floats(0.5, 8.0), st.integers(0, 100), st.integers(1, 12))
 def test_always_a_distribution(tau: float, seed: int, k: int) -> None:
-    kept = TruncatedDistribution.of(torch.randn(4, 13, generator=torch.Generator().manual_seed(seed)) * 4, k)
+    kept = TruncatedDistribution.of(
+        torch.randn(4, 13, generator=torch.Generator().manual_seed(seed)) * 4, k
+    )
     got = kept.log_probs(tau)
     assert got.isfinite().all()
     assert (got.exp().sum(1) < 1 + 1e-6).all()

@@ -1,7 +1,9 @@
-"""Tiny models of every family, made here: transformers' own classes, a few thousand parameters, trained for a second or two.
+"""Tiny models of every family, made here: transformers' own classes, a few thousand parameters,
+trained for a second or two.
 
-Trained weights have structure that random ones lack (large logits, norms away from 1, biases away from 0), so a wrong epsilon,
-bias or rotary base shows. `trained(name)` is made once per test session and must not be changed; `fresh(name)` is random.
+Trained weights have structure that random ones lack (large logits, norms away from 1, biases away
+from 0), so a wrong epsilon, bias or rotary base shows. `trained(name)` is made once per test
+session and must not be changed; `fresh(name)` is random.
 """
 
 from __future__ import annotations
@@ -33,48 +35,114 @@ LETTERS = " abcdefghijklmnopqrstuvwxyz.,"
 VOCAB = len(LETTERS)
 CONTEXT = 64
 LLAMA = {
-    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "tie_word_embeddings": False,
-    "bos_token_id": 0, "eos_token_id": 27, "pad_token_id": 0,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 27,
+    "pad_token_id": 0,
+}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}  # fmt: skip
+}
 GPT2 = {
-    "model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": CONTEXT,
-    "bos_token_id": 0, "eos_token_id": 27, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-}  # fmt: skip
+    "model_type": "gpt2",
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_layer": 2,
+    "n_positions": CONTEXT,
+    "bos_token_id": 0,
+    "eos_token_id": 27,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 NEOX = {
-    "model_type": "gpt_neox", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": CONTEXT, "hidden_act": "gelu", "bos_token_id": 0, "eos_token_id": 27,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-}  # fmt: skip
+    "model_type": "gpt_neox",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "hidden_act": "gelu",
+    "bos_token_id": 0,
+    "eos_token_id": 27,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+    },
+}
 
 SMALL = {k: v for k, v in LLAMA.items() if k not in ("model_type", "tie_word_embeddings")}
 MOE = {**SMALL, "num_experts_per_tok": 2, "head_dim": 8}
 # Architectures Lorry has no family for
 FOREIGN: dict[str, dict[str, Any]] = {
-    "gemma2": {**SMALL, "model_type": "gemma2", "head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 3.0},
+    "gemma2": {
+        **SMALL,
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "sliding_window": 8,
+        "final_logit_softcapping": 3.0,
+    },
     "gemma3_text": {**SMALL, "model_type": "gemma3_text", "head_dim": 8, "sliding_window": 8},
-    "granite": {**SMALL, "model_type": "granite", "logits_scaling": 4.0, "residual_multiplier": 0.5},
+    "granite": {
+        **SMALL,
+        "model_type": "granite",
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.5,
+    },
     "cohere": {**SMALL, "model_type": "cohere", "logit_scale": 0.25},
     "phi": {**SMALL, "model_type": "phi"},
-    "bloom": {"model_type": "bloom", "vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "bloom": {
+        "model_type": "bloom",
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+    },
     "opt": {
-        "model_type": "opt", "vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 16, "pad_token_id": 0,
+        "model_type": "opt",
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": 16,
+        "pad_token_id": 0,
     },
     "qwen3_moe": {**MOE, "model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 16},
-    "llama4_text": {**MOE, "model_type": "llama4_text", "num_local_experts": 2, "intermediate_size_mlp": 48},
-}  # fmt: skip
+    "llama4_text": {
+        **MOE,
+        "model_type": "llama4_text",
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 48,
+    },
+}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama tied": {**LLAMA, "tie_word_embeddings": True},
     "llama biased": {**LLAMA, "attention_bias": True, "mlp_bias": True},
     "llama rope llama3": {**LLAMA, "rope_parameters": LLAMA3},
-    "llama rope linear": {**LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    "llama rope linear": {
+        **LLAMA,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    },
     "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": None, "head_dim": 16},
     "qwen2": {**LLAMA, "model_type": "qwen2"},
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16},
@@ -86,7 +154,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """For test files that import it: on matrices this small a second thread only waits, badly so on a busy machine."""
+    """For test files that import it: on matrices this small a second thread only waits, badly so on
+    a busy machine.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -94,7 +164,9 @@ def one_thread() -> Iterator[None]:
 
 
 def fresh(name: str, *, seed: int = 0, **overrides: Any) -> Any:
-    """transformers' model of a variant in fp32, every parameter random, none at its usual starting value."""
+    """transformers' model of a variant in fp32, every parameter random, none at its usual starting
+    value.
+    """
     return random_model({**VARIANTS[name], **overrides}, seed=seed)
 
 
@@ -106,7 +178,9 @@ def random_model(config: dict[str, Any], *, seed: int = 0) -> Any:
     with torch.no_grad():
         for p in model.parameters():
             around = 1.0 if p.dim() == 1 and bool((p == 1).all()) else 0.0
-            p.copy_(around + torch.randn(p.shape, generator=generator) * (0.2 if p.dim() > 1 else 0.3))
+            p.copy_(
+                around + torch.randn(p.shape, generator=generator) * (0.2 if p.dim() > 1 else 0.3)
+            )
     return model.eval()
 
 
@@ -129,8 +203,14 @@ def trained(name: str) -> Any:
 def sentences(letters: int, *, seed: int = 0) -> str:
     """English-like text of a small grammar."""
     draw = random.Random(seed)
-    words = [["the", "a", "one"], ["red", "old", "tall", "quiet"], ["lorry", "dog", "girl", "river"],
-             ["saw", "drove", "loved", "met"], ["the", "her", "some"], ["house", "friends", "bread", "road"]]  # fmt: skip
+    words = [
+        ["the", "a", "one"],
+        ["red", "old", "tall", "quiet"],
+        ["lorry", "dog", "girl", "river"],
+        ["saw", "drove", "loved", "met"],
+        ["the", "her", "some"],
+        ["house", "friends", "bread", "road"],
+    ]
     out = ""
     while len(out) < letters:
         out += " ".join(draw.choice(w) for w in words) + draw.choice([". ", ", "])
@@ -189,5 +269,9 @@ def rewrite(path: Path, change: Any) -> Path:
     """Save the checkpoint's tensors again after ``change(tensors)``."""
     tensors = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()
-    save_file(change({n: t.clone() for n, t in tensors.items()}), path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        change({n: t.clone() for n, t in tensors.items()}),
+        path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return path

@@ -1,4 +1,6 @@
-"""Where a config is found without weights: well-known names, directories, adapters, the hub; and rates that were measured."""
+"""Where a config is found without weights: well-known names, directories, adapters, the hub; and
+rates that were measured.
+"""
 
 from __future__ import annotations
 
@@ -37,16 +39,23 @@ def test_a_directory(tmp_path: Path) -> None:
 
 def test_an_adapter_stands_for_its_base(tmp_path: Path) -> None:
     base = write(tmp_path / "base", "config.json", LLAMA)
-    adapter = write(tmp_path / "a", "adapter_config.json", {"base_model_name_or_path": str(base), "r": 24})
+    adapter = write(
+        tmp_path / "a", "adapter_config.json", {"base_model_name_or_path": str(base), "r": 24}
+    )
     assert (find_config(str(adapter)).config, find_config(str(adapter)).adapter_rank) == (LLAMA, 24)
     gone = {"base_model_name_or_path": "/elsewhere/smollm2-135m-instruct-b179c9523d0e", "r": 4}
-    assert find_config(str(write(tmp_path / "b", "adapter_config.json", gone))).config == KNOWN_CONFIGS["smollm2-135m"]
+    assert (
+        find_config(str(write(tmp_path / "b", "adapter_config.json", gone))).config
+        == KNOWN_CONFIGS["smollm2-135m"]
+    )
 
 
 def test_a_hub_id_reads_the_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "config.json", LLAMA)
     asked = []
-    fetch = lambda name, file, revision: asked.append((name, file, revision)) or str(tmp_path / "config.json")  # noqa: E731
+    fetch = lambda name, file, revision: (  # noqa: E731
+        asked.append((name, file, revision)) or str(tmp_path / "config.json")
+    )
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     assert find_config("someone/model", revision="main").config == LLAMA
     assert asked == [("someone/model", "config.json", "main")]
@@ -57,7 +66,10 @@ def test_the_hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(ModelError, match=r"llama-3-8 ?b?'.*did you mean 'llama-3-8b'.*no route to host.*known by name"):
+    with pytest.raises(
+        ModelError,
+        match=r"llama-3-8 ?b?'.*did you mean 'llama-3-8b'.*no route to host.*known by name",
+    ):
         find_config("llama-3-8")
 
 
@@ -69,7 +81,10 @@ def test_the_hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"config.json": "[]"}, "expected a JSON object, found list"),
         ({"config.json": "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")}, "not JSON"),
         ({"adapter_config.json": {"r": 4}}, "no base_model_name_or_path and r"),
-        ({"adapter_config.json": {"base_model_name_or_path": "x/y/z", "r": 4}}, "no model at 'x/y/z'"),
+        (
+            {"adapter_config.json": {"base_model_name_or_path": "x/y/z", "r": 4}},
+            "no model at 'x/y/z'",
+        ),
     ],
 )
 def test_directories_that_are_no_model(files: dict[str, Any], message: str, tmp_path: Path) -> None:

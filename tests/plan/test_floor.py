@@ -1,6 +1,8 @@
-"""The plan's formulas against the derived floor of one LoRA step: r=16 on all linears, 2048 tokens in one sequence.
+"""The plan's formulas against the derived floor of one LoRA step: r=16 on all linears, 2048 tokens
+in one sequence.
 
-The expected numbers were worked out by hand from the configs of SmolLM2-135M, Qwen3-0.6B and Llama-3-8B, apart from this code.
+The expected numbers were worked out by hand from the configs of SmolLM2-135M, Qwen3-0.6B and
+Llama-3-8B, apart from this code.
 """
 
 from __future__ import annotations
@@ -29,21 +31,57 @@ from lorry.plan.shapes import ModelShape, read_model_shape
 T = 2048
 FLOOR: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
-        "body": 106.2, "head": 28.3, "adapter": 4.88, "forward": 350, "backward": 465, "step": 814, "recomputed": 1107,
-        "shares": (14, 30, 3.6), "bf16": 257, "nf4": 106, "adapter_mib": 75, "s_min": 11.6, "kept_mib": 677, "full_mib": 90,
+        "body": 106.2,
+        "head": 28.3,
+        "adapter": 4.88,
+        "forward": 350,
+        "backward": 465,
+        "step": 814,
+        "recomputed": 1107,
+        "shares": (14, 30, 3.6),
+        "bf16": 257,
+        "nf4": 106,
+        "adapter_mib": 75,
+        "s_min": 11.6,
+        "kept_mib": 677,
+        "full_mib": 90,
         "chunk_mib": 72,
     },
     "qwen3-0.6b": {
-        "body": 440.4, "head": 155.6, "adapter": 10.09, "forward": 1447, "backward": 1820, "step": 3258, "recomputed": 4394,
-        "shares": (19, 25, 1.9), "bf16": 1137, "nf4": 513, "adapter_mib": 154, "s_min": 28.7, "kept_mib": 1572, "full_mib": 168,
+        "body": 440.4,
+        "head": 155.6,
+        "adapter": 10.09,
+        "forward": 1447,
+        "backward": 1820,
+        "step": 3258,
+        "recomputed": 4394,
+        "shares": (19, 25, 1.9),
+        "bf16": 1137,
+        "nf4": 513,
+        "adapter_mib": 154,
+        "s_min": 28.7,
+        "kept_mib": 1572,
+        "full_mib": 168,
         "chunk_mib": 223,
     },
     "llama-3-8b": {
-        "body": 6979, "head": 525, "adapter": 41.9, "forward": 15630, "backward": 16519, "step": 32099, "recomputed": 46678,
-        "shares": (7, 6, 0.8), "bf16": 15317, "nf4": 5438, "adapter_mib": 640, "s_min": 94.3, "kept_mib": 5896, "full_mib": 696,
+        "body": 6979,
+        "head": 525,
+        "adapter": 41.9,
+        "forward": 15630,
+        "backward": 16519,
+        "step": 32099,
+        "recomputed": 46678,
+        "shares": (7, 6, 0.8),
+        "bf16": 15317,
+        "nf4": 5438,
+        "adapter_mib": 640,
+        "s_min": 94.3,
+        "kept_mib": 5896,
+        "full_mib": 696,
         "chunk_mib": 188,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=FLOOR)
@@ -63,7 +101,9 @@ def near(expected: float, share: float = 0.005) -> Any:
 
 def weights_mib(shape: ModelShape, precision: Any) -> float:
     s = setup(precision=precision)
-    return (shape.geometry.layers * layer_weights(shape, precision) + vocabulary_weights(shape, s)) / 2**20
+    return (
+        shape.geometry.layers * layer_weights(shape, precision) + vocabulary_weights(shape, s)
+    ) / 2**20
 
 
 def test_parameters(case: Any) -> None:
@@ -76,12 +116,18 @@ def test_parameters(case: Any) -> None:
 def test_flops(case: Any) -> None:
     shape, adapter, floor = case
     flops = count_flops(shape, adapter, setup())
-    n, p, attention = shape.active_body + shape.head_size, adapter.parameters, shape.geometry.layers * shape.queries * T
+    n, p, attention = (
+        shape.active_body + shape.head_size,
+        adapter.parameters,
+        shape.geometry.layers * shape.queries * T,
+    )
     assert flops.step == pytest.approx(4 * n + 7 * attention + 6 * p, rel=1e-9)
     assert flops.forward / 1e6 == near(floor["forward"])
     assert flops.backward / 1e6 == near(floor["backward"])
     assert flops.step / 1e6 == near(floor["step"])
-    assert count_flops(shape, adapter, setup(recompute="full")).step / 1e6 == near(floor["recomputed"])
+    assert count_flops(shape, adapter, setup(recompute="full")).step / 1e6 == near(
+        floor["recomputed"]
+    )
     shares = [100 * x / flops.step for x in (flops.head, flops.attention, flops.adapter)]
     assert shares == [pytest.approx(s, abs=0.6) for s in floor["shares"]]
 
@@ -95,7 +141,9 @@ def test_weights(case: Any) -> None:
 
 def test_adapter(case: Any) -> None:
     _, adapter, floor = case
-    assert (MASTER_BYTES + MOMENT_BYTES) * adapter.parameters / 2**20 == near(floor["adapter_mib"], 0.01)
+    assert (MASTER_BYTES + MOMENT_BYTES) * adapter.parameters / 2**20 == near(
+        floor["adapter_mib"], 0.01
+    )
 
 
 def test_activations(case: Any) -> None:
@@ -103,7 +151,9 @@ def test_activations(case: Any) -> None:
     layers = range(shape.geometry.layers)
     assert layer_saved_bytes(shape, setup(), []) / 1e3 == pytest.approx(floor["s_min"], abs=0.06)
     low_rank = 2 * 16 * 7 * len(layers)  # A x of seven matrices, which the floor leaves out
-    assert (saved_bytes_per_token(shape, adapter, setup(), layers) - low_rank) * T / 2**20 == near(floor["kept_mib"])
+    assert (saved_bytes_per_token(shape, adapter, setup(), layers) - low_rank) * T / 2**20 == near(
+        floor["kept_mib"]
+    )
     full = saved_bytes_per_token(shape, adapter, setup(recompute="full"), layers) - 2 * 16 * 7
     assert full * T / 2**20 == near(floor["full_mib"])
 
@@ -119,4 +169,6 @@ def test_the_plan_lies_above_the_floor(case: Any) -> None:
     shape, adapter, floor = case
     for recompute, kept in (("none", "kept_mib"), ("full", "full_mib")):
         memory = estimate_memory(shape, adapter, setup(recompute=recompute))
-        assert memory.above_imports / 2**20 > 0.995 * (floor["bf16"] + floor["adapter_mib"] + floor[kept])
+        assert memory.above_imports / 2**20 > 0.995 * (
+            floor["bf16"] + floor["adapter_mib"] + floor[kept]
+        )

@@ -1,4 +1,6 @@
-"""What the plan says a layer keeps is what autograd is given to keep; and the engine's constants are the plan's."""
+"""What the plan says a layer keeps is what autograd is given to keep; and the engine's constants
+are the plan's.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def kept(config: dict[str, Any], precision: PrecisionName, lora: LoraConfig, recompute: bool) -> int:
-    """Bytes that autograd holds after the layers have run, without weights and without the last norm's input."""
+def kept(
+    config: dict[str, Any], precision: PrecisionName, lora: LoraConfig, recompute: bool
+) -> int:
+    """Bytes that autograd holds after the layers have run, without weights and without the last
+    norm's input.
+    """
     family = find_family(config["model_type"])
     assert family is not None
-    model = Decoder(family, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **config})
+    model = Decoder(
+        family, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **config}
+    )
     model = model.to(getattr(torch, precision)).requires_grad_(False)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
@@ -59,18 +67,25 @@ def kept(config: dict[str, Any], precision: PrecisionName, lora: LoraConfig, rec
         return tensor
 
     def remember(node: Any) -> None:
-        """What a layer's node holds beside the tensors that autograd saves: the attention's own graph."""
+        """What a layer's node holds beside the tensors that autograd saves: the attention's own
+        graph.
+        """
         for tensor in getattr(node, "graph", ()):
             keep(tensor)
         for before, _ in () if node is None else node.next_functions:
             remember(before)
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        last = model.hidden(PackedInput.of([[i % 29 for i in range(T)]]), AdapterContext(Mix.one("default"))).last
+        last = model.hidden(
+            PackedInput.of([[i % 29 for i in range(T)]]), AdapterContext(Mix.one("default"))
+        ).last
     assert last is not None
     assert last.requires_grad
     remember(last.grad_fn)
-    return sum(t.untyped_storage().nbytes() for t in held.values()) - last.numel() * last.element_size()
+    return (
+        sum(t.untyped_storage().nbytes() for t in held.values())
+        - last.numel() * last.element_size()
+    )
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
@@ -79,16 +94,23 @@ def test_what_layers_keep(name: str, precision: PrecisionName) -> None:
     lora, shape = LoraConfig(r=RANK), read_model_shape(CONFIGS[name])
     setup = MemorySetup(tokens=T, length=T, precision=precision, tiles=kernel_status().amx)
     planned = T * saved_bytes_per_token(shape, plan_adapter(shape, lora, RANK), setup, range(3))
-    assert planned == pytest.approx(kept(CONFIGS[name], precision, lora, recompute=False), rel=0.005)
+    assert planned == pytest.approx(
+        kept(CONFIGS[name], precision, lora, recompute=False), rel=0.005
+    )
 
 
 def test_layers_below_the_lowest_adapter_keep_nothing() -> None:
     lora, shape = LoraConfig(r=RANK, layers_to_transform=[2]), read_model_shape(CONFIGS["llama"])
     adapter = plan_adapter(shape, lora, RANK)
     planned = T * saved_bytes_per_token(
-        shape, adapter, MemorySetup(tokens=T, length=T, tiles=kernel_status().amx), range(adapter.lowest, 3)
+        shape,
+        adapter,
+        MemorySetup(tokens=T, length=T, tiles=kernel_status().amx),
+        range(adapter.lowest, 3),
     )
-    assert planned == pytest.approx(kept(CONFIGS["llama"], "bfloat16", lora, recompute=False), rel=0.005)
+    assert planned == pytest.approx(
+        kept(CONFIGS["llama"], "bfloat16", lora, recompute=False), rel=0.005
+    )
 
 
 def test_recompute_keeps_the_layers_inputs() -> None:
@@ -96,9 +118,14 @@ def test_recompute_keeps_the_layers_inputs() -> None:
     setup = MemorySetup(tokens=T, length=T, recompute="full", tiles=kernel_status().amx)
     planned = T * saved_bytes_per_token(shape, plan_adapter(shape, lora, RANK), setup, range(3))
     one = T * saved_bytes_per_token(
-        shape, plan_adapter(shape, lora, RANK), MemorySetup(tokens=T, length=T, tiles=kernel_status().amx), range(1)
+        shape,
+        plan_adapter(shape, lora, RANK),
+        MemorySetup(tokens=T, length=T, tiles=kernel_status().amx),
+        range(1),
     )
-    assert planned - one == pytest.approx(kept(CONFIGS["llama"], "bfloat16", lora, recompute=True), rel=0.005)
+    assert planned - one == pytest.approx(
+        kept(CONFIGS["llama"], "bfloat16", lora, recompute=True), rel=0.005
+    )
 
 
 def test_constants_are_the_engines() -> None:

@@ -16,12 +16,24 @@ from lorry.plan.shapes import read_model_shape
 
 
 def per_gpu(
-    model: str, backend: Any, processes: int, *, accumulation: int = 1, tokens: int = 4096, **split: int
+    model: str,
+    backend: Any,
+    processes: int,
+    *,
+    accumulation: int = 1,
+    tokens: int = 4096,
+    **split: int,
 ) -> MemoryEstimate:
     shape = read_model_shape(KNOWN_CONFIGS[model])
     setup = MemorySetup(tokens=tokens, length=tokens, device="cuda")
     adapter = plan_adapter(shape, LoraConfig(r=16), 16)
-    return memory_per_gpu(shape, adapter, setup, ParallelSplit(backend=backend, processes=processes, **split), accumulation)
+    return memory_per_gpu(
+        shape,
+        adapter,
+        setup,
+        ParallelSplit(backend=backend, processes=processes, **split),
+        accumulation,
+    )
 
 
 def part(memory: MemoryEstimate, name: str) -> int:
@@ -45,7 +57,9 @@ def test_fsdp_divides_the_base_and_nothing_of_the_adapter() -> None:
 
 def test_fsdp_holds_llama_70b_on_eight_h100_with_recompute() -> None:
     """2 bytes x 70.55e9 / 8 = 16.4 GiB of weights a GPU."""
-    assert part(per_gpu("llama-3-70b", "fsdp", 8), "base weights") / 2**30 == pytest.approx(16.43, abs=0.01)
+    assert part(per_gpu("llama-3-70b", "fsdp", 8), "base weights") / 2**30 == pytest.approx(
+        16.43, abs=0.01
+    )
 
 
 def test_tensor_parallel_divides_weights_and_activations() -> None:
@@ -60,7 +74,9 @@ def test_tensor_parallel_divides_weights_and_activations() -> None:
 
 
 def test_pipeline_stages_hold_what_is_in_flight() -> None:
-    """1F1B: the first of four stages holds four micro-batches of a quarter of the layers: as much as one GPU of all layers."""
+    """1F1B: the first of four stages holds four micro-batches of a quarter of the layers: as much
+    as one GPU of all layers.
+    """
     one = per_gpu("llama-3-8b", "single", 1)
     full = per_gpu("llama-3-8b", "megatron", 4, pipeline=4, accumulation=8)
     lone = per_gpu("llama-3-8b", "megatron", 4, pipeline=4, accumulation=1)
@@ -93,11 +109,26 @@ def test_every_layer_lies_on_some_stage(pipeline: int) -> None:
     ("split", "message"),
     [
         ({"processes": 2}, "backend.processes=2 needs backend=ddp, fsdp or megatron"),
-        ({"backend": "fsdp", "processes": 4, "tensor": 2}, "backend.tensor_parallel=2 needs backend=megatron"),
-        ({"backend": "megatron", "processes": 6, "tensor": 4}, "backend.processes=6 is no multiple"),
-        ({"backend": "megatron", "processes": 3, "tensor": 3}, "backend.tensor_parallel=3 does not divide 32 heads"),
-        ({"backend": "megatron", "processes": 33, "pipeline": 33}, "backend.pipeline_parallel=33 is more than the 32 layers"),
-        ({"backend": "megatron", "processes": 2, "expert": 2}, "backend.expert_parallel=2 does not divide the 0 experts"),
+        (
+            {"backend": "fsdp", "processes": 4, "tensor": 2},
+            "backend.tensor_parallel=2 needs backend=megatron",
+        ),
+        (
+            {"backend": "megatron", "processes": 6, "tensor": 4},
+            "backend.processes=6 is no multiple",
+        ),
+        (
+            {"backend": "megatron", "processes": 3, "tensor": 3},
+            "backend.tensor_parallel=3 does not divide 32 heads",
+        ),
+        (
+            {"backend": "megatron", "processes": 33, "pipeline": 33},
+            "backend.pipeline_parallel=33 is more than the 32 layers",
+        ),
+        (
+            {"backend": "megatron", "processes": 2, "expert": 2},
+            "backend.expert_parallel=2 does not divide the 0 experts",
+        ),
     ],
 )
 def test_splits_that_cannot_be(split: dict[str, Any], message: str) -> None:

@@ -1,4 +1,6 @@
-"""Rates of this machine: which machine they are of, what is believed, and what a damaged file is worth."""
+"""Rates of this machine: which machine they are of, what is believed, and what a damaged file is
+worth.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_a_busy_rate_gives_way_to_a_better_one_and_to_a_quiet_one() -> None:
     assert rates.keep_matrix_rate(A, matrix(4e11, waited=0.7)).rate == 4e11
     assert rates.keep_matrix_rate(A, matrix(1e11, LATE, waited=0.7)).rate == 4e11
     assert rates.keep_matrix_rate(A, matrix(5e11, LATE, waited=0.7)).rate == 5e11
-    assert rates.keep_matrix_rate(A, matrix(4.5e11, LATE)).rate == 4.5e11  # quiet: that is what the machine does
+    assert (
+        rates.keep_matrix_rate(A, matrix(4.5e11, LATE)).rate == 4.5e11
+    )  # quiet: that is what the machine does
     assert rates.keep_matrix_rate(A, matrix(1e11, LATE, waited=0.7), instead=True).rate == 1e11
     assert rates.read_known_rates(A).matrix == matrix(1e11, LATE, waited=0.7)
 
@@ -63,9 +67,15 @@ def test_a_busy_rate_gives_way_to_a_better_one_and_to_a_quiet_one() -> None:
         (KnownRates(matrix(1e12, waited=0.5)), False),
         (KnownRates(matrix(1e12), [run(3.5e11)]), True),  # the usual share
         (KnownRates(matrix(1e12), [run(1.2e12)]), False),  # faster than the machine
-        (KnownRates(matrix(8e10), [run(3.5e11, waited=0.6)]), False),  # ... even on a busy one: 58 for 700
+        (
+            KnownRates(matrix(8e10), [run(3.5e11, waited=0.6)]),
+            False,
+        ),  # ... even on a busy one: 58 for 700
         (KnownRates(matrix(1e12), [run(5e10)]), False),  # far slower, in quiet
-        (KnownRates(matrix(1e12), [run(5e10, waited=0.6)]), True),  # far slower because others had the cores
+        (
+            KnownRates(matrix(1e12), [run(5e10, waited=0.6)]),
+            True,
+        ),  # far slower because others had the cores
         (KnownRates(matrix(1e12, LATE), [run(1.2e12, EARLY)]), True),  # measured again since
     ],
 )
@@ -74,7 +84,16 @@ def test_a_rate_is_believed_until_a_run_contradicts_it(known: KnownRates, truste
 
 
 def test_runs_count_for_models_of_like_size() -> None:
-    known = KnownRates(None, [run(3e11), run(4e11, waited=0.5), run(2e11), run(9e11, parameters=10**9), run(8e11, path="plain")])
+    known = KnownRates(
+        None,
+        [
+            run(3e11),
+            run(4e11, waited=0.5),
+            run(2e11),
+            run(9e11, parameters=10**9),
+            run(8e11, path="plain"),
+        ],
+    )
     found = known.of_runs(2 * 10**8, 8192, "fused", quiet=True)
     assert (found.rate if found else None) == 3e11
     found = known.of_runs(2 * 10**8, 8192, "fused", quiet=False)
@@ -86,7 +105,9 @@ def test_runs_count_for_models_of_like_size() -> None:
 def test_only_the_newest_are_kept() -> None:
     for i in range(rates.MOST_RUNS + 3):
         rates.keep_run_rate(A, run(1e11 + i))
-    assert [r.rate - 1e11 for r in rates.read_known_rates(A).runs] == list(range(3, rates.MOST_RUNS + 3))
+    assert [r.rate - 1e11 for r in rates.read_known_rates(A).runs] == list(
+        range(3, rates.MOST_RUNS + 3)
+    )
     for i in range(rates.MOST_MACHINES):
         rates.keep_matrix_rate({"host": i}, matrix(1e12))
     assert rates.read_known_rates(A) == KnownRates()
@@ -95,7 +116,9 @@ def test_only_the_newest_are_kept() -> None:
 
 def test_a_measurement_says_when_and_how() -> None:
     assert matrix(1e12).words("products") == "40 products on 2026-01-01 10:00 UTC, load 1.5"
-    assert "the machine was busy: 70% of the time went to others" in matrix(1e12, waited=0.7).words("products")
+    assert "the machine was busy: 70% of the time went to others" in matrix(1e12, waited=0.7).words(
+        "products"
+    )
 
 
 # --- files
@@ -109,7 +132,9 @@ def test_rates_of_the_first_format_are_not_believed(home: Path) -> None:
     assert rates.read_known_rates(A).matrix == matrix(1e12)
 
 
-GOOD = json.loads(json.dumps({"rate": 1e12, "at": EARLY, "repeats": 4, "load": None, "waited": None}))
+GOOD = json.loads(
+    json.dumps({"rate": 1e12, "at": EARLY, "repeats": 4, "load": None, "waited": None})
+)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +147,14 @@ GOOD = json.loads(json.dumps({"rate": 1e12, "at": EARLY, "repeats": 4, "load": N
 )  # fmt: skip
 def test_what_is_no_measurement_is_left_out(change: dict[str, Any], home: Path) -> None:
     bad = {**GOOD, **change}
-    runs = [{**bad, "model": "m", "parameters": 1, "tokens": 1, "path": "fused"}, {**GOOD, "model": "m"}, 7]
-    (home / "rates.json").write_text(json.dumps({"format": 2, "machines": [{"machine": A, "matrix": bad, "runs": runs}]}))
+    runs = [
+        {**bad, "model": "m", "parameters": 1, "tokens": 1, "path": "fused"},
+        {**GOOD, "model": "m"},
+        7,
+    ]
+    (home / "rates.json").write_text(
+        json.dumps({"format": 2, "machines": [{"machine": A, "matrix": bad, "runs": runs}]})
+    )
     assert rates.read_known_rates(A) == KnownRates(None, [])
 
 
@@ -142,7 +173,9 @@ def test_a_damaged_file_counts_as_empty(text: str, home: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
-def test_a_file_that_cannot_be_read_is_not_empty(code: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_is_not_empty(
+    code: int, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rates.keep_run_rate(A, run(1e11))
     whole, real = (home / "rates.json").read_bytes(), os.open
 
@@ -165,10 +198,18 @@ def test_a_file_that_cannot_be_read_is_not_empty(code: int, home: Path, monkeypa
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False) | st.sampled_from(["", EARLY, "fused"]),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats(allow_nan=False)
+    | st.sampled_from(["", EARLY, "fused"]),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["machine", "matrix", "runs", "rate", "at", "repeats", "host"]), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["machine", "matrix", "runs", "rate", "at", "repeats", "host"]),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )
@@ -178,7 +219,9 @@ json_values = st.recursive(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 def test_no_file_stops_a_plan(value: Any, home: Path) -> None:
     (home / "rates.json").write_text(
-        json.dumps({"format": 2, "machines": [value, {"machine": A, "matrix": value, "runs": value}]})
+        json.dumps(
+            {"format": 2, "machines": [value, {"machine": A, "matrix": value, "runs": value}]}
+        )
     )
     found = rates.read_known_rates(A)
     assert found.matrix is None or found.matrix.rate > 0
@@ -197,21 +240,43 @@ flags : {flags}
 """
 
 
-def identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, model: int = 143, flags: str = "avx2 amx_tile amx_bf16") -> Any:
+def identity(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    model: int = 143,
+    flags: str = "avx2 amx_tile amx_bf16",
+) -> Any:
     (tmp_path / "cpuinfo").write_text(CPU.format(model=model, flags=flags))
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
     return machine.machine_identity("cpu", "bfloat16", None)
 
 
-def test_machines_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_of_one_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     one = identity(tmp_path, monkeypatch)
     assert one == identity(tmp_path, monkeypatch) == json.loads(json.dumps(one))
-    seen = [one, identity(tmp_path, monkeypatch, model=85), identity(tmp_path, monkeypatch, flags="avx2")]
-    seen += [machine.machine_identity("cpu", "float32", None), machine.machine_identity("cpu", "bfloat16", 1)]
-    for patch, value in (("node", "elsewhere"), ("threads", 128), ("torch_version", "9.9"), ("has_tiles", "on")):
+    seen = [
+        one,
+        identity(tmp_path, monkeypatch, model=85),
+        identity(tmp_path, monkeypatch, flags="avx2"),
+    ]
+    seen += [
+        machine.machine_identity("cpu", "float32", None),
+        machine.machine_identity("cpu", "bfloat16", 1),
+    ]
+    for patch, value in (
+        ("node", "elsewhere"),
+        ("threads", 128),
+        ("torch_version", "9.9"),
+        ("has_tiles", "on"),
+    ):
         with monkeypatch.context() as m:
-            m.setattr(machine.platform if patch == "node" else machine, patch, lambda value=value: value)
+            m.setattr(
+                machine.platform if patch == "node" else machine, patch, lambda value=value: value
+            )
             seen.append(identity(tmp_path, monkeypatch))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     seen.append(identity(tmp_path, monkeypatch))

@@ -1,4 +1,6 @@
-"""Memory grows with what it should, and the search takes the first choice that fits: properties over random shapes."""
+"""Memory grows with what it should, and the search takes the first choice that fits: properties
+over random shapes.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,17 @@ from lorry.plan.adapters import plan_adapter
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.memory import PRECISIONS, MemoryEstimate, MemorySetup, estimate_memory
 from lorry.plan.search import batch_splits, powers_of_two
-from lorry.plan.settle import find_fitting_choice, no_choice_fits_error, open_choices, single_device_memory
+from lorry.plan.settle import (
+    find_fitting_choice,
+    no_choice_fits_error,
+    open_choices,
+    single_device_memory,
+)
 from lorry.plan.shapes import ModelShape, read_model_shape
 
 SHAPES = {
-    name: read_model_shape(KNOWN_CONFIGS[name]) for name in ("smollm2-135m", "gpt2", "pythia-160m", "qwen3-0.6b", "mixtral-8x7b")
+    name: read_model_shape(KNOWN_CONFIGS[name])
+    for name in ("smollm2-135m", "gpt2", "pythia-160m", "qwen3-0.6b", "mixtral-8x7b")
 }
 shapes = st.sampled_from(list(SHAPES.values()))
 tokens = st.sampled_from([64, 256, 1024, 4096])
@@ -37,7 +45,9 @@ def run(**settings: Any) -> RunConfig:
 
 
 @given(shapes, tokens, st.sampled_from(PRECISIONS), st.sampled_from(["cpu", "cuda"]))
-def test_every_component_is_whole_and_counted(shape: ModelShape, t: int, precision: Any, device: Any) -> None:
+def test_every_component_is_whole_and_counted(
+    shape: ModelShape, t: int, precision: Any, device: Any
+) -> None:
     memory = need(shape, tokens=t, length=t, precision=precision, device=device)
     assert all(isinstance(c.bytes, int) and c.bytes >= 0 for c in memory.components)
     assert memory.total == sum(c.bytes for c in memory.components)
@@ -54,9 +64,19 @@ def test_more_of_anything_needs_more(shape: ModelShape, t: int, precision: Any) 
 
 @given(shapes)
 def test_formats_are_ordered(shape: ModelShape) -> None:
-    base = [sum(c.bytes for c in need(shape, precision=p).components if c.name == "base weights") for p in PRECISIONS]
+    base = [
+        sum(c.bytes for c in need(shape, precision=p).components if c.name == "base weights")
+        for p in PRECISIONS
+    ]
     by_name = dict(zip(PRECISIONS, base, strict=True))
-    assert by_name["float32"] > by_name["bfloat16"] == by_name["float16"] > by_name["int8"] > by_name["nf4"] == by_name["fp4"]
+    assert (
+        by_name["float32"]
+        > by_name["bfloat16"]
+        == by_name["float16"]
+        > by_name["int8"]
+        > by_name["nf4"]
+        == by_name["fp4"]
+    )
 
 
 def test_nothing_is_kept_below_the_lowest_adapter() -> None:
@@ -64,7 +84,9 @@ def test_nothing_is_kept_below_the_lowest_adapter() -> None:
     kept = {}
     for first in (0, 15, 29):
         lora = LoraConfig(layers_to_transform=list(range(first, 30)))
-        memory = estimate_memory(shape, plan_adapter(shape, lora, 8), MemorySetup(tokens=1024, length=1024))
+        memory = estimate_memory(
+            shape, plan_adapter(shape, lora, 8), MemorySetup(tokens=1024, length=1024)
+        )
         kept[first] = next(c.bytes for c in memory.components if c.name == "activations")
     assert kept[0] == 2 * kept[15] == 30 * kept[29]
 
@@ -77,7 +99,9 @@ def test_splits_make_the_same_step(rows: int, accumulation: int) -> None:
     assert found[-1][0] % 2 == 1
 
 
-@pytest.mark.parametrize(("largest", "ranks"), [(1, [1]), (7, [1, 2, 4]), (128, [1, 2, 4, 8, 16, 32, 64, 128])])
+@pytest.mark.parametrize(
+    ("largest", "ranks"), [(1, [1]), (7, [1, 2, 4]), (128, [1, 2, 4, 8, 16, 32, 64, 128])]
+)
 def test_ranks_are_powers_of_two(largest: int, ranks: list[int]) -> None:
     assert powers_of_two(largest) == ranks
 
@@ -101,7 +125,9 @@ def test_without_a_budget_nothing_is_open() -> None:
         ({"gradient_checkpointing": True, "r": 3}, {8, 4, 2, 1}, {"full"}, {3}),
     ],
 )
-def test_what_was_typed_is_not_open(given: Any, rows: set[int], recomputes: set[str], ranks: set[int]) -> None:
+def test_what_was_typed_is_not_open(
+    given: Any, rows: set[int], recomputes: set[str], ranks: set[int]
+) -> None:
     options = open_choices(run(memory_budget="3GiB", **given), SHAPES["smollm2-135m"], ["bfloat16"])
     assert {o.rows for o in options} == rows
     assert {o.recompute for o in options} == recomputes
@@ -109,7 +135,9 @@ def test_what_was_typed_is_not_open(given: Any, rows: set[int], recomputes: set[
 
 
 @given(st.floats(0.3, 8), st.sampled_from([{}, {"r": "auto"}, {"r": "auto", "max_length": 4096}]))
-def test_the_first_that_fits_is_taken_and_all_before_it_do_not(budget: float, settings: Any) -> None:
+def test_the_first_that_fits_is_taken_and_all_before_it_do_not(
+    budget: float, settings: Any
+) -> None:
     described = run(memory_budget=f"{budget:.4f}GiB", **settings)
     shape, limit = SHAPES["smollm2-135m"], parse_size(f"{budget:.4f}GiB")
     options = open_choices(described, shape, ["bfloat16"])
@@ -124,12 +152,17 @@ def test_the_first_that_fits_is_taken_and_all_before_it_do_not(budget: float, se
         assert found.least.memory.total == min(bill(o).total for o in options)
 
 
-@given(st.sampled_from(["10MiB", "300MiB", "600MiB"]), st.sampled_from([{}, {"r": "auto"}, {"gradient_checkpointing": False}]))
+@given(
+    st.sampled_from(["10MiB", "300MiB", "600MiB"]),
+    st.sampled_from([{}, {"r": "auto"}, {"gradient_checkpointing": False}]),
+)
 def test_the_smallest_budget_that_is_named_works(budget: str, settings: Any) -> None:
     shape = SHAPES["smollm2-135m"]
     described = run(memory_budget=budget, **settings)
     found = find_fitting_choice(
-        described, open_choices(described, shape, ["bfloat16"]), single_device_memory(described, shape, "cpu", True)
+        described,
+        open_choices(described, shape, ["bfloat16"]),
+        single_device_memory(described, shape, "cpu", True),
     )
     if found.best is not None:
         return
@@ -137,12 +170,20 @@ def test_the_smallest_budget_that_is_named_works(budget: str, settings: Any) -> 
     enough = message.split("memory_budget=")[2].split()[0]
     again = run(memory_budget=enough, **settings)
     assert (
-        find_fitting_choice(again, open_choices(again, shape, ["bfloat16"]), single_device_memory(again, shape, "cpu", True)).best
+        find_fitting_choice(
+            again,
+            open_choices(again, shape, ["bfloat16"]),
+            single_device_memory(again, shape, "cpu", True),
+        ).best
         is not None
     )
     less = run(memory_budget=f"{int(enough.removesuffix('MiB')) - 1}MiB", **settings)
     assert (
-        find_fitting_choice(less, open_choices(less, shape, ["bfloat16"]), single_device_memory(less, shape, "cpu", True)).best
+        find_fitting_choice(
+            less,
+            open_choices(less, shape, ["bfloat16"]),
+            single_device_memory(less, shape, "cpu", True),
+        ).best
         is None
     )
 
@@ -162,13 +203,22 @@ def test_the_component_that_breaks_a_budget() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("3GiB", 3 * GIB), ("3 gib", 3 * GIB), ("1.5GB", 1_500_000_000), ("800MB", 800_000_000), ("2g", 2 * GIB), ("1024B", 1024)],
+    [
+        ("3GiB", 3 * GIB),
+        ("3 gib", 3 * GIB),
+        ("1.5GB", 1_500_000_000),
+        ("800MB", 800_000_000),
+        ("2g", 2 * GIB),
+        ("1024B", 1024),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["3", "", "GiB", "-3GiB", "3 parsecs", "1e9", "nanGiB", "0GiB", "0.0000001KB"])
+@pytest.mark.parametrize(
+    "text", ["3", "", "GiB", "-3GiB", "3 parsecs", "1e9", "nanGiB", "0GiB", "0.0000001KB"]
+)
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match=r"memory_budget"):
         run(memory_budget=text)
@@ -184,5 +234,7 @@ def test_plain_numbers_are_bytes_and_words_are_close(size: int) -> None:
 
 
 def test_an_automatic_rank_needs_a_budget() -> None:
-    with pytest.raises(ConfigError, match=r"lora\.r=auto needs the memory it may use; give memory_budget"):
+    with pytest.raises(
+        ConfigError, match=r"lora\.r=auto needs the memory it may use; give memory_budget"
+    ):
         run(r="auto")

@@ -1,4 +1,6 @@
-"""Parameter counts against transformers' models built from the same config on the meta device; adapters against the engine's."""
+"""Parameter counts against transformers' models built from the same config on the meta device;
+adapters against the engine's.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +24,41 @@ from tiny import FOREIGN, VARIANTS
 
 # Billions of parameters as the model's page or its name says them.
 PUBLISHED = {
-    "smollm2-135m": 0.1345, "smollm2-360m": 0.3618, "smollm2-1.7b": 1.711, "llama-3-8b": 8.030, "llama-3-70b": 70.55,
-    "llama-3-405b": 405.9, "qwen3-0.6b": 0.596, "qwen3-1.7b": 1.72, "qwen3-8b": 8.19, "mixtral-8x7b": 46.70,
-    "qwen3-30b-a3b": 30.53, "gpt2": 0.1244, "pythia-160m": 0.1623,
-}  # fmt: skip
+    "smollm2-135m": 0.1345,
+    "smollm2-360m": 0.3618,
+    "smollm2-1.7b": 1.711,
+    "llama-3-8b": 8.030,
+    "llama-3-70b": 70.55,
+    "llama-3-405b": 405.9,
+    "qwen3-0.6b": 0.596,
+    "qwen3-1.7b": 1.72,
+    "qwen3-8b": 8.19,
+    "mixtral-8x7b": 46.70,
+    "qwen3-30b-a3b": 30.53,
+    "gpt2": 0.1244,
+    "pythia-160m": 0.1623,
+}
 
 
 def parameters(config: dict[str, Any]) -> int:
     """What transformers makes of a config."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
+        model = AutoModelForCausalLM.from_config(
+            CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        )
     return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_well_known_models_have_the_published_size(name: str) -> None:
-    assert read_model_shape(KNOWN_CONFIGS[name]).parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=0.005)
+    assert read_model_shape(KNOWN_CONFIGS[name]).parameters / 1e9 == pytest.approx(
+        PUBLISHED[name], rel=0.005
+    )
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "qwen3-0.6b", "gpt2", "pythia-160m", "mixtral-8x7b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m", "qwen3-0.6b", "gpt2", "pythia-160m", "mixtral-8x7b", "qwen3-30b-a3b"]
+)
 def test_well_known_models_against_transformers(name: str) -> None:
     assert read_model_shape(KNOWN_CONFIGS[name]).parameters == parameters(KNOWN_CONFIGS[name])
 
@@ -56,7 +74,9 @@ def test_every_variant_against_transformers(name: str) -> None:
 def test_experts_that_a_token_visits() -> None:
     """Qwen3-30B-A3B: its name says that 3 billion parameters are active."""
     shape = read_model_shape(KNOWN_CONFIGS["qwen3-30b-a3b"])
-    assert (shape.active_body + shape.head_size + shape.embedding) / 1e9 == pytest.approx(3.35, rel=0.01)
+    assert (shape.active_body + shape.head_size + shape.embedding) / 1e9 == pytest.approx(
+        3.35, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -85,7 +105,9 @@ def test_adapters_have_the_engines_size(name: str, lora: dict[str, Any]) -> None
 
 
 def test_ranks_by_pattern_and_what_is_left_out() -> None:
-    lora = LoraConfig.model_validate({"r": 4, "rank_pattern": {"q_proj": 16}, "exclude_modules": ["down_proj", "up_proj"]})
+    lora = LoraConfig.model_validate(
+        {"r": 4, "rank_pattern": {"q_proj": 16}, "exclude_modules": ["down_proj", "up_proj"]}
+    )
     sittings = plan_adapter(read_model_shape(VARIANTS["llama"]), lora, 4).sittings
     assert {s.rank for s in sittings if s.path.endswith("q_proj")} == {16}
     assert {s.rank for s in sittings if not s.path.endswith("q_proj")} == {4}
@@ -95,9 +117,15 @@ def test_ranks_by_pattern_and_what_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"target_modules": ["q_prj"]}, r"lora.target_modules names 'q_prj', which matches no layer .did you mean 'q_proj'\?"),
+        (
+            {"target_modules": ["q_prj"]},
+            r"lora.target_modules names 'q_prj', which matches no layer .did you mean 'q_proj'\?",
+        ),
         ({"target_modules": "nothing.*"}, "lora.target_modules='nothing.*' matches no layer"),
-        ({"layers_to_transform": [2]}, "lora.layers_to_transform asks for layer 2; this model has layers 0 to 1"),
+        (
+            {"layers_to_transform": [2]},
+            "lora.layers_to_transform asks for layer 2; this model has layers 0 to 1",
+        ),
         ({"exclude_modules": ".*"}, "leave no layer"),
     ],
 )
@@ -130,9 +158,15 @@ def test_a_window_shorter_than_the_context_is_not_native() -> None:
     ("config", "message"),
     [
         ({}, "no model_type"),
-        ({"model_type": "bloom", "n_layer": 2}, r"no num_attention_heads; this architecture \(bloom\) cannot be planned"),
+        (
+            {"model_type": "bloom", "n_layer": 2},
+            r"no num_attention_heads; this architecture \(bloom\) cannot be planned",
+        ),
         ({**VARIANTS["llama"], "hidden_size": "wide"}, "unusable numbers"),
-        ({**VARIANTS["llama"], "num_hidden_layers": 0}, "layers is 0; a whole number of at least 1"),
+        (
+            {**VARIANTS["llama"], "num_hidden_layers": 0},
+            "layers is 0; a whole number of at least 1",
+        ),
         ({**VARIANTS["llama"], "vocab_size": True}, "vocab is True"),
     ],
 )

@@ -30,13 +30,26 @@ def metrics(path: Path, steps: int, rate: float = 1e-3, **more: float) -> None:
                 "loss": loss,
                 "learning_rate": rate * (1 - step / (steps + 1)),
             }
-            line |= {"grad_norm": 1 / step + 0.1, "tokens": 800, "supervised_tokens": 300, "seconds": 1.25}
+            line |= {
+                "grad_norm": 1 / step + 0.1,
+                "tokens": 800,
+                "supervised_tokens": 300,
+                "seconds": 1.25,
+            }
             writer.write({**line, "peak_memory_bytes": 3 * 2**30, **more})
             if steps >= 10 and step % (steps // 10) == 0:
-                writer.write({"step": step, "eval_loss": loss + 0.1, "eval_perplexity": math.exp(loss + 0.1)})
+                writer.write(
+                    {"step": step, "eval_loss": loss + 0.1, "eval_perplexity": math.exp(loss + 0.1)}
+                )
 
 
-def full(path: Path, steps: int = 40, text: str = "Ilvane keeps a ferret", rank: int = 16, failed: bool = False) -> Path:
+def full(
+    path: Path,
+    steps: int = 40,
+    text: str = "Ilvane keeps a ferret",
+    rank: int = 16,
+    failed: bool = False,
+) -> Path:
     """A run with every file; ``text`` stands wherever a run can write text."""
     metrics(path, steps, kl=0.01)
     # JSON is YAML, and says any text at all
@@ -46,20 +59,41 @@ def full(path: Path, steps: int = 40, text: str = "Ilvane keeps a ferret", rank:
         "data": {"path": text},
         "output_dir": str(path),
     }
-    (path / "run.yaml").write_text(json.dumps({**config, "resolved": {"note": text, "target_modules": ["q_proj", "v_proj"]}}))
+    (path / "run.yaml").write_text(
+        json.dumps({**config, "resolved": {"note": text, "target_modules": ["q_proj", "v_proj"]}})
+    )
     dump(path / "receipt.json", {"data": {text: {"sha256": "ab" * 32}}, "adapter": [text, 1, None]})
     statuses = ["held", "failed" if failed else "held", "not_checked"]
     dump(
         path / "contracts.json",
-        [{"id": i, "name": f"promise {text}", "status": s, "detail": text} for i, s in enumerate(statuses, 1)],
+        [
+            {"id": i, "name": f"promise {text}", "status": s, "detail": text}
+            for i, s in enumerate(statuses, 1)
+        ],
     )
-    tokens = [{"text": f"user {text}", "weight": 0}, {"text": f"answer {text}", "weight": 1}, {"text": "half", "weight": 0.5}]
+    tokens = [
+        {"text": f"user {text}", "weight": 0},
+        {"text": f"answer {text}", "weight": 1},
+        {"text": "half", "weight": 0.5},
+    ]
     answers = {"reference": f"right {text}", "before": f"wrong {text}", "after": f"Right, {text}!"}
     rows = [{"group": f"held-out {text}", "prompt": f"question {text}", **answers, "tokens": None}]
-    rows += [{"group": "rows", "prompt": "row", "reference": None, "before": None, "after": None, "tokens": tokens}]
+    rows += [
+        {
+            "group": "rows",
+            "prompt": "row",
+            "reference": None,
+            "before": None,
+            "after": None,
+            "tokens": tokens,
+        }
+    ]
     dump(path / "samples.json", rows)
     pair = {"before": 0.0, "after": 0.8125}
-    dump(path / "evaluation.json", [{"name": f"set {text}", "metrics": {"exact_match": pair, f"m {text}": {"after": 2.5}}}])
+    dump(
+        path / "evaluation.json",
+        [{"name": f"set {text}", "metrics": {"exact_match": pair, f"m {text}": {"after": 2.5}}}],
+    )
     return path
 
 

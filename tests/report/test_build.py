@@ -1,4 +1,6 @@
-"""`report.write_report` end to end: what it writes and where, what a browser makes of it, and that it needs no torch."""
+"""`report.write_report` end to end: what it writes and where, what a browser makes of it, and that
+it needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -68,18 +70,26 @@ def test_pictures_of_short_runs(tmp_path: Path, steps: int) -> None:
 
 def test_pictures_of_hostile_names_and_values(tmp_path: Path) -> None:
     paths = [full(tmp_path / name, text=HOSTILE[4]) for name in ("_$x^{$", "_b", "c<script>")]
-    lines = [{"step": i, "loss": v} for i, v in enumerate(["NaN", 1e308, -1e308, "Infinity", 0.5], 1)]
+    lines = [
+        {"step": i, "loss": v} for i, v in enumerate(["NaN", 1e308, -1e308, "Infinity", 0.5], 1)
+    ]
     (paths[0] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert render_png(read_readable_runs(paths)[0]).startswith(PNG)
 
 
 def test_the_picture_shows_the_curve(tmp_path: Path) -> None:
-    """The panels' colours are there: as many blue pixels as a line across the panels needs at least."""
+    """The panels' colours are there: as many blue pixels as a line across the panels needs at
+    least.
+    """
     from PIL import Image
 
     metrics(tmp_path / "r", 50)
-    image = Image.open(io.BytesIO(render_png(read_readable_runs([tmp_path / "r"])[0]))).convert("RGB")
-    blue = sum(count for count, color in image.getcolors(2**24) or [] if color == (0x2A, 0x78, 0xD6))
+    image = Image.open(io.BytesIO(render_png(read_readable_runs([tmp_path / "r"])[0]))).convert(
+        "RGB"
+    )
+    blue = sum(
+        count for count, color in image.getcolors(2**24) or [] if color == (0x2A, 0x78, 0xD6)
+    )
     assert image.width > 1000
     assert blue > 1500
 
@@ -90,13 +100,22 @@ def test_the_report_needs_neither_torch_nor_the_trainer(tmp_path: Path) -> None:
         "import sys\nfrom pathlib import Path\nimport lorry.report, lorry.report.table\nlorry.report.build([Path(sys.argv[1])])\n"
         "bad = {'torch', 'transformers', 'datasets', 'lorry.train'} & set(sys.modules)\nsys.exit(', '.join(bad) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture(scope="session")
 def chromium() -> str:
-    found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    found = next(
+        (
+            path
+            for name in ("chromium", "chromium-browser", "google-chrome")
+            if (path := shutil.which(name))
+        ),
+        None,
+    )
     if found is None:
         pytest.skip("no Chromium on this machine: the page is not opened in a browser")
     return found
@@ -113,16 +132,31 @@ def in_browser(chromium: str, page: Path) -> tuple[str, str]:
 
 
 def test_a_browser_shows_every_section_and_asks_for_nothing(tmp_path: Path, chromium: str) -> None:
-    dom, console = in_browser(chromium, write_report([full(tmp_path / "people", text=" ".join(HOSTILE[:4]))]))
-    for section in ("figures", "curves", "evaluation", "samples", "training-rows", "contracts", "settings", "receipt"):
+    dom, console = in_browser(
+        chromium, write_report([full(tmp_path / "people", text=" ".join(HOSTILE[:4]))])
+    )
+    for section in (
+        "figures",
+        "curves",
+        "evaluation",
+        "samples",
+        "training-rows",
+        "contracts",
+        "settings",
+        "receipt",
+    ):
         assert re.search(rf'<section[^>]* id="{section}"', dom), section
     assert "<title>people · Lorry</title>" in dom  # every hostile text tries to change it
-    assert dom.count('class="tip"') == dom.count("<svg") >= 6  # the page's own script ran in every chart
+    assert (
+        dom.count('class="tip"') == dom.count("<svg") >= 6
+    )  # the page's own script ran in every chart
     assert console == ""  # a blocked or failed request, or a script error, would be here
 
 
 def test_a_browser_shows_a_comparison(tmp_path: Path, chromium: str) -> None:
-    dom, console = in_browser(chromium, write_report([full(tmp_path / "a"), full(tmp_path / "b", rank=4)]))
+    dom, console = in_browser(
+        chromium, write_report([full(tmp_path / "a"), full(tmp_path / "b", rank=4)])
+    )
     assert '<section id="differences">' in dom
     assert console == ""
 
@@ -130,7 +164,10 @@ def test_a_browser_shows_a_comparison(tmp_path: Path, chromium: str) -> None:
 def test_the_browser_check_can_fail(tmp_path: Path, chromium: str) -> None:
     page = write_report([full(tmp_path / "r")])
     page.write_text(
-        page.read_text().replace("</main>", '<img src="http://127.0.0.1:9/x.png"><script>document.title="hacked"</script></main>')
+        page.read_text().replace(
+            "</main>",
+            '<img src="http://127.0.0.1:9/x.png"><script>document.title="hacked"</script></main>',
+        )
     )
     dom, console = in_browser(chromium, page)
     assert "Content Security Policy" in console

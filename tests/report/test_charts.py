@@ -1,4 +1,6 @@
-"""Charts: ticks that people would choose, curves inside their frame, and no value lost to thinning or smoothing."""
+"""Charts: ticks that people would choose, curves inside their frame, and no value lost to thinning
+or smoothing.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.report.runs import full, metrics
 
-from lorry.formatting import byte_scale, format_bytes, format_duration, format_number, format_scientific
+from lorry.formatting import (
+    byte_scale,
+    format_bytes,
+    format_duration,
+    format_number,
+    format_scientific,
+)
 from lorry.report.axes import nice_step, step_axis, value_axis
-from lorry.report.curves import ChartPanel, CurveSeries, build_panels, is_drawable, smooth_curve, thin_curve
+from lorry.report.curves import (
+    ChartPanel,
+    CurveSeries,
+    build_panels,
+    is_drawable,
+    smooth_curve,
+    thin_curve,
+)
 from lorry.report.svg import render_chart
 from lorry.runs.read import read_readable_runs
 from lorry.visible import make_visible
@@ -71,7 +86,9 @@ def test_every_value_lies_on_its_axis(values: list[float], from_zero: bool, log:
     assert len(axis.ticks) == len(axis.labels) <= 12
     assert list(axis.ticks) == sorted(set(axis.ticks))
     assert len(set(axis.labels)) == len(axis.labels)
-    for tick, label in zip(axis.ticks, axis.labels, strict=True):  # a label says its tick to 1% of the axis
+    for tick, label in zip(
+        axis.ticks, axis.labels, strict=True
+    ):  # a label says its tick to 1% of the axis
         assert abs(float(label.replace(",", "")) - tick) <= 0.011 * abs(axis.high - axis.low)
 
 
@@ -105,13 +122,22 @@ def test_thinning_keeps_extremes_ends_and_gaps(values: list[float], most: int) -
     assert any(not is_drawable(v) for v in kept) == any(not is_drawable(v) for v in values)
 
 
-@given(st.lists(st.one_of(st.floats(-100, 100), st.just(math.nan)), min_size=1, max_size=40), st.sampled_from([3, 5, 17, 99]))
+@given(
+    st.lists(st.one_of(st.floats(-100, 100), st.just(math.nan)), min_size=1, max_size=40),
+    st.sampled_from([3, 5, 17, 99]),
+)
 def test_smoothing_is_the_plain_mean_around_each_step(values: list[float], window: int) -> None:
     steps, out = smooth_curve(range(len(values)), values, window)
     assert steps == list(range(len(values)))
     for i, mean in enumerate(out):
-        around = [v for j, v in enumerate(values) if abs(i - j) <= window // 2 and not math.isnan(v)]
-        assert mean == pytest.approx(sum(around) / len(around), abs=1e-9) if around else math.isnan(mean)
+        around = [
+            v for j, v in enumerate(values) if abs(i - j) <= window // 2 and not math.isnan(v)
+        ]
+        assert (
+            mean == pytest.approx(sum(around) / len(around), abs=1e-9)
+            if around
+            else math.isnan(mean)
+        )
 
 
 def test_smoothing_a_long_series_takes_fewer_points_and_the_last() -> None:
@@ -126,7 +152,10 @@ def test_a_chart_is_well_formed_and_says_what_it_shows() -> None:
     assert root.get("role") == "img"
     texts = {e.get("id"): e.text for e in root if e.get("id")}
     assert texts["c-title"] == "Loss"
-    assert texts["c-desc"] == "Loss by optimizer step. run: 3 at step 1, 1 at step 3, lowest 1, highest 3."
+    assert (
+        texts["c-desc"]
+        == "Loss by optimizer step. run: 3 at step 1, 1 at step 3, lowest 1, highest 3."
+    )
     assert (root.get("aria-labelledby") or "").split() == ["c-title", "c-desc"]
     assert [e.text for e in with_class(root, "legend")] == ["run"]
 
@@ -140,7 +169,9 @@ def test_curves_stay_inside_the_frame(values: list[float]) -> None:
         for x, y in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", path.get("d", "")):
             assert left - 0.11 <= float(x) <= left + width + 0.11
             assert top - 0.11 <= float(y) <= top + height + 0.11
-    assert len([e for e in with_class(root, "points") if e.tag == "circle"]) == sum(is_drawable(v) for v in values)
+    assert len([e for e in with_class(root, "points") if e.tag == "circle"]) == sum(
+        is_drawable(v) for v in values
+    )
     data = json.loads(sheet.get("data-curves", ""))
     assert [len(s["steps"]) for s in data["series"]] == [len(values), len(values)]
 
@@ -156,8 +187,12 @@ def test_gaps_break_the_line_and_are_marked() -> None:
 def test_the_curve_lies_where_the_numbers_say() -> None:
     root = drawn(ChartPanel("p", "", (series([0.0, 5.0, 10.0]),)))
     (path,) = with_class(root, "line")
-    points = [(float(x), float(y)) for x, y in re.findall(r"[ML]([\d.]+) ([\d.]+)", path.get("d", ""))]
-    ticks = {e.text: float(e.get("y", "")) - 4 for e in with_class(root, "tick") if e.text in ("0", "10")}
+    points = [
+        (float(x), float(y)) for x, y in re.findall(r"[ML]([\d.]+) ([\d.]+)", path.get("d", ""))
+    ]
+    ticks = {
+        e.text: float(e.get("y", "")) - 4 for e in with_class(root, "tick") if e.text in ("0", "10")
+    }
     assert points[0][1] == pytest.approx(ticks["0"], abs=0.1)
     assert points[2][1] == pytest.approx(ticks["10"], abs=0.1)
     assert points[1][1] == pytest.approx((ticks["0"] + ticks["10"]) / 2, abs=0.1)
@@ -168,7 +203,12 @@ def test_many_runs_wrap_their_legend_and_keep_their_plot() -> None:
     few, many = (
         drawn(
             ChartPanel(
-                "p", "", tuple(CurveSeries(f"a run with a long name {i}" * 2, i, "line", [1, 2], [1, 2]) for i in range(n))
+                "p",
+                "",
+                tuple(
+                    CurveSeries(f"a run with a long name {i}" * 2, i, "line", [1, 2], [1, 2])
+                    for i in range(n)
+                ),
             )
         )
         for n in (1, 12)
@@ -178,7 +218,9 @@ def test_many_runs_wrap_their_legend_and_keep_their_plot() -> None:
     labels = with_class(many, "legend")
     assert all(len(e.text or "") <= 44 for e in labels)
     assert len({(e.get("x"), e.get("y")) for e in labels}) == 12
-    assert {c for e in with_class(many, "line") for c in e.get("class", "").split() if c[0] == "d"} == {"d0", "d1"}
+    assert {
+        c for e in with_class(many, "line") for c in e.get("class", "").split() if c[0] == "d"
+    } == {"d0", "d1"}
 
 
 def test_panels_of_one_run_and_of_several(tmp_path: Path) -> None:
@@ -191,16 +233,27 @@ def test_panels_of_one_run_and_of_several(tmp_path: Path) -> None:
     assert "tokens" not in one
     four = {p.title: p for p in build_panels(runs)}
     assert [s.label for s in four["Loss"].series if s.in_legend] == ["a", "b", "c", "d"]
-    assert {s.kind for s in four["Loss"].series} == {"line", "points"}  # four raw curves would hide each other
+    assert {s.kind for s in four["Loss"].series} == {
+        "line",
+        "points",
+    }  # four raw curves would hide each other
 
 
 def test_runs_of_several_adapters_show_each(tmp_path: Path) -> None:
     lines = [
-        {"step": i, "loss": 2.0, "adapters": {"a": {"loss": 1.0 * i, "grad_norm": 0.5}, "b": {"loss": "NaN"}}} for i in (1, 2)
+        {
+            "step": i,
+            "loss": 2.0,
+            "adapters": {"a": {"loss": 1.0 * i, "grad_norm": 0.5}, "b": {"loss": "NaN"}},
+        }
+        for i in (1, 2)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = {p.title: p.series for p in build_panels(read_readable_runs([tmp_path])[0])}
-    assert [(s.label, s.color, s.steps) for s in shown["Loss of each adapter"]] == [("a", 0, [1, 2]), ("b", 1, [1, 2])]
+    assert [(s.label, s.color, s.steps) for s in shown["Loss of each adapter"]] == [
+        ("a", 0, [1, 2]),
+        ("b", 1, [1, 2]),
+    ]
     assert shown["Loss of each adapter"][0].values == [1.0, 2.0]
     assert [len(s.steps) for s in shown["Gradient norm of each adapter"]] == [2, 0]
 
@@ -226,15 +279,30 @@ def test_numbers_as_people_read_them() -> None:
     assert format_number(-math.inf) == "-∞"
     assert format_number(None) == "–"
     assert format_scientific(1e-300, 2) == "1e-300"
-    times = {0.04: "0.0 s", 59.9: "59.9 s", 59.96: "1 min 00 s", 252: "4 min 12 s", 3600: "1 h 00 min", 11_100: "3 h 05 min"}
+    times = {
+        0.04: "0.0 s",
+        59.9: "59.9 s",
+        59.96: "1 min 00 s",
+        252: "4 min 12 s",
+        3600: "1 h 00 min",
+        11_100: "3 h 05 min",
+    }
     assert {seconds: format_duration(seconds) for seconds in times} == times
-    assert [format_bytes(b) for b in (0, 1023, 2**20, 2.31 * 2**30, None)] == ["0 B", "1023 B", "1.00 MiB", "2.31 GiB", "–"]
+    assert [format_bytes(b) for b in (0, 1023, 2**20, 2.31 * 2**30, None)] == [
+        "0 B",
+        "1023 B",
+        "1.00 MiB",
+        "2.31 GiB",
+        "–",
+    ]
     assert byte_scale(math.inf) == (1.0, "B")
 
 
 @given(st.text())
 def test_visible_text_can_be_printed_and_encoded(text: str) -> None:
     shown = make_visible(text)
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
+    assert not re.search(
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown
+    )
     shown.encode("utf-8")
     assert len(shown) == len(text)

@@ -1,4 +1,6 @@
-"""Run directories that are damaged or a stranger's: listed as damaged with the place, and they hide no other run."""
+"""Run directories that are damaged or a stranger's: listed as damaged with the place, and they hide
+no other run.
+"""
 
 from __future__ import annotations
 
@@ -27,23 +29,48 @@ from lorry.runs import status
 from lorry.runs.read import RUN_FILES, read_readable_runs, read_run
 from lorry.runs.series import LONGEST_NAME, MOST_ADAPTERS, MOST_NAMES, read_metrics
 
-YAML_BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}\n" for i in range(1, 40))
-SOUND = {"pid": 1, "born": 0.0, "host": "h", "folder": [1, 2], "command": [], "started": "2026-01-01T00:00:00+00:00"}
+YAML_BOMB = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}\n" for i in range(1, 40)
+)
+SOUND = {
+    "pid": 1,
+    "born": 0.0,
+    "host": "h",
+    "folder": [1, 2],
+    "command": [],
+    "started": "2026-01-01T00:00:00+00:00",
+}
 DAMAGE = [
     ("run.yaml", YAML_BOMB, "aliases stand for more than"),
     ("run.yaml", "train: &a {x: *a}", "an alias stands inside"),
     ("run.yaml", "seed: " + "9" * 5000, r"run\.yaml:1: .* too large for an integer"),
     ("run.yaml", "a: 1\na: 2", "given twice"),
-    ("receipt.json", '{"trainable_parameters": ' + "9" * 5000 + "}", r"receipt\.json:1: .* too large"),
+    (
+        "receipt.json",
+        '{"trainable_parameters": ' + "9" * 5000 + "}",
+        r"receipt\.json:1: .* too large",
+    ),
     ("contracts.json", '[{"id": ' + "9" * 5000 + "}]", r"contracts\.json:1: .* too large"),
     ("contracts.json", json.dumps([{"id": 1, "name": "n", "status": "held"}] * 1001), "1001 items"),
-    ("samples.json", '[{"prompt": "p", "tokens": [{"text": "a", "weight": ' + "1" * 400 + "}]}]", "too large for an integer"),
+    (
+        "samples.json",
+        '[{"prompt": "p", "tokens": [{"text": "a", "weight": ' + "1" * 400 + "}]}]",
+        "too large for an integer",
+    ),
     ("samples.json", '[{"prompt": "\\ud800"}]', "half a character"),
     ("evaluation.json", '[{"name": "e", "metrics": {"m": 1e999}}]', "beyond what a float holds"),
-    ("evaluation.json", json.dumps([{"name": "e", "metrics": {str(i): 1 for i in range(2001)}}]), "2001 metrics"),
+    (
+        "evaluation.json",
+        json.dumps([{"name": "e", "metrics": {str(i): 1 for i in range(2001)}}]),
+        "2001 metrics",
+    ),
     ("process.json", "[" * 100_000, "nested too deeply"),
     ("process.json", json.dumps({**SOUND, "host": ["h"]}), "not what a run writes there"),
-    ("process.json", json.dumps({**SOUND, "ended": {"at": SOUND["started"], "exit_code": 1, "reason": 5}}), "not what a run"),
+    (
+        "process.json",
+        json.dumps({**SOUND, "ended": {"at": SOUND["started"], "exit_code": 1, "reason": 5}}),
+        "not what a run",
+    ),
     ("metrics.jsonl", '{"step": 1, "step": 2}\n', "given twice"),
 ]
 
@@ -53,12 +80,17 @@ def shown(*paths: Path) -> str:
     runs, damaged = read_readable_runs(paths)
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(render_runs(runs, damaged=damaged), compare_runs_table([comparison_row(run) for run in runs]))
+        console.print(
+            render_runs(runs, damaged=damaged),
+            compare_runs_table([comparison_row(run) for run in runs]),
+        )
     return captured.get() + render_page(runs, damaged)
 
 
 @pytest.mark.parametrize(("file", "content", "why"), DAMAGE, ids=lambda value: str(value)[:20])
-def test_a_damaged_run_is_listed_and_hides_no_other(tmp_path: Path, file: str, content: str, why: str) -> None:
+def test_a_damaged_run_is_listed_and_hides_no_other(
+    tmp_path: Path, file: str, content: str, why: str
+) -> None:
     good, bad = full(tmp_path / "good"), full(tmp_path / "bad")
     (bad / file).write_text(content)
     begun = time.process_time()
@@ -81,7 +113,9 @@ def test_something_else_in_a_files_place(tmp_path: Path, file: str, kind: str) -
         os.mkfifo(bad / file)
     else:
         (bad / file).mkdir()
-    assert {state.name: state.state == "unreadable" for state in status.list_run_states(tmp_path)} == {"good": False, "bad": True}
+    assert {
+        state.name: state.state == "unreadable" for state in status.list_run_states(tmp_path)
+    } == {"good": False, "bad": True}
     assert f"{file} is not a regular file" in shown(good, bad)
 
 
@@ -107,14 +141,26 @@ def test_a_path_that_is_no_run_is_a_mistake_of_the_command(tmp_path: Path) -> No
 def test_metrics_with_very_many_or_very_long_names(tmp_path: Path) -> None:
     """Minutes before; what is left out is counted and said."""
     folder = full(tmp_path / "r")
-    lines: list[dict[str, Any]] = [{"step": i, "loss": 1.0, **{f"m{j}": 1.0 for j in range(3000)}} for i in range(1, 4)]
-    lines.append({"step": 4, "loss": 1.0, "adapters": {f"a{j}": {"loss": 1.0} for j in range(2000)}, "n" * 100_000: 1.0})
+    lines: list[dict[str, Any]] = [
+        {"step": i, "loss": 1.0, **{f"m{j}": 1.0 for j in range(3000)}} for i in range(1, 4)
+    ]
+    lines.append(
+        {
+            "step": 4,
+            "loss": 1.0,
+            "adapters": {f"a{j}": {"loss": 1.0} for j in range(2000)},
+            "n" * 100_000: 1.0,
+        }
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     log = read_metrics(folder / "metrics.jsonl")
     assert len(log.names()) < MOST_NAMES  # step and adapters are names as well
     assert len(log.adapters()) == MOST_ADAPTERS
     assert max(map(len, log.names())) <= LONGEST_NAME
-    assert [f"{3000 + 4 - MOST_NAMES} values" in log.notes[0], f"{2000 - MOST_ADAPTERS} adapters" in log.notes[1]] == [True, True]
+    assert [
+        f"{3000 + 4 - MOST_NAMES} values" in log.notes[0],
+        f"{2000 - MOST_ADAPTERS} adapters" in log.notes[1],
+    ] == [True, True]
     begun = time.process_time()
     text = render_page([read_run(folder)])
     assert "Not drawn: " in text
@@ -132,8 +178,23 @@ def test_two_hundred_thousand_equal_prompts_take_no_squared_time(tmp_path: Path)
 
 
 VALUES: list[Any] = [
-    None, True, -1, 0, 2**62, 1e308, -1e-308, "", "x", "\x1b]0;t\x07", "9" * 400, [], {}, [[]], {"a": {}}, ["a", None],
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    2**62,
+    1e308,
+    -1e-308,
+    "",
+    "x",
+    "\x1b]0;t\x07",
+    "9" * 400,
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    ["a", None],
+]
 
 
 def mutated(value: Any, chance: random.Random) -> Any:
@@ -149,12 +210,20 @@ def mutated(value: Any, chance: random.Random) -> Any:
     return chance.choice(VALUES)
 
 
-@pytest.mark.parametrize("file", [*(name for name in RUN_FILES if name.endswith(".json")), "metrics.jsonl", "run.yaml"])
+@pytest.mark.parametrize(
+    "file", [*(name for name in RUN_FILES if name.endswith(".json")), "metrics.jsonl", "run.yaml"]
+)
 def test_fields_of_any_kind_are_shown_or_refused(tmp_path: Path, file: str) -> None:
-    """Mutations by a kept seed: a run is read and everything of it shown, or it is a DataError; nothing else is raised."""
+    """Mutations by a kept seed: a run is read and everything of it shown, or it is a DataError;
+    nothing else is raised.
+    """
     whole = full(tmp_path / "whole")
     if file == "process.json":
-        (whole / file).write_text(json.dumps({**SOUND, "begun": SOUND["started"], "done": 1, "total_steps": 9, "ended": None}))
+        (whole / file).write_text(
+            json.dumps(
+                {**SOUND, "begun": SOUND["started"], "done": 1, "total_steps": 9, "ended": None}
+            )
+        )
     for seed in range(10):
         chance = random.Random(f"{file} {seed}")
         folder = tmp_path / "r"
@@ -164,7 +233,9 @@ def test_fields_of_any_kind_are_shown_or_refused(tmp_path: Path, file: str) -> N
         if file == "metrics.jsonl":
             lines = text.splitlines()[:6]
             at = chance.randrange(len(lines))
-            made = "\n".join([*lines[:at], json.dumps(mutated(json.loads(lines[at]), chance)), *lines[at + 1 :]])
+            made = "\n".join(
+                [*lines[:at], json.dumps(mutated(json.loads(lines[at]), chance)), *lines[at + 1 :]]
+            )
         elif file == "run.yaml":
             made = yaml.safe_dump(mutated(yaml.safe_load(text), chance))
         else:

@@ -1,4 +1,6 @@
-"""The page: complete without a network, complete with little, and immune to what a run may have written."""
+"""The page: complete without a network, complete with little, and immune to what a run may have
+written.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,22 @@ from lorry.runs.read import read_readable_runs, read_run
 from lorry.visible import make_visible
 
 VOID = {"meta"}
-SECTIONS = ["figures", "curves", "evaluation", "samples", "training-rows", "contracts", "settings", "receipt"]
+SECTIONS = [
+    "figures",
+    "curves",
+    "evaluation",
+    "samples",
+    "training-rows",
+    "contracts",
+    "settings",
+    "receipt",
+]
 
 
 class Page(HTMLParser):
-    """What a parser sees: elements with attributes, ids, and text by the element it stands in. Unbalanced tags fail."""
+    """What a parser sees: elements with attributes, ids, and text by the element it stands in.
+    Unbalanced tags fail.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -49,7 +62,12 @@ class Page(HTMLParser):
         return [a["id"] or "" for _, a in self.elements if "id" in a]
 
     def all_text(self) -> str:
-        return "\n".join(t for element, parts in self.text.items() if element not in ("style", "script") for t in parts)
+        return "\n".join(
+            t
+            for element, parts in self.text.items()
+            if element not in ("style", "script")
+            for t in parts
+        )
 
 
 def rendered(*paths: Path) -> Page:
@@ -61,10 +79,27 @@ def test_a_full_run_has_every_section(tmp_path: Path) -> None:
     assert [i for i in shown.ids() if not i.startswith("chart-")] == SECTIONS
     assert len(set(shown.ids())) == len(shown.ids())
     text = shown.all_text()
-    for said in ("people", "2 of 3 contracts held, none failed", "640", "tokens/s", "3.00 GiB", "50.0 s", "✓ match", "+0.8125"):
+    for said in (
+        "people",
+        "2 of 3 contracts held, none failed",
+        "640",
+        "tokens/s",
+        "3.00 GiB",
+        "50.0 s",
+        "✓ match",
+        "+0.8125",
+    ):
         assert said in text, said
     titles = shown.text["title"]
-    expected = ["Loss", "Learning rate", "Gradient norm", "Throughput", "Peak memory", "kl", "perplexity (evaluation)"]
+    expected = [
+        "Loss",
+        "Learning rate",
+        "Gradient norm",
+        "Throughput",
+        "Peak memory",
+        "kl",
+        "perplexity (evaluation)",
+    ]
     assert [t for t in expected if t not in titles] == []
 
 
@@ -72,7 +107,10 @@ def test_supervised_tokens_are_marked_and_no_others(tmp_path: Path) -> None:
     shown = rendered(full(tmp_path / "r", text="T"))
     assert shown.text["mark"] == ["answer T", "half"]
     marks = [a for element, a in shown.elements if element == "mark"]
-    assert [(a.get("class"), a["title"]) for a in marks] == [(None, "weight 1"), ("partly", "weight 0.5")]
+    assert [(a.get("class"), a["title"]) for a in marks] == [
+        (None, "weight 1"),
+        ("partly", "weight 0.5"),
+    ]
     assert "2 of 3 tokens supervised" in shown.all_text()
 
 
@@ -106,9 +144,12 @@ def test_twenty_thousand_steps_stay_a_small_page(tmp_path: Path) -> None:
 def test_nan_everywhere_and_huge_ranges(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     lines = [
-        {"step": i, "loss": v, "grad_norm": v} for i, v in enumerate(["NaN", "Infinity", 1e308, -1e308, 1e-308, 1e299, 0], 1)
+        {"step": i, "loss": v, "grad_norm": v}
+        for i, v in enumerate(["NaN", "Infinity", 1e308, -1e308, 1e-308, 1e299, 0], 1)
     ]
-    (tmp_path / "r" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "r" / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     shown = rendered(tmp_path / "r")
     assert "× not a number" in shown.text["text"]
     (tmp_path / "n").mkdir()
@@ -125,15 +166,21 @@ def test_nothing_is_fetched_from_anywhere(tmp_path: Path) -> None:
     for _, attributes in shown.elements:
         assert {"src", "href", "srcset", "action", "data", "xlink:href"}.isdisjoint(attributes)
     assert not re.search(r"url\(|@import|https?://|fetch\(|XMLHttpRequest|WebSocket|import\(", text)
-    policy = next(a["content"] or "" for e, a in shown.elements if e == "meta" and "http-equiv" in a)
+    policy = next(
+        a["content"] or "" for e, a in shown.elements if e == "meta" and "http-equiv" in a
+    )
     assert "default-src 'none'" in policy
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_text_stays_text(tmp_path: Path, hostile: str) -> None:
     """The same elements and attributes come out whatever the texts of a run are."""
-    tame = rendered(full(tmp_path / "tame", text="TEXT"), full(tmp_path / "tame2", text="TEXT", rank=4))
-    wild = rendered(full(tmp_path / "wild", text=hostile), full(tmp_path / "wild2", text=hostile, rank=4))
+    tame = rendered(
+        full(tmp_path / "tame", text="TEXT"), full(tmp_path / "tame2", text="TEXT", rank=4)
+    )
+    wild = rendered(
+        full(tmp_path / "wild", text=hostile), full(tmp_path / "wild2", text=hostile, rank=4)
+    )
     assert [(e, list(a)) for e, a in wild.elements] == [(e, list(a)) for e, a in tame.elements]
     assert wild.text["script"] == tame.text["script"]
     assert wild.text["style"] == tame.text["style"]
@@ -150,7 +197,9 @@ def test_a_hostile_directory_name(tmp_path: Path) -> None:
 
 @given(st.text(), st.text())
 def test_tag_gives_back_text_and_attribute(text: str, value: str) -> None:
-    """What a parser reads out of an element is what went in, control and reversing characters apart."""
+    """What a parser reads out of an element is what went in, control and reversing characters
+    apart.
+    """
     parsed = Page(html_tag("p", text, title=value))
     assert "".join(parsed.text.get("p", [])) == make_visible(text)
     assert parsed.elements[0][1]["title"] == make_visible(value)
@@ -159,7 +208,10 @@ def test_tag_gives_back_text_and_attribute(text: str, value: str) -> None:
 def test_markup_is_never_escaped_twice_or_not_at_all() -> None:
     assert html_tag("b", html_tag("i", "<&>")) == "<b><i>&lt;&amp;&gt;</i></b>"
     assert join_html(None, "a<b", SafeHtml("<hr>")) == "a&lt;b<hr>"
-    assert html_tag("rect", stroke_width=2, class_="x", title=None) == '<rect stroke-width="2" class="x"></rect>'
+    assert (
+        html_tag("rect", stroke_width=2, class_="x", title=None)
+        == '<rect stroke-width="2" class="x"></rect>'
+    )
     assert isinstance(escape_html("x"), SafeHtml)
 
 
@@ -181,7 +233,10 @@ def test_several_runs_compare_figures_and_only_what_differs(tmp_path: Path) -> N
 
 
 def test_equal_settings_are_said_to_be_equal(tmp_path: Path) -> None:
-    assert "The settings of these runs are the same." in rendered(full(tmp_path / "a"), full(tmp_path / "b")).all_text()
+    assert (
+        "The settings of these runs are the same."
+        in rendered(full(tmp_path / "a"), full(tmp_path / "b")).all_text()
+    )
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -191,18 +246,30 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 def test_repeated_prompts_and_long_groups(tmp_path: Path) -> None:
     rows = [
-        {"group": "g", "prompt": "same", "reference": None, "before": None, "after": f"answer {i}", "tokens": None}
+        {
+            "group": "g",
+            "prompt": "same",
+            "reference": None,
+            "before": None,
+            "after": f"answer {i}",
+            "tokens": None,
+        }
         for i in range(70)
     ]
     (tmp_path / "r").mkdir()
     dump(tmp_path / "r" / "samples.json", rows)
     shown = rendered(tmp_path / "r")
-    assert [t for t in shown.text["td"] if t.startswith("answer")] == [f"answer {i}" for i in range(60)]
+    assert [t for t in shown.text["td"] if t.startswith("answer")] == [
+        f"answer {i}" for i in range(60)
+    ]
     assert "g (the first 60 of 70)" in shown.text["h3"]
 
 
 def test_metrics_of_data_sets_in_another_order_stay_together(tmp_path: Path) -> None:
     for name, order in (("a", ["s", "t"]), ("b", ["t", "s"])):
         (tmp_path / name).mkdir()
-        dump(tmp_path / name / "evaluation.json", [{"name": n, "metrics": {f"{name}_m": {"after": 1}}} for n in order])
+        dump(
+            tmp_path / name / "evaluation.json",
+            [{"name": n, "metrics": {f"{name}_m": {"after": 1}}} for n in order],
+        )
     assert rendered(tmp_path / "a", tmp_path / "b").text["h3"] == ["s", "t"]

@@ -21,7 +21,9 @@ from lorry.runs.metrics import MetricsWriter, drop_metrics_after, iter_metrics
 from lorry.runs.series import read_metrics
 
 values = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.integers(-(10**12), 10**12))
-names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(lambda n: n != "step" and not n.startswith("eval_"))
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(
+    lambda n: n != "step" and not n.startswith("eval_")
+)
 records = st.lists(st.dictionaries(names, values, max_size=4), max_size=12)
 
 
@@ -37,7 +39,9 @@ def same(one: Any, other: Any) -> bool:
 
 @settings(max_examples=60, deadline=None)
 @given(records)
-def test_round_trip_and_strict_json(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
+def test_round_trip_and_strict_json(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
+) -> None:
     path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
     numbered = [{"step": i, **row} for i, row in enumerate(rows, 1)]
     write(path, numbered)
@@ -70,8 +74,14 @@ def test_any_cut_of_the_file_loses_at_most_the_last_line(
 
 
 @settings(max_examples=40, deadline=None)
-@given(count=st.integers(0, 12), step=st.integers(0, 14), tail=st.sampled_from(["", '{"step": 99', '{"step": 99}']))
-def test_cut_after_keeps_bytes_up_to_the_step(tmp_path_factory: pytest.TempPathFactory, count: int, step: int, tail: str) -> None:
+@given(
+    count=st.integers(0, 12),
+    step=st.integers(0, 14),
+    tail=st.sampled_from(["", '{"step": 99', '{"step": 99}']),
+)
+def test_cut_after_keeps_bytes_up_to_the_step(
+    tmp_path_factory: pytest.TempPathFactory, count: int, step: int, tail: str
+) -> None:
     path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
     lines = []
     for i in range(1, count + 1):
@@ -121,7 +131,9 @@ class Broken(durable.DiskCalls):
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])
-def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_failed_replacement_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, [{"step": 1}, {"step": 2}])
     content = path.read_bytes()
@@ -132,7 +144,9 @@ def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_full_disk_is_named_and_the_next_writer_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_and_the_next_writer_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(path) as writer:
         writer.write({"step": 1})
@@ -173,7 +187,9 @@ def test_a_killed_writer_loses_nothing_it_wrote(tmp_path: Path) -> None:
 )
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + line.encode("utf-8", "surrogateescape") + b'\n{"step": 3}\n')
+    path.write_bytes(
+        b'{"step": 1}\n' + line.encode("utf-8", "surrogateescape") + b'\n{"step": 3}\n'
+    )
     with pytest.raises(DataError, match=message):
         list(iter_metrics(path))
     with pytest.raises(DataError, match=message):
@@ -217,7 +233,14 @@ def test_a_restarted_run_shows_its_last_course_and_says_so(tmp_path: Path) -> No
 
 def test_evaluation_lines_do_not_count_as_steps(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    write(path, [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0, "lr": 0.1}, {"step": 1, "eval_loss": 2.5}])
+    write(
+        path,
+        [
+            {"step": 0, "eval_loss": 3.0},
+            {"step": 1, "loss": 2.0, "lr": 0.1},
+            {"step": 1, "eval_loss": 2.5},
+        ],
+    )
     log = read_metrics(path)
     assert [r["step"] for r in log.training] == [1]
     assert log.notes == []

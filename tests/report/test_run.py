@@ -1,4 +1,6 @@
-"""Reading run directories and boiling them down: each file optional, each mistake named with its place."""
+"""Reading run directories and boiling them down: each file optional, each mistake named with its
+place.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,16 @@ from lorry.runs.summary import describe_run_subject, final_figures, flatten_conf
 def test_a_full_run_is_read(tmp_path: Path) -> None:
     run = read_run(full(tmp_path / "r", text="T"))
     assert run.name == "r"
-    assert [(c.id, c.status) for c in run.contracts] == [(1, "held"), (2, "held"), (3, "not_checked")]
-    assert [(t.text, t.weight) for t in run.samples[1].tokens or ()] == [("user T", 0.0), ("answer T", 1.0), ("half", 0.5)]
+    assert [(c.id, c.status) for c in run.contracts] == [
+        (1, "held"),
+        (2, "held"),
+        (3, "not_checked"),
+    ]
+    assert [(t.text, t.weight) for t in run.samples[1].tokens or ()] == [
+        ("user T", 0.0),
+        ("answer T", 1.0),
+        ("half", 0.5),
+    ]
     assert run.evaluation[0].metrics == {"exact_match": (0.0, 0.8125), "m T": (None, 2.5)}
     assert run.receipt["adapter"] == ["T", 1, None]
 
@@ -26,14 +36,30 @@ def test_a_full_run_is_read(tmp_path: Path) -> None:
     [
         ("contracts.json", '[{"id": 1,\n "name": }]', r"contracts\.json:2: not JSON"),
         ("contracts.json", '{"id": 1}', "expected a list, got dict"),
-        ("contracts.json", '[{"id": 1, "name": "n", "status": "fine"}]', "item 1: status 'fine' is none of held, failed"),
-        ("contracts.json", '[{"id": "one", "name": "n", "status": "held"}]', "item 1: 'id' is 'one'"),
+        (
+            "contracts.json",
+            '[{"id": 1, "name": "n", "status": "fine"}]',
+            "item 1: status 'fine' is none of held, failed",
+        ),
+        (
+            "contracts.json",
+            '[{"id": "one", "name": "n", "status": "held"}]',
+            "item 1: 'id' is 'one'",
+        ),
         ("samples.json", '[{"group": "g", "prompt": "p"}, 3]', "item 2 is not an object"),
         ("samples.json", '[{"group": "g"}]', "item 1: 'prompt' is 'None'"),
         ("samples.json", '[{"prompt": "p", "after": 5}]', "item 1: 'after' is '5'"),
         ("samples.json", '[{"prompt": "p", "tokens": ["a"]}]', "item 1: a token is an object"),
-        ("samples.json", '[{"prompt": "p", "tokens": [{"text": "a", "weight": "1"}]}]', "item 1: 'weight' is '1'"),
-        ("evaluation.json", '[{"name": "e", "metrics": {"m": {"after": "high"}}}]', "metric 'm' holds 'high'"),
+        (
+            "samples.json",
+            '[{"prompt": "p", "tokens": [{"text": "a", "weight": "1"}]}]',
+            "item 1: 'weight' is '1'",
+        ),
+        (
+            "evaluation.json",
+            '[{"name": "e", "metrics": {"m": {"after": "high"}}}]',
+            "metric 'm' holds 'high'",
+        ),
         ("receipt.json", "[" * 100_000, "not JSON"),
         ("run.yaml", "lora:\n  r: [1\n", r"run\.yaml:\d: not YAML"),
         ("run.yaml", "- a list", "settings are a mapping"),
@@ -41,7 +67,9 @@ def test_a_full_run_is_read(tmp_path: Path) -> None:
         ("metrics.jsonl", '{"step": 1\n{"step": 2}\n', r"metrics\.jsonl:1: not JSON"),
     ],
 )
-def test_a_mistake_is_named_with_its_place(tmp_path: Path, file: str, content: str, message: str) -> None:
+def test_a_mistake_is_named_with_its_place(
+    tmp_path: Path, file: str, content: str, message: str
+) -> None:
     (tmp_path / file).write_text(content)
     with pytest.raises(DataError, match=message) as caught:
         read_run(tmp_path)
@@ -89,8 +117,13 @@ def test_no_figure_is_invented(tmp_path: Path) -> None:
     metrics(tmp_path, 0)
     assert final_figures(read_run(tmp_path)) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5}\n')
-    assert [(f.name, f.text) for f in final_figures(read_run(tmp_path))] == [("train loss", "1.5"), ("steps", "3")]
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5, "tokens": 5, "seconds": 0, "peak_memory_bytes": "NaN"}\n')
+    assert [(f.name, f.text) for f in final_figures(read_run(tmp_path))] == [
+        ("train loss", "1.5"),
+        ("steps", "3"),
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 3, "loss": 1.5, "tokens": 5, "seconds": 0, "peak_memory_bytes": "NaN"}\n'
+    )
     assert [f.name for f in final_figures(read_run(tmp_path))] == ["train loss", "steps"]
 
 
@@ -105,7 +138,10 @@ def test_about_says_what_the_settings_say(tmp_path: Path) -> None:
         "adapter": "rank 8, alpha 16, on c_attn",
     }
     (tmp_path / "run.yaml").write_text("model: gpt2\nlora: null\n")
-    assert describe_run_subject(read_run(tmp_path)) == {"model": "gpt2", "adapter": "none: all of the base trained"}
+    assert describe_run_subject(read_run(tmp_path)) == {
+        "model": "gpt2",
+        "adapter": "none: all of the base trained",
+    }
 
 
 def test_differences_are_differences(tmp_path: Path) -> None:
@@ -119,7 +155,11 @@ def test_differences_are_differences(tmp_path: Path) -> None:
         ("lora.r", ["8", "16"]),
         ("seed", ["1", "–"]),
     ]
-    assert flatten_config({"a": {"b": {"c": 1}, "d": {}}, "e": None}) == {"a.b.c": 1, "a.d": {}, "e": None}
+    assert flatten_config({"a": {"b": {"c": 1}, "d": {}}, "e": None}) == {
+        "a.b.c": 1,
+        "a.d": {},
+        "e": None,
+    }
 
 
 def test_scalar_metrics_count_as_after(tmp_path: Path) -> None:

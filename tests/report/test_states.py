@@ -1,4 +1,6 @@
-"""Where a run stands, from directories as runs leave them: alive, finished, stopped, failed, killed, damaged."""
+"""Where a run stands, from directories as runs leave them: alive, finished, stopped, failed,
+killed, damaged.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,17 @@ def at_work(folder: Path, pid: int, **changes: Any) -> Path:
     found, ago = os.stat(folder), (datetime.now(UTC) - timedelta(seconds=100)).isoformat()
     born = psutil.Process(pid).create_time() if psutil.pid_exists(pid) else 1.0
     content = {
-        "pid": pid, "born": born, "host": os.uname().nodename, "folder": [found.st_dev, found.st_ino], "command": ["lorry"],
-        "started": ago, "begun": ago, "done": 0, "total_steps": 200, "ended": None,
-    }  # fmt: skip
+        "pid": pid,
+        "born": born,
+        "host": os.uname().nodename,
+        "folder": [found.st_dev, found.st_ino],
+        "command": ["lorry"],
+        "started": ago,
+        "begun": ago,
+        "done": 0,
+        "total_steps": 200,
+        "ended": None,
+    }
     dump(folder / "process.json", {**content, **changes})
     return folder
 
@@ -52,7 +62,9 @@ def ended(code: int, reason: str) -> dict[str, Any]:
 
 def checkpoint(folder: Path, step: int, *, whole: bool = True) -> None:
     path = folder / "checkpoints" / f"step-{step:08d}"
-    durable.write_directory(path, {"state.safetensors": b"state", "meta.json": b"{}"}, manifest=True)
+    durable.write_directory(
+        path, {"state.safetensors": b"state", "meta.json": b"{}"}, manifest=True
+    )
     if not whole:
         (path / "state.safetensors").unlink()
 
@@ -67,7 +79,9 @@ def printed(*parts: Any, width: int = 400) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_running_run_its_page_and_its_tables(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
+def test_a_running_run_its_page_and_its_tables(
+    tmp_path: Path, child: subprocess.Popen[bytes]
+) -> None:
     folder = at_work(tmp_path / "run", child.pid)
     metrics(folder, 40)
     with open(folder / "metrics.jsonl", "a") as file:
@@ -85,7 +99,9 @@ def test_a_running_run_its_page_and_its_tables(tmp_path: Path, child: subprocess
     assert "still running: step 40 of 200" in page.read_text()
     assert "contracts not reported" not in page.read_text()
     assert "still running: step 40 of 200" in printed(render_runs([read_run(folder)]))
-    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix not in (".html", ".png")} == before
+    assert {
+        p.name: p.read_bytes() for p in folder.iterdir() if p.suffix not in (".html", ".png")
+    } == before
 
 
 def test_before_its_first_step(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
@@ -95,12 +111,21 @@ def test_before_its_first_step(tmp_path: Path, child: subprocess.Popen[bytes]) -
 
 
 def test_how_runs_end(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
-    run = at_work(tmp_path / "run", child.pid, **ended(75, "SIGTERM arrived; step 9 of 200 is saved in run. The same command"))
+    run = at_work(
+        tmp_path / "run",
+        child.pid,
+        **ended(75, "SIGTERM arrived; step 9 of 200 is saved in run. The same command"),
+    )
     metrics(run, 9)
-    assert state(run).sentence() == ("interrupted at step 9 of 200: SIGTERM arrived; there is no checkpoint to go on from")
+    assert state(run).sentence() == (
+        "interrupted at step 9 of 200: SIGTERM arrived; there is no checkpoint to go on from"
+    )
     checkpoint(run, 4)
     checkpoint(run, 9, whole=False)
-    assert state(run).detail == "SIGTERM arrived; resume_from_checkpoint=auto goes on from step-00000004"
+    assert (
+        state(run).detail
+        == "SIGTERM arrived; resume_from_checkpoint=auto goes on from step-00000004"
+    )
     at_work(run, child.pid, **ended(6, "loss is NaN at step 9"))
     assert state(run).sentence() == "failed at step 9 of 200: loss is NaN at step 9"
     at_work(run, 2**22 + 1)
@@ -108,18 +133,32 @@ def test_how_runs_end(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
         "dead at step 9 of 200: process 4194305 is gone without a word; resume_from_checkpoint=auto goes on from step-00000004"
     )
     (run / "process.json").unlink()
-    assert state(run).sentence() == "interrupted at step 9: resume_from_checkpoint=auto goes on from step-00000004"
-    dump(run / "contracts.json", [{"id": 3, "name": "all learn", "status": "failed", "detail": "q_proj did not move"}])
+    assert (
+        state(run).sentence()
+        == "interrupted at step 9: resume_from_checkpoint=auto goes on from step-00000004"
+    )
+    dump(
+        run / "contracts.json",
+        [{"id": 3, "name": "all learn", "status": "failed", "detail": "q_proj did not move"}],
+    )
     assert state(run).sentence() == "failed at step 9: contract 3, all learn: q_proj did not move"
     finished = state(full(tmp_path / "finished", steps=40))
-    assert (finished.state, finished.sentence(), finished.step, finished.total) == ("finished", "", 40, 40)
+    assert (finished.state, finished.sentence(), finished.step, finished.total) == (
+        "finished",
+        "",
+        40,
+        40,
+    )
     assert finished.elapsed == 40 * 1.25
 
 
 def test_a_run_of_another_machine_is_judged_by_its_files(tmp_path: Path) -> None:
     run = at_work(tmp_path / "run", 7, host="elsewhere")
     metrics(run, 5)
-    assert state(run).sentence() == "still running: step 5 of 200 (process 7 of elsewhere, as far as its files tell)"
+    assert (
+        state(run).sentence()
+        == "still running: step 5 of 200 (process 7 of elsewhere, as far as its files tell)"
+    )
     for name in os.listdir(run):
         os.utime(run / name, (time.time() - 3600,) * 2)
     assert state(run).state == "dead"
@@ -133,12 +172,24 @@ def test_the_best_is_what_the_run_calls_best(tmp_path: Path) -> None:
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert state(tmp_path).best == ("eval_loss", 2.0, 1)
-    (tmp_path / "run.yaml").write_text("train: {metric_for_best_model: f1, greater_is_better: true}")
+    (tmp_path / "run.yaml").write_text(
+        "train: {metric_for_best_model: f1, greater_is_better: true}"
+    )
     assert state(tmp_path).best == ("f1", 0.7, 2)
 
 
 def test_what_is_listed_and_in_which_order(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
-    for number, name in enumerate(["old", "sweep/pass-1", "sweep/pass-2", "new/previous/1", "new", "a/b/c/d/deep", "a/.hidden"]):
+    for number, name in enumerate(
+        [
+            "old",
+            "sweep/pass-1",
+            "sweep/pass-2",
+            "new/previous/1",
+            "new",
+            "a/b/c/d/deep",
+            "a/.hidden",
+        ]
+    ):
         metrics(tmp_path / name, 2)
         os.utime(tmp_path / name / "metrics.jsonl", (1e9 + number,) * 2)
     (tmp_path / "new" / "checkpoints" / "step-00000001").mkdir(parents=True)
@@ -146,7 +197,12 @@ def test_what_is_listed_and_in_which_order(tmp_path: Path, child: subprocess.Pop
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "old")
-    assert [s.name for s in status.list_run_states(tmp_path)] == ["new", "sweep/pass-2", "sweep/pass-1", "old"]
+    assert [s.name for s in status.list_run_states(tmp_path)] == [
+        "new",
+        "sweep/pass-2",
+        "sweep/pass-1",
+        "old",
+    ]
     assert [s.name for s in status.list_run_states(tmp_path / "old")] == ["old"]
     assert status.list_run_states(tmp_path / "model") == []
     assert status.list_run_states(tmp_path / "nowhere") == []
@@ -166,7 +222,11 @@ def test_a_damaged_run_says_where_and_hides_no_other(tmp_path: Path) -> None:
     assert {name: s.state for name, s in found.items()} == {
         "sound": "finished", "a": "unreadable", "b": "unreadable", "c": "unreadable", "d": "dead",
     }  # fmt: skip
-    for name, where in (("a", "metrics.jsonl:1: "), ("b", "run.yaml:1: "), ("c", "process.json:1: ")):
+    for name, where in (
+        ("a", "metrics.jsonl:1: "),
+        ("b", "run.yaml:1: "),
+        ("c", "process.json:1: "),
+    ):
         assert found[name].detail.startswith(str(tmp_path / name / where)), found[name].detail
 
 
@@ -186,8 +246,14 @@ def test_the_table(tmp_path: Path, child: subprocess.Popen[bytes], width: int) -
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_text_cannot_reach_the_terminal(tmp_path: Path, hostile: str, child: subprocess.Popen[bytes]) -> None:
+def test_hostile_text_cannot_reach_the_terminal(
+    tmp_path: Path, hostile: str, child: subprocess.Popen[bytes]
+) -> None:
     run = full(tmp_path / "r", text=hostile)
     at_work(run, child.pid, **ended(1, hostile))
-    out = printed(runs_table(status.list_run_states(tmp_path), time.time(), 2000), render_runs([read_run(run)]), width=2000)
+    out = printed(
+        runs_table(status.list_run_states(tmp_path), time.time(), 2000),
+        render_runs([read_run(run)]),
+        width=2000,
+    )
     assert not {"\x1b", "\x07", "\x00", "\u202e", "\ud800"} & set(out)

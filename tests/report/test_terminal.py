@@ -1,4 +1,6 @@
-"""Tables for the terminal: complete, and unable to colour, move or ring anything a run did not earn."""
+"""Tables for the terminal: complete, and unable to colour, move or ring anything a run did not
+earn.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ import pytest
 from rich.console import Console, RenderableType
 from tests.report.runs import HOSTILE, dump, full, metrics
 
-from lorry.report.table import comparison_table, contracts_table, render_runs, sample_tables, summary_table
+from lorry.report.table import (
+    comparison_table,
+    contracts_table,
+    render_runs,
+    sample_tables,
+    summary_table,
+)
 from lorry.runs.read import read_readable_runs, read_run
 
 
@@ -38,7 +46,9 @@ def test_a_run_in_full(tmp_path: Path) -> None:
 
 
 def test_several_runs(tmp_path: Path) -> None:
-    out = printed(render_runs(read_readable_runs([full(tmp_path / "one"), full(tmp_path / "two", rank=4)])[0]))
+    out = printed(
+        render_runs(read_readable_runs([full(tmp_path / "one"), full(tmp_path / "two", rank=4)])[0])
+    )
     assert "What differs" in out
     assert "lora.r " in out
     assert "lora_alpha" not in out
@@ -57,7 +67,9 @@ def test_a_run_of_metrics_alone_and_one_without_steps(tmp_path: Path) -> None:
     assert "last loss" in printed(render_runs([read_run(tmp_path / "r")]))
     metrics(tmp_path / "none", 0)
     assert printed(summary_table(read_run(tmp_path / "none"))).startswith("none")
-    assert "–" in printed(comparison_table(read_readable_runs([tmp_path / "r", tmp_path / "none"])[0]))
+    assert "–" in printed(
+        comparison_table(read_readable_runs([tmp_path / "r", tmp_path / "none"])[0])
+    )
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
@@ -67,11 +79,18 @@ def test_hostile_text_cannot_reach_the_terminal(tmp_path: Path, hostile: str) ->
     assert not {"\x1b", "\x07", "\x00", "\u202e", "\ud800"} & set(out)
     if "[bold red]" in hostile:
         assert "[bold red]rich[/bold red]" in out
-    assert "\x1b" not in printed(render_runs(read_readable_runs([tmp_path / "r", full(tmp_path / "s", text=hostile, rank=2)])[0]))
+    assert "\x1b" not in printed(
+        render_runs(
+            read_readable_runs([tmp_path / "r", full(tmp_path / "s", text=hostile, rank=2)])[0]
+        )
+    )
 
 
 def test_long_groups_are_cut_and_say_so(tmp_path: Path) -> None:
-    rows = [{"group": "g", "prompt": f"p{i}.", "reference": None, "before": None, "after": "a"} for i in range(20)]
+    rows = [
+        {"group": "g", "prompt": f"p{i}.", "reference": None, "before": None, "after": "a"}
+        for i in range(20)
+    ]
     dump(tmp_path / "samples.json", rows)
     (table,) = sample_tables(read_run(tmp_path), most=5)
     out = printed(table)

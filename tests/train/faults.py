@@ -1,11 +1,13 @@
-"""Fault injection: make the n-th call that changes the disk kill the process, fail, or write too little; or cut the power.
+"""Fault injection: make the n-th call that changes the disk kill the process, fail, or write too
+little; or cut the power.
 
     for run in kill_points(tmp_path, lambda n: FaultyDisk(n, kill), work):
         ...  # run.folder is what the killed child left behind, run.said what it had reached
 
-``work(folder, say)`` runs in a forked child whose ``durable.disk`` is the faulty one, once for every n until nothing fires.
-A kill loses no data that reached the kernel, so it says nothing about fsync. ``PowerCut`` does: it keeps account of what
-was never made durable and takes it away, in the way least kind to the writer, before it kills.
+``work(folder, say)`` runs in a forked child whose ``durable.disk`` is the faulty one, once for
+every n until nothing fires. A kill loses no data that reached the kernel, so it says nothing about
+fsync. ``PowerCut`` does: it keeps account of what was never made durable and takes it away, in the
+way least kind to the writer, before it kills.
 """
 
 from __future__ import annotations
@@ -24,15 +26,22 @@ from lorry.disk import durable
 
 Fault = Callable[["FaultyDisk", str, tuple[Any, ...]], Any]
 Say = Callable[[int], object]
-READS = ("lstat", "open_to_read", "read")  # they change nothing, so that no disaster is tried before each of them
-CALLS = tuple(name for name in vars(durable.DiskCalls) if not name.startswith("_") and name not in READS)
+READS = (
+    "lstat",
+    "open_to_read",
+    "read",
+)  # they change nothing, so that no disaster is tried before each of them
+CALLS = tuple(
+    name for name in vars(durable.DiskCalls) if not name.startswith("_") and name not in READS
+)
 
 
 class FaultyDisk(durable.DiskCalls):
-    """A disk that counts its calls, keeps a trace of them, and lets ``fault`` answer call number ``at`` (from 1).
+    """A disk that counts its calls, keeps a trace of them, and lets ``fault`` answer call number
+    ``at`` (from 1).
 
-    It makes no fsync: nothing here outlives the machine. ``tick`` counts any other event (a compilation, a step) as a
-    call, so that a test can kill there too.
+    It makes no fsync: nothing here outlives the machine. ``tick`` counts any other event (a
+    compilation, a step) as a call, so that a test can kill there too.
     """
 
     def __init__(self, at: int = 0, fault: Fault | None = None) -> None:
@@ -74,7 +83,8 @@ for _kind in CALLS:
 
 
 class UnreadableDisk(durable.DiskCalls):
-    """A disk whose read number ``at`` (from 1) fails with ``code``, once; ``kinds`` keeps the trace. Writes are as ever.
+    """A disk whose read number ``at`` (from 1) fails with ``code``, once; ``kinds`` keeps the
+    trace. Writes are as ever.
 
     ``below``: count only reads of paths that contain this text.
     """
@@ -151,7 +161,9 @@ class Change:
 
 @dataclass
 class Account:
-    """What a crash of the machine would lose: contents never fsynced, names whose directory was never fsynced."""
+    """What a crash of the machine would lose: contents never fsynced, names whose directory was
+    never fsynced.
+    """
 
     dirty: set[Path] = field(default_factory=set)
     names: list[Change] = field(default_factory=list)
@@ -162,7 +174,9 @@ class Account:
         elif kind == "fsync":
             self.dirty.discard(path)
         elif kind == "fsync_dir":
-            self.names = [c for c in self.names if path not in (c.path.parent, c.old and c.old.parent)]
+            self.names = [
+                c for c in self.names if path not in (c.path.parent, c.old and c.old.parent)
+            ]
         elif kind in ("create", "mkdir"):
             self.names.append(Change(kind, path))
         elif kind in ("unlink", "rmdir"):
@@ -170,7 +184,9 @@ class Account:
             self.names = [c for c in self.names if c.path != path]
 
     def rename(self, old: Path, new: Path) -> None:
-        """Before a rename: remember what it replaces, and follow the files below it to their new place."""
+        """Before a rename: remember what it replaces, and follow the files below it to their new
+        place.
+        """
         replaced = new.read_bytes() if new.is_file() else None
         self.dirty = {moved(p, old, new) for p in self.dirty}
         for change in self.names:
@@ -184,7 +200,9 @@ class Account:
                 os.truncate(path, path.stat().st_size // 2)
 
     def lose_names(self) -> None:
-        """Take back every change of a name that was not made durable, the last first; removals stay."""
+        """Take back every change of a name that was not made durable, the last first; removals
+        stay.
+        """
         while self.names:
             change = self.names.pop()
             if change.old is not None and change.path.exists():
@@ -201,7 +219,9 @@ class Account:
 
 
 class PowerCut(FaultyDisk):
-    """A disk that dies with its machine before call ``at``: unsynced ``data``, unsynced ``names``, or both are lost."""
+    """A disk that dies with its machine before call ``at``: unsynced ``data``, unsynced ``names``,
+    or both are lost.
+    """
 
     def __init__(self, at: int = 0, *, data: bool = False, names: bool = False) -> None:
         super().__init__(at, lambda _, kind, args: self.cut())
@@ -238,7 +258,9 @@ def remove_tree(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended: killed, or failed with ``error`` (a traceback), or neither; and what it said with ``say``."""
+    """How a child ended: killed, or failed with ``error`` (a traceback), or neither; and what it
+    said with ``say``.
+    """
 
     folder: Path
     at: int
@@ -248,7 +270,9 @@ class Outcome:
 
 
 def run_forked(work: Callable[[Path, Say], None], disk: FaultyDisk, folder: Path) -> Outcome:
-    """Run ``work(folder, say)`` in a forked child on this disk. ``say(byte)`` reaches the parent although the child is killed."""
+    """Run ``work(folder, say)`` in a forked child on this disk. ``say(byte)`` reaches the parent
+    although the child is killed.
+    """
     (said_in, said_out), (error_in, error_out) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
@@ -266,11 +290,21 @@ def run_forked(work: Callable[[Path, Say], None], disk: FaultyDisk, folder: Path
     with open(said_in, "rb") as said, open(error_in, "rb") as error:
         outcome = said.read(), error.read().decode()
     status = os.waitpid(child, 0)[1]
-    return Outcome(folder, disk.at, os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, outcome[1], outcome[0])
+    return Outcome(
+        folder,
+        disk.at,
+        os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL,
+        outcome[1],
+        outcome[0],
+    )
 
 
-def kill_points(root: Path, make_disk: Callable[[int], FaultyDisk], work: Callable[[Path, Say], None]) -> Iterator[Outcome]:
-    """``work(folder, say)`` in a new folder for n = 1, 2, ... until it gets through unharmed; that last run is yielded too."""
+def kill_points(
+    root: Path, make_disk: Callable[[int], FaultyDisk], work: Callable[[Path, Say], None]
+) -> Iterator[Outcome]:
+    """``work(folder, say)`` in a new folder for n = 1, 2, ... until it gets through unharmed; that
+    last run is yielded too.
+    """
     for n in count(1):
         folder = root / f"{n:04d}"
         folder.mkdir()

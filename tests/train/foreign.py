@@ -1,4 +1,5 @@
-"""Files that are somebody's: bytes that no command of ours writes, and where all bytes of a folder lie.
+"""Files that are somebody's: bytes that no command of ours writes, and where all bytes of a folder
+lie.
 
 (folder / "README.md").write_bytes(strange("README.md"))
 assert everything(folder)[strange("README.md")] == ["previous/1/README.md"]

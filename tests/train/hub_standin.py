@@ -1,9 +1,11 @@
-"""A stand-in for the Hugging Face hub on 127.0.0.1: accounts, repositories, uploads, as huggingface_hub asks for them.
+"""A stand-in for the Hugging Face hub on 127.0.0.1: accounts, repositories, uploads, as
+huggingface_hub asks for them.
 
 with Hub() as hub: HfApi(endpoint=hub.url, token=hub.token).whoami()
 
-It keeps what it was sent (`files`), refuses what the hub refuses (tokens, namespaces, invalid front matter, bytes that are not
-those of their digest) and can die in the middle. A thousand requests are the most that it answers.
+It keeps what it was sent (`files`), refuses what the hub refuses (tokens, namespaces, invalid front
+matter, bytes that are not those of their digest) and can die in the middle. A thousand requests are
+the most that it answers.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ Answer = tuple[int, Any]
 
 
 class Hub:
-    """One user, ``me``, who may write to ``me`` and ``team``. ``dies_at``: a word of the path at which it hangs up for good."""
+    """One user, ``me``, who may write to ``me`` and ``team``. ``dies_at``: a word of the path at
+    which it hangs up for good.
+    """
 
     token = "hf_" + "s" * 34
 
@@ -41,10 +45,17 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> Hub:
-        Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.server.shutdown()
         self.server.server_close()
 
@@ -52,14 +63,22 @@ class Hub:
 
     def routes(self) -> list[tuple[str, str, Callable[..., Answer]]]:
         return [
-            ("GET", r"/api/whoami-v2", lambda body: (200, {"type": "user", "name": "me", "orgs": [{"name": "team"}]})),
+            (
+                "GET",
+                r"/api/whoami-v2",
+                lambda body: (200, {"type": "user", "name": "me", "orgs": [{"name": "team"}]}),
+            ),
             ("POST", r"/api/repos/create", self.create),
             ("GET", r"/api/models/([\w.-]+/[\w.-]+)", self.info),
             ("POST", r"/api/validate-yaml", lambda body: validated(json.loads(body)["content"])),
             ("POST", r"/api/models/([\w.-]+/[\w.-]+)/preupload/main", self.preupload),
             ("POST", r"/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", self.batch),
             ("PUT", r"/store/([0-9a-f]{64})", self.put),
-            ("POST", r"/verify", lambda body: (200 if json.loads(body)["oid"] in self.objects else 404, {})),
+            (
+                "POST",
+                r"/verify",
+                lambda body: (200 if json.loads(body)["oid"] in self.objects else 404, {}),
+            ),
             ("POST", r"/api/models/([\w.-]+/[\w.-]+)/commit/main", self.commit),
         ]
 
@@ -67,29 +86,56 @@ class Hub:
         asked = json.loads(body)
         repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if repo.split("/")[0] not in ("me", "team"):
-            return 403, {"error": "You don't have the rights to create a model under this namespace"}
+            return 403, {
+                "error": "You don't have the rights to create a model under this namespace"
+            }
         if repo in self.files:
-            return 409, {"error": "You already created this model repo", "url": f"{self.url}/{repo}"}
-        self.files[repo], self.private[repo] = {}, asked.get("visibility") == "private" or bool(asked.get("private"))
+            return 409, {
+                "error": "You already created this model repo",
+                "url": f"{self.url}/{repo}",
+            }
+        self.files[repo], self.private[repo] = (
+            {},
+            asked.get("visibility") == "private" or bool(asked.get("private")),
+        )
         return 200, {"url": f"{self.url}/{repo}", "id": repo}
 
     def info(self, body: bytes, repo: str) -> Answer:
         known = repo in self.files
-        return (200, {"id": repo, "private": self.private[repo], "sha": "0" * 40}) if known else (404, {"error": "not found"})
+        return (
+            (200, {"id": repo, "private": self.private[repo], "sha": "0" * 40})
+            if known
+            else (404, {"error": "not found"})
+        )
 
     def preupload(self, body: bytes, repo: str) -> Answer:
         def mode(file: dict[str, Any]) -> str:
-            return "lfs" if file["path"].endswith((".safetensors", ".png")) or file["size"] > 10 << 20 else "regular"
+            return (
+                "lfs"
+                if file["path"].endswith((".safetensors", ".png")) or file["size"] > 10 << 20
+                else "regular"
+            )
 
         files = json.loads(body)["files"]
-        return 200, {"files": [{"path": f["path"], "uploadMode": mode(f), "shouldIgnore": False, "oid": None} for f in files]}
+        return 200, {
+            "files": [
+                {"path": f["path"], "uploadMode": mode(f), "shouldIgnore": False, "oid": None}
+                for f in files
+            ]
+        }
 
     def batch(self, body: bytes, repo: str) -> Answer:
         def entry(one: dict[str, Any]) -> dict[str, Any]:
-            actions = {"upload": {"href": f"{self.url}/store/{one['oid']}"}, "verify": {"href": f"{self.url}/verify"}}
+            actions = {
+                "upload": {"href": f"{self.url}/store/{one['oid']}"},
+                "verify": {"href": f"{self.url}/verify"},
+            }
             return {**one, "actions": actions}
 
-        return 200, {"transfer": "basic", "objects": [entry(one) for one in json.loads(body)["objects"]]}
+        return 200, {
+            "transfer": "basic",
+            "objects": [entry(one) for one in json.loads(body)["objects"]],
+        }
 
     def put(self, body: bytes, oid: str) -> Answer:
         if hashlib.sha256(body).hexdigest() != oid:
@@ -118,11 +164,23 @@ def validated(card: str) -> Answer:
         return 400, {"errors": [{"message": "empty or missing yaml metadata"}], "warnings": []}
     ids = [*([meta["base_model"]] if "base_model" in meta else []), *meta.get("datasets", [])]
     errors = [f"{name!r} is not a valid id" for name in ids if not HUB_ID.fullmatch(name)]
-    errors += ["license must be a lower-case id"] if not re.fullmatch(r"[a-z0-9.-]+", meta.get("license", "mit")) else []
+    errors += (
+        ["license must be a lower-case id"]
+        if not re.fullmatch(r"[a-z0-9.-]+", meta.get("license", "mit"))
+        else []
+    )
     for model in meta.get("model-index", []):
         for result in model["results"]:
-            whole = {"task", "dataset", "metrics"} <= result.keys() and result["dataset"]["type"] and result["dataset"]["name"]
-            errors += [] if whole and all(m["type"] and m["value"] is not None for m in result["metrics"]) else ["model-index"]
+            whole = (
+                {"task", "dataset", "metrics"} <= result.keys()
+                and result["dataset"]["type"]
+                and result["dataset"]["name"]
+            )
+            errors += (
+                []
+                if whole and all(m["type"] and m["value"] is not None for m in result["metrics"])
+                else ["model-index"]
+            )
     return (400 if errors else 200), {"errors": [{"message": e} for e in errors], "warnings": []}
 
 
@@ -153,7 +211,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             path = self.path.split("?")[0]
             with hub.lock:
                 hub.asked.append(f"{self.command} {path}")
-                hub.dead |= (hub.dies_at is not None and hub.dies_at in path) or len(hub.asked) > MOST
+                hub.dead |= (hub.dies_at is not None and hub.dies_at in path) or len(
+                    hub.asked
+                ) > MOST
                 dead = hub.dead
             if dead:
                 self.close_connection = True
@@ -162,7 +222,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.send(*self.found(path, self.body()))
 
         def found(self, path: str, body: bytes) -> Answer:
-            if not path.startswith("/store/") and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            if (
+                not path.startswith("/store/")
+                and self.headers.get("Authorization") != f"Bearer {hub.token}"
+            ):
                 return 401, {"error": "Invalid credentials in Authorization header"}
             for method, pattern, serve in hub.routes():
                 if method == self.command and (match := re.fullmatch(pattern, path)):

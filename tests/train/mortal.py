@@ -1,4 +1,5 @@
-"""A run that is killed everywhere: the disk that kills it, the moments no call marks, and what a finished run is, to compare.
+"""A run that is killed everywhere: the disk that kills it, the moments no call marks, and what a
+finished run is, to compare.
 
 killed, states = killed_everywhere(world, tmp_path, "packed", every=1)
 same(finished(folder), whole("packed"), "where")
@@ -33,12 +34,23 @@ from lorry.train.session import train_run
 
 STEPS = 11  # several epochs and a bit; an evaluation, a save and the end fall on different steps
 SETTINGS: dict[str, Any] = {
-    "max_steps": STEPS, "save_steps": 4, "eval_steps": 3, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"],
-    "load_best_model_at_end": True, "early_stopping_patience": 9, "resume_from_checkpoint": "auto",
-}  # fmt: skip
+    "max_steps": STEPS,
+    "save_steps": 4,
+    "eval_steps": 3,
+    "lora_dropout": 0.1,
+    "target_modules": ["q_proj", "down_proj"],
+    "load_best_model_at_end": True,
+    "early_stopping_patience": 9,
+    "resume_from_checkpoint": "auto",
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "packed": {"packing": True, "gradient_accumulation_steps": 2},
-    "not packed": {"gradient_accumulation_steps": 2, "eval_strategy": "epoch", "save_strategy": "epoch", "eval_steps": None},
+    "not packed": {
+        "gradient_accumulation_steps": 2,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "eval_steps": None,
+    },
     "streamed": {"streaming": True, "packing": True, "load_best_model_at_end": False},
 }
 TIMES = ("seconds", "peak_memory_bytes")
@@ -54,7 +66,12 @@ class World:
 
     def run(self, folder: Path, **settings: Any) -> RunConfig:
         given = {"eval": str(self.held), **SETTINGS, **settings}
-        return tinyrun.described(self.model, self.data, folder / "run", **{k: v for k, v in given.items() if v is not None})
+        return tinyrun.described(
+            self.model,
+            self.data,
+            folder / "run",
+            **{k: v for k, v in given.items() if v is not None},
+        )
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +83,26 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 class RunDisk(FaultyDisk):
-    """A disk that also knows files it did not open itself, as metrics.jsonl, and where every file is now."""
+    """A disk that also knows files it did not open itself, as metrics.jsonl, and where every file
+    is now.
+    """
 
     def path_of(self, kind: str, args: tuple[Any, ...]) -> Path | str:
         descriptor = bool(args) and isinstance(args[0], int)
-        return Path(os.readlink(f"/proc/self/fd/{args[0]}")) if descriptor else super().path_of(kind, args)
+        return (
+            Path(os.readlink(f"/proc/self/fd/{args[0]}"))
+            if descriptor
+            else super().path_of(kind, args)
+        )
 
 
 class Mortal(RunDisk):
-    """At every call, or ``every`` few, a clone of this process is killed; what it leaves is handed to ``left(number, kind)``.
+    """At every call, or ``every`` few, a clone of this process is killed; what it leaves is handed
+    to ``left(number, kind)``.
 
-    The clone dies before the call, or when half of a write has got through. This process then goes on; after a write, with
-    the other half, as if it had been a short one. The first call of every kind at every place is never left out.
+    The clone dies before the call, or when half of a write has got through. This process then goes
+    on; after a write, with the other half, as if it had been a short one. The first call of every
+    kind at every place is never left out.
     """
 
     def __init__(self, left: Callable[[int, str], None], every: int) -> None:
@@ -117,7 +142,9 @@ def plain_name(path: str) -> str:
 
 
 def mark_moments(patch: pytest.MonkeyPatch) -> None:
-    """Count the middle of a forward pass, its end, an update and an evaluation as calls of the disk in use."""
+    """Count the middle of a forward pass, its end, an update and an evaluation as calls of the disk
+    in use.
+    """
 
     def before(owner: Any, name: str, kind: str) -> None:
         original = getattr(owner, name)
@@ -134,14 +161,21 @@ def mark_moments(patch: pytest.MonkeyPatch) -> None:
     before(engine, "evaluate_task", "before evaluation")
 
 
-MOMENTS = {"mid-forward", "between forward and step", "after step, before metrics", "before evaluation"}
+MOMENTS = {
+    "mid-forward",
+    "between forward and step",
+    "after step, before metrics",
+    "before evaluation",
+}
 
 
 # --- what a finished run is
 
 
 def finished(folder: Path) -> dict[str, Any]:
-    """Every file of a run as a value to compare; what may differ (times, where it ran, how it was started) taken out."""
+    """Every file of a run as a value to compare; what may differ (times, where it ran, how it was
+    started) taken out.
+    """
     found: dict[str, Any] = {}
     for path in sorted(p for p in (folder / "run").rglob("*") if p.is_file()):
         name = str(path.relative_to(folder / "run"))
@@ -186,7 +220,9 @@ Whole = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+def whole(
+    world: World, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
     """The uninterrupted run of each shape, made once."""
     done: dict[str, dict[str, Any]] = {}
 
@@ -200,8 +236,12 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     return get
 
 
-def killed_everywhere(world: World, root: Path, shape: str, every: int) -> tuple[Counter[str], list[Path]]:
-    """Kill a run at every call: (how often at each kind, a folder for each different state that was left)."""
+def killed_everywhere(
+    world: World, root: Path, shape: str, every: int
+) -> tuple[Counter[str], list[Path]]:
+    """Kill a run at every call: (how often at each kind, a folder for each different state that was
+    left).
+    """
     live, states = root / "live", {}
     live.mkdir()
 

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = [getattr(torch, n) for n in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()]  # noqa: SIM905
+DTYPES = [
+    getattr(torch, n)
+    for n in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()  # noqa: SIM905
+]
 
 
 def bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -22,7 +25,9 @@ def bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 def state(version: int) -> dict[str, Tensor]:
     return {
-        "adapter/default/model.layers.0.self_attn.q_proj.lora_A": bits((4, 6), torch.float32, version),
+        "adapter/default/model.layers.0.self_attn.q_proj.lora_A": bits(
+            (4, 6), torch.float32, version
+        ),
         "adam_m/default": bits((3, 4, 2), torch.bfloat16, version).transpose(0, 2),
         "rng/cpu": bits((16,), torch.uint8, version),
         "steps": torch.tensor(version),
@@ -31,7 +36,13 @@ def state(version: int) -> dict[str, Tensor]:
 
 
 def meta(version: int, **more: Any) -> dict[str, Any]:
-    return {"task": {"version": version, "loss": 0.1 + version}, "config": {}, "digests": {}, "environment": {}, **more}
+    return {
+        "task": {"version": version, "loss": 0.1 + version},
+        "config": {},
+        "digests": {},
+        "environment": {},
+        **more,
+    }
 
 
 STATES = {version: state(version) for version in range(10)}
@@ -41,5 +52,6 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Equal names, dtypes, shapes and bits."""
     raw = lambda t: t.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)  # noqa: E731
     return a.keys() == b.keys() and all(
-        (a[n].dtype, a[n].shape) == (b[n].dtype, b[n].shape) and torch.equal(raw(a[n]), raw(b[n])) for n in a
+        (a[n].dtype, a[n].shape) == (b[n].dtype, b[n].shape) and torch.equal(raw(a[n]), raw(b[n]))
+        for n in a
     )

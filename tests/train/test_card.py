@@ -1,4 +1,6 @@
-"""The card of a run: read back by the hub's own library and by a Markdown parser, whatever the names in it are."""
+"""The card of a run: read back by the hub's own library and by a Markdown parser, whatever the
+names in it are.
+"""
 
 from __future__ import annotations
 
@@ -24,28 +26,65 @@ HOSTILE = st.one_of(
     st.text(max_size=40),
     st.text(alphabet="`|*_[]()<>#~!$\\&-: \n\r\t'\"{}%@\u2028\u202e\x00\x1b\udc80", max_size=30),
     st.sampled_from(
-        ["---", "\n---\n", "a\n---\nlicense: mit\n---\n", "<script>alert(1)</script>", "```\n# no\n```", "| a | b |", "\\|",
-         "`\\`", "![x](http://e.vil)", "[x](javascript:1)", "<!-- x", "--> y", "null", "no", "1e3", "&lt;",
-         "!!python/object:os.system x"]
+        [
+            "---",
+            "\n---\n",
+            "a\n---\nlicense: mit\n---\n",
+            "<script>alert(1)</script>",
+            "```\n# no\n```",
+            "| a | b |",
+            "\\|",
+            "`\\`",
+            "![x](http://e.vil)",
+            "[x](javascript:1)",
+            "<!-- x",
+            "--> y",
+            "null",
+            "no",
+            "1e3",
+            "&lt;",
+            "!!python/object:os.system x",
+        ]
     ),
-)  # fmt: skip
+)
 
 
 def facts(
-    name: str = "people", source: str = "org/rows", metric: str = "exact_match", detail: str = "fine", **over: Any
+    name: str = "people",
+    source: str = "org/rows",
+    metric: str = "exact_match",
+    detail: str = "fine",
+    **over: Any,
 ) -> RunFacts:
     config = {
-        "model": {"name": "org/base"}, "lora": {"r": 8, "target_modules": [detail]}, "output_dir": "runs/x",
-        "data": {"path": source}, "train": {"learning_rate": 1e-3, "lr_scheduler_type": detail},
-    }  # fmt: skip
+        "model": {"name": "org/base"},
+        "lora": {"r": 8, "target_modules": [detail]},
+        "output_dir": "runs/x",
+        "data": {"path": source},
+        "train": {"learning_rate": 1e-3, "lr_scheduler_type": detail},
+    }
     receipt = {
         "base": {"kind": "hub", "name": "org/base", "revision": detail, "sha256": "b" * 64},
-        "data": {"source": source, "rows": 3, "sequences": 3, "tokens": 30, "supervised": 9, "left_out": {detail: 2}},
+        "data": {
+            "source": source,
+            "rows": 3,
+            "sequences": 3,
+            "tokens": 30,
+            "supervised": 9,
+            "left_out": {detail: 2},
+        },
     }
     contracts = [{"id": 1, "name": name, "status": "held", "detail": detail}]
-    evaluation = [{"name": source, "metrics": {metric: {"before": 0.25, "after": 0.5, "interval": [0.4, 0.6]}}}]
+    evaluation = [
+        {
+            "name": source,
+            "metrics": {metric: {"before": 0.25, "after": 0.5, "interval": [0.4, 0.6]}},
+        }
+    ]
     records = [{"step": 1, "loss": 2.5, "tokens": 10, "supervised_tokens": 4, "seconds": 1.0}]
-    return RunFacts(**{**vars(RunFacts(name, config, receipt, contracts, evaluation, records)), **over})
+    return RunFacts(
+        **{**vars(RunFacts(name, config, receipt, contracts, evaluation, records)), **over}
+    )
 
 
 def made(given: RunFacts, **more: Any) -> str:
@@ -53,14 +92,20 @@ def made(given: RunFacts, **more: Any) -> str:
 
 
 def parsed(text: str) -> tuple[dict[str, Any], list[Token]]:
-    """(front matter, tokens of the Markdown after it), by the hub's rule of where one ends and the other begins."""
+    """(front matter, tokens of the Markdown after it), by the hub's rule of where one ends and the
+    other begins.
+    """
     found = re.match(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))", text)
     assert found is not None
-    return yaml.safe_load(found[2]), MarkdownIt("commonmark").enable("table").parse(text[found.end() :])
+    return yaml.safe_load(found[2]), MarkdownIt("commonmark").enable("table").parse(
+        text[found.end() :]
+    )
 
 
 def said(tokens: list[Token]) -> list[str]:
-    """The texts of headings, cells and paragraphs as a reader sees them. No image, link or HTML may be among them."""
+    """The texts of headings, cells and paragraphs as a reader sees them. No image, link or HTML may
+    be among them.
+    """
     inner = [t.children or [] for t in tokens if t.type == "inline"]
     assert {child.type for one in inner for child in one} <= {"text", "code_inline", "text_special"}
     return ["".join(child.content for child in one) for one in inner]
@@ -86,7 +131,9 @@ def test_no_name_breaks_out_of_its_place(name: str, source: str, metric: str, de
     ]
     texts = said(tokens)
     assert texts[0] == (clean_line(name) or "–")
-    assert sum(t.type == "tr_open" for t in tokens) + len(optional) >= sum(t.type == "tr_open" for t in plain[1])
+    assert sum(t.type == "tr_open" for t in tokens) + len(optional) >= sum(
+        t.type == "tr_open" for t in plain[1]
+    )
     assert any(t == (clean_line(metric.replace("_", " ")) or "–") for t in texts)
     if detail:
         assert clean_line(detail) in texts or not clean_line(detail)
@@ -98,21 +145,52 @@ def test_the_code_shown_is_python_that_names_the_place(name: str) -> None:
     fences = [t.content for t in parsed(made(facts(), at=name or "x"))[1] if t.type == "fence"]
     loads = [line for line in fences[0].splitlines() if "lorry.load" in line]
     spoken: list[str] = []
-    exec(loads[0], {"lorry": type("lorry", (), {"load": staticmethod(lambda p: (spoken.append(p), None))})})
+    exec(
+        loads[0],
+        {"lorry": type("lorry", (), {"load": staticmethod(lambda p: (spoken.append(p), None))})},
+    )
     assert spoken == [clean_line(name or "x")]
 
 
 def test_numbers_are_those_of_the_files() -> None:
-    """By hand: losses 4, 2, 3; 30 tokens of which 12 learnt; 1.75 s; the best of two evaluations is the first."""
+    """By hand: losses 4, 2, 3; 30 tokens of which 12 learnt; 1.75 s; the best of two evaluations is
+    the first.
+    """
     records = [
-        {"step": 1, "loss": 4.0, "tokens": 10, "supervised_tokens": 4, "seconds": 0.5, "peak_memory_bytes": 2**30},
-        {"step": 2, "loss": 2.0, "tokens": 10, "supervised_tokens": 4, "seconds": 0.5, "peak_memory_bytes": 3 * 2**29},
+        {
+            "step": 1,
+            "loss": 4.0,
+            "tokens": 10,
+            "supervised_tokens": 4,
+            "seconds": 0.5,
+            "peak_memory_bytes": 2**30,
+        },
+        {
+            "step": 2,
+            "loss": 2.0,
+            "tokens": 10,
+            "supervised_tokens": 4,
+            "seconds": 0.5,
+            "peak_memory_bytes": 3 * 2**29,
+        },
         {"step": 2, "eval_loss": 1.25, "eval_accuracy": 0.5},
-        {"step": 3, "loss": 3.0, "tokens": 10, "supervised_tokens": 4, "seconds": 0.75, "peak_memory_bytes": 2**30},
+        {
+            "step": 3,
+            "loss": 3.0,
+            "tokens": 10,
+            "supervised_tokens": 4,
+            "seconds": 0.75,
+            "peak_memory_bytes": 2**30,
+        },
         {"step": 3, "eval_loss": 1.5, "eval_accuracy": 0.75},
     ]
     receipt = {**facts().receipt, "trainable_parameters": 1234567}
-    rows = {r[0]: r[1:] for r in re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", made(facts(records=records, receipt=receipt)), re.M)}
+    rows = {
+        r[0]: r[1:]
+        for r in re.findall(
+            r"^\| ([^|]+) \| ([^|]+) \|$", made(facts(records=records, receipt=receipt)), re.M
+        )
+    }
     assert rows["trainable parameters"] == ("1,234,567",)
     want = {"steps": "3", "last loss": "3.0", "tokens read": "30", "of which learnt": "12"}
     assert {k: rows[k][0] for k in want} == want
@@ -124,16 +202,33 @@ def test_numbers_are_those_of_the_files() -> None:
     assert "| adapter of step | 2 (the best evaluated) |" in text
     assert "| exact match | 0.25 | 0.5 | 0.4 to 0.6 |" in text
     results = ModelCard(text).data.eval_results
-    assert [(r.dataset_type, r.metric_type, r.metric_value) for r in results[-1:]] == [("org/rows", "exact_match", 0.5)]
+    assert [(r.dataset_type, r.metric_type, r.metric_value) for r in results[-1:]] == [
+        ("org/rows", "exact_match", 0.5)
+    ]
 
 
 def test_several_adapters_each_have_their_figures() -> None:
-    config = {**facts().config, "jobs": [{"name": "a", "lora": {"r": 2}}, {"name": "b", "data": {"path": "/home/me/b.jsonl"}}]}
+    config = {
+        **facts().config,
+        "jobs": [
+            {"name": "a", "lora": {"r": 2}},
+            {"name": "b", "data": {"path": "/home/me/b.jsonl"}},
+        ],
+    }
     both = {"a": {"loss": 1.0}, "b": {"loss": 3.0}}
-    records = [{"step": 1, "loss": 2.0, "adapters": both}, {"step": 2, "loss": 0.5, "adapters": {"a": {"loss": 0.5}}}]
+    records = [
+        {"step": 1, "loss": 2.0, "adapters": both},
+        {"step": 2, "loss": 0.5, "adapters": {"a": {"loss": 0.5}}},
+    ]
     data = {n: {"source": f"/home/me/{n}.jsonl", "rows": 4, "sha256": n * 64} for n in "ab"}
     text = made(facts(config=config, records=records, receipt={"data": data}))
-    for row in ("| a: rank | 2 |", "| b: rank | 8 |", "| a: steps | 2 |", "| b: steps | 1 |", "| b: last loss | 3.0 |"):
+    for row in (
+        "| a: rank | 2 |",
+        "| b: rank | 8 |",
+        "| a: steps | 2 |",
+        "| b: steps | 1 |",
+        "| b: last loss | 3.0 |",
+    ):
         assert row in text
     assert "2 LoRA adapters, trained in one pass" in text
     assert 'lorry.load("people")' in text
@@ -145,27 +240,42 @@ def test_several_adapters_each_have_their_figures() -> None:
 
 
 def test_what_is_not_known_is_not_said() -> None:
-    local = {"kind": "directory", "name": "/models/base", "path": "/models/base", "sha256": "b" * 64}
+    local = {
+        "kind": "directory",
+        "name": "/models/base",
+        "path": "/models/base",
+        "sha256": "b" * 64,
+    }
     config = {
         **facts().config,
         "model": {"name": "/models/base"},
         "data": {"path": "/home/me/rows.jsonl", "eval": "/home/me/e.csv"},
     }
     told = [{"id": 8, "name": "rows", "status": "held", "detail": "/home/me/rows.jsonl: 3 rows"}]
-    text = made(facts(config=config, receipt={"base": local}, evaluation=[], records=[], contracts=told))
+    text = made(
+        facts(config=config, receipt={"base": local}, evaluation=[], records=[], contracts=told)
+    )
     meta = parsed(text)[0]
-    assert meta == {"library_name": "peft", "tags": ["lorry", "lora", "sft"], "pipeline_tag": "text-generation"}
+    assert meta == {
+        "library_name": "peft",
+        "tags": ["lorry", "lora", "sft"],
+        "pipeline_tag": "text-generation",
+    }
     assert "/home" not in text
     assert "/models" not in text
     assert "- held: rows (rows.jsonl: 3 rows)" in text
 
 
-def test_a_folder_here_is_no_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_here_is_no_data_set_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor is it one when the card is made again elsewhere, where the folder is not."""
     (tmp_path / "my" / "rows").mkdir(parents=True)
     run = tmp_path / "run"
     run.mkdir()
-    (run / "run.yaml").write_text(json.dumps({**facts().config, "data": {"path": ["my/rows", "org/rows", "my/rows.jsonl"]}}))
+    (run / "run.yaml").write_text(
+        json.dumps({**facts().config, "data": {"path": ["my/rows", "org/rows", "my/rows.jsonl"]}})
+    )
     monkeypatch.chdir(tmp_path)
     (run / "README.md").write_text(render_run_card(run))
     monkeypatch.chdir(run)
@@ -187,31 +297,62 @@ def test_a_folder_here_is_no_data_set_of_the_hub(tmp_path: Path, monkeypatch: py
         ({"org/rows": "my own", "org/base": "my own"}, None),  # the hub would refuse it
     ],
 )
-def test_a_licence_only_where_all_of_it_is_known(licences: dict[str, str], license: str | None) -> None:
+def test_a_licence_only_where_all_of_it_is_known(
+    licences: dict[str, str], license: str | None
+) -> None:
     text = made(facts(), licences=licences)
     assert parsed(text)[0].get("license") == license
     assert all(f"| `{name}` | {value} |" in text for name, value in licences.items())
 
 
 def test_named_sets_bring_hub_ids_and_licences(tmp_path: Path) -> None:
-    """In any spelling, suites spelt out; what a set says of itself stands in the catalogue, here by hand."""
-    mixed = {"mix": ["BoolQ", "math", "xsum"], "local": {"xsum.train": "/home/me/x.jsonl", "svamp": "s.json"}}
+    """In any spelling, suites spelt out; what a set says of itself stands in the catalogue, here by
+    hand.
+    """
+    mixed = {
+        "mix": ["BoolQ", "math", "xsum"],
+        "local": {"xsum.train": "/home/me/x.jsonl", "svamp": "s.json"},
+    }
     (tmp_path / "run.yaml").write_text(json.dumps({**facts().config, "data": mixed}))
     text = render_run_card(tmp_path)
-    assert parsed(text)[0]["datasets"] == ["google/boolq", "openai/gsm8k"]  # a file may hold anything
+    assert parsed(text)[0]["datasets"] == [
+        "google/boolq",
+        "openai/gsm8k",
+    ]  # a file may hold anything
     assert "on `bool_q`, `gsm8k`, `svamp`, `xsum`." in text
-    for row in ("| `bool_q` | CC-BY-SA-3.0 |", "| `gsm8k` | MIT |", "| `xsum` | not stated; the articles are the BBC's |"):
+    for row in (
+        "| `bool_q` | CC-BY-SA-3.0 |",
+        "| `gsm8k` | MIT |",
+        "| `xsum` | not stated; the articles are the BBC's |",
+    ):
         assert row in text
     assert "license" not in parsed(text)[0]
-    (tmp_path / "run.yaml").write_text(json.dumps({**facts().config, "data": {"path": "google/boolq"}}))
+    (tmp_path / "run.yaml").write_text(
+        json.dumps({**facts().config, "data": {"path": "google/boolq"}})
+    )
     assert "| `google/boolq` | CC-BY-SA-3.0 |" in render_run_card(tmp_path)
 
 
 def test_a_teacher_is_part_of_what_it_was_made_of() -> None:
-    """Its licence counts, and so does not knowing it; the terms of the loss, each with its factor, are no metrics."""
-    distil = {"teacher": "org/large", "teacher_adapter": "/home/me/runs/tutor", "loss": "kl", "alpha": 0.5}
-    measured = {"step": 1, "eval_loss": 3.0, "eval_nll": 1.0, "eval_distill": 2.0, "eval_perplexity": 7.389}
-    given = facts(config={**facts().config, "task": "distill", "distill": distil}, records=[measured])
+    """Its licence counts, and so does not knowing it; the terms of the loss, each with its factor,
+    are no metrics.
+    """
+    distil = {
+        "teacher": "org/large",
+        "teacher_adapter": "/home/me/runs/tutor",
+        "loss": "kl",
+        "alpha": 0.5,
+    }
+    measured = {
+        "step": 1,
+        "eval_loss": 3.0,
+        "eval_nll": 1.0,
+        "eval_distill": 2.0,
+        "eval_perplexity": 7.389,
+    }
+    given = facts(
+        config={**facts().config, "task": "distill", "distill": distil}, records=[measured]
+    )
     known = {"org/rows": "mit", "org/base": "mit"}
     text = made(given, licences=known)
     assert "distilled from `org/large`, `tutor`." in text

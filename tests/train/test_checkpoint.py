@@ -18,7 +18,12 @@ from torch import Tensor
 from faults import FaultyDisk
 from lorry.disk import durable, integrity, manifest
 from lorry.errors import ConfigError, ContractError, ModelError
-from lorry.train.checkpoint import find_latest_checkpoint, load_checkpoint, remove_checkpoints_after, save_checkpoint
+from lorry.train.checkpoint import (
+    find_latest_checkpoint,
+    load_checkpoint,
+    remove_checkpoints_after,
+    save_checkpoint,
+)
 from states import DTYPES, STATES, bits, meta, same
 
 
@@ -42,7 +47,9 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return t.expand(3, *t.shape) if view == "expanded" else t
 
 
-NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
+    lambda name: name != "__metadata__"
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -78,7 +85,9 @@ def test_any_meta_comes_back_unchanged(value: object) -> None:
 
 def test_shared_storage_and_parameters(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
-    found, _ = load_checkpoint(save_checkpoint(tmp_path, 1, {"a": weight, "b": weight, "tail": weight[1:]}, meta(1)))
+    found, _ = load_checkpoint(
+        save_checkpoint(tmp_path, 1, {"a": weight, "b": weight, "tail": weight[1:]}, meta(1))
+    )
     assert same(found, {"a": weight.detach(), "b": weight.detach(), "tail": weight.detach()[1:]})
     found["a"].zero_()  # and are separate, writable tensors
     assert found["b"].sum() == 15
@@ -93,14 +102,25 @@ def test_every_tensor_is_aligned_in_the_file(tmp_path: Path) -> None:
         assert entry["data_offsets"][0] % tensors[name].element_size() == 0
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), (1, 2), {1: 2}, Path("x"), [{"deep": {1, 2}}]])
-def test_meta_that_json_would_change_is_refused_before_anything_is_written(value: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), (1, 2), {1: 2}, Path("x"), [{"deep": {1, 2}}]]
+)
+def test_meta_that_json_would_change_is_refused_before_anything_is_written(
+    value: object, tmp_path: Path
+) -> None:
     with pytest.raises(ContractError, match=r"meta\.task"):
         save_checkpoint(tmp_path, 1, {}, meta(1, task=value))
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(2, dtype=torch.complex64), torch.zeros(2, device="meta"), torch.eye(2).to_sparse()])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.zeros(2, dtype=torch.complex64),
+        torch.zeros(2, device="meta"),
+        torch.eye(2).to_sparse(),
+    ],
+)
 def test_tensors_that_cannot_be_stored_are_named(bad: Tensor, tmp_path: Path) -> None:
     with pytest.raises(ContractError, match="tensor 'moment'"):
         save_checkpoint(tmp_path, 1, {"moment": bad}, meta(1))
@@ -122,7 +142,9 @@ def test_every_flipped_byte_is_found_and_the_file_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["state.safetensors", "meta.json", "manifest.json"])
 @pytest.mark.parametrize("harm", ["cut", "grown", "missing", "link", "pipe", "flipped"])
-def test_a_damaged_newest_gives_way_to_the_older(name: str, harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_newest_gives_way_to_the_older(
+    name: str, harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     older = save_checkpoint(tmp_path, 1, STATES[1], meta(1))
     file = save_checkpoint(tmp_path, 2, STATES[2], meta(2)) / name
     whole = file.read_bytes()
@@ -133,7 +155,13 @@ def test_a_damaged_newest_gives_way_to_the_older(name: str, harm: str, tmp_path:
     elif harm == "pipe":
         os.mkfifo(file)
     elif harm != "missing":
-        file.write_bytes({"cut": whole[:-1], "grown": whole + b" ", "flipped": bytes([whole[0] ^ 4]) + whole[1:]}[harm])
+        file.write_bytes(
+            {
+                "cut": whole[:-1],
+                "grown": whole + b" ",
+                "flipped": bytes([whole[0] ^ 4]) + whole[1:],
+            }[harm]
+        )
     with pytest.raises(ModelError, match=re.escape(str(file))):
         load_checkpoint(file.parent)
     assert find_latest_checkpoint(tmp_path) == older
@@ -176,14 +204,21 @@ def test_pickles_are_refused_with_a_reason(tmp_path: Path) -> None:
 def test_another_format_is_refused(tmp_path: Path) -> None:
     text = json.dumps({"format": "lorry-checkpoint/2", **meta(1)}).encode()
     for name, found in ((text, "lorry-checkpoint/2"), (b"[]", "None"), (b"{", "not JSON")):
-        files: dict[str, durable.FileContent] = {"state.safetensors": b"\x02\0\0\0\0\0\0\0{}", "meta.json": name}
+        files: dict[str, durable.FileContent] = {
+            "state.safetensors": b"\x02\0\0\0\0\0\0\0{}",
+            "meta.json": name,
+        }
         durable.write_directory(tmp_path / "c", files, manifest=True, replace=True)
         with pytest.raises(ModelError, match=found):
             load_checkpoint(tmp_path / "c")
 
 
 def steps(run: Path) -> list[int]:
-    return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir() if p.suffix != ".damaged")
+    return sorted(
+        int(p.name.removeprefix("step-"))
+        for p in (run / "checkpoints").iterdir()
+        if p.suffix != ".damaged"
+    )
 
 
 def test_pruning_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
@@ -195,7 +230,9 @@ def test_pruning_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000060" / "meta.json").unlink()
     save_checkpoint(tmp_path, 70, STATES[1], meta(1), keep=2)
     assert steps(tmp_path) == [50, 70], "a damaged one does not count"
-    assert (tmp_path / "checkpoints" / "step-00000060.damaged" / "state.safetensors").is_file(), "and is not removed"
+    assert (tmp_path / "checkpoints" / "step-00000060.damaged" / "state.safetensors").is_file(), (
+        "and is not removed"
+    )
     with pytest.raises(ConfigError, match="save_total_limit=0"):
         save_checkpoint(tmp_path, 80, STATES[1], meta(1), keep=0)
 

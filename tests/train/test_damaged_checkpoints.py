@@ -1,4 +1,6 @@
-"""What is damaged, what cannot be read and what is not there are three answers, and none of them costs a file."""
+"""What is damaged, what cannot be read and what is not there are three answers, and none of them
+costs a file.
+"""
 
 from __future__ import annotations
 
@@ -114,12 +116,16 @@ class Counting(tinyrun.Heard):
 def test_a_read_that_fails_stops_with_74_and_costs_nothing(
     world: World, whole: Whole, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each read that resuming makes below checkpoints/ fails once, in turn: none may be taken for damage."""
+    """Each read that resuming makes below checkpoints/ fails once, in turn: none may be taken for
+    damage.
+    """
     counted = UnreadableDisk(0, 0, below="/checkpoints")
     heard = Counting(counted)
     with monkeypatch.context() as patch:
         patch.setattr(durable, "disk", counted)
-        train_run(world.run(Path(shutil.copytree(unfinished, tmp_path / "other")), **PACKED), [], [heard])
+        train_run(
+            world.run(Path(shutil.copytree(unfinished, tmp_path / "other")), **PACKED), [], [heard]
+        )
     assert heard.reads > 20
     before = state_of(unfinished)
     for n in range(1, heard.reads + 1):
@@ -136,7 +142,9 @@ def test_a_read_that_fails_stops_with_74_and_costs_nothing(
 
 
 @pytest.mark.parametrize("digests", [True, False])
-def test_only_absence_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests: bool) -> None:
+def test_only_absence_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests: bool
+) -> None:
     target = tmp_path / "whole"
     durable.write_directory(target, {"a": b"x" * 10, "b": b"y"}, manifest=True)
     counting = UnreadableDisk(0, 0)
@@ -165,9 +173,13 @@ def test_exchanged_directories_are_not_what_their_names_say(
     newer.rename(older)
     older.with_name("x").rename(newer)
     before = state_of(unfinished)
-    with pytest.raises(ModelError, match=r"step-00000008 holds step 9: directories were exchanged or renamed"):
+    with pytest.raises(
+        ModelError, match=r"step-00000008 holds step 9: directories were exchanged or renamed"
+    ):
         checkpoint.load_checkpoint(older)
-    with pytest.raises(ModelError, match=r"(?s)step-00000009 holds step 8.*step-00000008 holds step 9"):
+    with pytest.raises(
+        ModelError, match=r"(?s)step-00000009 holds step 8.*step-00000008 holds step 9"
+    ):
         train_run(world.run(unfinished, **PACKED), [])
     assert state_of(unfinished) == before
 
@@ -181,7 +193,9 @@ def forge(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     change(meta)
     (path / "meta.json").write_text(json.dumps(meta))
     entries = {
-        name: manifest.ManifestEntry(bytes=(path / name).stat().st_size, sha256=integrity.file_digest(path / name))
+        name: manifest.ManifestEntry(
+            bytes=(path / name).stat().st_size, sha256=integrity.file_digest(path / name)
+        )
         for name in ("meta.json", "state.safetensors")
     }
     (path / "manifest.json").write_bytes(manifest.encode_manifest(entries))
@@ -209,26 +223,49 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "step missing": (lambda m: m.pop("step") and None, "step 'None' is no whole number"),
     "step of another": (_set("step", 8), "holds step 8"),
     "progress a list": (_set("progress", []), "progress is not what a run writes there"),
-    "progress missing": (lambda m: m.pop("progress") and None, "progress is not what a run writes there"),
-    "progress of another step": (_set("progress", "step", 10), "progress.step is 10 in a checkpoint of step 9"),
-    "progress text": (_set("progress", "step", "9"), "progress.step is not what a run writes there"),
-    "progress with more": (_set("progress", "more", 1), "progress.more is not what a run writes there"),
+    "progress missing": (
+        lambda m: m.pop("progress") and None,
+        "progress is not what a run writes there",
+    ),
+    "progress of another step": (
+        _set("progress", "step", 10),
+        "progress.step is 10 in a checkpoint of step 9",
+    ),
+    "progress text": (
+        _set("progress", "step", "9"),
+        "progress.step is not what a run writes there",
+    ),
+    "progress with more": (
+        _set("progress", "more", 1),
+        "progress.more is not what a run writes there",
+    ),
     "no jobs": (_set("progress", "jobs", {}), "progress.jobs are none"),
-    "steps beyond": (_set("progress", "jobs", "default", "steps", 10), "default.steps is 10 at step 9"),
-    "steps negative": (_set("progress", "jobs", "default", "steps", -1), "progress.jobs.default.steps is not"),
+    "steps beyond": (
+        _set("progress", "jobs", "default", "steps", 10),
+        "default.steps is 10 at step 9",
+    ),
+    "steps negative": (
+        _set("progress", "jobs", "default", "steps", -1),
+        "progress.jobs.default.steps is not",
+    ),
     "best beyond": (_set("progress", "jobs", "default", "best_step", 99), "best_step is 99"),
-    "loss text": (_set("progress", "jobs", "default", "loss", "low"), "progress.jobs.default.loss is not"),
+    "loss text": (
+        _set("progress", "jobs", "default", "loss", "low"),
+        "progress.jobs.default.loss is not",
+    ),
     "checks null": (_set("checks", None), "checks is not what a run writes there"),
     "checks a contract 9": (
-        _set("checks", "found", [{"id": 9, "name": "", "status": "held", "detail": ""}]), "names a contract 9"
+        _set("checks", "found", [{"id": 9, "name": "", "status": "held", "detail": ""}]),
+        "names a contract 9",
     ),
     "checks odd status": (
-        _set("checks", "found", [{"id": 1, "name": "", "status": "fine", "detail": ""}]), "checks.found.0.status"
+        _set("checks", "found", [{"id": 1, "name": "", "status": "fine", "detail": ""}]),
+        "checks.found.0.status",
     ),
     "proof a list": (_set("checks", "proof", []), "checks.proof is not"),
     "task a list": (_set("task", []), "task is not what this task writes there"),
     "huge": (_set("seed", 10**30), "too large"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORGED)
@@ -268,12 +305,20 @@ def test_an_infinite_update_leaves_the_last_good_checkpoint(
     """A rate of 1e38 makes masters infinite in an update whose loss and gradients were finite."""
     steps = 3
     settings: dict[str, Any] = {
-        "max_steps": steps if last else 9, "save_steps": 1, "save_total_limit": 1, "eval": None, "save_strategy": strategy,
+        "max_steps": steps if last else 9,
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "eval": None,
+        "save_strategy": strategy,
         "load_best_model_at_end": False,
-        "early_stopping_patience": None, "eval_steps": None, "eval_strategy": "no",
-    }  # fmt: skip
+        "early_stopping_patience": None,
+        "eval_steps": None,
+        "eval_strategy": "no",
+    }
 
-    monkeypatch.setattr(jobs, "learning_rate_at", lambda step, *_, **__: 1e38 if step == steps - 1 else 1e-3)
+    monkeypatch.setattr(
+        jobs, "learning_rate_at", lambda step, *_, **__: 1e38 if step == steps - 1 else 1e-3
+    )
     with pytest.raises(NonFiniteError) as error:
         train_run(world.run(tmp_path, **settings), [])
     assert error.value.exit_code == 6
@@ -286,4 +331,8 @@ def test_an_infinite_update_leaves_the_last_good_checkpoint(
         newest = checkpoint.find_latest_checkpoint(run)
         assert newest is not None
         assert newest.name == f"step-{steps - 1:08d}"
-        assert all(bool(t.isfinite().all()) for t in checkpoint.load_checkpoint(newest)[0].values() if t.dtype == torch.float32)
+        assert all(
+            bool(t.isfinite().all())
+            for t in checkpoint.load_checkpoint(newest)[0].values()
+            if t.dtype == torch.float32
+        )

@@ -1,4 +1,6 @@
-"""Checkpoints survive a kill, a power cut and a failing disk at every single call that changes the disk."""
+"""Checkpoints survive a kill, a power cut and a failing disk at every single call that changes the
+disk.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ import pytest
 from faults import FaultyDisk, Outcome, PowerCut, Say, breaking, failing, kill, kill_points, short
 from lorry.disk import durable
 from lorry.errors import ModelError
-from lorry.train.checkpoint import find_latest_checkpoint, load_checkpoint, remove_checkpoints_after, save_checkpoint
+from lorry.train.checkpoint import (
+    find_latest_checkpoint,
+    load_checkpoint,
+    remove_checkpoints_after,
+    save_checkpoint,
+)
 from states import STATES, meta, same
 
 
@@ -28,14 +35,18 @@ def _unsynced_disk() -> Iterator[None]:
 
 
 def history(run: Path, say: Say) -> None:
-    """Versions 1 to 4 are steps 1 to 4; version 5 is step 4 saved again with other content, replacing the first."""
+    """Versions 1 to 4 are steps 1 to 4; version 5 is step 4 saved again with other content,
+    replacing the first.
+    """
     for version in (1, 2, 3, 4, 5):
         save_checkpoint(run, min(version, 4), STATES[version], meta(version), keep=2, protect={1})
         say(version)
 
 
 def check(outcome: Outcome) -> None:
-    """What is promised after the history ended anywhere: the last version that was saved, or the one then being saved."""
+    """What is promised after the history ended anywhere: the last version that was saved, or the
+    one then being saved.
+    """
     run, reached = outcome.folder, outcome.said[-1] if outcome.said else 0
     try:
         path = find_latest_checkpoint(run)
@@ -46,19 +57,25 @@ def check(outcome: Outcome) -> None:
     else:
         tensors, found = load_checkpoint(path)
         version = found["task"]["version"]
-        assert version in (reached, reached + 1), f"call {outcome.at}: version {reached} was saved, {version} found"
+        assert version in (reached, reached + 1), (
+            f"call {outcome.at}: version {reached} was saved, {version} found"
+        )
         assert same(tensors, STATES[version])
         assert found == {**meta(version), "step": min(version, 4)}
     save_checkpoint(run, 9, STATES[9], meta(9), keep=2, protect={1})
     names = sorted(os.listdir(run / "checkpoints"))
-    assert all(re.fullmatch(r"step-0000000\d", name) for name in names), f"call {outcome.at}: left over in {names}"
+    assert all(re.fullmatch(r"step-0000000\d", name) for name in names), (
+        f"call {outcome.at}: left over in {names}"
+    )
     assert len(names) <= 3
     latest = find_latest_checkpoint(run)
     assert latest is not None
     assert same(load_checkpoint(latest)[0], STATES[9])
 
 
-def check_all(root: Path, make_disk: Callable[[int], FaultyDisk], work: Callable[[Path, Say], None]) -> int:
+def check_all(
+    root: Path, make_disk: Callable[[int], FaultyDisk], work: Callable[[Path, Say], None]
+) -> int:
     """Check after a disaster at every call; returns how many there were."""
     for outcome in kill_points(root, make_disk, work):
         assert not outcome.error, outcome.error
@@ -76,13 +93,18 @@ DISKS: dict[str, Callable[[int], FaultyDisk]] = {
 
 @pytest.mark.parametrize("disaster", DISKS)
 def test_a_disaster_at_every_disk_call_leaves_a_whole_checkpoint(
-    disaster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    disaster: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("ERROR")
     points = check_all(tmp_path, DISKS[disaster], history)
     assert points > 100
     with capsys.disabled():
-        print(f"\n{disaster}: {points} points, after each the last saved checkpoint is whole and the next save works")
+        print(
+            f"\n{disaster}: {points} points, after each the last saved checkpoint is whole and the next save works"
+        )
 
 
 class Forgetful(PowerCut):
@@ -94,8 +116,12 @@ class Forgetful(PowerCut):
         return None if kind == self.forgotten else super().make(kind, *args)
 
 
-@pytest.mark.parametrize(("forgotten", "lost"), [("fsync", {"data": True}), ("fsync_dir", {"names": True})])
-def test_the_harness_sees_a_missing_fsync(forgotten: str, lost: dict[str, bool], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("forgotten", "lost"), [("fsync", {"data": True}), ("fsync_dir", {"names": True})]
+)
+def test_the_harness_sees_a_missing_fsync(
+    forgotten: str, lost: dict[str, bool], tmp_path: Path
+) -> None:
     def make_disk(n: int) -> FaultyDisk:
         disk = Forgetful(n, **lost)
         disk.forgotten = forgotten
@@ -154,7 +180,11 @@ def test_a_failing_call_names_its_place_and_loses_nothing(how: str, tmp_path: Pa
 def test_writes_that_stop_short_are_continued(tmp_path: Path) -> None:
     class Short(FaultyDisk):
         def make(self, kind: str, *args: Any) -> Any:
-            return super().make(kind, args[0], args[1][:7]) if kind == "write" else super().make(kind, *args)
+            return (
+                super().make(kind, args[0], args[1][:7])
+                if kind == "write"
+                else super().make(kind, *args)
+            )
 
     before, durable.disk = durable.disk, Short()
     path = save_checkpoint(tmp_path, 1, STATES[1], meta(1))
@@ -170,12 +200,16 @@ def test_the_order_of_a_commit(tmp_path: Path) -> None:
     before, durable.disk = durable.disk, FaultyDisk()
     save_checkpoint(tmp_path, 2, STATES[2], meta(2), keep=1)
     trace = [
-        (kind, re.sub(r"\.lorry-\d+-[0-9a-f]{8}", "", str(Path(path).relative_to(tmp_path)))) for kind, path in durable.disk.trace
+        (kind, re.sub(r"\.lorry-\d+-[0-9a-f]{8}", "", str(Path(path).relative_to(tmp_path))))
+        for kind, path in durable.disk.trace
     ]
     durable.disk = before
     temp, gone = "checkpoints/step-00000002.tmp", "checkpoints/step-00000001.gone"
     files = ("state.safetensors", "meta.json", "manifest.json")
-    each = [[(kind, f"{temp}/{name}") for kind in ("create", "write", "fsync", "close")] for name in files]
+    each = [
+        [(kind, f"{temp}/{name}") for kind in ("create", "write", "fsync", "close")]
+        for name in files
+    ]
     assert [call for call, _ in itertools.groupby(trace)] == [
         ("mkdir", temp),
         *itertools.chain(*each),

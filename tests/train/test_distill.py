@@ -1,4 +1,5 @@
-"""Distillation as a task: its two means against plain torch, runs whose divergence falls, and what is not 0 when off by one.
+"""Distillation as a task: its two means against plain torch, runs whose divergence falls, and what
+is not 0 when off by one.
 
 The teacher and the student are tiny models; the reference is autograd in float64 over whole logits.
 """
@@ -26,7 +27,14 @@ from lorry.evaluate.loss import evaluate_task
 from lorry.models.decoder.model import Decoder, PackedInput
 from lorry.models.scoring.score import FinalHidden, evaluate_wants
 from lorry.tasks.distill.align import TeacherView, sequence_digest
-from lorry.tasks.distill.task import TAUGHT_MASK, DistillObjective, DistillTask, DistillTeacher, LiveTeacher, TeacherReader
+from lorry.tasks.distill.task import (
+    TAUGHT_MASK,
+    DistillObjective,
+    DistillTask,
+    DistillTeacher,
+    LiveTeacher,
+    TeacherReader,
+)
 from lorry.tasks.distill.teacher import TeacherScorer
 from seam import examples, tiny_llama
 
@@ -69,7 +77,9 @@ def task_of(
 
 def live(aim: DistillObjective, frozen: TeacherScorer, **reader: Any) -> LiveTeacher:
     k = reader.pop("k", None)
-    return LiveTeacher(aim, frozen.head(aim.temperature), TeacherReader(**{"mix": frozen.mix, **reader}), k)
+    return LiveTeacher(
+        aim, frozen.head(aim.temperature), TeacherReader(**{"mix": frozen.mix, **reader}), k
+    )
 
 
 def student(seed: int = 0, *, drawn: bool = True) -> LocalBackend:
@@ -87,7 +97,10 @@ def logits_of(model: Decoder, example: TokenizedExample, mix: Mix) -> Tensor:
 def test_the_loss_is_the_mean_of_both_over_the_answers(k: int | None) -> None:
     """0.3 CE + 0.7 tau^2 KL(q || p), over two micro-batches, against sequences run one by one; and the adapter's gradient."""
     backend, frozen = student(), TeacherScorer(tiny_llama(7).double(), Mix.none())
-    batches, aim = [examples(3, seed=1), examples(2, seed=2)], DistillObjective("kl", TAU, ce=0.3, weight=0.7)
+    batches, aim = (
+        [examples(3, seed=1), examples(2, seed=2)],
+        DistillObjective("kl", TAU, ce=0.3, weight=0.7),
+    )
     models = {"self": backend, "teacher": frozen}
     task = task_of(live(aim, frozen, k=k), aim, batches, models)
     stats = backend.forward_backward(task.step_batches(0, models), task, 0)
@@ -96,7 +109,10 @@ def test_the_loss_is_the_mean_of_both_over_the_answers(k: int | None) -> None:
     nll = kl = torch.zeros((), dtype=torch.float64)
     count = 0.0
     for example in [e for rows in batches for e in rows]:
-        z, teacher = logits_of(backend.model, example, Mix.one("default")), logits_of(frozen.model, example, Mix.none())
+        z, teacher = (
+            logits_of(backend.model, example, Mix.one("default")),
+            logits_of(frozen.model, example, Mix.none()),
+        )
         for t, weight in enumerate(example.weights):
             if weight:
                 nll = nll - weight * z[t - 1].log_softmax(0)[example.tokens[t]]
@@ -114,19 +130,29 @@ def test_the_loss_is_the_mean_of_both_over_the_answers(k: int | None) -> None:
     adapter = get_bank(backend.model)["default"]
     adapter.grads.zero_()
     sum(expected).backward()
-    assert (got - adapter.grads.double()).norm() < (1e-5 if k else 1e-6) * got.norm()  # the gradients are fp32
+    assert (got - adapter.grads.double()).norm() < (
+        1e-5 if k else 1e-6
+    ) * got.norm()  # the gradients are fp32
 
 
 def test_final_is_what_the_head_reads() -> None:
     model, batch = tiny_llama().double(), collate(examples(3, seed=1))
     hidden = evaluate_wants(model, batch, {"hidden": FinalHidden()}, AdapterContext())["hidden"]
     for (start, stop), example in zip(batch.segments, examples(3, seed=1), strict=True):
-        assert torch.allclose(model.head.weight @ hidden[start:stop].t(), logits_of(model, example, Mix.none()).t(), atol=1e-12)
+        assert torch.allclose(
+            model.head.weight @ hidden[start:stop].t(),
+            logits_of(model, example, Mix.none()).t(),
+            atol=1e-12,
+        )
 
 
 @pytest.mark.parametrize("loss", ["kl", "reverse_kl", "jsd", "uld"])
-def test_a_student_that_is_its_teacher_has_nothing_to_learn_and_one_token_off_it_has(loss: str) -> None:
-    """The same adapter on the same base as a second model: D and its gradient are 0. Read one token late, they are not."""
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_and_one_token_off_it_has(
+    loss: str,
+) -> None:
+    """The same adapter on the same base as a second model: D and its gradient are 0. Read one token
+    late, they are not.
+    """
     backend, twin, aim = student(), student(), DistillObjective(loss, TAU, ce=0.0, weight=1.0)
     frozen, rows = TeacherScorer(twin.model, Mix.one("default")), [examples(4, seed=1)]
     models = {"self": backend, "teacher": frozen}
@@ -154,18 +180,29 @@ def test_the_teacher_may_be_the_base_with_another_adapter() -> None:
     losses = []
     for frozen, models in (
         (TeacherScorer(backend.model, Mix.one("teacher")), {"self": backend}),
-        (TeacherScorer(alone, Mix.one("teacher")), {"self": backend, "teacher": TeacherScorer(alone, Mix.one("teacher"))}),
+        (
+            TeacherScorer(alone, Mix.one("teacher")),
+            {"self": backend, "teacher": TeacherScorer(alone, Mix.one("teacher"))},
+        ),
     ):
         task = task_of(live(aim, frozen), aim, rows, models)
-        losses.append(backend.forward_backward(task.step_batches(0, models), task, 0).loss["default"])
+        losses.append(
+            backend.forward_backward(task.step_batches(0, models), task, 0).loss["default"]
+        )
         backend.discard()
     assert losses[0] == losses[1] > 0.01
 
 
 @pytest.mark.parametrize("k", [None, 5], ids=["whole", "top k"])
 def test_what_the_teacher_cannot_read_is_learnt_from_the_data_alone(k: int | None) -> None:
-    """Rows longer than the teacher's context have weight 0 in D and full weight in CE; a batch of them alone still runs."""
-    backend, frozen, aim = student(), TeacherScorer(tiny_llama(7).double(), Mix.none()), DistillObjective("kl", 1.0)
+    """Rows longer than the teacher's context have weight 0 in D and full weight in CE; a batch of
+    them alone still runs.
+    """
+    backend, frozen, aim = (
+        student(),
+        TeacherScorer(tiny_llama(7).double(), Mix.none()),
+        DistillObjective("kl", 1.0),
+    )
     rows = examples(6, seed=1)
     limit = sorted(len(e.tokens) for e in rows)[2]
     short = [e for e in rows if len(e.tokens) <= limit]
@@ -186,7 +223,11 @@ def test_what_the_teacher_cannot_read_is_learnt_from_the_data_alone(k: int | Non
 
 
 def test_held_out_rows_are_scored_once_and_for_all() -> None:
-    backend, frozen, aim = student(), TeacherScorer(tiny_llama(7).double(), Mix.none()), DistillObjective("jsd", 1.0)
+    backend, frozen, aim = (
+        student(),
+        TeacherScorer(tiny_llama(7).double(), Mix.none()),
+        DistillObjective("jsd", 1.0),
+    )
     models = {"self": backend, "teacher": frozen}
     task = task_of(live(aim, frozen), aim, [examples(2, seed=1)], models)
     found = evaluate_task(backend, task)
@@ -206,11 +247,15 @@ def test_held_out_rows_are_scored_once_and_for_all() -> None:
     ids=lambda a: a.loss,
 )
 def test_training_brings_the_student_to_its_teacher(tmp_path: Path, aim: DistillObjective) -> None:
-    """Through the engine, its contracts included: the divergence falls by half; a second run is the same to the bit."""
+    """Through the engine, its contracts included: the divergence falls by half; a second run is the
+    same to the bit.
+    """
     curves = []
     for run in ("a", "b"):
         frozen = TeacherScorer(tiny_llama(0), Mix.one("teacher"))
-        attach(frozen.model, LoraSpec(r=2, lora_alpha=40, init_lora_weights=False), "teacher", seed=9)
+        attach(
+            frozen.model, LoraSpec(r=2, lora_alpha=40, init_lora_weights=False), "teacher", seed=9
+        )
         task = task_of(live(aim, frozen), aim, [examples(6, seed=1)], {"teacher": frozen}, steps=30)
         engine = engine_for(task, tmp_path / run, learning_rate=3e-2, save_strategy="no")
         engine.models["teacher"] = frozen

@@ -1,4 +1,6 @@
-"""What ends a run of the engine, or asks something of it, and who hears: failures, signals, the log after a resume, listeners."""
+"""What ends a run of the engine, or asks something of it, and who hears: failures, signals, the log
+after a resume, listeners.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ from lorry.backends.protocol import LossTerms
 from lorry.data.batch import Batch
 from lorry.errors import NonFiniteError, RunInterruptedError
 from lorry.train import checkpoint
-from lorry.train.monitoring.events import PlainListener, ProgressBarListener, StepRecord, terminal_listener
+from lorry.train.monitoring.events import (
+    PlainListener,
+    ProgressBarListener,
+    StepRecord,
+    terminal_listener,
+)
 from seam import Fixed
 from states import same
 
@@ -34,7 +41,9 @@ class Poisoned(Fixed):
         return super().step_batches(step, models)
 
     def loss(self, got: Mapping[str, Tensor], batch: Batch) -> LossTerms:
-        return {"nll": super().loss(got, batch)["nll"] * (float("nan") if self.now == self.bad else 1.0)}
+        return {
+            "nll": super().loss(got, batch)["nll"] * (float("nan") if self.now == self.bad else 1.0)
+        }
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -51,7 +60,9 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     newest = checkpoint.find_latest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.name == "step-00000004"
-    assert same(checkpoint.load_checkpoint(newest)[0], stopped.backend.state())  # nothing was updated
+    assert same(
+        checkpoint.load_checkpoint(newest)[0], stopped.backend.state()
+    )  # nothing was updated
     healed = engine_for(Fixed(steps(8)), tmp_path, save_steps=2)
     healed.resume(newest)
     assert healed.run().steps == 8
@@ -69,14 +80,20 @@ class SignalAt(Heard):
 
 def test_sigterm_saves_this_step_and_stops(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RunInterruptedError, match=r"SIGTERM arrived; step 3 of 6 is saved in .*resume_from_checkpoint=auto"):
+    with pytest.raises(
+        RunInterruptedError,
+        match=r"SIGTERM arrived; step 3 of 6 is saved in .*resume_from_checkpoint=auto",
+    ):
         engine_for(Fixed(steps(6)), tmp_path, listeners=[SignalAt(3, signal.SIGTERM)]).run()
     assert saved(tmp_path) == [3]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_sigterm_in_the_last_step_is_no_interruption(tmp_path: Path) -> None:
-    assert engine_for(Fixed(steps(2)), tmp_path, listeners=[SignalAt(2, signal.SIGTERM)]).run().steps == 2
+    assert (
+        engine_for(Fixed(steps(2)), tmp_path, listeners=[SignalAt(2, signal.SIGTERM)]).run().steps
+        == 2
+    )
 
 
 def test_sigusr1_saves_and_goes_on(tmp_path: Path) -> None:
@@ -105,7 +122,13 @@ def test_plain_lines(tmp_path: Path) -> None:
     plain = PlainListener(every=3, out=out)
     plain.note("a note")
     engine_for(
-        Fixed(steps(5)), tmp_path, listeners=[plain], eval_strategy="steps", eval_steps=4, learning_rate=1e-2, save_strategy="no"
+        Fixed(steps(5)),
+        tmp_path,
+        listeners=[plain],
+        eval_strategy="steps",
+        eval_steps=4,
+        learning_rate=1e-2,
+        save_strategy="no",
     ).run()
     note, three, evaluation, five = out.getvalue().splitlines()
     assert note == "a note"
@@ -117,10 +140,14 @@ def test_plain_lines(tmp_path: Path) -> None:
     assert five.startswith("step 5/5  loss ")
 
 
-def test_the_live_display_works_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_live_display_works_without_a_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     live = ProgressBarListener()
     live.note("[not markup] a note")
-    engine_for(Fixed(steps(3)), tmp_path, listeners=[live], eval_strategy="steps", eval_steps=2).run()
+    engine_for(
+        Fixed(steps(3)), tmp_path, listeners=[live], eval_strategy="steps", eval_steps=2
+    ).run()
     shown = capfd.readouterr().err
     assert "[not markup] a note" in shown
     assert "step 2: eval_loss" in shown

@@ -32,14 +32,28 @@ from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
 
 PLAIN: dict[str, Any] = {
-    "eval": None, "max_steps": 4, "save_steps": 2, "eval_strategy": "no", "eval_steps": None, "load_best_model_at_end": False,
-    "early_stopping_patience": None, "resume_from_checkpoint": None, "target_modules": ["q_proj"], "lora_dropout": 0.0,
-}  # fmt: skip
+    "eval": None,
+    "max_steps": 4,
+    "save_steps": 2,
+    "eval_strategy": "no",
+    "eval_steps": None,
+    "load_best_model_at_end": False,
+    "early_stopping_patience": None,
+    "resume_from_checkpoint": None,
+    "target_modules": ["q_proj"],
+    "lora_dropout": 0.0,
+}
 EXAMPLES = {
-    layout.SHARDS: "model-00001-of-00002.safetensors", "*.tiktoken": "own.tiktoken", "quarantine*.jsonl": "quarantine.jsonl",
-}  # fmt: skip
+    layout.SHARDS: "model-00001-of-00002.safetensors",
+    "*.tiktoken": "own.tiktoken",
+    "quarantine*.jsonl": "quarantine.jsonl",
+}
 NAMES = [EXAMPLES.get(pattern, pattern) for pattern in start._written_patterns([])]
-LATE = [name for name in (*layout.RESULTS, *layout.TOKENIZER_FILES) if name not in (layout.CONTRACTS, "*.tiktoken")]
+LATE = [
+    name
+    for name in (*layout.RESULTS, *layout.TOKENIZER_FILES)
+    if name not in (layout.CONTRACTS, "*.tiktoken")
+]
 OUTCOMES = ("finishes", "fails", "is killed")
 
 
@@ -59,7 +73,13 @@ class Fails(tinyrun.Heard):
             die()
 
 
-def train(world: World, folder: Path, outcome: str, first: Callable[[], object] = lambda: None, **settings: Any) -> str:
+def train(
+    world: World,
+    folder: Path,
+    outcome: str,
+    first: Callable[[], object] = lambda: None,
+    **settings: Any,
+) -> str:
     """Run in a process of its own, to the end that is wanted; what it said if it failed."""
 
     def work(where: Path, say: Callable[[int], object]) -> None:
@@ -80,7 +100,9 @@ def train(world: World, folder: Path, outcome: str, first: Callable[[], object] 
 def test_a_strangers_file_is_refused_before_anything_is_touched(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
-    monkeypatch.setattr("lorry.train.session.open_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "lorry.train.session.open_model", lambda *_: pytest.fail("the model was loaded")
+    )
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     if kind == "folder":
@@ -93,7 +115,8 @@ def test_a_strangers_file_is_refused_before_anything_is_touched(
     before = state_of(tmp_path)
     for resume in (None, "auto"):
         with pytest.raises(
-            ConfigError, match="which Lorry did not write there and would write over; nothing was touched"
+            ConfigError,
+            match="which Lorry did not write there and would write over; nothing was touched",
         ) as error:
             train_run(world.run(tmp_path, **{**PLAIN, "resume_from_checkpoint": resume}), [])
         assert name in str(error.value)
@@ -142,7 +165,13 @@ def test_every_mark_of_a_run_is_one(world: World, finished: Path, tmp_path: Path
 
 
 def test_files_that_no_run_writes_are_no_hindrance(world: World, tmp_path: Path) -> None:
-    for name in ("rows.jsonl", "notes.txt", "model.old-2024-0badcafe", "src/main.py", "x.tmp-1-0badcafe"):
+    for name in (
+        "rows.jsonl",
+        "notes.txt",
+        "model.old-2024-0badcafe",
+        "src/main.py",
+        "x.tmp-1-0badcafe",
+    ):
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_bytes(strange(name))
     before = everything(tmp_path)
@@ -175,26 +204,43 @@ def failed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("resume", [None, "auto"])
 @pytest.mark.parametrize("earlier", ["finished", "failed"])
 def test_what_somebody_put_into_a_run_survives_the_next(
-    world: World, request: pytest.FixtureRequest, tmp_path: Path, earlier: str, resume: str | None, outcome: str
+    world: World,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    earlier: str,
+    resume: str | None,
+    outcome: str,
 ) -> None:
     folder = Path(shutil.copytree(request.getfixturevalue(earlier), tmp_path / "copy"))
     names = [name for name in LATE if name != layout.RECEIPT]
     for name in names:
         (folder / "run" / name).write_bytes(strange(name))
     kept = everything(folder) if earlier == "finished" else {}
-    going_on = earlier == "finished" and resume == "auto"  # every step is made: there is nothing to fail at
-    train(world, folder, "finishes" if going_on else outcome, save_steps=100, resume_from_checkpoint=resume)
+    going_on = (
+        earlier == "finished" and resume == "auto"
+    )  # every step is made: there is nothing to fail at
+    train(
+        world,
+        folder,
+        "finishes" if going_on else outcome,
+        save_steps=100,
+        resume_from_checkpoint=resume,
+    )
     after = everything(folder)
     assert {name: after.get(strange(name)) for name in names if strange(name) not in after} == {}
     for name in names:
         place = after[strange(name)][0]
         assert place == f"run/{name}" or fnmatchcase(place, f"run/previous/[0-9]/{name}")
     if earlier == "finished" and resume is None:
-        assert all(content in after for content in kept), "nothing of the finished run is gone either"
+        assert all(content in after for content in kept), (
+            "nothing of the finished run is gone either"
+        )
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES)
-def test_what_appears_while_a_run_goes_is_not_written_over(world: World, tmp_path: Path, outcome: str) -> None:
+def test_what_appears_while_a_run_goes_is_not_written_over(
+    world: World, tmp_path: Path, outcome: str
+) -> None:
     names = [*LATE, layout.CONTRACTS]
 
     def first() -> None:
@@ -217,7 +263,9 @@ def test_adapters_of_several_jobs(world: World, tmp_path: Path) -> None:
     (tmp_path / "run" / "b").mkdir(parents=True)
     mine = tmp_path / "run" / "b" / "adapter_model.safetensors"
     mine.write_bytes(strange("b"))
-    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors, which Lorry did not write there"):
+    with pytest.raises(
+        ConfigError, match=r"adapter_model\.safetensors, which Lorry did not write there"
+    ):
         train_run(world.run(tmp_path, **PLAIN, jobs=jobs), [])
     assert mine.read_bytes() == strange("b")
     mine.unlink()
@@ -234,26 +282,50 @@ def test_adapters_of_several_jobs(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("jobs", [[], [{"name": "a"}, {"name": "b", "r": 3}], None])
-def test_the_table_has_every_name_that_a_run_writes(world: World, tmp_path: Path, jobs: list[Any] | None) -> None:
+def test_the_table_has_every_name_that_a_run_writes(
+    world: World, tmp_path: Path, jobs: list[Any] | None
+) -> None:
     whole = jobs is None
-    run = whole_model(world.model, world.data, tmp_path / "run") if whole else world.run(tmp_path, **PLAIN, jobs=jobs)
+    run = (
+        whole_model(world.model, world.data, tmp_path / "run")
+        if whole
+        else world.run(tmp_path, **PLAIN, jobs=jobs)
+    )
     train_run(run, [])
     patterns = start._written_patterns([job["name"] for job in jobs or []])
-    written = [str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()]
-    odd = [n for n in written if not n.startswith("checkpoints/") and not any(fnmatchcase(n, p) for p in patterns)]
+    written = [
+        str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()
+    ]
+    odd = [
+        n
+        for n in written
+        if not n.startswith("checkpoints/") and not any(fnmatchcase(n, p) for p in patterns)
+    ]
     assert odd == []
 
 
-def test_a_broken_contract_does_not_block_the_corrected_command(world: World, tmp_path: Path) -> None:
+def test_a_broken_contract_does_not_block_the_corrected_command(
+    world: World, tmp_path: Path
+) -> None:
     train(world, tmp_path, "fails", save_steps=1)
     run = tmp_path / "run"
     newest = checkpoint.find_latest_checkpoint(run)
     assert newest is not None
     contracts = json.loads((run / "contracts.json").read_text())
-    (run / "contracts.json").write_text(json.dumps([{**c, "status": "failed"} if c["id"] == 3 else c for c in contracts]))
+    (run / "contracts.json").write_text(
+        json.dumps([{**c, "status": "failed"} if c["id"] == 3 else c for c in contracts])
+    )
     before = everything(run)
-    with pytest.raises(ConfigError, match=r"(?s)learning_rate .*broke contract 3: without resume_from_checkpoint it makes room"):
-        train_run(world.run(tmp_path, **{**PLAIN, "learning_rate": 1e-4, "resume_from_checkpoint": "auto"}), [])
+    with pytest.raises(
+        ConfigError,
+        match=r"(?s)learning_rate .*broke contract 3: without resume_from_checkpoint it makes room",
+    ):
+        train_run(
+            world.run(
+                tmp_path, **{**PLAIN, "learning_rate": 1e-4, "resume_from_checkpoint": "auto"}
+            ),
+            [],
+        )
     heard = tinyrun.Heard()
     train_run(world.run(tmp_path, **{**PLAIN, "learning_rate": 1e-4}), [], [heard])
     assert any(note.endswith(f"it is in {run / 'previous' / '1'} now") for note in heard.notes)
@@ -267,7 +339,9 @@ def test_an_interrupted_run_stays_protected(world: World, tmp_path: Path) -> Non
         train_run(world.run(tmp_path, **{**PLAIN, "learning_rate": 1e-4}), [])
 
 
-def test_killed_while_room_is_made_nothing_is_lost(world: World, finished: Path, tmp_path: Path) -> None:
+def test_killed_while_room_is_made_nothing_is_lost(
+    world: World, finished: Path, tmp_path: Path
+) -> None:
     """At every call of moving a finished run aside; the next run moves the rest."""
 
     def work(folder: Path, say: Callable[[int], object]) -> None:
@@ -279,7 +353,9 @@ def test_killed_while_room_is_made_nothing_is_lost(world: World, finished: Path,
         killed = run_forked(work, FaultyDisk(n, kill), folder).killed
         assert everything(folder).keys() == kept.keys()
         left = [p.name for p in (folder / "run").iterdir() if p.name != "previous"]
-        assert ownership.is_run(folder / "run") or not start._matching_names(folder / "run", start._written_patterns([])), left
+        assert ownership.is_run(folder / "run") or not start._matching_names(
+            folder / "run", start._written_patterns([])
+        ), left
         assert start.archive_previous_run(folder / "run", going_on=False) is None or left
         assert everything(folder).keys() == kept.keys()
         if not killed:
@@ -296,7 +372,9 @@ class Stubborn(QuietDisk):
         super().rmdir(path)
 
 
-def test_a_scratch_folder_that_stays_ends_no_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scratch_folder_that_stays_ends_no_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(durable, "disk", Stubborn())
     train_run(world.run(tmp_path, **PLAIN), [])
     assert (tmp_path / "run" / "receipt.json").is_file()

@@ -1,4 +1,6 @@
-"""A push as the other side sees it: huggingface_hub's own requests against a stand-in of the hub on this machine."""
+"""A push as the other side sees it: huggingface_hub's own requests against a stand-in of the hub on
+this machine.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,30 @@ from lorry.hub.push import default_repo_name, push_run
 from lorry.report.plots import render_png
 
 UPLOADED = {
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja", "run.yaml", "metrics.jsonl", "receipt.json", "contracts.json",
-    "evaluation.json", "report.html", "report.render_png",
-}  # fmt: skip
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "lorry_adapter.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "run.yaml",
+    "metrics.jsonl",
+    "receipt.json",
+    "contracts.json",
+    "evaluation.json",
+    "report.html",
+    "report.render_png",
+}
 MADE = {"README.md", "report.html", "report.render_png"}
 
 
 # --- what arrives
 
 
-def test_the_hub_gets_exactly_the_right_files_byte_for_byte(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_gets_exactly_the_right_files_byte_for_byte(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "render_png", render_png)
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert push_run(run, "team/people") == f"{hub.url}/team/people"
@@ -36,19 +51,29 @@ def test_the_hub_gets_exactly_the_right_files_byte_for_byte(hub: Hub, run: Path,
     assert got.keys() == UPLOADED
     for name in UPLOADED - MADE:
         assert got[name] == (run / name).read_bytes(), name
-    assert not [name for name, content in got.items() if ROW.encode() in content or hub.token.encode() in content]
+    assert not [
+        name
+        for name, content in got.items()
+        if ROW.encode() in content or hub.token.encode() in content
+    ]
     assert got["report.render_png"].startswith(b"\x89PNG\r\n")
     assert b"exact match" in got["report.html"]
     assert hub.commits == ["Lorry run people run"]
     assert hub.private == {"team/people": False}
     assert len(hub.asked) < 20
-    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before  # the run is only read
+    assert {
+        p: p.read_bytes() for p in run.rglob("*") if p.is_file()
+    } == before  # the run is only read
 
 
 def test_the_card_is_one_that_the_hub_s_own_reader_understands(hub: Hub, run: Path) -> None:
     push_run(run, "me/people")
     card = ModelCard(hub.files["me/people"]["README.md"].decode())
-    assert (card.data.base_model, card.data.library_name, card.data.datasets) == ("org/base", "peft", ["org/rows"])
+    assert (card.data.base_model, card.data.library_name, card.data.datasets) == (
+        "org/base",
+        "peft",
+        ["org/rows"],
+    )
     assert [(e.dataset_name, e.metric_type, e.metric_value) for e in card.data.eval_results] == [
         ("held.jsonl", "exact_match", 0.75)
     ]
@@ -72,7 +97,11 @@ def test_a_run_of_several_adapters_brings_their_folders(hub: Hub, run: Path) -> 
     for file in ("adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json"):
         (run / file).unlink()
     push_run(run, "me/jobs")
-    folders = {f"{n}/{f}" for n in ("one", "two") for f in ("adapter_config.json", "adapter_model.safetensors")}
+    folders = {
+        f"{n}/{f}"
+        for n in ("one", "two")
+        for f in ("adapter_config.json", "adapter_model.safetensors")
+    }
     assert {name for name in hub.files["me/jobs"] if "/" in name} == folders | {
         "one/lorry_adapter.json",
         "two/lorry_adapter.json",
@@ -146,14 +175,20 @@ def test_private_refuses_a_repository_that_is_public(hub: Hub, run: Path) -> Non
 # --- what must not leave
 
 
-@pytest.mark.parametrize("name", ["run.yaml", "metrics.jsonl", "chat_template.jinja", "tokenizer_config.json", "README.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["run.yaml", "metrics.jsonl", "chat_template.jinja", "tokenizer_config.json", "README.md"],
+)
 def test_a_token_in_a_file_stops_the_push(hub: Hub, run: Path, name: str) -> None:
     put(run, name, f"# one\n# two hf_{'Ab3' * 11}\n")
     with pytest.raises(LorryError) as caught:
         push_run(run, "me/people")
     assert hub.files == {}
     assert f"hf_{'Ab3' * 11}" not in str(caught.value)
-    if name not in ("run.yaml", "metrics.jsonl"):  # which are read before, and are no YAML and no JSON now
+    if name not in (
+        "run.yaml",
+        "metrics.jsonl",
+    ):  # which are read before, and are no YAML and no JSON now
         assert str(caught.value).startswith(f"{name}:2 holds a secret (a Hugging Face token)")
 
 
@@ -172,7 +207,9 @@ def test_secrets_of_other_services_stop_the_push(hub: Hub, run: Path, secret: st
     assert secret not in str(caught.value)
 
 
-def test_a_variable_named_key_or_pat_counts(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_named_key_or_pat_counts(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MY_KEY", "what-only-i-know")
     monkeypatch.setenv("GH_PAT", "what-only-we-know")
     for name, value in (("MY_KEY", "what-only-i-know"), ("GH_PAT", "what-only-we-know")):
@@ -181,14 +218,18 @@ def test_a_variable_named_key_or_pat_counts(hub: Hub, run: Path, monkeypatch: py
             push_run(run, "me/people")
 
 
-def test_secrets_of_the_environment_count(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_of_the_environment_count(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "an-odd-token-of-another-hub")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123")
     put(run, "lorry_adapter.json", {"x": "0123456789abcdef0123"})
     with pytest.raises(ConfigError, match=r"lorry_adapter.json:1 holds a secret \(WANDB_API_KEY\)"):
         push_run(run, "me/people")
     put(run, "lorry_adapter.json", {"x": "an-odd-token-of-another-hub"})
-    with pytest.raises(ConfigError, match=r"lorry_adapter.json:1 holds a secret \(the login of the hub\)"):
+    with pytest.raises(
+        ConfigError, match=r"lorry_adapter.json:1 holds a secret \(the login of the hub\)"
+    ):
         push_run(run, "me/people")
 
 

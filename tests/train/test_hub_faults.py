@@ -1,4 +1,6 @@
-"""A push that cannot be: no login, no permission, no network, a hub that dies; and what surrounds a training that is pushed."""
+"""A push that cannot be: no login, no permission, no network, a hub that dies; and what surrounds a
+training that is pushed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def described(**train: Any) -> RunConfig:
 
 def test_no_login(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(ConfigError, match="not logged in to the Hugging Face hub: run `hf auth login`"):
+    with pytest.raises(
+        ConfigError, match="not logged in to the Hugging Face hub: run `hf auth login`"
+    ):
         push_run(run, "me/people")
     assert hub.asked == []
 
@@ -38,7 +42,9 @@ def test_a_wrong_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_forbidden_namespace(hub: Hub, run: Path) -> None:
-    with pytest.raises(ConfigError, match=r"/google/people: this account or its token may not write to it"):
+    with pytest.raises(
+        ConfigError, match=r"/google/people: this account or its token may not write to it"
+    ):
         push_run(run, "google/people")
     assert hub.files == {}
 
@@ -50,7 +56,10 @@ def test_names_that_cannot_be(hub: Hub, run: Path, name: str) -> None:
     assert hub.asked == []
 
 
-@pytest.mark.parametrize("where", ["whoami", "create", "validate-yaml", "preupload", "objects/batch", "/store/", "/commit/"])
+@pytest.mark.parametrize(
+    "where",
+    ["whoami", "create", "validate-yaml", "preupload", "objects/batch", "/store/", "/commit/"],
+)
 def test_a_server_that_dies_in_the_middle_publishes_nothing(
     run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
 ) -> None:
@@ -89,14 +98,18 @@ def test_no_run_and_no_finished_run(hub: Hub, run: Path) -> None:
 # --- around a training
 
 
-def test_before_training_a_run_that_is_not_pushed_asks_nothing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_training_a_run_that_is_not_pushed_asks_nothing(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("HF_TOKEN")
     check_push(described())
     check_push(described(hub_model_id="no way/at all"))
     assert hub.asked == []
 
 
-def test_before_training_login_and_name_are_checked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_training_login_and_name_are_checked(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heard: list[str] = []
     check_push(described(push_to_hub=True), heard.append)
     check_push(described(push_to_hub="team/x"), heard.append)
@@ -113,7 +126,9 @@ def test_before_training_login_and_name_are_checked(hub: Hub, monkeypatch: pytes
         check_push(described(push_to_hub=True))
 
 
-def test_before_training_a_hub_that_is_away_does_not_stop_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_before_training_a_hub_that_is_away_does_not_stop_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with Hub() as hub:
         visit(hub, monkeypatch, tmp_path)
     heard: list[str] = []
@@ -123,7 +138,11 @@ def test_before_training_a_hub_that_is_away_does_not_stop_it(monkeypatch: pytest
 
 def test_after_training_the_model_id_wins(hub: Hub, run: Path) -> None:
     heard: list[str] = []
-    push_after(described(push_to_hub="me/first", hub_model_id="team/second", hub_private_repo=True), run, heard.append)
+    push_after(
+        described(push_to_hub="me/first", hub_model_id="team/second", hub_private_repo=True),
+        run,
+        heard.append,
+    )
     assert heard == [f"hub     {hub.url}/team/second"]
     assert hub.private == {"team/second": True}
     push_after(described(), run, heard.append)
@@ -134,4 +153,6 @@ def test_after_training_a_failure_says_how_to_try_again(hub: Hub, run: Path) -> 
     heard: list[str] = []
     push_after(described(push_to_hub="google/people", hub_private_repo=True), run, heard.append)
     assert heard[0].startswith("warning: the run is finished but not on the hub: ")
-    assert heard[0].endswith(f"try again: lorry push {run} hub_model_id=google/people hub_private_repo=true")
+    assert heard[0].endswith(
+        f"try again: lorry push {run} hub_model_id=google/people hub_private_repo=true"
+    )

@@ -1,4 +1,6 @@
-"""Batches of several jobs: joined, taken apart, thinned out; against the examples they were made of, and against plain sums."""
+"""Batches of several jobs: joined, taken apart, thinned out; against the examples they were made
+of, and against plain sums.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,13 @@ def made(n: int, seed: int, extra: bool = False) -> list[TokenizedExample]:
     if not extra:
         return rows
     return [
-        replace(e, extra={"t": BatchExtra(torch.rand(len(e.tokens)), "token"), "s": BatchExtra(torch.rand(1, 2), "sequence")})
+        replace(
+            e,
+            extra={
+                "t": BatchExtra(torch.rand(len(e.tokens)), "token"),
+                "s": BatchExtra(torch.rand(1, 2), "sequence"),
+            },
+        )
         for e in rows
     ]
 
@@ -52,11 +60,15 @@ def test_joined_batches_are_the_batch_of_all_their_examples(sizes: list[int], ex
     whole = collate([e for part in rows for e in part])
     joined = join_batches([collate(part) for part in rows])
     same(joined, whole)
-    assert count_adapter_tokens([joined], len(sizes)) == [sum(len(e.tokens) for e in part) for part in rows]
+    assert count_adapter_tokens([joined], len(sizes)) == [
+        sum(len(e.tokens) for e in part) for part in rows
+    ]
 
 
 @given(sizes, st.data(), st.booleans())
-def test_some_sequences_are_the_batch_of_their_examples(sizes: list[int], data: st.DataObject, extra: bool) -> None:
+def test_some_sequences_are_the_batch_of_their_examples(
+    sizes: list[int], data: st.DataObject, extra: bool
+) -> None:
     rows = [e for seed, n in enumerate(sizes) for e in made(n, seed, extra)]
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, unique=True))
     same(select_sequences(collate(rows), chosen), collate([rows[s] for s in chosen]))
@@ -77,8 +89,10 @@ def test_only_some_adapters_and_their_terms(sizes: list[int], data: st.DataObjec
 
 
 def test_groups_of_different_batches_stay_apart() -> None:
-    parts = [collate([replace(e, group=g) for e, g in zip(made(3, s), groups, strict=True)]) for s, groups in
-             enumerate([(0, 1, -1), (-1, -1, -1), (0, 0, 2)])]  # fmt: skip
+    parts = [
+        collate([replace(e, group=g) for e, g in zip(made(3, s), groups, strict=True)])
+        for s, groups in enumerate([(0, 1, -1), (-1, -1, -1), (0, 0, 2)])
+    ]
     assert join_batches(parts).group.tolist() == [0, 1, -1, -1, -1, -1, 2, 2, 4]
 
 
@@ -113,7 +127,9 @@ class Listed:
 
 
 def test_micro_batches_side_by_side() -> None:
-    """Accumulation of two beside one: the first micro-batch has both jobs, the second the first job alone."""
+    """Accumulation of two beside one: the first micro-batch has both jobs, the second the first job
+    alone.
+    """
     a, b = Listed([[made(2, 0), made(1, 0)]]), Listed([[made(3, 0)]])
     stream = JointStream({"a": a, "b": b}, {"a": 0, "b": 0}, room=10**6)  # type: ignore[dict-item]
     one, two = stream.batches(0)
@@ -136,11 +152,16 @@ def test_a_jobs_seed_is_part_of_its_keys() -> None:
 
 @given(sizes, st.integers(1, 120))
 def test_jobs_share_a_pass_while_they_fit(sizes: list[int], room: int) -> None:
-    """Nothing is lost or reordered, no batch that could be smaller is too large, and none could have taken its neighbour."""
+    """Nothing is lost or reordered, no batch that could be smaller is too large, and none could
+    have taken its neighbour.
+    """
     parts = [collate(made(n, seed)) for seed, n in enumerate(sizes)]
     groups = join_within(parts, room)
     same(join_batches(groups), join_batches(parts))
     lengths = [int(batch.tokens.numel()) for batch in groups]
-    assert all(n <= room or len(batch.adapter.unique()) == 1 for n, batch in zip(lengths, groups, strict=True))
+    assert all(
+        n <= room or len(batch.adapter.unique()) == 1
+        for n, batch in zip(lengths, groups, strict=True)
+    )
     firsts = [parts[int(batch.adapter[0])].tokens.numel() for batch in groups]
     assert all(n + following > room for n, following in zip(lengths, firsts[1:], strict=False))

@@ -1,4 +1,6 @@
-"""A run of several jobs killed at a few places, some before and some after a job's end, goes on bitwise as if never stopped."""
+"""A run of several jobs killed at a few places, some before and some after a job's end, goes on
+bitwise as if never stopped.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ from lorry.train.session import train_run
 JOBS: list[dict[str, Any]] = [
     {"name": "a", "seed": 1},
     {"name": "b", "r": 3, "max_steps": 5, "learning_rate": 3e-3},
-    {"name": "c", "learning_rate": 0.3, "early_stopping_patience": 1, "lr_scheduler_type": "constant"},
+    {
+        "name": "c",
+        "learning_rate": 0.3,
+        "early_stopping_patience": 1,
+        "lr_scheduler_type": "constant",
+    },
     {"name": "d", "streaming": True, "packing": True, "seed": 4},
 ]
 
@@ -59,7 +66,9 @@ class StopAt(Heard):
             raise Stop
 
 
-def test_resumed_after_two_jobs_are_done(world: World, whole: dict[str, Any], tmp_path: Path) -> None:
+def test_resumed_after_two_jobs_are_done(
+    world: World, whole: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(Stop):
         train_run(world.run(tmp_path, jobs=JOBS, eval_steps=1), [], [StopAt()])
     newest = checkpoint.find_latest_checkpoint(tmp_path / "run")
@@ -75,7 +84,9 @@ def test_resumed_after_two_jobs_are_done(world: World, whole: dict[str, Any], tm
 def test_other_jobs_are_another_run(world: World, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         train_run(world.run(tmp_path, jobs=JOBS, eval_steps=1), [], [StopAt()])
-    with pytest.raises(ConfigError, match=r"cannot resume, the checkpoint belongs to another run:\n  jobs "):
+    with pytest.raises(
+        ConfigError, match=r"cannot resume, the checkpoint belongs to another run:\n  jobs "
+    ):
         train_run(world.run(tmp_path, jobs=JOBS[:3], eval_steps=1), [])
     other = tinyrun.write_rows(tmp_path / "other.jsonl", tinyrun.rows(5, start=60))
     changed = [*JOBS[:3], {**JOBS[3], "data": {"path": str(other)}}]

@@ -1,8 +1,10 @@
-"""A run killed anywhere goes on from its last checkpoint and ends as if it had never been stopped, bit for bit.
+"""A run killed anywhere goes on from its last checkpoint and ends as if it had never been stopped,
+bit for bit.
 
-At every call of a whole run that changes the disk, and at moments between such calls, a real process in that state dies by
-SIGKILL (in the middle of the call, if it is a write); what it leaves behind is resumed and compared with an uninterrupted run,
-every file of it. Equal leavings are resumed once.
+At every call of a whole run that changes the disk, and at moments between such calls, a real
+process in that state dies by SIGKILL (in the middle of the call, if it is a write); what it leaves
+behind is resumed and compared with an uninterrupted run, every file of it. Equal leavings are
+resumed once.
 """
 
 from __future__ import annotations
@@ -20,7 +22,18 @@ from typing import Any
 
 import pytest
 import tinyrun
-from mortal import MOMENTS, SETTINGS, SHAPES, RunDisk, Whole, World, finished, killed_everywhere, mark_moments, same
+from mortal import (
+    MOMENTS,
+    SETTINGS,
+    SHAPES,
+    RunDisk,
+    Whole,
+    World,
+    finished,
+    killed_everywhere,
+    mark_moments,
+    same,
+)
 from tinyrun import quick  # noqa: F401 - a fixture
 
 from faults import kill, run_forked
@@ -41,19 +54,40 @@ def test_killed_at_every_call_and_moment(
         mark_moments(patch)
         killed, states = killed_everywhere(world, tmp_path, shape, every)
     same(finished(tmp_path / "live"), expected, "writes cut short")
-    assert killed.keys() >= {"mkdir", "create", "write", "fsync", "close", "fsync_dir", "rename", "unlink", "rmdir", *MOMENTS}
+    assert killed.keys() >= {
+        "mkdir",
+        "create",
+        "write",
+        "fsync",
+        "close",
+        "fsync_dir",
+        "rename",
+        "unlink",
+        "rmdir",
+        *MOMENTS,
+    }
     for folder in states:
         train_run(world.run(folder, **SHAPES[shape]), [])
         same(finished(folder), expected, f"killed at {folder.name}")
         shutil.rmtree(folder)
     with capsys.disabled():
-        share = "every call" if every == 1 else f"every kind of call at every place and every {every}th"
-        print(f"\n{shape}: {killed.total()} SIGKILLs ({share}), {len(states)} different states left; all resumed bitwise")
+        share = (
+            "every call" if every == 1 else f"every kind of call at every place and every {every}th"
+        )
+        print(
+            f"\n{shape}: {killed.total()} SIGKILLs ({share}), {len(states)} different states left; all resumed bitwise"
+        )
 
 
 def resume_forked(world: World, folder: Path, at: int) -> bool:
-    """Go on with the packed run in a process of its own that is killed at its call ``at``; whether it was."""
-    outcome = run_forked(lambda f, _: train_run(world.run(f, **SHAPES["packed"]), []) and None, RunDisk(at, kill), folder)
+    """Go on with the packed run in a process of its own that is killed at its call ``at``; whether
+    it was.
+    """
+    outcome = run_forked(
+        lambda f, _: train_run(world.run(f, **SHAPES["packed"]), []) and None,
+        RunDisk(at, kill),
+        folder,
+    )
     assert not outcome.error, outcome.error
     return outcome.killed
 
@@ -65,14 +99,18 @@ def test_killed_several_times(world: World, whole: Whole, tmp_path: Path) -> Non
     for n in range(6):
         folder = tmp_path / str(n)
         folder.mkdir()
-        deaths += sum(resume_forked(world, folder, draw.randrange(5, last)) for last in (260, 160, 80))
+        deaths += sum(
+            resume_forked(world, folder, draw.randrange(5, last)) for last in (260, 160, 80)
+        )
         assert not resume_forked(world, folder, 0)
         same(finished(folder), whole("packed"), f"history {n}")
     assert deaths > 12
 
 
 def test_always_killed_young(world: World, whole: Whole, tmp_path: Path) -> None:
-    """Every life lasts just long enough to save once: a run that is killed over and over still ends, and ends the same."""
+    """Every life lasts just long enough to save once: a run that is killed over and over still
+    ends, and ends the same.
+    """
     lives = 1
     while resume_forked(world, tmp_path, 90):
         lives += 1
@@ -101,9 +139,18 @@ sys.exit(main(sys.argv[1:]))
 
 def command_line(world: World, folder: Path) -> list[str]:
     """`lorry sft` for the packed run."""
-    given = {**tinyrun.DEFAULTS, **SETTINGS, **SHAPES["packed"], "eval": world.held, "output_dir": folder / "run"}
+    given = {
+        **tinyrun.DEFAULTS,
+        **SETTINGS,
+        **SHAPES["packed"],
+        "eval": world.held,
+        "output_dir": folder / "run",
+    }
     settings = {"model": world.model, "data": world.data, **given}
-    return ["sft", *(f"{k}={','.join(v) if isinstance(v, list) else str(v)}" for k, v in settings.items())]
+    return [
+        "sft",
+        *(f"{k}={','.join(v) if isinstance(v, list) else str(v)}" for k, v in settings.items()),
+    ]
 
 
 def check_stopped(folder: Path) -> None:
@@ -116,7 +163,12 @@ def check_stopped(folder: Path) -> None:
 
 def test_sigterm_saves_and_exits_75(world: World, whole: Whole, tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", CHILD, *command_line(world, tmp_path)], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *command_line(world, tmp_path)],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == RunInterruptedError.exit_code == 75, done.stderr
     assert "SIGTERM arrived; step 5 of 11 is saved" in done.stderr
     assert "resume_from_checkpoint=auto" in done.stderr
@@ -128,7 +180,9 @@ def test_sigterm_saves_and_exits_75(world: World, whole: Whole, tmp_path: Path) 
 
 def test_sigint_saves_and_exits_75(world: World, whole: Whole, tmp_path: Path) -> None:
     def interrupted(folder: Path, say: Callable[[int], object]) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits an ignored one
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a test run in the background inherits an ignored one
         write = MetricsWriter.write
 
         def then_signal(self: MetricsWriter, record: dict[str, Any]) -> None:

@@ -17,9 +17,16 @@ def test_one_adapter(tmp_path: Path) -> None:
         '{"step": 2, "loss": 2.25}',
         '{"step": 2, "eval_loss": 2.5, "eval_accuracy": 1}',
     ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "eval_loss": "Infinity"}', '{"step": 5, "lo']))
+    (tmp_path / "metrics.jsonl").write_text(
+        "\n".join([*lines, '{"step": 4, "eval_loss": "Infinity"}', '{"step": 5, "lo'])
+    )
     found = collect_losses(tmp_path)
-    assert found == {"step": [1, 2], "loss": [3.5, 2.25], "eval_step": [2, 4], "eval_loss": [2.5, None]}
+    assert found == {
+        "step": [1, 2],
+        "loss": [3.5, 2.25],
+        "eval_step": [2, 4],
+        "eval_loss": [2.5, None],
+    }
     json.dumps(found, allow_nan=False)
 
 

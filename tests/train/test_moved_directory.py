@@ -1,4 +1,6 @@
-"""A run directory that is moved, removed or replaced while the run is at work, and single files of it."""
+"""A run directory that is moved, removed or replaced while the run is at work, and single files of
+it.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,17 @@ class Does(tinyrun.Heard):
 
 
 @pytest.mark.parametrize("step", [1, 5, 8, 11])
-def test_moved_it_stops_and_nothing_is_made_in_its_place(world: World, whole: Whole, tmp_path: Path, step: int) -> None:
+def test_moved_it_stops_and_nothing_is_made_in_its_place(
+    world: World, whole: Whole, tmp_path: Path, step: int
+) -> None:
     run, moved = tmp_path / "run", tmp_path / "elsewhere" / "run"
     moved.parent.mkdir()
-    with pytest.raises(durable.DiskError, match=rf"was moved, removed or replaced .*output_dir={moved} resume") as error:
-        train_run(world.run(tmp_path, **SHAPES["packed"]), [], [Does(step, lambda: run.rename(moved))])
+    with pytest.raises(
+        durable.DiskError, match=rf"was moved, removed or replaced .*output_dir={moved} resume"
+    ) as error:
+        train_run(
+            world.run(tmp_path, **SHAPES["packed"]), [], [Does(step, lambda: run.rename(moved))]
+        )
     assert error.value.exit_code == 74
     assert not run.exists()
     process = read_process(moved)
@@ -52,7 +60,9 @@ def test_moved_it_stops_and_nothing_is_made_in_its_place(world: World, whole: Wh
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_removed_or_replaced_nothing_is_written_there(world: World, tmp_path: Path, again: bool) -> None:
+def test_removed_or_replaced_nothing_is_written_there(
+    world: World, tmp_path: Path, again: bool
+) -> None:
     run = tmp_path / "run"
 
     def remove() -> None:
@@ -66,7 +76,9 @@ def test_removed_or_replaced_nothing_is_written_there(world: World, tmp_path: Pa
     assert [p.name for p in run.iterdir()] == ["README.md"] if again else not run.exists()
 
 
-def test_moved_after_the_last_step(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moved_after_the_last_step(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While the adapter is written and read back, the samples are made and the receipt is."""
     run, moved = tmp_path / "run", tmp_path / "moved"
     monkeypatch.setattr("lorry.train.finish.collect_samples", lambda *_: run.rename(moved) and [])
@@ -77,7 +89,9 @@ def test_moved_after_the_last_step(world: World, tmp_path: Path, monkeypatch: py
     assert not (moved / "receipt.json").exists()
 
 
-def test_a_removed_log_is_put_back_whole(world: World, whole: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_removed_log_is_put_back_whole(
+    world: World, whole: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     log = tmp_path / "run" / "metrics.jsonl"
     train_run(world.run(tmp_path, **SHAPES["packed"]), [], [Does(5, log.unlink)])
     assert "was removed while the run was at work; it is back" in caplog.text
@@ -93,28 +107,44 @@ HARM: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_a_log_that_something_else_changed_stops_the_run(world: World, tmp_path: Path, harm: str) -> None:
+def test_a_log_that_something_else_changed_stops_the_run(
+    world: World, tmp_path: Path, harm: str
+) -> None:
     log = tmp_path / "run" / "metrics.jsonl"
-    with pytest.raises(durable.DiskError, match=r"metrics\.jsonl: something else wrote to it or took its place"):
+    with pytest.raises(
+        durable.DiskError, match=r"metrics\.jsonl: something else wrote to it or took its place"
+    ):
         train_run(world.run(tmp_path, **SHAPES["packed"]), [], [Does(5, lambda: HARM[harm](log))])
     assert json.loads((tmp_path / "run" / "process.json").read_text())["ended"]["exit_code"] == 74
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "process.json"])
-def test_other_files_removed_meanwhile_are_no_hindrance(world: World, tmp_path: Path, name: str) -> None:
+def test_other_files_removed_meanwhile_are_no_hindrance(
+    world: World, tmp_path: Path, name: str
+) -> None:
     path = tmp_path / "run" / name
-    remove: Callable[[], object] = (lambda: shutil.rmtree(path)) if name == "checkpoints" else path.unlink
-    train_run(world.run(tmp_path, **{**SHAPES["packed"], "load_best_model_at_end": False}), [], [Does(9, remove)])
+    remove: Callable[[], object] = (
+        (lambda: shutil.rmtree(path)) if name == "checkpoints" else path.unlink
+    )
+    train_run(
+        world.run(tmp_path, **{**SHAPES["packed"], "load_best_model_at_end": False}),
+        [],
+        [Does(9, remove)],
+    )
     assert (tmp_path / "run" / "receipt.json").is_file()
 
 
 def test_a_best_checkpoint_removed_meanwhile_is_named(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     with pytest.raises(ModelError, match=r"checkpoints/step-\d+/manifest\.json is missing"):
-        train_run(world.run(tmp_path, **SHAPES["packed"]), [], [Does(11, lambda: shutil.rmtree(folder))])
+        train_run(
+            world.run(tmp_path, **SHAPES["packed"]), [], [Does(11, lambda: shutil.rmtree(folder))]
+        )
 
 
-def test_a_description_removed_meanwhile_is_written_again(world: World, whole: Whole, tmp_path: Path) -> None:
+def test_a_description_removed_meanwhile_is_written_again(
+    world: World, whole: Whole, tmp_path: Path
+) -> None:
     path = tmp_path / "run" / "run.yaml"
     train_run(world.run(tmp_path, **SHAPES["packed"]), [], [Does(9, path.unlink)])
     same(finished(tmp_path), whole("packed"), "run.yaml removed")
@@ -126,7 +156,13 @@ def test_writing_lines(tmp_path: Path) -> None:
             log.write({"step": step})
             if step in (2, 3):
                 (tmp_path / "metrics.jsonl").unlink()
-    assert [record["step"] for _, record in iter_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [record["step"] for _, record in iter_metrics(tmp_path / "metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
 
 
 def test_a_directory_knows_its_own_name(tmp_path: Path) -> None:
@@ -163,7 +199,9 @@ def test_a_disk_that_does_not_say_where_the_directory_is_ends_no_run(
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 201, "é" * 101, "/".join(["y" * 100] * 45)])
-def test_a_name_that_is_too_long_is_refused_with_its_setting(world: World, tmp_path: Path, name: str) -> None:
+def test_a_name_that_is_too_long_is_refused_with_its_setting(
+    world: World, tmp_path: Path, name: str
+) -> None:
     with pytest.raises(ConfigError, match=r"output_dir.*a name in a path may have 200 bytes"):
         tinyrun.described(world.model, world.data, tmp_path / name)
 

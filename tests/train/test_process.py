@@ -1,4 +1,6 @@
-"""process.json: what real processes leave of themselves, alive, stopped, failed, killed; and two that want one directory."""
+"""process.json: what real processes leave of themselves, alive, stopped, failed, killed; and two
+that want one directory.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ with running(Path(sys.argv[1])) as process:
 def holding(folder: Path, phase: str = "train") -> Iterator[subprocess.Popen[str]]:
     """A real process at work in a directory; it is gone afterwards."""
     child = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), phase], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(folder), phase],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert child.stdout is not None
     try:
@@ -53,7 +58,9 @@ def holding(folder: Path, phase: str = "train") -> Iterator[subprocess.Popen[str
         child.communicate()
 
 
-def train_and_fail(folder: Path, error: BaseException, first: Callable[[], None] = lambda: None) -> None:
+def train_and_fail(
+    folder: Path, error: BaseException, first: Callable[[], None] = lambda: None
+) -> None:
     with record_process(folder) as process:
         process.begin(0, 5)
         first()
@@ -71,7 +78,12 @@ def test_it_is_there_while_the_run_goes(tmp_path: Path) -> None:
         assert written(folder)["total_steps"] is None
         process.begin(4, 20)
         found = written(folder)
-        assert (found["pid"], found["done"], found["total_steps"], found["ended"]) == (os.getpid(), 4, 20, None)
+        assert (found["pid"], found["done"], found["total_steps"], found["ended"]) == (
+            os.getpid(),
+            4,
+            20,
+            None,
+        )
         now = read_process(folder)
         assert now is not None
         assert is_process_alive(now, folder) is True
@@ -115,7 +127,9 @@ def test_what_was_wrong_before_training_is_not_the_end_of_an_earlier_run(tmp_pat
     before = (finished / PROCESS).read_bytes()
     fail(finished)
     assert (finished / PROCESS).read_bytes() == before
-    logged = tmp_path / "logged"  # in the background: the log is there, so there is something to tell of
+    logged = (
+        tmp_path / "logged"
+    )  # in the background: the log is there, so there is something to tell of
     logged.mkdir()
     (logged / "log.txt").touch()
     fail(logged)
@@ -125,12 +139,17 @@ def test_what_was_wrong_before_training_is_not_the_end_of_an_earlier_run(tmp_pat
 def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     with holding(tmp_path) as child:
         with (
-            pytest.raises(ConfigError, match=f"in use: process {child.pid} has been at work there since"),
+            pytest.raises(
+                ConfigError, match=f"in use: process {child.pid} has been at work there since"
+            ),
             record_process(tmp_path),
         ):
             pass
         (tmp_path / PROCESS).rename(tmp_path / "gone")  # as if both had started at the same moment
-        with pytest.raises(ConfigError, match="another process has just begun there"), record_process(tmp_path):
+        with (
+            pytest.raises(ConfigError, match="another process has just begun there"),
+            record_process(tmp_path),
+        ):
             pass
         (tmp_path / "gone").rename(tmp_path / PROCESS)
         child.send_signal(signal.SIGKILL)
@@ -139,7 +158,9 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path) -> No
             time.sleep(0.005)
         assert found is not None
         assert (found.ended, found.done, found.total_steps) == (None, 3, 20)
-        assert is_process_alive(found, tmp_path) is False  # although its number is not free before its parent asks
+        assert (
+            is_process_alive(found, tmp_path) is False
+        )  # although its number is not free before its parent asks
         with record_process(tmp_path):
             assert written(tmp_path)["pid"] == os.getpid()
 
@@ -152,7 +173,11 @@ def test_a_number_used_again_a_copy_and_another_machine(tmp_path: Path) -> None:
         assert found is not None
         assert (is_process_alive(found, folder), is_process_alive(found, copy)) == (True, False)
         refuse_second(copy)
-        for change, expected in (({"born": found.born - 100}, False), ({"host": "elsewhere"}, None), ({"pid": 2**31 - 1}, False)):
+        for change, expected in (
+            ({"born": found.born - 100}, False),
+            ({"host": "elsewhere"}, None),
+            ({"pid": 2**31 - 1}, False),
+        ):
             (folder / PROCESS).write_text(json.dumps({**written(copy), **change}))
             changed = read_process(folder)
             assert changed is not None
@@ -181,11 +206,20 @@ class Full(durable.DiskCalls):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_does_not_hide_what_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_hide_what_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ContractError, match="the reason"):
-        train_and_fail(tmp_path, ContractError("the reason"), lambda: monkeypatch.setattr(durable, "disk", Full()))
+        train_and_fail(
+            tmp_path,
+            ContractError("the reason"),
+            lambda: monkeypatch.setattr(durable, "disk", Full()),
+        )
     assert written(tmp_path)["ended"] is None
-    with pytest.raises(durable.DiskError, match="No space left"), record_process(tmp_path / "other"):
+    with (
+        pytest.raises(durable.DiskError, match="No space left"),
+        record_process(tmp_path / "other"),
+    ):
         pass
 
 
@@ -205,15 +239,36 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str, message: str) -> Non
 
 
 json_values = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=9), st.lists(st.integers())
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text(max_size=9),
+    st.lists(st.integers()),
 )
 
 
 @settings(max_examples=40)
 @given(
-    st.sampled_from(["pid", "born", "host", "folder", "started", "begun", "done", "total_steps", "ended", "more"]), json_values
+    st.sampled_from(
+        [
+            "pid",
+            "born",
+            "host",
+            "folder",
+            "started",
+            "begun",
+            "done",
+            "total_steps",
+            "ended",
+            "more",
+        ]
+    ),
+    json_values,
 )
-def test_any_value_anywhere_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, name: str, value: Any) -> None:
+def test_any_value_anywhere_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, name: str, value: Any
+) -> None:
     folder = tmp_path_factory.mktemp("run")
     with record_process(folder):
         content = {**written(folder), name: value}

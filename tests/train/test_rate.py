@@ -1,4 +1,6 @@
-"""What is measured of this machine, with times that are given: nothing here hangs on how fast or busy a machine is."""
+"""What is measured of this machine, with times that are given: nothing here hangs on how fast or
+busy a machine is.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,17 @@ __all__ = ["quick"]
 
 
 def products(*seconds: float) -> Callable[[int, int], Callable[[], float]]:
-    """Products that take these seconds one after the other, the last one from then on, whatever their size."""
+    """Products that take these seconds one after the other, the last one from then on, whatever
+    their size.
+    """
     left = list(seconds)
     return lambda rows, side: lambda: left.pop(0) if len(left) > 1 else left[0]
 
 
 def test_the_best_of_many_short_products_counts() -> None:
-    """One in forty falls between two turns of somebody else; by the mean the machine would be eleven times slower."""
+    """One in forty falls between two turns of somebody else; by the mean the machine would be
+    eleven times slower.
+    """
     found = best_product_rate(products(0.09, *[0.05] * 20, 0.004, 0.05), lambda: 0.8)
     assert found.rate == pytest.approx(2 * 128 * 1024**2 / 0.004)
     assert (found.busy, found.waited) == (True, 0.8)
@@ -59,7 +65,9 @@ def test_the_matrix_rate_is_a_rate() -> None:
     assert torch.cuda.is_available() or measure_matrix_rate("cuda", "bfloat16", 1) is None
 
 
-def test_waiting_for_a_core_is_read_from_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_core_is_read_from_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rate, "SCHEDSTAT_PATH", tmp_path / "schedstat")
     assert CpuWaitTime().share() is None
     (tmp_path / "schedstat").write_text("1000 500 7\n")
@@ -91,9 +99,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_directory(tmp_path_factory.mktemp("base") / "model")
 
 
-def finished(base: Path, tmp_path: Path, *, steps: int = 12, seconds: float = 2.0, **settings: Any) -> tuple[Any, Any, StepTimes]:
+def finished(
+    base: Path, tmp_path: Path, *, steps: int = 12, seconds: float = 2.0, **settings: Any
+) -> tuple[Any, Any, StepTimes]:
     """A run that made some steps of 96 tokens, its opened model, and their times."""
-    run = described(base, write_rows(tmp_path / "rows.jsonl", rows(9)), tmp_path / "run", **settings)
+    run = described(
+        base, write_rows(tmp_path / "rows.jsonl", rows(9)), tmp_path / "run", **settings
+    )
     times = StepTimes()
     for _ in range(steps):
         times.step({"tokens": 96, "seconds": seconds})
@@ -116,7 +128,9 @@ def test_steps_of_a_run_become_a_rate(base: Path, tmp_path: Path, home: Path) ->
 
 
 @pytest.mark.parametrize("settings", [{"steps": 5}, {"lora": None}, {"seconds": 0.001}])
-def test_what_the_plan_does_not_count_is_not_kept(settings: dict[str, Any], base: Path, tmp_path: Path, home: Path) -> None:
+def test_what_the_plan_does_not_count_is_not_kept(
+    settings: dict[str, Any], base: Path, tmp_path: Path, home: Path
+) -> None:
     if "lora" in settings:
         run, opened, times = finished(base, tmp_path)
         run = run.model_copy(update={"lora": None})
@@ -133,7 +147,9 @@ def test_a_rate_that_cannot_be_kept_is_a_note(base: Path, tmp_path: Path, home: 
     assert note.startswith("what the steps reached is not kept for `lorry plan`: ")
 
 
-def test_every_run_hands_on_its_steps(base: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_run_hands_on_its_steps(
+    base: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = list[list[tuple[int, float]]]()
 
     def keep(run: Any, opened: Any, times: StepTimes) -> str:
@@ -141,6 +157,11 @@ def test_every_run_hands_on_its_steps(base: Path, tmp_path: Path, home: Path, mo
         return "a note"
 
     monkeypatch.setattr("lorry.train.session.keep_steps", keep)
-    train_run(described(base, write_rows(tmp_path / "rows.jsonl", rows(9)), tmp_path / "run", max_steps=2), [])
+    train_run(
+        described(
+            base, write_rows(tmp_path / "rows.jsonl", rows(9)), tmp_path / "run", max_steps=2
+        ),
+        [],
+    )
     ((one, two),) = seen
     assert min(*one, *two) > 0

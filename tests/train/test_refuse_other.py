@@ -29,7 +29,11 @@ CONFIG = {
 }
 CURRENT = {
     "config": CONFIG,
-    "digests": {"data": {"train": "a" * 64, "eval": "b" * 64}, "code": "c" * 64, "config": "d" * 64},
+    "digests": {
+        "data": {"train": "a" * 64, "eval": "b" * 64},
+        "code": "c" * 64,
+        "config": "d" * 64,
+    },
     "environment": {"torch": "2.11.0", "threads": 2, "kernels": "torch only (LORRY_KERNELS=0)"},
 }
 
@@ -59,15 +63,21 @@ def changed(field: str, value: object) -> dict[str, Any]:
         ("digests.data.train", "e" * 64, "data.train aaaaaaaaaaaa -> eeeeeeeeeeee"),
     ],
 )
-def test_another_run_is_refused_by_field_with_both_values(field: str, value: object, message: str) -> None:
+def test_another_run_is_refused_by_field_with_both_values(
+    field: str, value: object, message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         refuse_other_run(CURRENT, changed(field, value))
     assert f"\n  {message}\n" in str(caught.value)
 
 
-@pytest.mark.parametrize(("field", "longer"), [("max_steps", True), ("num_train_epochs", True), ("learning_rate", False)])
+@pytest.mark.parametrize(
+    ("field", "longer"), [("max_steps", True), ("num_train_epochs", True), ("learning_rate", False)]
+)
 def test_the_error_says_what_may_change_and_how_to_train_on(field: str, longer: bool) -> None:
-    with pytest.raises(ConfigError, match=r"only where and how often a run writes may change \(docs/running\.md") as caught:
+    with pytest.raises(
+        ConfigError, match=r"only where and how often a run writes may change \(docs/running\.md"
+    ) as caught:
         refuse_other_run(CURRENT, changed(f"config.train.{field}", 7))
     assert ("adapter=THIS_RUN output_dir=ANOTHER" in str(caught.value)) == longer
 
@@ -75,7 +85,8 @@ def test_the_error_says_what_may_change_and_how_to_train_on(field: str, longer: 
 def test_the_page_lists_what_may_change() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "running.md").read_text()
     may, with_a_note = (
-        set(re.findall(r"`(\w+)`", line)) for line in re.findall(r"^\| (?:yes|with a note) \| (.*) \|$", text, re.M)
+        set(re.findall(r"`(\w+)`", line))
+        for line in re.findall(r"^\| (?:yes|with a note) \| (.*) \|$", text, re.M)
     )
     assert (may, with_a_note) == (FREE_SETTINGS, DEVICE_SETTINGS)
 

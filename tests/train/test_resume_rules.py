@@ -1,4 +1,6 @@
-"""What may go on from a checkpoint: the same run only, named field by field where it is another; damage costs a few steps."""
+"""What may go on from a checkpoint: the same run only, named field by field where it is another;
+damage costs a few steps.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class StopAt(tinyrun.Heard):
 
 @pytest.fixture
 def unfinished(world: World, tmp_path: Path) -> Path:
-    """A packed run that was stopped after step 10, its newest checkpoint of step 9, the best so far."""
+    """A packed run that was stopped after step 10, its newest checkpoint of step 9, the best so
+    far.
+    """
     with pytest.raises(Stopped):
         train_run(world.run(tmp_path, **SHAPES["packed"]), [], [StopAt(10)])
     return tmp_path
@@ -49,7 +53,9 @@ def unfinished(world: World, tmp_path: Path) -> Path:
         ({"target_modules": ["q_proj", "o_proj"]}, ["lora.target_modules"]),
     ],
 )
-def test_another_config_is_refused_by_field(world: World, unfinished: Path, changed: dict[str, Any], named: list[str]) -> None:
+def test_another_config_is_refused_by_field(
+    world: World, unfinished: Path, changed: dict[str, Any], named: list[str]
+) -> None:
     before = state_of(unfinished)
     with pytest.raises(ConfigError) as refused:
         train_run(world.run(unfinished, **{**SHAPES["packed"], **changed}), [])
@@ -60,13 +66,21 @@ def test_another_config_is_refused_by_field(world: World, unfinished: Path, chan
 def test_other_data_and_another_base_are_refused(
     world: World, unfinished: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    before, data, weights = state_of(unfinished), world.data.read_bytes(), world.model / "model.safetensors"
-    tinyrun.write_rows(world.data, [*tinyrun.rows(15), {"question": "What is new?", "answer": "This."}])
+    before, data, weights = (
+        state_of(unfinished),
+        world.data.read_bytes(),
+        world.model / "model.safetensors",
+    )
+    tinyrun.write_rows(
+        world.data, [*tinyrun.rows(15), {"question": "What is new?", "answer": "This."}]
+    )
     with pytest.raises(ConfigError, match=r"another run:\n  data [0-9a-f]{12} -> [0-9a-f]{12}"):
         train_run(world.run(unfinished, **SHAPES["packed"]), [])
     world.data.write_bytes(data)
     kept = weights.read_bytes()
-    other = tinyrun.model_directory(tmp_path_factory.mktemp("other"), spread=0.21) / "model.safetensors"
+    other = (
+        tinyrun.model_directory(tmp_path_factory.mktemp("other"), spread=0.21) / "model.safetensors"
+    )
     weights.write_bytes(other.read_bytes())
     with pytest.raises(ConfigError, match=r"another run:\n  base [0-9a-f]{12} -> [0-9a-f]{12}"):
         train_run(world.run(unfinished, **SHAPES["packed"]), [])
@@ -95,10 +109,22 @@ def test_other_threads_go_on_with_a_note(world: World, unfinished: Path) -> None
 
 def test_how_often_it_saves_and_shows_is_free(world: World, whole: Whole, unfinished: Path) -> None:
     heard = tinyrun.Heard()
-    settings = {**SHAPES["packed"], "save_steps": 2, "save_total_limit": 5, "logging_steps": 3, "run_name": "other"}
+    settings = {
+        **SHAPES["packed"],
+        "save_steps": 2,
+        "save_total_limit": 5,
+        "logging_steps": 3,
+        "run_name": "other",
+    }
     train_run(world.run(unfinished, **settings), [], [heard])
-    assert [n for n in heard.notes if "bitwise" in n or "resumed" in n] == ["resumed from step-00000009: 9 of 11 steps are done"]
-    for name in ("adapter_model.safetensors", "metrics.jsonl", "checkpoints/step-00000011/state.safetensors"):
+    assert [n for n in heard.notes if "bitwise" in n or "resumed" in n] == [
+        "resumed from step-00000009: 9 of 11 steps are done"
+    ]
+    for name in (
+        "adapter_model.safetensors",
+        "metrics.jsonl",
+        "checkpoints/step-00000011/state.safetensors",
+    ):
         assert finished(unfinished)[name] == whole("packed")[name]
 
 

@@ -1,4 +1,6 @@
-"""A run from its description to its directory: what is in it, when it may be written over, what stops it before it starts."""
+"""A run from its description to its directory: what is in it, when it may be written over, what
+stops it before it starts.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +40,25 @@ def describe(model: Path, tmp_path: Path) -> Describe:
 
     def make(**settings: Any) -> RunConfig:
         given = {"max_steps": 4, "out": tmp_path / "run", "base": model, **settings}
-        return tinyrun.described(given.pop("base"), given.pop("from_", data), given.pop("out"), **given)
+        return tinyrun.described(
+            given.pop("base"), given.pop("from_", data), given.pop("out"), **given
+        )
 
     return make
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    return [
+        json.loads(line)["loss"]
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if '"loss"' in line
+    ]
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 # --- what a run leaves
@@ -59,15 +69,30 @@ def test_the_run_directory(describe: Describe, tmp_path: Path) -> None:
     result = train_run(describe(test_size=2), ["a note of the config"], [heard])
     folder = tmp_path / "run"
     assert files(folder).keys() == {
-        "adapter_config.json", "adapter_model.safetensors", "lorry_adapter.json", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "README.md", "run.yaml", "metrics.jsonl", "receipt.json", "contracts.json", "losses.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "lorry_adapter.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "README.md",
+        "run.yaml",
+        "metrics.jsonl",
+        "receipt.json",
+        "contracts.json",
+        "losses.json",
         "samples.json",
-        *(f"checkpoints/step-00000004/{name}" for name in ("state.safetensors", "meta.json", "manifest.json")),
-    }  # fmt: skip
+        *(
+            f"checkpoints/step-00000004/{name}"
+            for name in ("state.safetensors", "meta.json", "manifest.json")
+        ),
+    }
     assert [(c["id"], c["status"]) for c in result.contracts] == [(n, "held") for n in range(1, 9)]
     assert json.loads((folder / "contracts.json").read_text()) == result.contracts
     receipt = json.loads((folder / "receipt.json").read_text())
-    assert receipt["adapters"] == {"default": hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()}
+    assert receipt["adapters"] == {
+        "default": hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    }
     assert (receipt["data"]["rows"], receipt["seed"]) == (10, 3)
     assert receipt["base"]["path"] == str(describe().model.name)
     card = (folder / "README.md").read_text()
@@ -82,7 +107,12 @@ def test_the_description_written_is_the_run_again(describe: Describe, tmp_path: 
     train_run(run, [])
     assert parse_settings(RunConfig, [str(tmp_path / "run" / "run.yaml")], []) == run
     first = files(tmp_path / "run")["adapter_model.safetensors"]
-    train_run(parse_settings(RunConfig, [str(tmp_path / "run" / "run.yaml"), f"output_dir={tmp_path / 'again'}"], []), [])
+    train_run(
+        parse_settings(
+            RunConfig, [str(tmp_path / "run" / "run.yaml"), f"output_dir={tmp_path / 'again'}"], []
+        ),
+        [],
+    )
     assert files(tmp_path / "again")["adapter_model.safetensors"] == first
 
 
@@ -109,20 +139,30 @@ def test_the_batch_shape_does_not_change_the_losses(describe: Describe, tmp_path
     assert curves[0] == pytest.approx(curves[2], rel=1e-6)
 
 
-def test_held_out_rows_that_fill_the_context_are_not_asked(describe: Describe, tmp_path: Path) -> None:
+def test_held_out_rows_that_fill_the_context_are_not_asked(
+    describe: Describe, tmp_path: Path
+) -> None:
     """They are evaluated all the same; only an answer of the model's own has no room behind them."""
     long = {"question": "x" * 108, "answer": "Y"}  # 126 tokens, Y and the end: exactly the context
     held = tinyrun.write_rows(tmp_path / "held.jsonl", [long, *tinyrun.rows(1, start=30)])
     train_run(describe(eval=str(held), max_length=128), [])
-    asked = [row for row in json.loads((tmp_path / "run" / "samples.json").read_text()) if row["group"] == "held-out rows"]
+    asked = [
+        row
+        for row in json.loads((tmp_path / "run" / "samples.json").read_text())
+        if row["group"] == "held-out rows"
+    ]
     assert [row["reference"] for row in asked] == [tinyrun.rows(1, start=30)[0]["answer"]]
 
 
 def test_a_streamed_run_counts_nothing_it_has_not_read(describe: Describe, tmp_path: Path) -> None:
-    data = tinyrun.write_rows(tmp_path / "s.jsonl", [*tinyrun.rows(5), {"question": "And?", "answer": ""}])
+    data = tinyrun.write_rows(
+        tmp_path / "s.jsonl", [*tinyrun.rows(5), {"question": "And?", "answer": ""}]
+    )
     result = train_run(describe(from_=data, streaming=True, on_bad_row="skip"), [])
     eight = result.contracts[7]
-    assert eight["detail"].startswith(f"{data}: streamed, rows are read as they are needed; left out so far: 1 rows (")
+    assert eight["detail"].startswith(
+        f"{data}: streamed, rows are read as they are needed; left out so far: 1 rows ("
+    )
     receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())["data"]
     assert receipt == {"source": str(data), "streamed": True, "left_out": receipt["left_out"]}
     assert sum(receipt["left_out"].values()) == 1
@@ -158,7 +198,8 @@ def test_an_unfinished_run_is_not_written_over(describe: Describe, tmp_path: Pat
         train_run(describe(save_steps=2), [], [StopAt()])
     before = files(tmp_path / "run")
     with pytest.raises(
-        ConfigError, match=r"run holds an unfinished run; add resume_from_checkpoint=auto to go on with it, or use another"
+        ConfigError,
+        match=r"run holds an unfinished run; add resume_from_checkpoint=auto to go on with it, or use another",
     ):
         train_run(describe(save_steps=2), [])
     assert files(tmp_path / "run") == before
@@ -171,28 +212,42 @@ def test_a_run_that_never_saved_may_be_started_again(describe: Describe, tmp_pat
     assert len(losses(tmp_path / "run")) == 4
 
 
-def test_an_unfinished_run_in_a_finished_ones_place_is_not_taken_for_it(describe: Describe, tmp_path: Path) -> None:
-    """The results of the first run are gone as soon as the second one begins; what the second saved is protected."""
+def test_an_unfinished_run_in_a_finished_ones_place_is_not_taken_for_it(
+    describe: Describe, tmp_path: Path
+) -> None:
+    """The results of the first run are gone as soon as the second one begins; what the second saved
+    is protected.
+    """
     train_run(describe(), [])
     for settings in ({}, {"resume_from_checkpoint": "auto"}):
         with pytest.raises(Stopped):
             train_run(describe(seed=5, save_steps=2, **settings), [], [StopAt()])
-        assert not files(tmp_path / "run").keys() & {"receipt.json", "adapter_model.safetensors", "README.md"}
+        assert not files(tmp_path / "run").keys() & {
+            "receipt.json",
+            "adapter_model.safetensors",
+            "README.md",
+        }
         with pytest.raises(ConfigError, match="unfinished run"):
             train_run(describe(), [])
 
 
-@pytest.mark.parametrize("wrong", ["no such data", "a bad row", "no such model", "no such target", "no such template"])
-def test_a_run_that_cannot_start_costs_the_finished_one_nothing(describe: Describe, tmp_path: Path, wrong: str) -> None:
+@pytest.mark.parametrize(
+    "wrong", ["no such data", "a bad row", "no such model", "no such target", "no such template"]
+)
+def test_a_run_that_cannot_start_costs_the_finished_one_nothing(
+    describe: Describe, tmp_path: Path, wrong: str
+) -> None:
     train_run(describe(), [])
     before = files(tmp_path / "run")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "Who?", "answer": "Me."}\n{"question": "Who?", "ans')
     settings: dict[str, Any] = {
-        "no such data": {"from_": tmp_path / "none.jsonl"}, "a bad row": {"from_": bad},
+        "no such data": {"from_": tmp_path / "none.jsonl"},
+        "a bad row": {"from_": bad},
         "no such model": {"base": tmp_path / "none"},
-        "no such target": {"target_modules": ["q_prj"]}, "no such template": {"chat_template_path": str(tmp_path / "none.jinja")},
-    }[wrong]  # fmt: skip
+        "no such target": {"target_modules": ["q_prj"]},
+        "no such template": {"chat_template_path": str(tmp_path / "none.jinja")},
+    }[wrong]
     with pytest.raises((ConfigError, DataError, ValueError)):
         train_run(describe(**settings), [])
     assert files(tmp_path / "run") == before
@@ -228,7 +283,10 @@ def test_resume_by_path_into_another_directory(describe: Describe, tmp_path: Pat
 def test_resume_from_nothing_is_refused(describe: Describe, tmp_path: Path) -> None:
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     for where in ("none", "empty"):
-        with pytest.raises(ConfigError, match=f"resume_from_checkpoint={tmp_path / where} is no checkpoint and no run with one"):
+        with pytest.raises(
+            ConfigError,
+            match=f"resume_from_checkpoint={tmp_path / where} is no checkpoint and no run with one",
+        ):
             train_run(describe(resume_from_checkpoint=str(tmp_path / where)), [])
     assert not (tmp_path / "run").exists()
 
@@ -241,18 +299,24 @@ def test_a_missing_tracker_is_said_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(session, "open_model", lambda *_: pytest.fail("the model was loaded"))
-    with pytest.raises(ConfigError, match=r"train\.report_to names wandb, which is not installed; pip install wandb") as e:
+    with pytest.raises(
+        ConfigError,
+        match=r"train\.report_to names wandb, which is not installed; pip install wandb",
+    ) as e:
         train_run(describe(report_to=["wandb"]), [])
     assert e.value.exit_code == 2
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tracker_hears_every_number(describe: Describe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_hears_every_number(
+    describe: Describe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heard: list[Any] = []
     fake = SimpleNamespace(
-        init=lambda **given: heard.append(given), log=lambda values, step: heard.append((step, values)),
+        init=lambda **given: heard.append(given),
+        log=lambda values, step: heard.append((step, values)),
         finish=lambda: heard.append("end"),
-    )  # fmt: skip
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     train_run(describe(report_to=["wandb"], test_size=2, eval_steps=4), [])
     first, *steps, evaluation, end = heard
@@ -272,12 +336,16 @@ def test_what_it_cannot_train(describe: Describe, model: Path, tmp_path: Path) -
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((model / name).read_bytes())
-    with pytest.raises(ConfigError, match=r"bare has no tokenizer files; put tokenizer\.json beside the weights"):
+    with pytest.raises(
+        ConfigError, match=r"bare has no tokenizer files; put tokenizer\.json beside the weights"
+    ):
         train_run(describe(base=bare), [])
     assert not (tmp_path / "run").exists()
 
 
-def test_an_earlier_finished_run_is_set_aside_and_nothing_of_it_is_lost(describe: Describe, tmp_path: Path) -> None:
+def test_an_earlier_finished_run_is_set_aside_and_nothing_of_it_is_lost(
+    describe: Describe, tmp_path: Path
+) -> None:
     first = train_run(describe(max_steps=2), []).path
     adapter = (first / "adapter_model.safetensors").read_bytes()
     train_run(describe(max_steps=3), [])

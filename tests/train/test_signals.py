@@ -80,7 +80,9 @@ def test_outside_the_loop_it_is_raised_once_and_inside_a_flag(number: signal.Sig
         with watch_signals() as stop:
             signal.raise_signal(number)
         assert stop.requested == number.name
-        with pytest.raises(RunInterruptedError, match=f"{number.name} arrived outside the training steps"):
+        with pytest.raises(
+            RunInterruptedError, match=f"{number.name} arrived outside the training steps"
+        ):
             signal.raise_signal(number)
     assert signal.getsignal(number) is signal.SIG_DFL
 
@@ -123,7 +125,9 @@ with watching() as stop:
 
 
 def test_a_real_process_saves_goes_on_and_stops() -> None:
-    child = subprocess.Popen([sys.executable, "-c", LOOP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", LOOP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     os.kill(child.pid, signal.SIGUSR1)
@@ -135,7 +139,9 @@ def test_a_real_process_saves_goes_on_and_stops() -> None:
     assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
-def test_what_arrives_while_an_object_is_deleted_is_raised_behind_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_arrives_while_an_object_is_deleted_is_raised_behind_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Python prints what `__del__` raises and forgets it."""
 
     class Last:
@@ -166,7 +172,9 @@ def test_what_is_remembered_is_sent_again_without_a_safe_point() -> None:
         work()
 
 
-def test_a_script_that_is_being_imported_is_stopped_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_script_that_is_being_imported_is_stopped_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "training_script.py").write_text(
         "import signal\n"
         "from lorry.train.monitoring.signals import raising\n"
@@ -181,11 +189,15 @@ def test_a_script_that_is_being_imported_is_stopped_all_the_same(tmp_path: Path,
         importlib.import_module("training_script")
 
 
-def test_what_came_during_an_import_that_failed_is_told_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_module.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\nraise ImportError\n")
+def test_what_came_during_an_import_that_failed_is_told_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_module.py").write_text(
+        "import signal\nsignal.raise_signal(signal.SIGTERM)\nraise ImportError\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with pytest.raises(RunInterruptedError), raise_on_signals("outside"):
+    with pytest.raises(RunInterruptedError), raise_on_signals("outside"):  # noqa: PT012
         try:
             with raise_on_signals("inside"):
                 importlib.import_module("broken_module")
@@ -195,12 +207,14 @@ def test_what_came_during_an_import_that_failed_is_told_outside(tmp_path: Path, 
 
 
 def test_a_signal_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "signalled_module.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\n")
+    (tmp_path / "signalled_module.py").write_text(
+        "import signal\nsignal.raise_signal(signal.SIGTERM)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     told = list[str]()
     with raise_on_signals("outside"):
-        with pytest.raises(RunInterruptedError):
+        with pytest.raises(RunInterruptedError):  # noqa: PT012
             importlib.import_module("signalled_module")
             with raise_on_signals("inside"):
                 told.append("inside")

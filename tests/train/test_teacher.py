@@ -1,4 +1,6 @@
-"""Who the teacher is and what is kept of it: one base or two, another tokenizer, 4 bits, and a cache on disk that cannot lie."""
+"""Who the teacher is and what is kept of it: one base or two, another tokenizer, 4 bits, and a
+cache on disk that cannot lie.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ from lorry.tasks.distill.task import TAUGHT_MASK, TEACHER_IDS, TEACHER_LOG_PROBS
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student, a larger teacher, one of another tokenizer (300 entries), an adapter of the student's base, rows."""
+    """A student, a larger teacher, one of another tokenizer (300 entries), an adapter of the
+    student's base, rows.
+    """
     at = tmp_path_factory.mktemp("world")
     model_directory(at / "student")
     model_directory(at / "teacher", spread=0.4, hidden_size=24)
@@ -58,14 +62,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def material(world: Path, given: Mapping[str, Any], **settings: Any) -> TaskInputs:
     """What `session` would hand to the task's builder, up to the point where it does."""
     described_as = {
-        "model": {"name": str(world / "student")}, "data": {"path": str(world / "rows.jsonl"), "eval": str(world / "held.jsonl")},
-        "output_dir": str(world / "run"), **tinyrun.DEFAULTS, "distill": {"teacher_dtype": "float32", **given}, **settings,
-    }  # fmt: skip
+        "model": {"name": str(world / "student")},
+        "data": {"path": str(world / "rows.jsonl"), "eval": str(world / "held.jsonl")},
+        "output_dir": str(world / "run"),
+        **tinyrun.DEFAULTS,
+        "distill": {"teacher_dtype": "float32", **given},
+        **settings,
+    }
     run, notes = build_settings(DistillRunConfig, described_as, []), list[str]()
     opened = open_model(run.model, notes)
     attach(opened.model, LoraSpec(r=2), "default")
     make = make_encoder_factory(run, opened, notes)
-    data = prepare_data(run.data, run.train, opened.tokenizer, quarantine=world / "aside.jsonl", make=make)
+    data = prepare_data(
+        run.data, run.train, opened.tokenizer, quarantine=world / "aside.jsonl", make=make
+    )
     backend, stream = (
         LocalBackend(opened.model, ["default"], OptimSettings()),
         JointStream({"default": data.stream}, {"default": 3}, 1024),
@@ -83,7 +93,9 @@ def no_teacher(*_: Any) -> Any:
 
 def loss_of(given: TaskInputs, task: Any, models: Mapping[str, Any]) -> float:
     """Of the first step."""
-    stats = given.backend.forward_backward(task.step_batches(0, {"self": given.backend, **models}), task, 0)
+    stats = given.backend.forward_backward(
+        task.step_batches(0, {"self": given.backend, **models}), task, 0
+    )
     given.backend.discard()
     return stats.terms["distill"]["default"]
 
@@ -105,16 +117,30 @@ def loss_of(given: TaskInputs, task: Any, models: Mapping[str, Any]) -> float:
     ],
     ids=str,
 )
-def test_one_base_or_two(world: Path, given: dict[str, str], settings: dict[str, Any], shared: bool) -> None:
-    """The student's base is the teacher's wherever it can be; with all weights in training it cannot."""
-    placed = {key: str(world / value) if key != "teacher_dtype" else value for key, value in given.items()}
-    defaults = {key: value for key, value in tinyrun.DEFAULTS.items() if key != "r" or settings.get("lora", 1)}
+def test_one_base_or_two(
+    world: Path, given: dict[str, str], settings: dict[str, Any], shared: bool
+) -> None:
+    """The student's base is the teacher's wherever it can be; with all weights in training it
+    cannot.
+    """
+    placed = {
+        key: str(world / value) if key != "teacher_dtype" else value for key, value in given.items()
+    }
+    defaults = {
+        key: value
+        for key, value in tinyrun.DEFAULTS.items()
+        if key != "r" or settings.get("lora", 1)
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tinyrun, "DEFAULTS", defaults)
         made = material(world, placed, **settings)
     task, models = parts(build_distill(made))
     assert (models["teacher"].model is made.opened.model) == shared
-    assert loss_of(made, task, models) < 1e-4 if given.get("teacher") == "student" and "adapter" not in str(given) else True
+    assert (
+        loss_of(made, task, models) < 1e-4
+        if given.get("teacher") == "student" and "adapter" not in str(given)
+        else True
+    )
     assert list(made.backend.trained) == ["default"]
 
 
@@ -123,7 +149,9 @@ def test_an_adapter_scores_as_it_would_alone(world: Path) -> None:
     _, models = parts(build_distill(made))
     alone = open_model(made.run.model.model_copy(update={"adapter": str(world / "adapter")}), [])
     batch, want = made.held[0], {"logprob": TokenScore(log_prob)}
-    expected = teacher.TeacherScorer(alone.model, teacher.Mix.one(alone.adapters[0])).score([batch], want)[0]["logprob"]
+    expected = teacher.TeacherScorer(alone.model, teacher.Mix.one(alone.adapters[0])).score(
+        [batch], want
+    )[0]["logprob"]
     assert torch.equal(models["teacher"].score([batch], want)[0]["logprob"], expected)
     assert not torch.equal(made.backend.score([batch], want)[0]["logprob"], expected)
     assert len(models["teacher"].generate([[5, 6, 7]], max_new_tokens=3)) == 1
@@ -131,7 +159,9 @@ def test_an_adapter_scores_as_it_would_alone(world: Path) -> None:
 
 def test_two_adapters_are_one_too_many(world: Path) -> None:
     with pytest.raises(ConfigError, match="would have 2 adapters"):
-        material(world, {"teacher": str(world / "adapter"), "teacher_adapter": str(world / "adapter")})
+        material(
+            world, {"teacher": str(world / "adapter"), "teacher_adapter": str(world / "adapter")}
+        )
 
 
 # --- another tokenizer
@@ -143,7 +173,9 @@ def test_another_tokenizer_needs_uld(world: Path) -> None:
 
 
 def test_a_teacher_of_another_tokenizer_reads_the_same_rows(world: Path) -> None:
-    """Its divergence is the published formula over the pairs of tokens, from two whole forward passes."""
+    """Its divergence is the published formula over the pairs of tokens, from two whole forward
+    passes.
+    """
     made = material(world, {"teacher": str(world / "foreign"), "loss": "uld", "temperature": 1.2})
     task, models = parts(build_distill(made))
     encoder = made.jobs["default"][1].encoder
@@ -159,7 +191,10 @@ def test_a_teacher_of_another_tokenizer_reads_the_same_rows(world: Path) -> None
         p = (ours(tokens[None]).logits[0].detach().double() / 1.2).softmax(1)
         q = (theirs(torch.tensor([list(view.tokens)])).logits[0].double() / 1.2).softmax(1)
         for target, source in zip(view.targets, view.sources, strict=True):
-            a, b = p[target - 1].sort(descending=True).values, q[source].sort(descending=True).values
+            a, b = (
+                p[target - 1].sort(descending=True).values,
+                q[source].sort(descending=True).values,
+            )
             value = (a[: len(b)] - b).abs().sum() + a[len(b) :].sum()
             assert float(value) == pytest.approx(float(got[start + target]), rel=1e-4)
             total, pairs = total + float(value), pairs + 1
@@ -174,11 +209,15 @@ def test_rows_too_long_for_the_teacher_are_counted(world: Path) -> None:
     for name in list(encoder.views)[:2]:
         del encoder.views[name]
     built = build_distill(made)
-    assert any(note.startswith("2 of 12 sequences are too long for the teacher") for note in built.notes)
+    assert any(
+        note.startswith("2 of 12 sequences are too long for the teacher") for note in built.notes
+    )
 
 
 def test_equal_tokenizers_and_fewer_logits(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A teacher whose embedding is shorter than the student's: its tokens' likeliest can be compared, all of them cannot."""
+    """A teacher whose embedding is shorter than the student's: its tokens' likeliest can be
+    compared, all of them cannot.
+    """
     monkeypatch.setattr(teacher.TeacherScorer, "vocabulary", 319)
     with pytest.raises(ConfigError, match="319 logits and the student 320"):
         build_distill(material(world, {"teacher": str(world / "teacher")}))
@@ -189,13 +228,17 @@ def test_equal_tokenizers_and_fewer_logits(world: Path, monkeypatch: pytest.Monk
 
 
 def cached(world: Path, at: Path, **given: Any) -> TaskInputs:
-    return material(world, {"teacher": str(world / "teacher"), "cache": str(at), "top_k": 32, **given})
+    return material(
+        world, {"teacher": str(world / "teacher"), "cache": str(at), "top_k": 32, **given}
+    )
 
 
 def test_a_cache_is_written_once_and_says_what_the_teacher_says(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At another temperature and loss, the second run without the teacher; log-probabilities as fp16 has them."""
+    """At another temperature and loss, the second run without the teacher; log-probabilities as
+    fp16 has them.
+    """
     first = build_distill(cached(world, tmp_path))
     assert sum("is read from" in note for note in first.notes) == 1
     monkeypatch.setattr(builder, "open_teacher", no_teacher)
@@ -204,18 +247,27 @@ def test_a_cache_is_written_once_and_says_what_the_teacher_says(
     assert models == {}
     kept = loss_of(second, task, models)
     monkeypatch.undo()
-    made = material(world, {"teacher": str(world / "teacher"), "top_k": 32, "temperature": 1.5, "loss": "reverse_kl"})
+    made = material(
+        world,
+        {"teacher": str(world / "teacher"), "top_k": 32, "temperature": 1.5, "loss": "reverse_kl"},
+    )
     live, asked = parts(build_distill(made))
     assert kept == pytest.approx(loss_of(made, live, asked), abs=1e-3)
     one, other = task.eval_batches()[0].extra, live.eval_batches()[0].extra
     taught = one[TAUGHT_MASK].values > 0
     assert torch.equal(one[TAUGHT_MASK].values, other[TAUGHT_MASK].values)
-    assert torch.equal(one[TEACHER_IDS].values[taught][:, 0], other[TEACHER_IDS].values[taught][:, 0])
-    assert (one[TEACHER_LOG_PROBS].values[taught] - other[TEACHER_LOG_PROBS].values[taught]).abs().max() < 5e-3
+    assert torch.equal(
+        one[TEACHER_IDS].values[taught][:, 0], other[TEACHER_IDS].values[taught][:, 0]
+    )
+    assert (
+        one[TEACHER_LOG_PROBS].values[taught] - other[TEACHER_LOG_PROBS].values[taught]
+    ).abs().max() < 5e-3
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_cache_of_another_tokenizer(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_of_another_tokenizer(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = {"teacher": str(world / "foreign"), "loss": "uld", "top_k": 32}
     made = material(world, {**given, "cache": str(tmp_path)})
     build_distill(made)
@@ -246,7 +298,9 @@ def flip(path: Path, at: int) -> None:
     ],
     ids=["a bit", "a fact", "a file", "the manifest"],
 )  # fmt: skip
-def test_a_damaged_cache_is_refused(world: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_cache_is_refused(
+    world: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     build_distill(cached(world, tmp_path))
     damage(folder_in(tmp_path))
     with pytest.raises(ModelError, match=r"move .* away, and the next run writes it anew"):
@@ -280,9 +334,13 @@ def test_somebodys_folder_in_a_caches_place_is_left_alone(world: Path, tmp_path:
 
 
 def test_a_foreign_cache_is_refused(world: Path, tmp_path: Path) -> None:
-    """Moved by hand to where another teacher's would lie; by itself another teacher, k or row gets another folder."""
+    """Moved by hand to where another teacher's would lie; by itself another teacher, k or row gets
+    another folder.
+    """
     build_distill(cached(world, tmp_path / "a"))
-    build_distill(cached(world, tmp_path / "b", teacher=str(world / "student"), teacher_dtype="bfloat16"))
+    build_distill(
+        cached(world, tmp_path / "b", teacher=str(world / "student"), teacher_dtype="bfloat16")
+    )
     mine, other = folder_in(tmp_path / "a"), folder_in(tmp_path / "b")
     other.rename(tmp_path / "a" / "other")
     mine.rename(tmp_path / "mine")
@@ -298,11 +356,15 @@ def test_a_foreign_cache_is_refused(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_cache_is_of_the_logits_that_count(world: Path, tmp_path: Path) -> None:
-    """A student with fewer tokens than the teacher has logits: neither their ids nor their share is of use to another one."""
+    """A student with fewer tokens than the teacher has logits: neither their ids nor their share is
+    of use to another one.
+    """
     read = list[int]()
     for columns in (200, 320):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(builder, "_teacher_columns", lambda config, opened, columns=columns: columns)
+            patch.setattr(
+                builder, "_teacher_columns", lambda config, opened, columns=columns: columns
+            )
             task = build_distill(cached(world, tmp_path)).task
         read.append(int(task.eval_batches()[0].extra[TEACHER_IDS].values.max()))
     assert read[0] < 200 <= read[1]
@@ -323,7 +385,9 @@ def test_more_likeliest_tokens_than_there_are(world: Path, tmp_path: Path, loss:
     assert kept == pytest.approx(expected, abs=2e-3)
 
 
-def test_a_full_disk_leaves_no_cache(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_cache(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "x")
 
@@ -355,12 +419,16 @@ def test_every_byte_of_the_weights_counts(world: Path, tmp_path: Path) -> None:
 def test_quantizing_needs_a_package(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs the package bitsandbytes"):
-        build_distill(material(world, {"teacher": str(world / "teacher"), "teacher_quantize": "nf4"}))
+        build_distill(
+            material(world, {"teacher": str(world / "teacher"), "teacher_quantize": "nf4"})
+        )
 
 
 @pytest.mark.parametrize("kind", quantized.QUANTIZED_FORMATS)
 def test_a_teacher_in_few_bits(world: Path, tmp_path: Path, kind: str) -> None:
-    """Its matrices really are; it distils; and its answers are near those of the whole, nearer in 8 bits than in 4."""
+    """Its matrices really are; it distils; and its answers are near those of the whole, nearer in 8
+    bits than in 4.
+    """
     pytest.importorskip("bitsandbytes")
     large = world / "large"
     if not large.exists():
@@ -378,7 +446,9 @@ def test_a_teacher_in_few_bits(world: Path, tmp_path: Path, kind: str) -> None:
 
 def test_an_adapter_on_few_bits_is_refused(world: Path) -> None:
     with pytest.raises(ConfigError, match="merge the adapter first"):
-        build_distill(material(world, {"teacher": str(world / "adapter"), "teacher_quantize": "nf4"}))
+        build_distill(
+            material(world, {"teacher": str(world / "adapter"), "teacher_quantize": "nf4"})
+        )
 
 
 def test_tokenizers_of_runs(world: Path) -> None:

@@ -1,4 +1,5 @@
-"""Whole runs of a few milliseconds: random models of every family with a real tokenizer, rows to learn, run descriptions.
+"""Whole runs of a few milliseconds: random models of every family with a real tokenizer, rows to
+learn, run descriptions.
 
 train_run(described(model, rows, tmp_path / "run", max_steps=12), [])
 engine_for(Fixed(steps), tmp_path / "run", learning_rate=1e-2).run()
@@ -42,19 +43,27 @@ WHAT = ["a red lorry", "two old dogs", "bread and salt", "a house by the river",
 VOCAB = 320
 WIDTH = 16
 LLAMA = {
-    "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "max_position_embeddings": 128, "tie_word_embeddings": True,
-}  # fmt: skip
+    "hidden_size": WIDTH,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "qwen2": LLAMA,
     "qwen3": {**LLAMA, "head_dim": 8},
     "gpt2": {"n_embd": WIDTH, "n_head": 2, "n_layer": 1, "n_positions": 128},
     "gpt_neox": {
-        "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "hidden_size": WIDTH,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
         "max_position_embeddings": 128,
     },
-}  # fmt: skip
+}
 FOREIGN: dict[str, dict[str, Any]] = {  # what runs through transformers
     "mamba": {"hidden_size": WIDTH, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4},
     "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -63,9 +72,16 @@ FOREIGN: dict[str, dict[str, Any]] = {  # what runs through transformers
 
 def rows(n: int, *, start: int = 0) -> list[dict[str, str]]:
     """Questions and answers of uneven length, every one different."""
-    pick = [(WHO[i % len(WHO)], WHAT[(i * 3 + i // len(WHO)) % len(WHAT)], i) for i in range(start, start + n)]
+    pick = [
+        (WHO[i % len(WHO)], WHAT[(i * 3 + i // len(WHO)) % len(WHAT)], i)
+        for i in range(start, start + n)
+    ]
     return [
-        {"question": f"What has {who} in room {i}?", "answer": f"{who} has {what}" + ", again" * (i % 3)} for who, what, i in pick
+        {
+            "question": f"What has {who} in room {i}?",
+            "answer": f"{who} has {what}" + ", again" * (i % 3),
+        }
+        for who, what, i in pick
     ]
 
 
@@ -82,17 +98,29 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made.decoder = decoders.ByteLevel()
     specials = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
     made.train_from_iterator([text for row in rows(50) for text in row.values()], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML,
-        additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=made,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+    )
 
 
-def model_directory(path: Path, family: str = "llama", *, spread: float = 0.2, **changes: Any) -> Path:
-    """A Hugging Face directory: a random model, every weight away from its usual start, and the tokenizer."""
-    config = CONFIG_MAPPING[family].from_dict({"vocab_size": VOCAB, **{**FAMILIES, **FOREIGN}[family], **changes})
+def model_directory(
+    path: Path, family: str = "llama", *, spread: float = 0.2, **changes: Any
+) -> Path:
+    """A Hugging Face directory: a random model, every weight away from its usual start, and the
+    tokenizer.
+    """
+    config = CONFIG_MAPPING[family].from_dict(
+        {"vocab_size": VOCAB, **{**FAMILIES, **FOREIGN}[family], **changes}
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -105,14 +133,26 @@ def model_directory(path: Path, family: str = "llama", *, spread: float = 0.2, *
 
 
 DEFAULTS: dict[str, Any] = {
-    "r": 2, "dtype": "float32", "device": "cpu", "threads": 1, "max_length": 64, "learning_rate": 1e-2, "seed": 3,
+    "r": 2,
+    "dtype": "float32",
+    "device": "cpu",
+    "threads": 1,
+    "max_length": 64,
+    "learning_rate": 1e-2,
+    "seed": 3,
     "per_device_train_batch_size": 3,
-}  # fmt: skip
+}
 
 
 def described(model: Path, data: Path, out: Path, **settings: Any) -> RunConfig:
     """A run description with small defaults."""
-    given = {"model": {"name": str(model)}, "data": {"path": str(data)}, "output_dir": str(out), **DEFAULTS, **settings}
+    given = {
+        "model": {"name": str(model)},
+        "data": {"path": str(data)},
+        "output_dir": str(out),
+        **DEFAULTS,
+        **settings,
+    }
     return build_settings(RunConfig, given, [])
 
 
@@ -120,16 +160,25 @@ def engine_for(
     task: Task, folder: Path, *, listeners: Sequence[TrainingListener] = (), steps_per_epoch: int = 4, specs: Sequence[LoraSpec] = (),
     optim: OptimSettings | None = None, checks: ContractChecks | None = None, ends: Sequence[int] = (), **train: Any,
 ) -> TrainingEngine:  # fmt: skip
-    """The engine on `seam.tiny_llama`, an adapter for every name of the task (``specs``: one each, r=3 if absent)."""
+    """The engine on `seam.tiny_llama`, an adapter for every name of the task (``specs``: one each,
+    r=3 if absent).
+    """
     model = tiny_llama()
     for name, spec in zip_longest(task.adapters, specs):
         attach(model, spec or LoraSpec(r=3), name)
     backend = LocalBackend(model, list(task.adapters), optim or OptimSettings())
     return TrainingEngine(
-        backend, task, TrainConfig(**train), folder, identity={"config": {}, "digests": {}, "environment": {}},
-        epoch_of=lambda step: step // steps_per_epoch, steps_per_epoch=steps_per_epoch, checks=checks or ContractChecks(),
-        listeners=listeners, ends=ends,
-    )  # fmt: skip
+        backend,
+        task,
+        TrainConfig(**train),
+        folder,
+        identity={"config": {}, "digests": {}, "environment": {}},
+        epoch_of=lambda step: step // steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        checks=checks or ContractChecks(),
+        listeners=listeners,
+        ends=ends,
+    )
 
 
 class QuietDisk(durable.DiskCalls):
@@ -144,7 +193,9 @@ class QuietDisk(durable.DiskCalls):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """For test files that import it: one thread, no fsync, short samples, the digest of the code taken once."""
+    """For test files that import it: one thread, no fsync, short samples, the digest of the code
+    taken once.
+    """
     patch, threads = pytest.MonkeyPatch(), torch.get_num_threads()
     digest = checkpoint.code_digest()
     patch.setattr(checkpoint, "code_digest", lambda: digest)

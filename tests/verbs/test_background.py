@@ -1,4 +1,6 @@
-"""A run left alone, as real processes: listed, reported, stopped, gone on with, killed; what fails at once; a closed terminal."""
+"""A run left alone, as real processes: listed, reported, stopped, gone on with, killed; what fails
+at once; a closed terminal.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,26 @@ LONG = 1_000_000  # steps: it does not end by itself
 
 
 @pytest.fixture
-def sft(world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
-    """`lorry sft ... background=true`: (exit code, standard output, standard error). What still runs at the end is killed."""
+def sft(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Any]]:
+    """`lorry sft ... background=true`: (exit code, standard output, standard error). What still
+    runs at the end is killed.
+    """
     monkeypatch.setenv("PYTHONPATH", str(SRC))
     folders = list[Path]()
 
     def start(folder: Path, *settings: str, steps: int) -> tuple[int, str, str]:
         folders.append(folder)
         capfd.readouterr()
-        words = (f"model={world.base}", f"data={world.rows}", f"output_dir={folder}", f"max_steps={steps}", *TRAIN, *settings)
+        words = (
+            f"model={world.base}",
+            f"data={world.rows}",
+            f"output_dir={folder}",
+            f"max_steps={steps}",
+            *TRAIN,
+            *settings,
+        )
         return lorry("sft", *words, "background=true"), *capfd.readouterr()
 
     yield start
@@ -91,7 +104,9 @@ def test_left_alone_watched_stopped_and_gone_on_with(
     os.kill(pid, signal.SIGTERM)
     stopped = until(run, lambda s: s.state != "running")
     assert stopped.state == "interrupted"
-    assert stopped.detail.startswith("SIGTERM arrived; resume_from_checkpoint=auto goes on from step-")
+    assert stopped.detail.startswith(
+        "SIGTERM arrived; resume_from_checkpoint=auto goes on from step-"
+    )
     assert stopped.checkpoint == f"step-{stopped.step:08d}"
     assert read_process(run).ended.exit_code == 75  # type: ignore[union-attr]
     assert "error: SIGTERM arrived" in (run / "log.txt").read_text()
@@ -108,19 +123,28 @@ def test_killed_without_a_word(sft: Callable[..., Any], tmp_path: Path) -> None:
     dead = until(run, lambda s: s.state != "running")
     assert dead.state == "dead"
     assert dead.step >= 2
-    assert dead.detail == f"process {pid} is gone without a word; there is no checkpoint to go on from"
+    assert (
+        dead.detail == f"process {pid} is gone without a word; there is no checkpoint to go on from"
+    )
 
 
 def test_finished(sft: Callable[..., Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert sft(run, steps=4)[0] == 0
     assert until(run, lambda s: s.state != "running").state == "finished"
-    assert "chat    lorry chat" in (run / "log.txt").read_text(), "who reads the state finds the log complete"
+    assert "chat    lorry chat" in (run / "log.txt").read_text(), (
+        "who reads the state finds the log complete"
+    )
     assert "still running" not in (run / "report.html").read_text()
     assert not (run / "process.json").exists()
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = json.loads((run / "losses.json").read_text())
-    assert losses == {"step": [1, 2, 3, 4], "loss": [line["loss"] for line in logged], "eval_step": [], "eval_loss": []}
+    assert losses == {
+        "step": [1, 2, 3, 4],
+        "loss": [line["loss"] for line in logged],
+        "eval_step": [],
+        "eval_loss": [],
+    }
     assert (run / "report.render_png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -138,7 +162,14 @@ def test_what_fails_at_once_is_told_at_once(sft: Callable[..., Any], tmp_path: P
 def test_a_terminal_that_closes(world: World, tmp_path: Path) -> None:
     """It saves and stops. (Under nohup the signal is ignored and stays so: test_signals.py.)"""
     run, (ours, theirs) = tmp_path / "run", pty.openpty()
-    words = (f"model={world.base}", f"data={world.rows}", f"output_dir={run}", f"max_steps={LONG}", *TRAIN, "logging_steps=1")
+    words = (
+        f"model={world.base}",
+        f"data={world.rows}",
+        f"output_dir={run}",
+        f"max_steps={LONG}",
+        *TRAIN,
+        "logging_steps=1",
+    )
     command = [sys.executable, "-c", IN_TERMINAL, sys.executable, "-m", "lorry.cli", "sft", *words]
     environment = {**os.environ, "PYTHONPATH": str(SRC)}
     child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
@@ -157,5 +188,8 @@ def test_a_terminal_that_closes(world: World, tmp_path: Path) -> None:
         child.wait()
     found = state(run)
     assert found.state == "interrupted"
-    assert found.detail == f"SIGHUP arrived; resume_from_checkpoint=auto goes on from {found.checkpoint}"
+    assert (
+        found.detail
+        == f"SIGHUP arrived; resume_from_checkpoint=auto goes on from {found.checkpoint}"
+    )
     assert found.checkpoint == f"step-{found.step:08d}"

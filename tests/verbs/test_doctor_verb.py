@@ -22,7 +22,13 @@ def run(world: World, tmp_path: Path) -> Path:
 def test_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert lorry("doctor") == 0
     out = capsys.readouterr().out
-    for fact in (platform.python_version(), torch.__version__, torch.backends.cpu.get_cpu_capability(), "embedded model", "peft"):
+    for fact in (
+        platform.python_version(),
+        torch.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        "embedded model",
+        "peft",
+    ):
         assert fact in out
 
 
@@ -57,14 +63,22 @@ def change_receipt(run: Path) -> None:
     [
         (fail, 5, "✗ failed"),
         (flip, 4, "is not the file this run wrote: its SHA-256 differs"),
-        (lambda run: (run / "adapter_model.safetensors").unlink(), 4, "is missing, and receipt.json lists it"),
+        (
+            lambda run: (run / "adapter_model.safetensors").unlink(),
+            4,
+            "is missing, and receipt.json lists it",
+        ),
         (change_receipt, 3, "'adapters' is not what a run writes there"),
         (lambda run: (run / "contracts.json").write_text("{"), 3, "contracts.json:1: not JSON"),
         (shutil.rmtree, 3, "no such run directory"),
     ],
 )
 def test_what_is_wrong_with_a_run(
-    harm: Callable[[Path], None], code: int, message: str, run: Path, capsys: pytest.CaptureFixture[str]
+    harm: Callable[[Path], None],
+    code: int,
+    message: str,
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     harm(run)
     assert lorry("doctor", run) == code

@@ -1,4 +1,6 @@
-"""`lorry eval tasks=[...]`: options and answers against transformers' own numbers, worked examples, files, errors."""
+"""`lorry eval tasks=[...]`: options and answers against transformers' own numbers, worked examples,
+files, errors.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ ROWS = [
     {"question": "does Mara live in Lima", "passage": "Mara lives in Oslo.", "answer": False},
     {"question": "is Kyoto far", "passage": "It is.", "answer": True},
 ]
-SAID = [{"concepts": ["Mara", "Oslo"], "target": "Mara lives in Oslo."}, {"concepts": ["Juno"], "target": "Juno lives in Ghent."}]
+SAID = [
+    {"concepts": ["Mara", "Oslo"], "target": "Mara lives in Oslo."},
+    {"concepts": ["Juno"], "target": "Juno lives in Ghent."},
+]
 
 
 @pytest.fixture
@@ -34,19 +39,38 @@ def evaluated(tmp_path: Path, *argv: object) -> dict[str, Any]:
     return found
 
 
-def likelihood(base: Path, prompt: str, option: str, shots: list[tuple[str, str]] | None = None) -> tuple[float, int]:
+def likelihood(
+    base: Path, prompt: str, option: str, shots: list[tuple[str, str]] | None = None
+) -> tuple[float, int]:
     """(sum, tokens) of an option in ChatML, by transformers alone."""
-    model, words = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), AutoTokenizer.from_pretrained(base)
-    before = "".join(f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n" for q, a in shots or [])
-    asked = words(f"{before}<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n").input_ids
+    model, words = (
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(base),
+    )
+    before = "".join(
+        f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n"
+        for q, a in shots or []
+    )
+    asked = words(
+        f"{before}<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    ).input_ids
     said = words(option).input_ids
     with torch.no_grad():
-        logp = model(torch.tensor([asked + said])).logits[0, len(asked) - 1 : -1].double().log_softmax(-1)
+        logp = (
+            model(torch.tensor([asked + said]))
+            .logits[0, len(asked) - 1 : -1]
+            .double()
+            .log_softmax(-1)
+        )
     return float(logp.gather(1, torch.tensor(said)[:, None]).sum()), len(said)
 
 
-def test_options_are_ranked_as_transformers_would(world: World, files: list[str], tmp_path: Path) -> None:
-    found = evaluated(tmp_path, world.base, "tasks=[bool_q]", *files)["sets"]["bool_q"]["sides"]["base"]
+def test_options_are_ranked_as_transformers_would(
+    world: World, files: list[str], tmp_path: Path
+) -> None:
+    found = evaluated(tmp_path, world.base, "tasks=[bool_q]", *files)["sets"]["bool_q"]["sides"][
+        "base"
+    ]
     right_by_mean = right_by_sum = 0
     for row, asked in zip(found["rows"], ROWS, strict=True):
         assert asked["passage"] in row["prompt"]
@@ -66,7 +90,9 @@ def test_options_of_one_token_share_a_pass_and_change_nothing(
 ) -> None:
     from lorry.evaluate.benchmarks import rank
 
-    rows = write_rows(tmp_path / "mm.jsonl", [{"question": "Which?", "choices": list("xyzw"), "answer": 2}])
+    rows = write_rows(
+        tmp_path / "mm.jsonl", [{"question": "Which?", "choices": list("xyzw"), "answer": 2}]
+    )
     argv = (world.base, "tasks=[mmlu]", f"local.mmlu={rows}")
     shared = evaluated(tmp_path, *argv)["sets"]["mmlu"]["sides"]["base"]["rows"][0]
     monkeypatch.setattr(rank, "_merge_options", list)
@@ -76,31 +102,48 @@ def test_options_of_one_token_share_a_pass_and_change_nothing(
     assert shared["loglikelihoods"] == pytest.approx(truth, abs=2e-4)
 
 
-def test_worked_examples_are_earlier_turns_and_never_the_row_itself(world: World, files: list[str], tmp_path: Path) -> None:
+def test_worked_examples_are_earlier_turns_and_never_the_row_itself(
+    world: World, files: list[str], tmp_path: Path
+) -> None:
     found = evaluated(tmp_path, world.base, "tasks=[bool_q]", "n_shot=1", *files)
     rows = found["sets"]["bool_q"]["sides"]["base"]["rows"]
     words = {True: rows[0]["expected"], False: rows[1]["expected"]}
-    plain = evaluated(tmp_path, world.base, "tasks=[bool_q]", *files)["sets"]["bool_q"]["sides"]["base"]["rows"]
+    plain = evaluated(tmp_path, world.base, "tasks=[bool_q]", *files)["sets"]["bool_q"]["sides"][
+        "base"
+    ]["rows"]
     for at, row in enumerate(rows):
         others = [(plain[n]["prompt"], words[ROWS[n]["answer"]]) for n in range(3) if n != at]
         mine = row["loglikelihoods"]
-        near = [[likelihood(world.base, row["prompt"], option, [shot])[0] for option in row["options"]] for shot in others]
+        near = [
+            [likelihood(world.base, row["prompt"], option, [shot])[0] for option in row["options"]]
+            for shot in others
+        ]
         assert any(mine == pytest.approx(one, abs=2e-4) for one in near)
 
 
-def test_too_many_worked_examples_are_refused(world: World, files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_worked_examples_are_refused(
+    world: World, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert lorry("eval", world.base, "tasks=[bool_q]", "n_shot=3", *files) == 3
-    assert "n_shot=3 needs as many other rows; the split for examples has 2" in capsys.readouterr().err
+    assert (
+        "n_shot=3 needs as many other rows; the split for examples has 2" in capsys.readouterr().err
+    )
 
 
-def test_a_run_is_asked_beside_its_base_and_remembers_it(world: World, files: list[str], tmp_path: Path) -> None:
+def test_a_run_is_asked_beside_its_base_and_remembers_it(
+    world: World, files: list[str], tmp_path: Path
+) -> None:
     import shutil
 
     run = Path(shutil.copytree(world.run, tmp_path / "people"))
     folder = tmp_path / "results"
     wanted = ("tasks=[common_gen,bool_q]", *files, f"output_dir={folder}")
     assert lorry("eval", run, *wanted, "dtype=float32") == 0
-    assert sorted(file.name for file in folder.iterdir()) == ["results.csv", "results.json", "results.png"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "results.csv",
+        "results.json",
+        "results.png",
+    ]
     found = json.loads((folder / "results.json").read_text())
     sides = found["sets"]["common_gen"]["sides"]
     assert len(sides) == 2
@@ -108,47 +151,93 @@ def test_a_run_is_asked_beside_its_base_and_remembers_it(world: World, files: li
     assert tuned["metrics"]["perplexity"]["value"] != base["metrics"]["perplexity"]["value"]
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "results.csv").read_text().startswith("set,metric,side,value")
-    entries = {entry["name"]: entry["metrics"] for entry in json.loads((run / "evaluation.json").read_text())}
-    assert entries["common_gen"]["coverage"]["after"] == pytest.approx(tuned["metrics"]["coverage"]["value"])
+    entries = {
+        entry["name"]: entry["metrics"]
+        for entry in json.loads((run / "evaluation.json").read_text())
+    }
+    assert entries["common_gen"]["coverage"]["after"] == pytest.approx(
+        tuned["metrics"]["coverage"]["value"]
+    )
     assert lorry("report", run) == 0
-    assert lorry("eval", run, "tasks=[bool_q]", *files, "limit=2", "n_shot=1", "task_split=train") == 0
+    assert (
+        lorry("eval", run, "tasks=[bool_q]", *files, "limit=2", "n_shot=1", "task_split=train") == 0
+    )
     names = [entry["name"] for entry in json.loads((run / "evaluation.json").read_text())]
-    assert names[-2:] == ["bool_q", "bool_q [train], 1 worked examples, the first 2 rows"], "asked otherwise, kept beside"
+    assert names[-2:] == ["bool_q", "bool_q [train], 1 worked examples, the first 2 rows"], (
+        "asked otherwise, kept beside"
+    )
 
 
-def test_generated_answers_are_those_of_transformers(world: World, files: list[str], tmp_path: Path) -> None:
-    found = evaluated(tmp_path, world.base, "tasks=[common_gen]", "max_new_tokens=12", *files)["sets"]["common_gen"]["sides"][
-        "base"
-    ]
+def test_generated_answers_are_those_of_transformers(
+    world: World, files: list[str], tmp_path: Path
+) -> None:
+    found = evaluated(tmp_path, world.base, "tasks=[common_gen]", "max_new_tokens=12", *files)[
+        "sets"
+    ]["common_gen"]["sides"]["base"]
     model, words = (
         AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32),
         AutoTokenizer.from_pretrained(world.base),
     )
     for row in found["rows"]:
-        ids = words(f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt").input_ids
+        ids = words(
+            f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n",
+            return_tensors="pt",
+        ).input_ids
         said = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
         assert row["answer"] == words.decode(said, skip_special_tokens=True).strip()
 
 
 def test_csv_has_a_line_for_every_number(world: World, files: list[str], tmp_path: Path) -> None:
-    assert lorry("eval", world.base, "tasks=[bool_q]", *files, "limit=2", f"output_dir={tmp_path / 'o.csv'}") == 0
+    assert (
+        lorry(
+            "eval",
+            world.base,
+            "tasks=[bool_q]",
+            *files,
+            "limit=2",
+            f"output_dir={tmp_path / 'o.csv'}",
+        )
+        == 0
+    )
     lines = list(csv.DictReader((tmp_path / "o.csv").open()))
-    assert {line["metric"] for line in lines} == {"accuracy", "accuracy_sum", "ece", "brier", "confidence", "perplexity"}
-    assert all(line["questions"] == "2" and line["low"] == line["high"] == "" for line in lines)  # too few for an interval
+    assert {line["metric"] for line in lines} == {
+        "accuracy",
+        "accuracy_sum",
+        "ece",
+        "brier",
+        "confidence",
+        "perplexity",
+    }
+    assert all(
+        line["questions"] == "2" and line["low"] == line["high"] == "" for line in lines
+    )  # too few for an interval
 
 
 @pytest.mark.parametrize(
     ("argv", "code", "said"),
     [
         (["tasks=[bool_qq]"], 2, "did you mean 'bool_q'?"),
-        (["tasks=[bool_q]", "local.bool_q=/no.jsonl"], 3, "bool_q (local.bool_q): /no.jsonl: no such file"),
+        (
+            ["tasks=[bool_q]", "local.bool_q=/no.jsonl"],
+            3,
+            "bool_q (local.bool_q): /no.jsonl: no such file",
+        ),
         (["tasks=[bool_q]", "data=x.jsonl"], 2, "one of the two"),
         ([], 2, "say what to evaluate on"),
-        (["tasks=[bool_q]", "local.bool_q={bq}", "template=99"], 2, "template=99: bool_q has templates 0 to"),
+        (
+            ["tasks=[bool_q]", "local.bool_q={bq}", "template=99"],
+            2,
+            "template=99: bool_q has templates 0 to",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(
-    world: World, files: list[str], argv: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+    world: World,
+    files: list[str],
+    argv: list[str],
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bq = files[0].partition("=")[2]
     assert lorry("eval", world.base, *(word.format(bq=bq) for word in argv)) == code
@@ -158,16 +247,31 @@ def test_what_is_wrong_is_said(
 def test_right_answers_beyond_the_context_cost_the_perplexity_only(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"instruction": f"Say {n}", "context": "", "response": "word " * (400 if n == 1 else 3)} for n in range(3)]
-    argv = (world.base, "tasks=[dolly]", "max_new_tokens=4", f"local.dolly={write_rows(tmp_path / 'd.jsonl', rows)}")
+    rows = [
+        {"instruction": f"Say {n}", "context": "", "response": "word " * (400 if n == 1 else 3)}
+        for n in range(3)
+    ]
+    argv = (
+        world.base,
+        "tasks=[dolly]",
+        "max_new_tokens=4",
+        f"local.dolly={write_rows(tmp_path / 'd.jsonl', rows)}",
+    )
     found = evaluated(tmp_path, *argv)["sets"]["dolly"]["sides"]["base"]
     assert found["answers_too_long"] == 1
     assert len(found["rows"]) == len(found["rows"][1]["references"]) + 2 == 3
-    assert "perplexity is without 1 right answers that are longer than the context" in capsys.readouterr().err
+    assert (
+        "perplexity is without 1 right answers that are longer than the context"
+        in capsys.readouterr().err
+    )
     short = write_rows(tmp_path / "s.jsonl", [rows[0], rows[2]])
     alone = evaluated(tmp_path, *argv[:3], f"local.dolly={short}")["sets"]["dolly"]["sides"]["base"]
-    assert found["metrics"]["perplexity"]["value"] == pytest.approx(alone["metrics"]["perplexity"]["value"])
-    only = evaluated(tmp_path, *argv[:3], f"local.dolly={write_rows(tmp_path / 'l.jsonl', rows[1:2])}")["sets"]["dolly"]["sides"]
+    assert found["metrics"]["perplexity"]["value"] == pytest.approx(
+        alone["metrics"]["perplexity"]["value"]
+    )
+    only = evaluated(
+        tmp_path, *argv[:3], f"local.dolly={write_rows(tmp_path / 'l.jsonl', rows[1:2])}"
+    )["sets"]["dolly"]["sides"]
     assert only["base"]["metrics"]["perplexity"]["value"] is None
 
 
@@ -177,18 +281,29 @@ def test_right_answers_beyond_the_context_cost_the_perplexity_only(
         (["data={rows}", "n_shot=2"], "n_shot is for tasks=[...]"),
         (["data={rows}", "temperature=0.7"], "temperature is for tasks=[...]"),
         (["data={rows}", "output_dir=table.csv"], "tables in CSV are of tasks=[...]"),
-        (["tasks=[bool_q]", "data.split=test"], "data.split is for data=FILE; named sets know how they are read; task_split"),
+        (
+            ["tasks=[bool_q]", "data.split=test"],
+            "data.split is for data=FILE; named sets know how they are read; task_split",
+        ),
         (["tasks=[bool_q]", "top_p=0.9"], "top_p is for sampled answers"),
         (["tasks=[bool_q]", "output_dir={folder}"], "is a directory with a file's name"),
         (["tasks=[bool_q]", "output={rows}"], "is a file; give a folder"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(
-    world: World, files: list[str], argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World,
+    files: list[str],
+    argv: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "a.json"
     folder.mkdir()
-    assert lorry("eval", world.base, *(word.format(rows=world.rows, folder=folder) for word in argv)) == 2
+    assert (
+        lorry("eval", world.base, *(word.format(rows=world.rows, folder=folder) for word in argv))
+        == 2
+    )
     assert said in capsys.readouterr().err
 
 
@@ -198,7 +313,12 @@ def test_a_run_that_is_asked_what_it_learnt_is_told_so(
     rows, run = files[0].partition("=")[2], tmp_path / "run"
     other = write_rows(tmp_path / "other.jsonl", ROWS)
     words = ("max_steps=2", "r=2", "dtype=float32", "save_strategy=no", f"output_dir={run}")
-    assert lorry("sft", f"model={world.base}", "data.mix=[bool_q]", f"data.local.bool_q={rows}", *words) == 0
+    assert (
+        lorry(
+            "sft", f"model={world.base}", "data.mix=[bool_q]", f"data.local.bool_q={rows}", *words
+        )
+        == 0
+    )
     assert lorry("eval", run, "tasks=[bool_q]", f"local.bool_q={other}") == 0
     assert "was trained on" not in capsys.readouterr().err
     assert lorry("eval", run, "tasks=[bool_q]", files[0]) == 0

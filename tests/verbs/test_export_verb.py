@@ -1,4 +1,6 @@
-"""`lorry export`: transformers and PEFT read what is written, and an export that differs is not called one."""
+"""`lorry export`: transformers and PEFT read what is written, and an export that differs is not
+called one.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,18 @@ def test_to_hf(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with torch.no_grad():
         theirs = model(**words(QUESTION, return_tensors="pt")).logits
     assert (theirs - our_logits(world)).abs().max() < 1e-4
-    prompt = words.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt")
-    said = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    prompt = words.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt"
+    )
+    said = model.generate(**prompt, max_new_tokens=16, do_sample=False)[
+        0, prompt["input_ids"].shape[1] :
+    ]
     assert words.decode(said, skip_special_tokens=True) == "Ilse lives in Kyoto."
 
 
-def test_to_hf_in_another_format(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_to_hf_in_another_format(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "narrow"
     assert lorry("export", world.run, "to=hf", "dtype=bf16", f"output_dir={output}") == 0
     assert "stored in bfloat16" in capsys.readouterr().err
@@ -55,12 +63,17 @@ def test_to_peft(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str
     base = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
     words = AutoTokenizer.from_pretrained(output)
     with torch.no_grad():
-        theirs = PeftModel.from_pretrained(base, str(output))(**words(QUESTION, return_tensors="pt")).logits
+        theirs = PeftModel.from_pretrained(base, str(output))(
+            **words(QUESTION, return_tensors="pt")
+        ).logits
     assert (theirs - our_logits(world)).abs().max() < 1e-4
 
 
 def test_an_export_that_differs_is_refused(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """PEFT given another scale: the very mistake that nobody would see."""
     right = export.write_peft
@@ -73,11 +86,16 @@ def test_an_export_that_differs_is_refused(
     monkeypatch.setattr(export, "write_peft", wrong)
     assert lorry("export", world.run, "to=peft", f"output_dir={tmp_path / 'wrong'}") == 5
     assert "more than rounding to float32 can explain" in capsys.readouterr().err
-    assert not (tmp_path / "wrong").exists()  # what is wrong does not get the name that was asked for
+    assert not (
+        tmp_path / "wrong"
+    ).exists()  # what is wrong does not get the name that was asked for
 
 
 def test_without_peft_lorry_opens_it_again_and_says_so(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     assert lorry("export", world.run, "to=peft", f"output_dir={tmp_path / 'peft'}") == 0
@@ -88,7 +106,11 @@ def test_without_peft_lorry_opens_it_again_and_says_so(
 
 @pytest.mark.parametrize("installed", [True, False], ids=["peft", "no peft"])
 def test_an_adapter_that_cannot_be_opened_again_is_not_kept(
-    installed: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    installed: bool,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     right = export.write_peft
 
@@ -105,7 +127,9 @@ def test_an_adapter_that_cannot_be_opened_again_is_not_kept(
     assert not (tmp_path / "wrong").exists()
 
 
-def test_what_cannot_be_exported(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_exported(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for argv, code, message in (
         ((world.base, "to=hf"), 2, "is a plain model and has no adapter"),
         ((world.run, "to=peft", "adapter=animals"), 2, "no such adapter; it has people"),
@@ -118,7 +142,9 @@ def test_what_cannot_be_exported(world: World, tmp_path: Path, capsys: pytest.Ca
         assert message in capsys.readouterr().err
 
 
-def test_an_adapter_on_a_tied_head(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_on_a_tied_head(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Merged, the head leaves the embedding; both libraries' logits are checked by the verb itself."""
     base = model_directory(tmp_path / "base", tie_word_embeddings=True)
     run = train(tmp_path / "run", base, world.rows, "target_modules=[lm_head,q_proj]", steps=10)
@@ -128,4 +154,7 @@ def test_an_adapter_on_a_tied_head(world: World, tmp_path: Path, capsys: pytest.
     assert "head and embedding shared a weight and no longer do" in capsys.readouterr().err
     tensors = load_file(Path(f"{run}-hf") / "model.safetensors")
     assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
-    assert torch.equal(tensors["model.embed_tokens.weight"], load_file(base / "model.safetensors")["model.embed_tokens.weight"])
+    assert torch.equal(
+        tensors["model.embed_tokens.weight"],
+        load_file(base / "model.safetensors")["model.embed_tokens.weight"],
+    )

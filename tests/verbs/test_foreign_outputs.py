@@ -1,4 +1,6 @@
-"""Every verb that writes: somebody's file where its output would go is refused before any work, or moved to previous/N."""
+"""Every verb that writes: somebody's file where its output would go is refused before any work, or
+moved to previous/N.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,15 @@ def refused(before: dict[bytes, Path], capsys: pytest.CaptureFixture[str], *argv
     assert "which Lorry did not write there and would write over; nothing was touched" in err
     assert any(path.name in err for path in before.values())
     assert "Traceback" not in err
-    assert {path: path.read_bytes() for path in before.values()} == {path: content for content, path in before.items()}
+    assert {path: path.read_bytes() for path in before.values()} == {
+        path: content for content, path in before.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["page.html", "page.png"])
-def test_report_to_a_place_of_its_own(run: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_to_a_place_of_its_own(
+    run: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     mine = put(tmp_path / "site" / name)
     refused(mine, capsys, "report", run, f"output_dir={tmp_path / 'site' / 'page.html'}")
     (tmp_path / "site" / name).unlink()
@@ -50,7 +56,9 @@ def test_report_to_a_place_of_its_own(run: Path, tmp_path: Path, name: str, caps
     assert sorted(p.name for p in (tmp_path / "site").iterdir()) == ["page.html", "page.png"]
 
 
-def test_report_of_several_beside_somebodys(run: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_several_beside_somebodys(
+    run: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = shutil.copytree(run, tmp_path / "other")
     refused(put(tmp_path / "comparison.html"), capsys, "report", run, other)
 
@@ -67,7 +75,9 @@ def test_report_in_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.json", "folder/results.json"])
-def test_eval_of_rows(world: World, run: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_of_rows(
+    world: World, run: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     mine = put(tmp_path / name)
     output = tmp_path / name if name == "out.json" else (tmp_path / name).parent
     words = ("eval", run, f"data={world.rows}", "limit=1", f"output_dir={output}")
@@ -79,7 +89,9 @@ def test_eval_of_rows(world: World, run: Path, tmp_path: Path, name: str, capsys
 
 
 def test_eval_knows_no_run_by_its_name(world: World, tmp_path: Path) -> None:
-    """A run.yaml of another tool makes a model directory no run of ours: nothing is written into it."""
+    """A run.yaml of another tool makes a model directory no run of ours: nothing is written into
+    it.
+    """
     base = Path(shutil.copytree(world.base, tmp_path / "base"))
     (base / "run.yaml").write_text("job: 7\nimage: cuda\n")
     before = everything(base)
@@ -88,30 +100,58 @@ def test_eval_knows_no_run_by_its_name(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["lora.yaml", "compare.json", "full/README.md"])
-def test_compare(world: World, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare(
+    world: World, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     mine = put(tmp_path / "out" / name)
-    words = (f"model={world.base}", f"data={world.rows}", f"output_dir={tmp_path / 'out'}", "ways=[lora,full]", "max_steps=1")
+    words = (
+        f"model={world.base}",
+        f"data={world.rows}",
+        f"output_dir={tmp_path / 'out'}",
+        "ways=[lora,full]",
+        "max_steps=1",
+    )
     refused(mine, capsys, "compare", *words)
-    assert parse_settings(CompareSettings, [str(word) for word in words], []).output_dir == tmp_path / "out"
+    assert (
+        parse_settings(CompareSettings, [str(word) for word in words], []).output_dir
+        == tmp_path / "out"
+    )
 
 
 @pytest.mark.parametrize("name", ["sweep.json", "pass-2/README.md"])
-def test_sweep_of_several_passes(world: World, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"model={world.base}", f"data={world.rows}", f"output_dir={tmp_path / 'out'}", "r=2,3", "jobs_per_pass=1"]
+def test_sweep_of_several_passes(
+    world: World, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        f"model={world.base}",
+        f"data={world.rows}",
+        f"output_dir={tmp_path / 'out'}",
+        "r=2,3",
+        "jobs_per_pass=1",
+    ]
     assert len(parse_settings(SweepSettings, words, []).passes()) == 2
     refused(put(tmp_path / "out" / name), capsys, "sweep", *words)
     assert not (tmp_path / "out" / "pass-1").exists()
 
 
-def test_a_run_in_the_background(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_in_the_background(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("log.txt", "background.yaml", "README.md"):
         mine = put(tmp_path / name / name)
-        words = (f"model={world.base}", f"data={world.rows}", f"output_dir={tmp_path / name}", *TRAIN)
+        words = (
+            f"model={world.base}",
+            f"data={world.rows}",
+            f"output_dir={tmp_path / name}",
+            *TRAIN,
+        )
         refused(mine, capsys, "sft", *words, "background=true")
         assert [p.name for p in (tmp_path / name).iterdir()] == [name]
 
 
-def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     reached: list[Path] = []
 
     def stop(run: object, *_: object) -> None:
@@ -127,7 +167,10 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert len(reached) == 2
     assert everything(tmp_path)[strange("train.jsonl")] == ["previous/1/data/train.jsonl"]
     assert (tmp_path / demo.TRAIN_FILE).is_file()
-    assert demo.demo_settings(DemoSettings(output_dir=tmp_path), tmp_path)["resume_from_checkpoint"] == "auto"
+    assert (
+        demo.demo_settings(DemoSettings(output_dir=tmp_path), tmp_path)["resume_from_checkpoint"]
+        == "auto"
+    )
 
 
 Words = Callable[[Path, Path], tuple[object, ...]]
@@ -139,7 +182,9 @@ WRITERS: dict[str, Words] = {
 
 
 @pytest.mark.parametrize("verb", WRITERS)
-def test_whole_directories(run: Path, tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_whole_directories(
+    run: Path, tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     put(out / "README.md")
     assert lorry(*WRITERS[verb](run, out)) == 2
@@ -148,15 +193,21 @@ def test_whole_directories(run: Path, tmp_path: Path, verb: str, capsys: pytest.
     assert [p.name for p in tmp_path.iterdir() if p.name not in ("people", "out")] == []
 
 
-def test_unmerge(world: World, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unmerge(
+    world: World, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert lorry("merge", run, f"output_dir={tmp_path / 'merged'}") == 0
     put(tmp_path / "out" / "README.md")
     assert lorry("unmerge", tmp_path / "merged", f"output_dir={tmp_path / 'out'}") == 2
     assert everything(tmp_path / "out") == {strange("README.md"): ["README.md"]}
 
 
-def test_a_report_that_appeared_while_a_run_went(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`lorry sft` makes the report last: somebody's report.html, put there meanwhile, is not written over."""
+def test_a_report_that_appeared_while_a_run_went(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`lorry sft` makes the report last: somebody's report.html, put there meanwhile, is not
+    written over.
+    """
     from lorry.train import session
 
     write = session.artifacts.write_json

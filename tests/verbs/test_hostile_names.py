@@ -1,4 +1,6 @@
-"""Names from elsewhere never speak to the terminal: keys, columns, tensors, overrides, runs, metrics, models, adapters."""
+"""Names from elsewhere never speak to the terminal: keys, columns, tensors, overrides, runs,
+metrics, models, adapters.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +49,18 @@ def test_overrides_and_verbs(spoken: Callable[..., str], world: World) -> None:
 def test_names_inside_files(spoken: Callable[..., str], world: World, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({EVIL: "a", f"{EVIL}2": "b"}) + "\n")
-    assert "evil" in spoken("sft", f"model={world.base}", f"data={rows}", f"output_dir={tmp_path / 'o'}", "max_steps=1")
+    assert "evil" in spoken(
+        "sft", f"model={world.base}", f"data={rows}", f"output_dir={tmp_path / 'o'}", "max_steps=1"
+    )
     rows.write_text(json.dumps({"prompt": "a", "completion": "b", EVIL: "c"}) + "\n")
-    spoken("sft", f"model={world.base}", f"data={rows}", f"output_dir={tmp_path / 'o'}", "max_steps=1", "dtype=float32")
+    spoken(
+        "sft",
+        f"model={world.base}",
+        f"data={rows}",
+        f"output_dir={tmp_path / 'o'}",
+        "max_steps=1",
+        "dtype=float32",
+    )
 
     adapter = tmp_path / "adapter"
     shutil.copytree(world.run, adapter)
@@ -63,7 +74,10 @@ def test_names_inside_files(spoken: Callable[..., str], world: World, tmp_path: 
     assert "evil" in spoken("sft", f"model={base}", f"data={rows}", f"output_dir={tmp_path / 'p'}")
     shutil.copy(world.base / "config.json", base / "config.json")
     tensors = load_file(base / "model.safetensors")
-    save_file({EVIL if n == 3 else name: t for n, (name, t) in enumerate(tensors.items())}, base / "model.safetensors")
+    save_file(
+        {EVIL if n == 3 else name: t for n, (name, t) in enumerate(tensors.items())},
+        base / "model.safetensors",
+    )
     assert "evil" in spoken("sft", f"model={base}", f"data={rows}", f"output_dir={tmp_path / 'p'}")
 
 
@@ -101,4 +115,9 @@ def test_a_message_begins_no_line_of_its_own() -> None:
     assert make_visible("é日本\n\t") == "é日本\n\t"
     assert json.loads(escape_document(json.dumps(EVIL, ensure_ascii=False))) == EVIL
     assert not SPEAKS.search(escape_document(json.dumps(EVIL, ensure_ascii=False)))
-    assert [is_visible(text) for text in ("runs/é", "a\nb", "a\x1b", "\u202e")] == [True, False, False, False]
+    assert [is_visible(text) for text in ("runs/é", "a\nb", "a\x1b", "\u202e")] == [
+        True,
+        False,
+        False,
+        False,
+    ]

@@ -1,4 +1,6 @@
-"""`lorry plan`: what it prints, what it finds in a budget, what it refuses; and `lorry sft` taking its answer."""
+"""`lorry plan`: what it prints, what it finds in a budget, what it refuses; and `lorry sft` taking
+its answer.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,16 @@ import yaml
 from lorry.plan import machine, rates
 from verbworld import TRAIN, World, lorry
 
-MEASURED = rates.RateMeasurement(rate=1e12, at="2026-01-01T10:00:00+00:00", repeats=40, load=0.5, waited=0.0)
+MEASURED = rates.RateMeasurement(
+    rate=1e12, at="2026-01-01T10:00:00+00:00", repeats=40, load=0.5, waited=0.0
+)
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of its own in which a rate was measured for every format, so that no test measures one."""
+    """A home of its own in which a rate was measured for every format, so that no test measures
+    one.
+    """
     monkeypatch.setenv("LORRY_HOME", str(tmp_path / "home"))
     for precision in ("bfloat16", "float32"):
         rates.keep_matrix_rate(machine.machine_identity("cpu", precision, None), MEASURED)
@@ -36,10 +42,25 @@ def plan(*argv: object, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert lorry("plan", "smollm2-135m", "dtype=bfloat16", "device=cpu", "max_length=512") == 0
     out = capsys.readouterr().out
-    assert "smollm2-135m (135M parameters) on cpu: r=16, 8 rows, recompute none, bfloat16, up to 512 tokens a row" in out
-    for component in ("libraries", "base weights", "vocabulary", "adapter", "optimizer", "workspace", "activations", "peak"):
+    assert (
+        "smollm2-135m (135M parameters) on cpu: r=16, 8 rows, recompute none, bfloat16, up to 512 tokens a row"
+        in out
+    )
+    for component in (
+        "libraries",
+        "base weights",
+        "vocabulary",
+        "adapter",
+        "optimizer",
+        "workspace",
+        "activations",
+        "peak",
+    ):
         assert component in out
-    assert "at 35% of 1.00 TFLOP/s, measured here, the best of 40 products on 2026-01-01 10:00 UTC, load 0.5)" in out
+    assert (
+        "at 35% of 1.00 TFLOP/s, measured here, the best of 40 products on 2026-01-01 10:00 UTC, load 0.5)"
+        in out
+    )
     assert out.rstrip().splitlines()[-1].startswith("needs ")
 
 
@@ -49,11 +70,15 @@ def test_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert (made["fits"], made["budget"], made["tried"]) == (None, None, [])
     assert made["adapter_parameters"] == 4_884_480
     speed = made["speed"]
-    assert speed["tokens_per_second"] == pytest.approx(1e12 * speed["efficiency"] / made["flops_per_token"]["step"])
+    assert speed["tokens_per_second"] == pytest.approx(
+        1e12 * speed["efficiency"] / made["flops_per_token"]["step"]
+    )
     assert speed["seconds_per_step"] == pytest.approx(8 * 1024 / speed["tokens_per_second"])
 
 
-def test_a_run_corrects_a_rate_of_a_busy_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_corrects_a_rate_of_a_busy_machine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """58 tokens/s where 700 is true: measured once while others had the cores, and kept for ever."""
     words = ("smollm2-135m", "dtype=bfloat16", "device=cpu", "threads=3")
     here, measured = machine.machine_identity("cpu", "bfloat16", 3), list[rates.RateMeasurement]()
@@ -68,14 +93,25 @@ def test_a_run_corrects_a_rate_of_a_busy_machine(capsys: pytest.CaptureFixture[s
     assert first["speed"]["tokens_per_second"] == pytest.approx(58, abs=1)
     assert "the machine was busy: 80% of the time went to others" in first["speed"]["source"]
     measured.append(replace(MEASURED, rate=1.0e12, waited=0.8, at="2026-01-02T10:00:00+00:00"))
-    assert plan(*words, capsys=capsys)["speed"]["rate"] == 1.0e12  # measured again, since it was busy
+    assert (
+        plan(*words, capsys=capsys)["speed"]["rate"] == 1.0e12
+    )  # measured again, since it was busy
     measured.append(replace(MEASURED, rate=0.5e12, waited=0.8, at="2026-01-03T10:00:00+00:00"))
-    assert plan(*words, capsys=capsys)["speed"]["rate"] == 1.0e12  # a busy machine only looks slower
+    assert (
+        plan(*words, capsys=capsys)["speed"]["rate"] == 1.0e12
+    )  # a busy machine only looks slower
     made = first["flops_per_token"]["step"]
     steps = rates.RunRate(
-        rate=700 * made, at="2026-01-04T10:00:00+00:00", repeats=98, load=1.0, waited=0.0, model="smollm2-135m",
-        parameters=first["parameters"], tokens=1024, path="fused",
-    )  # fmt: skip
+        rate=700 * made,
+        at="2026-01-04T10:00:00+00:00",
+        repeats=98,
+        load=1.0,
+        waited=0.0,
+        model="smollm2-135m",
+        parameters=first["parameters"],
+        tokens=1024,
+        path="fused",
+    )
     rates.keep_run_rate(here, steps)
     last = plan(*words, capsys=capsys)
     assert last["speed"]["tokens_per_second"] == pytest.approx(700)
@@ -83,7 +119,10 @@ def test_a_run_corrects_a_rate_of_a_busy_machine(capsys: pytest.CaptureFixture[s
     assert lorry("plan", *words) == 0
     said = capsys.readouterr().out
     assert "about 700 tokens/s" in said
-    assert "reached here by 98 steps of a run of smollm2-135m on 2026-01-04 10:00 UTC, load 1.0)" in said
+    assert (
+        "reached here by 98 steps of a run of smollm2-135m on 2026-01-04 10:00 UTC, load 1.0)"
+        in said
+    )
 
 
 def test_a_rate_that_a_run_contradicts_is_measured_anew(
@@ -93,15 +132,28 @@ def test_a_rate_that_a_run_contradicts_is_measured_anew(
     here = machine.machine_identity("cpu", "bfloat16", None)
     rates.keep_matrix_rate(here, replace(MEASURED, rate=1e11))
     run = rates.RunRate(
-        rate=5e11, at="2026-01-04T10:00:00+00:00", repeats=98, load=9.0, waited=0.5, model="m", parameters=10**8, tokens=1024,
+        rate=5e11,
+        at="2026-01-04T10:00:00+00:00",
+        repeats=98,
+        load=9.0,
+        waited=0.5,
+        model="m",
+        parameters=10**8,
+        tokens=1024,
         path="fused",
-    )  # fmt: skip
+    )
     rates.keep_run_rate(here, run)
     anew = replace(MEASURED, rate=1.5e12, at="2026-01-05T10:00:00+00:00")
     monkeypatch.setattr("lorry.train.resources.rate.measure_matrix_rate", lambda *a: anew)
-    assert plan("llama-3-8b", "device=cpu", "dtype=bfloat16", capsys=capsys)["speed"]["rate"] == 1.5e12
-    monkeypatch.setattr("lorry.train.resources.rate.measure_matrix_rate", lambda *a: pytest.fail("measured again"))
-    assert plan("llama-3-8b", "device=cpu", "dtype=bfloat16", capsys=capsys)["speed"]["rate"] == 1.5e12
+    assert (
+        plan("llama-3-8b", "device=cpu", "dtype=bfloat16", capsys=capsys)["speed"]["rate"] == 1.5e12
+    )
+    monkeypatch.setattr(
+        "lorry.train.resources.rate.measure_matrix_rate", lambda *a: pytest.fail("measured again")
+    )
+    assert (
+        plan("llama-3-8b", "device=cpu", "dtype=bfloat16", capsys=capsys)["speed"]["rate"] == 1.5e12
+    )
 
 
 def test_a_budget_finds_the_rank(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +163,9 @@ def test_a_budget_finds_the_rank(capsys: pytest.CaptureFixture[str]) -> None:
     for made in (large, small):
         assert made["fits"]
         assert made["choice"]["rows"] * made["choice"]["accumulation"] == 8
-        assert [t["passes_the_budget_at"] is None for t in made["tried"]] == [False] * (len(made["tried"]) - 1) + [True]
+        assert [t["passes_the_budget_at"] is None for t in made["tried"]] == [False] * (
+            len(made["tried"]) - 1
+        ) + [True]
     assert lorry("plan", *words, "memory_budget=3GiB") == 0
     out = capsys.readouterr().out
     assert "passes the budget at" in out
@@ -119,7 +173,13 @@ def test_a_budget_finds_the_rank(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_many_gpus(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("model=llama-3-70b", "backend=fsdp", "processes=8", "max_length=4096", "per_device_train_batch_size=1")
+    words = (
+        "model=llama-3-70b",
+        "backend=fsdp",
+        "processes=8",
+        "max_length=4096",
+        "per_device_train_batch_size=1",
+    )
     assert lorry("plan", *words) == 0
     out = capsys.readouterr().out
     assert "on 8 GPUs (fsdp), each" in out
@@ -138,9 +198,15 @@ def test_quantised_and_experts_say_what_they_are_not(capsys: pytest.CaptureFixtu
     assert any("adapters sit on attention only" in note for note in made["notes"])
 
 
-def test_the_description_of_a_run_can_be_planned(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_description_of_a_run_can_be_planned(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = plan(world.run / "run.yaml", capsys=capsys)
-    assert (made["choice"]["rank"], made["choice"]["rows"], made["setup"]["precision"]) == (8, 4, "float32")
+    assert (made["choice"]["rank"], made["choice"]["rows"], made["setup"]["precision"]) == (
+        8,
+        4,
+        "float32",
+    )
     on = plan(world.run, "dtype=float32", capsys=capsys)
     assert on["choice"]["rank"] == 8
     assert any("is an adapter of rank 8" in note for note in on["notes"])
@@ -149,23 +215,41 @@ def test_the_description_of_a_run_can_be_planned(world: World, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["smollm2-135m", "memory_budget=200MiB"], 2, "memory_budget=200MiB: nothing fits. The leanest choice"),
+        (
+            ["smollm2-135m", "memory_budget=200MiB"],
+            2,
+            "memory_budget=200MiB: nothing fits. The leanest choice",
+        ),
         (["smollm2-135m", "r=auto"], 2, "lora.r=auto needs the memory it may use"),
         (["smollm2-135m", "memory_budget=much"], 2, "memory_budget: 'much' is no amount of memory"),
         (["smollm2-135m", "r=many"], 2, "lora.r: got 'many'; give a whole number above 0 or auto"),
         (["smollm2-135m", "target_modules=[q_prj]"], 2, "lora.target_modules names 'q_prj'"),
         (["smollm2-135m", "lora=null"], 2, "lora=null"),
-        (["smollm2-135m", "backend=horovod"], 2, "backend.name: got 'horovod'; give one of single, ddp, fsdp, megatron"),
-        (["smollm2-135m", "backend=fsdp", "device=cpu"], 2, "model.device=cpu and backend.name exclude each other"),
+        (
+            ["smollm2-135m", "backend=horovod"],
+            2,
+            "backend.name: got 'horovod'; give one of single, ddp, fsdp, megatron",
+        ),
+        (
+            ["smollm2-135m", "backend=fsdp", "device=cpu"],
+            2,
+            "model.device=cpu and backend.name exclude each other",
+        ),
         (["smollm2-135m", "processes=4"], 2, "backend.processes=4 needs backend=ddp"),
-        (["llama-3-8b", "backend=megatron", "processes=8", "tensor_parallel=3"], 2, "no multiple of tensor_parallel"),
+        (
+            ["llama-3-8b", "backend=megatron", "processes=8", "tensor_parallel=3"],
+            2,
+            "no multiple of tensor_parallel",
+        ),
         (["smollm2-135m", "gpu=h1000"], 2, "did you mean 'h100'?"),
         (["smollm2-135m", "memry_budget=3GiB"], 2, "did you mean 'memory_budget'?"),
         (["./nowhere"], 4, "no model at './nowhere'"),
         (["llama-4-9b/"], 4, "known by name: gpt2"),
     ],
 )
-def test_errors(argv: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors(
+    argv: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert lorry("plan", *argv) == code
     out, err = capsys.readouterr()
     assert message in err
@@ -179,7 +263,12 @@ def test_a_plan_imports_no_torch() -> None:
         "import sys; from lorry import cli; code = cli.main(['plan', 'llama-3-8b', 'gpu=h100']); "
         "sys.exit(code or 10 * bool({'torch', 'transformers'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], stdout=subprocess.DEVNULL, check=False
+        ).returncode
+        == 0
+    )
 
 
 # --- sft takes the answer
@@ -192,29 +281,47 @@ def sft(world: World, folder: Path, *words: str) -> int:
 FEW = ("dtype=float32", "threads=1", "max_steps=2", "logging_steps=2", "max_length=64")
 
 
-def test_sft_takes_the_rank_that_fits(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sft_takes_the_rank_that_fits(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert sft(world, tmp_path / "run", *FEW, "r=auto", "memory_budget=2GiB") == 0
-    assert "memory_budget=2GiB: r=16, 8 rows, recompute none, float32, predicted peak" in capsys.readouterr().err
+    assert (
+        "memory_budget=2GiB: r=16, 8 rows, recompute none, float32, predicted peak"
+        in capsys.readouterr().err
+    )
     resolved = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
-    assert (resolved["lora"]["r"], resolved["lora"]["lora_alpha"], resolved["memory_budget"]) == (16, 32, "2GiB")
+    assert (resolved["lora"]["r"], resolved["lora"]["lora_alpha"], resolved["memory_budget"]) == (
+        16,
+        32,
+        "2GiB",
+    )
     assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["r"] == 16
     assert lorry("sft", tmp_path / "run" / "run.yaml", f"output_dir={tmp_path / 'again'}") == 0
     again = yaml.safe_load((tmp_path / "again" / "run.yaml").read_text())
     assert again["lora"] == resolved["lora"]
 
 
-def test_smaller_micro_batches_are_the_same_steps(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a budget changes besides the rank changes nothing that is learnt. The budget is the smallest that the error names."""
+def test_smaller_micro_batches_are_the_same_steps(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a budget changes besides the rank changes nothing that is learnt. The budget is the
+    smallest that the error names.
+    """
     assert sft(world, tmp_path / "none", *FEW, "memory_budget=1MiB") == 2
     least = capsys.readouterr().err.split("give ")[1].split()[0]
     losses = {}
     for name, budget in (("free", ()), ("tight", (least,))):
         assert sft(world, tmp_path / name, *FEW, *budget) == 0
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         losses[name] = [line["loss"] for line in lines if "loss" in line]
     tight = yaml.safe_load((tmp_path / "tight" / "run.yaml").read_text())["train"]
     free = yaml.safe_load((tmp_path / "free" / "run.yaml").read_text())["train"]
-    rows = [t["per_device_train_batch_size"] * t["gradient_accumulation_steps"] for t in (free, tight)]
+    rows = [
+        t["per_device_train_batch_size"] * t["gradient_accumulation_steps"] for t in (free, tight)
+    ]
     assert rows == [8, 8]
     assert tight["per_device_train_batch_size"] < 8
     assert losses["tight"] == pytest.approx(losses["free"], rel=1e-4)
@@ -230,14 +337,29 @@ def test_a_budget_nothing_fits_stops_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_adapter_that_exists_keeps_its_rank(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = (f"model={world.run}", f"data={world.rows}", f"output_dir={tmp_path / 'more'}", *FEW, "save_strategy=no")
+def test_an_adapter_that_exists_keeps_its_rank(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (
+        f"model={world.run}",
+        f"data={world.rows}",
+        f"output_dir={tmp_path / 'more'}",
+        *FEW,
+        "save_strategy=no",
+    )
     assert lorry("sft", *words, "memory_budget=2GiB") == 0
     assert "memory_budget=2GiB: r=8" in capsys.readouterr().err
     assert lorry("sft", *words, "memory_budget=2GiB", "r=auto") == 2
     assert "already has an adapter" in capsys.readouterr().err
 
 
-def test_jobs_are_not_planned_yet(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sft(world, tmp_path / "run", "memory_budget=2GiB", "jobs=[{name: a, r: 4}, {name: b, r: 8}]") == 2
+def test_jobs_are_not_planned_yet(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        sft(
+            world, tmp_path / "run", "memory_budget=2GiB", "jobs=[{name: a, r: 4}, {name: b, r: 8}]"
+        )
+        == 2
+    )
     assert "memory_budget is not planned for several jobs yet" in capsys.readouterr().err

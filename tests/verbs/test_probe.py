@@ -1,4 +1,6 @@
-"""In what number format a verb compares logits: what the model's device holds decides, and what transformers reads it into."""
+"""In what number format a verb compares logits: what the model's device holds decides, and what
+transformers reads it into.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def folder(tmp_path: Path) -> Path:
     from safetensors.torch import save_file
 
     save_file({"w": torch.zeros(1000, 1000, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
+    )
     return tmp_path
 
 
@@ -51,7 +55,9 @@ def test_of_a_gpu_s_model_the_gpu_s_memory_counts(
 
 
 @pytest.mark.parametrize(("here", "chosen"), [(3 * NEEDED, "float32"), (2 * NEEDED, "bfloat16")])
-def test_of_a_cpu_s_model_the_system_s(folder: Path, monkeypatch: pytest.MonkeyPatch, here: int, chosen: str) -> None:
+def test_of_a_cpu_s_model_the_system_s(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, here: int, chosen: str
+) -> None:
     monkeypatch.setattr(load.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": here}))
     assert probe.logits_dtype_name(str(folder), "bfloat16") == chosen

@@ -42,7 +42,9 @@ def test_several_runs(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("harm", ["missing", "model", "damaged"])
-def test_what_is_no_run(harm: str, runs: list[Path], world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run(
+    harm: str, runs: list[Path], world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     (runs[0] / "report.html").unlink()
     (runs[0] / "run.yaml").write_text("a: [")
     path, message = {
@@ -53,7 +55,8 @@ def test_what_is_no_run(harm: str, runs: list[Path], world: World, capsys: pytes
     assert lorry("report", runs[1], path) == 3
     out, err = capsys.readouterr()
     assert message in err
-    # a damaged run hides no other: the page shows the sound one, and says of this one that it is damaged
+    # a damaged run hides no other: the page shows the sound one, and says of this one that it is
+    # damaged
     page = runs[0].parent / "comparison.html"
     assert out == (f"{page}\n" if harm == "damaged" else "")
     assert page.exists() == (harm == "damaged")
@@ -65,6 +68,8 @@ def test_no_run_at_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert "runs is missing" in capsys.readouterr().err
 
 
-def test_it_counts_the_steps(world: World, runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_counts_the_steps(
+    world: World, runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert lorry("report", runs[0]) == 0
     assert f"over {STEPS} steps" in capsys.readouterr().err

@@ -33,7 +33,10 @@ def test_the_table(folder: Path, world: World, capsys: pytest.CaptureFixture[str
     row = next(line for line in out.splitlines() if line.strip().startswith("first"))
     assert row.split()[:3] == ["first", "finished", str(STEPS)]
     assert "base, people.jsonl, rank 8, alpha 16" in row
-    assert f"sweep/pass-1  unreadable: {folder / 'sweep' / 'pass-1' / 'receipt.json'}:1:" in out.replace("\n", "")
+    assert (
+        f"sweep/pass-1  unreadable: {folder / 'sweep' / 'pass-1' / 'receipt.json'}:1:"
+        in out.replace("\n", "")
+    )
     assert err == ""
 
 
@@ -42,14 +45,22 @@ def test_json(folder: Path, world: World, capsys: pytest.CaptureFixture[str]) ->
     found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
     last = [json.loads(line) for line in (world.run / "metrics.jsonl").read_text().splitlines()]
     first = found["first"]
-    assert (first["state"], first["step"], first["total"], first["eta"], first["pid"]) == ("finished", STEPS, STEPS, None, None)
+    assert (first["state"], first["step"], first["total"], first["eta"], first["pid"]) == (
+        "finished",
+        STEPS,
+        STEPS,
+        None,
+        None,
+    )
     assert first["loss"] == [line["loss"] for line in last if "loss" in line][-1]
     assert first["best"] == {"metric": "eval_loss", "value": last[-1]["eval_loss"], "step": STEPS}
     assert first["data"] == str(world.rows)
     assert found["sweep/pass-1"]["state"] == "unreadable"
 
 
-def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert listing(tmp_path) == 0
     assert capsys.readouterr() == ("", f"no runs in {tmp_path}\n")
     assert listing(tmp_path, "format=json") == 0

@@ -1,4 +1,6 @@
-"""Named sets asked during training: logged at every evaluation, able to choose the best step, refused where they would leak."""
+"""Named sets asked during training: logged at every evaluation, able to choose the best step,
+refused where they would leak.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,18 @@ import pytest
 
 from verbworld import World, lorry, write_rows
 
-ROWS = [{"question": f"is {name} a town", "passage": f"{name} is a town.", "answer": n % 2 == 0} for n, name in
-        enumerate(("Oslo", "Lima", "Kyoto", "Ghent", "Rome", "Bonn"))]  # fmt: skip
-TRAIN = ("r=4", "learning_rate=1e-2", "per_device_train_batch_size=2", "dtype=float32", "save_strategy=no", "threads=1")
+ROWS = [
+    {"question": f"is {name} a town", "passage": f"{name} is a town.", "answer": n % 2 == 0}
+    for n, name in enumerate(("Oslo", "Lima", "Kyoto", "Ghent", "Rome", "Bonn"))
+]
+TRAIN = (
+    "r=4",
+    "learning_rate=1e-2",
+    "per_device_train_batch_size=2",
+    "dtype=float32",
+    "save_strategy=no",
+    "threads=1",
+)
 
 
 @pytest.fixture
@@ -22,32 +33,79 @@ def files(tmp_path: Path) -> tuple[str, str]:
     )
 
 
-def test_metrics_of_sets_are_logged_and_choose_the_best(world: World, files: tuple[str, str], tmp_path: Path) -> None:
+def test_metrics_of_sets_are_logged_and_choose_the_best(
+    world: World, files: tuple[str, str], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    argv = (f"model={world.base}", "data.mix=[bool_q]", *files, "eval_tasks=[bool_q]", "eval_steps=2", "max_steps=4", *TRAIN)
-    best = ("metric_for_best_model=bool_q_accuracy", "greater_is_better=true", "load_best_model_at_end=true")
+    argv = (
+        f"model={world.base}",
+        "data.mix=[bool_q]",
+        *files,
+        "eval_tasks=[bool_q]",
+        "eval_steps=2",
+        "max_steps=4",
+        *TRAIN,
+    )
+    best = (
+        "metric_for_best_model=bool_q_accuracy",
+        "greater_is_better=true",
+        "load_best_model_at_end=true",
+    )
     assert lorry("sft", *argv, *best, f"output_dir={run}") == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     asked = [line for line in lines if "eval_bool_q_accuracy" in line]
     assert [line["step"] for line in asked] == [2, 4]
-    assert all({"eval_bool_q_accuracy_sum", "eval_bool_q_ece", "eval_bool_q_perplexity"} <= set(line) for line in asked)
-    assert lorry("eval", run, "tasks=[bool_q]", f"local.bool_q={tmp_path / 'b.jsonl'}", f"output_dir={tmp_path / 'o.json'}") == 0
+    assert all(
+        {"eval_bool_q_accuracy_sum", "eval_bool_q_ece", "eval_bool_q_perplexity"} <= set(line)
+        for line in asked
+    )
+    assert (
+        lorry(
+            "eval",
+            run,
+            "tasks=[bool_q]",
+            f"local.bool_q={tmp_path / 'b.jsonl'}",
+            f"output_dir={tmp_path / 'o.json'}",
+        )
+        == 0
+    )
     sides = json.loads((tmp_path / "o.json").read_text())["sets"]["bool_q"]["sides"]
-    value = next(side for name, side in sides.items() if name != "base")["metrics"]["accuracy"]["value"]
+    value = next(side for name, side in sides.items() if name != "base")["metrics"]["accuracy"][
+        "value"
+    ]
     assert value == max(line["eval_bool_q_accuracy"] for line in asked)
 
 
-def test_rows_that_are_learnt_are_not_asked(world: World, files: tuple[str, str], tmp_path: Path, capsys: object) -> None:
+def test_rows_that_are_learnt_are_not_asked(
+    world: World, files: tuple[str, str], tmp_path: Path, capsys: object
+) -> None:
     shared = f"data.local.bool_q={tmp_path / 'a.jsonl'}"
-    argv = (f"model={world.base}", "data.mix=[bool_q]", shared, "eval_tasks=[bool_q]", "max_steps=2", *TRAIN)
+    argv = (
+        f"model={world.base}",
+        "data.mix=[bool_q]",
+        shared,
+        "eval_tasks=[bool_q]",
+        "max_steps=2",
+        *TRAIN,
+    )
     assert lorry("sft", *argv, f"output_dir={tmp_path / 'run'}") == 2
     assert "the rows to evaluate on are the rows trained on" in capsys.readouterr().err  # type: ignore[attr-defined]
     assert not (tmp_path / "run").exists()
 
 
-def test_sets_alone_need_no_loss_and_choose_the_best_step(world: World, files: tuple[str, str], tmp_path: Path) -> None:
+def test_sets_alone_need_no_loss_and_choose_the_best_step(
+    world: World, files: tuple[str, str], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    argv = (f"model={world.base}", "data.mix=[bool_q]", *files, "eval_tasks=[bool_q]", "eval_steps=1", "max_steps=2", *TRAIN)
+    argv = (
+        f"model={world.base}",
+        "data.mix=[bool_q]",
+        *files,
+        "eval_tasks=[bool_q]",
+        "eval_steps=1",
+        "max_steps=2",
+        *TRAIN,
+    )
     assert lorry("sft", *argv, f"output_dir={run}") == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sum("eval_bool_q_accuracy" in line for line in lines) == 2
@@ -56,11 +114,22 @@ def test_sets_alone_need_no_loss_and_choose_the_best_step(world: World, files: t
 
 @pytest.mark.parametrize("learnt", ["data={a}", "data.mix=[boolq_long]"])
 def test_rows_are_known_by_where_they_lie_and_not_by_name(
-    world: World, files: tuple[str, str], tmp_path: Path, learnt: str, capsys: pytest.CaptureFixture[str]
+    world: World,
+    files: tuple[str, str],
+    tmp_path: Path,
+    learnt: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     a = tmp_path / "a.jsonl"
     local = (f"data.local.bool_q={a}", f"data.local.boolq_long={a}")
-    argv = (f"model={world.base}", learnt.format(a=a), *local, "eval_tasks=[bool_q]", "max_steps=2", *TRAIN)
+    argv = (
+        f"model={world.base}",
+        learnt.format(a=a),
+        *local,
+        "eval_tasks=[bool_q]",
+        "max_steps=2",
+        *TRAIN,
+    )
     assert lorry("sft", *argv, f"output_dir={tmp_path / 'run'}") == 2
     assert "bool_q: the rows to evaluate on are the rows trained on" in capsys.readouterr().err
 
@@ -72,7 +141,15 @@ def test_rows_that_any_job_learns_are_not_asked(
     described.write_text(
         f"jobs:\n- {{name: one, r: 2}}\n- {{name: two, r: 2, data: {{local: {{bool_q.train: {tmp_path / 'b.jsonl'}}}}}}}\n"
     )
-    argv = (described, f"model={world.base}", "data.mix=[bool_q]", *files, "eval_tasks=[bool_q]", "max_steps=1", *TRAIN[1:])
+    argv = (
+        described,
+        f"model={world.base}",
+        "data.mix=[bool_q]",
+        *files,
+        "eval_tasks=[bool_q]",
+        "max_steps=1",
+        *TRAIN[1:],
+    )
     assert lorry("sft", *argv, f"output_dir={tmp_path / 'run'}") == 2
     assert "the rows to evaluate on are the rows trained on" in capsys.readouterr().err
 
@@ -82,5 +159,15 @@ def test_what_is_asked_is_the_same_for_all_jobs(
 ) -> None:
     described = tmp_path / "jobs.yaml"
     described.write_text("jobs:\n- {name: one, r: 2}\n- {name: two, r: 2, eval_tasks: [bool_q]}\n")
-    assert lorry("sft", described, f"model={world.base}", "data.mix=[bool_q]", *files, f"output_dir={tmp_path / 'run'}") == 2
+    assert (
+        lorry(
+            "sft",
+            described,
+            f"model={world.base}",
+            "data.mix=[bool_q]",
+            *files,
+            f"output_dir={tmp_path / 'run'}",
+        )
+        == 2
+    )
     assert "train.eval_tasks is the same for all jobs" in capsys.readouterr().err

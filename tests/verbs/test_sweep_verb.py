@@ -1,4 +1,6 @@
-"""`lorry sweep`: a grid trains in one pass, is ranked by held-out loss and written down; several passes are ranked together."""
+"""`lorry sweep`: a grid trains in one pass, is ranked by held-out loss and written down; several
+passes are ranked together.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ SETTINGS = (
 
 
 def sweep(world: World, out: Path, *more: str) -> int:
-    return lorry("sweep", f"model={world.base}", f"data={world.rows}", f"output_dir={out}", *SETTINGS, *more)
+    return lorry(
+        "sweep", f"model={world.base}", f"data={world.rows}", f"output_dir={out}", *SETTINGS, *more
+    )
 
 
 def ranking(out: Path) -> list[dict[str, Any]]:
@@ -30,20 +34,29 @@ def ranking(out: Path) -> list[dict[str, Any]]:
     return jobs
 
 
-def test_a_grid_in_one_pass(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_grid_in_one_pass(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "grid"
-    assert sweep(world, out, "r=2,4", "learning_rate=1e-2,1e-5", f"eval={world.rows}", "eval_steps=2") == 0
+    assert (
+        sweep(world, out, "r=2,4", "learning_rate=1e-2,1e-5", f"eval={world.rows}", "eval_steps=2")
+        == 0
+    )
     jobs = ranking(out)
     assert {job["name"] for job in jobs} == {"r2-lr0.01", "r4-lr0.01", "r2-lr1e-5", "r4-lr1e-5"}
     losses = [job["eval_loss"] for job in jobs]
     assert losses == sorted(losses)
-    assert {job["name"][3:] for job in jobs[:2]} == {"lr0.01"}  # a rate of 1e-5 learns nothing in four steps
+    assert {job["name"][3:] for job in jobs[:2]} == {
+        "lr0.01"
+    }  # a rate of 1e-5 learns nothing in four steps
     assert jobs[0]["settings"]["train.learning_rate"] == 0.01
     assert all((Path(job["path"]) / "adapter_model.safetensors").is_file() for job in jobs)
     shown = capsys.readouterr()
     assert shown.out.splitlines()[-1] == jobs[0]["path"]
     assert "sweep, by held-out loss" in shown.err
-    assert [shown.err.rindex(job["name"]) for job in jobs] == sorted(shown.err.rindex(job["name"]) for job in jobs)
+    assert [shown.err.rindex(job["name"]) for job in jobs] == sorted(
+        shown.err.rindex(job["name"]) for job in jobs
+    )
     logged = read_readable_runs([out])[0][0].log
     assert logged.adapters() == [*(f"r{r}-lr{lr}" for r in (2, 4) for lr in ("0.01", "1e-5"))]
     for job in jobs:
@@ -53,12 +66,27 @@ def test_a_grid_in_one_pass(world: World, tmp_path: Path, capsys: pytest.Capture
     assert all(f">{job['name']}</th>" in page for job in jobs)
 
 
-def test_several_passes_are_ranked_together(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_passes_are_ranked_together(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, file = tmp_path / "passes", tmp_path / "sweep.yaml"
     file.write_text("sweep: {seed: [0, 1, 2]}\njobs_per_pass: 2\n")
-    assert lorry("sweep", str(file), f"model={world.base}", f"data={world.rows}", f"output_dir={out}", *SETTINGS) == 0
+    assert (
+        lorry(
+            "sweep",
+            str(file),
+            f"model={world.base}",
+            f"data={world.rows}",
+            f"output_dir={out}",
+            *SETTINGS,
+        )
+        == 0
+    )
     jobs = ranking(out)
-    assert json.loads((out / "sweep.json").read_text())["ranked_by"] == "last training loss (nothing held out)"
+    assert (
+        json.loads((out / "sweep.json").read_text())["ranked_by"]
+        == "last training loss (nothing held out)"
+    )
     assert [job["loss"] for job in jobs] == sorted(job["loss"] for job in jobs)
     assert {job["name"]: str(Path(job["path"]).relative_to(out)) for job in jobs} == {
         "seed0": "pass-1/seed0", "seed1": "pass-1/seed1", "seed2": "pass-2",
@@ -69,18 +97,31 @@ def test_several_passes_are_ranked_together(world: World, tmp_path: Path, capsys
 
 def test_nothing_to_sweep(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep(world, tmp_path / "none", "r=8") == 2
-    assert "nothing to sweep; give several values of a setting, such as r=8,16" in capsys.readouterr().err
+    assert (
+        "nothing to sweep; give several values of a setting, such as r=8,16"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "none").exists()
 
 
-def test_sft_shows_each_job(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sft_shows_each_job(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "jobs"
     jobs = "jobs=[{name: small, r: 2}, {name: brief, r: 3, max_steps: 2}]"
-    assert lorry("sft", f"model={world.base}", f"data={world.rows}", f"output_dir={out}", jobs, *SETTINGS) == 0
+    assert (
+        lorry(
+            "sft", f"model={world.base}", f"data={world.rows}", f"output_dir={out}", jobs, *SETTINGS
+        )
+        == 0
+    )
     shown = capsys.readouterr()
     assert shown.out.splitlines()[-1] == str(out)
     assert "2 in one pass: small, brief" in shown.err
     assert "step 2/4  lr " in shown.err
-    assert [line.split()[:1] for line in shown.err.splitlines() if "lora_alpha" in line] == [["small"], ["brief"]]
+    assert [line.split()[:1] for line in shown.err.splitlines() if "lora_alpha" in line] == [
+        ["small"],
+        ["brief"],
+    ]
     assert lorry("doctor", str(out)) == 0
     assert "2 intact" in capsys.readouterr().out

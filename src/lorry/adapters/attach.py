@@ -1,7 +1,9 @@
-"""Attach adapters to a model: find the targets, put bank layers in their place, freeze the base; and take them off again.
+"""Attach adapters to a model: find the targets, put bank layers in their place, freeze the base;
+and take them off again.
 
-Works on Lorry's own decoder (whose layers are bank layers from birth) and on any torch model (its linears are replaced by
-layers that share the same parameters, so the base's state-dict names do not change).
+Works on Lorry's own decoder (whose layers are bank layers from birth) and on any torch model (its
+linears are replaced by layers that share the same parameters, so the base's state-dict names do not
+change).
 """
 
 from __future__ import annotations
@@ -27,14 +29,18 @@ def get_bank(model: nn.Module, *, create: bool = False) -> AdapterBank:
     bank: AdapterBank | None = model.__dict__.get("lorry_bank")
     if bank is None:
         if not create:
-            raise ConfigError("this model has no adapters; call lorry.attach(model, lorry.LoraSpec(...)) first")
+            raise ConfigError(
+                "this model has no adapters; call lorry.attach(model, lorry.LoraSpec(...)) first"
+            )
         bank = AdapterBank()
         model.__dict__["lorry_bank"] = bank
     return bank
 
 
 def default_context(model: nn.Module) -> AdapterContext:
-    """What a plain `model(x)` uses: the ambient call if one is set, else the bank's active mix, without dropout."""
+    """What a plain `model(x)` uses: the ambient call if one is set, else the bank's active mix,
+    without dropout.
+    """
     bank: AdapterBank | None = model.__dict__.get("lorry_bank")
     return AMBIENT_CONTEXT.get() or AdapterContext(Mix.none() if bank is None else bank.active)
 
@@ -47,10 +53,11 @@ def attach(
     seed: int = 0,
     modules: Iterable[str] | None = None,
 ) -> Adapter:
-    """Give the model one more adapter and freeze everything else. ``modules`` (full paths) overrides the spec's targets.
+    """Give the model one more adapter and freeze everything else. ``modules`` (full paths)
+    overrides the spec's targets.
 
-    A plain ``model(x)`` then uses it (g = 1). Raises ConfigError if a target matches nothing (naming what exists), if the
-    name is taken, or if the model is merged.
+    A plain ``model(x)`` then uses it (g = 1). Raises ConfigError if a target matches nothing
+    (naming what exists), if the name is taken, or if the model is merged.
     """
     spec = spec or LoraSpec()
     candidates = find_linears(model)
@@ -61,7 +68,9 @@ def attach(
         )
     bank = get_bank(model, create=True)
     if bank.before_merge is not None:
-        raise ConfigError("this model is merged; call unmerge(model) before attaching another adapter")
+        raise ConfigError(
+            "this model is merged; call unmerge(model) before attaching another adapter"
+        )
     bank.refuse_name(name)
     freeze_base(model)
     targets = {path: _ensure_bank_layer(model, path, candidates[path]) for path in chosen}
@@ -85,13 +94,16 @@ def detach(model: nn.Module, name: str = "default") -> None:
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Switch gradients off for every parameter of the base; adapters are not parameters of the model and stay on."""
+    """Switch gradients off for every parameter of the base; adapters are not parameters of the
+    model and stay on.
+    """
     for param in model.parameters():
         param.requires_grad_(False)
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The fp32 masters of every adapter, for an optimizer of your own: `torch.optim.AdamW(lora_parameters(model), lr=1e-4)`.
+    """The fp32 masters of every adapter, for an optimizer of your own:
+    `torch.optim.AdamW(lora_parameters(model), lr=1e-4)`.
 
     Those of frozen adapters (`requires_grad` off) are left out: weight decay would change them.
     """
@@ -101,28 +113,44 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer an adapter can sit on: {path: module}."""
     kinds = (BankLinear, BankEmbedding)
-    return {p: m for p, m in model.named_modules() if p and (isinstance(m, kinds) or wrap_module(m, p) is not None)}
+    return {
+        p: m
+        for p, m in model.named_modules()
+        if p and (isinstance(m, kinds) or wrap_module(m, p) is not None)
+    }
 
 
 def head_and_embedding(model: nn.Module) -> tuple[str | None, str | None]:
-    """Paths of the output head and the input embedding, from the family or from transformers' accessors."""
+    """Paths of the output head and the input embedding, from the family or from transformers'
+    accessors.
+    """
     family: ModelFamily | None = getattr(model, "family", None)
     if family is not None:
         return family.head, family.embed
     paths = {id(m): p for p, m in model.named_modules()}
-    found = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("output", "input")]
+    found = [
+        getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("output", "input")
+    ]
     head, embed = (paths.get(id(m)) if m is not None else None for m in found)
     return head, embed
 
 
 def select_modules(model: nn.Module, candidates: dict[str, nn.Module], spec: LoraSpec) -> list[str]:
-    """Paths of the modules a spec names, in model order. Raises ConfigError for a name, pattern or layer that matches nothing."""
+    """Paths of the modules a spec names, in model order. Raises ConfigError for a name, pattern or
+    layer that matches nothing.
+    """
     head, embed = head_and_embedding(model)
-    inner = [p for p, m in candidates.items() if not isinstance(m, (nn.Embedding, BankEmbedding)) and p != head]
+    inner = [
+        p
+        for p, m in candidates.items()
+        if not isinstance(m, (nn.Embedding, BankEmbedding)) and p != head
+    ]
     wanted = spec.target_modules
     if isinstance(wanted, str) and wanted in ("auto", "all-linear"):
         family: ModelFamily | None = getattr(model, "family", None)
-        chosen = inner if wanted == "all-linear" or family is not None else _text_layers(model, inner)
+        chosen = (
+            inner if wanted == "all-linear" or family is not None else _text_layers(model, inner)
+        )
     elif isinstance(wanted, str):
         chosen = [p for p in candidates if _full_match(wanted, p, "target_modules")]
         if not chosen:
@@ -138,7 +166,8 @@ def select_modules(model: nn.Module, candidates: dict[str, nn.Module], spec: Lor
                 hint = (
                     "; write target_modules=all-linear without a list"
                     if name == "all-linear"
-                    else _tensor_named(model, actual) or suggest_nearest(name, _leaf_names(candidates))
+                    else _tensor_named(model, actual)
+                    or suggest_nearest(name, _leaf_names(candidates))
                 )
                 raise ConfigError(
                     f"target_modules names {name!r}, which matches no layer{hint}; {_describe_known_layers(candidates)}"
@@ -149,7 +178,9 @@ def select_modules(model: nn.Module, candidates: dict[str, nn.Module], spec: Lor
 
 
 def _text_layers(model: nn.Module, inner: list[str]) -> list[str]:
-    """The numbered layers of a foreign model, those of them that text reaches where the model can say."""
+    """The numbered layers of a foreign model, those of them that text reaches where the model can
+    say.
+    """
     numbered = [p for p in inner if LAYER_NUMBER.search(p)]
     reached: Callable[[Collection[str]], set[str]] | None = getattr(model, "reached", None)
     if reached is None:
@@ -164,7 +195,10 @@ def find_unadaptable(model: nn.Module) -> tuple[list[str], list[str]]:
     experts: list[str] = []
     others: list[str] = []
     for path, module in model.named_modules():
-        if isinstance(module, (AdaptableLayer, nn.Embedding)) or wrap_module(module, path) is not None:
+        if (
+            isinstance(module, (AdaptableLayer, nn.Embedding))
+            or wrap_module(module, path) is not None
+        ):
             continue
         names = [n for n, p in module.named_parameters(recurse=False, prefix=path) if p.dim() >= 2]
         fused = "expert" in f"{path}.{type(module).__name__}".lower()
@@ -181,8 +215,8 @@ class SkippedModule:
 
 
 def list_skipped_modules(model: nn.Module, adapter: Adapter) -> list[SkippedModule]:
-    """What `auto` and `all-linear` pass over, and experts always: "all linear layers" of a mixture of
-    experts may be its attention alone."""
+    """What `auto` and `all-linear` pass over, and experts always: "all linear layers" of a mixture
+    of experts may be its attention alone."""
     experts, others = find_unadaptable(model)
     found = []
     if experts:
@@ -197,11 +231,19 @@ def list_skipped_modules(model: nn.Module, adapter: Adapter) -> list[SkippedModu
     if adapter.spec.target_modules not in ("auto", "all-linear"):
         return found
     if others:
-        found.append(SkippedModule(f"{len(others)} tensors such as {others[0]}", "they are no linear layers"))
+        found.append(
+            SkippedModule(f"{len(others)} tensors such as {others[0]}", "they are no linear layers")
+        )
     if adapter.spec.target_modules == "auto" and getattr(model, "reached", None) is not None:
         head, _ = head_and_embedding(model)
-        numbered = [p for p, m in find_linears(model).items() if LAYER_NUMBER.search(p) and p != head]
-        numbered = [p for p in numbered if not isinstance(model.get_submodule(p), (nn.Embedding, BankEmbedding))]
+        numbered = [
+            p for p, m in find_linears(model).items() if LAYER_NUMBER.search(p) and p != head
+        ]
+        numbered = [
+            p
+            for p in numbered
+            if not isinstance(model.get_submodule(p), (nn.Embedding, BankEmbedding))
+        ]
         if unread := [p for p in numbered if p not in set(_text_layers(model, numbered))]:
             found.append(
                 SkippedModule(
@@ -222,8 +264,12 @@ def _tensor_named(model: nn.Module, name: str) -> str:
     return f"; {hits[0]} {what}, and an adapter cannot sit there yet"
 
 
-def _filter_modules(chosen: list[str], spec: LoraSpec, candidates: dict[str, nn.Module]) -> list[str]:
-    """Apply exclude_modules and layers_to_transform, and insist that every pattern of the spec still matches something."""
+def _filter_modules(
+    chosen: list[str], spec: LoraSpec, candidates: dict[str, nn.Module]
+) -> list[str]:
+    """Apply exclude_modules and layers_to_transform, and insist that every pattern of the spec
+    still matches something.
+    """
     excluded = spec.exclude_modules
     if isinstance(excluded, str):
         gone = [p for p in chosen if _full_match(excluded, p, "exclude_modules")]
@@ -243,7 +289,9 @@ def _filter_modules(chosen: list[str], spec: LoraSpec, candidates: dict[str, nn.
             )
         kept = [p for p in kept if number.get(p) in spec.layers_to_transform]
     if not kept:
-        raise ConfigError(f"target_modules and exclude_modules leave no layer; {_describe_known_layers(candidates)}")
+        raise ConfigError(
+            f"target_modules and exclude_modules leave no layer; {_describe_known_layers(candidates)}"
+        )
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(spec, field):
             if not any(re.match(rf"(.*\.)?({key})$", p) for p in kept):

@@ -1,7 +1,9 @@
-"""Bank: the named adapters of one model, each in one flat fp32 buffer, with gradients in another of the same shape.
+"""Bank: the named adapters of one model, each in one flat fp32 buffer, with gradients in another of
+the same shape.
 
-Layout of an adapter's buffer: every A, then every B, in module order. So clipping, stepping, saving and reducing an adapter
-are operations on one tensor, and A and B are one contiguous range each (LoRA+ gives them different rates).
+Layout of an adapter's buffer: every A, then every B, in module order. So clipping, stepping, saving
+and reducing an adapter are operations on one tensor, and A and B are one contiguous range each
+(LoRA+ gives them different rates).
 """
 
 from __future__ import annotations
@@ -30,13 +32,17 @@ NAME_PATTERN = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")
 def check_adapter_name(name: str) -> str:
     """The name, if it can be that of an adapter and of its folder. Raises ConfigError."""
     if not NAME_PATTERN.fullmatch(name):
-        raise ConfigError(f"adapter name {name!r:.80}: use 1 to 64 letters, digits, dots, dashes or underscores")
+        raise ConfigError(
+            f"adapter name {name!r:.80}: use 1 to 64 letters, digits, dots, dashes or underscores"
+        )
     return name
 
 
 @dataclass
 class Adapter:
-    """One named adapter. values, grads: [P] fp32; split: where the B half starts; slots: module path -> Slot."""
+    """One named adapter. values, grads: [P] fp32; split: where the B half starts; slots: module
+    path -> Slot.
+    """
 
     name: str
     spec: LoraSpec
@@ -77,7 +83,10 @@ class Adapter:
 
     def ranges(self) -> list[tuple[slice, bool, bool]]:
         """Every A, then every B, which may have a rate of its own (LoRA+); both decay."""
-        halves = [(slice(0, self.split), False, True), (slice(self.split, self.values.numel()), True, True)]
+        halves = [
+            (slice(0, self.split), False, True),
+            (slice(self.split, self.values.numel()), True, True),
+        ]
         return [half for half in halves if half[0].start < half[0].stop]
 
     def targets(self) -> list[str]:
@@ -86,7 +95,11 @@ class Adapter:
 
     def masters(self) -> dict[str, Tensor]:
         """{`MODULE.lora_A`: its parameter, ...}, module by module."""
-        return {f"{module}.lora_{side}": getattr(slot, side) for module, slot in self.slots.items() for side in "AB"}
+        return {
+            f"{module}.lora_{side}": getattr(slot, side)
+            for module, slot in self.slots.items()
+            for side in "AB"
+        }
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """None: the base is frozen."""
@@ -103,15 +116,23 @@ class Adapter:
     def zero_grad_names(self) -> list[str]:
         """The modules whose A and B both have an exactly zero gradient."""
         grads = self.split_like(self.grads)
-        return [m for m in self.slots if not grads[f"{m}.lora_A"].any() and not grads[f"{m}.lora_B"].any()]
+        return [
+            m
+            for m in self.slots
+            if not grads[f"{m}.lora_A"].any() and not grads[f"{m}.lora_B"].any()
+        ]
 
     def bind_grads(self) -> None:
-        """Point every master's .grad into the flat gradient buffer, so that autograd accumulates there."""
+        """Point every master's .grad into the flat gradient buffer, so that autograd accumulates
+        there.
+        """
         for param, view in self._views(self.grads):
             param.grad = view
 
     def touch(self) -> None:
-        """Say that ``values`` was written as a whole (a step, a load): every compute copy is remade at its next use."""
+        """Say that ``values`` was written as a whole (a step, a load): every compute copy is remade
+        at its next use.
+        """
         for slot in self.slots.values():
             slot.touch()
 
@@ -131,28 +152,40 @@ class Adapter:
 
 
 class AdapterBank:
-    """Every adapter of a model, in the order they were added; an adapter's number in a Batch is its place here."""
+    """Every adapter of a model, in the order they were added; an adapter's number in a Batch is its
+    place here.
+    """
 
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
         self.modules: dict[str, AdaptableLayer] = {}
         self.active = Mix()
-        self.before_merge: Mix | None = None  # what was active when `merge` folded it in; None while nothing is merged
+        self.before_merge: Mix | None = (
+            None  # what was active when `merge` folded it in; None while nothing is merged
+        )
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self.adapters:
-            raise ConfigError(f"no adapter named {name!r}; this model has {', '.join(self.adapters) or 'none'}")
+            raise ConfigError(
+                f"no adapter named {name!r}; this model has {', '.join(self.adapters) or 'none'}"
+            )
         return self.adapters[name]
 
     def names(self) -> list[str]:
         return list(self.adapters)
 
     def refuse_name(self, name: str) -> None:
-        """Raises ConfigError if an adapter of this name is attached, or it could not be a folder's name when saved."""
+        """Raises ConfigError if an adapter of this name is attached, or it could not be a folder's
+        name when saved.
+        """
         if check_adapter_name(name) in self.adapters:
-            raise ConfigError(f"an adapter named {name!r} is already attached; choose another name or detach it first")
+            raise ConfigError(
+                f"an adapter named {name!r} is already attached; choose another name or detach it first"
+            )
 
-    def add(self, name: str, spec: LoraSpec, targets: Mapping[str, AdaptableLayer], *, seed: int) -> Adapter:
+    def add(
+        self, name: str, spec: LoraSpec, targets: Mapping[str, AdaptableLayer], *, seed: int
+    ) -> Adapter:
         """Create an adapter at the given modules. A's values depend on (seed, module path) alone.
 
         Raises ConfigError if the name is taken.
@@ -167,7 +200,9 @@ class AdapterBank:
         values = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         adapter = Adapter(name, spec, values, torch.zeros_like(values), sum(sizes[: len(targets)]))
         params = [nn.Parameter(v.view(s)) for v, s in zip(values.split(sizes), shapes, strict=True)]
-        for (path, module), a, b in zip(targets.items(), params[: len(targets)], params[len(targets) :], strict=True):
+        for (path, module), a, b in zip(
+            targets.items(), params[: len(targets)], params[len(targets) :], strict=True
+        ):
             slot = AdapterSlot(path, a, b, spec.scale(path), spec.lora_dropout)
             adapter.slots[path] = module.slots[name] = slot
             self.modules[path] = module
@@ -206,13 +241,19 @@ class AdapterBank:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on ``device``: CUDA's own answer, else what the system can give without swapping."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that can be had on ``device``: CUDA's own answer, else what the system can give without
+    swapping.
+    """
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
 
 
 def refuse_too_large(name: str, rank: int, values: int, device: torch.device) -> None:
-    """Say that an adapter cannot fit before any of it is made: Linux hands out memory that it does not have, and ends the
-    process once it is written to. Raises OutOfMemoryError."""
+    """Say that an adapter cannot fit before any of it is made: Linux hands out memory that it does
+    not have, and ends the process once it is written to. Raises OutOfMemoryError."""
     free = free_memory(device)
     if (needed := values * BYTES_PER_VALUE) > free:
         raise OutOfMemoryError(
@@ -223,7 +264,9 @@ def refuse_too_large(name: str, rank: int, values: int, device: torch.device) ->
 
 @torch.no_grad()
 def init_adapter(slot: AdapterSlot, spec: LoraSpec, seed: int, *, embedding: bool) -> None:
-    """Fill A and B from a generator seeded by (seed, module path), on the CPU, so device, order and neighbours do not matter."""
+    """Fill A and B from a generator seeded by (seed, module path), on the CPU, so device, order and
+    neighbours do not matter.
+    """
     draw = torch.Generator().manual_seed(derive_seed("lora", seed, slot.module))
     start, other = (slot.B, slot.A) if embedding else (slot.A, slot.B)
     kind = spec.init_lora_weights
@@ -231,14 +274,19 @@ def init_adapter(slot: AdapterSlot, spec: LoraSpec, seed: int, *, embedding: boo
         start.copy_(torch.randn(start.shape, generator=draw) / slot.A.shape[0])
     elif embedding:
         start.copy_(torch.randn(start.shape, generator=draw))
-    else:  # Kaiming-uniform with a = sqrt(5), as nn.Linear and the LoRA reference code: U(-1/sqrt(in), 1/sqrt(in))
-        start.copy_(torch.rand(start.shape, generator=draw).mul_(2).sub_(1).div_(math.sqrt(start.shape[1])))
+    # Kaiming-uniform with a = sqrt(5), as nn.Linear and the LoRA reference code: U(-1/sqrt(in),
+    # 1/sqrt(in))
+    else:
+        start.copy_(
+            torch.rand(start.shape, generator=draw).mul_(2).sub_(1).div_(math.sqrt(start.shape[1]))
+        )
     if kind is False:
         other.copy_(torch.randn(other.shape, generator=draw) * 0.02)
 
 
 def wrap_module(module: nn.Module, path: str) -> AdaptableLayer | None:
-    """The bank layer that takes a foreign module's place and shares its parameters, or None if it is no linear or embedding.
+    """The bank layer that takes a foreign module's place and shares its parameters, or None if it
+    is no linear or embedding.
 
     Only the exact classes count: a subclass computes something else.
     """
@@ -248,4 +296,9 @@ def wrap_module(module: nn.Module, path: str) -> AdaptableLayer | None:
     weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
     if isinstance(module, nn.Embedding):
         return BankEmbedding(weight, path=path)
-    return BankLinear(weight, bias if isinstance(bias, nn.Parameter) else None, transposed=kind == "Conv1D", path=path)
+    return BankLinear(
+        weight,
+        bias if isinstance(bias, nn.Parameter) else None,
+        transposed=kind == "Conv1D",
+        path=path,
+    )

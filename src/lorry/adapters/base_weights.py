@@ -1,12 +1,14 @@
-"""Base weights that train: some or all of a model's own parameters as one more owner of a flat fp32 buffer, beside the adapters.
+"""Base weights that train: some or all of a model's own parameters as one more owner of a flat fp32
+buffer, beside the adapters.
 
     train_weights(model, "mlp")      all, mlp, attention, a list of names, or a regex; the rest is frozen
     weights_of(model).values         the fp32 masters; AdamW, one norm and one clip work on this one tensor
 
-Matrices come first in the buffer, norms and biases behind them: weight decay, which HF's Trainer keeps away from those, is one
-range. Every tensor begins at a multiple of 64 bytes. In an fp32 base the parameters are views of the buffer, without a copy; in
-a bf16 base they are the masters rounded, made again after every step, and a gradient is added to the fp32 one as soon as
-backward has made it, and freed. A tensor with two names (a tied head) is there once and gets the gradients of both.
+Matrices come first in the buffer, norms and biases behind them: weight decay, which HF's Trainer
+keeps away from those, is one range. Every tensor begins at a multiple of 64 bytes. In an fp32 base
+the parameters are views of the buffer, without a copy; in a bf16 base they are the masters rounded,
+made again after every step, and a gradient is added to the fp32 one as soon as backward has made
+it, and freed. A tensor with two names (a tied head) is there once and gets the gradients of both.
 """
 
 from __future__ import annotations
@@ -32,15 +34,19 @@ BLOCK = 4096
 WEIGHTS_ATTRIBUTE = "lorry_weights"
 # in models that no family describes: the parts of a path that say what a linear belongs to
 HALF_PATTERNS = {
-    "mlp": re.compile(r"(^|[._])(mlp|ffn|feed_forward|moe|experts?|fc\d|fc_(in|out)|w[123io]|(up|down|gate)_proj)([._]|$)"),
+    "mlp": re.compile(
+        r"(^|[._])(mlp|ffn|feed_forward|moe|experts?|fc\d|fc_(in|out)|w[123io]|(up|down|gate)_proj)([._]|$)"
+    ),
     "attention": re.compile(r"(^|[._])(attn|attention)([._]|$)"),
 }
 
 
 @dataclass
 class BaseWeights:
-    """The base weights that a run trains. values, grads: [P] fp32; ``split``: where norms and biases start; ``params``: {name in
-    the model: its parameter}, in the buffer's order; ``began``: the base's digest before training."""
+    """The base weights that a run trains. values, grads: [P] fp32; ``split``: where norms and
+    biases start; ``params``: {name in the model: its parameter}, in the buffer's order; ``began``:
+    the base's digest before training.
+    """
 
     name: str
     params: dict[str, nn.Parameter] = field(repr=False)
@@ -85,7 +91,10 @@ class BaseWeights:
 
     def ranges(self) -> list[tuple[slice, bool, bool]]:
         """The matrices, then norms and biases, which do not decay (as HF's Trainer has it)."""
-        halves = [(slice(0, self.split), False, True), (slice(self.split, self.values.numel()), False, False)]
+        halves = [
+            (slice(0, self.split), False, True),
+            (slice(self.split, self.values.numel()), False, False),
+        ]
         return [half for half in halves if half[0].start < half[0].stop]
 
     def targets(self) -> list[str]:
@@ -94,7 +103,10 @@ class BaseWeights:
 
     def masters(self) -> dict[str, Tensor]:
         """Each parameter itself where it is a view of ``values``, else that view."""
-        return {n: p.data if p.dtype == torch.float32 else view for (n, p), view in self.pairs(self.values)}
+        return {
+            n: p.data if p.dtype == torch.float32 else view
+            for (n, p), view in self.pairs(self.values)
+        }
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """All of its parameters are the model's own."""
@@ -105,27 +117,40 @@ class BaseWeights:
         return set()
 
     def bind_grads(self) -> None:
-        """Let autograd accumulate into ``grads``: at once where the base is fp32, else by way of the hooks."""
+        """Let autograd accumulate into ``grads``: at once where the base is fp32, else by way of
+        the hooks.
+        """
         for (_, param), view in self.pairs(self.grads):
             param.grad = view if param.dtype == torch.float32 else None
 
     @torch.no_grad()
     def touch(self) -> None:
-        """Say that ``values`` was written: the parameters that are not views of it are made again, rounded once."""
+        """Say that ``values`` was written: the parameters that are not views of it are made again,
+        rounded once.
+        """
         for (_, param), view in self.pairs(self.values):
             if param.dtype != torch.float32:
                 param.copy_(view)
 
     def zero_grad_names(self) -> list[str]:
         """The tensors whose gradient is exactly zero."""
-        return [name for name, view in self.split_like(self.grads).items() if not _matches_any(view.reshape(-1))]
+        return [
+            name
+            for name, view in self.split_like(self.grads).items()
+            if not _matches_any(view.reshape(-1))
+        ]
 
     def norm(self) -> float:
-        """Euclidean norm of the gradient, in fp32 by blocks and in fp64 over those: in a fp32 sum of 10^6 squares or more, late
-        ones round away."""
+        """Euclidean norm of the gradient, in fp32 by blocks and in fp64 over those: in a fp32 sum
+        of 10^6 squares or more, late ones round away."""
         whole = self.grads.numel() // BLOCK * BLOCK
         blocks = torch.linalg.vector_norm(self.grads[:whole].view(-1, BLOCK), dim=1).double()
-        return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in (blocks, self.grads[whole:].double())))
+        return math.hypot(
+            *(
+                float(torch.linalg.vector_norm(part))
+                for part in (blocks, self.grads[whole:].double())
+            )
+        )
 
 
 def _matches_any(flat: Tensor) -> bool:
@@ -138,33 +163,52 @@ def get_base_weights(model: nn.Module) -> BaseWeights | None:
     return found
 
 
-def make_weights_trainable(model: nn.Module, trainable: str | Sequence[str] = "all", name: str = "base") -> BaseWeights:
-    """Switch the gradients of some base weights on, and of all others off; afterwards `get_base_weights` finds them.
+def make_weights_trainable(
+    model: nn.Module, trainable: str | Sequence[str] = "all", name: str = "base"
+) -> BaseWeights:
+    """Switch the gradients of some base weights on, and of all others off; afterwards
+    `get_base_weights` finds them.
 
-    ``trainable``: see `select_parameters`. Raises ConfigError where that matches nothing, the model has adapters or such weights already, or
-    is in a format too narrow to train in.
+    ``trainable``: see `select_parameters`. Raises ConfigError where that matches nothing, the model
+    has adapters or such weights already, or is in a format too narrow to train in.
     """
     bank = get_bank(model, create=True)
     if bank.names() or get_base_weights(model) is not None:
         what = f"the adapter {bank.names()[0]!r}" if bank.names() else "base weights that train"
-        raise ConfigError(f"this model has {what} already, and its base is trained alone; merge or detach that first")
+        raise ConfigError(
+            f"this model has {what} already, and its base is trained alone; merge or detach that first"
+        )
     names = select_parameters(model, trainable)
     own = dict(model.named_parameters())
-    products = {p for m in model.modules() if isinstance(m, BankLinear) and m.product for p in m.parameters(recurse=False)}
+    products = {
+        p
+        for m in model.modules()
+        if isinstance(m, BankLinear) and m.product
+        for p in m.parameters(recurse=False)
+    }
     if unread := [n for n in names if own[n] in products]:
-        raise ConfigError(f"{unread[0]} cannot train: its linear has a product of its own, which does not read it")
+        raise ConfigError(
+            f"{unread[0]} cannot train: its linear has a product of its own, which does not read it"
+        )
     if odd := [n for n in names if own[n].dtype not in (torch.float32, torch.bfloat16)]:
         dtype = str(own[odd[0]].dtype).removeprefix("torch.")
-        raise ConfigError(f"{odd[0]} is {dtype}, in which base weights cannot train; open it with dtype=bfloat16 or float32")
+        raise ConfigError(
+            f"{odd[0]} is {dtype}, in which base weights cannot train; open it with dtype=bfloat16 or float32"
+        )
     freeze_base(model)
-    params = {n: own[n] for n in (*(n for n in names if own[n].dim() > 1), *(n for n in names if own[n].dim() < 2))}
+    params = {
+        n: own[n]
+        for n in (*(n for n in names if own[n].dim() > 1), *(n for n in names if own[n].dim() < 2))
+    }
     starts, end = list[int](), 0
     for p in params.values():
         starts.append(end)
         end += -(-p.numel() // ALIGN_VALUES) * ALIGN_VALUES
     split = next((at for at, p in zip(starts, params.values(), strict=True) if p.dim() < 2), end)
     values = torch.zeros(end, dtype=torch.float32, device=next(iter(params.values())).device)
-    made = BaseWeights(name, params, values, torch.zeros_like(values), split, starts, base_digest(model))
+    made = BaseWeights(
+        name, params, values, torch.zeros_like(values), split, starts, base_digest(model)
+    )
     grads = made.split_like(made.grads)
     for (path, param), view in made.pairs(values):
         with torch.no_grad():
@@ -190,10 +234,11 @@ def _collect_gradient(into: Tensor, param: Tensor) -> None:
 def select_parameters(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
     """Names of the parameters that are to train, in the model's order, tied ones once.
 
-    all: every parameter (the row of a padding token among them, which transformers' own embedding leaves out where it is read).
-    mlp, attention: weights and biases of the linears of every layer's half. Anything else is read as
-    `target_modules` is: a list of module names (lm_head and embed among them) or a regular expression over whole paths; a module
-    trains with its bias. Raises ConfigError where nothing matches, naming what exists.
+    all: every parameter (the row of a padding token among them, which transformers' own embedding
+    leaves out where it is read). mlp, attention: weights and biases of the linears of every layer's
+    half. Anything else is read as `target_modules` is: a list of module names (lm_head and embed
+    among them) or a regular expression over whole paths; a module trains with its bias. Raises
+    ConfigError where nothing matches, naming what exists.
     """
     names = [name for name, _ in model.named_parameters()]
     if trainable == "all":
@@ -203,26 +248,46 @@ def select_parameters(model: nn.Module, trainable: str | Sequence[str]) -> list[
         if isinstance(trainable, str) and trainable in HALF_PATTERNS
         else _select_by_name(model, trainable)
     )
-    wanted = {id(p) for path in modules for p in model.get_submodule(path).parameters(recurse=False)}
+    wanted = {
+        id(p) for path in modules for p in model.get_submodule(path).parameters(recurse=False)
+    }
     return [name for name, p in model.named_parameters() if id(p) in wanted]
 
 
 def _half_paths(model: nn.Module, part: str) -> list[str]:
-    """The linears of a half of every layer: by the family's targets; where there is no family, by the paths of whatever holds a
-    matrix (fused experts and their router are an MLP's)."""
+    """The linears of a half of every layer: by the family's targets; where there is no family, by
+    the paths of whatever holds a matrix (fused experts and their router are an MLP's)."""
     family: ModelFamily | None = getattr(model, "family", None)
     if family is not None:
         roles = family.roles
-        targets = [*roles.qkv, *roles.attn_out] if part == "attention" else [*roles.mlp_in, *roles.mlp_out]
+        targets = (
+            [*roles.qkv, *roles.attn_out]
+            if part == "attention"
+            else [*roles.mlp_in, *roles.mlp_out]
+        )
         layers: int = model.geometry.layers  # type: ignore[assignment,union-attr]  # a model with a family has a geometry
         return [family.path(target, i) for i in range(layers) for target in targets]
-    matrices = {p: m for p, m in model.named_modules() if any(w.dim() > 1 for w in m.parameters(recurse=False))}
-    inner = [path for path, module in matrices.items() if not isinstance(module, (nn.Embedding, BankEmbedding))]
+    matrices = {
+        p: m
+        for p, m in model.named_modules()
+        if any(w.dim() > 1 for w in m.parameters(recurse=False))
+    }
+    inner = [
+        path
+        for path, module in matrices.items()
+        if not isinstance(module, (nn.Embedding, BankEmbedding))
+    ]
     other = HALF_PATTERNS["attention" if part == "mlp" else "mlp"]
-    found = [path for path in inner if HALF_PATTERNS[part].search(path) and (part == "attention" or not other.search(path))]
+    found = [
+        path
+        for path in inner
+        if HALF_PATTERNS[part].search(path) and (part == "attention" or not other.search(path))
+    ]
     if not found:
         kinds = ", ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in inner))
-        raise ConfigError(f"trainable={part}: no layer's name says it is one; give a list of names. The layers end in {kinds}")
+        raise ConfigError(
+            f"trainable={part}: no layer's name says it is one; give a list of names. The layers end in {kinds}"
+        )
     return found
 
 
@@ -233,4 +298,6 @@ def _select_by_name(model: nn.Module, trainable: str | Sequence[str]) -> list[st
     try:
         return select_modules(model, find_linears(model), LoraSpec(target_modules=wanted))
     except ConfigError as e:
-        raise ConfigError(f"{str(e).replace('target_modules', 'trainable')}; or trainable=all, mlp or attention") from e
+        raise ConfigError(
+            f"{str(e).replace('target_modules', 'trainable')}; or trainable=all, mlp or attention"
+        ) from e

@@ -1,7 +1,9 @@
-"""Dropout as a function of names: (seed, step, sequence key, site). No mask is stored, no generator has a state.
+"""Dropout as a function of names: (seed, step, sequence key, site). No mask is stored, no generator
+has a state.
 
-Whether element n of a sequence's input is kept is a hash of the four names and n, so packing, accumulation, adapters beside,
-recompute and restarts do not matter, and backward asks the same question again.
+Whether element n of a sequence's input is kept is a hash of the four names and n, so packing,
+accumulation, adapters beside, recompute and restarts do not matter, and backward asks the same
+question again.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ WORD_MASK = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class DropoutNoise:
-    """The dropout of one forward pass over packed sequences: their ``keys`` [S] and ``starts`` [S+1].
+    """The dropout of one forward pass over packed sequences: their ``keys`` [S] and ``starts``
+    [S+1].
 
-    A ``site`` names an input (layer and place); projections that read the same input share its mask. ``rows``: only these tokens.
+    A ``site`` names an input (layer and place); projections that read the same input share its
+    mask. ``rows``: only these tokens.
     """
 
     seed: int
@@ -35,16 +39,22 @@ class DropoutNoise:
     def at(self, site: str, p: float) -> SeededDropout:
         """The dropout of one input."""
         seeds = [derive_seed("dropout", self.seed, self.step, key, site) for key in self.keys]
-        return SeededDropout(torch.tensor(seeds, dtype=torch.int64), torch.tensor(self.starts), p, self.rows)
+        return SeededDropout(
+            torch.tensor(seeds, dtype=torch.int64), torch.tensor(self.starts), p, self.rows
+        )
 
     def padded(self, total: int) -> DropoutNoise:
         """With padding behind the sequences, up to ``total`` tokens."""
-        return DropoutNoise(self.seed, self.step, (*self.keys, PADDING_KEY), (*self.starts, total), self.rows)
+        return DropoutNoise(
+            self.seed, self.step, (*self.keys, PADDING_KEY), (*self.starts, total), self.rows
+        )
 
 
 @dataclass(frozen=True)
 class SeededDropout:
-    """Inverted dropout at one input: kept elements are multiplied by 1/(1-p). seeds [S], starts [S+1] int64."""
+    """Inverted dropout at one input: kept elements are multiplied by 1/(1-p). seeds [S], starts
+    [S+1] int64.
+    """
 
     seeds: Tensor
     starts: Tensor
@@ -57,25 +67,49 @@ class SeededDropout:
         return min(round(self.p * 2.0**16), 0xFFFF)
 
     def apply(self, x: Tensor, tokens: slice) -> Tensor:
-        """x [n, width], the batch's rows ``tokens``; or a gradient with respect to the result, which passes the same mask."""
+        """x [n, width], the batch's rows ``tokens``; or a gradient with respect to the result,
+        which passes the same mask.
+        """
         keep = 1.0 / (1.0 - self.p)
-        if self.rows is None and x.dtype == torch.bfloat16 and x.device.type == "cpu" and load_library() is not None:
+        if (
+            self.rows is None
+            and x.dtype == torch.bfloat16
+            and x.device.type == "cpu"
+            and load_library() is not None
+        ):
             x = x.contiguous()
             y = torch.empty_like(x)
-            call_kernel("dropout_rows", x, y, *self._kernel_arguments(tokens), *x.shape, self.threshold, keep)
+            call_kernel(
+                "dropout_rows",
+                x,
+                y,
+                *self._kernel_arguments(tokens),
+                *x.shape,
+                self.threshold,
+                keep,
+            )
             return y
         wide = x if x.dtype == torch.float64 else x.float()
         return (wide * (self.mask(x.shape[1], x.device, tokens) * keep)).to(x.dtype)
 
     def mask(self, width: int, device: torch.device, tokens: slice = slice(None)) -> Tensor:
-        """Bool [n, width], True = kept, for the rows ``tokens`` of the batch (of ``rows``, where only some are in it)."""
+        """Bool [n, width], True = kept, for the rows ``tokens`` of the batch (of ``rows``, where
+        only some are in it).
+        """
         total = int(self.starts[-1])
         if self.rows is not None:
             return self._hash_mask(width, self.rows.cpu()[tokens]).to(device)
         first, last, _ = tokens.indices(total)
         if device.type == "cpu" and load_library() is not None:
             kept = torch.empty(last - first, width, dtype=torch.bool)
-            call_kernel("dropout_mask", kept, *self._kernel_arguments(tokens), last - first, width, self.threshold)
+            call_kernel(
+                "dropout_mask",
+                kept,
+                *self._kernel_arguments(tokens),
+                last - first,
+                width,
+                self.threshold,
+            )
             return kept
         return self._hash_mask(width, torch.arange(first, last)).to(device)
 

@@ -1,7 +1,9 @@
-"""The layers a bank lives in: a linear and an embedding that keep their base weight under its own name.
+"""The layers a bank lives in: a linear and an embedding that keep their base weight under its own
+name.
 
-`BankLinear` is the only linear of Lorry's own decoder and takes the place of `nn.Linear` or `Conv1D` in any other model.
-Adapters are not parameters of the module (FSDP, state dicts and optimizers of the base never see them): they are `AdapterSlot`s.
+`BankLinear` is the only linear of Lorry's own decoder and takes the place of `nn.Linear` or
+`Conv1D` in any other model. Adapters are not parameters of the module (FSDP, state dicts and
+optimizers of the base never see them): they are `AdapterSlot`s.
 """
 
 from __future__ import annotations
@@ -29,16 +31,20 @@ from lorry.adapters.product import (
 )
 from lorry.errors import ContractError
 
-# Other people's models cannot pass a Call down; `models/hf/model.py` sets it around their forward. It is read in forward only.
+# Other people's models cannot pass a Call down; `models/hf/model.py` sets it around their forward.
+# It is read in forward only.
 AMBIENT_CONTEXT: ContextVar[AdapterContext | None] = ContextVar("lorry_call", default=None)
 
 
-StackEntry = tuple[tuple[object, ...], Tensor, list[AdapterShare]]  # what they were made from, the stacked A's, the parts
+StackEntry = tuple[
+    tuple[object, ...], Tensor, list[AdapterShare]
+]  # what they were made from, the stacked A's, the parts
 
 
 @dataclass
 class AdapterSlot:
-    """One adapter at one module: fp32 masters A [R,I], B [O,R] (views of the adapter's flat buffer), scale and dropout.
+    """One adapter at one module: fp32 masters A [R,I], B [O,R] (views of the adapter's flat
+    buffer), scale and dropout.
 
     `LinearGroup` makes the compute copies from them.
     """
@@ -49,8 +55,12 @@ class AdapterSlot:
     scale: float
     dropout: float
     write_count: int = field(default=0, repr=False)  # how often `touch` was called
-    slot_id: int = field(default_factory=count().__next__, repr=False)  # no two slots of a process share one
-    stacks: dict[tuple[int, ...], StackEntry] = field(default_factory=dict, repr=False)  # of the groups whose first slot this is
+    slot_id: int = field(
+        default_factory=count().__next__, repr=False
+    )  # no two slots of a process share one
+    stacks: dict[tuple[int, ...], StackEntry] = field(
+        default_factory=dict, repr=False
+    )  # of the groups whose first slot this is
 
     def stamp(self) -> tuple[int, ...]:
         """Changes whenever a master may have changed."""
@@ -62,7 +72,9 @@ class AdapterSlot:
 
 
 class AdaptableLayer(nn.Module):
-    """What linears and embeddings share: their path, their slots, and the base weight kept aside while merged."""
+    """What linears and embeddings share: their path, their slots, and the base weight kept aside
+    while merged.
+    """
 
     weight: nn.Parameter
 
@@ -72,7 +84,9 @@ class AdaptableLayer(nn.Module):
         self.slots: dict[str, AdapterSlot] = {}
         self.default = AdapterContext()
         self.kept: nn.Parameter | None = None
-        self.replaced: tuple[nn.Module, ...] = ()  # the foreign layer this one stands in for (a tuple, so it is no submodule)
+        self.replaced: tuple[
+            nn.Module, ...
+        ] = ()  # the foreign layer this one stands in for (a tuple, so it is no submodule)
 
     @property
     def in_features(self) -> int:
@@ -83,7 +97,9 @@ class AdaptableLayer(nn.Module):
         raise AssertionError("a bank layer says its own width")
 
     def set_aside(self, merged: nn.Parameter) -> None:
-        """Compute with a merged weight and keep the own one, where no state dict, optimizer or FSDP sees it."""
+        """Compute with a merged weight and keep the own one, where no state dict, optimizer or FSDP
+        sees it.
+        """
         self.__dict__["kept"], self.weight = self.weight, merged
 
     def restore(self) -> None:
@@ -92,23 +108,40 @@ class AdaptableLayer(nn.Module):
         self.weight, self.kept = self.kept, None
 
     def resolve(self, call: AdapterContext | None) -> AdapterContext:
-        """The call that holds here: the one given, the one set around a foreign model, or what the bank made active."""
+        """The call that holds here: the one given, the one set around a foreign model, or what the
+        bank made active.
+        """
         return call or AMBIENT_CONTEXT.get() or self.default
 
     def terms(self, call: AdapterContext) -> list[tuple[AdapterSlot, slice | None, float | Tensor]]:
         """The call's terms that have a slot at this module. Raises ContractError on a merged layer."""
-        found = [(self.slots[t.adapter], t.rows, t.gate) for t in call.mix.terms if t.adapter in self.slots]
+        found = [
+            (self.slots[t.adapter], t.rows, t.gate)
+            for t in call.mix.terms
+            if t.adapter in self.slots
+        ]
         if found and self.kept is not None:
-            raise ContractError(f"{self.path} is merged; call unmerge(model) before using its adapters again")
+            raise ContractError(
+                f"{self.path} is merged; call unmerge(model) before using its adapters again"
+            )
         return found
 
 
 class BankLinear(AdaptableLayer):
-    """y = W x + b + the bank's terms. weight [out, in], or [in, out] when ``transposed`` (GPT-2's Conv1D)."""
+    """y = W x + b + the bank's terms. weight [out, in], or [in, out] when ``transposed`` (GPT-2's
+    Conv1D).
+    """
 
     bias: nn.Parameter | None
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, *, transposed: bool = False, path: str = "") -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        transposed: bool = False,
+        path: str = "",
+    ) -> None:
         super().__init__(path)
         self.weight = weight
         self.register_parameter("bias", bias)
@@ -117,20 +150,28 @@ class BankLinear(AdaptableLayer):
         self.product: FrozenLinear | None = None
 
     def use_product(self, product: FrozenLinear) -> None:
-        """Compute with ``product`` in place of weight and bias, which nothing reads from then on and
-        which no longer train. Raises ContractError on a merged layer or another shape."""
+        """Compute with ``product`` in place of weight and bias, which nothing reads from then on
+        and which no longer train. Raises ContractError on a merged layer or another shape."""
         if self.kept is not None:
-            raise ContractError(f"{self.path} is merged; call unmerge(model) before its product changes")
+            raise ContractError(
+                f"{self.path} is merged; call unmerge(model) before its product changes"
+            )
         if product.shape != (self.out_features, self.in_features):
             own = (self.out_features, self.in_features)
-            raise ContractError(f"{self.path} is {own} features (out, in), its new product {product.shape}")
+            raise ContractError(
+                f"{self.path} is {own} features (out, in), its new product {product.shape}"
+            )
         for param in self.parameters(recurse=False):
             param.requires_grad_(False)
         self.product = product
 
     def frozen(self) -> FrozenLinear:
         """The base product, as it is now (a merge or a device may have changed it)."""
-        return Frozen(self.weight, self.bias, self.transposed) if self.product is None else self.product
+        return (
+            Frozen(self.weight, self.bias, self.transposed)
+            if self.product is None
+            else self.product
+        )
 
     def trained(self) -> list[Tensor]:
         """What of the base product trains, in the order of `FrozenLinear.own_gradients`."""
@@ -150,8 +191,12 @@ class BankLinear(AdaptableLayer):
     def out_features(self) -> int:
         return self.frozen().shape[0]
 
-    def forward(self, x: Tensor, call: AdapterContext | None = None, site: str | None = None) -> Tensor:
-        """x [..., in] -> [..., out]. ``site`` names the input for dropout; layers that share an input pass the same one."""
+    def forward(
+        self, x: Tensor, call: AdapterContext | None = None, site: str | None = None
+    ) -> Tensor:
+        """x [..., in] -> [..., out]. ``site`` names the input for dropout; layers that share an
+        input pass the same one.
+        """
         call = self.resolve(call)
         if self.product is None and not self.terms(call):
             return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
@@ -168,11 +213,13 @@ class BankLinear(AdaptableLayer):
 
 
 class LinearGroup:
-    """Linears that read the same input, and the stacked compute copies of their adapters in the base's dtype.
+    """Linears that read the same input, and the stacked compute copies of their adapters in the
+    base's dtype.
 
-    The copies are remade after every backward pass and whenever a master's version has moved: an optimizer of the user's own
-    that updates the masters, even one that no version counter sees (fused AdamW, `p.data.add_`), can never train a stale copy.
-    Whoever else writes the memory under the masters calls `Adapter.touch`.
+    The copies are remade after every backward pass and whenever a master's version has moved: an
+    optimizer of the user's own that updates the masters, even one that no version counter sees
+    (fused AdamW, `p.data.add_`), can never train a stale copy. Whoever else writes the memory under
+    the masters calls `Adapter.touch`.
     """
 
     def __init__(self, linears: Sequence[BankLinear]) -> None:
@@ -189,14 +236,18 @@ class LinearGroup:
     def stacks(
         self, call: AdapterContext, site: str, *, routed: bool = False
     ) -> tuple[list[StackedAdapters], list[TermParams[Tensor | None]]]:
-        """What the call's terms need here, and their masters and gates. ``routed``: whether the call's
-        router may be asked here. Raises ContractError for a term of its elsewhere."""
+        """What the call's terms need here, and their masters and gates. ``routed``: whether the
+        call's router may be asked here. Raises ContractError for a term of its elsewhere."""
         stacks: list[StackedAdapters] = []
         terms: list[TermParams[Tensor | None]] = []
         for linear in self.linears:
             linear.terms(call)  # refuses a merged layer
         for term in call.mix.terms:
-            slots = [(i, linear.slots[term.adapter]) for i, linear in enumerate(self.linears) if term.adapter in linear.slots]
+            slots = [
+                (i, linear.slots[term.adapter])
+                for i, linear in enumerate(self.linears)
+                if term.adapter in linear.slots
+            ]
             if not slots:
                 continue
             route = None if call.router is None else call.route_of(term.adapter)
@@ -211,9 +262,18 @@ class LinearGroup:
             gate = term.gate if isinstance(term.gate, Tensor) else None
             tokens, inner = slice(None) if term.rows is None else term.rows, None
             gated = gate is not None or route is not None
-            if not gated and term.rows is not None and a.dtype == torch.bfloat16 and a.device.type == "cpu":
+            if (
+                not gated
+                and term.rows is not None
+                and a.dtype == torch.bfloat16
+                and a.device.type == "cpu"
+            ):
                 tokens, inner = align_rows(term.rows)
-            stacks.append(StackedAdapters(tokens, a, parts, dropout, gated, partial(_touch_slots, slots), inner, route))
+            stacks.append(
+                StackedAdapters(
+                    tokens, a, parts, dropout, gated, partial(_touch_slots, slots), inner, route
+                )
+            )
             terms.append(TermParams(tuple(PartParams(slot.A, slot.B) for _, slot in slots), gate))
         return stacks, terms
 
@@ -221,7 +281,9 @@ class LinearGroup:
         where = f"{self.linears[0].path}: the adapter {term.adapter!r} has a gate of the router of the layers"
         if isinstance(term.gate, Tensor):
             return ContractError(f"{where} and one of its own; give the term a number")
-        return ContractError(f"{where}, and this is no linear of a decoder layer; leave it out of target_modules")
+        return ContractError(
+            f"{where}, and this is no linear of a decoder layer; leave it out of target_modules"
+        )
 
     def _copy(self, slots: Sequence[tuple[int, AdapterSlot]]) -> tuple[Tensor, list[AdapterShare]]:
         """Kept with the first slot, so that they go when the adapter goes."""
@@ -233,15 +295,21 @@ class LinearGroup:
             a = torch.cat([slot.A.detach() for _, slot in slots]).to(dtype)
             parts, at = [], 0
             for i, slot in slots:
-                parts.append(AdapterShare(i, slice(at, at + slot.A.shape[0]), slot.B.detach().to(dtype), slot.scale))
+                parts.append(
+                    AdapterShare(
+                        i, slice(at, at + slot.A.shape[0]), slot.B.detach().to(dtype), slot.scale
+                    )
+                )
                 at += slot.A.shape[0]
             kept[key] = held = (stamp, a, parts)
         return held[1], held[2]
 
 
 def align_rows(rows: slice) -> tuple[slice, slice]:
-    """Some rows, widened to multiples of 64, and where they lie among those: oneDNN compiles a product anew for every shape it
-    meets, and the shares of several adapters in a batch would have ever new ones."""
+    """Some rows, widened to multiples of 64, and where they lie among those: oneDNN compiles a
+    product anew for every shape it meets, and the shares of several adapters in a batch would have
+    ever new ones.
+    """
     start = rows.start // 64 * 64
     return slice(start, -(-rows.stop // 64) * 64), slice(rows.start - start, rows.stop - start)
 
@@ -252,7 +320,9 @@ def _touch_slots(slots: Sequence[tuple[int, AdapterSlot]]) -> None:
 
 
 class BankEmbedding(AdaptableLayer):
-    """An embedding [V, D] with low-rank terms. As PEFT has it, A [R, V] starts at zero and B [D, R] at random."""
+    """An embedding [V, D] with low-rank terms. As PEFT has it, A [R, V] starts at zero and B [D, R]
+    at random.
+    """
 
     def __init__(self, weight: nn.Parameter, *, path: str = "") -> None:
         super().__init__(path)
@@ -273,8 +343,12 @@ class BankEmbedding(AdaptableLayer):
         if not found:
             return y
         call = self.resolve(call)
-        if any(t.adapter in self.slots and call.route_of(t.adapter) is not None for t in call.mix.terms):
-            raise ContractError(f"{self.path}: a router of the layers cannot gate an embedding's adapter")
+        if any(
+            t.adapter in self.slots and call.route_of(t.adapter) is not None for t in call.mix.terms
+        ):
+            raise ContractError(
+                f"{self.path}: a router of the layers cannot gate an embedding's adapter"
+            )
         flat, flat_ids = y.reshape(-1, y.shape[-1]).float(), ids.reshape(-1)
         for slot, rows, gate in found:
             part = slice(None) if rows is None else rows

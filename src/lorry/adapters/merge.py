@@ -1,12 +1,15 @@
-"""Merge: fold adapters into the weights, in fp32 and rounded once, and take them out again bit for bit.
+"""Merge: fold adapters into the weights, in fp32 and rounded once, and take them out again bit for
+bit.
 
     W' = round(W + sum_k g_k s_k B_k A_k)
 
-`merge` swaps Parameters and keeps the originals, `unmerge` puts them back; nothing is ever subtracted. `merged_tensors`
-streams the same weights one at a time without touching the model, for writing them to disk.
+`merge` swaps Parameters and keeps the originals, `unmerge` puts them back; nothing is ever
+subtracted. `merged_tensors` streams the same weights one at a time without touching the model, for
+writing them to disk.
 
-Rounding to bf16 can lose most of a small delta, so every merge measures |stored - exact| / |delta| (Frobenius norms).
-An adapter on one side of a tied head and embedding gives that side a weight of its own (`separates_tied_head`).
+Rounding to bf16 can lose most of a small delta, so every merge measures |stored - exact| / |delta|
+(Frobenius norms). An adapter on one side of a tied head and embedding gives that side a weight of
+its own (`separates_tied_head`).
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ class MergeRow:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did. ``untied``: head and embedding shared a weight and no longer do (`tie_word_embeddings` is now false)."""
+    """What a merge did. ``untied``: head and embedding shared a weight and no longer do
+    (`tie_word_embeddings` is now false).
+    """
 
     rows: tuple[MergeRow, ...] = field(repr=False)
     dtype: torch.dtype
@@ -70,11 +75,13 @@ class MergeReport:
 
 @torch.no_grad()
 def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> MergeReport:
-    """Fold adapters into the model's weights: ``weights`` {adapter: g}, by default the mix a plain `model(x)` uses now.
+    """Fold adapters into the model's weights: ``weights`` {adapter: g}, by default the mix a plain
+    `model(x)` uses now.
 
-    Afterwards `model(x)` needs no adapter and gives the merged outputs; using one raises ContractError until `unmerge`.
-    The original Parameters stay in memory. Raises ConfigError if nothing constant is active, or the model is merged
-    already; ModelError if a merged weight is not finite. Nothing is changed then.
+    Afterwards `model(x)` needs no adapter and gives the merged outputs; using one raises
+    ContractError until `unmerge`. The original Parameters stay in memory. Raises ConfigError if
+    nothing constant is active, or the model is merged already; ModelError if a merged weight is not
+    finite. Nothing is changed then.
     """
     bank = get_bank(model)
     mix = _constant_weights(bank, weights)
@@ -94,7 +101,8 @@ def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> Merge
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put every original Parameter back (the same object, so a tied head is tied again) and the mix that was active.
+    """Put every original Parameter back (the same object, so a tied head is tied again) and the mix
+    that was active.
 
     Raises ConfigError if the model is not merged.
     """
@@ -104,7 +112,11 @@ def unmerge(model: nn.Module) -> None:
     for layer in bank.modules.values():
         if layer.kept is not None:
             layer.restore()
-    sides = [find_linears(model)[p] for p in head_and_embedding(model) if p is not None and p in find_linears(model)]
+    sides = [
+        find_linears(model)[p]
+        for p in head_and_embedding(model)
+        if p is not None and p in find_linears(model)
+    ]
     if len(sides) == 2 and sides[0].weight is sides[1].weight:
         _declare_tied(model, True)
     mix, bank.before_merge = bank.before_merge, None
@@ -119,11 +131,13 @@ def merged_tensors(
     dtype: torch.dtype | None = None,
     rows: list[MergeRow] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stream (state-dict name, W + sum g s B A) for the whole model, out of place and one tensor at a time.
+    """Stream (state-dict name, W + sum g s B A) for the whole model, out of place and one tensor at
+    a time.
 
-    A name that shares its Parameter with an earlier one (a tied head) is left out while both stay equal, as in Hugging Face
-    files; where `separates_tied_head` says so it comes as a tensor of its own. ``dtype`` stores every floating tensor so instead of in its
-    own; ``rows`` receives one MergeRow per merged module. Raises what `merge` raises.
+    A name that shares its Parameter with an earlier one (a tied head) is left out while both stay
+    equal, as in Hugging Face files; where `separates_tied_head` says so it comes as a tensor of its
+    own. ``dtype`` stores every floating tensor so instead of in its own; ``rows`` receives one
+    MergeRow per merged module. Raises what `merge` raises.
     """
     bank = get_bank(model)
     mix = _constant_weights(bank, weights)
@@ -132,7 +146,9 @@ def merged_tensors(
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, leaf = name.rpartition(".")
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        if leaf == "weight" and id(model.get_submodule(owner)) in touched:  # by module, which may have several names
+        if (
+            leaf == "weight" and id(model.get_submodule(owner)) in touched
+        ):  # by module, which may have several names
             stored, row = _fold_layer(*touched[id(model.get_submodule(owner))], mix, kind)
             if rows is not None:
                 rows.append(row)
@@ -143,11 +159,19 @@ def merged_tensors(
 
 
 def separates_tied_head(model: nn.Module, weights: Mapping[str, float] | None = None) -> bool:
-    """Whether merging separates a head and an embedding that share one Parameter (then write `tie_word_embeddings=false`)."""
+    """Whether merging separates a head and an embedding that share one Parameter (then write
+    `tie_word_embeddings=false`).
+    """
     bank = get_bank(model)
     touched = _adapted_layers(bank, _constant_weights(bank, weights))
-    sides = [find_linears(model).get(path) for path in head_and_embedding(model) if path is not None]
-    shared = len(sides) == 2 and all(s is not None for s in sides) and len({id(s.weight) for s in sides if s is not None}) == 1
+    sides = [
+        find_linears(model).get(path) for path in head_and_embedding(model) if path is not None
+    ]
+    shared = (
+        len(sides) == 2
+        and all(s is not None for s in sides)
+        and len({id(s.weight) for s in sides if s is not None}) == 1
+    )
     return shared and any(s is layer for s in sides for layer in touched.values())
 
 
@@ -161,7 +185,9 @@ def _declare_tied(model: nn.Module, tied: bool) -> None:
 
 
 def _constant_weights(bank: AdapterBank, weights: Mapping[str, float] | None) -> dict[str, float]:
-    """{adapter: g} to fold. Raises ConfigError for a mix that is empty or varies over tokens, or a model merged already."""
+    """{adapter: g} to fold. Raises ConfigError for a mix that is empty or varies over tokens, or a
+    model merged already.
+    """
     if bank.before_merge is not None:
         raise ConfigError("this model is merged already; call unmerge(model) first")
     found: dict[str, float] = {}
@@ -171,16 +197,26 @@ def _constant_weights(bank: AdapterBank, weights: Mapping[str, float] | None) ->
                 f"the mix of {term.adapter!r} varies over tokens and cannot become one weight; pass weights={{name: number}}"
             )
         if not math.isfinite(term.gate):
-            raise ConfigError(f"the weight of adapter {term.adapter!r} is {term.gate}; it must be a finite number")
+            raise ConfigError(
+                f"the weight of adapter {term.adapter!r} is {term.gate}; it must be a finite number"
+            )
         found[bank[term.adapter].name] = found.get(term.adapter, 0.0) + term.gate
     if not found:
-        raise ConfigError(f"no adapter to merge; pass weights={{name: 1.0}} with names from {', '.join(bank.names()) or 'none'}")
+        raise ConfigError(
+            f"no adapter to merge; pass weights={{name: 1.0}} with names from {', '.join(bank.names()) or 'none'}"
+        )
     return found
 
 
-def _adapted_layers(bank: AdapterBank, mix: Mapping[str, float]) -> dict[str, BankLinear | BankEmbedding]:
-    """The layers at which an adapter of the mix sits. Raises ConfigError where a base weight is no dense one."""
-    if odd := [p for p, m in bank.modules.items() if isinstance(m, BankLinear) and m.product is not None]:
+def _adapted_layers(
+    bank: AdapterBank, mix: Mapping[str, float]
+) -> dict[str, BankLinear | BankEmbedding]:
+    """The layers at which an adapter of the mix sits. Raises ConfigError where a base weight is no
+    dense one.
+    """
+    if odd := [
+        p for p, m in bank.modules.items() if isinstance(m, BankLinear) and m.product is not None
+    ]:
         what = f"{len(odd)} linears have a product of their own ({odd[0]}), into which nothing can be merged"
         raise ConfigError(f"{what}; keep the adapter beside the base")
     found: dict[str, BankLinear | BankEmbedding] = {}
@@ -204,6 +240,8 @@ def _fold_layer(
     stored = exact.to(dtype, copy=True)
     if not bool(torch.isfinite(stored).all()):
         remedy = ", or merge in float32" if dtype != torch.float32 else ""
-        raise ModelError(f"merging makes {path}.weight infinite or NaN in {dtype}; check the adapter{remedy}")
+        raise ModelError(
+            f"merging makes {path}.weight infinite or NaN in {dtype}; check the adapter{remedy}"
+        )
     error = float(torch.linalg.vector_norm(exact.sub_(stored), dtype=torch.float64))
     return stored, MergeRow(path, size, error)

@@ -1,8 +1,10 @@
-"""The one low-rank product, forward and backward, without a detour: y = W x + b + sum_k g_k s_k B_k (A_k x).
+"""The one low-rank product, forward and backward, without a detour: y = W x + b + sum_k g_k s_k B_k
+(A_k x).
 
-Linears that read the same input are one piece of work: their A's are stacked, so x A^T, dA and the low-rank part of dx are one
-matrix product each, however many projections there are. The rank-R terms are added straight into the base products, nothing
-is copied per adapter, and the masters get fp32 gradients while everything is computed in the base's dtype.
+Linears that read the same input are one piece of work: their A's are stacked, so x A^T, dA and the
+low-rank part of dx are one matrix product each, however many projections there are. The rank-R
+terms are added straight into the base products, nothing is copied per adapter, and the masters get
+fp32 gradients while everything is computed in the base's dtype.
 
 T tokens, I in, O out, R rank, S the sum of the ranks of a stack.
 """
@@ -26,7 +28,9 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class AdapterShare:
-    """One linear's share of a stack: which linear, its rows of the stacked A, B [O,R] (compute copy) and its scale."""
+    """One linear's share of a stack: which linear, its rows of the stacked A, B [O,R] (compute
+    copy) and its scale.
+    """
 
     layer: int
     rows: slice
@@ -38,9 +42,9 @@ class AdapterShare:
 class StackedAdapters:
     """One term of the mix at linears that read the same input.
 
-    ``tokens``: which rows of x; ``inner``: which of those the term is for, where a few more are taken along; a [S,I]: the
-    stacked compute copies; ``gated``: a gate per token multiplies the term. ``used`` is called when gradients for the masters
-    are made: they are about to change.
+    ``tokens``: which rows of x; ``inner``: which of those the term is for, where a few more are
+    taken along; a [S,I]: the stacked compute copies; ``gated``: a gate per token multiplies the
+    term. ``used`` is called when gradients for the masters are made: they are about to change.
     """
 
     tokens: slice
@@ -53,15 +57,17 @@ class StackedAdapters:
     route: int | None = None  # the column of the layer's router that is its gate
 
     def clear(self, low: Tensor) -> Tensor:
-        """low [tokens, S], with zeros in the rows that are not this term's: what they add anywhere is nothing."""
+        """low [tokens, S], with zeros in the rows that are not this term's: what they add anywhere
+        is nothing.
+        """
         if self.inner is not None:
             low[: self.inner.start] = 0
             low[self.inner.stop :] = 0
         return low
 
     def add(self, to: Tensor, low: Tensor, up: Tensor, scale: float = 1.0) -> None:
-        """to [T,O] += scale * low [tokens,S] up [S,O] in this term's rows. The rows taken along stay as they are, bit for bit,
-        even where 0 * up is no number."""
+        """to [T,O] += scale * low [tokens,S] up [S,O] in this term's rows. The rows taken along
+        stay as they are, bit for bit, even where 0 * up is no number."""
         rows = to[self.tokens]
         if self.inner is None:
             rows.addmm_(low, up, alpha=scale)
@@ -72,12 +78,20 @@ class StackedAdapters:
 
     def drop(self, x: Tensor) -> Tensor:
         """Inverted dropout on this term's rows of x."""
-        return x[self.tokens] if self.dropout is None else self.dropout.apply(x[self.tokens], self.tokens)
+        return (
+            x[self.tokens]
+            if self.dropout is None
+            else self.dropout.apply(x[self.tokens], self.tokens)
+        )
 
     def own(self, x: Tensor) -> Tensor:
         """`drop`, with zeros in the rows that are not this term's."""
         rows = self.drop(x)
-        return rows if self.inner is None else self.clear(rows.clone() if self.dropout is None else rows)
+        return (
+            rows
+            if self.inner is None
+            else self.clear(rows.clone() if self.dropout is None else rows)
+        )
 
 
 class PartParams(NamedTuple, Generic[T_co]):
@@ -89,11 +103,13 @@ class PartParams(NamedTuple, Generic[T_co]):
 
 class TermParams(NamedTuple, Generic[T_co]):
     """One thing for each parameter of a term at linears that read the same input: the parameter
-    itself, whether it wants a gradient, or that gradient. ``parts``: as in the term's `StackedAdapters`;
-    ``gate``: of the gate per token (None in place of a tensor where the term has none).
+    itself, whether it wants a gradient, or that gradient. ``parts``: as in the term's
+    `StackedAdapters`; ``gate``: of the gate per token (None in place of a tensor where the term has
+    none).
 
     autograd takes and gives flat tuples of tensors. Their order is known to `flat` and `unflat`
-    alone, so that a variant with one parameter more changes this class and nothing it passes through.
+    alone, so that a variant with one parameter more changes this class and nothing it passes
+    through.
     """
 
     parts: tuple[PartParams[T_co], ...]
@@ -102,12 +118,19 @@ class TermParams(NamedTuple, Generic[T_co]):
     @staticmethod
     def flat(terms: Iterable[TermParams[T]]) -> list[T]:
         """What the terms hold, in autograd's order."""
-        return [entry for term in terms for entry in (*(entry for part in term.parts for entry in part), term.gate)]
+        return [
+            entry
+            for term in terms
+            for entry in (*(entry for part in term.parts for entry in part), term.gate)
+        ]
 
     @staticmethod
     def unflat(stacks: Sequence[StackedAdapters], flat: Iterator[T]) -> list[TermParams[T]]:
         """`flat` backwards: take from an iterator as much as the terms of these stacks hold."""
-        return [TermParams(tuple(PartParams(next(flat), next(flat)) for _ in stack.parts), next(flat)) for stack in stacks]
+        return [
+            TermParams(tuple(PartParams(next(flat), next(flat)) for _ in stack.parts), next(flat))
+            for stack in stacks
+        ]
 
     @staticmethod
     def none(stacks: Sequence[StackedAdapters]) -> list[TermParams[Tensor | None]]:
@@ -118,8 +141,8 @@ class TermParams(NamedTuple, Generic[T_co]):
 class FrozenLinear(Protocol):
     """The product of a linear without its adapters, y [T,O] of x [T,I]; `Frozen` is the dense one.
 
-    `BankLinear.use_product` puts another in its place: a 4-bit weight multiplies as it is stored, and a
-    variant adds a term of its own, with parameters of its own, to the product that it wraps.
+    `BankLinear.use_product` puts another in its place: a 4-bit weight multiplies as it is stored,
+    and a variant adds a term of its own, with parameters of its own, to the product that it wraps.
     """
 
     @property
@@ -195,8 +218,8 @@ class Frozen:
 class LinearProducts:
     """The work of linears with one input in one pass. ``gates``: per stack [tokens] or None.
 
-    Call `forward`; then, in backward, `input_gradient` and `master_gradients`. ``downs`` (per stack [tokens, S], what A made of
-    x) is what forward leaves for backward, besides x itself.
+    Call `forward`; then, in backward, `input_gradient` and `master_gradients`. ``downs`` (per stack
+    [tokens, S], what A made of x) is what forward leaves for backward, besides x itself.
     """
 
     layers: Sequence[FrozenLinear]
@@ -219,7 +242,9 @@ class LinearProducts:
         return ys
 
     def input_gradient(self, grads: Sequence[Tensor], needed: bool = True) -> Tensor | None:
-        """The gradient of x [T,I] from those of the ys, or None; keeps what `master_gradients` needs."""
+        """The gradient of x [T,I] from those of the ys, or None; keeps what `master_gradients`
+        needs.
+        """
         dx = None
         for layer, g in zip(self.layers, grads, strict=True):
             dx = layer.backward(g, dx) if needed else None
@@ -227,7 +252,9 @@ class LinearProducts:
         for stack, gate in zip(self.stacks, self.gates, strict=True):
             up = grads[0].new_empty(grads[0][stack.tokens].shape[0], stack.a.shape[0])
             for part in stack.parts:
-                up[:, part.rows] = torch.mm(grads[part.layer][stack.tokens], part.b).mul_(part.scale)
+                up[:, part.rows] = torch.mm(grads[part.layer][stack.tokens], part.b).mul_(
+                    part.scale
+                )
             self.raw_up_grads.append(stack.clear(up))
             self.up_grads.append(up if gate is None else up * gate.to(up.dtype)[:, None])
             if dx is None:
@@ -235,21 +262,35 @@ class LinearProducts:
             if stack.dropout is None:
                 stack.add(dx, self.up_grads[-1], stack.a)
             else:
-                more = stack.clear(stack.dropout.apply(torch.mm(self.up_grads[-1], stack.a), stack.tokens))
+                more = stack.clear(
+                    stack.dropout.apply(torch.mm(self.up_grads[-1], stack.a), stack.tokens)
+                )
                 dx[stack.tokens] += more
         return dx
 
     def master_gradients(
         self, x: Tensor, grads: Sequence[Tensor], needs: Sequence[TermParams[bool]]
     ) -> list[TermParams[Tensor | None]]:
-        """fp32 gradients of each term's masters, and of its gate in the gate's dtype; x as in forward."""
+        """fp32 gradients of each term's masters, and of its gate in the gate's dtype; x as in
+        forward.
+        """
         out: list[TermParams[Tensor | None]] = []
         for stack, gate, h, up, raw, need in zip(
-            self.stacks, self.gates, self.down_outputs, self.up_grads, self.raw_up_grads, needs, strict=True
+            self.stacks,
+            self.gates,
+            self.down_outputs,
+            self.up_grads,
+            self.raw_up_grads,
+            needs,
+            strict=True,
         ):
             if any(part.A or part.B for part in need.parts):
                 stack.used()
-            da = torch.mm(up.t(), stack.own(x)).float() if any(part.A for part in need.parts) else None
+            da = (
+                torch.mm(up.t(), stack.own(x)).float()
+                if any(part.A for part in need.parts)
+                else None
+            )
             weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
             parts: list[PartParams[Tensor | None]] = []
             for part, wanted in zip(stack.parts, need.parts, strict=True):
@@ -259,26 +300,34 @@ class LinearProducts:
                     g = g if stack.inner is None else stack.clear(g.clone())
                     db = torch.mm(g.t(), weighted[:, part.rows]).float().mul_(part.scale)
                 parts.append(PartParams(da[part.rows] if da is not None and wanted.A else None, db))
-            dgate = (h.float() * raw.float()).sum(1).to(gate.dtype) if gate is not None and need.gate else None
+            dgate = (
+                (h.float() * raw.float()).sum(1).to(gate.dtype)
+                if gate is not None and need.gate
+                else None
+            )
             out.append(TermParams(tuple(parts), dgate))
         return out
 
 
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """What `LowRankFunction` computes: linears that read the same input, and the terms of the call there."""
+    """What `LowRankFunction` computes: linears that read the same input, and the terms of the call
+    there.
+    """
 
     layers: Sequence[FrozenLinear]
     stacks: Sequence[StackedAdapters]
 
 
 class LowRankFunction(torch.autograd.Function):
-    """`apply(x [T,I], linears, *TermParams.flat(terms), *base)` -> y [T,O] per linear, with gradients
-    for all tensors. base: those weights and biases of the layers that train.
+    """`apply(x [T,I], linears, *TermParams.flat(terms), *base)` -> y [T,O] per linear, with
+    gradients for all tensors. base: those weights and biases of the layers that train.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linears: Linears, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, linears: Linears, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         terms = TermParams.unflat(linears.stacks, iter(tensors))
         work = LinearProducts(linears.layers, linears.stacks, [term.gate for term in terms])
         ys = work.forward(x)
@@ -298,5 +347,9 @@ class LowRankFunction(torch.autograd.Function):
         work = LinearProducts(layers, stacks, list(saved), downs)
         dx = work.input_gradient(grads, needs_x)
         masters = TermParams.flat(work.master_gradients(x, grads, terms))
-        base = [t for layer, g in zip(layers, grads, strict=True) for t in layer.own_gradients(x, g)] if needs_base else []
+        base = (
+            [t for layer, g in zip(layers, grads, strict=True) for t in layer.own_gradients(x, g)]
+            if needs_base
+            else []
+        )
         return dx, None, *masters, *base

@@ -1,4 +1,6 @@
-"""LoraSpec: what one adapter is. Names are PEFT's, so people can type what they know; the mathematics is in `ops.py`."""
+"""LoraSpec: what one adapter is. Names are PEFT's, so people can type what they know; the
+mathematics is in `ops.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,16 @@ InitScheme = bool | Literal["gaussian"]
 class LoraSpec:
     """Rank, scale, dropout and targets of an adapter (Hu et al. 2021, arXiv 2106.09685).
 
-    r: rank. lora_alpha: scale numerator, 2r when None. use_rslora: alpha/sqrt(r) instead of alpha/r (arXiv 2312.03732).
-    target_modules: "auto" (every linear of attention and MLP that text trains: `left_out` names what a foreign model has
-    besides), "all-linear" (every linear but the output head; fused experts are tensors and no linears), a list of
-    names (a module matches when its path equals the name or ends in ".name"; `lm_head` and `embed` are understood for every
-    family), or one regular expression matched against the whole path. exclude_modules: list or regular expression.
-    layers_to_transform: layer numbers to keep. rank_pattern, alpha_pattern: {name or regex of the path's end: value}.
-    init_lora_weights: True = Kaiming-uniform A and zero B, "gaussian" = normal A of std 1/r and zero B, False = both random.
-    Raises ConfigError for values outside their range.
+    r: rank. lora_alpha: scale numerator, 2r when None. use_rslora: alpha/sqrt(r) instead of alpha/r
+    (arXiv 2312.03732). target_modules: "auto" (every linear of attention and MLP that text trains:
+    `left_out` names what a foreign model has besides), "all-linear" (every linear but the output
+    head; fused experts are tensors and no linears), a list of names (a module matches when its path
+    equals the name or ends in ".name"; `lm_head` and `embed` are understood for every family), or
+    one regular expression matched against the whole path. exclude_modules: list or regular
+    expression. layers_to_transform: layer numbers to keep. rank_pattern, alpha_pattern: {name or
+    regex of the path's end: value}. init_lora_weights: True = Kaiming-uniform A and zero B,
+    "gaussian" = normal A of std 1/r and zero B, False = both random. Raises ConfigError for values
+    outside their range.
     """
 
     r: int = 16
@@ -44,16 +48,25 @@ class LoraSpec:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.layers_to_transform, int):
             object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
-        for where, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
+        for where, rank in [
+            ("r", self.r),
+            *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()),
+        ]:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ConfigError(f"{where} is {rank!r}; a rank is a whole number of at least 1")
-        for where, key in [("rank_pattern", k) for k in self.rank_pattern] + [("alpha_pattern", k) for k in self.alpha_pattern]:
+        for where, key in [("rank_pattern", k) for k in self.rank_pattern] + [
+            ("alpha_pattern", k) for k in self.alpha_pattern
+        ]:
             try:
                 re.compile(key)
             except re.error as e:
-                raise ConfigError(f"{where} names {key!r}, which is not a valid regular expression: {e}") from e
+                raise ConfigError(
+                    f"{where} names {key!r}, which is not a valid regular expression: {e}"
+                ) from e
         if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout is {self.lora_dropout!r}; it must be at least 0 and below 1")
+            raise ConfigError(
+                f"lora_dropout is {self.lora_dropout!r}; it must be at least 0 and below 1"
+            )
 
     def rank(self, module: str) -> int:
         """The rank at a module path."""
@@ -61,7 +74,13 @@ class LoraSpec:
 
     def alpha(self, module: str) -> float:
         """The scale numerator at a module path; without a pattern entry `lora_alpha`, or 2r."""
-        return float(_match_pattern(self.alpha_pattern, module, 2 * self.r if self.lora_alpha is None else self.lora_alpha))
+        return float(
+            _match_pattern(
+                self.alpha_pattern,
+                module,
+                2 * self.r if self.lora_alpha is None else self.lora_alpha,
+            )
+        )
 
     def scale(self, module: str) -> float:
         """s = alpha/r, or alpha/sqrt(r) with use_rslora."""
@@ -71,4 +90,6 @@ class LoraSpec:
 
 def _match_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     """First pattern that matches the end of the path, as PEFT reads them (`(.*\\.)?(pattern)$`)."""
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next(
+        (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default
+    )

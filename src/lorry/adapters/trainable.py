@@ -1,7 +1,9 @@
-"""Whatever trains: a set of parameters in one flat fp32 buffer, with gradients in another of the same shape.
+"""Whatever trains: a set of parameters in one flat fp32 buffer, with gradients in another of the
+same shape.
 
-An adapter is one (`bank.Adapter`), the base's own weights are one (`base_weights.BaseWeights`). What is to come (a router,
-magnitudes, a value head) implements the same face, and optimizer, backend, contracts and checkpoints take it as it is.
+An adapter is one (`bank.Adapter`), the base's own weights are one (`base_weights.BaseWeights`).
+What is to come (a router, magnitudes, a value head) implements the same face, and optimizer,
+backend, contracts and checkpoints take it as it is.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ class ParamGroup:
 class ParameterSet(Protocol):
     """values, grads: [P] fp32, on the model's device.
 
-    ``name``: what batches, metrics and checkpoints call it. ``kind``: the prefix of its tensors in a checkpoint (`adapter`,
-    `weights`). ``in_mix``: whether its sequences have a term of the mix; those of base weights have none. ``drops``: whether its
-    forward pass draws dropout masks.
+    ``name``: what batches, metrics and checkpoints call it. ``kind``: the prefix of its tensors in
+    a checkpoint (`adapter`, `weights`). ``in_mix``: whether its sequences have a term of the mix;
+    those of base weights have none. ``drops``: whether its forward pass draws dropout masks.
     """
 
     name: str
@@ -49,7 +51,9 @@ class ParameterSet(Protocol):
     def drops(self) -> bool: ...
 
     def ranges(self) -> Sequence[tuple[slice, bool, bool]]:
-        """(part of the buffer, whether it takes LoRA+'s own rate, whether it decays), in order, none empty."""
+        """(part of the buffer, whether it takes LoRA+'s own rate, whether it decays), in order,
+        none empty.
+        """
 
     def targets(self) -> list[str]:
         """What has to see a gradient: modules of an adapter, tensors of base weights."""
@@ -58,13 +62,17 @@ class ParameterSet(Protocol):
         """Any [P] tensor (values, moments) as views by canonical names."""
 
     def masters(self) -> Mapping[str, Tensor]:
-        """The tensors that the optimizer has to cover, by canonical names: found by the memory they occupy."""
+        """The tensors that the optimizer has to cover, by canonical names: found by the memory they
+        occupy.
+        """
 
     def base_parameters(self) -> Mapping[str, nn.Parameter]:
         """Those of the model's own parameters that are this set's."""
 
     def wanting_gradients(self) -> set[str]:
-        """The names of the masters that autograd sees, where they are none of the model's own parameters."""
+        """The names of the masters that autograd sees, where they are none of the model's own
+        parameters.
+        """
 
     def bind_grads(self) -> None:
         """Let autograd accumulate into ``grads``."""
@@ -80,7 +88,9 @@ class ParameterSet(Protocol):
 
 
 def param_groups(params: ParameterSet, *, lr_ratio: float, weight_decay: float) -> list[ParamGroup]:
-    """The ranges of a set with the numbers of a run. ``lr_ratio``: LoRA+'s, of lora_B over lora_A (arXiv 2402.12354)."""
+    """The ranges of a set with the numbers of a run. ``lr_ratio``: LoRA+'s, of lora_B over lora_A
+    (arXiv 2402.12354).
+    """
     return [
         ParamGroup(part, lr_ratio if own_rate else 1.0, weight_decay if decays else 0.0)
         for part, own_rate, decays in params.ranges()
@@ -88,6 +98,8 @@ def param_groups(params: ParameterSet, *, lr_ratio: float, weight_decay: float) 
 
 
 def parameter_set(model: nn.Module, name: str) -> ParameterSet:
-    """What trains under this name: the base's weights if they were switched on as such, else an adapter. Raises ConfigError."""
+    """What trains under this name: the base's weights if they were switched on as such, else an
+    adapter. Raises ConfigError.
+    """
     weights = get_base_weights(model)
     return weights if weights is not None and weights.name == name else get_bank(model)[name]

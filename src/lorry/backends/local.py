@@ -1,4 +1,6 @@
-"""The backend for one device: the model, its bank, and an optimizer per adapter; or one for the base weights that train."""
+"""The backend for one device: the model, its bank, and an optimizer per adapter; or one for the
+base weights that train.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ from lorry.models.scoring.score import Want, evaluate_wants
 
 
 class LocalBackend:
-    """One model on one device. ``trained``: the adapters this run steps (others of the bank stay frozen), or the name of the base
-    weights that `train_weights` has switched on."""
+    """One model on one device. ``trained``: the adapters this run steps (others of the bank stay
+    frozen), or the name of the base weights that `train_weights` has switched on."""
 
     def __init__(
         self,
@@ -39,14 +41,20 @@ class LocalBackend:
         self.model, self.seed = model, seed
         self.bank: AdapterBank = get_bank(model)
         self.trained = list(trained)
-        self.owners: dict[str, ParameterSet] = {name: parameter_set(model, name) for name in self.trained}
+        self.owners: dict[str, ParameterSet] = {
+            name: parameter_set(model, name) for name in self.trained
+        }
         each = optim if isinstance(optim, Mapping) else dict.fromkeys(self.trained, optim)
-        self.optimizers = {name: ParameterSetOptimizer(owner, each[name]) for name, owner in self.owners.items()}
+        self.optimizers = {
+            name: ParameterSetOptimizer(owner, each[name]) for name, owner in self.owners.items()
+        }
         self.present: frozenset[str] = frozenset()
         self.at, self.keys = 0, list[int]()  # the step being made and its sequences, for messages
 
     def adapter_of(self, name: str) -> str | None:
-        """The adapter that a name means in a mix; None for what trains and has no term there (base weights)."""
+        """The adapter that a name means in a mix; None for what trains and has no term there (base
+        weights).
+        """
         return name if name not in self.owners or self.owners[name].in_mix else None
 
     @property
@@ -56,18 +64,27 @@ class LocalBackend:
     # --- training
 
     def forward_backward(self, batches: Sequence[Batch], task: Task, step: int) -> StepStats:
-        """The micro-batches of one optimizer step. Raises NonFiniteError, naming the sequences, before any update."""
+        """The micro-batches of one optimizer step. Raises NonFiniteError, naming the sequences,
+        before any update.
+        """
         totals = term_totals(batches)
         self.at, self.keys = step, [key for batch in batches for key in batch.key.tolist()]
         for owner in self.owners.values():
             owner.bind_grads()
         sums = {term: torch.zeros(len(task.adapters), dtype=torch.float64) for term in totals}
         for batch in batches:
-            for term, values in self._micro_batch(batch.to(self.device), task, step, totals).items():
+            for term, values in self._micro_batch(
+                batch.to(self.device), task, step, totals
+            ).items():
                 sums[term] += values
         weights = torch.stack(list(totals.values())).sum(0)
-        self.present = frozenset(n for n, w in zip(task.adapters, weights.tolist(), strict=True) if w > 0)
-        terms = {t: {n: float(v) for n, v in zip(task.adapters, values, strict=True)} for t, values in sums.items()}
+        self.present = frozenset(
+            n for n, w in zip(task.adapters, weights.tolist(), strict=True) if w > 0
+        )
+        terms = {
+            t: {n: float(v) for n, v in zip(task.adapters, values, strict=True)}
+            for t, values in sums.items()
+        }
         return StepStats(
             loss={n: sum(values[n] for values in terms.values()) for n in task.adapters},
             terms=terms,
@@ -76,15 +93,25 @@ class LocalBackend:
             present=self.present,
         )
 
-    def _micro_batch(self, batch: Batch, task: Task, step: int, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Forward, loss, backward. Returns each term's normalised sum per adapter, [K] float64 on the CPU."""
+    def _micro_batch(
+        self, batch: Batch, task: Task, step: int, totals: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Forward, loss, backward. Returns each term's normalised sum per adapter, [K] float64 on
+        the CPU.
+        """
         owner = batch.adapter.clamp(min=0)
-        call = AdapterContext(self.mix_of(batch, task.adapters), self._noise(batch, task.adapters, step))
+        call = AdapterContext(
+            self.mix_of(batch, task.adapters), self._noise(batch, task.adapters, step)
+        )
         losses = task.loss(evaluate_wants(self.model, batch, task.wants(batch), call), batch)
         total, seen = torch.zeros((), device=self.device), {}
         for term, values in losses.items():
             weight = totals[term].to(self.device)[owner]
-            share = torch.where((weight > 0) & (batch.adapter >= 0), values / weight.clamp(min=1e-30).to(values.dtype), 0.0)
+            share = torch.where(
+                (weight > 0) & (batch.adapter >= 0),
+                values / weight.clamp(min=1e-30).to(values.dtype),
+                0.0,
+            )
             total = total + share.sum()
             self._finite(values, batch, term, step)
             seen[term] = torch.zeros(len(task.adapters), dtype=torch.float64).index_add_(
@@ -105,23 +132,36 @@ class LocalBackend:
             )
 
     def _noise(self, batch: Batch, adapters: Sequence[str], step: int) -> DropoutNoise | None:
-        if not any((self.owners[name] if name in self.owners else self.bank[name]).drops for name in adapters):
+        if not any(
+            (self.owners[name] if name in self.owners else self.bank[name]).drops
+            for name in adapters
+        ):
             return None
-        return DropoutNoise(self.seed, step, tuple(batch.key.tolist()), tuple(batch.starts.tolist()))
+        return DropoutNoise(
+            self.seed, step, tuple(batch.key.tolist()), tuple(batch.starts.tolist())
+        )
 
     def mix_of(self, batch: Batch, adapters: Sequence[str]) -> Mix:
-        """One-hot per sequence by the batch's adapter numbers; BASE, and base weights that train, mean no adapter."""
-        names = [None if k == BASE else self.adapter_of(adapters[k]) for k in batch.adapter.tolist()]
+        """One-hot per sequence by the batch's adapter numbers; BASE, and base weights that train,
+        mean no adapter.
+        """
+        names = [
+            None if k == BASE else self.adapter_of(adapters[k]) for k in batch.adapter.tolist()
+        ]
         return Mix.per_sequence(names, batch.starts.tolist())
 
     def step(self, lr: Mapping[str, float]) -> GradientNorms:
-        """Update every adapter that was present, at its own rate. Raises NonFiniteError, and updates nobody, if any gradient is
-        not finite."""
+        """Update every adapter that was present, at its own rate. Raises NonFiniteError, and
+        updates nobody, if any gradient is not finite."""
         norms = self._norms()
         for name, norm in norms.norms.items():
             if not norm < float("inf"):
                 owner = self.owners[name]
-                where = [t for t, g in owner.split_like(owner.grads).items() if not torch.isfinite(g).all()]
+                where = [
+                    t
+                    for t, g in owner.split_like(owner.grads).items()
+                    if not torch.isfinite(g).all()
+                ]
                 self.discard()
                 raise NonFiniteError(
                     f"step {self.at + 1}: the gradient of {where[0] if where else name} ({owner.label}) is not finite in "
@@ -142,19 +182,29 @@ class LocalBackend:
     def _norms(self) -> GradientNorms:
         stepping = [n for n in self.trained if n in self.present]
         return GradientNorms(
-            {n: self.owners[n].norm() for n in stepping}, {n: self.owners[n].zero_grad_names() for n in stepping}
+            {n: self.owners[n].norm() for n in stepping},
+            {n: self.owners[n].zero_grad_names() for n in stepping},
         )
 
     # --- no gradients
 
     @torch.no_grad()
-    def score(self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None) -> list[dict[str, Tensor]]:
-        """Per batch, everything wanted, on the CPU. ``mix`` None: the batch's own adapter numbers over the trained adapters."""
+    def score(
+        self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Per batch, everything wanted, on the CPU. ``mix`` None: the batch's own adapter numbers
+        over the trained adapters.
+        """
         out = []
         for batch in batches:
             moved = batch.to(self.device)
             call = AdapterContext(self.mix_of(batch, self.trained) if mix is None else mix)
-            out.append({name: value.cpu() for name, value in evaluate_wants(self.model, moved, wants, call).items()})
+            out.append(
+                {
+                    name: value.cpu()
+                    for name, value in evaluate_wants(self.model, moved, wants, call).items()
+                }
+            )
         return out
 
     @torch.no_grad()
@@ -165,16 +215,19 @@ class LocalBackend:
     # --- state
 
     def state(self) -> dict[str, Tensor]:
-        """adapter/NAME/MODULE.lora_A (of base weights weights/NAME/TENSOR), adam_m/..., adam_v/..., adam_count/NAME and rng/cpu:
-        everything a resumed run needs.
+        """adapter/NAME/MODULE.lora_A (of base weights weights/NAME/TENSOR), adam_m/..., adam_v/...,
+        adam_count/NAME and rng/cpu: everything a resumed run needs.
 
-        On a CPU these are the tensors in use, not copies (K adapters with their moments would be held twice): who wants to keep
-        them beyond the next step clones them.
+        On a CPU these are the tensors in use, not copies (K adapters with their moments would be
+        held twice): who wants to keep them beyond the next step clones them.
         """
         state = {"rng/cpu": torch.get_rng_state()}
         for name, owner in self.owners.items():
             for kind, flat in self._flat_tensors(name):
-                state |= {f"{kind}/{name}/{tensor}": view.detach().cpu() for tensor, view in owner.split_like(flat).items()}
+                state |= {
+                    f"{kind}/{name}/{tensor}": view.detach().cpu()
+                    for tensor, view in owner.split_like(flat).items()
+                }
             state[f"adam_count/{name}"] = self.optimizers[name].moments()[2].cpu()
         return state
 
@@ -185,17 +238,23 @@ class LocalBackend:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave. Raises ModelError unless names and shapes are exactly those of this run and every value is
-        finite."""
+        """Take back what `state` gave. Raises ModelError unless names and shapes are exactly those
+        of this run and every value is finite."""
         mine = self.state()
         if odd := sorted(set(mine) ^ set(state)):
-            raise ModelError(f"the checkpoint and this run disagree about {odd[0]!r} ({len(odd)} tensors in all)")
+            raise ModelError(
+                f"the checkpoint and this run disagree about {odd[0]!r} ({len(odd)} tensors in all)"
+            )
         for tensor, value in mine.items():
             here, there = ((t.dtype, tuple(t.shape)) for t in (value, state[tensor]))
             if here != there:
-                raise ModelError(f"{tensor} is {there[0]} {there[1]} in the checkpoint and {here[0]} {here[1]} here")
+                raise ModelError(
+                    f"{tensor} is {there[0]} {there[1]} in the checkpoint and {here[0]} {here[1]} here"
+                )
             if not is_finite(state[tensor]):
-                raise ModelError(f"{tensor} holds NaN or infinity in the checkpoint; go on from an earlier one")
+                raise ModelError(
+                    f"{tensor} holds NaN or infinity in the checkpoint; go on from an earlier one"
+                )
         for name, owner in self.owners.items():
             for kind, flat in self._flat_tensors(name):
                 for tensor, view in owner.split_like(flat).items():
@@ -206,17 +265,31 @@ class LocalBackend:
 
     def inspect(self) -> ParameterInspection:
         """Trainable, optimized and saved tensors, the first two found by the memory they occupy."""
-        trainable, optimized = {n for n, p in self.model.named_parameters() if p.requires_grad}, set[str]()
+        trainable, optimized = (
+            {n for n, p in self.model.named_parameters() if p.requires_grad},
+            set[str](),
+        )
         for name, owner in self.owners.items():
-            held = [p for group in self.optimizers[name].adamw.param_groups for p in group["params"]]
+            held = [
+                p for group in self.optimizers[name].adamw.param_groups for p in group["params"]
+            ]
             masters, own = owner.masters(), owner.base_parameters()
             trainable = {f"{name}/{n}" if n in own else n for n in trainable}
             trainable |= {f"{name}/{tensor}" for tensor in owner.wanting_gradients()}
-            optimized |= {f"{name}/{n}" for n, master in masters.items() if any(_covers_memory(part, master) for part in held)}
-        saved = {t.partition("/")[2] for t in self.state() if t.startswith(("adapter/", "weights/"))}
+            optimized |= {
+                f"{name}/{n}"
+                for n, master in masters.items()
+                if any(_covers_memory(part, master) for part in held)
+            }
+        saved = {
+            t.partition("/")[2] for t in self.state() if t.startswith(("adapter/", "weights/"))
+        }
         moving = [p for owner in self.owners.values() for p in owner.base_parameters().values()]
         return ParameterInspection(
-            frozenset(trainable), frozenset(optimized), frozenset(saved), sample_digest(self.model, trained=moving)
+            frozenset(trainable),
+            frozenset(optimized),
+            frozenset(saved),
+            sample_digest(self.model, trained=moving),
         )
 
 

@@ -1,7 +1,8 @@
-"""AdamW over the flat buffer of a parameter set: one fused kernel for each of its groups, one norm, one clip.
+"""AdamW over the flat buffer of a parameter set: one fused kernel for each of its groups, one norm,
+one clip.
 
-Decoupled weight decay (Loshchilov & Hutter 2019). Which ranges have a rate of their own, and which decay, is the set's to say
-(`adapters/trainable.py`).
+Decoupled weight decay (Loshchilov & Hutter 2019). Which ranges have a rate of their own, and which
+decay, is the set's to say (`adapters/trainable.py`).
 """
 
 from __future__ import annotations
@@ -30,12 +31,20 @@ class ParameterSetOptimizer:
 
     def __init__(self, params: ParameterSet, settings: OptimSettings) -> None:
         self.params, self.settings = params, settings
-        self.groups = param_groups(params, lr_ratio=settings.b_ratio, weight_decay=settings.weight_decay)
+        self.groups = param_groups(
+            params, lr_ratio=settings.b_ratio, weight_decay=settings.weight_decay
+        )
         self.views = [nn.Parameter(params.values[group.part]) for group in self.groups]
         self.adamw = torch.optim.AdamW(
-            [{"params": [view], "weight_decay": group.weight_decay} for view, group in zip(self.views, self.groups, strict=True)],
-            lr=0.0, betas=settings.betas, eps=settings.eps, fused=True,
-        )  # fmt: skip
+            [
+                {"params": [view], "weight_decay": group.weight_decay}
+                for view, group in zip(self.views, self.groups, strict=True)
+            ],
+            lr=0.0,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
         self.m, self.v = torch.zeros_like(params.values), torch.zeros_like(params.values)
         for view, group in zip(self.views, self.groups, strict=True):
             self.adamw.state[view] = {
@@ -49,7 +58,9 @@ class ParameterSetOptimizer:
         limit = self.settings.max_grad_norm
         if limit and norm > limit:
             self.params.grads.mul_(limit / (norm + 1e-6))
-        for view, group, adamw in zip(self.views, self.groups, self.adamw.param_groups, strict=True):
+        for view, group, adamw in zip(
+            self.views, self.groups, self.adamw.param_groups, strict=True
+        ):
             view.grad = self.params.grads[group.part]
             adamw["lr"] = lr * group.lr_ratio
         self.adamw.step()

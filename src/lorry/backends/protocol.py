@@ -1,8 +1,10 @@
-"""The seam. A backend runs micro-batches, steps adapters, scores and generates; a task is data plus a pure loss.
+"""The seam. A backend runs micro-batches, steps adapters, scores and generates; a task is data plus
+a pure loss.
 
-They meet only here and in the engine. A loss returns, per named term, one value for every sequence; the backend adds the terms'
-weights over micro-batches (and ranks) before the first backward and divides each term by its own total, per adapter. So the
-gradient never depends on how sequences were packed or accumulated, and K jobs in one batch are K separate runs.
+They meet only here and in the engine. A loss returns, per named term, one value for every sequence;
+the backend adds the terms' weights over micro-batches (and ranks) before the first backward and
+divides each term by its own total, per adapter. So the gradient never depends on how sequences were
+packed or accumulated, and K jobs in one batch are K separate runs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ LossTerms = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one `forward_backward` saw. loss, terms: per adapter, normalised; tokens, supervised: of this step."""
+    """What one `forward_backward` saw. loss, terms: per adapter, normalised; tokens, supervised: of
+    this step.
+    """
 
     loss: Mapping[str, float]
     terms: Mapping[str, Mapping[str, float]]
@@ -35,8 +39,8 @@ class StepStats:
 
 @dataclass(frozen=True)
 class GradientNorms:
-    """What one `step` or `discard` saw: the gradient norm of each adapter before clipping, and the modules whose A and B both
-    had an exactly zero gradient."""
+    """What one `step` or `discard` saw: the gradient norm of each adapter before clipping, and the
+    modules whose A and B both had an exactly zero gradient."""
 
     norms: Mapping[str, float]
     silent: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -44,8 +48,8 @@ class GradientNorms:
 
 @dataclass(frozen=True)
 class ParameterInspection:
-    """For the contracts: what is trainable, what the optimizer holds and what is saved (canonical names, found by identity),
-    and a digest of a sample of the base weights."""
+    """For the contracts: what is trainable, what the optimizer holds and what is saved (canonical
+    names, found by identity), and a digest of a sample of the base weights."""
 
     trainable: frozenset[str]
     optimized: frozenset[str]
@@ -54,16 +58,21 @@ class ParameterInspection:
 
 
 class ScoringBackend(Protocol):
-    """The part of a backend a task may use while it gathers batches: scores and samples, no gradients."""
+    """The part of a backend a task may use while it gathers batches: scores and samples, no
+    gradients.
+    """
 
-    def score(self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None) -> list[dict[str, Tensor]]: ...
+    def score(
+        self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None
+    ) -> list[dict[str, Tensor]]: ...
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]: ...
 
 
 class Task(Protocol):
     """Data plus a pure loss.
 
-    ``adapters``: the names a Batch's adapter numbers mean, in order. ``total_steps``: optimizer steps of the whole run.
+    ``adapters``: the names a Batch's adapter numbers mean, in order. ``total_steps``: optimizer
+    steps of the whole run.
     """
 
     adapters: Sequence[str]
@@ -79,7 +88,10 @@ class Task(Protocol):
 
 
 class Backend(ScoringBackend, Protocol):
-    """Where a run happens. ``adapter_of`` says which adapter a trained name is in a mix (None: base weights). ``state`` holds adapters, moments, counts and random state under canonical names, whole tensors."""
+    """Where a run happens. ``adapter_of`` says which adapter a trained name is in a mix (None: base
+    weights). ``state`` holds adapters, moments, counts and random state under canonical names,
+    whole tensors.
+    """
 
     @property
     def device(self) -> torch.device: ...
@@ -93,7 +105,9 @@ class Backend(ScoringBackend, Protocol):
 
 
 def term_totals(batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """{term: [K]} weights added over micro-batches. Raises ValueError if the batches declare different terms."""
+    """{term: [K]} weights added over micro-batches. Raises ValueError if the batches declare
+    different terms.
+    """
     names = list(batches[0].terms)
     if any(list(b.terms) != names for b in batches):
         raise ValueError("the micro-batches of one step must declare the same loss terms")

@@ -1,4 +1,6 @@
-"""Backends by name: `backend.name` of a run chooses one. A new one is a module beside this one and a line here."""
+"""Backends by name: `backend.name` of a run chooses one. A new one is a module beside this one and
+a line here.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,19 @@
-"""Run descriptions: the settings of every verb, read from the command line, YAML, JSON or Python. No torch here."""
+"""Run descriptions: the settings of every verb, read from the command line, YAML, JSON or Python.
+No torch here.
+"""
 
 from lorry.config.distill import DistillConfig, DistillRunConfig
 from lorry.config.evaluation import EvalSettings
 from lorry.config.jobs import runs_by_adapter
 from lorry.config.parsing.parse import build_settings, dump_settings, parse_settings
-from lorry.config.schema import BackendConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from lorry.config.schema import (
+    BackendConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from lorry.config.settings import (
     ChatSettings,
     CompareSettings,
@@ -21,8 +30,29 @@ from lorry.config.settings import (
 )
 
 __all__ = [
-    "BackendConfig", "ChatSettings", "CompareSettings", "DataConfig", "DemoSettings", "DistillConfig", "DistillRunConfig",
-    "DoctorSettings", "EvalSettings", "ExportSettings", "LoraConfig", "MergeSettings", "ModelConfig", "PlanSettings",
-    "PushSettings", "ReportSettings", "RunConfig", "RunsSettings", "SweepSettings", "TrainConfig", "UnmergeSettings", "build_settings", "dump_settings",
-    "runs_by_adapter", "parse_settings",
-]  # fmt: skip
+    "BackendConfig",
+    "ChatSettings",
+    "CompareSettings",
+    "DataConfig",
+    "DemoSettings",
+    "DistillConfig",
+    "DistillRunConfig",
+    "DoctorSettings",
+    "EvalSettings",
+    "ExportSettings",
+    "LoraConfig",
+    "MergeSettings",
+    "ModelConfig",
+    "PlanSettings",
+    "PushSettings",
+    "ReportSettings",
+    "RunConfig",
+    "RunsSettings",
+    "SweepSettings",
+    "TrainConfig",
+    "UnmergeSettings",
+    "build_settings",
+    "dump_settings",
+    "parse_settings",
+    "runs_by_adapter",
+]

@@ -1,4 +1,6 @@
-"""What every group of settings shares: no unknown keys, frozen, plain values; and the kinds of value that need a check."""
+"""What every group of settings shares: no unknown keys, frozen, plain values; and the kinds of
+value that need a check.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +9,35 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 from lorry.config.parsing.names import accepts_type, describe_allowed, show_value
 from lorry.config.parsing.sizes import parse_size
 from lorry.visible import is_visible
 
-LARGEST_INTEGER = 2**63 - 1  # what torch, Arrow and safetensors hold; Python's own integers have no end
-DTYPE_WORDS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+LARGEST_INTEGER = (
+    2**63 - 1
+)  # what torch, Arrow and safetensors hold; Python's own integers have no end
+DTYPE_WORDS = {
+    "fp32": "float32",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+}
 
 
-LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name beside it takes up to 50 more
+LONGEST_NAME = (
+    200  # bytes; file systems take 255, and a temporary name beside it takes up to 50 more
+)
 LONGEST_PATH = 3800  # bytes; Linux takes 4,095, the names inside a run directory some of them
 
 
@@ -28,7 +48,9 @@ def _clean_path(text: str) -> str:
 
 
 def _clean_directory(path: Path) -> Path:
-    """A directory that can be made, as far as its name goes: what is written on its way lies beside it under a longer name."""
+    """A directory that can be made, as far as its name goes: what is written on its way lies beside
+    it under a longer name.
+    """
     cleaned = Path(_clean_path(_check_printable(str(path))))
     parts = [len(os.fsencode(part)) for part in cleaned.parts]
     if max(parts, default=0) > LONGEST_NAME or sum(parts) + len(parts) > LONGEST_PATH:
@@ -43,9 +65,13 @@ def _check_path_length(text: str) -> str:
 
 
 def _check_printable(text: str) -> str:
-    """Names of what is written are printed on standard output, for other programs to read, as they are."""
+    """Names of what is written are printed on standard output, for other programs to read, as they
+    are.
+    """
     if not is_visible(text):
-        raise ValueError("must not hold control characters, line breaks, or characters that reverse text")
+        raise ValueError(
+            "must not hold control characters, line breaks, or characters that reverse text"
+        )
     return text
 
 
@@ -72,7 +98,9 @@ def _clean_name(text: str) -> str:
 
 
 def _refuse_beyond_64_bits(value: Any) -> None:
-    """A whole number that no tensor, file format or loop could take, anywhere in a setting. Raises ValueError."""
+    """A whole number that no tensor, file format or loop could take, anywhere in a setting. Raises
+    ValueError.
+    """
     waiting, seen = [value], set[int]()  # a YAML anchor may hold itself
     while waiting:
         part = waiting.pop()
@@ -85,7 +113,9 @@ def _refuse_beyond_64_bits(value: Any) -> None:
 
 PathText = Annotated[str, AfterValidator(_clean_path)]
 DirPath = Annotated[Path, AfterValidator(_clean_directory)]
-DtypeName = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_read_dtype)]
+DtypeName = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_read_dtype)
+]
 MemorySize = Annotated[str, BeforeValidator(_read_size), AfterValidator(_check_size)]
 CheckedName = Annotated[str, AfterValidator(_clean_name)]
 
@@ -96,12 +126,18 @@ def config_field(default: Any, description: str, **limits: Any) -> Any:
 
 
 def derived_field(shown: str, description: str, **limits: Any) -> Any:
-    """A field that is worked out from others when it is left alone or null; ``shown`` is its default in words."""
-    return config_field(None, description, validate_default=True, json_schema_extra={"shown": shown}, **limits)
+    """A field that is worked out from others when it is left alone or null; ``shown`` is its
+    default in words.
+    """
+    return config_field(
+        None, description, validate_default=True, json_schema_extra={"shown": shown}, **limits
+    )
 
 
 class SettingsGroup(BaseModel):
-    """Settings that belong together. ``main`` is the field that ``group=value`` means; ``positional`` takes bare words."""
+    """Settings that belong together. ``main`` is the field that ``group=value`` means;
+    ``positional`` takes bare words.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     main: ClassVar[str] = ""
@@ -119,6 +155,8 @@ class SettingsGroup(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _bounded_numbers(cls, value: Any) -> Any:
-        """Once read: a number may have been given as text. Groups inside have looked at their own settings by then."""
+        """Once read: a number may have been given as text. Groups inside have looked at their own
+        settings by then.
+        """
         _refuse_beyond_64_bits(value)
         return value

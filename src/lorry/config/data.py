@@ -11,7 +11,9 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from lorry.config.base import PathText, SettingsGroup, config_field
 
-FormatName = Literal["auto", "text", "prompt_completion", "messages", "conversations", "alpaca", "question_answer"]
+FormatName = Literal[
+    "auto", "text", "prompt_completion", "messages", "conversations", "alpaca", "question_answer"
+]
 
 
 class DataConfig(SettingsGroup):
@@ -20,30 +22,48 @@ class DataConfig(SettingsGroup):
     main: ClassVar[str] = "path"
     needs_rows: ClassVar[bool] = True
     path: PathText | list[PathText] | None = config_field(
-        None, "file, directory or hub id, or a list of them", json_schema_extra={"shown": "required, or mix"}
+        None,
+        "file, directory or hub id, or a list of them",
+        json_schema_extra={"shown": "required, or mix"},
     )
     mix: list[str] = config_field(
-        [], "named sets and suites (docs/sets.md) to mix instead of a path, such as [common_gen, bool_q]"
+        [],
+        "named sets and suites (docs/sets.md) to mix instead of a path, such as [common_gen, bool_q]",
     )
     weights: dict[str, PositiveFloat] | list[PositiveFloat] | None = config_field(
-        None, "share of each named set of mix in an epoch, by name or in order; null: every row once"
+        None,
+        "share of each named set of mix in an epoch, by name or in order; null: every row once",
     )
-    local: dict[str, PathText] = config_field({}, "files of named sets: local.NAME=path, or of one split: local.NAME.train=path")
-    template: NonNegativeInt | None = config_field(None, "prompt template of named sets; null: drawn for each row by the seed")
+    local: dict[str, PathText] = config_field(
+        {}, "files of named sets: local.NAME=path, or of one split: local.NAME.train=path"
+    )
+    template: NonNegativeInt | None = config_field(
+        None, "prompt template of named sets; null: drawn for each row by the seed"
+    )
     name: str | None = config_field(None, "configuration of a hub data set")
     split: str = config_field("train", "split of a hub data set")
     format: FormatName = config_field("auto", "how a row is read; auto goes by its columns")
     eval: PathText | None = config_field(None, "file, directory or hub id to evaluate on")
     eval_split: str | None = config_field(None, "split to evaluate on, of eval or else of path")
-    test_size: int | float | None = config_field(None, "rows of path held out for evaluation: a share below 1 or a count")
+    test_size: int | float | None = config_field(
+        None, "rows of path held out for evaluation: a share below 1 or a count"
+    )
     n: PositiveInt | None = config_field(None, "use the first n rows; with mix, of each named set")
     eval_n: PositiveInt | None = config_field(None, "the same of the rows to evaluate on")
     streaming: bool = config_field(False, "read rows as they are needed")
     shuffle: bool = config_field(True, "another order each epoch, a function of (seed, epoch)")
-    max_length: int = config_field(1024, "longest example in tokens; a longer one loses the start of its prompt", ge=2)
-    packing: bool = config_field(False, "lay several examples end to end in max_length tokens; they do not see each other")
-    completion_only_loss: bool | None = config_field(None, "learn the answers only; null: yes, unless the rows are plain text")
-    on_bad_row: Literal["error", "skip", "quarantine"] = config_field("error", "stop, drop the row, or keep it in a file aside")
+    max_length: int = config_field(
+        1024, "longest example in tokens; a longer one loses the start of its prompt", ge=2
+    )
+    packing: bool = config_field(
+        False, "lay several examples end to end in max_length tokens; they do not see each other"
+    )
+    completion_only_loss: bool | None = config_field(
+        None, "learn the answers only; null: yes, unless the rows are plain text"
+    )
+    on_bad_row: Literal["error", "skip", "quarantine"] = config_field(
+        "error", "stop, drop the row, or keep it in a file aside"
+    )
     system: str | None = config_field(None, "system message for conversations that bring none")
     text_field: str | None = config_field(None, "column of plain text")
 
@@ -64,26 +84,38 @@ class DataConfig(SettingsGroup):
     @model_validator(mode="after")
     def _one_kind_of_rows(self) -> DataConfig:
         if self.needs_rows and self.path is None and not self.mix:
-            raise ValueError("data.path is missing: give data=FILE, or data.mix=[...] with named sets")
+            raise ValueError(
+                "data.path is missing: give data=FILE, or data.mix=[...] with named sets"
+            )
         if self.path is not None and self.mix:
             raise ValueError("data.path and data.mix both say what to read; keep one")
         if self.weights is not None and not self.mix:
-            raise ValueError("data.weights are the shares of the named sets in data.mix, which is empty")
+            raise ValueError(
+                "data.weights are the shares of the named sets in data.mix, which is empty"
+            )
         if self.mix and (self.streaming or self.format != "auto" or self.text_field is not None):
-            raise ValueError("data.streaming, format and text_field are for data.path; named sets know how they are read")
+            raise ValueError(
+                "data.streaming, format and text_field are for data.path; named sets know how they are read"
+            )
         return self
 
     @field_validator("test_size")
     @classmethod
     def _share_or_count(cls, value: int | float | None) -> int | float | None:
-        if value is None or (isinstance(value, int) and value >= 1) or (isinstance(value, float) and 0 < value < 1):
+        if (
+            value is None
+            or (isinstance(value, int) and value >= 1)
+            or (isinstance(value, float) and 0 < value < 1)
+        ):
             return value
         raise ValueError(f"got {value}; give a share between 0 and 1 or a count of at least 1")
 
     @model_validator(mode="after")
     def _one_way_to_evaluate(self) -> DataConfig:
         if self.test_size is not None and (self.eval or self.eval_split):
-            raise ValueError("data.test_size and data.eval (or data.eval_split) both say what to evaluate on; keep one")
+            raise ValueError(
+                "data.test_size and data.eval (or data.eval_split) both say what to evaluate on; keep one"
+            )
         return self
 
     @property

@@ -1,4 +1,5 @@
-"""The description of a distillation: a training run whose task is to speak as a teacher does. No torch here.
+"""The description of a distillation: a training run whose task is to speak as a teacher does. No
+torch here.
 
 Try: lorry distill data=people.jsonl teacher=runs/large loss=jsd temperature=2
 """
@@ -19,22 +20,33 @@ class DistillConfig(SettingsGroup):
     """the teacher and how the student follows it"""
 
     main: ClassVar[str] = "teacher"
-    teacher: PathText | None = config_field(None, "model or run to learn from; null with teacher_adapter: the student's own base")
+    teacher: PathText | None = config_field(
+        None, "model or run to learn from; null with teacher_adapter: the student's own base"
+    )
     teacher_adapter: PathText | None = config_field(
         None, "adapter of the teacher; on the student's base it costs no second model"
     )
     teacher_dtype: DtypeName = config_field("auto", "format of the teacher's weights")
-    teacher_quantize: Literal["nf4", "fp4", "int8"] | None = config_field(None, "hold its matrices in 4 or 8 bits (bitsandbytes)")
+    teacher_quantize: Literal["nf4", "fp4", "int8"] | None = config_field(
+        None, "hold its matrices in 4 or 8 bits (bitsandbytes)"
+    )
     loss: DivergenceName = config_field(
-        "kl", "kl (teacher to student), reverse_kl, jsd (with beta), or uld for another tokenizer (sorted probabilities)"
+        "kl",
+        "kl (teacher to student), reverse_kl, jsd (with beta), or uld for another tokenizer (sorted probabilities)",
     )
     temperature: float = config_field(1.0, "both distributions are softened by it", ge=1e-3, le=1e3)
-    beta: float = config_field(0.5, "jsd: share of the teacher in the mixture; 0 is kl, 1 reverse_kl", ge=0, le=1)
-    alpha: float = config_field(0.5, "weight of the teacher; 1 - alpha is that of the data's own answers", gt=0, le=1)
+    beta: float = config_field(
+        0.5, "jsd: share of the teacher in the mixture; 0 is kl, 1 reverse_kl", ge=0, le=1
+    )
+    alpha: float = config_field(
+        0.5, "weight of the teacher; 1 - alpha is that of the data's own answers", gt=0, le=1
+    )
     top_k: PositiveInt | None = derived_field(
         "null; 64 with cache", "keep the teacher's likeliest tokens only; null: all of them"
     )
-    cache: PathText | None = config_field(None, "directory that keeps the teacher's scores, so that it is read once")
+    cache: PathText | None = config_field(
+        None, "directory that keeps the teacher's scores, so that it is read once"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -53,7 +65,9 @@ class DistillConfig(SettingsGroup):
 
 
 class DistillRunConfig(RunConfig):
-    """A student learns from a teacher: another model, another adapter of its base, or a teacher in 4 bits."""
+    """A student learns from a teacher: another model, another adapter of its base, or a teacher in
+    4 bits.
+    """
 
     task: Literal["distill"] = config_field("distill", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's
     distill: DistillConfig
@@ -63,5 +77,7 @@ class DistillRunConfig(RunConfig):
         if self.jobs:
             raise ValueError("jobs: a distillation trains one student; run several")
         if self.data.streaming:
-            raise ValueError("data.streaming: a distillation reads its rows more than once; leave streaming out")
+            raise ValueError(
+                "data.streaming: a distillation reads its rows more than once; leave streaming out"
+            )
         return self

@@ -14,8 +14,25 @@ from lorry.config.base import DirPath, PathText, SettingsGroup, config_field, de
 from lorry.config.data import FormatName
 from lorry.config.schema import BackendConfig, ModelConfig
 
-TASK_FIELDS = ("local", "task_split", "n_shot", "template", "chat", "temperature", "top_p", "top_k", "seed")
-FILE_FIELDS = ("name", "split", "format", "text_field", "max_length", "completion_only_loss")  # of data
+TASK_FIELDS = (
+    "local",
+    "task_split",
+    "n_shot",
+    "template",
+    "chat",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+)
+FILE_FIELDS = (
+    "name",
+    "split",
+    "format",
+    "text_field",
+    "max_length",
+    "completion_only_loss",
+)  # of data
 
 
 class EvalData(SettingsGroup):
@@ -29,32 +46,50 @@ class EvalData(SettingsGroup):
     split: str = config_field("train", "split of a folder or hub data set")
     format: FormatName = config_field("auto", "how a row is read; auto goes by its columns")
     text_field: str | None = config_field(None, "column of plain text")
-    max_length: int = config_field(1024, "longest row in tokens for the loss; a longer one loses the start of its prompt", ge=2)
-    completion_only_loss: bool | None = config_field(None, "loss of the answers only; null: yes, unless the rows are plain text")
+    max_length: int = config_field(
+        1024, "longest row in tokens for the loss; a longer one loses the start of its prompt", ge=2
+    )
+    completion_only_loss: bool | None = config_field(
+        None, "loss of the answers only; null: yes, unless the rows are plain text"
+    )
     on_bad_row: Literal["error", "skip"] = config_field("error", "stop, or leave the row out")
     system: str | None = config_field(None, "system message for conversations that bring none")
 
 
 class EvalSettings(SettingsGroup):
-    """Loss, perplexity, exact match, ROUGE-L and token accuracy of a model, adapter or run on a file; or named sets."""
+    """Loss, perplexity, exact match, ROUGE-L and token accuracy of a model, adapter or run on a
+    file; or named sets.
+    """
 
     positional: ClassVar[str] = "model"
     model: ModelConfig = ModelConfig()
     data: EvalData = EvalData()
-    tasks: list[str] = config_field([], "named sets and suites instead of a file, such as [bool_q, common_gen] or flan")
-    local: dict[str, PathText] = config_field({}, "files of named sets: local.NAME=path, or of a split: local.NAME.test=path")
+    tasks: list[str] = config_field(
+        [], "named sets and suites instead of a file, such as [bool_q, common_gen] or flan"
+    )
+    local: dict[str, PathText] = config_field(
+        {}, "files of named sets: local.NAME=path, or of a split: local.NAME.test=path"
+    )
     task_split: Literal["auto", "train", "validation", "test"] = config_field(
         "auto", "which rows of the tasks; auto: the labelled split that is not trained on"
     )
-    n_shot: NonNegativeInt = config_field(0, "worked examples before each question, drawn from the training split by the seed")
+    n_shot: NonNegativeInt = config_field(
+        0, "worked examples before each question, drawn from the training split by the seed"
+    )
     template: NonNegativeInt = config_field(0, "prompt template of the tasks")
-    chat: bool = config_field(True, "ask through the chat template where there is one; false: as plain text")
+    chat: bool = config_field(
+        True, "ask through the chat template where there is one; false: as plain text"
+    )
     backend: BackendConfig = BackendConfig()
     limit: PositiveInt | None = config_field(None, "evaluate the first so many rows")
     batch_size: PositiveInt = config_field(8, "rows at a time")
-    max_new_tokens: PositiveInt | None = derived_field("64; each task's own", "longest generated answer in tokens")
+    max_new_tokens: PositiveInt | None = derived_field(
+        "64; each task's own", "longest generated answer in tokens"
+    )
     temperature: float = config_field(0.0, "0: greedy; above: sampled", ge=0)
-    top_p: float | None = config_field(None, "sample from the likeliest tokens of this share", gt=0, le=1)
+    top_p: float | None = config_field(
+        None, "sample from the likeliest tokens of this share", gt=0, le=1
+    )
     top_k: PositiveInt | None = config_field(None, "sample from so many likeliest tokens")
     seed: NonNegativeInt = config_field(0, "of the shots, the sampling and the intervals")
     output_dir: DirPath | None = config_field(
@@ -66,24 +101,41 @@ class EvalSettings(SettingsGroup):
     @model_validator(mode="after")
     def _something_to_ask(self) -> EvalSettings:
         if (self.data.path is None) == (not self.tasks):
-            raise ValueError("say what to evaluate on: data=FILE, or tasks=[...] with named sets; one of the two")
+            raise ValueError(
+                "say what to evaluate on: data=FILE, or tasks=[...] with named sets; one of the two"
+            )
         return self
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> EvalSettings:
         if not self.tasks and (odd := _first_changed(self, TASK_FIELDS)):
-            raise ValueError(f"{odd} is for tasks=[...]; the rows of data={self.data.path} are asked greedily, as they stand")
+            raise ValueError(
+                f"{odd} is for tasks=[...]; the rows of data={self.data.path} are asked greedily, as they stand"
+            )
         if self.tasks and (odd := _first_changed(self.data, FILE_FIELDS)):
             hint = "; task_split says which rows are asked" if odd == "split" else ""
-            raise ValueError(f"data.{odd} is for data=FILE; named sets know how they are read{hint}")
+            raise ValueError(
+                f"data.{odd} is for data=FILE; named sets know how they are read{hint}"
+            )
         if self.temperature == 0 and (odd := _first_changed(self, ("top_p", "top_k"))):
-            raise ValueError(f"{odd} is for sampled answers; give temperature=1 or another above 0 with it")
+            raise ValueError(
+                f"{odd} is for sampled answers; give temperature=1 or another above 0 with it"
+            )
         if self.output_dir is not None and self.output_dir.suffix == ".csv" and not self.tasks:
-            raise ValueError(f"output_dir={self.output_dir}: tables in CSV are of tasks=[...]; name a folder or a .json file")
+            raise ValueError(
+                f"output_dir={self.output_dir}: tables in CSV are of tasks=[...]; name a folder or a .json file"
+            )
         return self
 
 
 def _first_changed(group: SettingsGroup, names: Sequence[str]) -> str:
     """The first of these settings that is not its default, or an empty string."""
     fields = type(group).model_fields
-    return next((name for name in names if getattr(group, name) != fields[name].get_default(call_default_factory=True)), "")
+    return next(
+        (
+            name
+            for name in names
+            if getattr(group, name) != fields[name].get_default(call_default_factory=True)
+        ),
+        "",
+    )

@@ -1,4 +1,6 @@
-"""``lorry VERB --help``: every setting of a verb with its default and its line of help, as plain text."""
+"""``lorry VERB --help``: every setting of a verb with its default and its line of help, as plain
+text.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def format_help(schema: type[BaseModel], usage: str, line: str) -> str:
         out += ["Settings", *_help_rows(own, width), ""]
     for group, inner in names.groups.items():
         main = getattr(inner, "main", "")
-        out.append(f"{group}: {inner.__doc__}" + (f" ({group}=X sets {group}.{main})" if main else ""))
+        out.append(
+            f"{group}: {inner.__doc__}" + (f" ({group}=X sets {group}.{main})" if main else "")
+        )
         out += [*_help_rows(inner.model_fields, width), ""]
     out += [
         "A setting may be written alone (r=8) where its name is unique, with its group (lora.r=8), or as a flag (--lora_r 8).",
@@ -40,7 +44,10 @@ def _help_rows(fields: dict[str, FieldInfo], width: int) -> Iterator[str]:
         head = f"{INDENT}{name}"
         default = shown_default(field)
         choices = [
-            str(choice) for kind in union_members(field.annotation) if get_origin(kind) is Literal for choice in get_args(kind)
+            str(choice)
+            for kind in union_members(field.annotation)
+            if get_origin(kind) is Literal
+            for choice in get_args(kind)
         ]
         listed = f" ({', '.join(choices)})" if len(choices) > 1 else ""
         text = f"{field.description or ''}{listed} [{default}]"
@@ -50,10 +57,14 @@ def _help_rows(fields: dict[str, FieldInfo], width: int) -> Iterator[str]:
 
 
 def shown_default(field: FieldInfo) -> str:
-    """A field's default as one would type it: ``16``, ``null``, ``required``, or words where it depends on others."""
+    """A field's default as one would type it: ``16``, ``null``, ``required``, or words where it
+    depends on others.
+    """
     extra = field.json_schema_extra
     if isinstance(extra, dict) and "shown" in extra:
         return str(extra["shown"])
     if field.default is PydanticUndefined:
         return "required"
-    return {"None": "null", "True": "true", "False": "false", "[]": "none"}.get(str(field.default), str(field.default))
+    return {"None": "null", "True": "true", "False": "false", "[]": "none"}.get(
+        str(field.default), str(field.default)
+    )

@@ -1,10 +1,12 @@
-"""Several jobs in one run (`jobs:`), and the grids that make them (`lorry sweep`): the run, with a few settings of its own each.
+"""Several jobs in one run (`jobs:`), and the grids that make them (`lorry sweep`): the run, with a
+few settings of its own each.
 
     jobs: [{name: small, r: 8}, {name: large, r: 64, learning_rate: 1e-4}]
     lorry sweep run.yaml r=8,16,32 learning_rate=1e-4,3e-4
 
-A job is read, placed and validated as the run it would be alone; what a `RunConfig` keeps of it is its name and the values that differ,
-so that a description written and read back is the same jobs. `runs_by_adapter` gives them back whole.
+A job is read, placed and validated as the run it would be alone; what a `RunConfig` keeps of it is
+its name and the values that differ, so that a description written and read back is the same jobs.
+`runs_by_adapter` gives them back whole.
 """
 
 from __future__ import annotations
@@ -21,11 +23,19 @@ from pydantic import BaseModel
 
 from lorry.config.base import SettingsGroup
 from lorry.config.parsing.names import SchemaNames, schema_names, show_value, union_members
-from lorry.config.parsing.place import GivenSetting, PlacedSetting, flag_field, parse_typed_list, place_setting
+from lorry.config.parsing.place import (
+    GivenSetting,
+    PlacedSetting,
+    flag_field,
+    parse_typed_list,
+    place_setting,
+)
 from lorry.config.schema import JOBS, DataConfig, LoraConfig, RunConfig, TrainConfig
 from lorry.errors import ConfigError
 
-BASE_JOB = "base"  # what base weights that train (lora=null) are called where an adapter would have a name
+BASE_JOB = (
+    "base"  # what base weights that train (lora=null) are called where an adapter would have a name
+)
 MOST_JOBS = 1000  # a grid of three axes of 100 values would be a million runs: a slip of the hand
 EXPANDED_KEYS = ("jobs", "sweep")  # settings that stand for jobs
 JOB_GROUPS = ("lora", "data", "train")
@@ -33,19 +43,48 @@ JOB_GROUPS = ("lora", "data", "train")
 SHARED_SETTINGS = frozenset(
     f"train.{name}"
     for name in (
-        *["gradient_checkpointing", "logging_steps", "save_strategy", "save_steps", "save_total_limit"],
-        *["resume_from_checkpoint", "report_to", "run_name", "eval_tasks", "eval_limit", "eval_n_shot"],
+        *[
+            "gradient_checkpointing",
+            "logging_steps",
+            "save_strategy",
+            "save_steps",
+            "save_total_limit",
+        ],
+        *[
+            "resume_from_checkpoint",
+            "report_to",
+            "run_name",
+            "eval_tasks",
+            "eval_limit",
+            "eval_n_shot",
+        ],
     )
 ) | {"lora.adapter_name"}
 # names in a run directory that are not an adapter's
 RESERVED_NAMES = frozenset(["checkpoints", "previous", "tensorboard", "data"])
-FILE_SUFFIXES = frozenset([".json", ".jsonl", ".yaml", ".html", ".png", ".md", ".safetensors", ".jinja", ".model", ".txt"])
+FILE_SUFFIXES = frozenset(
+    [".json", ".jsonl", ".yaml", ".html", ".png", ".md", ".safetensors", ".jinja", ".model", ".txt"]
+)
 SHORT_LABELS = {
-    "learning_rate": "lr", "lora_alpha": "alpha", "lora_dropout": "dropout", "num_train_epochs": "epochs", "max_steps": "steps",
-    "per_device_train_batch_size": "batch", "gradient_accumulation_steps": "accumulation", "weight_decay": "decay",
-    "warmup_ratio": "warmup", "warmup_steps": "warmup", "max_grad_norm": "clip", "loraplus_lr_ratio": "plus",
-    "lr_scheduler_type": "", "target_modules": "", "init_lora_weights": "init", "use_rslora": "rslora", "path": "", "data": "",
-}  # fmt: skip
+    "learning_rate": "lr",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "per_device_train_batch_size": "batch",
+    "gradient_accumulation_steps": "accumulation",
+    "weight_decay": "decay",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "max_grad_norm": "clip",
+    "loraplus_lr_ratio": "plus",
+    "lr_scheduler_type": "",
+    "target_modules": "",
+    "init_lora_weights": "init",
+    "use_rslora": "rslora",
+    "path": "",
+    "data": "",
+}
 
 
 class JobSettings(SettingsGroup):
@@ -74,13 +113,22 @@ class JobOverrides:
     origins: dict[str, str] = field(default_factory=dict)
 
     def over(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of the run with this job's in their place. Raises ConfigError for a run without an adapter."""
+        """The settings of the run with this job's in their place. Raises ConfigError for a run
+        without an adapter.
+        """
         if "lora" in tree and tree["lora"] is None:
-            raise ConfigError("lora=null (training the base weights themselves) leaves no adapters for jobs")
-        over = {**tree, **{group: {**tree.get(group, {}), **own} for group, own in self.tree.items()}}
+            raise ConfigError(
+                "lora=null (training the base weights themselves) leaves no adapters for jobs"
+            )
+        over = {
+            **tree,
+            **{group: {**tree.get(group, {}), **own} for group, own in self.tree.items()},
+        }
         if brought := {"path", "mix"} & self.tree.get("data", {}).keys():
             # what the job reads stands in the place of what the run reads, not beside it
-            over["data"] = {k: v for k, v in over["data"].items() if k in brought or k not in ("path", "mix")}
+            over["data"] = {
+                k: v for k, v in over["data"].items() if k in brought or k not in ("path", "mix")
+            }
         return over
 
 
@@ -89,7 +137,9 @@ def set_in_tree(tree: dict[str, Any], placed: PlacedSetting) -> None:
     group, _, leaf = placed.dotted.rpartition(".")
     within = {**(tree.get(group) or {})} if group else tree
     before = within.get(leaf)
-    within[leaf] = {**before, **placed.value} if placed.part and isinstance(before, dict) else placed.value
+    within[leaf] = (
+        {**before, **placed.value} if placed.part and isinstance(before, dict) else placed.value
+    )
     if group:
         tree[group] = within
 
@@ -98,12 +148,16 @@ def set_in_tree(tree: dict[str, Any], placed: PlacedSetting) -> None:
 
 
 def is_sweep_axis(given: GivenSetting) -> bool:
-    """Whether a typed setting is several values to try: ``r=8,16``, for a field that takes neither text nor a list of its own."""
+    """Whether a typed setting is several values to try: ``r=8,16``, for a field that takes neither
+    text nor a list of its own.
+    """
     wanted = flag_field(schema_names(JobSettings), given.key)
     if wanted is None or not given.typed or not isinstance(given.value, str):
         return False
     kinds = union_members(wanted.annotation)
-    plain = str not in kinds and not any(getattr(kind, "__origin__", None) in (list, dict) for kind in kinds)
+    plain = str not in kinds and not any(
+        getattr(kind, "__origin__", None) in (list, dict) for kind in kinds
+    )
     return plain and ("," in given.value or given.value.startswith("["))
 
 
@@ -116,7 +170,9 @@ def expand_jobs(several: Mapping[str, GivenSetting], axes: Sequence[GivenSetting
         raise ConfigError(f"{swept[0].where}: a list of jobs and a sweep are both given; keep one")
     items = given or swept
     if len(items) > MOST_JOBS:
-        raise ConfigError(f"{items[0].where}: {len(items):,} jobs are too many for a run; at most {MOST_JOBS:,}")
+        raise ConfigError(
+            f"{items[0].where}: {len(items):,} jobs are too many for a run; at most {MOST_JOBS:,}"
+        )
     seen = dict[str, str]()
     for item in items:
         if item.name.lower() in seen:
@@ -129,7 +185,9 @@ def expand_jobs(several: Mapping[str, GivenSetting], axes: Sequence[GivenSetting
 
 
 def _listed_jobs(given: GivenSetting) -> list[JobItem]:
-    if not isinstance(given.value, list) or not all(isinstance(one, Mapping) for one in given.value):
+    if not isinstance(given.value, list) or not all(
+        isinstance(one, Mapping) for one in given.value
+    ):
         raise ConfigError(f"{given.where}: jobs: got {show_value(given.value)}; give {JOBS}")
     return [_make_job_item(given, number, one) for number, one in enumerate(given.value)]
 
@@ -137,11 +195,20 @@ def _listed_jobs(given: GivenSetting) -> list[JobItem]:
 def _make_job_item(given: GivenSetting, number: int, one: Mapping[str, Any]) -> JobItem:
     where = given.inner.get(str(number), given.where)
     if not isinstance(one.get("name"), (str, int)):
-        raise ConfigError(f"{where}: job {number + 1} has no name; give name: and the settings that are its own")
+        raise ConfigError(
+            f"{where}: job {number + 1} has no name; give name: and the settings that are its own"
+        )
     name = str(one["name"])
     if name in RESERVED_NAMES or Path(name).suffix in FILE_SUFFIXES:
-        raise ConfigError(f"{where}: {name!r} cannot be a job's name: a run directory has a file or folder like that")
-    settings = [each for key, value in one.items() if key != "name" for each in _spread_group(given, f"{number}.", key, value)]
+        raise ConfigError(
+            f"{where}: {name!r} cannot be a job's name: a run directory has a file or folder like that"
+        )
+    settings = [
+        each
+        for key, value in one.items()
+        if key != "name"
+        for each in _spread_group(given, f"{number}.", key, value)
+    ]
     return JobItem(name, settings, where)
 
 
@@ -155,24 +222,43 @@ def _spread_group(given: GivenSetting, prefix: str, key: str, value: Any) -> lis
 
 
 def _sweep_jobs(sweep: GivenSetting | None, axes: Sequence[GivenSetting]) -> list[JobItem]:
-    """Every combination of a map of lists, or the maps of a list as they are; names are made from the values."""
+    """Every combination of a map of lists, or the maps of a list as they are; names are made from
+    the values.
+    """
     value = sweep.value if sweep is not None else None
     if sweep is not None and isinstance(value, list) and value:
         if axes or not all(isinstance(one, Mapping) for one in value):
-            raise ConfigError(f"{sweep.where}: a sweep is a map of lists, or a list of maps and nothing beside it")
+            raise ConfigError(
+                f"{sweep.where}: a sweep is a map of lists, or a list of maps and nothing beside it"
+            )
         return _name_combinations(
-            [[each for k, v in one.items() for each in _spread_group(sweep, f"{n}.", k, v)] for n, one in enumerate(value)]
+            [
+                [each for k, v in one.items() for each in _spread_group(sweep, f"{n}.", k, v)]
+                for n, one in enumerate(value)
+            ]
         )
     if value and not isinstance(value, Mapping):
         raise ConfigError(
             f"{sweep.where if sweep else ''}: a sweep is a map of lists, such as {{r: [8, 16]}}; got {show_value(value)}"
         )
-    given = [] if sweep is None or not value else [each for k, v in value.items() for each in _spread_group(sweep, "", k, v)]
+    given = (
+        []
+        if sweep is None or not value
+        else [each for k, v in value.items() for each in _spread_group(sweep, "", k, v)]
+    )
     typed = [GivenSetting(axis.key, parse_typed_list(axis.value), axis.where) for axis in axes]
     grid = list({axis.key: axis for axis in (*given, *typed)}.values())
-    choices = [[GivenSetting(a.key, one, a.where) for one in (a.value if isinstance(a.value, list) else [a.value])] for a in grid]
+    choices = [
+        [
+            GivenSetting(a.key, one, a.where)
+            for one in (a.value if isinstance(a.value, list) else [a.value])
+        ]
+        for a in grid
+    ]
     if (count := prod(map(len, choices))) > MOST_JOBS:
-        axes_shown = " x ".join(f"{axis.key}: {len(values):,}" for axis, values in zip(grid[:8], choices, strict=False))
+        axes_shown = " x ".join(
+            f"{axis.key}: {len(values):,}" for axis, values in zip(grid[:8], choices, strict=False)
+        )
         raise ConfigError(
             f"{grid[0].where}: the sweep has {count:,} combinations ({axes_shown}); at most {MOST_JOBS:,} can be trained. "
             "Shorten the lists, or give the combinations themselves as a list of maps"
@@ -181,12 +267,16 @@ def _sweep_jobs(sweep: GivenSetting | None, axes: Sequence[GivenSetting]) -> lis
 
 
 def _name_combinations(combinations: Sequence[Sequence[GivenSetting]]) -> list[JobItem]:
-    names = ["-".join(_value_label(given) for given in settings) or "job" for settings in combinations]
+    names = [
+        "-".join(_value_label(given) for given in settings) or "job" for settings in combinations
+    ]
     items = list[JobItem]()
     for name, settings in zip(names, combinations, strict=True):
         short = name if len(name) <= 56 else f"{name[:52]}-{len(items) + 1}"
         if any(short == item.name for item in items):
-            raise ConfigError(f"{settings[0].where}: the sweep has the same combination twice: {short}")
+            raise ConfigError(
+                f"{settings[0].where}: the sweep has the same combination twice: {short}"
+            )
         items.append(JobItem(short, settings, settings[0].where))
     return items
 
@@ -197,23 +287,37 @@ def _value_label(given: GivenSetting) -> str:
     value = given.value
     if isinstance(value, float):
         mantissa, exponent = f"{value:.6e}".split("e")
-        plain = f"{value:g}" if 1e-2 <= abs(value) < 1e4 or not value else f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+        plain = (
+            f"{value:g}"
+            if 1e-2 <= abs(value) < 1e4 or not value
+            else f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+        )
     elif isinstance(value, str) and ("/" in value or leaf == "path"):
         plain = Path(value).stem
     else:
         plain = "+".join(map(str, value)) if isinstance(value, list) else str(value).lower()
-    return re.sub(r"[^A-Za-z0-9_-]+", lambda m: "." if m[0] == "." else "-", f"{SHORT_LABELS.get(leaf, leaf)}{plain}").strip(".-")
+    return re.sub(
+        r"[^A-Za-z0-9_-]+",
+        lambda m: "." if m[0] == "." else "-",
+        f"{SHORT_LABELS.get(leaf, leaf)}{plain}",
+    ).strip(".-")
 
 
 # --- from items to a run's jobs, and back
 
 
 def resolve_job_overrides(names: SchemaNames, item: JobItem, notes: list[str]) -> JobOverrides:
-    """A job's settings under their full names. Raises ConfigError for one that is unknown, or the same for all jobs."""
+    """A job's settings under their full names. Raises ConfigError for one that is unknown, or the
+    same for all jobs.
+    """
     mine = schema_names(JobSettings)
     own = JobOverrides(item.name, {"lora": {}, "data": {}, "train": {}})
     for given in item.settings:
-        if flag_field(mine, given.key) is None and not mine.candidates(given.key) and given.key not in mine.groups:
+        if (
+            flag_field(mine, given.key) is None
+            and not mine.candidates(given.key)
+            and given.key not in mine.groups
+        ):
             _refuse_shared(names, given)
         for placed in place_setting(mine, given, notes):
             if placed.dotted in SHARED_SETTINGS:
@@ -224,20 +328,32 @@ def resolve_job_overrides(names: SchemaNames, item: JobItem, notes: list[str]) -
                     f"{given.where}: {given.key}={show_value(given.value)} is no setting of a job; every job is an adapter"
                 )
             if leaf in own.tree[group] and not placed.part:
-                raise ConfigError(f"{given.where}: {placed.dotted} is given twice for the job {item.name!r}; keep one")
+                raise ConfigError(
+                    f"{given.where}: {placed.dotted} is given twice for the job {item.name!r}; keep one"
+                )
             set_in_tree(own.tree, placed)
             own.origins[placed.dotted] = given.where
-    return JobOverrides(own.name, {group: settings for group, settings in own.tree.items() if settings}, own.origins)
+    return JobOverrides(
+        own.name, {group: settings for group, settings in own.tree.items() if settings}, own.origins
+    )
 
 
 def _refuse_shared(names: SchemaNames, given: GivenSetting) -> None:
-    """Say of a setting of the run that it cannot differ; an unknown one is left to be refused as such."""
-    if given.key in names.groups or names.candidates(given.key) or flag_field(names, given.key) is not None:
+    """Say of a setting of the run that it cannot differ; an unknown one is left to be refused as
+    such.
+    """
+    if (
+        given.key in names.groups
+        or names.candidates(given.key)
+        or flag_field(names, given.key) is not None
+    ):
         _refuse_setting(given, next(iter(names.candidates(given.key)), given.key))
 
 
 def _refuse_setting(given: GivenSetting, dotted: str) -> None:
-    raise ConfigError(f"{given.where}: {dotted} is the same for all jobs of a run; set it beside jobs, not in one of them")
+    raise ConfigError(
+        f"{given.where}: {dotted} is the same for all jobs of a run; set it beside jobs, not in one of them"
+    )
 
 
 def job_differences(run: BaseModel, alone: BaseModel) -> dict[str, dict[str, Any]]:
@@ -247,18 +363,24 @@ def job_differences(run: BaseModel, alone: BaseModel) -> dict[str, dict[str, Any
 
 
 def runs_by_adapter(run: RunConfig) -> dict[str, RunConfig]:
-    """{adapter: the run it would be alone}: of a run without `jobs`, itself; without an adapter {WHOLE: itself}, since its base
-    weights train. Raises ConfigError for jobs without adapters."""
+    """{adapter: the run it would be alone}: of a run without `jobs`, itself; without an adapter
+    {WHOLE: itself}, since its base weights train. Raises ConfigError for jobs without adapters."""
     if run.lora is None:
         if run.jobs:
-            raise ConfigError("lora=null (training the base weights themselves) leaves no adapters for jobs")
+            raise ConfigError(
+                "lora=null (training the base weights themselves) leaves no adapters for jobs"
+            )
         return {BASE_JOB: run}
     if not run.jobs:
         return {run.lora.adapter_name: run}
     whole = run.model_dump(mode="json", exclude={"jobs"})
     alone = {}
     for job in run.jobs:
-        own: dict[str, Any] = {group: {**whole[group], **getattr(job, group)} for group in JOB_GROUPS}
+        own: dict[str, Any] = {
+            group: {**whole[group], **getattr(job, group)} for group in JOB_GROUPS
+        }
         own["lora"]["adapter_name"] = job.name
-        alone[job.name] = type(run).model_validate({**whole, **own, "output_dir": run.output_dir / job.name})
+        alone[job.name] = type(run).model_validate(
+            {**whole, **own, "output_dir": run.output_dir / job.name}
+        )
     return alone

@@ -1,4 +1,5 @@
-"""The description of a training run: every setting, its default, its limits and its one line of help. No torch here.
+"""The description of a training run: every setting, its default, its limits and its one line of
+help. No torch here.
 
 Try: lorry sft --help
 """
@@ -9,9 +10,26 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from lorry.config.base import CheckedName, DirPath, DtypeName, MemorySize, PathText, SettingsGroup, config_field, derived_field
+from lorry.config.base import (
+    CheckedName,
+    DirPath,
+    DtypeName,
+    MemorySize,
+    PathText,
+    SettingsGroup,
+    config_field,
+    derived_field,
+)
 from lorry.config.data import DataConfig
 from lorry.config.parsing.names import show_value
 
@@ -29,17 +47,25 @@ class ModelConfig(SettingsGroup):
 
     main: ClassVar[str] = "name"
     name: PathText = config_field(
-        "smollm2-135m-instruct", "HF directory, hub id, .gguf file, run directory, or the embedded default"
+        "smollm2-135m-instruct",
+        "HF directory, hub id, .gguf file, run directory, or the embedded default",
     )
     revision: str | None = config_field(None, "branch, tag or commit of a hub model")
     dtype: DtypeName = config_field(
-        "auto", "format of the base weights; auto: bfloat16 where the device is fast in it, else float32"
+        "auto",
+        "format of the base weights; auto: bfloat16 where the device is fast in it, else float32",
     )
-    device: str = config_field("auto", DEVICE_WORDS, pattern=DEVICE, json_schema_extra={"allowed": DEVICE_WORDS})
+    device: str = config_field(
+        "auto", DEVICE_WORDS, pattern=DEVICE, json_schema_extra={"allowed": DEVICE_WORDS}
+    )
     trust_remote_code: bool = config_field(False, "run Python code that a hub model brings along")
     adapter: PathText | None = config_field(None, "adapter directory to go on from")
-    chat_template_path: PathText | None = config_field(None, "Jinja file used instead of the tokenizer's chat template")
-    native: bool = config_field(True, "Lorry's own decoder where it knows the family; false forces transformers'")
+    chat_template_path: PathText | None = config_field(
+        None, "Jinja file used instead of the tokenizer's chat template"
+    )
+    native: bool = config_field(
+        True, "Lorry's own decoder where it knows the family; false forces transformers'"
+    )
 
 
 class LoraConfig(SettingsGroup):
@@ -58,12 +84,16 @@ class LoraConfig(SettingsGroup):
     )
     exclude_modules: str | list[str] | None = config_field(None, "names or a regex to leave out")
     use_rslora: bool = config_field(False, "scale by lora_alpha / sqrt(r)")
-    init_lora_weights: bool | Literal["gaussian"] = config_field(True, "true: Kaiming A, zero B; gaussian; false: both random")
-    rank_pattern: dict[str, PositiveInt] = config_field({}, "rank by module name or regex")
-    alpha_pattern: dict[str, Annotated[PositiveInt | PositiveFloat, Field(le=2**31)]] = config_field(
-        {}, "lora_alpha by module name or regex"
+    init_lora_weights: bool | Literal["gaussian"] = config_field(
+        True, "true: Kaiming A, zero B; gaussian; false: both random"
     )
-    layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = config_field(None, "only these layer numbers")
+    rank_pattern: dict[str, PositiveInt] = config_field({}, "rank by module name or regex")
+    alpha_pattern: dict[str, Annotated[PositiveInt | PositiveFloat, Field(le=2**31)]] = (
+        config_field({}, "lora_alpha by module name or regex")
+    )
+    layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = config_field(
+        None, "only these layer numbers"
+    )
     bias: Literal["none"] = config_field("none", "biases stay frozen")
     adapter_name: CheckedName = config_field("default", "the adapter's name in a bank of several")
 
@@ -90,7 +120,9 @@ class LoraConfig(SettingsGroup):
             try:
                 re.compile(value)
             except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"{show_value(value)} is not a regular expression ({error})") from None
+                raise ValueError(
+                    f"{show_value(value)} is not a regular expression ({error})"
+                ) from None
         return value
 
 
@@ -101,14 +133,23 @@ class TrainConfig(SettingsGroup):
     loraplus_lr_ratio: float = config_field(1.0, "LoRA+: learning rate of B over that of A", gt=0)
     num_train_epochs: float = config_field(3.0, "passes over the data", gt=0, le=100_000)
     max_steps: int = config_field(-1, "optimizer steps; -1: as num_train_epochs says", ge=-1)
-    per_device_train_batch_size: PositiveInt = config_field(8, "examples (packed rows) per micro-batch")
+    per_device_train_batch_size: PositiveInt = config_field(
+        8, "examples (packed rows) per micro-batch"
+    )
     per_device_eval_batch_size: PositiveInt = config_field(8, "the same when evaluating")
     gradient_accumulation_steps: PositiveInt = config_field(1, "micro-batches per optimizer step")
-    gradient_checkpointing: bool = config_field(False, "recompute activations: less memory, more time")
-    lr_scheduler_type: SchedulerType = config_field("linear", "shape of the learning rate over the steps")
+    gradient_checkpointing: bool = config_field(
+        False, "recompute activations: less memory, more time"
+    )
+    lr_scheduler_type: SchedulerType = config_field(
+        "linear", "shape of the learning rate over the steps"
+    )
     warmup_steps: NonNegativeInt = config_field(0, "steps of rising learning rate")
     warmup_ratio: float = derived_field(
-        "0.03; 0 with warmup_steps or a constant schedule", "the same as a share of all steps", ge=0, lt=1
+        "0.03; 0 with warmup_steps or a constant schedule",
+        "the same as a share of all steps",
+        ge=0,
+        lt=1,
     )
     weight_decay: float = config_field(0.0, "decoupled weight decay of AdamW", ge=0)
     adam_beta1: float = config_field(0.9, "AdamW's first moment", ge=0, lt=1)
@@ -117,23 +158,43 @@ class TrainConfig(SettingsGroup):
     max_grad_norm: float = config_field(1.0, "clip the gradient's norm; 0: do not", ge=0)
     seed: NonNegativeInt = config_field(0, "everything random follows from it")
     logging_steps: PositiveInt = config_field(1, "show every so many steps")
-    eval_strategy: EvalStrategy | None = derived_field("epoch (steps with eval_steps) if there is eval data", "when to evaluate")
+    eval_strategy: EvalStrategy | None = derived_field(
+        "epoch (steps with eval_steps) if there is eval data", "when to evaluate"
+    )
     eval_steps: PositiveInt | None = config_field(None, "evaluate every so many steps")
-    save_strategy: Literal["steps", "epoch", "no"] = config_field("steps", "when to write a checkpoint")
+    save_strategy: Literal["steps", "epoch", "no"] = config_field(
+        "steps", "when to write a checkpoint"
+    )
     save_steps: PositiveInt = config_field(100, "write one every so many steps")
     save_total_limit: PositiveInt | None = config_field(2, "checkpoints kept; null: all")
-    load_best_model_at_end: bool = config_field(False, "end with the best evaluated adapter, not the last")
-    eval_tasks: list[str] = config_field([], "named sets and suites to ask at every evaluation, from data.local or the hub")
+    load_best_model_at_end: bool = config_field(
+        False, "end with the best evaluated adapter, not the last"
+    )
+    eval_tasks: list[str] = config_field(
+        [], "named sets and suites to ask at every evaluation, from data.local or the hub"
+    )
     eval_limit: PositiveInt = config_field(100, "rows of each of eval_tasks")
-    eval_n_shot: NonNegativeInt = config_field(0, "worked examples before each question of eval_tasks")
-    metric_for_best_model: str = config_field("eval_loss", "what best means; of eval_tasks such as eval_bool_q_accuracy")
+    eval_n_shot: NonNegativeInt = config_field(
+        0, "worked examples before each question of eval_tasks"
+    )
+    metric_for_best_model: str = config_field(
+        "eval_loss", "what best means; of eval_tasks such as eval_bool_q_accuracy"
+    )
     greater_is_better: bool = config_field(False, "whether more of that metric is better")
-    early_stopping_patience: PositiveInt | None = config_field(None, "stop after so many evaluations without a better one")
-    resume_from_checkpoint: PathText | None = config_field(None, "auto (or true): the newest in output_dir, if any; or a path")
+    early_stopping_patience: PositiveInt | None = config_field(
+        None, "stop after so many evaluations without a better one"
+    )
+    resume_from_checkpoint: PathText | None = config_field(
+        None, "auto (or true): the newest in output_dir, if any; or a path"
+    )
     report_to: list[ReportTo] = config_field([], "none, or tensorboard, wandb, trackio")
     run_name: str | None = config_field(None, "name for reports and the default output_dir")
-    push_to_hub: bool | str = config_field(False, "upload the finished run to the hub; true, or the repository OWNER/NAME")
-    hub_model_id: str | None = config_field(None, "repository to upload to; null: the run's name under your account")
+    push_to_hub: bool | str = config_field(
+        False, "upload the finished run to the hub; true, or the repository OWNER/NAME"
+    )
+    hub_model_id: str | None = config_field(
+        None, "repository to upload to; null: the run's name under your account"
+    )
     hub_private_repo: bool = config_field(False, "make that repository private")
 
     @field_validator("resume_from_checkpoint", mode="before")
@@ -144,7 +205,13 @@ class TrainConfig(SettingsGroup):
     @field_validator("report_to", mode="before")
     @classmethod
     def _report_list(cls, value: Any) -> Any:
-        return [] if value in (None, "none", ["none"]) else value.split(",") if isinstance(value, str) else value
+        return (
+            []
+            if value in (None, "none", ["none"])
+            else value.split(",")
+            if isinstance(value, str)
+            else value
+        )
 
     @field_validator("max_steps")
     @classmethod
@@ -162,11 +229,17 @@ class TrainConfig(SettingsGroup):
     @model_validator(mode="after")
     def _settings_agree(self) -> TrainConfig:
         if self.warmup_steps and self.warmup_ratio:
-            raise ValueError("train.warmup_steps and train.warmup_ratio both set the warmup; keep one")
+            raise ValueError(
+                "train.warmup_steps and train.warmup_ratio both set the warmup; keep one"
+            )
         if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
-            raise ValueError("train.lr_scheduler_type=constant has no warmup; use constant_with_warmup or leave the warmup out")
+            raise ValueError(
+                "train.lr_scheduler_type=constant has no warmup; use constant_with_warmup or leave the warmup out"
+            )
         if self.eval_steps and self.eval_strategy in ("no", "epoch"):
-            raise ValueError(f"train.eval_steps needs train.eval_strategy=steps, got {self.eval_strategy}")
+            raise ValueError(
+                f"train.eval_steps needs train.eval_strategy=steps, got {self.eval_strategy}"
+            )
         if self.eval_strategy == "steps" and not self.eval_steps:
             raise ValueError("train.eval_strategy=steps needs train.eval_steps")
         return self
@@ -178,11 +251,15 @@ class BackendConfig(SettingsGroup):
     main: ClassVar[str] = "name"
     name: Literal["single"] = config_field("single", "single: one process, one device")
     # far beyond any machine's cores, and below what the C++ runtime dies of instead of raising
-    threads: int | None = config_field(None, "CPU threads, at most 1024; null: torch decides", ge=1, le=1024)
+    threads: int | None = config_field(
+        None, "CPU threads, at most 1024; null: torch decides", ge=1, le=1024
+    )
 
 
 class JobConfig(SettingsGroup):
-    """One of several adapters trained in one pass: its name, and the settings in which it is not the run's (`jobs.jobs_of`)."""
+    """One of several adapters trained in one pass: its name, and the settings in which it is not
+    the run's (`jobs.jobs_of`).
+    """
 
     name: CheckedName
     lora: dict[str, Any] = config_field({}, "what is not the run's")
@@ -197,21 +274,28 @@ class RunConfig(SettingsGroup):
     model: ModelConfig = ModelConfig()
     lora: LoraConfig | None = LoraConfig()
     trainable: str | list[str] | None = config_field(
-        None, "with lora=null, which base weights train: all, mlp, attention, a list of names, or a regex; null: all"
+        None,
+        "with lora=null, which base weights train: all, mlp, attention, a list of names, or a regex; null: all",
     )
     data: DataConfig
     train: TrainConfig = Field(default=TrainConfig(), validate_default=True)
     backend: BackendConfig = BackendConfig()
     memory_budget: MemorySize | None = config_field(
-        None, "such as 3GiB: micro-batches and recompute are chosen to fit it where they are left alone (see lorry plan)"
+        None,
+        "such as 3GiB: micro-batches and recompute are chosen to fit it where they are left alone (see lorry plan)",
     )
     output_dir: DirPath = derived_field("runs/DATA-MODEL", "the run directory")
-    background: bool = config_field(False, "leave the run alone: it goes on by itself, `lorry runs` says where it stands")
+    background: bool = config_field(
+        False, "leave the run alone: it goes on by itself, `lorry runs` says where it stands"
+    )
     jobs: list[JobConfig] = config_field(
-        [], "several adapters in one pass: maps of a name and the settings that are its own", json_schema_extra={"allowed": JOBS}
+        [],
+        "several adapters in one pass: maps of a name and the settings that are its own",
+        json_schema_extra={"allowed": JOBS},
     )
     joint_tokens: PositiveInt | None = derived_field(
-        "1024 on a CPU, 8192 on a GPU", "with jobs: micro-batches of several share a pass up to so many tokens"
+        "1024 on a CPU, 8192 on a GPU",
+        "with jobs: micro-batches of several share a pass up to so many tokens",
     )
 
     @field_validator("train")
@@ -230,34 +314,58 @@ class RunConfig(SettingsGroup):
             return value
         if not {"data", "model", "train"} <= info.data.keys():
             return "runs/run"  # one of them is wrong, which is the error to show
-        data, model, run_name = info.data["data"], info.data["model"].name, info.data["train"].run_name
-        first = data.path if isinstance(data.path, str) else data.path[0] if data.path else "+".join(data.mix)
+        data, model, run_name = (
+            info.data["data"],
+            info.data["model"].name,
+            info.data["train"].run_name,
+        )
+        first = (
+            data.path
+            if isinstance(data.path, str)
+            else data.path[0]
+            if data.path
+            else "+".join(data.mix)
+        )
         name = run_name or f"{Path(first).stem}-{Path(model).name.removesuffix('.gguf')}"
         return Path("runs") / (re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:128].strip(".-") or "run")
 
     @model_validator(mode="after")
     def _rank_is_to_be_had(self) -> RunConfig:
         if self.lora is not None and self.lora.r == "auto" and self.memory_budget is None:
-            raise ValueError("lora.r=auto needs the memory it may use; give memory_budget=3GiB or the like")
+            raise ValueError(
+                "lora.r=auto needs the memory it may use; give memory_budget=3GiB or the like"
+            )
         return self
 
     @field_validator("trainable", mode="before")
     @classmethod
     def _several_names(cls, value: Any) -> Any:
-        return re.split(r"\s*,\s*", value) if isinstance(value, str) and "," in value and PLAIN_NAMES.fullmatch(value) else value
+        return (
+            re.split(r"\s*,\s*", value)
+            if isinstance(value, str) and "," in value and PLAIN_NAMES.fullmatch(value)
+            else value
+        )
 
     @model_validator(mode="after")
     def _trainable_without_an_adapter(self) -> RunConfig:
         if self.trainable is not None and self.lora is not None:
-            raise ValueError("trainable says which base weights train; give lora=null with it, or leave it out")
+            raise ValueError(
+                "trainable says which base weights train; give lora=null with it, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")
     def _evaluation_is_possible(self) -> RunConfig:
         train = self.train
-        if (train.eval_steps or train.eval_strategy != "no") and not (self.data.evaluates or train.eval_tasks):
-            raise ValueError("evaluation is asked for but there is nothing to evaluate on; give data.eval or data.test_size")
+        if (train.eval_steps or train.eval_strategy != "no") and not (
+            self.data.evaluates or train.eval_tasks
+        ):
+            raise ValueError(
+                "evaluation is asked for but there is nothing to evaluate on; give data.eval or data.test_size"
+            )
         for name in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(train, name) and train.eval_strategy == "no":
-                raise ValueError(f"train.{name} needs evaluation; give data.eval or data.test_size, and no eval_strategy=no")
+                raise ValueError(
+                    f"train.{name} needs evaluation; give data.eval or data.test_size, and no eval_strategy=no"
+                )
         return self

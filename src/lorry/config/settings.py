@@ -1,16 +1,37 @@
-"""Settings of the verbs other than `sft`: demo, sweep, compare, plan, chat, eval, merge, unmerge, export, report, doctor."""
+"""Settings of the verbs other than `sft`: demo, sweep, compare, plan, chat, eval, merge, unmerge,
+export, report, doctor.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 
-from lorry.config.base import DirPath, DtypeName, PathText, SettingsGroup, config_field, derived_field
+from lorry.config.base import (
+    DirPath,
+    DtypeName,
+    PathText,
+    SettingsGroup,
+    config_field,
+    derived_field,
+)
 from lorry.config.schema import BackendConfig, DataConfig, ModelConfig, RunConfig
 
-DEFAULT_RATES = {"lora": 1.0, "full": 0.05, "mlp": 0.1, "attention": 0.1}  # of a way that is given none, over the run's
+DEFAULT_RATES = {
+    "lora": 1.0,
+    "full": 0.05,
+    "mlp": 0.1,
+    "attention": 0.1,
+}  # of a way that is given none, over the run's
 
 
 def _output_beside_run(value: Any, info: ValidationInfo, suffix: str) -> Any:
@@ -22,7 +43,9 @@ class DemoSettings(SettingsGroup):
     """The embedded model learns facts about fictional people; before and after, side by side."""
 
     output_dir: DirPath = config_field(Path("runs/demo"), "the run directory")
-    max_steps: PositiveInt | None = config_field(None, "optimizer steps; null: as many as the demo needs")
+    max_steps: PositiveInt | None = config_field(
+        None, "optimizer steps; null: as many as the demo needs"
+    )
     seed: NonNegativeInt = config_field(0, "the people and everything random follow from it")
     fast: bool = config_field(False, "a smaller demo, to see that everything works")
 
@@ -31,7 +54,8 @@ class PlanModel(ModelConfig):
     """the frozen base model; only its config is read"""
 
     name: PathText = config_field(
-        "smollm2-135m-instruct", "HF directory, hub id, run, or a well-known name: llama-3-8b, qwen3-0.6b, mixtral-8x7b ..."
+        "smollm2-135m-instruct",
+        "HF directory, hub id, run, or a well-known name: llama-3-8b, qwen3-0.6b, mixtral-8x7b ...",
     )
     quantize: Literal["int8", "nf4", "fp4"] | None = config_field(
         None, "format of the base's matrices; planned, not trainable here yet"
@@ -42,7 +66,9 @@ class PlanData(DataConfig):
     """the examples; only their longest length counts, so path may be left out"""
 
     needs_rows: ClassVar[bool] = False
-    path: PathText | list[PathText] | None = config_field(None, "file, directory or hub id, or a list of them; not opened")
+    path: PathText | list[PathText] | None = config_field(
+        None, "file, directory or hub id, or a list of them; not opened"
+    )
 
 
 class PlanBackend(BackendConfig):
@@ -55,8 +81,11 @@ class PlanBackend(BackendConfig):
     tensor_parallel: PositiveInt = config_field(1, "GPUs that share every matrix (megatron)")
     pipeline_parallel: PositiveInt = config_field(1, "stages of layers (megatron)")
     expert_parallel: PositiveInt = config_field(1, "groups that share the experts (megatron)")
-    gpu: Literal["a100-40gb", "a100-80gb", "h100", "h200", "b200", "l40s", "rtx4090"] | None = config_field(
-        None, "which GPU, for its memory and speed; null: h100 with several processes, else this machine"
+    gpu: Literal["a100-40gb", "a100-80gb", "h100", "h200", "b200", "l40s", "rtx4090"] | None = (
+        config_field(
+            None,
+            "which GPU, for its memory and speed; null: h100 with several processes, else this machine",
+        )
     )
 
 
@@ -75,37 +104,60 @@ class SweepSettings(RunConfig):
     """Runs that differ in a few settings, trained in one pass and ranked."""
 
     sweep: dict[str, Any] | list[dict[str, Any]] = config_field(
-        {}, "lists of values by setting, every combination of which is a job; or a list of combinations",
+        {},
+        "lists of values by setting, every combination of which is a job; or a list of combinations",
         json_schema_extra={"allowed": "a map of lists, such as {r: [8, 16]}, or a list of maps"},
-    )  # fmt: skip
-    jobs_per_pass: PositiveInt = config_field(8, "jobs trained at once: memory grows with the tokens of their batches")
+    )
+    jobs_per_pass: PositiveInt = config_field(
+        8, "jobs trained at once: memory grows with the tokens of their batches"
+    )
 
     def passes(self) -> list[RunConfig]:
-        """The runs to make, one after the other: one in `output_dir`, or several in its folders pass-1, pass-2 ..."""
+        """The runs to make, one after the other: one in `output_dir`, or several in its folders
+        pass-1, pass-2 ...
+        """
         whole = self.model_dump(mode="json", exclude={"jobs", "sweep", "jobs_per_pass"})
-        groups = [self.jobs[at : at + self.jobs_per_pass] for at in range(0, len(self.jobs), self.jobs_per_pass)]
-        folders = [self.output_dir] if len(groups) == 1 else [self.output_dir / f"pass-{n}" for n, _ in enumerate(groups, 1)]
-        return [RunConfig.model_validate({**whole, "jobs": g, "output_dir": f}) for g, f in zip(groups, folders, strict=True)]
+        groups = [
+            self.jobs[at : at + self.jobs_per_pass]
+            for at in range(0, len(self.jobs), self.jobs_per_pass)
+        ]
+        folders = (
+            [self.output_dir]
+            if len(groups) == 1
+            else [self.output_dir / f"pass-{n}" for n, _ in enumerate(groups, 1)]
+        )
+        return [
+            RunConfig.model_validate({**whole, "jobs": g, "output_dir": f})
+            for g, f in zip(groups, folders, strict=True)
+        ]
 
 
 class CompareData(DataConfig):
     """the examples that every way learns; needless where finished runs are compared"""
 
     needs_rows: ClassVar[bool] = False
-    path: PathText | list[PathText] | None = config_field(None, "file, directory or hub id, or a list of them")
+    path: PathText | list[PathText] | None = config_field(
+        None, "file, directory or hub id, or a list of them"
+    )
 
 
 class CompareSettings(RunConfig):
-    """Finished runs side by side in parameters, memory, time and loss; with data and no run, each way is trained first."""
+    """Finished runs side by side in parameters, memory, time and loss; with data and no run, each
+    way is trained first.
+    """
 
     positional: ClassVar[str] = "runs"
     data: CompareData = CompareData()
-    runs: list[PathText] = config_field([], "run directories; none: train every one of ways, each in a process of its own")
+    runs: list[PathText] = config_field(
+        [], "run directories; none: train every one of ways, each in a process of its own"
+    )
     ways: list[Literal["lora", "full", "mlp", "attention"]] = config_field(
-        ["lora", "full", "mlp"], "what to train: an adapter, all base weights, or those of the MLPs or of attention"
+        ["lora", "full", "mlp"],
+        "what to train: an adapter, all base weights, or those of the MLPs or of attention",
     )
     learning_rates: dict[str, PositiveFloat] = config_field(
-        {}, "by way; where absent lora takes learning_rate, mlp and attention a tenth and full a twentieth of it"
+        {},
+        "by way; where absent lora takes learning_rate, mlp and attention a tenth and full a twentieth of it",
     )
     format: Literal["table", "json"] = config_field("table", "how the comparison is shown")
 
@@ -114,17 +166,27 @@ class CompareSettings(RunConfig):
     def _of_ways(cls, value: dict[str, float], info: ValidationInfo) -> dict[str, float]:
         ways = info.data.get("ways", [])
         if odd := [name for name in value if name not in ways]:
-            raise ValueError(f"learning_rates names {odd[0]!r}, which is none of ways ({', '.join(ways)})")
+            raise ValueError(
+                f"learning_rates names {odd[0]!r}, which is none of ways ({', '.join(ways)})"
+            )
         return value
 
     def way(self, name: str) -> RunConfig:
-        """The run that trains one way, in a folder of its name. Raises ConfigError for settings that do not go together."""
+        """The run that trains one way, in a folder of its name. Raises ConfigError for settings
+        that do not go together.
+        """
         own = ("runs", "ways", "learning_rates", "format")
         whole = self.model_dump(mode="json", exclude={*own, "output_dir", "trainable"})
         rate = self.learning_rates.get(name, self.train.learning_rate * DEFAULT_RATES[name])
         train = {**whole["train"], "learning_rate": rate, "run_name": name}
-        adapter = {"lora": whole["lora"]} if name == "lora" else {"lora": None, "trainable": "all" if name == "full" else name}
-        return RunConfig.model_validate({**whole, **adapter, "train": train, "output_dir": self.output_dir / name})
+        adapter = (
+            {"lora": whole["lora"]}
+            if name == "lora"
+            else {"lora": None, "trainable": "all" if name == "full" else name}
+        )
+        return RunConfig.model_validate(
+            {**whole, **adapter, "train": train, "output_dir": self.output_dir / name}
+        )
 
 
 class ChatSettings(SettingsGroup):
@@ -132,7 +194,9 @@ class ChatSettings(SettingsGroup):
 
     positional: ClassVar[str] = "model"
     model: ModelConfig = ModelConfig()
-    adapters: list[PathText] = config_field([], "more adapters to switch between with /adapter NAME")
+    adapters: list[PathText] = config_field(
+        [], "more adapters to switch between with /adapter NAME"
+    )
     max_new_tokens: PositiveInt = config_field(256, "longest answer in tokens")
     temperature: float = config_field(0.0, "0: always the likeliest token", ge=0)
     system: str | None = config_field(None, "system message")
@@ -146,7 +210,8 @@ class MergeSettings(SettingsGroup):
     run: PathText = Field(description="run or adapter directory")
     output_dir: DirPath = derived_field("RUN-merged", "where the merged model goes")
     dtype: DtypeName = config_field(
-        "auto", "number format to store; auto: that of the base; float32 loses nothing of the adapter"
+        "auto",
+        "number format to store; auto: that of the base; float32 loses nothing of the adapter",
     )
     adapter: str | None = config_field(None, "which adapter, where the run holds several")
 
@@ -174,7 +239,9 @@ class ExportSettings(SettingsGroup):
 
     positional: ClassVar[str] = "run"
     run: PathText = Field(description="run or adapter directory")
-    to: Literal["hf", "peft"] = Field(description="hf: a merged transformers model; peft: an adapter directory")
+    to: Literal["hf", "peft"] = Field(
+        description="hf: a merged transformers model; peft: an adapter directory"
+    )
     output_dir: DirPath = derived_field("RUN-hf or RUN-peft", "where the export goes")
     dtype: DtypeName = config_field("auto", "number format to store; auto: that of the base")
     adapter: str | None = config_field(None, "which adapter, where the run holds several")
@@ -190,8 +257,12 @@ class PushSettings(SettingsGroup):
 
     positional: ClassVar[str] = "run"
     run: PathText = Field(description="run directory")
-    hub_model_id: str | None = config_field(None, "repository OWNER/NAME; null: the directory's name under your account")
-    hub_private_repo: bool = config_field(False, "make the repository private; one that exists and is public is refused")
+    hub_model_id: str | None = config_field(
+        None, "repository OWNER/NAME; null: the directory's name under your account"
+    )
+    hub_private_repo: bool = config_field(
+        False, "make the repository private; one that exists and is public is refused"
+    )
 
 
 class ReportSettings(SettingsGroup):
@@ -200,7 +271,8 @@ class ReportSettings(SettingsGroup):
     positional: ClassVar[str] = "runs"
     runs: list[PathText] = Field(min_length=1, description="run directories")
     output_dir: DirPath | None = config_field(
-        None, "folder for the page, or its .html file; null: report.html in the run, comparison.html beside several"
+        None,
+        "folder for the page, or its .html file; null: report.html in the run, comparison.html beside several",
     )
 
 

@@ -1,6 +1,8 @@
-"""Batch: what every task hands to every backend. Packed tokens, loss weights, sequence boundaries, who owns them.
+"""Batch: what every task hands to every backend. Packed tokens, loss weights, sequence boundaries,
+who owns them.
 
-Shape letters used throughout Lorry: T packed tokens, S sequences, K adapters, V vocabulary, D hidden width, R rank.
+Shape letters used throughout Lorry: T packed tokens, S sequences, K adapters, V vocabulary, D
+hidden width, R rank.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ BASE = -1  # the adapter id that means: the frozen base alone, g = 0
 
 @dataclass(frozen=True)
 class BatchExtra:
-    """One more tensor that travels with a batch: ``per`` token ``[T, ...]`` or per sequence ``[S, ...]``."""
+    """One more tensor that travels with a batch: ``per`` token ``[T, ...]`` or per sequence ``[S,
+    ...]``.
+    """
 
     values: Tensor
     per: ExtraScope
@@ -30,8 +34,9 @@ class BatchExtra:
 class TokenizedExample:
     """One tokenised sequence before packing.
 
-    ``tokens`` and ``weights`` have equal length; ``weights[t]`` is the weight of token t *as a target* (its logits come
-    from t-1), so ``weights[0]`` is 0. ``key`` names the sequence for everything random about it (dropout).
+    ``tokens`` and ``weights`` have equal length; ``weights[t]`` is the weight of token t *as a
+    target* (its logits come from t-1), so ``weights[0]`` is 0. ``key`` names the sequence for
+    everything random about it (dropout).
     """
 
     tokens: Sequence[int]
@@ -47,11 +52,11 @@ class TokenizedExample:
 class Batch:
     """A micro-batch of S packed sequences, T tokens in all. Nothing is padded.
 
-    tokens [T] int64; weights [T] float32, weight of token t as target; starts [S+1] int64, sequence s is
-    ``tokens[starts[s]:starts[s+1]]``; adapter [S] int64 (-1 = base); key [S] int64; group [S] int64: sequences of one
-    group never part; role: one word per sequence; extra: declared per token or per sequence;
-    terms: {loss term: [K] float64}, this batch's weight of each term per adapter, which the backend adds up over
-    micro-batches and ranks before the first backward and divides by.
+    tokens [T] int64; weights [T] float32, weight of token t as target; starts [S+1] int64, sequence
+    s is ``tokens[starts[s]:starts[s+1]]``; adapter [S] int64 (-1 = base); key [S] int64; group [S]
+    int64: sequences of one group never part; role: one word per sequence; extra: declared per token
+    or per sequence; terms: {loss term: [K] float64}, this batch's weight of each term per adapter,
+    which the backend adds up over micro-batches and ranks before the first backward and divides by.
     """
 
     tokens: Tensor
@@ -75,12 +80,17 @@ class Batch:
     @cached_property
     def sequence_of(self) -> Tensor:
         """[T] int64, the sequence each token belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self), device=self.starts.device), self.lengths)
+        return torch.repeat_interleave(
+            torch.arange(len(self), device=self.starts.device), self.lengths
+        )
 
     @cached_property
     def positions(self) -> Tensor:
         """[T] int64, counted from 0 in every sequence."""
-        return torch.arange(self.tokens.numel(), device=self.starts.device) - self.starts[:-1][self.sequence_of]
+        return (
+            torch.arange(self.tokens.numel(), device=self.starts.device)
+            - self.starts[:-1][self.sequence_of]
+        )
 
     @cached_property
     def segments(self) -> list[tuple[int, int]]:
@@ -99,8 +109,12 @@ class Batch:
         return out.index_add(0, self.sequence_of, per_token)
 
     def count(self, per: ExtraScope, adapters: int, role: str | None = None) -> Tensor:
-        """[K] float64: supervised weight per adapter (``token``) or sequences per adapter (``sequence``), of a role or of all."""
-        keep = torch.tensor([role is None or r == role for r in self.role], device=self.starts.device)
+        """[K] float64: supervised weight per adapter (``token``) or sequences per adapter
+        (``sequence``), of a role or of all.
+        """
+        keep = torch.tensor(
+            [role is None or r == role for r in self.role], device=self.starts.device
+        )
         keep &= self.adapter >= 0
         if per == "token":
             per_sequence = torch.zeros(len(self), dtype=torch.float64, device=self.starts.device)
@@ -115,18 +129,24 @@ class Batch:
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
         return replace(
             self,
-            tokens=move(self.tokens), weights=move(self.weights), starts=move(self.starts), adapter=move(self.adapter),
-            key=move(self.key), group=move(self.group),
+            tokens=move(self.tokens),
+            weights=move(self.weights),
+            starts=move(self.starts),
+            adapter=move(self.adapter),
+            key=move(self.key),
+            group=move(self.group),
             extra={name: BatchExtra(move(e.values), e.per) for name, e in self.extra.items()},
             terms={name: move(t) for name, t in self.terms.items()},
-        )  # fmt: skip
+        )
 
     def with_extra(self, **extra: BatchExtra) -> Batch:
         """A copy that carries more tensors; lengths are checked."""
         for name, item in extra.items():
             expected = self.tokens.numel() if item.per == "token" else len(self)
             if item.values.shape[0] != expected:
-                raise ValueError(f"extra {name!r} is per {item.per} and needs {expected} rows, got {item.values.shape[0]}")
+                raise ValueError(
+                    f"extra {name!r} is per {item.per} and needs {expected} rows, got {item.values.shape[0]}"
+                )
         return replace(self, extra={**self.extra, **extra})
 
     def with_terms(self, **terms: Tensor) -> Batch:
@@ -135,7 +155,9 @@ class Batch:
 
 
 def collate(examples: Sequence[TokenizedExample]) -> Batch:
-    """Lay examples end to end. Raises ValueError on an empty list, an empty example or uneven tokens and weights."""
+    """Lay examples end to end. Raises ValueError on an empty list, an empty example or uneven
+    tokens and weights.
+    """
     if not examples:
         raise ValueError("a batch needs at least one example")
     for e in examples:
@@ -144,14 +166,19 @@ def collate(examples: Sequence[TokenizedExample]) -> Batch:
                 f"example {e.key}: {len(e.tokens)} tokens and {len(e.weights)} weights; both must be equal and above 0"
             )
         if e.weights[0]:
-            raise ValueError(f"example {e.key}: the first token has no logits before it and cannot carry weight {e.weights[0]}")
+            raise ValueError(
+                f"example {e.key}: the first token has no logits before it and cannot carry weight {e.weights[0]}"
+            )
     lengths = torch.tensor([len(e.tokens) for e in examples])
     starts = torch.zeros(len(examples) + 1, dtype=torch.int64)
     torch.cumsum(lengths, 0, out=starts[1:])
     names = list(examples[0].extra)
     if any(list(e.extra) != names for e in examples):
         raise ValueError("examples of one batch must carry the same extra tensors")
-    extra = {n: BatchExtra(torch.cat([e.extra[n].values for e in examples]), examples[0].extra[n].per) for n in names}
+    extra = {
+        n: BatchExtra(torch.cat([e.extra[n].values for e in examples]), examples[0].extra[n].per)
+        for n in names
+    }
     return Batch(
         tokens=torch.tensor([t for e in examples for t in e.tokens], dtype=torch.int64),
         weights=torch.tensor([w for e in examples for w in e.weights], dtype=torch.float32),

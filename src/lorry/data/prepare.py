@@ -1,4 +1,6 @@
-"""From the data settings of a run to what it trains and evaluates on: sources opened, rows encoded, order planned."""
+"""From the data settings of a run to what it trains and evaluates on: sources opened, rows encoded,
+order planned.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,20 @@ class StreamReport(DataReport):
     def lines(self) -> list[str]:
         """For a person, one fact a line."""
         read = f"{self.source}: streamed, rows are read as they are needed"
-        return [read, *(f"left out so far: {n} rows ({reason})" for reason, n in sorted(self.left_out.items()))]
+        return [
+            read,
+            *(
+                f"left out so far: {n} rows ({reason})"
+                for reason, n in sorted(self.left_out.items())
+            ),
+        ]
 
 
 @dataclass
 class PreparedData:
-    """What a run reads. ``ends``: ids of which one must be supervised in every sequence (empty for plain text);
-    ``steps_per_epoch``: None for a streamed source; ``digest``: of the training tokens, or the name of a streamed source;
-    ``tokens``: None when streamed."""
+    """What a run reads. ``ends``: ids of which one must be supervised in every sequence (empty for
+    plain text); ``steps_per_epoch``: None for a streamed source; ``digest``: of the training
+    tokens, or the name of a streamed source; ``tokens``: None when streamed."""
 
     stream: BatchStream
     evaluation: list[Batch]
@@ -50,7 +58,9 @@ class PreparedData:
 
 @dataclass
 class EncodedRows:
-    """Encoded rows before anything is drawn from them in an order. ``tokens``: None for a streamed ``source``."""
+    """Encoded rows before anything is drawn from them in an order. ``tokens``: None for a streamed
+    ``source``.
+    """
 
     source: DataSource | None
     encoder: ExampleEncoder
@@ -64,10 +74,14 @@ def prepare_data(
     data: DataConfig, train: TrainConfig, tokenizer: Any, *, quarantine: Path, known: dict[str, EncodedRows] | None = None,
     make: Callable[..., ExampleEncoder] = ExampleEncoder,
 ) -> PreparedData:  # fmt: skip
-    """Open and encode training and evaluation rows. ``known``: what other jobs of the run have read, by its settings, which is
-    shared; ``make``: what makes the encoder. Raises DataError, ConfigError, ModelError (an unusable template)."""
+    """Open and encode training and evaluation rows. ``known``: what other jobs of the run have
+    read, by its settings, which is shared; ``make``: what makes the encoder. Raises DataError,
+    ConfigError, ModelError (an unusable template).
+    """
     known = {} if known is None else known
-    drawn = train.seed if data.test_size is not None or data.mix else None  # who is held out, and templates, hang on the seed
+    drawn = (
+        train.seed if data.test_size is not None or data.mix else None
+    )  # who is held out, and templates, hang on the seed
     settings = f"{data.model_dump_json()} {train.per_device_eval_batch_size} {drawn}"
     rows = known.get(settings) or _read_rows(data, train, tokenizer, quarantine, make)
     shape: dict[str, Any] = {
@@ -77,35 +91,77 @@ def prepare_data(
     }  # fmt: skip
     if rows.tokens is None:
         assert rows.source is not None
-        streamed = StreamingTrainStream(StreamingTokenSet(rows.source, rows.encoder, form=rows.form), **shape)
+        streamed = StreamingTrainStream(
+            StreamingTokenSet(rows.source, rows.encoder, form=rows.form), **shape
+        )
         label = rows.source.label
-        return PreparedData(streamed, rows.held, rows.encoder, StreamReport(rows.source), rows.ends, None, label, None)
+        return PreparedData(
+            streamed,
+            rows.held,
+            rows.encoder,
+            StreamReport(rows.source),
+            rows.ends,
+            None,
+            label,
+            None,
+        )
     known[settings] = rows
     stream, tokens = TrainStream(rows.tokens, **shape), rows.tokens
-    return PreparedData(stream, rows.held, rows.encoder, tokens.report, rows.ends, stream.steps_per_epoch, tokens.digest, tokens)
+    return PreparedData(
+        stream,
+        rows.held,
+        rows.encoder,
+        tokens.report,
+        rows.ends,
+        stream.steps_per_epoch,
+        tokens.digest,
+        tokens,
+    )
 
 
 def _read_rows(
-    data: DataConfig, train: TrainConfig, tokenizer: Any, quarantine: Path, make: Callable[..., ExampleEncoder]
+    data: DataConfig,
+    train: TrainConfig,
+    tokenizer: Any,
+    quarantine: Path,
+    make: Callable[..., ExampleEncoder],
 ) -> EncodedRows:
     only = True if data.completion_only_loss is None else data.completion_only_loss
-    encoder = make(tokenizer, max_length=data.max_length, completion_only_loss=only, system=data.system)
+    encoder = make(
+        tokenizer, max_length=data.max_length, completion_only_loss=only, system=data.system
+    )
     if data.mix:
         return _read_mix(data, train, encoder, quarantine)
     form = format_named(data.format, data.text_field)
-    source = _open_data_source(data, data.path or [], data.split, quarantine, limit=data.n, streaming=data.streaming)
+    source = _open_data_source(
+        data, data.path or [], data.split, quarantine, limit=data.n, streaming=data.streaming
+    )
     ends = [] if _plain_text(source, form) else encoder.stop_tokens()
     tokens = None if data.streaming else TokenSet.build(source, encoder, form=form)
     held: list[Batch] = []
     if data.test_size is not None and tokens is not None:
         tokens, aside = tokens.held_out(data.test_size, train.seed)
         held = aside.eval_batches(train.per_device_eval_batch_size)
-    return EncodedRows(source, encoder, form, ends, tokens, held + _evaluation_batches(data, train, encoder, form, quarantine))
+    return EncodedRows(
+        source,
+        encoder,
+        form,
+        ends,
+        tokens,
+        held + _evaluation_batches(data, train, encoder, form, quarantine),
+    )
 
 
-def _read_mix(data: DataConfig, train: TrainConfig, encoder: ExampleEncoder, quarantine: Path) -> EncodedRows:
-    """The same of a mixture of named sets; of each one rows are held out, or its split for evaluation is read."""
-    parts, size = read_mix(data, encoder, seed=train.seed, quarantine=quarantine), train.per_device_eval_batch_size
+def _read_mix(
+    data: DataConfig, train: TrainConfig, encoder: ExampleEncoder, quarantine: Path
+) -> EncodedRows:
+    """The same of a mixture of named sets; of each one rows are held out, or its split for
+    evaluation is read.
+    """
+    parts, size = (
+        read_mix(data, encoder, seed=train.seed, quarantine=quarantine),
+        train.per_device_eval_batch_size,
+    )
     held = read_held_out(data, encoder, seed=train.seed, quarantine=quarantine)
     if data.test_size is not None:
         pairs = [part.held_out(data.test_size, train.seed) for part in parts]
@@ -118,22 +174,44 @@ def _read_mix(data: DataConfig, train: TrainConfig, encoder: ExampleEncoder, qua
 
 
 def _evaluation_batches(
-    data: DataConfig, train: TrainConfig, encoder: ExampleEncoder, form: RowFormat | None, quarantine: Path
+    data: DataConfig,
+    train: TrainConfig,
+    encoder: ExampleEncoder,
+    form: RowFormat | None,
+    quarantine: Path,
 ) -> list[Batch]:
     if not (data.eval or data.eval_split):
         return []
-    source = _open_data_source(data, data.eval or data.path or [], data.eval_split or data.split, quarantine, limit=data.eval_n)
+    source = _open_data_source(
+        data,
+        data.eval or data.path or [],
+        data.eval_split or data.split,
+        quarantine,
+        limit=data.eval_n,
+    )
     return TokenSet.build(source, encoder, form=form if data.eval is None else None).eval_batches(
         train.per_device_eval_batch_size
     )
 
 
 def _open_data_source(
-    data: DataConfig, path: str | list[str], split: str, quarantine: Path, *, limit: int | None = None, streaming: bool = False
+    data: DataConfig,
+    path: str | list[str],
+    split: str,
+    quarantine: Path,
+    *,
+    limit: int | None = None,
+    streaming: bool = False,
 ) -> DataSource:
     aside = quarantine if data.on_bad_row == "quarantine" else None
     return open_source(
-        path, name=data.name, split=split, streaming=streaming, on_bad_row=data.on_bad_row, quarantine=aside, limit=limit
+        path,
+        name=data.name,
+        split=split,
+        streaming=streaming,
+        on_bad_row=data.on_bad_row,
+        quarantine=aside,
+        limit=limit,
     )
 
 

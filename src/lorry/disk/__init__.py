@@ -1,1 +1,3 @@
-"""What reaches the disk: whole or not at all. Every room that writes a directory writes it through here; no torch."""
+"""What reaches the disk: whole or not at all. Every room that writes a directory writes it through
+here; no torch.
+"""

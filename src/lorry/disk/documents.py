@@ -1,24 +1,28 @@
-"""JSON and YAML documents that Lorry did not write, or that may be damaged: plain values, or one refusal.
+"""JSON and YAML documents that Lorry did not write, or that may be damaged: plain values, or one
+refusal.
 
     settings = read_yaml(Path("runs/people/run.yaml"))
     config = read_json(Path("model/config.json"), error=ModelError, nonfinite=True)
 
-The rule: **no file that came from elsewhere, or lay in a run directory, is parsed by anything else.** A
-parser of the standard library waits for ever at a FIFO, expands a few hundred bytes of YAML aliases into
-gigabytes, recurses until Python's stack ends, raises ValueError for an integer of 5,000 digits, and keeps the
-last of two equal keys. Here each of these is a refusal in one line that opens with ``file:line``:
+The rule: **no file that came from elsewhere, or lay in a run directory, is parsed by anything
+else.** A parser of the standard library waits for ever at a FIFO, expands a few hundred bytes of
+YAML aliases into gigabytes, recurses until Python's stack ends, raises ValueError for an integer of
+5,000 digits, and keeps the last of two equal keys. Here each of these is a refusal in one line that
+opens with ``file:line``:
 
     not a regular file (FIFO, device, directory), or larger than ``most_bytes``; not UTF-8 or half a character
     two equal keys in one object; nested deeper than ``DEEPEST_NESTING``; a YAML tag; an alias of what it lies in
     YAML aliases that stand for more than ``MOST_NODES`` values; an integer above ``largest``
     a float beyond what a float holds, NaN and the infinities, unless ``nonfinite`` lets them pass
 
-A refusal is ``error`` (a LorryError of the caller's choice: DataError, ModelError, ConfigError). What the disk
-itself says (absent, no right, input/output error) is not damage of the document: it stays OSError. ``read_object``
-makes two answers of it: ``error`` where nothing has that name, DiskError (exit code 74) where the disk does not
-answer. Who takes the first for an empty document may never do so with the second: what was not read still exists.
+A refusal is ``error`` (a LorryError of the caller's choice: DataError, ModelError, ConfigError).
+What the disk itself says (absent, no right, input/output error) is not damage of the document: it
+stays OSError. ``read_object`` makes two answers of it: ``error`` where nothing has that name,
+DiskError (exit code 74) where the disk does not answer. Who takes the first for an empty document
+may never do so with the second: what was not read still exists.
 
-YAML is read by the 1.2 core rules, so ``no`` and ``on`` are words, ``1e-3`` is a number and 2024-01-01 is text.
+YAML is read by the 1.2 core rules, so ``no`` and ``on`` are words, ``1e-3`` is a number and
+2024-01-01 is text.
 """
 
 from __future__ import annotations
@@ -40,21 +44,34 @@ from lorry.errors import DataError, LorryError
 
 MOST_BYTES = 16 << 20  # of a JSON document: its values take some thirty times as much memory
 MOST_YAML = 2 << 20  # bytes; PyYAML reads a few hundred thousand a second
-DEEPEST_NESTING = 64  # objects and lists inside each other; what walks the values afterwards may recurse
+DEEPEST_NESTING = (
+    64  # objects and lists inside each other; what walks the values afterwards may recurse
+)
 MOST_NODES = 1 << 18  # values of a YAML document, each alias counted as all that it stands for
 LARGEST_INTEGER_READ = 2**63 - 1  # what every other program holds an integer in
-MOST_DIGITS = 4300  # Python converts no longer integer: the time grows with the square of the digits
+MOST_DIGITS = (
+    4300  # Python converts no longer integer: the time grows with the square of the digits
+)
 YAML_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 YAML_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-YAML_CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
-ABSENT_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # said of a name that leads to no file
+YAML_CORE_TAGS = {
+    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")
+}
+ABSENT_ERRNOS = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}  # said of a name that leads to no file
 NOT_REGULAR = "is not a regular file (a directory, a FIFO or a device)"
 
 RefusalType = type[LorryError]
 
 
 def read_bytes(path: Path, most_bytes: int = MOST_BYTES, error: RefusalType = DataError) -> bytes:
-    """The content of a regular file of bounded size, opened without waiting. Raises ``error`` and OSError."""
+    """The content of a regular file of bounded size, opened without waiting. Raises ``error`` and
+    OSError.
+    """
     try:
         # O_NONBLOCK: opening a FIFO without a writer would wait for ever
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -93,15 +110,24 @@ def read_json_document(
 
 
 def read_object(
-    path: Path, *, error: RefusalType = DataError, nonfinite: bool = False, largest: int = LARGEST_INTEGER_READ, absent: str = ""
+    path: Path,
+    *,
+    error: RefusalType = DataError,
+    nonfinite: bool = False,
+    largest: int = LARGEST_INTEGER_READ,
+    absent: str = "",
 ) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises ``error``, also where nothing has that name (``absent``: what that means, in
-    place of the system's words), and DiskError where it cannot be read."""
+    """A JSON file that holds an object. Raises ``error``, also where nothing has that name
+    (``absent``: what that means, in place of the system's words), and DiskError where it cannot be
+    read.
+    """
     try:
         found = read_json_document(path, error=error, nonfinite=nonfinite, largest=largest)
     except OSError as e:
         if e.errno in ABSENT_ERRNOS:
-            raise error(f"{path} {absent}" if absent else f"{path}: cannot be read ({e.strerror})") from e
+            raise error(
+                f"{path} {absent}" if absent else f"{path}: cannot be read ({e.strerror})"
+            ) from e
         raise DiskError(e.errno, e.strerror, str(path)) from e
     if not isinstance(found, dict):
         raise error(f"{path}: expected a JSON object, found {type(found).__name__}")
@@ -109,12 +135,16 @@ def read_object(
 
 
 def read_yaml(path: Path, *, error: RefusalType = DataError, most_bytes: int = MOST_YAML) -> Any:
-    """The value of a YAML file, None of an empty one. Raises ``error`` and OSError, FileNotFoundError among them."""
+    """The value of a YAML file, None of an empty one. Raises ``error`` and OSError,
+    FileNotFoundError among them.
+    """
     return parse_yaml(read_text(path, most_bytes, error), str(path), error=error)[0]
 
 
 def first_repeated(names: Iterable[str]) -> str | None:
-    """The first name that was there before, None when each is there once. Linear: a stranger's file has as many as it likes."""
+    """The first name that was there before, None when each is there once. Linear: a stranger's file
+    has as many as it likes.
+    """
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -149,15 +179,23 @@ def parse_json(
         refuse(e.reason, max(text.rfind(e.token) if e.last else text.find(e.token), 0))
     except RecursionError:
         refuse("nested too deeply")
-    # A value is walked only where its text may hold what is looked for: that costs more than parsing a short line
-    deep, escaped = text.count("[") + text.count("{") > DEEPEST_NESTING, "\\u" in text  # decoded bytes hold no half character
-    if (deep or escaped or not (isinstance(raw, bytes) or text.isascii())) and (reason := _describe_unsound(value)):
+    # A value is walked only where its text may hold what is looked for: that costs more than
+    # parsing a short line
+    deep, escaped = (
+        text.count("[") + text.count("{") > DEEPEST_NESTING,
+        "\\u" in text,
+    )  # decoded bytes hold no half character
+    if (deep or escaped or not (isinstance(raw, bytes) or text.isascii())) and (
+        reason := _describe_unsound(value)
+    ):
         refuse(reason)
     return value
 
 
 class _NotStrictError(Exception):
-    """Raised inside the JSON decoder; ``token`` is what to look for in the text, its ``last`` or its first place."""
+    """Raised inside the JSON decoder; ``token`` is what to look for in the text, its ``last`` or
+    its first place.
+    """
 
     def __init__(self, reason: str, token: str, last: bool = False) -> None:
         super().__init__(reason)
@@ -169,7 +207,9 @@ _DECODERS: dict[tuple[bool, int], json.JSONDecoder] = {}
 
 
 def _strict_decoder(nonfinite: bool, largest: int) -> json.JSONDecoder:
-    """A decoder that raises _NotStrict for whatever Python's own passes over. It holds nothing of a text, so it is shared."""
+    """A decoder that raises _NotStrict for whatever Python's own passes over. It holds nothing of a
+    text, so it is shared.
+    """
 
     def whole(digits: str) -> int:
         if len(digits) > MOST_DIGITS or abs(value := int(digits)) > largest:
@@ -191,15 +231,25 @@ def _strict_decoder(nonfinite: bool, largest: int) -> json.JSONDecoder:
         made = dict(pairs)
         if len(made) < len(pairs):
             twice = first_repeated(key for key, _ in pairs)
-            raise _NotStrictError(f"{_shorten(repr(twice))} is given twice in one object; keep one", json.dumps(twice), last=True)
+            raise _NotStrictError(
+                f"{_shorten(repr(twice))} is given twice in one object; keep one",
+                json.dumps(twice),
+                last=True,
+            )
         return made
 
     float_of = None if nonfinite else real  # Python's own is faster, and metrics.jsonl has many
-    return json.JSONDecoder(parse_int=whole, parse_float=float_of, parse_constant=constant, object_pairs_hook=once)
+    return json.JSONDecoder(
+        parse_int=whole, parse_float=float_of, parse_constant=constant, object_pairs_hook=once
+    )
 
 
-def parse_yaml(text: str, where: str, *, error: RefusalType = DataError) -> tuple[Any, yaml.Node | None]:
-    """(the value, the node it was made from, whose marks know the lines) of a YAML text. Raises ``error``."""
+def parse_yaml(
+    text: str, where: str, *, error: RefusalType = DataError
+) -> tuple[Any, yaml.Node | None]:
+    """(the value, the node it was made from, whose marks know the lines) of a YAML text. Raises
+    ``error``.
+    """
     try:
         loader = _YamlLoader(text)
         node = loader.get_single_node()
@@ -209,7 +259,9 @@ def parse_yaml(text: str, where: str, *, error: RefusalType = DataError) -> tupl
         return loader.construct_document(node), node
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
-        raise error(f"{where}:{mark.line + 1 if mark else 1}: not YAML: {e.problem or e.context}") from None
+        raise error(
+            f"{where}:{mark.line + 1 if mark else 1}: not YAML: {e.problem or e.context}"
+        ) from None
     except yaml.YAMLError as e:
         raise error(f"{where}: not YAML: {str(e).splitlines()[0]}") from None
     except RecursionError:
@@ -217,7 +269,9 @@ def parse_yaml(text: str, where: str, *, error: RefusalType = DataError) -> tupl
 
 
 def refuse_node(root: yaml.Node, where: str, error: RefusalType) -> None:
-    """Refuse, before any value is made of it, a composed YAML document whose values would not be plain and few."""
+    """Refuse, before any value is made of it, a composed YAML document whose values would not be
+    plain and few.
+    """
     sizes: dict[int, int] = {}  # by id of a node: all that stands below it, aliases written out
     open_nodes: set[int] = set()
 
@@ -232,7 +286,9 @@ def refuse_node(root: yaml.Node, where: str, error: RefusalType) -> None:
         if depth > DEEPEST_NESTING:
             refuse(node, "nested too deeply")
         if node.tag not in YAML_CORE_TAGS:
-            refuse(node, f"the tag {_shorten(repr(node.tag))} is refused; settings are plain values")
+            refuse(
+                node, f"the tag {_shorten(repr(node.tag))} is refused; settings are plain values"
+            )
         open_nodes.add(id(node))
         size = 1
         if isinstance(node, yaml.SequenceNode):
@@ -255,7 +311,10 @@ def _refuse_keys(node: yaml.MappingNode, refuse: Callable[[yaml.Node, str], NoRe
         if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
             refuse(key, "a key must be text")
         if key.value in first:
-            refuse(key, f"{_shorten(repr(key.value))} is given twice (first in line {first[key.value]}); keep one")
+            refuse(
+                key,
+                f"{_shorten(repr(key.value))} is given twice (first in line {first[key.value]}); keep one",
+            )
         first[key.value] = key.start_mark.line + 1
 
 
@@ -274,7 +333,8 @@ def _construct_integer(loader: _YamlLoader, node: yaml.ScalarNode) -> int:
         raise _scalar_error(node, f"{_shorten(repr(node.value))} is no integer")
     if (
         len(node.value) > MOST_DIGITS
-        or abs(value := int(node.value, 10 if node.value.lstrip("+-").isdigit() else 0)) > LARGEST_INTEGER_READ
+        or abs(value := int(node.value, 10 if node.value.lstrip("+-").isdigit() else 0))
+        > LARGEST_INTEGER_READ
     ):
         raise _scalar_error(node, f"{_shorten(node.value)} is too large for an integer")
     return value
@@ -282,7 +342,9 @@ def _construct_integer(loader: _YamlLoader, node: yaml.ScalarNode) -> int:
 
 def _construct_float(loader: _YamlLoader, node: yaml.ScalarNode) -> float:
     if not YAML_FLOAT.fullmatch(node.value) or math.isinf(value := float(node.value)):
-        raise _scalar_error(node, f"{_shorten(repr(node.value))} is beyond what a float holds, or no number")
+        raise _scalar_error(
+            node, f"{_shorten(repr(node.value))} is beyond what a float holds, or no number"
+        )
     return value
 
 
@@ -301,7 +363,9 @@ for _kind, _pattern, _first in (
     ("int", YAML_INTEGER.pattern, list("-+0123456789")),
     ("float", YAML_FLOAT.pattern, list("-+.0123456789")),
 ):
-    _YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
+    _YamlLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first
+    )
 
 
 def _decode_document(raw: bytes, where: str, line: int, error: RefusalType) -> str:
@@ -313,7 +377,9 @@ def _decode_document(raw: bytes, where: str, line: int, error: RefusalType) -> s
 
 
 def _describe_unsound(root: Any) -> str:
-    """Why a value of JSON is none that can be worked with, "" where it is: too deep, or half a character in a text."""
+    """Why a value of JSON is none that can be worked with, "" where it is: too deep, or half a
+    character in a text.
+    """
     level, depth = [root], 0
     while level:
         if depth > DEEPEST_NESTING:
@@ -324,7 +390,9 @@ def _describe_unsound(root: Any) -> str:
                 below += [*item, *item.values()]
             elif isinstance(item, list):
                 below += item
-            elif isinstance(item, str) and not item.isascii() and re.search("[\ud800-\udfff]", item):
+            elif (
+                isinstance(item, str) and not item.isascii() and re.search("[\ud800-\udfff]", item)
+            ):
                 return "half a character: a lone surrogate"
         level, depth = below, depth + 1
     return ""

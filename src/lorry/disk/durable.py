@@ -1,15 +1,16 @@
 """Files and directories that are whole or absent, whatever kills the process or fills the disk.
 
-Everything is built beside its place, made durable, and renamed into it; a manifest of SHA-256 digests can be written
-last. Every call that changes the disk goes through ``disk``, one small object, so that a test can fail any of them.
+Everything is built beside its place, made durable, and renamed into it; a manifest of SHA-256
+digests can be written last. Every call that changes the disk goes through ``disk``, one small
+object, so that a test can fail any of them.
 
     write_files(run, {"adapter_config.json": config, "adapter_model.safetensors": weights})
     write_directory(Path("out"), {"state.safetensors": parts, "meta.json": text}, manifest=True)
     with building(Path("merged")) as folder:
         model.save_pretrained(folder)
 
-One writer per target at a time: what an earlier, killed writer left beside it is put right by the next one.
-POSIX only (a directory is made durable through its file descriptor).
+One writer per target at a time: what an earlier, killed writer left beside it is put right by the
+next one. POSIX only (a directory is made durable through its file descriptor).
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from lorry.errors import ConfigError, LorryError, ModelError
 
 FileContent = bytes | Iterable[bytes | memoryview]
 
-# ".lorry" in the name, since what matches is removed: other programs name their files x.old-2024-0badcafe as well
+# ".lorry" in the name, since what matches is removed: other programs name their files
+# x.old-2024-0badcafe as well
 _LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old|gone)\.lorry-\d+-[0-9a-f]{8}")
 
 
 class DiskError(LorryError, OSError):
-    """The disk refused a write or a read; ``errno`` and ``filename`` say which and where. What was complete before still is."""
+    """The disk refused a write or a read; ``errno`` and ``filename`` say which and where. What was
+    complete before still is.
+    """
 
     exit_code = 74  # EX_IOERR of sysexits.h
 
@@ -50,7 +54,9 @@ class DiskCalls:
         return os.lstat(path)
 
     def open_to_read(self, path: Path) -> int:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # which waits for nobody at a FIFO
+        return os.open(
+            path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        )  # which waits for nobody at a FIFO
 
     def read(self, fd: int, size: int) -> bytes:
         return os.read(fd, size)
@@ -81,7 +87,10 @@ class DiskCalls:
         try:
             os.fsync(fd)
         except OSError as e:
-            if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network mounts cannot, and order their names themselves
+            if e.errno not in (
+                errno.EINVAL,
+                errno.ENOTSUP,
+            ):  # some network mounts cannot, and order their names themselves
                 raise
         finally:
             os.close(fd)
@@ -100,10 +109,11 @@ disk = DiskCalls()
 
 
 def write_files(directory: Path, files: Mapping[str, FileContent]) -> None:
-    """Put files into an existing directory, replacing what has their names: all are durable before the first rename.
+    """Put files into an existing directory, replacing what has their names: all are durable before
+    the first rename.
 
-    A full disk therefore leaves the old files; only a kill between two renames can leave one old and one new.
-    Raises DiskError.
+    A full disk therefore leaves the old files; only a kill between two renames can leave one old
+    and one new. Raises DiskError.
     """
     directory = Path(os.path.abspath(directory))
     for name in files:
@@ -117,8 +127,11 @@ def write_files(directory: Path, files: Mapping[str, FileContent]) -> None:
         disk.fsync_dir(directory)
 
 
-def write_directory(target: Path, files: Mapping[str, FileContent], *, manifest: bool = False, replace: bool = False) -> None:
-    """Write a directory of files at once; with ``manifest`` a list of their sizes and digests is written last.
+def write_directory(
+    target: Path, files: Mapping[str, FileContent], *, manifest: bool = False, replace: bool = False
+) -> None:
+    """Write a directory of files at once; with ``manifest`` a list of their sizes and digests is
+    written last.
 
     Raises what ``build_directory`` raises.
     """
@@ -130,11 +143,12 @@ def write_directory(target: Path, files: Mapping[str, FileContent], *, manifest:
 
 @contextmanager
 def build_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder to fill that becomes ``target``, durable and whole, on leaving, and is removed on an error.
+    """A folder to fill that becomes ``target``, durable and whole, on leaving, and is removed on an
+    error.
 
-    With ``replace`` an existing target is renamed aside, and removed only once the new one is in place; a kill between
-    the two renames is undone by the next ``recover_writes``. Raises ConfigError when the target holds something and
-    ``replace`` is false, and DiskError.
+    With ``replace`` an existing target is renamed aside, and removed only once the new one is in
+    place; a kill between the two renames is undone by the next ``recover_writes``. Raises
+    ConfigError when the target holds something and ``replace`` is false, and DiskError.
     """
     with _replace_directory(target, replace) as folder:
         yield folder
@@ -146,8 +160,10 @@ def build_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def scratch_directory(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` for files on their way, gone afterwards. That it cannot be removed is no error: the next
-    `recover_writes` does it. Raises DiskError, also for what the body's own calls of the disk raise."""
+    """A folder beside ``path`` for files on their way, gone afterwards. That it cannot be removed
+    is no error: the next `recover_writes` does it. Raises DiskError, also for what the body's own
+    calls of the disk raise.
+    """
     temp = _temporary_path(path, "tmp")
     with _name_path_in_errors(path):
         disk.mkdir(temp)
@@ -158,7 +174,8 @@ def scratch_directory(path: Path) -> Iterator[Path]:
 
 
 def make_directory(path: Path, *, parents: bool = True) -> None:
-    """Create a directory and, unless ``parents`` is false, those it lies in, durably; an existing one is left alone.
+    """Create a directory and, unless ``parents`` is false, those it lies in, durably; an existing
+    one is left alone.
 
     Raises DiskError, also for a name that the file system cannot hold.
     """
@@ -172,8 +189,8 @@ def make_directory(path: Path, *, parents: bool = True) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a tree that must never be seen half removed: it loses its name first, durably, lest a power cut give the name back
-    to what is left. Raises DiskError."""
+    """Remove a tree that must never be seen half removed: it loses its name first, durably, lest a
+    power cut give the name back to what is left. Raises DiskError."""
     with _name_path_in_errors(path):
         gone = _temporary_path(path, "gone")
         disk.rename(path, gone)
@@ -190,8 +207,8 @@ def rename_path(old: Path, new: Path) -> None:
 
 
 def recover_writes(parent: Path, name: str | None = None) -> None:
-    """Put right what a killed writer left in ``parent``, for one target or for all: bring an old one back whose
-    replacement never arrived, and remove the rest. Raises DiskError."""
+    """Put right what a killed writer left in ``parent``, for one target or for all: bring an old
+    one back whose replacement never arrived, and remove the rest. Raises DiskError."""
     with _name_path_in_errors(parent):
         for entry in sorted(os.listdir(parent)):
             left = _LEFTOVER.fullmatch(entry)
@@ -205,13 +222,17 @@ def recover_writes(parent: Path, name: str | None = None) -> None:
 
 
 def replaced_name(entry: str) -> str | None:
-    """The name a directory entry had before a replacement set it aside, or None for any other entry."""
+    """The name a directory entry had before a replacement set it aside, or None for any other
+    entry.
+    """
     left = _LEFTOVER.fullmatch(entry)
     return left["name"] if left and left["kind"] == "old" else None
 
 
 def sync_file(path: Path) -> int:
-    """Make a growing file (a log) durable as far as it goes; returns its size in bytes, 0 if absent. Raises DiskError."""
+    """Make a growing file (a log) durable as far as it goes; returns its size in bytes, 0 if
+    absent. Raises DiskError.
+    """
     if not path.exists():
         return 0
     with _name_path_in_errors(path), _open_descriptor(path) as fd:
@@ -221,10 +242,14 @@ def sync_file(path: Path) -> int:
 
 
 def truncate_file(path: Path, size: int) -> None:
-    """Cut a growing file back to a size that ``sync_file`` returned. Raises DiskError, or ModelError when it is shorter."""
+    """Cut a growing file back to a size that ``sync_file`` returned. Raises DiskError, or
+    ModelError when it is shorter.
+    """
     found = path.stat().st_size if path.exists() else 0
     if found < size:
-        raise ModelError(f"{path}: {found} bytes, but {size} when the checkpoint was written; restore it or start a new run")
+        raise ModelError(
+            f"{path}: {found} bytes, but {size} when the checkpoint was written; restore it or start a new run"
+        )
     if found > size:
         with _name_path_in_errors(path), _open_descriptor(path) as fd:
             disk.truncate(fd, size)
@@ -244,8 +269,8 @@ def _name_path_in_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _discard_on_error(*temps: Path) -> Iterator[None]:
-    """Remove temporary files or folders when the block fails. The failure is what matters: one of the removal is let go,
-    the next writer clears up."""
+    """Remove temporary files or folders when the block fails. The failure is what matters: one of
+    the removal is let go, the next writer clears up."""
     with contextlib.ExitStack() as stack:
         for temp in temps:
             stack.callback(_remove_if_possible, temp)
@@ -267,7 +292,9 @@ def _temporary_path(target: Path, kind: str) -> Path:
 
 
 def _create_file(path: Path, content: FileContent) -> manifests.ManifestEntry:
-    """Create, fill and fsync one file; returns its manifest entry, digested from memory and not from what the disk kept."""
+    """Create, fill and fsync one file; returns its manifest entry, digested from memory and not
+    from what the disk kept.
+    """
     digest, size = hashlib.sha256(), 0
     with _name_path_in_errors(path):
         fd = disk.create(path)
@@ -307,11 +334,15 @@ def _replace_directory(target: Path, replace: bool) -> Iterator[Path]:
 
 
 def _target_exists_error(target: Path) -> ConfigError:
-    return ConfigError(f"{target} already exists and is not empty; choose another place or remove it first")
+    return ConfigError(
+        f"{target} already exists and is not empty; choose another place or remove it first"
+    )
 
 
 def _move_to_free(temp: Path, target: Path) -> None:
-    """Into a place that is absent or an empty folder; what somebody put there meanwhile stays, and is a ConfigError."""
+    """Into a place that is absent or an empty folder; what somebody put there meanwhile stays, and
+    is a ConfigError.
+    """
     try:
         disk.rename(temp, target)
     except OSError as e:

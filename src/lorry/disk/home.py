@@ -1,4 +1,6 @@
-"""Where Lorry keeps what it can make again: `$LORRY_HOME`, else `$XDG_CACHE_HOME/lorry`, else `~/.cache/lorry`."""
+"""Where Lorry keeps what it can make again: `$LORRY_HOME`, else `$XDG_CACHE_HOME/lorry`, else
+`~/.cache/lorry`.
+"""
 
 from __future__ import annotations
 

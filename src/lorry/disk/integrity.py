@@ -32,9 +32,10 @@ LARGEST_MANIFEST = 1 << 24  # bytes; nothing that is longer was written as one
 def verify_directory(directory: Path, *, digests: bool = True) -> list[str]:
     """Check a directory against its manifest and return the names it lists.
 
-    With ``digests`` false only presence and size are compared. Raises ModelError naming the damaged file: a manifest
-    that is absent or altered, a file that is missing, of another size or content, a link, or outside the directory.
-    Raises DiskError where something could not be read, which is no statement about it.
+    With ``digests`` false only presence and size are compared. Raises ModelError naming the damaged
+    file: a manifest that is absent or altered, a file that is missing, of another size or content,
+    a link, or outside the directory. Raises DiskError where something could not be read, which is
+    no statement about it.
     """
     with translate_read_errors(directory / MANIFEST_NAME):
         linked = stat.S_ISLNK(durable.disk.lstat(directory).st_mode)
@@ -44,21 +45,29 @@ def verify_directory(directory: Path, *, digests: bool = True) -> list[str]:
     for name, entry in entries.items():
         path = directory / name
         if name != os.path.basename(name) or name in ("", ".", ".."):
-            raise ModelError(f"{directory / MANIFEST_NAME}: {name!r} is not a plain file name of this directory")
+            raise ModelError(
+                f"{directory / MANIFEST_NAME}: {name!r} is not a plain file name of this directory"
+            )
         size = plain_size(path)
         if size != entry["bytes"]:
             raise ModelError(f"{path} is damaged: {size} bytes, its manifest says {entry['bytes']}")
         if digests and (found := file_digest(path)) != entry["sha256"]:
-            raise ModelError(f"{path} is damaged: sha256 {found[:12]}..., its manifest says {entry['sha256'][:12]}...")
+            raise ModelError(
+                f"{path} is damaged: sha256 {found[:12]}..., its manifest says {entry['sha256'][:12]}..."
+            )
     return list(entries)
 
 
 def plain_size(path: Path) -> int:
-    """The size in bytes of a regular file. Raises ModelError when it is missing, a link, or no regular file; and DiskError."""
+    """The size in bytes of a regular file. Raises ModelError when it is missing, a link, or no
+    regular file; and DiskError.
+    """
     with translate_read_errors(path):
         found = durable.disk.lstat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise ModelError(f"{path} is not a plain file (a link or a special file); it is not followed")
+        raise ModelError(
+            f"{path} is not a plain file (a link or a special file); it is not followed"
+        )
     return found.st_size
 
 
@@ -88,7 +97,9 @@ def iter_blocks(path: Path) -> Iterator[bytes]:
 
 @contextmanager
 def translate_read_errors(path: Path) -> Iterator[None]:
-    """What the disk answers while ``path`` is read: absence is ModelError, everything else DiskError with its place."""
+    """What the disk answers while ``path`` is read: absence is ModelError, everything else
+    DiskError with its place.
+    """
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -106,6 +117,8 @@ def _read_manifest(path: Path) -> dict[str, ManifestEntry]:
         whole = encode_manifest(entries) == raw
     except (ModelError, TypeError, KeyError, AttributeError):
         whole = False
-    if not whole or any([type(v) for v in entry.values()] != [int, str] for entry in entries.values()):
+    if not whole or any(
+        [type(v) for v in entry.values()] != [int, str] for entry in entries.values()
+    ):
         raise ModelError(f"{path} is damaged: it is not the manifest that was written")
     return entries

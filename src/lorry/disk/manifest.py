@@ -3,8 +3,8 @@ know it whole and unaltered.
 
     {"format": "lorry-manifest/1", "files": {"meta.json": {"bytes": 812, "sha256": "..."}, ...}, "sha256": "..."}
 
-It is the last file written (``durable.write_directory``). It carries its own digest and has one spelling only, so that
-no altered byte of it passes.
+It is the last file written (``durable.write_directory``). It carries its own digest and has one
+spelling only, so that no altered byte of it passes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ class ManifestEntry(TypedDict):
 
 def encode_manifest(entries: Mapping[str, ManifestEntry]) -> bytes:
     """The manifest as it is written, for entries by file name."""
-    files = {name: ManifestEntry(bytes=entries[name]["bytes"], sha256=entries[name]["sha256"]) for name in sorted(entries)}
+    files = {
+        name: ManifestEntry(bytes=entries[name]["bytes"], sha256=entries[name]["sha256"])
+        for name in sorted(entries)
+    }
     body: dict[str, Any] = {"format": MANIFEST_FORMAT, "files": files}
     body["sha256"] = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps(body, indent=1) + "\n").encode()

@@ -1,9 +1,11 @@
-"""The names in a safetensors file's header, each there once: the library itself keeps the last of two entries of one name.
+"""The names in a safetensors file's header, each there once: the library itself keeps the last of
+two entries of one name.
 
     check_names(Path("model.safetensors"))
 
-Everything else about a header (its size, offsets, overlaps and holes) is checked by `safetensors.safe_open`, which every
-reader calls next. Used for base models and adapters alike, so it knows neither torch nor any model.
+Everything else about a header (its size, offsets, overlaps and holes) is checked by
+`safetensors.safe_open`, which every reader calls next. Used for base models and adapters alike, so
+it knows neither torch nor any model.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ MOST_BYTES = 100_000_000  # of a header; the library's own limit
 
 
 def check_names(path: Path) -> None:
-    """Raise ModelError when two entries of the header have one name; OSError when the file cannot be read.
+    """Raise ModelError when two entries of the header have one name; OSError when the file cannot
+    be read.
 
     A header that is no JSON at all is left to the library, which says what is wrong with it.
     """
@@ -39,4 +42,6 @@ def check_names(path: Path) -> None:
     except (ValueError, RecursionError):
         return
     if twice:
-        raise ModelError(f"{path}: its header holds {twice[0]!r} twice, so which one is meant is anybody's guess; save it again")
+        raise ModelError(
+            f"{path}: its header holds {twice[0]!r} twice, so which one is meant is anybody's guess; save it again"
+        )

@@ -1,20 +1,22 @@
-"""What secrets look like, so that none leaves this machine (`hub/files.py`) or is kept in a run (`train/monitoring/process.py`).
+"""What secrets look like, so that none leaves this machine (`hub/files.py`) or is kept in a run
+(`train/monitoring/process.py`).
 
     found = find(text, of_environment())      # Found("a GitHub token", 17), or None
     line = hidden("hub_token=hf_...")         # "hub_token=***"
 
-Only shapes that say by themselves what they are: a prefix that the issuer fixed, and enough characters behind it. Entropy
-alone cannot tell a digest from a key, and every run has digests. The prefixes are those that the issuers document for secret
-scanners.
+Only shapes that say by themselves what they are: a prefix that the issuer fixed, and enough
+characters behind it. Entropy alone cannot tell a digest from a key, and every run has digests. The
+prefixes are those that the issuers document for secret scanners.
 
-Why no library: detect-secrets 1.5.0 (May 2024) and its maintained fork bc-detect-secrets 1.5.52 (August 2026), the pure-Python
-lists on PyPI, know no Hugging Face, Anthropic, OpenAI or GitLab token and no github_pat_; their broad detectors
-(entropy, keywords, AC or SK and 32 letters) ask for no fixed prefix long enough to tell a secret from a digest, and they need
-requests and unidiff. What of theirs says by itself what it is stands here too (`DETECT_SECRETS` in
+Why no library: detect-secrets 1.5.0 (May 2024) and its maintained fork bc-detect-secrets 1.5.52
+(August 2026), the pure-Python lists on PyPI, know no Hugging Face, Anthropic, OpenAI or GitLab
+token and no github_pat_; their broad detectors (entropy, keywords, AC or SK and 32 letters) ask for
+no fixed prefix long enough to tell a secret from a digest, and they need requests and unidiff. What
+of theirs says by itself what it is stands here too (`DETECT_SECRETS` in
 tests/disk/test_secret_shapes.py).
 
-What may repeat before more must follow is bounded: a scan takes time by the size of a text alone. A new issuer is one
-line here, with an example in tests/disk/test_secret_shapes.py.
+What may repeat before more must follow is bounded: a scan takes time by the size of a text alone. A
+new issuer is one line here, with an example in tests/disk/test_secret_shapes.py.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from dataclasses import dataclass
 _B64 = r"[A-Za-z0-9_-]"
 # (what it is, its shape); none may begin in the middle of a word
 SECRET_SHAPES: tuple[tuple[str, str], ...] = (
-    ("a Hugging Face token", r"(?:hf|api_org)_(?:oauth_)?[A-Za-z0-9]{30,}|hf_(?:oauth|jwt)_[A-Za-z0-9_.-]{20,}"),
+    (
+        "a Hugging Face token",
+        r"(?:hf|api_org)_(?:oauth_)?[A-Za-z0-9]{30,}|hf_(?:oauth|jwt)_[A-Za-z0-9_.-]{20,}",
+    ),
     ("an Anthropic key", rf"sk-ant-{_B64}{{20,}}"),
     (
         "an OpenAI key",
@@ -37,9 +42,15 @@ SECRET_SHAPES: tuple[tuple[str, str], ...] = (
     ("an OpenRouter key", r"sk-or-v1-[0-9a-f]{40,}"),
     ("a LangSmith key", r"ls(?:v2_(?:pt|sk)_|__)[0-9a-f]{32}(?:_[0-9a-f]{10})?"),
     ("a GitHub token", r"gh[pousr]_[A-Za-z0-9_]{36,}|github_pat_[A-Za-z0-9_]{36,}"),
-    ("a GitLab token", rf"(?:glpat|gldt|glft|glsoat|glrt|glptt|glagent|gloas|glimt|glcbt)-{_B64}{{20,}}"),
+    (
+        "a GitLab token",
+        rf"(?:glpat|gldt|glft|glsoat|glrt|glptt|glagent|gloas|glimt|glcbt)-{_B64}{{20,}}",
+    ),
     ("an AWS key", r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Za-z0-9+/=])"),
-    ("a Google key", rf"AIza{_B64}{{35}}(?!{_B64})|GOCSPX-{_B64}{{28}}(?!{_B64})|ya29\.{_B64}{{40,}}"),
+    (
+        "a Google key",
+        rf"AIza{_B64}{{35}}(?!{_B64})|GOCSPX-{_B64}{{28}}(?!{_B64})|ya29\.{_B64}{{40,}}",
+    ),
     ("an Azure storage key", r"AccountKey=[A-Za-z0-9+/]{80,}={0,2}"),
     ("a Slack token", r"xox[abeoprs]-[A-Za-z0-9-]{20,}|xapp-\d-[A-Za-z0-9-]{20,}"),
     ("a Slack webhook", r"hooks\.slack\.com/(?:services|workflows)/[A-Za-z0-9/_-]{30,}"),
@@ -68,14 +79,23 @@ SECRET_SHAPES: tuple[tuple[str, str], ...] = (
         r"|---- BEGIN SSH2 ENCRYPTED PRIVATE KEY|PuTTY-User-Key-File-[23]:",
     ),
     ("a JSON web token", rf"eyJ{_B64}{{15,1000}}\.eyJ{_B64}{{15,4000}}\.{_B64}{{20,}}"),
-    ("a password in an address", r"[a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>{}$*]{1,100}:[^\s/:@\"'<>{}$*]{6,200}@[A-Za-z0-9]"),
+    (
+        "a password in an address",
+        r"[a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>{}$*]{1,100}:[^\s/:@\"'<>{}$*]{6,200}@[A-Za-z0-9]",
+    ),
 )
 _BEGIN = r"(?:(?<![A-Za-z0-9_])|(?<=\\[nrt]))"  # JSON writes a line break before one as a letter
-_ANY = re.compile(_BEGIN + "(?:" + "|".join(f"(?P<s{n}>{shape})" for n, (_, shape) in enumerate(SECRET_SHAPES)) + ")")
+_ANY = re.compile(
+    _BEGIN
+    + "(?:"
+    + "|".join(f"(?P<s{n}>{shape})" for n, (_, shape) in enumerate(SECRET_SHAPES))
+    + ")"
+)
 # Of an environment variable, or of a setting on a command line.
 _VARIABLE = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(?:^|_)PAT)$")
 _SETTING = re.compile(
-    r"token(?!s|i)|secret|passw|passphrase|credential|(?:^|[-_.])(?:api|access|private)?[-_]?key$|(?:^|[-_.])pat$", re.I
+    r"token(?!s|i)|secret|passw|passphrase|credential|(?:^|[-_.])(?:api|access|private)?[-_]?key$|(?:^|[-_.])pat$",
+    re.I,
 )
 SHORTEST_SECRET = 12  # characters of a variable's value: a shorter one stands anywhere by chance
 NO_SECRET = re.compile(r"[a-z]{1,15}|/.*|[0-9]{1,15}|(?i:true|false|none|null)")
@@ -90,17 +110,31 @@ class SecretMatch:
 
 
 def find_secret(text: str, secrets: Mapping[str, str] | None = None) -> SecretMatch | None:
-    """The first secret of a text: one of ``secrets`` (name -> value), or something of a known shape."""
-    held = [SecretMatch(name, at) for name, value in (secrets or {}).items() if (at := text.find(value)) >= 0]
+    """The first secret of a text: one of ``secrets`` (name -> value), or something of a known
+    shape.
+    """
+    held = [
+        SecretMatch(name, at)
+        for name, value in (secrets or {}).items()
+        if (at := text.find(value)) >= 0
+    ]
     if match := _ANY.search(text):
-        held.append(SecretMatch(SECRET_SHAPES[int((match.lastgroup or "s0")[1:])][0], match.start()))
+        held.append(
+            SecretMatch(SECRET_SHAPES[int((match.lastgroup or "s0")[1:])][0], match.start())
+        )
     return min(held, key=lambda found: found.at, default=None)
 
 
 def environment_secrets() -> dict[str, str]:
-    """The variables whose name says that they hold a secret, where the value is long enough to be one."""
+    """The variables whose name says that they hold a secret, where the value is long enough to be
+    one.
+    """
     named = {name: value for name, value in os.environ.items() if _VARIABLE.search(name.upper())}
-    return {name: value for name, value in named.items() if len(value) >= SHORTEST_SECRET and not NO_SECRET.fullmatch(value)}
+    return {
+        name: value
+        for name, value in named.items()
+        if len(value) >= SHORTEST_SECRET and not NO_SECRET.fullmatch(value)
+    }
 
 
 def names_secret(setting: str) -> bool:

@@ -1,4 +1,5 @@
-"""Ask a model every question of a file, greedily, and score what it says: exact match, ROUGE-L, token F1, with intervals.
+"""Ask a model every question of a file, greedily, and score what it says: exact match, ROUGE-L,
+token F1, with intervals.
 
 said = answers(model, tokenizer, conversations, adapters="default")  # Mix.none() asks the base
 score_answers(said, [reference(c) for c in conversations])  # {"exact_match": 0.8, ...}
@@ -36,33 +37,47 @@ def generate_answers(
     batch_rows: int | None = None,
     system: str | None = None,
 ) -> list[str]:
-    """What the model says, greedily, in place of the last assistant message of each conversation, stripped.
+    """What the model says, greedily, in place of the last assistant message of each conversation,
+    stripped.
 
-    ``adapters``: a name, a Mix (`Mix.none()`: the base), one name or None (the base) per conversation, or None: what the model
-    uses now. ``batch_rows``: rows alive at once. Raises what `models.generate.generate` raises (ModelError for a prompt that the
-    context cannot hold).
+    ``adapters``: a name, a Mix (`Mix.none()`: the base), one name or None (the base) per
+    conversation, or None: what the model uses now. ``batch_rows``: rows alive at once. Raises what
+    `models.generate.generate` raises (ModelError for a prompt that the context cannot hold).
     """
     return generate_texts(
-        model, tokenizer, conversations, system=system, max_new_tokens=max_new_tokens, adapters=adapters, batch_rows=batch_rows
+        model,
+        tokenizer,
+        conversations,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        adapters=adapters,
+        batch_rows=batch_rows,
     )
 
 
 def reference_answer(conversation: Conversation) -> str:
     """The last thing the assistant says that is to be learnt: what an answer is compared with."""
-    return next(m.content for m in reversed(conversation.messages) if m.role == "assistant" and m.learnt)
+    return next(
+        m.content for m in reversed(conversation.messages) if m.role == "assistant" and m.learnt
+    )
 
 
-def score_answer_rows(predictions: Sequence[str], references: Sequence[ReferenceTexts]) -> dict[str, list[float]]:
+def score_answer_rows(
+    predictions: Sequence[str], references: Sequence[ReferenceTexts]
+) -> dict[str, list[float]]:
     """{exact_match, exact_match_strict, rouge_l, f1: one value per row}, each in [0, 1].
 
-    exact_match and f1 compare normalised text (SQuAD's rule), exact_match_strict the text as it is but for white space around
-    it. Raises DataError for lists of unequal length, empty ones, or a row without a reference.
+    exact_match and f1 compare normalised text (SQuAD's rule), exact_match_strict the text as it is
+    but for white space around it. Raises DataError for lists of unequal length, empty ones, or a
+    row without a reference.
     """
     each = score_each(predictions, references)
     return {shown: each[name] for name, shown in ANSWER_METRICS.items()}
 
 
-def score_answers(predictions: Sequence[str], references: Sequence[ReferenceTexts]) -> dict[str, float]:
+def score_answers(
+    predictions: Sequence[str], references: Sequence[ReferenceTexts]
+) -> dict[str, float]:
     """The means of `score_answer_rows`. Raises DataError as it does."""
     return metric_means(score_answer_rows(predictions, references))
 
@@ -72,7 +87,11 @@ def metric_means(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: math.fsum(values) / len(values) for name, values in rows.items()}
 
 
-def metric_intervals(rows: Mapping[str, Sequence[float]], seed: int = 0) -> dict[str, tuple[float, float]]:
-    """{metric: (low, high)}: the 95% percentile bootstrap interval of each mean; without those of too few rows."""
+def metric_intervals(
+    rows: Mapping[str, Sequence[float]], seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """{metric: (low, high)}: the 95% percentile bootstrap interval of each mean; without those of
+    too few rows.
+    """
     found = {name: bootstrap_interval(values, seed) for name, values in rows.items()}
     return {name: ends for name, ends in found.items() if all(map(math.isfinite, ends))}

@@ -1,4 +1,6 @@
-"""Loss, perplexity and token accuracy of held-out batches, through the same scores and the same loss as training."""
+"""Loss, perplexity and token accuracy of held-out batches, through the same scores and the same
+loss as training.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from lorry.models.scoring.score import TokenScore, correct, log_prob
 
 
 def evaluate_task(backend: ScoringBackend, task: Task) -> dict[str, float]:
-    """{eval_loss, eval_TERM..., eval_perplexity, eval_token_accuracy} of a task's held-out batches; empty if it has none.
+    """{eval_loss, eval_TERM..., eval_perplexity, eval_token_accuracy} of a task's held-out batches;
+    empty if it has none.
 
-    eval_loss is the task's own loss, normalised over the whole set; perplexity and accuracy are per supervised token.
+    eval_loss is the task's own loss, normalised over the whole set; perplexity and accuracy are per
+    supervised token.
     """
     batches = task.eval_batches()
     if not batches:
@@ -24,7 +28,11 @@ def evaluate_task(backend: ScoringBackend, task: Task) -> dict[str, float]:
     sums = dict.fromkeys(totals, 0.0)
     tokens = right = nll = 0.0
     for batch in batches:
-        wants = {**task.wants(batch), "_logprob": TokenScore(log_prob), "_correct": TokenScore(correct)}
+        wants = {
+            **task.wants(batch),
+            "_logprob": TokenScore(log_prob),
+            "_correct": TokenScore(correct),
+        }
         got = backend.score([batch], wants)[0]
         for name, values in task.loss(got, batch).items():
             sums[name] += float(values.double().sum())
@@ -35,11 +43,18 @@ def evaluate_task(backend: ScoringBackend, task: Task) -> dict[str, float]:
     terms = {name: sums[name] / totals[name] if totals[name] else 0.0 for name in sums}
     out = {"eval_loss": sum(terms.values())}
     out |= {f"eval_{name}": value for name, value in terms.items() if len(terms) > 1}
-    return out | {"eval_perplexity": loss_perplexity(nll, tokens), "eval_token_accuracy": right / tokens if tokens else math.nan}
+    return out | {
+        "eval_perplexity": loss_perplexity(nll, tokens),
+        "eval_token_accuracy": right / tokens if tokens else math.nan,
+    }
 
 
-def mean_nll(backend: ScoringBackend, batches: Sequence[Batch], mix: Mix | None = None) -> tuple[float, float]:
-    """(summed negative log-likelihood in nats, supervised tokens) of batches under a mix (None: the batch's own adapters)."""
+def mean_nll(
+    backend: ScoringBackend, batches: Sequence[Batch], mix: Mix | None = None
+) -> tuple[float, float]:
+    """(summed negative log-likelihood in nats, supervised tokens) of batches under a mix (None: the
+    batch's own adapters).
+    """
     nll = tokens = 0.0
     for batch in batches:
         logprob = backend.score([batch], {"logprob": TokenScore(log_prob)}, mix)[0]["logprob"]
@@ -49,21 +64,27 @@ def mean_nll(backend: ScoringBackend, batches: Sequence[Batch], mix: Mix | None 
 
 
 def packed_loss_difference(backend: ScoringBackend, batch: Batch, sequences: int = 8) -> float:
-    """Difference between the mean loss of a batch's first few sequences packed and alone, relative to the loss where that is
-    above 1: rounding and nothing more, if packing changes nothing."""
+    """Difference between the mean loss of a batch's first few sequences packed and alone, relative
+    to the loss where that is above 1: rounding and nothing more, if packing changes nothing."""
     parts = _split_examples(batch, sequences)
-    (packed, tokens), (alone, _) = mean_nll(backend, [collate(parts)]), mean_nll(backend, [collate([p]) for p in parts])
+    (packed, tokens), (alone, _) = (
+        mean_nll(backend, [collate(parts)]),
+        mean_nll(backend, [collate([p]) for p in parts]),
+    )
     return abs(packed - alone) / max(tokens, alone)
 
 
 def packing_leak(backend: ScoringBackend, batch: Batch, sequences: int = 4) -> float:
-    """Largest change of a sequence's scores when its neighbours' tokens are reversed: exactly 0 if nothing leaks, since shapes,
-    and with them every kernel and its rounding, stay the same."""
+    """Largest change of a sequence's scores when its neighbours' tokens are reversed: exactly 0 if
+    nothing leaks, since shapes, and with them every kernel and its rounding, stay the same."""
     parts, want = _split_examples(batch, sequences), {"logprob": TokenScore(log_prob)}
     before = backend.score([collate(parts)], want)[0]["logprob"]
     worst = 0.0
     for changed in (0, 1):
-        mixed = [replace(p, tokens=list(p.tokens)[::-1]) if s % 2 == changed else p for s, p in enumerate(parts)]
+        mixed = [
+            replace(p, tokens=list(p.tokens)[::-1]) if s % 2 == changed else p
+            for s, p in enumerate(parts)
+        ]
         other = collate(mixed)
         after = backend.score([other], want)[0]["logprob"]
         same = [slice(*other.segments[s]) for s in range(len(parts)) if s % 2 != changed]
@@ -76,7 +97,9 @@ def _split_examples(batch: Batch, sequences: int) -> list[TokenizedExample]:
     parts = []
     for s, (start, stop) in enumerate(batch.segments[:sequences]):
         tokens, weights = batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist()
-        parts.append(TokenizedExample(tokens, weights, adapter=int(batch.adapter[s]), key=int(batch.key[s])))
+        parts.append(
+            TokenizedExample(tokens, weights, adapter=int(batch.adapter[s]), key=int(batch.key[s]))
+        )
     return parts
 
 

@@ -1,4 +1,5 @@
-"""Evaluate a model on the rows of a file: their loss through the same scores as training, and greedy answers to their questions.
+"""Evaluate a model on the rows of a file: their loss through the same scores as training, and
+greedy answers to their questions.
 
 rows = EvalRows.read(open_source("test.jsonl"), Encoder(tokenizer, max_length=1024))
 base, tuned = (evaluate_rows(model, rows, mix) for mix in (Mix.none(), Mix.one("people")))
@@ -21,7 +22,13 @@ from lorry.data.reading.content import Conversation
 from lorry.data.reading.formats import DataExample, RowFormat, read_examples
 from lorry.data.reading.sources import DataSource
 from lorry.errors import DataError
-from lorry.evaluate.answers import generate_answers, metric_intervals, metric_means, reference_answer, score_answer_rows
+from lorry.evaluate.answers import (
+    generate_answers,
+    metric_intervals,
+    metric_means,
+    reference_answer,
+    score_answer_rows,
+)
 from lorry.evaluate.metrics.registry import corpus_perplexity
 from lorry.generation.scorer import ModelScorer
 from lorry.models.causal_lm import CausalLM
@@ -30,7 +37,9 @@ from lorry.models.scoring.score import TokenScore, correct, log_prob
 
 @dataclass(frozen=True)
 class EvalRow:
-    """A row: where it stands, what it holds, what it asks last, and every answer that is right; "" and none for plain text."""
+    """A row: where it stands, what it holds, what it asks last, and every answer that is right; ""
+    and none for plain text.
+    """
 
     where: str
     content: Any
@@ -40,7 +49,9 @@ class EvalRow:
 
 @dataclass(frozen=True)
 class TeacherForcedScore:
-    """Teacher forcing on some tokens: summed negative log-likelihood in nats, weight, supervised tokens, those guessed right."""
+    """Teacher forcing on some tokens: summed negative log-likelihood in nats, weight, supervised
+    tokens, those guessed right.
+    """
 
     nll: float = 0.0
     weight: float = 0.0
@@ -49,19 +60,29 @@ class TeacherForcedScore:
 
     def __add__(self, other: TeacherForcedScore) -> TeacherForcedScore:
         return TeacherForcedScore(
-            self.nll + other.nll, self.weight + other.weight, self.tokens + other.tokens, self.right + other.right
-        )  # fmt: skip
+            self.nll + other.nll,
+            self.weight + other.weight,
+            self.tokens + other.tokens,
+            self.right + other.right,
+        )
 
     def metrics(self) -> dict[str, float]:
-        """Mean loss per unit of weight, its exponential, and the share of supervised tokens that were the likeliest."""
-        loss = {"loss": self.nll / self.weight, "perplexity": corpus_perplexity(self.nll, self.weight)}
+        """Mean loss per unit of weight, its exponential, and the share of supervised tokens that
+        were the likeliest.
+        """
+        loss = {
+            "loss": self.nll / self.weight,
+            "perplexity": corpus_perplexity(self.nll, self.weight),
+        }
         return {**loss, "token_accuracy": self.right / self.tokens}
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """One model's result. ``metrics``: over all rows; ``metric_intervals``: 95%, of those that are means of rows; ``forced``: by row;
-    ``said`` and ``scores``: by row number, for the rows that were asked."""
+    """One model's result. ``metrics``: over all rows; ``metric_intervals``: 95%, of those that are
+    means of rows; ``forced``: by row; ``said`` and ``scores``: by row number, for the rows that
+    were asked.
+    """
 
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
@@ -72,7 +93,9 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class EvalRows:
-    """The usable rows of a file, their sequences (a long text makes several), and whose row each sequence is."""
+    """The usable rows of a file, their sequences (a long text makes several), and whose row each
+    sequence is.
+    """
 
     rows: list[EvalRow]
     tokens: TokenSet
@@ -80,53 +103,78 @@ class EvalRows:
     encoder: ExampleEncoder
 
     @classmethod
-    def read(cls, source: DataSource, encoder: ExampleEncoder, form: RowFormat | None = None) -> EvalRows:
-        """Read and encode a whole source. Raises DataError for a bad row (by the source's policy) or when no row is left."""
+    def read(
+        cls, source: DataSource, encoder: ExampleEncoder, form: RowFormat | None = None
+    ) -> EvalRows:
+        """Read and encode a whole source. Raises DataError for a bad row (by the source's policy)
+        or when no row is left.
+        """
         notes: set[str] = set()
         encoded = encode_rows(read_examples(source, form, notes=notes), source, encoder)
         read = list(report_progress(encoded, source.label, encoder.tell))
         tokens = TokenSet.of(read, source, encoder, notes)
         if not read:
-            raise DataError(f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}")
+            raise DataError(
+                f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}"
+            )
         owners = [number for number, (_, pieces) in enumerate(read) for _ in pieces]
         return cls([_eval_row(found, encoder) for found, _ in read], tokens, owners, encoder)
 
     def askable(self, context: int | None, max_new_tokens: int) -> tuple[list[int], list[str]]:
-        """(numbers of the rows with a question whose answer fits the model's context, a note for each kind left out)."""
+        """(numbers of the rows with a question whose answer fits the model's context, a note for
+        each kind left out).
+        """
         kept, over, refused = [], 0, 0
         for number, row in enumerate(self.rows):
             if not isinstance(row.content, Conversation):
                 continue
             try:
-                fits = context is None or len(self.encoder.prompt(row.content)) + max_new_tokens <= context
+                fits = (
+                    context is None
+                    or len(self.encoder.prompt(row.content)) + max_new_tokens <= context
+                )
             except TemplateRefusedError:
                 refused += 1
                 continue
             kept += [number] if fits else []
             over += not fits
-        notes = [f"{over} rows not asked: prompt and {max_new_tokens} new tokens exceed the context of {context}"] * (over > 0)
-        return kept, notes + [f"{refused} rows not asked: the chat template does not render their prompt"] * (refused > 0)
+        notes = [
+            f"{over} rows not asked: prompt and {max_new_tokens} new tokens exceed the context of {context}"
+        ] * (over > 0)
+        return kept, notes + [
+            f"{refused} rows not asked: the chat template does not render their prompt"
+        ] * (refused > 0)
 
 
 def _eval_row(found: DataExample, encoder: ExampleEncoder) -> EvalRow:
     if not isinstance(found.content, Conversation):
         return EvalRow(found.where, found.content)
     messages, right = found.content.messages, reference_answer(found.content)
-    last = max(number for number, message in enumerate(messages) if message.role == "assistant" and message.learnt)
+    last = max(
+        number
+        for number, message in enumerate(messages)
+        if message.role == "assistant" and message.learnt
+    )
     question = messages[last - 1].content if last else ""
     return EvalRow(
         found.where,
         found.content,
         question,
-        tuple(_strip_end_of_turn(text, encoder) for text in _acceptable_answers(found.values, right)),
+        tuple(
+            _strip_end_of_turn(text, encoder) for text in _acceptable_answers(found.values, right)
+        ),
     )
 
 
 def _acceptable_answers(values: Mapping[str, Any], learnt: str) -> list[str]:
-    """Every acceptable answer of a row whose column ``generate_answers`` lists several, as SQuAD does, the learnt one among them."""
+    """Every acceptable answer of a row whose column ``generate_answers`` lists several, as SQuAD
+    does, the learnt one among them.
+    """
     several = values.get("answers")
     several = several.get("text") if isinstance(several, Mapping) else several
-    texts = [text for text in several if isinstance(text, str)] if isinstance(several, Sequence) else []
+    texts = (
+        [text for text in several if isinstance(text, str)] if isinstance(several, Sequence) else []
+    )
     return texts if not isinstance(several, str) and learnt in texts else [learnt]
 
 
@@ -137,12 +185,16 @@ def _strip_end_of_turn(text: str, encoder: ExampleEncoder) -> str:
     return text
 
 
-def score_teacher_forced(scorer: ScoringBackend, rows: EvalRows, mix: Mix, batch_rows: int) -> list[TeacherForcedScore]:
+def score_teacher_forced(
+    scorer: ScoringBackend, rows: EvalRows, mix: Mix, batch_rows: int
+) -> list[TeacherForcedScore]:
     """Teacher forcing, a `TeacherForcedScore` per row."""
     done = [TeacherForcedScore() for _ in rows.rows]
     owners = iter(rows.owners)
     for batch in rows.tokens.eval_batches(batch_rows):
-        got = scorer.score([batch], {"logprob": TokenScore(log_prob), "correct": TokenScore(correct)}, mix)[0]
+        got = scorer.score(
+            [batch], {"logprob": TokenScore(log_prob), "correct": TokenScore(correct)}, mix
+        )[0]
         supervised = (batch.weights != 0).double()
         sums = (
             batch.sum_by_sequence(-got["logprob"].double() * batch.weights.double()),
@@ -165,7 +217,8 @@ def evaluate_rows(
     max_new_tokens: int = 64,
     batch_rows: int = 8,
 ) -> EvaluationResult:
-    """Loss, perplexity and token accuracy of all rows under a mix; exact match, ROUGE-L and F1 of answers to those ``asked``.
+    """Loss, perplexity and token accuracy of all rows under a mix; exact match, ROUGE-L and F1 of
+    answers to those ``asked``.
 
     Raises NonFiniteError or ModelError from the model.
     """
@@ -176,11 +229,23 @@ def evaluate_rows(
         return EvaluationResult(metrics, {}, forced)
     conversations = [rows.rows[number].content for number in asked]
     said = generate_answers(
-        model, rows.encoder.tokenizer, conversations, adapters=mix, max_new_tokens=max_new_tokens, batch_rows=batch_rows,
+        model,
+        rows.encoder.tokenizer,
+        conversations,
+        adapters=mix,
+        max_new_tokens=max_new_tokens,
+        batch_rows=batch_rows,
         system=rows.encoder.system,
-    )  # fmt: skip
+    )
     each = score_answer_rows(said, [rows.rows[number].references for number in asked])
-    by_row = {number: {name: values[at] for name, values in each.items()} for at, number in enumerate(asked)}
+    by_row = {
+        number: {name: values[at] for name, values in each.items()}
+        for at, number in enumerate(asked)
+    }
     return EvaluationResult(
-        metrics | metric_means(each), metric_intervals(each), forced, dict(zip(asked, said, strict=True)), by_row
+        metrics | metric_means(each),
+        metric_intervals(each),
+        forced,
+        dict(zip(asked, said, strict=True)),
+        by_row,
     )

@@ -1,10 +1,11 @@
-"""Model families as data: which Hugging Face names hold what, and how a config describes the computation. No torch here.
+"""Model families as data: which Hugging Face names hold what, and how a config describes the
+computation. No torch here.
 
 A family answers five questions: which `model_type`s it covers, where each part lies in the state
 dict, which target names people use, which role each target and norm has in a layer, and how
-`config.json` turns into a `ModelGeometry`. Nobody else derives a role from a name or a position. `find_family`
-returns None for an architecture nobody described; the loader then takes transformers' own
-implementation.
+`config.json` turns into a `ModelGeometry`. Nobody else derives a role from a name or a position.
+`find_family` returns None for an architecture nobody described; the loader then takes transformers'
+own implementation.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ U = TypeVar("U")
 
 
 class LayerLinears(NamedTuple, Generic[T_co]):
-    """One thing for each of the four matrix products of a layer, in the order they run; linears that
-    read the same input are one product.
+    """One thing for each of the four matrix products of a layer, in the order they run; linears
+    that read the same input are one product.
 
-    qkv: the projections into attention; attn_out: the one out of it; mlp_in: those into the MLP (the
-    gate first, then up); mlp_out: the one out of it.
+    qkv: the projections into attention; attn_out: the one out of it; mlp_in: those into the MLP
+    (the gate first, then up); mlp_out: the one out of it.
     """
 
     qkv: T_co
@@ -33,12 +34,14 @@ class LayerLinears(NamedTuple, Generic[T_co]):
 
     def map(self, make: Callable[[T_co], U]) -> LayerLinears[U]:
         """``make`` of each."""
-        return LayerLinears(make(self.qkv), make(self.attn_out), make(self.mlp_in), make(self.mlp_out))
+        return LayerLinears(
+            make(self.qkv), make(self.attn_out), make(self.mlp_in), make(self.mlp_out)
+        )
 
 
 class LayerNorms(NamedTuple, Generic[T_co]):
-    """One thing for each norm of a layer: before attention, before the MLP, and of the heads of q and
-    k where a family has those."""
+    """One thing for each norm of a layer: before attention, before the MLP, and of the heads of q
+    and k where a family has those."""
 
     attn: T_co
     mlp: T_co
@@ -63,7 +66,9 @@ SITES = LayerLinears[Site]("attention.in", "attention.out", "mlp.in", "mlp.out")
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryConfig:
-    """Rotary positions: base frequency, how many of the head's dimensions turn, and a scaling rule with its numbers."""
+    """Rotary positions: base frequency, how many of the head's dimensions turn, and a scaling rule
+    with its numbers.
+    """
 
     theta: float
     dim: int
@@ -95,11 +100,12 @@ class ModelGeometry:
 class ModelFamily:
     """One architecture. Paths are Hugging Face module names; `{i}` is the layer number.
 
-    targets: canonical target name -> path inside a layer; the layer's linears in the order they run.
-    roles: the targets of each of the layer's products, every target once; norms: paths in a layer.
-    qkv: `separate` (three linears), `thirds` (one linear, rows q|k|v) or `heads` (one linear, q,k,v interleaved by head).
-    on_disk: module names that checkpoints spell otherwise, {ours (transformers' module name): the file's}.
-    reads: config keys `geometry` understands; ignores: keys that change nothing here, with a test of their value.
+    targets: canonical target name -> path inside a layer; the layer's linears in the order they
+    run. roles: the targets of each of the layer's products, every target once; norms: paths in a
+    layer. qkv: `separate` (three linears), `thirds` (one linear, rows q|k|v) or `heads` (one
+    linear, q,k,v interleaved by head). on_disk: module names that checkpoints spell otherwise,
+    {ours (transformers' module name): the file's}. reads: config keys `geometry` understands;
+    ignores: keys that change nothing here, with a test of their value.
     """
 
     name: str
@@ -124,7 +130,9 @@ class ModelFamily:
     def __post_init__(self) -> None:
         named = [target for role in self.roles for target in role]
         if named != list(self.targets):
-            raise ValueError(f"family {self.name}: roles {named} are not the targets {list(self.targets)}")
+            raise ValueError(
+                f"family {self.name}: roles {named} are not the targets {list(self.targets)}"
+            )
         counts = tuple(map(len, self.roles))
         if counts != (3 if self.qkv == "separate" else 1, 1, 2 if self.gated else 1, 1):
             what = f"qkv={self.qkv}, gated={self.gated}"
@@ -139,7 +147,9 @@ class ModelFamily:
         q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
         outputs = (q, kv, kv) if len(self.roles.qkv) == 3 else (q + 2 * kv,)
         return LayerLinears(
-            qkv={target: (out, g.width) for target, out in zip(self.roles.qkv, outputs, strict=True)},
+            qkv={
+                target: (out, g.width) for target, out in zip(self.roles.qkv, outputs, strict=True)
+            },
             attn_out=dict.fromkeys(self.roles.attn_out, (g.width, q)),
             mlp_in=dict.fromkeys(self.roles.mlp_in, (g.mlp_width, g.width)),
             mlp_out=dict.fromkeys(self.roles.mlp_out, (g.width, g.mlp_width)),
@@ -155,11 +165,14 @@ def find_family(model_type: str) -> ModelFamily | None:
     return next((f for f in (LLAMA, QWEN2, QWEN3, GPT2, NEOX) if model_type in f.model_types), None)
 
 
-def unsupported_fields(family: ModelFamily, config: ConfigMapping, defaults: ConfigMapping) -> list[str]:
-    """Config fields that the native decoder would have to ignore although they change the model, as `key=value` words.
+def unsupported_fields(
+    family: ModelFamily, config: ConfigMapping, defaults: ConfigMapping
+) -> list[str]:
+    """Config fields that the native decoder would have to ignore although they change the model, as
+    `key=value` words.
 
-    ``defaults`` are the values transformers' own config class starts with: a key that class does not know is metadata,
-    and a key at its default changes nothing.
+    ``defaults`` are the values transformers' own config class starts with: a key that class does
+    not know is metadata, and a key at its default changes nothing.
     """
     found = []
     for key, value in config.items():

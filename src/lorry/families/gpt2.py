@@ -1,4 +1,6 @@
-"""GPT-2: learned positions, layer norm with bias, fused c_attn, and weights stored input-major (transformers' Conv1D)."""
+"""GPT-2: learned positions, layer norm with bias, fused c_attn, and weights stored input-major
+(transformers' Conv1D).
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,31 @@ GPT2 = ModelFamily(
     final_norm="transformer.ln_f",
     head="lm_head",
     norms=LayerNorms(attn="ln_1", mlp="ln_2"),
-    targets={"c_attn": "attn.c_attn", "c_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp_c_proj": "mlp.c_proj"},
-    roles=LayerLinears(qkv=("c_attn",), attn_out=("c_proj",), mlp_in=("c_fc",), mlp_out=("mlp_c_proj",)),
+    targets={
+        "c_attn": "attn.c_attn",
+        "c_proj": "attn.c_proj",
+        "c_fc": "mlp.c_fc",
+        "mlp_c_proj": "mlp.c_proj",
+    },
+    roles=LayerLinears(
+        qkv=("c_attn",), attn_out=("c_proj",), mlp_in=("c_fc",), mlp_out=("mlp_c_proj",)
+    ),
     norm="layer",
     qkv="thirds",
     gated=False,
     transposed=True,
     geometry=gpt2_geometry,
     reads=frozenset(
-        {"n_embd", "n_head", "n_layer", "n_inner", "vocab_size", "n_positions", "layer_norm_epsilon", "activation_function"}
+        {
+            "n_embd",
+            "n_head",
+            "n_layer",
+            "n_inner",
+            "vocab_size",
+            "n_positions",
+            "layer_norm_epsilon",
+            "activation_function",
+        }
     ),
     ignores=METADATA_KEYS,
 )

@@ -1,4 +1,6 @@
-"""Llama and its relatives: Llama, SmolLM, Mistral (one family), Qwen2 (biased q, k, v) and Qwen3 (normalised q and k)."""
+"""Llama and its relatives: Llama, SmolLM, Mistral (one family), Qwen2 (biased q, k, v) and Qwen3
+(normalised q and k).
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,18 @@ MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 def llama_geometry(config: ConfigMapping) -> ModelGeometry:
     """Llama's and Mistral's config; biases only where `attention_bias` or `mlp_bias` ask for them.
 
-    Raises UnsupportedConfig for a partial rotary factor: transformers reads it under some scaling rules and not under others.
+    Raises UnsupportedConfig for a partial rotary factor: transformers reads it under some scaling
+    rules and not under others.
     """
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     turning = read_rotary(config, head_dim)
     if turning.dim != head_dim:
         raise UnsupportedConfigError(f"partial_rotary_factor={turning.dim / head_dim}")
-    biased = {*(ATTENTION_TARGETS if config.get("attention_bias") else ()), *(MLP_TARGETS if config.get("mlp_bias") else ())}
+    biased = {
+        *(ATTENTION_TARGETS if config.get("attention_bias") else ()),
+        *(MLP_TARGETS if config.get("mlp_bias") else ()),
+    }
     return ModelGeometry(
         layers=config["num_hidden_layers"],
         width=config["hidden_size"],
@@ -57,9 +63,20 @@ def qwen3_geometry(config: ConfigMapping) -> ModelGeometry:
 
 
 CONFIG_KEYS = ROTARY_KEYS | {
-    "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "intermediate_size", "vocab_size",
-    "max_position_embeddings", "rms_norm_eps", "hidden_act", "tie_word_embeddings", "head_dim", "attention_bias", "mlp_bias",
-}  # fmt: skip
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "tie_word_embeddings",
+    "head_dim",
+    "attention_bias",
+    "mlp_bias",
+}
 
 LLAMA = ModelFamily(
     name="llama",
@@ -70,9 +87,15 @@ LLAMA = ModelFamily(
     final_norm="model.norm",
     head="lm_head",
     norms=LayerNorms(attn="input_layernorm", mlp="post_attention_layernorm"),
-    targets={**{t: f"self_attn.{t}" for t in ATTENTION_TARGETS}, **{t: f"mlp.{t}" for t in MLP_TARGETS}},
+    targets={
+        **{t: f"self_attn.{t}" for t in ATTENTION_TARGETS},
+        **{t: f"mlp.{t}" for t in MLP_TARGETS},
+    },
     roles=LayerLinears(
-        qkv=("q_proj", "k_proj", "v_proj"), attn_out=("o_proj",), mlp_in=("gate_proj", "up_proj"), mlp_out=("down_proj",)
+        qkv=("q_proj", "k_proj", "v_proj"),
+        attn_out=("o_proj",),
+        mlp_in=("gate_proj", "up_proj"),
+        mlp_out=("down_proj",),
     ),
     norm="rms",
     qkv="separate",
@@ -91,7 +114,9 @@ QWEN2 = replace(
     ignores={
         **METADATA_KEYS,
         "sliding_window": is_wide_window,
-        "use_sliding_window": lambda on, config: not on or is_wide_window(config.get("sliding_window"), config),
+        "use_sliding_window": lambda on, config: (
+            not on or is_wide_window(config.get("sliding_window"), config)
+        ),
         "max_window_layers": lambda _, config: not config.get("use_sliding_window"),
         "layer_types": is_full_attention,
     },

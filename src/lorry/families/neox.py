@@ -1,4 +1,6 @@
-"""GPT-NeoX (Pythia): q, k, v interleaved by head in one matrix, partial rotary, attention and MLP side by side."""
+"""GPT-NeoX (Pythia): q, k, v interleaved by head in one matrix, partial rotary, attention and MLP
+side by side.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,16 @@ from lorry.families.common import METADATA_KEYS, ROTARY_KEYS, read_rotary
 
 
 def neox_geometry(config: ConfigMapping) -> ModelGeometry:
-    """Pythia's config: rotary on a quarter of each head by default, parallel residual unless switched off."""
+    """Pythia's config: rotary on a quarter of each head by default, parallel residual unless
+    switched off.
+    """
     width, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = width // heads
-    biased = {"dense_h_to_4h", "dense_4h_to_h", *(("query_key_value", "dense") if config.get("attention_bias", True) else ())}
+    biased = {
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+        *(("query_key_value", "dense") if config.get("attention_bias", True) else ()),
+    }
     return ModelGeometry(
         layers=config["num_hidden_layers"],
         width=width,
@@ -46,7 +54,10 @@ NEOX = ModelFamily(
         "dense_4h_to_h": "mlp.dense_4h_to_h",
     },
     roles=LayerLinears(
-        qkv=("query_key_value",), attn_out=("dense",), mlp_in=("dense_h_to_4h",), mlp_out=("dense_4h_to_h",)
+        qkv=("query_key_value",),
+        attn_out=("dense",),
+        mlp_in=("dense_h_to_4h",),
+        mlp_out=("dense_4h_to_h",),
     ),
     norm="layer",
     qkv="heads",
@@ -54,8 +65,17 @@ NEOX = ModelFamily(
     geometry=neox_geometry,
     reads=ROTARY_KEYS
     | {
-        "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size", "max_position_embeddings",
-        "layer_norm_eps", "hidden_act", "tie_word_embeddings", "use_parallel_residual", "attention_bias",
+        "hidden_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "layer_norm_eps",
+        "hidden_act",
+        "tie_word_embeddings",
+        "use_parallel_residual",
+        "attention_bias",
     },
     ignores=METADATA_KEYS,
-)  # fmt: skip
+)

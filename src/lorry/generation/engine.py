@@ -1,8 +1,10 @@
-"""Generation: many prompts at once over a key/value cache, greedy or sampled, an adapter per row, nothing padded.
+"""Generation: many prompts at once over a key/value cache, greedy or sampled, an adapter per row,
+nothing padded.
 
-Prompts are run packed, and only the last token of each meets the head. Then every live row decodes one token a step; a row that
-ends makes room for the next prompt. What a row says depends on its prompt, its adapter and (seed, its place in the list), never
-on who shared the batch (up to the rounding of differently shaped matrix products). B live rows, V vocabulary.
+Prompts are run packed, and only the last token of each meets the head. Then every live row decodes
+one token a step; a row that ends makes room for the next prompt. What a row says depends on its
+prompt, its adapter and (seed, its place in the list), never on who shared the batch (up to the
+rounding of differently shaped matrix products). B live rows, V vocabulary.
 
 Try: generate(model, [[1, 403, 407]], max_new_tokens=20)
 """
@@ -34,9 +36,10 @@ PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, unless a single prom
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to one prompt. ``tokens``: the new ones, with the end-of-turn token or stop sequence that ended it, if any;
-    ``finished``: it ended by itself and not at ``max_new_tokens``; ``logprobs``: log p of each token under the plain model
-    (temperature 1, nothing penalised or cut off), when asked for.
+    """The answer to one prompt. ``tokens``: the new ones, with the end-of-turn token or stop
+    sequence that ended it, if any; ``finished``: it ended by itself and not at ``max_new_tokens``;
+    ``logprobs``: log p of each token under the plain model (temperature 1, nothing penalised or cut
+    off), when asked for.
     """
 
     tokens: list[int]
@@ -70,7 +73,9 @@ class SequenceState:
 
 
 class GenerationBatch:
-    """Some prompts being answered: ``steps()`` yields, after each forward pass, the rows that got a token by it."""
+    """Some prompts being answered: ``steps()`` yields, after each forward pass, the rows that got a
+    token by it.
+    """
 
     def __init__(
         self,
@@ -89,30 +94,57 @@ class GenerationBatch:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if any(len(s) == 0 for s in stop):
-            raise ConfigError("stop holds an empty sequence, which would end every answer at once; remove it")
+            raise ConfigError(
+                "stop holds an empty sequence, which would end every answer at once; remove it"
+            )
         self.model = cast(CausalLM, DecodeRunner(model) if DecodeRunner.takes(model) else model)  # type: ignore[arg-type]
-        self.eos, self.stop, self.sampling, self.logprobs = frozenset(eos), list(stop), sampling, logprobs
+        self.eos, self.stop, self.sampling, self.logprobs = (
+            frozenset(eos),
+            list(stop),
+            sampling,
+            logprobs,
+        )
         self.mix, owners = resolve_row_adapters(model, adapters, len(prompts))
         self.rows = [
-            SequenceState(i, tokens, owner, max_new_tokens, random.Random(derive_seed("generate", sampling.seed, i)), set(tokens))
-            for i, (tokens, owner) in enumerate(zip(([int(t) for t in p] for p in prompts), owners, strict=True))
+            SequenceState(
+                i,
+                tokens,
+                owner,
+                max_new_tokens,
+                random.Random(derive_seed("generate", sampling.seed, i)),
+                set(tokens),
+            )
+            for i, (tokens, owner) in enumerate(
+                zip(([int(t) for t in p] for p in prompts), owners, strict=True)
+            )
         ]
         self._check_lengths(max_new_tokens)
-        # Rows of one adapter run side by side, so that each step has few terms; the order does not change any row's answer.
+        # Rows of one adapter run side by side, so that each step has few terms; the order does not
+        # change any row's answer.
         rank = {name: k for k, name in enumerate(dict.fromkeys(owners))}
         self.waiting = deque(sorted(self.rows, key=lambda row: rank[row.adapter]))
-        self.live = [self.waiting.popleft() for _ in range(min(batch_rows or BATCH_ROWS, len(self.rows)))]
+        self.live = [
+            self.waiting.popleft() for _ in range(min(batch_rows or BATCH_ROWS, len(self.rows)))
+        ]
         if self.rows:
-            self.cache = self.model.new_cache(len(self.live), max(len(row.prompt) for row in self.rows) + max_new_tokens)
+            self.cache = self.model.new_cache(
+                len(self.live), max(len(row.prompt) for row in self.rows) + max_new_tokens
+            )
 
     def _check_lengths(self, new: int) -> None:
         limit = self.model.context
         for row in self.rows:
             if not row.prompt:
-                raise DataError(f"prompt {row.index} is empty; give it at least one token (such as the beginning-of-text token)")
+                raise DataError(
+                    f"prompt {row.index} is empty; give it at least one token (such as the beginning-of-text token)"
+                )
             if limit is not None and len(row.prompt) + new > limit:
                 left = limit - len(row.prompt)
-                fewer = f"set max_new_tokens to at most {left}" if left > 0 else "use a model with a longer context"
+                fewer = (
+                    f"set max_new_tokens to at most {left}"
+                    if left > 0
+                    else "use a model with a longer context"
+                )
                 shorter = f" to at most {limit - new} tokens" if limit > new else ""
                 raise ModelError(
                     f"prompt {row.index} has {len(row.prompt)} tokens and max_new_tokens is {new}, but this model's context is "
@@ -120,7 +152,9 @@ class GenerationBatch:
                 )
 
     def steps(self) -> Iterator[list[SequenceState]]:
-        """Run until every row is done. Raises NonFiniteError when the model's logits are not numbers."""
+        """Run until every row is done. Raises NonFiniteError when the model's logits are not
+        numbers.
+        """
         fresh = list(range(len(self.live)))
         while self.live:
             if fresh:
@@ -133,7 +167,9 @@ class GenerationBatch:
 
     @torch.no_grad()
     def _prefill(self, slots: Sequence[int]) -> None:
-        """Run the prompts that were just given these cache rows, a bounded number of tokens at a time."""
+        """Run the prompts that were just given these cache rows, a bounded number of tokens at a
+        time.
+        """
         groups: list[list[int]] = []
         held = 0
         for slot in slots:
@@ -145,10 +181,14 @@ class GenerationBatch:
         for group in groups:
             rows = [self.live[slot] for slot in group]
             packed = PackedInput.of([row.prompt for row in rows], self.model.device)
-            places = torch.repeat_interleave(torch.tensor(group), torch.tensor([len(row.prompt) for row in rows]))
+            places = torch.repeat_interleave(
+                torch.tensor(group), torch.tensor([len(row.prompt) for row in rows])
+            )
             ends = [stop for _, stop in packed.segments]
             call = self._call(rows, [0, *ends])
-            hidden = self.model.cached(packed, places.to(self.model.device), self.cache, call, decoding=False)
+            hidden = self.model.cached(
+                packed, places.to(self.model.device), self.cache, call, decoding=False
+            )
             last = torch.tensor(ends, device=self.model.device) - 1
             self._choose(self.model.logits(hidden.index_select(0, last), call.narrow(last)), rows)
 
@@ -159,15 +199,23 @@ class GenerationBatch:
         tokens = torch.tensor([row.tokens[-1] for row in self.live], device=self.model.device)
         packed = PackedInput(tokens, self.cache.lengths, [(i, i + 1) for i in range(count)])
         call = self._call(self.live, range(count + 1))
-        hidden = self.model.cached(packed, torch.arange(count, device=tokens.device), self.cache, call, decoding=True)
+        hidden = self.model.cached(
+            packed, torch.arange(count, device=tokens.device), self.cache, call, decoding=True
+        )
         self._choose(self.model.logits(hidden, call), self.live)
 
     def _call(self, rows: Sequence[SequenceState], starts: Sequence[int]) -> AdapterContext:
-        return AdapterContext(self.mix if self.mix is not None else Mix.per_sequence([row.adapter for row in rows], starts))
+        return AdapterContext(
+            self.mix
+            if self.mix is not None
+            else Mix.per_sequence([row.adapter for row in rows], starts)
+        )
 
     def _choose(self, logits: Tensor, rows: Sequence[SequenceState]) -> None:
         """Give each row its next token from logits [B,V]."""
-        tokens, finite = self.sampling.choose(logits, [row.seen for row in rows], (row.rng.random() for row in rows))
+        tokens, finite = self.sampling.choose(
+            logits, [row.seen for row in rows], (row.rng.random() for row in rows)
+        )
         if not bool(finite.all()):
             bad = [row.index for row, good in zip(rows, finite.tolist(), strict=True) if not good]
             raise NonFiniteError(
@@ -183,12 +231,16 @@ class GenerationBatch:
                 row.logprobs.append(value)
 
     def _refill_rows(self) -> list[int]:
-        """Replace rows that are done by waiting ones, and shrink the batch when none wait. Returns the slots to prefill."""
+        """Replace rows that are done by waiting ones, and shrink the batch when none wait. Returns
+        the slots to prefill.
+        """
         done = [slot for slot, row in enumerate(self.live) if row.done]
         fresh = done[: len(self.waiting)]
         for slot in fresh:
             self.live[slot] = self.waiting.popleft()
-        if gone := done[len(fresh) :]:  # all behind the fresh ones, whose slots therefore keep their numbers
+        if gone := done[
+            len(fresh) :
+        ]:  # all behind the fresh ones, whose slots therefore keep their numbers
             kept = [slot for slot in range(len(self.live)) if slot not in gone]
             self.live = [self.live[slot] for slot in kept]
             if kept:
@@ -199,17 +251,29 @@ class GenerationBatch:
 def resolve_row_adapters(
     model: nn.Module, adapters: Mix | Sequence[str | None] | str | None, count: int
 ) -> tuple[Mix | None, list[str | None]]:
-    """(the mix of every row, or None where each row has its own adapter; the adapter of each of ``count`` rows)."""
+    """(the mix of every row, or None where each row has its own adapter; the adapter of each of
+    ``count`` rows).
+    """
     bank = get_bank(model, create=True)
     if adapters is None or isinstance(adapters, (str, Mix)):
-        mix = bank.active if adapters is None else Mix.one(adapters) if isinstance(adapters, str) else adapters
+        mix = (
+            bank.active
+            if adapters is None
+            else Mix.one(adapters)
+            if isinstance(adapters, str)
+            else adapters
+        )
         for term in mix.terms:
             bank[term.adapter]
             if term.rows is not None or isinstance(term.gate, Tensor):
-                raise ConfigError("this mix belongs to the tokens of one batch; generation needs one that is the same for all")
+                raise ConfigError(
+                    "this mix belongs to the tokens of one batch; generation needs one that is the same for all"
+                )
         return mix, [None] * count
     if len(adapters) != count:
-        raise ConfigError(f"adapters has {len(adapters)} entries for {count} prompts; give one name (or None) per prompt")
+        raise ConfigError(
+            f"adapters has {len(adapters)} entries for {count} prompts; give one name (or None) per prompt"
+        )
     for name in set(adapters):
         if name is not None:
             bank[name]
@@ -247,21 +311,38 @@ def generate_completions(
 ) -> list[Completion]:
     """Answer every prompt (token lists of any lengths, not padded), in their order.
 
-    An answer ends with a token of ``eos``, with a sequence of ``stop`` (token lists; both are kept in the answer) or after
-    ``max_new_tokens``. ``temperature`` 0 is greedy; see `SamplingParams` for the rest. ``adapters``: a name, one name or None (the
-    base) per prompt, a `Mix` of constants, or None for the model's active mix. ``batch_rows``: rows alive at once (64); the
-    others wait. Raises DataError for an empty prompt, ModelError for one too long for the context, ConfigError for a bad
-    setting or an unknown adapter, all before anything runs, and NonFiniteError.
+    An answer ends with a token of ``eos``, with a sequence of ``stop`` (token lists; both are kept
+    in the answer) or after ``max_new_tokens``. ``temperature`` 0 is greedy; see `SamplingParams`
+    for the rest. ``adapters``: a name, one name or None (the base) per prompt, a `Mix` of
+    constants, or None for the model's active mix. ``batch_rows``: rows alive at once (64); the
+    others wait. Raises DataError for an empty prompt, ModelError for one too long for the context,
+    ConfigError for a bad setting or an unknown adapter, all before anything runs, and
+    NonFiniteError.
     """
-    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     run = GenerationBatch(
-        model, prompts, max_new_tokens=max_new_tokens, eos=eos, stop=stop, sampling=sampling, adapters=adapters,
-        batch_rows=batch_rows, logprobs=logprobs,
-    )  # fmt: skip
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        eos=eos,
+        stop=stop,
+        sampling=sampling,
+        adapters=adapters,
+        batch_rows=batch_rows,
+        logprobs=logprobs,
+    )
     with evaluation_mode(model):
         for _ in run.steps():
             pass
-    return [Completion(row.tokens, row.finished, row.logprobs if logprobs else None) for row in run.rows]
+    return [
+        Completion(row.tokens, row.finished, row.logprobs if logprobs else None) for row in run.rows
+    ]
 
 
 def stream_tokens(
@@ -278,10 +359,24 @@ def stream_tokens(
     seed: int = 0,
     adapters: Mix | str | None = None,
 ) -> Iterator[int]:
-    """The tokens `generate_completions` would give this prompt, one by one as they are chosen. Settings are checked at once."""
-    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
+    """The tokens `generate_completions` would give this prompt, one by one as they are chosen.
+    Settings are checked at once.
+    """
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     run = GenerationBatch(
-        model, [prompt], max_new_tokens=max_new_tokens, eos=eos, stop=stop, sampling=sampling, adapters=adapters
+        model,
+        [prompt],
+        max_new_tokens=max_new_tokens,
+        eos=eos,
+        stop=stop,
+        sampling=sampling,
+        adapters=adapters,
     )
 
     def tokens() -> Iterator[int]:

@@ -1,6 +1,8 @@
-"""How the next token is chosen from logits: greedy, or drawn after a penalty, a temperature and two kinds of cut-off.
+"""How the next token is chosen from logits: greedy, or drawn after a penalty, a temperature and two
+kinds of cut-off.
 
-Every row brings its own random number, so who else is in the batch cannot change what it draws. B rows, V vocabulary.
+Every row brings its own random number, so who else is in the batch cannot change what it draws. B
+rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,16 +16,20 @@ from torch import Tensor
 from lorry.errors import ConfigError
 from lorry.kernels import decode as kernel
 
-SHORTLIST_TOKENS = 1024  # a nucleus is looked for among this many tokens before the whole vocabulary is sorted
+SHORTLIST_TOKENS = (
+    1024  # a nucleus is looked for among this many tokens before the whole vocabulary is sorted
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How a token is chosen, in this order: repetition penalty, temperature, top_k, top_p, the draw.
+    """How a token is chosen, in this order: repetition penalty, temperature, top_k, top_p, the
+    draw.
 
-    temperature: 0 takes the most likely token. top_k: draw among the k most likely. top_p: draw among the fewest tokens whose
-    probability reaches p (Holtzman et al. 2020). repetition_penalty: positive logits of tokens already in the prompt or answer
-    are divided by it, negative ones multiplied (Keskar et al. 2019). Raises ConfigError for values outside their range.
+    temperature: 0 takes the most likely token. top_k: draw among the k most likely. top_p: draw
+    among the fewest tokens whose probability reaches p (Holtzman et al. 2020). repetition_penalty:
+    positive logits of tokens already in the prompt or answer are divided by it, negative ones
+    multiplied (Keskar et al. 2019). Raises ConfigError for values outside their range.
     """
 
     temperature: float = 0.0
@@ -37,20 +43,31 @@ class SamplingParams:
             "temperature": (0 <= self.temperature < float("inf"), "at least 0 (0 is greedy)"),
             "top_k": (self.top_k is None or self.top_k >= 1, "at least 1, or None"),
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1, or None"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0 (1 changes nothing)"),
+            "repetition_penalty": (
+                0 < self.repetition_penalty < float("inf"),
+                "above 0 (1 changes nothing)",
+            ),
         }
         for name, (good, rule) in checks.items():
             if not good:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
 
-    def choose(self, logits: Tensor, seen: Sequence[Collection[int]], draws: Iterable[float]) -> tuple[Tensor, Tensor]:
-        """logits [B,V], the tokens each row has ``seen``, a number in [0,1) per row -> (tokens [B], finite [B] bool)."""
+    def choose(
+        self, logits: Tensor, seen: Sequence[Collection[int]], draws: Iterable[float]
+    ) -> tuple[Tensor, Tensor]:
+        """logits [B,V], the tokens each row has ``seen``, a number in [0,1) per row -> (tokens [B],
+        finite [B] bool).
+        """
         scores = logits if self.repetition_penalty == 1 else self._penalise(logits.float(), seen)
         whole = self.top_k is None and self.top_p in (None, 1.0)
-        numbers = torch.tensor(list(draws) if self.temperature > 0 else [], dtype=torch.float64, device=logits.device)
+        numbers = torch.tensor(
+            list(draws) if self.temperature > 0 else [], dtype=torch.float64, device=logits.device
+        )
         if (self.temperature == 0 or whole) and kernel.supports_decode(scores.dtype, scores.device):
             tokens, best = (
-                kernel.sample_rows(scores, numbers, self.temperature) if self.temperature > 0 else kernel.argmax_rows(scores)
+                kernel.sample_rows(scores, numbers, self.temperature)
+                if self.temperature > 0
+                else kernel.argmax_rows(scores)
             )
             return tokens, best.isfinite()
         scores = scores.float()
@@ -60,14 +77,20 @@ class SamplingParams:
         return tokens, best.isfinite()
 
     def _penalise(self, logits: Tensor, seen: Sequence[Collection[int]]) -> Tensor:
-        rows = torch.tensor([b for b, tokens in enumerate(seen) for _ in tokens], device=logits.device)
+        rows = torch.tensor(
+            [b for b, tokens in enumerate(seen) for _ in tokens], device=logits.device
+        )
         columns = torch.tensor([t for tokens in seen for t in tokens], device=logits.device)
         old = logits[rows, columns]
-        penalised = torch.where(old < 0, old * self.repetition_penalty, old / self.repetition_penalty)
+        penalised = torch.where(
+            old < 0, old * self.repetition_penalty, old / self.repetition_penalty
+        )
         return logits.index_put((rows, columns), penalised)
 
     def _draw(self, scores: Tensor, draws: Tensor, whole: bool) -> Tensor:
-        """Invert the cumulative distribution: one number a row, so neighbours cannot disturb it. Summed in float64."""
+        """Invert the cumulative distribution: one number a row, so neighbours cannot disturb it.
+        Summed in float64.
+        """
         if whole:
             probs, tokens = scores.softmax(-1), None
         else:
@@ -86,7 +109,9 @@ class SamplingParams:
             best, tokens = scores.topk(min(SHORTLIST_TOKENS, vocab))
             total = scores.logsumexp(-1, keepdim=True)
             probs = (best - total).exp()
-            if self.top_p is not None and bool((probs.sum(-1) < self.top_p).any()):  # a flat distribution: sort it all
+            if self.top_p is not None and bool(
+                (probs.sum(-1) < self.top_p).any()
+            ):  # a flat distribution: sort it all
                 best, tokens = scores.sort(descending=True)
                 probs = (best - total).exp()
         if self.top_p is not None:

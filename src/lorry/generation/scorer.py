@@ -1,5 +1,5 @@
-"""Scores and samples of a model under a mix, without gradients and without an optimizer: what evaluation, teachers and
-references ask of a model (the `Scorer` of `backends/protocol.py`).
+"""Scores and samples of a model under a mix, without gradients and without an optimizer: what
+evaluation, teachers and references ask of a model (the `Scorer` of `backends/protocol.py`).
 
     ModelScorer(model, Mix.one("people")).score([batch], {"nll": Score(log_prob)})
 """
@@ -26,10 +26,15 @@ class ModelScorer:
         self.model, self.mix = model, Mix.none() if mix is None else mix
 
     @torch.no_grad()
-    def score(self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None) -> list[dict[str, Tensor]]:
+    def score(
+        self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None
+    ) -> list[dict[str, Tensor]]:
         """Per batch, everything wanted, on the CPU."""
         call = AdapterContext(self.mix if mix is None else mix)
-        found = (evaluate_wants(self.model, batch.to(self.model.device), wants, call) for batch in batches)
+        found = (
+            evaluate_wants(self.model, batch.to(self.model.device), wants, call)
+            for batch in batches
+        )
         return [{name: value.cpu() for name, value in got.items()} for got in found]
 
     @torch.no_grad()

@@ -1,4 +1,6 @@
-"""From text to text: prompts through the chat template, generation, decoding. Used by `lorry.generate`, chat, eval and demo."""
+"""From text to text: prompts through the chat template, generation, decoding. Used by
+`lorry.generate`, chat, eval and demo.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +29,25 @@ def generate_texts(
     max_new_tokens: int = 128,
     **options: Any,
 ) -> list[str]:
-    """The model's continuation of each prompt, as text without special tokens and without the end of turn.
+    """The model's continuation of each prompt, as text without special tokens and without the end
+    of turn.
 
-    A string is a user's message where the tokenizer has a chat template and ``chat`` is true, else plain text to continue (the
-    answer then keeps the white space at its ends); a Conversation is answered at its last assistant message, exactly as it would
-    be trained. ``options`` go to `models.generate.generate` (temperature, top_k, top_p, seed, adapters, ...).
+    A string is a user's message where the tokenizer has a chat template and ``chat`` is true, else
+    plain text to continue (the answer then keeps the white space at its ends); a Conversation is
+    answered at its last assistant message, exactly as it would be trained. ``options`` go to
+    `models.generate.generate` (temperature, top_k, top_p, seed, adapters, ...).
     """
     if not isinstance(model, CausalLM):
-        raise ConfigError(f"generate needs a model from lorry.load; a {type(model).__name__} has its own model.generate")
-    encoder = ExampleEncoder(tokenizer, max_length=NO_TOKEN_LIMIT, system=system, embeddings=model.vocab_size)
-    ids = [encoder.prompt(p) if isinstance(p, Conversation) else _encode_prompt(encoder, p, chat) for p in prompts]
+        raise ConfigError(
+            f"generate needs a model from lorry.load; a {type(model).__name__} has its own model.generate"
+        )
+    encoder = ExampleEncoder(
+        tokenizer, max_length=NO_TOKEN_LIMIT, system=system, embeddings=model.vocab_size
+    )
+    ids = [
+        encoder.prompt(p) if isinstance(p, Conversation) else _encode_prompt(encoder, p, chat)
+        for p in prompts
+    ]
     texts = generate_continuations(model, encoder, ids, max_new_tokens=max_new_tokens, **options)
     turns = [isinstance(p, Conversation) or (chat and encoder.has_template) for p in prompts]
     return [text.strip() if turn else text for text, turn in zip(texts, turns, strict=True)]
@@ -45,41 +56,54 @@ def generate_texts(
 def generate_continuations(
     model: nn.Module, encoder: ExampleEncoder, prompts: Sequence[Sequence[int]], **options: Any
 ) -> list[str]:
-    """What the model goes on with after each prompt of tokens, as text without special tokens and without the end of turn."""
+    """What the model goes on with after each prompt of tokens, as text without special tokens and
+    without the end of turn.
+    """
     made = generate_completions(model, prompts, eos=encoder.stop_tokens(), **options)
     return ["".join(IncrementalDetokenizer(encoder).decode_all(one.tokens)) for one in made]
 
 
 def _encode_prompt(encoder: ExampleEncoder, text: str, chat: bool) -> list[int]:
     if chat and encoder.has_template:
-        return encoder.prompt(Conversation((ChatMessage("user", text), ChatMessage("assistant", "."))))
+        return encoder.prompt(
+            Conversation((ChatMessage("user", text), ChatMessage("assistant", ".")))
+        )
     return encode_continuation(encoder, text)
 
 
 def encode_continuation(encoder: ExampleEncoder, text: str) -> list[int]:
-    """The tokens of plain text to go on from. Raises DataError for one that the model has no embedding of."""
+    """The tokens of plain text to go on from. Raises DataError for one that the model has no
+    embedding of.
+    """
     ids = [*encoder.tokens.opening, *encoder.tokens.one(text).ids]
     encoder.expect_known(ids)
     return ids
 
 
 class IncrementalDetokenizer:
-    """Tokens in, text out as soon as it is sure: never half a character, never a part of the end of turn.
+    """Tokens in, text out as soon as it is sure: never half a character, never a part of the end of
+    turn.
 
-    ``ended``: an end of turn or of text was heard. The pieces joined are the decoded answer without that end, special tokens
-    left out.
+    ``ended``: an end of turn or of text was heard. The pieces joined are the decoded answer without
+    that end, special tokens left out.
     """
 
     def __init__(self, encoder: ExampleEncoder) -> None:
         self.tokenizer, self.stops = encoder.tokenizer, frozenset(encoder.stop_tokens())
-        self.end = encoder.template.end_of_turn if encoder.has_template else ""  # as text, where it is several tokens
+        self.end = (
+            encoder.template.end_of_turn if encoder.has_template else ""
+        )  # as text, where it is several tokens
         self.ended = False
         self._tokens: list[int] = []
-        self._start = self._read = 0  # decoded together: what was read last (it decides about spaces) and what is new
+        self._start = self._read = (
+            0  # decoded together: what was read last (it decides about spaces) and what is new
+        )
         self._held = ""
 
     def push_token(self, token: int) -> str:
-        """The text that this token makes sure; empty while a character or a possible end of turn is incomplete."""
+        """The text that this token makes sure; empty while a character or a possible end of turn is
+        incomplete.
+        """
         if token in self.stops:
             self.ended = True
         if self.ended:
@@ -109,14 +133,22 @@ class IncrementalDetokenizer:
         return self._decode(self._tokens[self._start :])[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(
+                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
 
     def _release(self) -> str:
-        """Let go of everything but a tail that may become the end of turn; cut where the end of turn stands."""
+        """Let go of everything but a tail that may become the end of turn; cut where the end of
+        turn stands.
+        """
         if self.end and self.end in self._held:
             self.ended, text, self._held = True, self._held.partition(self.end)[0], ""
             return text
-        kept = next((n for n in range(len(self.end) - 1, 0, -1) if self._held.endswith(self.end[:n])), 0)
+        kept = next(
+            (n for n in range(len(self.end) - 1, 0, -1) if self._held.endswith(self.end[:n])), 0
+        )
         cut = len(self._held) - kept
         text, self._held = self._held[:cut], self._held[cut:]
         return text

@@ -1,7 +1,8 @@
-"""Upload a finished run to the Hugging Face hub: one commit with what a user of the hub needs, or nothing.
+"""Upload a finished run to the Hugging Face hub: one commit with what a user of the hub needs, or
+nothing.
 
-Try: ``push(Path("runs/people"), "me/people", private=True)``. Who it is comes from huggingface_hub alone (`hf auth login`, or
-HF_TOKEN) and is never written anywhere; HF_ENDPOINT names another hub.
+Try: ``push(Path("runs/people"), "me/people", private=True)``. Who it is comes from huggingface_hub
+alone (`hf auth login`, or HF_TOKEN) and is never written anywhere; HF_ENDPOINT names another hub.
 """
 
 from __future__ import annotations
@@ -43,12 +44,19 @@ def _ignore_text(text: str) -> None:
     pass
 
 
-def push_run(run_dir: Path, repo_id: str | None = None, *, private: bool = False, tell: PushListener = _ignore_text) -> str:
+def push_run(
+    run_dir: Path,
+    repo_id: str | None = None,
+    *,
+    private: bool = False,
+    tell: PushListener = _ignore_text,
+) -> str:
     """Upload a finished run and return the repository's address. The run directory is only read.
 
-    ``repo_id``: OWNER/NAME, or NAME under the account of the token; None is the directory's name. ``private`` makes a new
-    repository private, and refuses one that exists and is public. ``tell`` hears what a person should know. Raises ConfigError
-    (no login, a bad name, no permission, a secret in a file), HubError (no network, a hub that fails), and what `collect_upload` raises.
+    ``repo_id``: OWNER/NAME, or NAME under the account of the token; None is the directory's name.
+    ``private`` makes a new repository private, and refuses one that exists and is public. ``tell``
+    hears what a person should know. Raises ConfigError (no login, a bad name, no permission, a
+    secret in a file), HubError (no network, a hub that fails), and what `collect_upload` raises.
     """
     token = _hub_token()
     if repo_id is not None:
@@ -62,21 +70,25 @@ def push_run(run_dir: Path, repo_id: str | None = None, *, private: bool = False
             tell(f"note: {note}")
         api.create_repo(owned, private=private or None, exist_ok=True)
         if private and not api.repo_info(owned).private:
-            raise ConfigError(f"{owned} exists and is public, but hub_private_repo is set: make it private, or use another name")
+            raise ConfigError(
+                f"{owned} exists and is public, but hub_private_repo is set: make it private, or use another name"
+            )
         operations = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
         api.create_commit(owned, operations, commit_message=f"Lorry run {run_dir.resolve().name}")
     return f"{api.endpoint}/{owned}"
 
 
 def push_target(run: RunConfig) -> tuple[bool, str | None]:
-    """Whether a run is to be pushed, and to which repository: train.hub_model_id, else what train.push_to_hub names."""
+    """Whether a run is to be pushed, and to which repository: train.hub_model_id, else what
+    train.push_to_hub names.
+    """
     asked = run.train.push_to_hub
     return bool(asked), run.train.hub_model_id or (asked if isinstance(asked, str) else None)
 
 
 def check_push(run: RunConfig, tell: PushListener = _ignore_text) -> None:
-    """Before training: is there a login, does the hub know it, is the repository's name possible? A hub that cannot be reached
-    now is only told, since training needs none. Raises ConfigError."""
+    """Before training: is there a login, does the hub know it, is the repository's name possible? A
+    hub that cannot be reached now is only told, since training needs none. Raises ConfigError."""
     asked, repo_id = push_target(run)
     if not asked:
         return
@@ -87,17 +99,21 @@ def check_push(run: RunConfig, tell: PushListener = _ignore_text) -> None:
         with _explain_hub_errors(None, repo_id, api.endpoint), _bound_waiting():
             account = api.whoami()
     except HubError as error:
-        tell(f"note: train.push_to_hub: {error}; training goes on and the upload is tried at its end")
+        tell(
+            f"note: train.push_to_hub: {error}; training goes on and the upload is tried at its end"
+        )
         return
     owners = [account["name"], *(str(org.get("name")) for org in account.get("orgs", []))]
     owner = repo_id.split("/")[0] if repo_id and "/" in repo_id else account["name"]
     if owner not in owners:
-        tell(f"note: train.push_to_hub: {owner} is none of this account's names ({', '.join(owners)}); the upload may be refused")
+        tell(
+            f"note: train.push_to_hub: {owner} is none of this account's names ({', '.join(owners)}); the upload may be refused"
+        )
 
 
 def push_after(run: RunConfig, path: Path, tell: PushListener) -> None:
-    """After training, where the run asks for it: upload, and tell the address. What goes wrong is told, with the command that
-    tries again, and is no error: the run is finished."""
+    """After training, where the run asks for it: upload, and tell the address. What goes wrong is
+    told, with the command that tries again, and is no error: the run is finished."""
     asked, repo_id = push_target(run)
     if not asked:
         return
@@ -106,7 +122,9 @@ def push_after(run: RunConfig, path: Path, tell: PushListener) -> None:
     except LorryError as error:
         private = " hub_private_repo=true" if run.train.hub_private_repo else ""
         again = f"lorry push {path}{f' hub_model_id={repo_id}' if repo_id else ''}{private}"
-        tell(f"warning: the run is finished but not on the hub: {error}\n         try again: {again}")
+        tell(
+            f"warning: the run is finished but not on the hub: {error}\n         try again: {again}"
+        )
 
 
 # --- names and logins
@@ -118,7 +136,9 @@ def check_repo_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"hub_model_id={repo_id!r} is no name of a repository, such as OWNER/NAME: {reason}") from None
+        raise ConfigError(
+            f"hub_model_id={repo_id!r} is no name of a repository, such as OWNER/NAME: {reason}"
+        ) from None
 
 
 def default_repo_name(run_dir: Path) -> str:
@@ -151,7 +171,9 @@ def _upload_notes(run_dir: Path, naming: list[str]) -> list[str]:
             )
             break
     if naming:
-        notes.append(f"{', '.join(naming)} name directories of this machine and go to the hub as they are")
+        notes.append(
+            f"{', '.join(naming)} name directories of this machine and go to the hub as they are"
+        )
     return notes
 
 
@@ -172,8 +194,10 @@ def _bound_waiting() -> Iterator[None]:
 
 @contextmanager
 def _explain_hub_errors(run_dir: Path | None, repo_id: str | None, endpoint: str) -> Iterator[None]:
-    """What huggingface_hub raises, as an error that says what to do. HTTPError: of the client, every kind that is a failed
-    connection; RuntimeError: of an upload, from what failed; ValueError: an answer that is none of the hub's."""
+    """What huggingface_hub raises, as an error that says what to do. HTTPError: of the client,
+    every kind that is a failed connection; RuntimeError: of an upload, from what failed;
+    ValueError: an answer that is none of the hub's.
+    """
     where = f"{endpoint}/{repo_id}" if repo_id else endpoint
     try:
         yield

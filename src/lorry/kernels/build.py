@@ -1,15 +1,17 @@
 """Build the kernels once per machine, compiler and source, and load them through ctypes.
 
-Every .cpp of this folder becomes one shared library, `HOME/kernels/DIGEST-CONTENT.so`. The digest covers sources, compiler and
-processor, so a cache directory shared by unlike machines holds one library for each; the content's own digest is in the name
-and checked at every load, and a damaged library is built again. OpenMP calls bind to the runtime torch has loaded: one pool of
-threads for both.
+Every .cpp of this folder becomes one shared library, `HOME/kernels/DIGEST-CONTENT.so`. The digest
+covers sources, compiler and processor, so a cache directory shared by unlike machines holds one
+library for each; the content's own digest is in the name and checked at every load, and a damaged
+library is built again. OpenMP calls bind to the runtime torch has loaded: one pool of threads for
+both.
 
-Loading a library runs it. The rule: **nothing is loaded that somebody else could have written.** The folder and the library
-belong to this user or to root, and nobody else may write to them; a folder of ours that others may write to is closed to them,
-and what they could have altered in it is built again. A folder of somebody else's is not used: plain torch runs, and the status
-says what to do. What is loaded is the very file that was looked at. A compiler has a limit of time, and is killed with its
-children.
+Loading a library runs it. The rule: **nothing is loaded that somebody else could have written.**
+The folder and the library belong to this user or to root, and nobody else may write to them; a
+folder of ours that others may write to is closed to them, and what they could have altered in it is
+built again. A folder of somebody else's is not used: plain torch runs, and the status says what to
+do. What is loaded is the very file that was looked at. A compiler has a limit of time, and is
+killed with its children.
 """
 
 from __future__ import annotations
@@ -38,15 +40,20 @@ from lorry.disk.home import lorry_home
 from lorry.disk.integrity import file_digest
 
 SOURCES = Path(__file__).parent
-# LORRY_KERNELS_FLAGS adds to them: a build for a sanitizer, or to measure a flag; it is a library of its own in the cache
+# LORRY_KERNELS_FLAGS adds to them: a build for a sanitizer, or to measure a flag; it is a library
+# of its own in the cache
 EXTRA_FLAGS = tuple(shlex.split(os.environ.get("LORRY_KERNELS_FLAGS", "")))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-WIDE_VECTOR_FLAGS = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+WIDE_VECTOR_FLAGS = (
+    ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+)
 PROBE_SECONDS, COMPILE_SECONDS = (
     30.0,
     300.0,
 )  # seconds for `--version`, and for one source: fifteen times what a busy slow core takes
-ABANDONED_SECONDS = 3600.0  # seconds after which a folder that a killed build left is removed; the longest build ends long before
+# seconds after which a folder that a killed build left is removed; the longest build ends long
+# before
+ABANDONED_SECONDS = 3600.0
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 BUILD_PREFIX = "building-"  # the temporary folder of a build
 LIBRARY_FLAGS = ("-std=c++17", "-shared", "-fPIC", "-w")
@@ -54,7 +61,9 @@ LIBRARY_FLAGS = ("-std=c++17", "-shared", "-fPIC", "-w")
 
 @dataclass(frozen=True)
 class KernelStatus:
-    """Whether the kernels run here; if not, why. ``digest`` names the build, ``amx`` whether matrix tiles are used."""
+    """Whether the kernels run here; if not, why. ``digest`` names the build, ``amx`` whether matrix
+    tiles are used.
+    """
 
     active: bool
     reason: str
@@ -81,8 +90,8 @@ def kernel_status() -> KernelStatus:
 def call_kernel(name: str, *args: Tensor | int | float | None) -> int:
     """Run a kernel; those named ``*_space`` answer with a number of bytes, the others with 0.
 
-    Tensors (contiguous, on the CPU) go as addresses, whole numbers as long, others as float, None as null.
-    Raises ValueError for a tensor that is not contiguous or not on the CPU.
+    Tensors (contiguous, on the CPU) go as addresses, whole numbers as long, others as float, None
+    as null. Raises ValueError for a tensor that is not contiguous or not on the CPU.
     """
     found = load_library()
     assert found is not None
@@ -105,9 +114,13 @@ def call_kernel(name: str, *args: Tensor | int | float | None) -> int:
 def _build_and_load() -> tuple[ctypes.CDLL | None, KernelStatus]:
     if os.environ.get("LORRY_KERNELS") == "0":
         return None, KernelStatus(False, "LORRY_KERNELS=0")
-    compiler = next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
+    compiler = next(
+        (found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None
+    )
     if compiler is None:
-        return None, KernelStatus(False, "no C++ compiler; install g++ for about twice the speed on a CPU")
+        return None, KernelStatus(
+            False, "no C++ compiler; install g++ for about twice the speed on a CPU"
+        )
     try:
         digest, folder = _build_digest(compiler), lorry_home() / "kernels"
         _make_private_folder(folder)
@@ -117,11 +130,13 @@ def _build_and_load() -> tuple[ctypes.CDLL | None, KernelStatus]:
             loaded = _load_intact(folder, digest)
         if loaded is None:
             return None, KernelStatus(
-                False, f"the kernels that {compiler} builds cannot be loaded, or lack functions of this version"
+                False,
+                f"the kernels that {compiler} builds cannot be loaded, or lack functions of this version",
             )
     except subprocess.TimeoutExpired as e:
         return None, KernelStatus(
-            False, f"{compiler} did not answer within {e.timeout:.0f} s and was stopped; LORRY_KERNELS=0 does without"
+            False,
+            f"{compiler} did not answer within {e.timeout:.0f} s and was stopped; LORRY_KERNELS=0 does without",
         )
     except subprocess.CalledProcessError as e:
         said = (e.stderr or "").strip().splitlines() or [f"exit code {e.returncode}"]
@@ -142,7 +157,9 @@ def _build_digest(compiler: str) -> str:
         *EXTRA_FLAGS,
     ]
     parts += [platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor_flags()]
-    parts += [p.name + p.read_text() for p in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])]
+    parts += [
+        p.name + p.read_text() for p in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -150,18 +167,24 @@ def _processor_flags() -> str:
     """What -march=native reads: the processor's feature flags, where the system tells them."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return next(
+        (line for line in lines if line.startswith(("flags", "Features"))), platform.processor()
+    )
 
 
 def _run_command(*command: str, limit: float) -> str:
-    """Run a command and return what it said. Raises CalledProcessError, and TimeoutExpired after ``limit`` seconds."""
+    """Run a command and return what it said. Raises CalledProcessError, and TimeoutExpired after
+    ``limit`` seconds.
+    """
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
         start_new_session=True,
     ) as process:  # fmt: skip
         try:
             out, err = process.communicate(timeout=limit)
-        except BaseException:  # the limit, Ctrl-C, a signal: g++ is a driver, whose children would go on
+        except (
+            BaseException
+        ):  # the limit, Ctrl-C, a signal: g++ is a driver, whose children would go on
             os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode:
@@ -170,21 +193,27 @@ def _run_command(*command: str, limit: float) -> str:
 
 
 def _make_private_folder(folder: Path) -> None:
-    """Make the folder, for this user alone to write. Raises PermissionError where it is somebody else's."""
+    """Make the folder, for this user alone to write. Raises PermissionError where it is somebody
+    else's.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.getuid(), 0):
-        raise PermissionError(f"{folder} is not this user's own folder; set LORRY_HOME to one that is")
+        raise PermissionError(
+            f"{folder} is not this user's own folder; set LORRY_HOME to one that is"
+        )
     if found.st_mode & OTHERS_MAY_WRITE and found.st_uid == os.getuid():
         folder.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS_MAY_WRITE)
     elif found.st_mode & OTHERS_MAY_WRITE:
-        raise PermissionError(f"others may write to {folder}; set LORRY_HOME to a folder of your own")
+        raise PermissionError(
+            f"others may write to {folder}; set LORRY_HOME to a folder of your own"
+        )
 
 
 def _load_intact(folder: Path, digest: str) -> ctypes.CDLL | None:
-    """The library of this digest, loaded, if it is ours alone, its content what its name says, and its functions there;
-    else it is removed, so that it is built anew."""
+    """The library of this digest, loaded, if it is ours alone, its content what its name says, and
+    its functions there; else it is removed, so that it is built anew."""
     for path in folder.glob(f"{digest}-*.so"):
         if (loaded := _load_checked(path, digest)) is not None:
             return loaded
@@ -198,14 +227,19 @@ def _load_checked(path: Path, digest: str) -> ctypes.CDLL | None:
     except OSError:
         return None
     found = os.fstat(file)
-    ours = stat.S_ISREG(found.st_mode) and found.st_uid in (os.getuid(), 0) and not found.st_mode & OTHERS_MAY_WRITE
+    ours = (
+        stat.S_ISREG(found.st_mode)
+        and found.st_uid in (os.getuid(), 0)
+        and not found.st_mode & OTHERS_MAY_WRITE
+    )
     if ours:
         with open(file, "rb", closefd=False) as opened:
             ours = path.stem == f"{digest}-{hashlib.file_digest(opened, 'sha256').hexdigest()[:16]}"
     if not ours:
         os.close(file)
         return None
-    # By its descriptor, which nobody can exchange; it stays open, since the loader knows libraries by these names.
+    # By its descriptor, which nobody can exchange; it stays open, since the loader knows libraries
+    # by these names.
     by_descriptor = Path(f"/proc/self/fd/{file}")
     try:
         loaded = ctypes.CDLL(str(by_descriptor if by_descriptor.exists() else path))
@@ -224,12 +258,18 @@ def _exported_functions() -> list[str]:
 def _remove_abandoned(folder: Path) -> None:
     """What killed builds left: nobody is at work in a folder that old."""
     for left in [*folder.glob(f"{BUILD_PREFIX}*"), *folder.glob("tmp*")]:
-        if left.is_dir() and not left.is_symlink() and time.time() - left.lstat().st_mtime > ABANDONED_SECONDS:
+        if (
+            left.is_dir()
+            and not left.is_symlink()
+            and time.time() - left.lstat().st_mtime > ABANDONED_SECONDS
+        ):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def _compile_library(compiler: str, folder: Path, digest: str) -> Path:
-    """Compile into a temporary folder, reach the disk, and rename: nobody ever loads half a library."""
+    """Compile into a temporary folder, reach the disk, and rename: nobody ever loads half a
+    library.
+    """
     _remove_abandoned(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=BUILD_PREFIX) as name:
         objects = []
@@ -248,8 +288,11 @@ def _compile_library(compiler: str, folder: Path, digest: str) -> Path:
                 limit=COMPILE_SECONDS,
             )
         made = Path(name) / "made.so"
-        # No -fopenmp here: the calls stay unresolved until torch's own OpenMP runtime, loaded before, provides them.
-        _run_command(compiler, *LIBRARY_FLAGS, *EXTRA_FLAGS, *objects, "-o", str(made), limit=COMPILE_SECONDS)
+        # No -fopenmp here: the calls stay unresolved until torch's own OpenMP runtime, loaded
+        # before, provides them.
+        _run_command(
+            compiler, *LIBRARY_FLAGS, *EXTRA_FLAGS, *objects, "-o", str(made), limit=COMPILE_SECONDS
+        )
         made.chmod(0o700)  # whatever the umask allows others
         with open(made, "rb") as file:
             os.fsync(file.fileno())

@@ -1,7 +1,8 @@
-"""The kernels of generation behind tensors: products of a few rows, the cache's memory, attention over it, the choice of a token.
+"""The kernels of generation behind tensors: products of a few rows, the cache's memory, attention
+over it, the choice of a token.
 
-All but the product take bfloat16 and float32; which one is part of the kernel's name. T tokens, B rows, G key/value heads, H
-heads, D head width, V vocabulary.
+All but the product take bfloat16 and float32; which one is part of the kernel's name. T tokens, B
+rows, G key/value heads, H heads, D head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def supports_decode(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def supports_product(weight: Tensor) -> bool:
-    """Whether `linear_product` takes this weight [O,I]: bfloat16, matrix tiles, in rows, I a multiple of 32 or even and less."""
+    """Whether `linear_product` takes this weight [O,I]: bfloat16, matrix tiles, in rows, I a
+    multiple of 32 or even and less.
+    """
     return (
         weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
@@ -32,48 +35,117 @@ def supports_product(weight: Tensor) -> bool:
 
 
 def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T,I] -> x W^T + b [T,O], summed in fp32 and rounded once; a row's result does not depend on the other rows."""
+    """x [T,I] -> x W^T + b [T,O], summed in fp32 and rounded once; a row's result does not depend
+    on the other rows.
+    """
     rows, outs = x.shape[0], weight.shape[0]
     y = x.new_empty(rows, outs)
-    call_kernel("rows_product", x.contiguous(), weight, bias, y, rows, weight.shape[1], outs, x.shape[1], 0, 0, 1.0)
+    call_kernel(
+        "rows_product",
+        x.contiguous(),
+        weight,
+        bias,
+        y,
+        rows,
+        weight.shape[1],
+        outs,
+        x.shape[1],
+        0,
+        0,
+        1.0,
+    )
     return y
 
 
 def add_linear_product(x: Tensor, columns: slice, weight: Tensor, scale: float, y: Tensor) -> None:
     """y [T,O] += scale * x[:, columns] W^T, likewise; x and y are contiguous."""
     rows, outs = y.shape
-    call_kernel("rows_product", x, weight, None, y, rows, weight.shape[1], outs, x.shape[1], columns.start, 1, scale)
+    call_kernel(
+        "rows_product",
+        x,
+        weight,
+        None,
+        y,
+        rows,
+        weight.shape[1],
+        outs,
+        x.shape[1],
+        columns.start,
+        1,
+        scale,
+    )
 
 
-def store_kv(k: Tensor, v: Tensor, table: Tensor, rows: Tensor, positions: Tensor, layer: int) -> None:
-    """Put k and v [T,G,D] of tokens at (row, position), [T] int64 each; table [B,2]: see `models.cache.RowCache`."""
-    call_kernel(f"store_{KERNEL_SUFFIXES[k.dtype]}", k.contiguous(), v.contiguous(), table, rows, positions, layer, *k.shape)
+def store_kv(
+    k: Tensor, v: Tensor, table: Tensor, rows: Tensor, positions: Tensor, layer: int
+) -> None:
+    """Put k and v [T,G,D] of tokens at (row, position), [T] int64 each; table [B,2]: see
+    `models.cache.RowCache`.
+    """
+    call_kernel(
+        f"store_{KERNEL_SUFFIXES[k.dtype]}",
+        k.contiguous(),
+        v.contiguous(),
+        table,
+        rows,
+        positions,
+        layer,
+        *k.shape,
+    )
 
 
 def attend_to_cache(q: Tensor, table: Tensor, lengths: Tensor, layer: int, groups: int) -> Tensor:
-    """q [B,H,D] -> [B,H,D]: row b attends to its own first lengths[b] tokens in the cache, in fp32, softmax scale D^-1/2."""
+    """q [B,H,D] -> [B,H,D]: row b attends to its own first lengths[b] tokens in the cache, in fp32,
+    softmax scale D^-1/2.
+    """
     o = torch.empty_like(q)
     rows, heads, width = q.shape
     call_kernel(
-        f"attend_{KERNEL_SUFFIXES[q.dtype]}", q.contiguous(), o, table, lengths, layer, rows, heads, groups, width, width**-0.5
+        f"attend_{KERNEL_SUFFIXES[q.dtype]}",
+        q.contiguous(),
+        o,
+        table,
+        lengths,
+        layer,
+        rows,
+        heads,
+        groups,
+        width,
+        width**-0.5,
     )
     return o
 
 
 def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [B,V] -> (place of each row's largest, the first of several, [B] int64; its value [B] fp32, NaN where any is)."""
+    """logits [B,V] -> (place of each row's largest, the first of several, [B] int64; its value [B]
+    fp32, NaN where any is).
+    """
     places = torch.empty(logits.shape[0], dtype=torch.int64)
     values = torch.empty(logits.shape[0], dtype=torch.float32)
-    call_kernel(f"largest_{KERNEL_SUFFIXES[logits.dtype]}", logits.contiguous(), places, values, *logits.shape)
+    call_kernel(
+        f"largest_{KERNEL_SUFFIXES[logits.dtype]}",
+        logits.contiguous(),
+        places,
+        values,
+        *logits.shape,
+    )
     return places, values
 
 
 def sample_rows(logits: Tensor, numbers: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """logits [B,V], numbers [B] float64 in [0,1) -> (for each row the token at which the cumulative distribution of
-    softmax(logits / temperature) passes its number, [B] int64; the largest logit [B] fp32, NaN where any is)."""
+    """logits [B,V], numbers [B] float64 in [0,1) -> (for each row the token at which the cumulative
+    distribution of softmax(logits / temperature) passes its number, [B] int64; the largest logit
+    [B] fp32, NaN where any is).
+    """
     places = torch.empty(logits.shape[0], dtype=torch.int64)
     values = torch.empty(logits.shape[0], dtype=torch.float32)
     call_kernel(
-        f"draw_{KERNEL_SUFFIXES[logits.dtype]}", logits.contiguous(), numbers, places, values, *logits.shape, 1.0 / temperature
+        f"draw_{KERNEL_SUFFIXES[logits.dtype]}",
+        logits.contiguous(),
+        numbers,
+        places,
+        values,
+        *logits.shape,
+        1.0 / temperature,
     )
     return places, values

@@ -1,7 +1,8 @@
-"""The softmax of the vocabulary, a tile of columns at a time: sums over the tiles seen so far, and slopes with respect to logits.
+"""The softmax of the vocabulary, a tile of columns at a time: sums over the tiles seen so far, and
+slopes with respect to logits.
 
-Nobody needs a whole row of logits for these. Compiled for bfloat16 on a CPU; everywhere else the same maths in plain torch.
-t rows, w columns of a tile, V vocabulary. z = l - peak, p = softmax(l).
+Nobody needs a whole row of logits for these. Compiled for bfloat16 on a CPU; everywhere else the
+same maths in plain torch. t rows, w columns of a tile, V vocabulary. z = l - peak, p = softmax(l).
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from lorry.kernels.build import call_kernel, load_library
 
-MIN_LOG_PROB = -200.0  # e^-200 is nothing: where a moment weighs by the exponential, -inf may stand as this
+MIN_LOG_PROB = (
+    -200.0
+)  # e^-200 is nothing: where a moment weighs by the exponential, -inf may stand as this
 
 
 def supports_softmax(x: Tensor) -> bool:
@@ -28,8 +31,10 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
 
 @dataclass
 class SoftmaxSums:
-    """What is known of t rows after ``seen`` columns. ``state`` [t, 5]: the peak, the sums of e^z, e^z z, e^z z^2, and of z;
-    ``top`` [t] int64: the first column that holds the peak. Without ``moments`` only the first two sums are kept."""
+    """What is known of t rows after ``seen`` columns. ``state`` [t, 5]: the peak, the sums of e^z,
+    e^z z, e^z z^2, and of z; ``top`` [t] int64: the first column that holds the peak. Without
+    ``moments`` only the first two sums are kept.
+    """
 
     state: Tensor
     top: Tensor
@@ -48,13 +53,24 @@ class SoftmaxSums:
         return SoftmaxSums(self.state[:rows], self.top[:rows], self.moments, self.seen)
 
     def fold(self, tile: Tensor, *, write: bool = False) -> Tensor:
-        """Take in the next columns [t, w]. Returns [t] what sums relative to the former peak are to be multiplied by.
+        """Take in the next columns [t, w]. Returns [t] what sums relative to the former peak are to
+        be multiplied by.
 
         With ``write`` the tile becomes e^z. A NaN or +inf in a row makes its sums NaN.
         """
         if supports_softmax(tile):
             scale = torch.empty(len(tile), dtype=torch.float32)
-            call_kernel("softmax_fold", tile, self.state, self.top, scale, *tile.shape, self.seen, int(self.moments), int(write))
+            call_kernel(
+                "softmax_fold",
+                tile,
+                self.state,
+                self.top,
+                scale,
+                *tile.shape,
+                self.seen,
+                int(self.moments),
+                int(write),
+            )
         else:
             scale = self._fold(tile, write)
         self.seen += tile.shape[1]
@@ -78,14 +94,17 @@ class SoftmaxSums:
         if self.moments:
             weighed = e * low
             self.state[:, 2] = scale * (first + down * total) + weighed.sum(1)
-            self.state[:, 3] = scale * (second + 2 * down * first + down * down * total) + weighed.mul_(low).sum(1)
+            self.state[:, 3] = scale * (
+                second + 2 * down * first + down * down * total
+            ) + weighed.mul_(low).sum(1)
         if write:
             tile.copy_(e)
         return scale
 
 
 def write_slope(tile: Tensor, terms: Tensor, *, moments: bool, out: Tensor) -> Tensor:
-    """out = p (a + b y + c y^2) + k of a tile of logits [t, w], p = e^(l - shift), y = l - centre; ``out`` may be the tile.
+    """out = p (a + b y + c y^2) + k of a tile of logits [t, w], p = e^(l - shift), y = l - centre;
+    ``out`` may be the tile.
 
     ``terms`` [t, 6]: shift, centre, a, b, c, k. Without ``moments`` b, c and k are taken for 0.
     """

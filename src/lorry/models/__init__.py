@@ -1,1 +1,3 @@
-"""Models: Lorry's own decoder, transformers' models behind the same face, loading, scores and generation."""
+"""Models: Lorry's own decoder, transformers' models behind the same face, loading, scores and
+generation.
+"""

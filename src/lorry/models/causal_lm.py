@@ -1,4 +1,5 @@
-"""CausalLM: what the rest of the house may ask of a model. Lorry's own decoder and transformers' models both declare it.
+"""CausalLM: what the rest of the house may ask of a model. Lorry's own decoder and transformers'
+models both declare it.
 
 T packed tokens, D width, V vocabulary.
 """
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 class CausalLM(nn.Module, ABC):
     """A causal language model over packed tokens, with a bank's adapters in its linears.
 
-    ``config``: the Hugging Face config as a dict. ``gradient_checkpointing``: layers are run again in backward.
+    ``config``: the Hugging Face config as a dict. ``gradient_checkpointing``: layers are run again
+    in backward.
     """
 
     config: dict[str, Any]
@@ -60,9 +62,16 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def hidden(
-        self, packed: PackedInput, call: AdapterContext, *, taps: Collection[int] = (), stop: int | None = None
+        self,
+        packed: PackedInput,
+        call: AdapterContext,
+        *,
+        taps: Collection[int] = (),
+        stop: int | None = None,
     ) -> HiddenStates:
-        """Hidden states of packed tokens under the call's mix. ``taps``: layers whose output is wanted; ``stop``: the last to run."""
+        """Hidden states of packed tokens under the call's mix. ``taps``: layers whose output is
+        wanted; ``stop``: the last to run.
+        """
 
     @abstractmethod
     def logits(self, hidden: Tensor | None, call: AdapterContext) -> Tensor:
@@ -70,10 +79,14 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def new_cache(self, rows: int, room: int) -> Any:
-        """An empty key/value cache for so many rows of so many tokens. It has ``lengths`` [B] and ``keep(rows)``."""
+        """An empty key/value cache for so many rows of so many tokens. It has ``lengths`` [B] and
+        ``keep(rows)``.
+        """
 
     @abstractmethod
-    def cached(self, packed: PackedInput, rows: Tensor, cache: Any, call: AdapterContext, *, decoding: bool) -> Tensor:
+    def cached(
+        self, packed: PackedInput, rows: Tensor, cache: Any, call: AdapterContext, *, decoding: bool
+    ) -> Tensor:
         """Final hidden states of the newest tokens of cached rows."""
 
 

@@ -1,16 +1,19 @@
-"""Proofs on random tokens, made whenever a model is loaded: what every use of a causal language model takes for granted.
+"""Proofs on random tokens, made whenever a model is loaded: what every use of a causal language
+model takes for granted.
 
 (a) No position sees a later one. Otherwise the answer is read while it is "predicted": every loss is a lie, and nothing shows it.
 (b) Reading a prompt into a cache and going on token by token gives what reading the whole sequence gives.
 (c) The native decoder gives transformers' own logits for this directory's config, also for fields that transformers reads with
     `getattr` and its config class does not list (`is_causal`). What differs never runs natively.
 
-A model of transformers' is proven itself, (a) and (b), as it was loaded. The native decoder is proven as a twin: this config with
-few, narrow layers and random weights, once in transformers' class and once in ours, so the price does not grow with the model.
+A model of transformers' is proven itself, (a) and (b), as it was loaded. The native decoder is
+proven as a twin: this config with few, narrow layers and random weights, once in transformers'
+class and once in ours, so the price does not grow with the model.
 
-What held is kept under `$LORRY_HOME/proofs`, in a file named by everything it depends on (of a model of transformers' its class,
-its settings and a sample of its weights, too) that holds why it generates without a cache, if it does. It is not shown again
-while the file is there: the newest `MAX_SAVED_PROOFS` are, by last use. What failed (a) or (c) is not kept.
+What held is kept under `$LORRY_HOME/proofs`, in a file named by everything it depends on (of a
+model of transformers' its class, its settings and a sample of its weights, too) that holds why it
+generates without a cache, if it does. It is not shown again while the file is there: the newest
+`MAX_SAVED_PROOFS` are, by last use. What failed (a) or (c) is not kept.
 
 (a) needs no tolerance: where the forward pass of unchanged tokens is not the same to the bit
 (experts are computed in groups whose size depends on all tokens), the gradient decides, which is
@@ -39,7 +42,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lorry.adapters.mix import AdapterContext
 from lorry.disk import durable
 from lorry.disk.home import lorry_home
-from lorry.errors import ContractError, ModelError, OutOfMemoryError, RunInterruptedError, allocation_failure
+from lorry.errors import (
+    ContractError,
+    ModelError,
+    OutOfMemoryError,
+    RunInterruptedError,
+    allocation_failure,
+)
 from lorry.families import ModelFamily
 from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.decode import DecodeRunner
@@ -51,19 +60,32 @@ from lorry.models.loading.digest import sample_digest
 
 PROOFS_VARIABLE = "LORRY_PROOFS"
 PROOF_TOKENS = 16  # tokens of each sequence
-CUT_POSITIONS = (5, 10, 15)  # sequence i is changed from its token CUTS[i] on; odd and even, so that no block structure lines up
-DECODE_STEPS = 2  # tokens read one by one after the prompts
-# Relative error of hidden states that were computed in another shape. A wrong position or a lost key
-# gives a tenth and more; 30 layers give 1e-2 in bfloat16 and 1e-3 in float16 (SmolLM2-135M).
-QUANTISED_TOLERANCE = (
-    3e-2  # what 8-bit products move by their neighbours (1e-3 seen); models that look ahead move by a tenth and more
+CUT_POSITIONS = (
+    5,
+    10,
+    15,
+    # sequence i is changed from its token CUTS[i] on; odd and even, so that no block structure lines up
 )
-ROUNDING_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+DECODE_STEPS = 2  # tokens read one by one after the prompts
+# Relative error of hidden states that were computed in another shape. A wrong position or a lost
+# key
+# gives a tenth and more; 30 layers give 1e-2 in bfloat16 and 1e-3 in float16 (SmolLM2-135M).
+# what 8-bit products move by their neighbours (1e-3 seen); models that look ahead move by a tenth
+# and more
+QUANTISED_TOLERANCE = 3e-2
+ROUNDING_TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
 TWIN_TOLERANCE = 2e-5  # of the largest logit: two implementations of two fp32 layers
 WIDEST_HEAD = 1024
 DIGEST_PATTERN = re.compile("[0-9a-f]{64}")  # of a file that holds a proof
 MAX_PROOF_BYTES = 1000  # bytes of it
-MAX_SAVED_PROOFS = 300  # proofs, each a file of at most a line; a person works with a few dozen models, formats and versions
+# proofs, each a file of at most a line; a person works with a few dozen models, formats and
+# versions
+MAX_SAVED_PROOFS = 300
 TWIN_LAYERS, TWIN_VOCABULARY, TWIN_LENGTH, TWIN_POSITIONS = 2, 96, 48, 512
 
 
@@ -78,7 +100,8 @@ def proofs_disabled(notes: list[str]) -> bool:
 
 
 def prove_hf_model(model: HfModel, notes: list[str], where: str) -> None:
-    """(a) and (b) for a model of transformers as it was loaded. Without (b) it generates without a cache, with a note.
+    """(a) and (b) for a model of transformers as it was loaded. Without (b) it generates without a
+    cache, with a note.
 
     Raises ModelError, opening with ``where``, when a position sees later ones.
     """
@@ -91,7 +114,9 @@ def prove_hf_model(model: HfModel, notes: list[str], where: str) -> None:
     else:
         model.recomputes = found
     if model.recomputes:
-        notes.append(f"it generates by reading the whole sequence again for every token, slowly: {model.recomputes}")
+        notes.append(
+            f"it generates by reading the whole sequence again for every token, slowly: {model.recomputes}"
+        )
 
 
 def _prove_or_raise(model: HfModel, where: str) -> None:
@@ -111,7 +136,12 @@ def _prove_or_raise(model: HfModel, where: str) -> None:
 def _suggest_remedy(model: HfModel) -> str:
     """What to set in config.json, if it was a setting that made the model look ahead."""
     text = model.inner.config.get_text_config()
-    fields = {"use_bidirectional_attention": False, "is_causal": True, "causal": True, "is_decoder": True}
+    fields = {
+        "use_bidirectional_attention": False,
+        "is_causal": True,
+        "causal": True,
+        "is_decoder": True,
+    }
     for field, value in fields.items():
         said = getattr(text, field, None)
         if said is not None and said != "vision" and bool(said) is not value:
@@ -135,7 +165,10 @@ def find_future_leak(model: CausalLM) -> str:
     rows = _random_sequences(model, len(cuts), length)
     known = _text_token_ids(model)
     following = dict(zip(known, [*known[1:], known[0]], strict=True))
-    changed = [[*row[:cut], *(following[t] for t in row[cut:])] for row, cut in zip(rows, cuts, strict=True)]
+    changed = [
+        [*row[:cut], *(following[t] for t in row[cut:])]
+        for row, cut in zip(rows, cuts, strict=True)
+    ]
     first, second = _hidden_outputs(model, rows), _hidden_outputs(model, changed)
     for i, cut in enumerate(cuts):
         a, b = first[i, :cut].float(), second[i, :cut].float()
@@ -143,13 +176,14 @@ def find_future_leak(model: CausalLM) -> str:
             continue
         share = float((a - b).abs().max() / a.abs().max())
         if getattr(getattr(model, "inner", model), "is_quantized", False):
-            # products in 8 bits scale rows and choose outliers with their neighbours in view, and have no exact gradient
+            # products in 8 bits scale rows and choose outliers with their neighbours in view, and
+            # have no exact gradient
             if share <= QUANTISED_TOLERANCE:
                 continue
             return f"changing tokens {cut} to {length - 1} of {length} moves those before, by {share:.0e} of the largest"
-        if (first.dtype in ROUNDING_TOLERANCE and share > ROUNDING_TOLERANCE[first.dtype]) or not _ignores_future(
-            model, rows, i, cut
-        ):
+        if (
+            first.dtype in ROUNDING_TOLERANCE and share > ROUNDING_TOLERANCE[first.dtype]
+        ) or not _ignores_future(model, rows, i, cut):
             which = f"changing tokens {cut} to {length - 1} of {length}"
             return f"{which} moves what it says at those before, by {share:.0e} of the largest"
     return ""
@@ -163,7 +197,9 @@ def _is_random(model: HfModel) -> bool:
 
 
 def _ignores_future(model: CausalLM, rows: list[list[int]], which: int, cut: int) -> bool:
-    """Whether the outputs before ``cut`` have no gradient with respect to the embeddings from ``cut`` on."""
+    """Whether the outputs before ``cut`` have no gradient with respect to the embeddings from
+    ``cut`` on.
+    """
     held: list[Tensor] = []
 
     def leaf(module: nn.Module, args: Any, out: Tensor) -> Tensor:
@@ -196,23 +232,51 @@ def find_cache_error(model: CausalLM) -> str:
     if length < DECODE_STEPS + 1:
         return ""
     rows = _random_sequences(model, 2, length)
-    runner: Any = DecodeRunner(model) if isinstance(model, Decoder) and DecodeRunner.takes(model) else model
+    runner: Any = (
+        DecodeRunner(model) if isinstance(model, Decoder) and DecodeRunner.takes(model) else model
+    )
     whole = _hidden_outputs(model, rows).float()
     errors: list[Tensor] = []
     try:
         memory = runner.new_cache(2, length)
-        packed = PackedInput.of([row[:n] for row, n in zip(rows, prompts, strict=True)], model.device)
-        owners = torch.tensor([i for i, n in enumerate(prompts) for _ in range(n)], device=model.device)
-        found = runner.cached(packed, owners, memory, AdapterContext(), decoding=False)[[stop - 1 for _, stop in packed.segments]]
+        packed = PackedInput.of(
+            [row[:n] for row, n in zip(rows, prompts, strict=True)], model.device
+        )
+        owners = torch.tensor(
+            [i for i, n in enumerate(prompts) for _ in range(n)], device=model.device
+        )
+        found = runner.cached(packed, owners, memory, AdapterContext(), decoding=False)[
+            [stop - 1 for _, stop in packed.segments]
+        ]
         for step in range(DECODE_STEPS + 1):
             expected = torch.stack([whole[i, n - 1 + step] for i, n in enumerate(prompts)])
             errors.append((found.float() - expected).norm(dim=1) / expected.norm(dim=1))
             if step < DECODE_STEPS:
-                now = torch.tensor([row[n + step] for row, n in zip(rows, prompts, strict=True)], device=model.device)
+                now = torch.tensor(
+                    [row[n + step] for row, n in zip(rows, prompts, strict=True)],
+                    device=model.device,
+                )
                 packed = PackedInput(now, memory.lengths, [(0, 1), (1, 2)])
-                found = runner.cached(packed, torch.arange(2, device=model.device), memory, AdapterContext(), decoding=True)
-    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError, ModelError, ContractError) as e:
-        if isinstance(e, RunInterruptedError | OutOfMemoryError) or allocation_failure(e) is not None:
+                found = runner.cached(
+                    packed,
+                    torch.arange(2, device=model.device),
+                    memory,
+                    AdapterContext(),
+                    decoding=True,
+                )
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        ModelError,
+        ContractError,
+    ) as e:
+        if (
+            isinstance(e, RunInterruptedError | OutOfMemoryError)
+            or allocation_failure(e) is not None
+        ):
             raise  # a signal, or no memory, says nothing of the cache
         return f"its cache cannot be used ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
     # the median over steps: a router that rounding tips over at one token is no fault of the cache
@@ -232,7 +296,11 @@ def _proven_digests() -> set[str]:
 
 
 def find_native_mismatch(
-    family: ModelFamily, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, notes: list[str]
+    family: ModelFamily,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    notes: list[str],
 ) -> str:
     """ "" if the native decoder computes this config, shown by (a), (b) and (c) on a twin; else what differs."""
     if proofs_disabled(notes):
@@ -253,10 +321,18 @@ def find_native_mismatch(
     return ""
 
 
-def _compare_native(family: ModelFamily, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> str:
+def _compare_native(
+    family: ModelFamily, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> str:
     small = shrink_config(family, config)
-    with model_file_errors("transformers refuses the twin"), silence_transformers(), torch.random.fork_rng(devices=[]):
-        theirs = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(small), dtype=torch.float32)
+    with (
+        model_file_errors("transformers refuses the twin"),
+        silence_transformers(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        theirs = AutoModelForCausalLM.from_config(
+            CONFIG_MAPPING[config["model_type"]].from_dict(small), dtype=torch.float32
+        )
     _randomise_weights(theirs.eval().requires_grad_(False))
     ours = _build_native_twin(family, theirs)
     if isinstance(ours, str):
@@ -283,18 +359,23 @@ def _build_native_twin(family: ModelFamily, theirs: Any) -> Decoder | str:
     given = dict(theirs.named_parameters(remove_duplicate=False))
     wanted = ours.state_dict()
     odd = sorted(
-        n for n in given.keys() | wanted.keys() if n not in given or n not in wanted or given[n].shape != wanted[n].shape
+        n
+        for n in given.keys() | wanted.keys()
+        if n not in given or n not in wanted or given[n].shape != wanted[n].shape
     )
     if odd:
         return f"transformers has other tensors than Lorry's decoder for this config ({', '.join(odd[:3])})"
-    ours.load_state_dict({n: p.detach().clone() for n, p in given.items()}, strict=True, assign=True)
+    ours.load_state_dict(
+        {n: p.detach().clone() for n, p in given.items()}, strict=True, assign=True
+    )
     if ours.geometry.tied:
         ours.tie()
     return ours.requires_grad_(False).eval()
 
 
 def shrink_config(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with few layers, heads and tokens. Everything else stays, head width and rotary settings included.
+    """The config with few layers, heads and tokens. Everything else stays, head width and rotary
+    settings included.
 
     Raises ModelError for heads too wide to be true.
     """
@@ -326,7 +407,9 @@ def shrink_config(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, A
 
 @torch.no_grad()
 def _randomise_weights(model: nn.Module) -> None:
-    """Weights wide enough that a wrong epsilon, bias or rotary base shows; biases away from 0, norms from 1."""
+    """Weights wide enough that a wrong epsilon, bias or rotary base shows; biases away from 0,
+    norms from 1.
+    """
     draw = torch.Generator().manual_seed(0)
     for p in model.parameters():
         wide = 0.3 if p.dim() == 1 else min(0.2, 2 / p.shape[-1] ** 0.5)
@@ -334,8 +417,12 @@ def _randomise_weights(model: nn.Module) -> None:
         p.copy_(around + wide * torch.randn(p.shape, generator=draw))
 
 
-def _native_proof_digest(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> str:
-    """Names a proof by all it depends on: the config, the number format and device, Lorry's code, torch, transformers."""
+def _native_proof_digest(
+    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> str:
+    """Names a proof by all it depends on: the config, the number format and device, Lorry's code,
+    torch, transformers.
+    """
     parts = [
         json.dumps(config, sort_keys=True, default=str),
         str(dtype),
@@ -348,9 +435,15 @@ def _native_proof_digest(config: Mapping[str, Any], dtype: torch.dtype, device: 
 
 
 def _model_proof_digest(model: HfModel) -> str:
-    """Names a proof of a model of transformers' as it was loaded: weights that are all 0, say, would hide what others show."""
+    """Names a proof of a model of transformers' as it was loaded: weights that are all 0, say,
+    would hide what others show.
+    """
     parts = [
-        *(f"{type(model.inner).__module__}.{type(model.inner).__qualname__}", str(model.body), model.recomputes),
+        *(
+            f"{type(model.inner).__module__}.{type(model.inner).__qualname__}",
+            str(model.body),
+            model.recomputes,
+        ),
         str(getattr(model.inner.config, "_attn_implementation", None)),
         str(getattr(model.inner, "is_quantized", False)),
         sample_digest(model),
@@ -369,11 +462,15 @@ def _code_digest() -> str:
         for f in (root / room).rglob("*.*")
         if f.suffix in (".py", ".cpp", ".h")
     )
-    return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()
+    return hashlib.sha256(
+        b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)
+    ).hexdigest()
 
 
 def _read_proof(place: Path) -> str | None:
-    """What was kept of a proof, which is used with that; None where there is none, or it cannot be read or is no such file."""
+    """What was kept of a proof, which is used with that; None where there is none, or it cannot be
+    read or is no such file.
+    """
     try:
         if not place.is_file() or place.stat().st_size > MAX_PROOF_BYTES:
             return None
@@ -385,13 +482,18 @@ def _read_proof(place: Path) -> str | None:
 
 
 def _save_proof(place: Path, said: str) -> None:
-    """Remember that a proof held, and forget those that were used longest ago; where nothing can be written it is made again the
-    next time. Replaced whole: another process may read it just now."""
+    """Remember that a proof held, and forget those that were used longest ago; where nothing can be
+    written it is made again the next time. Replaced whole: another process may read it just now."""
     try:
         durable.make_directory(place.parent)
-        durable.write_files(place.parent, {place.name: said.encode()[:MAX_PROOF_BYTES].decode(errors="ignore").encode()})
+        durable.write_files(
+            place.parent,
+            {place.name: said.encode()[:MAX_PROOF_BYTES].decode(errors="ignore").encode()},
+        )
         ours = [
-            one for one in os.scandir(place.parent) if DIGEST_PATTERN.fullmatch(one.name) and one.is_file(follow_symlinks=False)
+            one
+            for one in os.scandir(place.parent)
+            if DIGEST_PATTERN.fullmatch(one.name) and one.is_file(follow_symlinks=False)
         ]
         for one in sorted(ours, key=lambda one: one.stat().st_mtime_ns)[:-MAX_SAVED_PROOFS]:
             Path(one.path).unlink(missing_ok=True)

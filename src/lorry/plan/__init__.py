@@ -1,5 +1,7 @@
-"""What a run will need, before anything is loaded: bytes and FLOPs in closed form from the config alone. No torch here.
+"""What a run will need, before anything is loaded: bytes and FLOPs in closed form from the config
+alone. No torch here.
 
-shapes (a config's matrices) -> adapters (which of them, at which rank) -> memory, flops, parallel -> search -> run (all of it for
-one run description). Every number that was measured rather than derived is in `constants`.
+shapes (a config's matrices) -> adapters (which of them, at which rank) -> memory, flops, parallel
+-> search -> run (all of it for one run description). Every number that was measured rather than
+derived is in `constants`.
 """

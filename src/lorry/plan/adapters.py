@@ -1,4 +1,6 @@
-"""Which matrices an adapter sits on and at which rank, from names alone, by the rules of `adapters/attach.py`."""
+"""Which matrices an adapter sits on and at which rank, from names alone, by the rules of
+`adapters/attach.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from lorry.plan.shapes import ModelShape, Site
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedMatrix:
-    """One adapted matrix: A is rank x inputs, B outputs x rank. ``layer`` is None for the head and the embedding."""
+    """One adapted matrix: A is rank x inputs, B outputs x rank. ``layer`` is None for the head and
+    the embedding.
+    """
 
     path: str
     layer: int | None
@@ -40,9 +44,14 @@ class PlannedAdapter:
 
     @property
     def lowest(self) -> int:
-        """The first layer that runs backward: the lowest adapted one; 0 when the embedding is, past the last when no layer is."""
+        """The first layer that runs backward: the lowest adapted one; 0 when the embedding is, past
+        the last when no layer is.
+        """
         layers = [s.layer for s in self.sittings if s.layer is not None]
-        if any(s.layer is None and s.site is None and s.path.endswith(EMBEDDING_NAMES) for s in self.sittings):
+        if any(
+            s.layer is None and s.site is None and s.path.endswith(EMBEDDING_NAMES)
+            for s in self.sittings
+        ):
             return 0
         return min(layers, default=1 << 30)
 
@@ -59,22 +68,39 @@ EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in")
 
 
 def plan_adapter(shape: ModelShape, lora: LoraConfig, rank: int) -> PlannedAdapter:
-    """The adapter that ``lora`` describes, at this rank. Raises ConfigError for a name that matches no matrix."""
+    """The adapter that ``lora`` describes, at this rank. Raises ConfigError for a name that matches
+    no matrix.
+    """
     g = shape.geometry
     known = [
         AdaptedMatrix(
-            path=linear.path.format(i=i), layer=i, site=linear.site, inputs=linear.inputs, outputs=linear.outputs, rank=rank
+            path=linear.path.format(i=i),
+            layer=i,
+            site=linear.site,
+            inputs=linear.inputs,
+            outputs=linear.outputs,
+            rank=rank,
         )
         for i in range(g.layers)
         for linear in shape.linears
     ]
-    embed = AdaptedMatrix(path=shape.embed, layer=None, site=None, inputs=g.vocab, outputs=g.width, rank=rank)
-    head = AdaptedMatrix(path=shape.head, layer=None, site=None, inputs=g.width, outputs=g.vocab, rank=rank)
+    embed = AdaptedMatrix(
+        path=shape.embed, layer=None, site=None, inputs=g.vocab, outputs=g.width, rank=rank
+    )
+    head = AdaptedMatrix(
+        path=shape.head, layer=None, site=None, inputs=g.width, outputs=g.vocab, rank=rank
+    )
     chosen = _targeted_matrices({s.path: s for s in (embed, *known, head)}, known, shape, lora)
     if lora.layers_to_transform is not None:
-        wanted = lora.layers_to_transform if isinstance(lora.layers_to_transform, list) else [lora.layers_to_transform]
+        wanted = (
+            lora.layers_to_transform
+            if isinstance(lora.layers_to_transform, list)
+            else [lora.layers_to_transform]
+        )
         if absent := sorted(set(wanted) - set(range(g.layers))):
-            raise ConfigError(f"lora.layers_to_transform asks for layer {absent[0]}; this model has layers 0 to {g.layers - 1}")
+            raise ConfigError(
+                f"lora.layers_to_transform asks for layer {absent[0]}; this model has layers 0 to {g.layers - 1}"
+            )
         chosen = [s for s in chosen if s.layer in wanted]
     if not chosen:
         raise ConfigError("lora.target_modules and lora.exclude_modules leave no layer")
@@ -86,9 +112,15 @@ def _targeted_matrices(
 ) -> list[AdaptedMatrix]:
     wanted, excluded = lora.target_modules, lora.exclude_modules
     if isinstance(wanted, str):
-        chosen = inner if wanted in ("auto", "all-linear") else [s for p, s in every.items() if re.fullmatch(wanted, p)]
+        chosen = (
+            inner
+            if wanted in ("auto", "all-linear")
+            else [s for p, s in every.items() if re.fullmatch(wanted, p)]
+        )
         if not chosen:
-            raise ConfigError(f"lora.target_modules={wanted!r} matches no layer; {_list_known_names(every)}")
+            raise ConfigError(
+                f"lora.target_modules={wanted!r} matches no layer; {_list_known_names(every)}"
+            )
     else:
         names = {"lm_head": shape.head, "embed": shape.embed}
         for name in wanted:
@@ -97,7 +129,9 @@ def _targeted_matrices(
                 raise ConfigError(
                     f"lora.target_modules names {name!r}, which matches no layer{suggest_nearest(name, leaves)}; {_list_known_names(every)}"
                 )
-        chosen = [s for p, s in every.items() if any(_ends_with(p, names.get(n, n)) for n in wanted)]
+        chosen = [
+            s for p, s in every.items() if any(_ends_with(p, names.get(n, n)) for n in wanted)
+        ]
     if isinstance(excluded, str):
         return [s for s in chosen if not re.fullmatch(excluded, s.path)]
     return [s for s in chosen if not any(_ends_with(s.path, e) for e in excluded or ())]
@@ -120,6 +154,8 @@ def _list_known_names(paths: Iterable[str]) -> str:
 
 
 def largest_rank(shape: ModelShape, lora: LoraConfig, most: int = 256) -> int:
-    """The largest power of two that is no larger than any adapted matrix's smaller side: beyond it a rank adds nothing."""
+    """The largest power of two that is no larger than any adapted matrix's smaller side: beyond it
+    a rank adds nothing.
+    """
     smaller = min(min(s.inputs, s.outputs) for s in plan_adapter(shape, lora, 1).sittings)
     return 1 << (min(most, smaller).bit_length() - 1)

@@ -1,4 +1,6 @@
-"""Find the config of a model without its weights: a directory, a run or adapter (its base), a well-known name, a hub id."""
+"""Find the config of a model without its weights: a directory, a run or adapter (its base), a
+well-known name, a hub id.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,17 @@ from lorry.errors import ModelError, suggest_nearest
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.runs.layout import ADAPTER_CONFIG
 
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*|[A-Za-z0-9][A-Za-z0-9._-]*")
+HUB_ID = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*|[A-Za-z0-9][A-Za-z0-9._-]*"
+)
 DIGEST_SUFFIX = re.compile(r"(.+)-[0-9a-f]{12}")  # a converted model's directory in the cache
 
 
 @dataclass(frozen=True)
 class FoundConfig:
-    """A config, where it was found, and the rank of the adapter that was named instead of a base (None: a base was named)."""
+    """A config, where it was found, and the rank of the adapter that was named instead of a base
+    (None: a base was named).
+    """
 
     config: dict[str, Any]
     where: str
@@ -26,14 +32,20 @@ class FoundConfig:
 
 
 def find_config(name: str, *, revision: str | None = None) -> FoundConfig:
-    """The config that ``name`` stands for. Raises ModelError naming what was looked for and what comes near."""
+    """The config that ``name`` stands for. Raises ModelError naming what was looked for and what
+    comes near.
+    """
     path = Path(name).expanduser()
     if path.is_dir() and name not in KNOWN_CONFIGS:
         return _directory_config(path)
     if name.lower() in KNOWN_CONFIGS:
-        return FoundConfig(KNOWN_CONFIGS[name.lower()], f"the table of well-known models ({name.lower()})")
+        return FoundConfig(
+            KNOWN_CONFIGS[name.lower()], f"the table of well-known models ({name.lower()})"
+        )
     if path.suffix == ".gguf":
-        raise ModelError(f"{path}: plan reads config.json, which a GGUF file has not; give the directory it was converted to")
+        raise ModelError(
+            f"{path}: plan reads config.json, which a GGUF file has not; give the directory it was converted to"
+        )
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise ModelError(
             f"no model at {name!r}{suggest_nearest(name, KNOWN_CONFIGS)}; known by name: {', '.join(sorted(KNOWN_CONFIGS))}"
@@ -45,11 +57,15 @@ def _directory_config(path: Path) -> FoundConfig:
     if (path / "config.json").is_file():
         return FoundConfig(_read_config(path / "config.json"), str(path / "config.json"))
     if not (path / ADAPTER_CONFIG).is_file():
-        raise ModelError(f"{path} has neither config.json nor adapter_config.json; give a model, a run or an adapter directory")
+        raise ModelError(
+            f"{path} has neither config.json nor adapter_config.json; give a model, a run or an adapter directory"
+        )
     adapter = _read_config(path / ADAPTER_CONFIG)
     base, rank = adapter.get("base_model_name_or_path"), adapter.get("r")
     if not isinstance(base, str) or not isinstance(rank, int):
-        raise ModelError(f"{path / ADAPTER_CONFIG}: no base_model_name_or_path and r; this is not a LoRA adapter")
+        raise ModelError(
+            f"{path / ADAPTER_CONFIG}: no base_model_name_or_path and r; this is not a LoRA adapter"
+        )
     cached = DIGEST_SUFFIX.fullmatch(Path(base).name)
     known = cached is not None and not Path(base).is_dir() and cached[1] in KNOWN_CONFIGS
     return replace(find_config(cached[1] if known and cached else base), adapter_rank=rank)

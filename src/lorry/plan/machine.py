@@ -62,7 +62,9 @@ def _cpuinfo_values(*names: str) -> list[str]:
 
 def processor_name() -> str:
     """The processor's name."""
-    return next(iter(_cpuinfo_values("model name")), "") or platform.processor() or platform.machine()
+    return (
+        next(iter(_cpuinfo_values("model name")), "") or platform.processor() or platform.machine()
+    )
 
 
 def available_threads() -> int:
@@ -71,7 +73,8 @@ def available_threads() -> int:
 
 
 def machine_identity(device: str, precision: str, threads_asked: int | None) -> dict[str, Any]:
-    """What a measured rate holds for: plain values, equal only for ways of computing that are alike.
+    """What a measured rate holds for: plain values, equal only for ways of computing that are
+    alike.
 
     A processor's name alone says little: cloud machines of one name differ in instruction sets,
     cores and neighbours. ``threads_asked``: None, as many as torch takes by itself. Raises nothing.
@@ -79,7 +82,11 @@ def machine_identity(device: str, precision: str, threads_asked: int | None) -> 
     flags = hashlib.sha256(" ".join(sorted(_processor_flags())).encode()).hexdigest()[:16]
     return {
         "host": platform.node(),
-        "processor": [processor_name(), *_cpuinfo_values("cpu family", "model", "stepping"), f"flags {flags}"],
+        "processor": [
+            processor_name(),
+            *_cpuinfo_values("cpu family", "model", "stepping"),
+            f"flags {flags}",
+        ],
         "cores": available_threads(),
         "gpus": list_gpus() if device == "cuda" else [],
         "device": device,
@@ -87,7 +94,9 @@ def machine_identity(device: str, precision: str, threads_asked: int | None) -> 
         "threads": threads_asked,
         "kernels": device == "cpu" and has_tiles(),
         "torch": torch_version(),
-        "environment": {name: os.environ[name] for name in IDENTITY_VARIABLES if name in os.environ},
+        "environment": {
+            name: os.environ[name] for name in IDENTITY_VARIABLES if name in os.environ
+        },
     }
 
 
@@ -124,7 +133,8 @@ def _processor_flags() -> set[str]:
 
 
 def dtype_of_auto() -> Literal["float32", "bfloat16"] | None:
-    """What dtype=auto is told to mean, whatever this machine has: ``LORRY_DTYPE=float32`` or ``bfloat16``; None: it decides.
+    """What dtype=auto is told to mean, whatever this machine has: ``LORRY_DTYPE=float32`` or
+    ``bfloat16``; None: it decides.
 
     So that one machine can run what another kind would run. Raises ConfigError for another value.
     """
@@ -134,15 +144,23 @@ def dtype_of_auto() -> Literal["float32", "bfloat16"] | None:
         case "float32" | "bfloat16" as word:
             return word
         case word:
-            raise ConfigError(f"LORRY_DTYPE={word!r} in the environment; give float32 or bfloat16, or leave it out")
+            raise ConfigError(
+                f"LORRY_DTYPE={word!r} in the environment; give float32 or bfloat16, or leave it out"
+            )
 
 
 def processor_has_bfloat16() -> bool:
-    """Whether this processor multiplies matrices in bfloat16 itself; models/loading/load.py asks torch the same."""
+    """Whether this processor multiplies matrices in bfloat16 itself; models/loading/load.py asks
+    torch the same.
+    """
     return bool(_processor_flags() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
 
 
 def has_tiles() -> bool:
-    """Whether the attention kernel will run: matrix tiles, and a compiler to build it with (kernels/build.py)."""
-    compiler = any(map(shutil.which, ("g++", "c++", "clang++"))) and os.environ.get("LORRY_KERNELS") != "0"
+    """Whether the attention kernel will run: matrix tiles, and a compiler to build it with
+    (kernels/build.py).
+    """
+    compiler = (
+        any(map(shutil.which, ("g++", "c++", "clang++"))) and os.environ.get("LORRY_KERNELS") != "0"
+    )
     return compiler and {"amx_tile", "amx_bf16"} <= _processor_flags()

@@ -1,9 +1,11 @@
-"""Bytes of a training run by component, in closed form: T tokens a micro-batch, d width, q and k attention widths, f MLP width.
+"""Bytes of a training run by component, in closed form: T tokens a micro-batch, d width, q and k
+attention widths, f MLP width.
 
-What a layer keeps for its backward is a list of buffers per token. The fused path keeps the least that avoids repeating a
-matrix product: x, q, k, v, attention out, the residual between, gate and up, the log-sum-exp, and A x of every adapted matrix;
-norms, rotary positions and gate products are made again (models/decoder/block.py). The plain path, for models that run through
-transformers, is autograd over separate operations.
+What a layer keeps for its backward is a list of buffers per token. The fused path keeps the least
+that avoids repeating a matrix product: x, q, k, v, attention out, the residual between, gate and
+up, the log-sum-exp, and A x of every adapted matrix; norms, rotary positions and gate products are
+made again (models/decoder/block.py). The plain path, for models that run through transformers, is
+autograd over separate operations.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ RecomputeMode = Literal["none", "full"]
 PRECISIONS: tuple[PrecisionName, ...] = ("float32", "bfloat16", "float16", "int8", "nf4", "fp4")
 TRAINABLE_PRECISIONS: tuple[PrecisionName, ...] = ("float32", "bfloat16", "float16")
 
-# Bytes per weight of a layer's matrices. int8: one fp32 scale per output row, counted apart. nf4, fp4: blocks of 64 with an
-# absmax, itself quantised to 8 bits in blocks of 256 (Dettmers et al. 2023): (8 + 32/256) / 64 = 0.127 bits a weight.
+# Bytes per weight of a layer's matrices. int8: one fp32 scale per output row, counted apart. nf4,
+# fp4: blocks of 64 with an
+# absmax, itself quantised to 8 bits in blocks of 256 (Dettmers et al. 2023): (8 + 32/256) / 64 =
+# 0.127 bits a weight.
 FOUR_BIT = (4 + (8 + 32 / 256) / 64) / 8
 WEIGHT_BYTES: dict[PrecisionName, float] = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": FOUR_BIT, "fp4": FOUR_BIT,
@@ -47,8 +51,10 @@ MASTER_BYTES, MOMENT_BYTES = 8, 8  # fp32 values and gradients; AdamW's two mome
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySetup:
-    """How a model is run. ``tokens``: of one micro-batch, at most; ``length``: of its longest sequence; ``tiles``: the processor
-    has matrix tiles, for which there is an attention kernel; ``whole``: a run on real data, not steps of one length alone."""
+    """How a model is run. ``tokens``: of one micro-batch, at most; ``length``: of its longest
+    sequence; ``tiles``: the processor has matrix tiles, for which there is an attention kernel;
+    ``whole``: a run on real data, not steps of one length alone.
+    """
 
     tokens: int
     length: int
@@ -75,7 +81,9 @@ class MemoryComponent:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The peak of a run, by component: what every choice needs first, what a smaller micro-batch would save last."""
+    """The peak of a run, by component: what every choice needs first, what a smaller micro-batch
+    would save last.
+    """
 
     components: tuple[MemoryComponent, ...]
 
@@ -104,31 +112,68 @@ def layer_path(shape: ModelShape) -> Literal["fused", "plain"]:
 
 
 def uses_attention_kernel(shape: ModelShape, setup: MemorySetup) -> bool:
-    """Whether attention runs in Lorry's own kernel (kernels/attention.py), which repeats and copies nothing."""
-    usual = shape.geometry.head_dim in KERNEL_WIDTHS and setup.precision not in ("float32", "float16")
+    """Whether attention runs in Lorry's own kernel (kernels/attention.py), which repeats and copies
+    nothing.
+    """
+    usual = shape.geometry.head_dim in KERNEL_WIDTHS and setup.precision not in (
+        "float32",
+        "float16",
+    )
     return setup.device == "cpu" and setup.tiles and usual and shape.native
 
 
-def estimate_memory(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) -> MemoryEstimate:
+def estimate_memory(
+    shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup
+) -> MemoryEstimate:
     """The peak of training steps on one device."""
     g, path = shape.geometry, layer_path(shape)
     layers = range(adapter.lowest, g.layers)  # nothing is kept below the lowest adapter
     saved = setup.tokens * saved_bytes_per_token(shape, adapter, setup, layers)
     scores = score_workspace(shape, setup, adapter)
     step = max(scores, layer_workspace(shape, setup))
-    weights = int(g.layers * layer_weights(shape, setup.precision) + shape.final_norm * setup.element)
+    weights = int(
+        g.layers * layer_weights(shape, setup.precision) + shape.final_norm * setup.element
+    )
     slack = allocator_overhead(shape, setup, saved + step)
-    return MemoryEstimate((
-        MemoryComponent("libraries", LIBRARY_BYTES[setup.device], "Python and its packages" if setup.device == "cpu" else "CUDA context"),
-        MemoryComponent("runtime", runtime_bytes(setup), "what the first step loads: kernels, their scratch space"),
-        MemoryComponent("base weights", weights, f"{g.layers} layers in {setup.precision}"),
-        MemoryComponent("vocabulary", vocabulary_weights(shape, setup), "embedding" + (" (tied)" if g.tied else " and head")),
-        MemoryComponent("adapter", adapter_bytes(adapter, setup), f"{adapter.parameters / 1e6:.2f}M values: fp32, gradients, a copy"),
-        MemoryComponent("optimizer", MOMENT_BYTES * adapter.parameters, "AdamW's two moments, fp32"),
-        MemoryComponent("workspace", step, "the vocabulary product" if step == scores else "one layer's backward"),
-        MemoryComponent("allocator", slack, "gaps between buffers that come and go"),
-        MemoryComponent("activations", saved, f"kept by {len(layers)} layers for backward ({path}, recompute {setup.recompute})"),
-    ))  # fmt: skip
+    return MemoryEstimate(
+        (
+            MemoryComponent(
+                "libraries",
+                LIBRARY_BYTES[setup.device],
+                "Python and its packages" if setup.device == "cpu" else "CUDA context",
+            ),
+            MemoryComponent(
+                "runtime",
+                runtime_bytes(setup),
+                "what the first step loads: kernels, their scratch space",
+            ),
+            MemoryComponent("base weights", weights, f"{g.layers} layers in {setup.precision}"),
+            MemoryComponent(
+                "vocabulary",
+                vocabulary_weights(shape, setup),
+                "embedding" + (" (tied)" if g.tied else " and head"),
+            ),
+            MemoryComponent(
+                "adapter",
+                adapter_bytes(adapter, setup),
+                f"{adapter.parameters / 1e6:.2f}M values: fp32, gradients, a copy",
+            ),
+            MemoryComponent(
+                "optimizer", MOMENT_BYTES * adapter.parameters, "AdamW's two moments, fp32"
+            ),
+            MemoryComponent(
+                "workspace",
+                step,
+                "the vocabulary product" if step == scores else "one layer's backward",
+            ),
+            MemoryComponent("allocator", slack, "gaps between buffers that come and go"),
+            MemoryComponent(
+                "activations",
+                saved,
+                f"kept by {len(layers)} layers for backward ({path}, recompute {setup.recompute})",
+            ),
+        )
+    )
 
 
 # --- what does not move
@@ -144,15 +189,25 @@ def runtime_bytes(setup: MemorySetup) -> int:
 def layer_weights(shape: ModelShape, precision: PrecisionName) -> float:
     """Bytes of one layer: matrices in the base's format, everything else in the format computed in."""
     matrices = shape.layer_linears + shape.layer_experts
-    scales = 4 * (sum(x.outputs for x in shape.linears) + _expert_rows(shape)) if precision == "int8" else 0
-    return matrices * WEIGHT_BYTES[precision] + scales + shape.layer_small * (4 if precision == "float32" else 2)
+    scales = (
+        4 * (sum(x.outputs for x in shape.linears) + _expert_rows(shape))
+        if precision == "int8"
+        else 0
+    )
+    return (
+        matrices * WEIGHT_BYTES[precision]
+        + scales
+        + shape.layer_small * (4 if precision == "float32" else 2)
+    )
 
 
 def _expert_rows(shape: ModelShape) -> int:
     """Output rows of a layer's experts, for int8's scales."""
     if shape.experts is None:
         return 0
-    return shape.experts.count * ((2 if shape.gated else 1) * shape.experts.width + shape.geometry.width)
+    return shape.experts.count * (
+        (2 if shape.gated else 1) * shape.experts.width + shape.geometry.width
+    )
 
 
 def vocabulary_weights(shape: ModelShape, setup: MemorySetup) -> int:
@@ -169,7 +224,9 @@ def adapter_bytes(adapter: PlannedAdapter, setup: MemorySetup) -> int:
 # --- what comes and goes
 
 
-def saved_bytes_per_token(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup, layers: range) -> int:
+def saved_bytes_per_token(
+    shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup, layers: range
+) -> int:
     """Bytes per token that are held when the last of ``layers`` has run forward."""
     per_layer = {i: layer_saved_bytes(shape, setup, adapter.ranks(i)) for i in layers}
     if not per_layer:
@@ -191,23 +248,33 @@ def layer_saved_bytes(shape: ModelShape, setup: MemorySetup, ranks: list[int]) -
 def _mlp_elements(shape: ModelShape) -> int:
     """Gate and up, or the one MLP product; of every expert a token visits."""
     inner = (2 if shape.gated else 1) * shape.geometry.mlp_width
-    return inner if shape.experts is None else shape.experts.active * (inner + 2 * shape.geometry.width)
+    return (
+        inner
+        if shape.experts is None
+        else shape.experts.active * (inner + 2 * shape.geometry.width)
+    )
 
 
 def _fused_elements(shape: ModelShape, setup: MemorySetup) -> tuple[int, int]:
-    """(elements, bytes): S_min of the floor, and what torch's attention adds where the kernel does not serve: keys and values
-    repeated for every query head, and normed queries and keys. A parallel residual has no state between attention and MLP."""
+    """(elements, bytes): S_min of the floor, and what torch's attention adds where the kernel does
+    not serve: keys and values repeated for every query head, and normed queries and keys. A
+    parallel residual has no state between attention and MLP.
+    """
     g, more = shape.geometry, 0
     if not uses_attention_kernel(shape, setup):
         more += 2 * shape.queries if g.heads > g.kv_heads else 0
         more += shape.queries + shape.keys if shape.qk_norm else 0
     between = 0 if g.parallel_residual else g.width
-    return g.width + 2 * shape.queries + 2 * shape.keys + between + _mlp_elements(shape) + more, 4 * g.heads
+    return g.width + 2 * shape.queries + 2 * shape.keys + between + _mlp_elements(
+        shape
+    ) + more, 4 * g.heads
 
 
 def _plain_elements(shape: ModelShape, *, adapted: bool) -> tuple[int, int]:
-    """(elements, bytes) that autograd keeps of separate operations: norm inputs (RMS in fp32), every adapted matrix's input, q, k
-    and v as attention read them (keys and values repeated per query head), its output, and the MLP's chain."""
+    """(elements, bytes) that autograd keeps of separate operations: norm inputs (RMS in fp32),
+    every adapted matrix's input, q, k and v as attention read them (keys and values repeated per
+    query head), its output, and the MLP's chain.
+    """
     g, q = shape.geometry, shape.queries
     rms = shape.norm == "rms"
     read_by_norms = 0 if rms else (g.width if g.parallel_residual else 2 * g.width)
@@ -219,8 +286,10 @@ def _plain_elements(shape: ModelShape, *, adapted: bool) -> tuple[int, int]:
 
 
 def score_workspace(shape: ModelShape, setup: MemorySetup, adapter: PlannedAdapter) -> int:
-    """The last hidden state, the rows of it that are scored, and d score / d hidden; and, for a group of rows, a padded copy, a
-    tile of logits, its product with the head, and sums in fp32 (models/scoring/tiles.py). An adapted head makes whole rows, by chunks."""
+    """The last hidden state, the rows of it that are scored, and d score / d hidden; and, for a
+    group of rows, a padded copy, a tile of logits, its product with the head, and sums in fp32
+    (models/scoring/tiles.py). An adapted head makes whole rows, by chunks.
+    """
     d, e = shape.geometry.width, setup.element
     kept = 3 * setup.tokens * d * e
     if adapter.head():
@@ -230,21 +299,33 @@ def score_workspace(shape: ModelShape, setup: MemorySetup, adapter: PlannedAdapt
 
 
 def layer_workspace(shape: ModelShape, setup: MemorySetup) -> int:
-    """Gradients alive while one layer runs backward: those of its output, of the MLP's product, of gate and up, and that product
-    made again; or, in attention, of its output, of q, k and v, and of the norms."""
+    """Gradients alive while one layer runs backward: those of its output, of the MLP's product, of
+    gate and up, and that product made again; or, in attention, of its output, of q, k and v, and of
+    the norms.
+    """
     g, path = shape.geometry, layer_path(shape)
     f = g.mlp_width if shape.experts is None else shape.experts.active * g.mlp_width
     mlp = (4 if shape.gated else 3) * f + 2 * g.width
     attention = 3 * shape.queries + 2 * shape.keys + 3 * g.width
-    return int(setup.tokens * max(mlp, attention) * setup.element * (1 if path == "fused" else PLAIN_WORKSPACE))
+    return int(
+        setup.tokens
+        * max(mlp, attention)
+        * setup.element
+        * (1 if path == "fused" else PLAIN_WORKSPACE)
+    )
 
 
 def allocator_overhead(shape: ModelShape, setup: MemorySetup, moving: int) -> int:
-    """What the allocator holds beyond the ``moving`` bytes in use: a share of them, and gaps of whole buffers."""
+    """What the allocator holds beyond the ``moving`` bytes in use: a share of them, and gaps of
+    whole buffers.
+    """
     g = shape.geometry
     if setup.device == "cuda":
         return int(ALLOCATOR_SLACK["cuda"] * moving)
     buffer = setup.tokens * max(g.width, shape.queries, g.mlp_width) * setup.element
     if shape.norm == "rms" and setup.precision == "float32" and layer_path(shape) == "fused":
         return int(ALLOCATOR_SLACK["cpu"] * moving + FEWER_GAPS[setup.recompute] * buffer)
-    return int(ALLOCATOR_SLACK["cpu"] * moving + (ALLOCATOR_GAPS[setup.recompute] + GAPS_PER_LAYER * g.layers) * buffer)
+    return int(
+        ALLOCATOR_SLACK["cpu"] * moving
+        + (ALLOCATOR_GAPS[setup.recompute] + GAPS_PER_LAYER * g.layers) * buffer
+    )

@@ -33,9 +33,13 @@ from lorry.plan.constants import STEP_EFFICIENCIES
 RATES_FORMAT = 2  # 1: {name of the processor: FLOP/s}, without when or how
 RATES_FILE = "rates.json"
 BUSY_LOAD = 0.1  # share of its time that a thread waited for a core; more: the machine was busy
-LIKE_FACTOR = 3.0  # models and micro-batches whose steps reach like rates differ by at most this factor
+LIKE_FACTOR = (
+    3.0  # models and micro-batches whose steps reach like rates differ by at most this factor
+)
 SATURATED_TOKENS = 1024  # tokens of a micro-batch beyond which more of them bring no better rate
-FAR_FACTOR = 2.5  # a run this many times off the rate that EFFICIENCY says contradicts the matrix rate
+FAR_FACTOR = (
+    2.5  # a run this many times off the rate that EFFICIENCY says contradicts the matrix rate
+)
 MOST_RUNS, MOST_MACHINES = 16, 64  # kept in the file, the newest
 FASTEST_RATE = 1e18  # FLOP/s that no single machine reaches
 
@@ -64,7 +68,11 @@ class RateMeasurement:
         """When and how."""
         when = datetime.fromisoformat(self.at).strftime("%Y-%m-%d %H:%M UTC")
         load = "" if self.load is None else f", load {self.load:.1f}"
-        busy = "" if not self.busy else f", the machine was busy: {self.waited:.0%} of the time went to others"
+        busy = (
+            ""
+            if not self.busy
+            else f", the machine was busy: {self.waited:.0%} of the time went to others"
+        )
         return f"{self.repeats} {things} on {when}{load}{busy}"
 
 
@@ -80,7 +88,10 @@ class RunRate(RateMeasurement):
 
     def like(self, parameters: int, tokens: int, path: LayerPath) -> bool:
         """Whether steps of such a model and micro-batch reach about the same rate."""
-        sizes = (self.parameters / max(parameters, 1), min(self.tokens, SATURATED_TOKENS) / max(min(tokens, SATURATED_TOKENS), 1))
+        sizes = (
+            self.parameters / max(parameters, 1),
+            min(self.tokens, SATURATED_TOKENS) / max(min(tokens, SATURATED_TOKENS), 1),
+        )
         return self.path == path and all(1 / LIKE_FACTOR <= size <= LIKE_FACTOR for size in sizes)
 
 
@@ -91,16 +102,24 @@ class KnownRates:
     matrix: RateMeasurement | None = None
     runs: Sequence[RunRate] = field(default_factory=tuple)
 
-    def of_runs(self, parameters: int, tokens: int, path: LayerPath, *, quiet: bool) -> RunRate | None:
+    def of_runs(
+        self, parameters: int, tokens: int, path: LayerPath, *, quiet: bool
+    ) -> RunRate | None:
         """The best that runs of like size reached, all of them or the ``quiet`` ones."""
-        like = [run for run in self.runs if run.like(parameters, tokens, path) and not (quiet and run.busy)]
+        like = [
+            run
+            for run in self.runs
+            if run.like(parameters, tokens, path) and not (quiet and run.busy)
+        ]
         return max(like, key=lambda run: run.rate, default=None)
 
     def trusted(self, device: str) -> bool:
         """Whether the matrix rate needs no new measurement: quiet, and contradicted by no run."""
         matrix = self.matrix
         return (
-            matrix is not None and not matrix.busy and not any(contradicts_measurement(run, matrix, device) for run in self.runs)
+            matrix is not None
+            and not matrix.busy
+            and not any(contradicts_measurement(run, matrix, device) for run in self.runs)
         )
 
 
@@ -110,7 +129,9 @@ def contradicts_measurement(run: RunRate, matrix: RateMeasurement, device: str) 
     if run.at <= matrix.at:
         return False
     usual = STEP_EFFICIENCIES["cuda" if device == "cuda" else "cpu", run.path] * matrix.rate
-    return run.rate > min(matrix.rate, FAR_FACTOR * usual) or (not run.busy and run.rate * FAR_FACTOR < usual)
+    return run.rate > min(matrix.rate, FAR_FACTOR * usual) or (
+        not run.busy and run.rate * FAR_FACTOR < usual
+    )
 
 
 def utc_timestamp() -> str:
@@ -122,15 +143,27 @@ def utc_timestamp() -> str:
 
 
 def read_known_rates(identity: MachineIdentity) -> KnownRates:
-    """What was measured on this machine; a damaged file knows nothing. Raises DiskError where it cannot be read."""
-    return next((_known_from_entry(entry) for entry in _read_entries() if entry.get("machine") == identity), KnownRates())
+    """What was measured on this machine; a damaged file knows nothing. Raises DiskError where it
+    cannot be read.
+    """
+    return next(
+        (_known_from_entry(entry) for entry in _read_entries() if entry.get("machine") == identity),
+        KnownRates(),
+    )
 
 
-def keep_matrix_rate(identity: MachineIdentity, measured: RateMeasurement, *, instead: bool = False) -> RateMeasurement:
+def keep_matrix_rate(
+    identity: MachineIdentity, measured: RateMeasurement, *, instead: bool = False
+) -> RateMeasurement:
     """Keep a matrix rate; one of a busy machine only if no better one is known, unless that one is
     wrong (``instead``). Returns the one that is kept. Raises DiskError."""
     before = read_known_rates(identity)
-    if not instead and before.matrix is not None and measured.busy and before.matrix.rate >= measured.rate:
+    if (
+        not instead
+        and before.matrix is not None
+        and measured.busy
+        and before.matrix.rate >= measured.rate
+    ):
         return before.matrix  # others on the cores only make it look slower: the faster is nearer
     _write_rates(identity, KnownRates(measured, before.runs))
     return measured
@@ -146,20 +179,25 @@ def _write_rates(identity: MachineIdentity, what: KnownRates) -> None:
     others = [entry for entry in _read_entries() if entry.get("machine") != identity]
     matrix = None if what.matrix is None else asdict(what.matrix)
     mine = {"machine": dict(identity), "matrix": matrix, "runs": [asdict(run) for run in what.runs]}
-    text = json.dumps({"format": RATES_FORMAT, "machines": [*others, mine][-MOST_MACHINES:]}, indent=1) + "\n"
+    text = (
+        json.dumps({"format": RATES_FORMAT, "machines": [*others, mine][-MOST_MACHINES:]}, indent=1)
+        + "\n"
+    )
     durable.make_directory(lorry_home())
     durable.write_files(lorry_home(), {RATES_FILE: text.encode()})
 
 
 def _read_entries() -> list[dict[str, Any]]:
-    """The entries of the file, one per machine, as they stand there. Raises DiskError where they cannot be read: whoever
-    took that for an empty file would write it without what it holds."""
+    """The entries of the file, one per machine, as they stand there. Raises DiskError where they
+    cannot be read: whoever took that for an empty file would write it without what it holds."""
     try:
         found = documents.read_object(lorry_home() / RATES_FILE)
     except DataError:
         return []
     entries = found.get("machines") if found.get("format") == RATES_FORMAT else None
-    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return (
+        [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    )
 
 
 def _known_from_entry(entry: Mapping[str, Any]) -> KnownRates:
@@ -167,27 +205,44 @@ def _known_from_entry(entry: Mapping[str, Any]) -> KnownRates:
     runs = entry.get("runs")
     return KnownRates(
         _read_measurement(entry.get("matrix")),
-        [run for one in (runs if isinstance(runs, list) else []) if (run := _read_run_rate(one)) is not None],
+        [
+            run
+            for one in (runs if isinstance(runs, list) else [])
+            if (run := _read_run_rate(one)) is not None
+        ],
     )
 
 
 def _read_measurement(value: Any) -> RateMeasurement | None:
-    if not isinstance(value, dict) or not _is_positive(value.get("rate")) or not _is_count(value.get("repeats")):
+    if (
+        not isinstance(value, dict)
+        or not _is_positive(value.get("rate"))
+        or not _is_count(value.get("repeats"))
+    ):
         return None
     at: Any = value.get("at")
     load, waited = value.get("load"), value.get("waited")
-    if not _is_time(at) or not all(x is None or (_is_finite_number(x) and x >= 0) for x in (load, waited)):
+    if not _is_time(at) or not all(
+        x is None or (_is_finite_number(x) and x >= 0) for x in (load, waited)
+    ):
         return None
-    return RateMeasurement(rate=float(value["rate"]), at=at, repeats=value["repeats"], load=load, waited=waited)
+    return RateMeasurement(
+        rate=float(value["rate"]), at=at, repeats=value["repeats"], load=load, waited=waited
+    )
 
 
 def _read_run_rate(value: Any) -> RunRate | None:
     measured = _read_measurement(value)
     if measured is None or value.get("path") not in ("fused", "plain"):
         return None
-    if not isinstance(value.get("model"), str) or not (_is_count(value.get("parameters")) and _is_count(value.get("tokens"))):
+    if not isinstance(value.get("model"), str) or not (
+        _is_count(value.get("parameters")) and _is_count(value.get("tokens"))
+    ):
         return None
-    return RunRate(**asdict(measured), **{name: value[name] for name in ("model", "parameters", "tokens", "path")})
+    return RunRate(
+        **asdict(measured),
+        **{name: value[name] for name in ("model", "parameters", "tokens", "path")},
+    )
 
 
 def _is_finite_number(value: Any) -> bool:

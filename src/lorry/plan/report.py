@@ -29,10 +29,11 @@ class StepSpeed:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """``memory`` is one device's. ``budget``: bytes it must fit, given or the device's own; None: nothing to fit.
+    """``memory`` is one device's. ``budget``: bytes it must fit, given or the device's own; None:
+    nothing to fit.
 
-    ``found``: the search, if a memory_budget was given; ``instead``: what would fit a GPU's own memory. ``trainable`` False: this
-    can be planned but not run here yet.
+    ``found``: the search, if a memory_budget was given; ``instead``: what would fit a GPU's own
+    memory. ``trainable`` False: this can be planned but not run here yet.
     """
 
     model: str
@@ -60,13 +61,25 @@ class RunPlan:
         """Plain values; bytes, FLOPs, seconds."""
         tried = [] if self.found is None else self.found.tried
         return {
-            "model": self.model, "config": self.where, "native": self.shape.native, "parameters": self.shape.parameters,
-            "adapter_parameters": self.adapter_parameters, "choice": asdict(self.choice), "setup": asdict(self.setup),
-            "split": asdict(self.split), "memory": {c.name: c.bytes for c in self.memory.components}, "total": self.memory.total,
-            "budget": self.budget, "fits": self.fits, "trainable": self.trainable,
+            "model": self.model,
+            "config": self.where,
+            "native": self.shape.native,
+            "parameters": self.shape.parameters,
+            "adapter_parameters": self.adapter_parameters,
+            "choice": asdict(self.choice),
+            "setup": asdict(self.setup),
+            "split": asdict(self.split),
+            "memory": {c.name: c.bytes for c in self.memory.components},
+            "total": self.memory.total,
+            "budget": self.budget,
+            "fits": self.fits,
+            "trainable": self.trainable,
             "flops_per_token": {**asdict(self.flops), "step": self.flops.step},
             "speed": None if self.speed is None else asdict(self.speed),
-            "tried": [{**asdict(t.choice), "total": t.memory.total, "passes_the_budget_at": t.broke} for t in tried],
+            "tried": [
+                {**asdict(t.choice), "total": t.memory.total, "passes_the_budget_at": t.broke}
+                for t in tried
+            ],
             "instead": None if self.instead is None else asdict(self.instead.choice),
             "notes": self.notes,
-        }  # fmt: skip
+        }

@@ -1,7 +1,8 @@
 """The best choice that fits a budget, and why the better ones do not.
 
-Choices come in order of preference: the largest rank, then without recompute before with it, then the largest micro-batch (at the
-same number of rows per optimizer step, so that the result does not change).
+Choices come in order of preference: the largest rank, then without recompute before with it, then
+the largest micro-batch (at the same number of rows per optimizer step, so that the result does not
+change).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class PlanChoice:
     def words(self) -> str:
         """For a table or a note."""
         plural = "" if self.rows == 1 else "s"
-        rows = f"{self.rows} row{plural}" + (f" x {self.accumulation}" if self.accumulation > 1 else "")
+        rows = f"{self.rows} row{plural}" + (
+            f" x {self.accumulation}" if self.accumulation > 1 else ""
+        )
         return f"r={self.rank}, {rows}, recompute {self.recompute}, {self.precision}"
 
 
@@ -40,7 +43,9 @@ class TriedChoice:
 
 @dataclass(frozen=True)
 class ChoiceSearchResult:
-    """``best``: the first choice that fits, or None; ``tried``: all up to it, or all; ``least``: the leanest of all."""
+    """``best``: the first choice that fits, or None; ``tried``: all up to it, or all; ``least``:
+    the leanest of all.
+    """
 
     best: TriedChoice | None
     tried: tuple[TriedChoice, ...]
@@ -55,7 +60,13 @@ def enumerate_choices(
 ) -> list[PlanChoice]:
     """Every combination, preferred ones first."""
     return [
-        PlanChoice(rank=rank, rows=rows, accumulation=accumulation, recompute=recompute, precision=precision)
+        PlanChoice(
+            rank=rank,
+            rows=rows,
+            accumulation=accumulation,
+            recompute=recompute,
+            precision=precision,
+        )
         for precision in precisions
         for rank in sorted(ranks, reverse=True)
         for recompute in recomputes
@@ -64,7 +75,9 @@ def enumerate_choices(
 
 
 def batch_splits(rows: int, accumulation: int) -> list[tuple[int, int]]:
-    """Ways to make the same optimizer step of smaller micro-batches, by halving: (8, 1) -> (8, 1), (4, 2), (2, 4), (1, 8)."""
+    """Ways to make the same optimizer step of smaller micro-batches, by halving: (8, 1) -> (8, 1),
+    (4, 2), (2, 4), (1, 8).
+    """
     found = [(rows, accumulation)]
     while found[-1][0] % 2 == 0:
         found.append((found[-1][0] // 2, found[-1][1] * 2))
@@ -80,7 +93,11 @@ def search_choices(
     budget: int, options: Iterable[PlanChoice], need: Callable[[PlanChoice], MemoryEstimate]
 ) -> ChoiceSearchResult:
     """Try the options in their order. ``need`` gives a choice's memory."""
-    every = [TriedChoice(option, memory, _first_overrun(memory, budget)) for option in options for memory in [need(option)]]
+    every = [
+        TriedChoice(option, memory, _first_overrun(memory, budget))
+        for option in options
+        for memory in [need(option)]
+    ]
     assert every, "a search needs at least one choice"
     first = next((i for i, t in enumerate(every) if t.broke is None), None)
     least = min(every, key=lambda t: t.memory.total)

@@ -1,8 +1,10 @@
-"""One run description and one shape: which choices are open, which of them fits the budget, and what to say of it.
+"""One run description and one shape: which choices are open, which of them fits the budget, and
+what to say of it.
 
-`lorry plan` shows the answer; `lorry sft` takes it (train/resources/budget.py). What is open: the rank if it is `auto`; and, once there is a
-memory_budget, recompute if gradient_checkpointing was left alone, and how a step's rows are cut into micro-batches if neither
-per_device_train_batch_size nor gradient_accumulation_steps was given. None of these changes what is learnt but the rank.
+`lorry plan` shows the answer; `lorry sft` takes it (train/resources/budget.py). What is open: the
+rank if it is `auto`; and, once there is a memory_budget, recompute if gradient_checkpointing was
+left alone, and how a step's rows are cut into micro-batches if neither per_device_train_batch_size
+nor gradient_accumulation_steps was given. None of these changes what is learnt but the rank.
 """
 
 from __future__ import annotations
@@ -14,8 +16,22 @@ from lorry.config.parsing.sizes import parse_size, size_in_words
 from lorry.config.schema import LoraConfig, RunConfig
 from lorry.errors import ConfigError
 from lorry.plan.adapters import PlannedAdapter, largest_rank, plan_adapter
-from lorry.plan.memory import DeviceType, MemoryEstimate, MemorySetup, PrecisionName, RecomputeMode, estimate_memory
-from lorry.plan.search import ChoiceSearchResult, PlanChoice, batch_splits, enumerate_choices, powers_of_two, search_choices
+from lorry.plan.memory import (
+    DeviceType,
+    MemoryEstimate,
+    MemorySetup,
+    PrecisionName,
+    RecomputeMode,
+    estimate_memory,
+)
+from lorry.plan.search import (
+    ChoiceSearchResult,
+    PlanChoice,
+    batch_splits,
+    enumerate_choices,
+    powers_of_two,
+    search_choices,
+)
 from lorry.plan.shapes import ModelShape
 
 MemoryOfChoice = Callable[[PlanChoice], MemoryEstimate]
@@ -32,12 +48,21 @@ def require_lora(run: RunConfig) -> LoraConfig:
     return run.lora
 
 
-def memory_setup(run: RunConfig, choice: PlanChoice, device: DeviceType, tiles: bool) -> MemorySetup:
-    """How a choice runs: micro-batches of at most rows x max_length tokens. ``tiles``: see `MemorySetup`."""
+def memory_setup(
+    run: RunConfig, choice: PlanChoice, device: DeviceType, tiles: bool
+) -> MemorySetup:
+    """How a choice runs: micro-batches of at most rows x max_length tokens. ``tiles``: see
+    `MemorySetup`.
+    """
     return MemorySetup(
-        tokens=choice.rows * run.data.max_length, length=run.data.max_length, recompute=choice.recompute,
-        precision=choice.precision, device=device, tiles=tiles, whole=True,
-    )  # fmt: skip
+        tokens=choice.rows * run.data.max_length,
+        length=run.data.max_length,
+        recompute=choice.recompute,
+        precision=choice.precision,
+        device=device,
+        tiles=tiles,
+        whole=True,
+    )
 
 
 def adapter_at_rank(run: RunConfig, shape: ModelShape) -> Callable[[int], PlannedAdapter]:
@@ -51,17 +76,25 @@ def adapter_at_rank(run: RunConfig, shape: ModelShape) -> Callable[[int], Planne
     return made
 
 
-def single_device_memory(run: RunConfig, shape: ModelShape, device: DeviceType, tiles: bool) -> MemoryOfChoice:
+def single_device_memory(
+    run: RunConfig, shape: ModelShape, device: DeviceType, tiles: bool
+) -> MemoryOfChoice:
     """Memory of a choice on a single device."""
     adapter = adapter_at_rank(run, shape)
-    return lambda choice: estimate_memory(shape, adapter(choice.rank), memory_setup(run, choice, device, tiles))
+    return lambda choice: estimate_memory(
+        shape, adapter(choice.rank), memory_setup(run, choice, device, tiles)
+    )
 
 
 def open_choices(
-    run: RunConfig, shape: ModelShape, precisions: Sequence[PrecisionName], *, rank: int | None = None
+    run: RunConfig,
+    shape: ModelShape,
+    precisions: Sequence[PrecisionName],
+    *,
+    rank: int | None = None,
 ) -> list[PlanChoice]:
-    """Every choice the description leaves open, preferred ones first; exactly one without a memory_budget. ``rank``: of an
-    adapter that exists already."""
+    """Every choice the description leaves open, preferred ones first; exactly one without a
+    memory_budget. ``rank``: of an adapter that exists already."""
     lora, train = require_lora(run), run.train
     if rank is None and lora.r == "auto":
         ranks = powers_of_two(largest_rank(shape, lora))
@@ -73,10 +106,17 @@ def open_choices(
     recompute: list[RecomputeMode] = ["full" if train.gradient_checkpointing else "none"]
     if free and "gradient_checkpointing" not in train.model_fields_set:
         recompute = ["none", "full"]
-    return enumerate_choices(ranks, batch_splits(rows, accumulation) if split else [(rows, accumulation)], recompute, precisions)
+    return enumerate_choices(
+        ranks,
+        batch_splits(rows, accumulation) if split else [(rows, accumulation)],
+        recompute,
+        precisions,
+    )
 
 
-def find_fitting_choice(run: RunConfig, options: Sequence[PlanChoice], need: MemoryOfChoice) -> ChoiceSearchResult:
+def find_fitting_choice(
+    run: RunConfig, options: Sequence[PlanChoice], need: MemoryOfChoice
+) -> ChoiceSearchResult:
     """The search within the description's budget, which must be there."""
     assert run.memory_budget is not None
     return search_choices(parse_size(run.memory_budget), options, need)

@@ -1,6 +1,8 @@
-"""The shape of a model from its config: the matrices of a layer, the vocabulary, the experts; and which path will run it.
+"""The shape of a model from its config: the matrices of a layer, the vocabulary, the experts; and
+which path will run it.
 
-Widths are in elements. A layer's linears come in the order they run, with the canonical names of `families`.
+Widths are in elements. A layer's linears come in the order they run, with the canonical names of
+`families`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class LayerMatrix:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertShape:
-    """A layer's experts in place of its MLP: how many there are, how many a token visits, and how wide each is."""
+    """A layer's experts in place of its MLP: how many there are, how many a token visits, and how
+    wide each is.
+    """
 
     count: int
     active: int
@@ -43,10 +47,11 @@ class ExpertShape:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What the plan knows of a model. ``queries`` = heads x head_dim, ``keys`` = kv_heads x head_dim.
+    """What the plan knows of a model. ``queries`` = heads x head_dim, ``keys`` = kv_heads x
+    head_dim.
 
-    ``native``: Lorry's own decoder runs it, else transformers', for the reason in ``why``. ``estimate``: the architecture is not
-    described in `families` and was read as a Llama-like one.
+    ``native``: Lorry's own decoder runs it, else transformers', for the reason in ``why``.
+    ``estimate``: the architecture is not described in `families` and was read as a Llama-like one.
     """
 
     geometry: ModelGeometry
@@ -111,7 +116,9 @@ class ModelShape:
     def parameters(self) -> int:
         """All weights, a tied head counted once."""
         body = self.geometry.layers * (self.layer_linears + self.layer_experts + self.layer_small)
-        return body + self.embedding + self.final_norm + (0 if self.geometry.tied else self.head_size)
+        return (
+            body + self.embedding + self.final_norm + (0 if self.geometry.tied else self.head_size)
+        )
 
     @property
     def active_body(self) -> int:
@@ -125,8 +132,11 @@ class ModelShape:
         return (3 if self.gated else 2) * self.geometry.width * self.experts.width
 
 
-def read_model_shape(config: Mapping[str, Any], *, where: str = "config.json", native: bool = True) -> ModelShape:
-    """Read a config as `config.json` spells it. ``native=False``: transformers' implementation is forced.
+def read_model_shape(
+    config: Mapping[str, Any], *, where: str = "config.json", native: bool = True
+) -> ModelShape:
+    """Read a config as `config.json` spells it. ``native=False``: transformers' implementation is
+    forced.
 
     Raises ModelError naming the field when the numbers needed are not there.
     """
@@ -140,39 +150,61 @@ def read_model_shape(config: Mapping[str, Any], *, where: str = "config.json", n
     assert reader is not None
     why = _why_not_native(family, kind, config) if native else "native=false"
     try:
-        geometry = reader.geometry({"rope_parameters": {}, **config} if family else _plain_rotary(config))
+        geometry = reader.geometry(
+            {"rope_parameters": {}, **config} if family else _plain_rotary(config)
+        )
     except UnsupportedConfigError:
         geometry = reader.geometry(_plain_rotary(config))
     except KeyError as missing:
-        raise ModelError(f"{where}: no {missing.args[0]}; this architecture ({kind}) cannot be planned from its config") from None
+        raise ModelError(
+            f"{where}: no {missing.args[0]}; this architecture ({kind}) cannot be planned from its config"
+        ) from None
     except (ValueError, TypeError, ArithmeticError) as e:
         raise ModelError(f"{where}: unusable numbers ({type(e).__name__}: {e})") from e
     _check_geometry(geometry, where)
     if experts is not None:
         geometry = replace(geometry, mlp_width=experts.width)
     linears = tuple(
-        linear for linear in _layer_matrices(reader, geometry) if experts is None or linear.site.startswith("attention")
+        linear
+        for linear in _layer_matrices(reader, geometry)
+        if experts is None or linear.site.startswith("attention")
     )
     return ModelShape(
-        geometry=geometry, linears=linears, experts=experts, norm=reader.norm, qk_norm=reader.norms.q is not None,
-        gated=reader.gated, fused_qkv=len(reader.roles.qkv) == 1, learned_positions=reader.positions is not None,
-        embed=reader.embed, head=reader.head, layer=reader.layer, native=not why, why=why,
+        geometry=geometry,
+        linears=linears,
+        experts=experts,
+        norm=reader.norm,
+        qk_norm=reader.norms.q is not None,
+        gated=reader.gated,
+        fused_qkv=len(reader.roles.qkv) == 1,
+        learned_positions=reader.positions is not None,
+        embed=reader.embed,
+        head=reader.head,
+        layer=reader.layer,
+        native=not why,
+        why=why,
         estimate=family is None and kind not in ("mixtral", "qwen3_moe"),
-    )  # fmt: skip
+    )
 
 
 def _plain_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config without its rotary rule, which changes no size."""
-    return {k: v for k, v in config.items() if k not in ("rope_scaling", "rope_parameters", "partial_rotary_factor")}
+    return {
+        k: v
+        for k, v in config.items()
+        if k not in ("rope_scaling", "rope_parameters", "partial_rotary_factor")
+    }
 
 
 def _why_not_native(family: ModelFamily | None, kind: str, config: Mapping[str, Any]) -> str:
-    """Why Lorry's own decoder will not run this config; "" when it will. Defaults are not known here, so only fields that the
-    family itself doubts are looked at; the loader has the last word."""
+    """Why Lorry's own decoder will not run this config; "" when it will. Defaults are not known
+    here, so only fields that the family itself doubts are looked at; the loader has the last word."""
     if family is None:
         return f"no family of Lorry's decoder covers model_type {kind!r}"
     try:
-        odd = unsupported_fields(family, {"max_position_embeddings": 1, **config}, dict.fromkeys(family.ignores))
+        odd = unsupported_fields(
+            family, {"max_position_embeddings": 1, **config}, dict.fromkeys(family.ignores)
+        )
         family.geometry(config)
     except UnsupportedConfigError as e:
         return f"Lorry's decoder does not compute {e}"
@@ -189,24 +221,41 @@ def _read_experts(config: Mapping[str, Any]) -> ExpertShape | None:
     width = config.get("moe_intermediate_size") or config.get("intermediate_size")
     active = config.get("num_experts_per_tok")
     if not isinstance(width, int) or not isinstance(active, int):
-        raise ModelError("config.json: a model with experts needs num_experts_per_tok and moe_intermediate_size")
+        raise ModelError(
+            "config.json: a model with experts needs num_experts_per_tok and moe_intermediate_size"
+        )
     return ExpertShape(count=int(count), active=active, width=width)
 
 
 def _check_geometry(g: ModelGeometry, where: str) -> None:
-    for name in ("layers", "width", "heads", "kv_heads", "head_dim", "mlp_width", "vocab", "context"):
+    for name in (
+        "layers",
+        "width",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "mlp_width",
+        "vocab",
+        "context",
+    ):
         value = getattr(g, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"{where}: {name} is {value!r}; a whole number of at least 1 is expected")
+            raise ModelError(
+                f"{where}: {name} is {value!r}; a whole number of at least 1 is expected"
+            )
 
 
 def _layer_matrices(family: ModelFamily, g: ModelGeometry) -> list[LayerMatrix]:
     """The layer's matrices in the order they run."""
     return [
         LayerMatrix(
-            target=target, path=f"{family.layer}.{family.targets[target]}", inputs=inputs, outputs=outputs, site=site,
+            target=target,
+            path=f"{family.layer}.{family.targets[target]}",
+            inputs=inputs,
+            outputs=outputs,
+            site=site,
             bias=target in g.biased,
         )
         for site, sizes in zip(SITES, family.sizes(g), strict=True)
         for target, (outputs, inputs) in sizes.items()
-    ]  # fmt: skip
+    ]

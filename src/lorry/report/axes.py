@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from lorry.formatting import format_scientific
 
 WIDE_RATIO = 1000.0  # a log axis is worth its strangeness from three decades on
-MIN_LOG_VALUE = 1e-290  # below this a float has no decade of room left: such values are drawn as zero, ticks stay normal numbers
+# below this a float has no decade of room left: such values are drawn as zero, ticks stay normal
+# numbers
+MIN_LOG_VALUE = 1e-290
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,11 @@ class ChartAxis:
         return (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
 
 
-def value_axis(values: Sequence[float], from_zero: bool = False, log_if_wide: bool = False, count: int = 5) -> ChartAxis:
-    """An axis for finite values with about ``count`` ticks; it ends on ticks, so that every curve lies inside.
+def value_axis(
+    values: Sequence[float], from_zero: bool = False, log_if_wide: bool = False, count: int = 5
+) -> ChartAxis:
+    """An axis for finite values with about ``count`` ticks; it ends on ticks, so that every curve
+    lies inside.
 
     from_zero: zero is on the axis. log_if_wide: logarithmic where `is_wide` says so.
     """
@@ -50,12 +55,18 @@ def value_axis(values: Sequence[float], from_zero: bool = False, log_if_wide: bo
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Whether values want a log axis: all above ``MIN_LOG_VALUE``, the highest three decades above all but the lowest twentieth.
+    """Whether values want a log axis: all above ``MIN_LOG_VALUE``, the highest three decades above
+    all but the lowest twentieth.
 
-    The lowest are left aside because a rate that decays to nearly nothing looks right on a plain axis.
+    The lowest are left aside because a rate that decays to nearly nothing looks right on a plain
+    axis.
     """
     ranked = sorted(values)
-    return bool(ranked) and ranked[0] > MIN_LOG_VALUE and ranked[-1] >= WIDE_RATIO * ranked[len(ranked) // 20]
+    return (
+        bool(ranked)
+        and ranked[0] > MIN_LOG_VALUE
+        and ranked[-1] >= WIDE_RATIO * ranked[len(ranked) // 20]
+    )
 
 
 def step_axis(steps: Sequence[float], count: int = 5) -> ChartAxis:
@@ -72,7 +83,9 @@ def step_axis(steps: Sequence[float], count: int = 5) -> ChartAxis:
 def nice_step(rough: float) -> float:
     """The next of 1, 2, 2.5, 5, 10 times a power of ten that is at least ``rough``."""
     power = 10.0 ** math.floor(math.log10(rough))
-    return next((m * power for m in (1.0, 2.0, 2.5, 5.0) if m * power >= rough * (1 - 1e-9)), 10.0 * power)
+    return next(
+        (m * power for m in (1.0, 2.0, 2.5, 5.0) if m * power >= rough * (1 - 1e-9)), 10.0 * power
+    )
 
 
 def _log_axis(low: float, high: float, count: int) -> ChartAxis:

@@ -15,15 +15,21 @@ from lorry.runs.ownership import SOFTWARE
 BarValue = tuple[float, tuple[float, float]]  # a value and its interval
 
 
-def draw_bars(groups: Mapping[str, str], sides: Mapping[str, Mapping[str, BarValue]], title: str = "") -> bytes:
-    """A group of bars per key of ``groups`` (key -> its label), a bar in it per side, its interval, if it has one (finite ends),
-    as a whisker; each group on an axis of its own, since units differ."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # most of a second, only for those who draw
+def draw_bars(
+    groups: Mapping[str, str], sides: Mapping[str, Mapping[str, BarValue]], title: str = ""
+) -> bytes:
+    """A group of bars per key of ``groups`` (key -> its label), a bar in it per side, its interval,
+    if it has one (finite ends), as a whisker; each group on an axis of its own, since units differ."""
+    from matplotlib.backends.backend_agg import (
+        FigureCanvasAgg,
+    )  # most of a second, only for those who draw
     from matplotlib.figure import Figure
 
     columns = min(len(groups), 4)
     rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(max(3.2 * columns, 5), 3.1 * rows + 0.6), dpi=110, layout="constrained")
+    figure = Figure(
+        figsize=(max(3.2 * columns, 5), 3.1 * rows + 0.6), dpi=110, layout="constrained"
+    )
     canvas = FigureCanvasAgg(figure)
     for index, (key, label) in enumerate(groups.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
@@ -37,7 +43,10 @@ def draw_bars(groups: Mapping[str, str], sides: Mapping[str, Mapping[str, BarVal
                 axes.errorbar(at, value, yerr=whisker, color="#333", capsize=4, linewidth=1)
         axes.set_title(escape_mathtext(label), loc="left", fontsize=10, fontweight="bold")
         axes.set_xticks(
-            range(len(sides)), [escape_mathtext(side) for side in sides], fontsize=8, rotation=30 if len(sides) > 3 else 0
+            range(len(sides)),
+            [escape_mathtext(side) for side in sides],
+            fontsize=8,
+            rotation=30 if len(sides) > 3 else 0,
         )
         axes.tick_params(axis="y", labelsize=8)
         axes.set_ylim(bottom=0)

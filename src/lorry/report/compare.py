@@ -1,9 +1,11 @@
-"""Runs side by side in what they cost and what they reached: parameters, memory, time, losses, metrics, bytes on disk.
+"""Runs side by side in what they cost and what they reached: parameters, memory, time, losses,
+metrics, bytes on disk.
 
     rows = [row_of(run) for run in load_readable([Path("runs/lora"), Path("runs/full")])[0]]
     console.print(side_by_side(rows))
 
-Everything comes from the files of the runs; what a run does not say is left empty, and ratios are to the first run.
+Everything comes from the files of the runs; what a run does not say is left empty, and ratios are
+to the first run.
 """
 
 from __future__ import annotations
@@ -35,29 +37,54 @@ COMPARED_FIGURES: dict[str, tuple[str, FigureFormatter]] = {
     "saved_bytes": ("saved on disk", format_bytes),
 }
 LOSS_FIGURES = ("first_loss", "final_loss", "eval_loss")
-UNRATIOED_FIGURES = ("learning_rate", "steps", "first_loss")  # set, or the same for all: a ratio says nothing
+UNRATIOED_FIGURES = (
+    "learning_rate",
+    "steps",
+    "first_loss",
+)  # set, or the same for all: a ratio says nothing
 
 
 def comparison_row(run: RunRecord) -> dict[str, Any]:
-    """{name, path, and every figure that the run's files give}: plain numbers in bytes, seconds, nats per token."""
+    """{name, path, and every figure that the run's files give}: plain numbers in bytes, seconds,
+    nats per token.
+    """
     receipt: Mapping[str, Any] = run.receipt or {}
     train = run.config.get("train")
-    found: dict[str, Any] = {name: receipt.get(name) for name in ("trainable_parameters", "saved_bytes")}
+    found: dict[str, Any] = {
+        name: receipt.get(name) for name in ("trainable_parameters", "saved_bytes")
+    }
     total = receipt.get("total_parameters")
     if is_number(found["trainable_parameters"]) and is_number(total) and total > 0:
         found["trainable_share"] = found["trainable_parameters"] / total
-    found |= {"learning_rate": train.get("learning_rate") if isinstance(train, dict) else None, **_logged_figures(run)}
+    found |= {
+        "learning_rate": train.get("learning_rate") if isinstance(train, dict) else None,
+        **_logged_figures(run),
+    }
     found |= _last_metrics(run)
-    if (task := run.config.get("task", "sft")) != "sft":  # its loss is another quantity: no ratio to that of fine-tuning
-        found = {f"{name} ({task})" if name in LOSS_FIGURES else name: value for name, value in found.items()}
-    kept = {name: found.get(name) for name in (*COMPARED_FIGURES, *(n for n in found if n not in COMPARED_FIGURES))}
-    return {"name": run.name, "path": str(run.path), **{n: v for n, v in kept.items() if is_number(v) and math.isfinite(v)}}
+    if (
+        task := run.config.get("task", "sft")
+    ) != "sft":  # its loss is another quantity: no ratio to that of fine-tuning
+        found = {
+            f"{name} ({task})" if name in LOSS_FIGURES else name: value
+            for name, value in found.items()
+        }
+    kept = {
+        name: found.get(name)
+        for name in (*COMPARED_FIGURES, *(n for n in found if n not in COMPARED_FIGURES))
+    }
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        **{n: v for n, v in kept.items() if is_number(v) and math.isfinite(v)},
+    }
 
 
 def _logged_figures(run: RunRecord) -> dict[str, Any]:
     """What metrics.jsonl gives."""
     log = run.log
-    losses, seconds, peaks = (log.series(name)[1] for name in ("loss", "seconds", "peak_memory_bytes"))
+    losses, seconds, peaks = (
+        log.series(name)[1] for name in ("loss", "seconds", "peak_memory_bytes")
+    )
     timed = [r for r in log.training if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
     spent = sum(r["seconds"] for r in timed)
     return {
@@ -72,10 +99,16 @@ def _logged_figures(run: RunRecord) -> dict[str, Any]:
 
 
 def _last_metrics(run: RunRecord) -> dict[str, Any]:
-    """The last value of everything measured on held-out rows while it trained, and what `lorry eval` measured afterwards."""
+    """The last value of everything measured on held-out rows while it trained, and what `lorry
+    eval` measured afterwards.
+    """
     names = [name for name in run.log.names() if name.startswith(EVALUATION_PREFIX)]
     during = {name: run.log.series(name)[1][-1] for name in names}
-    later = {f"{one.name}: {metric}": after for one in run.evaluation for metric, (_, after) in one.metrics.items()}
+    later = {
+        f"{one.name}: {metric}": after
+        for one in run.evaluation
+        for metric, (_, after) in one.metrics.items()
+    }
     return during | later
 
 
@@ -94,12 +127,21 @@ def figure_ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 def compare_runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A line per figure, a column per run; behind the first run's each value's ratio to it."""
-    table = _new_table("Compared" if len(rows) == 1 else f"Compared with {rows[0]['name']}", "", *(row["name"] for row in rows))
+    table = _new_table(
+        "Compared" if len(rows) == 1 else f"Compared with {rows[0]['name']}",
+        "",
+        *(row["name"] for row in rows),
+    )
     over = figure_ratios(rows)
     for name in dict.fromkeys(n for row in rows for n in row if n not in ("name", "path")):
-        title, shown = COMPARED_FIGURES.get(name, (name.removeprefix(EVALUATION_PREFIX).replace("_", " "), format_number))
+        title, shown = COMPARED_FIGURES.get(
+            name, (name.removeprefix(EVALUATION_PREFIX).replace("_", " "), format_number)
+        )
         title = f"held-out {title}" if name.startswith(EVALUATION_PREFIX) else title
-        cells = [_figure_cell(row.get(name), shown, over[at].get(name) if at else None) for at, row in enumerate(rows)]
+        cells = [
+            _figure_cell(row.get(name), shown, over[at].get(name) if at else None)
+            for at, row in enumerate(rows)
+        ]
         table.add_row(_styled_text(title, "dim"), *map(_styled_text, cells))
     return table
 
@@ -107,4 +149,8 @@ def compare_runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _figure_cell(value: Any, shown: FigureFormatter, ratio: float | None) -> str:
     if value is None:
         return MISSING_VALUE
-    return shown(value) if ratio is None else f"{shown(value)}  ({format_number(float(f'{ratio:.3g}'))}x)"
+    return (
+        shown(value)
+        if ratio is None
+        else f"{shown(value)}  ({format_number(float(f'{ratio:.3g}'))}x)"
+    )

@@ -1,4 +1,6 @@
-"""Which curves a report draws, from the metrics of one run or several; svg.py and plots.py draw the same ones."""
+"""Which curves a report draws, from the metrics of one run or several; svg.py and plots.py draw the
+same ones.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,31 @@ from lorry.runs.read import RunRecord
 from lorry.runs.series import EVALUATION_PREFIX, MetricsLog, is_number
 
 SeriesKind = Literal["raw", "line", "points"]
-NOT_CURVES = {"epoch", "tokens", "supervised_tokens", "seconds"}  # counts of a step; throughput shows what matters of them
-DRAWN_KEYS = NOT_CURVES | {"loss", "eval_loss", "learning_rate", "grad_norm", "peak_memory_bytes"}  # these in panels of their own
-MAX_DRAWABLE = 1e300  # values beyond it are treated as infinite: sums and spans of them would overflow
+NOT_CURVES = {
+    "epoch",
+    "tokens",
+    "supervised_tokens",
+    "seconds",
+}  # counts of a step; throughput shows what matters of them
+DRAWN_KEYS = NOT_CURVES | {
+    "loss",
+    "eval_loss",
+    "learning_rate",
+    "grad_norm",
+    "peak_memory_bytes",
+}  # these in panels of their own
+MAX_DRAWABLE = (
+    1e300  # values beyond it are treated as infinite: sums and spans of them would overflow
+)
 MAX_RAW_SERIES = 3  # with more runs than this only smoothed curves stay readable
 SMOOTH_POINTS = 1000
 MAX_DOTS = 60  # more circles than this on a curve would hide it
 FEW_POINTS = 10  # shorter series are drawn as they are, since smoothing would hide them
 
 
-MAX_NAMED_PANELS = 40  # panels beside the fixed ones: each takes a tenth of a second, and nobody looks at hundreds
+MAX_NAMED_PANELS = (
+    40  # panels beside the fixed ones: each takes a tenth of a second, and nobody looks at hundreds
+)
 MAX_ADAPTER_CURVES = 64  # curves of a panel
 ADAPTER_PANEL_TITLES = {
     "loss": "Loss of each adapter", "eval_loss": "Held-out loss of each adapter",
@@ -31,7 +48,9 @@ ADAPTER_PANEL_TITLES = {
 
 @dataclass(frozen=True)
 class CurveSeries:
-    """One curve: ``label`` says whose it is (empty: the panel's title does), ``color`` is the number of its run."""
+    """One curve: ``label`` says whose it is (empty: the panel's title does), ``color`` is the
+    number of its run.
+    """
 
     label: str
     color: int
@@ -43,7 +62,9 @@ class CurveSeries:
 
 @dataclass(frozen=True)
 class ChartPanel:
-    """One chart. ``from_zero`` starts its axis there; ``log_if_wide`` takes a log axis when values span three decades."""
+    """One chart. ``from_zero`` starts its axis there; ``log_if_wide`` takes a log axis when values
+    span three decades.
+    """
 
     title: str
     unit: str
@@ -58,46 +79,80 @@ def is_drawable(value: float) -> bool:
 
 
 def build_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
-    """The charts that the runs' metrics can fill, the loss first, named terms and evaluation metrics last."""
+    """The charts that the runs' metrics can fill, the loss first, named terms and evaluation
+    metrics last.
+    """
     memory = max((v for run in runs for v in _memory_peaks(run.log) if is_drawable(v)), default=0.0)
     divisor, unit = byte_scale(memory)
     fixed = [
         ChartPanel("Loss", "nats per token", _loss_series(runs), log_if_wide=True),
-        ChartPanel("Learning rate", "", _point_series(runs, "learning_rate"), from_zero=True, log_if_wide=True),
         ChartPanel(
-            "Gradient norm", "before clipping", _smoothed_series(runs, lambda log: log.series("grad_norm")), log_if_wide=True
+            "Learning rate",
+            "",
+            _point_series(runs, "learning_rate"),
+            from_zero=True,
+            log_if_wide=True,
         ),
-        ChartPanel("Throughput", "tokens/s", _smoothed_series(runs, _throughput_points), from_zero=True),
-        ChartPanel("Peak memory", unit, _point_series(runs, "peak_memory_bytes", divisor), from_zero=True),
+        ChartPanel(
+            "Gradient norm",
+            "before clipping",
+            _smoothed_series(runs, lambda log: log.series("grad_norm")),
+            log_if_wide=True,
+        ),
+        ChartPanel(
+            "Throughput", "tokens/s", _smoothed_series(runs, _throughput_points), from_zero=True
+        ),
+        ChartPanel(
+            "Peak memory", unit, _point_series(runs, "peak_memory_bytes", divisor), from_zero=True
+        ),
     ]
-    names = [name for name in dict.fromkeys(n for run in runs for n in run.log.names()) if name not in DRAWN_KEYS]
+    names = [
+        name
+        for name in dict.fromkeys(n for run in runs for n in run.log.names())
+        if name not in DRAWN_KEYS
+    ]
     terms = [_metric_panel(runs, name) for name in names[:MAX_NAMED_PANELS]]
     drawn_panels = [*fixed, *_adapter_panels(runs), *terms]
     return [panel for panel in drawn_panels if any(s.steps for s in panel.series)]
 
 
 def describe_undrawn(runs: Sequence[RunRecord]) -> str:
-    """What `build_panels` leaves out of metrics with very many names, in words; "" where it draws all."""
+    """What `build_panels` leaves out of metrics with very many names, in words; "" where it draws
+    all.
+    """
     names = {name for run in runs for name in run.log.names()} - DRAWN_KEYS
     adapters = sum(len(run.log.adapters()) for run in runs)
     left_out = [
         f"{count - most} of {count} {what}"
-        for count, most, what in ((len(names), MAX_NAMED_PANELS, "named values"), (adapters, MAX_ADAPTER_CURVES, "adapters"))
+        for count, most, what in (
+            (len(names), MAX_NAMED_PANELS, "named values"),
+            (adapters, MAX_ADAPTER_CURVES, "adapters"),
+        )
         if count > most
     ]
     return f"Not drawn: {' and '.join(left_out)}; metrics.jsonl has them." if left_out else ""
 
 
 def _adapter_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:
-    """Loss, held-out loss, rate and gradient norm of each adapter of runs that train several at once."""
+    """Loss, held-out loss, rate and gradient norm of each adapter of runs that train several at
+    once.
+    """
     owners = [(run, adapter) for run in runs for adapter in run.log.adapters()][:MAX_ADAPTER_CURVES]
     found = []
     for name, title in ADAPTER_PANEL_TITLES.items():
         series = []
         for color, (run, adapter) in enumerate(owners):
             steps, values = run.log.series(name, adapter)
-            curve = smooth_curve(steps, values, _smoothing_window(steps)) if len(steps) > FEW_POINTS else (steps, values)
-            series.append(CurveSeries(adapter if len(runs) == 1 else f"{run.name}, {adapter}", color, "line", *curve))
+            curve = (
+                smooth_curve(steps, values, _smoothing_window(steps))
+                if len(steps) > FEW_POINTS
+                else (steps, values)
+            )
+            series.append(
+                CurveSeries(
+                    adapter if len(runs) == 1 else f"{run.name}, {adapter}", color, "line", *curve
+                )
+            )
         found.append(ChartPanel(title, "", tuple(series), log_if_wide=True))
     return found
 
@@ -107,9 +162,13 @@ def _metric_panel(runs: Sequence[RunRecord], name: str) -> ChartPanel:
         " (evaluation)" if name.startswith(EVALUATION_PREFIX) else ""
     )
     if not name.startswith(EVALUATION_PREFIX):
-        return ChartPanel(title, "", _smoothed_series(runs, lambda log: log.series(name)), log_if_wide=True)
+        return ChartPanel(
+            title, "", _smoothed_series(runs, lambda log: log.series(name)), log_if_wide=True
+        )
     lines = _point_series(runs, name)
-    dots = tuple(replace(s, kind="points", in_legend=False) for s in lines if len(s.steps) <= MAX_DOTS)
+    dots = tuple(
+        replace(s, kind="points", in_legend=False) for s in lines if len(s.steps) <= MAX_DOTS
+    )
     return ChartPanel(title, "", (*lines, *dots), log_if_wide=True)
 
 
@@ -118,7 +177,11 @@ def _memory_peaks(log: MetricsLog) -> list[float]:
 
 
 def _throughput_points(log: MetricsLog) -> tuple[list[int], list[float]]:
-    timed = [r for r in log.training if is_number(r.get("tokens")) and is_number(r.get("seconds")) and r["seconds"] > 0]
+    timed = [
+        r
+        for r in log.training
+        if is_number(r.get("tokens")) and is_number(r.get("seconds")) and r["seconds"] > 0
+    ]
     return [r["step"] for r in timed], [r["tokens"] / r["seconds"] for r in timed]
 
 
@@ -127,7 +190,16 @@ def _loss_series(runs: Sequence[RunRecord]) -> tuple[CurveSeries, ...]:
     for color, run in enumerate(runs):
         steps, values = run.log.series("eval_loss")
         if steps:
-            evaluated.append(CurveSeries(_series_label(runs, run, "evaluation"), color, "points", steps, values, len(runs) == 1))
+            evaluated.append(
+                CurveSeries(
+                    _series_label(runs, run, "evaluation"),
+                    color,
+                    "points",
+                    steps,
+                    values,
+                    len(runs) == 1,
+                )
+            )
     return (*_smoothed_series(runs, lambda log: log.series("loss")), *evaluated)
 
 
@@ -136,10 +208,14 @@ def _series_label(runs: Sequence[RunRecord], run: RunRecord, what: str) -> str:
     return what if len(runs) == 1 else f"{run.name}, {what}"
 
 
-def _point_series(runs: Sequence[RunRecord], name: str, divisor: float = 1.0) -> tuple[CurveSeries, ...]:
+def _point_series(
+    runs: Sequence[RunRecord], name: str, divisor: float = 1.0
+) -> tuple[CurveSeries, ...]:
     found = [(color, run.name, *run.log.series(name)) for color, run in enumerate(runs)]
     return tuple(
-        CurveSeries(label if len(runs) > 1 else "", color, "line", steps, [v / divisor for v in values])
+        CurveSeries(
+            label if len(runs) > 1 else "", color, "line", steps, [v / divisor for v in values]
+        )
         for color, label, steps, values in found
         if steps
     )
@@ -159,9 +235,25 @@ def _smoothed_series(
             lines.append(CurveSeries(name, color, "line", steps, values))
             continue
         if len(runs) <= MAX_RAW_SERIES:
-            raw.append(CurveSeries(_series_label(runs, run, "each step"), color, "raw", steps, values, len(runs) == 1))
+            raw.append(
+                CurveSeries(
+                    _series_label(runs, run, "each step"),
+                    color,
+                    "raw",
+                    steps,
+                    values,
+                    len(runs) == 1,
+                )
+            )
         window = _smoothing_window(steps)
-        lines.append(CurveSeries(name or f"mean of {window} steps", color, "line", *smooth_curve(steps, values, window)))
+        lines.append(
+            CurveSeries(
+                name or f"mean of {window} steps",
+                color,
+                "line",
+                *smooth_curve(steps, values, window),
+            )
+        )
     return (*raw, *lines)
 
 
@@ -170,11 +262,15 @@ def _smoothing_window(steps: Sequence[float]) -> int:
     return len(steps) // 40 * 2 + 3
 
 
-def smooth_curve(steps: Sequence[float], values: Sequence[float], window: int) -> tuple[list[float], list[float]]:
-    """The mean over ``window`` steps around each, fewer at the ends; values that have no place on an axis are passed over.
+def smooth_curve(
+    steps: Sequence[float], values: Sequence[float], window: int
+) -> tuple[list[float], list[float]]:
+    """The mean over ``window`` steps around each, fewer at the ends; values that have no place on
+    an axis are passed over.
 
-    A centred mean and not an exponential one, since that lags behind a falling loss and seems to contradict evaluations.
-    Of a long series only about `SMOOTH_POINTS` means are taken, the last step's among them: between them it hardly moves.
+    A centred mean and not an exponential one, since that lags behind a falling loss and seems to
+    contradict evaluations. Of a long series only about `SMOOTH_POINTS` means are taken, the last
+    step's among them: between them it hardly moves.
     """
     half, count = window // 2, len(values)
     chosen = [*range(0, count - 1, math.ceil(count / SMOOTH_POINTS)), count - 1]
@@ -185,10 +281,14 @@ def smooth_curve(steps: Sequence[float], values: Sequence[float], window: int) -
     return [steps[i] for i in chosen], out
 
 
-def thin_curve(steps: Sequence[float], values: Sequence[float], most: int) -> tuple[list[float], list[float]]:
-    """At most about ``most`` points that draw the same curve: the lowest and highest of each stretch, and every gap.
+def thin_curve(
+    steps: Sequence[float], values: Sequence[float], most: int
+) -> tuple[list[float], list[float]]:
+    """At most about ``most`` points that draw the same curve: the lowest and highest of each
+    stretch, and every gap.
 
-    A value that is not finite survives as one NaN of its stretch, so that a break in a long curve is never smoothed away.
+    A value that is not finite survives as one NaN of its stretch, so that a break in a long curve
+    is never smoothed away.
     """
     if len(steps) <= most:
         return list(steps), list(values)
@@ -197,7 +297,15 @@ def thin_curve(steps: Sequence[float], values: Sequence[float], most: int) -> tu
     for start in range(0, len(steps), width):
         stretch = range(start, min(start + width, len(steps)))
         finite = [i for i in stretch if is_drawable(values[i])]
-        keep = {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)} if finite else set()
-        keep |= {next(i for i in stretch if not is_drawable(values[i]))} if len(finite) < len(stretch) else set()
+        keep = (
+            {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+            if finite
+            else set()
+        )
+        keep |= (
+            {next(i for i in stretch if not is_drawable(values[i]))}
+            if len(finite) < len(stretch)
+            else set()
+        )
         chosen += sorted(keep | {i for i in (0, len(steps) - 1) if i in stretch})
     return [steps[i] for i in chosen], [values[i] for i in chosen]

@@ -1,7 +1,8 @@
-"""The report as one HTML page that needs nothing else: styles, charts and a little script inline, no address of any server.
+"""The report as one HTML page that needs nothing else: styles, charts and a little script inline,
+no address of any server.
 
-Its policy forbids the browser to load or run anything but the script written here, so that a prompt or an answer that
-tries to be markup stays text even if escaping ever failed.
+Its policy forbids the browser to load or run anything but the script written here, so that a prompt
+or an answer that tries to be markup stays text even if escaping ever failed.
 """
 
 from __future__ import annotations
@@ -19,11 +20,18 @@ from lorry.report.svg import SVG_COLOR_COUNT, render_chart
 from lorry.runs import status
 from lorry.runs.ownership import GENERATOR
 from lorry.runs.read import DamagedRun, RunRecord
-from lorry.runs.summary import describe_run_subject, figures_by_adapter, final_figures, run_differences
+from lorry.runs.summary import (
+    describe_run_subject,
+    figures_by_adapter,
+    final_figures,
+    run_differences,
+)
 
 
 def render_page(runs: Sequence[RunRecord], damaged: Sequence[DamagedRun] = ()) -> str:
-    """The page of one run, or of several side by side; ``damaged``: those that were asked for and cannot be read."""
+    """The page of one run, or of several side by side; ``damaged``: those that were asked for and
+    cannot be read.
+    """
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"
     parts = [
         _page_header(runs, title),
@@ -37,14 +45,18 @@ def render_page(runs: Sequence[RunRecord], damaged: Sequence[DamagedRun] = ()) -
         sections.contracts_section(runs),
         sections.settings_section(runs),
         sections.receipts_section(runs),
-        html_tag("footer", "Made by lorry report from the files of the run. It opens without a network and sends nothing."),
+        html_tag(
+            "footer",
+            "Made by lorry report from the files of the run. It opens without a network and sends nothing.",
+        ),
     ]
     return _html_document(title, join_html(*parts))
 
 
 def _html_document(title: str, body: SafeHtml) -> str:
     style, script = (
-        SafeHtml(resources.files(__package__).joinpath(name).read_text("utf-8")) for name in ("page.css", "hover.js")
+        SafeHtml(resources.files(__package__).joinpath(name).read_text("utf-8"))
+        for name in ("page.css", "hover.js")
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -53,7 +65,9 @@ def _html_document(title: str, body: SafeHtml) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
     )
     head_and_body = (
-        html_tag("head", SafeHtml(head), html_tag("title", f"{title} · Lorry"), html_tag("style", style)),
+        html_tag(
+            "head", SafeHtml(head), html_tag("title", f"{title} · Lorry"), html_tag("style", style)
+        ),
         html_tag("body", html_tag("main", body), html_tag("script", script)),
     )
     return "<!doctype html>\n" + html_tag("html", *head_and_body, lang="en") + "\n"
@@ -63,17 +77,32 @@ def _page_header(runs: Sequence[RunRecord], title: str) -> SafeHtml:
     facts = describe_run_subject(runs[0])
     if len(runs) > 1:
         facts = {
-            name: value for name, value in facts.items() if all(describe_run_subject(run).get(name) == value for run in runs)
+            name: value
+            for name, value in facts.items()
+            if all(describe_run_subject(run).get(name) == value for run in runs)
         }
-    rows = [html_tag("div", html_tag("dt", name), html_tag("dd", value)) for name, value in facts.items()]
-    notes = [html_tag("p", f"{run.name}: {note}", class_="lead notes") for run in runs for note in run.log.notes]
+    rows = [
+        html_tag("div", html_tag("dt", name), html_tag("dd", value))
+        for name, value in facts.items()
+    ]
+    notes = [
+        html_tag("p", f"{run.name}: {note}", class_="lead notes")
+        for run in runs
+        for note in run.log.notes
+    ]
     return html_tag(
         "header",
         html_tag("p", "Lorry report", class_="eyebrow"),
         html_tag("h1", title),
         html_tag("dl", *rows, class_="facts") if rows else None,
         html_tag(
-            "div", *(badge for run in runs for badge in _run_badges(run, run.name if len(runs) > 1 else "")), class_="badges"
+            "div",
+            *(
+                badge
+                for run in runs
+                for badge in _run_badges(run, run.name if len(runs) > 1 else "")
+            ),
+            class_="badges",
         ),
         *notes,
     )
@@ -83,7 +112,10 @@ def _damaged_runs(damaged: Sequence[DamagedRun]) -> SafeHtml | None:
     """The runs that were asked for and cannot be read, and why."""
     if not damaged:
         return None
-    said = [html_tag("p", f"{one.name} is damaged and left out: {one.why}", class_="lead notes") for one in damaged]
+    said = [
+        html_tag("p", f"{one.name} is damaged and left out: {one.why}", class_="lead notes")
+        for one in damaged
+    ]
     return html_tag("section", html_tag("h2", "Damaged"), *said, id="damaged")
 
 
@@ -92,13 +124,25 @@ def _run_badges(run: RunRecord, name: str) -> Iterator[SafeHtml]:
     lead = f"{name}: " if name else ""
     state = status.run_state_of(run)
     if standing := state.sentence():
-        yield html_tag("span", lead + standing, class_="badge failed" if state.state in ("failed", "dead") else "badge")
+        yield html_tag(
+            "span",
+            lead + standing,
+            class_="badge failed" if state.state in ("failed", "dead") else "badge",
+        )
     failed = [c for c in run.contracts if c.status == "failed"]
     held = sum(c.status == "held" for c in run.contracts)
     if failed:
-        yield html_tag("span", f"{lead}{len(failed)} of {len(run.contracts)} contracts failed", class_="badge failed")
+        yield html_tag(
+            "span",
+            f"{lead}{len(failed)} of {len(run.contracts)} contracts failed",
+            class_="badge failed",
+        )
     elif held:
-        yield html_tag("span", f"{lead}{held} of {len(run.contracts)} contracts held, none failed", class_="badge held")
+        yield html_tag(
+            "span",
+            f"{lead}{held} of {len(run.contracts)} contracts held, none failed",
+            class_="badge held",
+        )
     elif state.state != "running":
         yield html_tag("span", f"{lead}contracts not reported", class_="badge")
 
@@ -108,7 +152,12 @@ def _figure_tiles(run: RunRecord) -> SafeHtml:
         html_tag(
             "div",
             html_tag("div", f.name, class_="name"),
-            html_tag("div", f.value, html_tag("span", f" {f.unit}", class_="unit") if f.unit else None, class_="value"),
+            html_tag(
+                "div",
+                f.value,
+                html_tag("span", f" {f.unit}", class_="unit") if f.unit else None,
+                class_="value",
+            ),
             html_tag("div", f.note, class_="note"),
             class_="tile",
         )
@@ -116,7 +165,10 @@ def _figure_tiles(run: RunRecord) -> SafeHtml:
     ]
     if not tiles:
         return html_tag(
-            "section", html_tag("h2", "Figures"), html_tag("p", "No step has been recorded yet.", class_="lead"), id="figures"
+            "section",
+            html_tag("h2", "Figures"),
+            html_tag("p", "No step has been recorded yet.", class_="lead"),
+            id="figures",
         )
     return html_tag("section", *tiles, class_="tiles", id="figures")
 
@@ -126,25 +178,46 @@ def _comparison_section(runs: Sequence[RunRecord]) -> SafeHtml:
     of_runs = [{f.name: f for f in final_figures(run)} for run in runs]
     names = list(dict.fromkeys(name for one in of_runs for name in one))
     rows = [
-        html_tag("tr", html_tag("th", color_swatch(index), run.name, scope="row"), *(
-            html_tag("td", one[name].text if name in one else MISSING_VALUE, class_="number", title=one[name].note if name in one else None)
-            for name in names
-        ))
+        html_tag(
+            "tr",
+            html_tag("th", color_swatch(index), run.name, scope="row"),
+            *(
+                html_tag(
+                    "td",
+                    one[name].text if name in one else MISSING_VALUE,
+                    class_="number",
+                    title=one[name].note if name in one else None,
+                )
+                for name in names
+            ),
+        )
         for index, (run, one) in enumerate(zip(runs, of_runs, strict=True))
-    ]  # fmt: skip
-    head = html_tag("tr", html_tag("th", "run"), *(html_tag("th", name, class_="number") for name in names))
-    final = html_tag("section", html_tag("h2", "Final figures"), sections.html_table(head, rows), id="figures")
+    ]
+    head = html_tag(
+        "tr", html_tag("th", "run"), *(html_tag("th", name, class_="number") for name in names)
+    )
+    final = html_tag(
+        "section", html_tag("h2", "Final figures"), sections.html_table(head, rows), id="figures"
+    )
     different = [
-        html_tag("tr", html_tag("th", name, scope="row"), *(html_tag("td", value) for value in values))
+        html_tag(
+            "tr", html_tag("th", name, scope="row"), *(html_tag("td", value) for value in values)
+        )
         for name, values in run_differences(runs)
     ]
-    head = html_tag("tr", html_tag("th", "setting"), *(html_tag("th", color_swatch(i), run.name) for i, run in enumerate(runs)))
+    head = html_tag(
+        "tr",
+        html_tag("th", "setting"),
+        *(html_tag("th", color_swatch(i), run.name) for i, run in enumerate(runs)),
+    )
     content = (
         sections.html_table(head, different)
         if different
         else html_tag("p", "The settings of these runs are the same.", class_="lead")
     )
-    return join_html(final, html_tag("section", html_tag("h2", "What differs"), content, id="differences"))
+    return join_html(
+        final, html_tag("section", html_tag("h2", "What differs"), content, id="differences")
+    )
 
 
 def _adapters_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
@@ -164,12 +237,22 @@ def _adapters_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
         ]
         whose = name if len(runs) == 1 else f"{run.name}, {name}"
         rows.append(
-            html_tag("tr", html_tag("th", color_swatch(index), whose, scope="row"), html_tag("td", own or MISSING_VALUE), *cells)
+            html_tag(
+                "tr",
+                html_tag("th", color_swatch(index), whose, scope="row"),
+                html_tag("td", own or MISSING_VALUE),
+                *cells,
+            )
         )
     head = html_tag(
-        "tr", html_tag("th", "adapter"), html_tag("th", "its own settings"), *(html_tag("th", n, class_="number") for n in names)
+        "tr",
+        html_tag("th", "adapter"),
+        html_tag("th", "its own settings"),
+        *(html_tag("th", n, class_="number") for n in names),
     )
-    return html_tag("section", html_tag("h2", "Adapters"), sections.html_table(head, rows), id="adapters")
+    return html_tag(
+        "section", html_tag("h2", "Adapters"), sections.html_table(head, rows), id="adapters"
+    )
 
 
 def color_swatch(index: int) -> SafeHtml:
@@ -184,10 +267,16 @@ def _curves_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     charts = []
     for index, panel in enumerate(drawn):
         wide = panel.title in ("Loss", ADAPTER_PANEL_TITLES["loss"])
-        drawing = render_chart(panel, f"chart-{index}", 1110, 330) if wide else render_chart(panel, f"chart-{index}")
+        drawing = (
+            render_chart(panel, f"chart-{index}", 1110, 330)
+            if wide
+            else render_chart(panel, f"chart-{index}")
+        )
         charts.append(html_tag("figure", drawing, class_="wide" if wide else None))
     lead = "Thin lines are single steps, thick lines the mean of the steps around; circles are evaluations."
-    left_out = html_tag("p", said, class_="lead notes") if (said := describe_undrawn(runs)) else None
+    left_out = (
+        html_tag("p", said, class_="lead notes") if (said := describe_undrawn(runs)) else None
+    )
     return html_tag(
         "section",
         html_tag("h2", "Curves"),

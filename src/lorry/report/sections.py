@@ -1,4 +1,6 @@
-"""The parts of the page below its charts: evaluation, answers before and after, training rows, contracts, settings, receipts."""
+"""The parts of the page below its charts: evaluation, answers before and after, training rows,
+contracts, settings, receipts.
+"""
 
 from __future__ import annotations
 
@@ -17,30 +19,49 @@ MAX_SECTION_ROWS = 60  # samples shown of a group; a page of thousands would hel
 CONTRACT_MARKS = {"held": "✓ held", "failed": "✗ failed", "not_checked": "– not checked"}
 
 
-def html_table(head: SafeHtml, rows: Iterable[SafeHtml], kind: str | None = None, style: str | None = None) -> SafeHtml:
+def html_table(
+    head: SafeHtml, rows: Iterable[SafeHtml], kind: str | None = None, style: str | None = None
+) -> SafeHtml:
     """A table that scrolls sideways where the page is too narrow for it."""
     return html_tag(
-        "div", html_tag("table", html_tag("thead", head), html_tag("tbody", *rows), class_=kind, style=style), class_="scroll"
+        "div",
+        html_tag(
+            "table", html_tag("thead", head), html_tag("tbody", *rows), class_=kind, style=style
+        ),
+        class_="scroll",
     )
 
 
 def evaluation_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     """Every metric of every data set: before, after and change of one run, or one column per run."""
-    names = list(dict.fromkeys((e.name, m) for run in runs for e in run.evaluation for m in e.metrics))
+    names = list(
+        dict.fromkeys((e.name, m) for run in runs for e in run.evaluation for m in e.metrics)
+    )
     if not names:
         return None
-    values = [{(e.name, m): pair for e in run.evaluation for m, pair in e.metrics.items()} for run in runs]
+    values = [
+        {(e.name, m): pair for e in run.evaluation for m, pair in e.metrics.items()} for run in runs
+    ]
     parts: list[SafeHtml] = []
     for data_set in dict.fromkeys(name for name, _ in names):
         metrics = [metric for name, metric in names if name == data_set]
-        rows = [_metric_row(metric, [one.get((data_set, metric), (None, None)) for one in values]) for metric in metrics]
+        rows = [
+            _metric_row(metric, [one.get((data_set, metric), (None, None)) for one in values])
+            for metric in metrics
+        ]
         parts += [html_tag("h3", data_set), html_table(_metric_head(runs), rows, "even")]
     return html_tag("section", html_tag("h2", "Evaluation"), *parts, id="evaluation")
 
 
 def _metric_head(runs: Sequence[RunRecord]) -> SafeHtml:
-    columns = ["before", "after", "change"] if len(runs) == 1 else ["before", *(run.name for run in runs)]
-    return html_tag("tr", html_tag("th", "metric"), *(html_tag("th", column, class_="number") for column in columns))
+    columns = (
+        ["before", "after", "change"] if len(runs) == 1 else ["before", *(run.name for run in runs)]
+    )
+    return html_tag(
+        "tr",
+        html_tag("th", "metric"),
+        *(html_tag("th", column, class_="number") for column in columns),
+    )
 
 
 def _metric_row(metric: str, pairs: Sequence[tuple[float | None, float | None]]) -> SafeHtml:
@@ -58,25 +79,45 @@ def _metric_row(metric: str, pairs: Sequence[tuple[float | None, float | None]])
 
 
 def samples_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
-    """Prompt, reference, and what the model said before and after, side by side; with several runs, after each of them."""
+    """Prompt, reference, and what the model said before and after, side by side; with several runs,
+    after each of them.
+    """
     found = [_answered_samples(run) for run in runs]
     keys = list(dict.fromkeys(key for one in found for key in one))
     if not keys:
         return None
-    columns = ["prompt", "reference", "before", *(["after"] if len(runs) == 1 else [f"after: {run.name}" for run in runs])]
+    columns = [
+        "prompt",
+        "reference",
+        "before",
+        *(["after"] if len(runs) == 1 else [f"after: {run.name}" for run in runs]),
+    ]
     head = html_tag("tr", *(html_tag("th", column) for column in columns))
-    look = {"kind": "samples many", "style": f"--columns: {len(columns)}"} if len(columns) > 4 else {"kind": "samples"}
+    look = (
+        {"kind": "samples many", "style": f"--columns: {len(columns)}"}
+        if len(columns) > 4
+        else {"kind": "samples"}
+    )
     parts: list[SafeHtml] = []
     for group in dict.fromkeys(group for group, _, _ in keys):
         members = [key for key in keys if key[0] == group]
-        rows = [_sample_row(key[1], [one.get(key) for one in found]) for key in members[:MAX_SECTION_ROWS]]
-        left_out = f" (the first {MAX_SECTION_ROWS} of {len(members)})" if len(members) > MAX_SECTION_ROWS else ""
+        rows = [
+            _sample_row(key[1], [one.get(key) for one in found])
+            for key in members[:MAX_SECTION_ROWS]
+        ]
+        left_out = (
+            f" (the first {MAX_SECTION_ROWS} of {len(members)})"
+            if len(members) > MAX_SECTION_ROWS
+            else ""
+        )
         parts += [html_tag("h3", group + left_out), html_table(head, rows, **look)]
     return html_tag("section", html_tag("h2", "Before and after"), *parts, id="samples")
 
 
 def _answered_samples(run: RunRecord) -> dict[tuple[str, str, int], SampleRecord]:
-    """Samples with an answer by (group, prompt, how often that prompt came before), so that a repeated one is kept."""
+    """Samples with an answer by (group, prompt, how often that prompt came before), so that a
+    repeated one is kept.
+    """
     out: dict[tuple[str, str, int], SampleRecord] = {}
     repeats = Counter[tuple[str, str]]()
     for sample in run.samples:
@@ -91,15 +132,27 @@ def _sample_row(prompt: str, of_runs: Sequence[SampleRecord | None]) -> SafeHtml
     reference = next((s.reference for s in present if s.reference is not None), None)
     before = next((s.before for s in present if s.before is not None), None)
     answers = [before, *(s.after if s else None for s in of_runs)]
-    return html_tag("tr", _sample_cell(prompt), _sample_cell(reference), *(_sample_cell(answer, reference) for answer in answers))
+    return html_tag(
+        "tr",
+        _sample_cell(prompt),
+        _sample_cell(reference),
+        *(_sample_cell(answer, reference) for answer in answers),
+    )
 
 
 def _sample_cell(text: str | None, reference: str | None = None) -> SafeHtml:
-    """A text; where there is a reference, marked if it says the same (case, punctuation and articles aside)."""
+    """A text; where there is a reference, marked if it says the same (case, punctuation and
+    articles aside).
+    """
     if text is None or not text.strip():
         return html_tag("td", MISSING_VALUE if text is None else "(empty)", class_="text absent")
     same = reference is not None and exact_match(text, reference) == 1
-    return html_tag("td", html_tag("span", "✓ match", class_="chip held") if same else None, text.strip(), class_="text")
+    return html_tag(
+        "td",
+        html_tag("span", "✓ match", class_="chip held") if same else None,
+        text.strip(),
+        class_="text",
+    )
 
 
 def training_rows_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
@@ -114,17 +167,30 @@ def training_rows_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
         whose = f"{run.name}: " if len(runs) > 1 else ""
         parts.append(html_tag("h3", f"{whose}{supervised} of {len(tokens)} tokens supervised"))
         parts.append(html_tag("div", *_marked_tokens(tokens), class_="row"))
-    return html_tag("section", html_tag("h2", "Training rows"), html_tag("p", lead, class_="lead"), *parts, id="training-rows")
+    return html_tag(
+        "section",
+        html_tag("h2", "Training rows"),
+        html_tag("p", lead, class_="lead"),
+        *parts,
+        id="training-rows",
+    )
 
 
 def _marked_tokens(tokens: Sequence[TokenWeight]) -> Iterable[SafeHtml]:
-    """Neighbouring tokens of one weight as one piece; a mark for weight 1, an outlined one with the weight for any other."""
+    """Neighbouring tokens of one weight as one piece; a mark for weight 1, an outlined one with the
+    weight for any other.
+    """
     for weight, members in groupby(tokens, key=lambda t: t.weight):
         text = "".join(t.text for t in members)
         if weight == 0:
             yield html_tag("span", text)
         else:
-            yield html_tag("mark", text, title=f"weight {format_number(weight)}", class_=None if weight == 1 else "partly")
+            yield html_tag(
+                "mark",
+                text,
+                title=f"weight {format_number(weight)}",
+                class_=None if weight == 1 else "partly",
+            )
 
 
 def contracts_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
@@ -136,14 +202,24 @@ def contracts_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     for run in known:
         if len(runs) > 1:
             parts.append(html_tag("h3", run.name))
-        parts.append(html_tag("ul", *map(_contract_row, sorted(run.contracts, key=lambda c: c.id)), class_="contracts"))
+        parts.append(
+            html_tag(
+                "ul",
+                *map(_contract_row, sorted(run.contracts, key=lambda c: c.id)),
+                class_="contracts",
+            )
+        )
     return html_tag("section", html_tag("h2", "Contracts"), *parts, id="contracts")
 
 
 def _contract_row(contract: ContractRecord) -> SafeHtml:
     detail = html_tag("div", contract.detail, class_="detail") if contract.detail else None
     text = html_tag("div", f"{contract.id}. {contract.name}", detail)
-    return html_tag("li", html_tag("span", CONTRACT_MARKS[contract.status], class_=f"chip {contract.status}"), text)
+    return html_tag(
+        "li",
+        html_tag("span", CONTRACT_MARKS[contract.status], class_=f"chip {contract.status}"),
+        text,
+    )
 
 
 def settings_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
@@ -154,17 +230,31 @@ def settings_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
 
 def receipts_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     """receipt.json of each run, folded away."""
-    texts = [(run, json.dumps(run.receipt, indent=2, ensure_ascii=False)) for run in runs if run.receipt is not None]
+    texts = [
+        (run, json.dumps(run.receipt, indent=2, ensure_ascii=False))
+        for run in runs
+        if run.receipt is not None
+    ]
     return _folded_section(
-        "Receipt", "receipt", "receipt.json: digests of data, base, code, environment and adapter", len(runs) > 1, texts
+        "Receipt",
+        "receipt",
+        "receipt.json: digests of data, base, code, environment and adapter",
+        len(runs) > 1,
+        texts,
     )
 
 
-def _folded_section(title: str, name: str, what: str, named: bool, texts: Sequence[tuple[RunRecord, str]]) -> SafeHtml | None:
+def _folded_section(
+    title: str, name: str, what: str, named: bool, texts: Sequence[tuple[RunRecord, str]]
+) -> SafeHtml | None:
     if not texts:
         return None
     parts = [
-        html_tag("details", html_tag("summary", join_html(f"{run.name}: " if named else None, what)), html_tag("pre", text))
+        html_tag(
+            "details",
+            html_tag("summary", join_html(f"{run.name}: " if named else None, what)),
+            html_tag("pre", text),
+        )
         for run, text in texts
     ]
     return html_tag("section", html_tag("h2", title), *parts, id=name)

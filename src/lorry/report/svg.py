@@ -1,5 +1,7 @@
-"""Line charts as SVG written by hand: axes with round ticks, units, a legend, and a title and description for readers
-who cannot see them. Colours come from the page's style sheet, so that one chart serves light and dark."""
+"""Line charts as SVG written by hand: axes with round ticks, units, a legend, and a title and
+description for readers who cannot see them. Colours come from the page's style sheet, so that one
+chart serves light and dark.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from lorry.report.curves import ChartPanel, CurveSeries, is_drawable, thin_curve
 from lorry.report.markup import SafeHtml, html_tag, join_html
 
 SVG_COLOR_COUNT = 8  # of the style sheet; further runs take them again with another dash
-CHARACTER_WIDTH = 6.2  # mean width of a character at the font size of the charts, in the chart's units
+CHARACTER_WIDTH = (
+    6.2  # mean width of a character at the font size of the charts, in the chart's units
+)
 LEGEND_LINE = 18
 MAX_LEGEND_NAME = 44
 MAX_CURVE_MARKS = 40
@@ -40,7 +44,9 @@ class ChartFrame:
 
 
 def render_chart(panel: ChartPanel, name: str, width: int = 560, height: int = 250) -> SafeHtml:
-    """One chart; ``name`` must differ between the charts of a page. The legend makes it taller when it needs lines."""
+    """One chart; ``name`` must differ between the charts of a page. The legend makes it taller when
+    it needs lines.
+    """
     curves = [_thin_series(series, width) for series in panel.series]
     entries = _legend_entries(panel)
     lines = _wrap_legend(entries, width)
@@ -50,18 +56,30 @@ def render_chart(panel: ChartPanel, name: str, width: int = 560, height: int = 2
         "svg",
         html_tag("title", panel.title, id=f"{name}-title"),
         html_tag("desc", describe_panel(panel), id=f"{name}-desc"),
-        html_tag("text", panel.title, html_tag("tspan", f"  {panel.unit}", class_="unit"), x=0, y=16, class_="title"),
+        html_tag(
+            "text",
+            panel.title,
+            html_tag("tspan", f"  {panel.unit}", class_="unit"),
+            x=0,
+            y=16,
+            class_="title",
+        ),
         *_legend_markup(lines),
         *_axes_markup(frame),
         *(part for series in curves for part in _curve_markup(series, frame)),
         *_nonfinite_marks(curves, frame),
         _hover_sheet(panel, curves, frame),
-        class_="chart", viewBox=f"0 0 {width} {total}", role="img", aria_labelledby=f"{name}-title {name}-desc",
-    )  # fmt: skip
+        class_="chart",
+        viewBox=f"0 0 {width} {total}",
+        role="img",
+        aria_labelledby=f"{name}-title {name}-desc",
+    )
 
 
 def describe_panel(panel: ChartPanel) -> str:
-    """The chart in a sentence per curve: where it starts, where it ends, its lowest and highest value."""
+    """The chart in a sentence per curve: where it starts, where it ends, its lowest and highest
+    value.
+    """
     sentences = []
     for series in panel.series:
         real = [(s, v) for s, v in zip(series.steps, series.values, strict=True) if is_drawable(v)]
@@ -81,7 +99,9 @@ def _thin_series(series: CurveSeries, width: int) -> CurveSeries:
     return replace(series, steps=steps, values=values)
 
 
-def _chart_frame(panel: ChartPanel, curves: Sequence[CurveSeries], width: int, height: int, top: float) -> ChartFrame:
+def _chart_frame(
+    panel: ChartPanel, curves: Sequence[CurveSeries], width: int, height: int, top: float
+) -> ChartFrame:
     real = [v for s in curves for v in s.values if is_drawable(v)]
     values = value_axis(real, panel.from_zero, panel.log_if_wide)
     steps = step_axis([x for s in curves for x in s.steps], count=width // 100)
@@ -97,7 +117,9 @@ def _legend_entries(panel: ChartPanel) -> list[tuple[CurveSeries, str]]:
     ]
 
 
-def _wrap_legend(entries: Sequence[tuple[CurveSeries, str]], width: int) -> list[list[tuple[float, CurveSeries, str]]]:
+def _wrap_legend(
+    entries: Sequence[tuple[CurveSeries, str]], width: int
+) -> list[list[tuple[float, CurveSeries, str]]]:
     """Lay legend entries out in lines: (x, series, text) each."""
     lines: list[list[tuple[float, CurveSeries, str]]] = []
     x = float(width)
@@ -130,15 +152,31 @@ def _axes_markup(frame: ChartFrame) -> Iterator[SafeHtml]:
     right, bottom = frame.left + frame.width, frame.top + frame.height
     for tick, label in zip(frame.values.ticks, frame.values.labels, strict=True):
         y = frame.y(tick)
-        yield html_tag("line", x1=frame.left, x2=right, y1=y, y2=y, class_="base" if tick == frame.values.low else "grid")
+        yield html_tag(
+            "line",
+            x1=frame.left,
+            x2=right,
+            y1=y,
+            y2=y,
+            class_="base" if tick == frame.values.low else "grid",
+        )
         yield html_tag("text", label, x=frame.left - 7, y=y + 4, class_="tick end")
     for tick, label in zip(frame.steps.ticks, frame.steps.labels, strict=True):
         x = frame.x(tick)
-        # A label at the very edge would stand out of the chart; it is set flush with the edge instead.
+        # A label at the very edge would stand out of the chart; it is set flush with the edge
+        # instead.
         edge = "end" if x + CHARACTER_WIDTH * len(label) / 2 > right + 11 else "middle"
         yield html_tag("line", x1=x, x2=x, y1=bottom, y2=bottom + 4, class_="base")
-        yield html_tag("text", label, x=right + 11 if edge == "end" else x, y=bottom + 17, class_=f"tick {edge}")
-    yield html_tag("text", "step", x=frame.left + frame.width / 2, y=bottom + 33, class_="tick middle")
+        yield html_tag(
+            "text",
+            label,
+            x=right + 11 if edge == "end" else x,
+            y=bottom + 17,
+            class_=f"tick {edge}",
+        )
+    yield html_tag(
+        "text", "step", x=frame.left + frame.width / 2, y=bottom + 33, class_="tick middle"
+    )
 
 
 def _curve_markup(series: CurveSeries, frame: ChartFrame) -> Iterator[SafeHtml]:
@@ -149,7 +187,9 @@ def _curve_markup(series: CurveSeries, frame: ChartFrame) -> Iterator[SafeHtml]:
     if series.kind == "points":
         for place in places:
             if place:
-                yield html_tag("circle", cx=place[0], cy=place[1], r=3.5, class_=_series_classes(series))
+                yield html_tag(
+                    "circle", cx=place[0], cy=place[1], r=3.5, class_=_series_classes(series)
+                )
         return
     pieces: list[str] = []
     for before, place, after in zip([None, *places], places, [*places[1:], None], strict=False):
@@ -164,15 +204,26 @@ def _curve_markup(series: CurveSeries, frame: ChartFrame) -> Iterator[SafeHtml]:
 
 
 def _nonfinite_marks(curves: Sequence[CurveSeries], frame: ChartFrame) -> Iterator[SafeHtml]:
-    """A cross on the upper edge at each step whose value is NaN or infinite: a gap alone is easily missed."""
+    """A cross on the upper edge at each step whose value is NaN or infinite: a gap alone is easily
+    missed.
+    """
     steps = dict.fromkeys(
-        (frame.x(x), s.color) for s in curves for x, v in zip(s.steps, s.values, strict=True) if not is_drawable(v)
+        (frame.x(x), s.color)
+        for s in curves
+        for x, v in zip(s.steps, s.values, strict=True)
+        if not is_drawable(v)
     )
     for x, color in list(steps)[:MAX_CURVE_MARKS]:
         cross = f"M{x - 3.5:g} {frame.top + 1:g}l7 7m0 -7l-7 7"
         yield html_tag("path", d=cross, class_=f"unreal c{color % SVG_COLOR_COUNT}")
     if steps:
-        yield html_tag("text", "× not a number", x=frame.left + frame.width, y=frame.top + 20, class_="tick end")
+        yield html_tag(
+            "text",
+            "× not a number",
+            x=frame.left + frame.width,
+            y=frame.top + 20,
+            class_="tick end",
+        )
 
 
 def _hover_sheet(panel: ChartPanel, curves: Sequence[CurveSeries], frame: ChartFrame) -> SafeHtml:
@@ -191,7 +242,13 @@ def _hover_sheet(panel: ChartPanel, curves: Sequence[CurveSeries], frame: ChartF
     return join_html(
         html_tag("line", class_="cursor", y1=frame.top, y2=frame.top + frame.height, x1=0, x2=0),
         html_tag(
-            "rect", html_tag("title"), class_="sheet", x=frame.left, y=frame.top, width=frame.width, height=frame.height,
+            "rect",
+            html_tag("title"),
+            class_="sheet",
+            x=frame.left,
+            y=frame.top,
+            width=frame.width,
+            height=frame.height,
             data_curves=json.dumps({**ends, "series": data}, separators=(",", ":")),
         ),
-    )  # fmt: skip
+    )

@@ -1,6 +1,8 @@
-"""The report in a terminal: what a run came to, several compared, contracts, and answers before and after.
+"""The report in a terminal: what a run came to, several compared, contracts, and answers before and
+after.
 
-Everything a run wrote is shown as plain text: neither its square brackets nor its control characters reach the terminal.
+Everything a run wrote is shown as plain text: neither its square brackets nor its control
+characters reach the terminal.
 """
 
 from __future__ import annotations
@@ -17,22 +19,36 @@ from lorry.evaluate.metrics.registry import exact_match
 from lorry.formatting import MISSING_VALUE, format_number, format_rough_duration
 from lorry.runs import status
 from lorry.runs.read import DamagedRun, RunRecord, SampleRecord
-from lorry.runs.summary import describe_run_subject, figures_by_adapter, final_figures, run_differences
+from lorry.runs.summary import (
+    describe_run_subject,
+    figures_by_adapter,
+    final_figures,
+    run_differences,
+)
 from lorry.visible import make_visible
 
-CONTRACT_STYLES = {"held": ("✓ held", "green"), "failed": ("✗ failed", "bold red"), "not_checked": ("– not checked", "dim")}
+CONTRACT_STYLES = {
+    "held": ("✓ held", "green"),
+    "failed": ("✗ failed", "bold red"),
+    "not_checked": ("– not checked", "dim"),
+}
 STATE_STYLES = {
     "running": "bold cyan", "finished": "green", "interrupted": "yellow",
     "failed": "bold red", "dead": "red", "unreadable": "red",
 }  # fmt: skip
 
 
-def render_runs(runs: Sequence[RunRecord], samples: int = 8, damaged: Sequence[DamagedRun] = ()) -> RenderableType:
-    """Everything worth a screen: one run in full, or several compared. ``samples``: rows per group of answers; ``damaged``: runs
-    that were asked for and cannot be read."""
+def render_runs(
+    runs: Sequence[RunRecord], samples: int = 8, damaged: Sequence[DamagedRun] = ()
+) -> RenderableType:
+    """Everything worth a screen: one run in full, or several compared. ``samples``: rows per group
+    of answers; ``damaged``: runs that were asked for and cannot be read."""
     if damaged:
         return Group(
-            *(_styled_text(f"{one.name} is damaged and left out: {one.why}", "red") for one in damaged),
+            *(
+                _styled_text(f"{one.name} is damaged and left out: {one.why}", "red")
+                for one in damaged
+            ),
             render_runs(runs, samples),
         )
     if len(runs) > 1:
@@ -53,7 +69,11 @@ def summary_table(run: RunRecord) -> Table:
     if standing := status.run_state_of(run).sentence():
         table.add_row(_styled_text("state", "dim"), _styled_text(standing, "bold"), "")
     for figure in final_figures(run):
-        table.add_row(_styled_text(figure.name, "dim"), _styled_text(figure.text, "bold"), _styled_text(figure.note, "dim"))
+        table.add_row(
+            _styled_text(figure.name, "dim"),
+            _styled_text(figure.text, "bold"),
+            _styled_text(figure.note, "dim"),
+        )
     table.show_header = False
     return table
 
@@ -61,7 +81,11 @@ def summary_table(run: RunRecord) -> Table:
 def adapter_tables(run: RunRecord) -> Iterator[Table]:
     """The final figures of each adapter of a run of several."""
     if rows := figures_by_adapter(run):
-        yield figure_rows(run.name, "adapter", [(name, own, {f.name: f.text for f in found}) for name, own, found in rows])
+        yield figure_rows(
+            run.name,
+            "adapter",
+            [(name, own, {f.name: f.text for f in found}) for name, own, found in rows],
+        )
 
 
 def figure_rows(title: str, what: str, rows: Sequence[tuple[str, str, dict[str, str]]]) -> Table:
@@ -83,7 +107,9 @@ def comparison_table(runs: Sequence[RunRecord]) -> Table:
     names = list(dict.fromkeys(name for one in of_runs for name in one))
     table = _new_table("Final figures", "run", *names)
     for run, one in zip(runs, of_runs, strict=True):
-        table.add_row(_styled_text(run.name), *(_styled_text(one.get(name, MISSING_VALUE)) for name in names))
+        table.add_row(
+            _styled_text(run.name), *(_styled_text(one.get(name, MISSING_VALUE)) for name in names)
+        )
     return table
 
 
@@ -98,17 +124,34 @@ def changed_settings_tables(runs: Sequence[RunRecord]) -> Iterator[Table]:
 
 
 COLUMN_GAP = 3  # between columns
-OPTIONAL_COLUMNS = ("what", "written", "best", "tokens/s")  # columns that a narrow terminal does without, in this order
+OPTIONAL_COLUMNS = (
+    "what",
+    "written",
+    "best",
+    "tokens/s",
+)  # columns that a narrow terminal does without, in this order
 
 
 def runs_table(found: Sequence[status.RunState], now: float, width: int) -> Table:
-    """Where each run stands, a run per row. ``now``: seconds since 1970, from which the age of the last line is counted;
-    ``width``: of the terminal, in which whole columns go rather than the ends of words."""
+    """Where each run stands, a run per row. ``now``: seconds since 1970, from which the age of the
+    last line is counted; ``width``: of the terminal, in which whole columns go rather than the ends
+    of words.
+    """
     rows = [_run_cells(state, now) for state in found]
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)]
-    taken = {name: max(len(name), *(len(row.get(name, "")) for row in rows)) + COLUMN_GAP for name in columns}
+    columns = [
+        name
+        for name in dict.fromkeys(name for row in rows for name in row)
+        if any(row.get(name) for row in rows)
+    ]
+    taken = {
+        name: max(len(name), *(len(row.get(name, "")) for row in rows)) + COLUMN_GAP
+        for name in columns
+    }
     taken["what"] = 10 + COLUMN_GAP  # it may wrap
-    named = sum(max(len(text) for text in texts) + COLUMN_GAP for texts in zip(*((s.name, s.state) for s in found), strict=True))
+    named = sum(
+        max(len(text) for text in texts) + COLUMN_GAP
+        for texts in zip(*((s.name, s.state) for s in found), strict=True)
+    )
     for name in OPTIONAL_COLUMNS:
         if name in columns and named + sum(taken[one] for one in columns) > width:
             columns.remove(name)
@@ -118,7 +161,11 @@ def runs_table(found: Sequence[status.RunState], now: float, width: int) -> Tabl
     table.columns[-1].min_width = 10
     for state, row in zip(found, rows, strict=True):
         cells = (_styled_text(row.get(name) or None) for name in columns)
-        table.add_row(_styled_text(state.name, "bold"), _styled_text(state.state, STATE_STYLES[state.state]), *cells)
+        table.add_row(
+            _styled_text(state.name, "bold"),
+            _styled_text(state.state, STATE_STYLES[state.state]),
+            *cells,
+        )
     return table
 
 
@@ -127,15 +174,22 @@ def _run_cells(state: status.RunState, now: float) -> dict[str, str]:
     if state.state == "unreadable":
         return {}
     of_total = f"/{format_number(state.total)}" if state.total and state.total != state.step else ""
-    what = (Path(text).name if text.startswith((".", "/")) else text for text in (state.model, state.data))
+    what = (
+        Path(text).name if text.startswith((".", "/")) else text
+        for text in (state.model, state.data)
+    )
     return {
         "step": format_number(state.step) + of_total,
         "last loss": format_number(state.loss) if state.loss is not None else "",
         "best": _format_best(state.best),
-        "tokens/s": format_number(round(state.tokens_per_second)) if state.tokens_per_second is not None else "",
+        "tokens/s": format_number(round(state.tokens_per_second))
+        if state.tokens_per_second is not None
+        else "",
         "time": format_rough_duration(state.elapsed) if state.elapsed is not None else "",
         "left": format_rough_duration(state.eta) if state.eta is not None else "",
-        "written": f"{format_rough_duration(max(0.0, now - state.written))} ago" if state.written is not None else "",
+        "written": f"{format_rough_duration(max(0.0, now - state.written))} ago"
+        if state.written is not None
+        else "",
         "what": ", ".join(text for text in (*what, state.adapter.partition(", on ")[0]) if text),
     }
 
@@ -163,7 +217,9 @@ def evaluation_table(run: RunRecord) -> Table:
 
 
 def sample_tables(run: RunRecord, most: int = 8) -> Iterator[Table]:
-    """A table per group of answers: prompt, reference, before, after; what matches the reference is green."""
+    """A table per group of answers: prompt, reference, before, after; what matches the reference is
+    green.
+    """
     shown = [s for s in run.samples if s.before is not None or s.after is not None]
     for group in dict.fromkeys(s.group for s in shown):
         members = [s for s in shown if s.group == group]
@@ -181,7 +237,11 @@ def sample_tables(run: RunRecord, most: int = 8) -> Iterator[Table]:
 
 def _answer_text(sample: SampleRecord, side: str) -> Text:
     answer = getattr(sample, side)
-    same = answer is not None and sample.reference is not None and exact_match(answer, sample.reference) == 1
+    same = (
+        answer is not None
+        and sample.reference is not None
+        and exact_match(answer, sample.reference) == 1
+    )
     return _styled_text(answer, "green" if same else "")
 
 
@@ -198,7 +258,9 @@ def contracts_table(run: RunRecord) -> Table:
 
 
 def _new_table(title: str, *columns: str) -> Table:
-    table = Table(title=_styled_text(title, "bold"), title_justify="left", header_style="dim", box=SIMPLE_HEAD)
+    table = Table(
+        title=_styled_text(title, "bold"), title_justify="left", header_style="dim", box=SIMPLE_HEAD
+    )
     for column in columns:
         table.add_column(_styled_text(column), overflow="fold")
     return table

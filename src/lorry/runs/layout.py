@@ -1,9 +1,11 @@
-"""The run directory: every name in it, once. Whoever writes, reads, lists or uploads a run takes the names from here.
+"""The run directory: every name in it, once. Whoever writes, reads, lists or uploads a run takes
+the names from here.
 
     run = RunDir(Path("runs/people"))
     run.metrics, run.checkpoint(120)            # runs/people/metrics.jsonl, runs/people/checkpoints/step-00000120
 
-A run of one adapter is a PEFT adapter directory itself; one of several has a folder for each (`adapter`).
+A run of one adapter is a PEFT adapter directory itself; one of several has a folder for each
+(`adapter`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from pathlib import Path
 RUN_FILE = "run.yaml"  # the resolved description
 METRICS = "metrics.jsonl"  # one JSON object for each logged step
 LOSSES = "losses.json"
-RECEIPT = "receipt.json"  # digests of all that the result hangs on; the last file of a run that finished
+RECEIPT = (
+    "receipt.json"  # digests of all that the result hangs on; the last file of a run that finished
+)
 CONTRACTS = "contracts.json"
 SAMPLES = "samples.json"
 EVALUATION = "evaluation.json"
@@ -29,16 +33,50 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FACTS = "lorry_adapter.json"  # the base's digest and what else PEFT's file has no field for
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_FACTS)
 # of a run that trained the base's own weights; a large model lies in several files beside its index
-MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
 SHARDS = "model-*-of-*.safetensors"
 STAGED = "model.unverified"  # a whole model before it was read back
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "*.tiktoken",
-)  # fmt: skip
-RESULTS = (RECEIPT, CONTRACTS, SAMPLES, EVALUATION, REPORT, PLOT, CARD, LOSSES, SWEEP, *ADAPTER_FILES)
-PUBLISHED = (RUN_FILE, METRICS, LOSSES, RECEIPT, CONTRACTS, EVALUATION)  # what goes to the hub beside adapter and card
-NOT_ADAPTERS = frozenset({CHECKPOINTS, PREVIOUS, "tensorboard", "data"})  # folders of a run that are no adapter's
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "*.tiktoken",
+)
+RESULTS = (
+    RECEIPT,
+    CONTRACTS,
+    SAMPLES,
+    EVALUATION,
+    REPORT,
+    PLOT,
+    CARD,
+    LOSSES,
+    SWEEP,
+    *ADAPTER_FILES,
+)
+PUBLISHED = (
+    RUN_FILE,
+    METRICS,
+    LOSSES,
+    RECEIPT,
+    CONTRACTS,
+    EVALUATION,
+)  # what goes to the hub beside adapter and card
+NOT_ADAPTERS = frozenset(
+    {CHECKPOINTS, PREVIOUS, "tensorboard", "data"}
+)  # folders of a run that are no adapter's
 STEP = re.compile(r"step-(\d{8,})")  # a checkpoint's folder
 
 
@@ -68,7 +106,9 @@ class RunDir:
         return self.checkpoints / f"step-{step:08d}"
 
     def adapter(self, name: str, adapters: int) -> Path:
-        """Where an adapter of a run of so many lies: one alone in the run directory itself, several in a folder each."""
+        """Where an adapter of a run of so many lies: one alone in the run directory itself, several
+        in a folder each.
+        """
         return self.path if adapters == 1 else self.path / name
 
     def quarantine(self, name: str, adapters: int) -> Path:

@@ -1,9 +1,10 @@
-"""losses.json: a run's losses as plain lists, for plots and notebooks; metrics.jsonl has everything else about a step.
+"""losses.json: a run's losses as plain lists, for plots and notebooks; metrics.jsonl has everything
+else about a step.
 
     {"step": [1, 2, ...], "loss": [3.1, 2.7, ...], "eval_step": [2, ...], "eval_loss": [2.9, ...]}
 
-Losses are in nats per token; null stands for one that is not finite. A run of several adapters has the same lists for each
-under ``adapters``.
+Losses are in nats per token; null stands for one that is not finite. A run of several adapters has
+the same lists for each under ``adapters``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from lorry.runs.metrics import iter_metrics
 
 
 def collect_losses(run_dir: Path) -> dict[str, Any]:
-    """The lists of one run, empty where nothing was logged. Raises DataError naming the line of metrics.jsonl that is damaged."""
+    """The lists of one run, empty where nothing was logged. Raises DataError naming the line of
+    metrics.jsonl that is damaged.
+    """
     path = run_dir / METRICS
     whole, adapters = _empty_lists(), dict[str, dict[str, list[Any]]]()
     for _, record in iter_metrics(path) if path.exists() else ():

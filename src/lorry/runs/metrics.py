@@ -1,11 +1,13 @@
-"""metrics.jsonl line by line, in and out: one JSON object a line, one per optimizer step and one per evaluation.
+"""metrics.jsonl line by line, in and out: one JSON object a line, one per optimizer step and one
+per evaluation.
 
     {"step": 10, "epoch": 0.2, "loss": 2.1, "learning_rate": 1e-4, "grad_norm": 0.9, "tokens": 812, "seconds": 1.2, ...}
     {"step": 10, "eval_loss": 1.9, "eval_perplexity": 6.7, ...}
 
-``tokens`` and ``seconds`` are of this step alone. The file is strict JSON: numbers that JSON cannot hold are written as the
-strings "NaN", "Infinity" and "-Infinity" and read back as numbers. A last line without its line end is being written at
-this moment, or was when its writer was killed; it is left out unless it is whole.
+``tokens`` and ``seconds`` are of this step alone. The file is strict JSON: numbers that JSON cannot
+hold are written as the strings "NaN", "Infinity" and "-Infinity" and read back as numbers. A last
+line without its line end is being written at this moment, or was when its writer was killed; it is
+left out unless it is whole.
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ _BEYOND_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 def iter_metrics(path: Path) -> Iterator[tuple[int, MetricsRecord]]:
     """(line number, record) of each line; a half-written last line is left out.
 
-    Raises DataError with ``file:line`` at a line that is not a JSON object or has no whole ``step`` of 0 or more, and where
-    there is no such file.
+    Raises DataError with ``file:line`` at a line that is not a JSON object or has no whole ``step``
+    of 0 or more, and where there is no such file.
     """
     try:
         lines = documents.read_bytes(path, MOST_BYTES).split(b"\n")
     except FileNotFoundError:
-        raise DataError(f"{path} is missing: the run that writes it has it there from its first step on") from None
+        raise DataError(
+            f"{path} is missing: the run that writes it has it there from its first step on"
+        ) from None
     for number, line in enumerate(lines, 1):
         unfinished = number == len(lines)
         if not line.strip() or (unfinished and not _is_whole_line(line)):
@@ -49,7 +53,9 @@ def iter_metrics(path: Path) -> Iterator[tuple[int, MetricsRecord]]:
 
 
 def _is_whole_line(line: bytes) -> bool:
-    """Whether an unfinished last line lacks nothing but its line end: no part of an object is itself one."""
+    """Whether an unfinished last line lacks nothing but its line end: no part of an object is
+    itself one.
+    """
     try:
         return isinstance(_read_line(line, "", 1), dict)
     except DataError:
@@ -57,8 +63,12 @@ def _is_whole_line(line: bytes) -> bool:
 
 
 def _read_line(line: bytes, path: str, number: int) -> Any:
-    """The value of a line; an integer of any size, since one that no float can hold becomes an infinity here."""
-    return documents.parse_json(line, path, line=number, nonfinite=True, largest=10**documents.MOST_DIGITS)
+    """The value of a line; an integer of any size, since one that no float can hold becomes an
+    infinity here.
+    """
+    return documents.parse_json(
+        line, path, line=number, nonfinite=True, largest=10**documents.MOST_DIGITS
+    )
 
 
 def _parse_record(line: bytes, path: str, number: int = 1) -> MetricsRecord:
@@ -75,7 +85,9 @@ def _parse_record(line: bytes, path: str, number: int = 1) -> MetricsRecord:
 
 def _refuse_step(step: Any, where: str) -> None:
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
-        raise DataError(f"{where}: 'step' must be a whole number of 0 or more, got {str(step)[:40]!r}")
+        raise DataError(
+            f"{where}: 'step' must be a whole number of 0 or more, got {str(step)[:40]!r}"
+        )
 
 
 def _decode_value(value: Any) -> Any:
@@ -84,15 +96,19 @@ def _decode_value(value: Any) -> Any:
     if isinstance(value, str):
         return _BEYOND_JSON.get(value, value)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**1023:
-        return math.inf if value > 0 else -math.inf  # an integer that no float can hold would break every calculation later
+        return (
+            math.inf if value > 0 else -math.inf
+        )  # an integer that no float can hold would break every calculation later
     return value
 
 
 def drop_metrics_after(path: Path, step: int) -> int:
-    """Drop the lines of steps after ``step``, and a half-written last one, in one atomic replacement; how many went.
+    """Drop the lines of steps after ``step``, and a half-written last one, in one atomic
+    replacement; how many went.
 
-    For resuming from a checkpoint of ``step``; open the `MetricsWriter` afterwards. Lines that stay keep their bytes. An
-    absent file is left absent. Raises DataError as `iter_metrics` does, and DiskError.
+    For resuming from a checkpoint of ``step``; open the `MetricsWriter` afterwards. Lines that stay
+    keep their bytes. An absent file is left absent. Raises DataError as `iter_metrics` does, and
+    DiskError.
     """
     if not path.exists():
         return 0
@@ -105,11 +121,13 @@ def drop_metrics_after(path: Path, step: int) -> int:
 
 
 class MetricsWriter:
-    """Appends one line per `write`, in a single system call: a killed run loses at most the line it was writing.
+    """Appends one line per `write`, in a single system call: a killed run loses at most the line it
+    was writing.
 
-    Opening the file removes what an earlier kill left of a last line, or ends that line if it is whole. The directory must
-    exist. A file that somebody removes meanwhile comes back whole with the next line: its content is still held open. One that
-    somebody cut, wrote to or put another in place of is not a log of this run any more. Raises DiskError.
+    Opening the file removes what an earlier kill left of a last line, or ends that line if it is
+    whole. The directory must exist. A file that somebody removes meanwhile comes back whole with
+    the next line: its content is still held open. One that somebody cut, wrote to or put another in
+    place of is not a log of this run any more. Raises DiskError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -120,12 +138,16 @@ class MetricsWriter:
 
     def _open(self) -> None:
         try:
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._file = os.open(
+                self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
+            )
         except OSError as error:
             raise durable.DiskError(error.errno, error.strerror, str(self._path)) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record; the line is with the system when this returns. Raises DataError without a whole ``step``."""
+        """Append a record; the line is with the system when this returns. Raises DataError without
+        a whole ``step``.
+        """
         _refuse_step(record.get("step"), "metrics record")
         line = json.dumps(_encode_value(dict(record)), ensure_ascii=False, allow_nan=False)
         if self._file >= 0:
@@ -141,11 +163,18 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _check(self) -> None:
-        """Whether the file is still what was written to it, under its name. Raises DiskError where it is not."""
+        """Whether the file is still what was written to it, under its name. Raises DiskError where
+        it is not.
+        """
         held = os.fstat(self._file)
         try:
             named = os.stat(self._path, follow_symlinks=True)
@@ -159,7 +188,10 @@ class MetricsWriter:
     def _put_back(self, size: int) -> None:
         """Write a removed file again from the descriptor that still holds it."""
         durable.write_files(self._path.parent, {self._path.name: os.pread(self._file, size, 0)})
-        log.warning("%s was removed while the run was at work; it is back, nothing of it is lost", self._path)
+        log.warning(
+            "%s was removed while the run was at work; it is back, nothing of it is lost",
+            self._path,
+        )
         durable.disk.close(self._file)
         self._open()
 

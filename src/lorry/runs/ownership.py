@@ -1,10 +1,10 @@
 """Whose a file is: what Lorry did not write is never removed and never written over.
 
 The rule, for every verb that writes: a directory is a run of ours only by a **mark of ours** in it
-(`is_run`); a file is ours only if its content says so. What is in the way and is not ours is refused
-before anything is touched (`refuse_foreign`). What is ours and has to make room, and what has
-appeared under a name since we looked, moves to DIR/previous/N (`move_to_previous`, `write_owned_files`), with a word
-about it. Nothing is unlinked to make room.
+(`is_run`); a file is ours only if its content says so. What is in the way and is not ours is
+refused before anything is touched (`refuse_foreign`). What is ours and has to make room, and what
+has appeared under a name since we looked, moves to DIR/previous/N (`move_to_previous`,
+`write_owned_files`), with a word about it. Nothing is unlinked to make room.
 
 Marks: a run.yaml that reads as a resolved run description, a receipt.json or process.json as a run
 writes them, a checkpoint with our manifest. The mere name counts for nothing: other tools write a
@@ -29,17 +29,30 @@ from lorry.runs.layout import CHECKPOINTS, PREVIOUS, PROCESS, RECEIPT, RUN_FILE,
 
 log = logging.getLogger(__name__)
 
-MOST_DESCRIPTION = 512 << 10  # bytes: twice a run of 1,000 jobs with six own settings each; YAML is read at some 50 KB a second
+MOST_DESCRIPTION = (
+    512 << 10
+    # bytes: twice a run of 1,000 jobs with six own settings each; YAML is read at some 50 KB a second
+)
 PATHS_SHOWN = 6  # names in a message; the rest are counted
 HEAD_LENGTH = 4096  # bytes in which a file says who made it
 GENERATOR = b'<meta name="generator" content="Lorry">'  # in the head of every page
 SOFTWARE = {"Software": "Lorry"}  # a text chunk of every picture
-UNOPENABLE_ERRNOS = {errno.ELOOP, errno.ENXIO, errno.ENODEV}  # a link to itself, a socket, a device: nothing that a run writes
-_GROUPS = (b"model", b"data", b"train")  # what a description has at the left edge, as `config.dump_settings` writes them
+UNOPENABLE_ERRNOS = {
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.ENODEV,
+}  # a link to itself, a socket, a device: nothing that a run writes
+_GROUPS = (
+    b"model",
+    b"data",
+    b"train",
+)  # what a description has at the left edge, as `config.dump_settings` writes them
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a directory bears a mark of ours: a run that began is in it. Raises DiskError where a mark cannot be read."""
+    """Whether a directory bears a mark of ours: a run that began is in it. Raises DiskError where a
+    mark cannot be read.
+    """
     return (
         bool(run_description_of(folder))
         or _is_receipt(_json_value(folder / RECEIPT))
@@ -49,17 +62,23 @@ def is_run(folder: Path) -> bool:
 
 
 def run_description_of(folder: Path) -> dict[str, Any]:
-    """The run description in a directory, where it is the whole one that a run writes; else empty. Raises DiskError."""
+    """The run description in a directory, where it is the whole one that a run writes; else empty.
+    Raises DiskError.
+    """
     return read_run_description(folder / RUN_FILE)
 
 
 def read_run_description(path: Path) -> dict[str, Any]:
-    """A YAML file as the whole, resolved run description that Lorry writes; empty where it is none. Raises DiskError.
+    """A YAML file as the whole, resolved run description that Lorry writes; empty where it is none.
+    Raises DiskError.
 
-    What is longer than one can be, or has not its groups at the left edge, is not parsed: megabytes of strange YAML take minutes.
+    What is longer than one can be, or has not its groups at the left edge, is not parsed: megabytes
+    of strange YAML take minutes.
     """
     text = _bounded_content(path, MOST_DESCRIPTION)
-    if not text or not all(re.search(rb"^%s:" % name, text, re.MULTILINE) for name in (*_GROUPS, b"output_dir")):
+    if not text or not all(
+        re.search(rb"^%s:" % name, text, re.MULTILINE) for name in (*_GROUPS, b"output_dir")
+    ):
         return {}
     try:
         found = documents.parse_yaml(text.decode(), str(path))[0]
@@ -73,7 +92,9 @@ def read_run_description(path: Path) -> dict[str, Any]:
         "train": {"learning_rate", "save_steps", "resume_from_checkpoint"},
     }
     groups = {name: found.get(name) for name in asked}
-    whole = all(isinstance(group, dict) and asked[name] <= group.keys() for name, group in groups.items())
+    whole = all(
+        isinstance(group, dict) and asked[name] <= group.keys() for name, group in groups.items()
+    )
     return found if whole else {}
 
 
@@ -81,13 +102,19 @@ def is_contracts(path: Path) -> bool:
     """Whether a file is the contracts.json of a run. Raises DiskError."""
     found = _json_value(path)
     keys = {"id", "name", "status", "detail"}
-    return isinstance(found, list) and bool(found) and all(isinstance(c, dict) and c.keys() == keys for c in found)
+    return (
+        isinstance(found, list)
+        and bool(found)
+        and all(isinstance(c, dict) and c.keys() == keys for c in found)
+    )
 
 
 def is_evaluation_file(path: Path) -> bool:
     """Whether a file is an evaluation.json, which `lorry eval` adds to. Raises DiskError."""
     found = _json_value(path)
-    return isinstance(found, list) and all(isinstance(entry, dict) and {"name", "metrics"} <= entry.keys() for entry in found)
+    return isinstance(found, list) and all(
+        isinstance(entry, dict) and {"name", "metrics"} <= entry.keys() for entry in found
+    )
 
 
 def recognise_keys(*keys: str) -> Callable[[Path], bool]:
@@ -105,7 +132,8 @@ is_report_picture = recognise_mark(rb"Software\0Lorry")
 
 
 def refuse_foreign(paths: Mapping[Path, Callable[[Path], bool]], advice: str) -> None:
-    """Raise ConfigError naming the paths that exist and are not ours, each by what recognises one of ours; nothing is touched.
+    """Raise ConfigError naming the paths that exist and are not ours, each by what recognises one
+    of ours; nothing is touched.
 
     ``advice``: what to do instead. Raises DiskError where one cannot be read.
     """
@@ -122,14 +150,17 @@ def refuse_foreign(paths: Mapping[Path, Callable[[Path], bool]], advice: str) ->
 
 
 def move_to_previous(folder: Path, names: Iterable[str]) -> Path:
-    """Move entries of a directory, in this order, to FOLDER/previous/N, which is returned; ``a/b`` keeps its folder.
+    """Move entries of a directory, in this order, to FOLDER/previous/N, which is returned; ``a/b``
+    keeps its folder.
 
-    A kill in between loses nothing: what has not moved is where it was. Raises DiskError, and ConfigError where `previous` is
-    no directory.
+    A kill in between loses nothing: what has not moved is where it was. Raises DiskError, and
+    ConfigError where `previous` is no directory.
     """
     previous = folder / PREVIOUS
     if _exists(previous) and not previous.is_dir():
-        raise ConfigError(f"{previous} is no directory, and what {folder} holds has to move there; give it another name")
+        raise ConfigError(
+            f"{previous} is no directory, and what {folder} holds has to move there; give it another name"
+        )
     taken = [int(path.name) for path in _folder_entries(previous) if path.name.isdigit()]
     aside = previous / str(max(taken, default=0) + 1)
     for name in names:
@@ -138,14 +169,22 @@ def move_to_previous(folder: Path, names: Iterable[str]) -> Path:
     return aside
 
 
-def write_owned_files(folder: Path, files: Mapping[str, bytes], ours: Callable[[Path], bool] = lambda path: False) -> Path | None:
-    """Write files below a directory, each whole or not at all; what lies there under their names with other bytes, and is not
-    ``ours`` to write over, moves to FOLDER/previous/N first, with a warning. Returns that place, if any.
+def write_owned_files(
+    folder: Path, files: Mapping[str, bytes], ours: Callable[[Path], bool] = lambda path: False
+) -> Path | None:
+    """Write files below a directory, each whole or not at all; what lies there under their names
+    with other bytes, and is not ``ours`` to write over, moves to FOLDER/previous/N first, with a
+    warning. Returns that place, if any.
 
     Names may be ``adapter/file``. The directory itself must exist. Raises DiskError, ConfigError.
     """
     aside = displace_entries(
-        folder, [n for n, content in files.items() if differs_from(folder / n, content) and not ours(folder / n)]
+        folder,
+        [
+            n
+            for n, content in files.items()
+            if differs_from(folder / n, content) and not ours(folder / n)
+        ],
     )
     by_folder: dict[Path, dict[str, durable.FileContent]] = {}
     for name, content in files.items():
@@ -162,12 +201,15 @@ def displace_entries(folder: Path, names: list[str]) -> Path | None:
     if not names:
         return None
     aside = move_to_previous(folder, names)
-    log.warning("%s held %s, which this command did not write; moved to %s", folder, ", ".join(names), aside)
+    log.warning(
+        "%s held %s, which this command did not write; moved to %s", folder, ", ".join(names), aside
+    )
     return aside
 
 
 def differs_from(path: Path, content: bytes | Path) -> bool:
-    """Whether something else than a regular file of this content, given or held by another file, has this name.
+    """Whether something else than a regular file of this content, given or held by another file,
+    has this name.
 
     Raises DiskError where the disk does not say: what cannot be read is neither moved nor replaced.
     """
@@ -180,7 +222,9 @@ def differs_from(path: Path, content: bytes | Path) -> bool:
         return True
     if isinstance(content, bytes):
         return found.st_size != len(content) or integrity.read_content(path) != content
-    return found.st_size != integrity.plain_size(content) or integrity.file_digest(path) != integrity.file_digest(content)
+    return found.st_size != integrity.plain_size(content) or integrity.file_digest(
+        path
+    ) != integrity.file_digest(content)
 
 
 def _exists(path: Path) -> bool:
@@ -208,7 +252,11 @@ def _first_bytes(path: Path) -> bytes:
         with translate_read_errors(path):
             fd = durable.disk.open_to_read(path)
             try:
-                return durable.disk.read(fd, HEAD_LENGTH) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+                return (
+                    durable.disk.read(fd, HEAD_LENGTH)
+                    if stat.S_ISREG(os.fstat(fd).st_mode)
+                    else b""
+                )
             finally:
                 os.close(fd)
     except ModelError:
@@ -242,16 +290,29 @@ def _json_value(path: Path) -> Any:
 
 
 def _is_receipt(found: Any) -> bool:
-    return isinstance(found, dict) and isinstance(code := found.get("code"), dict) and {"sha256", "lorry"} <= code.keys()
+    return (
+        isinstance(found, dict)
+        and isinstance(code := found.get("code"), dict)
+        and {"sha256", "lorry"} <= code.keys()
+    )
 
 
 def _has_begun(found: Any) -> bool:
-    """A process.json of a run that trained: one that was refused leaves its own, and has no claim to the directory."""
-    return isinstance(found, dict) and {"pid", "born", "folder", "begun"} <= found.keys() and found["begun"] is not None
+    """A process.json of a run that trained: one that was refused leaves its own, and has no claim
+    to the directory.
+    """
+    return (
+        isinstance(found, dict)
+        and {"pid", "born", "folder", "begun"} <= found.keys()
+        and found["begun"] is not None
+    )
 
 
 def _is_checkpoint(path: Path) -> bool:
     return bool(STEP.match(path.name)) and any(
         recognise_mark(mark)(path / name)
-        for name, mark in (("manifest.json", b'"lorry-manifest/'), ("meta.json", b'"lorry-checkpoint/'))
+        for name, mark in (
+            ("manifest.json", b'"lorry-manifest/'),
+            ("meta.json", b'"lorry-checkpoint/'),
+        )
     )

@@ -1,10 +1,11 @@
-"""process.json of a run directory: which process is at work there, or how the last one ended. `train/monitoring/process.py` writes it.
+"""process.json of a run directory: which process is at work there, or how the last one ended.
+`train/monitoring/process.py` writes it.
 
     process = read(Path("runs/people"))
     if process is not None and alive(process, Path("runs/people")): ...
 
-A process is known by its number, its time of birth (numbers are used again), its machine, and the directory's own number: the
-copy of a run is not at work.
+A process is known by its number, its time of birth (numbers are used again), its machine, and the
+directory's own number: the copy of a run is not at work.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, DataError
 from lorry.runs.layout import PROCESS
 
-CLOCK_SLACK = 10.0  # seconds by which a time of birth may differ when it is asked again: it follows the clock of the machine
+# seconds by which a time of birth may differ when it is asked again: it follows the clock of the
+# machine
+CLOCK_SLACK = 10.0
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ class ProcessEnding:
 
 @dataclass(frozen=True)
 class RunProcess:
-    """What process.json holds. ``born``: seconds since 1970, by psutil; ``folder``: device and inode of the run directory;
-    ``begun``: when training began (None: loading and reading); ``done``: steps of ``total_steps`` that were behind it then."""
+    """What process.json holds. ``born``: seconds since 1970, by psutil; ``folder``: device and
+    inode of the run directory; ``begun``: when training began (None: loading and reading);
+    ``done``: steps of ``total_steps`` that were behind it then.
+    """
 
     pid: int
     born: float
@@ -55,7 +60,9 @@ class RunProcess:
 
 
 def read_process(run_dir: Path) -> RunProcess | None:
-    """The run's process.json, or None where there is none. Raises DataError naming file and line of one that is damaged."""
+    """The run's process.json, or None where there is none. Raises DataError naming file and line of
+    one that is damaged.
+    """
     path = run_dir / PROCESS
     try:
         found = documents.read_json_document(path)
@@ -63,7 +70,9 @@ def read_process(run_dir: Path) -> RunProcess | None:
         return None
     process = _process_from_json(found)
     if process is None:
-        raise DataError(f"{path}:1: this is not what a run writes there; move it away if no run is at work in {run_dir}")
+        raise DataError(
+            f"{path}:1: this is not what a run writes there; move it away if no run is at work in {run_dir}"
+        )
     return process
 
 
@@ -72,26 +81,50 @@ def _process_from_json(found: Any) -> RunProcess | None:
     try:
         ended = ProcessEnding(**found["ended"]) if found["ended"] is not None else None
         process = RunProcess(**{**found, "ended": ended})
-        times = [process.started, *(at for at in (process.begun, ended.at if ended else None) if at is not None)]
-        whole = [process.pid, process.done, process.total_steps or 0, ended.exit_code if ended else 0]
-        sound = all(datetime.fromisoformat(at).tzinfo for at in times) and all(type(n) is int and abs(n) < 2**31 for n in whole)
+        times = [
+            process.started,
+            *(at for at in (process.begun, ended.at if ended else None) if at is not None),
+        ]
+        whole = [
+            process.pid,
+            process.done,
+            process.total_steps or 0,
+            ended.exit_code if ended else 0,
+        ]
+        sound = all(datetime.fromisoformat(at).tzinfo for at in times) and all(
+            type(n) is int and abs(n) < 2**31 for n in whole
+        )
         words = [process.host, *process.command, *((ended.at, ended.reason) if ended else ())]
-        sound = sound and process.pid > 0 and type(process.born) in (int, float) and all(type(w) is str for w in words)
-        sound = sound and type(process.command) is list and [type(n) for n in process.folder] == [int, int]
+        sound = (
+            sound
+            and process.pid > 0
+            and type(process.born) in (int, float)
+            and all(type(w) is str for w in words)
+        )
+        sound = (
+            sound
+            and type(process.command) is list
+            and [type(n) for n in process.folder] == [int, int]
+        )
     except (TypeError, ValueError, KeyError):
         return None
     return process if sound else None
 
 
 def is_process_alive(process: RunProcess, run_dir: Path) -> bool | None:
-    """Whether a process is at work in this directory; None: it belongs to another machine, which cannot be asked from here."""
+    """Whether a process is at work in this directory; None: it belongs to another machine, which
+    cannot be asked from here.
+    """
     if process.ended is not None or process.folder != directory_identity(run_dir):
         return False
     if process.host != platform.node():
         return None
     try:
         found = psutil.Process(process.pid)
-        return found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process.born) < CLOCK_SLACK
+        return (
+            found.status() != psutil.STATUS_ZOMBIE
+            and abs(found.create_time() - process.born) < CLOCK_SLACK
+        )
     except psutil.NoSuchProcess:
         return False
 
@@ -114,10 +147,11 @@ class RunDirectoryGoneError(DiskError):
 
 
 class RunDirectoryHandle:
-    """A run directory held open, so that a run knows when its name has come to mean nothing, or another directory.
+    """A run directory held open, so that a run knows when its name has come to mean nothing, or
+    another directory.
 
-    A run never makes its directory again: half of it would lie under the old name, and the other half
-    wherever somebody moved it. Raises DiskError where it cannot be opened.
+    A run never makes its directory again: half of it would lie under the old name, and the other
+    half wherever somebody moved it. Raises DiskError where it cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -128,8 +162,10 @@ class RunDirectoryHandle:
             raise DiskError(error.errno, error.strerror, str(path)) from error
 
     def is_there(self) -> bool:
-        """Whether the name still means this directory. A disk that does not say (EIO, ESTALE, EACCES) has not said no:
-        one such answer ends no run, and if it lasts, the next write fails with what the disk says."""
+        """Whether the name still means this directory. A disk that does not say (EIO, ESTALE,
+        EACCES) has not said no: one such answer ends no run, and if it lasts, the next write fails
+        with what the disk says.
+        """
         try:
             here, there = os.fstat(self._held), os.stat(self.path)
         except (FileNotFoundError, NotADirectoryError):
@@ -139,18 +175,24 @@ class RunDirectoryHandle:
         return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
     def check(self) -> None:
-        """Raises RunDirectoryGoneError, saying where the directory is now if the system knows, unless it is there."""
+        """Raises RunDirectoryGoneError, saying where the directory is now if the system knows,
+        unless it is there.
+        """
         if self.is_there():
             return
         now = self.now()
         go_on = f"it is {now} now, and output_dir={now} resume_from_checkpoint=auto goes on from its newest checkpoint"
         what = "the run directory was moved, removed or replaced while the run was at work in it; the run stopped"
         raise RunDirectoryGoneError(
-            errno.ENOENT, f"{what}; {go_on if now else 'nothing was written in its place'}", str(self.path)
+            errno.ENOENT,
+            f"{what}; {go_on if now else 'nothing was written in its place'}",
+            str(self.path),
         )
 
     def now(self) -> Path | None:
-        """Where the directory is now; None where it was removed, or on a system that does not say (Linux does)."""
+        """Where the directory is now; None where it was removed, or on a system that does not say
+        (Linux does).
+        """
         try:
             path = Path(os.readlink(f"/proc/self/fd/{self._held}"))
             here, there = os.fstat(self._held), os.stat(path)
@@ -165,7 +207,12 @@ class RunDirectoryHandle:
     def __enter__(self) -> RunDirectoryHandle:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 

@@ -1,4 +1,5 @@
-"""A run directory as the report sees it: files only, every one of them optional, each checked where it is read.
+"""A run directory as the report sees it: files only, every one of them optional, each checked where
+it is read.
 
 metrics.jsonl      see log.py
 run.yaml           the resolved settings, with `resolved:` for what was measured and chosen
@@ -9,9 +10,10 @@ samples.json       [{"group": ..., "prompt": ..., "reference", "before", "after"
 evaluation.json    [{"name": ..., "metrics": {"exact_match": {"before": 0.0, "after": 0.8}}}]
 process.json       who is at work there, or how it ended (runs/process.py)
 
-Run directories come from elsewhere and are damaged by disks: every file goes through the strict reader (disk/documents.py,
-runs/metrics.py), and every field is checked here, so that what shows a run can rely on it. A run that cannot be read is listed
-as damaged and hides no other: `read_run` raises DataError for all that is wrong with it, and nothing else.
+Run directories come from elsewhere and are damaged by disks: every file goes through the strict
+reader (disk/documents.py, runs/metrics.py), and every field is checked here, so that what shows a
+run can rely on it. A run that cannot be read is listed as damaged and hides no other: `read_run`
+raises DataError for all that is wrong with it, and nothing else.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class TokenWeight:
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """A prompt, what was expected, what the model said before and after; or a training row as ``tokens``."""
+    """A prompt, what was expected, what the model said before and after; or a training row as
+    ``tokens``.
+    """
 
     group: str
     prompt: str
@@ -98,8 +102,10 @@ class DamagedRun:
 
 
 def read_readable_runs(paths: Sequence[Path]) -> tuple[list[RunRecord], list[DamagedRun]]:
-    """The runs that can be read, each with a name of its own (the directory's, with as many parents as tell them apart), and
-    those that are damaged. Raises DataError where none can be read, or where a path is no run directory at all."""
+    """The runs that can be read, each with a name of its own (the directory's, with as many parents
+    as tell them apart), and those that are damaged. Raises DataError where none can be read, or
+    where a path is no run directory at all.
+    """
     if not paths:
         raise DataError("a report needs at least one run directory")
     for path in paths:
@@ -124,11 +130,15 @@ def _distinct_names(paths: list[Path]) -> list[str]:
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:
-    """Read a run directory. Raises DataError if it is none, or naming the file and place that cannot be read."""
+    """Read a run directory. Raises DataError if it is none, or naming the file and place that
+    cannot be read.
+    """
     _require_run(path)
     try:
         return _read_run_files(path, name or path.resolve().name)
-    except OSError as error:  # no right to read it, a disk that fails, or it moved away while we looked
+    except (
+        OSError
+    ) as error:  # no right to read it, a disk that fails, or it moved away while we looked
         raise DataError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
 
 
@@ -148,9 +158,17 @@ def _read_run_files(path: Path, name: str) -> RunRecord:
         config=_parse_config(config_text, path / RUN_FILE),
         config_text=config_text,
         receipt=receipt.read(path / RECEIPT),
-        contracts=tuple(_read_contract(item, where) for where, item in _read_list(path / CONTRACTS, MOST_CONTRACTS)),
-        samples=tuple(_read_sample(item, where) for where, item in _read_list(path / SAMPLES, MOST_SAMPLES)),
-        evaluation=tuple(_read_evaluation(item, where) for where, item in _read_list(path / EVALUATION, MOST_EVALUATIONS)),
+        contracts=tuple(
+            _read_contract(item, where)
+            for where, item in _read_list(path / CONTRACTS, MOST_CONTRACTS)
+        ),
+        samples=tuple(
+            _read_sample(item, where) for where, item in _read_list(path / SAMPLES, MOST_SAMPLES)
+        ),
+        evaluation=tuple(
+            _read_evaluation(item, where)
+            for where, item in _read_list(path / EVALUATION, MOST_EVALUATIONS)
+        ),
         process=process.read_process(path),
     )
 
@@ -192,20 +210,26 @@ def _read_list(path: Path, most: int) -> list[tuple[str, dict[str, Any]]]:
     return items
 
 
-def _take_field(item: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str, default: Any = None) -> Any:
+def _take_field(
+    item: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str, default: Any = None
+) -> Any:
     """item[key] of a given type, or ``default`` where it is absent or null."""
     value = item.get(key)
     if value is None and default is not None:
         return default
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise DataError(f"{where}: {key!r} is {str(value)[:40]!r}, which is not what this file holds there")
+        raise DataError(
+            f"{where}: {key!r} is {str(value)[:40]!r}, which is not what this file holds there"
+        )
     return value
 
 
 def _read_contract(item: dict[str, Any], where: str) -> ContractRecord:
     status = _take_field(item, "status", str, where)
     if status not in CONTRACT_STATUSES:
-        raise DataError(f"{where}: status {status[:40]!r} is none of {', '.join(CONTRACT_STATUSES)}")
+        raise DataError(
+            f"{where}: status {status[:40]!r} is none of {', '.join(CONTRACT_STATUSES)}"
+        )
     return ContractRecord(
         _take_field(item, "id", int, where),
         _take_field(item, "name", str, where),
@@ -215,30 +239,45 @@ def _read_contract(item: dict[str, Any], where: str) -> ContractRecord:
 
 
 def _read_sample(item: dict[str, Any], where: str) -> SampleRecord:
-    texts = {key: _take_field(item, key, (str, type(None)), where) for key in ("reference", "before", "after")}
+    texts = {
+        key: _take_field(item, key, (str, type(None)), where)
+        for key in ("reference", "before", "after")
+    }
     tokens = None
     if item.get("tokens") is not None:
-        tokens = tuple(_read_token(token, where) for token in _take_field(item, "tokens", list, where))
+        tokens = tuple(
+            _read_token(token, where) for token in _take_field(item, "tokens", list, where)
+        )
     return SampleRecord(
-        _take_field(item, "group", str, where, "samples"), _take_field(item, "prompt", str, where), **texts, tokens=tokens
+        _take_field(item, "group", str, where, "samples"),
+        _take_field(item, "prompt", str, where),
+        **texts,
+        tokens=tokens,
     )
 
 
 def _read_token(item: Any, where: str) -> TokenWeight:
     if not isinstance(item, dict):
         raise DataError(f"{where}: a token is an object with 'text' and 'weight'")
-    return TokenWeight(_take_field(item, "text", str, where), float(_take_field(item, "weight", (int, float), where)))
+    return TokenWeight(
+        _take_field(item, "text", str, where),
+        float(_take_field(item, "weight", (int, float), where)),
+    )
 
 
 def _read_evaluation(item: dict[str, Any], where: str) -> EvaluationRecord:
     metrics = {}
     if len(given := _take_field(item, "metrics", dict, where)) > MOST_METRICS:
-        raise DataError(f"{where} has {len(given)} metrics; a run writes at most {MOST_METRICS} there")
+        raise DataError(
+            f"{where} has {len(given)} metrics; a run writes at most {MOST_METRICS} there"
+        )
     for name, pair in given.items():
         sides = pair if isinstance(pair, dict) else {"after": pair}
         before, after = (sides.get(side) for side in ("before", "after"))
         for value in (before, after):
             if value is not None and not is_number(value):
-                raise DataError(f"{where}: metric {name!r} holds {str(value)[:40]!r}, which is not a number")
+                raise DataError(
+                    f"{where}: metric {name!r} holds {str(value)[:40]!r}, which is not a number"
+                )
         metrics[name] = (before, after)
     return EvaluationRecord(_take_field(item, "name", str, where), metrics)

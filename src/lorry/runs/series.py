@@ -9,10 +9,13 @@ from typing import Any, TypeGuard
 from lorry.runs.metrics import MetricsRecord, iter_metrics
 
 EVALUATION_PREFIX = "eval_"  # names of an evaluation line's values begin with this
-ADAPTERS_KEY = "adapters"  # a run of several adapters has a mapping of each one's values under this name
+ADAPTERS_KEY = (
+    "adapters"  # a run of several adapters has a mapping of each one's values under this name
+)
 
 
-# What a file may hold that a report can show; the rest is left out, and a note says how much. Far above real runs.
+# What a file may hold that a report can show; the rest is left out, and a note says how much. Far
+# above real runs.
 MOST_NAMES = 1000
 MOST_ADAPTERS = 256
 LONGEST_NAME = 200  # characters
@@ -31,8 +34,15 @@ class MetricsLog:
         return [r for r in self.records if not is_evaluation_record(r)]
 
     def names(self) -> list[str]:
-        """Names that hold a number in at least one line, in the order of their first appearance, without ``step``."""
-        seen = {name: None for record in self.records for name, value in record.items() if is_number(value)}
+        """Names that hold a number in at least one line, in the order of their first appearance,
+        without ``step``.
+        """
+        seen = {
+            name: None
+            for record in self.records
+            for name, value in record.items()
+            if is_number(value)
+        }
         return [name for name in seen if name != "step"]
 
     def adapters(self) -> list[str]:
@@ -40,18 +50,26 @@ class MetricsLog:
         return list({name: None for record in self.records for name in _adapter_records(record)})
 
     def series(self, name: str, adapter: str | None = None) -> tuple[list[int], list[float]]:
-        """(steps, values) of one name, of the run or of one adapter, from the lines that hold it as a number.
+        """(steps, values) of one name, of the run or of one adapter, from the lines that hold it as
+        a number.
 
         NaN and infinities are included.
         """
-        found = [(r["step"], (r if adapter is None else _adapter_values(r, adapter)).get(name)) for r in self.records]
+        found = [
+            (r["step"], (r if adapter is None else _adapter_values(r, adapter)).get(name))
+            for r in self.records
+        ]
         pairs = [(step, value) for step, value in found if is_number(value)]
         return [step for step, _ in pairs], [float(value) for _, value in pairs]
 
 
 def _adapter_records(record: MetricsRecord) -> dict[str, dict[str, Any]]:
     value = record.get(ADAPTERS_KEY)
-    return {name: one for name, one in value.items() if isinstance(one, dict)} if isinstance(value, dict) else {}
+    return (
+        {name: one for name, one in value.items() if isinstance(one, dict)}
+        if isinstance(value, dict)
+        else {}
+    )
 
 
 def _adapter_values(record: MetricsRecord, adapter: str) -> dict[str, Any]:
@@ -92,8 +110,8 @@ def is_evaluation_record(record: MetricsRecord) -> bool:
 def read_metrics(path: Path) -> MetricsLog:
     """The whole file; an absent file is an empty log.
 
-    Where a training step repeats or goes back, the run was started again: lines from that step on are superseded, and a
-    note says so. Raises DataError as `iter_metrics` does.
+    Where a training step repeats or goes back, the run was started again: lines from that step on
+    are superseded, and a note says so. Raises DataError as `iter_metrics` does.
     """
     log = MetricsLog()
     if not path.exists():
@@ -103,7 +121,11 @@ def read_metrics(path: Path) -> MetricsLog:
     for number, line in iter_metrics(path):
         record = names.keep(line)
         if isinstance(several := record.get(ADAPTERS_KEY), dict):
-            of_adapters = {name: names.keep(one) for name, one in adapters.keep(several).items() if isinstance(one, dict)}
+            of_adapters = {
+                name: names.keep(one)
+                for name, one in adapters.keep(several).items()
+                if isinstance(one, dict)
+            }
             record = {**record, ADAPTERS_KEY: of_adapters}
         if not is_evaluation_record(record):
             step = record["step"]

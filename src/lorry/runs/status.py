@@ -1,4 +1,5 @@
-"""Where a run stands, from its files and the table of processes: what `lorry runs` lists and a report of a live run says.
+"""Where a run stands, from its files and the table of processes: what `lorry runs` lists and a
+report of a live run says.
 
     for state in listed(Path("runs")): print(state.name, state.state, state.step, state.total)
 
@@ -22,7 +23,16 @@ from pathlib import Path
 from lorry.disk import integrity
 from lorry.errors import DataError, ModelError, RunInterruptedError
 from lorry.formatting import format_number
-from lorry.runs.layout import CHECKPOINTS, CONTRACTS, METRICS, PREVIOUS, PROCESS, RECEIPT, RUN_FILE, STEP
+from lorry.runs.layout import (
+    CHECKPOINTS,
+    CONTRACTS,
+    METRICS,
+    PREVIOUS,
+    PROCESS,
+    RECEIPT,
+    RUN_FILE,
+    STEP,
+)
 from lorry.runs.process import RunProcess, is_process_alive
 from lorry.runs.read import RunRecord, read_run
 from lorry.runs.series import MetricsLog, is_number
@@ -33,15 +43,19 @@ RUN_MARKS = (PROCESS, RUN_FILE, METRICS)  # what a run directory is known by
 SKIPPED_FOLDERS = {CHECKPOINTS, PREVIOUS, "tensorboard", "node_modules"}
 DEEPEST_FOLDER = 4  # folders below the one that is listed
 RECENT_STEPS = 20  # steps over which speed is measured
-SILENT_SECONDS = 900.0  # seconds without a written line after which a run of another machine counts as dead
+SILENT_SECONDS = (
+    900.0  # seconds without a written line after which a run of another machine counts as dead
+)
 _STOPPED_CODES = {RunInterruptedError.exit_code, 130}  # by a signal, or Ctrl-C twice
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where one run stands. Times in seconds, ``written`` as seconds since 1970 of the last line or file; None: not known.
+    """Where one run stands. Times in seconds, ``written`` as seconds since 1970 of the last line or
+    file; None: not known.
 
-    ``best``: (name, value, step) of the best evaluation so far by the run's own metric_for_best_model.
+    ``best``: (name, value, step) of the best evaluation so far by the run's own
+    metric_for_best_model.
     """
 
     path: Path
@@ -64,11 +78,15 @@ class RunState:
 
     def sentence(self) -> str:
         """Where it stands in a line: ``still running: step 40 of 200``; empty for a finished run."""
-        at = f"step {format_number(self.step)}" + (f" of {format_number(self.total)}" if self.total else "")
+        at = f"step {format_number(self.step)}" + (
+            f" of {format_number(self.total)}" if self.total else ""
+        )
         if self.state == "finished":
             return ""
         if self.state == "running":
-            return f"still running: {at if self.total else 'loading and reading'}" + (f" ({self.detail})" if self.detail else "")
+            return f"still running: {at if self.total else 'loading and reading'}" + (
+                f" ({self.detail})" if self.detail else ""
+            )
         return f"{self.state} at {at}: {self.detail}"
 
 
@@ -79,7 +97,9 @@ def list_run_states(folder: Path) -> list[RunState]:
 
 
 def find_runs(folder: Path, depth: int = DEEPEST_FOLDER) -> Iterator[Path]:
-    """Run directories at or below a folder; not in checkpoints, `previous`, hidden folders or links."""
+    """Run directories at or below a folder; not in checkpoints, `previous`, hidden folders or
+    links.
+    """
     try:
         inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
@@ -87,7 +107,11 @@ def find_runs(folder: Path, depth: int = DEEPEST_FOLDER) -> Iterator[Path]:
     if any(entry.name in RUN_MARKS for entry in inside):
         yield folder
     for entry in inside if depth else ():
-        if entry.is_dir(follow_symlinks=False) and entry.name not in SKIPPED_FOLDERS and not entry.name.startswith("."):
+        if (
+            entry.is_dir(follow_symlinks=False)
+            and entry.name not in SKIPPED_FOLDERS
+            and not entry.name.startswith(".")
+        ):
             yield from find_runs(Path(entry.path), depth - 1)
 
 
@@ -108,7 +132,9 @@ def run_state_of(run: RunRecord) -> RunState:
     """The state of a run that was read."""
     process, training, saved = run.process, run.log.training, newest_complete_checkpoint(run.path)
     if process is not None and is_left_alone() and process.pid == os.getpid():
-        process = None  # this process reports its own run, which is complete; only the others are to wait for its last line
+        # this process reports its own run, which is complete; only the others are to wait for its
+        # last line
+        process = None
     step = training[-1]["step"] if training else process.done if process else 0
     written = _last_written(run.path)
     state, detail = _judge_state(run, process, step, saved, written)
@@ -116,19 +142,35 @@ def run_state_of(run: RunRecord) -> RunState:
     losses, said = run.log.series("loss")[1], describe_run_subject(run)
     live = state == "running"
     return RunState(
-        path=run.path, name=run.name, state=state, detail=detail, pid=process.pid if process and live else None,
-        step=step, total=total, loss=losses[-1] if losses else None, tokens_per_second=_recent_speed(run.log),
-        elapsed=_elapsed_seconds(run.log, process, live, written), eta=_remaining_seconds(process, step, written) if live else None, written=written,
-        model=said.get("model", ""), data=said.get("data", ""), adapter=said.get("adapter", ""),
-        best=_best_evaluation(run), checkpoint=saved,
-    )  # fmt: skip
+        path=run.path,
+        name=run.name,
+        state=state,
+        detail=detail,
+        pid=process.pid if process and live else None,
+        step=step,
+        total=total,
+        loss=losses[-1] if losses else None,
+        tokens_per_second=_recent_speed(run.log),
+        elapsed=_elapsed_seconds(run.log, process, live, written),
+        eta=_remaining_seconds(process, step, written) if live else None,
+        written=written,
+        model=said.get("model", ""),
+        data=said.get("data", ""),
+        adapter=said.get("adapter", ""),
+        best=_best_evaluation(run),
+        checkpoint=saved,
+    )
 
 
 def newest_complete_checkpoint(run_dir: Path) -> str | None:
-    """The name of the newest checkpoint with all its files, by presence and size; None where there is none."""
+    """The name of the newest checkpoint with all its files, by presence and size; None where there
+    is none.
+    """
     folder = run_dir / CHECKPOINTS
     names = os.listdir(folder) if folder.is_dir() else []
-    for name in sorted((n for n in names if STEP.fullmatch(n)), key=lambda n: int(n[5:]), reverse=True):
+    for name in sorted(
+        (n for n in names if STEP.fullmatch(n)), key=lambda n: int(n[5:]), reverse=True
+    ):
         try:
             integrity.verify_directory(folder / name, digests=False)
         except ModelError:
@@ -141,10 +183,18 @@ def _judge_state(
     run: RunRecord, process: RunProcess | None, step: int, saved: str | None, written: float | None
 ) -> tuple[str, str]:
     """(state, why or what to do)."""
-    go_on = f"resume_from_checkpoint=auto goes on from {saved}" if saved else "there is no checkpoint to go on from"
+    go_on = (
+        f"resume_from_checkpoint=auto goes on from {saved}"
+        if saved
+        else "there is no checkpoint to go on from"
+    )
     at_work = False if process is None else is_process_alive(process, run.path)
     if process is not None and at_work is None:
-        at_work = process.ended is None and written is not None and _seconds_now() - written < SILENT_SECONDS
+        at_work = (
+            process.ended is None
+            and written is not None
+            and _seconds_now() - written < SILENT_SECONDS
+        )
         if at_work:
             return "running", f"process {process.pid} of {process.host}, as far as its files tell"
     if at_work:
@@ -179,22 +229,40 @@ def _last_written(run_dir: Path) -> float | None:
 
 def _recent_speed(log: MetricsLog) -> float | None:
     """Tokens a second over the last steps."""
-    timed = [r for r in log.training[-RECENT_STEPS:] if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
+    timed = [
+        r
+        for r in log.training[-RECENT_STEPS:]
+        if is_number(r.get("tokens")) and is_number(r.get("seconds"))
+    ]
     seconds = sum(float(r["seconds"]) for r in timed)
     return sum(float(r["tokens"]) for r in timed) / seconds if 0 < seconds < math.inf else None
 
 
-def _elapsed_seconds(log: MetricsLog, process: RunProcess | None, live: bool, written: float | None) -> float | None:
-    """From the start of the process to its end, or till now; of a run whose process.json is gone, the time of its steps."""
+def _elapsed_seconds(
+    log: MetricsLog, process: RunProcess | None, live: bool, written: float | None
+) -> float | None:
+    """From the start of the process to its end, or till now; of a run whose process.json is gone,
+    the time of its steps.
+    """
     if process is None:
         return sum(log.series("seconds")[1]) or None
-    end = _seconds_now() if live else _seconds_of_time(process.ended.at) if process.ended else written
+    end = (
+        _seconds_now() if live else _seconds_of_time(process.ended.at) if process.ended else written
+    )
     return max(0.0, end - _seconds_of_time(process.started)) if end is not None else None
 
 
-def _remaining_seconds(process: RunProcess | None, step: int, written: float | None) -> float | None:
+def _remaining_seconds(
+    process: RunProcess | None, step: int, written: float | None
+) -> float | None:
     """Seconds left at the pace of this process so far, evaluations and checkpoints included."""
-    if process is None or process.begun is None or not process.total_steps or step <= process.done or written is None:
+    if (
+        process is None
+        or process.begun is None
+        or not process.total_steps
+        or step <= process.done
+        or written is None
+    ):
         return None
     pace = max(0.0, written - _seconds_of_time(process.begun)) / (step - process.done)
     return max(0.0, pace * (process.total_steps - step) - (_seconds_now() - written))
@@ -204,8 +272,12 @@ def _best_evaluation(run: RunRecord) -> tuple[str, float, int] | None:
     config = flatten_config(run.config)
     name = str(config.get("train.metric_for_best_model") or "eval_loss")
     steps, values = run.log.series(name if name.startswith("eval_") else f"eval_{name}")
-    pairs = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    pairs = [
+        (value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)
+    ]
     if not pairs:
         return None
-    value, step = (max if config.get("train.greater_is_better") is True else min)(pairs, key=lambda pair: pair[0])
+    value, step = (max if config.get("train.greater_is_better") is True else min)(
+        pairs, key=lambda pair: pair[0]
+    )
     return name, value, step

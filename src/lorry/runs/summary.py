@@ -1,4 +1,6 @@
-"""What a run comes down to: its final figures, what it was about, and where the settings of several runs differ."""
+"""What a run comes down to: its final figures, what it was about, and where the settings of several
+runs differ.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ MOST_DIFFERENCES = 300  # settings listed; a run has some 120
 
 @dataclass(frozen=True)
 class RunFigure:
-    """One number of a run: ``value`` as text, a ``unit`` where it needs one, and ``note``, how it came about."""
+    """One number of a run: ``value`` as text, a ``unit`` where it needs one, and ``note``, how it
+    came about.
+    """
 
     name: str
     value: str
@@ -30,8 +34,14 @@ class RunFigure:
 
 
 def final_figures(run: RunRecord) -> list[RunFigure]:
-    """The final figures that the run's files give, in the order of interest; none is invented where lines lack it."""
-    return [f for f in (*_loss_figures(run.log), *_cost_figures(run.log), *_extent_figures(run.log)) if f.value != MISSING_VALUE]
+    """The final figures that the run's files give, in the order of interest; none is invented where
+    lines lack it.
+    """
+    return [
+        f
+        for f in (*_loss_figures(run.log), *_cost_figures(run.log), *_extent_figures(run.log))
+        if f.value != MISSING_VALUE
+    ]
 
 
 def _loss_figures(log: MetricsLog) -> Iterable[RunFigure]:
@@ -46,12 +56,16 @@ def _loss_figures(log: MetricsLog) -> Iterable[RunFigure]:
             if lowest < losses[-1]
             else ""
         )
-        yield RunFigure("evaluation loss", format_number(losses[-1]), f"at step {format_number(steps[-1])}{best}")
+        yield RunFigure(
+            "evaluation loss",
+            format_number(losses[-1]),
+            f"at step {format_number(steps[-1])}{best}",
+        )
 
 
 def _train_loss_figures(steps: Sequence[float], losses: Sequence[float]) -> Iterable[RunFigure]:
-    """The train loss is what TRL and transformers call so, the mean over all steps; a single step's is mostly noise, and has a
-    name of its own wherever it is shown: last loss."""
+    """The train loss is what TRL and transformers call so, the mean over all steps; a single step's
+    is mostly noise, and has a name of its own wherever it is shown: last loss."""
     mean = sum(v / len(losses) for v in losses)
     yield RunFigure(
         "train loss",
@@ -67,27 +81,42 @@ def _cost_figures(log: MetricsLog) -> Iterable[RunFigure]:
     timed = [r for r in log.training if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
     seconds, tokens = (sum(float(r[name]) for r in timed) for name in ("seconds", "tokens"))
     if seconds > 0:
-        yield RunFigure("throughput", format_number(tokens / seconds), f"over {format_number(len(timed))} steps", "tokens/s")
+        yield RunFigure(
+            "throughput",
+            format_number(tokens / seconds),
+            f"over {format_number(len(timed))} steps",
+            "tokens/s",
+        )
     peaks = [v for v in log.series("peak_memory_bytes")[1] if math.isfinite(v)]
     yield RunFigure("peak memory", format_bytes(max(peaks, default=None)))
     yield RunFigure(
-        "training time", format_duration(sum(log.series("seconds")[1]) or None), "steps only, without loading and evaluation"
+        "training time",
+        format_duration(sum(log.series("seconds")[1]) or None),
+        "steps only, without loading and evaluation",
     )
 
 
 def _extent_figures(log: MetricsLog) -> Iterable[RunFigure]:
     if not log.training:
         return
-    totals = [(sum(log.series(name)[1]), what) for name, what in (("tokens", "tokens"), ("supervised_tokens", "supervised"))]
+    totals = [
+        (sum(log.series(name)[1]), what)
+        for name, what in (("tokens", "tokens"), ("supervised_tokens", "supervised"))
+    ]
     epochs = log.series("epoch")[1]
     note = [f"epoch {format_number(epochs[-1])}"] if epochs else []
-    note += [f"{format_number(int(total))} {what}" for total, what in totals if 0 < total < math.inf]
+    note += [
+        f"{format_number(int(total))} {what}" for total, what in totals if 0 < total < math.inf
+    ]
     yield RunFigure("steps", format_number(log.training[-1]["step"]), ", ".join(note))
 
 
 def figures_by_adapter(run: RunRecord) -> list[tuple[str, str, list[RunFigure]]]:
     """(name, its own settings, its final figures) of each adapter of a run of several."""
-    return [(name, adapter_settings_text(run, name), list(_adapter_figures(run.log, name))) for name in run.log.adapters()]
+    return [
+        (name, adapter_settings_text(run, name), list(_adapter_figures(run.log, name)))
+        for name in run.log.adapters()
+    ]
 
 
 def _adapter_figures(log: MetricsLog, name: str) -> Iterable[RunFigure]:
@@ -97,8 +126,12 @@ def _adapter_figures(log: MetricsLog, name: str) -> Iterable[RunFigure]:
     held_at, held = log.series("eval_loss", name)
     if held:
         lowest = min((v for v in held if math.isfinite(v)), default=held[-1])
-        yield RunFigure("held-out loss", format_number(held[-1]), f"at step {format_number(held_at[-1])}")
-        yield RunFigure("lowest", format_number(lowest), f"at step {format_number(held_at[held.index(lowest)])}")
+        yield RunFigure(
+            "held-out loss", format_number(held[-1]), f"at step {format_number(held_at[-1])}"
+        )
+        yield RunFigure(
+            "lowest", format_number(lowest), f"at step {format_number(held_at[held.index(lowest)])}"
+        )
     if steps:
         yield RunFigure("steps", format_number(steps[-1]))
 
@@ -106,15 +139,25 @@ def _adapter_figures(log: MetricsLog, name: str) -> Iterable[RunFigure]:
 def adapter_settings_text(run: RunRecord, adapter: str) -> str:
     """What run.yaml says of a job beyond the run's settings: ``r 8, learning_rate 0.001``."""
     jobs = run.config.get("jobs")
-    job = next((j for j in jobs if isinstance(j, dict) and j.get("name") == adapter), {}) if isinstance(jobs, list) else {}
+    job = (
+        next((j for j in jobs if isinstance(j, dict) and j.get("name") == adapter), {})
+        if isinstance(jobs, list)
+        else {}
+    )
     groups = [job[group] for group in ("lora", "data", "train") if isinstance(job.get(group), dict)]
-    return ", ".join(f"{name} {_plain_value(value)}" for group in groups for name, value in group.items())
+    return ", ".join(
+        f"{name} {_plain_value(value)}" for group in groups for name, value in group.items()
+    )
 
 
 def describe_run_subject(run: RunRecord) -> dict[str, str]:
     """model, data and adapter in a few words each, where run.yaml says so."""
     config = flatten_config(run.config)
-    lora = {name.removeprefix("lora."): value for name, value in config.items() if name.startswith("lora.")}
+    lora = {
+        name.removeprefix("lora."): value
+        for name, value in config.items()
+        if name.startswith("lora.")
+    }
     if config.get("resolved.target_modules"):
         lora["target_modules"] = config["resolved.target_modules"]
     adapter = ", ".join(
@@ -133,22 +176,39 @@ def describe_run_subject(run: RunRecord) -> dict[str, str]:
         "model": config.get("model.name", config.get("model")),
         "data": config.get("data.path") or config.get("data.mix") or config.get("data"),
     }
-    return {name: _plain_value(value) for name, value in {**said, "adapter": adapter}.items() if value not in (None, "")}
+    return {
+        name: _plain_value(value)
+        for name, value in {**said, "adapter": adapter}.items()
+        if value not in (None, "")
+    }
 
 
 def flatten_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name: ``{"lora": {"r": 8}}`` is ``{"lora.r": 8}``; an empty mapping stays a value."""
+    """Nested settings by dotted name: ``{"lora": {"r": 8}}`` is ``{"lora.r": 8}``; an empty mapping
+    stays a value.
+    """
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= flatten_config(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+        flat |= (
+            flatten_config(value, f"{prefix}{name}.")
+            if isinstance(value, dict) and value
+            else {f"{prefix}{name}": value}
+        )
     return flat
 
 
 def run_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """(setting, its value in each run) for the settings that are not the same in all; the output directory always differs."""
+    """(setting, its value in each run) for the settings that are not the same in all; the output
+    directory always differs.
+    """
     flat = [flatten_config(run.config) for run in runs]
-    names = [name for name in dict.fromkeys(name for one in flat for name in one) if name != "output_dir"]
-    rows = [(name, [_plain_value(one[name]) if name in one else MISSING_VALUE for one in flat]) for name in names]
+    names = [
+        name for name in dict.fromkeys(name for one in flat for name in one) if name != "output_dir"
+    ]
+    rows = [
+        (name, [_plain_value(one[name]) if name in one else MISSING_VALUE for one in flat])
+        for name in names
+    ]
     rows = [(name, values) for name, values in rows if len(set(values)) > 1]
     if len(rows) > MOST_DIFFERENCES:
         more = f"and {len(rows) - MOST_DIFFERENCES} more settings"
@@ -160,4 +220,8 @@ def _plain_value(value: Any) -> str:
     """A setting's value as it is typed in YAML, near enough to recognise."""
     if isinstance(value, list):
         return ", ".join(map(_plain_value, value))
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    return (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )

@@ -1,4 +1,6 @@
-"""What a task is made from, and what its builder returns. A builder changes nothing that it was given."""
+"""What a task is made from, and what its builder returns. A builder changes nothing that it was
+given.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,15 @@ from lorry.data.prepare import PreparedData
 from lorry.data.stream.joint import JointStream
 from lorry.models.loading.open import OpenedModel
 
-PreparedJobs = Mapping[str, tuple[RunConfig, PreparedData]]  # by adapter: the run it would be alone, and what it reads
+PreparedJobs = Mapping[
+    str, tuple[RunConfig, PreparedData]
+]  # by adapter: the run it would be alone, and what it reads
 
 
 @dataclass(frozen=True)
 class TaskInputs:
-    """The run, the opened model, its jobs, their rows as one stream, the held-out batches, the steps of the longest job, and the
-    backend (for scores before training)."""
+    """The run, the opened model, its jobs, their rows as one stream, the held-out batches, the
+    steps of the longest job, and the backend (for scores before training)."""
 
     run: RunConfig
     opened: OpenedModel
@@ -31,8 +35,8 @@ class TaskInputs:
 
 @dataclass(frozen=True)
 class BuiltTask:
-    """The task; ``models``: the frozen models it scores with besides its own; ``digests``: what else the result hangs on, for the
-    run's identity; ``notes``: what a person should know."""
+    """The task; ``models``: the frozen models it scores with besides its own; ``digests``: what
+    else the result hangs on, for the run's identity; ``notes``: what a person should know."""
 
     task: Task
     models: Mapping[str, ScoringBackend] = field(default_factory=dict)

@@ -1,4 +1,6 @@
-"""Tasks by name: `run.task` chooses the builder. A new task is a module, or a folder, beside this one and a line here."""
+"""Tasks by name: `run.task` chooses the builder. A new task is a module, or a folder, beside this
+one and a line here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Supervised fine-tuning: read rows, weigh their tokens, minimise the negative log-likelihood of the supervised ones."""
+"""Supervised fine-tuning: read rows, weigh their tokens, minimise the negative log-likelihood of
+the supervised ones.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,18 @@ from lorry.tasks.losses import nll_loss
 
 
 class SftTask:
-    """One or several adapters, a stream of rows that each belong to one of them. ``evaluation``: batches that never change, in a
-    fixed order, each of one adapter; ``total_steps``: those of the adapter with the most."""
+    """One or several adapters, a stream of rows that each belong to one of them. ``evaluation``:
+    batches that never change, in a fixed order, each of one adapter; ``total_steps``: those of the
+    adapter with the most.
+    """
 
-    def __init__(self, stream: JointStream, evaluation: Sequence[Batch], total_steps: int, adapters: Sequence[str]) -> None:
+    def __init__(
+        self,
+        stream: JointStream,
+        evaluation: Sequence[Batch],
+        total_steps: int,
+        adapters: Sequence[str],
+    ) -> None:
         self.stream, self.evaluation = stream, list(evaluation)
         self.total_steps, self.adapters = total_steps, adapters
 

@@ -1,4 +1,6 @@
-"""What a run leaves in its directory besides metrics and checkpoints: adapter, run.yaml, receipt, contracts."""
+"""What a run leaves in its directory besides metrics and checkpoints: adapter, run.yaml, receipt,
+contracts.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,19 @@ def json_text(value: Any) -> str:
 
 
 def write_text(run_dir: Path, name: str, text: str) -> None:
-    """One text file of a run, whole or not at all. What somebody put there while the run went moves to previous/N; a
-    description and contracts of the run's earlier lives are written over."""
+    """One text file of a run, whole or not at all. What somebody put there while the run went moves
+    to previous/N; a description and contracts of the run's earlier lives are written over."""
     ours = {RUN_FILE: ownership.read_run_description, CONTRACTS: ownership.is_contracts}
-    ownership.write_owned_files(run_dir, {name: text.encode()}, ours=lambda path: name in ours and bool(ours[name](path)))
+    ownership.write_owned_files(
+        run_dir, {name: text.encode()}, ours=lambda path: name in ours and bool(ours[name](path))
+    )
 
 
-def write_adapters(run_dir: Path, model: nn.Module, tokenizer: Any, names: Sequence[str], base_name: str) -> dict[str, str]:
-    """The adapter(s) in PEFT's format, and the tokenizer: one adapter in the run directory itself, several in a folder each.
+def write_adapters(
+    run_dir: Path, model: nn.Module, tokenizer: Any, names: Sequence[str], base_name: str
+) -> dict[str, str]:
+    """The adapter(s) in PEFT's format, and the tokenizer: one adapter in the run directory itself,
+    several in a folder each.
 
     Returns {adapter: SHA-256 of its weights file}. Raises DiskError.
     """
@@ -44,11 +51,17 @@ def write_adapters(run_dir: Path, model: nn.Module, tokenizer: Any, names: Seque
     for name in names:
         files = adapter_files(model, name, base_name=base_name)
         inside = "" if len(names) == 1 else f"{name}/"
-        ownership.write_owned_files(run_dir, {f"{inside}{file}": content for file, content in files.items()})
+        ownership.write_owned_files(
+            run_dir, {f"{inside}{file}": content for file, content in files.items()}
+        )
         digests[name] = hashlib.sha256(files[ADAPTER_WEIGHTS]).hexdigest()
     with durable.scratch_directory(run_dir / "tokenizer") as folder:
         tokenizer.save_pretrained(folder)
-        contents = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        contents = {
+            str(p.relative_to(folder)): p.read_bytes()
+            for p in sorted(folder.rglob("*"))
+            if p.is_file()
+        }
     ownership.write_owned_files(run_dir, contents)
     return digests
 
@@ -62,14 +75,20 @@ def build_receipt(
     seed: int | Mapping[str, int],
     sizes: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Digests of everything the result hangs on. ``saved``: {"adapters": {name: SHA-256}}, or {"weights": {file: SHA-256}} of a
-    whole model; ``sizes``: trainable and total parameters, and the bytes of what was saved."""
+    """Digests of everything the result hangs on. ``saved``: {"adapters": {name: SHA-256}}, or
+    {"weights": {file: SHA-256}} of a whole model; ``sizes``: trainable and total parameters, and
+    the bytes of what was saved.
+    """
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
     return {
         "data": dict(data),
         "base": dict(base),
         "code": {"sha256": code, "lorry": version("lorry")},
-        "environment": {"python": platform.python_version(), **{p: version(p) for p in packages}, "machine": platform.machine()},
+        "environment": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in packages},
+            "machine": platform.machine(),
+        },
         "seed": seed,
         **{kind: dict(digests) for kind, digests in saved.items()},
         **sizes,

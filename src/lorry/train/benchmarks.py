@@ -1,4 +1,6 @@
-"""Named sets asked while a run trains: `train.eval_tasks`, at every evaluation, with the weights as they are then."""
+"""Named sets asked while a run trains: `train.eval_tasks`, at every evaluation, with the weights as
+they are then.
+"""
 
 from __future__ import annotations
 
@@ -17,47 +19,69 @@ from lorry.models.loading.open import OpenedModel
 
 
 def load_eval_benchmarks(run: RunConfig) -> list[Benchmark]:
-    """The questions of `train.eval_tasks`, read before the model is loaded. Raises ConfigError, also where rows to ask are rows
-    that a job learns, whatever the set is called, and DataError."""
+    """The questions of `train.eval_tasks`, read before the model is loaded. Raises ConfigError,
+    also where rows to ask are rows that a job learns, whatever the set is called, and DataError."""
     if not run.train.eval_tasks:
         return []
     places, exams = DataLocations(run.data.local), list[Benchmark]()
     spots = [spot for one in runs_by_adapter(run).values() for spot in training_locations(one.data)]
     for name in expand_suites(run.train.eval_tasks):
         exam = load_benchmark(
-            name, places, limit=run.train.eval_limit, n_shot=run.train.eval_n_shot, seed=run.train.seed,
+            name,
+            places,
+            limit=run.train.eval_limit,
+            n_shot=run.train.eval_n_shot,
+            seed=run.train.seed,
             on_bad_row="error" if run.data.on_bad_row == "error" else "skip",
-        )  # fmt: skip
+        )
         refuse_leak(spots, places, exam.one, exam.split, "leave it out of train.eval_tasks")
         exams.append(exam)
     return exams
 
 
 def default_best_metric(run: RunConfig, exams: list[Benchmark], notes: list[str]) -> RunConfig:
-    """Where sets are all that is evaluated and nothing else is said, the best step is that of the first set's main metric."""
+    """Where sets are all that is evaluated and nothing else is said, the best step is that of the
+    first set's main metric.
+    """
     if not exams or run.data.evaluates or run.train.metric_for_best_model != "eval_loss":
         return run
     metric = f"eval_{exams[0].one.name}_{exams[0].one.metrics[0]}"
-    notes.append(f"no rows are held out for a loss, so the best step is that of the highest {metric}")
+    notes.append(
+        f"no rows are held out for a loss, so the best step is that of the highest {metric}"
+    )
     best = {"metric_for_best_model": metric, "greater_is_better": True}
     return run.model_copy(update={"train": run.train.model_copy(update=best)})
 
 
 class BenchmarkEvaluator:
-    """Asks every exam of an adapter (or of the base, where that is what trains): {eval_SET_METRIC: value}."""
+    """Asks every exam of an adapter (or of the base, where that is what trains): {eval_SET_METRIC:
+    value}.
+    """
 
     def __init__(self, run: RunConfig, opened: OpenedModel, exams: list[Benchmark]) -> None:
         self.run, self.opened, self.exams = run, opened, exams
         context = opened.model.context
         rows = opened.model.vocab_size
-        self.encoder = ExampleEncoder(opened.tokenizer, max_length=context or 1 << 20, system=run.data.system, embeddings=rows)
+        self.encoder = ExampleEncoder(
+            opened.tokenizer, max_length=context or 1 << 20, system=run.data.system, embeddings=rows
+        )
 
     def __call__(self, name: str) -> Mapping[str, float]:
-        mix = Mix.one(name) if name in get_bank(self.opened.model, create=True).names() else Mix.none()
+        mix = (
+            Mix.one(name)
+            if name in get_bank(self.opened.model, create=True).names()
+            else Mix.none()
+        )
         found = dict[str, float]()
         for exam in self.exams:
             taken = evaluate_benchmark(
-                self.opened.model, self.encoder, exam, mix, batch_rows=self.run.train.per_device_eval_batch_size
+                self.opened.model,
+                self.encoder,
+                exam,
+                mix,
+                batch_rows=self.run.train.per_device_eval_batch_size,
             )
-            found |= {f"eval_{exam.one.name}_{metric}": one.value for metric, one in taken.metrics.items()}
+            found |= {
+                f"eval_{exam.one.name}_{metric}": one.value for metric, one in taken.metrics.items()
+            }
         return found

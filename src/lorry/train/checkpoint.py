@@ -5,12 +5,14 @@
         meta.json           step, epoch, task state, length of metrics.jsonl, environment, config and digests
         manifest.json       size and SHA-256 of the other two, written last
 
-Commit order: temporary directory, write, fsync files, manifest, fsync directory, rename, fsync parent, and only then the
-older ones are pruned. One process writes to a run; reading changes nothing. Safetensors and JSON only, never pickle.
+Commit order: temporary directory, write, fsync files, manifest, fsync directory, rename, fsync
+parent, and only then the older ones are pruned. One process writes to a run; reading changes
+nothing. Safetensors and JSON only, never pickle.
 
-"There is none" and "there are some, and none is whole" are different answers: None, and ModelError. A checkpoint that is damaged
-or lies under another step's name is never removed: the run that passes it over renames it to step-00000120.damaged. One that the
-disk could not read (DiskError) is not damaged, and nothing is passed over because of it.
+"There is none" and "there are some, and none is whole" are different answers: None, and ModelError.
+A checkpoint that is damaged or lies under another step's name is never removed: the run that passes
+it over renames it to step-00000120.damaged. One that the disk could not read (DiskError) is not
+damaged, and nothing is passed over because of it.
 
     save(run, step, tensors, meta, keep=3, protect={best})
     path = find_latest(run)
@@ -50,24 +52,42 @@ META_FILE = "meta.json"
 CHECKPOINT_PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
 
 _SAFETENSORS_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
-# Settings that change where and how often a run writes, and nothing it computes: they may differ on resuming. Whatever
-# decides which steps are evaluated is not among them: the best adapter and an early stop hang on it.
+# Settings that change where and how often a run writes, and nothing it computes: they may differ on
+# resuming. Whatever
+# decides which steps are evaluated is not among them: the best adapter and an early stop hang on
+# it.
 FREE_SETTINGS = frozenset(
     [
-        *["output_dir", "run_name", "resume_from_checkpoint", "save_steps", "save_strategy", "save_total_limit"],
+        *[
+            "output_dir",
+            "run_name",
+            "resume_from_checkpoint",
+            "save_steps",
+            "save_strategy",
+            "save_total_limit",
+        ],
         *["logging_steps", "logging_strategy", "report_to", "disable_tqdm"],
         *["background", "push_to_hub", "hub_model_id", "hub_private_repo"],
     ]
 )
-# Settings of where and in what portions a run computes: the same run may go on with others, though not bit for bit.
-DEVICE_SETTINGS = frozenset({"backend", "device", "gradient_checkpointing", "per_device_eval_batch_size"})
-CHANGEABLE_SETTINGS_MESSAGE = (
-    "only where and how often a run writes may change (docs/running.md lists it), and where it computes, with a note"
+# Settings of where and in what portions a run computes: the same run may go on with others, though
+# not bit for bit.
+DEVICE_SETTINGS = frozenset(
+    {"backend", "device", "gradient_checkpointing", "per_device_eval_batch_size"}
 )
+CHANGEABLE_SETTINGS_MESSAGE = "only where and how often a run writes may change (docs/running.md lists it), and where it computes, with a note"
 LENGTH_SETTINGS = frozenset({"max_steps", "num_train_epochs"})
 LONGER_RUN_MESSAGE = (
     "A run's length is part of what it computes: the learning rate of every step follows from it. To train on from what is "
@@ -84,19 +104,26 @@ def save_checkpoint(
     keep: int | None = None,
     protect: Collection[int] = (),
 ) -> Path:
-    """Write the checkpoint of ``step`` (updates done so far) and return its directory, durable when this returns.
+    """Write the checkpoint of ``step`` (updates done so far) and return its directory, durable when
+    this returns.
 
-    ``meta`` must survive JSON unchanged (no tuples, no NaN) and hold "config", "digests" and "environment". Then the
-    newest ``keep`` whole checkpoints up to this step stay (None: all), and those of the steps in ``protect`` (the best,
-    the last finite). Later steps are removed: they belong to a history that this run rewound; damaged ones are set aside.
-    The directory must be there: one that was moved away is not made again. Raises DiskError,
-    ContractError (a tensor or a field that cannot be stored) and ConfigError (``keep`` below 1).
+    ``meta`` must survive JSON unchanged (no tuples, no NaN) and hold "config", "digests" and
+    "environment". Then the newest ``keep`` whole checkpoints up to this step stay (None: all), and
+    those of the steps in ``protect`` (the best, the last finite). Later steps are removed: they
+    belong to a history that this run rewound; damaged ones are set aside. The directory must be
+    there: one that was moved away is not made again. Raises DiskError, ContractError (a tensor or a
+    field that cannot be stored) and ConfigError (``keep`` below 1).
     """
     if keep is not None and keep < 1:
-        raise ConfigError(f"save_total_limit={keep} would delete the checkpoint just written; use 1 or more, or null for all")
+        raise ConfigError(
+            f"save_total_limit={keep} would delete the checkpoint just written; use 1 or more, or null for all"
+        )
     folder = run_dir / CHECKPOINTS
     path = folder / f"step-{step:08d}"
-    files: dict[str, durable.FileContent] = {STATE_FILE: _safetensors_chunks(tensors), META_FILE: _meta_text(step, meta)}
+    files: dict[str, durable.FileContent] = {
+        STATE_FILE: _safetensors_chunks(tensors),
+        META_FILE: _meta_text(step, meta),
+    }
     durable.make_directory(folder, parents=False)
     durable.recover_writes(folder)
     durable.write_directory(path, files, manifest=True, replace=True)
@@ -106,15 +133,21 @@ def save_checkpoint(
 
 
 def remove_checkpoints_after(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints beyond ``step``, for a run that goes back to it; damaged ones are set aside. Raises DiskError."""
+    """Remove the checkpoints beyond ``step``, for a run that goes back to it; damaged ones are set
+    aside. Raises DiskError.
+    """
     for later, path in _list_checkpoints(run_dir):
         if later > step:
             _remove_or_set_aside(path, digests=True)
 
 
-def tidy_checkpoints(run_dir: Path, step: int, *, keep: int | None = None, protect: Collection[int] = ()) -> None:
-    """Bring the checkpoints of a run that goes on from ``step`` into the order that saving it left them in, had a kill not come
-    between: what was half written or half removed goes, and so do later steps and those beyond ``keep``. Raises DiskError."""
+def tidy_checkpoints(
+    run_dir: Path, step: int, *, keep: int | None = None, protect: Collection[int] = ()
+) -> None:
+    """Bring the checkpoints of a run that goes on from ``step`` into the order that saving it left
+    them in, had a kill not come between: what was half written or half removed goes, and so do
+    later steps and those beyond ``keep``. Raises DiskError.
+    """
     folder = run_dir / CHECKPOINTS
     if folder.is_dir():
         durable.recover_writes(folder)
@@ -125,8 +158,8 @@ def tidy_checkpoints(run_dir: Path, step: int, *, keep: int | None = None, prote
 def find_latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None where there is none at all. Nothing is changed.
 
-    Damaged ones are skipped with a warning. Raises ModelError naming every one of them where none is whole, and DiskError where
-    one could not be read.
+    Damaged ones are skipped with a warning. Raises ModelError naming every one of them where none
+    is whole, and DiskError where one could not be read.
     """
     damage = list[str]()
     for _, path in reversed(_list_checkpoints(run_dir)):
@@ -147,10 +180,11 @@ def find_latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read and verify a checkpoint directory: tensors by name, on the CPU, and what ``save_checkpoint`` was given as meta plus its step.
+    """Read and verify a checkpoint directory: tensors by name, on the CPU, and what
+    ``save_checkpoint`` was given as meta plus its step.
 
-    Raises ModelError naming the damaged, missing or linked file, when it is no checkpoint of this format, or lies under the name
-    of another step; DiskError when it could not be read.
+    Raises ModelError naming the damaged, missing or linked file, when it is no checkpoint of this
+    format, or lies under the name of another step; DiskError when it could not be read.
     """
     _refuse_pickle(path)
     meta = _read_meta(path)
@@ -163,46 +197,64 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    """Verify every file of a checkpoint directory against its manifest, and what it says of itself. Raises as `load_checkpoint` does."""
+    """Verify every file of a checkpoint directory against its manifest, and what it says of itself.
+    Raises as `load_checkpoint` does.
+    """
     names = integrity.verify_directory(path)
     if set(names) != {STATE_FILE, META_FILE}:
         raise ModelError(
             f"{path} lists {', '.join(sorted(names))}; a checkpoint holds {STATE_FILE} and {META_FILE} and nothing else"
         )
-    meta = documents.parse_json(integrity.read_content(path / META_FILE), str(path / META_FILE), error=ModelError)
+    meta = documents.parse_json(
+        integrity.read_content(path / META_FILE), str(path / META_FILE), error=ModelError
+    )
     found = meta.pop("format", None) if isinstance(meta, dict) else None
     if found != CHECKPOINT_FORMAT:
-        raise ModelError(f"{path / META_FILE}: format {found!r}, this version of Lorry reads {CHECKPOINT_FORMAT!r}")
+        raise ModelError(
+            f"{path / META_FILE}: format {found!r}, this version of Lorry reads {CHECKPOINT_FORMAT!r}"
+        )
     step, named = meta.get("step"), _named_step(path)
     if type(step) is not int or step < 0:
         raise ModelError(
             f"{path / META_FILE}: step {str(step)[:40]!r} is no whole number of 0 or more; this was not written by Lorry"
         )
     if named is not None and step != named:
-        raise ModelError(f"{path} holds step {step}: directories were exchanged or renamed; give it back the name of its step")
-    if odd := [key for key in ("config", "digests", "environment") if not isinstance(meta.get(key), dict)]:
-        raise ModelError(f"{path / META_FILE}: {odd[0]!r} is no object; this checkpoint was not written by Lorry")
+        raise ModelError(
+            f"{path} holds step {step}: directories were exchanged or renamed; give it back the name of its step"
+        )
+    if odd := [
+        key for key in ("config", "digests", "environment") if not isinstance(meta.get(key), dict)
+    ]:
+        raise ModelError(
+            f"{path / META_FILE}: {odd[0]!r} is no object; this checkpoint was not written by Lorry"
+        )
     return meta
 
 
 def refuse_other_run(meta: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Compare a checkpoint's meta with the same fields of the run that wants to go on from it.
 
-    "config" is compared field by field, "digests" by name. Raises ConfigError listing every field that differs, with
-    both values. Returns notes ("not bitwise: torch 2.11.0 -> 2.13.0") for what may differ but breaks equality to the last
-    bit: the environment, the fields in ``DEVICE_SETTINGS`` and Lorry's own code (the digest "code"). Fields in ``FREE_SETTINGS`` are not
-    compared, and neither is a digest named "config": its fields are.
+    "config" is compared field by field, "digests" by name. Raises ConfigError listing every field
+    that differs, with both values. Returns notes ("not bitwise: torch 2.11.0 -> 2.13.0") for what
+    may differ but breaks equality to the last bit: the environment, the fields in
+    ``DEVICE_SETTINGS`` and Lorry's own code (the digest "code"). Fields in ``FREE_SETTINGS`` are
+    not compared, and neither is a digest named "config": its fields are.
     """
     refused: list[str] = []
     notes: list[str] = []
     for field, old, new in _setting_differences(meta["config"], current["config"]):
         parts = field.split(".")
         if FREE_SETTINGS.isdisjoint(parts):
-            (refused if DEVICE_SETTINGS.isdisjoint(parts) else notes).append(f"{field} {old} -> {new}")
+            (refused if DEVICE_SETTINGS.isdisjoint(parts) else notes).append(
+                f"{field} {old} -> {new}"
+            )
     for field, old, new in _setting_differences(meta["digests"], current["digests"]):
         if field != "config":
             (notes if field == "code" else refused).append(f"{field} {old} -> {new}")
-    notes += [f"{field} {old} -> {new}" for field, old, new in _setting_differences(meta["environment"], current["environment"])]
+    notes += [
+        f"{field} {old} -> {new}"
+        for field, old, new in _setting_differences(meta["environment"], current["environment"])
+    ]
     if refused:
         listed = "".join(f"\n  {line}" for line in refused)
         raise ConfigError(
@@ -233,23 +285,31 @@ def code_digest() -> str:
     """SHA-256 over the names and contents of Lorry's own source files."""
     root = Path(__file__).parent.parent
     files = sorted(root.rglob("*.py"))
-    listed = [f"{file.relative_to(root).as_posix()} {integrity.file_digest(file)}\n" for file in files]
+    listed = [
+        f"{file.relative_to(root).as_posix()} {integrity.file_digest(file)}\n" for file in files
+    ]
     return hashlib.sha256("".join(listed).encode()).hexdigest()
 
 
 def _named_step(path: Path) -> int | None:
-    """The step that a directory's name says, also of one set aside for a replacement; None for a name that says none."""
+    """The step that a directory's name says, also of one set aside for a replacement; None for a
+    name that says none.
+    """
     match = STEP.fullmatch(durable.replaced_name(path.name) or path.name)
     return int(match[1]) if match else None
 
 
 def _list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every checkpoint, also of one set aside for a replacement that never came; oldest first."""
+    """(step, directory) of every checkpoint, also of one set aside for a replacement that never
+    came; oldest first.
+    """
     folder = run_dir / CHECKPOINTS
     by_step: dict[int, Path] = {}
     try:
         with integrity.translate_read_errors(folder):
-            names = sorted(os.listdir(folder), reverse=True)  # so that a proper name comes after, and beats, one set aside
+            names = sorted(
+                os.listdir(folder), reverse=True
+            )  # so that a proper name comes after, and beats, one set aside
     except ModelError:
         return []  # there is no such folder
     for path in (folder / name for name in names):
@@ -259,19 +319,24 @@ def _list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _prune_checkpoints(run_dir: Path, keep: int | None, protect: Collection[int]) -> None:
-    """Remove all but the newest ``keep`` and ``protect``. A checkpoint that lost a file does not count as one of them, and is set
-    aside."""
+    """Remove all but the newest ``keep`` and ``protect``. A checkpoint that lost a file does not
+    count as one of them, and is set aside."""
     if keep is None:
         return
     saved = _list_checkpoints(run_dir)
-    stay = {*[step for step, path in saved if not _is_damaged(path, digests=False)][-keep:], *protect}
+    stay = {
+        *[step for step, path in saved if not _is_damaged(path, digests=False)][-keep:],
+        *protect,
+    }
     for step, path in saved:
         if step not in stay:
             _remove_or_set_aside(path, digests=False)
 
 
 def _remove_or_set_aside(path: Path, *, digests: bool) -> None:
-    """Remove a whole checkpoint; a damaged one may be all there is of its step, and is renamed to NAME.damaged."""
+    """Remove a whole checkpoint; a damaged one may be all there is of its step, and is renamed to
+    NAME.damaged.
+    """
     if not _is_damaged(path, digests=digests):
         durable.remove_directory(path)
         return
@@ -280,7 +345,9 @@ def _remove_or_set_aside(path: Path, *, digests: bool) -> None:
 
 
 def _is_damaged(path: Path, *, digests: bool) -> bool:
-    """Whether a checkpoint is damaged. Without ``digests`` only presence and sizes are looked at, which reads next to nothing."""
+    """Whether a checkpoint is damaged. Without ``digests`` only presence and sizes are looked at,
+    which reads next to nothing.
+    """
     try:
         if digests:
             _read_meta(path)
@@ -298,33 +365,52 @@ def _refuse_pickle(path: Path) -> None:
         else sorted(p for p in path.glob("*") if p.suffix in CHECKPOINT_PICKLE_SUFFIXES)
     )
     if found and not (path / manifest.MANIFEST_NAME).exists():
-        raise ModelError(f"{found[0]} is a pickle, which can run any code when read; Lorry resumes from its own checkpoints only")
+        raise ModelError(
+            f"{found[0]} is a pickle, which can run any code when read; Lorry resumes from its own checkpoints only"
+        )
 
 
 def _safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file: the header, then one tensor at a time, so that the state is never in memory twice.
+    """The bytes of a safetensors file: the header, then one tensor at a time, so that the state is
+    never in memory twice.
 
-    Format: 8 bytes of header length, JSON header, data; ordered by item size so that every tensor is aligned
-    (https://github.com/huggingface/safetensors#format). What cannot be stored is refused here, not while writing.
+    Format: 8 bytes of header length, JSON header, data; ordered by item size so that every tensor
+    is aligned (https://github.com/huggingface/safetensors#format). What cannot be stored is refused
+    here, not while writing.
     """
     for name, t in tensors.items():
-        if t.dtype not in _SAFETENSORS_DTYPES or t.layout is not torch.strided or t.is_meta or name == "__metadata__":
-            raise ContractError(f"tensor {name!r} ({t.dtype}, {t.layout}, {t.device}) cannot be stored in a checkpoint")
+        if (
+            t.dtype not in _SAFETENSORS_DTYPES
+            or t.layout is not torch.strided
+            or t.is_meta
+            or name == "__metadata__"
+        ):
+            raise ContractError(
+                f"tensor {name!r} ({t.dtype}, {t.layout}, {t.device}) cannot be stored in a checkpoint"
+            )
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {}
     offset = 0
     for name in names:
         t, start = tensors[name], offset
         offset += t.numel() * t.element_size()
-        header[name] = {"dtype": _SAFETENSORS_DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, offset]}
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [start, offset],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return chain([len(text).to_bytes(8, "little") + text], (_tensor_bytes(tensors[name]) for name in names))
+    return chain(
+        [len(text).to_bytes(8, "little") + text], (_tensor_bytes(tensors[name]) for name in names)
+    )
 
 
 def _tensor_bytes(t: Tensor) -> memoryview:
     whole = t.detach().cpu().contiguous()
-    flat = whole.as_strided((whole.numel(),), (1,))  # not reshape: it keeps any stride of a tensor of one element or none
+    flat = whole.as_strided(
+        (whole.numel(),), (1,)
+    )  # not reshape: it keeps any stride of a tensor of one element or none
     return flat.view(torch.uint8).numpy().data
 
 
@@ -333,15 +419,23 @@ def _meta_text(step: int, meta: Mapping[str, Any]) -> bytes:
         raise ValueError(f"a checkpoint's meta needs {', '.join(sorted(absent))}")
     full = {"format": CHECKPOINT_FORMAT, **meta, "step": step}
     if changed := list(_unstorable_paths(full, "meta")):
-        raise ContractError(f"a checkpoint cannot store {', '.join(changed)}: JSON would not give it back unchanged")
+        raise ContractError(
+            f"a checkpoint cannot store {', '.join(changed)}: JSON would not give it back unchanged"
+        )
     return (json.dumps(full, indent=1) + "\n").encode()
 
 
 def _unstorable_paths(value: object, where: str) -> Iterator[str]:
-    """The places in a value that JSON would lose or change: tuples, keys that are no strings, NaN, infinities, objects."""
+    """The places in a value that JSON would lose or change: tuples, keys that are no strings, NaN,
+    infinities, objects.
+    """
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _unstorable_paths(item, f"{where}.{key}") if isinstance(key, str) else [f"{where} key {key!r}"]
+            yield from (
+                _unstorable_paths(item, f"{where}.{key}")
+                if isinstance(key, str)
+                else [f"{where} key {key!r}"]
+            )
     elif isinstance(value, list):
         for i, item in enumerate(value):
             yield from _unstorable_paths(item, f"{where}[{i}]")
@@ -353,7 +447,9 @@ def _unstorable_paths(value: object, where: str) -> Iterator[str]:
         yield f"{where}={value!r}"
 
 
-def _setting_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _setting_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
     """(dotted field, old value, new value) of every leaf that differs, as text."""
     before, after = dict(_flatten_leaves(old)), dict(_flatten_leaves(json.loads(json.dumps(new))))
     for field in sorted(before.keys() | after.keys()):

@@ -1,6 +1,8 @@
-"""The contracts of a run (docs/architecture.md lists them): each is checked while it runs, stops it when broken, and is reported.
+"""The contracts of a run (docs/architecture.md lists them): each is checked while it runs, stops it
+when broken, and is reported.
 
-A run that is silently wrong looks healthy; these look where it would show. Every check has a test that makes it fail.
+A run that is silently wrong looks healthy; these look where it would show. Every check has a test
+that makes it fail.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ CONTRACT_NAMES = {
 PROOF_STEPS = 3  # steps with a rate above 0 after which every target must have seen a gradient
 ZERO_FINGERPRINT = "zero"
 MAX_NAMED_MODULES = 12  # names of layers in one message
-STATE_PREFIXES = ("adapter/", "weights/")  # of a backend's state, what trains: adapters, or base weights
+STATE_PREFIXES = (
+    "adapter/",
+    "weights/",
+)  # of a backend's state, what trains: adapters, or base weights
 
 ContractStatus = Literal["held", "failed", "not_checked"]
 
@@ -56,7 +61,9 @@ class ContractResult:
 
 @dataclass(frozen=True)
 class ContractState:
-    """What a checkpoint keeps of the checks. ``silent``: per adapter, modules without a gradient so far."""
+    """What a checkpoint keeps of the checks. ``silent``: per adapter, modules without a gradient so
+    far.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -70,14 +77,18 @@ _CONTRACT_STATE_ADAPTER = TypeAdapter(ContractState)
 
 
 class ContractChecks:
-    """Collects what held. A broken contract raises ContractError at once, after recording it as failed."""
+    """Collects what held. A broken contract raises ContractError at once, after recording it as
+    failed.
+    """
 
     def __init__(self) -> None:
         self.found: dict[int, ContractResult] = {}
         self._silent: dict[str, set[str]] = {}
         self._proof: dict[str, int] = {}
         self._moved: dict[str, int] = {}
-        self._start: dict[str, str] = {}  # of every tensor of the adapters, its `tensor_fingerprint` as the run began
+        self._start: dict[
+            str, str
+        ] = {}  # of every tensor of the adapters, its `tensor_fingerprint` as the run began
         self._inspection: ParameterInspection | None = None
 
     def held(self, number: int, detail: str) -> None:
@@ -104,15 +115,26 @@ class ContractChecks:
 
     # --- before the first step
 
-    def begin(self, backend: Backend, targets: Mapping[str, Sequence[str]], left_out: Sequence[str] = ()) -> None:
-        """Contracts 1 and 2 at the start: the modules that adapters sit on (of a base that trains: its tensors that do), and that
-        the three sets are one. ``left_out``: what no adapter sits on, to be said with the modules."""
+    def begin(
+        self, backend: Backend, targets: Mapping[str, Sequence[str]], left_out: Sequence[str] = ()
+    ) -> None:
+        """Contracts 1 and 2 at the start: the modules that adapters sit on (of a base that trains:
+        its tensors that do), and that the three sets are one. ``left_out``: what no adapter sits
+        on, to be said with the modules.
+        """
         for name, modules in targets.items():
             if not modules:
                 raise self.fail(1, f"adapter {name!r} sits on no module")
-        found = [m for names in targets.values() for m in dict.fromkeys(re.sub(r"\.(weight|bias)$", "", n) for n in names)]
+        found = [
+            m
+            for names in targets.values()
+            for m in dict.fromkeys(re.sub(r"\.(weight|bias)$", "", n) for n in names)
+        ]
         besides = f"; not adapted: {'; '.join(left_out)}" if left_out else ""
-        self.held(1, f"{len(found)} modules: {', '.join(sorted({m.rsplit('.', 1)[-1] for m in found}))}{besides}")
+        self.held(
+            1,
+            f"{len(found)} modules: {', '.join(sorted({m.rsplit('.', 1)[-1] for m in found}))}{besides}",
+        )
         self._inspection = self._same_sets(backend)
         if not self._start:
             self._start = _parameter_fingerprints(backend)
@@ -120,14 +142,21 @@ class ContractChecks:
             self._proof = dict.fromkeys(targets, 0)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed run reports what one never stopped would: JSON."""
+        """What a checkpoint keeps, so that a resumed run reports what one never stopped would:
+        JSON.
+        """
         found = [asdict(c) for c in self.found.values()]
         silent = {name: sorted(s) for name, s in self._silent.items()}
-        return {"found": found, "silent": silent, "proof": dict(self._proof), "moved": dict(self._moved)}
+        return {
+            "found": found,
+            "silent": silent,
+            "proof": dict(self._proof),
+            "moved": dict(self._moved),
+        }
 
     def resume(self, backend: Backend, state: object) -> None:
-        """Take back what `state` gave; the backend must still hold the adapters as the run began with them. Raises ModelError for
-        what no run could have written."""
+        """Take back what `state` gave; the backend must still hold the adapters as the run began
+        with them. Raises ModelError for what no run could have written."""
         read: ContractState = validate_strict(_CONTRACT_STATE_ADAPTER, "checks", state)
         if odd := [c.id for c in read.found if c.id not in CONTRACT_NAMES]:
             raise ModelError(f"checks.found names a contract {odd[0]}, and there is none")
@@ -149,44 +178,79 @@ class ContractChecks:
         return seen
 
     def first_batches(
-        self, backend: Backend, batches: Sequence[Batch], ends: Sequence[Collection[int]], *, tolerance: float
+        self,
+        backend: Backend,
+        batches: Sequence[Batch],
+        ends: Sequence[Collection[int]],
+        *,
+        tolerance: float,
     ) -> None:
-        """Contract 4 on the first batches, across adapters, too. ``ends``: per adapter, token ids of which one must be supervised
-        in each of its sequences (empty: any)."""
+        """Contract 4 on the first batches, across adapters, too. ``ends``: per adapter, token ids
+        of which one must be supervised in each of its sequences (empty: any)."""
         for batch in batches:
             for s, (start, stop) in enumerate(batch.segments):
                 supervised = batch.weights[start:stop] != 0
                 if not supervised.any():
-                    raise self.fail(4, f"sequence {s} (key {int(batch.key[s])}) has no supervised token")
+                    raise self.fail(
+                        4, f"sequence {s} (key {int(batch.key[s])}) has no supervised token"
+                    )
                 stops = set(ends[int(batch.adapter[s])])
                 if stops and not set(batch.tokens[start:stop][supervised].tolist()) & stops:
-                    raise self.fail(4, f"sequence {s} (key {int(batch.key[s])}) never learns to stop: no end token is supervised")
-        shared = max(batches, key=lambda batch: len(batch.adapter.unique()))  # the first of those with the most adapters
+                    raise self.fail(
+                        4,
+                        f"sequence {s} (key {int(batch.key[s])}) never learns to stop: no end token is supervised",
+                    )
+        shared = max(
+            batches, key=lambda batch: len(batch.adapter.unique())
+        )  # the first of those with the most adapters
         first = interleave_adapters(shared, len(ends)) if len(ends) > 1 else shared
         if leaked := packing_leak(backend, first, max(4, len(ends))):
-            raise self.fail(4, f"a sequence's scores change by {leaked:.2e} with the tokens of its neighbours in the batch")
+            raise self.fail(
+                4,
+                f"a sequence's scores change by {leaked:.2e} with the tokens of its neighbours in the batch",
+            )
         difference = packed_loss_difference(backend, first, max(8, len(ends)))
         if math.isnan(difference):
-            return  # scores that are not finite are another contract's business: the loss is looked at next
+            # scores that are not finite are another contract's business: the loss is looked at next
+            return
         if not difference <= tolerance:
-            raise self.fail(4, f"the loss packed and alone differs by {difference:.2e} (at most {tolerance:.0e})")
-        self.held(4, f"every sequence supervised; no leak between neighbours; loss packed = alone within {difference:.1e}")
+            raise self.fail(
+                4,
+                f"the loss packed and alone differs by {difference:.2e} (at most {tolerance:.0e})",
+            )
+        self.held(
+            4,
+            f"every sequence supervised; no leak between neighbours; loss packed = alone within {difference:.1e}",
+        )
 
     # --- while it goes
 
-    def after_step(self, backend: Backend, norms: GradientNorms, rates: Mapping[str, float]) -> None:
-        """Contract 3, until it is proven: the modules without a gradient so far, and whether the adapter moved."""
-        stepped = [n for n in norms.norms if rates.get(n, 0.0) > 0 and self._proof.get(n, PROOF_STEPS) < PROOF_STEPS]
+    def after_step(
+        self, backend: Backend, norms: GradientNorms, rates: Mapping[str, float]
+    ) -> None:
+        """Contract 3, until it is proven: the modules without a gradient so far, and whether the
+        adapter moved.
+        """
+        stepped = [
+            n
+            for n in norms.norms
+            if rates.get(n, 0.0) > 0 and self._proof.get(n, PROOF_STEPS) < PROOF_STEPS
+        ]
         for name in stepped:
             self._silent[name] &= set(norms.silent.get(name, ()))
             self._proof[name] += 1
         self._prove(backend, [name for name in stepped if self._proof[name] == PROOF_STEPS])
 
     def prove(self, backend: Backend) -> None:
-        """Contract 3 for adapters whose steps were too few for `after_step` to decide: at the end, before others are loaded."""
+        """Contract 3 for adapters whose steps were too few for `after_step` to decide: at the end,
+        before others are loaded.
+        """
         for name, steps in self._proof.items():
             if steps == 0:
-                raise self.fail(3, f"adapter {name!r} had no step with a learning rate above 0: the warm-up outlasts the run")
+                raise self.fail(
+                    3,
+                    f"adapter {name!r} had no step with a learning rate above 0: the warm-up outlasts the run",
+                )
         self._prove(backend, [name for name, steps in self._proof.items() if steps < PROOF_STEPS])
 
     def _prove(self, backend: Backend, names: Sequence[str]) -> None:
@@ -194,40 +258,63 @@ class ContractChecks:
         for name in names:
             if self._silent[name]:
                 where = sorted(self._silent[name])
-                whose = f" of adapter {name!r} ({len(where)} modules)" if self._low_rank(name) else f" ({len(where)} tensors)"
-                remedy = f"leave it out, {self._excluding(name, where)}" if self._low_rank(name) else "leave it out of trainable"
-                raise self.fail(3, f"no gradient reached {where[0]}{whose}: it would never train; {remedy}")
+                whose = (
+                    f" of adapter {name!r} ({len(where)} modules)"
+                    if self._low_rank(name)
+                    else f" ({len(where)} tensors)"
+                )
+                remedy = (
+                    f"leave it out, {self._excluding(name, where)}"
+                    if self._low_rank(name)
+                    else "leave it out of trainable"
+                )
+                raise self.fail(
+                    3, f"no gradient reached {where[0]}{whose}: it would never train; {remedy}"
+                )
         now = _parameter_fingerprints(backend) if names else {}
         for name in names:
             stuck = [t for t in self._moving(name) if now[t] == self._start[t]]
             if stuck:
                 raise self.fail(
-                    3, f"{stuck[0]} did not move in {self._proof[name]} steps ({len(stuck)} tensors): it does not train"
+                    3,
+                    f"{stuck[0]} did not move in {self._proof[name]} steps ({len(stuck)} tensors): it does not train",
                 )
             self._moved[name] = len(self._moving(name))
         if names and len(self._moved) == len(self._proof):
             whose = f" of {len(self._moved)} adapters" if len(self._moved) > 1 else ""
             moved, steps = sum(self._moved.values()), max(self._proof.values())
-            what = "zero-initialised matrices" if self._low_rank(next(iter(self._moved))) else "tensors of the base"
+            what = (
+                "zero-initialised matrices"
+                if self._low_rank(next(iter(self._moved)))
+                else "tensors of the base"
+            )
             self.held(3, f"{moved} {what}{whose} moved within {steps} steps; a gradient at each")
 
     def _excluding(self, name: str, silent: Sequence[str]) -> str:
-        """The setting that leaves out these modules of an adapter and none that trains: the shortest ends of their names."""
+        """The setting that leaves out these modules of an adapter and none that trains: the
+        shortest ends of their names.
+        """
         prefix = f"adapter/{name}/"
-        modules = {t.removeprefix(prefix).rpartition(".")[0] for t in self._start if t.startswith(prefix)}
+        modules = {
+            t.removeprefix(prefix).rpartition(".")[0] for t in self._start if t.startswith(prefix)
+        }
         live = [f".{module}" for module in modules - set(silent)]
         ends = []
         for module in silent:
             parts = module.split(".")
             tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-            ends.append(next((t for t in tails if not any(m.endswith(f".{t}") for m in live)), module))
+            ends.append(
+                next((t for t in tails if not any(m.endswith(f".{t}") for m in live)), module)
+            )
         shown = list(dict.fromkeys(ends))
-        more = f" and {len(shown) - MAX_NAMED_MODULES} more" if len(shown) > MAX_NAMED_MODULES else ""
+        more = (
+            f" and {len(shown) - MAX_NAMED_MODULES} more" if len(shown) > MAX_NAMED_MODULES else ""
+        )
         return f"lora.exclude_modules=[{','.join(shown[:MAX_NAMED_MODULES])}]{more}"
 
     def _moving(self, name: str) -> list[str]:
-        """The tensors that must move: of a base that trains all that do, of an adapter those that began at zero (lora_B; an
-        embedding's lora_A), or else lora_B."""
+        """The tensors that must move: of a base that trains all that do, of an adapter those that
+        began at zero (lora_B; an embedding's lora_A), or else lora_B."""
         if not self._low_rank(name):
             return [t for t in self._start if t.startswith(f"weights/{name}/")]
         mine = [t for t in self._start if t.startswith(f"adapter/{name}/")]
@@ -238,8 +325,9 @@ class ContractChecks:
         return not any(t.startswith(f"weights/{name}/") for t in self._start)
 
     def finite(self, backend: Backend, step: int) -> None:
-        """Contract 7 for what an update made: every master and moment after ``step`` updates. An infinity there is in no loss or
-        gradient yet, and must not become a checkpoint that takes the last good one's place, nor the adapter that a run ends with.
+        """Contract 7 for what an update made: every master and moment after ``step`` updates. An
+        infinity there is in no loss or gradient yet, and must not become a checkpoint that takes
+        the last good one's place, nor the adapter that a run ends with.
 
         Raises NonFiniteError naming the tensors.
         """
@@ -261,18 +349,34 @@ class ContractChecks:
         now = self._same_sets(backend)
         if now.base_digest != self._inspection.base_digest:
             raise self.fail(2, "a base weight changed during training")
-        whose = "the base's sample" if all(map(self._low_rank, self._proof)) else "a sample of what is frozen"
-        frozen = f"digest of {whose} {now.base_digest[:12]} before and after" if now.base_digest else "nothing is frozen"
+        whose = (
+            "the base's sample"
+            if all(map(self._low_rank, self._proof))
+            else "a sample of what is frozen"
+        )
+        frozen = (
+            f"digest of {whose} {now.base_digest[:12]} before and after"
+            if now.base_digest
+            else "nothing is frozen"
+        )
         self.held(2, f"{len(now.saved)} tensors; {frozen}")
         self.held(7, "every loss and gradient was finite")
 
 
 def _parameter_fingerprints(backend: Backend) -> dict[str, str]:
-    """The fingerprint of every tensor that trains: digests, since copies of all of them would stay for the whole run."""
-    return {n: tensor_fingerprint(t) for n, t in backend.state().items() if n.startswith(STATE_PREFIXES)}
+    """The fingerprint of every tensor that trains: digests, since copies of all of them would stay
+    for the whole run.
+    """
+    return {
+        n: tensor_fingerprint(t) for n, t in backend.state().items() if n.startswith(STATE_PREFIXES)
+    }
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, or that it is all zeros."""
     flat = tensor.contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest() if flat.any() else ZERO_FINGERPRINT
+    return (
+        hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+        if flat.any()
+        else ZERO_FINGERPRINT
+    )

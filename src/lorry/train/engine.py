@@ -1,12 +1,14 @@
-"""The one loop: gather a step's batches, forward_backward, step; log, evaluate, save, stop. Every task and backend uses it.
+"""The one loop: gather a step's batches, forward_backward, step; log, evaluate, save, stop. Every
+task and backend uses it.
 
     batches = task.step_batches(step, models)
     stats = backend.forward_backward(batches, task, step)
     norms = backend.step(rates)
 
-Everything a step does is a function of (config, data, step, state), so a run killed anywhere goes on from its last checkpoint
-as if it had never stopped, bit for bit on one CPU. Several adapters are several jobs (`jobs.py`): each has its own rate, its own
-evaluation and its own end, after which it is absent from the batches and does not step.
+Everything a step does is a function of (config, data, step, state), so a run killed anywhere goes
+on from its last checkpoint as if it had never stopped, bit for bit on one CPU. Several adapters are
+several jobs (`jobs.py`): each has its own rate, its own evaluation and its own end, after which it
+is absent from the batches and does not step.
 """
 
 from __future__ import annotations
@@ -28,17 +30,28 @@ from lorry.runs.metrics import MetricsWriter, drop_metrics_after, iter_metrics
 from lorry.runs.process import RunDirectoryHandle
 from lorry.train import checkpoint
 from lorry.train.checks import ContractChecks
-from lorry.train.jobs import JobProgress, RunOutcome, RunProgress, TrainingJob, held_out_task, mean_evaluations, mean_value
+from lorry.train.jobs import (
+    JobProgress,
+    RunOutcome,
+    RunProgress,
+    TrainingJob,
+    held_out_task,
+    mean_evaluations,
+    mean_value,
+)
 from lorry.train.monitoring.events import TrainingListener
 from lorry.train.monitoring.signals import StopRequest, watch_signals
 from lorry.train.resources.peak import peak_memory
 
 
 class TrainingEngine:
-    """Runs a task on a backend. ``identity``: {"config", "digests"} of this run, stored in checkpoints and compared on resume;
-    ``jobs``: one per adapter of the task, in its order; left out, all are alike: ``train``'s settings, the task's steps,
-    ``epoch_of(step)``, the epoch a step belongs to, counted from 0, and ``ends`` (contract 4, as ``tolerance``); ``models``:
-    frozen ones the task scores with besides the backend; ``ask(name)``: what else an evaluation of an adapter measures."""
+    """Runs a task on a backend. ``identity``: {"config", "digests"} of this run, stored in
+    checkpoints and compared on resume; ``jobs``: one per adapter of the task, in its order; left
+    out, all are alike: ``train``'s settings, the task's steps, ``epoch_of(step)``, the epoch a step
+    belongs to, counted from 0, and ``ends`` (contract 4, as ``tolerance``); ``models``: frozen ones
+    the task scores with besides the backend; ``ask(name)``: what else an evaluation of an adapter
+    measures.
+    """
 
     def __init__(
         self,
@@ -60,8 +73,16 @@ class TrainingEngine:
     ) -> None:
         self.models, self.ask = {"self": backend, **(models or {})}, ask
         self.backend, self.task, self.train, self.run_dir = backend, task, train, run_dir
-        self.identity, self.checks, self.listeners, self.tolerance = identity, checks, listeners, tolerance
-        alike = [TrainingJob(name, train, task.total_steps, epoch_of, steps_per_epoch, ends) for name in task.adapters]
+        self.identity, self.checks, self.listeners, self.tolerance = (
+            identity,
+            checks,
+            listeners,
+            tolerance,
+        )
+        alike = [
+            TrainingJob(name, train, task.total_steps, epoch_of, steps_per_epoch, ends)
+            for name in task.adapters
+        ]
         self.jobs = {job.name: job for job in jobs or alike}
         self.progress = RunProgress(0, {name: JobProgress() for name in self.jobs})
         self.total = max(job.total for job in self.jobs.values())
@@ -73,7 +94,9 @@ class TrainingEngine:
     # --- the loop
 
     def run(self) -> RunOutcome:
-        """Train to the end. Raises Interrupted after a signal (the state is saved), ContractError, NonFiniteError, DiskError."""
+        """Train to the end. Raises Interrupted after a signal (the state is saved), ContractError,
+        NonFiniteError, DiskError.
+        """
         durable.make_directory(self.run_dir)
         durable.recover_writes(self.run_dir)
         drop_metrics_after(self.run_dir / METRICS, self.progress.step if self.progress.step else -1)
@@ -91,21 +114,36 @@ class TrainingEngine:
                 self._tell("finish")
         self.checks.finite(self.backend, self.progress.step)
         self.checks.prove(self.backend)
-        best = {name: self._standing(name).best_step for name, job in self.jobs.items() if job.train.load_best_model_at_end}
+        best = {
+            name: self._standing(name).best_step
+            for name, job in self.jobs.items()
+            if job.train.load_best_model_at_end
+        }
         self._load_best({name: step for name, step in best.items() if step is not None})
         return RunOutcome.of({name: self._outcome(name, best.get(name)) for name in self.jobs})
 
     def active(self) -> list[TrainingJob]:
         """The jobs that have a step to make."""
-        return [j for j in self.jobs.values() if self.progress.step < j.total and not self._standing(j.name).stopped_early]
+        return [
+            j
+            for j in self.jobs.values()
+            if self.progress.step < j.total and not self._standing(j.name).stopped_early
+        ]
 
     def _one_step(self, metrics: MetricsWriter) -> None:
         began, step, active = time.perf_counter(), self.progress.step, self.active()
         self.epochs = {job.name: job.epoch_of(step) for job in active}
         batches = self._batches(step, active)
         if 4 not in self.checks.found:
-            self.checks.first_batches(self.backend, batches, [j.ends for j in self.jobs.values()], tolerance=self.tolerance)
-            began = time.perf_counter()  # the checks of the first batch are not part of a step's time
+            self.checks.first_batches(
+                self.backend,
+                batches,
+                [j.ends for j in self.jobs.values()],
+                tolerance=self.tolerance,
+            )
+            began = (
+                time.perf_counter()
+            )  # the checks of the first batch are not part of a step's time
         rates = {job.name: job.rate(step) for job in active}
         try:
             stats = self.backend.forward_backward(batches, self.task, step)
@@ -136,9 +174,16 @@ class TrainingEngine:
         )
 
     def _record(
-        self, stats: StepStats, norms: GradientNorms, rates: Mapping[str, float], batches: Sequence[Batch], seconds: float
+        self,
+        stats: StepStats,
+        norms: GradientNorms,
+        rates: Mapping[str, float],
+        batches: Sequence[Batch],
+        seconds: float,
     ) -> dict[str, Any]:
-        """One line of metrics.jsonl: plain numbers for one adapter, a mapping under `adapters` as well for several."""
+        """One line of metrics.jsonl: plain numbers for one adapter, a mapping under `adapters` as
+        well for several.
+        """
         names, step = [name for name in self.jobs if name in stats.present], self.progress.step
         longest = max((self.jobs[name] for name in rates), key=lambda job: job.total)
         record: dict[str, Any] = {
@@ -153,16 +198,24 @@ class TrainingEngine:
             "peak_memory_bytes": peak_memory(),
         }
         if len(stats.terms) > 1:
-            record |= {f"loss_{term}": sum(values[n] for n in names) / max(len(names), 1) for term, values in stats.terms.items()}
+            record |= {
+                f"loss_{term}": sum(values[n] for n in names) / max(len(names), 1)
+                for term, values in stats.terms.items()
+            }
         if len(self.jobs) > 1:
-            tokens = dict(zip(self.jobs, count_adapter_tokens(batches, len(self.jobs)), strict=True))
+            tokens = dict(
+                zip(self.jobs, count_adapter_tokens(batches, len(self.jobs)), strict=True)
+            )
             record["adapters"] = {
                 n: {
-                    "epoch": self.jobs[n].epochs(step), "loss": stats.loss[n], "learning_rate": rates[n],
-                    "grad_norm": norms.norms.get(n), "tokens": tokens[n],
+                    "epoch": self.jobs[n].epochs(step),
+                    "loss": stats.loss[n],
+                    "learning_rate": rates[n],
+                    "grad_norm": norms.norms.get(n),
+                    "tokens": tokens[n],
                 }
                 for n in names
-            }  # fmt: skip
+            }
         return record
 
     # --- between steps
@@ -170,8 +223,13 @@ class TrainingEngine:
     def _after(self, metrics: MetricsWriter, stop: StopRequest) -> None:
         improved = self._evaluate(metrics)
         finished, strategy = not self.active(), self.train.save_strategy
-        due = strategy != "no" and (finished or any(self._due(name, strategy, self.train.save_steps) for name in self.epochs))
-        keep_best = any(self.jobs[name].train.load_best_model_at_end or strategy != "no" for name in improved)
+        due = strategy != "no" and (
+            finished
+            or any(self._due(name, strategy, self.train.save_steps) for name in self.epochs)
+        )
+        keep_best = any(
+            self.jobs[name].train.load_best_model_at_end or strategy != "no" for name in improved
+        )
         if due or keep_best or stop.requested or stop.take_save():
             self.save()
         if stop.requested and not finished:
@@ -184,18 +242,30 @@ class TrainingEngine:
         return self.jobs[name].due(strategy, every, self.progress.step, self.epochs[name])
 
     def _evaluate(self, metrics: MetricsWriter) -> list[str]:
-        """Evaluate the jobs of this step that are due, log, and update what is best. Returns those at their best."""
+        """Evaluate the jobs of this step that are due, log, and update what is best. Returns those
+        at their best.
+        """
         train = {name: self.jobs[name].train for name in self.epochs}
         due = [name for name, t in train.items() if self._due(name, t.eval_strategy, t.eval_steps)]
         if not due:
             return []
-        found = {name: {**evaluate_task(self.backend, held_out_task(self.task, name)), **self.ask(name)} for name in due}
-        record: dict[str, Any] = {"step": self.progress.step, **mean_evaluations(list(found.values()))}
+        found = {
+            name: {**evaluate_task(self.backend, held_out_task(self.task, name)), **self.ask(name)}
+            for name in due
+        }
+        record: dict[str, Any] = {
+            "step": self.progress.step,
+            **mean_evaluations(list(found.values())),
+        }
         if len(self.jobs) > 1:
             record["adapters"] = found
         metrics.write(record)
         self._tell("evaluation", record)
-        return [name for name, values in found.items() if self._standing(name).judge(values, train[name])]
+        return [
+            name
+            for name, values in found.items()
+            if self._standing(name).judge(values, train[name])
+        ]
 
     def _standing(self, name: str) -> JobProgress:
         return self.progress.jobs[name]
@@ -203,43 +273,68 @@ class TrainingEngine:
     def _outcome(self, name: str, best: int | None) -> RunOutcome:
         """How a job ended. ``best``: the step whose adapter it ended with, if not the last."""
         s = self._standing(name)
-        return RunOutcome(s.steps, s.loss, s.best_step, s.stopped_early, self._evaluation_of(name, best))
+        return RunOutcome(
+            s.steps, s.loss, s.best_step, s.stopped_early, self._evaluation_of(name, best)
+        )
 
     def _evaluation_of(self, name: str, step: int | None) -> dict[str, float]:
-        """What was logged when a step was evaluated (None: the last evaluation, if any), by this process or an earlier one."""
+        """What was logged when a step was evaluated (None: the last evaluation, if any), by this
+        process or an earlier one.
+        """
         several = len(self.jobs) > 1
         lines = (
-            (r["step"], r.get("adapters", {}).get(name, {}) if several else r) for _, r in iter_metrics(self.run_dir / METRICS)
+            (r["step"], r.get("adapters", {}).get(name, {}) if several else r)
+            for _, r in iter_metrics(self.run_dir / METRICS)
         )
-        logged = [values for at, values in lines if step in (None, at) and any(metric.startswith("eval_") for metric in values)]
-        return {metric: value for metric, value in logged[-1].items() if metric != "step"} if logged else {}
+        logged = [
+            values
+            for at, values in lines
+            if step in (None, at) and any(metric.startswith("eval_") for metric in values)
+        ]
+        return (
+            {metric: value for metric, value in logged[-1].items() if metric != "step"}
+            if logged
+            else {}
+        )
 
     # --- state
 
     def save(self) -> Path:
-        """Write a checkpoint of this step; the best one is never pruned. Raises NonFiniteError, with nothing written or pruned,
-        where the state is not finite."""
+        """Write a checkpoint of this step; the best one is never pruned. Raises NonFiniteError,
+        with nothing written or pruned, where the state is not finite."""
         self._check_home()
         self.checks.finite(self.backend, self.progress.step)
         meta = {
-            **self.identity, "progress": self.progress.state(), "task": self.task.state(), "checks": self.checks.state(),
-        }  # fmt: skip
+            **self.identity,
+            "progress": self.progress.state(),
+            "task": self.task.state(),
+            "checks": self.checks.state(),
+        }
         durable.sync_file(self.run_dir / METRICS)
-        self.newest = checkpoint.save_checkpoint(self.run_dir, self.progress.step, self.backend.state(), meta, **self._kept())
+        self.newest = checkpoint.save_checkpoint(
+            self.run_dir, self.progress.step, self.backend.state(), meta, **self._kept()
+        )
         return self.newest
 
     def _check_home(self) -> None:
-        """Before anything is written: does the directory's name still mean this directory? Raises RunDirectoryGoneError."""
+        """Before anything is written: does the directory's name still mean this directory? Raises
+        RunDirectoryGoneError.
+        """
         if self.home is not None:
             self.home.check()
 
     def _kept(self) -> dict[str, Any]:
         """Which checkpoints stay: the newest few, and the best one of every job."""
         best = {standing.best_step for standing in self.progress.jobs.values()}
-        return {"keep": self.train.save_total_limit, "protect": sorted(step for step in best if step is not None)}
+        return {
+            "keep": self.train.save_total_limit,
+            "protect": sorted(step for step in best if step is not None),
+        }
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises ConfigError if it belongs to other data or another config, ModelError if damaged."""
+        """Go on from a checkpoint. Raises ConfigError if it belongs to other data or another
+        config, ModelError if damaged.
+        """
         tensors, meta = checkpoint.load_checkpoint(path)
         for note in checkpoint.refuse_other_run(meta, self.identity):
             self._tell("note", note)
@@ -249,24 +344,36 @@ class TrainingEngine:
             self.backend.load_state(tensors)
             self.task.load_state(meta.get("task", {}))
         except ModelError as error:
-            raise ModelError(f"{path}: {error}; this checkpoint is not one that this run wrote") from None
+            raise ModelError(
+                f"{path}: {error}; this checkpoint is not one that this run wrote"
+            ) from None
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ModelError(f"{path / checkpoint.META_FILE}: task is not what this task writes there ({error!r})") from None
+            raise ModelError(
+                f"{path / checkpoint.META_FILE}: task is not what this task writes there ({error!r})"
+            ) from None
         self.progress = progress
         checkpoint.tidy_checkpoints(self.run_dir, self.progress.step, **self._kept())
         here = RunDir(self.run_dir).checkpoint(self.progress.step)
         self.newest, self.origin = here if here.is_dir() else path, path
-        self._tell("note", f"resumed from {path.name}: {self.progress.step} of {self.total} steps are done")
+        self._tell(
+            "note", f"resumed from {path.name}: {self.progress.step} of {self.total} steps are done"
+        )
 
     def _load_best(self, steps: Mapping[str, int]) -> None:
         """Put each job's adapter, with its moments, back to the step that was its best."""
         state = self.backend.state()
         for step in sorted(set(steps.values())):
             path = RunDir(self.run_dir).checkpoint(step)
-            if self.origin is not None and not path.is_dir():  # the best step lies before a start from another run's checkpoint
+            if (
+                self.origin is not None and not path.is_dir()
+            ):  # the best step lies before a start from another run's checkpoint
                 path = self.origin.with_name(path.name)
             names = [name for name, best in steps.items() if best == step]
-            state |= {key: t for key, t in checkpoint.load_checkpoint(path)[0].items() if key.split("/")[1] in names}
+            state |= {
+                key: t
+                for key, t in checkpoint.load_checkpoint(path)[0].items()
+                if key.split("/")[1] in names
+            }
             whose = f", of {', '.join(names)}" if len(self.jobs) > 1 else ""
             self._tell("note", f"loaded the best adapter{whose}, of step {step}")
         if steps:

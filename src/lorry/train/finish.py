@@ -1,4 +1,6 @@
-"""The end of a run: its adapters written and read back, its last contracts, and every file that says what it was."""
+"""The end of a run: its adapters written and read back, its last contracts, and every file that
+says what it was.
+"""
 
 from __future__ import annotations
 
@@ -28,25 +30,37 @@ from lorry.train.samples import build_samples
 
 
 def contract_targets(model: CausalLM, names: Sequence[str]) -> dict[str, list[str]]:
-    """What contracts 1 and 3 watch: the modules each adapter sits on, or the tensors of the base that train."""
+    """What contracts 1 and 3 watch: the modules each adapter sits on, or the tensors of the base
+    that train.
+    """
     return {name: parameter_set(model, name).targets() for name in names}
 
 
 def describe_unadapted(model: CausalLM, names: Sequence[str]) -> list[str]:
-    """What contract 1 says besides: what the adapters do not sit on, each thing once; nothing where the base itself trains."""
+    """What contract 1 says besides: what the adapters do not sit on, each thing once; nothing where
+    the base itself trains.
+    """
     adapters = [name for name in names if parameter_set(model, name).in_mix]
-    return list(dict.fromkeys(one.what for name in adapters for one in list_skipped_modules(model, get_bank(model)[name])))
+    return list(
+        dict.fromkeys(
+            one.what
+            for name in adapters
+            for one in list_skipped_modules(model, get_bank(model)[name])
+        )
+    )
 
 
 def write_and_check_adapters(
     run_dir: Path, opened: OpenedModel, checks: ContractChecks, prepared: Mapping[str, PreparedData]
 ) -> dict[str, str]:
-    """Write every adapter, and read it back (contract 5). Returns {adapter: SHA-256 of its weights file}; where the base's own
-    weights were trained, the whole model's, by file."""
+    """Write every adapter, and read it back (contract 5). Returns {adapter: SHA-256 of its weights
+    file}; where the base's own weights were trained, the whole model's, by file."""
     if get_base_weights(opened.model) is not None:
         return full.write_and_check_model(run_dir, opened, checks, prepared)
     get_bank(opened.model).activate(Mix.one(next(iter(prepared))))
-    digests = artifacts.write_adapters(run_dir, opened.model, opened.tokenizer, list(prepared), base_model_name(opened))
+    digests = artifacts.write_adapters(
+        run_dir, opened.model, opened.tokenizer, list(prepared), base_model_name(opened)
+    )
     scored = [
         check_adapter_reload(checks, opened.model, name, folder, prepared[name])
         for name, folder in _adapter_folder_list(run_dir, prepared)
@@ -62,21 +76,33 @@ def _adapter_folder_list(run_dir: Path, names: Mapping[str, Any]) -> list[tuple[
     return [(name, RunDir(run_dir).adapter(name, len(names))) for name in names]
 
 
-def check_adapter_reload(checks: ContractChecks, model: CausalLM, name: str, folder: Path, prepared: PreparedData) -> bool:
-    """Contract 5: read the adapter back under another name; its values and the scores of a batch must be the same bits.
+def check_adapter_reload(
+    checks: ContractChecks, model: CausalLM, name: str, folder: Path, prepared: PreparedData
+) -> bool:
+    """Contract 5: read the adapter back under another name; its values and the scores of a batch
+    must be the same bits.
 
     Returns whether there was a batch to score.
     """
     bank = get_bank(model)
-    again = next(n for n in (f"{name[:50]}.reloaded{i or ''}" for i in range(len(bank.names()) + 1)) if n not in bank.names())
+    again = next(
+        n
+        for n in (f"{name[:50]}.reloaded{i or ''}" for i in range(len(bank.names()) + 1))
+        if n not in bank.names()
+    )
     try:
         load_adapter(model, folder, again)
         if not torch.equal(bank[name].values.cpu(), bank[again].values.cpu()):
             raise checks.fail(5, f"{folder}: the adapter read back is not the one that was trained")
-        batch = next(iter(prepared.evaluation), None) or (prepared.stream.batches(0)[0] if prepared.tokens else None)
+        batch = next(iter(prepared.evaluation), None) or (
+            prepared.stream.batches(0)[0] if prepared.tokens else None
+        )
         if batch is not None:
             scorer = ModelScorer(model)
-            scores = [scorer.score([batch], {"s": TokenScore(log_prob)}, Mix.one(n))[0]["s"] for n in (name, again)]
+            scores = [
+                scorer.score([batch], {"s": TokenScore(log_prob)}, Mix.one(n))[0]["s"]
+                for n in (name, again)
+            ]
             if not torch.equal(*scores):
                 raise checks.fail(5, f"{folder}: the adapter read back gives other logits")
     except ModelError as error:
@@ -96,19 +122,40 @@ def check_newest_checkpoint(checks: ContractChecks, newest: Path | None) -> None
         checkpoint.load_checkpoint(newest)
     except ModelError as error:
         raise checks.fail(6, str(error)) from error
-    checks.held(6, f"{newest.name} verified by SHA-256; resume_from_checkpoint=auto goes on from it")
+    checks.held(
+        6, f"{newest.name} verified by SHA-256; resume_from_checkpoint=auto goes on from it"
+    )
 
 
-def collect_samples(backend: Backend, prepared: Mapping[str, PreparedData], context: int | None) -> list[dict[str, Any]]:
-    """The rows of samples.json: each adapter's answers, and the training rows of each data set once."""
+def collect_samples(
+    backend: Backend, prepared: Mapping[str, PreparedData], context: int | None
+) -> list[dict[str, Any]]:
+    """The rows of samples.json: each adapter's answers, and the training rows of each data set
+    once.
+    """
     made = list[dict[str, Any]]()
     shown = set[str]()
     for name, one in prepared.items():
         new = one.tokens is not None and one.digest not in shown
         shown.add(one.digest)
-        train, held_out = one.stream.batches(0)[0] if new else None, next(iter(one.evaluation), None)
-        rows = build_samples(backend, backend.adapter_of(name), one.encoder, train, held_out, one.ends, context=context)
-        made += [{**row, "group": f"{name}: {row['group']}"} for row in rows] if len(prepared) > 1 else rows
+        train, held_out = (
+            one.stream.batches(0)[0] if new else None,
+            next(iter(one.evaluation), None),
+        )
+        rows = build_samples(
+            backend,
+            backend.adapter_of(name),
+            one.encoder,
+            train,
+            held_out,
+            one.ends,
+            context=context,
+        )
+        made += (
+            [{**row, "group": f"{name}: {row['group']}"} for row in rows]
+            if len(prepared) > 1
+            else rows
+        )
     return made
 
 
@@ -119,11 +166,16 @@ def run_receipt(
     digests: Mapping[str, str],
     teacher: str | None = None,
 ) -> dict[str, Any]:
-    """receipt.json: of one job plain values, of several a map for data and for seed. ``teacher``: its digest, if any."""
+    """receipt.json: of one job plain values, of several a map for data and for seed. ``teacher``:
+    its digest, if any.
+    """
     data = {name: _data_receipt(prepared) for name, (_, prepared) in jobs.items()}
     seeds = {name: run.train.seed for name, (run, _) in jobs.items()}
     weights, one = get_base_weights(opened.model), len(jobs) == 1
-    base = {**opened.source, "sha256": base_digest(opened.model) if weights is None else weights.began}
+    base = {
+        **opened.source,
+        "sha256": base_digest(opened.model) if weights is None else weights.began,
+    }
     if weights is None:
         files = [folder / ADAPTER_WEIGHTS for _, folder in _adapter_folder_list(run_dir, jobs)]
         trained = sum(get_bank(opened.model)[name].values.numel() for name in jobs)
@@ -152,7 +204,9 @@ def _data_receipt(prepared: PreparedData) -> dict[str, Any]:
 
 
 def base_model_name(opened: OpenedModel) -> str:
-    """What adapter_config.json names as the base: a hub id as such, anything else as the directory it was read from."""
+    """What adapter_config.json names as the base: a hub id as such, anything else as the directory
+    it was read from.
+    """
     source = opened.source
     on_hub = source["kind"] == "hub" and not source.get("adapter")
     return str(source["name"]) if on_hub else str(Path(source["path"]).resolve())

@@ -1,10 +1,12 @@
-"""Training the base weights themselves (`lora: null`): switching them on, and writing the run as a plain Hugging Face model.
+"""Training the base weights themselves (`lora: null`): switching them on, and writing the run as a
+plain Hugging Face model.
 
     name = attach_trained(run, opened, notes)      # instead of an adapter
     digests = write_and_check(run_dir, opened, checks, prepared)
 
-The model is written beside its place, read back and compared (contract 5), and only then moved file by file into the run's
-directory, config.json last: a directory that looks like a model holds a verified one.
+The model is written beside its place, read back and compared (contract 5), and only then moved file
+by file into the run's directory, config.json last: a directory that looks like a model holds a
+verified one.
 """
 
 from __future__ import annotations
@@ -39,12 +41,16 @@ CACHE_LINE_BYTES = 64  # bytes
 
 
 def enable_base_training(run: RunConfig, opened: OpenedModel, notes: list[str]) -> str:
-    """Switch on the base weights that `trainable` names. Returns the name they go by in batches, metrics and checkpoints.
+    """Switch on the base weights that `trainable` names. Returns the name they go by in batches,
+    metrics and checkpoints.
 
-    Raises ConfigError for a model with an adapter, settings that only an adapter has, or a name that matches nothing.
+    Raises ConfigError for a model with an adapter, settings that only an adapter has, or a name
+    that matches nothing.
     """
     if opened.adapters:
-        raise ConfigError(f"{run.model.name} has an adapter, and lora=null trains the base; merge it first, or leave lora out")
+        raise ConfigError(
+            f"{run.model.name} has an adapter, and lora=null trains the base; merge it first, or leave lora out"
+        )
     if (run.output_dir / "config.json").exists() and not is_full_finetune_dir(run.output_dir):
         raise ConfigError(
             f"{run.output_dir} holds a model that no run of this kind wrote and this one would replace; give another"
@@ -52,7 +58,9 @@ def enable_base_training(run: RunConfig, opened: OpenedModel, notes: list[str]) 
     refuse_adapter_settings(run)
     weights = make_weights_trainable(opened.model, run.trainable or "all", BASE_JOB)
     total = parameter_count(opened.model)
-    notes.append(f"training {weights.count():,} of the base's {total:,} weights ({weights.count() / total:.1%}), no adapter")
+    notes.append(
+        f"training {weights.count():,} of the base's {total:,} weights ({weights.count() / total:.1%}), no adapter"
+    )
     return BASE_JOB
 
 
@@ -61,13 +69,17 @@ def refuse_adapter_settings(run: RunConfig) -> None:
     if run.memory_budget is not None:
         raise ConfigError("memory_budget is planned for adapters only; with lora=null leave it out")
     if run.train.loraplus_lr_ratio != 1:
-        raise ConfigError("train.loraplus_lr_ratio is for an adapter's two matrices; with lora=null leave it out")
+        raise ConfigError(
+            "train.loraplus_lr_ratio is for an adapter's two matrices; with lora=null leave it out"
+        )
 
 
 def write_and_check_model(
     run_dir: Path, opened: OpenedModel, checks: ContractChecks, prepared: Mapping[str, PreparedData]
 ) -> dict[str, str]:
-    """Write the model, read it back (contract 5), put it in its place. Returns {weights file: its SHA-256}."""
+    """Write the model, read it back (contract 5), put it in its place. Returns {weights file: its
+    SHA-256}.
+    """
     staged = run_dir / STAGED
     if staged.is_dir():  # left by a run that was killed here
         durable.remove_directory(staged)
@@ -81,51 +93,81 @@ def write_and_check_model(
         raise
     publish_model_files(staged, run_dir)
     batch = " and the scores of a batch" if scored else ""
-    checks.held(5, f"{parameter_count(opened.model)} values of the whole model{batch} equal bit for bit after reading back")
+    checks.held(
+        5,
+        f"{parameter_count(opened.model)} values of the whole model{batch} equal bit for bit after reading back",
+    )
     return digests
 
 
 def publish_model_files(staged: Path, run_dir: Path) -> None:
-    """Move a model's files into a run directory, config.json last. A kill in between leaves files that resuming writes again."""
-    names = sorted((p.name for p in staged.iterdir()), key=lambda name: (name == "config.json", name))
-    ownership.displace_entries(run_dir, [name for name in names if ownership.differs_from(run_dir / name, staged / name)])
+    """Move a model's files into a run directory, config.json last. A kill in between leaves files
+    that resuming writes again.
+    """
+    names = sorted(
+        (p.name for p in staged.iterdir()), key=lambda name: (name == "config.json", name)
+    )
+    ownership.displace_entries(
+        run_dir, [name for name in names if ownership.differs_from(run_dir / name, staged / name)]
+    )
     for name in names:
         durable.disk.rename(staged / name, run_dir / name)
     durable.disk.fsync_dir(run_dir)
     durable.disk.rmdir(staged)
 
 
-def check_model_reload(checks: ContractChecks, model: CausalLM, folder: Path, prepared: PreparedData) -> bool:
-    """Contract 5 for a whole model: every tensor, and the scores of a batch, must be the same bits. Returns whether there was a
-    batch to score."""
-    foreign = isinstance(model, HfModel) and type(model.inner).__module__.startswith("transformers_modules")
+def check_model_reload(
+    checks: ContractChecks, model: CausalLM, folder: Path, prepared: PreparedData
+) -> bool:
+    """Contract 5 for a whole model: every tensor, and the scores of a batch, must be the same bits.
+    Returns whether there was a batch to score."""
+    foreign = isinstance(model, HfModel) and type(model.inner).__module__.startswith(
+        "transformers_modules"
+    )
     try:
         again = load_model(
-            folder, dtype=model.dtype, device=model.device, native=isinstance(model, Decoder), trust_remote_code=foreign, notes=[]
+            folder,
+            dtype=model.dtype,
+            device=model.device,
+            native=isinstance(model, Decoder),
+            trust_remote_code=foreign,
+            notes=[],
         ).model
     except ModelError as error:
         raise checks.fail(5, str(error)) from error
     mine, read = dict(model.named_parameters()), dict(again.named_parameters())
-    odd = sorted(mine.keys() ^ read.keys()) + [n for n in mine if n in read and not torch.equal(mine[n], read[n])]
+    odd = sorted(mine.keys() ^ read.keys()) + [
+        n for n in mine if n in read and not torch.equal(mine[n], read[n])
+    ]
     if odd:
-        raise checks.fail(5, f"{folder.parent}: {odd[0]} read back is not the tensor that was trained ({len(odd)} tensors)")
-    batch = next(iter(prepared.evaluation), None) or (prepared.stream.batches(0)[0] if prepared.tokens else None)
+        raise checks.fail(
+            5,
+            f"{folder.parent}: {odd[0]} read back is not the tensor that was trained ({len(odd)} tensors)",
+        )
+    batch = next(iter(prepared.evaluation), None) or (
+        prepared.stream.batches(0)[0] if prepared.tokens else None
+    )
     if batch is None:
         return False
     with torch.no_grad():
         for name, param in read.items():
             param.data = align_like(param.data, mine[name])
         want = {"s": TokenScore(log_prob)}
-        scores = [evaluate_wants(m, batch.to(model.device), want, AdapterContext(Mix.none()))["s"] for m in (model, again)]
+        scores = [
+            evaluate_wants(m, batch.to(model.device), want, AdapterContext(Mix.none()))["s"]
+            for m in (model, again)
+        ]
     if not torch.equal(*scores):
         raise checks.fail(5, f"{folder.parent}: the model read back gives other logits")
     return True
 
 
 def align_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy that begins as far behind a multiple of 64 bytes as ``like`` does: matrix products choose their kernel by that, and
-    with it their rounding."""
+    """A copy that begins as far behind a multiple of 64 bytes as ``like`` does: matrix products
+    choose their kernel by that, and with it their rounding."""
     skip = like.data_ptr() % CACHE_LINE_BYTES // like.element_size()
-    room = torch.empty(tensor.numel() + skip + CACHE_LINE_BYTES, dtype=tensor.dtype, device=tensor.device)
+    room = torch.empty(
+        tensor.numel() + skip + CACHE_LINE_BYTES, dtype=tensor.dtype, device=tensor.device
+    )
     first = -(room.data_ptr() % CACHE_LINE_BYTES) % CACHE_LINE_BYTES // tensor.element_size() + skip
     return room[first : first + tensor.numel()].view(tensor.shape).copy_(tensor)

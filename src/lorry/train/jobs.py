@@ -1,6 +1,8 @@
-"""The jobs of a run: one adapter each, with a schedule, epochs and an end of its own. A run of one adapter is one job.
+"""The jobs of a run: one adapter each, with a schedule, epochs and an end of its own. A run of one
+adapter is one job.
 
-What `engine.py` asks of a job: its rate at a step, whether it is due to be evaluated, where it stands, how it ended.
+What `engine.py` asks of a job: its rate at a step, whether it is due to be evaluated, where it
+stands, how it ended.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from lorry.train.schedule import learning_rate_at, warmup_steps
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One adapter's part of a run. ``total``: its optimizer steps; ``epoch_of(step)``: the epoch a step belongs to, from 0;
-    ``ends``: token ids of which one must be supervised in each of its sequences (none: any text will do)."""
+    """One adapter's part of a run. ``total``: its optimizer steps; ``epoch_of(step)``: the epoch a
+    step belongs to, from 0; ``ends``: token ids of which one must be supervised in each of its
+    sequences (none: any text will do).
+    """
 
     name: str
     train: TrainConfig
@@ -34,12 +38,16 @@ class TrainingJob:
 
     @property
     def warmup(self) -> int:
-        """Steps of rising rate. A share is rounded up, as transformers does, but may not take a run's only step."""
+        """Steps of rising rate. A share is rounded up, as transformers does, but may not take a
+        run's only step.
+        """
         share = min(warmup_steps(self.total, self.train.warmup_ratio), max(self.total - 1, 0))
         return self.train.warmup_steps or share
 
     def warmup_note(self) -> str:
-        """What a person should know of a warm-up that is all of the run, or more; an empty string otherwise."""
+        """What a person should know of a warm-up that is all of the run, or more; an empty string
+        otherwise.
+        """
         if self.train.warmup_steps < self.total:
             return ""
         highest = self.rate(self.total - 1)
@@ -51,14 +59,20 @@ class TrainingJob:
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         t = self.train
-        return learning_rate_at(step, self.total, kind=t.lr_scheduler_type, base=t.learning_rate, warmup=self.warmup)
+        return learning_rate_at(
+            step, self.total, kind=t.lr_scheduler_type, base=t.learning_rate, warmup=self.warmup
+        )
 
     def epochs(self, steps: int) -> float:
-        """Passes over the data after so many steps; whole ones where nobody knows how long a pass is."""
+        """Passes over the data after so many steps; whole ones where nobody knows how long a pass
+        is.
+        """
         return steps / self.steps_per_epoch if self.steps_per_epoch else self.epoch_of(steps)
 
     def due(self, strategy: str | None, every: int | None, steps: int, epoch: int) -> bool:
-        """Whether something that comes every few steps or every epoch comes now, after the last step of ``epoch`` so far."""
+        """Whether something that comes every few steps or every epoch comes now, after the last
+        step of ``epoch`` so far.
+        """
         if strategy == "steps":
             return bool(every) and steps % int(every or 1) == 0
         if strategy == "epoch":
@@ -83,13 +97,19 @@ class JobProgress:
     stopped_early: bool = False
 
     def judge(self, found: Mapping[str, float], train: TrainConfig) -> bool:
-        """Take an evaluation into account. Returns whether it is the best so far. Raises ConfigError for an unknown metric."""
+        """Take an evaluation into account. Returns whether it is the best so far. Raises
+        ConfigError for an unknown metric.
+        """
         name = train.metric_for_best_model
         name = name if name.startswith("eval_") else f"eval_{name}"
         if name not in found:
-            raise ConfigError(f"train.metric_for_best_model is {name!r}; evaluation gives {', '.join(found)}")
+            raise ConfigError(
+                f"train.metric_for_best_model is {name!r}; evaluation gives {', '.join(found)}"
+            )
         value = found[name]
-        ahead = self.best is None or (value > self.best if train.greater_is_better else value < self.best)
+        ahead = self.best is None or (
+            value > self.best if train.greater_is_better else value < self.best
+        )
         better = ahead and math.isfinite(value)
         if better:
             self.best, self.best_step, self.waited = value, self.steps, 0
@@ -111,12 +131,17 @@ class RunProgress:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
-        return {"step": self.step, "jobs": {name: vars(standing) for name, standing in self.jobs.items()}}
+        return {
+            "step": self.step,
+            "jobs": {name: vars(standing) for name, standing in self.jobs.items()},
+        }
 
     @classmethod
     def of(cls, state: object, jobs: Mapping[str, TrainingJob], step: int) -> RunProgress:
-        """Take back what `state` gave, in a checkpoint of ``step`` of a run of ``jobs``. Raises ModelError for what no such run
-        could have written: another step, more steps than there are, other jobs, a value of another kind."""
+        """Take back what `state` gave, in a checkpoint of ``step`` of a run of ``jobs``. Raises
+        ModelError for what no such run could have written: another step, more steps than there are,
+        other jobs, a value of another kind.
+        """
         read: RunProgress = validate_strict(_RUN_PROGRESS_ADAPTER, "progress", state)
         total = max(job.total for job in jobs.values())
         if read.step != step:
@@ -124,12 +149,20 @@ class RunProgress:
         if read.step > total:
             raise ModelError(f"progress.step is {read.step}, and the run has {total} steps")
         if read.jobs.keys() != jobs.keys():
-            raise ModelError(f"progress.jobs are {', '.join(read.jobs) or 'none'}; the run's are {', '.join(jobs)}")
+            raise ModelError(
+                f"progress.jobs are {', '.join(read.jobs) or 'none'}; the run's are {', '.join(jobs)}"
+            )
         for name, standing in read.jobs.items():
             if standing.steps > min(read.step, jobs[name].total):
-                raise ModelError(f"progress.jobs.{name}.steps is {standing.steps} at step {read.step} of {jobs[name].total}")
-            if (standing.best_step is None) != (standing.best is None) or (standing.best_step or 0) > standing.steps:
-                raise ModelError(f"progress.jobs.{name}.best_step is {standing.best_step} of {standing.steps} steps")
+                raise ModelError(
+                    f"progress.jobs.{name}.steps is {standing.steps} at step {read.step} of {jobs[name].total}"
+                )
+            if (standing.best_step is None) != (standing.best is None) or (
+                standing.best_step or 0
+            ) > standing.steps:
+                raise ModelError(
+                    f"progress.jobs.{name}.best_step is {standing.best_step} of {standing.steps} steps"
+                )
         return read
 
 
@@ -137,7 +170,9 @@ _RUN_PROGRESS_ADAPTER = TypeAdapter(RunProgress)
 
 
 def validate_strict(kind: TypeAdapter[Any], what: str, state: object) -> Any:
-    """A part of a checkpoint's meta as exactly the kind of value that was written. Raises ModelError naming the field."""
+    """A part of a checkpoint's meta as exactly the kind of value that was written. Raises
+    ModelError naming the field.
+    """
     try:
         return kind.validate_json(json.dumps(state), strict=True)
     except ValidationError as error:
@@ -148,7 +183,9 @@ def validate_strict(kind: TypeAdapter[Any], what: str, state: object) -> Any:
 
 @dataclass
 class RunOutcome:
-    """What a finished run has to say; of several jobs, ``jobs`` has the outcome of each, and the rest is of them together."""
+    """What a finished run has to say; of several jobs, ``jobs`` has the outcome of each, and the
+    rest is of them together.
+    """
 
     steps: int
     final_loss: float | None

@@ -1,4 +1,6 @@
-"""Samples of a run for a person to look at: held-out prompts answered before and after, and rows exactly as they were trained."""
+"""Samples of a run for a person to look at: held-out prompts answered before and after, and rows
+exactly as they were trained.
+"""
 
 from __future__ import annotations
 
@@ -18,46 +20,82 @@ def build_samples(
     backend: ScoringBackend, adapter: str | None, encoder: ExampleEncoder, train: Batch | None, held_out: Batch | None, ends: Collection[int],
     *, context: int | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of samples.json. Before is the base (the same weights under mix none), after the adapter; both greedy. Where the
-    base itself was trained (``adapter`` None) there is no before.
+    """The rows of samples.json. Before is the base (the same weights under mix none), after the
+    adapter; both greedy. Where the base itself was trained (``adapter`` None) there is no before.
 
     ``context``: the most tokens the model takes; a prompt that leaves no room there is not asked.
     """
     room = None if context is None else context - SAMPLE_NEW_TOKENS
-    rows = sample_answers(backend, adapter, encoder, held_out, ends, room) if held_out is not None and ends else []
+    rows = (
+        sample_answers(backend, adapter, encoder, held_out, ends, room)
+        if held_out is not None and ends
+        else []
+    )
     for tokens, weights in split_sequences(train, SAMPLE_ROWS) if train is not None else []:
-        marked = [{"text": t, "weight": float(learnt)} for t, learnt in encoder.marked_text(EncodedSequence(tokens, weights))]
-        rows.append({"group": "training", "prompt": "", "reference": None, "before": None, "after": None, "tokens": marked})
+        marked = [
+            {"text": t, "weight": float(learnt)}
+            for t, learnt in encoder.marked_text(EncodedSequence(tokens, weights))
+        ]
+        rows.append(
+            {
+                "group": "training",
+                "prompt": "",
+                "reference": None,
+                "before": None,
+                "after": None,
+                "tokens": marked,
+            }
+        )
     return rows
 
 
 def sample_answers(
-    backend: ScoringBackend, adapter: str | None, encoder: ExampleEncoder, batch: Batch, ends: Collection[int], room: int | None
+    backend: ScoringBackend,
+    adapter: str | None,
+    encoder: ExampleEncoder,
+    batch: Batch,
+    ends: Collection[int],
+    room: int | None,
 ) -> list[dict[str, Any]]:
     """Up to four held-out rows: what stands before the last answer, asked of base and adapter."""
     asked = []
     for tokens, weights in split_sequences(batch, SAMPLE_ANSWERS):
         stop = len(weights) - next(i for i, w in enumerate(reversed(weights)) if w)
         start = next((i + 1 for i in range(stop - 1, -1, -1) if not weights[i]), 0)
-        if start > 1 and (room is None or start <= room):  # 1: everything is learnt, there is nothing to ask
+        if start > 1 and (
+            room is None or start <= room
+        ):  # 1: everything is learnt, there is nothing to ask
             asked.append((tokens[:start], tokens[start:stop]))
     prompts = [prompt for prompt, _ in asked]
     if not prompts:
         return []
-    sides = {"after": Mix.none()} if adapter is None else {"before": Mix.none(), "after": Mix.one(adapter)}
+    sides = (
+        {"after": Mix.none()}
+        if adapter is None
+        else {"before": Mix.none(), "after": Mix.one(adapter)}
+    )
     said = {
-        side: backend.generate(prompts, max_new_tokens=SAMPLE_NEW_TOKENS, eos=ends, adapters=mix) for side, mix in sides.items()
+        side: backend.generate(prompts, max_new_tokens=SAMPLE_NEW_TOKENS, eos=ends, adapters=mix)
+        for side, mix in sides.items()
     }
     return [
         {
-            "group": "held-out rows", "prompt": encoder.tokenizer.decode(prompt, skip_special_tokens=True), "tokens": None,
-            "reference": encoder.tokenizer.decode(answer, skip_special_tokens=True).strip(), "before": None,
-            **{side: encoder.tokenizer.decode(made[i].tokens, skip_special_tokens=True).strip() for side, made in said.items()},
+            "group": "held-out rows",
+            "prompt": encoder.tokenizer.decode(prompt, skip_special_tokens=True),
+            "tokens": None,
+            "reference": encoder.tokenizer.decode(answer, skip_special_tokens=True).strip(),
+            "before": None,
+            **{
+                side: encoder.tokenizer.decode(made[i].tokens, skip_special_tokens=True).strip()
+                for side, made in said.items()
+            },
         }
         for i, (prompt, answer) in enumerate(asked)
-    ]  # fmt: skip
+    ]
 
 
 def split_sequences(batch: Batch, most: int) -> Sequence[WeightedSequence]:
     """(tokens, weights) of a batch's first sequences."""
-    return [(batch.tokens[a:b].tolist(), batch.weights[a:b].tolist()) for a, b in batch.segments[:most]]
+    return [
+        (batch.tokens[a:b].tolist(), batch.weights[a:b].tolist()) for a, b in batch.segments[:most]
+    ]

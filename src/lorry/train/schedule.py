@@ -2,9 +2,10 @@
 
     rate(0, 1000, kind="cosine", base=2e-4, warmup=30)  # 0.0, the rate of the first update
 
-Steps count from 0: ``rate(i, ...)`` is the rate of the (i+1)-th update. With a warmup of w > 0 the first update has rate
-0 (it moves nothing but the moments), update w+1 is the first with ``base``, and the last of ``total`` updates has a rate
-just above 0; ``rate(total, ...)`` would be 0. These are the values of ``transformers.get_scheduler`` to the last bit.
+Steps count from 0: ``rate(i, ...)`` is the rate of the (i+1)-th update. With a warmup of w > 0 the
+first update has rate 0 (it moves nothing but the moments), update w+1 is the first with ``base``,
+and the last of ``total`` updates has a rate just above 0; ``rate(total, ...)`` would be 0. These
+are the values of ``transformers.get_scheduler`` to the last bit.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ SCHEDULE_SHAPES: dict[str, Callable[[int, int], float]] = {
 
 
 def learning_rate_at(step: int, total: int, *, kind: str, base: float, warmup: int = 0) -> float:
-    """The learning rate of update ``step`` (from 0) of ``total``, after ``warmup`` steps of linear rise from 0.
+    """The learning rate of update ``step`` (from 0) of ``total``, after ``warmup`` steps of linear
+    rise from 0.
 
-    Raises ConfigError on an unknown kind, and on "constant" with a warmup, which transformers ignores without a word.
+    Raises ConfigError on an unknown kind, and on "constant" with a warmup, which transformers
+    ignores without a word.
     """
     if kind not in SCHEDULE_SHAPES:
         raise ConfigError(
@@ -44,7 +47,11 @@ def learning_rate_at(step: int, total: int, *, kind: str, base: float, warmup: i
 
 
 def warmup_steps(total: int, ratio: float) -> int:
-    """Steps of warmup for a ``warmup_ratio`` of ``total`` steps, rounded up. Raises ConfigError outside [0, 1]."""
+    """Steps of warmup for a ``warmup_ratio`` of ``total`` steps, rounded up. Raises ConfigError
+    outside [0, 1].
+    """
     if not 0.0 <= ratio <= 1.0:
-        raise ConfigError(f"warmup_ratio={ratio} must lie in [0, 1]; for a number of steps use warmup_steps")
+        raise ConfigError(
+            f"warmup_ratio={ratio} must lie in [0, 1]; for a number of steps use warmup_steps"
+        )
     return math.ceil(total * ratio)

@@ -1,6 +1,8 @@
-"""A training run from its description to a finished directory: open, attach, prepare, train, check, write.
+"""A training run from its description to a finished directory: open, attach, prepare, train, check,
+write.
 
-A run of several jobs is the same with an adapter, data and settings for each; one of a single adapter is one job.
+A run of several jobs is the same with an adapter, data and settings for each; one of a single
+adapter is one job.
 """
 
 from __future__ import annotations
@@ -30,7 +32,17 @@ from lorry.kernels import kernel_status
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.open import OpenedModel, open_model
 from lorry.runs import ownership
-from lorry.runs.layout import CARD, CONTRACTS, EVALUATION, LOSSES, PREVIOUS, RECEIPT, RUN_FILE, SAMPLES, RunDir
+from lorry.runs.layout import (
+    CARD,
+    CONTRACTS,
+    EVALUATION,
+    LOSSES,
+    PREVIOUS,
+    RECEIPT,
+    RUN_FILE,
+    SAMPLES,
+    RunDir,
+)
 from lorry.runs.losses import collect_losses
 from lorry.runs.process import RunDirectoryHandle
 from lorry.tasks.build import PreparedJobs, TaskInputs
@@ -49,7 +61,13 @@ from lorry.train.monitoring.trackers import open_trackers
 from lorry.train.resources.budget import resolve_memory_budget
 from lorry.train.resources.peak import tune_allocator
 from lorry.train.resources.rate import StepTimes, record_step_rate
-from lorry.train.start import archive_previous_run, broken_contracts, claim_output_dir, find_resume_checkpoint, is_own_checkpoint
+from lorry.train.start import (
+    archive_previous_run,
+    broken_contracts,
+    claim_output_dir,
+    find_resume_checkpoint,
+    is_own_checkpoint,
+)
 
 SCORE_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
 MIN_BATCH_TOKENS = {
@@ -60,7 +78,9 @@ MIN_BATCH_TOKENS = {
 
 @dataclass
 class TrainResult:
-    """A finished run: its directory, how it ended, what held, the model with its adapters still in memory, the first active."""
+    """A finished run: its directory, how it ended, what held, the model with its adapters still in
+    memory, the first active.
+    """
 
     path: Path
     outcome: RunOutcome
@@ -75,9 +95,11 @@ class TrainResult:
         return self.adapters[0]
 
 
-def train_run(run: RunConfig, notes: list[str], listeners: Sequence[TrainingListener] = ()) -> TrainResult:
-    """Train as described, whatever the task, and write the run directory. Raises LorryError of the kind that fits; contracts.json
-    is written even then, once the run has begun."""
+def train_run(
+    run: RunConfig, notes: list[str], listeners: Sequence[TrainingListener] = ()
+) -> TrainResult:
+    """Train as described, whatever the task, and write the run directory. Raises LorryError of the
+    kind that fits; contracts.json is written even then, once the run has begun."""
     claim_output_dir(run)
     with record_process(run.output_dir) as process, explain_out_of_memory(suggest_less_memory(run)):
         return _run_session(run, notes, listeners, process)
@@ -97,7 +119,10 @@ def suggest_less_memory(run: RunConfig) -> str:
 
 
 def _run_session(
-    run: RunConfig, notes: list[str], listeners: Sequence[TrainingListener], process: RunProcessRecorder
+    run: RunConfig,
+    notes: list[str],
+    listeners: Sequence[TrainingListener],
+    process: RunProcessRecorder,
 ) -> TrainResult:
     """Everything up to the first step, then the steps."""
     run = resolve_memory_budget(run, notes)
@@ -106,27 +131,40 @@ def _run_session(
     alone = runs_by_adapter(run)
     start = find_resume_checkpoint(run)
     times = StepTimes()
-    listeners = [*listeners, times, *open_trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))]
+    listeners = [
+        *listeners,
+        times,
+        *open_trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json")),
+    ]
     tune_allocator()
     if run.backend.threads:
         torch.set_num_threads(run.backend.threads)
     torch.manual_seed(run.train.seed)
     opened = open_model(run.model, notes)
     if opened.tokenizer is None:
-        raise ConfigError(f"{run.model.name} has no tokenizer files; put tokenizer.json beside the weights")
+        raise ConfigError(
+            f"{run.model.name} has no tokenizer files; put tokenizer.json beside the weights"
+        )
     if len(alone) > 1 and opened.adapters:
         raise ConfigError(
             f"{run.model.name} already has an adapter, and several jobs begin with new ones; name its base, or merge it"
         )
     attached = {attach_adapter(one, opened, notes): one for one in alone.values()}
     if Path(opened.source["path"]).resolve() == run.output_dir.resolve():
-        raise ConfigError(f"{run.output_dir} holds the model this run begins with and would displace; give another output_dir")
-    make = partial(make_encoder_factory(run, opened, notes), tell=lambda text: _notify_listeners(listeners, [text]))
+        raise ConfigError(
+            f"{run.output_dir} holds the model this run begins with and would displace; give another output_dir"
+        )
+    make = partial(
+        make_encoder_factory(run, opened, notes),
+        tell=lambda text: _notify_listeners(listeners, [text]),
+    )
     jobs = prepare_jobs(run, attached, opened.tokenizer, make)
     _notify_listeners(listeners, [*dict.fromkeys(notes), *_data_notes(jobs)])
     told = len(notes)
     opened.model.gradient_checkpointing = run.train.gradient_checkpointing
-    engine = build_engine(run, opened, jobs, listeners, notes, BenchmarkEvaluator(run, opened, exams))
+    engine = build_engine(
+        run, opened, jobs, listeners, notes, BenchmarkEvaluator(run, opened, exams)
+    )
     notes += [note for job in engine.jobs.values() if (note := job.warmup_note())]
     _notify_listeners(listeners, notes[told:])
     if start is not None:
@@ -134,8 +172,11 @@ def _run_session(
     if not is_own_checkpoint(start, run.output_dir):
         going_on = start is None and run.train.resume_from_checkpoint == "auto"
         if (aside := archive_previous_run(run.output_dir, going_on=going_on)) is not None:
-            # only now: whatever was wrong with this run has been said, and cost nothing of the last one
-            _notify_listeners(listeners, [f"{run.output_dir} held an earlier run; it is in {aside} now"])
+            # only now: whatever was wrong with this run has been said, and cost nothing of the last
+            # one
+            _notify_listeners(
+                listeners, [f"{run.output_dir} held an earlier run; it is in {aside} now"]
+            )
     process.begin(engine.progress.step, engine.total)
     result = _train_and_finish(run, opened, jobs, engine, process.home)
     if note := record_step_rate(run, opened, times):
@@ -144,7 +185,9 @@ def _run_session(
 
 
 def _resume_engine(engine: TrainingEngine, start: Path, folder: Path) -> None:
-    """`Engine.resume`, with a way out where the directory's own run broke a contract. Raises what that raises."""
+    """`Engine.resume`, with a way out where the directory's own run broke a contract. Raises what
+    that raises.
+    """
     try:
         engine.resume(start)
     except ConfigError as error:
@@ -155,15 +198,27 @@ def _resume_engine(engine: TrainingEngine, start: Path, folder: Path) -> None:
 
 
 def _train_and_finish(
-    run: RunConfig, opened: OpenedModel, jobs: PreparedJobs, engine: TrainingEngine, home: RunDirectoryHandle
+    run: RunConfig,
+    opened: OpenedModel,
+    jobs: PreparedJobs,
+    engine: TrainingEngine,
+    home: RunDirectoryHandle,
 ) -> TrainResult:
-    """Run the engine between the first and the last contracts; write every file of the run, as long as ``home`` is there."""
-    checks, backend, prepared = engine.checks, engine.backend, {name: data for name, (_, data) in jobs.items()}
+    """Run the engine between the first and the last contracts; write every file of the run, as long
+    as ``home`` is there.
+    """
+    checks, backend, prepared = (
+        engine.checks,
+        engine.backend,
+        {name: data for name, (_, data) in jobs.items()},
+    )
     home.check()
     artifacts.write_text(run.output_dir, RUN_FILE, dump_settings(run))
     try:
         checks.begin(
-            backend, finish.contract_targets(opened.model, list(jobs)), finish.describe_unadapted(opened.model, list(jobs))
+            backend,
+            finish.contract_targets(opened.model, list(jobs)),
+            finish.describe_unadapted(opened.model, list(jobs)),
         )
         checks.held(8, _row_accounting(jobs))
         outcome = engine.run()
@@ -172,7 +227,9 @@ def _train_and_finish(
         home.check()
         digests = finish.write_and_check_adapters(run.output_dir, opened, checks, prepared)
         finish.check_newest_checkpoint(checks, engine.newest)
-        artifacts.write_json(run.output_dir, SAMPLES, finish.collect_samples(backend, prepared, opened.model.context))
+        artifacts.write_json(
+            run.output_dir, SAMPLES, finish.collect_samples(backend, prepared, opened.model.context)
+        )
     finally:
         if home.is_there():
             artifacts.write_json(run.output_dir, CONTRACTS, checks.report())
@@ -181,12 +238,18 @@ def _train_and_finish(
         artifacts.write_text(run.output_dir, RUN_FILE, dump_settings(run))
     contracts = checks.report()
     artifacts.write_json(run.output_dir, LOSSES, collect_losses(run.output_dir))
-    receipt = finish.run_receipt(run.output_dir, opened, jobs, digests, engine.identity["digests"].get("teacher"))
+    receipt = finish.run_receipt(
+        run.output_dir, opened, jobs, digests, engine.identity["digests"].get("teacher")
+    )
     artifacts.write_json(run.output_dir, RECEIPT, receipt)
-    if os.path.lexists(evaluation := run.output_dir / EVALUATION) and not ownership.is_evaluation_file(evaluation):
+    if os.path.lexists(
+        evaluation := run.output_dir / EVALUATION
+    ) and not ownership.is_evaluation_file(evaluation):
         ownership.displace_entries(run.output_dir, [evaluation.name])  # the card would read it
     artifacts.write_text(run.output_dir, CARD, render_run_card(run.output_dir))
-    return TrainResult(run.output_dir, outcome, contracts, opened.model, opened.tokenizer, list(jobs))
+    return TrainResult(
+        run.output_dir, outcome, contracts, opened.model, opened.tokenizer, list(jobs)
+    )
 
 
 def _notify_listeners(listeners: Sequence[TrainingListener], texts: Sequence[str]) -> None:
@@ -196,10 +259,13 @@ def _notify_listeners(listeners: Sequence[TrainingListener], texts: Sequence[str
 
 
 def prepare_jobs(
-    run: RunConfig, attached: Mapping[str, RunConfig], tokenizer: Any, make: Callable[..., ExampleEncoder] = ExampleEncoder
+    run: RunConfig,
+    attached: Mapping[str, RunConfig],
+    tokenizer: Any,
+    make: Callable[..., ExampleEncoder] = ExampleEncoder,
 ) -> PreparedJobs:
-    """What every job reads; data that several of them share is read once. ``make``: what makes the encoder. Raises what `prepare_data`
-    raises."""
+    """What every job reads; data that several of them share is read once. ``make``: what makes the
+    encoder. Raises what `prepare_data` raises."""
     known = dict[str, EncodedRows]()
     return {
         name: (
@@ -219,7 +285,9 @@ def prepare_jobs(
 
 def _data_notes(jobs: PreparedJobs) -> list[str]:
     """What became of the rows, each data set once."""
-    return list(dict.fromkeys(line for _, prepared in jobs.values() for line in prepared.report.lines()))
+    return list(
+        dict.fromkeys(line for _, prepared in jobs.values() for line in prepared.report.lines())
+    )
 
 
 def _row_accounting(jobs: PreparedJobs) -> str:
@@ -235,21 +303,32 @@ def lora_spec_of(lora: LoraConfig) -> LoraSpec:
 
 
 def attach_adapter(run: RunConfig, opened: OpenedModel, notes: list[str]) -> str:
-    """Attach a new adapter, or go on with the one the model came with; with lora=null, switch the base's own weights on. Returns
-    its name. Raises ConfigError."""
+    """Attach a new adapter, or go on with the one the model came with; with lora=null, switch the
+    base's own weights on. Returns its name. Raises ConfigError."""
     if run.lora is None:
         return enable_base_training(run, opened, notes)
     if not opened.adapters:
-        adapter = attach(opened.model, lora_spec_of(run.lora), run.lora.adapter_name, seed=run.train.seed)
-        notes += [f"not adapted: {one.what}; {one.why}" for one in list_skipped_modules(opened.model, adapter)]
+        adapter = attach(
+            opened.model, lora_spec_of(run.lora), run.lora.adapter_name, seed=run.train.seed
+        )
+        notes += [
+            f"not adapted: {one.what}; {one.why}"
+            for one in list_skipped_modules(opened.model, adapter)
+        ]
         return adapter.name
     if len(opened.adapters) > 1:
-        raise ConfigError(f"{run.model.name} holds several adapters ({', '.join(opened.adapters)}); name one of their folders")
+        raise ConfigError(
+            f"{run.model.name} holds several adapters ({', '.join(opened.adapters)}); name one of their folders"
+        )
     if run.lora != LoraConfig(adapter_name=run.lora.adapter_name):
-        raise ConfigError(f"{run.model.name} already has an adapter and training goes on with it; leave out the lora settings")
+        raise ConfigError(
+            f"{run.model.name} already has an adapter and training goes on with it; leave out the lora settings"
+        )
     notes.append(f"training goes on with the adapter of {run.model.name}")
     adapter = get_bank(opened.model)[opened.adapters[0]]
-    notes += [f"not adapted: {one.what}; {one.why}" for one in list_skipped_modules(opened.model, adapter)]
+    notes += [
+        f"not adapted: {one.what}; {one.why}" for one in list_skipped_modules(opened.model, adapter)
+    ]
     return adapter.name
 
 
@@ -264,37 +343,66 @@ def build_engine(
     """The backend, the task and the loop of this run. ``ask``: what its evaluations ask besides."""
     # dropout's seed is part of the sequences' keys, job by job
     backend = BACKENDS[run.backend.name](
-        opened.model, list(jobs), {name: optim_settings_of(one.train) for name, (one, _) in jobs.items()}
+        opened.model,
+        list(jobs),
+        {name: optim_settings_of(one.train) for name, (one, _) in jobs.items()},
     )
     ways = [
         TrainingJob(
-            name, one.train, data.stream.total_steps(one.train.num_train_epochs, one.train.max_steps),
-            data.stream.epoch_of, data.steps_per_epoch, list(data.ends),
+            name,
+            one.train,
+            data.stream.total_steps(one.train.num_train_epochs, one.train.max_steps),
+            data.stream.epoch_of,
+            data.steps_per_epoch,
+            list(data.ends),
         )
         for name, (one, data) in jobs.items()
-    ]  # fmt: skip
+    ]
     seeds = {name: one.train.seed for name, (one, _) in jobs.items()}
-    room = run.joint_tokens or MIN_BATCH_TOKENS.get(backend.device.type, max(MIN_BATCH_TOKENS.values()))
+    room = run.joint_tokens or MIN_BATCH_TOKENS.get(
+        backend.device.type, max(MIN_BATCH_TOKENS.values())
+    )
     stream = JointStream({name: data.stream for name, (_, data) in jobs.items()}, seeds, room)
-    held = [assign_adapter(batch, k, seeds[n]) for k, (n, (_, data)) in enumerate(jobs.items()) for batch in data.evaluation]
-    built = TASKS[run.task](TaskInputs(run, opened, jobs, stream, held, max(way.total for way in ways), backend))
+    held = [
+        assign_adapter(batch, k, seeds[n])
+        for k, (n, (_, data)) in enumerate(jobs.items())
+        for batch in data.evaluation
+    ]
+    built = TASKS[run.task](
+        TaskInputs(run, opened, jobs, stream, held, max(way.total for way in ways), backend)
+    )
     notes += built.notes
     digests = {name: data.digest for name, (_, data) in jobs.items()}
     identity = {
         "config": json.loads(run.model_dump_json()),
         "digests": {
             "data": digests if len(jobs) > 1 else next(iter(digests.values())),
-            "base": base_digest(opened.model), **built.digests, "code": checkpoint.code_digest(),
+            "base": base_digest(opened.model),
+            **built.digests,
+            "code": checkpoint.code_digest(),
         },
-        "environment": checkpoint.numeric_environment(device=str(backend.device), kernels=kernel_status().line()),
-    }  # fmt: skip
+        "environment": checkpoint.numeric_environment(
+            device=str(backend.device), kernels=kernel_status().line()
+        ),
+    }
     return TrainingEngine(
-        backend, built.task, run.train, run.output_dir, identity=identity, checks=ContractChecks(), jobs=ways, listeners=listeners,
-        tolerance=SCORE_TOLERANCES.get(opened.model.dtype, 1e-2), models=built.models, ask=ask or (lambda name: {}),
-    )  # fmt: skip
+        backend,
+        built.task,
+        run.train,
+        run.output_dir,
+        identity=identity,
+        checks=ContractChecks(),
+        jobs=ways,
+        listeners=listeners,
+        tolerance=SCORE_TOLERANCES.get(opened.model.dtype, 1e-2),
+        models=built.models,
+        ask=ask or (lambda name: {}),
+    )
 
 
 def optim_settings_of(train: TrainConfig) -> OptimSettings:
     """The optimizer's numbers from a run's settings."""
     betas = (train.adam_beta1, train.adam_beta2)
-    return OptimSettings(betas, train.adam_epsilon, train.weight_decay, train.max_grad_norm, train.loraplus_lr_ratio)
+    return OptimSettings(
+        betas, train.adam_epsilon, train.weight_decay, train.max_grad_norm, train.loraplus_lr_ratio
+    )

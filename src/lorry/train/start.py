@@ -1,7 +1,9 @@
-"""Where a run begins: from which checkpoint, and in a directory that is its own, cleared of an earlier run.
+"""Where a run begins: from which checkpoint, and in a directory that is its own, cleared of an
+earlier run.
 
-Nothing of an earlier run and nothing of anybody else's is removed or written over (runs/ownership.py): a
-directory with files that no run of Lorry wrote is refused; those of an earlier run move to previous/N.
+Nothing of an earlier run and nothing of anybody else's is removed or written over
+(runs/ownership.py): a directory with files that no run of Lorry wrote is refused; those of an
+earlier run move to previous/N.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ RUN_MARKER_FILES = (
 
 
 def claim_output_dir(run: RunConfig) -> None:
-    """Whether a run may write in its directory: it is empty of the names that a run writes, or a run of ours is in it.
+    """Whether a run may write in its directory: it is empty of the names that a run writes, or a
+    run of ours is in it.
 
     Raises ConfigError naming what is somebody else's, before anything is touched; DiskError.
     """
@@ -50,7 +53,9 @@ def claim_output_dir(run: RunConfig) -> None:
         raise ConfigError(f"output_dir={folder} is no directory; give another one")
     if not ownership.is_run(folder):
         names = _matching_names(folder, _written_patterns([job.name for job in run.jobs]))
-        ownership.refuse_foreign(dict.fromkeys((folder / name for name in names), _is_unmarked), MOVE_AWAY_HINT)
+        ownership.refuse_foreign(
+            dict.fromkeys((folder / name for name in names), _is_unmarked), MOVE_AWAY_HINT
+        )
 
 
 def _is_unmarked(path: Path) -> bool:
@@ -59,8 +64,8 @@ def _is_unmarked(path: Path) -> bool:
 
 
 def find_resume_checkpoint(run: RunConfig) -> Path | None:
-    """The checkpoint to resume from, or None to start afresh. Raises ConfigError rather than mix with, or lose, another run;
-    ModelError where there are checkpoints and none is whole; DiskError."""
+    """The checkpoint to resume from, or None to start afresh. Raises ConfigError rather than mix
+    with, or lose, another run; ModelError where there are checkpoints and none is whole; DiskError."""
     folder, start = run.output_dir, _requested_checkpoint(run)
     unfinished = (folder / CHECKPOINTS).is_dir() and not (folder / RECEIPT).is_file()
     if (
@@ -82,7 +87,9 @@ def _requested_checkpoint(run: RunConfig) -> Path | None:
     path = Path(wanted)
     within = checkpoint.find_latest_checkpoint(path) if (path / CHECKPOINTS).is_dir() else path
     if within is None or not within.is_dir():
-        raise ConfigError(f"train.resume_from_checkpoint={wanted} is no checkpoint and no run with one")
+        raise ConfigError(
+            f"train.resume_from_checkpoint={wanted} is no checkpoint and no run with one"
+        )
     return within
 
 
@@ -92,8 +99,8 @@ def is_own_checkpoint(start: Path | None, folder: Path) -> bool:
 
 
 def broken_contracts(folder: Path) -> list[int]:
-    """The contracts that the run in a directory broke, by its own report. Its checkpoints lead to the same end: the corrected
-    command is another run, and takes its place."""
+    """The contracts that the run in a directory broke, by its own report. Its checkpoints lead to
+    the same end: the corrected command is another run, and takes its place."""
     path = folder / CONTRACTS
     if not ownership.is_contracts(path):
         return []
@@ -104,10 +111,12 @@ def broken_contracts(folder: Path) -> list[int]:
 
 
 def archive_previous_run(folder: Path, *, going_on: bool) -> Path | None:
-    """Clear the way for a new run: what an earlier one wrote moves to FOLDER/previous/N, which is returned. ``going_on``: a run
-    that was stopped before its first checkpoint starts again, in the files of its earlier lives.
+    """Clear the way for a new run: what an earlier one wrote moves to FOLDER/previous/N, which is
+    returned. ``going_on``: a run that was stopped before its first checkpoint starts again, in the
+    files of its earlier lives.
 
-    What marks the directory as a run's moves last: after a kill in between the next run moves the rest. Raises DiskError.
+    What marks the directory as a run's moves last: after a kill in between the next run moves the
+    rest. Raises DiskError.
     """
     patterns = [*RESULTS, METRICS, CHECKPOINTS, RUN_FILE]
     if is_full_finetune_dir(folder):
@@ -118,15 +127,19 @@ def archive_previous_run(folder: Path, *, going_on: bool) -> Path | None:
         patterns += TOKENIZER_FILES
     names = [*_recorded_adapter_folders(folder), *_matching_names(folder, patterns)]
     if going_on:
-        names = [name for name in names if name not in RUN_MARKER_FILES or not _is_run_marker(folder / name)]
+        names = [
+            name
+            for name in names
+            if name not in RUN_MARKER_FILES or not _is_run_marker(folder / name)
+        ]
     marks = [CHECKPOINTS, RUN_FILE, RECEIPT]
     names.sort(key=lambda name: marks.index(name) if name in marks else -1)
     return ownership.move_to_previous(folder, names) if names else None
 
 
 def is_full_finetune_dir(folder: Path) -> bool:
-    """Whether a directory is that of a run that trained the base's own weights, by its own description: a model in any other
-    directory is somebody's, and not ours to move."""
+    """Whether a directory is that of a run that trained the base's own weights, by its own
+    description: a model in any other directory is somebody's, and not ours to move."""
     described = ownership.run_description_of(folder)
     return "lora" in described and described["lora"] is None
 
@@ -150,12 +163,25 @@ def _written_patterns(jobs: list[str]) -> list[str]:
 def _matching_names(folder: Path, patterns: list[str]) -> list[str]:
     """The names in a directory that match one of the patterns; ``a/b`` is looked for as it is."""
     here = os.listdir(folder) if folder.is_dir() else []
-    nested = [pattern for pattern in patterns if "/" in pattern and os.path.lexists(folder / pattern)]
-    return sorted(name for name in here if any(fnmatchcase(name, pattern) for pattern in patterns)) + nested
+    nested = [
+        pattern for pattern in patterns if "/" in pattern and os.path.lexists(folder / pattern)
+    ]
+    return (
+        sorted(name for name in here if any(fnmatchcase(name, pattern) for pattern in patterns))
+        + nested
+    )
 
 
 def _recorded_adapter_folders(folder: Path) -> list[str]:
     """The folders that a run of several jobs made for their adapters, by its own description."""
     jobs = ownership.run_description_of(folder).get("jobs")
-    names = [str(job.get("name")) for job in jobs if isinstance(job, Mapping)] if isinstance(jobs, list) else []
-    return [n for n in names if n == os.path.basename(n) and n.strip(".") and (folder / n / ADAPTER_CONFIG).is_file()]
+    names = (
+        [str(job.get("name")) for job in jobs if isinstance(job, Mapping)]
+        if isinstance(jobs, list)
+        else []
+    )
+    return [
+        n
+        for n in names
+        if n == os.path.basename(n) and n.strip(".") and (folder / n / ADAPTER_CONFIG).is_file()
+    ]

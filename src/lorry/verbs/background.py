@@ -1,10 +1,12 @@
-"""A run that is left alone (`background=true`): the same run in a process of its own, which no closed terminal ends.
+"""A run that is left alone (`background=true`): the same run in a process of its own, which no
+closed terminal ends.
 
     lorry sft data=people.jsonl output_dir=runs/people background=true
     lorry runs                    # where it stands
     kill -TERM PID                # it saves and ends with exit code 75; resume_from_checkpoint=auto goes on
 
-The process reads its description from RUN/background.yaml and writes what a terminal would show to RUN/log.txt.
+The process reads its description from RUN/background.yaml and writes what a terminal would show to
+RUN/log.txt.
 """
 
 from __future__ import annotations
@@ -26,16 +28,19 @@ from lorry.visible import make_visible
 
 DESCRIPTION_FILE = "background.yaml"
 LOG_START_MARK = b" lorry "  # in the first line of every log: "--- TIME lorry VERB FILE"
-START_TIMEOUT = 60.0  # seconds in which a run usually has read its model and data, so that what is wrong with them is told here
+# seconds in which a run usually has read its model and data, so that what is wrong with them is
+# told here
+START_TIMEOUT = 60.0
 LOG_TAIL_LINES = 30  # lines of the log shown when it fails at once
 
 
 def start_background_run(run: RunConfig, verb: str) -> int:
-    """Start the run on its own, wait until it trains (or `START_TIMEOUT` is over) and say how to watch and stop it.
+    """Start the run on its own, wait until it trains (or `START_TIMEOUT` is over) and say how to
+    watch and stop it.
 
-    The last line of standard output is the run directory. Where the run fails meanwhile its last lines are shown, and its exit
-    code is returned. Raises ConfigError when another process is at work in the directory or it holds somebody else's files, and
-    DiskError.
+    The last line of standard output is the run directory. Where the run fails meanwhile its last
+    lines are shown, and its exit code is returned. Raises ConfigError when another process is at
+    work in the directory or it holds somebody else's files, and DiskError.
     """
     from lorry.train.start import MOVE_AWAY_HINT, claim_output_dir
 
@@ -48,7 +53,10 @@ def start_background_run(run: RunConfig, verb: str) -> int:
     ownership.refuse_foreign(ours, MOVE_AWAY_HINT)
     durable.make_directory(folder)
     process.refuse_second(folder)
-    durable.write_files(folder, {DESCRIPTION_FILE: dump_settings(run.model_copy(update={"background": False})).encode()})
+    durable.write_files(
+        folder,
+        {DESCRIPTION_FILE: dump_settings(run.model_copy(update={"background": False})).encode()},
+    )
     start = _file_size(folder / LOG_FILE)
     child = _start_process(folder, verb)
     try:
@@ -63,9 +71,12 @@ def start_background_run(run: RunConfig, verb: str) -> int:
         return code if code > 0 else 128 - code
     done = "finished" if code == 0 else "training" if at_work else "still loading"
     lines = {
-        "process": f"{child.pid} ({done})", "watch": f"lorry runs {folder.parent}", "curves": f"lorry report {folder}",
-        "log": f"tail -f {folder / LOG_FILE}", "stop": f"kill -TERM {child.pid}   (it saves and ends with exit code 75)",
-    }  # fmt: skip
+        "process": f"{child.pid} ({done})",
+        "watch": f"lorry runs {folder.parent}",
+        "curves": f"lorry report {folder}",
+        "log": f"tail -f {folder / LOG_FILE}",
+        "stop": f"kill -TERM {child.pid}   (it saves and ends with exit code 75)",
+    }
     for name, text in lines.items():
         print(f"{name:8}{text}", file=sys.stderr)
     print(folder)
@@ -76,10 +87,19 @@ def _start_process(folder: Path, verb: str) -> subprocess.Popen[bytes]:
     """A session of its own: it has no terminal, so none can hang up on it."""
     command = [sys.executable, "-m", "lorry", verb, str(folder / DESCRIPTION_FILE)]
     with open(folder / LOG_FILE, "ab") as log:
-        log.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} lorry {verb} {folder / DESCRIPTION_FILE}\n".encode())
+        log.write(
+            f"--- {datetime.now(UTC).isoformat(timespec='seconds')} lorry {verb} {folder / DESCRIPTION_FILE}\n".encode()
+        )
         log.flush()
         alone = {**os.environ, BACKGROUND_VARIABLE: "1"}
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=alone)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=alone,
+        )
 
 
 def _wait_for_training(child: subprocess.Popen[bytes], folder: Path) -> bool:

@@ -1,6 +1,8 @@
-"""The named sets of `lorry eval RUN tasks=[...]`: every side asked every set, a table, JSON, CSV and bars.
+"""The named sets of `lorry eval RUN tasks=[...]`: every side asked every set, a table, JSON, CSV
+and bars.
 
-The base and each adapter answer in one process on the same weights, the same rows, the same worked examples.
+The base and each adapter answer in one process on the same weights, the same rows, the same worked
+examples.
 """
 
 from __future__ import annotations
@@ -52,14 +54,22 @@ def load_benchmarks(settings: EvalSettings) -> list[Benchmark]:
     places = DataLocations(settings.local, field="local")
     exams = [
         load_benchmark(
-            name, places, split=settings.task_split, limit=settings.limit, n_shot=settings.n_shot, template=settings.template,
-            seed=settings.seed, on_bad_row=settings.data.on_bad_row,
+            name,
+            places,
+            split=settings.task_split,
+            limit=settings.limit,
+            n_shot=settings.n_shot,
+            template=settings.template,
+            seed=settings.seed,
+            on_bad_row=settings.data.on_bad_row,
         )
         for name in expand_suites(settings.tasks)
-    ]  # fmt: skip
+    ]
     for exam in exams:
         left = "".join(f"; left out {n} ({reason})" for reason, n in sorted(exam.left_out.items()))
-        print_note(f"{exam.one.name}: {len(exam.questions)} questions of {exam.source} [{exam.split}]{left}")
+        print_note(
+            f"{exam.one.name}: {len(exam.questions)} questions of {exam.source} [{exam.split}]{left}"
+        )
         for note in exam.notes:
             print_note(f"note: {note}")
     return exams
@@ -74,21 +84,34 @@ def evaluate_benchmarks(
 
     context = found.model.context
     encoder = ExampleEncoder(
-        found.tokenizer, max_length=context or 1 << 20, system=settings.data.system, chat=settings.chat,
+        found.tokenizer,
+        max_length=context or 1 << 20,
+        system=settings.data.system,
+        chat=settings.chat,
         embeddings=found.model.vocab_size,
-    )  # fmt: skip
+    )
     done: BenchmarkResults = {exam.one.name: {} for exam in exams}
     with VisibleConsole(stderr=True).status("evaluating") as status:
         for exam in exams:
             for side, mix in mixes.items():
                 status.update(f"{exam.one.name}: {len(exam.questions)} questions, {side}")
                 done[exam.one.name][side] = ask(
-                    found.model, encoder, exam, mix, max_new_tokens=settings.max_new_tokens, batch_rows=settings.batch_size,
-                    seed=settings.seed, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
-                )  # fmt: skip
+                    found.model,
+                    encoder,
+                    exam,
+                    mix,
+                    max_new_tokens=settings.max_new_tokens,
+                    batch_rows=settings.batch_size,
+                    seed=settings.seed,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    top_k=settings.top_k,
+                )
     for name, sides in done.items():
         if cut := max(one.shortened for one in sides.values()):
-            print_note(f"note: {name}: {cut} prompts were cut from the left to fit the model's context of {context} tokens")
+            print_note(
+                f"note: {name}: {cut} prompts were cut from the left to fit the model's context of {context} tokens"
+            )
         if over := max(one.too_long for one in sides.values()):
             print_note(
                 f"note: {name}: perplexity is without {over} right answers that are longer than the context of {context} tokens"
@@ -98,14 +121,21 @@ def evaluate_benchmarks(
 
 def benchmark_table(title: str, exams: list[Benchmark], results: BenchmarkResults) -> Table:
     """A row per set and metric, a column per side, each value with its 95% interval."""
-    made = Table(title=Text(make_visible(title)), title_justify="left", header_style="dim", box=SIMPLE_HEAD)
+    made = Table(
+        title=Text(make_visible(title)), title_justify="left", header_style="dim", box=SIMPLE_HEAD
+    )
     sides = list(next(iter(results.values())))
     for column in ("set", "metric", *sides):
-        made.add_column(Text(make_visible(column)), justify="left" if column in ("set", "metric") else "right")
+        made.add_column(
+            Text(make_visible(column)), justify="left" if column in ("set", "metric") else "right"
+        )
     for exam in exams:
         by_side = results[exam.one.name]
         for at, metric in enumerate(next(iter(by_side.values())).metrics):
-            cells = [_metric_cell(one.metrics[metric].value, one.metrics[metric].interval) for one in by_side.values()]
+            cells = [
+                _metric_cell(one.metrics[metric].value, one.metrics[metric].interval)
+                for one in by_side.values()
+            ]
             name = f"{exam.one.name} ({len(exam.questions)})" if at == 0 else ""
             made.add_row(Text(name), Text(metric.replace("_", " ")), *map(Text, cells))
     few = [exam.one.name for exam in exams if len(exam.questions) < MIN_INTERVAL_ROWS]
@@ -116,17 +146,28 @@ def benchmark_table(title: str, exams: list[Benchmark], results: BenchmarkResult
 
 def _metric_cell(value: float, interval: tuple[float, float]) -> str:
     low, high = interval
-    return f"{format_number(value)} [{format_number(low)}, {format_number(high)}]" if math.isfinite(low) else format_number(value)
+    return (
+        f"{format_number(value)} [{format_number(low)}, {format_number(high)}]"
+        if math.isfinite(low)
+        else format_number(value)
+    )
 
 
 def benchmark_label(settings: EvalSettings, exam: Benchmark) -> str:
     """A set as it was asked, in a few words: what tells a run's evaluations of it apart."""
     split = f" [{exam.split}]" if exam.split == "train" else ""
     shots = f", {settings.n_shot} worked examples" if settings.n_shot else ""
-    return exam.one.name + split + shots + (f", the first {settings.limit} rows" if settings.limit else "")
+    return (
+        exam.one.name
+        + split
+        + shots
+        + (f", the first {settings.limit} rows" if settings.limit else "")
+    )
 
 
-def benchmark_entries(settings: EvalSettings, exams: list[Benchmark], results: BenchmarkResults) -> list[dict[str, Any]]:
+def benchmark_entries(
+    settings: EvalSettings, exams: list[Benchmark], results: BenchmarkResults
+) -> list[dict[str, Any]]:
     """Entries of evaluation.json: per set and adapter every metric before (base) and after."""
     made = []
     for exam in exams:
@@ -136,7 +177,8 @@ def benchmark_entries(settings: EvalSettings, exams: list[Benchmark], results: B
             sides = {"before": base[1] if after else None, "after": one}
             metrics: dict[str, dict[str, Any]] = {
                 metric: {
-                    side: None if taken is None else _finite_or_none(taken.metrics[metric].value) for side, taken in sides.items()
+                    side: None if taken is None else _finite_or_none(taken.metrics[metric].value)
+                    for side, taken in sides.items()
                 }
                 for metric in one.metrics
             }
@@ -147,21 +189,30 @@ def benchmark_entries(settings: EvalSettings, exams: list[Benchmark], results: B
     return made
 
 
-def write_benchmark_results(settings: EvalSettings, exams: list[Benchmark], results: BenchmarkResults) -> None:
-    """Into ``output_dir``, where it was given: JSON with every answer, the table as CSV, and a picture; or one of the first two,
-    where a file of its kind was named."""
+def write_benchmark_results(
+    settings: EvalSettings, exams: list[Benchmark], results: BenchmarkResults
+) -> None:
+    """Into ``output_dir``, where it was given: JSON with every answer, the table as CSV, and a
+    picture; or one of the first two, where a file of its kind was named."""
     output = settings.output_dir
     if output is None:
         return
     if output.suffix in (".json", ".csv"):
-        text = benchmark_csv(exams, results) if output.suffix == ".csv" else benchmark_json(settings, exams, results)
+        text = (
+            benchmark_csv(exams, results)
+            if output.suffix == ".csv"
+            else benchmark_json(settings, exams, results)
+        )
         _write_files(output.parent, {output.name: text.encode()})
         return
     from lorry.report.bars import draw_bars
 
     groups = {exam.one.name: exam.one.metrics[0] for exam in exams}
     values = {
-        side: {name: (one.metrics[groups[name]].value, one.metrics[groups[name]].interval) for name, one in column.items()}
+        side: {
+            name: (one.metrics[groups[name]].value, one.metrics[groups[name]].interval)
+            for name, one in column.items()
+        }
         for side, column in _results_by_side(results).items()
     }
     files = [
@@ -185,7 +236,16 @@ def benchmark_csv(exams: list[Benchmark], results: BenchmarkResults) -> str:
     for exam in exams:
         for side, one in results[exam.one.name].items():
             for metric, got in one.metrics.items():
-                lines.writerow([exam.one.name, metric, side, got.value, *_interval_cells(got.interval), len(exam.questions)])
+                lines.writerow(
+                    [
+                        exam.one.name,
+                        metric,
+                        side,
+                        got.value,
+                        *_interval_cells(got.interval),
+                        len(exam.questions),
+                    ]
+                )
     return out.getvalue()
 
 
@@ -194,30 +254,48 @@ def _interval_cells(interval: tuple[float, float]) -> list[float | str]:
     return [end if math.isfinite(end) else "" for end in interval]
 
 
-def benchmark_json(settings: EvalSettings, exams: list[Benchmark], results: BenchmarkResults) -> str:
-    """Everything: how it was asked, each metric with its interval, and each question with what every side said."""
+def benchmark_json(
+    settings: EvalSettings, exams: list[Benchmark], results: BenchmarkResults
+) -> str:
+    """Everything: how it was asked, each metric with its interval, and each question with what
+    every side said.
+    """
     asked = {"tasks", "local", "task_split", "n_shot", "template", "chat", "limit", "seed"}
-    how = settings.model_dump(mode="json", include={*asked, "max_new_tokens", "temperature", "top_p", "top_k"})
+    how = settings.model_dump(
+        mode="json", include={*asked, "max_new_tokens", "temperature", "top_p", "top_k"}
+    )
     sets = {
         exam.one.name: {
-            "split": exam.split, "source": exam.source, "questions": len(exam.questions), "left_out": exam.left_out,
+            "split": exam.split,
+            "source": exam.source,
+            "questions": len(exam.questions),
+            "left_out": exam.left_out,
             "sides": {
                 side: {
                     "metrics": {
                         metric: {
-                            "value": _finite_or_none(got.value), "low": _finite_or_none(got.interval[0]), "high": _finite_or_none(got.interval[1]),
+                            "value": _finite_or_none(got.value),
+                            "low": _finite_or_none(got.interval[0]),
+                            "high": _finite_or_none(got.interval[1]),
                             **({"signature": got.signature} if got.signature else {}),
                         }
                         for metric, got in one.metrics.items()
                     },
-                    "rows": one.rows, "shortened_prompts": one.shortened, "answers_too_long": one.too_long,
+                    "rows": one.rows,
+                    "shortened_prompts": one.shortened,
+                    "answers_too_long": one.too_long,
                 }
                 for side, one in results[exam.one.name].items()
             },
         }
         for exam in exams
-    }  # fmt: skip
-    return json.dumps({"model": settings.model.name, "asked": how, "sets": sets}, indent=1, ensure_ascii=False) + "\n"
+    }
+    return (
+        json.dumps(
+            {"model": settings.model.name, "asked": how, "sets": sets}, indent=1, ensure_ascii=False
+        )
+        + "\n"
+    )
 
 
 def _finite_or_none(value: float) -> float | None:

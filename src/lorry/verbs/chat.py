@@ -33,11 +33,17 @@ NO_ADAPTER = "none"
 
 
 def main(settings: ChatSettings, notes: list[str]) -> int:
-    """Open, then answer line by line until the input ends. From a pipe, the exit code is that of the last error."""
+    """Open, then answer line by line until the input ends. From a pipe, the exit code is that of
+    the last error.
+    """
     chat = ChatSession(settings, open_with_adapters(settings.model, adapters=settings.adapters))
     interactive = sys.stdin.isatty()
     if interactive:
-        plain = "" if chat.encoder.has_template else " It has no chat template and continues your text; \\n is a line break."
+        plain = (
+            ""
+            if chat.encoder.has_template
+            else " It has no chat template and continues your text; \\n is a line break."
+        )
         print_note(f"{settings.model.name}, {chat.answering()}.{plain} /help lists the commands.")
     code = 0
     for line in _terminal_lines() if interactive else _piped_lines():
@@ -87,7 +93,9 @@ def _piped_lines() -> Iterator[str]:
             if line.strip():
                 yield line.rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"standard input is not {error.encoding} text ({error.reason} at byte {error.start})") from error
+        raise DataError(
+            f"standard input is not {error.encoding} text ({error.reason} at byte {error.start})"
+        ) from error
 
 
 class ChatSession:
@@ -98,13 +106,17 @@ class ChatSession:
         from lorry.generation.text import NO_TOKEN_LIMIT
 
         self.settings, self.found = settings, found
-        self.encoder = ExampleEncoder(found.tokenizer, max_length=NO_TOKEN_LIMIT, embeddings=found.model.vocab_size)
+        self.encoder = ExampleEncoder(
+            found.tokenizer, max_length=NO_TOKEN_LIMIT, embeddings=found.model.vocab_size
+        )
         self.adapter = found.adapters[0] if found.adapters else None
         self.system = settings.system
         self.turns: list[ChatMessage] = []
         self.asked = 0
         if self.system and not self.encoder.has_template:
-            raise ModelError(f"system=...: {settings.model.name} has no chat template; it only continues plain text")
+            raise ModelError(
+                f"system=...: {settings.model.name} has no chat template; it only continues plain text"
+            )
 
     # --- commands
 
@@ -139,21 +151,27 @@ class ChatSession:
             print_note(self.listed())
             return
         if name not in self.found.adapters and name != NO_ADAPTER:
-            raise DataError(f"no adapter named {name!r}{suggest_nearest(name, self.found.adapters)}; {self.listed()}")
+            raise DataError(
+                f"no adapter named {name!r}{suggest_nearest(name, self.found.adapters)}; {self.listed()}"
+            )
         self.adapter = name if name in self.found.adapters else None
         print_note(f"({self.answering()})")
 
     def set_system(self, text: str) -> None:
         """Another system message, or none."""
         if not self.encoder.has_template:
-            raise ModelError("this model has no chat template and so no system message; it continues plain text")
+            raise ModelError(
+                "this model has no chat template and so no system message; it continues plain text"
+            )
         self.system = text or None
         print_note(f"(system message: {text})" if text else "(no system message)")
 
     def listed(self) -> str:
         """The adapters in a line, the one in use marked."""
         names = [*self.found.adapters, NO_ADAPTER]
-        return "adapters: " + ", ".join(f"{n} (in use)" if n == (self.adapter or NO_ADAPTER) else n for n in names)
+        return "adapters: " + ", ".join(
+            f"{n} (in use)" if n == (self.adapter or NO_ADAPTER) else n for n in names
+        )
 
     def answering(self) -> str:
         return f"adapter {self.adapter}" if self.adapter else "the base alone"
@@ -161,9 +179,11 @@ class ChatSession:
     # --- answers
 
     def answer(self, text: str) -> Iterator[str]:
-        """The answer to one more message, piece by piece; both join the conversation, also when it is stopped half-way.
+        """The answer to one more message, piece by piece; both join the conversation, also when it
+        is stopped half-way.
 
-        Raises ModelError when the message alone is too long for the context; then the conversation is as it was.
+        Raises ModelError when the message alone is too long for the context; then the conversation
+        is as it was.
         """
         from lorry.adapters.mix import Mix
         from lorry.data.reading.content import ChatMessage
@@ -175,9 +195,14 @@ class ChatSession:
         prompt, room = self._fitted(asked)
         self.asked += 1
         tokens = stream_tokens(
-            model, prompt, max_new_tokens=room, eos=self.encoder.stop_tokens(), temperature=settings.temperature,
-            seed=settings.seed + self.asked - 1, adapters=Mix.one(self.adapter) if self.adapter else Mix.none(),
-        )  # fmt: skip
+            model,
+            prompt,
+            max_new_tokens=room,
+            eos=self.encoder.stop_tokens(),
+            temperature=settings.temperature,
+            seed=settings.seed + self.asked - 1,
+            adapters=Mix.one(self.adapter) if self.adapter else Mix.none(),
+        )
         speech, said, whole = IncrementalDetokenizer(self.encoder), list[str](), False
         try:
             for token in tokens:
@@ -193,7 +218,9 @@ class ChatSession:
             print_note(f"\n(stopped after {room} tokens; max_new_tokens sets how many)")
 
     def _fitted(self, asked: ChatMessage) -> tuple[list[int], int]:
-        """(prompt tokens, how many may follow); the oldest turns are forgotten, with a note, until both fit the context."""
+        """(prompt tokens, how many may follow); the oldest turns are forgotten, with a note, until
+        both fit the context.
+        """
         context, new = self.found.model.context, self.settings.max_new_tokens
         prompt, forgotten = self._prompt(asked), 0
         while context is not None and len(prompt) + new > context and self.turns:
@@ -211,16 +238,22 @@ class ChatSession:
         return prompt, room
 
     def _prompt(self, asked: ChatMessage) -> list[int]:
-        """The conversation with one more message, up to where the answer begins. Raises DataError if the template refuses it."""
+        """The conversation with one more message, up to where the answer begins. Raises DataError
+        if the template refuses it.
+        """
         from lorry.data.encoding.template import TemplateRefusedError
         from lorry.data.reading.content import ChatMessage, Conversation
         from lorry.generation.text import encode_continuation
 
         if not self.encoder.has_template:
-            return encode_continuation(self.encoder, "\n".join([*self._exchanges(), asked.content.replace("\\n", "\n")]))
+            return encode_continuation(
+                self.encoder, "\n".join([*self._exchanges(), asked.content.replace("\\n", "\n")])
+            )
         opening = [ChatMessage("system", self.system)] if self.system else []
         try:
-            return self.encoder.prompt(Conversation((*opening, *self.turns, asked, ChatMessage("assistant", "."))))
+            return self.encoder.prompt(
+                Conversation((*opening, *self.turns, asked, ChatMessage("assistant", ".")))
+            )
         except TemplateRefusedError as error:
             raise DataError(f"{error}; /reset begins anew") from error
 

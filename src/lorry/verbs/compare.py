@@ -1,8 +1,10 @@
-"""`lorry compare RUN RUN ...`: what runs cost and reached, side by side; or `lorry compare data=FILE` to train each way first.
+"""`lorry compare RUN RUN ...`: what runs cost and reached, side by side; or `lorry compare
+data=FILE` to train each way first.
 
     lorry compare data=people.jsonl max_steps=100 ways=[lora,full,mlp] learning_rates={lora: 1e-3, full: 5e-5}
 
-Every way is trained by a process of its own, so that its peak memory is its own, into a folder of its name.
+Every way is trained by a process of its own, so that its peak memory is its own, into a folder of
+its name.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ CLI_PROGRAM = "import sys; from lorry.cli import main; sys.exit(main())"
 
 
 def main(settings: CompareSettings, notes: list[str]) -> int:
-    """Train what is to be trained, compare, print. Returns the exit code of a way that failed, else 0; that of a DataError where
-    a run is damaged: the others are compared, and it is named.
+    """Train what is to be trained, compare, print. Returns the exit code of a way that failed, else
+    0; that of a DataError where a run is damaged: the others are compared, and it is named.
     """
     from lorry.disk import durable
     from lorry.report.compare import compare_runs_table, comparison_row, figure_ratios
@@ -39,14 +41,27 @@ def main(settings: CompareSettings, notes: list[str]) -> int:
     for run in trained:
         if code := train_in_subprocess(run, settings.output_dir):
             return code
-    runs, damaged = read_readable_runs([Path(path) for path in settings.runs] or [run.output_dir for run in trained])
+    runs, damaged = read_readable_runs(
+        [Path(path) for path in settings.runs] or [run.output_dir for run in trained]
+    )
     rows = [comparison_row(run) for run in runs]
-    record: dict[str, Any] = {"runs": [{**row, "ratios": over} for row, over in zip(rows, figure_ratios(rows), strict=True)]}
+    record: dict[str, Any] = {
+        "runs": [
+            {**row, "ratios": over} for row, over in zip(rows, figure_ratios(rows), strict=True)
+        ]
+    }
     if damaged:
-        record["damaged"] = [{"name": one.name, "path": str(one.path), "why": one.why} for one in damaged]
+        record["damaged"] = [
+            {"name": one.name, "path": str(one.path), "why": one.why} for one in damaged
+        ]
     if trained:
         durable.write_files(
-            settings.output_dir, {COMPARE_RECORD_FILE: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()}
+            settings.output_dir,
+            {
+                COMPARE_RECORD_FILE: (
+                    json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+                ).encode()
+            },
         )
     if settings.format == "json":
         print(escape_document(json.dumps(record, indent=1, ensure_ascii=False)))
@@ -58,14 +73,20 @@ def main(settings: CompareSettings, notes: list[str]) -> int:
 
 
 def _training_ways(settings: CompareSettings) -> list[str]:
-    """The ways to train: none where runs are named. Raises ConfigError where there is neither a run nor data."""
+    """The ways to train: none where runs are named. Raises ConfigError where there is neither a run
+    nor data.
+    """
     given = settings.data.path is not None or bool(settings.data.mix)
     if settings.runs:
         if given:
-            raise ConfigError("runs and data are both given: name finished runs, or give data to train each way on; keep one")
+            raise ConfigError(
+                "runs and data are both given: name finished runs, or give data to train each way on; keep one"
+            )
         return []
     if not given:
-        raise ConfigError("nothing to compare: name run directories, or give data=FILE to train each way first")
+        raise ConfigError(
+            "nothing to compare: name run directories, or give data=FILE to train each way first"
+        )
     if not settings.ways or len(set(settings.ways)) < len(settings.ways):
         raise ConfigError(f"ways=[{', '.join(settings.ways)}]: name every way to train once")
     return list(settings.ways)
@@ -73,9 +94,15 @@ def _training_ways(settings: CompareSettings) -> list[str]:
 
 def _refuse_unsupported(settings: CompareSettings, trained: list[RunConfig]) -> None:
     """Raise ConfigError for what some way cannot do, before any other has trained for nothing."""
-    alone = {"jobs": settings.jobs, "background": settings.background, "train.push_to_hub": settings.train.push_to_hub}
+    alone = {
+        "jobs": settings.jobs,
+        "background": settings.background,
+        "train.push_to_hub": settings.train.push_to_hub,
+    }
     if trained and (odd := [name for name, value in alone.items() if value]):
-        raise ConfigError(f"{odd[0]}: ways are trained one after the other, waited for and compared; leave it out")
+        raise ConfigError(
+            f"{odd[0]}: ways are trained one after the other, waited for and compared; leave it out"
+        )
     if whole := [run for run in trained if run.lora is None]:
         from lorry.train.full import refuse_adapter_settings
 
@@ -83,21 +110,31 @@ def _refuse_unsupported(settings: CompareSettings, trained: list[RunConfig]) -> 
 
 
 def refuse_foreign_files(folder: Path, trained: list[RunConfig]) -> None:
-    """Raise ConfigError for files of others where descriptions, runs and the record would go, before anything has trained."""
+    """Raise ConfigError for files of others where descriptions, runs and the record would go,
+    before anything has trained.
+    """
     from lorry.runs import ownership
     from lorry.train.start import MOVE_AWAY_HINT, claim_output_dir
 
     if trained:
         described = {
-            folder / f"{run.output_dir.name}.yaml": lambda path: bool(ownership.read_run_description(path)) for run in trained
+            folder / f"{run.output_dir.name}.yaml": lambda path: bool(
+                ownership.read_run_description(path)
+            )
+            for run in trained
         }
-        ownership.refuse_foreign({**described, folder / COMPARE_RECORD_FILE: ownership.recognise_keys("runs")}, MOVE_AWAY_HINT)
+        ownership.refuse_foreign(
+            {**described, folder / COMPARE_RECORD_FILE: ownership.recognise_keys("runs")},
+            MOVE_AWAY_HINT,
+        )
         for run in trained:
             claim_output_dir(run)
 
 
 def train_in_subprocess(run: RunConfig, folder: Path) -> int:
-    """`lorry sft` on a description written beside its directory, in a process of its own. Returns its exit code."""
+    """`lorry sft` on a description written beside its directory, in a process of its own. Returns
+    its exit code.
+    """
     from lorry.disk import durable
 
     durable.make_directory(folder)
@@ -105,5 +142,7 @@ def train_in_subprocess(run: RunConfig, folder: Path) -> int:
     durable.write_files(folder, {file.name: dump_settings(run).encode()})
     print_note(f"training {run.output_dir.name} at a learning rate of {run.train.learning_rate:g}")
     return subprocess.run(
-        [sys.executable, "-c", CLI_PROGRAM, "sft", str(file)], stdout=subprocess.DEVNULL, check=False
+        [sys.executable, "-c", CLI_PROGRAM, "sft", str(file)],
+        stdout=subprocess.DEVNULL,
+        check=False,
     ).returncode

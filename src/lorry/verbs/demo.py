@@ -1,8 +1,10 @@
-"""`lorry demo`: the main job end to end on real weights: teach the embedded model facts about people who do not exist.
+"""`lorry demo`: the main job end to end on real weights: teach the embedded model facts about
+people who do not exist.
 
-The people come from a seeded generator, so no model can know them; questions to test with are worded differently from those to
-learn from. Shown: answers before and after, exact match and ROUGE-L on the held-out wordings, the loss on ordinary text before
-and after (it must not collapse), and how to go on.
+The people come from a seeded generator, so no model can know them; questions to test with are
+worded differently from those to learn from. Shown: answers before and after, exact match and
+ROUGE-L on the held-out wordings, the loss on ordinary text before and after (it must not collapse),
+and how to go on.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def main(settings: DemoSettings, notes: list[str]) -> int:
     people = make_people(FAST_DEMO_PEOPLE if settings.fast else DEMO_PEOPLE, settings.seed)
     train, held_out = make_questions(people, settings.seed)
     chat = general_chat()
-    run = build_settings(RunConfig, demo_settings(settings, settings.output_dir / TRAIN_FILE), notes)
+    run = build_settings(
+        RunConfig, demo_settings(settings, settings.output_dir / TRAIN_FILE), notes
+    )
     claim_output_dir(run)
     write_data(settings.output_dir, train + chat, held_out)
     print_headline(
@@ -54,7 +58,9 @@ def main(settings: DemoSettings, notes: list[str]) -> int:
     compare_with_base(result, held_out, chat[:6])
     page = build_report([result.path])
     VisibleConsole().print(table.render_runs([read_run(result.path)], samples=6))
-    print(f"adapter  {result.path} (PEFT format)\nreport   {page}\nchat     .venv/bin/lorry chat {result.path}")
+    print(
+        f"adapter  {result.path} (PEFT format)\nreport   {page}\nchat     .venv/bin/lorry chat {result.path}"
+    )
     return 0
 
 
@@ -65,12 +71,23 @@ def demo_settings(settings: DemoSettings, data: Path) -> dict[str, Any]:
     steps = settings.max_steps or (FAST_DEMO_STEPS if settings.fast else None)
     chosen: dict[str, Any] = {} if steps is None else {"max_steps": steps}
     if not (settings.output_dir / RECEIPT).exists() and not broken_contracts(settings.output_dir):
-        chosen["resume_from_checkpoint"] = "auto"  # a demo that was interrupted goes on; a finished one starts anew
+        chosen["resume_from_checkpoint"] = (
+            "auto"  # a demo that was interrupted goes on; a finished one starts anew
+        )
     return {
-        "data": str(data), "output_dir": str(settings.output_dir), "seed": settings.seed, "r": 16, "learning_rate": 1e-3,
-        "num_train_epochs": 4, "per_device_train_batch_size": 16, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1,
-        "logging_steps": 10, "max_length": 256, **chosen,
-    }  # fmt: skip
+        "data": str(data),
+        "output_dir": str(settings.output_dir),
+        "seed": settings.seed,
+        "r": 16,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 4,
+        "per_device_train_batch_size": 16,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.1,
+        "logging_steps": 10,
+        "max_length": 256,
+        **chosen,
+    }
 
 
 def print_headline(text: str) -> None:
@@ -86,41 +103,65 @@ def write_data(run_dir: Path, train: Sequence[DemoRow], held_out: Sequence[DemoR
     durable.make_directory((run_dir / TRAIN_FILE).parent)
     rows = {TRAIN_FILE: train, HELD_OUT_FILE: held_out}
     ownership.write_owned_files(
-        run_dir, {name: "".join(json.dumps(row) + "\n" for row in made).encode() for name, made in rows.items()}
+        run_dir,
+        {
+            name: "".join(json.dumps(row) + "\n" for row in made).encode()
+            for name, made in rows.items()
+        },
     )
 
 
-def compare_with_base(result: TrainResult, held_out: Sequence[DemoRow], chat: Sequence[DemoRow]) -> None:
-    """Ask base (the same weights under mix none) and adapter, score both, and write samples.json and evaluation.json."""
+def compare_with_base(
+    result: TrainResult, held_out: Sequence[DemoRow], chat: Sequence[DemoRow]
+) -> None:
+    """Ask base (the same weights under mix none) and adapter, score both, and write samples.json
+    and evaluation.json.
+    """
     from lorry.adapters.mix import Mix
     from lorry.data.reading.content import ChatMessage, Conversation
     from lorry.disk import durable
     from lorry.evaluate.answers import generate_answers, score_answers
     from lorry.train import artifacts
 
-    held_out = random.Random(0).sample(held_out, len(held_out))  # so that the first few shown are about different people
+    held_out = random.Random(0).sample(
+        held_out, len(held_out)
+    )  # so that the first few shown are about different people
     rows = [*held_out, *chat]
-    asked = [Conversation((ChatMessage("user", r["question"]), ChatMessage("assistant", r["answer"]))) for r in rows]
+    asked = [
+        Conversation((ChatMessage("user", r["question"]), ChatMessage("assistant", r["answer"])))
+        for r in rows
+    ]
     said = {
-        side: generate_answers(result.model, result.tokenizer, asked, adapters=mix, max_new_tokens=DEMO_ANSWER_TOKENS)
+        side: generate_answers(
+            result.model, result.tokenizer, asked, adapters=mix, max_new_tokens=DEMO_ANSWER_TOKENS
+        )
         for side, mix in (("before", Mix.none()), ("after", Mix.one(result.adapter)))
     }
     truth, n = [r["answer"] for r in rows], len(held_out)
     scores = {side: score_answers(texts[:n], truth[:n]) for side, texts in said.items()}
     held = {m: {side: scores[side][m] for side in scores} for m in ("exact_match", "rouge_l", "f1")}
     general = {"loss": general_loss(result)}
-    evaluation = [{"name": HELD_OUT_GROUP, "metrics": held}, {"name": "general text", "metrics": general}]
+    evaluation = [
+        {"name": HELD_OUT_GROUP, "metrics": held},
+        {"name": "general text", "metrics": general},
+    ]
     artifacts.write_json(result.path, EVALUATION, evaluation)
     samples = [
         {
-            "group": HELD_OUT_GROUP if i < n else GENERAL_GROUP, "prompt": row["question"], "reference": row["answer"],
-            "before": said["before"][i], "after": said["after"][i], "tokens": None,
+            "group": HELD_OUT_GROUP if i < n else GENERAL_GROUP,
+            "prompt": row["question"],
+            "reference": row["answer"],
+            "before": said["before"][i],
+            "after": said["after"][i],
+            "tokens": None,
         }
         for i, row in enumerate(rows)
-    ]  # fmt: skip
+    ]
     trained = json.loads((result.path / SAMPLES).read_text())
     shown = artifacts.json_text(samples + [row for row in trained if row["tokens"]])
-    durable.write_files(result.path, {SAMPLES: shown.encode()})  # its own file, read just now and added to
+    durable.write_files(
+        result.path, {SAMPLES: shown.encode()}
+    )  # its own file, read just now and added to
 
 
 def general_loss(result: TrainResult) -> dict[str, float]:

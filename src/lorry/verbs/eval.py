@@ -1,6 +1,8 @@
-"""`lorry eval RUN data=FILE`: loss, perplexity and accuracy of a file's rows, and how its questions are answered, greedily.
+"""`lorry eval RUN data=FILE`: loss, perplexity and accuracy of a file's rows, and how its questions
+are answered, greedily.
 
-A model with adapters is evaluated without them and with each, in one process on the same weights, side by side.
+A model with adapters is evaluated without them and with each, in one process on the same weights,
+side by side.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ EVAL_NEW_TOKENS = 64
 
 
 def main(settings: EvalSettings, notes: list[str]) -> int:
-    """Read, evaluate each side, print the table, write what was asked for and the run's evaluation.json."""
+    """Read, evaluate each side, print the table, write what was asked for and the run's
+    evaluation.json.
+    """
     import torch
 
     refuse_wrong_kind(settings.output_dir)
@@ -50,7 +54,9 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
         torch.set_num_threads(settings.backend.threads)
     if settings.tasks:
         return evaluate_named_sets(settings)
-    source = open_eval_source(settings)  # before the model, which takes longer: a wrong path is told at once
+    source = open_eval_source(
+        settings
+    )  # before the model, which takes longer: a wrong path is told at once
     found = open_with_adapters(settings.model)
     note_other_dtype(found)
     rows = encode_eval_rows(settings, found, source)
@@ -63,26 +69,38 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
 
 
 def refuse_wrong_kind(output: Path | None) -> None:
-    """Before anything is measured: a folder where a file is named, or the reverse. Raises ConfigError."""
+    """Before anything is measured: a folder where a file is named, or the reverse. Raises
+    ConfigError.
+    """
     if output is None:
         return
     if output.suffix in FILE_SUFFIXES and output.is_dir():
-        raise ConfigError(f"output_dir={output} is a directory with a file's name; give another name")
+        raise ConfigError(
+            f"output_dir={output} is a directory with a file's name; give another name"
+        )
     if output.suffix not in FILE_SUFFIXES and output.exists() and not output.is_dir():
         raise ConfigError(f"output_dir={output} is a file; give a folder, or a .json file")
 
 
 def refuse_foreign_results(settings: EvalSettings) -> None:
-    """Before anything is measured: files where results would go that no `lorry eval` wrote. Raises ConfigError."""
+    """Before anything is measured: files where results would go that no `lorry eval` wrote. Raises
+    ConfigError.
+    """
     output = settings.output_dir
     if output is None:
         return
     files = (
         [output]
         if output.suffix in FILE_SUFFIXES
-        else [output / name for name in (benchmarks.BENCHMARK_FILES if settings.tasks else [RESULTS_FILE])]
+        else [
+            output / name
+            for name in (benchmarks.BENCHMARK_FILES if settings.tasks else [RESULTS_FILE])
+        ]
     )
-    ownership.refuse_foreign({file: benchmarks.RECOGNISED_FILES[file.suffix] for file in files}, "name another output_dir")
+    ownership.refuse_foreign(
+        {file: benchmarks.RECOGNISED_FILES[file.suffix] for file in files},
+        "name another output_dir",
+    )
 
 
 def evaluate_named_sets(settings: EvalSettings) -> int:
@@ -94,7 +112,9 @@ def evaluate_named_sets(settings: EvalSettings) -> int:
     results = benchmarks.evaluate_benchmarks(settings, found, read, evaluation_mixes(found))
     how = f", {settings.n_shot} worked examples" if settings.n_shot else ""
     VisibleConsole(soft_wrap=True).print(
-        benchmarks.benchmark_table(f"{settings.model.name}{how}: value [95% interval]", read, results)
+        benchmarks.benchmark_table(
+            f"{settings.model.name}{how}: value [95% interval]", read, results
+        )
     )
     write_run_evaluation(found, benchmarks.benchmark_entries(settings, read, results))
     benchmarks.write_benchmark_results(settings, read, results)
@@ -112,7 +132,9 @@ def warn_trained_rows(settings: EvalSettings, found: OpenedModel, read: list[Ben
         return
     config = read_run(run).config
     jobs = [job for job in config.get("jobs") or [] if isinstance(job, dict)]
-    datas = [{**config.get("data", {}), **job.get("data", {})} for job in jobs] or [config.get("data", {})]
+    datas = [{**config.get("data", {}), **job.get("data", {})} for job in jobs] or [
+        config.get("data", {})
+    ]
     spots = [spot for data in datas for spot in training_locations(DataConfig.model_validate(data))]
     places = DataLocations(settings.local, field="local")
     for exam in read:
@@ -132,17 +154,26 @@ def evaluation_mixes(found: OpenedModel) -> dict[str, Mix]:
     """What is asked: the base, and each adapter under its name."""
     from lorry.adapters.mix import Mix
 
-    return {BASE_COLUMN: Mix.none()} | {side_label(name, found): Mix.one(name) for name in found.adapters}
+    return {BASE_COLUMN: Mix.none()} | {
+        side_label(name, found): Mix.one(name) for name in found.adapters
+    }
 
 
 def note_other_dtype(found: OpenedModel) -> None:
-    """A note when a run is evaluated in another number format than it was trained in: its numbers then differ a little."""
+    """A note when a run is evaluated in another number format than it was trained in: its numbers
+    then differ a little.
+    """
     file = Path(found.source.get("adapter", "")) / RECEIPT
     if not found.source.get("adapter") or not file.is_file():
         return
-    trained, now = receipt.part(read_run(file.parent).receipt, "base").get("dtype"), found.source["dtype"]
+    trained, now = (
+        receipt.part(read_run(file.parent).receipt, "base").get("dtype"),
+        found.source["dtype"],
+    )
     if trained is not None and trained != now:
-        print_note(f"note: trained in {trained}, evaluated in {now}; dtype={trained} gives the numbers of the training")
+        print_note(
+            f"note: trained in {trained}, evaluated in {now}; dtype={trained} gives the numbers of the training"
+        )
 
 
 def open_eval_source(settings: EvalSettings) -> DataSource:
@@ -150,7 +181,13 @@ def open_eval_source(settings: EvalSettings) -> DataSource:
     from lorry.data.reading.sources import open_source
 
     data = settings.data
-    return open_source(data.path or [], name=data.name, split=data.split, on_bad_row=data.on_bad_row, limit=settings.limit)
+    return open_source(
+        data.path or [],
+        name=data.name,
+        split=data.split,
+        on_bad_row=data.on_bad_row,
+        limit=settings.limit,
+    )
 
 
 def encode_eval_rows(settings: EvalSettings, found: OpenedModel, source: DataSource) -> EvalRows:
@@ -164,12 +201,19 @@ def encode_eval_rows(settings: EvalSettings, found: OpenedModel, source: DataSou
     only = True if data.completion_only_loss is None else data.completion_only_loss
     rows = found.model.vocab_size
     encoder = ExampleEncoder(
-        found.tokenizer, max_length=length, completion_only_loss=only, system=data.system, embeddings=rows, tell=print_note
+        found.tokenizer,
+        max_length=length,
+        completion_only_loss=only,
+        system=data.system,
+        embeddings=rows,
+        tell=print_note,
     )
     return EvalRows.read(source, encoder, format_named(data.format, data.text_field))
 
 
-def evaluate_sides(settings: EvalSettings, found: OpenedModel, rows: EvalRows) -> dict[str, EvaluationResult]:
+def evaluate_sides(
+    settings: EvalSettings, found: OpenedModel, rows: EvalRows
+) -> dict[str, EvaluationResult]:
     """{base, and each adapter's name: its result}."""
     from lorry.evaluate.rows import evaluate_rows
 
@@ -182,7 +226,12 @@ def evaluate_sides(settings: EvalSettings, found: OpenedModel, rows: EvalRows) -
         for name, mix in evaluation_mixes(found).items():
             status.update(f"evaluating {name}: {len(rows.rows)} rows, {len(asked)} answers")
             done[name] = evaluate_rows(
-                found.model, rows, mix, asked=asked, max_new_tokens=longest, batch_rows=settings.batch_size
+                found.model,
+                rows,
+                mix,
+                asked=asked,
+                max_new_tokens=longest,
+                batch_rows=settings.batch_size,
             )
     return done
 
@@ -194,19 +243,27 @@ def side_label(name: str, found: OpenedModel) -> str:
 
 def data_label(settings: EvalSettings) -> str:
     """The data in a few words."""
-    path = settings.data.path if isinstance(settings.data.path, str) else ", ".join(settings.data.path or [])
+    path = (
+        settings.data.path
+        if isinstance(settings.data.path, str)
+        else ", ".join(settings.data.path or [])
+    )
     split = f" [{settings.data.split}]" if settings.data.split != "train" else ""
     return path + split + (f", the first {settings.limit} rows" if settings.limit else "")
 
 
-def evaluation_sides_table(title: str, rows: EvalRows, sides: Mapping[str, EvaluationResult]) -> Table:
+def evaluation_sides_table(
+    title: str, rows: EvalRows, sides: Mapping[str, EvaluationResult]
+) -> Table:
     """A row per metric, a column per side; 95% intervals where there are any."""
     first = next(iter(sides.values()))
     answered = f", {len(first.said)} answered" if first.said else ""
     heading = Text(make_visible(f"{title}: {len(rows.rows)} rows{answered}"))
     table = Table(title=heading, title_justify="left", header_style="dim", box=SIMPLE_HEAD)
     for column in ("metric", *sides):
-        table.add_column(Text(make_visible(column)), justify="left" if column == "metric" else "right")
+        table.add_column(
+            Text(make_visible(column)), justify="left" if column == "metric" else "right"
+        )
     for metric in first.metrics:
         cells = [_side_cell(one, metric) for one in sides.values()]
         table.add_row(Text(metric.replace("_", " ")), *map(Text, cells))
@@ -223,11 +280,22 @@ def _side_cell(one: EvaluationResult, metric: str) -> str:
     return f"{value} [{format_number(low)}, {format_number(high)}]"
 
 
-def write_evaluation(settings: EvalSettings, found: OpenedModel, rows: EvalRows, sides: Mapping[str, EvaluationResult]) -> None:
-    """The run's evaluation.json where a run was evaluated, and results.json where ``output_dir`` was given."""
+def write_evaluation(
+    settings: EvalSettings,
+    found: OpenedModel,
+    rows: EvalRows,
+    sides: Mapping[str, EvaluationResult],
+) -> None:
+    """The run's evaluation.json where a run was evaluated, and results.json where ``output_dir``
+    was given.
+    """
     write_run_evaluation(found, _evaluation_entries(data_label(settings), sides))
     if settings.output_dir is not None:
-        path = settings.output_dir if settings.output_dir.suffix in FILE_SUFFIXES else settings.output_dir / RESULTS_FILE
+        path = (
+            settings.output_dir
+            if settings.output_dir.suffix in FILE_SUFFIXES
+            else settings.output_dir / RESULTS_FILE
+        )
         _write_results(path, _full_results(settings, rows, sides))
         print_note(f"written to {path}")
 
@@ -244,7 +312,13 @@ def _evaluation_entries(name: str, sides: Mapping[str, EvaluationResult]) -> lis
     before, *after = sides.items()
     if not after:  # a base that was trained itself: there is no before
         return [
-            {"name": name, "metrics": {m: {"before": None, "after": _finite_or_none(v)} for m, v in before[1].metrics.items()}}
+            {
+                "name": name,
+                "metrics": {
+                    m: {"before": None, "after": _finite_or_none(v)}
+                    for m, v in before[1].metrics.items()
+                },
+            }
         ]
     names = [name] if len(after) == 1 else [f"{name} ({adapter})" for adapter, _ in after]
     return [
@@ -254,7 +328,9 @@ def _evaluation_entries(name: str, sides: Mapping[str, EvaluationResult]) -> lis
                 metric: {
                     "before": _finite_or_none(before[1].metrics[metric]),
                     "after": _finite_or_none(one.metrics[metric]),
-                    **({"interval": list(one.intervals[metric])} if metric in one.intervals else {}),
+                    **(
+                        {"interval": list(one.intervals[metric])} if metric in one.intervals else {}
+                    ),
                 }
                 for metric in one.metrics
             },
@@ -264,7 +340,9 @@ def _evaluation_entries(name: str, sides: Mapping[str, EvaluationResult]) -> lis
 
 
 def merge_evaluation_entries(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Add entries to an evaluation.json; those of the same name are replaced. Raises DataError when it is damaged."""
+    """Add entries to an evaluation.json; those of the same name are replaced. Raises DataError when
+    it is damaged.
+    """
     kept: list[dict[str, Any]] = []
     if path.is_file():
         read_run(path.parent)  # every field checked, so that reading it plainly is safe
@@ -273,22 +351,36 @@ def merge_evaluation_entries(path: Path, entries: list[dict[str, Any]]) -> None:
     _write_results(path, [*(entry for entry in kept if entry["name"] not in names), *entries])
 
 
-def _full_results(settings: EvalSettings, rows: EvalRows, sides: Mapping[str, EvaluationResult]) -> dict[str, Any]:
-    """Everything: settings, metrics with their intervals, and per row what was asked, expected, said and scored."""
+def _full_results(
+    settings: EvalSettings, rows: EvalRows, sides: Mapping[str, EvaluationResult]
+) -> dict[str, Any]:
+    """Everything: settings, metrics with their intervals, and per row what was asked, expected,
+    said and scored.
+    """
     summaries = {
-        name: {"metrics": {m: _finite_or_none(v) for m, v in one.metrics.items()}, "intervals": one.intervals}
+        name: {
+            "metrics": {m: _finite_or_none(v) for m, v in one.metrics.items()},
+            "intervals": one.intervals,
+        }
         for name, one in sides.items()
     }
     return {
-        "model": settings.model.name, "data": data_label(settings), "rows": len(rows.rows), "left_out": rows.tokens.report.left_out,
-        "max_new_tokens": settings.max_new_tokens or EVAL_NEW_TOKENS, "sides": summaries,
+        "model": settings.model.name,
+        "data": data_label(settings),
+        "rows": len(rows.rows),
+        "left_out": rows.tokens.report.left_out,
+        "max_new_tokens": settings.max_new_tokens or EVAL_NEW_TOKENS,
+        "sides": summaries,
         "predictions": [_row_results(rows, at, sides) for at in range(len(rows.rows))],
-    }  # fmt: skip
+    }
 
 
 def _row_results(rows: EvalRows, at: int, sides: Mapping[str, EvaluationResult]) -> dict[str, Any]:
     row = rows.rows[at]
-    shown: dict[str, Any] = {"where": row.where, "supervised_tokens": next(iter(sides.values())).forced[at].tokens}
+    shown: dict[str, Any] = {
+        "where": row.where,
+        "supervised_tokens": next(iter(sides.values())).forced[at].tokens,
+    }
     if row.references:
         shown |= {"question": row.question, "references": row.references}
     for name, one in sides.items():
@@ -306,4 +398,6 @@ def _write_results(path: Path, value: Any) -> None:
     from lorry.disk import durable
 
     durable.make_directory(path.parent)
-    durable.write_files(path.parent, {path.name: (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()})
+    durable.write_files(
+        path.parent, {path.name: (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()}
+    )

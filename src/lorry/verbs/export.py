@@ -1,4 +1,6 @@
-"""`lorry export RUN to=hf|peft`: a run for another library, reloaded by that library before we say that it worked."""
+"""`lorry export RUN to=hf|peft`: a run for another library, reloaded by that library before we say
+that it worked.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,20 @@ def main(settings: ExportSettings, notes: list[str]) -> int:
     from lorry.models.loading.open import stored_dtype
 
     if settings.to == "peft" and settings.dtype != "auto":
-        raise ConfigError(f"dtype={settings.dtype} is for to=hf; an adapter is stored in float32, as it was trained")
+        raise ConfigError(
+            f"dtype={settings.dtype} is for to=hf; an adapter is stored in float32, as it was trained"
+        )
     stored = stored_dtype(settings.run)
     found = open_with_adapters(
-        ModelConfig.model_validate({"name": settings.run, "dtype": probe.logits_dtype_name(settings.run, stored)})
+        ModelConfig.model_validate(
+            {"name": settings.run, "dtype": probe.logits_dtype_name(settings.run, stored)}
+        )
     )
     name = resolve_adapter_name(found, settings.adapter, settings.run)
     if settings.to == "hf":
-        write_merged(found, name, settings.output_dir, stored if settings.dtype == "auto" else settings.dtype)
+        write_merged(
+            found, name, settings.output_dir, stored if settings.dtype == "auto" else settings.dtype
+        )
     else:
         export_peft(found, name, settings.output_dir)
     print(settings.output_dir)
@@ -40,9 +48,12 @@ def main(settings: ExportSettings, notes: list[str]) -> int:
 
 
 def export_peft(found: OpenedModel, name: str, output: Path) -> None:
-    """The adapter's directory as PEFT writes it, opened again before it gets its name. ``found`` is of no use afterwards.
+    """The adapter's directory as PEFT writes it, opened again before it gets its name. ``found`` is
+    of no use afterwards.
 
-    Raises ConfigError for a place that is taken, ContractError if the adapter opened again is another one."""
+    Raises ConfigError for a place that is taken, ContractError if the adapter opened again is
+    another one.
+    """
     from lorry.disk import durable
     from lorry.models.loading.reopen import free_model_memory
 
@@ -66,9 +77,11 @@ def write_peft(found: OpenedModel, name: str, folder: Path) -> None:
 
 
 def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any, str]:
-    """(the base with the adapter of ``folder``, who opened it): PEFT on transformers, or Lorry where PEFT is not installed.
+    """(the base with the adapter of ``folder``, who opened it): PEFT on transformers, or Lorry
+    where PEFT is not installed.
 
-    Raises ContractError when it cannot be opened."""
+    Raises ContractError when it cannot be opened.
+    """
     from safetensors import SafetensorError
 
     from lorry.models.loading.describe import model_file_errors
@@ -76,7 +89,9 @@ def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any
 
     try:
         if importlib.util.find_spec("peft") is None:
-            print_note("note: peft is not installed, so Lorry itself opened the export again (pip install 'lorry[peft]')")
+            print_note(
+                "note: peft is not installed, so Lorry itself opened the export again (pip install 'lorry[peft]')"
+            )
             kind = str(dtype).removeprefix("torch.")
             return open_with_adapters(
                 ModelConfig.model_validate({"name": base, "adapter": str(folder), "dtype": kind})
@@ -84,7 +99,13 @@ def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any
         from peft import PeftModel
 
         with warnings.catch_warnings(), model_file_errors(f"{folder}: PEFT cannot load it"):
-            warnings.simplefilter("ignore", (FutureWarning, UserWarning))  # the two libraries' own affair
-            return PeftModel.from_pretrained(reopen_model(Path(base), dtype), str(folder)).eval(), "peft"
+            warnings.simplefilter(
+                "ignore", (FutureWarning, UserWarning)
+            )  # the two libraries' own affair
+            return PeftModel.from_pretrained(
+                reopen_model(Path(base), dtype), str(folder)
+            ).eval(), "peft"
     except (ModelError, SafetensorError) as error:
-        raise ContractError(f"what was written cannot be opened again, so it was not kept: {error}") from error
+        raise ContractError(
+            f"what was written cannot be opened again, so it was not kept: {error}"
+        ) from error

@@ -29,17 +29,25 @@ def main(settings: MergeSettings, notes: list[str]) -> int:
 
     stored = stored_dtype(settings.run)
     found = open_with_adapters(
-        ModelConfig.model_validate({"name": settings.run, "dtype": probe.logits_dtype_name(settings.run, stored)})
+        ModelConfig.model_validate(
+            {"name": settings.run, "dtype": probe.logits_dtype_name(settings.run, stored)}
+        )
     )
     dtype = stored if settings.dtype == "auto" else settings.dtype
-    write_merged(found, resolve_adapter_name(found, settings.adapter, settings.run), settings.output_dir, dtype)
+    write_merged(
+        found,
+        resolve_adapter_name(found, settings.adapter, settings.run),
+        settings.output_dir,
+        dtype,
+    )
     print(settings.output_dir)
     return 0
 
 
 def write_merged(found: OpenedModel, name: str, output: Path, dtype: str) -> None:
-    """Stream base + adapter into ``output``, one tensor at a time, in fp32 and rounded once to ``dtype``; open it again with
-    transformers and compare logits on a few rows before it gets its name. ``found`` is of no use afterwards.
+    """Stream base + adapter into ``output``, one tensor at a time, in fp32 and rounded once to
+    ``dtype``; open it again with transformers and compare logits on a few rows before it gets its
+    name. ``found`` is of no use afterwards.
 
     The base's place and digests are recorded beside it, so that `lorry unmerge` can give it back. Tells what rounding cost as
     |stored - exact| / |delta| of the weights, and in logits against what the adapter moves them. Raises ConfigError for a place
@@ -57,28 +65,39 @@ def write_merged(found: OpenedModel, name: str, output: Path, dtype: str) -> Non
     untied, before = separates_tied_head(found.model, weights), LogitsBeforeMerge.of(found, name)
     with durable.build_directory(output) as folder:
         save_model(
-            found.model, folder,
+            found.model,
+            folder,
             tensors=merged_tensors(found.model, weights, dtype=kind, rows=rows),
             config_overrides={"tie_word_embeddings": False} if untied else {},
-            tokenizer=found.tokenizer, generation_config=found.source["generation_config"] or None, dtype=kind,
-        )  # fmt: skip
-        (folder / MERGE_RECORD_FILE).write_text(json.dumps(merge_record(found, name), indent=1) + "\n", encoding="utf-8")
+            tokenizer=found.tokenizer,
+            generation_config=found.source["generation_config"] or None,
+            dtype=kind,
+        )
+        (folder / MERGE_RECORD_FILE).write_text(
+            json.dumps(merge_record(found, name), indent=1) + "\n", encoding="utf-8"
+        )
         rounded = before.rounded(found, weights, kind)
         free_model_memory(found.model)
         lines = before.compare(reopen_model(folder, before.dtype), dtype, rounded=rounded)
     report = MergeReport(tuple(rows), kind, untied)
-    print_note(f"merged {len(rows)} modules into {dtype}; rounding changed {report.ratio:.2%} of the adapter's effect")
+    print_note(
+        f"merged {len(rows)} modules into {dtype}; rounding changed {report.ratio:.2%} of the adapter's effect"
+    )
     for line in lines:
         print_note(line)
     if untied:
-        print_note("note: head and embedding shared a weight and no longer do; config.json says tie_word_embeddings=false")
+        print_note(
+            "note: head and embedding shared a weight and no longer do; config.json says tie_word_embeddings=false"
+        )
     if report.warning:
         print_note(f"warning: {report.warning}{' (dtype=float32)' if dtype != 'float32' else ''}")
 
 
 @dataclass(frozen=True)
 class LogitsBeforeMerge:
-    """Logits on a few rows ([1, t] each) before anything is written: of the base alone and with the adapter beside it."""
+    """Logits on a few rows ([1, t] each) before anything is written: of the base alone and with the
+    adapter beside it.
+    """
 
     rows: list[Tensor]
     said: str
@@ -97,12 +116,14 @@ class LogitsBeforeMerge:
         get_bank(found.model).activate(Mix.none())
         base = compute_fp32_logits(found.model, rows)
         get_bank(found.model).activate(Mix.one(name))
-        return LogitsBeforeMerge(rows, said, base, compute_fp32_logits(found.model, rows), found.model.dtype)
+        return LogitsBeforeMerge(
+            rows, said, base, compute_fp32_logits(found.model, rows), found.model.dtype
+        )
 
     def rounded(self, found: OpenedModel, weights: dict[str, float], kind: torch.dtype) -> Tensor:
-        """Logits of the model in memory, merged and with every value rounded to ``kind``: what the files must
-        give. The exact ones will not do, since rounding may lose nearly all of a small delta, and a lost module
-        no more. ``found`` is changed."""
+        """Logits of the model in memory, merged and with every value rounded to ``kind``: what the
+        files must give. The exact ones will not do, since rounding may lose nearly all of a small
+        delta, and a lost module no more. ``found`` is changed."""
         import torch
 
         from lorry.adapters.merge import merge
@@ -115,15 +136,22 @@ class LogitsBeforeMerge:
                     tensor.copy_(tensor.to(kind))
         return compute_fp32_logits(found.model, self.rows)
 
-    def compare(self, model: Any, stored: str, by: str = "hf", *, rounded: Tensor | None = None) -> list[str]:
-        """What to tell of a model opened again whose weights were stored in ``stored``. Raises ContractError if it
-        is not the model in memory (``rounded``, else the exact one), to the rounding of the number format that
-        both are computed in."""
+    def compare(
+        self, model: Any, stored: str, by: str = "hf", *, rounded: Tensor | None = None
+    ) -> list[str]:
+        """What to tell of a model opened again whose weights were stored in ``stored``. Raises
+        ContractError if it is not the model in memory (``rounded``, else the exact one), to the
+        rounding of the number format that both are computed in."""
         from lorry.adapters.merge import LOSS_BOUND
         from lorry.models.loading.reopen import LOGIT_BOUNDS, compare_logits, compute_fp32_logits
 
-        computed, theirs = str(self.dtype).removeprefix("torch."), compute_fp32_logits(model, self.rows)
-        difference, bound = compare_logits(self.exact if rounded is None else rounded, theirs, LOGIT_BOUNDS[computed], stored)
+        computed, theirs = (
+            str(self.dtype).removeprefix("torch."),
+            compute_fp32_logits(model, self.rows),
+        )
+        difference, bound = compare_logits(
+            self.exact if rounded is None else rounded, theirs, LOGIT_BOUNDS[computed], stored
+        )
         drift, moved = (float((self.exact - other).abs().max()) for other in (theirs, self.base))
         part = drift / moved if moved else 0.0
         lines = [
@@ -132,7 +160,9 @@ class LogitsBeforeMerge:
             f"logits by {moved:.1e}, on {self.said}",
         ]
         if computed != "float32":
-            lines.append(f"note: computed in {computed}, whose own rounding is part of that; float32 does not fit into memory")
+            lines.append(
+                f"note: computed in {computed}, whose own rounding is part of that; float32 does not fit into memory"
+            )
         elif part > LOSS_BOUND:
             lines.append(
                 f"warning: rounding to {stored} moved logits by {drift:.2g}, {part:.0%} of what the adapter moves them; "
@@ -142,7 +172,9 @@ class LogitsBeforeMerge:
 
 
 def merge_record(found: OpenedModel, name: str) -> dict[str, Any]:
-    """What a merge was made of: the base's directory, what it was opened as, the SHA-256 of its weight files, the adapter."""
+    """What a merge was made of: the base's directory, what it was opened as, the SHA-256 of its
+    weight files, the adapter.
+    """
     base = Path(found.source["path"])
     digests = {file.name: file_digest(file) for file in weight_files(base)}
     asked = Path(found.source["name"])

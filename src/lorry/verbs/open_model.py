@@ -1,4 +1,6 @@
-"""Open a model for a verb: what a person should know about it goes to standard error, and a missing tokenizer is an error."""
+"""Open a model for a verb: what a person should know about it goes to standard error, and a missing
+tokenizer is an error.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def open_with_adapters(config: ModelConfig, *, adapters: Sequence[str] = ()) -> 
     for note in notes:
         print_note(f"note: {note}")
     if found.tokenizer is None:
-        raise ModelError(f"{config.name} has no tokenizer; put its tokenizer.json beside the weights")
+        raise ModelError(
+            f"{config.name} has no tokenizer; put its tokenizer.json beside the weights"
+        )
     return found
 
 
@@ -36,7 +40,9 @@ def resolve_adapter_name(found: OpenedModel, asked: str | None, name: str) -> st
     """The adapter that is meant: the one asked for, or the only one. Raises ConfigError otherwise."""
     known = ", ".join(found.adapters)
     if not found.adapters:
-        raise ConfigError(f"{name} is a plain model and has no adapter; name a run or an adapter directory")
+        raise ConfigError(
+            f"{name} is a plain model and has no adapter; name a run or an adapter directory"
+        )
     if asked is not None and asked not in found.adapters:
         raise ConfigError(f"adapter={asked}: {name} has no such adapter; it has {known}")
     if asked is None and len(found.adapters) > 1:

@@ -1,4 +1,5 @@
-"""`lorry plan [MODEL]`: memory by component and time of a training run, from the config alone; with a budget, what fits it.
+"""`lorry plan [MODEL]`: memory by component and time of a training run, from the config alone; with
+a budget, what fits it.
 
 lorry plan model=smollm2-135m r=auto memory_budget=3GiB
 lorry plan llama-3-70b backend=fsdp processes=8 max_length=4096 per_device_train_batch_size=1
@@ -20,7 +21,14 @@ from lorry.errors import ConfigError
 from lorry.plan import machine, rates
 from lorry.plan.configs import FoundConfig, find_config
 from lorry.plan.flops import count_flops, step_efficiency
-from lorry.plan.memory import TRAINABLE_PRECISIONS, DeviceType, MemoryEstimate, MemorySetup, PrecisionName, layer_path
+from lorry.plan.memory import (
+    TRAINABLE_PRECISIONS,
+    DeviceType,
+    MemoryEstimate,
+    MemorySetup,
+    PrecisionName,
+    layer_path,
+)
 from lorry.plan.parallel import ParallelSplit, check_split, memory_per_gpu, pipeline_slowdown
 from lorry.plan.rates import RateMeasurement, RunRate
 from lorry.plan.report import RunPlan, StepSpeed
@@ -40,7 +48,9 @@ MAX_SHOWN_CHOICES = 6  # choices of a search that are worth a line
 
 
 def main(settings: PlanSettings, notes: list[str]) -> int:
-    """Print the plan. Raises ConfigError where nothing fits the budget, ModelError where there is no such config."""
+    """Print the plan. Raises ConfigError where nothing fits the budget, ModelError where there is
+    no such config.
+    """
     found = find_config(settings.model.name, revision=settings.model.revision)
     plan = build_plan(settings, found)
     if settings.format == "json":
@@ -56,7 +66,9 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
     device, gpu = _plan_device(settings)
     split = _plan_split(settings)
     check_split(split, shape)
-    options = open_choices(settings, shape, [_base_precision(settings, device)], rank=found.adapter_rank)
+    options = open_choices(
+        settings, shape, [_base_precision(settings, device)], rank=found.adapter_rank
+    )
     need = _memory_need(settings, shape, device, split)
     search, choice = None, options[0]
     if settings.memory_budget is not None:
@@ -64,18 +76,37 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
         if search.best is None:
             raise _nothing_fits_error(settings, search, need)
         choice = search.best.choice
-    setup, adapter = memory_setup(settings, choice, device, machine.has_tiles()), adapter_at_rank(settings, shape)(choice.rank)
+    setup, adapter = (
+        memory_setup(settings, choice, device, machine.has_tiles()),
+        adapter_at_rank(settings, shape)(choice.rank),
+    )
     budget, budget_is = _memory_budget(settings, gpu)
     instead = None
-    if budget is not None and search is None:  # a GPU's own memory: say what would fit it, without choosing it unasked
+    if (
+        budget is not None and search is None
+    ):  # a GPU's own memory: say what would fit it, without choosing it unasked
         freed = settings.model_copy(update={"memory_budget": f"{budget}B"})
-        instead = find_fitting_choice(freed, open_choices(freed, shape, [choice.precision], rank=found.adapter_rank), need).best
+        instead = find_fitting_choice(
+            freed, open_choices(freed, shape, [choice.precision], rank=found.adapter_rank), need
+        ).best
     return RunPlan(
-        model=settings.model.name, where=found.where, shape=shape, choice=choice, setup=setup, split=split,
-        adapter_parameters=adapter.parameters, memory=need(choice), flops=count_flops(shape, adapter, setup),
-        speed=_step_speed(settings, shape, choice, device, split, gpu), budget=budget, budget_is=budget_is,
-        found=search, instead=instead, trainable=_is_trainable(settings), notes=_plan_notes(settings, shape, found, choice),
-    )  # fmt: skip
+        model=settings.model.name,
+        where=found.where,
+        shape=shape,
+        choice=choice,
+        setup=setup,
+        split=split,
+        adapter_parameters=adapter.parameters,
+        memory=need(choice),
+        flops=count_flops(shape, adapter, setup),
+        speed=_step_speed(settings, shape, choice, device, split, gpu),
+        budget=budget,
+        budget_is=budget_is,
+        found=search,
+        instead=instead,
+        trainable=_is_trainable(settings),
+        notes=_plan_notes(settings, shape, found, choice),
+    )
 
 
 # --- what the description means
@@ -87,7 +118,9 @@ def _plan_device(settings: PlanSettings) -> tuple[DeviceType, str | None]:
     spread = settings.backend.name != "single"
     if asked in ("cpu", "mps"):
         if gpu or spread:
-            raise ConfigError(f"model.device={asked} and backend.{'gpu' if gpu else 'name'} exclude each other; leave one out")
+            raise ConfigError(
+                f"model.device={asked} and backend.{'gpu' if gpu else 'name'} exclude each other; leave one out"
+            )
         return "cpu", None
     if gpu or spread:
         return "cuda", gpu or DEFAULT_GPU
@@ -97,20 +130,30 @@ def _plan_device(settings: PlanSettings) -> tuple[DeviceType, str | None]:
 def _plan_split(settings: PlanSettings) -> ParallelSplit:
     b = settings.backend
     return ParallelSplit(
-        backend=b.name, processes=b.processes, tensor=b.tensor_parallel, pipeline=b.pipeline_parallel, expert=b.expert_parallel
+        backend=b.name,
+        processes=b.processes,
+        tensor=b.tensor_parallel,
+        pipeline=b.pipeline_parallel,
+        expert=b.expert_parallel,
     )
 
 
 def _base_precision(settings: PlanSettings, device: DeviceType) -> PrecisionName:
-    """The base's format: quantised if asked, else the dtype; auto is bfloat16 where the device is fast in it."""
+    """The base's format: quantised if asked, else the dtype; auto is bfloat16 where the device is
+    fast in it.
+    """
     if settings.model.quantize is not None:
         return settings.model.quantize
     if settings.model.dtype != "auto":
         return settings.model.dtype
-    return machine.dtype_of_auto() or ("bfloat16" if device == "cuda" or machine.processor_has_bfloat16() else "float32")
+    return machine.dtype_of_auto() or (
+        "bfloat16" if device == "cuda" or machine.processor_has_bfloat16() else "float32"
+    )
 
 
-def _memory_need(settings: PlanSettings, shape: ModelShape, device: DeviceType, split: ParallelSplit) -> MemoryOfChoice:
+def _memory_need(
+    settings: PlanSettings, shape: ModelShape, device: DeviceType, split: ParallelSplit
+) -> MemoryOfChoice:
     adapter = adapter_at_rank(settings, shape)
 
     def need(choice: PlanChoice) -> MemoryEstimate:
@@ -120,12 +163,16 @@ def _memory_need(settings: PlanSettings, shape: ModelShape, device: DeviceType, 
     return need
 
 
-def _nothing_fits_error(settings: PlanSettings, search: ChoiceSearchResult, need: MemoryOfChoice) -> ConfigError:
+def _nothing_fits_error(
+    settings: PlanSettings, search: ChoiceSearchResult, need: MemoryOfChoice
+) -> ConfigError:
     """The error, with what a quantised base would need if that is enough."""
     error, least = no_choice_fits_error(settings, search), search.least.choice
     for precision in ("int8", "nf4"):
         memory = need(replace(least, precision=precision))
-        if settings.model.quantize is None and memory.total <= parse_size(settings.memory_budget or ""):
+        if settings.model.quantize is None and memory.total <= parse_size(
+            settings.memory_budget or ""
+        ):
             return ConfigError(
                 f"{error}. With model.quantize={precision} it would fit ({size_in_words(memory.total)}), not trainable here yet"
             )
@@ -143,7 +190,12 @@ def _is_trainable(settings: PlanSettings) -> bool:
 
 
 def _step_speed(
-    settings: PlanSettings, shape: ModelShape, choice: PlanChoice, device: DeviceType, split: ParallelSplit, gpu: str | None
+    settings: PlanSettings,
+    shape: ModelShape,
+    choice: PlanChoice,
+    device: DeviceType,
+    split: ParallelSplit,
+    gpu: str | None,
 ) -> StepSpeed | None:
     """Time of one optimizer step, on all devices together; None where no rate is known."""
     setup = memory_setup(settings, choice, device, machine.has_tiles())
@@ -156,19 +208,30 @@ def _step_speed(
             return None
         rate = measured.rate
         share = 1.0 if isinstance(measured, RunRate) else share
-    one = rate * share / count_flops(shape, adapter_at_rank(settings, shape)(choice.rank), setup).step
+    one = (
+        rate * share / count_flops(shape, adapter_at_rank(settings, shape)(choice.rank), setup).step
+    )
     whole = one * split.processes / pipeline_slowdown(split, choice.accumulation)
     tokens = setup.tokens * choice.accumulation * split.data
     return StepSpeed(
-        rate=rate, source=source, measured=measured, efficiency=share, tokens_per_second=whole, seconds_per_step=tokens / whole
+        rate=rate,
+        source=source,
+        measured=measured,
+        efficiency=share,
+        tokens_per_second=whole,
+        seconds_per_step=tokens / whole,
     )
 
 
-def _best_measurement(settings: PlanSettings, shape: ModelShape, setup: MemorySetup) -> tuple[RateMeasurement | None, str]:
-    """What is known best of this machine (plan/rates.py), and in words where it comes from: steps of
-    runs of like size; else its matrix rate, measured now (a few seconds) where none is known or the
-    known one is not to be trusted."""
-    computed: PrecisionName = setup.precision if setup.precision in TRAINABLE_PRECISIONS else "bfloat16"
+def _best_measurement(
+    settings: PlanSettings, shape: ModelShape, setup: MemorySetup
+) -> tuple[RateMeasurement | None, str]:
+    """What is known best of this machine (plan/rates.py), and in words where it comes from: steps
+    of runs of like size; else its matrix rate, measured now (a few seconds) where none is known or
+    the known one is not to be trusted."""
+    computed: PrecisionName = (
+        setup.precision if setup.precision in TRAINABLE_PRECISIONS else "bfloat16"
+    )
     identity = machine.machine_identity(setup.device, computed, settings.backend.threads)
     known, path = _known_rates(identity), layer_path(shape)
     quiet, fastest = (
@@ -176,11 +239,17 @@ def _best_measurement(settings: PlanSettings, shape: ModelShape, setup: MemorySe
     )  # fmt: skip
     matrix, kept = known.matrix, ""
     if quiet is None and not known.trusted(setup.device):
-        matrix, kept = _matrix_measurement(identity, setup.device, computed, settings.backend.threads, known)
+        matrix, kept = _matrix_measurement(
+            identity, setup.device, computed, settings.backend.threads, known
+        )
     usual = 0.0 if matrix is None else matrix.rate * step_efficiency(shape, setup)
     if fastest is not None and (quiet is not None or fastest.rate > usual):
         return fastest, f"reached here by {fastest.words(f'steps of a run of {fastest.model}')}"
-    return (None, "") if matrix is None else (matrix, f"measured here, the best of {matrix.words('products')}{kept}")
+    return (
+        (None, "")
+        if matrix is None
+        else (matrix, f"measured here, the best of {matrix.words('products')}{kept}")
+    )
 
 
 def _known_rates(identity: rates.MachineIdentity) -> rates.KnownRates:
@@ -188,42 +257,62 @@ def _known_rates(identity: rates.MachineIdentity) -> rates.KnownRates:
     try:
         return rates.read_known_rates(identity)
     except DiskError:
-        return rates.KnownRates()  # `keep_matrix_rate` meets the same disk, and the plan then says that nothing was kept
+        return (
+            rates.KnownRates()
+        )  # `keep_matrix_rate` meets the same disk, and the plan then says that nothing was kept
 
 
 def _matrix_measurement(
-    identity: rates.MachineIdentity, device: DeviceType, precision: PrecisionName, threads: int | None, known: rates.KnownRates
+    identity: rates.MachineIdentity,
+    device: DeviceType,
+    precision: PrecisionName,
+    threads: int | None,
+    known: rates.KnownRates,
 ) -> tuple[RateMeasurement | None, str]:
-    """The matrix rate measured now and kept, in place of one that a run contradicts; and, if it could
-    not be kept, why."""
+    """The matrix rate measured now and kept, in place of one that a run contradicts; and, if it
+    could not be kept, why."""
     from lorry.train.resources.rate import measure_matrix_rate
 
     measured = measure_matrix_rate(device, precision, threads)
     if measured is None:
         return None, ""
-    wrong = known.matrix is not None and any(rates.contradicts_measurement(run, known.matrix, device) for run in known.runs)
+    wrong = known.matrix is not None and any(
+        rates.contradicts_measurement(run, known.matrix, device) for run in known.runs
+    )
     try:
         return rates.keep_matrix_rate(identity, measured, instead=wrong), ""
     except DiskError as error:
         return measured, f"; not kept: {error}"
 
 
-def _plan_notes(settings: PlanSettings, shape: ModelShape, found: FoundConfig, choice: PlanChoice) -> list[str]:
+def _plan_notes(
+    settings: PlanSettings, shape: ModelShape, found: FoundConfig, choice: PlanChoice
+) -> list[str]:
     notes = []
     if not shape.native:
-        notes.append(f"{shape.why}; it runs through transformers, more slowly, and these numbers are a rougher estimate")
+        notes.append(
+            f"{shape.why}; it runs through transformers, more slowly, and these numbers are a rougher estimate"
+        )
     if shape.estimate:
         notes.append("this architecture is read as a Llama-like one")
     if shape.experts is not None:
-        notes.append("experts are counted in the base; adapters sit on attention only, as the engine has it today")
+        notes.append(
+            "experts are counted in the base; adapters sit on attention only, as the engine has it today"
+        )
     if settings.model.quantize is not None:
         notes.append(f"model.quantize={settings.model.quantize} is not trainable here yet")
     if settings.backend.name != "single":
-        notes.append(f"backend={settings.backend.name} is not built yet: a plan that no run here has checked")
+        notes.append(
+            f"backend={settings.backend.name} is not built yet: a plan that no run here has checked"
+        )
     if settings.data.max_length > shape.geometry.context:
-        notes.append(f"max_length={settings.data.max_length} is beyond the model's context of {shape.geometry.context}")
+        notes.append(
+            f"max_length={settings.data.max_length} is beyond the model's context of {shape.geometry.context}"
+        )
     if found.adapter_rank is not None:
-        notes.append(f"{settings.model.name} is an adapter of rank {choice.rank}; it would be trained further")
+        notes.append(
+            f"{settings.model.name} is an adapter of rank {choice.rank}; it would be trained further"
+        )
     return notes
 
 
@@ -232,10 +321,20 @@ def _plan_notes(settings: PlanSettings, shape: ModelShape, found: FoundConfig, c
 
 def print_plan(plan: RunPlan, console: VisibleConsole) -> None:
     """The table by component, the search if there was one, one line of verdict."""
-    where = f"{plan.split.processes} GPUs ({plan.split.backend}), each" if plan.split.processes > 1 else plan.setup.device
-    size = f"{plan.shape.parameters / 1e9:.2f}B" if plan.shape.parameters >= 1e9 else f"{plan.shape.parameters / 1e6:.0f}M"
+    where = (
+        f"{plan.split.processes} GPUs ({plan.split.backend}), each"
+        if plan.split.processes > 1
+        else plan.setup.device
+    )
+    size = (
+        f"{plan.shape.parameters / 1e9:.2f}B"
+        if plan.shape.parameters >= 1e9
+        else f"{plan.shape.parameters / 1e6:.0f}M"
+    )
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    say(f"{plan.model} ({size} parameters) on {where}: {plan.choice.words()}, up to {plan.setup.length} tokens a row")
+    say(
+        f"{plan.model} ({size} parameters) on {where}: {plan.choice.words()}, up to {plan.setup.length} tokens a row"
+    )
     console.print(_memory_table(plan.memory))
     if plan.found is not None:
         console.print(_search_table(plan.found))
@@ -255,11 +354,15 @@ def _memory_table(memory: MemoryEstimate) -> Table:
 
 def _search_table(found: ChoiceSearchResult) -> Table:
     """The choice made, and those that were preferred to it, the nearest last."""
-    table = Table("choice, preferred first", Column("peak", justify="right"), "passes the budget at")
+    table = Table(
+        "choice, preferred first", Column("peak", justify="right"), "passes the budget at"
+    )
     if len(found.tried) > MAX_SHOWN_CHOICES:
         table.add_row(f"... {len(found.tried) - MAX_SHOWN_CHOICES} more do not fit", "", "")
     for tried in found.tried[-MAX_SHOWN_CHOICES:]:
-        table.add_row(tried.choice.words(), size_in_words(tried.memory.total), tried.broke or "fits")
+        table.add_row(
+            tried.choice.words(), size_in_words(tried.memory.total), tried.broke or "fits"
+        )
     return table
 
 
@@ -268,9 +371,13 @@ def plan_verdict(plan: RunPlan) -> str:
     need = size_in_words(plan.memory.total)
     parts = [f"needs {need}"]
     if plan.budget is not None:
-        parts = [f"{'fits' if plan.fits else 'does not fit'} {plan.budget_is}: {need} of {size_in_words(plan.budget)}"]
+        parts = [
+            f"{'fits' if plan.fits else 'does not fit'} {plan.budget_is}: {need} of {size_in_words(plan.budget)}"
+        ]
     if not plan.fits and plan.instead is not None:
-        parts.append(f"would fit with {plan.instead.choice.words()}: {size_in_words(plan.instead.memory.total)}")
+        parts.append(
+            f"would fit with {plan.instead.choice.words()}: {size_in_words(plan.instead.memory.total)}"
+        )
     if plan.speed is not None:
         s = plan.speed
         parts.append(
@@ -282,7 +389,11 @@ def plan_verdict(plan: RunPlan) -> str:
 
 def _format_rate(speed: StepSpeed) -> str:
     """FLOP/s in words, with the share that a step is expected to reach unless steps reached it."""
-    rate = f"{speed.rate / 1e12:.2f} TFLOP/s" if speed.rate >= 1e12 else f"{speed.rate / 1e9:.3g} GFLOP/s"
+    rate = (
+        f"{speed.rate / 1e12:.2f} TFLOP/s"
+        if speed.rate >= 1e12
+        else f"{speed.rate / 1e9:.3g} GFLOP/s"
+    )
     return rate if speed.efficiency == 1 else f"{speed.efficiency:.0%} of {rate}"
 
 

@@ -1,4 +1,6 @@
-"""The few rows on which a verb compares a model's logits before and after it wrote it, and the number format to do it in."""
+"""The few rows on which a verb compares a model's logits before and after it wrote it, and the
+number format to do it in.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +18,31 @@ if TYPE_CHECKING:
     from lorry.models.loading.open import OpenedModel
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog, and 12 x 7 = 84."
-PROBE_ROWS, PROBE_TOKENS = 4, 48  # at most; logits of 256,000 tokens' vocabulary on them take 200 MB
+PROBE_ROWS, PROBE_TOKENS = (
+    4,
+    48,
+)  # at most; logits of 256,000 tokens' vocabulary on them take 200 MB
 PROBE_LENGTH_FACTOR = 2.25  # of a model's bytes: merging in memory keeps the weights it had
 
 
 def probe_rows(found: OpenedModel) -> tuple[list[Tensor], str]:
-    """([1, t] token ids of each row, what they are): rows of the run's own data from its samples.json, else one built-in text."""
+    """([1, t] token ids of each row, what they are): rows of the run's own data from its
+    samples.json, else one built-in text.
+    """
     texts = [text for text in _run_texts(found.source.get("adapter")) if text.strip()][:PROBE_ROWS]
     said = f"{len(texts)} rows of the run's data" if texts else "a built-in text"
     most = min(PROBE_TOKENS, found.model.context or PROBE_TOKENS)
-    ids = [found.tokenizer(text, return_tensors="pt").input_ids[:, :most] for text in texts or [PROBE_TEXT]]
+    ids = [
+        found.tokenizer(text, return_tensors="pt").input_ids[:, :most]
+        for text in texts or [PROBE_TEXT]
+    ]
     return [one for one in ids if one.numel()], said
 
 
 def _run_texts(adapter: str | None) -> list[str]:
-    """Texts that a run was trained or evaluated on; none where there is no run, or its samples.json is not what we write."""
+    """Texts that a run was trained or evaluated on; none where there is no run, or its samples.json
+    is not what we write.
+    """
     folders = [] if adapter is None else [Path(adapter), Path(adapter).parent]
     file = next((f / SAMPLES for f in folders if (f / SAMPLES).is_file()), None)
     if file is None:
@@ -51,8 +63,10 @@ def _sample_text(sample: dict[str, Any]) -> str:
 
 
 def logits_dtype_name(run: str, stored: str) -> str:
-    """In what to compute the logits: float32, where rounding of weights alone shows, or the stored format where there is no
-    memory for it: on the device that the verb opens the model on, or here, where transformers reads what was written."""
+    """In what to compute the logits: float32, where rounding of weights alone shows, or the stored
+    format where there is no memory for it: on the device that the verb opens the model on, or here,
+    where transformers reads what was written.
+    """
     import math
 
     import torch
@@ -62,7 +76,12 @@ def logits_dtype_name(run: str, stored: str) -> str:
     from lorry.models.loading.sources import resolve_model
     from lorry.models.loading.weights import read_tensor_entries
 
-    needed = 4 * sum(math.prod(entry.shape) for entry in read_tensor_entries(resolve_model(run, notes=[]).directory).values())
+    needed = 4 * sum(
+        math.prod(entry.shape)
+        for entry in read_tensor_entries(resolve_model(run, notes=[]).directory).values()
+    )
     device, here = pick_device(ModelConfig().device), torch.device("cpu")
-    fits = free_memory(device) > PROBE_LENGTH_FACTOR * needed and (device.type == "cpu" or free_memory(here) > needed)
+    fits = free_memory(device) > PROBE_LENGTH_FACTOR * needed and (
+        device.type == "cpu" or free_memory(here) > needed
+    )
     return "float32" if fits else stored

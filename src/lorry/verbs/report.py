@@ -1,4 +1,6 @@
-"""`lorry report RUN [RUN ...]`: the tables in the terminal, and one offline HTML page with a PNG, from run files only."""
+"""`lorry report RUN [RUN ...]`: the tables in the terminal, and one offline HTML page with a PNG,
+from run files only.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from lorry.runs.read import read_readable_runs
 def main(settings: ReportSettings, notes: list[str]) -> int:
     """Build the page, show the tables, say where the page is (the last line of standard output).
 
-    Returns the exit code of a DataError where one of several runs is damaged: the others are shown, and it is named.
+    Returns the exit code of a DataError where one of several runs is damaged: the others are shown,
+    and it is named.
     """
     paths = [Path(run) for run in settings.runs]
     page = write_report(paths, settings.output_dir)

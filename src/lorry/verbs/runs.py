@@ -1,4 +1,5 @@
-"""`lorry runs [FOLDER]`: every run below a folder and where it stands: running, finished, interrupted, failed, dead.
+"""`lorry runs [FOLDER]`: every run below a folder and where it stands: running, finished,
+interrupted, failed, dead.
 
     lorry runs                      # those in runs/
     lorry runs experiments format=json
@@ -30,14 +31,25 @@ WIDE_TERMINAL = 200  # columns of what is no terminal
 
 
 def main(settings: RunsSettings, notes: list[str]) -> int:
-    """Print the table with a line for whatever needs one, or the list as JSON. Raises DataError when there is no such folder."""
+    """Print the table with a line for whatever needs one, or the list as JSON. Raises DataError
+    when there is no such folder.
+    """
     folder = Path(settings.folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; `lorry runs FOLDER` lists the runs below FOLDER")
+        raise DataError(
+            f"{folder}: no such folder; `lorry runs FOLDER` lists the runs below FOLDER"
+        )
     found = status.list_run_states(folder)
     if settings.format == "json":
         print(
-            escape_document(json.dumps([run_state_json(state) for state in found], indent=1, ensure_ascii=False, allow_nan=False))
+            escape_document(
+                json.dumps(
+                    [run_state_json(state) for state in found],
+                    indent=1,
+                    ensure_ascii=False,
+                    allow_nan=False,
+                )
+            )
         )
         return 0
     if not found:
@@ -54,7 +66,18 @@ def main(settings: RunsSettings, notes: list[str]) -> int:
 
 def run_state_json(state: status.RunState) -> dict[str, Any]:
     """A state as plain JSON: times as ISO text, what is not known or not finite as null."""
-    plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in asdict(state).items()}
-    written = None if state.written is None else datetime.fromtimestamp(state.written, UTC).isoformat(timespec="seconds")
-    best = None if state.best is None else dict(zip(("metric", "value", "step"), state.best, strict=True))
+    plain = {
+        name: None if isinstance(v, float) and not math.isfinite(v) else v
+        for name, v in asdict(state).items()
+    }
+    written = (
+        None
+        if state.written is None
+        else datetime.fromtimestamp(state.written, UTC).isoformat(timespec="seconds")
+    )
+    best = (
+        None
+        if state.best is None
+        else dict(zip(("metric", "value", "step"), state.best, strict=True))
+    )
     return {**plain, "path": str(state.path), "written": written, "best": best}

@@ -1,4 +1,5 @@
-"""`lorry sft data=FILE`: fine-tune an adapter, write the run directory, say what held and where everything is.
+"""`lorry sft data=FILE`: fine-tune an adapter, write the run directory, say what held and where
+everything is.
 
 With ``background=true`` another process does that and this one returns (background.py).
 """
@@ -27,7 +28,9 @@ def main(run: RunConfig, notes: list[str]) -> int:
     from lorry.train.monitoring.signals import raise_on_signals
 
     result = train_and_push(run, [])  # the command line has told its notes
-    with raise_on_signals(f"arrived while the report was made. The run is complete; `lorry report {result.path}` makes its page"):
+    with raise_on_signals(
+        f"arrived while the report was made. The run is complete; `lorry report {result.path}` makes its page"
+    ):
         page = write_report([result.path])
         finished = read_run(result.path)
         console = VisibleConsole(stderr=True)

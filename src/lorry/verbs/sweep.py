@@ -1,9 +1,11 @@
-"""`lorry sweep data=FILE r=8,16 learning_rate=1e-4,3e-4`: every combination is a job; all train over one base, and are ranked.
+"""`lorry sweep data=FILE r=8,16 learning_rate=1e-4,3e-4`: every combination is a job; all train
+over one base, and are ranked.
 
     sweep: {r: [8, 16, 32], learning_rate: [1e-4, 3e-4]}      # the same in a CONFIG.yaml; or a list of combinations
 
-More jobs than `jobs_per_pass` train in several passes, each a run directory of its own. sweep.json in the output directory has
-the ranking: by held-out loss, or by the last training loss where there is nothing to evaluate on.
+More jobs than `jobs_per_pass` train in several passes, each a run directory of its own. sweep.json
+in the output directory has the ranking: by held-out loss, or by the last training loss where there
+is nothing to evaluate on.
 """
 
 from __future__ import annotations
@@ -27,31 +29,45 @@ if TYPE_CHECKING:
 
 
 def main(settings: SweepSettings, notes: list[str]) -> int:
-    """Train every pass, rank, show, write. The last line of standard output is the directory of the best adapter."""
+    """Train every pass, rank, show, write. The last line of standard output is the directory of the
+    best adapter.
+    """
     from lorry.api import train_and_push
     from lorry.report import table, write_report
     from lorry.train import artifacts
     from lorry.train.start import MOVE_AWAY_HINT, claim_output_dir
 
     if not settings.jobs:
-        raise ConfigError("nothing to sweep; give several values of a setting, such as r=8,16 or learning_rate=1e-4,3e-4")
+        raise ConfigError(
+            "nothing to sweep; give several values of a setting, such as r=8,16 or learning_rate=1e-4,3e-4"
+        )
     rows, paths = list[dict[str, Any]](), list[Path]()
     passes = settings.passes()
     for run in passes:
         claim_output_dir(run)  # of all of them, before the first has trained
     if len(passes) > 1:
-        ownership.refuse_foreign({settings.output_dir / SWEEP: ownership.recognise_keys("ranked_by", "jobs")}, MOVE_AWAY_HINT)
+        ownership.refuse_foreign(
+            {settings.output_dir / SWEEP: ownership.recognise_keys("ranked_by", "jobs")},
+            MOVE_AWAY_HINT,
+        )
     for number, run in enumerate(passes, 1):
         if len(passes) > 1:
-            print(f"pass {number} of {len(passes)}: {', '.join(job.name for job in run.jobs)}", file=sys.stderr)
+            print(
+                f"pass {number} of {len(passes)}: {', '.join(job.name for job in run.jobs)}",
+                file=sys.stderr,
+            )
         result = train_and_push(run, notes if number == 1 else [])
         rows += sweep_rows(run, result.adapters, result.outcome)
         paths.append(write_report([result.path]).parent)
     ranked = sorted(rows, key=_ranking_key)
     durable.make_directory(settings.output_dir)
-    artifacts.write_json(settings.output_dir, SWEEP, {"ranked_by": _ranked_by(rows), "jobs": ranked})
+    artifacts.write_json(
+        settings.output_dir, SWEEP, {"ranked_by": _ranked_by(rows), "jobs": ranked}
+    )
     VisibleConsole(stderr=True).print(
-        table.figure_rows(f"sweep, by {_ranked_by(rows)}", "job", [_sweep_row_cells(row) for row in ranked])
+        table.figure_rows(
+            f"sweep, by {_ranked_by(rows)}", "job", [_sweep_row_cells(row) for row in ranked]
+        )
     )
     for path in paths:
         print(f"report  {path / REPORT}", file=sys.stderr)
@@ -59,7 +75,9 @@ def main(settings: SweepSettings, notes: list[str]) -> int:
     return 0
 
 
-def sweep_rows(run: RunConfig, adapters: Sequence[str], outcome: RunOutcome) -> list[dict[str, Any]]:
+def sweep_rows(
+    run: RunConfig, adapters: Sequence[str], outcome: RunOutcome
+) -> list[dict[str, Any]]:
     """A row of sweep.json for each job of a pass."""
 
     own = {job.name: job for job in run.jobs}
@@ -80,7 +98,11 @@ def sweep_rows(run: RunConfig, adapters: Sequence[str], outcome: RunOutcome) -> 
 
 def own_job_settings(job: JobConfig) -> dict[str, Any]:
     """What of a job is not the run's, by dotted name."""
-    return {f"{group}.{key}": value for group in ("lora", "data", "train") for key, value in getattr(job, group).items()}
+    return {
+        f"{group}.{key}": value
+        for group in ("lora", "data", "train")
+        for key, value in getattr(job, group).items()
+    }
 
 
 def _ranking_key(row: Mapping[str, Any]) -> tuple[bool, float]:
@@ -91,12 +113,28 @@ def _ranking_key(row: Mapping[str, Any]) -> tuple[bool, float]:
 
 
 def _ranked_by(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "held-out loss" if any("eval_loss" in row for row in rows) else "last training loss (nothing held out)"
+    return (
+        "held-out loss"
+        if any("eval_loss" in row for row in rows)
+        else "last training loss (nothing held out)"
+    )
 
 
 def _sweep_row_cells(row: Mapping[str, Any]) -> tuple[str, str, dict[str, str]]:
     from lorry.formatting import MISSING_VALUE, format_number
 
     own = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in row["settings"].items())
-    held = {"held-out loss": format_number(row["eval_loss"])} if "eval_loss" in row else {"held-out loss": MISSING_VALUE}
-    return row["name"], own, {**held, "last training loss": format_number(row["loss"]), "steps": format_number(row["steps"])}
+    held = (
+        {"held-out loss": format_number(row["eval_loss"])}
+        if "eval_loss" in row
+        else {"held-out loss": MISSING_VALUE}
+    )
+    return (
+        row["name"],
+        own,
+        {
+            **held,
+            "last training loss": format_number(row["loss"]),
+            "steps": format_number(row["steps"]),
+        },
+    )

@@ -1,4 +1,6 @@
-"""`lorry unmerge MERGED`: give back the base a merged model came from, bit for bit: its files, never a subtraction."""
+"""`lorry unmerge MERGED`: give back the base a merged model came from, bit for bit: its files,
+never a subtraction.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def main(settings: UnmergeSettings, notes: list[str]) -> int:
             if file.is_file() and file.suffix in COPIED_FILE_SUFFIXES:
                 shutil.copyfile(file, folder / file.name)
         verify_copied_weights(folder, said["base_weights"], base)
-    print_note(f"{len(said['base_weights'])} weight files copied from {base}, SHA-256 as before the merge")
+    print_note(
+        f"{len(said['base_weights'])} weight files copied from {base}, SHA-256 as before the merge"
+    )
     print(settings.output_dir)
     return 0
 
@@ -50,7 +54,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def find_base(said: dict[str, Any]) -> Path:
-    """The base's directory: where it was, or wherever what was merged leads to now (a hub id, a run's base)."""
+    """The base's directory: where it was, or wherever what was merged leads to now (a hub id, a
+    run's base).
+    """
     from lorry.models.loading.sources import resolve_model
 
     was = Path(said["base"])
@@ -58,7 +64,13 @@ def find_base(said: dict[str, Any]) -> Path:
 
 
 def verify_copied_weights(folder: Path, digests: dict[str, str], base: Path) -> None:
-    """Compare the copied weight files with the record. Raises ModelError unless they are the very same."""
+    """Compare the copied weight files with the record. Raises ModelError unless they are the very
+    same.
+    """
     found = {file.name: file_digest(file) for file in weight_files(folder)}
-    if odd := sorted(name for name in digests.keys() | found.keys() if digests.get(name) != found.get(name)):
-        raise ModelError(f"{base} is not the base that was merged: {odd[0]} has changed since; nothing was written")
+    if odd := sorted(
+        name for name in digests.keys() | found.keys() if digests.get(name) != found.get(name)
+    ):
+        raise ModelError(
+            f"{base} is not the base that was merged: {odd[0]} has changed since; nothing was written"
+        )

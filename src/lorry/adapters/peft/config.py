@@ -1,8 +1,10 @@
-"""adapter_config.json: what PEFT's file says, as a LoraSpec, and the other way round. Nothing in it is silently ignored.
+"""adapter_config.json: what PEFT's file says, as a LoraSpec, and the other way round. Nothing in it
+is silently ignored.
 
-A key this module does not know is fine while its value says "off" (null, false, empty or PEFT's default); any other value
-changes what the adapter computes, so the file is refused by key. Files come from strangers: patterns that take exponential
-time, deep nesting, duplicate keys and numbers that are none are refused too, always as a ModelError.
+A key this module does not know is fine while its value says "off" (null, false, empty or PEFT's
+default); any other value changes what the adapter computes, so the file is refused by key. Files
+come from strangers: patterns that take exponential time, deep nesting, duplicate keys and numbers
+that are none are refused too, always as a ModelError.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from lorry.disk import documents
 from lorry.errors import ConfigError, ModelError
 
 PATTERN_LIMIT = 2000  # characters of one regular expression
-TIME_LIMIT = 10.0  # seconds for all regular expressions of a file on all modules of a model; real ones take milliseconds
+# seconds for all regular expressions of a file on all modules of a model; real ones take
+# milliseconds
+TIME_LIMIT = 10.0
 PLAIN_PATTERN = re.compile(r"(?:[\w^$-]|\\?\.)*")
 TRIAL_SCRIPT = """
 import json, re, sys
@@ -34,17 +38,39 @@ for pattern in patterns:
 # Keys that describe the file, the training or the loading, never the function that was learnt.
 INFORMATION_KEYS = frozenset(
     {
-        "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "runtime_config",
-        "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+        "runtime_config",
+        "fan_in_fan_out",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "qalora_group_size",
     }
-)  # fmt: skip
-# `layers_pattern` only says where layer numbers stand; the comparison with the tensors of the file catches a difference.
+)
+# `layers_pattern` only says where layer numbers stand; the comparison with the tensors of the file
+# catches a difference.
 READ_KEYS = frozenset(
     {
-        "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora",
-        "init_lora_weights", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+        "peft_type",
+        "task_type",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "use_rslora",
+        "init_lora_weights",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
+        "layers_pattern",
     }
-)  # fmt: skip
+)
 DEFAULT_VALUES: Mapping[str, Any] = {"bias": "none", "megatron_core": "megatron.core"}
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
@@ -58,19 +84,27 @@ REFUSAL_REASONS = {
 
 def read_adapter_json(file: Path) -> dict[str, Any]:
     """A JSON object from a stranger's file. Raises ModelError; what is refused: disk/documents.py."""
-    return documents.read_object(file, error=ModelError, nonfinite=True)  # a number that is not finite: refused by its key
+    return documents.read_object(
+        file, error=ModelError, nonfinite=True
+    )  # a number that is not finite: refused by its key
 
 
 def parse_peft_config(config: Mapping[str, Any], where: str) -> LoraSpec:
     """A LoraSpec from the parsed file; ``where`` opens every message. Raises ModelError."""
     if config.get("peft_type") != "LORA":
-        raise ModelError(f"{where}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read")
+        raise ModelError(
+            f"{where}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read"
+        )
     if config.get("task_type") not in ("CAUSAL_LM", None):
-        raise ModelError(f"{where}: task_type is {config['task_type']!r}; only CAUSAL_LM adapters can be read")
+        raise ModelError(
+            f"{where}: task_type is {config['task_type']!r}; only CAUSAL_LM adapters can be read"
+        )
     for key, value in config.items():
         if key not in READ_KEYS | INFORMATION_KEYS and not _is_neutral(key, value):
             reason = REFUSAL_REASONS.get(key, "it may change what the adapter computes")
-            raise ModelError(f"{where}: {key}={value!r:.80} is not supported ({reason}); only plain LoRA can be read")
+            raise ModelError(
+                f"{where}: {key}={value!r:.80} is not supported ({reason}); only plain LoRA can be read"
+            )
     fields: dict[str, Any] = {
         "r": _read_number(config, "r", where, default=8, whole=True),
         "lora_alpha": _read_number(config, "lora_alpha", where, default=8),
@@ -86,15 +120,21 @@ def parse_peft_config(config: Mapping[str, Any], where: str) -> LoraSpec:
     if not fields["target_modules"]:
         raise ModelError(f"{where}: target_modules is empty; the file must name the adapted layers")
     if isinstance(fields["target_modules"], str) and fields["layers_to_transform"] is not None:
-        raise ModelError(f"{where}: layers_to_transform needs target_modules to be a list, not a regular expression")
+        raise ModelError(
+            f"{where}: layers_to_transform needs target_modules to be a list, not a regular expression"
+        )
     try:
         return LoraSpec(**fields)
     except ConfigError as e:
         raise ModelError(f"{where}: {e}") from e
 
 
-def match_peft_targets(spec: LoraSpec, linears: Collection[str], inner: Collection[str]) -> set[str]:
-    """The modules a file's spec selects by PEFT's rules: of ``linears``, or for "all-linear" all of ``inner``."""
+def match_peft_targets(
+    spec: LoraSpec, linears: Collection[str], inner: Collection[str]
+) -> set[str]:
+    """The modules a file's spec selects by PEFT's rules: of ``linears``, or for "all-linear" all of
+    ``inner``.
+    """
     wanted, excluded = spec.target_modules, spec.exclude_modules
     if isinstance(excluded, str):
         left = [p for p in linears if not re.fullmatch(excluded, p)]
@@ -103,12 +143,17 @@ def match_peft_targets(spec: LoraSpec, linears: Collection[str], inner: Collecti
     if isinstance(wanted, str):
         everything = wanted.lower() == "all-linear"
         return {p for p in left if (p in inner if everything else re.fullmatch(wanted, p))}
-    return {p for p in left if p in wanted or (_ends_in(p, wanted) and _in_layers(p, spec.layers_to_transform))}
+    return {
+        p
+        for p in left
+        if p in wanted or (_ends_in(p, wanted) and _in_layers(p, spec.layers_to_transform))
+    }
 
 
 def check_pattern_time(spec: LoraSpec, modules: Collection[str], where: str) -> None:
-    """Try a file's regular expressions on ``modules`` in a process of their own, which can be stopped: they come from strangers
-    and may take exponential time. Names without any repeat or choice are not tried. Raises ModelError after TIME_LIMIT seconds.
+    """Try a file's regular expressions on ``modules`` in a process of their own, which can be
+    stopped: they come from strangers and may take exponential time. Names without any repeat or
+    choice are not tried. Raises ModelError after TIME_LIMIT seconds.
     """
     written = [
         *spec.rank_pattern,
@@ -121,16 +166,27 @@ def check_pattern_time(spec: LoraSpec, modules: Collection[str], where: str) -> 
     try:
         work = json.dumps([patterns, list(modules)]).encode()
         subprocess.run(
-            [sys.executable, "-I", "-S", "-c", TRIAL_SCRIPT], input=work, timeout=TIME_LIMIT, check=True, capture_output=True
+            [sys.executable, "-I", "-S", "-c", TRIAL_SCRIPT],
+            input=work,
+            timeout=TIME_LIMIT,
+            check=True,
+            capture_output=True,
         )
     except subprocess.TimeoutExpired as e:
-        raise ModelError(f"{where}: its regular expressions ({patterns[0]!r:.80}) take too long; list the modules by name") from e
+        raise ModelError(
+            f"{where}: its regular expressions ({patterns[0]!r:.80}) take too long; list the modules by name"
+        ) from e
     except (OSError, subprocess.CalledProcessError) as e:
-        raise ModelError(f"{where}: its regular expressions could not be tried safely ({e}); list the modules by name") from e
+        raise ModelError(
+            f"{where}: its regular expressions could not be tried safely ({e}); list the modules by name"
+        ) from e
 
 
-def to_peft_config(spec: LoraSpec, target_modules: list[str], *, transposed: bool, base_name: str | None) -> dict[str, Any]:
-    """adapter_config.json as PEFT writes it, with the keys that every PEFT since 0.10 knows (a strange one stops old versions).
+def to_peft_config(
+    spec: LoraSpec, target_modules: list[str], *, transposed: bool, base_name: str | None
+) -> dict[str, Any]:
+    """adapter_config.json as PEFT writes it, with the keys that every PEFT since 0.10 knows (a
+    strange one stops old versions).
 
     Layer numbers and exclusions are not repeated: ``target_modules`` already says it all.
     """
@@ -160,10 +216,17 @@ def to_peft_config(spec: LoraSpec, target_modules: list[str], *, transposed: boo
 
 
 def _is_neutral(key: str, value: Any) -> bool:
-    return value is None or value is False or value in ("", [], {}) or (key in DEFAULT_VALUES and value == DEFAULT_VALUES[key])
+    return (
+        value is None
+        or value is False
+        or value in ("", [], {})
+        or (key in DEFAULT_VALUES and value == DEFAULT_VALUES[key])
+    )
 
 
-def _read_number(config: Mapping[str, Any], key: str, where: str, *, default: float, whole: bool = False) -> float:
+def _read_number(
+    config: Mapping[str, Any], key: str, where: str, *, default: float, whole: bool = False
+) -> float:
     value = config.get(key, default)
     _check_number(value, f"{where}: {key}", whole=whole)
     return value
@@ -203,7 +266,9 @@ def _read_names(config: Mapping[str, Any], key: str, where: str) -> str | tuple[
         _check_pattern(value, f"{where}: {key}")
         return value
     if value and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
-        raise ModelError(f"{where}: {key} is {value!r:.80}; it must be a list of names or one regular expression")
+        raise ModelError(
+            f"{where}: {key} is {value!r:.80}; it must be a list of names or one regular expression"
+        )
     return tuple(value) if value else None
 
 
@@ -217,10 +282,14 @@ def _read_layers(config: Mapping[str, Any], where: str) -> tuple[int, ...] | Non
     return tuple(numbers)
 
 
-def _read_patterns(config: Mapping[str, Any], key: str, where: str, *, whole: bool) -> dict[str, float]:
+def _read_patterns(
+    config: Mapping[str, Any], key: str, where: str, *, whole: bool
+) -> dict[str, float]:
     value = config.get(key)
     if value is not None and not isinstance(value, dict):
-        raise ModelError(f"{where}: {key} is {value!r:.80}; it must be an object of names and numbers")
+        raise ModelError(
+            f"{where}: {key} is {value!r:.80}; it must be an object of names and numbers"
+        )
     for name, number in (value or {}).items():
         _check_pattern(name, f"{where}: {key}")
         _check_number(number, f"{where}: {key}[{name!r:.80}]", whole=whole)
@@ -230,7 +299,9 @@ def _read_patterns(config: Mapping[str, Any], key: str, where: str, *, whole: bo
 def _check_pattern(pattern: str, what: str) -> None:
     try:
         if len(pattern) > PATTERN_LIMIT:
-            raise ModelError(f"{what}: a regular expression of {len(pattern)} characters; list the modules by name")
+            raise ModelError(
+                f"{what}: a regular expression of {len(pattern)} characters; list the modules by name"
+            )
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as e:
         raise ModelError(f"{what}: {pattern!r:.80} is not a valid regular expression ({e})") from e

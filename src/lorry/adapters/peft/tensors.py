@@ -1,4 +1,6 @@
-"""adapter_model.safetensors: which tensor is which part of which layer, read completely or refused, always as a ModelError."""
+"""adapter_model.safetensors: which tensor is which part of which layer, read completely or refused,
+always as a ModelError.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,33 @@ from lorry.families import find_family
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 PEFT_PREFIX = "base_model.model."
-LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
+LORA_TENSOR = re.compile(
+    r"(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))"
+)
 BASE_TENSOR = re.compile(r"(?P<module>.+?)(?P<inner>\.base_layer)?\.(?P<leaf>weight|bias)")
 
 
 def list_adaptable_layers(model: nn.Module) -> dict[str, AdaptableLayer]:
-    """{path: layer} of every place an adapter can sit; layers of a foreign model as the bank would see them."""
-    found = {p: m if isinstance(m, AdaptableLayer) else wrap_module(m, p) for p, m in find_linears(model).items()}
+    """{path: layer} of every place an adapter can sit; layers of a foreign model as the bank would
+    see them.
+    """
+    found = {
+        p: m if isinstance(m, AdaptableLayer) else wrap_module(m, p)
+        for p, m in find_linears(model).items()
+    }
     return {p: layer for p, layer in found.items() if layer is not None}
 
 
 def sort_lora_tensors(
-    model: nn.Module, file: safe_open, where: str, layers: Mapping[str, AdaptableLayer], rename: Callable[[str], str]
+    model: nn.Module,
+    file: safe_open,
+    where: str,
+    layers: Mapping[str, AdaptableLayer],
+    rename: Callable[[str], str],
 ) -> dict[str, dict[str, str]]:
-    """{module: {"A": key, "B": key}} of the file; base tensors that PEFT adds are compared with the model's and left out."""
+    """{module: {"A": key, "B": key}} of the file; base tensors that PEFT adds are compared with the
+    model's and left out.
+    """
     parts: dict[str, dict[str, str]] = {}
     ends = head_and_embedding(model)
     for key in file.keys():  # noqa: SIM118 (not a mapping)
@@ -43,27 +58,49 @@ def sort_lora_tensors(
         if found := LORA_TENSOR.fullmatch(body):
             module, side = rename(found["module"]), found["linear"] or found["embedding"]
             if module not in layers:
-                raise ModelError(f"{where}: {key} belongs to a layer this model does not have{suggest_nearest(module, layers)}")
+                raise ModelError(
+                    f"{where}: {key} belongs to a layer this model does not have{suggest_nearest(module, layers)}"
+                )
             if isinstance(layers[module], BankEmbedding) != bool(found["embedding"]):
-                raise ModelError(f"{where}: {key} does not fit {module}, which is a {type(layers[module]).__name__[4:].lower()}")
+                raise ModelError(
+                    f"{where}: {key} does not fit {module}, which is a {type(layers[module]).__name__[4:].lower()}"
+                )
             if side in parts.setdefault(module, {}):
-                raise ModelError(f"{where}: {key} and {parts[module][side]} are the same part of {module}")
+                raise ModelError(
+                    f"{where}: {key} and {parts[module][side]} are the same part of {module}"
+                )
             parts[module][side] = key
-        elif (found := BASE_TENSOR.fullmatch(body)) and (found["inner"] or rename(found["module"]) in ends):
+        elif (found := BASE_TENSOR.fullmatch(body)) and (
+            found["inner"] or rename(found["module"]) in ends
+        ):
             _check_base_tensor(layers.get(rename(found["module"])), found["leaf"], file, key, where)
         else:
-            raise ModelError(f"{where}: {key} is no part of a plain LoRA adapter; every tensor must be understood")
+            raise ModelError(
+                f"{where}: {key} is no part of a plain LoRA adapter; every tensor must be understood"
+            )
     for sides in parts.values():
         if len(sides) < 2:
             have = next(iter(sides))
             lacks = "AB".replace(have, "")
-            raise ModelError(f"{where}: {sides[have]} has no lora_{lacks} beside it; the file is incomplete")
+            raise ModelError(
+                f"{where}: {sides[have]} has no lora_{lacks} beside it; the file is incomplete"
+            )
     return parts
 
 
-def _check_base_tensor(layer: AdaptableLayer | None, leaf: str, file: safe_open, key: str, where: str) -> None:
-    """PEFT's save_embedding_layers stores base weights too: fine if they are this base's, in either's precision."""
-    own = None if layer is None else layer.kept if leaf == "weight" and layer.kept is not None else getattr(layer, leaf, None)
+def _check_base_tensor(
+    layer: AdaptableLayer | None, leaf: str, file: safe_open, key: str, where: str
+) -> None:
+    """PEFT's save_embedding_layers stores base weights too: fine if they are this base's, in
+    either's precision.
+    """
+    own = (
+        None
+        if layer is None
+        else layer.kept
+        if leaf == "weight" and layer.kept is not None
+        else getattr(layer, leaf, None)
+    )
     shape = list(file.get_slice(key).get_shape())
     if own is None or shape != list(own.shape):
         has = "nothing of that name" if own is None else str(list(own.shape))
@@ -72,39 +109,59 @@ def _check_base_tensor(layer: AdaptableLayer | None, leaf: str, file: safe_open,
         )
     stored, mine = file.get_tensor(key), own.detach().cpu()
     if not (torch.equal(stored.to(mine.dtype), mine) or torch.equal(stored, mine.to(stored.dtype))):
-        raise ModelError(f"{where}: {key} differs from the base's weight; the adapter belongs to another base")
+        raise ModelError(
+            f"{where}: {key} differs from the base's weight; the adapter belongs to another base"
+        )
 
 
 def check_modules(model: nn.Module, spec: LoraSpec, present: set[str], where: str) -> None:
     """The layers the config names and those the file holds must be the same ones."""
     candidates = find_linears(model)
     head, _ = head_and_embedding(model)
-    inner = [p for p, m in candidates.items() if not isinstance(m, nn.Embedding | BankEmbedding) and p != head]
+    inner = [
+        p
+        for p, m in candidates.items()
+        if not isinstance(m, nn.Embedding | BankEmbedding) and p != head
+    ]
     named = match_peft_targets(spec, candidates, inner)
     if lost := sorted(named - present):
-        raise ModelError(f"{where}: names {lost[0]} as a target ({len(lost)} such), but {ADAPTER_WEIGHTS} has no tensors for it")
+        raise ModelError(
+            f"{where}: names {lost[0]} as a target ({len(lost)} such), but {ADAPTER_WEIGHTS} has no tensors for it"
+        )
     if extra := sorted(present - named):
         raise ModelError(
             f"{where}: does not name {extra[0]} as a target ({len(extra)} such), but {ADAPTER_WEIGHTS} has tensors for it"
         )
     if not present:
-        raise ModelError(f"{where}: its target_modules name no layer of this model; the adapter belongs to another one")
+        raise ModelError(
+            f"{where}: its target_modules name no layer of this model; the adapter belongs to another one"
+        )
 
 
 def read_lora_values(
-    file: safe_open, where: str, spec: LoraSpec, layers: Mapping[str, AdaptableLayer], parts: Mapping[str, Mapping[str, str]]
+    file: safe_open,
+    where: str,
+    spec: LoraSpec,
+    layers: Mapping[str, AdaptableLayer],
+    parts: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Tensor]:
-    """{`MODULE.lora_A`: [R,I], `MODULE.lora_B`: [O,R]} in fp32, shapes checked before a byte is read."""
+    """{`MODULE.lora_A`: [R,I], `MODULE.lora_B`: [O,R]} in fp32, shapes checked before a byte is
+    read.
+    """
     values = {}
     for module, sides in parts.items():
         layer, rank = layers[module], spec.rank(module)
         for side, wanted in (("A", [rank, layer.in_features]), ("B", [layer.out_features, rank])):
             shape = list(file.get_slice(sides[side]).get_shape())
             if shape != wanted:
-                raise ModelError(f"{where}: {sides[side]} is {shape}; rank {rank} on this model's {module} needs {wanted}")
+                raise ModelError(
+                    f"{where}: {sides[side]} is {shape}; rank {rank} on this model's {module} needs {wanted}"
+                )
             value = file.get_tensor(sides[side])
             if not value.is_floating_point() or not bool(torch.isfinite(value.float()).all()):
-                raise ModelError(f"{where}: {sides[side]} holds values that are no finite numbers ({value.dtype})")
+                raise ModelError(
+                    f"{where}: {sides[side]} holds values that are no finite numbers ({value.dtype})"
+                )
             values[f"{module}.lora_{side}"] = value.float()
     return values
 
@@ -119,19 +176,33 @@ def open_adapter_weights(folder: Path) -> Iterator[safe_open]:
             f"it once with PEFT: PeftModel.from_pretrained(base, {str(folder)!r}).save_pretrained(...)"
         )
     if not file.is_file():
-        raise ModelError(f"{file} is missing; an adapter directory holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
+        raise ModelError(
+            f"{file} is missing; an adapter directory holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
+        )
     try:
         check_names(file)
         with safe_open(file, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError) as e:
-        raise ModelError(f"{file}: not a whole safetensors file ({e}); copy or save it again") from e
+        raise ModelError(
+            f"{file}: not a whole safetensors file ({e}); copy or save it again"
+        ) from e
 
 
-def legacy_name_mapper(model: nn.Module, layers: Mapping[str, AdaptableLayer]) -> Callable[[str], str]:
-    """Older checkpoints spell some modules otherwise (GPT-NeoX's head was `embed_out`): the name in this model."""
+def legacy_name_mapper(
+    model: nn.Module, layers: Mapping[str, AdaptableLayer]
+) -> Callable[[str], str]:
+    """Older checkpoints spell some modules otherwise (GPT-NeoX's head was `embed_out`): the name in
+    this model.
+    """
     config = getattr(model, "config", None)
-    kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    kind = (
+        config.get("model_type")
+        if isinstance(config, Mapping)
+        else getattr(config, "model_type", None)
+    )
     family = getattr(model, "family", None) or find_family(str(kind))
-    spelt = {old: ours for ours, old in family.on_disk.items() if old not in layers} if family else {}
+    spelt = (
+        {old: ours for ours, old in family.on_disk.items() if old not in layers} if family else {}
+    )
     return lambda path: spelt.get(path, path)

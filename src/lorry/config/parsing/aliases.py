@@ -1,7 +1,9 @@
-"""Names that people bring from PEFT, TRL, LLaMA-Factory, axolotl and unsloth, and what Lorry makes of them.
+"""Names that people bring from PEFT, TRL, LLaMA-Factory, axolotl and unsloth, and what Lorry makes
+of them.
 
-A rename maps to a setting of ours; a reading looks at the value, too; the names in ``IGNORED_ALIASES`` change nothing here whatever their
-value; those in ``UNSUPPORTED_ALIASES`` are known but not built, and are let through only at a value that asks for what Lorry does anyway.
+A rename maps to a setting of ours; a reading looks at the value, too; the names in
+``IGNORED_ALIASES`` change nothing here whatever their value; those in ``UNSUPPORTED_ALIASES`` are
+known but not built, and are let through only at a value that asks for what Lorry does anyway.
 ``HOMONYMS`` are names of ours that a peer uses for something else, told apart by the value.
 """
 
@@ -10,13 +12,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# value -> our settings and their values, one or several; None: it changes nothing. ValueError: what is wrong with the value
+# value -> our settings and their values, one or several; None: it changes nothing. ValueError: what
+# is wrong with the value
 AliasReader = Callable[[Any], tuple[str, Any] | list[tuple[str, Any]] | None]
 
 ALIAS_RENAMES: dict[str, str] = {
     **dict.fromkeys(
-        ["model_name_or_path", "base_model", "model_name", "model_path", "model_id", "base_model_name_or_path",
-         "pretrained_model_name_or_path"], "model.name",
+        [
+            "model_name_or_path",
+            "base_model",
+            "model_name",
+            "model_path",
+            "model_id",
+            "base_model_name_or_path",
+            "pretrained_model_name_or_path",
+        ],
+        "model.name",
     ),
     **dict.fromkeys(["torch_dtype", "model_dtype", "precision"], "model.dtype"),
     **dict.fromkeys(["adapter_name_or_path", "lora_model_dir", "adapter_path"], "model.adapter"),
@@ -28,10 +39,18 @@ ALIAS_RENAMES: dict[str, str] = {
     "lora_target_modules": "lora.target_modules",
     "lora_exclude_modules": "lora.exclude_modules",
     "lora_layers_to_transform": "lora.layers_to_transform",
-    **dict.fromkeys(["rslora", "use_rs_lora", "lora_use_rslora", "peft_use_rslora"], "lora.use_rslora"),
+    **dict.fromkeys(
+        ["rslora", "use_rs_lora", "lora_use_rslora", "peft_use_rslora"], "lora.use_rslora"
+    ),
     "peft_init_lora_weights": "lora.init_lora_weights",
-    **dict.fromkeys(["cutoff_len", "sequence_len", "max_seq_length", "max_seq_len", "seq_length"], "data.max_length"),
-    **dict.fromkeys(["dataset", "dataset_name", "dataset_path", "data_path", "train_file", "train_data"], "data.path"),
+    **dict.fromkeys(
+        ["cutoff_len", "sequence_len", "max_seq_length", "max_seq_len", "seq_length"],
+        "data.max_length",
+    ),
+    **dict.fromkeys(
+        ["dataset", "dataset_name", "dataset_path", "data_path", "train_file", "train_data"],
+        "data.path",
+    ),
     **dict.fromkeys(["dataset_config", "dataset_config_name"], "data.name"),
     "dataset_train_split": "data.split",
     "dataset_test_split": "data.eval_split",
@@ -43,10 +62,13 @@ ALIAS_RENAMES: dict[str, str] = {
     **dict.fromkeys(["system_prompt", "default_system"], "data.system"),
     "lr": "train.learning_rate",
     **dict.fromkeys(["num_epochs", "epochs", "n_epochs"], "train.num_train_epochs"),
-    **dict.fromkeys(["micro_batch_size", "batch_size", "train_batch_size"], "train.per_device_train_batch_size"),
+    **dict.fromkeys(
+        ["micro_batch_size", "batch_size", "train_batch_size"], "train.per_device_train_batch_size"
+    ),
     "eval_batch_size": "train.per_device_eval_batch_size",
     **dict.fromkeys(
-        ["gradient_accumulation", "grad_accumulation", "grad_accum", "accumulation_steps"], "train.gradient_accumulation_steps"
+        ["gradient_accumulation", "grad_accumulation", "grad_accum", "accumulation_steps"],
+        "train.gradient_accumulation_steps",
     ),
     **dict.fromkeys(["lr_scheduler", "scheduler"], "train.lr_scheduler_type"),
     **dict.fromkeys(["grad_clip", "clip_grad", "gradient_clip_val"], "train.max_grad_norm"),
@@ -64,12 +86,16 @@ ALIAS_RENAMES: dict[str, str] = {
     **dict.fromkeys(["teacher_model", "teacher_model_name_or_path"], "distill.teacher"),
     "num_threads": "backend.threads",
     "max_memory": "memory_budget",
-}  # fmt: skip
+}
 
 
 def _switch_meaning(setting: str, meaning: Any) -> AliasReader:
-    """A switch that stands for one value of ours; anything but true, false, null and auto goes on to be refused there."""
-    return lambda on: None if on in (False, None, "auto") else (setting, meaning if on is True else on)
+    """A switch that stands for one value of ours; anything but true, false, null and auto goes on
+    to be refused there.
+    """
+    return lambda on: (
+        None if on in (False, None, "auto") else (setting, meaning if on is True else on)
+    )
 
 
 def _negated_switch(setting: str) -> AliasReader:
@@ -81,44 +107,73 @@ def _share_or_rows(size: Any) -> tuple[str, Any] | None:
 
 
 def _once_an_epoch(setting: str) -> AliasReader:
-    """``evals_per_epoch: 4`` as once an epoch; the steps of a quarter of one are only known with the data."""
+    """``evals_per_epoch: 4`` as once an epoch; the steps of a quarter of one are only known with
+    the data.
+    """
     return lambda times: (setting, "epoch") if times else None
 
 
 def _pad_token_only(tokens: Any) -> None:
-    """Batches are packed, so no pad token is needed; other special tokens would change what is learnt."""
+    """Batches are packed, so no pad token is needed; other special tokens would change what is
+    learnt.
+    """
     if tokens and (not isinstance(tokens, dict) or set(tokens) - {"pad_token"}):
-        raise ValueError("special tokens are those of the tokenizer's files; only pad_token may be given, and changes nothing")
+        raise ValueError(
+            "special tokens are those of the tokenizer's files; only pad_token may be given, and changes nothing"
+        )
 
 
 # the way rows are read, by axolotl's name for it
-AXOLOTL_TYPES = {"alpaca": "alpaca", "chat_template": "auto", "sharegpt": "conversations", "completion": "text"}
+AXOLOTL_TYPES = {
+    "alpaca": "alpaca",
+    "chat_template": "auto",
+    "sharegpt": "conversations",
+    "completion": "text",
+}
 
 
 def _axolotl_datasets(sets: Any) -> list[tuple[str, Any]]:
-    """``datasets: [{path: FILE_OR_ID, type: alpaca}]``. Raises ValueError for entries that ask for more than that."""
+    """``datasets: [{path: FILE_OR_ID, type: alpaca}]``. Raises ValueError for entries that ask for
+    more than that.
+    """
     if (
         not isinstance(sets, list)
         or not sets
         or not all(isinstance(one, dict) and isinstance(one.get("path"), str) for one in sets)
     ):
-        raise ValueError("is a list of maps with a path each, such as [{path: rows.jsonl, type: alpaca}]")
-    odd = sorted({str(key) for one in sets for key in one} - {"path", "type", "name", "split", "ds_type"})
+        raise ValueError(
+            "is a list of maps with a path each, such as [{path: rows.jsonl, type: alpaca}]"
+        )
+    odd = sorted(
+        {str(key) for one in sets for key in one} - {"path", "type", "name", "split", "ds_type"}
+    )
     if odd:
-        raise ValueError(f"has {', '.join(odd)}, which Lorry has no word for; give data= and data.format instead")
-    settings: list[tuple[str, Any]] = [("data.path", sets[0]["path"] if len(sets) == 1 else [one["path"] for one in sets])]
-    for key, ours, words in (("type", "data.format", AXOLOTL_TYPES), ("name", "data.name", None), ("split", "data.split", None)):
+        raise ValueError(
+            f"has {', '.join(odd)}, which Lorry has no word for; give data= and data.format instead"
+        )
+    settings: list[tuple[str, Any]] = [
+        ("data.path", sets[0]["path"] if len(sets) == 1 else [one["path"] for one in sets])
+    ]
+    for key, ours, words in (
+        ("type", "data.format", AXOLOTL_TYPES),
+        ("name", "data.name", None),
+        ("split", "data.split", None),
+    ):
         values = {one.get(key) for one in sets}
         if len(values) > 1 or (words is not None and not values <= {None, *words}):
             known = f" ({', '.join(words)})" if words is not None else ""
-            raise ValueError(f"must have one and the same {key}{known} for all entries; give data= and {ours} instead")
+            raise ValueError(
+                f"must have one and the same {key}{known} for all entries; give data= and {ours} instead"
+            )
         if (value := values.pop()) is not None:
             settings.append((ours, words[value] if words is not None else value))
     return settings
 
 
 def _lora_bias(value: Any) -> tuple[str, Any] | None:
-    """Scripts' `lora_bias` is a word and means PEFT's `bias`; PEFT's own `lora_bias` is a switch and another thing."""
+    """Scripts' `lora_bias` is a word and means PEFT's `bias`; PEFT's own `lora_bias` is a switch
+    and another thing.
+    """
     if value is True:
         raise ValueError(
             "is true: in PEFT that trains a bias beside every lora_B, which is not built yet; leave it out "
@@ -141,14 +196,22 @@ ALIAS_READERS: dict[str, AliasReader] = {
     "train_on_responses_only": lambda on: ("data.completion_only_loss", on),
     "lora_target_linear": _switch_meaning("lora.target_modules", "all-linear"),
     "lora_target": lambda names: ("lora.target_modules", "all-linear" if names == "all" else names),
-    "warmup": lambda much: ("train.warmup_ratio" if isinstance(much, float) and much < 1 else "train.warmup_steps", much),
-    "use_gradient_checkpointing": lambda on: ("train.gradient_checkpointing", on == "unsloth" or on),
+    "warmup": lambda much: (
+        "train.warmup_ratio" if isinstance(much, float) and much < 1 else "train.warmup_steps",
+        much,
+    ),
+    "use_gradient_checkpointing": lambda on: (
+        "train.gradient_checkpointing",
+        on == "unsloth" or on,
+    ),
     "val_set_size": _share_or_rows,
     "val_size": _share_or_rows,
 }
 
 _ROWS = "how rows are read and tokenised is Lorry's own affair, and gives the same tokens"
-_KERNELS = "which kernel a product or attention runs on is chosen by what this machine has (lorry doctor)"
+_KERNELS = (
+    "which kernel a product or attention runs on is chosen by what this machine has (lorry doctor)"
+)
 _PROCESS = "there is one process"
 _TYPE = "the model's and tokenizer's own files say so"
 _OUTPUT = "what an output directory holds is never overwritten: an earlier run moves to previous/N"
@@ -156,42 +219,108 @@ _REPORT = "the run's report has it"
 _WATCH = "a loss that is not finite stops the run, whatever is set here"
 IGNORED_ALIASES: dict[str, str] = {
     **dict.fromkeys(
-        ["overwrite_cache", "preprocessing_num_workers", "dataloader_num_workers", "dataloader_pin_memory",
-         "dataloader_prefetch_factor", "dataloader_drop_last", "dataloader_persistent_workers", "dataset_num_proc",
-         "dataset_processes", "dataset_prepared_path", "dataset_keep_in_memory", "remove_unused_columns",
-         "shuffle_merged_datasets", "skip_prepare_dataset"], _ROWS,
+        [
+            "overwrite_cache",
+            "preprocessing_num_workers",
+            "dataloader_num_workers",
+            "dataloader_pin_memory",
+            "dataloader_prefetch_factor",
+            "dataloader_drop_last",
+            "dataloader_persistent_workers",
+            "dataset_num_proc",
+            "dataset_processes",
+            "dataset_prepared_path",
+            "dataset_keep_in_memory",
+            "remove_unused_columns",
+            "shuffle_merged_datasets",
+            "skip_prepare_dataset",
+        ],
+        _ROWS,
     ),
     **dict.fromkeys(
-        ["pad_to_sequence_len", "pad_to_multiple_of", "padding_free", "eval_sample_packing", "sample_packing_eff_est"],
+        [
+            "pad_to_sequence_len",
+            "pad_to_multiple_of",
+            "padding_free",
+            "eval_sample_packing",
+            "sample_packing_eff_est",
+        ],
         "sequences are packed without padding and never see each other",
     ),
     **dict.fromkeys(
-        ["attn_implementation", "flash_attention", "xformers_attention", "flash_attn", "sdp_attention",
-         "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "torch_compile_backend",
-         "torch_compile_mode", "use_unsloth"], _KERNELS,
+        [
+            "attn_implementation",
+            "flash_attention",
+            "xformers_attention",
+            "flash_attn",
+            "sdp_attention",
+            "gradient_checkpointing_kwargs",
+            "torch_empty_cache_steps",
+            "torch_compile_backend",
+            "torch_compile_mode",
+            "use_unsloth",
+        ],
+        _KERNELS,
     ),
     **dict.fromkeys(
-        ["ddp_timeout", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "local_rank",
-         "world_size"], _PROCESS,
+        [
+            "ddp_timeout",
+            "ddp_find_unused_parameters",
+            "ddp_bucket_cap_mb",
+            "ddp_broadcast_buffers",
+            "local_rank",
+            "world_size",
+        ],
+        _PROCESS,
     ),
     **dict.fromkeys(
-        ["model_type", "tokenizer_type", "tokenizer_use_fast", "tokenizer_legacy", "is_llama_derived_model"], _TYPE
+        [
+            "model_type",
+            "tokenizer_type",
+            "tokenizer_use_fast",
+            "tokenizer_legacy",
+            "is_llama_derived_model",
+        ],
+        _TYPE,
     ),
     **dict.fromkeys(["overwrite_output_dir"], _OUTPUT),
     **dict.fromkeys(
-        ["plot_loss", "eval_table_size", "eval_max_new_tokens", "logging_first_step", "logging_strategy", "log_level",
-         "disable_tqdm", "include_num_input_tokens_seen", "include_tokens_per_second", "wandb_watch", "wandb_log_model",
-         "debug", "strict"], _REPORT,
+        [
+            "plot_loss",
+            "eval_table_size",
+            "eval_max_new_tokens",
+            "logging_first_step",
+            "logging_strategy",
+            "log_level",
+            "disable_tqdm",
+            "include_num_input_tokens_seen",
+            "include_tokens_per_second",
+            "wandb_watch",
+            "wandb_log_model",
+            "debug",
+            "strict",
+        ],
+        _REPORT,
     ),
-    **dict.fromkeys(["save_only_model", "save_on_each_node"], "a checkpoint holds all that resuming needs"),
-    **dict.fromkeys(["loss_watchdog_threshold", "loss_watchdog_patience", "logging_nan_inf_filter"], _WATCH),
-}  # fmt: skip
+    **dict.fromkeys(
+        ["save_only_model", "save_on_each_node"], "a checkpoint holds all that resuming needs"
+    ),
+    **dict.fromkeys(
+        ["loss_watchdog_threshold", "loss_watchdog_patience", "logging_nan_inf_filter"], _WATCH
+    ),
+}
 
-# our own names that a peer uses for something else: whether the value is theirs, and what becomes of it
+# our own names that a peer uses for something else: whether the value is theirs, and what becomes
+# of it
 HOMONYMS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "adapter": (lambda value: value == "lora", "names the method; an adapter in a directory of that name is ./lora"),
+    "adapter": (
+        lambda value: value == "lora",
+        "names the method; an adapter in a directory of that name is ./lora",
+    ),
     "template": (
-        lambda value: isinstance(value, str) and not value.strip().lstrip("-").isdigit() and value != "null",
+        lambda value: (
+            isinstance(value, str) and not value.strip().lstrip("-").isdigit() and value != "null"
+        ),
         "names a template of another tool; prompts are rendered by the tokenizer's own chat template",
     ),
 }
@@ -199,16 +328,61 @@ HOMONYMS: dict[str, tuple[Callable[[Any], bool], str]] = {
 OFF_VALUES: tuple[Any, ...] = (False, None, "none", "no", [], {})
 UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
-        ["use_dora", "use_qalora", "modules_to_save", "target_parameters", "trainable_token_indices", "ensure_weight_tying",
-         "layers_pattern", "layer_replication", "loftq_config", "eva_config", "corda_config", "lora_bias_trainable",
-         "fan_in_fan_out", "megatron_config", "load_in_4bit", "load_in_8bit", "quantization_bit", "quantize", "processes",
-         "tensor_parallel", "pipeline_parallel", "forget", "retain", "method", "fsdp", "fsdp_config", "deepspeed",
-         "neftune_noise_alpha", "label_smoothing_factor", "auto_find_batch_size", "group_by_length", "use_liger_kernel",
-         "torch_compile", "rewards", "reward_funcs", "eos_token", "pad_token",
-         "tokenizer", "logging_dir", "lora_fan_in_fan_out", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id",
-         "resize_token_embeddings_to_32x", "unfreeze_layers", "s2_attention", "noisy_embedding_alpha",
-         "curriculum_sampling", "reward_model",
-         "mlflow_tracking_uri", "comet_project_name"], OFF_VALUES,
+        [
+            "use_dora",
+            "use_qalora",
+            "modules_to_save",
+            "target_parameters",
+            "trainable_token_indices",
+            "ensure_weight_tying",
+            "layers_pattern",
+            "layer_replication",
+            "loftq_config",
+            "eva_config",
+            "corda_config",
+            "lora_bias_trainable",
+            "fan_in_fan_out",
+            "megatron_config",
+            "load_in_4bit",
+            "load_in_8bit",
+            "quantization_bit",
+            "quantize",
+            "processes",
+            "tensor_parallel",
+            "pipeline_parallel",
+            "forget",
+            "retain",
+            "method",
+            "fsdp",
+            "fsdp_config",
+            "deepspeed",
+            "neftune_noise_alpha",
+            "label_smoothing_factor",
+            "auto_find_batch_size",
+            "group_by_length",
+            "use_liger_kernel",
+            "torch_compile",
+            "rewards",
+            "reward_funcs",
+            "eos_token",
+            "pad_token",
+            "tokenizer",
+            "logging_dir",
+            "lora_fan_in_fan_out",
+            "wandb_project",
+            "wandb_entity",
+            "wandb_name",
+            "wandb_run_id",
+            "resize_token_embeddings_to_32x",
+            "unfreeze_layers",
+            "s2_attention",
+            "noisy_embedding_alpha",
+            "curriculum_sampling",
+            "reward_model",
+            "mlflow_tracking_uri",
+            "comet_project_name",
+        ],
+        OFF_VALUES,
     ),
     "variant": (*OFF_VALUES, "lora"),
     "peft_type": (None, "LORA"),
@@ -217,8 +391,19 @@ UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
     # narrow or paged moments save memory on a whole model's; an adapter's are kept in float32
     **dict.fromkeys(
         ["optim", "optimizer"],
-        (None, "adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit",
-         "paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw"),
+        (
+            None,
+            "adamw",
+            "adamw_torch",
+            "adamw_torch_fused",
+            "adamw_hf",
+            "adamw_8bit",
+            "adamw_bnb_8bit",
+            "adamw_torch_8bit",
+            "paged_adamw_8bit",
+            "paged_adamw_32bit",
+            "paged_adamw",
+        ),
     ),
     "finetuning_type": ("lora",),
     "stage": ("sft",),
@@ -230,10 +415,13 @@ UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
     "save_model": (None, True),
     "eval_packing": OFF_VALUES,
     "tf32": (None, False),
-}  # fmt: skip
+}
 
 # settings of another verb than the one they are given to
-OTHER_VERB_SETTINGS: dict[str, str] = {"teacher": "lorry distill", "tasks": "lorry eval; in training they are called eval_tasks"}
+OTHER_VERB_SETTINGS: dict[str, str] = {
+    "teacher": "lorry distill",
+    "tasks": "lorry eval; in training they are called eval_tasks",
+}
 
 UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
     "backend.name": ("fsdp", "megatron"),

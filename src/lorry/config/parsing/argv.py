@@ -1,4 +1,6 @@
-"""The command line as settings: ``key=value``, ``--key value``, ``--key=value``, ``--switch``, bare words, one CONFIG.yaml."""
+"""The command line as settings: ``key=value``, ``--key value``, ``--key=value``, ``--switch``, bare
+words, one CONFIG.yaml.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lorry.config.parsing.names import SchemaNames, accepts_type, schema_names
-from lorry.config.parsing.place import GivenSetting, flag_field, is_known_setting, unknown_setting_error
+from lorry.config.parsing.place import (
+    GivenSetting,
+    flag_field,
+    is_known_setting,
+    unknown_setting_error,
+)
 from lorry.errors import ConfigError
 
 ASSIGNMENT = re.compile(r"(?:--)?([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
@@ -18,8 +25,12 @@ SUFFIXES = (".yaml", ".yml", ".json")
 SWITCH_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0", "null"}
 
 
-def read_argv(schema: type[BaseModel], argv: Sequence[str]) -> tuple[Path | None, list[GivenSetting]]:
-    """The config file, if one is named, and the settings in their order. Raises ConfigError on a word that is neither."""
+def read_argv(
+    schema: type[BaseModel], argv: Sequence[str]
+) -> tuple[Path | None, list[GivenSetting]]:
+    """The config file, if one is named, and the settings in their order. Raises ConfigError on a
+    word that is neither.
+    """
     names = schema_names(schema)
     left, found, bare = list(argv), [], []
     while left:
@@ -46,17 +57,23 @@ def _positional_name(schema: type[BaseModel]) -> str:
 
 
 def _bare_words(schema: type[BaseModel], words: list[str]) -> list[GivenSetting]:
-    """Bare words belong to the schema's positional setting: one word, or any number where it is a list."""
+    """Bare words belong to the schema's positional setting: one word, or any number where it is a
+    list.
+    """
     if not words:
         return []
     if not _positional_name(schema):
-        raise ConfigError(f"{words[0]}: unexpected word; settings are key=value without spaces, after an optional CONFIG.yaml")
+        raise ConfigError(
+            f"{words[0]}: unexpected word; settings are key=value without spaces, after an optional CONFIG.yaml"
+        )
     names = schema_names(schema)
     dotted = names.candidates(_positional_name(schema))[0]
     if accepts_type(names.fields[dotted], list):
         return [GivenSetting(dotted, words, " ".join(words))]
     if len(words) > 1:
-        raise ConfigError(f"{words[1]}: one word too many after {words[0]!r}; settings are key=value without spaces")
+        raise ConfigError(
+            f"{words[1]}: one word too many after {words[0]!r}; settings are key=value without spaces"
+        )
     return [GivenSetting(dotted, words[0], words[0])]
 
 
@@ -65,15 +82,26 @@ def _is_bare(words: list[str]) -> bool:
 
 
 def _read_flag(names: SchemaNames, word: str, left: list[str], greedy: bool) -> GivenSetting:
-    """``--key value``, a switch ``--key`` or ``--no-key``, or ``--key a b c`` for a list; takes its values from ``left``."""
+    """``--key value``, a switch ``--key`` or ``--no-key``, or ``--key a b c`` for a list; takes its
+    values from ``left``.
+    """
     key = word[2:].replace("-", "_")
     field = flag_field(names, key)
-    if field is None and key.startswith("no_") and (opposite := flag_field(names, key[3:])) and accepts_type(opposite, bool):
+    if (
+        field is None
+        and key.startswith("no_")
+        and (opposite := flag_field(names, key[3:]))
+        and accepts_type(opposite, bool)
+    ):
         return GivenSetting(key[3:], "false", word, typed=True)
     if field is None and key != "config":
         if not is_known_setting(names, key):
             raise unknown_setting_error(names, key, word)
-        value = left.pop(0) if _is_bare(left) and (greedy or left[0].lower() in SWITCH_WORDS) else "true"
+        value = (
+            left.pop(0)
+            if _is_bare(left) and (greedy or left[0].lower() in SWITCH_WORDS)
+            else "true"
+        )
         return GivenSetting(key, value, word, typed=True)
     if field is not None and _is_switch(field, left):
         return GivenSetting(key, "true", word, typed=True)
@@ -88,7 +116,9 @@ def _read_flag(names: SchemaNames, word: str, left: list[str], greedy: bool) -> 
 
 
 def _is_switch(field: FieldInfo, left: list[str]) -> bool:
-    """Whether ``--key`` stands alone: the field is true/false and no such word (nor text it would take) follows."""
+    """Whether ``--key`` stands alone: the field is true/false and no such word (nor text it would
+    take) follows.
+    """
     if not accepts_type(field, bool) or (left and left[0].lower() in SWITCH_WORDS):
         return False
     return not (accepts_type(field, str) and _is_bare(left))

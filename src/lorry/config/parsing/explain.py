@@ -1,4 +1,6 @@
-"""Pydantic's errors as sentences for people: which setting, where it stands, what was given, what is allowed."""
+"""Pydantic's errors as sentences for people: which setting, where it stands, what was given, what
+is allowed.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,12 @@ from lorry.config.parsing.names import SchemaNames, describe_allowed, show_value
 from lorry.errors import suggest_nearest
 
 
-def explain_validation(error: ValidationError, names: SchemaNames, origins: Mapping[str, str]) -> str:
-    """One line per setting that is wrong. ``origins``: where each given setting stands, by dotted name."""
+def explain_validation(
+    error: ValidationError, names: SchemaNames, origins: Mapping[str, str]
+) -> str:
+    """One line per setting that is wrong. ``origins``: where each given setting stands, by dotted
+    name.
+    """
     lines: dict[str, str] = {}
     for item in error.errors(include_url=False):
         dotted = _dotted_name(item["loc"], names)
@@ -26,7 +32,9 @@ def explain_validation(error: ValidationError, names: SchemaNames, origins: Mapp
 
 
 def _dotted_name(loc: tuple[int | str, ...], names: SchemaNames) -> str:
-    """The setting an error belongs to; deeper parts of ``loc`` (union members, list indices) are left off."""
+    """The setting an error belongs to; deeper parts of ``loc`` (union members, list indices) are
+    left off.
+    """
     pair = ".".join(map(str, loc[:2]))
     return pair if pair in names.fields else ".".join(map(str, loc[:1]))
 
@@ -47,9 +55,16 @@ def _error_sentence(item: ErrorDetails, dotted: str, names: SchemaNames) -> str:
 
 
 def _first_field(names: SchemaNames, group: str) -> str:
-    return next(dotted for dotted in names.fields if dotted.startswith(f"{group}.")).rpartition(".")[2]
+    return next(dotted for dotted in names.fields if dotted.startswith(f"{group}.")).rpartition(
+        "."
+    )[2]
 
 
 def _nearest_choice(value: Any, field: FieldInfo) -> str:
-    choices = [choice for kind in union_members(field.annotation) if get_origin(kind) is Literal for choice in get_args(kind)]
+    choices = [
+        choice
+        for kind in union_members(field.annotation)
+        if get_origin(kind) is Literal
+        for choice in get_args(kind)
+    ]
     return suggest_nearest(value[:80], choices) if isinstance(value, str) else ""

@@ -1,4 +1,5 @@
-"""Run descriptions on disk: YAML and JSON in with line numbers, YAML out that reads back to the same thing.
+"""Run descriptions on disk: YAML and JSON in with line numbers, YAML out that reads back to the
+same thing.
 
 What is refused, and the rules of YAML that are followed, stand in disk/documents.py.
 """
@@ -26,25 +27,37 @@ class _YamlDumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: _YamlDumper, text: str) -> yaml.ScalarNode:
-    """Line breaks of every kind are escaped: PyYAML folds some of them (U+0085) so that they do not come back."""
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+    """Line breaks of every kind are escaped: PyYAML folds some of them (U+0085) so that they do not
+    come back.
+    """
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    )
 
 
 _YamlDumper.add_representer(str, _represent_text)
-_YamlDumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{YAML_FLOAT.pattern})$"), list("-+.0123456789"))
-_YamlDumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"^(?:{YAML_INTEGER.pattern})$"), list("-+0123456789"))
+_YamlDumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(f"^(?:{YAML_FLOAT.pattern})$"), list("-+.0123456789")
+)
+_YamlDumper.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(f"^(?:{YAML_INTEGER.pattern})$"), list("-+0123456789")
+)
 
 
 @dataclass(frozen=True)
 class DescriptionFile:
-    """A file's settings as nested plain values, and the line of each key (``lora``, ``lora.r``, ``jobs.0.lora.r``)."""
+    """A file's settings as nested plain values, and the line of each key (``lora``, ``lora.r``,
+    ``jobs.0.lora.r``).
+    """
 
     values: dict[str, Any]
     lines: dict[str, int]
 
 
 def read_scalar(text: str) -> Any:
-    """A command-line value as YAML: number, switch, null, list, map or text. Raises ValueError when it is none of these."""
+    """A command-line value as YAML: number, switch, null, list, map or text. Raises ValueError when
+    it is none of these.
+    """
     try:
         return parse_yaml(text, "value", error=ConfigError)[0]
     except ConfigError as error:
@@ -99,7 +112,12 @@ def _json_lines(values: dict[str, Any], text: str) -> dict[str, int]:
         done = match.start()
         places.setdefault(match[1], []).append(line)
     keys = [(key, key) for key in values]
-    keys += [(f"{key}.{inner}", inner) for key, value in values.items() if isinstance(value, dict) for inner in value]
+    keys += [
+        (f"{key}.{inner}", inner)
+        for key, value in values.items()
+        if isinstance(value, dict)
+        for inner in value
+    ]
     return {dotted: places[key][0] for dotted, key in keys if len(places.get(key, [])) == 1}
 
 

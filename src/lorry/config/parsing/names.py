@@ -14,30 +14,53 @@ import annotated_types as limits
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-TYPE_WORDS = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+TYPE_WORDS = {
+    str: "text",
+    Path: "a path",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    NoneType: "null",
+}
 
 
 class _ShortRepr(reprlib.Repr):
-    """Values shortened for a message. Python refuses to write integers of over 4,300 digits; here they have a size instead."""
+    """Values shortened for a message. Python refuses to write integers of over 4,300 digits; here
+    they have a size instead.
+    """
 
     def repr_int(self, x: int, level: int) -> str:
-        return f"a whole number of {x.bit_length()} bits" if x.bit_length() > 128 else super().repr_int(x, level)
+        return (
+            f"a whole number of {x.bit_length()} bits"
+            if x.bit_length() > 128
+            else super().repr_int(x, level)
+        )
 
 
 SHORT_REPR = _ShortRepr()
-SHORT_REPR.maxstring, SHORT_REPR.maxother, SHORT_REPR.maxlist, SHORT_REPR.maxdict, SHORT_REPR.maxlevel = 80, 80, 4, 4, 2
+(
+    SHORT_REPR.maxstring,
+    SHORT_REPR.maxother,
+    SHORT_REPR.maxlist,
+    SHORT_REPR.maxdict,
+    SHORT_REPR.maxlevel,
+) = 80, 80, 4, 4, 2
 
 
 @dataclass(frozen=True)
 class SchemaNames:
-    """The settings of one schema: groups by name, fields by their dotted name, dotted names by leaf."""
+    """The settings of one schema: groups by name, fields by their dotted name, dotted names by
+    leaf.
+    """
 
     groups: dict[str, type[BaseModel]]
     fields: dict[str, FieldInfo]
     leaves: dict[str, list[str]]
 
     def candidates(self, key: str) -> list[str]:
-        """Dotted names that ``key`` may stand for: itself, a group's main field, or every field with that last part."""
+        """Dotted names that ``key`` may stand for: itself, a group's main field, or every field
+        with that last part.
+        """
         if key in self.fields:
             return [key]
         if key in self.groups:
@@ -53,7 +76,12 @@ def schema_names(schema: type[BaseModel]) -> SchemaNames:
     fields: dict[str, FieldInfo] = {}
     for name, field in schema.model_fields.items():
         inner = next(
-            (kind for kind in union_members(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)), None
+            (
+                kind
+                for kind in union_members(field.annotation)
+                if isinstance(kind, type) and issubclass(kind, BaseModel)
+            ),
+            None,
         )
         if inner is None:
             fields[name] = field
@@ -67,7 +95,9 @@ def schema_names(schema: type[BaseModel]) -> SchemaNames:
 
 
 def union_members(annotation: Any) -> list[Any]:
-    """The kinds of a union, Annotated's wrapping taken off: ``PathText | list[str] | None -> [str, list[str], NoneType]``."""
+    """The kinds of a union, Annotated's wrapping taken off: ``PathText | list[str] | None -> [str,
+    list[str], NoneType]``.
+    """
     if get_origin(annotation) is Annotated:
         return union_members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -76,10 +106,15 @@ def union_members(annotation: Any) -> list[Any]:
 
 
 def accepts_type(field: FieldInfo, kind: type) -> bool:
-    """Whether a field takes values of a Python type: one of str, int, float, bool, list, dict, NoneType."""
+    """Whether a field takes values of a Python type: one of str, int, float, bool, list, dict,
+    NoneType.
+    """
     taken = {get_origin(member) or member for member in union_members(field.annotation)}
     choices = {
-        type(choice) for member in union_members(field.annotation) if get_origin(member) is Literal for choice in get_args(member)
+        type(choice)
+        for member in union_members(field.annotation)
+        if get_origin(member) is Literal
+        for choice in get_args(member)
     }
     wider: dict[type, set[Any]] = {str: {Path}, int: {float}}
     return bool(({kind} | wider.get(kind, set())) & (taken | choices))
@@ -96,7 +131,9 @@ def describe_allowed(field: FieldInfo) -> str:
 def _join_alternatives(words: list[str]) -> str:
     """``a or b``, without ``a whole number`` where any number does."""
     numbers = any(word.startswith("a number") for word in words)
-    return " or ".join(dict.fromkeys(word for word in words if not (numbers and word.startswith("a whole number"))))
+    return " or ".join(
+        dict.fromkeys(word for word in words if not (numbers and word.startswith("a whole number")))
+    )
 
 
 def _type_words(annotation: Any, metadata: Iterable[Any] = ()) -> list[str]:
@@ -131,5 +168,9 @@ def _bound_words(metadata: Iterable[Any]) -> Iterable[str]:
 
 
 def show_value(value: Any) -> str:
-    """A value in a message, shortened, in YAML's words where Python has others: true, null, 8, 'text'."""
-    return {"True": "true", "False": "false", "None": "null"}.get(SHORT_REPR.repr(value), SHORT_REPR.repr(value))
+    """A value in a message, shortened, in YAML's words where Python has others: true, null, 8,
+    'text'.
+    """
+    return {"True": "true", "False": "false", "None": "null"}.get(
+        SHORT_REPR.repr(value), SHORT_REPR.repr(value)
+    )

@@ -35,21 +35,30 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def parse_settings(schema: type[Schema], argv: Sequence[str], notes: list[str]) -> Schema:
-    """Read ``[CONFIG.yaml] [WORD ...] [key=value ...]`` into ``schema``; peers' names that were understood are told in ``notes``.
+    """Read ``[CONFIG.yaml] [WORD ...] [key=value ...]`` into ``schema``; peers' names that were
+    understood are told in ``notes``.
 
-    Raises ConfigError: an unknown or ambiguous name, a value that is not allowed, settings that exclude each other, a bad file.
+    Raises ConfigError: an unknown or ambiguous name, a value that is not allowed, settings that
+    exclude each other, a bad file.
     """
     config, settings = read_argv(schema, argv)
-    return _resolve_settings(schema, [_from_file(schema, config), settings] if config else [settings], notes)
+    return _resolve_settings(
+        schema, [_from_file(schema, config), settings] if config else [settings], notes
+    )
 
 
 def build_settings(schema: type[Schema], settings: Mapping[str, Any], notes: list[str]) -> Schema:
-    """The same from Python values, as keyword arguments give them: ``build(Run, {"data": "f.jsonl", "r": 8}, notes)``."""
+    """The same from Python values, as keyword arguments give them: ``build(Run, {"data": "f.jsonl",
+    "r": 8}, notes)``.
+    """
     plain = {
-        key: value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value for key, value in settings.items()
+        key: value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+        for key, value in settings.items()
     }
     return _resolve_settings(
-        schema, [[given for key, value in plain.items() for given in _spread_map(schema, key, value)]], notes
+        schema,
+        [[given for key, value in plain.items() for given in _spread_map(schema, key, value)]],
+        notes,
     )
 
 
@@ -60,11 +69,18 @@ def dump_settings(settings: BaseModel) -> str:
 
 def _from_file(schema: type[BaseModel], path: Path) -> list[GivenSetting]:
     described = read_description_file(path)
-    settings = [(key, given) for key, value in described.values.items() for given in _spread_map(schema, key, value)]
+    settings = [
+        (key, given)
+        for key, value in described.values.items()
+        for given in _spread_map(schema, key, value)
+    ]
     lines = [described.lines.get(given.key, described.lines.get(key)) for key, given in settings]
     return [
         GivenSetting(
-            given.key, given.value, f"{path}:{line}" if line else str(path), inner=_nested_origins(described, given.key, path)
+            given.key,
+            given.value,
+            f"{path}:{line}" if line else str(path),
+            inner=_nested_origins(described, given.key, path),
         )
         for (_, given), line in zip(settings, lines, strict=True)
     ]
@@ -73,18 +89,28 @@ def _from_file(schema: type[BaseModel], path: Path) -> list[GivenSetting]:
 def _nested_origins(described: DescriptionFile, key: str, path: Path) -> dict[str, str]:
     """Where the parts of a setting that is a list or a map stand."""
     lines = described.lines.items()
-    return {name.removeprefix(f"{key}."): f"{path}:{line}" for name, line in lines if name.startswith(f"{key}.")}
+    return {
+        name.removeprefix(f"{key}."): f"{path}:{line}"
+        for name, line in lines
+        if name.startswith(f"{key}.")
+    }
 
 
 def _spread_map(schema: type[BaseModel], key: str, value: Any) -> list[GivenSetting]:
     """One setting per field of a group that is given as a map."""
     if key in schema_names(schema).groups and isinstance(value, Mapping) and value:
-        return [GivenSetting(f"{key}.{inner}", each, f"{key}.{inner}") for inner, each in value.items()]
+        return [
+            GivenSetting(f"{key}.{inner}", each, f"{key}.{inner}") for inner, each in value.items()
+        ]
     return [GivenSetting(key, value, key)]
 
 
-def _resolve_settings(schema: type[Schema], sources: Iterable[Iterable[GivenSetting]], notes: list[str]) -> Schema:
-    """Place every setting, lay later ones over earlier ones, validate; then the same for each job, on top of the run's."""
+def _resolve_settings(
+    schema: type[Schema], sources: Iterable[Iterable[GivenSetting]], notes: list[str]
+) -> Schema:
+    """Place every setting, lay later ones over earlier ones, validate; then the same for each job,
+    on top of the run's.
+    """
     names = schema_names(schema)
     tree, origins = dict[str, Any](), dict[str, str]()
     several = dict[str, GivenSetting]()
@@ -97,7 +123,10 @@ def _resolve_settings(schema: type[Schema], sources: Iterable[Iterable[GivenSett
                 continue
             with _collect_errors(wrong):
                 for placed in place_setting(names, given, notes):
-                    _refuse_second_name(spelled.setdefault(f"{placed.dotted} {placed.part}", placed.given.key), placed)
+                    _refuse_second_name(
+                        spelled.setdefault(f"{placed.dotted} {placed.part}", placed.given.key),
+                        placed,
+                    )
                     if placed.dotted in EXPANDED_KEYS:
                         several[placed.dotted] = replace(placed.given, value=placed.value)
                         continue
@@ -108,27 +137,47 @@ def _resolve_settings(schema: type[Schema], sources: Iterable[Iterable[GivenSett
         for item in expand_jobs(several, axes):
             with _collect_errors(wrong):
                 jobs.append(resolve_job_overrides(names, item, said))
-    if wrong:  # all of them at once: a description of another tool has a dozen, and nobody wants a dozen tries
+    # all of them at once: a description of another tool has a dozen, and nobody wants a dozen tries
+    if wrong:
         raise ConfigError(_list_errors(wrong))
     notes += dict.fromkeys(said)
     whole = _adopt_job_rows(tree, jobs)
     run = _validate_schema(schema, names, whole, origins)
     if not jobs:
         return run
-    return _validate_schema(schema, names, {**whole, "jobs": _validate_jobs(names, run, whole, origins, jobs)}, origins)
+    return _validate_schema(
+        schema, names, {**whole, "jobs": _validate_jobs(names, run, whole, origins, jobs)}, origins
+    )
 
 
 def _adopt_job_rows(tree: Mapping[str, Any], jobs: Sequence[JobOverrides]) -> dict[str, Any]:
-    """The run's settings; where every job brings its own rows, those of the first stand for the run's. Nothing else of its data
-    does: what one job is given is no other's. Raises ConfigError for a job without rows."""
+    """The run's settings; where every job brings its own rows, those of the first stand for the
+    run's. Nothing else of its data does: what one job is given is no other's. Raises ConfigError
+    for a job without rows.
+    """
     data = tree.get("data", {})
     own = [job.tree.get("data", {}) for job in jobs]
-    if not jobs or not isinstance(data, dict) or ROW_SOURCES & data.keys() or not any(ROW_SOURCES & one.keys() for one in own):
+    if (
+        not jobs
+        or not isinstance(data, dict)
+        or ROW_SOURCES & data.keys()
+        or not any(ROW_SOURCES & one.keys() for one in own)
+    ):
         return dict(tree)
     for job, one in zip(jobs, own, strict=True):
         if not ROW_SOURCES & one.keys():
-            raise ConfigError(f"job {job.name!r}: data.path is missing: the run has no rows of its own, and this job brings none")
-    return {**tree, "data": {**{key: own[0][key] for key in sorted(ROW_SOURCES | {"name", "split"}) if key in own[0]}, **data}}
+            raise ConfigError(
+                f"job {job.name!r}: data.path is missing: the run has no rows of its own, and this job brings none"
+            )
+    return {
+        **tree,
+        "data": {
+            **{
+                key: own[0][key] for key in sorted(ROW_SOURCES | {"name", "split"}) if key in own[0]
+            },
+            **data,
+        },
+    }
 
 
 @contextlib.contextmanager
@@ -148,7 +197,11 @@ def _list_errors(wrong: Sequence[str]) -> str:
 
 
 def _validate_schema(
-    schema: type[Schema], names: SchemaNames, tree: Mapping[str, Any], origins: Mapping[str, str], who: str = ""
+    schema: type[Schema],
+    names: SchemaNames,
+    tree: Mapping[str, Any],
+    origins: Mapping[str, str],
+    who: str = "",
 ) -> Schema:
     try:
         return schema.model_validate(tree)
@@ -158,17 +211,29 @@ def _validate_schema(
 
 
 def _validate_jobs(
-    names: SchemaNames, run: BaseModel, tree: Mapping[str, Any], origins: Mapping[str, str], jobs: Sequence[JobOverrides]
+    names: SchemaNames,
+    run: BaseModel,
+    tree: Mapping[str, Any],
+    origins: Mapping[str, str],
+    jobs: Sequence[JobOverrides],
 ) -> list[dict[str, Any]]:
-    """Each job validated as the whole run it would be alone; kept are its name and the values that are not the run's."""
+    """Each job validated as the whole run it would be alone; kept are its name and the values that
+    are not the run's.
+    """
     kept = []
     for job in jobs:
-        alone = _validate_schema(type(run), names, job.over(tree), {**origins, **job.origins}, f"job {job.name!r}: ")
+        alone = _validate_schema(
+            type(run), names, job.over(tree), {**origins, **job.origins}, f"job {job.name!r}: "
+        )
         kept.append({"name": job.name, **job_differences(run, alone)})
     return kept
 
 
 def _refuse_second_name(first: str, placed: PlacedSetting) -> None:
-    """Two names for one setting in one source leave open which value is meant; the same name again overrides."""
+    """Two names for one setting in one source leave open which value is meant; the same name again
+    overrides.
+    """
     if first != placed.given.key:
-        raise ConfigError(f"{placed.given.where}: {first} and {placed.given.key} both set {placed.dotted}; keep one")
+        raise ConfigError(
+            f"{placed.given.where}: {first} and {placed.given.key} both set {placed.dotted}; keep one"
+        )

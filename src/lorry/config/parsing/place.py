@@ -1,4 +1,6 @@
-"""Which setting a name means: ours (``group.key``, a unique leaf, a group's main field), a peer's alias, or an error."""
+"""Which setting a name means: ours (``group.key``, a unique leaf, a group's main field), a peer's
+alias, or an error.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ NULL_WORDS = {"", "~", "null", "Null", "NULL"}
 
 @dataclass(frozen=True)
 class GivenSetting:
-    """A setting as it was given: its name, its value (text if ``typed`` on the command line), and where it stands.
+    """A setting as it was given: its name, its value (text if ``typed`` on the command line), and
+    where it stands.
 
     ``inner``: where the parts of a list of maps stand, by ``0.r`` or ``0.lora.r``.
     """
@@ -39,7 +42,9 @@ class GivenSetting:
 
 @dataclass(frozen=True)
 class PlacedSetting:
-    """A setting with its place in the schema: ``lora.r``, ``output_dir``, or a whole group (null, or an empty map)."""
+    """A setting with its place in the schema: ``lora.r``, ``output_dir``, or a whole group (null,
+    or an empty map).
+    """
 
     dotted: str
     value: Any
@@ -48,14 +53,18 @@ class PlacedSetting:
 
 
 def place_setting(names: SchemaNames, given: GivenSetting, notes: list[str]) -> list[PlacedSetting]:
-    """Find the settings that are meant: one, several for ``lora={r: 8, ...}``, none for a harmless word of a peer.
+    """Find the settings that are meant: one, several for ``lora={r: 8, ...}``, none for a harmless
+    word of a peer.
 
     Raises ConfigError on a name that is ambiguous, not supported yet or unknown.
     """
     if given.key in names.groups:
         value = _group_value(given)
         if isinstance(value, dict) and value:
-            inner = [replace(given, key=f"{given.key}.{key}", value=each, typed=False) for key, each in value.items()]
+            inner = [
+                replace(given, key=f"{given.key}.{key}", value=each, typed=False)
+                for key, each in value.items()
+            ]
             return [placed for each in inner for placed in place_setting(names, each, notes)]
         if value is None or value == {}:
             return [PlacedSetting(given.key, value, given)]
@@ -65,23 +74,34 @@ def place_setting(names: SchemaNames, given: GivenSetting, notes: list[str]) -> 
     if len(candidates) == 1:
         return [_place_field(names, candidates[0], given)]
     if candidates:
-        raise ConfigError(f"{given.where}: {given.key!r} is ambiguous; write one of: {', '.join(candidates)}")
+        raise ConfigError(
+            f"{given.where}: {given.key!r} is ambiguous; write one of: {', '.join(candidates)}"
+        )
     if entry := _place_map_entry(names, given):
         return [entry]
     if given.key in names.groups:
         example = next(dotted for dotted in names.fields if dotted.startswith(f"{given.key}."))
-        raise ConfigError(f"{given.where}: {given.key!r} is a group; set one of its settings, such as {example}")
+        raise ConfigError(
+            f"{given.where}: {given.key!r} is a group; set one of its settings, such as {example}"
+        )
     return _place_alias(names, given, notes)
 
 
 def _place_map_entry(names: SchemaNames, given: GivenSetting) -> PlacedSetting | None:
-    """One entry of a setting that is a map, ``data.local.NAME=path``: the shortest beginning that is such a setting."""
+    """One entry of a setting that is a map, ``data.local.NAME=path``: the shortest beginning that
+    is such a setting.
+    """
     parts = given.key.split(".")
     for cut in range(1, len(parts)):
         found = names.candidates(".".join(parts[:cut]))
         if len(found) == 1 and accepts_type(names.fields[found[0]], dict):
-            value, name = _read_typed(given.value) if given.typed else given.value, ".".join(parts[cut:])
-            return PlacedSetting(found[0], {name: given.value if isinstance(value, str) else value}, given, name)
+            value, name = (
+                _read_typed(given.value) if given.typed else given.value,
+                ".".join(parts[cut:]),
+            )
+            return PlacedSetting(
+                found[0], {name: given.value if isinstance(value, str) else value}, given, name
+            )
     return None
 
 
@@ -105,16 +125,22 @@ def _read_typed(text: str) -> Any:
 
 
 def _place_field(names: SchemaNames, dotted: str, given: GivenSetting) -> PlacedSetting:
-    """Read what was typed as the kind of value its field takes; a value from YAML or Python has its kind already."""
+    """Read what was typed as the kind of value its field takes; a value from YAML or Python has its
+    kind already.
+    """
     value = parse_typed_value(given.value, names.fields[dotted]) if given.typed else given.value
     return PlacedSetting(dotted, value, given)
 
 
 def parse_typed_value(text: str, field: FieldInfo) -> Any:
-    """``"8"`` for a number is 8, for a text field ``"8"``; a list may be written ``[a, b]`` or ``a,b``."""
+    """``"8"`` for a number is 8, for a text field ``"8"``; a list may be written ``[a, b]`` or
+    ``a,b``.
+    """
     value = _read_typed(text)
     if isinstance(value, str) or (value is None and text.strip() not in NULL_WORDS):
-        value = value if text[:1] in ("'", '"') else text  # YAML would drop what follows ' #' and read anchors
+        value = (
+            value if text[:1] in ("'", '"') else text
+        )  # YAML would drop what follows ' #' and read anchors
     if accepts_type(field, type(value)):
         return value
     if accepts_type(field, str):
@@ -136,9 +162,15 @@ def _place_alias(names: SchemaNames, given: GivenSetting, notes: list[str]) -> l
             notes.append(f"{_quote_setting(given.key, value)} changes nothing")
             return []
         several = reading if isinstance(reading, list) else [reading]
-        found = [(target, meant) for dotted, meant in several if (target := _alias_target(names, given.key, dotted))]
+        found = [
+            (target, meant)
+            for dotted, meant in several
+            if (target := _alias_target(names, given.key, dotted))
+        ]
         if found:
-            notes.append(f"{_quote_setting(given.key, value)} is read as {' '.join(_quote_setting(*pair) for pair in found)}")
+            notes.append(
+                f"{_quote_setting(given.key, value)} is read as {' '.join(_quote_setting(*pair) for pair in found)}"
+            )
             return [PlacedSetting(target, meant, given) for target, meant in found]
     if word in ALIAS_RENAMES and (target := _alias_target(names, given.key, ALIAS_RENAMES[word])):
         if given.value is None and not accepts_type(names.fields[target], type(None)):
@@ -158,13 +190,23 @@ def _place_alias(names: SchemaNames, given: GivenSetting, notes: list[str]) -> l
                     f"{_quote_setting(given.key, value)} changes nothing: the optimizer is AdamW, its moments in float32"
                 )
             elif value is False:
-                notes.append(f"{_quote_setting(given.key, value)} changes nothing: it is off here, too")
-            elif value not in (None, [], {}):  # another tool's file lists names that it leaves empty
-                notes.append(f"{_quote_setting(given.key, value)} changes nothing: Lorry does so anyway")
+                notes.append(
+                    f"{_quote_setting(given.key, value)} changes nothing: it is off here, too"
+                )
+            elif value not in (
+                None,
+                [],
+                {},
+            ):  # another tool's file lists names that it leaves empty
+                notes.append(
+                    f"{_quote_setting(given.key, value)} changes nothing: Lorry does so anyway"
+                )
             return []
         raise ConfigError(f"{given.where}: {_quote_setting(given.key, value)} is not supported yet")
     if word in OTHER_VERB_SETTINGS:
-        raise ConfigError(f"{given.where}: {given.key!r} is a setting of {OTHER_VERB_SETTINGS[word]}")
+        raise ConfigError(
+            f"{given.where}: {given.key!r} is a setting of {OTHER_VERB_SETTINGS[word]}"
+        )
     raise unknown_setting_error(names, given.key, given.where)
 
 
@@ -184,7 +226,9 @@ def _peer_word(names: SchemaNames, key: str) -> str:
 
 
 def _alias_target(names: SchemaNames, key: str, dotted: str) -> str | None:
-    """Our setting behind an alias, where this schema has it and the group before the alias, if any, is its own."""
+    """Our setting behind an alias, where this schema has it and the group before the alias, if any,
+    is its own.
+    """
     group, _, leaf = dotted.rpartition(".")
     if "." in key and key.rpartition(".")[0] != group:
         return None
@@ -192,7 +236,9 @@ def _alias_target(names: SchemaNames, key: str, dotted: str) -> str | None:
 
 
 def flag_field(names: SchemaNames, key: str) -> FieldInfo | None:
-    """The field a flag ``--key`` sets, under our name or a peer's; None where there is no single one."""
+    """The field a flag ``--key`` sets, under our name or a peer's; None where there is no single
+    one.
+    """
     found = names.candidates(key)
     if not found and (word := _peer_word(names, key)) in ALIAS_RENAMES:
         target = _alias_target(names, key, ALIAS_RENAMES[word])
@@ -203,9 +249,20 @@ def flag_field(names: SchemaNames, key: str) -> FieldInfo | None:
 def is_known_setting(names: SchemaNames, key: str) -> bool:
     """Whether a name means anything: ours, even if ambiguous or a group, or a peer's."""
     word = _peer_word(names, key)
-    ours = key in names.groups or bool(names.candidates(key)) or _place_map_entry(names, GivenSetting(key, "", "")) is not None
+    ours = (
+        key in names.groups
+        or bool(names.candidates(key))
+        or _place_map_entry(names, GivenSetting(key, "", "")) is not None
+    )
     return ours or any(
-        word in table for table in (ALIAS_RENAMES, ALIAS_READERS, IGNORED_ALIASES, UNSUPPORTED_ALIASES, OTHER_VERB_SETTINGS)
+        word in table
+        for table in (
+            ALIAS_RENAMES,
+            ALIAS_READERS,
+            IGNORED_ALIASES,
+            UNSUPPORTED_ALIASES,
+            OTHER_VERB_SETTINGS,
+        )
     )
 
 
@@ -215,7 +272,9 @@ def unknown_setting_error(names: SchemaNames, key: str, where: str) -> ConfigErr
 
 
 def _suggest_setting(names: SchemaNames, key: str) -> str:
-    """`` (did you mean 'lora.r'?)``: the same leaf in another group, else the nearest of our names, else of peers' names."""
+    """`` (did you mean 'lora.r'?)``: the same leaf in another group, else the nearest of our names,
+    else of peers' names.
+    """
     leaf = key.rpartition(".")[2]
     if leaf != key and leaf in names.leaves:
         return f" (did you mean {names.leaves[leaf][0]!r}?)"
@@ -234,5 +293,9 @@ def _quote_setting(key: str, value: Any) -> str:
 
 def parse_typed_list(text: str) -> list[Any]:
     """``8,16`` and ``[8, 16]`` as lists of what their parts are."""
-    value = _read_typed(text) if text.startswith("[") else [_read_typed(part) for part in text.split(",")]
+    value = (
+        _read_typed(text)
+        if text.startswith("[")
+        else [_read_typed(part) for part in text.split(",")]
+    )
     return value if isinstance(value, list) else [value]

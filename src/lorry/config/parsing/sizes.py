@@ -5,9 +5,20 @@ from __future__ import annotations
 import re
 
 SIZE_UNITS = {
-    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-    "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40,
-}  # fmt: skip
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "K": 2**10,
+    "M": 2**20,
+    "G": 2**30,
+    "T": 2**40,
+}
 LARGEST_SIZE = 2**60  # bytes; beyond it float arithmetic loses bytes, and nobody has so much
 SIZE_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", re.IGNORECASE)
 
@@ -16,10 +27,14 @@ def parse_size(text: str) -> int:
     """Bytes. Raises ValueError for anything that is not a positive number with a unit."""
     found = SIZE_PATTERN.fullmatch(text.strip())
     if found is None or (unit := found[2].upper()) not in SIZE_UNITS:
-        raise ValueError(f"{text[:40]!r} is no amount of memory; write a number with its unit, such as 3GiB or 800MB")
+        raise ValueError(
+            f"{text[:40]!r} is no amount of memory; write a number with its unit, such as 3GiB or 800MB"
+        )
     amount = float(found[1]) * SIZE_UNITS[unit]
     if not 1 <= amount < LARGEST_SIZE:
-        raise ValueError(f"{text[:40]!r} is no amount of memory; it must be above 0 and below {LARGEST_SIZE >> 40:,} TiB")
+        raise ValueError(
+            f"{text[:40]!r} is no amount of memory; it must be above 0 and below {LARGEST_SIZE >> 40:,} TiB"
+        )
     return int(amount)
 
 

@@ -7,12 +7,20 @@ from lorry.data.catalog import SETS, SUITES
 
 def render_sets_table() -> str:
     """The sets, one a line, then the suites."""
-    lines = ["| set | what | hub | splits | metrics | templates | licence |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| set | what | hub | splits | metrics | templates | licence |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for one in SETS.values():
         where = f"{one.hub}{f' ({one.config})' if one.config else ''}" if one.hub else "files only"
-        splits = ", ".join(f"{ours}: {theirs}" if ours != theirs else ours for ours, theirs in (one.splits or {}).items())
+        splits = ", ".join(
+            f"{ours}: {theirs}" if ours != theirs else ours
+            for ours, theirs in (one.splits or {}).items()
+        )
         metrics = ", ".join(one.metrics)
-        lines.append(f"| `{one.name}` | {one.about} | {where} | {splits} | {metrics} | {len(one.templates)} | {one.licence} |")
+        lines.append(
+            f"| `{one.name}` | {one.about} | {where} | {splits} | {metrics} | {len(one.templates)} | {one.licence} |"
+        )
     suites = "\n".join(f"- `{name}`: {', '.join(sets)}" for name, sets in SUITES.items())
     return "\n".join(lines) + f"\n\nSuites, usable wherever a set is:\n\n{suites}\n"
 

@@ -1,4 +1,5 @@
-"""Named sets of a passage or a pair of texts with a few options: the right one's text is learnt, all are ranked.
+"""Named sets of a passage or a pair of texts with a few options: the right one's text is learnt,
+all are ranked.
 
 Try: ``named("bool_q").item({"question": "is ice cold", "answer": True}).options`` is ("yes", "no").
 """
@@ -8,7 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lorry.data.catalog.item import ItemFields, choice_fields, generative_fields, unknown_label_error
+from lorry.data.catalog.item import (
+    ItemFields,
+    choice_fields,
+    generative_fields,
+    unknown_label_error,
+)
 from lorry.data.catalog.layouts import (
     RowColumns,
     add_question_mark,
@@ -51,13 +57,18 @@ def _bool_q(row: RowColumns) -> ItemFields:
 def _bool_q_adapters(row: RowColumns) -> ItemFields:
     asked, _, _ = split_adapters_instruction(required_text(row, "instruction"))
     return choice_fields(
-        {"question": add_question_mark(asked)}, YES_NO, [_yes_no_index(required_text(row, "answer", "output").split()[-1])]
+        {"question": add_question_mark(asked)},
+        YES_NO,
+        [_yes_no_index(required_text(row, "answer", "output").split()[-1])],
     )
 
 
 def _bool_q_long(row: RowColumns) -> ItemFields:
     told = generative_fields(
-        {"question": add_question_mark(required_text(row, "input")), "passage": required_text(row, "context")},
+        {
+            "question": add_question_mark(required_text(row, "input")),
+            "passage": required_text(row, "context"),
+        },
         row_answers(row, "answers"),
     )
     return choice_fields(told.slots, YES_NO, [_yes_no_index(told.answer)])
@@ -75,7 +86,9 @@ BOOL_Q = NamedSet(
     splits=SPLITS_WITHOUT_TEST,  # the hub has no test split
     layouts=(
         make_layout("boolq", "question|query answer|label", _bool_q),
-        make_layout("llm_adapters", "instruction answer|output", _bool_q_adapters),  # questions without their passages
+        make_layout(
+            "llm_adapters", "instruction answer|output", _bool_q_adapters
+        ),  # questions without their passages
         make_layout("longbench", "input context answers", _bool_q_long),
     ),
     templates=(
@@ -92,14 +105,23 @@ BOOL_Q = NamedSet(
     source="Clark et al. 2019, BoolQ (arXiv 1905.10044)",
 )
 BOOL_Q_LONG = replace(
-    BOOL_Q, name="boolq_long", about="BoolQ questions over whole Wikipedia articles", hub=None, splits=None, limit=None
+    BOOL_Q,
+    name="boolq_long",
+    about="BoolQ questions over whole Wikipedia articles",
+    hub=None,
+    splits=None,
+    limit=None,
 )
 
 
 def _anli(row: RowColumns) -> ItemFields:
     label = row["label"]
     place = RELATIONS.index(label) if label in RELATIONS else label
-    if isinstance(place, bool) or not is_position(str(place)) or not 0 <= int(place) < len(RELATIONS):
+    if (
+        isinstance(place, bool)
+        or not is_position(str(place))
+        or not 0 <= int(place) < len(RELATIONS)
+    ):
         raise unknown_label_error(label, RELATIONS)
     return choice_fields(column_slots(row, "premise", "hypothesis"), RELATIONS, [int(place)])
 
@@ -114,17 +136,20 @@ ANLI = NamedSet(
         "Premise: {premise}\nHypothesis: {hypothesis}\n\nIs the relation {listed}?",
         "Suppose we know this:\n{premise}\n\nHow does the next sentence relate to it?\n{hypothesis}\n\n{options}",
         "Text: {premise}\n\nClaim: {hypothesis}\n\nLabel the claim as {listed}, given nothing but the text.",
-        "Someone reads \"{premise}\" and concludes \"{hypothesis}\"\n\nPick the word that describes that conclusion:\n{options}",
+        'Someone reads "{premise}" and concludes "{hypothesis}"\n\nPick the word that describes that conclusion:\n{options}',
     ),
     metrics=("accuracy",),
     max_new_tokens=6,
     licence="CC-BY-NC-4.0",
     source="Nie et al. 2020, Adversarial NLI (arXiv 1910.14599)",
-)  # fmt: skip
+)
 
 
 def _anli_round(number: int) -> NamedSet:
-    splits = {ours: f"{theirs}_r{number}" for ours, theirs in (("train", "train"), ("validation", "dev"), ("test", "test"))}
+    splits = {
+        ours: f"{theirs}_r{number}"
+        for ours, theirs in (("train", "train"), ("validation", "dev"), ("test", "test"))
+    }
     about = f"adversarial entailment, round {number}: does a statement follow from a text"
     return replace(ANLI, name=f"anli_r{number}", about=about, splits=splits)
 
@@ -147,13 +172,13 @@ PAWS = NamedSet(
         "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n\nDo the two sentences mean the same? Answer yes or no.",
         "Could the second sentence stand for the first with nothing changed?\n1) {sentence1}\n2) {sentence2}\n\n{options}",
         "First version: {sentence1}\n\nSecond version: {sentence2}\n\nAre these paraphrases ({listed})?",
-        "\"{sentence1}\"\n\"{sentence2}\"\n\nTell me whether both lines state the same facts, {listed}.",
+        '"{sentence1}"\n"{sentence2}"\n\nTell me whether both lines state the same facts, {listed}.',
     ),
     metrics=("accuracy",),
     max_new_tokens=4,
     licence="free for any purpose, with attribution (Google LLC)",
     source="Zhang et al. 2019, PAWS (arXiv 1904.01130)",
-)  # fmt: skip
+)
 
 
 def _story_slots(row: RowColumns) -> dict[str, str]:
@@ -169,10 +194,15 @@ COSMOS_QA = NamedSet(
     splits=SPLITS_WITHOUT_TEST,  # test labels are -1
     layouts=(
         make_layout(
-            "cosmos_qa", "context question answer0 answer1 answer2 answer3 label",
+            "cosmos_qa",
+            "context question answer0 answer1 answer2 answer3 label",
             choice_columns_reader(_story_slots, _COSMOS_COLUMNS, "label"),
         ),
-        make_layout("choices", "context question choices|options answer|label", choice_list_reader(_story_slots)),
+        make_layout(
+            "choices",
+            "context question choices|options answer|label",
+            choice_list_reader(_story_slots),
+        ),
     ),
     templates=(
         "{context}\n\nQuestion: {question}\n{options}",
@@ -184,6 +214,6 @@ COSMOS_QA = NamedSet(
     max_new_tokens=48,
     licence="CC-BY-4.0",
     source="Huang et al. 2019, Cosmos QA (arXiv 1909.00277)",
-)  # fmt: skip
+)
 
 SETS = (BOOL_Q, BOOL_Q_LONG, ANLI, _anli_round(2), _anli_round(3), PAWS, COSMOS_QA)

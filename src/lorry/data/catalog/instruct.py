@@ -1,12 +1,21 @@
-"""Named sets of questions and instructions as people write them: the row is its own prompt, the templates only frame it.
+"""Named sets of questions and instructions as people write them: the row is its own prompt, the
+templates only frame it.
 
-Try: ``named("dolly").item({"instruction": "Name a river.", "context": "", "response": "The Rhine."}).prompt`` is "Name a river.".
+Try: ``named("dolly").item({"instruction": "Name a river.", "context": "", "response": "The
+Rhine."}).prompt`` is "Name a river.".
 """
 
 from __future__ import annotations
 
 from lorry.data.catalog.item import ItemFields, generative_fields
-from lorry.data.catalog.layouts import RowColumns, column_slots, make_layout, required_text, row_answers, split_alpaca_prompt
+from lorry.data.catalog.layouts import (
+    RowColumns,
+    column_slots,
+    make_layout,
+    required_text,
+    row_answers,
+    split_alpaca_prompt,
+)
 from lorry.data.catalog.named import LAST_TENTH_SPLITS, NamedSet
 
 _PROMPT_TEMPLATES = (
@@ -20,12 +29,18 @@ _OVERLAP_METRICS = ("rouge_l", "rouge_1", "token_f1")
 
 
 def _instruction_fields(row: RowColumns) -> ItemFields:
-    return generative_fields(column_slots(row, "instruction", input="input|context?"), row_answers(row, "output", "response"))
+    return generative_fields(
+        column_slots(row, "instruction", input="input|context?"),
+        row_answers(row, "output", "response"),
+    )
 
 
 def _framed_fields(row: RowColumns) -> ItemFields:
     instruction, given = split_alpaca_prompt(required_text(row, "prompt"))
-    return generative_fields({"instruction": required_text({"prompt": instruction}, "prompt"), "input": given}, row_answers(row))
+    return generative_fields(
+        {"instruction": required_text({"prompt": instruction}, "prompt"), "input": given},
+        row_answers(row),
+    )
 
 
 _LAYOUTS = (
@@ -61,7 +76,10 @@ DOLLY = NamedSet(
 
 
 def _question_fields(row: RowColumns) -> ItemFields:
-    return generative_fields(column_slots(row, question="question|query"), row_answers(row, "answer", "answers", "response"))
+    return generative_fields(
+        column_slots(row, question="question|query"),
+        row_answers(row, "answer", "answers", "response"),
+    )
 
 
 QUORA = NamedSet(
@@ -86,7 +104,8 @@ TOFU = NamedSet(
     about="20 questions about each of 200 authors who do not exist",
     hub="locuslab/TOFU",
     config="full",
-    # what was learnt is what is asked: recall of the very rows is measured, so that unlearning can be
+    # what was learnt is what is asked: recall of the very rows is measured, so that unlearning can
+    # be
     splits={"train": "train", "validation": "train", "test": "train"},
     layouts=(make_layout("hub", "question answer", _question_fields),),
     templates=(

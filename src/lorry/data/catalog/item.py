@@ -19,10 +19,11 @@ _SPACE = re.compile(r"\s")
 class NamedSetItem:
     """One row of a named set, ready to be asked.
 
-    ``prompt``: what the user says. ``answer``: what is learnt. ``cue``: closes the prompt where there is no chat template.
-    ``references``: every right answer, for metrics; ``answer`` among them, but for numbers, where the reference is the bare
-    number. ``options``: where it is a choice, the texts that are ranked; ``right``: which of them are right. ``concepts``:
-    words the answer has to use. ``shortened``: the context was longer than the set's limit and lost its end.
+    ``prompt``: what the user says. ``answer``: what is learnt. ``cue``: closes the prompt where
+    there is no chat template. ``references``: every right answer, for metrics; ``answer`` among
+    them, but for numbers, where the reference is the bare number. ``options``: where it is a
+    choice, the texts that are ranked; ``right``: which of them are right. ``concepts``: words the
+    answer has to use. ``shortened``: the context was longer than the set's limit and lost its end.
     """
 
     prompt: str
@@ -37,7 +38,9 @@ class NamedSetItem:
 
 @dataclass(frozen=True)
 class ItemFields:
-    """A row in canonical form, whatever columns it came in: ``slots`` are the texts that templates name."""
+    """A row in canonical form, whatever columns it came in: ``slots`` are the texts that templates
+    name.
+    """
 
     slots: Mapping[str, str]
     answer: str
@@ -47,27 +50,39 @@ class ItemFields:
     concepts: tuple[str, ...] = ()
 
 
-def generative_fields(slots: Mapping[str, str], answers: Sequence[str], concepts: Sequence[str] = ()) -> ItemFields:
-    """Fields of a generative row: the first answer is learnt, every one is a reference. Raises Unusable without one."""
+def generative_fields(
+    slots: Mapping[str, str], answers: Sequence[str], concepts: Sequence[str] = ()
+) -> ItemFields:
+    """Fields of a generative row: the first answer is learnt, every one is a reference. Raises
+    Unusable without one.
+    """
     right = tuple(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
     if not right:
         raise UnusableRowError("empty answer", "the answer is empty: there is nothing to learn")
     return ItemFields(slots, right[0], right, concepts=tuple(concepts))
 
 
-def choice_fields(slots: Mapping[str, str], options: Sequence[str], right: Sequence[int]) -> ItemFields:
-    """Fields of a choice: the first right option's text is learnt. Options with the text of a right one are right, too.
+def choice_fields(
+    slots: Mapping[str, str], options: Sequence[str], right: Sequence[int]
+) -> ItemFields:
+    """Fields of a choice: the first right option's text is learnt. Options with the text of a right
+    one are right, too.
 
     Raises Unusable for fewer than two options, an empty one, or a number outside them.
     """
     texts = tuple(option.strip() for option in options)
     if len(texts) < 2 or not all(texts):
-        raise UnusableRowError("options", f"a choice needs two or more options, none empty; found {number_options(texts)}")
+        raise UnusableRowError(
+            "options",
+            f"a choice needs two or more options, none empty; found {number_options(texts)}",
+        )
     for number in right:
         if not 0 <= number < len(texts):
             raise unknown_label_error(number, texts)
     if not right:
-        raise UnusableRowError("label", f"no option is marked as right among {number_options(texts)}")
+        raise UnusableRowError(
+            "label", f"no option is marked as right among {number_options(texts)}"
+        )
     answers = tuple(dict.fromkeys(texts[number] for number in right))
     marked = tuple(number for number, text in enumerate(texts) if text in answers)
     return ItemFields(slots, answers[0], answers, texts, marked)
@@ -75,7 +90,9 @@ def choice_fields(slots: Mapping[str, str], options: Sequence[str], right: Seque
 
 def unknown_label_error(label: object, options: Sequence[str]) -> UnusableRowError:
     """A label that names none of the options."""
-    return UnusableRowError("label", f"the label {label!r} is outside the options: {number_options(options)}")
+    return UnusableRowError(
+        "label", f"the label {label!r} is outside the options: {number_options(options)}"
+    )
 
 
 def number_options(options: Sequence[str]) -> str:
@@ -84,7 +101,9 @@ def number_options(options: Sequence[str]) -> str:
 
 
 def fill_template(template: str, slots: Mapping[str, str]) -> str:
-    """The template filled in. A paragraph that names an empty or absent slot is left out, so optional columns need no twin."""
+    """The template filled in. A paragraph that names an empty or absent slot is left out, so
+    optional columns need no twin.
+    """
     kept = []
     for paragraph in template.split("\n\n"):
         names = template_slots(paragraph)
@@ -99,16 +118,26 @@ def template_slots(template: str) -> list[str]:
 
 
 def option_slots(options: Sequence[str]) -> dict[str, str]:
-    """Options as slots, always in their order: ``{options}`` one a line, ``{lettered}`` with A. B. C., ``{listed}`` in a line."""
+    """Options as slots, always in their order: ``{options}`` one a line, ``{lettered}`` with A. B.
+    C., ``{listed}`` in a line.
+    """
     if not options:
         return {}
-    lettered = "\n".join(f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, options, strict=False))
+    lettered = "\n".join(
+        f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, options, strict=False)
+    )
     listed = " or ".join(filter(None, (", ".join(options[:-1]), options[-1])))
-    return {"options": "\n".join(f"- {text}" for text in options), "lettered": lettered, "listed": listed}
+    return {
+        "options": "\n".join(f"- {text}" for text in options),
+        "lettered": lettered,
+        "listed": listed,
+    }
 
 
 def shorten_text(text: str, limit: int) -> str:
-    """At most ``limit`` characters from the start, cut between words where there is white space to cut at."""
+    """At most ``limit`` characters from the start, cut between words where there is white space to
+    cut at.
+    """
     text = text.strip()
     if len(text) <= limit:
         return text

@@ -1,4 +1,5 @@
-"""Layouts: which columns a row needs, and a pure function from the row to canonical fields. Pieces that several sets share.
+"""Layouts: which columns a row needs, and a pure function from the row to canonical fields. Pieces
+that several sets share.
 
 Try: ``by_label("2", ["a", "b", "c"])`` is 2, the position; ``by_label("B", ["a", "b", "c"])`` is 1.
 """
@@ -12,18 +13,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorry.data.catalog.item import ItemFields, choice_fields, number_options, unknown_label_error
-from lorry.data.reading.content import UnusableRowError, column_of, describe_type, optional_text, text_of
+from lorry.data.reading.content import (
+    UnusableRowError,
+    column_of,
+    describe_type,
+    optional_text,
+    text_of,
+)
 
 RowColumns = Mapping[str, Any]
 FieldsReader = Callable[[RowColumns], ItemFields]
 ANSWERS = ("answer", "answers", "output", "response", "completion", "target")
 LABELS = ("answerKey", "label", "answer", "gold")
-END_MARKS = ("<|endoftext|>", "###eos_token###", "</s>", "<eos>")  # ends of text that files write out
+END_MARKS = (
+    "<|endoftext|>",
+    "###eos_token###",
+    "</s>",
+    "<eos>",
+)  # ends of text that files write out
 
 
 @dataclass(frozen=True)
 class ColumnLayout:
-    """One way to write a set down. ``needs``: groups of column names, one of each group must have a value."""
+    """One way to write a set down. ``needs``: groups of column names, one of each group must have a
+    value.
+    """
 
     name: str
     needs: tuple[tuple[str, ...], ...]
@@ -36,9 +50,15 @@ class ColumnLayout:
         return f"{self.name} ({' + '.join('|'.join(group) for group in self.needs)})"
 
 
-def make_layout(name: str, needs: str, read: Callable[[RowColumns], ItemFields | list[ItemFields]]) -> ColumnLayout:
-    """A layout from column names: ``"question answer|answers"`` needs a question and one of the two; & is a space in a name."""
-    return ColumnLayout(name, tuple(tuple(group.replace("&", " ").split("|")) for group in needs.split()), read)
+def make_layout(
+    name: str, needs: str, read: Callable[[RowColumns], ItemFields | list[ItemFields]]
+) -> ColumnLayout:
+    """A layout from column names: ``"question answer|answers"`` needs a question and one of the
+    two; & is a space in a name.
+    """
+    return ColumnLayout(
+        name, tuple(tuple(group.replace("&", " ").split("|")) for group in needs.split()), read
+    )
 
 
 def required_text(row: RowColumns, *names: str) -> str:
@@ -46,41 +66,59 @@ def required_text(row: RowColumns, *names: str) -> str:
     column = column_of(row, names)
     text = text_of(row[column], column) if column else ""
     if not text.strip():
-        raise UnusableRowError("empty prompt", f"{'|'.join(names)!r} is empty: there is nothing to ask")
+        raise UnusableRowError(
+            "empty prompt", f"{'|'.join(names)!r} is empty: there is nothing to ask"
+        )
     return text.strip()
 
 
 def column_slots(row: RowColumns, *names: str, **renamed: str) -> dict[str, str]:
-    """These columns as slots, each with text; ``slot="column|other"`` renames, and ``slot="column?"`` may be empty."""
+    """These columns as slots, each with text; ``slot="column|other"`` renames, and
+    ``slot="column?"`` may be empty.
+    """
     found = {name: required_text(row, name) for name in names}
     for slot, columns in renamed.items():
         listed = columns.removesuffix("?").split("|")
-        found[slot] = optional_text(row, *listed) if columns.endswith("?") else required_text(row, *listed)
+        found[slot] = (
+            optional_text(row, *listed) if columns.endswith("?") else required_text(row, *listed)
+        )
     return found
 
 
 def text_list(value: Any, column: str) -> list[str]:
     """A list of texts. Raises Unusable for anything else."""
     if not isinstance(value, list | tuple):
-        raise UnusableRowError("format", f"{column!r} holds {describe_type(value)}, expected a list of texts")
+        raise UnusableRowError(
+            "format", f"{column!r} holds {describe_type(value)}, expected a list of texts"
+        )
     return [text_of(item, column) for item in value]
 
 
 def object_member(row: RowColumns, column: str, key: str) -> Any:
-    """What a column that is an object holds under a key. Raises Unusable where it is none or has no such key."""
+    """What a column that is an object holds under a key. Raises Unusable where it is none or has no
+    such key.
+    """
     held = row[column]
     if not isinstance(held, Mapping) or key not in held:
-        raise UnusableRowError("format", f"{column!r} holds {describe_type(held)}, expected an object with {key!r}")
+        raise UnusableRowError(
+            "format", f"{column!r} holds {describe_type(held)}, expected an object with {key!r}"
+        )
     return held[key]
 
 
 def row_answers(row: RowColumns, *names: str) -> list[str]:
-    """The right answers of the first column of these that has a value: a text, a list of texts, or SQuAD's {text: [...]}."""
+    """The right answers of the first column of these that has a value: a text, a list of texts, or
+    SQuAD's {text: [...]}.
+    """
     column = column_of(row, names or ANSWERS)
     value = row[column] if column else None
     if isinstance(value, Mapping):
         value = value.get("text")
-    values = text_list(value, column) if isinstance(value, list | tuple) else [text_of(value, column or "|".join(names))]
+    values = (
+        text_list(value, column)
+        if isinstance(value, list | tuple)
+        else [text_of(value, column or "|".join(names))]
+    )
     return [strip_end_mark(text) for text in values]
 
 
@@ -98,7 +136,8 @@ def add_question_mark(text: str) -> str:
 
 
 def option_by_label(label: Any, options: Sequence[str], labels: Sequence[str] = ()) -> int:
-    """The position of the right option: from labels of its own ("A", "1"), its text, a letter, or its number from 0.
+    """The position of the right option: from labels of its own ("A", "1"), its text, a letter, or
+    its number from 0.
 
     Raises Unusable, naming the label and the options, where it is none of them or could be two.
     """
@@ -106,7 +145,9 @@ def option_by_label(label: Any, options: Sequence[str], labels: Sequence[str] = 
     if labels:
         known = [item.strip() for item in labels]
         if str(wanted) not in known or len(known) != len(options):
-            raise unknown_label_error(label, [f"{name}: {text}" for name, text in zip(known, options, strict=False)])
+            raise unknown_label_error(
+                label, [f"{name}: {text}" for name, text in zip(known, options, strict=False)]
+            )
         return known.index(str(wanted))
     if isinstance(wanted, int) and not isinstance(wanted, bool):
         return _check_option_index(wanted, label, options)
@@ -122,14 +163,19 @@ def option_by_label(label: Any, options: Sequence[str], labels: Sequence[str] = 
     elif is_position(wanted):
         places.add(int(wanted))
     if len(places) > 1:
-        raise UnusableRowError("label", f"the label {label!r} may be an option's text or its position: {number_options(options)}")
+        raise UnusableRowError(
+            "label",
+            f"the label {label!r} may be an option's text or its position: {number_options(options)}",
+        )
     if not places:
         raise unknown_label_error(label, options)
     return _check_option_index(places.pop(), label, options)
 
 
 def is_position(text: str) -> bool:
-    """Whether a label is a position in digits. No set has options by the billion, and Python converts no 4,301 digits."""
+    """Whether a label is a position in digits. No set has options by the billion, and Python
+    converts no 4,301 digits.
+    """
     return len(text) < 10 and text.removeprefix("-").isdecimal()
 
 
@@ -139,7 +185,9 @@ def _check_option_index(number: int, label: Any, options: Sequence[str]) -> int:
     return number
 
 
-def choice_list_reader(asked: Callable[[RowColumns], dict[str, str]], column: str = "choices|options") -> FieldsReader:
+def choice_list_reader(
+    asked: Callable[[RowColumns], dict[str, str]], column: str = "choices|options"
+) -> FieldsReader:
     """A list of texts, or {text: [...], label: [...]}, beside a label."""
 
     def read(row: RowColumns) -> ItemFields:
@@ -147,15 +195,22 @@ def choice_list_reader(asked: Callable[[RowColumns], dict[str, str]], column: st
         nested = isinstance(row[name], Mapping)
         options = text_list(object_member(row, name, "text") if nested else row[name], name)
         labels = text_list(object_member(row, name, "label"), name) if nested else []
-        return choice_fields(asked(row), options, [option_by_label(row[column_of(row, LABELS)], options, labels)])
+        return choice_fields(
+            asked(row), options, [option_by_label(row[column_of(row, LABELS)], options, labels)]
+        )
 
     return read
 
 
 def choice_columns_reader(
-    asked: Callable[[RowColumns], dict[str, str]], columns: Sequence[str], label: str, first: int = 0
+    asked: Callable[[RowColumns], dict[str, str]],
+    columns: Sequence[str],
+    label: str,
+    first: int = 0,
 ) -> FieldsReader:
-    """One column an option, and the number of the right one, counted from ``first``; a letter is understood, too."""
+    """One column an option, and the number of the right one, counted from ``first``; a letter is
+    understood, too.
+    """
 
     def read(row: RowColumns) -> ItemFields:
         options = [text_of(row[name], name) for name in columns]
@@ -163,7 +218,11 @@ def choice_columns_reader(
         if isinstance(value, str) and value.strip() in list(string.ascii_uppercase[: len(columns)]):
             return choice_fields(asked(row), options, [string.ascii_uppercase.index(value.strip())])
         text = str(value).strip()
-        if isinstance(value, bool) or not is_position(text) or not 0 <= int(text) - first < len(options):
+        if (
+            isinstance(value, bool)
+            or not is_position(text)
+            or not 0 <= int(text) - first < len(options)
+        ):
             raise unknown_label_error(value, options)
         return choice_fields(asked(row), options, [int(text) - first])
 
@@ -171,42 +230,58 @@ def choice_columns_reader(
 
 
 _ADAPTERS_INSTRUCTION = re.compile(
-    r"Please (?:choose|answer) .*?(?:question|sentence|goal): (.*?)\s*Answer format: (\S+)\s*", re.DOTALL
+    r"Please (?:choose|answer) .*?(?:question|sentence|goal): (.*?)\s*Answer format: (\S+)\s*",
+    re.DOTALL,
 )
 
 
 def llm_adapters_layout(slot: str) -> ColumnLayout:
-    """The instruction/output/answer rows of LLM-Adapters (Hu et al. 2023): the question and its options are taken out again.
+    """The instruction/output/answer rows of LLM-Adapters (Hu et al. 2023): the question and its
+    options are taken out again.
 
-    The instruction closes with "Answer format: answer1/answer2/..." and, before that, lists "Answer1: ... Answer2: ...".
+    The instruction closes with "Answer format: answer1/answer2/..." and, before that, lists
+    "Answer1: ... Answer2: ...".
     """
 
     def read(row: RowColumns) -> ItemFields:
         asked, options, names = split_adapters_instruction(required_text(row, "instruction"))
         label = required_text(row, "answer", "output").split()[-1]
         if label not in names:
-            raise unknown_label_error(label, [f"{name}: {text}" for name, text in zip(names, options or names, strict=True)])
+            raise unknown_label_error(
+                label,
+                [f"{name}: {text}" for name, text in zip(names, options or names, strict=True)],
+            )
         return choice_fields({slot: asked}, options or names, [names.index(label)])
 
     return make_layout("llm_adapters", "instruction answer|output", read)
 
 
 def split_adapters_instruction(instruction: str) -> tuple[str, list[str], list[str]]:
-    """(question, option texts or none, option names) of an LLM-Adapters instruction. Raises Unusable for another text."""
+    """(question, option texts or none, option names) of an LLM-Adapters instruction. Raises
+    Unusable for another text.
+    """
     match = _ADAPTERS_INSTRUCTION.fullmatch(instruction.strip())
     if match is None:
         raise UnusableRowError(
-            "format", "'instruction' is not one of LLM-Adapters' (Please choose ... Answer format: answer1/answer2)"
+            "format",
+            "'instruction' is not one of LLM-Adapters' (Please choose ... Answer format: answer1/answer2)",
         )
     names = match[2].split("/")
-    asked, *options = re.split("|".join(rf"\s+{re.escape(name.capitalize())}: " for name in names), match[1])
+    asked, *options = re.split(
+        "|".join(rf"\s+{re.escape(name.capitalize())}: " for name in names), match[1]
+    )
     if options and len(options) != len(names):
-        raise UnusableRowError("format", f"'instruction' lists {len(options)} options for the answer format {match[2]!r}")
+        raise UnusableRowError(
+            "format",
+            f"'instruction' lists {len(options)} options for the answer format {match[2]!r}",
+        )
     return asked.strip(), [option.strip() for option in options], names
 
 
 def split_alpaca_prompt(prompt: str) -> tuple[str, str]:
-    """(instruction, input) of a prompt in Alpaca's frame; a prompt without the frame is all instruction."""
+    """(instruction, input) of a prompt in Alpaca's frame; a prompt without the frame is all
+    instruction.
+    """
     head, frame, rest = prompt.partition("### Instruction:")
     if not frame:
         return head.strip(), ""

@@ -1,26 +1,41 @@
-"""The sets of LongBench (Bai et al. 2024): long contexts, one column layout, and the answer lengths its authors set.
+"""The sets of LongBench (Bai et al. 2024): long contexts, one column layout, and the answer lengths
+its authors set.
 
-Try: ``named("qmsum").max_new_tokens`` is 512. Every set is for evaluation only; contexts are kept whole, the model's own limit
-cuts them.
+Try: ``named("qmsum").max_new_tokens`` is 512. Every set is for evaluation only; contexts are kept
+whole, the model's own limit cuts them.
 
-The authors score trec and lsht as classification and code by edit similarity; here the classes are ranked (accuracy) and chrF
-stands for the latter. The authors' own hub copy (zai-org/LongBench) is a loading script; the set is read from the Parquet copy
-that the lm-evaluation-harness uses, or from a file of the authors' archive.
+The authors score trec and lsht as classification and code by edit similarity; here the classes are
+ranked (accuracy) and chrF stands for the latter. The authors' own hub copy (zai-org/LongBench) is a
+loading script; the set is read from the Parquet copy that the lm-evaluation-harness uses, or from a
+file of the authors' archive.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorry.data.catalog.item import ItemFields, choice_fields, generative_fields, unknown_label_error
-from lorry.data.catalog.layouts import RowColumns, make_layout, required_text, row_answers, text_list
+from lorry.data.catalog.item import (
+    ItemFields,
+    choice_fields,
+    generative_fields,
+    unknown_label_error,
+)
+from lorry.data.catalog.layouts import (
+    RowColumns,
+    make_layout,
+    required_text,
+    row_answers,
+    text_list,
+)
 from lorry.data.catalog.named import NamedSet
 from lorry.data.reading.content import optional_text
 
 
 @dataclass(frozen=True)
 class LongBenchKind:
-    """What sets of one kind share: how they are asked and measured. ``ranked``: the classes of the row are the options."""
+    """What sets of one kind share: how they are asked and measured. ``ranked``: the classes of the
+    row are the options.
+    """
 
     templates: tuple[str, ...]
     metrics: tuple[str, ...]
@@ -33,10 +48,10 @@ QA = LongBenchKind(
         "{context}\n\nAnswer in as few words as you can, from the text above alone.\n\nQuestion: {question}",
         "The question will be: {question}\n\nThe text to answer it from:\n{context}\n\nNow give the answer, nothing else.",
         "Source material:\n{context}\n\nReply with a short phrase: {question}",
-        "Search this for the answer to \"{question}\"\n{context}\n\nWhat did you find? A few words will do.",
+        'Search this for the answer to "{question}"\n{context}\n\nWhat did you find? A few words will do.',
     ),
     ("token_f1", "exact_match", "rouge_l"),
-)  # fmt: skip
+)
 QUERY = LongBenchKind(
     (
         "{context}\n\nThe above is the record of a meeting. {question}",
@@ -56,7 +71,8 @@ SUMMARY = LongBenchKind(
     ("rouge_l", "rouge_1", "rouge_2"),
     "Summary:",
 )
-# The inputs of these close with a cue of their own, as the examples before them do: "Type:", "Summary:".
+# The inputs of these close with a cue of their own, as the examples before them do: "Type:",
+# "Summary:".
 LIKE_EXAMPLES = LongBenchKind(
     (
         "{context}\n{question}",
@@ -141,33 +157,89 @@ FIND_ZH = LongBenchKind(
 
 # LongBench's name: (kind, tokens of an answer as its authors set them, what it is, who made it)
 LONGBENCH_TABLE: dict[str, tuple[LongBenchKind, int, str, str]] = {
-    "narrativeqa": (QA, 128, "questions about books and film scripts", "Kocisky et al. 2018, NarrativeQA"),
-    "qasper": (QA, 128, "questions about papers of language processing", "Dasigi et al. 2021, Qasper"),
+    "narrativeqa": (
+        QA,
+        128,
+        "questions about books and film scripts",
+        "Kocisky et al. 2018, NarrativeQA",
+    ),
+    "qasper": (
+        QA,
+        128,
+        "questions about papers of language processing",
+        "Dasigi et al. 2021, Qasper",
+    ),
     "multifieldqa_en": (QA, 64, "questions about long articles of many fields", ""),
-    "hotpotqa": (QA, 32, "questions that need two Wikipedia articles", "Yang et al. 2018, HotpotQA"),
-    "2wikimqa": (QA, 32, "questions that need several Wikipedia articles", "Ho et al. 2020, 2WikiMultihopQA"),
-    "musique": (QA, 32, "questions of up to four steps over articles", "Trivedi et al. 2022, MuSiQue"),
-    "gov_report": (SUMMARY, 512, "reports of government agencies, summed up", "Huang et al. 2021, GovReport"),
+    "hotpotqa": (
+        QA,
+        32,
+        "questions that need two Wikipedia articles",
+        "Yang et al. 2018, HotpotQA",
+    ),
+    "2wikimqa": (
+        QA,
+        32,
+        "questions that need several Wikipedia articles",
+        "Ho et al. 2020, 2WikiMultihopQA",
+    ),
+    "musique": (
+        QA,
+        32,
+        "questions of up to four steps over articles",
+        "Trivedi et al. 2022, MuSiQue",
+    ),
+    "gov_report": (
+        SUMMARY,
+        512,
+        "reports of government agencies, summed up",
+        "Huang et al. 2021, GovReport",
+    ),
     "qmsum": (QUERY, 512, "requests about the transcript of a meeting", "Zhong et al. 2021, QMSum"),
-    "multi_news": (SUMMARY, 512, "several news articles, summed up together", "Fabbri et al. 2019, Multi-News"),
+    "multi_news": (
+        SUMMARY,
+        512,
+        "several news articles, summed up together",
+        "Fabbri et al. 2019, Multi-News",
+    ),
     "trec": (CLASSES, 64, "the type of a question, after many examples", "Li and Roth 2002, TREC"),
-    "triviaqa": (LIKE_EXAMPLES, 32, "trivia with a passage, after examples", "Joshi et al. 2017, TriviaQA"),
-    "samsum": (LIKE_SUMMARIES, 128, "chats summed up, after many examples", "Gliwa et al. 2019, SAMSum"),
+    "triviaqa": (
+        LIKE_EXAMPLES,
+        32,
+        "trivia with a passage, after examples",
+        "Joshi et al. 2017, TriviaQA",
+    ),
+    "samsum": (
+        LIKE_SUMMARIES,
+        128,
+        "chats summed up, after many examples",
+        "Gliwa et al. 2019, SAMSum",
+    ),
     "passage_count": (COUNT, 32, "how many of the paragraphs are different", ""),
     "passage_retrieval_en": (FIND, 32, "which of thirty paragraphs a summary is of", ""),
     "lcc": (CODE, 64, "the next line of a long program", "Guo et al. 2023, LongCoder"),
-    "repobench-p": (CODE, 64, "the next line, given other files of the repository", "Liu et al. 2023, RepoBench"),
+    "repobench-p": (
+        CODE,
+        64,
+        "the next line, given other files of the repository",
+        "Liu et al. 2023, RepoBench",
+    ),
     "multifieldqa_zh": (QA_ZH, 64, "questions about long Chinese articles", ""),
     "dureader": (QA_ZH, 128, "Chinese search questions with documents", "He et al. 2018, DuReader"),
     "vcsum": (SUMMARY_ZH, 512, "Chinese meetings, summed up", "Wu et al. 2023, VCSum"),
-    "lsht": (CLASSES_ZH, 64, "the class of a Chinese news item, after many examples", "NLPCC 2014, LSHT"),
+    "lsht": (
+        CLASSES_ZH,
+        64,
+        "the class of a Chinese news item, after many examples",
+        "NLPCC 2014, LSHT",
+    ),
     "passage_retrieval_zh": (FIND_ZH, 32, "which Chinese paragraph a summary is of", ""),
 }
 
 
 def _longbench_fields(row: RowColumns) -> ItemFields:
     return generative_fields(
-        {"context": required_text(row, "context"), "question": optional_text(row, "input")}, row_answers(row, "answers")
+        {"context": required_text(row, "context"), "question": optional_text(row, "input")},
+        row_answers(row, "answers"),
     )
 
 
@@ -180,7 +252,9 @@ def _ranked_fields(row: RowColumns) -> ItemFields:
     return choice_fields(slots, options, [options.index(answer) for answer in answers])
 
 
-def _longbench_set(name: str, kind: LongBenchKind, tokens: int, about: str, source: str) -> NamedSet:
+def _longbench_set(
+    name: str, kind: LongBenchKind, tokens: int, about: str, source: str
+) -> NamedSet:
     form = (
         make_layout("longbench", "context answers all_classes", _ranked_fields)
         if kind.ranked

@@ -1,4 +1,5 @@
-"""A named set: a public data set as data. Where it lies, how its rows are written, how they are asked, how answers are measured.
+"""A named set: a public data set as data. Where it lies, how its rows are written, how they are
+asked, how answers are measured.
 
 bool_q = named("bool_q")
 bool_q.item({"question": "is ice cold", "passage": "Ice is frozen water.", "answer": True}).answer      # "yes"
@@ -11,14 +12,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorry.data.catalog.item import ItemFields, NamedSetItem, fill_template, option_slots, shorten_text
+from lorry.data.catalog.item import (
+    ItemFields,
+    NamedSetItem,
+    fill_template,
+    option_slots,
+    shorten_text,
+)
 from lorry.data.catalog.layouts import ColumnLayout
 from lorry.data.reading.content import UnusableRowError
 from lorry.errors import ConfigError, shortlist_names, suggest_nearest
 
 WHOLE_SPLITS = {"train": "train", "validation": "validation", "test": "test"}
-SPLITS_WITHOUT_TEST = {"train": "train", "validation": "validation", "test": "validation"}  # the hub's test rows carry no labels
-# One split on the hub: its last tenth is held out, as `train_test_split(test_size=0.1, shuffle=False)` would.
+SPLITS_WITHOUT_TEST = {
+    "train": "train",
+    "validation": "validation",
+    "test": "validation",
+}  # the hub's test rows carry no labels
+# One split on the hub: its last tenth is held out, as `train_test_split(test_size=0.1,
+# shuffle=False)` would.
 LAST_TENTH_SPLITS = {"train": "train[:90%]", "validation": "train[90%:]", "test": "train[90%:]"}
 
 
@@ -26,11 +38,13 @@ LAST_TENTH_SPLITS = {"train": "train[:90%]", "validation": "train[90%:]", "test"
 class NamedSet:
     """A public data set as data.
 
-    ``hub``, ``config``: its name on the hub (None: files only). ``splits``: our train, validation, test (and ``shots`` where
-    examples come from a split of their own) to the hub's; slices such as ``train[:90%]`` cannot be streamed. ``layouts``: in
-    order of precedence. ``templates``: number 0 is the plain one that evaluation uses. ``metrics``: the first is the main one.
-    ``limit``: (slot, characters) beyond which that slot loses its end. ``source``: the paper. ``converted``: where the hub's
-    main branch is a loading script, which nothing should run, the folder in its Parquet branch, ``refs/convert/parquet``.
+    ``hub``, ``config``: its name on the hub (None: files only). ``splits``: our train, validation,
+    test (and ``shots`` where examples come from a split of their own) to the hub's; slices such as
+    ``train[:90%]`` cannot be streamed. ``layouts``: in order of precedence. ``templates``: number 0
+    is the plain one that evaluation uses. ``metrics``: the first is the main one. ``limit``: (slot,
+    characters) beyond which that slot loses its end. ``source``: the paper. ``converted``: where
+    the hub's main branch is a loading script, which nothing should run, the folder in its Parquet
+    branch, ``refs/convert/parquet``.
     """
 
     name: str
@@ -52,7 +66,9 @@ class NamedSet:
         """The hub's split for ours. Raises ConfigError where the set has none, listing what it has."""
         there = self.splits or {}
         if self.hub is None:
-            raise ConfigError(f"the set {self.name!r} is not on the hub; name a file of it: data.local.{self.name}=FILE")
+            raise ConfigError(
+                f"the set {self.name!r} is not on the hub; name a file of it: data.local.{self.name}=FILE"
+            )
         if wanted == "train" and wanted not in there:
             raise ConfigError(
                 f"the set {self.name!r} has no training rows, only {', '.join(there)}: it is there to evaluate with. To train on "
@@ -65,40 +81,55 @@ class NamedSet:
         return there[wanted]
 
     def item(self, row: Mapping[str, Any], template: int = 0) -> NamedSetItem:
-        """The row as its only item. Raises Unusable (kind, reason) for a row that cannot be used, or one of several items."""
+        """The row as its only item. Raises Unusable (kind, reason) for a row that cannot be used,
+        or one of several items.
+        """
         made = self.items(row, template)
         if len(made) != 1:
-            raise UnusableRowError("several", f"the row holds {len(made)} questions; read it with items()")
+            raise UnusableRowError(
+                "several", f"the row holds {len(made)} questions; read it with items()"
+            )
         return made[0]
 
     def items(self, row: Mapping[str, Any], template: int = 0) -> list[NamedSetItem]:
         """The row's items, one except where a row is a whole conversation (coqa).
 
-        Raises Unusable for columns of no layout, an empty prompt or answer, a label outside the options; IndexError for a
-        template number that does not exist.
+        Raises Unusable for columns of no layout, an empty prompt or answer, a label outside the
+        options; IndexError for a template number that does not exist.
         """
         text = self.templates[template]
         found = self._layout(row).read(row)
-        return [self._asked(fields, text) for fields in (found if isinstance(found, list) else [found])]
+        return [
+            self._asked(fields, text) for fields in (found if isinstance(found, list) else [found])
+        ]
 
     def refuse_template(self, number: int, field: str) -> None:
         """Raises ConfigError for a template that does not exist."""
         if number >= len(self.templates):
-            raise ConfigError(f"{field}={number}: {self.name} has templates 0 to {len(self.templates) - 1}")
+            raise ConfigError(
+                f"{field}={number}: {self.name} has templates 0 to {len(self.templates) - 1}"
+            )
 
     def template_of(self, seed: int, number: int) -> int:
-        """The template of row ``number``: a hash of (name, seed, number), so the same on every machine and in any order."""
+        """The template of row ``number``: a hash of (name, seed, number), so the same on every
+        machine and in any order.
+        """
         key = f"{self.name}\0{seed}\0{number}".encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % len(self.templates)
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % len(
+            self.templates
+        )
 
     def _layout(self, row: Mapping[str, Any]) -> ColumnLayout:
         for form in self.layouts:
             if form.fits(row):
                 return form
-        found = shortlist_names(repr(name) if value is not None else f"{name!r} (null)" for name, value in row.items())
+        found = shortlist_names(
+            repr(name) if value is not None else f"{name!r} (null)" for name, value in row.items()
+        )
         known = "; ".join(map(str, self.layouts))
         raise UnusableRowError(
-            "columns", f"the set {self.name!r} cannot be read from the columns {found or '(none)'}. Known: {known}"
+            "columns",
+            f"the set {self.name!r} cannot be read from the columns {found or '(none)'}. Known: {known}",
         )
 
     def _asked(self, fields: ItemFields, template: str) -> NamedSetItem:
@@ -110,4 +141,13 @@ class NamedSet:
             slots[slot] = kept
         prompt = fill_template(template, {**slots, **option_slots(fields.options)})
         references = fields.references or (fields.answer,)
-        return NamedSetItem(prompt, fields.answer, self.cue, references, fields.options, fields.right, fields.concepts, cut)
+        return NamedSetItem(
+            prompt,
+            fields.answer,
+            self.cue,
+            references,
+            fields.options,
+            fields.right,
+            fields.concepts,
+            cut,
+        )

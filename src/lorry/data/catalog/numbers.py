@@ -1,4 +1,5 @@
-"""Named sets whose answer is a number: it is learnt with the reasoning where there is one, and compared as a number.
+"""Named sets whose answer is a number: it is learnt with the reasoning where there is one, and
+compared as a number.
 
 Try: ``bare_number("$1,450.00")`` is "1450".
 """
@@ -18,7 +19,9 @@ _NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
 
 
 def bare_number(value: Any) -> str:
-    """A number as text: no thousands commas, currency, percent sign or trailing zeros. Raises Unusable for anything else."""
+    """A number as text: no thousands commas, currency, percent sign or trailing zeros. Raises
+    Unusable for anything else.
+    """
     text = re.sub(r"[\s,$€£%]", "", str(value)).rstrip(".")
     if isinstance(value, bool) or not _NUMBER.fullmatch(text):
         raise UnusableRowError("no number", f"the answer {value!r} is not a number")
@@ -36,7 +39,9 @@ def _gsm8k(row: RowColumns) -> ItemFields:
 def _svamp(row: RowColumns) -> ItemFields:
     body, question = required_text(row, "Body"), required_text(row, "Question")
     number = bare_number(row["Answer"])
-    if not body.endswith((".", "?", "!", ",")):  # an unfinished clause: "If each costs 3 dollars" + "How much ..."
+    if not body.endswith(
+        (".", "?", "!", ",")
+    ):  # an unfinished clause: "If each costs 3 dollars" + "How much ..."
         body, question = f"{body},", question[0].lower() + question[1:]
     return ItemFields({"question": f"{body} {question}"}, number, (number,))
 

@@ -1,7 +1,7 @@
 """Named sets of a question with its options: school science, common sense, exams.
 
-Try: ``named("winogrande").item({"sentence": "The cup fell off the table as _ was wet.", "option1": "the cup",
-"option2": "the table", "answer": "2"}).answer`` is "the table".
+Try: ``named("winogrande").item({"sentence": "The cup fell off the table as _ was wet.", "option1":
+"the cup", "option2": "the table", "answer": "2"}).answer`` is "the table".
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def _question_layouts(column: str) -> tuple[ColumnLayout, ...]:
         return column_slots(row, question=column)
 
     return (
-        make_layout("hub", f"{column} choices|options answerKey|label|answer", choice_list_reader(asked)),
+        make_layout(
+            "hub", f"{column} choices|options answerKey|label|answer", choice_list_reader(asked)
+        ),
         llm_adapters_layout("question"),
     )
 
@@ -56,7 +58,12 @@ ARC_CHALLENGE = NamedSet(
     licence="CC-BY-SA-4.0",
     source="Clark et al. 2018, AI2 Reasoning Challenge (arXiv 1803.05457)",
 )
-ARC_EASY = replace(ARC_CHALLENGE, name="arc_easy", about="grade-school science questions, the easier part", config="ARC-Easy")
+ARC_EASY = replace(
+    ARC_CHALLENGE,
+    name="arc_easy",
+    about="grade-school science questions, the easier part",
+    config="ARC-Easy",
+)
 OPENBOOKQA = NamedSet(
     name="openbookqa",
     about="elementary science facts put to use",
@@ -78,8 +85,11 @@ WINOGRANDE = NamedSet(
     splits=SPLITS_WITHOUT_TEST,  # test answers are empty
     layouts=(
         make_layout(
-            "hub", "sentence option1 option2 answer",
-            choice_columns_reader(lambda row: column_slots(row, "sentence"), ("option1", "option2"), "answer", first=1),
+            "hub",
+            "sentence option1 option2 answer",
+            choice_columns_reader(
+                lambda row: column_slots(row, "sentence"), ("option1", "option2"), "answer", first=1
+            ),
         ),
         llm_adapters_layout("sentence"),
     ),
@@ -93,19 +103,24 @@ WINOGRANDE = NamedSet(
     max_new_tokens=12,
     licence="CC-BY-4.0",
     source="Sakaguchi et al. 2020, WinoGrande (arXiv 1907.10641)",
-)  # fmt: skip
+)
 
 _HEADINGS = re.compile(r"\s*\[title\]\s*")
 _MARKS = re.compile(r"\[[a-z_]+\]\s*")
 
 
 def _strip_wikihow_marks(text: str) -> str:
-    """WikiHow's marks taken out: [title] closes a sentence, [header], [step] and [substeps] are layout."""
+    """WikiHow's marks taken out: [title] closes a sentence, [header], [step] and [substeps] are
+    layout.
+    """
     return " ".join(_MARKS.sub("", _HEADINGS.sub(". ", text)).split())
 
 
 def _scene_slots(row: RowColumns) -> dict[str, str]:
-    return {"context": _strip_wikihow_marks(required_text(row, "ctx")), "activity": optional_text(row, "activity_label")}
+    return {
+        "context": _strip_wikihow_marks(required_text(row, "ctx")),
+        "activity": optional_text(row, "activity_label"),
+    }
 
 
 _ENDINGS = choice_list_reader(_scene_slots, "endings")
@@ -113,7 +128,12 @@ _ENDINGS = choice_list_reader(_scene_slots, "endings")
 
 def _hellaswag(row: RowColumns) -> ItemFields:
     column = column_of(row, ("endings", "choices"))
-    return _ENDINGS({**row, "endings": [_strip_wikihow_marks(ending) for ending in text_list(row[column], column)]})
+    return _ENDINGS(
+        {
+            **row,
+            "endings": [_strip_wikihow_marks(ending) for ending in text_list(row[column], column)],
+        }
+    )
 
 
 HELLASWAG = NamedSet(
@@ -121,7 +141,10 @@ HELLASWAG = NamedSet(
     about="how an everyday scene or a how-to goes on",
     hub="Rowan/hellaswag",
     splits=SPLITS_WITHOUT_TEST,  # test labels are empty
-    layouts=(make_layout("hub", "ctx endings|choices label|answer", _hellaswag), llm_adapters_layout("context")),
+    layouts=(
+        make_layout("hub", "ctx endings|choices label|answer", _hellaswag),
+        llm_adapters_layout("context"),
+    ),
     templates=(
         "{activity}\n\nContinue: {context}\n{options}",
         "What comes next?\n{context}\n\nPick a continuation:\n{options}",

@@ -1,8 +1,10 @@
 """Named sets of questions about a passage: the answer is a phrase of it, or is told from it.
 
-Try: ``named("coqa").items(row)`` makes an item of every turn of a conversation, with the turns before it in the prompt.
+Try: ``named("coqa").items(row)`` makes an item of every turn of a conversation, with the turns
+before it in the prompt.
 
-Passages are never shortened here: the answer may stand at their end. The encoder cuts what exceeds ``max_length`` and counts it.
+Passages are never shortened here: the answer may stand at their end. The encoder cuts what exceeds
+``max_length`` and counts it.
 """
 
 from __future__ import annotations
@@ -10,7 +12,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lorry.data.catalog.item import ItemFields, generative_fields
-from lorry.data.catalog.layouts import RowColumns, column_slots, make_layout, object_member, required_text, row_answers, text_list
+from lorry.data.catalog.layouts import (
+    RowColumns,
+    column_slots,
+    make_layout,
+    object_member,
+    required_text,
+    row_answers,
+    text_list,
+)
 from lorry.data.catalog.named import SPLITS_WITHOUT_TEST, NamedSet
 from lorry.data.reading.content import UnusableRowError, column_of
 
@@ -26,13 +36,19 @@ _EXTRACT_TEMPLATES = (
 def _squad(row: RowColumns) -> ItemFields:
     answers = row[column_of(row, ("answers", "answer"))]
     if not (answers.get("text") if isinstance(answers, dict) else answers):
-        raise UnusableRowError("unanswerable", "the row has no answer: its passage does not hold one")
-    return generative_fields(column_slots(row, "question", context="context|passage"), row_answers(row, "answers", "answer"))
+        raise UnusableRowError(
+            "unanswerable", "the row has no answer: its passage does not hold one"
+        )
+    return generative_fields(
+        column_slots(row, "question", context="context|passage"),
+        row_answers(row, "answers", "answer"),
+    )
 
 
 def _longbench(row: RowColumns) -> ItemFields:
     return generative_fields(
-        {"question": required_text(row, "input"), "context": required_text(row, "context")}, row_answers(row, "answers")
+        {"question": required_text(row, "input"), "context": required_text(row, "context")},
+        row_answers(row, "answers"),
     )
 
 
@@ -64,24 +80,39 @@ XQUAD = replace(
 
 def _coqa(row: RowColumns) -> list[ItemFields]:
     """Every turn, with the questions and answers before it."""
-    asked, told = text_list(row["questions"], "questions"), text_list(object_member(row, "answers", "input_text"), "answers")
+    asked, told = (
+        text_list(row["questions"], "questions"),
+        text_list(object_member(row, "answers", "input_text"), "answers"),
+    )
     if not asked or len(asked) != len(told):
         raise UnusableRowError(
-            "format", f"the row has {len(asked)} questions and {len(told)} answers; expected as many of both, and some"
+            "format",
+            f"the row has {len(asked)} questions and {len(told)} answers; expected as many of both, and some",
         )
     story, found = required_text(row, "story"), []
     for turn, (question, answer) in enumerate(zip(asked, told, strict=True)):
-        before = "\n".join(f"Q: {q.strip()}\nA: {a.strip()}" for q, a in zip(asked[:turn], told[:turn], strict=True))
+        before = "\n".join(
+            f"Q: {q.strip()}\nA: {a.strip()}"
+            for q, a in zip(asked[:turn], told[:turn], strict=True)
+        )
         found.append(
             generative_fields(
-                {"story": story, "history": before, "question": required_text({"questions": question}, "questions")}, [answer]
+                {
+                    "story": story,
+                    "history": before,
+                    "question": required_text({"questions": question}, "questions"),
+                },
+                [answer],
             )
         )
     return found
 
 
 def _coqa_turn(row: RowColumns) -> ItemFields:
-    return generative_fields(column_slots(row, "story", "question", history="history?"), row_answers(row, "answer", "answers"))
+    return generative_fields(
+        column_slots(row, "story", "question", history="history?"),
+        row_answers(row, "answer", "answers"),
+    )
 
 
 COQA = NamedSet(

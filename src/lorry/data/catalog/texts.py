@@ -1,6 +1,8 @@
-"""Named sets whose answer is a text made from another: sentences from concepts, summaries, translations, code.
+"""Named sets whose answer is a text made from another: sentences from concepts, summaries,
+translations, code.
 
-Try: ``named("common_gen").item({"concept_set": "ski#mountain", "scene": ["He skis."]}).concepts`` is ("ski", "mountain").
+Try: ``named("common_gen").item({"concept_set": "ski#mountain", "scene": ["He skis."]}).concepts``
+is ("ski", "mountain").
 """
 
 from __future__ import annotations
@@ -37,13 +39,21 @@ def _common_gen_file(row: RowColumns) -> ItemFields:
     return _concept_fields(required_text(row, "concept_set").split("#"), row_answers(row, "scene"))
 
 
-# How the prompts of the T0 templates (P3, Sanh et al. 2022) hold their concepts, by what they open with. The last two are
+# How the prompts of the T0 templates (P3, Sanh et al. 2022) hold their concepts, by what they open
+# with. The last two are
 # inverted, sentence to concepts; they are turned round, since what they hold is the same row.
 _T0_PATTERNS = (
-    re.compile(r"Humans can .*with the concepts (?P<words>.*), a simple sentence can be", re.DOTALL),
-    re.compile(r"(?:Given the list|Ignoring the order) of (?:the )?concepts: (?P<words>.*); \nGenerate", re.DOTALL),
+    re.compile(
+        r"Humans can .*with the concepts (?P<words>.*), a simple sentence can be", re.DOTALL
+    ),
+    re.compile(
+        r"(?:Given the list|Ignoring the order) of (?:the )?concepts: (?P<words>.*); \nGenerate",
+        re.DOTALL,
+    ),
     re.compile(r"Put the concepts together to form a sentence: (?P<words>.*)\."),
-    re.compile(r"Construct a sentence with the word .*Hint: Use (?P<words>.*) to restrict", re.DOTALL),
+    re.compile(
+        r"Construct a sentence with the word .*Hint: Use (?P<words>.*) to restrict", re.DOTALL
+    ),
     re.compile(r"Can you write a sentence about the topic (?P<words>.*)\?"),
     re.compile(r"We have the sentence: (?P<sentence>.*); \nExtract all", re.DOTALL),
     re.compile(r"What are the topics in the sentence: (?P<sentence>.*)", re.DOTALL),
@@ -52,14 +62,21 @@ _T0_PATTERNS = (
 
 
 def _common_gen_t0(row: RowColumns) -> ItemFields:
-    prompt, answer = text_of(row["prompt"], "prompt"), strip_end_mark(text_of(row["completion"], "completion"))
+    prompt, answer = (
+        text_of(row["prompt"], "prompt"),
+        strip_end_mark(text_of(row["completion"], "completion")),
+    )
     for pattern in _T0_PATTERNS:
         match = pattern.match(prompt)
         if match:
             parts = match.groupdict()
-            words, sentence = (parts["words"], answer) if "words" in parts else (answer, parts["sentence"])
+            words, sentence = (
+                (parts["words"], answer) if "words" in parts else (answer, parts["sentence"])
+            )
             return _concept_fields(words.split(", "), [sentence])
-    raise UnusableRowError("format", f"'prompt' is none of T0's common_gen templates: {prompt[:60]!r}")
+    raise UnusableRowError(
+        "format", f"'prompt' is none of T0's common_gen templates: {prompt[:60]!r}"
+    )
 
 
 COMMON_GEN = NamedSet(
@@ -96,7 +113,9 @@ XSUM = NamedSet(
         make_layout(
             "hub",
             "document|article|text summary",
-            lambda row: generative_fields(column_slots(row, text="document|article|text"), row_answers(row, "summary")),
+            lambda row: generative_fields(
+                column_slots(row, text="document|article|text"), row_answers(row, "summary")
+            ),
         ),
     ),
     templates=(
@@ -121,7 +140,9 @@ SAMSUM = NamedSet(
         make_layout(
             "hub",
             "dialogue|conversation summary",
-            lambda row: generative_fields(column_slots(row, text="dialogue|conversation"), row_answers(row, "summary")),
+            lambda row: generative_fields(
+                column_slots(row, text="dialogue|conversation"), row_answers(row, "summary")
+            ),
         ),
     ),
     templates=(
@@ -143,7 +164,9 @@ def _scitldr(row: RowColumns) -> ItemFields:
     source = row["source"]
     if isinstance(source, list):
         source = " ".join(sentence.strip() for sentence in text_list(source, "source"))
-    return generative_fields({"text": required_text({"source": source}, "source")}, row_answers(row, "target"))
+    return generative_fields(
+        {"text": required_text({"source": source}, "source")}, row_answers(row, "target")
+    )
 
 
 SCITLDR = NamedSet(
@@ -170,13 +193,21 @@ SCITLDR = NamedSet(
 
 
 def _eng_spa(row: RowColumns) -> ItemFields:
-    return generative_fields(column_slots(row, text="eng|english|en"), row_answers(row, "spa", "spanish", "es"))
+    return generative_fields(
+        column_slots(row, text="eng|english|en"), row_answers(row, "spa", "spanish", "es")
+    )
 
 
 def _translation_fields(row: RowColumns) -> ItemFields:
     if not isinstance(row["translation"], Mapping):
-        raise UnusableRowError("format", f"'translation' holds {describe_type(row['translation'])}, expected {{en, es}}")
-    return generative_fields(column_slots(row["translation"], text="en|eng"), row_answers(row["translation"], "es", "spa"))
+        raise UnusableRowError(
+            "format",
+            f"'translation' holds {describe_type(row['translation'])}, expected {{en, es}}",
+        )
+    return generative_fields(
+        column_slots(row["translation"], text="en|eng"),
+        row_answers(row["translation"], "es", "spa"),
+    )
 
 
 ENG_SPA = NamedSet(
@@ -205,7 +236,10 @@ ENG_SPA = NamedSet(
 def _python_code(row: RowColumns) -> ItemFields:
     given = str(row.get("input") or "").strip()
     return generative_fields(
-        {**column_slots(row, task="instruction"), "input": "" if given.lower() == "not applicable" else given},
+        {
+            **column_slots(row, task="instruction"),
+            "input": "" if given.lower() == "not applicable" else given,
+        },
         row_answers(row, "output", "response"),
     )
 

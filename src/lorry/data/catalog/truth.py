@@ -1,4 +1,5 @@
-"""TruthfulQA three ways: written answers, every right answer against every wrong one (MC2), and the best against the wrong (MC1).
+"""TruthfulQA three ways: written answers, every right answer against every wrong one (MC2), and the
+best against the wrong (MC1).
 
 Try: ``named("truthfulqa_mc").item(row).right`` lists the options that are true.
 """
@@ -9,7 +10,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lorry.data.catalog.item import ItemFields, choice_fields, generative_fields
-from lorry.data.catalog.layouts import RowColumns, column_slots, make_layout, object_member, required_text, row_answers, text_list
+from lorry.data.catalog.layouts import (
+    RowColumns,
+    column_slots,
+    make_layout,
+    object_member,
+    required_text,
+    row_answers,
+    text_list,
+)
 from lorry.data.catalog.named import NamedSet
 from lorry.data.reading.content import UnusableRowError
 
@@ -18,18 +27,26 @@ def _question_slots(row: RowColumns) -> dict[str, str]:
     return column_slots(row, question="question|Question")
 
 
-def _written_reader(best: str, right: str, split: Callable[[RowColumns, str], list[str]]) -> Callable[[RowColumns], ItemFields]:
-    return lambda row: generative_fields(_question_slots(row), [required_text(row, best), *split(row, right)])
+def _written_reader(
+    best: str, right: str, split: Callable[[RowColumns, str], list[str]]
+) -> Callable[[RowColumns], ItemFields]:
+    return lambda row: generative_fields(
+        _question_slots(row), [required_text(row, best), *split(row, right)]
+    )
 
 
 def _choice_reader(
     best: str | None, right: str, wrong: str, split: Callable[[RowColumns, str], list[str]]
 ) -> Callable[[RowColumns], ItemFields]:
-    """Right options first, as published: no template shows them, so their order tells a model nothing."""
+    """Right options first, as published: no template shows them, so their order tells a model
+    nothing.
+    """
 
     def read(row: RowColumns) -> ItemFields:
         true = [required_text(row, best)] if best else split(row, right)
-        false = [text for text in split(row, wrong) if text not in true]  # two rows list an answer as both
+        false = [
+            text for text in split(row, wrong) if text not in true
+        ]  # two rows list an answer as both
         options = list(dict.fromkeys([*true, *false]))
         return choice_fields(_question_slots(row), options, range(len(set(true))))
 
@@ -52,12 +69,24 @@ def _targets_reader(column: str) -> Callable[[RowColumns], ItemFields]:
     """The hub's multiple_choice rows: {choices: [...], labels: [1, 0, ...]}."""
 
     def read(row: RowColumns) -> ItemFields:
-        options, labels = text_list(object_member(row, column, "choices"), column), object_member(row, column, "labels")
-        if not isinstance(labels, list | tuple) or len(labels) != len(options) or any(label not in (0, 1) for label in labels):
+        options, labels = (
+            text_list(object_member(row, column, "choices"), column),
+            object_member(row, column, "labels"),
+        )
+        if (
+            not isinstance(labels, list | tuple)
+            or len(labels) != len(options)
+            or any(label not in (0, 1) for label in labels)
+        ):
             raise UnusableRowError(
-                "label", f"{column!r} has the labels {labels!r} for {len(options)} choices; expected 0 or 1 for each"
+                "label",
+                f"{column!r} has the labels {labels!r} for {len(options)} choices; expected 0 or 1 for each",
             )
-        return choice_fields(column_slots(row, "question"), options, [place for place, label in enumerate(labels) if label])
+        return choice_fields(
+            column_slots(row, "question"),
+            options,
+            [place for place, label in enumerate(labels) if label],
+        )
 
     return read
 
@@ -69,8 +98,16 @@ TRUTHFULQA = NamedSet(
     config="generation",
     splits={"validation": "validation", "test": "validation"},
     layouts=(
-        make_layout("hub", "question best_answer correct_answers", _written_reader("best_answer", "correct_answers", _list_column)),
-        make_layout("csv", "Question Best&Answer Correct&Answers", _written_reader("Best Answer", "Correct Answers", _split_semicolons)),
+        make_layout(
+            "hub",
+            "question best_answer correct_answers",
+            _written_reader("best_answer", "correct_answers", _list_column),
+        ),
+        make_layout(
+            "csv",
+            "Question Best&Answer Correct&Answers",
+            _written_reader("Best Answer", "Correct Answers", _split_semicolons),
+        ),
         make_layout("question_answer", "question answer|answers", _answered_fields),
     ),
     templates=(
@@ -84,7 +121,7 @@ TRUTHFULQA = NamedSet(
     max_new_tokens=48,
     licence="Apache-2.0",
     source="Lin et al. 2022, TruthfulQA (arXiv 2109.07958)",
-)  # fmt: skip
+)
 TRUTHFULQA_MC = replace(
     TRUTHFULQA,
     name="truthfulqa_mc",
@@ -105,9 +142,16 @@ TRUTHFULQA_MC1 = replace(
     about="TruthfulQA as a choice: the best answer against every wrong one (MC1)",
     layouts=(
         make_layout("hub", "question mc1_targets", _targets_reader("mc1_targets")),
-        make_layout("hub_generation", "question best_answer incorrect_answers",
-               _choice_reader("best_answer", "", "incorrect_answers", _list_column)),
-        make_layout("csv", "Question Best&Answer Incorrect&Answers", _choice_reader("Best Answer", "", "Incorrect Answers", _split_semicolons)),
+        make_layout(
+            "hub_generation",
+            "question best_answer incorrect_answers",
+            _choice_reader("best_answer", "", "incorrect_answers", _list_column),
+        ),
+        make_layout(
+            "csv",
+            "Question Best&Answer Incorrect&Answers",
+            _choice_reader("Best Answer", "", "Incorrect Answers", _split_semicolons),
+        ),
     ),
-)  # fmt: skip
+)
 SETS = (TRUTHFULQA, TRUTHFULQA_MC, TRUTHFULQA_MC1)

@@ -1,6 +1,8 @@
-"""An item as a conversation: what training learns and generation answers, with worked examples before it.
+"""An item as a conversation: what training learns and generation answers, with worked examples
+before it.
 
-Try: ``conversation(item, shots=[other]).plain`` is the running text for a tokenizer that has no chat template.
+Try: ``conversation(item, shots=[other]).plain`` is the running text for a tokenizer that has no
+chat template.
 """
 
 from __future__ import annotations
@@ -12,11 +14,19 @@ from lorry.data.reading.content import ChatMessage, Conversation
 
 
 def item_conversation(item: NamedSetItem, shots: Sequence[NamedSetItem] = ()) -> Conversation:
-    """Chat turns, the shots first as earlier turns; ``plain`` is (blocks of text that close with the cue, " answer")."""
-    turns = [message for shot in shots for message in (ChatMessage("user", shot.prompt), ChatMessage("assistant", shot.answer))]
+    """Chat turns, the shots first as earlier turns; ``plain`` is (blocks of text that close with
+    the cue, " answer").
+    """
+    turns = [
+        message
+        for shot in shots
+        for message in (ChatMessage("user", shot.prompt), ChatMessage("assistant", shot.answer))
+    ]
     blocks = [f"{prompt_with_cue(shot)} {shot.answer}" for shot in shots]
     messages = (*turns, ChatMessage("user", item.prompt), ChatMessage("assistant", item.answer))
-    return Conversation(messages, ("\n\n".join([*blocks, prompt_with_cue(item)]), f" {item.answer}"))
+    return Conversation(
+        messages, ("\n\n".join([*blocks, prompt_with_cue(item)]), f" {item.answer}")
+    )
 
 
 def prompt_with_cue(item: NamedSetItem) -> str:

@@ -26,7 +26,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lorry.data.encoding.template import PROBE_CHARACTER, ChatTemplate, RenderedTemplate, TemplateRefusedError, common_prefix
+from lorry.data.encoding.template import (
+    PROBE_CHARACTER,
+    ChatTemplate,
+    RenderedTemplate,
+    TemplateRefusedError,
+    common_prefix,
+)
 from lorry.data.reading.content import ChatMessage
 
 CharSpan = tuple[int, int]
@@ -34,9 +40,10 @@ CharSpan = tuple[int, int]
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A rendered chat: ``spans`` are the supervised characters, in order; ``ended``: the last answer has its end of turn;
-    ``stale``: numbers of the messages that are answers but were not written as they are when they are generated;
-    ``unlearnt``: characters that the row's own marks (weight 0, train_detail) keep from being learnt.
+    """A rendered chat: ``spans`` are the supervised characters, in order; ``ended``: the last
+    answer has its end of turn; ``stale``: numbers of the messages that are answers but were not
+    written as they are when they are generated; ``unlearnt``: characters that the row's own marks
+    (weight 0, train_detail) keep from being learnt.
     """
 
     text: str
@@ -46,8 +53,11 @@ class RenderedChat:
     unlearnt: tuple[CharSpan, ...] = ()
 
 
-def render_chat(template: ChatTemplate, messages: Sequence[ChatMessage], *, everything: bool = False) -> RenderedChat:
-    """Render a chat and find its answers; with ``everything``, which is then learnt, also other turns that are not to be.
+def render_chat(
+    template: ChatTemplate, messages: Sequence[ChatMessage], *, everything: bool = False
+) -> RenderedChat:
+    """Render a chat and find its answers; with ``everything``, which is then learnt, also other
+    turns that are not to be.
 
     Raises TemplateRefusal when the template or this search does not take the chat.
     """
@@ -66,22 +76,36 @@ def render_chat(template: ChatTemplate, messages: Sequence[ChatMessage], *, ever
         block = _generation_block(rendered, answer)
         used += block is not None
         end, ended = _with_end_of_turn(template, rendered.text, answer[1])
-        if index < len(messages) - 1 and not template.render(messages[: index + 1]).text.startswith(rendered.text[:end]):
+        if index < len(messages) - 1 and not template.render(messages[: index + 1]).text.startswith(
+            rendered.text[:end]
+        ):
             stale += [index] if message.learnt else []
-            unlearnt += _unlearnt_spans(message, rendered.text, answer, (answer[0], end)) if everything else []
+            unlearnt += (
+                _unlearnt_spans(message, rendered.text, answer, (answer[0], end))
+                if everything
+                else []
+            )
             continue
         begin = _answer_start(template, rendered, answer, block, spans[-1][1] if spans else 0)
         if begin is not None:
             spans.append((begin, end))
         if begin is not None or everything:
-            unlearnt += _unlearnt_spans(message, rendered.text, answer, (answer[0] if begin is None else begin, end))
+            unlearnt += _unlearnt_spans(
+                message, rendered.text, answer, (answer[0] if begin is None else begin, end)
+            )
     if used != len(rendered.blocks):
-        raise TemplateRefusedError("a {% generation %} block of the chat template marks text that is no assistant turn")
+        raise TemplateRefusedError(
+            "a {% generation %} block of the chat template marks text that is no assistant turn"
+        )
     return RenderedChat(rendered.text, tuple(spans), ended, tuple(stale), tuple(unlearnt))
 
 
-def _unlearnt_spans(message: ChatMessage, text: str, answer: CharSpan, whole: CharSpan) -> list[CharSpan]:
-    """The characters of an answer's span that its marks keep from being learnt. Raises TemplateRefusal if they cannot be told."""
+def _unlearnt_spans(
+    message: ChatMessage, text: str, answer: CharSpan, whole: CharSpan
+) -> list[CharSpan]:
+    """The characters of an answer's span that its marks keep from being learnt. Raises
+    TemplateRefusal if they cannot be told.
+    """
     if not message.learnt:
         return [whole]
     if not message.unlearnt:
@@ -89,13 +113,21 @@ def _unlearnt_spans(message: ChatMessage, text: str, answer: CharSpan, whole: Ch
     said = text[answer[0] : answer[1]]
     shift = message.content.find(said)
     if shift < 0 or message.content[:shift].strip():
-        raise TemplateRefusedError("the chat template changes an answer that has train_detail, so its characters cannot be told")
-    moved = ((max(start - shift, 0), min(end - shift, len(said))) for start, end in message.unlearnt)
+        raise TemplateRefusedError(
+            "the chat template changes an answer that has train_detail, so its characters cannot be told"
+        )
+    moved = (
+        (max(start - shift, 0), min(end - shift, len(said))) for start, end in message.unlearnt
+    )
     return [(answer[0] + start, answer[0] + end) for start, end in moved if start < end]
 
 
-def locate_message(template: ChatTemplate, messages: Sequence[ChatMessage], index: int, text: str) -> CharSpan:
-    """The characters of ``text`` that come from message ``index``. Raises TemplateRefusal when they cannot be told."""
+def locate_message(
+    template: ChatTemplate, messages: Sequence[ChatMessage], index: int, text: str
+) -> CharSpan:
+    """The characters of ``text`` that come from message ``index``. Raises TemplateRefusal when they
+    cannot be told.
+    """
     if (known := template.framed_span(messages, index, text)) is not None:
         return known
     changed = [*messages]
@@ -103,16 +135,22 @@ def locate_message(template: ChatTemplate, messages: Sequence[ChatMessage], inde
     probed = template.render(changed).text
     at = probed.find(PROBE_CHARACTER)
     if at < 0 or probed.count(PROBE_CHARACTER) > 1:
-        raise TemplateRefusedError(f"the chat template shows message {index + 1} {'more than once' if at >= 0 else 'not at all'}")
+        raise TemplateRefusedError(
+            f"the chat template shows message {index + 1} {'more than once' if at >= 0 else 'not at all'}"
+        )
     start = at if text.startswith(probed[:at]) else common_prefix(text, probed)
     tail = probed[at + 1 :]
     if not text.endswith(tail) or len(text) - len(tail) < start:
-        raise TemplateRefusedError(f"the chat template changes other parts of the chat with message {index + 1}")
+        raise TemplateRefusedError(
+            f"the chat template changes other parts of the chat with message {index + 1}"
+        )
     return start, len(text) - len(tail)
 
 
 def _with_end_of_turn(template: ChatTemplate, text: str, end: int) -> tuple[int, bool]:
-    """Move the end of an answer behind its end of turn (and the white space before that), if it has one."""
+    """Move the end of an answer behind its end of turn (and the white space before that), if it has
+    one.
+    """
     if not template.end_of_turn:
         return end, False
     found = re.compile(r"\s*" + re.escape(template.end_of_turn)).match(text, end)
@@ -120,24 +158,36 @@ def _with_end_of_turn(template: ChatTemplate, text: str, end: int) -> tuple[int,
 
 
 def _generation_block(rendered: RenderedTemplate, answer: CharSpan) -> CharSpan | None:
-    """The {% generation %} block around an answer. Raises TemplateRefusal when a block holds only a part of it."""
+    """The {% generation %} block around an answer. Raises TemplateRefusal when a block holds only a
+    part of it.
+    """
     for start, end in rendered.blocks:
         if start <= answer[0] and answer[1] <= end:
             return start, end
         if start < answer[1] and answer[0] < end:
-            raise TemplateRefusedError("a {% generation %} block of the chat template holds only a part of an answer")
+            raise TemplateRefusedError(
+                "a {% generation %} block of the chat template holds only a part of an answer"
+            )
     return None
 
 
 def _answer_start(
-    template: ChatTemplate, rendered: RenderedTemplate, answer: CharSpan, block: CharSpan | None, after: int
+    template: ChatTemplate,
+    rendered: RenderedTemplate,
+    answer: CharSpan,
+    block: CharSpan | None,
+    after: int,
 ) -> int | None:
-    """Where the assistant's own words start, or None for a turn that the template's author left unmarked on purpose."""
+    """Where the assistant's own words start, or None for a turn that the template's author left
+    unmarked on purpose.
+    """
     if answer[0] == answer[1]:
         raise TemplateRefusedError("the chat template leaves nothing of an answer")
     if rendered.blocks:
         return block[0] if block else None
     header = rendered.text.rfind(template.header, after, answer[0])
     if header < 0:
-        raise TemplateRefusedError(f"the chat template opens an assistant turn without its header {template.header!r}")
+        raise TemplateRefusedError(
+            f"the chat template opens an assistant turn without its header {template.header!r}"
+        )
     return header + len(template.header)

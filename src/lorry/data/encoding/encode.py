@@ -3,9 +3,10 @@
     encoder = Encoder(tokenizer, max_length=1024)
     encoder.encode(Conversation((Message("user", "Hi"), Message("assistant", "Hello"))))    # [Encoded(tokens, weights)]
 
-``weights[t]`` is the weight of token t as a target, so the first is always 0. Of a chat or a prompt with completion the
-answers are learnt, each with its end of turn; of a text everything, with the end of text behind it. The end is learnt
-because of where it stands, not by its id: a padding token that is the same id changes nothing.
+``weights[t]`` is the weight of token t as a target, so the first is always 0. Of a chat or a prompt
+with completion the answers are learnt, each with its end of turn; of a text everything, with the
+end of text behind it. The end is learnt because of where it stands, not by its id: a padding token
+that is the same id changes nothing.
 """
 
 from __future__ import annotations
@@ -39,16 +40,19 @@ from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.content import ChatMessage, Conversation, ExampleContent, TextDocument
 from lorry.errors import ConfigError, DataError, ModelError
 
-TOO_LONG = "too long"  # the kind of a sound row whose answer does not fit: dropped with a count, not an error
+# the kind of a sound row whose answer does not fit: dropped with a count, not an error
+TOO_LONG = "too long"
 ALREADY_RENDERED = "the prompt is rendered by the chat template already"
 AS_MESSAGES = "give plain text or messages instead"
-MOST_CUT_ROUNDS = 8  # tries to hit max_length when a prompt is cut; each lands within a few tokens of it
+MOST_CUT_ROUNDS = (
+    8  # tries to hit max_length when a prompt is cut; each lands within a few tokens of it
+)
 
 
 @dataclass(frozen=True)
 class EncodedSequence:
-    """Tokens and their weights as targets, of equal length. ``cut`` counts the prompt tokens that were left out, ``skipped``
-    the characters among them that were not even tokenised."""
+    """Tokens and their weights as targets, of equal length. ``cut`` counts the prompt tokens that
+    were left out, ``skipped`` the characters among them that were not even tokenised."""
 
     tokens: list[int]
     weights: list[float]
@@ -58,9 +62,10 @@ class EncodedSequence:
 
 @dataclass(frozen=True)
 class _RenderedDraft:
-    """A rendered example. ``opener``: the text before each span; ``unlearnt``: characters of the spans that are not learnt;
-    ``messages`` and ``template`` of a chat, of which ``last`` learns the last answer only; ``opened``, ``closed``: BOS, EOS go
-    around it; ``whole``: all of it is learnt; ``skipped``: characters of the prompt that are left out beforehand.
+    """A rendered example. ``opener``: the text before each span; ``unlearnt``: characters of the
+    spans that are not learnt; ``messages`` and ``template`` of a chat, of which ``last`` learns the
+    last answer only; ``opened``, ``closed``: BOS, EOS go around it; ``whole``: all of it is learnt;
+    ``skipped``: characters of the prompt that are left out beforehand.
     """
 
     text: str
@@ -79,14 +84,14 @@ class _RenderedDraft:
 class ExampleEncoder:
     """Encodes conversations and texts for one tokenizer.
 
-    ``completion_only_loss=False`` supervises every token but the first. ``system`` is put before chats that have no system
-    message of their own. ``variables`` go to the chat template; ``chat=False`` leaves it aside, as if there were none. ``notes``
-    counts what was adjusted, in words.
-    ``embeddings``: rows of the model's embedding table; a token beyond them makes a bad row (a DataError of ``prompt``).
-    ``tell``: where to say how far the reading of a large source is.
-    A prompt or text that the template has rendered already is recognised by how it begins and not wrapped again; a control
-    token in the middle of a text makes no rendered chat of it.
-    Raises ModelError for a template or tokenizer that cannot be used, ConfigError for max_length < 2.
+    ``completion_only_loss=False`` supervises every token but the first. ``system`` is put before
+    chats that have no system message of their own. ``variables`` go to the chat template;
+    ``chat=False`` leaves it aside, as if there were none. ``notes`` counts what was adjusted, in
+    words. ``embeddings``: rows of the model's embedding table; a token beyond them makes a bad row
+    (a DataError of ``prompt``). ``tell``: where to say how far the reading of a large source is. A
+    prompt or text that the template has rendered already is recognised by how it begins and not
+    wrapped again; a control token in the middle of a text makes no rendered chat of it. Raises
+    ModelError for a template or tokenizer that cannot be used, ConfigError for max_length < 2.
     """
 
     def __init__(
@@ -96,7 +101,9 @@ class ExampleEncoder:
     ) -> None:  # fmt: skip
         self.embeddings, self.tell = embeddings, tell
         if max_length < 2:
-            raise ConfigError(f"max_length={max_length}: a token can only be learnt after another one; set 2 or more")
+            raise ConfigError(
+                f"max_length={max_length}: a token can only be learnt after another one; set 2 or more"
+            )
         self.tokenizer, self.max_length, self.completion_only_loss, self.system = (
             tokenizer,
             max_length,
@@ -105,33 +112,68 @@ class ExampleEncoder:
         )
         self.tokens = TextTokenizer(tokenizer)
         own = ChatTemplate.of(tokenizer, variables) if chat else None
-        opening = {"opening": tokenizer.decode(self.tokens.opening), "eos_token": tokenizer.eos_token or ""}
+        opening = {
+            "opening": tokenizer.decode(self.tokens.opening),
+            "eos_token": tokenizer.eos_token or "",
+        }
         self.has_template = own is not None
         self.template = own or ChatTemplate.made(PLAIN_TEMPLATE, tokenizer, opening)
-        self._end_of_turn = self.tokens.one(self.template.end_of_turn).ids if self.template.end_of_turn else []
+        self._end_of_turn = (
+            self.tokens.one(self.template.end_of_turn).ids if self.template.end_of_turn else []
+        )
         opener = str(opening["opening"])
         shown = [ChatMessage("user", "?"), ChatMessage("assistant", "!")]
-        self._template_opens = bool(opener) and self.template.render(shown).text.lstrip().startswith(opener.strip())
+        self._template_opens = bool(opener) and self.template.render(
+            shown
+        ).text.lstrip().startswith(opener.strip())
         self.notes: Counter[str] = Counter()
         specials = special_token_texts(tokenizer)
-        self._control = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)")
+        self._control = re.compile(
+            "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)"
+        )
         self._bos = [bos for bos in (opener.strip(), tokenizer.bos_token) if bos]
-        # of an opening only the first line: what follows it may be a default system message, or today's date
-        starts = {(self._without_bos(start).splitlines() or [""])[0].strip() for start in self.template.openings}
-        self._openings = tuple(sorted(start for start in starts if start)) if self.has_template else ()
-        self._begins = {start[0] for start in (*self._bos, *self._openings)}  # no other character begins a rendered text
+        # of an opening only the first line: what follows it may be a default system message, or
+        # today's date
+        starts = {
+            (self._without_bos(start).splitlines() or [""])[0].strip()
+            for start in self.template.openings
+        }
+        self._openings = (
+            tuple(sorted(start for start in starts if start)) if self.has_template else ()
+        )
+        self._begins = {
+            start[0] for start in (*self._bos, *self._openings)
+        }  # no other character begins a rendered text
         self._header = self.template.written_header.strip()
         self._header_is_control = self.has_template and bool(self._control.search(self._header))
 
     def identity(self) -> str:
-        """All that decides what this encoder makes of a row, as text; "" for a tokenizer that cannot be written down."""
+        """All that decides what this encoder makes of a row, as text; "" for a tokenizer that
+        cannot be written down.
+        """
         if not getattr(self.tokenizer, "is_fast", False):
             return ""
-        settings = [self.max_length, self.completion_only_loss, self.system, self.embeddings, self.has_template]
+        settings = [
+            self.max_length,
+            self.completion_only_loss,
+            self.system,
+            self.embeddings,
+            self.has_template,
+        ]
         special = self.tokenizer.special_tokens_map
-        parts = [settings, self.template.source, self.template.variables, special, self.tokens.opening, self.tokens.end]
-        # what Python's half of a tokenizer decides (split_special_tokens ...) is in none of its files' JSON: read a sample
-        sample = " ".join(("Über  12,345", *special_token_texts(self.tokenizer), "\n\n<|x|> 漢字🙂", "end."))
+        parts = [
+            settings,
+            self.template.source,
+            self.template.variables,
+            special,
+            self.tokens.opening,
+            self.tokens.end,
+        ]
+        # what Python's half of a tokenizer decides (split_special_tokens ...) is in none of its
+        # files' JSON: read a sample
+        sample = " ".join(
+            ("Über  12,345", *special_token_texts(self.tokenizer), "\n\n<|x|> 漢字🙂", "end.")
+        )
         parts += [type(self.tokenizer).__qualname__, self.tokens.ids_and_ends(sample)]
         try:
             text = json.dumps(parts, sort_keys=True, default=str)
@@ -143,25 +185,35 @@ class ExampleEncoder:
         """``encode_many`` for one example."""
         return self.encode_many([content])[0]
 
-    def encode_many(self, contents: Sequence[ExampleContent]) -> list[list[EncodedSequence] | BadRow]:
+    def encode_many(
+        self, contents: Sequence[ExampleContent]
+    ) -> list[list[EncodedSequence] | BadRow]:
         """Encode each example, or say why it cannot be.
 
-        One sequence each, but for a text longer than max_length, which is cut into several, and a chat with turns that the
-        template writes differently later on, which get sequences of their own.
+        One sequence each, but for a text longer than max_length, which is cut into several, and a
+        chat with turns that the template writes differently later on, which get sequences of their
+        own.
         """
         drafts = [self._drafts(content) for content in contents]
         sound = [draft for made in drafts if not isinstance(made, BadRow) for draft in made]
-        columns = [draft.text for draft in sound], [draft.spans for draft in sound], [draft.opener for draft in sound]
+        columns = (
+            [draft.text for draft in sound],
+            [draft.spans for draft in sound],
+            [draft.opener for draft in sound],
+        )
         marked = iter(self.tokens.many(*columns, [draft.unlearnt for draft in sound]))
         return [
-            made if isinstance(made, BadRow) else self._together([self._known(self._finish(d, next(marked))) for d in made])
+            made
+            if isinstance(made, BadRow)
+            else self._together([self._known(self._finish(d, next(marked))) for d in made])
             for made in drafts
         ]
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """The tokens to generate the last answer from, as training puts them before it.
 
-        Raises DataError when the chat template does not take the conversation, or the model has no row for a token.
+        Raises DataError when the chat template does not take the conversation, or the model has no
+        row for a token.
         """
         try:
             ids = self._prompt(conversation)
@@ -202,7 +254,9 @@ class ExampleEncoder:
         template = self.template.with_tools(conversation.tools)
         template.expect_tools_shown(messages)
         earlier: Sequence[CharSpan] = ()
-        if any(message.role == "assistant" for message in messages):  # earlier answers are tokenised as in training
+        if any(
+            message.role == "assistant" for message in messages
+        ):  # earlier answers are tokenised as in training
             earlier = render_chat(template, messages).spans
         return self.tokens.one(template.prompt(messages), earlier, template.header).ids
 
@@ -218,7 +272,9 @@ class ExampleEncoder:
             if not runs or runs[-1][1] != bool(weight):
                 runs.append(([], bool(weight)))
             runs[-1][0].append(token)
-        return [(self.tokenizer.decode(ids, skip_special_tokens=False), learnt) for ids, learnt in runs]
+        return [
+            (self.tokenizer.decode(ids, skip_special_tokens=False), learnt) for ids, learnt in runs
+        ]
 
     def _drafts(self, content: ExampleContent) -> list[_RenderedDraft] | BadRow:
         try:
@@ -226,24 +282,43 @@ class ExampleEncoder:
                 return [self._text(content.text)]
             self._note_turns(content)
             if content.tools and not self.has_template:
-                raise TemplateRefusedError("the row has tools and the tokenizer no chat template that could show them")
+                raise TemplateRefusedError(
+                    "the row has tools and the tokenizer no chat template that could show them"
+                )
             if content.plain and not self.has_template:
                 whole, answer = self._plain_prompt(content), content.plain[1]
                 prompt, skipped = cut_text_middle(self.tokens, whole, self.max_length)
-                spans, last_line = [(len(prompt), len(prompt) + len(answer))], (prompt.splitlines(keepends=True) or [""])[-1]
-                return [_RenderedDraft(prompt + answer, spans, last_line, opened=True, closed=True, skipped=skipped)]
+                spans, last_line = (
+                    [(len(prompt), len(prompt) + len(answer))],
+                    (prompt.splitlines(keepends=True) or [""])[-1],
+                )
+                return [
+                    _RenderedDraft(
+                        prompt + answer, spans, last_line, opened=True, closed=True, skipped=skipped
+                    )
+                ]
             if rendered := self._rendered(content):
                 return [self._rendered_draft(*rendered)]
-            messages, skipped = cut_longest_middle(self.tokens, self._prepared(content), self.max_length)
+            messages, skipped = cut_longest_middle(
+                self.tokens, self._prepared(content), self.max_length
+            )
             template = self.template.with_tools(content.tools)
             template.expect_tools_shown(messages)
             chat = self._laid_out(template, messages)
             stale = chat.stale if self.completion_only_loss else ()
             own = [
-                self._chat(template, messages[: at + 1], self._laid_out(template, messages[: at + 1]), last=True) for at in stale
+                self._chat(
+                    template,
+                    messages[: at + 1],
+                    self._laid_out(template, messages[: at + 1]),
+                    last=True,
+                )
+                for at in stale
             ]
             if own:
-                self.notes["the chat template rewrites earlier answers; each was learnt in a chat that ends with it"] += 1
+                self.notes[
+                    "the chat template rewrites earlier answers; each was learnt in a chat that ends with it"
+                ] += 1
             drafts = [*own, self._chat(template, messages, chat, last=False)]
             return [replace(draft, skipped=skipped) for draft in drafts] if skipped else drafts
         except TemplateRefusedError as error:
@@ -257,7 +332,11 @@ class ExampleEncoder:
         opened = closed = True
         if self._control.search(text):
             rendered = self._begins_rendered(text, self.template.written_header.strip() in text)
-            kind = "are chats that are rendered already, learnt whole" if rendered else "hold control tokens of the tokenizer"
+            kind = (
+                "are chats that are rendered already, learnt whole"
+                if rendered
+                else "hold control tokens of the tokenizer"
+            )
             advice = " (the format messages learns answers only)" if rendered else ""
             self.notes[f"texts {kind}; no second BOS or end was put around them{advice}"] += 1
             ends = (self.template.end_of_turn if rendered else "", self.tokenizer.eos_token)
@@ -275,19 +354,25 @@ class ExampleEncoder:
     def _begins_rendered(self, text: str, closed: bool) -> bool:
         """Whether a text begins as the chat template begins a chat, white space and BOS aside.
 
-        A control token in the middle says nothing: people ask about them. An opening without a control token (``[INST]`` as
-        plain text) counts only with ``closed``: the assistant's header stands where it belongs.
+        A control token in the middle says nothing: people ask about them. An opening without a
+        control token (``[INST]`` as plain text) counts only with ``closed``: the assistant's header
+        stands where it belongs.
         """
         if text.lstrip()[:1] not in self._begins:
             return False
         begun = self._without_bos(text)
-        return any(begun.startswith(start) and (closed or self._control.search(start)) for start in self._openings)
+        return any(
+            begun.startswith(start) and (closed or self._control.search(start))
+            for start in self._openings
+        )
 
     def _rendered(self, conversation: Conversation) -> tuple[str, str] | None:
-        """(prompt up to the assistant's header, answer) of a question that the chat template has rendered already, else None.
+        """(prompt up to the assistant's header, answer) of a question that the chat template has
+        rendered already, else None.
 
-        It is known by how it begins. Raises TemplateRefusal where a system message, tools or marks of what is learnt would
-        have to go into it, where its last question does not end, and where a format's own column stands behind it.
+        It is known by how it begins. Raises TemplateRefusal where a system message, tools or marks
+        of what is learnt would have to go into it, where its last question does not end, and where
+        a format's own column stands behind it.
         """
         turns = [message for message in conversation.messages if message.role != "system"]
         header, question = self.template.written_header.strip(), self.template.question_header
@@ -307,40 +392,61 @@ class ExampleEncoder:
             )
         self._refuse_further_turns(answer)
         at = asked.rfind(header) if header else len(asked)
-        missing = bool(header) and at <= (asked.rfind(question) if question else -1)  # or the answer brought it
+        missing = bool(header) and at <= (
+            asked.rfind(question) if question else -1
+        )  # or the answer brought it
         if missing and not asked.rstrip().endswith(self.template.question_end):
-            raise TemplateRefusedError(f"{ALREADY_RENDERED}, but its last question does not end; {AS_MESSAGES}")
-        composed = conversation.plain is not None and conversation.plain[0] != asked  # of several columns, as alpaca's
+            raise TemplateRefusedError(
+                f"{ALREADY_RENDERED}, but its last question does not end; {AS_MESSAGES}"
+            )
+        composed = (
+            conversation.plain is not None and conversation.plain[0] != asked
+        )  # of several columns, as alpaca's
         if composed and not missing and asked[at:].removeprefix(header).strip():
             raise TemplateRefusedError(
                 f"{ALREADY_RENDERED}, and another column stands behind the assistant's header; {AS_MESSAGES}"
             )
-        self.notes["prompts are rendered by the chat template already; no second chat was put around them"] += 1
+        self.notes[
+            "prompts are rendered by the chat template already; no second chat was put around them"
+        ] += 1
         if missing:
             asked, at = f"{asked}{self.template.written_header}", len(asked)
             answer = answer.lstrip("\n") if self.template.written_header.endswith("\n") else answer
-        if not asked[at:].removeprefix(header).strip():  # white space behind the header as the template has it
+        if (
+            not asked[at:].removeprefix(header).strip()
+        ):  # white space behind the header as the template has it
             asked = asked[:at] + self.template.written_header.lstrip()
         return asked, self._bare(answer)
 
     def _without_header(self, message: ChatMessage) -> ChatMessage:
-        """An answer without the assistant's header that it brings itself: the template writes it. Raises TemplateRefusal."""
+        """An answer without the assistant's header that it brings itself: the template writes it.
+        Raises TemplateRefusal.
+        """
         header = self._header
         if message.role != "assistant" or not self._header_is_control:
             return message
         if not (said := self._without_bos(message.content)).startswith(header):
             return message
         if message.unlearnt:
-            raise TemplateRefusedError("an answer with train_detail brings the chat template's header; leave the header out")
+            raise TemplateRefusedError(
+                "an answer with train_detail brings the chat template's header; leave the header out"
+            )
         self.notes["answers bring the chat template's header; it was left to the template"] += 1
         said = said.removeprefix(header)
-        return replace(message, content=said.lstrip("\n") if self.template.written_header.endswith("\n") else said)
+        return replace(
+            message,
+            content=said.lstrip("\n") if self.template.written_header.endswith("\n") else said,
+        )
 
     def _refuse_further_turns(self, answer: str) -> None:
-        """Raise TemplateRefusal for an answer in which the rendered chat goes on: its questions would be learnt."""
+        """Raise TemplateRefusal for an answer in which the rendered chat goes on: its questions
+        would be learnt.
+        """
         question, turn = self.template.question_header, self.template.end_of_turn
         if question and turn and question in answer.partition(turn)[2]:
-            raise TemplateRefusedError(f"the answer goes on with another rendered question; {AS_MESSAGES}")
+            raise TemplateRefusedError(
+                f"the answer goes on with another rendered question; {AS_MESSAGES}"
+            )
 
     def _refuse_rendered(self, message: ChatMessage) -> None:
         """Raise TemplateRefusal for a turn that would get a second turn around it."""
@@ -351,26 +457,38 @@ class ExampleEncoder:
             return
         closed = self._header_is_control and message.content.rstrip().endswith(self._header)
         if closed or self._begins_rendered(message.content, closed):
-            raise TemplateRefusedError(f"a turn of the {message.role} is rendered by the chat template already; {AS_MESSAGES}")
+            raise TemplateRefusedError(
+                f"a turn of the {message.role} is rendered by the chat template already; {AS_MESSAGES}"
+            )
 
     def _bare(self, answer: str) -> str:
-        """An answer without the ends of turn and of text behind it. Raises TemplateRefusal when nothing is left."""
+        """An answer without the ends of turn and of text behind it. Raises TemplateRefusal when
+        nothing is left.
+        """
         ends = [end for end in (self.template.end_of_turn, self.tokenizer.eos_token) if end]
         while end := next((end for end in ends if answer.rstrip().endswith(end)), ""):
             answer = answer.rstrip().removesuffix(end)
         if not answer.strip():
-            raise TemplateRefusedError("the answer is nothing but an end of turn: there is nothing to learn")
+            raise TemplateRefusedError(
+                "the answer is nothing but an end of turn: there is nothing to learn"
+            )
         return answer
 
     def _rendered_draft(self, prompt: str, answer: str) -> _RenderedDraft:
-        """The example of a prompt that was rendered elsewhere: BOS where the template writes it, one end of turn."""
+        """The example of a prompt that was rendered elsewhere: BOS where the template writes it,
+        one end of turn.
+        """
         turn = self.template.end_of_turn if len(self._end_of_turn) == 1 else ""
         prompt, skipped = cut_text_middle(self.tokens, prompt, self.max_length)
         text = prompt + answer + turn
         spans, opened = [(len(prompt), len(text))], self._template_opens
-        return _RenderedDraft(text, spans, self.template.header, opened=opened, closed=not turn, skipped=skipped)
+        return _RenderedDraft(
+            text, spans, self.template.header, opened=opened, closed=not turn, skipped=skipped
+        )
 
-    def _together(self, parts: list[list[EncodedSequence] | BadRow]) -> list[EncodedSequence] | BadRow:
+    def _together(
+        self, parts: list[list[EncodedSequence] | BadRow]
+    ) -> list[EncodedSequence] | BadRow:
         """The sequences of one example; it is a bad row when none of them can be used."""
         kept = [piece for part in parts if not isinstance(part, BadRow) for piece in part]
         bad = [part for part in parts if isinstance(part, BadRow)]
@@ -380,7 +498,11 @@ class ExampleEncoder:
 
     def _plain_prompt(self, conversation: Conversation) -> str:
         prompt = conversation.plain[0] if conversation.plain else ""
-        return f"{self.system}\n\n{prompt}" if self.system and conversation.messages[0].role != "system" else prompt
+        return (
+            f"{self.system}\n\n{prompt}"
+            if self.system and conversation.messages[0].role != "system"
+            else prompt
+        )
 
     def _note_turns(self, conversation: Conversation) -> None:
         """Count what of the turns' keys neither the template nor the weights take."""
@@ -389,26 +511,51 @@ class ExampleEncoder:
         if any(message.name for message in conversation.messages):
             nameless = tuple(replace(message, name="") for message in conversation.messages)
             template = self.template.with_tools(conversation.tools)
-            if not self.has_template or template.render(nameless).text == template.render(conversation.messages).text:
+            if (
+                not self.has_template
+                or template.render(nameless).text == template.render(conversation.messages).text
+            ):
                 self.notes["turns have the key 'name', which the chat template does not show"] += 1
 
-    def _chat(self, template: ChatTemplate, messages: tuple[ChatMessage, ...], chat: RenderedChat, last: bool) -> _RenderedDraft:
-        """A chat ready for the tokenizer; without an end of turn that can stop generation it gets the end of text."""
+    def _chat(
+        self,
+        template: ChatTemplate,
+        messages: tuple[ChatMessage, ...],
+        chat: RenderedChat,
+        last: bool,
+    ) -> _RenderedDraft:
+        """A chat ready for the tokenizer; without an end of turn that can stop generation it gets
+        the end of text.
+        """
         if not chat.spans:
-            raise TemplateRefusedError("the chat template marks no answer of this conversation for learning")
+            raise TemplateRefusedError(
+                "the chat template marks no answer of this conversation for learning"
+            )
         spans = chat.spans[-1:] if last else chat.spans
         said = chat.text[spans[-1][0] : spans[-1][1]]
         if messages[-1].content.strip() not in said:
-            self.notes["the chat template changes or shortens the answer itself, a thought for example"] += 1
+            self.notes[
+                "the chat template changes or shortens the answer itself, a thought for example"
+            ] += 1
         if chat.ended and len(self._end_of_turn) == 1:
-            return _RenderedDraft(chat.text, spans, template.header, chat.unlearnt, messages, template, last)
-        missing = "an end of turn that is several tokens" if chat.ended else "no end of turn after the last answer"
+            return _RenderedDraft(
+                chat.text, spans, template.header, chat.unlearnt, messages, template, last
+            )
+        missing = (
+            "an end of turn that is several tokens"
+            if chat.ended
+            else "no end of turn after the last answer"
+        )
         self.notes[f"the chat template writes {missing}; the end of text was added"] += 1
         text = chat.text[: spans[-1][1]]
-        return _RenderedDraft(text, spans, template.header, chat.unlearnt, messages, template, last, closed=True)
+        return _RenderedDraft(
+            text, spans, template.header, chat.unlearnt, messages, template, last, closed=True
+        )
 
     def _prepared(self, conversation: Conversation) -> tuple[ChatMessage, ...]:
-        """The messages up to the last learnt answer (what follows teaches nothing), with the system message where it can be."""
+        """The messages up to the last learnt answer (what follows teaches nothing), with the system
+        message where it can be.
+        """
         messages = list(conversation.messages)
         while messages[-1].role != "assistant" or not messages[-1].learnt:
             messages.pop()
@@ -428,23 +575,37 @@ class ExampleEncoder:
         if self._control.search(message.content):
             for end in (self.template.end_of_turn, self.tokenizer.eos_token):
                 if end and message.role == "assistant" and message.content.rstrip().endswith(end):
-                    return self._without_end(replace(message, content=message.content.rstrip().removesuffix(end)))
-            self.notes["messages hold control tokens of the tokenizer as text; they are read as control tokens"] += 1
+                    return self._without_end(
+                        replace(message, content=message.content.rstrip().removesuffix(end))
+                    )
+            self.notes[
+                "messages hold control tokens of the tokenizer as text; they are read as control tokens"
+            ] += 1
         return message
 
-    def _finish(self, draft: _RenderedDraft, marked: MarkedTokens) -> list[EncodedSequence] | BadRow:
+    def _finish(
+        self, draft: _RenderedDraft, marked: MarkedTokens
+    ) -> list[EncodedSequence] | BadRow:
         """Put BOS and EOS around, cut to max_length, and turn marks into weights."""
         marked = self._dressed(draft, marked)
         if draft.whole:
             return self._pieces(marked.ids)
-        cut, full = 0, len(marked.ids) if not self.completion_only_loss else end_of_supervised(marked)
+        cut, full = (
+            0,
+            len(marked.ids) if not self.completion_only_loss else end_of_supervised(marked),
+        )
         if full > self.max_length:
-            shortened = self._shortened_chat(draft) if draft.messages else self._shortened_plain(draft, marked)
+            shortened = (
+                self._shortened_chat(draft)
+                if draft.messages
+                else self._shortened_plain(draft, marked)
+            )
             if isinstance(shortened, BadRow):
                 return shortened
             marked, cut = shortened, full - self._length(shortened)
         if self.completion_only_loss:
-            # behind the last answer nothing is learnt and nothing depends on it: not worth computing
+            # behind the last answer nothing is learnt and nothing depends on it: not worth
+            # computing
             ids, weights = (
                 marked.ids[: end_of_supervised(marked)],
                 [float(taken) for taken in marked.learnt[: end_of_supervised(marked)]],
@@ -452,11 +613,15 @@ class ExampleEncoder:
         else:
             ids, weights = marked.ids, [1.0] * len(marked.ids)
         weights = (
-            [0.0 if number in marked.barred else weight for number, weight in enumerate(weights)] if marked.barred else weights
+            [0.0 if number in marked.barred else weight for number, weight in enumerate(weights)]
+            if marked.barred
+            else weights
         )
         weights[:1] = [0.0]
         if not any(weights):
-            return BadRow("no answer", "no token of the answer can be learnt: nothing stands before it")
+            return BadRow(
+                "no answer", "no token of the answer can be learnt: nothing stands before it"
+            )
         return [EncodedSequence(ids, weights, cut, draft.skipped)]
 
     def _dressed(self, draft: _RenderedDraft, marked: MarkedTokens) -> MarkedTokens:
@@ -466,10 +631,14 @@ class ExampleEncoder:
             learnt = [False] * (len(ids) - len(learnt)) + learnt
         if draft.closed:
             if self.tokens.end is None:
-                raise ModelError("the tokenizer has no eos_token, so the model could never learn to stop; set eos_token")
+                raise ModelError(
+                    "the tokenizer has no eos_token, so the model could never learn to stop; set eos_token"
+                )
             if ids[-1:] != [self.tokens.end]:
                 ids, learnt = [*ids, self.tokens.end], [*learnt, True]
-        return MarkedTokens(ids, learnt, marked.barred)  # barred tokens are of chats, which get no BOS in front
+        return MarkedTokens(
+            ids, learnt, marked.barred
+        )  # barred tokens are of chats, which get no BOS in front
 
     def _opened(self, ids: list[int]) -> list[int]:
         """With the tokenizer's BOS in front, once."""
@@ -479,21 +648,31 @@ class ExampleEncoder:
     def _pieces(self, ids: list[int]) -> list[EncodedSequence] | BadRow:
         if len(ids) < 2:
             return BadRow("empty answer", "the text is a single token: there is nothing to learn")
-        return [EncodedSequence(piece, [0.0] + [1.0] * (len(piece) - 1)) for piece in split_text_tokens(ids, self.max_length)]
+        return [
+            EncodedSequence(piece, [0.0] + [1.0] * (len(piece) - 1))
+            for piece in split_text_tokens(ids, self.max_length)
+        ]
 
-    def _shortened_plain(self, draft: _RenderedDraft, marked: MarkedTokens) -> MarkedTokens | BadRow:
+    def _shortened_plain(
+        self, draft: _RenderedDraft, marked: MarkedTokens
+    ) -> MarkedTokens | BadRow:
         head = len(self.tokens.opening) if draft.opened else 0
         return cut_prompt_tokens(marked, head, len(marked.ids) - self.max_length) or self._too_long(
             sum(marked.learnt), max(head, 1)
         )
 
     def _shortened_chat(self, draft: _RenderedDraft) -> MarkedTokens | BadRow:
-        """Leave out the oldest turns, then cut the longest prompt messages from the left, until the last answer fits whole."""
+        """Leave out the oldest turns, then cut the longest prompt messages from the left, until the
+        last answer fits whole.
+        """
         messages, template = draft.messages, draft.template or self.template
         try:
             while len(shorter := drop_oldest_exchange(messages)) < len(messages):
                 messages = shorter
-                if self._length(fitted := self._drafted(template, messages, draft.last)) <= self.max_length:
+                if (
+                    self._length(fitted := self._drafted(template, messages, draft.last))
+                    <= self.max_length
+                ):
                     return fitted
             for _ in range(MOST_CUT_ROUNDS * len(messages)):
                 marked = self._drafted(template, messages, draft.last)
@@ -505,18 +684,26 @@ class ExampleEncoder:
                     return self._too_long(*self._sizes(marked))
                 messages = shorter
         except TemplateRefusedError as error:
-            return BadRow("template", f"{error} (after its prompt was cut to max_length={self.max_length})")
+            return BadRow(
+                "template", f"{error} (after its prompt was cut to max_length={self.max_length})"
+            )
         return self._too_long(*self._sizes(marked))
 
     def _sizes(self, marked: MarkedTokens) -> tuple[int, int]:
-        """(tokens of the last answer, tokens before it that are left when everything that may be cut is)."""
+        """(tokens of the last answer, tokens before it that are left when everything that may be
+        cut is).
+        """
         end = end_of_supervised(marked)
         start = end - marked.learnt[:end][::-1].index(False) if False in marked.learnt[:end] else 0
         return end - start, self._length(marked) - (end - start)
 
-    def _drafted(self, template: ChatTemplate, messages: tuple[ChatMessage, ...], last: bool) -> MarkedTokens:
+    def _drafted(
+        self, template: ChatTemplate, messages: tuple[ChatMessage, ...], last: bool
+    ) -> MarkedTokens:
         draft = self._chat(template, messages, self._laid_out(template, messages), last)
-        return self._dressed(draft, self.tokens.one(draft.text, draft.spans, draft.opener, draft.unlearnt))
+        return self._dressed(
+            draft, self.tokens.one(draft.text, draft.spans, draft.opener, draft.unlearnt)
+        )
 
     def _length(self, marked: MarkedTokens) -> int:
         return end_of_supervised(marked) if self.completion_only_loss else len(marked.ids)
@@ -525,7 +712,8 @@ class ExampleEncoder:
         """``answer`` tokens with ``fixed`` others that cannot be cut away."""
         if answer + fixed <= self.max_length:
             return BadRow(
-                TOO_LONG, f"its prompt could not be cut to max_length={self.max_length} in {MOST_CUT_ROUNDS} rounds a message"
+                TOO_LONG,
+                f"its prompt could not be cut to max_length={self.max_length} in {MOST_CUT_ROUNDS} rounds a message",
             )
         what = "the chat template and turns that stay" if self.has_template else "its beginning"
         return BadRow(
@@ -536,9 +724,14 @@ class ExampleEncoder:
 
 
 def encode_example(
-    content: ExampleContent, tokenizer: Any, *, max_length: int, completion_only_loss: bool = True, system: str | None = None
+    content: ExampleContent,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    completion_only_loss: bool = True,
+    system: str | None = None,
 ) -> list[EncodedSequence] | BadRow:
     """Encode one example; for many, keep an ``ExampleEncoder``."""
-    return ExampleEncoder(tokenizer, max_length=max_length, completion_only_loss=completion_only_loss, system=system).encode(
-        content
-    )
+    return ExampleEncoder(
+        tokenizer, max_length=max_length, completion_only_loss=completion_only_loss, system=system
+    ).encode(content)

@@ -1,11 +1,14 @@
-"""A chat template is a program from the internet: it runs in jinja2's immutable sandbox, with a budget for time and memory.
+"""A chat template is a program from the internet: it runs in jinja2's immutable sandbox, with a
+budget for time and memory.
 
-The sandbox keeps a template away from Python's internals; the budget (template_budget.py) bounds what it may still do, because
-a few characters are enough to loop for ever or to ask for terabytes. The rule: **every operation pays into one account, before
-it runs where its cost is more than a step, and what it builds counts until the rendering ends.** Loops, macros and container
-displays pay by a call planted in their bodies; slices, comparisons, ``in`` and keys of dictionaries, which jinja2 compiles to
-bare Python, are sent through methods of this environment; operators, calls, filters and tests come by here anyway. Whoever
-adds a filter, a test or a global here says what it costs. A template that oversteps is a ``ModelError``.
+The sandbox keeps a template away from Python's internals; the budget (template_budget.py) bounds
+what it may still do, because a few characters are enough to loop for ever or to ask for terabytes.
+The rule: **every operation pays into one account, before it runs where its cost is more than a
+step, and what it builds counts until the rendering ends.** Loops, macros and container displays pay
+by a call planted in their bodies; slices, comparisons, ``in`` and keys of dictionaries, which
+jinja2 compiles to bare Python, are sent through methods of this environment; operators, calls,
+filters and tests come by here anyway. Whoever adds a filter, a test or a global here says what it
+costs. A template that oversteps is a ``ModelError``.
 """
 
 from __future__ import annotations
@@ -36,24 +39,91 @@ GENERATION_OPEN, GENERATION_CLOSE = (
     "\ufdd1",
     "\ufdd2",
 )  # mark a {% generation %} block; Unicode noncharacters, never part of real text
-TEMPLATE_DATE = datetime(2024, 7, 26)  # strftime_now: a fixed day, Llama 3's own default, so that tokens are the same tomorrow
+TEMPLATE_DATE = datetime(
+    2024, 7, 26
+)  # strftime_now: a fixed day, Llama 3's own default, so that tokens are the same tomorrow
 ALLOWED_FILTERS = (
-    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "int", "items",
-    "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "round",
-    "safe", "select", "selectattr", "sort", "title", "trim", "unique", "upper",
-)  # fmt: skip
+    "abs",
+    "capitalize",
+    "count",
+    "d",
+    "default",
+    "dictsort",
+    "e",
+    "escape",
+    "first",
+    "float",
+    "int",
+    "items",
+    "last",
+    "length",
+    "list",
+    "lower",
+    "map",
+    "max",
+    "min",
+    "reject",
+    "rejectattr",
+    "reverse",
+    "round",
+    "safe",
+    "select",
+    "selectattr",
+    "sort",
+    "title",
+    "trim",
+    "unique",
+    "upper",
+)
 CONSTANT_TIME_FILTERS = {"length", "count", "first", "last", "d", "default", "items"}
-SHALLOW_FILTERS = {"list", "map", "select", "selectattr", "reject", "rejectattr", "reverse"}  # the others print, compare or hash
+SHALLOW_FILTERS = {
+    "list",
+    "map",
+    "select",
+    "selectattr",
+    "reject",
+    "rejectattr",
+    "reverse",
+}  # the others print, compare or hash
 SORTING_FILTERS = {"sort", "dictsort", "unique", "min", "max"}
 COMPARING_TESTS = (
-    "in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", "ge", ">=", "<", "lt", "lessthan", "<=", "le", "lower",
-    "upper", "divisibleby", "odd", "even",
-)  # fmt: skip
+    "in",
+    "==",
+    "eq",
+    "equalto",
+    "!=",
+    "ne",
+    ">",
+    "gt",
+    "greaterthan",
+    "ge",
+    ">=",
+    "<",
+    "lt",
+    "lessthan",
+    "<=",
+    "le",
+    "lower",
+    "upper",
+    "divisibleby",
+    "odd",
+    "even",
+)
 WIDTH_METHODS = {"center", "ljust", "rjust", "zfill"}  # methods of str that pad to a given width
-# Methods whose time is the length of the text times that of the argument: CPython searches backwards, and strips, naively.
+# Methods whose time is the length of the text times that of the argument: CPython searches
+# backwards, and strips, naively.
 PRODUCT_METHODS = {"rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip"}
-# Never in a chat template: tables and bytes, and markupsafe's own loop, whose time is the square of the text.
-REFUSED_METHODS = {"translate", "maketrans", "encode", "to_bytes", "from_bytes", "striptags", "unescape"}
+# Never in a chat template: tables and bytes, and markupsafe's own loop, whose time is the square of
+# the text.
+REFUSED_METHODS = {
+    "translate",
+    "maketrans",
+    "encode",
+    "to_bytes",
+    "from_bytes",
+    "striptags",
+    "unescape",
+}
 
 
 class TemplateRaisedError(jinja2.TemplateError):
@@ -67,18 +137,31 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[LoopControls, GenerationExtension], finalize=self._spend_output
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[LoopControls, GenerationExtension],
+            finalize=self._spend_output,
         )
         self.budget = RenderBudget()
         checked: dict[str, Callable[..., Any]] = {
-            "join": self._join, "replace": self._replace, "indent": self._indent, "tojson": self._tojson,
-            "string": self._string, "format": lambda text, *args: self._percent(text, args), "sum": self._sum,
-        }  # fmt: skip
+            "join": self._join,
+            "replace": self._replace,
+            "indent": self._indent,
+            "tojson": self._tojson,
+            "string": self._string,
+            "format": lambda text, *args: self._percent(text, args),
+            "sum": self._sum,
+        }
         plain = {name: DEFAULT_FILTERS[name] for name in ALLOWED_FILTERS}
-        self.filters = {name: self._counted(name, function) for name, function in (plain | checked).items()}
+        self.filters = {
+            name: self._counted(name, function) for name, function in (plain | checked).items()
+        }
         self.tests = {
             **DEFAULT_TESTS,
-            **{name: self._comparing(name, cast(Callable[..., Any], DEFAULT_TESTS[name])) for name in COMPARING_TESTS},
+            **{
+                name: self._comparing(name, cast(Callable[..., Any], DEFAULT_TESTS[name]))
+                for name in COMPARING_TESTS
+            },
         }
         self.globals = {
             "range": self._range,
@@ -91,7 +174,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
     # Called by what _Plant plants.
 
     def step(self, characters: int, work: int, items: int) -> str:
-        """One round of a loop or one macro call, whose body holds this much literal text, work, and elements of displays."""
+        """One round of a loop or one macro call, whose body holds this much literal text, work, and
+        elements of displays.
+        """
         self.budget.work(work)
         self.budget.write(characters)
         self.budget.hold(64 * items)
@@ -115,8 +200,12 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return _BudgetPlanter(self).visit(super()._parse(source, name, filename))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """``obj[argument]``; a tuple is hashed by that, and a tuple of tuples of tuples takes for ever."""
-        return super().getitem(obj, argument if isinstance(argument, str | int) else self.budget.compare(argument))
+        """``obj[argument]``; a tuple is hashed by that, and a tuple of tuples of tuples takes for
+        ever.
+        """
+        return super().getitem(
+            obj, argument if isinstance(argument, str | int) else self.budget.compare(argument)
+        )
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Every call a template makes; those of built-in methods are measured first."""
@@ -133,7 +222,12 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget = self.budget
-        if operator == "+" and type(left) is str and type(right) is str and len(left) + len(right) <= budget.room:
+        if (
+            operator == "+"
+            and type(left) is str
+            and type(right) is str
+            and len(left) + len(right) <= budget.room
+        ):
             return budget.made(left + right)  # nearly every operation of a real template
         if operator == "%" and isinstance(left, str):
             return budget.made(self._percent(left, right))
@@ -178,7 +272,10 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
                 self.budget.work(weight // 64 if name in SORTING_FILTERS else 0)
             if name == "trim":
                 self._afford_searches(value, others)
-            if any(isinstance(other, int) and abs(other) > 1000 for other in others) and name in ("round", "int"):
+            if any(isinstance(other, int) and abs(other) > 1000 for other in others) and name in (
+                "round",
+                "int",
+            ):
                 raise RenderBudgetError(f"it uses the filter {name} with numbers no chat needs")
             return self.budget.made(function(*args, **kwargs), anew=True)
 
@@ -190,7 +287,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         @functools.wraps(test)
         def compared(*args: Any) -> Any:
             for value in args:
-                self.budget.read(value) if name in ("lower", "upper") else self.budget.compare(value)
+                self.budget.read(value) if name in ("lower", "upper") else self.budget.compare(
+                    value
+                )
             self.budget.work()
             return test(*args)
 
@@ -206,7 +305,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         self.budget.weigh(given)  # a key is hashed, and a tuple of tuples of tuples takes for ever
         return dict(self.budget.made(dict(*given, **kwargs), anew=True))
 
-    def _sum(self, iterable: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
+    def _sum(
+        self, iterable: Iterable[Any], attribute: str | int | None = None, start: Any = 0
+    ) -> Any:
         """Of numbers alone: sums of lists copy what they have at each of their elements."""
         pick = make_attrgetter(self, attribute) if attribute is not None else lambda item: item
         total = start
@@ -227,23 +328,43 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def _replace(self, value: Any, old: Any, new: Any, count: int = -1) -> str:
         text = self._string(value)
-        self.budget.afford(len(text) + (text.count(str(old)) if old else len(text) + 1) * len(str(new)))
+        self.budget.afford(
+            len(text) + (text.count(str(old)) if old else len(text) + 1) * len(str(new))
+        )
         return text.replace(str(old), str(new), -1 if count is None else count)
 
-    def _indent(self, value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-        text, margin = self._string(value), " " * min(width, 1000) if isinstance(width, int) else width
+    def _indent(
+        self, value: Any, width: int | str = 4, first: bool = False, blank: bool = False
+    ) -> str:
+        text, margin = (
+            self._string(value),
+            " " * min(width, 1000) if isinstance(width, int) else width,
+        )
         self.budget.afford(len(text) + len(margin) * (text.count("\n") + 1))
         lines = text.split("\n")
         kept = [margin + line if line or blank else line for line in lines]
         return "\n".join(kept if first else [lines[0], *kept[1:]])
 
     def _tojson(
-        self, value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
     ) -> str:
         margin = None if indent is None else min(int(indent), 16)
         around = sum(len(part) for part in separators or ())
-        self.budget.afford(self.budget.weigh(value) * (1 + around + (margin or 0) * _container_depth(value)))
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=margin, separators=separators, sort_keys=sort_keys)
+        self.budget.afford(
+            self.budget.weigh(value) * (1 + around + (margin or 0) * _container_depth(value))
+        )
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=margin,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     def _string(self, value: Any) -> str:
         self.budget.weigh(value)
@@ -255,10 +376,17 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     # What a call, a product or a format would cost.
 
-    def _measured(self, owner: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The arguments of a built-in method, after its work and the size of its result were found affordable."""
+    def _measured(
+        self, owner: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        """The arguments of a built-in method, after its work and the size of its result were found
+        affordable.
+        """
         given = (*args, *kwargs.values())
-        if any(isinstance(value, int) and abs(value) > self.budget.room for value in given) or method in REFUSED_METHODS:
+        if (
+            any(isinstance(value, int) and abs(value) > self.budget.room for value in given)
+            or method in REFUSED_METHODS
+        ):
             raise RenderBudgetError(f"it calls {method} with numbers or tables no chat needs")
         if isinstance(owner, bytes):
             raise RenderBudgetError("it works with bytes, which no chat template needs")
@@ -268,10 +396,15 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             if isinstance(owner, list | tuple) and method in ("index", "count"):
                 self.budget.weigh(owner)
             return args
-        if method in WIDTH_METHODS and any(isinstance(value, int) and value > 1000 for value in given):
+        if method in WIDTH_METHODS and any(
+            isinstance(value, int) and value > 1000 for value in given
+        ):
             raise RenderBudgetError(f"it pads text by {method} to more than 1000 columns")
         if method == "expandtabs":
-            self.budget.afford(len(owner) + owner.count("\t") * max((v for v in given if isinstance(v, int)), default=8))
+            self.budget.afford(
+                len(owner)
+                + owner.count("\t") * max((v for v in given if isinstance(v, int)), default=8)
+            )
         if method in PRODUCT_METHODS:
             self._afford_searches(owner, given)
         if method == "replace" and len(args) >= 2:
@@ -284,7 +417,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def _afford_searches(self, text: Any, given: Iterable[Any]) -> None:
         if isinstance(text, str):
-            self.budget.work(sum(len(text) * len(sought) for sought in given if isinstance(sought, str)) // 4096)
+            self.budget.work(
+                sum(len(text) * len(sought) for sought in given if isinstance(sought, str)) // 4096
+            )
 
     def _afford_product(self, operator: str, left: Any, right: Any) -> None:
         for sized, times in ((left, right), (right, left)):
@@ -292,7 +427,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
                 self.budget.afford(len(sized) * times)
         if isinstance(left, int) and isinstance(right, int):
             self.budget.afford_bits(
-                left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+                left.bit_length() * abs(right)
+                if operator == "**"
+                else left.bit_length() + right.bit_length()
             )
 
     def _percent(self, text: str, args: Any) -> str:
@@ -302,7 +439,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
     def _afford_format(self, text: str, sign: str, args: tuple[Any, ...]) -> None:
         if re.search(r"\d{4}|\*|\{[^}]*\{", text):
             raise RenderBudgetError("it formats text with a width no chat needs")
-        self.budget.afford(len(text) + text.count(sign) * (1000 + sum(map(self.budget.weigh, args))))
+        self.budget.afford(
+            len(text) + text.count(sign) * (1000 + sum(map(self.budget.weigh, args)))
+        )
 
 
 def _container_depth(value: Any) -> int:
@@ -311,7 +450,11 @@ def _container_depth(value: Any) -> int:
     while level:
         depth += 1
         inside = [inner for inner in level if isinstance(inner, Mapping | list | tuple)]
-        level = [part for inner in inside for part in (inner.values() if isinstance(inner, Mapping) else inner)]
+        level = [
+            part
+            for inner in inside
+            for part in (inner.values() if isinstance(inner, Mapping) else inner)
+        ]
     return depth
 
 
@@ -331,7 +474,9 @@ class _GuardedNamespace(Namespace):
 
 
 class _BudgetPlanter(NodeTransformer):
-    """Plants a ``step`` call in every loop and macro body, and sends what jinja2 compiles to bare Python through the account."""
+    """Plants a ``step`` call in every loop and macro body, and sends what jinja2 compiles to bare
+    Python through the account.
+    """
 
     def __init__(self, environment: TemplateSandbox) -> None:
         self.environment = environment
@@ -343,14 +488,26 @@ class _BudgetPlanter(NodeTransformer):
     def _counted(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
         literal = sum(len(text.data) for part in node.body for text in _template_texts(part))
         work = 1 + sum(1 for part in node.body for _ in part.find_all(nodes.Node)) // 64
-        displays = [one for part in node.body for one in part.find_all((nodes.List, nodes.Tuple, nodes.Dict))]
-        items = sum(len(one.items) for one in displays if isinstance(one, nodes.List | nodes.Tuple | nodes.Dict))
+        displays = [
+            one
+            for part in node.body
+            for one in part.find_all((nodes.List, nodes.Tuple, nodes.Dict))
+        ]
+        items = sum(
+            len(one.items)
+            for one in displays
+            if isinstance(one, nodes.List | nodes.Tuple | nodes.Dict)
+        )
         self.generic_visit(node)
         counts = [nodes.Const(count) for count in (literal, work, items)]
         step = nodes.ExprStmt(self._call("step", [*counts], node.lineno), lineno=node.lineno)
         node.body.insert(0, step.set_environment(self.environment))
-        if isinstance(node, nodes.For) and node.test is not None:  # rounds that `for ... if` skips count as well
-            passed = self._call("step", [nodes.Const(0), nodes.Const(1), nodes.Const(0)], node.lineno)
+        if (
+            isinstance(node, nodes.For) and node.test is not None
+        ):  # rounds that `for ... if` skips count as well
+            passed = self._call(
+                "step", [nodes.Const(0), nodes.Const(1), nodes.Const(0)], node.lineno
+            )
             node.test = nodes.Or(passed, node.test, lineno=node.lineno)
         return node
 
@@ -364,15 +521,23 @@ class _BudgetPlanter(NodeTransformer):
         self.generic_visit(node)
         if not isinstance(node.arg, nodes.Slice):
             return node
-        ends = [part if part is not None else nodes.Const(None) for part in (node.arg.start, node.arg.stop, node.arg.step)]
+        ends = [
+            part if part is not None else nodes.Const(None)
+            for part in (node.arg.start, node.arg.stop, node.arg.step)
+        ]
         return self._call("slice_checked", [node.node, *ends], node.lineno)
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
         operands = [node.expr, *(operand.expr for operand in node.ops)]
         searching = any(operand.op in ("in", "notin") for operand in node.ops)
-        if not searching and len(operands) == 2 and any(isinstance(one, nodes.Const) for one in operands):
-            return node  # as cheap as the constant is short: nearly every comparison of a real template
+        if (
+            not searching
+            and len(operands) == 2
+            and any(isinstance(one, nodes.Const) for one in operands)
+        ):
+            # as cheap as the constant is short: nearly every comparison of a real template
+            return node
         node.expr = self._compared(node.expr)
         for operand in node.ops:
             operand.expr = self._compared(operand.expr)
@@ -384,16 +549,24 @@ class _BudgetPlanter(NodeTransformer):
         return node
 
     def visit_Const(self, node: nodes.Const) -> nodes.Node:
-        if isinstance(node.value, float) and not math.isfinite(node.value):  # jinja2 would compile it to the name `inf`
+        if isinstance(node.value, float) and not math.isfinite(
+            node.value
+        ):  # jinja2 would compile it to the name `inf`
             raise jinja2.TemplateSyntaxError("a number is beyond what a float holds", node.lineno)
         return node
 
     def _compared(self, operand: nodes.Expr) -> nodes.Expr:
-        return operand if isinstance(operand, nodes.Const) else self._call("compared", [operand], operand.lineno)
+        return (
+            operand
+            if isinstance(operand, nodes.Const)
+            else self._call("compared", [operand], operand.lineno)
+        )
 
 
 def _template_texts(part: nodes.Node) -> list[nodes.TemplateData]:
-    return [*part.find_all(nodes.TemplateData)] + ([part] if isinstance(part, nodes.TemplateData) else [])
+    return [*part.find_all(nodes.TemplateData)] + (
+        [part] if isinstance(part, nodes.TemplateData) else []
+    )
 
 
 class GenerationExtension(Extension):

@@ -1,11 +1,13 @@
-"""A tokenizer's chat template, rendered in the sandbox, and what Lorry learns about it from a few probing renderings.
+"""A tokenizer's chat template, rendered in the sandbox, and what Lorry learns about it from a few
+probing renderings.
 
     template = ChatTemplate.of(tokenizer)
     template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True).text
 
-What is learnt, once per template: the *header* that opens an assistant turn, the *end of turn* that the assistant has to
-write to be heard no more, and whether system messages are taken. ``lorry.data.encoding.chat`` finds the answers with it.
-A row's tools go to the template as transformers' ``apply_chat_template(messages, tools=...)`` gives them.
+What is learnt, once per template: the *header* that opens an assistant turn, the *end of turn* that
+the assistant has to write to be heard no more, and whether system messages are taken.
+``lorry.data.encoding.chat`` finds the answers with it. A row's tools go to the template as
+transformers' ``apply_chat_template(messages, tools=...)`` gives them.
 """
 
 from __future__ import annotations
@@ -20,17 +22,26 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import SecurityError
 
-from lorry.data.encoding.sandbox import GENERATION_CLOSE, GENERATION_OPEN, LONGEST_SOURCE, TemplateSandbox
+from lorry.data.encoding.sandbox import (
+    GENERATION_CLOSE,
+    GENERATION_OPEN,
+    LONGEST_SOURCE,
+    TemplateSandbox,
+)
 from lorry.data.encoding.template_frame import TEMPLATE_FAULTS, TemplateFrame, find_template_frame
 from lorry.data.reading.content import ChatMessage
 from lorry.errors import ModelError
 
-PROBE_ATTEMPTS = 8  # shapes without a frame after which no more are tried: the template looks at texts
+PROBE_ATTEMPTS = (
+    8  # shapes without a frame after which no more are tried: the template looks at texts
+)
 SHAPES_KEPT = 256  # shapes of conversations whose frames are kept
-PROBE_CHARACTER = "\ufdd0"  # stands in for a message while its place is looked for; a Unicode noncharacter, never real text
+# stands in for a message while its place is looked for; a Unicode noncharacter, never real text
+PROBE_CHARACTER = "\ufdd0"
 RESERVED_CHARACTERS = re.compile(f"[{PROBE_CHARACTER}{GENERATION_OPEN}{GENERATION_CLOSE}]")
 
-# For a tokenizer without a template: headed paragraphs that need no special token but the end of text.
+# For a tokenizer without a template: headed paragraphs that need no special token but the end of
+# text.
 PLAIN_TEMPLATE = (
     "{{ opening }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n{% elif m.role == 'user' %}"
     "### Instruction:\n{{ m.content }}\n\n{% else %}### Response:\n{{ m.content }}{{ eos_token }}\n\n{% endif %}{% endfor %}"
@@ -44,7 +55,9 @@ class TemplateRefusedError(Exception):
 
 @dataclass(frozen=True)
 class RenderedTemplate:
-    """Text, and the (start, end) characters of its {% generation %} blocks (none when the template has no such block)."""
+    """Text, and the (start, end) characters of its {% generation %} blocks (none when the template
+    has no such block).
+    """
 
     text: str
     blocks: tuple[tuple[int, int], ...] = ()
@@ -53,16 +66,19 @@ class RenderedTemplate:
 class ChatTemplate:
     """A compiled template with the variables a tokenizer gives it (bos_token, eos_token ...).
 
-    header: text that ends just where the assistant starts to write; written_header: it from the start of a control token of
-    which it holds a part; end_of_turn: what the assistant writes last, "" when the template has none; question_header: what
-    opens a user's turn, "" when it holds no control token; question_end: what a question ends with before the header;
-    openings: what rendered chats begin with; tools: what the template gets as such; takes_system: False when system
-    messages are refused or dropped; notes: what a user of
-    this template should know. Raises ModelError for a template that does not compile, cannot render a plain exchange,
-    or tries what a template must not.
+    header: text that ends just where the assistant starts to write; written_header: it from the
+    start of a control token of which it holds a part; end_of_turn: what the assistant writes last,
+    "" when the template has none; question_header: what opens a user's turn, "" when it holds no
+    control token; question_end: what a question ends with before the header; openings: what
+    rendered chats begin with; tools: what the template gets as such; takes_system: False when
+    system messages are refused or dropped; notes: what a user of this template should know. Raises
+    ModelError for a template that does not compile, cannot render a plain exchange, or tries what a
+    template must not.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, Any], special_tokens: Sequence[str] = ()) -> None:
+    def __init__(
+        self, source: str, variables: Mapping[str, Any], special_tokens: Sequence[str] = ()
+    ) -> None:
         self.source, self.variables = source, dict(variables)
         self.notes: list[str] = []
         self.tools: list[Any] | None = None
@@ -77,16 +93,24 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> ChatTemplate | None:
-        """The tokenizer's own template, or None when it has none; ``variables`` go to the template (enable_thinking ...)."""
+        """The tokenizer's own template, or None when it has none; ``variables`` go to the template
+        (enable_thinking ...).
+        """
         source = getattr(tokenizer, "chat_template", None)
         if isinstance(source, Mapping):
             source = source.get("default") or next(iter(source.values()))
         return cls.made(source, tokenizer, variables) if source else None
 
     @classmethod
-    def made(cls, source: str, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> ChatTemplate:
+    def made(
+        cls, source: str, tokenizer: Any, variables: Mapping[str, Any] | None = None
+    ) -> ChatTemplate:
         """A template of this source with the tokenizer's special tokens as variables."""
-        special = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        special = {
+            name: value
+            for name, value in tokenizer.special_tokens_map.items()
+            if isinstance(value, str)
+        }
         return cls(source, special | dict(variables or {}), special_token_texts(tokenizer))
 
     def with_tools(self, tools: str) -> ChatTemplate:
@@ -98,33 +122,59 @@ class ChatTemplate:
         return bound
 
     def expect_tools_shown(self, messages: Sequence[ChatMessage]) -> None:
-        """Raise TemplateRefusal where the template writes the same without the tools: the model would never see them."""
+        """Raise TemplateRefusal where the template writes the same without the tools: the model
+        would never see them.
+        """
         if self.tools is None:
             return
         without = copy(self)
         without.tools = None
         if without.render(messages).text == self.render(messages).text:
-            raise TemplateRefusedError("the row has tools, which the chat template does not show; use a template that does")
+            raise TemplateRefusedError(
+                "the row has tools, which the chat template does not show; use a template that does"
+            )
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> RenderedTemplate:
-        """The conversation as text. Raises TemplateRefusal (this row) or ModelError (a hostile template)."""
+    def render(
+        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False
+    ) -> RenderedTemplate:
+        """The conversation as text. Raises TemplateRefusal (this row) or ModelError (a hostile
+        template).
+        """
         if not self.takes_system:
             messages = _fold_system_message(messages)
-        if self.tools is None and (framed := self._framed(messages, add_generation_prompt)) is not None:
-            return _strip_generation_marks(framed) if GENERATION_OPEN in framed else RenderedTemplate(framed)
+        if (
+            self.tools is None
+            and (framed := self._framed(messages, add_generation_prompt)) is not None
+        ):
+            return (
+                _strip_generation_marks(framed)
+                if GENERATION_OPEN in framed
+                else RenderedTemplate(framed)
+            )
         given = sum(len(message.content) + len(message.reasoning) for message in messages)
         given += len(json.dumps(self.tools)) if self.tools else 0
         self._sandbox.budget.open(given, len(messages))
         try:
             marked = self._compiled.render(
-                self.variables, messages=[_message_values(m) for m in messages], tools=self.tools, documents=None,
+                self.variables,
+                messages=[_message_values(m) for m in messages],
+                tools=self.tools,
+                documents=None,
                 add_generation_prompt=add_generation_prompt,
-            )  # fmt: skip
+            )
         except (SecurityError, MemoryError) as error:
-            raise ModelError(f"the chat template was stopped: {error}; train only with a template you trust") from error
+            raise ModelError(
+                f"the chat template was stopped: {error}; train only with a template you trust"
+            ) from error
         except TEMPLATE_FAULTS as error:
-            raise TemplateRefusedError(f"the chat template refuses this conversation: {_refusal_reason(error)}") from error
-        return _strip_generation_marks(marked) if GENERATION_OPEN in marked else RenderedTemplate(marked)
+            raise TemplateRefusedError(
+                f"the chat template refuses this conversation: {_refusal_reason(error)}"
+            ) from error
+        return (
+            _strip_generation_marks(marked)
+            if GENERATION_OPEN in marked
+            else RenderedTemplate(marked)
+        )
 
     def _framed(self, messages: Sequence[ChatMessage], prompting: bool) -> str | None:
         """The same rendering out of the frame of its shape; None where it has to be made."""
@@ -132,56 +182,90 @@ class ChatTemplate:
             return None
         shape = (*(message.role for message in messages), "prompt" if prompting else "")
         if shape not in self._frames:
-            if shape not in self._shapes:  # its first rendering is a real one, which names a hostile template
+            if (
+                shape not in self._shapes
+            ):  # its first rendering is a real one, which names a hostile template
                 self._shapes |= {shape} if len(self._shapes) < SHAPES_KEPT else set()
                 return None
             if list(self._frames.values()).count(None) >= PROBE_ATTEMPTS:
                 return None
             roles = shape[:-1]
-            self._frames[shape] = find_template_frame(self.source, self.variables, roles, add_generation_prompt=prompting)
+            self._frames[shape] = find_template_frame(
+                self.source, self.variables, roles, add_generation_prompt=prompting
+            )
         frame = self._frames[shape]
         return None if frame is None else frame.fill([message.content for message in messages])
 
-    def framed_span(self, messages: Sequence[ChatMessage], index: int, text: str) -> tuple[int, int] | None:
-        """The characters of ``text``, a rendering of the messages, that message ``index`` stands at, by the frame of their
-        shape; None where there is no frame, the text is not what it gives, or the message stands there more than once."""
+    def framed_span(
+        self, messages: Sequence[ChatMessage], index: int, text: str
+    ) -> tuple[int, int] | None:
+        """The characters of ``text``, a rendering of the messages, that message ``index`` stands
+        at, by the frame of their shape; None where there is no frame, the text is not what it
+        gives, or the message stands there more than once.
+        """
         frame = self._frames.get((*(message.role for message in messages), ""))
         if frame is None or self.tools is not None or not self.takes_system:
             return None
         return frame.span([message.content for message in messages], index, text)
 
     def prompt(self, messages: Sequence[ChatMessage]) -> str:
-        """The text to generate an answer from; ends with the assistant's header, also where the template forgets it."""
-        return self.render(messages, add_generation_prompt=True).text + (self.header if self._forgets_header else "")
+        """The text to generate an answer from; ends with the assistant's header, also where the
+        template forgets it.
+        """
+        return self.render(messages, add_generation_prompt=True).text + (
+            self.header if self._forgets_header else ""
+        )
 
     def _compile(self, source: str) -> jinja2.Template:
         if len(source) > LONGEST_SOURCE:
-            raise ModelError(f"the chat template has {len(source)} characters; {LONGEST_SOURCE} are allowed")
+            raise ModelError(
+                f"the chat template has {len(source)} characters; {LONGEST_SOURCE} are allowed"
+            )
         try:
             return self._sandbox.from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise ModelError(f"the chat template is not valid: line {error.lineno}: {error.message}") from error
+            raise ModelError(
+                f"the chat template is not valid: line {error.lineno}: {error.message}"
+            ) from error
         except (*TEMPLATE_FAULTS, MemoryError) as error:
-            raise ModelError(f"the chat template does not compile: {_refusal_reason(error)}") from error
+            raise ModelError(
+                f"the chat template does not compile: {_refusal_reason(error)}"
+            ) from error
 
     def _learn(self, special_tokens: Sequence[str]) -> tuple[str, str, str]:
-        """Header, end of turn and header of a question, from one question and one answer that are the probe character."""
+        """Header, end of turn and header of a question, from one question and one answer that are
+        the probe character.
+        """
         question, answer = ChatMessage("user", "?"), ChatMessage("assistant", PROBE_CHARACTER)
         try:
             asked = self.render([question]).text
             opened = self.render([question], add_generation_prompt=True).text
             full = self.render([question, answer]).text
         except TemplateRefusedError as error:
-            raise ModelError(f"the chat template cannot render one question and one answer: {error}") from error
+            raise ModelError(
+                f"the chat template cannot render one question and one answer: {error}"
+            ) from error
         at = full.find(PROBE_CHARACTER)
         if at < 0:
-            raise ModelError("the chat template does not show what the assistant says; it cannot be trained with")
+            raise ModelError(
+                "the chat template does not show what the assistant says; it cannot be trained with"
+            )
         header = self._header(asked, opened, full[:at])
-        return header, _find_end_of_turn(full[at + 1 :], special_tokens), self._question_header(special_tokens)
+        return (
+            header,
+            _find_end_of_turn(full[at + 1 :], special_tokens),
+            self._question_header(special_tokens),
+        )
 
     def _question_header(self, special_tokens: Sequence[str]) -> str:
-        """What the template puts before a second question, from its last control token on; "" where there is none."""
-        exchange = [ChatMessage("user", "?"), ChatMessage("assistant", "!"), ChatMessage("user", PROBE_CHARACTER)]
+        """What the template puts before a second question, from its last control token on; "" where
+        there is none.
+        """
+        exchange = [
+            ChatMessage("user", "?"),
+            ChatMessage("assistant", "!"),
+            ChatMessage("user", PROBE_CHARACTER),
+        ]
         try:
             before = self.render(exchange).text.partition(PROBE_CHARACTER)[0]
         except TemplateRefusedError:
@@ -190,52 +274,82 @@ class ChatTemplate:
         found = before[max(starts) :].strip() if starts else ""
         if found in special_tokens:  # Llama 3's and Phi's role stands between or in control tokens
             between = before[: max(starts)]
-            earlier = [(at, at + len(token)) for token in special_tokens if (at := between.rfind(token)) >= 0]
+            earlier = [
+                (at, at + len(token))
+                for token in special_tokens
+                if (at := between.rfind(token)) >= 0
+            ]
             if earlier and (role := between[max(earlier)[1] :].strip()) and "!" not in role:
                 found = before[max(earlier)[0] :].strip()
         return found
 
     def _learn_question(self, special_tokens: Sequence[str]) -> tuple[tuple[str, ...], str, str]:
-        """What rendered chats begin with, the assistant's header with its first control token whole, what stands before it.
+        """What rendered chats begin with, the assistant's header with its first control token
+        whole, what stands before it.
 
-        Phi 3's header is found as ``assistant|>``: its opening ``<|`` it has in common with the end of text.
+        Phi 3's header is found as ``assistant|>``: its opening ``<|`` it has in common with the end
+        of text.
         """
         starts, tail = [self.question_header], ""
-        for chat in ([ChatMessage("user", PROBE_CHARACTER)], [ChatMessage("system", PROBE_CHARACTER), ChatMessage("user", "?")]):
+        for chat in (
+            [ChatMessage("user", PROBE_CHARACTER)],
+            [ChatMessage("system", PROBE_CHARACTER), ChatMessage("user", "?")],
+        ):
             try:
-                before, _, after = self.render(chat, add_generation_prompt=True).text.partition(PROBE_CHARACTER)
+                before, _, after = self.render(chat, add_generation_prompt=True).text.partition(
+                    PROBE_CHARACTER
+                )
             except TemplateRefusedError:
                 continue
             starts.append(before)
             tail = tail or after
         at = len(tail.removesuffix(self.header))
-        cut = [begin for token in special_tokens if (begin := tail.find(token, max(at - len(token) + 1, 0))) in range(at)]
+        cut = [
+            begin
+            for token in special_tokens
+            if (begin := tail.find(token, max(at - len(token) + 1, 0))) in range(at)
+        ]
         begin = min(cut, default=at)
         openings = tuple(start.strip() for start in starts if start.strip())
         return openings, tail[begin:at] + self.header, tail[:begin].strip()
 
     def _header(self, asked: str, opened: str, before: str) -> str:
-        """What stands between the user's turn and the assistant's own words, as far as a generation prompt gives it."""
-        written = common_prefix(opened, before)  # the part of the training text that inference also gives the model
+        """What stands between the user's turn and the assistant's own words, as far as a generation
+        prompt gives it.
+        """
+        written = common_prefix(
+            opened, before
+        )  # the part of the training text that inference also gives the model
         if opened == asked and before[written:].strip():
             self._forgets_header = True
-            self.notes.append("the chat template ignores add_generation_prompt; the assistant's header is taken from its turns")
+            self.notes.append(
+                "the chat template ignores add_generation_prompt; the assistant's header is taken from its turns"
+            )
             return before[common_prefix(asked, before) :]
         if opened[written:]:
-            self.notes.append(f"the generation prompt ends with {opened[written:]!r}, which training rows do not have there")
+            self.notes.append(
+                f"the generation prompt ends with {opened[written:]!r}, which training rows do not have there"
+            )
         start = min(common_prefix(asked, opened), written)
-        # a template without a header (Llama 2's "[INST] ? [/INST]") is known by what follows the question
+        # a template without a header (Llama 2's "[INST] ? [/INST]") is known by what follows the
+        # question
         return before[start:written] or before[before.rfind("?", 0, written) + 1 : written]
 
     def _learn_system(self) -> bool:
         try:
             shown = self.render(
-                [ChatMessage("system", PROBE_CHARACTER), ChatMessage("user", "?"), ChatMessage("assistant", "!")]
+                [
+                    ChatMessage("system", PROBE_CHARACTER),
+                    ChatMessage("user", "?"),
+                    ChatMessage("assistant", "!"),
+                ]
             ).text
         except TemplateRefusedError:
             shown = ""
         if PROBE_CHARACTER not in shown:
-            self.notes.append("the chat template takes no system message; it is put before the first user message")
+            self.notes.append(
+                "the chat template takes no system message; it is put before the first user message"
+            )
         return PROBE_CHARACTER in shown
 
 
@@ -246,7 +360,9 @@ def _fold_system_message(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     system, rest = messages[0].content, [*messages[1:]]
     first = next((at for at, message in enumerate(rest) if message.role == "user"), None)
     if first is None:
-        raise TemplateRefusedError("the chat template takes no system message, and there is no user message to put it before")
+        raise TemplateRefusedError(
+            "the chat template takes no system message, and there is no user message to put it before"
+        )
     rest[first] = replace(rest[first], content=f"{system}\n\n{rest[first].content}")
     return rest
 
@@ -254,7 +370,9 @@ def _fold_system_message(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 def special_token_texts(tokenizer: Any) -> list[str]:
     """The texts that the tokenizer reads as control tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return sorted({*tokenizer.all_special_tokens, *(str(token) for token in added.values() if token.special)})
+    return sorted(
+        {*tokenizer.all_special_tokens, *(str(token) for token in added.values() if token.special)}
+    )
 
 
 def common_prefix(one: str, other: str) -> int:
@@ -274,11 +392,17 @@ def _message_values(message: ChatMessage) -> dict[str, str]:
     made = {"role": message.role, "content": message.content}
     if message.name:
         made["name"] = message.name
-    return made | {"reasoning_content": message.reasoning, "thinking": message.reasoning} if message.reasoning else made
+    return (
+        made | {"reasoning_content": message.reasoning, "thinking": message.reasoning}
+        if message.reasoning
+        else made
+    )
 
 
 def _find_end_of_turn(tail: str, special_tokens: Sequence[str]) -> str:
-    """The text up to and with the first special token after the answer; else a single closing word; else nothing."""
+    """The text up to and with the first special token after the answer; else a single closing word;
+    else nothing.
+    """
     ends = [tail.find(token) + len(token) for token in special_tokens if token in tail]
     if ends:
         return tail[: min(ends)].lstrip()
@@ -301,4 +425,8 @@ def _strip_generation_marks(marked: str) -> RenderedTemplate:
 
 
 def _refusal_reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if not isinstance(error, jinja2.TemplateError) else str(error)
+    return (
+        f"{type(error).__name__}: {error}"
+        if not isinstance(error, jinja2.TemplateError)
+        else str(error)
+    )

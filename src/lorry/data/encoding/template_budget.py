@@ -1,15 +1,18 @@
-"""The account of one rendering of a chat template: work, bytes and characters that it may still spend, and a clock.
+"""The account of one rendering of a chat template: work, bytes and characters that it may still
+spend, and a clock.
 
     budget.open(given=characters_of_the_messages)
     budget.work(3)          # three steps, see below
     budget.made(value)      # a value was built: its bytes count until the rendering ends
     budget.compare(value)   # before it is compared, searched or hashed
 
-A **step** is about ten microseconds of this process or less: one round of a loop, one call, 64 characters for a function that
-looks at each of them, 4 KiB that are only copied or compared, eight elements of a list. The limit in steps decides, since it
-is the same on every machine and under every load; the clock (of this thread's own processor time) is the last resort, for an
-operation that costs more than is known here. No single operation is long: texts and lists are bounded by ``room``, integers
-by ``LARGEST_BITS``, and what costs a product of two sizes pays for the product first.
+A **step** is about ten microseconds of this process or less: one round of a loop, one call, 64
+characters for a function that looks at each of them, 4 KiB that are only copied or compared, eight
+elements of a list. The limit in steps decides, since it is the same on every machine and under
+every load; the clock (of this thread's own processor time) is the last resort, for an operation
+that costs more than is known here. No single operation is long: texts and lists are bounded by
+``room``, integers by ``LARGEST_BITS``, and what costs a product of two sizes pays for the product
+first.
 """
 
 from __future__ import annotations
@@ -21,11 +24,20 @@ from typing import Any
 from jinja2.sandbox import SecurityError
 
 MOST_STEPS = 200_000  # of a rendering, and one more for every two characters given
-MOST_FOR_TURNS = 2_000_000  # steps: Gemma 4's own template goes through all messages at each message
-MOST_CHARACTERS = 1 << 20  # characters a rendering may write, and the size of any value, beyond a multiple of what it was given
-MOST_MEMORY_BYTES = 1 << 27  # bytes of all values made in one rendering, beyond 256 for every character given
+MOST_FOR_TURNS = (
+    2_000_000  # steps: Gemma 4's own template goes through all messages at each message
+)
+MOST_CHARACTERS = (
+    1 << 20
+    # characters a rendering may write, and the size of any value, beyond a multiple of what it was
+    # given
+)
+MOST_MEMORY_BYTES = (
+    1 << 27
+)  # bytes of all values made in one rendering, beyond 256 for every character given
 LARGEST_BITS = 8192  # of an integer; a template counts messages
-MOST_SECONDS = 30.0  # seconds of processor time; the steps of the longest real conversations take less than one
+# seconds of processor time; the steps of the longest real conversations take less than one
+MOST_SECONDS = 30.0
 READ_PER_STEP, COPIED_PER_STEP, ITEMS_PER_STEP = 64, 4096, 8  # characters, bytes, elements
 WEIGHED_PER_STEP = 4  # values that are looked at one by one
 CONTAINER_TYPES = (dict, list, tuple, set, frozenset)
@@ -44,7 +56,10 @@ class RenderBudget:
 
     def open(self, given: int, turns: int = 0) -> None:
         """Start anew for a rendering of so many messages, which hold ``given`` characters."""
-        self.steps, self.patience = 0, MOST_STEPS + given // 2 + min(4 * turns * turns, MOST_FOR_TURNS)
+        self.steps, self.patience = (
+            0,
+            MOST_STEPS + given // 2 + min(4 * turns * turns, MOST_FOR_TURNS),
+        )
         self.bytes, self.memory = 0, MOST_MEMORY_BYTES + 256 * given
         self.characters, self.room = 0, MOST_CHARACTERS + 4 * given
         self.deadline, self._next_look = time.thread_time() + MOST_SECONDS, 0
@@ -67,17 +82,24 @@ class RenderBudget:
             self.work(len(value) // ITEMS_PER_STEP if hasattr(value, "__len__") else 1)
 
     def made(self, value: Any, *, anew: bool = False) -> Any:
-        """Count the bytes of a value that an operation has built; ``anew``: its elements as well. Gives the value back."""
+        """Count the bytes of a value that an operation has built; ``anew``: its elements as well.
+        Gives the value back.
+        """
         if type(value) is int:
             self.afford_bits(value.bit_length())
         elif isinstance(value, str | list | tuple | dict):
-            self.hold(sys.getsizeof(value) + (BYTES_PER_ITEM * len(value) if anew and not isinstance(value, str) else 0))
+            self.hold(
+                sys.getsizeof(value)
+                + (BYTES_PER_ITEM * len(value) if anew and not isinstance(value, str) else 0)
+            )
         elif isinstance(value, bytes | bytearray):
             raise RenderBudgetError("it works with bytes, which no chat template needs")
         return value
 
     def hold(self, size: int) -> None:
-        """Count bytes that were written; they count until the rendering ends, whether or not something still holds them."""
+        """Count bytes that were written; they count until the rendering ends, whether or not
+        something still holds them.
+        """
         self.bytes += size
         if self.bytes > self.memory:
             raise RenderBudgetError(f"its values take more than {self.memory} bytes")
@@ -87,12 +109,16 @@ class RenderBudget:
     def afford(self, characters: int) -> None:
         """Refuse a text or list of that size before it is built."""
         if characters > self.room:
-            raise RenderBudgetError(f"it builds a value of {characters} characters; {self.room} are allowed")
+            raise RenderBudgetError(
+                f"it builds a value of {characters} characters; {self.room} are allowed"
+            )
 
     def afford_bits(self, bits: int) -> None:
         """Refuse an integer before, or where, it is made."""
         if bits > LARGEST_BITS:
-            raise RenderBudgetError(f"it builds an integer of {bits} bits; {LARGEST_BITS} are allowed")
+            raise RenderBudgetError(
+                f"it builds an integer of {bits} bits; {LARGEST_BITS} are allowed"
+            )
 
     def write(self, characters: int) -> None:
         """Count characters of the output."""
@@ -100,9 +126,11 @@ class RenderBudget:
         self.afford(self.characters)
 
     def weigh(self, value: Any) -> int:
-        """Characters that printing a value takes, counted without printing it and never past the room; pays for the counting.
+        """Characters that printing a value takes, counted without printing it and never past the
+        room; pays for the counting.
 
-        What is shared counts wherever it stands: ``[x, x]`` sixty times over is 2^60 to whoever prints, compares or hashes it.
+        What is shared counts wherever it stands: ``[x, x]`` sixty times over is 2^60 to whoever
+        prints, compares or hashes it.
         """
         if not isinstance(value, CONTAINER_TYPES):
             return len(value) if isinstance(value, str) else 1

@@ -1,14 +1,17 @@
-"""What a chat template makes of every conversation of one shape, found by one rendering with symbols in place of the texts.
+"""What a chat template makes of every conversation of one shape, found by one rendering with
+symbols in place of the texts.
 
     frame = frame_of(template_source, variables, roles, add_generation_prompt=False)
     frame.fill(["Who steers?", "Oda."])     # what the template itself would write; None where that is not certain
 
-Most templates only put the texts of messages into other text. That is proved, not tried out: the rendering runs with symbols
-that can be joined, printed, asked for their type and for being empty (texts here are not), and stripped (texts here have no
-white space at their ends). Whatever else a template does with a symbol (compare, search, slice, measure, loop over, format,
-hand to a filter or a call) ends the attempt, and so does a construct whose output is text that no longer knows it is a
-symbol (macros, blocks, ``{% set %}`` with a body, recursive loops). Then, and for texts beyond the account of a rendering,
-every conversation is rendered by itself. So no result depends on which way was taken.
+Most templates only put the texts of messages into other text. That is proved, not tried out: the
+rendering runs with symbols that can be joined, printed, asked for their type and for being empty
+(texts here are not), and stripped (texts here have no white space at their ends). Whatever else a
+template does with a symbol (compare, search, slice, measure, loop over, format, hand to a filter or
+a call) ends the attempt, and so does a construct whose output is text that no longer knows it is a
+symbol (macros, blocks, ``{% set %}`` with a body, recursive loops). Then, and for texts beyond the
+account of a rendering, every conversation is rendered by itself. So no result depends on which way
+was taken.
 """
 
 from __future__ import annotations
@@ -24,18 +27,34 @@ from jinja2 import nodes
 from jinja2.runtime import Context, LoopContext, Undefined
 
 from lorry.data.encoding.sandbox import TemplateSandbox
-from lorry.data.encoding.template_budget import MOST_CHARACTERS, MOST_MEMORY_BYTES, MOST_STEPS, READ_PER_STEP
+from lorry.data.encoding.template_budget import (
+    MOST_CHARACTERS,
+    MOST_MEMORY_BYTES,
+    MOST_STEPS,
+    READ_PER_STEP,
+)
 
-FIRST_SYMBOL = 0xFDD3  # U+FDD3 to U+FDEF: noncharacters that stand for the texts; the three before them have other uses
+# U+FDD3 to U+FDEF: noncharacters that stand for the texts; the three before them have other uses
+FIRST_SYMBOL = 0xFDD3
 SMALL_BUDGET = 1 << 20  # bytes a rendering may take beside the texts
-QUICK, SHORT = 2000, 1 << 14  # steps and characters of the rendering with symbols: real templates take far fewer
+QUICK, SHORT = (
+    2000,
+    1 << 14,
+)  # steps and characters of the rendering with symbols: real templates take far fewer
 LARGEST_CONTAINER = 256  # values inside one value that are looked through
 MOST_SYMBOLS = 0xFDEF - FIRST_SYMBOL + 1  # messages of a shape
 SYMBOL_CHARACTER = re.compile(f"[{chr(FIRST_SYMBOL)}-{chr(FIRST_SYMBOL + MOST_SYMBOLS - 1)}]")
 LOSES_SYMBOLS = (
-    nodes.AssignBlock, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.Block, nodes.Extends, nodes.Include,
-    nodes.Import, nodes.FromImport,
-)  # fmt: skip
+    nodes.AssignBlock,
+    nodes.Macro,
+    nodes.CallBlock,
+    nodes.FilterBlock,
+    nodes.Block,
+    nodes.Extends,
+    nodes.Include,
+    nodes.Import,
+    nodes.FromImport,
+)
 PLANTED_NAMES = (
     "step",
     "concat_checked",
@@ -70,11 +89,24 @@ TYPE_TESTS = {
     "float",
 }
 
-# What the code of a template can raise by its own fault: all that Python's built-in types and jinja2 raise.
+# What the code of a template can raise by its own fault: all that Python's built-in types and
+# jinja2 raise.
 TEMPLATE_FAULTS = (
-    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, NameError, RuntimeError,
-    AssertionError, StopIteration, SyntaxError, ImportError, BufferError, OSError,
-)  # fmt: skip
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    NameError,
+    RuntimeError,
+    AssertionError,
+    StopIteration,
+    SyntaxError,
+    ImportError,
+    BufferError,
+    OSError,
+)
 
 
 class LooksAtTextError(jinja2.TemplateError):
@@ -86,7 +118,9 @@ def _refuse_look(*_: object, **__: object) -> Any:
 
 
 class SymbolicText(str):
-    """A text with symbols in it; ``str`` to a template that asks, and an end to the attempt where its characters matter."""
+    """A text with symbols in it; ``str`` to a template that asks, and an end to the attempt where
+    its characters matter.
+    """
 
     __slots__ = ()
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse_look
@@ -100,7 +134,9 @@ class SymbolicText(str):
 
 
 def _holds_symbol(value: Any) -> bool:
-    """Whether a value has, or may have, a symbol anywhere in it. Raises LooksAtText for one too large to look through."""
+    """Whether a value has, or may have, a symbol anywhere in it. Raises LooksAtText for one too
+    large to look through.
+    """
     waiting, looked = [value], 0
     while waiting:
         item, looked = waiting.pop(), looked + 1
@@ -119,13 +155,19 @@ def _holds_symbol(value: Any) -> bool:
 
 
 def _require_no_symbol(value: Any) -> Any:
-    """A result; ends the attempt for a text that has a symbol's character and did not get it from a symbol."""
-    return _refuse_look() if isinstance(value, str) and not isinstance(value, SymbolicText) and _holds_symbol(value) else value
+    """A result; ends the attempt for a text that has a symbol's character and did not get it from a
+    symbol.
+    """
+    return (
+        _refuse_look()
+        if isinstance(value, str) and not isinstance(value, SymbolicText) and _holds_symbol(value)
+        else value
+    )
 
 
 class FrameSandbox(TemplateSandbox):
-    """The sandbox in which a symbol may only be joined, stripped and printed. ``made``: joined and stripped symbols;
-    ``longest``: characters of the longest; ``most``: symbols in one of them."""
+    """The sandbox in which a symbol may only be joined, stripped and printed. ``made``: joined and
+    stripped symbols; ``longest``: characters of the longest; ``most``: symbols in one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +180,10 @@ class FrameSandbox(TemplateSandbox):
     def symbol(self, text: str) -> SymbolicText:
         """A new text with symbols, counted."""
         self.made += 1
-        self.longest, self.most = max(self.longest, len(text)), max(self.most, len(SYMBOL_CHARACTER.findall(text)))
+        self.longest, self.most = (
+            max(self.longest, len(text)),
+            max(self.most, len(SYMBOL_CHARACTER.findall(text))),
+        )
         return SymbolicText(text)
 
     def concat_checked(self, *parts: Any) -> str:
@@ -167,8 +212,16 @@ class FrameSandbox(TemplateSandbox):
         if isinstance(obj, LoopContext) or _holds_symbol([*args, *kwargs.values()]):
             _refuse_look()
         if isinstance(owner, str) and _holds_symbol(owner):
-            return self.symbol(str.strip(owner)) if name == "strip" and not args and not kwargs else _refuse_look()
-        if isinstance(owner, Mapping | list | tuple) and name not in ("get", "items", "keys", "values") and _holds_symbol(owner):
+            return (
+                self.symbol(str.strip(owner))
+                if name == "strip" and not args and not kwargs
+                else _refuse_look()
+            )
+        if (
+            isinstance(owner, Mapping | list | tuple)
+            and name not in ("get", "items", "keys", "values")
+            and _holds_symbol(owner)
+        ):
             _refuse_look()
         return _require_no_symbol(super().call(context, obj, *args, **kwargs))
 
@@ -177,7 +230,9 @@ class FrameSandbox(TemplateSandbox):
         if symbolic and operator != "+":
             _refuse_look()
         found = super().call_binop(context, operator, left, right)
-        return self.symbol(found) if symbolic and isinstance(found, str) else _require_no_symbol(found)
+        return (
+            self.symbol(found) if symbolic and isinstance(found, str) else _require_no_symbol(found)
+        )
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         if isinstance(getattr(value, "__self__", None), str) and _holds_symbol(value.__self__):
@@ -198,7 +253,9 @@ class FrameSandbox(TemplateSandbox):
             value, others = args[position], [*args[position + 1 :], *kwargs.values()]
             if name == "trim" and isinstance(value, str) and _holds_symbol(value) and not others:
                 return self.symbol(str.strip(value))
-            passes = name in PASSING_FILTERS and not isinstance(value, str) and not _holds_symbol(others)
+            passes = (
+                name in PASSING_FILTERS and not isinstance(value, str) and not _holds_symbol(others)
+            )
             if not passes and name not in ("default", "d") and _holds_symbol([value, *others]):
                 _refuse_look()
             return _require_no_symbol(counted(*args, **kwargs))
@@ -215,8 +272,8 @@ class FrameSandbox(TemplateSandbox):
 
 @dataclass(frozen=True)
 class TemplateFrame:
-    """``parts``: literal text and numbers of messages by turns; ``work``: steps and texts that one rendering makes; ``longest``:
-    literal characters, and ``most``: texts, in the largest of them."""
+    """``parts``: literal text and numbers of messages by turns; ``work``: steps and texts that one
+    rendering makes; ``longest``: literal characters, and ``most``: texts, in the largest of them."""
 
     parts: tuple[str | int, ...]
     work: int
@@ -224,7 +281,9 @@ class TemplateFrame:
     most: int
 
     def fill(self, texts: Sequence[str]) -> str | None:
-        """What the template writes for these texts; None where an empty text, white space or the account may matter."""
+        """What the template writes for these texts; None where an empty text, white space or the
+        account may matter.
+        """
         if not all(texts) or any(text[0].isspace() or text[-1].isspace() for text in texts):
             return None
         size = self.longest + self.most * sum(map(len, texts))
@@ -237,7 +296,9 @@ class TemplateFrame:
         return "".join(part if isinstance(part, str) else texts[part] for part in self.parts)
 
     def span(self, texts: Sequence[str], which: int, text: str) -> tuple[int, int] | None:
-        """Where ``texts[which]`` stands in ``text``; None if that is not what ``fill`` gives, or it stands there not once."""
+        """Where ``texts[which]`` stands in ``text``; None if that is not what ``fill`` gives, or it
+        stands there not once.
+        """
         if self.parts.count(which) != 1 or text != self.fill(texts):
             return None
         before = self.parts[: self.parts.index(which)]
@@ -248,25 +309,41 @@ class TemplateFrame:
 def find_template_frame(
     source: str, variables: Mapping[str, Any], roles: Sequence[str], *, add_generation_prompt: bool
 ) -> TemplateFrame | None:  # fmt: skip
-    """The frame of conversations with these roles, each message nothing but a role and a text; None where there is none."""
+    """The frame of conversations with these roles, each message nothing but a role and a text; None
+    where there is none.
+    """
     if len(roles) > MOST_SYMBOLS:
         return None
     sandbox = FrameSandbox()
     tree = sandbox.parse(source)
-    if next(tree.find_all(LOSES_SYMBOLS), None) or any(loop.recursive for loop in tree.find_all(nodes.For)):
+    if next(tree.find_all(LOSES_SYMBOLS), None) or any(
+        loop.recursive for loop in tree.find_all(nodes.For)
+    ):
         return None
-    literals = [*(one.value for one in tree.find_all(nodes.Const)), *(one.data for one in tree.find_all(nodes.TemplateData))]
+    literals = [
+        *(one.value for one in tree.find_all(nodes.Const)),
+        *(one.data for one in tree.find_all(nodes.TemplateData)),
+    ]
     try:
-        if _holds_symbol([literal for literal in literals if isinstance(literal, str)]) or _holds_symbol(variables):
+        if _holds_symbol(
+            [literal for literal in literals if isinstance(literal, str)]
+        ) or _holds_symbol(variables):
             return None
     except LooksAtTextError:  # more literals, or larger variables, than are looked through
         return None
     sandbox.budget.open(len(roles), len(roles))
     sandbox.budget.patience, sandbox.budget.room, sandbox.budget.memory = QUICK, SHORT, SMALL_BUDGET
-    messages = [{"role": role, "content": SymbolicText(chr(FIRST_SYMBOL + number))} for number, role in enumerate(roles)]
+    messages = [
+        {"role": role, "content": SymbolicText(chr(FIRST_SYMBOL + number))}
+        for number, role in enumerate(roles)
+    ]
     try:
         text = sandbox.from_string(source).render(
-            variables, messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt
+            variables,
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
         )
     except TEMPLATE_FAULTS:
         return None
@@ -276,4 +353,6 @@ def find_template_frame(
     ]
     numbers = sum(isinstance(part, int) for part in parts)
     work = sandbox.budget.steps + sandbox.made + len(parts)
-    return TemplateFrame(tuple(parts), work, max(sandbox.longest, len(text)), max(sandbox.most, numbers))
+    return TemplateFrame(
+        tuple(parts), work, max(sandbox.longest, len(text)), max(sandbox.most, numbers)
+    )

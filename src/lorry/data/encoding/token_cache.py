@@ -1,14 +1,17 @@
-"""Token sets of large files, kept on disk: the second run over the same data does not tokenise again.
+"""Token sets of large files, kept on disk: the second run over the same data does not tokenise
+again.
 
     digest = cache_key(source, encoder, form)       # "" for what is not kept
     tokens = read_cached(digest, encoder) or ...    # built, then write_cached(digest, tokens)
 
-A set is kept under `LORRY_HOME/tokens/DIGEST`. The digest covers all that decides about it: the content of the files and
-the names they are shown under, the limit, the encoder's settings with tokenizer and chat template, this package's code
-that reads and encodes, and the versions of the libraries under it. Nothing is kept of a source below ``SMALLEST_SOURCE`` bytes
-(made again in a few seconds), of a source with rows left out (they are reported and set aside anew each time), of a
-streamed or hub source, or for an encoder that collects more than tokens. What is read back is verified by the SHA-256 of
-its manifest; a damaged set is made again. `LORRY_TOKEN_CACHE=0` switches all of it off.
+A set is kept under `LORRY_HOME/tokens/DIGEST`. The digest covers all that decides about it: the
+content of the files and the names they are shown under, the limit, the encoder's settings with
+tokenizer and chat template, this package's code that reads and encodes, and the versions of the
+libraries under it. Nothing is kept of a source below ``SMALLEST_SOURCE`` bytes (made again in a few
+seconds), of a source with rows left out (they are reported and set aside anew each time), of a
+streamed or hub source, or for an encoder that collects more than tokens. What is read back is
+verified by the SHA-256 of its manifest; a damaged set is made again. `LORRY_TOKEN_CACHE=0` switches
+all of it off.
 """
 
 from __future__ import annotations
@@ -44,7 +47,11 @@ CacheListener = Callable[[str], None] | None
 
 def cache_key(source: DataSource, encoder: ExampleEncoder, form: RowFormat | None) -> str:
     """Names a token set by all that decides about it; "" where it is not to be kept."""
-    if os.environ.get("LORRY_TOKEN_CACHE") == "0" or not source.files or type(encoder) is not ExampleEncoder:
+    if (
+        os.environ.get("LORRY_TOKEN_CACHE") == "0"
+        or not source.files
+        or type(encoder) is not ExampleEncoder
+    ):
         return ""
     try:
         _cache_folder()  # RuntimeError where nobody has a home
@@ -68,7 +75,9 @@ def cache_key(source: DataSource, encoder: ExampleEncoder, form: RowFormat | Non
     return hashlib.sha256("\n".join([*parts, *contents]).encode(errors="surrogatepass")).hexdigest()
 
 
-def read_cached(digest: str, tell: CacheListener) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def read_cached(
+    digest: str, tell: CacheListener
+) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """(arrays, everything else) of a set that was kept, or None. ``tell`` hears of a damaged one."""
     if not digest or not (folder := _cache_folder() / digest).is_dir():
         return None
@@ -83,11 +92,15 @@ def read_cached(digest: str, tell: CacheListener) -> tuple[dict[str, np.ndarray]
     with suppress(OSError):
         os.utime(folder)  # used now: see `_prune_cache`
     if tell is not None:
-        tell(f"{rest['report']['source']}: {rest['report']['rows']} rows as tokenised before ({folder})")
+        tell(
+            f"{rest['report']['source']}: {rest['report']['rows']} rows as tokenised before ({folder})"
+        )
     return arrays, rest
 
 
-def write_cached(digest: str, arrays: dict[str, np.ndarray], rest: dict[str, Any], tell: CacheListener) -> None:
+def write_cached(
+    digest: str, arrays: dict[str, np.ndarray], rest: dict[str, Any], tell: CacheListener
+) -> None:
     """Keep a set; a disk that refuses costs nothing but the time to tokenise again, and is told."""
     text = json.dumps(rest, separators=(",", ":"))  # ASCII: a file's name may be no Unicode
     size = sum(array.nbytes for array in arrays.values()) + len(text)
@@ -97,7 +110,9 @@ def write_cached(digest: str, arrays: dict[str, np.ndarray], rest: dict[str, Any
     try:
         durable.make_directory(target.parent)
         with target.with_name(f".{digest}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # another run is writing this very set: that will do
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # another run is writing this very set: that will do
             _prune_cache(LARGEST_CACHE - size)
             durable.recover_writes(target.parent, digest)
             files = {"tokens.safetensors": save(arrays), "rows.json": text.encode()}
@@ -115,7 +130,10 @@ def _cache_folder() -> Path:
 
 def _prune_cache(room: int) -> None:
     """Remove the sets that were not used for the longest until the others fit into ``room`` bytes."""
-    kept = sorted((item for item in _cache_folder().iterdir() if item.is_dir()), key=lambda item: item.stat().st_mtime)
+    kept = sorted(
+        (item for item in _cache_folder().iterdir() if item.is_dir()),
+        key=lambda item: item.stat().st_mtime,
+    )
     sizes = [sum(file.stat().st_size for file in item.iterdir() if file.is_file()) for item in kept]
     total = sum(sizes)
     for item, size in zip(kept, sizes, strict=True):

@@ -30,7 +30,9 @@ from lorry.data.stream.report import DataReport, length_statistics, merge_report
 from lorry.errors import ConfigError, DataError
 
 CHUNK_ROWS = 1024  # rows encoded by one call of the tokenizer
-CHUNK_CHARACTERS = 1 << 22  # and their characters, a few seconds of work: nobody waits longer for the next line about it
+CHUNK_CHARACTERS = (
+    1 << 22
+)  # and their characters, a few seconds of work: nobody waits longer for the next line about it
 FIRST_PROGRESS_SECONDS = 2.0  # seconds until rows that are still being read are spoken of
 
 
@@ -38,8 +40,9 @@ FIRST_PROGRESS_SECONDS = 2.0  # seconds until rows that are still being read are
 class TokenSet:
     """N encoded sequences end to end.
 
-    tokens [T] int32; weights [T] float32, of token t as target; edges [N+1] int64: sequence n is tokens[edges[n]:edges[n+1]];
-    groups [N] int64 (-1: none); where: the place in the source of each sequence.
+    tokens [T] int32; weights [T] float32, of token t as target; edges [N+1] int64: sequence n is
+    tokens[edges[n]:edges[n+1]]; groups [N] int64 (-1: none); where: the place in the source of each
+    sequence.
     """
 
     tokens: np.ndarray
@@ -54,28 +57,57 @@ class TokenSet:
 
     @classmethod
     def build(
-        cls, source: DataSource, encoder: ExampleEncoder, *, form: RowFormat | None = None, adapter: int = 0, role: str = ""
+        cls,
+        source: DataSource,
+        encoder: ExampleEncoder,
+        *,
+        form: RowFormat | None = None,
+        adapter: int = 0,
+        role: str = "",
     ) -> TokenSet:
-        """Read and encode a whole source. Raises DataError for a bad row (by the source's policy) or when no row is left."""
+        """Read and encode a whole source. Raises DataError for a bad row (by the source's policy)
+        or when no row is left.
+        """
         key = cache_key(source, encoder, form)
         if (found := read_cached(key, encoder.tell)) is not None:
             return cls._of_cache(*found, adapter=adapter, role=role)
         notes: set[str] = set()
-        rows = report_progress(encode_rows(read_examples(source, form, notes=notes), source, encoder), source.label, encoder.tell)
+        rows = report_progress(
+            encode_rows(read_examples(source, form, notes=notes), source, encoder),
+            source.label,
+            encoder.tell,
+        )
         made = cls.of(rows, source, encoder, notes, adapter=adapter, role=role)
         if not len(made):
-            raise DataError(f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}")
-        if key and not source.bad.total and cache_key(source, encoder, form) == key:  # no file changed meanwhile
+            raise DataError(
+                f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}"
+            )
+        if (
+            key and not source.bad.total and cache_key(source, encoder, form) == key
+        ):  # no file changed meanwhile
             arrays = {"tokens": made.tokens, "weights": made.weights, "edges": made.edges}
-            write_cached(key, arrays, {"report": asdict(made.report), "where": made.where}, encoder.tell)
+            write_cached(
+                key, arrays, {"report": asdict(made.report), "where": made.where}, encoder.tell
+            )
         return made
 
     @classmethod
-    def _of_cache(cls, arrays: dict[str, np.ndarray], rest: dict[str, Any], *, adapter: int, role: str) -> TokenSet:
+    def _of_cache(
+        cls, arrays: dict[str, np.ndarray], rest: dict[str, Any], *, adapter: int, role: str
+    ) -> TokenSet:
         where = tuple(rest["where"])
         report = DataReport(**rest["report"])
         groups = np.full(len(where), -1)
-        return cls(arrays["tokens"], arrays["weights"], arrays["edges"], groups, where, report, adapter, role)
+        return cls(
+            arrays["tokens"],
+            arrays["weights"],
+            arrays["edges"],
+            groups,
+            where,
+            report,
+            adapter,
+            role,
+        )
 
     @classmethod
     def of(
@@ -98,27 +130,46 @@ class TokenSet:
         flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
         marks = np.concatenate(weights) if weights else np.zeros(0, np.float32)
         edges = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-        report.sequences, report.tokens, report.supervised = len(where), len(flat), int(np.count_nonzero(marks))
+        report.sequences, report.tokens, report.supervised = (
+            len(where),
+            len(flat),
+            int(np.count_nonzero(marks)),
+        )
         report.lengths = length_statistics(np.asarray(lengths))
         report.left_out, report.first_left_out = dict(source.bad.counts), source.bad.first[:5]
         adjusted = encoder.notes - before
-        report.notes = [*encoder.template.notes, *sorted(notes), *(f"{note} ({n} rows)" for note, n in sorted(adjusted.items()))]
+        report.notes = [
+            *encoder.template.notes,
+            *sorted(notes),
+            *(f"{note} ({n} rows)" for note, n in sorted(adjusted.items())),
+        ]
         return cls(flat, marks, edges, np.full(len(where), -1), tuple(where), report, adapter, role)
 
     @classmethod
     def mixture(cls, parts: Sequence[TokenSet], shares: tuple[float, ...] | None) -> TokenSet:
-        """Sets laid end to end, each sequence remembering by its part's role which set it is of; ``shares``: see `MixtureOrder`."""
+        """Sets laid end to end, each sequence remembering by its part's role which set it is of;
+        ``shares``: see `MixtureOrder`.
+        """
         of = np.concatenate([np.full(len(part), number) for number, part in enumerate(parts)])
         mixing = MixtureOrder(tuple(part.role for part in parts), of, shares)
         tokens, weights, groups = (
-            np.concatenate(column) for column in zip(*((p.tokens, p.weights, p.groups) for p in parts), strict=True)
+            np.concatenate(column)
+            for column in zip(*((p.tokens, p.weights, p.groups) for p in parts), strict=True)
         )
-        edges = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]).astype(np.int64)
+        edges = np.concatenate(
+            [[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]
+        ).astype(np.int64)
         where = tuple(place for part in parts for place in part.where)
-        whole = cls(tokens, weights, edges, groups, where, DataReport(""), parts[0].adapter, mixing=mixing)
+        whole = cls(
+            tokens, weights, edges, groups, where, DataReport(""), parts[0].adapter, mixing=mixing
+        )
         return replace(
             whole,
-            report=merge_reports([(part.role, part.report) for part in parts], mixing.quotas(), length_statistics(whole.lengths)),
+            report=merge_reports(
+                [(part.role, part.report) for part in parts],
+                mixing.quotas(),
+                length_statistics(whole.lengths),
+            ),
         )
 
     def __len__(self) -> int:
@@ -140,41 +191,71 @@ class TokenSet:
         return np.diff(self.edges)
 
     def example(self, row: int, epoch: int = 0, first: int = 0) -> TokenizedExample:
-        """Sequence ``row`` for a batch; ``first`` is the number of the set's first sequence in a longer stream."""
+        """Sequence ``row`` for a batch; ``first`` is the number of the set's first sequence in a
+        longer stream.
+        """
         span = slice(self.edges[row], self.edges[row + 1])
         return TokenizedExample(
-            self.tokens[span].tolist(), self.weights[span].tolist(), key=sequence_key(first + row, epoch),
-            adapter=self.adapter, role=self.role_of(row), group=int(self.groups[row]),
-        )  # fmt: skip
+            self.tokens[span].tolist(),
+            self.weights[span].tolist(),
+            key=sequence_key(first + row, epoch),
+            adapter=self.adapter,
+            role=self.role_of(row),
+            group=int(self.groups[row]),
+        )
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over tokens, weights, borders and groups: equal for equal data in equal order, on any machine."""
+        """SHA-256 over tokens, weights, borders and groups: equal for equal data in equal order, on
+        any machine.
+        """
         total = hashlib.sha256()
-        for values, kind in ((self.tokens, "<i4"), (self.weights, "<f4"), (self.edges, "<i8"), (self.groups, "<i8")):
+        for values, kind in (
+            (self.tokens, "<i4"),
+            (self.weights, "<f4"),
+            (self.edges, "<i8"),
+            (self.groups, "<i8"),
+        ):
             total.update(np.ascontiguousarray(values, dtype=kind).tobytes())
         if self.mixing is not None:
-            total.update(f"{self.mixing.names} {self.mixing.shares} {self.mixing.counts()}".encode())
+            total.update(
+                f"{self.mixing.names} {self.mixing.shares} {self.mixing.counts()}".encode()
+            )
         return total.hexdigest()
 
     def select(self, rows: np.ndarray) -> TokenSet:
         """The set of these sequences, in this order."""
         pick = (
-            np.concatenate([np.arange(self.edges[row], self.edges[row + 1]) for row in rows]) if len(rows) else np.zeros(0, int)
+            np.concatenate([np.arange(self.edges[row], self.edges[row + 1]) for row in rows])
+            if len(rows)
+            else np.zeros(0, int)
         )
         edges = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
         where = tuple(self.where[row] for row in rows)
         report = replace(
-            self.report, rows=len(set(where)), sequences=len(where), tokens=len(pick),
-            supervised=int(np.count_nonzero(self.weights[pick])), lengths=length_statistics(self.lengths[rows]),
-        )  # fmt: skip
+            self.report,
+            rows=len(set(where)),
+            sequences=len(where),
+            tokens=len(pick),
+            supervised=int(np.count_nonzero(self.weights[pick])),
+            lengths=length_statistics(self.lengths[rows]),
+        )
         mixing = None if self.mixing is None else self.mixing.select(rows)
         return TokenSet(
-            self.tokens[pick], self.weights[pick], edges, self.groups[rows], where, report, self.adapter, self.role, mixing
+            self.tokens[pick],
+            self.weights[pick],
+            edges,
+            self.groups[rows],
+            where,
+            report,
+            self.adapter,
+            self.role,
+            mixing,
         )
 
     def held_out(self, size: float, seed: int) -> tuple[TokenSet, TokenSet]:
-        """(the rest, ``size`` rows drawn by the seed): a share below 1 or a count. Pieces of one row stay on one side.
+        """(the rest, ``size`` rows drawn by the seed): a share below 1 or a count. Pieces of one
+        row stay on one side.
 
         Raises ConfigError when nothing would be left to train on.
         """
@@ -182,7 +263,9 @@ class TokenSet:
         count = max(1, round(size * len(rows))) if size < 1 else int(size)
         if count >= len(rows):
             name = f" of {self.role}" if self.role else ""
-            raise ConfigError(f"test_size={size} holds out {count} of {len(rows)} rows{name} and leaves none to train on")
+            raise ConfigError(
+                f"test_size={size} holds out {count} of {len(rows)} rows{name} and leaves none to train on"
+            )
         drawn = {rows[at] for at in epoch_order(len(rows), seed, 0, name="held out")[:count]}
         aside = np.array([place in drawn for place in self.where])
         return self.select(np.flatnonzero(~aside)), self.select(np.flatnonzero(aside))
@@ -190,20 +273,27 @@ class TokenSet:
     def eval_batches(self, batch_rows: int) -> list[Batch]:
         """All sequences in file order, ``batch_rows`` to a batch."""
         rows = range(len(self))
-        return [collate([self.example(row) for row in rows[at : at + batch_rows]]) for at in range(0, len(rows), batch_rows)]
+        return [
+            collate([self.example(row) for row in rows[at : at + batch_rows]])
+            for at in range(0, len(rows), batch_rows)
+        ]
 
 
 def report_progress(
     rows: Iterable[tuple[DataExample, list[EncodedSequence]]], label: str, tell: Callable[[str], None] | None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[tuple[DataExample, list[EncodedSequence]]]:  # fmt: skip
-    """The rows as they come, with a line after 2 s, and again after twice as long each time: nobody waits in the dark."""
+    """The rows as they come, with a line after 2 s, and again after twice as long each time: nobody
+    waits in the dark.
+    """
     begun = clock()
     due = FIRST_PROGRESS_SECONDS
     for number, row in enumerate(rows, 1):
         yield row
         if tell is not None and (spent := clock() - begun) >= due:
-            tell(f"{label}: {number} rows read and tokenised in {spent:.0f} s, {number / spent:.0f} rows/s")
+            tell(
+                f"{label}: {number} rows read and tokenised in {spent:.0f} s, {number / spent:.0f} rows/s"
+            )
             while due <= spent:
                 due *= 2
 
@@ -221,9 +311,13 @@ def _read_chunk(found: Iterator[DataExample]) -> Iterator[DataExample]:
 def encode_rows(
     found: Iterator[DataExample], source: DataSource, encoder: ExampleEncoder
 ) -> Iterator[tuple[DataExample, list[EncodedSequence]]]:
-    """Encode rows a chunk at a time; what cannot be encoded goes to ``source.bad``, an answer too long is dropped there."""
+    """Encode rows a chunk at a time; what cannot be encoded goes to ``source.bad``, an answer too
+    long is dropped there.
+    """
     while chunk := list(_read_chunk(found)):
-        for row, made in zip(chunk, encoder.encode_many([row.content for row in chunk]), strict=True):
+        for row, made in zip(
+            chunk, encoder.encode_many([row.content for row in chunk]), strict=True
+        ):
             if not isinstance(made, BadRow):
                 yield row, made
             elif made.kind == TOO_LONG:

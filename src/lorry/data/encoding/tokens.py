@@ -1,7 +1,8 @@
 """Text to tokens with known characters: which token holds which part of the text.
 
-A fast tokenizer gives the characters of each token (offsets). Only their ends are used: byte-level tokenizers trim the
-white space at a token's start out of its offsets, never what comes before the next token's end.
+A fast tokenizer gives the characters of each token (offsets). Only their ends are used: byte-level
+tokenizers trim the white space at a token's start out of its offsets, never what comes before the
+next token's end.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ OPENERS_KEPT = 4096
 
 @dataclass
 class MarkedTokens:
-    """Token ids, and for each whether it belongs to a supervised span; ``barred``: numbers of the tokens that touch a
-    character which must not be learnt."""
+    """Token ids, and for each whether it belongs to a supervised span; ``barred``: numbers of the
+    tokens that touch a character which must not be learnt."""
 
     ids: list[int]
     learnt: list[bool]
@@ -31,7 +32,9 @@ class MarkedTokens:
 
 
 class TextTokenizer:
-    """A tokenizer, wrapped. ``opening`` are the ids it puts before every text (a BOS, mostly), ``end`` its EOS id or None."""
+    """A tokenizer, wrapped. ``opening`` are the ids it puts before every text (a BOS, mostly),
+    ``end`` its EOS id or None.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -57,15 +60,32 @@ class TextTokenizer:
         """
         unlearnt = [()] * len(texts) if unlearnt is None else unlearnt
         if not getattr(self.tokenizer, "is_fast", False):
-            return [self._piecewise(text, marks, kept) for text, marks, kept in zip(texts, spans, unlearnt, strict=True)]
+            return [
+                self._piecewise(text, marks, kept)
+                for text, marks, kept in zip(texts, spans, unlearnt, strict=True)
+            ]
         if not texts:
             return []
         encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
-            return_token_type_ids=False, truncation=False, padding=False, verbose=False,
-        )  # fmt: skip
+            list(texts),
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            truncation=False,
+            padding=False,
+            verbose=False,
+        )
         done = []
-        columns = zip(texts, encoded["input_ids"], encoded["offset_mapping"], spans, openers, unlearnt, strict=True)
+        columns = zip(
+            texts,
+            encoded["input_ids"],
+            encoded["offset_mapping"],
+            spans,
+            openers,
+            unlearnt,
+            strict=True,
+        )
         for text, ids, offsets, marks, opener, kept in columns:
             ends = _token_ends(offsets)
             cuts = self._unclean(ids, ends, marks, opener)
@@ -78,7 +98,13 @@ class TextTokenizer:
         self._verify(texts, spans, done)
         return done
 
-    def one(self, text: str, spans: Sequence[TextSpan] = (), opener: str = "", unlearnt: Sequence[TextSpan] = ()) -> MarkedTokens:
+    def one(
+        self,
+        text: str,
+        spans: Sequence[TextSpan] = (),
+        opener: str = "",
+        unlearnt: Sequence[TextSpan] = (),
+    ) -> MarkedTokens:
         """``many`` for a single text."""
         return self.many([text], [spans], [opener], [unlearnt])[0]
 
@@ -87,27 +113,45 @@ class TextTokenizer:
         if not getattr(self.tokenizer, "is_fast", False):
             ids = self._ids(text)
             return ids, list(accumulate(len(self.tokenizer.decode([token])) for token in ids))
-        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        made = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         return list(made["input_ids"]), _token_ends(made["offset_mapping"])
 
-    def _unclean(self, ids: list[int], ends: list[int], spans: Sequence[TextSpan], opener: str) -> list[int]:
-        """The starts of spans before which the tokens are not what they would be if the text ended there."""
+    def _unclean(
+        self, ids: list[int], ends: list[int], spans: Sequence[TextSpan], opener: str
+    ) -> list[int]:
+        """The starts of spans before which the tokens are not what they would be if the text ended
+        there.
+        """
         expected = self.opener_ids(opener) if opener else []
         firsts = [bisect_right(ends, start) for start, _ in spans]
         return [
             start
             for (start, _), first in zip(spans, firsts, strict=True)
-            if (ends[first - 1] if first else 0) < start or ids[max(0, first - len(expected)) : first] != expected
+            if (ends[first - 1] if first else 0) < start
+            or ids[max(0, first - len(expected)) : first] != expected
         ]
 
-    def _broken_up(self, text: str, spans: Sequence[TextSpan], cuts: Sequence[int], unlearnt: Sequence[TextSpan]) -> MarkedTokens:
+    def _broken_up(
+        self,
+        text: str,
+        spans: Sequence[TextSpan],
+        cuts: Sequence[int],
+        unlearnt: Sequence[TextSpan],
+    ) -> MarkedTokens:
         """Tokenise the stretches between the cuts on their own."""
         made, all_ends = MarkedTokens([], []), list[int]()
         for start, end in pairwise([0, *cuts, len(text)]):
             ids, ends = self._inside(text[start:end]) if start else self.ids_and_ends(text[:end])
             made.ids += ids
             made.learnt += _mark_spans(
-                ends, [(max(s, start) - start, min(e, end) - start) for s, e in spans if s < end and e > start]
+                ends,
+                [
+                    (max(s, start) - start, min(e, end) - start)
+                    for s, e in spans
+                    if s < end and e > start
+                ],
             )
             all_ends += [start + edge for edge in ends]
         return MarkedTokens(made.ids, made.learnt, _tokens_touching(all_ends, unlearnt))
@@ -116,13 +160,23 @@ class TextTokenizer:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _inside(self, piece: str) -> tuple[list[int], list[int]]:
-        """A piece from the middle of a text: behind a line break, so that no tokenizer adds its space for a text's start."""
+        """A piece from the middle of a text: behind a line break, so that no tokenizer adds its
+        space for a text's start.
+        """
         ids, ends = self.ids_and_ends("\n" + piece)
         lead = len(self._line_break)
-        return (ids[lead:], [end - 1 for end in ends[lead:]]) if ids[:lead] == self._line_break else self.ids_and_ends(piece)
+        return (
+            (ids[lead:], [end - 1 for end in ends[lead:]])
+            if ids[:lead] == self._line_break
+            else self.ids_and_ends(piece)
+        )
 
-    def _piecewise(self, text: str, spans: Sequence[TextSpan], unlearnt: Sequence[TextSpan]) -> MarkedTokens:
-        """For a tokenizer without offsets: every stretch inside and outside of the spans on its own."""
+    def _piecewise(
+        self, text: str, spans: Sequence[TextSpan], unlearnt: Sequence[TextSpan]
+    ) -> MarkedTokens:
+        """For a tokenizer without offsets: every stretch inside and outside of the spans on its
+        own.
+        """
         cuts = sorted({0, len(text), *(edge for span in (*spans, *unlearnt) for edge in span)})
         made, barred = MarkedTokens([], []), set[int]()
         for start, end in pairwise(cuts):
@@ -133,19 +187,38 @@ class TextTokenizer:
             made.learnt += [any(s <= start < e for s, e in spans)] * len(ids)
         return MarkedTokens(made.ids, made.learnt, frozenset(barred))
 
-    def _verify(self, texts: Sequence[str], spans: Sequence[Sequence[TextSpan]], marked: Sequence[MarkedTokens]) -> None:
-        """Decode what is marked and compare it with the spans: a tokenizer with false offsets would teach the prompt."""
-        said = ["".join(text[start:end] for start, end in marks) for text, marks in zip(texts, spans, strict=True)]
-        learnt = [[token for token, taken in zip(row.ids, row.learnt, strict=True) if taken] for row in marked]
-        for expected, found in zip(said, self.tokenizer.batch_decode(learnt, skip_special_tokens=False), strict=True):
-            if _strip_space(found) != _strip_space(expected) and _strip_space(found) != self._round_trip(expected):
+    def _verify(
+        self,
+        texts: Sequence[str],
+        spans: Sequence[Sequence[TextSpan]],
+        marked: Sequence[MarkedTokens],
+    ) -> None:
+        """Decode what is marked and compare it with the spans: a tokenizer with false offsets would
+        teach the prompt.
+        """
+        said = [
+            "".join(text[start:end] for start, end in marks)
+            for text, marks in zip(texts, spans, strict=True)
+        ]
+        learnt = [
+            [token for token, taken in zip(row.ids, row.learnt, strict=True) if taken]
+            for row in marked
+        ]
+        for expected, found in zip(
+            said, self.tokenizer.batch_decode(learnt, skip_special_tokens=False), strict=True
+        ):
+            if _strip_space(found) != _strip_space(expected) and _strip_space(
+                found
+            ) != self._round_trip(expected):
                 raise ModelError(
                     f"the tokenizer's offsets are wrong: the answer {expected[:80]!r} was found as {found[:80]!r}; "
                     "train with another tokenizer file of this model"
                 )
 
     def _round_trip(self, text: str) -> str:
-        """What is left of a text by a tokenizer that loses something (lower case, unknown characters)."""
+        """What is left of a text by a tokenizer that loses something (lower case, unknown
+        characters).
+        """
         return _strip_space(self.tokenizer.decode(self._inside(text)[0], skip_special_tokens=False))
 
 
@@ -168,10 +241,14 @@ def _mark_spans(ends: list[int], spans: Sequence[TextSpan]) -> list[bool]:
 
 
 def _tokens_touching(ends: list[int], spans: Sequence[TextSpan]) -> frozenset[int]:
-    """Numbers of the tokens that hold a character of the spans; those that hold no character go with the one before them."""
+    """Numbers of the tokens that hold a character of the spans; those that hold no character go
+    with the one before them.
+    """
     touched = set[int]()
     for start, end in spans:
-        touched.update(number for number, mark in enumerate(_mark_spans(ends, [(start, end)])) if mark)
+        touched.update(
+            number for number, mark in enumerate(_mark_spans(ends, [(start, end)])) if mark
+        )
     return frozenset(touched)
 
 

@@ -1,6 +1,8 @@
-"""Bad rows: one place that decides whether a row that cannot be used stops the run, is skipped or is set aside.
+"""Bad rows: one place that decides whether a row that cannot be used stops the run, is skipped or
+is set aside.
 
-Everything that reads or encodes rows reports to a ``BadRows``; the counts end up in the run's receipt.
+Everything that reads or encodes rows reports to a ``BadRows``; the counts end up in the run's
+receipt.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ REASONS_SHOWN = 20  # how many bad rows are remembered word for word; the counts
 
 @dataclass(frozen=True)
 class BadRow:
-    """Why a row cannot be used: ``kind`` is what it is counted under, ``reason`` is written for a person."""
+    """Why a row cannot be used: ``kind`` is what it is counted under, ``reason`` is written for a
+    person.
+    """
 
     kind: str
     reason: str
@@ -30,37 +34,51 @@ class BadRow:
     def short(self) -> str:
         """The reason for a terminal: of a very long one the start."""
         whole = self.reason
-        return whole if len(whole) <= LONGEST_REASON else f"{whole[:LONGEST_REASON]}... ({len(whole)} characters)"
+        return (
+            whole
+            if len(whole) <= LONGEST_REASON
+            else f"{whole[:LONGEST_REASON]}... ({len(whole)} characters)"
+        )
 
 
 class BadRows:
-    """Applies ``on_bad_row`` and keeps the counts. A row that is read again (next epoch, resume) is counted once.
+    """Applies ``on_bad_row`` and keeps the counts. A row that is read again (next epoch, resume) is
+    counted once.
 
-    ``quarantine`` is the JSON-lines file that gets ``{"where", "kind", "reason", "raw"}`` for every bad row.
+    ``quarantine`` is the JSON-lines file that gets ``{"where", "kind", "reason", "raw"}`` for every
+    bad row.
     """
 
     def __init__(self, policy: OnBadRow = "error", quarantine: str | Path | None = None) -> None:
         if policy not in get_args(OnBadRow):
             choices = get_args(OnBadRow)
-            raise ConfigError(f"on_bad_row={policy!r}; choose one of: {', '.join(choices)}{suggest_nearest(policy, choices)}")
+            raise ConfigError(
+                f"on_bad_row={policy!r}; choose one of: {', '.join(choices)}{suggest_nearest(policy, choices)}"
+            )
         if policy == "quarantine" and quarantine is None:
             raise ConfigError("on_bad_row=quarantine needs a file to write the bad rows to")
         self.policy = policy
-        self.quarantine = Path(quarantine) if policy == "quarantine" and quarantine is not None else None
+        self.quarantine = (
+            Path(quarantine) if policy == "quarantine" and quarantine is not None else None
+        )
         self.counts: Counter[str] = Counter()
         self.first: list[str] = []
         self._seen: set[tuple[str, str]] = set()
         self._written: set[str] | None = None
 
     def report(self, where: str, bad: BadRow, raw: str) -> None:
-        """A row with a mistake in it. Raises DataError opening with ``file:line`` when the policy is ``error``."""
+        """A row with a mistake in it. Raises DataError opening with ``file:line`` when the policy
+        is ``error``.
+        """
         if self.policy == "error":
             advice = "correct the row, or set on_bad_row=skip or on_bad_row=quarantine"
             raise DataError(f"{where}: {bad.short} ({advice})")
         self.drop(where, bad, raw)
 
     def drop(self, where: str, bad: BadRow, raw: str) -> None:
-        """A sound row that cannot be used (its answer is longer than max_length): counted and left out, never an error."""
+        """A sound row that cannot be used (its answer is longer than max_length): counted and left
+        out, never an error.
+        """
         if (where, bad.kind) in self._seen:
             return
         self._seen.add((where, bad.kind))
@@ -68,7 +86,10 @@ class BadRows:
         if len(self.first) < REASONS_SHOWN:
             self.first.append(f"{where}: {bad.short}")
         if self.quarantine is not None:
-            self._set_aside(self.quarantine, {"where": where, "kind": bad.kind, "reason": bad.reason, "raw": raw})
+            self._set_aside(
+                self.quarantine,
+                {"where": where, "kind": bad.kind, "reason": bad.reason, "raw": raw},
+            )
 
     @property
     def total(self) -> int:
@@ -84,7 +105,9 @@ class BadRows:
         return f"{self.total} rows left out ({kinds}), the first: {self.first[0]}{aside}"
 
     def _set_aside(self, path: Path, record: dict[str, str]) -> None:
-        """Append one line in a single write, so that a kill leaves whole lines only; a line already there is not repeated."""
+        """Append one line in a single write, so that a kill leaves whole lines only; a line already
+        there is not repeated.
+        """
         line = json.dumps(record)  # ASCII on purpose: raw text may hold lone surrogates
         torn = False
         if self._written is None:

@@ -1,7 +1,8 @@
-"""What a row means once its columns are understood: a ``Conversation`` or a ``TextDocument``, and the checks of single fields.
+"""What a row means once its columns are understood: a ``Conversation`` or a ``TextDocument``, and
+the checks of single fields.
 
-Whatever a turn says is part of what is trained, or its row is refused, or it is counted and named; nothing of a turn is
-dropped in silence. Keys that say what is learnt:
+Whatever a turn says is part of what is trained, or its row is refused, or it is counted and named;
+nothing of a turn is dropped in silence. Keys that say what is learnt:
 
 | key | from | meaning |
 |---|---|---|
@@ -11,13 +12,16 @@ dropped in silence. Keys that say what is learnt:
 
 What no entry of train_detail covers is not learnt; the end of the turn is.
 
-The columns weight, train and loss of a row say the same of all of it (`row_is_learnt`): 0 or false leaves the row out with a
-count, 1, true or nothing changes nothing; a weight between and words are refused by name, other numbers are not used.
+The columns weight, train and loss of a row say the same of all of it (`row_is_learnt`): 0 or false
+leaves the row out with a count, 1, true or nothing changes nothing; a weight between and words are
+refused by name, other numbers are not used.
 
-A content may be a list of parts ``{"type": "text", "text": ...}``. They are joined; a part of another type, or with a key
-that says anything else, is refused by name. `cache_control` alone may stand there: it tells a server what to keep.
+A content may be a list of parts ``{"type": "text", "text": ...}``. They are joined; a part of
+another type, or with a key that says anything else, is refused by name. `cache_control` alone may
+stand there: it tells a server what to keep.
 
-`mask` and the like mean opposite things in different tools (masked out; counted in the loss) and are refused.
+`mask` and the like mean opposite things in different tools (masked out; counted in the loss) and
+are refused.
 """
 
 from __future__ import annotations
@@ -41,19 +45,40 @@ ROLES: dict[str, Role] = {
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("weight", "train", "loss")  # of a turn, and as columns of a whole row
 LEARNING_KEYS = (*SWITCHES, "train_detail")
-SPELT = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}  # as a CSV file writes a switch
+SPELT = {
+    "0": False,
+    "0.0": False,
+    "false": False,
+    "1": True,
+    "1.0": True,
+    "true": True,
+}  # as a CSV file writes a switch
 AMBIGUOUS_KEYS = (
-    "mask", "masked", "loss_mask", "train_mask", "loss_weight", "weights", "loss_scale", "trainable", "training",
-    "learn", "ignore",
-)  # fmt: skip
-PART_KEYS = ("type", "text", "cache_control")  # of a part of a content; the last changes nothing that a model reads
+    "mask",
+    "masked",
+    "loss_mask",
+    "train_mask",
+    "loss_weight",
+    "weights",
+    "loss_scale",
+    "trainable",
+    "training",
+    "learn",
+    "ignore",
+)
+PART_KEYS = (
+    "type",
+    "text",
+    "cache_control",
+)  # of a part of a content; the last changes nothing that a model reads
 
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One turn. ``reasoning`` is what a thinking model writes before its answer (templates know it as reasoning_content);
-    ``name`` whose turn it is, for templates that write it; ``learnt`` False for an answer that is only read; ``unlearnt``
-    the (start, end) characters of the content that are not learnt; ``unread`` keys that mean nothing to Lorry.
+    """One turn. ``reasoning`` is what a thinking model writes before its answer (templates know it
+    as reasoning_content); ``name`` whose turn it is, for templates that write it; ``learnt`` False
+    for an answer that is only read; ``unlearnt`` the (start, end) characters of the content that
+    are not learnt; ``unread`` keys that mean nothing to Lorry.
     """
 
     role: Role
@@ -67,10 +92,11 @@ class ChatMessage:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A chat with at least one assistant turn. ``tools``: JSON of the list of tools that the template gets, or "".
+    """A chat with at least one assistant turn. ``tools``: JSON of the list of tools that the
+    template gets, or "".
 
-    ``plain`` is (prompt, completion) as running text, for a tokenizer that has no chat template; None when the row was a
-    chat to begin with.
+    ``plain`` is (prompt, completion) as running text, for a tokenizer that has no chat template;
+    None when the row was a chat to begin with.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -99,7 +125,9 @@ ExampleContent = Conversation | TextDocument
 
 
 class UnusableRowError(Exception):
-    """Raised while a row is read, and turned into a ``BadRow`` by ``formats.normalise`` or ``places.read_items``."""
+    """Raised while a row is read, and turned into a ``BadRow`` by ``formats.normalise`` or
+    ``places.read_items``.
+    """
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -107,7 +135,9 @@ class UnusableRowError(Exception):
 
 
 def text_of(value: Any, column: str) -> str:
-    """A column's value as text; whole numbers are unambiguous, other values are not and are refused."""
+    """A column's value as text; whole numbers are unambiguous, other values are not and are
+    refused.
+    """
     if isinstance(value, str):
         return _require_utf8(value, column)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -118,10 +148,13 @@ def text_of(value: Any, column: str) -> str:
 
 
 def _part_text(part: Mapping[str, Any], place: str) -> str:
-    """The text of one part of a content. Raises Unusable for one that is not text, or says more than its text."""
+    """The text of one part of a content. Raises Unusable for one that is not text, or says more
+    than its text.
+    """
     if part.get("type") != "text":
         raise UnusableRowError(
-            "format", f"{place} is a part of type {str(part.get('type'))[:40]!r}; Lorry trains on parts of type 'text'"
+            "format",
+            f"{place} is a part of type {str(part.get('type'))[:40]!r}; Lorry trains on parts of type 'text'",
         )
     for key, held in part.items():
         if key not in PART_KEYS and held not in (None, "", [], {}):
@@ -131,7 +164,8 @@ def _part_text(part: Mapping[str, Any], place: str) -> str:
                 else ""
             )
             raise UnusableRowError(
-                "keys", f"{place}.{str(key)[:40]}: a part of a content has a type and a text, nothing else{hint}"
+                "keys",
+                f"{place}.{str(key)[:40]}: a part of a content has a type and a text, nothing else{hint}",
             )
     return text_of(part.get("text"), f"{place}.text")
 
@@ -149,7 +183,9 @@ def describe_type(value: Any) -> str:
     """What a value is, in words, for a message."""
     if isinstance(value, bool | float):
         return f"the {'boolean' if isinstance(value, bool) else 'number'} {value} (write it as the text the model should say)"
-    return {list: "a list", dict: "an object", type(None): "nothing"}.get(type(value), f"a {type(value).__name__}")
+    return {list: "a list", dict: "an object", type(None): "nothing"}.get(
+        type(value), f"a {type(value).__name__}"
+    )
 
 
 def column_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
@@ -175,26 +211,34 @@ def messages_of(value: Any, column: str) -> list[ChatMessage]:
     """A list of {role, content} or {from, value}, or such a list as JSON text, checked one by one."""
     value = parse_json_column(value, column)
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise UnusableRowError("format", f"{column!r} holds {describe_type(value)}, expected a list of messages")
+        raise UnusableRowError(
+            "format", f"{column!r} holds {describe_type(value)}, expected a list of messages"
+        )
     return [
-        _read_message(parse_json_column(item, f"{column}[{index}]"), f"{column}[{index}]") for index, item in enumerate(value)
+        _read_message(parse_json_column(item, f"{column}[{index}]"), f"{column}[{index}]")
+        for index, item in enumerate(value)
     ]
 
 
 def parse_json_column(value: Any, column: str) -> Any:
-    """A list or an object that stands in its column as JSON text, since CSV has neither; anything else as it is."""
+    """A list or an object that stands in its column as JSON text, since CSV has neither; anything
+    else as it is.
+    """
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     found = RowDecoder().only(value)
     if isinstance(found, BadRow):
         raise UnusableRowError(
-            "json", f"{column!r} as JSON text: {found.reason} (Python's json.dumps writes JSON, str and repr do not)"
+            "json",
+            f"{column!r} as JSON text: {found.reason} (Python's json.dumps writes JSON, str and repr do not)",
         )
     return found
 
 
 def parse_turns(value: Any) -> Any:
-    """A prompt or completion that is JSON text of a list of turns and of nothing else, as that list; other text as it is."""
+    """A prompt or completion that is JSON text of a list of turns and of nothing else, as that
+    list; other text as it is.
+    """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     found = RowDecoder().only(value)
@@ -202,20 +246,40 @@ def parse_turns(value: Any) -> Any:
 
 
 def _is_turn(item: Any) -> bool:
-    return isinstance(item, dict) and any(isinstance(item.get(name), str) and item[name] in ROLES for name in ("role", "from"))
+    return isinstance(item, dict) and any(
+        isinstance(item.get(name), str) and item[name] in ROLES for name in ("role", "from")
+    )
 
 
 def _read_message(item: Any, place: str) -> ChatMessage:
     if not isinstance(item, Mapping):
-        raise UnusableRowError("format", f"{place} is {describe_type(item)}, expected {{role, content}} or {{from, value}}")
+        raise UnusableRowError(
+            "format",
+            f"{place} is {describe_type(item)}, expected {{role, content}} or {{from, value}}",
+        )
     # tables merged from both spellings have both pairs of keys in every turn, one of them null
-    role_key, content_key = ("from", "value") if item.get("from") is not None else ("role", "content")
-    if role_key == "from" and item.get("role") is not None and item.get("content") != item.get("value"):
-        raise UnusableRowError("format", f"{place}: 'from', 'value' and 'role', 'content' say different things; keep one pair")
+    role_key, content_key = (
+        ("from", "value") if item.get("from") is not None else ("role", "content")
+    )
+    if (
+        role_key == "from"
+        and item.get("role") is not None
+        and item.get("content") != item.get("value")
+    ):
+        raise UnusableRowError(
+            "format",
+            f"{place}: 'from', 'value' and 'role', 'content' say different things; keep one pair",
+        )
     spoken = item.get(role_key)
     if not isinstance(spoken, str) or spoken not in ROLES:
-        hint = "; tool calls are not supported" if spoken in ("tool", "function", "function_call", "observation") else ""
-        raise UnusableRowError("roles", f"{place}: unknown {role_key} {spoken!r}; known are {', '.join(ROLES)}{hint}")
+        hint = (
+            "; tool calls are not supported"
+            if spoken in ("tool", "function", "function_call", "observation")
+            else ""
+        )
+        raise UnusableRowError(
+            "roles", f"{place}: unknown {role_key} {spoken!r}; known are {', '.join(ROLES)}{hint}"
+        )
     if item.get("tool_calls") or item.get("function_call"):
         raise UnusableRowError("roles", f"{place}: tool calls are not supported")
     text = text_of(item.get(content_key), f"{place}.{content_key}")
@@ -223,33 +287,63 @@ def _read_message(item: Any, place: str) -> ChatMessage:
         answer_of(text, f"{place}.{content_key}")
     reasoning = [name for name in REASONING_KEYS if item.get(name)]
     if len({str(item[name]) for name in reasoning}) > 1:
-        raise UnusableRowError("keys", f"{place}: {' and '.join(map(repr, reasoning))} say different things; keep one of them")
+        raise UnusableRowError(
+            "keys",
+            f"{place}: {' and '.join(map(repr, reasoning))} say different things; keep one of them",
+        )
     thought = text_of(item[reasoning[0]], f"{place}.{reasoning[0]}") if reasoning else ""
     learnt, unlearnt = _read_learning_marks(item, ROLES[spoken], text, place)
     name = text_of(item.get("name") or "", f"{place}.name")
-    known = {role_key, content_key, "name", "tool_calls", "function_call", *REASONING_KEYS, *LEARNING_KEYS}
-    unread = tuple(str(key) for key, held in item.items() if key not in known and held not in (None, "", [], {}))
+    known = {
+        role_key,
+        content_key,
+        "name",
+        "tool_calls",
+        "function_call",
+        *REASONING_KEYS,
+        *LEARNING_KEYS,
+    }
+    unread = tuple(
+        str(key)
+        for key, held in item.items()
+        if key not in known and held not in (None, "", [], {})
+    )
     return ChatMessage(ROLES[spoken], text, thought, name, learnt, unlearnt, unread)
 
 
-def _read_learning_marks(item: Mapping[str, Any], role: Role, text: str, place: str) -> tuple[bool, tuple[tuple[int, int], ...]]:
-    """(whether an answer is learnt, the characters of it that are not), from the keys that other tools have for this."""
+def _read_learning_marks(
+    item: Mapping[str, Any], role: Role, text: str, place: str
+) -> tuple[bool, tuple[tuple[int, int], ...]]:
+    """(whether an answer is learnt, the characters of it that are not), from the keys that other
+    tools have for this.
+    """
     for key, held in item.items():
         if held is not None and str(key).lower() in AMBIGUOUS_KEYS:
             raise UnusableRowError(
-                "keys", f"{place}.{key}: tools disagree on what it means; write weight: 0 (not learnt) or 1 (learnt)"
+                "keys",
+                f"{place}.{key}: tools disagree on what it means; write weight: 0 (not learnt) or 1 (learnt)",
             )
         if held is not None and key not in LEARNING_KEYS and str(key).lower() in LEARNING_KEYS:
-            raise UnusableRowError("keys", f"{place}.{key}: names count letter by letter; write {str(key).lower()}")
-    said = {key: _read_switch(item[key], f"{place}.{key}") for key in SWITCHES if item.get(key) is not None}
+            raise UnusableRowError(
+                "keys", f"{place}.{key}: names count letter by letter; write {str(key).lower()}"
+            )
+    said = {
+        key: _read_switch(item[key], f"{place}.{key}")
+        for key in SWITCHES
+        if item.get(key) is not None
+    }
     if len(set(said.values())) > 1:
-        raise UnusableRowError("keys", f"{place}: {' and '.join(map(repr, said))} contradict each other; keep one of them")
+        raise UnusableRowError(
+            "keys",
+            f"{place}: {' and '.join(map(repr, said))} contradict each other; keep one of them",
+        )
     learnt = next(iter(said.values()), True)
     detail = item.get("train_detail")
     if role != "assistant" and (detail or any(said.values())):
         key = "train_detail" if detail else next(iter(said))
         raise UnusableRowError(
-            "keys", f"{place}.{key}: only answers are learnt, and this is a turn of the {role}; leave it out there"
+            "keys",
+            f"{place}.{key}: only answers are learnt, and this is a turn of the {role}; leave it out there",
         )
     if not detail or not learnt:
         return learnt, ()
@@ -267,15 +361,18 @@ def _read_switch(value: Any, place: str) -> bool:
     if isinstance(value, int | float) and value in (0, 1):
         return bool(value)
     raise UnusableRowError(
-        "keys", f"{place} is {str(value)[:40]!r}; a turn is learnt (1, true) or not (0, false), nothing between"
+        "keys",
+        f"{place} is {str(value)[:40]!r}; a turn is learnt (1, true) or not (0, false), nothing between",
     )
 
 
 def row_is_learnt(row: Mapping[str, Any], read: Collection[str]) -> bool:
-    """Whether the columns weight, train and loss let the row teach anything; ``read``: columns that are its content.
+    """Whether the columns weight, train and loss let the row teach anything; ``read``: columns that
+    are its content.
 
-    A number that can be no such mark (`loss: 2.31`, `weight: 70`) is a column that is not used. Raises Unusable for a weight
-    between 0 and 1, for words that are neither, and for columns that contradict each other.
+    A number that can be no such mark (`loss: 2.31`, `weight: 70`) is a column that is not used.
+    Raises Unusable for a weight between 0 and 1, for words that are neither, and for columns that
+    contradict each other.
     """
     said = dict[str, bool]()
     for name in SWITCHES:
@@ -283,45 +380,68 @@ def row_is_learnt(row: Mapping[str, Any], read: Collection[str]) -> bool:
         if name in read or value is None or (isinstance(value, str) and not value.strip()):
             continue
         switch = SPELT.get(value.strip().lower()) if isinstance(value, str) else None
-        if isinstance(value, int | float) and (value < 0 or value > 1 or (name == "loss" and value not in (0, 1))):
-            continue  # a measurement, such as kilograms or what another model found hard: a column like any other
+        if isinstance(value, int | float) and (
+            value < 0 or value > 1 or (name == "loss" and value not in (0, 1))
+        ):
+            # a measurement, such as kilograms or what another model found hard: a column like any
+            # other
+            continue
         if switch is None and not (isinstance(value, int | float) and value in (0, 1)):
             reason = f"column {name!r} is {str(value)[:40]!r}; a row is learnt (1, true) or left out (0, false), nothing between"
-            raise UnusableRowError("keys", f"{reason}; a column that means something else needs another name")
+            raise UnusableRowError(
+                "keys", f"{reason}; a column that means something else needs another name"
+            )
         said[name] = bool(value) if switch is None else switch
     if len(set(said.values())) > 1:
-        raise UnusableRowError("keys", f"the columns {' and '.join(map(repr, said))} contradict each other; keep one of them")
+        raise UnusableRowError(
+            "keys",
+            f"the columns {' and '.join(map(repr, said))} contradict each other; keep one of them",
+        )
     return next(iter(said.values()), True)
 
 
 def _learnt_characters(detail: Any, length: int, place: str) -> list[tuple[int, int]]:
-    """The (start, end) of each learnt stretch, in order, end excluded. Raises Unusable for stretches that cannot be."""
+    """The (start, end) of each learnt stretch, in order, end excluded. Raises Unusable for
+    stretches that cannot be.
+    """
     stretches = []
     for number, part in enumerate(detail if isinstance(detail, list | tuple) else [detail]):
         where = f"{place}[{number}]"
-        bounds = [part.get(name) for name in ("begin_offset", "end_offset")] if isinstance(part, Mapping) else []
+        bounds = (
+            [part.get(name) for name in ("begin_offset", "end_offset")]
+            if isinstance(part, Mapping)
+            else []
+        )
         whole = [at for at in bounds if isinstance(at, int) and not isinstance(at, bool)]
         if len(whole) != 2:
-            raise UnusableRowError("keys", f"{where} is not {{begin_offset, end_offset, train}} with whole numbers")
+            raise UnusableRowError(
+                "keys", f"{where} is not {{begin_offset, end_offset, train}} with whole numbers"
+            )
         if set(part) - {"begin_offset", "end_offset", "train"} or part.get("train") is None:
-            raise UnusableRowError("keys", f"{where} has other keys than begin_offset, end_offset and train")
+            raise UnusableRowError(
+                "keys", f"{where} has other keys than begin_offset, end_offset and train"
+            )
         start, end = whole
         if not 0 <= start <= end < length:
             raise UnusableRowError(
-                "keys", f"{where}: characters {start} to {end} are not in a content of {length} (0 to {length - 1})"
+                "keys",
+                f"{where}: characters {start} to {end} are not in a content of {length} (0 to {length - 1})",
             )
         stretches.append((start, end + 1, _read_switch(part["train"], f"{where}.train")))
     stretches.sort()
     if any(one[1] > other[0] for one, other in pairwise(stretches)):
-        raise UnusableRowError("keys", f"{place}: two stretches share a character; write each character once")
+        raise UnusableRowError(
+            "keys", f"{place}: two stretches share a character; write each character once"
+        )
     return [(start, end) for start, end, train in stretches if train]
 
 
 def tools_of(value: Any, column: str) -> str:
-    """A column of tools (a list of objects, or that as JSON text) as JSON, "" for none. Raises Unusable.
+    """A column of tools (a list of objects, or that as JSON text) as JSON, "" for none. Raises
+    Unusable.
 
-    A table gives every object of a column the keys of all of them, null where a tool has no such key: these are left out of
-    a list. JSON text is no table's and keeps its nulls.
+    A table gives every object of a column the keys of all of them, null where a tool has no such
+    key: these are left out of a list. JSON text is no table's and keeps its nulls.
     """
     read = value
     if isinstance(value, str) and value.strip():
@@ -332,15 +452,26 @@ def tools_of(value: Any, column: str) -> str:
     if read is None or (isinstance(read, str) and not read.strip()):
         return ""
     if not isinstance(read, list) or not all(isinstance(tool, dict) for tool in read):
-        raise UnusableRowError("tools", f"{column!r} holds {describe_type(read)}, expected a list of objects, one for each tool")
+        raise UnusableRowError(
+            "tools",
+            f"{column!r} holds {describe_type(read)}, expected a list of objects, one for each tool",
+        )
     try:
-        return json.dumps(read if isinstance(value, str) else _without_nulls(read), ensure_ascii=False) if read else ""
+        return (
+            json.dumps(read if isinstance(value, str) else _without_nulls(read), ensure_ascii=False)
+            if read
+            else ""
+        )
     except (TypeError, ValueError) as error:
-        raise UnusableRowError("tools", f"{column!r} holds what JSON cannot write: {error}") from error
+        raise UnusableRowError(
+            "tools", f"{column!r} holds what JSON cannot write: {error}"
+        ) from error
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without the keys whose value is null, at any depth; a null that is an element of a list stays."""
+    """Without the keys whose value is null, at any depth; a null that is an element of a list
+    stays.
+    """
     if isinstance(value, Mapping):
         return {key: _without_nulls(held) for key, held in value.items() if held is not None}
     return [_without_nulls(held) for held in value] if isinstance(value, list) else value

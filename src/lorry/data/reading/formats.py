@@ -1,4 +1,5 @@
-"""Formats: which columns a row has says what it means. Every format becomes a ``Conversation`` or a ``TextDocument``.
+"""Formats: which columns a row has says what it means. Every format becomes a ``Conversation`` or a
+``TextDocument``.
 
     for found in read_examples(open_source("people.jsonl")): ...    # found.content, found.where
 
@@ -11,7 +12,8 @@
 | question_answer | question + answer, optional context or passage, system, tools |
 | text | text |
 
-The columns weight, train and loss beside any of them say whether the row is learnt (`content.row_is_learnt`).
+The columns weight, train and loss beside any of them say whether the row is learnt
+(`content.row_is_learnt`).
 """
 
 from __future__ import annotations
@@ -44,12 +46,16 @@ from lorry.data.reading.rows import file_of
 from lorry.data.reading.sources import DataSource
 from lorry.errors import DataError, shortlist_names, suggest_nearest
 
-NOT_LEARNT = BadRow("not to be learnt", "its column weight, train or loss is 0 or false")  # a sound row, never an error
+NOT_LEARNT = BadRow(
+    "not to be learnt", "its column weight, train or loss is 0 or false"
+)  # a sound row, never an error
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """One way to write examples down: ``needs`` holds groups of names, one of each group must be a column."""
+    """One way to write examples down: ``needs`` holds groups of names, one of each group must be a
+    column.
+    """
 
     name: str
     needs: tuple[tuple[str, ...], ...]
@@ -76,7 +82,9 @@ class RowFormat:
 
 @dataclass(frozen=True)
 class DataExample:
-    """A usable row: its content, its number among the source's readable rows, where it stands, its columns as read."""
+    """A usable row: its content, its number among the source's readable rows, where it stands, its
+    columns as read.
+    """
 
     content: ExampleContent
     number: int
@@ -90,9 +98,15 @@ class DataExample:
 
 
 def detect_format(columns: Iterable[str], where: str = "the data") -> RowFormat:
-    """The format of rows with these columns. Raises DataError listing the columns found and the formats known."""
+    """The format of rows with these columns. Raises DataError listing the columns found and the
+    formats known.
+    """
     there = list(columns)
-    choices = [name for name in there if name.lower().rstrip("0123456789_") in ("choice", "choices", "option", "options")]
+    choices = [
+        name
+        for name in there
+        if name.lower().rstrip("0123456789_") in ("choice", "choices", "option", "options")
+    ]
     for form in FORMATS.values():
         if form.fits(there) and not (choices and form.name == "question_answer"):
             return form
@@ -101,7 +115,11 @@ def detect_format(columns: Iterable[str], where: str = "the data") -> RowFormat:
         hint = f" {shortlist_names(map(repr, choices))}: this is multiple choice, a named set and not a question with one answer."
     else:
         known = {name for form in FORMATS.values() for group in form.needs for name in group}
-        close = [f"{name!r} is not {name.lower()!r}" for name in there if name not in known and name.lower() in known]
+        close = [
+            f"{name!r} is not {name.lower()!r}"
+            for name in there
+            if name not in known and name.lower() in known
+        ]
         hint = f" Names count letter by letter: {shortlist_names(close)}." if close else ""
     raise DataError(
         f"{where}: no known format has the columns {shortlist_names(map(repr, there)) or '(none)'}.{hint} Known: {listed}"
@@ -109,9 +127,16 @@ def detect_format(columns: Iterable[str], where: str = "the data") -> RowFormat:
 
 
 def format_named(name: str = "auto", text_field: str | None = None) -> RowFormat | None:
-    """The format of this name, None for ``auto``; ``text_field`` makes that column the text. Raises DataError."""
+    """The format of this name, None for ``auto``; ``text_field`` makes that column the text. Raises
+    DataError.
+    """
     if text_field is not None:
-        return RowFormat("text", ((text_field,),), (), lambda row: TextDocument(answer_of(row[text_field], text_field)))
+        return RowFormat(
+            "text",
+            ((text_field,),),
+            (),
+            lambda row: TextDocument(answer_of(row[text_field], text_field)),
+        )
     if name != "auto" and name not in FORMATS:
         raise DataError(
             f"unknown data format {name!r}; choose one of: auto, {', '.join(FORMATS)}{suggest_nearest(name, FORMATS)}"
@@ -120,18 +145,29 @@ def format_named(name: str = "auto", text_field: str | None = None) -> RowFormat
 
 
 def normalise_row(row: Mapping[str, Any], form: RowFormat) -> ExampleContent | BadRow:
-    """The row's content, or why it is a bad row (a column missing, an unknown role, an empty answer), or ``NOT_LEARNT``."""
+    """The row's content, or why it is a bad row (a column missing, an unknown role, an empty
+    answer), or ``NOT_LEARNT``.
+    """
     try:
         if not row_is_learnt(row, form.content):
             return NOT_LEARNT
     except UnusableRowError as error:
         return error.bad
-    missing = next((group for group in form.needs if all(row.get(name) is None for name in group)), None)
+    missing = next(
+        (group for group in form.needs if all(row.get(name) is None for name in group)), None
+    )
     if missing is not None:
-        return BadRow("columns", f"column {'|'.join(missing)!r} is missing or null; the file is in the format {form}")
+        return BadRow(
+            "columns",
+            f"column {'|'.join(missing)!r} is missing or null; the file is in the format {form}",
+        )
     try:
         content = form.read(row)
-        if "tools" in form.may and isinstance(content, Conversation) and (tools := tools_of(row.get("tools"), "tools")):
+        if (
+            "tools" in form.may
+            and isinstance(content, Conversation)
+            and (tools := tools_of(row.get("tools"), "tools"))
+        ):
             content = replace(content, tools=tools)
         return content
     except UnusableRowError as error:
@@ -139,11 +175,16 @@ def normalise_row(row: Mapping[str, Any], form: RowFormat) -> ExampleContent | B
 
 
 def read_examples(
-    source: DataSource, form: RowFormat | None = None, *, start: int = 0, notes: set[str] | None = None
+    source: DataSource,
+    form: RowFormat | None = None,
+    *,
+    start: int = 0,
+    notes: set[str] | None = None,
 ) -> Iterator[DataExample]:
     """The usable rows of a source from readable row ``start`` on. Bad rows go to ``source.bad``.
 
-    Each file's first row settles that file's format, whatever ``start`` is, so that a resumed reader sees the same rows.
+    Each file's first row settles that file's format, whatever ``start`` is, so that a resumed
+    reader sees the same rows.
     """
     settled: dict[str, RowFormat] = {}
 
@@ -151,7 +192,9 @@ def read_examples(
         chosen = settled[file_of(where)] = form or detect_format(columns, where)
         unused = chosen.unused(columns)
         if unused and notes is not None:
-            notes.add(f"{file_of(where)}: read as {chosen.name}; columns not used: {shortlist_names(unused)}")
+            notes.add(
+                f"{file_of(where)}: read as {chosen.name}; columns not used: {shortlist_names(unused)}"
+            )
         return chosen
 
     def select(columns: Sequence[str], where: str) -> list[str]:
@@ -174,26 +217,38 @@ def read_examples(
         notes |= source.remarks
 
 
-def _make_conversation(messages: list[ChatMessage], column: str, plain: tuple[str, str] | None = None) -> Conversation:
+def _make_conversation(
+    messages: list[ChatMessage], column: str, plain: tuple[str, str] | None = None
+) -> Conversation:
     if not messages:
         raise UnusableRowError("no answer", f"{column!r} is an empty list")
     if not any(message.role == "assistant" for message in messages):
-        raise UnusableRowError("no answer", f"{column!r} has no assistant turn: there is nothing to learn")
+        raise UnusableRowError(
+            "no answer", f"{column!r} has no assistant turn: there is nothing to learn"
+        )
     if not any(message.role == "assistant" and message.learnt for message in messages):
         raise UnusableRowError(
-            "no answer", f"{column!r}: every assistant turn is marked as not to be learnt (weight 0, train false)"
+            "no answer",
+            f"{column!r}: every assistant turn is marked as not to be learnt (weight 0, train false)",
         )
     return Conversation(tuple(messages), plain)
 
 
-def _messages_after_system(row: Mapping[str, Any], messages: list[ChatMessage]) -> list[ChatMessage]:
-    """The turns behind the system message of the row's own column. Raises Unusable where the turns bring another one."""
+def _messages_after_system(
+    row: Mapping[str, Any], messages: list[ChatMessage]
+) -> list[ChatMessage]:
+    """The turns behind the system message of the row's own column. Raises Unusable where the turns
+    bring another one.
+    """
     system = _system_message(row)
     own = [message for message in messages if message.role == "system"]
     if system and own:
         if own[0].content == system[0].content:
             return messages
-        raise UnusableRowError("roles", "the column 'system' and a system turn of the messages are both there; keep one of them")
+        raise UnusableRowError(
+            "roles",
+            "the column 'system' and a system turn of the messages are both there; keep one of them",
+        )
     return system + messages
 
 
@@ -203,7 +258,9 @@ def _system_message(row: Mapping[str, Any]) -> list[ChatMessage]:
 
 
 def _read_messages(row: Mapping[str, Any]) -> Conversation:
-    return _make_conversation(_messages_after_system(row, messages_of(row["messages"], "messages")), "messages")
+    return _make_conversation(
+        _messages_after_system(row, messages_of(row["messages"], "messages")), "messages"
+    )
 
 
 def _read_conversations(row: Mapping[str, Any]) -> Conversation:
@@ -215,14 +272,25 @@ def _read_prompt(row: Mapping[str, Any]) -> Conversation:
     column = column_of(row, COMPLETIONS)
     prompt, completion = parse_turns(row["prompt"]), parse_turns(row[column])
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        asked, said, system = text_of(prompt, "prompt"), answer_of(completion, column), _system_message(row)
+        asked, said, system = (
+            text_of(prompt, "prompt"),
+            answer_of(completion, column),
+            _system_message(row),
+        )
         opening = f"{system[0].content}\n\n" if system else ""
         messages = [*system, ChatMessage("user", asked), ChatMessage("assistant", said)]
         return _make_conversation(messages, column, (opening + asked, said))
-    before = messages_of(prompt, "prompt") if isinstance(prompt, list) else [ChatMessage("user", text_of(prompt, "prompt"))]
+    before = (
+        messages_of(prompt, "prompt")
+        if isinstance(prompt, list)
+        else [ChatMessage("user", text_of(prompt, "prompt"))]
+    )
     if not isinstance(completion, list):
         return _make_conversation(
-            _messages_after_system(row, [*before, ChatMessage("assistant", answer_of(completion, column))]), column
+            _messages_after_system(
+                row, [*before, ChatMessage("assistant", answer_of(completion, column))]
+            ),
+            column,
         )
     after = _make_conversation(messages_of(completion, column), column).messages
     return _make_conversation(_messages_after_system(row, [*before, *after]), column)
@@ -230,7 +298,10 @@ def _read_prompt(row: Mapping[str, Any]) -> Conversation:
 
 def _read_instruction(row: Mapping[str, Any]) -> Conversation:
     column = column_of(row, OUTPUTS)
-    instruction, given = text_of(row["instruction"], "instruction"), optional_text(row, "input", "context")
+    instruction, given = (
+        text_of(row["instruction"], "instruction"),
+        optional_text(row, "input", "context"),
+    )
     answer, system, history = (
         answer_of(row[column], column),
         _system_message(row),
@@ -248,10 +319,15 @@ def _history_messages(value: Any) -> list[ChatMessage]:
     """Earlier turns as [[question, answer], ...]."""
     turns: list[ChatMessage] = []
     if not isinstance(value, list | None):
-        raise UnusableRowError("format", f"'history' is {describe_type(value)}, expected [[question, answer], ...]")
+        raise UnusableRowError(
+            "format", f"'history' is {describe_type(value)}, expected [[question, answer], ...]"
+        )
     for index, pair in enumerate(value or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise UnusableRowError("format", f"'history[{index}]' is {describe_type(pair)}, expected [question, answer]")
+            raise UnusableRowError(
+                "format",
+                f"'history[{index}]' is {describe_type(pair)}, expected [question, answer]",
+            )
         turns.append(ChatMessage("user", text_of(pair[0], f"history[{index}][0]")))
         turns.append(ChatMessage("assistant", answer_of(pair[1], f"history[{index}][1]")))
     return turns
@@ -259,7 +335,11 @@ def _history_messages(value: Any) -> list[ChatMessage]:
 
 def _read_question(row: Mapping[str, Any]) -> Conversation:
     asked, column = column_of(row, ("question", "query")), column_of(row, ANSWERS)
-    question, context, system = text_of(row[asked], asked), optional_text(row, "context", "passage"), _system_message(row)
+    question, context, system = (
+        text_of(row[asked], asked),
+        optional_text(row, "context", "passage"),
+        _system_message(row),
+    )
     said = row[column]
     if column == "answers":  # several references, any of which is right: the first is learnt
         said = said.get("text") if isinstance(said, Mapping) else said
@@ -269,7 +349,9 @@ def _read_question(row: Mapping[str, Any]) -> Conversation:
     before = f"{context}\n\n" if context.strip() else ""
     opening = f"{system[0].content}\n\n" if system else ""
     messages = [*system, ChatMessage("user", before + question), ChatMessage("assistant", answer)]
-    return _make_conversation(messages, column, (f"{opening}{before}Question: {question}\nAnswer:", f" {answer.lstrip()}"))
+    return _make_conversation(
+        messages, column, (f"{opening}{before}Question: {question}\nAnswer:", f" {answer.lstrip()}")
+    )
 
 
 def _read_text(row: Mapping[str, Any]) -> TextDocument:
@@ -279,16 +361,35 @@ def _read_text(row: Mapping[str, Any]) -> TextDocument:
 COMPLETIONS = ("completion", "response", "answer", "output")
 OUTPUTS = ("output", "response")
 ANSWERS = ("answer", "answers", "response")
-ALSO_READ = ("answers",)  # of a table of columns, whatever the format: evaluation counts each of them as right
+ALSO_READ = (
+    "answers",
+)  # of a table of columns, whatever the format: evaluation counts each of them as right
 # in order of precedence: rows that fit several formats are read as the first, the most explicit one
 FORMATS: dict[str, RowFormat] = {
     form.name: form
     for form in (
         RowFormat("messages", (("messages",),), ("system", "tools"), _read_messages),
-        RowFormat("conversations", (("conversations", "conversation"),), ("system", "tools"), _read_conversations),
-        RowFormat("prompt_completion", (("prompt",), COMPLETIONS), ("system", "tools"), _read_prompt),
-        RowFormat("alpaca", (("instruction",), OUTPUTS), ("input", "context", "system", "tools", "history"), _read_instruction),
-        RowFormat("question_answer", (("question", "query"), ANSWERS), ("context", "passage", "system", "tools"), _read_question),
+        RowFormat(
+            "conversations",
+            (("conversations", "conversation"),),
+            ("system", "tools"),
+            _read_conversations,
+        ),
+        RowFormat(
+            "prompt_completion", (("prompt",), COMPLETIONS), ("system", "tools"), _read_prompt
+        ),
+        RowFormat(
+            "alpaca",
+            (("instruction",), OUTPUTS),
+            ("input", "context", "system", "tools", "history"),
+            _read_instruction,
+        ),
+        RowFormat(
+            "question_answer",
+            (("question", "query"), ANSWERS),
+            ("context", "passage", "system", "tools"),
+            _read_question,
+        ),
         RowFormat("text", (("text",),), (), _read_text),
     )
 }

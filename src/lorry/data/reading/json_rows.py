@@ -1,10 +1,12 @@
 """Readers of JSON: one object a line, or arrays of objects. Strict where the json module is not.
 
-JSON lines are read here line by line, not through a table library, so that one bad line has a place and a reason and the
-rest stay readable. An array is read element by element in bounded memory, however long its line is.
+JSON lines are read here line by line, not through a table library, so that one bad line has a place
+and a reason and the rest stay readable. An array is read element by element in bounded memory,
+however long its line is.
 
-What the json module takes in silence and a reader here does not: a key that stands twice in an object (it keeps the last),
-and anything behind the end of an array. Several arrays one after the other, as joined exports have them, are all read.
+What the json module takes in silence and a reader here does not: a key that stands twice in an
+object (it keeps the last), and anything behind the end of an array. Several arrays one after the
+other, as joined exports have them, are all read.
 """
 
 from __future__ import annotations
@@ -16,7 +18,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from lorry.data.reading.bad_rows import BadRow
-from lorry.data.reading.rows import CUT_OFF, LARGEST_ROW, TOO_LARGE, DataRow, FileRemark, RowFault, RowStream, not_utf8
+from lorry.data.reading.rows import (
+    CUT_OFF,
+    LARGEST_ROW,
+    TOO_LARGE,
+    DataRow,
+    FileRemark,
+    RowFault,
+    RowStream,
+    not_utf8,
+)
 from lorry.disk.documents import DEEPEST_NESTING, first_repeated
 from lorry.errors import DataError, shortlist_names
 
@@ -28,18 +39,34 @@ NESTED_TOO_DEEP = "nested too deeply"
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
-# Columns that make a row of training data (data/reading/formats.py): what has them beside a list called data is a row, no export of rows
+# Columns that make a row of training data (data/reading/formats.py): what has them beside a list
+# called data is a row, no export of rows
 ROW_COLUMNS = frozenset(
-    ["prompt", "completion", "messages", "conversations", "conversation", "instruction", "output", "question", "query", "answer",
-     "answers", "response", "text"]
-)  # fmt: skip
+    [
+        "prompt",
+        "completion",
+        "messages",
+        "conversations",
+        "conversation",
+        "instruction",
+        "output",
+        "question",
+        "query",
+        "answer",
+        "answers",
+        "response",
+        "text",
+    ]
+)
 
 
 def read_jsonl(path: Path, shown: str) -> RowStream:
-    """JSON lines: one object a line, blank lines and byte order marks before one (joined files) ignored, read lazily.
+    """JSON lines: one object a line, blank lines and byte order marks before one (joined files)
+    ignored, read lazily.
 
-    Raises DataError where the first two lines that are not blank show that the file has another layout: each of its lines
-    would be a bad row, and could be skipped. One damaged line before a sound one is a bad row like any other.
+    Raises DataError where the first two lines that are not blank show that the file has another
+    layout: each of its lines would be a bad row, and could be skipped. One damaged line before a
+    sound one is a bad row like any other.
     """
     decoder, first = RowDecoder(), True
     with path.open("rb") as file:
@@ -51,9 +78,13 @@ def read_jsonl(path: Path, shown: str) -> RowStream:
             if raw.strip():
                 where = f"{shown}:{number}"
                 parsed = decoder.object_of(raw)
-                if first and isinstance(parsed, BadRow) and (layout := _describe_other_layout(raw.strip(), parsed)):
-                    if isinstance(decoder.object_of(_first_lines(path)[1]), BadRow):
-                        raise DataError(f"{where}: {layout}")
+                if (
+                    first
+                    and isinstance(parsed, BadRow)
+                    and (layout := _describe_other_layout(raw.strip(), parsed))
+                    and isinstance(decoder.object_of(_first_lines(path)[1]), BadRow)
+                ):
+                    raise DataError(f"{where}: {layout}")
                 first = False
                 if isinstance(parsed, BadRow):
                     yield RowFault(where, parsed, printable_bytes(raw[:LARGEST_ROW]))
@@ -62,10 +93,13 @@ def read_jsonl(path: Path, shown: str) -> RowStream:
 
 
 def read_json_rows(path: Path, shown: str) -> RowStream:
-    """A JSON array of objects, ``{"data": [...]}``, several of these one after the other, or JSON lines under the wrong name."""
+    """A JSON array of objects, ``{"data": [...]}``, several of these one after the other, or JSON
+    lines under the wrong name.
+    """
     with path.open("rb") as probe:
         strip_byte_order_mark(probe.read(8), shown)
-    # surrogateescape keeps an element with broken UTF-8 in its place, so that it alone is bad and not the rest of the file
+    # surrogateescape keeps an element with broken UTF-8 in its place, so that it alone is bad and
+    # not the rest of the file
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         scan = _JsonScanner(file, shown)
         opening, line = scan.peek(end=True), scan.line
@@ -106,12 +140,18 @@ def _array_elements(scan: _JsonScanner, shown: str) -> RowStream:
         scan.at += 1
         lists, others = scan.leave_data()
         for key in lists:
-            yield FileRemark(f"{shown}: the rows are those under 'data'; the list of objects under {key!r} is not read")
+            yield FileRemark(
+                f"{shown}: the rows are those under 'data'; the list of objects under {key!r} is not read"
+            )
         if not ROW_COLUMNS.isdisjoint(others):
-            yield FileRemark(f"{shown}: the rows are those under 'data'; not read beside it: {shortlist_names(others)}")
+            yield FileRemark(
+                f"{shown}: the rows are those under 'data'; not read beside it: {shortlist_names(others)}"
+            )
         if not scan.peek(end=True):
             return
-        if scan.peek() == "{" and not ROW_COLUMNS.isdisjoint(others):  # no exports: rows that have a list called data
+        if scan.peek() == "{" and not ROW_COLUMNS.isdisjoint(
+            others
+        ):  # no exports: rows that have a list called data
             raise scan.wrong(
                 f"another object with {shortlist_names(others)} beside 'data': if every line is a row, name the file .jsonl; "
                 "if each is an export, put their rows into one array"
@@ -125,7 +165,9 @@ def _array_elements(scan: _JsonScanner, shown: str) -> RowStream:
 
 
 def strip_byte_order_mark(raw: bytes, shown: str) -> bytes:
-    """Drop a UTF-8 byte order mark; refuse UTF-16, with its mark or without (every second byte of plain letters is then 0)."""
+    """Drop a UTF-8 byte order mark; refuse UTF-16, with its mark or without (every second byte of
+    plain letters is then 0).
+    """
     head = raw[:8]
     zeros = [byte == 0 for byte in head]
     if head.startswith(UTF16_MARKS) or zeros in ([True, False] * 4, [False, True] * 4):
@@ -143,7 +185,10 @@ def decode_utf8(raw: bytes) -> str | BadRow:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        return BadRow("encoding", f"column {error.start + 1}: byte 0x{raw[error.start]:02x} is not valid UTF-8")
+        return BadRow(
+            "encoding",
+            f"column {error.start + 1}: byte 0x{raw[error.start]:02x} is not valid UTF-8",
+        )
     if "\0" in text:
         return BadRow("encoding", f"column {text.index(chr(0)) + 1}: {CUT_OFF}")
     return text
@@ -151,20 +196,32 @@ def decode_utf8(raw: bytes) -> str | BadRow:
 
 def json_type_name(value: object) -> str:
     """What a JSON value is, in words."""
-    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null", dict: "an object"}
+    names = {
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        type(None): "null",
+        dict: "an object",
+    }
     return names.get(type(value), "a number")
 
 
 class RowDecoder:
-    """A JSON decoder that notices what Python's own passes over, and goes on behind it: a bad row, not a bad file."""
+    """A JSON decoder that notices what Python's own passes over, and goes on behind it: a bad row,
+    not a bad file.
+    """
 
     def __init__(self) -> None:
         self._bad: BadRow | None = None
         self._fast = json.JSONDecoder(object_pairs_hook=self._object).raw_decode
-        self._careful = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._whole).raw_decode
+        self._careful = json.JSONDecoder(
+            object_pairs_hook=self._object, parse_int=self._whole
+        ).raw_decode
 
     def decode(self, text: str, at: int) -> tuple[Any, int, BadRow | None]:
-        """(value, where it ends, why it is a bad row). Raises JSONDecodeError, and RecursionError for hundreds of levels."""
+        """(value, where it ends, why it is a bad row). Raises JSONDecodeError, and RecursionError
+        for hundreds of levels.
+        """
         self._bad = None
         try:
             value, end = self._fast(text, at)
@@ -193,7 +250,10 @@ class RowDecoder:
         value = self.only(text)
         if isinstance(value, BadRow | dict):
             return value
-        return BadRow("not an object", f"column 1: expected an object such as {{...}}, found {json_type_name(value)}")
+        return BadRow(
+            "not an object",
+            f"column 1: expected an object such as {{...}}, found {json_type_name(value)}",
+        )
 
     def only(self, text: str) -> Any:
         """The only JSON value of a text, or why it is none."""
@@ -202,7 +262,11 @@ class RowDecoder:
             if _skip_space(text, end) < len(text):
                 raise json.JSONDecodeError("Extra data", text, _skip_space(text, end))
         except json.JSONDecodeError as error:
-            cut = "; the line is cut off" if error.pos >= len(text) or error.msg.startswith("Unterminated") else ""
+            cut = (
+                "; the line is cut off"
+                if error.pos >= len(text) or error.msg.startswith("Unterminated")
+                else ""
+            )
             return BadRow("json", f"column {error.colno}: not valid JSON: {error.msg}{cut}")
         except RecursionError:
             return BadRow("json", f"column 1: not usable JSON: {NESTED_TOO_DEEP}")
@@ -212,7 +276,9 @@ class RowDecoder:
         made = dict(pairs)
         if len(made) < len(pairs) and self._bad is None:
             twice = first_repeated(key for key, _ in pairs)
-            self._bad = BadRow("key twice", f"the key {twice!r} stands twice in one object; keep one")
+            self._bad = BadRow(
+                "key twice", f"the key {twice!r} stands twice in one object; keep one"
+            )
         return made
 
     def _whole(self, digits: str) -> int:
@@ -220,7 +286,9 @@ class RowDecoder:
             return int(digits)
         except ValueError:
             count = len(digits.lstrip("-"))
-            self._bad = self._bad or BadRow("json", f"not usable JSON: a number of {count} digits; write it as text, in quotes")
+            self._bad = self._bad or BadRow(
+                "json", f"not usable JSON: a number of {count} digits; write it as text, in quotes"
+            )
             return 0
 
 
@@ -234,12 +302,16 @@ def _nesting_depth(value: Any) -> int:
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        level = [
+            inner for item in level for inner in (item.values() if isinstance(item, dict) else item)
+        ]
     return depth
 
 
 def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines with their ends; of a line longer than a row may be, the first ``LARGEST_ROW`` + 1 bytes."""
+    """Lines with their ends; of a line longer than a row may be, the first ``LARGEST_ROW`` + 1
+    bytes.
+    """
     while raw := file.readline(LARGEST_ROW + 1):
         yield raw
         while len(raw) > LARGEST_ROW and not raw.endswith(b"\n"):
@@ -247,15 +319,17 @@ def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _describe_other_layout(line: bytes, bad: BadRow) -> str:
-    """What a file is, judged by a first line that is no object and why, where it cannot be JSON lines; else ""."""
-    if bad.kind != "json" or "Extra data" in bad.reason:  # one whole value, and something behind it: this line's own fault
+    """What a file is, judged by a first line that is no object and why, where it cannot be JSON
+    lines; else "".
+    """
+    if (
+        bad.kind != "json" or "Extra data" in bad.reason
+    ):  # one whole value, and something behind it: this line's own fault
         return ""
     if line[:1] == b"[":
         return "not JSON lines but a JSON array; name the file .json"
     if line[:1] == b"{" and line[-1:] in (b"{", b"[", b","):
-        return (
-            "not JSON lines: an object over several lines; write each row in one line, or as an array [ ] in a file named .json"
-        )
+        return "not JSON lines: an object over several lines; write each row in one line, or as an array [ ] in a file named .json"
     return ""
 
 
@@ -267,7 +341,9 @@ def _first_lines(path: Path) -> tuple[bytes, bytes]:
 
 
 def _looks_like_lines(path: Path) -> bool:
-    """Whether the first two lines open an object each, and the first is not one laid out over several lines."""
+    """Whether the first two lines open an object each, and the first is not one laid out over
+    several lines.
+    """
     first, second = _first_lines(path)
     return second.lstrip()[:1] == b"{" and first.rstrip()[-1:] not in (b"{", b"[", b",")
 
@@ -295,7 +371,9 @@ class _JsonScanner:
         return self._line
 
     def _more(self) -> bool:
-        """Read on and forget what lies before the cursor. Twice as much each time: a large value is not parsed over and over."""
+        """Read on and forget what lies before the cursor. Twice as much each time: a large value is
+        not parsed over and over.
+        """
         _ = self.line
         piece = self._file.read(max(PIECE_BYTES, len(self.text) - self.at))
         self.text = self.text[self.at :] + piece
@@ -303,11 +381,16 @@ class _JsonScanner:
         return bool(piece)
 
     def peek(self, end: bool = False) -> str:
-        """Skip white space; the next character, or, at the end of the file, nothing (``end``) or an error.
+        """Skip white space; the next character, or, at the end of the file, nothing (``end``) or an
+        error.
 
-        Where the file may end another may have been joined to it, so a byte order mark is skipped there, too."""
+        Where the file may end another may have been joined to it, so a byte order mark is skipped
+        there, too.
+        """
         letter = self.text[self.at : self.at + 1]
-        if letter and letter not in " \t\r\n\ufeff":  # nearly always: the pattern costs three times as much
+        if (
+            letter and letter not in " \t\r\n\ufeff"
+        ):  # nearly always: the pattern costs three times as much
             return letter
         while True:
             self.at = _skip_space(self.text, self.at)
@@ -323,21 +406,33 @@ class _JsonScanner:
 
     def ahead(self, most: int) -> str:
         """The next characters, for a message."""
-        return self.text[self.at : self.at + most].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return (
+            self.text[self.at : self.at + most]
+            .encode("utf-8", "surrogateescape")
+            .decode("utf-8", "backslashreplace")
+        )
 
     def value(self, what: str) -> tuple[Any, str, BadRow | None]:
-        """The value at the cursor, its text, and why it is a bad row; the cursor then stands behind it."""
+        """The value at the cursor, its text, and why it is a bad row; the cursor then stands behind
+        it.
+        """
         while True:
             try:
                 value, end, bad = self._decoder.decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 if len(self.text) - self.at > LARGEST_ROW:
-                    raise self.wrong(f"{what} is {TOO_LARGE}, or not valid JSON: {error.msg}") from error
+                    raise self.wrong(
+                        f"{what} is {TOO_LARGE}, or not valid JSON: {error.msg}"
+                    ) from error
                 behind = error.pos - self.at
                 if self._more():
                     continue
                 self.at += behind
-                reason = CUT_OFF if self.text[self.at : self.at + 1] == "\0" else f"{what} is not valid JSON: {error.msg}"
+                reason = (
+                    CUT_OFF
+                    if self.text[self.at : self.at + 1] == "\0"
+                    else f"{what} is not valid JSON: {error.msg}"
+                )
                 raise self.wrong(reason) from error
             except RecursionError as error:
                 raise self.wrong(f"{what} is not usable JSON: {NESTED_TOO_DEEP}") from error
@@ -351,23 +446,34 @@ class _JsonScanner:
         return value, raw, BadRow("encoding", broken) if broken else bad
 
     def row(self, number: int) -> DataRow | RowFault:
-        """The next element of the array as a row. ``number`` counts the elements of the file from 0."""
+        """The next element of the array as a row. ``number`` counts the elements of the file from
+        0.
+        """
         self.peek()
         where = f"{self._shown}:{self.line}: element {number}"
         value, raw, bad = self.value(f"element {number}")
         if bad is None and not isinstance(value, dict):
-            bad = BadRow("not an object", f"expected an object such as {{...}}, found {json_type_name(value)}")
+            bad = BadRow(
+                "not an object",
+                f"expected an object such as {{...}}, found {json_type_name(value)}",
+            )
         if bad is None:
             return DataRow(value, where)
-        return RowFault(where, bad, raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+        return RowFault(
+            where, bad, raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        )
 
     def enter_data(self) -> bool:
-        """Move into an object and behind the ``[`` under its key 'data'; False, at its ``}``, where there is none."""
+        """Move into an object and behind the ``[`` under its key 'data'; False, at its ``}``, where
+        there is none.
+        """
         self.at += 1
         self._keys, self._lists, trouble = set(), [], ""
         while self.peek() != "}":
             key = self._key()
-            trouble = trouble or (f"the key {key!r} stands twice in one object; keep one" if key in self._keys else "")
+            trouble = trouble or (
+                f"the key {key!r} stands twice in one object; keep one" if key in self._keys else ""
+            )
             self._keys.add(key)
             if self.peek() == "[" and key == "data":
                 if trouble:
@@ -384,8 +490,8 @@ class _JsonScanner:
         return False
 
     def leave_data(self) -> tuple[list[str], list[str]]:
-        """Move behind the ``}`` of the object around the array, if there is one; its keys that hold other lists of objects,
-        and those that hold anything else."""
+        """Move behind the ``}`` of the object around the array, if there is one; its keys that hold
+        other lists of objects, and those that hold anything else."""
         if self._keys is None:
             return [], []
         while self.peek() != "}":

@@ -1,4 +1,5 @@
-"""Where the rows of a named set lie, and how they are read: a local file or folder where one is given, else the hub.
+"""Where the rows of a named set lie, and how they are read: a local file or folder where one is
+given, else the hub.
 
 place = Places({"bool_q": "boolq.jsonl", "common_gen.validation": "dev.jsonl"})
 place.of(named("bool_q"), "train")                  # a Spot: two splits in the same spot are the same rows
@@ -36,18 +37,26 @@ class DataLocation:
         place = Path(path).expanduser()
         if not place.exists():
             return cls(path, config, split)
-        return cls(str(place.resolve()), None, split if place.is_dir() and has_split_files(place) else "")
+        return cls(
+            str(place.resolve()), None, split if place.is_dir() and has_split_files(place) else ""
+        )
 
     def overlaps(self, other: DataLocation) -> bool:
-        """Whether some rows are in both: the same split, or one of them a slice (``train[90%:]``) of the other."""
+        """Whether some rows are in both: the same split, or one of them a slice (``train[90%:]``)
+        of the other.
+        """
         whole, its = self.split.partition("[")[0], other.split.partition("[")[0]
-        same = self.split == other.split or (whole == its and (whole == self.split or its == other.split))
+        same = self.split == other.split or (
+            whole == its and (whole == self.split or its == other.split)
+        )
         return same and (self.path, self.config) == (other.path, other.config)
 
 
 @dataclass(frozen=True)
 class DataLocations:
-    """Local files of named sets: {NAME: path} for every split, {NAME.SPLIT: path} for one. ``field``: what people call it."""
+    """Local files of named sets: {NAME: path} for every split, {NAME.SPLIT: path} for one.
+    ``field``: what people call it.
+    """
 
     local: Mapping[str, str]
     field: str = "data.local"
@@ -57,12 +66,18 @@ class DataLocations:
             name, _, split = key.partition(".")
             find_named_set(name)
             if split and split not in SPLIT_ORDER:
-                raise ConfigError(f"{self.field}.{key}: {split!r} is no split; they are called {', '.join(SPLIT_ORDER)}")
+                raise ConfigError(
+                    f"{self.field}.{key}: {split!r} is no split; they are called {', '.join(SPLIT_ORDER)}"
+                )
 
     def of(self, one: NamedSet, split: str) -> DataLocation:
         """The spot of a split. Raises ConfigError where the set has no such split."""
         path = self._local(one, split)
-        return DataLocation(one.hub or "", one.config, one.split(split)) if path is None else DataLocation.of(path, None, split)
+        return (
+            DataLocation(one.hub or "", one.config, one.split(split))
+            if path is None
+            else DataLocation.of(path, None, split)
+        )
 
     def has(self, one: NamedSet, split: str) -> bool:
         """Whether the set has rows of a split, local or on the hub."""
@@ -73,32 +88,41 @@ class DataLocations:
         return not (folder.is_dir() and has_split_files(folder)) or _folder_has_split(folder, split)
 
     def to_ask(self, one: NamedSet) -> str:
-        """The split an evaluation asks unless told otherwise: test or else validation, local files before the hub; training rows
-        only where there are no others."""
+        """The split an evaluation asks unless told otherwise: test or else validation, local files
+        before the hub; training rows only where there are no others."""
         there = [split for split in ("test", "validation") if self.has(one, split)]
         there.sort(key=lambda split: self._local(one, split) is None)
         return next(iter(there), "train" if self.has(one, "train") else "test")
 
     def for_shots(self, one: NamedSet, asked: str) -> str:
-        """The split that worked examples come from: the set's own for them, or its training rows; those ``asked`` where there
-        are neither. Local training rows go before the hub."""
+        """The split that worked examples come from: the set's own for them, or its training rows;
+        those ``asked`` where there are neither. Local training rows go before the hub."""
         order = ("train", "shots") if self._local(one, "train") is not None else ("shots", "train")
         return next((split for split in order if self.has(one, split)), asked)
 
     def open(self, one: NamedSet, split: str, *, limit: int | None = None, on_bad_row: OnBadRow = "error",
              quarantine: Path | None = None) -> DataSource:  # fmt: skip
-        """The rows of a split, not read yet. Raises DataError, naming the set, where there are none."""
+        """The rows of a split, not read yet. Raises DataError, naming the set, where there are
+        none.
+        """
         path, spot = self._local(one, split), self.of(one, split)
         within = spot.split or "train"
         try:
             source = open_source(
-                path or spot.path, name=spot.config, split=within, limit=limit, on_bad_row=on_bad_row, quarantine=quarantine,
+                path or spot.path,
+                name=spot.config,
+                split=within,
+                limit=limit,
+                on_bad_row=on_bad_row,
+                quarantine=quarantine,
                 converted=None if path else one.converted,
-            )  # fmt: skip
+            )
         except DataError as error:
             raise DataError(f"{one.name} ({self.field}.{one.name}): {error}") from error
         hint = "" if path else f"; {self.field}.{one.name}=FILE reads it from a file"
-        return replace(source, parts=tuple(_name_set_in_errors(part, one.name, hint) for part in source.parts))
+        return replace(
+            source, parts=tuple(_name_set_in_errors(part, one.name, hint) for part in source.parts)
+        )
 
     def _local(self, one: NamedSet, split: str) -> str | None:
         mine = {
@@ -110,7 +134,9 @@ class DataLocations:
 
 
 def _folder_has_split(folder: Path, split: str) -> bool:
-    """Whether a folder that tells splits apart has files of this one; of a saved data set that is seen when it is read."""
+    """Whether a folder that tells splits apart has files of this one; of a saved data set that is
+    seen when it is read.
+    """
     try:
         open_source(folder, split=split)
     except DataError:
@@ -140,23 +166,35 @@ class NumberedItem:
     found: DataExample
 
 
-def read_items(one: NamedSet, source: DataSource, *, template: int | None = 0, seed: int = 0) -> Iterator[NumberedItem]:
-    """The items of a source's rows. ``template``: its number, or None for one drawn for each row. Bad rows: ``source.bad``."""
+def read_items(
+    one: NamedSet, source: DataSource, *, template: int | None = 0, seed: int = 0
+) -> Iterator[NumberedItem]:
+    """The items of a source's rows. ``template``: its number, or None for one drawn for each row.
+    Bad rows: ``source.bad``.
+    """
     for number, row in enumerate(source):
         chosen = one.template_of(seed, number) if template is None else template
         try:
             items = one.items(row.values, chosen)
         except UnusableRowError as error:
-            source.bad.report(f"{one.name} {row.where}", error.bad, DataExample(None, number, row.where, row.values).raw)  # type: ignore[arg-type]
+            raw = DataExample(None, number, row.where, row.values).raw  # type: ignore[arg-type]
+            source.bad.report(f"{one.name} {row.where}", error.bad, raw)
             continue
         for item in items:
             yield NumberedItem(
-                item, number, row.where, DataExample(item_conversation(item), number, f"{one.name} {row.where}", row.values)
+                item,
+                number,
+                row.where,
+                DataExample(item_conversation(item), number, f"{one.name} {row.where}", row.values),
             )
 
 
-def refuse_leak(learnt: Iterable[DataLocation], places: DataLocations, one: NamedSet, asked: str, instead: str) -> None:
-    """Raises ConfigError when rows to evaluate on are among those trained on. ``instead``: what would do, for the message."""
+def refuse_leak(
+    learnt: Iterable[DataLocation], places: DataLocations, one: NamedSet, asked: str, instead: str
+) -> None:
+    """Raises ConfigError when rows to evaluate on are among those trained on. ``instead``: what
+    would do, for the message.
+    """
     spot = places.of(one, asked)
     if any(spot.overlaps(other) for other in learnt):
         raise ConfigError(

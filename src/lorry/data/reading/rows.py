@@ -1,8 +1,9 @@
-"""What every reader gives: rows and faults, each with the place it stands at, and what a reader may be told to leave unread.
+"""What every reader gives: rows and faults, each with the place it stands at, and what a reader may
+be told to leave unread.
 
-The rule of every reader: **what a file holds is a row, a fault or an error with its place; nothing is lost without a word.**
-A key or a column that stands twice, text behind the end of an array and half a row are never resolved by taking the first
-or the last.
+The rule of every reader: **what a file holds is a row, a fault or an error with its place; nothing
+is lost without a word.** A key or a column that stands twice, text behind the end of an array and
+half a row are never resolved by taking the first or the last.
 """
 
 from __future__ import annotations
@@ -14,16 +15,22 @@ from typing import Any
 
 from lorry.data.reading.bad_rows import BadRow
 
-LARGEST_ROW = 1 << 28  # bytes of one row; what is longer is no row, and reading on would only fill the memory
+LARGEST_ROW = (
+    1 << 28
+)  # bytes of one row; what is longer is no row, and reading on would only fill the memory
 TOO_LARGE = f"larger than {LARGEST_ROW >> 20} MiB, the most that is read as one row"
-UNDECODED_BYTES = re.compile("[\udc80-\udcff]")  # how ``errors="surrogateescape"`` keeps a byte that is not UTF-8
+UNDECODED_BYTES = re.compile(
+    "[\udc80-\udcff]"
+)  # how ``errors="surrogateescape"`` keeps a byte that is not UTF-8
 ROW_PLACE = re.compile(r":[0-9]+(: element [0-9]+)?$")  # behind the name of a file
 CUT_OFF = "a NUL byte; the file was probably cut off while being written"
 
 
 @dataclass(frozen=True)
 class DataRow:
-    """One row of a source: its columns, and ``where`` it stands (``people.jsonl:17``, ``people.json:1: element 16``)."""
+    """One row of a source: its columns, and ``where`` it stands (``people.jsonl:17``,
+    ``people.json:1: element 16``).
+    """
 
     values: dict[str, Any]
     where: str
@@ -51,7 +58,8 @@ class FileRemark:
 
 
 RowStream = Iterator[DataRow | RowFault | FileRemark]
-# (all columns, where the first row stands) -> the columns to read. Only tables of columns ask; a line is read whole anyway
+# (all columns, where the first row stands) -> the columns to read. Only tables of columns ask; a
+# line is read whole anyway
 ColumnSelector = Callable[[Sequence[str], str], Sequence[str]]
 SourcePart = Callable[[ColumnSelector | None], RowStream]
 

@@ -1,4 +1,5 @@
-"""Sources: a path, several, a folder or a hub name become one stream of rows that knows where every row came from.
+"""Sources: a path, several, a folder or a hub name become one stream of rows that knows where every
+row came from.
 
 source = open_source("people.jsonl", on_bad_row="skip")
 for row in source: ...            # row.values, row.where == "people.jsonl:17"
@@ -18,10 +19,24 @@ from typing import Any
 from zipfile import BadZipFile
 
 from lorry.data.reading.bad_rows import BadRows, OnBadRow
-from lorry.data.reading.columnar import DAMAGE_ERRORS, expect_damage, read_parquet, read_saved, read_tables
+from lorry.data.reading.columnar import (
+    DAMAGE_ERRORS,
+    expect_damage,
+    read_parquet,
+    read_saved,
+    read_tables,
+)
 from lorry.data.reading.json_rows import read_json_rows, read_jsonl
 from lorry.data.reading.readers import READERS
-from lorry.data.reading.rows import ColumnSelector, DataRow, FileRemark, RowFault, RowStream, SourcePart, not_utf8
+from lorry.data.reading.rows import (
+    ColumnSelector,
+    DataRow,
+    FileRemark,
+    RowFault,
+    RowStream,
+    SourcePart,
+    not_utf8,
+)
 from lorry.disk.durable import DiskError
 from lorry.errors import DataError, suggest_nearest
 
@@ -32,22 +47,37 @@ SPLITS = {
 }
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ARROW_BATCH_ROWS = 1024  # rows of a hub data set taken at once
-DECOMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError, BadZipFile)  # what damaged compressed files raise
-# How files begin that are not what their name says: each would be learnt as text, or give a bad row a line
+DECOMPRESSION_ERRORS = (
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    BadZipFile,
+)  # what damaged compressed files raise
+# How files begin that are not what their name says: each would be learnt as text, or give a bad row
+# a line
 PLACEHOLDER_FILES = {
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer in place of the file; fetch it with git lfs pull",
-    b"\x1f\x8b": "compressed (gzip); unpack it first", b"PK\x03\x04": "compressed (zip); unpack it first",
-    b"\x28\xb5\x2f\xfd": "compressed (zstd); unpack it first", b"\xfd7zXZ\0": "compressed (xz); unpack it first",
-    b"BZh91AY&SY": "compressed (bzip2); unpack it first", b"PAR1": "parquet under another name; name it .parquet",
-}  # fmt: skip
+    b"\x1f\x8b": "compressed (gzip); unpack it first",
+    b"PK\x03\x04": "compressed (zip); unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd); unpack it first",
+    b"\xfd7zXZ\0": "compressed (xz); unpack it first",
+    b"BZh91AY&SY": "compressed (bzip2); unpack it first",
+    b"PAR1": "parquet under another name; name it .parquet",
+}
 JSON_LINES = (".jsonl", ".ndjson")
-HUB_BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # the storage kinds that are parsed only, never executed
+HUB_BUILDERS = (
+    "json",
+    "csv",
+    "parquet",
+    "arrow",
+    "text",
+)  # the storage kinds that are parsed only, never executed
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Rows in a fixed order, readable again and again. Every pass is lazy; bad rows go to ``bad``, what a person should know
-    of whole files to ``remarks``."""
+    """Rows in a fixed order, readable again and again. Every pass is lazy; bad rows go to ``bad``,
+    what a person should know of whole files to ``remarks``."""
 
     label: str
     parts: tuple[SourcePart, ...]
@@ -55,7 +85,9 @@ class DataSource:
     limit: int | None = None
     streaming: bool = False
     remarks: set[str] = field(default_factory=set)
-    files: tuple[Path, ...] = ()  # all that the rows are read from; empty where that is not files alone (the hub)
+    files: tuple[
+        Path, ...
+    ] = ()  # all that the rows are read from; empty where that is not files alone (the hub)
     selection: str = ""  # what of these files is read: configuration and split
 
     def __iter__(self) -> Iterator[DataRow]:
@@ -64,7 +96,8 @@ class DataSource:
     def read(self, start: int = 0, select: ColumnSelector | None = None) -> Iterator[DataRow]:
         """The readable rows from the ``start``-th on (those before it are parsed again, not kept).
 
-        ``select`` chooses the columns that tables of columns read; rows of lines have all of theirs.
+        ``select`` chooses the columns that tables of columns read; rows of lines have all of
+        theirs.
         """
         return itertools.islice(self._rows(select), start, self.limit)
 
@@ -83,22 +116,37 @@ def open_source(
     path_or_id: str | Path | Sequence[str | Path], *, name: str | None = None, split: str = "train", streaming: bool = False,
     on_bad_row: OnBadRow = "error", quarantine: str | Path | None = None, limit: int | None = None, converted: str | None = None,
 ) -> DataSource:  # fmt: skip
-    """Open data files (json, jsonl, csv, tsv, parquet, txt), a folder of them, several of these, or a hub data set.
+    """Open data files (json, jsonl, csv, tsv, parquet, txt), a folder of them, several of these, or
+    a hub data set.
 
-    Every file is read lazily, a JSON array element by element. In a folder whose files are named after
-    splits (train*, test*, validation*) those of ``split`` are taken; ``name`` is a hub data set's configuration, and
-    ``streaming`` keeps a hub data set from being downloaded first (one that is stored as JSON comes file by file anyway); ``converted`` is the folder of its rows in the hub's own
-    conversion to parquet, for one that is a loading script otherwise. ``limit`` counts readable rows.
-    Raises DataError for a path that does not exist, a kind of file not known, or (on_bad_row=error) the first bad row.
+    Every file is read lazily, a JSON array element by element. In a folder whose files are named
+    after splits (train*, test*, validation*) those of ``split`` are taken; ``name`` is a hub data
+    set's configuration, and ``streaming`` keeps a hub data set from being downloaded first (one
+    that is stored as JSON comes file by file anyway); ``converted`` is the folder of its rows in
+    the hub's own conversion to parquet, for one that is a loading script otherwise. ``limit``
+    counts readable rows. Raises DataError for a path that does not exist, a kind of file not known,
+    or (on_bad_row=error) the first bad row.
     """
     several = [path_or_id] if isinstance(path_or_id, str | Path) else list(path_or_id)
     if not several:
         raise DataError("no data given: a file, a folder or a hub name is needed")
     opened = [_open_one(one, name, split, streaming, converted) for one in several]
     parts = tuple(part for parts, _ in opened for part in parts)
-    files = tuple(file for _, files in opened for file in files) if all(files for _, files in opened) else ()
+    files = (
+        tuple(file for _, files in opened for file in files)
+        if all(files for _, files in opened)
+        else ()
+    )
     label = ", ".join(map(str, several))
-    return DataSource(label, parts, BadRows(on_bad_row, quarantine), limit, streaming, files=files, selection=f"{name} {split}")
+    return DataSource(
+        label,
+        parts,
+        BadRows(on_bad_row, quarantine),
+        limit,
+        streaming,
+        files=files,
+        selection=f"{name} {split}",
+    )
 
 
 def _open_one(
@@ -115,7 +163,11 @@ def _open_one(
     if path.exists():
         return [_file_part(path)], [path]
     text = str(path_or_id)
-    if isinstance(path_or_id, Path) or path.suffix.lower() in READERS or not HUB_NAME.fullmatch(text):
+    if (
+        isinstance(path_or_id, Path)
+        or path.suffix.lower() in READERS
+        or not HUB_NAME.fullmatch(text)
+    ):
         raise _missing_path_error(path)
     return [lambda select: _hub_rows(text, name, split, streaming, converted, select)], []
 
@@ -123,7 +175,9 @@ def _open_one(
 def _file_part(path: Path) -> SourcePart:
     read = READERS.get(path.suffix.lower())
     if read is None:
-        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; Lorry reads {', '.join(sorted(READERS))}")
+        raise DataError(
+            f"{path}: unknown kind of file {path.suffix!r}; Lorry reads {', '.join(sorted(READERS))}"
+        )
     if not path.is_file():  # a FIFO would be waited at for ever
         raise DataError(f"{path}: not a regular file")
 
@@ -142,14 +196,20 @@ def _file_part(path: Path) -> SourcePart:
 
 
 def _stands_for(path: Path, parquet: bool) -> str:
-    """What a file is that is not the data its name promises; "" where it may be. Text may begin with PAR1 or BZh as well."""
+    """What a file is that is not the data its name promises; "" where it may be. Text may begin
+    with PAR1 or BZh as well.
+    """
     with path.open("rb") as file:
         block = file.read(4096)
         found = next((begin for begin in PLACEHOLDER_FILES if block.startswith(begin)), b"")
         if found == b"PAR1":
             file.seek(-4, os.SEEK_END)
             found = b"" if parquet or len(block) < 12 or file.read(4) != found else found
-    if found.startswith(b"BZh") and b"\0" not in block and not not_utf8(block.decode("utf-8", "surrogateescape")):
+    if (
+        found.startswith(b"BZh")
+        and b"\0" not in block
+        and not not_utf8(block.decode("utf-8", "surrogateescape"))
+    ):
         return ""
     return PLACEHOLDER_FILES.get(found, "")
 
@@ -158,15 +218,25 @@ def _missing_path_error(path: Path) -> DataError:
     """Names the path, and what stands in its folder under a similar name."""
     folder = path.parent
     if not folder.is_dir():
-        return DataError(f"{path}: no such file, and no folder {folder} either (a hub data set is named owner/name)")
-    there = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in READERS or item.is_dir())
-    listed = f"; the folder has {', '.join(there[:8])}" if there else "; the folder has no data files"
+        return DataError(
+            f"{path}: no such file, and no folder {folder} either (a hub data set is named owner/name)"
+        )
+    there = sorted(
+        item.name for item in folder.iterdir() if item.suffix.lower() in READERS or item.is_dir()
+    )
+    listed = (
+        f"; the folder has {', '.join(there[:8])}" if there else "; the folder has no data files"
+    )
     return DataError(f"{path}: no such file{suggest_nearest(path.name, there) or listed}")
 
 
 def _data_files(folder: Path, split: str) -> list[Path]:
-    """The data files of a folder, sorted; only those of ``split`` where the names tell splits apart."""
-    files = sorted(item for item in folder.iterdir() if item.is_file() and item.suffix.lower() in READERS)
+    """The data files of a folder, sorted; only those of ``split`` where the names tell splits
+    apart.
+    """
+    files = sorted(
+        item for item in folder.iterdir() if item.is_file() and item.suffix.lower() in READERS
+    )
     if not files:
         raise DataError(f"{folder}: the folder has no data files ({', '.join(sorted(READERS))})")
     named = {file: _split_of_stem(file.stem) for file in files}
@@ -175,7 +245,9 @@ def _data_files(folder: Path, split: str) -> list[Path]:
     wanted = next((key for key, words in SPLITS.items() if split in words), split)
     chosen = [file for file in files if named[file] == wanted]
     if not chosen:
-        raise DataError(f"{folder}: no file of split {split!r}; the folder has {', '.join(file.name for file in files)}")
+        raise DataError(
+            f"{folder}: no file of split {split!r}; the folder has {', '.join(file.name for file in files)}"
+        )
     return chosen
 
 
@@ -183,28 +255,42 @@ def has_split_files(folder: Path) -> bool:
     """Whether a folder tells splits apart: a saved data set, or files named after splits."""
     if (folder / "dataset_dict.json").exists():
         return True
-    return any(_split_of_stem(item.stem) for item in folder.iterdir() if item.is_file() and item.suffix.lower() in READERS)
+    return any(
+        _split_of_stem(item.stem)
+        for item in folder.iterdir()
+        if item.is_file() and item.suffix.lower() in READERS
+    )
 
 
 def _split_of_stem(stem: str) -> str | None:
     words = re.split(r"[^a-z]+", stem.lower())
-    return next((split for split, names in SPLITS.items() if any(word in names for word in words)), None)
+    return next(
+        (split for split, names in SPLITS.items() if any(word in names for word in words)), None
+    )
 
 
 def _hub_rows(
     hub_id: str, name: str | None, split: str, streaming: bool, converted: str | None, select: ColumnSelector | None
 ) -> RowStream:  # fmt: skip
-    """Rows of a hub data set. Only builders that parse plain data are allowed: no scripts, no pickles."""
+    """Rows of a hub data set. Only builders that parse plain data are allowed: no scripts, no
+    pickles.
+    """
     import datasets
     import pyarrow
     from datasets.exceptions import DatasetsError
 
     try:
-        where = {} if converted is None else {"revision": "refs/convert/parquet", "data_dir": converted}
-        builder = datasets.load_dataset_builder(hub_id, name if converted is None else None, **where)
+        where = (
+            {} if converted is None else {"revision": "refs/convert/parquet", "data_dir": converted}
+        )
+        builder = datasets.load_dataset_builder(
+            hub_id, name if converted is None else None, **where
+        )
         kind = type(builder).__module__.rpartition(".")[2]
         if kind not in HUB_BUILDERS:
-            raise DataError(f"{hub_id}: stored as {kind!r}; Lorry reads hub data sets stored as {', '.join(HUB_BUILDERS)}")
+            raise DataError(
+                f"{hub_id}: stored as {kind!r}; Lorry reads hub data sets stored as {', '.join(HUB_BUILDERS)}"
+            )
         if kind == "json":
             yield from _hub_json(builder, hub_id, split)
             return
@@ -213,32 +299,54 @@ def _hub_rows(
         else:
             builder.download_and_prepare()
             table = builder.as_dataset(split=split)
-        # as Arrow, not as Python: pictures and recordings stay what is stored, and nobody needs their decoders
-        yield from read_tables(table.with_format("arrow").iter(batch_size=ARROW_BATCH_ROWS), hub_id, select)
+        # as Arrow, not as Python: pictures and recordings stay what is stored, and nobody needs
+        # their decoders
+        yield from read_tables(
+            table.with_format("arrow").iter(batch_size=ARROW_BATCH_ROWS), hub_id, select
+        )
     except (DataError, DiskError, MemoryError):
         raise
     # RuntimeError: a loading script
-    except (DatasetsError, pyarrow.ArrowException, *DECOMPRESSION_ERRORS, *DAMAGE_ERRORS, RuntimeError, AttributeError) as error:
+    except (
+        DatasetsError,
+        pyarrow.ArrowException,
+        *DECOMPRESSION_ERRORS,
+        *DAMAGE_ERRORS,
+        RuntimeError,
+        AttributeError,
+    ) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{hub_id}: neither a file here nor a data set that can be opened on the hub: {why}") from error
+        raise DataError(
+            f"{hub_id}: neither a file here nor a data set that can be opened on the hub: {why}"
+        ) from error
 
 
 def _hub_json(builder: Any, hub_id: str, split: str) -> RowStream:
-    """The rows of a hub data set that is stored as JSON, downloaded file by file and read as files here are.
+    """The rows of a hub data set that is stored as JSON, downloaded file by file and read as files
+    here are.
 
-    ``datasets``' own reader keeps the last of two equal keys, and fills keys that a row lacks with nulls.
+    ``datasets``' own reader keeps the last of two equal keys, and fills keys that a row lacks with
+    nulls.
     """
     from datasets import DownloadManager
 
     if (field := builder.config.field) not in (None, "data"):
-        raise DataError(f"{hub_id}: its rows lie under {field!r} in each file; download the files and write them as JSON lines")
+        raise DataError(
+            f"{hub_id}: its rows lie under {field!r} in each file; download the files and write them as JSON lines"
+        )
     files = builder.config.data_files or {}
     if "[" in split:
-        raise DataError(f"{hub_id}: split={split}: no slice can be taken of a set stored as JSON; take split and data.n instead")
+        raise DataError(
+            f"{hub_id}: split={split}: no slice can be taken of a set stored as JSON; take split and data.n instead"
+        )
     if split not in files:
-        raise DataError(f"{hub_id}: no split {split!r}; it has {', '.join(map(str, files)) or 'none'}")
+        raise DataError(
+            f"{hub_id}: no split {split!r}; it has {', '.join(map(str, files)) or 'none'}"
+        )
     manager = DownloadManager()
-    folder = os.path.commonprefix([str(address).rpartition("/")[0] + "/" for address in files[split]])
+    folder = os.path.commonprefix(  # noqa: RUF071
+        [str(address).rpartition("/")[0] + "/" for address in files[split]]
+    )
     folder = folder[: folder.rfind("/") + 1]
     for address in files[split]:
         name = str(address)[len(folder) :]  # en/train.jsonl and fr/train.jsonl are two files

@@ -1,4 +1,5 @@
-"""The stream of micro-batches that a training run reads: batches by step number, a pure function of (data, seed, step).
+"""The stream of micro-batches that a training run reads: batches by step number, a pure function of
+(data, seed, step).
 
 stream = TrainStream(tokens, seed=0, rows_per_batch=4, gradient_accumulation_steps=2, max_tokens=4 * 1024)
 stream.batches(17)      # the micro-batches of step 17
@@ -21,7 +22,9 @@ PLANS_KEPT = 4
 
 
 class BatchStream(Protocol):
-    """What a task asks of its data, in memory (``TrainStream``) or streamed (``StreamingTrainStream``)."""
+    """What a task asks of its data, in memory (``TrainStream``) or streamed
+    (``StreamingTrainStream``).
+    """
 
     def total_steps(self, epochs: float, max_steps: int | None = None) -> int:
         """Optimizer steps of a run."""
@@ -45,15 +48,18 @@ class BatchStream(Protocol):
 
 
 def count_steps(micro_batches: int, gradient_accumulation_steps: int) -> int:
-    """Optimizer steps for so many micro-batches; the last step may have fewer of them rather than none being dropped."""
+    """Optimizer steps for so many micro-batches; the last step may have fewer of them rather than
+    none being dropped.
+    """
     return -(-micro_batches // gradient_accumulation_steps)
 
 
 class TrainStream:
     """Micro-batches by step number, the same whenever they are asked for.
 
-    Epoch e reads the rows in ``epoch_order(n, seed, e)``; a step has ``gradient_accumulation_steps`` micro-batches, the
-    last step of an epoch the rest. ``max_tokens`` bounds a packed micro-batch (rows_per_batch * max_length).
+    Epoch e reads the rows in ``epoch_order(n, seed, e)``; a step has
+    ``gradient_accumulation_steps`` micro-batches, the last step of an epoch the rest.
+    ``max_tokens`` bounds a packed micro-batch (rows_per_batch * max_length).
     """
 
     def __init__(
@@ -72,21 +78,29 @@ class TrainStream:
         return self._end_of(0)
 
     def total_steps(self, epochs: float, max_steps: int | None = None) -> int:
-        """Steps of a run: ``max_steps`` if that is positive, else those of ``epochs``, of which the last may be a part."""
+        """Steps of a run: ``max_steps`` if that is positive, else those of ``epochs``, of which the
+        last may be a part.
+        """
         if max_steps and max_steps > 0:
             return max_steps
         whole = math.floor(epochs)
         before = self._end_of(whole - 1) if whole else 0
         if epochs == whole:
             return before
-        part = round((epochs - whole) * (self._end_of(whole) - before), 6)  # 0.2 * 5 is one step, not a little more
-        return max(before + math.ceil(part), 1)  # however small a part of an epoch: a run has a step
+        part = round(
+            (epochs - whole) * (self._end_of(whole) - before), 6
+        )  # 0.2 * 5 is one step, not a little more
+        return max(
+            before + math.ceil(part), 1
+        )  # however small a part of an epoch: a run has a step
 
     def epoch_of(self, step: int) -> int:
         """The epoch that a step (counted from 0) belongs to."""
         while not self._ends or self._ends[-1] <= step:
             self._end_of(len(self._ends))
-        return bisect_right(self._ends, step)  # the epochs that had ended; asked several times a step, of thousands of epochs
+        return bisect_right(
+            self._ends, step
+        )  # the epochs that had ended; asked several times a step, of thousands of epochs
 
     def rows(self, step: int) -> list[list[int]]:
         """Row numbers of the step's micro-batches."""
@@ -97,7 +111,9 @@ class TrainStream:
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of an optimizer step, counted from 0."""
         epoch = self.epoch_of(step)
-        return [collate([self.tokens.example(row, epoch) for row in rows]) for rows in self.rows(step)]
+        return [
+            collate([self.tokens.example(row, epoch) for row in rows]) for rows in self.rows(step)
+        ]
 
     def fill(self, epoch: int = 0) -> float:
         """Share of ``max_tokens`` that an epoch's micro-batches use; only meaningful with packing."""
@@ -122,12 +138,18 @@ class TrainStream:
     def _plan(self, epoch: int) -> list[list[int]]:
         order = self.tokens.order(self.seed, epoch, self.shuffle)
         return plan_epoch(
-            self.tokens.lengths, order, rows_per_batch=self.rows_per_batch, max_tokens=self.max_tokens, packing=self.packing,
+            self.tokens.lengths,
+            order,
+            rows_per_batch=self.rows_per_batch,
+            max_tokens=self.max_tokens,
+            packing=self.packing,
             groups=self.tokens.groups,
-        )  # fmt: skip
+        )
 
     def _end_of(self, epoch: int) -> int:
         while len(self._ends) <= epoch:
             before = self._ends[-1] if self._ends else 0
-            self._ends.append(before + count_steps(len(self.plan(len(self._ends))), self.accumulation))
+            self._ends.append(
+                before + count_steps(len(self.plan(len(self._ends))), self.accumulation)
+            )
         return self._ends[epoch]

@@ -1,9 +1,11 @@
-"""Several jobs in one stream: micro-batches that hold the sequences of several jobs, side by side in the order of the jobs.
+"""Several jobs in one stream: micro-batches that hold the sequences of several jobs, side by side
+in the order of the jobs.
 
-A job keeps its own rows, order, batch size and accumulation: what it reads in a step is what it would read alone. The first
-micro-batches of all jobs are laid end to end, then the second ones, and so on; so each low-rank term covers one contiguous range
-of tokens. Small ones share a forward pass, which is faster; large ones follow one another, which takes no longer and keeps the
-activations those of one job. Neither changes a result. One job alone is the case of K = 1.
+A job keeps its own rows, order, batch size and accumulation: what it reads in a step is what it
+would read alone. The first micro-batches of all jobs are laid end to end, then the second ones, and
+so on; so each low-rank term covers one contiguous range of tokens. Small ones share a forward pass,
+which is faster; large ones follow one another, which takes no longer and keeps the activations
+those of one job. Neither changes a result. One job alone is the case of K = 1.
 """
 
 from __future__ import annotations
@@ -21,10 +23,14 @@ from lorry.data.stream.pack import sequence_key
 
 
 class JointStream:
-    """The streams of K jobs as one. ``streams``: by adapter name, in the order of their numbers; ``seeds``: each job's own;
-    ``room``: jobs share a micro-batch while it has at most so many tokens."""
+    """The streams of K jobs as one. ``streams``: by adapter name, in the order of their numbers;
+    ``seeds``: each job's own; ``room``: jobs share a micro-batch while it has at most so many
+    tokens.
+    """
 
-    def __init__(self, streams: Mapping[str, BatchStream], seeds: Mapping[str, int], room: int) -> None:
+    def __init__(
+        self, streams: Mapping[str, BatchStream], seeds: Mapping[str, int], room: int
+    ) -> None:
         self.streams, self.seeds, self.room = dict(streams), dict(seeds), room
 
     def batches(self, step: int) -> list[Batch]:
@@ -49,9 +55,15 @@ class JointStream:
 
 
 def assign_adapter(batch: Batch, adapter: int, seed: int) -> Batch:
-    """A job's batch: its sequences belong to an adapter, and its seed is part of their keys, so that whoever is beside them
-    their dropout is that of the job alone. Seed 0 leaves keys as they are."""
-    return replace(batch, adapter=torch.full_like(batch.adapter, adapter), key=batch.key ^ sequence_key(seed, -1))
+    """A job's batch: its sequences belong to an adapter, and its seed is part of their keys, so
+    that whoever is beside them their dropout is that of the job alone. Seed 0 leaves keys as they
+    are.
+    """
+    return replace(
+        batch,
+        adapter=torch.full_like(batch.adapter, adapter),
+        key=batch.key ^ sequence_key(seed, -1),
+    )
 
 
 def join_within(batches: Sequence[Batch], room: int) -> list[Batch]:
@@ -67,29 +79,49 @@ def join_within(batches: Sequence[Batch], room: int) -> list[Batch]:
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:
-    """Batches laid end to end as one; their groups stay apart. Raises ValueError where they carry other extra tensors."""
+    """Batches laid end to end as one; their groups stay apart. Raises ValueError where they carry
+    other extra tensors.
+    """
     if len(batches) == 1:
         return batches[0]
     names = list(batches[0].extra)
     if any(list(b.extra) != names or list(b.terms) != list(batches[0].terms) for b in batches):
         raise ValueError("batches that are joined must carry the same extra tensors and terms")
     offsets = [0, *accumulate(b.tokens.numel() for b in batches)]
-    first = [0, *accumulate(int(b.group.max()) + 1 for b in batches)]  # groups count from 0; -1 means none
+    first = [
+        0,
+        *accumulate(int(b.group.max()) + 1 for b in batches),
+    ]  # groups count from 0; -1 means none
     return Batch(
         tokens=torch.cat([b.tokens for b in batches]),
         weights=torch.cat([b.weights for b in batches]),
-        starts=torch.cat([batches[0].starts[:1], *(b.starts[1:] + at for b, at in zip(batches, offsets, strict=False))]),
+        starts=torch.cat(
+            [
+                batches[0].starts[:1],
+                *(b.starts[1:] + at for b, at in zip(batches, offsets, strict=False)),
+            ]
+        ),
         adapter=torch.cat([b.adapter for b in batches]),
         key=torch.cat([b.key for b in batches]),
-        group=torch.cat([torch.where(b.group < 0, b.group, b.group + at) for b, at in zip(batches, first, strict=False)]),
+        group=torch.cat(
+            [
+                torch.where(b.group < 0, b.group, b.group + at)
+                for b, at in zip(batches, first, strict=False)
+            ]
+        ),
         role=tuple(role for b in batches for role in b.role),
-        extra={n: BatchExtra(torch.cat([b.extra[n].values for b in batches]), batches[0].extra[n].per) for n in names},
+        extra={
+            n: BatchExtra(torch.cat([b.extra[n].values for b in batches]), batches[0].extra[n].per)
+            for n in names
+        },
         terms={n: sum((b.terms[n] for b in batches[1:]), t) for n, t in batches[0].terms.items()},
     )
 
 
 def select_sequences(batch: Batch, sequences: Sequence[int]) -> Batch:
-    """Some sequences of a batch, in the order given; terms are left out, since their weights were those of the whole."""
+    """Some sequences of a batch, in the order given; terms are left out, since their weights were
+    those of the whole.
+    """
     spans = [torch.arange(*batch.segments[s]) for s in sequences]
     tokens, chosen = torch.cat(spans), torch.tensor(sequences)
     pick = {"token": tokens, "sequence": chosen}
@@ -106,20 +138,32 @@ def select_sequences(batch: Batch, sequences: Sequence[int]) -> Batch:
 
 
 def keep_adapters(batches: Sequence[Batch], adapters: Collection[int]) -> list[Batch]:
-    """The batches without the sequences of other adapters, whose terms weigh nothing then; a batch left empty is left out."""
+    """The batches without the sequences of other adapters, whose terms weigh nothing then; a batch
+    left empty is left out.
+    """
     kept = []
     for batch in batches:
         rows = [s for s, adapter in enumerate(batch.adapter.tolist()) if adapter in adapters]
         if rows:
-            gone = {n: t * torch.tensor([float(k in adapters) for k in range(len(t))]).to(t) for n, t in batch.terms.items()}
+            gone = {
+                n: t * torch.tensor([float(k in adapters) for k in range(len(t))]).to(t)
+                for n, t in batch.terms.items()
+            }
             kept.append(replace(select_sequences(batch, rows), terms=gone))
     return kept
 
 
 def interleave_adapters(batch: Batch, adapters: int) -> Batch:
-    """The same sequences with those of different adapters beside each other: the first of each, the second of each, and so on."""
-    of_each = [[s for s, adapter in enumerate(batch.adapter.tolist()) if adapter == k] for k in range(adapters)]
-    return select_sequences(batch, [s for side_by_side in zip_longest(*of_each) for s in side_by_side if s is not None])
+    """The same sequences with those of different adapters beside each other: the first of each, the
+    second of each, and so on.
+    """
+    of_each = [
+        [s for s, adapter in enumerate(batch.adapter.tolist()) if adapter == k]
+        for k in range(adapters)
+    ]
+    return select_sequences(
+        batch, [s for side_by_side in zip_longest(*of_each) for s in side_by_side if s is not None]
+    )
 
 
 def count_adapter_tokens(batches: Sequence[Batch], adapters: int) -> list[int]:

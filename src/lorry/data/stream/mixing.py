@@ -1,9 +1,11 @@
-"""The order in which the rows of several sets are read: by weight, evenly among each other, the same on every machine.
+"""The order in which the rows of several sets are read: by weight, evenly among each other, the
+same on every machine.
 
     Mixing(("a", "b"), of, shares=(3.0, 1.0)).order(seed=0, epoch=2, shuffle=True)
 
-Epoch e takes a fixed number of rows of each set and goes on in the set's own endless order where epoch e - 1 stopped, so no row
-is seen twice before all of its set were seen once. The sets' rows lie as evenly among each other as their shares allow.
+Epoch e takes a fixed number of rows of each set and goes on in the set's own endless order where
+epoch e - 1 stopped, so no row is seen twice before all of its set were seen once. The sets' rows
+lie as evenly among each other as their shares allow.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from lorry.data.stream.pack import epoch_order
 
 @dataclass(frozen=True)
 class MixtureOrder:
-    """Which set each of N sequences belongs to (``of`` [N] int64, into ``names``), and the sets' shares of an epoch; None: every
-    sequence once."""
+    """Which set each of N sequences belongs to (``of`` [N] int64, into ``names``), and the sets'
+    shares of an epoch; None: every sequence once."""
 
     names: tuple[str, ...]
     of: np.ndarray
@@ -46,7 +48,9 @@ class MixtureOrder:
         return floors
 
     def order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-        """[N] int64: the sequences of an epoch in the order they are read; a function of (names, seed, epoch)."""
+        """[N] int64: the sequences of an epoch in the order they are read; a function of (names,
+        seed, epoch).
+        """
         rows, places = [], []
         for number, (name, quota) in enumerate(zip(self.names, self.quotas(), strict=True)):
             if not quota:
@@ -58,9 +62,15 @@ class MixtureOrder:
         return np.concatenate(rows)[np.argsort(np.concatenate(places), kind="stable")]
 
 
-def _repeat_rows(own: np.ndarray, seed: int, start: int, count: int, shuffle: bool, name: str) -> np.ndarray:
-    """``count`` entries, from ``start`` on, of a set's rows repeated for ever, each pass in an order of its own."""
+def _repeat_rows(
+    own: np.ndarray, seed: int, start: int, count: int, shuffle: bool, name: str
+) -> np.ndarray:
+    """``count`` entries, from ``start`` on, of a set's rows repeated for ever, each pass in an
+    order of its own.
+    """
     passes = range(start // len(own), (start + count - 1) // len(own) + 1)
-    laid = np.concatenate([own[epoch_order(len(own), seed, number, shuffle, name=f"mix/{name}")] for number in passes])
+    laid = np.concatenate(
+        [own[epoch_order(len(own), seed, number, shuffle, name=f"mix/{name}")] for number in passes]
+    )
     first = start - passes[0] * len(own)
     return laid[first : first + count]

@@ -1,4 +1,5 @@
-"""Mixtures of named sets: read and encoded set by set and laid end to end; `mixing.py` says in what order they are read.
+"""Mixtures of named sets: read and encoded set by set and laid end to end; `mixing.py` says in what
+order they are read.
 
 mixed = read_mix(data, encoder, seed=0, quarantine=None)
 mixed.report.lines()     # counts, token statistics and truncation, set by set
@@ -14,15 +15,25 @@ from lorry.data.catalog import SUITES, expand_suites, find_named_set
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.token_set import TokenSet, encode_rows, report_progress
 from lorry.data.reading.formats import DataExample
-from lorry.data.reading.places import SPLIT_ORDER, DataLocation, DataLocations, read_items, refuse_leak
+from lorry.data.reading.places import (
+    SPLIT_ORDER,
+    DataLocation,
+    DataLocations,
+    read_items,
+    refuse_leak,
+)
 from lorry.errors import ConfigError, DataError
 
 
 def mixture_sets(data: DataConfig) -> list[str]:
-    """The sets of ``data.mix``, suites spelt out. Raises ConfigError for an unknown one, or one named twice."""
+    """The sets of ``data.mix``, suites spelt out. Raises ConfigError for an unknown one, or one
+    named twice.
+    """
     names = [find_named_set(name).name for name in data.mix if name not in SUITES]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"data.mix names {twice[0]!r} twice, in two spellings; data.weights says how much of a set there is")
+        raise ConfigError(
+            f"data.mix names {twice[0]!r} twice, in two spellings; data.weights says how much of a set there is"
+        )
     return expand_suites(data.mix)
 
 
@@ -35,31 +46,52 @@ def training_locations(data: DataConfig) -> list[DataLocation]:
     return [DataLocation.of(path, data.name, data.split) for path in paths]
 
 
-def read_mix(data: DataConfig, encoder: ExampleEncoder, *, seed: int, quarantine: Path | None) -> list[TokenSet]:
-    """The training rows of every set in ``data.mix``. Raises ConfigError (an unknown set or template, the rows to evaluate on
-    being rows to learn), DataError (a missing file, a bad row, a set without a usable row)."""
+def read_mix(
+    data: DataConfig, encoder: ExampleEncoder, *, seed: int, quarantine: Path | None
+) -> list[TokenSet]:
+    """The training rows of every set in ``data.mix``. Raises ConfigError (an unknown set or
+    template, the rows to evaluate on being rows to learn), DataError (a missing file, a bad row, a
+    set without a usable row).
+    """
     places, spots, names = DataLocations(data.local), training_locations(data), mixture_sets(data)
     if data.eval is not None and any(
-        DataLocation.of(data.eval, None, data.eval_split or data.split).overlaps(spot) for spot in spots
+        DataLocation.of(data.eval, None, data.eval_split or data.split).overlaps(spot)
+        for spot in spots
     ):
-        raise ConfigError(f"data.eval={data.eval}: these rows are trained on; name others, or data.test_size=N to hold rows out")
+        raise ConfigError(
+            f"data.eval={data.eval}: these rows are trained on; name others, or data.test_size=N to hold rows out"
+        )
     for one in map(find_named_set, names):
         if data.template is not None:
             one.refuse_template(data.template, "data.template")
-        if data.eval_split is not None and (data.eval_split not in SPLIT_ORDER or places.has(one, data.eval_split)):
-            refuse_leak(spots, places, one, data.eval_split, "data.test_size=N instead of data.eval_split")
-    return [_read_set(data, name, data.split, data.n, data.template, encoder, seed, quarantine) for name in names]
+        if data.eval_split is not None and (
+            data.eval_split not in SPLIT_ORDER or places.has(one, data.eval_split)
+        ):
+            refuse_leak(
+                spots, places, one, data.eval_split, "data.test_size=N instead of data.eval_split"
+            )
+    return [
+        _read_set(data, name, data.split, data.n, data.template, encoder, seed, quarantine)
+        for name in names
+    ]
 
 
-def read_held_out(data: DataConfig, encoder: ExampleEncoder, *, seed: int, quarantine: Path | None) -> list[TokenSet]:
+def read_held_out(
+    data: DataConfig, encoder: ExampleEncoder, *, seed: int, quarantine: Path | None
+) -> list[TokenSet]:
     """The rows of ``data.eval_split`` of every set that has one, in the plain template."""
     split, places = data.eval_split, DataLocations(data.local)
     if split is None:
         return []
     asked = [name for name in mixture_sets(data) if places.has(find_named_set(name), split)]
     if not asked:
-        raise DataError(f"data.eval_split={split}: none of {', '.join(mixture_sets(data))} has such a split")
-    return [_read_set(data, name, split, data.eval_n, data.template or 0, encoder, seed, quarantine) for name in asked]
+        raise DataError(
+            f"data.eval_split={split}: none of {', '.join(mixture_sets(data))} has such a split"
+        )
+    return [
+        _read_set(data, name, split, data.eval_n, data.template or 0, encoder, seed, quarantine)
+        for name in asked
+    ]
 
 
 def _read_set(
@@ -68,7 +100,9 @@ def _read_set(
 ) -> TokenSet:  # fmt: skip
     one = find_named_set(name)
     aside = quarantine if data.on_bad_row == "quarantine" else None
-    source = DataLocations(data.local).open(one, split, limit=limit, on_bad_row=data.on_bad_row, quarantine=aside)
+    source = DataLocations(data.local).open(
+        one, split, limit=limit, on_bad_row=data.on_bad_row, quarantine=aside
+    )
     shortened = 0
 
     def found() -> Iterator[DataExample]:
@@ -78,10 +112,15 @@ def _read_set(
             yield asked.found
 
     made = TokenSet.of(
-        report_progress(encode_rows(found(), source, encoder), one.name, encoder.tell), source, encoder, role=one.name
+        report_progress(encode_rows(found(), source, encoder), one.name, encoder.tell),
+        source,
+        encoder,
+        role=one.name,
     )
     if not len(made):
-        raise DataError(f"{one.name} ({source.label}): no usable row; {source.bad.summary() or 'the set is empty'}")
+        raise DataError(
+            f"{one.name} ({source.label}): no usable row; {source.bad.summary() or 'the set is empty'}"
+        )
     if shortened:
         made.report.notes.append(f"{shortened} contexts were shortened to what {one.name} allows")
     made.report.source = f"{one.name} ({source.label})"
@@ -89,16 +128,20 @@ def _read_set(
 
 
 def mixture_shares(data: DataConfig) -> tuple[float, ...] | None:
-    """The shares in the order of the mix; of a suite each of its sets has the suite's. Raises ConfigError for weights that do not
-    fit the sets."""
+    """The shares in the order of the mix; of a suite each of its sets has the suite's. Raises
+    ConfigError for weights that do not fit the sets."""
     names = mixture_sets(data)
     if data.weights is None:
         return None
     if not isinstance(data.weights, dict):
         if len(data.weights) != len(names):
-            raise ConfigError(f"data.weights has {len(data.weights)} numbers for the {len(names)} sets {', '.join(names)}")
+            raise ConfigError(
+                f"data.weights has {len(data.weights)} numbers for the {len(names)} sets {', '.join(names)}"
+            )
         return tuple(data.weights)
     given = {name: share for key, share in data.weights.items() for name in expand_suites(key)}
     if odd := [name for name in given if name not in names]:
-        raise ConfigError(f"data.weights names {odd[0]!r}, which is not in data.mix ({', '.join(names)})")
+        raise ConfigError(
+            f"data.weights names {odd[0]!r}, which is not in data.mix ({', '.join(names)})"
+        )
     return tuple(given.get(name, 1.0) for name in names)

@@ -1,7 +1,9 @@
-"""Which rows share a micro-batch, and in what order: pure functions of (seed, epoch), so that there is no state to lose.
+"""Which rows share a micro-batch, and in what order: pure functions of (seed, epoch), so that there
+is no state to lose.
 
-Packing here only decides who shares a micro-batch. Rows are laid end to end either way and never padded; attention stays
-inside a row (``Batch.starts``) and positions restart, so nothing leaks from one row into the next.
+Packing here only decides who shares a micro-batch. Rows are laid end to end either way and never
+padded; attention stays inside a row (``Batch.starts``) and positions restart, so nothing leaks from
+one row into the next.
 """
 
 from __future__ import annotations
@@ -15,15 +17,20 @@ import numpy as np
 
 from lorry.errors import DataError
 
-PACKING_WINDOW = 64  # micro-batches' worth of rows that are packed together: a longer window fills better and shuffles less
+# micro-batches' worth of rows that are packed together: a longer window fills better and shuffles
+# less
+PACKING_WINDOW = 64
 MASK_64 = (1 << 64) - 1
 
 
-def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True, *, name: str = "order") -> np.ndarray:
+def epoch_order(
+    n: int, seed: int, epoch: int, shuffle: bool = True, *, name: str = "order"
+) -> np.ndarray:
     """[n] int64, the rows of an epoch in the order they are read.
 
-    Sorts Philox's raw 64-bit stream under a key made of (name, seed, epoch) by SHA-256. The raw stream of a bit generator
-    is fixed by numpy (NEP 19) where ``Generator.permutation`` is not, so the order survives a new numpy.
+    Sorts Philox's raw 64-bit stream under a key made of (name, seed, epoch) by SHA-256. The raw
+    stream of a bit generator is fixed by numpy (NEP 19) where ``Generator.permutation`` is not, so
+    the order survives a new numpy.
     """
     if not shuffle:
         return np.arange(n)
@@ -38,14 +45,18 @@ def plan_epoch(
 ) -> list[list[int]]:  # fmt: skip
     """The micro-batches of an epoch as lists of row numbers; every row stands in exactly one.
 
-    Without packing a micro-batch has ``rows_per_batch`` rows (the last one may have fewer), a group counting as one row.
-    With packing it holds at most ``max_tokens`` tokens: rows are taken in windows of about 64 micro-batches, longest
-    first, each into the fullest one it fits (best fit decreasing, within 11/9 of the fewest possible). ``groups`` [n]:
-    rows of an equal number >= 0 stay together. Raises DataError for a row or group that no micro-batch can hold.
+    Without packing a micro-batch has ``rows_per_batch`` rows (the last one may have fewer), a group
+    counting as one row. With packing it holds at most ``max_tokens`` tokens: rows are taken in
+    windows of about 64 micro-batches, longest first, each into the fullest one it fits (best fit
+    decreasing, within 11/9 of the fewest possible). ``groups`` [n]: rows of an equal number >= 0
+    stay together. Raises DataError for a row or group that no micro-batch can hold.
     """
     units = _row_units(order, groups)
     if not packing:
-        return [[*chain(*units[at : at + rows_per_batch])] for at in range(0, len(units), rows_per_batch)]
+        return [
+            [*chain(*units[at : at + rows_per_batch])]
+            for at in range(0, len(units), rows_per_batch)
+        ]
     sizes = [int(lengths[unit].sum()) for unit in units]
     if sizes and max(sizes) > max_tokens:
         raise DataError(
@@ -62,16 +73,23 @@ def plan_epoch(
     return [[*chain(*(units[at] for at in members))] for members in bins]
 
 
-def packing_efficiency(lengths: np.ndarray, plan: Sequence[Sequence[int]], max_tokens: int) -> float:
+def packing_efficiency(
+    lengths: np.ndarray, plan: Sequence[Sequence[int]], max_tokens: int
+) -> float:
     """Share of the planned room that tokens take, 0 to 1."""
-    return float(lengths[np.concatenate([np.asarray(rows) for rows in plan])].sum()) / (len(plan) * max_tokens) if plan else 0.0
+    return (
+        float(lengths[np.concatenate([np.asarray(rows) for rows in plan])].sum())
+        / (len(plan) * max_tokens)
+        if plan
+        else 0.0
+    )
 
 
 def sequence_key(row: int, epoch: int) -> int:
     """A 63-bit name of (row, epoch) for everything random about a sequence, such as dropout.
 
-    It depends neither on the seed (which is mixed in where the name is used) nor on batch shape or packing. SplitMix64's
-    finaliser (Steele, Lea, Flood 2014).
+    It depends neither on the seed (which is mixed in where the name is used) nor on batch shape or
+    packing. SplitMix64's finaliser (Steele, Lea, Flood 2014).
     """
     x = (row * 0x9E3779B97F4A7C15 + (epoch + 1) * 0xD1B54A32D192ED03) & MASK_64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
@@ -98,7 +116,9 @@ def _row_units(order: np.ndarray, groups: np.ndarray | None) -> list[list[int]]:
 
 
 def _best_fit(sizes: Sequence[int], window: range, room: int) -> list[list[int]]:
-    """Best fit decreasing: bins of positions, ordered by their earliest member so that long rows are not read first."""
+    """Best fit decreasing: bins of positions, ordered by their earliest member so that long rows
+    are not read first.
+    """
     bins: list[list[int]] = []
     open_bins: list[tuple[int, int]] = []  # (room left, bin), sorted
     for at in sorted(window, key=lambda at: (-sizes[at], at)):

@@ -1,4 +1,6 @@
-"""What became of the rows of a data set: counts, token statistics, what was cut or left out. For the receipt and for a person."""
+"""What became of the rows of a data set: counts, token statistics, what was cut or left out. For
+the receipt and for a person.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,12 @@ class DataReport:
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> rows
     first_left_out: list[str] = field(default_factory=list)  # the first few, with file:line
     notes: list[str] = field(default_factory=list)
-    lengths: dict[str, float] = field(default_factory=dict)  # mean, median and longest sequence in tokens
-    parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a mixture: the same of each named set, and its share
+    lengths: dict[str, float] = field(
+        default_factory=dict
+    )  # mean, median and longest sequence in tokens
+    parts: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # of a mixture: the same of each named set, and its share
 
     @property
     def share(self) -> float:
@@ -34,10 +40,16 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """For a person, one fact a line."""
-        said = [f"{self.source}: {self.rows} rows, {self.sequences} sequences, {self.tokens} tokens, {self.share:.1%} supervised"]
+        said = [
+            f"{self.source}: {self.rows} rows, {self.sequences} sequences, {self.tokens} tokens, {self.share:.1%} supervised"
+        ]
         said += [_mixture_line(name, part) for name, part in self.parts.items()]
         if self.shortened:
-            more = f" and {self.characters_cut} characters that were not tokenised" if self.characters_cut else ""
+            more = (
+                f" and {self.characters_cut} characters that were not tokenised"
+                if self.characters_cut
+                else ""
+            )
             said.append(
                 f"{self.shortened} rows were longer than max_length: {self.tokens_cut} prompt tokens{more} cut, answers kept"
             )
@@ -53,21 +65,41 @@ def _mixture_line(name: str, part: Mapping[str, Any]) -> str:
         f"a row {lengths['mean']:.0f} on average, {lengths['median']:.0f} in the middle, {lengths['longest']:.0f} at most; "
         f"{part['supervised'] / tokens:.1%} supervised"
     )
-    return said + (f"; {part['shortened']} prompts cut by {part['tokens_cut']} tokens" if part["shortened"] else "; none cut")
+    return said + (
+        f"; {part['shortened']} prompts cut by {part['tokens_cut']} tokens"
+        if part["shortened"]
+        else "; none cut"
+    )
 
 
 def length_statistics(lengths: np.ndarray) -> dict[str, float]:
     """Tokens of a sequence: mean, median, longest."""
     if not len(lengths):
         return {"mean": 0.0, "median": 0.0, "longest": 0.0}
-    return {"mean": float(lengths.mean()), "median": float(np.median(lengths)), "longest": float(lengths.max())}
+    return {
+        "mean": float(lengths.mean()),
+        "median": float(np.median(lengths)),
+        "longest": float(lengths.max()),
+    }
 
 
-COUNTED_FIELDS = ("rows", "sequences", "tokens", "supervised", "shortened", "tokens_cut", "characters_cut")
+COUNTED_FIELDS = (
+    "rows",
+    "sequences",
+    "tokens",
+    "supervised",
+    "shortened",
+    "tokens_cut",
+    "characters_cut",
+)
 
 
-def merge_reports(parts: Sequence[tuple[str, DataReport]], drawn: Sequence[int], lengths: dict[str, float]) -> DataReport:
-    """The report of a mixture: the sums, and what each named set is of it. ``drawn``: sequences of each set in an epoch."""
+def merge_reports(
+    parts: Sequence[tuple[str, DataReport]], drawn: Sequence[int], lengths: dict[str, float]
+) -> DataReport:
+    """The report of a mixture: the sums, and what each named set is of it. ``drawn``: sequences of
+    each set in an epoch.
+    """
     made = DataReport("mixture of " + ", ".join(name for name, _ in parts), lengths=lengths)
     for (name, own), quota in zip(parts, drawn, strict=True):
         for count in COUNTED_FIELDS:

@@ -1,7 +1,8 @@
 """A source too large for memory: rows are read, encoded, shuffled and packed a window at a time.
 
-Within a window everything is the same pure function of (seed, epoch, window) as for a set in memory, so a position is
-four numbers. A step never spans two windows: the last step of a window may be a smaller one, as at the end of an epoch.
+Within a window everything is the same pure function of (seed, epoch, window) as for a set in
+memory, so a position is four numbers. A step never spans two windows: the last step of a window may
+be a smaller one, as at the end of an epoch.
 """
 
 from __future__ import annotations
@@ -22,22 +23,36 @@ WINDOW_ROWS = 8192
 
 
 class StreamingTokenSet:
-    """Windows of ``window_rows`` readable rows of a source, each a ``TokenSet``; only one is in memory at a time."""
+    """Windows of ``window_rows`` readable rows of a source, each a ``TokenSet``; only one is in
+    memory at a time.
+    """
 
     def __init__(
-        self, source: DataSource, encoder: ExampleEncoder, *, form: RowFormat | None = None, window_rows: int = WINDOW_ROWS
+        self,
+        source: DataSource,
+        encoder: ExampleEncoder,
+        *,
+        form: RowFormat | None = None,
+        window_rows: int = WINDOW_ROWS,
     ) -> None:
         self.source, self.encoder, self.form, self.window_rows = source, encoder, form, window_rows
 
     def windows(self, first: int = 0) -> Iterator[tuple[int, TokenSet]]:
-        """(number, tokens) of each window from ``first`` on that has a usable row. Earlier rows are read past, not encoded."""
+        """(number, tokens) of each window from ``first`` on that has a usable row. Earlier rows are
+        read past, not encoded.
+        """
         notes: set[str] = set()
         found = read_examples(self.source, self.form, start=first * self.window_rows, notes=notes)
         ahead = next(found, None)
         while ahead is not None:
             number = ahead.number // self.window_rows
             window = _RowWindow(ahead, found, (number + 1) * self.window_rows)
-            tokens = TokenSet.of(encode_rows(iter(window), self.source, self.encoder), self.source, self.encoder, notes)
+            tokens = TokenSet.of(
+                encode_rows(iter(window), self.source, self.encoder),
+                self.source,
+                self.encoder,
+                notes,
+            )
             ahead = window.ahead
             if len(tokens):
                 yield number, tokens
@@ -59,8 +74,8 @@ class _RowWindow:
 class StreamingTrainStream:
     """``TrainStream``'s batches in order of steps, for a ``StreamingTokenSet``.
 
-    ``batches(step)`` takes the steps one after the other; ``state`` is small JSON, and after ``load_state`` the batches
-    equal those of a stream that was never stopped.
+    ``batches(step)`` takes the steps one after the other; ``state`` is small JSON, and after
+    ``load_state`` the batches equal those of a stream that was never stopped.
     """
 
     def __init__(
@@ -74,9 +89,13 @@ class StreamingTrainStream:
         self._step = self._within = 0
 
     def total_steps(self, epochs: float, max_steps: int | None = None) -> int:
-        """``max_steps``, which a stream needs. Raises ConfigError without it: nobody knows how many rows will come."""
+        """``max_steps``, which a stream needs. Raises ConfigError without it: nobody knows how many
+        rows will come.
+        """
         if not max_steps or max_steps <= 0:
-            raise ConfigError("streaming=true needs max_steps: the length of the data is not known before it was read")
+            raise ConfigError(
+                "streaming=true needs max_steps: the length of the data is not known before it was read"
+            )
         return max_steps
 
     def epoch_of(self, step: int) -> int:
@@ -90,18 +109,25 @@ class StreamingTrainStream:
         if self._within >= count_steps(len(self._plan), self.accumulation):
             self._advance()
         rows = self._plan[self._within * self.accumulation : (self._within + 1) * self.accumulation]
-        # windows are numbered apart by more rows than one can hold, so that no two sequences of an epoch share a key
+        # windows are numbered apart by more rows than one can hold, so that no two sequences of an
+        # epoch share a key
         first = self._window << 32
-        made = [collate([self._tokens.example(row, self._epoch, first) for row in batch]) for batch in rows]
+        made = [
+            collate([self._tokens.example(row, self._epoch, first) for row in batch])
+            for batch in rows
+        ]
         self._step, self._within = step + 1, self._within + 1
         return made
 
     def state(self) -> dict[str, Any]:
         """The position before the next step, and the digest of the window it stands in."""
         return {
-            "step": self._step, "epoch": self._epoch, "window": self._window, "within": self._within,
+            "step": self._step,
+            "epoch": self._epoch,
+            "window": self._window,
+            "within": self._within,
             "digest": self._tokens.digest,
-        }  # fmt: skip
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go to a position. Raises DataError when its window no longer holds the same tokens."""
@@ -115,14 +141,18 @@ class StreamingTrainStream:
 
     def _expect(self, step: int) -> None:
         if step != self._step:
-            raise ValueError(f"a stream gives its steps in order: step {self._step} is next, step {step} was asked for")
+            raise ValueError(
+                f"a stream gives its steps in order: step {self._step} is next, step {step} was asked for"
+            )
 
     def _open(self, epoch: int, window: int) -> None:
         self._epoch = epoch
         self._windows = self.data.windows(window)
         opened = next(self._windows, None)
         if opened is None:
-            raise DataError(f"{self.data.source.label}: no usable row; {self.data.source.bad.summary() or 'the data is empty'}")
+            raise DataError(
+                f"{self.data.source.label}: no usable row; {self.data.source.bad.summary() or 'the data is empty'}"
+            )
         self._take(opened)
 
     def _advance(self) -> None:
@@ -135,7 +165,13 @@ class StreamingTrainStream:
 
     def _take(self, opened: tuple[int, TokenSet]) -> None:
         self._window, self._tokens = opened
-        order = epoch_order(len(self._tokens), self.seed, self._epoch, self.shuffle, name=f"window {self._window}")
+        order = epoch_order(
+            len(self._tokens), self.seed, self._epoch, self.shuffle, name=f"window {self._window}"
+        )
         self._plan = plan_epoch(
-            self._tokens.lengths, order, rows_per_batch=self.rows_per_batch, max_tokens=self.max_tokens, packing=self.packing
+            self._tokens.lengths,
+            order,
+            rows_per_batch=self.rows_per_batch,
+            max_tokens=self.max_tokens,
+            packing=self.packing,
         )

@@ -1,9 +1,12 @@
-"""How likely texts are as continuations of others, through training's own score path: what option tasks are ranked by.
+"""How likely texts are as continuations of others, through training's own score path: what option
+tasks are ranked by.
 
-Text becomes tokens as in the lm-evaluation-harness (Gao et al., its `HFLM`): context and continuation are encoded together and
-cut where the context's own encoding ends, white space at the context's end belongs to the continuation, an empty context is the
-BOS token (EOS where there is none), and what does not fit is cut from the left. Sequences are packed, not padded; the last token
-of a sequence is never run, and pairs that differ in it alone (options of one token) are one sequence. k last tokens.
+Text becomes tokens as in the lm-evaluation-harness (Gao et al., its `HFLM`): context and
+continuation are encoded together and cut where the context's own encoding ends, white space at the
+context's end belongs to the continuation, an empty context is the BOS token (EOS where there is
+none), and what does not fit is cut from the left. Sequences are packed, not padded; the last token
+of a sequence is never run, and pairs that differ in it alone (options of one token) are one
+sequence. k last tokens.
 
 Try: loglikelihoods(model, tokenizer, [("The sky is", " blue"), ("The sky is", " green")])
 """
@@ -28,13 +31,17 @@ from lorry.models.scoring.score import log_prob, score_supervised_tokens
 from lorry.models.scoring.vocab import VocabStatistic
 
 LOGLIKELIHOOD_BATCH_TOKENS = 4096
-UNKNOWN_CONTEXT = 2048  # tokens, for a model that does not say how many it takes; the harness assumes as many
+UNKNOWN_CONTEXT = (
+    2048  # tokens, for a model that does not say how many it takes; the harness assumes as many
+)
 
 top_statistic = VocabStatistic(lambda p, rows: p.top.to(p.chosen.dtype), gradient=False)
 
 
 class ContinuationLikelihood(NamedTuple):
-    """``total``: log p(continuation | context), nats; ``tokens`` of the continuation; ``greedy``: each was the likeliest."""
+    """``total``: log p(continuation | context), nats; ``tokens`` of the continuation; ``greedy``:
+    each was the likeliest.
+    """
 
     total: float
     tokens: int
@@ -50,30 +57,48 @@ class TokenPair:
 
 
 class HarnessTokenizer:
-    """A tokenizer as the harness uses it. ``prefix``: the id that stands for an empty context. Raises ModelError without one."""
+    """A tokenizer as the harness uses it. ``prefix``: the id that stands for an empty context.
+    Raises ModelError without one.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        prefix = (
+            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        )
         if prefix is None:
-            raise ModelError("the tokenizer has neither a BOS nor an EOS token, one of which has to stand for an empty context")
+            raise ModelError(
+                "the tokenizer has neither a BOS nor an EOS token, one of which has to stand for an empty context"
+            )
         self.prefix = int(prefix)
         self._prefix_text = str(tokenizer.decode([self.prefix]))
 
     def ids(self, text: str) -> list[int]:
-        """With the tokenizer's own special tokens, unless the text brings the opening one along (a chat template's)."""
+        """With the tokenizer's own special tokens, unless the text brings the opening one along (a
+        chat template's).
+        """
         return self._encode(text, not text.startswith(self._prefix_text))
 
     def pair(self, context: str, continuation: str) -> TokenPair:
         """Raises DataError when nothing is left to be scored."""
         if context == "":
             ids = self._encode(continuation, False)
-            made = TokenPair(ids[:1], ids[1:]) if ids[:1] == [self.prefix] else TokenPair([self.prefix], ids)
+            made = (
+                TokenPair(ids[:1], ids[1:])
+                if ids[:1] == [self.prefix]
+                else TokenPair([self.prefix], ids)
+            )
         else:
             before, whole = self.ids(context.rstrip()), self.ids(context + continuation)
-            made = TokenPair(before, whole[len(before) :]) if before else TokenPair([self.prefix], whole)
+            made = (
+                TokenPair(before, whole[len(before) :])
+                if before
+                else TokenPair([self.prefix], whole)
+            )
         if not made.continuation:
-            raise DataError(f"the continuation {continuation!r} of {context[-60:]!r} has no tokens of its own; nothing to score")
+            raise DataError(
+                f"the continuation {continuation!r} of {context[-60:]!r} has no tokens of its own; nothing to score"
+            )
         return made
 
     def _encode(self, text: str, special: bool) -> list[int]:
@@ -88,25 +113,37 @@ def loglikelihoods(
     *,
     batch_tokens: int = LOGLIKELIHOOD_BATCH_TOKENS,
 ) -> list[ContinuationLikelihood]:
-    """[(total, tokens, greedy)] of (context, continuation) texts, in their order: what the harness would be told.
+    """[(total, tokens, greedy)] of (context, continuation) texts, in their order: what the harness
+    would be told.
 
-    ``adapter``: a name, a Mix of constants (`Mix.none()`: the base), or None: what a plain `model(x)` uses. ``batch_tokens``:
-    tokens in one pass, unless one sequence is longer. Raises ConfigError, DataError (nothing to score), NonFiniteError.
+    ``adapter``: a name, a Mix of constants (`Mix.none()`: the base), or None: what a plain
+    `model(x)` uses. ``batch_tokens``: tokens in one pass, unless one sequence is longer. Raises
+    ConfigError, DataError (nothing to score), NonFiniteError.
     """
     wording = HarnessTokenizer(tokenizer)
     made = [wording.pair(*pair) for pair in pairs]
     found = dict(
-        score_pairs(model, made, mix=resolve_mix(model, adapter), batch_tokens=batch_tokens, limit=max_model_length(model))
+        score_pairs(
+            model,
+            made,
+            mix=resolve_mix(model, adapter),
+            batch_tokens=batch_tokens,
+            limit=max_model_length(model),
+        )
     )
     return [found[at] for at in range(len(made))]
 
 
 def resolve_mix(model: nn.Module, adapter: Mix | str | None) -> Mix:
-    """The mix that is meant. Raises ConfigError for an unknown adapter, or a mix that differs from token to token."""
+    """The mix that is meant. Raises ConfigError for an unknown adapter, or a mix that differs from
+    token to token.
+    """
     mix = resolve_row_adapters(model, adapter, 0)[0]
     assert mix is not None
     if any(term.rows is not None or isinstance(term.gate, Tensor) for term in mix.terms):
-        raise ConfigError("this mix belongs to one batch of tokens; evaluate with a name or Mix.constants({name: weight})")
+        raise ConfigError(
+            "this mix belongs to one batch of tokens; evaluate with a name or Mix.constants({name: weight})"
+        )
     return mix
 
 
@@ -121,7 +158,9 @@ class ScoringRow:
 
     inputs: tuple[int, ...]
     finals: list[int] = field(default_factory=list)
-    members: list[tuple[int, int, int]] = field(default_factory=list)  # (number of the pair, its tokens, its place in finals)
+    members: list[tuple[int, int, int]] = field(
+        default_factory=list
+    )  # (number of the pair, its tokens, its place in finals)
 
     @property
     def wanted(self) -> int:
@@ -137,8 +176,10 @@ class ScoringRow:
 def score_pairs(
     model: Any, pairs: Sequence[TokenPair], *, mix: Mix, batch_tokens: int, limit: int
 ) -> Iterator[tuple[int, ContinuationLikelihood]]:
-    """(number of the pair, its score), batch by batch, long ones first. ``limit``: tokens the model takes at once; contexts are
-    cut from the left to fit. Raises DataError for a continuation longer than that, NonFiniteError."""
+    """(number of the pair, its score), batch by batch, long ones first. ``limit``: tokens the model
+    takes at once; contexts are cut from the left to fit. Raises DataError for a continuation longer
+    than that, NonFiniteError.
+    """
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     for batch in batch_scoring_rows(group_scoring_rows(pairs, limit), batch_tokens):
@@ -153,7 +194,9 @@ def group_scoring_rows(pairs: Sequence[TokenPair], limit: int) -> list[ScoringRo
     for number, pair in enumerate(pairs):
         count = len(pair.continuation)
         if count > limit:
-            raise DataError(f"continuation {number} has {count} tokens, but the model takes {limit}; shorten it")
+            raise DataError(
+                f"continuation {number} has {count} tokens, but the model takes {limit}; shorten it"
+            )
         whole = (*pair.context, *pair.continuation)[-(limit + 1) :]
         inputs = whole[:-1]
         rows.setdefault(inputs, ScoringRow(inputs)).add(number, count, whole[-1])
@@ -174,8 +217,12 @@ def batch_scoring_rows(rows: Sequence[ScoringRow], batch_tokens: int) -> Iterato
         yield batch
 
 
-def _score_batch(model: Any, rows: Sequence[ScoringRow], mix: Mix) -> Iterator[tuple[int, ContinuationLikelihood]]:
-    """Score a batch. Input i is followed by target i, which `score_supervised_tokens` wants at place i + 1."""
+def _score_batch(
+    model: Any, rows: Sequence[ScoringRow], mix: Mix
+) -> Iterator[tuple[int, ContinuationLikelihood]]:
+    """Score a batch. Input i is followed by target i, which `score_supervised_tokens` wants at
+    place i + 1.
+    """
     width = max(len(row.finals) for row in rows)
     targets, weights, finals = [0], [0.0], [[0] * width]
     for row in rows:
@@ -184,13 +231,21 @@ def _score_batch(model: Any, rows: Sequence[ScoringRow], mix: Mix) -> Iterator[t
         weights += [0.0] * (len(after) - row.wanted) + [1.0] * row.wanted
         finals += [[token] * width for token in after[:-1]]
         finals.append((row.finals + row.finals[:1] * width)[:width])
-    batch = collate([TokenizedExample(targets, weights, extra={"finals": BatchExtra(torch.tensor(finals), "token")})]).to(
-        model.device
-    )
+    batch = collate(
+        [
+            TokenizedExample(
+                targets, weights, extra={"finals": BatchExtra(torch.tensor(finals), "token")}
+            )
+        ]
+    ).to(model.device)
     packed, call = PackedInput.of([row.inputs for row in rows], model.device), AdapterContext(mix)
     hidden = model.hidden(packed, call).last
     table = score_supervised_tokens(
-        model, hidden, batch, [top_statistic, log_prob, *(_final_statistic(j) for j in range(1, width))], call
+        model,
+        hidden,
+        batch,
+        [top_statistic, log_prob, *(_final_statistic(j) for j in range(1, width))],
+        call,
     )
     lines, likeliest = table[:, 1:].double().cpu(), table[:, 0].long().cpu()
     start = 0
@@ -200,10 +255,16 @@ def _score_batch(model: Any, rows: Sequence[ScoringRow], mix: Mix) -> Iterator[t
         start = stop
 
 
-def _pair_likelihoods(row: ScoringRow, lines: Tensor, likeliest: Sequence[int]) -> Iterator[tuple[int, ContinuationLikelihood]]:
-    """The scores of a row's pairs; lines [scored tokens, k]: log p of each target, and in the last line of the k last tokens."""
+def _pair_likelihoods(
+    row: ScoringRow, lines: Tensor, likeliest: Sequence[int]
+) -> Iterator[tuple[int, ContinuationLikelihood]]:
+    """The scores of a row's pairs; lines [scored tokens, k]: log p of each target, and in the last
+    line of the k last tokens.
+    """
     steady = lines[:, 0].tolist()[:-1]
-    hits = [a == b for a, b in zip(likeliest, row.inputs[len(row.inputs) - len(steady) :], strict=False)]
+    hits = [
+        a == b for a, b in zip(likeliest, row.inputs[len(row.inputs) - len(steady) :], strict=False)
+    ]
     for number, count, final in row.members:
         values = [*steady[len(steady) - (count - 1) :], float(lines[-1, final])]
         if any(map(math.isnan, values)):
@@ -218,4 +279,6 @@ def _pair_likelihoods(row: ScoringRow, lines: Tensor, likeliest: Sequence[int]) 
 @cache
 def _final_statistic(place: int) -> VocabStatistic:
     """log p of a row's ``place``-th last token."""
-    return VocabStatistic(lambda p, rows: p.chosen[:, 0], lambda rows: rows.extra["finals"][:, place : place + 1])
+    return VocabStatistic(
+        lambda p, rows: p.chosen[:, 0], lambda rows: rows.extra["finals"][:, place : place + 1]
+    )

@@ -1,4 +1,5 @@
-"""The questions of a named set: which rows, in which words, after which worked examples. No model yet.
+"""The questions of a named set: which rows, in which words, after which worked examples. No model
+yet.
 
 exam = read_exam("bool_q", Places({"bool_q": "boolq.jsonl"}), limit=100, n_shot=2)
 exam.questions[0].conversation()      # as it is asked
@@ -29,7 +30,9 @@ class BenchmarkQuestion:
 
     def conversation(self, answer: str | None = None) -> Conversation:
         """The question with its right answer, or another one in its place."""
-        return item_conversation(self.item if answer is None else replace(self.item, answer=answer), self.shots)
+        return item_conversation(
+            self.item if answer is None else replace(self.item, answer=answer), self.shots
+        )
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,11 @@ def load_benchmark(
     name: str, places: DataLocations, *, split: str = "auto", limit: int | None = None, n_shot: int = 0, template: int = 0,
     seed: int = 0, on_bad_row: OnBadRow = "error",
 ) -> Benchmark:  # fmt: skip
-    """Read a set's questions. Worked examples come from the training split, drawn for each question by the seed; where that holds
-    the very rows that are asked, from the other ones.
+    """Read a set's questions. Worked examples come from the training split, drawn for each question
+    by the seed; where that holds the very rows that are asked, from the other ones.
 
-    Raises ConfigError (an unknown set, split or template), DataError (a missing file, a bad or no row, too few examples).
+    Raises ConfigError (an unknown set, split or template), DataError (a missing file, a bad or no
+    row, too few examples).
     """
     one = find_named_set(name)
     one.refuse_template(template, "template")
@@ -64,8 +68,16 @@ def load_benchmark(
     source = places.open(one, chosen, limit=limit, on_bad_row=on_bad_row)
     asked = list(read_items(one, source, template=template))
     if not asked:
-        raise DataError(f"{one.name} ({source.label}): no usable row; {source.bad.summary() or 'the set is empty'}")
-    exam = Benchmark(one, chosen, source.label, [BenchmarkQuestion(a.item, a.where) for a in asked], dict(source.bad.counts))
+        raise DataError(
+            f"{one.name} ({source.label}): no usable row; {source.bad.summary() or 'the set is empty'}"
+        )
+    exam = Benchmark(
+        one,
+        chosen,
+        source.label,
+        [BenchmarkQuestion(a.item, a.where) for a in asked],
+        dict(source.bad.counts),
+    )
     if shortened := sum(a.item.shortened for a in asked):
         exam.notes.append(f"{one.name}: {shortened} contexts were shortened to what the set allows")
     return _add_fewshot(exam, places, asked, n_shot, template, seed, on_bad_row) if n_shot else exam
@@ -83,23 +95,40 @@ def _add_fewshot(
     one = exam.one
     shots_from = places.for_shots(one, exam.split)
     same = places.of(one, shots_from) == places.of(one, exam.split)
-    pool = list(read_items(one, places.open(one, shots_from, limit=FEWSHOT_POOL, on_bad_row=on_bad_row), template=template))
+    pool = list(
+        read_items(
+            one,
+            places.open(one, shots_from, limit=FEWSHOT_POOL, on_bad_row=on_bad_row),
+            template=template,
+        )
+    )
     numbers = [a.number for a in pool]
     if same:
-        exam.notes.append(f"{one.name}: worked examples come from the split that is asked, never the question's own row")
+        exam.notes.append(
+            f"{one.name}: worked examples come from the split that is asked, never the question's own row"
+        )
     drawn = [
-        _draw_shots(pool, numbers, n_shot, seed, place, one.name, a.number if same else None) for place, a in enumerate(asked)
+        _draw_shots(pool, numbers, n_shot, seed, place, one.name, a.number if same else None)
+        for place, a in enumerate(asked)
     ]
     questions = [replace(q, shots=shots) for q, shots in zip(exam.questions, drawn, strict=True)]
     return replace(exam, questions=questions)
 
 
 def _draw_shots(
-    pool: Sequence[NumberedItem], numbers: Sequence[int], count: int, seed: int, place: int, name: str, own: int | None
+    pool: Sequence[NumberedItem],
+    numbers: Sequence[int],
+    count: int,
+    seed: int,
+    place: int,
+    name: str,
+    own: int | None,
 ) -> tuple[NamedSetItem, ...]:
     """``count`` items of other rows than ``own``: a function of (name, seed, place)."""
     others = [item for item, number in zip(pool, numbers, strict=True) if number != own]
     if len(others) < count:
-        raise DataError(f"{name}: n_shot={count} needs as many other rows; the split for examples has {len(others)}")
+        raise DataError(
+            f"{name}: n_shot={count} needs as many other rows; the split for examples has {len(others)}"
+        )
     order = epoch_order(len(others), seed, place, name=f"shots/{name}")
     return tuple(others[at].item for at in order[:count])

@@ -1,8 +1,10 @@
-"""Log-likelihoods of answers: what the model gives each option of a question, or the right answer of one.
+"""Log-likelihoods of answers: what the model gives each option of a question, or the right answer
+of one.
 
     likelihoods(scorer, encoder, [[c1, c2], [c3]], mix)     # [[Likelihood, Likelihood], [Likelihood]]
 
-Options that are one token each after the same prompt share one pass over it: their tokens are read off one distribution.
+Options that are one token each after the same prompt share one pass over it: their tokens are read
+off one distribution.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ RANK_BATCH_TOKENS = 2048  # tokens of a batch, unless a single sequence is longe
 
 @dataclass(frozen=True)
 class AnswerLikelihood:
-    """Of an answer after its prompt: summed log-probability in nats, tokens, and the prompt tokens that had to be cut."""
+    """Of an answer after its prompt: summed log-probability in nats, tokens, and the prompt tokens
+    that had to be cut.
+    """
 
     total: float
     tokens: int
@@ -44,7 +48,9 @@ class AnswerLikelihood:
 
 @dataclass(frozen=True)
 class AnswerSequence:
-    """Tokens of which those from ``start`` on are the answer. ``options``: [k] ids, one of which is the last token."""
+    """Tokens of which those from ``start`` on are the answer. ``options``: [k] ids, one of which is
+    the last token.
+    """
 
     tokens: list[int]
     start: int
@@ -53,10 +59,15 @@ class AnswerSequence:
 
 
 def answer_likelihoods(
-    scorer: ScoringBackend, encoder: ExampleEncoder, answers: Sequence[Sequence[Conversation]], mix: Mix, *, closed: bool = False
+    scorer: ScoringBackend,
+    encoder: ExampleEncoder,
+    answers: Sequence[Sequence[Conversation]],
+    mix: Mix,
+    *,
+    closed: bool = False,
 ) -> list[list[AnswerLikelihood]]:
-    """Of the last answer of each conversation, without the end of turn behind it (``closed``: with it). Raises DataError for one
-    that cannot be encoded."""
+    """Of the last answer of each conversation, without the end of turn behind it (``closed``: with
+    it). Raises DataError for one that cannot be encoded."""
     ends = frozenset(() if closed else encoder.stop_tokens())
     laid = [[_answer_sequence(encoder, one, ends) for one in group] for group in answers]
     merged = [_merge_options(group) for group in laid]
@@ -66,13 +77,17 @@ def answer_likelihoods(
     for group in merged:
         rows = [next(found) for _ in group]
         values = rows[0] if group[0].options else [row[0] for row in rows]
-        lengths = [len(s.tokens) - s.start for s in group] if not group[0].options else [1] * len(values)
+        lengths = (
+            [len(s.tokens) - s.start for s in group] if not group[0].options else [1] * len(values)
+        )
         cuts = [s.cut for s in group] if not group[0].options else [group[0].cut] * len(values)
         out.append([AnswerLikelihood(*each) for each in zip(values, lengths, cuts, strict=True)])
     return out
 
 
-def _answer_sequence(encoder: ExampleEncoder, conversation: Conversation, ends: frozenset[int]) -> AnswerSequence:
+def _answer_sequence(
+    encoder: ExampleEncoder, conversation: Conversation, ends: frozenset[int]
+) -> AnswerSequence:
     """The conversation as it would be trained, its last answer marked."""
     made = encoder.encode(conversation)
     if isinstance(made, BadRow):
@@ -91,14 +106,18 @@ def answer_fits(encoder: ExampleEncoder, conversation: Conversation) -> bool:
     return not (isinstance(made, BadRow) and made.kind == TOO_LONG)
 
 
-def truncate_prompt(encoder: ExampleEncoder, conversation: Conversation, room: int | None) -> tuple[list[int], int]:
-    """(the tokens to generate the last answer from, how many of them were cut so that ``room`` tokens hold the rest): cut as
-    training cuts. Raises ModelError where nothing fits."""
+def truncate_prompt(
+    encoder: ExampleEncoder, conversation: Conversation, room: int | None
+) -> tuple[list[int], int]:
+    """(the tokens to generate the last answer from, how many of them were cut so that ``room``
+    tokens hold the rest): cut as training cuts. Raises ModelError where nothing fits."""
     ids = encoder.prompt(conversation)
     if room is None or len(ids) <= room:
         return ids, 0
     if room < 2:
-        raise ModelError("the model's context holds no prompt beside max_new_tokens; lower max_new_tokens")
+        raise ModelError(
+            "the model's context holds no prompt beside max_new_tokens; lower max_new_tokens"
+        )
     short = copy(encoder)
     short.max_length = room + 1  # the answer is at least one token
     laid = _answer_sequence(short, conversation, frozenset())
@@ -111,17 +130,30 @@ def _merge_options(group: Sequence[AnswerSequence]) -> list[AnswerSequence]:
     same = all(len(s.tokens) == s.start + 1 and s.tokens[:-1] == first.tokens[:-1] for s in group)
     if len(group) < 2 or not same:
         return list(group)
-    return [AnswerSequence(first.tokens, first.start, first.cut, tuple(s.tokens[-1] for s in group))]
+    return [
+        AnswerSequence(first.tokens, first.start, first.cut, tuple(s.tokens[-1] for s in group))
+    ]
 
 
-def _score_sequences(scorer: ScoringBackend, sequences: Sequence[AnswerSequence], mix: Mix) -> list[list[float]]:
-    """Per sequence its answer's log-probability, or those of its options; long ones first, so that batches are even."""
+def _score_sequences(
+    scorer: ScoringBackend, sequences: Sequence[AnswerSequence], mix: Mix
+) -> list[list[float]]:
+    """Per sequence its answer's log-probability, or those of its options; long ones first, so that
+    batches are even.
+    """
     out: list[list[float]] = [[] for _ in sequences]
     for width in sorted({len(s.options) for s in sequences}):
-        mine = sorted((n for n, s in enumerate(sequences) if len(s.options) == width), key=lambda n: -len(sequences[n].tokens))
+        mine = sorted(
+            (n for n, s in enumerate(sequences) if len(s.options) == width),
+            key=lambda n: -len(sequences[n].tokens),
+        )
         for numbers in _batch_numbers(mine, [len(s.tokens) for s in sequences]):
             batch = collate([_ranking_example(sequences[n], n) for n in numbers])
-            wants = {str(j): TokenScore(_option_statistic(j)) for j in range(width)} if width else {"0": TokenScore(log_prob)}
+            wants = (
+                {str(j): TokenScore(_option_statistic(j)) for j in range(width)}
+                if width
+                else {"0": TokenScore(log_prob)}
+            )
             got = scorer.score([batch], wants, mix)[0]
             sums = [batch.sum_by_sequence(got[name].double()).tolist() for name in wants]
             for at, number in enumerate(numbers):

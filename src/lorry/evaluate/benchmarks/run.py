@@ -1,4 +1,5 @@
-"""A model's results on named sets: options ranked by log-likelihood, other answers generated, every metric with an interval.
+"""A model's results on named sets: options ranked by log-likelihood, other answers generated, every
+metric with an interval.
 
 done = take(model, encoder, exam, Mix.one("people"))
 done.metrics["accuracy"].value, done.metrics["accuracy"].interval
@@ -16,7 +17,12 @@ from lorry.adapters.mix import Mix
 from lorry.backends.protocol import ScoringBackend
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.evaluate.benchmarks.questions import Benchmark, BenchmarkQuestion
-from lorry.evaluate.benchmarks.rank import AnswerLikelihood, answer_fits, answer_likelihoods, truncate_prompt
+from lorry.evaluate.benchmarks.rank import (
+    AnswerLikelihood,
+    answer_fits,
+    answer_likelihoods,
+    truncate_prompt,
+)
 from lorry.evaluate.metrics.bootstrap import MetricEstimate, corpus_interval
 from lorry.evaluate.metrics.calibration import measure_options
 from lorry.evaluate.metrics.registry import check_metrics, measure_metrics
@@ -24,14 +30,18 @@ from lorry.generation.scorer import ModelScorer
 from lorry.generation.text import generate_continuations
 from lorry.models.causal_lm import CausalLM
 
-BLANK_LINE = "\n\n"  # between worked examples in plain text: what follows it is the model asking itself the next question
+# between worked examples in plain text: what follows it is the model asking itself the next
+# question
+BLANK_LINE = "\n\n"
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """One model's result on one set. ``rows``: per question where it stands, what was asked, what is right, what was said or
-    chosen, and its value in every metric that has one; ``shortened``: prompts cut to the model's context; ``too_long``: right
-    answers that it cannot hold, which the perplexity is without."""
+    """One model's result on one set. ``rows``: per question where it stands, what was asked, what
+    is right, what was said or chosen, and its value in every metric that has one; ``shortened``:
+    prompts cut to the model's context; ``too_long``: right answers that it cannot hold, which the
+    perplexity is without.
+    """
 
     name: str
     metrics: dict[str, MetricEstimate]
@@ -46,7 +56,8 @@ def evaluate_benchmark(
 ) -> BenchmarkResult:  # fmt: skip
     """Ask a model every question of an exam under a mix. ``sampling``: temperature, top_p, top_k.
 
-    Raises ModelError for a prompt that cannot be cut to the context, ConfigError or DataError for a metric not to be had.
+    Raises ModelError for a prompt that cannot be cut to the context, ConfigError or DataError for a
+    metric not to be had.
     """
     get_bank(model, create=True)
     scorer = ModelScorer(model)
@@ -54,30 +65,55 @@ def evaluate_benchmark(
         return _evaluate_ranked(scorer, encoder, exam, mix, seed)
     new = max_new_tokens or exam.one.max_new_tokens
     return _evaluate_generated(
-        model, scorer, encoder, exam, mix, seed, {"max_new_tokens": new, "batch_rows": batch_rows, **sampling}
+        model,
+        scorer,
+        encoder,
+        exam,
+        mix,
+        seed,
+        {"max_new_tokens": new, "batch_rows": batch_rows, **sampling},
     )
 
 
-def _evaluate_ranked(scorer: ScoringBackend, encoder: ExampleEncoder, exam: Benchmark, mix: Mix, seed: int) -> BenchmarkResult:
-    """accuracy: of the option with the highest mean log-likelihood per token; accuracy_sum: of the highest sum, whose softmax
-    over the options also gives the calibration; perplexity: of the right options."""
+def _evaluate_ranked(
+    scorer: ScoringBackend, encoder: ExampleEncoder, exam: Benchmark, mix: Mix, seed: int
+) -> BenchmarkResult:
+    """accuracy: of the option with the highest mean log-likelihood per token; accuracy_sum: of the
+    highest sum, whose softmax over the options also gives the calibration; perplexity: of the right
+    options.
+    """
     questions = exam.questions
-    found = answer_likelihoods(scorer, encoder, [[q.conversation(option) for option in q.item.options] for q in questions], mix)
+    found = answer_likelihoods(
+        scorer,
+        encoder,
+        [[q.conversation(option) for option in q.item.options] for q in questions],
+        mix,
+    )
     right = [q.item.right for q in questions]
     by_sum = measure_options([[one.total for one in row] for row in found], right, seed)
     by_mean = measure_options([[one.mean for one in row] for row in found], right, seed)
     metrics = {"accuracy": by_mean["accuracy"], "accuracy_sum": by_sum["accuracy"]}
     metrics |= {name: by_sum[name] for name in ("ece", "brier", "confidence")}
-    metrics["perplexity"] = measure_perplexity([row[q.item.right[0]] for q, row in zip(questions, found, strict=True)], seed)
+    metrics["perplexity"] = measure_perplexity(
+        [row[q.item.right[0]] for q, row in zip(questions, found, strict=True)], seed
+    )
     rows = [
         {
-            **_question_record(question), "options": list(question.item.options), "right": list(question.item.right),
-            "loglikelihoods": [one.total for one in row], "tokens": [one.tokens for one in row],
+            **_question_record(question),
+            "options": list(question.item.options),
+            "right": list(question.item.right),
+            "loglikelihoods": [one.total for one in row],
+            "tokens": [one.tokens for one in row],
             "answer": question.item.options[max(range(len(row)), key=lambda n: row[n].mean)],
         }
         for question, row in zip(questions, found, strict=True)
-    ]  # fmt: skip
-    return BenchmarkResult(exam.one.name, metrics, _with_values(rows, metrics), sum(any(one.cut for one in row) for row in found))
+    ]
+    return BenchmarkResult(
+        exam.one.name,
+        metrics,
+        _with_values(rows, metrics),
+        sum(any(one.cut for one in row) for row in found),
+    )
 
 
 def _evaluate_generated(
@@ -91,14 +127,25 @@ def _evaluate_generated(
 ) -> BenchmarkResult:
     questions = exam.questions
     references = [list(q.item.references) for q in questions]
-    concepts = [q.item.concepts for q in questions] if any(q.item.concepts for q in questions) else ()
+    concepts = (
+        [q.item.concepts for q in questions] if any(q.item.concepts for q in questions) else ()
+    )
     check_metrics(exam.one.metrics, references, concepts=concepts)
     room = None if model.context is None else model.context - options["max_new_tokens"]
     prompts = [truncate_prompt(encoder, question.conversation("."), room) for question in questions]
-    texts = generate_continuations(model, encoder, [ids for ids, _ in prompts], adapters=mix, seed=seed, **options)
-    answers = [_strip_answer(text, question, encoder) for text, question in zip(texts, questions, strict=True)]
+    texts = generate_continuations(
+        model, encoder, [ids for ids, _ in prompts], adapters=mix, seed=seed, **options
+    )
+    answers = [
+        _strip_answer(text, question, encoder)
+        for text, question in zip(texts, questions, strict=True)
+    ]
     metrics = measure_metrics(exam.one.metrics, answers, references, concepts=concepts, seed=seed)
-    right = [one for one in (question.conversation() for question in questions) if answer_fits(encoder, one)]
+    right = [
+        one
+        for one in (question.conversation() for question in questions)
+        if answer_fits(encoder, one)
+    ]
     forced = answer_likelihoods(scorer, encoder, [[one] for one in right], mix, closed=True)
     metrics["perplexity"] = measure_perplexity([row[0] for row in forced], seed)
     rows = [
@@ -111,11 +158,17 @@ def _evaluate_generated(
 
 def _strip_answer(text: str, question: BenchmarkQuestion, encoder: ExampleEncoder) -> str:
     """An answer as it is compared: in plain text after worked examples it ends at the blank line."""
-    return (text.lstrip().partition(BLANK_LINE)[0] if question.shots and not encoder.has_template else text).strip()
+    return (
+        text.lstrip().partition(BLANK_LINE)[0]
+        if question.shots and not encoder.has_template
+        else text
+    ).strip()
 
 
 def measure_perplexity(found: Sequence[AnswerLikelihood], seed: int = 0) -> MetricEstimate:
-    """exp of the mean negative log-likelihood per token of all answers together, resampled by rows; NaN of none."""
+    """exp of the mean negative log-likelihood per token of all answers together, resampled by rows;
+    NaN of none.
+    """
     import numpy
 
     if not found:
@@ -124,7 +177,9 @@ def measure_perplexity(found: Sequence[AnswerLikelihood], seed: int = 0) -> Metr
     value = float(numpy.exp(table[:, 0].sum() / table[:, 1].sum()))
     if not math.isfinite(value):
         return MetricEstimate(value, (value, value))
-    return MetricEstimate(value, corpus_interval(table, lambda sums: numpy.exp(sums[:, 0] / sums[:, 1]), seed))
+    return MetricEstimate(
+        value, corpus_interval(table, lambda sums: numpy.exp(sums[:, 0] / sums[:, 1]), seed)
+    )
 
 
 def _question_record(question: BenchmarkQuestion) -> dict[str, Any]:
@@ -136,7 +191,12 @@ def _question_record(question: BenchmarkQuestion) -> dict[str, Any]:
     }
 
 
-def _with_values(rows: list[dict[str, Any]], metrics: Mapping[str, MetricEstimate]) -> list[dict[str, Any]]:
+def _with_values(
+    rows: list[dict[str, Any]], metrics: Mapping[str, MetricEstimate]
+) -> list[dict[str, Any]]:
     """Each row with its value in every metric that is a mean of rows."""
     columns = {name: one.rows for name, one in metrics.items() if one.rows is not None}
-    return [{**row, "scores": {name: values[at] for name, values in columns.items()}} for at, row in enumerate(rows)]
+    return [
+        {**row, "scores": {name: values[at] for name, values in columns.items()}}
+        for at, row in enumerate(rows)
+    ]

@@ -1,8 +1,10 @@
-"""Generation as the lm-evaluation-harness asks for it: what its settings mean, and answers that end at texts.
+"""Generation as the lm-evaluation-harness asks for it: what its settings mean, and answers that end
+at texts.
 
 A stop string may be tokenised in many ways, so it is looked for in what has been said.
 
-Try: dict(answers_until(model, tokenizer, [[1, 403, 407]], stops=["."], max_new_tokens=40, sampling=Sampling()))
+Try: dict(answers_until(model, tokenizer, [[1, 403, 407]], stops=["."], max_new_tokens=40,
+sampling=Sampling()))
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from lorry.errors import ConfigError, suggest_nearest
 from lorry.generation.engine import GenerationBatch, evaluation_mode
 from lorry.generation.sampling import SamplingParams
 
-STOP_MARGIN_TOKENS = (
-    4  # tokens looked at beyond those a stop string can take: special ones, and a space that is dropped at a text's start
-)
+# tokens looked at beyond those a stop string can take: special ones, and a space that is dropped at
+# a text's start
+STOP_MARGIN_TOKENS = 4
 
 LENGTH_SETTINGS_NAMES = (
     "max_gen_toks",
@@ -39,29 +41,45 @@ KNOWN_GENERATION_SETTINGS = (
 )
 
 
-def parse_generation_kwargs(given: Mapping[str, Any], max_gen_toks: int, seed: int) -> tuple[list[str], int, SamplingParams]:
-    """(stop strings, most new tokens, how tokens are chosen) of a task's generation settings; greedy unless do_sample is true or
-    a temperature above 0 is given without it. Raises ConfigError for a setting that would be ignored."""
+def parse_generation_kwargs(
+    given: Mapping[str, Any], max_gen_toks: int, seed: int
+) -> tuple[list[str], int, SamplingParams]:
+    """(stop strings, most new tokens, how tokens are chosen) of a task's generation settings;
+    greedy unless do_sample is true or a temperature above 0 is given without it. Raises ConfigError
+    for a setting that would be ignored.
+    """
     left = dict(given)
     until = left.pop("until", None) or []
-    lengths = [value for name in LENGTH_SETTINGS_NAMES if (value := left.pop(name, None)) is not None]
+    lengths = [
+        value for name in LENGTH_SETTINGS_NAMES if (value := left.pop(name, None)) is not None
+    ]
     sample, temperature = left.pop("do_sample", None), left.pop("temperature", None)
     drawn = bool(sample) if sample is not None else bool(temperature)
     warm = 1.0 if temperature is None else float(temperature)
     top_k, top_p = left.pop("top_k", None), left.pop("top_p", None)
     sampling = SamplingParams(
         temperature=warm if drawn else 0.0,
-        top_k=top_k if drawn and top_k and top_k > 0 else None,  # 0 and -1 are other libraries' words for all
+        top_k=top_k
+        if drawn and top_k and top_k > 0
+        else None,  # 0 and -1 are other libraries' words for all
         top_p=top_p if drawn else None,
         repetition_penalty=float(left.pop("repetition_penalty", 1.0)),
         seed=int(left.pop("seed", seed)),
     )
-    if other := {name: value for name, value in left.items() if value is not None and (name, value) != ("num_beams", 1)}:
+    if other := {
+        name: value
+        for name, value in left.items()
+        if value is not None and (name, value) != ("num_beams", 1)
+    }:
         name = next(iter(other))
         raise ConfigError(
-            f"generation_kwargs: {name} is not understood{suggest_nearest(name, KNOWN_GENERATION_SETTINGS)}; there are {', '.join(KNOWN_GENERATION_SETTINGS)}"
+            f"generation_kwargs: {name} is not understood{suggest_nearest(name, KNOWN_GENERATION_SETTINGS)}; there are {', '.join(KNOWN_GENERATION_SETTINGS)}"  # noqa: E501
         )
-    return [until] if isinstance(until, str) else list(until), int(lengths[0]) if lengths else max_gen_toks, sampling
+    return (
+        [until] if isinstance(until, str) else list(until),
+        int(lengths[0]) if lengths else max_gen_toks,
+        sampling,
+    )
 
 
 def generate_until_stops(
@@ -76,20 +94,30 @@ def generate_until_stops(
     adapters: Mix | str | None = None,
     batch_rows: int | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """(number of the prompt, its answer as text), as answers end. An answer is cut before the first stop string in it and
-    holds no special tokens. The rest is as in `generation.engine`."""
+    """(number of the prompt, its answer as text), as answers end. An answer is cut before the first
+    stop string in it and holds no special tokens. The rest is as in `generation.engine`."""
     stops = [stop for stop in stops if stop]
     window = max((len(stop.encode()) for stop in stops), default=0) + STOP_MARGIN_TOKENS
     run = GenerationBatch(
-        model, prompts, max_new_tokens=max_new_tokens, eos=eos, sampling=sampling, adapters=adapters, batch_rows=batch_rows
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        eos=eos,
+        sampling=sampling,
+        adapters=adapters,
+        batch_rows=batch_rows,
     )
 
     def said(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def ended(tokens: Sequence[int]) -> bool:
-        """The last tokens are looked at first, which is quick; what they show has to be in the whole text too."""
-        return contains_stop(said(tokens[-window:]), stops) and (len(tokens) <= window or contains_stop(said(tokens), stops))
+        """The last tokens are looked at first, which is quick; what they show has to be in the
+        whole text too.
+        """
+        return contains_stop(said(tokens[-window:]), stops) and (
+            len(tokens) <= window or contains_stop(said(tokens), stops)
+        )
 
     with evaluation_mode(model):
         for rows in run.steps():
@@ -105,7 +133,9 @@ def contains_stop(text: str, stops: Sequence[str]) -> bool:
 
 
 def cut_at_stops(text: str, stops: Sequence[str]) -> str:
-    """The text before the first occurrence of each stop string, one after the other as the harness cuts."""
+    """The text before the first occurrence of each stop string, one after the other as the harness
+    cuts.
+    """
     for stop in stops:
         text = text.partition(stop)[0]
     return text

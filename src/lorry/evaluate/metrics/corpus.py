@@ -1,9 +1,11 @@
 """BLEU and chrF of a whole set of answers, by sacreBLEU, with bootstrap intervals.
 
-Try: ``bleu(["the cat is on the mat"], [["the cat sat on the mat", "there is a cat on the mat"]]).signature``.
+Try: ``bleu(["the cat is on the mat"], [["the cat sat on the mat", "there is a cat on the
+mat"]]).signature``.
 
-sacreBLEU counts n-grams row by row; the corpus score is a function of the summed counts. That function is written here a second
-time for all resamples at once, since the library scores one resample at a time; the value itself is the library's.
+sacreBLEU counts n-grams row by row; the corpus score is a function of the summed counts. That
+function is written here a second time for all resamples at once, since the library scores one
+resample at a time; the value itself is the library's.
 """
 
 from __future__ import annotations
@@ -18,19 +20,28 @@ if TYPE_CHECKING:
     import numpy
 
 
-def corpus_bleu(predictions: Sequence[str], references: Sequence[ReferenceTexts], seed: int = 0) -> MetricEstimate:
-    """Corpus BLEU (Papineni et al. 2002), 0 to 100, as sacreBLEU publishes it (Post 2018): tokenizer 13a, exponential smoothing.
+def corpus_bleu(
+    predictions: Sequence[str], references: Sequence[ReferenceTexts], seed: int = 0
+) -> MetricEstimate:
+    """Corpus BLEU (Papineni et al. 2002), 0 to 100, as sacreBLEU publishes it (Post 2018):
+    tokenizer 13a, exponential smoothing.
 
-    13a splits words at spaces, so text in a script without them (Chinese, Japanese, Thai) is better scored by `corpus_chrf`.
+    13a splits words at spaces, so text in a script without them (Chinese, Japanese, Thai) is better
+    scored by `corpus_chrf`.
     """
     from sacrebleu.metrics import BLEU
 
     # force: no warning about text that looks tokenized already; nothing else hangs on it
-    return _corpus_estimate(BLEU(tokenize="13a", force=True), bleu_of_sums, predictions, references, seed)
+    return _corpus_estimate(
+        BLEU(tokenize="13a", force=True), bleu_of_sums, predictions, references, seed
+    )
 
 
-def corpus_chrf(predictions: Sequence[str], references: Sequence[ReferenceTexts], seed: int = 0) -> MetricEstimate:
-    """Corpus chrF2 (Popović 2015), 0 to 100, as sacreBLEU publishes it: character n-grams up to 6, recall counts twice.
+def corpus_chrf(
+    predictions: Sequence[str], references: Sequence[ReferenceTexts], seed: int = 0
+) -> MetricEstimate:
+    """Corpus chrF2 (Popović 2015), 0 to 100, as sacreBLEU publishes it: character n-grams up to 6,
+    recall counts twice.
 
     Needs no words, so it works in every script and forgives inflection.
     """
@@ -39,7 +50,9 @@ def corpus_chrf(predictions: Sequence[str], references: Sequence[ReferenceTexts]
     return _corpus_estimate(CHRF(), chrf_of_sums, predictions, references, seed)
 
 
-CORPUS_METRICS: dict[str, Callable[[Sequence[str], Sequence[ReferenceTexts], int], MetricEstimate]] = {
+CORPUS_METRICS: dict[
+    str, Callable[[Sequence[str], Sequence[ReferenceTexts], int], MetricEstimate]
+] = {
     "bleu": corpus_bleu,
     "chrf": corpus_chrf,
 }
@@ -53,32 +66,47 @@ def _corpus_estimate(
     seed: int,
 ) -> MetricEstimate:
     rows = [as_list(r) for r in references]
-    # sacreBLEU wants the first reference of every row, then the second of every row, with None where a row has no more.
-    columns = [[row[n] if n < len(row) else None for row in rows] for n in range(max(map(len, rows)))]
+    # sacreBLEU wants the first reference of every row, then the second of every row, with None
+    # where a row has no more.
+    columns = [
+        [row[n] if n < len(row) else None for row in rows] for n in range(max(map(len, rows)))
+    ]
     statistics = metric._extract_corpus_statistics(predictions, columns)
     value = float(metric._aggregate_and_compute(statistics).score)
-    return MetricEstimate(value, corpus_interval(statistics, score, seed), signature=metric.get_signature().format())
+    return MetricEstimate(
+        value, corpus_interval(statistics, score, seed), signature=metric.get_signature().format()
+    )
 
 
 def bleu_of_sums(sums: numpy.ndarray, orders: int = 4) -> numpy.ndarray:
-    """BLEU of summed counts: [resamples, 2 + 2 * orders] (words said, words of the closest references, n-grams shared by order,
-    n-grams said by order) to [resamples], in 0 to 100.
+    """BLEU of summed counts: [resamples, 2 + 2 * orders] (words said, words of the closest
+    references, n-grams shared by order, n-grams said by order) to [resamples], in 0 to 100.
 
-    An order without a match counts 1 / 2^k of a match for the k-th such order (NIST's exponential smoothing, Chen and Cherry
-    2014, method 3); without any shared word, or without n-grams of an order at all, BLEU is 0.
+    An order without a match counts 1 / 2^k of a match for the k-th such order (NIST's exponential
+    smoothing, Chen and Cherry 2014, method 3); without any shared word, or without n-grams of an
+    order at all, BLEU is 0.
     """
     import numpy
 
-    said, expected, shared, total = sums[:, 0], sums[:, 1], sums[:, 2 : 2 + orders], sums[:, 2 + orders :]
+    said, expected, shared, total = (
+        sums[:, 0],
+        sums[:, 1],
+        sums[:, 2 : 2 + orders],
+        sums[:, 2 + orders :],
+    )
     smoothed = numpy.where(shared > 0, shared, 0.5 ** numpy.cumsum(shared == 0, axis=1))
     logs = numpy.log(smoothed / numpy.maximum(total, 1)).mean(axis=1)
     brevity = numpy.minimum(0.0, 1 - expected / numpy.maximum(said, 1))
-    return numpy.where((shared > 0).any(axis=1) & (total > 0).all(axis=1), 100 * numpy.exp(brevity + logs), 0.0)
+    return numpy.where(
+        (shared > 0).any(axis=1) & (total > 0).all(axis=1), 100 * numpy.exp(brevity + logs), 0.0
+    )
 
 
 def chrf_of_sums(sums: numpy.ndarray, beta: float = 2.0) -> numpy.ndarray:
-    """chrF of summed counts: [resamples, 3 * orders] (n-grams said, in the reference, shared, by order) to [resamples], in 0 to
-    100: F-beta of the precision and recall averaged over the orders that both sides have."""
+    """chrF of summed counts: [resamples, 3 * orders] (n-grams said, in the reference, shared, by
+    order) to [resamples], in 0 to 100: F-beta of the precision and recall averaged over the orders
+    that both sides have.
+    """
     import numpy
 
     said, expected, shared = numpy.moveaxis(sums.reshape(len(sums), -1, 3), 2, 0)

@@ -1,11 +1,14 @@
-"""Concept coverage: how many of the words a sentence was to be made of are in it, in any inflection (CommonGen, Lin et al. 2020).
+"""Concept coverage: how many of the words a sentence was to be made of are in it, in any inflection
+(CommonGen, Lin et al. 2020).
 
 Try: ``coverage("The players stood around.", ["player", "stand", "field"])`` is 2/3.
 
-Lemmas come from simplemma's English dictionary, and where it knows one lemma of a word that has two ("sitting"), Porter's stem of
-the longer word decides. Measured on CommonGen's validation sets (993 sets of concepts, 4,018 sentences written for them, 15,315
-pairs of concept and sentence): 99.90% of the concepts are found (98.3% without the stem); missed are a few irregular forms (gone,
-shook) and typing errors, such as "sle" (of "sledding"). Concepts of another set are found in under 0.6% of pairs.
+Lemmas come from simplemma's English dictionary, and where it knows one lemma of a word that has two
+("sitting"), Porter's stem of the longer word decides. Measured on CommonGen's validation sets (993
+sets of concepts, 4,018 sentences written for them, 15,315 pairs of concept and sentence): 99.90% of
+the concepts are found (98.3% without the stem); missed are a few irregular forms (gone, shook) and
+typing errors, such as "sle" (of "sledding"). Concepts of another set are found in under 0.6% of
+pairs.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from lorry.evaluate.metrics.words import words_of
 
 
 def concept_coverage(prediction: str, concepts: Sequence[str]) -> float:
-    """Share of the concepts that occur in the text as a word with the same lemma; a concept of several words, as neighbours.
+    """Share of the concepts that occur in the text as a word with the same lemma; a concept of
+    several words, as neighbours.
 
     Raises ValueError without concepts.
     """
@@ -31,14 +35,23 @@ def concept_coverage(prediction: str, concepts: Sequence[str]) -> float:
 
 def _concept_occurs(concept: list[str], words: list[str]) -> bool:
     starts = range(len(words) - len(concept) + 1)
-    return bool(concept) and any(all(map(_is_inflection, concept, words[start:])) for start in starts)
+    return bool(concept) and any(
+        all(map(_is_inflection, concept, words[start:])) for start in starts
+    )
 
 
 def _is_inflection(concept: str, word: str) -> bool:
-    """The word is an inflection of the concept; a regular plural also where the dictionary has no such word (wetsuits)."""
-    if word in (concept, concept + "s", concept + "es") or _lemma_of(word) in (concept, _lemma_of(concept)):
+    """The word is an inflection of the concept; a regular plural also where the dictionary has no
+    such word (wetsuits).
+    """
+    if word in (concept, concept + "s", concept + "es") or _lemma_of(word) in (
+        concept,
+        _lemma_of(concept),
+    ):
         return True
-    return len(word) > len(concept) and _stem_of(word) == _stem_of(concept)  # a building is not to build
+    return len(word) > len(concept) and _stem_of(word) == _stem_of(
+        concept
+    )  # a building is not to build
 
 
 @lru_cache(maxsize=1 << 16)

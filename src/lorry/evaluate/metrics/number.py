@@ -11,11 +11,15 @@ from fractions import Fraction
 
 from lorry.evaluate.metrics.words import ReferenceTexts, as_list
 
-# Digits with or without thousands separators (1,234,567 and 12,34,567), a decimal part, an exponent (a short one: 1e999999999
+# Digits with or without thousands separators (1,234,567 and 12,34,567), a decimal part, an exponent
+# (a short one: 1e999999999
 # would be a number too big to compare); then quotients of them, 3/4, and dates.
 _DIGITS = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3}(?!\w))?|\.\d+"
-# A minus is a sign unless something is taken from something: "10-5" ends in 5, "= -5", "-$5" and "$-5" in minus five.
-_NUMBER = re.compile(rf"((?<![\w)%.\u2212-])[-\u2212])?[$€£¥]?((?<=[$€£¥])[-\u2212])?((?:{_DIGITS})(?:/\d+)*)")
+# A minus is a sign unless something is taken from something: "10-5" ends in 5, "= -5", "-$5" and
+# "$-5" in minus five.
+_NUMBER = re.compile(
+    rf"((?<![\w)%.\u2212-])[-\u2212])?[$€£¥]?((?<=[$€£¥])[-\u2212])?((?:{_DIGITS})(?:/\d+)*)"
+)
 
 
 def number_match(prediction: str, references: ReferenceTexts) -> float:
@@ -28,10 +32,12 @@ def number_match(prediction: str, references: ReferenceTexts) -> float:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number after the first "####", GSM8K's mark of an answer (Cobbe et al. 2021); without one, the last number; or None.
+    """The number after the first "####", GSM8K's mark of an answer (Cobbe et al. 2021); without
+    one, the last number; or None.
 
-    After the mark it is the next number, as in GSM8K's own scoring: a base model that goes on with another question after
-    "#### 18" said 18. Separators, currency and percent signs are dropped (50% is 50); the value is exact.
+    After the mark it is the next number, as in GSM8K's own scoring: a base model that goes on with
+    another question after "#### 18" said 18. Separators, currency and percent signs are dropped
+    (50% is 50); the value is exact.
     """
     _, mark, rest = text.partition("####")
     if mark and (first := _NUMBER.search(rest)):
@@ -45,5 +51,7 @@ def final_number(text: str) -> Fraction | None:
 def _number_value(found: re.Match[str]) -> Fraction:
     sign, inner, digits = found.groups()
     parts = [Fraction(Decimal(part.replace(",", ""))) for part in digits.split("/")]
-    value = parts[0] / parts[1] if len(parts) == 2 and parts[1] else parts[-1]  # 1/2/2020 is a date and 1/0 nothing: the last
+    value = (
+        parts[0] / parts[1] if len(parts) == 2 and parts[1] else parts[-1]
+    )  # 1/2/2020 is a date and 1/0 nothing: the last
     return -value if sign or inner else value

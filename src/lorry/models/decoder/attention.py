@@ -1,8 +1,10 @@
-"""Causal attention within the segments of a packed batch, forward and backward. Nothing leaks between segments.
+"""Causal attention within the segments of a packed batch, forward and backward. Nothing leaks
+between segments.
 
-On a CPU with matrix tiles one kernel call serves all segments (kernels/attention.cpp). Elsewhere segments of similar length are
-laid into one right-padded call of torch's: under a causal mask a real query never sees the padding to its right, so no mask is
-needed and padding costs only time. T tokens, H heads, G key/value heads, D head width.
+On a CPU with matrix tiles one kernel call serves all segments (kernels/attention.cpp). Elsewhere
+segments of similar length are laid into one right-padded call of torch's: under a causal mask a
+real query never sees the padding to its right, so no mask is needed and padding costs only time. T
+tokens, H heads, G key/value heads, D head width.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torch.nn import functional as F
 from lorry.kernels import attention as kernel
 from lorry.models.decoder.pointwise import promote_to_fp32
 
-SHORT_TOKENS = 96  # tokens; up to here plain fp32 products beat the fused CPU kernels (benchmarks/attention.py)
+# tokens; up to here plain fp32 products beat the fused CPU kernels (benchmarks/attention.py)
+SHORT_TOKENS = 96
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,15 @@ class SegmentBucket:
     places: Tensor | None
 
 
-def bucket_segments(segments: Sequence[tuple[int, int]], device: torch.device, slack: float = 1.25) -> list[SegmentBucket]:
-    """Group segments (start, stop) so that no sequence is padded to more than ``slack`` times its length."""
+def bucket_segments(
+    segments: Sequence[tuple[int, int]], device: torch.device, slack: float = 1.25
+) -> list[SegmentBucket]:
+    """Group segments (start, stop) so that no sequence is padded to more than ``slack`` times its
+    length.
+    """
     order = sorted(
-        (s for s in range(len(segments)) if segments[s][1] > segments[s][0]), key=lambda s: (segments[s][1] - segments[s][0], s)
+        (s for s in range(len(segments)) if segments[s][1] > segments[s][0]),
+        key=lambda s: (segments[s][1] - segments[s][0], s),
     )
     groups: list[list[int]] = []
     for s in order:
@@ -53,7 +61,9 @@ def bucket_segments(segments: Sequence[tuple[int, int]], device: torch.device, s
     return [_make_bucket([segments[s] for s in sorted(g)], segments[-1][1], device) for g in groups]
 
 
-def _make_bucket(segments: Sequence[tuple[int, int]], total: int, device: torch.device) -> SegmentBucket:
+def _make_bucket(
+    segments: Sequence[tuple[int, int]], total: int, device: torch.device
+) -> SegmentBucket:
     lengths = torch.tensor([stop - start for start, stop in segments])
     longest = int(lengths.max())
     starts = torch.tensor([start for start, _ in segments])
@@ -90,15 +100,18 @@ class PackedSegments:
 
 @dataclass
 class AttentionStats:
-    """What a forward pass leaves for backward, besides q, k, v and o: the kernel's log-sum-exp, or torch's graph (which serves
-    once; a second backward makes it again)."""
+    """What a forward pass leaves for backward, besides q, k, v and o: the kernel's log-sum-exp, or
+    torch's graph (which serves once; a second backward makes it again)."""
 
     lse: Tensor | None = None
     graph: tuple[Tensor, ...] = ()
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, *, keep: bool) -> tuple[Tensor, AttentionStats]:
-    """q [T,H,D], k and v [T,G,D] -> o [T,H,D]; each token sees its own segment up to itself. Softmax scale D^-1/2. No graph.
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, *, keep: bool
+) -> tuple[Tensor, AttentionStats]:
+    """q [T,H,D], k and v [T,G,D] -> o [T,H,D]; each token sees its own segment up to itself.
+    Softmax scale D^-1/2. No graph.
 
     ``keep``: backward will be called.
     """
@@ -115,13 +128,21 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments,
 
 
 def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, memo: AttentionStats, segments: PackedSegments, grad: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    memo: AttentionStats,
+    segments: PackedSegments,
+    grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) for the gradient ``grad`` [T,H,D] of o."""
     if kernel.supports_attention(q, k):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         assert memo.lse is not None
-        return kernel.run_attention_backward(q, k, v, o, memo.lse, segments.starts, q.shape[-1] ** -0.5, grad.contiguous())
+        return kernel.run_attention_backward(
+            q, k, v, o, memo.lse, segments.starts, q.shape[-1] ** -0.5, grad.contiguous()
+        )
     *leaves, out = memo.graph or attention_forward(q, k, v, segments, keep=True)[1].graph
     dq, dk, dv = torch.autograd.grad(out, leaves, grad)
     return dq, dk, dv
@@ -151,15 +172,21 @@ def _attend_bucket(q: Tensor, k: Tensor, v: Tensor, bucket: SegmentBucket) -> Te
 
 
 class ShortAttention(torch.autograd.Function):
-    """Causal attention of short sequences as plain products in fp32: `apply(q [n,H,L,D], k [n,G,L,D], v [n,G,L,D]) -> [n,H,L,D]`.
+    """Causal attention of short sequences as plain products in fp32: `apply(q [n,H,L,D], k
+    [n,G,L,D], v [n,G,L,D]) -> [n,H,L,D]`.
 
-    torch's fused kernels for the CPU are slow below a few hundred tokens, their backward most of all. Query heads that share a
-    key/value head are folded into rows, so keys and values are never repeated; probabilities are recomputed in backward.
+    torch's fused kernels for the CPU are slow below a few hundred tokens, their backward most of
+    all. Query heads that share a key/value head are folded into rows, so keys and values are never
+    repeated; probabilities are recomputed in backward.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wide_q, wide_k, wide_v = _fold_query_groups(q, k), _flatten_kv_heads(k), _flatten_kv_heads(v)
+        wide_q, wide_k, wide_v = (
+            _fold_query_groups(q, k),
+            _flatten_kv_heads(k),
+            _flatten_kv_heads(v),
+        )
         o = torch.bmm(_causal_probabilities(wide_q, wide_k), wide_v)
         ctx.save_for_backward(q, k, v)
         return o.view(q.shape).to(q.dtype)
@@ -179,7 +206,11 @@ class ShortAttention(torch.autograd.Function):
         ds = torch.bmm(g, wide_v.transpose(1, 2))
         ds.sub_((ds * p).sum(-1, keepdim=True)).mul_(p).mul_(q.shape[-1] ** -0.5)
         dq, dk = torch.bmm(ds, wide_k), torch.bmm(ds.transpose(1, 2), wide_q)
-        return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
+        return (
+            dq.view(q.shape).to(q.dtype),
+            dk.view(k.shape).to(k.dtype),
+            dv.view(v.shape).to(v.dtype),
+        )
 
 
 def _flatten_kv_heads(x: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""One layer of the decoder, for every family: attention and MLP over bank layers, forward and backward.
+"""One layer of the decoder, for every family: attention and MLP over bank layers, forward and
+backward.
 
-The two are written out by hand, so that a layer keeps for backward no more than it must: its input, q, k, v, the attention's
-output, the middle of the residual stream, the MLP's two inner products, and what the A's made of their inputs. Norms, rotary
-positions and gates are done again; a base product never is. `models/decoder/layer.py` is the backward,
-and puts the pair behind autograd. Which linear and which norm is which, the family says
-(`LayerLinears`, `LayerNorms`).
+The two are written out by hand, so that a layer keeps for backward no more than it must: its input,
+q, k, v, the attention's output, the middle of the residual stream, the MLP's two inner products,
+and what the A's made of their inputs. Norms, rotary positions and gates are done again; a base
+product never is. `models/decoder/layer.py` is the backward, and puts the pair behind autograd.
+Which linear and which norm is which, the family says (`LayerLinears`, `LayerNorms`).
 
 T tokens, H heads, G key/value heads, D head width.
 """
@@ -32,7 +33,8 @@ from lorry.models.decoder.pointwise import gated_activation as apply_gate
 
 @dataclass
 class ForwardContext:
-    """One forward pass: the call for the bank, rotary tables [T, dim/2], the segments, and a cache when generating.
+    """One forward pass: the call for the bank, rotary tables [T, dim/2], the segments, and a cache
+    when generating.
 
     ``recompute``: layers keep their input only and run again in backward.
     """
@@ -63,10 +65,11 @@ class LayerTerms(NamedTuple):
 class SavedActivations:
     """What forward leaves for backward.
 
-    x [T,width]: the layer's input; q [T,H,D], k and v [T,G,D]: q and k as they left their product where
-    heads are normed, else already rotated; attn [T,H,D]: the attention's output; residual [T,width]: the
-    stream before the MLP (None where the MLP reads x as well); gate, up [T,mlp]: the MLP's inner
-    products (up None where there is no gate); stats: what the attention's backward wants besides.
+    x [T,width]: the layer's input; q [T,H,D], k and v [T,G,D]: q and k as they left their product
+    where heads are normed, else already rotated; attn [T,H,D]: the attention's output; residual
+    [T,width]: the stream before the MLP (None where the MLP reads x as well); gate, up [T,mlp]: the
+    MLP's inner products (up None where there is no gate); stats: what the attention's backward
+    wants besides.
     """
 
     x: Tensor
@@ -82,8 +85,16 @@ class SavedActivations:
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What `save_for_backward` takes; `of` reads it."""
         return (
-            self.x, self.q, self.k, self.v, self.attn, self.residual, self.gate, self.up, self.stats.lse
-        )  # fmt: skip
+            self.x,
+            self.q,
+            self.k,
+            self.v,
+            self.attn,
+            self.residual,
+            self.gate,
+            self.up,
+            self.stats.lse,
+        )
 
     @staticmethod
     def of(tensors: Iterator[Tensor], graph: tuple[Tensor, ...]) -> SavedActivations:
@@ -93,11 +104,20 @@ class SavedActivations:
 
 
 class DecoderBlock:
-    """The computation of layer ``index``. It holds the layer's modules but registers nothing: names stay the family's."""
+    """The computation of layer ``index``. It holds the layer's modules but registers nothing: names
+    stay the family's.
+    """
 
-    def __init__(self, index: int, layer: nn.Module, family: ModelFamily, geometry: ModelGeometry) -> None:
+    def __init__(
+        self, index: int, layer: nn.Module, family: ModelFamily, geometry: ModelGeometry
+    ) -> None:
         def linears(targets: Sequence[str]) -> LinearGroup:
-            return LinearGroup([cast(BankLinear, layer.get_submodule(family.targets[target])) for target in targets])
+            return LinearGroup(
+                [
+                    cast(BankLinear, layer.get_submodule(family.targets[target]))
+                    for target in targets
+                ]
+            )
 
         self.index, self.geometry = index, geometry
         self.linears = family.roles.map(linears)
@@ -108,25 +128,47 @@ class DecoderBlock:
 
     def work(self, call: AdapterContext) -> LayerTerms:
         """What the call's adapters add in this layer."""
-        found = [group.stacks(call, f"{self.index}.{site}", routed=True) for group, site in zip(self.linears, SITES, strict=True)]
-        return LayerTerms(LayerLinears(*(stacks for stacks, _ in found)), LayerLinears(*(terms for _, terms in found)))
+        found = [
+            group.stacks(call, f"{self.index}.{site}", routed=True)
+            for group, site in zip(self.linears, SITES, strict=True)
+        ]
+        return LayerTerms(
+            LayerLinears(*(stacks for stacks, _ in found)),
+            LayerLinears(*(terms for _, terms in found)),
+        )
 
-    def products(self, work: LayerTerms, gates: Iterable[Tensor | None]) -> LayerLinears[LinearProducts]:
+    def products(
+        self, work: LayerTerms, gates: Iterable[Tensor | None]
+    ) -> LayerLinears[LinearProducts]:
         """The layer's four products, with these gates: one per term of each, in order."""
         rest = iter(gates)
         parts = zip(self.linears, work.stacks, strict=True)
-        return LayerLinears(*(LinearProducts(group.frozen(), stacks, [next(rest) for _ in stacks]) for group, stacks in parts))
+        return LayerLinears(
+            *(
+                LinearProducts(group.frozen(), stacks, [next(rest) for _ in stacks])
+                for group, stacks in parts
+            )
+        )
 
     def trained(self) -> list[Tensor]:
-        """What of the base trains, in the order `backward` gives the gradients: linears, then norms."""
+        """What of the base trains, in the order `backward` gives the gradients: linears, then
+        norms.
+        """
         norms = [p for norm in self.norms.present() for p in (norm.weight, norm.bias)]
         linears = [t for group in self.linears for t in group.base()]
         return [*linears, *(p for p in norms if p is not None and p.requires_grad)]
 
     def forward(
-        self, x: Tensor, state: ForwardContext, products: LayerLinears[LinearProducts], *, save: bool = False
+        self,
+        x: Tensor,
+        state: ForwardContext,
+        products: LayerLinears[LinearProducts],
+        *,
+        save: bool = False,
     ) -> tuple[Tensor, SavedActivations | None]:
-        """x [T, width] -> [T, width], without a graph, and what backward needs if there is to be one (``save``)."""
+        """x [T, width] -> [T, width], without a graph, and what backward needs if there is to be
+        one (``save``).
+        """
         router, normed = state.call.router, self.norms.attn.compute(x)
         if router is not None:
             route(router.gates(self.index, "attn", normed), products.qkv, products.attn_out)
@@ -158,7 +200,9 @@ class DecoderBlock:
         if save:
             if self.norms.q is not None:
                 q, k = raw_q, raw_k
-            saved = SavedActivations(x, q, k, v, attn, None if parallel else residual, gate, up, stats)
+            saved = SavedActivations(
+                x, q, k, v, attn, None if parallel else residual, gate, up, stats
+            )
         return y.add_(residual), saved
 
     def apply_positions(self, q: Tensor, k: Tensor, state: ForwardContext) -> tuple[Tensor, Tensor]:
@@ -197,8 +241,8 @@ def route(gates: Tensor, *products: LinearProducts) -> None:
 
 
 def compute_inv_freq(rotary: RotaryConfig, device: torch.device) -> Tensor:
-    """[dim/2] fp32 angular frequencies; `linear` divides them all, `llama3` only the slow ones with a smooth passage
-    (the published Llama 3.1 rule, by wavelength against the original context)."""
+    """[dim/2] fp32 angular frequencies; `linear` divides them all, `llama3` only the slow ones with
+    a smooth passage (the published Llama 3.1 rule, by wavelength against the original context)."""
     base = torch.arange(0, rotary.dim, 2, dtype=torch.int64, device=device).float() / rotary.dim
     inverse = 1.0 / (rotary.theta**base)
     if rotary.kind == "default":

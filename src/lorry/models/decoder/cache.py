@@ -11,30 +11,49 @@ from torch.nn import functional as F
 
 from lorry.kernels import decode as kernel
 
-SPARE_TOKENS = 64  # positions a cache takes beyond the tokens it must hold, at least, whenever it grows
+SPARE_TOKENS = (
+    64  # positions a cache takes beyond the tokens it must hold, at least, whenever it grows
+)
 
 
 class KVCache:
-    """Keys and values of B sequences being generated, per layer [B, G, held room, D]; lengths [B] int64 counts each row's tokens.
+    """Keys and values of B sequences being generated, per layer [B, G, held room, D]; lengths [B]
+    int64 counts each row's tokens.
 
-    ``room`` is the longest a row may become. Memory is taken as rows grow, by half again each time, never for the worst case at
-    once. Every row is live: a finished one is written over by a new prompt, or dropped by ``keep``.
+    ``room`` is the longest a row may become. Memory is taken as rows grow, by half again each time,
+    never for the worst case at once. Every row is live: a finished one is written over by a new
+    prompt, or dropped by ``keep``.
     """
 
     def __init__(
-        self, layers: int, rows: int, heads: int, room: int, width: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        rows: int,
+        heads: int,
+        room: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.keys = torch.empty((layers, rows, heads, 0, width), dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.room = room
         self.longest = 0  # max(lengths), known without asking the device
-        self.even = False  # all lengths are equal: no mask is needed, and a GPU may take its fastest kernel
-        self.unseen: Tensor | None = None  # [B,1,1,longest] 0 or -inf: what this step's rows may not attend to
+        self.even = (
+            False  # all lengths are equal: no mask is needed, and a GPU may take its fastest kernel
+        )
+        self.unseen: Tensor | None = (
+            None  # [B,1,1,longest] 0 or -inf: what this step's rows may not attend to
+        )
 
     def fill(self, rows: Tensor, positions: Tensor) -> None:
-        """Prompts are about to be written: tokens of ``rows`` [T] at ``positions`` [T]. Whatever those rows held is forgotten."""
-        self.lengths = self.lengths.index_fill(0, rows, 0).scatter_reduce(0, rows, positions + 1, "amax")
+        """Prompts are about to be written: tokens of ``rows`` [T] at ``positions`` [T]. Whatever
+        those rows held is forgotten.
+        """
+        self.lengths = self.lengths.index_fill(0, rows, 0).scatter_reduce(
+            0, rows, positions + 1, "amax"
+        )
         self._measure()
         self._reserve(self.longest)
 
@@ -46,10 +65,14 @@ class KVCache:
             self.unseen = None
             return
         hidden = torch.arange(self.longest, device=self.lengths.device) >= self.lengths[:, None]
-        self.unseen = self.keys.new_zeros(hidden.shape).masked_fill(hidden, float("-inf"))[:, None, None]
+        self.unseen = self.keys.new_zeros(hidden.shape).masked_fill(hidden, float("-inf"))[
+            :, None, None
+        ]
 
     def write(self, layer: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k, v [T,G,D] of tokens at (row, position), after ``fill`` or ``extend`` made room for them."""
+        """Store k, v [T,G,D] of tokens at (row, position), after ``fill`` or ``extend`` made room
+        for them.
+        """
         self.keys[layer][rows, :, positions] = k
         self.values[layer][rows, :, positions] = v
 
@@ -57,15 +80,21 @@ class KVCache:
         """Drop every row but these: finished sequences leave."""
         self.lengths = self.lengths[rows]
         self._measure()
-        self.keys, self.values = (x[..., : self.longest, :].index_select(1, rows) for x in (self.keys, self.values))
+        self.keys, self.values = (
+            x[..., : self.longest, :].index_select(1, rows) for x in (self.keys, self.values)
+        )
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """q [B,H,D], the newest token of each row -> [B,H,D]. The row's own key must have been written.
+        """q [B,H,D], the newest token of each row -> [B,H,D]. The row's own key must have been
+        written.
 
-        The query heads that share a key head are laid along the query axis, so the cache is read in place, never repeated.
+        The query heads that share a key head are laid along the query axis, so the cache is read in
+        place, never repeated.
         """
         k, v = (x[layer, :, :, : self.longest] for x in (self.keys, self.values))
-        o = F.scaled_dot_product_attention(q.view(q.shape[0], k.shape[1], -1, q.shape[2]), k, v, attn_mask=self.unseen)
+        o = F.scaled_dot_product_attention(
+            q.view(q.shape[0], k.shape[1], -1, q.shape[2]), k, v, attn_mask=self.unseen
+        )
         return o.reshape(q.shape)
 
     def _measure(self) -> None:
@@ -73,12 +102,16 @@ class KVCache:
         self.even = shortest == self.longest
 
     def _reserve(self, length: int) -> None:
-        """Own at least ``length`` positions; the old ones are copied. Raises ValueError beyond ``room``."""
+        """Own at least ``length`` positions; the old ones are copied. Raises ValueError beyond
+        ``room``.
+        """
         held = self.keys.shape[3]
         self._check(length)
         if length > held:
             size = min(self.room, max(length + SPARE_TOKENS, held + held // 2))
-            self.keys, self.values = (F.pad(x, (0, 0, 0, size - held)) for x in (self.keys, self.values))
+            self.keys, self.values = (
+                F.pad(x, (0, 0, 0, size - held)) for x in (self.keys, self.values)
+            )
 
     def _check(self, length: int) -> None:
         if length > self.room:
@@ -86,13 +119,16 @@ class KVCache:
 
 
 class RowKVCache(KVCache):
-    """The same for the CPU kernels: every row has memory of its own, as much as it needs. Nothing is padded to the longest row,
-    and when a row leaves nothing is copied.
+    """The same for the CPU kernels: every row has memory of its own, as much as it needs. Nothing
+    is padded to the longest row, and when a row leaves nothing is copied.
 
-    table [B,2] int64: the address of each row's memory [layers, 2, G, held, D] (keys, values), and its held.
+    table [B,2] int64: the address of each row's memory [layers, 2, G, held, D] (keys, values), and
+    its held.
     """
 
-    def __init__(self, layers: int, rows: int, heads: int, room: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layers: int, rows: int, heads: int, room: int, width: int, dtype: torch.dtype
+    ) -> None:
         super().__init__(layers, 0, heads, room, width, dtype, torch.device("cpu"))
         self.groups = heads
         self.memory = [torch.empty((layers, 2, heads, 0, width), dtype=dtype)] * rows
@@ -100,7 +136,9 @@ class RowKVCache(KVCache):
         self.table = torch.zeros((rows, 2), dtype=torch.int64)
 
     def fill(self, rows: Tensor, positions: Tensor) -> None:
-        self.lengths = self.lengths.index_fill(0, rows, 0).scatter_reduce(0, rows, positions + 1, "amax")
+        self.lengths = self.lengths.index_fill(0, rows, 0).scatter_reduce(
+            0, rows, positions + 1, "amax"
+        )
         for row in rows.unique().tolist():
             self._reserve_row(row, int(self.lengths[row]), kept=0)
 
@@ -121,7 +159,9 @@ class RowKVCache(KVCache):
         return kernel.attend_to_cache(q, self.table, self.lengths, layer, self.groups)
 
     def _reserve_row(self, row: int, length: int, kept: int) -> None:
-        """Memory for ``length`` tokens and some to come, of which the first ``kept`` are there already."""
+        """Memory for ``length`` tokens and some to come, of which the first ``kept`` are there
+        already.
+        """
         self._check(length)
         layers, two, groups, held, width = self.memory[row].shape
         if held < length or kept == 0:

@@ -1,7 +1,8 @@
-"""The decoder as generation runs it where the CPU kernels are: no graph, weights read as they lie in memory, memory row by row.
+"""The decoder as generation runs it where the CPU kernels are: no graph, weights read as they lie
+in memory, memory row by row.
 
-The layers are those of `models/decoder/block.py`; only what few rows need otherwise is here. Elsewhere the decoder itself generates.
-T tokens, D width, V vocabulary.
+The layers are those of `models/decoder/block.py`; only what few rows need otherwise is here.
+Elsewhere the decoder itself generates. T tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from lorry.models.decoder.model import Decoder, PackedInput
 
 
 class SmallBatchProducts(LinearProducts):
-    """The products of linears with one input: with few rows the weights are read once as they stand and never rearranged."""
+    """The products of linears with one input: with few rows the weights are read once as they stand
+    and never rearranged.
+    """
 
     def __init__(self, layers: Sequence[Frozen], stacks: Sequence[StackedAdapters]) -> None:
         super().__init__(layers, stacks, [None] * len(stacks))
         self.dense = layers
         self.direct = [
-            kernel.supports_product(stack.a) and all(kernel.supports_product(p.b) for p in stack.parts) for stack in stacks
+            kernel.supports_product(stack.a)
+            and all(kernel.supports_product(p.b) for p in stack.parts)
+            for stack in stacks
         ]
 
     @staticmethod
@@ -35,7 +40,9 @@ class SmallBatchProducts(LinearProducts):
         """FewRows where the kernel takes every weight, else the plain products."""
         layers = group.frozen()
         dense = [layer for layer in layers if isinstance(layer, Frozen) and not layer.transposed]
-        if len(dense) == len(layers) and all(kernel.supports_product(layer.weight) for layer in dense):
+        if len(dense) == len(layers) and all(
+            kernel.supports_product(layer.weight) for layer in dense
+        ):
             return SmallBatchProducts(dense, stacks)
         return LinearProducts(layers, stacks, [None] * len(stacks))
 
@@ -47,10 +54,16 @@ class SmallBatchProducts(LinearProducts):
         for stack, direct in zip(self.stacks, self.direct, strict=True):
             tokens = _own_tokens(stack) if direct else stack.tokens
             part_x = x[tokens]
-            h = kernel.linear_product(part_x, stack.a, None) if direct else stack.clear(torch.mm(part_x, stack.a.t()))
+            h = (
+                kernel.linear_product(part_x, stack.a, None)
+                if direct
+                else stack.clear(torch.mm(part_x, stack.a.t()))
+            )
             for part in stack.parts:
                 if direct:
-                    kernel.add_linear_product(h, part.rows, part.b, part.scale, ys[part.layer][tokens])
+                    kernel.add_linear_product(
+                        h, part.rows, part.b, part.scale, ys[part.layer][tokens]
+                    )
                 else:
                     stack.add(ys[part.layer], h[:, part.rows], part.b.t(), part.scale)
         return ys
@@ -66,7 +79,8 @@ def _own_tokens(stack: StackedAdapters) -> slice:
 class DecodeRunner:
     """A decoder with the face that `models.generate.Generative` asks for.
 
-    What the adapters add is looked up when the mix changes, not at every token: adapters stay as they are while answers are made.
+    What the adapters add is looked up when the mix changes, not at every token: adapters stay as
+    they are while answers are made.
     """
 
     def __init__(self, model: Decoder) -> None:
@@ -85,16 +99,28 @@ class DecodeRunner:
         return RowKVCache(g.layers, rows, g.kv_heads, room, g.head_dim, self.model.dtype)
 
     @torch.no_grad()
-    def cached(self, packed: PackedInput, rows: Tensor, cache: RowKVCache, call: AdapterContext, *, decoding: bool) -> Tensor:
+    def cached(
+        self,
+        packed: PackedInput,
+        rows: Tensor,
+        cache: RowKVCache,
+        call: AdapterContext,
+        *,
+        decoding: bool,
+    ) -> Tensor:
         """As `Decoder.cached`: tokens [T] -> hidden [T,D]."""
-        products = None if call.router is not None else self._work(call)  # gates differ from token to token
+        products = (
+            None if call.router is not None else self._work(call)
+        )  # gates differ from token to token
         return self.model.cached(packed, rows, cache, call, decoding=decoding, products=products)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, call: AdapterContext) -> Tensor:
         """[T,D] -> [T,V] in the base's dtype."""
         head = self.model.head
-        (made,) = SmallBatchProducts.of(head.group, head.group.stacks(call, head.path)[0]).forward(hidden)
+        (made,) = SmallBatchProducts.of(head.group, head.group.stacks(call, head.path)[0]).forward(
+            hidden
+        )
         return made
 
     def _work(self, call: AdapterContext) -> list[LayerLinears[LinearProducts]]:
@@ -105,7 +131,9 @@ class DecodeRunner:
                 LayerLinears(
                     *(
                         SmallBatchProducts.of(group, stacks)
-                        for group, stacks in zip(block.linears, block.work(call).stacks, strict=True)
+                        for group, stacks in zip(
+                            block.linears, block.work(call).stacks, strict=True
+                        )
                     )
                 )
                 for block in self.model.blocks

@@ -1,7 +1,8 @@
 """A decoder layer behind autograd: one node per layer, whose backward is written out.
 
-Gradients go to the layer's input, to the masters and gates of the adapters in the call, to the parameters
-of a router of the layers, and, where the base itself trains (full fine-tuning), to its weights.
+Gradients go to the layer's input, to the masters and gates of the adapters in the call, to the
+parameters of a router of the layers, and, where the base itself trains (full fine-tuning), to its
+weights.
 """
 
 from __future__ import annotations
@@ -23,13 +24,20 @@ from lorry.models.decoder.pointwise import DecoderNorm, apply_rotary, gated_acti
 
 
 def apply_layer(block: DecoderBlock, x: Tensor, state: ForwardContext) -> Tensor:
-    """x [T, width] -> [T, width], with a graph if anything in the layer or before it wants a gradient."""
+    """x [T, width] -> [T, width], with a graph if anything in the layer or before it wants a
+    gradient.
+    """
     work = block.work(state.call)
     if torch.is_grad_enabled():
         base = block.trained()
         terms = [entry for own in work.terms for entry in TermParams.flat(own)]
         router = [] if state.call.router is None else trained(state.call.router, block.index)
-        if x.requires_grad or base or router or any(t is not None and t.requires_grad for t in terms):
+        if (
+            x.requires_grad
+            or base
+            or router
+            or any(t is not None and t.requires_grad for t in terms)
+        ):
             return LayerFunction.apply(x, LayerCall(block, state, work), *terms, *router, *base)
     return block.forward(x, state, block.products(work, work.gates()))[0]
 
@@ -49,8 +57,8 @@ class LayerCall:
 
 
 class LayerFunction(torch.autograd.Function):
-    """`apply(x, call, *parameters of the terms, *router's that train, *base weights that train)`: products
-    in order, `TermParams.flat` of each."""
+    """`apply(x, call, *parameters of the terms, *router's that train, *base weights that train)`:
+    products in order, `TermParams.flat` of each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: LayerCall, *tensors: Tensor | None) -> Tensor:
@@ -89,7 +97,9 @@ class LayerFunction(torch.autograd.Function):
                 p.down_outputs = own
         needs = iter(needs_tensors)
         wanted = LayerLinears(*(TermParams.unflat(own, needs) for own in work.stacks))
-        router = None if state.call.router is None else RouterBackward(state.call.router, block.index)
+        router = (
+            None if state.call.router is None else RouterBackward(state.call.router, block.index)
+        )
         base = [*needs] if router is None else [*needs][len(router.params) :]
         sweep = LayerBackward(block, state, products, saved, wanted, router, train_base=any(base))
         dx = sweep.run(grads[0].contiguous(), needs_x)
@@ -98,13 +108,17 @@ class LayerFunction(torch.autograd.Function):
 
 
 class LinearsBackward:
-    """The backward of one of a layer's products. ``terms`` and ``base`` hold the gradients afterwards; ``wanted``: whether
-    anything wants one."""
+    """The backward of one of a layer's products. ``terms`` and ``base`` hold the gradients
+    afterwards; ``wanted``: whether anything wants one."""
 
-    def __init__(self, products: LinearProducts, needs: Sequence[TermParams[bool]], train_base: bool) -> None:
+    def __init__(
+        self, products: LinearProducts, needs: Sequence[TermParams[bool]], train_base: bool
+    ) -> None:
         self.products, self.needs = products, needs
         self.routed = any(stack.route is not None for stack in products.stacks)
-        if self.routed:  # a router's gates are no input of the node: their gradients go on to the router
+        if (
+            self.routed
+        ):  # a router's gates are no input of the node: their gradients go on to the router
             pairs = zip(products.stacks, needs, strict=True)
             self.needs = [n if stack.route is None else n._replace(gate=True) for stack, n in pairs]
         self.trains = train_base and any(layer.trains for layer in products.layers)
@@ -116,25 +130,35 @@ class LinearsBackward:
         """The gradient of the input from those of the outputs; to be called before `weight_grads`."""
         return self.products.input_gradient(grads, needed)
 
-    def weight_grads(self, x: Tensor, grads: Sequence[Tensor], norm: DecoderNorm | None = None) -> None:
-        """Make the gradients of the masters and, if they train, the weights. x: the input (behind ``norm``: what went into
-        that); grads: those of the outputs."""
+    def weight_grads(
+        self, x: Tensor, grads: Sequence[Tensor], norm: DecoderNorm | None = None
+    ) -> None:
+        """Make the gradients of the masters and, if they train, the weights. x: the input (behind
+        ``norm``: what went into that); grads: those of the outputs."""
         if not self.wanted:
             return
         x = x if norm is None else norm.compute(x)
         self.terms = self.products.master_gradients(x, grads, self.needs)
         if self.trains:
-            self.base = [t for layer, g in zip(self.products.layers, grads, strict=True) for t in layer.own_gradients(x, g)]
+            self.base = [
+                t
+                for layer, g in zip(self.products.layers, grads, strict=True)
+                for t in layer.own_gradients(x, g)
+            ]
 
     def take_routed(self) -> list[tuple[StackedAdapters, Tensor]]:
         """The gradients of the gates that came from a router; they are none of the terms' own then."""
         pairs = list(zip(self.products.stacks, self.terms, strict=True))
         self.terms = [t if stack.route is None else t._replace(gate=None) for stack, t in pairs]
-        return [(stack, t.gate) for stack, t in pairs if stack.route is not None and t.gate is not None]
+        return [
+            (stack, t.gate) for stack, t in pairs if stack.route is not None and t.gate is not None
+        ]
 
 
 class RouterBackward:
-    """The backward of a layer's router. ``params`` are what of it trains, ``grads`` their gradients."""
+    """The backward of a layer's router. ``params`` are what of it trains, ``grads`` their
+    gradients.
+    """
 
     def __init__(self, router: LayerRouter, layer: int) -> None:
         self.router, self.layer = router, layer
@@ -142,7 +166,11 @@ class RouterBackward:
         self.grads: list[Tensor | None] = [None] * len(self.params)
 
     def run(
-        self, half: Literal["attn", "mlp"], normed: Tensor, linears: Sequence[LinearsBackward], needs_x: bool
+        self,
+        half: Literal["attn", "mlp"],
+        normed: Tensor,
+        linears: Sequence[LinearsBackward],
+        needs_x: bool,
     ) -> Tensor | None:
         """The gradient of ``normed`` through the gates that the linears' terms took, or None; its
         parameters' are added to ``grads``. The gates are made again: nothing is kept of them."""
@@ -166,17 +194,23 @@ class RouterBackward:
 
 
 class NormBackward:
-    """The backward of one of a layer's norms. ``base`` holds the gradients of its weights afterwards, if they train."""
+    """The backward of one of a layer's norms. ``base`` holds the gradients of its weights
+    afterwards, if they train.
+    """
 
     def __init__(self, norm: DecoderNorm, train_base: bool) -> None:
         self.norm = norm
-        self.trains = train_base and any(p.requires_grad for p in (norm.weight, norm.bias) if p is not None)
+        self.trains = train_base and any(
+            p.requires_grad for p in (norm.weight, norm.bias) if p is not None
+        )
         self.base: list[Tensor] = []
 
     def weight_grads(self, dy: Tensor, x: Tensor) -> None:
         """Make the gradients of weight and bias, of those that train."""
         if self.trains:
-            made = zip((self.norm.weight, self.norm.bias), self.norm.own_gradients(dy, x), strict=True)
+            made = zip(
+                (self.norm.weight, self.norm.bias), self.norm.own_gradients(dy, x), strict=True
+            )
             self.base = [t for p, t in made if p is not None and t is not None and p.requires_grad]
 
 
@@ -195,14 +229,21 @@ class LayerBackward:
         train_base: bool,
     ) -> None:
         self.block, self.state, self.saved, self.router = block, state, saved, router
-        self.linears = LayerLinears(*(LinearsBackward(p, need, train_base) for p, need in zip(products, needs, strict=True)))
+        self.linears = LayerLinears(
+            *(LinearsBackward(p, need, train_base) for p, need in zip(products, needs, strict=True))
+        )
         self.norms = block.norms.map(lambda norm: NormBackward(norm, train_base))
 
     def run(self, dy: Tensor, needs_x: bool) -> Tensor | None:
-        """dy [T, width] -> the gradient of the layer's input, or None where nothing below wants one. What neither trains nor lies
-        on the way to something that does costs no product."""
+        """dy [T, width] -> the gradient of the layer's input, or None where nothing below wants
+        one. What neither trains nor lies on the way to something that does costs no product."""
         norms, linears, saved = self.block.norms, self.linears, self.saved
-        below = needs_x or linears.qkv.wanted or linears.attn_out.wanted or self._attention_norms_train()
+        below = (
+            needs_x
+            or linears.qkv.wanted
+            or linears.attn_out.wanted
+            or self._attention_norms_train()
+        )
         dresidual = self._mlp(dy, below)
         dn = None
         if below:
@@ -223,7 +264,9 @@ class LayerBackward:
     def _attention_norms_train(self) -> bool:
         """Whether a norm whose gradient comes through attention wants one."""
         norms = self.norms
-        return norms.attn.trains or any(norm.trains for norm in (norms.q, norms.k) if norm is not None)
+        return norms.attn.trains or any(
+            norm.trains for norm in (norms.q, norms.k) if norm is not None
+        )
 
     def _mlp(self, dy: Tensor, below: bool) -> Tensor | None:
         """The gradient of the MLP's side of the residual stream, that stream's own included."""
@@ -243,8 +286,16 @@ class LayerBackward:
         return norm.norm.backward(dn, residual, dy) if below else None
 
     def _attention(self, dy: Tensor, needs_x: bool) -> Tensor | None:
-        """The gradient of the first norm's output, from that of what attention adds to the residual stream."""
-        block, norms, linears, saved, state = self.block, self.norms, self.linears, self.saved, self.state
+        """The gradient of the first norm's output, from that of what attention adds to the residual
+        stream.
+        """
+        block, norms, linears, saved, state = (
+            self.block,
+            self.norms,
+            self.linears,
+            self.saved,
+            self.state,
+        )
         dattn = linears.attn_out.input_grad([dy])
         assert dattn is not None
         linears.attn_out.weight_grads(saved.attn.flatten(1), [dy])
@@ -252,9 +303,14 @@ class LayerBackward:
         if norms.q is not None:
             q, k = block.apply_positions(q, k, state)
         dattn = dattn.view(saved.attn.shape)
-        dq, dk, dv = attention.attention_backward(q, k, saved.v, saved.attn, saved.stats, state.segments, dattn)
+        dq, dk, dv = attention.attention_backward(
+            q, k, saved.v, saved.attn, saved.stats, state.segments, dattn
+        )
         if state.cos is not None and state.sin is not None:
-            dq, dk = apply_rotary(dq, state.cos, state.sin, back=True), apply_rotary(dk, state.cos, state.sin, back=True)
+            dq, dk = (
+                apply_rotary(dq, state.cos, state.sin, back=True),
+                apply_rotary(dk, state.cos, state.sin, back=True),
+            )
         if norms.q is not None and norms.k is not None:
             norms.q.weight_grads(dq, saved.q)
             norms.k.weight_grads(dk, saved.k)
@@ -262,13 +318,20 @@ class LayerBackward:
         dheads = block.join(dq, dk, dv)
         dn = linears.qkv.input_grad(dheads, needs_x)
         linears.qkv.weight_grads(saved.x, dheads, norms.attn.norm)
-        dn = self._through_router("attn", saved.x, norms.attn.norm, dn, (linears.qkv, linears.attn_out))
+        dn = self._through_router(
+            "attn", saved.x, norms.attn.norm, dn, (linears.qkv, linears.attn_out)
+        )
         if dn is not None:
             norms.attn.weight_grads(dn, saved.x)
         return dn
 
     def _through_router(
-        self, half: Literal["attn", "mlp"], x: Tensor, norm: DecoderNorm, dn: Tensor | None, linears: Sequence[LinearsBackward]
+        self,
+        half: Literal["attn", "mlp"],
+        x: Tensor,
+        norm: DecoderNorm,
+        dn: Tensor | None,
+        linears: Sequence[LinearsBackward],
     ) -> Tensor | None:
         """dn, the gradient of ``norm``'s output for x, with what comes to it through the router."""
         if self.router is None:

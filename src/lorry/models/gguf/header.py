@@ -1,8 +1,9 @@
 """The header of a GGUF file, checked against the file's size before anybody else opens it.
 
-GGUF readers have trusted sizes and offsets from the file (CVE-2026-27940, CVE-2025-53630, CVE-2026-33298). Here every count,
-length and offset must fit into the bytes that are really there, every key and every tensor has a name of its own, and no two
-tensors share bytes. Little-endian GGUF versions 2 and 3. What becomes of the tensors is `models.gguf.tensors`' matter.
+GGUF readers have trusted sizes and offsets from the file (CVE-2026-27940, CVE-2025-53630,
+CVE-2026-33298). Here every count, length and offset must fit into the bytes that are really there,
+every key and every tensor has a name of its own, and no two tensors share bytes. Little-endian GGUF
+versions 2 and 3. What becomes of the tensors is `models.gguf.tensors`' matter.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """values: {key: number or string} of the metadata, arrays and long strings left out; tensors by name."""
+    """values: {key: number or string} of the metadata, arrays and long strings left out; tensors by
+    name.
+    """
 
     values: dict[str, GgufValue]
     tensors: dict[str, GgufTensor]
@@ -74,13 +77,17 @@ class _BoundedReader:
     def _check(self, count: int, what: str) -> None:
         left = self.size - self.file.tell()
         if count > left:
-            raise ModelError(f"{self.path}: {what} claims {count} bytes where {left} are left; the file is truncated or hostile")
+            raise ModelError(
+                f"{self.path}: {what} claims {count} bytes where {left} are left; the file is truncated or hostile"
+            )
 
     def number(self, kind: str, what: str) -> int:
         return int(self.scalar(kind, what))
 
     def scalar(self, kind: str, what: str) -> int | float | bool:
-        value: int | float | bool = struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}"), what))[0]
+        value: int | float | bool = struct.unpack(
+            f"<{kind}", self.take(struct.calcsize(f"<{kind}"), what)
+        )[0]
         return value
 
     def text(self, what: str) -> str:
@@ -88,17 +95,26 @@ class _BoundedReader:
 
 
 def check_gguf(path: Path) -> GgufHeader:
-    """Walk the header. Raises ModelError when anything lies outside the file, or a key or a tensor is there twice."""
+    """Walk the header. Raises ModelError when anything lies outside the file, or a key or a tensor
+    is there twice.
+    """
     with path.open("rb") as file:
         reader = _BoundedReader(file, path, path.stat().st_size)
         if reader.take(4, "the magic number") != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file")
         version = reader.number("I", "the version")
         if version not in (2, 3):
-            raise ModelError(f"{path}: GGUF version {version}; versions 2 and 3 (little-endian) are read")
-        tensors, keys = reader.number("Q", "the number of tensors"), reader.number("Q", "the number of keys")
+            raise ModelError(
+                f"{path}: GGUF version {version}; versions 2 and 3 (little-endian) are read"
+            )
+        tensors, keys = (
+            reader.number("Q", "the number of tensors"),
+            reader.number("Q", "the number of keys"),
+        )
         if tensors > MAX_TENSORS or keys > MAX_KEYS:
-            raise ModelError(f"{path}: claims {tensors} tensors and {keys} keys; truncated or hostile")
+            raise ModelError(
+                f"{path}: claims {tensors} tensors and {keys} keys; truncated or hostile"
+            )
         values: dict[str, GgufValue] = {}
         seen: set[str] = set()
         for _ in range(keys):
@@ -141,7 +157,9 @@ def _skip_value(reader: _BoundedReader, kind: int, name: str, depth: int = 0) ->
         else:
             smallest = 8 if inner == STRING_TYPE else 12
             if count * smallest > reader.size:
-                raise ModelError(f"{reader.path}: {name} claims {count} entries; truncated or hostile")
+                raise ModelError(
+                    f"{reader.path}: {name} claims {count} entries; truncated or hostile"
+                )
             for _ in range(count):
                 _skip_value(reader, inner, name, depth + 1)
     else:
@@ -149,7 +167,9 @@ def _skip_value(reader: _BoundedReader, kind: int, name: str, depth: int = 0) ->
 
 
 def _check_tensors(reader: _BoundedReader, count: int, alignment: int) -> dict[str, GgufTensor]:
-    """Tensor descriptions, then each one's bytes against the end of the file and against the others'."""
+    """Tensor descriptions, then each one's bytes against the end of the file and against the
+    others'.
+    """
     described = []
     found: dict[str, GgufTensor] = {}
     for _ in range(count):
@@ -172,15 +192,23 @@ def _check_tensors(reader: _BoundedReader, count: int, alignment: int) -> dict[s
         for n in shape:
             numel *= n
         if not numel or numel % block or (shape and shape[0] % block):
-            raise ModelError(f"{reader.path}: {name} of shape {shape} does not divide into blocks of {block}")
+            raise ModelError(
+                f"{reader.path}: {name} of shape {shape} does not divide into blocks of {block}"
+            )
         end = offset + numel // block * bytes_per_block
         if offset % alignment or start + end > reader.size:
-            raise ModelError(f"{reader.path}: {name} lies outside the file (offset {offset}); truncated or hostile")
+            raise ModelError(
+                f"{reader.path}: {name} lies outside the file (offset {offset}); truncated or hostile"
+            )
         if name in found:
-            raise ModelError(f"{reader.path}: its header holds the tensor {name!r} twice; readers differ in which one they take")
+            raise ModelError(
+                f"{reader.path}: its header holds the tensor {name!r} twice; readers differ in which one they take"
+            )
         found[name] = GgufTensor(tuple(reversed(shape)), quantisation, start + offset)
         spans.append((offset, end, name))
     for (_, end, one), (begin, _, other) in pairwise(sorted(spans)):
         if begin < end:
-            raise ModelError(f"{reader.path}: {one} and {other} share bytes of the file; truncated or hostile")
+            raise ModelError(
+                f"{reader.path}: {one} and {other} share bytes of the file; truncated or hostile"
+            )
     return found

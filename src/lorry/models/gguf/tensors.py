@@ -6,8 +6,9 @@ transformers' reader fills what is missing at random, drops what it does not kno
     model, info = AutoModelForCausalLM.from_pretrained(..., config=config, output_loading_info=True)
     refuse_unfit(file, header, model, info)
 
-Half-converted files exist (llama.cpp's converters are stopped, disks run full), and variants of an architecture with biases or
-with rotary factors (Llama 3.1) under the plain architecture's name do as well.
+Half-converted files exist (llama.cpp's converters are stopped, disks run full), and variants of an
+architecture with biases or with rotary factors (Llama 3.1) under the plain architecture's name do
+as well.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
 
 from lorry.errors import ModelError
 from lorry.models.gguf.header import GgufHeader
@@ -33,28 +38,39 @@ from lorry.models.loading.accounting import refuse_loading_errors
 from lorry.models.loading.weights import refuse_not_finite
 
 ROTARY_FACTORS = "rope_freqs.weight"  # [head_dim / 2]: what each rotary frequency is divided by
-LLAMA3_CONTEXT = 8192  # original_max_position_embeddings of every Llama 3.x; its low and high frequency factors are 1 and 4
+# original_max_position_embeddings of every Llama 3.x; its low and high frequency factors are 1 and
+# 4
+LLAMA3_CONTEXT = 8192
 KNOWN_SCALING = frozenset({"type", "factor", "original_context_length", "finetuned"})
-OWN_SCALING = frozenset({"gpt-oss", "gpt_oss"})  # architectures whose scaling transformers' reader does take over
+OWN_SCALING = frozenset(
+    {"gpt-oss", "gpt_oss"}
+)  # architectures whose scaling transformers' reader does take over
 ROTARY_TOLERANCE = 1e-3  # relative; the factors are stored in fp32, the frequencies computed in it
 
 
 def read_gguf_config(file: Path, header: GgufHeader, source: dict[str, Any]) -> Any | None:
-    """transformers' config for the file with its rotary scaling; None where there is none, and what transformers reads by itself
-    will do (to read it here takes 10 s for a real vocabulary). Raises ModelError for a scaling that cannot be taken over.
+    """transformers' config for the file with its rotary scaling; None where there is none, and what
+    transformers reads by itself will do (to read it here takes 10 s for a real vocabulary). Raises
+    ModelError for a scaling that cannot be taken over.
 
-    ``source``: how to find the file with `from_pretrained`."""
+    ``source``: how to find the file with `from_pretrained`.
+    """
     kind = str(header.values.get("general.architecture"))
     parts = header.values.get("split.count", 1)
     if isinstance(parts, int) and parts > 1:
-        raise ModelError(f"{file} is one of {parts} parts of a model; join them first (llama-gguf-split --merge)")
+        raise ModelError(
+            f"{file} is one of {parts} parts of a model; join them first (llama-gguf-split --merge)"
+        )
     scaling = {} if kind in OWN_SCALING else _read_rope_scaling(file, header, kind)
     factors = rotary_factors(file, header)
     if factors is not None and not scaling and kind == "llama" and float(factors.max()) > 1:
         scaling = {
-            "rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "factor": float(factors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": LLAMA3_CONTEXT,
-        }  # fmt: skip
+        }
     if not scaling:
         return None
     config = AutoConfig.from_pretrained(str(file.parent), **source)
@@ -64,7 +80,11 @@ def read_gguf_config(file: Path, header: GgufHeader, source: dict[str, Any]) -> 
 
 def _read_rope_scaling(file: Path, header: GgufHeader, kind: str) -> dict[str, Any]:
     """`rope.scaling.*` of the metadata as transformers' rope_parameters; {} where there is none."""
-    said = {k.removeprefix(f"{kind}.rope.scaling."): v for k, v in header.values.items() if k.startswith(f"{kind}.rope.scaling.")}
+    said = {
+        k.removeprefix(f"{kind}.rope.scaling."): v
+        for k, v in header.values.items()
+        if k.startswith(f"{kind}.rope.scaling.")
+    }
     if f"{kind}.rope.scale_linear" in header.values:  # how older converters wrote it
         said = {"type": "linear", "factor": header.values[f"{kind}.rope.scale_linear"], **said}
     way, factor = said.get("type", "none"), said.get("factor", 1.0)
@@ -89,25 +109,42 @@ def rotary_factors(file: Path, header: GgufHeader) -> Tensor | None:
         return None
     stored = header.tensors[ROTARY_FACTORS]
     if stored.kind != GGMLQuantizationType.F32:  # what llama.cpp writes
-        raise ModelError(f"{file}: {ROTARY_FACTORS} is stored as {stored.kind.name}; rotary factors are read in F32 only")
+        raise ModelError(
+            f"{file}: {ROTARY_FACTORS} is stored as {stored.kind.name}; rotary factors are read in F32 only"
+        )
     values = numpy.fromfile(file, dtype="<f4", count=math.prod(stored.shape), offset=stored.begin)
     return torch.from_numpy(values.astype(numpy.float64))
 
 
 def refuse_unfit_gguf(file: Path, header: GgufHeader, model: Any, info: Any) -> None:
-    """Raise ModelError unless every tensor of the model came from one of the file, in its shape, every tensor of the file was
-    used, and every value is finite. ``info``: transformers' loading info."""
+    """Raise ModelError unless every tensor of the model came from one of the file, in its shape,
+    every tensor of the file was used, and every value is finite. ``info``: transformers' loading
+    info.
+    """
     named = _reader_names(header, model)
     by_name = {ours: theirs for theirs, ours in (named or {}).items()}
-    refuse_loading_errors(file, model, info, spelt=by_name, described_by="the file's metadata, or the file is incomplete")
+    refuse_loading_errors(
+        file,
+        model,
+        info,
+        spelt=by_name,
+        described_by="the file's metadata, or the file is incomplete",
+    )
     if named is not None:
         sources: dict[str, list[str]] = defaultdict(list)
         for theirs, ours in named.items():
             sources[ours].append(theirs)
         loaded = {ours for theirs, ours in named.items() if theirs in header.tensors}
-        halves = sorted(t for ours in loaded for t in sources[ours] if len(sources[ours]) > 1 and t not in header.tensors)
+        halves = sorted(
+            t
+            for ours in loaded
+            for t in sources[ours]
+            if len(sources[ours]) > 1 and t not in header.tensors
+        )
         if halves:  # gate and up of fused experts: the other half would be zeros
-            raise ModelError(f"{file}: {len(halves)} tensors missing for {type(model).__name__} ({', '.join(halves[:3])})")
+            raise ModelError(
+                f"{file}: {len(halves)} tensors missing for {type(model).__name__} ({', '.join(halves[:3])})"
+            )
         unknown = [t for t in header.tensors if t not in named and t != ROTARY_FACTORS]
         if unknown:
             raise ModelError(
@@ -115,25 +152,33 @@ def refuse_unfit_gguf(file: Path, header: GgufHeader, model: Any, info: Any) -> 
                 "without them it would be another model"
             )
     _refuse_rotary(file, header, model)
-    refuse_not_finite(file, ((by_name.get(n, n), t) for n, t in model.state_dict().items()), model.dtype)
+    refuse_not_finite(
+        file, ((by_name.get(n, n), t) for n, t in model.state_dict().items()), model.dtype
+    )
 
 
 def _reader_names(header: GgufHeader, model: Any) -> dict[str, str] | None:
-    """{name in the file: name in the model} as transformers' older reader maps them; None for the architectures of its newer
-    one, which reports whatever it does not expect."""
+    """{name in the file: name in the model} as transformers' older reader maps them; None for the
+    architectures of its newer one, which reports whatever it does not expect."""
     kind = str(header.values.get("general.architecture"))
     if is_gguf_arch_supported(kind):
         return None
     processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=model.config.to_dict())
-    found: dict[str, str] = get_gguf_hf_weights_map(_NamesOnlyModel.of(model, model.base_model_prefix), processor)
-    # experts are named without `.weight` in the map, since the model holds them as a parameter of its own
-    return {f"{theirs}.weight" if theirs.endswith("_exps") else theirs: ours for theirs, ours in found.items()}
+    found: dict[str, str] = get_gguf_hf_weights_map(
+        _NamesOnlyModel.of(model, model.base_model_prefix), processor
+    )
+    # experts are named without `.weight` in the map, since the model holds them as a parameter of
+    # its own
+    return {
+        f"{theirs}.weight" if theirs.endswith("_exps") else theirs: ours
+        for theirs, ours in found.items()
+    }
 
 
 @dataclass(frozen=True)
 class _NamesOnlyModel:
-    """The names in a model and in its body: all that transformers' map looks at, which would ask every module of a model of 30
-    layers for another 10 s and learn nothing from it."""
+    """The names in a model and in its body: all that transformers' map looks at, which would ask
+    every module of a model of 30 layers for another 10 s and learn nothing from it."""
 
     config: Any
     names: dict[str, None]
@@ -157,10 +202,16 @@ def _refuse_rotary(file: Path, header: GgufHeader, model: Any) -> None:
     factors = rotary_factors(file, header)
     if factors is None:
         return
-    base = float(header.values.get(f"{header.values.get('general.architecture')}.rope.freq_base", 10000.0))
+    base = float(
+        header.values.get(f"{header.values.get('general.architecture')}.rope.freq_base", 10000.0)
+    )
     places = torch.arange(len(factors), dtype=torch.float64) / len(factors)
     wanted = base**-places / factors
-    tables = [t.double() for n, t in model.named_buffers() if n.endswith("inv_freq") and t.shape == wanted.shape]
+    tables = [
+        t.double()
+        for n, t in model.named_buffers()
+        if n.endswith("inv_freq") and t.shape == wanted.shape
+    ]
     if not any(torch.allclose(t, wanted, rtol=ROTARY_TOLERANCE, atol=1e-12) for t in tables):
         raise ModelError(
             f"{file}: {ROTARY_FACTORS} holds rotary factors (up to {float(factors.max()):g}) of no scaling known for this "

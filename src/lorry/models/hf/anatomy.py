@@ -1,7 +1,8 @@
-"""Where a foreign causal model keeps its layers, where its body ends, and what its own code does after that. Read, never edited.
+"""Where a foreign causal model keeps its layers, where its body ends, and what its own code does
+after that. Read, never edited.
 
-Nothing is assumed from names alone: a body counts as found when the model's own forward, given that body's output for random
-tokens, makes of it exactly the logits the whole model gives.
+Nothing is assumed from names alone: a body counts as found when the model's own forward, given that
+body's output for random tokens, makes of it exactly the logits the whole model gives.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ MAX_TEXT_TOKENS = 4096  # different tokens that random sequences are made of
 
 
 class _HiddenOnlyOutput(BaseModelOutputWithPast):
-    """Hidden states alone: whatever else a model's forward looks for (router logits, states to pass on) is absent."""
+    """Hidden states alone: whatever else a model's forward looks for (router logits, states to pass
+    on) is absent.
+    """
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -44,8 +47,8 @@ def find_layers(inner: Any) -> list[nn.Module]:
 
 
 def logits_from_hidden(inner: Any, body: str, hidden: Tensor) -> Tensor:
-    """What the model's own forward makes of given hidden states [t,D]: the logits [t,V]. The model itself is not touched: a copy
-    of its shell, sharing every layer, has the body replaced."""
+    """What the model's own forward makes of given hidden states [t,D]: the logits [t,V]. The model
+    itself is not touched: a copy of its shell, sharing every layer, has the body replaced."""
     shell = node = copy.copy(inner)
     *parents, leaf = body.split(".")
     for name in parents:
@@ -59,7 +62,9 @@ def logits_from_hidden(inner: Any, body: str, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def find_body(inner: Any) -> tuple[str | None, bool]:
-    """(path of the body, whether logits are plainly head(hidden)), proven on random tokens; (None, False) if nothing fits."""
+    """(path of the body, whether logits are plainly head(hidden)), proven on random tokens; (None,
+    False) if nothing fits.
+    """
     ids = _random_ids(inner)
     mask = torch.ones_like(ids)
     expected = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits.flatten(0, 1)
@@ -72,7 +77,8 @@ def find_body(inner: Any) -> tuple[str | None, bool]:
             hidden = out.last_hidden_state.flatten(0, 1)
             some = torch.arange(0, hidden.shape[0], 2, device=hidden.device)
             exact = all(
-                _equal_to_rounding(logits_from_hidden(inner, body, hidden[rows]), expected[rows]) for rows in (slice(None), some)
+                _equal_to_rounding(logits_from_hidden(inner, body, hidden[rows]), expected[rows])
+                for rows in (slice(None), some)
             )
             plain = isinstance(head, nn.Linear) and _equal_to_rounding(head(hidden), expected)
         except (AttributeError, TypeError, ValueError, RuntimeError, KeyError):
@@ -83,10 +89,16 @@ def find_body(inner: Any) -> tuple[str | None, bool]:
 
 
 def list_text_tokens(inner: Any) -> list[int]:
-    """Ids that stand for text alone, a few thousand at most: an image's placeholder, padding or a mask are read otherwise."""
+    """Ids that stand for text alone, a few thousand at most: an image's placeholder, padding or a
+    mask are read otherwise.
+    """
     known = min(int(inner.get_input_embeddings().weight.shape[0]), MAX_TEXT_TOKENS)
     said = {**inner.config.to_dict(), **inner.config.get_text_config().to_dict()}
-    special = {v for k, v in said.items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
+    special = {
+        v
+        for k, v in said.items()
+        if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)
+    }
     return [t for t in range(known) if t not in special] or list(range(known))
 
 
@@ -102,7 +114,10 @@ def counts_from_zero(inner: Any, body: str | None) -> bool:
     part = inner if body is None else inner.get_submodule(body)
     places = torch.arange(PROBE[1], device=ids.device).expand(PROBE)
     try:
-        outs = [part(input_ids=ids, attention_mask=mask, use_cache=False, **more) for more in ({}, {"position_ids": places})]
+        outs = [
+            part(input_ids=ids, attention_mask=mask, use_cache=False, **more)
+            for more in ({}, {"position_ids": places})
+        ]
     except (TypeError, LookupError, ValueError, RuntimeError):
         return False  # positions are wanted in another shape
     found, expected = (out.logits if body is None else out.last_hidden_state for out in outs)
@@ -119,4 +134,6 @@ def _random_ids(inner: Any) -> Tensor:
 def _equal_to_rounding(a: Tensor, b: Tensor) -> bool:
     """Equal up to the rounding of one matrix product done in another shape."""
     loose = torch.finfo(a.dtype).eps * 8
-    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=loose, atol=loose * float(b.float().abs().max()))
+    return a.shape == b.shape and torch.allclose(
+        a.float(), b.float(), rtol=loose, atol=loose * float(b.float().abs().max())
+    )

@@ -1,7 +1,9 @@
-"""Keys and values of sequences that a transformers model is generating, behind the face of the decoder's own cache.
+"""Keys and values of sequences that a transformers model is generating, behind the face of the
+decoder's own cache.
 
-transformers' caches grow at the end for all rows alike, so prompts that were read together form a group, padded on the left,
-with a cache of the model's own kind; groups of plain caches are joined before they grow. B rows in all.
+transformers' caches grow at the end for all rows alike, so prompts that were read together form a
+group, padded on the left, with a cache of the model's own kind; groups of plain caches are joined
+before they grow. B rows in all.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from lorry.models.hf.frames import PaddedFrame
 
 @dataclass
 class _CacheGroup:
-    """rows: which rows of the cache, in order; mask [b, L]: real tokens; state: transformers' cache."""
+    """rows: which rows of the cache, in order; mask [b, L]: real tokens; state: transformers'
+    cache.
+    """
 
     rows: list[int]
     mask: Tensor
@@ -30,20 +34,28 @@ class _CacheGroup:
 
 
 class HfCache:
-    """``lengths`` [B] int64 counts each row's tokens, as in the decoder's cache; ``make`` gives an empty cache of the model's."""
+    """``lengths`` [B] int64 counts each row's tokens, as in the decoder's cache; ``make`` gives an
+    empty cache of the model's.
+    """
 
     def __init__(self, rows: int, device: torch.device, make: Callable[[], Any]) -> None:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self._make = make
         self._groups: list[_CacheGroup] = []
 
-    def extend(self, packed: PackedInput, rows: Tensor, *, decoding: bool) -> Iterator[tuple[PaddedFrame, Tensor, Any]]:
-        """The frames to run, each with the mask [b, L] over everything its rows hold by then, and the cache it extends."""
+    def extend(
+        self, packed: PackedInput, rows: Tensor, *, decoding: bool
+    ) -> Iterator[tuple[PaddedFrame, Tensor, Any]]:
+        """The frames to run, each with the mask [b, L] over everything its rows hold by then, and
+        the cache it extends.
+        """
         device = packed.tokens.device
         if not decoding:
             starts = [start for start, _ in packed.segments]
             owners = rows[torch.tensor(starts, device=rows.device)].tolist()
-            self._narrow({row: row for group in self._groups for row in group.rows if row not in owners})
+            self._narrow(
+                {row: row for group in self._groups for row in group.rows if row not in owners}
+            )
             counts = torch.tensor([stop - start for start, stop in packed.segments], device=device)
             self.lengths = self.lengths.index_copy(0, torch.tensor(owners, device=device), counts)
             frame = PaddedFrame(list(packed.segments), device, left=True)
@@ -80,8 +92,10 @@ class HfCache:
 
 
 def _join_groups(groups: list[_CacheGroup]) -> list[_CacheGroup]:
-    """One group of several, padded on the left to the longest, where every layer's cache is plain keys and values; else as it was
-    (sliding windows and recurrent states cannot be shifted; such groups go on side by side)."""
+    """One group of several, padded on the left to the longest, where every layer's cache is plain
+    keys and values; else as it was (sliding windows and recurrent states cannot be shifted; such
+    groups go on side by side).
+    """
     plain = all(type(layer) is DynamicLayer for group in groups for layer in group.state.layers)
     if len(groups) < 2 or not plain:
         return groups
@@ -91,7 +105,11 @@ def _join_groups(groups: list[_CacheGroup]) -> list[_CacheGroup]:
     for i, layer in enumerate(first.layers):
         for part in ("keys", "values"):
             held = [getattr(group.state.layers[i], part) for group in groups]
-            setattr(layer, part, torch.cat([F.pad(x, (0, 0, pad, 0)) for x, pad in zip(held, pads, strict=True)]))
+            setattr(
+                layer,
+                part,
+                torch.cat([F.pad(x, (0, 0, pad, 0)) for x, pad in zip(held, pads, strict=True)]),
+            )
     mask = torch.cat([F.pad(group.mask, (pad, 0)) for group, pad in zip(groups, pads, strict=True)])
     return [_CacheGroup([row for group in groups for row in group.rows], mask, first)]
 
@@ -106,11 +124,18 @@ class RecomputeCache:
         self._tokens: list[list[int]] = [[] for _ in range(rows)]
 
     def extend(self, packed: PackedInput, rows: Tensor, *, decoding: bool) -> PackedInput:
-        """Take whole prompts, or one more token for every row; returns all tokens of the rows that were named, in order."""
+        """Take whole prompts, or one more token for every row; returns all tokens of the rows that
+        were named, in order.
+        """
         owners = [int(rows[start]) for start, _ in packed.segments]
         for row, (start, stop) in zip(owners, packed.segments, strict=True):
-            self._tokens[row] = [*(self._tokens[row] if decoding else ()), *packed.tokens[start:stop].tolist()]
-        self.lengths = torch.tensor([len(tokens) for tokens in self._tokens], device=self.lengths.device)
+            self._tokens[row] = [
+                *(self._tokens[row] if decoding else ()),
+                *packed.tokens[start:stop].tolist(),
+            ]
+        self.lengths = torch.tensor(
+            [len(tokens) for tokens in self._tokens], device=self.lengths.device
+        )
         return PackedInput.of([self._tokens[row] for row in owners], packed.tokens.device)
 
     def keep(self, rows: Tensor) -> None:
@@ -121,10 +146,14 @@ class RecomputeCache:
 
 
 def repeat_context_per_token(call: AdapterContext, whole: PackedInput) -> AdapterContext:
-    """The call of one token per sequence, for all tokens of those sequences. Generation's gates are constants."""
+    """The call of one token per sequence, for all tokens of those sequences. Generation's gates are
+    constants.
+    """
     starts = [start for start, _ in whole.segments] + [whole.tokens.numel()]
     terms = (
-        term if term.rows is None else replace(term, rows=slice(starts[term.rows.start], starts[term.rows.stop]))
+        term
+        if term.rows is None
+        else replace(term, rows=slice(starts[term.rows.start], starts[term.rows.stop]))
         for term in call.mix.terms
     )
     return replace(call, mix=Mix(tuple(terms)), noise=None)

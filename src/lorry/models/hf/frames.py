@@ -1,7 +1,9 @@
-"""Packed tokens as padded batches and back, with the call that goes with them: for models that know no packing.
+"""Packed tokens as padded batches and back, with the call that goes with them: for models that know
+no packing.
 
-A frame is a few packed sequences of similar length laid out as [S, L]. Its call says, for frame positions, what the packed call
-says for packed positions. T packed tokens, S sequences, L padded length.
+A frame is a few packed sequences of similar length laid out as [S, L]. Its call says, for frame
+positions, what the packed call says for packed positions. T packed tokens, S sequences, L padded
+length.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ TokenSpan = tuple[int, int]
 
 @dataclass(frozen=True)
 class PaddedFrame:
-    """spans: (start, stop) in the packed tokens; padding stands on the right, or on the left for generation."""
+    """spans: (start, stop) in the packed tokens; padding stands on the right, or on the left for
+    generation.
+    """
 
     spans: Sequence[TokenSpan]
     device: torch.device
@@ -45,13 +49,18 @@ class PaddedFrame:
     @cached_property
     def places(self) -> Tensor:
         """[n] flattened frame position of the same tokens."""
-        parts = [torch.arange(o, o + stop - start) for o, (start, stop) in zip(self.offsets, self.spans, strict=True)]
+        parts = [
+            torch.arange(o, o + stop - start)
+            for o, (start, stop) in zip(self.offsets, self.spans, strict=True)
+        ]
         return torch.cat(parts).to(self.device)
 
     def fill(self, packed: Tensor) -> Tensor:
         """[T] -> [S, L], zero at the padding."""
         flat = packed.new_zeros(len(self.spans) * self.length)
-        return flat.index_copy(0, self.places, packed.index_select(0, self.rows)).view(len(self.spans), self.length)
+        return flat.index_copy(0, self.places, packed.index_select(0, self.rows)).view(
+            len(self.spans), self.length
+        )
 
     def mask(self) -> Tensor:
         """[S, L] int64, 1 at real tokens."""
@@ -63,8 +72,8 @@ class PaddedFrame:
         return framed.flatten(0, 1).index_select(0, self.places)
 
     def call(self, call: AdapterContext) -> AdapterContext:
-        """The same mix and noise for this frame's positions. A sequence that a term covers only in part gets a gate of zeros
-        elsewhere; so does the padding under a tensor gate."""
+        """The same mix and noise for this frame's positions. A sequence that a term covers only in
+        part gets a gate of zeros elsewhere; so does the padding under a tensor gate."""
         terms = [framed for term in call.mix.terms for framed in self._term(term)]
         noise = None if call.noise is None else self._noise(call.noise)
         return replace(call, mix=Mix(tuple(terms)), noise=noise)
@@ -73,7 +82,11 @@ class PaddedFrame:
         gate = term.gate
         if term.rows is None and not isinstance(gate, Tensor):
             return [term]
-        start, stop = (0, max(b for _, b in self.spans)) if term.rows is None else (term.rows.start, term.rows.stop)
+        start, stop = (
+            (0, max(b for _, b in self.spans))
+            if term.rows is None
+            else (term.rows.start, term.rows.stop)
+        )
         touched = [i for i, (a, b) in enumerate(self.spans) if a < stop and b > start]
         if not touched:
             return []
@@ -82,11 +95,27 @@ class PaddedFrame:
         if whole and not isinstance(gate, Tensor):
             if len(touched) == len(self.spans):
                 return [MixTerm(term.adapter, None, gate)]
-            return [MixTerm(term.adapter, slice(touched[0] * self.length, (touched[-1] + 1) * self.length), gate)]
+            return [
+                MixTerm(
+                    term.adapter,
+                    slice(touched[0] * self.length, (touched[-1] + 1) * self.length),
+                    gate,
+                )
+            ]
         inside = (self.rows >= start) & (self.rows < stop)
         rows, places = self.rows[inside], self.places[inside]
-        values = gate[rows - start] if isinstance(gate, Tensor) else torch.full(rows.shape, float(gate), device=self.device)
-        return [MixTerm(term.adapter, None, values.new_zeros(len(self.spans) * self.length).index_copy(0, places, values))]
+        values = (
+            gate[rows - start]
+            if isinstance(gate, Tensor)
+            else torch.full(rows.shape, float(gate), device=self.device)
+        )
+        return [
+            MixTerm(
+                term.adapter,
+                None,
+                values.new_zeros(len(self.spans) * self.length).index_copy(0, places, values),
+            )
+        ]
 
     def _noise(self, noise: DropoutNoise) -> DropoutNoise:
         assert noise.rows is None, "a narrowed call is for the head alone"
@@ -104,8 +133,12 @@ class PaddedFrame:
         return DropoutNoise(noise.seed, noise.step, tuple(keys), tuple(starts))
 
 
-def build_padded_frames(segments: Sequence[TokenSpan], device: torch.device, slack: float = 1.25) -> list[PaddedFrame]:
-    """Right-padded frames of sequences of similar length: none is padded to more than ``slack`` times its own."""
+def build_padded_frames(
+    segments: Sequence[TokenSpan], device: torch.device, slack: float = 1.25
+) -> list[PaddedFrame]:
+    """Right-padded frames of sequences of similar length: none is padded to more than ``slack``
+    times its own.
+    """
     groups: list[list[TokenSpan]] = []
     for span in sorted(segments, key=lambda s: s[1] - s[0]):
         shortest = groups[-1][0] if groups else None
@@ -125,5 +158,9 @@ def unpad_frames(parts: Sequence[tuple[PaddedFrame, Tensor]]) -> Tensor:
 
 
 def depends_on_position(call: AdapterContext) -> bool:
-    """Whether a call treats tokens differently by where they stand (per-sequence terms, gates, dropout)."""
-    return call.noise is not None or any(t.rows is not None or isinstance(t.gate, Tensor) for t in call.mix.terms)
+    """Whether a call treats tokens differently by where they stand (per-sequence terms, gates,
+    dropout).
+    """
+    return call.noise is not None or any(
+        t.rows is not None or isinstance(t.gate, Tensor) for t in call.mix.terms
+    )

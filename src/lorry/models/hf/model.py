@@ -1,8 +1,10 @@
-"""Any causal language model of transformers behind the decoder's face: same packed tokens, same mixes, same bank, more slowly.
+"""Any causal language model of transformers behind the decoder's face: same packed tokens, same
+mixes, same bank, more slowly.
 
-The model is used through its own forward and never edited. Where its body ends, and that its own code after that (a plain head,
-a softcap, a scale) can be run apart, is found out and proven once in `hf_anatomy`; if it cannot be, whole logits are kept in
-place of hidden states: nothing is dropped silently.
+The model is used through its own forward and never edited. Where its body ends, and that its own
+code after that (a plain head, a softcap, a scale) can be run apart, is found out and proven once in
+`hf_anatomy`; if it cannot be, whole logits are kept in place of hidden states: nothing is dropped
+silently.
 """
 
 from __future__ import annotations
@@ -26,12 +28,29 @@ from lorry.adapters.mix import AdapterContext
 from lorry.errors import ContractError, ModelError
 from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.model import DecoderOutput, HiddenStates, PackedInput
-from lorry.models.hf.anatomy import counts_from_zero, find_body, find_layers, list_text_tokens, logits_from_hidden
+from lorry.models.hf.anatomy import (
+    counts_from_zero,
+    find_body,
+    find_layers,
+    list_text_tokens,
+    logits_from_hidden,
+)
 from lorry.models.hf.cache import HfCache, RecomputeCache, repeat_context_per_token
-from lorry.models.hf.frames import PaddedFrame, build_padded_frames, depends_on_position, unpad_frames
+from lorry.models.hf.frames import (
+    PaddedFrame,
+    build_padded_frames,
+    depends_on_position,
+    unpad_frames,
+)
 
 PROBE_TOKENS = 16  # of the text that shows which layers train
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
+CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "n_ctx",
+)
 
 
 class _EarlyStop(Exception):
@@ -39,12 +58,14 @@ class _EarlyStop(Exception):
 
 
 class HfModel(CausalLM):
-    """``inner``: a transformers causal model. Module paths, state-dict names and layers are those of ``inner``: both share one
-    table of children, so an adapter attached to this model sits in that one.
+    """``inner``: a transformers causal model. Module paths, state-dict names and layers are those
+    of ``inner``: both share one table of children, so an adapter attached to this model sits in
+    that one.
 
-    ``recomputes``: "" where generation uses the model's cache, else why every token is made from the whole sequence anew.
-    ``head`` is the output layer when logits are plainly head(hidden), else None; ``body`` the path of the part that ends in
-    hidden states, or None when only whole logits can be trusted (then ``hidden().last`` is [T, V] and ``logits`` the identity).
+    ``recomputes``: "" where generation uses the model's cache, else why every token is made from
+    the whole sequence anew. ``head`` is the output layer when logits are plainly head(hidden), else
+    None; ``body`` the path of the part that ends in hidden states, or None when only whole logits
+    can be trusted (then ``hidden().last`` is [T, V] and ``logits`` the identity).
     """
 
     family = None
@@ -62,13 +83,17 @@ class HfModel(CausalLM):
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[table] = inner.__dict__[table]
         if self.body is None and notes is not None:
-            notes.append(f"{type(inner).__name__} computes its logits in a way Lorry cannot split; they are kept whole, [T, V]")
+            notes.append(
+                f"{type(inner).__name__} computes its logits in a way Lorry cannot split; they are kept whole, [T, V]"
+            )
         takes = inspect.signature(self._target().forward).parameters
         self._positioned = "position_ids" in takes
         if "past_key_values" not in takes:
             self.recomputes = f"{type(inner).__name__} takes no past_key_values"
         elif self._positioned and not counts_from_zero(inner, self.body):
-            self.recomputes = f"{type(inner).__name__} counts its positions from its text and not from 0"
+            self.recomputes = (
+                f"{type(inner).__name__} counts its positions from its text and not from 0"
+            )
 
     # --- what the bank and the engine ask of a model
 
@@ -103,7 +128,9 @@ class HfModel(CausalLM):
         return self.inner.get_input_embeddings()
 
     def train(self, mode: bool = True) -> HfModel:
-        """The base's own dropout stays off, as in the decoder: only the flag of this module changes."""
+        """The base's own dropout stays off, as in the decoder: only the flag of this module
+        changes.
+        """
         self.training = mode
         return self
 
@@ -113,9 +140,13 @@ class HfModel(CausalLM):
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None:
-        """Recompute each layer in backward, under the call its forward had. Raises ModelError if no layers can be found."""
+        """Recompute each layer in backward, under the call its forward had. Raises ModelError if no
+        layers can be found.
+        """
         if on and not self.layers:
-            raise ModelError(f"{type(self.inner).__name__}: no list of layers found; train it without gradient_checkpointing")
+            raise ModelError(
+                f"{type(self.inner).__name__}: no list of layers found; train it without gradient_checkpointing"
+            )
         for layer in self.layers:
             layer.__dict__.pop("forward", None)
             if on:
@@ -125,10 +156,20 @@ class HfModel(CausalLM):
     # --- the three ways in, as in the decoder
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> DecoderOutput:
-        """input_ids [B,T] -> logits [B,T,V]; attention_mask [B,T] may mark padding on either side; its logits are zero."""
-        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        """input_ids [B,T] -> logits [B,T,V]; attention_mask [B,T] may mark padding on either side;
+        its logits are zero.
+        """
+        keep = (
+            torch.ones_like(input_ids, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
         ends = keep.sum(1).cumsum(0).tolist()
-        packed = PackedInput(input_ids[keep], (keep.cumsum(1) - 1)[keep], list(zip([0, *ends[:-1]], ends, strict=True)))
+        packed = PackedInput(
+            input_ids[keep],
+            (keep.cumsum(1) - 1)[keep],
+            list(zip([0, *ends[:-1]], ends, strict=True)),
+        )
         bank: AdapterBank | None = self.__dict__.get("lorry_bank")
         call = AdapterContext() if bank is None else AdapterContext(bank.active)
         logits = self.logits(self.hidden(packed, call).last, call)
@@ -137,18 +178,35 @@ class HfModel(CausalLM):
         return DecoderOutput(out)
 
     def hidden(
-        self, packed: PackedInput, call: AdapterContext, *, taps: Collection[int] = (), stop: int | None = None
+        self,
+        packed: PackedInput,
+        call: AdapterContext,
+        *,
+        taps: Collection[int] = (),
+        stop: int | None = None,
     ) -> HiddenStates:
-        """As `Decoder.hidden`: last [T,D] (or [T,V] without a body), taps {layer: [T,D]}, an early stop after layer ``stop``."""
+        """As `Decoder.hidden`: last [T,D] (or [T,V] without a body), taps {layer: [T,D]}, an early
+        stop after layer ``stop``.
+        """
         parts = build_padded_frames(packed.segments, packed.tokens.device)
         lasts: list[tuple[PaddedFrame, Tensor]] = []
         seen: dict[int, list[tuple[PaddedFrame, Tensor]]] = {i: [] for i in taps}
         for frame in parts:
             with self._capture_layers(taps, stop) as tapped, suppress(_EarlyStop):
-                lasts.append((frame, frame.take(self._body(frame, frame.fill(packed.tokens), frame.mask(), call))))
+                lasts.append(
+                    (
+                        frame,
+                        frame.take(
+                            self._body(frame, frame.fill(packed.tokens), frame.mask(), call)
+                        ),
+                    )
+                )
             for i in taps:
                 seen[i].append((frame, frame.take(tapped[i])))
-        return HiddenStates(unpad_frames(lasts) if lasts else None, {i: unpad_frames(found) for i, found in seen.items()})
+        return HiddenStates(
+            unpad_frames(lasts) if lasts else None,
+            {i: unpad_frames(found) for i, found in seen.items()},
+        )
 
     def logits(self, hidden: Tensor | None, call: AdapterContext) -> Tensor:
         """[t,D] -> [t,V], by the model's own code after its body, softcap and scale included."""
@@ -165,20 +223,37 @@ class HfModel(CausalLM):
         return HfCache(rows, self.device, lambda: DynamicCache(config=self.inner.config))
 
     def cached(
-        self, packed: PackedInput, rows: Tensor, cache: HfCache | RecomputeCache, call: AdapterContext, *, decoding: bool
+        self,
+        packed: PackedInput,
+        rows: Tensor,
+        cache: HfCache | RecomputeCache,
+        call: AdapterContext,
+        *,
+        decoding: bool,
     ) -> Tensor:
-        """As `Decoder.cached`: whole prompts of cache rows, or one token for every row; returns hidden states [T,D]."""
+        """As `Decoder.cached`: whole prompts of cache rows, or one token for every row; returns
+        hidden states [T,D].
+        """
         if isinstance(cache, RecomputeCache):
             whole = cache.extend(packed, rows, decoding=decoding)
-            last = self.hidden(whole, repeat_context_per_token(call, whole) if decoding else call).last
+            last = self.hidden(
+                whole, repeat_context_per_token(call, whole) if decoding else call
+            ).last
             assert last is not None
             return last[[stop - 1 for _, stop in whole.segments]] if decoding else last
         parts = []
         for frame, mask, state in cache.extend(packed, rows, decoding=decoding):
             options = {"past_key_values": state, "use_cache": True}
-            if self._positioned:  # in a row padded on its left a model counts the padding, unless it is told
+            if (
+                self._positioned
+            ):  # in a row padded on its left a model counts the padding, unless it is told
                 options["position_ids"] = frame.fill(packed.positions)
-            parts.append((frame, frame.take(self._body(frame, frame.fill(packed.tokens), mask, call, **options))))
+            parts.append(
+                (
+                    frame,
+                    frame.take(self._body(frame, frame.fill(packed.tokens), mask, call, **options)),
+                )
+            )
         return unpad_frames(parts)
 
     def reached(self, paths: Collection[str]) -> set[str]:
@@ -200,7 +275,9 @@ class HfModel(CausalLM):
         def watch(kind: str) -> Callable[..., Any]:
             def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
                 if kind not in found:
-                    found[kind] = torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True)
+                    found[kind] = torch.zeros(
+                        (), dtype=out.dtype, device=out.device, requires_grad=True
+                    )
                 return out + found[kind]
 
             return hook
@@ -212,16 +289,29 @@ class HfModel(CausalLM):
             for path, kind in kinds.items():
                 hooks.callback(self.get_submodule(path).register_forward_hook(watch(kind)).remove)
             logits = self.logits(
-                self.hidden(PackedInput.of([[known[i] for i in picks.tolist()]], self.device), AdapterContext()).last,
+                self.hidden(
+                    PackedInput.of([[known[i] for i in picks.tolist()]], self.device),
+                    AdapterContext(),
+                ).last,
                 AdapterContext(),
             )
             if logits.requires_grad:
-                logits.float().backward(torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits))
-        trained = {kind for kind, probe in found.items() if probe.grad is not None and bool(probe.grad != 0)}
+                logits.float().backward(
+                    torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
+                )
+        trained = {
+            kind
+            for kind, probe in found.items()
+            if probe.grad is not None and bool(probe.grad != 0)
+        }
         return {path for path, kind in kinds.items() if kind in trained}
 
-    def save_inner(self, path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], shard_bytes: int) -> None:
-        """Write the directory as transformers does, with its own on-disk names; ``config`` replaces fields of the model's."""
+    def save_inner(
+        self, path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], shard_bytes: int
+    ) -> None:
+        """Write the directory as transformers does, with its own on-disk names; ``config`` replaces
+        fields of the model's.
+        """
         shell = copy.copy(self.inner)
         shell.config = copy.deepcopy(self.inner.config)
         for key, value in config.items():
@@ -234,19 +324,29 @@ class HfModel(CausalLM):
     def _target(self) -> Any:
         return self.inner if self.body is None else self.inner.get_submodule(self.body)
 
-    def _body(self, frame: PaddedFrame, ids: Tensor, mask: Tensor, call: AdapterContext, **options: Any) -> Tensor:
-        """Run the model up to its hidden states, [S, L, D] (or to its logits), with the call where the bank's layers see it."""
+    def _body(
+        self, frame: PaddedFrame, ids: Tensor, mask: Tensor, call: AdapterContext, **options: Any
+    ) -> Tensor:
+        """Run the model up to its hidden states, [S, L, D] (or to its logits), with the call where
+        the bank's layers see it.
+        """
         framed = frame.call(call)
         with use_adapter_context(framed), self._rows_checked(frame, framed):
-            out = self._target()(input_ids=ids, attention_mask=mask, **{"use_cache": False, **options})
+            out = self._target()(
+                input_ids=ids, attention_mask=mask, **{"use_cache": False, **options}
+            )
         return out.logits if self.body is None else out.last_hidden_state
 
     @contextmanager
-    def _capture_layers(self, taps: Collection[int], stop: int | None) -> Iterator[dict[int, Tensor]]:
+    def _capture_layers(
+        self, taps: Collection[int], stop: int | None
+    ) -> Iterator[dict[int, Tensor]]:
         """Collect the outputs of some layers, and end the pass after layer ``stop``."""
         wanted = {*taps, *(() if stop is None else (stop,))}
         if wanted and max(wanted) >= len(self.layers):
-            raise ModelError(f"layer {max(wanted)} was asked for; {type(self.inner).__name__} shows {len(self.layers)} layers")
+            raise ModelError(
+                f"layer {max(wanted)} was asked for; {type(self.inner).__name__} shows {len(self.layers)} layers"
+            )
         got: dict[int, Tensor] = {}
 
         def watch(i: int) -> Callable[..., None]:
@@ -264,7 +364,9 @@ class HfModel(CausalLM):
 
     @contextmanager
     def _rows_checked(self, frame: PaddedFrame, call: AdapterContext) -> Iterator[None]:
-        """Under a call that goes by position, every adapted layer must see the frame's tokens, all of them and in order."""
+        """Under a call that goes by position, every adapted layer must see the frame's tokens, all
+        of them and in order.
+        """
         bank: AdapterBank | None = self.__dict__.get("lorry_bank")
         if bank is None or not depends_on_position(call):
             yield
@@ -304,6 +406,13 @@ def _recompute_with_context(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
         call = AMBIENT_CONTEXT.get()
         contexts = lambda: (nullcontext(), use_adapter_context(call))  # noqa: E731
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=contexts,
+            **kwargs,
+        )
 
     return run

@@ -3,8 +3,8 @@
     inner, info = AutoModelForCausalLM.from_pretrained(..., ignore_mismatched_sizes=True, output_loading_info=True)
     refuse_unfit(directory, inner, info, entries(directory), notes)
 
-transformers itself only warns: it fills what is missing with random numbers, keeps the last of two tensors that mean one, and
-drops what it does not expect.
+transformers itself only warns: it fills what is missing with random numbers, keeps the last of two
+tensors that mean one, and drops what it does not expect.
 """
 
 from __future__ import annotations
@@ -20,17 +20,27 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lorry.errors import ModelError
-from lorry.models.loading.weights import FLOAT_DTYPES, RECOMPUTED_BUFFERS, TensorEntry, refuse_damaged_buffers, refuse_not_finite
+from lorry.models.loading.weights import (
+    FLOAT_DTYPES,
+    RECOMPUTED_BUFFERS,
+    TensorEntry,
+    refuse_damaged_buffers,
+    refuse_not_finite,
+)
 
 EXPERT_TENSOR = re.compile(r"(?P<before>.*\b)experts\.(?P<number>\d{1,6})\.(?P<after>.+)")
 
 
 def refuse_unfit_tensors(
-    where: Path, inner: Any, info: Mapping[str, Any], found: Mapping[str, TensorEntry], notes: list[str]
+    where: Path,
+    inner: Any,
+    info: Mapping[str, Any],
+    found: Mapping[str, TensorEntry],
+    notes: list[str],
 ) -> None:
-    """Raise ModelError unless the tensors of ``found`` (by their names in the files) are those of ``inner``,
-    each once, and every value is finite. ``info``: transformers' loading info. Tensors that transformers'
-    class leaves out by design go to ``notes``."""
+    """Raise ModelError unless the tensors of ``found`` (by their names in the files) are those of
+    ``inner``, each once, and every value is finite. ``info``: transformers' loading info. Tensors
+    that transformers' class leaves out by design go to ``notes``."""
     refuse_loading_errors(where, inner, info)
     refuse_packed_weights(where, inner, found)
     refuse_duplicate_tensors(where, inner, found)
@@ -39,18 +49,31 @@ def refuse_unfit_tensors(
     refuse_untied_weights(where, inner, found)
     if dropped := list_ignored_keys(inner, found):
         some = ", ".join(dropped[:3])
-        notes.append(f"{where}: {len(dropped)} tensors are no part of {type(inner).__name__} and were left out ({some})")
+        notes.append(
+            f"{where}: {len(dropped)} tensors are no part of {type(inner).__name__} and were left out ({some})"
+        )
     refuse_not_finite(where, inner.state_dict().items(), inner.dtype)
 
 
 def refuse_loading_errors(
-    where: Path, inner: Any, info: Mapping[str, Any], *, spelt: Mapping[str, str] | None = None, described_by: str = "config.json"
+    where: Path,
+    inner: Any,
+    info: Mapping[str, Any],
+    *,
+    spelt: Mapping[str, str] | None = None,
+    described_by: str = "config.json",
 ) -> None:
-    """Raise ModelError for whatever transformers' loading info says is missing, unknown or misshapen. ``spelt``: {name in the
-    model: name in the file}."""
+    """Raise ModelError for whatever transformers' loading info says is missing, unknown or
+    misshapen. ``spelt``: {name in the model: name in the file}."""
     unknown = [n for n in info["unexpected_keys"] if not RECOMPUTED_BUFFERS.fullmatch(n)]
-    misshapen = [str(found[0] if isinstance(found, tuple) else found) for found in info["mismatched_keys"]]
-    for kind, names in (("missing", info["missing_keys"]), ("unknown", unknown), ("misshapen", misshapen)):
+    misshapen = [
+        str(found[0] if isinstance(found, tuple) else found) for found in info["mismatched_keys"]
+    ]
+    for kind, names in (
+        ("missing", info["missing_keys"]),
+        ("unknown", unknown),
+        ("misshapen", misshapen),
+    ):
         if names:
             some = ", ".join(sorted((spelt or {}).get(n, n) for n in names)[:3])
             raise ModelError(
@@ -61,18 +84,22 @@ def refuse_loading_errors(
 
 
 def refuse_packed_weights(where: Path, inner: Any, found: Mapping[str, TensorEntry]) -> None:
-    """Raise ModelError where integers or 8-bit floats without their scale are stored in the place of weights: transformers casts
-    them and computes with the codes."""
+    """Raise ModelError where integers or 8-bit floats without their scale are stored in the place
+    of weights: transformers casts them and computes with the codes."""
     state, prefix = inner.state_dict(), f"{inner.base_model_prefix}."
     for name, entry in found.items():
         own = next((state[n] for n in (name, f"{prefix}{name}") if n in state), None)
         if entry.dtype not in FLOAT_DTYPES and own is not None and own.is_floating_point():
-            raise ModelError(f"{where}: {name} is stored as {entry.dtype}; packed weights cannot be loaded yet")
+            raise ModelError(
+                f"{where}: {name} is stored as {entry.dtype}; packed weights cannot be loaded yet"
+            )
 
 
 def refuse_duplicate_tensors(where: Path, inner: Any, names: Collection[str]) -> None:
-    """Raise ModelError where two names of the files are one tensor of the model (with and without the prefix `model.`, or in an
-    old and a new spelling): transformers keeps whichever it reads last."""
+    """Raise ModelError where two names of the files are one tensor of the model (with and without
+    the prefix `model.`, or in an old and a new spelling): transformers keeps whichever it reads
+    last.
+    """
     renamings = [r for r in get_model_conversion_mapping(inner) if isinstance(r, WeightRenaming)]
     prefix, state = inner.base_model_prefix, inner.state_dict()
     by_target: dict[str, str] = {}
@@ -84,20 +111,28 @@ def refuse_duplicate_tensors(where: Path, inner: Any, names: Collection[str]) ->
 
 
 def refuse_missing_experts(where: Path, names: Collection[str]) -> None:
-    """Raise ModelError where a list of experts lacks a number: transformers stacks those that are there, in order, so that with
-    another one too many every expert behind the gap would be its neighbour."""
+    """Raise ModelError where a list of experts lacks a number: transformers stacks those that are
+    there, in order, so that with another one too many every expert behind the gap would be its
+    neighbour.
+    """
     lists: dict[str, set[int]] = {}
     for name in names:
         if (found := EXPERT_TENSOR.fullmatch(name)) is not None:
-            lists.setdefault(f"{found['before']}experts.*.{found['after']}", set()).add(int(found["number"]))
+            lists.setdefault(f"{found['before']}experts.*.{found['after']}", set()).add(
+                int(found["number"])
+            )
     for name, numbers in lists.items():
         if gaps := sorted(set(range(len(numbers))) - numbers):
-            raise ModelError(f"{where}: {name.replace('*', str(gaps[0]))} is missing, and {name} goes up to {max(numbers)}")
+            raise ModelError(
+                f"{where}: {name.replace('*', str(gaps[0]))} is missing, and {name} goes up to {max(numbers)}"
+            )
 
 
 def refuse_untied_weights(where: Path, inner: Any, found: Mapping[str, TensorEntry]) -> None:
-    """Raise ModelError where the files hold two different tensors that the config ties into one. transformers
-    unties them then, and says so in a warning that nobody reads; other libraries keep the embedding."""
+    """Raise ModelError where the files hold two different tensors that the config ties into one.
+    transformers unties them then, and says so in a warning that nobody reads; other libraries keep
+    the embedding.
+    """
     for target, source in inner.get_expanded_tied_weights_keys(all_submodels=True).items():
         one, other = found.get(target), found.get(source)
         if one is None or other is None:
@@ -114,7 +149,17 @@ def refuse_untied_weights(where: Path, inner: Any, found: Mapping[str, TensorEnt
 
 
 def list_ignored_keys(inner: Any, names: Collection[str]) -> list[str]:
-    """The names that transformers' class says to ignore (a multi-token prediction head ...), other than old buffers."""
-    patterns = [re.compile(p) for p in getattr(inner, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    """The names that transformers' class says to ignore (a multi-token prediction head ...), other
+    than old buffers.
+    """
+    patterns = [
+        re.compile(p) for p in getattr(inner, "_keys_to_ignore_on_load_unexpected", None) or ()
+    ]
     own = inner.state_dict().keys()
-    return sorted(n for n in names if n not in own and not RECOMPUTED_BUFFERS.fullmatch(n) and any(p.search(n) for p in patterns))
+    return sorted(
+        n
+        for n in names
+        if n not in own
+        and not RECOMPUTED_BUFFERS.fullmatch(n)
+        and any(p.search(n) for p in patterns)
+    )

@@ -1,14 +1,17 @@
-"""config.json between versions and libraries: infinities, rotary settings and expert counts as everybody reads them.
+"""config.json between versions and libraries: infinities, rotary settings and expert counts as
+everybody reads them.
 
     config = decoded(read_json(path))          # {"__float__": "Infinity"} -> inf
     write_config(folder, {"dtype": "bfloat16"})
 
-The rule: a config that Lorry writes means the same to every reader of its model type. transformers 5 gathers the rotary settings
-in `rope_parameters` and writes nothing else; transformers 4, mlx-lm and others read `rope_theta`, `rope_scaling` and
-`partial_rotary_factor` (GPT-NeoX: `rotary_emb_base`, `rotary_pct`; Gemma 3: `rope_local_base_freq` as well) and take their
-defaults, theta 10000 and no scaling, where these are absent: another model, and nobody says so. So both are written; the number
-of experts, too, goes under each of its names. An infinity is written as Python's `Infinity`, which transformers 4 and 5 and
-mlx-lm read; the tagged form only transformers 5 does.
+The rule: a config that Lorry writes means the same to every reader of its model type. transformers
+5 gathers the rotary settings in `rope_parameters` and writes nothing else; transformers 4, mlx-lm
+and others read `rope_theta`, `rope_scaling` and `partial_rotary_factor` (GPT-NeoX:
+`rotary_emb_base`, `rotary_pct`; Gemma 3: `rope_local_base_freq` as well) and take their defaults,
+theta 10000 and no scaling, where these are absent: another model, and nobody says so. So both are
+written; the number of experts, too, goes under each of its names. An infinity is written as
+Python's `Infinity`, which transformers 4 and 5 and mlx-lm read; the tagged form only transformers 5
+does.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ FLOAT_TAG = "__float__"
 TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 FULL, SLIDING = "full_attention", "sliding_attention"
 # model_type -> the older names of theta and of the share of a head that turns
-LEGACY_ROPE_NAMES = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
+LEGACY_ROPE_NAMES = dict.fromkeys(
+    ("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct")
+)
 # model_type -> the older names of theta in layers of full and of sliding attention
 LAYERED_ROPE_NAMES = {
     "gemma3_text": ("rope_theta", "rope_local_base_freq"),
@@ -33,8 +38,16 @@ LAYERED_ROPE_NAMES = {
     "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
     "olmo3": ("rope_theta", None),
 }
-EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")  # names that one and the same field has had
-LONGROPE_KEYS = ("type", "short_factor", "long_factor")  # all that transformers 4 lets Phi-3's rope_scaling hold
+EXPERT_COUNT_KEYS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+)  # names that one and the same field has had
+LONGROPE_KEYS = (
+    "type",
+    "short_factor",
+    "long_factor",
+)  # all that transformers 4 lets Phi-3's rope_scaling hold
 
 
 def decode_tagged_floats(value: Any) -> Any:
@@ -54,16 +67,24 @@ def write_config(folder: Path, changes: Mapping[str, Any]) -> None:
 
 
 def add_legacy_rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` with its rotary settings under the older names too, in parts (`text_config` ...) as well.
+    """``config`` with its rotary settings under the older names too, in parts (`text_config` ...)
+    as well.
 
     Names that this transformers would then read as something else are left out again.
     """
-    found = {key: add_legacy_rope_fields(part) if isinstance(part, dict) else part for key, part in config.items()}
+    found = {
+        key: add_legacy_rope_fields(part) if isinstance(part, dict) else part
+        for key, part in config.items()
+    }
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return found
     aliases: Mapping[str, str] = CONFIG_MAPPING[kind].attribute_map
-    found |= {alias: found[name] for alias, name in aliases.items() if alias in EXPERT_COUNT_KEYS and name in found}
+    found |= {
+        alias: found[name]
+        for alias, name in aliases.items()
+        if alias in EXPERT_COUNT_KEYS and name in found
+    }
     rope = config.get("rope_parameters")
     older = {**found, **(_legacy_rope_fields(rope, kind) if isinstance(rope, dict) else {})}
     return older if _read_rope_settings(kind, older) == _read_rope_settings(kind, config) else found
@@ -75,29 +96,47 @@ def _legacy_rope_fields(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
         if kind not in LAYERED_ROPE_NAMES or not isinstance(rope[FULL], dict):
             return {}
         names = zip(LAYERED_ROPE_NAMES[kind], (rope[FULL], rope.get(SLIDING)), strict=True)
-        thetas = {name: part["rope_theta"] for name, part in names if name and part and "rope_theta" in part}
+        thetas = {
+            name: part["rope_theta"]
+            for name, part in names
+            if name and part and "rope_theta" in part
+        }
         return {**thetas, "rope_scaling": _legacy_rope_scaling(rope[FULL])}
     theta, share = LEGACY_ROPE_NAMES.get(kind, ("rope_theta", "partial_rotary_factor"))
     parts = {theta: rope.get("rope_theta"), share: rope.get("partial_rotary_factor")}
-    return {name: value for name, value in parts.items() if value is not None} | {"rope_scaling": _legacy_rope_scaling(rope)}
+    return {name: value for name, value in parts.items() if value is not None} | {
+        "rope_scaling": _legacy_rope_scaling(rope)
+    }
 
 
 def _legacy_rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`rope_scaling` as it was: no theta, None without a scaling, and its kind under both of the names it has had."""
+    """`rope_scaling` as it was: no theta, None without a scaling, and its kind under both of the
+    names it has had.
+    """
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
     scaling = {**scaling, "rope_type": kind, "type": kind}
     return (
-        {key: scaling[key] for key in LONGROPE_KEYS} if kind == "longrope" and scaling.keys() >= set(LONGROPE_KEYS) else scaling
+        {key: scaling[key] for key in LONGROPE_KEYS}
+        if kind == "longrope" and scaling.keys() >= set(LONGROPE_KEYS)
+        else scaling
     )
 
 
 def _read_rope_settings(kind: str, config: Mapping[str, Any]) -> Any:
-    """The rotary settings that this transformers reads from a config, without the second name of their kind."""
-    return _without_type(CONFIG_MAPPING[kind].from_dict(deepcopy(dict(config))).to_dict().get("rope_parameters"))
+    """The rotary settings that this transformers reads from a config, without the second name of
+    their kind.
+    """
+    return _without_type(
+        CONFIG_MAPPING[kind].from_dict(deepcopy(dict(config))).to_dict().get("rope_parameters")
+    )
 
 
 def _without_type(rope: Any) -> Any:
-    return {k: _without_type(v) for k, v in rope.items() if k != "type"} if isinstance(rope, dict) else rope
+    return (
+        {k: _without_type(v) for k, v in rope.items() if k != "type"}
+        if isinstance(rope, dict)
+        else rope
+    )

@@ -1,7 +1,9 @@
-"""config.json of a model: read without running any code, filled with transformers' defaults, matched to a family or not.
+"""config.json of a model: read without running any code, filled with transformers' defaults,
+matched to a family or not.
 
-A config is input from a stranger. It never switches code on: pointers to Python files, attention kernels of the hub and trust
-flags are taken out at every depth before transformers sees it (CVE-2026-4372 and its kind).
+A config is input from a stranger. It never switches code on: pointers to Python files, attention
+kernels of the hub and trust flags are taken out at every depth before transformers sees it
+(CVE-2026-4372 and its kind).
 """
 
 from __future__ import annotations
@@ -27,16 +29,44 @@ from lorry.families.common import UnsupportedConfigError
 from lorry.models.decoder.pointwise import ACTIVATIONS
 from lorry.models.loading.config_json import decode_tagged_floats
 
-CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "custom_generate", "use_kernels", "kernel_config"})
+CODE_KEYS = frozenset(
+    {
+        "auto_map",
+        "trust_remote_code",
+        "custom_pipelines",
+        "custom_generate",
+        "use_kernels",
+        "kernel_config",
+    }
+)
 KERNEL_KEYS = frozenset(
     f"{prefix}{kind}_implementation{suffix}"
     for prefix in ("", "_")
     for kind in ("attn", "experts")
     for suffix in ("", "_internal", "_autoset")
 )
-BUILT_IN_KERNELS = (None, True, False, "eager", "sdpa", "flash_attention_2", "flex_attention", "grouped_mm", "batched_mm")
+BUILT_IN_KERNELS = (
+    None,
+    True,
+    False,
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flex_attention",
+    "grouped_mm",
+    "batched_mm",
+)
 # What transformers raises over numbers and names that make no sense.
-UNUSABLE_FILE_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, ImportError, RuntimeError)
+UNUSABLE_FILE_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    OSError,
+    ImportError,
+    RuntimeError,
+)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 MAX_LAYERS = 10_000
 MAX_MESSAGE_CHARS = 300  # characters of one warning of transformers
@@ -47,8 +77,8 @@ HARMLESS_WARNINGS = (
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """config: a plain dict, complete; hf: transformers' object for the same; family: None when only transformers can run it,
-    for the reason in ``why``."""
+    """config: a plain dict, complete; hf: transformers' object for the same; family: None when only
+    transformers can run it, for the reason in ``why``."""
 
     config: dict[str, Any]
     hf: Any
@@ -59,7 +89,9 @@ class ModelDescription:
 def describe_model(
     directory: Path, *, trust_remote_code: bool = False, native: bool = True, notes: list[str]
 ) -> ModelDescription:
-    """Read ``directory/config.json``. Raises ModelError when it is unusable, quantised, or wants code that was not allowed."""
+    """Read ``directory/config.json``. Raises ModelError when it is unusable, quantised, or wants
+    code that was not allowed.
+    """
     path = directory / "config.json"
     raw, removed = strip_code_keys(decode_tagged_floats(read_model_json(path)))
     refuse_quantised(raw, path)
@@ -69,13 +101,18 @@ def describe_model(
             "transformers would follow it: give that file the usual name and take the field out"
         )
     pointers = raw.get("auto_map") or removed.get("auto_map")
-    notes += [f"ignored {key} of {path.name}: a config does not choose the code that runs" for key in removed]
+    notes += [
+        f"ignored {key} of {path.name}: a config does not choose the code that runs"
+        for key in removed
+    ]
     kind = raw.get("model_type")
     if not isinstance(kind, str):
         raise ModelError(f"{path}: no model_type; this is not the config of a transformers model")
     if pointers and trust_remote_code:
         notes.append(f"trust_remote_code=true: Python code from {directory} runs in this process")
-        hf = AutoConfig.from_pretrained(str(directory), trust_remote_code=True, local_files_only=True)
+        hf = AutoConfig.from_pretrained(
+            str(directory), trust_remote_code=True, local_files_only=True
+        )
         return ModelDescription(hf.to_dict(), hf, None, "its code comes with the checkpoint")
     if kind not in CONFIG_MAPPING:
         if pointers:
@@ -83,16 +120,24 @@ def describe_model(
                 f"{path}: model_type {kind!r} needs Python code from the checkpoint; read that code, and if you trust it set "
                 "trust_remote_code=true"
             )
-        raise ModelError(f"{path}: transformers knows no model_type {kind!r}{suggest_nearest(kind, CONFIG_MAPPING)}")
+        raise ModelError(
+            f"{path}: transformers knows no model_type {kind!r}{suggest_nearest(kind, CONFIG_MAPPING)}"
+        )
     hf = _build_hf_config(kind, raw, path)
     config = {k: v for k, v in hf.to_dict().items() if k != "_name_or_path"}
-    family, why = match_family(config, CONFIG_MAPPING[kind]().to_dict(), path) if native else (None, "native=False")
+    family, why = (
+        match_family(config, CONFIG_MAPPING[kind]().to_dict(), path)
+        if native
+        else (None, "native=False")
+    )
     if family is None and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{path}: model_type {kind!r} is not a causal language model")
     return ModelDescription(config, hf, family, why)
 
 
-def match_family(config: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) -> tuple[ModelFamily | None, str]:
+def match_family(
+    config: Mapping[str, Any], defaults: Mapping[str, Any], path: Path
+) -> tuple[ModelFamily | None, str]:
     """The family whose decoder computes exactly this config, or None and the reason."""
     family = find_family(config["model_type"])
     if family is None:
@@ -111,22 +156,28 @@ def match_family(config: Mapping[str, Any], defaults: Mapping[str, Any], path: P
 
 
 def read_model_json(path: Path) -> dict[str, Any]:
-    """A JSON object that describes a model. Raises ModelError with file and line; what is refused: disk/documents.py. Raises
-    DiskError where it cannot be read.
+    """A JSON object that describes a model. Raises ModelError with file and line; what is refused:
+    disk/documents.py. Raises DiskError where it cannot be read.
 
-    transformers writes infinities as JSON has none, and 10^30 for a tokenizer without a longest text.
+    transformers writes infinities as JSON has none, and 10^30 for a tokenizer without a longest
+    text.
     """
     absent = "does not exist; a model directory has config.json and model.safetensors"
-    return documents.read_object(path, error=ModelError, nonfinite=True, largest=10**40, absent=absent)
+    return documents.read_object(
+        path, error=ModelError, nonfinite=True, largest=10**40, absent=absent
+    )
 
 
 def strip_code_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config without anything that could choose code, what was taken out and is worth telling), at every depth."""
+    """(config without anything that could choose code, what was taken out and is worth telling), at
+    every depth.
+    """
     kept: dict[str, Any] = {}
     removed: dict[str, Any] = {}
     for key, value in config.items():
         if key in CODE_KEYS or (
-            key in KERNEL_KEYS and not (isinstance(value, (str, bool, type(None))) and value in BUILT_IN_KERNELS)
+            key in KERNEL_KEYS
+            and not (isinstance(value, (str, bool, type(None))) and value in BUILT_IN_KERNELS)
         ):
             removed[key] = value
         elif key in KERNEL_KEYS:
@@ -140,7 +191,9 @@ def strip_code_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 
 def refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
-    """Raise ModelError for a checkpoint whose weights are packed (GPTQ, AWQ, bitsandbytes, FP8 ...)."""
+    """Raise ModelError for a checkpoint whose weights are packed (GPTQ, AWQ, bitsandbytes, FP8
+    ...).
+    """
     parts = [config, *(v for v in config.values() if isinstance(v, dict))]
     for part in parts:
         found = part.get("quantization_config") or part.get("compression_config")
@@ -154,14 +207,19 @@ def refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
 
 @contextmanager
 def model_file_errors(what: str) -> Iterator[None]:
-    """Turn what transformers and tokenizers raise over a file they cannot use into a ModelError that opens with ``what``."""
+    """Turn what transformers and tokenizers raise over a file they cannot use into a ModelError
+    that opens with ``what``.
+    """
     try:
         yield
     except LorryError:
         raise
     except Exception as e:
-        # tokenizers raises bare Exception; anything else that is not in the list is no fault of the file
-        if type(e) is not Exception and not isinstance(e, (*UNUSABLE_FILE_ERRORS, StrictDataclassError)):
+        # tokenizers raises bare Exception; anything else that is not in the list is no fault of the
+        # file
+        if type(e) is not Exception and not isinstance(
+            e, (*UNUSABLE_FILE_ERRORS, StrictDataclassError)
+        ):
             raise
         raise ModelError(f"{what} ({type(e).__name__}: {e})") from e
 
@@ -206,6 +264,8 @@ def _build_hf_config(kind: str, raw: dict[str, Any], path: Path) -> Any:
     """transformers' config object from a dict: no file is read again and no code is looked up."""
     layers = raw.get("num_hidden_layers", raw.get("n_layer", 1))
     if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
-        raise ModelError(f"{path}: {layers!r} layers; a whole number from 1 to {MAX_LAYERS} is expected")
+        raise ModelError(
+            f"{path}: {layers!r} layers; a whole number from 1 to {MAX_LAYERS} is expected"
+        )
     with model_file_errors(f"{path}: transformers refuses this config"):
         return CONFIG_MAPPING[kind].from_dict(raw)

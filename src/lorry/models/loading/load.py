@@ -1,9 +1,11 @@
-"""Load a model: an HF directory, a hub id, a GGUF file, an embedded model, or an adapter's base; natively where possible.
+"""Load a model: an HF directory, a hub id, a GGUF file, an embedded model, or an adapter's base;
+natively where possible.
 
     loaded = load_model("smollm2-135m-instruct", notes=(notes := []))
 
-Weights are read from safetensors alone. `dtype="auto"` is bfloat16 where the device computes it natively (CUDA with bf16, CPUs
-with AMX-BF16, AVX512-BF16 or ARM BF16) and float32 elsewhere, whatever the checkpoint's own type.
+Weights are read from safetensors alone. `dtype="auto"` is bfloat16 where the device computes it
+natively (CUDA with bf16, CPUs with AMX-BF16, AVX512-BF16 or ARM BF16) and float32 elsewhere,
+whatever the checkpoint's own type.
 """
 
 from __future__ import annotations
@@ -39,18 +41,23 @@ from lorry.runs.layout import ADAPTER_FACTS
 __all__ = ["LoadedModel", "load_model", "sample_digest"]
 
 DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-    "float16": torch.float16, "fp16": torch.float16,
-}  # fmt: skip
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
 
 
 @dataclass
 class LoadedModel:
     """A model, its tokenizer (None if the checkpoint has none), and where they came from.
 
-    source: name (as asked), kind (directory, hub, gguf, embedded), path (the directory read), revision, dtype, device, family
-    (None for transformers' own implementation) and why not native (""), generation_config, and adapter: the adapter or run
-    directory, when that was asked for (path is its base then). Adapters are not loaded here.
+    source: name (as asked), kind (directory, hub, gguf, embedded), path (the directory read),
+    revision, dtype, device, family (None for transformers' own implementation) and why not native
+    (""), generation_config, and adapter: the adapter or run directory, when that was asked for
+    (path is its base then). Adapters are not loaded here.
     """
 
     model: CausalLM
@@ -68,14 +75,24 @@ def load_model(
     native: bool = True,
     notes: list[str],
 ) -> LoadedModel:
-    """The frozen base model, in evaluation mode. ``native=False`` forces transformers' implementation. ``notes`` collects what a
-    person should know. Raises ModelError when anything does not fit, ConfigError for an unknown dtype or device.
+    """The frozen base model, in evaluation mode. ``native=False`` forces transformers'
+    implementation. ``notes`` collects what a person should know. Raises ModelError when anything
+    does not fit, ConfigError for an unknown dtype or device.
     """
-    place = resolve_model(str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, notes=notes)
+    place = resolve_model(
+        str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, notes=notes
+    )
     where = pick_device(device)
-    kind = pick_dtype(trained_dtype(place.adapter) if dtype == "auto" and place.adapter is not None else dtype, where)
-    described = describe_model(place.directory, trust_remote_code=trust_remote_code, native=native, notes=notes)
-    if described.family is not None and (why := find_native_mismatch(described.family, described.config, kind, where, notes)):
+    kind = pick_dtype(
+        trained_dtype(place.adapter) if dtype == "auto" and place.adapter is not None else dtype,
+        where,
+    )
+    described = describe_model(
+        place.directory, trust_remote_code=trust_remote_code, native=native, notes=notes
+    )
+    if described.family is not None and (
+        why := find_native_mismatch(described.family, described.config, kind, where, notes)
+    ):
         described = replace(described, family=None, why=why)
     model: CausalLM
     if described.family is not None:
@@ -83,7 +100,14 @@ def load_model(
         model.config["_name_or_path"] = str(place.directory)
     else:
         notes.append(f"{described.why}; it runs through transformers, more slowly")
-        model = load_hf(place.directory, described, kind, where, trust_remote_code=trust_remote_code, notes=notes)
+        model = load_hf(
+            place.directory,
+            described,
+            kind,
+            where,
+            trust_remote_code=trust_remote_code,
+            notes=notes,
+        )
     notes += note_disabled_dropout(described.config)
     tokenizer = load_tokenizer(place.directory, trust_remote_code=trust_remote_code, notes=notes)
     vocabulary = model.vocab_size
@@ -110,9 +134,13 @@ def load_model(
 
 
 def trained_dtype(adapter: Path) -> str:
-    """The number format of the base an adapter of ours was trained on, so that it gives the same logits again; else "auto"."""
+    """The number format of the base an adapter of ours was trained on, so that it gives the same
+    logits again; else "auto".
+    """
     folders = [f for f in find_adapters_in(adapter) if (f / ADAPTER_FACTS).is_file()]
-    said = {str(read_model_json(folder / ADAPTER_FACTS).get("dtype")) for folder in folders} & set(DTYPES)
+    said = {str(read_model_json(folder / ADAPTER_FACTS).get("dtype")) for folder in folders} & set(
+        DTYPES
+    )
     return said.pop() if len(said) == 1 else "auto"
 
 
@@ -125,8 +153,12 @@ def load_hf(
     trust_remote_code: bool,
     notes: list[str],
 ) -> HfModel:
-    """transformers' own implementation, with every tensor of the checkpoint accounted for. Raises ModelError otherwise."""
-    found = read_tensor_entries(directory)  # refuses pickles, broken shards and paths that lead elsewhere
+    """transformers' own implementation, with every tensor of the checkpoint accounted for. Raises
+    ModelError otherwise.
+    """
+    found = read_tensor_entries(
+        directory
+    )  # refuses pickles, broken shards and paths that lead elsewhere
     said: list[str] = []
     with model_file_errors(f"{directory}: transformers cannot load it"), silence_transformers(said):
         inner, info = AutoModelForCausalLM.from_pretrained(
@@ -150,31 +182,47 @@ def load_hf(
 
 
 def note_disabled_dropout(config: Mapping[str, Any]) -> list[str]:
-    """A note if the base was trained with dropout of its own: in Lorry it is off, only the adapters' is on."""
-    rates = [f"{k}={v}" for k, v in config.items() if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float) and v > 0]
+    """A note if the base was trained with dropout of its own: in Lorry it is off, only the
+    adapters' is on.
+    """
+    rates = [
+        f"{k}={v}"
+        for k, v in config.items()
+        if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float) and v > 0
+    ]
     return [f"the base's own dropout stays off ({', '.join(rates)})"] if rates else []
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """`auto`: CUDA if there is one, else the CPU. Raises ConfigError for a device this machine does not have."""
+    """`auto`: CUDA if there is one, else the CPU. Raises ConfigError for a device this machine does
+    not have.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
-        raise ConfigError(f"device={str(device)!r} cannot be used here ({str(e).splitlines()[0]})") from e
+        raise ConfigError(
+            f"device={str(device)!r} cannot be used here ({str(e).splitlines()[0]})"
+        ) from e
     return chosen
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where it is computed natively, else float32, or what LORRY_DTYPE says. Raises ConfigError for an unknown
-    name."""
+    """`auto`: bfloat16 where it is computed natively, else float32, or what LORRY_DTYPE says.
+    Raises ConfigError for an unknown name."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
         told = dtype_of_auto()
-        return DTYPES[told] if told is not None else torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+        return (
+            DTYPES[told]
+            if told is not None
+            else torch.bfloat16
+            if has_fast_bfloat16(device)
+            else torch.float32
+        )
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}; choose auto, float32, bfloat16 or float16")
     return DTYPES[dtype]
@@ -185,4 +233,6 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has = torch.cpu.get_capabilities()
-    return device.type == "cpu" and any(has.get(flag, False) for flag in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+    return device.type == "cpu" and any(
+        has.get(flag, False) for flag in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+    )

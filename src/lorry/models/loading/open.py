@@ -1,4 +1,6 @@
-"""Open what a person names: a base, a base with adapters, or a run directory with one adapter or a folder of them."""
+"""Open what a person names: a base, a base with adapters, or a run directory with one adapter or a
+folder of them.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 @dataclass
 class OpenedModel:
-    """A model ready to use, its tokenizer (None if it has none), where the base came from, and the adapters attached, first one
-    active."""
+    """A model ready to use, its tokenizer (None if it has none), where the base came from, and the
+    adapters attached, first one active."""
 
     model: CausalLM
     tokenizer: Any
@@ -34,14 +36,22 @@ class OpenedModel:
     adapters: list[str]
 
 
-def open_model(config: ModelConfig, notes: list[str], *, adapters: Sequence[str] = ()) -> OpenedModel:
-    """Load the base and every adapter named: that of `config.name` if it is a run, `config.adapter`, and ``adapters``.
+def open_model(
+    config: ModelConfig, notes: list[str], *, adapters: Sequence[str] = ()
+) -> OpenedModel:
+    """Load the base and every adapter named: that of `config.name` if it is a run,
+    `config.adapter`, and ``adapters``.
 
-    A run's own tokenizer and chat template go before those of its base. Raises ModelError if anything is missing, damaged or
-    belongs to another base, ConfigError for a chat template file that cannot be read.
+    A run's own tokenizer and chat template go before those of its base. Raises ModelError if
+    anything is missing, damaged or belongs to another base, ConfigError for a chat template file
+    that cannot be read.
     """
     beside = [Path(p) for p in (config.adapter, *adapters) if p]
-    dtype = trained_dtype(beside[0]) if config.dtype == "auto" and beside and beside[0].is_dir() else config.dtype
+    dtype = (
+        trained_dtype(beside[0])
+        if config.dtype == "auto" and beside and beside[0].is_dir()
+        else config.dtype
+    )
     loaded = load_model(
         config.name,
         revision=config.revision,
@@ -68,9 +78,18 @@ def open_model(config: ModelConfig, notes: list[str], *, adapters: Sequence[str]
 
 
 def _own_tokenizer(adapter: Path, notes: list[str]) -> Any | None:
-    """The tokenizer a run was trained with, which lies in the run directory; None where there is none."""
+    """The tokenizer a run was trained with, which lies in the run directory; None where there is
+    none.
+    """
     folders = [adapter, *([adapter.parent] if (adapter.parent / RUN_FILE).is_file() else [])]
-    home = next((folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILE_NAMES)), None)
+    home = next(
+        (
+            folder
+            for folder in folders
+            if any((folder / name).is_file() for name in TOKENIZER_FILE_NAMES)
+        ),
+        None,
+    )
     return None if home is None else load_tokenizer(home, notes=notes)
 
 
@@ -82,25 +101,33 @@ def _read_template(path: str) -> str:
 
 
 def list_adapter_folders(path: Path) -> list[Path]:
-    """The adapter directories a path stands for: itself, or its sub-folders that are adapters. Raises ModelError if none is."""
+    """The adapter directories a path stands for: itself, or its sub-folders that are adapters.
+    Raises ModelError if none is.
+    """
     if (path / ADAPTER_CONFIG).is_file():
         return [path]
     found = sorted(p.parent for p in path.glob(f"*/{ADAPTER_CONFIG}")) if path.is_dir() else []
     if not found:
-        raise ModelError(f"{path} holds no adapter ({ADAPTER_CONFIG} is missing); give a run or adapter directory")
+        raise ModelError(
+            f"{path} holds no adapter ({ADAPTER_CONFIG} is missing); give a run or adapter directory"
+        )
     return found
 
 
 def pick_adapter_name(path: Path, taken: Sequence[str]) -> str:
     """A name for an adapter from its folder, legal and not taken yet."""
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:56].strip(".-") or "adapter"
-    return next(n for n in (base, *(f"{base}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+    return next(
+        n for n in (base, *(f"{base}-{i}" for i in range(2, len(taken) + 3))) if n not in taken
+    )
 
 
 def stored_dtype(name: str) -> str:
-    """The number format in which a model, or an adapter's base, lies on disk: float32, bfloat16 or float16.
+    """The number format in which a model, or an adapter's base, lies on disk: float32, bfloat16 or
+    float16.
 
-    float32 where several are mixed, since it holds them all. Raises ModelError when there is no such model.
+    float32 where several are mixed, since it holds them all. Raises ModelError when there is no
+    such model.
     """
     kinds = {
         entry.dtype

@@ -1,4 +1,5 @@
-"""A frozen model whose matrices are held in 4 or 8 bits, by transformers and bitsandbytes: a teacher that takes little room.
+"""A frozen model whose matrices are held in 4 or 8 bits, by transformers and bitsandbytes: a
+teacher that takes little room.
 
 model = open_quantized(resolve("runs/large-merged", notes=[]), "nf4", "auto", "cpu", notes=[])
 """
@@ -23,10 +24,14 @@ from lorry.models.proofs import prove_hf_model
 QUANTIZED_FORMATS = ("nf4", "fp4", "int8")
 
 
-def open_quantized(place: ModelLocation, quantize: str, dtype: str, device: str, notes: list[str]) -> HfModel:
-    """A causal model with its linear layers quantised as it is read; products are computed in ``dtype``.
+def open_quantized(
+    place: ModelLocation, quantize: str, dtype: str, device: str, notes: list[str]
+) -> HfModel:
+    """A causal model with its linear layers quantised as it is read; products are computed in
+    ``dtype``.
 
-    Raises ConfigError when bitsandbytes is not installed, ModelError when the checkpoint cannot be used.
+    Raises ConfigError when bitsandbytes is not installed, ModelError when the checkpoint cannot be
+    used.
     """
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
@@ -36,19 +41,32 @@ def open_quantized(place: ModelLocation, quantize: str, dtype: str, device: str,
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     described = describe_model(place.directory, native=False, notes=notes)
-    found = read_tensor_entries(place.directory)  # refuses pickles, broken shards and paths that lead elsewhere
-    for entry in found.values():  # before they are packed: a quantised block hides a NaN in its scale
+    found = read_tensor_entries(
+        place.directory
+    )  # refuses pickles, broken shards and paths that lead elsewhere
+    for (
+        entry
+    ) in found.values():  # before they are packed: a quantised block hides a NaN in its scale
         read_tensors({entry.name: entry}, kind, torch.device("cpu"))
     options: dict[str, Any] = (
         {"load_in_8bit": True}
         if quantize == "int8"
         else {"load_in_4bit": True, "bnb_4bit_quant_type": quantize, "bnb_4bit_compute_dtype": kind}
     )
-    with model_file_errors(f"{place.directory}: transformers cannot load it in {quantize}"), silence_transformers():
+    with (
+        model_file_errors(f"{place.directory}: transformers cannot load it in {quantize}"),
+        silence_transformers(),
+    ):
         inner, info = AutoModelForCausalLM.from_pretrained(
-            str(place.directory), config=described.hf, dtype=kind, use_safetensors=True, local_files_only=True,
-            quantization_config=BitsAndBytesConfig(**options), device_map={"": where}, output_loading_info=True,
-        )  # fmt: skip
+            str(place.directory),
+            config=described.hf,
+            dtype=kind,
+            use_safetensors=True,
+            local_files_only=True,
+            quantization_config=BitsAndBytesConfig(**options),
+            device_map={"": where},
+            output_loading_info=True,
+        )
     refuse_unfit_tensors(place.directory, inner, info, found, notes)
     model = HfModel(inner, notes)
     prove_hf_model(model, notes, str(place.directory))

@@ -1,4 +1,6 @@
-"""From what a person typed to a directory on this disk: an embedded model, a path, a GGUF file, an adapter, or a hub id."""
+"""From what a person typed to a directory on this disk: an embedded model, a path, a GGUF file, an
+adapter, or a hub id.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,23 @@ from lorry.models.loading.describe import read_model_json
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, RUN_FILE
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-ALLOW_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+ALLOW_PATTERNS = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+]
 IGNORE_PATTERNS = ["*/*", "consolidated*", "training_args*", "optimizer*"]
 
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """A model on this disk. kind: directory, hub, gguf or embedded; adapter: the adapter or run directory that was asked for."""
+    """A model on this disk. kind: directory, hub, gguf or embedded; adapter: the adapter or run
+    directory that was asked for.
+    """
 
     directory: Path
     kind: str
@@ -30,11 +42,18 @@ class ModelLocation:
 
 
 def resolve_model(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, notes: list[str], base_only: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    notes: list[str],
+    base_only: bool = False,
 ) -> ModelLocation:
-    """Find (and if need be download or convert) a model. An embedded name wins over a path; write ./NAME for the path.
+    """Find (and if need be download or convert) a model. An embedded name wins over a path; write
+    ./NAME for the path.
 
-    ``base_only``: an adapter will not do. Raises ModelError naming what was looked for and what comes near.
+    ``base_only``: an adapter will not do. Raises ModelError naming what was looked for and what
+    comes near.
     """
     if name in EMBEDDED:
         return ModelLocation(resolve_embedded_model(name, notes), "embedded")
@@ -57,14 +76,22 @@ def resolve_model(
 
 
 def find_adapters_in(path: Path) -> list[Path]:
-    """The adapters of a directory: itself, or the folders of a run of several; none if it is a model."""
+    """The adapters of a directory: itself, or the folders of a run of several; none if it is a
+    model.
+    """
     if (path / ADAPTER_CONFIG).is_file():
         return [path]
-    return [] if (path / "config.json").is_file() else sorted(p.parent for p in path.glob(f"*/{ADAPTER_CONFIG}"))
+    return (
+        []
+        if (path / "config.json").is_file()
+        else sorted(p.parent for p in path.glob(f"*/{ADAPTER_CONFIG}"))
+    )
 
 
 def _locate_adapter_base(path: Path, notes: list[str], base_only: bool) -> ModelLocation | None:
-    """The base that the adapters of a directory were trained on, which must be one; None if it holds no adapters."""
+    """The base that the adapters of a directory were trained on, which must be one; None if it
+    holds no adapters.
+    """
     bases = {adapter: _base_of_adapter(adapter) for adapter in find_adapters_in(path)}
     if not bases:
         return None
@@ -72,34 +99,60 @@ def _locate_adapter_base(path: Path, notes: list[str], base_only: bool) -> Model
         raise ModelError(f"{path} is itself an adapter; merge it into its own base first")
     if len(different := {base: adapter for adapter, base in bases.items()}) > 1:
         said = ", ".join(f"{adapter.name} on {base!r}" for base, adapter in different.items())
-        raise ModelError(f"{path}: its adapters were trained on different bases ({said}); open one of them")
+        raise ModelError(
+            f"{path}: its adapters were trained on different bases ({said}); open one of them"
+        )
     try:
-        return replace(resolve_model(next(iter(different)), notes=notes, base_only=True), adapter=path)
+        return replace(
+            resolve_model(next(iter(different)), notes=notes, base_only=True), adapter=path
+        )
     except ModelError as e:
         raise ModelError(f"{path} is an adapter and its base cannot be loaded: {e}") from e
 
 
 def _base_of_adapter(adapter: Path) -> str:
-    """What to load as an adapter's base: an embedded name, a directory that exists, or else a name for the hub."""
-    facts = read_model_json(adapter / ADAPTER_FACTS).get("base") if (adapter / ADAPTER_FACTS).is_file() else None
+    """What to load as an adapter's base: an embedded name, a directory that exists, or else a name
+    for the hub.
+    """
+    facts = (
+        read_model_json(adapter / ADAPTER_FACTS).get("base")
+        if (adapter / ADAPTER_FACTS).is_file()
+        else None
+    )
     said = [facts.get("name"), facts.get("path")] if isinstance(facts, dict) else [facts]
     recorded = read_model_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     names = [n for n in (*said, recorded) if isinstance(n, str) and n]
     if not names:
-        raise ModelError(f"{adapter / ADAPTER_CONFIG} names no base_model_name_or_path; open the base and add the adapter to it")
+        raise ModelError(
+            f"{adapter / ADAPTER_CONFIG} names no base_model_name_or_path; open the base and add the adapter to it"
+        )
     # the cache directory of an embedded model, on a machine that may not have it yet
-    names += [m[1] for m in (re.fullmatch(r"(.+)-[0-9a-f]{12}", Path(n).name) for n in names) if m and m[1] in EMBEDDED]
+    names += [
+        m[1]
+        for m in (re.fullmatch(r"(.+)-[0-9a-f]{12}", Path(n).name) for n in names)
+        if m and m[1] in EMBEDDED
+    ]
     found = [n for n in names if n in EMBEDDED] + [n for n in names if Path(n).exists()]
     return (found + [n for n in names if HUB_ID.fullmatch(n)] + names)[0]
 
 
 def _download_snapshot(name: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """A snapshot of a hub repository: weights in safetensors, JSON and tokenizer files; Python only if it may run."""
+    """A snapshot of a hub repository: weights in safetensors, JSON and tokenizer files; Python only
+    if it may run.
+    """
     patterns = [*ALLOW_PATTERNS, "*.py"] if trust_remote_code else ALLOW_PATTERNS
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORE_PATTERNS))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORE_PATTERNS
+            )
+        )
     except (OSError, HFValidationError) as e:
-        where = "not cached here (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "not to be had"
+        where = (
+            "not cached here (HF_HUB_OFFLINE is set)"
+            if constants.HF_HUB_OFFLINE
+            else "not to be had"
+        )
         at = f" at revision {revision!r}" if revision else ""
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(
@@ -109,11 +162,16 @@ def _download_snapshot(name: str, revision: str | None, trust_remote_code: bool)
 
 
 def _suggest_names(name: str) -> str:
-    """A "did you mean" tail over the embedded names and the directories beside the path that was typed."""
+    """A "did you mean" tail over the embedded names and the directories beside the path that was
+    typed.
+    """
     path = Path(name).expanduser()
     parent = path.parent if path.parent.is_dir() else Path()
     try:
-        beside = [os.path.join(path.parent, p.name) if path.parent != Path() else p.name for p in parent.iterdir()]
+        beside = [
+            os.path.join(path.parent, p.name) if path.parent != Path() else p.name
+            for p in parent.iterdir()
+        ]
     except OSError:
         beside = []
     return suggest_nearest(name, [*EMBEDDED, *beside])

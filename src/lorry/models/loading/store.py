@@ -1,6 +1,8 @@
-"""Save a model as a normal Hugging Face directory: safetensors (in shards when large), config, tokenizer. All or nothing.
+"""Save a model as a normal Hugging Face directory: safetensors (in shards when large), config,
+tokenizer. All or nothing.
 
-Tensors may come as a stream, so that a merged model is written one shard at a time and never exists whole.
+Tensors may come as a stream, so that a merged model is written one shard at a time and never exists
+whole.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     pass
 
 SHARD_BYTES = 2_000_000_000
-GENERATION_CONFIG = "generation_config"  # an attribute that rides along on a loaded model, as its bank does
+GENERATION_CONFIG = (
+    "generation_config"  # an attribute that rides along on a loaded model, as its bank does
+)
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -41,20 +45,28 @@ def save_model(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write ``model`` to the directory ``path``, which must not exist yet or be empty; transformers loads what is written.
+    """Write ``model`` to the directory ``path``, which must not exist yet or be empty; transformers
+    loads what is written.
 
-    ``tensors``: (name as in the model's state dict, tensor), instead of the model's own; a tied head may be left out. The
-    native decoder takes them one shard at a time, a model of transformers all at once. ``config_overrides``: such as
-    {"tie_word_embeddings": False} with a separate head. ``generation_config``: None writes what the model was loaded with.
-    ``dtype``: None keeps each tensor's.
-    Raises ConfigError if the path is taken, ModelError if the names do not fit the model, DiskError; then nothing is written.
+    ``tensors``: (name as in the model's state dict, tensor), instead of the model's own; a tied
+    head may be left out. The native decoder takes them one shard at a time, a model of transformers
+    all at once. ``config_overrides``: such as {"tie_word_embeddings": False} with a separate head.
+    ``generation_config``: None writes what the model was loaded with. ``dtype``: None keeps each
+    tensor's. Raises ConfigError if the path is taken, ModelError if the names do not fit the model,
+    DiskError; then nothing is written.
     """
-    config = {k: v for k, v in {**model.config, **(config_overrides or {})}.items() if not k.startswith("_")}
+    config = {
+        k: v
+        for k, v in {**model.config, **(config_overrides or {})}.items()
+        if not k.startswith("_")
+    }
     tied = bool(config.get("tie_word_embeddings"))
     stream = _convert_dtypes(_check_complete(model, tensors, tied=tied), dtype)
     with build_directory(Path(path)) as work:
         if isinstance(model, Decoder):
-            kinds = _write_shards(_checkpoint_names(stream, model, tied=tied), work, max_shard_bytes)
+            kinds = _write_shards(
+                _checkpoint_names(stream, model, tied=tied), work, max_shard_bytes
+            )
             config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
             _write_json(work / "config.json", config)
         else:
@@ -71,8 +83,12 @@ def save_model(
         copy_permissions(work)
 
 
-def _check_complete(model: CausalLM, tensors: Iterable[tuple[str, Tensor]] | None, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
-    """The stream, if it holds every tensor of the model once; a second name of a tied tensor may be missing."""
+def _check_complete(
+    model: CausalLM, tensors: Iterable[tuple[str, Tensor]] | None, *, tied: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream, if it holds every tensor of the model once; a second name of a tied tensor may be
+    missing.
+    """
     state = model.state_dict()
     first = {t.data_ptr(): n for n, t in reversed(state.items())}
     left = dict.fromkeys(state)
@@ -83,16 +99,22 @@ def _check_complete(model: CausalLM, tensors: Iterable[tuple[str, Tensor]] | Non
         del left[name]
         yield name, tensor
     if missing := [n for n in left if not (tied and first[state[n].data_ptr()] != n)]:
-        raise ModelError(f"{len(missing)} tensors were not given ({', '.join(missing[:3])}); nothing was saved")
+        raise ModelError(
+            f"{len(missing)} tensors were not given ({', '.join(missing[:3])}); nothing was saved"
+        )
 
 
-def _convert_dtypes(stream: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def _convert_dtypes(
+    stream: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in stream:
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         yield name, tensor.detach().to("cpu", kind).contiguous()
 
 
-def _checkpoint_names(stream: Iterator[tuple[str, Tensor]], model: Decoder, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
+def _checkpoint_names(
+    stream: Iterator[tuple[str, Tensor]], model: Decoder, *, tied: bool
+) -> Iterator[tuple[str, Tensor]]:
     """Names as checkpoints spell them; a tied head is left out, as transformers does."""
     for name, tensor in stream:
         module, _, leaf = name.rpartition(".")
@@ -102,7 +124,9 @@ def _checkpoint_names(stream: Iterator[tuple[str, Tensor]], model: Decoder, *, t
 
 
 def _write_shards(stream: Iterator[tuple[str, Tensor]], work: Path, limit: int) -> set[torch.dtype]:
-    """Write shards of at most ``limit`` bytes (a single larger tensor is a shard of its own). Returns the dtypes in them."""
+    """Write shards of at most ``limit`` bytes (a single larger tensor is a shard of its own).
+    Returns the dtypes in them.
+    """
     shards: list[list[str]] = []
     kinds: set[torch.dtype] = set()
     held: dict[str, Tensor] = {}
@@ -125,7 +149,11 @@ def _write_shards(stream: Iterator[tuple[str, Tensor]], work: Path, limit: int) 
     if len(shards) == 1:
         names = ["model.safetensors"]
     else:
-        where = {tensor: file for file, held_names in zip(names, shards, strict=True) for tensor in held_names}
+        where = {
+            tensor: file
+            for file, held_names in zip(names, shards, strict=True)
+            for tensor in held_names
+        }
         _write_json(work / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
     for i, name in enumerate(names):
         (work / f"shard-{i}").rename(work / name)
@@ -142,7 +170,9 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def copy_permissions(folder: Path) -> None:
-    """Give the weights the permissions of the config beside them: safetensors makes files that only their owner may read."""
+    """Give the weights the permissions of the config beside them: safetensors makes files that only
+    their owner may read.
+    """
     mode = (folder / "config.json").stat().st_mode & 0o777
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)

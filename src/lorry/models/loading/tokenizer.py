@@ -12,14 +12,28 @@ from transformers import AutoTokenizer
 from lorry.errors import ModelError
 from lorry.models.loading.describe import model_file_errors, read_model_json
 
-# Ways to cut text before byte-pair merges, by GGUF's name: GPT-2's own, and GPT-2's with every digit apart (what SmolLM does).
+# Ways to cut text before byte-pair merges, by GGUF's name: GPT-2's own, and GPT-2's with every
+# digit apart (what SmolLM does).
 AS_GPT2 = frozenset({"default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "roberta-bpe"})
-DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
-TOKENIZER_FILE_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer.tiktoken")
+DIGITS_APART = frozenset(
+    {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+)
+TOKENIZER_FILE_NAMES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.tiktoken",
+)
 
 
-def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, notes: list[str]) -> Any | None:
-    """transformers' tokenizer of a directory, or None with a note when it has none. Raises ModelError when it is unusable."""
+def load_tokenizer(
+    directory: Path, *, trust_remote_code: bool = False, notes: list[str]
+) -> Any | None:
+    """transformers' tokenizer of a directory, or None with a note when it has none. Raises
+    ModelError when it is unusable.
+    """
     if not any((directory / name).is_file() for name in TOKENIZER_FILE_NAMES):
         notes.append(f"{directory} has no tokenizer; only token ids can be used")
         return None
@@ -30,25 +44,37 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, notes: l
             if name == TOKENIZER_FILE_NAMES[0]:
                 _expect_whole(found, path)
     with model_file_errors(f"{directory}: its tokenizer cannot be read"):
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(directory), trust_remote_code=trust_remote_code, local_files_only=True
+        )
 
 
 def _expect_whole(found: Mapping[str, Any], path: Path) -> None:
-    """What every tokenizer.json has; without it transformers fails with a bare KeyError. Raises ModelError naming the file."""
+    """What every tokenizer.json has; without it transformers fails with a bare KeyError. Raises
+    ModelError naming the file.
+    """
     for key, kind, what in (("model", dict, "an object"), ("added_tokens", list, "a list")):
         if not isinstance(found.get(key), kind):
             said = "is missing" if key not in found else f"is not {what}"
-            raise ModelError(f"{path}: {key!r} {said}; this is not a whole tokenizer.json, fetch or save the tokenizer again")
+            raise ModelError(
+                f"{path}: {key!r} {said}; this is not a whole tokenizer.json, fetch or save the tokenizer again"
+            )
 
 
 def set_pre_tokenizer(pre: str, tokenizer: Any) -> list[str]:
-    """Let a tokenizer made from GGUF cut text as the file's ``tokenizer.ggml.pre`` says, where transformers fell back to GPT-2's
-    way without a word. Returns a note if that way is unknown here too."""
+    """Let a tokenizer made from GGUF cut text as the file's ``tokenizer.ggml.pre`` says, where
+    transformers fell back to GPT-2's way without a word. Returns a note if that way is unknown here
+    too.
+    """
     backend = tokenizer.backend_tokenizer
     if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) or pre in AS_GPT2:
         return []
     if pre not in DIGITS_APART:
-        return [f"this GGUF file's tokenizer cuts text in a way unknown here ({pre!r}); token ids may differ from the original's"]
+        return [
+            f"this GGUF file's tokenizer cuts text in a way unknown here ({pre!r}); token ids may differ from the original's"
+        ]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level]
+    )
     return []

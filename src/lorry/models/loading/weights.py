@@ -1,12 +1,15 @@
-"""Tensors of a Hugging Face directory, straight into the decoder: safetensors only, every name accounted for.
+"""Tensors of a Hugging Face directory, straight into the decoder: safetensors only, every name
+accounted for.
 
-The rule for whatever loads weights, here and in `load`, `embedded`, `quantized` and `adapters.peft.tensors`: every tensor that the
-model expects comes from the files exactly once, in its shape; every tensor of the files is used, or named in an error (or, for
-those that transformers' own class leaves out, in a note); every value is finite. Nothing is ever filled in at random.
-Buffers of older checkpoints that are recomputed (`RECOMPUTED_BUFFERS`) are not used; one with a NaN is refused all the same: its
-file is damaged.
+The rule for whatever loads weights, here and in `load`, `embedded`, `quantized` and
+`adapters.peft.tensors`: every tensor that the model expects comes from the files exactly once, in
+its shape; every tensor of the files is used, or named in an error (or, for those that transformers'
+own class leaves out, in a note); every value is finite. Nothing is ever filled in at random.
+Buffers of older checkpoints that are recomputed (`RECOMPUTED_BUFFERS`) are not used; one with a NaN
+is refused all the same: its file is damaged.
 
-Nothing is initialised and then overwritten: the decoder is built on the meta device and takes the file's tensors as they are.
+Nothing is initialised and then overwritten: the decoder is built on the meta device and takes the
+file's tensors as they are.
 """
 
 from __future__ import annotations
@@ -27,8 +30,11 @@ from lorry.families import ModelFamily
 from lorry.models.decoder.model import Decoder
 from lorry.models.loading.describe import read_model_json
 
-# Constants that older checkpoints stored beside the weights: the causal mask and the rotary table. They are recomputed.
-RECOMPUTED_BUFFERS = re.compile(r"(.*\.)?(h|layers)\.\d+\.(attn|attention)\.(bias|masked_bias)|(.*\.)?rotary_emb\.inv_freq")
+# Constants that older checkpoints stored beside the weights: the causal mask and the rotary table.
+# They are recomputed.
+RECOMPUTED_BUFFERS = re.compile(
+    r"(.*\.)?(h|layers)\.\d+\.(attn|attention)\.(bias|masked_bias)|(.*\.)?rotary_emb\.inv_freq"
+)
 FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
@@ -44,10 +50,12 @@ class TensorEntry:
 
 
 def read_tensor_entries(directory: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a checkpoint by its name in the file, from `model.safetensors` or the shards its index lists.
+    """Every tensor of a checkpoint by its name in the file, from `model.safetensors` or the shards
+    its index lists.
 
-    Raises ModelError if there are none, if only pickles are there, if the index and the shards disagree, or if there are both a
-    single file and an index of others: transformers would read the first, other libraries the second.
+    Raises ModelError if there are none, if only pickles are there, if the index and the shards
+    disagree, or if there are both a single file and an index of others: transformers would read the
+    first, other libraries the second.
     """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if index.is_file():
@@ -68,22 +76,30 @@ def read_tensor_entries(directory: Path) -> dict[str, TensorEntry]:
     for file in files:
         for name, entry in _read_shard_header(file).items():
             if listed is not None and listed.get(name) != file.name:
-                raise ModelError(f"{file}: holds {name!r}, which {index.name} places in {listed.get(name, 'no file')!r}")
+                raise ModelError(
+                    f"{file}: holds {name!r}, which {index.name} places in {listed.get(name, 'no file')!r}"
+                )
             found[name] = entry
     if absent := sorted(set(listed or ()) - set(found)):
-        raise ModelError(f"{index}: lists {absent[0]!r}, which its shard does not hold ({len(absent)} such names)")
+        raise ModelError(
+            f"{index}: lists {absent[0]!r}, which its shard does not hold ({len(absent)} such names)"
+        )
     return found
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """tensor name -> shard. A shard is a plain file name beside the index: anything else could point outside the directory."""
+    """tensor name -> shard. A shard is a plain file name beside the index: anything else could
+    point outside the directory.
+    """
     listed = read_model_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ModelError(f"{index}: no weight_map")
     for shard in set(map(str, listed.values())):
         # no file system takes names beyond 255 bytes
         if len(shard) > 255 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", shard):
-            raise ModelError(f"{index}: shard {shard!r:.80} is not the plain name of a .safetensors file beside the index")
+            raise ModelError(
+                f"{index}: shard {shard!r:.80} is not the plain name of a .safetensors file beside the index"
+            )
     return {str(k): str(v) for k, v in listed.items()}
 
 
@@ -92,9 +108,14 @@ def _read_shard_header(file: Path) -> dict[str, TensorEntry]:
         check_names(file)
         with safe_open(file, framework="pt") as f:
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118 - safe_open is not iterable
-            return {n: TensorEntry(file, n, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+            return {
+                n: TensorEntry(file, n, tuple(s.get_shape()), s.get_dtype())
+                for n, s in slices.items()
+            }
     except (SafetensorError, OSError) as e:
-        raise ModelError(f"{file}: not a complete safetensors file ({e}); download or copy it again") from e
+        raise ModelError(
+            f"{file}: not a complete safetensors file ({e}); download or copy it again"
+        ) from e
 
 
 def _explain_no_weights(directory: Path) -> str:
@@ -110,10 +131,14 @@ def _explain_no_weights(directory: Path) -> str:
 
 
 def load_decoder(
-    directory: Path, family: ModelFamily, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+    directory: Path,
+    family: ModelFamily,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Decoder:
-    """The native decoder with a directory's weights. Raises ModelError for any missing, unknown, misshapen, packed or not finite
-    tensor."""
+    """The native decoder with a directory's weights. Raises ModelError for any missing, unknown,
+    misshapen, packed or not finite tensor."""
     found = read_tensor_entries(directory)
     with torch.device("meta"):
         model = Decoder(family, config)
@@ -136,9 +161,16 @@ def load_decoder(
 
 
 def match_tensor_names(
-    found: Mapping[str, TensorEntry], family: ModelFamily, expected: Mapping[str, tuple[int, ...]], *, tied: bool, where: Path
+    found: Mapping[str, TensorEntry],
+    family: ModelFamily,
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    tied: bool,
+    where: Path,
 ) -> dict[str, str]:
-    """{our name: the file's name} for every expected tensor; the head may be absent when it is tied."""
+    """{our name: the file's name} for every expected tensor; the head may be absent when it is
+    tied.
+    """
     prefix = family.embed.partition(".")[0]
     plan: dict[str, str] = {}
     unknown = []
@@ -151,7 +183,9 @@ def match_tensor_names(
         if ours in plan:
             raise ModelError(f"{where}: both {plan[ours]!r} and {theirs!r} are {ours!r}")
         if entry.dtype not in FLOAT_DTYPES:
-            raise ModelError(f"{where}: {theirs} is stored as {entry.dtype}; packed weights cannot be loaded yet")
+            raise ModelError(
+                f"{where}: {theirs} is stored as {entry.dtype}; packed weights cannot be loaded yet"
+            )
         if entry.shape != expected[ours]:
             raise ModelError(
                 f"{where}: {theirs} has shape {list(entry.shape)}, config.json asks for {list(expected[ours])}; they are not of "
@@ -167,13 +201,23 @@ def match_tensor_names(
 
 
 def _possible_names(theirs: str, prefix: str, family: ModelFamily) -> list[str]:
-    """Our names a file's name can stand for: itself, a renamed module, or a bare base model's (hub GPT-2: `h.0...`)."""
-    renamed = [f"{ours}{theirs[len(disk) :]}" for ours, disk in family.on_disk.items() if theirs.startswith(f"{disk}.")]
+    """Our names a file's name can stand for: itself, a renamed module, or a bare base model's (hub
+    GPT-2: `h.0...`).
+    """
+    renamed = [
+        f"{ours}{theirs[len(disk) :]}"
+        for ours, disk in family.on_disk.items()
+        if theirs.startswith(f"{disk}.")
+    ]
     return [theirs, *renamed, f"{prefix}.{theirs}"]
 
 
-def read_tensors(wanted: Mapping[str, TensorEntry], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """The tensors, in ``dtype`` on ``device``, file by file. Raises ModelError where a value is not finite."""
+def read_tensors(
+    wanted: Mapping[str, TensorEntry], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """The tensors, in ``dtype`` on ``device``, file by file. Raises ModelError where a value is not
+    finite.
+    """
     by_file: dict[Path, list[str]] = {}
     for name, entry in wanted.items():
         by_file.setdefault(entry.file, []).append(name)
@@ -184,43 +228,65 @@ def read_tensors(wanted: Mapping[str, TensorEntry], dtype: torch.dtype, device: 
                 stored = f.get_tensor(wanted[name].name)
                 state[name] = stored.to(dtype)
                 if not is_finite(state[name]):
-                    raise ModelError(f"{file}: {wanted[name].name} {_explain_not_finite(stored, dtype)}")
+                    raise ModelError(
+                        f"{file}: {wanted[name].name} {_explain_not_finite(stored, dtype)}"
+                    )
     return state
 
 
 def refuse_damaged_buffers(found: Mapping[str, TensorEntry]) -> None:
-    """Raise ModelError naming a buffer that is recomputed and holds a NaN. An infinity is none of damage: masks hold it."""
+    """Raise ModelError naming a buffer that is recomputed and holds a NaN. An infinity is none of
+    damage: masks hold it.
+    """
     for name, entry in found.items():
         if RECOMPUTED_BUFFERS.fullmatch(name) and entry.dtype in FLOAT_DTYPES:
             with safe_open(entry.file, framework="pt") as f:
                 if bool(f.get_tensor(entry.name).isnan().any()):
-                    raise ModelError(f"{entry.file}: {name} holds NaN; the checkpoint is damaged: get another copy")
+                    raise ModelError(
+                        f"{entry.file}: {name} holds NaN; the checkpoint is damaged: get another copy"
+                    )
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every value of a floating tensor is finite.
 
-    One pass for the extremes, which NaN takes over: 17 ms for 135M values in bf16 on two cores, where
-    `isfinite().all()` takes 400. So no model is too large to be looked at whole."""
+    One pass for the extremes, which NaN takes over: 17 ms for 135M values in bf16 on two cores,
+    where `isfinite().all()` takes 400. So no model is too large to be looked at whole."""
     if not tensor.numel() or not tensor.is_floating_point():
         return True
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
-def refuse_not_finite(where: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
-    """Raise ModelError naming the first of ``tensors`` (name, values) with a NaN or an infinity among its values."""
+def refuse_not_finite(
+    where: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> None:
+    """Raise ModelError naming the first of ``tensors`` (name, values) with a NaN or an infinity
+    among its values.
+    """
     for name, tensor in tensors:
         if not is_finite(tensor):
-            unclear = " in float16; dtype=float32 tells whether the file does, too" if dtype == torch.float16 else ""
-            raise ModelError(f"{where}: {name} holds NaN or infinity{unclear}" if unclear else f"{where}: {name} {_DAMAGED}")
+            unclear = (
+                " in float16; dtype=float32 tells whether the file does, too"
+                if dtype == torch.float16
+                else ""
+            )
+            raise ModelError(
+                f"{where}: {name} holds NaN or infinity{unclear}"
+                if unclear
+                else f"{where}: {name} {_DAMAGED}"
+            )
 
 
 def _explain_not_finite(stored: Tensor, dtype: torch.dtype) -> str:
-    """What is wrong with a tensor's values: their own fault, or that of the number format they were asked for in."""
+    """What is wrong with a tensor's values: their own fault, or that of the number format they were
+    asked for in.
+    """
     if is_finite(stored):
         remedy = "; open it with dtype=float32" if dtype != torch.float32 else ""
         return f"holds values too large for {str(dtype).removeprefix('torch.')}{remedy}"
     return _DAMAGED
 
 
-_DAMAGED = "holds NaN or infinity; the checkpoint is damaged, or its training had failed: get another copy"
+_DAMAGED = (
+    "holds NaN or infinity; the checkpoint is damaged, or its training had failed: get another copy"
+)

@@ -1,10 +1,11 @@
 """Scores: per-token scalars of the logits, computed without ever holding [T, V].
 
-Rows of weight 0 never reach the head. The head being frozen, `VocabStatistic`s (log-probability, entropy, top-k divergences ...) go
-through it a tile of the vocabulary at a time (`models/scoring/tiles.py`); other functions see whole rows, chunk by chunk, and up to two
-of them keep d score / d hidden [t, D] instead of the logits. From three on, or when the head itself is adapted, chunks are
-recomputed in backward. Losses then make what they like of the scores. T tokens, t supervised rows, D width, V vocabulary,
-n scores.
+Rows of weight 0 never reach the head. The head being frozen, `VocabStatistic`s (log-probability,
+entropy, top-k divergences ...) go through it a tile of the vocabulary at a time
+(`models/scoring/tiles.py`); other functions see whole rows, chunk by chunk, and up to two of them
+keep d score / d hidden [t, D] instead of the logits. From three on, or when the head itself is
+adapted, chunks are recomputed in backward. Losses then make what they like of the scores. T tokens,
+t supervised rows, D width, V vocabulary, n scores.
 """
 
 from __future__ import annotations
@@ -25,12 +26,31 @@ from lorry.kernels.softmax import accumulator_dtype
 from lorry.models.causal_lm import CausalLM
 from lorry.models.decoder.model import PackedInput
 from lorry.models.scoring.tiles import LogitsStatistics, StatisticsRequest, compute_statistics
-from lorry.models.scoring.vocab import DenseScore, ScoreFn, VocabRows, VocabStatistic, correct, entropy, log_prob
+from lorry.models.scoring.vocab import (
+    DenseScore,
+    ScoreFn,
+    VocabRows,
+    VocabStatistic,
+    correct,
+    entropy,
+    log_prob,
+)
 
 __all__ = [
-    "FinalHidden", "HiddenState", "VocabRows", "TokenScore", "ScoreFn", "Want", "scale_by_temperature", "correct", "entropy", "evaluate_wants", "frozen_head",
-    "log_prob", "score_supervised_tokens",
-]  # fmt: skip
+    "FinalHidden",
+    "HiddenState",
+    "ScoreFn",
+    "TokenScore",
+    "VocabRows",
+    "Want",
+    "correct",
+    "entropy",
+    "evaluate_wants",
+    "frozen_head",
+    "log_prob",
+    "scale_by_temperature",
+    "score_supervised_tokens",
+]
 
 CHUNK_TOKENS = 256
 ONE_PASS_SCORES = 2
@@ -38,9 +58,11 @@ ONE_PASS_SCORES = 2
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A per-token scalar: ``fn(logits [t,V] fp32, rows) -> [t]``; each row may depend on that row's logits alone. Those of
-    `models/scoring/vocab.py` and `models/scoring/divergence.py` have slopes in closed form; of any other function autograd finds it.
-    ``temperature``: what the logits are divided by first; scores of one temperature share their passes over the head."""
+    """A per-token scalar: ``fn(logits [t,V] fp32, rows) -> [t]``; each row may depend on that row's
+    logits alone. Those of `models/scoring/vocab.py` and `models/scoring/divergence.py` have slopes
+    in closed form; of any other function autograd finds it. ``temperature``: what the logits are
+    divided by first; scores of one temperature share their passes over the head.
+    """
 
     fn: ScoreFn
     temperature: float = 1.0
@@ -55,16 +77,22 @@ class HiddenState:
 
 @dataclass(frozen=True)
 class FinalHidden:
-    """What the head reads: the hidden state after the final norm, [T, D]; the logits of target t are made of that at t-1."""
+    """What the head reads: the hidden state after the final norm, [T, D]; the logits of target t
+    are made of that at t-1.
+    """
 
 
 Want = TokenScore | HiddenState | FinalHidden
 
 
-def evaluate_wants(model: CausalLM, batch: Batch, wants: Mapping[str, Want], call: AdapterContext) -> dict[str, Tensor]:
-    """Everything a task asked for: scores as [T] (0 at unsupervised tokens), hidden states as [T, D].
+def evaluate_wants(
+    model: CausalLM, batch: Batch, wants: Mapping[str, Want], call: AdapterContext
+) -> dict[str, Tensor]:
+    """Everything a task asked for: scores as [T] (0 at unsupervised tokens), hidden states as [T,
+    D].
 
-    Gradients flow to the adapters when they are enabled. If only hidden states are wanted, the pass stops at the highest.
+    Gradients flow to the adapters when they are enabled. If only hidden states are wanted, the pass
+    stops at the highest.
     """
     scores = {n: w for n, w in wants.items() if isinstance(w, TokenScore)}
     final = [n for n, w in wants.items() if isinstance(w, FinalHidden)]
@@ -78,16 +106,25 @@ def evaluate_wants(model: CausalLM, batch: Batch, wants: Mapping[str, Want], cal
         got |= dict.fromkeys(final, hidden.last)
         for temperature in dict.fromkeys(w.temperature for w in scores.values()):
             alike = {n: w.fn for n, w in scores.items() if w.temperature == temperature}
-            table = score_supervised_tokens(model, hidden.last, batch, list(alike.values()), call, temperature)
+            table = score_supervised_tokens(
+                model, hidden.last, batch, list(alike.values()), call, temperature
+            )
             for name, column in zip(alike, table.unbind(1), strict=True):
                 got[name] = column.new_zeros(batch.tokens.numel()).index_copy(0, batch.rows, column)
     return got
 
 
 def score_supervised_tokens(
-    model: CausalLM, hidden: Tensor, batch: Batch, fns: Sequence[ScoreFn], call: AdapterContext, temperature: float = 1.0
+    model: CausalLM,
+    hidden: Tensor,
+    batch: Batch,
+    fns: Sequence[ScoreFn],
+    call: AdapterContext,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """[t, n] fp32: every score at every supervised token. The logits of target t stand at position t-1."""
+    """[t, n] fp32: every score at every supervised token. The logits of target t stand at position
+    t-1.
+    """
     extra = {name: e.values[batch.rows] for name, e in batch.extra.items() if e.per == "token"}
     rows = VocabRows(batch.tokens[batch.rows], extra)
     sources = batch.rows - 1
@@ -109,9 +146,13 @@ def score_supervised_tokens(
     return torch.stack([columns[j] for j in range(len(fns))], 1)
 
 
-def scale_by_temperature(model: CausalLM, hidden: Tensor, temperature: float) -> tuple[Tensor, float]:
-    """(hidden states [t,D] for logits at a temperature, what their logits are still to be divided by): softmax(W h / tau) is
-    softmax(W (h / tau)) where the head is a product and nothing else, adapted or not."""
+def scale_by_temperature(
+    model: CausalLM, hidden: Tensor, temperature: float
+) -> tuple[Tensor, float]:
+    """(hidden states [t,D] for logits at a temperature, what their logits are still to be divided
+    by): softmax(W h / tau) is softmax(W (h / tau)) where the head is a product and nothing else,
+    adapted or not.
+    """
     if temperature == 1.0:
         return hidden, 1.0
     head = getattr(model, "head", None)
@@ -132,22 +173,46 @@ def _score_by_chunks(
     parts = []
     for start in range(0, len(hidden), CHUNK_TOKENS):
         stop = min(start + CHUNK_TOKENS, len(hidden))
-        part = (model, hidden[start:stop], rows.cut(start, stop), fns, call.narrow(sources[start:stop]), temperature)
+        part = (
+            model,
+            hidden[start:stop],
+            rows.cut(start, stop),
+            fns,
+            call.narrow(sources[start:stop]),
+            temperature,
+        )
         if torch.is_grad_enabled():
-            parts.append(checkpoint(_chunk_scores, *part, use_reentrant=False, preserve_rng_state=False))
+            parts.append(
+                checkpoint(_chunk_scores, *part, use_reentrant=False, preserve_rng_state=False)
+            )
         else:
             parts.append(_chunk_scores(*part))
-    return torch.cat(parts) if parts else hidden.new_zeros(0, len(fns), dtype=accumulator_dtype(hidden))
+    return (
+        torch.cat(parts)
+        if parts
+        else hidden.new_zeros(0, len(fns), dtype=accumulator_dtype(hidden))
+    )
 
 
 def _chunk_scores(
-    model: CausalLM, hidden: Tensor, rows: VocabRows, fns: Sequence[ScoreFn], call: AdapterContext, temperature: float
+    model: CausalLM,
+    hidden: Tensor,
+    rows: VocabRows,
+    fns: Sequence[ScoreFn],
+    call: AdapterContext,
+    temperature: float,
 ) -> Tensor:
     logits = model.logits(hidden, call)
     logits = logits if temperature == 1.0 else logits / temperature
     known = [fn for fn in fns if isinstance(fn, VocabStatistic)]
     columns = (
-        dict(zip(map(id, known), LogitsStatistics.apply(logits, StatisticsRequest.of(known, rows)).unbind(1), strict=True))
+        dict(
+            zip(
+                map(id, known),
+                LogitsStatistics.apply(logits, StatisticsRequest.of(known, rows)).unbind(1),
+                strict=True,
+            )
+        )
         if known
         else {}
     )
@@ -160,19 +225,28 @@ def _chunk_scores(
 
 
 def frozen_head(model: CausalLM, call: AdapterContext) -> Tensor | None:
-    """The head's weight [V, D] when nothing in this call adapts or trains it and it is a plain product; else None."""
+    """The head's weight [V, D] when nothing in this call adapts or trains it and it is a plain
+    product; else None.
+    """
     head = getattr(model, "head", None)
     if isinstance(head, BankLinear):
         plain = head.product is None and not head.terms(head.resolve(call)) and not head.transposed
     else:
         plain = isinstance(head, nn.Linear)
-    if head is None or not plain or head.bias is not None or (head.weight.requires_grad and torch.is_grad_enabled()):
+    if (
+        head is None
+        or not plain
+        or head.bias is not None
+        or (head.weight.requires_grad and torch.is_grad_enabled())
+    ):
         return None
     return head.weight
 
 
 class DenseScoreFunction(torch.autograd.Function):
-    """`apply(logits [t,V], fn, rows) -> [t]` of a `DenseScore`; its slope is kept in the logits' dtype."""
+    """`apply(logits [t,V], fn, rows) -> [t]` of a `DenseScore`; its slope is kept in the logits'
+    dtype.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, fn: DenseScore, rows: VocabRows) -> Tensor:
@@ -191,11 +265,13 @@ class DenseScoreFunction(torch.autograd.Function):
 
 
 class FullLogitsFunction(torch.autograd.Function):
-    """`apply(hidden [t,D], head [V,D], fns, rows) -> [t,n]`: any functions of a chunk's logits, with d score / d hidden formed in
-    the forward pass."""
+    """`apply(hidden [t,D], head [V,D], fns, rows) -> [t,n]`: any functions of a chunk's logits,
+    with d score / d hidden formed in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, fns: Sequence[ScoreFn], rows: VocabRows) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, fns: Sequence[ScoreFn], rows: VocabRows
+    ) -> Tensor:
         need = ctx.needs_input_grad[0]
         t = len(hidden)
         out = hidden.new_zeros(t, len(fns), dtype=accumulator_dtype(hidden))
@@ -222,7 +298,9 @@ class FullLogitsFunction(torch.autograd.Function):
         return total, None, None, None
 
 
-def _value_and_slope(fn: ScoreFn, logits: Tensor, rows: VocabRows, need: bool) -> tuple[Tensor, Tensor | None]:
+def _value_and_slope(
+    fn: ScoreFn, logits: Tensor, rows: VocabRows, need: bool
+) -> tuple[Tensor, Tensor | None]:
     """fn [t] at a chunk's logits, and its slope [t,V] if needed and there is one."""
     wide = logits.to(accumulator_dtype(logits), copy=True)
     if need and isinstance(fn, DenseScore):

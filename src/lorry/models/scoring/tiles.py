@@ -1,10 +1,12 @@
-"""Statistics of the vocabulary's softmax and their slopes with respect to the hidden state, without a whole row of logits.
+"""Statistics of the vocabulary's softmax and their slopes with respect to the hidden state, without
+a whole row of logits.
 
-A frozen head is read a tile of the vocabulary at a time, as blocked attention reads keys: a tile's logits [t, w] stay in cache
-while they are formed, folded into running sums, and multiplied back. If one score of one chosen token carries the gradient, one
-pass and two products give value and slope; otherwise backward forms the tiles once more (three products for any number of
-scores). An adapted head gives whole rows, a chunk at a time, and `LogitsStatistics` takes those.
-t rows, n scores, k chosen tokens, d width, V vocabulary.
+A frozen head is read a tile of the vocabulary at a time, as blocked attention reads keys: a tile's
+logits [t, w] stay in cache while they are formed, folded into running sums, and multiplied back. If
+one score of one chosen token carries the gradient, one pass and two products give value and slope;
+otherwise backward forms the tiles once more (three products for any number of scores). An adapted
+head gives whole rows, a chunk at a time, and `LogitsStatistics` takes those. t rows, n scores, k
+chosen tokens, d width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,12 +26,16 @@ from lorry.models.scoring.vocab import SoftmaxSummary, VocabRows, VocabStatistic
 
 GROUP_ROWS = 1024  # rows that share a pass over the head
 TILE_ELEMENTS = 1 << 21  # logits in a tile: 4 MiB of bfloat16
-ROUND_ROWS = 64  # rows are padded to a multiple: oneDNN compiles, and keeps, a kernel for every new shape
+ROUND_ROWS = (
+    64  # rows are padded to a multiple: oneDNN compiles, and keeps, a kernel for every new shape
+)
 
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """Statistics wanted at t rows; their chosen tokens are the columns of ``ids`` [t,k], ``cuts`` says which are whose."""
+    """Statistics wanted at t rows; their chosen tokens are the columns of ``ids`` [t,k], ``cuts``
+    says which are whose.
+    """
 
     statistics: Sequence[VocabStatistic]
     rows: VocabRows
@@ -46,7 +52,9 @@ class StatisticsRequest:
                 start = sum(p.shape[1] for p in parts)
                 parts.append(s.tokens(rows))
                 columns[s.tokens] = slice(start, start + parts[-1].shape[1])
-        return StatisticsRequest(statistics, rows, torch.cat(parts, 1), [columns[s.tokens] for s in statistics])
+        return StatisticsRequest(
+            statistics, rows, torch.cat(parts, 1), [columns[s.tokens] for s in statistics]
+        )
 
     @property
     def moments(self) -> bool:
@@ -59,7 +67,11 @@ class StatisticsRequest:
     @property
     def one_pass(self) -> bool:
         """Whether a single score carries a gradient, and it looks at a single token."""
-        return sum(s.gradient for s in self.statistics) == 1 and not self.moments and self.ids.shape[1] == 1
+        return (
+            sum(s.gradient for s in self.statistics) == 1
+            and not self.moments
+            and self.ids.shape[1] == 1
+        )
 
     def values(self, softmax: SoftmaxSummary) -> Tensor:
         """[t,n]."""
@@ -70,8 +82,13 @@ class StatisticsRequest:
         return torch.stack(parts, 1)
 
     def pull(self, softmax: SoftmaxSummary, upstream: Tensor) -> list[Tensor]:
-        """The gradients [t,k], [t], [t], [t] of sum(values * upstream) with respect to chosen, mean, variance and uniform."""
-        leaves = [x.detach().requires_grad_() for x in (softmax.chosen, softmax.mean, softmax.variance, softmax.uniform)]
+        """The gradients [t,k], [t], [t], [t] of sum(values * upstream) with respect to chosen,
+        mean, variance and uniform.
+        """
+        leaves = [
+            x.detach().requires_grad_()
+            for x in (softmax.chosen, softmax.mean, softmax.variance, softmax.uniform)
+        ]
         chosen, mean, variance, uniform = leaves
         with torch.enable_grad():
             values = self.values(SoftmaxSummary(chosen, mean, variance, uniform, softmax.top))
@@ -80,11 +97,18 @@ class StatisticsRequest:
             values.dtype
         )  # an infinite one, too, is nothing to a score without gradient
         found = torch.autograd.grad(values, leaves, upstream, allow_unused=True)
-        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+        return [
+            torch.zeros_like(leaf) if grad is None else grad
+            for leaf, grad in zip(leaves, found, strict=True)
+        ]
 
-    def slopes(self, sums: SoftmaxSums, softmax: SoftmaxSummary, vocab: int, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """What d sum(values * upstream) / d logits is made of: ``terms`` [t,6] for `kernels.softmax.write_slope`, and the chosen
-        tokens' own entries [t,k], formed whole in fp32: where p is near 1, p - 1 is no difference of rounded numbers."""
+    def slopes(
+        self, sums: SoftmaxSums, softmax: SoftmaxSummary, vocab: int, upstream: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What d sum(values * upstream) / d logits is made of: ``terms`` [t,6] for
+        `kernels.softmax.write_slope`, and the chosen tokens' own entries [t,k], formed whole in
+        fp32: where p is near 1, p - 1 is no difference of rounded numbers.
+        """
         own, mean, variance, uniform = self.pull(softmax, upstream)
         a, k = -own.sum(1) - uniform, uniform / vocab
         b = c = torch.zeros_like(a)
@@ -125,7 +149,9 @@ def finish_softmax(sums: SoftmaxSums, logits: Tensor, vocab: int) -> SoftmaxSumm
 
 
 class HeadPass:
-    """A pass over the head for a group of rows: their hidden states, padded, and a workspace for the tiles."""
+    """A pass over the head for a group of rows: their hidden states, padded, and a workspace for
+    the tiles.
+    """
 
     def __init__(self, hidden: Tensor, head: Tensor, ids: Tensor) -> None:
         self.real, self.head = len(hidden), head
@@ -136,12 +162,20 @@ class HeadPass:
         self.part = hidden.new_empty(rows, hidden.shape[1])
         self.edges = [*range(0, len(head), self.width), len(head)]
         self.k = ids.shape[1]
-        self.token, self.pair = ids.flatten().sort()  # the chosen (row, token) pairs, by token: each tile has a stretch of them
-        self.cuts = torch.searchsorted(self.token, torch.tensor(self.edges, device=ids.device)).tolist()
+        self.token, self.pair = (
+            ids.flatten().sort()
+        )  # the chosen (row, token) pairs, by token: each tile has a stretch of them
+        self.cuts = torch.searchsorted(
+            self.token, torch.tensor(self.edges, device=ids.device)
+        ).tolist()
 
     def tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]]:
-        """Logits [rows, w] (only until the next), the head's rows [w, d], which chosen pairs are here, and where in the tile."""
-        for (start, stop), (first, last) in zip(pairwise(self.edges), pairwise(self.cuts), strict=True):
+        """Logits [rows, w] (only until the next), the head's rows [w, d], which chosen pairs are
+        here, and where in the tile.
+        """
+        for (start, stop), (first, last) in zip(
+            pairwise(self.edges), pairwise(self.cuts), strict=True
+        ):
             weight = self.head[start:stop]
             tile = self.space[: len(self.hidden) * (stop - start)].view(-1, stop - start)
             pair = self.pair[first:last]
@@ -157,7 +191,9 @@ class HeadPass:
         return logits.view(self.real, self.k)
 
     def read_and_pull(self, sums: SoftmaxSums) -> tuple[Tensor, Tensor]:
-        """Also sum e^(l - peak) times the head's rows, over all tokens but the chosen: ([real,k], [real,d])."""
+        """Also sum e^(l - peak) times the head's rows, over all tokens but the chosen: ([real,k],
+        [real,d]).
+        """
         logits = self._chosen()
         total = torch.zeros(self.part.shape, dtype=logits.dtype, device=logits.device)
         for tile, weight, pair, where in self.tiles():
@@ -183,11 +219,17 @@ class HeadPass:
         return SoftmaxSums.empty(len(self.hidden), self.hidden, moments=moments)
 
     def _chosen(self) -> Tensor:
-        return torch.zeros(self.real * self.k, dtype=accumulator_dtype(self.hidden), device=self.hidden.device)
+        return torch.zeros(
+            self.real * self.k, dtype=accumulator_dtype(self.hidden), device=self.hidden.device
+        )
 
 
-def compute_statistics(hidden: Tensor, head: Tensor, wanted: Sequence[VocabStatistic], rows: VocabRows) -> Tensor:
-    """[t,n] at least fp32: statistics of softmax(hidden [t,d] @ head [V,d]^T), differentiable in ``hidden``."""
+def compute_statistics(
+    hidden: Tensor, head: Tensor, wanted: Sequence[VocabStatistic], rows: VocabRows
+) -> Tensor:
+    """[t,n] at least fp32: statistics of softmax(hidden [t,d] @ head [V,d]^T), differentiable in
+    ``hidden``.
+    """
     t = len(hidden)
     if not t:
         return hidden.new_zeros(0, len(wanted), dtype=accumulator_dtype(hidden))
@@ -196,13 +238,15 @@ def compute_statistics(hidden: Tensor, head: Tensor, wanted: Sequence[VocabStati
     parts = []
     for i, group in enumerate(hidden.split(size)):
         asked = StatisticsRequest.of(wanted, rows.cut(i * size, (i + 1) * size))
-        parts.append((OnePassStatistics if asked.one_pass else TwoPassStatistics).apply(group, head, asked))
+        parts.append(
+            (OnePassStatistics if asked.one_pass else TwoPassStatistics).apply(group, head, asked)
+        )
     return torch.cat(parts)
 
 
 class OnePassStatistics(torch.autograd.Function):
-    """`apply(hidden [t,d], head [V,d], asked) -> [t,n]` where `Asked.one_pass` holds; keeps d score / d hidden [t,d]:
-    u ((1 - p) head[token] - sum over the others of p_v head[v])."""
+    """`apply(hidden [t,d], head [V,d], asked) -> [t,n]` where `Asked.one_pass` holds; keeps d score
+    / d hidden [t,d]: u ((1 - p) head[token] - sum over the others of p_v head[v])."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, asked: StatisticsRequest) -> Tensor:
@@ -229,7 +273,9 @@ class OnePassStatistics(torch.autograd.Function):
 
 
 class TwoPassStatistics(torch.autograd.Function):
-    """`apply(hidden [t,d], head [V,d], asked) -> [t,n]` for any statistics; backward forms the tiles once more."""
+    """`apply(hidden [t,d], head [V,d], asked) -> [t,n]` for any statistics; backward forms the
+    tiles once more.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, asked: StatisticsRequest) -> Tensor:
@@ -248,22 +294,36 @@ class TwoPassStatistics(torch.autograd.Function):
         asked: StatisticsRequest = ctx.asked
         if not asked.gradient:
             return torch.zeros_like(hidden), None, None
-        terms, entries = asked.slopes(ctx.sums, finish_softmax(ctx.sums, logits, len(head)), len(head), grads[0])
-        return HeadPass(hidden, head, asked.ids).push(terms, entries, moments=asked.moments).to(hidden.dtype), None, None
+        terms, entries = asked.slopes(
+            ctx.sums, finish_softmax(ctx.sums, logits, len(head)), len(head), grads[0]
+        )
+        return (
+            HeadPass(hidden, head, asked.ids)
+            .push(terms, entries, moments=asked.moments)
+            .to(hidden.dtype),
+            None,
+            None,
+        )
 
 
 # --- whole rows, from a head that is adapted
 
 
 class LogitsStatistics(torch.autograd.Function):
-    """`apply(logits [t,V], asked) -> [t,n]`; the gradient is formed in the logits' dtype, nothing else of their size."""
+    """`apply(logits [t,V], asked) -> [t,n]`; the gradient is formed in the logits' dtype, nothing
+    else of their size.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, asked: StatisticsRequest) -> Tensor:
         sums = SoftmaxSums.empty(len(logits), logits, moments=asked.moments)
         sums.fold(logits)
         ctx.save_for_backward(logits)
-        ctx.asked, ctx.sums, ctx.chosen = asked, sums, logits.gather(1, asked.ids).to(sums.state.dtype)
+        ctx.asked, ctx.sums, ctx.chosen = (
+            asked,
+            sums,
+            logits.gather(1, asked.ids).to(sums.state.dtype),
+        )
         return asked.values(finish_softmax(sums, ctx.chosen, logits.shape[1]))
 
     @staticmethod

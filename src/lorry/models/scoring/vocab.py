@@ -1,12 +1,15 @@
-"""Functions of the logits: what a task may ask for per token, most of them with a slope in closed form.
+"""Functions of the logits: what a task may ask for per token, most of them with a slope in closed
+form.
 
-A `VocabStatistic` is any function of the log-probabilities of a few chosen tokens and of four statistics of the row's softmax:
+A `VocabStatistic` is any function of the log-probabilities of a few chosen tokens and of four
+statistics of the row's softmax:
 
     d score / d l_v = p_v (a + b y_v + c y_v^2) + k + (chosen tokens' own),   y_v = log p_v - mean
 
-so values and gradients need one pass over the logits, a tile of columns at a time, and no row is ever whole. `DenseScore` compares
-with another distribution over the whole vocabulary. Any other function of the logits is a score too: autograd then takes whole
-rows, a chunk at a time. t rows, k chosen tokens, V vocabulary.
+so values and gradients need one pass over the logits, a tile of columns at a time, and no row is
+ever whole. `DenseScore` compares with another distribution over the whole vocabulary. Any other
+function of the logits is a score too: autograd then takes whole rows, a chunk at a time. t rows, k
+chosen tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,13 +23,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabRows:
-    """The supervised tokens a score function sees: targets [t] and the batch's per-token extras [t, ...]."""
+    """The supervised tokens a score function sees: targets [t] and the batch's per-token extras [t,
+    ...].
+    """
 
     targets: Tensor
     extra: Mapping[str, Tensor]
 
     def cut(self, start: int, stop: int) -> VocabRows:
-        return VocabRows(self.targets[start:stop], {n: e[start:stop] for n, e in self.extra.items()})
+        return VocabRows(
+            self.targets[start:stop], {n: e[start:stop] for n, e in self.extra.items()}
+        )
 
 
 ScoreFn = Callable[[Tensor, VocabRows], Tensor]
@@ -34,9 +41,12 @@ ScoreFn = Callable[[Tensor, VocabRows], Tensor]
 
 @dataclass(frozen=True)
 class SoftmaxSummary:
-    """What a `VocabStatistic` sees of each row's p = softmax(logits): ``chosen`` [t,k] log-probabilities of the chosen tokens;
-    ``mean`` and ``variance`` [t] of log p under p; ``uniform`` [t], the plain mean of log p over the vocabulary (these three are
-    NaN unless the statistic asks for moments); ``top`` [t] int64, the most likely token, -1 in a row that is not finite."""
+    """What a `VocabStatistic` sees of each row's p = softmax(logits): ``chosen`` [t,k]
+    log-probabilities of the chosen tokens; ``mean`` and ``variance`` [t] of log p under p;
+    ``uniform`` [t], the plain mean of log p over the vocabulary (these three are NaN unless the
+    statistic asks for moments); ``top`` [t] int64, the most likely token, -1 in a row that is not
+    finite.
+    """
 
     chosen: Tensor
     mean: Tensor
@@ -52,8 +62,10 @@ def target_token(rows: VocabRows) -> Tensor:
 
 @dataclass(frozen=True)
 class VocabStatistic:
-    """``of(softmax, rows) -> [t]``, differentiable in `SoftmaxSummary`; ``tokens(rows)`` [t,k] chooses tokens, ``moments`` says whether
-    mean, variance or uniform are read. Called on whole logits it is a plain function of them, which autograd understands."""
+    """``of(softmax, rows) -> [t]``, differentiable in `SoftmaxSummary`; ``tokens(rows)`` [t,k]
+    chooses tokens, ``moments`` says whether mean, variance or uniform are read. Called on whole
+    logits it is a plain function of them, which autograd understands.
+    """
 
     of: Callable[[SoftmaxSummary, VocabRows], Tensor]
     tokens: Callable[[VocabRows], Tensor] = target_token
@@ -68,7 +80,9 @@ class VocabStatistic:
             mean = (p * logp).sum(1)
             variance, uniform = (p * (logp - mean[:, None]).square()).sum(1), logp.mean(1)
         top = torch.where(logp.detach().sum(1).isnan(), -1, logits.argmax(1))
-        return self.of(SoftmaxSummary(logp.gather(1, self.tokens(rows)), mean, variance, uniform, top), rows)
+        return self.of(
+            SoftmaxSummary(logp.gather(1, self.tokens(rows)), mean, variance, uniform, top), rows
+        )
 
 
 log_prob = VocabStatistic(lambda p, rows: p.chosen[:, 0])
@@ -91,21 +105,28 @@ min_k = VocabStatistic(_min_k, moments=True)
 
 
 def label_smoothed(smoothing: float) -> VocabStatistic:
-    """Cross-entropy with (1 - smoothing) on the target and ``smoothing`` spread over the vocabulary (Szegedy et al. 2016)."""
-    return VocabStatistic(lambda p, rows: -(1 - smoothing) * p.chosen[:, 0] - smoothing * p.uniform, moments=True)
+    """Cross-entropy with (1 - smoothing) on the target and ``smoothing`` spread over the vocabulary
+    (Szegedy et al. 2016).
+    """
+    return VocabStatistic(
+        lambda p, rows: -(1 - smoothing) * p.chosen[:, 0] - smoothing * p.uniform, moments=True
+    )
 
 
 def top_k_cross_entropy(ids: str, probs: str) -> VocabStatistic:
     """-sum_k q_k log p(k) over the tokens and probabilities carried per token in the extras ``ids`` and ``probs``, both [T,k]."""
-    return VocabStatistic(lambda p, rows: -(rows.extra[probs].to(p.chosen.dtype) * p.chosen).sum(1), lambda rows: rows.extra[ids])
+    return VocabStatistic(
+        lambda p, rows: -(rows.extra[probs].to(p.chosen.dtype) * p.chosen).sum(1),
+        lambda rows: rows.extra[ids],
+    )
 
 
 def top_k_kl(ids: str, log_probs: str, *, reverse: bool = False) -> VocabStatistic:
-    """KL(q || p), or KL(p || q) with ``reverse``, where of q only its likeliest tokens are known: extras ``ids`` and
-    ``log_probs``, both [T,k], the ids of a row distinct.
+    """KL(q || p), or KL(p || q) with ``reverse``, where of q only its likeliest tokens are known:
+    extras ``ids`` and ``log_probs``, both [T,k], the ids of a row distinct.
 
-    All other tokens count as one, whose probability is what is left on either side: a lower bound of the whole divergence,
-    and 0 when p is q.
+    All other tokens count as one, whose probability is what is left on either side: a lower bound
+    of the whole divergence, and 0 when p is q.
     """
 
     def of(p: SoftmaxSummary, rows: VocabRows) -> Tensor:
@@ -128,9 +149,11 @@ def _top_k_kl_value(p_log: Tensor, q_log: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DenseScore:
-    """A score that compares log p with a tensor over the whole vocabulary, ``given(rows)`` [t,V]: an extra of the batch, or
-    another head's product of one. ``formula(log p, given)`` gives the value [t] and what forms its slope with respect to the
-    logits [t,V], which may take the memory of log p."""
+    """A score that compares log p with a tensor over the whole vocabulary, ``given(rows)`` [t,V]:
+    an extra of the batch, or another head's product of one. ``formula(log p, given)`` gives the
+    value [t] and what forms its slope with respect to the logits [t,V], which may take the memory
+    of log p.
+    """
 
     given: Callable[[VocabRows], Tensor]
     formula: Callable[[Tensor, Tensor], tuple[Tensor, Callable[[], Tensor]]]
@@ -167,7 +190,9 @@ def forward_kl(logits: Callable[[VocabRows], Tensor]) -> DenseScore:
 
 
 def reverse_kl(logits: Callable[[VocabRows], Tensor]) -> DenseScore:
-    """KL(p || q), q the softmax of given logits [t,V]: the reverse divergence, and the penalty of reinforcement."""
+    """KL(p || q), q the softmax of given logits [t,V]: the reverse divergence, and the penalty of
+    reinforcement.
+    """
 
     def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         gap, p = logp - given.to(logp.dtype).log_softmax(1), logp.exp()

@@ -1,11 +1,13 @@
-"""A teacher's view of the sequences a student reads: its own tokens of the same conversation, and which of them answers to which.
+"""A teacher's view of the sequences a student reads: its own tokens of the same conversation, and
+which of them answers to which.
 
     encoder = PairedEncoder(tokenizer, theirs=Encoder(other_tokenizer, max_length=2048), max_length=1024)
     tokens = TokenSet.build(source, encoder)        # the student's, as ever; encoder.views has the teacher's by `sequence_digest`
 
-Sequences are known by their content, so no order, packing or number has to travel with them. Where both read the same tokens the
-view is the sequence itself (`identity_view`). Elsewhere the runs of supervised tokens are matched one by one and aligned at their
-starts, the longer cut to the shorter, as universal logit distillation does (Boizard et al. 2024, arXiv 2402.12030).
+Sequences are known by their content, so no order, packing or number has to travel with them. Where
+both read the same tokens the view is the sequence itself (`identity_view`). Elsewhere the runs of
+supervised tokens are matched one by one and aligned at their starts, the longer cut to the shorter,
+as universal logit distillation does (Boizard et al. 2024, arXiv 2402.12030).
 """
 
 from __future__ import annotations
@@ -26,15 +28,19 @@ from lorry.errors import ConfigError
 
 @dataclass(frozen=True)
 class TeacherView:
-    """``tokens`` [n] the teacher reads; ``targets`` [m]: the student's tokens, by place in its sequence, that a teacher's
-    distribution answers to; ``sources`` [m]: the places in ``tokens`` after which it stands."""
+    """``tokens`` [n] the teacher reads; ``targets`` [m]: the student's tokens, by place in its
+    sequence, that a teacher's distribution answers to; ``sources`` [m]: the places in ``tokens``
+    after which it stands.
+    """
 
     tokens: Sequence[int]
     targets: Sequence[int]
     sources: Sequence[int]
 
 
-def sequence_digest(tokens: Sequence[int] | np.ndarray, weights: Sequence[float] | np.ndarray) -> bytes:
+def sequence_digest(
+    tokens: Sequence[int] | np.ndarray, weights: Sequence[float] | np.ndarray
+) -> bytes:
     """A sequence's name: 16 bytes of SHA-256 over its tokens and which of them are supervised."""
     digest = hashlib.sha256(np.asarray(tokens, dtype="<i4").tobytes())
     digest.update(np.packbits(np.asarray(weights) != 0).tobytes())
@@ -44,7 +50,9 @@ def sequence_digest(tokens: Sequence[int] | np.ndarray, weights: Sequence[float]
 def sequence_digests(batch: Batch) -> list[bytes]:
     """The name of every sequence of a batch."""
     tokens, weights = batch.tokens.cpu().numpy(), batch.weights.cpu().numpy()
-    return [sequence_digest(tokens[start:stop], weights[start:stop]) for start, stop in batch.segments]
+    return [
+        sequence_digest(tokens[start:stop], weights[start:stop]) for start, stop in batch.segments
+    ]
 
 
 def identity_view(tokens: Sequence[int], weights: Sequence[float]) -> TeacherView:
@@ -54,31 +62,43 @@ def identity_view(tokens: Sequence[int], weights: Sequence[float]) -> TeacherVie
 
 
 def align_sequences(student: EncodedSequence, teacher: EncodedSequence) -> TeacherView | None:
-    """Supervised runs matched in order, each aligned at its start; None where they are not equally many."""
+    """Supervised runs matched in order, each aligned at its start; None where they are not equally
+    many.
+    """
     ours, theirs = _supervised_runs(student.weights), _supervised_runs(teacher.weights)
     if len(ours) != len(theirs):
         return None
     pairs = [
-        (a + i, b + i) for (a, a_end), (b, b_end) in zip(ours, theirs, strict=True) for i in range(min(a_end - a, b_end - b))
+        (a + i, b + i)
+        for (a, a_end), (b, b_end) in zip(ours, theirs, strict=True)
+        for i in range(min(a_end - a, b_end - b))
     ]
-    return TeacherView(teacher.tokens, [target for target, _ in pairs], [source - 1 for _, source in pairs])
+    return TeacherView(
+        teacher.tokens, [target for target, _ in pairs], [source - 1 for _, source in pairs]
+    )
 
 
 def _supervised_runs(weights: Sequence[float]) -> list[tuple[int, int]]:
     """(start, stop) of each stretch of supervised tokens."""
-    marks = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(weights) != 0, [0]]).astype(np.int8)))
+    marks = np.flatnonzero(
+        np.diff(np.concatenate([[0], np.asarray(weights) != 0, [0]]).astype(np.int8))
+    )
     return [(int(a), int(b)) for a, b in zip(marks[::2], marks[1::2], strict=True)]
 
 
 class PairedEncoder(ExampleEncoder):
-    """The student's encoder, which has ``theirs``, the teacher's, encode everything too: ``views`` by name, ``missing`` counts
-    the sequences that have none, because the answer does not fit the teacher, or its template makes other turns of the chat."""
+    """The student's encoder, which has ``theirs``, the teacher's, encode everything too: ``views``
+    by name, ``missing`` counts the sequences that have none, because the answer does not fit the
+    teacher, or its template makes other turns of the chat.
+    """
 
     def __init__(self, tokenizer: Any, *, theirs: ExampleEncoder, **options: Any) -> None:
         super().__init__(tokenizer, **options)
         self.theirs, self.views, self.missing = theirs, dict[bytes, TeacherView](), 0
 
-    def encode_many(self, contents: Sequence[ExampleContent]) -> list[list[EncodedSequence] | BadRow]:
+    def encode_many(
+        self, contents: Sequence[ExampleContent]
+    ) -> list[list[EncodedSequence] | BadRow]:
         """As `Encoder.encode_many`; the views are kept aside."""
         made = super().encode_many(contents)
         for ours, theirs in zip(made, self.theirs.encode_many(contents), strict=True):
@@ -96,7 +116,9 @@ class PairedEncoder(ExampleEncoder):
 
 
 def require_same_tokenizer(student: Any, teacher: Any, where: str) -> None:
-    """Raises ConfigError, naming the first difference, unless both tokenizers mean the same by every id."""
+    """Raises ConfigError, naming the first difference, unless both tokenizers mean the same by
+    every id.
+    """
     ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
     for i in sorted(ours.keys() | theirs.keys()):
         if ours.get(i) != theirs.get(i):

@@ -1,4 +1,5 @@
-"""A distillation from its description to a task: who the teacher is, what it reads, whether it is asked live or from a cache.
+"""A distillation from its description to a task: who the teacher is, what it reads, whether it is
+asked live or from a cache.
 
 make = encoder_of(run, opened, notes)               # before the rows are read: a teacher of another tokenizer reads them too
 built = build_distill(inputs)                       # `tasks.registry.TASKS["distill"]`
@@ -20,20 +21,33 @@ from lorry.models.loading.open import OpenedModel
 from lorry.tasks.build import BuiltTask, TaskInputs
 from lorry.tasks.distill import cache
 from lorry.tasks.distill.align import PairedEncoder, require_same_tokenizer, sequence_digest
-from lorry.tasks.distill.task import DistillObjective, DistillTask, DistillTeacher, LiveTeacher, TeacherReader
+from lorry.tasks.distill.task import (
+    DistillObjective,
+    DistillTask,
+    DistillTeacher,
+    LiveTeacher,
+    TeacherReader,
+)
 from lorry.tasks.distill.teacher import TeacherLocation, TeacherScorer, open_teacher
 
 TEACHER_PASS_ROWS = 8  # rows the teacher reads at a time when a cache is written
-TEACHER_LENGTH_FACTOR = 2  # what a teacher's tokenizer may make of max_length tokens of the student's
+TEACHER_LENGTH_FACTOR = (
+    2  # what a teacher's tokenizer may make of max_length tokens of the student's
+)
 
 
 def distill_objective_of(config: DistillConfig) -> DistillObjective:
     """The two terms and their weights from the settings."""
-    return DistillObjective(config.loss, config.temperature, config.beta, 1 - config.alpha, config.alpha)
+    return DistillObjective(
+        config.loss, config.temperature, config.beta, 1 - config.alpha, config.alpha
+    )
 
 
-def make_encoder_factory(run: RunConfig, opened: OpenedModel, notes: list[str]) -> Callable[..., ExampleEncoder]:
-    """What makes the encoder of a run: `ExampleEncoder`, or one that has a teacher with another tokenizer read the rows as well.
+def make_encoder_factory(
+    run: RunConfig, opened: OpenedModel, notes: list[str]
+) -> Callable[..., ExampleEncoder]:
+    """What makes the encoder of a run: `ExampleEncoder`, or one that has a teacher with another
+    tokenizer read the rows as well.
 
     A token that the model, or the teacher that reads it, has no embedding of makes a bad row.
     Raises ConfigError when the tokenizers differ and the loss compares tokens by their ids.
@@ -52,9 +66,12 @@ def make_encoder_factory(run: RunConfig, opened: OpenedModel, notes: list[str]) 
             raise
         only = True if run.data.completion_only_loss is None else run.data.completion_only_loss
         reads = ExampleEncoder(
-            theirs, max_length=TEACHER_LENGTH_FACTOR * run.data.max_length, completion_only_loss=only, system=run.data.system,
+            theirs,
+            max_length=TEACHER_LENGTH_FACTOR * run.data.max_length,
+            completion_only_loss=only,
+            system=run.data.system,
             embeddings=place.vocab_size(),
-        )  # fmt: skip
+        )
         return partial(PairedEncoder, theirs=reads, embeddings=opened.model.vocab_size)
     ours = opened.model.vocab_size
     return partial(ExampleEncoder, embeddings=min(ours, place.vocab_size() or ours))
@@ -65,30 +82,55 @@ def build_distill(given: TaskInputs) -> BuiltTask:
     run = given.run
     assert isinstance(run, DistillRunConfig)
     notes: list[str] = []
-    (adapter, (_, prepared)), aim = next(iter(given.jobs.items())), distill_objective_of(run.distill)
+    (adapter, (_, prepared)), aim = (
+        next(iter(given.jobs.items())),
+        distill_objective_of(run.distill),
+    )
     place = _locate_teacher(run, given.opened, notes)
-    if run.output_dir.resolve() in {p.resolve() for p in (place.place.directory, place.adapter) if p is not None}:
-        raise ConfigError(f"{run.output_dir} holds the teacher, which this run would displace; give another output_dir")
+    if run.output_dir.resolve() in {
+        p.resolve() for p in (place.place.directory, place.adapter) if p is not None
+    }:
+        raise ConfigError(
+            f"{run.output_dir} holds the teacher, which this run would displace; give another output_dir"
+        )
     dtype = str(given.opened.source["dtype"]) if place.shared else run.distill.teacher_dtype
     digest = place.digest(run.distill, dtype)
     models: dict[str, ScoringBackend] = {}
     if run.distill.cache is None:
         scorer = models["teacher"] = open_teacher(place, run.distill, given.opened, notes)
-        reader, columns = _teacher_reader(prepared, scorer), _teacher_columns(run.distill, given.opened)
+        reader, columns = (
+            _teacher_reader(prepared, scorer),
+            _teacher_columns(run.distill, given.opened),
+        )
         _require_columns(run.distill, scorer, columns)
         teacher: DistillTeacher = LiveTeacher(
-            aim, scorer.head(aim.temperature, columns), reader, _top_k_count(run.distill, scorer, columns)
+            aim,
+            scorer.head(aim.temperature, columns),
+            reader,
+            _top_k_count(run.distill, scorer, columns),
         )
-        notes += _missing(given, prepared, lambda tokens, weights: reader.view(tokens, weights) is not None)
+        notes += _missing(
+            given, prepared, lambda tokens, weights: reader.view(tokens, weights) is not None
+        )
     else:
-        teacher = cached = _open_cached_teacher(given, run.distill, prepared, place, aim, digest, notes)
-        notes += _missing(given, prepared, lambda tokens, weights: sequence_digest(tokens, weights) in cached.known)
+        teacher = cached = _open_cached_teacher(
+            given, run.distill, prepared, place, aim, digest, notes
+        )
+        notes += _missing(
+            given,
+            prepared,
+            lambda tokens, weights: sequence_digest(tokens, weights) in cached.known,
+        )
     everyone = {"self": given.backend, **models}
-    task = DistillTask(given.stream, given.held, given.total, [adapter], aim=aim, teacher=teacher, models=everyone)
+    task = DistillTask(
+        given.stream, given.held, given.total, [adapter], aim=aim, teacher=teacher, models=everyone
+    )
     return BuiltTask(task, models, {"teacher": digest}, notes)
 
 
-def _locate_teacher(run: DistillRunConfig, opened: OpenedModel, notes: list[str]) -> TeacherLocation:
+def _locate_teacher(
+    run: DistillRunConfig, opened: OpenedModel, notes: list[str]
+) -> TeacherLocation:
     return TeacherLocation.of(run.distill, opened, shareable=run.lora is not None, notes=notes)
 
 
@@ -98,8 +140,8 @@ def _teacher_reader(prepared: PreparedData, scorer: TeacherScorer) -> TeacherRea
 
 
 def _teacher_columns(config: DistillConfig, opened: OpenedModel) -> int | None:
-    """How many of the teacher's logits count: those of the student's tokens, where tokens are compared by id (an embedding may be
-    longer than its tokenizer); None: all of them."""
+    """How many of the teacher's logits count: those of the student's tokens, where tokens are
+    compared by id (an embedding may be longer than its tokenizer); None: all of them."""
     if config.loss == "uld":
         return None
     return opened.model.vocab_size
@@ -115,8 +157,14 @@ def _require_columns(config: DistillConfig, teacher: TeacherScorer, columns: int
 
 
 def _top_k_count(config: DistillConfig, teacher: TeacherScorer, columns: int | None) -> int | None:
-    """How many of the teacher's likeliest tokens are kept: never all of them, as in a cache, since the others count as one."""
-    return None if config.top_k is None else min(config.top_k, min(teacher.vocab_size, columns or teacher.vocab_size) - 1)
+    """How many of the teacher's likeliest tokens are kept: never all of them, as in a cache, since
+    the others count as one.
+    """
+    return (
+        None
+        if config.top_k is None
+        else min(config.top_k, min(teacher.vocab_size, columns or teacher.vocab_size) - 1)
+    )
 
 
 def _open_cached_teacher(
@@ -128,7 +176,9 @@ def _open_cached_teacher(
     digest: str,
     notes: list[str],
 ) -> cache.CachedTeacher:
-    """The teacher from disk; it is opened, and forgotten again, only where the cache is not there yet."""
+    """The teacher from disk; it is opened, and forgotten again, only where the cache is not there
+    yet.
+    """
     assert config.cache is not None
     assert config.top_k is not None
     columns = _teacher_columns(config, given.opened)
@@ -137,23 +187,40 @@ def _open_cached_teacher(
     if not folder.exists():
         scorer = open_teacher(place, config, given.opened, notes)
         head = scorer.head(1.0, columns)
-        cache.write_teacher_cache(folder, _all_batches(given, prepared), _teacher_reader(prepared, scorer), scorer, head, facts)
+        cache.write_teacher_cache(
+            folder,
+            _all_batches(given, prepared),
+            _teacher_reader(prepared, scorer),
+            scorer,
+            head,
+            facts,
+        )
     cached = cache.CachedTeacher(folder, facts, aim)
     size = cached.facts["bytes"] / 2**20
-    notes.append(f"the teacher is read from {folder}: {cached.facts['tokens']} tokens, {size:.1f} MiB")
+    notes.append(
+        f"the teacher is read from {folder}: {cached.facts['tokens']} tokens, {size:.1f} MiB"
+    )
     return cached
 
 
 def _all_batches(given: TaskInputs, prepared: PreparedData) -> Iterator[Batch]:
     """Everything the run reads, once: the training rows in file order, then those held out."""
     if prepared.tokens is None:
-        raise ConfigError("distill.cache needs rows that are not streamed; leave data.streaming out")
+        raise ConfigError(
+            "distill.cache needs rows that are not streamed; leave data.streaming out"
+        )
     yield from prepared.tokens.eval_batches(TEACHER_PASS_ROWS)
     yield from given.held
 
 
-def _missing(given: TaskInputs, prepared: PreparedData, speaks: Callable[[Sequence[int], Sequence[float]], bool]) -> list[str]:
-    """A note of how many sequences the teacher has nothing to say of: they carry the data's own loss only."""
+def _missing(
+    given: TaskInputs,
+    prepared: PreparedData,
+    speaks: Callable[[Sequence[int], Sequence[float]], bool],
+) -> list[str]:
+    """A note of how many sequences the teacher has nothing to say of: they carry the data's own
+    loss only.
+    """
     if prepared.tokens is None:
         return []
     of = [

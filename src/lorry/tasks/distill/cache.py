@@ -1,11 +1,13 @@
-"""What a teacher said of every supervised token, on disk: written in one pass before training, read ever after without it.
+"""What a teacher said of every supervised token, on disk: written in one pass before training, read
+ever after without it.
 
     DIR/DATA-TEACHER-kK-vV/     teacher.safetensors   names, edges of the sequences; place, ids, logp, rest of their tokens
                                 teacher.json          which data, which teacher, how many of its logits, how many tokens
                                 manifest.json         SHA-256 of both
 
-A sequence is found by its content (`data.aligned.name_of`), so epochs, packing and order do not matter; a token takes 6 k + 52
-bytes (`models/scoring/truncated.py`), at any temperature from 0.5 to 8.
+A sequence is found by its content (`data.aligned.name_of`), so epochs, packing and order do not
+matter; a token takes 6 k + 52 bytes (`models/scoring/truncated.py`), at any temperature from 0.5 to
+8.
 """
 
 from __future__ import annotations
@@ -38,19 +40,36 @@ from lorry.tasks.distill.task import (
     attach_top_k,
 )
 
-CACHE_TENSORS_FILE, CACHE_FACTS_FILE, CACHE_FORMAT = "teacher.safetensors", "teacher.json", "lorry-teacher/1"
+CACHE_TENSORS_FILE, CACHE_FACTS_FILE, CACHE_FORMAT = (
+    "teacher.safetensors",
+    "teacher.json",
+    "lorry-teacher/1",
+)
 
 
-def teacher_cache_facts(batches: Iterable[Batch], teacher: str, k: int, columns: int | None) -> dict[str, Any]:
-    """What a cache of these sequences by this teacher (its digest) says of itself. ``columns``: how many of its logits count, as
-    the student has it; None: all."""
-    total = hashlib.sha256(b"".join(sorted({name for batch in batches for name in sequence_digests(batch)})))
-    return {"format": CACHE_FORMAT, "data": total.hexdigest(), "teacher": teacher, "k": k, "columns": columns}
+def teacher_cache_facts(
+    batches: Iterable[Batch], teacher: str, k: int, columns: int | None
+) -> dict[str, Any]:
+    """What a cache of these sequences by this teacher (its digest) says of itself. ``columns``: how
+    many of its logits count, as the student has it; None: all."""
+    total = hashlib.sha256(
+        b"".join(sorted({name for batch in batches for name in sequence_digests(batch)}))
+    )
+    return {
+        "format": CACHE_FORMAT,
+        "data": total.hexdigest(),
+        "teacher": teacher,
+        "k": k,
+        "columns": columns,
+    }
 
 
 def teacher_cache_folder(cache: Path, facts: Mapping[str, Any]) -> Path:
     """Where it lies."""
-    return cache / f"{facts['data'][:12]}-{facts['teacher'][:12]}-k{facts['k']}-v{facts['columns'] or 'all'}"
+    return (
+        cache
+        / f"{facts['data'][:12]}-{facts['teacher'][:12]}-k{facts['k']}-v{facts['columns'] or 'all'}"
+    )
 
 
 def write_teacher_cache(
@@ -61,7 +80,9 @@ def write_teacher_cache(
     head: TeacherHead,
     facts: Mapping[str, Any],
 ) -> None:
-    """Ask the teacher once of every sequence; all or nothing is written. ``head`` at temperature 1. Raises DiskError."""
+    """Ask the teacher once of every sequence; all or nothing is written. ``head`` at temperature 1.
+    Raises DiskError.
+    """
     seen, edges, parts = dict[bytes, None](), [0], list[tuple[Tensor, TruncatedDistribution]]()
     for batch in batches:
         at, hidden = reader.read(batch, scorer)
@@ -74,10 +95,14 @@ def write_teacher_cache(
             edges.append(edges[-1] + int(mine.sum()))
             parts += [
                 (places - batch.starts[s], TruncatedDistribution.of(head(rows), facts["k"]))
-                for places, rows in zip(at[mine].split(TOP_K_CHUNK), hidden[mine].split(TOP_K_CHUNK), strict=True)
+                for places, rows in zip(
+                    at[mine].split(TOP_K_CHUNK), hidden[mine].split(TOP_K_CHUNK), strict=True
+                )
             ]
     if not parts:
-        raise ConfigError("the teacher has something to say of none of the sequences; a cache of it would be empty")
+        raise ConfigError(
+            "the teacher has something to say of none of the sequences; a cache of it would be empty"
+        )
     tensors = {
         "names": torch.tensor([list(name) for name in seen], dtype=torch.uint8),
         "edges": torch.tensor(edges),
@@ -89,24 +114,35 @@ def write_teacher_cache(
     durable.make_directory(folder.parent)
     with durable.build_directory(folder) as work:
         save_file(tensors, work / CACHE_TENSORS_FILE)
-        said = {**facts, "sequences": len(seen), "tokens": edges[-1], "bytes": (work / CACHE_TENSORS_FILE).stat().st_size}
+        said = {
+            **facts,
+            "sequences": len(seen),
+            "tokens": edges[-1],
+            "bytes": (work / CACHE_TENSORS_FILE).stat().st_size,
+        }
         (work / CACHE_FACTS_FILE).write_text(json.dumps(said, indent=1) + "\n")
         entries = {
-            name: manifest.ManifestEntry(bytes=(work / name).stat().st_size, sha256=integrity.file_digest(work / name))
+            name: manifest.ManifestEntry(
+                bytes=(work / name).stat().st_size, sha256=integrity.file_digest(work / name)
+            )
             for name in (CACHE_TENSORS_FILE, CACHE_FACTS_FILE)
         }
         (work / manifest.MANIFEST_NAME).write_bytes(manifest.encode_manifest(entries))
 
 
 class CachedTeacher:
-    """A teacher read from disk; verified when opened. Raises ModelError for a damaged cache, ConfigError for another's."""
+    """A teacher read from disk; verified when opened. Raises ModelError for a damaged cache,
+    ConfigError for another's.
+    """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], aim: DistillObjective) -> None:
         check_temperature(aim.temperature)
         try:
             integrity.verify_directory(folder)
         except ModelError as error:
-            raise ModelError(f"{error}; move {folder} away, and the next run writes it anew") from error
+            raise ModelError(
+                f"{error}; move {folder} away, and the next run writes it anew"
+            ) from error
         self.facts = documents.read_object(folder / CACHE_FACTS_FILE, error=ModelError)
         for key, expected in facts.items():
             if self.facts.get(key) != expected:
@@ -114,10 +150,15 @@ class CachedTeacher:
                     f"{folder} was written for another {key} ({str(self.facts.get(key))[:12]}, here it is {str(expected)[:12]}); "
                     "give another distill.cache, or remove it and the next run writes it anew"
                 )
-        self.temperature, self.fn = aim.temperature, top_k_divergence(aim.loss, TEACHER_IDS, TEACHER_LOG_PROBS, aim.beta)
+        self.temperature, self.fn = (
+            aim.temperature,
+            top_k_divergence(aim.loss, TEACHER_IDS, TEACHER_LOG_PROBS, aim.beta),
+        )
         self.file = safe_open(folder / CACHE_TENSORS_FILE, framework="pt")
         self.edges: list[int] = self.file.get_tensor("edges").tolist()
-        self.known = {bytes(name): n for n, name in enumerate(self.file.get_tensor("names").numpy())}
+        self.known = {
+            bytes(name): n for n, name in enumerate(self.file.get_tensor("names").numpy())
+        }
 
     def attach(self, batches: Sequence[Batch], models: Mapping[str, ScoringBackend]) -> list[Batch]:
         """The batches with what the teacher said of their tokens."""
@@ -128,10 +169,21 @@ class CachedTeacher:
         at, found = [torch.zeros(0, dtype=torch.int64)], list[dict[str, Tensor]]()
         for start, name in zip(batch.starts.tolist(), sequence_digests(batch), strict=False):
             if (n := self.known.get(name)) is not None:
-                found.append({key: part[self.edges[n] : self.edges[n + 1]] for key, part in slices.items()})
+                found.append(
+                    {key: part[self.edges[n] : self.edges[n + 1]] for key, part in slices.items()}
+                )
                 at.append(found[-1]["place"].long() + start)
         if not found:
             k = slices["ids"].get_shape()[1]
-            return attach_top_k(batch, at[0], torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k))
-        ids, logp, rest = (torch.cat([part[key] for part in found]) for key in ("ids", "logp", "rest"))
-        return attach_top_k(batch, torch.cat(at), ids.long(), TruncatedDistribution(ids, logp, rest).log_probs(self.temperature))
+            return attach_top_k(
+                batch, at[0], torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k)
+            )
+        ids, logp, rest = (
+            torch.cat([part[key] for part in found]) for key in ("ids", "logp", "rest")
+        )
+        return attach_top_k(
+            batch,
+            torch.cat(at),
+            ids.long(),
+            TruncatedDistribution(ids, logp, rest).log_probs(self.temperature),
+        )

@@ -1,9 +1,11 @@
-"""Distillation: learn the answers of the data and, at every token of them, a teacher's whole distribution.
+"""Distillation: learn the answers of the data and, at every token of them, a teacher's whole
+distribution.
 
     loss = ce * CE + weight * scale * D        D: mean over the supervised tokens that the teacher speaks of
 
-Both means are loss terms of their own, `nll_loss` and `distill`, each divided by its own weights, logged with their factors so that
-they add up to the loss. The teacher reads a batch before the student does and what is needed of it travels as extras:
+Both means are loss terms of their own, `nll_loss` and `distill`, each divided by its own weights,
+logged with their factors so that they add up to the loss. The teacher reads a batch before the
+student does and what is needed of it travels as extras:
 
     teacher_hidden [T,d'], at each supervised token what the teacher's head reads; or teacher_ids, teacher_log_probs [T,k]
     taught [T]: 1 where there is a teacher's distribution, else 0
@@ -29,15 +31,24 @@ from lorry.tasks.distill.align import TeacherView, identity_view, sequence_diges
 from lorry.tasks.losses import distillation_loss, nll_loss
 from lorry.tasks.sft import SftTask
 
-TEACHER_HIDDEN, TEACHER_IDS, TEACHER_LOG_PROBS, TAUGHT_MASK = "teacher_hidden", "teacher_ids", "teacher_log_probs", "taught"
+TEACHER_HIDDEN, TEACHER_IDS, TEACHER_LOG_PROBS, TAUGHT_MASK = (
+    "teacher_hidden",
+    "teacher_ids",
+    "teacher_log_probs",
+    "taught",
+)
 TOP_K_CHUNK = 256  # rows of a teacher's logits at a time
-TeacherHead = Callable[[Tensor], Tensor]  # what the teacher's head reads [t,d'] -> its logits [t,V], divided by the temperature
+TeacherHead = Callable[
+    [Tensor], Tensor
+]  # what the teacher's head reads [t,d'] -> its logits [t,V], divided by the temperature
 
 
 @dataclass(frozen=True)
 class DistillObjective:
-    """What is minimised. ``ce``, ``weight``: of the two terms (1 - alpha and alpha; or 1 and w); ``loss``, ``beta``: the
-    divergence, a name of `models/scoring/divergence.py`; ``temperature`` of both distributions in it."""
+    """What is minimised. ``ce``, ``weight``: of the two terms (1 - alpha and alpha; or 1 and w);
+    ``loss``, ``beta``: the divergence, a name of `models/scoring/divergence.py`; ``temperature`` of
+    both distributions in it.
+    """
 
     loss: str = "kl"
     temperature: float = 1.0
@@ -47,22 +58,30 @@ class DistillObjective:
 
     @property
     def scale(self) -> float:
-        """temperature^2, which keeps the divergences' gradients as large as at 1 (Hinton et al. 2015, arXiv 1503.02531). uld's, a
-        sum of absolute differences, shrink by the temperature once and are left as published."""
+        """temperature^2, which keeps the divergences' gradients as large as at 1 (Hinton et al.
+        2015, arXiv 1503.02531). uld's, a sum of absolute differences, shrink by the temperature
+        once and are left as published.
+        """
         return 1.0 if self.loss == "uld" else self.temperature**2
 
 
 class DistillTeacher(Protocol):
-    """``fn``: the divergence, a function of the student's logits and of the extras that `attach` puts on batches."""
+    """``fn``: the divergence, a function of the student's logits and of the extras that `attach`
+    puts on batches.
+    """
 
     @property
     def fn(self) -> ScoreFn: ...
 
-    def attach(self, batches: Sequence[Batch], models: Mapping[str, ScoringBackend]) -> list[Batch]: ...
+    def attach(
+        self, batches: Sequence[Batch], models: Mapping[str, ScoringBackend]
+    ) -> list[Batch]: ...
 
 
 class DistillTask(SftTask):
-    """`SftTask` with a teacher. ``models``: who scores the held-out rows, once, as `step_batches` is given it for those of a step."""
+    """`SftTask` with a teacher. ``models``: who scores the held-out rows, once, as `step_batches`
+    is given it for those of a step.
+    """
 
     def __init__(
         self, stream: JointStream, evaluation: Sequence[Batch], total_steps: int, adapters: Sequence[str], *,
@@ -84,30 +103,50 @@ class DistillTask(SftTask):
         """Both terms, with their factors."""
         plain = {"nll": self.aim.ce * nll_loss(got["logprob"], batch)} if self.aim.ce else {}
         taught = batch.extra[TAUGHT_MASK].values
-        return {**plain, "distill": self.aim.weight * self.aim.scale * distillation_loss(got["distill"], taught, batch)}
+        return {
+            **plain,
+            "distill": self.aim.weight
+            * self.aim.scale
+            * distillation_loss(got["distill"], taught, batch),
+        }
 
     def _weigh(self, batch: Batch) -> Batch:
-        each, taught = len(self.adapters), replaced(batch, weights=batch.weights * batch.extra[TAUGHT_MASK].values)
+        each, taught = (
+            len(self.adapters),
+            replaced(batch, weights=batch.weights * batch.extra[TAUGHT_MASK].values),
+        )
         plain = {"nll": batch.count("token", each)} if self.aim.ce else {}
         return batch.with_terms(**plain, distill=taught.count("token", each))
 
 
 @dataclass(frozen=True)
 class TeacherReader:
-    """How a teacher reads a batch. ``views``: its view of a sequence by `data.aligned.name_of`; None: it reads the student's own
-    tokens. ``context``: the longest sequence it can take; ``mix``: of `Scorer.score`."""
+    """How a teacher reads a batch. ``views``: its view of a sequence by `data.aligned.name_of`;
+    None: it reads the student's own tokens. ``context``: the longest sequence it can take; ``mix``:
+    of `Scorer.score`.
+    """
 
     views: Mapping[bytes, TeacherView] | None = None
     context: int | None = None
     mix: Mix | None = None
 
     def view(self, tokens: Sequence[int], weights: Sequence[float]) -> TeacherView | None:
-        """What the teacher reads of a sequence; None when it has no view of it, or one too long for it."""
-        found = identity_view(tokens, weights) if self.views is None else self.views.get(sequence_digest(tokens, weights))
-        return None if found is None or (self.context and len(found.tokens) > self.context) else found
+        """What the teacher reads of a sequence; None when it has no view of it, or one too long for
+        it.
+        """
+        found = (
+            identity_view(tokens, weights)
+            if self.views is None
+            else self.views.get(sequence_digest(tokens, weights))
+        )
+        return (
+            None if found is None or (self.context and len(found.tokens) > self.context) else found
+        )
 
     def read(self, batch: Batch, scorer: ScoringBackend) -> tuple[Tensor, Tensor]:
-        """(places [t] of the batch's tokens the teacher speaks of, the hidden states [t,d'] it speaks from)."""
+        """(places [t] of the batch's tokens the teacher speaks of, the hidden states [t,d'] it
+        speaks from).
+        """
         examples, at, sources, offset = list[TokenizedExample](), list[int](), list[int](), 0
         for start, stop in batch.segments:
             view = self.view(batch.tokens[start:stop].tolist(), batch.weights[start:stop].tolist())
@@ -124,13 +163,19 @@ class TeacherReader:
 
 
 class LiveTeacher:
-    """A teacher at work: `models["teacher"]`, or the student's own model under the reader's mix. ``head``: see `TeacherHead`; it must
-    not depend on what trains. ``k``: take its likeliest tokens only."""
+    """A teacher at work: `models["teacher"]`, or the student's own model under the reader's mix.
+    ``head``: see `TeacherHead`; it must not depend on what trains. ``k``: take its likeliest tokens
+    only.
+    """
 
-    def __init__(self, aim: DistillObjective, head: TeacherHead, reader: TeacherReader, k: int | None = None) -> None:
+    def __init__(
+        self, aim: DistillObjective, head: TeacherHead, reader: TeacherReader, k: int | None = None
+    ) -> None:
         self.head, self.reader, self.k = head, reader, k
         if k is None:
-            self.fn: ScoreFn = full_vocab_divergence(aim.loss, lambda rows: head(rows.extra[TEACHER_HIDDEN]), aim.beta)
+            self.fn: ScoreFn = full_vocab_divergence(
+                aim.loss, lambda rows: head(rows.extra[TEACHER_HIDDEN]), aim.beta
+            )
         else:
             self.fn = top_k_divergence(aim.loss, TEACHER_IDS, TEACHER_LOG_PROBS, aim.beta)
 
@@ -144,21 +189,37 @@ class LiveTeacher:
             return attach_top_k(batch, at, *self._likeliest(hidden, self.k))
         taught = torch.zeros(batch.tokens.numel()).index_fill_(0, at, 1.0)
         placed = hidden.new_zeros(batch.tokens.numel(), hidden.shape[1]).index_copy_(0, at, hidden)
-        return batch.with_extra(**{TEACHER_HIDDEN: BatchExtra(placed, "token"), TAUGHT_MASK: BatchExtra(taught, "token")})
+        return batch.with_extra(
+            **{
+                TEACHER_HIDDEN: BatchExtra(placed, "token"),
+                TAUGHT_MASK: BatchExtra(taught, "token"),
+            }
+        )
 
     def _likeliest(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """[t,k] ids, [t,k] log-probabilities at the temperature, likeliest first."""
-        parts = [self.head(part).float().log_softmax(1).topk(k, 1) for part in hidden.split(TOP_K_CHUNK)] if len(hidden) else []
+        parts = (
+            [
+                self.head(part).float().log_softmax(1).topk(k, 1)
+                for part in hidden.split(TOP_K_CHUNK)
+            ]
+            if len(hidden)
+            else []
+        )
         if not parts:
             return torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k)
         return torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
 
 
 def attach_top_k(batch: Batch, at: Tensor, ids: Tensor, log_probs: Tensor) -> Batch:
-    """The batch with a teacher's k likeliest tokens [t,k] at the places ``at`` [t]; elsewhere any that are distinct."""
+    """The batch with a teacher's k likeliest tokens [t,k] at the places ``at`` [t]; elsewhere any
+    that are distinct.
+    """
     size, k = batch.tokens.numel(), ids.shape[1]
     tokens = torch.arange(k).repeat(size, 1).index_copy_(0, at, ids)
-    placed = torch.full((size, k), -torch.tensor(k + 1.0).log().item()).index_copy_(0, at, log_probs)
+    placed = torch.full((size, k), -torch.tensor(k + 1.0).log().item()).index_copy_(
+        0, at, log_probs
+    )
     taught = torch.zeros(size).index_fill_(0, at, 1.0)
     return batch.with_extra(
         **{

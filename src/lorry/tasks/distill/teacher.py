@@ -1,4 +1,5 @@
-"""A teacher: opened as any model is, frozen, asked for what its head reads; the student's own base where that is the teacher.
+"""A teacher: opened as any model is, frozen, asked for what its head reads; the student's own base
+where that is the teacher.
 
 place = TeacherPlace.of(run.distill, opened, shareable=run.lora is not None, notes=notes)    # nothing is loaded yet
 teacher = open_teacher(place, run.distill, opened, device="cpu", notes=notes)
@@ -25,7 +26,12 @@ from lorry.errors import ConfigError
 from lorry.generation.scorer import ModelScorer
 from lorry.models.loading.describe import read_model_json
 from lorry.models.loading.load import pick_device, pick_dtype
-from lorry.models.loading.open import OpenedModel, list_adapter_folders, open_model, pick_adapter_name
+from lorry.models.loading.open import (
+    OpenedModel,
+    list_adapter_folders,
+    open_model,
+    pick_adapter_name,
+)
 from lorry.models.loading.quantized import open_quantized
 from lorry.models.loading.sources import ModelLocation, resolve_model
 from lorry.models.loading.tokenizer import load_tokenizer
@@ -37,15 +43,21 @@ DIGESTED_SUFFIXES = (".safetensors", "config.json", "tokenizer.json", ".jinja")
 
 @dataclass(frozen=True)
 class TeacherLocation:
-    """Where a teacher lies. ``shared``: its base is the model that the student adapts; ``adapter``: the one it uses, if any."""
+    """Where a teacher lies. ``shared``: its base is the model that the student adapts; ``adapter``:
+    the one it uses, if any.
+    """
 
     place: ModelLocation
     adapter: Path | None
     shared: bool
 
     @staticmethod
-    def of(config: DistillConfig, opened: OpenedModel, *, shareable: bool, notes: list[str]) -> TeacherLocation:
-        """From the settings and the student. ``shareable``: the student's base stays as it is. Raises ConfigError, ModelError."""
+    def of(
+        config: DistillConfig, opened: OpenedModel, *, shareable: bool, notes: list[str]
+    ) -> TeacherLocation:
+        """From the settings and the student. ``shareable``: the student's base stays as it is.
+        Raises ConfigError, ModelError.
+        """
         base = ModelLocation(Path(opened.source["path"]), str(opened.source["kind"]))
         place = base if config.teacher is None else resolve_model(config.teacher, notes=notes)
         given = [p for p in (place.adapter, config.teacher_adapter) if p is not None]
@@ -54,31 +66,50 @@ class TeacherLocation:
             raise ConfigError(
                 f"the teacher would have {len(folders)} adapters ({', '.join(map(str, folders[:3]))}); name the folder of one"
             )
-        same = place.directory.resolve() == base.directory.resolve() and config.teacher_quantize is None
-        kind = str(pick_dtype(config.teacher_dtype, pick_device(opened.source["device"]))).removeprefix("torch.")
-        shared = same and shareable and (config.teacher_dtype == "auto" or kind == opened.source["dtype"])
+        same = (
+            place.directory.resolve() == base.directory.resolve()
+            and config.teacher_quantize is None
+        )
+        kind = str(
+            pick_dtype(config.teacher_dtype, pick_device(opened.source["device"]))
+        ).removeprefix("torch.")
+        shared = (
+            same
+            and shareable
+            and (config.teacher_dtype == "auto" or kind == opened.source["dtype"])
+        )
         return TeacherLocation(place, folders[0] if folders else None, shared)
 
     def tokenizer(self, notes: list[str]) -> Any:
         """The teacher's tokenizer, without its weights. Raises ConfigError when it has none."""
         found = load_tokenizer(self.place.directory, notes=notes)
         if found is None:
-            raise ConfigError(f"distill.teacher={self.place.directory} has no tokenizer; put tokenizer.json beside the weights")
+            raise ConfigError(
+                f"distill.teacher={self.place.directory} has no tokenizer; put tokenizer.json beside the weights"
+            )
         return found
 
     def vocab_size(self) -> int | None:
-        """Rows of its embedding table, as its config.json says; None where there is no such file or it does not say."""
+        """Rows of its embedding table, as its config.json says; None where there is no such file or
+        it does not say.
+        """
         path = self.place.directory / "config.json"
         config = read_model_json(path) if path.is_file() else {}
         nested = config.get("text_config")
-        size = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
+        size = config.get(
+            "vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None
+        )
         return size if isinstance(size, int) and not isinstance(size, bool) else None
 
     def digest(self, config: DistillConfig, dtype: str) -> str:
-        """SHA-256 of the files that make the teacher what it is, and of how they are opened: every byte of them is read."""
+        """SHA-256 of the files that make the teacher what it is, and of how they are opened: every
+        byte of them is read.
+        """
         total = hashlib.sha256(f"{dtype} {config.teacher_quantize}".encode())
         for folder in [self.place.directory, *([self.adapter] if self.adapter else [])]:
-            for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(DIGESTED_SUFFIXES)):
+            for path in sorted(
+                p for p in folder.iterdir() if p.is_file() and p.name.endswith(DIGESTED_SUFFIXES)
+            ):
                 total.update(f"{path.name} {file_digest(path)}".encode())
         return total.hexdigest()
 
@@ -92,19 +123,28 @@ class TeacherScorer(ModelScorer):
         return self.model.vocab_size
 
     def head(self, temperature: float, columns: int | None = None) -> Callable[[Tensor], Tensor]:
-        """What turns its final hidden states [t,d] into logits [t,V] / temperature, of the first ``columns`` tokens only."""
+        """What turns its final hidden states [t,d] into logits [t,V] / temperature, of the first
+        ``columns`` tokens only.
+        """
 
         @torch.no_grad()
         def logits(hidden: Tensor) -> Tensor:
-            ready, left = scale_by_temperature(self.model, hidden.to(self.model.device), temperature)
-            found = self.model.logits(ready, AdapterContext(self.mix))[:, :columns].to(hidden.device)
+            ready, left = scale_by_temperature(
+                self.model, hidden.to(self.model.device), temperature
+            )
+            found = self.model.logits(ready, AdapterContext(self.mix))[:, :columns].to(
+                hidden.device
+            )
             return found if left == 1.0 else found / left
 
         return logits
 
 
-def open_teacher(place: TeacherLocation, config: DistillConfig, opened: OpenedModel, notes: list[str]) -> TeacherScorer:
-    """The teacher ready to score: another adapter (or none) on the student's own base, or a model of its own.
+def open_teacher(
+    place: TeacherLocation, config: DistillConfig, opened: OpenedModel, notes: list[str]
+) -> TeacherScorer:
+    """The teacher ready to score: another adapter (or none) on the student's own base, or a model
+    of its own.
 
     Raises ConfigError, ModelError.
     """
@@ -113,17 +153,26 @@ def open_teacher(place: TeacherLocation, config: DistillConfig, opened: OpenedMo
             return TeacherScorer(opened.model, Mix.none())
         name = pick_adapter_name(place.adapter, _adapter_bank_names(opened))
         load_adapter(opened.model, place.adapter, name, trainable=False)
-        notes.append(f"the teacher is the student's base with the adapter of {place.adapter}: no second model")
+        notes.append(
+            f"the teacher is the student's base with the adapter of {place.adapter}: no second model"
+        )
         return TeacherScorer(opened.model, Mix.one(name))
     name, device = str(place.place.directory), str(opened.source["device"])
     if config.teacher_quantize is not None:
         if place.adapter is not None:
-            raise ConfigError("distill.teacher_quantize with an adapter: merge the adapter first (lorry merge), then quantize")
+            raise ConfigError(
+                "distill.teacher_quantize with an adapter: merge the adapter first (lorry merge), then quantize"
+            )
         return TeacherScorer(
-            open_quantized(place.place, config.teacher_quantize, config.teacher_dtype, device, notes), Mix.none()
+            open_quantized(
+                place.place, config.teacher_quantize, config.teacher_dtype, device, notes
+            ),
+            Mix.none(),
         )
     adapter = None if place.adapter is None else str(place.adapter)
-    found = open_model(ModelConfig(name=name, dtype=config.teacher_dtype, device=device, adapter=adapter), notes)
+    found = open_model(
+        ModelConfig(name=name, dtype=config.teacher_dtype, device=device, adapter=adapter), notes
+    )
     return TeacherScorer(found.model, Mix.one(found.adapters[0]) if found.adapters else Mix.none())
 
 

@@ -1,6 +1,8 @@
-"""What a run measured, from its files alone: metrics.jsonl and evaluation.json as figures and results of data sets.
+"""What a run measured, from its files alone: metrics.jsonl and evaluation.json as figures and
+results of data sets.
 
-Try: ``figures(read(run_dir))``. The hub's card and nothing else reads these; the report has its own, which know no settings.
+Try: ``figures(read(run_dir))``. The hub's card and nothing else reads these; the report has its
+own, which know no settings.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ NON_METRIC_KEYS = frozenset(["step", "eval_nll", "eval_distill"])
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The files of a run. ``config``: run.yaml; ``records``: the lines of metrics.jsonl; the others as their JSON has them;
-    ``datasets``: hub ids among its sources, None where nobody has looked yet."""
+    """The files of a run. ``config``: run.yaml; ``records``: the lines of metrics.jsonl; the others
+    as their JSON has them; ``datasets``: hub ids among its sources, None where nobody has looked
+    yet.
+    """
 
     name: str
     config: Mapping[str, Any]
@@ -38,7 +42,9 @@ class RunFacts:
     datasets: list[str] | None = None
 
     def group(self, name: str, job: str | None = None) -> dict[str, Any]:
-        """A group of settings (lora, data, train ...) as it is for the run, or for one of its jobs; empty where it is null."""
+        """A group of settings (lora, data, train ...) as it is for the run, or for one of its jobs;
+        empty where it is null.
+        """
         jobs = self.config.get("jobs") or []
         own = next((j.get(name) for j in jobs if len(jobs) == 1 or j["name"] == job), None)
         return {**(self.config.get(name) or {}), **(own or {})}
@@ -57,7 +63,9 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class MetricChange:
-    """A metric before training (the base) and after it, and the interval of the latter; each may be missing."""
+    """A metric before training (the base) and after it, and the interval of the latter; each may be
+    missing.
+    """
 
     before: float | None
     after: float | None
@@ -65,7 +73,9 @@ class MetricChange:
 
 
 def read_run_facts(run_dir: Path) -> RunFacts:
-    """The files of a run, those that are there. Raises ConfigError or DataError naming the one that cannot be read."""
+    """The files of a run, those that are there. Raises ConfigError or DataError naming the one that
+    cannot be read.
+    """
     described, logged = run_dir / RUN_FILE, run_dir / METRICS
     return RunFacts(
         run_dir.resolve().name,
@@ -87,22 +97,38 @@ def _list(path: Path) -> list[Any]:
 
 
 def training_figures(facts: RunFacts) -> dict[str, str]:
-    """Steps, losses and tokens, by name; of several jobs the losses of each. Neither time nor memory: a run that was killed and
-    went on leaves the same card, to the bit, as one that never stopped; the report has both."""
+    """Steps, losses and tokens, by name; of several jobs the losses of each. Neither time nor
+    memory: a run that was killed and went on leaves the same card, to the bit, as one that never
+    stopped; the report has both.
+    """
     steps = [r for r in facts.records if "loss" in r]
     found: dict[str, str] = {}
     for name in facts.names:
-        own = [(r["step"], r if name is None else one) for r in steps if (one := _record_values(r, name)) is not None]
+        own = [
+            (r["step"], r if name is None else one)
+            for r in steps
+            if (one := _record_values(r, name)) is not None
+        ]
         if own:
             lead = "" if name is None else f"{name}: "
             found |= {f"{lead}steps": str(own[-1][0]), f"{lead}last loss": str(own[-1][1]["loss"])}
             if (best := _best_step(facts, name)) is not None:
                 found[f"{lead}adapter of step"] = f"{best} (the best evaluated)"
-    sums = {name: sum(r[name] for r in steps if _is_number(r.get(name))) for name in ("tokens", "supervised_tokens")}
+    sums = {
+        name: sum(r[name] for r in steps if _is_number(r.get(name)))
+        for name in ("tokens", "supervised_tokens")
+    }
     if steps:
-        found |= {"tokens read": f"{sums['tokens']:,}", "of which learnt": f"{sums['supervised_tokens']:,}"}
+        found |= {
+            "tokens read": f"{sums['tokens']:,}",
+            "of which learnt": f"{sums['supervised_tokens']:,}",
+        }
     known = {name: facts.receipt.get(f"{name}_parameters") for name in ("trainable", "total")}
-    return found | {f"{name} parameters": f"{count:,}" for name, count in known.items() if isinstance(count, int)}
+    return found | {
+        f"{name} parameters": f"{count:,}"
+        for name, count in known.items()
+        if isinstance(count, int)
+    }
 
 
 def _record_values(record: MetricsRecord, name: str | None) -> Mapping[str, Any] | None:
@@ -114,18 +140,26 @@ def _record_values(record: MetricsRecord, name: str | None) -> Mapping[str, Any]
 
 
 def metric_changes(facts: RunFacts) -> dict[str, dict[str, MetricChange]]:
-    """{data set: {metric: value}}: the last evaluation in training (that of the step the adapter is of), and evaluation.json."""
+    """{data set: {metric: value}}: the last evaluation in training (that of the step the adapter is
+    of), and evaluation.json.
+    """
     found: dict[str, dict[str, MetricChange]] = {}
     for name in facts.names:
         lines, best = _evaluation_steps(facts, name), _best_step(facts, name)
         chosen = [values for step, values in lines if best in (None, step)]
         if chosen:
-            measured = {k: v for k, v in chosen[-1].items() if _is_number(v) and k not in NON_METRIC_KEYS}
+            measured = {
+                k: v for k, v in chosen[-1].items() if _is_number(v) and k not in NON_METRIC_KEYS
+            }
             values = {k.removeprefix("eval_"): MetricChange(None, v) for k, v in measured.items()}
             found[HELD_OUT_SET if name is None else f"{name}: {HELD_OUT_SET}"] = values
     for entry in facts.evaluation:
         metrics = entry.get("metrics")
-        values = {str(k): _metric_change(v) for k, v in metrics.items()} if isinstance(metrics, dict) else {}
+        values = (
+            {str(k): _metric_change(v) for k, v in metrics.items()}
+            if isinstance(metrics, dict)
+            else {}
+        )
         if kept := {k: v for k, v in values.items() if v.after is not None or v.before is not None}:
             found[str(entry.get("name", "evaluation"))] = kept
     return found
@@ -134,11 +168,17 @@ def metric_changes(facts: RunFacts) -> dict[str, dict[str, MetricChange]]:
 def _evaluation_steps(facts: RunFacts, name: str | None) -> list[tuple[int, Mapping[str, Any]]]:
     """(step, values) of each evaluation in training."""
     found = [(r["step"], _record_values(r, name)) for r in facts.records]
-    return [(step, values) for step, values in found if values is not None and any(k.startswith("eval_") for k in values)]
+    return [
+        (step, values)
+        for step, values in found
+        if values is not None and any(k.startswith("eval_") for k in values)
+    ]
 
 
 def _best_step(facts: RunFacts, name: str | None) -> int | None:
-    """The step whose adapter the run ended with, if that is not simply the last: judged again as the run judged it."""
+    """The step whose adapter the run ended with, if that is not simply the last: judged again as
+    the run judged it.
+    """
     train = facts.group("train", name)
     if not train.get("load_best_model_at_end"):
         return None
@@ -152,10 +192,14 @@ def _best_step(facts: RunFacts, name: str | None) -> int | None:
 def _metric_change(pair: Any) -> MetricChange:
     """One metric of evaluation.json: {before, after, interval}, or the value after training alone."""
     sides = pair if isinstance(pair, dict) else {"after": pair}
-    before, after = (sides.get(k) if _is_number(sides.get(k)) else None for k in ("before", "after"))
+    before, after = (
+        sides.get(k) if _is_number(sides.get(k)) else None for k in ("before", "after")
+    )
     interval = sides.get("interval")
     whole = isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))
-    return MetricChange(before, after, (interval[0], interval[1]) if whole and interval is not None else None)
+    return MetricChange(
+        before, after, (interval[0], interval[1]) if whole and interval is not None else None
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -1,6 +1,8 @@
-"""Markdown from values that nobody vetted: whatever a name or a message holds, it stays text in the place it was put.
+"""Markdown from values that nobody vetted: whatever a name or a message holds, it stays text in the
+place it was put.
 
-Try: ``table(["metric", "value"], [[plain("F1 | squad"), "0.5"]])``. What is written is GitHub's Markdown, which the hub renders.
+Try: ``table(["metric", "value"], [[plain("F1 | squad"), "0.5"]])``. What is written is GitHub's
+Markdown, which the hub renders.
 """
 
 from __future__ import annotations
@@ -8,14 +10,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-# A character reference where a backslash would itself be ambiguous (in a table, beside another backslash), else a backslash.
-_MARKDOWN_ESCAPES = {ord(c): f"&#{ord(c)};" for c in "\\`|<>&"} | {ord(c): f"\\{c}" for c in "*_[]~#$!"}
+# A character reference where a backslash would itself be ambiguous (in a table, beside another
+# backslash), else a backslash.
+_MARKDOWN_ESCAPES = {ord(c): f"&#{ord(c)};" for c in "\\`|<>&"} | {
+    ord(c): f"\\{c}" for c in "*_[]~#$!"
+}
 EMPTY_CELL = "–"
 
 
 def clean_line(value: object) -> str:
-    """Any value as one printable line: control characters, half characters and reversing marks become U+FFFD."""
-    return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in str(value)).split())
+    """Any value as one printable line: control characters, half characters and reversing marks
+    become U+FFFD.
+    """
+    return " ".join(
+        "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in str(value)).split()
+    )
 
 
 def escape_markdown(value: object) -> str:
@@ -36,5 +45,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def fenced_code(language: str, lines: Iterable[str]) -> str:
-    """A code block. The lines are the caller's own; a value in them must be a quoted literal of one line."""
+    """A code block. The lines are the caller's own; a value in them must be a quoted literal of one
+    line.
+    """
     return "\n".join([f"```{language}", *lines, "```"])

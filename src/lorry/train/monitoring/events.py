@@ -1,7 +1,9 @@
-"""What a run tells the outside while it goes: steps, evaluations, notes. The terminal and the trackers listen.
+"""What a run tells the outside while it goes: steps, evaluations, notes. The terminal and the
+trackers listen.
 
-A listener never changes a run: a line that cannot be written (a full disk behind ``> log``) is lost, and the run goes on.
-`PlainListener` prints lines, `ProgressBarListener` draws a progress bar, `trackers` forwards to other tools.
+A listener never changes a run: a line that cannot be written (a full disk behind ``> log``) is
+lost, and the run goes on. `PlainListener` prints lines, `ProgressBarListener` draws a progress bar,
+`trackers` forwards to other tools.
 """
 
 from __future__ import annotations
@@ -11,7 +13,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from lorry.console import VisibleConsole
 from lorry.visible import make_visible
@@ -20,7 +29,9 @@ StepRecord = Mapping[str, Any]
 
 
 class TrainingListener(Protocol):
-    """Hears of a run. ``done`` steps of ``total`` are behind when it starts (more than 0 after a resume)."""
+    """Hears of a run. ``done`` steps of ``total`` are behind when it starts (more than 0 after a
+    resume).
+    """
 
     def start(self, done: int, total: int) -> None: ...
     def step(self, record: StepRecord) -> None: ...
@@ -63,8 +74,16 @@ class ProgressBarListener:
 
     def __init__(self) -> None:
         self.console = VisibleConsole(stderr=True)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-        self.progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self.console)
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(
+            *columns, TextColumn("{task.fields[figures]}"), console=self.console
+        )
         self.bar = self.progress.add_task("train", figures="", visible=False)
 
     def start(self, done: int, total: int) -> None:
@@ -72,7 +91,9 @@ class ProgressBarListener:
         self.progress.update(self.bar, completed=done, total=total, visible=True)
 
     def step(self, record: StepRecord) -> None:
-        self.progress.update(self.bar, completed=record["step"], figures=format_step_figures(record))
+        self.progress.update(
+            self.bar, completed=record["step"], figures=format_step_figures(record)
+        )
 
     def evaluation(self, record: StepRecord) -> None:
         for line in format_evaluation(record):
@@ -86,12 +107,16 @@ class ProgressBarListener:
 
 
 def format_step_figures(record: StepRecord) -> str:
-    """Loss, rate of work and memory of a step in a few words; of several adapters, the loss of each."""
+    """Loss, rate of work and memory of a step in a few words; of several adapters, the loss of
+    each.
+    """
     speed = record["tokens"] / record["seconds"] if record.get("seconds") else float("nan")
     memory = record.get("peak_memory_bytes", 0) / 2**30
     work = f"lr {record['learning_rate']:.2e}  {speed:.0f} tok/s  {memory:.2f} GiB"
     if "adapters" in record:
-        return f"{work}  loss " + "  ".join(f"{name} {one['loss']:.4f}" for name, one in record["adapters"].items())
+        return f"{work}  loss " + "  ".join(
+            f"{name} {one['loss']:.4f}" for name, one in record["adapters"].items()
+        )
     return f"loss {record['loss']:.4f}  {work}"
 
 
@@ -99,7 +124,11 @@ def format_evaluation(record: StepRecord) -> list[str]:
     """The values of an evaluation in a few words; of several adapters, a line each."""
     several = record.get("adapters", {"": record})
     words = {
-        name: "  ".join(f"{metric} {value:.4f}" for metric, value in one.items() if metric != "step" and isinstance(value, float))
+        name: "  ".join(
+            f"{metric} {value:.4f}"
+            for metric, value in one.items()
+            if metric != "step" and isinstance(value, float)
+        )
         for name, one in several.items()
     }
     return [f"{name}  {text}" if name else text for name, text in words.items()]

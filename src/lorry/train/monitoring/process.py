@@ -1,12 +1,14 @@
-"""Say in RUN/process.json that this process is at work there, and how it ended: for `lorry runs`, and for a second start.
+"""Say in RUN/process.json that this process is at work there, and how it ended: for `lorry runs`,
+and for a second start.
 
     with running(Path("runs/people")) as process:  # refused while another one is at work there
         ...                                        # load, attach, read
         process.begin(done=0, total=200)
         ...                                        # train, write
 
-The file (runs/process.py) is there while a run goes. A run that finished takes it away; one that stopped or failed leaves it
-with ``ended``, and one that was killed leaves it as it was. No torch here.
+The file (runs/process.py) is there while a run goes. A run that finished takes it away; one that
+stopped or failed leaves it with ``ended``, and one that was killed leaves it as it was. No torch
+here.
 """
 
 from __future__ import annotations
@@ -28,7 +30,13 @@ from lorry.disk import durable
 from lorry.disk.secret_shapes import mask_secrets, names_secret
 from lorry.errors import ConfigError, LorryError
 from lorry.runs.layout import CHECKPOINTS, PROCESS, RECEIPT, RUN_FILE
-from lorry.runs.process import ProcessEnding, RunDirectoryHandle, RunProcess, directory_identity, refuse_second
+from lorry.runs.process import (
+    ProcessEnding,
+    RunDirectoryHandle,
+    RunProcess,
+    directory_identity,
+    refuse_second,
+)
 from lorry.streams import after_last_line
 from lorry.train.monitoring.signals import raise_on_signals
 
@@ -45,24 +53,37 @@ class RunProcessRecorder:
         self.before = self.path.read_bytes() if self.path.is_file() else None
         born = psutil.Process().create_time()
         self.process = RunProcess(
-            os.getpid(), born, platform.node(), directory_identity(run_dir), redact_secrets(sys.argv), _utc_now()
+            os.getpid(),
+            born,
+            platform.node(),
+            directory_identity(run_dir),
+            redact_secrets(sys.argv),
+            _utc_now(),
         )
         self._write(self.process)
 
     def begin(self, done: int, total: int) -> None:
-        """Everything is read and training begins, ``done`` of ``total`` steps being behind. Raises DiskError."""
+        """Everything is read and training begins, ``done`` of ``total`` steps being behind. Raises
+        DiskError.
+        """
         self.process = replace(self.process, begun=_utc_now(), done=done, total_steps=total)
         self._write(self.process)
 
     def finish(self) -> None:
-        """The run is complete: nothing is at work here any more. Raises DiskError, also where the directory has moved away."""
+        """The run is complete: nothing is at work here any more. Raises DiskError, also where the
+        directory has moved away.
+        """
         self.home.check()
         after_last_line(self._remove)
 
     def fail(self, error: BaseException) -> None:
-        """Record how it ended. What went wrong before training touched anything leaves no trace in a directory: it is not the end
-        of a run that was there already, nor the business of other files. Only a log (of a run in the background) is told of."""
-        if not self.home.is_there():  # where it is now it says what happened to it; in its place nothing is written
+        """Record how it ended. What went wrong before training touched anything leaves no trace in
+        a directory: it is not the end of a run that was there already, nor the business of other
+        files. Only a log (of a run in the background) is told of.
+        """
+        if (
+            not self.home.is_there()
+        ):  # where it is now it says what happened to it; in its place nothing is written
             moved = self.home.now()
             if moved is None:
                 return
@@ -71,15 +92,26 @@ class RunProcessRecorder:
             if self.before is not None:
                 durable.write_files(self.run_dir, {PROCESS: self.before})
                 return
-            if not (self.run_dir / LOG_FILE).exists() or any((self.run_dir / name).exists() for name in RUN_FILES):
+            if not (self.run_dir / LOG_FILE).exists() or any(
+                (self.run_dir / name).exists() for name in RUN_FILES
+            ):
                 self._remove()
                 return
-        reason = str(error) if isinstance(error, LorryError) else f"{type(error).__name__}: {error}".removesuffix(": ")
-        ended = replace(self.process, ended=ProcessEnding(_utc_now(), exit_code_for(error), reason[:MAX_REASON_LENGTH]))
+        reason = (
+            str(error)
+            if isinstance(error, LorryError)
+            else f"{type(error).__name__}: {error}".removesuffix(": ")
+        )
+        ended = replace(
+            self.process,
+            ended=ProcessEnding(_utc_now(), exit_code_for(error), reason[:MAX_REASON_LENGTH]),
+        )
         after_last_line(lambda: self._write(ended))
 
     def _write(self, process: RunProcess) -> None:
-        durable.write_files(self.run_dir, {PROCESS: (json.dumps(asdict(process), indent=1) + "\n").encode()})
+        durable.write_files(
+            self.run_dir, {PROCESS: (json.dumps(asdict(process), indent=1) + "\n").encode()}
+        )
 
     def _remove(self) -> None:
         try:
@@ -92,10 +124,11 @@ class RunProcessRecorder:
 
 @contextlib.contextmanager
 def record_process(run_dir: Path) -> Iterator[RunProcessRecorder]:
-    """Say that this process is at work in ``run_dir`` (made if absent) while the block runs, and afterwards how it ended.
+    """Say that this process is at work in ``run_dir`` (made if absent) while the block runs, and
+    afterwards how it ended.
 
-    SIGTERM and SIGHUP, which would end it without a word, become Interrupted (the training loop has its own way with them).
-    Raises ConfigError when another process is at work there, and DiskError.
+    SIGTERM and SIGHUP, which would end it without a word, become Interrupted (the training loop has
+    its own way with them). Raises ConfigError when another process is at work there, and DiskError.
     """
     made = not os.path.isdir(run_dir)
     durable.make_directory(run_dir)
@@ -104,7 +137,9 @@ def record_process(run_dir: Path) -> Iterator[RunProcessRecorder]:
         try:
             yield here
         except BaseException as error:
-            with contextlib.suppress(OSError):  # the error itself is what matters, also where the disk takes no more
+            with contextlib.suppress(
+                OSError
+            ):  # the error itself is what matters, also where the disk takes no more
                 here.fail(error)
                 if made and home.is_there() and not os.listdir(run_dir):
                     durable.disk.rmdir(run_dir)
@@ -114,14 +149,18 @@ def record_process(run_dir: Path) -> Iterator[RunProcessRecorder]:
 
 @contextlib.contextmanager
 def _directory_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the directory's lock: of two that start at the same moment one is refused. The kernel frees it, however we end."""
+    """Hold the directory's lock: of two that start at the same moment one is refused. The kernel
+    frees it, however we end.
+    """
     refuse_second(run_dir)
     folder = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{run_dir} is in use: another process has just begun there; use another output_dir") from None
+            raise ConfigError(
+                f"{run_dir} is in use: another process has just begun there; use another output_dir"
+            ) from None
         except OSError:
             pass  # a file system without locks: process.json alone has to do
         yield
@@ -137,7 +176,9 @@ def exit_code_for(error: BaseException) -> int:
 
 
 def redact_secrets(words: Sequence[str]) -> list[str]:
-    """A command line to keep: *** for what a token or password is set to, and for what looks like one."""
+    """A command line to keep: *** for what a token or password is set to, and for what looks like
+    one.
+    """
     kept, hide = list[str](), False
     for word in words:
         name, equals, _ = word.partition("=")

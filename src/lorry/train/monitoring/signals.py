@@ -8,10 +8,12 @@
     if stop.requested:
         raise Interrupted(f"{stop.requested} arrived; step {step} is saved, the same command goes on from there")
 
-SIGTERM, SIGHUP (the terminal is gone) and SIGINT ask to stop after the current step; a second SIGINT raises KeyboardInterrupt
-at once. SIGUSR1 asks for a checkpoint and goes on. A signal that the parent made us ignore (SIGINT in ``command &``, SIGHUP
-under ``nohup``) stays ignored. Before and after the loop `raise_on_signals` turns the first two into Interrupted, and SIGUSR1, which
-schedulers send as a warning at a moment of their choosing, changes nothing: what there is to save is saved.
+SIGTERM, SIGHUP (the terminal is gone) and SIGINT ask to stop after the current step; a second
+SIGINT raises KeyboardInterrupt at once. SIGUSR1 asks for a checkpoint and goes on. A signal that
+the parent made us ignore (SIGINT in ``command &``, SIGHUP under ``nohup``) stays ignored. Before
+and after the loop `raise_on_signals` turns the first two into Interrupted, and SIGUSR1, which
+schedulers send as a warning at a moment of their choosing, changes nothing: what there is to save
+is saved.
 
 **Nothing is raised while a module is being imported** or an object is being deleted. Import machinery (numpy's, torch's,
 accelerate's C code among it) swallows such an exception, turns it into another one or is left half done, and what `__del__`
@@ -36,7 +38,9 @@ from lorry.errors import RunInterruptedError
 
 @dataclass
 class StopRequest:
-    """What arrived so far. ``requested`` is the name of the first signal that asked to stop, or an empty string."""
+    """What arrived so far. ``requested`` is the name of the first signal that asked to stop, or an
+    empty string.
+    """
 
     requested: str = ""
     save_requested: bool = False
@@ -61,9 +65,11 @@ class StopRequest:
 
 @contextmanager
 def watch_signals() -> Iterator[StopRequest]:
-    """Turn the signals into flags while the block runs; the handlers there were before come back afterwards.
+    """Turn the signals into flags while the block runs; the handlers there were before come back
+    afterwards.
 
-    Outside the main thread Python allows no handlers: the flags then never change and the signals act as before.
+    Outside the main thread Python allows no handlers: the flags then never change and the signals
+    act as before.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -83,7 +89,9 @@ def watch_signals() -> Iterator[StopRequest]:
         yield stop
     finally:
         for number, handler_before in before.items():
-            if handler_before is not None:  # None: set by C code, which Python can neither see nor restore
+            if (
+                handler_before is not None
+            ):  # None: set by C code, which Python can neither see nor restore
                 signal.signal(number, handler_before)
 
 
@@ -94,15 +102,18 @@ OUTSIDE_THE_STEPS = (
 
 
 RESEND_SECONDS = 0.02  # seconds until a remembered signal is sent again
-IMPORT_FRAME_FILE = "<frozen importlib._bootstrap>"  # the file of CPython's import machinery, in every frame of it
+IMPORT_FRAME_FILE = (
+    "<frozen importlib._bootstrap>"  # the file of CPython's import machinery, in every frame of it
+)
 
 
 @dataclass(frozen=True)
 class _RaiseHandler:
-    """A handler that raises Interrupted, for SIGINT KeyboardInterrupt; ``text`` says what that means just now.
+    """A handler that raises Interrupted, for SIGINT KeyboardInterrupt; ``text`` says what that
+    means just now.
 
-    ``imports``: how many frames of imports were on the stack when the block began; a script that is itself being imported may
-    call Lorry. Only what lies above those counts.
+    ``imports``: how many frames of imports were on the stack when the block began; a script that is
+    itself being imported may call Lorry. Only what lies above those counts.
     """
 
     text: str
@@ -126,10 +137,14 @@ class _RaiseHandler:
         raise RunInterruptedError(f"{signal.Signals(number).name} {self.text}")
 
     def remember(self, number: int) -> None:
-        """Send the signal again a little later, to this thread, so that it also ends a wait for input."""
+        """Send the signal again a little later, to this thread, so that it also ends a wait for
+        input.
+        """
         main = threading.main_thread().ident
         assert main is not None
-        timer = self.remembered[number] = threading.Timer(RESEND_SECONDS, signal.pthread_kill, (main, number))
+        timer = self.remembered[number] = threading.Timer(
+            RESEND_SECONDS, signal.pthread_kill, (main, number)
+        )
         timer.daemon = True
         timer.start()
 
@@ -153,16 +168,20 @@ def _count_unsafe_frames(frame: FrameType | None) -> int:
 
 
 def _ignore_signal(number: int, frame: FrameType | None) -> None:
-    """Of SIGUSR1: nothing. A function and not SIG_IGN, which `watch_signals` and child processes would take for the parent's wish."""
+    """Of SIGUSR1: nothing. A function and not SIG_IGN, which `watch_signals` and child processes
+    would take for the parent's wish.
+    """
 
 
 @contextmanager
 def raise_on_signals(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
-    """While the block runs SIGTERM and SIGHUP raise Interrupted, where they would have ended the process without a word, SIGINT
-    raises KeyboardInterrupt, and SIGUSR1 passes. Blocks nest: the innermost one's ``text``, what follows the signal's name, is
-    told. What arrives during an import is raised behind it, at the block's end at the latest.
+    """While the block runs SIGTERM and SIGHUP raise Interrupted, where they would have ended the
+    process without a word, SIGINT raises KeyboardInterrupt, and SIGUSR1 passes. Blocks nest: the
+    innermost one's ``text``, what follows the signal's name, is told. What arrives during an import
+    is raised behind it, at the block's end at the latest.
 
-    A handler somebody else has set, and a signal that is ignored, stay as they are; so does everything outside the main thread.
+    A handler somebody else has set, and a signal that is ignored, stay as they are; so does
+    everything outside the main thread.
     """
     before = dict[int, Any]()
     handler = _RaiseHandler(text, _count_unsafe_frames(sys._getframe()))
@@ -173,8 +192,12 @@ def raise_on_signals(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
                 if isinstance(current, _RaiseHandler) and taken != signal.SIGUSR1:
                     for number in current.forget():  # it is this block's to tell now, once
                         handler.remember(number)
-                if current in (signal.SIG_DFL, signal.default_int_handler) or isinstance(current, _RaiseHandler):
-                    before[taken] = signal.signal(taken, _ignore_signal if taken == signal.SIGUSR1 else handler)
+                if current in (signal.SIG_DFL, signal.default_int_handler) or isinstance(
+                    current, _RaiseHandler
+                ):
+                    before[taken] = signal.signal(
+                        taken, _ignore_signal if taken == signal.SIGUSR1 else handler
+                    )
         yield
         for number in handler.forget():
             handler.tell(number)
@@ -190,7 +213,9 @@ def raise_on_signals(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
 
 
 def raise_deferred_signals() -> None:
-    """A safe point, behind imports: raise at once what arrived during them, where it would be sent again a moment later."""
+    """A safe point, behind imports: raise at once what arrived during them, where it would be sent
+    again a moment later.
+    """
     for handler in map(signal.getsignal, (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)):
         if isinstance(handler, _RaiseHandler):
             for number in handler.forget():
@@ -198,8 +223,8 @@ def raise_deferred_signals() -> None:
 
 
 def _detach_terminal() -> None:
-    """Standard output and error go nowhere from now on if they were a terminal that has hung up: writing to it would fail, and
-    a line about a step would cost the run."""
+    """Standard output and error go nowhere from now on if they were a terminal that has hung up:
+    writing to it would fail, and a line about a step would cost the run."""
     for descriptor in (1, 2):
         try:
             gone = stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)

@@ -1,4 +1,6 @@
-"""TensorBoard, Weights & Biases and trackio as listeners, each only if asked for (`report_to=`). metrics.jsonl is the truth."""
+"""TensorBoard, Weights & Biases and trackio as listeners, each only if asked for (`report_to=`).
+metrics.jsonl is the truth.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,25 @@ from lorry.train.monitoring.events import StepRecord, TrainingListener
 class TrackerListener:
     """Forwards every number of a step or an evaluation to ``log(values, step)``."""
 
-    def __init__(self, log: Callable[[dict[str, float], int], None], close: Callable[[], None]) -> None:
+    def __init__(
+        self, log: Callable[[dict[str, float], int], None], close: Callable[[], None]
+    ) -> None:
         self._log, self._close = log, close
 
     def start(self, done: int, total: int) -> None:
         pass
 
     def step(self, record: StepRecord) -> None:
-        self._log({f"train/{name}": value for name, value in _numeric_values(record).items()}, record["step"])
+        self._log(
+            {f"train/{name}": value for name, value in _numeric_values(record).items()},
+            record["step"],
+        )
 
     def evaluation(self, record: StepRecord) -> None:
-        named = {name.replace("eval_", "eval/", 1): value for name, value in _numeric_values(record).items()}
+        named = {
+            name.replace("eval_", "eval/", 1): value
+            for name, value in _numeric_values(record).items()
+        }
         self._log(named, record["step"])
 
     def note(self, text: str) -> None:
@@ -36,20 +46,33 @@ class TrackerListener:
 
 def _numeric_values(record: StepRecord) -> dict[str, float]:
     """Every number of a line but its step; those of one of several adapters under NUMBER/ADAPTER."""
-    plain = {name: float(v) for name, v in record.items() if isinstance(v, (int, float)) and name != "step"}
+    plain = {
+        name: float(v)
+        for name, v in record.items()
+        if isinstance(v, (int, float)) and name != "step"
+    }
     own = record.get("adapters", {})
-    return plain | {f"{n}/{adapter}": float(v) for adapter, one in own.items() for n, v in one.items() if v is not None}
+    return plain | {
+        f"{n}/{adapter}": float(v)
+        for adapter, one in own.items()
+        for n, v in one.items()
+        if v is not None
+    }
 
 
 def _require_package(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise ConfigError(f"train.report_to names {package}, which is not installed; pip install {package}") from e
+        raise ConfigError(
+            f"train.report_to names {package}, which is not installed; pip install {package}"
+        ) from e
 
 
 def _open_tensorboard(run_dir: Path, name: str, config: Mapping[str, Any]) -> TrackerListener:
-    writer = _require_package("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run_dir / "tensorboard"))
+    writer = _require_package("torch.utils.tensorboard", "tensorboard").SummaryWriter(
+        str(run_dir / "tensorboard")
+    )
 
     def log(values: dict[str, float], step: int) -> None:
         for key, value in values.items():
@@ -74,6 +97,10 @@ TRACKER_OPENERS: dict[str, Callable[[Path, str, Mapping[str, Any]], TrackerListe
 }
 
 
-def open_trackers(names: Sequence[str], run_dir: Path, config: Mapping[str, Any]) -> list[TrainingListener]:
-    """Open every tracker named. Raises ConfigError if its package is missing, before anything is loaded."""
+def open_trackers(
+    names: Sequence[str], run_dir: Path, config: Mapping[str, Any]
+) -> list[TrainingListener]:
+    """Open every tracker named. Raises ConfigError if its package is missing, before anything is
+    loaded.
+    """
     return [TRACKER_OPENERS[name](run_dir, run_dir.name, config) for name in names]

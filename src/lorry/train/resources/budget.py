@@ -1,4 +1,6 @@
-"""What a memory_budget leaves open in a run description, decided before any weight is loaded; `lorry plan` shows the search."""
+"""What a memory_budget leaves open in a run description, decided before any weight is loaded;
+`lorry plan` shows the search.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +15,49 @@ from lorry.models.loading.load import pick_device, pick_dtype
 from lorry.models.loading.sources import find_adapters_in, resolve_model
 from lorry.plan.memory import DeviceType
 from lorry.plan.search import PlanChoice
-from lorry.plan.settle import find_fitting_choice, no_choice_fits_error, open_choices, single_device_memory
+from lorry.plan.settle import (
+    find_fitting_choice,
+    no_choice_fits_error,
+    open_choices,
+    single_device_memory,
+)
 from lorry.plan.shapes import read_model_shape
 from lorry.runs.layout import ADAPTER_CONFIG
 
 
 def resolve_memory_budget(run: RunConfig, notes: list[str]) -> RunConfig:
-    """The run with its rank, micro-batches and recompute chosen to fit `memory_budget`; as it is without one.
+    """The run with its rank, micro-batches and recompute chosen to fit `memory_budget`; as it is
+    without one.
 
-    A function of the description, the config and the device's kind, so that a resumed run settles on the same. Raises ConfigError
-    when nothing fits, naming the smallest budget that would do.
+    A function of the description, the config and the device's kind, so that a resumed run settles
+    on the same. Raises ConfigError when nothing fits, naming the smallest budget that would do.
     """
     if run.memory_budget is None or run.lora is None:
         return run
     if run.jobs:
-        raise ConfigError("memory_budget is not planned for several jobs yet; leave out memory_budget or jobs")
+        raise ConfigError(
+            "memory_budget is not planned for several jobs yet; leave out memory_budget or jobs"
+        )
     model = run.model
-    place = resolve_model(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, notes=[])
-    described = describe_model(place.directory, trust_remote_code=model.trust_remote_code, native=model.native, notes=[])
-    shape = read_model_shape(described.config, where=str(place.directory / "config.json"), native=described.family is not None)
+    place = resolve_model(
+        model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, notes=[]
+    )
+    described = describe_model(
+        place.directory, trust_remote_code=model.trust_remote_code, native=model.native, notes=[]
+    )
+    shape = read_model_shape(
+        described.config,
+        where=str(place.directory / "config.json"),
+        native=described.family is not None,
+    )
     where = pick_device(model.device)
     device: DeviceType = "cuda" if where.type == "cuda" else "cpu"
     precision = str(pick_dtype(model.dtype, where)).removeprefix("torch.")
     existing = _adapter_rank(place.adapter or (Path(model.adapter) if model.adapter else None))
     options = open_choices(run, shape, [precision], rank=existing)  # type: ignore[list-item]
-    found = find_fitting_choice(run, options, single_device_memory(run, shape, device, kernel_status().amx))
+    found = find_fitting_choice(
+        run, options, single_device_memory(run, shape, device, kernel_status().amx)
+    )
     if found.best is None:
         raise no_choice_fits_error(run, found)
     notes.append(
@@ -55,12 +75,20 @@ def _adapter_rank(adapter: Path | None) -> int | None:
 
 
 def _apply_choice(run: RunConfig, choice: PlanChoice, existing: int | None) -> RunConfig:
-    """The description with a choice written into it; lora_alpha follows the rank unless it was given."""
+    """The description with a choice written into it; lora_alpha follows the rank unless it was
+    given.
+    """
     lora = run.lora
     if lora is not None and lora.r == "auto" and existing is None:
         lora = LoraConfig.model_validate({**lora.model_dump(exclude_none=True), "r": choice.rank})
     train = {
-        "per_device_train_batch_size": choice.rows, "gradient_accumulation_steps": choice.accumulation,
+        "per_device_train_batch_size": choice.rows,
+        "gradient_accumulation_steps": choice.accumulation,
         "gradient_checkpointing": choice.recompute == "full",
-    }  # fmt: skip
-    return run.model_copy(update={"lora": lora, "train": TrainConfig.model_validate({**run.train.model_dump(), **train})})
+    }
+    return run.model_copy(
+        update={
+            "lora": lora,
+            "train": TrainConfig.model_validate({**run.train.model_dump(), **train}),
+        }
+    )

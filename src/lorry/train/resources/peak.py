@@ -11,27 +11,34 @@ import torch
 
 
 def peak_memory() -> int:
-    """Bytes. On CUDA the allocator's peak, elsewhere the peak resident set of the process, imports included."""
+    """Bytes. On CUDA the allocator's peak, elsewhere the peak resident set of the process, imports
+    included.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-PRIMITIVE_CACHE_CAPACITY = (
-    192  # kernels oneDNN keeps: a step needs about 45, and every other (rounded) batch length as many again
-)
+# kernels oneDNN keeps: a step needs about 45, and every other (rounded) batch length as many again
+PRIMITIVE_CACHE_CAPACITY = 192
 
 
 def tune_allocator() -> bool:
-    """Keep memory steady and cheap on the CPU; returns whether glibc's allocator was tuned. `LORRY_MALLOC=0` opts out of that.
+    """Keep memory steady and cheap on the CPU; returns whether glibc's allocator was tuned.
+    `LORRY_MALLOC=0` opts out of that.
 
-    glibc: keep large freed blocks instead of returning each to the system; every activation is such a block, and fetching its
-    pages anew costs about a fifth of a training step. oneDNN: it keeps 1024 compiled kernels by default, about a megabyte each,
-    and a run whose batches have ever new lengths would grow by gigabytes (seen). The decoder rounds lengths up to few; with
-    fewer kernels kept than one step needs, each product would be compiled again every time (3 ms instead of 1, seen).
+    glibc: keep large freed blocks instead of returning each to the system; every activation is such
+    a block, and fetching its pages anew costs about a fifth of a training step. oneDNN: it keeps
+    1024 compiled kernels by default, about a megabyte each, and a run whose batches have ever new
+    lengths would grow by gigabytes (seen). The decoder rounds lengths up to few; with fewer kernels
+    kept than one step needs, each product would be compiled again every time (3 ms instead of 1,
+    seen).
     """
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own and torch's on top of it
+    for cache in (
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+        "LRU_CACHE_CAPACITY",
+    ):  # oneDNN's own and torch's on top of it
         os.environ.setdefault(cache, str(PRIMITIVE_CACHE_CAPACITY))
     if not sys.platform.startswith("linux") or os.environ.get("LORRY_MALLOC") == "0":
         return False
@@ -39,4 +46,6 @@ def tune_allocator() -> bool:
     if not hasattr(libc, "mallopt") or not hasattr(libc, "gnu_get_libc_version"):
         return False
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    return bool(libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, (1 << 31) - 1))
+    return bool(
+        libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, (1 << 31) - 1)
+    )

@@ -27,13 +27,16 @@ from lorry.plan.memory import DeviceType, MemorySetup, PrecisionName, layer_path
 from lorry.plan.rates import RateMeasurement, RunRate
 from lorry.plan.shapes import read_model_shape
 
-# Rows and side of a product [rows, side] @ [side, side], the shape of a layer's: the first that lasts
+# Rows and side of a product [rows, side] @ [side, side], the shape of a layer's: the first that
+# lasts
 # long enough for the clock and for what starting it costs, so that one still fits between two turns
 # of somebody else (some milliseconds). A longer one measures the neighbours.
 MATRIX_SIZES, MIN_PRODUCT_SECONDS = ((128, 1024), (512, 2048), (2048, 2048)), 0.002
 MAX_REPEATS, MAX_RATE_SECONDS = 500, 2.0  # products at most, and how long they may take altogether
 MIN_PRODUCTS = 5  # products, however long they take
-SCHEDSTAT_PATH = Path("/proc/thread-self/schedstat")  # Linux: ns on a core, ns waiting for one, turns
+SCHEDSTAT_PATH = Path(
+    "/proc/thread-self/schedstat"
+)  # Linux: ns on a core, ns waiting for one, turns
 
 
 class CpuWaitTime:
@@ -82,7 +85,9 @@ def measure_matrix_rate(device: str, precision: str, threads: int | None) -> Rat
         torch.set_num_threads(before)
 
 
-def best_product_rate(product: Callable[[int, int], Callable[[], float]], waited: Callable[[], float | None]) -> RateMeasurement:
+def best_product_rate(
+    product: Callable[[int, int], Callable[[], float]], waited: Callable[[], float | None]
+) -> RateMeasurement:
     """The rate of the fastest of several products. ``product(rows, side)`` gives what makes one and
     returns its seconds; ``waited``: see `Waiting.share`, asked at the end."""
     for rows, side in MATRIX_SIZES:
@@ -94,7 +99,9 @@ def best_product_rate(product: Callable[[int, int], Callable[[], float]], waited
     while len(taken) < MAX_REPEATS and sum(taken) < MAX_RATE_SECONDS:
         taken.append(make())
     rate, load = 2 * rows * side**2 / max(min(taken), 1e-9), machine.load_average()
-    return RateMeasurement(rate=rate, at=rates.utc_timestamp(), repeats=len(taken), load=load, waited=waited())
+    return RateMeasurement(
+        rate=rate, at=rates.utc_timestamp(), repeats=len(taken), load=load, waited=waited()
+    )
 
 
 def _product_seconds(a: torch.Tensor, b: torch.Tensor, device: str) -> float:
@@ -142,7 +149,11 @@ class StepTimes:
 def tokens_per_second(steps: Iterable[tuple[int, float]]) -> tuple[float, int] | None:
     """Of the faster half of a run's steps, together, and how many steps were looked at; None where
     they are too few or too short. In the slower half the machine did something else."""
-    counted = [(tokens, seconds) for tokens, seconds in list(steps)[WARMUP_STEPS:] if tokens > 0 and seconds > 0]
+    counted = [
+        (tokens, seconds)
+        for tokens, seconds in list(steps)[WARMUP_STEPS:]
+        if tokens > 0 and seconds > 0
+    ]
     if len(counted) < MIN_TIMED_STEPS or sum(seconds for _, seconds in counted) < MIN_TIMED_SECONDS:
         return None
     fast = sorted(counted, key=lambda one: one[1] / one[0])[: -(-len(counted) // 2)]
@@ -150,8 +161,8 @@ def tokens_per_second(steps: Iterable[tuple[int, float]]) -> tuple[float, int] |
 
 
 def record_step_rate(run: RunConfig, opened: OpenedModel, times: StepTimes) -> str:
-    """Let the steps of a finished run correct what `lorry plan` says of this machine. Returns a note
-    where that cannot be done, else nothing.
+    """Let the steps of a finished run correct what `lorry plan` says of this machine. Returns a
+    note where that cannot be done, else nothing.
 
     Only of runs whose FLOPs the plan counts: not of several jobs, base weights that train, an
     adapter trained further, distillation, and models that run through transformers.
@@ -160,17 +171,25 @@ def record_step_rate(run: RunConfig, opened: OpenedModel, times: StepTimes) -> s
     device, precision = model.device.type, str(model.dtype).removeprefix("torch.")
     if found is None or lora is None or run.jobs or opened.adapters or run.task != "sft":
         return ""
-    if not isinstance(model, Decoder) or device not in RATE_DEVICES or model.dtype not in DTYPE_PRECISIONS:
+    if (
+        not isinstance(model, Decoder)
+        or device not in RATE_DEVICES
+        or model.dtype not in DTYPE_PRECISIONS
+    ):
         return ""
     try:
         reached = _achieved_rate(run, lora, model, times, found)
-        rates.keep_run_rate(machine.machine_identity(device, precision, run.backend.threads), reached)
+        rates.keep_run_rate(
+            machine.machine_identity(device, precision, run.backend.threads), reached
+        )
     except (ConfigError, ModelError, DiskError) as error:
         return f"what the steps reached is not kept for `lorry plan`: {error}"
     return ""
 
 
-def _achieved_rate(run: RunConfig, lora: LoraConfig, model: Decoder, times: StepTimes, found: tuple[float, int]) -> RunRate:
+def _achieved_rate(
+    run: RunConfig, lora: LoraConfig, model: Decoder, times: StepTimes, found: tuple[float, int]
+) -> RunRate:
     """The plan's FLOPs of the run's steps, a second."""
     speed, count = found
     shape = read_model_shape(model.config, where=run.model.name)
@@ -178,11 +197,23 @@ def _achieved_rate(run: RunConfig, lora: LoraConfig, model: Decoder, times: Step
     tokens = max(1, round(sum(tokens for tokens, _ in times.steps) / steps))
     length = min(run.data.max_length, max(1, tokens // run.train.per_device_train_batch_size))
     setup = MemorySetup(
-        tokens=tokens, length=length, precision=DTYPE_PRECISIONS[model.dtype], device=RATE_DEVICES[model.device.type],
-        recompute="full" if run.train.gradient_checkpointing else "none", tiles=machine.has_tiles(), whole=True,
-    )  # fmt: skip
+        tokens=tokens,
+        length=length,
+        precision=DTYPE_PRECISIONS[model.dtype],
+        device=RATE_DEVICES[model.device.type],
+        recompute="full" if run.train.gradient_checkpointing else "none",
+        tiles=machine.has_tiles(),
+        whole=True,
+    )
     flops = count_flops(shape, plan_adapter(shape, lora, int(lora.r)), setup).step
     return RunRate(
-        rate=speed * flops, at=rates.utc_timestamp(), repeats=count, load=machine.load_average(), waited=times.waited,
-        model=run.model.name, parameters=shape.parameters, tokens=tokens, path=layer_path(shape),
-    )  # fmt: skip
+        rate=speed * flops,
+        at=rates.utc_timestamp(),
+        repeats=count,
+        load=machine.load_average(),
+        waited=times.waited,
+        model=run.model.name,
+        parameters=shape.parameters,
+        tokens=tokens,
+        path=layer_path(shape),
+    )
