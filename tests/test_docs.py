@@ -4,6 +4,7 @@ are the rooms there are.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -158,3 +159,23 @@ def test_the_page_of_named_sets_is_the_catalogue() -> None:
     from lorry.data.catalog.__main__ import render_sets_table
 
     assert (ROOT / "docs" / "sets.md").read_text().endswith(render_sets_table())
+
+
+def test_the_words_of_the_glossary_are_names_of_the_package() -> None:
+    """Each class and function of its first column is defined where it says; a name stands for one thing."""
+    source = ROOT / "src" / "lorry"
+    defined: dict[str, list[str]] = {}
+    for path in source.rglob("*.py"):
+        module = ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                defined.setdefault(node.name, []).append(module)
+    rows = [line.split("|") for line in (ROOT / "docs" / "glossary.md").read_text().splitlines()]
+    firsts = [row[1] for row in rows if len(row) == 5]
+    assert len(firsts) > 30
+    for first in firsts:
+        rooms = re.findall(r"\(`([\w.]+)`\)", first)
+        for name in re.findall(r"`([A-Z]\w+)`", first):
+            assert len(defined.get(name, [])) == 1, f"{name}: {defined.get(name)}"
+            assert rooms, first
+            assert any(f"{defined[name][0]}.".startswith(f"{room}.") for room in rooms), name

@@ -645,3 +645,10 @@ def test_text_that_begins_like_another_kind_of_file_is_text(
     path = tmp_path / name
     path.write_text(content)
     assert len(list(open_source(path))) == 1
+
+
+def test_an_array_with_its_commas_in_front_is_an_array(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('[\n{"text": "one"}\n,{"text": "two"}\n]\n')
+    with pytest.raises(DataError, match="a JSON array"):
+        list(open_source(path, on_bad_row="skip"))

@@ -221,3 +221,16 @@ def test_a_signal_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 threading.Event().wait(5)
         told.append("outside")
     assert told == ["inside", "outside"]
+
+
+def test_what_came_before_an_error_is_told_where_nobody_else_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default of SIGTERM would end this process."""
+    (tmp_path / "another_module.py").write_text(
+        "import signal\nsignal.raise_signal(signal.SIGTERM)\nraise ImportError\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with pytest.raises(RunInterruptedError), raise_on_signals("outside"):
+        importlib.import_module("another_module")

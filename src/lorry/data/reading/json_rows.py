@@ -82,7 +82,7 @@ def read_jsonl(path: Path, shown: str) -> RowStream:
                     first
                     and isinstance(parsed, BadRow)
                     and (layout := _describe_other_layout(raw.strip(), parsed))
-                    and isinstance(decoder.object_of(_first_lines(path)[1]), BadRow)
+                    and not _is_one_damaged_line(path, decoder)
                 ):
                     raise DataError(f"{where}: {layout}")
                 first = False
@@ -331,6 +331,19 @@ def _describe_other_layout(line: bytes, bad: BadRow) -> str:
     if line[:1] == b"{" and line[-1:] in (b"{", b"[", b","):
         return "not JSON lines: an object over several lines; write each row in one line, or as an array [ ] in a file named .json"
     return ""
+
+
+def _is_one_damaged_line(path: Path, decoder: RowDecoder) -> bool:
+    """Whether JSON lines go on behind a first line that cannot be read: the second one is an
+    object, and no bracket closes at the end of the file what the first line opened.
+    """
+    first, second = _first_lines(path)
+    if isinstance(decoder.object_of(second), BadRow):
+        return False
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - 4096, 0))
+        end = file.read().rstrip()
+    return not (first.lstrip()[:1] == b"[" and end.endswith(b"]"))
 
 
 def _first_lines(path: Path) -> tuple[bytes, bytes]:

@@ -209,7 +209,10 @@ def raise_on_signals(text: str = OUTSIDE_THE_STEPS) -> Iterator[None]:
             for number, handler_before in before.items():
                 signal.signal(number, handler_before)
         for number in left:  # the block ended by an exception before it could tell
-            signal.raise_signal(number)
+            if isinstance(before.get(number), _RaiseHandler):
+                signal.raise_signal(number)
+            else:  # the default would end the process without a word
+                handler.tell(number)
 
 
 def raise_deferred_signals() -> None:
