@@ -35,8 +35,8 @@ OTHER_KIND := tests/contracts tests/evaluate tests/plan tests/verbs tests/test_a
 	tests/train/test_teacher.py tests/train/test_distill.py tests/train/test_session.py tests/train/test_engine.py \
 	tests/train/test_jobs.py tests/train/test_hub.py
 test-other-kind: setup
-	LORRY_KERNELS=0 LORRY_DTYPE=$$($(BIN)/python -c "import torch; from lorry.models.loading.load import fast_bfloat16; \
-	print('float32' if fast_bfloat16(torch.device('cpu')) else 'bfloat16')") $(PYTEST) $(OTHER_KIND)
+	LORRY_KERNELS=0 LORRY_DTYPE=$$($(BIN)/python -c "import torch; from lorry.models.loading.load import has_fast_bfloat16; \
+	print('float32' if has_fast_bfloat16(torch.device('cpu')) else 'bfloat16')") $(PYTEST) $(OTHER_KIND)
 
 # The suite with the oldest numpy that is promised: other frameworks pin 1.x. Pandas 3 and pyarrow 26 want numpy 2,
 # so older ones come along; they lie in a folder that goes before the environment's own.

@@ -97,7 +97,7 @@ def test_no_room_takes_the_name_of_a_function_that_people_call() -> None:
 
 def test_the_check_can_fail() -> None:
     assert wrong_way(
-        SOURCE / "adapters" / "x.py", ast.parse("from lorry.train.engine import Engine")
+        SOURCE / "adapters" / "x.py", ast.parse("from lorry.train.engine import TrainingEngine")
     ) == ["adapters imports train"]
 
 

@@ -31,8 +31,8 @@ from lorry.train.monitoring.process import record_process, redact_secrets
 HOLD = """
 import sys, time
 from pathlib import Path
-from lorry.train.monitoring.process import running
-with running(Path(sys.argv[1])) as process:
+from lorry.train.monitoring.process import record_process
+with record_process(Path(sys.argv[1])) as process:
     if sys.argv[2] == "train":
         process.begin(3, 20)
     print("ready", flush=True)

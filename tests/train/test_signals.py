@@ -111,8 +111,8 @@ def test_outside_the_main_thread_nothing_changes() -> None:
 LOOP = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from lorry.train.monitoring.signals import watching
-with watching() as stop:
+from lorry.train.monitoring.signals import watch_signals
+with watch_signals() as stop:
     print("ready", flush=True)
     while not stop.requested:
         time.sleep(0.005)
@@ -177,8 +177,8 @@ def test_a_script_that_is_being_imported_is_stopped_all_the_same(
 ) -> None:
     (tmp_path / "training_script.py").write_text(
         "import signal\n"
-        "from lorry.train.monitoring.signals import raising\n"
-        "with raising():\n"
+        "from lorry.train.monitoring.signals import raise_on_signals\n"
+        "with raise_on_signals():\n"
         "    signal.raise_signal(signal.SIGTERM)\n"
         ""
         "    raise AssertionError\n"
