@@ -79,7 +79,7 @@ def test_6_a_newest_checkpoint_that_is_damaged(
             content[len(content) // 2] ^= 1
             (path / file).write_bytes(content)
 
-    after(monkeypatch, checkpoint, "save", damage)
+    after(monkeypatch, checkpoint, "save_checkpoint", damage)
     broken(6, f"step-00000005/{file} is damaged")
 
 

@@ -115,7 +115,7 @@ def test_a_compiler_that_hangs_is_stopped_with_its_children(
         25,
         100,
     ):  # a loaded machine may need more than the first to start the shell at all
-        monkeypatch.setattr(build, "ASKING" if at_once else "COMPILING", float(limit))
+        monkeypatch.setattr(build, "PROBE_SECONDS" if at_once else "COMPILE_SECONDS", float(limit))
         loaded, status = build._build_and_load()
         assert loaded is None
         assert f"did not answer within {limit} s and was stopped" in status.line()

@@ -269,7 +269,7 @@ def test_machines_of_one_name_are_told_apart(
     ]
     for patch, value in (
         ("node", "elsewhere"),
-        ("threads", 128),
+        ("available_threads", 128),
         ("torch_version", "9.9"),
         ("has_tiles", "on"),
     ):

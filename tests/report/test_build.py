@@ -32,8 +32,8 @@ def test_one_run_gets_its_page_and_picture(tmp_path: Path) -> None:
     run = full(tmp_path / "r")
     before = names(run)
     assert write_report([run]) == run / "report.html"
-    assert names(run) - before == {"report.html", "report.render_png"}
-    assert (run / "report.render_png").read_bytes().startswith(PNG)
+    assert names(run) - before == {"report.html", "report.png"}
+    assert (run / "report.png").read_bytes().startswith(PNG)
     assert (run / "report.html").read_text("utf-8").startswith("<!doctype html>")
 
 

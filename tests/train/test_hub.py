@@ -33,9 +33,9 @@ UPLOADED = {
     "contracts.json",
     "evaluation.json",
     "report.html",
-    "report.render_png",
+    "report.png",
 }
-MADE = {"README.md", "report.html", "report.render_png"}
+MADE = {"README.md", "report.html", "report.png"}
 
 
 # --- what arrives
@@ -56,7 +56,7 @@ def test_the_hub_gets_exactly_the_right_files_byte_for_byte(
         for name, content in got.items()
         if ROW.encode() in content or hub.token.encode() in content
     ]
-    assert got["report.render_png"].startswith(b"\x89PNG\r\n")
+    assert got["report.png"].startswith(b"\x89PNG\r\n")
     assert b"exact match" in got["report.html"]
     assert hub.commits == ["Lorry run people run"]
     assert hub.private == {"team/people": False}
@@ -78,7 +78,7 @@ def test_the_card_is_one_that_the_hub_s_own_reader_understands(hub: Hub, run: Pa
         ("held.jsonl", "exact_match", 0.75)
     ]
     assert 'lorry.load("me/people")' in card.text
-    assert "![Loss and the other curves of the run](report.render_png)" in card.text
+    assert "![Loss and the other curves of the run](report.png)" in card.text
 
 
 def test_a_card_that_was_edited_is_kept(hub: Hub, run: Path) -> None:

@@ -366,7 +366,7 @@ def test_contract_4_looks_for_leaks_between_jobs(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sequences it compares have neighbours of other jobs."""
-    seen = first_calls(monkeypatch, checks, "leak", 1)
+    seen = first_calls(monkeypatch, checks, "packing_leak", 1)
     train_run(
         world.together(
             "leak", {"a": {"per_device_train_batch_size": 2}, "b": {"r": 3}, "c": {}}, **PLAIN

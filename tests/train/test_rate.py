@@ -156,7 +156,7 @@ def test_every_run_hands_on_its_steps(
         seen.append(times.steps)
         return "a note"
 
-    monkeypatch.setattr("lorry.train.session.keep_steps", keep)
+    monkeypatch.setattr("lorry.train.session.record_step_rate", keep)
     train_run(
         described(
             base, write_rows(tmp_path / "rows.jsonl", rows(9)), tmp_path / "run", max_steps=2

@@ -218,7 +218,7 @@ def test_equal_tokenizers_and_fewer_logits(world: Path, monkeypatch: pytest.Monk
     """A teacher whose embedding is shorter than the student's: its tokens' likeliest can be
     compared, all of them cannot.
     """
-    monkeypatch.setattr(teacher.TeacherScorer, "vocabulary", 319)
+    monkeypatch.setattr(teacher.TeacherScorer, "vocab_size", 319)
     with pytest.raises(ConfigError, match="319 logits and the student 320"):
         build_distill(material(world, {"teacher": str(world / "teacher")}))
     build_distill(material(world, {"teacher": str(world / "teacher"), "top_k": 8}))

@@ -145,7 +145,7 @@ def test_finished(sft: Callable[..., Any], tmp_path: Path) -> None:
         "eval_step": [],
         "eval_loss": [],
     }
-    assert (run / "report.render_png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_fails_at_once_is_told_at_once(sft: Callable[..., Any], tmp_path: Path) -> None:

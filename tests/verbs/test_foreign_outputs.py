@@ -64,13 +64,13 @@ def test_report_of_several_beside_somebodys(
 
 
 def test_report_in_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    put(run / "report.html", run / "report.render_png")
+    put(run / "report.html", run / "report.png")
     for _ in range(2):
         assert lorry("report", run) == 0
     assert everything(run)[strange("report.html")] == ["previous/1/report.html"]
-    assert everything(run)[strange("report.render_png")] == ["previous/1/report.render_png"]
+    assert everything(run)[strange("report.png")] == ["previous/1/report.png"]
     assert ownership.is_report_page(run / "report.html")
-    assert ownership.is_report_picture(run / "report.render_png")
+    assert ownership.is_report_picture(run / "report.png")
     assert [p.name for p in (run / "previous").iterdir()] == ["1"]
 
 

@@ -30,7 +30,7 @@ FILES = {
     "losses.json",
     "receipt.json",
     "report.html",
-    "report.render_png",
+    "report.png",
 }
 
 
