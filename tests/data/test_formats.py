@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -262,3 +264,44 @@ def test_parts_of_a_content_are_joined() -> None:
     ]
     row = {"messages": [CHAT[0], {"role": "assistant", "content": parts}]}
     assert normalise(row, detect(row)) == Conversation((user("q"), said("ab")))
+
+
+ROWS_OF_A_FORMAT = (
+    {"messages": CHAT},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    {"prompt": "q", "completion": "a"},
+    {"instruction": "q", "output": "a"},
+    {"question": "q", "answer": "a"},
+    {"text": "t"},
+)
+
+
+@pytest.mark.parametrize("row", ROWS_OF_A_FORMAT, ids=lambda row: "+".join(row))
+@pytest.mark.parametrize("column", ["weight", "train", "loss"])
+def test_a_row_that_teaches_nothing_is_left_out_with_a_count(tmp_path: Path, row: dict[str, Any], column: str) -> None:
+    path = tmp_path / "a.jsonl"
+    values = [None, 1, 0, False, 1.0, 0.0, True, "0", "True", ""]
+    path.write_text("".join(json.dumps({**row, column: value}) + "\n" for value in values))
+    source, notes = open_source(str(path)), set[str]()
+    found = list(read_examples(source, notes=notes))
+    assert [one.where for one in found] == [f"{path}:{line}" for line in (1, 2, 5, 7, 9, 10)]
+    assert source.bad.counts == {"not to be learnt": 4} and not notes
+
+
+@pytest.mark.parametrize("row", ROWS_OF_A_FORMAT, ids=lambda row: "+".join(row))
+@pytest.mark.parametrize(
+    "columns", [{"weight": 0.5}, {"train": "yes"}, {"loss": 2.25}, {"weight": [0]}, {"weight": 1, "loss": 0}]
+)
+def test_a_row_that_teaches_a_little_is_refused_by_name(row: dict[str, Any], columns: dict[str, Any]) -> None:
+    bad = normalise({**row, **columns}, detect(row))
+    assert isinstance(bad, BadRow) and bad.kind == "keys" and all(f"'{name}'" in bad.reason for name in columns)
+
+
+def test_a_row_s_weight_is_read_from_a_table_of_columns_and_may_be_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"question": ["q", "r"], "answer": ["a", "b"], "weight": [0, 1], "loss": ["x", "y"]}), path)
+    with pytest.raises(DataError, match="column 'loss' is 'x'"):
+        list(read_examples(open_source(str(path))))
+    pq.write_table(pa.table({"question": ["q", "r"], "answer": ["a", "b"], "weight": [0, 1]}), path)
+    assert [found.values["question"] for found in read_examples(open_source(str(path)))] == ["r"]
+    assert normalise({"loss": "told"}, chosen(text_field="loss") or FORMATS["text"]) == Text("told")

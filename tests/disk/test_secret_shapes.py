@@ -39,7 +39,7 @@ EXAMPLES = {
 }  # fmt: skip
 
 
-# The examples that detect-secrets' own detectors document, or strings of the patterns in them (bc-detect-secrets 1.5.52)
+# Strings of our own of the shapes that detect-secrets' detectors document (bc-detect-secrets 1.5.52)
 DETECT_SECRETS = [
     "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", "ghs_" + "a_B3" * 9, "AKIA" + "1234567890ABCDEF", "ABIA" + "Z" * 16,
     "sk_" + "live_ReTllpYQYfIZu2Jnf2lAPFjD", "rk_" + "live_5TcWfjKmJgpql9hjpRnwRXbT",

@@ -11,6 +11,9 @@ dropped in silence. Keys that say what is learnt:
 
 What no entry of train_detail covers is not learnt; the end of the turn is.
 
+The columns weight, train and loss of a row say the same of all of it (`row_is_learnt`): 0 or false leaves the row out with a
+count, 1, true or nothing changes nothing, anything else is refused by name.
+
 A content may be a list of parts ``{"type": "text", "text": ...}``. They are joined; a part of another type, or with a key
 that says anything else, is refused by name. `cache_control` alone may stand there: it tells a server what to keep.
 
@@ -20,7 +23,7 @@ that says anything else, is refused by name. `cache_control` alone may stand the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -36,7 +39,9 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
 }  # fmt: skip
 REASONING = ("reasoning_content", "reasoning", "thinking")
-LEARNING = ("weight", "train", "loss", "train_detail")
+SWITCHES = ("weight", "train", "loss")  # of a turn, and as columns of a whole row
+LEARNING = (*SWITCHES, "train_detail")
+SPELT = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}  # as a CSV file writes a switch
 AMBIGUOUS = (
     "mask", "masked", "loss_mask", "train_mask", "loss_weight", "weights", "loss_scale", "trainable", "training",
     "learn", "ignore",
@@ -224,7 +229,7 @@ def _learning(item: Mapping[str, Any], role: Role, text: str, place: str) -> tup
             raise Unusable("keys", f"{place}.{key}: tools disagree on what it means; write weight: 0 (not learnt) or 1 (learnt)")
         if held is not None and key not in LEARNING and str(key).lower() in LEARNING:
             raise Unusable("keys", f"{place}.{key}: names count letter by letter; write {str(key).lower()}")
-    said = {key: _switch(item[key], f"{place}.{key}") for key in ("weight", "train", "loss") if item.get(key) is not None}
+    said = {key: _switch(item[key], f"{place}.{key}") for key in SWITCHES if item.get(key) is not None}
     if len(set(said.values())) > 1:
         raise Unusable("keys", f"{place}: {' and '.join(map(repr, said))} contradict each other; keep one of them")
     learnt = next(iter(said.values()), True)
@@ -248,6 +253,26 @@ def _switch(value: Any, place: str) -> bool:
     if isinstance(value, int | float) and value in (0, 1):
         return bool(value)
     raise Unusable("keys", f"{place} is {str(value)[:40]!r}; a turn is learnt (1, true) or not (0, false), nothing between")
+
+
+def row_is_learnt(row: Mapping[str, Any], read: Collection[str]) -> bool:
+    """Whether the columns weight, train and loss let the row teach anything; ``read``: columns that are its content.
+
+    Raises Unusable for a value between 0 and 1 or beyond, and for columns that contradict each other.
+    """
+    said = dict[str, bool]()
+    for name in SWITCHES:
+        value = row.get(name)
+        if name in read or value is None or (isinstance(value, str) and not value.strip()):
+            continue
+        switch = SPELT.get(value.strip().lower()) if isinstance(value, str) else None
+        if switch is None and not (isinstance(value, int | float) and value in (0, 1)):
+            reason = f"column {name!r} is {str(value)[:40]!r}; a row is learnt (1, true) or left out (0, false), nothing between"
+            raise Unusable("keys", f"{reason}; a column that means something else needs another name")
+        said[name] = bool(value) if switch is None else switch
+    if len(set(said.values())) > 1:
+        raise Unusable("keys", f"the columns {' and '.join(map(repr, said))} contradict each other; keep one of them")
+    return next(iter(said.values()), True)
 
 
 def _learnt_characters(detail: Any, length: int, place: str) -> list[tuple[int, int]]:

@@ -10,6 +10,8 @@
 | alpaca | instruction + output, optional input, system, tools, history |
 | question_answer | question + answer, optional context or passage, system, tools |
 | text | text |
+
+The columns weight, train and loss beside any of them say whether the row is learnt (`content.row_is_learnt`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 from lorry.data.badrows import BadRow
 from lorry.data.content import (
+    SWITCHES,
     Content,
     Conversation,
     Message,
@@ -32,6 +35,7 @@ from lorry.data.content import (
     kind_of,
     messages_of,
     optional,
+    row_is_learnt,
     text_of,
     tools_of,
     turns_in,
@@ -39,6 +43,9 @@ from lorry.data.content import (
 from lorry.data.rows import file_of
 from lorry.data.sources import Source
 from lorry.errors import DataError, nearest, shortlist
+
+
+NOT_LEARNT = BadRow("not to be learnt", "its column weight, train or loss is 0 or false")  # a sound row, never an error
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,13 @@ class Format:
 
     def unused(self, columns: Iterable[str]) -> list[str]:
         """Columns that this format does not read."""
-        known = {name for group in self.needs for name in group}.union(self.may)
+        known = self.content.union(SWITCHES)
         return [name for name in columns if name not in known]
+
+    @property
+    def content(self) -> frozenset[str]:
+        """Columns that its content may come from."""
+        return frozenset(name for group in self.needs for name in group).union(self.may)
 
     def __str__(self) -> str:
         return f"{self.name} ({' + '.join('|'.join(group) for group in self.needs)})"
@@ -105,7 +117,12 @@ def chosen(name: str = "auto", text_field: str | None = None) -> Format | None:
 
 
 def normalise(row: Mapping[str, Any], form: Format) -> Content | BadRow:
-    """The row's content, or why it is a bad row (a column missing, an unknown role, an empty answer)."""
+    """The row's content, or why it is a bad row (a column missing, an unknown role, an empty answer), or ``NOT_LEARNT``."""
+    try:
+        if not row_is_learnt(row, form.content):
+            return NOT_LEARNT
+    except Unusable as error:
+        return error.bad
     missing = next((group for group in form.needs if all(row.get(name) is None for name in group)), None)
     if missing is not None:
         return BadRow("columns", f"column {'|'.join(missing)!r} is missing or null; the file is in the format {form}")
@@ -144,7 +161,9 @@ def read_examples(
         if number < start:
             continue
         content = normalise(row.values, settled[row.file])
-        if isinstance(content, BadRow):
+        if content is NOT_LEARNT:
+            source.bad.drop(row.where, NOT_LEARNT, json.dumps(row.values, default=str))
+        elif isinstance(content, BadRow):
             source.bad.report(row.where, content, json.dumps(row.values, default=str))
         else:
             yield Found(content, number, row.where, row.values)

@@ -3,13 +3,14 @@
     found = find(text, of_environment())      # Found("a GitHub token", 17), or None
     line = hidden("hub_token=hf_...")         # "hub_token=***"
 
-Only shapes that say by themselves what they are: a prefix that the issuer fixed, and enough characters behind it. Guessing by
-entropy would refuse digests, tokenizers and ordinary rows. The prefixes are those that the issuers document for secret scanners.
+Only shapes that say by themselves what they are: a prefix that the issuer fixed, and enough characters behind it. Entropy
+alone cannot tell a digest from a key, and every run has digests. The prefixes are those that the issuers document for secret scanners.
 
 Why no library: detect-secrets 1.5.0 (May 2024) and its maintained fork bc-detect-secrets 1.5.52 (August 2026), the pure-Python
-lists on PyPI, know no Hugging Face, Anthropic, OpenAI or GitLab token and no github_pat_; their broad detectors (entropy,
-keywords, AC or SK and 32 letters) take digests and rows for secrets, and they need requests and unidiff. What of theirs says by
-itself what it is stands here too, held by tests/disk/test_secret_shapes.py (`DETECT_SECRETS`).
+lists on PyPI, know no Hugging Face, Anthropic, OpenAI or GitLab token and no github_pat_; their broad detectors
+(entropy, keywords, AC or SK and 32 letters) ask for no fixed prefix long enough to tell a secret from a digest, and they need
+requests and unidiff. What of theirs says by itself what it is stands here too (`DETECT_SECRETS` in
+tests/disk/test_secret_shapes.py).
 
 What may repeat before more must follow is bounded: a scan takes time by the size of a text alone. A new issuer is one
 line here, with an example in tests/disk/test_secret_shapes.py.
