@@ -285,7 +285,8 @@ def test_a_row_that_teaches_nothing_is_left_out_with_a_count(tmp_path: Path, row
     source, notes = open_source(str(path)), set[str]()
     found = list(read_examples(source, notes=notes))
     assert [one.where for one in found] == [f"{path}:{line}" for line in (1, 2, 5, 7, 9, 10)]
-    assert source.bad.counts == {"not to be learnt": 4} and not notes
+    assert source.bad.counts == {"not to be learnt": 4}
+    assert not notes
 
 
 @pytest.mark.parametrize("row", ROWS_OF_A_FORMAT, ids=lambda row: "+".join(row))
@@ -294,7 +295,9 @@ def test_a_row_that_teaches_nothing_is_left_out_with_a_count(tmp_path: Path, row
 )
 def test_a_row_that_teaches_a_little_is_refused_by_name(row: dict[str, Any], columns: dict[str, Any]) -> None:
     bad = normalise({**row, **columns}, detect(row))
-    assert isinstance(bad, BadRow) and bad.kind == "keys" and all(f"'{name}'" in bad.reason for name in columns)
+    assert isinstance(bad, BadRow)
+    assert bad.kind == "keys"
+    assert all(f"'{name}'" in bad.reason for name in columns)
 
 
 def test_a_row_s_weight_is_read_from_a_table_of_columns_and_may_be_its_text(tmp_path: Path) -> None:

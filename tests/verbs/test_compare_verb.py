@@ -56,7 +56,7 @@ def test_figures_and_ratios_by_hand(tmp_path: Path) -> None:
 def test_what_a_run_does_not_say_is_left_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     full = made(tmp_path / "full", [1.0], [2.0], SIZES)
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "receipt.json").write_text("[]")
+    (tmp_path / "bare" / "receipt.json").write_text("{}")
     assert row_of(load(tmp_path / "bare")).keys() == {"name", "path"}
     assert compare.main(parse(CompareSettings, [str(tmp_path / "bare"), str(full)], []), []) == 0
     out = capsys.readouterr().out

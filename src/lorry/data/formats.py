@@ -44,7 +44,6 @@ from lorry.data.rows import file_of
 from lorry.data.sources import Source
 from lorry.errors import DataError, nearest, shortlist
 
-
 NOT_LEARNT = BadRow("not to be learnt", "its column weight, train or loss is 0 or false")  # a sound row, never an error
 
 

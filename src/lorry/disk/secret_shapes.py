@@ -4,7 +4,8 @@
     line = hidden("hub_token=hf_...")         # "hub_token=***"
 
 Only shapes that say by themselves what they are: a prefix that the issuer fixed, and enough characters behind it. Entropy
-alone cannot tell a digest from a key, and every run has digests. The prefixes are those that the issuers document for secret scanners.
+alone cannot tell a digest from a key, and every run has digests. The prefixes are those that the issuers document for secret
+scanners.
 
 Why no library: detect-secrets 1.5.0 (May 2024) and its maintained fork bc-detect-secrets 1.5.52 (August 2026), the pure-Python
 lists on PyPI, know no Hugging Face, Anthropic, OpenAI or GitLab token and no github_pat_; their broad detectors

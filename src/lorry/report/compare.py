@@ -40,7 +40,7 @@ PLAIN = ("learning_rate", "steps", "first_loss")  # set, or the same for all: a 
 
 def row_of(run: Run) -> dict[str, Any]:
     """{name, path, and every figure that the run's files give}: plain numbers in bytes, seconds, nats per token."""
-    receipt: Mapping[str, Any] = run.receipt if isinstance(run.receipt, dict) else {}
+    receipt: Mapping[str, Any] = run.receipt or {}
     train = run.config.get("train")
     found: dict[str, Any] = {name: receipt.get(name) for name in ("trainable_parameters", "saved_bytes")}
     total = receipt.get("total_parameters")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorry.disk import documents, ownership, process
+from lorry.disk import documents, ownership, process, receipt
 from lorry.disk.process import Process
 from lorry.errors import DataError
 from lorry.report import log
@@ -80,7 +80,7 @@ class Run:
     log: Log
     config: dict[str, Any]
     config_text: str
-    receipt: Any
+    receipt: dict[str, Any] | None
     contracts: tuple[Contract, ...]
     samples: tuple[Sample, ...]
     evaluation: tuple[Evaluation, ...]
@@ -146,7 +146,7 @@ def _load(path: Path, name: str) -> Run:
         log=log.read(path / "metrics.jsonl"),
         config=_settings(config_text, path / "run.yaml"),
         config_text=config_text,
-        receipt=_read_json(path / "receipt.json"),
+        receipt=receipt.read(path / "receipt.json"),
         contracts=tuple(_contract(item, where) for where, item in _items(path / "contracts.json", MOST_CONTRACTS)),
         samples=tuple(_sample(item, where) for where, item in _items(path / "samples.json", MOST_SAMPLES)),
         evaluation=tuple(_evaluation(item, where) for where, item in _items(path / "evaluation.json", MOST_EVALUATIONS)),

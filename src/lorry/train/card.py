@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lorry.config.files import write_yaml
+from lorry.disk import receipt
 from lorry.disk.documents import parse_yaml
 from lorry.train.figures import Facts, Value, figures, read, results
 from lorry.train.frontmatter import (
@@ -124,7 +125,7 @@ def _data(facts: Facts, hide: list[str]) -> str:
     data = facts.receipt.get("data") or {}
     rows = []
     for name in facts.names:
-        one = data if name is None else data.get(name) or {}
+        one = data if name is None else receipt.part(data, name)
         source = without(one.get("source") or ", ".join([*sources(facts), *sets(facts)]), hide)
         if one.get("streamed"):
             counts = ["streamed", NOTHING, NOTHING, NOTHING]
@@ -132,7 +133,7 @@ def _data(facts: Facts, hide: list[str]) -> str:
             counts = [plain(one.get(key, "")) for key in ("rows", "sequences", "tokens", "supervised")]
         rows.append([*([code(name)] if name is not None else []), code(source), *counts, code(one.get("sha256", ""))])
     head = [*(["adapter"] if facts.jobs else []), "source", "rows", "sequences", "tokens", "learnt", "SHA-256 of the tokens"]
-    left = [data if name is None else data.get(name) or {} for name in facts.names]
+    left = [data if name is None else receipt.part(data, name) for name in facts.names]
     lost = {plain(reason): n for one in left for reason, n in (one.get("left_out") or {}).items()}
     said = "\n".join(f"- left out: {plain(n)} rows ({reason})" for reason, n in lost.items())
     return table(head, rows) + (f"\n\n{said}" if said else "")

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorry.config import TrainConfig
 from lorry.config.files import read_file
-from lorry.disk import documents
+from lorry.disk import documents, receipt
 from lorry.disk.metrics import Record, iterate
 from lorry.errors import DataError
 from lorry.train.jobs import Standing
@@ -69,19 +69,19 @@ def read(run_dir: Path) -> Facts:
     return Facts(
         run_dir.resolve().name,
         read_file(described).values if described.is_file() else {},
-        _json(run_dir / "receipt.json", dict),
-        [c for c in _json(run_dir / "contracts.json", list) if isinstance(c, dict)],
-        [e for e in _json(run_dir / "evaluation.json", list) if isinstance(e, dict)],
+        receipt.read(run_dir / "receipt.json") or {},
+        [c for c in _list(run_dir / "contracts.json") if isinstance(c, dict)],
+        [e for e in _list(run_dir / "evaluation.json") if isinstance(e, dict)],
         [record for _, record in iterate(logged)] if logged.is_file() else [],
     )
 
 
-def _json(path: Path, kind: type) -> Any:
+def _list(path: Path) -> list[Any]:
     if not path.is_file():
-        return kind()
+        return []
     found = documents.read_json(path)
-    if not isinstance(found, kind):
-        raise DataError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}, got {type(found).__name__}")
+    if not isinstance(found, list):
+        raise DataError(f"{path}: expected a JSON list, got {type(found).__name__}")
     return found
 
 

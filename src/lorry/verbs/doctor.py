@@ -7,14 +7,14 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from lorry.config.settings import DoctorSettings
 from lorry.console import Console
+from lorry.disk import receipt
 from lorry.disk.integrity import file_digest
-from lorry.errors import ContractError, DataError, ModelError
+from lorry.errors import ContractError, ModelError
 from lorry.report import states, table
 from lorry.report.run import Run
 from lorry.report.run import load as load_run
@@ -78,7 +78,7 @@ def _run(path: Path, console: Console) -> int:
     facts = {
         "state": state.sentence() or state.state,
         "decoder": decoder(run),
-        "weights" if _recorded(run, "weights") else "adapter": saved_state(run),
+        "weights" if receipt.part(run.receipt, "weights") else "adapter": saved_state(run),
         "newest checkpoint": newest_checkpoint(path),
     }
     if run.contracts:
@@ -103,7 +103,7 @@ def newest_checkpoint(path: Path) -> str:
 
 def decoder(run: Run) -> str:
     """The path that the run's base took."""
-    base = _recorded(run, "base")
+    base = receipt.part(run.receipt, "base")
     if not base:
         return "unknown: no receipt.json"
     family, why = base.get("family"), base.get("why")
@@ -113,9 +113,9 @@ def decoder(run: Run) -> str:
 
 def saved_state(run: Run) -> str:
     """Whether the adapters' weights, or a whole model's, are those of the receipt. Raises ModelError when they are not."""
-    adapters = _recorded(run, "adapters")
+    adapters = receipt.part(run.receipt, "adapters")
     recorded = {("" if len(adapters) == 1 else f"{name}/") + "adapter_model.safetensors": d for name, d in adapters.items()}
-    recorded |= _recorded(run, "weights")
+    recorded |= receipt.part(run.receipt, "weights")
     if not recorded:
         return "no receipt.json, so nothing to compare with"
     for file, digest in recorded.items():
@@ -125,12 +125,3 @@ def saved_state(run: Run) -> str:
         if file_digest(weights) != digest:
             raise ModelError(f"{weights} is not the file this run wrote: its SHA-256 differs from receipt.json")
     return f"{len(recorded)} intact (SHA-256 as in receipt.json)"
-
-
-def _recorded(run: Run, part: str) -> dict[str, Any]:
-    """A part of the receipt; empty where the run has none. Raises DataError when it is something else."""
-    receipt = {} if run.receipt is None else run.receipt
-    found = receipt.get(part, {}) if isinstance(receipt, dict) else None
-    if not isinstance(found, dict):
-        raise DataError(f"{run.path / 'receipt.json'}: {part!r} is not what a run writes there")
-    return found

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from lorry.config.evaluation import EvalSettings
 from lorry.console import Console
-from lorry.disk import documents, ownership
+from lorry.disk import documents, ownership, receipt
 from lorry.errors import ConfigError
 from lorry.evaluate.bootstrap import FEWEST_ROWS, TOO_FEW
 from lorry.report.run import load
@@ -132,11 +132,11 @@ def mixes(found: Opened) -> dict[str, Mix]:
 
 def tell_other_dtype(found: Opened) -> None:
     """A note when a run is evaluated in another number format than it was trained in: its numbers then differ a little."""
-    receipt = Path(found.source.get("adapter", "")) / "receipt.json"
-    if not found.source.get("adapter") or not receipt.is_file():
+    file = Path(found.source.get("adapter", "")) / "receipt.json"
+    if not found.source.get("adapter") or not file.is_file():
         return
-    trained, now = load(receipt.parent).receipt.get("base", {}).get("dtype"), found.source["dtype"]
-    if trained != now:
+    trained, now = receipt.part(load(file.parent).receipt, "base").get("dtype"), found.source["dtype"]
+    if trained is not None and trained != now:
         tell(f"note: trained in {trained}, evaluated in {now}; dtype={trained} gives the numbers of the training")
 
 
