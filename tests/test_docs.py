@@ -7,16 +7,19 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lorry import config
 from lorry.cli import VERBS
 from lorry.config import DistillRun, Run, build, parse
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+PAGES = [*TOP, *sorted((ROOT / "docs").glob("*.md"))]
 SCHEMAS = {verb.name: getattr(config, verb.schema) for verb in VERBS}
 
 
@@ -42,6 +45,42 @@ def test_commands_that_are_shown_parse(page: Path) -> None:
         assert verb in SCHEMAS, f"{page.name} shows the verb {verb}"
         if "--help" not in words:
             parse(SCHEMAS[verb], words, [])
+
+
+def test_lines_of_the_readme_fit_a_terminal() -> None:
+    assert [line for line in (ROOT / "README.md").read_text().splitlines() if len(line) > 100] == []
+
+
+def test_the_reading_order_has_every_page() -> None:
+    order = ROOT / "docs" / "reading-order.md"
+    links = set(re.findall(r"\]\(([\w./-]+\.md)\)", order.read_text()))
+    there = {page.name for page in (ROOT / "docs").glob("*.md")} - {order.name}
+    assert there - links == set()
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == project["version"]
+    assert citation["license"] == project["license"]
+    released = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    assert not released or released[0] == project["version"]
+
+
+def test_templates_and_hooks_are_whole() -> None:
+    """Forms that the forge would refuse are found here: every field but plain text has an id of its own and a label."""
+    for form in ("bug.yml", "feature.yml"):
+        document = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / form).read_text())
+        fields = [field for field in document["body"] if field["type"] != "markdown"]
+        assert document["name"]
+        assert document["description"]
+        assert len({field["id"] for field in fields}) == len(fields)
+        assert all(field["attributes"]["label"] for field in fields)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    lint = re.search(r"^lint: setup\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert lint is not None
+    ran = [line.strip().removeprefix("$(BIN)/").removesuffix(" .") for line in lint[1].splitlines()]
+    assert [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude") for hook in hooks] == ran
 
 
 def test_readme_opens_with_the_two_commands() -> None:
