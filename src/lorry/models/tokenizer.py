@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
+from lorry.errors import ModelError
 from lorry.models.describe import blaming, read_json
 
 # Ways to cut text before byte-pair merges, by GGUF's name: GPT-2's own, and GPT-2's with every digit apart (what SmolLM does).
@@ -24,9 +26,19 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, notes: l
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = directory / name
         if path.is_file() and path.stat().st_size <= 1 << 24:
-            read_json(path)
+            found = read_json(path)
+            if name == FILES[0]:
+                _expect_whole(found, path)
     with blaming(f"{directory}: its tokenizer cannot be read"):
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def _expect_whole(found: Mapping[str, Any], path: Path) -> None:
+    """What every tokenizer.json has; without it transformers fails with a bare KeyError. Raises ModelError naming the file."""
+    for key, kind, what in (("model", dict, "an object"), ("added_tokens", list, "a list")):
+        if not isinstance(found.get(key), kind):
+            said = "is missing" if key not in found else f"is not {what}"
+            raise ModelError(f"{path}: {key!r} {said}; this is not a whole tokenizer.json, fetch or save the tokenizer again")
 
 
 def split_as(pre: str, tokenizer: Any) -> list[str]:
