@@ -167,3 +167,8 @@ def test_a_refusal_stays_a_refusal() -> None:
         with pytest.raises(TemplateRefusal, match="must alternate"):
             made.render(asked)
     assert made.render([Message("user", "a")]) == Rendered("<s><start_of_turn>user\na<end_of_turn>\n")
+
+
+@pytest.mark.parametrize(("many", "variables"), [("{{ 'a'" + "~'a'" * 20_000 + " }}", {}), ("", {"list": ["a"] * 200_000})])
+def test_more_literals_or_variables_than_are_looked_through_have_no_frame(many: str, variables: dict[str, Any]) -> None:
+    assert frame_of(many + "{{ messages[0].content }}", variables, ["user"], add_generation_prompt=False) is None

@@ -222,7 +222,10 @@ def frame_of(
     if next(tree.find_all(LOSES_SYMBOLS), None) or any(loop.recursive for loop in tree.find_all(nodes.For)):
         return None
     literals = [*(one.value for one in tree.find_all(nodes.Const)), *(one.data for one in tree.find_all(nodes.TemplateData))]
-    if _holds([literal for literal in literals if isinstance(literal, str)]) or _holds(variables):
+    try:
+        if _holds([literal for literal in literals if isinstance(literal, str)]) or _holds(variables):
+            return None
+    except LooksAtText:  # more literals, or larger variables, than are looked through
         return None
     sandbox.budget.open(len(roles), len(roles))
     sandbox.budget.patience, sandbox.budget.room, sandbox.budget.memory = QUICK, SHORT, LITTLE
