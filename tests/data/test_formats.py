@@ -291,13 +291,19 @@ def test_a_row_that_teaches_nothing_is_left_out_with_a_count(tmp_path: Path, row
 
 @pytest.mark.parametrize("row", ROWS_OF_A_FORMAT, ids=lambda row: "+".join(row))
 @pytest.mark.parametrize(
-    "columns", [{"weight": 0.5}, {"train": "yes"}, {"loss": 2.25}, {"weight": [0]}, {"weight": 1, "loss": 0}]
+    "columns", [{"weight": 0.5}, {"train": "yes"}, {"loss": "low"}, {"weight": [0]}, {"weight": 1, "loss": 0}]
 )
 def test_a_row_that_teaches_a_little_is_refused_by_name(row: dict[str, Any], columns: dict[str, Any]) -> None:
     bad = normalise({**row, **columns}, detect(row))
     assert isinstance(bad, BadRow)
     assert bad.kind == "keys"
     assert all(f"'{name}'" in bad.reason for name in columns)
+
+
+@pytest.mark.parametrize("columns", [{"loss": 2.25}, {"loss": 0.4}, {"weight": 70}, {"weight": -1.5}, {"train": 12}])
+@pytest.mark.parametrize("row", ROWS_OF_A_FORMAT, ids=lambda row: "+".join(row))
+def test_measurements_of_a_row_are_columns_like_any_other(row: dict[str, Any], columns: dict[str, Any]) -> None:
+    assert normalise({**row, **columns}, detect(row)) == normalise(row, detect(row))
 
 
 def test_a_row_s_weight_is_read_from_a_table_of_columns_and_may_be_its_text(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ dropped in silence. Keys that say what is learnt:
 What no entry of train_detail covers is not learnt; the end of the turn is.
 
 The columns weight, train and loss of a row say the same of all of it (`row_is_learnt`): 0 or false leaves the row out with a
-count, 1, true or nothing changes nothing, anything else is refused by name.
+count, 1, true or nothing changes nothing; a weight between and words are refused by name, other numbers are not used.
 
 A content may be a list of parts ``{"type": "text", "text": ...}``. They are joined; a part of another type, or with a key
 that says anything else, is refused by name. `cache_control` alone may stand there: it tells a server what to keep.
@@ -258,7 +258,8 @@ def _switch(value: Any, place: str) -> bool:
 def row_is_learnt(row: Mapping[str, Any], read: Collection[str]) -> bool:
     """Whether the columns weight, train and loss let the row teach anything; ``read``: columns that are its content.
 
-    Raises Unusable for a value between 0 and 1 or beyond, and for columns that contradict each other.
+    A number that can be no such mark (`loss: 2.31`, `weight: 70`) is a column that is not used. Raises Unusable for a weight
+    between 0 and 1, for words that are neither, and for columns that contradict each other.
     """
     said = dict[str, bool]()
     for name in SWITCHES:
@@ -266,6 +267,8 @@ def row_is_learnt(row: Mapping[str, Any], read: Collection[str]) -> bool:
         if name in read or value is None or (isinstance(value, str) and not value.strip()):
             continue
         switch = SPELT.get(value.strip().lower()) if isinstance(value, str) else None
+        if isinstance(value, int | float) and (value < 0 or value > 1 or (name == "loss" and value not in (0, 1))):
+            continue  # a measurement, such as kilograms or what another model found hard: a column like any other
         if switch is None and not (isinstance(value, int | float) and value in (0, 1)):
             reason = f"column {name!r} is {str(value)[:40]!r}; a row is learnt (1, true) or left out (0, false), nothing between"
             raise Unusable("keys", f"{reason}; a column that means something else needs another name")
