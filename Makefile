@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-other-kind test-numpy1 test-extras lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results sbom fuzz sanitize clean
+.PHONY: setup demo test test-other-kind test-numpy1 test-extras lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results sbom docs fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -86,6 +86,12 @@ bench-setup: setup
 
 results: setup
 	$(BIN)/python benchmarks/results.py
+
+# The pages and the API reference as a site in build/site. Zensical is what the makers of Material for MkDocs maintain in its
+# place; it checks every link and anchor, build.py that nothing is fetched from elsewhere.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[docs]'
+	$(BIN)/python docs/site/build.py
 
 # A software bill of materials (CycloneDX 1.6, JSON) of what is installed, into dist/.
 sbom: setup
