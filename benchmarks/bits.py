@@ -229,7 +229,7 @@ def read_again(path: Path, dtype: str, **model: Any) -> Record:
 def without_places(value: Any) -> Any:
     """Results of `lorry eval` without its settings and the names of files and folders; floats with every digit."""
     if isinstance(value, dict):
-        return {k: without_places(v) for k, v in value.items() if k not in ("asked", "model", "data", "where")}
+        return {k: without_places(v) for k, v in value.items() if k not in ("asked", "model", "data", "where", "source")}
     if isinstance(value, list):
         return [without_places(v) for v in value]
     return repr(value) if isinstance(value, float) else value
@@ -559,6 +559,9 @@ def main() -> int:
         print(f"recorded before and no case now: {', '.join(gone)}")
     print(f"{len(todo)} cases in {time.perf_counter() - began:.0f} s, {bad} not equal" if args.against else
           f"{len(todo)} cases in {time.perf_counter() - began:.0f} s, {bad} failed")  # fmt: skip
+    if code(args.source.resolve()) != now_code:  # modules are imported as they are needed: it may be of neither
+        print(f"{args.source} was changed while this ran, so that it says nothing; run it again", file=sys.stderr)
+        return 1
     if args.write and not bad:
         args.write.write_text(json.dumps({"machine": here, "code": now_code, "cases": done}, indent=1) + "\n")
         print(f"written to {args.write}")

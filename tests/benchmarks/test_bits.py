@@ -61,9 +61,9 @@ def test_times_and_places_are_no_part_of_it() -> None:
             "adapters": {"a": {"loss": 0.1, "tokens": 3}}}  # fmt: skip
     kept = {"step": "1", "loss": "0.1", "grad_norm": "0.001", "adapters": {"a": {"loss": "0.1"}}}
     assert bits.numbers(line) == kept
-    assert bits.without_places({"data": "/tmp/x", "sides": [{"loss": 0.1, "answer": "yes"}]}) == {
-        "sides": [{"loss": "0.1", "answer": "yes"}]
-    }
+    assert bits.without_places(
+        {"data": "/tmp/x", "bool_q": {"source": "/tmp/y", "split": "train"}, "sides": [{"loss": 0.1, "answer": "yes"}]}
+    ) == {"bool_q": {"split": "train"}, "sides": [{"loss": "0.1", "answer": "yes"}]}
 
 
 def test_another_machine_and_unknown_cases_are_refused(
