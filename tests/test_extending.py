@@ -16,7 +16,7 @@ def test_every_block_of_the_page_runs() -> None:
     namespace: dict[str, Any] = {"__name__": "extending"}
     for block in blocks:
         above = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * above + block[1], str(PAGE), "exec"), namespace)
+        exec(compile("\n" * above + block[1], str(PAGE), "exec", dont_inherit=True), namespace)
     assert len(blocks) == text.count("```python")
 
 
