@@ -17,7 +17,7 @@ import yaml
 from lorry import cli
 from lorry.config import EvalSettings, MergeSettings, Run, parse
 from lorry.config.names import names_of
-from lorry.errors import ContractError, DataError, Interrupted
+from lorry.errors import ContractError, DataError, Interrupted, ModelError, NonFiniteError, OutOfMemoryError
 
 SRC = Path(cli.__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "peft")
@@ -150,8 +150,11 @@ def test_a_verb_takes_bare_words(verb: Callable[..., list[tuple[object, list[str
 @pytest.mark.parametrize(
     ("outcome", "code", "message"),
     [
-        (DataError("people.jsonl:3: not JSON"), 3, "error: people.jsonl:3: not JSON\n"),
-        (ContractError("nothing trained"), 5, "error: nothing trained\n"),
+        (DataError("people.jsonl:3: not JSON"), 3, "error: people.jsonl:3: not JSON\nsee docs/data.md\n"),
+        (ContractError("nothing trained"), 5, "error: nothing trained\nsee docs/architecture.md#the-contracts\n"),
+        (NonFiniteError("a NaN"), 6, "error: a NaN\nsee docs/architecture.md#the-contracts\n"),
+        (OutOfMemoryError("too large"), 71, "error: too large\nsee docs/plan.md\n"),
+        (ModelError("no such model"), 4, "error: no such model\n"),
         (Interrupted("stopped at step 4"), 75, "error: stopped at step 4\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],
@@ -173,7 +176,7 @@ def test_debug_shows_the_traceback(
     assert cli.main(["sft", "data=x"]) == 3
     err = capsys.readouterr().err
     assert "Traceback" in err
-    assert err.endswith("error: bad row\n")
+    assert err.endswith("error: bad row\nsee docs/data.md\n")
 
 
 def test_our_own_mistakes_show_a_traceback() -> None:
@@ -190,10 +193,10 @@ def test_colour_on_a_terminal_only(
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     cli.main(["sft", "data=x"])
-    assert capsys.readouterr().err == "\x1b[31merror: bad row\x1b[0m\n"
+    assert capsys.readouterr().err == "\x1b[31merror: bad row\x1b[0m\n\x1b[2msee docs/data.md\x1b[0m\n"
     monkeypatch.setenv("NO_COLOR", "1")
     cli.main(["sft", "data=x"])
-    assert capsys.readouterr().err == "error: bad row\n"
+    assert capsys.readouterr().err == "error: bad row\nsee docs/data.md\n"
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import lorry
-from lorry import cli
+from lorry import cli, errors
 from lorry.bank.attach import attach
 from lorry.bank.spec import LoraSpec
 from lorry.errors import DataError, OutOfMemoryError, allocation_failure, explain_out_of_memory
@@ -78,3 +80,16 @@ def test_the_command_line_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(doctor, "main", lambda settings, notes: torch_refuses())
     assert cli.main(["doctor"]) == 71
     assert capsys.readouterr().err.startswith("error: out of memory: could not allocate 1048576.00 GiB in one piece. Close what")
+
+
+def test_the_page_that_an_error_names_has_that_section() -> None:
+    """Anchors as Markdown makes them of headings: small letters, words joined by hyphens."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LorryError)]
+    named = {kind.docs for kind in kinds if kind.docs}
+    assert "data.md" in named
+    for link in named:
+        page, _, section = link.partition("#")
+        text = (Path(__file__).resolve().parent.parent / "docs" / page).read_text()
+        headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+        anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        assert not section or section in anchors, link

@@ -129,12 +129,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: Verb, args: list[str]) -> int:
-    """Parse, print the notes, call the verb; errors meant for people become one message and an exit code."""
+    """Parse, print the notes, call the verb; errors meant for people become one message, with its page, and an exit code."""
     try:
         with explain_out_of_memory(ADVICE):
             return _parse_and_call(verb, args)
     except LorryError as error:
         _complain(str(error))
+        if error.docs:
+            _tell(f"see docs/{error.docs}", dim=True)
         return error.exit_code
     except KeyboardInterrupt:
         _complain("interrupted")

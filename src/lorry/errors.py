@@ -1,6 +1,7 @@
 """The errors Lorry raises for people: what was wrong, where, and what to do.
 
-Every one is a ``LorryError``; the command line prints it without a traceback and exits with its ``exit_code``.
+Every one is a ``LorryError``; the command line prints it without a traceback, names the page that explains errors of
+its kind, where there is one (``docs``, of the repository's docs/), and exits with its ``exit_code``.
 Mistakes of ours (a broken invariant) stay ``AssertionError`` and do show a traceback.
 """
 
@@ -17,6 +18,7 @@ class LorryError(Exception):
     """Base of all errors meant for the user."""
 
     exit_code = 1
+    docs = ""  # the page of docs/ that explains errors of this kind, with its section; tests/test_errors.py finds it there
 
 
 class ConfigError(LorryError, ValueError):
@@ -29,6 +31,7 @@ class DataError(LorryError, ValueError):
     """A data file or row is unusable; the message opens with ``file:line``."""
 
     exit_code = 3
+    docs = "data.md"
 
 
 class ModelError(LorryError, ValueError):
@@ -41,6 +44,7 @@ class ContractError(LorryError, RuntimeError):
     """A run broke one of its contracts (DESIGN section 7): it would have been silently wrong, so it stopped."""
 
     exit_code = 5
+    docs = "architecture.md#the-contracts"
 
 
 class NonFiniteError(ContractError):
@@ -59,6 +63,7 @@ class OutOfMemoryError(LorryError, MemoryError):
     """The memory of this machine or device does not hold what was asked for."""
 
     exit_code = 71  # EX_OSERR of sysexits.h: the system could not give what a process needs
+    docs = "plan.md"
 
 
 # What allocators say: torch on a CPU and on CUDA, a tensor whose size has no number, a mapped file, C++
