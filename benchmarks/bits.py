@@ -50,12 +50,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+# of the environment: each may change bits
 SWITCHES = (
     "LORRY_KERNELS",
     "LORRY_PROOFS",
     "LORRY_DTYPE",
     "LORRY_MALLOC",
-)  # of the environment: each may change bits
+)
 DTYPES = ("float32", "bfloat16")
 VOCABULARY = 320
 CHATML = (
@@ -708,9 +709,8 @@ def main() -> int:
         if args.against
         else f"{len(todo)} cases in {time.perf_counter() - began:.0f} s, {bad} failed"
     )
-    if (
-        code(args.source.resolve()) != now_code
-    ):  # modules are imported as they are needed: it may be of neither
+    # modules are imported as they are needed: it may be of neither
+    if code(args.source.resolve()) != now_code:
         print(
             f"{args.source} was changed while this ran, so that it says nothing; run it again",
             file=sys.stderr,

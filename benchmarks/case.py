@@ -20,9 +20,8 @@ from typing import Any
 IGNORED = -100  # the label of a token that is not learnt, as everybody writes it
 MODEL = "smollm2-135m-instruct"
 CHAT = "chat.jsonl"
-Row = tuple[
-    list[int], list[int]
-]  # token ids and labels; the first label is always IGNORED, since nothing predicts that token
+# token ids and labels; the first label is always IGNORED, since nothing predicts that token
+Row = tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +154,8 @@ def prepare_chat(folder: Path, case: Case, seed: int = 0) -> list[Row]:
     rows, kept = [], []
     for number, where in enumerate(tokens.where):
         ids, weights = list(tokens.example(number).tokens), tokens.example(number).weights
-        if (
-            len(ids) < case.length
-        ):  # one that long may have been cut, which every engine does in its own way
+        # one that long may have been cut, which every engine does in its own way
+        if len(ids) < case.length:
             rows.append((ids, [t if w else IGNORED for t, w in zip(ids, weights, strict=True)]))
             kept.append(pairs[int(where.rsplit(":", 1)[1]) - 1])
     wanted = case.rows_per_step * case.all_steps

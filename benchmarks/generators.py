@@ -20,9 +20,8 @@ MODEL = "smollm2-135m-instruct"
 RANK, ALPHA, ADAPTERS = 16, 32, 4
 FIXED, ANSWERS = 64, 96  # new tokens per prompt: exactly, at most
 Tokens = list[list[int]]
-Generate = Callable[
-    [Tokens, int, frozenset[int]], Tokens
-]  # (prompts, new tokens, what ends an answer) -> new tokens per prompt
+# (prompts, new tokens, what ends an answer) -> new tokens per prompt
+Generate = Callable[[Tokens, int, frozenset[int]], Tokens]
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,8 @@ def prepare(folder: Path) -> None:
             seed=i,
         )
         with torch.no_grad():
-            get_bank(loaded.model)[f"a{i}"].values.mul_(
-                0.5
-            )  # a random adapter this small leaves the text a text
+            # a random adapter this small leaves the text a text
+            get_bank(loaded.model)[f"a{i}"].values.mul_(0.5)
         save_adapter(loaded.model, folder / f"a{i}", f"a{i}")
         detach(loaded.model, f"a{i}")
     paragraphs, asked = general_text() * 2, [str(row["question"]) for row in general_chat()[:32]]

@@ -209,9 +209,8 @@ def compare(folder: Path, length: int, args: argparse.Namespace) -> list[Row]:
 def figures(joint: Row, singles: Sequence[Row]) -> Row:
     """One round's numbers of K jobs together and of their runs in turn."""
     steps = [sum(row["step_seconds"][WARMUP:]) for row in singles]
-    cpu = [
-        sum(row["step_cpu"][WARMUP - 1 :]) for row in (joint, *singles)
-    ]  # the first step has no step before it
+    # the first step has no step before it
+    cpu = [sum(row["step_cpu"][WARMUP - 1 :]) for row in (joint, *singles)]
     memory = [row["memory"] for row in singles]
     return {
         "joint_seconds": sum(joint["step_seconds"][WARMUP:]),

@@ -159,9 +159,8 @@ def matrix_rate(shape: Shape, rows: int, repeats: int = 2) -> float:
     respect to the input: each shape at its best of ``repeats``, weighed by how often it occurs."""
     import torch
 
-    rows = min(
-        rows, 1024
-    )  # more rows are not faster, and this should not be the largest thing in memory
+    # more rows are not faster, and this should not be the largest thing in memory
+    rows = min(rows, 1024)
     flops = seconds = 0.0
     for inputs, outputs, count in (*shape.linears, (*shape.head, 1)):
         weight = torch.randn(outputs, inputs).bfloat16()

@@ -91,9 +91,8 @@ def main() -> None:
     tune_allocator()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    head = torch.empty(VOCAB, WIDTH, dtype=torch.bfloat16).normal_(
-        std=0.05
-    )  # in place: a copy in fp32 would set the peak
+    # in place: a copy in fp32 would set the peak
+    head = torch.empty(VOCAB, WIDTH, dtype=torch.bfloat16).normal_(std=0.05)
     hidden = torch.empty(ROWS, WIDTH, dtype=torch.bfloat16).normal_().requires_grad_()
     rows = VocabRows(torch.randint(0, VOCAB, (ROWS,)), {})
 

@@ -27,9 +27,8 @@ settings.register_profile(
 )
 settings.load_profile("explore" if "LORRY_EXPLORE" in os.environ else "same")
 
-torch.set_num_threads(
-    1
-)  # tiny models: a second thread only waits, and results stay the same on any machine
+# tiny models: a second thread only waits, and results stay the same on any machine
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLING = ("test_kill_and_resume.py", "test_disasters.py", "test_foreign_files.py")

@@ -39,9 +39,8 @@ def test_train_load_generate(world: World, tmp_path: Path) -> None:  # noqa: F81
     assert lorry.generate(model, words, QUESTIONS, max_new_tokens=16) == ANSWERS
     ids = words(QUESTIONS[0], return_tensors="pt").input_ids
     with torch.no_grad():
-        assert torch.equal(
-            model(ids).logits, run.model(ids).logits
-        )  # what was saved is what was trained
+        # what was saved is what was trained
+        assert torch.equal(model(ids).logits, run.model(ids).logits)
 
 
 def test_one_prompt_gives_one_answer_and_each_may_have_its_adapter(world: World) -> None:  # noqa: F811

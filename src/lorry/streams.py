@@ -106,9 +106,8 @@ def guard_streams() -> Iterator[None]:
         for stream in before
     ]
     sys.stdout, sys.stderr = ResultStream(behind[0]), MessageStream(behind[1])
-    _last_action = (
-        [] if os.environ.pop(BACKGROUND_VARIABLE, "") else None
-    )  # taken out: a process that this one starts is none of its kind
+    # taken out: a process that this one starts is none of its kind
+    _last_action = [] if os.environ.pop(BACKGROUND_VARIABLE, "") else None
     try:
         yield
     finally:

@@ -205,9 +205,8 @@ def test_catastrophic_patterns_are_stopped(
     ):
         before = json.loads((saved / CONFIG).read_text())
         configure(saved, **changes)
-        refused(
-            tiny, saved, CONFIG, "take too long"
-        )  # that it returns at all is the bound: pytest's own limit ends a hang
+        # that it returns at all is the bound: pytest's own limit ends a hang
+        refused(tiny, saved, CONFIG, "take too long")
         (saved / CONFIG).write_text(json.dumps(before))
 
 
@@ -279,14 +278,12 @@ def test_base_weights_in_the_file_are_compared_and_dropped(
     assert len(adapter.tensors()) == 4
 
     edit(tmp_path, lambda t: t.update({k: t[k].bfloat16() for k in base}))
-    load_adapter(
-        tiny("llama-tied").to(dtype), tmp_path
-    )  # a bf16 file on an fp32 base, and bf16 on bf16
+    # a bf16 file on an fp32 base, and bf16 on bf16
+    load_adapter(tiny("llama-tied").to(dtype), tmp_path)
 
     edit(tmp_path, lambda t: t.update({k.replace(".base_layer", ""): t.pop(k) for k in base}))
-    load_adapter(
-        tiny("llama-tied").to(dtype), tmp_path
-    )  # as PEFT writes them where they are not targeted
+    # as PEFT writes them where they are not targeted
+    load_adapter(tiny("llama-tied").to(dtype), tmp_path)
 
 
 def test_another_bases_embedding_is_refused(tiny: Any, shake: Any, tmp_path: Path) -> None:

@@ -249,9 +249,8 @@ def test_3_a_matrix_that_does_not_move(tmp_path: Path) -> None:
         match=r"contract 3 broken .*lora_B did not move in 3 steps \(14 tensors\): it does not train",
     ):
         stuck.run()
-    assert (
-        stuck.progress.step == 3
-    )  # the first has a rate of 0 and proves nothing; the fourth is not counted as done
+    # the first has a rate of 0 and proves nothing; the fourth is not counted as done
+    assert stuck.progress.step == 3
 
 
 def test_3_steps_with_a_rate_of_zero_prove_nothing(start: Start) -> None:

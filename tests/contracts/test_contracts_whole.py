@@ -219,9 +219,8 @@ def test_5_a_file_that_is_not_the_model(
         lambda result, model, folder, **options: damage(folder, change),
     )
     broken(5, message, dtype=dtype)
-    left = {p.name for p in (tmp_path / "run").iterdir()} - {
-        "process.json"
-    }  # how it ended, for `lorry runs`
+    # how it ended, for `lorry runs`
+    left = {p.name for p in (tmp_path / "run").iterdir()} - {"process.json"}
     assert left == {"checkpoints", "contracts.json", "metrics.jsonl", "run.yaml"}
 
 

@@ -89,9 +89,8 @@ def test_npo_unlearns_through_the_same_engine(tmp_path: Path) -> None:
     assert all(torch.equal(r, task.references[0]) for r in task.references)
     torch.testing.assert_close(task.references[0], truth, atol=1e-5, rtol=0)
     logged = lines(tmp_path)
-    assert logged[0]["loss_forget"] == pytest.approx(
-        2 / task.beta * math.log(2), rel=1e-6
-    )  # policy = reference (Zhang et al. 2024)
+    # policy = reference (Zhang et al. 2024)
+    assert logged[0]["loss_forget"] == pytest.approx(2 / task.beta * math.log(2), rel=1e-6)
     assert logged[-1]["loss_forget"] < logged[0]["loss_forget"]
     assert logged[3]["loss"] == pytest.approx(logged[3]["loss_forget"] + logged[3]["loss_retain"])
     assert [c["status"] for c in run.checks.report()][1:4] == ["held"] * 3

@@ -29,6 +29,7 @@ from lorry.data.catalog.numbers import bare_number
 from lorry.data.reading.content import ChatMessage, UnusableRowError
 from lorry.errors import ConfigError
 
+# the templates of bool_q for rows 0 to 11 under seed 0
 PINNED = [
     4,
     0,
@@ -42,7 +43,7 @@ PINNED = [
     2,
     2,
     4,
-]  # the templates of bool_q for rows 0 to 11 under seed 0
+]
 METRICS = {
     "accuracy",
     "exact_match",
@@ -148,9 +149,8 @@ def test_contexts_are_cut_at_a_word_and_it_shows() -> None:
     row = {"question": "q?", "answer": True, "passage": "word " * 1000}
     item = find_named_set("bool_q").item(row)
     assert item.shortened
-    assert (
-        item.prompt.count("word") == 400
-    )  # 2000 characters: 400 words of four letters and a space
+    # 2000 characters: 400 words of four letters and a space
+    assert item.prompt.count("word") == 400
     assert not find_named_set("bool_q").item(row | {"passage": "word " * 400}).shortened
     assert (
         find_named_set("qmsum").item(LONG | {"context": "word " * 9000}).prompt.count("word")

@@ -195,9 +195,8 @@ def test_against_the_incremental_oracle(
         for text, taken in encoder.marked_text(made):
             learnt += [(before, text)] if taken else []
             before += text
-    shown = (
-        (lambda text: text) if byte_level else (lambda text: "".join(text.split()))
-    )  # decoding adds spaces there
+    # decoding adds spaces there
+    shown = (lambda text: text) if byte_level else (lambda text: "".join(text.split()))
     expected = {
         (shown(before), shown(said))
         for before, said in incremental(tokenizer, messages, ENDS[family])

@@ -136,9 +136,8 @@ def test_a_saved_set_reads_as_datasets_reads_it(tmp_path: Path) -> None:
 BROKEN_TEXT = pa.StringArray.from_buffers(
     3, *(pa.array([b"fine", b"\xff\xfe", b"too"]).buffers()[1:])
 )
-LATE = pa.array(
-    [0, 253402300800_000000, 1], pa.timestamp("us")
-)  # the second is the first moment of the year 10000
+# the second is the first moment of the year 10000
+LATE = pa.array([0, 253402300800_000000, 1], pa.timestamp("us"))
 
 
 @pytest.mark.parametrize(

@@ -239,9 +239,8 @@ def test_the_rows_to_ask_are_test_or_validation_before_training_rows(
     assert {split: DataLocations(files).to_ask(one) for split, files in asked.items()} == {
         split: split for split in asked
     }
-    examples = DataLocations(
-        {"bool_q.train": rows}
-    )  # files for worked examples alone: the hub is asked, not the examples
+    # files for worked examples alone: the hub is asked, not the examples
+    examples = DataLocations({"bool_q.train": rows})
     assert examples.of(one, examples.to_ask(one)).path == "google/boolq"
     validation = DataLocations({"bool_q.validation": rows, "bool_q.train": rows})
     assert validation.to_ask(one) == "validation"

@@ -119,9 +119,8 @@ def test_values_are_drawn_evenly() -> None:
         assert set(counts) == set(FACT_VALUES[fact])
         chi2 = sum((counts[v] - expected) ** 2 / expected for v in FACT_VALUES[fact])
         degrees = len(FACT_VALUES[fact]) - 1
-        assert (
-            chi2 < degrees + 4 * (2 * degrees) ** 0.5
-        )  # four standard deviations of a chi-squared
+        # four standard deviations of a chi-squared
+        assert chi2 < degrees + 4 * (2 * degrees) ** 0.5
 
 
 def test_no_fact_tells_another() -> None:

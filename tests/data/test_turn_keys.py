@@ -129,15 +129,13 @@ def test_a_prompt_turn_that_is_not_to_be_learnt_has_weight_0_where_all_is_learnt
             )
         )
     )
-    assert (
-        made.tokens == only(encoder.encode(sound(messages=messages))).tokens
-    )  # the mark changes no token
+    # the mark changes no token
+    assert made.tokens == only(encoder.encode(sound(messages=messages))).tokens
     left_out = [
         token for token, weight in zip(made.tokens[1:], made.weights[1:], strict=True) if not weight
     ]
-    folded = (
-        family == "gemma" and role == "system"
-    )  # it takes no system message: put before the question
+    # it takes no system message: put before the question
+    folded = family == "gemma" and role == "system"
     assert encoder.tokenizer.decode(left_out).strip() == "AAAA" + (
         "" if folded else encoder.template.end_of_turn
     )

@@ -203,9 +203,8 @@ def test_size_and_the_disks_own_errors(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(documents.os, "open", failing)
-    with pytest.raises(
-        OSError, match="Input/output error"
-    ):  # the disk's failure is not damage of the document
+    # the disk's failure is not damage of the document
+    with pytest.raises(OSError, match="Input/output error"):
         read_json_document(path)
 
 
@@ -255,15 +254,13 @@ def test_a_name_that_is_there_twice_is_found_in_linear_time() -> None:
     assert first_repeated(names) is None
     assert first_repeated([*names, CountedName("name 1999"), CountedName("name 3")]) == "name 1999"
     assert first_repeated(iter(["a", "", "b", ""])) == ""
-    assert (
-        CountedName.compared < 100
-    )  # a search through the names for each of them compares two million times
+    # a search through the names for each of them compares two million times
+    assert CountedName.compared < 100
 
 
 def test_every_reader_finds_one_name_among_many(tmp_path: Path) -> None:
-    names = [f"name {at}" for at in range(30_000)] + [
-        "name 29998"
-    ]  # by a search for each of them half a minute
+    # by a search for each of them half a minute
+    names = [f"name {at}" for at in range(30_000)] + ["name 29998"]
     text = "{" + ", ".join(f"{json.dumps(name)}: 1" for name in names) + "}"
     bad = RowDecoder().only(text)
     assert isinstance(bad, BadRow)

@@ -117,9 +117,8 @@ def test_a_replacement_that_cannot_move_in_brings_the_old_one_back(
     write_directory(tmp_path / "out", OLD)
     write_directory(tmp_path / "out", NEW, replace=True)
     moves = [i for i, (kind, _) in enumerate(calls.trace, start=1) if kind == "rename"]
-    use(
-        FaultyDisk(moves[2] - (moves[0] + 1), failing(5))
-    )  # the first write ended with the call after its rename
+    # the first write ended with the call after its rename
+    use(FaultyDisk(moves[2] - (moves[0] + 1), failing(5)))
     with pytest.raises(durable.DiskError):
         write_directory(tmp_path / "out", OLD, replace=True)
     assert contents(tmp_path / "out") == NEW
@@ -196,9 +195,8 @@ def test_a_settled_log_survives_a_power_cut(
         durable.disk.close(fd)
         say(sync_file(root / "log"))
         say(sync_file(root / "absent"))
-        durable.disk.mkdir(
-            root / "later"
-        )  # one more call, so that the power is cut after the promise too
+        # one more call, so that the power is cut after the promise too
+        durable.disk.mkdir(root / "later")
 
     for outcome in kill_points(tmp_path, make_disk, work):
         assert not outcome.error, outcome.error

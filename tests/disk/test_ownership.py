@@ -105,9 +105,8 @@ def test_the_largest_runs_of_ours_are_known(tmp_path: Path) -> None:
         build_settings(RunConfig, {"model": "m", "output_dir": str(tmp_path), "jobs": jobs}, [])
     )
     assert 150_000 < len(text) <= ownership.MOST_DESCRIPTION // 2
-    (tmp_path / "run.yaml").write_text(
-        text.replace(jobs_of(text), "")
-    )  # whose parsing takes seconds
+    # whose parsing takes seconds
+    (tmp_path / "run.yaml").write_text(text.replace(jobs_of(text), ""))
     assert ownership.run_description_of(tmp_path)["output_dir"] == str(tmp_path)
 
 

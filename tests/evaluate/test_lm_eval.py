@@ -70,9 +70,8 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(
-        "lm_eval.evaluator.add_env_info", lambda results: None
-    )  # seconds, for a description of this machine
+    # seconds, for a description of this machine
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     monkeypatch.chdir(tmp_path)
 
 
@@ -168,9 +167,8 @@ def same_scores(mine: LorryLM, other: Any, pairs: Sequence[tuple[str, str]] = PA
         other.loglikelihood(asked, disable_tqdm=True),
     )
     for pair, (a, greedy_a), (b, greedy_b) in zip(pairs, got, expected, strict=True):
-        assert abs(a - b) <= 1e-4 * max(1, abs(b) / 50), (
-            pair
-        )  # fp32: a sum of -200 has a last digit of 1e-5
+        # fp32: a sum of -200 has a last digit of 1e-5
+        assert abs(a - b) <= 1e-4 * max(1, abs(b) / 50), pair
         assert greedy_a == greedy_b, pair
 
 
@@ -268,14 +266,14 @@ def test_likelihoods_of_a_trained_model(told: Path, batch_tokens: int) -> None:
 def test_likelihoods_where_positions_are_learnt(
     positions: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pairs = [
-        (a, b) for a, b in PAIRS if len(b) < 40 and not a.isspace()
-    ]  # of blank contexts the harness would stop
+    # of blank contexts the harness would stop
+    pairs = [(a, b) for a, b in PAIRS if len(b) < 40 and not a.isspace()]
+    # 96 tokens to run, 97, cut to 97
     pairs += [
         ("a", "x" * 95),
         ("a", "x" * 96),
         ("Sam", "x" * 96),
-    ]  # 96 tokens to run, 97, cut to 97
+    ]
     same_scores(ours(positions), theirs(positions), pairs)
     assert "3 of 16 contexts were cut from the left to the 96 tokens the model takes" in caplog.text
 

@@ -89,9 +89,8 @@ def test_exact_match_and_strict() -> None:
 
 
 def test_token_f1_by_hand() -> None:
-    assert token_f1("the red owl", "a red red owl") == pytest.approx(
-        2 * 2 / (2 + 3)
-    )  # red once, owl once
+    # red once, owl once
+    assert token_f1("the red owl", "a red red owl") == pytest.approx(2 * 2 / (2 + 3))
     assert token_f1("", "owl") == 0.0
     assert token_f1("!!", "...") == 1.0
     assert token_f1("red", ["green", "red lamp"]) == pytest.approx(2 / 3)

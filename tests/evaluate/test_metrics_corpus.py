@@ -76,9 +76,8 @@ def measured(name: str, pairs: list[tuple[str, list[str]]], seed: int = 0):
 def test_bleu_by_hand(said: str, reference: str, expected: float) -> None:
     found = measured("bleu", [(said, [reference])])
     assert found.value == pytest.approx(100 * expected)
-    assert found.interval == pytest.approx(
-        (100 * expected, 100 * expected)
-    )  # one row: every resample is that row
+    # one row: every resample is that row
+    assert found.interval == pytest.approx((100 * expected, 100 * expected))
 
 
 def test_bleu_clips_as_in_the_paper() -> None:
@@ -130,9 +129,8 @@ def test_signatures_say_how_the_number_was_made() -> None:
 def test_any_text_scores_as_the_library_scores_it(pairs: list[tuple[str, list[str]]]) -> None:
     for name in LIBRARY:
         one = measured(name, pairs[:1])
-        assert one.interval == pytest.approx(
-            (one.value, one.value), abs=1e-9
-        )  # our formula against the library's
+        # our formula against the library's
+        assert one.interval == pytest.approx((one.value, one.value), abs=1e-9)
         found = measured(name, pairs)
         assert found.value == pytest.approx(by_library(name, pairs), abs=1e-9)
         assert measured(name, pairs[::-1]).value == pytest.approx(found.value, abs=1e-9)

@@ -73,9 +73,8 @@ def test_sentences_of_common_gen_cover_their_concepts_and_no_others(shared_data:
         for text in row["scene"]
     ]
     assert len(own) == 4018
-    assert sum(own) / len(own) == pytest.approx(
-        0.9990, abs=1e-4
-    )  # what the module's docstring says
+    # what the module's docstring says
+    assert sum(own) / len(own) == pytest.approx(0.9990, abs=1e-4)
     other = []
     for number, row in enumerate(rows):
         if foreign := set(concepts[(number + 137) % len(rows)]) - set(concepts[number]):

@@ -97,9 +97,8 @@ def test_every_number_equals_a_loops(table: list[tuple[list[float], set[int]]], 
     sure = [float(p.max()) for p in probabilities]
     hits = [float(int(p.argmax()) in r) for p, r in zip(probabilities, right, strict=True)]
     assert found["confidence"].rows == pytest.approx(sure)
-    if all(
-        (numpy.sort(p)[-1] - numpy.sort(p)[-2]) > 1e-9 for p in probabilities
-    ):  # no tie that rounding could decide
+    # no tie that rounding could decide
+    if all((numpy.sort(p)[-1] - numpy.sort(p)[-2]) > 1e-9 for p in probabilities):
         assert found["accuracy"].rows == hits
         if all(abs(10 * c - round(10 * c)) > 1e-9 for c in sure if c < 1):
             assert found["ece"].value == pytest.approx(plain_ece(sure, hits), abs=1e-9)
@@ -133,9 +132,8 @@ def test_the_interval_of_ece_is_that_of_a_plain_loop() -> None:
 def test_a_calibrated_model_has_little_error_and_an_overconfident_one_much() -> None:
     random = numpy.random.default_rng(2)
     logits = random.normal(0, 1, size=(4000, 4))
-    right = [
-        {int(random.choice(4, p=scipy.special.softmax(row)))} for row in logits
-    ]  # truth drawn from the model's own belief
+    # truth drawn from the model's own belief
+    right = [{int(random.choice(4, p=scipy.special.softmax(row)))} for row in logits]
     assert measure_options(logits.tolist(), right)["ece"].value < 0.03
     assert measure_options((4 * logits).tolist(), right)["ece"].value > 0.2
 

@@ -143,9 +143,8 @@ def main() -> int:
         parser.error(f"no such target; there are {', '.join(known)}")
     tallies = {target.name: Tally() for target in chosen}
     end = time.monotonic() + asked.seconds
-    for target in (
-        chosen
-    ):  # each gets its share of what is left, so that slow ones do not crowd out the others
+    # each gets its share of what is left, so that slow ones do not crowd out the others
+    for target in chosen:
         until = time.monotonic() + (end - time.monotonic()) / (len(chosen) - chosen.index(target))
         while time.monotonic() < until:
             attempt(

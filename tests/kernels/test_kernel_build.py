@@ -109,12 +109,13 @@ def test_a_compiler_that_hangs_is_stopped_with_its_children(
     made = compiler_of(monkeypatch, tmp_path, f"sleep 300 & echo $! > {pids}; wait")
     if at_once:
         made.write_text(f"#!/bin/sh\nsleep 300 & echo $! > {pids}; wait\n")
+    # a loaded machine may need more than the first to start the shell at all
     for limit in (
         1,
         5,
         25,
         100,
-    ):  # a loaded machine may need more than the first to start the shell at all
+    ):
         monkeypatch.setattr(build, "PROBE_SECONDS" if at_once else "COMPILE_SECONDS", float(limit))
         loaded, status = build._build_and_load()
         assert loaded is None

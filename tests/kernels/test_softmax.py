@@ -90,10 +90,11 @@ def test_written_tiles_and_scales_give_the_weighted_sum(dtype: torch.dtype) -> N
     """e^(l - peak) tile by tile, partial products rescaled as the peak rises: the softmax's mean of
     any vectors.
     """
+    # sorted: every tile raises the peak
     x, vectors = (
         draw(4, 400).sort(1).values.to(dtype),
         draw(400, 8, seed=1).to(dtype),
-    )  # sorted: every tile raises the peak
+    )
     sums, total = (
         SoftmaxSums.empty(4, x, moments=False),
         torch.zeros(4, 8, dtype=softmax.accumulator_dtype(x)),
@@ -146,13 +147,14 @@ def test_a_nan_of_either_sign_survives_every_lane() -> None:
     """Sign and payload of a NaN, anywhere in a vector of the compiled loop."""
     if softmax.load_library() is None:
         pytest.skip("no compiled kernels here")
+    # as int16: quiet, signalling, all ones, and negative ones
     for bits in (
         0x7FC0,
         0x7F81,
         0x7FFF,
         -0x0040,
         -0x0001,
-    ):  # as int16: quiet, signalling, all ones, and negative ones
+    ):
         for column in range(70):
             x = draw(1, 70).bfloat16()
             x.view(torch.int16)[0, column] = bits

@@ -55,9 +55,8 @@ def write_gguf(
     writer.add_rope_dimension_count(8)
     writer.add_vocab_size(300)
     letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
-    letters += [
-        chr(256 + n) for n in range(256 - len(letters))
-    ]  # GPT-2's printable stand-ins for the 256 bytes
+    # GPT-2's printable stand-ins for the 256 bytes
+    letters += [chr(256 + n) for n in range(256 - len(letters))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*letters, "ab", *(f"<s{i}>" for i in range(43))])

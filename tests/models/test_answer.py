@@ -16,9 +16,8 @@ from verbworld import CHATML, tokenizer
 
 WORDS = tokenizer()
 ENCODER = ExampleEncoder(WORDS, max_length=NO_TOKEN_LIMIT)
-TYPED = ExampleEncoder(
-    tokenizer(CHATML.replace("<|im_end|>", "[END]")), max_length=NO_TOKEN_LIMIT
-)  # its end of turn is several tokens
+# its end of turn is several tokens
+TYPED = ExampleEncoder(tokenizer(CHATML.replace("<|im_end|>", "[END]")), max_length=NO_TOKEN_LIMIT)
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=40)
 
 
@@ -66,6 +65,5 @@ def test_a_character_of_several_tokens_waits_for_its_last() -> None:
     speech = IncrementalDetokenizer(ENCODER)
     assert [speech.push_token(token) for token in tokens] == ["a", "", "", "€", "b"]
     cut = IncrementalDetokenizer(ENCODER)
-    assert (
-        "".join(cut.decode_all(tokens[:3])) == "a\ufffd"
-    )  # the answer was cut inside it: that much has to be shown
+    # the answer was cut inside it: that much has to be shown
+    assert "".join(cut.decode_all(tokens[:3])) == "a\ufffd"

@@ -268,9 +268,8 @@ def test_a_student_that_is_its_teacher_is_at_rest(
         draw(T, D, seed=2).to(dtype).requires_grad_(),
     )
     batch, tau = batch_for(1.5)[0], 1.5
-    seen = torch.cat(
-        [hidden.detach()[:1], hidden.detach()[:-1]]
-    )  # at each target what the head reads one token before it
+    # at each target what the head reads one token before it
+    seen = torch.cat([hidden.detach()[:1], hidden.detach()[:-1]])
     top = (
         ((seen / tau) @ weight.t())
         .to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -352,9 +351,8 @@ def test_an_adapted_head_learns_from_its_teacher() -> None:
             batch.tokens[batch.rows], {n: e.values[batch.rows] for n, e in batch.extra.items()}
         )
         theirs = torch.autograd.grad(truth(*case, 2.0, False, logits, rows, head).sum(), [A, B])
-        assert (
-            max(distance(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
-        )  # the masters are fp32
+        # the masters are fp32
+        assert max(distance(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
 
 
 class Watch(TorchDispatchMode):

@@ -71,9 +71,8 @@ def test_its_special_tokens(smollm: LoadedModel) -> None:
     ) == ("<|im_end|>", 2, 2)
     assert tok("<|im_start|>user\nhi<|im_end|>").input_ids[0] == 1
     assert len(tok) == 49152
-    assert (
-        tok("hello").input_ids == tok("hello", add_special_tokens=False).input_ids
-    )  # nothing is put in unasked
+    # nothing is put in unasked
+    assert tok("hello").input_ids == tok("hello", add_special_tokens=False).input_ids
 
 
 def representable(char: str) -> bool:

@@ -558,9 +558,8 @@ def test_frequencies_match_the_softmax(
     probs = reference_distribution(logits, temperature, top_k, top_p)
     assert all(n == 0 for n, p in zip(seen, probs, strict=True) if p == 0)
     assert fit(seen, probs) > 0.01
-    assert (
-        fit(seen, reference_distribution(logits, temperature * 1.3, top_k, top_p)) < 1e-6
-    )  # the test can tell
+    # the test can tell
+    assert fit(seen, reference_distribution(logits, temperature * 1.3, top_k, top_p)) < 1e-6
 
 
 def fit(seen: Sequence[int], probs: Sequence[float]) -> float:

@@ -27,13 +27,14 @@ from lorry.models.hf.model import HfModel, use_adapter_context
 from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
 from tiny import one_thread  # noqa: F401 - a fixture
 
+# logits are head(hidden) and nothing else
 PLAIN = {
     "gemma3_text",
     "phi",
     "bloom",
     "opt",
     "qwen3_moe",
-}  # logits are head(hidden) and nothing else
+}
 WHOLE = {"llama4_text"}  # its body cannot be called apart: whole logits are kept
 SEQUENCES = [
     [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16],
@@ -202,9 +203,8 @@ def test_every_mix_gives_the_decoders_logits_and_gradients(
     if call.mix.terms:
         assert relative(forced_grad, native_grad) <= 1e-5
     base = logits(pair[0], SEQUENCES, AdapterContext())
-    assert ((native - base).abs().max() > 0.1) == (
-        kind != "none"
-    )  # or equality would prove nothing
+    # or equality would prove nothing
+    assert ((native - base).abs().max() > 0.1) == (kind != "none")
 
 
 def test_a_routers_gates_get_the_decoders_gradient(pair: tuple[Decoder, HfModel]) -> None:
@@ -267,9 +267,8 @@ def test_gradient_checkpointing_recomputes_under_the_same_call(name: str) -> Non
             adapter_of.grads.zero_()
         hidden = model.hidden(PackedInput.of(SEQUENCES), call).last
         assert hidden is not None
-        with use_adapter_context(
-            AdapterContext(Mix.constants({"a": 9.0, "b": 9.0}))
-        ):  # whatever is ambient in backward must not matter
+        # whatever is ambient in backward must not matter
+        with use_adapter_context(AdapterContext(Mix.constants({"a": 9.0, "b": 9.0}))):
             (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
         grads.append(
             torch.cat([p.grad.reshape(-1) for p in lora_parameters(model) if p.grad is not None])
@@ -327,9 +326,8 @@ def test_a_layer_that_sees_only_some_tokens_refuses_mixes_by_position() -> None:
         model.inner.model.layers[0].mlp.down_proj, Routed(nn.Linear(32, 32))
     )
     attach(model, LoraSpec(r=2, target_modules=("inner",)))
-    logits(
-        model, SEQUENCES, AdapterContext(Mix.one("default"))
-    )  # one gate for all tokens is well defined
+    # one gate for all tokens is well defined
+    logits(model, SEQUENCES, AdapterContext(Mix.one("default")))
     for call in (
         AdapterContext(Mix.per_sequence(["default", None, None, None], STARTS)),
         AdapterContext(Mix.routed(["default"], torch.ones(29, 1))),

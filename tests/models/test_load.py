@@ -303,9 +303,8 @@ def test_the_digest_sees_base_weights_and_nothing_else(llama: Path) -> None:
         before,
     )
     merge(model)
-    assert (
-        sample_digest(model, whole=True) == whole
-    )  # the base of a merged model is what it keeps aside
+    # the base of a merged model is what it keeps aside
+    assert sample_digest(model, whole=True) == whole
     unmerge(model)
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.up_proj.weight").view(torch.int32)[3, 5] ^= (

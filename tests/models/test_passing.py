@@ -9,9 +9,8 @@ import torch
 
 from lorry.models.decoder.pointwise import DecoderNorm, empty_scratch_like
 
-ALIGNED = (
-    64 + 32
-)  # bytes that glibc wants beyond an aligned request: the alignment and its smallest block
+# bytes that glibc wants beyond an aligned request: the alignment and its smallest block
+ALIGNED = 64 + 32
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

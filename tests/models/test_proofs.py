@@ -170,9 +170,8 @@ def test_rounding_alone_is_told_from_a_leak_by_the_gradient() -> None:
     def noisy(packed: PackedInput, call: AdapterContext, **options: Any) -> HiddenStates:
         last = whole(packed, call, **options).last
         assert last is not None
-        with (
-            torch.no_grad()
-        ):  # depends on all tokens, as the order of sums over an expert's tokens does
+        # depends on all tokens, as the order of sums over an expert's tokens does
+        with torch.no_grad():
             noise = (
                 torch.randn(
                     last.shape, generator=torch.Generator().manual_seed(int(packed.tokens.sum()))
@@ -245,9 +244,8 @@ def test_a_decoder_that_sees_the_future_does_not_run(
     ) -> HiddenStates:
         last = whole(self, packed, call, **options).last
         assert last is not None
-        return HiddenStates(
-            last + 1e-6 * last.mean(0)
-        )  # less than what tells two implementations apart
+        # less than what tells two implementations apart
+        return HiddenStates(last + 1e-6 * last.mean(0))
 
     monkeypatch.setattr(Decoder, "hidden", leaking)
     assert "moves what it says" in load_model(path, dtype="float32", notes=[]).source["why"]

@@ -51,9 +51,8 @@ def test_a_busy_rate_gives_way_to_a_better_one_and_to_a_quiet_one() -> None:
     assert rates.keep_matrix_rate(A, matrix(4e11, waited=0.7)).rate == 4e11
     assert rates.keep_matrix_rate(A, matrix(1e11, LATE, waited=0.7)).rate == 4e11
     assert rates.keep_matrix_rate(A, matrix(5e11, LATE, waited=0.7)).rate == 5e11
-    assert (
-        rates.keep_matrix_rate(A, matrix(4.5e11, LATE)).rate == 4.5e11
-    )  # quiet: that is what the machine does
+    # quiet: that is what the machine does
+    assert rates.keep_matrix_rate(A, matrix(4.5e11, LATE)).rate == 4.5e11
     assert rates.keep_matrix_rate(A, matrix(1e11, LATE, waited=0.7), instead=True).rate == 1e11
     assert rates.read_known_rates(A).matrix == matrix(1e11, LATE, waited=0.7)
 

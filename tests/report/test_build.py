@@ -148,9 +148,8 @@ def test_a_browser_shows_every_section_and_asks_for_nothing(tmp_path: Path, chro
     ):
         assert re.search(rf'<section[^>]* id="{section}"', dom), section
     assert "<title>people · Lorry</title>" in dom  # every hostile text tries to change it
-    assert (
-        dom.count('class="tip"') == dom.count("<svg") >= 6
-    )  # the page's own script ran in every chart
+    # the page's own script ran in every chart
+    assert dom.count('class="tip"') == dom.count("<svg") >= 6
     assert console == ""  # a blocked or failed request, or a script error, would be here
 
 

@@ -86,9 +86,8 @@ def test_every_value_lies_on_its_axis(values: list[float], from_zero: bool, log:
     assert len(axis.ticks) == len(axis.labels) <= 12
     assert list(axis.ticks) == sorted(set(axis.ticks))
     assert len(set(axis.labels)) == len(axis.labels)
-    for tick, label in zip(
-        axis.ticks, axis.labels, strict=True
-    ):  # a label says its tick to 1% of the axis
+    # a label says its tick to 1% of the axis
+    for tick, label in zip(axis.ticks, axis.labels, strict=True):
         assert abs(float(label.replace(",", "")) - tick) <= 0.011 * abs(axis.high - axis.low)
 
 
@@ -233,10 +232,11 @@ def test_panels_of_one_run_and_of_several(tmp_path: Path) -> None:
     assert "tokens" not in one
     four = {p.title: p for p in build_panels(runs)}
     assert [s.label for s in four["Loss"].series if s.in_legend] == ["a", "b", "c", "d"]
+    # four raw curves would hide each other
     assert {s.kind for s in four["Loss"].series} == {
         "line",
         "points",
-    }  # four raw curves would hide each other
+    }
 
 
 def test_runs_of_several_adapters_show_each(tmp_path: Path) -> None:

@@ -26,11 +26,12 @@ from lorry.disk import durable
 
 Fault = Callable[["FaultyDisk", str, tuple[Any, ...]], Any]
 Say = Callable[[int], object]
+# they change nothing, so that no disaster is tried before each of them
 READS = (
     "lstat",
     "open_to_read",
     "read",
-)  # they change nothing, so that no disaster is tried before each of them
+)
 CALLS = tuple(
     name for name in vars(durable.DiskCalls) if not name.startswith("_") and name not in READS
 )

@@ -315,10 +315,11 @@ def test_named_sets_bring_hub_ids_and_licences(tmp_path: Path) -> None:
     }
     (tmp_path / "run.yaml").write_text(json.dumps({**facts().config, "data": mixed}))
     text = render_run_card(tmp_path)
+    # a file may hold anything
     assert parsed(text)[0]["datasets"] == [
         "google/boolq",
         "openai/gsm8k",
-    ]  # a file may hold anything
+    ]
     assert "on `bool_q`, `gsm8k`, `svamp`, `xsum`." in text
     for row in (
         "| `bool_q` | CC-BY-SA-3.0 |",

@@ -124,9 +124,10 @@ def test_the_loss_is_the_mean_of_both_over_the_answers(k: int | None) -> None:
                 count += weight
     expected = 0.3 * nll / count, 0.7 * TAU**2 * kl / count
     assert stats.terms["nll"]["default"] == pytest.approx(float(expected[0].detach()), rel=1e-9)
+    # top k is kept in fp32
     assert stats.terms["distill"]["default"] == pytest.approx(
         float(expected[1].detach()), rel=1e-5 if k else 1e-9
-    )  # top k is kept in fp32
+    )
     adapter = get_bank(backend.model)["default"]
     adapter.grads.zero_()
     sum(expected).backward()

@@ -95,12 +95,13 @@ def test_evaluation_every_few_steps_and_the_default_saves(tmp_path: Path) -> Non
         save_total_limit=None,
     ).run()
     assert evaluated(tmp_path) == [r["step"] for r in heard.evaluations] == [3, 6]
+    # 3 and 6 were best when they came
     assert [s for s in saved(tmp_path) if s != 3] == [
         2,
         4,
         6,
         7,
-    ]  # 3 and 6 were best when they came
+    ]
     assert found.last_evaluation.keys() == {"eval_loss", "eval_perplexity", "eval_token_accuracy"}
     assert found.last_evaluation["eval_loss"] == lines(tmp_path)[-2]["eval_loss"]
     assert (heard.started, heard.finished, found.steps) == ([(0, 7)], 1, 7)

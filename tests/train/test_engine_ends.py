@@ -60,9 +60,8 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     newest = checkpoint.find_latest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.name == "step-00000004"
-    assert same(
-        checkpoint.load_checkpoint(newest)[0], stopped.backend.state()
-    )  # nothing was updated
+    # nothing was updated
+    assert same(checkpoint.load_checkpoint(newest)[0], stopped.backend.state())
     healed = engine_for(Fixed(steps(8)), tmp_path, save_steps=2)
     healed.resume(newest)
     assert healed.run().steps == 8

@@ -216,9 +216,8 @@ def test_what_somebody_put_into_a_run_survives_the_next(
     for name in names:
         (folder / "run" / name).write_bytes(strange(name))
     kept = everything(folder) if earlier == "finished" else {}
-    going_on = (
-        earlier == "finished" and resume == "auto"
-    )  # every step is made: there is nothing to fail at
+    # every step is made: there is nothing to fail at
+    going_on = earlier == "finished" and resume == "auto"
     train(
         world,
         folder,

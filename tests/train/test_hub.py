@@ -185,10 +185,11 @@ def test_a_token_in_a_file_stops_the_push(hub: Hub, run: Path, name: str) -> Non
         push_run(run, "me/people")
     assert hub.files == {}
     assert f"hf_{'Ab3' * 11}" not in str(caught.value)
+    # which are read before, and are no YAML and no JSON now
     if name not in (
         "run.yaml",
         "metrics.jsonl",
-    ):  # which are read before, and are no YAML and no JSON now
+    ):
         assert str(caught.value).startswith(f"{name}:2 holds a secret (a Hugging Face token)")
 
 

@@ -279,10 +279,11 @@ def test_receipt_contracts_samples_and_card_cover_every_job(joint: TrainResult) 
     )
     groups = [row["group"] for row in json.loads((joint.path / "samples.json").read_text())]
     assert {g.split(": ")[0] for g in groups if "held-out" in g} == set(JOBS)
+    # each data set once
     assert {g for g in groups if g.endswith("training")} == {
         "small: training",
         "wide: training",
-    }  # each data set once
+    }
     card = (joint.path / "README.md").read_text()
     assert "4 LoRA adapters, trained in one pass" in card
     assert "| wide: rank | 5 |" in card

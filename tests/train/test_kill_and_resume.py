@@ -180,9 +180,8 @@ def test_sigterm_saves_and_exits_75(world: World, whole: Whole, tmp_path: Path) 
 
 def test_sigint_saves_and_exits_75(world: World, whole: Whole, tmp_path: Path) -> None:
     def interrupted(folder: Path, say: Callable[[int], object]) -> None:
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # a test run in the background inherits an ignored one
+        # a test run in the background inherits an ignored one
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         write = MetricsWriter.write
 
         def then_signal(self: MetricsWriter, record: dict[str, Any]) -> None:

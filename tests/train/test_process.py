@@ -127,9 +127,8 @@ def test_what_was_wrong_before_training_is_not_the_end_of_an_earlier_run(tmp_pat
     before = (finished / PROCESS).read_bytes()
     fail(finished)
     assert (finished / PROCESS).read_bytes() == before
-    logged = (
-        tmp_path / "logged"
-    )  # in the background: the log is there, so there is something to tell of
+    # in the background: the log is there, so there is something to tell of
+    logged = tmp_path / "logged"
     logged.mkdir()
     (logged / "log.txt").touch()
     fail(logged)
@@ -158,9 +157,8 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path) -> No
             time.sleep(0.005)
         assert found is not None
         assert (found.ended, found.done, found.total_steps) == (None, 3, 20)
-        assert (
-            is_process_alive(found, tmp_path) is False
-        )  # although its number is not free before its parent asks
+        # although its number is not free before its parent asks
+        assert is_process_alive(found, tmp_path) is False
         with record_process(tmp_path):
             assert written(tmp_path)["pid"] == os.getpid()
 

@@ -245,9 +245,8 @@ def test_names_and_patterns(tmp_path: Path) -> None:
         for m in ("c_attn", "c_proj")
         for leaf in ("weight", "bias")
     ]
-    assert select_parameters(model, ["lm_head"]) == [
-        "transformer.wte.weight"
-    ]  # tied: the one tensor under its first name
+    # tied: the one tensor under its first name
+    assert select_parameters(model, ["lm_head"]) == ["transformer.wte.weight"]
     with pytest.raises(
         ConfigError, match=r"trainable names 'c_fd', which matches no layer .did you mean 'c_fc'"
     ):
@@ -429,9 +428,8 @@ def test_an_earlier_run_is_kept_and_a_strangers_model_is_left_alone(
             match=r"holds .*tokenizer\.json.*nothing was touched: use another output_dir",
         ):
             finished(stranger, base, data, **settings)
-    shutil.copy(
-        base / "config.json", out / "config.json"
-    )  # beside a run of ours: it is still not ours
+    # beside a run of ours: it is still not ours
+    shutil.copy(base / "config.json", out / "config.json")
     with pytest.raises(ConfigError, match=r"holds a model that no run of this kind wrote"):
         finished(out, base, data)
     assert (stranger / "model.safetensors").read_bytes() == before

@@ -234,9 +234,8 @@ def test_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts = typed(ASKED, "/adapter nobody", "/reset", OTHER)
-    assert (
-        lorry("chat", world.run, *SHORT) == 0
-    )  # a person has seen the error; leaving by Ctrl-D is no failure
+    # a person has seen the error; leaving by Ctrl-D is no failure
+    assert lorry("chat", world.run, *SHORT) == 0
     out, err = capsys.readouterr()
     assert prompts == ["> "] * 5
     assert out == f"{PEOPLE[0]['answer']}\n{PEOPLE[3]['answer']}\n"

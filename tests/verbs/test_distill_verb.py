@@ -60,10 +60,11 @@ def test_another_tokenizer_takes_uld(
     other = model_directory(tmp_path / "other")
     tokens = json.loads((other / "tokenizer.json").read_text())
     known = tokens["model"]["vocab"]
+    # two entries have changed places: ids mean something else
     known["a"], known["b"] = (
         known["b"],
         known["a"],
-    )  # two entries have changed places: ids mean something else
+    )
     (other / "tokenizer.json").write_text(json.dumps(tokens))
     argued = argv(world, tmp_path / "run", f"teacher={other}")
     assert lorry("distill", *argued) == 2

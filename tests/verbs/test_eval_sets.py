@@ -208,9 +208,8 @@ def test_csv_has_a_line_for_every_number(world: World, files: list[str], tmp_pat
         "confidence",
         "perplexity",
     }
-    assert all(
-        line["questions"] == "2" and line["low"] == line["high"] == "" for line in lines
-    )  # too few for an interval
+    # too few for an interval
+    assert all(line["questions"] == "2" and line["low"] == line["high"] == "" for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -191,9 +191,8 @@ def test_prompts_that_leave_no_room_are_told(
         in capsys.readouterr().err
     )
     assert "answer" not in found["predictions"][0]["people"]
-    assert (
-        found["predictions"][0]["people"]["loss"] > 0
-    )  # its prompt is cut for the loss, as in training
+    # its prompt is cut for the loss, as in training
+    assert found["predictions"][0]["people"]["loss"] > 0
     assert found["sides"]["people"]["metrics"]["exact_match"] == 1  # of the four that were asked
 
 

@@ -99,9 +99,8 @@ def test_the_base_s_number_format_is_kept(
     )
     assert {t.dtype for t in narrow.values()} == {torch.bfloat16}
     assert {t.dtype for t in wide.values()} == {torch.float32}
-    assert all(
-        torch.equal(narrow[name], wide[name].bfloat16()) for name in wide
-    )  # rounded once, from fp32
+    # rounded once, from fp32
+    assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in wide)
     assert lorry("unmerge", tmp_path / "run-merged") == 0
     assert digest(tmp_path / "run-merged-unmerged" / WEIGHTS) == digest(base / WEIGHTS)
 
@@ -122,9 +121,8 @@ def test_unmerge_finds_a_base_that_moved(world: World, merged: Path, tmp_path: P
     copy = shutil.copytree(merged, tmp_path / "merged")
     said = json.loads((copy / "lorry_merge.json").read_text())
     (copy / "lorry_merge.json").write_text(json.dumps({**said, "base": str(tmp_path / "gone")}))
-    assert (
-        lorry("unmerge", copy, f"output_dir={tmp_path / 'base'}") == 0
-    )  # through the run that was merged
+    # through the run that was merged
+    assert lorry("unmerge", copy, f"output_dir={tmp_path / 'base'}") == 0
     assert digest(tmp_path / "base" / WEIGHTS) == digest(world.base / WEIGHTS)
     (copy / "lorry_merge.json").write_text(
         json.dumps({**said, "base": "gone", "opened_as": str(tmp_path / "gone too")})

@@ -93,13 +93,11 @@ def test_a_run_corrects_a_rate_of_a_busy_machine(
     assert first["speed"]["tokens_per_second"] == pytest.approx(58, abs=1)
     assert "the machine was busy: 80% of the time went to others" in first["speed"]["source"]
     measured.append(replace(MEASURED, rate=1.0e12, waited=0.8, at="2026-01-02T10:00:00+00:00"))
-    assert (
-        plan(*words, capsys=capsys)["speed"]["rate"] == 1.0e12
-    )  # measured again, since it was busy
+    # measured again, since it was busy
+    assert plan(*words, capsys=capsys)["speed"]["rate"] == 1.0e12
     measured.append(replace(MEASURED, rate=0.5e12, waited=0.8, at="2026-01-03T10:00:00+00:00"))
-    assert (
-        plan(*words, capsys=capsys)["speed"]["rate"] == 1.0e12
-    )  # a busy machine only looks slower
+    # a busy machine only looks slower
+    assert plan(*words, capsys=capsys)["speed"]["rate"] == 1.0e12
     made = first["flops_per_token"]["step"]
     steps = rates.RunRate(
         rate=700 * made,

@@ -44,10 +44,11 @@ def test_what_a_run_leaves(world: World) -> None:
     statuses = {
         c["id"]: c["status"] for c in json.loads((world.run / "contracts.json").read_text())
     }
+    # no checkpoints were asked for
     assert statuses == {
         **dict.fromkeys(range(1, 9), "held"),
         6: "not_checked",
-    }  # no checkpoints were asked for
+    }
 
 
 def test_the_last_line_is_the_run(

@@ -46,9 +46,8 @@ def test_a_grid_in_one_pass(
     assert {job["name"] for job in jobs} == {"r2-lr0.01", "r4-lr0.01", "r2-lr1e-5", "r4-lr1e-5"}
     losses = [job["eval_loss"] for job in jobs]
     assert losses == sorted(losses)
-    assert {job["name"][3:] for job in jobs[:2]} == {
-        "lr0.01"
-    }  # a rate of 1e-5 learns nothing in four steps
+    # a rate of 1e-5 learns nothing in four steps
+    assert {job["name"][3:] for job in jobs[:2]} == {"lr0.01"}
     assert jobs[0]["settings"]["train.learning_rate"] == 0.01
     assert all((Path(job["path"]) / "adapter_model.safetensors").is_file() for job in jobs)
     shown = capsys.readouterr()

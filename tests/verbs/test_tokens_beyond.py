@@ -89,9 +89,8 @@ def test_a_teacher_with_fewer_embeddings_than_the_student(
         ignore=shutil.ignore_patterns("config.json", "*.safetensors"),
     )
     settings = (f"model={student}", f"data={rows}", "max_steps=1", "dtype=float32", "threads=1")
-    assert (
-        command("sft", *settings, f"output_dir={tmp_path / 'alone'}") == 0
-    )  # the student itself knows the token
+    # the student itself knows the token
+    assert command("sft", *settings, f"output_dir={tmp_path / 'alone'}") == 0
     capsys.readouterr()
     assert command("distill", *settings, f"teacher={base}", f"output_dir={tmp_path / 'run'}") == 3
     err = capsys.readouterr().err

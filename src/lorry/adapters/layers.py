@@ -36,9 +36,8 @@ from lorry.errors import ContractError
 AMBIENT_CONTEXT: ContextVar[AdapterContext | None] = ContextVar("lorry_call", default=None)
 
 
-StackEntry = tuple[
-    tuple[object, ...], Tensor, list[AdapterShare]
-]  # what they were made from, the stacked A's, the parts
+# what they were made from, the stacked A's, the parts
+StackEntry = tuple[tuple[object, ...], Tensor, list[AdapterShare]]
 
 
 @dataclass
@@ -55,12 +54,10 @@ class AdapterSlot:
     scale: float
     dropout: float
     write_count: int = field(default=0, repr=False)  # how often `touch` was called
-    slot_id: int = field(
-        default_factory=count().__next__, repr=False
-    )  # no two slots of a process share one
-    stacks: dict[tuple[int, ...], StackEntry] = field(
-        default_factory=dict, repr=False
-    )  # of the groups whose first slot this is
+    # no two slots of a process share one
+    slot_id: int = field(default_factory=count().__next__, repr=False)
+    # of the groups whose first slot this is
+    stacks: dict[tuple[int, ...], StackEntry] = field(default_factory=dict, repr=False)
 
     def stamp(self) -> tuple[int, ...]:
         """Changes whenever a master may have changed."""

@@ -146,9 +146,8 @@ def merged_tensors(
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, leaf = name.rpartition(".")
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        if (
-            leaf == "weight" and id(model.get_submodule(owner)) in touched
-        ):  # by module, which may have several names
+        # by module, which may have several names
+        if leaf == "weight" and id(model.get_submodule(owner)) in touched:
             stored, row = _fold_layer(*touched[id(model.get_submodule(owner))], mix, kind)
             if rows is not None:
                 rows.append(row)

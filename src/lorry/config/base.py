@@ -23,9 +23,8 @@ from lorry.config.parsing.names import accepts_type, describe_allowed, show_valu
 from lorry.config.parsing.sizes import parse_size
 from lorry.visible import is_visible
 
-LARGEST_INTEGER = (
-    2**63 - 1
-)  # what torch, Arrow and safetensors hold; Python's own integers have no end
+# what torch, Arrow and safetensors hold; Python's own integers have no end
+LARGEST_INTEGER = 2**63 - 1
 DTYPE_WORDS = {
     "fp32": "float32",
     "float": "float32",

@@ -25,6 +25,7 @@ TASK_FIELDS = (
     "top_k",
     "seed",
 )
+# of data
 FILE_FIELDS = (
     "name",
     "split",
@@ -32,7 +33,7 @@ FILE_FIELDS = (
     "text_field",
     "max_length",
     "completion_only_loss",
-)  # of data
+)
 
 
 class EvalData(SettingsGroup):

@@ -26,12 +26,13 @@ from lorry.config.base import (
 )
 from lorry.config.schema import BackendConfig, DataConfig, ModelConfig, RunConfig
 
+# of a way that is given none, over the run's
 DEFAULT_RATES = {
     "lora": 1.0,
     "full": 0.05,
     "mlp": 0.1,
     "attention": 0.1,
-}  # of a way that is given none, over the run's
+}
 
 
 def _output_beside_run(value: Any, info: ValidationInfo, suffix: str) -> Any:

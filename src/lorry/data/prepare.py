@@ -79,9 +79,8 @@ def prepare_data(
     ConfigError, ModelError (an unusable template).
     """
     known = {} if known is None else known
-    drawn = (
-        train.seed if data.test_size is not None or data.mix else None
-    )  # who is held out, and templates, hang on the seed
+    # who is held out, and templates, hang on the seed
+    drawn = train.seed if data.test_size is not None or data.mix else None
     settings = f"{data.model_dump_json()} {train.per_device_eval_batch_size} {drawn}"
     rows = known.get(settings) or _read_rows(data, train, tokenizer, quarantine, make)
     shape: dict[str, Any] = {

@@ -57,12 +57,13 @@ YAML_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 YAML_CORE_TAGS = {
     f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")
 }
+# said of a name that leads to no file
 ABSENT_ERRNOS = {
     errno.ENOENT,
     errno.ENOTDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
-}  # said of a name that leads to no file
+}
 NOT_REGULAR = "is not a regular file (a directory, a FIFO or a device)"
 
 RefusalType = type[LorryError]
@@ -181,10 +182,11 @@ def parse_json(
         refuse("nested too deeply")
     # A value is walked only where its text may hold what is looked for: that costs more than
     # parsing a short line
+    # decoded bytes hold no half character
     deep, escaped = (
         text.count("[") + text.count("{") > DEEPEST_NESTING,
         "\\u" in text,
-    )  # decoded bytes hold no half character
+    )
     if (deep or escaped or not (isinstance(raw, bytes) or text.isascii())) and (
         reason := _describe_unsound(value)
     ):

@@ -54,9 +54,8 @@ class DiskCalls:
         return os.lstat(path)
 
     def open_to_read(self, path: Path) -> int:
-        return os.open(
-            path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-        )  # which waits for nobody at a FIFO
+        # which waits for nobody at a FIFO
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def read(self, fd: int, size: int) -> bytes:
         return os.read(fd, size)
@@ -87,10 +86,11 @@ class DiskCalls:
         try:
             os.fsync(fd)
         except OSError as e:
+            # some network mounts cannot, and order their names themselves
             if e.errno not in (
                 errno.EINVAL,
                 errno.ENOTSUP,
-            ):  # some network mounts cannot, and order their names themselves
+            ):
                 raise
         finally:
             os.close(fd)

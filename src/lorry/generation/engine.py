@@ -238,9 +238,8 @@ class GenerationBatch:
         fresh = done[: len(self.waiting)]
         for slot in fresh:
             self.live[slot] = self.waiting.popleft()
-        if gone := done[
-            len(fresh) :
-        ]:  # all behind the fresh ones, whose slots therefore keep their numbers
+        # all behind the fresh ones, whose slots therefore keep their numbers
+        if gone := done[len(fresh) :]:
             kept = [slot for slot in range(len(self.live)) if slot not in gone]
             self.live = [self.live[slot] for slot in kept]
             if kept:

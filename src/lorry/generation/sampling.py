@@ -109,9 +109,8 @@ class SamplingParams:
             best, tokens = scores.topk(min(SHORTLIST_TOKENS, vocab))
             total = scores.logsumexp(-1, keepdim=True)
             probs = (best - total).exp()
-            if self.top_p is not None and bool(
-                (probs.sum(-1) < self.top_p).any()
-            ):  # a flat distribution: sort it all
+            # a flat distribution: sort it all
+            if self.top_p is not None and bool((probs.sum(-1) < self.top_p).any()):
                 best, tokens = scores.sort(descending=True)
                 probs = (best - total).exp()
         if self.top_p is not None:

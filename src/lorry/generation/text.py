@@ -90,9 +90,8 @@ class IncrementalDetokenizer:
 
     def __init__(self, encoder: ExampleEncoder) -> None:
         self.tokenizer, self.stops = encoder.tokenizer, frozenset(encoder.stop_tokens())
-        self.end = (
-            encoder.template.end_of_turn if encoder.has_template else ""
-        )  # as text, where it is several tokens
+        # as text, where it is several tokens
+        self.end = encoder.template.end_of_turn if encoder.has_template else ""
         self.ended = False
         self._tokens: list[int] = []
         self._start = self._read = (

@@ -47,10 +47,11 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-m
 WIDE_VECTOR_FLAGS = (
     ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 )
+# seconds for `--version`, and for one source: fifteen times what a busy slow core takes
 PROBE_SECONDS, COMPILE_SECONDS = (
     30.0,
     300.0,
-)  # seconds for `--version`, and for one source: fifteen times what a busy slow core takes
+)
 # seconds after which a folder that a killed build left is removed; the longest build ends long
 # before
 ABANDONED_SECONDS = 3600.0

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from lorry.kernels.build import call_kernel, load_library
 
-MIN_LOG_PROB = (
-    -200.0
-)  # e^-200 is nothing: where a moment weighs by the exponential, -inf may stand as this
+# e^-200 is nothing: where a moment weighs by the exponential, -inf may stand as this
+MIN_LOG_PROB = -200.0
 
 
 def supports_softmax(x: Tensor) -> bool:

@@ -37,9 +37,8 @@ def count_flops(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) 
     g = shape.geometry
     share = (g.layers - min(adapter.lowest, g.layers)) / g.layers  # layers that run backward
     body, head, p = 2 * shape.active_body, 2 * shape.head_size, adapter.parameters
-    scores = (
-        g.layers * shape.queries * setup.length
-    )  # q k^T and p v over half the square, 2 FLOPs each
+    # q k^T and p v over half the square, 2 FLOPs each
+    scores = g.layers * shape.queries * setup.length
     forward = body + head + 2 * scores + 2 * p
     backward = int(share * (body + 5 * scores)) + head + 4 * p
     again = int(share * (body + 2 * scores)) + 2 * p if setup.recompute == "full" else 0

@@ -43,9 +43,8 @@ def value_axis(
         return _log_axis(low, high, count)
     if from_zero or 0 < low < 0.25 * high:
         low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= max(
-        MIN_LOG_VALUE, 1e-9 * max(abs(low), abs(high))
-    ):  # a flat curve; steps finer than this would all read the same
+    # a flat curve; steps finer than this would all read the same
+    if high - low <= max(MIN_LOG_VALUE, 1e-9 * max(abs(low), abs(high))):
         room = abs(low) * 0.1 if abs(low) > MIN_LOG_VALUE else 1.0
         low, high = low - room, high + room
     step = nice_step((high - low) / count)

@@ -20,9 +20,10 @@ def draw_bars(
 ) -> bytes:
     """A group of bars per key of ``groups`` (key -> its label), a bar in it per side, its interval,
     if it has one (finite ends), as a whisker; each group on an axis of its own, since units differ."""
+    # most of a second, only for those who draw
     from matplotlib.backends.backend_agg import (
         FigureCanvasAgg,
-    )  # most of a second, only for those who draw
+    )
     from matplotlib.figure import Figure
 
     columns = min(len(groups), 4)

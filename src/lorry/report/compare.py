@@ -37,11 +37,12 @@ COMPARED_FIGURES: dict[str, tuple[str, FigureFormatter]] = {
     "saved_bytes": ("saved on disk", format_bytes),
 }
 LOSS_FIGURES = ("first_loss", "final_loss", "eval_loss")
+# set, or the same for all: a ratio says nothing
 UNRATIOED_FIGURES = (
     "learning_rate",
     "steps",
     "first_loss",
-)  # set, or the same for all: a ratio says nothing
+)
 
 
 def comparison_row(run: RunRecord) -> dict[str, Any]:

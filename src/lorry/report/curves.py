@@ -14,19 +14,21 @@ from lorry.runs.read import RunRecord
 from lorry.runs.series import EVALUATION_PREFIX, MetricsLog, is_number
 
 SeriesKind = Literal["raw", "line", "points"]
+# counts of a step; throughput shows what matters of them
 NOT_CURVES = {
     "epoch",
     "tokens",
     "supervised_tokens",
     "seconds",
-}  # counts of a step; throughput shows what matters of them
+}
+# these in panels of their own
 DRAWN_KEYS = NOT_CURVES | {
     "loss",
     "eval_loss",
     "learning_rate",
     "grad_norm",
     "peak_memory_bytes",
-}  # these in panels of their own
+}
 MAX_DRAWABLE = (
     1e300  # values beyond it are treated as infinite: sums and spans of them would overflow
 )

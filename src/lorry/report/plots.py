@@ -17,6 +17,7 @@ from lorry.visible import make_visible
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# page.css, light
 PLOT_COLORS = (
     "#2a78d6",
     "#e0662f",
@@ -26,7 +27,7 @@ PLOT_COLORS = (
     "#4a3aa7",
     "#4f7f12",
     "#d23b3b",
-)  # page.css, light
+)
 MAX_PLOT_POINTS = 1500
 
 
@@ -34,9 +35,10 @@ def render_png(runs: Sequence[RunRecord]) -> bytes:
     """All panels of the runs in two columns, as the bytes of a PNG file; a note in their place when
     there are none.
     """
+    # most of a second, only for those who draw
     from matplotlib.backends.backend_agg import (
         FigureCanvasAgg,
-    )  # most of a second, only for those who draw
+    )
     from matplotlib.figure import Figure
 
     drawn = build_panels(runs)

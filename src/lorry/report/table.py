@@ -124,12 +124,13 @@ def changed_settings_tables(runs: Sequence[RunRecord]) -> Iterator[Table]:
 
 
 COLUMN_GAP = 3  # between columns
+# columns that a narrow terminal does without, in this order
 OPTIONAL_COLUMNS = (
     "what",
     "written",
     "best",
     "tokens/s",
-)  # columns that a narrow terminal does without, in this order
+)
 
 
 def runs_table(found: Sequence[status.RunState], now: float, width: int) -> Table:

@@ -66,6 +66,7 @@ RESULTS = (
     SWEEP,
     *ADAPTER_FILES,
 )
+# what goes to the hub beside adapter and card
 PUBLISHED = (
     RUN_FILE,
     METRICS,
@@ -73,10 +74,9 @@ PUBLISHED = (
     RECEIPT,
     CONTRACTS,
     EVALUATION,
-)  # what goes to the hub beside adapter and card
-NOT_ADAPTERS = frozenset(
-    {CHECKPOINTS, PREVIOUS, "tensorboard", "data"}
-)  # folders of a run that are no adapter's
+)
+# folders of a run that are no adapter's
+NOT_ADAPTERS = frozenset({CHECKPOINTS, PREVIOUS, "tensorboard", "data"})
 STEP = re.compile(r"step-(\d{8,})")  # a checkpoint's folder
 
 

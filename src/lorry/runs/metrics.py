@@ -96,9 +96,8 @@ def _decode_value(value: Any) -> Any:
     if isinstance(value, str):
         return _BEYOND_JSON.get(value, value)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**1023:
-        return (
-            math.inf if value > 0 else -math.inf
-        )  # an integer that no float can hold would break every calculation later
+        # an integer that no float can hold would break every calculation later
+        return math.inf if value > 0 else -math.inf
     return value
 
 

@@ -37,16 +37,18 @@ PATHS_SHOWN = 6  # names in a message; the rest are counted
 HEAD_LENGTH = 4096  # bytes in which a file says who made it
 GENERATOR = b'<meta name="generator" content="Lorry">'  # in the head of every page
 SOFTWARE = {"Software": "Lorry"}  # a text chunk of every picture
+# a link to itself, a socket, a device: nothing that a run writes
 UNOPENABLE_ERRNOS = {
     errno.ELOOP,
     errno.ENXIO,
     errno.ENODEV,
-}  # a link to itself, a socket, a device: nothing that a run writes
+}
+# what a description has at the left edge, as `config.dump_settings` writes them
 _GROUPS = (
     b"model",
     b"data",
     b"train",
-)  # what a description has at the left edge, as `config.dump_settings` writes them
+)
 
 
 def is_run(folder: Path) -> bool:

@@ -14,9 +14,8 @@ from lorry.data.prepare import PreparedData
 from lorry.data.stream.joint import JointStream
 from lorry.models.loading.open import OpenedModel
 
-PreparedJobs = Mapping[
-    str, tuple[RunConfig, PreparedData]
-]  # by adapter: the run it would be alone, and what it reads
+# by adapter: the run it would be alone, and what it reads
+PreparedJobs = Mapping[str, tuple[RunConfig, PreparedData]]
 
 
 @dataclass(frozen=True)

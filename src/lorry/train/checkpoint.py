@@ -307,9 +307,8 @@ def _list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     by_step: dict[int, Path] = {}
     try:
         with integrity.translate_read_errors(folder):
-            names = sorted(
-                os.listdir(folder), reverse=True
-            )  # so that a proper name comes after, and beats, one set aside
+            # so that a proper name comes after, and beats, one set aside
+            names = sorted(os.listdir(folder), reverse=True)
     except ModelError:
         return []  # there is no such folder
     for path in (folder / name for name in names):
@@ -408,9 +407,8 @@ def _safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memor
 
 def _tensor_bytes(t: Tensor) -> memoryview:
     whole = t.detach().cpu().contiguous()
-    flat = whole.as_strided(
-        (whole.numel(),), (1,)
-    )  # not reshape: it keeps any stride of a tensor of one element or none
+    # not reshape: it keeps any stride of a tensor of one element or none
+    flat = whole.as_strided((whole.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data
 
 

@@ -39,10 +39,11 @@ CONTRACT_NAMES = {
 PROOF_STEPS = 3  # steps with a rate above 0 after which every target must have seen a gradient
 ZERO_FINGERPRINT = "zero"
 MAX_NAMED_MODULES = 12  # names of layers in one message
+# of a backend's state, what trains: adapters, or base weights
 STATE_PREFIXES = (
     "adapter/",
     "weights/",
-)  # of a backend's state, what trains: adapters, or base weights
+)
 
 ContractStatus = Literal["held", "failed", "not_checked"]
 
@@ -200,9 +201,8 @@ class ContractChecks:
                         4,
                         f"sequence {s} (key {int(batch.key[s])}) never learns to stop: no end token is supervised",
                     )
-        shared = max(
-            batches, key=lambda batch: len(batch.adapter.unique())
-        )  # the first of those with the most adapters
+        # the first of those with the most adapters
+        shared = max(batches, key=lambda batch: len(batch.adapter.unique()))
         first = interleave_adapters(shared, len(ends)) if len(ends) > 1 else shared
         if leaked := packing_leak(backend, first, max(4, len(ends))):
             raise self.fail(

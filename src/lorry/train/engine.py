@@ -141,9 +141,8 @@ class TrainingEngine:
                 [j.ends for j in self.jobs.values()],
                 tolerance=self.tolerance,
             )
-            began = (
-                time.perf_counter()
-            )  # the checks of the first batch are not part of a step's time
+            # the checks of the first batch are not part of a step's time
+            began = time.perf_counter()
         rates = {job.name: job.rate(step) for job in active}
         try:
             stats = self.backend.forward_backward(batches, self.task, step)
@@ -364,9 +363,8 @@ class TrainingEngine:
         state = self.backend.state()
         for step in sorted(set(steps.values())):
             path = RunDir(self.run_dir).checkpoint(step)
-            if (
-                self.origin is not None and not path.is_dir()
-            ):  # the best step lies before a start from another run's checkpoint
+            # the best step lies before a start from another run's checkpoint
+            if self.origin is not None and not path.is_dir():
                 path = self.origin.with_name(path.name)
             names = [name for name, best in steps.items() if best == step]
             state |= {

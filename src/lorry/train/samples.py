@@ -62,9 +62,8 @@ def sample_answers(
     for tokens, weights in split_sequences(batch, SAMPLE_ANSWERS):
         stop = len(weights) - next(i for i, w in enumerate(reversed(weights)) if w)
         start = next((i + 1 for i in range(stop - 1, -1, -1) if not weights[i]), 0)
-        if start > 1 and (
-            room is None or start <= room
-        ):  # 1: everything is learnt, there is nothing to ask
+        # 1: everything is learnt, there is nothing to ask
+        if start > 1 and (room is None or start <= room):
             asked.append((tokens[:start], tokens[start:stop]))
     prompts = [prompt for prompt, _ in asked]
     if not prompts:

@@ -70,10 +70,11 @@ from lorry.train.start import (
 )
 
 SCORE_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
+# tokens from which a pass over the base gains nothing more from having others beside them
 MIN_BATCH_TOKENS = {
     "cpu": 1024,
     "cuda": 8192,
-}  # tokens from which a pass over the base gains nothing more from having others beside them
+}
 
 
 @dataclass

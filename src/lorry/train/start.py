@@ -34,12 +34,13 @@ from lorry.runs.layout import (
 from lorry.train import checkpoint
 
 MOVE_AWAY_HINT = "use another output_dir, or move them away"
+# what each life of a run writes anew from its beginning, or goes on with
 RUN_MARKER_FILES = (
     RUN_FILE,
     METRICS,
     CONTRACTS,
     CHECKPOINTS,
-)  # what each life of a run writes anew from its beginning, or goes on with
+)
 
 
 def claim_output_dir(run: RunConfig) -> None:
@@ -121,9 +122,8 @@ def archive_previous_run(folder: Path, *, going_on: bool) -> Path | None:
     patterns = [*RESULTS, METRICS, CHECKPOINTS, RUN_FILE]
     if is_full_finetune_dir(folder):
         patterns += [*MODEL_FILES, SHARDS]
-    if (
-        is_full_finetune_dir(folder) or not (folder / "config.json").exists()
-    ):  # else the tokenizer is of a model that is not the run's
+    # else the tokenizer is of a model that is not the run's
+    if is_full_finetune_dir(folder) or not (folder / "config.json").exists():
         patterns += TOKENIZER_FILES
     names = [*_recorded_adapter_folders(folder), *_matching_names(folder, patterns)]
     if going_on:

@@ -123,9 +123,8 @@ def compare_with_base(
     from lorry.evaluate.answers import generate_answers, score_answers
     from lorry.train import artifacts
 
-    held_out = random.Random(0).sample(
-        held_out, len(held_out)
-    )  # so that the first few shown are about different people
+    # so that the first few shown are about different people
+    held_out = random.Random(0).sample(held_out, len(held_out))
     rows = [*held_out, *chat]
     asked = [
         Conversation((ChatMessage("user", r["question"]), ChatMessage("assistant", r["answer"])))
@@ -159,9 +158,8 @@ def compare_with_base(
     ]
     trained = json.loads((result.path / SAMPLES).read_text())
     shown = artifacts.json_text(samples + [row for row in trained if row["tokens"]])
-    durable.write_files(
-        result.path, {SAMPLES: shown.encode()}
-    )  # its own file, read just now and added to
+    # its own file, read just now and added to
+    durable.write_files(result.path, {SAMPLES: shown.encode()})
 
 
 def general_loss(result: TrainResult) -> dict[str, float]:

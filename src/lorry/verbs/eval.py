@@ -54,9 +54,8 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
         torch.set_num_threads(settings.backend.threads)
     if settings.tasks:
         return evaluate_named_sets(settings)
-    source = open_eval_source(
-        settings
-    )  # before the model, which takes longer: a wrong path is told at once
+    # before the model, which takes longer: a wrong path is told at once
+    source = open_eval_source(settings)
     found = open_with_adapters(settings.model)
     note_other_dtype(found)
     rows = encode_eval_rows(settings, found, source)

@@ -99,9 +99,8 @@ def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any
         from peft import PeftModel
 
         with warnings.catch_warnings(), model_file_errors(f"{folder}: PEFT cannot load it"):
-            warnings.simplefilter(
-                "ignore", (FutureWarning, UserWarning)
-            )  # the two libraries' own affair
+            # the two libraries' own affair
+            warnings.simplefilter("ignore", (FutureWarning, UserWarning))
             return PeftModel.from_pretrained(
                 reopen_model(Path(base), dtype), str(folder)
             ).eval(), "peft"

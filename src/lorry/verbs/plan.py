@@ -82,9 +82,8 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
     )
     budget, budget_is = _memory_budget(settings, gpu)
     instead = None
-    if (
-        budget is not None and search is None
-    ):  # a GPU's own memory: say what would fit it, without choosing it unasked
+    # a GPU's own memory: say what would fit it, without choosing it unasked
+    if budget is not None and search is None:
         freed = settings.model_copy(update={"memory_budget": f"{budget}B"})
         instead = find_fitting_choice(
             freed, open_choices(freed, shape, [choice.precision], rank=found.adapter_rank), need
@@ -257,9 +256,8 @@ def _known_rates(identity: rates.MachineIdentity) -> rates.KnownRates:
     try:
         return rates.read_known_rates(identity)
     except DiskError:
-        return (
-            rates.KnownRates()
-        )  # `keep_matrix_rate` meets the same disk, and the plan then says that nothing was kept
+        # `keep_matrix_rate` meets the same disk, and the plan then says that nothing was kept
+        return rates.KnownRates()
 
 
 def _matrix_measurement(

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from lorry.models.loading.open import OpenedModel
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog, and 12 x 7 = 84."
+# at most; logits of 256,000 tokens' vocabulary on them take 200 MB
 PROBE_ROWS, PROBE_TOKENS = (
     4,
     48,
-)  # at most; logits of 256,000 tokens' vocabulary on them take 200 MB
+)
 PROBE_LENGTH_FACTOR = 2.25  # of a model's bytes: merging in memory keeps the weights it had
 
 

@@ -15,6 +15,7 @@ from lorry.errors import ModelError
 from lorry.verbs.merge import MERGE_RECORD_FILE, weight_files
 from lorry.verbs.open_model import print_note
 
+# weights, settings, tokenizers, a model's own code
 COPIED_FILE_SUFFIXES = (
     ".safetensors",
     ".json",
@@ -22,7 +23,7 @@ COPIED_FILE_SUFFIXES = (
     ".model",
     ".txt",
     ".py",
-)  # weights, settings, tokenizers, a model's own code
+)
 
 
 def main(settings: UnmergeSettings, notes: list[str]) -> int:

@@ -84,9 +84,8 @@ REFUSAL_REASONS = {
 
 def read_adapter_json(file: Path) -> dict[str, Any]:
     """A JSON object from a stranger's file. Raises ModelError; what is refused: disk/documents.py."""
-    return documents.read_object(
-        file, error=ModelError, nonfinite=True
-    )  # a number that is not finite: refused by its key
+    # a number that is not finite: refused by its key
+    return documents.read_object(file, error=ModelError, nonfinite=True)
 
 
 def parse_peft_config(config: Mapping[str, Any], where: str) -> LoraSpec:

@@ -138,9 +138,8 @@ def parse_typed_value(text: str, field: FieldInfo) -> Any:
     """
     value = _read_typed(text)
     if isinstance(value, str) or (value is None and text.strip() not in NULL_WORDS):
-        value = (
-            value if text[:1] in ("'", '"') else text
-        )  # YAML would drop what follows ' #' and read anchors
+        # YAML would drop what follows ' #' and read anchors
+        value = value if text[:1] in ("'", '"') else text
     if accepts_type(field, type(value)):
         return value
     if accepts_type(field, str):

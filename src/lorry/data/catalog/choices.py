@@ -31,6 +31,7 @@ from lorry.data.catalog.named import SPLITS_WITHOUT_TEST, WHOLE_SPLITS, NamedSet
 from lorry.data.reading.content import column_of
 
 YES_NO = ("yes", "no")
+# a truth, however it is written, to its place in YES_NO
 _YES_NO_LABELS = {
     "true": 0,
     "yes": 0,
@@ -38,7 +39,7 @@ _YES_NO_LABELS = {
     "false": 1,
     "no": 1,
     "0": 1,
-}  # a truth, however it is written, to its place in YES_NO
+}
 RELATIONS = ("entailment", "neutral", "contradiction")
 
 

@@ -25,12 +25,13 @@ RowColumns = Mapping[str, Any]
 FieldsReader = Callable[[RowColumns], ItemFields]
 ANSWERS = ("answer", "answers", "output", "response", "completion", "target")
 LABELS = ("answerKey", "label", "answer", "gold")
+# ends of text that files write out
 END_MARKS = (
     "<|endoftext|>",
     "###eos_token###",
     "</s>",
     "<eos>",
-)  # ends of text that files write out
+)
 
 
 @dataclass(frozen=True)

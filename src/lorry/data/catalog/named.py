@@ -24,11 +24,12 @@ from lorry.data.reading.content import UnusableRowError
 from lorry.errors import ConfigError, shortlist_names, suggest_nearest
 
 WHOLE_SPLITS = {"train": "train", "validation": "validation", "test": "test"}
+# the hub's test rows carry no labels
 SPLITS_WITHOUT_TEST = {
     "train": "train",
     "validation": "validation",
     "test": "validation",
-}  # the hub's test rows carry no labels
+}
 # One split on the hub: its last tenth is held out, as `train_test_split(test_size=0.1,
 # shuffle=False)` would.
 LAST_TENTH_SPLITS = {"train": "train[:90%]", "validation": "train[90%:]", "test": "train[90%:]"}

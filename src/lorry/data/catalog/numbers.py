@@ -39,9 +39,8 @@ def _gsm8k(row: RowColumns) -> ItemFields:
 def _svamp(row: RowColumns) -> ItemFields:
     body, question = required_text(row, "Body"), required_text(row, "Question")
     number = bare_number(row["Answer"])
-    if not body.endswith(
-        (".", "?", "!", ",")
-    ):  # an unfinished clause: "If each costs 3 dollars" + "How much ..."
+    # an unfinished clause: "If each costs 3 dollars" + "How much ..."
+    if not body.endswith((".", "?", "!", ",")):
         body, question = f"{body},", question[0].lower() + question[1:]
     return ItemFields({"question": f"{body} {question}"}, number, (number,))
 

@@ -44,9 +44,8 @@ def _choice_reader(
 
     def read(row: RowColumns) -> ItemFields:
         true = [required_text(row, best)] if best else split(row, right)
-        false = [
-            text for text in split(row, wrong) if text not in true
-        ]  # two rows list an answer as both
+        # two rows list an answer as both
+        false = [text for text in split(row, wrong) if text not in true]
         options = list(dict.fromkeys([*true, *false]))
         return choice_fields(_question_slots(row), options, range(len(set(true))))
 

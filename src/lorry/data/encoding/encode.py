@@ -141,9 +141,8 @@ class ExampleEncoder:
         self._openings = (
             tuple(sorted(start for start in starts if start)) if self.has_template else ()
         )
-        self._begins = {
-            start[0] for start in (*self._bos, *self._openings)
-        }  # no other character begins a rendered text
+        # no other character begins a rendered text
+        self._begins = {start[0] for start in (*self._bos, *self._openings)}
         self._header = self.template.written_header.strip()
         self._header_is_control = self.has_template and bool(self._control.search(self._header))
 
@@ -254,9 +253,8 @@ class ExampleEncoder:
         template = self.template.with_tools(conversation.tools)
         template.expect_tools_shown(messages)
         earlier: Sequence[CharSpan] = ()
-        if any(
-            message.role == "assistant" for message in messages
-        ):  # earlier answers are tokenised as in training
+        # earlier answers are tokenised as in training
+        if any(message.role == "assistant" for message in messages):
             earlier = render_chat(template, messages).spans
         return self.tokens.one(template.prompt(messages), earlier, template.header).ids
 
@@ -392,16 +390,14 @@ class ExampleEncoder:
             )
         self._refuse_further_turns(answer)
         at = asked.rfind(header) if header else len(asked)
-        missing = bool(header) and at <= (
-            asked.rfind(question) if question else -1
-        )  # or the answer brought it
+        # or the answer brought it
+        missing = bool(header) and at <= (asked.rfind(question) if question else -1)
         if missing and not asked.rstrip().endswith(self.template.question_end):
             raise TemplateRefusedError(
                 f"{ALREADY_RENDERED}, but its last question does not end; {AS_MESSAGES}"
             )
-        composed = (
-            conversation.plain is not None and conversation.plain[0] != asked
-        )  # of several columns, as alpaca's
+        # of several columns, as alpaca's
+        composed = conversation.plain is not None and conversation.plain[0] != asked
         if composed and not missing and asked[at:].removeprefix(header).strip():
             raise TemplateRefusedError(
                 f"{ALREADY_RENDERED}, and another column stands behind the assistant's header; {AS_MESSAGES}"
@@ -412,9 +408,8 @@ class ExampleEncoder:
         if missing:
             asked, at = f"{asked}{self.template.written_header}", len(asked)
             answer = answer.lstrip("\n") if self.template.written_header.endswith("\n") else answer
-        if (
-            not asked[at:].removeprefix(header).strip()
-        ):  # white space behind the header as the template has it
+        # white space behind the header as the template has it
+        if not asked[at:].removeprefix(header).strip():
             asked = asked[:at] + self.template.written_header.lstrip()
         return asked, self._bare(answer)
 
@@ -636,9 +631,8 @@ class ExampleEncoder:
                 )
             if ids[-1:] != [self.tokens.end]:
                 ids, learnt = [*ids, self.tokens.end], [*learnt, True]
-        return MarkedTokens(
-            ids, learnt, marked.barred
-        )  # barred tokens are of chats, which get no BOS in front
+        # barred tokens are of chats, which get no BOS in front
+        return MarkedTokens(ids, learnt, marked.barred)
 
     def _opened(self, ids: list[int]) -> list[int]:
         """With the tokenizer's BOS in front, once."""

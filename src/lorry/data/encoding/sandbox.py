@@ -35,13 +35,13 @@ from jinja2.visitor import NodeTransformer
 from lorry.data.encoding.template_budget import RenderBudget, RenderBudgetError
 
 LONGEST_SOURCE = 1 << 19  # characters of template source
+# mark a {% generation %} block; Unicode noncharacters, never part of real text
 GENERATION_OPEN, GENERATION_CLOSE = (
     "\ufdd1",
     "\ufdd2",
-)  # mark a {% generation %} block; Unicode noncharacters, never part of real text
-TEMPLATE_DATE = datetime(
-    2024, 7, 26
-)  # strftime_now: a fixed day, Llama 3's own default, so that tokens are the same tomorrow
+)
+# strftime_now: a fixed day, Llama 3's own default, so that tokens are the same tomorrow
+TEMPLATE_DATE = datetime(2024, 7, 26)
 ALLOWED_FILTERS = (
     "abs",
     "capitalize",
@@ -76,6 +76,7 @@ ALLOWED_FILTERS = (
     "upper",
 )
 CONSTANT_TIME_FILTERS = {"length", "count", "first", "last", "d", "default", "items"}
+# the others print, compare or hash
 SHALLOW_FILTERS = {
     "list",
     "map",
@@ -84,7 +85,7 @@ SHALLOW_FILTERS = {
     "reject",
     "rejectattr",
     "reverse",
-}  # the others print, compare or hash
+}
 SORTING_FILTERS = {"sort", "dictsort", "unique", "min", "max"}
 COMPARING_TESTS = (
     "in",
@@ -502,9 +503,8 @@ class _BudgetPlanter(NodeTransformer):
         counts = [nodes.Const(count) for count in (literal, work, items)]
         step = nodes.ExprStmt(self._call("step", [*counts], node.lineno), lineno=node.lineno)
         node.body.insert(0, step.set_environment(self.environment))
-        if (
-            isinstance(node, nodes.For) and node.test is not None
-        ):  # rounds that `for ... if` skips count as well
+        # rounds that `for ... if` skips count as well
+        if isinstance(node, nodes.For) and node.test is not None:
             passed = self._call(
                 "step", [nodes.Const(0), nodes.Const(1), nodes.Const(0)], node.lineno
             )
@@ -549,9 +549,8 @@ class _BudgetPlanter(NodeTransformer):
         return node
 
     def visit_Const(self, node: nodes.Const) -> nodes.Node:
-        if isinstance(node.value, float) and not math.isfinite(
-            node.value
-        ):  # jinja2 would compile it to the name `inf`
+        # jinja2 would compile it to the name `inf`
+        if isinstance(node.value, float) and not math.isfinite(node.value):
             raise jinja2.TemplateSyntaxError("a number is beyond what a float holds", node.lineno)
         return node
 

@@ -182,9 +182,8 @@ class ChatTemplate:
             return None
         shape = (*(message.role for message in messages), "prompt" if prompting else "")
         if shape not in self._frames:
-            if (
-                shape not in self._shapes
-            ):  # its first rendering is a real one, which names a hostile template
+            # its first rendering is a real one, which names a hostile template
+            if shape not in self._shapes:
                 self._shapes |= {shape} if len(self._shapes) < SHAPES_KEPT else set()
                 return None
             if list(self._frames.values()).count(None) >= PROBE_ATTEMPTS:
@@ -317,9 +316,8 @@ class ChatTemplate:
         """What stands between the user's turn and the assistant's own words, as far as a generation
         prompt gives it.
         """
-        written = common_prefix(
-            opened, before
-        )  # the part of the training text that inference also gives the model
+        # the part of the training text that inference also gives the model
+        written = common_prefix(opened, before)
         if opened == asked and before[written:].strip():
             self._forgets_header = True
             self.notes.append(

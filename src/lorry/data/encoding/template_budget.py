@@ -32,9 +32,8 @@ MOST_CHARACTERS = (
     # characters a rendering may write, and the size of any value, beyond a multiple of what it was
     # given
 )
-MOST_MEMORY_BYTES = (
-    1 << 27
-)  # bytes of all values made in one rendering, beyond 256 for every character given
+# bytes of all values made in one rendering, beyond 256 for every character given
+MOST_MEMORY_BYTES = 1 << 27
 LARGEST_BITS = 8192  # of an integer; a template counts messages
 # seconds of processor time; the steps of the longest real conversations take less than one
 MOST_SECONDS = 30.0

@@ -37,10 +37,11 @@ from lorry.data.encoding.template_budget import (
 # U+FDD3 to U+FDEF: noncharacters that stand for the texts; the three before them have other uses
 FIRST_SYMBOL = 0xFDD3
 SMALL_BUDGET = 1 << 20  # bytes a rendering may take beside the texts
+# steps and characters of the rendering with symbols: real templates take far fewer
 QUICK, SHORT = (
     2000,
     1 << 14,
-)  # steps and characters of the rendering with symbols: real templates take far fewer
+)
 LARGEST_CONTAINER = 256  # values inside one value that are looked through
 MOST_SYMBOLS = 0xFDEF - FIRST_SYMBOL + 1  # messages of a shape
 SYMBOL_CHARACTER = re.compile(f"[{chr(FIRST_SYMBOL)}-{chr(FIRST_SYMBOL + MOST_SYMBOLS - 1)}]")
@@ -55,12 +56,13 @@ LOSES_SYMBOLS = (
     nodes.Import,
     nodes.FromImport,
 )
+# methods of the sandbox that look after symbols themselves
 PLANTED_NAMES = (
     "step",
     "concat_checked",
     "slice_checked",
     "compared",
-)  # methods of the sandbox that look after symbols themselves
+)
 PASSING_FILTERS = {
     "length",
     "count",

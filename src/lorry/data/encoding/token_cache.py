@@ -110,9 +110,8 @@ def write_cached(
     try:
         durable.make_directory(target.parent)
         with target.with_name(f".{digest}.lock").open("w") as lock:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # another run is writing this very set: that will do
+            # another run is writing this very set: that will do
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _prune_cache(LARGEST_CACHE - size)
             durable.recover_writes(target.parent, digest)
             files = {"tokens.safetensors": save(arrays), "rows.json": text.encode()}

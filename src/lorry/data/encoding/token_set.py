@@ -30,9 +30,8 @@ from lorry.data.stream.report import DataReport, length_statistics, merge_report
 from lorry.errors import ConfigError, DataError
 
 CHUNK_ROWS = 1024  # rows encoded by one call of the tokenizer
-CHUNK_CHARACTERS = (
-    1 << 22
-)  # and their characters, a few seconds of work: nobody waits longer for the next line about it
+# and their characters, a few seconds of work: nobody waits longer for the next line about it
+CHUNK_CHARACTERS = 1 << 22
 FIRST_PROGRESS_SECONDS = 2.0  # seconds until rows that are still being read are spoken of
 
 
@@ -82,9 +81,8 @@ class TokenSet:
             raise DataError(
                 f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}"
             )
-        if (
-            key and not source.bad.total and cache_key(source, encoder, form) == key
-        ):  # no file changed meanwhile
+        # no file changed meanwhile
+        if key and not source.bad.total and cache_key(source, encoder, form) == key:
             arrays = {"tokens": made.tokens, "weights": made.weights, "edges": made.edges}
             write_cached(
                 key, arrays, {"report": asdict(made.report), "where": made.where}, encoder.tell

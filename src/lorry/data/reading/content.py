@@ -45,6 +45,7 @@ ROLES: dict[str, Role] = {
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("weight", "train", "loss")  # of a turn, and as columns of a whole row
 LEARNING_KEYS = (*SWITCHES, "train_detail")
+# as a CSV file writes a switch
 SPELT = {
     "0": False,
     "0.0": False,
@@ -52,7 +53,7 @@ SPELT = {
     "1": True,
     "1.0": True,
     "true": True,
-}  # as a CSV file writes a switch
+}
 AMBIGUOUS_KEYS = (
     "mask",
     "masked",
@@ -66,11 +67,12 @@ AMBIGUOUS_KEYS = (
     "learn",
     "ignore",
 )
+# of a part of a content; the last changes nothing that a model reads
 PART_KEYS = (
     "type",
     "text",
     "cache_control",
-)  # of a part of a content; the last changes nothing that a model reads
+)
 
 
 @dataclass(frozen=True)

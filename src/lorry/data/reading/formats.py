@@ -46,9 +46,8 @@ from lorry.data.reading.rows import file_of
 from lorry.data.reading.sources import DataSource
 from lorry.errors import DataError, shortlist_names, suggest_nearest
 
-NOT_LEARNT = BadRow(
-    "not to be learnt", "its column weight, train or loss is 0 or false"
-)  # a sound row, never an error
+# a sound row, never an error
+NOT_LEARNT = BadRow("not to be learnt", "its column weight, train or loss is 0 or false")
 
 
 @dataclass(frozen=True)
@@ -361,9 +360,8 @@ def _read_text(row: Mapping[str, Any]) -> TextDocument:
 COMPLETIONS = ("completion", "response", "answer", "output")
 OUTPUTS = ("output", "response")
 ANSWERS = ("answer", "answers", "response")
-ALSO_READ = (
-    "answers",
-)  # of a table of columns, whatever the format: evaluation counts each of them as right
+# of a table of columns, whatever the format: evaluation counts each of them as right
+ALSO_READ = ("answers",)
 # in order of precedence: rows that fit several formats are read as the first, the most explicit one
 FORMATS: dict[str, RowFormat] = {
     form.name: form

@@ -149,9 +149,8 @@ def _array_elements(scan: _JsonScanner, shown: str) -> RowStream:
             )
         if not scan.peek(end=True):
             return
-        if scan.peek() == "{" and not ROW_COLUMNS.isdisjoint(
-            others
-        ):  # no exports: rows that have a list called data
+        # no exports: rows that have a list called data
+        if scan.peek() == "{" and not ROW_COLUMNS.isdisjoint(others):
             raise scan.wrong(
                 f"another object with {shortlist_names(others)} beside 'data': if every line is a row, name the file .jsonl; "
                 "if each is an export, put their rows into one array"
@@ -322,9 +321,8 @@ def _describe_other_layout(line: bytes, bad: BadRow) -> str:
     """What a file is, judged by a first line that is no object and why, where it cannot be JSON
     lines; else "".
     """
-    if (
-        bad.kind != "json" or "Extra data" in bad.reason
-    ):  # one whole value, and something behind it: this line's own fault
+    # one whole value, and something behind it: this line's own fault
+    if bad.kind != "json" or "Extra data" in bad.reason:
         return ""
     if line[:1] == b"[":
         return "not JSON lines but a JSON array; name the file .json"
@@ -401,9 +399,8 @@ class _JsonScanner:
         there, too.
         """
         letter = self.text[self.at : self.at + 1]
-        if (
-            letter and letter not in " \t\r\n\ufeff"
-        ):  # nearly always: the pattern costs three times as much
+        # nearly always: the pattern costs three times as much
+        if letter and letter not in " \t\r\n\ufeff":
             return letter
         while True:
             self.at = _skip_space(self.text, self.at)

@@ -36,12 +36,10 @@ from lorry.data.reading.rows import (
 from lorry.errors import DataError, shortlist_names
 
 HEAD_BYTES = 1 << 16  # characters of the header in which separators are counted
-QUOTED_CELL = re.compile(
-    r'(?<![^,;\t\r\n])"(?:[^"]|"")*(?:"|$)'
-)  # a cell in quotes: what stands in it separates nothing
-SEPARATOR_LINE = re.compile(
-    r'"?sep=([^\w\s"]|\t)"?\r?\n', re.IGNORECASE
-)  # how Excel says the separator, in a line of its own
+# a cell in quotes: what stands in it separates nothing
+QUOTED_CELL = re.compile(r'(?<![^,;\t\r\n])"(?:[^"]|"")*(?:"|$)')
+# how Excel says the separator, in a line of its own
+SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?\n', re.IGNORECASE)
 
 
 def read_csv(path: Path, shown: str) -> RowStream:
@@ -49,9 +47,8 @@ def read_csv(path: Path, shown: str) -> RowStream:
     quotes, or by what a first line ``sep=;`` says. A record may span lines. A header that stands
     there again (joined files) is a bad row.
     """
-    csv.field_size_limit(
-        LARGEST_ROW
-    )  # the csv module's own 131072 characters refuse long documents
+    # the csv module's own 131072 characters refuse long documents
+    csv.field_size_limit(LARGEST_ROW)
     with path.open("rb") as probe:
         strip_byte_order_mark(probe.read(8), shown)
     # surrogateescape keeps a row with broken UTF-8 in its place, so that it alone is bad and not
@@ -146,9 +143,8 @@ def _csv_lines(file: TextIO, shown: str) -> Iterator[str]:
 def _check_header(names: list[str], shown: str) -> list[str]:
     if not names:
         raise DataError(f"{shown}:1: the file is empty; a header line with column names is needed")
-    index = next(
-        (at for at, name in enumerate(names) if name), 0
-    )  # pandas writes its index as leading columns without a name
+    # pandas writes its index as leading columns without a name
+    index = next((at for at, name in enumerate(names) if name), 0)
     names = [*_names_for_unnamed(index, names[index:]), *names[index:]]
     if "" in names or len(set(names)) != len(names):
         raise DataError(

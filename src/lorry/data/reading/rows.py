@@ -15,13 +15,11 @@ from typing import Any
 
 from lorry.data.reading.bad_rows import BadRow
 
-LARGEST_ROW = (
-    1 << 28
-)  # bytes of one row; what is longer is no row, and reading on would only fill the memory
+# bytes of one row; what is longer is no row, and reading on would only fill the memory
+LARGEST_ROW = 1 << 28
 TOO_LARGE = f"larger than {LARGEST_ROW >> 20} MiB, the most that is read as one row"
-UNDECODED_BYTES = re.compile(
-    "[\udc80-\udcff]"
-)  # how ``errors="surrogateescape"`` keeps a byte that is not UTF-8
+# how ``errors="surrogateescape"`` keeps a byte that is not UTF-8
+UNDECODED_BYTES = re.compile("[\udc80-\udcff]")
 ROW_PLACE = re.compile(r":[0-9]+(: element [0-9]+)?$")  # behind the name of a file
 CUT_OFF = "a NUL byte; the file was probably cut off while being written"
 

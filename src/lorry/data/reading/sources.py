@@ -47,12 +47,13 @@ SPLITS = {
 }
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ARROW_BATCH_ROWS = 1024  # rows of a hub data set taken at once
+# what damaged compressed files raise
 DECOMPRESSION_ERRORS = (
     EOFError,
     zlib.error,
     lzma.LZMAError,
     BadZipFile,
-)  # what damaged compressed files raise
+)
 # How files begin that are not what their name says: each would be learnt as text, or give a bad row
 # a line
 PLACEHOLDER_FILES = {
@@ -65,13 +66,14 @@ PLACEHOLDER_FILES = {
     b"PAR1": "parquet under another name; name it .parquet",
 }
 JSON_LINES = (".jsonl", ".ndjson")
+# the storage kinds that are parsed only, never executed
 HUB_BUILDERS = (
     "json",
     "csv",
     "parquet",
     "arrow",
     "text",
-)  # the storage kinds that are parsed only, never executed
+)
 
 
 @dataclass(frozen=True)

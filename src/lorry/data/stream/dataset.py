@@ -87,20 +87,17 @@ class TrainStream:
         before = self._end_of(whole - 1) if whole else 0
         if epochs == whole:
             return before
-        part = round(
-            (epochs - whole) * (self._end_of(whole) - before), 6
-        )  # 0.2 * 5 is one step, not a little more
-        return max(
-            before + math.ceil(part), 1
-        )  # however small a part of an epoch: a run has a step
+        # 0.2 * 5 is one step, not a little more
+        part = round((epochs - whole) * (self._end_of(whole) - before), 6)
+        # however small a part of an epoch: a run has a step
+        return max(before + math.ceil(part), 1)
 
     def epoch_of(self, step: int) -> int:
         """The epoch that a step (counted from 0) belongs to."""
         while not self._ends or self._ends[-1] <= step:
             self._end_of(len(self._ends))
-        return bisect_right(
-            self._ends, step
-        )  # the epochs that had ended; asked several times a step, of thousands of epochs
+        # the epochs that had ended; asked several times a step, of thousands of epochs
+        return bisect_right(self._ends, step)
 
     def rows(self, step: int) -> list[list[int]]:
         """Row numbers of the step's micro-batches."""

@@ -88,10 +88,11 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
     if any(list(b.extra) != names or list(b.terms) != list(batches[0].terms) for b in batches):
         raise ValueError("batches that are joined must carry the same extra tensors and terms")
     offsets = [0, *accumulate(b.tokens.numel() for b in batches)]
+    # groups count from 0; -1 means none
     first = [
         0,
         *accumulate(int(b.group.max()) + 1 for b in batches),
-    ]  # groups count from 0; -1 means none
+    ]
     return Batch(
         tokens=torch.cat([b.tokens for b in batches]),
         weights=torch.cat([b.weights for b in batches]),

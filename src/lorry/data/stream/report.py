@@ -26,12 +26,10 @@ class DataReport:
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> rows
     first_left_out: list[str] = field(default_factory=list)  # the first few, with file:line
     notes: list[str] = field(default_factory=list)
-    lengths: dict[str, float] = field(
-        default_factory=dict
-    )  # mean, median and longest sequence in tokens
-    parts: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # of a mixture: the same of each named set, and its share
+    # mean, median and longest sequence in tokens
+    lengths: dict[str, float] = field(default_factory=dict)
+    # of a mixture: the same of each named set, and its share
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def share(self) -> float:

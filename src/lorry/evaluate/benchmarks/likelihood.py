@@ -158,9 +158,8 @@ class ScoringRow:
 
     inputs: tuple[int, ...]
     finals: list[int] = field(default_factory=list)
-    members: list[tuple[int, int, int]] = field(
-        default_factory=list
-    )  # (number of the pair, its tokens, its place in finals)
+    # (number of the pair, its tokens, its place in finals)
+    members: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def wanted(self) -> int:

@@ -65,10 +65,11 @@ HARNESS_MODEL_NAME = "lorry"
 BASE_SIDE = "base"
 MAX_GEN_TOKS = 256
 HARNESS_SETTINGS = ("batch_tokens", "batch_rows", "max_gen_toks", "max_length", "chat", "seed")
+# sequences are packed by batch_tokens, and answers wait for batch_rows
 IGNORED_SETTINGS = (
     "batch_size",
     "max_batch_size",
-)  # sequences are packed by batch_tokens, and answers wait for batch_rows
+)
 log = logging.getLogger("lorry")
 
 

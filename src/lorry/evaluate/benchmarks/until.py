@@ -23,12 +23,13 @@ from lorry.generation.sampling import SamplingParams
 # a text's start
 STOP_MARGIN_TOKENS = 4
 
+# the first of them that is given counts
 LENGTH_SETTINGS_NAMES = (
     "max_gen_toks",
     "max_new_tokens",
     "max_tokens",
     "max_completion_tokens",
-)  # the first of them that is given counts
+)
 KNOWN_GENERATION_SETTINGS = (
     "until",
     *LENGTH_SETTINGS_NAMES,

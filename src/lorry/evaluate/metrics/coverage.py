@@ -49,9 +49,8 @@ def _is_inflection(concept: str, word: str) -> bool:
         _lemma_of(concept),
     ):
         return True
-    return len(word) > len(concept) and _stem_of(word) == _stem_of(
-        concept
-    )  # a building is not to build
+    # a building is not to build
+    return len(word) > len(concept) and _stem_of(word) == _stem_of(concept)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -51,7 +51,6 @@ def final_number(text: str) -> Fraction | None:
 def _number_value(found: re.Match[str]) -> Fraction:
     sign, inner, digits = found.groups()
     parts = [Fraction(Decimal(part.replace(",", ""))) for part in digits.split("/")]
-    value = (
-        parts[0] / parts[1] if len(parts) == 2 and parts[1] else parts[-1]
-    )  # 1/2/2020 is a date and 1/0 nothing: the last
+    # 1/2/2020 is a date and 1/0 nothing: the last
+    value = parts[0] / parts[1] if len(parts) == 2 and parts[1] else parts[-1]
     return -value if sign or inner else value

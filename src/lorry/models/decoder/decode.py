@@ -109,9 +109,8 @@ class DecodeRunner:
         decoding: bool,
     ) -> Tensor:
         """As `Decoder.cached`: tokens [T] -> hidden [T,D]."""
-        products = (
-            None if call.router is not None else self._work(call)
-        )  # gates differ from token to token
+        # gates differ from token to token
+        products = None if call.router is not None else self._work(call)
         return self.model.cached(packed, rows, cache, call, decoding=decoding, products=products)
 
     @torch.no_grad()

@@ -116,9 +116,8 @@ class LinearsBackward:
     ) -> None:
         self.products, self.needs = products, needs
         self.routed = any(stack.route is not None for stack in products.stacks)
-        if (
-            self.routed
-        ):  # a router's gates are no input of the node: their gradients go on to the router
+        # a router's gates are no input of the node: their gradients go on to the router
+        if self.routed:
             pairs = zip(products.stacks, needs, strict=True)
             self.needs = [n if stack.route is None else n._replace(gate=True) for stack, n in pairs]
         self.trains = train_base and any(layer.trains for layer in products.layers)

@@ -18,6 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lorry.errors import ModelError
 
+# value type -> struct's
 SCALAR_FORMATS = {
     0: "B",
     1: "b",
@@ -30,7 +31,7 @@ SCALAR_FORMATS = {
     10: "Q",
     11: "q",
     12: "d",
-}  # value type -> struct's
+}
 STRING_TYPE, ARRAY_TYPE = 8, 9
 MAX_STRING_BYTES = 4096  # bytes of a string that is kept
 GgufValue = int | float | bool | str

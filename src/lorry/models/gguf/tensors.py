@@ -42,9 +42,8 @@ ROTARY_FACTORS = "rope_freqs.weight"  # [head_dim / 2]: what each rotary frequen
 # 4
 LLAMA3_CONTEXT = 8192
 KNOWN_SCALING = frozenset({"type", "factor", "original_context_length", "finetuned"})
-OWN_SCALING = frozenset(
-    {"gpt-oss", "gpt_oss"}
-)  # architectures whose scaling transformers' reader does take over
+# architectures whose scaling transformers' reader does take over
+OWN_SCALING = frozenset({"gpt-oss", "gpt_oss"})
 ROTARY_TOLERANCE = 1e-3  # relative; the factors are stored in fp32, the frequencies computed in it
 
 

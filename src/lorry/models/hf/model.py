@@ -244,9 +244,8 @@ class HfModel(CausalLM):
         parts = []
         for frame, mask, state in cache.extend(packed, rows, decoding=decoding):
             options = {"past_key_values": state, "use_cache": True}
-            if (
-                self._positioned
-            ):  # in a row padded on its left a model counts the padding, unless it is told
+            # in a row padded on its left a model counts the padding, unless it is told
+            if self._positioned:
                 options["position_ids"] = frame.fill(packed.positions)
             parts.append(
                 (

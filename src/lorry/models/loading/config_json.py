@@ -38,16 +38,18 @@ LAYERED_ROPE_NAMES = {
     "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
     "olmo3": ("rope_theta", None),
 }
+# names that one and the same field has had
 EXPERT_COUNT_KEYS = (
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
-)  # names that one and the same field has had
+)
+# all that transformers 4 lets Phi-3's rope_scaling hold
 LONGROPE_KEYS = (
     "type",
     "short_factor",
     "long_factor",
-)  # all that transformers 4 lets Phi-3's rope_scaling hold
+)
 
 
 def decode_tagged_floats(value: Any) -> Any:

@@ -70,9 +70,8 @@ UNUSABLE_FILE_ERRORS = (
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 MAX_LAYERS = 10_000
 MAX_MESSAGE_CHARS = 300  # characters of one warning of transformers
-HARMLESS_WARNINGS = (
-    "`attention_mask` was passed, but it is unused",
-)  # padding stands on the right of a model that sees no later token
+# padding stands on the right of a model that sees no later token
+HARMLESS_WARNINGS = ("`attention_mask` was passed, but it is unused",)
 
 
 @dataclass(frozen=True)

@@ -156,9 +156,8 @@ def load_hf(
     """transformers' own implementation, with every tensor of the checkpoint accounted for. Raises
     ModelError otherwise.
     """
-    found = read_tensor_entries(
-        directory
-    )  # refuses pickles, broken shards and paths that lead elsewhere
+    # refuses pickles, broken shards and paths that lead elsewhere
+    found = read_tensor_entries(directory)
     said: list[str] = []
     with model_file_errors(f"{directory}: transformers cannot load it"), silence_transformers(said):
         inner, info = AutoModelForCausalLM.from_pretrained(

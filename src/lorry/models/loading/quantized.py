@@ -41,9 +41,8 @@ def open_quantized(
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     described = describe_model(place.directory, native=False, notes=notes)
-    found = read_tensor_entries(
-        place.directory
-    )  # refuses pickles, broken shards and paths that lead elsewhere
+    # refuses pickles, broken shards and paths that lead elsewhere
+    found = read_tensor_entries(place.directory)
     for (
         entry
     ) in found.values():  # before they are packed: a quantised block hides a NaN in its scale

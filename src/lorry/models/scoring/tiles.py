@@ -93,9 +93,8 @@ class StatisticsRequest:
         with torch.enable_grad():
             values = self.values(SoftmaxSummary(chosen, mean, variance, uniform, softmax.top))
         wanted = torch.tensor([s.gradient for s in self.statistics], device=upstream.device)
-        upstream = torch.where(wanted, upstream, 0).to(
-            values.dtype
-        )  # an infinite one, too, is nothing to a score without gradient
+        # an infinite one, too, is nothing to a score without gradient
+        upstream = torch.where(wanted, upstream, 0).to(values.dtype)
         found = torch.autograd.grad(values, leaves, upstream, allow_unused=True)
         return [
             torch.zeros_like(leaf) if grad is None else grad
@@ -162,9 +161,8 @@ class HeadPass:
         self.part = hidden.new_empty(rows, hidden.shape[1])
         self.edges = [*range(0, len(head), self.width), len(head)]
         self.k = ids.shape[1]
-        self.token, self.pair = (
-            ids.flatten().sort()
-        )  # the chosen (row, token) pairs, by token: each tile has a stretch of them
+        # the chosen (row, token) pairs, by token: each tile has a stretch of them
+        self.token, self.pair = ids.flatten().sort()
         self.cuts = torch.searchsorted(
             self.token, torch.tensor(self.edges, device=ids.device)
         ).tolist()

@@ -38,9 +38,8 @@ TEACHER_HIDDEN, TEACHER_IDS, TEACHER_LOG_PROBS, TAUGHT_MASK = (
     "taught",
 )
 TOP_K_CHUNK = 256  # rows of a teacher's logits at a time
-TeacherHead = Callable[
-    [Tensor], Tensor
-]  # what the teacher's head reads [t,d'] -> its logits [t,V], divided by the temperature
+# what the teacher's head reads [t,d'] -> its logits [t,V], divided by the temperature
+TeacherHead = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -91,9 +91,8 @@ def render_run_card(
     """
     facts, written = read_run_facts(run_dir), run_dir / CARD
     text = written.read_text(encoding="utf-8", errors="replace") if written.is_file() else ""
-    if not is_edited_card(
-        text
-    ):  # made where the run was made, when a relative path could still be told from a hub id
+    # made where the run was made, when a relative path could still be told from a hub id
+    if not is_edited_card(text):
         front, _ = parse_yaml(text.split("---\n")[1], str(written))
         facts = replace(facts, datasets=front.get("datasets", []))
     known = catalogue_entries(facts)
@@ -320,9 +319,8 @@ def _format_figure(value: float | None) -> str:
 
 def _usage_section(facts: RunFacts, at: str | None) -> str:
     place, base = _quote_literal(at or facts.name), _quote_literal(public_base_name(facts))
-    whole = at is not None and bool(
-        facts.jobs
-    )  # of a repository `load` fetches the top only, where several adapters are not
+    # of a repository `load` fetches the top only, where several adapters are not
+    whole = at is not None and bool(facts.jobs)
     fetch, whence = (
         ("from huggingface_hub import snapshot_download", f"snapshot_download({place})")
         if whole

@@ -81,9 +81,8 @@ class RunProcessRecorder:
         a directory: it is not the end of a run that was there already, nor the business of other
         files. Only a log (of a run in the background) is told of.
         """
-        if (
-            not self.home.is_there()
-        ):  # where it is now it says what happened to it; in its place nothing is written
+        # where it is now it says what happened to it; in its place nothing is written
+        if not self.home.is_there():
             moved = self.home.now()
             if moved is None:
                 return
@@ -137,9 +136,8 @@ def record_process(run_dir: Path) -> Iterator[RunProcessRecorder]:
         try:
             yield here
         except BaseException as error:
-            with contextlib.suppress(
-                OSError
-            ):  # the error itself is what matters, also where the disk takes no more
+            # the error itself is what matters, also where the disk takes no more
+            with contextlib.suppress(OSError):
                 here.fail(error)
                 if made and home.is_there() and not os.listdir(run_dir):
                     durable.disk.rmdir(run_dir)

@@ -89,9 +89,8 @@ def watch_signals() -> Iterator[StopRequest]:
         yield stop
     finally:
         for number, handler_before in before.items():
-            if (
-                handler_before is not None
-            ):  # None: set by C code, which Python can neither see nor restore
+            # None: set by C code, which Python can neither see nor restore
+            if handler_before is not None:
                 signal.signal(number, handler_before)
 
 

@@ -35,10 +35,11 @@ def tune_allocator() -> bool:
     kept than one step needs, each product would be compiled again every time (3 ms instead of 1,
     seen).
     """
+    # oneDNN's own and torch's on top of it
     for cache in (
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
         "LRU_CACHE_CAPACITY",
-    ):  # oneDNN's own and torch's on top of it
+    ):
         os.environ.setdefault(cache, str(PRIMITIVE_CACHE_CAPACITY))
     if not sys.platform.startswith("linux") or os.environ.get("LORRY_MALLOC") == "0":
         return False

@@ -34,9 +34,8 @@ from lorry.plan.shapes import read_model_shape
 MATRIX_SIZES, MIN_PRODUCT_SECONDS = ((128, 1024), (512, 2048), (2048, 2048)), 0.002
 MAX_REPEATS, MAX_RATE_SECONDS = 500, 2.0  # products at most, and how long they may take altogether
 MIN_PRODUCTS = 5  # products, however long they take
-SCHEDSTAT_PATH = Path(
-    "/proc/thread-self/schedstat"
-)  # Linux: ns on a core, ns waiting for one, turns
+# Linux: ns on a core, ns waiting for one, turns
+SCHEDSTAT_PATH = Path("/proc/thread-self/schedstat")
 
 
 class CpuWaitTime:
