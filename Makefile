@@ -58,15 +58,15 @@ test-extras: setup
 	$(BIN)/python -m pytest -q -rs tests/evaluate/test_lm_eval.py tests/train/test_teacher.py tests/data/test_catalog_facts.py
 
 # Writes requirements-lock.txt anew: the versions of constraints.txt with the SHA-256 of every file of theirs, for all platforms.
-# torch, and what only torch asks for, is left out: which build of it fits hangs on the machine.
+# torch, and what only torch asks for, is left out: which build of it fits hangs on the machine (httpx2-jsfetch: browsers alone).
 lock:
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	build/lock/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --extra dev -c constraints.txt \
-	--generate-hashes --no-annotate --custom-compile-command 'make lock' $(TORCH_OWN:%=--no-emit-package %) \
+	--generate-hashes --no-annotate --custom-compile-command 'make lock' $(UNLOCKED:%=--no-emit-package %) \
 	pyproject.toml -o requirements-lock.txt
 
-TORCH_OWN := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc \
+UNLOCKED := httpx2-jsfetch torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc \
 	cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
 
 lint: setup
