@@ -4,11 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-<<<<<<< HEAD
-.PHONY: setup demo test test-other-kind test-numpy1 test-extras lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results sbom docs release fuzz sanitize clean
-=======
-.PHONY: setup demo test test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results sbom fuzz sanitize clean
->>>>>>> 4ba1af5 (pyproject: transformers from 5.17 and the huggingface_hub 1.5 that it asks for: every module loads with them)
+.PHONY: setup demo test test-other-kind test-numpy1 test-extras lock lint docs-check study-instruct bench bench-setup bench-chat bench-curve bench-sweep results sbom docs release fuzz sanitize clean
 
 setup: $(STAMP)
 
