@@ -42,7 +42,9 @@ def wanted() -> list[Requirement]:
     return [requirement for requirement in asked if requirement.name != project["name"]]
 
 
-def test_the_lock_has_the_versions_of_the_constraints(constraints: dict[str, str], lock_text: str) -> None:
+def test_the_lock_has_the_versions_of_the_constraints(
+    constraints: dict[str, str], lock_text: str
+) -> None:
     locked = pinned(lock_text)
     differing = {name for name, version in locked.items() if constraints.get(name) != version}
     assert differing == set()
