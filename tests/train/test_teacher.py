@@ -438,7 +438,7 @@ def test_a_teacher_in_few_bits(world: Path, tmp_path: Path, kind: str) -> None:
     held = {type(module).__name__ for module in models["teacher"].model.modules()}
     assert ("Linear8bitLt" if kind == "int8" else "Linear4bit") in held
     assert math.isfinite(loss_of(made, task, models))
-    whole = build_distill(material(world, {"teacher": str(large), "loss": "jsd"}))[1]["teacher"]
+    whole = build_distill(material(world, {"teacher": str(large), "loss": "jsd"})).models["teacher"]
     want = {"logprob": TokenScore(log_prob)}
     few, all_ = (m.score([made.held[0]], want)[0]["logprob"] for m in (models["teacher"], whole))
     assert 0 < (few - all_).norm() / all_.norm() < (0.02 if kind == "int8" else 0.1)
