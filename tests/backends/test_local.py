@@ -14,7 +14,8 @@ from lorry.backends.local import LocalBackend
 from lorry.backends.optim import OptimSettings
 from lorry.data.batch import TokenizedExample, collate
 from lorry.errors import ModelError, NonFiniteError
-from lorry.models.decoder.model import Decoder, PackedInput
+from lorry.models.causal_lm import PackedInput
+from lorry.models.decoder.model import Decoder
 from seam import Fixed, Npo, examples, tiny_llama
 
 

@@ -26,7 +26,7 @@ from lorry.backends.local import LocalBackend
 from lorry.data.batch import Batch, TokenizedExample, collate
 from lorry.data.prepare import prepare_data
 from lorry.evaluate.loss import mean_nll
-from lorry.models.decoder.model import PackedInput
+from lorry.models.causal_lm import PackedInput
 from lorry.models.loading.open import open_model
 from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.train.session import attach_adapter, build_engine

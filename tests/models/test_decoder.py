@@ -22,7 +22,8 @@ from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
 from lorry.families import find_family
-from lorry.models.decoder.model import Decoder, PackedInput
+from lorry.models.causal_lm import PackedInput
+from lorry.models.decoder.model import Decoder
 from lorry.models.loading.describe import describe_model
 from lorry.models.loading.load import load_model
 from lorry.models.loading.weights import load_decoder, read_tensor_entries

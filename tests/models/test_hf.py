@@ -22,7 +22,8 @@ from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
 from lorry.data.batch import TokenizedExample, collate
 from lorry.errors import ConfigError, ContractError, ModelError
-from lorry.models.decoder.model import Decoder, PackedInput
+from lorry.models.causal_lm import PackedInput
+from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel, use_adapter_context
 from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
 from tiny import one_thread  # noqa: F401 - a fixture

@@ -20,7 +20,7 @@ from lorry.adapters.attach import attach
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
 from lorry.generation.engine import generate_completions
-from lorry.models.decoder.model import PackedInput
+from lorry.models.causal_lm import PackedInput
 from lorry.models.hf.frames import PaddedFrame, build_padded_frames
 from lorry.models.hf.model import HfModel
 from tiny import one_thread  # noqa: F401 - a fixture

@@ -27,8 +27,9 @@ from lorry.adapters.product import FrozenLinear
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ContractError
 from lorry.kernels import kernel_status
+from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder import layer
-from lorry.models.decoder.model import Decoder, PackedInput
+from lorry.models.decoder.model import Decoder
 
 LONG = {"max_position_embeddings": 256}
 WIDE: dict[

@@ -16,8 +16,9 @@ from lorry.adapters.mix import AdapterContext
 from lorry.errors import ModelError
 from lorry.families import find_family
 from lorry.models import proofs
+from lorry.models.causal_lm import HiddenStates, PackedInput
 from lorry.models.decoder.cache import KVCache, RowKVCache
-from lorry.models.decoder.model import Decoder, HiddenStates, PackedInput
+from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
 from lorry.models.loading.describe import describe_model
 from lorry.models.loading.load import load_model

@@ -14,7 +14,8 @@ from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.spec import LoraSpec
 from lorry.data.batch import Batch, BatchExtra, TokenizedExample, collate
 from lorry.families import find_family
-from lorry.models.decoder.model import Decoder, PackedInput
+from lorry.models.causal_lm import PackedInput
+from lorry.models.decoder.model import Decoder
 from lorry.models.scoring import score
 from lorry.models.scoring.score import (
     HiddenState,

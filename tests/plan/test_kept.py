@@ -17,7 +17,8 @@ from lorry.config.schema import LoraConfig
 from lorry.families import find_family
 from lorry.kernels import attention as kernel
 from lorry.kernels.build import kernel_status
-from lorry.models.decoder.model import Decoder, PackedInput
+from lorry.models.causal_lm import PackedInput
+from lorry.models.decoder.model import Decoder
 from lorry.models.scoring import score, tiles
 from lorry.plan import constants
 from lorry.plan.adapters import plan_adapter

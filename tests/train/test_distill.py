@@ -24,7 +24,8 @@ from lorry.backends.protocol import ScoringBackend
 from lorry.data.batch import Batch, TokenizedExample, collate
 from lorry.data.stream.joint import JointStream
 from lorry.evaluate.loss import evaluate_task
-from lorry.models.decoder.model import Decoder, PackedInput
+from lorry.models.causal_lm import PackedInput
+from lorry.models.decoder.model import Decoder
 from lorry.models.scoring.score import FinalHidden, evaluate_wants
 from lorry.tasks.distill.align import TeacherView, sequence_digest
 from lorry.tasks.distill.task import (

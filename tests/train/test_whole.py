@@ -199,7 +199,7 @@ def test_what_does_not_train_costs_no_product(tmp_path: Path) -> None:
         model = tiny.decoder(tiny.fresh("llama"), tmp_path / f"{trainable}"[:5].strip("['"))
         make_weights_trainable(model, trainable)
         last = model.hidden(
-            lorry.models.decoder.model.PackedInput.of([[1, 2, 3, 4]]),
+            lorry.models.causal_lm.PackedInput.of([[1, 2, 3, 4]]),
             lorry.adapters.mix.AdapterContext(),
         ).last
         assert last is not None
@@ -213,7 +213,7 @@ def test_below_the_lowest_trained_layer_there_is_no_graph(tmp_path: Path) -> Non
     model = tiny.decoder(tiny.fresh("llama"), tmp_path)
     make_weights_trainable(model, r"model\.layers\.1\..*")
     taps = model.hidden(
-        lorry.models.decoder.model.PackedInput.of([[1, 2, 3]]),
+        lorry.models.causal_lm.PackedInput.of([[1, 2, 3]]),
         lorry.adapters.mix.AdapterContext(),
         taps=[0, 1],
     ).layer_outputs

@@ -26,9 +26,8 @@ from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.seeds import derive_seed
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
 from lorry.generation.sampling import SamplingParams
-from lorry.models.causal_lm import CausalLM
+from lorry.models.causal_lm import CausalLM, PackedInput
 from lorry.models.decoder.decode import DecodeRunner
-from lorry.models.decoder.model import PackedInput
 
 BATCH_ROWS = 64  # live rows at once unless the caller says otherwise
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, unless a single prompt is longer

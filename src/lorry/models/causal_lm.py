@@ -7,16 +7,62 @@ T packed tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lorry.adapters.attach import default_context
 from lorry.adapters.mix import AdapterContext
 
-if TYPE_CHECKING:
-    from lorry.models.decoder.model import DecoderOutput, HiddenStates, PackedInput
+
+@dataclass(frozen=True)
+class PackedInput:
+    """What a model reads: tokens [T], positions [T], and the segments attention stays within."""
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Sequence[tuple[int, int]]
+
+    @staticmethod
+    def of(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> PackedInput:
+        """Lay token lists end to end."""
+        ends = torch.tensor([len(s) for s in sequences]).cumsum(0).tolist()
+        segments = list(zip([0, *ends[:-1]], ends, strict=True))
+        tokens = torch.tensor([t for s in sequences for t in s], device=device)
+        positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(device)
+        return PackedInput(tokens, positions, segments)
+
+    def padded(self, total: int) -> PackedInput:
+        """With a sequence of zeros (all at position 0: the context may be short) behind the others,
+        up to ``total`` tokens.
+        """
+        more = total - self.tokens.numel()
+        return PackedInput(
+            F.pad(self.tokens, (0, more)),
+            F.pad(self.positions, (0, more)),
+            [*self.segments, (total - more, total)],
+        )
+
+
+@dataclass
+class DecoderOutput:
+    """What `model(input_ids)` returns: logits [B, T, V]."""
+
+    logits: Tensor
+
+
+@dataclass
+class HiddenStates:
+    """last [T,D] after the final norm (None when the pass stopped early); taps: {layer: [T,D] that
+    layer's output}.
+    """
+
+    last: Tensor | None
+    layer_outputs: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class CausalLM(nn.Module, ABC):
@@ -56,9 +102,26 @@ class CausalLM(nn.Module, ABC):
     def get_input_embeddings(self) -> nn.Module | None:
         """The layer that turns tokens into vectors, where the model tells."""
 
-    @abstractmethod
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> DecoderOutput:
-        """input_ids [B,T] -> logits [B,T,V]."""
+        """input_ids [B,T], or [T] for one -> logits [B,T,V]. attention_mask [B,T] may mark padding
+        (0) on either side; the logits there are zero."""
+        input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
+        keep = (
+            torch.ones_like(input_ids, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
+        ends = keep.sum(1).cumsum(0).tolist()
+        packed = PackedInput(
+            input_ids[keep],
+            (keep.cumsum(1) - 1)[keep],
+            list(zip([0, *ends[:-1]], ends, strict=True)),
+        )
+        call = default_context(self)
+        logits = self.logits(self.hidden(packed, call).last, call)
+        out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
+        out[keep] = logits
+        return DecoderOutput(out)
 
     @abstractmethod
     def hidden(

@@ -50,9 +50,9 @@ from lorry.errors import (
     allocation_failure,
 )
 from lorry.families import ModelFamily
-from lorry.models.causal_lm import CausalLM
+from lorry.models.causal_lm import CausalLM, PackedInput
 from lorry.models.decoder.decode import DecodeRunner
-from lorry.models.decoder.model import Decoder, PackedInput
+from lorry.models.decoder.model import Decoder
 from lorry.models.hf.anatomy import list_text_tokens
 from lorry.models.hf.model import HfModel
 from lorry.models.loading.describe import model_file_errors, silence_transformers

@@ -26,7 +26,7 @@ from lorry.adapters.mix import AdapterContext, Mix
 from lorry.data.batch import BatchExtra, TokenizedExample, collate
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
 from lorry.generation.engine import evaluation_mode, resolve_row_adapters
-from lorry.models.decoder.model import PackedInput
+from lorry.models.causal_lm import PackedInput
 from lorry.models.scoring.score import log_prob, score_supervised_tokens
 from lorry.models.scoring.vocab import VocabStatistic
 

@@ -17,8 +17,9 @@ from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.product import Frozen, LinearProducts, StackedAdapters
 from lorry.families import LayerLinears
 from lorry.kernels import decode as kernel
+from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder.cache import RowKVCache
-from lorry.models.decoder.model import Decoder, PackedInput
+from lorry.models.decoder.model import Decoder
 
 
 class SmallBatchProducts(LinearProducts):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.models.decoder.model import PackedInput
+from lorry.models.causal_lm import PackedInput
 from lorry.models.hf.frames import PaddedFrame
 
 

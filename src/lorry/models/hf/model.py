@@ -26,8 +26,7 @@ from lorry.adapters.bank import AdapterBank
 from lorry.adapters.layers import AMBIENT_CONTEXT
 from lorry.adapters.mix import AdapterContext
 from lorry.errors import ContractError, ModelError
-from lorry.models.causal_lm import CausalLM
-from lorry.models.decoder.model import DecoderOutput, HiddenStates, PackedInput
+from lorry.models.causal_lm import CausalLM, HiddenStates, PackedInput
 from lorry.models.hf.anatomy import (
     counts_from_zero,
     find_body,
@@ -153,29 +152,7 @@ class HfModel(CausalLM):
                 layer.__dict__["forward"] = _recompute_with_context(layer.forward)
         self._checkpointing = bool(on)
 
-    # --- the three ways in, as in the decoder
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> DecoderOutput:
-        """input_ids [B,T] -> logits [B,T,V]; attention_mask [B,T] may mark padding on either side;
-        its logits are zero.
-        """
-        keep = (
-            torch.ones_like(input_ids, dtype=torch.bool)
-            if attention_mask is None
-            else attention_mask.bool()
-        )
-        ends = keep.sum(1).cumsum(0).tolist()
-        packed = PackedInput(
-            input_ids[keep],
-            (keep.cumsum(1) - 1)[keep],
-            list(zip([0, *ends[:-1]], ends, strict=True)),
-        )
-        bank: AdapterBank | None = self.__dict__.get("lorry_bank")
-        call = AdapterContext() if bank is None else AdapterContext(bank.active)
-        logits = self.logits(self.hidden(packed, call).last, call)
-        out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
-        out[keep] = logits
-        return DecoderOutput(out)
+    # --- hidden states for scores, one step for generation, as in the decoder
 
     def hidden(
         self,

@@ -23,8 +23,7 @@ from lorry.adapters.layers import BankLinear
 from lorry.adapters.mix import AdapterContext
 from lorry.data.batch import Batch
 from lorry.kernels.softmax import accumulator_dtype
-from lorry.models.causal_lm import CausalLM
-from lorry.models.decoder.model import PackedInput
+from lorry.models.causal_lm import CausalLM, PackedInput
 from lorry.models.scoring.tiles import LogitsStatistics, StatisticsRequest, compute_statistics
 from lorry.models.scoring.vocab import (
     DenseScore,
