@@ -137,10 +137,6 @@ def test_an_example_is_the_same_as_when_all_of_it_is_read(
     above.
     """
     tokenizer, content = tokenizer_of(kind), conversations()[name]
-    if kind is None and content.plain is None:
-        pytest.skip(
-            "a tokenizer without a template takes its chats through the default one, as chatml"
-        )
 
     def made() -> Any:
         return ExampleEncoder(

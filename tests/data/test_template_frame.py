@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import TEMPLATES
+from chat_templates import TEMPLATES
 from lorry.data.encoding import template as template_module
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.sandbox import TemplateSandbox
