@@ -1,8 +1,8 @@
 """Base weights that train: some or all of a model's own parameters as one more owner of a flat fp32
 buffer, beside the adapters.
 
-    train_weights(model, "mlp")      all, mlp, attention, a list of names, or a regex; the rest is frozen
-    weights_of(model).values         the fp32 masters; AdamW, one norm and one clip work on this one tensor
+    make_weights_trainable(model, "mlp")      all, mlp, attention, a list of names, or a regex; the rest is frozen
+    get_base_weights(model).values         the fp32 masters; AdamW, one norm and one clip work on this one tensor
 
 Matrices come first in the buffer, norms and biases behind them: weight decay, which HF's Trainer
 keeps away from those, is one range. Every tensor begins at a multiple of 64 bytes. In an fp32 base

@@ -1,5 +1,5 @@
 """LoraSpec: what one adapter is. Names are PEFT's, so people can type what they know; the
-mathematics is in `ops.py`.
+mathematics is in `product.py`.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Backends: where a run happens. `base.py` is the seam, `local.py` one device."""
+"""Backends: where a run happens. `protocol.py` is the seam, `registry.py` names them, `local.py` is one device."""

@@ -28,7 +28,7 @@ from lorry.models.scoring.score import Want, evaluate_wants
 
 class LocalBackend:
     """One model on one device. ``trained``: the adapters this run steps (others of the bank stay
-    frozen), or the name of the base weights that `train_weights` has switched on."""
+    frozen), or the name of the base weights that `make_weights_trainable` has switched on."""
 
     def __init__(
         self,

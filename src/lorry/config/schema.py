@@ -258,7 +258,7 @@ class BackendConfig(SettingsGroup):
 
 class JobConfig(SettingsGroup):
     """One of several adapters trained in one pass: its name, and the settings in which it is not
-    the run's (`jobs.jobs_of`).
+    the run's (`jobs.runs_by_adapter`).
     """
 
     name: CheckedName

@@ -1,7 +1,7 @@
 """What secrets look like, so that none leaves this machine (`hub/files.py`) or is kept in a run
 (`train/monitoring/process.py`).
 
-    found = find(text, of_environment())      # Found("a GitHub token", 17), or None
+    found = find(text, environment_secrets())      # Found("a GitHub token", 17), or None
     line = hidden("hub_token=hf_...")         # "hub_token=***"
 
 Only shapes that say by themselves what they are: a prefix that the issuer fixed, and enough

@@ -1,7 +1,7 @@
 """Evaluate a model on the rows of a file: their loss through the same scores as training, and
 greedy answers to their questions.
 
-rows = EvalRows.read(open_source("test.jsonl"), Encoder(tokenizer, max_length=1024))
+rows = EvalRows.read(open_source("test.jsonl"), ExampleEncoder(tokenizer, max_length=1024))
 base, tuned = (evaluate_rows(model, rows, mix) for mix in (Mix.none(), Mix.one("people")))
 tuned.metrics       # {"loss": 0.1, "perplexity": 1.1, "token_accuracy": 0.97, "exact_match": 0.8, ...}
 """

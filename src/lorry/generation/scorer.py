@@ -1,7 +1,7 @@
 """Scores and samples of a model under a mix, without gradients and without an optimizer: what
-evaluation, teachers and references ask of a model (the `Scorer` of `backends/protocol.py`).
+evaluation, teachers and references ask of a model (the `ScoringBackend` of `backends/protocol.py`).
 
-    ModelScorer(model, Mix.one("people")).score([batch], {"nll": Score(log_prob)})
+    ModelScorer(model, Mix.one("people")).score([batch], {"nll": TokenScore(log_prob)})
 """
 
 from __future__ import annotations

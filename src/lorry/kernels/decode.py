@@ -80,7 +80,7 @@ def store_kv(
     k: Tensor, v: Tensor, table: Tensor, rows: Tensor, positions: Tensor, layer: int
 ) -> None:
     """Put k and v [T,G,D] of tokens at (row, position), [T] int64 each; table [B,2]: see
-    `models.cache.RowCache`.
+    `models.cache.RowKVCache`.
     """
     call_kernel(
         f"store_{KERNEL_SUFFIXES[k.dtype]}",

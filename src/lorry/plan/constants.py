@@ -38,7 +38,7 @@ GAPS_PER_LAYER = 1.0
 ALLOCATOR_GAPS = {"none": 18.0, "full": 3.0}
 # Fewer where what passes between two lasting buffers leaves room for one of them
 # (models/decoder/pointwise.py,
-# `passing_like`): RMS norms. Measured in float32 on a processor without matrix tiles (AMD EPYC,
+# `empty_scratch_like`): RMS norms. Measured in float32 on a processor without matrix tiles (AMD EPYC,
 # AVX2);
 # the numbers above are of bfloat16 on AMX from before that, and stay its upper bound until measured
 # there.

@@ -79,7 +79,7 @@ class RateMeasurement:
 @dataclass(frozen=True, kw_only=True)
 class RunRate(RateMeasurement):
     """What a run's training steps reached: FLOPs of the plan over seconds. ``parameters``: of the
-    model; ``tokens``: of a micro-batch; ``path``: see `memory.path_of`."""
+    model; ``tokens``: of a micro-batch; ``path``: see `memory.layer_path`."""
 
     model: str
     parameters: int

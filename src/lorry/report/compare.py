@@ -1,7 +1,7 @@
 """Runs side by side in what they cost and what they reached: parameters, memory, time, losses,
 metrics, bytes on disk.
 
-    rows = [row_of(run) for run in load_readable([Path("runs/lora"), Path("runs/full")])[0]]
+    rows = [comparison_row(run) for run in read_readable_runs([Path("runs/lora"), Path("runs/full")])[0]]
     console.print(side_by_side(rows))
 
 Everything comes from the files of the runs; what a run does not say is left empty, and ratios are

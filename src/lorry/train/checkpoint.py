@@ -15,9 +15,9 @@ it over renames it to step-00000120.damaged. One that the disk could not read (D
 damaged, and nothing is passed over because of it.
 
     save(run, step, tensors, meta, keep=3, protect={best})
-    path = find_latest(run)
+    path = find_latest_checkpoint(run)
     tensors, meta = load(path)
-    notes = refuse_other(meta, current)
+    notes = refuse_other_run(meta, current)
 """
 
 from __future__ import annotations

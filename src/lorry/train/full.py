@@ -1,7 +1,7 @@
 """Training the base weights themselves (`lora: null`): switching them on, and writing the run as a
 plain Hugging Face model.
 
-    name = attach_trained(run, opened, notes)      # instead of an adapter
+    name = enable_base_training(run, opened, notes)      # instead of an adapter
     digests = write_and_check(run_dir, opened, checks, prepared)
 
 The model is written beside its place, read back and compared (contract 5), and only then moved file

@@ -186,7 +186,7 @@ def _run_session(
 
 
 def _resume_engine(engine: TrainingEngine, start: Path, folder: Path) -> None:
-    """`Engine.resume`, with a way out where the directory's own run broke a contract. Raises what
+    """`TrainingEngine.resume`, with a way out where the directory's own run broke a contract. Raises what
     that raises.
     """
     try:

@@ -1,7 +1,7 @@
 """Layouts: which columns a row needs, and a pure function from the row to canonical fields. Pieces
 that several sets share.
 
-Try: ``by_label("2", ["a", "b", "c"])`` is 2, the position; ``by_label("B", ["a", "b", "c"])`` is 1.
+Try: ``option_by_label("2", ["a", "b", "c"])`` is 2, the position; ``option_by_label("B", ["a", "b", "c"])`` is 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Examples to tokens and loss weights: the one place that decides what is learnt and what is cut.
 
-    encoder = Encoder(tokenizer, max_length=1024)
-    encoder.encode(Conversation((Message("user", "Hi"), Message("assistant", "Hello"))))    # [Encoded(tokens, weights)]
+    encoder = ExampleEncoder(tokenizer, max_length=1024)
+    encoder.encode(Conversation((ChatMessage("user", "Hi"), ChatMessage("assistant", "Hello"))))    # [EncodedSequence(tokens, weights)]
 
 ``weights[t]`` is the weight of token t as a target, so the first is always 0. Of a chat or a prompt
 with completion the answers are learnt, each with its end of turn; of a text everything, with the

@@ -1,7 +1,7 @@
 """What a chat template makes of every conversation of one shape, found by one rendering with
 symbols in place of the texts.
 
-    frame = frame_of(template_source, variables, roles, add_generation_prompt=False)
+    frame = find_template_frame(template_source, variables, roles, add_generation_prompt=False)
     frame.fill(["Who steers?", "Oda."])     # what the template itself would write; None where that is not certain
 
 Most templates only put the texts of messages into other text. That is proved, not tried out: the

@@ -1,6 +1,6 @@
 """Encoded rows in memory, and the stream of micro-batches a training run reads from them.
 
-tokens = TokenSet.build(open_source("people.jsonl"), Encoder(tokenizer, max_length=1024))
+tokens = TokenSet.build(open_source("people.jsonl"), ExampleEncoder(tokenizer, max_length=1024))
 stream = TrainStream(tokens, seed=0, rows_per_batch=4, gradient_accumulation_steps=2, max_tokens=4 * 1024)
 stream.batches(17)      # the micro-batches of step 17: a pure function of (data, seed, step)
 """

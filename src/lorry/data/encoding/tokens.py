@@ -56,7 +56,7 @@ class TextTokenizer:
         two. So the tokens of ``openers`` (the text known to stand before each span) are compared with what they are at a
         text's end; where they differ, or a token reaches across, the sides are tokenised on their own.
 
-        ``unlearnt`` changes no token: those that touch its characters are named in ``Marked.barred``.
+        ``unlearnt`` changes no token: those that touch its characters are named in ``MarkedTokens.barred``.
         """
         unlearnt = [()] * len(texts) if unlearnt is None else unlearnt
         if not getattr(self.tokenizer, "is_fast", False):

@@ -1,7 +1,7 @@
 """Where the rows of a named set lie, and how they are read: a local file or folder where one is
 given, else the hub.
 
-place = Places({"bool_q": "boolq.jsonl", "common_gen.validation": "dev.jsonl"})
+place = DataLocations({"bool_q": "boolq.jsonl", "common_gen.validation": "dev.jsonl"})
 place.of(named("bool_q"), "train")                  # a Spot: two splits in the same spot are the same rows
 list(read_items(named("bool_q"), place.open(...)))  # Items with where they stand
 """

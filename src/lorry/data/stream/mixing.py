@@ -1,7 +1,7 @@
 """The order in which the rows of several sets are read: by weight, evenly among each other, the
 same on every machine.
 
-    Mixing(("a", "b"), of, shares=(3.0, 1.0)).order(seed=0, epoch=2, shuffle=True)
+    MixtureOrder(("a", "b"), of, shares=(3.0, 1.0)).order(seed=0, epoch=2, shuffle=True)
 
 Epoch e takes a fixed number of rows of each set and goes on in the set's own endless order where
 epoch e - 1 stopped, so no row is seen twice before all of its set were seen once. The sets' rows

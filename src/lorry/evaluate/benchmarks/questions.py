@@ -1,7 +1,7 @@
 """The questions of a named set: which rows, in which words, after which worked examples. No model
 yet.
 
-exam = read_exam("bool_q", Places({"bool_q": "boolq.jsonl"}), limit=100, n_shot=2)
+exam = load_benchmark("bool_q", DataLocations({"bool_q": "boolq.jsonl"}), limit=100, n_shot=2)
 exam.questions[0].conversation()      # as it is asked
 """
 

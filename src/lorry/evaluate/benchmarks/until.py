@@ -3,8 +3,8 @@ at texts.
 
 A stop string may be tokenised in many ways, so it is looked for in what has been said.
 
-Try: dict(answers_until(model, tokenizer, [[1, 403, 407]], stops=["."], max_new_tokens=40,
-sampling=Sampling()))
+Try: dict(generate_until_stops(model, tokenizer, [[1, 403, 407]], stops=["."], max_new_tokens=40,
+sampling=SamplingParams()))
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class SmallBatchProducts(LinearProducts):
         return LinearProducts(layers, stacks, [None] * len(stacks))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """As `Products.forward`, without what backward would need."""
+        """As `LinearProducts.forward`, without what backward would need."""
         if x.shape[0] > kernel.MAX_FEW_ROWS:
             return super().forward(x)
         ys = [kernel.linear_product(x, layer.weight, layer.bias) for layer in self.dense]
@@ -78,7 +78,7 @@ def _own_tokens(stack: StackedAdapters) -> slice:
 
 
 class DecodeRunner:
-    """A decoder with the face that `models.generate.Generative` asks for.
+    """A decoder with the face that `models.generate.CausalLM` asks for.
 
     What the adapters add is looked up when the mix changes, not at every token: adapters stay as
     they are while answers are made.

@@ -2,7 +2,7 @@
 
 transformers' reader fills what is missing at random, drops what it does not know, and says neither.
 
-    config = config_of(file, header)               # with the rotary scaling that transformers' reader does not look at
+    config = read_gguf_config(file, header)               # with the rotary scaling that transformers' reader does not look at
     model, info = AutoModelForCausalLM.from_pretrained(..., config=config, output_loading_info=True)
     refuse_unfit(file, header, model, info)
 

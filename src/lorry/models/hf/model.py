@@ -3,7 +3,7 @@ mixes, same bank, more slowly.
 
 The model is used through its own forward and never edited. Where its body ends, and that its own
 code after that (a plain head, a softcap, a scale) can be run apart, is found out and proven once in
-`hf_anatomy`; if it cannot be, whole logits are kept in place of hidden states: nothing is dropped
+`anatomy.py`; if it cannot be, whole logits are kept in place of hidden states: nothing is dropped
 silently.
 """
 

@@ -2,7 +2,7 @@
 
 Adapters are left out (they are no parameters of the model), a merged layer counts by the weight it
 had before, a tied head once. Which base an adapter belongs to is another question, answered by
-`bank.peft_io.base_digest`.
+`adapters.peft.files.base_digest`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Each comes in two forms. Against the teacher's whole distribution, a `DenseScore
 formed a chunk of tokens at a time, so that neither model's [T, V] ever exists. Against its k
 likeliest tokens, all others counted as one: a lower bound of that.
 
-    whole("jsd", logits=lambda rows: head(rows.extra["hidden"]), beta=0.5)      # a score: Score(fn, temperature=2.0)
+    whole("jsd", logits=lambda rows: head(rows.extra["hidden"]), beta=0.5)      # a score: TokenScore(fn, temperature=2.0)
     top_k("kl", "teacher_ids", "teacher_log_probs")
 
 With a temperature both sides are softmax(z / tau); gradients shrink by 1/tau^2, which the loss

@@ -1,7 +1,7 @@
 """A teacher's view of the sequences a student reads: its own tokens of the same conversation, and
 which of them answers to which.
 
-    encoder = PairedEncoder(tokenizer, theirs=Encoder(other_tokenizer, max_length=2048), max_length=1024)
+    encoder = PairedEncoder(tokenizer, theirs=ExampleEncoder(other_tokenizer, max_length=2048), max_length=1024)
     tokens = TokenSet.build(source, encoder)        # the student's, as ever; encoder.views has the teacher's by `sequence_digest`
 
 Sequences are known by their content, so no order, packing or number has to travel with them. Where
@@ -99,7 +99,7 @@ class PairedEncoder(ExampleEncoder):
     def encode_many(
         self, contents: Sequence[ExampleContent]
     ) -> list[list[EncodedSequence] | BadRow]:
-        """As `Encoder.encode_many`; the views are kept aside."""
+        """As `ExampleEncoder.encode_many`; the views are kept aside."""
         made = super().encode_many(contents)
         for ours, theirs in zip(made, self.theirs.encode_many(contents), strict=True):
             if not isinstance(ours, BadRow):

@@ -1,7 +1,7 @@
 """A distillation from its description to a task: who the teacher is, what it reads, whether it is
 asked live or from a cache.
 
-make = encoder_of(run, opened, notes)               # before the rows are read: a teacher of another tokenizer reads them too
+make = make_encoder_factory(run, opened, notes)               # before the rows are read: a teacher of another tokenizer reads them too
 built = build_distill(inputs)                       # `tasks.registry.TASKS["distill"]`
 """
 

@@ -5,7 +5,7 @@ ever after without it.
                                 teacher.json          which data, which teacher, how many of its logits, how many tokens
                                 manifest.json         SHA-256 of both
 
-A sequence is found by its content (`data.aligned.name_of`), so epochs, packing and order do not
+A sequence is found by its content (`align.sequence_digest`), so epochs, packing and order do not
 matter; a token takes 6 k + 52 bytes (`models/scoring/truncated.py`), at any temperature from 0.5 to
 8.
 """

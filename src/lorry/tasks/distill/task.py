@@ -120,9 +120,9 @@ class DistillTask(SftTask):
 
 @dataclass(frozen=True)
 class TeacherReader:
-    """How a teacher reads a batch. ``views``: its view of a sequence by `data.aligned.name_of`;
+    """How a teacher reads a batch. ``views``: its view of a sequence by `align.sequence_digest`;
     None: it reads the student's own tokens. ``context``: the longest sequence it can take; ``mix``:
-    of `Scorer.score`.
+    of `ScoringBackend.score`.
     """
 
     views: Mapping[bytes, TeacherView] | None = None

@@ -1,6 +1,6 @@
 """README.md of a run: the hub's model card, made from the files of the run and from nothing else.
 
-Try: ``print(of_run(Path("runs/people")))``. No place on this machine is shown: an absolute path
+Try: ``print(render_run_card(Path("runs/people")))``. No place on this machine is shown: an absolute path
 loses its directories. The last line signs the text, so that a card which a person edited is known
 as such and kept.
 """

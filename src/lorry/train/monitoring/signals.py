@@ -6,7 +6,7 @@
             if stop.take_save():
                 save()
     if stop.requested:
-        raise Interrupted(f"{stop.requested} arrived; step {step} is saved, the same command goes on from there")
+        raise RunInterruptedError(f"{stop.requested} arrived; step {step} is saved, the same command goes on from there")
 
 SIGTERM, SIGHUP (the terminal is gone) and SIGINT ask to stop after the current step; a second
 SIGINT raises KeyboardInterrupt at once. SIGUSR1 asks for a checkpoint and goes on. A signal that

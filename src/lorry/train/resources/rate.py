@@ -88,7 +88,7 @@ def best_product_rate(
     product: Callable[[int, int], Callable[[], float]], waited: Callable[[], float | None]
 ) -> RateMeasurement:
     """The rate of the fastest of several products. ``product(rows, side)`` gives what makes one and
-    returns its seconds; ``waited``: see `Waiting.share`, asked at the end."""
+    returns its seconds; ``waited``: see `CpuWaitTime.share`, asked at the end."""
     for rows, side in MATRIX_SIZES:
         make = product(rows, side)
         make()  # what is compiled for this shape is compiled here
