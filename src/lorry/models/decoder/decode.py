@@ -78,7 +78,7 @@ def _own_tokens(stack: StackedAdapters) -> slice:
 
 
 class DecodeRunner:
-    """A decoder with the face that `models.generate.CausalLM` asks for.
+    """A decoder with the face that `models.causal_lm.CausalLM` asks for.
 
     What the adapters add is looked up when the mix changes, not at every token: adapters stay as
     they are while answers are made.
