@@ -42,7 +42,7 @@ def generate_answers(
 
     ``adapters``: a name, a Mix (`Mix.none()`: the base), one name or None (the base) per
     conversation, or None: what the model uses now. ``batch_rows``: rows alive at once. Raises what
-    `generation.engine.generate` raises (ModelError for a prompt that the context cannot hold).
+    `generation.engine.generate_completions` raises (ModelError for a prompt that the context cannot hold).
     """
     return generate_texts(
         model,

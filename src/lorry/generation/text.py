@@ -35,7 +35,7 @@ def generate_texts(
     A string is a user's message where the tokenizer has a chat template and ``chat`` is true, else
     plain text to continue (the answer then keeps the white space at its ends); a Conversation is
     answered at its last assistant message, exactly as it would be trained. ``options`` go to
-    `generation.engine.generate` (temperature, top_k, top_p, seed, adapters, ...).
+    `generation.engine.generate_completions` (temperature, top_k, top_p, seed, adapters, ...).
     """
     if not isinstance(model, CausalLM):
         raise ConfigError(
