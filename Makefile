@@ -135,7 +135,7 @@ release: setup
 SECONDS ?= 240
 SEED ?= 0
 fuzz: setup
-	$(BIN)/python tests/fuzz/campaign.py --seconds $(SECONDS) --seed $(SEED) --targets $(TARGETS)
+	$(BIN)/python -m tests.fuzz.campaign --seconds $(SECONDS) --seed $(SEED) --targets $(TARGETS)
 
 # The kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, in a cache of their own, and their tests. Python's own
 # leaks are none of ours; the sanitizers' runtimes have to be there before Python is.

@@ -19,6 +19,9 @@ from lorry.disk.home import lorry_home
 from lorry.kernels import kernel_status
 from lorry.models.loading.load import pick_dtype
 
+# pytest explains a failed assert of a test module only, unless told otherwise
+pytest.register_assert_rewrite("tests.support", "tests.fuzz")
+
 # The suite draws the same examples everywhere, so that it says one thing of one commit.
 # LORRY_EXPLORE=1000 draws new ones.
 settings.register_profile("same", derandomize=True, deadline=None)

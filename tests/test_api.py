@@ -12,8 +12,8 @@ from torch import nn
 
 import lorry
 from lorry.errors import ConfigError, ContractError, ModelError
-from tiny import one_thread  # noqa: F401 - an autouse fixture
-from verbworld import PEOPLE, World, model_directory, world  # noqa: F401 - the fixture
+from tests.support.tiny import one_thread  # noqa: F401 - an autouse fixture
+from tests.support.verbworld import PEOPLE, World, model_directory, world  # noqa: F401 - the fixture
 
 QUESTIONS, ANSWERS = [row["question"] for row in PEOPLE], [row["answer"] for row in PEOPLE]
 

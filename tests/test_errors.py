@@ -15,7 +15,7 @@ from lorry import cli, errors
 from lorry.adapters.attach import attach
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import DataError, OutOfMemoryError, allocation_failure, explain_out_of_memory
-from tiny import LLAMA, random_model
+from tests.support.tiny import LLAMA, random_model
 
 HUGE = 1 << 50  # a petabyte
 

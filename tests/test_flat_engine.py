@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
 import torch
 from safetensors.torch import load_file
-from tinyrun import quick  # noqa: F401 - a fixture
 from transformers import AutoTokenizer
 
 from lorry.adapters.attach import get_bank
 from lorry.models.loading.open import open_model
 from lorry.train.session import attach_adapter, train_run
+from tests.support import tinyrun
+from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
 STEPS = 10
 

@@ -161,3 +161,29 @@ def test_no_room_is_crowded() -> None:
         if (n := len([p for p in f.glob("*.py") if p.stem != "__init__"])) > MOST
     }
     assert crowded == {}
+
+
+TESTS = Path(__file__).resolve().parent
+SUPPORT = {p.stem for p in (TESTS / "support").glob("*.py")} - {"__init__"}
+
+
+def test_helpers_of_tests_lie_in_support_and_are_imported_by_their_whole_name() -> None:
+    """Not next to the first test that used them, found because its folder happened to be on the
+    path; `tests/fuzz` is a program of its own.
+    """
+    modules = [p for p in TESTS.rglob("*.py") if p.parts[len(TESTS.parts)] != "fuzz"]
+    elsewhere = {
+        str(p.relative_to(TESTS))
+        for p in modules
+        if p.parent != TESTS / "support"
+        and not p.stem.startswith("test_")
+        and p.stem not in ("conftest", "__init__")
+    }
+    assert elsewhere == set()
+    by_short_name = [
+        f"{p.relative_to(TESTS)}: say tests.support.{name.split('.')[0]}"
+        for p in modules
+        for name in imports(ast.parse(p.read_text()))
+        if name.split(".")[0] in {*SUPPORT, "conftest"}
+    ]
+    assert by_short_name == []

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_standin import Hub
-from hubrows import ROWS as HUB_ROWS
-from hubworld import started_hub  # noqa: F401 - the fixture
 from peft import PeftModel
 
 from lorry import cli, config
 from lorry.config import parse_settings
 from lorry.data.catalog import SUITES
 from lorry.errors import LorryError
-from tiny import GPT2, LLAMA, NEOX, random_model
-from verbworld import tokenizer, write_rows
+from tests.support.hub_standin import Hub
+from tests.support.hubrows import ROWS as HUB_ROWS
+from tests.support.hubworld import started_hub  # noqa: F401 - the fixture
+from tests.support.tiny import GPT2, LLAMA, NEOX, random_model
+from tests.support.verbworld import tokenizer, write_rows
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "migrating.md"
 LINES = [

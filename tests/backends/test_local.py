@@ -16,7 +16,7 @@ from lorry.data.batch import TokenizedExample, collate
 from lorry.errors import ModelError, NonFiniteError
 from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder.model import Decoder
-from seam import Fixed, Npo, examples, tiny_llama
+from tests.support.seam import Fixed, Npo, examples, tiny_llama
 
 
 def start(

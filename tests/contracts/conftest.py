@@ -1,3 +1,3 @@
 """Runs to break contracts with."""
 
-from breaking import broken, models, start  # noqa: F401 - fixtures
+from tests.support.breaking import broken, models, start  # noqa: F401 - fixtures

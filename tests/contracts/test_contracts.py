@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
 import torch
-from breaking import MODULES, Broken, Start, after, changed_example, silent_attention
-from tinyrun import Heard, engine_for, quick  # noqa: F401 - a fixture
 
 from lorry.adapters.attach import get_bank
 from lorry.backends.local import LocalBackend
@@ -25,7 +22,10 @@ from lorry.models.decoder import attention, model
 from lorry.train import engine, session
 from lorry.train.checks import CONTRACT_NAMES, ContractChecks
 from lorry.train.monitoring.events import StepRecord
-from seam import Fixed, examples
+from tests.support import tinyrun
+from tests.support.breaking import MODULES, Broken, Start, after, changed_example, silent_attention
+from tests.support.seam import Fixed, examples
+from tests.support.tinyrun import Heard, engine_for, quick  # noqa: F401 - a fixture
 
 
 def test_a_sound_run_keeps_all_of_them(start: Start) -> None:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
-from breaking import MODULES, Broken, Start, after, changed_example, silent_attention
 from safetensors.torch import load_file, save_file
-from tinyrun import engine_for, quick  # noqa: F401 - a fixture
 
 from lorry import cli
 from lorry.backends.local import LocalBackend
 from lorry.errors import DataError, ModelError, NonFiniteError
 from lorry.train import artifacts, checkpoint
+from tests.support import tinyrun
+from tests.support.breaking import MODULES, Broken, Start, after, changed_example, silent_attention
+from tests.support.tinyrun import engine_for, quick  # noqa: F401 - a fixture
 
 # --- 5 and 6: what is on the disk
 

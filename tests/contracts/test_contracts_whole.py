@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
 import torch
-from breaking import MODULES, Broken, Start, after, silent_attention
 from safetensors.torch import load_file, save_file
-from tinyrun import quick  # noqa: F401 - a fixture
 
 from lorry.adapters.base_weights import get_base_weights
 from lorry.backends.local import LocalBackend
@@ -24,6 +21,9 @@ from lorry.train import full, session
 from lorry.train.checks import CONTRACT_NAMES
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import TrainResult, train_run
+from tests.support import tinyrun
+from tests.support.breaking import MODULES, Broken, Start, after, silent_attention
+from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
 QUERY, DOWN = (f"{module}.weight" for module in MODULES)
 

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
 import torch
-from tinyrun import engine_for, quick  # noqa: F401 - a fixture
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -30,7 +28,9 @@ from lorry.models.causal_lm import PackedInput
 from lorry.models.loading.open import open_model
 from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.train.session import attach_adapter, build_engine
-from seam import Fixed, Npo, examples, tiny_llama
+from tests.support import tinyrun
+from tests.support.seam import Fixed, Npo, examples, tiny_llama
+from tests.support.tinyrun import engine_for, quick  # noqa: F401 - a fixture
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from chat_templates import TEMPLATES
+from tests.support.chat_templates import TEMPLATES
 
 SPECIALS = {  # bos, eos (which is the padding token too), other control tokens
     "llama3": (

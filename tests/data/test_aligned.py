@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tinyrun import CHATML, tokenizer
 
 from lorry.data.batch import TokenizedExample, collate
 from lorry.data.encoding.encode import EncodedSequence, ExampleEncoder
@@ -29,6 +28,7 @@ from lorry.tasks.distill.align import (
     sequence_digest,
     sequence_digests,
 )
+from tests.support.tinyrun import CHATML, tokenizer
 
 
 def gpt2(shared_data: Path) -> Any:

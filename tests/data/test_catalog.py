@@ -10,7 +10,6 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hubrows import ARC, COQA, LONG, ROWS, Expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +27,7 @@ from lorry.data.catalog.layouts import option_by_label
 from lorry.data.catalog.numbers import bare_number
 from lorry.data.reading.content import ChatMessage, UnusableRowError
 from lorry.errors import ConfigError
+from tests.support.hubrows import ARC, COQA, LONG, ROWS, Expected
 
 # the templates of bool_q for rows 0 to 11 under seed 0
 PINNED = [

@@ -7,12 +7,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hubrows import ARC, COQA, LONG, MC, ROWS, SQUAD, TRUTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.data.catalog import SETS, NamedSetItem, find_named_set
 from lorry.data.reading.content import UnusableRowError
+from tests.support.hubrows import ARC, COQA, LONG, MC, ROWS, SQUAD, TRUTH
 
 BAD: list[tuple[str, dict[str, Any], str, str]] = [
     (

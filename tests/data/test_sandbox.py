@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.conftest import TEMPLATES
 
 from lorry.data.encoding import template_budget
 from lorry.data.encoding.sandbox import ALLOWED_FILTERS
 from lorry.data.encoding.template import ChatTemplate, TemplateRefusedError, common_prefix
 from lorry.data.reading.content import ChatMessage
 from lorry.errors import ModelError
+from tests.support.chat_templates import TEMPLATES
 
 # so that only the attack can make a template fail
 SHOW = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from faults import FaultyDisk, PowerCut, Say, failing, kill, kill_points
 from lorry.disk import durable
 from lorry.disk.durable import (
     build_directory,
@@ -19,6 +18,7 @@ from lorry.disk.durable import (
     write_files,
 )
 from lorry.errors import ConfigError, LorryError, ModelError
+from tests.support.faults import FaultyDisk, PowerCut, Say, failing, kill, kill_points
 
 DISKS: list[Callable[[int], FaultyDisk]] = [
     lambda n: FaultyDisk(n, kill),

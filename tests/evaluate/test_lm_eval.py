@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import lorry
 from lorry.adapters.mix import Mix
 from lorry.errors import ConfigError, DataError, NonFiniteError
-from tiny import GPT2, random_model
-from verbworld import World, tokenizer, world, write_rows  # noqa: F401
+from tests.support.tiny import GPT2, random_model
+from tests.support.verbworld import World, tokenizer, world, write_rows  # noqa: F401
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 

@@ -1,6 +1,6 @@
 """Fuzzing of everything that reads strangers' files: `make fuzz`, or one target for ten minutes:
 
-    python tests/fuzz/campaign.py --seconds 600 --targets rows/json template --seed 7
+    python -m tests.fuzz.campaign --seconds 600 --targets rows/json template --seed 7
 
 Every input follows from (seed, target, number), so a finding can be made again; it is kept in
 tests/fuzz/cases/TARGET, where `test_fuzz.py` reads it from then on. The table at the end counts
@@ -24,16 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-HERE = Path(__file__).resolve().parent
-if __name__ == "__main__":
-    sys.path[:0] = [str(HERE.parent / room) for room in ("models", "report", "train")]
+import torch
 
-import torch  # noqa: E402 - its rooms are on the path only now
+from tests.fuzz.mutation import mutate
+from tests.fuzz.targets import Target, targets
 
-from mutation import mutate  # noqa: E402
-from targets import Target, targets  # noqa: E402
-
-CASES = HERE / "cases"
+CASES = Path(__file__).resolve().parent / "cases"
 SECONDS = 20.0  # for one input: hundreds of times what the slowest takes on a quiet machine
 MEMORY = 12 << 30  # bytes of address space; an input that makes a reader ask for more is a finding
 

@@ -24,7 +24,6 @@ import pyarrow.parquet
 import torch
 from safetensors.torch import save
 
-import runs
 from lorry.adapters.attach import detach
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
@@ -48,8 +47,9 @@ from lorry.report.html import render_page
 from lorry.runs.read import read_run
 from lorry.runs.status import run_state_of
 from lorry.train import checkpoint
-from states import meta
-from tiny import LLAMA, random_model
+from tests.support import runs
+from tests.support.states import meta
+from tests.support.tiny import LLAMA, random_model
 
 ROWS = [
     {"question": "Where does Mara live?", "answer": "In Oslo.", "n": 3},

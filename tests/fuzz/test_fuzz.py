@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from campaign import CASES, Tally, attempt, execute, made
 from lorry.errors import DataError
-from targets import Target, targets
+from tests.fuzz.campaign import CASES, Tally, attempt, execute, made
+from tests.fuzz.targets import Target, targets
 
 KNOWN = targets()
 FEW = 12  # inputs of each target that the suite tries; `make fuzz` tries thousands

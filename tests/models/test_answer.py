@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.generation.text import NO_TOKEN_LIMIT, IncrementalDetokenizer
-from verbworld import CHATML, tokenizer
+from tests.support.verbworld import CHATML, tokenizer
 
 WORDS = tokenizer()
 ENCODER = ExampleEncoder(WORDS, max_length=NO_TOKEN_LIMIT)

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import tiny
 from lorry.adapters.attach import attach
 from lorry.adapters.peft.files import load_adapter, save_adapter
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ModelError
 from lorry.models.loading.load import load_model
 from lorry.models.loading.weights import is_finite
-from tiny import close, edit_config, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
+from tests.support import tiny
+from tests.support.tiny import close, edit_config, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
 
 UP = "model.layers.1.mlp.up_proj.weight"
 native = pytest.mark.parametrize("native", [True, False], ids=["native", "hf"])

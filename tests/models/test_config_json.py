@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-import tiny
-from ggufs import write_gguf
 from lorry.models.loading.config_json import add_legacy_rope_fields, decode_tagged_floats
 from lorry.models.loading.load import load_model
 from lorry.models.loading.store import save_model
-from tiny import close, edit_config, one_thread  # noqa: F401 - one_thread is a fixture
+from tests.support import tiny
+from tests.support.ggufs import write_gguf
+from tests.support.tiny import close, edit_config, one_thread  # noqa: F401 - one_thread is a fixture
 
 MAMBA2 = {
     "model_type": "mamba2",

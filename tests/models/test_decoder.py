@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import tiny
 from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.mix import AdapterContext, Mix
@@ -27,7 +26,8 @@ from lorry.models.decoder.model import Decoder
 from lorry.models.loading.describe import describe_model
 from lorry.models.loading.load import load_model
 from lorry.models.loading.weights import load_decoder, read_tensor_entries
-from tiny import one_thread  # noqa: F401 - a fixture
+from tests.support import tiny
+from tests.support.tiny import one_thread  # noqa: F401 - a fixture
 
 LIMIT = 1e-4
 

@@ -21,8 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-import tiny
-from ggufs import write_gguf
 from lorry.disk import durable
 from lorry.disk.integrity import file_digest
 from lorry.errors import ModelError
@@ -33,7 +31,9 @@ from lorry.models.gguf.embedded import MANIFEST_FILE, convert_gguf, find_damage
 from lorry.models.gguf.header import check_gguf
 from lorry.models.loading.load import LoadedModel, load_model
 from lorry.models.loading.tokenizer import load_tokenizer, set_pre_tokenizer
-from tiny import one_thread  # noqa: F401 - a fixture
+from tests.support import tiny
+from tests.support.ggufs import write_gguf
+from tests.support.tiny import one_thread  # noqa: F401 - a fixture
 
 SMOLLM = "smollm2-135m-instruct"
 

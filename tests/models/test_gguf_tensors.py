@@ -13,14 +13,14 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-import tiny
-from ggufs import Tensors, write_gguf
 from lorry.errors import ContractError, ModelError
 from lorry.models.gguf import embedded
 from lorry.models.gguf.embedded import convert_gguf
 from lorry.models.gguf.header import check_gguf
 from lorry.models.loading.load import load_model
-from tiny import one_thread  # noqa: F401 - a fixture
+from tests.support import tiny
+from tests.support.ggufs import Tensors, write_gguf
+from tests.support.tiny import one_thread  # noqa: F401 - a fixture
 
 FACTORS = numpy.array([1.0, 1.0, 3.0, 8.0], dtype=numpy.float32)
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import tiny
 from lorry.adapters.attach import attach, detach, get_bank, list_skipped_modules, lora_parameters
 from lorry.adapters.dropout import DropoutNoise
 from lorry.adapters.layers import AMBIENT_CONTEXT, BankLinear
@@ -26,7 +25,8 @@ from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel, use_adapter_context
 from lorry.models.scoring.score import TokenScore, evaluate_wants, log_prob
-from tiny import one_thread  # noqa: F401 - a fixture
+from tests.support import tiny
+from tests.support.tiny import one_thread  # noqa: F401 - a fixture
 
 # logits are head(hidden) and nothing else
 PLAIN = {

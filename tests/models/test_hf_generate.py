@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import tiny
 from lorry.adapters.attach import attach
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
@@ -23,7 +22,8 @@ from lorry.generation.engine import generate_completions
 from lorry.models.causal_lm import PackedInput
 from lorry.models.hf.frames import PaddedFrame, build_padded_frames
 from lorry.models.hf.model import HfModel
-from tiny import one_thread  # noqa: F401 - a fixture
+from tests.support import tiny
+from tests.support.tiny import one_thread  # noqa: F401 - a fixture
 
 SEQUENCES = [
     [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16],

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
-import tiny
 from lorry.errors import ModelError
 from lorry.models.hf.model import HfModel
-from tiny import close, edit_config, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
+from tests.support import tiny
+from tests.support.tiny import close, edit_config, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
 
 
 @pytest.fixture

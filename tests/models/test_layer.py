@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tiny
 from lorry.adapters.attach import attach, get_bank
 from lorry.adapters.base_weights import make_weights_trainable
 from lorry.adapters.dropout import DropoutNoise
@@ -30,6 +29,7 @@ from lorry.kernels import kernel_status
 from lorry.models.causal_lm import PackedInput
 from lorry.models.decoder import layer
 from lorry.models.decoder.model import Decoder
+from tests.support import tiny
 
 LONG = {"max_position_embeddings": 256}
 WIDE: dict[

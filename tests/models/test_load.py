@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import tiny
 from lorry.adapters.attach import attach
 from lorry.adapters.merge import merge, unmerge
 from lorry.adapters.spec import LoraSpec
@@ -23,7 +22,8 @@ from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
 from lorry.models.loading import sources
 from lorry.models.loading.load import load_model, pick_device, pick_dtype, sample_digest
-from tiny import close, edit_config, logits, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
+from tests.support import tiny
+from tests.support.tiny import close, edit_config, logits, one_thread, opened, rewrite  # noqa: F401 - one_thread is a fixture
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import tiny
 from lorry.adapters.mix import AdapterContext
 from lorry.errors import ModelError
 from lorry.families import find_family
@@ -22,7 +21,8 @@ from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
 from lorry.models.loading.describe import describe_model
 from lorry.models.loading.load import load_model
-from tiny import one_thread  # noqa: F401 - a fixture
+from tests.support import tiny
+from tests.support.tiny import one_thread  # noqa: F401 - a fixture
 
 BERT = {
     "model_type": "bert",

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import tiny
 from lorry.adapters.attach import attach
 from lorry.adapters.merge import merged_tensors, separates_tied_head
 from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, ModelError
 from lorry.models.loading.load import load_model
 from lorry.models.loading.store import save_model
-from tiny import close, logits, one_thread  # noqa: F401 - one_thread is a fixture
+from tests.support import tiny
+from tests.support.tiny import close, logits, one_thread  # noqa: F401 - one_thread is a fixture
 
 LEAVES = {
     "llama tied": ("q_proj", "up_proj"),

@@ -18,7 +18,7 @@ from lorry.models.loading.load import has_fast_bfloat16
 from lorry.plan import machine
 from lorry.plan.configs import find_config
 from lorry.plan.known import KNOWN_CONFIGS
-from tiny import LLAMA
+from tests.support.tiny import LLAMA
 
 
 def write(path: Path, name: str, value: Any) -> Path:

@@ -24,7 +24,7 @@ from lorry.plan import constants
 from lorry.plan.adapters import plan_adapter
 from lorry.plan.memory import MemorySetup, PrecisionName, saved_bytes_per_token
 from lorry.plan.shapes import read_model_shape
-from tiny import VARIANTS
+from tests.support.tiny import VARIANTS
 
 T, RANK = 128, 4
 WIDE = {

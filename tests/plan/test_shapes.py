@@ -20,7 +20,7 @@ from lorry.models.decoder.model import Decoder
 from lorry.plan.adapters import largest_rank, plan_adapter
 from lorry.plan.known import KNOWN_CONFIGS
 from lorry.plan.shapes import read_model_shape
-from tiny import FOREIGN, VARIANTS
+from tests.support.tiny import FOREIGN, VARIANTS
 
 # Billions of parameters as the model's page or its name says them.
 PUBLISHED = {

@@ -14,12 +14,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from tests.report.runs import HOSTILE, full, metrics
 
 from lorry.errors import DataError
 from lorry.report import write_report
 from lorry.report.plots import render_png
 from lorry.runs.read import read_readable_runs
+from tests.support.runs import HOSTILE, full, metrics
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.report.runs import full, metrics
 
 from lorry.formatting import (
     byte_scale,
@@ -34,6 +33,7 @@ from lorry.report.curves import (
 from lorry.report.svg import render_chart
 from lorry.runs.read import read_readable_runs
 from lorry.visible import make_visible
+from tests.support.runs import full, metrics
 
 finite = st.floats(-1e299, 1e299)
 anything = st.one_of(st.floats(), st.floats(-5, 5))

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
-from tests.report.runs import dump, full
 
 from lorry.cli import main
 from lorry.errors import DataError
@@ -28,6 +27,7 @@ from lorry.report.table import render_runs
 from lorry.runs import status
 from lorry.runs.read import RUN_FILES, read_readable_runs, read_run
 from lorry.runs.series import LONGEST_NAME, MOST_ADAPTERS, MOST_NAMES, read_metrics
+from tests.support.runs import dump, full
 
 YAML_BOMB = "a0: &a0 {x: 1}\n" + "".join(
     f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}\n" for i in range(1, 40)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.report.runs import HOSTILE, dump, full, metrics
 
 from lorry.report.html import render_page
 from lorry.report.markup import SafeHtml, escape_html, html_tag, join_html
 from lorry.runs.read import read_readable_runs, read_run
 from lorry.visible import make_visible
+from tests.support.runs import HOSTILE, dump, full, metrics
 
 VOID = {"meta"}
 SECTIONS = [

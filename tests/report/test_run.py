@@ -7,11 +7,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.report.runs import dump, full, metrics
 
 from lorry.errors import DataError
 from lorry.runs.read import read_readable_runs, read_run
 from lorry.runs.summary import describe_run_subject, final_figures, flatten_config, run_differences
+from tests.support.runs import dump, full, metrics
 
 
 def test_a_full_run_is_read(tmp_path: Path) -> None:

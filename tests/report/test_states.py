@@ -17,13 +17,13 @@ from typing import Any
 import psutil
 import pytest
 from rich.console import Console
-from tests.report.runs import HOSTILE, dump, full, metrics
 
 from lorry.disk import durable
 from lorry.report import write_report
 from lorry.report.table import render_runs, runs_table
 from lorry.runs import status
 from lorry.runs.read import read_run
+from tests.support.runs import HOSTILE, dump, full, metrics
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console, RenderableType
-from tests.report.runs import HOSTILE, dump, full, metrics
 
 from lorry.report.table import (
     comparison_table,
@@ -19,6 +18,7 @@ from lorry.report.table import (
     summary_table,
 )
 from lorry.runs.read import read_readable_runs, read_run
+from tests.support.runs import HOSTILE, dump, full, metrics
 
 
 def printed(table: RenderableType, width: int = 220) -> str:

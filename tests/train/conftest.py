@@ -1,3 +1,3 @@
 """The world that killed runs live in, and how they end when nobody kills them."""
 
-from mortal import whole, world  # noqa: F401 - fixtures
+from tests.support.mortal import whole, world  # noqa: F401 - fixtures

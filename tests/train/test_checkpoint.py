@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from faults import FaultyDisk
 from lorry.disk import durable, integrity, manifest
 from lorry.errors import ConfigError, ContractError, ModelError
 from lorry.train.checkpoint import (
@@ -24,7 +23,8 @@ from lorry.train.checkpoint import (
     remove_checkpoints_after,
     save_checkpoint,
 )
-from states import DTYPES, STATES, bits, meta, same
+from tests.support.faults import FaultyDisk
+from tests.support.states import DTYPES, STATES, bits, meta, same
 
 
 @pytest.fixture(scope="module", autouse=True)

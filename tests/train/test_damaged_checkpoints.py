@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
 import torch
-from mortal import SHAPES, Whole, World, finished, same, state_of
 from test_resume_rules import StopAt, Stopped
-from tinyrun import quick  # noqa: F401 - a fixture
 
-from faults import UnreadableDisk
 from lorry.disk import durable, integrity, manifest
 from lorry.errors import LorryError, ModelError, NonFiniteError
 from lorry.train import checkpoint, jobs
 from lorry.train.session import train_run
+from tests.support import tinyrun
+from tests.support.faults import UnreadableDisk
+from tests.support.mortal import SHAPES, Whole, World, finished, same, state_of
+from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
 PACKED = SHAPES["packed"]
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from faults import FaultyDisk, Outcome, PowerCut, Say, breaking, failing, kill, kill_points, short
 from lorry.disk import durable
 from lorry.errors import ModelError
 from lorry.train.checkpoint import (
@@ -23,7 +22,18 @@ from lorry.train.checkpoint import (
     remove_checkpoints_after,
     save_checkpoint,
 )
-from states import STATES, meta, same
+from tests.support.faults import (
+    FaultyDisk,
+    Outcome,
+    PowerCut,
+    Say,
+    breaking,
+    failing,
+    kill,
+    kill_points,
+    short,
+)
+from tests.support.states import STATES, meta, same
 
 
 @pytest.fixture(scope="module", autouse=True)

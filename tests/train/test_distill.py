@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tinyrun import engine_for, lines, quick  # noqa: F401
 from torch import Tensor
 
 from lorry.adapters.attach import attach, get_bank
@@ -37,7 +36,8 @@ from lorry.tasks.distill.task import (
     TeacherReader,
 )
 from lorry.tasks.distill.teacher import TeacherScorer
-from seam import examples, tiny_llama
+from tests.support.seam import examples, tiny_llama
+from tests.support.tinyrun import engine_for, lines, quick  # noqa: F401
 
 TAU = 1.7
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tinyrun import Heard, engine_for, evaluated, lines, quick, saved, steps  # noqa: F401 - a fixture
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -19,8 +18,9 @@ from lorry.errors import ConfigError
 from lorry.train import engine
 from lorry.train.engine import TrainingEngine
 from lorry.train.monitoring.events import StepRecord
-from seam import Fixed, examples
-from states import same
+from tests.support.seam import Fixed, examples
+from tests.support.states import same
+from tests.support.tinyrun import Heard, engine_for, evaluated, lines, quick, saved, steps  # noqa: F401 - a fixture
 
 # --- the learning rate
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tinyrun import Heard, engine_for, evaluated, lines, quick, saved, steps  # noqa: F401 - a fixture
 from torch import Tensor
 
 from lorry.backends.protocol import LossTerms
@@ -25,8 +24,9 @@ from lorry.train.monitoring.events import (
     StepRecord,
     terminal_listener,
 )
-from seam import Fixed
-from states import same
+from tests.support.seam import Fixed
+from tests.support.states import same
+from tests.support.tinyrun import Heard, engine_for, evaluated, lines, quick, saved, steps  # noqa: F401 - a fixture
 
 # --- failures and signals
 

@@ -16,13 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
-from foreign import everything, strange
-from mortal import RunDisk, World, state_of
 from test_whole import described as whole_model
-from tinyrun import QuietDisk, quick  # noqa: F401 - a fixture
 
-from faults import FaultyDisk, die, kill, run_forked
 from lorry.disk import durable
 from lorry.disk.durable import build_directory
 from lorry.errors import ConfigError, ContractError, LorryError
@@ -30,6 +25,11 @@ from lorry.runs import layout, ownership
 from lorry.train import checkpoint, start
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
+from tests.support import tinyrun
+from tests.support.faults import FaultyDisk, die, kill, run_forked
+from tests.support.foreign import everything, strange
+from tests.support.mortal import RunDisk, World, state_of
+from tests.support.tinyrun import QuietDisk, quick  # noqa: F401 - a fixture
 
 PLAIN: dict[str, Any] = {
     "eval": None,

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_standin import Hub
-from hubworld import ADAPTER, CONFIG, ROW, finished_run, put, started_hub  # noqa: F401 - fixtures
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
@@ -18,6 +16,8 @@ from lorry.errors import ConfigError, LorryError
 from lorry.hub import files
 from lorry.hub.push import default_repo_name, push_run
 from lorry.report.plots import render_png
+from tests.support.hub_standin import Hub
+from tests.support.hubworld import ADAPTER, CONFIG, ROW, finished_run, put, started_hub  # noqa: F401 - fixtures
 
 UPLOADED = {
     "README.md",

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_standin import Hub
-from hubworld import finished_run, started_hub, visit  # noqa: F401 - fixtures
 
 from lorry.config import RunConfig, build_settings
 from lorry.errors import ConfigError, ModelError
 from lorry.hub.push import HubError, check_push, push_after, push_run
+from tests.support.hub_standin import Hub
+from tests.support.hubworld import finished_run, started_hub, visit  # noqa: F401 - fixtures
 
 
 def described(**train: Any) -> RunConfig:

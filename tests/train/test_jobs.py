@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tinyrun import quick  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
 from lorry.config import RunConfig, parse_settings
@@ -23,6 +21,8 @@ from lorry.models.loading.open import open_model
 from lorry.train import checks
 from lorry.train.checks import ContractChecks
 from lorry.train.session import TrainResult, train_run
+from tests.support import tinyrun
+from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
 Lines = list[dict[str, Any]]
 # What differs: rank, scale, targets, rate, seed, dropout, decay, clip, schedule, rows, batch and

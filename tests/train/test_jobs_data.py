@@ -24,7 +24,7 @@ from lorry.data.stream.joint import (
     select_sequences,
 )
 from lorry.data.stream.pack import sequence_key
-from seam import examples
+from tests.support.seam import examples
 
 
 def same(a: Batch, b: Batch) -> None:

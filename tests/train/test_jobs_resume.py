@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
-from mortal import RunDisk, World, finished, same
-from mortal import world as world
-from tinyrun import Heard, quick  # noqa: F401 - a fixture
 
-from faults import kill, run_forked
 from lorry.errors import ConfigError
 from lorry.train import checkpoint
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
+from tests.support import tinyrun
+from tests.support.faults import kill, run_forked
+from tests.support.mortal import RunDisk, World, finished, same
+from tests.support.mortal import world as world
+from tests.support.tinyrun import Heard, quick  # noqa: F401 - a fixture
 
 # one ends early, one stops early, one reads its rows as they come, all drop out and keep their best
 JOBS: list[dict[str, Any]] = [

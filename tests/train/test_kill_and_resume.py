@@ -21,8 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
-from mortal import (
+
+from lorry import cli
+from lorry.errors import RunInterruptedError
+from lorry.runs.metrics import MetricsWriter
+from lorry.train import checkpoint
+from lorry.train.session import train_run
+from tests.support import tinyrun
+from tests.support.faults import kill, run_forked
+from tests.support.mortal import (
     MOMENTS,
     SETTINGS,
     SHAPES,
@@ -34,14 +41,7 @@ from mortal import (
     mark_moments,
     same,
 )
-from tinyrun import quick  # noqa: F401 - a fixture
-
-from faults import kill, run_forked
-from lorry import cli
-from lorry.errors import RunInterruptedError
-from lorry.runs.metrics import MetricsWriter
-from lorry.train import checkpoint
-from lorry.train.session import train_run
+from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
 
 @pytest.mark.parametrize(("shape", "every"), [("packed", 1), ("not packed", 5), ("streamed", 25)])

@@ -12,9 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tinyrun
-from mortal import SHAPES, Whole, World, finished, same
-from tinyrun import quick  # noqa: F401 - a fixture
 
 from lorry.disk import durable
 from lorry.errors import ConfigError, LorryError, ModelError
@@ -22,6 +19,9 @@ from lorry.runs.metrics import MetricsWriter, iter_metrics
 from lorry.runs.process import RunDirectoryHandle, read_process
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
+from tests.support import tinyrun
+from tests.support.mortal import SHAPES, Whole, World, finished, same
+from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
 
 class Does(tinyrun.Heard):

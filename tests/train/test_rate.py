@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tinyrun import described, model_directory, quick, rows, write_rows
 
 from lorry.models.loading.open import open_model
 from lorry.plan import machine, rates
@@ -24,6 +23,7 @@ from lorry.train.resources.rate import (
     tokens_per_second,
 )
 from lorry.train.session import train_run
+from tests.support.tinyrun import described, model_directory, quick, rows, write_rows
 
 __all__ = ["quick"]
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
 import torch
-from mortal import SHAPES, STEPS, Whole, World, finished, same, state_of
-from tinyrun import quick  # noqa: F401 - a fixture
 
 from lorry.errors import ConfigError, DataError
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
+from tests.support import tinyrun
+from tests.support.mortal import SHAPES, STEPS, Whole, World, finished, same, state_of
+from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
 
 class Stopped(Exception):

@@ -13,10 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tinyrun
 import torch
 from peft import PeftModel
-from tinyrun import quick  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
 from lorry.config import RunConfig, parse_settings
@@ -24,6 +22,8 @@ from lorry.errors import ConfigError, DataError
 from lorry.train import session
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import train_run
+from tests.support import tinyrun
+from tests.support.tinyrun import quick  # noqa: F401 - a fixture
 
 Describe = Callable[..., RunConfig]
 

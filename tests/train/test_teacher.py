@@ -13,12 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
 import torch
-from foreign import everything, strange
-from tinyrun import described, model_directory, quick, rows, tokenizer, write_rows  # noqa: F401 - a fixture
 
-from faults import UnreadableDisk
 from lorry.adapters.attach import attach
 from lorry.adapters.peft.files import save_adapter
 from lorry.adapters.spec import LoraSpec
@@ -38,6 +34,10 @@ from lorry.tasks.distill import builder, teacher
 from lorry.tasks.distill.align import PairedEncoder
 from lorry.tasks.distill.builder import build_distill, make_encoder_factory
 from lorry.tasks.distill.task import TAUGHT_MASK, TEACHER_IDS, TEACHER_LOG_PROBS
+from tests.support import tinyrun
+from tests.support.faults import UnreadableDisk
+from tests.support.foreign import everything, strange
+from tests.support.tinyrun import described, model_directory, quick, rows, tokenizer, write_rows  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="module")

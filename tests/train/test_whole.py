@@ -14,13 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tinyrun import DEFAULTS, Heard, lines, model_directory, quick, rows, write_rows  # noqa: F401 - a fixture
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import lorry
-import tiny
 from lorry.adapters.attach import attach
 from lorry.adapters.base_weights import (
     BaseWeights,
@@ -36,7 +34,9 @@ from lorry.errors import ConfigError
 from lorry.models.hf.model import HfModel
 from lorry.train.monitoring.events import StepRecord
 from lorry.train.session import TrainResult, train_run
-from seam import Fixed, examples
+from tests.support import tiny
+from tests.support.seam import Fixed, examples
+from tests.support.tinyrun import DEFAULTS, Heard, lines, model_directory, quick, rows, write_rows  # noqa: F401 - a fixture
 
 OPTIM = OptimSettings(betas=(0.9, 0.99), eps=1e-5, weight_decay=0.1, max_grad_norm=1.0)
 RATE, STEPS = 1e-2, 5

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tiny import one_thread  # noqa: F401 - an autouse fixture
-from verbworld import world  # noqa: F401 - the fixture
+from tests.support.tiny import one_thread  # noqa: F401 - an autouse fixture
+from tests.support.verbworld import world  # noqa: F401 - the fixture
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ import pytest
 import lorry as package
 from lorry.runs import status
 from lorry.runs.process import read_process
-from verbworld import TRAIN, World, lorry
+from tests.support.verbworld import TRAIN, World, lorry
 
 SRC = Path(package.__file__).resolve().parent.parent
 IN_TERMINAL = """

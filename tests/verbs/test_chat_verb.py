@@ -18,7 +18,7 @@ import lorry as library
 from lorry.data.reading.content import ChatMessage, Conversation
 from lorry.generation import engine
 from lorry.generation.text import generate_texts
-from verbworld import CONTEXT, PEOPLE, World, lorry, model_directory, train
+from tests.support.verbworld import CONTEXT, PEOPLE, World, lorry, model_directory, train
 
 ASKED, OTHER = PEOPLE[0]["question"], PEOPLE[3]["question"]
 SHORT = ("dtype=float32", "max_new_tokens=16")

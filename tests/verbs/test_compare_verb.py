@@ -17,7 +17,7 @@ from lorry.report.compare import comparison_row, figure_ratios
 from lorry.runs.metrics import MetricsWriter
 from lorry.runs.read import read_readable_runs, read_run
 from lorry.verbs import compare
-from verbworld import World, lorry
+from tests.support.verbworld import World, lorry
 
 
 def made(path: Path, seconds: list[float], losses: list[float], receipt: dict[str, Any]) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from verbworld import TRAIN, World, lorry, model_directory, train
+from tests.support.verbworld import TRAIN, World, lorry, model_directory, train
 
 SHORT = ("max_steps=4", *TRAIN)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from verbworld import World, lorry
+from tests.support.verbworld import World, lorry
 
 
 @pytest.fixture

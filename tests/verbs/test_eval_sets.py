@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verbworld import World, lorry, write_rows
+from tests.support.verbworld import World, lorry, write_rows
 
 ROWS = [
     {"question": "is Oslo a town", "passage": "Oslo is a town.", "answer": True},

@@ -14,7 +14,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verbworld import CHATML, CONTEXT, PEOPLE, World, lorry, model_directory, train, write_rows
+from tests.support.verbworld import (
+    CHATML,
+    CONTEXT,
+    PEOPLE,
+    World,
+    lorry,
+    model_directory,
+    train,
+    write_rows,
+)
 
 PRECISE = ("dtype=float32", "max_new_tokens=16")
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorry as library
 from lorry.verbs import export
-from verbworld import World, lorry, model_directory, train
+from tests.support.verbworld import World, lorry, model_directory, train
 
 QUESTION = "Where does Ilse live?"
 

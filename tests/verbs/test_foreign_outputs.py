@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from foreign import everything, strange
 
 from lorry.config import SweepSettings, parse_settings
 from lorry.config.settings import CompareSettings, DemoSettings
 from lorry.runs import ownership
 from lorry.verbs import demo
-from verbworld import TRAIN, World, lorry, train
+from tests.support.foreign import everything, strange
+from tests.support.verbworld import TRAIN, World, lorry, train
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tests.report.runs import full
 
 from lorry.console import VisibleConsole
 from lorry.visible import escape_document, is_visible, make_visible, visible_message
-from verbworld import World, lorry
+from tests.support.runs import full
+from tests.support.verbworld import World, lorry
 
 EVIL = "\x1b]0;pwned\x07\x9b2J\u202eevil\x08\r"
 SPEAKS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")

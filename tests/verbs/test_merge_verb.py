@@ -20,8 +20,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorry as library
 from lorry.models.loading import store
 from lorry.verbs import probe
-from tiny import random_model
-from verbworld import PEOPLE, World, lorry, model_directory, tokenizer, train, write_rows
+from tests.support.tiny import random_model
+from tests.support.verbworld import (
+    PEOPLE,
+    World,
+    lorry,
+    model_directory,
+    tokenizer,
+    train,
+    write_rows,
+)
 
 WEIGHTS = "model.safetensors"
 

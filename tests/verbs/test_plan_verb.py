@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from lorry.plan import machine, rates
-from verbworld import TRAIN, World, lorry
+from tests.support.verbworld import TRAIN, World, lorry
 
 MEASURED = rates.RateMeasurement(
     rate=1e12, at="2026-01-01T10:00:00+00:00", repeats=40, load=0.5, waited=0.0

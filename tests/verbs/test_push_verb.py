@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_standin import Hub
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +19,8 @@ import lorry as library
 from lorry.config.settings import PushSettings
 from lorry.errors import ConfigError
 from lorry.verbs import push
-from verbworld import PEOPLE, World
+from tests.support.hub_standin import Hub
+from tests.support.verbworld import PEOPLE, World
 
 MAIN = """
 import sys

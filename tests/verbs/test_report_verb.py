@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from verbworld import STEPS, World, lorry
+from tests.support.verbworld import STEPS, World, lorry
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from lorry.config import parse_settings
 from lorry.config.settings import RunsSettings
 from lorry.errors import DataError
 from lorry.verbs import runs
-from verbworld import STEPS, World
+from tests.support.verbworld import STEPS, World
 
 
 def listing(*words: object) -> int:

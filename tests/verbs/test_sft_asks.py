@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from verbworld import World, lorry, write_rows
+from tests.support.verbworld import World, lorry, write_rows
 
 ROWS = [
     {"question": f"is {name} a town", "passage": f"{name} is a town.", "answer": n % 2 == 0}

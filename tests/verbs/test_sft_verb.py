@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from verbworld import PEOPLE, STEPS, World, lorry, train, write_rows
+from tests.support.verbworld import PEOPLE, STEPS, World, lorry, train, write_rows
 
 FILES = {
     "README.md",

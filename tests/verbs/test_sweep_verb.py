@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lorry.runs.read import read_readable_runs
-from verbworld import World, lorry
+from tests.support.verbworld import World, lorry
 
 SETTINGS = (
     "max_steps=4",

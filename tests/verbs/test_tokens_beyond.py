@@ -12,8 +12,8 @@ import pytest
 
 import lorry
 from lorry.errors import DataError
-from verbworld import World, model_directory, tokenizer, write_rows
-from verbworld import lorry as command
+from tests.support.verbworld import World, model_directory, tokenizer, write_rows
+from tests.support.verbworld import lorry as command
 
 ROWS = [
     {"question": "Who steers?", "answer": "Oda."},

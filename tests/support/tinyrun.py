@@ -32,7 +32,7 @@ from lorry.train import artifacts, checkpoint, samples
 from lorry.train.checks import ContractChecks
 from lorry.train.engine import TrainingEngine
 from lorry.train.monitoring.events import StepRecord, TrainingListener
-from seam import examples, tiny_llama
+from tests.support.seam import examples, tiny_llama
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

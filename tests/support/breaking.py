@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
 from safetensors.torch import load_file, save_file
-from tinyrun import engine_for, quick  # noqa: F401 - a fixture
 
 from lorry.data.batch import TokenizedExample
 from lorry.data.encoding.token_set import TokenSet
 from lorry.errors import ContractError, LorryError
 from lorry.train.checks import CONTRACT_NAMES
 from lorry.train.session import TrainResult, train_run
+from tests.support import tinyrun
+from tests.support.tinyrun import engine_for, quick  # noqa: F401 - a fixture
 
 Start = Callable[..., TrainResult]
 Broken = Callable[..., None]

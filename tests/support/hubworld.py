@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from hub_standin import Hub
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from lorry.hub import files
+from tests.support.hub_standin import Hub
 
 ROW = "the secret row that nobody may read"
 ADAPTER = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": "org/base"}

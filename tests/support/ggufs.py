@@ -11,7 +11,7 @@ import gguf
 import numpy
 from numpy.typing import NDArray
 
-import tiny
+from tests.support import tiny
 
 Tensors = list[tuple[str, NDArray[numpy.float32]]]
 

@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyrun
 import yaml
 
-from faults import FaultyDisk, die
 from lorry.backends.local import LocalBackend
 from lorry.config import RunConfig
 from lorry.disk import durable
@@ -31,6 +29,8 @@ from lorry.models.scoring import score
 from lorry.runs.metrics import MetricsWriter
 from lorry.train import engine
 from lorry.train.session import train_run
+from tests.support import tinyrun
+from tests.support.faults import FaultyDisk, die
 
 STEPS = 11  # several epochs and a bit; an evaluation, a save and the end fall on different steps
 SETTINGS: dict[str, Any] = {
