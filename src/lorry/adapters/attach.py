@@ -86,7 +86,8 @@ def detach(model: nn.Module, name: str = "default") -> None:
     if bank.before_merge is not None:
         raise ConfigError("this model is merged; call unmerge(model) before detaching an adapter")
     bank.remove(name)
-    used = {path for a in bank.adapters.values() for path in a.slots}
+    attached = (*bank.base_adapters.values(), *bank.adapters.values())
+    used = {path for adapter in attached for path in adapter.slots}
     for path in [p for p in bank.modules if p not in used]:
         layer = bank.modules.pop(path)
         for original in layer.replaced:

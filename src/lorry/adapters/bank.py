@@ -151,13 +151,27 @@ class Adapter:
         return [(p, part.view(p.shape)) for p, part in zip(params, parts, strict=True)]
 
 
+@dataclass(frozen=True)
+class AdapterOrigin:
+    """The directory an adapter was read from, and the SHA-256 of its weights file."""
+
+    path: str
+    sha256: str
+
+
 class AdapterBank:
     """Every adapter of a model, in the order they were added; an adapter's number in a Batch is its
     place here.
+
+    ``base_adapters``: frozen ones that count as part of the base (`move_to_base`): their terms,
+    g = 1, are under every mix, so that `Mix.none()` is the base with them. ``start``: where the last
+    of these comes from, which an adapter trained over them remembers; None where there is none.
     """
 
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
+        self.base_adapters: dict[str, Adapter] = {}
+        self.start: AdapterOrigin | None = None
         self.modules: dict[str, AdaptableLayer] = {}
         self.active = Mix()
         self.before_merge: Mix | None = (
@@ -178,7 +192,7 @@ class AdapterBank:
         """Raises ConfigError if an adapter of this name is attached, or it could not be a folder's
         name when saved.
         """
-        if check_adapter_name(name) in self.adapters:
+        if check_adapter_name(name) in {**self.adapters, **self.base_adapters}:
             raise ConfigError(
                 f"an adapter named {name!r} is already attached; choose another name or detach it first"
             )
@@ -219,6 +233,22 @@ class AdapterBank:
         del self.adapters[name]
         self.activate(Mix(tuple(t for t in self.active.terms if t.adapter != name)))
 
+    def move_to_base(self, name: str, origin: AdapterOrigin) -> Adapter:
+        """Freeze an adapter and make it part of the base: from now on it is under every mix with
+        g = 1, without dropout, and no longer one of the bank's names. Raises ConfigError if there
+        is no such adapter."""
+        adapter = self[name]
+        for path, slot in adapter.slots.items():
+            slot.A.requires_grad_(False)
+            slot.B.requires_grad_(False)
+            # a policy that drops what the reference does not would not be the start at step 0
+            slot.dropout = 0.0
+            self.modules[path].base_terms += Mix.one(name).terms
+        self.activate(Mix(tuple(t for t in self.active.terms if t.adapter != name)))
+        self.base_adapters[name] = self.adapters.pop(name)
+        self.start = origin
+        return adapter
+
     def activate(self, mix: Mix) -> None:
         """Choose what a plain `model(x)`, without a mix of its own, uses."""
         for term in mix.terms:
@@ -229,7 +259,7 @@ class AdapterBank:
 
     def to(self, device: torch.device) -> None:
         """Move every adapter's buffers; slots keep their identity."""
-        for adapter in self.adapters.values():
+        for adapter in (*self.base_adapters.values(), *self.adapters.values()):
             adapter.values, adapter.grads = adapter.values.to(device), adapter.grads.to(device)
             for param, view in adapter._views(adapter.values):
                 param.data = view

@@ -80,6 +80,8 @@ class AdaptableLayer(nn.Module):
         self.path = path
         self.slots: dict[str, AdapterSlot] = {}
         self.default = AdapterContext()
+        # adapters that belong to the frozen base (`AdapterBank.move_to_base`): under every mix
+        self.base_terms: tuple[MixTerm, ...] = ()
         self.kept: nn.Parameter | None = None
         self.replaced: tuple[
             nn.Module, ...
@@ -111,17 +113,20 @@ class AdaptableLayer(nn.Module):
         return call or AMBIENT_CONTEXT.get() or self.default
 
     def terms(self, call: AdapterContext) -> list[tuple[AdapterSlot, slice | None, float | Tensor]]:
-        """The call's terms that have a slot at this module. Raises ContractError on a merged layer."""
+        """The terms that have a slot at this module: those of the frozen base, then the call's.
+        Raises ContractError on a merged layer, whose weight holds what was active when it was."""
         found = [
             (self.slots[t.adapter], t.rows, t.gate)
             for t in call.mix.terms
             if t.adapter in self.slots
         ]
-        if found and self.kept is not None:
-            raise ContractError(
-                f"{self.path} is merged; call unmerge(model) before using its adapters again"
-            )
-        return found
+        if self.kept is not None:
+            if found:
+                raise ContractError(
+                    f"{self.path} is merged; call unmerge(model) before using its adapters again"
+                )
+            return []
+        return [(self.slots[t.adapter], t.rows, t.gate) for t in self.base_terms] + found
 
 
 class BankLinear(AdaptableLayer):
@@ -239,7 +244,9 @@ class LinearGroup:
         terms: list[TermParams[Tensor | None]] = []
         for linear in self.linears:
             linear.terms(call)  # refuses a merged layer
-        for term in call.mix.terms:
+        # a merged layer's weight holds the terms of the base already
+        of_base = [t for linear in self.linears if linear.kept is None for t in linear.base_terms]
+        for term in (*dict.fromkeys(of_base), *call.mix.terms):
             slots = [
                 (i, linear.slots[term.adapter])
                 for i, linear in enumerate(self.linears)

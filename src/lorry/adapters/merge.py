@@ -204,7 +204,8 @@ def _constant_weights(bank: AdapterBank, weights: Mapping[str, float] | None) ->
         raise ConfigError(
             f"no adapter to merge; pass weights={{name: 1.0}} with names from {', '.join(bank.names()) or 'none'}"
         )
-    return found
+    # what counts as part of the base is under every mix, and so in every merged weight
+    return {**dict.fromkeys(bank.base_adapters, 1.0), **found}
 
 
 def _adapted_layers(

@@ -22,6 +22,10 @@ from lorry.adapters.spec import LoraSpec
 from lorry.disk import documents
 from lorry.errors import ConfigError, ModelError
 
+# An adapter that only makes sense over another one is no LORA to PEFT, vLLM or transformers, which
+# would open it on the bare base and compute another model without a word: its own settings lie one
+# level down, where none of them finds a rank.
+OVER_ADAPTER = "LORA_OVER_ADAPTER"
 PATTERN_LIMIT = 2000  # characters of one regular expression
 # seconds for all regular expressions of a file on all modules of a model; real ones take
 # milliseconds
@@ -90,6 +94,8 @@ def read_adapter_json(file: Path) -> dict[str, Any]:
 
 def parse_peft_config(config: Mapping[str, Any], where: str) -> LoraSpec:
     """A LoraSpec from the parsed file; ``where`` opens every message. Raises ModelError."""
+    if config.get("peft_type") == OVER_ADAPTER and isinstance(config.get("lora"), dict):
+        config = config["lora"]
     if config.get("peft_type") != "LORA":
         raise ModelError(
             f"{where}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read"
@@ -212,6 +218,14 @@ def to_peft_config(
         "use_dora": False,
         "use_rslora": spec.use_rslora,
     }
+
+
+def over_adapter_config(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """adapter_config.json of an adapter trained over another (`AdapterBank.move_to_base`), from
+    what `to_peft_config` gives. `lorry export` writes both as one that PEFT reads.
+    """
+    name = {"base_model_name_or_path": lora["base_model_name_or_path"]}
+    return {"peft_type": OVER_ADAPTER, "task_type": "CAUSAL_LM", **name, "lora": dict(lora)}
 
 
 def _is_neutral(key: str, value: Any) -> bool:

@@ -23,10 +23,12 @@ from safetensors.torch import save
 from torch import nn
 
 from lorry.adapters.attach import attach, find_linears, get_bank
-from lorry.adapters.bank import NAME_PATTERN, Adapter, check_adapter_name
+from lorry.adapters.bank import NAME_PATTERN, Adapter, AdapterOrigin, check_adapter_name
 from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.peft.config import (
+    OVER_ADAPTER,
     check_pattern_time,
+    over_adapter_config,
     parse_peft_config,
     read_adapter_json,
     to_peft_config,
@@ -41,9 +43,11 @@ from lorry.adapters.peft.tensors import (
     sort_lora_tensors,
 )
 from lorry.disk import durable
+from lorry.disk.integrity import file_digest
 from lorry.errors import ConfigError, ModelError
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, ADAPTER_WEIGHTS
 
+_ORIGIN = ("path", "sha256")
 DIGEST_SAMPLES = 4096  # values of each base tensor that the digest looks at
 
 
@@ -92,6 +96,9 @@ def adapter_files(
         "adapter": name,
         "base_digest": base_digest(model),
     }
+    if (start := get_bank(model).start) is not None:
+        facts["start"] = {"path": start.path, "sha256": start.sha256}
+        config = over_adapter_config(config)
     return {
         ADAPTER_WEIGHTS: save(tensors, {"format": "pt"}),
         ADAPTER_CONFIG: _encode_json(config),
@@ -139,11 +146,15 @@ def load_adapter(
     then uses it.
 
     ``name``: what to call it here, by default as it was saved. ``trainable=False`` freezes it.
-    ``other_base=True`` accepts an adapter that was trained on other base weights. Raises
+    ``other_base=True`` accepts an adapter that was trained on other base weights. An adapter that
+    was trained over another one (its start) brings that along, as a part of the base. Raises
     ModelError, before the model is touched, for a file that does not fit: a tensor missing,
-    unknown, twice, of another shape or not finite; another base; a variant that is not plain LoRA.
+    unknown, twice, of another shape or not finite; another base or start; a variant that is not
+    plain LoRA.
     """
     folder, name = find_adapter(path, name)
+    start = _read_start(folder)
+    _check_start(model, folder, start)
     where = str(folder / ADAPTER_CONFIG)
     layers = list_adaptable_layers(model)
     rename = legacy_name_mapper(model, layers)
@@ -157,6 +168,8 @@ def load_adapter(
         parts = sort_lora_tensors(model, file, str(folder / ADAPTER_WEIGHTS), layers, rename)
         check_modules(model, spec, set(parts), where)
         values = read_lora_values(file, str(folder / ADAPTER_WEIGHTS), spec, layers, parts)
+    if start is not None and get_bank(model, create=True).start is None:
+        load_start(model, start.path, other_base=other_base)
     adapter = attach(model, spec, name, modules=[p for p in layers if p in parts])
     with torch.no_grad():
         for key, view in adapter.tensors().items():
@@ -166,6 +179,66 @@ def load_adapter(
         slot.A.requires_grad_(trainable)
         slot.B.requires_grad_(trainable)
     return adapter
+
+
+def load_start(model: nn.Module, path: str | Path, *, other_base: bool = False) -> Adapter:
+    """Load an adapter, with those that it was trained over, and make it a part of the frozen base
+    (`AdapterBank.move_to_base`): what is attached next is trained over it. Raises what
+    `load_adapter` raises.
+    """
+    folder, _ = find_adapter(path)
+    bank = get_bank(model, create=True)
+    name = next(n for n in (f"start-{i}" for i in range(1, 2 + len(bank.base_adapters)))
+                if n not in bank.base_adapters)  # fmt: skip
+    load_adapter(model, folder, name, trainable=False, other_base=other_base)
+    origin = AdapterOrigin(str(folder.resolve()), file_digest(folder / ADAPTER_WEIGHTS))
+    return bank.move_to_base(name, origin)
+
+
+def _read_start(folder: Path) -> AdapterOrigin | None:
+    """The adapter that one in ``folder`` was trained over, as its files say. Raises ModelError
+    where they say half of it."""
+    facts = folder / ADAPTER_FACTS
+    said = read_adapter_json(facts).get("start") if facts.is_file() else None
+    over = read_adapter_json(folder / ADAPTER_CONFIG).get("peft_type") == OVER_ADAPTER
+    if said is None and not over:
+        return None
+    if not (over and isinstance(said, dict) and all(isinstance(said.get(k), str) for k in _ORIGIN)):
+        raise ModelError(
+            f"{facts}: the adapter was trained over another one, and start must say which (path and sha256)"
+        )
+    return AdapterOrigin(said["path"], said["sha256"])
+
+
+def _check_start(model: nn.Module, folder: Path, start: AdapterOrigin | None) -> None:
+    """Refuse an adapter over another start than the model has. Raises ModelError."""
+    bank = get_bank(model, create=True)
+    if bank.start is not None:
+        if start is None or start.sha256 != bank.start.sha256:
+            over = "the bare base" if start is None else f"the adapter {start.path}"
+            raise ModelError(
+                f"{folder}: this adapter was trained over {over}, and the model stands on {bank.start.path}; "
+                "open it on its own start"
+            )
+        return
+    if start is None:
+        return
+    if bank.adapters:
+        raise ModelError(
+            f"{folder}: this adapter was trained over the adapter {start.path}, and the model has "
+            f"{', '.join(bank.adapters)} on the bare base; open it by itself"
+        )
+    weights = Path(start.path) / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise ModelError(
+            f"{folder}: this adapter was trained over the adapter {start.path}, which is not there; put it "
+            f"back (SHA-256 of its {ADAPTER_WEIGHTS}: {start.sha256[:16]}...)"
+        )
+    if (found := file_digest(weights)) != start.sha256:
+        raise ModelError(
+            f"{weights}: not the adapter that {folder} was trained over (SHA-256 {found[:16]}..., "
+            f"then {start.sha256[:16]}...); without it the model would be another"
+        )
 
 
 def find_adapter(path: str | Path, name: str | None = None) -> tuple[Path, str]:
