@@ -187,12 +187,13 @@ def load_start(model: nn.Module, path: str | Path, *, other_base: bool = False) 
     `load_adapter` raises.
     """
     folder, _ = find_adapter(path)
-    bank = get_bank(model, create=True)
-    name = next(n for n in (f"start-{i}" for i in range(1, 2 + len(bank.base_adapters)))
-                if n not in bank.base_adapters)  # fmt: skip
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise ModelError(f"{folder} has no {ADAPTER_WEIGHTS}; only such an adapter can be a start")
+    origin = AdapterOrigin(str(folder.resolve()), file_digest(weights))
+    name = f"start-{origin.sha256[:12]}"  # unlike those it was itself trained over
     load_adapter(model, folder, name, trainable=False, other_base=other_base)
-    origin = AdapterOrigin(str(folder.resolve()), file_digest(folder / ADAPTER_WEIGHTS))
-    return bank.move_to_base(name, origin)
+    return get_bank(model).move_to_base(name, origin)
 
 
 def _read_start(folder: Path) -> AdapterOrigin | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
-from lorry.adapters.peft.files import load_adapter
+from lorry.adapters.peft.files import load_adapter, load_start
 from lorry.config.schema import ModelConfig
 from lorry.errors import ConfigError, ModelError
 from lorry.models.causal_lm import CausalLM
@@ -37,10 +37,17 @@ class OpenedModel:
 
 
 def open_model(
-    config: ModelConfig, notes: list[str], *, adapters: Sequence[str] = ()
+    config: ModelConfig,
+    notes: list[str],
+    *,
+    adapters: Sequence[str] = (),
+    as_start: bool = False,
 ) -> OpenedModel:
     """Load the base and every adapter named: that of `config.name` if it is a run,
     `config.adapter`, and ``adapters``.
+
+    ``as_start``: they become a part of the frozen base, under every mix (`AdapterBank.move_to_base`);
+    there may be one.
 
     A run's own tokenizer and chat template go before those of its base. Raises ModelError if
     anything is missing, damaged or belongs to another base, ConfigError for a chat template file
@@ -68,7 +75,16 @@ def open_model(
         tokenizer.chat_template = _read_template(config.chat_template_path)
     places += beside
     names: list[str] = []
-    for place in (folder for p in places for folder in list_adapter_folders(Path(p))):
+    folders = [folder for p in places for folder in list_adapter_folders(Path(p))]
+    if as_start:
+        if len(folders) > 1:
+            raise ConfigError(
+                f"{config.name} holds several adapters ({', '.join(f.name for f in folders)}); name one of their folders"
+            )
+        for folder in folders:
+            load_start(loaded.model, folder)
+        return OpenedModel(loaded.model, tokenizer, loaded.source, [])
+    for place in folders:
         name = pick_adapter_name(place, names)
         load_adapter(loaded.model, place, name)
         names.append(name)

@@ -1,0 +1,180 @@
+"""An adapter that belongs to the frozen base, and one trained over it: the sum that a plain model
+with the first folded into its weights gives; files that no other reader takes for a whole adapter.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_native import native
+from torch import Tensor, nn
+
+from lorry.adapters.attach import attach, detach, get_bank, lora_parameters
+from lorry.adapters.layers import AMBIENT_CONTEXT
+from lorry.adapters.merge import merge, unmerge
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.adapters.peft.files import base_digest, load_adapter, load_start, save_adapter
+from lorry.adapters.spec import LoraSpec
+from lorry.disk.integrity import file_digest
+from lorry.errors import ContractError, ModelError
+
+START = LoraSpec(r=4, lora_dropout=0.5)
+NEW = LoraSpec(r=2, lora_alpha=3)
+
+
+@pytest.fixture
+def start(tiny: Any, shake: Any, tmp_path: Path, family: str) -> Path:
+    """A saved adapter of the family's tiny model."""
+    model = native(tiny(family))
+    attach(model, START)
+    shake(lora_parameters(model), 5)
+    save_adapter(model, tmp_path / "start")
+    return tmp_path / "start"
+
+
+def folded(model: nn.Module, start: Path) -> nn.Module:
+    """The plain model with the start's s B A added to its weights, by our own arithmetic."""
+    load_adapter(model, start, "start")
+    bank = get_bank(model)
+    with torch.no_grad():
+        for path, slot in bank["start"].slots.items():
+            layer = model.get_submodule(path)
+            delta = slot.scale * (slot.B.double() @ slot.A.double())
+            layer.weight.copy_(layer.weight.double() + (delta.t() if layer.transposed else delta))
+    detach(model, "start")
+    return model
+
+
+def with_new(model: nn.Module, shake: Any) -> nn.Module:
+    attach(model, NEW, "new")
+    shake(lora_parameters(model), 9)
+    return model
+
+
+def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    adapter = get_bank(model)["new"]
+    adapter.grads.zero_()
+    adapter.bind_grads()
+    model(ids).logits.square().mean().backward()
+    return {name: grad.clone() for name, grad in adapter.split_like(adapter.grads).items()}
+
+
+def test_the_start_is_under_every_mix(
+    family: str, start: Path, tiny: Any, ids: Tensor, logits: Any, shake: Any
+) -> None:
+    plain = with_new(folded(tiny(family), start), shake)
+    for model in (native(tiny(family)), tiny(family)):
+        bare = logits(model, ids)
+        load_start(model, start)
+        assert get_bank(model).names() == []
+        alone = logits(model, ids)
+        assert (alone - bare).abs().max() > 1e-2
+        with_new(model, shake)
+        torch.testing.assert_close(logits(model, ids), logits(plain, ids), rtol=1e-4, atol=2e-4)
+        theirs = gradients(plain, ids)
+        for name, grad in gradients(model, ids).items():
+            assert grad.any(), name
+            torch.testing.assert_close(grad, theirs[name], rtol=2e-3, atol=2e-4)
+        assert [p.shape for p in lora_parameters(model)] == [
+            p.shape for p in get_bank(model).parameters()
+        ]
+        get_bank(model).activate(Mix.none())
+        assert torch.equal(logits(model, ids), alone)  # dropped: the start, bit for bit
+        detach(model, "new")
+        assert torch.equal(logits(model, ids), alone)
+
+
+def test_merged_with_the_start(
+    family: str, start: Path, tiny: Any, ids: Tensor, logits: Any, shake: Any
+) -> None:
+    model = native(tiny(family))
+    load_start(model, start)
+    with_new(model, shake)
+    before = logits(model, ids)
+    merge(model)
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=2e-4)
+    with pytest.raises(ContractError, match="is merged"):
+        with_ambient(model, ids, Mix.one("new"))
+    unmerge(model)
+    assert torch.equal(logits(model, ids), before)
+
+
+def with_ambient(model: nn.Module, ids: Tensor, mix: Mix) -> Tensor:
+    token = AMBIENT_CONTEXT.set(AdapterContext(mix))
+    try:
+        return model(ids).logits
+    finally:
+        AMBIENT_CONTEXT.reset(token)
+
+
+def test_saved_and_opened_again(
+    family: str, start: Path, tiny: Any, ids: Tensor, logits: Any, shake: Any, tmp_path: Path
+) -> None:
+    model = native(tiny(family))
+    load_start(model, start)
+    save_adapter(with_new(model, shake), tmp_path / "new", "new")
+    facts = json.loads((tmp_path / "new/lorry_adapter.json").read_text())
+    assert facts["start"]["sha256"] == file_digest(start / "adapter_model.safetensors")
+    again = native(tiny(family))
+    load_adapter(again, tmp_path / "new")
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert base_digest(again) == base_digest(tiny(family))  # the base's own, as ever
+    third = native(tiny(family))  # a start that has a start
+    load_start(third, tmp_path / "new")
+    assert torch.equal(logits(third, ids), logits(model, ids))
+    assert len(get_bank(third).base_adapters) == 2
+
+
+def test_other_readers_refuse_it(tiny: Any, shake: Any, tmp_path: Path) -> None:
+    """PEFT would open it over the bare base, where it is another model."""
+    from peft import PeftModel
+
+    model = tiny("llama")
+    attach(model, START)
+    shake(lora_parameters(model), 5)
+    save_adapter(model, tmp_path / "start")
+    model = tiny("llama")
+    load_start(model, tmp_path / "start")
+    save_adapter(with_new(model, shake), tmp_path / "new", "new")
+    with pytest.raises((KeyError, ValueError, TypeError)):
+        PeftModel.from_pretrained(tiny("llama"), tmp_path / "new")
+
+
+def test_another_start_is_refused(tiny: Any, shake: Any, tmp_path: Path, saved: Path) -> None:
+    model = tiny("llama")
+    load_start(model, saved)
+    save_adapter(with_new(model, shake), tmp_path / "new", "new")
+    other = tiny("llama")
+    attach(other, START)
+    with pytest.raises(ModelError, match="on the bare base; open it by itself"):
+        load_adapter(other, tmp_path / "new", "second")
+    save_adapter(other, tmp_path / "other")
+    other = tiny("llama")
+    load_start(other, tmp_path / "other")
+    with pytest.raises(ModelError, match="open it on its own start"):
+        load_adapter(other, tmp_path / "new", "second")
+    with pytest.raises(ModelError, match="over the bare base"):
+        load_adapter(other, saved, "third")
+    weights = saved / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ModelError, match="not the adapter that"):
+        load_adapter(tiny("llama"), tmp_path / "new")
+    weights.unlink()
+    with pytest.raises(ModelError, match="which is not there"):
+        load_adapter(tiny("llama"), tmp_path / "new")
+
+
+def test_half_a_start_is_refused(tiny: Any, shake: Any, tmp_path: Path, saved: Path) -> None:
+    model = tiny("llama")
+    load_start(model, saved)
+    save_adapter(with_new(model, shake), tmp_path / "new", "new")
+    facts = tmp_path / "new/lorry_adapter.json"
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "start": {"path": "x"}}))
+    with pytest.raises(ModelError, match="start must say which"):
+        load_adapter(tiny("llama"), tmp_path / "new")
