@@ -15,15 +15,15 @@ from lorry.config.parsing.sizes import parse_size, size_in_words
 from lorry.config.schema import LoraConfig
 from lorry.errors import ConfigError
 from lorry.plan.adapters import plan_adapter
-from lorry.plan.known import KNOWN_CONFIGS
-from lorry.plan.memory import PRECISIONS, MemoryEstimate, MemorySetup, estimate_memory
-from lorry.plan.search import batch_splits, powers_of_two
-from lorry.plan.settle import (
+from lorry.plan.choices import (
     find_fitting_choice,
     no_choice_fits_error,
     open_choices,
     single_device_memory,
 )
+from lorry.plan.known import KNOWN_CONFIGS
+from lorry.plan.memory import PRECISIONS, MemoryEstimate, MemorySetup, estimate_memory
+from lorry.plan.search import batch_splits, powers_of_two
 from lorry.plan.shapes import ModelShape, read_model_shape
 
 SHAPES = {
@@ -147,7 +147,7 @@ def test_the_first_that_fits_is_taken_and_all_before_it_do_not(
     assert (found.best.choice if found.best else None) == (fitting[0] if fitting else None)
     if found.best:
         assert found.best.choice.rank == max(o.rank for o in fitting)
-        assert all(t.memory.total > limit and t.broke for t in found.tried[:-1])
+        assert all(t.memory.total > limit and t.overrun for t in found.tried[:-1])
     else:
         assert found.least.memory.total == min(bill(o).total for o in options)
 

@@ -101,17 +101,17 @@ def test_adapters_have_the_engines_size(name: str, lora: dict[str, Any]) -> None
     adapter = attach(model, LoraSpec(**described.model_dump(exclude={"adapter_name", "bias"})))
     planned = plan_adapter(read_model_shape(VARIANTS[name]), described, 4)
     assert planned.parameters == adapter.values.numel()
-    assert {s.path for s in planned.sittings} == set(adapter.slots)
+    assert {s.path for s in planned.matrices} == set(adapter.slots)
 
 
 def test_ranks_by_pattern_and_what_is_left_out() -> None:
     lora = LoraConfig.model_validate(
         {"r": 4, "rank_pattern": {"q_proj": 16}, "exclude_modules": ["down_proj", "up_proj"]}
     )
-    sittings = plan_adapter(read_model_shape(VARIANTS["llama"]), lora, 4).sittings
-    assert {s.rank for s in sittings if s.path.endswith("q_proj")} == {16}
-    assert {s.rank for s in sittings if not s.path.endswith("q_proj")} == {4}
-    assert not [s for s in sittings if s.path.endswith(("down_proj", "up_proj"))]
+    matrices = plan_adapter(read_model_shape(VARIANTS["llama"]), lora, 4).matrices
+    assert {s.rank for s in matrices if s.path.endswith("q_proj")} == {16}
+    assert {s.rank for s in matrices if not s.path.endswith("q_proj")} == {4}
+    assert not [s for s in matrices if s.path.endswith(("down_proj", "up_proj"))]
 
 
 @pytest.mark.parametrize(

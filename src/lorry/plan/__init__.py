@@ -2,6 +2,6 @@
 alone. No torch here.
 
 shapes (a config's matrices) -> adapters (which of them, at which rank) -> memory, flops, parallel
--> search -> run (all of it for one run description). Every number that was measured rather than
+-> search -> choices (what one run description leaves open) -> report. Every number that was measured rather than
 derived is in `constants`.
 """

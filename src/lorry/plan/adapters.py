@@ -35,33 +35,34 @@ class AdaptedMatrix:
 class PlannedAdapter:
     """All of an adapter's matrices."""
 
-    sittings: tuple[AdaptedMatrix, ...]
+    matrices: tuple[AdaptedMatrix, ...]
 
     @property
     def parameters(self) -> int:
         """P of the floor."""
-        return sum(s.parameters for s in self.sittings)
+        return sum(s.parameters for s in self.matrices)
 
     @property
     def lowest(self) -> int:
         """The first layer that runs backward: the lowest adapted one; 0 when the embedding is, past
         the last when no layer is.
         """
-        layers = [s.layer for s in self.sittings if s.layer is not None]
+        layers = [s.layer for s in self.matrices if s.layer is not None]
         if any(
             s.layer is None and s.site is None and s.path.endswith(EMBEDDING_NAMES)
-            for s in self.sittings
+            for s in self.matrices
         ):
             return 0
+        # past the last of any model: an adapter on the head alone needs no layer's backward
         return min(layers, default=1 << 30)
 
     def ranks(self, layer: int, site: Site | None = None) -> list[int]:
         """Ranks of a layer's adapted matrices, of one site or of all."""
-        return [s.rank for s in self.sittings if s.layer == layer and site in (None, s.site)]
+        return [s.rank for s in self.matrices if s.layer == layer and site in (None, s.site)]
 
-    def head(self) -> bool:
+    def adapts_head(self) -> bool:
         """Whether the output head is adapted: its scores are then recomputed in backward."""
-        return any(s.layer is None and not s.path.endswith(EMBEDDING_NAMES) for s in self.sittings)
+        return any(s.layer is None and not s.path.endswith(EMBEDDING_NAMES) for s in self.matrices)
 
 
 EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in")
@@ -113,7 +114,7 @@ def _targeted_matrices(
     wanted, excluded = lora.target_modules, lora.exclude_modules
     if isinstance(wanted, str):
         chosen = (
-            inner
+            inner  # "all-linear" is every linear of the layers; never the head, as in PEFT
             if wanted in ("auto", "all-linear")
             else [s for p, s in every.items() if re.fullmatch(wanted, p)]
         )
@@ -137,12 +138,13 @@ def _targeted_matrices(
     return [s for s in chosen if not any(_ends_with(s.path, e) for e in excluded or ())]
 
 
-def _with_pattern_rank(sitting: AdaptedMatrix, lora: LoraConfig) -> AdaptedMatrix:
+def _with_pattern_rank(matrix: AdaptedMatrix, lora: LoraConfig) -> AdaptedMatrix:
     """The rank that `rank_pattern` gives this matrix, as PEFT reads it."""
     for key, rank in lora.rank_pattern.items():
-        if re.match(rf"(.*\.)?({key})$", sitting.path):
-            return AdaptedMatrix(**{**vars(sitting), "rank": rank})
-    return sitting
+        # the first pattern that matches counts, at the end of a name or as a regular expression
+        if re.match(rf"(.*\.)?({key})$", matrix.path):
+            return AdaptedMatrix(**{**vars(matrix), "rank": rank})
+    return matrix
 
 
 def _ends_with(path: str, name: str) -> bool:
@@ -157,5 +159,5 @@ def largest_rank(shape: ModelShape, lora: LoraConfig, most: int = 256) -> int:
     """The largest power of two that is no larger than any adapted matrix's smaller side: beyond it
     a rank adds nothing.
     """
-    smaller = min(min(s.inputs, s.outputs) for s in plan_adapter(shape, lora, 1).sittings)
+    smaller = min(min(s.inputs, s.outputs) for s in plan_adapter(shape, lora, 1).matrices)
     return 1 << (min(most, smaller).bit_length() - 1)

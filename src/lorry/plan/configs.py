@@ -36,6 +36,7 @@ def find_config(name: str, *, revision: str | None = None) -> FoundConfig:
     comes near.
     """
     path = Path(name).expanduser()
+    # a well-known name stays one beside a folder that happens to have it; ./NAME is the folder
     if path.is_dir() and name not in KNOWN_CONFIGS:
         return _directory_config(path)
     if name.lower() in KNOWN_CONFIGS:
@@ -66,6 +67,8 @@ def _directory_config(path: Path) -> FoundConfig:
         raise ModelError(
             f"{path / ADAPTER_CONFIG}: no base_model_name_or_path and r; this is not a LoRA adapter"
         )
+    # an adapter may name a converted model that another machine's cache holds: its shape is
+    # that of the well-known model it was converted from
     cached = DIGEST_SUFFIX.fullmatch(Path(base).name)
     known = cached is not None and not Path(base).is_dir() and cached[1] in KNOWN_CONFIGS
     return replace(find_config(cached[1] if known and cached else base), adapter_rank=rank)
@@ -79,6 +82,7 @@ def _hub_config(name: str, revision: str | None) -> FoundConfig:
     try:
         file = hf_hub_download(name, "config.json", revision=revision)
     except (OSError, HFValidationError) as e:
+        # the hub's errors run over several lines; the first has the cause
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(
             f"no config of {name!r}: no such directory here, no well-known name{suggest_nearest(name.lower(), KNOWN_CONFIGS)}, and the hub does "
@@ -89,4 +93,5 @@ def _hub_config(name: str, revision: str | None) -> FoundConfig:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """A JSON object of bounded size. Raises ModelError with file and line."""
+    # transformers writes Infinity into some configs (`time_step_limit` of Mamba)
     return documents.read_object(path, error=ModelError, nonfinite=True, largest=10**40)

@@ -16,8 +16,8 @@ MIB, GIB = 2**20, 2**30
 LIBRARY_BYTES = {"cpu": 400 * MIB, "cuda": 600 * MIB}
 
 # What the first step loads besides, as steps of a model of two tiny layers show it: torch's
-# compiler front end (for AdamW),
-# the kernels oneDNN compiles for bfloat16 and their scratch space; cuBLAS's workspace on CUDA.
+# compiler front end (for AdamW), the kernels oneDNN compiles for bfloat16 and their scratch space;
+# cuBLAS's workspace on CUDA.
 RUNTIME_BYTES = {"cpu": 100 * MIB, "cuda": 64 * MIB}
 COMPILED_BYTES = 20 * MIB  # those of oneDNN
 
@@ -26,22 +26,18 @@ COMPILED_BYTES = 20 * MIB  # those of oneDNN
 VARIED_LENGTH_BYTES = 80 * MIB
 
 # What the allocator holds beyond what is in use. CUDA: a share of everything that comes and goes
-# (blocks are rounded to 2 MiB and
-# split). CPU: gaps in glibc's heap, counted in buffers of [T, widest side of a layer]: large blocks
-# are kept there
-# (train/resources/peak.py), and an aligned request does not fit into a freed block of its own size
-# (glibc 2.36). Every layer leaves about
-# one between its lasting buffers, and the temporaries of a layer's backward leave some more; fewer
-# with recompute.
+# (blocks are rounded to 2 MiB and split). CPU: gaps in glibc's heap, counted in buffers of [T,
+# widest side of a layer]: large blocks are kept there (train/resources/peak.py), and an aligned
+# request does not fit into a freed block of its own size (glibc 2.36). Every layer leaves about one
+# between its lasting buffers, and the temporaries of a layer's backward leave some more; fewer with
+# recompute.
 ALLOCATOR_SLACK = {"cpu": 0.02, "cuda": 0.06}
 GAPS_PER_LAYER = 1.0
 ALLOCATOR_GAPS = {"none": 18.0, "full": 3.0}
 # Fewer where what passes between two lasting buffers leaves room for one of them
-# (models/decoder/pointwise.py,
-# `empty_scratch_like`): RMS norms. Measured in float32 on a processor without matrix tiles (AMD EPYC,
-# AVX2);
-# the numbers above are of bfloat16 on AMX from before that, and stay its upper bound until measured
-# there.
+# (models/decoder/pointwise.py, `empty_scratch_like`): RMS norms. Measured in float32 on a processor
+# without matrix tiles (AMD EPYC, AVX2); the numbers above are of bfloat16 on AMX from before that,
+# and stay its upper bound until measured there.
 FEWER_GAPS = {"none": 5.0, "full": 3.0}
 
 # Of transformers' own code, run by autograd: the workspace of a layer's backward relative to that
@@ -49,9 +45,8 @@ FEWER_GAPS = {"none": 5.0, "full": 3.0}
 PLAIN_WORKSPACE = 2.0
 
 # --- copied from the engine, which tests hold to it: head widths of the attention kernel; rows and
-# logits of a pass over the
-# vocabulary, rows of a chunk when the head is adapted, and how many copies of such a chunk of
-# logits are alive.
+# logits of a pass over the vocabulary, rows of a chunk when the head is adapted, and how many
+# copies of such a chunk of logits are alive.
 KERNEL_WIDTHS = (32, 64, 96, 128)
 SCORE_GROUP, SCORE_TILE = 1024, 1 << 21
 SCORE_CHUNK, CHUNK_COPIES = 256, 3

@@ -35,12 +35,14 @@ class TokenFlops:
 def count_flops(shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup) -> TokenFlops:
     """Of one token in a sequence of ``setup.length``."""
     g = shape.geometry
+    # the head's gradient always runs: the loss is behind it
     share = (g.layers - min(adapter.lowest, g.layers)) / g.layers  # layers that run backward
     body, head, p = 2 * shape.active_body, 2 * shape.head_size, adapter.parameters
     # q k^T and p v over half the square, 2 FLOPs each
     scores = g.layers * shape.queries * setup.length
     forward = body + head + 2 * scores + 2 * p
     backward = int(share * (body + 5 * scores)) + head + 4 * p
+    # the head is scored once whatever is recomputed, so it is not in here
     again = int(share * (body + 2 * scores)) + 2 * p if setup.recompute == "full" else 0
     return TokenFlops(
         forward=forward,

@@ -31,6 +31,7 @@ class GpuSpec:
     rate: float
 
 
+# below the nominal size: what the driver and ECC keep is gone before a process starts
 GPUS = {
     "a100-40gb": GpuSpec(int(39.4 * GIB), 312e12),
     "a100-80gb": GpuSpec(int(79.2 * GIB), 312e12),
@@ -69,6 +70,7 @@ def processor_name() -> str:
 
 def available_threads() -> int:
     """CPU threads this process may use."""
+    # not os.cpu_count(): a container or taskset may leave this process fewer
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -79,6 +81,7 @@ def machine_identity(device: str, precision: str, threads_asked: int | None) -> 
     A processor's name alone says little: cloud machines of one name differ in instruction sets,
     cores and neighbours. ``threads_asked``: None, as many as torch takes by itself. Raises nothing.
     """
+    # a digest: the flags are some 150 words, and only their being equal counts
     flags = hashlib.sha256(" ".join(sorted(_processor_flags())).encode()).hexdigest()[:16]
     return {
         "host": platform.node(),
@@ -103,7 +106,7 @@ def machine_identity(device: str, precision: str, threads_asked: int | None) -> 
 def list_gpus() -> list[str]:
     """Names of the GPUs that the NVIDIA driver lists."""
     try:
-        texts = [(one / "information").read_text() for one in sorted(NVIDIA_GPUS.iterdir())]
+        texts = [(gpu / "information").read_text() for gpu in sorted(NVIDIA_GPUS.iterdir())]
     except OSError:
         return []
     lines = [line for text in texts for line in text.splitlines()]
@@ -129,6 +132,7 @@ def load_average() -> float | None:
 def _processor_flags() -> set[str]:
     """The processor's features, as the kernel of the system lists them."""
     listed = " ".join(_cpuinfo_values("flags", "Features")).split()
+    # Apple's chips have no /proc/cpuinfo, and all that torch runs on have bf16
     return set(listed) if CPUINFO.exists() else {"bf16"} if platform.machine() == "arm64" else set()
 
 

@@ -39,9 +39,8 @@ PRECISIONS: tuple[PrecisionName, ...] = ("float32", "bfloat16", "float16", "int8
 TRAINABLE_PRECISIONS: tuple[PrecisionName, ...] = ("float32", "bfloat16", "float16")
 
 # Bytes per weight of a layer's matrices. int8: one fp32 scale per output row, counted apart. nf4,
-# fp4: blocks of 64 with an
-# absmax, itself quantised to 8 bits in blocks of 256 (Dettmers et al. 2023): (8 + 32/256) / 64 =
-# 0.127 bits a weight.
+# fp4: blocks of 64 with an absmax, itself quantised to 8 bits in blocks of 256 (Dettmers et al.
+# 2023, QLoRA): (8 + 32/256) / 64 = 0.127 bits a weight.
 FOUR_BIT = (4 + (8 + 32 / 256) / 64) / 8
 WEIGHT_BYTES: dict[PrecisionName, float] = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": FOUR_BIT, "fp4": FOUR_BIT,
@@ -76,7 +75,7 @@ class MemoryComponent:
 
     name: str
     bytes: int
-    what: str
+    words: str
 
 
 @dataclass(frozen=True)
@@ -126,15 +125,47 @@ def estimate_memory(
     shape: ModelShape, adapter: PlannedAdapter, setup: MemorySetup
 ) -> MemoryEstimate:
     """The peak of training steps on one device."""
-    g, path = shape.geometry, layer_path(shape)
+    g = shape.geometry
     layers = range(adapter.lowest, g.layers)  # nothing is kept below the lowest adapter
-    saved = setup.tokens * saved_bytes_per_token(shape, adapter, setup, layers)
-    scores = score_workspace(shape, setup, adapter)
-    step = max(scores, layer_workspace(shape, setup))
-    weights = int(
-        g.layers * layer_weights(shape, setup.precision) + shape.final_norm * setup.element
+    return tabulate_memory(
+        shape,
+        setup,
+        adapter,
+        base_weights=int(
+            g.layers * layer_weights(shape, setup.precision) + shape.final_norm * setup.element
+        ),
+        base_words=f"{g.layers} layers in {setup.precision}",
+        vocabulary=vocabulary_weights(shape, setup),
+        vocabulary_words="embedding" + (" (tied)" if g.tied else " and head"),
+        adapter_words="values: fp32, gradients, a copy",
+        scores=score_workspace(shape, setup, adapter),
+        layer_backward=layer_workspace(shape, setup),
+        saved=setup.tokens * saved_bytes_per_token(shape, adapter, setup, layers),
+        saved_words=f"kept by {len(layers)} layers for backward",
     )
-    slack = allocator_overhead(shape, setup, saved + step)
+
+
+def tabulate_memory(
+    shape: ModelShape,
+    setup: MemorySetup,
+    adapter: PlannedAdapter,
+    *,
+    base_weights: int,
+    base_words: str,
+    vocabulary: int,
+    vocabulary_words: str,
+    adapter_words: str,
+    scores: int,
+    layer_backward: int,
+    saved: int,
+    saved_words: str,
+) -> MemoryEstimate:
+    """The table of one device, be it alone or a stage of a pipeline: every component once, in this
+    order. Sizes in bytes; ``adapter``: what of it lies on this device; ``scores`` and
+    ``layer_backward``: workspaces of the vocabulary product and of one layer.
+    """
+    # never alive together: the scores are done before the first layer runs backward
+    workspace = max(scores, layer_backward)
     return MemoryEstimate(
         (
             MemoryComponent(
@@ -147,30 +178,31 @@ def estimate_memory(
                 runtime_bytes(setup),
                 "what the first step loads: kernels, their scratch space",
             ),
-            MemoryComponent("base weights", weights, f"{g.layers} layers in {setup.precision}"),
-            MemoryComponent(
-                "vocabulary",
-                vocabulary_weights(shape, setup),
-                "embedding" + (" (tied)" if g.tied else " and head"),
-            ),
+            MemoryComponent("base weights", base_weights, base_words),
+            MemoryComponent("vocabulary", vocabulary, vocabulary_words),
             MemoryComponent(
                 "adapter",
                 adapter_bytes(adapter, setup),
-                f"{adapter.parameters / 1e6:.2f}M values: fp32, gradients, a copy",
+                f"{adapter.parameters / 1e6:.2f}M {adapter_words}",
             ),
             MemoryComponent(
                 "optimizer", MOMENT_BYTES * adapter.parameters, "AdamW's two moments, fp32"
             ),
             MemoryComponent(
                 "workspace",
-                step,
-                "the vocabulary product" if step == scores else "one layer's backward",
+                workspace,
+                "the vocabulary product" if workspace == scores else "one layer's backward",
             ),
-            MemoryComponent("allocator", slack, "gaps between buffers that come and go"),
+            MemoryComponent(
+                "allocator",
+                allocator_overhead(shape, setup, saved + workspace),
+                "gaps between buffers that come and go",
+            ),
+            # last, so that a budget that a smaller micro-batch would meet breaks here (`breaks`)
             MemoryComponent(
                 "activations",
                 saved,
-                f"kept by {len(layers)} layers for backward ({path}, recompute {setup.recompute})",
+                f"{saved_words} ({layer_path(shape)}, recompute {setup.recompute})",
             ),
         )
     )
@@ -181,6 +213,7 @@ def estimate_memory(
 
 def runtime_bytes(setup: MemorySetup) -> int:
     """What steps load and compile."""
+    # oneDNN compiles a product for every new shape in bfloat16 only; float32 has ready-made ones
     if setup.device == "cuda" or setup.precision == "float32":
         return RUNTIME_BYTES[setup.device]
     return RUNTIME_BYTES["cpu"] + COMPILED_BYTES + (VARIED_LENGTH_BYTES if setup.whole else 0)
@@ -260,7 +293,7 @@ def _fused_elements(shape: ModelShape, setup: MemorySetup) -> tuple[int, int]:
     not serve: keys and values repeated for every query head, and normed queries and keys. A
     parallel residual has no state between attention and MLP.
     """
-    g, more = shape.geometry, 0
+    g, more = shape.geometry, 0  # more: elements per token that only torch's attention adds
     if not uses_attention_kernel(shape, setup):
         more += 2 * shape.queries if g.heads > g.kv_heads else 0
         more += shape.queries + shape.keys if shape.qk_norm else 0
@@ -276,6 +309,7 @@ def _plain_elements(shape: ModelShape, *, adapted: bool) -> tuple[int, int]:
     query head), its output, and the MLP's chain.
     """
     g, q = shape.geometry, shape.queries
+    # an RMS norm computes in fp32 and keeps that copy; a layer norm keeps its input as it came
     rms = shape.norm == "rms"
     read_by_norms = 0 if rms else (g.width if g.parallel_residual else 2 * g.width)
     wide = (2 * g.width if rms else 0) + ((q + shape.keys) if shape.qk_norm else 0)
@@ -291,8 +325,8 @@ def score_workspace(shape: ModelShape, setup: MemorySetup, adapter: PlannedAdapt
     (models/scoring/tiles.py). An adapted head makes whole rows, by chunks.
     """
     d, e = shape.geometry.width, setup.element
-    kept = 3 * setup.tokens * d * e
-    if adapter.head():
+    kept = 3 * setup.tokens * d * e  # the three [T, d] tensors named first
+    if adapter.adapts_head():
         return kept + CHUNK_COPIES * min(SCORE_CHUNK, setup.tokens) * shape.geometry.vocab * e
     rows = min(SCORE_GROUP, setup.tokens)
     return kept + min(SCORE_TILE, rows * shape.geometry.vocab) * e + rows * d * (3 * e + 8)
@@ -305,6 +339,7 @@ def layer_workspace(shape: ModelShape, setup: MemorySetup) -> int:
     """
     g, path = shape.geometry, layer_path(shape)
     f = g.mlp_width if shape.experts is None else shape.experts.active * g.mlp_width
+    # the two halves of a layer run backward one after the other, so the larger one counts
     mlp = (4 if shape.gated else 3) * f + 2 * g.width
     attention = 3 * shape.queries + 2 * shape.keys + 3 * g.width
     return int(
@@ -322,6 +357,7 @@ def allocator_overhead(shape: ModelShape, setup: MemorySetup, moving: int) -> in
     g = shape.geometry
     if setup.device == "cuda":
         return int(ALLOCATOR_SLACK["cuda"] * moving)
+    # [T, widest side]: gaps are counted in the largest buffer that comes and goes in every layer
     buffer = setup.tokens * max(g.width, shape.queries, g.mlp_width) * setup.element
     if shape.norm == "rms" and setup.precision == "float32" and layer_path(shape) == "fused":
         return int(ALLOCATOR_SLACK["cpu"] * moving + FEWER_GAPS[setup.recompute] * buffer)

@@ -14,21 +14,17 @@ from typing import Literal
 
 from lorry.errors import ConfigError
 from lorry.plan.adapters import AdaptedMatrix, PlannedAdapter
-from lorry.plan.constants import COMMUNICATION_BYTES, LIBRARY_BYTES
+from lorry.plan.constants import COMMUNICATION_BYTES
 from lorry.plan.memory import (
-    MOMENT_BYTES,
     MemoryComponent,
     MemoryEstimate,
     MemorySetup,
-    adapter_bytes,
-    allocator_overhead,
     estimate_memory,
-    layer_path,
     layer_weights,
     layer_workspace,
-    runtime_bytes,
     saved_bytes_per_token,
     score_workspace,
+    tabulate_memory,
 )
 from lorry.plan.shapes import ModelShape
 
@@ -100,7 +96,7 @@ def memory_per_gpu(
     check_split(split, shape)
     if split.processes == 1:
         return estimate_memory(shape, adapter, setup)
-    talk = MemoryComponent("communication", COMMUNICATION_BYTES, "NCCL's buffers")
+    communication = MemoryComponent("communication", COMMUNICATION_BYTES, "NCCL's buffers")
     if split.backend == "megatron":
         stages = [
             _stage_memory(shape, adapter, setup, split, accumulation, s)
@@ -111,7 +107,7 @@ def memory_per_gpu(
         fullest = estimate_memory(shape, adapter, setup)
         if split.backend == "fsdp":
             fullest = _sharded_memory(fullest, shape, setup, split.processes)
-    return MemoryEstimate((fullest.components[0], talk, *fullest.components[1:]))
+    return MemoryEstimate((fullest.components[0], communication, *fullest.components[1:]))
 
 
 def _sharded_memory(
@@ -120,7 +116,7 @@ def _sharded_memory(
     """FSDP2: every GPU holds its share of the base, two layers gathered, and the embedding and
     head, which stay gathered.
     """
-    one = layer_weights(shape, setup.precision)
+    layer_bytes = layer_weights(shape, setup.precision)
     weights = next(c for c in whole.components if c.name == "base weights")
     vocabulary = next(c for c in whole.components if c.name == "vocabulary")
     share = (weights.bytes + vocabulary.bytes) // processes
@@ -130,7 +126,7 @@ def _sharded_memory(
         ),
         "vocabulary": MemoryComponent(
             "gathered",
-            int(GATHERED_LAYERS * one) + vocabulary.bytes,
+            int(GATHERED_LAYERS * layer_bytes) + vocabulary.bytes,
             f"{GATHERED_LAYERS} whole layers, embedding and head",
         ),
     }
@@ -147,60 +143,40 @@ def _stage_memory(
 ) -> MemoryEstimate:
     """One GPU of pipeline stage ``stage``."""
     t, first, last = split.tensor, stage == 0, stage == split.pipeline - 1
+    # whole layers, as even as they go: stage s has layers [L s / p, L (s + 1) / p)
     bounds = [shape.geometry.layers * s // split.pipeline for s in (stage, stage + 1)]
-    mine = range(*bounds)
-    flying = min(split.pipeline - stage, accumulation)
-    sittings = [
-        _local_matrix(s, t)
-        for s in adapter.sittings
-        if s.layer in mine or (s.layer is None and (first or last))
-    ]
-    part = PlannedAdapter(tuple(sittings))
-    kept = saved_bytes_per_token(
-        shape, adapter, setup, range(max(mine.start, adapter.lowest), mine.stop)
+    layers = range(*bounds)
+    # 1F1B: stage s runs p - s forward passes before its first backward frees one
+    in_flight = min(split.pipeline - stage, accumulation)
+    stage_adapter = PlannedAdapter(
+        tuple(
+            _local_matrix(matrix, t)
+            for matrix in adapter.matrices
+            if matrix.layer in layers or (matrix.layer is None and (first or last))
+        )
     )
-    saved = flying * setup.tokens * kept // t
-    scores = score_workspace(shape, setup, adapter) // t if last else 0
+    saved_per_token = saved_bytes_per_token(
+        shape, adapter, setup, range(max(layers.start, adapter.lowest), layers.stop)
+    )
+    # sequence parallel: a layer's input and its gradient are gathered whole, [T, d] each
     gathered = 2 * setup.tokens * shape.geometry.width * setup.element if t > 1 else 0
-    step = max(scores, layer_workspace(shape, setup) // t + gathered)
-    ends = (shape.embedding if first else 0) + (
+    # a tied head lies in memory once where one stage has both ends; else each end has its copy
+    vocabulary_weights = (shape.embedding if first else 0) + (
         shape.head_size if last and not (first and shape.geometry.tied) else 0
     )
-    slack, path = allocator_overhead(shape, setup, saved + step), layer_path(shape)
-    return MemoryEstimate(
-        (
-            MemoryComponent("libraries", LIBRARY_BYTES[setup.device], "CUDA context"),
-            MemoryComponent("runtime", runtime_bytes(setup), "cuBLAS's workspace"),
-            MemoryComponent(
-                "base weights",
-                int(len(mine) * _layer_bytes(shape, setup, split)),
-                f"stage {stage}: {len(mine)} layers / TP {t}",
-            ),
-            MemoryComponent(
-                "vocabulary",
-                ends * setup.element // t,
-                "embedding on the first stage, head on the last",
-            ),
-            MemoryComponent(
-                "adapter",
-                adapter_bytes(part, setup),
-                f"{part.parameters / 1e6:.2f}M values of this GPU",
-            ),
-            MemoryComponent(
-                "optimizer", MOMENT_BYTES * part.parameters, "AdamW's two moments, fp32"
-            ),
-            MemoryComponent(
-                "workspace",
-                step,
-                "the vocabulary product" if step == scores else "one layer's backward",
-            ),
-            MemoryComponent("allocator", slack, "gaps between buffers that come and go"),
-            MemoryComponent(
-                "activations",
-                saved,
-                f"{flying} micro-batches in flight ({path}, recompute {setup.recompute})",
-            ),
-        )
+    return tabulate_memory(
+        shape,
+        setup,
+        stage_adapter,
+        base_weights=int(len(layers) * _layer_bytes(shape, setup, split)),
+        base_words=f"stage {stage}: {len(layers)} layers / TP {t}",
+        vocabulary=vocabulary_weights * setup.element // t,
+        vocabulary_words="embedding on the first stage, head on the last",
+        adapter_words="values of this GPU",
+        scores=score_workspace(shape, setup, adapter) // t if last else 0,
+        layer_backward=layer_workspace(shape, setup) // t + gathered,
+        saved=in_flight * setup.tokens * saved_per_token // t,
+        saved_words=f"{in_flight} micro-batches in flight",
     )
 
 
@@ -208,18 +184,19 @@ def _layer_bytes(shape: ModelShape, setup: MemorySetup, split: ParallelSplit) ->
     """Bytes of one layer on one GPU: dense matrices over TP, experts over TP and EP."""
     whole = layer_weights(shape, setup.precision)
     matrices = shape.layer_linears + shape.layer_experts
+    # by their share of the weights: a layer's bytes are not kept apart by what they belong to
     experts = whole * shape.layer_experts / (matrices + shape.layer_small)
     return (whole - experts) / split.tensor + experts / (split.tensor * split.expert)
 
 
-def _local_matrix(sitting: AdaptedMatrix, tensor: int) -> AdaptedMatrix:
+def _local_matrix(matrix: AdaptedMatrix, tensor: int) -> AdaptedMatrix:
     """This GPU's part of an adapted matrix: row-parallel ones (out of attention or MLP) split their
     inputs, the rest outputs.
     """
-    row = sitting.site in ("attention.out", "mlp.out")
-    inputs = sitting.inputs // tensor if row else sitting.inputs
-    outputs = sitting.outputs if row else sitting.outputs // tensor
-    return AdaptedMatrix(**{**vars(sitting), "inputs": inputs, "outputs": outputs})
+    row_parallel = matrix.site in ("attention.out", "mlp.out")
+    inputs = matrix.inputs // tensor if row_parallel else matrix.inputs
+    outputs = matrix.outputs if row_parallel else matrix.outputs // tensor
+    return AdaptedMatrix(**{**vars(matrix), "inputs": inputs, "outputs": outputs})
 
 
 def pipeline_slowdown(split: ParallelSplit, accumulation: int) -> float:

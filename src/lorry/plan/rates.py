@@ -33,13 +33,11 @@ from lorry.plan.constants import STEP_EFFICIENCIES
 RATES_FORMAT = 2  # 1: {name of the processor: FLOP/s}, without when or how
 RATES_FILE = "rates.json"
 BUSY_LOAD = 0.1  # share of its time that a thread waited for a core; more: the machine was busy
-LIKE_FACTOR = (
-    3.0  # models and micro-batches whose steps reach like rates differ by at most this factor
-)
+# models and micro-batches whose steps reach like rates differ by at most this factor
+LIKE_FACTOR = 3.0
 SATURATED_TOKENS = 1024  # tokens of a micro-batch beyond which more of them bring no better rate
-FAR_FACTOR = (
-    2.5  # a run this many times off the rate that EFFICIENCY says contradicts the matrix rate
-)
+# a run this many times off the rate that STEP_EFFICIENCIES says contradicts the matrix rate
+FAR_FACTOR = 2.5
 MOST_RUNS, MOST_MACHINES = 16, 64  # kept in the file, the newest
 FASTEST_RATE = 1e18  # FLOP/s that no single machine reaches
 
@@ -126,6 +124,7 @@ class KnownRates:
 def contradicts_measurement(run: RunRate, matrix: RateMeasurement, device: str) -> bool:
     """Whether a run that ended after ``matrix`` was measured shows it to be wrong: faster than a
     step can be, or far from the usual share. A busy run can only show it to be too low."""
+    # both are UTC in one format, so text compares as time does
     if run.at <= matrix.at:
         return False
     usual = STEP_EFFICIENCIES["cuda" if device == "cuda" else "cpu", run.path] * matrix.rate
@@ -176,6 +175,7 @@ def keep_run_rate(identity: MachineIdentity, run: RunRate) -> None:
 
 
 def _write_rates(identity: MachineIdentity, what: KnownRates) -> None:
+    # behind all others: the list is cut from its front, so the machine used last stays longest
     others = [entry for entry in _read_entries() if entry.get("machine") != identity]
     matrix = None if what.matrix is None else asdict(what.matrix)
     mine = {"machine": dict(identity), "matrix": matrix, "runs": [asdict(run) for run in what.runs]}
@@ -207,8 +207,8 @@ def _known_from_entry(entry: Mapping[str, Any]) -> KnownRates:
         _read_measurement(entry.get("matrix")),
         [
             run
-            for one in (runs if isinstance(runs, list) else [])
-            if (run := _read_run_rate(one)) is not None
+            for value in (runs if isinstance(runs, list) else [])
+            if (run := _read_run_rate(value)) is not None
         ],
     )
 
@@ -259,6 +259,7 @@ def _is_count(value: Any) -> bool:
 
 def _is_time(value: Any) -> bool:
     try:
+        # without a time zone it could not be compared with one that has it
         return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
     except ValueError:
         return False

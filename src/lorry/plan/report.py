@@ -32,7 +32,7 @@ class RunPlan:
     """``memory`` is one device's. ``budget``: bytes it must fit, given or the device's own; None:
     nothing to fit.
 
-    ``found``: the search, if a memory_budget was given; ``instead``: what would fit a GPU's own
+    ``search``: the search, if a memory_budget was given; ``alternative``: what would fit a GPU's own
     memory. ``trainable`` False: this can be planned but not run here yet.
     """
 
@@ -48,8 +48,8 @@ class RunPlan:
     speed: StepSpeed | None
     budget: int | None
     budget_is: str
-    found: ChoiceSearchResult | None
-    instead: TriedChoice | None
+    search: ChoiceSearchResult | None
+    alternative: TriedChoice | None
     trainable: bool
     notes: list[str] = field(default_factory=list)
 
@@ -59,7 +59,7 @@ class RunPlan:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; bytes, FLOPs, seconds."""
-        tried = [] if self.found is None else self.found.tried
+        tried = [] if self.search is None else self.search.tried
         return {
             "model": self.model,
             "config": self.where,
@@ -77,9 +77,9 @@ class RunPlan:
             "flops_per_token": {**asdict(self.flops), "step": self.flops.step},
             "speed": None if self.speed is None else asdict(self.speed),
             "tried": [
-                {**asdict(t.choice), "total": t.memory.total, "passes_the_budget_at": t.broke}
+                {**asdict(t.choice), "total": t.memory.total, "passes_the_budget_at": t.overrun}
                 for t in tried
             ],
-            "instead": None if self.instead is None else asdict(self.instead.choice),
+            "instead": None if self.alternative is None else asdict(self.alternative.choice),
             "notes": self.notes,
         }

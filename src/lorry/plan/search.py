@@ -38,7 +38,7 @@ class TriedChoice:
 
     choice: PlanChoice
     memory: MemoryEstimate
-    broke: str | None
+    overrun: str | None
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def enumerate_choices(
             recompute=recompute,
             precision=precision,
         )
+        # the order of these loops is the order of preference; the innermost is given up first
         for precision in precisions
         for rank in sorted(ranks, reverse=True)
         for recompute in recomputes
@@ -78,14 +79,15 @@ def batch_splits(rows: int, accumulation: int) -> list[tuple[int, int]]:
     """Ways to make the same optimizer step of smaller micro-batches, by halving: (8, 1) -> (8, 1),
     (4, 2), (2, 4), (1, 8).
     """
-    found = [(rows, accumulation)]
-    while found[-1][0] % 2 == 0:
-        found.append((found[-1][0] // 2, found[-1][1] * 2))
-    return found
+    splits = [(rows, accumulation)]
+    # only while the rows halve evenly: rows x accumulation must stay what the run was told
+    while splits[-1][0] % 2 == 0:
+        splits.append((splits[-1][0] // 2, splits[-1][1] * 2))
+    return splits
 
 
 def powers_of_two(largest: int) -> list[int]:
-    """Powers of two."""
+    """1, 2, 4 ... up to ``largest``."""
     return [1 << i for i in range(largest.bit_length()) if 1 << i <= largest]
 
 
@@ -93,13 +95,14 @@ def search_choices(
     budget: int, options: Iterable[PlanChoice], need: Callable[[PlanChoice], MemoryEstimate]
 ) -> ChoiceSearchResult:
     """Try the options in their order. ``need`` gives a choice's memory."""
+    # all of them, though the first that fits is the answer: where none does, the leanest is named
     every = [
         TriedChoice(option, memory, _first_overrun(memory, budget))
         for option in options
         for memory in [need(option)]
     ]
     assert every, "a search needs at least one choice"
-    first = next((i for i, t in enumerate(every) if t.broke is None), None)
+    first = next((i for i, t in enumerate(every) if t.overrun is None), None)
     least = min(every, key=lambda t: t.memory.total)
     if first is None:
         return ChoiceSearchResult(None, tuple(every), least)

@@ -146,6 +146,7 @@ def read_model_shape(
     family = find_family(kind)
     reader, experts = family, None
     if family is None:
+        # sizes alone are read here, and nearly every newer architecture names them as Llama does
         reader, experts = (QWEN3 if kind == "qwen3_moe" else LLAMA), _read_experts(config)
     assert reader is not None
     why = _why_not_native(family, kind, config) if native else "native=false"
@@ -154,6 +155,7 @@ def read_model_shape(
             {"rope_parameters": {}, **config} if family else _plain_rotary(config)
         )
     except UnsupportedConfigError:
+        # a rotary rule that the decoder lacks: it changes no size, so the plan leaves it out
         geometry = reader.geometry(_plain_rotary(config))
     except KeyError as missing:
         raise ModelError(
@@ -162,6 +164,7 @@ def read_model_shape(
     except (ValueError, TypeError, ArithmeticError) as e:
         raise ModelError(f"{where}: unusable numbers ({type(e).__name__}: {e})") from e
     _check_geometry(geometry, where)
+    # the dense width of such a config is that of no matrix: experts bring their own
     if experts is not None:
         geometry = replace(geometry, mlp_width=experts.width)
     linears = tuple(

@@ -19,6 +19,14 @@ from lorry.console import VisibleConsole
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError
 from lorry.plan import machine, rates
+from lorry.plan.choices import (
+    MemoryOfChoice,
+    adapter_at_rank,
+    find_fitting_choice,
+    memory_setup,
+    no_choice_fits_error,
+    open_choices,
+)
 from lorry.plan.configs import FoundConfig, find_config
 from lorry.plan.flops import count_flops, step_efficiency
 from lorry.plan.memory import (
@@ -33,14 +41,6 @@ from lorry.plan.parallel import ParallelSplit, check_split, memory_per_gpu, pipe
 from lorry.plan.rates import RateMeasurement, RunRate
 from lorry.plan.report import RunPlan, StepSpeed
 from lorry.plan.search import ChoiceSearchResult, PlanChoice
-from lorry.plan.settle import (
-    MemoryOfChoice,
-    adapter_at_rank,
-    find_fitting_choice,
-    memory_setup,
-    no_choice_fits_error,
-    open_choices,
-)
 from lorry.plan.shapes import ModelShape, read_model_shape
 
 DEFAULT_GPU = "h100"
@@ -81,11 +81,11 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
         adapter_at_rank(settings, shape)(choice.rank),
     )
     budget, budget_is = _memory_budget(settings, gpu)
-    instead = None
+    alternative = None
     # a GPU's own memory: say what would fit it, without choosing it unasked
     if budget is not None and search is None:
         freed = settings.model_copy(update={"memory_budget": f"{budget}B"})
-        instead = find_fitting_choice(
+        alternative = find_fitting_choice(
             freed, open_choices(freed, shape, [choice.precision], rank=found.adapter_rank), need
         ).best
     return RunPlan(
@@ -101,8 +101,8 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
         speed=_step_speed(settings, shape, choice, device, split, gpu),
         budget=budget,
         budget_is=budget_is,
-        found=search,
-        instead=instead,
+        search=search,
+        alternative=alternative,
         trainable=_is_trainable(settings),
         notes=_plan_notes(settings, shape, found, choice),
     )
@@ -334,8 +334,8 @@ def print_plan(plan: RunPlan, console: VisibleConsole) -> None:
         f"{plan.model} ({size} parameters) on {where}: {plan.choice.words()}, up to {plan.setup.length} tokens a row"
     )
     console.print(_memory_table(plan.memory))
-    if plan.found is not None:
-        console.print(_search_table(plan.found))
+    if plan.search is not None:
+        console.print(_search_table(plan.search))
     for note in plan.notes:
         say(f"note: {note}")
     say(plan_verdict(plan))
@@ -344,7 +344,7 @@ def print_plan(plan: RunPlan, console: VisibleConsole) -> None:
 def _memory_table(memory: MemoryEstimate) -> Table:
     table = Table("component", Column("bytes", justify="right"), "what")
     for c in memory.components:
-        table.add_row(c.name, size_in_words(c.bytes), c.what)
+        table.add_row(c.name, size_in_words(c.bytes), c.words)
     table.add_section()
     table.add_row("peak", size_in_words(memory.total), "")
     return table
@@ -359,7 +359,7 @@ def _search_table(found: ChoiceSearchResult) -> Table:
         table.add_row(f"... {len(found.tried) - MAX_SHOWN_CHOICES} more do not fit", "", "")
     for tried in found.tried[-MAX_SHOWN_CHOICES:]:
         table.add_row(
-            tried.choice.words(), size_in_words(tried.memory.total), tried.broke or "fits"
+            tried.choice.words(), size_in_words(tried.memory.total), tried.overrun or "fits"
         )
     return table
 
@@ -372,9 +372,9 @@ def plan_verdict(plan: RunPlan) -> str:
         parts = [
             f"{'fits' if plan.fits else 'does not fit'} {plan.budget_is}: {need} of {size_in_words(plan.budget)}"
         ]
-    if not plan.fits and plan.instead is not None:
+    if not plan.fits and plan.alternative is not None:
         parts.append(
-            f"would fit with {plan.instead.choice.words()}: {size_in_words(plan.instead.memory.total)}"
+            f"would fit with {plan.alternative.choice.words()}: {size_in_words(plan.alternative.memory.total)}"
         )
     if plan.speed is not None:
         s = plan.speed

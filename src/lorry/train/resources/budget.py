@@ -13,14 +13,14 @@ from lorry.kernels.build import kernel_status
 from lorry.models.loading.describe import describe_model, read_model_json
 from lorry.models.loading.load import pick_device, pick_dtype
 from lorry.models.loading.sources import find_adapters_in, resolve_model
-from lorry.plan.memory import DeviceType
-from lorry.plan.search import PlanChoice
-from lorry.plan.settle import (
+from lorry.plan.choices import (
     find_fitting_choice,
     no_choice_fits_error,
     open_choices,
     single_device_memory,
 )
+from lorry.plan.memory import DeviceType
+from lorry.plan.search import PlanChoice
 from lorry.plan.shapes import read_model_shape
 from lorry.runs.layout import ADAPTER_CONFIG
 

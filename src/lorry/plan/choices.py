@@ -70,10 +70,10 @@ def adapter_at_rank(run: RunConfig, shape: ModelShape) -> Callable[[int], Planne
     lora = require_lora(run)
 
     @cache
-    def made(rank: int) -> PlannedAdapter:
+    def adapter(rank: int) -> PlannedAdapter:
         return plan_adapter(shape, lora, rank)
 
-    return made
+    return adapter
 
 
 def single_device_memory(
@@ -102,6 +102,7 @@ def open_choices(
         ranks = [rank if rank is not None else int(lora.r)]
     rows, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
     free = run.memory_budget is not None
+    # either field given fixes the split: half of what somebody asked for is not what they asked
     split = free and not (SPLIT_FIELDS & train.model_fields_set)
     recompute: list[RecomputeMode] = ["full" if train.gradient_checkpointing else "none"]
     if free and "gradient_checkpointing" not in train.model_fields_set:
@@ -126,7 +127,7 @@ def no_choice_fits_error(run: RunConfig, found: ChoiceSearchResult) -> ConfigErr
     """No choice fits: say so with the smallest budget that would do, and the largest part of it."""
     least, memory = found.least.choice, found.least.memory
     most = max(memory.components, key=lambda c: c.bytes)
-    enough = -(-memory.total // 2**20)
+    enough = -(-memory.total // 2**20)  # whole MiB, rounded up, so that the advice itself fits
     return ConfigError(
         f"memory_budget={run.memory_budget}: nothing fits. The leanest choice ({least.words()}) needs {size_in_words(memory.total)}, "
         f"{size_in_words(most.bytes)} of it {most.name}; give memory_budget={enough}MiB or more, a smaller model or max_length"
