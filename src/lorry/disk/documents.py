@@ -2,7 +2,7 @@
 refusal.
 
     settings = read_yaml(Path("runs/people/run.yaml"))
-    config = read_json(Path("model/config.json"), error=ModelError, nonfinite=True)
+    config = read_json_document(Path("model/config.json"), error=ModelError, nonfinite=True)
 
 The rule: **no file that came from elsewhere, or lay in a run directory, is parsed by anything
 else.** A parser of the standard library waits for ever at a FIFO, expands a few hundred bytes of
@@ -44,20 +44,18 @@ from lorry.errors import DataError, LorryError
 
 MOST_BYTES = 16 << 20  # of a JSON document: its values take some thirty times as much memory
 MOST_YAML = 2 << 20  # bytes; PyYAML reads a few hundred thousand a second
-DEEPEST_NESTING = (
-    64  # objects and lists inside each other; what walks the values afterwards may recurse
-)
+# objects and lists inside each other; what walks the values afterwards may recurse
+DEEPEST_NESTING = 64
 MOST_NODES = 1 << 18  # values of a YAML document, each alias counted as all that it stands for
 LARGEST_INTEGER_READ = 2**63 - 1  # what every other program holds an integer in
-MOST_DIGITS = (
-    4300  # Python converts no longer integer: the time grows with the square of the digits
-)
+# Python converts no longer integer: the time grows with the square of the digits
+MOST_DIGITS = 4300
 YAML_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 YAML_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 YAML_CORE_TAGS = {
     f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")
 }
-# said of a name that leads to no file
+# errno of a name that leads to no file
 ABSENT_ERRNOS = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -83,7 +81,10 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES, error: RefusalType = Da
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             raise error(f"{path} {NOT_REGULAR}")
+        # the descriptor that was looked at is the one that is read: the name may lead elsewhere by
+        # now
         with open(file, "rb", closefd=False) as opened:
+            # one byte more than allowed, so that a file that grows meanwhile is noticed, too
             raw = opened.read(most_bytes + 1)
     finally:
         os.close(file)
@@ -123,16 +124,16 @@ def read_object(
     read.
     """
     try:
-        found = read_json_document(path, error=error, nonfinite=nonfinite, largest=largest)
+        value = read_json_document(path, error=error, nonfinite=nonfinite, largest=largest)
     except OSError as e:
         if e.errno in ABSENT_ERRNOS:
             raise error(
                 f"{path} {absent}" if absent else f"{path}: cannot be read ({e.strerror})"
             ) from e
         raise DiskError(e.errno, e.strerror, str(path)) from e
-    if not isinstance(found, dict):
-        raise error(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def read_yaml(path: Path, *, error: RefusalType = DataError, most_bytes: int = MOST_YAML) -> Any:
@@ -181,8 +182,7 @@ def parse_json(
     except RecursionError:
         refuse("nested too deeply")
     # A value is walked only where its text may hold what is looked for: that costs more than
-    # parsing a short line
-    # decoded bytes hold no half character
+    # parsing a short line. Decoded bytes hold no half character unless one is escaped.
     deep, escaped = (
         text.count("[") + text.count("{") > DEEPEST_NESTING,
         "\\u" in text,
@@ -209,40 +209,45 @@ _DECODERS: dict[tuple[bool, int], json.JSONDecoder] = {}
 
 
 def _strict_decoder(nonfinite: bool, largest: int) -> json.JSONDecoder:
-    """A decoder that raises _NotStrict for whatever Python's own passes over. It holds nothing of a
+    """A decoder that raises _NotStrictError for what Python's own passes over. It holds nothing of a
     text, so it is shared.
     """
 
-    def whole(digits: str) -> int:
+    def parse_integer(digits: str) -> int:
         if len(digits) > MOST_DIGITS or abs(value := int(digits)) > largest:
             raise _NotStrictError(f"{_shorten(digits)} is too large for an integer", digits)
         return value
 
-    def real(digits: str) -> float:
+    def parse_float_strictly(digits: str) -> float:
+        # Python reads 1e999 as inf without a word
         value = float(digits)
         if math.isinf(value):
             raise _NotStrictError(f"{_shorten(digits)} is beyond what a float holds", digits)
         return value
 
-    def constant(name: str) -> float:
+    def parse_constant_strictly(name: str) -> float:
         if not nonfinite:
             raise _NotStrictError(f"{name} is no number of JSON", name)
         return float(name)
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            twice = first_repeated(key for key, _ in pairs)
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            repeated = first_repeated(key for key, _ in pairs)
             raise _NotStrictError(
-                f"{_shorten(repr(twice))} is given twice in one object; keep one",
-                json.dumps(twice),
+                f"{_shorten(repr(repeated))} is given twice in one object; keep one",
+                json.dumps(repeated),
                 last=True,
             )
-        return made
+        return values
 
-    float_of = None if nonfinite else real  # Python's own is faster, and metrics.jsonl has many
+    # Python's own float is faster, and metrics.jsonl has many
+    float_parser = None if nonfinite else parse_float_strictly
     return json.JSONDecoder(
-        parse_int=whole, parse_float=float_of, parse_constant=constant, object_pairs_hook=once
+        parse_int=parse_integer,
+        parse_float=float_parser,
+        parse_constant=parse_constant_strictly,
+        object_pairs_hook=unique_keys,
     )
 
 
@@ -258,7 +263,11 @@ def parse_yaml(
         if node is None:
             return None, None
         refuse_node(node, where, error)
+        # composed first and checked as a graph of nodes, where an alias still costs nothing; only
+        # then are values made of it
         return loader.construct_document(node), node
+    # PyYAML's own text shows the line of the file, which may be long or private; its problem is
+    # enough
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         raise error(
@@ -283,6 +292,7 @@ def refuse_node(root: yaml.Node, where: str, error: RefusalType) -> None:
     def measure(node: yaml.Node, depth: int) -> int:
         if id(node) in open_nodes:
             refuse(node, "an alias stands inside the very value that it names")
+        # measured once however often it is named, so a document of aliases takes linear time
         if id(node) in sizes:
             return sizes[id(node)]
         if depth > DEEPEST_NESTING:
@@ -300,6 +310,7 @@ def refuse_node(root: yaml.Node, where: str, error: RefusalType) -> None:
             size += sum(measure(value, depth + 1) for _, value in node.value)
         if size > MOST_NODES:
             refuse(node, f"its aliases stand for more than {MOST_NODES} values")
+        # closed only after its children: whoever meets it while it is open has found a circle
         open_nodes.discard(id(node))
         sizes[id(node)] = size
         return size
@@ -310,6 +321,7 @@ def refuse_node(root: yaml.Node, where: str, error: RefusalType) -> None:
 def _refuse_keys(node: yaml.MappingNode, refuse: Callable[[yaml.Node, str], NoReturn]) -> None:
     first: dict[str, int] = {}
     for key, _ in node.value:
+        # 1, null or a list as a key would be another key after a round trip through JSON
         if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
             refuse(key, "a key must be text")
         if key.value in first:
@@ -323,6 +335,7 @@ def _refuse_keys(node: yaml.MappingNode, refuse: Callable[[yaml.Node, str], NoRe
 class _YamlLoader(yaml.SafeLoader):
     """PyYAML's safe loader with the YAML 1.2 core schema."""
 
+    # empty: those of YAML 1.1 (no as false, 1_000, dates) would be inherited otherwise
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012, PyYAML's own class attribute
 
 
@@ -372,6 +385,7 @@ for _kind, _pattern, _first in (
 
 def _decode_document(raw: bytes, where: str, line: int, error: RefusalType) -> str:
     try:
+        # -sig: editors on Windows put a byte order mark before the text, which JSON refuses
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         broken = line + raw.count(b"\n", 0, e.start)
@@ -382,6 +396,7 @@ def _describe_unsound(root: Any) -> str:
     """Why a value of JSON is none that can be worked with, "" where it is: too deep, or half a
     character in a text.
     """
+    # breadth first, without recursion: the value may be deeper than Python's stack
     level, depth = [root], 0
     while level:
         if depth > DEEPEST_NESTING:

@@ -6,7 +6,7 @@ object, so that a test can fail any of them.
 
     write_files(run, {"adapter_config.json": config, "adapter_model.safetensors": weights})
     write_directory(Path("out"), {"state.safetensors": parts, "meta.json": text}, manifest=True)
-    with building(Path("merged")) as folder:
+    with build_directory(Path("merged")) as folder:
         model.save_pretrained(folder)
 
 One writer per target at a time: what an earlier, killed writer left beside it is put right by the
@@ -54,7 +54,7 @@ class DiskCalls:
         return os.lstat(path)
 
     def open_to_read(self, path: Path) -> int:
-        # which waits for nobody at a FIFO
+        # O_NONBLOCK waits for nobody at a FIFO
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def read(self, fd: int, size: int) -> bytes:
@@ -64,6 +64,7 @@ class DiskCalls:
         os.mkdir(path)
 
     def create(self, path: Path) -> int:
+        # O_EXCL: neither a file of somebody else nor what a link points to is ever written into
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def write(self, fd: int, data: memoryview) -> int:
@@ -87,10 +88,7 @@ class DiskCalls:
             os.fsync(fd)
         except OSError as e:
             # some network mounts cannot, and order their names themselves
-            if e.errno not in (
-                errno.EINVAL,
-                errno.ENOTSUP,
-            ):
+            if e.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
             os.close(fd)
@@ -122,8 +120,10 @@ def write_files(directory: Path, files: Mapping[str, FileContent]) -> None:
     with _name_path_in_errors(directory), _discard_on_error(*staged.values()):
         for name, content in files.items():
             _create_file(staged[name], content)
+        # only renames are left, and a rename needs no space: a full disk has failed above
         for name, temp in staged.items():
             disk.rename(temp, directory / name)
+        # a name is content of its directory: without this a power cut may undo the rename
         disk.fsync_dir(directory)
 
 
@@ -153,6 +153,7 @@ def build_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     with _replace_directory(target, replace) as folder:
         yield folder
         for path in sorted(folder.rglob("*")):
+            # what a link points to is not ours to open
             if path.is_file() and not path.is_symlink():
                 with _name_path_in_errors(path), _open_descriptor(path) as fd:
                     disk.fsync(fd)
@@ -183,6 +184,7 @@ def make_directory(path: Path, *, parents: bool = True) -> None:
         if os.path.isdir(path):
             return
         if parents:
+            # from the top down, so that each new name is durable before something lies under it
             make_directory(path.parent)
         disk.mkdir(path)
         disk.fsync_dir(path.parent)
@@ -211,11 +213,12 @@ def recover_writes(parent: Path, name: str | None = None) -> None:
     one back whose replacement never arrived, and remove the rest. Raises DiskError."""
     with _name_path_in_errors(parent):
         for entry in sorted(os.listdir(parent)):
-            left = _LEFTOVER.fullmatch(entry)
-            if left is None or name not in (None, left["name"]):
+            leftover = _LEFTOVER.fullmatch(entry)
+            if leftover is None or name not in (None, leftover["name"]):
                 continue
-            if left["kind"] == "old" and not os.path.lexists(parent / left["name"]):
-                disk.rename(parent / entry, parent / left["name"])
+            # the kill came between the two renames of `_move_in`: the old one is the only whole one
+            if leftover["kind"] == "old" and not os.path.lexists(parent / leftover["name"]):
+                disk.rename(parent / entry, parent / leftover["name"])
                 disk.fsync_dir(parent)
             else:
                 _remove_tree(parent / entry)
@@ -225,8 +228,8 @@ def replaced_name(entry: str) -> str | None:
     """The name a directory entry had before a replacement set it aside, or None for any other
     entry.
     """
-    left = _LEFTOVER.fullmatch(entry)
-    return left["name"] if left and left["kind"] == "old" else None
+    leftover = _LEFTOVER.fullmatch(entry)
+    return leftover["name"] if leftover and leftover["kind"] == "old" else None
 
 
 def sync_file(path: Path) -> int:
@@ -238,6 +241,7 @@ def sync_file(path: Path) -> int:
     with _name_path_in_errors(path), _open_descriptor(path) as fd:
         disk.fsync(fd)
         disk.fsync_dir(path.parent)
+        # of the open file, after its fsync: this many bytes are on the disk
         return os.fstat(fd).st_size
 
 
@@ -245,12 +249,12 @@ def truncate_file(path: Path, size: int) -> None:
     """Cut a growing file back to a size that ``sync_file`` returned. Raises DiskError, or
     ModelError when it is shorter.
     """
-    found = path.stat().st_size if path.exists() else 0
-    if found < size:
+    size_now = path.stat().st_size if path.exists() else 0
+    if size_now < size:
         raise ModelError(
-            f"{path}: {found} bytes, but {size} when the checkpoint was written; restore it or start a new run"
+            f"{path}: {size_now} bytes, but {size} when the checkpoint was written; restore it or start a new run"
         )
-    if found > size:
+    if size_now > size:
         with _name_path_in_errors(path), _open_descriptor(path) as fd:
             disk.truncate(fd, size)
             disk.fsync(fd)
@@ -275,6 +279,7 @@ def _discard_on_error(*temps: Path) -> Iterator[None]:
         for temp in temps:
             stack.callback(_remove_if_possible, temp)
         yield
+        # only reached without an error: then nothing is to be removed
         stack.pop_all()
 
 
@@ -288,6 +293,7 @@ def _open_descriptor(path: Path) -> Iterator[int]:
 
 
 def _temporary_path(target: Path, kind: str) -> Path:
+    # beside the target: a rename cannot cross file systems
     return target.with_name(f"{target.name}.{kind}.lorry-{os.getpid()}-{secrets.token_hex(4)}")
 
 
@@ -300,6 +306,8 @@ def _create_file(path: Path, content: FileContent) -> manifests.ManifestEntry:
         fd = disk.create(path)
         try:
             for part in [content] if isinstance(content, bytes) else content:
+                # a view, since write() may take a part only and weights are not to be copied for
+                # the rest
                 rest = memoryview(part)
                 digest.update(rest)
                 size += len(rest)
@@ -325,6 +333,7 @@ def _replace_directory(target: Path, replace: bool) -> Iterator[Path]:
             disk.mkdir(temp)
         yield temp
         with _name_path_in_errors(target):
+            # the deepest first: a folder is durable once the names in it are
             for folder, _, _ in os.walk(temp, topdown=False):
                 disk.fsync_dir(Path(folder))
             if replace:
@@ -346,6 +355,7 @@ def _move_to_free(temp: Path, target: Path) -> None:
     try:
         disk.rename(temp, target)
     except OSError as e:
+        # rename() itself is the test, so nobody can put something there between a look and the move
         if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise _target_exists_error(target) from None
         raise
@@ -353,18 +363,18 @@ def _move_to_free(temp: Path, target: Path) -> None:
 
 
 def _move_in(temp: Path, target: Path) -> None:
-    aside = _temporary_path(target, "old") if os.path.lexists(target) else None
-    if aside:
-        disk.rename(target, aside)
+    replaced = _temporary_path(target, "old") if os.path.lexists(target) else None
+    if replaced:
+        disk.rename(target, replaced)
     try:
         disk.rename(temp, target)
     except OSError:
-        if aside:
-            disk.rename(aside, target)
+        if replaced:
+            disk.rename(replaced, target)
         raise
     disk.fsync_dir(target.parent)
-    if aside:
-        _remove_tree(aside)
+    if replaced:
+        _remove_tree(replaced)
 
 
 def _remove_tree(path: Path) -> None:
@@ -372,6 +382,7 @@ def _remove_tree(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         disk.unlink(path)
         return
+    # sorted, so that a test that fails the n-th call fails the same one everywhere
     for entry in sorted(path.iterdir()):
         _remove_tree(entry)
     disk.rmdir(path)

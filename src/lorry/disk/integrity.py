@@ -1,6 +1,6 @@
 """Verifying a directory against its manifest: whole and unaltered, damaged, or not readable now.
 
-    names = verify(Path("checkpoints/step-00000120"))
+    names = verify_directory(Path("checkpoints/step-00000120"))
 
 Two answers must never be mixed up. **Damaged** is what was read and is not what was written:
 ModelError, and the caller may go on without it. **Unreadable** is a disk that did not answer (EIO,
@@ -38,12 +38,15 @@ def verify_directory(directory: Path, *, digests: bool = True) -> list[str]:
     no statement about it.
     """
     with translate_read_errors(directory / MANIFEST_NAME):
+        # by lstat: behind a link lies what somebody else may change
         linked = stat.S_ISLNK(durable.disk.lstat(directory).st_mode)
     if linked:
         raise ModelError(f"{directory} is a symbolic link; give the directory it points to")
     entries = _read_manifest(directory / MANIFEST_NAME)
     for name, entry in entries.items():
         path = directory / name
+        # a manifest is text that somebody may have altered; ../ would have a file elsewhere
+        # believed
         if name != os.path.basename(name) or name in ("", ".", ".."):
             raise ModelError(
                 f"{directory / MANIFEST_NAME}: {name!r} is not a plain file name of this directory"
@@ -63,12 +66,12 @@ def plain_size(path: Path) -> int:
     regular file; and DiskError.
     """
     with translate_read_errors(path):
-        found = durable.disk.lstat(path)
-    if not stat.S_ISREG(found.st_mode):
+        status = durable.disk.lstat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise ModelError(
             f"{path} is not a plain file (a link or a special file); it is not followed"
         )
-    return found.st_size
+    return status.st_size
 
 
 def file_digest(path: Path) -> str:
@@ -102,6 +105,7 @@ def translate_read_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    # the two answers that say what is stored; every other is about the disk
     except (FileNotFoundError, NotADirectoryError):
         raise ModelError(f"{path} is missing") from None
     except durable.DiskError:
@@ -114,6 +118,7 @@ def _read_manifest(path: Path) -> dict[str, ManifestEntry]:
     raw = read_content(path) if plain_size(path) <= LARGEST_MANIFEST else b""
     try:
         entries: dict[str, ManifestEntry] = parse_json(raw, str(path), error=ModelError)["files"]
+        # one spelling only: encoded again it must be the same bytes, so no altered byte passes
         whole = encode_manifest(entries) == raw
     except (ModelError, TypeError, KeyError, AttributeError):
         whole = False

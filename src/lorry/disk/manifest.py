@@ -32,5 +32,6 @@ def encode_manifest(entries: Mapping[str, ManifestEntry]) -> bytes:
         for name in sorted(entries)
     }
     body: dict[str, Any] = {"format": MANIFEST_FORMAT, "files": files}
+    # over the body before this line is added; a reader checks it by encoding the entries again
     body["sha256"] = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps(body, indent=1) + "\n").encode()

@@ -1,8 +1,8 @@
 """receipt.json, the last file of a finished run, read in one place: every part of it has the type
 that a run writes, or an error names the part.
 
-    found = read(run_dir / "receipt.json")        # None where there is none
-    part(found, "base").get("dtype")
+    receipt = read(run_dir / "receipt.json")        # None where there is none
+    part(receipt, "base").get("dtype")
 
 Parts may be missing (older runs) and unknown ones are kept; what is there can be relied on by every
 verb.
@@ -40,51 +40,57 @@ def read(path: Path) -> dict[str, Any] | None:
     writes so, and OSError.
     """
     try:
-        found = documents.read_json_document(path)
+        receipt = documents.read_json_document(path)
     except FileNotFoundError:
         return None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    if not isinstance(receipt, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(receipt).__name__}")
     for name in OBJECTS:
-        _texts(part(found, name, path), name, path)
+        _texts(part(receipt, name, path), name, path)
     for name in DIGESTS:
-        for key, digest in part(found, name, path).items():
-            _need(isinstance(digest, str), f"{name}.{key}", path)
+        for key, digest in part(receipt, name, path).items():
+            _require(isinstance(digest, str), f"{name}.{key}", path)
     for name in NUMBERS:
-        value = found.get(name, 0)
-        _need(isinstance(value, int | float) and not isinstance(value, bool), name, path)
-    seeds = found.get("seed", 0)
+        value = receipt.get(name, 0)
+        # Python counts true as 1
+        _require(isinstance(value, int | float) and not isinstance(value, bool), name, path)
+    # one seed, or one for each job by name
+    seeds = receipt.get("seed", 0)
     for seed in seeds.values() if isinstance(seeds, dict) else [seeds]:
-        _need(isinstance(seed, int) and not isinstance(seed, bool), "seed", path)
-    data = part(found, "data", path)
-    for name, one in {
+        _require(isinstance(seed, int) and not isinstance(seed, bool), "seed", path)
+    data = part(receipt, "data", path)
+    for name, rows in {
         "data": data,
         **{f"data.{key}": held for key, held in data.items() if isinstance(held, dict)},
     }.items():
-        _texts(one, name, path)
-        part(one, "left_out", path, f"{name}.")
-    return found
+        _texts(rows, name, path)
+        part(rows, "left_out", path, f"{name}.")
+    return receipt
 
 
 def part(
-    found: Mapping[str, Any] | None, name: str, path: Path | str = "receipt.json", within: str = ""
+    receipt: Mapping[str, Any] | None,
+    name: str,
+    path: Path | str = "receipt.json",
+    within: str = "",
 ) -> dict[str, Any]:
     """An object inside a receipt, empty where there is none. Raises DataError when it is something
     else.
     """
-    value = {} if found is None else found.get(name, {})
-    _need(isinstance(value, dict), within + name, path)
+    value = {} if receipt is None else receipt.get(name, {})
+    _require(isinstance(value, dict), within + name, path)
+    # a copy: a verb that changes what it shows changes no receipt
     return dict(value)
 
 
-def _texts(one: Mapping[str, Any], name: str, path: Path) -> None:
+def _texts(group: Mapping[str, Any], name: str, path: Path) -> None:
     """Names, places and digests are text; null where there is none; an object where a job has that
     name.
     """
     for key in TEXTS:
-        _need(isinstance(one.get(key), str | dict | None), f"{name}.{key}", path)
+        _require(isinstance(group.get(key), str | dict | None), f"{name}.{key}", path)
 
 
-def _need(holds: bool, name: str, path: Path | str) -> None:
+def _require(holds: bool, name: str, path: Path | str) -> None:
     if not holds:
         raise DataError(f"{path}: {name!r} is not what a run writes there")

@@ -29,19 +29,21 @@ def check_names(path: Path) -> None:
     """
     with path.open("rb") as file:
         head = file.read(8)
+        # the format: 8 bytes of the header's length, little-endian, then the header
         size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         text = file.read(size) if size <= MOST_BYTES else b""
-    twice: list[str] = []
+    repeated: list[str] = []
 
-    def pairs(found: list[tuple[str, Any]]) -> None:
-        if (name := first_repeated(key for key, _ in found)) is not None:
-            twice.append(name)
+    # the hook sees every pair of an object as written; a dict would have dropped the first already
+    def note_repeated(pairs: list[tuple[str, Any]]) -> None:
+        if (name := first_repeated(key for key, _ in pairs)) is not None:
+            repeated.append(name)
 
     try:
-        json.loads(text, object_pairs_hook=pairs)
+        json.loads(text, object_pairs_hook=note_repeated)
     except (ValueError, RecursionError):
         return
-    if twice:
+    if repeated:
         raise ModelError(
-            f"{path}: its header holds {twice[0]!r} twice, so which one is meant is anybody's guess; save it again"
+            f"{path}: its header holds {repeated[0]!r} twice, so which one is meant is anybody's guess; save it again"
         )

@@ -1,8 +1,8 @@
 """What secrets look like, so that none leaves this machine (`hub/files.py`) or is kept in a run
 (`train/monitoring/process.py`).
 
-    found = find(text, environment_secrets())      # Found("a GitHub token", 17), or None
-    line = hidden("hub_token=hf_...")         # "hub_token=***"
+    match = find_secret(text, environment_secrets())  # SecretMatch("a GitHub token", 17), or None
+    line = mask_secrets("hub_token=hf_...")           # "hub_token=***"
 
 Only shapes that say by themselves what they are: a prefix that the issuer fixed, and enough
 characters behind it. Entropy alone cannot tell a digest from a key, and every run has digests. The
@@ -85,6 +85,7 @@ SECRET_SHAPES: tuple[tuple[str, str], ...] = (
     ),
 )
 _BEGIN = r"(?:(?<![A-Za-z0-9_])|(?<=\\[nrt]))"  # JSON writes a line break before one as a letter
+# one pattern of all shapes, each a group of its number, so that a text is read once
 _ANY = re.compile(
     _BEGIN
     + "(?:"
@@ -98,6 +99,7 @@ _SETTING = re.compile(
     re.I,
 )
 SHORTEST_SECRET = 12  # characters of a variable's value: a shorter one stands anywhere by chance
+# values that such a variable has without being secret: a plain word, a path, a number, a switch
 NO_SECRET = re.compile(r"[a-z]{1,15}|/.*|[0-9]{1,15}|(?i:true|false|none|null)")
 
 
@@ -113,16 +115,16 @@ def find_secret(text: str, secrets: Mapping[str, str] | None = None) -> SecretMa
     """The first secret of a text: one of ``secrets`` (name -> value), or something of a known
     shape.
     """
-    held = [
+    matches = [
         SecretMatch(name, at)
         for name, value in (secrets or {}).items()
         if (at := text.find(value)) >= 0
     ]
     if match := _ANY.search(text):
-        held.append(
+        matches.append(
             SecretMatch(SECRET_SHAPES[int((match.lastgroup or "s0")[1:])][0], match.start())
         )
-    return min(held, key=lambda found: found.at, default=None)
+    return min(matches, key=lambda match: match.at, default=None)
 
 
 def environment_secrets() -> dict[str, str]:

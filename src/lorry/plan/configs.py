@@ -93,5 +93,5 @@ def _hub_config(name: str, revision: str | None) -> FoundConfig:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """A JSON object of bounded size. Raises ModelError with file and line."""
-    # transformers writes Infinity into some configs (`time_step_limit` of Mamba)
+    # transformers writes Infinity into some configs (`time_step_limit` of Mamba2)
     return documents.read_object(path, error=ModelError, nonfinite=True, largest=10**40)

@@ -132,7 +132,7 @@ def load_average() -> float | None:
 def _processor_flags() -> set[str]:
     """The processor's features, as the kernel of the system lists them."""
     listed = " ".join(_cpuinfo_values("flags", "Features")).split()
-    # Apple's chips have no /proc/cpuinfo, and all that torch runs on have bf16
+    # macOS has no /proc/cpuinfo; Apple's chips are taken to have bf16, as all since the M2 do
     return set(listed) if CPUINFO.exists() else {"bf16"} if platform.machine() == "arm64" else set()
 
 
