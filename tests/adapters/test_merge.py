@@ -122,7 +122,7 @@ def test_rounding_is_measured_and_warned_about(tiny: Any, shake: Any) -> None:
     for path, slot in adapter.slots.items():
         layer = get_bank(model).modules[path]
         delta = slot.scale * (slot.B.detach().double() @ slot.A.detach().double())
-        errors.append(layer.weight.double() - (layer.kept.double() + delta))
+        errors.append(layer.weight.double() - (layer.unmerged_weight.double() + delta))
         deltas.append(delta)
     flat = [torch.cat([t.flatten() for t in ts]) for ts in (errors, deltas)]
     assert report.ratio == pytest.approx(float(flat[0].norm() / flat[1].norm()), rel=1e-3)
@@ -247,7 +247,7 @@ def test_what_cannot_be_merged(tiny: Any, shake: Any, ids: Tensor, logits: Any) 
     bank["b"].touch()
     with pytest.raises(ModelError, match="infinite or NaN"):
         merge(model, {"a": 1.0, "b": 1.0})
-    assert all(layer.kept is None for layer in bank.modules.values()), "all or nothing"
+    assert all(layer.unmerged_weight is None for layer in bank.modules.values()), "all or nothing"
 
 
 def test_a_merged_model_refuses_its_adapters(

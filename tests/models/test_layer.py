@@ -410,7 +410,7 @@ class Int8:
     w: Tensor
     scale: Tensor
     bias: Tensor | None
-    trains = False
+    requires_grad = False
 
     @staticmethod
     def of(linear: BankLinear) -> Int8:
@@ -439,7 +439,7 @@ class Int8:
         dx = (g * self.scale) @ self.w.to(g.dtype)
         return dx if into is None else into + dx
 
-    def own_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
+    def parameter_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
         return []
 
 
@@ -451,7 +451,7 @@ class Scaled:
 
     inner: FrozenLinear
     m: Tensor
-    trains = True
+    requires_grad = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -470,7 +470,7 @@ class Scaled:
     def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
         return self.inner.backward(g * (1 + self.m.detach()), into)
 
-    def own_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
+    def parameter_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
         return [(g * self.inner.forward(x)).sum(0)]
 
 
@@ -519,7 +519,7 @@ def test_a_variant_adds_a_term_of_its_own_that_trains(name: str, tmp_path: Path)
     for path, linear in layer_linears(model).items():
         m = torch.randn(linear.out_features, generator=draw) * 0.1
         mine[path], other[path] = m.clone().requires_grad_(), m.double().requires_grad_()
-        linear.use_product(Scaled(linear.frozen(), mine[path]))
+        linear.use_product(Scaled(linear.base_product(), mine[path]))
         scaled = lambda module, inputs, y, m=other[path]: y * (1 + m)  # noqa: E731
         theirs.get_submodule(path).register_forward_hook(scaled)
     objective(hooked(theirs, model, lambda path, row: [(*truth[path], 2.0)])).backward()

@@ -136,7 +136,9 @@ def test_it_is_the_plain_loop(variant: str, trainable: str, native: bool, tmp_pa
     expected = plain(theirs, trained)
     assert losses == pytest.approx(expected, abs=1e-5)
     assert sorted(weights.params) == sorted(trained)
-    assert weights.count() == sum(p.numel() for n, p in theirs.named_parameters() if n in trained)
+    assert weights.num_parameters() == sum(
+        p.numel() for n, p in theirs.named_parameters() if n in trained
+    )
     mine = dict(model.named_parameters())
     for name, p in theirs.named_parameters():
         moved = float((p - start[name]).norm())
@@ -169,7 +171,7 @@ def test_small_updates_survive_in_bfloat16(tmp_path: Path) -> None:
     assert float(mine.norm() / wide.norm()) == pytest.approx(1, abs=0.03)
     assert torch.cosine_similarity(lost, wide, 0) < 0.9
     assert float((lost != 0).float().mean()) < 0.6 * float((wide != 0).float().mean())
-    for (_, param), master in weights.pairs(weights.values):
+    for (_, param), master in weights.parameter_views(weights.values):
         assert torch.equal(param, master.bfloat16())
 
 

@@ -26,6 +26,8 @@ from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError, OutOfMemoryError
 
 BYTES_PER_VALUE = 8  # of a master and its gradient, both float32; an optimizer adds as much again
+# not only dots: "." and ".." are folders already; 64 characters fit every file system beside a
+# suffix
 NAME_PATTERN = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")
 
 
@@ -41,7 +43,7 @@ def check_adapter_name(name: str) -> str:
 @dataclass
 class Adapter:
     """One named adapter. values, grads: [P] fp32; split: where the B half starts; slots: module
-    path -> Slot.
+    path -> AdapterSlot.
     """
 
     name: str
@@ -52,10 +54,13 @@ class Adapter:
     slots: dict[str, AdapterSlot] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
-        """A copy whose masters are views of its own buffers, as ours are of ours."""
+        """A copy whose masters are views of its own buffers, as the original's are of its."""
         values, grads = self.values.detach().clone(), self.grads.detach().clone()
+        # the copied masters have memory of their own until the loop below points them into `values`
         twin = Adapter(self.name, self.spec, values, grads, self.split, deepcopy(self.slots, memo))
         memo[id(self)] = twin
+        # .data and not a new Parameter: whoever was copied along (an optimizer) refers to these
+        # objects
         for param, view in twin._views(values):
             param.data = view
         twin.bind_grads()
@@ -87,6 +92,7 @@ class Adapter:
             (slice(0, self.split), False, True),
             (slice(self.split, self.values.numel()), True, True),
         ]
+        # an embedding or linear has both halves; an adapter without modules has neither
         return [half for half in halves if half[0].start < half[0].stop]
 
     def targets(self) -> list[str]:
@@ -111,6 +117,8 @@ class Adapter:
 
     def norm(self) -> float:
         """Euclidean norm of the whole gradient (inf or nan if any entry is)."""
+        # one sum in fp32: an adapter has few enough values (`BaseWeights.norm` says when that
+        # fails)
         return float(torch.linalg.vector_norm(self.grads))
 
     def zero_grad_names(self) -> list[str]:
@@ -127,6 +135,8 @@ class Adapter:
         there.
         """
         for param, view in self._views(self.grads):
+            # autograd adds in place to a .grad that exists, so the flat buffer is always the
+            # gradient
             param.grad = view
 
     def touch(self) -> None:
@@ -142,6 +152,7 @@ class Adapter:
 
     def split_like(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut any [P] tensor (values, moments) into named views."""
+        # the buffer's order, every A and then every B: not that of `masters`, which goes by module
         names = [f"{m}.lora_A" for m in self.slots] + [f"{m}.lora_B" for m in self.slots]
         return {n: view for n, (_, view) in zip(names, self._views(flat), strict=True)}
 
@@ -174,9 +185,8 @@ class AdapterBank:
         self.start: AdapterOrigin | None = None
         self.modules: dict[str, AdaptableLayer] = {}
         self.active = Mix()
-        self.before_merge: Mix | None = (
-            None  # what was active when `merge` folded it in; None while nothing is merged
-        )
+        # what was active when `merge` folded it in; None while nothing is merged
+        self.before_merge: Mix | None = None
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self.adapters:
@@ -206,13 +216,16 @@ class AdapterBank:
         """
         self.refuse_name(name)
         ranks = {path: spec.rank(path) for path in targets}
+        # A's first: the split between the halves is the number of values in them
         shapes = [(ranks[p], m.in_features) for p, m in targets.items()]
         shapes += [(m.out_features, ranks[p]) for p, m in targets.items()]
         sizes = [rows * columns for rows, columns in shapes]
         device = next(iter(targets.values())).weight.device
+        # before torch.zeros, which succeeds on Linux whatever is free
         refuse_too_large(name, max(ranks.values()), sum(sizes), device)
         values = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         adapter = Adapter(name, spec, values, torch.zeros_like(values), sum(sizes[: len(targets)]))
+        # Parameters over views of `values`: a step on the flat buffer is a step on each of them
         params = [nn.Parameter(v.view(s)) for v, s in zip(values.split(sizes), shapes, strict=True)]
         for (path, module), a, b in zip(
             targets.items(), params[: len(targets)], params[len(targets) :], strict=True
@@ -223,6 +236,7 @@ class AdapterBank:
             init_adapter(slot, spec, seed, embedding=isinstance(module, BankEmbedding))
         adapter.bind_grads()
         self.adapters[name] = adapter
+        # a plain model(x) then applies all attached adapters, as their sum
         self.activate(Mix((*self.active.terms, *Mix.one(name).terms)))
         return adapter
 
@@ -252,6 +266,7 @@ class AdapterBank:
     def activate(self, mix: Mix) -> None:
         """Choose what a plain `model(x)`, without a mix of its own, uses."""
         for term in mix.terms:
+            # looked up for its ConfigError alone: an unknown name must fail before anything changes
             self[term.adapter]
         self.active = mix
         for module in self.modules.values():
@@ -275,6 +290,7 @@ def free_memory(device: torch.device) -> int:
     swapping.
     """
     return (
+        # the driver's number, which counts other processes; torch's own statistics do not
         torch.cuda.mem_get_info(device)[0]
         if device.type == "cuda"
         else psutil.virtual_memory().available
@@ -297,21 +313,28 @@ def init_adapter(slot: AdapterSlot, spec: LoraSpec, seed: int, *, embedding: boo
     """Fill A and B from a generator seeded by (seed, module path), on the CPU, so device, order and
     neighbours do not matter.
     """
-    draw = torch.Generator().manual_seed(derive_seed("lora", seed, slot.module))
-    start, other = (slot.B, slot.A) if embedding else (slot.A, slot.B)
+    generator = torch.Generator().manual_seed(derive_seed("lora", seed, slot.module))
+    # an embedding's A is looked up, so there B is the random side (as in PEFT)
+    random_side, zero_side = (slot.B, slot.A) if embedding else (slot.A, slot.B)
     kind = spec.init_lora_weights
     if kind == "gaussian":
-        start.copy_(torch.randn(start.shape, generator=draw) / slot.A.shape[0])
+        # std 1/r, PEFT's "gaussian"
+        random_side.copy_(torch.randn(random_side.shape, generator=generator) / slot.A.shape[0])
     elif embedding:
-        start.copy_(torch.randn(start.shape, generator=draw))
-    # Kaiming-uniform with a = sqrt(5), as nn.Linear and the LoRA reference code: U(-1/sqrt(in),
-    # 1/sqrt(in))
+        random_side.copy_(torch.randn(random_side.shape, generator=generator))
     else:
-        start.copy_(
-            torch.rand(start.shape, generator=draw).mul_(2).sub_(1).div_(math.sqrt(start.shape[1]))
+        # Kaiming-uniform with a = sqrt(5), as nn.Linear and the LoRA reference code:
+        # U(-1/sqrt(in), 1/sqrt(in))
+        random_side.copy_(
+            torch.rand(random_side.shape, generator=generator)
+            .mul_(2)
+            .sub_(1)
+            .div_(math.sqrt(random_side.shape[1]))
         )
     if kind is False:
-        other.copy_(torch.randn(other.shape, generator=draw) * 0.02)
+        # False: both random, PEFT's setting for debugging; the first step has gradients on both
+        # sides
+        zero_side.copy_(torch.randn(zero_side.shape, generator=generator) * 0.02)
 
 
 def wrap_module(module: nn.Module, path: str) -> AdaptableLayer | None:

@@ -29,8 +29,9 @@ from lorry.adapters.spec import LoraSpec
 from lorry.errors import ConfigError
 from lorry.families import ModelFamily
 
+# 64 bytes: a cache line and the widest vector register
 ALIGN_VALUES = 16  # fp32 values in 64 bytes
-BLOCK = 4096
+BLOCK = 4096  # values whose squares one fp32 sum can take without losing late ones
 WEIGHTS_ATTRIBUTE = "lorry_weights"
 # in models that no family describes: the parts of a path that say what a linear belongs to
 HALF_PATTERNS = {
@@ -44,28 +45,30 @@ HALF_PATTERNS = {
 @dataclass
 class BaseWeights:
     """The base weights that a run trains. values, grads: [P] fp32; ``split``: where norms and
-    biases start; ``params``: {name in the model: its parameter}, in the buffer's order; ``began``:
-    the base's digest before training.
+    biases start; ``params``: {name in the model: its parameter}, in the buffer's order;
+    ``start_digest``: the base's digest before training.
     """
 
     name: str
+    # matrices before norms and biases, so insertion order is the buffer's order
     params: dict[str, nn.Parameter] = field(repr=False)
     values: Tensor = field(repr=False)
     grads: Tensor = field(repr=False)
     split: int = field(repr=False)
     starts: list[int] = field(repr=False)
-    began: str = field(repr=False)
+    start_digest: str = field(repr=False)
 
-    def count(self) -> int:
+    def num_parameters(self) -> int:
         """How many numbers train."""
         return sum(p.numel() for p in self.params.values())
 
     def split_like(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut any [P] tensor (values, moments) into views by the parameters' names."""
+        # by starts, not by sizes: gaps of alignment lie between the tensors and stay zero
         parts = zip(self.params.items(), self.starts, strict=True)
         return {name: flat[at : at + p.numel()].view(p.shape) for (name, p), at in parts}
 
-    def pairs(self, flat: Tensor) -> list[tuple[tuple[str, nn.Parameter], Tensor]]:
+    def parameter_views(self, flat: Tensor) -> list[tuple[tuple[str, nn.Parameter], Tensor]]:
         """((name, parameter), its view of a [P] tensor)."""
         return list(zip(self.params.items(), self.split_like(flat).values(), strict=True))
 
@@ -104,8 +107,9 @@ class BaseWeights:
     def masters(self) -> dict[str, Tensor]:
         """Each parameter itself where it is a view of ``values``, else that view."""
         return {
+            # found by memory: in an fp32 base the contract must see the parameter's own storage
             n: p.data if p.dtype == torch.float32 else view
-            for (n, p), view in self.pairs(self.values)
+            for (n, p), view in self.parameter_views(self.values)
         }
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
@@ -120,7 +124,7 @@ class BaseWeights:
         """Let autograd accumulate into ``grads``: at once where the base is fp32, else by way of
         the hooks.
         """
-        for (_, param), view in self.pairs(self.grads):
+        for (_, param), view in self.parameter_views(self.grads):
             param.grad = view if param.dtype == torch.float32 else None
 
     @torch.no_grad()
@@ -128,7 +132,7 @@ class BaseWeights:
         """Say that ``values`` was written: the parameters that are not views of it are made again,
         rounded once.
         """
-        for (_, param), view in self.pairs(self.values):
+        for (_, param), view in self.parameter_views(self.values):
             if param.dtype != torch.float32:
                 param.copy_(view)
 
@@ -137,12 +141,13 @@ class BaseWeights:
         return [
             name
             for name, view in self.split_like(self.grads).items()
-            if not _matches_any(view.reshape(-1))
+            if not _any_nonzero(view.reshape(-1))
         ]
 
     def norm(self) -> float:
         """Euclidean norm of the gradient, in fp32 by blocks and in fp64 over those: in a fp32 sum
         of 10^6 squares or more, late ones round away."""
+        # the remainder is shorter than a block and goes to fp64 directly
         whole = self.grads.numel() // BLOCK * BLOCK
         blocks = torch.linalg.vector_norm(self.grads[:whole].view(-1, BLOCK), dim=1).double()
         return math.hypot(
@@ -153,14 +158,15 @@ class BaseWeights:
         )
 
 
-def _matches_any(flat: Tensor) -> bool:
-    return bool(flat[:4096].any()) or bool(flat.any())
+def _any_nonzero(flat: Tensor) -> bool:
+    # nearly every gradient is nonzero early: the whole tensor is read only where its start is zero
+    return bool(flat[:BLOCK].any()) or bool(flat.any())
 
 
 def get_base_weights(model: nn.Module) -> BaseWeights | None:
     """The base weights of a model that train, if any do."""
-    found: BaseWeights | None = model.__dict__.get(WEIGHTS_ATTRIBUTE)
-    return found
+    base_weights: BaseWeights | None = model.__dict__.get(WEIGHTS_ATTRIBUTE)
+    return base_weights
 
 
 def make_weights_trainable(
@@ -179,48 +185,61 @@ def make_weights_trainable(
             f"this model has {what} already, and its base is trained alone; merge or detach that first"
         )
     names = select_parameters(model, trainable)
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
+    # a linear with a product of its own never reads its parameters, and they would train on nothing
     products = {
         p
         for m in model.modules()
         if isinstance(m, BankLinear) and m.product
         for p in m.parameters(recurse=False)
     }
-    if unread := [n for n in names if own[n] in products]:
+    if unread := [n for n in names if parameters[n] in products]:
         raise ConfigError(
             f"{unread[0]} cannot train: its linear has a product of its own, which does not read it"
         )
-    if odd := [n for n in names if own[n].dtype not in (torch.float32, torch.bfloat16)]:
-        dtype = str(own[odd[0]].dtype).removeprefix("torch.")
+    # fp16 overflows in gradients, and quantised bytes have none
+    if untrainable := [
+        n for n in names if parameters[n].dtype not in (torch.float32, torch.bfloat16)
+    ]:
+        dtype = str(parameters[untrainable[0]].dtype).removeprefix("torch.")
         raise ConfigError(
-            f"{odd[0]} is {dtype}, in which base weights cannot train; open it with dtype=bfloat16 or float32"
+            f"{untrainable[0]} is {dtype}, in which base weights cannot train; open it with dtype=bfloat16 or float32"
         )
     freeze_base(model)
     params = {
-        n: own[n]
-        for n in (*(n for n in names if own[n].dim() > 1), *(n for n in names if own[n].dim() < 2))
+        # sorted by dimension, stable: the model's order holds inside each half
+        n: parameters[n]
+        for n in (
+            *(n for n in names if parameters[n].dim() > 1),
+            *(n for n in names if parameters[n].dim() < 2),
+        )
     }
     starts, end = list[int](), 0
     for p in params.values():
         starts.append(end)
+        # rounded up to the next multiple
         end += -(-p.numel() // ALIGN_VALUES) * ALIGN_VALUES
+    # where the first vector starts; without any, the end
     split = next((at for at, p in zip(starts, params.values(), strict=True) if p.dim() < 2), end)
     values = torch.zeros(end, dtype=torch.float32, device=next(iter(params.values())).device)
-    made = BaseWeights(
+    base_weights = BaseWeights(
         name, params, values, torch.zeros_like(values), split, starts, base_digest(model)
     )
-    grads = made.split_like(made.grads)
-    for (path, param), view in made.pairs(values):
+    grads = base_weights.split_like(base_weights.grads)
+    for (path, param), view in base_weights.parameter_views(values):
         with torch.no_grad():
             view.copy_(param)
         param.requires_grad_(True)
         if param.dtype == torch.float32:
+            # fp32: the parameter moves into the buffer, no second copy of the model exists
             param.data = view
         else:
+            # bf16: emptied as soon as it is complete, so at most one bf16 gradient is alive at a
+            # time
             param.register_post_accumulate_grad_hook(partial(_collect_gradient, grads[path]))
-    made.bind_grads()
-    model.__dict__[WEIGHTS_ATTRIBUTE] = made
-    return made
+    base_weights.bind_grads()
+    model.__dict__[WEIGHTS_ATTRIBUTE] = base_weights
+    return base_weights
 
 
 @torch.no_grad()
@@ -248,13 +267,14 @@ def select_parameters(model: nn.Module, trainable: str | Sequence[str]) -> list[
         if isinstance(trainable, str) and trainable in HALF_PATTERNS
         else _select_by_name(model, trainable)
     )
+    # by identity: a tied head matches whichever of its names was given
     wanted = {
         id(p) for path in modules for p in model.get_submodule(path).parameters(recurse=False)
     }
     return [name for name, p in model.named_parameters() if id(p) in wanted]
 
 
-def _half_paths(model: nn.Module, part: str) -> list[str]:
+def _half_paths(model: nn.Module, half: str) -> list[str]:
     """The linears of a half of every layer: by the family's targets; where there is no family, by
     the paths of whatever holds a matrix (fused experts and their router are an MLP's)."""
     family: ModelFamily | None = getattr(model, "family", None)
@@ -262,7 +282,7 @@ def _half_paths(model: nn.Module, part: str) -> list[str]:
         roles = family.roles
         targets = (
             [*roles.qkv, *roles.attn_out]
-            if part == "attention"
+            if half == "attention"
             else [*roles.mlp_in, *roles.mlp_out]
         )
         layers: int = model.geometry.layers  # type: ignore[assignment,union-attr]  # a model with a family has a geometry
@@ -277,22 +297,24 @@ def _half_paths(model: nn.Module, part: str) -> list[str]:
         for path, module in matrices.items()
         if not isinstance(module, (nn.Embedding, BankEmbedding))
     ]
-    other = HALF_PATTERNS["attention" if part == "mlp" else "mlp"]
-    found = [
+    # a path with words of both halves counts as attention's, so that no linear is in both
+    other = HALF_PATTERNS["attention" if half == "mlp" else "mlp"]
+    paths = [
         path
         for path in inner
-        if HALF_PATTERNS[part].search(path) and (part == "attention" or not other.search(path))
+        if HALF_PATTERNS[half].search(path) and (half == "attention" or not other.search(path))
     ]
-    if not found:
+    if not paths:
         kinds = ", ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in inner))
         raise ConfigError(
-            f"trainable={part}: no layer's name says it is one; give a list of names. The layers end in {kinds}"
+            f"trainable={half}: no layer's name marks it as one; give a list of names. The layers end in {kinds}"
         )
-    return found
+    return paths
 
 
 def _select_by_name(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
     if isinstance(trainable, str) and re.fullmatch(r"\w+", trainable) and trainable != "auto":
+        # a single word as a regular expression would have to match a whole path and never does
         trainable = (trainable,)  # a name, not a pattern
     wanted = trainable if isinstance(trainable, str) else tuple(trainable)
     try:

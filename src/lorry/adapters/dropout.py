@@ -17,6 +17,7 @@ from torch import Tensor
 from lorry.adapters.seeds import derive_seed
 from lorry.kernels import call_kernel, load_library
 
+# real keys are at least 0
 PADDING_KEY = -1  # the sequence key of padding; nothing reads what is drawn for it
 WORD_MASK = 0xFFFFFFFF
 
@@ -64,14 +65,16 @@ class SeededDropout:
     @property
     def threshold(self) -> int:
         """Of 2^16: half a hash below it drops."""
+        # p just below 1 would round to 2^16 and drop every element
         return min(round(self.p * 2.0**16), 0xFFFF)
 
     def apply(self, x: Tensor, tokens: slice) -> Tensor:
         """x [n, width], the batch's rows ``tokens``; or a gradient with respect to the result,
         which passes the same mask.
         """
-        keep = 1.0 / (1.0 - self.p)
+        keep_scale = 1.0 / (1.0 - self.p)
         if (
+            # the kernel walks consecutive tokens; picked rows take the plain path of the same hash
             self.rows is None
             and x.dtype == torch.bfloat16
             and x.device.type == "cpu"
@@ -86,11 +89,12 @@ class SeededDropout:
                 *self._kernel_arguments(tokens),
                 *x.shape,
                 self.threshold,
-                keep,
+                keep_scale,
             )
             return y
-        wide = x if x.dtype == torch.float64 else x.float()
-        return (wide * (self.mask(x.shape[1], x.device, tokens) * keep)).to(x.dtype)
+        # multiplied in fp32 and rounded once, as the kernel does it
+        values = x if x.dtype == torch.float64 else x.float()
+        return (values * (self.mask(x.shape[1], x.device, tokens) * keep_scale)).to(x.dtype)
 
     def mask(self, width: int, device: torch.device, tokens: slice = slice(None)) -> Tensor:
         """Bool [n, width], True = kept, for the rows ``tokens`` of the batch (of ``rows``, where
@@ -101,16 +105,16 @@ class SeededDropout:
             return self._hash_mask(width, self.rows.cpu()[tokens]).to(device)
         first, last, _ = tokens.indices(total)
         if device.type == "cpu" and load_library() is not None:
-            kept = torch.empty(last - first, width, dtype=torch.bool)
+            mask = torch.empty(last - first, width, dtype=torch.bool)
             call_kernel(
                 "dropout_mask",
-                kept,
+                mask,
                 *self._kernel_arguments(tokens),
                 last - first,
                 width,
                 self.threshold,
             )
-            return kept
+            return mask
         return self._hash_mask(width, torch.arange(first, last)).to(device)
 
     def _kernel_arguments(self, tokens: slice) -> Sequence[Tensor | int]:
@@ -118,9 +122,12 @@ class SeededDropout:
 
     def _hash_mask(self, width: int, row: Tensor) -> Tensor:
         """The same as the kernel's for any rows of the batch, in 64-bit integers."""
-        owner = torch.searchsorted(self.starts, row, right=True) - 1
-        low, high = (self.seeds & WORD_MASK)[owner, None], (self.seeds >> 32)[owner, None]
-        n = (row - self.starts[owner])[:, None] * width + torch.arange(width)
+        # the place inside the sequence counts, not in the batch: packing does not change the mask
+        sequence = torch.searchsorted(self.starts, row, right=True) - 1
+        low, high = (self.seeds & WORD_MASK)[sequence, None], (self.seeds >> 32)[sequence, None]
+        n = (row - self.starts[sequence])[:, None] * width + torch.arange(width)
+        # one 32-bit hash (xxHash32's primes and a murmur3 finaliser) serves two elements, 16 bits
+        # each
         x = (((n >> 1) & WORD_MASK) * 0x9E3779B1 + low) & WORD_MASK
         x = ((x ^ (x >> 16)) * 0x85EBCA6B) & WORD_MASK
         x = (((x ^ (x >> 13)) + high) * 0xC2B2AE35) & WORD_MASK

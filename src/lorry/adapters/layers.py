@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from lorry.adapters.mix import AdapterContext, MixTerm
 from lorry.adapters.product import (
     AdapterShare,
-    Frozen,
+    DenseLinear,
     FrozenLinear,
     Linears,
     LowRankFunction,
@@ -31,7 +31,7 @@ from lorry.adapters.product import (
 )
 from lorry.errors import ContractError
 
-# Other people's models cannot pass a Call down; `models/hf/model.py` sets it around their forward.
+# Other people's models cannot pass an AdapterContext down; `models/hf/model.py` sets it around their forward.
 # It is read in forward only.
 AMBIENT_CONTEXT: ContextVar[AdapterContext | None] = ContextVar("lorry_call", default=None)
 
@@ -53,6 +53,7 @@ class AdapterSlot:
     B: nn.Parameter
     scale: float
     dropout: float
+    # Version counters miss writes through .data and by fused optimizers; `touch` counts those.
     write_count: int = field(default=0, repr=False)  # how often `touch` was called
     # no two slots of a process share one
     slot_id: int = field(default_factory=count().__next__, repr=False)
@@ -61,6 +62,7 @@ class AdapterSlot:
 
     def stamp(self) -> tuple[int, ...]:
         """Changes whenever a master may have changed."""
+        # data_ptr too: `AdapterBank.to` gives the masters other memory without a write
         return (self.write_count, self.A._version, self.B._version, self.A.data_ptr())
 
     def touch(self) -> None:
@@ -69,8 +71,8 @@ class AdapterSlot:
 
 
 class AdaptableLayer(nn.Module):
-    """What linears and embeddings share: their path, their slots, and the base weight kept aside
-    while merged.
+    """What linears and embeddings share: their path, their slots, and the base weight without
+    the adapters while merged.
     """
 
     weight: nn.Parameter
@@ -82,51 +84,53 @@ class AdaptableLayer(nn.Module):
         self.default = AdapterContext()
         # adapters that belong to the frozen base (`AdapterBank.move_to_base`): under every mix
         self.base_terms: tuple[MixTerm, ...] = ()
-        self.kept: nn.Parameter | None = None
-        self.replaced: tuple[
-            nn.Module, ...
-        ] = ()  # the foreign layer this one stands in for (a tuple, so it is no submodule)
+        self.unmerged_weight: nn.Parameter | None = None
+        # the foreign layer this one stands in for, so that `detach` puts the very object back;
+        # a tuple, so that it is no submodule
+        self.replaced: tuple[nn.Module, ...] = ()
 
     @property
     def in_features(self) -> int:
-        raise AssertionError("a bank layer says its own width")
+        raise AssertionError("every bank layer defines its own width")
 
     @property
     def out_features(self) -> int:
-        raise AssertionError("a bank layer says its own width")
+        raise AssertionError("every bank layer defines its own width")
 
-    def set_aside(self, merged: nn.Parameter) -> None:
-        """Compute with a merged weight and keep the own one, where no state dict, optimizer or FSDP
+    def use_merged_weight(self, merged: nn.Parameter) -> None:
+        """Compute with a merged weight and keep the unmerged one, where no state dict, optimizer or FSDP
         sees it.
         """
-        self.__dict__["kept"], self.weight = self.weight, merged
+        # past nn.Module.__setattr__, which would register it as a second parameter
+        self.__dict__["unmerged_weight"], self.weight = self.weight, merged
 
-    def restore(self) -> None:
-        """Put the weight that was set aside back: the same object, so what was tied is tied again."""
-        assert self.kept is not None
-        self.weight, self.kept = self.kept, None
+    def restore_weight(self) -> None:
+        """Put the unmerged weight back: the same object, so what was tied is tied again."""
+        assert self.unmerged_weight is not None
+        self.weight, self.unmerged_weight = self.unmerged_weight, None
 
     def resolve(self, call: AdapterContext | None) -> AdapterContext:
-        """The call that holds here: the one given, the one set around a foreign model, or what the
-        bank made active.
+        """The context of this forward pass: the argument, the one set around a foreign model, or
+        what the bank made active.
         """
+        # the nearest wins: an explicit argument, then the block of code around it, then the model
         return call or AMBIENT_CONTEXT.get() or self.default
 
     def terms(self, call: AdapterContext) -> list[tuple[AdapterSlot, slice | None, float | Tensor]]:
         """The terms that have a slot at this module: those of the frozen base, then the call's.
         Raises ContractError on a merged layer, whose weight holds what was active when it was."""
-        found = [
+        terms = [
             (self.slots[t.adapter], t.rows, t.gate)
             for t in call.mix.terms
             if t.adapter in self.slots
         ]
-        if self.kept is not None:
-            if found:
+        if self.unmerged_weight is not None:
+            if terms:
                 raise ContractError(
                     f"{self.path} is merged; call unmerge(model) before using its adapters again"
                 )
             return []
-        return [(self.slots[t.adapter], t.rows, t.gate) for t in self.base_terms] + found
+        return [(self.slots[t.adapter], t.rows, t.gate) for t in self.base_terms] + terms
 
 
 class BankLinear(AdaptableLayer):
@@ -148,37 +152,39 @@ class BankLinear(AdaptableLayer):
         self.weight = weight
         self.register_parameter("bias", bias)
         self.transposed = transposed
+        # on its own it is a group of one; decoder layers make groups of the linears with one input
         self.group = LinearGroup([self])
         self.product: FrozenLinear | None = None
 
     def use_product(self, product: FrozenLinear) -> None:
         """Compute with ``product`` in place of weight and bias, which nothing reads from then on
         and which no longer train. Raises ContractError on a merged layer or another shape."""
-        if self.kept is not None:
+        if self.unmerged_weight is not None:
             raise ContractError(
                 f"{self.path} is merged; call unmerge(model) before its product changes"
             )
         if product.shape != (self.out_features, self.in_features):
-            own = (self.out_features, self.in_features)
+            expected = (self.out_features, self.in_features)
             raise ContractError(
-                f"{self.path} is {own} features (out, in), its new product {product.shape}"
+                f"{self.path} is {expected} features (out, in), its new product {product.shape}"
             )
+        # nothing reads them from now on: an optimizer that held them would decay unused weights
         for param in self.parameters(recurse=False):
             param.requires_grad_(False)
         self.product = product
 
-    def frozen(self) -> FrozenLinear:
+    def base_product(self) -> FrozenLinear:
         """The base product, as it is now (a merge or a device may have changed it)."""
         return (
-            Frozen(self.weight, self.bias, self.transposed)
+            DenseLinear(self.weight, self.bias, self.transposed)
             if self.product is None
             else self.product
         )
 
-    def trained(self) -> list[Tensor]:
-        """What of the base product trains, in the order of `FrozenLinear.own_gradients`."""
-        own = (self.weight, self.bias) if self.product is None else self.product.parameters()
-        return [t for t in own if t is not None and t.requires_grad]
+    def trainable_base_tensors(self) -> list[Tensor]:
+        """What of the base product trains, in the order of `FrozenLinear.parameter_gradients`."""
+        tensors = (self.weight, self.bias) if self.product is None else self.product.parameters()
+        return [t for t in tensors if t is not None and t.requires_grad]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -187,11 +193,11 @@ class BankLinear(AdaptableLayer):
 
     @property
     def in_features(self) -> int:
-        return self.frozen().shape[1]
+        return self.base_product().shape[1]
 
     @property
     def out_features(self) -> int:
-        return self.frozen().shape[0]
+        return self.base_product().shape[0]
 
     def forward(
         self, x: Tensor, call: AdapterContext | None = None, site: str | None = None
@@ -200,12 +206,15 @@ class BankLinear(AdaptableLayer):
         input pass the same one.
         """
         call = self.resolve(call)
+        # without a term plain torch, which also fuses the bias and serves double backward
         if self.product is None and not self.terms(call):
             return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
         flat = x.reshape(-1, x.shape[-1])
         stacks, terms = self.group.stacks(call, site or self.path)
-        linears = Linears(self.group.frozen(), stacks)
-        (y,) = LowRankFunction.apply(flat, linears, *TermParams.flat(terms), *self.group.base())
+        linears = Linears(self.group.base_products(), stacks)
+        (y,) = LowRankFunction.apply(
+            flat, linears, *TermParams.flat(terms), *self.group.trainable_base_tensors()
+        )
         return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
 
     def delta(self, slot: AdapterSlot) -> Tensor:
@@ -227,13 +236,13 @@ class LinearGroup:
     def __init__(self, linears: Sequence[BankLinear]) -> None:
         self.linears = linears
 
-    def base(self) -> list[Tensor]:
+    def trainable_base_tensors(self) -> list[Tensor]:
         """What of the base products trains."""
-        return [t for linear in self.linears for t in linear.trained()]
+        return [t for linear in self.linears for t in linear.trainable_base_tensors()]
 
-    def frozen(self) -> list[FrozenLinear]:
+    def base_products(self) -> list[FrozenLinear]:
         """The base products, as they are now."""
-        return [linear.frozen() for linear in self.linears]
+        return [linear.base_product() for linear in self.linears]
 
     def stacks(
         self, call: AdapterContext, site: str, *, routed: bool = False
@@ -243,9 +252,15 @@ class LinearGroup:
         stacks: list[StackedAdapters] = []
         terms: list[TermParams[Tensor | None]] = []
         for linear in self.linears:
+            # all of them before any product: half a group computed would be memory for nothing
             linear.terms(call)  # refuses a merged layer
         # a merged layer's weight holds the terms of the base already
-        of_base = [t for linear in self.linears if linear.kept is None for t in linear.base_terms]
+        of_base = [
+            t
+            for linear in self.linears
+            if linear.unmerged_weight is None
+            for t in linear.base_terms
+        ]
         for term in (*dict.fromkeys(of_base), *call.mix.terms):
             slots = [
                 (i, linear.slots[term.adapter])
@@ -257,25 +272,31 @@ class LinearGroup:
             route = None if call.router is None else call.route_of(term.adapter)
             if route is not None and (not routed or isinstance(term.gate, Tensor)):
                 raise self._unroutable(term)
+            # a constant g goes into the scale (no work per token); a tensor stays a gate with a
+            # gradient
             constant = 1.0 if isinstance(term.gate, Tensor) else term.gate
-            a, parts = self._copy(slots)
+            a, parts = self._compute_copies(slots)
             if constant != 1.0:
-                parts = [AdapterShare(p.layer, p.rows, p.b, p.scale * constant) for p in parts]
+                parts = [AdapterShare(p.layer, p.rows, p.lora_B, p.scale * constant) for p in parts]
+            # one adapter has one dropout rate, so its first slot speaks for the group
             rate = slots[0][1].dropout if call.noise is not None else 0.0
             dropout = call.noise.at(site, rate) if call.noise is not None and rate else None
             gate = term.gate if isinstance(term.gate, Tensor) else None
-            tokens, inner = slice(None) if term.rows is None else term.rows, None
+            tokens, term_rows = slice(None) if term.rows is None else term.rows, None
             gated = gate is not None or route is not None
             if (
+                # gates are [rows] of the term, which widened rows would no longer match
                 not gated
                 and term.rows is not None
                 and a.dtype == torch.bfloat16
                 and a.device.type == "cpu"
             ):
-                tokens, inner = align_rows(term.rows)
+                # only oneDNN's bf16 products are compiled per shape; elsewhere wider rows would be
+                # waste
+                tokens, term_rows = align_rows(term.rows)
             stacks.append(
                 StackedAdapters(
-                    tokens, a, parts, dropout, gated, partial(_touch_slots, slots), inner, route
+                    tokens, a, parts, dropout, gated, partial(_touch_slots, slots), term_rows, route
                 )
             )
             terms.append(TermParams(tuple(PartParams(slot.A, slot.B) for _, slot in slots), gate))
@@ -289,13 +310,17 @@ class LinearGroup:
             f"{where}, and this is no linear of a decoder layer; leave it out of target_modules"
         )
 
-    def _copy(self, slots: Sequence[tuple[int, AdapterSlot]]) -> tuple[Tensor, list[AdapterShare]]:
-        """Kept with the first slot, so that they go when the adapter goes."""
+    def _compute_copies(
+        self, slots: Sequence[tuple[int, AdapterSlot]]
+    ) -> tuple[Tensor, list[AdapterShare]]:
+        """(the stacked A's, each linear's share), remade where a master has changed."""
         dtype = self.linears[0].dtype
+        # dtype and place in the group as well as the masters: a base cast to another dtype needs
+        # new copies
         stamp = (dtype, *(value for i, slot in slots for value in (i, *slot.stamp())))
-        kept, key = slots[0][1].stacks, tuple(slot.slot_id for _, slot in slots)
-        held = kept.get(key)
-        if held is None or held[0] != stamp:
+        stacks, key = slots[0][1].stacks, tuple(slot.slot_id for _, slot in slots)
+        entry = stacks.get(key)
+        if entry is None or entry[0] != stamp:
             a = torch.cat([slot.A.detach() for _, slot in slots]).to(dtype)
             parts, at = [], 0
             for i, slot in slots:
@@ -305,8 +330,8 @@ class LinearGroup:
                     )
                 )
                 at += slot.A.shape[0]
-            kept[key] = held = (stamp, a, parts)
-        return held[1], held[2]
+            stacks[key] = entry = (stamp, a, parts)
+        return entry[1], entry[2]
 
 
 def align_rows(rows: slice) -> tuple[slice, slice]:
@@ -314,6 +339,7 @@ def align_rows(rows: slice) -> tuple[slice, slice]:
     product anew for every shape it meets, and the shares of several adapters in a batch would have
     ever new ones.
     """
+    # 64: coarse enough for few distinct shapes, and at most 126 rows of waste a term
     start = rows.start // 64 * 64
     return slice(start, -(-rows.stop // 64) * 64), slice(rows.start - start, rows.stop - start)
 
@@ -342,9 +368,10 @@ class BankEmbedding(AdaptableLayer):
 
     def forward(self, ids: Tensor, call: AdapterContext | None = None) -> Tensor:
         """ids [...] int64 -> [..., D]. Dropout does not apply to an embedding's input."""
-        found = self.terms(self.resolve(call))
+        # the lookup of a frozen base comes first: without terms it is all there is
+        terms = self.terms(self.resolve(call))
         y = F.embedding(ids, self.weight)
-        if not found:
+        if not terms:
             return y
         call = self.resolve(call)
         if any(
@@ -354,10 +381,13 @@ class BankEmbedding(AdaptableLayer):
                 f"{self.path}: a router of the layers cannot gate an embedding's adapter"
             )
         flat, flat_ids = y.reshape(-1, y.shape[-1]).float(), ids.reshape(-1)
-        for slot, rows, gate in found:
-            part = slice(None) if rows is None else rows
-            low = F.embedding(flat_ids[part], slot.A.t()) @ slot.B.t() * slot.scale
+        for slot, rows, gate in terms:
+            tokens = slice(None) if rows is None else rows
+            # A's columns are looked up, never multiplied with a one-hot [T, V]; masters in fp32, no
+            # copies
+            low = F.embedding(flat_ids[tokens], slot.A.t()) @ slot.B.t() * slot.scale
             low = low * (gate[:, None] if isinstance(gate, Tensor) else gate)
+            # padded with zeros and added out of place, so that autograd follows it
             before, after = (0, 0) if rows is None else (rows.start, flat.shape[0] - rows.stop)
             flat = flat + F.pad(low, (0, 0, before, after))
         return flat.to(y.dtype).view_as(y)

@@ -27,7 +27,7 @@ from lorry.adapters.layers import BankEmbedding, BankLinear
 from lorry.adapters.mix import Mix
 from lorry.errors import ConfigError, ModelError
 
-LOSS_BOUND = 0.1  # above this share of the delta lost to rounding, a merge warns
+WARN_ERROR_RATIO = 0.1  # above this share of the delta lost to rounding, a merge warns
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class MergeReport:
     @property
     def warning(self) -> str | None:
         """A sentence for the user when more than 10% of the delta was lost."""
-        if self.ratio <= LOSS_BOUND:
+        if self.ratio <= WARN_ERROR_RATIO:
             return None
         worst = max(self.rows, key=lambda r: r.ratio)
         remedy = "merge in float32, or " if self.dtype != torch.float32 else ""
@@ -89,10 +89,12 @@ def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> Merge
     merged, rows = {}, []
     for path, layer in _adapted_layers(bank, mix).items():
         stored, row = _fold_layer(path, layer, mix, layer.weight.dtype)
+        # collected first: an infinite weight in a late layer must not leave half a merged model
         merged[path] = stored
         rows.append(row)
     for path, stored in merged.items():
-        bank.modules[path].set_aside(nn.Parameter(stored, requires_grad=False))
+        bank.modules[path].use_merged_weight(nn.Parameter(stored, requires_grad=False))
+    # only after every layer was folded: until here an error leaves the model untouched
     if untied:
         _declare_tied(model, False)
     bank.before_merge = bank.active
@@ -110,8 +112,8 @@ def unmerge(model: nn.Module) -> None:
     if bank.before_merge is None:
         raise ConfigError("this model is not merged; there is nothing to undo")
     for layer in bank.modules.values():
-        if layer.kept is not None:
-            layer.restore()
+        if layer.unmerged_weight is not None:
+            layer.restore_weight()
     sides = [
         find_linears(model)[p]
         for p in head_and_embedding(model)
@@ -142,19 +144,21 @@ def merged_tensors(
     bank = get_bank(model)
     mix = _constant_weights(bank, weights)
     touched = {id(layer): (path, layer) for path, layer in _adapted_layers(bank, mix).items()}
-    sent: set[int] = set()
+    # tied names share a Parameter, so identity tells what has been sent already
+    streamed: set[int] = set()
+    # keep_vars: plain state_dict detaches into new tensors, whose identity says nothing
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, leaf = name.rpartition(".")
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        stored_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         # by module, which may have several names
         if leaf == "weight" and id(model.get_submodule(owner)) in touched:
-            stored, row = _fold_layer(*touched[id(model.get_submodule(owner))], mix, kind)
+            stored, row = _fold_layer(*touched[id(model.get_submodule(owner))], mix, stored_dtype)
             if rows is not None:
                 rows.append(row)
             yield name, stored
-        elif id(tensor) not in sent:
-            sent.add(id(tensor))
-            yield name, tensor.detach().to(kind)
+        elif id(tensor) not in streamed:
+            streamed.add(id(tensor))
+            yield name, tensor.detach().to(stored_dtype)
 
 
 def separates_tied_head(model: nn.Module, weights: Mapping[str, float] | None = None) -> bool:
@@ -189,8 +193,9 @@ def _constant_weights(bank: AdapterBank, weights: Mapping[str, float] | None) ->
     """
     if bank.before_merge is not None:
         raise ConfigError("this model is merged already; call unmerge(model) first")
-    found: dict[str, float] = {}
+    constants: dict[str, float] = {}
     for term in (Mix.constants(weights) if weights is not None else bank.active).terms:
+        # one matrix serves every token: only a g that is the same for all of them can go into it
         if term.rows is not None or isinstance(term.gate, Tensor):
             raise ConfigError(
                 f"the mix of {term.adapter!r} varies over tokens and cannot become one weight; pass weights={{name: number}}"
@@ -199,13 +204,13 @@ def _constant_weights(bank: AdapterBank, weights: Mapping[str, float] | None) ->
             raise ConfigError(
                 f"the weight of adapter {term.adapter!r} is {term.gate}; it must be a finite number"
             )
-        found[bank[term.adapter].name] = found.get(term.adapter, 0.0) + term.gate
-    if not found:
+        constants[bank[term.adapter].name] = constants.get(term.adapter, 0.0) + term.gate
+    if not constants:
         raise ConfigError(
             f"no adapter to merge; pass weights={{name: 1.0}} with names from {', '.join(bank.names()) or 'none'}"
         )
     # what counts as part of the base is under every mix, and so in every merged weight
-    return {**dict.fromkeys(bank.base_adapters, 1.0), **found}
+    return {**dict.fromkeys(bank.base_adapters, 1.0), **constants}
 
 
 def _adapted_layers(
@@ -214,29 +219,32 @@ def _adapted_layers(
     """The layers at which an adapter of the mix sits. Raises ConfigError where a base weight is no
     dense one.
     """
-    if odd := [
+    if with_products := [
         p for p, m in bank.modules.items() if isinstance(m, BankLinear) and m.product is not None
     ]:
-        what = f"{len(odd)} linears have a product of their own ({odd[0]}), into which nothing can be merged"
+        what = f"{len(with_products)} linears have a product of their own ({with_products[0]}), into which nothing can be merged"
         raise ConfigError(f"{what}; keep the adapter beside the base")
-    found: dict[str, BankLinear | BankEmbedding] = {}
+    layers: dict[str, BankLinear | BankEmbedding] = {}
     for path, layer in bank.modules.items():
         if any(name in layer.slots for name in mix):
             assert isinstance(layer, BankLinear | BankEmbedding), type(layer)
-            found[path] = layer
-    return found
+            layers[path] = layer
+    return layers
 
 
 def _fold_layer(
     path: str, layer: BankLinear | BankEmbedding, mix: Mapping[str, float], dtype: torch.dtype
 ) -> tuple[Tensor, MergeRow]:
     """(the rounded sum, what rounding cost) of one layer."""
+    # fp32 for all adapters together, so that only the final sum is rounded
     delta = torch.zeros(layer.weight.shape, dtype=torch.float32, device=layer.weight.device)
     for name, gate in mix.items():
         if name in layer.slots:
             delta.add_(layer.delta(layer.slots[name]), alpha=gate)
+    # before the next line adds the weight into the same memory
     size = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
     exact = delta.add_(layer.weight.detach())
+    # a copy even in fp32: `exact` is overwritten below
     stored = exact.to(dtype, copy=True)
     if not bool(torch.isfinite(stored).all()):
         remedy = ", or merge in float32" if dtype != torch.float32 else ""

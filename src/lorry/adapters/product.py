@@ -22,19 +22,20 @@ from torch.autograd.function import once_differentiable
 
 from lorry.adapters.dropout import SeededDropout
 
+# Whatever stands for a parameter: the tensor itself, a bool (wants a gradient), or a gradient.
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterShare:
-    """One linear's share of a stack: which linear, its rows of the stacked A, B [O,R] (compute
-    copy) and its scale.
+    """One linear's share of a stack: which linear, its rows of the stacked A, lora_B [O,R]
+    (compute copy) and its scale.
     """
 
     layer: int
     rows: slice
-    b: Tensor
+    lora_B: Tensor
     scale: float
 
 
@@ -42,41 +43,46 @@ class AdapterShare:
 class StackedAdapters:
     """One term of the mix at linears that read the same input.
 
-    ``tokens``: which rows of x; ``inner``: which of those the term is for, where a few more are
-    taken along; a [S,I]: the stacked compute copies; ``gated``: a gate per token multiplies the
-    term. ``used`` is called when gradients for the masters are made: they are about to change.
+    ``tokens``: which rows of x; ``term_rows``: which of those the term is for, where a few more are
+    taken along; lora_A [S,I]: the stacked compute copies; ``gated``: a gate per token multiplies the
+    term. ``mark_stale`` is called when gradients for the masters are made: they are about to change.
     """
 
     tokens: slice
-    a: Tensor
+    lora_A: Tensor
     parts: Sequence[AdapterShare]
     dropout: SeededDropout | None
     gated: bool
-    used: Callable[[], None]
-    inner: slice | None = None
+    mark_stale: Callable[[], None]
+    term_rows: slice | None = None
     route: int | None = None  # the column of the layer's router that is its gate
 
-    def clear(self, low: Tensor) -> Tensor:
+    def zero_other_rows(self, low: Tensor) -> Tensor:
         """low [tokens, S], with zeros in the rows that are not this term's: what they add anywhere
         is nothing.
         """
-        if self.inner is not None:
-            low[: self.inner.start] = 0
-            low[self.inner.stop :] = 0
+        if self.term_rows is not None:
+            # zeroed rather than sliced away: the product keeps a shape that oneDNN has compiled
+            # already
+            low[: self.term_rows.start] = 0
+            low[self.term_rows.stop :] = 0
         return low
 
-    def add(self, to: Tensor, low: Tensor, up: Tensor, scale: float = 1.0) -> None:
+    def add_product(self, to: Tensor, low: Tensor, up: Tensor, scale: float = 1.0) -> None:
         """to [T,O] += scale * low [tokens,S] up [S,O] in this term's rows. The rows taken along
         stay as they are, bit for bit, even where 0 * up is no number."""
+        # a view of a slice, so that addmm_ writes into `to` itself
         rows = to[self.tokens]
-        if self.inner is None:
+        if self.term_rows is None:
             rows.addmm_(low, up, alpha=scale)
             return
-        before, after = rows[: self.inner.start].clone(), rows[self.inner.stop :].clone()
+        # saved and put back instead of trusting low's zeros: 0 * inf and 0 * NaN are NaN, and -0.0
+        # + 0.0 loses its sign
+        before, after = rows[: self.term_rows.start].clone(), rows[self.term_rows.stop :].clone()
         rows.addmm_(low, up, alpha=scale)
-        rows[: self.inner.start], rows[self.inner.stop :] = before, after
+        rows[: self.term_rows.start], rows[self.term_rows.stop :] = before, after
 
-    def drop(self, x: Tensor) -> Tensor:
+    def dropout_input(self, x: Tensor) -> Tensor:
         """Inverted dropout on this term's rows of x."""
         return (
             x[self.tokens]
@@ -84,13 +90,15 @@ class StackedAdapters:
             else self.dropout.apply(x[self.tokens], self.tokens)
         )
 
-    def own(self, x: Tensor) -> Tensor:
+    def masked_input(self, x: Tensor) -> Tensor:
         """`drop`, with zeros in the rows that are not this term's."""
-        rows = self.drop(x)
+        rows = self.dropout_input(x)
         return (
             rows
-            if self.inner is None
-            else self.clear(rows.clone() if self.dropout is None else rows)
+            if self.term_rows is None
+            # without dropout `rows` is a view of x, which must not be zeroed; dropout made a new
+            # tensor already
+            else self.zero_other_rows(rows.clone() if self.dropout is None else rows)
         )
 
 
@@ -139,7 +147,7 @@ class TermParams(NamedTuple, Generic[T_co]):
 
 
 class FrozenLinear(Protocol):
-    """The product of a linear without its adapters, y [T,O] of x [T,I]; `Frozen` is the dense one.
+    """The product of a linear without its adapters, y [T,O] of x [T,I]; `DenseLinear` is the dense one.
 
     `BankLinear.use_product` puts another in its place: a 4-bit weight multiplies as it is stored,
     and a variant adds a term of its own, with parameters of its own, to the product that it wraps.
@@ -154,7 +162,7 @@ class FrozenLinear(Protocol):
         """(O, I)."""
 
     @property
-    def trains(self) -> bool:
+    def requires_grad(self) -> bool:
         """Whether a parameter wants a gradient."""
 
     def parameters(self) -> Sequence[Tensor]:
@@ -166,12 +174,12 @@ class FrozenLinear(Protocol):
     def backward(self, g: Tensor, into: Tensor | None) -> Tensor:
         """The gradient of x from g [T,O], that of y; added to ``into`` [T,I] if there is one."""
 
-    def own_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
+    def parameter_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
         """The gradients of those of `parameters` that want one, in that order; x and g as above."""
 
 
 @dataclass(frozen=True, slots=True)
-class Frozen:
+class DenseLinear:
     """A base product: weight [O,I], or [I,O] when ``transposed`` (Conv1D), and bias [O] or None."""
 
     weight: Tensor
@@ -192,6 +200,7 @@ class Frozen:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def forward(self, x: Tensor) -> Tensor:
+        # .t() is a view: mm reads either layout without a copy
         w = self.weight if self.transposed else self.weight.t()
         return torch.mm(x, w) if self.bias is None else torch.addmm(self.bias, x, w)
 
@@ -200,25 +209,28 @@ class Frozen:
         return torch.mm(g, w) if into is None else into.addmm_(g, w)
 
     @property
-    def trains(self) -> bool:
+    def requires_grad(self) -> bool:
         """Whether weight or bias want a gradient."""
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
-    def own_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
+    def parameter_gradients(self, x: Tensor, g: Tensor) -> list[Tensor]:
         """Gradients of weight and bias, of those that train: one that does not costs no product."""
-        made = []
+        gradients = []
         if self.weight.requires_grad:
-            made.append(torch.mm(x.t(), g) if self.transposed else torch.mm(g.t(), x))
+            # the gradient lies in the stored weight's layout, so that it can be added to it as it
+            # is
+            gradients.append(torch.mm(x.t(), g) if self.transposed else torch.mm(g.t(), x))
         if self.bias is not None and self.bias.requires_grad:
-            made.append(g.sum(0))
-        return made
+            # one bias for all tokens: its gradient is the sum over them
+            gradients.append(g.sum(0))
+        return gradients
 
 
 @dataclass(slots=True)
 class LinearProducts:
     """The work of linears with one input in one pass. ``gates``: per stack [tokens] or None.
 
-    Call `forward`; then, in backward, `input_gradient` and `master_gradients`. ``downs`` (per stack
+    Call `forward`; then, in backward, `input_gradient` and `master_gradients`. ``down_outputs`` (per stack
     [tokens, S], what A made of x) is what forward leaves for backward, besides x itself.
     """
 
@@ -234,11 +246,17 @@ class LinearProducts:
         ys = [layer.forward(x) for layer in self.layers]
         self.down_outputs = []
         for stack, gate in zip(self.stacks, self.gates, strict=True):
-            h = stack.clear(torch.mm(stack.drop(x), stack.a.t()))
+            # one product for every linear of the group: columns of h are the ranks of all its
+            # adapters, stacked
+            h = stack.zero_other_rows(torch.mm(stack.dropout_input(x), stack.lora_A.t()))
             self.down_outputs.append(h)
+            # gated at rank width (S columns), not at output width (O): the same result for fewer
+            # multiplications
             weighted = h if gate is None else h * gate.to(h.dtype)[:, None]
             for part in stack.parts:
-                stack.add(ys[part.layer], weighted[:, part.rows], part.b.t(), part.scale)
+                stack.add_product(
+                    ys[part.layer], weighted[:, part.rows], part.lora_B.t(), part.scale
+                )
         return ys
 
     def input_gradient(self, grads: Sequence[Tensor], needed: bool = True) -> Tensor | None:
@@ -250,20 +268,25 @@ class LinearProducts:
             dx = layer.backward(g, dx) if needed else None
         self.up_grads, self.raw_up_grads = [], []
         for stack, gate in zip(self.stacks, self.gates, strict=True):
-            up = grads[0].new_empty(grads[0][stack.tokens].shape[0], stack.a.shape[0])
+            # [tokens, S] = scale * dy B, filled linear by linear; every column belongs to exactly
+            # one of them
+            up = grads[0].new_empty(grads[0][stack.tokens].shape[0], stack.lora_A.shape[0])
             for part in stack.parts:
-                up[:, part.rows] = torch.mm(grads[part.layer][stack.tokens], part.b).mul_(
+                up[:, part.rows] = torch.mm(grads[part.layer][stack.tokens], part.lora_B).mul_(
                     part.scale
                 )
-            self.raw_up_grads.append(stack.clear(up))
+            # before the gate: the gate's own gradient needs what it multiplied
+            self.raw_up_grads.append(stack.zero_other_rows(up))
             self.up_grads.append(up if gate is None else up * gate.to(up.dtype)[:, None])
             if dx is None:
                 continue
             if stack.dropout is None:
-                stack.add(dx, self.up_grads[-1], stack.a)
+                stack.add_product(dx, self.up_grads[-1], stack.lora_A)
             else:
-                more = stack.clear(
-                    stack.dropout.apply(torch.mm(self.up_grads[-1], stack.a), stack.tokens)
+                # dropout sits between x and A, so the same mask must act on what A sends back
+                # before it is added; addmm_ cannot do that in place
+                more = stack.zero_other_rows(
+                    stack.dropout.apply(torch.mm(self.up_grads[-1], stack.lora_A), stack.tokens)
                 )
                 dx[stack.tokens] += more
         return dx
@@ -284,10 +307,14 @@ class LinearProducts:
             needs,
             strict=True,
         ):
+            # a gradient for a master means that an optimizer will write it: the compute copies are
+            # stale from here on, even where no version counter will move
             if any(part.A or part.B for part in need.parts):
-                stack.used()
+                stack.mark_stale()
             da = (
-                torch.mm(up.t(), stack.own(x)).float()
+                # zeros in both factors: a row of another term may hold inf or NaN, and 0 * inf is
+                # NaN
+                torch.mm(up.t(), stack.masked_input(x)).float()
                 if any(part.A for part in need.parts)
                 else None
             )
@@ -297,10 +324,13 @@ class LinearProducts:
                 db = None
                 if wanted.B:
                     g = grads[part.layer][stack.tokens]
-                    g = g if stack.inner is None else stack.clear(g.clone())
+                    # a clone: the slice is a view of the caller's gradient
+                    g = g if stack.term_rows is None else stack.zero_other_rows(g.clone())
                     db = torch.mm(g.t(), weighted[:, part.rows]).float().mul_(part.scale)
                 parts.append(PartParams(da[part.rows] if da is not None and wanted.A else None, db))
             dgate = (
+                # d y / d g = sum over ranks of h * (s B^T dy), summed in fp32 since the S products
+                # may cancel
                 (h.float() * raw.float()).sum(1).to(gate.dtype)
                 if gate is not None and need.gate
                 else None
@@ -332,6 +362,7 @@ class LowRankFunction(torch.autograd.Function):
         work = LinearProducts(linears.layers, linears.stacks, [term.gate for term in terms])
         ys = work.forward(x)
         ctx.linears = linears
+        # the ys are not saved: no gradient of a linear needs its output
         ctx.save_for_backward(x, *work.down_outputs, *work.gates)
         return tuple(ys)
 
@@ -339,16 +370,23 @@ class LowRankFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layers, stacks = ctx.linears.layers, ctx.linears.stacks
+        # in `apply`'s order: x, linears (no tensor), the terms' tensors, the base's
         needs_x, _, *needs_tensors = ctx.needs_input_grad
         needs = iter(needs_tensors)
+        # unflat consumes the terms' share of the iterator; what is left belongs to the base, hence
+        # the order
         terms, needs_base = TermParams.unflat(stacks, needs), any(needs)
         saved = iter(ctx.saved_tensors)
-        x, downs = next(saved), [next(saved) for _ in stacks]
-        work = LinearProducts(layers, stacks, list(saved), downs)
+        x, down_outputs = next(saved), [next(saved) for _ in stacks]
+        work = LinearProducts(layers, stacks, list(saved), down_outputs)
         dx = work.input_gradient(grads, needs_x)
         masters = TermParams.flat(work.master_gradients(x, grads, terms))
         base = (
-            [t for layer, g in zip(layers, grads, strict=True) for t in layer.own_gradients(x, g)]
+            [
+                t
+                for layer, g in zip(layers, grads, strict=True)
+                for t in layer.parameter_gradients(x, g)
+            ]
             if needs_base
             else []
         )

@@ -46,12 +46,14 @@ class LoraSpec:
         for name in ("target_modules", "exclude_modules", "layers_to_transform"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        # PEFT accepts a bare number here, and files have it
         if isinstance(self.layers_to_transform, int):
             object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
         for where, rank in [
             ("r", self.r),
             *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()),
         ]:
+            # True is an int to Python
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ConfigError(f"{where} is {rank!r}; a rank is a whole number of at least 1")
         for where, key in [("rank_pattern", k) for k in self.rank_pattern] + [
@@ -84,6 +86,7 @@ class LoraSpec:
 
     def scale(self, module: str) -> float:
         """s = alpha/r, or alpha/sqrt(r) with use_rslora."""
+        # the pattern's rank, not r: PEFT scales each module by its own
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
 

@@ -174,13 +174,13 @@ def run_receipt(
     weights, one = get_base_weights(opened.model), len(jobs) == 1
     base = {
         **opened.source,
-        "sha256": base_digest(opened.model) if weights is None else weights.began,
+        "sha256": base_digest(opened.model) if weights is None else weights.start_digest,
     }
     if weights is None:
         files = [folder / ADAPTER_WEIGHTS for _, folder in _adapter_folder_list(run_dir, jobs)]
         trained = sum(get_bank(opened.model)[name].values.numel() for name in jobs)
     else:
-        files, trained = [run_dir / file for file in digests], weights.count()
+        files, trained = [run_dir / file for file in digests], weights.num_parameters()
     known = artifacts.build_receipt(
         data=next(iter(data.values())) if one else data,
         base=base,

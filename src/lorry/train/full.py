@@ -59,7 +59,7 @@ def enable_base_training(run: RunConfig, opened: OpenedModel, notes: list[str]) 
     weights = make_weights_trainable(opened.model, run.trainable or "all", BASE_JOB)
     total = parameter_count(opened.model)
     notes.append(
-        f"training {weights.count():,} of the base's {total:,} weights ({weights.count() / total:.1%}), no adapter"
+        f"training {weights.num_parameters():,} of the base's {total:,} weights ({weights.num_parameters() / total:.1%}), no adapter"
     )
     return BASE_JOB
 

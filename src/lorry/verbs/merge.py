@@ -142,7 +142,7 @@ class LogitsBeforeMerge:
         """What to tell of a model opened again whose weights were stored in ``stored``. Raises
         ContractError if it is not the model in memory (``rounded``, else the exact one), to the
         rounding of the number format that both are computed in."""
-        from lorry.adapters.merge import LOSS_BOUND
+        from lorry.adapters.merge import WARN_ERROR_RATIO
         from lorry.models.loading.reopen import LOGIT_BOUNDS, compare_logits, compute_fp32_logits
 
         computed, theirs = (
@@ -163,7 +163,7 @@ class LogitsBeforeMerge:
             lines.append(
                 f"note: computed in {computed}, whose own rounding is part of that; float32 does not fit into memory"
             )
-        elif part > LOSS_BOUND:
+        elif part > WARN_ERROR_RATIO:
             lines.append(
                 f"warning: rounding to {stored} moved logits by {drift:.2g}, {part:.0%} of what the adapter moves them; "
                 f"{'merge with dtype=float32, or ' if stored != 'float32' else ''}keep the adapter beside the base"

@@ -1,4 +1,4 @@
-"""adapter_config.json: what PEFT's file says, as a LoraSpec, and the other way round. Nothing in it
+"""adapter_config.json: PEFT's file as a LoraSpec, and the other way round. Nothing in it
 is silently ignored.
 
 A key this module does not know is fine while its value says "off" (null, false, empty or PEFT's
@@ -30,6 +30,7 @@ PATTERN_LIMIT = 2000  # characters of one regular expression
 # seconds for all regular expressions of a file on all modules of a model; real ones take
 # milliseconds
 TIME_LIMIT = 10.0
+# no repeat, no choice: linear time, so a process need not be started for it
 PLAIN_PATTERN = re.compile(r"(?:[\w^$-]|\\?\.)*")
 TRIAL_SCRIPT = """
 import json, re, sys
@@ -48,6 +49,7 @@ INFORMATION_KEYS = frozenset(
         "inference_mode",
         "peft_version",
         "runtime_config",
+        # the layer's own class says how its weight lies; the file's word is not needed
         "fan_in_fan_out",
         "loftq_config",
         "eva_config",
@@ -75,9 +77,11 @@ READ_KEYS = frozenset(
         "layers_pattern",
     }
 )
+# values that mean "off" without being empty
 DEFAULT_VALUES: Mapping[str, Any] = {"bias": "none", "megatron_core": "megatron.core"}
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+# prefixes: PEFT writes pissa_niter_16 and the like
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 REFUSAL_REASONS = {
     "use_dora": "DoRA has a magnitude vector that the plain low-rank sum lacks",
     "bias": "trained biases of the base are not part of a low-rank adapter",
@@ -111,6 +115,7 @@ def parse_peft_config(config: Mapping[str, Any], where: str) -> LoraSpec:
                 f"{where}: {key}={value!r:.80} is not supported ({reason}); only plain LoRA can be read"
             )
     fields: dict[str, Any] = {
+        # 8 is PEFT's default for both; ours differs, and a file that leaves them out means PEFT's
         "r": _read_number(config, "r", where, default=8, whole=True),
         "lora_alpha": _read_number(config, "lora_alpha", where, default=8),
         "lora_dropout": _read_number(config, "lora_dropout", where, default=0.0),
@@ -124,6 +129,7 @@ def parse_peft_config(config: Mapping[str, Any], where: str) -> LoraSpec:
     }
     if not fields["target_modules"]:
         raise ModelError(f"{where}: target_modules is empty; the file must name the adapted layers")
+    # PEFT refuses the combination too
     if isinstance(fields["target_modules"], str) and fields["layers_to_transform"] is not None:
         raise ModelError(
             f"{where}: layers_to_transform needs target_modules to be a list, not a regular expression"
@@ -142,15 +148,16 @@ def match_peft_targets(
     """
     wanted, excluded = spec.target_modules, spec.exclude_modules
     if isinstance(excluded, str):
-        left = [p for p in linears if not re.fullmatch(excluded, p)]
+        candidates = [p for p in linears if not re.fullmatch(excluded, p)]
     else:
-        left = [p for p in linears if not _ends_in(p, excluded or ())]
+        candidates = [p for p in linears if not _ends_in(p, excluded or ())]
+    # PEFT compares "all-linear" without case
     if isinstance(wanted, str):
         everything = wanted.lower() == "all-linear"
-        return {p for p in left if (p in inner if everything else re.fullmatch(wanted, p))}
+        return {p for p in candidates if (p in inner if everything else re.fullmatch(wanted, p))}
     return {
         p
-        for p in left
+        for p in candidates
         if p in wanted or (_ends_in(p, wanted) and _in_layers(p, spec.layers_to_transform))
     }
 
@@ -160,19 +167,20 @@ def check_pattern_time(spec: LoraSpec, modules: Collection[str], where: str) -> 
     stopped: they come from strangers and may take exponential time. Names without any repeat or
     choice are not tried. Raises ModelError after TIME_LIMIT seconds.
     """
-    written = [
+    expressions = [
         *spec.rank_pattern,
         *spec.alpha_pattern,
         *(w for w in (spec.target_modules, spec.exclude_modules) if isinstance(w, str)),
     ]
-    patterns = [p for p in written if not PLAIN_PATTERN.fullmatch(p)]
+    patterns = [p for p in expressions if not PLAIN_PATTERN.fullmatch(p)]
     if not patterns:
         return
     try:
-        work = json.dumps([patterns, list(modules)]).encode()
+        request = json.dumps([patterns, list(modules)]).encode()
         subprocess.run(
+            # -I -S: no site-packages and no PYTHON* variables, so it starts in milliseconds
             [sys.executable, "-I", "-S", "-c", TRIAL_SCRIPT],
-            input=work,
+            input=request,
             timeout=TIME_LIMIT,
             check=True,
             capture_output=True,
@@ -202,10 +210,12 @@ def to_peft_config(
         "base_model_name_or_path": base_name,
         "bias": "none",
         "fan_in_fan_out": transposed,
+        # as PEFT's save_pretrained writes it
         "inference_mode": True,
         "init_lora_weights": spec.init_lora_weights,
         "layers_pattern": None,
         "layers_to_transform": None,
+        # an int where it is one, as PEFT's field is typed
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": spec.lora_dropout,
         "modules_to_save": None,
@@ -248,6 +258,7 @@ def _read_number(
 def _check_number(value: Any, what: str, *, whole: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise ModelError(f"{what} is {value!r:.80}; it must be a {'whole ' if whole else ''}number")
+    # far above any real rank or alpha, far below what overflows an allocation's size
     if abs(value) > 2**31 or not math.isfinite(value):
         raise ModelError(f"{what} is {value!r:.80}; that is out of range")
 
@@ -261,14 +272,14 @@ def _read_bool(config: Mapping[str, Any], key: str, where: str) -> bool:
 
 def _read_init(value: Any, where: str) -> bool | str:
     """How the values came to be no longer matters, unless that changed the base as well."""
-    if isinstance(value, str) and value.startswith(CHANGES_BASE):
+    if isinstance(value, str) and value.startswith(BASE_CHANGING_INITS):
         raise ModelError(
             f"{where}: init_lora_weights={value!r} changed the base's weights too, so the adapter alone is not the model; "
             "save it again from PEFT with path_initial_model_for_weight_conversion"
         )
     if isinstance(value, bool) or value == "gaussian":
         return value
-    if isinstance(value, str) and value in KEEPS_BASE:
+    if isinstance(value, str) and value in BASE_KEEPING_INITS:
         return True
     raise ModelError(f"{where}: init_lora_weights={value!r:.80} is not known")
 
@@ -325,5 +336,6 @@ def _ends_in(path: str, names: Collection[str]) -> bool:
 
 
 def _in_layers(path: str, layers: tuple[int, ...] | None) -> bool:
+    # PEFT's rule: the first number behind two name parts
     number = re.match(r".*?\.[^.]*\.(\d+)\.", path)
     return layers is None or (number is not None and int(number.group(1)) in layers)

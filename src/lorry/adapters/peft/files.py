@@ -58,7 +58,7 @@ def adapter_files(
     base_name: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
-    """The files of one adapter, {file name: content}, for a writer of your own; values are the fp32
+    """The files of one adapter, {file name: content}, for another writer; values are the fp32
     masters, exactly.
 
     ``base_name``: what PEFT should load as the base (a directory or hub id); ``extra``: more facts
@@ -69,17 +69,23 @@ def adapter_files(
     modules = get_bank(model).modules
     tensors = {}
     for path, slot in adapter.slots.items():
-        inner = (
+        tensor_name = (
             "lora_embedding_{}" if isinstance(modules[path], BankEmbedding) else "lora_{}.weight"
         )
         for side, param in (("A", slot.A), ("B", slot.B)):
+            # before any byte is written: a broken adapter must not replace a good one
             if not bool(torch.isfinite(param).all()):
                 raise ModelError(
                     f"adapter {name!r} holds NaN or infinity in {path}.lora_{side}; nothing was written"
                 )
-            tensors[f"{PEFT_PREFIX}{path}.{inner.format(side)}"] = param.detach().cpu().contiguous()
-        said = (adapter.spec.rank(path), adapter.spec.scale(path))
-        assert said == (slot.A.shape[0], slot.scale), f"{path}: the spec says rank and scale {said}"
+            tensors[f"{PEFT_PREFIX}{path}.{tensor_name.format(side)}"] = (
+                param.detach().cpu().contiguous()
+            )
+        # readers compute rank and scale from the config alone; it must say what was trained
+        expected = (adapter.spec.rank(path), adapter.spec.scale(path))
+        assert expected == (slot.A.shape[0], slot.scale), (
+            f"{path}: the spec says rank and scale {expected}"
+        )
     transposed = any(
         isinstance(modules[p], BankLinear) and modules[p].transposed for p in adapter.slots
     )
@@ -87,11 +93,10 @@ def adapter_files(
         adapter.spec, target_names(model, adapter), transposed=transposed, base_name=base_name
     )
     first = modules[next(iter(adapter.slots))]
-    kind = first.dtype if isinstance(first, BankLinear) else first.weight.dtype
-    dtype = str(kind).removeprefix("torch.")
+    dtype = first.dtype if isinstance(first, BankLinear) else first.weight.dtype
     facts = {
         **(extra or {}),
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         "lorry_version": _package_version(),
         "adapter": name,
         "base_digest": base_digest(model),
@@ -131,6 +136,7 @@ def save_adapter(
         model, names[0] if name is None else name, base_name=base_name, extra=extra
     )
     durable.make_directory(Path(path))
+    # all three at once: tensors beside another version's config would be another adapter
     durable.write_files(Path(path), files)
 
 
@@ -162,11 +168,13 @@ def load_adapter(
     if not isinstance(spec.target_modules, str):
         spec = replace(spec, target_modules=tuple(rename(t) for t in spec.target_modules))
     check_pattern_time(spec, layers, where)
+    # before reading tensors, so that a wrong base is named as such and not as a wrong shape
     if not other_base:
         _check_base(model, folder)
     with open_adapter_weights(folder) as file:
         parts = sort_lora_tensors(model, file, str(folder / ADAPTER_WEIGHTS), layers, rename)
         check_modules(model, spec, set(parts), where)
+        # everything is read and checked before `attach` touches the model
         values = read_lora_values(file, str(folder / ADAPTER_WEIGHTS), spec, layers, parts)
     if start is not None and get_bank(model, create=True).start is None:
         load_start(model, start.path, other_base=other_base)
@@ -174,6 +182,7 @@ def load_adapter(
     with torch.no_grad():
         for key, view in adapter.tensors().items():
             view.copy_(values[key])
+    # copies were written under the masters, which no compute copy can know
     adapter.touch()
     for slot in adapter.slots.values():
         slot.A.requires_grad_(trainable)
@@ -263,12 +272,12 @@ def find_adapter(path: str | Path, name: str | None = None) -> tuple[Path, str]:
                 f"{root / ADAPTER_FACTS}: adapter={saved!r:.80} cannot be an adapter's name"
             )
         return root, name or saved
-    inside = sorted(p.parent.name for p in root.glob(f"*/{ADAPTER_CONFIG}"))
-    if len(inside) == 1 and name is None:
-        return root / inside[0], check_adapter_name(inside[0])
+    subfolders = sorted(p.parent.name for p in root.glob(f"*/{ADAPTER_CONFIG}"))
+    if len(subfolders) == 1 and name is None:
+        return root / subfolders[0], check_adapter_name(subfolders[0])
     choice = (
-        f"; it has adapters named {', '.join(inside)}: pass name="
-        if inside
+        f"; it has adapters named {', '.join(subfolders)}: pass name="
+        if subfolders
         else "; pass the directory that does"
     )
     raise ModelError(f"{root} holds no {ADAPTER_CONFIG}{choice}")
@@ -280,6 +289,7 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     """
     leaves = list(dict.fromkeys(p.rpartition(".")[2] for p in adapter.slots))
     selected = {p for p, _ in model.named_modules() if p.rpartition(".")[2] in leaves}
+    # short names only where they select exactly these: PEFT would otherwise create more layers
     return leaves if selected == set(adapter.slots) else list(adapter.slots)
 
 
@@ -295,14 +305,18 @@ def base_digest(model: nn.Module) -> str:
     for path, module in sorted(find_linears(model).items()):
         weight = (
             module.get_parameter("weight")
-            if (kept := getattr(module, "kept", None)) is None
-            else kept
+            if (unmerged := getattr(module, "unmerged_weight", None)) is None
+            else unmerged
         )
         flat = weight.detach().reshape(-1)
         count = min(DIGEST_SAMPLES, flat.numel())
-        places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
+        # evenly spread, first and last value included
+        positions = (
+            torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
+        )
         digest.update(f"{path}{tuple(weight.shape)}".encode())
-        digest.update(flat[places].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+        # view as int16: numpy has no bf16
+        digest.update(flat[positions].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -325,8 +339,8 @@ def _check_base(model: nn.Module, folder: Path) -> None:
     """
     if not (folder / ADAPTER_FACTS).is_file():
         return
-    said = read_adapter_json(folder / ADAPTER_FACTS).get("base_digest")
-    if said is not None and said != base_digest(model):
+    saved_digest = read_adapter_json(folder / ADAPTER_FACTS).get("base_digest")
+    if saved_digest is not None and saved_digest != base_digest(model):
         raise ModelError(
             f"{folder / ADAPTER_FACTS}: this adapter was trained on other base weights than this model's; open it on its own base, "
             f"{read_adapter_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')} (in Python, other_base=True accepts the difference)"

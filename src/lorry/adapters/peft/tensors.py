@@ -27,6 +27,7 @@ PEFT_PREFIX = "base_model.model."
 LORA_TENSOR = re.compile(
     r"(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))"
 )
+# PEFT wraps an adapted layer, whose base weight is then called base_layer.weight
 BASE_TENSOR = re.compile(r"(?P<module>.+?)(?P<inner>\.base_layer)?\.(?P<leaf>weight|bias)")
 
 
@@ -34,11 +35,11 @@ def list_adaptable_layers(model: nn.Module) -> dict[str, AdaptableLayer]:
     """{path: layer} of every place an adapter can sit; layers of a foreign model as the bank would
     see them.
     """
-    found = {
+    layers = {
         p: m if isinstance(m, AdaptableLayer) else wrap_module(m, p)
         for p, m in find_linears(model).items()
     }
-    return {p: layer for p, layer in found.items() if layer is not None}
+    return {p: layer for p, layer in layers.items() if layer is not None}
 
 
 def sort_lora_tensors(
@@ -55,35 +56,36 @@ def sort_lora_tensors(
     ends = head_and_embedding(model)
     for key in file.keys():  # noqa: SIM118 (not a mapping)
         body = key.removeprefix(PEFT_PREFIX) if key.startswith(PEFT_PREFIX) else ""
-        if found := LORA_TENSOR.fullmatch(body):
-            module, side = rename(found["module"]), found["linear"] or found["embedding"]
+        if match := LORA_TENSOR.fullmatch(body):
+            module, side = rename(match["module"]), match["linear"] or match["embedding"]
             if module not in layers:
                 raise ModelError(
                     f"{where}: {key} belongs to a layer this model does not have{suggest_nearest(module, layers)}"
                 )
-            if isinstance(layers[module], BankEmbedding) != bool(found["embedding"]):
+            if isinstance(layers[module], BankEmbedding) != bool(match["embedding"]):
                 raise ModelError(
                     f"{where}: {key} does not fit {module}, which is a {type(layers[module]).__name__[4:].lower()}"
                 )
+            # a legacy and a current name can both map to this module
             if side in parts.setdefault(module, {}):
                 raise ModelError(
                     f"{where}: {key} and {parts[module][side]} are the same part of {module}"
                 )
             parts[module][side] = key
-        elif (found := BASE_TENSOR.fullmatch(body)) and (
-            found["inner"] or rename(found["module"]) in ends
+        elif (match := BASE_TENSOR.fullmatch(body)) and (
+            match["inner"] or rename(match["module"]) in ends
         ):
-            _check_base_tensor(layers.get(rename(found["module"])), found["leaf"], file, key, where)
+            _check_base_tensor(layers.get(rename(match["module"])), match["leaf"], file, key, where)
         else:
             raise ModelError(
                 f"{where}: {key} is no part of a plain LoRA adapter; every tensor must be understood"
             )
     for sides in parts.values():
         if len(sides) < 2:
-            have = next(iter(sides))
-            lacks = "AB".replace(have, "")
+            side = next(iter(sides))
+            missing = "AB".replace(side, "")
             raise ModelError(
-                f"{where}: {sides[have]} has no lora_{lacks} beside it; the file is incomplete"
+                f"{where}: {sides[side]} has no lora_{missing} beside it; the file is incomplete"
             )
     return parts
 
@@ -94,21 +96,25 @@ def _check_base_tensor(
     """PEFT's save_embedding_layers stores base weights too: fine if they are this base's, in
     either's precision.
     """
-    own = (
+    base = (
         None
         if layer is None
-        else layer.kept
-        if leaf == "weight" and layer.kept is not None
+        else layer.unmerged_weight
+        if leaf == "weight" and layer.unmerged_weight is not None
         else getattr(layer, leaf, None)
     )
     shape = list(file.get_slice(key).get_shape())
-    if own is None or shape != list(own.shape):
-        has = "nothing of that name" if own is None else str(list(own.shape))
+    if base is None or shape != list(base.shape):
+        has = "nothing of that name" if base is None else str(list(base.shape))
         raise ModelError(
             f"{where}: {key} is {shape}, the base has {has}; the adapter belongs to another base or a resized vocabulary"
         )
-    stored, mine = file.get_tensor(key), own.detach().cpu()
-    if not (torch.equal(stored.to(mine.dtype), mine) or torch.equal(stored, mine.to(stored.dtype))):
+    # equal in either precision: PEFT saves the base in its dtype, which may be wider or narrower
+    stored, expected = file.get_tensor(key), base.detach().cpu()
+    if not (
+        torch.equal(stored.to(expected.dtype), expected)
+        or torch.equal(stored, expected.to(stored.dtype))
+    ):
         raise ModelError(
             f"{where}: {key} differs from the base's weight; the adapter belongs to another base"
         )
@@ -123,10 +129,11 @@ def check_modules(model: nn.Module, spec: LoraSpec, present: set[str], where: st
         for p, m in candidates.items()
         if not isinstance(m, nn.Embedding | BankEmbedding) and p != head
     ]
+    # PEFT leaves what the config names and the file lacks at its initial values
     named = match_peft_targets(spec, candidates, inner)
-    if lost := sorted(named - present):
+    if missing := sorted(named - present):
         raise ModelError(
-            f"{where}: names {lost[0]} as a target ({len(lost)} such), but {ADAPTER_WEIGHTS} has no tensors for it"
+            f"{where}: names {missing[0]} as a target ({len(missing)} such), but {ADAPTER_WEIGHTS} has no tensors for it"
         )
     if extra := sorted(present - named):
         raise ModelError(
@@ -152,6 +159,7 @@ def read_lora_values(
     for module, sides in parts.items():
         layer, rank = layers[module], spec.rank(module)
         for side, wanted in (("A", [rank, layer.in_features]), ("B", [layer.out_features, rank])):
+            # from the header: a wrong file may claim more bytes than there is memory
             shape = list(file.get_slice(sides[side]).get_shape())
             if shape != wanted:
                 raise ModelError(
@@ -180,6 +188,7 @@ def open_adapter_weights(folder: Path) -> Iterator[safe_open]:
             f"{file} is missing; an adapter directory holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
         )
     try:
+        # safetensors' own reader keeps the last of two tensors with one name
         check_names(file)
         with safe_open(file, framework="pt") as opened:
             yield opened
@@ -202,7 +211,9 @@ def legacy_name_mapper(
         else getattr(config, "model_type", None)
     )
     family = getattr(model, "family", None) or find_family(str(kind))
-    spelt = (
-        {old: ours for ours, old in family.on_disk.items() if old not in layers} if family else {}
+    legacy_names = (
+        {old: current for current, old in family.on_disk.items() if old not in layers}
+        if family
+        else {}
     )
-    return lambda path: spelt.get(path, path)
+    return lambda path: legacy_names.get(path, path)

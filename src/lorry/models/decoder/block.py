@@ -145,7 +145,7 @@ class DecoderBlock:
         parts = zip(self.linears, work.stacks, strict=True)
         return LayerLinears(
             *(
-                LinearProducts(group.frozen(), stacks, [next(rest) for _ in stacks])
+                LinearProducts(group.base_products(), stacks, [next(rest) for _ in stacks])
                 for group, stacks in parts
             )
         )
@@ -155,7 +155,7 @@ class DecoderBlock:
         norms.
         """
         norms = [p for norm in self.norms.present() for p in (norm.weight, norm.bias)]
-        linears = [t for group in self.linears for t in group.base()]
+        linears = [t for group in self.linears for t in group.trainable_base_tensors()]
         return [*linears, *(p for p in norms if p is not None and p.requires_grad)]
 
     def forward(

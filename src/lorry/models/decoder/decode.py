@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorry.adapters.layers import LinearGroup
 from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.product import Frozen, LinearProducts, StackedAdapters
+from lorry.adapters.product import DenseLinear, LinearProducts, StackedAdapters
 from lorry.families import LayerLinears
 from lorry.kernels import decode as kernel
 from lorry.models.causal_lm import PackedInput
@@ -27,20 +27,22 @@ class SmallBatchProducts(LinearProducts):
     and never rearranged.
     """
 
-    def __init__(self, layers: Sequence[Frozen], stacks: Sequence[StackedAdapters]) -> None:
+    def __init__(self, layers: Sequence[DenseLinear], stacks: Sequence[StackedAdapters]) -> None:
         super().__init__(layers, stacks, [None] * len(stacks))
         self.dense = layers
         self.direct = [
-            kernel.supports_product(stack.a)
-            and all(kernel.supports_product(p.b) for p in stack.parts)
+            kernel.supports_product(stack.lora_A)
+            and all(kernel.supports_product(p.lora_B) for p in stack.parts)
             for stack in stacks
         ]
 
     @staticmethod
     def of(group: LinearGroup, stacks: Sequence[StackedAdapters]) -> LinearProducts:
         """FewRows where the kernel takes every weight, else the plain products."""
-        layers = group.frozen()
-        dense = [layer for layer in layers if isinstance(layer, Frozen) and not layer.transposed]
+        layers = group.base_products()
+        dense = [
+            layer for layer in layers if isinstance(layer, DenseLinear) and not layer.transposed
+        ]
         if len(dense) == len(layers) and all(
             kernel.supports_product(layer.weight) for layer in dense
         ):
@@ -56,25 +58,27 @@ class SmallBatchProducts(LinearProducts):
             tokens = _own_tokens(stack) if direct else stack.tokens
             part_x = x[tokens]
             h = (
-                kernel.linear_product(part_x, stack.a, None)
+                kernel.linear_product(part_x, stack.lora_A, None)
                 if direct
-                else stack.clear(torch.mm(part_x, stack.a.t()))
+                else stack.zero_other_rows(torch.mm(part_x, stack.lora_A.t()))
             )
             for part in stack.parts:
                 if direct:
                     kernel.add_linear_product(
-                        h, part.rows, part.b, part.scale, ys[part.layer][tokens]
+                        h, part.rows, part.lora_B, part.scale, ys[part.layer][tokens]
                     )
                 else:
-                    stack.add(ys[part.layer], h[:, part.rows], part.b.t(), part.scale)
+                    stack.add_product(ys[part.layer], h[:, part.rows], part.lora_B.t(), part.scale)
         return ys
 
 
 def _own_tokens(stack: StackedAdapters) -> slice:
     """The rows a term is for, without those that are taken along for torch's sake."""
-    if stack.inner is None:
+    if stack.term_rows is None:
         return stack.tokens
-    return slice(stack.tokens.start + stack.inner.start, stack.tokens.start + stack.inner.stop)
+    return slice(
+        stack.tokens.start + stack.term_rows.start, stack.tokens.start + stack.term_rows.stop
+    )
 
 
 class DecodeRunner:

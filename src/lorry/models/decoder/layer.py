@@ -120,7 +120,7 @@ class LinearsBackward:
         if self.routed:
             pairs = zip(products.stacks, needs, strict=True)
             self.needs = [n if stack.route is None else n._replace(gate=True) for stack, n in pairs]
-        self.trains = train_base and any(layer.trains for layer in products.layers)
+        self.trains = train_base and any(layer.requires_grad for layer in products.layers)
         self.wanted = self.trains or self.routed or any(TermParams.flat(needs))
         self.terms: Sequence[TermParams[Tensor | None]] = TermParams.none(products.stacks)
         self.base: list[Tensor] = []
@@ -142,7 +142,7 @@ class LinearsBackward:
             self.base = [
                 t
                 for layer, g in zip(self.products.layers, grads, strict=True)
-                for t in layer.own_gradients(x, g)
+                for t in layer.parameter_gradients(x, g)
             ]
 
     def take_routed(self) -> list[tuple[StackedAdapters, Tensor]]:
@@ -199,16 +199,18 @@ class NormBackward:
 
     def __init__(self, norm: DecoderNorm, train_base: bool) -> None:
         self.norm = norm
-        self.trains = train_base and any(
+        self.requires_grad = train_base and any(
             p.requires_grad for p in (norm.weight, norm.bias) if p is not None
         )
         self.base: list[Tensor] = []
 
     def weight_grads(self, dy: Tensor, x: Tensor) -> None:
         """Make the gradients of weight and bias, of those that train."""
-        if self.trains:
+        if self.requires_grad:
             made = zip(
-                (self.norm.weight, self.norm.bias), self.norm.own_gradients(dy, x), strict=True
+                (self.norm.weight, self.norm.bias),
+                self.norm.parameter_gradients(dy, x),
+                strict=True,
             )
             self.base = [t for p, t in made if p is not None and t is not None and p.requires_grad]
 
@@ -248,7 +250,7 @@ class LayerBackward:
         if below:
             assert dresidual is not None
             into_attention = dy if self.block.geometry.parallel_residual else dresidual
-            dn = self._attention(into_attention, needs_x or self.norms.attn.trains)
+            dn = self._attention(into_attention, needs_x or self.norms.attn.requires_grad)
         return None if not needs_x or dn is None else norms.attn.backward(dn, saved.x, dresidual)
 
     def term_gradients(self) -> list[Tensor | None]:
@@ -256,15 +258,15 @@ class LayerBackward:
         return [entry for linears in self.linears for entry in TermParams.flat(linears.terms)]
 
     def base_gradients(self) -> list[Tensor]:
-        """Of the base weights that train, in the order of `Block.trained`."""
+        """Of the base weights that train, in the order of `DecoderBlock.trained`."""
         parts: list[LinearsBackward | NormBackward] = [*self.linears, *self.norms.present()]
         return [t for part in parts for t in part.base]
 
     def _attention_norms_train(self) -> bool:
         """Whether a norm whose gradient comes through attention wants one."""
         norms = self.norms
-        return norms.attn.trains or any(
-            norm.trains for norm in (norms.q, norms.k) if norm is not None
+        return norms.attn.requires_grad or any(
+            norm.requires_grad for norm in (norms.q, norms.k) if norm is not None
         )
 
     def _mlp(self, dy: Tensor, below: bool) -> Tensor | None:
@@ -276,7 +278,7 @@ class LayerBackward:
         dinner, h = gated_activation_backward(self.block.activation, dh, saved.gate, saved.up)
         linears.mlp_out.weight_grads(h, [dy])
         del h, dh
-        dn = linears.mlp_in.input_grad(dinner, below or norm.trains)
+        dn = linears.mlp_in.input_grad(dinner, below or norm.requires_grad)
         linears.mlp_in.weight_grads(residual, dinner, norm.norm)
         dn = self._through_router("mlp", residual, norm.norm, dn, (linears.mlp_in, linears.mlp_out))
         if dn is None:

@@ -135,7 +135,7 @@ class DecoderNorm(nn.Module):
         dx = rstd * (dx if self.bias is None else dx - weighted.mean(-1, keepdim=True))
         return (dx if carry is None else dx + carry).to(x.dtype)
 
-    def own_gradients(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def parameter_gradients(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of weight and bias, for training that is not low-rank."""
         wide = promote_to_fp32(dy).reshape(-1, dy.shape[-1])
         xhat = self._standardise(x)[0].reshape(-1, x.shape[-1])
@@ -166,7 +166,7 @@ class NormFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         dy = grads[0].contiguous()
-        own = ctx.norm.own_gradients(dy, x) if any(ctx.needs_input_grad[2:]) else (None, None)
+        own = ctx.norm.parameter_gradients(dy, x) if any(ctx.needs_input_grad[2:]) else (None, None)
         return (ctx.norm.backward(dy, x) if ctx.needs_input_grad[0] else None), None, *own
 
 

@@ -46,7 +46,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, prefix=path):
             kept = (
-                module.kept
+                module.unmerged_weight
                 if isinstance(module, AdaptableLayer) and name.endswith(".weight")
                 else None
             )
