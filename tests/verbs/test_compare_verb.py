@@ -162,7 +162,7 @@ def test_the_ways_are_the_runs_they_would_be_alone(tmp_path: Path) -> None:
         ["data=x.jsonl", "r=4", "learning_rate=1e-3", f"output_dir={tmp_path}", "seed=7"],
         [],
     )
-    lora, full, mlp = (settings.way(name) for name in ("lora", "full", "mlp"))
+    lora, full, mlp = (settings.run_of_way(name) for name in ("lora", "full", "mlp"))
     assert lora.lora is not None
     assert lora.lora.r == 4
     assert (lora.trainable, full.lora, full.trainable, mlp.lora, mlp.trainable) == (

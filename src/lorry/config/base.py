@@ -25,6 +25,7 @@ from lorry.visible import is_visible
 
 # what torch, Arrow and safetensors hold; Python's own integers have no end
 LARGEST_INTEGER = 2**63 - 1
+# what torch, TRL and papers call them beside torch's own names
 DTYPE_WORDS = {
     "fp32": "float32",
     "float": "float32",
@@ -34,15 +35,15 @@ DTYPE_WORDS = {
 }
 
 
-LONGEST_NAME = (
-    200  # bytes; file systems take 255, and a temporary name beside it takes up to 50 more
-)
+# bytes; file systems take 255, and a temporary name beside it takes up to 50 more
+LONGEST_NAME = 200
 LONGEST_PATH = 3800  # bytes; Linux takes 4,095, the names inside a run directory some of them
 
 
 def _clean_path(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise ValueError("must not be empty or hold a NUL character")
+    # the shell expands ~ at the start of a word only, so not in output_dir=~/runs
     return os.path.expanduser(text)
 
 
@@ -51,15 +52,16 @@ def _clean_directory(path: Path) -> Path:
     it under a longer name.
     """
     cleaned = Path(_clean_path(_check_printable(str(path))))
+    # bytes, not characters: that is what file systems count, and a letter may have four
     parts = [len(os.fsencode(part)) for part in cleaned.parts]
     if max(parts, default=0) > LONGEST_NAME or sum(parts) + len(parts) > LONGEST_PATH:
         raise ValueError(
-            f"a name in a path may have {LONGEST_NAME} bytes and a path {LONGEST_PATH}; {_check_path_length(str(path))} is longer"
+            f"a name in a path may have {LONGEST_NAME} bytes and a path {LONGEST_PATH}; {_shorten_path(str(path))} is longer"
         )
     return cleaned
 
 
-def _check_path_length(text: str) -> str:
+def _shorten_path(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:40]}...{text[-12:]}"
 
 
@@ -82,6 +84,7 @@ def _read_dtype(value: Any) -> Any:
 
 def _read_size(value: Any) -> Any:
     """A plain number is a number of bytes."""
+    # YAML has made a number of it before it comes here
     return f"{value}B" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
@@ -91,6 +94,7 @@ def _check_size(text: str) -> str:
 
 
 def _clean_name(text: str) -> str:
+    # it becomes a folder and a part of names in files; "." and ".." are other folders
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text) or not text.strip("."):
         raise ValueError(f"{text[:80]!r} is not a name: 1 to 64 letters, digits, '.', '_' or '-'")
     return text
@@ -138,6 +142,8 @@ class SettingsGroup(BaseModel):
     ``positional`` takes bare words.
     """
 
+    # frozen: several jobs share one description, and run.yaml says what it was; extra="forbid": a
+    # setting that is misspelt must not silently be the default
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     main: ClassVar[str] = ""
     positional: ClassVar[str] = ""

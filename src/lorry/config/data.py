@@ -20,6 +20,7 @@ class DataConfig(SettingsGroup):
     """the examples"""
 
     main: ClassVar[str] = "path"
+    # false where a verb takes the same settings and reads no row (plan, compare of finished runs)
     needs_rows: ClassVar[bool] = True
     path: PathText | list[PathText] | None = config_field(
         None,
@@ -52,6 +53,7 @@ class DataConfig(SettingsGroup):
     eval_n: PositiveInt | None = config_field(None, "the same of the rows to evaluate on")
     streaming: bool = config_field(False, "read rows as they are needed")
     shuffle: bool = config_field(True, "another order each epoch, a function of (seed, epoch)")
+    # ge=2: a prompt's token and the token that is learnt
     max_length: int = config_field(
         1024, "longest example in tokens; a longer one loses the start of its prompt", ge=2
     )
@@ -77,8 +79,10 @@ class DataConfig(SettingsGroup):
     @field_validator("mix")
     @classmethod
     def _each_once(cls, value: list[str]) -> list[str]:
-        if twice := [name for name in value if value.count(name) > 1]:
-            raise ValueError(f"names {twice[0]!r} twice; weights says how much of a set there is")
+        if repeated := [name for name in value if value.count(name) > 1]:
+            raise ValueError(
+                f"names {repeated[0]!r} twice; weights says how much of a set there is"
+            )
         return value
 
     @model_validator(mode="after")
@@ -93,6 +97,7 @@ class DataConfig(SettingsGroup):
             raise ValueError(
                 "data.weights are the shares of the named sets in data.mix, which is empty"
             )
+        # refused rather than ignored: whoever gives one of them expects it to do something
         if self.mix and (self.streaming or self.format != "auto" or self.text_field is not None):
             raise ValueError(
                 "data.streaming, format and text_field are for data.path; named sets know how they are read"
@@ -104,6 +109,7 @@ class DataConfig(SettingsGroup):
     def _share_or_count(cls, value: int | float | None) -> int | float | None:
         if (
             value is None
+            # as in scikit-learn: the type tells them apart, 1 is one row and 1.0 neither
             or (isinstance(value, int) and value >= 1)
             or (isinstance(value, float) and 0 < value < 1)
         ):

@@ -38,6 +38,7 @@ class DistillConfig(SettingsGroup):
     beta: float = config_field(
         0.5, "jsd: share of the teacher in the mixture; 0 is kl, 1 reverse_kl", ge=0, le=1
     )
+    # gt=0: with 0 nothing would be learnt from the teacher, and it would be read for nothing
     alpha: float = config_field(
         0.5, "weight of the teacher; 1 - alpha is that of the data's own answers", gt=0, le=1
     )
@@ -51,7 +52,9 @@ class DistillConfig(SettingsGroup):
     @model_validator(mode="before")
     @classmethod
     def _top_k_of_a_cache(cls, values: Any) -> Any:
+        # before the fields are validated, so that run.yaml has the 64 as if it had been given
         if isinstance(values, dict) and values.get("cache") and values.get("top_k") is None:
+            # a whole distribution is the vocabulary per token: 100 KB and more on the disk for each
             return {**values, "top_k": 64}
         return values
 

@@ -14,6 +14,7 @@ from lorry.config.base import DirPath, PathText, SettingsGroup, config_field, de
 from lorry.config.data import FormatName
 from lorry.config.schema import BackendConfig, ModelConfig
 
+# settings that mean something with tasks only
 TASK_FIELDS = (
     "local",
     "task_split",
@@ -25,7 +26,7 @@ TASK_FIELDS = (
     "top_k",
     "seed",
 )
-# of data
+# settings of data that mean something with a file only
 FILE_FIELDS = (
     "name",
     "split",
@@ -77,6 +78,7 @@ class EvalSettings(SettingsGroup):
     n_shot: NonNegativeInt = config_field(
         0, "worked examples before each question, drawn from the training split by the seed"
     )
+    # 0 and not drawn, as in training: two evaluations should ask the same
     template: NonNegativeInt = config_field(0, "prompt template of the tasks")
     chat: bool = config_field(
         True, "ask through the chat template where there is one; false: as plain text"
@@ -109,18 +111,20 @@ class EvalSettings(SettingsGroup):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> EvalSettings:
-        if not self.tasks and (odd := _first_changed(self, TASK_FIELDS)):
+        # by value, not by whether it was written: run descriptions that were dumped list every
+        # field
+        if not self.tasks and (unused := _first_changed(self, TASK_FIELDS)):
             raise ValueError(
-                f"{odd} is for tasks=[...]; the rows of data={self.data.path} are asked greedily, as they stand"
+                f"{unused} is for tasks=[...]; the rows of data={self.data.path} are asked greedily, as they stand"
             )
-        if self.tasks and (odd := _first_changed(self.data, FILE_FIELDS)):
-            hint = "; task_split says which rows are asked" if odd == "split" else ""
+        if self.tasks and (unused := _first_changed(self.data, FILE_FIELDS)):
+            hint = "; task_split says which rows are asked" if unused == "split" else ""
             raise ValueError(
-                f"data.{odd} is for data=FILE; named sets know how they are read{hint}"
+                f"data.{unused} is for data=FILE; named sets know how they are read{hint}"
             )
-        if self.temperature == 0 and (odd := _first_changed(self, ("top_p", "top_k"))):
+        if self.temperature == 0 and (unused := _first_changed(self, ("top_p", "top_k"))):
             raise ValueError(
-                f"{odd} is for sampled answers; give temperature=1 or another above 0 with it"
+                f"{unused} is for sampled answers; give temperature=1 or another above 0 with it"
             )
         if self.output_dir is not None and self.output_dir.suffix == ".csv" and not self.tasks:
             raise ValueError(

@@ -21,22 +21,23 @@ INDENT, COLUMN = "  ", 32  # settings are indented, their help starts in this co
 def format_help(schema: type[BaseModel], usage: str, line: str) -> str:
     """The whole page, as wide as the terminal (at most 110 columns)."""
     names = schema_names(schema)
+    # longer lines are hard to read, however wide the window is
     width = min(shutil.get_terminal_size().columns, 110)
-    out = [f"Usage: {usage}", "", f"{INDENT}{line}", ""]
+    page = [f"Usage: {usage}", "", f"{INDENT}{line}", ""]
     own = {dotted: field for dotted, field in names.fields.items() if "." not in dotted}
     if own:
-        out += ["Settings", *_help_rows(own, width), ""]
+        page += ["Settings", *_help_rows(own, width), ""]
     for group, inner in names.groups.items():
         main = getattr(inner, "main", "")
-        out.append(
+        page.append(
             f"{group}: {inner.__doc__}" + (f" ({group}=X sets {group}.{main})" if main else "")
         )
-        out += [*_help_rows(inner.model_fields, width), ""]
-    out += [
+        page += [*_help_rows(inner.model_fields, width), ""]
+    page += [
         "A setting may be written alone (r=8) where its name is unique, with its group (lora.r=8), or as a flag (--lora_r 8).",
         "--dump-config prints the resolved settings as YAML and exits.",
     ]
-    return "\n".join(out)
+    return "\n".join(page)
 
 
 def _help_rows(fields: dict[str, FieldInfo], width: int) -> Iterator[str]:
@@ -51,6 +52,7 @@ def _help_rows(fields: dict[str, FieldInfo], width: int) -> Iterator[str]:
         ]
         listed = f" ({', '.join(choices)})" if len(choices) > 1 else ""
         text = f"{field.description or ''}{listed} [{default}]"
+        # paths and names stay in one piece, to be copied
         lines = textwrap.wrap(text, max(width - COLUMN, 30), break_long_words=False)
         yield f"{head:<{COLUMN - 1}} {lines[0]}"
         yield from (" " * COLUMN + more for more in lines[1:])

@@ -33,9 +33,8 @@ from lorry.config.parsing.place import (
 from lorry.config.schema import JOBS, DataConfig, LoraConfig, RunConfig, TrainConfig
 from lorry.errors import ConfigError
 
-BASE_JOB = (
-    "base"  # what base weights that train (lora=null) are called where an adapter would have a name
-)
+# what base weights that train (lora=null) are called where an adapter would have a name
+BASE_JOB = "base"
 MOST_JOBS = 1000  # a grid of three axes of 100 values would be a million runs: a slip of the hand
 EXPANDED_KEYS = ("jobs", "sweep")  # settings that stand for jobs
 JOB_GROUPS = ("lora", "data", "train")
@@ -61,10 +60,12 @@ SHARED_SETTINGS = frozenset(
     )
 ) | {"lora.adapter_name"}
 # names in a run directory that are not an adapter's
+# cannot import runs/layout.py, a room below; tests/test_layout.py holds the two equal
 RESERVED_NAMES = frozenset(["checkpoints", "previous", "tensorboard", "data"])
 FILE_SUFFIXES = frozenset(
     [".json", ".jsonl", ".yaml", ".html", ".png", ".md", ".safetensors", ".jinja", ".model", ".txt"]
 )
+# how a setting is called in a job's name; "": its value says it all (cosine, people)
 SHORT_LABELS = {
     "learning_rate": "lr",
     "lora_alpha": "alpha",
@@ -112,7 +113,7 @@ class JobOverrides:
     tree: dict[str, dict[str, Any]]
     origins: dict[str, str] = field(default_factory=dict)
 
-    def over(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+    def apply_to(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the run with this job's in their place. Raises ConfigError for a run
         without an adapter.
         """
@@ -120,28 +121,30 @@ class JobOverrides:
             raise ConfigError(
                 "lora=null (training the base weights themselves) leaves no adapters for jobs"
             )
-        over = {
+        settings = {
             **tree,
             **{group: {**tree.get(group, {}), **own} for group, own in self.tree.items()},
         }
-        if brought := {"path", "mix"} & self.tree.get("data", {}).keys():
+        if row_sources := {"path", "mix"} & self.tree.get("data", {}).keys():
             # what the job reads stands in the place of what the run reads, not beside it
-            over["data"] = {
-                k: v for k, v in over["data"].items() if k in brought or k not in ("path", "mix")
+            settings["data"] = {
+                k: v
+                for k, v in settings["data"].items()
+                if k in row_sources or k not in ("path", "mix")
             }
-        return over
+        return settings
 
 
 def set_in_tree(tree: dict[str, Any], placed: PlacedSetting) -> None:
     """Put a setting into a tree of groups; an entry of a map beside its other entries."""
     group, _, leaf = placed.dotted.rpartition(".")
-    within = {**(tree.get(group) or {})} if group else tree
-    before = within.get(leaf)
-    within[leaf] = (
-        {**before, **placed.value} if placed.part and isinstance(before, dict) else placed.value
+    group_tree = {**(tree.get(group) or {})} if group else tree
+    entries = group_tree.get(leaf)
+    group_tree[leaf] = (
+        {**entries, **placed.value} if placed.part and isinstance(entries, dict) else placed.value
     )
     if group:
-        tree[group] = within
+        tree[group] = group_tree
 
 
 # --- what was given, as items
@@ -151,61 +154,68 @@ def is_sweep_axis(given: GivenSetting) -> bool:
     """Whether a typed setting is several values to try: ``r=8,16``, for a field that takes neither
     text nor a list of its own.
     """
-    wanted = flag_field(schema_names(JobSettings), given.key)
-    if wanted is None or not given.typed or not isinstance(given.value, str):
+    target = flag_field(schema_names(JobSettings), given.key)
+    if target is None or not given.typed or not isinstance(given.value, str):
         return False
-    kinds = union_members(wanted.annotation)
-    plain = str not in kinds and not any(
+    kinds = union_members(target.annotation)
+    # a comma is part of a text, and a field of lists takes r=a,b as one value
+    takes_one_value = str not in kinds and not any(
         getattr(kind, "__origin__", None) in (list, dict) for kind in kinds
     )
-    return plain and ("," in given.value or given.value.startswith("["))
+    return takes_one_value and ("," in given.value or given.value.startswith("["))
 
 
-def expand_jobs(several: Mapping[str, GivenSetting], axes: Sequence[GivenSetting]) -> list[JobItem]:
+def expand_jobs(
+    expanded: Mapping[str, GivenSetting], axes: Sequence[GivenSetting]
+) -> list[JobItem]:
     """The jobs that are meant. Raises ConfigError where both a list of jobs and a sweep are given."""
-    jobs, sweep = several.get("jobs"), several.get("sweep")
-    given = [] if jobs is None or jobs.value is None else _listed_jobs(jobs)
-    swept = _sweep_jobs(sweep, axes)
-    if given and swept:
-        raise ConfigError(f"{swept[0].where}: a list of jobs and a sweep are both given; keep one")
-    items = given or swept
+    jobs, sweep = expanded.get("jobs"), expanded.get("sweep")
+    listed = [] if jobs is None or jobs.value is None else _listed_jobs(jobs)
+    sweep_items = _sweep_jobs(sweep, axes)
+    if listed and sweep_items:
+        raise ConfigError(
+            f"{sweep_items[0].where}: a list of jobs and a sweep are both given; keep one"
+        )
+    items = listed or sweep_items
     if len(items) > MOST_JOBS:
         raise ConfigError(
             f"{items[0].where}: {len(items):,} jobs are too many for a run; at most {MOST_JOBS:,}"
         )
-    seen = dict[str, str]()
+    where_by_name = dict[str, str]()
     for item in items:
-        if item.name.lower() in seen:
-            first = seen[item.name.lower()]
+        # by lower case: the folders of two such jobs are one on macOS
+        if item.name.lower() in where_by_name:
+            first = where_by_name[item.name.lower()]
             raise ConfigError(
                 f"{item.where}: two jobs are called {item.name!r} (the first: {first}); each has a folder of its name"
             )
-        seen[item.name.lower()] = item.where
+        where_by_name[item.name.lower()] = item.where
     return items
 
 
 def _listed_jobs(given: GivenSetting) -> list[JobItem]:
     if not isinstance(given.value, list) or not all(
-        isinstance(one, Mapping) for one in given.value
+        isinstance(job, Mapping) for job in given.value
     ):
         raise ConfigError(f"{given.where}: jobs: got {show_value(given.value)}; give {JOBS}")
-    return [_make_job_item(given, number, one) for number, one in enumerate(given.value)]
+    return [_make_job_item(given, number, job) for number, job in enumerate(given.value)]
 
 
-def _make_job_item(given: GivenSetting, number: int, one: Mapping[str, Any]) -> JobItem:
+def _make_job_item(given: GivenSetting, number: int, job: Mapping[str, Any]) -> JobItem:
     where = given.inner.get(str(number), given.where)
-    if not isinstance(one.get("name"), (str, int)):
+    # int: YAML reads name: 8 as a number
+    if not isinstance(job.get("name"), (str, int)):
         raise ConfigError(
             f"{where}: job {number + 1} has no name; give name: and the settings that are its own"
         )
-    name = str(one["name"])
+    name = str(job["name"])
     if name in RESERVED_NAMES or Path(name).suffix in FILE_SUFFIXES:
         raise ConfigError(
             f"{where}: {name!r} cannot be a job's name: a run directory has a file or folder like that"
         )
     settings = [
         each
-        for key, value in one.items()
+        for key, value in job.items()
         if key != "name"
         for each in _spread_group(given, f"{number}.", key, value)
     ]
@@ -227,14 +237,18 @@ def _sweep_jobs(sweep: GivenSetting | None, axes: Sequence[GivenSetting]) -> lis
     """
     value = sweep.value if sweep is not None else None
     if sweep is not None and isinstance(value, list) and value:
-        if axes or not all(isinstance(one, Mapping) for one in value):
+        if axes or not all(isinstance(combination, Mapping) for combination in value):
             raise ConfigError(
                 f"{sweep.where}: a sweep is a map of lists, or a list of maps and nothing beside it"
             )
         return _name_combinations(
             [
-                [each for k, v in one.items() for each in _spread_group(sweep, f"{n}.", k, v)]
-                for n, one in enumerate(value)
+                [
+                    each
+                    for k, v in combination.items()
+                    for each in _spread_group(sweep, f"{n}.", k, v)
+                ]
+                for n, combination in enumerate(value)
             ]
         )
     if value and not isinstance(value, Mapping):
@@ -247,14 +261,16 @@ def _sweep_jobs(sweep: GivenSetting | None, axes: Sequence[GivenSetting]) -> lis
         else [each for k, v in value.items() for each in _spread_group(sweep, "", k, v)]
     )
     typed = [GivenSetting(axis.key, parse_typed_list(axis.value), axis.where) for axis in axes]
+    # keyed, so that an axis typed on the command line replaces the file's of that name
     grid = list({axis.key: axis for axis in (*given, *typed)}.values())
     choices = [
         [
-            GivenSetting(a.key, one, a.where)
-            for one in (a.value if isinstance(a.value, list) else [a.value])
+            GivenSetting(a.key, combination, a.where)
+            for combination in (a.value if isinstance(a.value, list) else [a.value])
         ]
         for a in grid
     ]
+    # counted before the product is made: it would not fit into memory
     if (count := prod(map(len, choices))) > MOST_JOBS:
         axes_shown = " x ".join(
             f"{axis.key}: {len(values):,}" for axis, values in zip(grid[:8], choices, strict=False)
@@ -272,12 +288,13 @@ def _name_combinations(combinations: Sequence[Sequence[GivenSetting]]) -> list[J
     ]
     items = list[JobItem]()
     for name, settings in zip(names, combinations, strict=True):
-        short = name if len(name) <= 56 else f"{name[:52]}-{len(items) + 1}"
-        if any(short == item.name for item in items):
+        # a name may have 64 characters, of which the number at the end takes some
+        job_name = name if len(name) <= 56 else f"{name[:52]}-{len(items) + 1}"
+        if any(job_name == item.name for item in items):
             raise ConfigError(
-                f"{settings[0].where}: the sweep has the same combination twice: {short}"
+                f"{settings[0].where}: the sweep has the same combination twice: {job_name}"
             )
-        items.append(JobItem(short, settings, settings[0].where))
+        items.append(JobItem(job_name, settings, settings[0].where))
     return items
 
 
@@ -286,20 +303,22 @@ def _value_label(given: GivenSetting) -> str:
     leaf = given.key.rpartition(".")[2]
     value = given.value
     if isinstance(value, float):
+        # 1e-4 and not 0.0001: rates in a name are compared by their exponent
         mantissa, exponent = f"{value:.6e}".split("e")
-        plain = (
+        value_words = (
             f"{value:g}"
             if 1e-2 <= abs(value) < 1e4 or not value
             else f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
         )
     elif isinstance(value, str) and ("/" in value or leaf == "path"):
-        plain = Path(value).stem
+        # a folder's name cannot hold a path
+        value_words = Path(value).stem
     else:
-        plain = "+".join(map(str, value)) if isinstance(value, list) else str(value).lower()
+        value_words = "+".join(map(str, value)) if isinstance(value, list) else str(value).lower()
     return re.sub(
         r"[^A-Za-z0-9_-]+",
         lambda m: "." if m[0] == "." else "-",
-        f"{SHORT_LABELS.get(leaf, leaf)}{plain}",
+        f"{SHORT_LABELS.get(leaf, leaf)}{value_words}",
     ).strip(".-")
 
 
@@ -310,16 +329,16 @@ def resolve_job_overrides(names: SchemaNames, item: JobItem, notes: list[str]) -
     """A job's settings under their full names. Raises ConfigError for one that is unknown, or the
     same for all jobs.
     """
-    mine = schema_names(JobSettings)
+    job_names = schema_names(JobSettings)
     own = JobOverrides(item.name, {"lora": {}, "data": {}, "train": {}})
     for given in item.settings:
         if (
-            flag_field(mine, given.key) is None
-            and not mine.candidates(given.key)
-            and given.key not in mine.groups
+            flag_field(job_names, given.key) is None
+            and not job_names.candidates(given.key)
+            and given.key not in job_names.groups
         ):
             _refuse_shared(names, given)
-        for placed in place_setting(mine, given, notes):
+        for placed in place_setting(job_names, given, notes):
             if placed.dotted in SHARED_SETTINGS:
                 _refuse_setting(given, placed.dotted)
             group, _, leaf = placed.dotted.partition(".")
@@ -327,6 +346,7 @@ def resolve_job_overrides(names: SchemaNames, item: JobItem, notes: list[str]) -
                 raise ConfigError(
                     f"{given.where}: {given.key}={show_value(given.value)} is no setting of a job; every job is an adapter"
                 )
+            # an entry of a map (rank_pattern.q_proj) may come beside others of the same map
             if leaf in own.tree[group] and not placed.part:
                 raise ConfigError(
                     f"{given.where}: {placed.dotted} is given twice for the job {item.name!r}; keep one"
@@ -356,15 +376,24 @@ def _refuse_setting(given: GivenSetting, dotted: str) -> None:
     )
 
 
-def job_differences(run: BaseModel, alone: BaseModel) -> dict[str, dict[str, Any]]:
+def job_differences(run: BaseModel, job_run: BaseModel) -> dict[str, dict[str, Any]]:
     """{group: {setting: value}} of a job where it is not the run's, in plain values."""
-    theirs, own = run.model_dump(mode="json"), alone.model_dump(mode="json")
-    return {g: {k: v for k, v in own[g].items() if v != theirs[g][k]} for g in JOB_GROUPS}
+    # dumped values, not what was given: a default that follows from another setting (lora_alpha of
+    # r) differs, too
+    run_values, job_values = run.model_dump(mode="json"), job_run.model_dump(mode="json")
+    return {
+        group: {
+            setting: v
+            for setting, v in job_values[group].items()
+            if v != run_values[group][setting]
+        }
+        for group in JOB_GROUPS
+    }
 
 
 def runs_by_adapter(run: RunConfig) -> dict[str, RunConfig]:
     """{adapter: the run it would be alone}: of a run without `jobs`, itself; without an adapter
-    {WHOLE: itself}, since its base weights train. Raises ConfigError for jobs without adapters."""
+    {BASE_JOB: itself}, since its base weights train. Raises ConfigError for jobs without adapters."""
     if run.lora is None:
         if run.jobs:
             raise ConfigError(
@@ -373,14 +402,15 @@ def runs_by_adapter(run: RunConfig) -> dict[str, RunConfig]:
         return {BASE_JOB: run}
     if not run.jobs:
         return {run.lora.adapter_name: run}
-    whole = run.model_dump(mode="json", exclude={"jobs"})
-    alone = {}
+    shared_values = run.model_dump(mode="json", exclude={"jobs"})
+    runs = {}
     for job in run.jobs:
-        own: dict[str, Any] = {
-            group: {**whole[group], **getattr(job, group)} for group in JOB_GROUPS
+        job_values: dict[str, Any] = {
+            group: {**shared_values[group], **getattr(job, group)} for group in JOB_GROUPS
         }
-        own["lora"]["adapter_name"] = job.name
-        alone[job.name] = type(run).model_validate(
-            {**whole, **own, "output_dir": run.output_dir / job.name}
+        # the job's name is its adapter's; it cannot be given beside
+        job_values["lora"]["adapter_name"] = job.name
+        runs[job.name] = type(run).model_validate(
+            {**shared_values, **job_values, "output_dir": run.output_dir / job.name}
         )
-    return alone
+    return runs

@@ -58,6 +58,7 @@ class ModelConfig(SettingsGroup):
     device: str = config_field(
         "auto", DEVICE_WORDS, pattern=DEVICE, json_schema_extra={"allowed": DEVICE_WORDS}
     )
+    # off: that code has all rights of whoever runs this
     trust_remote_code: bool = config_field(False, "run Python code that a hub model brings along")
     adapter: PathText | None = config_field(None, "adapter directory to go on from")
     chat_template_path: PathText | None = config_field(
@@ -72,6 +73,7 @@ class LoraConfig(SettingsGroup):
     """the adapter; lora=null means none"""
 
     main: ClassVar[str] = "r"
+    # far beyond any matrix; twice that is the limit of lora_alpha, which follows from it
     r: Annotated[PositiveInt, Field(le=2**30)] | Literal["auto"] = config_field(
         16, "rank; auto: the largest power of two that fits memory_budget"
     )
@@ -94,6 +96,8 @@ class LoraConfig(SettingsGroup):
     layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = config_field(
         None, "only these layer numbers"
     )
+    # a setting of one value, so that PEFT's files read, and the other values get an error of their
+    # own (`UNSUPPORTED_VALUES`)
     bias: Literal["none"] = config_field("none", "biases stay frozen")
     adapter_name: CheckedName = config_field("default", "the adapter's name in a bank of several")
 
@@ -102,11 +106,13 @@ class LoraConfig(SettingsGroup):
     def _twice_r(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None or info.data.get("r") == "auto":
             return value  # with r=auto it follows once the rank is known
+        # so that the scale is 2 at every rank, and a sweep over ranks changes the rank alone
         return 2 * info.data.get("r", 1)
 
     @field_validator("target_modules", "exclude_modules", mode="before")
     @classmethod
     def _module_names(cls, value: Any) -> Any:
+        # all-linear has a hyphen, so it is no plain name and stays the word it is
         if isinstance(value, str) and value != "auto" and PLAIN_NAMES.fullmatch(value):
             return re.split(r"\s*,\s*", value)
         if value in ("", []):
@@ -119,6 +125,8 @@ class LoraConfig(SettingsGroup):
         if isinstance(value, str):
             try:
                 re.compile(value)
+            # re raises all three: a bad pattern, one nested by the thousand, a repeat count beyond
+            # 32 bits
             except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(
                     f"{show_value(value)} is not a regular expression ({error})"
@@ -138,6 +146,7 @@ class TrainConfig(SettingsGroup):
     )
     per_device_eval_batch_size: PositiveInt = config_field(8, "the same when evaluating")
     gradient_accumulation_steps: PositiveInt = config_field(1, "micro-batches per optimizer step")
+    # TRL's name; nothing to do with the checkpoints of save_steps
     gradient_checkpointing: bool = config_field(
         False, "recompute activations: less memory, more time"
     )
@@ -151,6 +160,7 @@ class TrainConfig(SettingsGroup):
         ge=0,
         lt=1,
     )
+    # as in transformers' TrainingArguments
     weight_decay: float = config_field(0.0, "decoupled weight decay of AdamW", ge=0)
     adam_beta1: float = config_field(0.9, "AdamW's first moment", ge=0, lt=1)
     adam_beta2: float = config_field(0.999, "AdamW's second moment", ge=0, lt=1)
@@ -166,6 +176,7 @@ class TrainConfig(SettingsGroup):
         "steps", "when to write a checkpoint"
     )
     save_steps: PositiveInt = config_field(100, "write one every so many steps")
+    # two: if the newest is damaged by what ended the run, one before it is left
     save_total_limit: PositiveInt | None = config_field(2, "checkpoints kept; null: all")
     load_best_model_at_end: bool = config_field(
         False, "end with the best evaluated adapter, not the last"
@@ -200,6 +211,7 @@ class TrainConfig(SettingsGroup):
     @field_validator("resume_from_checkpoint", mode="before")
     @classmethod
     def _true_is_auto(cls, value: Any) -> Any:
+        # TRL takes true for the newest checkpoint
         return {"true": "auto", "false": None}.get(str(value).lower(), value)
 
     @field_validator("report_to", mode="before")
@@ -217,12 +229,14 @@ class TrainConfig(SettingsGroup):
     @classmethod
     def _not_zero(cls, value: int) -> int:
         if value == 0:
+            # a run of no steps would save an adapter that changes nothing and look finished
             raise ValueError("got 0; give at least 1, or -1 for num_train_epochs")
         return value
 
     @field_validator("warmup_ratio", mode="before")
     @classmethod
     def _default_warmup(cls, value: Any, info: ValidationInfo) -> Any:
+        # info.data holds the fields above it that are valid, so those two stand before this one
         without = info.data.get("warmup_steps") or info.data.get("lr_scheduler_type") == "constant"
         return (0.0 if without else 0.03) if value is None else value
 
@@ -262,6 +276,7 @@ class JobConfig(SettingsGroup):
     """
 
     name: CheckedName
+    # plain values and not LoraConfig: only what differs is kept, and a default is no difference
     lora: dict[str, Any] = config_field({}, "what is not the run's")
     data: dict[str, Any] = config_field({}, "what is not the run's")
     train: dict[str, Any] = config_field({}, "what is not the run's")
@@ -278,6 +293,7 @@ class RunConfig(SettingsGroup):
         "with lora=null, which base weights train: all, mlp, attention, a list of names, or a regex; null: all",
     )
     data: DataConfig
+    # validated though a default: its eval_strategy follows from data, which stands above it
     train: TrainConfig = Field(default=TrainConfig(), validate_default=True)
     backend: BackendConfig = BackendConfig()
     memory_budget: MemorySize | None = config_field(
@@ -305,6 +321,7 @@ class RunConfig(SettingsGroup):
             return train
         anything = info.data["data"].evaluates or train.eval_tasks
         chosen = "no" if not anything else "steps" if train.eval_steps else "epoch"
+        # without validation, which the values here have passed
         return train.model_copy(update={"eval_strategy": chosen})
 
     @field_validator("output_dir", mode="before")
@@ -327,10 +344,12 @@ class RunConfig(SettingsGroup):
             else "+".join(data.mix)
         )
         name = run_name or f"{Path(first).stem}-{Path(model).name.removesuffix('.gguf')}"
+        # 128: a folder's name, with room for the suffixes of merge, export and previous
         return Path("runs") / (re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:128].strip(".-") or "run")
 
     @model_validator(mode="after")
     def _rank_is_to_be_had(self) -> RunConfig:
+        # here and not in LoraConfig: memory_budget is a setting of the run
         if self.lora is not None and self.lora.r == "auto" and self.memory_budget is None:
             raise ValueError(
                 "lora.r=auto needs the memory it may use; give memory_budget=3GiB or the like"

@@ -26,13 +26,9 @@ from lorry.config.base import (
 )
 from lorry.config.schema import BackendConfig, DataConfig, ModelConfig, RunConfig
 
-# of a way that is given none, over the run's
-DEFAULT_RATES = {
-    "lora": 1.0,
-    "full": 0.05,
-    "mlp": 0.1,
-    "attention": 0.1,
-}
+# learning rate of a way that is given none, as a multiple of the run's: all weights of a model want a
+# smaller step than an adapter, whose product starts at zero
+DEFAULT_RATES = {"lora": 1.0, "full": 0.05, "mlp": 0.1, "attention": 0.1}
 
 
 def _output_beside_run(value: Any, info: ValidationInfo, suffix: str) -> Any:
@@ -97,6 +93,7 @@ class PlanSettings(RunConfig):
     model: PlanModel = PlanModel()
     data: PlanData = PlanData()
     backend: PlanBackend = PlanBackend()
+    # otherwise the run's default would be worked out, and shown by --dump-config as if it mattered
     output_dir: DirPath | None = config_field(None, "nothing is written")  # type: ignore[assignment]  # a plan needs none
     format: Literal["table", "json"] = config_field("table", "how the plan is shown")
 
@@ -117,18 +114,19 @@ class SweepSettings(RunConfig):
         """The runs to make, one after the other: one in `output_dir`, or several in its folders
         pass-1, pass-2 ...
         """
-        whole = self.model_dump(mode="json", exclude={"jobs", "sweep", "jobs_per_pass"})
+        shared_values = self.model_dump(mode="json", exclude={"jobs", "sweep", "jobs_per_pass"})
         groups = [
             self.jobs[at : at + self.jobs_per_pass]
             for at in range(0, len(self.jobs), self.jobs_per_pass)
         ]
         folders = (
             [self.output_dir]
+            # one pass is a run like any other, so it lies where the user said
             if len(groups) == 1
             else [self.output_dir / f"pass-{n}" for n, _ in enumerate(groups, 1)]
         )
         return [
-            RunConfig.model_validate({**whole, "jobs": g, "output_dir": f})
+            RunConfig.model_validate({**shared_values, "jobs": g, "output_dir": f})
             for g, f in zip(groups, folders, strict=True)
         ]
 
@@ -166,27 +164,30 @@ class CompareSettings(RunConfig):
     @classmethod
     def _of_ways(cls, value: dict[str, float], info: ValidationInfo) -> dict[str, float]:
         ways = info.data.get("ways", [])
-        if odd := [name for name in value if name not in ways]:
+        if unknown := [name for name in value if name not in ways]:
             raise ValueError(
-                f"learning_rates names {odd[0]!r}, which is none of ways ({', '.join(ways)})"
+                f"learning_rates names {unknown[0]!r}, which is none of ways ({', '.join(ways)})"
             )
         return value
 
-    def way(self, name: str) -> RunConfig:
+    def run_of_way(self, name: str) -> RunConfig:
         """The run that trains one way, in a folder of its name. Raises ConfigError for settings
         that do not go together.
         """
-        own = ("runs", "ways", "learning_rates", "format")
-        whole = self.model_dump(mode="json", exclude={*own, "output_dir", "trainable"})
+        own_settings = ("runs", "ways", "learning_rates", "format")
+        shared_values = self.model_dump(
+            mode="json", exclude={*own_settings, "output_dir", "trainable"}
+        )
         rate = self.learning_rates.get(name, self.train.learning_rate * DEFAULT_RATES[name])
-        train = {**whole["train"], "learning_rate": rate, "run_name": name}
-        adapter = (
-            {"lora": whole["lora"]}
+        train = {**shared_values["train"], "learning_rate": rate, "run_name": name}
+        # each a run of its own: adapters and base weights cannot train in one pass
+        trained_part = (
+            {"lora": shared_values["lora"]}
             if name == "lora"
             else {"lora": None, "trainable": "all" if name == "full" else name}
         )
         return RunConfig.model_validate(
-            {**whole, **adapter, "train": train, "output_dir": self.output_dir / name}
+            {**shared_values, **trained_part, "train": train, "output_dir": self.output_dir / name}
         )
 
 

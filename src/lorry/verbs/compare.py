@@ -35,7 +35,7 @@ def main(settings: CompareSettings, notes: list[str]) -> int:
     from lorry.report.compare import compare_runs_table, comparison_row, figure_ratios
     from lorry.runs.read import read_readable_runs
 
-    trained = [settings.way(name) for name in _training_ways(settings)]
+    trained = [settings.run_of_way(name) for name in _training_ways(settings)]
     _refuse_unsupported(settings, trained)
     refuse_foreign_files(settings.output_dir, trained)
     for run in trained:

@@ -34,6 +34,7 @@ ALIAS_RENAMES: dict[str, str] = {
     "model_revision": "model.revision",
     "chat_template": "model.chat_template_path",
     **dict.fromkeys(["lora_r", "lora_rank", "rank"], "lora.r"),
+    # in scripts of PEFT users; distill.alpha is a name of our own and goes before an alias
     "alpha": "lora.lora_alpha",
     "dropout": "lora.lora_dropout",
     "lora_target_modules": "lora.target_modules",
@@ -58,6 +59,7 @@ ALIAS_RENAMES: dict[str, str] = {
     **dict.fromkeys(["eval_dataset", "eval_file", "validation_file"], "data.eval"),
     **dict.fromkeys(["max_samples", "max_train_samples"], "data.n"),
     **dict.fromkeys(["sample_packing", "neat_packing"], "data.packing"),
+    # both of TRL's switches leave the prompt out of the loss
     "assistant_only_loss": "data.completion_only_loss",
     **dict.fromkeys(["system_prompt", "default_system"], "data.system"),
     "lr": "train.learning_rate",
@@ -196,12 +198,14 @@ ALIAS_READERS: dict[str, AliasReader] = {
     "train_on_responses_only": lambda on: ("data.completion_only_loss", on),
     "lora_target_linear": _switch_meaning("lora.target_modules", "all-linear"),
     "lora_target": lambda names: ("lora.target_modules", "all-linear" if names == "all" else names),
+    # other tools take both under this name; a share is below 1, steps are whole
     "warmup": lambda much: (
         "train.warmup_ratio" if isinstance(much, float) and much < 1 else "train.warmup_steps",
         much,
     ),
     "use_gradient_checkpointing": lambda on: (
         "train.gradient_checkpointing",
+        # unsloth's own variant recomputes the same; where it keeps activations changes no number
         on == "unsloth" or on,
     ),
     "val_set_size": _share_or_rows,
@@ -325,6 +329,7 @@ HOMONYMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 
+# the ways in which files say that something is off
 OFF_VALUES: tuple[Any, ...] = (False, None, "none", "no", [], {})
 UNSUPPORTED_ALIASES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(

@@ -32,23 +32,32 @@ def read_argv(
     word that is neither.
     """
     names = schema_names(schema)
-    left, found, bare = list(argv), [], []
-    while left:
-        word = left.pop(0)
+    remaining, settings_given, bare_words = list(argv), [], []
+    while remaining:
+        word = remaining.pop(0)
         if match := ASSIGNMENT.fullmatch(word):
-            found.append(GivenSetting(match[1].replace("-", "_"), match[2], word, typed=True))
+            # --learning-rate is what other tools' users type
+            settings_given.append(
+                GivenSetting(match[1].replace("-", "_"), match[2], word, typed=True)
+            )
         elif word.startswith("--") and len(word) > 2:
-            found.append(_read_flag(names, word, left, greedy=not _positional_name(schema)))
+            # a verb with positional words (lorry report a b) would lose them to a list before them
+            settings_given.append(
+                _read_flag(names, word, remaining, greedy=not _positional_name(schema))
+            )
         elif word.startswith("-") and len(word) > 1:
             raise ConfigError(f"{word}: not an option; settings are key=value or --key value")
         else:
-            bare.append(word)
-    files = [given.value for given in found if given.key == "config"]
-    if bare and bare[0].endswith(SUFFIXES):
-        files.append(bare.pop(0))
+            bare_words.append(word)
+    files = [given.value for given in settings_given if given.key == "config"]
+    # only the first bare word: lorry eval RUN data.json is a run and then a file
+    if bare_words and bare_words[0].endswith(SUFFIXES):
+        files.append(bare_words.pop(0))
     if len(files) > 1:
         raise ConfigError(f"two run descriptions are given, {files[0]} and {files[1]}; keep one")
-    settings = _bare_words(schema, bare) + [given for given in found if given.key != "config"]
+    settings = _bare_words(schema, bare_words) + [
+        given for given in settings_given if given.key != "config"
+    ]
     return Path(files[0]) if files else None, settings
 
 
@@ -81,7 +90,7 @@ def _is_bare(words: list[str]) -> bool:
     return bool(words) and not words[0].startswith("--") and not ASSIGNMENT.fullmatch(words[0])
 
 
-def _read_flag(names: SchemaNames, word: str, left: list[str], greedy: bool) -> GivenSetting:
+def _read_flag(names: SchemaNames, word: str, remaining: list[str], greedy: bool) -> GivenSetting:
     """``--key value``, a switch ``--key`` or ``--no-key``, or ``--key a b c`` for a list; takes its
     values from ``left``.
     """
@@ -95,30 +104,32 @@ def _read_flag(names: SchemaNames, word: str, left: list[str], greedy: bool) -> 
     ):
         return GivenSetting(key[3:], "false", word, typed=True)
     if field is None and key != "config":
+        # an unknown flag must not swallow the next word: its error would name the wrong one
         if not is_known_setting(names, key):
             raise unknown_setting_error(names, key, word)
         value = (
-            left.pop(0)
-            if _is_bare(left) and (greedy or left[0].lower() in SWITCH_WORDS)
+            remaining.pop(0)
+            if _is_bare(remaining) and (greedy or remaining[0].lower() in SWITCH_WORDS)
             else "true"
         )
         return GivenSetting(key, value, word, typed=True)
-    if field is not None and _is_switch(field, left):
+    if field is not None and _is_switch(field, remaining):
         return GivenSetting(key, "true", word, typed=True)
-    if not left or left[0].startswith("--"):
+    if not remaining or remaining[0].startswith("--"):
         raise ConfigError(f"{word}: a value is missing")
-    values = [left.pop(0)]
-    while greedy and field is not None and accepts_type(field, list) and _is_bare(left):
-        values.append(left.pop(0))
+    values = [remaining.pop(0)]
+    while greedy and field is not None and accepts_type(field, list) and _is_bare(remaining):
+        values.append(remaining.pop(0))
     if len(values) > 1:
         return GivenSetting(key, values, f"{word} {' '.join(values)}")
     return GivenSetting(key, values[0], f"{word} {values[0]}", typed=True)
 
 
-def _is_switch(field: FieldInfo, left: list[str]) -> bool:
+def _is_switch(field: FieldInfo, remaining: list[str]) -> bool:
     """Whether ``--key`` stands alone: the field is true/false and no such word (nor text it would
     take) follows.
     """
-    if not accepts_type(field, bool) or (left and left[0].lower() in SWITCH_WORDS):
+    if not accepts_type(field, bool) or (remaining and remaining[0].lower() in SWITCH_WORDS):
         return False
-    return not (accepts_type(field, str) and _is_bare(left))
+    # push_to_hub is true, or a name: --push_to_hub OWNER/NAME
+    return not (accepts_type(field, str) and _is_bare(remaining))

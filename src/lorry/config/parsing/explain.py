@@ -27,6 +27,8 @@ def explain_validation(
         dotted = _dotted_name(item["loc"], names)
         where = origins.get(dotted, "")
         sentence = _error_sentence(item, dotted, names)
+        # pydantic has an error for every member of a union that a value fits not; one line is
+        # enough
         lines.setdefault(dotted or sentence, f"{where}: {sentence}" if where else sentence)
     return "\n".join(lines.values())
 
@@ -35,6 +37,7 @@ def _dotted_name(loc: tuple[int | str, ...], names: SchemaNames) -> str:
     """The setting an error belongs to; deeper parts of ``loc`` (union members, list indices) are
     left off.
     """
+    # one level of groups, see `schema_names`
     pair = ".".join(map(str, loc[:2]))
     return pair if pair in names.fields else ".".join(map(str, loc[:1]))
 
@@ -49,6 +52,7 @@ def _error_sentence(item: ErrorDetails, dotted: str, names: SchemaNames) -> str:
     if dotted not in names.fields:
         return f"{dotted}: got {show_value(item['input'])}; give settings of this group, such as {dotted}.{_first_field(names, dotted)}"
     field = names.fields[dotted]
+    # known and not built: "one of ..." alone would say that it does not exist
     if item["input"] in UNSUPPORTED_VALUES.get(dotted, ()):
         return f"{dotted}: {item['input']!r} is not built yet; give {describe_allowed(field)}"
     return f"{dotted}: got {show_value(item['input'])}; give {describe_allowed(field)}{_nearest_choice(item['input'], field)}"

@@ -22,6 +22,7 @@ LARGEST_DESCRIPTION = 1 << 18  # bytes; a longer run description is a mistake or
 class _YamlDumper(yaml.SafeDumper):
     """Quotes what either YAML 1.1 or 1.2 would take for something other than text."""
 
+    # anchors (&id001) in a file for people would be a riddle, and settings are small
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
@@ -71,6 +72,7 @@ def read_description_file(path: Path) -> DescriptionFile:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     if path.suffix == ".json":
+        # JSON is YAML but for escapes and tabs; read as what it is called
         values = parse_json(text, str(path), error=ConfigError)
         lines = _json_lines(values, text) if isinstance(values, dict) else {}
     else:
@@ -84,33 +86,34 @@ def read_description_file(path: Path) -> DescriptionFile:
 
 def _key_lines(node: yaml.MappingNode) -> list[tuple[str, int]]:
     """(``lora.r``, line) of every key; ``jobs.0.r`` is a key of the first map in a list."""
-    found, seen = list[tuple[str, int]](), set[int]()
+    lines, seen = list[tuple[str, int]](), set[int]()
 
-    def walk(prefix: str, below: yaml.Node) -> None:
-        if id(below) in seen:  # an anchor, met again: its keys stand where they were written first
+    def walk(prefix: str, inner: yaml.Node) -> None:
+        if id(inner) in seen:  # an anchor, met again: its keys stand where they were written first
             return
-        seen.add(id(below))
-        if isinstance(below, yaml.MappingNode):
-            for key, value in below.value:
-                found.append((f"{prefix}{key.value}", key.start_mark.line + 1))
+        seen.add(id(inner))
+        if isinstance(inner, yaml.MappingNode):
+            for key, value in inner.value:
+                lines.append((f"{prefix}{key.value}", key.start_mark.line + 1))
                 walk(f"{prefix}{key.value}.", value)
-        elif isinstance(below, yaml.SequenceNode):
-            for number, item in enumerate(below.value):
-                found.append((f"{prefix}{number}", item.start_mark.line + 1))
+        elif isinstance(inner, yaml.SequenceNode):
+            for number, item in enumerate(inner.value):
+                lines.append((f"{prefix}{number}", item.start_mark.line + 1))
                 walk(f"{prefix}{number}.", item)
 
     walk("", node)
-    return found
+    return lines
 
 
 def _json_lines(values: dict[str, Any], text: str) -> dict[str, int]:
     """Lines of the keys that occur only once in the text; of the others the line would be a guess."""
-    places: dict[str, list[int]] = {}
-    line, done = 1, 0
+    lines_by_key: dict[str, list[int]] = {}
+    line, counted_to = 1, 0
     for match in re.finditer(r'"((?:[^"\\]|\\.)*)"\s*:', text):
-        line += text.count("\n", done, match.start())
-        done = match.start()
-        places.setdefault(match[1], []).append(line)
+        # counted on from the last key: counting from the start each time takes quadratic time
+        line += text.count("\n", counted_to, match.start())
+        counted_to = match.start()
+        lines_by_key.setdefault(match[1], []).append(line)
     keys = [(key, key) for key in values]
     keys += [
         (f"{key}.{inner}", inner)
@@ -118,7 +121,9 @@ def _json_lines(values: dict[str, Any], text: str) -> dict[str, int]:
         if isinstance(value, dict)
         for inner in value
     ]
-    return {dotted: places[key][0] for dotted, key in keys if len(places.get(key, [])) == 1}
+    return {
+        dotted: lines_by_key[key][0] for dotted, key in keys if len(lines_by_key.get(key, [])) == 1
+    }
 
 
 def write_yaml(values: dict[str, Any]) -> str:

@@ -38,13 +38,10 @@ class _ShortRepr(reprlib.Repr):
 
 
 SHORT_REPR = _ShortRepr()
-(
-    SHORT_REPR.maxstring,
-    SHORT_REPR.maxother,
-    SHORT_REPR.maxlist,
-    SHORT_REPR.maxdict,
-    SHORT_REPR.maxlevel,
-) = 80, 80, 4, 4, 2
+# a value is a hint in one line of a message, not a copy of what was given
+SHORT_REPR.maxstring = SHORT_REPR.maxother = 80
+SHORT_REPR.maxlist = SHORT_REPR.maxdict = 4
+SHORT_REPR.maxlevel = 2
 
 
 @dataclass(frozen=True)
@@ -109,15 +106,16 @@ def accepts_type(field: FieldInfo, kind: type) -> bool:
     """Whether a field takes values of a Python type: one of str, int, float, bool, list, dict,
     NoneType.
     """
-    taken = {get_origin(member) or member for member in union_members(field.annotation)}
+    member_types = {get_origin(member) or member for member in union_members(field.annotation)}
     choices = {
         type(choice)
         for member in union_members(field.annotation)
         if get_origin(member) is Literal
         for choice in get_args(member)
     }
-    wider: dict[type, set[Any]] = {str: {Path}, int: {float}}
-    return bool(({kind} | wider.get(kind, set())) & (taken | choices))
+    # pydantic makes a Path of text and a float of an int
+    converted: dict[type, set[Any]] = {str: {Path}, int: {float}}
+    return bool(({kind} | converted.get(kind, set())) & (member_types | choices))
 
 
 def describe_allowed(field: FieldInfo) -> str:
@@ -148,6 +146,7 @@ def _type_words(annotation: Any, metadata: Iterable[Any] = ()) -> list[str]:
         return [f"a list ({_join_alternatives(_type_words(args[0]))} each)"]
     if origin is dict:
         return [f"a map of name: {_join_alternatives(_type_words(args[1]))}"]
+    # limits of a union's number do not hold for its text or null
     bounds = " and ".join(_bound_words(metadata)) if annotation in (int, float) else ""
     return [f"{TYPE_WORDS[annotation]} {bounds}".rstrip()]
 

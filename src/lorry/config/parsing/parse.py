@@ -29,7 +29,7 @@ from lorry.config.parsing.names import SchemaNames, schema_names
 from lorry.config.parsing.place import GivenSetting, PlacedSetting, place_setting
 from lorry.errors import ConfigError
 
-MOST_ERRORS = 40
+MOST_ERRORS = 40  # lines of one refusal; another tool's description may have more
 ROW_SOURCES = frozenset(["path", "mix"])  # of data: either says what is read
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -48,8 +48,8 @@ def parse_settings(schema: type[Schema], argv: Sequence[str], notes: list[str]) 
 
 
 def build_settings(schema: type[Schema], settings: Mapping[str, Any], notes: list[str]) -> Schema:
-    """The same from Python values, as keyword arguments give them: ``build(Run, {"data": "f.jsonl",
-    "r": 8}, notes)``.
+    """The same from Python values, as keyword arguments give them: ``build_settings(RunConfig, {"data":
+    "f.jsonl", "r": 8}, notes)``.
     """
     plain = {
         key: value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
@@ -113,40 +113,50 @@ def _resolve_settings(
     """
     names = schema_names(schema)
     tree, origins = dict[str, Any](), dict[str, str]()
-    several = dict[str, GivenSetting]()
-    axes, wrong = list[GivenSetting](), list[str]()
+    expanded = dict[str, GivenSetting]()
+    axes, errors = list[GivenSetting](), list[str]()
     for source in sources:
-        spelled: dict[str, str] = {}
+        # of one source: the command line may use another name than the file that it overrides
+        name_by_setting: dict[str, str] = {}
         for given in source:
             if "sweep" in names.fields and is_sweep_axis(given):
                 axes.append(given)
                 continue
-            with _collect_errors(wrong):
+            with _collect_errors(errors):
                 for placed in place_setting(names, given, notes):
                     _refuse_second_name(
-                        spelled.setdefault(f"{placed.dotted} {placed.part}", placed.given.key),
+                        name_by_setting.setdefault(
+                            f"{placed.dotted} {placed.part}", placed.given.key
+                        ),
                         placed,
                     )
+                    # set aside: they stand for jobs, which are read once the settings below them
+                    # are known
                     if placed.dotted in EXPANDED_KEYS:
-                        several[placed.dotted] = replace(placed.given, value=placed.value)
+                        expanded[placed.dotted] = replace(placed.given, value=placed.value)
                         continue
                     set_in_tree(tree, placed)
                     origins[placed.dotted] = placed.given.where
-    said, jobs = list[str](), list[JobOverrides]()
-    with _collect_errors(wrong):
-        for item in expand_jobs(several, axes):
-            with _collect_errors(wrong):
-                jobs.append(resolve_job_overrides(names, item, said))
+    job_notes, jobs = list[str](), list[JobOverrides]()
+    with _collect_errors(errors):
+        for item in expand_jobs(expanded, axes):
+            with _collect_errors(errors):
+                jobs.append(resolve_job_overrides(names, item, job_notes))
     # all of them at once: a description of another tool has a dozen, and nobody wants a dozen tries
-    if wrong:
-        raise ConfigError(_list_errors(wrong))
-    notes += dict.fromkeys(said)
-    whole = _adopt_job_rows(tree, jobs)
-    run = _validate_schema(schema, names, whole, origins)
+    if errors:
+        raise ConfigError(_list_errors(errors))
+    # a hundred jobs have the same alias; it is told once
+    notes += dict.fromkeys(job_notes)
+    settings = _adopt_job_rows(tree, jobs)
+    # without its jobs first, so that an error of the run is not told once for each of them
+    run = _validate_schema(schema, names, settings, origins)
     if not jobs:
         return run
     return _validate_schema(
-        schema, names, {**whole, "jobs": _validate_jobs(names, run, whole, origins, jobs)}, origins
+        schema,
+        names,
+        {**settings, "jobs": _validate_jobs(names, run, settings, origins, jobs)},
+        origins,
     )
 
 
@@ -156,16 +166,16 @@ def _adopt_job_rows(tree: Mapping[str, Any], jobs: Sequence[JobOverrides]) -> di
     for a job without rows.
     """
     data = tree.get("data", {})
-    own = [job.tree.get("data", {}) for job in jobs]
+    job_data = [job.tree.get("data", {}) for job in jobs]
     if (
         not jobs
         or not isinstance(data, dict)
         or ROW_SOURCES & data.keys()
-        or not any(ROW_SOURCES & one.keys() for one in own)
+        or not any(ROW_SOURCES & rows.keys() for rows in job_data)
     ):
         return dict(tree)
-    for job, one in zip(jobs, own, strict=True):
-        if not ROW_SOURCES & one.keys():
+    for job, rows in zip(jobs, job_data, strict=True):
+        if not ROW_SOURCES & rows.keys():
             raise ConfigError(
                 f"job {job.name!r}: data.path is missing: the run has no rows of its own, and this job brings none"
             )
@@ -173,7 +183,9 @@ def _adopt_job_rows(tree: Mapping[str, Any], jobs: Sequence[JobOverrides]) -> di
         **tree,
         "data": {
             **{
-                key: own[0][key] for key in sorted(ROW_SOURCES | {"name", "split"}) if key in own[0]
+                key: job_data[0][key]
+                for key in sorted(ROW_SOURCES | {"name", "split"})
+                if key in job_data[0]
             },
             **data,
         },
@@ -181,17 +193,17 @@ def _adopt_job_rows(tree: Mapping[str, Any], jobs: Sequence[JobOverrides]) -> di
 
 
 @contextlib.contextmanager
-def _collect_errors(wrong: list[str]) -> Iterator[None]:
+def _collect_errors(errors: list[str]) -> Iterator[None]:
     """Keep what is wrong with one setting, and go on to the next."""
     try:
         yield
     except ConfigError as error:
-        wrong.append(str(error))
+        errors.append(str(error))
 
 
-def _list_errors(wrong: Sequence[str]) -> str:
+def _list_errors(errors: Sequence[str]) -> str:
     """Errors a line each, the first `MOST_ERRORS` of them."""
-    lines = list(dict.fromkeys(wrong))
+    lines = list(dict.fromkeys(errors))
     more = [f"and {len(lines) - MOST_ERRORS} more"] if len(lines) > MOST_ERRORS else []
     return "\n".join([*lines[:MOST_ERRORS], *more])
 
@@ -207,6 +219,7 @@ def _validate_schema(
         return schema.model_validate(tree)
     except ValidationError as error:
         lines = explain_validation(error, names, origins).splitlines()
+        # from None: pydantic's own text, with its addresses, is no help beside ours
         raise ConfigError("\n".join(who + line for line in lines)) from None
 
 
@@ -220,13 +233,13 @@ def _validate_jobs(
     """Each job validated as the whole run it would be alone; kept are its name and the values that
     are not the run's.
     """
-    kept = []
+    differences = []
     for job in jobs:
-        alone = _validate_schema(
-            type(run), names, job.over(tree), {**origins, **job.origins}, f"job {job.name!r}: "
+        job_run = _validate_schema(
+            type(run), names, job.apply_to(tree), {**origins, **job.origins}, f"job {job.name!r}: "
         )
-        kept.append({"name": job.name, **job_differences(run, alone)})
-    return kept
+        differences.append({"name": job.name, **job_differences(run, job_run)})
+    return differences
 
 
 def _refuse_second_name(first: str, placed: PlacedSetting) -> None:

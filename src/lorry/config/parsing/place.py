@@ -69,6 +69,7 @@ def place_setting(names: SchemaNames, given: GivenSetting, notes: list[str]) -> 
         if value is None or value == {}:
             return [PlacedSetting(given.key, value, given)]
     candidates = names.candidates(given.key)
+    # before our own reading: adapter: lora in an axolotl file names no directory
     if _is_homonym(given, notes):
         return []
     if len(candidates) == 1:
@@ -92,15 +93,16 @@ def _place_map_entry(names: SchemaNames, given: GivenSetting) -> PlacedSetting |
     is such a setting.
     """
     parts = given.key.split(".")
+    # an entry may hold dots (local.NAME.train), so where the setting ends is found by trying
     for cut in range(1, len(parts)):
-        found = names.candidates(".".join(parts[:cut]))
-        if len(found) == 1 and accepts_type(names.fields[found[0]], dict):
+        fields = names.candidates(".".join(parts[:cut]))
+        if len(fields) == 1 and accepts_type(names.fields[fields[0]], dict):
             value, name = (
                 _read_typed(given.value) if given.typed else given.value,
                 ".".join(parts[cut:]),
             )
             return PlacedSetting(
-                found[0], {name: given.value if isinstance(value, str) else value}, given, name
+                fields[0], {name: given.value if isinstance(value, str) else value}, given, name
             )
     return None
 
@@ -139,9 +141,11 @@ def parse_typed_value(text: str, field: FieldInfo) -> Any:
     value = _read_typed(text)
     if isinstance(value, str) or (value is None and text.strip() not in NULL_WORDS):
         # YAML would drop what follows ' #' and read anchors
+        # quotes are how one says that 8 is a text, so YAML's reading stands there
         value = value if text[:1] in ("'", '"') else text
     if accepts_type(field, type(value)):
         return value
+    # after the exact kind: r=8 for a field of number or text is the number
     if accepts_type(field, str):
         return text
     if accepts_type(field, list) and value is not None:
@@ -160,17 +164,17 @@ def _place_alias(names: SchemaNames, given: GivenSetting, notes: list[str]) -> l
         if reading is None:
             notes.append(f"{_quote_setting(given.key, value)} changes nothing")
             return []
-        several = reading if isinstance(reading, list) else [reading]
-        found = [
+        readings = reading if isinstance(reading, list) else [reading]
+        settings = [
             (target, meant)
-            for dotted, meant in several
+            for dotted, meant in readings
             if (target := _alias_target(names, given.key, dotted))
         ]
-        if found:
+        if settings:
             notes.append(
-                f"{_quote_setting(given.key, value)} is read as {' '.join(_quote_setting(*pair) for pair in found)}"
+                f"{_quote_setting(given.key, value)} is read as {' '.join(_quote_setting(*pair) for pair in settings)}"
             )
-            return [PlacedSetting(target, meant, given) for target, meant in found]
+            return [PlacedSetting(target, meant, given) for target, meant in settings]
     if word in ALIAS_RENAMES and (target := _alias_target(names, given.key, ALIAS_RENAMES[word])):
         if given.value is None and not accepts_type(names.fields[target], type(None)):
             return []  # axolotl's files list every name they know, most of them empty
@@ -179,10 +183,12 @@ def _place_alias(names: SchemaNames, given: GivenSetting, notes: list[str]) -> l
     if word in IGNORED_ALIASES:
         if given.value is None:
             return []
+        # told, since the person may have counted on it
         notes.append(f"{given.key} changes nothing: {IGNORED_ALIASES[word]}")
         return []
     if word in UNSUPPORTED_ALIASES:
         value = _read_typed(given.value) if given.typed else given.value
+        # a value that asks for what happens anyway is no reason to refuse a whole file
         if value in UNSUPPORTED_ALIASES[word]:
             if word in ("optim", "optimizer") and value != "adamw":
                 notes.append(
@@ -238,11 +244,11 @@ def flag_field(names: SchemaNames, key: str) -> FieldInfo | None:
     """The field a flag ``--key`` sets, under our name or a peer's; None where there is no single
     one.
     """
-    found = names.candidates(key)
-    if not found and (word := _peer_word(names, key)) in ALIAS_RENAMES:
+    fields = names.candidates(key)
+    if not fields and (word := _peer_word(names, key)) in ALIAS_RENAMES:
         target = _alias_target(names, key, ALIAS_RENAMES[word])
-        found = [target] if target else []
-    return names.fields[found[0]] if len(found) == 1 else None
+        fields = [target] if target else []
+    return names.fields[fields[0]] if len(fields) == 1 else None
 
 
 def is_known_setting(names: SchemaNames, key: str) -> bool:
@@ -283,6 +289,7 @@ def _suggest_setting(names: SchemaNames, key: str) -> str:
         for word in (*ALIAS_RENAMES, *ALIAS_READERS)
         if word not in ALIAS_RENAMES or _alias_target(names, word, ALIAS_RENAMES[word])
     ]
+    # ours first: with lr-like words in both tables the nearer one should be a name that stays
     return suggest_nearest(key[:80], known) or suggest_nearest(key[:80], peers)
 
 

@@ -14,6 +14,7 @@ SIZE_UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
     "TIB": 2**40,
+    # a bare letter is binary, as in Docker and the JVM; KB is decimal, as SI has it
     "K": 2**10,
     "M": 2**20,
     "G": 2**30,
