@@ -25,7 +25,7 @@ AGREE = 2e-3  # nats, in float32
 
 def pairs(rows: int) -> list[tuple[str, str]]:
     """The first rows of bool_q as running text, each with both options."""
-    from lorry.data.catalog import find_named_set, prompt_with_cue
+    from lorry.data.catalog import prompt_with_cue, shipped_catalog
     from lorry.data.reading.places import DataLocations, read_items
 
     data = (
@@ -34,7 +34,7 @@ def pairs(rows: int) -> list[tuple[str, str]]:
         / "boolq_dev.jsonl"
     )
     places = DataLocations({"bool_q": str(data)} if data.exists() else {})
-    one = find_named_set("bool_q")
+    one = shipped_catalog().find_set("bool_q")
     asked = list(read_items(one, places.open(one, "validation", limit=rows)))
     return [(prompt_with_cue(a.item), f" {option}") for a in asked for option in a.item.options]
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from lorry import cli, config
 from lorry.config import parse_settings
-from lorry.data.catalog import SUITES
+from lorry.data.catalog import shipped_catalog
 from lorry.errors import LorryError
 from tests.support.hub_standin import Hub
 from tests.support.hubrows import ROWS as HUB_ROWS
@@ -62,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     known = tokens["model"]["vocab"]
     known["a"], known["b"] = known["b"], known["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokens))
-    for name in SUITES["flan"]:
+    for name in shipped_catalog().suites["flan"]:
         write_rows(folder / f"{name}.jsonl", rows_of(name))
     return folder
 
@@ -104,7 +104,7 @@ def small(line: str, place: Path, out: Path) -> list[str]:
             word = "limit=2"
         made.append(word)
     if verb == "eval":
-        names = SUITES["flan"] if "tasks=flan" in words else SETS
+        names = shipped_catalog().suites["flan"] if "tasks=flan" in words else SETS
         return [
             *made,
             *(f"local.{name}={place / name}.jsonl" for name in names),

@@ -14,17 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.data.catalog import (
-    SETS,
-    SUITES,
     NamedSetItem,
-    expand_suites,
-    find_named_set,
     item_conversation,
     prompt_with_cue,
+    shipped_catalog,
 )
 from lorry.data.catalog.item import fill_template, shorten_text
 from lorry.data.catalog.layouts import option_by_label
-from lorry.data.catalog.numbers import bare_number
+from lorry.data.catalog.text_rows import bare_number
 from lorry.data.reading.content import ChatMessage, UnusableRowError
 from lorry.errors import ConfigError
 from tests.support.hubrows import ARC, COQA, LONG, ROWS, Expected
@@ -59,12 +56,12 @@ METRICS = {
 
 
 def test_every_set_has_a_row_here() -> None:
-    assert set(ROWS) | {"coqa"} == set(SETS)
+    assert set(ROWS) | {"coqa"} == set(shipped_catalog().sets)
 
 
 @pytest.mark.parametrize(("name", "expected"), ROWS.items(), ids=ROWS)
 def test_hub_rows_in_every_template(name: str, expected: Expected) -> None:
-    found, prompts = find_named_set(name), set()
+    found, prompts = shipped_catalog().find_set(name), set()
     for template in range(len(found.templates)):
         item = found.item(expected.row, template)
         assert (item.answer, item.options, item.right) == (
@@ -85,7 +82,7 @@ def test_hub_rows_in_every_template(name: str, expected: Expected) -> None:
     assert len(prompts) == len(found.templates), "two templates say the same"
 
 
-@pytest.mark.parametrize("found", SETS.values(), ids=SETS)
+@pytest.mark.parametrize("found", shipped_catalog().sets.values(), ids=shipped_catalog().sets)
 def test_declarations(found: Any) -> None:
     assert len(found.templates) >= 4
     assert len(set(found.templates)) == len(found.templates)
@@ -111,14 +108,14 @@ def test_declarations(found: Any) -> None:
 
 def test_options_stay_in_their_order() -> None:
     for template in range(5):
-        prompt = find_named_set("arc").item(ARC, template).prompt
+        prompt = shipped_catalog().find_set("arc").item(ARC, template).prompt
         places = [prompt.index(text) for text in ARC["choices"]["text"]]
         assert places == sorted(places)
 
 
 def test_coqa_asks_every_turn() -> None:
-    for template in range(len(find_named_set("coqa").templates)):
-        items = find_named_set("coqa").items(COQA, template)
+    for template in range(len(shipped_catalog().find_set("coqa").templates)):
+        items = shipped_catalog().find_set("coqa").items(COQA, template)
         assert [item.answer for item in items] == ["Tom", "red", "no"]
         for turn, item in enumerate(items):
             assert COQA["story"] in item.prompt
@@ -128,18 +125,19 @@ def test_coqa_asks_every_turn() -> None:
             assert f"A: {COQA['answers']['input_text'][turn]}" not in item.prompt
         assert "{" not in items[0].prompt
     with pytest.raises(UnusableRowError, match="3 questions"):
-        find_named_set("coqa").item(COQA)
+        shipped_catalog().find_set("coqa").item(COQA)
 
 
 def test_optional_columns_leave_no_gap() -> None:
-    without = find_named_set("bool_q").item({"question": "is ice cold", "answer": True})
+    without = shipped_catalog().find_set("bool_q").item({"question": "is ice cold", "answer": True})
     assert without.prompt == "Question: is ice cold?\nAnswer yes or no."
     assert fill_template("{a} and {b}\n\n{c}", {"a": "1", "c": "3"}) == "3"
     assert fill_template("{a}\n\n{b}", {"a": "{b}", "b": "2"}) == "{b}\n\n2", (
         "a value is not read as a template"
     )
     assert (
-        find_named_set("mmlu")
+        shipped_catalog()
+        .find_set("mmlu")
         .item(ROWS["mmlu"].row)
         .prompt.startswith("The subject is abstract algebra.\n\n")
     )
@@ -147,13 +145,16 @@ def test_optional_columns_leave_no_gap() -> None:
 
 def test_contexts_are_cut_at_a_word_and_it_shows() -> None:
     row = {"question": "q?", "answer": True, "passage": "word " * 1000}
-    item = find_named_set("bool_q").item(row)
+    item = shipped_catalog().find_set("bool_q").item(row)
     assert item.shortened
     # 2000 characters: 400 words of four letters and a space
     assert item.prompt.count("word") == 400
-    assert not find_named_set("bool_q").item(row | {"passage": "word " * 400}).shortened
+    assert not shipped_catalog().find_set("bool_q").item(row | {"passage": "word " * 400}).shortened
     assert (
-        find_named_set("qmsum").item(LONG | {"context": "word " * 9000}).prompt.count("word")
+        shipped_catalog()
+        .find_set("qmsum")
+        .item(LONG | {"context": "word " * 9000})
+        .prompt.count("word")
         == 9000
     )
 
@@ -187,9 +188,9 @@ def test_a_label_in_all_its_forms() -> None:
 @pytest.mark.parametrize("label", ["BC", "AB", "--1", "E", "4", ""])
 def test_a_column_label_is_one_letter_or_number(label: str) -> None:
     row = {"context": "c", "question": "q", **{f"answer{n}": text for n, text in enumerate("wxyz")}}
-    assert find_named_set("cosmos_qa").item({**row, "label": "B"}).right == (1,)
+    assert shipped_catalog().find_set("cosmos_qa").item({**row, "label": "B"}).right == (1,)
     with pytest.raises(UnusableRowError):
-        find_named_set("cosmos_qa").item({**row, "label": label})
+        shipped_catalog().find_set("cosmos_qa").item({**row, "label": label})
 
 
 def test_numbers_are_bare() -> None:
@@ -211,9 +212,9 @@ def test_numbers_are_bare() -> None:
 
 
 @settings(max_examples=25)
-@given(st.integers(), st.sampled_from(sorted(SETS)))
+@given(st.integers(), st.sampled_from(sorted(shipped_catalog().sets)))
 def test_templates_are_drawn_evenly(seed: int, name: str) -> None:
-    found = find_named_set(name)
+    found = shipped_catalog().find_set(name)
     drawn = [found.template_of(seed, number) for number in range(1000)]
     assert drawn == [found.template_of(seed, number) for number in range(1000)]
     counts, share = Counter(drawn), 1000 / len(found.templates)
@@ -224,13 +225,19 @@ def test_templates_are_drawn_evenly(seed: int, name: str) -> None:
 
 def test_templates_are_the_same_on_every_machine() -> None:
     """The draws of today, written down: a change would give every old run other data."""
-    assert [find_named_set("bool_q").template_of(0, number) for number in range(12)] == PINNED
-    assert [find_named_set("arc_easy").template_of(0, number) for number in range(12)] != PINNED
-    assert [find_named_set("bool_q").template_of(1, number) for number in range(12)] != PINNED
+    assert [
+        shipped_catalog().find_set("bool_q").template_of(0, number) for number in range(12)
+    ] == PINNED
+    assert [
+        shipped_catalog().find_set("arc_easy").template_of(0, number) for number in range(12)
+    ] != PINNED
+    assert [
+        shipped_catalog().find_set("bool_q").template_of(1, number) for number in range(12)
+    ] != PINNED
 
 
 def test_longbench_inputs_keep_their_own_cue() -> None:
-    item = find_named_set("trec").item(ROWS["longbench_trec"].row)
+    item = shipped_catalog().find_set("trec").item(ROWS["longbench_trec"].row)
     assert prompt_with_cue(item).endswith("\nType:")
     assert prompt_with_cue(item).count("Type:") == 1
 
@@ -243,30 +250,30 @@ def test_names_are_forgiving() -> None:
         "longbench_hotpotqa", "databricks/databricks-dolly-15k": "dolly", "truthful_qa": "truthfulqa", "xquad": "xquad",
         "spa-eng": "eng_spa", "cosmosqa": "cosmos_qa", "SQuAD": "squad",
     }.items():  # fmt: skip
-        assert find_named_set(spelling).name == name
+        assert shipped_catalog().find_set(spelling).name == name
     with pytest.raises(
         ConfigError,
-        match=r"unknown set 'winogrand' \(did you mean 'winogrande'\?\)\. Sets: common_gen.*Suites.*flan",
+        match=r"unknown set 'winogrand' \(did you mean 'winogrande'\?\)\. Sets: alpaca, anli.*Suites.*flan",
     ):
-        find_named_set("winogrand")
+        shipped_catalog().find_set("winogrand")
     with pytest.raises(ConfigError, match=r"'commonsence' .did you mean 'commonsense'"):
-        expand_suites(["commonsence"])
+        shipped_catalog().expand_suites(["commonsence"])
 
 
 def test_suites() -> None:
-    assert expand_suites("math") == ["gsm8k", "svamp"]
-    assert expand_suites(["boolq", "commonsense", "bool_q", "arc"]) == [
+    assert shipped_catalog().expand_suites("math") == ["gsm8k", "svamp"]
+    assert shipped_catalog().expand_suites(["boolq", "commonsense", "bool_q", "arc"]) == [
         "bool_q", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "hellaswag",
     ]  # fmt: skip
-    assert len(expand_suites("flan")) == 10
-    assert len(expand_suites(["longbench", "longbench_zh"])) == 21
-    for members in SUITES.values():
-        assert [find_named_set(name).name for name in members] == list(members)
+    assert len(shipped_catalog().expand_suites("flan")) == 10
+    assert len(shipped_catalog().expand_suites(["longbench", "longbench_zh"])) == 21
+    for members in shipped_catalog().suites.values():
+        assert [shipped_catalog().find_set(name).name for name in members] == list(members)
 
 
 def test_splits() -> None:
-    assert find_named_set("anli").split("validation") == "dev_r1"
-    assert find_named_set("winogrande").split("test") == "validation"
+    assert shipped_catalog().find_set("anli").split("validation") == "dev_r1"
+    assert shipped_catalog().find_set("winogrande").split("test") == "validation"
     for name, wanted, message in (
         (
             "truthfulqa",
@@ -277,7 +284,7 @@ def test_splits() -> None:
         ("squad", "tset", "no split 'tset'.*did you mean 'test'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            find_named_set(name).split(wanted)
+            shipped_catalog().find_set(name).split(wanted)
 
 
 def test_conversation_with_shots() -> None:
@@ -333,4 +340,4 @@ def test_labels_that_are_no_position(name: str, row: dict[str, Any], label: Any)
     of int().
     """
     with pytest.raises(UnusableRowError, match="label"):
-        find_named_set(name).item({**row, "label": label})
+        shipped_catalog().find_set(name).item({**row, "label": label})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lorry.data.catalog import find_named_set
+from lorry.data.catalog import shipped_catalog
 
 TASKS = {
     "anli": "anli/anli_r1",
@@ -48,7 +48,7 @@ def test_hub_names_and_splits(tasks: Path, name: str) -> None:
     text = (tasks / f"{TASKS[name]}.yaml").read_text(encoding="utf-8")
     if parent := value(text, "include"):
         text += (tasks / TASKS[name]).parent.joinpath(parent).read_text(encoding="utf-8")
-    found = find_named_set(name)
+    found = shipped_catalog().find_set(name)
     assert value(text, "dataset_path") == found.hub
     assert value(text, "dataset_name") in (found.config, None)
     for ours, key in (

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lorry.data.catalog import NamedSetItem, find_named_set
+from lorry.data.catalog import NamedSetItem, shipped_catalog
 from lorry.data.reading.content import UnusableRowError
 
 FILES: list[tuple[str, str]] = [
@@ -110,7 +110,7 @@ def listed(column: Any) -> list[Any]:
     ("name", "file"), FILES, ids=[f"{name}-{Path(file).stem}" for name, file in FILES]
 )
 def test_every_row_of_every_file(shared_data: Path, name: str, file: str) -> None:
-    found, count = find_named_set(name), 0
+    found, count = shipped_catalog().find_set(name), 0
     for number, row in enumerate(raw(shared_data / file)):
         item = found.item(row)
         other = found.item(row, found.template_of(0, number))
@@ -148,7 +148,7 @@ def each(
 ) -> Iterator[tuple[dict[str, Any], NamedSetItem]]:
     for file in files:
         for row in raw(shared_data / file):
-            yield row, find_named_set(name).item(row)
+            yield row, shipped_catalog().find_set(name).item(row)
 
 
 def test_llm_adapters_rows_can_be_written_back(shared_data: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_test_set_without_references_is_refused(shared_data: Path) -> None:
         UnusableRowError,
         match=r"read from the columns 'concept_set'\. Known: .*authors \(concept_set \+ scene\)",
     ):
-        find_named_set("common_gen").item(row)
+        shipped_catalog().find_set("common_gen").item(row)
 
 
 def test_truthfulqa(shared_data: Path) -> None:
@@ -300,8 +300,12 @@ def test_dolly_frames_come_off(shared_data: Path) -> None:
 def test_longbench_lengths_are_its_authors(shared_data: Path) -> None:
     lengths = json.loads((shared_data / "longcontext" / "dataset2maxlen.json").read_text())
     assert len(lengths) == 21
-    assert {name: find_named_set(f"longbench_{name}").max_new_tokens for name in lengths} == lengths
-    assert {find_named_set(f"longbench_{name}").config for name in lengths} == set(lengths)
+    assert {
+        name: shipped_catalog().find_set(f"longbench_{name}").max_new_tokens for name in lengths
+    } == lengths
+    assert {shipped_catalog().find_set(f"longbench_{name}").config for name in lengths} == set(
+        lengths
+    )
     prompts = json.loads((shared_data / "longcontext" / "dataset2prompt.json").read_text())
     for name, prompt in prompts.items():  # ours are our own words
-        assert prompt not in find_named_set(f"longbench_{name}").templates
+        assert prompt not in shipped_catalog().find_set(f"longbench_{name}").templates

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lorry.config import DataConfig, TrainConfig
-from lorry.data.catalog import find_named_set
+from lorry.data.catalog import shipped_catalog
 from lorry.data.prepare import PreparedData, prepare_data
 from lorry.data.reading.places import DataLocation, DataLocations
 from lorry.errors import ConfigError, DataError
@@ -118,7 +118,7 @@ def test_templates_are_drawn_by_the_seed_and_can_be_fixed(
 ) -> None:
     assert make().digest == make().digest != make(seed=1).digest
     fixed, words = make(template=0), tokenizer_of("chatml")
-    item = find_named_set("bool_q").item(bool_q(1)[0], 0)
+    item = shipped_catalog().find_set("bool_q").item(bool_q(1)[0], 0)
     texts = [
         words.decode(batch.tokens)
         for step in range(fixed.steps_per_epoch or 0)
@@ -227,7 +227,7 @@ def test_a_suite_is_its_sets_and_its_weight_is_theirs(make: Make, tmp_path: Path
 def test_the_rows_to_ask_are_test_or_validation_before_training_rows(
     local: dict[str, str], tmp_path: Path
 ) -> None:
-    rows, one = local["bool_q"], find_named_set("bool_q")
+    rows, one = local["bool_q"], shipped_catalog().find_set("bool_q")
     write(tmp_path / "two" / "train.jsonl", bool_q(6))
     write(tmp_path / "two" / "dev.jsonl", bool_q(3))
     write(tmp_path / "lone" / "train.jsonl", bool_q(6))
@@ -249,7 +249,7 @@ def test_the_rows_to_ask_are_test_or_validation_before_training_rows(
 def test_worked_examples_come_from_local_training_rows_before_the_hub(
     local: dict[str, str], tmp_path: Path
 ) -> None:
-    mmlu, rows = find_named_set("mmlu"), local["bool_q"]
+    mmlu, rows = shipped_catalog().find_set("mmlu"), local["bool_q"]
     write(tmp_path / "only" / "a_test.jsonl", bool_q(2))
     assert DataLocations({}).for_shots(mmlu, "test") == "shots"
     assert DataLocations({"mmlu.train": rows, "mmlu.test": rows}).for_shots(mmlu, "test") == "train"
@@ -259,7 +259,10 @@ def test_worked_examples_come_from_local_training_rows_before_the_hub(
 def test_a_folder_tells_its_splits_apart(tmp_path: Path) -> None:
     write(tmp_path / "bq" / "train.jsonl", bool_q(6))
     write(tmp_path / "bq" / "dev.jsonl", bool_q(3))
-    places, one = DataLocations({"bool_q": str(tmp_path / "bq")}), find_named_set("bool_q")
+    places, one = (
+        DataLocations({"bool_q": str(tmp_path / "bq")}),
+        shipped_catalog().find_set("bool_q"),
+    )
     assert places.of(one, "train") != places.of(one, "validation")
     assert [len(list(places.open(one, split))) for split in ("train", "validation")] == [6, 3]
 

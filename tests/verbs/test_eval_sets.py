@@ -322,3 +322,77 @@ def test_a_run_that_is_asked_what_it_learnt_is_told_so(
     assert "was trained on" not in capsys.readouterr().err
     assert lorry("eval", run, "tasks=[bool_q]", files[0]) == 0
     assert f"bool_q: {run} was trained on rows of {rows}" in capsys.readouterr().err
+
+
+TOWNS = """\
+name: towns
+about: towns, asked in words of one's own
+layouts:
+  - name: rows
+    needs: [town, far]
+    reader: class_label
+    slots: {town: town}
+    options: ["no", "yes"]
+    label: far
+templates: ["Is {town} far, {listed}?"]
+metrics: [accuracy]
+max_new_tokens: 4
+"""
+
+
+def test_a_set_of_ones_own_is_asked(world: World, tmp_path: Path) -> None:
+    """As the file words it; the likelihoods are transformers'."""
+    (tmp_path / "towns.yaml").write_text(TOWNS)
+    rows = write_rows(tmp_path / "t.jsonl", [{"town": "Kyoto", "far": 1}])
+    argv = [world.base, "tasks=[towns]", f"local.towns={rows}"]
+    found = evaluated(tmp_path, *argv, f"catalog={tmp_path / 'towns.yaml'}")
+    assert found["asked"]["catalog"] == str(tmp_path / "towns.yaml")
+    [row] = found["sets"]["towns"]["sides"]["base"]["rows"]
+    assert row["prompt"] == "Is Kyoto far, no or yes?"
+    assert (row["options"], row["right"]) == (["no", "yes"], [1])
+    truth = [likelihood(world.base, row["prompt"], option)[0] for option in row["options"]]
+    assert row["loglikelihoods"] == pytest.approx(truth, abs=2e-4)
+
+
+def test_what_is_wrong_with_a_set_is_said_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is named first, and does not exist: the set's error is the one that is told."""
+    rows = write_rows(tmp_path / "t.jsonl", [{"town": "Kyoto", "far": "yes"}])
+    file = tmp_path / "towns.yaml"
+    written = TOWNS.replace("class_label", "generate").replace("label:", "answers:")
+    for text, error in (
+        (TOWNS.replace("class_label", "classlabel"), "towns.yaml:4: layouts.0: no reader"),
+        (
+            written.replace('    options: ["no", "yes"]\n', "")
+            .replace(", {listed}", "")
+            .replace("accuracy", "exact_mach"),
+            "towns.yaml: metrics: no metric 'exact_mach' (did you mean 'exact_match'?)",
+        ),
+    ):
+        file.write_text(text)
+        argv = [f"model={tmp_path / 'none'}", "tasks=[towns]", f"local.towns={rows}"]
+        assert lorry("eval", *argv, f"catalog={file}") == 2
+        assert error in "".join(capsys.readouterr()).replace("\n", " ")
+    assert lorry("eval", f"model={tmp_path}", f"data={rows}", f"catalog={file}") == 2
+    assert "catalog is for tasks" in "".join(capsys.readouterr())
+
+
+def test_a_run_whose_own_set_is_gone_can_still_be_asked(
+    world: World, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training reads the set of one's own; later its file is missing, and only the warning about
+    rows known by heart is, too.
+    """
+    text = TOWNS.replace('["Is', '["{town}", "Is')
+    (tmp_path / "towns.yaml").write_text(text)
+    rows = write_rows(tmp_path / "t.jsonl", [{"town": "Kyoto", "far": "yes"}] * 4)
+    run = tmp_path / "run"
+    assert lorry("sft", f"model={world.base}", "data.mix=[towns]", f"catalog={tmp_path / 'towns.yaml'}", f"data.local.towns={rows}",
+                 f"output_dir={run}", "max_steps=1", "r=2", "dtype=float32", "eval_strategy=no") == 0  # fmt: skip
+    assert f"catalog: {tmp_path / 'towns.yaml'}" in (run / "run.yaml").read_text()
+    assert "towns" in (run / "README.md").read_text()
+    (tmp_path / "towns.yaml").unlink()
+    capsys.readouterr()
+    evaluated(tmp_path, run, "tasks=[bool_q]", *files)
+    assert "is not known: data.catalog=" in capsys.readouterr().err.replace("\n", " ")

@@ -38,6 +38,9 @@ class DataConfig(SettingsGroup):
     local: dict[str, PathText] = config_field(
         {}, "files of named sets: local.NAME=path, or of one split: local.NAME.train=path"
     )
+    catalog: PathText | None = config_field(
+        None, "named sets of one's own: a YAML file, or a folder of them (docs/sets.md)"
+    )
     template: NonNegativeInt | None = config_field(
         None, "prompt template of named sets; null: drawn for each row by the seed"
     )

@@ -17,6 +17,7 @@ from lorry.config.schema import BackendConfig, ModelConfig
 # settings that mean something with tasks only
 TASK_FIELDS = (
     "local",
+    "catalog",
     "task_split",
     "n_shot",
     "template",
@@ -71,6 +72,9 @@ class EvalSettings(SettingsGroup):
     )
     local: dict[str, PathText] = config_field(
         {}, "files of named sets: local.NAME=path, or of a split: local.NAME.test=path"
+    )
+    catalog: PathText | None = config_field(
+        None, "named sets of one's own: a YAML file, or a folder of them (docs/sets.md)"
     )
     task_split: Literal["auto", "train", "validation", "test"] = config_field(
         "auto", "which rows of the tasks; auto: the labelled split that is not trained on"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from lorry.adapters.attach import get_bank
 from lorry.adapters.mix import Mix
 from lorry.config import RunConfig, runs_by_adapter
-from lorry.data.catalog import expand_suites
+from lorry.data.catalog import open_catalog
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.reading.places import DataLocations, refuse_leak
 from lorry.data.stream.mixtures import training_locations
@@ -23,9 +23,10 @@ def load_eval_benchmarks(run: RunConfig) -> list[Benchmark]:
     also where rows to ask are rows that a job learns, whatever the set is called, and DataError."""
     if not run.train.eval_tasks:
         return []
-    places, exams = DataLocations(run.data.local), list[Benchmark]()
+    catalog, exams = open_catalog(run.data.catalog), list[Benchmark]()
+    places = DataLocations(run.data.local, catalog=catalog)
     spots = [spot for one in runs_by_adapter(run).values() for spot in training_locations(one.data)]
-    for name in expand_suites(run.train.eval_tasks):
+    for name in catalog.expand_suites(run.train.eval_tasks):
         exam = load_benchmark(
             name,
             places,

@@ -47,11 +47,12 @@ BenchmarkResults = dict[str, "dict[str, BenchmarkResult]"]  # set -> side -> its
 
 def load_benchmarks(settings: EvalSettings) -> list[Benchmark]:
     """The questions of every set. Raises ConfigError and DataError before any model is loaded."""
-    from lorry.data.catalog import expand_suites
+    from lorry.data.catalog import open_catalog
     from lorry.data.reading.places import DataLocations
     from lorry.evaluate.benchmarks.questions import load_benchmark
 
-    places = DataLocations(settings.local, field="local")
+    catalog = open_catalog(settings.catalog, field="catalog")
+    places = DataLocations(settings.local, field="local", catalog=catalog)
     exams = [
         load_benchmark(
             name,
@@ -63,7 +64,7 @@ def load_benchmarks(settings: EvalSettings) -> list[Benchmark]:
             seed=settings.seed,
             on_bad_row=settings.data.on_bad_row,
         )
-        for name in expand_suites(settings.tasks)
+        for name in catalog.expand_suites(settings.tasks)
     ]
     for exam in exams:
         left = "".join(f"; left out {n} ({reason})" for reason, n in sorted(exam.left_out.items()))
@@ -260,7 +261,17 @@ def benchmark_json(
     """Everything: how it was asked, each metric with its interval, and each question with what
     every side said.
     """
-    asked = {"tasks", "local", "task_split", "n_shot", "template", "chat", "limit", "seed"}
+    asked = {
+        "tasks",
+        "catalog",
+        "local",
+        "task_split",
+        "n_shot",
+        "template",
+        "chat",
+        "limit",
+        "seed",
+    }
     how = settings.model_dump(
         mode="json", include={*asked, "max_new_tokens", "temperature", "top_p", "top_k"}
     )

@@ -123,6 +123,7 @@ def evaluate_named_sets(settings: EvalSettings) -> int:
 def warn_trained_rows(settings: EvalSettings, found: OpenedModel, read: list[Benchmark]) -> None:
     """A warning where a run is asked rows of the file or split it was trained on."""
     from lorry.config.data import DataConfig
+    from lorry.data.catalog import open_catalog
     from lorry.data.reading.places import DataLocations
     from lorry.data.stream.mixtures import training_locations
 
@@ -134,8 +135,15 @@ def warn_trained_rows(settings: EvalSettings, found: OpenedModel, read: list[Ben
     datas = [{**config.get("data", {}), **job.get("data", {})} for job in jobs] or [
         config.get("data", {})
     ]
-    spots = [spot for data in datas for spot in training_locations(DataConfig.model_validate(data))]
-    places = DataLocations(settings.local, field="local")
+    try:
+        spots = [
+            spot for data in datas for spot in training_locations(DataConfig.model_validate(data))
+        ]
+    except ConfigError as error:  # the run's own catalogue is not what it was
+        print_note(f"note: whether {run} was trained on rows of these sets is not known: {error}")
+        return
+    catalog = open_catalog(settings.catalog, field="catalog")
+    places = DataLocations(settings.local, field="local", catalog=catalog)
     for exam in read:
         if any(places.of(exam.one, exam.split).overlaps(spot) for spot in spots):
             print_note(

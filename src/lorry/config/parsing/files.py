@@ -65,8 +65,12 @@ def read_scalar(text: str) -> Any:
         raise ValueError(f"{text[:80]!r} is not a YAML value ({error})") from error
 
 
-def read_description_file(path: Path) -> DescriptionFile:
-    """Read a .yaml, .yml or .json description. Raises ConfigError with file:line."""
+def read_description_file(
+    path: Path, expected: str = "a run description is a map of settings, such as 'model: DIR'"
+) -> DescriptionFile:
+    """Read a .yaml, .yml or .json description. Raises ConfigError with file:line. ``expected``: what
+    a file is to be, for the error of one that is no map.
+    """
     try:
         text = read_text(path, LARGEST_DESCRIPTION, ConfigError)
     except OSError as error:
@@ -80,7 +84,7 @@ def read_description_file(path: Path) -> DescriptionFile:
         values = {} if node is None else values
         lines = dict(_key_lines(node)) if isinstance(node, yaml.MappingNode) else {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a run description is a map of settings, such as 'model: DIR'")
+        raise ConfigError(f"{path}: {expected}")
     return DescriptionFile(values, lines)
 
 

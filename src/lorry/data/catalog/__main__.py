@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from lorry.data.catalog import SETS, SUITES
+from lorry.data.catalog import shipped_catalog
 
 
 def render_sets_table() -> str:
     """The sets, one a line, then the suites."""
+    catalog = shipped_catalog()
     lines = [
         "| set | what | hub | splits | metrics | templates | licence |",
         "|---|---|---|---|---|---|---|",
     ]
-    for one in SETS.values():
+    for one in catalog.sets.values():
         where = f"{one.hub}{f' ({one.config})' if one.config else ''}" if one.hub else "files only"
         splits = ", ".join(
             f"{ours}: {theirs}" if ours != theirs else ours
@@ -21,7 +22,7 @@ def render_sets_table() -> str:
         lines.append(
             f"| `{one.name}` | {one.about} | {where} | {splits} | {metrics} | {len(one.templates)} | {one.licence} |"
         )
-    suites = "\n".join(f"- `{name}`: {', '.join(sets)}" for name, sets in SUITES.items())
+    suites = "\n".join(f"- `{name}`: {', '.join(sets)}" for name, sets in catalog.suites.items())
     return "\n".join(lines) + f"\n\nSuites, usable wherever a set is:\n\n{suites}\n"
 
 

@@ -1,5 +1,5 @@
-"""Layouts: which columns a row needs, and a pure function from the row to canonical fields. Pieces
-that several sets share.
+"""Layouts: which columns a row needs, and a pure function from the row to canonical fields; and the
+pieces that such functions are made of.
 
 Try: ``option_by_label("2", ["a", "b", "c"])`` is 2, the position; ``option_by_label("B", ["a", "b", "c"])`` is 1.
 """
@@ -51,17 +51,6 @@ class ColumnLayout:
         return f"{self.name} ({' + '.join('|'.join(group) for group in self.needs)})"
 
 
-def make_layout(
-    name: str, needs: str, read: Callable[[RowColumns], ItemFields | list[ItemFields]]
-) -> ColumnLayout:
-    """A layout from column names: ``"question answer|answers"`` needs a question and one of the
-    two; & is a space in a name.
-    """
-    return ColumnLayout(
-        name, tuple(tuple(group.replace("&", " ").split("|")) for group in needs.split()), read
-    )
-
-
 def required_text(row: RowColumns, *names: str) -> str:
     """The first of these columns that has a value, as text that is not blank. Raises Unusable."""
     column = column_of(row, names)
@@ -73,7 +62,7 @@ def required_text(row: RowColumns, *names: str) -> str:
     return text.strip()
 
 
-def column_slots(row: RowColumns, *names: str, **renamed: str) -> dict[str, str]:
+def column_slots(row: RowColumns, /, *names: str, **renamed: str) -> dict[str, str]:
     """These columns as slots, each with text; ``slot="column|other"`` renames, and
     ``slot="column?"`` may be empty.
     """
@@ -187,9 +176,13 @@ def _check_option_index(number: int, label: Any, options: Sequence[str]) -> int:
 
 
 def choice_list_reader(
-    asked: Callable[[RowColumns], dict[str, str]], column: str = "choices|options"
+    asked: Callable[[RowColumns], dict[str, str]],
+    column: str = "choices|options",
+    label: tuple[str, ...] = LABELS,
 ) -> FieldsReader:
-    """A list of texts, or {text: [...], label: [...]}, beside a label."""
+    """A list of texts, or {text: [...], label: [...]}, beside a label in the first of the columns
+    ``label`` that has a value.
+    """
 
     def read(row: RowColumns) -> ItemFields:
         name = column_of(row, tuple(column.split("|")))
@@ -197,7 +190,7 @@ def choice_list_reader(
         options = text_list(object_member(row, name, "text") if nested else row[name], name)
         labels = text_list(object_member(row, name, "label"), name) if nested else []
         return choice_fields(
-            asked(row), options, [option_by_label(row[column_of(row, LABELS)], options, labels)]
+            asked(row), options, [option_by_label(row[column_of(row, label)], options, labels)]
         )
 
     return read
@@ -234,27 +227,6 @@ _ADAPTERS_INSTRUCTION = re.compile(
     r"Please (?:choose|answer) .*?(?:question|sentence|goal): (.*?)\s*Answer format: (\S+)\s*",
     re.DOTALL,
 )
-
-
-def llm_adapters_layout(slot: str) -> ColumnLayout:
-    """The instruction/output/answer rows of LLM-Adapters (Hu et al. 2023): the question and its
-    options are taken out again.
-
-    The instruction closes with "Answer format: answer1/answer2/..." and, before that, lists
-    "Answer1: ... Answer2: ...".
-    """
-
-    def read(row: RowColumns) -> ItemFields:
-        asked, options, names = split_adapters_instruction(required_text(row, "instruction"))
-        label = required_text(row, "answer", "output").split()[-1]
-        if label not in names:
-            raise unknown_label_error(
-                label,
-                [f"{name}: {text}" for name, text in zip(names, options or names, strict=True)],
-            )
-        return choice_fields({slot: asked}, options or names, [names.index(label)])
-
-    return make_layout("llm_adapters", "instruction answer|output", read)
 
 
 def split_adapters_instruction(instruction: str) -> tuple[str, list[str], list[str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lorry.data.catalog.item import (
@@ -23,17 +24,6 @@ from lorry.data.catalog.layouts import ColumnLayout
 from lorry.data.reading.content import UnusableRowError
 from lorry.errors import ConfigError, shortlist_names, suggest_nearest
 
-WHOLE_SPLITS = {"train": "train", "validation": "validation", "test": "test"}
-# the hub's test rows carry no labels
-SPLITS_WITHOUT_TEST = {
-    "train": "train",
-    "validation": "validation",
-    "test": "validation",
-}
-# One split on the hub: its last tenth is held out, as `train_test_split(test_size=0.1,
-# shuffle=False)` would.
-LAST_TENTH_SPLITS = {"train": "train[:90%]", "validation": "train[90%:]", "test": "train[90%:]"}
-
 
 @dataclass(frozen=True)
 class NamedSet:
@@ -45,7 +35,8 @@ class NamedSet:
     is the plain one that evaluation uses. ``metrics``: the first is the main one. ``limit``: (slot,
     characters) beyond which that slot loses its end. ``source``: the paper. ``converted``: where
     the hub's main branch is a loading script, which nothing should run, the folder in its Parquet
-    branch, ``refs/convert/parquet``.
+    branch, ``refs/convert/parquet``. ``aliases``: other names that it is found by. ``file``: where
+    it is declared.
     """
 
     name: str
@@ -62,6 +53,8 @@ class NamedSet:
     converted: str | None = None
     cue: str = "Answer:"
     limit: tuple[str, int] | None = None
+    aliases: tuple[str, ...] = ()
+    file: Path | None = None
 
     def split(self, wanted: str) -> str:
         """The hub's split for ours. Raises ConfigError where the set has none, listing what it has."""
@@ -141,6 +134,9 @@ class NamedSet:
             cut = len(kept) < len(slots.get(slot, "").strip())
             slots[slot] = kept
         prompt = fill_template(template, {**slots, **option_slots(fields.options)})
+        if not prompt.strip():
+            # every paragraph names a slot that is empty here
+            raise UnusableRowError("empty prompt", "no paragraph of the template can be filled")
         references = fields.references or (fields.answer,)
         return NamedSetItem(
             prompt,

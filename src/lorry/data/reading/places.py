@@ -1,18 +1,26 @@
 """Where the rows of a named set lie, and how they are read: a local file or folder where one is
 given, else the hub.
 
-place = DataLocations({"bool_q": "boolq.jsonl", "common_gen.validation": "dev.jsonl"})
-place.of(named("bool_q"), "train")                  # a Spot: two splits in the same spot are the same rows
-list(read_items(named("bool_q"), place.open(...)))  # Items with where they stand
+places = DataLocations({"bool_q": "boolq.jsonl", "common_gen.validation": "dev.jsonl"})
+one = places.catalog.find_set("bool_q")
+places.of(one, "train")                             # two splits in the same location are the same rows
+list(read_items(one, places.open(one, "train")))    # items with where they stand
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorry.data.catalog import NamedSet, NamedSetItem, find_named_set, item_conversation
+from lorry.data.catalog import (
+    Catalog,
+    NamedSet,
+    NamedSetItem,
+    item_conversation,
+    shipped_catalog,
+)
 from lorry.data.reading.bad_rows import OnBadRow
 from lorry.data.reading.content import UnusableRowError
 from lorry.data.reading.formats import DataExample
@@ -55,16 +63,17 @@ class DataLocation:
 @dataclass(frozen=True)
 class DataLocations:
     """Local files of named sets: {NAME: path} for every split, {NAME.SPLIT: path} for one.
-    ``field``: what people call it.
+    ``field``: what people call it; ``catalog``: the sets there are.
     """
 
     local: Mapping[str, str]
     field: str = "data.local"
+    catalog: Catalog = dataclasses.field(default_factory=shipped_catalog)
 
     def __post_init__(self) -> None:
         for key in self.local:
             name, _, split = key.partition(".")
-            find_named_set(name)
+            self.catalog.find_set(name)
             if split and split not in SPLIT_ORDER:
                 raise ConfigError(
                     f"{self.field}.{key}: {split!r} is no split; they are called {', '.join(SPLIT_ORDER)}"
@@ -128,7 +137,7 @@ class DataLocations:
         mine = {
             key.partition(".")[2]: path
             for key, path in self.local.items()
-            if find_named_set(key.partition(".")[0]).name == one.name
+            if self.catalog.find_set(key.partition(".")[0]).name == one.name
         }
         return mine.get(split, mine.get(""))
 

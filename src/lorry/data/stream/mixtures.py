@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorry.config.data import DataConfig
-from lorry.data.catalog import SUITES, expand_suites, find_named_set
+from lorry.data.catalog import NamedSet, open_catalog
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.encoding.token_set import TokenSet, encode_rows, report_progress
 from lorry.data.reading.formats import DataExample
@@ -29,19 +29,24 @@ def mixture_sets(data: DataConfig) -> list[str]:
     """The sets of ``data.mix``, suites spelt out. Raises ConfigError for an unknown one, or one
     named twice.
     """
-    names = [find_named_set(name).name for name in data.mix if name not in SUITES]
+    catalog = open_catalog(data.catalog)
+    names = [catalog.find_set(name).name for name in data.mix if name not in catalog.suites]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(
             f"data.mix names {twice[0]!r} twice, in two spellings; data.weights says how much of a set there is"
         )
-    return expand_suites(data.mix)
+    return catalog.expand_suites(data.mix)
+
+
+def _open_locations(data: DataConfig) -> DataLocations:
+    return DataLocations(data.local, catalog=open_catalog(data.catalog))
 
 
 def training_locations(data: DataConfig) -> list[DataLocation]:
     """Where the training rows are, of a mixture or of ``data.path``."""
     if data.mix:
-        places = DataLocations(data.local)
-        return [places.of(find_named_set(name), data.split) for name in mixture_sets(data)]
+        places = _open_locations(data)
+        return [places.of(places.catalog.find_set(name), data.split) for name in mixture_sets(data)]
     paths = [data.path] if isinstance(data.path, str) else data.path or []
     return [DataLocation.of(path, data.name, data.split) for path in paths]
 
@@ -53,7 +58,8 @@ def read_mix(
     template, the rows to evaluate on being rows to learn), DataError (a missing file, a bad row, a
     set without a usable row).
     """
-    places, spots, names = DataLocations(data.local), training_locations(data), mixture_sets(data)
+    places, spots = _open_locations(data), training_locations(data)
+    sets = [places.catalog.find_set(name) for name in mixture_sets(data)]
     if data.eval is not None and any(
         DataLocation.of(data.eval, None, data.eval_split or data.split).overlaps(spot)
         for spot in spots
@@ -61,7 +67,7 @@ def read_mix(
         raise ConfigError(
             f"data.eval={data.eval}: these rows are trained on; name others, or data.test_size=N to hold rows out"
         )
-    for one in map(find_named_set, names):
+    for one in sets:
         if data.template is not None:
             one.refuse_template(data.template, "data.template")
         if data.eval_split is not None and (
@@ -71,8 +77,8 @@ def read_mix(
                 spots, places, one, data.eval_split, "data.test_size=N instead of data.eval_split"
             )
     return [
-        _read_set(data, name, data.split, data.n, data.template, encoder, seed, quarantine)
-        for name in names
+        _read_set(places, one, data, data.split, data.n, data.template, encoder, seed, quarantine)
+        for one in sets
     ]
 
 
@@ -80,29 +86,37 @@ def read_held_out(
     data: DataConfig, encoder: ExampleEncoder, *, seed: int, quarantine: Path | None
 ) -> list[TokenSet]:
     """The rows of ``data.eval_split`` of every set that has one, in the plain template."""
-    split, places = data.eval_split, DataLocations(data.local)
+    split = data.eval_split
     if split is None:
         return []
-    asked = [name for name in mixture_sets(data) if places.has(find_named_set(name), split)]
+    places = _open_locations(data)
+    sets = [places.catalog.find_set(name) for name in mixture_sets(data)]
+    asked = [one for one in sets if places.has(one, split)]
     if not asked:
         raise DataError(
             f"data.eval_split={split}: none of {', '.join(mixture_sets(data))} has such a split"
         )
     return [
-        _read_set(data, name, split, data.eval_n, data.template or 0, encoder, seed, quarantine)
-        for name in asked
+        _read_set(
+            places, one, data, split, data.eval_n, data.template or 0, encoder, seed, quarantine
+        )
+        for one in asked
     ]
 
 
 def _read_set(
-    data: DataConfig, name: str, split: str, limit: int | None, template: int | None, encoder: ExampleEncoder, seed: int,
+    places: DataLocations,
+    one: NamedSet,
+    data: DataConfig,
+    split: str,
+    limit: int | None,
+    template: int | None,
+    encoder: ExampleEncoder,
+    seed: int,
     quarantine: Path | None,
-) -> TokenSet:  # fmt: skip
-    one = find_named_set(name)
+) -> TokenSet:
     aside = quarantine if data.on_bad_row == "quarantine" else None
-    source = DataLocations(data.local).open(
-        one, split, limit=limit, on_bad_row=data.on_bad_row, quarantine=aside
-    )
+    source = places.open(one, split, limit=limit, on_bad_row=data.on_bad_row, quarantine=aside)
     shortened = 0
 
     def found() -> Iterator[DataExample]:
@@ -139,7 +153,10 @@ def mixture_shares(data: DataConfig) -> tuple[float, ...] | None:
                 f"data.weights has {len(data.weights)} numbers for the {len(names)} sets {', '.join(names)}"
             )
         return tuple(data.weights)
-    given = {name: share for key, share in data.weights.items() for name in expand_suites(key)}
+    catalog = open_catalog(data.catalog)
+    given = {
+        name: share for key, share in data.weights.items() for name in catalog.expand_suites(key)
+    }
     if odd := [name for name in given if name not in names]:
         raise ConfigError(
             f"data.weights names {odd[0]!r}, which is not in data.mix ({', '.join(names)})"

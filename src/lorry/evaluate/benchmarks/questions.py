@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lorry.data.catalog import NamedSet, NamedSetItem, find_named_set, item_conversation
+from lorry.data.catalog import NamedSet, NamedSetItem, item_conversation
 from lorry.data.reading.bad_rows import OnBadRow
 from lorry.data.reading.content import Conversation
 from lorry.data.reading.places import DataLocations, NumberedItem, read_items
 from lorry.data.stream.pack import epoch_order
-from lorry.errors import DataError
+from lorry.errors import ConfigError, DataError
+from lorry.evaluate.metrics.registry import check_metrics
 
 FEWSHOT_POOL = 1000  # rows of the training split that worked examples are drawn from
 
@@ -51,6 +52,17 @@ class Benchmark:
         """Whether options are ranked; otherwise answers are generated."""
         return bool(self.questions[0].item.options)
 
+    @property
+    def references(self) -> list[list[str]]:
+        """Every right answer of each question."""
+        return [list(question.item.references) for question in self.questions]
+
+    @property
+    def concepts(self) -> list[tuple[str, ...]]:
+        """The words that each answer has to use; empty where no question has any."""
+        found = [question.item.concepts for question in self.questions]
+        return found if any(found) else []
+
 
 def load_benchmark(
     name: str, places: DataLocations, *, split: str = "auto", limit: int | None = None, n_shot: int = 0, template: int = 0,
@@ -62,7 +74,7 @@ def load_benchmark(
     Raises ConfigError (an unknown set, split or template), DataError (a missing file, a bad or no
     row, too few examples).
     """
-    one = find_named_set(name)
+    one = places.catalog.find_set(name)
     one.refuse_template(template, "template")
     chosen = places.to_ask(one) if split == "auto" else split
     source = places.open(one, chosen, limit=limit, on_bad_row=on_bad_row)
@@ -78,9 +90,21 @@ def load_benchmark(
         [BenchmarkQuestion(a.item, a.where) for a in asked],
         dict(source.bad.counts),
     )
+    if not exam.choice:
+        _check_metrics(exam)
     if shortened := sum(a.item.shortened for a in asked):
         exam.notes.append(f"{one.name}: {shortened} contexts were shortened to what the set allows")
     return _add_fewshot(exam, places, asked, n_shot, template, seed, on_bad_row) if n_shot else exam
+
+
+def _check_metrics(exam: Benchmark) -> None:
+    """Raises ConfigError for a metric that the set's file names and nobody has, DataError for rows
+    without what one compares with: before a model is loaded, not after it has answered.
+    """
+    try:
+        check_metrics(exam.one.metrics, exam.references, concepts=exam.concepts)
+    except ConfigError as error:
+        raise ConfigError(f"{exam.one.file}: metrics: {error}") from error
 
 
 def _add_fewshot(

@@ -25,7 +25,7 @@ from lorry.evaluate.benchmarks.rank import (
 )
 from lorry.evaluate.metrics.bootstrap import MetricEstimate, corpus_interval
 from lorry.evaluate.metrics.calibration import measure_options
-from lorry.evaluate.metrics.registry import check_metrics, measure_metrics
+from lorry.evaluate.metrics.registry import measure_metrics
 from lorry.generation.scorer import ModelScorer
 from lorry.generation.text import generate_continuations
 from lorry.models.causal_lm import CausalLM
@@ -126,11 +126,7 @@ def _evaluate_generated(
     options: Mapping[str, Any],
 ) -> BenchmarkResult:
     questions = exam.questions
-    references = [list(q.item.references) for q in questions]
-    concepts = (
-        [q.item.concepts for q in questions] if any(q.item.concepts for q in questions) else ()
-    )
-    check_metrics(exam.one.metrics, references, concepts=concepts)
+    references, concepts = exam.references, exam.concepts
     room = None if model.context is None else model.context - options["max_new_tokens"]
     prompts = [truncate_prompt(encoder, question.conversation("."), room) for question in questions]
     texts = generate_continuations(

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lorry.data.catalog import SETS, SUITES, NamedSet, expand_suites, find_named_set
+from lorry.data.catalog import NamedSet, shipped_catalog
 from lorry.errors import ConfigError
 from lorry.train.card.facts import RunFacts, metric_changes
 from lorry.train.card.markdown import EMPTY_CELL, clean_line
@@ -138,7 +138,7 @@ def named_set_names(facts: RunFacts) -> list[str]:
         dict.fromkeys(
             one
             for name in mixed
-            for one in (expand_suites(name) if name in SUITES else [_catalogue_name(name)])
+            for one in shipped_catalog().suites.get(name) or [_catalogue_name(name)]
         )
     )
 
@@ -146,7 +146,7 @@ def named_set_names(facts: RunFacts) -> list[str]:
 def _catalogue_name(name: str) -> str:
     """A set's name in the catalogue, from any spelling; a name that it does not have as it is."""
     try:
-        return find_named_set(name).name
+        return shipped_catalog().find_set(name).name
     except ConfigError:
         return name
 
@@ -159,7 +159,8 @@ def catalogue_entries(facts: RunFacts) -> dict[str, NamedSet]:
         name: _catalogue_name(name)
         for name in [*named_set_names(facts), *(s for s in data_sources(facts) if is_hub_id(s))]
     }
-    return {name: SETS[known] for name, known in found.items() if known in SETS}
+    sets = shipped_catalog().sets
+    return {name: sets[known] for name, known in found.items() if known in sets}
 
 
 def local_set_names(facts: RunFacts) -> set[str]:

@@ -1,0 +1,121 @@
+"""The catalogue: every named set by its name, Lorry's own and those of a user's files.
+
+    catalog = open_catalog("rivers.yaml")        # None: Lorry's own alone
+    catalog.find_set("google/boolq").name        # "bool_q"
+    catalog.expand_suites(["commonsense", "rivers"])
+
+A name means one set, whatever files are added: a set of a user's that has the name or an alias of
+another is refused, in any spelling, and the hub id of one never takes a spelling away.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from lorry.config.parsing.files import read_description_file
+from lorry.data.catalog.named import NamedSet
+from lorry.data.catalog.set_file import SHIPPED_SETS, list_set_files, read_set_file
+from lorry.errors import ConfigError, suggest_nearest
+
+SHIPPED_SUITES = Path(__file__).parent / "suites.yaml"
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Sets by name, suites of them, and what each set may be called, as `_spelling_key` has it."""
+
+    sets: Mapping[str, NamedSet]
+    suites: Mapping[str, tuple[str, ...]]
+    spellings: Mapping[str, str]
+
+    def find_set(self, name: str) -> NamedSet:
+        """The set of this name, in any spelling (boolq, BoolQ, google/boolq). Raises ConfigError
+        listing what exists.
+        """
+        found = self.spellings.get(_spelling_key(name))
+        if found is None:
+            raise self._unknown_set_error(name)
+        return self.sets[found]
+
+    def expand_suites(self, names: str | Iterable[str]) -> list[str]:
+        """Names of sets, with suites spelt out, in order and without repetition. Raises ConfigError
+        for an unknown name.
+        """
+        found: dict[str, None] = {}
+        for name in [names] if isinstance(names, str) else names:
+            found.update(
+                dict.fromkeys(
+                    self.suites[name] if name in self.suites else (self.find_set(name).name,)
+                )
+            )
+        return list(found)
+
+    def _unknown_set_error(self, name: str) -> ConfigError:
+        if name in self.suites:
+            return ConfigError(
+                f"{name!r} is a suite, and one set is needed here; it has {', '.join(self.suites[name])}"
+            )
+        near = suggest_nearest(name.lower(), [*self.sets, *self.suites])
+        return ConfigError(
+            f"unknown set {name!r}{near}. Sets: {', '.join(self.sets)}. Suites of them: {', '.join(self.suites)}"
+        )
+
+    def with_sets(self, added: Iterable[NamedSet]) -> Catalog:
+        """This catalogue and more sets. Raises ConfigError, naming the file, for a name or an alias
+        that is taken.
+        """
+        sets, spellings, added = dict(self.sets), dict(self.spellings), list(added)
+        suites = {_spelling_key(name): name for name in self.suites}
+        for one in added:
+            for name in (one.name, *one.aliases):
+                key = _spelling_key(name)
+                other = sets.get(spellings.get(key, ""))
+                if key in suites or other not in (None, one):
+                    raise _taken_error(one, name, other)
+                spellings[key] = one.name
+                sets[one.name] = one
+        counts = Counter(one.hub for one in added if one.hub)
+        for one in added:
+            # a hub id stands for the set where it is that of no other one
+            if one.hub and counts[one.hub] == 1:
+                spellings.setdefault(_spelling_key(one.hub), one.name)
+        return Catalog(sets, self.suites, spellings)
+
+
+def open_catalog(path: str | None, field: str = "data.catalog") -> Catalog:
+    """Lorry's sets and those of ``path``, a YAML file or a folder of such; None: Lorry's alone.
+    ``field``: what people call the setting. Raises ConfigError with file:line.
+
+    A user's files are read at every call: a Python session that edits one means the new text.
+    """
+    if path is None:
+        return shipped_catalog()
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise ConfigError(f"{field}={path}: there is no such file or folder")
+    return shipped_catalog().with_sets([read_set_file(file) for file in list_set_files(place)])
+
+
+@cache
+def shipped_catalog() -> Catalog:
+    """The sets that Lorry brings (``sets/NAME.yaml``) and its suites (``suites.yaml``), read once."""
+    suites = read_description_file(SHIPPED_SUITES, "suites by name").values
+    empty = Catalog({}, {name: tuple(sets) for name, sets in suites.items()}, {})
+    return empty.with_sets(read_set_file(file) for file in list_set_files(SHIPPED_SETS))
+
+
+def _spelling_key(name: str) -> str:
+    """A name without case and punctuation."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _taken_error(one: NamedSet, name: str, other: NamedSet | None) -> ConfigError:
+    whose = "a suite" if other is None else f"the set {other.name!r} of {other.file}"
+    return ConfigError(
+        f"{one.file}: the set {one.name!r}: {name!r} is the name of {whose} already; give it another"
+    )
