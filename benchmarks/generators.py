@@ -104,6 +104,7 @@ def lorry(engine: Engine, folder: Path) -> Generate:
     from lorry.adapters.mix import Mix
     from lorry.adapters.peft.files import load_adapter
     from lorry.generation.engine import generate_completions
+    from lorry.generation.sampling import SamplingParams
     from lorry.models.loading.load import load_model
 
     model = load_model(folder / "base", dtype=engine.dtype, notes=[]).model
@@ -122,7 +123,10 @@ def lorry(engine: Engine, folder: Path) -> Generate:
         return [
             g.tokens
             for g in generate_completions(
-                model, prompts, max_new_tokens=new, eos=eos, adapters=owners
+                model,
+                prompts,
+                SamplingParams(max_new_tokens=new, stop_token_ids=eos),
+                adapters=owners,
             )
         ]
 

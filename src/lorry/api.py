@@ -96,6 +96,7 @@ def generate(
     Mix (`Mix.none()` is the base); left out, what a plain `model(x)` uses. Returns the new text
     only. Raises ConfigError, and ModelError for a prompt the context cannot hold.
     """
+    from lorry.generation.sampling import SamplingParams
     from lorry.generation.text import generate_texts
 
     if tokenizer is None:
@@ -103,7 +104,12 @@ def generate(
             "generate needs a tokenizer and this model brought none; put tokenizer.json beside its weights"
         )
     single = isinstance(prompt, str)
-    texts = generate_texts(
-        model, tokenizer, [prompt] if isinstance(prompt, str) else list(prompt), **options
-    )
+    asked = [prompt] if isinstance(prompt, str) else list(prompt)
+    # what is no parameter of sampling is about the prompts and who answers them
+    others = {
+        name: options.pop(name)
+        for name in ("system", "chat", "adapters", "batch_rows")
+        if name in options
+    }
+    texts = generate_texts(model, tokenizer, asked, SamplingParams(**options), **others)
     return texts[0] if single else texts

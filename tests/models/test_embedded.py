@@ -25,6 +25,7 @@ from lorry.disk import durable
 from lorry.disk.integrity import file_digest
 from lorry.errors import ModelError
 from lorry.generation.engine import generate_completions
+from lorry.generation.sampling import SamplingParams
 from lorry.models.decoder.model import Decoder
 from lorry.models.gguf import embedded
 from lorry.models.gguf.embedded import MANIFEST_FILE, convert_gguf, find_damage
@@ -54,11 +55,10 @@ def test_it_knows_the_capital_of_france(smollm: LoadedModel) -> None:
     ids = smollm.tokenizer.apply_chat_template(
         question, add_generation_prompt=True, return_dict=False
     )
-    answer = generate_completions(
-        smollm.model, [ids], max_new_tokens=20, eos=[smollm.tokenizer.eos_token_id]
-    )[0]
+    params = SamplingParams(max_new_tokens=20, stop_token_ids=[smollm.tokenizer.eos_token_id])
+    answer = generate_completions(smollm.model, [ids], params)[0]
     assert smollm.tokenizer.decode(answer.tokens) == "The capital of France is Paris.<|im_end|>"
-    assert answer.finished
+    assert answer.finish_reason == "stop"
 
 
 def test_its_special_tokens(smollm: LoadedModel) -> None:

@@ -19,6 +19,7 @@ from lorry.adapters.attach import attach
 from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.adapters.spec import LoraSpec
 from lorry.generation.engine import generate_completions
+from lorry.generation.sampling import SamplingParams
 from lorry.models.causal_lm import PackedInput
 from lorry.models.hf.frames import PaddedFrame, build_padded_frames
 from lorry.models.hf.model import HfModel
@@ -54,12 +55,18 @@ def test_generation_is_token_for_token_that_of_transformers(name: str) -> None:
             inner.generate(ids, attention_mask=torch.ones_like(ids), **limits)[0, len(s) :].tolist()
         )
     assert [
-        g.tokens for g in generate_completions(model, SEQUENCES, max_new_tokens=9, batch_rows=2)
+        g.tokens
+        for g in generate_completions(
+            model, SEQUENCES, SamplingParams(max_new_tokens=9), batch_rows=2
+        )
     ] == expected
     stops = [tokens[3] for tokens in expected]
     cut = [t[: next(i for i, x in enumerate(t) if x in stops) + 1] for t in expected]
     assert [
-        g.tokens for g in generate_completions(model, SEQUENCES, max_new_tokens=9, eos=stops)
+        g.tokens
+        for g in generate_completions(
+            model, SEQUENCES, SamplingParams(max_new_tokens=9, stop_token_ids=stops)
+        )
     ] == cut
 
 
@@ -126,7 +133,7 @@ def test_generation_with_an_adapter_per_row_is_the_decoders(tmp_path: Path) -> N
         [
             g.tokens
             for g in generate_completions(
-                m, SEQUENCES, max_new_tokens=12, adapters=who, batch_rows=3
+                m, SEQUENCES, SamplingParams(max_new_tokens=12), adapters=who, batch_rows=3
             )
         ]
         for m in pair
@@ -136,7 +143,7 @@ def test_generation_with_an_adapter_per_row_is_the_decoders(tmp_path: Path) -> N
     assert native != [
         g.tokens
         for g in generate_completions(
-            pair[0], SEQUENCES, max_new_tokens=12, adapters=["a", "b", None, None]
+            pair[0], SEQUENCES, SamplingParams(max_new_tokens=12), adapters=["a", "b", None, None]
         )
     ]
 
@@ -202,9 +209,14 @@ def test_what_is_generated_follows_from_the_forward_that_trains(kind: str, tmp_p
     assert isinstance(model, HfModel)
     expected = [greedy(inner, s, 6) for s in SEQUENCES]
     assert [
-        g.tokens for g in generate_completions(model, SEQUENCES, max_new_tokens=6, batch_rows=2)
+        g.tokens
+        for g in generate_completions(
+            model, SEQUENCES, SamplingParams(max_new_tokens=6), batch_rows=2
+        )
     ] == expected
-    assert [g.tokens for g in generate_completions(model, SEQUENCES, max_new_tokens=6)] == expected
+    assert [
+        g.tokens for g in generate_completions(model, SEQUENCES, SamplingParams(max_new_tokens=6))
+    ] == expected
 
 
 def test_every_row_has_its_adapter_without_a_cache_too() -> None:
@@ -218,18 +230,20 @@ def test_every_row_has_its_adapter_without_a_cache_too() -> None:
         )
     owners = ["b", None, "a", "b"]
     alone = [
-        generate_completions(model, [s], max_new_tokens=6, adapters=[o])[0].tokens
+        generate_completions(model, [s], SamplingParams(max_new_tokens=6), adapters=[o])[0].tokens
         for s, o in zip(SEQUENCES, owners, strict=True)
     ]
     assert [
         g.tokens
         for g in generate_completions(
-            model, SEQUENCES, max_new_tokens=6, adapters=owners, batch_rows=3
+            model, SEQUENCES, SamplingParams(max_new_tokens=6), adapters=owners, batch_rows=3
         )
     ] == alone
     assert alone != [
         g.tokens
-        for g in generate_completions(model, SEQUENCES, max_new_tokens=6, adapters=[None] * 4)
+        for g in generate_completions(
+            model, SEQUENCES, SamplingParams(max_new_tokens=6), adapters=[None] * 4
+        )
     ]
 
 

@@ -25,6 +25,7 @@ from lorry.data.prepare import prepare_data
 from lorry.data.stream.joint import JointStream
 from lorry.disk import durable
 from lorry.errors import ConfigError, ModelError
+from lorry.generation.sampling import SamplingParams
 from lorry.models.decoder.model import Decoder
 from lorry.models.loading import quantized
 from lorry.models.loading.open import open_model
@@ -154,7 +155,7 @@ def test_an_adapter_scores_as_it_would_alone(world: Path) -> None:
     )[0]["logprob"]
     assert torch.equal(models["teacher"].score([batch], want)[0]["logprob"], expected)
     assert not torch.equal(made.backend.score([batch], want)[0]["logprob"], expected)
-    assert len(models["teacher"].generate([[5, 6, 7]], max_new_tokens=3)) == 1
+    assert len(models["teacher"].generate([[5, 6, 7]], SamplingParams(max_new_tokens=3))) == 1
 
 
 def test_two_adapters_are_one_too_many(world: Path) -> None:

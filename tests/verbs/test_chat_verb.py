@@ -17,6 +17,7 @@ import pytest
 import lorry as library
 from lorry.data.reading.content import ChatMessage, Conversation
 from lorry.generation import engine
+from lorry.generation.sampling import SamplingParams
 from lorry.generation.text import generate_texts
 from tests.support.verbworld import CONTEXT, PEOPLE, World, lorry, model_directory, train
 
@@ -36,7 +37,8 @@ def expected(run: Path, *turns: str, adapters: Any = None, system: str | None = 
     messages = [ChatMessage(roles[at % 2], text) for at, text in enumerate(turns)]  # type: ignore[arg-type]
     opening = [ChatMessage("system", system)] if system else []
     conversation = Conversation((*opening, *messages, ChatMessage("assistant", ".")))
-    return generate_texts(*opened(run), [conversation], max_new_tokens=16, adapters=adapters)[0]
+    params = SamplingParams(max_new_tokens=16)
+    return generate_texts(*opened(run), [conversation], params, adapters=adapters)[0]
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ base weights that train.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,9 @@ from lorry.backends.optim import OptimSettings, ParameterSetOptimizer
 from lorry.backends.protocol import GradientNorms, ParameterInspection, StepStats, Task, term_totals
 from lorry.data.batch import BASE, Batch
 from lorry.errors import ModelError, NonFiniteError
-from lorry.generation.engine import Completion, generate_completions
+from lorry.generation.engine import generate_completions
+from lorry.generation.request import Completion
+from lorry.generation.sampling import SamplingParams
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.digest import sample_digest
 from lorry.models.loading.weights import is_finite
@@ -208,9 +209,15 @@ class LocalBackend:
         return out
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        adapters: Mix | Sequence[Mix | str | None] | str | None = None,
+    ) -> list[Completion]:
         """See `generation.engine.generate_completions`."""
-        return generate_completions(self.model, prompts, **options)
+        return generate_completions(self.model, prompts, params, adapters=adapters)
 
     # --- state
 

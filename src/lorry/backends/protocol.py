@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lorry.adapters.mix import Mix
 from lorry.data.batch import Batch
-from lorry.generation.engine import Completion
+from lorry.generation.request import Completion
+from lorry.generation.sampling import SamplingParams
 from lorry.models.scoring.score import Want
 
 LossTerms = Mapping[str, Tensor]
@@ -65,7 +66,13 @@ class ScoringBackend(Protocol):
     def score(
         self, batches: Sequence[Batch], wants: Mapping[str, Want], mix: Mix | None = None
     ) -> list[dict[str, Tensor]]: ...
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]: ...
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        adapters: Mix | Sequence[Mix | str | None] | str | None = None,
+    ) -> list[Completion]: ...
 
 
 class Task(Protocol):

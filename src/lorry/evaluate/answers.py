@@ -16,6 +16,7 @@ from torch import nn
 from lorry.adapters.mix import Mix
 from lorry.data.reading.content import Conversation
 from lorry.evaluate.metrics.registry import ReferenceTexts, bootstrap_interval, score_each
+from lorry.generation.sampling import SamplingParams
 from lorry.generation.text import generate_texts
 
 # as `score_each` calls them, and as evaluation.json and the tables do
@@ -48,8 +49,8 @@ def generate_answers(
         model,
         tokenizer,
         conversations,
+        SamplingParams(max_new_tokens=max_new_tokens),
         system=system,
-        max_new_tokens=max_new_tokens,
         adapters=adapters,
         batch_rows=batch_rows,
     )

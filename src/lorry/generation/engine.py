@@ -1,281 +1,287 @@
-"""Generation: many prompts at once over a key/value cache, greedy or sampled, an adapter per row,
-nothing padded.
+"""Generation: many requests at once over a key/value cache, each with its own sampling parameters
+and its own adapters, nothing padded.
 
-Prompts are run packed, and only the last token of each meets the head. Then every live row decodes
-one token a step; a row that ends makes room for the next prompt. What a row says depends on its
-prompt, its adapter and (seed, its place in the list), never on who shared the batch (up to the
-rounding of differently shaped matrix products). B live rows, V vocabulary.
+A `GenerationEngine` holds requests that wait and requests that run. Prompts are run packed, and
+only the last token of each meets the head. Then every running request decodes one token a step; one
+that ends makes room for the next that waits, and requests may be added at any time. What a request
+says depends on its prompt, its parameters, its adapters and (seed, row), never on who shared the
+batch or when it came (up to the rounding of differently shaped matrix products). B running
+requests, V vocabulary.
 
-Try: generate(model, [[1, 403, 407]], max_new_tokens=20)
+    engine = GenerationEngine(model)
+    engine.add_request([1, 403, 407], SamplingParams(max_new_tokens=20), adapter="people")  # -> 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            print(output.request_id, output.completion.tokens)
+
+`generate_completions(model, [[1, 403, 407]], SamplingParams(max_new_tokens=20))` is that loop.
 """
 
 from __future__ import annotations
 
-import random
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import cast
+from itertools import groupby
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorry.adapters.attach import get_bank
-from lorry.adapters.mix import AdapterContext, Mix
-from lorry.adapters.seeds import derive_seed
+from lorry.adapters.mix import AdapterContext, Mix, MixTerm
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
-from lorry.generation.sampling import SamplingParams
+from lorry.generation.request import (
+    Completion,
+    Request,
+    RequestOutput,
+    StoppingCriterion,
+    resolve_constant_mix,
+)
+from lorry.generation.sampling import SamplingParams, choose_tokens, row_generator
 from lorry.models.causal_lm import CausalLM, PackedInput
 from lorry.models.decoder.decode import DecodeRunner
 
-BATCH_ROWS = 64  # live rows at once unless the caller says otherwise
-PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, unless a single prompt is longer
+# Running requests at once unless the caller says otherwise. A decode step reads every weight once
+# however many rows share it, so that rows cost little; but each holds the keys and values of all its
+# tokens, and that is what bounds their number.
+BATCH_ROWS = 64
+# Prompt tokens in one forward pass, unless a single prompt is longer: enough for products at full
+# speed, little enough that activations stay far below what the weights take.
+PREFILL_TOKENS = 2048
 
 
-@dataclass(frozen=True)
-class Completion:
-    """The answer to one prompt. ``tokens``: the new ones, with the end-of-turn token or stop
-    sequence that ended it, if any; ``finished``: it ended by itself and not at ``max_new_tokens``;
-    ``logprobs``: log p of each token under the plain model (temperature 1, nothing penalised or cut
-    off), when asked for.
+class GenerationEngine:
+    """Requests being answered by one model. ``batch_rows``: how many run at once; the others wait.
+
+    ``requests``: the unfinished ones by id, with their answers so far. The model's weights and
+    adapters must stay as they are while there are any: keys and values of their tokens are kept.
     """
 
-    tokens: list[int]
-    finished: bool
-    logprobs: list[float] | None = None
-
-
-@dataclass
-class SequenceState:
-    """One prompt and what it has said so far."""
-
-    index: int
-    prompt: list[int]
-    adapter: str | None
-    limit: int
-    rng: random.Random
-    seen: set[int]
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
-
-    def take(self, token: int, eos: Collection[int], stop: Collection[Sequence[int]]) -> None:
-        """Append a token and see whether it ends the answer."""
-        self.tokens.append(token)
-        self.seen.add(token)
-        self.finished = token in eos or any(self.tokens[-len(s) :] == list(s) for s in stop)
-
-    @property
-    def done(self) -> bool:
-        return self.finished or len(self.tokens) >= self.limit
-
-
-class GenerationBatch:
-    """Some prompts being answered: ``steps()`` yields, after each forward pass, the rows that got a
-    token by it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        eos: Collection[int] = (),
-        stop: Collection[Sequence[int]] = (),
-        sampling: SamplingParams,
-        adapters: Mix | Sequence[str | None] | str | None = None,
-        batch_rows: int | None = None,
-        logprobs: bool = False,
-    ) -> None:
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_rows", batch_rows)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if any(len(s) == 0 for s in stop):
-            raise ConfigError(
-                "stop holds an empty sequence, which would end every answer at once; remove it"
-            )
-        self.model = cast(CausalLM, DecodeRunner(model) if DecodeRunner.takes(model) else model)  # type: ignore[arg-type]
-        self.eos, self.stop, self.sampling, self.logprobs = (
-            frozenset(eos),
-            list(stop),
-            sampling,
-            logprobs,
+    def __init__(self, model: nn.Module, *, batch_rows: int | None = None) -> None:
+        if batch_rows is not None and batch_rows < 1:
+            raise ConfigError(f"batch_rows is {batch_rows}; it must be at least 1")
+        self.model = model
+        self.runner = cast(
+            CausalLM,
+            DecodeRunner(model) if DecodeRunner.takes(model) else model,  # type: ignore[arg-type]
         )
-        self.mix, owners = resolve_row_adapters(model, adapters, len(prompts))
-        self.rows = [
-            SequenceState(
-                i,
-                tokens,
-                owner,
-                max_new_tokens,
-                random.Random(derive_seed("generate", sampling.seed, i)),
-                set(tokens),
-            )
-            for i, (tokens, owner) in enumerate(
-                zip(([int(t) for t in p] for p in prompts), owners, strict=True)
-            )
-        ]
-        self._check_lengths(max_new_tokens)
-        # Rows of one adapter run side by side, so that each step has few terms; the order does not
-        # change any row's answer.
-        rank = {name: k for k, name in enumerate(dict.fromkeys(owners))}
-        self.waiting = deque(sorted(self.rows, key=lambda row: rank[row.adapter]))
-        self.live = [
-            self.waiting.popleft() for _ in range(min(batch_rows or BATCH_ROWS, len(self.rows)))
-        ]
-        if self.rows:
-            self.cache = self.model.new_cache(
-                len(self.live), max(len(row.prompt) for row in self.rows) + max_new_tokens
-            )
+        self.batch_rows = batch_rows or BATCH_ROWS
+        self.requests: dict[int, Request] = {}
+        self.waiting: deque[Request] = deque()
+        # Request i has row i of the cache. One that has finished keeps its row until the next step
+        # gives it to another or drops it.
+        self.running: list[Request] = []
+        self.cache: Any = None
+        self._arrived: list[Request] = []
+        self._count = 0
+        self._failed = False
 
-    def _check_lengths(self, new: int) -> None:
-        limit = self.model.context
-        for row in self.rows:
-            if not row.prompt:
-                raise DataError(
-                    f"prompt {row.index} is empty; give it at least one token (such as the beginning-of-text token)"
-                )
-            if limit is not None and len(row.prompt) + new > limit:
-                left = limit - len(row.prompt)
-                fewer = (
-                    f"set max_new_tokens to at most {left}"
-                    if left > 0
-                    else "use a model with a longer context"
-                )
-                shorter = f" to at most {limit - new} tokens" if limit > new else ""
-                raise ModelError(
-                    f"prompt {row.index} has {len(row.prompt)} tokens and max_new_tokens is {new}, but this model's context is "
-                    f"{limit}; shorten the prompt{shorter} or {fewer}"
-                )
+    def add_request(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        adapter: Mix | str | None = None,
+        row: int | None = None,
+        stopping_criterion: StoppingCriterion | None = None,
+    ) -> int:
+        """Queue a prompt and return the request's id: 0, 1, ... in the order they were added.
 
-    def steps(self) -> Iterator[list[SequenceState]]:
-        """Run until every row is done. Raises NonFiniteError when the model's logits are not
-        numbers.
+        ``adapter``: a name, a `Mix` of constants, or None (the base). ``row``: with
+        ``params.seed`` it names the draws of a sampled answer; the id unless given, so that equal
+        prompts get different answers. ``stopping_criterion``: ends the answer where it says so, as
+        ``params.stop`` does. Raises DataError for an empty prompt, ModelError for one too long for
+        the context, ConfigError for an unknown adapter; nothing is queued then.
         """
-        fresh = list(range(len(self.live)))
-        while self.live:
-            if fresh:
+        request = Request(
+            self._count,
+            [int(token) for token in prompt],
+            params,
+            Mix.none() if adapter is None else resolve_constant_mix(self.model, adapter),
+            row_generator(params.seed, self._count if row is None else row),
+            stopping_criterion,
+        )
+        self._check_length(request)
+        self._count += 1
+        self._arrived.append(request)
+        self.requests[request.request_id] = request
+        return request.request_id
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self.requests)
+
+    @torch.no_grad()
+    def step(self) -> list[RequestOutput]:
+        """Run one forward pass: the prompts of requests that were given a row, or else one more
+        token of every running request. Returns those that have finished by it.
+
+        Raises NonFiniteError when the model's logits are not numbers, and after any error
+        ModelError: rows of the cache are ahead of their requests then, and every later token would
+        be wrong.
+        """
+        if not self.requests:
+            return []
+        if self._failed:
+            raise ModelError(
+                "an earlier step of this engine failed, and what it holds cannot be continued; "
+                "make a new GenerationEngine and add the requests again"
+            )
+        self._failed = True  # until this step is through
+        with evaluation_mode(self.model):
+            if fresh := self._schedule():
                 self._prefill(fresh)
-                yield [self.live[slot] for slot in fresh]
             else:
                 self._decode()
-                yield list(self.live)
-            fresh = self._refill_rows()
+        self._failed = False
+        return self._finished()
 
-    @torch.no_grad()
-    def _prefill(self, slots: Sequence[int]) -> None:
-        """Run the prompts that were just given these cache rows, a bounded number of tokens at a
-        time.
+    def _check_length(self, request: Request) -> None:
+        number, length, new = (
+            request.request_id,
+            len(request.prompt),
+            request.params.max_new_tokens,
+        )
+        if not length:
+            raise DataError(
+                f"prompt {number} is empty; give it at least one token "
+                "(such as the beginning-of-text token)"
+            )
+        limit = self.runner.context
+        if limit is not None and length + new > limit:
+            left = limit - length
+            fewer = (
+                f"set max_new_tokens to at most {left}"
+                if left > 0
+                else "use a model with a longer context"
+            )
+            shorter = f" to at most {limit - new} tokens" if limit > new else ""
+            raise ModelError(
+                f"prompt {number} has {length} tokens and max_new_tokens is {new}, but this "
+                f"model's context is {limit}; shorten the prompt{shorter} or {fewer}"
+            )
+
+    # --- who runs
+
+    def _schedule(self) -> list[int]:
+        """Give the rows of finished requests to waiting ones, and drop those that nobody takes or
+        add those that are short. Returns the rows to prefill.
         """
-        groups: list[list[int]] = []
-        held = 0
-        for slot in slots:
-            held += len(self.live[slot].prompt)
-            if not groups or held > PREFILL_TOKENS:
-                groups.append([])
-                held = len(self.live[slot].prompt)
-            groups[-1].append(slot)
-        for group in groups:
-            rows = [self.live[slot] for slot in group]
-            packed = PackedInput.of([row.prompt for row in rows], self.model.device)
-            places = torch.repeat_interleave(
-                torch.tensor(group), torch.tensor([len(row.prompt) for row in rows])
-            )
-            ends = [stop for _, stop in packed.segments]
-            call = self._call(rows, [0, *ends])
-            hidden = self.model.cached(
-                packed, places.to(self.model.device), self.cache, call, decoding=False
-            )
-            last = torch.tensor(ends, device=self.model.device) - 1
-            self._choose(self.model.logits(hidden.index_select(0, last), call.narrow(last)), rows)
-
-    @torch.no_grad()
-    def _decode(self) -> None:
-        """One token for every live row."""
-        count = len(self.live)
-        tokens = torch.tensor([row.tokens[-1] for row in self.live], device=self.model.device)
-        packed = PackedInput(tokens, self.cache.lengths, [(i, i + 1) for i in range(count)])
-        call = self._call(self.live, range(count + 1))
-        hidden = self.model.cached(
-            packed, torch.arange(count, device=tokens.device), self.cache, call, decoding=True
-        )
-        self._choose(self.model.logits(hidden, call), self.live)
-
-    def _call(self, rows: Sequence[SequenceState], starts: Sequence[int]) -> AdapterContext:
-        return AdapterContext(
-            self.mix
-            if self.mix is not None
-            else Mix.per_sequence([row.adapter for row in rows], starts)
-        )
-
-    def _choose(self, logits: Tensor, rows: Sequence[SequenceState]) -> None:
-        """Give each row its next token from logits [B,V]."""
-        tokens, finite = self.sampling.choose(
-            logits, [row.seen for row in rows], (row.rng.random() for row in rows)
-        )
-        if not bool(finite.all()):
-            bad = [row.index for row, good in zip(rows, finite.tolist(), strict=True) if not good]
-            raise NonFiniteError(
-                f"the logits for prompt {bad[0]} ({len(bad)} in all) are not finite after {len(rows[0].tokens)} new tokens; "
-                "the model's weights or an adapter's hold NaN or infinity, or overflow in this dtype"
-            )
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            row.take(token, self.eos, self.stop)
-        if self.logprobs:
-            wide = logits.float()
-            picked = wide.gather(1, tokens[:, None])[:, 0] - wide.logsumexp(-1)
-            for row, value in zip(rows, picked.tolist(), strict=True):
-                row.logprobs.append(value)
-
-    def _refill_rows(self) -> list[int]:
-        """Replace rows that are done by waiting ones, and shrink the batch when none wait. Returns
-        the slots to prefill.
-        """
-        done = [slot for slot, row in enumerate(self.live) if row.done]
-        fresh = done[: len(self.waiting)]
-        for slot in fresh:
-            self.live[slot] = self.waiting.popleft()
-        # all behind the fresh ones, whose slots therefore keep their numbers
-        if gone := done[len(fresh) :]:
-            kept = [slot for slot in range(len(self.live)) if slot not in gone]
-            self.live = [self.live[slot] for slot in kept]
-            if kept:
-                self.cache.keep(torch.tensor(kept, device=self.model.device))
+        # Requests of one mix run side by side, so that a step has few terms; it changes no answer.
+        # Only among those that came together: a mix that keeps coming must not overtake for ever.
+        first_seen = {mix: n for n, mix in enumerate(dict.fromkeys(r.mix for r in self._arrived))}
+        self.waiting.extend(sorted(self._arrived, key=lambda request: first_seen[request.mix]))
+        self._arrived = []
+        free = [row for row, request in enumerate(self.running) if request.finish_reason]
+        fresh = free[: len(self.waiting)]
+        for row in fresh:
+            self.running[row] = self.waiting.popleft()
+        # Rows nobody takes are all behind the fresh ones, which therefore keep their numbers.
+        if unused := set(free[len(fresh) :]):
+            kept = [row for row in range(len(self.running)) if row not in unused]
+            self.running = [self.running[row] for row in kept]
+            self.cache.keep(torch.tensor(kept, device=self.runner.device))
+        more = min(len(self.waiting), self.batch_rows - len(self.running))
+        for _ in range(more):
+            fresh.append(len(self.running))
+            self.running.append(self.waiting.popleft())
+        if fresh:
+            self._reserve_rows(more)
         return fresh
 
+    def _reserve_rows(self, more: int) -> None:
+        """Rows of the cache for the running requests, ``more`` of which have none yet. The cache
+        takes memory as rows grow; the longest that any may become only bounds it."""
+        longest = max(request.longest for request in (*self.running, *self.waiting))
+        if self.cache is None:
+            self.cache = self.runner.new_cache(more, longest)
+        else:
+            self.cache.add_rows(more, longest)
 
-def resolve_row_adapters(
-    model: nn.Module, adapters: Mix | Sequence[str | None] | str | None, count: int
-) -> tuple[Mix | None, list[str | None]]:
-    """(the mix of every row, or None where each row has its own adapter; the adapter of each of
-    ``count`` rows).
-    """
-    bank = get_bank(model, create=True)
-    if adapters is None or isinstance(adapters, (str, Mix)):
-        mix = (
-            bank.active
-            if adapters is None
-            else Mix.one(adapters)
-            if isinstance(adapters, str)
-            else adapters
+    def _finished(self) -> list[RequestOutput]:
+        """The requests that the last step has finished; when no others are left, the cache goes."""
+        finished = [request for request in self.running if request.finish_reason]
+        for request in finished:
+            del self.requests[request.request_id]
+        if not self.requests:
+            self.running, self.cache = [], None
+        return [RequestOutput(request.request_id, request.completion()) for request in finished]
+
+    # --- what they say
+
+    def _prefill(self, rows: Sequence[int]) -> None:
+        """Run the prompts of the requests in these rows, a bounded number of tokens at a time."""
+        groups: list[list[int]] = []
+        held = 0
+        for row in rows:
+            held += len(self.running[row].prompt)
+            if not groups or held > PREFILL_TOKENS:
+                groups.append([])
+                held = len(self.running[row].prompt)
+            groups[-1].append(row)
+        device = self.runner.device
+        for group in groups:
+            requests = [self.running[row] for row in group]
+            packed = PackedInput.of([request.prompt for request in requests], device)
+            lengths = torch.tensor([len(request.prompt) for request in requests])
+            token_rows = torch.repeat_interleave(torch.tensor(group), lengths).to(device)
+            ends = [stop for _, stop in packed.segments]
+            call = _adapter_context(requests, [0, *ends])
+            hidden = self.runner.cached(packed, token_rows, self.cache, call, decoding=False)
+            last = torch.tensor(ends, device=device) - 1
+            logits = self.runner.logits(hidden.index_select(0, last), call.narrow(last))
+            self._append_tokens(logits, requests)
+
+    def _decode(self) -> None:
+        """One more token of every running request."""
+        count, device = len(self.running), self.runner.device
+        newest = torch.tensor([request.tokens[-1] for request in self.running], device=device)
+        packed = PackedInput(newest, self.cache.lengths, [(i, i + 1) for i in range(count)])
+        call = _adapter_context(self.running, range(count + 1))
+        rows = torch.arange(count, device=device)
+        hidden = self.runner.cached(packed, rows, self.cache, call, decoding=True)
+        self._append_tokens(self.runner.logits(hidden, call), self.running)
+
+    def _append_tokens(self, logits: Tensor, requests: Sequence[Request]) -> None:
+        """Choose the next token of each request from logits [B,V]."""
+        tokens, finite = choose_tokens(
+            logits,
+            [request.params for request in requests],
+            [request.seen for request in requests],
+            [request.generator for request in requests],
         )
-        for term in mix.terms:
-            bank[term.adapter]
-            if term.rows is not None or isinstance(term.gate, Tensor):
-                raise ConfigError(
-                    "this mix belongs to the tokens of one batch; generation needs one that is the same for all"
-                )
-        return mix, [None] * count
-    if len(adapters) != count:
-        raise ConfigError(
-            f"adapters has {len(adapters)} entries for {count} prompts; give one name (or None) per prompt"
-        )
-    for name in set(adapters):
-        if name is not None:
-            bank[name]
-    return None, list(adapters)
+        if not bool(finite.all()):
+            bad = [request for request, ok in zip(requests, finite.tolist(), strict=True) if not ok]
+            raise NonFiniteError(
+                f"the logits for prompt {bad[0].request_id} ({len(bad)} in all) are not finite "
+                f"after {len(bad[0].tokens)} new tokens; the model's weights or an adapter's hold "
+                "NaN or infinity, or overflow in this dtype"
+            )
+        for request, token in zip(requests, tokens.tolist(), strict=True):
+            request.append_token(token)
+        if asked := [row for row, request in enumerate(requests) if request.params.logprobs]:
+            index = torch.tensor(asked, device=logits.device)
+            wide = logits[index].float()
+            chosen = wide.gather(1, tokens[index, None])[:, 0] - wide.logsumexp(-1)
+            for row, value in zip(asked, chosen.tolist(), strict=True):
+                requests[row].logprobs.append(value)
+
+
+def _adapter_context(requests: Sequence[Request], starts: Sequence[int]) -> AdapterContext:
+    """The call of packed sequences, each under its request's mix; ``starts`` [S+1]. Neighbours with
+    equal mixes share their terms, and terms that are for everybody name no rows."""
+    runs = [
+        (mix, [place for place, _ in run])
+        for mix, run in groupby(enumerate(requests), key=lambda pair: pair[1].mix)
+    ]
+    if len(runs) == 1:
+        return AdapterContext(runs[0][0])
+    terms = [
+        MixTerm(term.adapter, slice(starts[places[0]], starts[places[-1] + 1]), term.gate)
+        for mix, places in runs
+        for term in mix.terms
+    ]
+    return AdapterContext(Mix(tuple(terms)))
 
 
 @contextmanager
@@ -294,92 +300,60 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def generate_completions(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
     *,
-    max_new_tokens: int,
-    eos: Collection[int] = (),
-    stop: Collection[Sequence[int]] = (),
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    adapters: Mix | Sequence[str | None] | str | None = None,
+    adapters: Mix | Sequence[Mix | str | None] | str | None = None,
     batch_rows: int | None = None,
-    logprobs: bool = False,
 ) -> list[Completion]:
     """Answer every prompt (token lists of any lengths, not padded), in their order.
 
-    An answer ends with a token of ``eos``, with a sequence of ``stop`` (token lists; both are kept
-    in the answer) or after ``max_new_tokens``. ``temperature`` 0 is greedy; see `SamplingParams`
-    for the rest. ``adapters``: a name, one name or None (the base) per prompt, a `Mix` of
-    constants, or None for the model's active mix. ``batch_rows``: rows alive at once (64); the
-    others wait. Raises DataError for an empty prompt, ModelError for one too long for the context,
-    ConfigError for a bad setting or an unknown adapter, all before anything runs, and
-    NonFiniteError.
+    ``params``: for all prompts, or one for each; a prompt's place in the list is its row, which
+    with the seed names its draws. ``adapters``: for all prompts a name, a `Mix` of constants, or
+    None for the model's active mix; or for each prompt a name, a mix or None (the base).
+    ``batch_rows``: requests that run at once (64); the others wait. Raises what
+    `GenerationEngine.add_request` raises and ConfigError for a bad setting, all before anything
+    runs, and NonFiniteError.
     """
-    sampling = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    run = GenerationBatch(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        eos=eos,
-        stop=stop,
-        sampling=sampling,
-        adapters=adapters,
-        batch_rows=batch_rows,
-        logprobs=logprobs,
-    )
-    with evaluation_mode(model):
-        for _ in run.steps():
-            pass
-    return [
-        Completion(row.tokens, row.finished, row.logprobs if logprobs else None) for row in run.rows
-    ]
+    engine = GenerationEngine(model, batch_rows=batch_rows)
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(each) != len(prompts):
+        raise ConfigError(
+            f"params has {len(each)} entries for {len(prompts)} prompts; give one for all, or one per prompt"
+        )
+    mixes: list[Mix | str | None]
+    if adapters is None or isinstance(adapters, (str, Mix)):
+        mixes = [resolve_constant_mix(model, adapters)] * len(prompts)
+    else:
+        mixes = list(adapters)
+    if len(mixes) != len(prompts):
+        raise ConfigError(
+            f"adapters has {len(mixes)} entries for {len(prompts)} prompts; give one name (or None) per prompt"
+        )
+    for prompt, one, mix in zip(prompts, each, mixes, strict=True):
+        engine.add_request(prompt, one, adapter=mix)
+    answers: dict[int, Completion] = {}
+    while engine.has_unfinished_requests():
+        answers |= {output.request_id: output.completion for output in engine.step()}
+    return [answers[number] for number in range(len(prompts))]
 
 
 def stream_tokens(
     model: nn.Module,
     prompt: Sequence[int],
+    params: SamplingParams,
     *,
-    max_new_tokens: int,
-    eos: Collection[int] = (),
-    stop: Collection[Sequence[int]] = (),
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    adapters: Mix | str | None = None,
+    adapter: Mix | str | None = None,
 ) -> Iterator[int]:
-    """The tokens `generate_completions` would give this prompt, one by one as they are chosen.
-    Settings are checked at once.
+    """The tokens `generate_completions` would give this prompt, one by one as they are chosen;
+    ``adapter`` None is the model's active mix. Settings are checked at once.
     """
-    sampling = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    run = GenerationBatch(
-        model,
-        [prompt],
-        max_new_tokens=max_new_tokens,
-        eos=eos,
-        stop=stop,
-        sampling=sampling,
-        adapters=adapters,
-    )
+    engine = GenerationEngine(model)
+    number = engine.add_request(prompt, params, adapter=resolve_constant_mix(model, adapter))
 
     def tokens() -> Iterator[int]:
-        with evaluation_mode(model):
-            for rows in run.steps():
-                yield rows[0].tokens[-1]
+        request = engine.requests[number]
+        while not request.finish_reason:
+            engine.step()
+            yield request.tokens[-1]
 
     return tokens()

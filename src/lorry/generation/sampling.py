@@ -1,45 +1,60 @@
-"""How the next token is chosen from logits: greedy, or drawn after a penalty, a temperature and two
-kinds of cut-off.
+"""What a request asks for, and how its next token is chosen from logits: greedy, or drawn after a
+penalty, a temperature and two kinds of cut-off.
 
-Every row brings its own random number, so who else is in the batch cannot change what it draws. B
-rows, V vocabulary.
+Every row of a batch brings its own parameters and its own random numbers, so who else is in the
+batch cannot change what it draws. The numbers of a row are a function of (seed, row) and nothing
+else: `row_generator` is the one place that says which. B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lorry.adapters.seeds import derive_seed
 from lorry.errors import ConfigError
 from lorry.kernels import decode as kernel
 
-SHORTLIST_TOKENS = (
-    1024  # a nucleus is looked for among this many tokens before the whole vocabulary is sorted
-)
+# A nucleus is looked for among this many tokens before the whole vocabulary is sorted: at the usual
+# temperatures it is far smaller than that, and the vocabulary far larger.
+SHORTLIST_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How a token is chosen, in this order: repetition penalty, temperature, top_k, top_p, the
-    draw.
+    """What one request asks for: how a token is chosen, and when its answer ends.
 
+    A token is chosen in this order: repetition penalty, temperature, top_k, top_p, the draw.
     temperature: 0 takes the most likely token. top_k: draw among the k most likely. top_p: draw
     among the fewest tokens whose probability reaches p (Holtzman et al. 2020). repetition_penalty:
     positive logits of tokens already in the prompt or answer are divided by it, negative ones
-    multiplied (Keskar et al. 2019). Raises ConfigError for values outside their range.
+    multiplied (Keskar et al. 2019). seed: with the row it names the draws (`row_generator`).
+
+    An answer ends with a token of ``stop_token_ids``, with a sequence of ``stop`` (token lists;
+    both are kept in the answer) or after ``max_new_tokens``. logprobs: keep the log-probability of
+    each token. Raises ConfigError for values outside their range.
     """
 
+    max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float = 1.0
     seed: int = 0
+    stop_token_ids: Collection[int] = ()
+    stop: Collection[Sequence[int]] = ()
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
+        # immutable, so that parameters can be compared and be keys
+        object.__setattr__(self, "stop_token_ids", frozenset(self.stop_token_ids))
+        object.__setattr__(self, "stop", tuple(tuple(sequence) for sequence in self.stop))
         checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature < float("inf"), "at least 0 (0 is greedy)"),
             "top_k": (self.top_k is None or self.top_k >= 1, "at least 1, or None"),
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1, or None"),
@@ -51,6 +66,16 @@ class SamplingParams:
         for name, (good, rule) in checks.items():
             if not good:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
+        if () in self.stop:
+            raise ConfigError(
+                "stop holds an empty sequence, which would end every answer at once; remove it"
+            )
+
+    @property
+    def distribution(self) -> tuple[float, int | None, float | None, float]:
+        """What decides the distribution a token is drawn from: rows that agree in it are chosen for
+        together."""
+        return self.temperature, self.top_k, self.top_p, self.repetition_penalty
 
     def choose(
         self, logits: Tensor, seen: Sequence[Collection[int]], draws: Iterable[float]
@@ -116,3 +141,32 @@ class SamplingParams:
         if self.top_p is not None:
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= self.top_p, 0.0)
         return probs, tokens
+
+
+def row_generator(seed: int, row: int) -> random.Random:
+    """The random numbers of a row, one for each of its tokens, whenever and beside whom it is
+    answered."""
+    return random.Random(derive_seed("generate", seed, row))
+
+
+def choose_tokens(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    seen: Sequence[Collection[int]],
+    generators: Sequence[random.Random],
+) -> tuple[Tensor, Tensor]:
+    """`SamplingParams.choose` for rows of different parameters. logits [B,V]; one of everything
+    else per row -> (tokens [B], finite [B] bool)."""
+    groups: dict[object, list[int]] = {}
+    for row, one in enumerate(params):
+        groups.setdefault(one.distribution, []).append(row)
+    if len(groups) == 1:  # nearly always: no copy of the logits then
+        return params[0].choose(logits, seen, (draw.random() for draw in generators))
+    tokens = torch.empty(len(params), dtype=torch.int64, device=logits.device)
+    finite = torch.empty(len(params), dtype=torch.bool, device=logits.device)
+    for rows in groups.values():
+        index = torch.tensor(rows, device=logits.device)
+        tokens[index], finite[index] = params[rows[0]].choose(
+            logits[index], [seen[row] for row in rows], (generators[row].random() for row in rows)
+        )
+    return tokens, finite

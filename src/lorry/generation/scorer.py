@@ -7,14 +7,15 @@ evaluation, teachers and references ask of a model (the `ScoringBackend` of `bac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.data.batch import Batch
-from lorry.generation.engine import Completion, generate_completions
+from lorry.generation.engine import generate_completions
+from lorry.generation.request import Completion
+from lorry.generation.sampling import SamplingParams
 from lorry.models.causal_lm import CausalLM
 from lorry.models.scoring.score import Want, evaluate_wants
 
@@ -38,6 +39,14 @@ class ModelScorer:
         return [{name: value.cpu() for name, value in got.items()} for got in found]
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
-        """See `generation.engine.generate_completions`."""
-        return generate_completions(self.model, prompts, **options)
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        adapters: Mix | Sequence[Mix | str | None] | str | None = None,
+    ) -> list[Completion]:
+        """See `generation.engine.generate_completions`; ``adapters`` None is this scorer's mix."""
+        return generate_completions(
+            self.model, prompts, params, adapters=self.mix if adapters is None else adapters
+        )

@@ -5,37 +5,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from lorry.adapters.mix import Mix
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.reading.content import ChatMessage, Conversation
 from lorry.errors import ConfigError
 from lorry.generation.engine import generate_completions
+from lorry.generation.sampling import SamplingParams
 from lorry.models.causal_lm import CausalLM
 
-NO_TOKEN_LIMIT = 1 << 20  # prompts are not cut here; generate refuses what the context cannot hold
-REPLACEMENT_CHARACTER = "\ufffd"  # what a decoder makes of bytes that are not a whole character yet
+# prompts are not cut here: the engine refuses what the context cannot hold
+NO_TOKEN_LIMIT = 1 << 20
+# what a decoder makes of bytes that are not a whole character yet
+REPLACEMENT_CHARACTER = "\ufffd"
 
 
 def generate_texts(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[str | Conversation],
+    params: SamplingParams,
     *,
     system: str | None = None,
     chat: bool = True,
-    max_new_tokens: int = 128,
-    **options: Any,
+    adapters: Mix | Sequence[Mix | str | None] | str | None = None,
+    batch_rows: int | None = None,
 ) -> list[str]:
     """The model's continuation of each prompt, as text without special tokens and without the end
     of turn.
 
     A string is a user's message where the tokenizer has a chat template and ``chat`` is true, else
     plain text to continue (the answer then keeps the white space at its ends); a Conversation is
-    answered at its last assistant message, exactly as it would be trained. ``options`` go to
-    `generation.engine.generate_completions` (temperature, top_k, top_p, seed, adapters, ...).
+    answered at its last assistant message, exactly as it would be trained. ``adapters`` and
+    ``batch_rows``: see `generation.engine.generate_completions`.
     """
     if not isinstance(model, CausalLM):
         raise ConfigError(
@@ -48,18 +54,33 @@ def generate_texts(
         encoder.prompt(p) if isinstance(p, Conversation) else _encode_prompt(encoder, p, chat)
         for p in prompts
     ]
-    texts = generate_continuations(model, encoder, ids, max_new_tokens=max_new_tokens, **options)
+    texts = generate_continuations(
+        model, encoder, ids, params, adapters=adapters, batch_rows=batch_rows
+    )
     turns = [isinstance(p, Conversation) or (chat and encoder.has_template) for p in prompts]
     return [text.strip() if turn else text for text, turn in zip(texts, turns, strict=True)]
 
 
 def generate_continuations(
-    model: nn.Module, encoder: ExampleEncoder, prompts: Sequence[Sequence[int]], **options: Any
+    model: nn.Module,
+    encoder: ExampleEncoder,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    *,
+    adapters: Mix | Sequence[Mix | str | None] | str | None = None,
+    batch_rows: int | None = None,
 ) -> list[str]:
     """What the model goes on with after each prompt of tokens, as text without special tokens and
-    without the end of turn.
+    without the end of turn, which ends an answer as ``params.stop_token_ids`` do.
     """
-    made = generate_completions(model, prompts, eos=encoder.stop_tokens(), **options)
+    ends = frozenset((*params.stop_token_ids, *encoder.stop_tokens()))
+    made = generate_completions(
+        model,
+        prompts,
+        replace(params, stop_token_ids=ends),
+        adapters=adapters,
+        batch_rows=batch_rows,
+    )
     return ["".join(IncrementalDetokenizer(encoder).decode_all(one.tokens)) for one in made]
 
 

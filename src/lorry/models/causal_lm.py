@@ -142,8 +142,8 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def new_cache(self, rows: int, room: int) -> Any:
-        """An empty key/value cache for so many rows of so many tokens. It has ``lengths`` [B] and
-        ``keep(rows)``.
+        """An empty key/value cache for so many rows of so many tokens. It has ``lengths`` [B],
+        ``add_rows(count, room)`` and ``keep(rows)``.
         """
 
     @abstractmethod

@@ -11,6 +11,7 @@ from lorry.adapters.mix import Mix
 from lorry.backends.protocol import ScoringBackend
 from lorry.data.batch import Batch
 from lorry.data.encoding.encode import EncodedSequence, ExampleEncoder
+from lorry.generation.sampling import SamplingParams
 
 SAMPLE_ANSWERS, SAMPLE_ROWS, SAMPLE_NEW_TOKENS = 4, 3, 48
 WeightedSequence = tuple[list[int], list[float]]
@@ -73,10 +74,8 @@ def sample_answers(
         if adapter is None
         else {"before": Mix.none(), "after": Mix.one(adapter)}
     )
-    said = {
-        side: backend.generate(prompts, max_new_tokens=SAMPLE_NEW_TOKENS, eos=ends, adapters=mix)
-        for side, mix in sides.items()
-    }
+    params = SamplingParams(max_new_tokens=SAMPLE_NEW_TOKENS, stop_token_ids=ends)
+    said = {side: backend.generate(prompts, params, adapters=mix) for side, mix in sides.items()}
     return [
         {
             "group": "held-out rows",

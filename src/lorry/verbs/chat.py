@@ -188,6 +188,7 @@ class ChatSession:
         from lorry.adapters.mix import Mix
         from lorry.data.reading.content import ChatMessage
         from lorry.generation.engine import stream_tokens
+        from lorry.generation.sampling import SamplingParams
         from lorry.generation.text import IncrementalDetokenizer
 
         settings, model = self.settings, self.found.model
@@ -197,11 +198,13 @@ class ChatSession:
         tokens = stream_tokens(
             model,
             prompt,
-            max_new_tokens=room,
-            eos=self.encoder.stop_tokens(),
-            temperature=settings.temperature,
-            seed=settings.seed + self.asked - 1,
-            adapters=Mix.one(self.adapter) if self.adapter else Mix.none(),
+            SamplingParams(
+                max_new_tokens=room,
+                temperature=settings.temperature,
+                seed=settings.seed + self.asked - 1,
+                stop_token_ids=self.encoder.stop_tokens(),
+            ),
+            adapter=Mix.one(self.adapter) if self.adapter else Mix.none(),
         )
         speech, said, whole = IncrementalDetokenizer(self.encoder), list[str](), False
         try:

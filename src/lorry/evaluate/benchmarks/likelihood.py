@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.data.batch import BatchExtra, TokenizedExample, collate
 from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
-from lorry.generation.engine import evaluation_mode, resolve_row_adapters
+from lorry.generation.engine import evaluation_mode
+from lorry.generation.request import resolve_constant_mix
 from lorry.models.causal_lm import PackedInput
 from lorry.models.scoring.score import log_prob, score_supervised_tokens
 from lorry.models.scoring.vocab import VocabStatistic
@@ -126,25 +127,12 @@ def loglikelihoods(
         score_pairs(
             model,
             made,
-            mix=resolve_mix(model, adapter),
+            mix=resolve_constant_mix(model, adapter),
             batch_tokens=batch_tokens,
             limit=max_model_length(model),
         )
     )
     return [found[at] for at in range(len(made))]
-
-
-def resolve_mix(model: nn.Module, adapter: Mix | str | None) -> Mix:
-    """The mix that is meant. Raises ConfigError for an unknown adapter, or a mix that differs from
-    token to token.
-    """
-    mix = resolve_row_adapters(model, adapter, 0)[0]
-    assert mix is not None
-    if any(term.rows is not None or isinstance(term.gate, Tensor) for term in mix.terms):
-        raise ConfigError(
-            "this mix belongs to one batch of tokens; evaluate with a name or Mix.constants({name: weight})"
-        )
-    return mix
 
 
 def max_model_length(model: Any) -> int:

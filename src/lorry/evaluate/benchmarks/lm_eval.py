@@ -16,6 +16,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,10 +37,10 @@ from lorry.evaluate.benchmarks.likelihood import (
     TokenPair,
     loglikelihoods,
     max_model_length,
-    resolve_mix,
     score_pairs,
 )
 from lorry.evaluate.benchmarks.until import generate_until_stops, parse_generation_kwargs
+from lorry.generation.request import resolve_constant_mix
 from lorry.generation.text import NO_TOKEN_LIMIT
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
@@ -262,9 +263,10 @@ class LorryLM(LM):
         """
         eos = self._ends()
         for group in groups:
-            stops, new, sampling = parse_generation_kwargs(
+            stops, params = parse_generation_kwargs(
                 requests[group[0]].args[1], self.max_gen_toks, self.seed
             )
+            new = params.max_new_tokens
             room = self.max_length - new
             if room < 1:
                 raise ConfigError(
@@ -281,10 +283,8 @@ class LorryLM(LM):
                 self.model,
                 self.tokenizer,
                 [prompt[-room:] for prompt in prompts],
+                replace(params, stop_token_ids=eos),
                 stops=[*stops, *self._end_texts()],
-                max_new_tokens=new,
-                sampling=sampling,
-                eos=eos,
                 adapters=self.mix,
                 batch_rows=self.batch_rows,
             )
@@ -329,7 +329,7 @@ def lm(
         raise ConfigError(
             f"unknown setting {unknown[0]!r}{suggest_nearest(unknown[0], HARNESS_SETTINGS)}; there are {', '.join(HARNESS_SETTINGS)}"
         )
-    return LorryLM(model, tokenizer, mix=resolve_mix(model, adapter), **settings)
+    return LorryLM(model, tokenizer, mix=resolve_constant_mix(model, adapter), **settings)
 
 
 def evaluate(

@@ -26,6 +26,7 @@ from lorry.evaluate.benchmarks.rank import (
 from lorry.evaluate.metrics.bootstrap import MetricEstimate, corpus_interval
 from lorry.evaluate.metrics.calibration import measure_options
 from lorry.evaluate.metrics.registry import measure_metrics
+from lorry.generation.sampling import SamplingParams
 from lorry.generation.scorer import ModelScorer
 from lorry.generation.text import generate_continuations
 from lorry.models.causal_lm import CausalLM
@@ -71,7 +72,8 @@ def evaluate_benchmark(
         exam,
         mix,
         seed,
-        {"max_new_tokens": new, "batch_rows": batch_rows, **sampling},
+        SamplingParams(max_new_tokens=new, seed=seed, **sampling),
+        batch_rows,
     )
 
 
@@ -123,14 +125,20 @@ def _evaluate_generated(
     exam: Benchmark,
     mix: Mix,
     seed: int,
-    options: Mapping[str, Any],
+    params: SamplingParams,
+    batch_rows: int,
 ) -> BenchmarkResult:
     questions = exam.questions
     references, concepts = exam.references, exam.concepts
-    room = None if model.context is None else model.context - options["max_new_tokens"]
+    room = None if model.context is None else model.context - params.max_new_tokens
     prompts = [truncate_prompt(encoder, question.conversation("."), room) for question in questions]
     texts = generate_continuations(
-        model, encoder, [ids for ids, _ in prompts], adapters=mix, seed=seed, **options
+        model,
+        encoder,
+        [ids for ids, _ in prompts],
+        params,
+        adapters=mix,
+        batch_rows=batch_rows,
     )
     answers = [
         _strip_answer(text, question, encoder)

@@ -3,20 +3,21 @@ at texts.
 
 A stop string may be tokenised in many ways, so it is looked for in what has been said.
 
-Try: dict(generate_until_stops(model, tokenizer, [[1, 403, 407]], stops=["."], max_new_tokens=40,
-sampling=SamplingParams()))
+Try: dict(generate_until_stops(model, tokenizer, [[1, 403, 407]], SamplingParams(max_new_tokens=40),
+stops=["."]))
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from lorry.adapters.mix import Mix
 from lorry.errors import ConfigError, suggest_nearest
-from lorry.generation.engine import GenerationBatch, evaluation_mode
+from lorry.generation.engine import GenerationEngine
+from lorry.generation.request import resolve_constant_mix
 from lorry.generation.sampling import SamplingParams
 
 # tokens looked at beyond those a stop string can take: special ones, and a space that is dropped at
@@ -44,10 +45,10 @@ KNOWN_GENERATION_SETTINGS = (
 
 def parse_generation_kwargs(
     given: Mapping[str, Any], max_gen_toks: int, seed: int
-) -> tuple[list[str], int, SamplingParams]:
-    """(stop strings, most new tokens, how tokens are chosen) of a task's generation settings;
-    greedy unless do_sample is true or a temperature above 0 is given without it. Raises ConfigError
-    for a setting that would be ignored.
+) -> tuple[list[str], SamplingParams]:
+    """(stop strings, sampling parameters) of a task's generation settings; greedy unless do_sample
+    is true or a temperature above 0 is given without it. Raises ConfigError for a setting that
+    would be ignored.
     """
     left = dict(given)
     until = left.pop("until", None) or []
@@ -58,7 +59,8 @@ def parse_generation_kwargs(
     drawn = bool(sample) if sample is not None else bool(temperature)
     warm = 1.0 if temperature is None else float(temperature)
     top_k, top_p = left.pop("top_k", None), left.pop("top_p", None)
-    sampling = SamplingParams(
+    params = SamplingParams(
+        max_new_tokens=int(lengths[0]) if lengths else max_gen_toks,
         temperature=warm if drawn else 0.0,
         top_k=top_k
         if drawn and top_k and top_k > 0
@@ -76,22 +78,16 @@ def parse_generation_kwargs(
         raise ConfigError(
             f"generation_kwargs: {name} is not understood{suggest_nearest(name, KNOWN_GENERATION_SETTINGS)}; there are {', '.join(KNOWN_GENERATION_SETTINGS)}"  # noqa: E501
         )
-    return (
-        [until] if isinstance(until, str) else list(until),
-        int(lengths[0]) if lengths else max_gen_toks,
-        sampling,
-    )
+    return [until] if isinstance(until, str) else list(until), params
 
 
 def generate_until_stops(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
     *,
     stops: Sequence[str],
-    max_new_tokens: int,
-    sampling: SamplingParams,
-    eos: Collection[int] = (),
     adapters: Mix | str | None = None,
     batch_rows: int | None = None,
 ) -> Iterator[tuple[int, str]]:
@@ -99,14 +95,9 @@ def generate_until_stops(
     stop string in it and holds no special tokens. The rest is as in `generation.engine`."""
     stops = [stop for stop in stops if stop]
     window = max((len(stop.encode()) for stop in stops), default=0) + STOP_MARGIN_TOKENS
-    run = GenerationBatch(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        eos=eos,
-        sampling=sampling,
-        adapters=adapters,
-        batch_rows=batch_rows,
+    engine, mix = (
+        GenerationEngine(model, batch_rows=batch_rows),
+        resolve_constant_mix(model, adapters),
     )
 
     def said(tokens: Sequence[int]) -> str:
@@ -120,12 +111,11 @@ def generate_until_stops(
             len(tokens) <= window or contains_stop(said(tokens), stops)
         )
 
-    with evaluation_mode(model):
-        for rows in run.steps():
-            for row in rows:
-                row.finished = row.finished or ended(row.tokens)
-                if row.done:
-                    yield row.index, cut_at_stops(said(row.tokens), stops)
+    for prompt in prompts:
+        engine.add_request(prompt, params, adapter=mix, stopping_criterion=ended)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            yield output.request_id, cut_at_stops(said(output.completion.tokens), stops)
 
 
 def contains_stop(text: str, stops: Sequence[str]) -> bool:

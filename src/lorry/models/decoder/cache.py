@@ -1,6 +1,8 @@
 """The key/value cache of rows being generated, and attention of their newest tokens over it.
 
-B rows, T tokens, H heads, G key/value heads, D head width.
+Whoever generates (`generation/engine.py`) holds one row per running request: rows come (`add_rows`),
+are given a prompt (`fill`), get a token each (`extend`) and go (`keep`). B rows, T tokens, H heads,
+G key/value heads, D head width.
 """
 
 from __future__ import annotations
@@ -11,18 +13,18 @@ from torch.nn import functional as F
 
 from lorry.kernels import decode as kernel
 
-SPARE_TOKENS = (
-    64  # positions a cache takes beyond the tokens it must hold, at least, whenever it grows
-)
+# Positions a cache takes beyond the tokens it must hold, at least, whenever it grows: without them a
+# row would be copied for every token.
+SPARE_TOKENS = 64
 
 
 class KVCache:
     """Keys and values of B sequences being generated, per layer [B, G, held room, D]; lengths [B]
     int64 counts each row's tokens.
 
-    ``room`` is the longest a row may become. Memory is taken as rows grow, by half again each time,
-    never for the worst case at once. Every row is live: a finished one is written over by a new
-    prompt, or dropped by ``keep``.
+    ``room`` is the longest a row may become. Memory is taken as rows grow, by half again each time
+    (so that copies stay proportional to the tokens), never for the worst case at once. Every row is
+    live when it is decoded: a finished one is written over by a new prompt, or dropped by ``keep``.
     """
 
     def __init__(
@@ -39,13 +41,24 @@ class KVCache:
         self.values = torch.empty_like(self.keys)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.room = room
-        self.longest = 0  # max(lengths), known without asking the device
-        self.even = (
-            False  # all lengths are equal: no mask is needed, and a GPU may take its fastest kernel
-        )
-        self.unseen: Tensor | None = (
-            None  # [B,1,1,longest] 0 or -inf: what this step's rows may not attend to
-        )
+        # max(lengths), kept here so that a step need not wait for the device to tell
+        self.longest = 0
+        # all lengths are equal: no mask is needed, and a GPU may take its fastest kernel
+        self.even = False
+        # [B,1,1,longest] 0 or -inf: what this step's rows may not attend to; made once a step, for
+        # all layers
+        self.unseen: Tensor | None = None
+
+    def add_rows(self, count: int, room: int) -> None:
+        """Put ``count`` empty rows behind the others; from now on a row may become ``room`` long,
+        or what it might before. A prompt has to be filled into each before the next `extend`.
+        """
+        self.room = max(self.room, room)
+        if count:
+            self.lengths = F.pad(self.lengths, (0, count))
+            # the pads are those of the last dimension first: width, room, heads, rows
+            more = (0, 0, 0, 0, 0, 0, 0, count)
+            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
 
     def fill(self, rows: Tensor, positions: Tensor) -> None:
         """Prompts are about to be written: tokens of ``rows`` [T] at ``positions`` [T]. Whatever
@@ -64,10 +77,10 @@ class KVCache:
         if self.even:
             self.unseen = None
             return
-        hidden = torch.arange(self.longest, device=self.lengths.device) >= self.lengths[:, None]
-        self.unseen = self.keys.new_zeros(hidden.shape).masked_fill(hidden, float("-inf"))[
-            :, None, None
-        ]
+        # shorter rows hold another's leftovers, or nothing that was ever written, behind their end
+        beyond = torch.arange(self.longest, device=self.lengths.device) >= self.lengths[:, None]
+        mask = self.keys.new_zeros(beyond.shape).masked_fill(beyond, float("-inf"))
+        self.unseen = mask[:, None, None]
 
     def write(self, layer: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v [T,G,D] of tokens at (row, position), after ``fill`` or ``extend`` made room
@@ -80,6 +93,7 @@ class KVCache:
         """Drop every row but these: finished sequences leave."""
         self.lengths = self.lengths[rows]
         self._measure()
+        # cut to the longest that is left: what a long row needed goes with it
         self.keys, self.values = (
             x[..., : self.longest, :].index_select(1, rows) for x in (self.keys, self.values)
         )
@@ -92,6 +106,7 @@ class KVCache:
         place, never repeated.
         """
         k, v = (x[layer, :, :, : self.longest] for x in (self.keys, self.values))
+        # q as [B, G, H / G, D]: G groups of query heads, each a short sequence of "queries"
         o = F.scaled_dot_product_attention(
             q.view(q.shape[0], k.shape[1], -1, q.shape[2]), k, v, attn_mask=self.unseen
         )
@@ -109,6 +124,7 @@ class KVCache:
         self._check(length)
         if length > held:
             size = min(self.room, max(length + SPARE_TOKENS, held + held // 2))
+            # zeros, not whatever memory holds: 0 * NaN behind a row's end would still be NaN
             self.keys, self.values = (
                 F.pad(x, (0, 0, 0, size - held)) for x in (self.keys, self.values)
             )
@@ -120,20 +136,29 @@ class KVCache:
 
 class RowKVCache(KVCache):
     """The same for the CPU kernels: every row has memory of its own, as much as it needs. Nothing
-    is padded to the longest row, and when a row leaves nothing is copied.
+    is padded to the longest row, and when a row comes or leaves nothing is copied.
 
     table [B,2] int64: the address of each row's memory [layers, 2, G, held, D] (keys, values), and
-    its held.
+    how many positions it holds. Kernels read addresses, so ``memory`` and ``table`` change together.
     """
 
     def __init__(
         self, layers: int, rows: int, heads: int, room: int, width: int, dtype: torch.dtype
     ) -> None:
+        # no rows there: the keys and values of the other kind of cache stay empty
         super().__init__(layers, 0, heads, room, width, dtype, torch.device("cpu"))
         self.groups = heads
-        self.memory = [torch.empty((layers, 2, heads, 0, width), dtype=dtype)] * rows
-        self.lengths = torch.zeros(rows, dtype=torch.int64)
-        self.table = torch.zeros((rows, 2), dtype=torch.int64)
+        # shared by all rows that hold nothing yet; the first prompt gives each memory of its own
+        self.vacant = torch.empty((layers, 2, heads, 0, width), dtype=dtype)
+        self.memory = list[Tensor]()
+        self.table = torch.zeros((0, 2), dtype=torch.int64)
+        self.add_rows(rows, room)
+
+    def add_rows(self, count: int, room: int) -> None:
+        self.room = max(self.room, room)
+        self.memory += [self.vacant] * count
+        self.lengths = F.pad(self.lengths, (0, count))
+        self.table = F.pad(self.table, (0, 0, 0, count))
 
     def fill(self, rows: Tensor, positions: Tensor) -> None:
         self.lengths = self.lengths.index_fill(0, rows, 0).scatter_reduce(
@@ -144,6 +169,7 @@ class RowKVCache(KVCache):
 
     def extend(self) -> None:
         self.lengths = self.lengths + 1
+        # only rows that are full: most steps find none
         for row in torch.nonzero(self.lengths > self.table[:, 1])[:, 0].tolist():
             length = int(self.lengths[row])
             self._reserve_row(row, length, kept=length - 1)
@@ -164,6 +190,8 @@ class RowKVCache(KVCache):
         """
         self._check(length)
         layers, two, groups, held, width = self.memory[row].shape
+        # A new prompt (nothing kept) gets fresh memory of its own size, even where the last one's
+        # would do: one long request would leave its memory to every short one after it.
         if held < length or kept == 0:
             size = min(self.room, max(length + SPARE_TOKENS, held + held // 2 if kept else 0))
             fresh = self.memory[row].new_empty(layers, two, groups, size, width)

@@ -2,7 +2,8 @@
 in memory, memory row by row.
 
 The layers are those of `models/decoder/block.py`; only what few rows need otherwise is here.
-Elsewhere the decoder itself generates. T tokens, D width, V vocabulary.
+Elsewhere the decoder itself generates. T tokens, D width, V vocabulary; a step's rows are its
+tokens.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class SmallBatchProducts(LinearProducts):
     def __init__(self, layers: Sequence[DenseLinear], stacks: Sequence[StackedAdapters]) -> None:
         super().__init__(layers, stacks, [None] * len(stacks))
         self.dense = layers
+        # per term: whether the kernel multiplies it too (not ranks or widths that it has no tiles
+        # for); the others go through torch, in the same sum
         self.direct = [
             kernel.supports_product(stack.lora_A)
             and all(kernel.supports_product(p.lora_B) for p in stack.parts)
@@ -38,7 +41,8 @@ class SmallBatchProducts(LinearProducts):
 
     @staticmethod
     def of(group: LinearGroup, stacks: Sequence[StackedAdapters]) -> LinearProducts:
-        """FewRows where the kernel takes every weight, else the plain products."""
+        """These products where the kernel takes every weight, else the plain ones: a group whose
+        linears went different ways would read its input twice."""
         layers = group.base_products()
         dense = [
             layer for layer in layers if isinstance(layer, DenseLinear) and not layer.transposed
@@ -51,12 +55,14 @@ class SmallBatchProducts(LinearProducts):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """As `LinearProducts.forward`, without what backward would need."""
+        # a prompt: with many rows the products, not reading the weights, take the time
         if x.shape[0] > kernel.MAX_FEW_ROWS:
             return super().forward(x)
         ys = [kernel.linear_product(x, layer.weight, layer.bias) for layer in self.dense]
         for stack, direct in zip(self.stacks, self.direct, strict=True):
             tokens = _own_tokens(stack) if direct else stack.tokens
             part_x = x[tokens]
+            # [rows of the term, sum of ranks]: x A^T of all linears of the group at once
             h = (
                 kernel.linear_product(part_x, stack.lora_A, None)
                 if direct
@@ -84,12 +90,14 @@ def _own_tokens(stack: StackedAdapters) -> slice:
 class DecodeRunner:
     """A decoder with the face that `models.causal_lm.CausalLM` asks for.
 
-    What the adapters add is looked up when the mix changes, not at every token: adapters stay as
-    they are while answers are made.
+    What the adapters add is looked up when prompts are read and when the mix changes, not at every
+    token, which would cost hundreds of look-ups in Python: adapters stay as they are while answers
+    are made, and a change since the last is seen at the next prompt.
     """
 
     def __init__(self, model: Decoder) -> None:
         self.model, self.context, self.device = model, model.context, model.device
+        # the mix that `layers` was looked up for, and the products of every layer under it
         self.mix: Mix | None = None
         self.layers: list[LayerLinears[LinearProducts]] = []
 
@@ -114,8 +122,8 @@ class DecodeRunner:
         decoding: bool,
     ) -> Tensor:
         """As `Decoder.cached`: tokens [T] -> hidden [T,D]."""
-        # gates differ from token to token
-        products = None if call.router is not None else self._work(call)
+        # a router's gates differ from token to token: nothing could be looked up for the next
+        products = None if call.router is not None else self._work(call, anew=not decoding)
         return self.model.cached(packed, rows, cache, call, decoding=decoding, products=products)
 
     @torch.no_grad()
@@ -127,9 +135,9 @@ class DecodeRunner:
         )
         return made
 
-    def _work(self, call: AdapterContext) -> list[LayerLinears[LinearProducts]]:
-        """The products of every layer, adapters included."""
-        if call.mix != self.mix:
+    def _work(self, call: AdapterContext, *, anew: bool) -> list[LayerLinears[LinearProducts]]:
+        """The products of every layer, adapters included; ``anew``: whatever was looked up."""
+        if anew or call.mix != self.mix:
             self.mix = call.mix
             self.layers = [
                 LayerLinears(

@@ -43,6 +43,10 @@ class HfCache:
         self._make = make
         self._groups: list[_CacheGroup] = []
 
+    def add_rows(self, count: int, room: int) -> None:
+        """Put ``count`` empty rows behind the others; they take memory with their prompts."""
+        self.lengths = F.pad(self.lengths, (0, count))
+
     def extend(
         self, packed: PackedInput, rows: Tensor, *, decoding: bool
     ) -> Iterator[tuple[PaddedFrame, Tensor, Any]]:
@@ -122,6 +126,11 @@ class RecomputeCache:
     def __init__(self, rows: int, device: torch.device) -> None:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self._tokens: list[list[int]] = [[] for _ in range(rows)]
+
+    def add_rows(self, count: int, room: int) -> None:
+        """Put ``count`` empty rows behind the others."""
+        self.lengths = F.pad(self.lengths, (0, count))
+        self._tokens += [[] for _ in range(count)]
 
     def extend(self, packed: PackedInput, rows: Tensor, *, decoding: bool) -> PackedInput:
         """Take whole prompts, or one more token for every row; returns all tokens of the rows that

@@ -32,7 +32,8 @@ from lorry.errors import ConfigError, DataError, ModelError, NonFiniteError
 from lorry.families import find_family
 from lorry.generation import engine as generation
 from lorry.generation import sampling
-from lorry.generation.engine import generate_completions, stream_tokens
+from lorry.generation.engine import GenerationEngine, generate_completions, stream_tokens
+from lorry.generation.request import Completion
 from lorry.generation.sampling import SamplingParams
 from lorry.kernels import decode as kernel
 from lorry.kernels import kernel_status, load_library
@@ -86,8 +87,22 @@ def random_prompts(lengths: Sequence[int], vocab: int = VOCAB) -> list[list[int]
     return [[draw.randrange(3, vocab) for _ in range(n)] for n in lengths]
 
 
+def completions(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    adapters: Any = None,
+    batch_rows: int | None = None,
+    **params: Any,
+) -> list[Completion]:
+    """`generate_completions` with the same sampling parameters for every prompt."""
+    return generate_completions(
+        model, prompts, SamplingParams(**params), adapters=adapters, batch_rows=batch_rows
+    )
+
+
 def tokens_of(*args: Any, **options: Any) -> list[list[int]]:
-    return [g.tokens for g in generate_completions(*args, **options)]
+    return [g.tokens for g in completions(*args, **options)]
 
 
 def transformers_greedy(
@@ -219,7 +234,7 @@ def test_a_model_of_transformers_behind_the_same_face(name: str) -> None:
         "batch_rows": 3,
     }
     made = [
-        generate_completions(m, prompts, max_new_tokens=25, logprobs=True, **options)
+        completions(m, prompts, max_new_tokens=25, logprobs=True, **options)
         for m in (ours, wrapped)
     ]
     assert [g.tokens for g in made[0]] == [g.tokens for g in made[1]]
@@ -237,13 +252,13 @@ def test_eos_ends_a_row_where_transformers_ends_it() -> None:
     prompts = random_prompts([4, 11, 6, 2, 9])
     free = tokens_of(ours, prompts, max_new_tokens=30)
     eos = free[2][12]
-    mine = generate_completions(ours, prompts, max_new_tokens=30, eos={eos})
+    mine = completions(ours, prompts, max_new_tokens=30, stop_token_ids={eos})
     rows = transformers_greedy(
         theirs, prompts, 30, eos_token_id=eos, pad_token_id=VOCAB - 1 if eos != VOCAB - 1 else 0
     )
     for made, row in zip(mine, rows, strict=True):
         assert made.tokens == (row[: row.index(eos) + 1] if eos in row else row)
-        assert made.finished == (eos in row)
+        assert made.finish_reason == ("stop" if eos in row else "length")
     assert len({len(g.tokens) for g in mine}) > 1
 
 
@@ -258,11 +273,11 @@ def test_eos_ends_a_row_where_transformers_ends_it() -> None:
 def test_two_rows_at_once_or_all_nine(llama: Decoder, options: dict[str, Any]) -> None:
     prompts = random_prompts([3, 20, 1, 8, 8, 33, 2, 14, 5])
     free = tokens_of(llama, prompts, max_new_tokens=40, **options)
-    options = {**options, "eos": {free[0][5], free[3][9]}, "max_new_tokens": 40}
-    together = generate_completions(llama, prompts, **options, batch_rows=9)
+    options = {**options, "stop_token_ids": {free[0][5], free[3][9]}, "max_new_tokens": 40}
+    together = completions(llama, prompts, **options, batch_rows=9)
     assert len({len(g.tokens) for g in together}) > 3  # rows leave at different times
     for rows in (1, 2, 4):
-        assert generate_completions(llama, prompts, **options, batch_rows=rows) == together
+        assert completions(llama, prompts, **options, batch_rows=rows) == together
 
 
 @both_ways
@@ -298,10 +313,10 @@ def test_small_prefills_and_a_growing_cache_change_nothing(
 def test_stream_tells_what_generate_tells(llama: Decoder) -> None:
     (prompt,) = random_prompts([7])
     options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 10, "seed": 3}
-    made = generate_completions(llama, [prompt], **options)[0].tokens
-    assert list(stream_tokens(llama, prompt, **options)) == made
+    made = completions(llama, [prompt], **options)[0].tokens
+    assert list(stream_tokens(llama, prompt, SamplingParams(**options))) == made
     assert (
-        list(stream_tokens(llama, prompt, **options, eos=[made[4]]))
+        list(stream_tokens(llama, prompt, SamplingParams(**options, stop_token_ids=[made[4]])))
         == made[: made.index(made[4]) + 1]
     )
 
@@ -313,15 +328,13 @@ def test_stream_tells_what_generate_tells(llama: Decoder) -> None:
 def test_each_row_has_its_own_adapter(adapted: Decoder) -> None:
     prompts = random_prompts([6, 2, 9, 4, 15, 1, 6, 6])
     owners = ["plain", None, "head", "plain", "embedding", "head", None, "embedding"]
-    together = generate_completions(
-        adapted, prompts, max_new_tokens=20, adapters=owners, logprobs=True
-    )
+    together = completions(adapted, prompts, max_new_tokens=20, adapters=owners, logprobs=True)
     assert [g.tokens for g in together] == tokens_of(
         adapted, prompts, max_new_tokens=20, adapters=owners, batch_rows=3
     )
     for prompt, owner, made in zip(prompts, owners, together, strict=True):
         get_bank(adapted).activate(Mix() if owner is None else Mix.one(owner))
-        (alone,) = generate_completions(adapted, [prompt], max_new_tokens=20, logprobs=True)
+        (alone,) = completions(adapted, [prompt], max_new_tokens=20, logprobs=True)
         assert alone.tokens == made.tokens
         torch.testing.assert_close(
             torch.tensor(alone.logprobs), torch.tensor(made.logprobs), atol=1e-4, rtol=1e-4
@@ -335,14 +348,11 @@ def test_each_row_has_its_own_adapter(adapted: Decoder) -> None:
 def test_rows_of_one_adapter_run_side_by_side(adapted: Decoder) -> None:
     """So that a step has as many terms as adapters, not as rows."""
     owners = ["plain", None, "head", "plain", None, "head"]
-    run = generation.GenerationBatch(
-        adapted,
-        random_prompts([2] * 6),
-        max_new_tokens=5,
-        sampling=SamplingParams(),
-        adapters=owners,
-    )
-    assert [row.adapter for row in run.live] == ["plain", "plain", None, None, "head", "head"]
+    engine = GenerationEngine(adapted)
+    for prompt, owner in zip(random_prompts([2] * 6), owners, strict=True):
+        engine.add_request(prompt, SamplingParams(max_new_tokens=5), adapter=owner)
+    engine.step()
+    assert [request.request_id for request in engine.running] == [0, 3, 1, 4, 2, 5]
 
 
 @both_ways
@@ -369,15 +379,15 @@ def test_one_adapter_or_constants_for_all(adapted: Decoder) -> None:
 
 def test_max_new_tokens_and_stop_sequences(llama: Decoder) -> None:
     prompts = random_prompts([6, 2])
-    free = generate_completions(llama, prompts, max_new_tokens=21)
+    free = completions(llama, prompts, max_new_tokens=21)
     assert [len(g.tokens) for g in free] == [21, 21]
-    assert not any(g.finished for g in free)
+    assert [g.finish_reason for g in free] == ["length"] * 2
     pair = free[0].tokens[6:8]
-    cut = generate_completions(llama, prompts, max_new_tokens=21, stop=[pair])[0]
+    cut = completions(llama, prompts, max_new_tokens=21, stop=[pair])[0]
     place = next(i for i in range(21) if free[0].tokens[i : i + 2] == pair)
     assert cut.tokens == free[0].tokens[: place + 2]
-    assert cut.finished
-    assert generate_completions(llama, [], max_new_tokens=3) == []
+    assert cut.finish_reason == "stop"
+    assert completions(llama, [], max_new_tokens=3) == []
 
 
 @both_ways
@@ -386,7 +396,7 @@ def test_logprobs_are_the_models_own(llama: Decoder) -> None:
     for options in ({}, {"temperature": 2.0, "top_k": 5, "repetition_penalty": 1.5}):
         for prompt, made in zip(
             prompts,
-            generate_completions(llama, prompts, max_new_tokens=20, logprobs=True, **options),
+            completions(llama, prompts, max_new_tokens=20, logprobs=True, **options),
             strict=True,
         ):
             logits = llama(torch.tensor([prompt + made.tokens])).logits[0, len(prompt) - 1 : -1]
@@ -405,18 +415,17 @@ def test_only_last_prompt_tokens_meet_the_head(
             "logits",
             lambda self, h, call, plain=plain: (seen.append(h.shape[0]), plain(self, h, call))[1],
         )
-    generate_completions(llama, random_prompts([30, 20, 10]), max_new_tokens=3)
+    completions(llama, random_prompts([30, 20, 10]), max_new_tokens=3)
     assert seen == [3, 3, 3]
 
 
 def test_memory_is_taken_as_rows_grow(llama: Decoder, way: str) -> None:
-    run = generation.GenerationBatch(
-        llama, random_prompts([5, 2]), max_new_tokens=90, sampling=SamplingParams()
-    )
-    steps = run.steps()
+    engine = GenerationEngine(llama)
+    for prompt in random_prompts([5, 2]):
+        engine.add_request(prompt, SamplingParams(max_new_tokens=90))
     for _ in range(3):
-        next(steps)
-    cache = run.cache
+        assert engine.step() == []
+    cache = engine.cache
     held = [cache.keys.shape[3]] * 2 if way == "torch" else [row.shape[3] for row in cache.memory]
     assert held == (
         [5 + cache_module.SPARE_TOKENS] * 2
@@ -469,12 +478,10 @@ def test_a_bf16_row_alone_is_the_same_bit_for_bit(wide: Decoder) -> None:
             "this CPU has no matrix tiles; torch's products may round by the number of rows"
         )
     prompts = random_prompts([5, 11, 2, 30, 1, 7, 16])
-    together = generate_completions(
-        wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True
-    )
+    together = completions(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
     for prompt, owner, made in zip(prompts, OWNERS, together, strict=True):
         if owner != "odd":  # whose low-rank products are torch's
-            assert generate_completions(
+            assert completions(
                 wide, [prompt], max_new_tokens=20, adapters=[owner], logprobs=True
             ) == [made]
 
@@ -484,10 +491,10 @@ def test_bf16_kernels_are_as_exact_as_torch(wide: Decoder, monkeypatch: pytest.M
     float32.
     """
     prompts = random_prompts([5, 11, 2, 30, 1, 7, 16])
-    ours = generate_completions(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
+    ours = completions(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
     exact = copy.deepcopy(wide).float()
     monkeypatch.setattr(kernel, "supports_decode", lambda dtype, device: False)
-    theirs = generate_completions(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
+    theirs = completions(wide, prompts, max_new_tokens=20, adapters=OWNERS, logprobs=True)
     errors = []
     for answers in (ours, theirs):
         gaps = []
@@ -505,12 +512,16 @@ def test_the_model_is_left_as_it_was(llama: Decoder) -> None:
     llama.train()
     llama.get_submodule("model.norm").eval()
     flags = [m.training for m in llama.modules()]
-    pieces = stream_tokens(llama, [3, 4], max_new_tokens=4)
-    next(pieces)
-    assert torch.is_grad_enabled()
-    assert not any(m.training for m in llama.modules())
-    pieces.close()  # type: ignore[attr-defined]
-    assert [m.training for m in llama.modules()] == flags
+    pieces = stream_tokens(llama, [3, 4], SamplingParams(max_new_tokens=4))
+    seen = list[bool]()
+    hook = llama.get_submodule("model.norm").register_forward_pre_hook(
+        lambda *_: seen.append(torch.is_grad_enabled() or any(m.training for m in llama.modules()))
+    )
+    for _ in pieces:  # between two tokens, too
+        assert torch.is_grad_enabled()
+        assert [m.training for m in llama.modules()] == flags
+    hook.remove()
+    assert seen == [False] * 4
     llama.eval()
 
 
@@ -549,7 +560,7 @@ def test_frequencies_match_the_softmax(
     logits = (llama(torch.tensor([prompt])).logits[0, -1]).tolist()
     count = 6000
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    made = generate_completions(
+    made = completions(
         llama, [prompt] * count, max_new_tokens=1, batch_rows=count, seed=11, **options
     )
     seen = [0] * VOCAB
@@ -635,27 +646,27 @@ def test_greedy_whatever_the_cut_off(llama: Decoder) -> None:
 
 
 def test_a_prompt_too_long_is_refused_before_anything_runs(llama: Decoder) -> None:
-    generate_completions(llama, random_prompts([90]), max_new_tokens=6)
+    completions(llama, random_prompts([90]), max_new_tokens=6)
     with pytest.raises(ModelError, match=r"prompt 1 has 91 tokens .* context is 96; .* at most 5"):
-        generate_completions(llama, random_prompts([2, 91]), max_new_tokens=6)
+        completions(llama, random_prompts([2, 91]), max_new_tokens=6)
     with pytest.raises(ModelError, match="prompt 0"):
-        stream_tokens(llama, [3] * 91, max_new_tokens=6)
+        stream_tokens(llama, [3] * 91, SamplingParams(max_new_tokens=6))
     for length in (96, 97, 200):  # no number of new tokens would do
         with pytest.raises(
             ModelError,
             match=r"context is 96; shorten the prompt to at most 90 tokens or use a model with",
         ) as e:
-            generate_completions(llama, random_prompts([length]), max_new_tokens=6)
+            completions(llama, random_prompts([length]), max_new_tokens=6)
         assert "max_new_tokens to" not in str(e.value)
     with pytest.raises(
         ModelError, match=r"context is 96; shorten the prompt or set max_new_tokens to at most 95$"
     ):
-        generate_completions(llama, [[3]], max_new_tokens=96)
+        completions(llama, [[3]], max_new_tokens=96)
 
 
 def test_an_empty_prompt_is_refused(llama: Decoder) -> None:
     with pytest.raises(DataError, match="prompt 1 is empty"):
-        generate_completions(llama, [[3], []], max_new_tokens=6)
+        completions(llama, [[3], []], max_new_tokens=6)
 
 
 @pytest.mark.parametrize(
@@ -678,12 +689,12 @@ def test_an_empty_prompt_is_refused(llama: Decoder) -> None:
 )
 def test_a_bad_setting_is_named(llama: Decoder, options: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
-        generate_completions(llama, [[3, 4]], **{"max_new_tokens": 3, **options})
+        completions(llama, [[3, 4]], **{"max_new_tokens": 3, **options})
 
 
 def test_a_mix_of_one_batch_is_refused(adapted: Decoder) -> None:
     with pytest.raises(ConfigError, match="tokens of one batch"):
-        generate_completions(
+        completions(
             adapted, [[3]], max_new_tokens=3, adapters=Mix.routed(["plain"], torch.ones(1, 1))
         )
 
@@ -693,6 +704,4 @@ def test_logits_that_are_not_numbers_stop_it(adapted: Decoder) -> None:
         get_bank(adapted)["head"].values.fill_(float("nan"))
     get_bank(adapted)["head"].touch()
     with pytest.raises(NonFiniteError, match=r"prompt 1 \(1 in all\)"):
-        generate_completions(
-            adapted, [[3, 4], [5, 6]], max_new_tokens=3, adapters=["plain", "head"]
-        )
+        completions(adapted, [[3, 4], [5, 6]], max_new_tokens=3, adapters=["plain", "head"])
