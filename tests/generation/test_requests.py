@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import one_thread  # noqa: F401 - an autouse fixture
 from transformers import AutoModelForCausalLM
 
 from lorry.adapters.attach import attach, get_bank
@@ -29,6 +27,8 @@ from lorry.kernels import decode as kernel
 from lorry.kernels import kernel_status, load_library
 from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
+from tests.support import tiny
+from tests.support.tiny import one_thread  # noqa: F401 - an autouse fixture
 
 WAYS = ("kernels", "torch", "transformers", "recompute")
 
