@@ -73,6 +73,7 @@ class Fixed:
     ) -> None:
         self.steps, self.adapters, self.total_steps = steps, list(adapters), len(steps)
         self.seen: list[StepStats] = []
+        self.reported: frozenset[str] = frozenset()
 
     def wants(self, batch: Batch) -> Mapping[str, Want]:
         return {"logprob": TokenScore(log_prob)}

@@ -78,7 +78,8 @@ class LocalBackend:
                 batch.to(self.device), task, step, totals
             ).items():
                 sums[term] += values
-        weights = torch.stack(list(totals.values())).sum(0)
+        # a reported term makes no gradient: an adapter with nothing else does not step
+        weights = torch.stack([w for term, w in totals.items() if term not in task.reported]).sum(0)
         self.present = frozenset(
             n for n, w in zip(task.adapters, weights.tolist(), strict=True) if w > 0
         )
@@ -87,7 +88,10 @@ class LocalBackend:
             for t, values in sums.items()
         }
         return StepStats(
-            loss={n: sum(values[n] for values in terms.values()) for n in task.adapters},
+            loss={
+                n: sum(values[n] for term, values in terms.items() if term not in task.reported)
+                for n in task.adapters
+            },
             terms=terms,
             tokens=sum(b.tokens.numel() for b in batches),
             supervised=sum(int(b.rows.numel()) for b in batches),
@@ -113,7 +117,8 @@ class LocalBackend:
                 values / weight.clamp(min=1e-30).to(values.dtype),
                 0.0,
             )
-            total = total + share.sum()
+            if term not in task.reported:
+                total = total + share.sum()
             self._finite(values, batch, term, step)
             seen[term] = torch.zeros(len(task.adapters), dtype=torch.float64).index_add_(
                 0, owner.cpu(), share.detach().double().cpu()

@@ -9,7 +9,7 @@ packed or accumulated, and K jobs in one batch are K separate runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,8 +27,8 @@ LossTerms = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one `forward_backward` saw. loss, terms: per adapter, normalised; tokens, supervised: of
-    this step.
+    """What one `forward_backward` saw. loss, terms: per adapter, normalised; terms holds those that
+    are only reported, too, loss does not; tokens, supervised: of this step.
     """
 
     loss: Mapping[str, float]
@@ -79,11 +79,13 @@ class Task(Protocol):
     """Data plus a pure loss.
 
     ``adapters``: the names a Batch's adapter numbers mean, in order. ``total_steps``: optimizer
-    steps of the whole run.
+    steps of the whole run. ``reported``: the terms of `loss` that are only reported: normalised and
+    logged as the others are, no part of the loss and without a gradient.
     """
 
     adapters: Sequence[str]
     total_steps: int
+    reported: Collection[str]
 
     def wants(self, batch: Batch) -> Mapping[str, Want]: ...
     def step_batches(self, step: int, models: Mapping[str, ScoringBackend]) -> list[Batch]: ...

@@ -4,7 +4,7 @@ the supervised ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,8 @@ class SftTask:
     batches that never change, in a fixed order, each of one adapter; ``total_steps``: those of the
     adapter with the most.
     """
+
+    reported: Collection[str] = ()
 
     def __init__(
         self,

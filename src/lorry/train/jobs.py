@@ -215,6 +215,7 @@ class HeldOutTask:
 
     def __init__(self, task: Task, adapter: int) -> None:
         self.adapters, self.wants, self.loss = task.adapters, task.wants, task.loss
+        self.reported = task.reported
         self.batches = [b for b in task.eval_batches() if int(b.adapter[0]) == adapter]
 
     def eval_batches(self) -> list[Batch]:

@@ -60,11 +60,15 @@ class TokenScore:
     """A per-token scalar: ``fn(logits [t,V] fp32, rows) -> [t]``; each row may depend on that row's
     logits alone. Those of `models/scoring/vocab.py` and `models/scoring/divergence.py` have slopes
     in closed form; of any other function autograd finds it. ``temperature``: what the logits are
-    divided by first; scores of one temperature share their passes over the head.
+    divided by first; ``weights``: the per-token extra whose entries other than 0 say at which
+    tokens the score is wanted, never at a sequence's first (None: at the supervised ones, those of
+    the batch's own weights). Scores of one temperature at the same tokens share their passes over
+    the head; nothing is paid for other tokens.
     """
 
     fn: ScoreFn
     temperature: float = 1.0
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ Want = TokenScore | HiddenState | FinalHidden
 def evaluate_wants(
     model: CausalLM, batch: Batch, wants: Mapping[str, Want], call: AdapterContext
 ) -> dict[str, Tensor]:
-    """Everything a task asked for: scores as [T] (0 at unsupervised tokens), hidden states as [T,
-    D].
+    """Everything a task asked for: scores as [T] (0 where they are not wanted), hidden states as
+    [T, D].
 
     Gradients flow to the adapters when they are enabled. If only hidden states are wanted, the pass
     stops at the highest.
@@ -103,14 +107,31 @@ def evaluate_wants(
     if scores or final:
         assert hidden.last is not None
         got |= dict.fromkeys(final, hidden.last)
-        for temperature in dict.fromkeys(w.temperature for w in scores.values()):
-            alike = {n: w.fn for n, w in scores.items() if w.temperature == temperature}
+        for temperature, weights in dict.fromkeys(
+            (w.temperature, w.weights) for w in scores.values()
+        ):
+            alike = {
+                n: w.fn
+                for n, w in scores.items()
+                if (w.temperature, w.weights) == (temperature, weights)
+            }
+            at = batch.rows if weights is None else _weighted_rows(batch, weights)
             table = score_supervised_tokens(
-                model, hidden.last, batch, list(alike.values()), call, temperature
+                model, hidden.last, batch, list(alike.values()), call, temperature, at
             )
             for name, column in zip(alike, table.unbind(1), strict=True):
-                got[name] = column.new_zeros(batch.tokens.numel()).index_copy(0, batch.rows, column)
+                got[name] = column.new_zeros(batch.tokens.numel()).index_copy(0, at, column)
     return got
+
+
+def _weighted_rows(batch: Batch, weights: str) -> Tensor:
+    """[t] int64: the tokens with a weight in an extra. Raises ValueError for a sequence's first,
+    which has no logits before it.
+    """
+    values = batch.extra[weights].values
+    if bool((values[batch.starts[:-1]] != 0).any()):
+        raise ValueError(f"extra {weights!r} has a weight at the first token of a sequence")
+    return torch.nonzero(values, as_tuple=True)[0]
 
 
 def score_supervised_tokens(
@@ -120,13 +141,15 @@ def score_supervised_tokens(
     fns: Sequence[ScoreFn],
     call: AdapterContext,
     temperature: float = 1.0,
+    at: Tensor | None = None,
 ) -> Tensor:
-    """[t, n] fp32: every score at every supervised token. The logits of target t stand at position
-    t-1.
+    """[t, n] fp32: every score at every supervised token, or at the targets ``at`` [t]. The logits
+    of target t stand at position t-1.
     """
-    extra = {name: e.values[batch.rows] for name, e in batch.extra.items() if e.per == "token"}
-    rows = VocabRows(batch.tokens[batch.rows], extra)
-    sources = batch.rows - 1
+    at = batch.rows if at is None else at
+    extra = {name: e.values[at] for name, e in batch.extra.items() if e.per == "token"}
+    rows = VocabRows(batch.tokens[at], extra)
+    sources = at - 1
     picked, left = scale_by_temperature(model, hidden.index_select(0, sources), temperature)
     head = frozen_head(model, call)
     tiled = [j for j, fn in enumerate(fns) if head is not None and isinstance(fn, VocabStatistic)]

@@ -91,7 +91,9 @@ class StatisticsRequest:
         ]
         chosen, mean, variance, uniform = leaves
         with torch.enable_grad():
-            values = self.values(SoftmaxSummary(chosen, mean, variance, uniform, softmax.top))
+            values = self.values(
+                replace(softmax, chosen=chosen, mean=mean, variance=variance, uniform=uniform)
+            )
         wanted = torch.tensor([s.gradient for s in self.statistics], device=upstream.device)
         # an infinite one, too, is nothing to a score without gradient
         upstream = torch.where(wanted, upstream, 0).to(values.dtype)
@@ -141,7 +143,9 @@ def finish_softmax(sums: SoftmaxSums, logits: Tensor, vocab: int) -> SoftmaxSumm
         mean, variance = first / total - log_total, second / total - (first / total).square()
         uniform = plain / vocab - log_total
     top = torch.where(total.isfinite(), sums.top, -1)
-    return SoftmaxSummary(logits - peak[:, None] - log_total[:, None], mean, variance, uniform, top)
+    return SoftmaxSummary(
+        logits - peak[:, None] - log_total[:, None], mean, variance, uniform, top, vocab
+    )
 
 
 # --- a frozen head, by tiles

@@ -15,7 +15,7 @@ chosen tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class SoftmaxSummary:
     log-probabilities of the chosen tokens; ``mean`` and ``variance`` [t] of log p under p;
     ``uniform`` [t], the plain mean of log p over the vocabulary (these three are NaN unless the
     statistic asks for moments); ``top`` [t] int64, the most likely token, -1 in a row that is not
-    finite.
+    finite; ``vocab``: V.
     """
 
     chosen: Tensor
@@ -53,6 +53,7 @@ class SoftmaxSummary:
     variance: Tensor
     uniform: Tensor
     top: Tensor
+    vocab: int
 
 
 def target_token(rows: VocabRows) -> Tensor:
@@ -81,12 +82,18 @@ class VocabStatistic:
             variance, uniform = (p * (logp - mean[:, None]).square()).sum(1), logp.mean(1)
         top = torch.where(logp.detach().sum(1).isnan(), -1, logits.argmax(1))
         return self.of(
-            SoftmaxSummary(logp.gather(1, self.tokens(rows)), mean, variance, uniform, top), rows
+            SoftmaxSummary(
+                logp.gather(1, self.tokens(rows)), mean, variance, uniform, top, logp.shape[1]
+            ),
+            rows,
         )
 
 
 log_prob = VocabStatistic(lambda p, rows: p.chosen[:, 0])
 """log p(target)."""
+
+log_prob_value = replace(log_prob, gradient=False)
+"""log p(target) without a gradient, for what is only reported: backward does not read the head."""
 
 entropy = VocabStatistic(lambda p, rows: -p.mean, moments=True)
 """Entropy of the next-token distribution, nats."""
@@ -149,10 +156,9 @@ def _top_k_kl_value(p_log: Tensor, q_log: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DenseScore:
-    """A score that compares log p with a tensor over the whole vocabulary, ``given(rows)`` [t,V]:
-    an extra of the batch, or another head's product of one. ``formula(log p, given)`` gives the
-    value [t] and what forms its slope with respect to the logits [t,V], which may take the memory
-    of log p.
+    """A score of whole rows of log p beside ``given(rows)``, [t,V] or [t]: an extra of the batch,
+    another head's product of one, or the targets. ``formula(log p, given)`` gives the value [t] and
+    what forms its slope with respect to the logits [t,V], which may take the memory of log p.
     """
 
     given: Callable[[VocabRows], Tensor]

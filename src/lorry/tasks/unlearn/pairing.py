@@ -1,0 +1,127 @@
+"""What the batches of an unlearning step are made of: roles, the tokens that count, answers that
+belong together.
+
+A sequence's role is "forget", "retain" or "alternate": another answer to the question of a forget
+or a retain sequence, in that one's group. S sequences, T packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from lorry.data.batch import Batch, BatchExtra
+from lorry.errors import DataError
+
+FORGET, RETAIN, ALTERNATE = "forget", "retain", "alternate"
+
+
+def has_role(batch: Batch, *roles: str) -> Tensor:
+    """[S] bool."""
+    return torch.tensor([role in roles for role in batch.role], device=batch.starts.device)
+
+
+def role_weights(batch: Batch, *roles: str) -> BatchExtra:
+    """[T] float32: the batch's weights at the sequences of some roles, 0 elsewhere."""
+    kept = has_role(batch, *roles)[batch.sequence_of]
+    return BatchExtra(torch.where(kept, batch.weights, 0.0), "token")
+
+
+def full_weights(batch: Batch, *roles: str) -> BatchExtra:
+    """[T] float32: 1 at every token but the first of the sequences of some roles, prompts included."""
+    kept = has_role(batch, *roles)[batch.sequence_of] & (batch.positions > 0)
+    return BatchExtra(kept.float(), "token")
+
+
+def weights_by_adapter(batch: Batch, name: str, adapters: int) -> Tensor:
+    """[K] float64: an extra's per-token weights, added up per adapter."""
+    per_sequence = batch.sum_by_sequence(batch.extra[name].values.double())
+    own = batch.adapter >= 0
+    total = torch.zeros(adapters, dtype=torch.float64, device=batch.starts.device)
+    return total.index_add_(0, batch.adapter[own], per_sequence[own])
+
+
+def without_first_tokens(batch: Batch, weights: Tensor, counts: Tensor) -> Tensor:
+    """[T]: ``weights`` without those of the first ``counts`` [S] supervised tokens of every answer,
+    an answer being a run of supervised tokens: a chat has several.
+    """
+    on = weights != 0
+    before = torch.cat([on.new_zeros(1), on[:-1]])
+    begins = on & (~before | (batch.positions == 0))
+    running = on.long().cumsum(0)
+    # how many supervised tokens lay before the answer that a token is part of
+    offset = torch.where(begins, running - 1, 0).cummax(0).values
+    return torch.where(running - offset > counts[batch.sequence_of], weights, 0.0)
+
+
+def partners(batch: Batch, role: str) -> tuple[Tensor, Tensor]:
+    """(sequences of a role [n], the alternate of each [n]), int64. Raises DataError for one without
+    an alternate in its group, or with several.
+    """
+    found: dict[tuple[int, int], list[int]] = {}
+    group, adapter = batch.group.tolist(), batch.adapter.tolist()
+    for s, of in enumerate(batch.role):
+        if of == ALTERNATE:
+            found.setdefault((group[s], adapter[s]), []).append(s)
+    own = [s for s, of in enumerate(batch.role) if of == role]
+    for s in own:
+        count = len(found.get((group[s], adapter[s]), [])) if group[s] >= 0 else 0
+        if count != 1:
+            raise DataError(
+                f"the {role} sequence with key {int(batch.key[s])} has {count} alternate answers in "
+                "its group; it needs exactly one beside it"
+            )
+    others = [found[group[s], adapter[s]][0] for s in own]
+    device = batch.starts.device
+    return (
+        torch.tensor(own, dtype=torch.int64, device=device),
+        torch.tensor(others, dtype=torch.int64, device=device),
+    )
+
+
+def append_token(batch: Batch, *roles: str) -> Batch:
+    """The batch with one more token, unsupervised, behind each sequence of some roles: a target that
+    the logits of the last token can be scored at. No other token can see it.
+    """
+    longer = has_role(batch, *roles).tolist()
+    index: list[int] = []
+    for (start, stop), more in zip(batch.segments, longer, strict=True):
+        index += [*range(start, stop), *([-1] if more else [])]
+    at = torch.tensor(index)
+    real, source = at >= 0, at.clamp(min=0)
+
+    def spread(values: Tensor) -> Tensor:
+        taken = values[source]
+        return torch.where(real.view(-1, *[1] * (taken.dim() - 1)), taken, torch.zeros_like(taken))
+
+    lengths = [n + more for n, more in zip(batch.lengths.tolist(), longer, strict=True)]
+    return replace(
+        batch,
+        tokens=spread(batch.tokens),
+        weights=spread(batch.weights),
+        starts=torch.tensor([0, *accumulate(lengths)]),
+        extra={
+            n: BatchExtra(spread(e.values), "token") if e.per == "token" else e
+            for n, e in batch.extra.items()
+        },
+    )
+
+
+def delayed_weights(batch: Batch, name: str) -> BatchExtra:
+    """[T]: an extra's weights one token later, so that a score of a target t is one of the logits at
+    t, not t-1. Each sequence with a weight at its last token needs `append_token` first.
+    """
+    values = batch.extra[name].values
+    later = torch.cat([values.new_zeros(1), values[:-1]])
+    return BatchExtra(torch.where(batch.positions > 0, later, 0.0), "token")
+
+
+def relabel(batch: Batch, sequences: Collection[int], role: str) -> Batch:
+    """The batch with another role for some sequences."""
+    return replace(
+        batch, role=tuple(role if s in sequences else of for s, of in enumerate(batch.role))
+    )
