@@ -221,7 +221,7 @@ def test_csv_has_a_line_for_every_number(world: World, files: list[str], tmp_pat
             3,
             "bool_q (local.bool_q): /no.jsonl: no such file",
         ),
-        (["tasks=[bool_q]", "data=x.jsonl"], 2, "one of the two"),
+        (["tasks=[bool_q]", "data=x.jsonl"], 2, "one of these"),
         ([], 2, "say what to evaluate on"),
         (
             ["tasks=[bool_q]", "local.bool_q={bq}", "template=99"],

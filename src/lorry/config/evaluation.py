@@ -1,4 +1,4 @@
-"""Settings of `lorry eval`: a file of rows, or named sets and suites. No torch here.
+"""Settings of `lorry eval`: a file of rows, named sets, or a suite of unlearning. No torch here.
 
 Try: lorry eval RUN tasks=[bool_q,common_gen] local.bool_q=boolq.jsonl limit=200 n_shot=2
 """
@@ -26,6 +26,16 @@ TASK_FIELDS = (
     "top_p",
     "top_k",
     "seed",
+)
+# what tasks have and a suite of unlearning has not: how it is asked is part of the benchmark
+NOT_OF_SUITES = tuple(name for name in TASK_FIELDS if name != "local")
+SUITE_FIELDS = (
+    "forget_split",
+    "holdout_split",
+    "retain_logs_path",
+    "metrics",
+    "question_key",
+    "peer_masks",
 )
 # settings of data that mean something with a file only
 FILE_FIELDS = (
@@ -76,6 +86,31 @@ class EvalSettings(SettingsGroup):
     catalog: PathText | None = config_field(
         None, "named sets of one's own: a YAML file, or a folder of them (docs/sets.md)"
     )
+    suite: Literal["tofu"] | None = config_field(
+        None,
+        "a suite of unlearning instead, from local.tofu=FOLDER or the hub; writes TOFU_EVAL.json and TOFU_SUMMARY.json",
+    )
+    forget_split: str = config_field(
+        "forget10", "suite: the rows that were to be forgotten: forget01, forget05 or forget10"
+    )
+    holdout_split: str | None = derived_field(
+        "holdoutNN of forgetNN", "suite: rows that were never trained on, for membership inference"
+    )
+    retain_logs_path: PathText | None = config_field(
+        None,
+        "suite: EVAL.json of a model trained without the forget rows, ours or open-unlearning's; forget_quality needs it",
+    )
+    metrics: list[str] = config_field(
+        [], "suite: these metrics and what they are made of; empty: the suite's usual ones"
+    )
+    question_key: str = config_field(
+        "question",
+        "suite: the column asked of forget and retain rows, such as paraphrased_question",
+    )
+    peer_masks: bool = config_field(
+        False,
+        "suite: extraction strength with open-unlearning's floor, 1/n for a total miss instead of 0",
+    )
     task_split: Literal["auto", "train", "validation", "test"] = config_field(
         "auto", "which rows of the tasks; auto: the labelled split that is not trained on"
     )
@@ -91,7 +126,7 @@ class EvalSettings(SettingsGroup):
     limit: PositiveInt | None = config_field(None, "evaluate the first so many rows")
     batch_size: PositiveInt = config_field(8, "rows at a time")
     max_new_tokens: PositiveInt | None = derived_field(
-        "64; each task's own", "longest generated answer in tokens"
+        "64; each task's and suite's own", "longest generated answer in tokens"
     )
     temperature: float = config_field(0.0, "0: greedy; above: sampled", ge=0)
     top_p: float | None = config_field(
@@ -101,15 +136,28 @@ class EvalSettings(SettingsGroup):
     seed: NonNegativeInt = config_field(0, "of the shots, the sampling and the intervals")
     output_dir: DirPath | None = config_field(
         None,
-        "folder for results.json with every answer, of tasks also results.csv and results.png; or the .json or .csv file alone. "
+        "folder for results.json with every answer, of tasks also results.csv and results.png; or the .json or .csv file alone; "
+        "for a suite's two files (unless given, evals/ in the run). "
         "The values alone are kept in evaluation.json of the run that was asked, whatever is set here",
     )
 
     @model_validator(mode="after")
     def _something_to_ask(self) -> EvalSettings:
-        if (self.data.path is None) == (not self.tasks):
+        if [self.data.path is None, not self.tasks, self.suite is None].count(False) != 1:
             raise ValueError(
-                "say what to evaluate on: data=FILE, or tasks=[...] with named sets; one of the two"
+                "say what to evaluate on: data=FILE, or tasks=[...] with named sets, or suite=tofu; one of these"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _suites_are_fixed(self) -> EvalSettings:
+        if self.suite is None and (odd := _first_changed(self, SUITE_FIELDS)):
+            raise ValueError(f"{odd} is for suite=tofu")
+        if self.suite is not None and (odd := _first_changed(self, NOT_OF_SUITES)):
+            raise ValueError(f"{odd} is for tasks=[...]; how suite={self.suite} asks is fixed")
+        if self.suite is not None and self.output_dir is not None and self.output_dir.suffix:
+            raise ValueError(
+                f"output_dir={self.output_dir}: suite={self.suite} writes two files; name a folder"
             )
         return self
 
@@ -117,12 +165,14 @@ class EvalSettings(SettingsGroup):
     def _nothing_is_ignored(self) -> EvalSettings:
         # by value, not by whether it was written: run descriptions that were dumped list every
         # field
-        if not self.tasks and (unused := _first_changed(self, TASK_FIELDS)):
+        if self.data.path and (unused := _first_changed(self, TASK_FIELDS)):
             raise ValueError(
                 f"{unused} is for tasks=[...]; the rows of data={self.data.path} are asked greedily, as they stand"
             )
-        if self.tasks and (unused := _first_changed(self.data, FILE_FIELDS)):
-            hint = "; task_split says which rows are asked" if unused == "split" else ""
+        if not self.data.path and (unused := _first_changed(self.data, FILE_FIELDS)):
+            hint = (
+                "; task_split says which rows are asked" if self.tasks and unused == "split" else ""
+            )
             raise ValueError(
                 f"data.{unused} is for data=FILE; named sets know how they are read{hint}"
             )

@@ -61,7 +61,7 @@ SHARED_SETTINGS = frozenset(
 ) | {"lora.adapter_name"}
 # names in a run directory that are not an adapter's
 # cannot import runs/layout.py, a room below; tests/test_layout.py holds the two equal
-RESERVED_NAMES = frozenset(["checkpoints", "previous", "tensorboard", "data"])
+RESERVED_NAMES = frozenset(["checkpoints", "previous", "evals", "tensorboard", "data"])
 FILE_SUFFIXES = frozenset(
     [".json", ".jsonl", ".yaml", ".html", ".png", ".md", ".safetensors", ".jinja", ".model", ".txt"]
 )

@@ -28,6 +28,7 @@ SWEEP = "sweep.json"
 CARD = "README.md"
 REPORT, PLOT = "report.html", "report.png"
 CHECKPOINTS, PREVIOUS = "checkpoints", "previous"
+SUITES = "evals"  # a folder for what `lorry eval suite=...` writes
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name, as the next
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FACTS = "lorry_adapter.json"  # the base's digest and what else PEFT's file has no field for
@@ -76,7 +77,7 @@ PUBLISHED = (
     EVALUATION,
 )
 # folders of a run that are no adapter's
-NOT_ADAPTERS = frozenset({CHECKPOINTS, PREVIOUS, "tensorboard", "data"})
+NOT_ADAPTERS = frozenset({CHECKPOINTS, PREVIOUS, SUITES, "tensorboard", "data"})
 STEP = re.compile(r"step-(\d{8,})")  # a checkpoint's folder
 
 

@@ -28,6 +28,7 @@ from lorry.runs.layout import EVALUATION, RECEIPT
 from lorry.runs.read import read_run
 from lorry.verbs import benchmarks
 from lorry.verbs.open_model import open_with_adapters, print_note
+from lorry.verbs.unlearning_suite import evaluate_suite
 from lorry.visible import make_visible
 
 if TYPE_CHECKING:
@@ -49,11 +50,14 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
     import torch
 
     refuse_wrong_kind(settings.output_dir)
-    refuse_foreign_results(settings)
+    if settings.suite is None:  # which has files of its own
+        refuse_foreign_results(settings)
     if settings.backend.threads:
         torch.set_num_threads(settings.backend.threads)
     if settings.tasks:
         return evaluate_named_sets(settings)
+    if settings.suite is not None:
+        return evaluate_suite(settings)
     # before the model, which takes longer: a wrong path is told at once
     source = open_eval_source(settings)
     found = open_with_adapters(settings.model)

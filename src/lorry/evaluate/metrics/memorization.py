@@ -12,6 +12,7 @@ the tokens that count.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 from lorry.errors import DataError
@@ -38,7 +39,7 @@ def probability_with_options(loss: float, wrong: Sequence[float]) -> float:
     if not wrong:
         raise DataError("a probability among options needs at least one wrong answer")
     # divided by p first: of losses in the hundreds every p is 0 and the quotient still is a number
-    return 1 / (1 + math.fsum(exp_or_inf(loss - other) for other in wrong))
+    return 1 / (1 + math.fsum(bounded_exp(loss - other) for other in wrong))
 
 
 def exact_memorization(correct: Sequence[bool]) -> float:
@@ -63,6 +64,6 @@ def extraction_strength(correct: Sequence[bool], peer_floor: bool = False) -> fl
     return max(suffix, int(peer_floor)) / len(correct)
 
 
-def exp_or_inf(value: float) -> float:
-    """exp, infinite where a double cannot hold it."""
-    return math.exp(value) if value < 709.0 else math.inf if value == value else math.nan
+def bounded_exp(value: float) -> float:
+    """exp, the largest double where a double cannot hold it: JSON has no infinity."""
+    return math.exp(value) if value < 709.0 else sys.float_info.max if value == value else math.nan

@@ -19,16 +19,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from lorry.errors import DataError, NonFiniteError
-from lorry.evaluate.metrics.memorization import exp_or_inf
+from lorry.evaluate.metrics.memorization import bounded_exp
 
 
 def truth_ratio(good: float, wrong: Sequence[float]) -> float:
-    """t of a row from mean losses in nats; infinite where a double cannot hold it. Raises DataError
+    """t of a row from mean losses in nats, at most the largest double. Raises DataError
     without a wrong answer.
     """
     if not wrong:
         raise DataError("a truth ratio needs at least one wrong answer")
-    return exp_or_inf(good - math.fsum(wrong) / len(wrong))
+    return bounded_exp(good - math.fsum(wrong) / len(wrong))
 
 
 def truth_ratio_closer_to_one(ratio: float) -> float:

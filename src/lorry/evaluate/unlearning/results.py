@@ -1,0 +1,116 @@
+"""A suite's two files: TOFU_EVAL.json, every metric with its rows, and TOFU_SUMMARY.json, its values.
+
+    store = SuiteResults.open(folder, "TOFU", {"model_utility": "9f..."})
+    store.kept("model_utility")     # its record, if it was measured of the same things before
+
+Both are open-unlearning's files, readable by its tools; each record of ours also has ``digest``, a
+SHA-256 of all its value hangs on (the model's weights, rows, settings, the oracle's logs), ``model``
+and ``rows``, which model and rows those were. **A record is used again only where its digest
+agrees**; it is written as soon as it is measured, so a suite that was killed goes on behind its last
+finished metric.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorry.disk import documents, durable
+from lorry.errors import DataError, NonFiniteError
+from lorry.evaluate.unlearning.suite import MetricRecord
+from lorry.runs import ownership
+
+# how a file of ours begins: open-unlearning's records have no digest
+is_suite_file = ownership.recognise_mark(rb'\A\{\n "[^"\n]+": \{\n  "digest": "[0-9a-f]{64}"')
+
+
+def eval_file(title: str) -> str:
+    """The name of the file with every row."""
+    return f"{title}_EVAL.json"
+
+
+def summary_file(title: str) -> str:
+    """The name of the file with the values alone."""
+    return f"{title}_SUMMARY.json"
+
+
+def refuse_foreign_suite(folder: Path, title: str) -> None:
+    """Before anything is measured: files of these names that are not ours. Raises ConfigError."""
+    rows = folder / eval_file(title)
+    ownership.refuse_foreign(
+        {rows: is_suite_file, folder / summary_file(title): lambda path: is_suite_file(rows)},
+        "name another output_dir",
+    )
+
+
+def digest_of(parts: Mapping[str, Any]) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class SuiteResults:
+    """The records of a folder. ``digests``: {metric: of what it is to be measured}; ``model``: the
+    model's digest; ``rows``: {metric: {role: digest of its rows}}, for whoever reads this file as an
+    oracle's. Raises DataError for a damaged file of ours.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        title: str,
+        digests: Mapping[str, str],
+        model: str,
+        rows: Mapping[str, Mapping[str, str]],
+    ) -> None:
+        self.folder, self.title, self.digests = folder, title, digests
+        self.model, self.rows = model, rows
+        self.records: dict[str, MetricRecord] = {}
+        path = folder / eval_file(title)
+        if is_suite_file(path):
+            self.records = documents.read_object(path)
+            if not all(isinstance(record, dict) for record in self.records.values()):
+                raise DataError(f"{path}: a metric is no object; the file is damaged, move it away")
+
+    def kept(self, name: str) -> MetricRecord | None:
+        """A metric's record where it was measured of the very same things, else None."""
+        record = self.records.get(name)
+        return record if record is not None and record.get("digest") == self.digests[name] else None
+
+    def add(self, name: str, record: MetricRecord) -> None:
+        """Write a metric's record. Those of other things (another model, other rows) leave with the
+        first that is added, so that one file never speaks of two models. Raises DiskError,
+        NonFiniteError.
+        """
+        value = record["agg_value"]
+        if not math.isfinite(value):
+            raise NonFiniteError(f"{name} is {value}; a metric of a suite has to be a number")
+        head = {"digest": self.digests[name], "model": self.model, "rows": dict(self.rows[name])}
+        self.records = {known: one for known, one in self.records.items() if self._agrees(one)}
+        self.records[name] = head | record
+        summary = {known: one["agg_value"] for known, one in self.records.items()}
+        durable.make_directory(self.folder)
+        durable.write_files(
+            self.folder,
+            {
+                eval_file(self.title): _as_json(self.records),
+                summary_file(self.title): _as_json(summary),
+            },
+        )
+
+    def _agrees(self, record: MetricRecord) -> bool:
+        """Whether a record is of this model, and of no other rows than this time's."""
+        ours = {role: rows for known in self.rows.values() for role, rows in known.items()}
+        theirs = record.get("rows")
+        return (
+            record.get("model") == self.model
+            and isinstance(theirs, dict)
+            and all(ours.get(role, rows) == rows for role, rows in theirs.items())
+        )
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -1,0 +1,262 @@
+"""Scores of given answers token by token, through training's own packed pass, and answers generated:
+all that a suite asks of a model.
+
+Nothing here holds `[T, vocab]`: mean and variance of log p under p, which Min-K%++ needs, are
+statistics of the softmax that the scorer folds tile by tile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorry.adapters.attach import get_bank
+from lorry.adapters.mix import Mix
+from lorry.adapters.peft.files import base_digest
+from lorry.backends.protocol import ScoringBackend
+from lorry.data.batch import BASE, TokenizedExample, collate
+from lorry.data.encoding.encode import ExampleEncoder
+from lorry.data.reading.bad_rows import BadRow
+from lorry.data.reading.content import ChatMessage, Conversation
+from lorry.errors import DataError, NonFiniteError
+from lorry.evaluate.metrics.memorization import mean_loss
+from lorry.evaluate.unlearning.rows import SuiteRow, SuiteSet
+from lorry.generation.engine import evaluation_mode, generate_completions
+from lorry.generation.scorer import ModelScorer
+from lorry.generation.text import IncrementalDetokenizer
+from lorry.models.causal_lm import CausalLM
+from lorry.models.scoring.score import TokenScore, Want, correct, log_prob
+from lorry.models.scoring.vocab import VocabStatistic
+
+SUITE_BATCH_TOKENS = 2048  # tokens of a batch, unless a single sequence is longer
+LOSS_WANTS: dict[str, Want] = {"log_prob": TokenScore(log_prob), "correct": TokenScore(correct)}
+MOMENT_WANTS: dict[str, Want] = {
+    "mean": TokenScore(VocabStatistic(lambda p, rows: p.mean, moments=True)),
+    "variance": TokenScore(VocabStatistic(lambda p, rows: p.variance, moments=True)),
+}
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """Of one answer under teacher forcing, a value per supervised token, its end of turn last:
+    log-probability, whether it was the likeliest token, mean and variance of log p under p (empty
+    unless asked for). ``closing``: how many of the tokens are the end of turn.
+    """
+
+    log_probs: list[float]
+    correct: list[bool]
+    closing: int
+    means: list[float]
+    variances: list[float]
+
+    @property
+    def loss(self) -> float:
+        """Mean over all tokens, the end of turn counted, nats."""
+        return mean_loss(self.log_probs)
+
+    @property
+    def answer(self) -> slice:
+        """The tokens that are not the end of turn; what EM, ES, Min-K and Min-K++ look at."""
+        return slice(0, len(self.log_probs) - self.closing)
+
+
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """What was said: the text, stripped, and its tokens without the end of turn."""
+
+    text: str
+    tokens: list[int]
+
+
+class SuiteModel:
+    """A model under a mix, asked the rows of a suite; what was asked once is kept.
+
+    ``start``: the mix of what unlearning began from, for its perplexity of answers; None where
+    there is no other. ``limit``: rows that are answered by generation; scores are always of all.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        encoder: ExampleEncoder,
+        sets: dict[str, SuiteSet],
+        mix: Mix,
+        *,
+        start: Mix | None = None,
+        max_new_tokens: int,
+        limit: int | None = None,
+        batch_rows: int = 8,
+        moments: bool = False,
+    ) -> None:
+        get_bank(model, create=True)
+        self.model, self.encoder, self.sets, self.mix, self.start = model, encoder, sets, mix, start
+        self.max_new_tokens, self.limit, self.batch_rows = max_new_tokens, limit, batch_rows
+        self.moments = moments
+        self._answers: dict[tuple[str, str], list[list[AnswerScores]]] = {}
+        self._generated: dict[str, list[GeneratedAnswer]] = {}
+
+    def digest(self) -> str:
+        """SHA-256 of all that decides what the model says: base, adapters, dtype, tokenizer, chat
+        template.
+        """
+        bank, total = get_bank(self.model), hashlib.sha256(base_digest(self.model).encode())
+        parts = [str(self.model.dtype), self.encoder.identity()]
+        terms = [(adapter, 1.0) for adapter in bank.base_adapters.values()]
+        terms += [(bank[term.adapter], float(term.gate)) for term in self.mix.terms]
+        for adapter, gate in terms:
+            parts.append(f"{gate} {adapter.spec}")
+            total.update(adapter.values.detach().cpu().numpy().tobytes())
+        total.update("\n".join(parts).encode())
+        return total.hexdigest()
+
+    def answers(self, role: str, field: str) -> list[list[AnswerScores]]:
+        """Per row the scores of each of its answers in a field."""
+        if (role, field) not in self._answers:
+            rows = self.sets[role].rows
+            asked = [(row, text) for row in rows for text in row.answers[field]]
+            found = iter(self.score(asked, self.mix, moments=self.moments))
+            self._answers[role, field] = [[next(found) for _ in row.answers[field]] for row in rows]
+        return self._answers[role, field]
+
+    def score(
+        self, asked: Sequence[tuple[SuiteRow, str]], mix: Mix, *, moments: bool = False
+    ) -> list[AnswerScores]:
+        """Scores of (row, answer) pairs. Raises DataError for one that cannot be encoded or does not
+        fit the context, NonFiniteError.
+        """
+        with evaluation_mode(self.model):
+            scorer = ModelScorer(self.model)
+            return score_answers(scorer, self.encoder, asked, mix, moments=moments)
+
+    def generated(self, role: str) -> list[GeneratedAnswer]:
+        """Greedy answers to a role's questions, of the first ``limit`` rows. Raises ModelError for a
+        prompt that leaves no room in the context.
+        """
+        if role not in self._generated:
+            prompts = [
+                self.encoder.prompt(_conversation(row.question, "."))
+                for row in self.sets[role].rows[: self.limit]
+            ]
+            stops = self.encoder.stop_tokens()
+            made = generate_completions(
+                self.model,
+                prompts,
+                eos=stops,
+                max_new_tokens=self.max_new_tokens,
+                adapters=self.mix,
+                batch_rows=self.batch_rows,
+            )
+            self._generated[role] = [_generated(self.encoder, one.tokens, stops) for one in made]
+        return self._generated[role]
+
+    def start_perplexities(self, role: str) -> list[float | None]:
+        """The start's perplexity of each generated answer; None where there is no other start, or
+        nothing was said.
+        """
+        said = self.generated(role)
+        if self.start is None:
+            return [None] * len(said)
+        rows = self.sets[role].rows[: self.limit]
+        asked = [(row, one.text) for row, one in zip(rows, said, strict=True) if one.text]
+        found = iter(self.score(asked, self.start))
+        return [math.exp(min(next(found).loss, 700.0)) if one.text else None for one in said]
+
+
+def score_answers(
+    scorer: ScoringBackend,
+    encoder: ExampleEncoder,
+    asked: Sequence[tuple[SuiteRow, str]],
+    mix: Mix,
+    *,
+    moments: bool = False,
+) -> list[AnswerScores]:
+    """Scores of (row, answer) pairs in their order. Raises as `SuiteModel.score`."""
+    laid = [_lay_out(encoder, row, text) for row, text in asked]
+    wants = {**LOSS_WANTS, **(MOMENT_WANTS if moments else {})}
+    closings = _closings(encoder)
+    out: dict[int, AnswerScores] = {}
+    # long ones first, so that batches are even
+    order = sorted(range(len(laid)), key=lambda n: -len(laid[n][0]))
+    for numbers in _batches(order, [len(tokens) for tokens, _ in laid]):
+        batch = collate([TokenizedExample(*laid[n], key=n, adapter=BASE) for n in numbers])
+        got = scorer.score([batch], wants, mix)[0]
+        for at, number in enumerate(numbers):
+            start, stop = batch.segments[at]
+            kept = torch.nonzero(batch.weights[start:stop])[:, 0] + start
+            columns = {name: _column(got[name], kept) for name in wants}
+            if not all(map(math.isfinite, columns["log_prob"])):
+                raise NonFiniteError(
+                    f"{asked[number][0].where}: a log-probability is not a number; the weights of the "
+                    "model or the adapter hold NaN or infinity, or overflow in this dtype"
+                )
+            out[number] = AnswerScores(
+                columns["log_prob"],
+                [bool(hit) for hit in columns["correct"]],
+                _closing_length(laid[number][0], closings),
+                columns.get("mean", []),
+                columns.get("variance", []),
+            )
+    return [out[number] for number in range(len(laid))]
+
+
+def _column(values: Tensor, kept: Tensor) -> list[float]:
+    column: list[float] = values[kept].double().tolist()
+    return column
+
+
+def _conversation(question: str, answer: str) -> Conversation:
+    """The bare question in the chat template: how TOFU is asked."""
+    return Conversation((ChatMessage("user", question), ChatMessage("assistant", answer)))
+
+
+def _lay_out(encoder: ExampleEncoder, row: SuiteRow, text: str) -> tuple[list[int], list[float]]:
+    """(tokens, weights): the row as it would be trained, the answer and its end of turn weighted."""
+    made = encoder.encode(_conversation(row.question, text))
+    if isinstance(made, BadRow):
+        raise DataError(f"{row.where}: cannot be scored: {made.reason}")
+    if made[-1].cut or made[-1].skipped:
+        raise DataError(
+            f"{row.where}: question and answer are longer than the model's context of "
+            f"{encoder.max_length} tokens; no number of a cut question is comparable"
+        )
+    return made[-1].tokens, [float(weight != 0) for weight in made[-1].weights]
+
+
+def _closings(encoder: ExampleEncoder) -> list[list[int]]:
+    """What an answer may end with: a token that stops generation, or the template's own end of
+    turn where that is several.
+    """
+    turn = encoder.template.end_of_turn
+    several = [list(encoder.tokens.one(turn).ids)] if turn else []
+    return [*([token] for token in encoder.stop_tokens()), *several]
+
+
+def _closing_length(tokens: Sequence[int], closings: Sequence[Sequence[int]]) -> int:
+    """How many tokens at the end close the turn."""
+    fits = (len(end) for end in closings if end and list(tokens[-len(end) :]) == list(end))
+    return max(fits, default=0)
+
+
+def _generated(
+    encoder: ExampleEncoder, tokens: Sequence[int], stops: Sequence[int]
+) -> GeneratedAnswer:
+    text = "".join(IncrementalDetokenizer(encoder).decode_all(tokens)).strip()
+    end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
+    return GeneratedAnswer(text, list(tokens[:end]))
+
+
+def _batches(numbers: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    batch, taken = list[int](), 0
+    for number in numbers:
+        if batch and taken + lengths[number] > SUITE_BATCH_TOKENS:
+            yield batch
+            batch, taken = [], 0
+        batch.append(number)
+        taken += lengths[number]
+    if batch:
+        yield batch
