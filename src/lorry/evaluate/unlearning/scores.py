@@ -27,6 +27,7 @@ from lorry.errors import DataError, NonFiniteError
 from lorry.evaluate.metrics.memorization import mean_loss
 from lorry.evaluate.unlearning.rows import SuiteRow, SuiteSet
 from lorry.generation.engine import evaluation_mode, generate_completions
+from lorry.generation.sampling import SamplingParams
 from lorry.generation.scorer import ModelScorer
 from lorry.generation.text import IncrementalDetokenizer
 from lorry.models.causal_lm import CausalLM
@@ -146,8 +147,11 @@ class SuiteModel:
             made = generate_completions(
                 self.model,
                 prompts,
-                eos=stops,
-                max_new_tokens=self.max_new_tokens,
+                SamplingParams(
+                    temperature=0.0,
+                    max_new_tokens=self.max_new_tokens,
+                    stop_token_ids=frozenset(stops),
+                ),
                 adapters=self.mix,
                 batch_rows=self.batch_rows,
             )
