@@ -148,7 +148,7 @@ def ask(side: str, local: Mapping[str, str], args: argparse.Namespace) -> dict[s
     )
     began = time.perf_counter()
     done = {
-        exam.one.name: evaluate_benchmark(opened.model, encoder, exam, mix, batch_rows=32)
+        exam.named_set.name: evaluate_benchmark(opened.model, encoder, exam, mix, batch_rows=32)
         for exam in exams
     }
     found = {

@@ -1,8 +1,8 @@
-"""Ask a model every question of a file, greedily, and score what it says: exact match, ROUGE-L,
+"""Answers of a model to every question of a file, greedily, and their scores: exact match, ROUGE-L,
 token F1, with intervals.
 
-said = answers(model, tokenizer, conversations, adapters="default")  # Mix.none() asks the base
-score_answers(said, [reference(c) for c in conversations])  # {"exact_match": 0.8, ...}
+answers = generate_answers(model, tokenizer, conversations, adapters="default")  # Mix.none(): the base
+score_answers(answers, [reference_answer(c) for c in conversations])  # {"exact_match": 0.8, ...}
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def score_answers(
 
 def metric_means(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """{metric: mean over its rows}."""
+    # fsum: the mean must not hang on the order of the rows
     return {name: math.fsum(values) / len(values) for name, values in rows.items()}
 
 
@@ -94,5 +95,5 @@ def metric_intervals(
     """{metric: (low, high)}: the 95% percentile bootstrap interval of each mean; without those of
     too few rows.
     """
-    found = {name: bootstrap_interval(values, seed) for name, values in rows.items()}
-    return {name: ends for name, ends in found.items() if all(map(math.isfinite, ends))}
+    intervals = {name: bootstrap_interval(values, seed) for name, values in rows.items()}
+    return {name: ends for name, ends in intervals.items() if all(map(math.isfinite, ends))}

@@ -26,26 +26,28 @@ def evaluate_task(backend: ScoringBackend, task: Task) -> dict[str, float]:
         return {}
     totals = {name: float(total.sum()) for name, total in term_totals(batches).items()}
     sums = dict.fromkeys(totals, 0.0)
-    tokens = right = nll = 0.0
+    tokens = hits = nll = 0.0
     for batch in batches:
         wants = {
             **task.wants(batch),
+            # beside the task's own scores, whose names begin with a letter
             "_logprob": TokenScore(log_prob),
             "_correct": TokenScore(correct),
         }
-        got = backend.score([batch], wants)[0]
-        for name, values in task.loss(got, batch).items():
+        scores = backend.score([batch], wants)[0]
+        for name, values in task.loss(scores, batch).items():
             sums[name] += float(values.double().sum())
+        # 0 or 1: accuracy and perplexity count tokens, whatever the task weighs them by
         weights = (batch.weights != 0).double()
         tokens += float(weights.sum())
-        right += float((got["_correct"].double() * weights).sum())
-        nll -= float((got["_logprob"].double() * weights).sum())
+        hits += float((scores["_correct"].double() * weights).sum())
+        nll -= float((scores["_logprob"].double() * weights).sum())
     terms = {name: sums[name] / totals[name] if totals[name] else 0.0 for name in sums}
-    out = {"eval_loss": sum(value for name, value in terms.items() if name not in task.reported)}
-    out |= {f"eval_{name}": value for name, value in terms.items() if len(terms) > 1}
-    return out | {
+    metrics = {"eval_loss": sum(terms.values())}
+    metrics |= {f"eval_{name}": value for name, value in terms.items() if len(terms) > 1}
+    return metrics | {
         "eval_perplexity": loss_perplexity(nll, tokens),
-        "eval_token_accuracy": right / tokens if tokens else math.nan,
+        "eval_token_accuracy": hits / tokens if tokens else math.nan,
     }
 
 
@@ -80,15 +82,22 @@ def packing_leak(backend: ScoringBackend, batch: Batch, sequences: int = 4) -> f
     parts, want = _split_examples(batch, sequences), {"logprob": TokenScore(log_prob)}
     before = backend.score([collate(parts)], want)[0]["logprob"]
     worst = 0.0
-    for changed in (0, 1):
-        mixed = [
-            replace(p, tokens=list(p.tokens)[::-1]) if s % 2 == changed else p
+    # first the even sequences change and the odd are watched, then the other way round
+    for parity in (0, 1):
+        neighbours_reversed = [
+            # reversed and not drawn anew: the same tokens, so experts and vocabulary tiles see no
+            # others
+            replace(p, tokens=list(p.tokens)[::-1]) if s % 2 == parity else p
             for s, p in enumerate(parts)
         ]
-        other = collate(mixed)
-        after = backend.score([other], want)[0]["logprob"]
-        same = [slice(*other.segments[s]) for s in range(len(parts)) if s % 2 != changed]
-        worst = max([worst, *(float((after[rows] - before[rows]).abs().max()) for rows in same)])
+        changed_batch = collate(neighbours_reversed)
+        after = backend.score([changed_batch], want)[0]["logprob"]
+        unchanged_rows = [
+            slice(*changed_batch.segments[s]) for s in range(len(parts)) if s % 2 != parity
+        ]
+        worst = max(
+            [worst, *(float((after[rows] - before[rows]).abs().max()) for rows in unchanged_rows)]
+        )
     return worst
 
 

@@ -79,15 +79,15 @@ class TeacherForcedScore:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """One model's result. ``metrics``: over all rows; ``metric_intervals``: 95%, of those that are
-    means of rows; ``forced``: by row; ``said`` and ``scores``: by row number, for the rows that
+    """One model's result. ``metrics``: over all rows; ``intervals``: 95%, of those that are
+    means of rows; ``teacher_forced``: by row; ``answers`` and ``scores``: by row number, for the rows that
     were asked.
     """
 
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
-    forced: list[TeacherForcedScore]
-    said: dict[int, str] = field(default_factory=dict)
+    teacher_forced: list[TeacherForcedScore]
+    answers: dict[int, str] = field(default_factory=dict)
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
@@ -111,20 +111,22 @@ class EvalRows:
         """
         notes: set[str] = set()
         encoded = encode_rows(read_examples(source, form, notes=notes), source, encoder)
-        read = list(report_progress(encoded, source.label, encoder.tell))
-        tokens = TokenSet.of(read, source, encoder, notes)
-        if not read:
+        encoded_rows = list(report_progress(encoded, source.label, encoder.tell))
+        tokens = TokenSet.of(encoded_rows, source, encoder, notes)
+        if not encoded_rows:
             raise DataError(
                 f"{source.label}: no usable row; {source.bad.summary() or 'the data is empty'}"
             )
-        owners = [number for number, (_, pieces) in enumerate(read) for _ in pieces]
-        return cls([_eval_row(found, encoder) for found, _ in read], tokens, owners, encoder)
+        owners = [number for number, (_, pieces) in enumerate(encoded_rows) for _ in pieces]
+        return cls(
+            [_eval_row(example, encoder) for example, _ in encoded_rows], tokens, owners, encoder
+        )
 
     def askable(self, context: int | None, max_new_tokens: int) -> tuple[list[int], list[str]]:
         """(numbers of the rows with a question whose answer fits the model's context, a note for
         each kind left out).
         """
-        kept, over, refused = [], 0, 0
+        askable_rows, too_long, refused = [], 0, 0
         for number, row in enumerate(self.rows):
             if not isinstance(row.content, Conversation):
                 continue
@@ -136,32 +138,34 @@ class EvalRows:
             except TemplateRefusedError:
                 refused += 1
                 continue
-            kept += [number] if fits else []
-            over += not fits
+            askable_rows += [number] if fits else []
+            too_long += not fits
         notes = [
-            f"{over} rows not asked: prompt and {max_new_tokens} new tokens exceed the context of {context}"
-        ] * (over > 0)
-        return kept, notes + [
+            f"{too_long} rows not asked: prompt and {max_new_tokens} new tokens exceed the context of {context}"
+        ] * (too_long > 0)
+        return askable_rows, notes + [
             f"{refused} rows not asked: the chat template does not render their prompt"
         ] * (refused > 0)
 
 
-def _eval_row(found: DataExample, encoder: ExampleEncoder) -> EvalRow:
-    if not isinstance(found.content, Conversation):
-        return EvalRow(found.where, found.content)
-    messages, right = found.content.messages, reference_answer(found.content)
+def _eval_row(example: DataExample, encoder: ExampleEncoder) -> EvalRow:
+    if not isinstance(example.content, Conversation):
+        return EvalRow(example.where, example.content)
+    messages, learnt = example.content.messages, reference_answer(example.content)
     last = max(
         number
         for number, message in enumerate(messages)
         if message.role == "assistant" and message.learnt
     )
+    # only the last turn is asked; what stands before it is its context
     question = messages[last - 1].content if last else ""
     return EvalRow(
-        found.where,
-        found.content,
+        example.where,
+        example.content,
         question,
         tuple(
-            _strip_end_of_turn(text, encoder) for text in _acceptable_answers(found.values, right)
+            _strip_end_of_turn(text, encoder)
+            for text in _acceptable_answers(example.values, learnt)
         ),
     )
 
@@ -170,12 +174,13 @@ def _acceptable_answers(values: Mapping[str, Any], learnt: str) -> list[str]:
     """Every acceptable answer of a row whose column ``generate_answers`` lists several, as SQuAD
     does, the learnt one among them.
     """
-    several = values.get("answers")
-    several = several.get("text") if isinstance(several, Mapping) else several
+    listed = values.get("answers")
+    listed = listed.get("text") if isinstance(listed, Mapping) else listed
     texts = (
-        [text for text in several if isinstance(text, str)] if isinstance(several, Sequence) else []
+        [text for text in listed if isinstance(text, str)] if isinstance(listed, Sequence) else []
     )
-    return texts if not isinstance(several, str) and learnt in texts else [learnt]
+    # a column of that name that lacks the learnt answer means something else
+    return texts if not isinstance(listed, str) and learnt in texts else [learnt]
 
 
 def _strip_end_of_turn(text: str, encoder: ExampleEncoder) -> str:
@@ -189,23 +194,24 @@ def score_teacher_forced(
     scorer: ScoringBackend, rows: EvalRows, mix: Mix, batch_rows: int
 ) -> list[TeacherForcedScore]:
     """Teacher forcing, a `TeacherForcedScore` per row."""
-    done = [TeacherForcedScore() for _ in rows.rows]
+    scores = [TeacherForcedScore() for _ in rows.rows]
     owners = iter(rows.owners)
     for batch in rows.tokens.eval_batches(batch_rows):
-        got = scorer.score(
+        token_scores = scorer.score(
             [batch], {"logprob": TokenScore(log_prob), "correct": TokenScore(correct)}, mix
         )[0]
         supervised = (batch.weights != 0).double()
         sums = (
-            batch.sum_by_sequence(-got["logprob"].double() * batch.weights.double()),
+            batch.sum_by_sequence(-token_scores["logprob"].double() * batch.weights.double()),
             batch.sum_by_sequence(batch.weights.double()),
             batch.sum_by_sequence(supervised),
-            batch.sum_by_sequence(got["correct"].double() * supervised),
+            batch.sum_by_sequence(token_scores["correct"].double() * supervised),
         )
         for nll, weight, tokens, right in zip(*(values.tolist() for values in sums), strict=True):
+            # batches keep the order of the sequences, so owners are taken one after the other
             owner = next(owners)
-            done[owner] += TeacherForcedScore(nll, weight, int(tokens), int(right))
-    return done
+            scores[owner] += TeacherForcedScore(nll, weight, int(tokens), int(right))
+    return scores
 
 
 def evaluate_rows(
@@ -222,13 +228,14 @@ def evaluate_rows(
 
     Raises NonFiniteError or ModelError from the model.
     """
+    # a base without adapters answers under Mix.none() too, which needs a bank
     get_bank(model, create=True)
-    forced = score_teacher_forced(ModelScorer(model), rows, mix, batch_rows)
-    metrics = sum(forced, TeacherForcedScore()).metrics()
+    teacher_forced = score_teacher_forced(ModelScorer(model), rows, mix, batch_rows)
+    metrics = sum(teacher_forced, TeacherForcedScore()).metrics()
     if not asked:
-        return EvaluationResult(metrics, {}, forced)
+        return EvaluationResult(metrics, {}, teacher_forced)
     conversations = [rows.rows[number].content for number in asked]
-    said = generate_answers(
+    answers = generate_answers(
         model,
         rows.encoder.tokenizer,
         conversations,
@@ -237,15 +244,15 @@ def evaluate_rows(
         batch_rows=batch_rows,
         system=rows.encoder.system,
     )
-    each = score_answer_rows(said, [rows.rows[number].references for number in asked])
+    scores = score_answer_rows(answers, [rows.rows[number].references for number in asked])
     by_row = {
-        number: {name: values[at] for name, values in each.items()}
+        number: {name: values[at] for name, values in scores.items()}
         for at, number in enumerate(asked)
     }
     return EvaluationResult(
-        metrics | metric_means(each),
-        metric_intervals(each),
-        forced,
-        dict(zip(asked, said, strict=True)),
+        metrics | metric_means(scores),
+        metric_intervals(scores),
+        teacher_forced,
+        dict(zip(asked, answers, strict=True)),
         by_row,
     )

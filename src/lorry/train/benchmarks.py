@@ -35,7 +35,7 @@ def load_eval_benchmarks(run: RunConfig) -> list[Benchmark]:
             seed=run.train.seed,
             on_bad_row="error" if run.data.on_bad_row == "error" else "skip",
         )
-        refuse_leak(spots, places, exam.one, exam.split, "leave it out of train.eval_tasks")
+        refuse_leak(spots, places, exam.named_set, exam.split, "leave it out of train.eval_tasks")
         exams.append(exam)
     return exams
 
@@ -46,7 +46,7 @@ def default_best_metric(run: RunConfig, exams: list[Benchmark], notes: list[str]
     """
     if not exams or run.data.evaluates or run.train.metric_for_best_model != "eval_loss":
         return run
-    metric = f"eval_{exams[0].one.name}_{exams[0].one.metrics[0]}"
+    metric = f"eval_{exams[0].named_set.name}_{exams[0].named_set.metrics[0]}"
     notes.append(
         f"no rows are held out for a loss, so the best step is that of the highest {metric}"
     )
@@ -83,6 +83,7 @@ class BenchmarkEvaluator:
                 batch_rows=self.run.train.per_device_eval_batch_size,
             )
             found |= {
-                f"eval_{exam.one.name}_{metric}": one.value for metric, one in taken.metrics.items()
+                f"eval_{exam.named_set.name}_{metric}": one.value
+                for metric, one in taken.metrics.items()
             }
         return found

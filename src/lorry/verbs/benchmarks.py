@@ -69,7 +69,7 @@ def load_benchmarks(settings: EvalSettings) -> list[Benchmark]:
     for exam in exams:
         left = "".join(f"; left out {n} ({reason})" for reason, n in sorted(exam.left_out.items()))
         print_note(
-            f"{exam.one.name}: {len(exam.questions)} questions of {exam.source} [{exam.split}]{left}"
+            f"{exam.named_set.name}: {len(exam.questions)} questions of {exam.source} [{exam.split}]{left}"
         )
         for note in exam.notes:
             print_note(f"note: {note}")
@@ -91,12 +91,12 @@ def evaluate_benchmarks(
         chat=settings.chat,
         embeddings=found.model.vocab_size,
     )
-    done: BenchmarkResults = {exam.one.name: {} for exam in exams}
+    done: BenchmarkResults = {exam.named_set.name: {} for exam in exams}
     with VisibleConsole(stderr=True).status("evaluating") as status:
         for exam in exams:
             for side, mix in mixes.items():
-                status.update(f"{exam.one.name}: {len(exam.questions)} questions, {side}")
-                done[exam.one.name][side] = ask(
+                status.update(f"{exam.named_set.name}: {len(exam.questions)} questions, {side}")
+                done[exam.named_set.name][side] = ask(
                     found.model,
                     encoder,
                     exam,
@@ -131,15 +131,15 @@ def benchmark_table(title: str, exams: list[Benchmark], results: BenchmarkResult
             Text(make_visible(column)), justify="left" if column in ("set", "metric") else "right"
         )
     for exam in exams:
-        by_side = results[exam.one.name]
+        by_side = results[exam.named_set.name]
         for at, metric in enumerate(next(iter(by_side.values())).metrics):
             cells = [
                 _metric_cell(one.metrics[metric].value, one.metrics[metric].interval)
                 for one in by_side.values()
             ]
-            name = f"{exam.one.name} ({len(exam.questions)})" if at == 0 else ""
+            name = f"{exam.named_set.name} ({len(exam.questions)})" if at == 0 else ""
             made.add_row(Text(name), Text(metric.replace("_", " ")), *map(Text, cells))
-    few = [exam.one.name for exam in exams if len(exam.questions) < MIN_INTERVAL_ROWS]
+    few = [exam.named_set.name for exam in exams if len(exam.questions) < MIN_INTERVAL_ROWS]
     made.caption = Text(make_visible(f"{', '.join(few)}: {TOO_FEW_ROWS_MESSAGE}")) if few else None
     made.caption_justify = "left"
     return made
@@ -159,7 +159,7 @@ def benchmark_label(settings: EvalSettings, exam: Benchmark) -> str:
     split = f" [{exam.split}]" if exam.split == "train" else ""
     shots = f", {settings.n_shot} worked examples" if settings.n_shot else ""
     return (
-        exam.one.name
+        exam.named_set.name
         + split
         + shots
         + (f", the first {settings.limit} rows" if settings.limit else "")
@@ -172,7 +172,7 @@ def benchmark_entries(
     """Entries of evaluation.json: per set and adapter every metric before (base) and after."""
     made = []
     for exam in exams:
-        base, *after = results[exam.one.name].items()
+        base, *after = results[exam.named_set.name].items()
         for adapter, one in after or [base]:
             name = benchmark_label(settings, exam) + (f" ({adapter})" if len(after) > 1 else "")
             sides = {"before": base[1] if after else None, "after": one}
@@ -208,7 +208,7 @@ def write_benchmark_results(
         return
     from lorry.report.bars import draw_bars
 
-    groups = {exam.one.name: exam.one.metrics[0] for exam in exams}
+    groups = {exam.named_set.name: exam.named_set.metrics[0] for exam in exams}
     values = {
         side: {
             name: (one.metrics[groups[name]].value, one.metrics[groups[name]].interval)
@@ -235,11 +235,11 @@ def benchmark_csv(exams: list[Benchmark], results: BenchmarkResults) -> str:
     lines = csv.writer(out, lineterminator="\n")
     lines.writerow(CSV_COLUMNS)
     for exam in exams:
-        for side, one in results[exam.one.name].items():
+        for side, one in results[exam.named_set.name].items():
             for metric, got in one.metrics.items():
                 lines.writerow(
                     [
-                        exam.one.name,
+                        exam.named_set.name,
                         metric,
                         side,
                         got.value,
@@ -276,7 +276,7 @@ def benchmark_json(
         mode="json", include={*asked, "max_new_tokens", "temperature", "top_p", "top_k"}
     )
     sets = {
-        exam.one.name: {
+        exam.named_set.name: {
             "split": exam.split,
             "source": exam.source,
             "questions": len(exam.questions),
@@ -296,7 +296,7 @@ def benchmark_json(
                     "shortened_prompts": one.shortened,
                     "answers_too_long": one.too_long,
                 }
-                for side, one in results[exam.one.name].items()
+                for side, one in results[exam.named_set.name].items()
             },
         }
         for exam in exams

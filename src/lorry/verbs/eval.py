@@ -149,9 +149,9 @@ def warn_trained_rows(settings: EvalSettings, found: OpenedModel, read: list[Ben
     catalog = open_catalog(settings.catalog, field="catalog")
     places = DataLocations(settings.local, field="local", catalog=catalog)
     for exam in read:
-        if any(places.of(exam.one, exam.split).overlaps(spot) for spot in spots):
+        if any(places.of(exam.named_set, exam.split).overlaps(spot) for spot in spots):
             print_note(
-                f"warning: {exam.one.name}: {run} was trained on rows of {exam.source}; what it has learnt by heart is no measure"
+                f"warning: {exam.named_set.name}: {run} was trained on rows of {exam.source}; what it has learnt by heart is no measure"
             )
 
 
@@ -268,7 +268,7 @@ def evaluation_sides_table(
 ) -> Table:
     """A row per metric, a column per side; 95% intervals where there are any."""
     first = next(iter(sides.values()))
-    answered = f", {len(first.said)} answered" if first.said else ""
+    answered = f", {len(first.answers)} answered" if first.answers else ""
     heading = Text(make_visible(f"{title}: {len(rows.rows)} rows{answered}"))
     table = Table(title=heading, title_justify="left", header_style="dim", box=SIMPLE_HEAD)
     for column in ("metric", *sides):
@@ -278,7 +278,7 @@ def evaluation_sides_table(
     for metric in first.metrics:
         cells = [_side_cell(one, metric) for one in sides.values()]
         table.add_row(Text(metric.replace("_", " ")), *map(Text, cells))
-    if 0 < len(first.said) < MIN_INTERVAL_ROWS:
+    if 0 < len(first.answers) < MIN_INTERVAL_ROWS:
         table.caption, table.caption_justify = Text(TOO_FEW_ROWS_MESSAGE), "left"
     return table
 
@@ -390,13 +390,15 @@ def _row_results(rows: EvalRows, at: int, sides: Mapping[str, EvaluationResult])
     row = rows.rows[at]
     shown: dict[str, Any] = {
         "where": row.where,
-        "supervised_tokens": next(iter(sides.values())).forced[at].tokens,
+        "supervised_tokens": next(iter(sides.values())).teacher_forced[at].tokens,
     }
     if row.references:
         shown |= {"question": row.question, "references": row.references}
     for name, one in sides.items():
-        loss = {"loss": _finite_or_none(one.forced[at].metrics()["loss"])}
-        shown[name] = loss | ({"answer": one.said[at], **one.scores[at]} if at in one.said else {})
+        loss = {"loss": _finite_or_none(one.teacher_forced[at].metrics()["loss"])}
+        shown[name] = loss | (
+            {"answer": one.answers[at], **one.scores[at]} if at in one.answers else {}
+        )
     return shown
 
 

@@ -32,9 +32,8 @@ from lorry.models.scoring.score import log_prob, score_supervised_tokens
 from lorry.models.scoring.vocab import VocabStatistic
 
 LOGLIKELIHOOD_BATCH_TOKENS = 4096
-UNKNOWN_CONTEXT = (
-    2048  # tokens, for a model that does not say how many it takes; the harness assumes as many
-)
+# tokens, for a model that does not say how many it takes; the harness assumes as many
+UNKNOWN_CONTEXT = 2048
 
 top_statistic = VocabStatistic(lambda p, rows: p.top.to(p.chosen.dtype), gradient=False)
 
@@ -84,23 +83,23 @@ class HarnessTokenizer:
         """Raises DataError when nothing is left to be scored."""
         if context == "":
             ids = self._encode(continuation, False)
-            made = (
+            pair_ids = (
                 TokenPair(ids[:1], ids[1:])
                 if ids[:1] == [self.prefix]
                 else TokenPair([self.prefix], ids)
             )
         else:
-            before, whole = self.ids(context.rstrip()), self.ids(context + continuation)
-            made = (
-                TokenPair(before, whole[len(before) :])
-                if before
-                else TokenPair([self.prefix], whole)
+            context_ids, whole_ids = self.ids(context.rstrip()), self.ids(context + continuation)
+            pair_ids = (
+                TokenPair(context_ids, whole_ids[len(context_ids) :])
+                if context_ids
+                else TokenPair([self.prefix], whole_ids)
             )
-        if not made.continuation:
+        if not pair_ids.continuation:
             raise DataError(
                 f"the continuation {continuation!r} of {context[-60:]!r} has no tokens of its own; nothing to score"
             )
-        return made
+        return pair_ids
 
     def _encode(self, text: str, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
@@ -171,8 +170,10 @@ def score_pairs(
         raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     for batch in batch_scoring_rows(group_scoring_rows(pairs, limit), batch_tokens):
         with torch.no_grad(), evaluation_mode(model):
-            done = list(_score_batch(model, batch, mix))
-        yield from done
+            # all of a batch before it is handed out: the model must not be left in evaluation mode
+            # between
+            scores = list(_score_batch(model, batch, mix))
+        yield from scores
 
 
 def group_scoring_rows(pairs: Sequence[TokenPair], limit: int) -> list[ScoringRow]:
@@ -184,22 +185,24 @@ def group_scoring_rows(pairs: Sequence[TokenPair], limit: int) -> list[ScoringRo
             raise DataError(
                 f"continuation {number} has {count} tokens, but the model takes {limit}; shorten it"
             )
-        whole = (*pair.context, *pair.continuation)[-(limit + 1) :]
-        inputs = whole[:-1]
-        rows.setdefault(inputs, ScoringRow(inputs)).add(number, count, whole[-1])
+        # limit + 1: the last token is only a target and is never run
+        kept_tokens = (*pair.context, *pair.continuation)[-(limit + 1) :]
+        inputs = kept_tokens[:-1]
+        rows.setdefault(inputs, ScoringRow(inputs)).add(number, count, kept_tokens[-1])
+    # longest first: what does not fit into memory shows at once
     return sorted(rows.values(), key=lambda row: (-len(row.inputs), row.inputs))
 
 
 def batch_scoring_rows(rows: Sequence[ScoringRow], batch_tokens: int) -> Iterator[list[ScoringRow]]:
     """Rows in their order, as many together as fit; always one at least."""
     batch: list[ScoringRow] = []
-    held = 0
+    batch_size = 0
     for row in rows:
-        if batch and held + len(row.inputs) > batch_tokens:
+        if batch and batch_size + len(row.inputs) > batch_tokens:
             yield batch
-            batch, held = [], 0
+            batch, batch_size = [], 0
         batch.append(row)
-        held += len(row.inputs)
+        batch_size += len(row.inputs)
     if batch:
         yield batch
 
@@ -213,10 +216,11 @@ def _score_batch(
     width = max(len(row.finals) for row in rows)
     targets, weights, finals = [0], [0.0], [[0] * width]
     for row in rows:
-        after = [*row.inputs[1:], row.finals[0]]
-        targets += after
-        weights += [0.0] * (len(after) - row.wanted) + [1.0] * row.wanted
-        finals += [[token] * width for token in after[:-1]]
+        row_targets = [*row.inputs[1:], row.finals[0]]
+        targets += row_targets
+        weights += [0.0] * (len(row_targets) - row.wanted) + [1.0] * row.wanted
+        finals += [[token] * width for token in row_targets[:-1]]
+        # every row is as wide as the widest; its own first last token fills it up, and is not read
         finals.append((row.finals + row.finals[:1] * width)[:width])
     batch = collate(
         [
@@ -248,6 +252,7 @@ def _pair_likelihoods(
     """The scores of a row's pairs; lines [scored tokens, k]: log p of each target, and in the last
     line of the k last tokens.
     """
+    # the scored tokens that all pairs of the row share; the last is each pair's own
     steady = lines[:, 0].tolist()[:-1]
     hits = [
         a == b for a, b in zip(likeliest, row.inputs[len(row.inputs) - len(steady) :], strict=False)

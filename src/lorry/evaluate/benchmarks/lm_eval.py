@@ -112,6 +112,7 @@ class LorryLM(LM):
         rows = model.vocab_size if isinstance(model, (Decoder, HfModel)) else None
         self.encoder = ExampleEncoder(tokenizer, max_length=NO_TOKEN_LIMIT, embeddings=rows)
         self.wording, self.chat = HarnessTokenizer(tokenizer), chat
+        # the harness reads this name of its base class
         self._device = model.device
 
     @classmethod
@@ -127,14 +128,14 @@ class LorryLM(LM):
     ) -> LorryLM:
         """path (or name, pretrained), adapter (``base``: without any), what `lorry.load` takes, and
         what `lm` takes. Raises ConfigError for anything else."""
-        more = {
+        command_line = {
             name: value for name, value in (additional_config or {}).items() if value is not None
         }
-        if str(more.get("device", "")).startswith("cuda") and not torch.cuda.is_available():
-            del more["device"]  # the command line says cuda:0 unless told otherwise
+        if str(command_line.get("device", "")).startswith("cuda") and not torch.cuda.is_available():
+            del command_line["device"]  # the command line says cuda:0 unless told otherwise
         args = {
             name: value
-            for name, value in {**arg_dict, **more}.items()
+            for name, value in {**arg_dict, **command_line}.items()
             if name not in IGNORED_SETTINGS
         }
         path = next(
@@ -144,16 +145,16 @@ class LorryLM(LM):
             raise ConfigError(
                 "model_args names no model; give path=RUN, a directory, a hub id or an embedded model's name"
             )
-        adapter, kept = (
+        adapter, own_settings = (
             args.pop("adapter", None),
             {name: args.pop(name) for name in HARNESS_SETTINGS if name in args},
         )
-        found = _open_harness_model(str(path), args)
+        opened = _open_harness_model(str(path), args)
         return lm(
-            found.model,
-            found.tokenizer,
-            adapter=None if adapter is None else _resolve_side(found, str(adapter)),
-            **kept,
+            opened.model,
+            opened.tokenizer,
+            adapter=None if adapter is None else _resolve_side(opened, str(adapter)),
+            **own_settings,
         )
 
     # --- what the harness asks
@@ -182,13 +183,13 @@ class LorryLM(LM):
             windows = get_rolling_token_windows(
                 tokens, self.wording.prefix, max_seq_len=self.max_length, context_len=1
             )
-            made = [TokenPair(*make_disjoint_window(window)) for window in windows]
-            pairs, owners = pairs + made, owners + [at] * len(made)
+            window_pairs = [TokenPair(*make_disjoint_window(window)) for window in windows]
+            pairs, owners = pairs + window_pairs, owners + [at] * len(window_pairs)
         totals = [0.0] * len(requests)
-        for number, got in _with_progress_bar(
+        for number, likelihood in _with_progress_bar(
             self._scored(pairs), len(pairs), "windows", disable_tqdm
         ):
-            totals[owners[number]] += got.total
+            totals[owners[number]] += likelihood.total
         for at, request in enumerate(requests):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[at])
         return totals
@@ -197,6 +198,7 @@ class LorryLM(LM):
         """Answers to requests (context, generation settings), each cut before its stop strings."""
         groups: dict[str, list[int]] = {}
         for at, request in enumerate(requests):
+            # requests of one task have equal settings; only equal ones can share a batch
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(at)
         done: dict[int, str] = {}
         for at, text in _with_progress_bar(
@@ -225,6 +227,7 @@ class LorryLM(LM):
         """A chat as the prompt of its next answer, or of the rest of its last one. The end of turn
         then ends answers too.
         """
+        # the harness says nowhere else that it asks through the template
         self.chat = True
         messages = [ChatMessage(ROLES[turn["role"]], turn["content"]) for turn in chat_history]
         template = self.encoder.template
@@ -275,6 +278,7 @@ class LorryLM(LM):
             prompts = [
                 self.wording.ids(requests[at].args[0]) or [self.wording.prefix] for at in group
             ]
+            # told and not refused, as the harness' own models do
             if cut := sum(len(prompt) > room for prompt in prompts):
                 log.warning(
                     f"{cut} of {len(prompts)} prompts were cut from the left to {room} tokens, to leave room for {new} more"
@@ -294,8 +298,11 @@ class LorryLM(LM):
         """Ids that end an answer: the tokenizer's EOS, those of the model's generation_config, in a
         chat the end of turn.
         """
-        said = self.model.__dict__.get(GENERATION_CONFIG, {}).get("eos_token_id")
-        ends = {*(said if isinstance(said, list) else [said]), self.tokenizer.eos_token_id} - {None}
+        eos_ids = self.model.__dict__.get(GENERATION_CONFIG, {}).get("eos_token_id")
+        ends = {
+            *(eos_ids if isinstance(eos_ids, list) else [eos_ids]),
+            self.tokenizer.eos_token_id,
+        } - {None}
         return ends | set(self.encoder.stop_tokens() if self.chat else ())
 
     def _end_texts(self) -> list[str]:
@@ -310,6 +317,7 @@ class LorryLM(LM):
         ]
 
 
+# importing this module twice, by two names, is no error
 if HARNESS_MODEL_NAME not in MODEL_REGISTRY:
     register_model(HARNESS_MODEL_NAME)(LorryLM)
 
@@ -355,9 +363,9 @@ def evaluate(
     from lm_eval import simple_evaluate
 
     manager, names = _load_harness_tasks(tasks, include_path)
-    found = _open_harness_model(path, model or {})
-    asked = (
-        list(harness_sides(found))
+    opened = _open_harness_model(path, model or {})
+    sides = (
+        list(harness_sides(opened))
         if adapter is None
         else [adapter]
         if isinstance(adapter, str)
@@ -365,37 +373,38 @@ def evaluate(
     )
     models = {
         name: lm(
-            found.model, found.tokenizer, adapter=_resolve_side(found, name), **(settings or {})
+            opened.model, opened.tokenizer, adapter=_resolve_side(opened, name), **(settings or {})
         )
-        for name in asked
+        for name in sides
     }
     chosen = {"log_samples": False, "apply_chat_template": chat, "task_manager": manager, **options}
     try:
         return {
-            name: simple_evaluate(model=one, tasks=names, **chosen) for name, one in models.items()
+            name: simple_evaluate(model=side_model, tasks=names, **chosen)
+            for name, side_model in models.items()
         }
     except OSError as error:  # what `datasets` raises for a file or hub set that cannot be had
         raise DataError(f"the data of {', '.join(names)} could not be read: {error}") from error
 
 
-def harness_sides(found: OpenedModel) -> dict[str, Mix | str]:
+def harness_sides(opened: OpenedModel) -> dict[str, Mix | str]:
     """{base: none, and each adapter's name: itself}; one called base is "adapter base"."""
     return {BASE_SIDE: Mix.none()} | {
-        f"adapter {name}" if name == BASE_SIDE else name: name for name in found.adapters
+        f"adapter {name}" if name == BASE_SIDE else name: name for name in opened.adapters
     }
 
 
 def _open_harness_model(path: str, model: Mapping[str, Any]) -> OpenedModel:
     notes: list[str] = []
-    found = open_model(build_settings(ModelConfig, {"name": path, **model}, notes), notes)
+    opened = open_model(build_settings(ModelConfig, {"name": path, **model}, notes), notes)
     for note in notes:
         log.warning(note)
-    return found
+    return opened
 
 
-def _resolve_side(found: OpenedModel, name: str) -> Mix | str:
+def _resolve_side(opened: OpenedModel, name: str) -> Mix | str:
     """A side by its name. Raises ConfigError for an unknown one."""
-    known = harness_sides(found)
+    known = harness_sides(opened)
     if name not in known:
         raise ConfigError(
             f"no adapter named {name!r}{suggest_nearest(name, known)}; there are {', '.join(known)}"
@@ -410,9 +419,9 @@ def _load_harness_tasks(tasks: Sequence[str], include_path: str | None) -> tuple
 
     wanted = [tasks] if isinstance(tasks, str) else list(tasks)
     if include_path is not None:
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if all(own.match_tasks([name]) for name in wanted):
-            return own, own.match_tasks(wanted)
+        included = TaskManager(include_path=include_path, include_defaults=False)
+        if all(included.match_tasks([name]) for name in wanted):
+            return included, included.match_tasks(wanted)
     manager = TaskManager(include_path=include_path)
     for name in wanted:
         if not manager.match_tasks([name]):

@@ -1,8 +1,8 @@
 """The questions of a named set: which rows, in which words, after which worked examples. No model
 yet.
 
-exam = load_benchmark("bool_q", DataLocations({"bool_q": "boolq.jsonl"}), limit=100, n_shot=2)
-exam.questions[0].conversation()      # as it is asked
+benchmark = load_benchmark("bool_q", DataLocations({"bool_q": "boolq.jsonl"}), limit=100, n_shot=2)
+benchmark.questions[0].conversation()      # as it is asked
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class BenchmarkQuestion:
 class Benchmark:
     """The questions of one set, and what was left out or is to be said of them."""
 
-    one: NamedSet
+    named_set: NamedSet
     split: str
     source: str
     questions: list[BenchmarkQuestion]
@@ -48,7 +48,7 @@ class Benchmark:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def choice(self) -> bool:
+    def is_choice(self) -> bool:
         """Whether options are ranked; otherwise answers are generated."""
         return bool(self.questions[0].item.options)
 
@@ -74,69 +74,89 @@ def load_benchmark(
     Raises ConfigError (an unknown set, split or template), DataError (a missing file, a bad or no
     row, too few examples).
     """
-    one = places.catalog.find_set(name)
-    one.refuse_template(template, "template")
-    chosen = places.to_ask(one) if split == "auto" else split
-    source = places.open(one, chosen, limit=limit, on_bad_row=on_bad_row)
-    asked = list(read_items(one, source, template=template))
-    if not asked:
+    named_set = places.catalog.find_set(name)
+    named_set.refuse_template(template, "template")
+    chosen = places.to_ask(named_set) if split == "auto" else split
+    source = places.open(named_set, chosen, limit=limit, on_bad_row=on_bad_row)
+    items = list(read_items(named_set, source, template=template))
+    if not items:
         raise DataError(
-            f"{one.name} ({source.label}): no usable row; {source.bad.summary() or 'the set is empty'}"
+            f"{named_set.name} ({source.label}): no usable row; {source.bad.summary() or 'the set is empty'}"
         )
-    exam = Benchmark(
-        one,
+    benchmark = Benchmark(
+        named_set,
         chosen,
         source.label,
-        [BenchmarkQuestion(a.item, a.where) for a in asked],
+        [BenchmarkQuestion(item.item, item.where) for item in items],
         dict(source.bad.counts),
     )
-    if not exam.choice:
-        _check_metrics(exam)
-    if shortened := sum(a.item.shortened for a in asked):
-        exam.notes.append(f"{one.name}: {shortened} contexts were shortened to what the set allows")
-    return _add_fewshot(exam, places, asked, n_shot, template, seed, on_bad_row) if n_shot else exam
+    if not benchmark.is_choice:
+        _check_metrics(benchmark)
+    if shortened := sum(item.item.shortened for item in items):
+        benchmark.notes.append(
+            f"{named_set.name}: {shortened} contexts were shortened to what the set allows"
+        )
+    return (
+        _add_fewshot(benchmark, places, items, n_shot, template, seed, on_bad_row)
+        if n_shot
+        else benchmark
+    )
 
 
-def _check_metrics(exam: Benchmark) -> None:
+def _check_metrics(benchmark: Benchmark) -> None:
     """Raises ConfigError for a metric that the set's file names and nobody has, DataError for rows
     without what one compares with: before a model is loaded, not after it has answered.
     """
     try:
-        check_metrics(exam.one.metrics, exam.references, concepts=exam.concepts)
+        check_metrics(
+            benchmark.named_set.metrics, benchmark.references, concepts=benchmark.concepts
+        )
     except ConfigError as error:
-        raise ConfigError(f"{exam.one.file}: metrics: {error}") from error
+        raise ConfigError(f"{benchmark.named_set.file}: metrics: {error}") from error
 
 
 def _add_fewshot(
-    exam: Benchmark,
+    benchmark: Benchmark,
     places: DataLocations,
-    asked: Sequence[NumberedItem],
+    items: Sequence[NumberedItem],
     n_shot: int,
     template: int,
     seed: int,
     on_bad_row: OnBadRow,
 ) -> Benchmark:
-    one = exam.one
-    shots_from = places.for_shots(one, exam.split)
-    same = places.of(one, shots_from) == places.of(one, exam.split)
+    named_set = benchmark.named_set
+    shots_from = places.for_shots(named_set, benchmark.split)
+    same_split = places.of(named_set, shots_from) == places.of(named_set, benchmark.split)
     pool = list(
         read_items(
-            one,
-            places.open(one, shots_from, limit=FEWSHOT_POOL, on_bad_row=on_bad_row),
+            named_set,
+            places.open(named_set, shots_from, limit=FEWSHOT_POOL, on_bad_row=on_bad_row),
             template=template,
         )
     )
-    numbers = [a.number for a in pool]
-    if same:
-        exam.notes.append(
-            f"{one.name}: worked examples come from the split that is asked, never the question's own row"
+    # numbers of rows in the file, by which the question's own row is known where both are one split
+    numbers = [item.number for item in pool]
+    if same_split:
+        benchmark.notes.append(
+            f"{named_set.name}: worked examples come from the split that is asked, never the question's own row"
         )
-    drawn = [
-        _draw_shots(pool, numbers, n_shot, seed, place, one.name, a.number if same else None)
-        for place, a in enumerate(asked)
+    shots_by_question = [
+        _draw_shots(
+            pool,
+            numbers,
+            n_shot,
+            seed,
+            position,
+            named_set.name,
+            item.number if same_split else None,
+        )
+        for position, item in enumerate(items)
     ]
-    questions = [replace(q, shots=shots) for q, shots in zip(exam.questions, drawn, strict=True)]
-    return replace(exam, questions=questions)
+    questions = [
+        replace(q, shots=shots)
+        for q, shots in zip(benchmark.questions, shots_by_question, strict=True)
+    ]
+    return replace(benchmark, questions=questions)
 
 
 def _draw_shots(
@@ -144,7 +164,7 @@ def _draw_shots(
     numbers: Sequence[int],
     count: int,
     seed: int,
-    place: int,
+    position: int,
     name: str,
     own: int | None,
 ) -> tuple[NamedSetItem, ...]:
@@ -154,5 +174,6 @@ def _draw_shots(
         raise DataError(
             f"{name}: n_shot={count} needs as many other rows; the split for examples has {len(others)}"
         )
-    order = epoch_order(len(others), seed, place, name=f"shots/{name}")
+    # of the set's name too, so that two sets with as many rows do not draw alike
+    order = epoch_order(len(others), seed, position, name=f"shots/{name}")
     return tuple(others[at].item for at in order[:count])

@@ -1,7 +1,8 @@
 """Log-likelihoods of answers: what the model gives each option of a question, or the right answer
 of one.
 
-    likelihoods(scorer, encoder, [[c1, c2], [c3]], mix)     # [[Likelihood, Likelihood], [Likelihood]]
+    answer_likelihoods(scorer, encoder, [[c1, c2], [c3]], mix)
+    # [[AnswerLikelihood, AnswerLikelihood], [AnswerLikelihood]]
 
 Options that are one token each after the same prompt share one pass over it: their tokens are read
 off one distribution.
@@ -69,41 +70,47 @@ def answer_likelihoods(
     """Of the last answer of each conversation, without the end of turn behind it (``closed``: with
     it). Raises DataError for one that cannot be encoded."""
     ends = frozenset(() if closed else encoder.stop_tokens())
-    laid = [[_answer_sequence(encoder, one, ends) for one in group] for group in answers]
-    merged = [_merge_options(group) for group in laid]
-    flat = [sequence for group in merged for sequence in group]
-    found = iter(_score_sequences(scorer, flat, mix))
-    out = list[list[AnswerLikelihood]]()
+    sequences = [
+        [_answer_sequence(encoder, conversation, ends) for conversation in group]
+        for group in answers
+    ]
+    merged = [_merge_options(group) for group in sequences]
+    all_sequences = [sequence for group in merged for sequence in group]
+    scores = iter(_score_sequences(scorer, all_sequences, mix))
+    likelihoods = list[list[AnswerLikelihood]]()
     for group in merged:
-        rows = [next(found) for _ in group]
+        rows = [next(scores) for _ in group]
         values = rows[0] if group[0].options else [row[0] for row in rows]
         lengths = (
             [len(s.tokens) - s.start for s in group] if not group[0].options else [1] * len(values)
         )
         cuts = [s.cut for s in group] if not group[0].options else [group[0].cut] * len(values)
-        out.append([AnswerLikelihood(*each) for each in zip(values, lengths, cuts, strict=True)])
-    return out
+        likelihoods.append(
+            [AnswerLikelihood(*each) for each in zip(values, lengths, cuts, strict=True)]
+        )
+    return likelihoods
 
 
 def _answer_sequence(
     encoder: ExampleEncoder, conversation: Conversation, ends: frozenset[int]
 ) -> AnswerSequence:
     """The conversation as it would be trained, its last answer marked."""
-    made = encoder.encode(conversation)
-    if isinstance(made, BadRow):
-        raise DataError(f"a question cannot be asked: {made.reason}")
-    tokens, weights = made[-1].tokens, made[-1].weights
+    encoded = encoder.encode(conversation)
+    if isinstance(encoded, BadRow):
+        raise DataError(f"a question cannot be asked: {encoded.reason}")
+    tokens, weights = encoded[-1].tokens, encoded[-1].weights
     stop = len(weights) - next(i for i, w in enumerate(reversed(weights)) if w)
     start = next((i + 1 for i in range(stop - 1, -1, -1) if not weights[i]), 1)
+    # every model gives its end of turn after any option; it would only add noise to the ranking
     while stop - 1 > start and tokens[stop - 1] in ends:
         stop -= 1
-    return AnswerSequence(tokens[:stop], start, made[-1].cut)
+    return AnswerSequence(tokens[:stop], start, encoded[-1].cut)
 
 
 def answer_fits(encoder: ExampleEncoder, conversation: Conversation) -> bool:
     """Whether the last answer, with its header, is no longer than the encoder's max_length."""
-    made = encoder.encode(conversation)
-    return not (isinstance(made, BadRow) and made.kind == TOO_LONG)
+    encoded = encoder.encode(conversation)
+    return not (isinstance(encoded, BadRow) and encoded.kind == TOO_LONG)
 
 
 def truncate_prompt(
@@ -118,10 +125,11 @@ def truncate_prompt(
         raise ModelError(
             "the model's context holds no prompt beside max_new_tokens; lower max_new_tokens"
         )
-    short = copy(encoder)
-    short.max_length = room + 1  # the answer is at least one token
-    laid = _answer_sequence(short, conversation, frozenset())
-    return laid.tokens[: laid.start], len(ids) - laid.start
+    # cut by the same code as in training, so that a prompt loses the same tokens
+    short_encoder = copy(encoder)
+    short_encoder.max_length = room + 1  # the answer is at least one token
+    sequence = _answer_sequence(short_encoder, conversation, frozenset())
+    return sequence.tokens[: sequence.start], len(ids) - sequence.start
 
 
 def _merge_options(group: Sequence[AnswerSequence]) -> list[AnswerSequence]:
@@ -141,34 +149,35 @@ def _score_sequences(
     """Per sequence its answer's log-probability, or those of its options; long ones first, so that
     batches are even.
     """
-    out: list[list[float]] = [[] for _ in sequences]
+    scores: list[list[float]] = [[] for _ in sequences]
+    # sequences of a batch must want as many scores each
     for width in sorted({len(s.options) for s in sequences}):
-        mine = sorted(
+        same_width = sorted(
             (n for n, s in enumerate(sequences) if len(s.options) == width),
             key=lambda n: -len(sequences[n].tokens),
         )
-        for numbers in _batch_numbers(mine, [len(s.tokens) for s in sequences]):
+        for numbers in _batch_numbers(same_width, [len(s.tokens) for s in sequences]):
             batch = collate([_ranking_example(sequences[n], n) for n in numbers])
             wants = (
                 {str(j): TokenScore(_option_statistic(j)) for j in range(width)}
                 if width
                 else {"0": TokenScore(log_prob)}
             )
-            got = scorer.score([batch], wants, mix)[0]
-            sums = [batch.sum_by_sequence(got[name].double()).tolist() for name in wants]
+            token_scores = scorer.score([batch], wants, mix)[0]
+            sums = [batch.sum_by_sequence(token_scores[name].double()).tolist() for name in wants]
             for at, number in enumerate(numbers):
-                out[number] = [column[at] for column in sums]
-    return out
+                scores[number] = [column[at] for column in sums]
+    return scores
 
 
 def _batch_numbers(numbers: Iterable[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    batch, taken = list[int](), 0
+    batch, batch_tokens = list[int](), 0
     for number in numbers:
-        if batch and taken + lengths[number] > RANK_BATCH_TOKENS:
+        if batch and batch_tokens + lengths[number] > RANK_BATCH_TOKENS:
             yield batch
-            batch, taken = [], 0
+            batch, batch_tokens = [], 0
         batch.append(number)
-        taken += lengths[number]
+        batch_tokens += lengths[number]
     if batch:
         yield batch
 

@@ -1,8 +1,8 @@
 """A model's results on named sets: options ranked by log-likelihood, other answers generated, every
 metric with an interval.
 
-done = take(model, encoder, exam, Mix.one("people"))
-done.metrics["accuracy"].value, done.metrics["accuracy"].interval
+result = evaluate_benchmark(model, encoder, benchmark, Mix.one("people"))
+result.metrics["accuracy"].value, result.metrics["accuracy"].interval
 """
 
 from __future__ import annotations
@@ -52,52 +52,53 @@ class BenchmarkResult:
 
 
 def evaluate_benchmark(
-    model: CausalLM, encoder: ExampleEncoder, exam: Benchmark, mix: Mix, *, max_new_tokens: int | None = None, batch_rows: int = 8,
+    model: CausalLM, encoder: ExampleEncoder, benchmark: Benchmark, mix: Mix, *, max_new_tokens: int | None = None, batch_rows: int = 8,
     seed: int = 0, **sampling: Any,
 ) -> BenchmarkResult:  # fmt: skip
-    """Ask a model every question of an exam under a mix. ``sampling``: temperature, top_p, top_k.
+    """Ask a model every question of a benchmark under a mix. ``sampling``: temperature, top_p, top_k.
 
     Raises ModelError for a prompt that cannot be cut to the context, ConfigError or DataError for a
     metric not to be had.
     """
     get_bank(model, create=True)
     scorer = ModelScorer(model)
-    if exam.choice:
-        return _evaluate_ranked(scorer, encoder, exam, mix, seed)
-    new = max_new_tokens or exam.one.max_new_tokens
+    if benchmark.is_choice:
+        return _evaluate_ranked(scorer, encoder, benchmark, mix, seed)
+    new_tokens = max_new_tokens or benchmark.named_set.max_new_tokens
     return _evaluate_generated(
         model,
         scorer,
         encoder,
-        exam,
+        benchmark,
         mix,
         seed,
-        SamplingParams(max_new_tokens=new, seed=seed, **sampling),
+        SamplingParams(max_new_tokens=new_tokens, seed=seed, **sampling),
         batch_rows,
     )
 
 
 def _evaluate_ranked(
-    scorer: ScoringBackend, encoder: ExampleEncoder, exam: Benchmark, mix: Mix, seed: int
+    scorer: ScoringBackend, encoder: ExampleEncoder, benchmark: Benchmark, mix: Mix, seed: int
 ) -> BenchmarkResult:
     """accuracy: of the option with the highest mean log-likelihood per token; accuracy_sum: of the
     highest sum, whose softmax over the options also gives the calibration; perplexity: of the right
     options.
     """
-    questions = exam.questions
-    found = answer_likelihoods(
+    questions = benchmark.questions
+    likelihoods = answer_likelihoods(
         scorer,
         encoder,
         [[q.conversation(option) for option in q.item.options] for q in questions],
         mix,
     )
     right = [q.item.right for q in questions]
-    by_sum = measure_options([[one.total for one in row] for row in found], right, seed)
-    by_mean = measure_options([[one.mean for one in row] for row in found], right, seed)
+    by_sum = measure_options([[one.total for one in row] for row in likelihoods], right, seed)
+    # the mean per token is lorry's "accuracy": a sum would favour short options
+    by_mean = measure_options([[one.mean for one in row] for row in likelihoods], right, seed)
     metrics = {"accuracy": by_mean["accuracy"], "accuracy_sum": by_sum["accuracy"]}
     metrics |= {name: by_sum[name] for name in ("ece", "brier", "confidence")}
     metrics["perplexity"] = measure_perplexity(
-        [row[q.item.right[0]] for q, row in zip(questions, found, strict=True)], seed
+        [row[q.item.right[0]] for q, row in zip(questions, likelihoods, strict=True)], seed
     )
     rows = [
         {
@@ -108,13 +109,13 @@ def _evaluate_ranked(
             "tokens": [one.tokens for one in row],
             "answer": question.item.options[max(range(len(row)), key=lambda n: row[n].mean)],
         }
-        for question, row in zip(questions, found, strict=True)
+        for question, row in zip(questions, likelihoods, strict=True)
     ]
     return BenchmarkResult(
-        exam.one.name,
+        benchmark.named_set.name,
         metrics,
         _with_values(rows, metrics),
-        sum(any(one.cut for one in row) for row in found),
+        sum(any(one.cut for one in row) for row in likelihoods),
     )
 
 
@@ -122,14 +123,15 @@ def _evaluate_generated(
     model: CausalLM,
     scorer: ScoringBackend,
     encoder: ExampleEncoder,
-    exam: Benchmark,
+    benchmark: Benchmark,
     mix: Mix,
     seed: int,
     params: SamplingParams,
     batch_rows: int,
 ) -> BenchmarkResult:
-    questions = exam.questions
-    references, concepts = exam.references, exam.concepts
+    questions = benchmark.questions
+    references, concepts = benchmark.references, benchmark.concepts
+    # the answer needs its place in the context, too
     room = None if model.context is None else model.context - params.max_new_tokens
     prompts = [truncate_prompt(encoder, question.conversation("."), room) for question in questions]
     texts = generate_continuations(
@@ -144,7 +146,9 @@ def _evaluate_generated(
         _strip_answer(text, question, encoder)
         for text, question in zip(texts, questions, strict=True)
     ]
-    metrics = measure_metrics(exam.one.metrics, answers, references, concepts=concepts, seed=seed)
+    metrics = measure_metrics(
+        benchmark.named_set.metrics, answers, references, concepts=concepts, seed=seed
+    )
     right = [
         one
         for one in (question.conversation() for question in questions)
@@ -156,8 +160,10 @@ def _evaluate_generated(
         {**_question_record(q), "references": refs, "answer": text}
         for q, refs, text in zip(questions, references, answers, strict=True)
     ]
-    cut, over = sum(count > 0 for _, count in prompts), len(questions) - len(right)
-    return BenchmarkResult(exam.one.name, metrics, _with_values(rows, metrics), cut, over)
+    cut, too_long = sum(count > 0 for _, count in prompts), len(questions) - len(right)
+    return BenchmarkResult(
+        benchmark.named_set.name, metrics, _with_values(rows, metrics), cut, too_long
+    )
 
 
 def _strip_answer(text: str, question: BenchmarkQuestion, encoder: ExampleEncoder) -> str:
@@ -169,16 +175,17 @@ def _strip_answer(text: str, question: BenchmarkQuestion, encoder: ExampleEncode
     ).strip()
 
 
-def measure_perplexity(found: Sequence[AnswerLikelihood], seed: int = 0) -> MetricEstimate:
+def measure_perplexity(likelihoods: Sequence[AnswerLikelihood], seed: int = 0) -> MetricEstimate:
     """exp of the mean negative log-likelihood per token of all answers together, resampled by rows;
     NaN of none.
     """
     import numpy
 
-    if not found:
+    if not likelihoods:
         return MetricEstimate(math.nan, (math.nan, math.nan))
-    table = numpy.array([[-one.total, one.tokens] for one in found])
+    table = numpy.array([[-likelihood.total, likelihood.tokens] for likelihood in likelihoods])
     value = float(numpy.exp(table[:, 0].sum() / table[:, 1].sum()))
+    # no resampling of an infinity: every sample would be NaN or the same
     if not math.isfinite(value):
         return MetricEstimate(value, (value, value))
     return MetricEstimate(

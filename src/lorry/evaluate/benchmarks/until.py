@@ -50,31 +50,32 @@ def parse_generation_kwargs(
     is true or a temperature above 0 is given without it. Raises ConfigError for a setting that
     would be ignored.
     """
-    left = dict(given)
-    until = left.pop("until", None) or []
+    remaining = dict(given)
+    until = remaining.pop("until", None) or []
     lengths = [
-        value for name in LENGTH_SETTINGS_NAMES if (value := left.pop(name, None)) is not None
+        value for name in LENGTH_SETTINGS_NAMES if (value := remaining.pop(name, None)) is not None
     ]
-    sample, temperature = left.pop("do_sample", None), left.pop("temperature", None)
-    drawn = bool(sample) if sample is not None else bool(temperature)
-    warm = 1.0 if temperature is None else float(temperature)
-    top_k, top_p = left.pop("top_k", None), left.pop("top_p", None)
+    sample, temperature = remaining.pop("do_sample", None), remaining.pop("temperature", None)
+    # as the harness reads them: a temperature alone asks for sampling
+    sampled = bool(sample) if sample is not None else bool(temperature)
+    sampling_temperature = 1.0 if temperature is None else float(temperature)
+    top_k, top_p = remaining.pop("top_k", None), remaining.pop("top_p", None)
     params = SamplingParams(
         max_new_tokens=int(lengths[0]) if lengths else max_gen_toks,
-        temperature=warm if drawn else 0.0,
+        temperature=sampling_temperature if sampled else 0.0,
         top_k=top_k
-        if drawn and top_k and top_k > 0
+        if sampled and top_k and top_k > 0
         else None,  # 0 and -1 are other libraries' words for all
-        top_p=top_p if drawn else None,
-        repetition_penalty=float(left.pop("repetition_penalty", 1.0)),
-        seed=int(left.pop("seed", seed)),
+        top_p=top_p if sampled else None,
+        repetition_penalty=float(remaining.pop("repetition_penalty", 1.0)),
+        seed=int(remaining.pop("seed", seed)),
     )
-    if other := {
+    if unknown := {
         name: value
-        for name, value in left.items()
+        for name, value in remaining.items()
         if value is not None and (name, value) != ("num_beams", 1)
     }:
-        name = next(iter(other))
+        name = next(iter(unknown))
         raise ConfigError(
             f"generation_kwargs: {name} is not understood{suggest_nearest(name, KNOWN_GENERATION_SETTINGS)}; there are {', '.join(KNOWN_GENERATION_SETTINGS)}"  # noqa: E501
         )
@@ -94,28 +95,29 @@ def generate_until_stops(
     """(number of the prompt, its answer as text), as answers end. An answer is cut before the first
     stop string in it and holds no special tokens. The rest is as in `generation.engine`."""
     stops = [stop for stop in stops if stop]
+    # bytes: a byte-level tokenizer may spend a token on each
     window = max((len(stop.encode()) for stop in stops), default=0) + STOP_MARGIN_TOKENS
     engine, mix = (
         GenerationEngine(model, batch_rows=batch_rows),
         resolve_constant_mix(model, adapters),
     )
 
-    def said(tokens: Sequence[int]) -> str:
+    def decode_answer(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def ended(tokens: Sequence[int]) -> bool:
+    def reached_stop(tokens: Sequence[int]) -> bool:
         """The last tokens are looked at first, which is quick; what they show has to be in the
         whole text too.
         """
-        return contains_stop(said(tokens[-window:]), stops) and (
-            len(tokens) <= window or contains_stop(said(tokens), stops)
+        return contains_stop(decode_answer(tokens[-window:]), stops) and (
+            len(tokens) <= window or contains_stop(decode_answer(tokens), stops)
         )
 
     for prompt in prompts:
-        engine.add_request(prompt, params, adapter=mix, stopping_criterion=ended)
+        engine.add_request(prompt, params, adapter=mix, stopping_criterion=reached_stop)
     while engine.has_unfinished_requests():
         for output in engine.step():
-            yield output.request_id, cut_at_stops(said(output.completion.tokens), stops)
+            yield output.request_id, cut_at_stops(decode_answer(output.completion.tokens), stops)
 
 
 def contains_stop(text: str, stops: Sequence[str]) -> bool:
