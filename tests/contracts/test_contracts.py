@@ -241,7 +241,9 @@ def test_3_a_name_shared_with_layers_that_train_is_said_longer() -> None:
 def test_3_a_matrix_that_does_not_move(tmp_path: Path) -> None:
     """B's rate is zero: gradients everywhere, and yet nothing is learnt."""
     stuck = engine_for(
-        Fixed([[examples(2, s)] for s in range(5)]), tmp_path, optim=OptimSettings(b_ratio=0.0)
+        Fixed([[examples(2, s)] for s in range(5)]),
+        tmp_path,
+        optim=OptimSettings(loraplus_lr_ratio=0.0),
     )
     stuck.checks.begin(stuck.backend, {"default": list(stuck.backend.bank["default"].slots)})  # type: ignore[attr-defined]
     with pytest.raises(

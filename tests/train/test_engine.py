@@ -53,7 +53,7 @@ def test_the_rate_of_every_step_is_that_of_transformers(
     kind: str, warmup: dict[str, Any], tmp_path: Path
 ) -> None:
     heard, n, base = Rates(), 9, 3e-3
-    optim = OptimSettings(b_ratio=4.0)
+    optim = OptimSettings(loraplus_lr_ratio=4.0)
     heard.engine = engine_for(
         Fixed(steps(n, 1)),
         tmp_path,

@@ -272,7 +272,7 @@ class LocalBackend:
                 for tensor, view in owner.split_like(flat).items():
                     view.copy_(state[f"{kind}/{name}/{tensor}"])
             owner.touch()
-            self.optimizers[name].count(state[f"adam_count/{name}"])
+            self.optimizers[name].set_step(state[f"adam_count/{name}"])
         torch.set_rng_state(state["rng/cpu"])
 
     def inspect(self) -> ParameterInspection:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
+# Values are a stranger's: any JSON type may stand where a number is expected.
 ConfigMapping = Mapping[str, Any]
 T_co = TypeVar("T_co", covariant=True)
 U = TypeVar("U")
@@ -32,10 +33,13 @@ class LayerLinears(NamedTuple, Generic[T_co]):
     mlp_in: T_co
     mlp_out: T_co
 
-    def map(self, make: Callable[[T_co], U]) -> LayerLinears[U]:
-        """``make`` of each."""
+    def map(self, function: Callable[[T_co], U]) -> LayerLinears[U]:
+        """``function`` of each."""
         return LayerLinears(
-            make(self.qkv), make(self.attn_out), make(self.mlp_in), make(self.mlp_out)
+            function(self.qkv),
+            function(self.attn_out),
+            function(self.mlp_in),
+            function(self.mlp_out),
         )
 
 
@@ -48,10 +52,10 @@ class LayerNorms(NamedTuple, Generic[T_co]):
     q: T_co | None = None
     k: T_co | None = None
 
-    def map(self, make: Callable[[T_co], U]) -> LayerNorms[U]:
-        """``make`` of each that is there."""
-        q, k = (None if norm is None else make(norm) for norm in (self.q, self.k))
-        return LayerNorms(make(self.attn), make(self.mlp), q, k)
+    def map(self, function: Callable[[T_co], U]) -> LayerNorms[U]:
+        """``function`` of each that is there."""
+        q, k = (None if norm is None else function(norm) for norm in (self.q, self.k))
+        return LayerNorms(function(self.attn), function(self.mlp), q, k)
 
     def present(self) -> list[T_co]:
         """Those that are there, in order."""
@@ -88,11 +92,14 @@ class ModelGeometry:
     mlp_width: int
     vocab: int
     context: int
+    # family defaults stand in `geometry`, so a config without the key means what transformers means
     norm_eps: float
     activation: str
     tied: bool
     rotary: RotaryConfig | None
+    # target names whose linears have a bias
     biased: frozenset[str]
+    # attention and MLP both read the layer's input, and both are added to it
     parallel_residual: bool = False
 
 
@@ -104,7 +111,7 @@ class ModelFamily:
     run. roles: the targets of each of the layer's products, every target once; norms: paths in a
     layer. qkv: `separate` (three linears), `thirds` (one linear, rows q|k|v) or `heads` (one
     linear, q,k,v interleaved by head). on_disk: module names that checkpoints spell otherwise,
-    {ours (transformers' module name): the file's}. reads: config keys `geometry` understands;
+    {transformers' module name: the file's}. reads: config keys `geometry` understands;
     ignores: keys that change nothing here, with a test of their value.
     """
 
@@ -128,15 +135,19 @@ class ModelFamily:
     ignores: Mapping[str, Callable[[Any, ConfigMapping], bool]]
 
     def __post_init__(self) -> None:
-        named = [target for role in self.roles for target in role]
-        if named != list(self.targets):
+        # the roles must list the targets in their own order: parameters are made in it, gradients
+        # return in it
+        role_targets = [target for role in self.roles for target in role]
+        if role_targets != list(self.targets):
             raise ValueError(
-                f"family {self.name}: roles {named} are not the targets {list(self.targets)}"
+                f"family {self.name}: roles {role_targets} are not the targets {list(self.targets)}"
             )
+        # the decoder derives from these counts whether to split a fused qkv and whether there is a
+        # gate
         counts = tuple(map(len, self.roles))
         if counts != (3 if self.qkv == "separate" else 1, 1, 2 if self.gated else 1, 1):
-            what = f"qkv={self.qkv}, gated={self.gated}"
-            raise ValueError(f"family {self.name}: {counts} targets per role do not fit {what}")
+            settings = f"qkv={self.qkv}, gated={self.gated}"
+            raise ValueError(f"family {self.name}: {counts} targets per role do not fit {settings}")
 
     def path(self, target: str, layer: int) -> str:
         """Full module name of a canonical target, e.g. `q_proj` of layer 3."""
@@ -144,7 +155,9 @@ class ModelFamily:
 
     def sizes(self, g: ModelGeometry) -> LayerLinears[dict[str, tuple[int, int]]]:
         """{target: (out, in) features} by role."""
+        # not width: head_dim may be set apart from width / heads (Qwen3, Mistral-Nemo)
         q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
+        # fused: one linear whose rows are q, k and v, however they are ordered
         outputs = (q, kv, kv) if len(self.roles.qkv) == 3 else (q + 2 * kv,)
         return LayerLinears(
             qkv={
@@ -158,6 +171,7 @@ class ModelFamily:
 
 def find_family(model_type: str) -> ModelFamily | None:
     """The family of a config's `model_type`, or None."""
+    # here and not above: these modules import the classes of this one
     from lorry.families.gpt2 import GPT2
     from lorry.families.llama import LLAMA, QWEN2, QWEN3
     from lorry.families.neox import NEOX
@@ -174,14 +188,15 @@ def unsupported_fields(
     ``defaults`` are the values transformers' own config class starts with: a key that class does
     not know is metadata, and a key at its default changes nothing.
     """
-    found = []
+    unsupported = []
     for key, value in config.items():
+        # a key transformers does not know either is metadata (a trainer's, a hub's)
         if key in family.reads or key not in defaults:
             continue
         harmless = family.ignores.get(key)
         if harmless is not None:
             if not harmless(value, config):
-                found.append(f"{key}={value!r}")
+                unsupported.append(f"{key}={value!r}")
         elif value != defaults[key]:
-            found.append(f"{key}={value!r}")
-    return found
+            unsupported.append(f"{key}={value!r}")
+    return unsupported

@@ -92,6 +92,7 @@ def is_wide_window(value: Any, config: ConfigMapping) -> bool:
     """A sliding window is harmless when absent, switched off, or no shorter than the context."""
     if value is None or config.get("use_sliding_window") is False:
         return True
+    # no token then has one beyond the window before it
     return value >= config["max_position_embeddings"]
 
 
@@ -100,37 +101,41 @@ def read_rotary(
     head_dim: int,
     *,
     default_theta: float = 10000.0,
-    default_share: float = 1.0,
+    default_partial_factor: float = 1.0,
 ) -> RotaryConfig:
     """Read `rope_parameters` (transformers 5) or `rope_theta`/`rope_scaling`/`rotary_pct` (before).
 
-    Raises UnsupportedConfig for scaling rules the decoder does not compute (dynamic, yarn,
+    Raises UnsupportedConfigError for scaling rules the decoder does not compute (dynamic, yarn,
     longrope).
     """
+    # transformers 5's name wins where both are there, as transformers itself reads it
     new: dict[str, Any] = config.get("rope_parameters") or {}
     rule: dict[str, Any] = {**(config.get("rope_scaling") or {}), **new}
+    # "type" is what files before transformers 4.43 call it
     kind = rule.get("rope_type", rule.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise UnsupportedConfigError(f"rope_type={kind!r}")
-    flat = {"rope_theta": default_theta, "partial_rotary_factor": default_share}
+    # both names for each number: GPT-NeoX's old keys differ from everybody else's
+    settings = {"rope_theta": default_theta, "partial_rotary_factor": default_partial_factor}
     for target, old in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
-        found = [
+        values = [
             source[key]
             for source, key in ((new, target), (config, target), (config, old))
             if source.get(key) is not None
         ]
-        flat[target] = float(found[0]) if found else flat[target]
-    numbers = {
+        settings[target] = float(values[0]) if values else settings[target]
+    scaling = {
         k: float(v)
         for k, v in rule.items()
         if k
         in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     }
     return RotaryConfig(
-        theta=flat["rope_theta"],
-        dim=int(head_dim * flat["partial_rotary_factor"]),
+        theta=settings["rope_theta"],
+        # truncated, as transformers does: a share of a head need not be whole
+        dim=int(head_dim * settings["partial_rotary_factor"]),
         kind=kind,
-        scaling=numbers,
+        scaling=scaling,
     )
 
 

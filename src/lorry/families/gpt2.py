@@ -17,13 +17,16 @@ def gpt2_geometry(config: ConfigMapping) -> ModelGeometry:
         heads=heads,
         kv_heads=heads,
         head_dim=width // heads,
+        # null in published configs: four times the width
         mlp_width=config.get("n_inner") or 4 * width,
         vocab=config["vocab_size"],
         context=config["n_positions"],
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
         activation=config.get("activation_function", "gelu_new"),
         tied=bool(config.get("tie_word_embeddings", True)),
+        # positions are learned vectors, added once to the embeddings
         rotary=None,
+        # looked up when called: GPT2 is defined below
         biased=frozenset(GPT2.targets),
     )
 
@@ -41,6 +44,7 @@ GPT2 = ModelFamily(
         "c_attn": "attn.c_attn",
         "c_proj": "attn.c_proj",
         "c_fc": "mlp.c_fc",
+        # two linears are called c_proj; this one needs a name of its own to be a target
         "mlp_c_proj": "mlp.c_proj",
     },
     roles=LayerLinears(
@@ -49,6 +53,7 @@ GPT2 = ModelFamily(
     norm="layer",
     qkv="thirds",
     gated=False,
+    # transformers' Conv1D keeps [in, out]
     transposed=True,
     geometry=gpt2_geometry,
     reads=frozenset(

@@ -16,6 +16,7 @@ from lorry.families.common import (
     read_rotary,
 )
 
+# Order counts: q, k, v are stacked and split in it.
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
@@ -23,14 +24,15 @@ MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 def llama_geometry(config: ConfigMapping) -> ModelGeometry:
     """Llama's and Mistral's config; biases only where `attention_bias` or `mlp_bias` ask for them.
 
-    Raises UnsupportedConfig for a partial rotary factor: transformers reads it under some scaling
+    Raises UnsupportedConfigError for a partial rotary factor: transformers reads it under some scaling
     rules and not under others.
     """
     heads = config["num_attention_heads"]
+    # null means "derive it", as an absent key does
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    turning = read_rotary(config, head_dim)
-    if turning.dim != head_dim:
-        raise UnsupportedConfigError(f"partial_rotary_factor={turning.dim / head_dim}")
+    rotary = read_rotary(config, head_dim)
+    if rotary.dim != head_dim:
+        raise UnsupportedConfigError(f"partial_rotary_factor={rotary.dim / head_dim}")
     biased = {
         *(ATTENTION_TARGETS if config.get("attention_bias") else ()),
         *(MLP_TARGETS if config.get("mlp_bias") else ()),
@@ -39,6 +41,7 @@ def llama_geometry(config: ConfigMapping) -> ModelGeometry:
         layers=config["num_hidden_layers"],
         width=config["hidden_size"],
         heads=heads,
+        # absent in Llama 1 and 2 configs: every head has keys and values of its own
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         mlp_width=config["intermediate_size"],
@@ -47,7 +50,7 @@ def llama_geometry(config: ConfigMapping) -> ModelGeometry:
         norm_eps=config.get("rms_norm_eps", 1e-6),
         activation=config.get("hidden_act", "silu"),
         tied=bool(config.get("tie_word_embeddings", False)),
-        rotary=turning,
+        rotary=rotary,
         biased=frozenset(biased),
     )
 
@@ -59,6 +62,7 @@ def qwen2_geometry(config: ConfigMapping) -> ModelGeometry:
 
 def qwen3_geometry(config: ConfigMapping) -> ModelGeometry:
     """Qwen3: heads of 128 unless the config says otherwise."""
+    # 128 is the default of transformers' Qwen3Config, which is not width / heads there
     return llama_geometry({"head_dim": 128, **config})
 
 
@@ -110,11 +114,14 @@ QWEN2 = replace(
     name="qwen2",
     model_types=("qwen2",),
     geometry=qwen2_geometry,
+    # not read here: its biases are fixed, so a config that sets these keys is not understood and
+    # falls back
     reads=CONFIG_KEYS - {"attention_bias", "mlp_bias"},
     ignores={
         **METADATA_KEYS,
         "sliding_window": is_wide_window,
         "use_sliding_window": lambda on, config: (
+            # the switch is off in published files whose window is shorter than the context
             not on or is_wide_window(config.get("sliding_window"), config)
         ),
         "max_window_layers": lambda _, config: not config.get("use_sliding_window"),

@@ -17,6 +17,7 @@ def neox_geometry(config: ConfigMapping) -> ModelGeometry:
     biased = {
         "dense_h_to_4h",
         "dense_4h_to_h",
+        # the MLP's biases are always there; only attention's can be switched off
         *(("query_key_value", "dense") if config.get("attention_bias", True) else ()),
     }
     return ModelGeometry(
@@ -31,7 +32,8 @@ def neox_geometry(config: ConfigMapping) -> ModelGeometry:
         norm_eps=config.get("layer_norm_eps", 1e-5),
         activation=config.get("hidden_act", "gelu"),
         tied=bool(config.get("tie_word_embeddings", False)),
-        rotary=read_rotary(config, head_dim, default_share=0.25),
+        # transformers' default rotary_pct of GPT-NeoX
+        rotary=read_rotary(config, head_dim, default_partial_factor=0.25),
         biased=frozenset(biased),
         parallel_residual=bool(config.get("use_parallel_residual", True)),
     )
@@ -45,6 +47,7 @@ NEOX = ModelFamily(
     layer="gpt_neox.layers.{i}",
     final_norm="gpt_neox.final_layer_norm",
     head="lm_head",
+    # transformers renamed the module; published checkpoints still have the old name
     on_disk={"lm_head": "embed_out"},
     norms=LayerNorms(attn="input_layernorm", mlp="post_attention_layernorm"),
     targets={

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorry.kernels.build import call_kernel, kernel_status
 
+# Widths the C++ is compiled for: multiples of a tile's 32 bf16 columns.
 HEAD_WIDTHS = (32, 64, 96, 128)
 
 
@@ -22,6 +23,7 @@ def supports_attention(q: Tensor, k: Tensor) -> bool:
         q.device.type == "cpu"
         and q.dtype == torch.bfloat16
         and q.shape[2] in HEAD_WIDTHS
+        # whole groups of query heads: each shares one key/value head
         and q.shape[1] % k.shape[1] == 0
         and kernel_status().amx
     )
@@ -71,9 +73,11 @@ def _call_with_scratch(name: str, tensors: Sequence[Tensor], starts: Tensor, sca
         tensors[1].shape[1],
         len(starts) - 1,
     )
+    # two calls: the kernel says what it needs, torch allocates it
     size = call_kernel(
         "attention_space", starts, segments, heads, groups, width, int(name == "attention_backward")
     )
+    # 64 bytes more, so that the next line can start at a cache line
     space = torch.empty(size + 64, dtype=torch.uint8)
     space = space[-space.data_ptr() % 64 :]
     call_kernel(name, *tensors, starts, segments, tokens, heads, groups, width, scale, space)

@@ -43,6 +43,7 @@ SOURCES = Path(__file__).parent
 # LORRY_KERNELS_FLAGS adds to them: a build for a sanitizer, or to measure a flag; it is a library
 # of its own in the cache
 EXTRA_FLAGS = tuple(shlex.split(os.environ.get("LORRY_KERNELS_FLAGS", "")))
+# No -ffast-math: NaN and infinity must pass through the kernels, or broken values would go unseen.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 WIDE_VECTOR_FLAGS = (
     ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
@@ -94,21 +95,21 @@ def call_kernel(name: str, *args: Tensor | int | float | None) -> int:
     Tensors (contiguous, on the CPU) go as addresses, whole numbers as long, others as float, None
     as null. Raises ValueError for a tensor that is not contiguous or not on the CPU.
     """
-    found = load_library()
-    assert found is not None
-    function = getattr(found, name)
+    library = load_library()
+    assert library is not None
+    function = getattr(library, name)
     function.restype = ctypes.c_long if name.endswith("_space") else None
-    given: list[Any] = []
+    arguments: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
             if not arg.is_contiguous() or arg.device.type != "cpu":
                 raise ValueError(f"{name} takes contiguous tensors on the CPU")
-            given.append(ctypes.c_void_p(arg.data_ptr()))
+            arguments.append(ctypes.c_void_p(arg.data_ptr()))
         elif arg is None:
-            given.append(ctypes.c_void_p())
+            arguments.append(ctypes.c_void_p())
         else:
-            given.append(ctypes.c_long(arg) if isinstance(arg, int) else ctypes.c_float(arg))
-    return int(function(*given) or 0)
+            arguments.append(ctypes.c_long(arg) if isinstance(arg, int) else ctypes.c_float(arg))
+    return int(function(*arguments) or 0)
 
 
 @cache
@@ -116,7 +117,7 @@ def _build_and_load() -> tuple[ctypes.CDLL | None, KernelStatus]:
     if os.environ.get("LORRY_KERNELS") == "0":
         return None, KernelStatus(False, "LORRY_KERNELS=0")
     compiler = next(
-        (found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None
+        (path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None
     )
     if compiler is None:
         return None, KernelStatus(
@@ -125,11 +126,11 @@ def _build_and_load() -> tuple[ctypes.CDLL | None, KernelStatus]:
     try:
         digest, folder = _build_digest(compiler), lorry_home() / "kernels"
         _make_private_folder(folder)
-        loaded = _load_intact(folder, digest)
-        if loaded is None:
+        library = _load_intact(folder, digest)
+        if library is None:
             _compile_library(compiler, folder, digest)
-            loaded = _load_intact(folder, digest)
-        if loaded is None:
+            library = _load_intact(folder, digest)
+        if library is None:
             return None, KernelStatus(
                 False,
                 f"the kernels that {compiler} builds cannot be loaded, or lack functions of this version",
@@ -140,11 +141,11 @@ def _build_and_load() -> tuple[ctypes.CDLL | None, KernelStatus]:
             f"{compiler} did not answer within {e.timeout:.0f} s and was stopped; LORRY_KERNELS=0 does without",
         )
     except subprocess.CalledProcessError as e:
-        said = (e.stderr or "").strip().splitlines() or [f"exit code {e.returncode}"]
-        return None, KernelStatus(False, f"{compiler} failed: {said[0]}")
+        messages = (e.stderr or "").strip().splitlines() or [f"exit code {e.returncode}"]
+        return None, KernelStatus(False, f"{compiler} failed: {messages[0]}")
     except (OSError, RuntimeError) as e:  # RuntimeError: nobody's home is known
         return None, KernelStatus(False, f"the built kernels cannot be kept or loaded: {e}")
-    return loaded, KernelStatus(True, "", digest, bool(loaded.lorry_amx()))
+    return library, KernelStatus(True, "", digest, bool(library.lorry_amx()))
 
 
 def _build_digest(compiler: str) -> str:
@@ -174,7 +175,7 @@ def _processor_flags() -> str:
 
 
 def _run_command(*command: str, limit: float) -> str:
-    """Run a command and return what it said. Raises CalledProcessError, and TimeoutExpired after
+    """Run a command and return its standard output. Raises CalledProcessError, and TimeoutExpired after
     ``limit`` seconds.
     """
     with subprocess.Popen(
@@ -183,9 +184,8 @@ def _run_command(*command: str, limit: float) -> str:
     ) as process:  # fmt: skip
         try:
             out, err = process.communicate(timeout=limit)
-        except (
-            BaseException
-        ):  # the limit, Ctrl-C, a signal: g++ is a driver, whose children would go on
+        # the limit, Ctrl-C, a signal: g++ is a driver, whose children would go on
+        except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode:
@@ -199,14 +199,14 @@ def _make_private_folder(folder: Path) -> None:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.getuid(), 0):
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (os.getuid(), 0):
         raise PermissionError(
             f"{folder} is not this user's own folder; set LORRY_HOME to one that is"
         )
-    if found.st_mode & OTHERS_MAY_WRITE and found.st_uid == os.getuid():
-        folder.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS_MAY_WRITE)
-    elif found.st_mode & OTHERS_MAY_WRITE:
+    if status.st_mode & OTHERS_MAY_WRITE and status.st_uid == os.getuid():
+        folder.chmod(stat.S_IMODE(status.st_mode) & ~OTHERS_MAY_WRITE)
+    elif status.st_mode & OTHERS_MAY_WRITE:
         raise PermissionError(
             f"others may write to {folder}; set LORRY_HOME to a folder of your own"
         )
@@ -216,8 +216,8 @@ def _load_intact(folder: Path, digest: str) -> ctypes.CDLL | None:
     """The library of this digest, loaded, if it is ours alone, its content what its name says, and
     its functions there; else it is removed, so that it is built anew."""
     for path in folder.glob(f"{digest}-*.so"):
-        if (loaded := _load_checked(path, digest)) is not None:
-            return loaded
+        if (library := _load_checked(path, digest)) is not None:
+            return library
         path.unlink(missing_ok=True)
     return None
 
@@ -227,26 +227,28 @@ def _load_checked(path: Path, digest: str) -> ctypes.CDLL | None:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
-    found = os.fstat(file)
-    ours = (
-        stat.S_ISREG(found.st_mode)
-        and found.st_uid in (os.getuid(), 0)
-        and not found.st_mode & OTHERS_MAY_WRITE
+    status = os.fstat(file)
+    trusted = (
+        stat.S_ISREG(status.st_mode)
+        and status.st_uid in (os.getuid(), 0)
+        and not status.st_mode & OTHERS_MAY_WRITE
     )
-    if ours:
+    if trusted:
         with open(file, "rb", closefd=False) as opened:
-            ours = path.stem == f"{digest}-{hashlib.file_digest(opened, 'sha256').hexdigest()[:16]}"
-    if not ours:
+            trusted = (
+                path.stem == f"{digest}-{hashlib.file_digest(opened, 'sha256').hexdigest()[:16]}"
+            )
+    if not trusted:
         os.close(file)
         return None
     # By its descriptor, which nobody can exchange; it stays open, since the loader knows libraries
     # by these names.
     by_descriptor = Path(f"/proc/self/fd/{file}")
     try:
-        loaded = ctypes.CDLL(str(by_descriptor if by_descriptor.exists() else path))
+        library = ctypes.CDLL(str(by_descriptor if by_descriptor.exists() else path))
     except OSError:
         return None
-    return loaded if all(hasattr(loaded, name) for name in _exported_functions()) else None
+    return library if all(hasattr(library, name) for name in _exported_functions()) else None
 
 
 def _exported_functions() -> list[str]:
@@ -258,13 +260,13 @@ def _exported_functions() -> list[str]:
 
 def _remove_abandoned(folder: Path) -> None:
     """What killed builds left: nobody is at work in a folder that old."""
-    for left in [*folder.glob(f"{BUILD_PREFIX}*"), *folder.glob("tmp*")]:
+    for leftover in [*folder.glob(f"{BUILD_PREFIX}*"), *folder.glob("tmp*")]:
         if (
-            left.is_dir()
-            and not left.is_symlink()
-            and time.time() - left.lstat().st_mtime > ABANDONED_SECONDS
+            leftover.is_dir()
+            and not leftover.is_symlink()
+            and time.time() - leftover.lstat().st_mtime > ABANDONED_SECONDS
         ):
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _compile_library(compiler: str, folder: Path, digest: str) -> Path:
@@ -288,15 +290,21 @@ def _compile_library(compiler: str, folder: Path, digest: str) -> Path:
                 objects[-1],
                 limit=COMPILE_SECONDS,
             )
-        made = Path(name) / "made.so"
+        library = Path(name) / "library.so"
         # No -fopenmp here: the calls stay unresolved until torch's own OpenMP runtime, loaded
         # before, provides them.
         _run_command(
-            compiler, *LIBRARY_FLAGS, *EXTRA_FLAGS, *objects, "-o", str(made), limit=COMPILE_SECONDS
+            compiler,
+            *LIBRARY_FLAGS,
+            *EXTRA_FLAGS,
+            *objects,
+            "-o",
+            str(library),
+            limit=COMPILE_SECONDS,
         )
-        made.chmod(0o700)  # whatever the umask allows others
-        with open(made, "rb") as file:
+        library.chmod(0o700)  # whatever the umask allows others
+        with open(library, "rb") as file:
             os.fsync(file.fileno())
-        path = folder / f"{digest}-{file_digest(made)[:16]}.so"
-        made.replace(path)
+        path = folder / f"{digest}-{file_digest(library)[:16]}.so"
+        library.replace(path)
     return path

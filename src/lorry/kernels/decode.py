@@ -26,6 +26,7 @@ def supports_product(weight: Tensor) -> bool:
     multiple of 32 or even and less.
     """
     return (
+        # the last test: a row of inputs must fill 32-wide tiles, or be one short tile of bf16 pairs
         weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and weight.is_contiguous()
@@ -38,17 +39,18 @@ def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [T,I] -> x W^T + b [T,O], summed in fp32 and rounded once; a row's result does not depend
     on the other rows.
     """
-    rows, outs = x.shape[0], weight.shape[0]
-    y = x.new_empty(rows, outs)
+    rows, outputs = x.shape[0], weight.shape[0]
+    y = x.new_empty(rows, outputs)
     call_kernel(
         "rows_product",
+        # behind y: rows, I, O, the row stride of x, its first column, 0 (overwrite y), the scale
         x.contiguous(),
         weight,
         bias,
         y,
         rows,
         weight.shape[1],
-        outs,
+        outputs,
         x.shape[1],
         0,
         0,
@@ -59,7 +61,7 @@ def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def add_linear_product(x: Tensor, columns: slice, weight: Tensor, scale: float, y: Tensor) -> None:
     """y [T,O] += scale * x[:, columns] W^T, likewise; x and y are contiguous."""
-    rows, outs = y.shape
+    rows, outputs = y.shape
     call_kernel(
         "rows_product",
         x,
@@ -68,8 +70,9 @@ def add_linear_product(x: Tensor, columns: slice, weight: Tensor, scale: float, 
         y,
         rows,
         weight.shape[1],
-        outs,
+        outputs,
         x.shape[1],
+        # then 1: add to y
         columns.start,
         1,
         scale,
@@ -80,7 +83,7 @@ def store_kv(
     k: Tensor, v: Tensor, table: Tensor, rows: Tensor, positions: Tensor, layer: int
 ) -> None:
     """Put k and v [T,G,D] of tokens at (row, position), [T] int64 each; table [B,2]: see
-    `models.cache.RowKVCache`.
+    `models.decoder.cache.RowKVCache`.
     """
     call_kernel(
         f"store_{KERNEL_SUFFIXES[k.dtype]}",
@@ -117,19 +120,19 @@ def attend_to_cache(q: Tensor, table: Tensor, lengths: Tensor, layer: int, group
 
 
 def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [B,V] -> (place of each row's largest, the first of several, [B] int64; its value [B]
+    """logits [B,V] -> (index of each row's largest, the first of several, [B] int64; its value [B]
     fp32, NaN where any is).
     """
-    places = torch.empty(logits.shape[0], dtype=torch.int64)
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
     values = torch.empty(logits.shape[0], dtype=torch.float32)
     call_kernel(
         f"largest_{KERNEL_SUFFIXES[logits.dtype]}",
         logits.contiguous(),
-        places,
+        tokens,
         values,
         *logits.shape,
     )
-    return places, values
+    return tokens, values
 
 
 def sample_rows(logits: Tensor, numbers: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -137,15 +140,16 @@ def sample_rows(logits: Tensor, numbers: Tensor, temperature: float) -> tuple[Te
     distribution of softmax(logits / temperature) passes its number, [B] int64; the largest logit
     [B] fp32, NaN where any is).
     """
-    places = torch.empty(logits.shape[0], dtype=torch.int64)
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
     values = torch.empty(logits.shape[0], dtype=torch.float32)
     call_kernel(
         f"draw_{KERNEL_SUFFIXES[logits.dtype]}",
         logits.contiguous(),
         numbers,
-        places,
+        tokens,
         values,
         *logits.shape,
+        # a factor: one division for the batch, not one for each logit
         1.0 / temperature,
     )
-    return places, values
+    return tokens, values

@@ -30,7 +30,7 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
 
 @dataclass
 class SoftmaxSums:
-    """What is known of t rows after ``seen`` columns. ``state`` [t, 5]: the peak, the sums of e^z,
+    """The sums of t rows after ``columns`` columns. ``state`` [t, 5]: the peak, the sums of e^z,
     e^z z, e^z z^2, and of z; ``top`` [t] int64: the first column that holds the peak. Without
     ``moments`` only the first two sums are kept.
     """
@@ -38,18 +38,19 @@ class SoftmaxSums:
     state: Tensor
     top: Tensor
     moments: bool
-    seen: int = 0
+    columns: int = 0
 
     @staticmethod
     def empty(rows: int, like: Tensor, *, moments: bool) -> SoftmaxSums:
         """Nothing seen yet, for logits of the dtype and device of ``like``."""
         state = torch.zeros(rows, 5, dtype=accumulator_dtype(like), device=like.device)
+        # below every logit, so the first tile always raises the peak
         state[:, 0] = -torch.inf
         return SoftmaxSums(state, torch.zeros(rows, dtype=torch.int64, device=like.device), moments)
 
-    def cut(self, rows: int) -> SoftmaxSums:
+    def first_rows(self, rows: int) -> SoftmaxSums:
         """The first rows alone."""
-        return SoftmaxSums(self.state[:rows], self.top[:rows], self.moments, self.seen)
+        return SoftmaxSums(self.state[:rows], self.top[:rows], self.moments, self.columns)
 
     def fold(self, tile: Tensor, *, write: bool = False) -> Tensor:
         """Take in the next columns [t, w]. Returns [t] what sums relative to the former peak are to
@@ -66,32 +67,40 @@ class SoftmaxSums:
                 self.top,
                 scale,
                 *tile.shape,
-                self.seen,
+                self.columns,
                 int(self.moments),
                 int(write),
             )
         else:
             scale = self._fold(tile, write)
-        self.seen += tile.shape[1]
+        self.columns += tile.shape[1]
         return scale
 
     def _fold(self, tile: Tensor, write: bool) -> Tensor:
-        former, total, first, second, plain = self.state.clone().unbind(1)
+        # a clone: unbind gives views of the state that is written below
+        former, total, first, second, plain_sum = self.state.clone().unbind(1)
         high, where = tile.max(1)
         peak = torch.maximum(former, high.to(former.dtype))
-        self.top = torch.where((high > former) | (self.seen == 0), where + self.seen, self.top)
-        fresh = former == -torch.inf
-        down = torch.where(fresh, 0.0, former - peak)
-        scale = torch.where(fresh, 0.0, down.exp())
+        # strictly above: of equal peaks the first column stays, as argmax has it
+        self.top = torch.where(
+            (high > former) | (self.columns == 0), where + self.columns, self.top
+        )
+        # -inf minus -inf is NaN: a row that has seen nothing finite is rescaled by 0 instead
+        empty = former == -torch.inf
+        down = torch.where(empty, 0.0, former - peak)
+        scale = torch.where(empty, 0.0, down.exp())
+        # relative to the new peak, so no exponential exceeds 1
         z = tile.to(former.dtype) - torch.where(peak == -torch.inf, 0.0, peak)[:, None]
         self.state[:, 0] = peak
         if self.moments:
-            self.state[:, 4] = plain + down * self.seen + z.sum(1)
+            self.state[:, 4] = plain_sum + down * self.columns + z.sum(1)
             low = z.clamp(min=MIN_LOG_PROB)
         e = z.exp_()
         self.state[:, 1] = scale * total + e.sum(1)
         if self.moments:
             weighed = e * low
+            # moments about the former peak become moments about the new one: z' = z + (former -
+            # peak)
             self.state[:, 2] = scale * (first + down * total) + weighed.sum(1)
             self.state[:, 3] = scale * (
                 second + 2 * down * first + down * down * total
@@ -111,12 +120,13 @@ def write_slope(tile: Tensor, terms: Tensor, *, moments: bool, out: Tensor) -> T
         call_kernel("softmax_slope", tile, out, terms, *tile.shape, int(moments))
         return out
     shift, centre, a, b, c, k = (column[:, None] for column in terms.unbind(1))
-    wide = tile.to(terms.dtype)
+    logits = tile.to(terms.dtype)
     if not moments:
-        return out.copy_((wide - shift).exp_().mul_(a))
-    y = (wide - centre).clamp_(min=MIN_LOG_PROB)
+        return out.copy_((logits - shift).exp_().mul_(a))
+    # -inf logits: p is 0 there, but 0 * inf would be NaN
+    y = (logits - centre).clamp_(min=MIN_LOG_PROB)
     bend = (y * c).add_(b).mul_(y).add_(a)
-    return out.copy_((wide - shift).exp_().mul_(bend).add_(k))
+    return out.copy_((logits - shift).exp_().mul_(bend).add_(k))
 
 
 def add_scaled(total: Tensor, part: Tensor, scale: Tensor) -> Tensor:

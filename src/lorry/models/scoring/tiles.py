@@ -256,9 +256,9 @@ class OnePassStatistics(torch.autograd.Function):
         sums = over.sums(moments=False)
         if not ctx.needs_input_grad[0]:
             logits = over.read(sums)
-            return asked.values(finish_softmax(sums.cut(len(hidden)), logits, len(head)))
+            return asked.values(finish_softmax(sums.first_rows(len(hidden)), logits, len(head)))
         logits, others = over.read_and_pull(sums)
-        sums = sums.cut(len(hidden))
+        sums = sums.first_rows(len(hidden))
         softmax = finish_softmax(sums, logits, len(head))
         values = asked.values(softmax)
         rise = asked.pull(softmax, torch.ones_like(values))[0]
@@ -284,7 +284,7 @@ class TwoPassStatistics(torch.autograd.Function):
         over = HeadPass(hidden, head, asked.ids)
         sums = over.sums(moments=asked.moments)
         logits = over.read(sums)
-        sums = sums.cut(len(hidden))
+        sums = sums.first_rows(len(hidden))
         ctx.save_for_backward(hidden, head, logits)
         ctx.asked, ctx.sums = asked, sums
         return asked.values(finish_softmax(sums, logits, len(head)))
