@@ -43,7 +43,8 @@ def evaluate_task(backend: ScoringBackend, task: Task) -> dict[str, float]:
         hits += float((scores["_correct"].double() * weights).sum())
         nll -= float((scores["_logprob"].double() * weights).sum())
     terms = {name: sums[name] / totals[name] if totals[name] else 0.0 for name in sums}
-    metrics = {"eval_loss": sum(terms.values())}
+    counted = [value for name, value in terms.items() if name not in task.reported]
+    metrics = {"eval_loss": sum(counted)}
     metrics |= {f"eval_{name}": value for name, value in terms.items() if len(terms) > 1}
     return metrics | {
         "eval_perplexity": loss_perplexity(nll, tokens),

@@ -22,6 +22,7 @@ from lorry.backends.optim import OptimSettings
 from lorry.backends.protocol import StepStats
 from lorry.data.batch import Batch, TokenizedExample, collate
 from lorry.errors import ConfigError, DataError, ModelError
+from lorry.evaluate.loss import evaluate_task
 from lorry.models.decoder.model import Decoder
 from lorry.tasks.unlearn.methods import (
     UNLEARN_METHODS,
@@ -308,6 +309,20 @@ def test_retain_nll_of_kl_is_reported_and_no_part_of_the_loss(models: Models) ->
         terms = {term: values["default"] for term, values in stats.terms.items()}
         assert terms["retain_nll"] == pytest.approx(float(twin.retain_nll(seen).detach()), rel=1e-6)
         assert stats.loss["default"] == pytest.approx(terms["forget"] + terms["retain"])
+
+
+def test_held_out_rows_have_the_same_terms_and_loss(models: Models) -> None:
+    """`evaluate_task`, with the start asked about them once; what is reported is no part there
+    either."""
+    local, _, seen, rows = models
+    task = task_of(local, "KL", [{}], [rows])
+    held = UnlearnTask(
+        task.stream, task.stream.batches(0), 9, task.adapters,
+        method=task.method, reference=task.reference, models={"self": local},
+    )  # fmt: skip
+    found = evaluate_task(local, held)
+    assert found["eval_loss"] == pytest.approx(float(CASES["KL"].loss(seen).detach()), rel=1e-5)
+    assert found["eval_retain_nll"] == pytest.approx(float(twin.retain_nll(seen).detach()))
 
 
 def test_pdu_adapts_lambda_from_the_step_it_saw(models: Models) -> None:
