@@ -15,7 +15,7 @@ import pytest
 from lorry.disk import receipt
 from lorry.errors import DataError
 from lorry.runs.read import read_run
-from lorry.train.card import facts
+from lorry.train.card.card import render_run_card
 from lorry.verbs import doctor, eval
 
 GOOD: dict[str, Any] = {
@@ -77,7 +77,7 @@ def test_a_part_of_another_type_is_named_by_every_reader(
     for read in (
         lambda: receipt.read(path),
         lambda: read_run(tmp_path),
-        lambda: facts.read_run_facts(tmp_path),
+        lambda: render_run_card(tmp_path),
         lambda: doctor.describe_decoder(read_run(tmp_path)),
         lambda: eval.note_other_dtype(found),
     ):

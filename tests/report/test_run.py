@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorry.errors import DataError
-from lorry.runs.read import read_readable_runs, read_run
+from lorry.runs.read import MetricChange, read_readable_runs, read_run
 from lorry.runs.summary import describe_run_subject, final_figures, flatten_config, run_differences
 from tests.support.runs import dump, full, metrics
 
@@ -27,7 +27,10 @@ def test_a_full_run_is_read(tmp_path: Path) -> None:
         ("answer T", 1.0),
         ("half", 0.5),
     ]
-    assert run.evaluation[0].metrics == {"exact_match": (0.0, 0.8125), "m T": (None, 2.5)}
+    assert run.evaluation[0].metrics == {
+        "exact_match": MetricChange(0.0, 0.8125),
+        "m T": MetricChange(None, 2.5),
+    }
     assert run.receipt["adapter"] == ["T", 1, None]
 
 
@@ -164,4 +167,41 @@ def test_differences_are_differences(tmp_path: Path) -> None:
 
 def test_scalar_metrics_count_as_after(tmp_path: Path) -> None:
     dump(tmp_path / "evaluation.json", [{"name": "e", "metrics": {"loss": 2.0}}])
-    assert read_run(tmp_path).evaluation[0].metrics == {"loss": (None, 2.0)}
+    assert read_run(tmp_path).evaluation[0].metrics == {"loss": MetricChange(None, 2.0)}
+
+
+def test_intervals_are_read(tmp_path: Path) -> None:
+    metrics = {
+        "f1": {"before": 0.1, "after": 0.5, "interval": [0.4, 0.6]},
+        "em": {"after": 1.0, "interval": [None, None]},
+    }
+    dump(tmp_path / "evaluation.json", [{"name": "e", "metrics": metrics}])
+    assert read_run(tmp_path).evaluation[0].metrics == {
+        "f1": MetricChange(0.1, 0.5, (0.4, 0.6)),
+        "em": MetricChange(None, 1.0),
+    }
+    for wrong in ([0.4], "0.4 to 0.6", [0.4, "0.6"]):
+        dump(tmp_path / "evaluation.json", [{"name": "e", "metrics": {"f1": {"interval": wrong}}}])
+        with pytest.raises(DataError, match=r"evaluation\.json: item 1.*'f1'"):
+            read_run(tmp_path)
+
+
+def test_settings_of_a_job_go_before_those_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "lora: {r: 8, lora_alpha: 16}\ntrain: null\n"
+        "jobs: [{name: a, lora: {r: 2}}, {name: b, lora: null}]\n"
+    )
+    run = read_run(tmp_path)
+    assert run.job_names == ["a", "b"]
+    assert run.settings_group("lora", "a") == {"r": 2, "lora_alpha": 16}
+    assert (
+        run.settings_group("lora", "b") == run.settings_group("lora") == {"r": 8, "lora_alpha": 16}
+    )
+    assert run.settings_group("train", "a") == {}
+    (tmp_path / "run.yaml").write_text("lora: {r: 8}\njobs: [{name: a, lora: {r: 2}}]\n")
+    alone = read_run(tmp_path)
+    assert (alone.job_names, alone.jobs, alone.settings_group("lora")) == ([None], [], {"r": 2})
+    for wrong in ("lora: 8", "jobs: 3", "jobs: [3]", "jobs: [{lora: {r: 2}}]"):
+        (tmp_path / "run.yaml").write_text(f"{wrong}\n")
+        with pytest.raises(DataError, match=r"run\.yaml: .*(mapping)"):
+            read_run(tmp_path).settings_group("lora")

@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from lorry.data.catalog import SETS
 from lorry.errors import DataError
+from lorry.runs.read import ContractRecord, EvaluationRecord, MetricChange, RunRecord, read_run
+from lorry.runs.series import MetricsLog
 from lorry.train.card.card import is_edited_card, render_card, render_run_card
-from lorry.train.card.facts import RunFacts
 from lorry.train.card.markdown import clean_line
 
 HOSTILE = st.one_of(
@@ -55,7 +58,7 @@ def facts(
     metric: str = "exact_match",
     detail: str = "fine",
     **over: Any,
-) -> RunFacts:
+) -> RunRecord:
     config = {
         "model": {"name": "org/base"},
         "lora": {"r": 8, "target_modules": [detail]},
@@ -74,21 +77,24 @@ def facts(
             "left_out": {detail: 2},
         },
     }
-    contracts = [{"id": 1, "name": name, "status": "held", "detail": detail}]
-    evaluation = [
-        {
-            "name": source,
-            "metrics": {metric: {"before": 0.25, "after": 0.5, "interval": [0.4, 0.6]}},
-        }
-    ]
-    records = [{"step": 1, "loss": 2.5, "tokens": 10, "supervised_tokens": 4, "seconds": 1.0}]
-    return RunFacts(
-        **{**vars(RunFacts(name, config, receipt, contracts, evaluation, records)), **over}
-    )
+    fields: dict[str, Any] = {
+        "path": Path("runs/x"),
+        "name": name,
+        "log": MetricsLog(
+            [{"step": 1, "loss": 2.5, "tokens": 10, "supervised_tokens": 4, "seconds": 1.0}]
+        ),
+        "config": config,
+        "config_text": "",
+        "receipt": receipt,
+        "contracts": (ContractRecord(1, name, "held", detail),),
+        "samples": (),
+        "evaluation": (EvaluationRecord(source, {metric: MetricChange(0.25, 0.5, (0.4, 0.6))}),),
+    }
+    return RunRecord(**{**fields, **over})
 
 
-def made(given: RunFacts, **more: Any) -> str:
-    return render_card(given, **{"licences": {}, "hubs": {}, **more})
+def made(given: RunRecord, **more: Any) -> str:
+    return render_card(given, **{"licences": {}, "sets": {}, **more})
 
 
 def parsed(text: str) -> tuple[dict[str, Any], list[Token]]:
@@ -184,11 +190,13 @@ def test_numbers_are_those_of_the_files() -> None:
         },
         {"step": 3, "eval_loss": 1.5, "eval_accuracy": 0.75},
     ]
-    receipt = {**facts().receipt, "trainable_parameters": 1234567}
+    receipt = {**(facts().receipt or {}), "trainable_parameters": 1234567}
     rows = {
         r[0]: r[1:]
         for r in re.findall(
-            r"^\| ([^|]+) \| ([^|]+) \|$", made(facts(records=records, receipt=receipt)), re.M
+            r"^\| ([^|]+) \| ([^|]+) \|$",
+            made(facts(log=MetricsLog(records), receipt=receipt)),
+            re.M,
         )
     }
     assert rows["trainable parameters"] == ("1,234,567",)
@@ -197,7 +205,7 @@ def test_numbers_are_those_of_the_files() -> None:
     assert not {"time in steps", "peak memory"} & rows.keys()  # those of a resumed run are others
     assert (rows["loss"], rows["accuracy"]) == (("1.5",), ("0.75",))
     best = {**facts().config, "train": {"load_best_model_at_end": True}}
-    text = made(facts(records=records, config=best))
+    text = made(facts(log=MetricsLog(records), config=best))
     assert "| loss | 1.25 |" in text
     assert "| adapter of step | 2 (the best evaluated) |" in text
     assert "| exact match | 0.25 | 0.5 | 0.4 to 0.6 |" in text
@@ -221,7 +229,7 @@ def test_several_adapters_each_have_their_figures() -> None:
         {"step": 2, "loss": 0.5, "adapters": {"a": {"loss": 0.5}}},
     ]
     data = {n: {"source": f"/home/me/{n}.jsonl", "rows": 4, "sha256": n * 64} for n in "ab"}
-    text = made(facts(config=config, records=records, receipt={"data": data}))
+    text = made(facts(config=config, log=MetricsLog(records), receipt={"data": data}))
     for row in (
         "| a: rank | 2 |",
         "| b: rank | 8 |",
@@ -232,7 +240,9 @@ def test_several_adapters_each_have_their_figures() -> None:
         assert row in text
     assert "2 LoRA adapters, trained in one pass" in text
     assert 'lorry.load("people")' in text
-    there = made(facts(config=config, records=records, receipt={"data": data}), at="me/people")
+    there = made(
+        facts(config=config, log=MetricsLog(records), receipt={"data": data}), at="me/people"
+    )
     assert 'lorry.load(snapshot_download("me/people"))' in there
     assert 'PeftModel.from_pretrained(base, "me/people", subfolder="a")' in there
     assert "/home" not in text
@@ -251,9 +261,11 @@ def test_what_is_not_known_is_not_said() -> None:
         "model": {"name": "/models/base"},
         "data": {"path": "/home/me/rows.jsonl", "eval": "/home/me/e.csv"},
     }
-    told = [{"id": 8, "name": "rows", "status": "held", "detail": "/home/me/rows.jsonl: 3 rows"}]
+    told = (ContractRecord(8, "rows", "held", "/home/me/rows.jsonl: 3 rows"),)
     text = made(
-        facts(config=config, receipt={"base": local}, evaluation=[], records=[], contracts=told)
+        facts(
+            config=config, receipt={"base": local}, evaluation=(), log=MetricsLog(), contracts=told
+        )
     )
     meta = parsed(text)[0]
     assert meta == {
@@ -279,7 +291,7 @@ def test_a_folder_here_is_no_data_set_of_the_hub(
     monkeypatch.chdir(tmp_path)
     (run / "README.md").write_text(render_run_card(run))
     monkeypatch.chdir(run)
-    (run / "evaluation.json").write_text(json.dumps(facts().evaluation))
+    (run / "evaluation.json").write_text(json.dumps([{"name": "org/rows", "metrics": {"f1": 0.5}}]))
     again = render_run_card(run, at="me/run")
     assert parsed(again)[0]["datasets"] == ["org/rows"]
     assert not is_edited_card(again)
@@ -352,7 +364,7 @@ def test_a_teacher_is_part_of_what_it_was_made_of() -> None:
         "eval_perplexity": 7.389,
     }
     given = facts(
-        config={**facts().config, "task": "distill", "distill": distil}, records=[measured]
+        config={**facts().config, "task": "distill", "distill": distil}, log=MetricsLog([measured])
     )
     known = {"org/rows": "mit", "org/base": "mit"}
     text = made(given, licences=known)
@@ -381,3 +393,83 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "receipt.json").write_text("[]")
     with pytest.raises(DataError, match=r"receipt.json: expected a JSON object, got list"):
         render_run_card(tmp_path)
+
+
+def measured_run(**names: float) -> RunRecord:
+    """A run with one metric, exact_match, on each data set of a name."""
+    sets = [
+        EvaluationRecord(name.replace("__", "/"), {"exact_match": MetricChange(None, value)})
+        for name, value in names.items()
+    ]
+    return facts(name="1e-4", evaluation=tuple(sets))
+
+
+def test_results_keep_the_name_of_their_data_set(tmp_path: Path) -> None:
+    """The library's index groups by type and configuration alone: before, rounds of one hub data
+    set would have stood under the first one's name. Read back by the library.
+    """
+    values = {"anli_r1": 0.1, "anli_r2": 0.2, "gsm8k": 0.3, "__a__test.jsonl": 0.4}
+    values |= {"__b__test.jsonl": 0.5, "truthful_qa_mc1": 0.6, "truthful_qa_mc2": 0.7}
+    run = measured_run(**values)
+    (tmp_path / "README.md").write_text(made(run, sets=SETS))
+    card = ModelCard.load(tmp_path / "README.md")
+    name, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert name == "1e-4"  # a name, not a number
+    shown = [key.replace("__", "/").rsplit("/", 1)[-1] for key in values]
+    held, *rest = [(r.dataset_name, r.metric_value) for r in results]
+    assert [held, *rest] == list(zip(shown, values.values(), strict=True))
+    hubs = {r.dataset_name: r.dataset_type for r in results}
+    assert (hubs["anli_r2"], hubs["gsm8k"]) == ("facebook/anli", "openai/gsm8k")
+    assert len({r.unique_identifier for r in results}) == len(results)
+    assert [r.dataset_config for r in results if r.dataset_name == "gsm8k"] == [None]
+
+
+def test_the_front_matter_survives_the_librarys_reader_and_update(tmp_path: Path) -> None:
+    text = made(facts(), licences={"org/rows": "mit", "org/base": "mit"})
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    card = ModelCard.load(path)
+    assert list(card.data.to_dict()) == [
+        "base_model",
+        "datasets",
+        "library_name",
+        "license",
+        "pipeline_tag",
+        "tags",
+        "model-index",
+    ]
+    assert str(card).split("---\n", 2)[2] == text.split("---\n", 2)[2]
+    assert yaml.safe_load(str(card).split("---\n")[1]) == yaml.safe_load(text.split("---\n")[1])
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.dataset_name) == ("text-generation", "org/rows")
+    card.data.license = "apache-2.0"
+    card.save(path)  # what metadata_update does after its download
+    assert ModelCard.load(path).data.license == "apache-2.0"
+    assert is_edited_card(path.read_text())
+
+
+def test_a_file_that_no_run_wrote_is_named_and_not_passed_over(tmp_path: Path) -> None:
+    """Before: an entry of another type was left out of the card without a word."""
+    for file, content in (
+        ("contracts.json", "[3]"),
+        ("evaluation.json", '[{"name": "e", "metrics": 5}]'),
+        ("evaluation.json", '[{"name": "e", "metrics": {"f1": {"after": "high"}}}]'),
+        ("run.yaml", "lora: 5"),
+        ("run.yaml", "jobs: 5"),
+        ("run.yaml", "train: {load_best_model_at_end: true, learning_rate: high}"),
+    ):
+        path = tmp_path / file
+        path.write_text(content)
+        with pytest.raises(DataError, match=re.escape(str(path))):
+            render_run_card(tmp_path)
+        path.unlink()
+
+
+def test_jobs_beyond_what_a_report_draws_have_their_figures(tmp_path: Path) -> None:
+    names = [f"job{i}" for i in range(1000)]
+    line = {"step": 1, "loss": 1.0, "adapters": {name: {"loss": 0.5} for name in names}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "run.yaml").write_text(
+        json.dumps({**facts().config, "jobs": [{"name": name} for name in names]})
+    )
+    assert "| job999: last loss | 0.5 |" in render_card(read_run(tmp_path), licences={}, sets={})

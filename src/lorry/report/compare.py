@@ -106,9 +106,9 @@ def _last_metrics(run: RunRecord) -> dict[str, Any]:
     names = [name for name in run.log.names() if name.startswith(EVALUATION_PREFIX)]
     during = {name: run.log.series(name)[1][-1] for name in names}
     later = {
-        f"{one.name}: {metric}": after
+        f"{one.name}: {metric}": change.after
         for one in run.evaluation
-        for metric, (_, after) in one.metrics.items()
+        for metric, change in one.metrics.items()
     }
     return during | later
 

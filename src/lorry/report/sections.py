@@ -13,7 +13,7 @@ from lorry.evaluate.metrics.registry import exact_match
 from lorry.formatting import MISSING_VALUE, format_number
 from lorry.report.markup import SafeHtml, html_tag, join_html
 from lorry.runs.layout import RUN_FILE
-from lorry.runs.read import ContractRecord, RunRecord, SampleRecord, TokenWeight
+from lorry.runs.read import ContractRecord, MetricChange, RunRecord, SampleRecord, TokenWeight
 
 MAX_SECTION_ROWS = 60  # samples shown of a group; a page of thousands would help nobody
 CONTRACT_MARKS = {"held": "✓ held", "failed": "✗ failed", "not_checked": "– not checked"}
@@ -40,13 +40,16 @@ def evaluation_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     if not names:
         return None
     values = [
-        {(e.name, m): pair for e in run.evaluation for m, pair in e.metrics.items()} for run in runs
+        {(e.name, m): change for e in run.evaluation for m, change in e.metrics.items()}
+        for run in runs
     ]
     parts: list[SafeHtml] = []
     for data_set in dict.fromkeys(name for name, _ in names):
         metrics = [metric for name, metric in names if name == data_set]
         rows = [
-            _metric_row(metric, [one.get((data_set, metric), (None, None)) for one in values])
+            _metric_row(
+                metric, [one.get((data_set, metric), MetricChange(None, None)) for one in values]
+            )
             for metric in metrics
         ]
         parts += [html_tag("h3", data_set), html_table(_metric_head(runs), rows, "even")]
@@ -64,11 +67,11 @@ def _metric_head(runs: Sequence[RunRecord]) -> SafeHtml:
     )
 
 
-def _metric_row(metric: str, pairs: Sequence[tuple[float | None, float | None]]) -> SafeHtml:
-    before = next((first for first, _ in pairs if first is not None), None)
-    shown = [format_number(before), *(format_number(after) for _, after in pairs)]
-    if len(pairs) == 1:
-        after = pairs[0][1]
+def _metric_row(metric: str, changes: Sequence[MetricChange]) -> SafeHtml:
+    before = next((one.before for one in changes if one.before is not None), None)
+    shown = [format_number(before), *(format_number(one.after) for one in changes)]
+    if len(changes) == 1:
+        after = changes[0].after
         shown.append(
             MISSING_VALUE
             if before is None or after is None

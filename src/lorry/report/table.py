@@ -207,12 +207,12 @@ def evaluation_table(run: RunRecord) -> Table:
     """Metrics before and after."""
     table = _new_table("Evaluation", "data", "metric", "before", "after")
     for one in run.evaluation:
-        for metric, (before, after) in one.metrics.items():
+        for metric, change in one.metrics.items():
             table.add_row(
                 _styled_text(one.name),
                 _styled_text(metric.replace("_", " ")),
-                _styled_text(format_number(before)),
-                _styled_text(format_number(after), "bold"),
+                _styled_text(format_number(change.before)),
+                _styled_text(format_number(change.after), "bold"),
             )
     return table
 

@@ -19,11 +19,11 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lorry.disk import documents, durable
 from lorry.errors import DataError
+from lorry.runs.closeable import CloseableResource
 
 MetricsRecord = dict[str, Any]
 MOST_BYTES = 1 << 30  # of the file: some three million steps
@@ -119,7 +119,7 @@ def drop_metrics_after(path: Path, step: int) -> int:
     return dropped
 
 
-class MetricsWriter:
+class MetricsWriter(CloseableResource):
     """Appends one line per `write`, in a single system call: a killed run loses at most the line it
     was writing.
 
@@ -158,17 +158,6 @@ class MetricsWriter:
         if self._file >= 0:
             durable.disk.close(self._file)
         self._file = -1
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check(self) -> None:
         """Whether the file is still what was written to it, under its name. Raises DiskError where

@@ -16,7 +16,6 @@ import platform
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -24,6 +23,7 @@ import psutil
 from lorry.disk import documents
 from lorry.disk.durable import DiskError
 from lorry.errors import ConfigError, DataError
+from lorry.runs.closeable import CloseableResource
 from lorry.runs.layout import PROCESS
 
 # seconds by which a time of birth may differ when it is asked again: it follows the clock of the
@@ -146,7 +146,7 @@ class RunDirectoryGoneError(DiskError):
         return f"{self.filename}: {self.strerror}"
 
 
-class RunDirectoryHandle:
+class RunDirectoryHandle(CloseableResource):
     """A run directory held open, so that a run knows when its name has come to mean nothing, or
     another directory.
 
@@ -203,17 +203,6 @@ class RunDirectoryHandle:
     def close(self) -> None:
         """Let it go."""
         os.close(self._held)
-
-    def __enter__(self) -> RunDirectoryHandle:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def directory_identity(run_dir: Path) -> list[int]:

@@ -1,25 +1,28 @@
-"""A run directory as the report sees it: files only, every one of them optional, each checked where
-it is read.
+"""The one reader of a run directory, for the report, the card, the hub and every verb: files only,
+each of them optional, each checked where it is read.
 
-metrics.jsonl      see log.py
+metrics.jsonl      see runs/metrics.py
 run.yaml           the resolved settings, with `resolved:` for what was measured and chosen
 receipt.json       digests of data, base, code, environment and adapter
 contracts.json     [{"id": 1, "name": ..., "status": "held" | "failed" | "not_checked", "detail": ...}]
 samples.json       [{"group": ..., "prompt": ..., "reference", "before", "after": text or null,
                      "tokens": [{"text": ..., "weight": 1.0}] or null}]: tokens show a row exactly as it was trained on
-evaluation.json    [{"name": ..., "metrics": {"exact_match": {"before": 0.0, "after": 0.8}}}]
+evaluation.json    [{"name": ..., "metrics": {"exact_match": {"before": 0.0, "after": 0.8, "interval": [0.7, 0.9]}}}]
 process.json       who is at work there, or how it ended (runs/process.py)
 
 Run directories come from elsewhere and are damaged by disks: every file goes through the strict
 reader (disk/documents.py, runs/metrics.py), and every field is checked here, so that what shows a
 run can rely on it. A run that cannot be read is listed as damaged and hides no other: `read_run`
-raises DataError for all that is wrong with it, and nothing else.
+raises DataError for all that is wrong with it, and nothing else. Whoever needs one file of a run
+calls its reader here (`read_contracts`, `read_samples`, `read_evaluation`) and opens nothing itself:
+two readers of a file come to differ in what they pass over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +72,29 @@ class SampleRecord:
 
 
 @dataclass(frozen=True)
+class MetricChange:
+    """A metric before training (the base) and after it, and the 95% interval (low, high) of the
+    latter; each may be missing.
+    """
+
+    before: float | None
+    after: float | None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class EvaluationRecord:
-    """Metrics of one data set: name -> (before, after), either of which may be missing."""
+    """Metrics of one data set by name."""
 
     name: str
-    metrics: dict[str, tuple[float | None, float | None]]
+    metrics: dict[str, MetricChange]
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything the report knows about a run."""
+    """Everything that the files of a run say. ``config``: run.yaml, empty where there is none;
+    ``config_text``: the same as it is written.
+    """
 
     path: Path
     name: str
@@ -90,6 +106,52 @@ class RunRecord:
     samples: tuple[SampleRecord, ...]
     evaluation: tuple[EvaluationRecord, ...]
     process: RunProcess | None = None
+
+    @cached_property
+    def _described_jobs(self) -> dict[str, dict[str, Any]]:
+        """The jobs of run.yaml by name: a run may have a thousand, each of which is asked for its
+        groups many times.
+        """
+        jobs = self.config.get("jobs") or []
+        sound = isinstance(jobs, list) and all(
+            isinstance(job, dict) and isinstance(job.get("name"), str) for job in jobs
+        )
+        if not sound:
+            raise DataError(
+                f"{self.path / RUN_FILE}: jobs are a list of mappings with a 'name' each"
+            )
+        return {job["name"]: job for job in jobs}
+
+    @property
+    def jobs(self) -> list[dict[str, Any]]:
+        """The jobs of a run of several; none of a run of one. Raises DataError."""
+        jobs = self._described_jobs
+        return list(jobs.values()) if len(jobs) > 1 else []
+
+    @property
+    def job_names(self) -> list[str | None]:
+        """What is told apart: the jobs, or None for the run itself. Raises DataError."""
+        return [job["name"] for job in self.jobs] or [None]
+
+    def settings_group(self, name: str, job: str | None = None) -> dict[str, Any]:
+        """A group of settings (lora, data, train ...) as it is for the run, or for one of its jobs,
+        whose own settings go before the run's; empty where it is null. Raises DataError where
+        run.yaml holds something else there.
+        """
+        jobs = self._described_jobs
+        # a run of one job is that job, and nothing else of it has the job's name
+        own = next(iter(jobs.values()), {}) if len(jobs) == 1 else jobs.get(job or "", {})
+        return _settings_map(self, name, self.config.get(name)) | _settings_map(
+            self, name, own.get(name)
+        )
+
+
+def _settings_map(run: RunRecord, name: str, group: Any) -> dict[str, Any]:
+    if not isinstance(group, dict | None):
+        raise DataError(
+            f"{run.path / RUN_FILE}: {name!r} is a mapping of settings, got {type(group).__name__}"
+        )
+    return group or {}
 
 
 @dataclass(frozen=True)
@@ -158,19 +220,31 @@ def _read_run_files(path: Path, name: str) -> RunRecord:
         config=_parse_config(config_text, path / RUN_FILE),
         config_text=config_text,
         receipt=receipt.read(path / RECEIPT),
-        contracts=tuple(
-            _read_contract(item, where)
-            for where, item in _read_list(path / CONTRACTS, MOST_CONTRACTS)
-        ),
-        samples=tuple(
-            _read_sample(item, where) for where, item in _read_list(path / SAMPLES, MOST_SAMPLES)
-        ),
-        evaluation=tuple(
-            _read_evaluation(item, where)
-            for where, item in _read_list(path / EVALUATION, MOST_EVALUATIONS)
-        ),
+        contracts=read_contracts(path),
+        samples=read_samples(path),
+        evaluation=read_evaluation(path),
         process=process.read_process(path),
     )
+
+
+def read_contracts(run_dir: Path) -> tuple[ContractRecord, ...]:
+    """What the run promised; empty where contracts.json is not there. Raises DataError, OSError."""
+    items = _read_list(run_dir / CONTRACTS, MOST_CONTRACTS)
+    return tuple(_read_contract(item, where) for where, item in items)
+
+
+def read_samples(run_dir: Path) -> tuple[SampleRecord, ...]:
+    """Answers and training rows; empty where samples.json is not there. Raises DataError, OSError."""
+    items = _read_list(run_dir / SAMPLES, MOST_SAMPLES)
+    return tuple(_read_sample(item, where) for where, item in items)
+
+
+def read_evaluation(run_dir: Path) -> tuple[EvaluationRecord, ...]:
+    """What was measured after training; empty where evaluation.json is not there. Raises DataError,
+    OSError.
+    """
+    items = _read_list(run_dir / EVALUATION, MOST_EVALUATIONS)
+    return tuple(_read_evaluation(item, where) for where, item in items)
 
 
 def _read_text(path: Path) -> str:
@@ -273,11 +347,29 @@ def _read_evaluation(item: dict[str, Any], where: str) -> EvaluationRecord:
         )
     for name, pair in given.items():
         sides = pair if isinstance(pair, dict) else {"after": pair}
-        before, after = (sides.get(side) for side in ("before", "after"))
-        for value in (before, after):
-            if value is not None and not is_number(value):
-                raise DataError(
-                    f"{where}: metric {name!r} holds {str(value)[:40]!r}, which is not a number"
-                )
-        metrics[name] = (before, after)
+        metrics[name] = MetricChange(
+            _optional_number(sides.get("before"), name, where),
+            _optional_number(sides.get("after"), name, where),
+            _read_interval(sides.get("interval"), name, where),
+        )
     return EvaluationRecord(_take_field(item, "name", str, where), metrics)
+
+
+def _optional_number(value: Any, metric: str, where: str) -> float | None:
+    if value is not None and not is_number(value):
+        raise DataError(
+            f"{where}: metric {metric!r} holds {str(value)[:40]!r}, which is not a number"
+        )
+    return value
+
+
+def _read_interval(ends: Any, metric: str, where: str) -> tuple[float, float] | None:
+    """An interval's two ends; None where it, or one of its ends, is null: a bootstrap of one row
+    has none.
+    """
+    if ends is None:
+        return None
+    if not isinstance(ends, list) or len(ends) != 2:
+        raise DataError(f"{where}: the interval of {metric!r} is a list of two numbers")
+    low, high = (_optional_number(end, metric, where) for end in ends)
+    return None if low is None or high is None else (low, high)

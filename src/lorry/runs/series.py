@@ -1,4 +1,6 @@
-"""A run's metrics as series of numbers, in the order of their steps (the file's format: lines.py)."""
+"""A run's metrics as series of numbers, in the order of their steps (the file's format:
+runs/metrics.py).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ ADAPTERS_KEY = (
 # What a file may hold that a report can show; the rest is left out, and a note says how much. Far
 # above real runs.
 MOST_NAMES = 1000
-MOST_ADAPTERS = 256
+MOST_ADAPTERS = 1024  # above config.jobs.MOST_JOBS: the card takes each job's figures from here
 LONGEST_NAME = 200  # characters
 
 
@@ -56,7 +58,7 @@ class MetricsLog:
         NaN and infinities are included.
         """
         found = [
-            (r["step"], (r if adapter is None else _adapter_values(r, adapter)).get(name))
+            (r["step"], (r if adapter is None else adapter_values(r, adapter)).get(name))
             for r in self.records
         ]
         pairs = [(step, value) for step, value in found if is_number(value)]
@@ -72,7 +74,8 @@ def _adapter_records(record: MetricsRecord) -> dict[str, dict[str, Any]]:
     )
 
 
-def _adapter_values(record: MetricsRecord, adapter: str) -> dict[str, Any]:
+def adapter_values(record: MetricsRecord, adapter: str) -> dict[str, Any]:
+    """What a line says of one adapter of a run of several; empty where it says nothing."""
     several = record.get(ADAPTERS_KEY)
     one = several.get(adapter) if isinstance(several, dict) else None
     return one if isinstance(one, dict) else {}

@@ -27,7 +27,7 @@ from lorry.config.schema import LoraConfig, TrainConfig
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.prepare import EncodedRows, prepare_data
 from lorry.data.stream.joint import JointStream, assign_adapter
-from lorry.errors import ConfigError, explain_out_of_memory
+from lorry.errors import ConfigError, DataError, explain_out_of_memory
 from lorry.kernels import kernel_status
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.open import OpenedModel, open_model
@@ -45,6 +45,7 @@ from lorry.runs.layout import (
 )
 from lorry.runs.losses import collect_losses
 from lorry.runs.process import RunDirectoryHandle
+from lorry.runs.read import read_evaluation
 from lorry.tasks.build import PreparedJobs, TaskInputs
 from lorry.tasks.distill.builder import make_encoder_factory
 from lorry.tasks.registry import TASKS
@@ -243,14 +244,23 @@ def _train_and_finish(
         run.output_dir, opened, jobs, digests, engine.identity["digests"].get("teacher")
     )
     artifacts.write_json(run.output_dir, RECEIPT, receipt)
-    if os.path.lexists(
-        evaluation := run.output_dir / EVALUATION
-    ) and not ownership.is_evaluation_file(evaluation):
-        ownership.displace_entries(run.output_dir, [evaluation.name])  # the card would read it
+    if os.path.lexists(run.output_dir / EVALUATION) and not _is_readable_evaluation(run.output_dir):
+        ownership.displace_entries(run.output_dir, [EVALUATION])  # the card would read it
     artifacts.write_text(run.output_dir, CARD, render_run_card(run.output_dir))
     return TrainResult(
         run.output_dir, outcome, contracts, opened.model, opened.tokenizer, list(jobs)
     )
+
+
+def _is_readable_evaluation(run_dir: Path) -> bool:
+    """Whether evaluation.json is what `lorry eval` writes, down to its values. Raises DiskError."""
+    if not ownership.is_evaluation_file(run_dir / EVALUATION):
+        return False
+    try:
+        read_evaluation(run_dir)
+    except DataError:
+        return False
+    return True
 
 
 def _notify_listeners(listeners: Sequence[TrainingListener], texts: Sequence[str]) -> None:

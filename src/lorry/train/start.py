@@ -14,7 +14,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lorry.config.schema import RunConfig
-from lorry.disk import documents
 from lorry.errors import ConfigError, DataError
 from lorry.runs import ownership
 from lorry.runs.layout import (
@@ -31,6 +30,7 @@ from lorry.runs.layout import (
     STAGED,
     TOKENIZER_FILES,
 )
+from lorry.runs.read import read_contracts
 from lorry.train import checkpoint
 
 MOVE_AWAY_HINT = "use another output_dir, or move them away"
@@ -102,11 +102,10 @@ def is_own_checkpoint(start: Path | None, folder: Path) -> bool:
 def broken_contracts(folder: Path) -> list[int]:
     """The contracts that the run in a directory broke, by its own report. Its checkpoints lead to
     the same end: the corrected command is another run, and takes its place."""
-    path = folder / CONTRACTS
-    if not ownership.is_contracts(path):
+    if not ownership.is_contracts(folder / CONTRACTS):
         return []
     try:
-        return [c["id"] for c in documents.read_json_document(path) if c["status"] == "failed"]
+        return [one.id for one in read_contracts(folder) if one.status == "failed"]
     except DataError:
         return []
 

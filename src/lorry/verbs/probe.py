@@ -5,12 +5,12 @@ number format to do it in.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorry.config.schema import ModelConfig
-from lorry.disk import documents
 from lorry.errors import DataError
 from lorry.runs.layout import SAMPLES
+from lorry.runs.read import SampleRecord, read_samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,22 +45,19 @@ def _run_texts(adapter: str | None) -> list[str]:
     is not what we write.
     """
     folders = [] if adapter is None else [Path(adapter), Path(adapter).parent]
-    file = next((f / SAMPLES for f in folders if (f / SAMPLES).is_file()), None)
-    if file is None:
+    folder = next((one for one in folders if (one / SAMPLES).is_file()), None)
+    if folder is None:
         return []
     try:
-        found = documents.read_json_document(file)
+        return [text for text in map(_sample_text, read_samples(folder)) if text]
     except (DataError, OSError):
         return []
-    samples = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-    return [text for text in map(_sample_text, samples) if text]
 
 
-def _sample_text(sample: dict[str, Any]) -> str:
-    tokens, prompt, reference = sample.get("tokens"), sample.get("prompt"), sample.get("reference")
-    if isinstance(tokens, list):
-        return "".join(str(one.get("text", "")) for one in tokens if isinstance(one, dict))
-    return f"{prompt} {reference}" if isinstance(prompt, str) and isinstance(reference, str) else ""
+def _sample_text(sample: SampleRecord) -> str:
+    if sample.tokens is not None:
+        return "".join(token.text for token in sample.tokens)
+    return f"{sample.prompt} {sample.reference}" if sample.reference is not None else ""
 
 
 def logits_dtype_name(run: str, stored: str) -> str:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,20 +19,16 @@ from lorry.config.parsing.files import write_yaml
 from lorry.disk import receipt
 from lorry.disk.documents import parse_yaml
 from lorry.runs.layout import CARD
-from lorry.train.card.facts import (
-    MetricChange,
-    RunFacts,
-    metric_changes,
-    read_run_facts,
-    training_figures,
-)
+from lorry.runs.read import MetricChange, RunRecord, read_run
+from lorry.train.card.facts import metric_changes, training_figures
 from lorry.train.card.front_matter import (  # fmt: skip
     EMBEDDED_LICENCES,
     LicenceNames,
+    NamedSets,
     base_id,
+    card_metadata,
     catalogue_entries,
     data_sources,
-    front_matter,
     named_set_names,
     private_directories,
     public_base_name,
@@ -89,52 +84,62 @@ def render_run_card(
     beside those that the catalogue knows. Raises ConfigError or DataError naming a file of the run
     that cannot be read.
     """
-    facts, written = read_run_facts(run_dir), run_dir / CARD
-    text = written.read_text(encoding="utf-8", errors="replace") if written.is_file() else ""
-    # made where the run was made, when a relative path could still be told from a hub id
-    if not is_edited_card(text):
-        front, _ = parse_yaml(text.split("---\n")[1], str(written))
-        facts = replace(facts, datasets=front.get("datasets", []))
-    known = catalogue_entries(facts)
-    licences = {**{name: found.licence for name, found in known.items()}, **licences}
+    run, written = read_run(run_dir), run_dir / CARD
+    known = catalogue_entries(run)
     return render_card(
-        facts,
+        run,
         at=at,
         plot=plot,
-        licences=licences,
-        hubs={name: found.hub for name, found in known.items() if found.hub},
+        licences={**{name: found.licence for name, found in known.items()}, **licences},
+        sets=known,
+        datasets=_datasets_of_card(written) if written.is_file() else None,
     )
 
 
+def _datasets_of_card(path: Path) -> list[str] | None:
+    """The hub ids in a card as Lorry wrote it, which was made where the run was made, when a
+    relative path could still be told from a hub id; None of any other.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if is_edited_card(text):
+        return None
+    # a signature proves nothing about who made it: the strict reader, and types looked at
+    front, _ = parse_yaml(text.split("---\n")[1], str(path))
+    listed = front.get("datasets", []) if isinstance(front, dict) else None
+    return [str(one) for one in listed] if isinstance(listed, list) else None
+
+
 def render_card(
-    facts: RunFacts,
+    run: RunRecord,
     *,
     at: str | None = None,
     plot: str | None = None,
     licences: LicenceNames,
-    hubs: LicenceNames,
+    sets: NamedSets,
+    datasets: list[str] | None = None,
 ) -> str:
-    """The same from what the files say. ``hubs``: the hub ids of named sets."""
+    """The same from what the files say. ``sets``: what the catalogue knows of its sources;
+    ``datasets``: see `card_metadata`.
+    """
     licences = {**EMBEDDED_LICENCES, **licences}
-    hide = private_directories(facts)
+    hide = private_directories(run)
     parts = [
-        f"# {escape_markdown(facts.name)}\n\n{_summary_section(facts)}",
-        _section_text("Base", _base_model_section(facts)),
-        _section_text("Data", _data_section(facts, hide)),
+        f"# {escape_markdown(run.name)}\n\n{_summary_section(run)}",
+        _section_text("Base", _base_model_section(run)),
+        _section_text("Data", _data_section(run, hide)),
         _section_text(
-            "Adapter" if facts.config.get("lora") else "What trains", _lora_section(facts, hide)
+            "Adapter" if run.config.get("lora") else "What trains", _lora_section(run, hide)
         ),
-        _section_text("Training", _training_section(facts)),
-        _section_text("Results", _results_section(facts, plot)),
-        _section_text("Use", _usage_section(facts, at)),
-        _section_text("Contracts", _contracts_section(facts, hide)),
-        _section_text("Licences", _licence_table(facts, licences)),
+        _section_text("Training", _training_section(run)),
+        _section_text("Results", _results_section(run, plot)),
+        _section_text("Use", _usage_section(run, at)),
+        _section_text("Contracts", _contracts_section(run, hide)),
+        _section_text("Licences", _licence_table(run, licences)),
     ]
-    text = (
-        f"---\n{write_yaml(front_matter(facts, licences, hubs))}---\n\n"
-        + "\n\n".join(p for p in parts if p)
-        + "\n"
-    )
+    # Not `to_yaml`: PyYAML leaves a run called 1e-4 unquoted, and the hub's reader, which follows
+    # YAML 1.2, then finds a number where a name has to be and refuses the card.
+    front = write_yaml(card_metadata(run, licences, sets, datasets).to_dict())
+    text = f"---\n{front}---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
     return f"{text}\n<!-- Written by Lorry, {_card_digest(text)}. A card that was edited is left as it is. -->\n"
 
 
@@ -159,25 +164,25 @@ def _section_text(title: str, body: str) -> str:
 # --- what a person reads
 
 
-def _summary_section(facts: RunFacts) -> str:
-    count, base = len(facts.names), code_span(public_base_name(facts))
-    if not facts.config.get("lora"):
-        what = f"{base}, its own weights ({code_span(facts.config.get('trainable') or 'all')}) trained with Lorry"
+def _summary_section(run: RunRecord) -> str:
+    count, base = len(run.job_names), code_span(public_base_name(run))
+    if not run.config.get("lora"):
+        what = f"{base}, its own weights ({code_span(run.config.get('trainable') or 'all')}) trained with Lorry"
     elif count == 1:
         what = f"A LoRA adapter for {base}, trained with Lorry"
     else:
         what = f"{count} LoRA adapters, trained in one pass with Lorry, each in a folder of its name, for {base}"
     whence = ", ".join(
-        code_span(public_path(s)) for s in [*data_sources(facts), *named_set_names(facts)]
+        code_span(public_path(s)) for s in [*data_sources(run), *named_set_names(run)]
     )
-    taught = ", ".join(code_span(public_path(t)) for t in teacher_names(facts))
+    taught = ", ".join(code_span(public_path(t)) for t in teacher_names(run))
     return f"{what}{f' on {whence}' if whence else ''}{f', distilled from {taught}' if taught else ''}."
 
 
-def _base_model_section(facts: RunFacts) -> str:
-    base, model = facts.receipt.get("base") or {}, facts.config.get("model") or {}
+def _base_model_section(run: RunRecord) -> str:
+    base, model = (run.receipt or {}).get("base") or {}, run.settings_group("model")
     known = {
-        "name": public_base_name(facts),
+        "name": public_base_name(run),
         "read from": base.get("kind"),
         "revision": base.get("revision"),
         "family": base.get("family"),
@@ -189,14 +194,13 @@ def _base_model_section(facts: RunFacts) -> str:
     )
 
 
-def _data_section(facts: RunFacts, hide: list[str]) -> str:
-    data = facts.receipt.get("data") or {}
+def _data_section(run: RunRecord, hide: list[str]) -> str:
+    data = (run.receipt or {}).get("data") or {}
     rows = []
-    for name in facts.names:
+    whole = ", ".join([*data_sources(run), *named_set_names(run)])
+    for name in run.job_names:
         one = data if name is None else receipt.part(data, name)
-        source = strip_directories(
-            one.get("source") or ", ".join([*data_sources(facts), *named_set_names(facts)]), hide
-        )
+        source = strip_directories(one.get("source") or whole, hide)
         if one.get("streamed"):
             counts = ["streamed", EMPTY_CELL, EMPTY_CELL, EMPTY_CELL]
         else:
@@ -213,7 +217,7 @@ def _data_section(facts: RunFacts, hide: list[str]) -> str:
             ]
         )
     head = [
-        *(["adapter"] if facts.jobs else []),
+        *(["adapter"] if run.jobs else []),
         "source",
         "rows",
         "sequences",
@@ -221,7 +225,7 @@ def _data_section(facts: RunFacts, hide: list[str]) -> str:
         "learnt",
         "SHA-256 of the tokens",
     ]
-    left = [data if name is None else receipt.part(data, name) for name in facts.names]
+    left = [data if name is None else receipt.part(data, name) for name in run.job_names]
     lost = {
         escape_markdown(reason): n
         for one in left
@@ -233,20 +237,23 @@ def _data_section(facts: RunFacts, hide: list[str]) -> str:
     return markdown_table(head, rows) + (f"\n\n{said}" if said else "")
 
 
-def _lora_section(facts: RunFacts, hide: list[str]) -> str:
-    if not facts.config.get("lora"):
+def _lora_section(run: RunRecord, hide: list[str]) -> str:
+    if not run.config.get("lora"):
         return markdown_table(
-            ["setting", "value"], [["trainable", code_span(facts.config.get("trainable") or "all")]]
+            ["setting", "value"], [["trainable", code_span(run.config.get("trainable") or "all")]]
         )
-    if not facts.jobs:
-        return _settings_text("lora", facts.group("lora"))
+    if not run.jobs:
+        return _settings_text("lora", run.settings_group("lora"))
     ranks = [
-        [f"{escape_markdown(name)}: rank", escape_markdown(facts.group("lora", name).get("r"))]
-        for name in facts.names
+        [
+            f"{escape_markdown(name)}: rank",
+            escape_markdown(run.settings_group("lora", name).get("r")),
+        ]
+        for name in run.job_names
     ]
     groups = {
         job["name"]: {g: job[g] for g in ("lora", "data", "train") if job.get(g)}
-        for job in facts.jobs
+        for job in run.jobs
     }
     own = [
         [
@@ -258,10 +265,10 @@ def _lora_section(facts: RunFacts, hide: list[str]) -> str:
     return markdown_table(["", ""], [*ranks, *own])
 
 
-def _training_section(facts: RunFacts) -> str:
-    train, data = facts.group("train"), facts.group("data")
+def _training_section(run: RunRecord) -> str:
+    train, data = run.settings_group("train"), run.settings_group("data")
     chosen = {k: train.get(k) for k in TRAINING_SETTINGS} | {k: data.get(k) for k in DATA_SETTINGS}
-    distil = facts.config.get("distill") or {}
+    distil = run.settings_group("distill")
     chosen |= {f"distill.{k}": public_path(v) for k, v in distil.items() if v is not None}
     return _settings_text("", chosen)
 
@@ -278,15 +285,15 @@ def _settings_text(group: str, values: Mapping[str, Any]) -> str:
     )
 
 
-def _results_section(facts: RunFacts, plot: str | None) -> str:
+def _results_section(run: RunRecord, plot: str | None) -> str:
     parts = [
         markdown_table(
             ["", ""],
-            [[escape_markdown(k), escape_markdown(v)] for k, v in training_figures(facts).items()],
+            [[escape_markdown(k), escape_markdown(v)] for k, v in training_figures(run).items()],
         )
     ]
     parts += [f"![Loss and the other curves of the run]({plot})"] if plot else []
-    for name, values in metric_changes(facts).items():
+    for name, values in metric_changes(run).items():
         before, interval = (
             any(v.before is not None for v in values.values()),
             any(v.interval for v in values.values()),
@@ -317,10 +324,10 @@ def _format_figure(value: float | None) -> str:
     return EMPTY_CELL if value is None else f"{value:.4g}"
 
 
-def _usage_section(facts: RunFacts, at: str | None) -> str:
-    place, base = _quote_literal(at or facts.name), _quote_literal(public_base_name(facts))
+def _usage_section(run: RunRecord, at: str | None) -> str:
+    place, base = _quote_literal(at or run.name), _quote_literal(public_base_name(run))
     # of a repository `load` fetches the top only, where several adapters are not
-    whole = at is not None and bool(facts.jobs)
+    whole = at is not None and bool(run.jobs)
     fetch, whence = (
         ("from huggingface_hub import snapshot_download", f"snapshot_download({place})")
         if whole
@@ -331,14 +338,14 @@ def _usage_section(facts: RunFacts, at: str | None) -> str:
         'print(lorry.generate(model, tokenizer, "..."))',
     ]
     ours = fenced_code("python", ["import lorry", *([fetch, ""] if fetch else [""]), *load])
-    if not facts.config.get("lora"):
+    if not run.config.get("lora"):
         theirs = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             f"model, tokenizer = AutoModelForCausalLM.from_pretrained({place}), AutoTokenizer.from_pretrained({place})",
         ]
         return f"{ours}\n\nor with transformers alone:\n\n{fenced_code('python', theirs)}"
-    folder = f", subfolder={_quote_literal(facts.names[0])}" if facts.jobs else ""
+    folder = f", subfolder={_quote_literal(run.job_names[0])}" if run.jobs else ""
     theirs = [
         "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
         f"base = AutoModelForCausalLM.from_pretrained({base})",
@@ -346,7 +353,7 @@ def _usage_section(facts: RunFacts, at: str | None) -> str:
     ]  # fmt: skip
     said = (
         ""
-        if base_id(facts)
+        if base_id(run)
         else "; the base was not read from the hub, so give the place where you have it"
     )
     return f"{ours}\n\nor with PEFT{said}:\n\n{fenced_code('python', theirs)}"
@@ -357,15 +364,11 @@ def _quote_literal(text: object) -> str:
     return json.dumps(clean_line(text), ensure_ascii=False)
 
 
-def _contracts_section(facts: RunFacts, hide: list[str]) -> str:
+def _contracts_section(run: RunRecord, hide: list[str]) -> str:
     """What was promised of this run, and whether it held."""
     told = [
-        (
-            str(c.get("status")).replace("_", " "),
-            c.get("name"),
-            strip_directories(c.get("detail", ""), hide),
-        )
-        for c in facts.contracts
+        (c.status.replace("_", " "), c.name, strip_directories(c.detail, hide))
+        for c in run.contracts
     ]
     return "\n".join(
         f"- {escape_markdown(status)}: {escape_markdown(name)} ({escape_markdown(detail)})"
@@ -373,14 +376,14 @@ def _contracts_section(facts: RunFacts, hide: list[str]) -> str:
     )
 
 
-def _licence_table(facts: RunFacts, licences: LicenceNames) -> str:
+def _licence_table(run: RunRecord, licences: LicenceNames) -> str:
     names = list(
         dict.fromkeys(
             [
-                *data_sources(facts),
-                *named_set_names(facts),
-                *teacher_names(facts),
-                public_base_name(facts),
+                *data_sources(run),
+                *named_set_names(run),
+                *teacher_names(run),
+                public_base_name(run),
             ]
         )
     )

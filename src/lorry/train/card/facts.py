@@ -1,24 +1,23 @@
-"""What a run measured, from its files alone: metrics.jsonl and evaluation.json as figures and
-results of data sets.
+"""What a run measured, as its card says it: figures of the training and results of data sets, from
+what `runs.read.read_run` found in the directory.
 
-Try: ``figures(read(run_dir))``. The hub's card and nothing else reads these; the report has its
-own, which know no settings.
+    training_figures(run), metric_changes(run)
+
+Neither the time of day nor the speed of a machine is among them: see `training_figures`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lorry.config import TrainConfig
-from lorry.config.parsing.files import read_description_file
-from lorry.disk import documents, receipt
 from lorry.errors import DataError
-from lorry.runs.layout import CONTRACTS, EVALUATION, METRICS, RECEIPT, RUN_FILE
-from lorry.runs.metrics import MetricsRecord, iter_metrics
+from lorry.runs.layout import RUN_FILE
+from lorry.runs.metrics import MetricsRecord
+from lorry.runs.read import MetricChange, RunRecord
+from lorry.runs.series import EVALUATION_PREFIX, adapter_values, is_number
 from lorry.train.jobs import JobProgress
 
 HELD_OUT_SET = "held-out rows, at the end of training"
@@ -26,96 +25,22 @@ HELD_OUT_SET = "held-out rows, at the end of training"
 NON_METRIC_KEYS = frozenset(["step", "eval_nll", "eval_distill"])
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """The files of a run. ``config``: run.yaml; ``records``: the lines of metrics.jsonl; the others
-    as their JSON has them; ``datasets``: hub ids among its sources, None where nobody has looked
-    yet.
-    """
-
-    name: str
-    config: Mapping[str, Any]
-    receipt: Mapping[str, Any]
-    contracts: list[dict[str, Any]]
-    evaluation: list[dict[str, Any]]
-    records: list[MetricsRecord]
-    datasets: list[str] | None = None
-
-    def group(self, name: str, job: str | None = None) -> dict[str, Any]:
-        """A group of settings (lora, data, train ...) as it is for the run, or for one of its jobs;
-        empty where it is null.
-        """
-        jobs = self.config.get("jobs") or []
-        own = next((j.get(name) for j in jobs if len(jobs) == 1 or j["name"] == job), None)
-        return {**(self.config.get(name) or {}), **(own or {})}
-
-    @property
-    def jobs(self) -> list[dict[str, Any]]:
-        """The jobs of a run of several; none of a run of one."""
-        jobs = self.config.get("jobs") or []
-        return jobs if len(jobs) > 1 else []
-
-    @property
-    def names(self) -> list[str | None]:
-        """What is told apart: the jobs, or None for the run itself."""
-        return [str(job["name"]) for job in self.jobs] or [None]
-
-
-@dataclass(frozen=True)
-class MetricChange:
-    """A metric before training (the base) and after it, and the interval of the latter; each may be
-    missing.
-    """
-
-    before: float | None
-    after: float | None
-    interval: tuple[float, float] | None = None
-
-
-def read_run_facts(run_dir: Path) -> RunFacts:
-    """The files of a run, those that are there. Raises ConfigError or DataError naming the one that
-    cannot be read.
-    """
-    described, logged = run_dir / RUN_FILE, run_dir / METRICS
-    return RunFacts(
-        run_dir.resolve().name,
-        read_description_file(described).values if described.is_file() else {},
-        receipt.read(run_dir / RECEIPT) or {},
-        [c for c in _list(run_dir / CONTRACTS) if isinstance(c, dict)],
-        [e for e in _list(run_dir / EVALUATION) if isinstance(e, dict)],
-        [record for _, record in iter_metrics(logged)] if logged.is_file() else [],
-    )
-
-
-def _list(path: Path) -> list[Any]:
-    if not path.is_file():
-        return []
-    found = documents.read_json_document(path)
-    if not isinstance(found, list):
-        raise DataError(f"{path}: expected a JSON list, got {type(found).__name__}")
-    return found
-
-
-def training_figures(facts: RunFacts) -> dict[str, str]:
+def training_figures(run: RunRecord) -> dict[str, str]:
     """Steps, losses and tokens, by name; of several jobs the losses of each. Neither time nor
     memory: a run that was killed and went on leaves the same card, to the bit, as one that never
     stopped; the report has both.
     """
-    steps = [r for r in facts.records if "loss" in r]
+    steps = [r for r in run.log.records if "loss" in r]
     found: dict[str, str] = {}
-    for name in facts.names:
-        own = [
-            (r["step"], r if name is None else one)
-            for r in steps
-            if (one := _record_values(r, name)) is not None
-        ]
+    for name in run.job_names:
+        own = [(r["step"], one) for r in steps if "loss" in (one := _record_values(r, name))]
         if own:
             lead = "" if name is None else f"{name}: "
             found |= {f"{lead}steps": str(own[-1][0]), f"{lead}last loss": str(own[-1][1]["loss"])}
-            if (best := _best_step(facts, name)) is not None:
+            if (best := _best_step(run, name)) is not None:
                 found[f"{lead}adapter of step"] = f"{best} (the best evaluated)"
     sums = {
-        name: sum(r[name] for r in steps if _is_number(r.get(name)))
+        name: sum(r[name] for r in steps if _is_finite_number(r.get(name)))
         for name in ("tokens", "supervised_tokens")
     }
     if steps:
@@ -123,7 +48,7 @@ def training_figures(facts: RunFacts) -> dict[str, str]:
             "tokens read": f"{sums['tokens']:,}",
             "of which learnt": f"{sums['supervised_tokens']:,}",
         }
-    known = {name: facts.receipt.get(f"{name}_parameters") for name in ("trainable", "total")}
+    known = {name: (run.receipt or {}).get(f"{name}_parameters") for name in ("trainable", "total")}
     return found | {
         f"{name} parameters": f"{count:,}"
         for name, count in known.items()
@@ -131,76 +56,73 @@ def training_figures(facts: RunFacts) -> dict[str, str]:
     }
 
 
-def _record_values(record: MetricsRecord, name: str | None) -> Mapping[str, Any] | None:
-    """A record's values, or those of one adapter in it, if it has any."""
-    if name is None:
-        return record
-    one = record.get("adapters", {}).get(name)
-    return one if isinstance(one, dict) else None
+def _record_values(record: MetricsRecord, name: str | None) -> Mapping[str, Any]:
+    """A record's values, or those of one adapter in it, empty where it has none."""
+    return record if name is None else adapter_values(record, name)
 
 
-def metric_changes(facts: RunFacts) -> dict[str, dict[str, MetricChange]]:
+def metric_changes(run: RunRecord) -> dict[str, dict[str, MetricChange]]:
     """{data set: {metric: value}}: the last evaluation in training (that of the step the adapter is
     of), and evaluation.json.
     """
     found: dict[str, dict[str, MetricChange]] = {}
-    for name in facts.names:
-        lines, best = _evaluation_steps(facts, name), _best_step(facts, name)
+    for name in run.job_names:
+        lines, best = _evaluation_steps(run, name), _best_step(run, name)
         chosen = [values for step, values in lines if best in (None, step)]
         if chosen:
             measured = {
-                k: v for k, v in chosen[-1].items() if _is_number(v) and k not in NON_METRIC_KEYS
+                k: v
+                for k, v in chosen[-1].items()
+                if _is_finite_number(v) and k not in NON_METRIC_KEYS
             }
-            values = {k.removeprefix("eval_"): MetricChange(None, v) for k, v in measured.items()}
+            values = {
+                k.removeprefix(EVALUATION_PREFIX): MetricChange(None, v)
+                for k, v in measured.items()
+            }
             found[HELD_OUT_SET if name is None else f"{name}: {HELD_OUT_SET}"] = values
-    for entry in facts.evaluation:
-        metrics = entry.get("metrics")
-        values = (
-            {str(k): _metric_change(v) for k, v in metrics.items()}
-            if isinstance(metrics, dict)
-            else {}
-        )
+    for entry in run.evaluation:
+        values = {name: _finite_change(change) for name, change in entry.metrics.items()}
         if kept := {k: v for k, v in values.items() if v.after is not None or v.before is not None}:
-            found[str(entry.get("name", "evaluation"))] = kept
+            found[entry.name] = kept
     return found
 
 
-def _evaluation_steps(facts: RunFacts, name: str | None) -> list[tuple[int, Mapping[str, Any]]]:
+def _evaluation_steps(run: RunRecord, name: str | None) -> list[tuple[int, Mapping[str, Any]]]:
     """(step, values) of each evaluation in training."""
-    found = [(r["step"], _record_values(r, name)) for r in facts.records]
+    found = [(r["step"], _record_values(r, name)) for r in run.log.records]
     return [
         (step, values)
         for step, values in found
-        if values is not None and any(k.startswith("eval_") for k in values)
+        if any(key.startswith(EVALUATION_PREFIX) for key in values)
     ]
 
 
-def _best_step(facts: RunFacts, name: str | None) -> int | None:
+def _best_step(run: RunRecord, name: str | None) -> int | None:
     """The step whose adapter the run ended with, if that is not simply the last: judged again as
     the run judged it.
     """
-    train = facts.group("train", name)
+    train = run.settings_group("train", name)
     if not train.get("load_best_model_at_end"):
         return None
-    settings, standing = TrainConfig.model_validate(train), JobProgress()
-    for step, values in _evaluation_steps(facts, name):
+    try:
+        settings = TrainConfig.model_validate(train)
+    except ValueError as error:  # pydantic's, of a run.yaml that no run wrote
+        raise DataError(f"{run.path / RUN_FILE}: its train settings are none: {error}") from None
+    standing = JobProgress()
+    for step, values in _evaluation_steps(run, name):
         standing.steps = step
-        standing.judge({k: v for k, v in values.items() if _is_number(v)}, settings)
+        standing.judge({k: v for k, v in values.items() if _is_finite_number(v)}, settings)
     return standing.best_step
 
 
-def _metric_change(pair: Any) -> MetricChange:
-    """One metric of evaluation.json: {before, after, interval}, or the value after training alone."""
-    sides = pair if isinstance(pair, dict) else {"after": pair}
+def _finite_change(change: MetricChange) -> MetricChange:
+    """The same without what is not finite: JSON of the hub has no NaN."""
     before, after = (
-        sides.get(k) if _is_number(sides.get(k)) else None for k in ("before", "after")
+        value if _is_finite_number(value) else None for value in (change.before, change.after)
     )
-    interval = sides.get("interval")
-    whole = isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))
-    return MetricChange(
-        before, after, (interval[0], interval[1]) if whole and interval is not None else None
-    )
+    whole = change.interval is not None and all(map(math.isfinite, change.interval))
+    return MetricChange(before, after, change.interval if whole else None)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_finite_number(value: object) -> TypeGuard[float]:
+    return is_number(value) and math.isfinite(value)

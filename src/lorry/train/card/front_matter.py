@@ -1,21 +1,25 @@
-"""What a run was made of, and the front matter of its card: the metadata that the hub reads.
+"""What a run was made of, and the front matter of its card: the metadata that the hub reads, as
+huggingface_hub's own `ModelCardData` and `EvalResult`, which know its fields and their order.
 
-Try: ``front_matter(read(run_dir), licences={}, hubs={})``. Fields are those of
-https://huggingface.co/docs/hub/model-cards; one that the run does not know (a base that is no hub
-id, a licence nobody told) is absent.
+    card_metadata(run, licences={}, sets={}).to_yaml()
+
+A field that the run does not know (a base that is no hub id, a licence nobody told) is absent.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from lorry.data.catalog import NamedSet, shipped_catalog
 from lorry.errors import ConfigError
-from lorry.train.card.facts import RunFacts, metric_changes
+from lorry.runs.read import RunRecord
+from lorry.train.card.facts import metric_changes
 from lorry.train.card.markdown import EMPTY_CELL, clean_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -42,57 +46,80 @@ HUB_LICENCES = frozenset(
     }
 )
 LicenceNames = Mapping[str, str]
+NamedSets = Mapping[str, NamedSet]
 
 
-def front_matter(facts: RunFacts, licences: LicenceNames, hubs: LicenceNames) -> dict[str, Any]:
-    """The card's metadata; what is not known is absent."""
-    ids = facts.datasets
-    if ids is None:
-        ids = [s for s in data_sources(facts) if is_hub_id(s)] + [
-            hubs[s] for s in named_set_names(facts) if s in hubs and s not in local_set_names(facts)
-        ]
-    found: dict[str, Any] = {
-        "base_model": base_id(facts),
-        "library_name": "peft" if facts.config.get("lora") else "transformers",
-        "license": _common_licence(facts, licences),
-        "datasets": list(dict.fromkeys(ids)),
-        "tags": [
-            "lorry",
-            *(["lora"] if facts.config.get("lora") else []),
-            clean_line(facts.config.get("task", "sft")),
-        ],
-        "pipeline_tag": "text-generation",
-        "model-index": _model_index(facts, hubs),
+def card_metadata(
+    run: RunRecord, licences: LicenceNames, sets: NamedSets, datasets: list[str] | None = None
+) -> ModelCardData:
+    """The card's metadata, in huggingface_hub's order of fields; what is not known is absent.
+    ``datasets``: hub ids among the sources where an earlier card has them, None: looked for here.
+    """
+    if datasets is None:
+        local = local_set_names(run)
+        named = [s for s in named_set_names(run) if s in sets and s not in local]
+        hubs = [sets[s].hub for s in named]
+        datasets = [s for s in data_sources(run) if is_hub_id(s)] + [hub for hub in hubs if hub]
+    lora = bool(run.config.get("lora"))
+    results = _eval_results(run, sets)
+    return ModelCardData(
+        base_model=base_id(run),
+        library_name="peft" if lora else "transformers",
+        license=_common_licence(run, licences),
+        datasets=list(dict.fromkeys(datasets)) or None,
+        tags=["lorry", *(["lora"] if lora else []), clean_line(run.config.get("task", "sft"))],
+        pipeline_tag="text-generation",
+        # of an empty list the library makes an index without results, which the hub refuses
+        model_name=clean_line(run.name) or EMPTY_CELL if results else None,
+        eval_results=results or None,
+    )
+
+
+def _eval_results(run: RunRecord, sets: NamedSets) -> list[EvalResult]:
+    """A result for each metric that was measured after training."""
+    changes = metric_changes(run)
+    kinds = {
+        name: sets[name].hub
+        if name in sets and sets[name].hub
+        else _metadata_slug(public_path(name))
+        for name in changes
     }
-    return {key: value for key, value in found.items() if value}
-
-
-def _model_index(facts: RunFacts, hubs: LicenceNames) -> list[dict[str, Any]]:
-    measured = []
-    for name, values in metric_changes(facts).items():
-        metrics = [
-            {"type": _metadata_slug(m), "name": clean_line(m), "value": v.after}
-            for m, v in values.items()
-            if v.after is not None
-        ]
-        if metrics:
-            data = {
-                "type": hubs.get(name) or _metadata_slug(public_path(name)),
-                "name": clean_line(public_path(name)) or EMPTY_CELL,
-            }
-            measured.append(
-                {"task": {"type": "text-generation"}, "dataset": data, "metrics": metrics}
+    shared = {kind for kind, count in Counter(kinds.values()).items() if count > 1}
+    found, taken = list[EvalResult](), set[tuple[str | None, str | None]]()
+    for name, metrics in changes.items():
+        # The library puts results of one (type, config) under the name of the first of them:
+        # rounds of ANLI, or two files called test.jsonl, would all be the first one's.
+        config, number = None, 1
+        if kinds[name] in shared:
+            own = (sets[name].config if name in sets else None) or _metadata_slug(name)
+            config = own
+            while (kinds[name], config) in taken:
+                number += 1
+                config = f"{_metadata_slug(name)}-{number}"
+        taken.add((kinds[name], config))
+        found += [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=kinds[name],
+                dataset_config=config,
+                dataset_name=clean_line(public_path(name)) or EMPTY_CELL,
+                metric_type=_metadata_slug(metric),
+                metric_name=clean_line(metric),
+                metric_value=change.after,
             )
-    return [{"name": clean_line(facts.name) or EMPTY_CELL, "results": measured}] if measured else []
+            for metric, change in metrics.items()
+            if change.after is not None
+        ]
+    return found
 
 
 def _metadata_slug(name: str) -> str:
     return re.sub(r"[^a-z0-9._/-]+", "-", clean_line(name).lower()).strip("-") or "unnamed"
 
 
-def base_id(facts: RunFacts) -> str | None:
+def base_id(run: RunRecord) -> str | None:
     """The base's hub id, if it was read from there."""
-    base = facts.receipt.get("base") or {}
+    base = (run.receipt or {}).get("base") or {}
     return (
         clean_line(base["name"])
         if base.get("kind") == "hub" and not base.get("adapter") and base.get("name")
@@ -100,17 +127,17 @@ def base_id(facts: RunFacts) -> str | None:
     )
 
 
-def _common_licence(facts: RunFacts, licences: LicenceNames) -> str | None:
+def _common_licence(run: RunRecord, licences: LicenceNames) -> str | None:
     """The one licence of everything the run was made of, if all of it is known and the hub knows
     the name.
     """
     found = {
         licences.get(name, "").lower()
         for name in [
-            *data_sources(facts),
-            *named_set_names(facts),
-            *teacher_names(facts),
-            public_base_name(facts),
+            *data_sources(run),
+            *named_set_names(run),
+            *teacher_names(run),
+            public_base_name(run),
         ]
     }
     return next(iter(found)) if len(found) == 1 and found <= HUB_LICENCES else None
@@ -119,9 +146,9 @@ def _common_licence(facts: RunFacts, licences: LicenceNames) -> str | None:
 # --- what it was made of
 
 
-def data_sources(facts: RunFacts) -> list[str]:
+def data_sources(run: RunRecord) -> list[str]:
     """Paths and hub ids of the rows, each once."""
-    paths = [facts.group("data", name).get("path") for name in facts.names]
+    paths = [run.settings_group("data", name).get("path") for name in run.job_names]
     return list(
         dict.fromkeys(
             str(p) for one in paths for p in (one if isinstance(one, list) else [one]) if p
@@ -129,10 +156,10 @@ def data_sources(facts: RunFacts) -> list[str]:
     )
 
 
-def named_set_names(facts: RunFacts) -> list[str]:
+def named_set_names(run: RunRecord) -> list[str]:
     """The named sets of a mixture, each once, suites spelt out."""
     mixed = dict.fromkeys(
-        str(s) for name in facts.names for s in facts.group("data", name).get("mix") or []
+        str(s) for name in run.job_names for s in run.settings_group("data", name).get("mix") or []
     )
     return list(
         dict.fromkeys(
@@ -151,24 +178,24 @@ def _catalogue_name(name: str) -> str:
         return name
 
 
-def catalogue_entries(facts: RunFacts) -> dict[str, NamedSet]:
+def catalogue_entries(run: RunRecord) -> dict[str, NamedSet]:
     """What the catalogue knows of the sets of a mixture, and of the hub data sets, by the names
     they have in the run.
     """
     found = {
         name: _catalogue_name(name)
-        for name in [*named_set_names(facts), *(s for s in data_sources(facts) if is_hub_id(s))]
+        for name in [*named_set_names(run), *(s for s in data_sources(run) if is_hub_id(s))]
     }
     sets = shipped_catalog().sets
     return {name: sets[known] for name, known in found.items() if known in sets}
 
 
-def local_set_names(facts: RunFacts) -> set[str]:
+def local_set_names(run: RunRecord) -> set[str]:
     """Named sets that were read from a file: it may hold anything."""
     return {
         _catalogue_name(k.split(".")[0])
-        for name in facts.names
-        for k in facts.group("data", name).get("local") or {}
+        for name in run.job_names
+        for k in run.settings_group("data", name).get("local") or {}
     }
 
 
@@ -180,18 +207,18 @@ def is_hub_id(source: str) -> bool:
     )
 
 
-def public_base_name(facts: RunFacts) -> str:
+def public_base_name(run: RunRecord) -> str:
     """The base as it may be shown: a hub id, an embedded name, or the last part of a path."""
     return public_path(
-        (facts.config.get("model") or {}).get("name")
-        or (facts.receipt.get("base") or {}).get("name")
+        (run.settings_group("model")).get("name")
+        or ((run.receipt or {}).get("base") or {}).get("name")
         or EMPTY_CELL
     )
 
 
-def teacher_names(facts: RunFacts) -> list[str]:
+def teacher_names(run: RunRecord) -> list[str]:
     """Who was distilled from: a model, an adapter of one, or both."""
-    distil = facts.config.get("distill") or {}
+    distil = run.settings_group("distill")
     return list(
         dict.fromkeys(str(distil[key]) for key in ("teacher", "teacher_adapter") if distil.get(key))
     )
@@ -203,22 +230,22 @@ def public_path(place: object) -> str:
     return Path(text).name if text.startswith(("/", "~")) else text
 
 
-def private_directories(facts: RunFacts) -> list[str]:
+def private_directories(run: RunRecord) -> list[str]:
     """Directories of this machine that messages of the run may name, longest first."""
-    base, model = facts.receipt.get("base") or {}, facts.config.get("model") or {}
+    base, model = (run.receipt or {}).get("base") or {}, run.settings_group("model")
     local = [
         path
-        for name in facts.names
-        for path in (facts.group("data", name).get("local") or {}).values()
+        for name in run.job_names
+        for path in (run.settings_group("data", name).get("local") or {}).values()
     ]
-    evaluated = [facts.group("data", name).get("eval") for name in facts.names]
+    evaluated = [run.settings_group("data", name).get("eval") for name in run.job_names]
     places = [
-        *data_sources(facts),
+        *data_sources(run),
         *local,
         *evaluated,
         model.get("name"),
         base.get("path"),
-        facts.config.get("output_dir"),
+        run.config.get("output_dir"),
     ]
     folders = {f"{Path(str(p)).parent}/" for p in places if p and str(p).startswith("/")}
     return sorted(folders - {"/", "//"}, key=len, reverse=True)
