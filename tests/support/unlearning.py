@@ -269,6 +269,20 @@ def pdu(seen: Sequence[Seen]) -> Tensor:
     return token_mean([spread(s.answer(s.logits)) for s in of_kind(seen, FORGET)])
 
 
+def ihl(seen: Sequence[Seen]) -> Tensor:
+    parts = []
+    for s in of_kind(seen, FORGET):
+        p = s.answer(s.logits).softmax(1)
+        rival = p.masked_fill(F.one_hot(s.targets, VOCAB).bool(), 0).max(1).values
+        parts.append((1 + target_prob(s) - rival).clamp(min=0))
+    return token_mean(parts)
+
+
+def me(seen: Sequence[Seen]) -> Tensor:
+    logp = lambda s: s.answer(s.logits).log_softmax(1)  # noqa: E731
+    return token_mean([-math.log(VOCAB) - logp(s).mean(1) for s in of_kind(seen, FORGET)])
+
+
 # --- the peer's averages: over prompts, and not shifted
 
 

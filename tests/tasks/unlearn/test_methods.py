@@ -91,6 +91,8 @@ CASES = {
         settings={"retain_loss_eps": 0.3}),
     "PDU KL": Case("PDU", twin.pdu, lambda s: twin.retain_kl(s) - 0.2, alpha=3.0,
         settings={"retain_loss_eps": 0.2, "retain_loss": "KL", "alpha": 3.0}),
+    "IHL": Case("IHL", twin.ihl, twin.retain_nll),
+    "ME": Case("ME", twin.me, twin.retain_kl, 0.1, settings={"retain_loss": "KL"}),
     "peer KL": Case("KL", twin.ascent, twin.peer_kl, settings={"peer_masks": True}),
     "peer UNDIAL": Case("UNDIAL", twin.peer_undial, settings={"peer_masks": True}),
     "peer PDU": Case("PDU", twin.peer_pdu, lambda s: twin.retain_nll(s) - 0.3, alpha=50.0,
@@ -418,6 +420,8 @@ def test_defaults_are_those_of_the_reference() -> None:
         "CEU": {"ignore_first_n_answer_tokens": 1, "gamma": 1},
         "WGA": {"beta": 1, "gamma": 1, "alpha": 1},
         "SatImp": {"beta1": 5, "beta2": 1, "gamma": 0.1, "alpha": 1},
+        "IHL": {"gamma": 1, "alpha": 1},
+        "ME": {"gamma": 0.1, "alpha": 1},
         "PDU": {"dual_step_size": 1, "dual_warmup_epochs": 5, "gamma": 1, "alpha": 50},
     }
     for method, numbers in expected.items():

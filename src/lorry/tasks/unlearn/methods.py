@@ -30,8 +30,10 @@ from lorry.models.scoring.divergence import full_vocab_divergence
 from lorry.models.scoring.score import FinalHidden, HiddenState, ScoreFn, TokenScore, Want, log_prob
 from lorry.models.scoring.unlearning import (
     contrary_cross_entropy,
+    inverted_hinge,
     logit_spread,
     lowered_cross_entropy,
+    uniform_divergence,
 )
 from lorry.models.scoring.vocab import VocabRows, log_prob_value
 from lorry.tasks.unlearn.losses import (
@@ -587,6 +589,32 @@ class PDU(UnlearnMethod):
         self.seen = [(float(total), int(count)) for total, count in seen]
 
 
+class IHL(UnlearnMethod):
+    """Inverted hinge: lower the answer token's probability until another one's is as far ahead as it
+    can be; bounded, and made for adapters.
+    """
+
+    own_defaults: ClassVar[Mapping[str, Any]] = RETAIN_DEFAULTS
+
+    def forget_wants(self) -> Mapping[str, Want]:
+        return {"forget": TokenScore(inverted_hinge, weights=FORGET_WEIGHTS)}
+
+    def forget_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return token_sum(got["forget"], batch.extra[FORGET_WEIGHTS].values, batch)
+
+
+class ME(UnlearnMethod):
+    """Maximum entropy: KL from the uniform distribution at the answer's tokens."""
+
+    own_defaults: ClassVar[Mapping[str, Any]] = {**RETAIN_DEFAULTS, "gamma": 0.1}
+
+    def forget_wants(self) -> Mapping[str, Want]:
+        return {"forget": TokenScore(uniform_divergence, weights=FORGET_WEIGHTS)}
+
+    def forget_values(self, got: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return token_sum(got["forget"], batch.extra[FORGET_WEIGHTS].values, batch)
+
+
 def lowered_tokens(rows: VocabRows) -> Tensor:
     """[t] the tokens that UNDIAL lowers: the targets, or, where the peer has no label, its -100
     counted from the end of the vocabulary.
@@ -619,6 +647,8 @@ UNLEARN_METHODS: Mapping[str, type[UnlearnMethod]] = {
     "WGA": WGA,
     "SatImp": SatImp,
     "PDU": PDU,
+    "IHL": IHL,
+    "ME": ME,
 }
 METHOD_DEFAULTS = {name: method.defaults() for name, method in UNLEARN_METHODS.items()}
 
