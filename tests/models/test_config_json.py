@@ -23,22 +23,6 @@ from tests.support import tiny
 from tests.support.ggufs import write_gguf
 from tests.support.tiny import close, edit_config, one_thread  # noqa: F401 - one_thread is a fixture
 
-MAMBA2 = {
-    "model_type": "mamba2",
-    "vocab_size": tiny.VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_heads": 8,
-    "head_dim": 8,
-    "state_size": 8,
-    "n_groups": 2,
-    "expand": 2,
-    "conv_kernel": 4,
-    "bos_token_id": 0,
-    "eos_token_id": 27,
-    "pad_token_id": 0,
-}
-
 
 def rope(kind: str, **more: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 500.0, **more}
@@ -184,11 +168,11 @@ def test_an_infinity_as_transformers_writes_it(tmp_path: Path) -> None:
     """Mamba2's time_step_limit; saved by us, it is opened again, and written as older readers know
     it.
     """
-    model = tiny.random_model(MAMBA2)
+    model = tiny.random_model(tiny.MAMBA2)
     text = (tiny.directory(model, tmp_path / "in") / "config.json").read_text()
     if "__float__" not in text:  # the default, which this transformers leaves out
         edit_config(tmp_path / "in", time_step_limit=[0.0, {"__float__": "Infinity"}])
-    _, config = saved(MAMBA2, tmp_path / "again")
+    _, config = saved(tiny.MAMBA2, tmp_path / "again")
     assert config["time_step_limit"] == [0.0, math.inf]
     for spelling in ({"__float__": "Infinity"}, math.inf):
         path = edit_config(tmp_path / "in", time_step_limit=[0.0, spelling])

@@ -90,6 +90,22 @@ NEOX = {
 SMALL = {k: v for k, v in LLAMA.items() if k not in ("model_type", "tie_word_embeddings")}
 MOE = {**SMALL, "num_experts_per_tok": 2, "head_dim": 8}
 # Architectures Lorry has no family for
+MAMBA2 = {
+    "model_type": "mamba2",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_heads": 8,
+    "head_dim": 8,
+    "state_size": 8,
+    "n_groups": 2,
+    "expand": 2,
+    "conv_kernel": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 27,
+    "pad_token_id": 0,
+}
+
 FOREIGN: dict[str, dict[str, Any]] = {
     "gemma2": {
         **SMALL,

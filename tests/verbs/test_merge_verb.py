@@ -14,13 +14,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_config_json import MAMBA2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorry as library
 from lorry.models.loading import store
 from lorry.verbs import probe
-from tests.support.tiny import random_model
+from tests.support.tiny import MAMBA2, random_model
 from tests.support.verbworld import (
     PEOPLE,
     World,
