@@ -121,6 +121,17 @@ class PaddedModel:
         return text.strip()
 
 
+def gradient_norm(model: PaddedModel, question: str, answer: str) -> float:
+    """Mean over LoRA's matrices of the norm of the gradient of the answer's mean loss by autograd."""
+    prompt, right = model.prompt(question), model.words(answer).input_ids
+    matrices = [p for name, p in model.model.named_parameters() if "lora_" in name]
+    for matrix in matrices:
+        matrix.requires_grad_(True)
+    logits = model.model(input_ids=torch.tensor([prompt + right])).logits[0, len(prompt) - 1 : -1]
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(right))
+    return float(numpy.mean([float(g.norm()) for g in torch.autograd.grad(loss, matrices)]))
+
+
 def losses(model: PaddedModel, rows: list[dict[str, Any]], field: str) -> list[list[float]]:
     found = []
     for row in rows:
@@ -208,6 +219,7 @@ def attacks(model: PaddedModel, oracle: PaddedModel) -> dict[str, float]:
             each = {
                 "mia_loss": -one["logp"].mean(),
                 "mia_zlib": -one["logp"].mean() / size,
+                "mia_gradnorm": gradient_norm(model, row["question"], row["answer"]),
                 "mia_reference": other["logp"].mean() - one["logp"].mean(),
                 **least,
             }
@@ -223,10 +235,21 @@ def attacks(model: PaddedModel, oracle: PaddedModel) -> dict[str, float]:
                 first = next((k for k in range(len(hit)) if hit[k:].all()), len(hit))
                 strengths.append(1 - first / len(hit))
             out["extraction_strength"] = float(numpy.mean(strengths))
+    out |= {f"{name}.{role}": v[role][0] for name, v in scores.items() for role in v}
     for name, by_role in scores.items():
         wins = stats.mannwhitneyu(by_role["holdout"], by_role["forget"]).statistic
         out[name] = wins / (len(by_role["holdout"]) * len(by_role["forget"]))
     return out
+
+
+def oracle_auc(oracle: Path) -> float:
+    """By Mann-Whitney's U, from the rows' scores."""
+    scores = read_json(oracle)["mia_min_k"]
+    new, old = (
+        [r["score"] for r in scores[role]["value_by_index"].values()]
+        for role in ("holdout", "forget")
+    )
+    return float(stats.mannwhitneyu(new, old).statistic) / (len(new) * len(old))
 
 
 def test_every_metric_is_that_of_padded_transformers(
@@ -234,11 +257,15 @@ def test_every_metric_is_that_of_padded_transformers(
 ) -> None:
     base = PaddedModel(world.base, None)
     truth = by_transformers(PaddedModel(world.base, world.run), base)
-    _, summary = measured
+    found, summary = measured
     ours = {"forget_Q_A_gibberish", "privleak", "rel_diff"}
+    for name in [name for name in truth if "." in name]:  # an AUC alone is coarse: scores, too
+        metric, role = name.split(".")
+        score = found[metric][role]["value_by_index"]["0"]["score"]
+        assert score == pytest.approx(truth.pop(name), rel=5e-4, abs=1e-6), name
     assert set(summary) == set(TOFU_METRICS) == set(truth) | ours
     assert {name: summary[name] for name in truth} == pytest.approx(truth, rel=2e-4)
-    theirs = attacks(base, base)["mia_min_k"]
+    theirs = oracle_auc(oracle)
     auc = truth["mia_min_k"]
     assert auc == 1.0  # four rows learnt by heart: there is something to be told
     assert summary["privleak"] == pytest.approx(100 * (theirs - auc) / (1 - theirs))
@@ -491,6 +518,15 @@ def test_a_plain_model_needs_a_folder(
 ) -> None:
     assert lorry("eval", world.base, *SETTINGS, f"local.tofu={tofu}") == 2
     assert "give output_dir=FOLDER" in capfd.readouterr().err
+
+
+def test_gradients_are_an_adapters(
+    world: World, tofu: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = (f"local.tofu={tofu}", "metrics=[mia_gradnorm]", f"output_dir={tmp_path / 'out'}")
+    assert lorry("eval", world.base, *SETTINGS, *asked) == 2
+    assert "mia_gradnorm is of an adapter's gradients" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_of_somebody_else_stay(

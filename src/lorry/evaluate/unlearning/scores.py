@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from lorry.adapters.attach import get_bank
-from lorry.adapters.mix import Mix
+from lorry.adapters.mix import AdapterContext, Mix
 from lorry.adapters.peft.files import base_digest
 from lorry.backends.protocol import ScoringBackend
 from lorry.data.batch import BASE, TokenizedExample, collate
 from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.content import ChatMessage, Conversation
-from lorry.errors import DataError, NonFiniteError
+from lorry.errors import ConfigError, DataError, NonFiniteError
 from lorry.evaluate.metrics.memorization import mean_loss
 from lorry.evaluate.unlearning.rows import SuiteRow, SuiteSet
 from lorry.generation.engine import evaluation_mode, generate_completions
@@ -31,7 +31,7 @@ from lorry.generation.sampling import SamplingParams
 from lorry.generation.scorer import ModelScorer
 from lorry.generation.text import IncrementalDetokenizer
 from lorry.models.causal_lm import CausalLM
-from lorry.models.scoring.score import TokenScore, Want, correct, log_prob
+from lorry.models.scoring.score import TokenScore, Want, correct, evaluate_wants, log_prob
 from lorry.models.scoring.vocab import VocabStatistic
 
 SUITE_BATCH_TOKENS = 2048  # tokens of a batch, unless a single sequence is longer
@@ -134,6 +134,31 @@ class SuiteModel:
             scorer = ModelScorer(self.model)
             return score_answers(scorer, self.encoder, asked, mix, moments=moments)
 
+    def gradient_norms(self, role: str, field: str) -> list[list[float]]:
+        """Per row, of its answer's mean loss without the end of turn, the gradient's L2 norm at each
+        matrix of the adapters in the mix; no gradient that training holds is touched. Raises
+        ConfigError for a mix without an adapter, otherwise as `score`.
+        """
+        bank = get_bank(self.model)
+        masters = [m for term in self.mix.terms for m in bank[term.adapter].masters().values()]
+        if not masters:
+            raise ConfigError(
+                "mia_gradnorm is of an adapter's gradients; evaluate a run with one, or ask for "
+                "other metrics"
+            )
+        closings, call, found = closing_sequences(self.encoder), AdapterContext(self.mix), []
+        for row in self.sets[role].rows:
+            tokens, weights = _lay_out(self.encoder, row, row.answers[field][0])
+            kept = len(tokens) - _closing_length(tokens, closings)
+            example = TokenizedExample(tokens[:kept], weights[:kept], adapter=BASE)
+            batch = collate([example]).to(self.model.device)
+            with torch.enable_grad(), evaluation_mode(self.model):
+                got = evaluate_wants(self.model, batch, {"log_prob": TokenScore(log_prob)}, call)
+                loss = -got["log_prob"].sum() / batch.weights.sum()
+                gradients = torch.autograd.grad(loss, masters, allow_unused=True)
+            found.append([0.0 if g is None else float(g.double().norm()) for g in gradients])
+        return found
+
     def generated(self, role: str) -> list[GeneratedAnswer]:
         """Greedy answers to a role's questions, of the first ``limit`` rows. Raises ModelError for a
         prompt that leaves no room in the context.
@@ -182,7 +207,7 @@ def score_answers(
     """Scores of (row, answer) pairs in their order. Raises as `SuiteModel.score`."""
     laid = [_lay_out(encoder, row, text) for row, text in asked]
     wants = {**LOSS_WANTS, **(MOMENT_WANTS if moments else {})}
-    closings = _closings(encoder)
+    closings = closing_sequences(encoder)
     out: dict[int, AnswerScores] = {}
     # long ones first, so that batches are even
     order = sorted(range(len(laid)), key=lambda n: -len(laid[n][0]))
@@ -231,7 +256,7 @@ def _lay_out(encoder: ExampleEncoder, row: SuiteRow, text: str) -> tuple[list[in
     return made[-1].tokens, [float(weight != 0) for weight in made[-1].weights]
 
 
-def _closings(encoder: ExampleEncoder) -> list[list[int]]:
+def closing_sequences(encoder: ExampleEncoder) -> list[list[int]]:
     """What an answer may end with: a token that stops generation, or the template's own end of
     turn where that is several.
     """

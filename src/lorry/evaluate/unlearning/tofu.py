@@ -232,6 +232,19 @@ def measure_reference_attack(inputs: SuiteInputs) -> MetricRecord:
     return _attack_record(scores)
 
 
+def measure_gradient_attack(inputs: SuiteInputs) -> MetricRecord:
+    """Mean norm of the gradient at the adapter's matrices, the end of turn left out."""
+    return _attack_record(
+        {
+            role: [
+                membership.gradient_norm_score(norms)
+                for norms in inputs.asked.gradient_norms(role, ANSWER)
+            ]
+            for role in ("forget", "holdout")
+        }
+    )
+
+
 def _attack_record(scores: dict[str, list[float]]) -> MetricRecord:
     auc = membership.attack_auc(scores["forget"], scores["holdout"])
     roc = membership.attack_roc(scores["forget"], scores["holdout"])
@@ -335,6 +348,7 @@ TOFU_METRICS: dict[str, SuiteMetric] = {
         )
         for name, score in ATTACK_SCORES.items()
     },
+    "mia_gradnorm": SuiteMetric(measure_gradient_attack, fields=ATTACKED),
     "mia_reference": SuiteMetric(
         measure_reference_attack, ("mia_loss",), needs_logs=True, reads_logs=True
     ),
