@@ -70,7 +70,7 @@ def opened(way: str) -> Decoder | HfModel:
     model = native(theirs) if way in ("kernels", "torch") else HfModel(theirs)
     if way == "recompute":
         assert isinstance(model, HfModel)
-        model.recomputes = "a test asks for it"
+        model.recompute_reason = "a test asks for it"
     for seed, name in enumerate(("a", "b")):
         attach(model, LoraSpec(r=3, lora_alpha=24, init_lora_weights=False), name, seed=seed)
         with torch.no_grad():
@@ -170,7 +170,7 @@ def test_late_requests_say_what_transformers_says(way: str) -> None:
     model = native(inner) if way in ("kernels", "torch") else HfModel(inner)
     if way == "recompute":
         assert isinstance(model, HfModel)
-        model.recomputes = "a test asks for it"
+        model.recompute_reason = "a test asks for it"
     free = [greedy(inner, prompt, 12) for prompt in PROMPTS]
     ends = [[], [free[1][3]], [], [free[3][7]], [free[4][0]], []]
     asked = [

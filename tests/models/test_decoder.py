@@ -171,7 +171,9 @@ def test_taps_are_layer_outputs_and_stop_ends_there(tmp_path: Path) -> None:
     theirs, ids = tiny.trained("llama"), text_ids(2)
     model = tiny.decoder(theirs, tmp_path)
     with torch.no_grad():
-        hidden = model.hidden(PackedInput.of(ids.tolist()), AdapterContext(), taps=[0], stop=0)
+        hidden = model.hidden(
+            PackedInput.of(ids.tolist()), AdapterContext(), output_layers=[0], stop=0
+        )
         expected = theirs(input_ids=ids, output_hidden_states=True).hidden_states[1]
     assert hidden.last is None
     assert (hidden.layer_outputs[0] - expected.flatten(0, 1)).abs().max() <= 1e-5

@@ -294,8 +294,8 @@ def test_taps_and_stop_are_those_of_the_decoder(pair: tuple[Decoder, HfModel]) -
         AdapterContext(Mix.per_sequence(["b", None, "a", "b"], STARTS)),
     )
     with torch.no_grad():
-        native, forced = (m.hidden(packed, call, taps=[0, 1], stop=1) for m in pair)
-        whole = pair[1].hidden(packed, call, taps=[1])
+        native, forced = (m.hidden(packed, call, output_layers=[0, 1], stop=1) for m in pair)
+        whole = pair[1].hidden(packed, call, output_layers=[1])
     assert native.last is None
     assert forced.last is None
     assert whole.last is not None
@@ -304,7 +304,7 @@ def test_taps_and_stop_are_those_of_the_decoder(pair: tuple[Decoder, HfModel]) -
         assert gap <= 1e-6 * max(10.0, float(forced.layer_outputs[layer].abs().max()))
     assert torch.equal(whole.layer_outputs[1], forced.layer_outputs[1])
     with pytest.raises(ModelError, match="layer 7"):
-        pair[1].hidden(packed, call, taps=[7])
+        pair[1].hidden(packed, call, output_layers=[7])
 
 
 # --- what cannot be done is refused or named

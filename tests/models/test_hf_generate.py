@@ -86,7 +86,7 @@ def test_cached_hidden_states_are_those_of_whole_sequences(name: str) -> None:
         owners = torch.tensor([r for r in which for _ in rows[r]])
         check(
             which,
-            model.cached(packed, owners, cache, AdapterContext(), decoding=False)[
+            model.forward_cached(packed, owners, cache, AdapterContext(), decoding=False)[
                 [stop - 1 for _, stop in packed.segments]
             ],
         )
@@ -99,7 +99,9 @@ def test_cached_hidden_states_are_those_of_whole_sequences(name: str) -> None:
             row.append(token)
         check(
             list(range(len(rows))),
-            model.cached(packed, torch.arange(len(rows)), cache, AdapterContext(), decoding=True),
+            model.forward_cached(
+                packed, torch.arange(len(rows)), cache, AdapterContext(), decoding=True
+            ),
         )
 
     def check(which: list[int], newest: Tensor) -> None:
@@ -278,10 +280,10 @@ def test_frames_lose_and_leak_nothing(lengths: list[int], data: st.DataObject) -
         made = [PaddedFrame(data.draw(st.permutations(segments)), torch.device("cpu"), left=True)]
     for frame in made:
         weight = torch.zeros(len(frame.spans) * frame.length)
-        for term in frame.call(AdapterContext(mix)).mix.terms:
+        for term in frame.adapter_context(AdapterContext(mix)).mix.terms:
             weight[slice(None) if term.rows is None else term.rows] += term.gate
-        assert torch.equal(frame.fill(torch.arange(total)).flatten()[frame.places], frame.rows)
+        assert torch.equal(frame.pad(torch.arange(total)).flatten()[frame.positions], frame.rows)
         assert frame.mask().sum() == len(frame.rows)
-        assert torch.equal(weight[frame.places], expected[frame.rows])
+        assert torch.equal(weight[frame.positions], expected[frame.rows])
         seen[frame.rows] += 1
     assert torch.equal(seen, torch.ones(total))

@@ -45,8 +45,8 @@ def test_norms_leave_such_blocks(dtype: torch.dtype) -> None:
     norm = rms(dtype)
     if dtype == torch.float32:
         assert spare(norm.compute(x)) >= ALIGNED
-        assert spare(norm.after_adding(x.clone(), x)[1]) >= ALIGNED
-    assert torch.equal(norm.after_adding(x.clone(), x)[1], norm.compute(x + x))
+        assert spare(norm.add_and_normalise(x.clone(), x)[1]) >= ALIGNED
+    assert torch.equal(norm.add_and_normalise(x.clone(), x)[1], norm.compute(x + x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -305,7 +305,7 @@ def test_why_a_model_generates_without_a_cache_is_kept_too(
         notes: list[str] = []
         loaded = load_model(path, dtype="float32", notes=notes)
         assert isinstance(loaded.model, HfModel)
-        assert loaded.model.recomputes == "its cache is broken"
+        assert loaded.model.recompute_reason == "its cache is broken"
         assert any(note.endswith("slowly: its cache is broken") for note in notes)
         monkeypatch.setattr(proofs, "find_cache_error", lambda model: pytest.fail("asked again"))
 

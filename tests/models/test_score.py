@@ -157,7 +157,7 @@ def test_a_row_without_supervision_gives_zeros_and_no_gradient() -> None:
 def test_hidden_states_stop_the_pass_and_equal_the_full_one() -> None:
     model, batch = tiny(), rows([5, 6])
     packed = PackedInput(batch.tokens, batch.positions, batch.segments)
-    wanted = model.hidden(packed, AdapterContext(), taps=[0, 1]).layer_outputs
+    wanted = model.hidden(packed, AdapterContext(), output_layers=[0, 1]).layer_outputs
     got = evaluate_wants(model, batch, {"early": HiddenState(0)}, AdapterContext())
     assert list(got) == ["early"]
     assert torch.equal(got["early"], wanted[0])

@@ -214,13 +214,13 @@ def test_what_does_not_train_costs_no_product(tmp_path: Path) -> None:
 def test_below_the_lowest_trained_layer_there_is_no_graph(tmp_path: Path) -> None:
     model = tiny.decoder(tiny.fresh("llama"), tmp_path)
     make_weights_trainable(model, r"model\.layers\.1\..*")
-    taps = model.hidden(
+    output_layers = model.hidden(
         lorry.models.causal_lm.PackedInput.of([[1, 2, 3]]),
         lorry.adapters.mix.AdapterContext(),
-        taps=[0, 1],
+        output_layers=[0, 1],
     ).layer_outputs
-    assert not taps[0].requires_grad
-    assert taps[1].requires_grad
+    assert not output_layers[0].requires_grad
+    assert output_layers[1].requires_grad
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -227,7 +227,9 @@ class GenerationEngine:
             token_rows = torch.repeat_interleave(torch.tensor(group), lengths).to(device)
             ends = [stop for _, stop in packed.segments]
             call = _adapter_context(requests, [0, *ends])
-            hidden = self.runner.cached(packed, token_rows, self.cache, call, decoding=False)
+            hidden = self.runner.forward_cached(
+                packed, token_rows, self.cache, call, decoding=False
+            )
             last = torch.tensor(ends, device=device) - 1
             logits = self.runner.logits(hidden.index_select(0, last), call.narrow(last))
             self._append_tokens(logits, requests)
@@ -239,7 +241,7 @@ class GenerationEngine:
         packed = PackedInput(newest, self.cache.lengths, [(i, i + 1) for i in range(count)])
         call = _adapter_context(self.running, range(count + 1))
         rows = torch.arange(count, device=device)
-        hidden = self.runner.cached(packed, rows, self.cache, call, decoding=True)
+        hidden = self.runner.forward_cached(packed, rows, self.cache, call, decoding=True)
         self._append_tokens(self.runner.logits(hidden, call), self.running)
 
     def _append_tokens(self, logits: Tensor, requests: Sequence[Request]) -> None:

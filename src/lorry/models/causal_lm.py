@@ -30,9 +30,11 @@ class PackedInput:
     @staticmethod
     def of(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> PackedInput:
         """Lay token lists end to end."""
+        # exclusive ends: sequence i is tokens ends[i-1] to ends[i]
         ends = torch.tensor([len(s) for s in sequences]).cumsum(0).tolist()
         segments = list(zip([0, *ends[:-1]], ends, strict=True))
         tokens = torch.tensor([t for s in sequences for t in s], device=device)
+        # every sequence counts from 0: packing must not move anybody
         positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(device)
         return PackedInput(tokens, positions, segments)
 
@@ -40,6 +42,7 @@ class PackedInput:
         """With a sequence of zeros (all at position 0: the context may be short) behind the others,
         up to ``total`` tokens.
         """
+        # a sequence of its own, so that attention by segment keeps it apart
         more = total - self.tokens.numel()
         return PackedInput(
             F.pad(self.tokens, (0, more)),
@@ -57,8 +60,8 @@ class DecoderOutput:
 
 @dataclass
 class HiddenStates:
-    """last [T,D] after the final norm (None when the pass stopped early); taps: {layer: [T,D] that
-    layer's output}.
+    """last [T,D] after the final norm (None when the pass stopped early);
+    layer_outputs: {layer: [T,D], its output}.
     """
 
     last: Tensor | None
@@ -113,12 +116,15 @@ class CausalLM(nn.Module, ABC):
         )
         ends = keep.sum(1).cumsum(0).tolist()
         packed = PackedInput(
+            # row by row, padding dropped: the packed order of what is left
             input_ids[keep],
+            # positions count real tokens, so padding on the left does not shift them
             (keep.cumsum(1) - 1)[keep],
             list(zip([0, *ends[:-1]], ends, strict=True)),
         )
         call = default_context(self)
         logits = self.logits(self.hidden(packed, call).last, call)
+        # zeros where padding is: nothing was computed there
         out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
         out[keep] = logits
         return DecoderOutput(out)
@@ -129,11 +135,11 @@ class CausalLM(nn.Module, ABC):
         packed: PackedInput,
         call: AdapterContext,
         *,
-        taps: Collection[int] = (),
+        output_layers: Collection[int] = (),
         stop: int | None = None,
     ) -> HiddenStates:
-        """Hidden states of packed tokens under the call's mix. ``taps``: layers whose output is
-        wanted; ``stop``: the last to run.
+        """Hidden states of packed tokens under the call's mix. ``output_layers``: layers whose
+        output is wanted; ``stop``: the last to run.
         """
 
     @abstractmethod
@@ -147,7 +153,7 @@ class CausalLM(nn.Module, ABC):
         """
 
     @abstractmethod
-    def cached(
+    def forward_cached(
         self, packed: PackedInput, rows: Tensor, cache: Any, call: AdapterContext, *, decoding: bool
     ) -> Tensor:
         """Final hidden states of the newest tokens of cached rows."""

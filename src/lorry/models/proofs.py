@@ -110,12 +110,12 @@ def prove_hf_model(model: HfModel, notes: list[str], where: str) -> None:
     kept = lorry_home() / "proofs" / _model_proof_digest(model)
     if (found := _read_proof(kept)) is None:
         _prove_or_raise(model, where)
-        _save_proof(kept, model.recomputes)
+        _save_proof(kept, model.recompute_reason)
     else:
-        model.recomputes = found
-    if model.recomputes:
+        model.recompute_reason = found
+    if model.recompute_reason:
         notes.append(
-            f"it generates by reading the whole sequence again for every token, slowly: {model.recomputes}"
+            f"it generates by reading the whole sequence again for every token, slowly: {model.recompute_reason}"
         )
 
 
@@ -129,8 +129,8 @@ def _prove_or_raise(model: HfModel, where: str) -> None:
         raise ModelError(
             f"{where}: {type(model.inner).__name__} is no causal language model here: {why}. {_suggest_remedy(model)}"
         )
-    if not model.recomputes and (why := find_cache_error(model)):
-        model.recomputes = why
+    if not model.recompute_reason and (why := find_cache_error(model)):
+        model.recompute_reason = why
 
 
 def _suggest_remedy(model: HfModel) -> str:
@@ -245,7 +245,7 @@ def find_cache_error(model: CausalLM) -> str:
         owners = torch.tensor(
             [i for i, n in enumerate(prompts) for _ in range(n)], device=model.device
         )
-        found = runner.cached(packed, owners, memory, AdapterContext(), decoding=False)[
+        found = runner.forward_cached(packed, owners, memory, AdapterContext(), decoding=False)[
             [stop - 1 for _, stop in packed.segments]
         ]
         for step in range(DECODE_STEPS + 1):
@@ -257,7 +257,7 @@ def find_cache_error(model: CausalLM) -> str:
                     device=model.device,
                 )
                 packed = PackedInput(now, memory.lengths, [(0, 1), (1, 2)])
-                found = runner.cached(
+                found = runner.forward_cached(
                     packed,
                     torch.arange(2, device=model.device),
                     memory,
@@ -330,47 +330,49 @@ def _compare_native(
         silence_transformers(),
         torch.random.fork_rng(devices=[]),
     ):
-        theirs = AutoModelForCausalLM.from_config(
+        hf_model = AutoModelForCausalLM.from_config(
             CONFIG_MAPPING[config["model_type"]].from_dict(small), dtype=torch.float32
         )
-    _randomise_weights(theirs.eval().requires_grad_(False))
-    ours = _build_native_twin(family, theirs)
-    if isinstance(ours, str):
-        return ours
-    length = min(TWIN_LENGTH, ours.context)
-    ids = torch.tensor(_random_sequences(ours, 2, length))
+    _randomise_weights(hf_model.eval().requires_grad_(False))
+    native = _build_native_twin(family, hf_model)
+    if isinstance(native, str):
+        return native
+    length = min(TWIN_LENGTH, native.context)
+    ids = torch.tensor(_random_sequences(native, 2, length))
     with torch.no_grad(), model_file_errors("transformers cannot run the twin"):
-        expected, found = theirs(input_ids=ids, use_cache=False).logits, ours(ids).logits
-    gap = float((found - expected).abs().max() / expected.abs().max())
+        expected, logits = hf_model(input_ids=ids, use_cache=False).logits, native(ids).logits
+    gap = float((logits - expected).abs().max() / expected.abs().max())
     if not gap <= TWIN_TOLERANCE:
         return f"Lorry's decoder gives other logits than transformers for this config (by {gap:.0e} of the largest)"
-    ours = ours.to(device, dtype)
-    if ours.geometry.tied:
-        ours.tie()
-    if why := find_future_leak(ours) or find_cache_error(ours):
+    native = native.to(device, dtype)
+    if native.geometry.tied:
+        native.tie()
+    if why := find_future_leak(native) or find_cache_error(native):
         return f"Lorry's decoder is wrong for this config: {why}"
     return ""
 
 
-def _build_native_twin(family: ModelFamily, theirs: Any) -> Decoder | str:
+def _build_native_twin(family: ModelFamily, hf_model: Any) -> Decoder | str:
     """The native decoder with the weights of a model of transformers, or why they do not fit."""
     with torch.device("meta"):
-        ours = Decoder(family, theirs.config.to_dict())
-    given = dict(theirs.named_parameters(remove_duplicate=False))
-    wanted = ours.state_dict()
-    odd = sorted(
+        native = Decoder(family, hf_model.config.to_dict())
+    hf_params = dict(hf_model.named_parameters(remove_duplicate=False))
+    native_state = native.state_dict()
+    differing = sorted(
         n
-        for n in given.keys() | wanted.keys()
-        if n not in given or n not in wanted or given[n].shape != wanted[n].shape
+        for n in hf_params.keys() | native_state.keys()
+        if n not in hf_params
+        or n not in native_state
+        or hf_params[n].shape != native_state[n].shape
     )
-    if odd:
-        return f"transformers has other tensors than Lorry's decoder for this config ({', '.join(odd[:3])})"
-    ours.load_state_dict(
-        {n: p.detach().clone() for n, p in given.items()}, strict=True, assign=True
+    if differing:
+        return f"transformers has other tensors than Lorry's decoder for this config ({', '.join(differing[:3])})"
+    native.load_state_dict(
+        {n: p.detach().clone() for n, p in hf_params.items()}, strict=True, assign=True
     )
-    if ours.geometry.tied:
-        ours.tie()
-    return ours.requires_grad_(False).eval()
+    if native.geometry.tied:
+        native.tie()
+    return native.requires_grad_(False).eval()
 
 
 def shrink_config(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -410,11 +412,11 @@ def _randomise_weights(model: nn.Module) -> None:
     """Weights wide enough that a wrong epsilon, bias or rotary base shows; biases away from 0,
     norms from 1.
     """
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         wide = 0.3 if p.dim() == 1 else min(0.2, 2 / p.shape[-1] ** 0.5)
         around = 1.0 if p.dim() == 1 and bool((p == 1).all()) else 0.0
-        p.copy_(around + wide * torch.randn(p.shape, generator=draw))
+        p.copy_(around + wide * torch.randn(p.shape, generator=generator))
 
 
 def _native_proof_digest(
@@ -442,7 +444,7 @@ def _model_proof_digest(model: HfModel) -> str:
         *(
             f"{type(model.inner).__module__}.{type(model.inner).__qualname__}",
             str(model.body),
-            model.recomputes,
+            model.recompute_reason,
         ),
         str(getattr(model.inner.config, "_attn_implementation", None)),
         str(getattr(model.inner, "is_quantized", False)),

@@ -31,13 +31,14 @@ class SegmentBucket:
     """Sequences attended to in one call: ``count`` of them, padded to ``length``.
 
     rows [n]: the packed tokens, sequence by sequence, or None when they are all of them in order;
-    places [n]: where each goes in the [count * length] frame, or None when nothing is padded.
+    padded_positions [n]: where each goes in the [count * length] frame, or None when nothing is
+    padded.
     """
 
     count: int
     length: int
     rows: Tensor | None
-    places: Tensor | None
+    padded_positions: Tensor | None
 
 
 def bucket_segments(
@@ -48,12 +49,15 @@ def bucket_segments(
     """
     order = sorted(
         (s for s in range(len(segments)) if segments[s][1] > segments[s][0]),
+        # shortest first, so that a group's first member is its shortest; the index breaks ties for
+        # determinism
         key=lambda s: (segments[s][1] - segments[s][0], s),
     )
     groups: list[list[int]] = []
     for s in order:
         length = segments[s][1] - segments[s][0]
         first = segments[groups[-1][0]] if groups else None
+        # 1.25: at most a quarter of padding, against one more call per group
         if first is not None and length <= slack * (first[1] - first[0]):
             groups[-1].append(s)
         else:
@@ -68,16 +72,18 @@ def _make_bucket(
     longest = int(lengths.max())
     starts = torch.tensor([start for start, _ in segments])
     column = torch.arange(longest)
-    real = column < lengths[:, None]
-    rows = (starts[:, None] + column)[real]
-    places = (torch.arange(len(segments))[:, None] * longest + column)[real]
-    everything = len(rows) == total and bool((rows == torch.arange(total)).all())
+    # [sequences, longest]: row by row it lists the tokens in packed order
+    is_token = column < lengths[:, None]
+    rows = (starts[:, None] + column)[is_token]
+    padded_positions = (torch.arange(len(segments))[:, None] * longest + column)[is_token]
+    # then gathering and scattering are the identity and are left out
+    all_tokens = len(rows) == total and bool((rows == torch.arange(total)).all())
     padded = len(rows) != len(segments) * longest
     return SegmentBucket(
         len(segments),
         longest,
-        None if everything else rows.to(device),
-        places.to(device) if padded else None,
+        None if all_tokens else rows.to(device),
+        padded_positions.to(device) if padded else None,
     )
 
 
@@ -108,22 +114,23 @@ class AttentionStats:
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, *, keep: bool
+    q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, *, save: bool
 ) -> tuple[Tensor, AttentionStats]:
     """q [T,H,D], k and v [T,G,D] -> o [T,H,D]; each token sees its own segment up to itself.
     Softmax scale D^-1/2. No graph.
 
-    ``keep``: backward will be called.
+    ``save``: backward will be called.
     """
     if kernel.supports_attention(q, k):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         o, lse = kernel.run_attention(q, k, v, segments.starts, q.shape[-1] ** -0.5)
         return o, AttentionStats(lse)
-    if not keep:
+    if not save:
         return attend_with_sdpa(q, k, v, segments.buckets), AttentionStats()
     with torch.enable_grad():  # a small graph of its own, which backward goes through once
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
         o = attend_with_sdpa(q, k, v, segments.buckets)
+    # q, k, v as leaves of their own: backward asks for exactly their gradients
     return o.detach(), AttentionStats(graph=(q, k, v, o))
 
 
@@ -132,43 +139,48 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     o: Tensor,
-    memo: AttentionStats,
+    stats: AttentionStats,
     segments: PackedSegments,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) for the gradient ``grad`` [T,H,D] of o."""
     if kernel.supports_attention(q, k):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        assert memo.lse is not None
+        assert stats.lse is not None
         return kernel.run_attention_backward(
-            q, k, v, o, memo.lse, segments.starts, q.shape[-1] ** -0.5, grad.contiguous()
+            q, k, v, o, stats.lse, segments.starts, q.shape[-1] ** -0.5, grad.contiguous()
         )
-    *leaves, out = memo.graph or attention_forward(q, k, v, segments, keep=True)[1].graph
+    # empty where recompute dropped it, or a second backward asks: then the forward runs again
+    *leaves, out = stats.graph or attention_forward(q, k, v, segments, save=True)[1].graph
     dq, dk, dv = torch.autograd.grad(out, leaves, grad)
     return dq, dk, dv
 
 
-def attend_with_sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Sequence[SegmentBucket]) -> Tensor:
+def attend_with_sdpa(q: Tensor, k: Tensor, v: Tensor, buckets: Sequence[SegmentBucket]) -> Tensor:
     """`attention_forward` through torch's own attention, with a graph where the inputs have one."""
-    parts = [_attend_bucket(q, k, v, b) for b in plan]
-    if len(plan) == 1 and plan[0].rows is None:
+    parts = [_attend_bucket(q, k, v, b) for b in buckets]
+    if len(buckets) == 1 and buckets[0].rows is None:
         return parts[0]
+    # every token is in exactly one bucket, so all of it is written
     out = torch.zeros_like(q)
-    for bucket, part in zip(plan, parts, strict=True):
+    for bucket, part in zip(buckets, parts, strict=True):
         assert bucket.rows is not None
         out = out.index_copy(0, bucket.rows, part)
     return out
 
 
 def _attend_bucket(q: Tensor, k: Tensor, v: Tensor, bucket: SegmentBucket) -> Tensor:
-    framed = [_pad_bucket(x, bucket) for x in (q, k, v)]
+    padded = [_pad_bucket(x, bucket) for x in (q, k, v)]
     if bucket.length <= SHORT_TOKENS and q.device.type == "cpu":
-        o = ShortAttention.apply(*framed)
+        o = ShortAttention.apply(*padded)
     else:
-        q4, k4, v4 = framed[0], *(_repeat_kv(x, q.shape[1] // k.shape[1]) for x in framed[1:])
+        # repeated: this call wants as many key heads as query heads
+        q4, k4, v4 = padded[0], *(_repeat_kv(x, q.shape[1] // k.shape[1]) for x in padded[1:])
         o = F.scaled_dot_product_attention(q4, k4, v4, is_causal=True)
     flat = o.transpose(1, 2).reshape(bucket.count * bucket.length, q.shape[1], q.shape[2])
-    return flat if bucket.places is None else flat.index_select(0, bucket.places)
+    return (
+        flat if bucket.padded_positions is None else flat.index_select(0, bucket.padded_positions)
+    )
 
 
 class ShortAttention(torch.autograd.Function):
@@ -182,12 +194,13 @@ class ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wide_q, wide_k, wide_v = (
+        q_fp32, k_fp32, v_fp32 = (
             _fold_query_groups(q, k),
             _flatten_kv_heads(k),
             _flatten_kv_heads(v),
         )
-        o = torch.bmm(_causal_probabilities(wide_q, wide_k), wide_v)
+        o = torch.bmm(_causal_probabilities(q_fp32, k_fp32), v_fp32)
+        # inputs alone: [L, L] probabilities cost less to make again than to keep
         ctx.save_for_backward(q, k, v)
         return o.view(q.shape).to(q.dtype)
 
@@ -195,17 +208,18 @@ class ShortAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = ctx.saved_tensors
-        wide_q, wide_k, wide_v, g = (
+        q_fp32, k_fp32, v_fp32, g = (
             _fold_query_groups(q, k),
             _flatten_kv_heads(k),
             _flatten_kv_heads(v),
             _fold_query_groups(grads[0], k),
         )
-        p = _causal_probabilities(wide_q, wide_k)
+        p = _causal_probabilities(q_fp32, k_fp32)
         dv = torch.bmm(p.transpose(1, 2), g)
-        ds = torch.bmm(g, wide_v.transpose(1, 2))
+        ds = torch.bmm(g, v_fp32.transpose(1, 2))
+        # softmax backward p * (ds - sum(p ds)), times the scale of the scores
         ds.sub_((ds * p).sum(-1, keepdim=True)).mul_(p).mul_(q.shape[-1] ** -0.5)
-        dq, dk = torch.bmm(ds, wide_k), torch.bmm(ds.transpose(1, 2), wide_q)
+        dq, dk = torch.bmm(ds, k_fp32), torch.bmm(ds.transpose(1, 2), q_fp32)
         return (
             dq.view(q.shape).to(q.dtype),
             dk.view(k.shape).to(k.dtype),
@@ -227,6 +241,7 @@ def _causal_probabilities(q: Tensor, k: Tensor) -> Tensor:
     """[m, g*L, L] softmax over the keys up to each query's own position."""
     scores = torch.bmm(q, k.transpose(1, 2)).mul_(q.shape[-1] ** -0.5)
     length = k.shape[1]
+    # strictly above the diagonal: a token sees itself
     future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
     scores.view(-1, length, length).masked_fill_(future, float("-inf"))
     return scores.softmax(-1)
@@ -236,8 +251,10 @@ def _pad_bucket(x: Tensor, bucket: SegmentBucket) -> Tensor:
     """Packed [T,h,D] -> [count, h, length, D]."""
     if bucket.rows is not None:
         x = x.index_select(0, bucket.rows)
-    if bucket.places is not None:
-        x = x.new_zeros(bucket.count * bucket.length, *x.shape[1:]).index_copy(0, bucket.places, x)
+    if bucket.padded_positions is not None:
+        x = x.new_zeros(bucket.count * bucket.length, *x.shape[1:]).index_copy(
+            0, bucket.padded_positions, x
+        )
     return x.view(bucket.count, bucket.length, *x.shape[1:]).transpose(1, 2)
 
 

@@ -33,19 +33,21 @@ from lorry.models.decoder.pointwise import gated_activation as apply_gate
 
 @dataclass
 class ForwardContext:
-    """One forward pass: the call for the bank, rotary tables [T, dim/2], the segments, and a cache
+    """One forward pass: the adapters' context, rotary tables [T, dim/2], the segments, and a cache
     when generating.
 
     ``recompute``: layers keep their input only and run again in backward.
     """
 
     call: AdapterContext
+    # None for families with learned positions
     cos: Tensor | None
     sin: Tensor | None
     segments: PackedSegments
     positions: Tensor
     cache: KVCache | None = None
     rows: Tensor | None = None
+    # one new token a row: attention reads the cache instead of the segments
     decoding: bool = False
     recompute: bool = False
 
@@ -58,7 +60,7 @@ class LayerTerms(NamedTuple):
 
     def gates(self) -> list[Tensor | None]:
         """Per term of each product."""
-        return [term.gate for own in self.terms for term in own]
+        return [term.gate for terms in self.terms for term in terms]
 
 
 @dataclass(slots=True)
@@ -99,6 +101,7 @@ class SavedActivations:
     @staticmethod
     def of(tensors: Iterator[Tensor], graph: tuple[Tensor, ...]) -> SavedActivations:
         """`tensors` backwards; ``graph``: torch's own, of the attention."""
+        # nine of them; what follows in the iterator belongs to the terms
         x, q, k, v, attn, residual, gate, up, lse = islice(tensors, 9)
         return SavedActivations(x, q, k, v, attn, residual, gate, up, AttentionStats(lse, graph))
 
@@ -120,29 +123,32 @@ class DecoderBlock:
             )
 
         self.index, self.geometry = index, geometry
+        # one LinearGroup a role: linears with the same input share the stacked A products
         self.linears = family.roles.map(linears)
         self.norms = family.norms.map(lambda path: cast(DecoderNorm, layer.get_submodule(path)))
         # the dimension of q, k, v where one product makes all of them: [T, 3, H, D] or [T, H, 3, D]
-        self.fused_at = {"separate": None, "thirds": 1, "heads": 2}[family.qkv]
+        self.fused_dim = {"separate": None, "thirds": 1, "heads": 2}[family.qkv]
         self.activation = ACTIVATIONS[geometry.activation]
 
-    def work(self, call: AdapterContext) -> LayerTerms:
+    def lora_terms(self, call: AdapterContext) -> LayerTerms:
         """What the call's adapters add in this layer."""
-        found = [
+        pairs = [
+            # the layer's number and the site name the dropout mask, here and in backward
             group.stacks(call, f"{self.index}.{site}", routed=True)
             for group, site in zip(self.linears, SITES, strict=True)
         ]
         return LayerTerms(
-            LayerLinears(*(stacks for stacks, _ in found)),
-            LayerLinears(*(terms for _, terms in found)),
+            LayerLinears(*(stacks for stacks, _ in pairs)),
+            LayerLinears(*(terms for _, terms in pairs)),
         )
 
     def products(
-        self, work: LayerTerms, gates: Iterable[Tensor | None]
+        self, lora_terms: LayerTerms, gates: Iterable[Tensor | None]
     ) -> LayerLinears[LinearProducts]:
         """The layer's four products, with these gates: one per term of each, in order."""
+        # consumed across all four products: gates come in one flat tuple
         rest = iter(gates)
-        parts = zip(self.linears, work.stacks, strict=True)
+        parts = zip(self.linears, lora_terms.stacks, strict=True)
         return LayerLinears(
             *(
                 LinearProducts(group.base_products(), stacks, [next(rest) for _ in stacks])
@@ -150,10 +156,11 @@ class DecoderBlock:
             )
         )
 
-    def trained(self) -> list[Tensor]:
+    def trainable_base_tensors(self) -> list[Tensor]:
         """What of the base trains, in the order `backward` gives the gradients: linears, then
         norms.
         """
+        # this order is also the order of `LayerBackward.base_gradients`; autograd matches by place
         norms = [p for norm in self.norms.present() for p in (norm.weight, norm.bias)]
         linears = [t for group in self.linears for t in group.trainable_base_tensors()]
         return [*linears, *(p for p in norms if p is not None and p.requires_grad)]
@@ -171,67 +178,81 @@ class DecoderBlock:
         """
         router, normed = state.call.router, self.norms.attn.compute(x)
         if router is not None:
-            route(router.gates(self.index, "attn", normed), products.qkv, products.attn_out)
+            apply_router_gates(
+                router.gates(self.index, "attn", normed), products.qkv, products.attn_out
+            )
         heads = products.qkv.forward(normed)
         del normed  # as soon as it has served: it is as large as the layer's input
-        q, k, v = self.split(heads)
+        q, k, v = self.split_heads(heads)
         del heads
+        # apply_positions may rotate in place where heads are not normed
         raw_q, raw_k = q, k
         q, k = self.apply_positions(q, k, state)
         if state.cache is not None and state.rows is not None:
+            # keys are stored rotated: their position never changes
             state.cache.write(self.index, state.rows, state.positions, k, v)
         stats = AttentionStats()
         if state.decoding and state.cache is not None:
+            # no stats: decoding never has a backward
             attn = state.cache.attend(self.index, q)
         else:
-            attn, stats = attention.attention_forward(q, k, v, state.segments, keep=save)
+            attn, stats = attention.attention_forward(q, k, v, state.segments, save=save)
         (attended,) = products.attn_out.forward(attn.flatten(1))
         parallel = self.geometry.parallel_residual
         if parallel:
+            # GPT-NeoX: the MLP reads the layer's input, not attention's result
             residual, normed = attended.add_(x), self.norms.mlp.compute(x)
         else:
-            residual, normed = self.norms.mlp.after_adding(attended, x)
+            residual, normed = self.norms.mlp.add_and_normalise(attended, x)
         if router is not None:
-            route(router.gates(self.index, "mlp", normed), products.mlp_in, products.mlp_out)
+            apply_router_gates(
+                router.gates(self.index, "mlp", normed), products.mlp_in, products.mlp_out
+            )
         inner = products.mlp_in.forward(normed)
+        # an ungated MLP has one inner product, which goes through the activation
         gate, up = inner if len(inner) > 1 else (inner[0], None)
         (y,) = products.mlp_out.forward(apply_gate(self.activation, gate, up))
         saved = None
         if save:
             if self.norms.q is not None:
+                # backward of the head norms needs what went into them
                 q, k = raw_q, raw_k
             saved = SavedActivations(
                 x, q, k, v, attn, None if parallel else residual, gate, up, stats
             )
+        # in place: y is this layer's own tensor and has no other reader
         return y.add_(residual), saved
 
     def apply_positions(self, q: Tensor, k: Tensor, state: ForwardContext) -> tuple[Tensor, Tensor]:
         """q and k with their head norms and positions."""
         if self.norms.q is not None and self.norms.k is not None:
+            # head norms come before rotation, as Qwen3 has it
             q, k = self.norms.q.compute(q), self.norms.k.compute(k)
         if state.cos is not None and state.sin is not None:
             q, k = apply_rotary(q, state.cos, state.sin), apply_rotary(k, state.cos, state.sin)
         return q, k
 
-    def split(self, made: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def split_heads(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q [T,H,D], k and v [T,G,D] from the products, however the family stores them; contiguous."""
-        g, t = self.geometry, made[0].shape[0]
-        if self.fused_at is None:
-            q, k, v = made
+        g, t = self.geometry, outputs[0].shape[0]
+        if self.fused_dim is None:
+            q, k, v = outputs
             return q.view(t, g.heads, -1), k.view(t, g.kv_heads, -1), v.view(t, g.kv_heads, -1)
         shape = [t, g.heads, g.head_dim]
-        shape.insert(self.fused_at, 3)
-        q, k, v = made[0].view(shape).unbind(self.fused_at)
+        # [T, 3, H, D]: rows q|k|v; [T, H, 3, D]: q, k, v interleaved by head
+        shape.insert(self.fused_dim, 3)
+        q, k, v = outputs[0].view(shape).unbind(self.fused_dim)
+        # unbind gives strided views, which the kernels do not take
         return q.contiguous(), k.contiguous(), v.contiguous()
 
-    def join(self, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor]:
-        """`split` backwards."""
-        if self.fused_at is None:
+    def join_heads(self, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor]:
+        """`split_heads` backwards."""
+        if self.fused_dim is None:
             return [dq.flatten(1), dk.flatten(1), dv.flatten(1)]
-        return [torch.stack([dq, dk, dv], self.fused_at).flatten(1)]
+        return [torch.stack([dq, dk, dv], self.fused_dim).flatten(1)]
 
 
-def route(gates: Tensor, *products: LinearProducts) -> None:
+def apply_router_gates(gates: Tensor, *products: LinearProducts) -> None:
     """Give the terms that a router gates their columns of ``gates`` [T, adapters]."""
     for product in products:
         product.gates = [
@@ -243,6 +264,7 @@ def route(gates: Tensor, *products: LinearProducts) -> None:
 def compute_inv_freq(rotary: RotaryConfig, device: torch.device) -> Tensor:
     """[dim/2] fp32 angular frequencies; `linear` divides them all, `llama3` only the slow ones with
     a smooth passage (the published Llama 3.1 rule, by wavelength against the original context)."""
+    # exactly transformers' order of operations: another one differs in the last bit
     base = torch.arange(0, rotary.dim, 2, dtype=torch.int64, device=device).float() / rotary.dim
     inverse = 1.0 / (rotary.theta**base)
     if rotary.kind == "default":
@@ -252,6 +274,7 @@ def compute_inv_freq(rotary: RotaryConfig, device: torch.device) -> Tensor:
         return inverse / factor
     low, high = rotary.scaling["low_freq_factor"], rotary.scaling["high_freq_factor"]
     context = rotary.scaling["original_max_position_embeddings"]
-    turns = context * inverse / (2 * torch.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    rotations = context * inverse / (2 * torch.pi)
+    # 0 where a dimension turns rarely within the original context (scaled), 1 where often (kept)
+    smooth = ((rotations - low) / (high - low)).clamp(0, 1)
     return (1 - smooth) * inverse / factor + smooth * inverse

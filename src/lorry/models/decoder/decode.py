@@ -112,7 +112,7 @@ class DecodeRunner:
         return RowKVCache(g.layers, rows, g.kv_heads, room, g.head_dim, self.model.dtype)
 
     @torch.no_grad()
-    def cached(
+    def forward_cached(
         self,
         packed: PackedInput,
         rows: Tensor,
@@ -124,7 +124,9 @@ class DecodeRunner:
         """As `Decoder.cached`: tokens [T] -> hidden [T,D]."""
         # a router's gates differ from token to token: nothing could be looked up for the next
         products = None if call.router is not None else self._work(call, anew=not decoding)
-        return self.model.cached(packed, rows, cache, call, decoding=decoding, products=products)
+        return self.model.forward_cached(
+            packed, rows, cache, call, decoding=decoding, products=products
+        )
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, call: AdapterContext) -> Tensor:
@@ -144,7 +146,7 @@ class DecodeRunner:
                     *(
                         SmallBatchProducts.of(group, stacks)
                         for group, stacks in zip(
-                            block.linears, block.work(call).stacks, strict=True
+                            block.linears, block.lora_terms(call).stacks, strict=True
                         )
                     )
                 )

@@ -27,11 +27,14 @@ def apply_layer(block: DecoderBlock, x: Tensor, state: ForwardContext) -> Tensor
     """x [T, width] -> [T, width], with a graph if anything in the layer or before it wants a
     gradient.
     """
-    work = block.work(state.call)
+    # found once: which terms want gradients decides whether there is a node at all
+    work = block.lora_terms(state.call)
     if torch.is_grad_enabled():
-        base = block.trained()
-        terms = [entry for own in work.terms for entry in TermParams.flat(own)]
-        router = [] if state.call.router is None else trained(state.call.router, block.index)
+        base = block.trainable_base_tensors()
+        terms = [entry for part in work.terms for entry in TermParams.flat(part)]
+        router = (
+            [] if state.call.router is None else router_parameters(state.call.router, block.index)
+        )
         if (
             x.requires_grad
             or base
@@ -39,10 +42,11 @@ def apply_layer(block: DecoderBlock, x: Tensor, state: ForwardContext) -> Tensor
             or any(t is not None and t.requires_grad for t in terms)
         ):
             return LayerFunction.apply(x, LayerCall(block, state, work), *terms, *router, *base)
+    # nothing below wants a gradient: no node, nothing saved
     return block.forward(x, state, block.products(work, work.gates()))[0]
 
 
-def trained(router: LayerRouter, layer: int) -> list[Tensor]:
+def router_parameters(router: LayerRouter, layer: int) -> list[Tensor]:
     """Those of the router's parameters that want gradients."""
     return [p for p in router.parameters(layer) if p.requires_grad]
 
@@ -65,17 +69,18 @@ class LayerFunction(torch.autograd.Function):
         block, state, stacks = call.block, call.state, call.work.stacks
         ctx.block, ctx.state = block, state
         rest = iter(tensors)
-        terms = LayerLinears(*(TermParams.unflat(own, rest) for own in stacks))
-        gates = [term.gate for own in terms for term in own]
+        terms = LayerLinears(*(TermParams.unflat(part, rest) for part in stacks))
+        gates = [term.gate for part in terms for term in part]
         products = block.products(call.work, gates)
         y, saved = block.forward(x, state, products, save=not state.recompute)
         gates = [gate for p in products for gate in p.gates]  # a router's too
         if saved is None:
             ctx.save_for_backward(x, *gates)
             return y
+        # the attention's own graph is no tensor that save_for_backward could take
         ctx.work, ctx.graph = call.work, saved.stats.graph
-        downs = [down for p in products for down in p.down_outputs]
-        ctx.save_for_backward(*saved.tensors(), *downs, *gates)
+        down_outputs_by_product = [down for p in products for down in p.down_outputs]
+        ctx.save_for_backward(*saved.tensors(), *down_outputs_by_product, *gates)
         return y
 
     @staticmethod
@@ -84,32 +89,44 @@ class LayerFunction(torch.autograd.Function):
         block, state, tensors = ctx.block, ctx.state, iter(ctx.saved_tensors)
         needs_x, _, *needs_tensors = ctx.needs_input_grad
         if state.recompute:
-            work, x = block.work(state.call), next(tensors)
+            work, x = block.lora_terms(state.call), next(tensors)
             products = block.products(work, tensors)
             _, saved = block.forward(x, state, products, save=True)
             assert saved is not None
         else:
             work = ctx.work
+            # dropped from ctx at once, so that it is freed as soon as attention's backward is
+            # through
             saved, ctx.graph = SavedActivations.of(tensors, ctx.graph), ()
-            downs = [[next(tensors) for _ in own] for own in work.stacks]
+            down_outputs_by_product = [[next(tensors) for _ in part] for part in work.stacks]
             products = block.products(work, tensors)
-            for p, own in zip(products, downs, strict=True):
-                p.down_outputs = own
-        needs = iter(needs_tensors)
-        wanted = LayerLinears(*(TermParams.unflat(own, needs) for own in work.stacks))
+            for p, down_outputs in zip(products, down_outputs_by_product, strict=True):
+                p.down_outputs = down_outputs
+        flags = iter(needs_tensors)
+        needs = LayerLinears(*(TermParams.unflat(stacks, flags) for stacks in work.stacks))
         router = (
             None if state.call.router is None else RouterBackward(state.call.router, block.index)
         )
-        base = [*needs] if router is None else [*needs][len(router.params) :]
-        sweep = LayerBackward(block, state, products, saved, wanted, router, train_base=any(base))
-        dx = sweep.run(grads[0].contiguous(), needs_x)
-        own = [] if router is None else router.grads
-        return dx, None, *sweep.term_gradients(), *own, *sweep.base_gradients()
+        # flags: terms, then the router's, then the base's, as `apply` was called
+        base = [*flags] if router is None else [*flags][len(router.params) :]
+        layer_backward = LayerBackward(
+            block, state, products, saved, needs, router, train_base=any(base)
+        )
+        # an expanded gradient (of a sum) has stride 0, which the kernels do not take
+        dx = layer_backward.run(grads[0].contiguous(), needs_x)
+        router_grads = [] if router is None else router.grads
+        return (
+            dx,
+            None,
+            *layer_backward.term_gradients(),
+            *router_grads,
+            *layer_backward.base_gradients(),
+        )
 
 
 class LinearsBackward:
     """The backward of one of a layer's products. ``terms`` and ``base`` hold the gradients
-    afterwards; ``wanted``: whether anything wants one."""
+    afterwards; ``needs_gradient``: whether anything wants one."""
 
     def __init__(
         self, products: LinearProducts, needs: Sequence[TermParams[bool]], train_base: bool
@@ -120,8 +137,8 @@ class LinearsBackward:
         if self.routed:
             pairs = zip(products.stacks, needs, strict=True)
             self.needs = [n if stack.route is None else n._replace(gate=True) for stack, n in pairs]
-        self.trains = train_base and any(layer.requires_grad for layer in products.layers)
-        self.wanted = self.trains or self.routed or any(TermParams.flat(needs))
+        self.trains_base = train_base and any(layer.requires_grad for layer in products.layers)
+        self.needs_gradient = self.trains_base or self.routed or any(TermParams.flat(needs))
         self.terms: Sequence[TermParams[Tensor | None]] = TermParams.none(products.stacks)
         self.base: list[Tensor] = []
 
@@ -134,18 +151,19 @@ class LinearsBackward:
     ) -> None:
         """Make the gradients of the masters and, if they train, the weights. x: the input (behind
         ``norm``: what went into that); grads: those of the outputs."""
-        if not self.wanted:
+        if not self.needs_gradient:
             return
+        # the norm again instead of a saved tensor of the input's size
         x = x if norm is None else norm.compute(x)
         self.terms = self.products.master_gradients(x, grads, self.needs)
-        if self.trains:
+        if self.trains_base:
             self.base = [
                 t
                 for layer, g in zip(self.products.layers, grads, strict=True)
                 for t in layer.parameter_gradients(x, g)
             ]
 
-    def take_routed(self) -> list[tuple[StackedAdapters, Tensor]]:
+    def pop_router_gradients(self) -> list[tuple[StackedAdapters, Tensor]]:
         """The gradients of the gates that came from a router; they are none of the terms' own then."""
         pairs = list(zip(self.products.stacks, self.terms, strict=True))
         self.terms = [t if stack.route is None else t._replace(gate=None) for stack, t in pairs]
@@ -161,7 +179,7 @@ class RouterBackward:
 
     def __init__(self, router: LayerRouter, layer: int) -> None:
         self.router, self.layer = router, layer
-        self.params = trained(router, layer)
+        self.params = router_parameters(router, layer)
         self.grads: list[Tensor | None] = [None] * len(self.params)
 
     def run(
@@ -173,7 +191,8 @@ class RouterBackward:
     ) -> Tensor | None:
         """The gradient of ``normed`` through the gates that the linears' terms took, or None; its
         parameters' are added to ``grads``. The gates are made again: nothing is kept of them."""
-        routed = [pair for linear in linears for pair in linear.take_routed()]
+        routed = [pair for linear in linears for pair in linear.pop_router_gradients()]
+        # detached: the small graph ends here, what is below is written out
         inputs = [normed.detach().requires_grad_()] if needs_x else []
         if not routed or not (inputs or self.params):
             return None
@@ -183,12 +202,14 @@ class RouterBackward:
             return None
         dgates = torch.zeros_like(gates)
         for stack, grad in routed:
+            # added: several linears of the half take the same gate
             dgates[stack.tokens, stack.route] += grad
-        made = list(torch.autograd.grad(gates, [*self.params, *inputs], dgates, allow_unused=True))
-        dx = made.pop() if inputs else None
-        for i, grad in enumerate(made):
-            held = self.grads[i]
-            self.grads[i] = held if grad is None else grad if held is None else held + grad
+        grads = list(torch.autograd.grad(gates, [*self.params, *inputs], dgates, allow_unused=True))
+        # the input stands last in the list above
+        dx = grads.pop() if inputs else None
+        for i, grad in enumerate(grads):
+            total = self.grads[i]
+            self.grads[i] = total if grad is None else grad if total is None else total + grad
         return dx
 
 
@@ -207,12 +228,14 @@ class NormBackward:
     def weight_grads(self, dy: Tensor, x: Tensor) -> None:
         """Make the gradients of weight and bias, of those that train."""
         if self.requires_grad:
-            made = zip(
+            gradients = zip(
                 (self.norm.weight, self.norm.bias),
                 self.norm.parameter_gradients(dy, x),
                 strict=True,
             )
-            self.base = [t for p, t in made if p is not None and t is not None and p.requires_grad]
+            self.base = [
+                t for p, t in gradients if p is not None and t is not None and p.requires_grad
+            ]
 
 
 class LayerBackward:
@@ -241,14 +264,16 @@ class LayerBackward:
         norms, linears, saved = self.block.norms, self.linears, self.saved
         below = (
             needs_x
-            or linears.qkv.wanted
-            or linears.attn_out.wanted
+            or linears.qkv.needs_gradient
+            or linears.attn_out.needs_gradient
             or self._attention_norms_train()
         )
+        # the MLP first: backward goes from the layer's end to its start
         dresidual = self._mlp(dy, below)
         dn = None
         if below:
             assert dresidual is not None
+            # parallel: attention's output is added to the layer's own output
             into_attention = dy if self.block.geometry.parallel_residual else dresidual
             dn = self._attention(into_attention, needs_x or self.norms.attn.requires_grad)
         return None if not needs_x or dn is None else norms.attn.backward(dn, saved.x, dresidual)
@@ -258,7 +283,7 @@ class LayerBackward:
         return [entry for linears in self.linears for entry in TermParams.flat(linears.terms)]
 
     def base_gradients(self) -> list[Tensor]:
-        """Of the base weights that train, in the order of `DecoderBlock.trained`."""
+        """Of the base weights that train, in the order of `DecoderBlock.trainable_base_tensors`."""
         parts: list[LinearsBackward | NormBackward] = [*self.linears, *self.norms.present()]
         return [t for part in parts for t in part.base]
 
@@ -275,8 +300,10 @@ class LayerBackward:
         residual = saved.x if saved.residual is None else saved.residual
         dh = linears.mlp_out.input_grad([dy])
         assert dh is not None
+        # h comes along from the gate's backward, needed below for mlp_out's weights
         dinner, h = gated_activation_backward(self.block.activation, dh, saved.gate, saved.up)
         linears.mlp_out.weight_grads(h, [dy])
+        # both are as wide as the MLP: the peak of the layer's memory is here
         del h, dh
         dn = linears.mlp_in.input_grad(dinner, below or norm.requires_grad)
         linears.mlp_in.weight_grads(residual, dinner, norm.norm)
@@ -284,6 +311,7 @@ class LayerBackward:
         if dn is None:
             return None
         norm.weight_grads(dn, residual)
+        # dy rides along: the residual stream passes it unchanged
         return norm.norm.backward(dn, residual, dy) if below else None
 
     def _attention(self, dy: Tensor, needs_x: bool) -> Tensor | None:
@@ -302,6 +330,7 @@ class LayerBackward:
         linears.attn_out.weight_grads(saved.attn.flatten(1), [dy])
         q, k = saved.q, saved.k
         if norms.q is not None:
+            # saved before norm and rotation where heads are normed: done again
             q, k = block.apply_positions(q, k, state)
         dattn = dattn.view(saved.attn.shape)
         dq, dk, dv = attention.attention_backward(
@@ -309,14 +338,16 @@ class LayerBackward:
         )
         if state.cos is not None and state.sin is not None:
             dq, dk = (
-                apply_rotary(dq, state.cos, state.sin, back=True),
-                apply_rotary(dk, state.cos, state.sin, back=True),
+                # a rotation's transpose is the rotation back
+                apply_rotary(dq, state.cos, state.sin, inverse=True),
+                apply_rotary(dk, state.cos, state.sin, inverse=True),
             )
         if norms.q is not None and norms.k is not None:
             norms.q.weight_grads(dq, saved.q)
             norms.k.weight_grads(dk, saved.k)
             dq, dk = norms.q.norm.backward(dq, saved.q), norms.k.norm.backward(dk, saved.k)
-        dheads = block.join(dq, dk, dv)
+        # into the layout of the family's product(s)
+        dheads = block.join_heads(dq, dk, dv)
         dn = linears.qkv.input_grad(dheads, needs_x)
         linears.qkv.weight_grads(saved.x, dheads, norms.attn.norm)
         dn = self._through_router(
@@ -337,5 +368,5 @@ class LayerBackward:
         """dn, the gradient of ``norm``'s output for x, with what comes to it through the router."""
         if self.router is None:
             return dn
-        more = self.router.run(half, norm.compute(x), linears, dn is not None)
-        return dn if dn is None or more is None else dn + more
+        through_gates = self.router.run(half, norm.compute(x), linears, dn is not None)
+        return dn if dn is None or through_gates is None else dn + through_gates

@@ -37,34 +37,37 @@ class Decoder(CausalLM):
         super().__init__()
         self.family = family
         self.geometry: ModelGeometry = family.geometry(config)
+        # a copy: saving edits it
         self.config = dict(config)
         self.gradient_checkpointing = False
         g = self.geometry
-        self._put(
+        self._add_at(
             family.embed,
             BankEmbedding(nn.Parameter(torch.empty(g.vocab, g.width)), path=family.embed),
         )
         if family.positions:
-            self._put(family.positions, nn.Embedding(g.context, g.width))
+            self._add_at(family.positions, nn.Embedding(g.context, g.width))
         for i in range(g.layers):
             prefix = family.layer.format(i=i)
             for sizes in family.sizes(g):
                 for target, size in sizes.items():
                     path = family.path(target, i)
-                    self._put(path, self._linear(size, path, biased=target in g.biased))
+                    self._add_at(path, self._linear(size, path, biased=target in g.biased))
             for path in (family.norms.attn, family.norms.mlp):
-                self._put(f"{prefix}.{path}", DecoderNorm(family.norm, g.width, g.norm_eps))
+                self._add_at(f"{prefix}.{path}", DecoderNorm(family.norm, g.width, g.norm_eps))
             for head_path in (family.norms.q, family.norms.k):
                 if head_path is not None:
-                    self._put(
+                    self._add_at(
                         f"{prefix}.{head_path}", DecoderNorm(family.norm, g.head_dim, g.norm_eps)
                     )
-        self._put(family.final_norm, DecoderNorm(family.norm, g.width, g.norm_eps))
+        self._add_at(family.final_norm, DecoderNorm(family.norm, g.width, g.norm_eps))
+        # made even where it is tied: `tie` replaces it
         head = nn.Parameter(torch.empty(g.vocab, g.width))
-        self._put(family.head, BankLinear(head, None, path=family.head))
+        self._add_at(family.head, BankLinear(head, None, path=family.head))
         if g.tied:
             self.tie()
         layers = (self.get_submodule(family.layer.format(i=i)) for i in range(g.layers))
+        # a plain list: blocks are views of modules that are registered under HF names already
         self.blocks = [DecoderBlock(i, layer, family, g) for i, layer in enumerate(layers)]
 
     def tie(self) -> None:
@@ -99,25 +102,26 @@ class Decoder(CausalLM):
         packed: PackedInput,
         call: AdapterContext,
         *,
-        taps: Collection[int] = (),
+        output_layers: Collection[int] = (),
         stop: int | None = None,
     ) -> HiddenStates:
-        """Run the layers. ``taps``: layers whose output is wanted; ``stop``: the last layer to run
-        (no final norm then).
+        """Run the layers. ``output_layers``: layers whose output is wanted; ``stop``: the last
+        layer to run (no final norm then).
         """
         tokens = packed.tokens.numel()
         if (total := self._padded_length(tokens)) > tokens:
+            # both, or gates and dropout would be of another length than the tokens
             packed, call = packed.padded(total), call.padded(tokens, total)
         segments = PackedSegments(packed.segments, packed.tokens.device)
         state = ForwardContext(
             call, *self._rotary_tables(packed.positions), segments, packed.positions
         )
         state.recompute = self.gradient_checkpointing
-        found = self._run(packed.tokens, state, taps, stop)
+        states = self._run(packed.tokens, state, output_layers, stop)
         if total == tokens:
-            return found
-        last = None if found.last is None else found.last[:tokens]
-        return HiddenStates(last, {layer: x[:tokens] for layer, x in found.layer_outputs.items()})
+            return states
+        last = None if states.last is None else states.last[:tokens]
+        return HiddenStates(last, {layer: x[:tokens] for layer, x in states.layer_outputs.items()})
 
     def _padded_length(self, tokens: int) -> int:
         """The length a batch is padded to. oneDNN compiles its bfloat16 products anew for every
@@ -134,7 +138,7 @@ class Decoder(CausalLM):
         assert hidden is not None
         return self.head(hidden, call)
 
-    def cached(
+    def forward_cached(
         self,
         packed: PackedInput,
         rows: Tensor,
@@ -163,6 +167,7 @@ class Decoder(CausalLM):
             decoding,
         )
         if decoding:
+            # before the layers run: they attend up to and with the new token
             cache.extend()
         else:
             cache.fill(rows, packed.positions)
@@ -191,30 +196,32 @@ class Decoder(CausalLM):
         self,
         tokens: Tensor,
         state: ForwardContext,
-        taps: Collection[int],
+        output_layers: Collection[int],
         stop: int | None,
         products: Sequence[LayerLinears[LinearProducts]] | None = None,
     ) -> HiddenStates:
         x = self.embed(tokens, state.call)
         if self.family.positions:
             x = x + self.get_submodule(self.family.positions)(state.positions)
-        seen = {}
+        layer_outputs = {}
         for i, block in enumerate(self.blocks):
             x = (
                 apply_layer(block, x, state)
                 if products is None
                 else block.forward(x, state, products[i])[0]
             )
-            if i in taps:
-                seen[i] = x
+            if i in output_layers:
+                layer_outputs[i] = x
+            # without the final norm: it belongs to the head
             if i == stop:
-                return HiddenStates(None, seen)
-        return HiddenStates(self.get_submodule(self.family.final_norm)(x), seen)
+                return HiddenStates(None, layer_outputs)
+        return HiddenStates(self.get_submodule(self.family.final_norm)(x), layer_outputs)
 
     def _rotary_tables(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rotary = self.geometry.rotary
         if rotary is None:
             return None, None
+        # fp32 whatever the model's dtype: bf16 positions would collide beyond 256
         angles = positions[:, None].float() * compute_inv_freq(rotary, positions.device)
         return angles.cos(), angles.sin()
 
@@ -226,7 +233,7 @@ class Decoder(CausalLM):
             nn.Parameter(torch.empty(shape)), bias, transposed=self.family.transposed, path=path
         )
 
-    def _put(self, path: str, module: nn.Module) -> None:
+    def _add_at(self, path: str, module: nn.Module) -> None:
         *parents, leaf = path.split(".")
         node: nn.Module = self
         for name in parents:

@@ -1,8 +1,8 @@
 """What stands between the matrix products of a layer: norms, rotary positions, activations; forward
 and backward.
 
-Each has one face and two ways: a C++ kernel (bfloat16 on the CPU) or plain torch of the same maths.
-Nothing is kept for backward but the inputs: these are cheap to do again. T tokens, D width.
+Each has one face and two implementations: a C++ kernel (bfloat16 on the CPU) or plain torch of the
+same maths. Nothing is kept for backward but the inputs: these are cheap to do again. T tokens, D width.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def supports_pointwise_kernels(*tensors: Tensor) -> bool:
     """
     return (
         all(
+            # compiled for bf16 alone; every other dtype takes the plain torch beside the call
             t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous()
             for t in tensors
         )
@@ -39,17 +40,17 @@ def promote_to_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-SPARE_ELEMENTS = 256  # bytes, see `empty_scratch_like`
+SPARE_BYTES = 256  # see `empty_scratch_like`
 
 
 def empty_scratch_like(x: Tensor) -> Tensor:
-    """An uninitialised tensor like x for what is soon freed, in storage that is SPARE bytes larger.
+    """An uninitialised tensor like x for what is soon freed, in storage that is SPARE_BYTES larger.
 
     glibc serves an aligned request of n bytes only from a free block of n + 96 or more: the block
     that a passing tensor leaves would fit no lasting one of the same size behind it, and each layer
     would leave such gaps (SmolLM2-135M, 512 tokens, float32: 1133 where it was 1186 to 1200 MiB).
     """
-    return x.new_empty(x.numel() + SPARE_ELEMENTS // x.element_size()).resize_(x.shape)
+    return x.new_empty(x.numel() + SPARE_BYTES // x.element_size()).resize_(x.shape)
 
 
 class DecoderNorm(nn.Module):
@@ -59,14 +60,15 @@ class DecoderNorm(nn.Module):
 
     def __init__(self, kind: str, width: int, eps: float) -> None:
         super().__init__()
+        # empty: always overwritten from a checkpoint
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if kind == "layer" else None
         self.eps = float(eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D], with gradients for x and, where they train, weight and bias."""
-        own = [self.weight] if self.bias is None else [self.weight, self.bias]
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in own)):
+        params = [self.weight] if self.bias is None else [self.weight, self.bias]
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
             return NormFunction.apply(x, self, self.weight, self.bias)
         return self.compute(x)
 
@@ -87,15 +89,18 @@ class DecoderNorm(nn.Module):
                 self.eps,
             )
             return y
-        wide = promote_to_fp32(x)
-        made = empty_scratch_like(wide)  # one buffer for the squares and for what comes of them
-        torch.mul(wide, wide, out=made)
-        rstd = torch.rsqrt(made.mean(-1, keepdim=True) + self.eps)
-        torch.mul(wide, rstd, out=made)
-        made = made.to(x.dtype)
-        return made.mul_(self.weight) if made.dtype == self.weight.dtype else self.weight * made
+        x_fp32 = promote_to_fp32(x)
+        buffer = empty_scratch_like(x_fp32)  # one buffer for the squares and for what comes of them
+        torch.mul(x_fp32, x_fp32, out=buffer)
+        rstd = torch.rsqrt(buffer.mean(-1, keepdim=True) + self.eps)
+        torch.mul(x_fp32, rstd, out=buffer)
+        # rounded before the weight multiplies, as transformers' RMSNorm does
+        buffer = buffer.to(x.dtype)
+        return (
+            buffer.mul_(self.weight) if buffer.dtype == self.weight.dtype else self.weight * buffer
+        )
 
-    def after_adding(self, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+    def add_and_normalise(self, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
         """(x + more, its norm); x is overwritten with the sum."""
         if self.bias is None and supports_pointwise_kernels(x, more, self.weight):
             y = empty_scratch_like(x)
@@ -110,11 +115,14 @@ class DecoderNorm(nn.Module):
                 self.eps,
             )
             return x, y
+        # in place: x is the attention's output, which nobody reads again
         x += more
         return x, self.compute(x)
 
-    def backward(self, dy: Tensor, x: Tensor, carry: Tensor | None = None) -> Tensor:
-        """The gradient of the norm's input x, plus ``carry``: what reaches x by other ways."""
+    def backward(self, dy: Tensor, x: Tensor, residual_grad: Tensor | None = None) -> Tensor:
+        """The gradient of the norm's input x, plus ``residual_grad``: what reaches x by other
+        paths.
+        """
         if self.bias is None and supports_pointwise_kernels(dy, x, self.weight):
             dx = torch.empty_like(x)
             call_kernel(
@@ -122,7 +130,7 @@ class DecoderNorm(nn.Module):
                 dy,
                 x,
                 self.weight,
-                carry,
+                residual_grad,
                 dx,
                 x.numel() // x.shape[-1],
                 x.shape[-1],
@@ -131,23 +139,26 @@ class DecoderNorm(nn.Module):
             return dx
         xhat, rstd = self._standardise(x)
         weighted = promote_to_fp32(dy) * promote_to_fp32(self.weight)
+        # d/dx of x * rstd: what changes the row's length alone has no gradient
         dx = weighted - xhat * (weighted * xhat).mean(-1, keepdim=True)
+        # layer norm also subtracts the mean, so a shift of the row has none either
         dx = rstd * (dx if self.bias is None else dx - weighted.mean(-1, keepdim=True))
-        return (dx if carry is None else dx + carry).to(x.dtype)
+        return (dx if residual_grad is None else dx + residual_grad).to(x.dtype)
 
     def parameter_gradients(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of weight and bias, for training that is not low-rank."""
-        wide = promote_to_fp32(dy).reshape(-1, dy.shape[-1])
+        dy_fp32 = promote_to_fp32(dy).reshape(-1, dy.shape[-1])
         xhat = self._standardise(x)[0].reshape(-1, x.shape[-1])
-        weight = (wide * xhat).sum(0).to(self.weight.dtype)
-        return weight, None if self.bias is None else wide.sum(0).to(self.bias.dtype)
+        weight = (dy_fp32 * xhat).sum(0).to(self.weight.dtype)
+        return weight, None if self.bias is None else dy_fp32.sum(0).to(self.bias.dtype)
 
     def _standardise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = promote_to_fp32(x)
+        x_fp32 = promote_to_fp32(x)
         if self.bias is not None:
-            wide = wide - wide.mean(-1, keepdim=True)
-        rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return wide * rstd, rstd
+            # a bias marks a layer norm; RMS norm does not centre
+            x_fp32 = x_fp32 - x_fp32.mean(-1, keepdim=True)
+        rstd = torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return x_fp32 * rstd, rstd
 
 
 class NormFunction(torch.autograd.Function):
@@ -166,23 +177,26 @@ class NormFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         dy = grads[0].contiguous()
-        own = ctx.norm.parameter_gradients(dy, x) if any(ctx.needs_input_grad[2:]) else (None, None)
-        return (ctx.norm.backward(dy, x) if ctx.needs_input_grad[0] else None), None, *own
+        param_grads = (
+            ctx.norm.parameter_gradients(dy, x) if any(ctx.needs_input_grad[2:]) else (None, None)
+        )
+        return (ctx.norm.backward(dy, x) if ctx.needs_input_grad[0] else None), None, *param_grads
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
     """Rotary positions on the first 2*[..., dim/2] dimensions of x [T,h,D], half-split layout, in
     fp32 (Su et al. 2021).
 
-    ``back`` turns the other way, which is also the gradient. x may be overwritten.
+    ``inverse`` turns the other way, which is also the gradient. x may be overwritten.
     """
+    # half-split: dimension i pairs with i + dim/2, as in Llama; not with i + 1
     half = cos.shape[-1]
     if supports_pointwise_kernels(x):
-        call_kernel("rotate_rows", x, cos, sin, *x.shape, half, -1.0 if back else 1.0)
+        call_kernel("rotate_rows", x, cos, sin, *x.shape, half, -1.0 if inverse else 1.0)
         return x
-    turned, rest = promote_to_fp32(x[..., : 2 * half]), x[..., 2 * half :]
-    a, b = turned[..., :half], turned[..., half:]
-    c, s = cos[:, None], -sin[:, None] if back else sin[:, None]
+    rotated, rest = promote_to_fp32(x[..., : 2 * half]), x[..., 2 * half :]
+    a, b = rotated[..., :half], rotated[..., half:]
+    c, s = cos[:, None], -sin[:, None] if inverse else sin[:, None]
     out = torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
     return torch.cat([out, rest], -1) if rest.shape[-1] else out
 
@@ -207,6 +221,7 @@ ACTIVATIONS = {
     "gelu": ActivationFunction(F.gelu, aten.gelu_backward),
     "gelu_new": TANH_GELU,
     "gelu_pytorch_tanh": TANH_GELU,
+    # one formula under three names in transformers
     "gelu_fast": TANH_GELU,
 }
 
@@ -233,6 +248,7 @@ def gated_activation_backward(
     if act is SILU and supports_pointwise_kernels(dh, g, u):
         du, h = torch.empty_like(u), torch.empty_like(u)
         call_kernel("silu_gate_backward", dh, g, u, du, h, g.numel())
+        # the kernel wrote dg over dh
         return [dh, du], h
     a = act.forward(g)
     return [act.backward(dh * u, g), dh * a], a * u

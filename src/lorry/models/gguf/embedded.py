@@ -101,9 +101,11 @@ def convert_gguf(
     """
     digest = file_digest(file) if digest is None else digest
     slug = name or re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip(".-")[:64] or "model"
+    # by content: a file of the same name and other weights gets another directory
     target = cache_root() / f"{slug}-{digest[:12]}"
     try:
         durable.make_directory(target.parent)
+        # looked at under the lock: the other process may just have finished
         with _conversion_lock(target):
             broken = find_damage(target, digest) if target.is_dir() else "is not there"
             if broken is None:
@@ -113,6 +115,7 @@ def convert_gguf(
             notes.append(
                 f"converting {file.name} into {target}, once (about 20 s for 135M parameters)"
             )
+            # a damaged directory is replaced as a whole, only when the new one is ready
             with durable.build_directory(target, replace=True) as work:
                 notes += _convert_to_folder(file, work)
                 _write_manifest(work, file, digest)
@@ -147,6 +150,7 @@ def _convert_to_folder(file: Path, work: Path) -> list[str]:
             **source,
             config=read_gguf_config(file, header, source),
             quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+            # 4-bit weights dequantised: bf16 has digits to spare
             dtype=torch.bfloat16,
             ignore_mismatched_sizes=True,  # `refuse_unfit_gguf` names them
             output_loading_info=True,
@@ -167,6 +171,7 @@ def _check_reopened(model: Any, work: Path) -> str:
     ``model`` is of no use afterwards.
     """
     rows = [torch.arange(PROBE_TOKENS)[None] % model.get_input_embeddings().weight.shape[0]]
+    # both taken before the memory is given back
     weights, exact = sample_digest(model, whole=True), compute_fp32_logits(model, rows)
     free_model_memory(model)
     again = reopen_model(work, torch.bfloat16)

@@ -35,6 +35,7 @@ SCALAR_FORMATS = {
 STRING_TYPE, ARRAY_TYPE = 8, 9
 MAX_STRING_BYTES = 4096  # bytes of a string that is kept
 GgufValue = int | float | bool | str
+# far above any real file; a larger count would only keep the reader busy
 MAX_TENSORS = 1_000_000
 MAX_KEYS = 100_000
 MAX_NAME_BYTES = 1 << 16
@@ -76,6 +77,7 @@ class _BoundedReader:
         self.file.seek(count, 1)
 
     def _check(self, count: int, what: str) -> None:
+        # before read(): a claimed length would be allocated first
         left = self.size - self.file.tell()
         if count > left:
             raise ModelError(
@@ -126,6 +128,7 @@ def check_gguf(path: Path) -> GgufHeader:
             value = _read_value(reader, reader.number("I", name), name)
             if value is not None:
                 values[name] = value
+        # 32 is the format's default
         alignment = values.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ModelError(f"{path}: general.alignment is {alignment}, not a power of two")
@@ -156,6 +159,7 @@ def _skip_value(reader: _BoundedReader, kind: int, name: str, depth: int = 0) ->
         if inner in SCALAR_FORMATS:
             reader.skip(struct.calcsize(f"<{SCALAR_FORMATS[inner]}") * count, name)
         else:
+            # bytes of the shortest entry: a length (8), or a type and a count (12)
             smallest = 8 if inner == STRING_TYPE else 12
             if count * smallest > reader.size:
                 raise ModelError(
@@ -192,6 +196,7 @@ def _check_tensors(reader: _BoundedReader, count: int, alignment: int) -> dict[s
         numel = 1
         for n in shape:
             numel *= n
+        # quantised along the first (fastest) dimension, in whole blocks
         if not numel or numel % block or (shape and shape[0] % block):
             raise ModelError(
                 f"{reader.path}: {name} of shape {shape} does not divide into blocks of {block}"
@@ -205,6 +210,7 @@ def _check_tensors(reader: _BoundedReader, count: int, alignment: int) -> dict[s
             raise ModelError(
                 f"{reader.path}: its header holds the tensor {name!r} twice; readers differ in which one they take"
             )
+        # GGUF lists the fastest dimension first, torch last
         found[name] = GgufTensor(tuple(reversed(shape)), quantisation, start + offset)
         spans.append((offset, end, name))
     for (_, end, one), (begin, _, other) in pairwise(sorted(spans)):

@@ -126,7 +126,7 @@ def refuse_unfit_gguf(file: Path, header: GgufHeader, model: Any, info: Any) -> 
         file,
         model,
         info,
-        spelt=by_name,
+        file_names=by_name,
         described_by="the file's metadata, or the file is incomplete",
     )
     if named is not None:

@@ -42,6 +42,7 @@ class _PrecomputedBody(nn.Module):
 def find_layers(inner: Any) -> list[nn.Module]:
     """The list of decoder layers: the first module list as long as the config says."""
     count = getattr(inner.config.get_text_config(), "num_hidden_layers", None)
+    # by length: "layers", "h", "blocks" are names, and encoders have lists as well
     lists = (m for m in inner.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     return list(next(lists, ()))
 
@@ -49,6 +50,7 @@ def find_layers(inner: Any) -> list[nn.Module]:
 def logits_from_hidden(inner: Any, body: str, hidden: Tensor) -> Tensor:
     """What the model's own forward makes of given hidden states [t,D]: the logits [t,V]. The model
     itself is not touched: a copy of its shell, sharing every layer, has the body replaced."""
+    # shallow: the copy shares every parameter, only the path to the body is copied
     shell = node = copy.copy(inner)
     *parents, leaf = body.split(".")
     for name in parents:
@@ -69,12 +71,14 @@ def find_body(inner: Any) -> tuple[str | None, bool]:
     mask = torch.ones_like(ids)
     expected = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits.flatten(0, 1)
     paths = {id(m): p for p, m in inner.named_modules()}
+    # transformers' two accessors; some classes have only one that is right
     candidates = [paths.get(id(inner.get_decoder())), inner.base_model_prefix]
     head = inner.get_output_embeddings()
     for body in dict.fromkeys(c for c in candidates if c):
         try:
             out = inner.get_submodule(body)(input_ids=ids, attention_mask=mask, use_cache=False)
             hidden = out.last_hidden_state.flatten(0, 1)
+            # every second row as well: logits must not depend on the other rows
             some = torch.arange(0, hidden.shape[0], 2, device=hidden.device)
             exact = all(
                 _equal_to_rounding(logits_from_hidden(inner, body, hidden[rows]), expected[rows])
@@ -92,14 +96,14 @@ def list_text_tokens(inner: Any) -> list[int]:
     """Ids that stand for text alone, a few thousand at most: an image's placeholder, padding or a
     mask are read otherwise.
     """
-    known = min(int(inner.get_input_embeddings().weight.shape[0]), MAX_TEXT_TOKENS)
-    said = {**inner.config.to_dict(), **inner.config.get_text_config().to_dict()}
+    vocab_size = min(int(inner.get_input_embeddings().weight.shape[0]), MAX_TEXT_TOKENS)
+    config = {**inner.config.to_dict(), **inner.config.get_text_config().to_dict()}
     special = {
         v
-        for k, v in said.items()
+        for k, v in config.items()
         if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)
     }
-    return [t for t in range(known) if t not in special] or list(range(known))
+    return [t for t in range(vocab_size) if t not in special] or list(range(vocab_size))
 
 
 @torch.no_grad()
@@ -112,28 +116,30 @@ def counts_from_zero(inner: Any, body: str | None) -> bool:
     ids = _random_ids(inner)
     mask = torch.ones_like(ids)
     part = inner if body is None else inner.get_submodule(body)
-    places = torch.arange(PROBE[1], device=ids.device).expand(PROBE)
+    # [sequences, tokens], each counting from 0
+    positions = torch.arange(PROBE[1], device=ids.device).expand(PROBE)
     try:
         outs = [
-            part(input_ids=ids, attention_mask=mask, use_cache=False, **more)
-            for more in ({}, {"position_ids": places})
+            part(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+            for options in ({}, {"position_ids": positions})
         ]
     except (TypeError, LookupError, ValueError, RuntimeError):
         return False  # positions are wanted in another shape
-    found, expected = (out.logits if body is None else out.last_hidden_state for out in outs)
-    return _equal_to_rounding(found, expected)
+    outputs, expected = (out.logits if body is None else out.last_hidden_state for out in outs)
+    return _equal_to_rounding(outputs, expected)
 
 
 def _random_ids(inner: Any) -> Tensor:
     """[PROBE] tokens of plain text."""
-    known = torch.tensor(list_text_tokens(inner))
-    picks = torch.randint(0, len(known), PROBE, generator=torch.Generator().manual_seed(0))
-    return known[picks].to(inner.device)
+    text_tokens = torch.tensor(list_text_tokens(inner))
+    picks = torch.randint(0, len(text_tokens), PROBE, generator=torch.Generator().manual_seed(0))
+    return text_tokens[picks].to(inner.device)
 
 
 def _equal_to_rounding(a: Tensor, b: Tensor) -> bool:
     """Equal up to the rounding of one matrix product done in another shape."""
-    loose = torch.finfo(a.dtype).eps * 8
+    # another shape sums in another order: a few units in the last place
+    tolerance = torch.finfo(a.dtype).eps * 8
     return a.shape == b.shape and torch.allclose(
-        a.float(), b.float(), rtol=loose, atol=loose * float(b.float().abs().max())
+        a.float(), b.float(), rtol=tolerance, atol=tolerance * float(b.float().abs().max())
     )

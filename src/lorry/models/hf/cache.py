@@ -56,42 +56,58 @@ class HfCache:
         device = packed.tokens.device
         if not decoding:
             starts = [start for start, _ in packed.segments]
-            owners = rows[torch.tensor(starts, device=rows.device)].tolist()
+            sequence_rows = rows[torch.tensor(starts, device=rows.device)].tolist()
+            # a row that gets a new prompt leaves its old group
             self._narrow(
-                {row: row for group in self._groups for row in group.rows if row not in owners}
+                {
+                    row: row
+                    for group in self._groups
+                    for row in group.rows
+                    if row not in sequence_rows
+                }
             )
             counts = torch.tensor([stop - start for start, stop in packed.segments], device=device)
-            self.lengths = self.lengths.index_copy(0, torch.tensor(owners, device=device), counts)
+            self.lengths = self.lengths.index_copy(
+                0, torch.tensor(sequence_rows, device=device), counts
+            )
+            # on the left: transformers appends at the end, which must be the newest token of all
+            # rows
             frame = PaddedFrame(list(packed.segments), device, left=True)
-            group = _CacheGroup(owners, frame.mask(), self._make())
+            group = _CacheGroup(sequence_rows, frame.mask(), self._make())
             self._groups.append(group)
             yield frame, group.mask, group.state
             return
         self._groups = _join_groups(self._groups)
         self.lengths = self.lengths + 1
-        place = {row: t for t, row in enumerate(rows.tolist())}
+        token_of_row = {row: t for t, row in enumerate(rows.tolist())}
         for group in self._groups:
-            frame = PaddedFrame([(place[r], place[r] + 1) for r in group.rows], device)
+            frame = PaddedFrame(
+                [(token_of_row[r], token_of_row[r] + 1) for r in group.rows], device
+            )
+            # the new token is real in every row
             group.mask = torch.cat([group.mask, group.mask.new_ones(len(group.rows), 1)], 1)
             yield frame, group.mask, group.state
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these; row ``rows[i]`` becomes row i."""
-        kept = torch.nonzero(rows)[:, 0].tolist() if rows.dtype == torch.bool else rows.tolist()
-        number = {row: i for i, row in enumerate(kept)}
-        self._narrow(number)
+        kept_rows = (
+            torch.nonzero(rows)[:, 0].tolist() if rows.dtype == torch.bool else rows.tolist()
+        )
+        new_index = {row: i for i, row in enumerate(kept_rows)}
+        self._narrow(new_index)
         self.lengths = self.lengths[rows]
 
-    def _narrow(self, number: dict[int, int]) -> None:
-        """Keep the rows that have a number, under that number."""
+    def _narrow(self, new_index: dict[int, int]) -> None:
+        """Keep the rows in ``new_index`` ({old row: new row}), under their new numbers."""
         for group in self._groups:
-            places = [i for i, row in enumerate(group.rows) if row in number]
-            if len(places) < len(group.rows):
-                index = torch.tensor(places, dtype=torch.int64, device=group.mask.device)
+            indices = [i for i, row in enumerate(group.rows) if row in new_index]
+            if len(indices) < len(group.rows):
+                index = torch.tensor(indices, dtype=torch.int64, device=group.mask.device)
                 group.mask = group.mask[index]
-                if places:
+                if indices:
+                    # transformers' own selection, for whatever its cache holds
                     group.state.batch_select_indices(index)
-            group.rows = [number[group.rows[i]] for i in places]
+            group.rows = [new_index[group.rows[i]] for i in indices]
         self._groups = [group for group in self._groups if group.rows]
 
 
@@ -100,6 +116,7 @@ def _join_groups(groups: list[_CacheGroup]) -> list[_CacheGroup]:
     keys and values; else as it was (sliding windows and recurrent states cannot be shifted; such
     groups go on side by side).
     """
+    # the exact class: a subclass (sliding window) has other rules of growth
     plain = all(type(layer) is DynamicLayer for group in groups for layer in group.state.layers)
     if len(groups) < 2 or not plain:
         return groups
@@ -108,11 +125,12 @@ def _join_groups(groups: list[_CacheGroup]) -> list[_CacheGroup]:
     first = groups[0].state
     for i, layer in enumerate(first.layers):
         for part in ("keys", "values"):
-            held = [getattr(group.state.layers[i], part) for group in groups]
+            tensors = [getattr(group.state.layers[i], part) for group in groups]
             setattr(
                 layer,
                 part,
-                torch.cat([F.pad(x, (0, 0, pad, 0)) for x, pad in zip(held, pads, strict=True)]),
+                # keys are [b, heads, L, D]: padded on L, in front, where the mask is 0
+                torch.cat([F.pad(x, (0, 0, pad, 0)) for x, pad in zip(tensors, pads, strict=True)]),
             )
     mask = torch.cat([F.pad(group.mask, (pad, 0)) for group, pad in zip(groups, pads, strict=True)])
     return [_CacheGroup([row for group in groups for row in group.rows], mask, first)]
@@ -136,8 +154,8 @@ class RecomputeCache:
         """Take whole prompts, or one more token for every row; returns all tokens of the rows that
         were named, in order.
         """
-        owners = [int(rows[start]) for start, _ in packed.segments]
-        for row, (start, stop) in zip(owners, packed.segments, strict=True):
+        sequence_rows = [int(rows[start]) for start, _ in packed.segments]
+        for row, (start, stop) in zip(sequence_rows, packed.segments, strict=True):
             self._tokens[row] = [
                 *(self._tokens[row] if decoding else ()),
                 *packed.tokens[start:stop].tolist(),
@@ -145,12 +163,15 @@ class RecomputeCache:
         self.lengths = torch.tensor(
             [len(tokens) for tokens in self._tokens], device=self.lengths.device
         )
-        return PackedInput.of([self._tokens[row] for row in owners], packed.tokens.device)
+        # from position 0 again: the model sees plain whole sequences
+        return PackedInput.of([self._tokens[row] for row in sequence_rows], packed.tokens.device)
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these; row ``rows[i]`` becomes row i."""
-        kept = torch.nonzero(rows)[:, 0].tolist() if rows.dtype == torch.bool else rows.tolist()
-        self._tokens = [self._tokens[row] for row in kept]
+        kept_rows = (
+            torch.nonzero(rows)[:, 0].tolist() if rows.dtype == torch.bool else rows.tolist()
+        )
+        self._tokens = [self._tokens[row] for row in kept_rows]
         self.lengths = self.lengths[rows]
 
 

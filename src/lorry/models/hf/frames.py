@@ -38,6 +38,7 @@ class PaddedFrame:
     @cached_property
     def offsets(self) -> list[int]:
         """Where each sequence begins in the flattened frame."""
+        # left padding shifts a sequence right by what it lacks
         pads = [self.length - (stop - start) if self.left else 0 for start, stop in self.spans]
         return [i * self.length + pad for i, pad in enumerate(pads)]
 
@@ -47,7 +48,7 @@ class PaddedFrame:
         return torch.cat([torch.arange(start, stop) for start, stop in self.spans]).to(self.device)
 
     @cached_property
-    def places(self) -> Tensor:
+    def positions(self) -> Tensor:
         """[n] flattened frame position of the same tokens."""
         parts = [
             torch.arange(o, o + stop - start)
@@ -55,25 +56,26 @@ class PaddedFrame:
         ]
         return torch.cat(parts).to(self.device)
 
-    def fill(self, packed: Tensor) -> Tensor:
+    def pad(self, packed: Tensor) -> Tensor:
         """[T] -> [S, L], zero at the padding."""
         flat = packed.new_zeros(len(self.spans) * self.length)
-        return flat.index_copy(0, self.places, packed.index_select(0, self.rows)).view(
+        return flat.index_copy(0, self.positions, packed.index_select(0, self.rows)).view(
             len(self.spans), self.length
         )
 
     def mask(self) -> Tensor:
         """[S, L] int64, 1 at real tokens."""
         flat = torch.zeros(len(self.spans) * self.length, dtype=torch.int64, device=self.device)
-        return flat.index_fill(0, self.places, 1).view(len(self.spans), self.length)
+        return flat.index_fill(0, self.positions, 1).view(len(self.spans), self.length)
 
-    def take(self, framed: Tensor) -> Tensor:
+    def unpad(self, framed: Tensor) -> Tensor:
         """[S, L, D] -> [n, D], the real tokens in frame order."""
-        return framed.flatten(0, 1).index_select(0, self.places)
+        return framed.flatten(0, 1).index_select(0, self.positions)
 
-    def call(self, call: AdapterContext) -> AdapterContext:
+    def adapter_context(self, call: AdapterContext) -> AdapterContext:
         """The same mix and noise for this frame's positions. A sequence that a term covers only in
         part gets a gate of zeros elsewhere; so does the padding under a tensor gate."""
+        # a term without tokens in this frame gives none
         terms = [framed for term in call.mix.terms for framed in self._term(term)]
         noise = None if call.noise is None else self._noise(call.noise)
         return replace(call, mix=Mix(tuple(terms)), noise=noise)
@@ -87,10 +89,12 @@ class PaddedFrame:
             if term.rows is None
             else (term.rows.start, term.rows.stop)
         )
+        # spans [a, b) that overlap [start, stop)
         touched = [i for i, (a, b) in enumerate(self.spans) if a < stop and b > start]
         if not touched:
             return []
         whole = all(start <= a and b <= stop for a, b in (self.spans[i] for i in touched))
+        # neighbours in the frame: only then is one slice of it the term's
         whole = whole and touched[-1] - touched[0] == len(touched) - 1
         if whole and not isinstance(gate, Tensor):
             if len(touched) == len(self.spans):
@@ -102,8 +106,9 @@ class PaddedFrame:
                     gate,
                 )
             ]
+        # a term that ends inside a sequence: a gate per token, 0 outside
         inside = (self.rows >= start) & (self.rows < stop)
-        rows, places = self.rows[inside], self.places[inside]
+        rows, positions = self.rows[inside], self.positions[inside]
         values = (
             gate[rows - start]
             if isinstance(gate, Tensor)
@@ -113,7 +118,7 @@ class PaddedFrame:
             MixTerm(
                 term.adapter,
                 None,
-                values.new_zeros(len(self.spans) * self.length).index_copy(0, places, values),
+                values.new_zeros(len(self.spans) * self.length).index_copy(0, positions, values),
             )
         ]
 
@@ -122,6 +127,7 @@ class PaddedFrame:
         key_at = dict(zip(noise.starts[:-1], noise.keys, strict=True))
         keys, starts = [], [0]
         for i, (offset, (start, stop)) in enumerate(zip(self.offsets, self.spans, strict=True)):
+            # padding before, the sequence, padding behind; empty stretches are left out below
             for key, edge in (
                 (PADDING_KEY, offset),
                 (key_at[start], offset + stop - start),
@@ -153,6 +159,7 @@ def unpad_frames(parts: Sequence[tuple[PaddedFrame, Tensor]]) -> Tensor:
     """Per frame [n, D] -> [T, D] in packed order."""
     if len(parts) == 1:
         return parts[0][1].index_select(0, torch.argsort(parts[0][0].rows))
+    # frames are sorted by length; this puts tokens back in packed order
     order = torch.argsort(torch.cat([frame.rows for frame, _ in parts]))
     return torch.cat([part for _, part in parts]).index_select(0, order)
 

@@ -61,7 +61,7 @@ class HfModel(CausalLM):
     of ``inner``: both share one table of children, so an adapter attached to this model sits in
     that one.
 
-    ``recomputes``: "" where generation uses the model's cache, else why every token is made from
+    ``recompute_reason``: "" where generation uses the model's cache, else why every token is made from
     the whole sequence anew. ``head`` is the output layer when logits are plainly head(hidden), else
     None; ``body`` the path of the part that ends in hidden states, or None when only whole logits
     can be trusted (then ``hidden().last`` is [T, V] and ``logits`` the identity).
@@ -77,20 +77,21 @@ class HfModel(CausalLM):
         self.body, self._plain = find_body(inner.eval().requires_grad_(False))
         self._checkpointing = False
         self._reached: dict[frozenset[str], set[str]] = {}
-        self.recomputes = ""
+        self.recompute_reason = ""
         self.__dict__["inner"] = inner  # not a child: its children are ours
+        # the very dictionaries of inner: a replaced layer is replaced in both
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[table] = inner.__dict__[table]
         if self.body is None and notes is not None:
             notes.append(
                 f"{type(inner).__name__} computes its logits in a way Lorry cannot split; they are kept whole, [T, V]"
             )
-        takes = inspect.signature(self._target().forward).parameters
-        self._positioned = "position_ids" in takes
-        if "past_key_values" not in takes:
-            self.recomputes = f"{type(inner).__name__} takes no past_key_values"
+        parameters = inspect.signature(self._target().forward).parameters
+        self._positioned = "position_ids" in parameters
+        if "past_key_values" not in parameters:
+            self.recompute_reason = f"{type(inner).__name__} takes no past_key_values"
         elif self._positioned and not counts_from_zero(inner, self.body):
-            self.recomputes = (
+            self.recompute_reason = (
                 f"{type(inner).__name__} counts its positions from its text and not from 0"
             )
 
@@ -108,8 +109,8 @@ class HfModel(CausalLM):
     def context(self) -> int | None:
         """The longest sequence the model can take, where its config says so (XLNet says -1: any)."""
         text = self.inner.config.get_text_config()
-        said = (getattr(text, key, None) for key in CONTEXT_KEYS)
-        return next((n for n in said if isinstance(n, int) and n > 0), None)
+        lengths = (getattr(text, key, None) for key in CONTEXT_KEYS)
+        return next((n for n in lengths if isinstance(n, int) and n > 0), None)
 
     @property
     def vocab_size(self) -> int:
@@ -147,6 +148,7 @@ class HfModel(CausalLM):
                 f"{type(self.inner).__name__}: no list of layers found; train it without gradient_checkpointing"
             )
         for layer in self.layers:
+            # an instance attribute hides the class's method; without it the method is back
             layer.__dict__.pop("forward", None)
             if on:
                 layer.__dict__["forward"] = _recompute_with_context(layer.forward)
@@ -159,30 +161,30 @@ class HfModel(CausalLM):
         packed: PackedInput,
         call: AdapterContext,
         *,
-        taps: Collection[int] = (),
+        output_layers: Collection[int] = (),
         stop: int | None = None,
     ) -> HiddenStates:
-        """As `Decoder.hidden`: last [T,D] (or [T,V] without a body), taps {layer: [T,D]}, an early
-        stop after layer ``stop``.
+        """As `Decoder.hidden`: last [T,D] (or [T,V] without a body), layer_outputs {layer: [T,D]}, an
+        early stop after layer ``stop``.
         """
         parts = build_padded_frames(packed.segments, packed.tokens.device)
-        lasts: list[tuple[PaddedFrame, Tensor]] = []
-        seen: dict[int, list[tuple[PaddedFrame, Tensor]]] = {i: [] for i in taps}
+        last_states: list[tuple[PaddedFrame, Tensor]] = []
+        layer_outputs: dict[int, list[tuple[PaddedFrame, Tensor]]] = {i: [] for i in output_layers}
         for frame in parts:
-            with self._capture_layers(taps, stop) as tapped, suppress(_EarlyStop):
-                lasts.append(
+            with self._capture_layers(output_layers, stop) as tapped, suppress(_EarlyStop):
+                last_states.append(
                     (
                         frame,
-                        frame.take(
-                            self._body(frame, frame.fill(packed.tokens), frame.mask(), call)
+                        frame.unpad(
+                            self._body(frame, frame.pad(packed.tokens), frame.mask(), call)
                         ),
                     )
                 )
-            for i in taps:
-                seen[i].append((frame, frame.take(tapped[i])))
+            for i in output_layers:
+                layer_outputs[i].append((frame, frame.unpad(tapped[i])))
         return HiddenStates(
-            unpad_frames(lasts) if lasts else None,
-            {i: unpad_frames(found) for i, found in seen.items()},
+            unpad_frames(last_states) if last_states else None,
+            {i: unpad_frames(found) for i, found in layer_outputs.items()},
         )
 
     def logits(self, hidden: Tensor | None, call: AdapterContext) -> Tensor:
@@ -195,11 +197,11 @@ class HfModel(CausalLM):
 
     def new_cache(self, rows: int, room: int) -> HfCache | RecomputeCache:
         """An empty cache for ``rows`` sequences; it grows as needed, ``room`` is not reserved."""
-        if self.recomputes:
+        if self.recompute_reason:
             return RecomputeCache(rows, self.device)
         return HfCache(rows, self.device, lambda: DynamicCache(config=self.inner.config))
 
-    def cached(
+    def forward_cached(
         self,
         packed: PackedInput,
         rows: Tensor,
@@ -208,7 +210,7 @@ class HfModel(CausalLM):
         *,
         decoding: bool,
     ) -> Tensor:
-        """As `Decoder.cached`: whole prompts of cache rows, or one token for every row; returns
+        """As `Decoder.forward_cached`: whole prompts of cache rows, or one token for every row; returns
         hidden states [T,D].
         """
         if isinstance(cache, RecomputeCache):
@@ -217,17 +219,18 @@ class HfModel(CausalLM):
                 whole, repeat_context_per_token(call, whole) if decoding else call
             ).last
             assert last is not None
+            # only the newest token's state, as a cache would give
             return last[[stop - 1 for _, stop in whole.segments]] if decoding else last
         parts = []
         for frame, mask, state in cache.extend(packed, rows, decoding=decoding):
             options = {"past_key_values": state, "use_cache": True}
             # in a row padded on its left a model counts the padding, unless it is told
             if self._positioned:
-                options["position_ids"] = frame.fill(packed.positions)
+                options["position_ids"] = frame.pad(packed.positions)
             parts.append(
                 (
                     frame,
-                    frame.take(self._body(frame, frame.fill(packed.tokens), mask, call, **options)),
+                    frame.unpad(self._body(frame, frame.pad(packed.tokens), mask, call, **options)),
                 )
             )
         return unpad_frames(parts)
@@ -239,45 +242,50 @@ class HfModel(CausalLM):
         attention to an encoder. Layers that differ in numbers alone count as one: of routed experts
         a few tokens meet some.
         """
-        asked = frozenset(paths)
-        if asked not in self._reached:
-            self._reached[asked] = self._probe(asked)
-        return self._reached[asked]
+        key = frozenset(paths)
+        if key not in self._reached:
+            self._reached[key] = self._probe(key)
+        return self._reached[key]
 
     def _probe(self, paths: Collection[str]) -> set[str]:
+        # numbers to *: layers of one kind share one probe
         kinds = {path: re.sub(r"\d+", "*", path) for path in paths}
-        found: dict[str, Tensor] = {}
+        probes: dict[str, Tensor] = {}
 
         def watch(kind: str) -> Callable[..., Any]:
             def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-                if kind not in found:
-                    found[kind] = torch.zeros(
+                if kind not in probes:
+                    # a zero that is added changes nothing, but its gradient is the layer's
+                    probes[kind] = torch.zeros(
                         (), dtype=out.dtype, device=out.device, requires_grad=True
                     )
-                return out + found[kind]
+                return out + probes[kind]
 
             return hook
 
-        known = list_text_tokens(self.inner)
+        text_tokens = list_text_tokens(self.inner)
         length = min(PROBE_TOKENS, self.context or PROBE_TOKENS)
-        picks = torch.randint(0, len(known), (length,), generator=torch.Generator().manual_seed(0))
+        picks = torch.randint(
+            0, len(text_tokens), (length,), generator=torch.Generator().manual_seed(0)
+        )
         with ExitStack() as hooks, torch.enable_grad():
             for path, kind in kinds.items():
                 hooks.callback(self.get_submodule(path).register_forward_hook(watch(kind)).remove)
             logits = self.logits(
                 self.hidden(
-                    PackedInput.of([[known[i] for i in picks.tolist()]], self.device),
+                    PackedInput.of([[text_tokens[i] for i in picks.tolist()]], self.device),
                     AdapterContext(),
                 ).last,
                 AdapterContext(),
             )
             if logits.requires_grad:
                 logits.float().backward(
+                    # not ones: where all logits shift alike, an even gradient cancels
                     torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
                 )
         trained = {
             kind
-            for kind, probe in found.items()
+            for kind, probe in probes.items()
             if probe.grad is not None and bool(probe.grad != 0)
         }
         return {path for path, kind in kinds.items() if kind in trained}
@@ -292,6 +300,7 @@ class HfModel(CausalLM):
         shell.config = copy.deepcopy(self.inner.config)
         for key, value in config.items():
             if key in self.config and self.config[key] != value:
+                # only what differs: setting a field can trigger a class's own checks
                 setattr(shell.config, key, value)
         shell.save_pretrained(path, state_dict=dict(state), max_shard_size=shard_bytes)
 
@@ -306,7 +315,7 @@ class HfModel(CausalLM):
         """Run the model up to its hidden states, [S, L, D] (or to its logits), with the call where
         the bank's layers see it.
         """
-        framed = frame.call(call)
+        framed = frame.adapter_context(call)
         with use_adapter_context(framed), self._rows_checked(frame, framed):
             out = self._target()(
                 input_ids=ids, attention_mask=mask, **{"use_cache": False, **options}
@@ -315,20 +324,21 @@ class HfModel(CausalLM):
 
     @contextmanager
     def _capture_layers(
-        self, taps: Collection[int], stop: int | None
+        self, output_layers: Collection[int], stop: int | None
     ) -> Iterator[dict[int, Tensor]]:
         """Collect the outputs of some layers, and end the pass after layer ``stop``."""
-        wanted = {*taps, *(() if stop is None else (stop,))}
+        wanted = {*output_layers, *(() if stop is None else (stop,))}
         if wanted and max(wanted) >= len(self.layers):
             raise ModelError(
                 f"layer {max(wanted)} was asked for; {type(self.inner).__name__} shows {len(self.layers)} layers"
             )
-        got: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
 
         def watch(i: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, out: Any) -> None:
-                got[i] = out if isinstance(out, Tensor) else out[0]
+                outputs[i] = out if isinstance(out, Tensor) else out[0]
                 if i == stop:
+                    # layers above are not needed: the exception is the only way out of foreign code
                     raise _EarlyStop
 
             return hook
@@ -336,7 +346,7 @@ class HfModel(CausalLM):
         with ExitStack() as hooks:
             for i in wanted:
                 hooks.callback(self.layers[i].register_forward_hook(watch(i)).remove)
-            yield got
+            yield outputs
 
     @contextmanager
     def _rows_checked(self, frame: PaddedFrame, call: AdapterContext) -> Iterator[None]:
@@ -347,14 +357,16 @@ class HfModel(CausalLM):
         if bank is None or not depends_on_position(call):
             yield
             return
+        # padding counts: layers see the whole frame
         expected = len(frame.spans) * frame.length
 
         def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            got = x.numel() // (x.shape[-1] if x.is_floating_point() else 1)
-            if got != expected:
+            # token ids (an embedding's input) have no width
+            tokens = x.numel() // (x.shape[-1] if x.is_floating_point() else 1)
+            if tokens != expected:
                 raise ContractError(
-                    f"{getattr(module, 'path', '')}: sees {got} of {expected} tokens (a routed or pooled layer), so a mix per "
+                    f"{getattr(module, 'path', '')}: sees {tokens} of {expected} tokens (a routed or pooled layer), so a mix per "
                     "sequence, a gate or dropout cannot be applied there; leave it out with exclude_modules"
                 )
 
@@ -378,6 +390,7 @@ def _recompute_with_context(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A layer's forward that is run again in backward, seeing the call it saw first."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        # while generating nothing is recomputed, and a cache must be written once
         if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
             return forward(*args, **kwargs)
         call = AMBIENT_CONTEXT.get()
@@ -386,6 +399,7 @@ def _recompute_with_context(forward: Callable[..., Any]) -> Callable[..., Any]:
             forward,
             *args,
             use_reentrant=False,
+            # no layer draws random numbers: dropout is a function of names
             preserve_rng_state=False,
             context_fn=contexts,
             **kwargs,

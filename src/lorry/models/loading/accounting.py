@@ -28,6 +28,7 @@ from lorry.models.loading.weights import (
     refuse_not_finite,
 )
 
+# 6 digits: int() of a hostile name stays cheap
 EXPERT_TENSOR = re.compile(r"(?P<before>.*\b)experts\.(?P<number>\d{1,6})\.(?P<after>.+)")
 
 
@@ -35,23 +36,25 @@ def refuse_unfit_tensors(
     where: Path,
     inner: Any,
     info: Mapping[str, Any],
-    found: Mapping[str, TensorEntry],
+    entries: Mapping[str, TensorEntry],
     notes: list[str],
 ) -> None:
-    """Raise ModelError unless the tensors of ``found`` (by their names in the files) are those of
+    """Raise ModelError unless the tensors of ``entries`` (by their names in the files) are those of
     ``inner``, each once, and every value is finite. ``info``: transformers' loading info. Tensors
     that transformers' class leaves out by design go to ``notes``."""
+    # cheap checks of names first; values are read last
     refuse_loading_errors(where, inner, info)
-    refuse_packed_weights(where, inner, found)
-    refuse_duplicate_tensors(where, inner, found)
-    refuse_damaged_buffers(found)
-    refuse_missing_experts(where, found)
-    refuse_untied_weights(where, inner, found)
-    if dropped := list_ignored_keys(inner, found):
+    refuse_packed_weights(where, inner, entries)
+    refuse_duplicate_tensors(where, inner, entries)
+    refuse_damaged_buffers(entries)
+    refuse_missing_experts(where, entries)
+    refuse_untied_weights(where, inner, entries)
+    if dropped := list_ignored_keys(inner, entries):
         some = ", ".join(dropped[:3])
         notes.append(
             f"{where}: {len(dropped)} tensors are no part of {type(inner).__name__} and were left out ({some})"
         )
+    # after loading: these are the values that will be computed with
     refuse_not_finite(where, inner.state_dict().items(), inner.dtype)
 
 
@@ -60,22 +63,20 @@ def refuse_loading_errors(
     inner: Any,
     info: Mapping[str, Any],
     *,
-    spelt: Mapping[str, str] | None = None,
+    file_names: Mapping[str, str] | None = None,
     described_by: str = "config.json",
 ) -> None:
     """Raise ModelError for whatever transformers' loading info says is missing, unknown or
-    misshapen. ``spelt``: {name in the model: name in the file}."""
+    misshapen. ``file_names``: {name in the model: name in the file}."""
     unknown = [n for n in info["unexpected_keys"] if not RECOMPUTED_BUFFERS.fullmatch(n)]
-    misshapen = [
-        str(found[0] if isinstance(found, tuple) else found) for found in info["mismatched_keys"]
-    ]
+    misshapen = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
     for kind, names in (
         ("missing", info["missing_keys"]),
         ("unknown", unknown),
         ("misshapen", misshapen),
     ):
         if names:
-            some = ", ".join(sorted((spelt or {}).get(n, n) for n in names)[:3])
+            some = ", ".join(sorted((file_names or {}).get(n, n) for n in names)[:3])
             raise ModelError(
                 f"{where}: {len(names)} tensors {kind} for {type(inner).__name__} ({some}); it does not fit {described_by}"
             )
@@ -83,13 +84,14 @@ def refuse_loading_errors(
         raise ModelError(f"{where}: transformers could not load it ({info['error_msgs'][0]})")
 
 
-def refuse_packed_weights(where: Path, inner: Any, found: Mapping[str, TensorEntry]) -> None:
+def refuse_packed_weights(where: Path, inner: Any, entries: Mapping[str, TensorEntry]) -> None:
     """Raise ModelError where integers or 8-bit floats without their scale are stored in the place
     of weights: transformers casts them and computes with the codes."""
     state, prefix = inner.state_dict(), f"{inner.base_model_prefix}."
-    for name, entry in found.items():
-        own = next((state[n] for n in (name, f"{prefix}{name}") if n in state), None)
-        if entry.dtype not in FLOAT_DTYPES and own is not None and own.is_floating_point():
+    for name, entry in entries.items():
+        weight = next((state[n] for n in (name, f"{prefix}{name}") if n in state), None)
+        # an integer buffer where the model has an integer is fine
+        if entry.dtype not in FLOAT_DTYPES and weight is not None and weight.is_floating_point():
             raise ModelError(
                 f"{where}: {name} is stored as {entry.dtype}; packed weights cannot be loaded yet"
             )
@@ -105,6 +107,7 @@ def refuse_duplicate_tensors(where: Path, inner: Any, names: Collection[str]) ->
     by_target: dict[str, str] = {}
     for name in sorted(names):
         target, _ = rename_source_key(name, renamings, [], prefix, state)
+        # files of bare base models lack the prefix
         target = target.removeprefix(f"{prefix}.")
         if (other := by_target.setdefault(target, name)) != name:
             raise ModelError(f"{where}: both {other!r} and {name!r} are {target!r}")
@@ -117,24 +120,26 @@ def refuse_missing_experts(where: Path, names: Collection[str]) -> None:
     """
     lists: dict[str, set[int]] = {}
     for name in names:
-        if (found := EXPERT_TENSOR.fullmatch(name)) is not None:
-            lists.setdefault(f"{found['before']}experts.*.{found['after']}", set()).add(
-                int(found["number"])
+        if (match := EXPERT_TENSOR.fullmatch(name)) is not None:
+            lists.setdefault(f"{match['before']}experts.*.{match['after']}", set()).add(
+                int(match["number"])
             )
     for name, numbers in lists.items():
+        # n experts must be 0 to n-1
         if gaps := sorted(set(range(len(numbers))) - numbers):
             raise ModelError(
                 f"{where}: {name.replace('*', str(gaps[0]))} is missing, and {name} goes up to {max(numbers)}"
             )
 
 
-def refuse_untied_weights(where: Path, inner: Any, found: Mapping[str, TensorEntry]) -> None:
+def refuse_untied_weights(where: Path, inner: Any, entries: Mapping[str, TensorEntry]) -> None:
     """Raise ModelError where the files hold two different tensors that the config ties into one.
     transformers unties them then, and says so in a warning that nobody reads; other libraries keep
     the embedding.
     """
     for target, source in inner.get_expanded_tied_weights_keys(all_submodels=True).items():
-        one, other = found.get(target), found.get(source)
+        one, other = entries.get(target), entries.get(source)
+        # the usual case: a tied head is stored once
         if one is None or other is None:
             continue
         values = []
@@ -155,11 +160,11 @@ def list_ignored_keys(inner: Any, names: Collection[str]) -> list[str]:
     patterns = [
         re.compile(p) for p in getattr(inner, "_keys_to_ignore_on_load_unexpected", None) or ()
     ]
-    own = inner.state_dict().keys()
+    state = inner.state_dict().keys()
     return sorted(
         n
         for n in names
-        if n not in own
+        if n not in state
         and not RECOMPUTED_BUFFERS.fullmatch(n)
         and any(p.search(n) for p in patterns)
     )

@@ -82,18 +82,21 @@ def add_legacy_rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return found
     aliases: Mapping[str, str] = CONFIG_MAPPING[kind].attribute_map
+    # every name the field has had, since readers know different ones
     found |= {
         alias: found[name]
         for alias, name in aliases.items()
         if alias in EXPERT_COUNT_KEYS and name in found
     }
     rope = config.get("rope_parameters")
+    # kept only if this transformers still reads the same rotary settings from it
     older = {**found, **(_legacy_rope_fields(rope, kind) if isinstance(rope, dict) else {})}
     return older if _read_rope_settings(kind, older) == _read_rope_settings(kind, config) else found
 
 
 def _legacy_rope_fields(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The older fields for `rope_parameters`, {} where none are known."""
+    # rotary settings by kind of layer (Gemma 3)
     if FULL in rope:
         if kind not in LAYERED_ROPE_NAMES or not isinstance(rope[FULL], dict):
             return {}
@@ -103,6 +106,7 @@ def _legacy_rope_fields(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
             for name, part in names
             if name and part and "rope_theta" in part
         }
+        # older readers apply scaling to layers of full attention alone
         return {**thetas, "rope_scaling": _legacy_rope_scaling(rope[FULL])}
     theta, share = LEGACY_ROPE_NAMES.get(kind, ("rope_theta", "partial_rotary_factor"))
     parts = {theta: rope.get("rope_theta"), share: rope.get("partial_rotary_factor")}

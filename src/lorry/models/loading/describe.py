@@ -68,6 +68,7 @@ UNUSABLE_FILE_ERRORS = (
     RuntimeError,
 )
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# a hostile number would build modules until memory ends
 MAX_LAYERS = 10_000
 MAX_MESSAGE_CHARS = 300  # characters of one warning of transformers
 # padding stands on the right of a model that sees no later token
@@ -94,6 +95,7 @@ def describe_model(
     path = directory / "config.json"
     raw, removed = strip_code_keys(decode_tagged_floats(read_model_json(path)))
     refuse_quantised(raw, path)
+    # safetensors readers other than transformers ignore the field: two libraries, two models
     if raw.get("transformers_weights") not in (None, *WEIGHTS):
         raise ModelError(
             f"{path}: transformers_weights={raw['transformers_weights']!r} names another weights file than {WEIGHTS[0]}; only "
@@ -123,6 +125,7 @@ def describe_model(
             f"{path}: transformers knows no model_type {kind!r}{suggest_nearest(kind, CONFIG_MAPPING)}"
         )
     hf = _build_hf_config(kind, raw, path)
+    # transformers' defaults filled in, without the path of this machine
     config = {k: v for k, v in hf.to_dict().items() if k != "_name_or_path"}
     family, why = (
         match_family(config, CONFIG_MAPPING[kind]().to_dict(), path)
@@ -193,6 +196,7 @@ def refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
     """Raise ModelError for a checkpoint whose weights are packed (GPTQ, AWQ, bitsandbytes, FP8
     ...).
     """
+    # one level down: multimodal configs keep the text model in a part
     parts = [config, *(v for v in config.values() if isinstance(v, dict))]
     for part in parts:
         found = part.get("quantization_config") or part.get("compression_config")
@@ -236,6 +240,7 @@ def silence_transformers(said: list[str] | None = None) -> Iterator[None]:
     if said is None:
         logging.set_verbosity_error()  # an error of its own still reaches the terminal
     else:
+        # replaced, not added: the terminal must not see it twice
         logger.handlers = [heard]
         logging.set_verbosity_warning()
     try:

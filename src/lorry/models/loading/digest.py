@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lorry.adapters.layers import AdaptableLayer
 
-PIECES = 2
-PIECE = 1024
+# Two runs of a tensor: an optimizer that touched it moved nearly all of its values.
+PIECE_COUNT = 2
+PIECE_VALUES = 1024
 
 
 def sample_digest(
@@ -27,11 +28,13 @@ def sample_digest(
     ``trained``: parameters that are meant to move. Compare only digests of one process and dtype;
     no change can hide from ``whole``.
     """
+    # by address: the caller has tensors, not the names they have here
     total, moving, seen = hashlib.sha256(), {t.data_ptr() for t in trained}, False
     for name, tensor in base_tensors(model):
         if tensor.data_ptr() in moving:
             continue
         seen = True
+        # separators: neither name nor values can be mistaken for the other
         total.update(f"\n{name} {tensor.dtype}\n".encode())
         for piece in [tensor.reshape(-1)] if whole else sample_pieces(tensor):
             total.update(_as_bytes(piece))
@@ -40,37 +43,42 @@ def sample_digest(
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter of the base in order of name, a tied one once, merged
-    layers by what they keep.
+    layers by their unmerged weight.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, prefix=path):
-            kept = (
+            unmerged = (
                 module.unmerged_weight
                 if isinstance(module, AdaptableLayer) and name.endswith(".weight")
                 else None
             )
-            found[name] = parameter.detach() if kept is None else kept.detach()
+            tensors[name] = parameter.detach() if unmerged is None else unmerged.detach()
     seen: set[tuple[int, torch.Size]] = set()
-    for name in sorted(found):
-        tensor = found[name]
-        place = (tensor.data_ptr(), tensor.shape)
-        if place in seen:
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        # address and shape: an empty tensor shares address 0 with others
+        memory = (tensor.data_ptr(), tensor.shape)
+        if memory in seen:
             continue
-        seen.add(place)
+        seen.add(memory)
         yield name, tensor
 
 
 def sample_pieces(tensor: Tensor) -> list[Tensor]:
-    """PIECES evenly spaced runs of PIECE values, the first and the last among them; all of it when
-    it is short.
+    """PIECE_COUNT evenly spaced runs of PIECE_VALUES values, the first and the last among
+    them; all of it when it is short.
     """
     flat = tensor.reshape(-1)
-    last = flat.numel() - PIECE
-    if flat.numel() <= PIECE * PIECES:
+    last = flat.numel() - PIECE_VALUES
+    if flat.numel() <= PIECE_VALUES * PIECE_COUNT:
         return [flat]
-    return [flat[s : s + PIECE] for s in (round(i * last / (PIECES - 1)) for i in range(PIECES))]
+    return [
+        flat[s : s + PIECE_VALUES]
+        for s in (round(i * last / (PIECE_COUNT - 1)) for i in range(PIECE_COUNT))
+    ]
 
 
 def _as_bytes(values: Tensor) -> memoryview:
+    # bytes: numpy has no bf16
     return values.contiguous().cpu().view(torch.uint8).numpy().data

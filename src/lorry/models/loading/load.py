@@ -42,6 +42,7 @@ __all__ = ["LoadedModel", "load_model", "sample_digest"]
 
 DTYPES = {
     "float32": torch.float32,
+    # short names as other tools spell them
     "fp32": torch.float32,
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
@@ -79,57 +80,66 @@ def load_model(
     implementation. ``notes`` collects what a person should know. Raises ModelError when anything
     does not fit, ConfigError for an unknown dtype or device.
     """
-    place = resolve_model(
+    location = resolve_model(
         str(name_or_path), revision=revision, trust_remote_code=trust_remote_code, notes=notes
     )
-    where = pick_device(device)
-    kind = pick_dtype(
-        trained_dtype(place.adapter) if dtype == "auto" and place.adapter is not None else dtype,
-        where,
+    torch_device = pick_device(device)
+    torch_dtype = pick_dtype(
+        # an adapter gives the logits it was trained for only in its base's dtype
+        trained_dtype(location.adapter)
+        if dtype == "auto" and location.adapter is not None
+        else dtype,
+        torch_device,
     )
-    described = describe_model(
-        place.directory, trust_remote_code=trust_remote_code, native=native, notes=notes
+    description = describe_model(
+        location.directory, trust_remote_code=trust_remote_code, native=native, notes=notes
     )
-    if described.family is not None and (
-        why := find_native_mismatch(described.family, described.config, kind, where, notes)
+    if description.family is not None and (
+        why := find_native_mismatch(
+            description.family, description.config, torch_dtype, torch_device, notes
+        )
     ):
-        described = replace(described, family=None, why=why)
+        description = replace(description, family=None, why=why)
     model: CausalLM
-    if described.family is not None:
-        model = load_decoder(place.directory, described.family, described.config, kind, where)
-        model.config["_name_or_path"] = str(place.directory)
+    if description.family is not None:
+        model = load_decoder(
+            location.directory, description.family, description.config, torch_dtype, torch_device
+        )
+        # PEFT's field for the base: adapters saved later name it
+        model.config["_name_or_path"] = str(location.directory)
     else:
-        notes.append(f"{described.why}; it runs through transformers, more slowly")
+        notes.append(f"{description.why}; it runs through transformers, more slowly")
         model = load_hf(
-            place.directory,
-            described,
-            kind,
-            where,
+            location.directory,
+            description,
+            torch_dtype,
+            torch_device,
             trust_remote_code=trust_remote_code,
             notes=notes,
         )
-    notes += note_disabled_dropout(described.config)
-    tokenizer = load_tokenizer(place.directory, trust_remote_code=trust_remote_code, notes=notes)
+    notes += note_disabled_dropout(description.config)
+    tokenizer = load_tokenizer(location.directory, trust_remote_code=trust_remote_code, notes=notes)
     vocabulary = model.vocab_size
+    # the other way round is common: embeddings padded to a round number
     if tokenizer is not None and len(tokenizer) > vocabulary:
         notes.append(
             f"the tokenizer has {len(tokenizer)} entries, the model only {vocabulary} embeddings; the rest cannot be used"
         )
-    generation = place.directory / "generation_config.json"
+    generation = location.directory / "generation_config.json"
     model.__dict__[GENERATION_CONFIG] = read_model_json(generation) if generation.is_file() else {}
     source: dict[str, Any] = {
         "name": str(name_or_path),
-        "kind": place.kind,
-        "path": str(place.directory),
+        "kind": location.kind,
+        "path": str(location.directory),
         "revision": revision,
-        "dtype": str(kind).removeprefix("torch."),
-        "device": str(where),
-        "family": described.family.name if described.family is not None else None,
-        "why": described.why,
+        "dtype": str(torch_dtype).removeprefix("torch."),
+        "device": str(torch_device),
+        "family": description.family.name if description.family is not None else None,
+        "why": description.why,
         "generation_config": model.__dict__[GENERATION_CONFIG],
     }
-    if place.adapter is not None:
-        source["adapter"] = str(place.adapter)
+    if location.adapter is not None:
+        source["adapter"] = str(location.adapter)
     return LoadedModel(model, tokenizer, source)
 
 
@@ -138,15 +148,16 @@ def trained_dtype(adapter: Path) -> str:
     logits again; else "auto".
     """
     folders = [f for f in find_adapters_in(adapter) if (f / ADAPTER_FACTS).is_file()]
-    said = {str(read_model_json(folder / ADAPTER_FACTS).get("dtype")) for folder in folders} & set(
-        DTYPES
-    )
-    return said.pop() if len(said) == 1 else "auto"
+    dtypes = {
+        str(read_model_json(folder / ADAPTER_FACTS).get("dtype")) for folder in folders
+    } & set(DTYPES)
+    # adapters of one run share their base, so several answers mean files edited by hand
+    return dtypes.pop() if len(dtypes) == 1 else "auto"
 
 
 def load_hf(
     directory: Path,
-    described: ModelDescription,
+    description: ModelDescription,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -157,12 +168,15 @@ def load_hf(
     ModelError otherwise.
     """
     # refuses pickles, broken shards and paths that lead elsewhere
-    found = read_tensor_entries(directory)
-    said: list[str] = []
-    with model_file_errors(f"{directory}: transformers cannot load it"), silence_transformers(said):
+    entries = read_tensor_entries(directory)
+    warnings: list[str] = []
+    with (
+        model_file_errors(f"{directory}: transformers cannot load it"),
+        silence_transformers(warnings),
+    ):
         inner, info = AutoModelForCausalLM.from_pretrained(
             str(directory),
-            config=described.hf,
+            config=description.hf,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -170,13 +184,14 @@ def load_hf(
             ignore_mismatched_sizes=True,  # `refuse_unfit_tensors` names them
             output_loading_info=True,
         )
-    refuse_unfit_tensors(directory, inner, info, found, notes)
+    refuse_unfit_tensors(directory, inner, info, entries, notes)
     try:
-        with silence_transformers(said):
+        with silence_transformers(warnings):
             model = HfModel(inner.to(device), notes)
             prove_hf_model(model, notes, str(directory))
     finally:
-        notes += [f"transformers says: {text}" for text in dict.fromkeys(said)]
+        # in `finally`: the warning often explains the error
+        notes += [f"transformers says: {text}" for text in dict.fromkeys(warnings)]
     return model
 
 
@@ -200,6 +215,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
+        # torch accepts the name of a device that is not there; an allocation does not
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
         raise ConfigError(
@@ -214,10 +230,10 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        told = dtype_of_auto()
+        override = dtype_of_auto()
         return (
-            DTYPES[told]
-            if told is not None
+            DTYPES[override]
+            if override is not None
             else torch.bfloat16
             if has_fast_bfloat16(device)
             else torch.float32
@@ -230,6 +246,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 run on hardware made for them."""
     if device.type == "cuda":
+        # older GPUs emulate bf16, more slowly than float32
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has = torch.cpu.get_capabilities()
     return device.type == "cpu" and any(

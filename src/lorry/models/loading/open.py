@@ -53,10 +53,10 @@ def open_model(
     anything is missing, damaged or belongs to another base, ConfigError for a chat template file
     that cannot be read.
     """
-    beside = [Path(p) for p in (config.adapter, *adapters) if p]
+    adapter_paths = [Path(p) for p in (config.adapter, *adapters) if p]
     dtype = (
-        trained_dtype(beside[0])
-        if config.dtype == "auto" and beside and beside[0].is_dir()
+        trained_dtype(adapter_paths[0])
+        if config.dtype == "auto" and adapter_paths and adapter_paths[0].is_dir()
         else config.dtype
     )
     loaded = load_model(
@@ -68,14 +68,15 @@ def open_model(
         native=config.native,
         notes=notes,
     )
-    places = [loaded.source["adapter"]] if loaded.source.get("adapter") else []
-    tokenizer = _own_tokenizer(Path(places[0]), notes) if places else None
+    paths = [loaded.source["adapter"]] if loaded.source.get("adapter") else []
+    tokenizer = _own_tokenizer(Path(paths[0]), notes) if paths else None
+    # a run may have added a chat template or tokens
     tokenizer = loaded.tokenizer if tokenizer is None else tokenizer
     if config.chat_template_path is not None and tokenizer is not None:
         tokenizer.chat_template = _read_template(config.chat_template_path)
-    places += beside
+    paths += adapter_paths
     names: list[str] = []
-    folders = [folder for p in places for folder in list_adapter_folders(Path(p))]
+    folders = [folder for p in paths for folder in list_adapter_folders(Path(p))]
     if as_start:
         if len(folders) > 1:
             raise ConfigError(
@@ -84,11 +85,12 @@ def open_model(
         for folder in folders:
             load_start(loaded.model, folder)
         return OpenedModel(loaded.model, tokenizer, loaded.source, [])
-    for place in folders:
-        name = pick_adapter_name(place, names)
-        load_adapter(loaded.model, place, name)
+    for path in folders:
+        name = pick_adapter_name(path, names)
+        load_adapter(loaded.model, path, name)
         names.append(name)
     if names:
+        # `attach` makes the sum of all active; a person who opens a run means one
         get_bank(loaded.model).activate(Mix.one(names[0]))
     return OpenedModel(loaded.model, tokenizer, loaded.source, names)
 
@@ -98,7 +100,7 @@ def _own_tokenizer(adapter: Path, notes: list[str]) -> Any | None:
     none.
     """
     folders = [adapter, *([adapter.parent] if (adapter.parent / RUN_FILE).is_file() else [])]
-    home = next(
+    tokenizer_folder = next(
         (
             folder
             for folder in folders
@@ -106,7 +108,7 @@ def _own_tokenizer(adapter: Path, notes: list[str]) -> Any | None:
         ),
         None,
     )
-    return None if home is None else load_tokenizer(home, notes=notes)
+    return None if tokenizer_folder is None else load_tokenizer(tokenizer_folder, notes=notes)
 
 
 def _read_template(path: str) -> str:
@@ -122,16 +124,17 @@ def list_adapter_folders(path: Path) -> list[Path]:
     """
     if (path / ADAPTER_CONFIG).is_file():
         return [path]
-    found = sorted(p.parent for p in path.glob(f"*/{ADAPTER_CONFIG}")) if path.is_dir() else []
-    if not found:
+    folders = sorted(p.parent for p in path.glob(f"*/{ADAPTER_CONFIG}")) if path.is_dir() else []
+    if not folders:
         raise ModelError(
             f"{path} holds no adapter ({ADAPTER_CONFIG} is missing); give a run or adapter directory"
         )
-    return found
+    return folders
 
 
 def pick_adapter_name(path: Path, taken: Sequence[str]) -> str:
     """A name for an adapter from its folder, legal and not taken yet."""
+    # 56 characters, so that "-2" and the like still fit into 64
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)[:56].strip(".-") or "adapter"
     return next(
         n for n in (base, *(f"{base}-{i}" for i in range(2, len(taken) + 3))) if n not in taken
@@ -145,9 +148,9 @@ def stored_dtype(name: str) -> str:
     float32 where several are mixed, since it holds them all. Raises ModelError when there is no
     such model.
     """
-    kinds = {
+    dtypes = {
         entry.dtype
         for entry in read_tensor_entries(resolve_model(name, notes=[]).directory).values()
         if entry.dtype in FLOAT_DTYPES
     }
-    return DTYPE_NAMES.get(next(iter(kinds)), "float32") if len(kinds) == 1 else "float32"
+    return DTYPE_NAMES.get(next(iter(dtypes)), "float32") if len(dtypes) == 1 else "float32"

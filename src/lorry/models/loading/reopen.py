@@ -67,6 +67,7 @@ def compare_logits(exact: Tensor, found: Tensor, share: float, stored: str) -> t
     """(largest difference of two models' logits, the bound on it: ``share`` of the largest logit).
     Raises ContractError above it, naming the number format the weights were ``stored`` in."""
     difference, bound = float((exact - found).abs().max()), share * float(exact.abs().max())
+    # this way round: NaN fails
     if not difference <= bound:
         raise ContractError(
             f"what was written differs by {difference:.2e} in its logits when it is opened again, more than rounding to {stored} "

@@ -18,6 +18,7 @@ from lorry.models.loading.describe import read_model_json
 from lorry.runs.layout import ADAPTER_CONFIG, ADAPTER_FACTS, RUN_FILE
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+# No .bin: pickles are never opened. Python files are added only where they may run.
 ALLOW_PATTERNS = [
     "*.safetensors",
     "*.safetensors.index.json",
@@ -27,6 +28,7 @@ ALLOW_PATTERNS = [
     "*.jinja",
     "*.tiktoken",
 ]
+# "*/*": sub-folders hold other formats (onnx, original) of the same weights.
 IGNORE_PATTERNS = ["*/*", "consolidated*", "training_args*", "optimizer*"]
 
 
@@ -59,20 +61,25 @@ def resolve_model(
         return ModelLocation(resolve_embedded_model(name, notes), "embedded")
     path = Path(name).expanduser()
     if path.is_file():
+        # a single .safetensors has no config beside its name
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file; give the directory of the model, or a .gguf file")
         return ModelLocation(convert_gguf(path, notes), "gguf")
     if path.is_dir():
-        found = _locate_adapter_base(path.resolve(), notes, base_only)
-        if found is None and (path / RUN_FILE).is_file() and not (path / "config.json").is_file():
+        location = _locate_adapter_base(path.resolve(), notes, base_only)
+        if (
+            location is None
+            and (path / RUN_FILE).is_file()
+            and not (path / "config.json").is_file()
+        ):
             raise ModelError(
                 f"{path} is a run that is not finished; its command with resume_from_checkpoint=auto goes on with it"
             )
-        return found or ModelLocation(path.resolve(), "directory")
+        return location or ModelLocation(path.resolve(), "directory")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not HUB_ID.fullmatch(name):
         raise ModelError(f"no model at {name!r}{_suggest_names(name)}")
-    got = _download_snapshot(name, revision, trust_remote_code)
-    return _locate_adapter_base(got, notes, base_only) or ModelLocation(got, "hub")
+    snapshot = _download_snapshot(name, revision, trust_remote_code)
+    return _locate_adapter_base(snapshot, notes, base_only) or ModelLocation(snapshot, "hub")
 
 
 def find_adapters_in(path: Path) -> list[Path]:
@@ -98,9 +105,9 @@ def _locate_adapter_base(path: Path, notes: list[str], base_only: bool) -> Model
     if base_only:
         raise ModelError(f"{path} is itself an adapter; merge it into its own base first")
     if len(different := {base: adapter for adapter, base in bases.items()}) > 1:
-        said = ", ".join(f"{adapter.name} on {base!r}" for base, adapter in different.items())
+        pairs = ", ".join(f"{adapter.name} on {base!r}" for base, adapter in different.items())
         raise ModelError(
-            f"{path}: its adapters were trained on different bases ({said}); open one of them"
+            f"{path}: its adapters were trained on different bases ({pairs}); open one of them"
         )
     try:
         return replace(
@@ -119,9 +126,9 @@ def _base_of_adapter(adapter: Path) -> str:
         if (adapter / ADAPTER_FACTS).is_file()
         else None
     )
-    said = [facts.get("name"), facts.get("path")] if isinstance(facts, dict) else [facts]
+    from_facts = [facts.get("name"), facts.get("path")] if isinstance(facts, dict) else [facts]
     recorded = read_model_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    names = [n for n in (*said, recorded) if isinstance(n, str) and n]
+    names = [n for n in (*from_facts, recorded) if isinstance(n, str) and n]
     if not names:
         raise ModelError(
             f"{adapter / ADAPTER_CONFIG} names no base_model_name_or_path; open the base and add the adapter to it"
@@ -132,8 +139,9 @@ def _base_of_adapter(adapter: Path) -> str:
         for m in (re.fullmatch(r"(.+)-[0-9a-f]{12}", Path(n).name) for n in names)
         if m and m[1] in EMBEDDED
     ]
-    found = [n for n in names if n in EMBEDDED] + [n for n in names if Path(n).exists()]
-    return (found + [n for n in names if HUB_ID.fullmatch(n)] + names)[0]
+    # what is on this machine first, then the hub, then whatever was written
+    local = [n for n in names if n in EMBEDDED] + [n for n in names if Path(n).exists()]
+    return (local + [n for n in names if HUB_ID.fullmatch(n)] + names)[0]
 
 
 def _download_snapshot(name: str, revision: str | None, trust_remote_code: bool) -> Path:

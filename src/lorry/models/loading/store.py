@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,9 +24,7 @@ from lorry.models.decoder.model import Decoder
 from lorry.models.hf.model import HfModel
 from lorry.models.loading.config_json import write_config
 
-if TYPE_CHECKING:
-    pass
-
+# 2 GB: one shard is all that is in memory while a merged model streams
 SHARD_BYTES = 2_000_000_000
 GENERATION_CONFIG = (
     "generation_config"  # an attribute that rides along on a loaded model, as its bank does
@@ -58,13 +56,14 @@ def save_model(
     config = {
         k: v
         for k, v in {**model.config, **(config_overrides or {})}.items()
+        # private fields describe this machine (paths, attention kernels)
         if not k.startswith("_")
     }
     tied = bool(config.get("tie_word_embeddings"))
     stream = _convert_dtypes(_check_complete(model, tensors, tied=tied), dtype)
     with build_directory(Path(path)) as work:
         if isinstance(model, Decoder):
-            kinds = _write_shards(
+            dtypes = _write_shards(
                 _checkpoint_names(stream, model, tied=tied), work, max_shard_bytes
             )
             config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
@@ -72,12 +71,14 @@ def save_model(
         else:
             assert isinstance(model, HfModel)
             state = dict(stream)
-            kinds = {t.dtype for t in state.values() if t.is_floating_point()}
+            dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
             model.save_inner(work, state, config, max_shard_bytes)
-        stored = str(next(iter(kinds))) if len(kinds) == 1 else "float32"
+        stored = str(next(iter(dtypes))) if len(dtypes) == 1 else "float32"
         write_config(work, {"dtype": stored.removeprefix("torch.")})
-        said = generation_config or model.__dict__.get(GENERATION_CONFIG) or _token_ids(config)
-        _write_json(work / "generation_config.json", said)
+        generation = (
+            generation_config or model.__dict__.get(GENERATION_CONFIG) or _token_ids(config)
+        )
+        _write_json(work / "generation_config.json", generation)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         copy_permissions(work)
@@ -90,15 +91,16 @@ def _check_complete(
     missing.
     """
     state = model.state_dict()
+    # reversed, so that the first name of a tied tensor wins
     first = {t.data_ptr(): n for n, t in reversed(state.items())}
-    left = dict.fromkeys(state)
+    unseen = dict.fromkeys(state)
     for name, tensor in state.items() if tensors is None else tensors:
-        if name not in left:
+        if name not in unseen:
             problem = "was given twice" if name in state else "is no tensor of this model"
             raise ModelError(f"{name!r} {problem}; nothing was saved")
-        del left[name]
+        del unseen[name]
         yield name, tensor
-    if missing := [n for n in left if not (tied and first[state[n].data_ptr()] != n)]:
+    if missing := [n for n in unseen if not (tied and first[state[n].data_ptr()] != n)]:
         raise ModelError(
             f"{len(missing)} tensors were not given ({', '.join(missing[:3])}); nothing was saved"
         )
@@ -108,8 +110,8 @@ def _convert_dtypes(
     stream: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in stream:
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        yield name, tensor.detach().to("cpu", kind).contiguous()
+        stored_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        yield name, tensor.detach().to("cpu", stored_dtype).contiguous()
 
 
 def _checkpoint_names(
@@ -118,6 +120,7 @@ def _checkpoint_names(
     """Names as checkpoints spell them; a tied head is left out, as transformers does."""
     for name, tensor in stream:
         module, _, leaf = name.rpartition(".")
+        # skipped here, after `_check_complete` has seen it
         if tied and module == model.family.head:
             continue
         yield f"{model.family.on_disk.get(module, module)}.{leaf}", tensor
@@ -128,21 +131,22 @@ def _write_shards(stream: Iterator[tuple[str, Tensor]], work: Path, limit: int) 
     Returns the dtypes in them.
     """
     shards: list[list[str]] = []
-    kinds: set[torch.dtype] = set()
-    held: dict[str, Tensor] = {}
+    dtypes: set[torch.dtype] = set()
+    shard: dict[str, Tensor] = {}
     total = size = 0
 
     def flush() -> None:
-        save_file(held, work / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
+        # a temporary name: the final one holds the number of shards, unknown until the end
+        save_file(shard, work / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
 
     for name, tensor in stream:
-        if held and size + tensor.nbytes > limit:
+        if shard and size + tensor.nbytes > limit:
             flush()
             size = 0
-        held[name] = tensor
-        kinds.add(tensor.dtype)
+        shard[name] = tensor
+        dtypes.add(tensor.dtype)
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -151,13 +155,13 @@ def _write_shards(stream: Iterator[tuple[str, Tensor]], work: Path, limit: int) 
     else:
         where = {
             tensor: file
-            for file, held_names in zip(names, shards, strict=True)
-            for tensor in held_names
+            for file, tensor_names in zip(names, shards, strict=True)
+            for tensor in tensor_names
         }
         _write_json(work / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
     for i, name in enumerate(names):
         (work / f"shard-{i}").rename(work / name)
-    return kinds
+    return dtypes
 
 
 def _token_ids(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ RECOMPUTED_BUFFERS = re.compile(
     r"(.*\.)?(h|layers)\.\d+\.(attn|attention)\.(bias|masked_bias)|(.*\.)?rotary_emb\.inv_freq"
 )
 FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
+# named in the error alone; none of them is opened
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
@@ -72,19 +73,19 @@ def read_tensor_entries(directory: Path) -> dict[str, TensorEntry]:
         listed, files = None, [single]
     else:
         raise ModelError(_explain_no_weights(directory))
-    found: dict[str, TensorEntry] = {}
+    entries: dict[str, TensorEntry] = {}
     for file in files:
         for name, entry in _read_shard_header(file).items():
             if listed is not None and listed.get(name) != file.name:
                 raise ModelError(
                     f"{file}: holds {name!r}, which {index.name} places in {listed.get(name, 'no file')!r}"
                 )
-            found[name] = entry
-    if absent := sorted(set(listed or ()) - set(found)):
+            entries[name] = entry
+    if absent := sorted(set(listed or ()) - set(entries)):
         raise ModelError(
             f"{index}: lists {absent[0]!r}, which its shard does not hold ({len(absent)} such names)"
         )
-    return found
+    return entries
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -139,20 +140,27 @@ def load_decoder(
 ) -> Decoder:
     """The native decoder with a directory's weights. Raises ModelError for any missing, unknown,
     misshapen, packed or not finite tensor."""
-    found = read_tensor_entries(directory)
+    entries = read_tensor_entries(directory)
+    # no memory yet: the file's tensors become the parameters
     with torch.device("meta"):
         model = Decoder(family, config)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    refuse_damaged_buffers(found)
-    plan = match_tensor_names(found, family, expected, tied=model.geometry.tied, where=directory)
-    state = read_tensors({ours: found[theirs] for ours, theirs in plan.items()}, dtype, device)
+    refuse_damaged_buffers(entries)
+    file_names = match_tensor_names(
+        entries, family, expected, tied=model.geometry.tied, where=directory
+    )
+    state = read_tensors(
+        {name: entries[file_name] for name, file_name in file_names.items()}, dtype, device
+    )
     head, embed = f"{family.head}.weight", f"{family.embed}.weight"
     if model.geometry.tied:
+        # a stored head beside a tie must be the embedding, or the two readers disagree
         if head in state and not torch.equal(state[head], state[embed]):
             raise ModelError(
-                f"{directory}: config.json says tie_word_embeddings=true, but {plan[head]} and {plan[embed]} differ; set "
+                f"{directory}: config.json says tie_word_embeddings=true, but {file_names[head]} and {file_names[embed]} differ; set "
                 "tie_word_embeddings to false if the head was trained apart"
             )
+        # load_state_dict(strict) wants both names
         state[head] = state[embed]
     model.load_state_dict(state, strict=True, assign=True)
     if model.geometry.tied:
@@ -161,7 +169,7 @@ def load_decoder(
 
 
 def match_tensor_names(
-    found: Mapping[str, TensorEntry],
+    entries: Mapping[str, TensorEntry],
     family: ModelFamily,
     expected: Mapping[str, tuple[int, ...]],
     *,
@@ -172,44 +180,46 @@ def match_tensor_names(
     tied.
     """
     prefix = family.embed.partition(".")[0]
-    plan: dict[str, str] = {}
+    file_names: dict[str, str] = {}
     unknown = []
-    for theirs, entry in found.items():
-        ours = next((n for n in _possible_names(theirs, prefix, family) if n in expected), None)
-        if ours is None:
-            if not RECOMPUTED_BUFFERS.fullmatch(theirs):
-                unknown.append(theirs)
+    for file_name, entry in entries.items():
+        name = next((n for n in _possible_names(file_name, prefix, family) if n in expected), None)
+        if name is None:
+            if not RECOMPUTED_BUFFERS.fullmatch(file_name):
+                unknown.append(file_name)
             continue
-        if ours in plan:
-            raise ModelError(f"{where}: both {plan[ours]!r} and {theirs!r} are {ours!r}")
+        if name in file_names:
+            raise ModelError(f"{where}: both {file_names[name]!r} and {file_name!r} are {name!r}")
         if entry.dtype not in FLOAT_DTYPES:
             raise ModelError(
-                f"{where}: {theirs} is stored as {entry.dtype}; packed weights cannot be loaded yet"
+                f"{where}: {file_name} is stored as {entry.dtype}; packed weights cannot be loaded yet"
             )
-        if entry.shape != expected[ours]:
+        if entry.shape != expected[name]:
             raise ModelError(
-                f"{where}: {theirs} has shape {list(entry.shape)}, config.json asks for {list(expected[ours])}; they are not of "
+                f"{where}: {file_name} has shape {list(entry.shape)}, config.json asks for {list(expected[name])}; they are not of "
                 "one model"
             )
-        plan[ours] = theirs
-    missing = [n for n in expected if n not in plan and not (tied and n == f"{family.head}.weight")]
+        file_names[name] = file_name
+    missing = [
+        n for n in expected if n not in file_names and not (tied and n == f"{family.head}.weight")
+    ]
     if missing or unknown:
         kinds = [("missing", missing), ("unknown", unknown)]
         parts = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds if names]
         raise ModelError(f"{where}: the tensors do not fit config.json: {'; '.join(parts)}")
-    return plan
+    return file_names
 
 
-def _possible_names(theirs: str, prefix: str, family: ModelFamily) -> list[str]:
+def _possible_names(file_name: str, prefix: str, family: ModelFamily) -> list[str]:
     """Our names a file's name can stand for: itself, a renamed module, or a bare base model's (hub
     GPT-2: `h.0...`).
     """
     renamed = [
-        f"{ours}{theirs[len(disk) :]}"
-        for ours, disk in family.on_disk.items()
-        if theirs.startswith(f"{disk}.")
+        f"{name}{file_name[len(disk) :]}"
+        for name, disk in family.on_disk.items()
+        if file_name.startswith(f"{disk}.")
     ]
-    return [theirs, *renamed, f"{prefix}.{theirs}"]
+    return [file_name, *renamed, f"{prefix}.{file_name}"]
 
 
 def read_tensors(
@@ -223,9 +233,11 @@ def read_tensors(
         by_file.setdefault(entry.file, []).append(name)
     state: dict[str, Tensor] = {}
     for file, names in by_file.items():
+        # one open a shard: its header is parsed once
         with safe_open(file, framework="pt", device=str(device)) as f:
             for name in names:
                 stored = f.get_tensor(wanted[name].name)
+                # one tensor at a time: file and model never exist twice
                 state[name] = stored.to(dtype)
                 if not is_finite(state[name]):
                     raise ModelError(
@@ -234,11 +246,11 @@ def read_tensors(
     return state
 
 
-def refuse_damaged_buffers(found: Mapping[str, TensorEntry]) -> None:
+def refuse_damaged_buffers(entries: Mapping[str, TensorEntry]) -> None:
     """Raise ModelError naming a buffer that is recomputed and holds a NaN. An infinity is none of
     damage: masks hold it.
     """
-    for name, entry in found.items():
+    for name, entry in entries.items():
         if RECOMPUTED_BUFFERS.fullmatch(name) and entry.dtype in FLOAT_DTYPES:
             with safe_open(entry.file, framework="pt") as f:
                 if bool(f.get_tensor(entry.name).isnan().any()):
@@ -254,6 +266,7 @@ def is_finite(tensor: Tensor) -> bool:
     where `isfinite().all()` takes 400. So no model is too large to be looked at whole."""
     if not tensor.numel() or not tensor.is_floating_point():
         return True
+    # NaN and infinities both show in the extremes
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 

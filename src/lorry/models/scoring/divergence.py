@@ -52,11 +52,11 @@ def generalized_jsd(logits: GivenLogits, beta: float) -> DenseScore:
     def formula(logp: Tensor, given: Tensor) -> tuple[Tensor, SlopeFn]:
         q_log, p = given.to(logp.dtype).log_softmax(1), logp.exp()
         m_log = torch.logaddexp(q_log + math.log(beta), logp + math.log1p(-beta))
-        theirs = torch.linalg.vecdot(q_log.exp(), q_log - m_log)
+        teacher_kl = torch.linalg.vecdot(q_log.exp(), q_log - m_log)
         gap = logp - m_log
-        ours = torch.linalg.vecdot(p, gap)
-        slope = lambda: gap.sub_(ours.detach()[:, None]).mul_(p).mul_(1 - beta)  # noqa: E731
-        return beta * theirs + (1 - beta) * ours, slope
+        student_kl = torch.linalg.vecdot(p, gap)
+        slope = lambda: gap.sub_(student_kl.detach()[:, None]).mul_(p).mul_(1 - beta)  # noqa: E731
+        return beta * teacher_kl + (1 - beta) * student_kl, slope
 
     return DenseScore(logits, formula)
 
@@ -125,13 +125,13 @@ def full_vocab_divergence(loss: str, logits: GivenLogits, beta: float = 0.5) -> 
     outside 0 to 1.
     """
     kind = _check_divergence_name(loss, beta)
-    made = {
+    builders = {
         "kl": forward_kl,
         "reverse_kl": reverse_kl,
         "jsd": lambda given: generalized_jsd(given, beta),
         "uld": uld_divergence,
     }
-    return made[kind](logits)
+    return builders[kind](logits)
 
 
 def top_k_divergence(
@@ -188,14 +188,14 @@ def _sort_descending(p: Tensor) -> Tensor:
 
 
 def _rank_descending(p: Tensor) -> tuple[Tensor, Tensor]:
-    """(values from the largest down, their places), both [t,V]; of equals the first comes first.
+    """(values from the largest down, their indices), both [t,V]; of equals the first comes first.
 
     A probability's bits grow with it, so with the place behind them one integer sorts both: four
     times as fast as torch on a CPU.
     """
     if p.device.type != "cpu" or p.dtype != torch.float32 or p.requires_grad:
-        values, places = p.sort(dim=1, descending=True, stable=True)
-        return values, places
+        values, indices = p.sort(dim=1, descending=True, stable=True)
+        return values, indices
     width = p.shape[1]
     packed = (
         p.view(torch.int32)

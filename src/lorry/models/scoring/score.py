@@ -51,7 +51,9 @@ __all__ = [
     "score_supervised_tokens",
 ]
 
+# 256 rows of 128k logits are 64 MiB in bf16: small, and large enough for the product to be fast
 CHUNK_TOKENS = 256
+# each keeps [t, D] and costs one more product; from three on recomputing is cheaper
 ONE_PASS_SCORES = 2
 
 
@@ -102,26 +104,28 @@ def evaluate_wants(
     layers = {n: w.layer for n, w in wants.items() if isinstance(w, HiddenState)}
     packed = PackedInput(batch.tokens, batch.positions, batch.segments)
     stop = None if scores or final else max(layers.values(), default=None)
-    hidden = model.hidden(packed, call, taps=sorted(set(layers.values())), stop=stop)
-    got = {name: hidden.layer_outputs[layer] for name, layer in layers.items()}
+    hidden = model.hidden(packed, call, output_layers=sorted(set(layers.values())), stop=stop)
+    outputs = {name: hidden.layer_outputs[layer] for name, layer in layers.items()}
     if scores or final:
         assert hidden.last is not None
-        got |= dict.fromkeys(final, hidden.last)
+        outputs |= dict.fromkeys(final, hidden.last)
+        # grouped: scores of one temperature and one set of rows share a pass over the head
         for temperature, weights in dict.fromkeys(
             (w.temperature, w.weights) for w in scores.values()
         ):
-            alike = {
+            group = {
                 n: w.fn
                 for n, w in scores.items()
                 if (w.temperature, w.weights) == (temperature, weights)
             }
             at = batch.rows if weights is None else _weighted_rows(batch, weights)
             table = score_supervised_tokens(
-                model, hidden.last, batch, list(alike.values()), call, temperature, at
+                model, hidden.last, batch, list(group.values()), call, temperature, at
             )
-            for name, column in zip(alike, table.unbind(1), strict=True):
-                got[name] = column.new_zeros(batch.tokens.numel()).index_copy(0, at, column)
-    return got
+            for name, column in zip(group, table.unbind(1), strict=True):
+                # 0 at all other tokens, whose scores no loss reads
+                outputs[name] = column.new_zeros(batch.tokens.numel()).index_copy(0, at, column)
+    return outputs
 
 
 def _weighted_rows(batch: Batch, weights: str) -> Tensor:
@@ -149,21 +153,25 @@ def score_supervised_tokens(
     at = batch.rows if at is None else at
     extra = {name: e.values[at] for name, e in batch.extra.items() if e.per == "token"}
     rows = VocabRows(batch.tokens[at], extra)
+    # never a sequence's first token, so the source lies in the same sequence
     sources = at - 1
-    picked, left = scale_by_temperature(model, hidden.index_select(0, sources), temperature)
+    picked, divisor = scale_by_temperature(model, hidden.index_select(0, sources), temperature)
     head = frozen_head(model, call)
     tiled = [j for j, fn in enumerate(fns) if head is not None and isinstance(fn, VocabStatistic)]
     whole = [j for j in range(len(fns)) if j not in tiled]
+    # by place in ``fns``: the two ways of scoring fill it in any order
     columns: dict[int, Tensor] = {}
     if head is not None and tiled:
-        known = [fn for fn in fns if isinstance(fn, VocabStatistic)]
-        columns |= zip(tiled, compute_statistics(picked, head, known, rows).unbind(1), strict=True)
+        statistics = [fn for fn in fns if isinstance(fn, VocabStatistic)]
+        columns |= zip(
+            tiled, compute_statistics(picked, head, statistics, rows).unbind(1), strict=True
+        )
     if whole:
         others = [fns[j] for j in whole]
         if head is not None and (len(others) <= ONE_PASS_SCORES or not picked.requires_grad):
             table = FullLogitsFunction.apply(picked, head, others, rows)
         else:
-            table = _score_by_chunks(model, picked, sources, rows, others, call, left)
+            table = _score_by_chunks(model, picked, sources, rows, others, call, divisor)
         columns |= zip(whole, table.unbind(1), strict=True)
     return torch.stack([columns[j] for j in range(len(fns))], 1)
 
@@ -178,6 +186,7 @@ def scale_by_temperature(
     if temperature == 1.0:
         return hidden, 1.0
     head = getattr(model, "head", None)
+    # a bias is not scaled with the hidden state: W h / tau + b is another thing
     plain = isinstance(head, (BankLinear, nn.Linear)) and head.bias is None
     return (hidden / temperature, 1.0) if plain else (hidden, temperature)
 
@@ -200,6 +209,7 @@ def _score_by_chunks(
             hidden[start:stop],
             rows.cut(start, stop),
             fns,
+            # the head's adapter terms for these rows alone
             call.narrow(sources[start:stop]),
             temperature,
         )
@@ -226,16 +236,16 @@ def _chunk_scores(
 ) -> Tensor:
     logits = model.logits(hidden, call)
     logits = logits if temperature == 1.0 else logits / temperature
-    known = [fn for fn in fns if isinstance(fn, VocabStatistic)]
+    statistics = [fn for fn in fns if isinstance(fn, VocabStatistic)]
     columns = (
         dict(
             zip(
-                map(id, known),
-                LogitsStatistics.apply(logits, StatisticsRequest.of(known, rows)).unbind(1),
+                map(id, statistics),
+                LogitsStatistics.apply(logits, StatisticsRequest.of(statistics, rows)).unbind(1),
                 strict=True,
             )
         )
-        if known
+        if statistics
         else {}
     )
     for fn in fns:
@@ -294,18 +304,19 @@ class FullLogitsFunction(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, fns: Sequence[ScoreFn], rows: VocabRows
     ) -> Tensor:
-        need = ctx.needs_input_grad[0]
+        needs_slope = ctx.needs_input_grad[0]
         t = len(hidden)
         out = hidden.new_zeros(t, len(fns), dtype=accumulator_dtype(hidden))
-        slopes = [torch.zeros_like(hidden) for _ in fns] if need else []
-        space = hidden.new_empty(min(t, CHUNK_TOKENS), len(head))
+        slopes = [torch.zeros_like(hidden) for _ in fns] if needs_slope else []
+        workspace = hidden.new_empty(min(t, CHUNK_TOKENS), len(head))
         for start in range(0, t, CHUNK_TOKENS):
             stop = min(start + CHUNK_TOKENS, t)
-            logits = torch.mm(hidden[start:stop], head.t(), out=space[: stop - start])
+            logits = torch.mm(hidden[start:stop], head.t(), out=workspace[: stop - start])
             for j, fn in enumerate(fns):
-                value, slope = _value_and_slope(fn, logits, rows.cut(start, stop), need)
+                value, slope = _value_and_slope(fn, logits, rows.cut(start, stop), needs_slope)
                 out[start:stop, j] = value
                 if slope is not None:
+                    # d score / d hidden now, while the logits exist; backward only scales it
                     torch.mm(slope.to(hidden.dtype), head, out=slopes[j][start:stop])
         ctx.save_for_backward(*slopes)
         return out
@@ -321,13 +332,14 @@ class FullLogitsFunction(torch.autograd.Function):
 
 
 def _value_and_slope(
-    fn: ScoreFn, logits: Tensor, rows: VocabRows, need: bool
+    fn: ScoreFn, logits: Tensor, rows: VocabRows, needs_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
     """fn [t] at a chunk's logits, and its slope [t,V] if needed and there is one."""
     wide = logits.to(accumulator_dtype(logits), copy=True)
-    if need and isinstance(fn, DenseScore):
+    if needs_slope and isinstance(fn, DenseScore):
         return fn.with_slope(wide, rows)
-    with torch.set_grad_enabled(need):
-        value = fn(wide.requires_grad_(need), rows)
+    with torch.set_grad_enabled(needs_slope):
+        # ``wide`` is this call's own copy (copy=True): the workspace is reused
+        value = fn(wide.requires_grad_(needs_slope), rows)
         slope = torch.autograd.grad(value.sum(), wide)[0] if value.requires_grad else None
     return value.detach(), slope

@@ -45,6 +45,7 @@ class StatisticsRequest:
     @staticmethod
     def of(statistics: Sequence[VocabStatistic], rows: VocabRows) -> StatisticsRequest:
         """Statistics that choose their tokens by the same function share columns."""
+        # by the function itself: two statistics of the target token gather it once
         columns: dict[Callable[[VocabRows], Tensor], slice] = {}
         parts: list[Tensor] = []
         for s in statistics:
@@ -68,6 +69,8 @@ class StatisticsRequest:
     def one_pass(self) -> bool:
         """Whether a single score carries a gradient, and it looks at a single token."""
         return (
+            # one pass multiplies the tile back before the upstream gradient is known: only a single
+            # score's can be a factor afterwards
             sum(s.gradient for s in self.statistics) == 1
             and not self.moments
             and self.ids.shape[1] == 1
@@ -81,7 +84,7 @@ class StatisticsRequest:
         ]
         return torch.stack(parts, 1)
 
-    def pull(self, softmax: SoftmaxSummary, upstream: Tensor) -> list[Tensor]:
+    def summary_gradients(self, softmax: SoftmaxSummary, upstream: Tensor) -> list[Tensor]:
         """The gradients [t,k], [t], [t], [t] of sum(values * upstream) with respect to chosen,
         mean, variance and uniform.
         """
@@ -94,13 +97,13 @@ class StatisticsRequest:
             values = self.values(
                 replace(softmax, chosen=chosen, mean=mean, variance=variance, uniform=uniform)
             )
-        wanted = torch.tensor([s.gradient for s in self.statistics], device=upstream.device)
+        has_gradient = torch.tensor([s.gradient for s in self.statistics], device=upstream.device)
         # an infinite one, too, is nothing to a score without gradient
-        upstream = torch.where(wanted, upstream, 0).to(values.dtype)
-        found = torch.autograd.grad(values, leaves, upstream, allow_unused=True)
+        upstream = torch.where(has_gradient, upstream, 0).to(values.dtype)
+        grads = torch.autograd.grad(values, leaves, upstream, allow_unused=True)
         return [
             torch.zeros_like(leaf) if grad is None else grad
-            for leaf, grad in zip(leaves, found, strict=True)
+            for leaf, grad in zip(leaves, grads, strict=True)
         ]
 
     def slopes(
@@ -110,17 +113,19 @@ class StatisticsRequest:
         `kernels.softmax.write_slope`, and the chosen tokens' own entries [t,k], formed whole in
         fp32: where p is near 1, p - 1 is no difference of rounded numbers.
         """
-        own, mean, variance, uniform = self.pull(softmax, upstream)
-        a, k = -own.sum(1) - uniform, uniform / vocab
+        # by autograd on [t]-sized leaves; the chain to [t, V] is the closed form below
+        token_grads, mean, variance, uniform = self.summary_gradients(softmax, upstream)
+        a, k = -token_grads.sum(1) - uniform, uniform / vocab
         b = c = torch.zeros_like(a)
         peak, total, first, *_ = sums.state.unbind(1)
         shift = centre = peak + total.log()
-        y = torch.zeros_like(own)
+        y = torch.zeros_like(token_grads)
         if self.moments:
             a, b, c = a - variance * softmax.variance, mean + 2 * variance, variance
+            # centred at the mean, so that the polynomial in y does not cancel for large |log p|
             centre, y = peak + first / total, softmax.chosen - softmax.mean[:, None]
         bend = a[:, None] + y * (b[:, None] + y * c[:, None])
-        entries = _sum_equal_ids(self.ids, own) + softmax.chosen.exp() * bend + k[:, None]
+        entries = _sum_equal_ids(self.ids, token_grads) + softmax.chosen.exp() * bend + k[:, None]
         return torch.stack([shift, centre, a, b, c, k], 1), entries
 
 
@@ -140,8 +145,10 @@ def finish_softmax(sums: SoftmaxSums, logits: Tensor, vocab: int) -> SoftmaxSumm
     log_total = total.log()
     mean = variance = uniform = torch.full_like(peak, torch.nan)
     if sums.moments:
+        # of z relative to the peak; log p = z - log_total, whose variance is the same
         mean, variance = first / total - log_total, second / total - (first / total).square()
         uniform = plain / vocab - log_total
+    # a NaN or infinity in the row: no token is the most likely one
     top = torch.where(total.isfinite(), sums.top, -1)
     return SoftmaxSummary(
         logits - peak[:, None] - log_total[:, None], mean, variance, uniform, top, vocab
@@ -157,15 +164,17 @@ class HeadPass:
     """
 
     def __init__(self, hidden: Tensor, head: Tensor, ids: Tensor) -> None:
-        self.real, self.head = len(hidden), head
+        self.rows, self.head = len(hidden), head
         self.hidden = F.pad(hidden, (0, 0, 0, -len(hidden) % ROUND_ROWS))
         rows = len(self.hidden)
+        # whole multiples of 64 columns, at least one
         self.width = max(TILE_ELEMENTS // rows // 64 * 64, 64)
         self.space = hidden.new_empty(rows * min(self.width, len(head)))
         self.part = hidden.new_empty(rows, hidden.shape[1])
         self.edges = [*range(0, len(head), self.width), len(head)]
         self.k = ids.shape[1]
         # the chosen (row, token) pairs, by token: each tile has a stretch of them
+        # sorted by token, so the pairs of a tile are one slice, found by binary search
         self.token, self.pair = ids.flatten().sort()
         self.cuts = torch.searchsorted(
             self.token, torch.tensor(self.edges, device=ids.device)
@@ -185,44 +194,46 @@ class HeadPass:
             yield torch.mm(self.hidden, weight.t(), out=tile), weight, pair, where
 
     def read(self, sums: SoftmaxSums) -> Tensor:
-        """Fold every tile into ``sums``. Returns the chosen tokens' logits, [real,k]."""
+        """Fold every tile into ``sums``. Returns the chosen tokens' logits, [rows,k]."""
         logits = self._chosen()
         for tile, _, pair, where in self.tiles():
             logits[pair] = tile[where].to(logits.dtype)
             sums.fold(tile)
-        return logits.view(self.real, self.k)
+        return logits.view(self.rows, self.k)
 
-    def read_and_pull(self, sums: SoftmaxSums) -> tuple[Tensor, Tensor]:
-        """Also sum e^(l - peak) times the head's rows, over all tokens but the chosen: ([real,k],
-        [real,d]).
+    def read_with_weighted_sum(self, sums: SoftmaxSums) -> tuple[Tensor, Tensor]:
+        """Also sum e^(l - peak) times the head's rows, over all tokens but the chosen: ([rows,k],
+        [rows,d]).
         """
         logits = self._chosen()
         total = torch.zeros(self.part.shape, dtype=logits.dtype, device=logits.device)
         for tile, weight, pair, where in self.tiles():
             logits[pair] = tile[where].to(logits.dtype)
             scale = sums.fold(tile, write=True)
+            # the chosen token is left out of the sum: its part is added in full precision later
             tile[where] = 0
             add_scaled(total, torch.mm(tile, weight, out=self.part), scale)
-        return logits.view(self.real, self.k), total[: self.real]
+        return logits.view(self.rows, self.k), total[: self.rows]
 
-    def push(self, terms: Tensor, entries: Tensor, *, moments: bool) -> Tensor:
-        """The slopes `Asked.slopes` describes times the head: [real, d]."""
-        terms = F.pad(terms, (0, 0, 0, len(self.hidden) - self.real))
+    def hidden_gradient(self, terms: Tensor, entries: Tensor, *, moments: bool) -> Tensor:
+        """The slopes `StatisticsRequest.slopes` describes times the head: [rows, d]."""
+        terms = F.pad(terms, (0, 0, 0, len(self.hidden) - self.rows))
         flat = entries.flatten().to(self.space.dtype)
         total = torch.zeros(self.part.shape, dtype=terms.dtype, device=terms.device)
         ones = torch.ones_like(terms[:, 0])
         for tile, weight, pair, where in self.tiles():
             write_slope(tile, terms, moments=moments, out=tile)
+            # chosen entries replaced whole: p - 1 near p = 1 loses all digits in bf16
             tile[where] = flat[pair]
             add_scaled(total, torch.mm(tile, weight, out=self.part), ones)
-        return total[: self.real]
+        return total[: self.rows]
 
     def sums(self, *, moments: bool) -> SoftmaxSums:
         return SoftmaxSums.empty(len(self.hidden), self.hidden, moments=moments)
 
     def _chosen(self) -> Tensor:
         return torch.zeros(
-            self.real * self.k, dtype=accumulator_dtype(self.hidden), device=self.hidden.device
+            self.rows * self.k, dtype=accumulator_dtype(self.hidden), device=self.hidden.device
         )
 
 
@@ -235,73 +246,79 @@ def compute_statistics(
     t = len(hidden)
     if not t:
         return hidden.new_zeros(0, len(wanted), dtype=accumulator_dtype(hidden))
+    # equal groups instead of full ones and a remainder: fewer distinct shapes
     size = -(-t // -(-t // GROUP_ROWS))
     size += -size % ROUND_ROWS
     parts = []
     for i, group in enumerate(hidden.split(size)):
-        asked = StatisticsRequest.of(wanted, rows.cut(i * size, (i + 1) * size))
+        request = StatisticsRequest.of(wanted, rows.cut(i * size, (i + 1) * size))
         parts.append(
-            (OnePassStatistics if asked.one_pass else TwoPassStatistics).apply(group, head, asked)
+            (OnePassStatistics if request.one_pass else TwoPassStatistics).apply(
+                group, head, request
+            )
         )
     return torch.cat(parts)
 
 
 class OnePassStatistics(torch.autograd.Function):
-    """`apply(hidden [t,d], head [V,d], asked) -> [t,n]` where `Asked.one_pass` holds; keeps d score
-    / d hidden [t,d]: u ((1 - p) head[token] - sum over the others of p_v head[v])."""
+    """`apply(hidden [t,d], head [V,d], request) -> [t,n]` where `StatisticsRequest.one_pass` holds;
+    keeps d score / d hidden [t,d]: u ((1 - p) head[token] - sum over the others of p_v head[v])."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, asked: StatisticsRequest) -> Tensor:
-        over = HeadPass(hidden, head, asked.ids)
-        sums = over.sums(moments=False)
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, request: StatisticsRequest) -> Tensor:
+        head_pass = HeadPass(hidden, head, request.ids)
+        sums = head_pass.sums(moments=False)
         if not ctx.needs_input_grad[0]:
-            logits = over.read(sums)
-            return asked.values(finish_softmax(sums.first_rows(len(hidden)), logits, len(head)))
-        logits, others = over.read_and_pull(sums)
+            logits = head_pass.read(sums)
+            return request.values(finish_softmax(sums.first_rows(len(hidden)), logits, len(head)))
+        logits, others = head_pass.read_with_weighted_sum(sums)
         sums = sums.first_rows(len(hidden))
         softmax = finish_softmax(sums, logits, len(head))
-        values = asked.values(softmax)
-        rise = asked.pull(softmax, torch.ones_like(values))[0]
-        own = head[asked.ids[:, 0]].to(others.dtype).mul_(-torch.expm1(softmax.chosen))
-        ctx.save_for_backward(own.sub_(others.div_(sums.state[:, 1:2])).mul_(rise).to(hidden.dtype))
-        ctx.column = next(j for j, s in enumerate(asked.statistics) if s.gradient)
+        values = request.values(softmax)
+        token_grad = request.summary_gradients(softmax, torch.ones_like(values))[0]
+        # -expm1(log p) = 1 - p without cancellation where p is near 1
+        target_part = head[request.ids[:, 0]].to(others.dtype).mul_(-torch.expm1(softmax.chosen))
+        ctx.save_for_backward(
+            target_part.sub_(others.div_(sums.state[:, 1:2])).mul_(token_grad).to(hidden.dtype)
+        )
+        ctx.column = next(j for j, s in enumerate(request.statistics) if s.gradient)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (kept,) = ctx.saved_tensors
-        return (kept * grads[0][:, ctx.column, None]).to(kept.dtype), None, None
+        (dhidden,) = ctx.saved_tensors
+        return (dhidden * grads[0][:, ctx.column, None]).to(dhidden.dtype), None, None
 
 
 class TwoPassStatistics(torch.autograd.Function):
-    """`apply(hidden [t,d], head [V,d], asked) -> [t,n]` for any statistics; backward forms the
+    """`apply(hidden [t,d], head [V,d], request) -> [t,n]` for any statistics; backward forms the
     tiles once more.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, asked: StatisticsRequest) -> Tensor:
-        over = HeadPass(hidden, head, asked.ids)
-        sums = over.sums(moments=asked.moments)
-        logits = over.read(sums)
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, request: StatisticsRequest) -> Tensor:
+        head_pass = HeadPass(hidden, head, request.ids)
+        sums = head_pass.sums(moments=request.moments)
+        logits = head_pass.read(sums)
         sums = sums.first_rows(len(hidden))
         ctx.save_for_backward(hidden, head, logits)
-        ctx.asked, ctx.sums = asked, sums
-        return asked.values(finish_softmax(sums, logits, len(head)))
+        ctx.request, ctx.sums = request, sums
+        return request.values(finish_softmax(sums, logits, len(head)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head, logits = ctx.saved_tensors
-        asked: StatisticsRequest = ctx.asked
-        if not asked.gradient:
+        request: StatisticsRequest = ctx.request
+        if not request.gradient:
             return torch.zeros_like(hidden), None, None
-        terms, entries = asked.slopes(
+        terms, entries = request.slopes(
             ctx.sums, finish_softmax(ctx.sums, logits, len(head)), len(head), grads[0]
         )
         return (
-            HeadPass(hidden, head, asked.ids)
-            .push(terms, entries, moments=asked.moments)
+            HeadPass(hidden, head, request.ids)
+            .hidden_gradient(terms, entries, moments=request.moments)
             .to(hidden.dtype),
             None,
             None,
@@ -312,30 +329,30 @@ class TwoPassStatistics(torch.autograd.Function):
 
 
 class LogitsStatistics(torch.autograd.Function):
-    """`apply(logits [t,V], asked) -> [t,n]`; the gradient is formed in the logits' dtype, nothing
+    """`apply(logits [t,V], request) -> [t,n]`; the gradient is formed in the logits' dtype, nothing
     else of their size.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, asked: StatisticsRequest) -> Tensor:
-        sums = SoftmaxSums.empty(len(logits), logits, moments=asked.moments)
+    def forward(ctx: Any, logits: Tensor, request: StatisticsRequest) -> Tensor:
+        sums = SoftmaxSums.empty(len(logits), logits, moments=request.moments)
         sums.fold(logits)
         ctx.save_for_backward(logits)
-        ctx.asked, ctx.sums, ctx.chosen = (
-            asked,
+        ctx.request, ctx.sums, ctx.chosen = (
+            request,
             sums,
-            logits.gather(1, asked.ids).to(sums.state.dtype),
+            logits.gather(1, request.ids).to(sums.state.dtype),
         )
-        return asked.values(finish_softmax(sums, ctx.chosen, logits.shape[1]))
+        return request.values(finish_softmax(sums, ctx.chosen, logits.shape[1]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (logits,) = ctx.saved_tensors
-        asked: StatisticsRequest = ctx.asked
-        if not asked.gradient:
+        request: StatisticsRequest = ctx.request
+        if not request.gradient:
             return torch.zeros_like(logits), None
         softmax = finish_softmax(ctx.sums, ctx.chosen, logits.shape[1])
-        terms, entries = asked.slopes(ctx.sums, softmax, logits.shape[1], grads[0])
-        made = write_slope(logits, terms, moments=asked.moments, out=torch.empty_like(logits))
-        return made.scatter_(1, asked.ids, entries.to(made.dtype)), None
+        terms, entries = request.slopes(ctx.sums, softmax, logits.shape[1], grads[0])
+        dlogits = write_slope(logits, terms, moments=request.moments, out=torch.empty_like(logits))
+        return dlogits.scatter_(1, request.ids, entries.to(dlogits.dtype)), None

@@ -103,6 +103,7 @@ correct = VocabStatistic(lambda p, rows: (p.top == rows.targets).to(p.chosen.dty
 
 
 def _min_k(p: SoftmaxSummary, rows: VocabRows) -> Tensor:
+    # a one-hot row has variance 0
     spread = p.variance.clamp(min=torch.finfo(p.variance.dtype).eps).sqrt()
     return (p.chosen[:, 0] - p.mean) / spread
 
