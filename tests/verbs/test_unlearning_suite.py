@@ -21,10 +21,11 @@ from rouge_score import rouge_scorer
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorry.adapters.mix import Mix
 from lorry.evaluate.unlearning import suite as suites
 from lorry.evaluate.unlearning.tofu import TOFU_METRICS, TOFU_SUITE
 from tests.support.tofuworld import read_json, tofu_rows, write_tofu
-from tests.support.verbworld import World, lorry, write_rows
+from tests.support.verbworld import CHATML, CONTEXT, World, lorry, tokenizer, write_rows
 
 SETTINGS = (
     "suite=tofu",
@@ -548,6 +549,55 @@ def test_rows_that_do_not_fit_the_context_are_one_error(
     asked = (f"local.tofu={data}", f"output_dir={tmp_path / 'out'}", "metrics=[forget_Q_A_Prob]")
     assert lorry("eval", world.base, *SETTINGS, *asked) == 3
     assert "forget05_perturbed.json:3: question and answer are longer" in capfd.readouterr().err
+
+
+def test_several_adapters_have_a_folder_each(
+    world: World, tofu: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(world.run, tmp_path / "both" / name)
+    asked = (*SETTINGS, f"local.tofu={tofu}", "metrics=[forget_Q_A_Prob]")
+    asked = (*asked, f"adapter={tmp_path / 'both'}", f"output_dir={tmp_path / 'out'}")
+    (tmp_path / "out" / "two").mkdir(parents=True)
+    theirs = tmp_path / "out" / "two" / "TOFU_EVAL.json"
+    theirs.write_text("{}")
+    assert lorry("eval", world.base, *asked) == 2
+    assert "TOFU_EVAL.json" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "one").exists()
+    theirs.unlink()
+    assert lorry("eval", world.base, *asked) == 0
+    values = [read_json(tmp_path / "out" / n / "TOFU_SUMMARY.json") for n in ("one", "two")]
+    assert values[0] == values[1]
+    assert values[0]["forget_Q_A_Prob"] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("template", "closing"),
+    [
+        (CHATML, 1),  # the end of turn is one token
+        (CHATML.replace("<|im_end|>", "END!"), 5),  # four tokens of plain text, and the end of text
+        (None, 1),  # no template: the end of text
+    ],
+)
+def test_what_looks_at_answers_leaves_their_whole_end_out(
+    world: World, template: str | None, closing: int
+) -> None:
+    from lorry.data.encoding.encode import ExampleEncoder
+    from lorry.evaluate.unlearning.rows import SuiteRow
+    from lorry.evaluate.unlearning.scores import score_answer_tokens
+    from lorry.generation.scorer import ModelScorer
+    from lorry.models.loading.load import load_model
+
+    model = load_model(str(world.base), dtype="float32", notes=[]).model
+    words = tokenizer(template)
+    encoder = ExampleEncoder(words, max_length=CONTEXT)
+    row = SuiteRow("here:1", "Where does Mara live?", {})
+    (one,) = score_answer_tokens(
+        ModelScorer(model), encoder, [(row, "Mara lives in Oslo.")], Mix.none()
+    )
+    answer = words("Mara lives in Oslo.").input_ids
+    assert len(one.log_probs[one.answer]) == len(answer)
+    assert one.closing == len(one.log_probs) - len(answer) == closing
 
 
 def test_one_split_is_the_same_rows_wherever_it_lies(tmp_path: Path) -> None:

@@ -60,8 +60,11 @@ def evaluate_suite(settings: EvalSettings) -> int:
         )
     found = open_with_adapters(settings.model)
     sides: list[str | None] = [*found.adapters] or [None]
-    for adapter in sides:
-        place = folder if len(sides) == 1 else folder / str(adapter)
+    # which adapters there are is known only now, and theirs are files that may be somebody's, too
+    places = [folder if len(sides) == 1 else folder / str(adapter) for adapter in sides]
+    for place in places:
+        refuse_foreign_suite(place, TOFU_SUITE.title)
+    for adapter, place in zip(sides, places, strict=True):
         records = measure_side(settings, found, adapter, names, sets, logs, place)
         title = settings.model.name if adapter is None else f"{settings.model.name} ({adapter})"
         VisibleConsole(soft_wrap=True).print(suite_table(title, names, records))

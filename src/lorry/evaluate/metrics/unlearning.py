@@ -75,6 +75,7 @@ def forget_quality(ratios: Sequence[float], oracle: Sequence[float]) -> float:
     if gap == 0:
         return 1.0
     orders = 0
+    # reflections: paths that cross one border, less those that cross both, and so on
     for k in range(1, rows // gap + 1):
         term = math.comb(2 * rows, rows - k * gap)
         orders += term if k % 2 else -term

@@ -89,6 +89,7 @@ class SuiteResults:
         if not math.isfinite(value):
             raise NonFiniteError(f"{name} is {value}; a metric of a suite has to be a number")
         head = {"digest": self.digests[name], "model": self.model, "rows": dict(self.rows[name])}
+        # before the new one goes in: a file speaks of one model and of one set of rows
         self.records = {known: one for known, one in self.records.items() if self._agrees(one)}
         self.records[name] = head | record
         summary = {known: one["agg_value"] for known, one in self.records.items()}

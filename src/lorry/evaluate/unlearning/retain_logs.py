@@ -98,6 +98,7 @@ class RetainLogs:
     def _scores(self, name: str, values: Any, rows: int) -> list[float]:
         if not isinstance(values, dict):
             raise DataError(f"retain_logs_path={self.path}: {name} has no value_by_index")
+        # published logs name no split: their length does, since the three differ
         if len(values) != rows:
             split = next((s for s, count in FORGET_ROWS.items() if count == len(values)), "")
             hint = f" (those of {split})" if split else ""

@@ -146,6 +146,7 @@ def load_tofu_sets(
     made = {}
     for role, fields in roles.items():
         rows, note = load_tofu_split(names[role], local)
+        # real authors, world facts and holdouts have no other wording
         key = question_key if role in ("forget", "retain") else "question"
         if not rows:
             raise DataError(f"{names[role]}: there are no rows")

@@ -132,7 +132,7 @@ class SuiteModel:
         """
         with evaluation_mode(self.model):
             scorer = ModelScorer(self.model)
-            return score_answers(scorer, self.encoder, asked, mix, moments=moments)
+            return score_answer_tokens(scorer, self.encoder, asked, mix, moments=moments)
 
     def gradient_norms(self, role: str, field: str) -> list[list[float]]:
         """Per row, of its answer's mean loss without the end of turn, the gradient's L2 norm at each
@@ -149,12 +149,14 @@ class SuiteModel:
         closings, call, found = closing_sequences(self.encoder), AdapterContext(self.mix), []
         for row in self.sets[role].rows:
             tokens, weights = _lay_out(self.encoder, row, row.answers[field][0])
+            # one row at a time: the norm of a sum of rows says nothing of one of them
             kept = len(tokens) - _closing_length(tokens, closings)
             example = TokenizedExample(tokens[:kept], weights[:kept], adapter=BASE)
             batch = collate([example]).to(self.model.device)
             with torch.enable_grad(), evaluation_mode(self.model):
                 got = evaluate_wants(self.model, batch, {"log_prob": TokenScore(log_prob)}, call)
                 loss = -got["log_prob"].sum() / batch.weights.sum()
+                # not backward(): it would add to the flat buffer that an optimizer steps from
                 gradients = torch.autograd.grad(loss, masters, allow_unused=True)
             found.append([0.0 if g is None else float(g.double().norm()) for g in gradients])
         return found
@@ -193,10 +195,11 @@ class SuiteModel:
         rows = self.sets[role].rows[: self.limit]
         asked = [(row, one.text) for row, one in zip(rows, said, strict=True) if one.text]
         found = iter(self.score(asked, self.start))
+        # JSON has no infinity, and exp of 710 is one
         return [math.exp(min(next(found).loss, 700.0)) if one.text else None for one in said]
 
 
-def score_answers(
+def score_answer_tokens(
     scorer: ScoringBackend,
     encoder: ExampleEncoder,
     asked: Sequence[tuple[SuiteRow, str]],
@@ -216,6 +219,7 @@ def score_answers(
         got = scorer.score([batch], wants, mix)[0]
         for at, number in enumerate(numbers):
             start, stop = batch.segments[at]
+            # [k] places of the answer's tokens among the batch's
             kept = torch.nonzero(batch.weights[start:stop])[:, 0] + start
             columns = {name: _column(got[name], kept) for name in wants}
             if not all(map(math.isfinite, columns["log_prob"])):
@@ -267,13 +271,17 @@ def closing_sequences(encoder: ExampleEncoder) -> list[list[int]]:
 
 def _closing_length(tokens: Sequence[int], closings: Sequence[Sequence[int]]) -> int:
     """How many tokens at the end close the turn."""
-    fits = (len(end) for end in closings if end and list(tokens[-len(end) :]) == list(end))
-    return max(fits, default=0)
+    kept = list(tokens)
+    # again and again: behind an end of turn of several tokens the encoder puts an end of text
+    while end := next((e for e in closings if e and kept[-len(e) :] == list(e)), None):
+        del kept[-len(end) :]
+    return len(tokens) - len(kept)
 
 
 def _generated(
     encoder: ExampleEncoder, tokens: Sequence[int], stops: Sequence[int]
 ) -> GeneratedAnswer:
+    # stripped as `lorry chat` and open-unlearning do: a leading space is no part of an answer
     text = "".join(IncrementalDetokenizer(encoder).decode_all(tokens)).strip()
     end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
     return GeneratedAnswer(text, list(tokens[:end]))

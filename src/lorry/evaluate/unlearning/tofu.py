@@ -83,7 +83,7 @@ def measure_probability(inputs: SuiteInputs, role: str, field: str) -> MetricRec
     return record_rows(rows, mean(values))
 
 
-def measure_options(inputs: SuiteInputs, right: str, wrong: str) -> MetricRecord:
+def measure_normalised_probability(inputs: SuiteInputs, right: str, wrong: str) -> MetricRecord:
     """p / (p + sum of the wrong answers' p), from two records of probability."""
     pairs = _losses(inputs, right, wrong)
     values = [probability_with_options(loss, others) for loss, others in pairs]
@@ -259,6 +259,7 @@ def _attack_record(scores: dict[str, list[float]]) -> MetricRecord:
 def measure_privacy_leakage(inputs: SuiteInputs) -> MetricRecord:
     """PrivLeak of Min-K%; without the oracle's logs against an AUC of 0.5, which is said."""
     auc = inputs.records["mia_min_k"]["auc"]
+    # of a model that cannot tell; MUSE's and open-unlearning's default
     oracle = membership.CHANCE_AUC
     if inputs.logs is not None:
         oracle = inputs.logs.attack_auc("mia_min_k", inputs.asked.sets["forget"])
@@ -306,7 +307,7 @@ def _role_metrics(role: str) -> dict[str, SuiteMetric]:
     )
     if role in ("ra", "wf"):
         made[f"{role}_Q_A_Prob_normalised"] = SuiteMetric(
-            partial(measure_options, right=parents[0], wrong=parents[1]), parents
+            partial(measure_normalised_probability, right=parents[0], wrong=parents[1]), parents
         )
     return made
 
