@@ -50,9 +50,9 @@ def train_and_push(run: RunConfig, notes: list[str]) -> TrainResult:
     from lorry.train.session import train_run
 
     check_push(run, notes.append)  # a run of hours must not end in "not logged in"
-    heard = terminal_listener(run.train.logging_steps)
-    result = train_run(run, notes, [heard])
-    push_after(run, result.path, heard.note)
+    listener = terminal_listener(run.train.logging_steps)
+    result = train_run(run, notes, [listener])
+    push_after(run, result.path, listener.note)
     return result
 
 
@@ -103,6 +103,7 @@ def generate(
         raise ConfigError(
             "generate needs a tokenizer and this model brought none; put tokenizer.json beside its weights"
         )
+    # a str is a Sequence of str, too
     single = isinstance(prompt, str)
     asked = [prompt] if isinstance(prompt, str) else list(prompt)
     # what is no parameter of sampling is about the prompts and who answers them

@@ -64,7 +64,7 @@ VERBS = (
         "distill",
         "DistillRunConfig",
         "teacher=MODEL data=FILE",
-        "learn to speak as a teacher does",
+        "learn a teacher's distributions over the next token",
         "Train",
     ),
     CliVerb(
@@ -163,13 +163,15 @@ def _root(
 
 
 def _add_command(verb: CliVerb) -> None:
-    free = {"allow_extra_args": True, "ignore_unknown_options": True}
+    # typer only finds the verb; its words are read by config/parsing, whose errors name the nearest
+    # setting
+    unchecked = {"allow_extra_args": True, "ignore_unknown_options": True}
 
     @app.command(
         verb.name,
         help=verb.line,
         rich_help_panel=verb.panel,
-        context_settings=free,
+        context_settings=unchecked,
         add_help_option=False,
     )
     def command(ctx: typer.Context) -> None:
@@ -187,9 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     args[0] = make_visible(args[0])  # typer prints a verb that it does not know
     # Before torch is imported: OpenMP's threads wait for each other by spinning, which on a busy
-    # machine starves the very thread
-    # they wait for (the demo fell from 600 to 40 tokens/s beside other work); after a short spin
-    # they sleep instead.
+    # machine starves the very thread they wait for (the demo fell from 600 to 40 tokens/s beside
+    # other work); after a short spin they sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     code = 0
     with guard_streams():
@@ -203,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = INTERRUPTED
         # a signal before the verb was called, or behind it; help that cannot be written
         except LorryError as error:
+            # standard output failed once; at exit Python would try again and print a traceback
             if isinstance(error, OSError):
                 abandon_stream(sys.stdout)
             _print_error(str(error))
@@ -243,6 +245,7 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
             )
         )
         return 0
+    # a switch of every verb, so it is no field of their schemas
     dump_only = "--dump-config" in args
     notes: list[str] = []
     settings = config.parse_settings(schema, [arg for arg in args if arg != "--dump-config"], notes)
@@ -251,6 +254,7 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
     if dump_only:
         print(escape_document(config.dump_settings(settings)), end="")
         return 0
+    # imported only now: the modules of some verbs import torch
     module = cast(VerbModule, importlib.import_module(f"lorry.verbs.{verb.name}"))
     raise_deferred_signals()
     return module.main(settings, notes)
@@ -259,8 +263,8 @@ def _parse_and_call(verb: CliVerb, args: list[str]) -> int:
 def _print_stderr(text: str, **style: Any) -> None:
     """A line on stderr, styled on a terminal only."""
     styled = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    said = visible_message(text)
-    print(typer.style(said, **style) if styled else said, file=sys.stderr)
+    line = visible_message(text)
+    print(typer.style(line, **style) if styled else line, file=sys.stderr)
 
 
 def _print_error(message: str) -> None:

@@ -26,4 +26,5 @@ class VisibleConsole(rich.console.Console):
         tables and bars.
         """
         for segment in super().render(renderable, options):
+            # control segments are rich's own cursor moves; text never becomes one
             yield segment if segment.control else Segment(make_visible(segment.text), segment.style)

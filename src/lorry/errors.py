@@ -87,10 +87,10 @@ def allocation_failure(error: BaseException) -> str | None:
     RuntimeErrors with a text.
     """
     text = str(error)
-    if found := _TRIED_BYTES.search(text):
-        return f"{int(found[1]) / 2**30:.2f} GiB in one piece"
-    if found := _TRIED.search(text):
-        return f"{found[1]} in one piece"
+    if match := _TRIED_BYTES.search(text):
+        return f"{int(match[1]) / 2**30:.2f} GiB in one piece"
+    if match := _TRIED.search(text):
+        return f"{match[1]} in one piece"
     if isinstance(error, MemoryError):
         return text.splitlines()[0][:200] if text else "what the next step needs"
     if isinstance(error, OSError):
@@ -116,6 +116,7 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
 def suggest_nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for behind an unknown name, or an empty string when nothing is
     close. In brackets, so that whatever punctuation the sentence goes on with stands alone."""
+    # 0.6 is difflib's own: two slips in a name of six letters
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

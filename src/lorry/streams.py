@@ -1,7 +1,7 @@
 """Standard output and error of a command, so that a terminal or a log that cannot be written costs
 no work.
 
-    with streams():
+    with guard_streams():
         ...  # sys.stdout and sys.stderr are these
 
 What goes to standard error tells of the work: where it cannot be written (a full disk behind ``2>
@@ -32,6 +32,7 @@ class _WrappedStream:
     def __init__(self, behind: TextIO) -> None:
         self._behind = behind
 
+    # isatty, fileno, encoding, buffer ...: other libraries ask for all of them
     def __getattr__(self, name: str) -> Any:
         return getattr(self._behind, name)
 
@@ -74,9 +75,8 @@ def _blame_standard_output() -> Iterator[None]:
         raise DiskError(error.errno, error.strerror, "standard output") from error
 
 
-_last_action: list[Callable[[], None]] | None = (
-    None  # what waits for the last line; None: nothing is to wait
-)
+# what waits for the last line; None: nothing is to wait
+_last_action: list[Callable[[], None]] | None = None
 
 
 def after_last_line(action: Callable[[], None]) -> None:
@@ -99,21 +99,22 @@ def guard_streams() -> Iterator[None]:
     """Put both in the place of ``sys.stdout`` and ``sys.stderr`` while the block runs. In a process
     that verbs/background.py started, what is given to `after_last_line` is done at the block's end."""
     global _last_action
-    before = sys.stdout, sys.stderr
+    originals = sys.stdout, sys.stderr
     # a stream that was closed (`>&-`) is None: what goes there goes nowhere
-    behind = [
+    streams = [
         stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        for stream in before
+        for stream in originals
     ]
-    sys.stdout, sys.stderr = ResultStream(behind[0]), MessageStream(behind[1])
+    sys.stdout, sys.stderr = ResultStream(streams[0]), MessageStream(streams[1])
     # taken out: a process that this one starts is none of its kind
     _last_action = [] if os.environ.pop(BACKGROUND_VARIABLE, "") else None
     try:
         yield
     finally:
-        waiting, _last_action = _last_action or [], None
-        sys.stdout, sys.stderr = before
-        for action in waiting:
+        actions, _last_action = _last_action or [], None
+        # first, so that an action's own error goes to the stream itself
+        sys.stdout, sys.stderr = originals
+        for action in actions:
             try:
                 action()
             except LorryError as error:  # the disk; the log is where it can be told
@@ -122,6 +123,6 @@ def guard_streams() -> Iterator[None]:
 
 def abandon_stream(stream: TextIO) -> None:
     """Send what a stream still holds nowhere: Python would try again at exit, and complain."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)

@@ -115,7 +115,7 @@ class EvalSettings(SettingsGroup):
         "auto", "which rows of the tasks; auto: the labelled split that is not trained on"
     )
     n_shot: NonNegativeInt = config_field(
-        0, "worked examples before each question, drawn from the training split by the seed"
+        0, "few-shot examples before each question, drawn from the training split by the seed"
     )
     # 0 and not drawn, as in training: two evaluations should ask the same
     template: NonNegativeInt = config_field(0, "prompt template of the tasks")

@@ -62,6 +62,7 @@ SHARED_SETTINGS = frozenset(
 # names in a run directory that are not an adapter's
 # cannot import runs/layout.py, a room below; tests/test_layout.py holds the two equal
 RESERVED_NAMES = frozenset(["checkpoints", "previous", "evals", "tensorboard", "data"])
+# of files in a run directory: a folder with such a name would be taken for one
 FILE_SUFFIXES = frozenset(
     [".json", ".jsonl", ".yaml", ".html", ".png", ".md", ".safetensors", ".jinja", ".model", ".txt"]
 )

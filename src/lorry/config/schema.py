@@ -99,7 +99,7 @@ class LoraConfig(SettingsGroup):
     # a setting of one value, so that PEFT's files read, and the other values get an error of their
     # own (`UNSUPPORTED_VALUES`)
     bias: Literal["none"] = config_field("none", "biases stay frozen")
-    adapter_name: CheckedName = config_field("default", "the adapter's name in a bank of several")
+    adapter_name: CheckedName = config_field("default", "the adapter's name among those of a model")
 
     @field_validator("lora_alpha", mode="before")
     @classmethod
@@ -186,7 +186,7 @@ class TrainConfig(SettingsGroup):
     )
     eval_limit: PositiveInt = config_field(100, "rows of each of eval_tasks")
     eval_n_shot: NonNegativeInt = config_field(
-        0, "worked examples before each question of eval_tasks"
+        0, "few-shot examples before each question of eval_tasks"
     )
     metric_for_best_model: str = config_field(
         "eval_loss", "what best means; of eval_tasks such as eval_bool_q_accuracy"
@@ -302,7 +302,8 @@ class RunConfig(SettingsGroup):
     )
     output_dir: DirPath = derived_field("runs/DATA-MODEL", "the run directory")
     background: bool = config_field(
-        False, "leave the run alone: it goes on by itself, `lorry runs` says where it stands"
+        False,
+        "a process of its own, which outlives the terminal; `lorry runs` shows where it stands",
     )
     jobs: list[JobConfig] = config_field(
         [],

@@ -1,7 +1,7 @@
 """Which files of a run go to the hub, what of them is made anew for it, and what keeps them from
 going.
 
-Try: ``sorted(upload(Path("runs/people"), at="me/people"))``. Weights, tokenizer, description and
+Try: ``sorted(collect_upload(Path("runs/people"), at="me/people"))``. Weights, tokenizer, description and
 measurements go; checkpoints, earlier runs, logs and rows never do: ``samples.json`` stays, and the
 report is made again without its samples.
 """
@@ -36,6 +36,7 @@ from lorry.runs.layout import (
 from lorry.runs.read import read_run
 from lorry.train.card import card
 
+# not searched for secrets: among millions of random bytes some have their shapes
 BINARY_SUFFIXES = (".safetensors", ".png", ".model")
 UploadContent = bytes | Path
 
@@ -53,24 +54,28 @@ def collect_upload(run_dir: Path, *, at: str) -> dict[str, UploadContent]:
         raise ConfigError(
             f"{run_dir} is not a finished run (it has no receipt.json); only a finished one goes to the hub"
         )
-    found: dict[str, UploadContent] = {
+    files: dict[str, UploadContent] = {
         p.name: p
         for p in _matching_files(
             run_dir, (*ADAPTER_FILES, *MODEL_FILES, SHARDS, *TOKENIZER_FILES, *PUBLISHED)
         )
     }
     for folder in published_adapter_folders(run_dir):
-        found |= {f"{folder.name}/{p.name}": p for p in _matching_files(folder, ADAPTER_FILES)}
-    _require_weights(run_dir, found)
+        files |= {f"{folder.name}/{p.name}": p for p in _matching_files(folder, ADAPTER_FILES)}
+    _require_weights(run_dir, files)
+    # samples are rows of somebody's data, which nobody asked to publish
     run = replace(read_run(run_dir), samples=())
-    written = run_dir / CARD
-    ours = not written.is_file() or not card.is_edited_card(
-        written.read_text(encoding="utf-8", errors="replace")
+    card_file = run_dir / CARD
+    is_generated = not card_file.is_file() or not card.is_edited_card(
+        card_file.read_text(encoding="utf-8", errors="replace")
     )
-    found[CARD] = card.render_run_card(run_dir, at=at, plot=PLOT).encode() if ours else written
-    found |= {REPORT: render_page([run]).encode(), PLOT: render_png([run])}
-    refuse_secrets(found)
-    return found
+    files[CARD] = (
+        card.render_run_card(run_dir, at=at, plot=PLOT).encode() if is_generated else card_file
+    )
+    files |= {REPORT: render_page([run]).encode(), PLOT: render_png([run])}
+    # last, over everything that would go, pages made just now included
+    refuse_secrets(files)
+    return files
 
 
 def published_adapter_folders(run_dir: Path) -> list[Path]:
@@ -89,20 +94,22 @@ def _matching_files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
     )
 
 
-def _require_weights(run_dir: Path, found: Mapping[str, UploadContent]) -> None:
+def _require_weights(run_dir: Path, files: Mapping[str, UploadContent]) -> None:
     """Adapters, or a whole model. Raises ModelError naming what is missing."""
-    configs = [name for name in found if name.endswith(ADAPTER_CONFIG)]
-    lacking = [c for c in configs if c.replace(ADAPTER_CONFIG, ADAPTER_WEIGHTS) not in found]
-    whole = "config.json" in found and any(
-        fnmatchcase(name, "model*.safetensors") for name in found
+    configs = [name for name in files if name.endswith(ADAPTER_CONFIG)]
+    without_weights = [
+        c for c in configs if c.replace(ADAPTER_CONFIG, ADAPTER_WEIGHTS) not in files
+    ]
+    has_model = "config.json" in files and any(
+        fnmatchcase(name, "model*.safetensors") for name in files
     )
-    if lacking or not (configs or whole):
-        what = (
-            f"{Path(lacking[0]).with_name(ADAPTER_WEIGHTS)} is missing"
-            if lacking
+    if without_weights or not (configs or has_model):
+        problem = (
+            f"{Path(without_weights[0]).with_name(ADAPTER_WEIGHTS)} is missing"
+            if without_weights
             else "it holds no adapter and no model"
         )
-        raise ModelError(f"{run_dir}: {what}, so there is nothing to upload")
+        raise ModelError(f"{run_dir}: {problem}, so there is nothing to upload")
 
 
 # --- what must not leave this machine
@@ -117,16 +124,18 @@ def refuse_secrets(files: Mapping[str, UploadContent]) -> None:
     ) | secret_shapes.environment_secrets()
     for path, data in _text_files(files):
         text = data.decode("utf-8", "replace")
-        if (found := secret_shapes.find_secret(text, secrets)) is not None:
-            line = text.count("\n", 0, found.at) + 1
+        if (secret := secret_shapes.find_secret(text, secrets)) is not None:
+            # the place and the kind, never the secret itself: messages end in logs
+            line = text.count("\n", 0, secret.at) + 1
             raise ConfigError(
-                f"{path}:{line} holds a secret ({found.what}), so nothing was uploaded; take it out of the file and of the "
+                f"{path}:{line} holds a secret ({secret.what}), so nothing was uploaded; take it out of the file and of the "
                 "setting it came from, and revoke it if the file was shared"
             )
 
 
 def find_private_paths(files: Mapping[str, UploadContent]) -> list[str]:
     """The texts that name the home directory of who runs this, or the working directory."""
+    # "/" would be in every text
     here = {str(Path.home()), str(Path.cwd())} - {"/"}
     return [
         path

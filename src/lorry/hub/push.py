@@ -1,7 +1,7 @@
 """Upload a finished run to the Hugging Face hub: one commit with what a user of the hub needs, or
 nothing.
 
-Try: ``push(Path("runs/people"), "me/people", private=True)``. Who it is comes from huggingface_hub
+Try: ``push_run(Path("runs/people"), "me/people", private=True)``. Who it is comes from huggingface_hub
 alone (`hf auth login`, or HF_TOKEN) and is never written anywhere; HF_ENDPOINT names another hub.
 """
 
@@ -68,11 +68,14 @@ def push_run(
         files = collect_upload(run_dir, at=owned)
         for note in _upload_notes(run_dir, find_private_paths(files)):
             tell(f"note: {note}")
+        # only once all files are collected and checked: a refused run leaves no empty repository
         api.create_repo(owned, private=private or None, exist_ok=True)
+        # exist_ok leaves a repository that exists as it is, public too
         if private and not api.repo_info(owned).private:
             raise ConfigError(
                 f"{owned} exists and is public, but hub_private_repo is set: make it private, or use another name"
             )
+        # one commit: the hub has all of the run or nothing of it
         operations = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
         api.create_commit(owned, operations, commit_message=f"Lorry run {run_dir.resolve().name}")
     return f"{api.endpoint}/{owned}"
@@ -82,15 +85,17 @@ def push_target(run: RunConfig) -> tuple[bool, str | None]:
     """Whether a run is to be pushed, and to which repository: train.hub_model_id, else what
     train.push_to_hub names.
     """
-    asked = run.train.push_to_hub
-    return bool(asked), run.train.hub_model_id or (asked if isinstance(asked, str) else None)
+    requested = run.train.push_to_hub
+    return bool(requested), run.train.hub_model_id or (
+        requested if isinstance(requested, str) else None
+    )
 
 
 def check_push(run: RunConfig, tell: PushListener = _ignore_text) -> None:
     """Before training: is there a login, does the hub know it, is the repository's name possible? A
     hub that cannot be reached now is only told, since training needs none. Raises ConfigError."""
-    asked, repo_id = push_target(run)
-    if not asked:
+    requested, repo_id = push_target(run)
+    if not requested:
         return
     if repo_id is not None:
         check_repo_name(repo_id)
@@ -114,16 +119,16 @@ def check_push(run: RunConfig, tell: PushListener = _ignore_text) -> None:
 def push_after(run: RunConfig, path: Path, tell: PushListener) -> None:
     """After training, where the run asks for it: upload, and tell the address. What goes wrong is
     told, with the command that tries again, and is no error: the run is finished."""
-    asked, repo_id = push_target(run)
-    if not asked:
+    requested, repo_id = push_target(run)
+    if not requested:
         return
     try:
         tell(f"hub     {push_run(path, repo_id, private=run.train.hub_private_repo, tell=tell)}")
     except LorryError as error:
         private = " hub_private_repo=true" if run.train.hub_private_repo else ""
-        again = f"lorry push {path}{f' hub_model_id={repo_id}' if repo_id else ''}{private}"
+        command = f"lorry push {path}{f' hub_model_id={repo_id}' if repo_id else ''}{private}"
         tell(
-            f"warning: the run is finished but not on the hub: {error}\n         try again: {again}"
+            f"warning: the run is finished but not on the hub: {error}\n         try again: {command}"
         )
 
 
@@ -144,6 +149,7 @@ def check_repo_name(repo_id: str) -> None:
 def default_repo_name(run_dir: Path) -> str:
     """A legal repository name from the run directory's."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", run_dir.resolve().name)
+    # the hub refuses "--", ".." and names that end in .git
     name = re.sub(r"([.-])[.-]+", r"\1", name)[:90].strip(".-_").removesuffix(".git")
     return name or "lorry-run"
 
@@ -159,7 +165,7 @@ def _hub_api(token: str) -> HfApi:
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token, library_name="lorry")
 
 
-def _upload_notes(run_dir: Path, naming: list[str]) -> list[str]:
+def _upload_notes(run_dir: Path, private_paths: list[str]) -> list[str]:
     """What a person may not expect of what is uploaded."""
     notes = []
     for folder in [run_dir, *published_adapter_folders(run_dir)]:
@@ -170,9 +176,9 @@ def _upload_notes(run_dir: Path, naming: list[str]) -> list[str]:
                 f"adapter_config.json names the base by its directory here, {base}: elsewhere PEFT must be given the base"
             )
             break
-    if naming:
+    if private_paths:
         notes.append(
-            f"{', '.join(naming)} name directories of this machine and go to the hub as they are"
+            f"{', '.join(private_paths)} name directories of this machine and go to the hub as they are"
         )
     return notes
 
@@ -184,6 +190,7 @@ def _upload_notes(run_dir: Path, naming: list[str]) -> list[str]:
 def _bound_waiting() -> Iterator[None]:
     """huggingface_hub waits for ever by default; here a silent server is a failure."""
     session = get_session()
+    # one session serves all of huggingface_hub, so its own value is put back
     before = session.timeout
     session.timeout = SILENCE_SECONDS
     try:
@@ -205,13 +212,14 @@ def _explain_hub_errors(run_dir: Path | None, repo_id: str | None, endpoint: str
         raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         status, reason = _response_status(error), _root_reason(error)
-        left = f"; nothing of {run_dir} was published" if run_dir else ""
+        outcome = f"; nothing of {run_dir} was published" if run_dir else ""
+        # 401 to 404 are settings to change, exit code 2; the rest is the hub's state of today
         if status in STATUS_ADVICE and status < 413:
-            raise ConfigError(f"{where}: {STATUS_ADVICE[status]} ({reason}){left}") from error
+            raise ConfigError(f"{where}: {STATUS_ADVICE[status]} ({reason}){outcome}") from error
         advice = STATUS_ADVICE.get(status or 0) or (
             "the hub fails; try again later" if status else "check the network and HF_ENDPOINT"
         )
-        raise HubError(f"{where}: {advice} ({reason}){left}") from error
+        raise HubError(f"{where}: {advice} ({reason}){outcome}") from error
 
 
 def _error_chain(error: BaseException) -> Iterator[BaseException]:
@@ -224,10 +232,13 @@ def _error_chain(error: BaseException) -> Iterator[BaseException]:
 def _response_status(error: BaseException) -> int | None:
     """The status of the answer behind an error, if there was one."""
     answers = (getattr(link, "response", None) for link in _error_chain(error))
+    # the nearest answer: an upload's error wraps the one that began it
     return next((int(a.status_code) for a in answers if a is not None), None)
 
 
 def _root_reason(error: BaseException) -> str:
     """The first line of the error that began it."""
-    said = [str(link).strip().splitlines()[0] for link in _error_chain(error) if str(link).strip()]
-    return said[-1] if said else type(error).__name__
+    messages = [
+        str(link).strip().splitlines()[0] for link in _error_chain(error) if str(link).strip()
+    ]
+    return messages[-1] if messages else type(error).__name__

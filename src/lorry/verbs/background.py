@@ -46,38 +46,43 @@ def start_background_run(run: RunConfig, verb: str) -> int:
 
     folder = run.output_dir
     claim_output_dir(run)
-    ours = {
+    own_files = {
         folder / LOG_FILE: ownership.recognise_mark(LOG_START_MARK),
         folder / DESCRIPTION_FILE: lambda path: bool(ownership.read_run_description(path)),
     }
-    ownership.refuse_foreign(ours, MOVE_AWAY_HINT)
+    ownership.refuse_foreign(own_files, MOVE_AWAY_HINT)
     durable.make_directory(folder)
+    # the child asks again when it begins; here the answer still reaches the terminal
     process.refuse_second(folder)
     durable.write_files(
         folder,
+        # background=false, or the child would start a child
         {DESCRIPTION_FILE: dump_settings(run.model_copy(update={"background": False})).encode()},
     )
-    start = _file_size(folder / LOG_FILE)
+    # the log of an earlier run in the directory is kept; only what this one adds is shown
+    log_start = _file_size(folder / LOG_FILE)
     child = _start_process(folder, verb)
     try:
-        at_work = _wait_for_training(child, folder)
+        is_training = _wait_for_training(child, folder)
     except KeyboardInterrupt:
+        # Ctrl-C before it trains: whoever stops the start wants no run that goes on unseen
         child.terminate()
         raise
     code = child.poll()
     if code:
-        print(make_visible(_log_tail(folder / LOG_FILE, start)), file=sys.stderr)
+        print(make_visible(_log_tail(folder / LOG_FILE, log_start)), file=sys.stderr)
         print(f"the run ended at once; all it said is in {folder / LOG_FILE}", file=sys.stderr)
+        # a signal, -N to Popen, is 128 + N to a shell
         return code if code > 0 else 128 - code
-    done = "finished" if code == 0 else "training" if at_work else "still loading"
-    lines = {
-        "process": f"{child.pid} ({done})",
+    progress = "finished" if code == 0 else "training" if is_training else "still loading"
+    hints = {
+        "process": f"{child.pid} ({progress})",
         "watch": f"lorry runs {folder.parent}",
         "curves": f"lorry report {folder}",
         "log": f"tail -f {folder / LOG_FILE}",
         "stop": f"kill -TERM {child.pid}   (it saves and ends with exit code 75)",
     }
-    for name, text in lines.items():
+    for name, text in hints.items():
         print(f"{name:8}{text}", file=sys.stderr)
     print(folder)
     return 0
@@ -90,24 +95,26 @@ def _start_process(folder: Path, verb: str) -> subprocess.Popen[bytes]:
         log.write(
             f"--- {datetime.now(UTC).isoformat(timespec='seconds')} lorry {verb} {folder / DESCRIPTION_FILE}\n".encode()
         )
+        # before the child opens it: the first line must be ours, ownership knows the file by it
         log.flush()
-        alone = {**os.environ, BACKGROUND_VARIABLE: "1"}
+        environment = {**os.environ, BACKGROUND_VARIABLE: "1"}
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=alone,
+            env=environment,
         )
 
 
 def _wait_for_training(child: subprocess.Popen[bytes], folder: Path) -> bool:
-    """Until the child trains or ends, or patience does; whether it trains."""
-    until = time.monotonic() + START_TIMEOUT
-    while child.poll() is None and time.monotonic() < until:
-        found = process.read_process(folder)
-        if found is not None and found.pid == child.pid and found.begun is not None:
+    """Wait until the child trains or ends, or `START_TIMEOUT` is over; return whether it trains."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while child.poll() is None and time.monotonic() < deadline:
+        record = process.read_process(folder)
+        # process.json may still be that of an earlier run
+        if record is not None and record.pid == child.pid and record.begun is not None:
             return True
         time.sleep(0.05)
     return False

@@ -1,5 +1,5 @@
-"""The named sets of `lorry eval RUN tasks=[...]`: every side asked every set, a table, JSON, CSV
-and bars.
+"""The named sets of `lorry eval RUN tasks=[...]`: every set asked of every side (the base, each
+adapter); a table, JSON, CSV and bars.
 
 The base and each adapter answer in one process on the same weights, the same rows, the same worked
 examples.
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lorry.evaluate.benchmarks.run import BenchmarkResult
     from lorry.models.loading.open import OpenedModel
 
+# of results.csv; RECOGNISED_FILES knows the file by them
 CSV_COLUMNS = ("set", "metric", "side", "value", "low", "high", "questions")
 BENCHMARK_FILES = ("results.json", "results.csv", "results.png")
 # what tells a file of results, of sets or of a file's rows, from somebody else's of its name
@@ -53,7 +54,7 @@ def load_benchmarks(settings: EvalSettings) -> list[Benchmark]:
 
     catalog = open_catalog(settings.catalog, field="catalog")
     places = DataLocations(settings.local, field="local", catalog=catalog)
-    exams = [
+    benchmarks = [
         load_benchmark(
             name,
             places,
@@ -66,40 +67,48 @@ def load_benchmarks(settings: EvalSettings) -> list[Benchmark]:
         )
         for name in catalog.expand_suites(settings.tasks)
     ]
-    for exam in exams:
-        left = "".join(f"; left out {n} ({reason})" for reason, n in sorted(exam.left_out.items()))
-        print_note(
-            f"{exam.named_set.name}: {len(exam.questions)} questions of {exam.source} [{exam.split}]{left}"
+    for benchmark in benchmarks:
+        left = "".join(
+            f"; left out {n} ({reason})" for reason, n in sorted(benchmark.left_out.items())
         )
-        for note in exam.notes:
+        print_note(
+            f"{benchmark.named_set.name}: {len(benchmark.questions)} questions of {benchmark.source} [{benchmark.split}]{left}"
+        )
+        for note in benchmark.notes:
             print_note(f"note: {note}")
-    return exams
+    return benchmarks
 
 
 def evaluate_benchmarks(
-    settings: EvalSettings, found: OpenedModel, exams: list[Benchmark], mixes: Mapping[str, Any]
+    settings: EvalSettings,
+    opened: OpenedModel,
+    benchmarks: list[Benchmark],
+    mixes: Mapping[str, Any],
 ) -> BenchmarkResults:
     """Every set, asked of every side."""
     from lorry.data.encoding.encode import ExampleEncoder
-    from lorry.evaluate.benchmarks.run import evaluate_benchmark as ask
+    from lorry.evaluate.benchmarks.run import evaluate_benchmark
 
-    context = found.model.context
+    context = opened.model.context
     encoder = ExampleEncoder(
-        found.tokenizer,
+        opened.tokenizer,
+        # beyond any context: a model that names none takes what there is
         max_length=context or 1 << 20,
         system=settings.data.system,
         chat=settings.chat,
-        embeddings=found.model.vocab_size,
+        embeddings=opened.model.vocab_size,
     )
-    done: BenchmarkResults = {exam.named_set.name: {} for exam in exams}
+    results: BenchmarkResults = {benchmark.named_set.name: {} for benchmark in benchmarks}
     with VisibleConsole(stderr=True).status("evaluating") as status:
-        for exam in exams:
+        for benchmark in benchmarks:
             for side, mix in mixes.items():
-                status.update(f"{exam.named_set.name}: {len(exam.questions)} questions, {side}")
-                done[exam.named_set.name][side] = ask(
-                    found.model,
+                status.update(
+                    f"{benchmark.named_set.name}: {len(benchmark.questions)} questions, {side}"
+                )
+                results[benchmark.named_set.name][side] = evaluate_benchmark(
+                    opened.model,
                     encoder,
-                    exam,
+                    benchmark,
                     mix,
                     max_new_tokens=settings.max_new_tokens,
                     batch_rows=settings.batch_size,
@@ -108,41 +117,52 @@ def evaluate_benchmarks(
                     top_p=settings.top_p,
                     top_k=settings.top_k,
                 )
-    for name, sides in done.items():
-        if cut := max(one.shortened for one in sides.values()):
+    for name, sides in results.items():
+        if shortened := max(result.shortened for result in sides.values()):
             print_note(
-                f"note: {name}: {cut} prompts were cut from the left to fit the model's context of {context} tokens"
+                f"note: {name}: {shortened} prompts were cut from the left to fit the model's context of {context} tokens"
             )
-        if over := max(one.too_long for one in sides.values()):
+        if too_long := max(result.too_long for result in sides.values()):
             print_note(
-                f"note: {name}: perplexity is without {over} right answers that are longer than the context of {context} tokens"
+                f"note: {name}: perplexity is without {too_long} right answers that are longer than the context of {context} tokens"
             )
-    return done
+    return results
 
 
-def benchmark_table(title: str, exams: list[Benchmark], results: BenchmarkResults) -> Table:
+def benchmark_table(title: str, benchmarks: list[Benchmark], results: BenchmarkResults) -> Table:
     """A row per set and metric, a column per side, each value with its 95% interval."""
-    made = Table(
+    table = Table(
         title=Text(make_visible(title)), title_justify="left", header_style="dim", box=SIMPLE_HEAD
     )
     sides = list(next(iter(results.values())))
     for column in ("set", "metric", *sides):
-        made.add_column(
+        table.add_column(
             Text(make_visible(column)), justify="left" if column in ("set", "metric") else "right"
         )
-    for exam in exams:
-        by_side = results[exam.named_set.name]
-        for at, metric in enumerate(next(iter(by_side.values())).metrics):
+    for benchmark in benchmarks:
+        by_side = results[benchmark.named_set.name]
+        for position, metric in enumerate(next(iter(by_side.values())).metrics):
             cells = [
-                _metric_cell(one.metrics[metric].value, one.metrics[metric].interval)
-                for one in by_side.values()
+                _metric_cell(result.metrics[metric].value, result.metrics[metric].interval)
+                for result in by_side.values()
             ]
-            name = f"{exam.named_set.name} ({len(exam.questions)})" if at == 0 else ""
-            made.add_row(Text(name), Text(metric.replace("_", " ")), *map(Text, cells))
-    few = [exam.named_set.name for exam in exams if len(exam.questions) < MIN_INTERVAL_ROWS]
-    made.caption = Text(make_visible(f"{', '.join(few)}: {TOO_FEW_ROWS_MESSAGE}")) if few else None
-    made.caption_justify = "left"
-    return made
+            # the set's name once; its other metrics stand below it
+            name = (
+                f"{benchmark.named_set.name} ({len(benchmark.questions)})" if position == 0 else ""
+            )
+            table.add_row(Text(name), Text(metric.replace("_", " ")), *map(Text, cells))
+    small_sets = [
+        benchmark.named_set.name
+        for benchmark in benchmarks
+        if len(benchmark.questions) < MIN_INTERVAL_ROWS
+    ]
+    table.caption = (
+        Text(make_visible(f"{', '.join(small_sets)}: {TOO_FEW_ROWS_MESSAGE}"))
+        if small_sets
+        else None
+    )
+    table.caption_justify = "left"
+    return table
 
 
 def _metric_cell(value: float, interval: tuple[float, float]) -> str:
@@ -154,12 +174,13 @@ def _metric_cell(value: float, interval: tuple[float, float]) -> str:
     )
 
 
-def benchmark_label(settings: EvalSettings, exam: Benchmark) -> str:
+def benchmark_label(settings: EvalSettings, benchmark: Benchmark) -> str:
     """A set as it was asked, in a few words: what tells a run's evaluations of it apart."""
-    split = f" [{exam.split}]" if exam.split == "train" else ""
+    # only where it surprises: elsewhere the split is one nobody trains on
+    split = f" [{benchmark.split}]" if benchmark.split == "train" else ""
     shots = f", {settings.n_shot} worked examples" if settings.n_shot else ""
     return (
-        exam.named_set.name
+        benchmark.named_set.name
         + split
         + shots
         + (f", the first {settings.limit} rows" if settings.limit else "")
@@ -167,31 +188,37 @@ def benchmark_label(settings: EvalSettings, exam: Benchmark) -> str:
 
 
 def benchmark_entries(
-    settings: EvalSettings, exams: list[Benchmark], results: BenchmarkResults
+    settings: EvalSettings, benchmarks: list[Benchmark], results: BenchmarkResults
 ) -> list[dict[str, Any]]:
     """Entries of evaluation.json: per set and adapter every metric before (base) and after."""
-    made = []
-    for exam in exams:
-        base, *after = results[exam.named_set.name].items()
-        for adapter, one in after or [base]:
-            name = benchmark_label(settings, exam) + (f" ({adapter})" if len(after) > 1 else "")
-            sides = {"before": base[1] if after else None, "after": one}
+    entries = []
+    for benchmark in benchmarks:
+        # a base that was trained itself (lora=null) has nothing after it: it is the result
+        base, *after = results[benchmark.named_set.name].items()
+        for adapter, result in after or [base]:
+            name = benchmark_label(settings, benchmark) + (
+                f" ({adapter})" if len(after) > 1 else ""
+            )
+            sides = {"before": base[1] if after else None, "after": result}
             metrics: dict[str, dict[str, Any]] = {
                 metric: {
-                    side: None if taken is None else _finite_or_none(taken.metrics[metric].value)
-                    for side, taken in sides.items()
+                    side: None
+                    if side_result is None
+                    else _finite_or_none(side_result.metrics[metric].value)
+                    for side, side_result in sides.items()
                 }
-                for metric in one.metrics
+                for metric in result.metrics
             }
-            for metric, got in one.metrics.items():
-                if all(map(math.isfinite, got.interval)):
-                    metrics[metric]["interval"] = list(got.interval)
-            made.append({"name": name, "metrics": metrics})
-    return made
+            for metric, estimate in result.metrics.items():
+                # too few rows have no interval
+                if all(map(math.isfinite, estimate.interval)):
+                    metrics[metric]["interval"] = list(estimate.interval)
+            entries.append({"name": name, "metrics": metrics})
+    return entries
 
 
 def write_benchmark_results(
-    settings: EvalSettings, exams: list[Benchmark], results: BenchmarkResults
+    settings: EvalSettings, benchmarks: list[Benchmark], results: BenchmarkResults
 ) -> None:
     """Into ``output_dir``, where it was given: JSON with every answer, the table as CSV, and a
     picture; or one of the first two, where a file of its kind was named."""
@@ -200,25 +227,26 @@ def write_benchmark_results(
         return
     if output.suffix in (".json", ".csv"):
         text = (
-            benchmark_csv(exams, results)
+            benchmark_csv(benchmarks, results)
             if output.suffix == ".csv"
-            else benchmark_json(settings, exams, results)
+            else benchmark_json(settings, benchmarks, results)
         )
         _write_files(output.parent, {output.name: text.encode()})
         return
     from lorry.report.bars import draw_bars
 
-    groups = {exam.named_set.name: exam.named_set.metrics[0] for exam in exams}
+    # one bar a side and set, of the first metric in the set's list
+    groups = {benchmark.named_set.name: benchmark.named_set.metrics[0] for benchmark in benchmarks}
     values = {
         side: {
-            name: (one.metrics[groups[name]].value, one.metrics[groups[name]].interval)
-            for name, one in column.items()
+            name: (result.metrics[groups[name]].value, result.metrics[groups[name]].interval)
+            for name, result in column.items()
         }
         for side, column in _results_by_side(results).items()
     }
     files = [
-        benchmark_json(settings, exams, results).encode(),
-        benchmark_csv(exams, results).encode(),
+        benchmark_json(settings, benchmarks, results).encode(),
+        benchmark_csv(benchmarks, results).encode(),
         draw_bars({name: f"{name}\n{metric}" for name, metric in groups.items()}, values),
     ]
     _write_files(output, dict(zip(BENCHMARK_FILES, files, strict=True)))
@@ -229,25 +257,26 @@ def _results_by_side(results: BenchmarkResults) -> dict[str, dict[str, Benchmark
     return {side: {name: column[side] for name, column in results.items()} for side in sides}
 
 
-def benchmark_csv(exams: list[Benchmark], results: BenchmarkResults) -> str:
+def benchmark_csv(benchmarks: list[Benchmark], results: BenchmarkResults) -> str:
     """set, metric, side, value, low, high, questions: a line each."""
-    out = io.StringIO()
-    lines = csv.writer(out, lineterminator="\n")
+    buffer = io.StringIO()
+    # csv ends lines with \r\n otherwise, by which RECOGNISED_FILES does not know them
+    lines = csv.writer(buffer, lineterminator="\n")
     lines.writerow(CSV_COLUMNS)
-    for exam in exams:
-        for side, one in results[exam.named_set.name].items():
-            for metric, got in one.metrics.items():
+    for benchmark in benchmarks:
+        for side, result in results[benchmark.named_set.name].items():
+            for metric, estimate in result.metrics.items():
                 lines.writerow(
                     [
-                        exam.named_set.name,
+                        benchmark.named_set.name,
                         metric,
                         side,
-                        got.value,
-                        *_interval_cells(got.interval),
-                        len(exam.questions),
+                        estimate.value,
+                        *_interval_cells(estimate.interval),
+                        len(benchmark.questions),
                     ]
                 )
-    return out.getvalue()
+    return buffer.getvalue()
 
 
 def _interval_cells(interval: tuple[float, float]) -> list[float | str]:
@@ -256,12 +285,12 @@ def _interval_cells(interval: tuple[float, float]) -> list[float | str]:
 
 
 def benchmark_json(
-    settings: EvalSettings, exams: list[Benchmark], results: BenchmarkResults
+    settings: EvalSettings, benchmarks: list[Benchmark], results: BenchmarkResults
 ) -> str:
     """Everything: how it was asked, each metric with its interval, and each question with what
     every side said.
     """
-    asked = {
+    question_settings = {
         "tasks",
         "catalog",
         "local",
@@ -272,38 +301,40 @@ def benchmark_json(
         "limit",
         "seed",
     }
-    how = settings.model_dump(
-        mode="json", include={*asked, "max_new_tokens", "temperature", "top_p", "top_k"}
+    settings_asked = settings.model_dump(
+        mode="json", include={*question_settings, "max_new_tokens", "temperature", "top_p", "top_k"}
     )
     sets = {
-        exam.named_set.name: {
-            "split": exam.split,
-            "source": exam.source,
-            "questions": len(exam.questions),
-            "left_out": exam.left_out,
+        benchmark.named_set.name: {
+            "split": benchmark.split,
+            "source": benchmark.source,
+            "questions": len(benchmark.questions),
+            "left_out": benchmark.left_out,
             "sides": {
                 side: {
                     "metrics": {
                         metric: {
-                            "value": _finite_or_none(got.value),
-                            "low": _finite_or_none(got.interval[0]),
-                            "high": _finite_or_none(got.interval[1]),
-                            **({"signature": got.signature} if got.signature else {}),
+                            "value": _finite_or_none(estimate.value),
+                            "low": _finite_or_none(estimate.interval[0]),
+                            "high": _finite_or_none(estimate.interval[1]),
+                            **({"signature": estimate.signature} if estimate.signature else {}),
                         }
-                        for metric, got in one.metrics.items()
+                        for metric, estimate in result.metrics.items()
                     },
-                    "rows": one.rows,
-                    "shortened_prompts": one.shortened,
-                    "answers_too_long": one.too_long,
+                    "rows": result.rows,
+                    "shortened_prompts": result.shortened,
+                    "answers_too_long": result.too_long,
                 }
-                for side, one in results[exam.named_set.name].items()
+                for side, result in results[benchmark.named_set.name].items()
             },
         }
-        for exam in exams
+        for benchmark in benchmarks
     }
     return (
         json.dumps(
-            {"model": settings.model.name, "asked": how, "sets": sets}, indent=1, ensure_ascii=False
+            {"model": settings.model.name, "asked": settings_asked, "sets": sets},
+            indent=1,
+            ensure_ascii=False,
         )
         + "\n"
     )

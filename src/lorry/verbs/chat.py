@@ -44,26 +44,31 @@ def main(settings: ChatSettings, notes: list[str]) -> int:
             if chat.encoder.has_template
             else " It has no chat template and continues your text; \\n is a line break."
         )
-        print_note(f"{settings.model.name}, {chat.answering()}.{plain} /help lists the commands.")
+        print_note(
+            f"{settings.model.name}, {chat.describe_adapter()}.{plain} /help lists the commands."
+        )
     code = 0
     for line in _terminal_lines() if interactive else _piped_lines():
         try:
+            # into a pipe goes the answer as it is: another program reads it
             if not _handle_line(chat, line, make_visible if interactive else str):
                 break
         except KeyboardInterrupt:
             if not interactive:
                 raise
+            # Ctrl-C at a terminal stops the answer, not the chat
             print_note("\n(stopped)")
         except LorryError as error:
             print_note(f"error: {error}")
             code = error.exit_code
+    # at a terminal every error has been seen; a script sees only the exit code
     return 0 if interactive else code
 
 
 def _handle_line(chat: ChatSession, line: str, shown: Callable[[str], str]) -> bool:
-    """Obey or answer one line; False to leave."""
+    """Carry out or answer one line; False to leave."""
     if line.startswith("/") and not line.startswith("//"):
-        return chat.obey(line)
+        return chat.run_command(line)
     for piece in chat.answer(line.removeprefix("/") if line.startswith("//") else line):
         sys.stdout.write(shown(piece))
         sys.stdout.flush()
@@ -101,18 +106,21 @@ def _piped_lines() -> Iterator[str]:
 class ChatSession:
     """A conversation and the model that answers in it."""
 
-    def __init__(self, settings: ChatSettings, found: OpenedModel) -> None:
+    def __init__(self, settings: ChatSettings, opened: OpenedModel) -> None:
         from lorry.data.encoding.encode import ExampleEncoder
         from lorry.generation.text import NO_TOKEN_LIMIT
 
-        self.settings, self.found = settings, found
+        self.settings, self.opened = settings, opened
         self.encoder = ExampleEncoder(
-            found.tokenizer, max_length=NO_TOKEN_LIMIT, embeddings=found.model.vocab_size
+            # the chat forgets whole turns itself, and says so; an encoder cuts tokens from the left
+            opened.tokenizer,
+            max_length=NO_TOKEN_LIMIT,
+            embeddings=opened.model.vocab_size,
         )
-        self.adapter = found.adapters[0] if found.adapters else None
+        self.adapter = opened.adapters[0] if opened.adapters else None
         self.system = settings.system
         self.turns: list[ChatMessage] = []
-        self.asked = 0
+        self.questions = 0
         if self.system and not self.encoder.has_template:
             raise ModelError(
                 f"system=...: {settings.model.name} has no chat template; it only continues plain text"
@@ -120,7 +128,7 @@ class ChatSession:
 
     # --- commands
 
-    def obey(self, line: str) -> bool:
+    def run_command(self, line: str) -> bool:
         """Carry out a /command; False to leave. An unknown one is told."""
         command, _, rest = line.partition(" ")
         rest = rest.strip()
@@ -130,9 +138,9 @@ class ChatSession:
             case "/help":
                 print_note(CHAT_HELP)
             case "/adapters":
-                print_note(self.listed())
+                print_note(self.list_adapters())
             case "/adapter":
-                self.switch(rest)
+                self.switch_adapter(rest)
             case "/reset":
                 self.turns.clear()
                 print_note("(the conversation is forgotten)")
@@ -145,17 +153,17 @@ class ChatSession:
                 )
         return True
 
-    def switch(self, name: str) -> None:
+    def switch_adapter(self, name: str) -> None:
         """Answer with another adapter from now on; the conversation is kept."""
         if not name:
-            print_note(self.listed())
+            print_note(self.list_adapters())
             return
-        if name not in self.found.adapters and name != NO_ADAPTER:
+        if name not in self.opened.adapters and name != NO_ADAPTER:
             raise DataError(
-                f"no adapter named {name!r}{suggest_nearest(name, self.found.adapters)}; {self.listed()}"
+                f"no adapter named {name!r}{suggest_nearest(name, self.opened.adapters)}; {self.list_adapters()}"
             )
-        self.adapter = name if name in self.found.adapters else None
-        print_note(f"({self.answering()})")
+        self.adapter = name if name in self.opened.adapters else None
+        print_note(f"({self.describe_adapter()})")
 
     def set_system(self, text: str) -> None:
         """Another system message, or none."""
@@ -166,14 +174,14 @@ class ChatSession:
         self.system = text or None
         print_note(f"(system message: {text})" if text else "(no system message)")
 
-    def listed(self) -> str:
+    def list_adapters(self) -> str:
         """The adapters in a line, the one in use marked."""
-        names = [*self.found.adapters, NO_ADAPTER]
+        names = [*self.opened.adapters, NO_ADAPTER]
         return "adapters: " + ", ".join(
             f"{n} (in use)" if n == (self.adapter or NO_ADAPTER) else n for n in names
         )
 
-    def answering(self) -> str:
+    def describe_adapter(self) -> str:
         return f"adapter {self.adapter}" if self.adapter else "the base alone"
 
     # --- answers
@@ -191,45 +199,51 @@ class ChatSession:
         from lorry.generation.sampling import SamplingParams
         from lorry.generation.text import IncrementalDetokenizer
 
-        settings, model = self.settings, self.found.model
-        asked = ChatMessage("user", text)
-        prompt, room = self._fitted(asked)
-        self.asked += 1
+        settings, model = self.settings, self.opened.model
+        message = ChatMessage("user", text)
+        prompt, room = self._fit_prompt(message)
+        self.questions += 1
         tokens = stream_tokens(
             model,
             prompt,
             SamplingParams(
                 max_new_tokens=room,
                 temperature=settings.temperature,
-                seed=settings.seed + self.asked - 1,
+                # another seed each time, or the same question would be answered alike for ever
+                seed=settings.seed + self.questions - 1,
                 stop_token_ids=self.encoder.stop_tokens(),
             ),
             adapter=Mix.one(self.adapter) if self.adapter else Mix.none(),
         )
-        speech, said, whole = IncrementalDetokenizer(self.encoder), list[str](), False
+        detokenizer, pieces, completed = IncrementalDetokenizer(self.encoder), list[str](), False
         try:
             for token in tokens:
-                yield from _visible_piece(speech.push_token(token), said, self.encoder.has_template)
-                if speech.ended:
+                yield from _visible_piece(
+                    detokenizer.push_token(token), pieces, self.encoder.has_template
+                )
+                if detokenizer.ended:
                     break
-            yield from _visible_piece(speech.rest(), said, self.encoder.has_template)
-            whole = True
+            yield from _visible_piece(detokenizer.rest(), pieces, self.encoder.has_template)
+            completed = True
         finally:
-            if said or whole:
-                self.turns += [asked, ChatMessage("assistant", "".join(said))]
-        if not speech.ended:
+            # an answer stopped before its first piece was none: the question is not in the way of
+            # the next
+            if pieces or completed:
+                self.turns += [message, ChatMessage("assistant", "".join(pieces))]
+        if not detokenizer.ended:
             print_note(f"\n(stopped after {room} tokens; max_new_tokens sets how many)")
 
-    def _fitted(self, asked: ChatMessage) -> tuple[list[int], int]:
+    def _fit_prompt(self, message: ChatMessage) -> tuple[list[int], int]:
         """(prompt tokens, how many may follow); the oldest turns are forgotten, with a note, until
         both fit the context.
         """
-        context, new = self.found.model.context, self.settings.max_new_tokens
-        prompt, forgotten = self._prompt(asked), 0
+        context, new = self.opened.model.context, self.settings.max_new_tokens
+        prompt, forgotten = self._prompt(message), 0
         while context is not None and len(prompt) + new > context and self.turns:
+            # a question with its answer: templates refuse two turns of one side in a row
             del self.turns[:2]
             forgotten += 1
-            prompt = self._prompt(asked)
+            prompt = self._prompt(message)
         if forgotten:
             turns = "turn was" if forgotten == 1 else f"{forgotten} turns were"
             print_note(f"(the context of {context} tokens is full: the oldest {turns} forgotten)")
@@ -240,7 +254,7 @@ class ChatSession:
             )
         return prompt, room
 
-    def _prompt(self, asked: ChatMessage) -> list[int]:
+    def _prompt(self, message: ChatMessage) -> list[int]:
         """The conversation with one more message, up to where the answer begins. Raises DataError
         if the template refuses it.
         """
@@ -250,25 +264,26 @@ class ChatSession:
 
         if not self.encoder.has_template:
             return encode_continuation(
-                self.encoder, "\n".join([*self._exchanges(), asked.content.replace("\\n", "\n")])
+                self.encoder, "\n".join([*self._exchanges(), message.content.replace("\\n", "\n")])
             )
         opening = [ChatMessage("system", self.system)] if self.system else []
         try:
             return self.encoder.prompt(
-                Conversation((*opening, *self.turns, asked, ChatMessage("assistant", ".")))
+                # never seen: the prompt ends where this answer would begin
+                Conversation((*opening, *self.turns, message, ChatMessage("assistant", ".")))
             )
         except TemplateRefusedError as error:
             raise DataError(f"{error}; /reset begins anew") from error
 
     def _exchanges(self) -> Iterator[str]:
         """Of plain text: what was typed and how it was continued, each pair in one."""
-        for asked, said in zip(self.turns[::2], self.turns[1::2], strict=True):
-            yield asked.content.replace("\\n", "\n") + said.content
+        for message, pieces in zip(self.turns[::2], self.turns[1::2], strict=True):
+            yield message.content.replace("\\n", "\n") + pieces.content
 
 
-def _visible_piece(piece: str, said: list[str], chat: bool) -> Iterator[str]:
+def _visible_piece(piece: str, pieces: list[str], chat: bool) -> Iterator[str]:
     """A piece to show and to remember; white space before a chat's answer is neither."""
-    piece = piece.lstrip() if chat and not said else piece
+    piece = piece.lstrip() if chat and not pieces else piece
     if piece:
-        said.append(piece)
+        pieces.append(piece)
         yield piece

@@ -39,6 +39,7 @@ def main(settings: CompareSettings, notes: list[str]) -> int:
     _refuse_unsupported(settings, trained)
     refuse_foreign_files(settings.output_dir, trained)
     for run in trained:
+        # the ways that did train stay where they are, to be compared by name
         if code := train_in_subprocess(run, settings.output_dir):
             return code
     runs, damaged = read_readable_runs(
@@ -47,12 +48,13 @@ def main(settings: CompareSettings, notes: list[str]) -> int:
     rows = [comparison_row(run) for run in runs]
     record: dict[str, Any] = {
         "runs": [
-            {**row, "ratios": over} for row, over in zip(rows, figure_ratios(rows), strict=True)
+            {**row, "ratios": ratios} for row, ratios in zip(rows, figure_ratios(rows), strict=True)
         ]
     }
     if damaged:
         record["damaged"] = [
-            {"name": one.name, "path": str(one.path), "why": one.why} for one in damaged
+            {"name": damaged_run.name, "path": str(damaged_run.path), "why": damaged_run.why}
+            for damaged_run in damaged
         ]
     if trained:
         durable.write_files(
@@ -67,8 +69,8 @@ def main(settings: CompareSettings, notes: list[str]) -> int:
         print(escape_document(json.dumps(record, indent=1, ensure_ascii=False)))
     else:
         VisibleConsole(soft_wrap=True).print(compare_runs_table(rows))
-    for one in damaged:
-        print_note(f"{one.name} is damaged and left out: {one.why}")
+    for damaged_run in damaged:
+        print_note(f"{damaged_run.name} is damaged and left out: {damaged_run.why}")
     return DataError.exit_code if damaged else 0
 
 
@@ -76,14 +78,14 @@ def _training_ways(settings: CompareSettings) -> list[str]:
     """The ways to train: none where runs are named. Raises ConfigError where there is neither a run
     nor data.
     """
-    given = settings.data.path is not None or bool(settings.data.mix)
+    has_data = settings.data.path is not None or bool(settings.data.mix)
     if settings.runs:
-        if given:
+        if has_data:
             raise ConfigError(
                 "runs and data are both given: name finished runs, or give data to train each way on; keep one"
             )
         return []
-    if not given:
+    if not has_data:
         raise ConfigError(
             "nothing to compare: name run directories, or give data=FILE to train each way first"
         )
@@ -94,19 +96,19 @@ def _training_ways(settings: CompareSettings) -> list[str]:
 
 def _refuse_unsupported(settings: CompareSettings, trained: list[RunConfig]) -> None:
     """Raise ConfigError for what some way cannot do, before any other has trained for nothing."""
-    alone = {
+    unsupported = {
         "jobs": settings.jobs,
         "background": settings.background,
         "train.push_to_hub": settings.train.push_to_hub,
     }
-    if trained and (odd := [name for name, value in alone.items() if value]):
+    if trained and (given := [name for name, value in unsupported.items() if value]):
         raise ConfigError(
-            f"{odd[0]}: ways are trained one after the other, waited for and compared; leave it out"
+            f"{given[0]}: ways are trained one after the other, waited for and compared; leave it out"
         )
-    if whole := [run for run in trained if run.lora is None]:
+    if full_runs := [run for run in trained if run.lora is None]:
         from lorry.train.full import refuse_adapter_settings
 
-        refuse_adapter_settings(whole[0])
+        refuse_adapter_settings(full_runs[0])
 
 
 def refuse_foreign_files(folder: Path, trained: list[RunConfig]) -> None:
@@ -117,14 +119,14 @@ def refuse_foreign_files(folder: Path, trained: list[RunConfig]) -> None:
     from lorry.train.start import MOVE_AWAY_HINT, claim_output_dir
 
     if trained:
-        described = {
+        description_files = {
             folder / f"{run.output_dir.name}.yaml": lambda path: bool(
                 ownership.read_run_description(path)
             )
             for run in trained
         }
         ownership.refuse_foreign(
-            {**described, folder / COMPARE_RECORD_FILE: ownership.recognise_keys("runs")},
+            {**description_files, folder / COMPARE_RECORD_FILE: ownership.recognise_keys("runs")},
             MOVE_AWAY_HINT,
         )
         for run in trained:
@@ -143,6 +145,7 @@ def train_in_subprocess(run: RunConfig, folder: Path) -> int:
     print_note(f"training {run.output_dir.name} at a learning rate of {run.train.learning_rate:g}")
     return subprocess.run(
         [sys.executable, "-c", CLI_PROGRAM, "sft", str(file)],
+        # its last line is the run directory, which here is no result
         stdout=subprocess.DEVNULL,
         check=False,
     ).returncode

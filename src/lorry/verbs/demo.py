@@ -44,6 +44,7 @@ def main(settings: DemoSettings, notes: list[str]) -> int:
 
     people = make_people(FAST_DEMO_PEOPLE if settings.fast else DEMO_PEOPLE, settings.seed)
     train, held_out = make_questions(people, settings.seed)
+    # learnt beside the facts, lest the model answer everything with a person
     chat = general_chat()
     run = build_settings(
         RunConfig, demo_settings(settings, settings.output_dir / TRAIN_FILE), notes
@@ -71,20 +72,21 @@ def demo_settings(settings: DemoSettings, data: Path) -> dict[str, Any]:
     steps = settings.max_steps or (FAST_DEMO_STEPS if settings.fast else None)
     chosen: dict[str, Any] = {} if steps is None else {"max_steps": steps}
     if not (settings.output_dir / RECEIPT).exists() and not broken_contracts(settings.output_dir):
-        chosen["resume_from_checkpoint"] = (
-            "auto"  # a demo that was interrupted goes on; a finished one starts anew
-        )
+        # a demo that was interrupted goes on; a finished one starts anew
+        chosen["resume_from_checkpoint"] = "auto"
     return {
         "data": str(data),
         "output_dir": str(settings.output_dir),
         "seed": settings.seed,
         "r": 16,
+        # five times the default: a few dozen facts in a few minutes
         "learning_rate": 1e-3,
         "num_train_epochs": 4,
         "per_device_train_batch_size": 16,
         "lr_scheduler_type": "cosine",
         "warmup_ratio": 0.1,
         "logging_steps": 10,
+        # far above any row of the demo; it bounds a batch's memory
         "max_length": 256,
         **chosen,
     }
@@ -105,8 +107,8 @@ def write_data(run_dir: Path, train: Sequence[DemoRow], held_out: Sequence[DemoR
     ownership.write_owned_files(
         run_dir,
         {
-            name: "".join(json.dumps(row) + "\n" for row in made).encode()
-            for name, made in rows.items()
+            name: "".join(json.dumps(row) + "\n" for row in group).encode()
+            for name, group in rows.items()
         },
     )
 
@@ -126,36 +128,46 @@ def compare_with_base(
     # so that the first few shown are about different people
     held_out = random.Random(0).sample(held_out, len(held_out))
     rows = [*held_out, *chat]
-    asked = [
+    conversations = [
         Conversation((ChatMessage("user", r["question"]), ChatMessage("assistant", r["answer"])))
         for r in rows
     ]
-    said = {
+    answers = {
         side: generate_answers(
-            result.model, result.tokenizer, asked, adapters=mix, max_new_tokens=DEMO_ANSWER_TOKENS
+            result.model,
+            result.tokenizer,
+            conversations,
+            adapters=mix,
+            max_new_tokens=DEMO_ANSWER_TOKENS,
         )
         for side, mix in (("before", Mix.none()), ("after", Mix.one(result.adapter)))
     }
-    truth, n = [r["answer"] for r in rows], len(held_out)
-    scores = {side: score_answers(texts[:n], truth[:n]) for side, texts in said.items()}
-    held = {m: {side: scores[side][m] for side in scores} for m in ("exact_match", "rouge_l", "f1")}
-    general = {"loss": general_loss(result)}
+    truth, held_out_count = [r["answer"] for r in rows], len(held_out)
+    scores = {
+        side: score_answers(texts[:held_out_count], truth[:held_out_count])
+        for side, texts in answers.items()
+    }
+    held_out_metrics = {
+        m: {side: scores[side][m] for side in scores} for m in ("exact_match", "rouge_l", "f1")
+    }
+    general_metrics = {"loss": general_loss(result)}
     evaluation = [
-        {"name": HELD_OUT_GROUP, "metrics": held},
-        {"name": "general text", "metrics": general},
+        {"name": HELD_OUT_GROUP, "metrics": held_out_metrics},
+        {"name": "general text", "metrics": general_metrics},
     ]
     artifacts.write_json(result.path, EVALUATION, evaluation)
     samples = [
         {
-            "group": HELD_OUT_GROUP if i < n else GENERAL_GROUP,
+            "group": HELD_OUT_GROUP if i < held_out_count else GENERAL_GROUP,
             "prompt": row["question"],
             "reference": row["answer"],
-            "before": said["before"][i],
-            "after": said["after"][i],
+            "before": answers["before"][i],
+            "after": answers["after"][i],
             "tokens": None,
         }
         for i, row in enumerate(rows)
     ]
+    # rows of the training with their losses, which the report colours; they stay
     trained = json.loads((result.path / SAMPLES).read_text())
     shown = artifacts.json_text(samples + [row for row in trained if row["tokens"]])
     # its own file, read just now and added to
@@ -170,8 +182,8 @@ def general_loss(result: TrainResult) -> dict[str, float]:
 
     scorer, batches = ModelScorer(result.model), general_batches(result.tokenizer)
     sides = {"before": Mix.none(), "after": Mix.one(result.adapter)}
-    found = {side: mean_nll(scorer, batches, mix) for side, mix in sides.items()}
-    return {side: nll / tokens for side, (nll, tokens) in found.items()}
+    sums = {side: mean_nll(scorer, batches, mix) for side, mix in sides.items()}
+    return {side: nll / tokens for side, (nll, tokens) in sums.items()}
 
 
 def general_batches(tokenizer: Any) -> list[Batch]:

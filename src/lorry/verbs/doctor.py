@@ -55,6 +55,7 @@ def describe_machine() -> dict[str, str]:
     from lorry.models.loading.load import has_fast_bfloat16, pick_device, pick_dtype
 
     memory = psutil.virtual_memory()
+    # torch's own word, and not the driver's: a build without CUDA finds none
     cuda = torch.cuda.is_available()
     facts = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -84,10 +85,10 @@ def _package_version(package: str) -> str:
 
 
 def _key_value_table(title: str, rows: dict[str, str]) -> Table:
-    shown = Table(title=title, show_header=False, title_justify="left")
+    key_values = Table(title=title, show_header=False, title_justify="left")
     for key, value in rows.items():
-        shown.add_row(key, value)
-    return shown
+        key_values.add_row(key, value)
+    return key_values
 
 
 def _diagnose_run(path: Path, console: VisibleConsole) -> int:
@@ -109,6 +110,7 @@ def _diagnose_run(path: Path, console: VisibleConsole) -> int:
             "no contracts.json: the run did not begin, or another program wrote this directory"
         )
     console.print(_key_value_table("files", facts))
+    # so that a script can ask a run for its health
     return ContractError.exit_code if any(c.status == "failed" for c in run.contracts) else 0
 
 
@@ -128,8 +130,8 @@ def describe_decoder(run: RunRecord) -> str:
     if not base:
         return "unknown: no receipt.json"
     family, why = base.get("family"), base.get("why")
-    way = f"native ({family})" if family else f"transformers: {why}"
-    return f"{way}, {base.get('dtype')} on {base.get('device')}"
+    path = f"native ({family})" if family else f"transformers: {why}"
+    return f"{path}, {base.get('dtype')} on {base.get('device')}"
 
 
 def verify_saved_weights(run: RunRecord) -> str:
@@ -148,6 +150,7 @@ def verify_saved_weights(run: RunRecord) -> str:
         weights = run.path / file
         if not weights.is_file():
             raise ModelError(f"{weights} is missing, and receipt.json lists it")
+        # the file whole and not its header: what an editor of weights changes is inside
         if file_digest(weights) != digest:
             raise ModelError(
                 f"{weights} is not the file this run wrote: its SHA-256 differs from receipt.json"

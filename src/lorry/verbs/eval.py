@@ -52,6 +52,7 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
     refuse_wrong_kind(settings.output_dir)
     if settings.suite is None:  # which has files of its own
         refuse_foreign_results(settings)
+    # before anything is computed
     if settings.backend.threads:
         torch.set_num_threads(settings.backend.threads)
     if settings.tasks:
@@ -60,14 +61,14 @@ def main(settings: EvalSettings, notes: list[str]) -> int:
         return evaluate_suite(settings)
     # before the model, which takes longer: a wrong path is told at once
     source = open_eval_source(settings)
-    found = open_with_adapters(settings.model)
-    note_other_dtype(found)
-    rows = encode_eval_rows(settings, found, source)
+    opened = open_with_adapters(settings.model)
+    note_other_dtype(opened)
+    rows = encode_eval_rows(settings, opened, source)
     for line in rows.tokens.report.lines():
         print_note(line)
-    sides = evaluate_sides(settings, found, rows)
+    sides = evaluate_sides(settings, opened, rows)
     VisibleConsole(soft_wrap=True).print(evaluation_sides_table(data_label(settings), rows, sides))
-    write_evaluation(settings, found, rows, sides)
+    write_evaluation(settings, opened, rows, sides)
     return 0
 
 
@@ -108,79 +109,85 @@ def refuse_foreign_results(settings: EvalSettings) -> None:
 
 def evaluate_named_sets(settings: EvalSettings) -> int:
     """The same on named sets."""
-    read = benchmarks.load_benchmarks(settings)
-    found = open_with_adapters(settings.model)
-    note_other_dtype(found)
-    warn_trained_rows(settings, found, read)
-    results = benchmarks.evaluate_benchmarks(settings, found, read, evaluation_mixes(found))
-    how = f", {settings.n_shot} worked examples" if settings.n_shot else ""
+    loaded = benchmarks.load_benchmarks(settings)
+    opened = open_with_adapters(settings.model)
+    note_other_dtype(opened)
+    warn_trained_rows(settings, opened, loaded)
+    results = benchmarks.evaluate_benchmarks(settings, opened, loaded, evaluation_mixes(opened))
+    shots = f", {settings.n_shot} worked examples" if settings.n_shot else ""
     VisibleConsole(soft_wrap=True).print(
         benchmarks.benchmark_table(
-            f"{settings.model.name}{how}: value [95% interval]", read, results
+            f"{settings.model.name}{shots}: value [95% interval]", loaded, results
         )
     )
-    write_run_evaluation(found, benchmarks.benchmark_entries(settings, read, results))
-    benchmarks.write_benchmark_results(settings, read, results)
+    write_run_evaluation(opened, benchmarks.benchmark_entries(settings, loaded, results))
+    benchmarks.write_benchmark_results(settings, loaded, results)
     return 0
 
 
-def warn_trained_rows(settings: EvalSettings, found: OpenedModel, read: list[Benchmark]) -> None:
+def warn_trained_rows(settings: EvalSettings, opened: OpenedModel, loaded: list[Benchmark]) -> None:
     """A warning where a run is asked rows of the file or split it was trained on."""
     from lorry.config.data import DataConfig
     from lorry.data.catalog import open_catalog
     from lorry.data.reading.places import DataLocations
     from lorry.data.stream.mixtures import training_locations
 
-    run = evaluated_run_dir(found)
+    run = evaluated_run_dir(opened)
     if run is None:
         return
     config = read_run(run).config
+    # run.yaml of a directory from elsewhere is text like any other
     jobs = [job for job in config.get("jobs") or [] if isinstance(job, dict)]
-    datas = [{**config.get("data", {}), **job.get("data", {})} for job in jobs] or [
+    data_settings = [{**config.get("data", {}), **job.get("data", {})} for job in jobs] or [
         config.get("data", {})
     ]
     try:
-        spots = [
-            spot for data in datas for spot in training_locations(DataConfig.model_validate(data))
+        trained_on = [
+            spot
+            for data in data_settings
+            for spot in training_locations(DataConfig.model_validate(data))
         ]
     except ConfigError as error:  # the run's own catalogue is not what it was
         print_note(f"note: whether {run} was trained on rows of these sets is not known: {error}")
         return
     catalog = open_catalog(settings.catalog, field="catalog")
     places = DataLocations(settings.local, field="local", catalog=catalog)
-    for exam in read:
-        if any(places.of(exam.named_set, exam.split).overlaps(spot) for spot in spots):
+    for benchmark in loaded:
+        if any(
+            places.of(benchmark.named_set, benchmark.split).overlaps(spot) for spot in trained_on
+        ):
             print_note(
-                f"warning: {exam.named_set.name}: {run} was trained on rows of {exam.source}; what it has learnt by heart is no measure"
+                f"warning: {benchmark.named_set.name}: {run} was trained on rows of {benchmark.source}; what it has learnt by heart is no measure"
             )
 
 
-def evaluated_run_dir(found: OpenedModel) -> Path | None:
+def evaluated_run_dir(opened: OpenedModel) -> Path | None:
     """The run directory that is evaluated, if it is one."""
-    run = Path(found.source.get("adapter") or found.source["path"])
+    run = Path(opened.source.get("adapter") or opened.source["path"])
     return run if ownership.run_description_of(run) else None
 
 
-def evaluation_mixes(found: OpenedModel) -> dict[str, Mix]:
+def evaluation_mixes(opened: OpenedModel) -> dict[str, Mix]:
     """What is asked: the base, and each adapter under its name."""
     from lorry.adapters.mix import Mix
 
     return {BASE_COLUMN: Mix.none()} | {
-        side_label(name, found): Mix.one(name) for name in found.adapters
+        side_label(name, opened): Mix.one(name) for name in opened.adapters
     }
 
 
-def note_other_dtype(found: OpenedModel) -> None:
+def note_other_dtype(opened: OpenedModel) -> None:
     """A note when a run is evaluated in another number format than it was trained in: its numbers
     then differ a little.
     """
-    file = Path(found.source.get("adapter", "")) / RECEIPT
-    if not found.source.get("adapter") or not file.is_file():
+    file = Path(opened.source.get("adapter", "")) / RECEIPT
+    if not opened.source.get("adapter") or not file.is_file():
         return
     trained, now = (
         receipt.part(read_run(file.parent).receipt, "base").get("dtype"),
-        found.source["dtype"],
+        opened.source["dtype"],
     )
+    # receipts of early versions have no dtype
     if trained is not None and trained != now:
         print_note(
             f"note: trained in {trained}, evaluated in {now}; dtype={trained} gives the numbers of the training"
@@ -201,18 +208,20 @@ def open_eval_source(settings: EvalSettings) -> DataSource:
     )
 
 
-def encode_eval_rows(settings: EvalSettings, found: OpenedModel, source: DataSource) -> EvalRows:
+def encode_eval_rows(settings: EvalSettings, opened: OpenedModel, source: DataSource) -> EvalRows:
     """The rows, encoded as training would; never longer than the model's context."""
     from lorry.data.encoding.encode import ExampleEncoder
     from lorry.data.reading.formats import format_named
     from lorry.evaluate.rows import EvalRows
 
-    data, context = settings.data, found.model.context
+    data, context = settings.data, opened.model.context
+    # beyond its context a model with learned positions has none, and others were not trained
     length = data.max_length if context is None else min(data.max_length, context)
+    # answers only, as training does for rows with answers; plain text has no prompt to leave out
     only = True if data.completion_only_loss is None else data.completion_only_loss
-    rows = found.model.vocab_size
+    rows = opened.model.vocab_size
     encoder = ExampleEncoder(
-        found.tokenizer,
+        opened.tokenizer,
         max_length=length,
         completion_only_loss=only,
         system=data.system,
@@ -223,32 +232,33 @@ def encode_eval_rows(settings: EvalSettings, found: OpenedModel, source: DataSou
 
 
 def evaluate_sides(
-    settings: EvalSettings, found: OpenedModel, rows: EvalRows
+    settings: EvalSettings, opened: OpenedModel, rows: EvalRows
 ) -> dict[str, EvaluationResult]:
     """{base, and each adapter's name: its result}."""
     from lorry.evaluate.rows import evaluate_rows
 
-    longest = settings.max_new_tokens or EVAL_NEW_TOKENS
-    asked, notes = rows.askable(found.model.context, longest)
+    max_new_tokens = settings.max_new_tokens or EVAL_NEW_TOKENS
+    asked, notes = rows.askable(opened.model.context, max_new_tokens)
     for note in notes:
         print_note(f"note: {note}")
-    done = {}
+    results = {}
     with VisibleConsole(stderr=True).status("evaluating") as status:
-        for name, mix in evaluation_mixes(found).items():
+        for name, mix in evaluation_mixes(opened).items():
             status.update(f"evaluating {name}: {len(rows.rows)} rows, {len(asked)} answers")
-            done[name] = evaluate_rows(
-                found.model,
+            results[name] = evaluate_rows(
+                opened.model,
                 rows,
                 mix,
                 asked=asked,
-                max_new_tokens=longest,
+                max_new_tokens=max_new_tokens,
                 batch_rows=settings.batch_size,
             )
-    return done
+    return results
 
 
-def side_label(name: str, found: OpenedModel) -> str:
+def side_label(name: str, opened: OpenedModel) -> str:
     """What an adapter's column is called: its name, also where that is the base's."""
+    # two columns of one name would be one in a dict
     return f"adapter {name}" if name == BASE_COLUMN else name
 
 
@@ -276,31 +286,31 @@ def evaluation_sides_table(
             Text(make_visible(column)), justify="left" if column == "metric" else "right"
         )
     for metric in first.metrics:
-        cells = [_side_cell(one, metric) for one in sides.values()]
+        cells = [_side_cell(result, metric) for result in sides.values()]
         table.add_row(Text(metric.replace("_", " ")), *map(Text, cells))
     if 0 < len(first.answers) < MIN_INTERVAL_ROWS:
         table.caption, table.caption_justify = Text(TOO_FEW_ROWS_MESSAGE), "left"
     return table
 
 
-def _side_cell(one: EvaluationResult, metric: str) -> str:
-    value = format_number(one.metrics[metric])
-    if metric not in one.intervals:
+def _side_cell(result: EvaluationResult, metric: str) -> str:
+    value = format_number(result.metrics[metric])
+    if metric not in result.intervals:
         return value
-    low, high = one.intervals[metric]
+    low, high = result.intervals[metric]
     return f"{value} [{format_number(low)}, {format_number(high)}]"
 
 
 def write_evaluation(
     settings: EvalSettings,
-    found: OpenedModel,
+    opened: OpenedModel,
     rows: EvalRows,
     sides: Mapping[str, EvaluationResult],
 ) -> None:
     """The run's evaluation.json where a run was evaluated, and results.json where ``output_dir``
     was given.
     """
-    write_run_evaluation(found, _evaluation_entries(data_label(settings), sides))
+    write_run_evaluation(opened, _evaluation_entries(data_label(settings), sides))
     if settings.output_dir is not None:
         path = (
             settings.output_dir
@@ -311,9 +321,9 @@ def write_evaluation(
         print_note(f"written to {path}")
 
 
-def write_run_evaluation(found: OpenedModel, entries: list[dict[str, Any]]) -> None:
+def write_run_evaluation(opened: OpenedModel, entries: list[dict[str, Any]]) -> None:
     """Into the evaluation.json of the run, where a run was evaluated."""
-    if (run := evaluated_run_dir(found)) is not None:
+    if (run := evaluated_run_dir(opened)) is not None:
         merge_evaluation_entries(run / EVALUATION, entries)
         print_note(f"written to {run / EVALUATION}; `lorry report {run}` shows it")
 
@@ -338,15 +348,17 @@ def _evaluation_entries(name: str, sides: Mapping[str, EvaluationResult]) -> lis
             "metrics": {
                 metric: {
                     "before": _finite_or_none(before[1].metrics[metric]),
-                    "after": _finite_or_none(one.metrics[metric]),
+                    "after": _finite_or_none(result.metrics[metric]),
                     **(
-                        {"interval": list(one.intervals[metric])} if metric in one.intervals else {}
+                        {"interval": list(result.intervals[metric])}
+                        if metric in result.intervals
+                        else {}
                     ),
                 }
-                for metric in one.metrics
+                for metric in result.metrics
             },
         }
-        for entry, (_, one) in zip(names, after, strict=True)
+        for entry, (_, result) in zip(names, after, strict=True)
     ]
 
 
@@ -354,12 +366,13 @@ def merge_evaluation_entries(path: Path, entries: list[dict[str, Any]]) -> None:
     """Add entries to an evaluation.json; those of the same name are replaced. Raises DataError when
     it is damaged.
     """
-    kept: list[dict[str, Any]] = []
+    existing: list[dict[str, Any]] = []
     if path.is_file():
         read_run(path.parent)  # every field checked, so that reading it plainly is safe
-        kept = documents.read_json_document(path)
+        existing = documents.read_json_document(path)
     names = {entry["name"] for entry in entries}
-    _write_results(path, [*(entry for entry in kept if entry["name"] not in names), *entries])
+    # by name: the same data evaluated again stands in the place of the old result
+    _write_results(path, [*(entry for entry in existing if entry["name"] not in names), *entries])
 
 
 def _full_results(
@@ -370,10 +383,10 @@ def _full_results(
     """
     summaries = {
         name: {
-            "metrics": {m: _finite_or_none(v) for m, v in one.metrics.items()},
-            "intervals": one.intervals,
+            "metrics": {m: _finite_or_none(v) for m, v in result.metrics.items()},
+            "intervals": result.intervals,
         }
-        for name, one in sides.items()
+        for name, result in sides.items()
     }
     return {
         "model": settings.model.name,
@@ -386,20 +399,24 @@ def _full_results(
     }
 
 
-def _row_results(rows: EvalRows, at: int, sides: Mapping[str, EvaluationResult]) -> dict[str, Any]:
-    row = rows.rows[at]
-    shown: dict[str, Any] = {
+def _row_results(
+    rows: EvalRows, number: int, sides: Mapping[str, EvaluationResult]
+) -> dict[str, Any]:
+    row = rows.rows[number]
+    record: dict[str, Any] = {
         "where": row.where,
-        "supervised_tokens": next(iter(sides.values())).teacher_forced[at].tokens,
+        "supervised_tokens": next(iter(sides.values())).teacher_forced[number].tokens,
     }
     if row.references:
-        shown |= {"question": row.question, "references": row.references}
-    for name, one in sides.items():
-        loss = {"loss": _finite_or_none(one.teacher_forced[at].metrics()["loss"])}
-        shown[name] = loss | (
-            {"answer": one.answers[at], **one.scores[at]} if at in one.answers else {}
+        record |= {"question": row.question, "references": row.references}
+    for name, result in sides.items():
+        loss = {"loss": _finite_or_none(result.teacher_forced[number].metrics()["loss"])}
+        record[name] = loss | (
+            {"answer": result.answers[number], **result.scores[number]}
+            if number in result.answers
+            else {}
         )
-    return shown
+    return record
 
 
 def _finite_or_none(value: float) -> float | None:

@@ -31,23 +31,26 @@ def main(settings: ExportSettings, notes: list[str]) -> int:
             f"dtype={settings.dtype} is for to=hf; an adapter is stored in float32, as it was trained"
         )
     stored = stored_dtype(settings.run)
-    found = open_with_adapters(
+    opened = open_with_adapters(
         ModelConfig.model_validate(
             {"name": settings.run, "dtype": probe.logits_dtype_name(settings.run, stored)}
         )
     )
-    name = resolve_adapter_name(found, settings.adapter, settings.run)
+    name = resolve_adapter_name(opened, settings.adapter, settings.run)
     if settings.to == "hf":
         write_merged(
-            found, name, settings.output_dir, stored if settings.dtype == "auto" else settings.dtype
+            opened,
+            name,
+            settings.output_dir,
+            stored if settings.dtype == "auto" else settings.dtype,
         )
     else:
-        export_peft(found, name, settings.output_dir)
+        export_peft(opened, name, settings.output_dir)
     print(settings.output_dir)
     return 0
 
 
-def export_peft(found: OpenedModel, name: str, output: Path) -> None:
+def export_peft(opened: OpenedModel, name: str, output: Path) -> None:
     """The adapter's directory as PEFT writes it, opened again before it gets its name. ``found`` is
     of no use afterwards.
 
@@ -57,23 +60,25 @@ def export_peft(found: OpenedModel, name: str, output: Path) -> None:
     from lorry.disk import durable
     from lorry.models.loading.reopen import free_model_memory
 
-    before = LogitsBeforeMerge.of(found, name)
+    # of the model in memory, which is freed before the export is opened
+    before = LogitsBeforeMerge.of(opened, name)
     with durable.build_directory(output) as folder:
-        write_peft(found, name, folder)
-        free_model_memory(found.model)
-        model, by = load_adapted_model(folder, found.source["path"], before.dtype)
-        lines = before.compare(model, "float32", by)
+        write_peft(opened, name, folder)
+        # two models at once need not fit
+        free_model_memory(opened.model)
+        model, library = load_adapted_model(folder, opened.source["path"], before.dtype)
+        lines = before.compare(model, "float32", library)
     for line in lines:
         print_note(line)
 
 
-def write_peft(found: OpenedModel, name: str, folder: Path) -> None:
+def write_peft(opened: OpenedModel, name: str, folder: Path) -> None:
     """The files of the adapter and its tokenizer, into an existing folder."""
     from lorry.adapters.peft.files import adapter_files
 
-    for file, content in adapter_files(found.model, name, base_name=found.source["path"]).items():
+    for file, content in adapter_files(opened.model, name, base_name=opened.source["path"]).items():
         (folder / file).write_bytes(content)
-    found.tokenizer.save_pretrained(folder)
+    opened.tokenizer.save_pretrained(folder)
 
 
 def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any, str]:
@@ -88,13 +93,16 @@ def load_adapted_model(folder: Path, base: str, dtype: torch.dtype) -> tuple[Any
     from lorry.models.loading.reopen import reopen_model
 
     try:
+        # an extra of the package; the export is opened again all the same
         if importlib.util.find_spec("peft") is None:
             print_note(
                 "note: peft is not installed, so Lorry itself opened the export again (pip install 'lorry[peft]')"
             )
-            kind = str(dtype).removeprefix("torch.")
+            dtype_name = str(dtype).removeprefix("torch.")
             return open_with_adapters(
-                ModelConfig.model_validate({"name": base, "adapter": str(folder), "dtype": kind})
+                ModelConfig.model_validate(
+                    {"name": base, "adapter": str(folder), "dtype": dtype_name}
+                )
             ).model, "lorry"
         from peft import PeftModel
 

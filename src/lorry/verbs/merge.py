@@ -28,15 +28,15 @@ def main(settings: MergeSettings, notes: list[str]) -> int:
     from lorry.models.loading.open import stored_dtype
 
     stored = stored_dtype(settings.run)
-    found = open_with_adapters(
+    opened = open_with_adapters(
         ModelConfig.model_validate(
             {"name": settings.run, "dtype": probe.logits_dtype_name(settings.run, stored)}
         )
     )
     dtype = stored if settings.dtype == "auto" else settings.dtype
     write_merged(
-        found,
-        resolve_adapter_name(found, settings.adapter, settings.run),
+        opened,
+        resolve_adapter_name(opened, settings.adapter, settings.run),
         settings.output_dir,
         dtype,
     )
@@ -44,7 +44,7 @@ def main(settings: MergeSettings, notes: list[str]) -> int:
     return 0
 
 
-def write_merged(found: OpenedModel, name: str, output: Path, dtype: str) -> None:
+def write_merged(opened: OpenedModel, name: str, output: Path, dtype: str) -> None:
     """Stream base + adapter into ``output``, one tensor at a time, in fp32 and rounded once to
     ``dtype``; open it again with transformers and compare logits on a few rows before it gets its
     name. ``found`` is of no use afterwards.
@@ -60,26 +60,30 @@ def write_merged(found: OpenedModel, name: str, output: Path, dtype: str) -> Non
     from lorry.models.loading.reopen import free_model_memory, reopen_model
     from lorry.models.loading.store import save_model
 
-    kind: torch.dtype = getattr(torch, dtype)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
     weights, rows = {name: 1.0}, list[MergeRow]()
-    untied, before = separates_tied_head(found.model, weights), LogitsBeforeMerge.of(found, name)
+    untied, before = separates_tied_head(opened.model, weights), LogitsBeforeMerge.of(opened, name)
     with durable.build_directory(output) as folder:
         save_model(
-            found.model,
+            opened.model,
             folder,
-            tensors=merged_tensors(found.model, weights, dtype=kind, rows=rows),
+            tensors=merged_tensors(opened.model, weights, dtype=torch_dtype, rows=rows),
+            # an adapter on a tied head changes the head only, so the two can no longer be one
+            # tensor
             config_overrides={"tie_word_embeddings": False} if untied else {},
-            tokenizer=found.tokenizer,
-            generation_config=found.source["generation_config"] or None,
-            dtype=kind,
+            tokenizer=opened.tokenizer,
+            generation_config=opened.source["generation_config"] or None,
+            dtype=torch_dtype,
         )
+        # in the folder that is being built, so that a model and its record appear together
         (folder / MERGE_RECORD_FILE).write_text(
-            json.dumps(merge_record(found, name), indent=1) + "\n", encoding="utf-8"
+            json.dumps(merge_record(opened, name), indent=1) + "\n", encoding="utf-8"
         )
-        rounded = before.rounded(found, weights, kind)
-        free_model_memory(found.model)
+        # after everything is written, for it changes the model in memory
+        rounded = before.rounded(opened, weights, torch_dtype)
+        free_model_memory(opened.model)
         lines = before.compare(reopen_model(folder, before.dtype), dtype, rounded=rounded)
-    report = MergeReport(tuple(rows), kind, untied)
+    report = MergeReport(tuple(rows), torch_dtype, untied)
     print_note(
         f"merged {len(rows)} modules into {dtype}; rounding changed {report.ratio:.2%} of the adapter's effect"
     )
@@ -100,27 +104,29 @@ class LogitsBeforeMerge:
     """
 
     rows: list[Tensor]
-    said: str
+    rows_words: str
     base: Tensor
     exact: Tensor
     dtype: torch.dtype
 
     @staticmethod
-    def of(found: OpenedModel, name: str) -> LogitsBeforeMerge:
+    def of(opened: OpenedModel, name: str) -> LogitsBeforeMerge:
         """As the opened model computes them, in its own number format."""
         from lorry.adapters.attach import get_bank
         from lorry.adapters.mix import Mix
         from lorry.models.loading.reopen import compute_fp32_logits
 
-        rows, said = probe.probe_rows(found)
-        get_bank(found.model).activate(Mix.none())
-        base = compute_fp32_logits(found.model, rows)
-        get_bank(found.model).activate(Mix.one(name))
+        rows, rows_words = probe.probe_rows(opened)
+        get_bank(opened.model).activate(Mix.none())
+        base = compute_fp32_logits(opened.model, rows)
+        get_bank(opened.model).activate(Mix.one(name))
         return LogitsBeforeMerge(
-            rows, said, base, compute_fp32_logits(found.model, rows), found.model.dtype
+            rows, rows_words, base, compute_fp32_logits(opened.model, rows), opened.model.dtype
         )
 
-    def rounded(self, found: OpenedModel, weights: dict[str, float], kind: torch.dtype) -> Tensor:
+    def rounded(
+        self, opened: OpenedModel, weights: dict[str, float], torch_dtype: torch.dtype
+    ) -> Tensor:
         """Logits of the model in memory, merged and with every value rounded to ``kind``: what the
         files must give. The exact ones will not do, since rounding may lose nearly all of a small
         delta, and a lost module no more. ``found`` is changed."""
@@ -129,15 +135,15 @@ class LogitsBeforeMerge:
         from lorry.adapters.merge import merge
         from lorry.models.loading.reopen import compute_fp32_logits
 
-        merge(found.model, weights)
+        merge(opened.model, weights)
         with torch.no_grad():
-            for tensor in found.model.state_dict().values():
+            for tensor in opened.model.state_dict().values():
                 if tensor.is_floating_point():
-                    tensor.copy_(tensor.to(kind))
-        return compute_fp32_logits(found.model, self.rows)
+                    tensor.copy_(tensor.to(torch_dtype))
+        return compute_fp32_logits(opened.model, self.rows)
 
     def compare(
-        self, model: Any, stored: str, by: str = "hf", *, rounded: Tensor | None = None
+        self, model: Any, stored: str, library: str = "hf", *, rounded: Tensor | None = None
     ) -> list[str]:
         """What to tell of a model opened again whose weights were stored in ``stored``. Raises
         ContractError if it is not the model in memory (``rounded``, else the exact one), to the
@@ -145,40 +151,45 @@ class LogitsBeforeMerge:
         from lorry.adapters.merge import WARN_ERROR_RATIO
         from lorry.models.loading.reopen import LOGIT_BOUNDS, compare_logits, compute_fp32_logits
 
-        computed, theirs = (
+        computed, reloaded = (
             str(self.dtype).removeprefix("torch."),
             compute_fp32_logits(model, self.rows),
         )
         difference, bound = compare_logits(
-            self.exact if rounded is None else rounded, theirs, LOGIT_BOUNDS[computed], stored
+            self.exact if rounded is None else rounded, reloaded, LOGIT_BOUNDS[computed], stored
         )
-        drift, moved = (float((self.exact - other).abs().max()) for other in (theirs, self.base))
-        part = drift / moved if moved else 0.0
+        drift, adapter_effect = (
+            float((self.exact - other).abs().max()) for other in (reloaded, self.base)
+        )
+        # where the adapter moves nothing, nothing of it can be lost
+        lost_share = drift / adapter_effect if adapter_effect else 0.0
         lines = [
-            f"reloaded by {by}: largest logit difference {difference:.1e} (bound {bound:.1e}, stored in {stored})",
+            f"reloaded by {library}: largest logit difference {difference:.1e} (bound {bound:.1e}, stored in {stored})",
             f"from the adapter beside the base: largest logit difference {drift:.1e}, where the adapter moves "
-            f"logits by {moved:.1e}, on {self.said}",
+            f"logits by {adapter_effect:.1e}, on {self.rows_words}",
         ]
         if computed != "float32":
             lines.append(
                 f"note: computed in {computed}, whose own rounding is part of that; float32 does not fit into memory"
             )
-        elif part > WARN_ERROR_RATIO:
+        elif lost_share > WARN_ERROR_RATIO:
             lines.append(
-                f"warning: rounding to {stored} moved logits by {drift:.2g}, {part:.0%} of what the adapter moves them; "
+                f"warning: rounding to {stored} moved logits by {drift:.2g}, {lost_share:.0%} of what the adapter moves them; "
                 f"{'merge with dtype=float32, or ' if stored != 'float32' else ''}keep the adapter beside the base"
             )
         return lines
 
 
-def merge_record(found: OpenedModel, name: str) -> dict[str, Any]:
+def merge_record(opened: OpenedModel, name: str) -> dict[str, Any]:
     """What a merge was made of: the base's directory, what it was opened as, the SHA-256 of its
     weight files, the adapter.
     """
-    base = Path(found.source["path"])
+    base = Path(opened.source["path"])
+    # of the base as it is now: unmerge must be able to tell that nobody changed it since
     digests = {file.name: file_digest(file) for file in weight_files(base)}
-    asked = Path(found.source["name"])
-    opened_as = str(asked.resolve()) if asked.exists() else found.source["name"]
+    model_path = Path(opened.source["name"])
+    # absolute: unmerge may be called from another folder
+    opened_as = str(model_path.resolve()) if model_path.exists() else opened.source["name"]
     return {"base": str(base), "opened_as": opened_as, "base_weights": digests, "adapter": name}
 
 

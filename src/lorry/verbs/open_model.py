@@ -26,25 +26,26 @@ def open_with_adapters(config: ModelConfig, *, adapters: Sequence[str] = ()) -> 
     from lorry.models.loading.open import open_model
 
     notes: list[str] = []
-    found = open_model(config, notes, adapters=adapters)
+    opened = open_model(config, notes, adapters=adapters)
     for note in notes:
         print_note(f"note: {note}")
-    if found.tokenizer is None:
+    # `lorry.load` gives such a model to Python; every verb reads or writes text
+    if opened.tokenizer is None:
         raise ModelError(
             f"{config.name} has no tokenizer; put its tokenizer.json beside the weights"
         )
-    return found
+    return opened
 
 
-def resolve_adapter_name(found: OpenedModel, asked: str | None, name: str) -> str:
+def resolve_adapter_name(opened: OpenedModel, requested: str | None, name: str) -> str:
     """The adapter that is meant: the one asked for, or the only one. Raises ConfigError otherwise."""
-    known = ", ".join(found.adapters)
-    if not found.adapters:
+    known = ", ".join(opened.adapters)
+    if not opened.adapters:
         raise ConfigError(
             f"{name} is a plain model and has no adapter; name a run or an adapter directory"
         )
-    if asked is not None and asked not in found.adapters:
-        raise ConfigError(f"adapter={asked}: {name} has no such adapter; it has {known}")
-    if asked is None and len(found.adapters) > 1:
+    if requested is not None and requested not in opened.adapters:
+        raise ConfigError(f"adapter={requested}: {name} has no such adapter; it has {known}")
+    if requested is None and len(opened.adapters) > 1:
         raise ConfigError(f"{name} has several adapters; choose with adapter=NAME: {known}")
-    return asked or found.adapters[0]
+    return requested or opened.adapters[0]

@@ -64,6 +64,7 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
     """The whole plan of a description whose model's config was found."""
     shape = read_model_shape(found.config, where=found.where, native=settings.model.native)
     device, gpu = _plan_device(settings)
+    # before the search, whose first choice would meet the error in the middle
     split = _plan_split(settings)
     check_split(split, shape)
     options = open_choices(
@@ -113,17 +114,17 @@ def build_plan(settings: PlanSettings, found: FoundConfig) -> RunPlan:
 
 def _plan_device(settings: PlanSettings) -> tuple[DeviceType, str | None]:
     """cpu or cuda, and the GPU whose numbers count (None: this machine's own)."""
-    asked, gpu = settings.model.device, settings.backend.gpu
-    spread = settings.backend.name != "single"
-    if asked in ("cpu", "mps"):
-        if gpu or spread:
+    device, gpu = settings.model.device, settings.backend.gpu
+    several_gpus = settings.backend.name != "single"
+    if device in ("cpu", "mps"):
+        if gpu or several_gpus:
             raise ConfigError(
-                f"model.device={asked} and backend.{'gpu' if gpu else 'name'} exclude each other; leave one out"
+                f"model.device={device} and backend.{'gpu' if gpu else 'name'} exclude each other; leave one out"
             )
         return "cpu", None
-    if gpu or spread:
+    if gpu or several_gpus:
         return "cuda", gpu or DEFAULT_GPU
-    return ("cuda", None) if asked.startswith("cuda") or machine.has_cuda() else ("cpu", None)
+    return ("cuda", None) if device.startswith("cuda") or machine.has_cuda() else ("cpu", None)
 
 
 def _plan_split(settings: PlanSettings) -> ParallelSplit:
@@ -167,6 +168,7 @@ def _nothing_fits_error(
 ) -> ConfigError:
     """The error, with what a quantised base would need if that is enough."""
     error, least = no_choice_fits_error(settings, search), search.least.choice
+    # the larger first: the least that has to be given up
     for precision in ("int8", "nf4"):
         memory = need(replace(least, precision=precision))
         if settings.model.quantize is None and memory.total <= parse_size(
@@ -198,6 +200,7 @@ def _step_speed(
 ) -> StepSpeed | None:
     """Time of one optimizer step, on all devices together; None where no rate is known."""
     setup = memory_setup(settings, choice, device, machine.has_tiles())
+    # a maker's or a matrix rate is what no step reaches; a run's own steps did reach theirs
     share, measured = step_efficiency(shape, setup), None
     if gpu:
         rate, source = machine.GPUS[gpu].rate, f"{gpu}, maker's figure"
@@ -207,18 +210,18 @@ def _step_speed(
             return None
         rate = measured.rate
         share = 1.0 if isinstance(measured, RunRate) else share
-    one = (
+    device_rate = (
         rate * share / count_flops(shape, adapter_at_rank(settings, shape)(choice.rank), setup).step
     )
-    whole = one * split.processes / pipeline_slowdown(split, choice.accumulation)
+    total_rate = device_rate * split.processes / pipeline_slowdown(split, choice.accumulation)
     tokens = setup.tokens * choice.accumulation * split.data
     return StepSpeed(
         rate=rate,
         source=source,
         measured=measured,
         efficiency=share,
-        tokens_per_second=whole,
-        seconds_per_step=tokens / whole,
+        tokens_per_second=total_rate,
+        seconds_per_step=tokens / total_rate,
     )
 
 
@@ -228,18 +231,19 @@ def _best_measurement(
     """What is known best of this machine (plan/rates.py), and in words where it comes from: steps
     of runs of like size; else its matrix rate, measured now (a few seconds) where none is known or
     the known one is not to be trusted."""
-    computed: PrecisionName = (
+    compute_dtype: PrecisionName = (
         setup.precision if setup.precision in TRAINABLE_PRECISIONS else "bfloat16"
     )
-    identity = machine.machine_identity(setup.device, computed, settings.backend.threads)
+    identity = machine.machine_identity(setup.device, compute_dtype, settings.backend.threads)
     known, path = _known_rates(identity), layer_path(shape)
+    # what a quiet machine reached is its speed; of a busy one the best is only a lower bound
     quiet, fastest = (
         known.of_runs(shape.parameters, setup.tokens, path, quiet=only) for only in (True, False)
     )  # fmt: skip
-    matrix, kept = known.matrix, ""
+    matrix, not_kept = known.matrix, ""
     if quiet is None and not known.trusted(setup.device):
-        matrix, kept = _matrix_measurement(
-            identity, setup.device, computed, settings.backend.threads, known
+        matrix, not_kept = _matrix_measurement(
+            identity, setup.device, compute_dtype, settings.backend.threads, known
         )
     usual = 0.0 if matrix is None else matrix.rate * step_efficiency(shape, setup)
     if fastest is not None and (quiet is not None or fastest.rate > usual):
@@ -247,7 +251,7 @@ def _best_measurement(
     return (
         (None, "")
         if matrix is None
-        else (matrix, f"measured here, the best of {matrix.words('products')}{kept}")
+        else (matrix, f"measured here, the best of {matrix.words('products')}{not_kept}")
     )
 
 

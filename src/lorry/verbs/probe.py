@@ -19,37 +19,37 @@ if TYPE_CHECKING:
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog, and 12 x 7 = 84."
 # at most; logits of 256,000 tokens' vocabulary on them take 200 MB
-PROBE_ROWS, PROBE_TOKENS = (
-    4,
-    48,
-)
+PROBE_ROWS, PROBE_TOKENS = 4, 48
 PROBE_LENGTH_FACTOR = 2.25  # of a model's bytes: merging in memory keeps the weights it had
 
 
-def probe_rows(found: OpenedModel) -> tuple[list[Tensor], str]:
+def probe_rows(opened: OpenedModel) -> tuple[list[Tensor], str]:
     """([1, t] token ids of each row, what they are): rows of the run's own data from its
     samples.json, else one built-in text.
     """
-    texts = [text for text in _run_texts(found.source.get("adapter")) if text.strip()][:PROBE_ROWS]
-    said = f"{len(texts)} rows of the run's data" if texts else "a built-in text"
-    most = min(PROBE_TOKENS, found.model.context or PROBE_TOKENS)
+    texts = [text for text in _run_texts(opened.source.get("adapter")) if text.strip()][:PROBE_ROWS]
+    rows_words = f"{len(texts)} rows of the run's data" if texts else "a built-in text"
+    longest = min(PROBE_TOKENS, opened.model.context or PROBE_TOKENS)
     ids = [
-        found.tokenizer(text, return_tensors="pt").input_ids[:, :most]
+        opened.tokenizer(text, return_tensors="pt").input_ids[:, :longest]
         for text in texts or [PROBE_TEXT]
     ]
-    return [one for one in ids if one.numel()], said
+    # a tokenizer may make no token of a text
+    return [row for row in ids if row.numel()], rows_words
 
 
 def _run_texts(adapter: str | None) -> list[str]:
     """Texts that a run was trained or evaluated on; none where there is no run, or its samples.json
     is not what we write.
     """
+    # the folder of one adapter among several lies in the run's
     folders = [] if adapter is None else [Path(adapter), Path(adapter).parent]
-    folder = next((one for one in folders if (one / SAMPLES).is_file()), None)
+    folder = next((parent for parent in folders if (parent / SAMPLES).is_file()), None)
     if folder is None:
         return []
     try:
         return [text for text in map(_sample_text, read_samples(folder)) if text]
+    # a probe needs any text; that samples.json is damaged is for other verbs to say
     except (DataError, OSError):
         return []
 
@@ -78,8 +78,8 @@ def logits_dtype_name(run: str, stored: str) -> str:
         math.prod(entry.shape)
         for entry in read_tensor_entries(resolve_model(run, notes=[]).directory).values()
     )
-    device, here = pick_device(ModelConfig().device), torch.device("cpu")
+    device, cpu = pick_device(ModelConfig().device), torch.device("cpu")
     fits = free_memory(device) > PROBE_LENGTH_FACTOR * needed and (
-        device.type == "cpu" or free_memory(here) > needed
+        device.type == "cpu" or free_memory(cpu) > needed
     )
     return "float32" if fits else stored

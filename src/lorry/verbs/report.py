@@ -20,6 +20,7 @@ def main(settings: ReportSettings, notes: list[str]) -> int:
     and it is named.
     """
     paths = [Path(run) for run in settings.runs]
+    # first: where no run can be read, nothing is shown
     page = write_report(paths, settings.output_dir)
     runs, damaged = read_readable_runs(paths)
     VisibleConsole(stderr=True).print(table.render_runs(runs, damaged=damaged))

@@ -39,12 +39,13 @@ def main(settings: RunsSettings, notes: list[str]) -> int:
         raise DataError(
             f"{folder}: no such folder; `lorry runs FOLDER` lists the runs below FOLDER"
         )
-    found = status.list_run_states(folder)
+    states = status.list_run_states(folder)
     if settings.format == "json":
         print(
+            # ensure_ascii=False leaves in names what would turn a terminal's text around
             escape_document(
                 json.dumps(
-                    [run_state_json(state) for state in found],
+                    [run_state_json(state) for state in states],
                     indent=1,
                     ensure_ascii=False,
                     allow_nan=False,
@@ -52,13 +53,14 @@ def main(settings: RunsSettings, notes: list[str]) -> int:
             )
         )
         return 0
-    if not found:
+    if not states:
         print(f"no runs in {folder}", file=sys.stderr)
         return 0
+    # rich takes 80 columns for what is no terminal, and grep wants a run in one line
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     console = VisibleConsole(width=WIDE_TERMINAL if piped else None)
-    console.print(table.runs_table(found, datetime.now(UTC).timestamp(), console.width))
-    for state in found:
+    console.print(table.runs_table(states, datetime.now(UTC).timestamp(), console.width))
+    for state in states:
         if state.detail:
             console.print(Text(make_visible(f"{state.name}  {state.state}: {state.detail}")))
     return 0
@@ -66,7 +68,8 @@ def main(settings: RunsSettings, notes: list[str]) -> int:
 
 def run_state_json(state: status.RunState) -> dict[str, Any]:
     """A state as plain JSON: times as ISO text, what is not known or not finite as null."""
-    plain = {
+    values = {
+        # JSON has neither NaN nor infinity
         name: None if isinstance(v, float) and not math.isfinite(v) else v
         for name, v in asdict(state).items()
     }
@@ -80,4 +83,4 @@ def run_state_json(state: status.RunState) -> dict[str, Any]:
         if state.best is None
         else dict(zip(("metric", "value", "step"), state.best, strict=True))
     )
-    return {**plain, "path": str(state.path), "written": written, "best": best}
+    return {**values, "path": str(state.path), "written": written, "best": best}

@@ -20,6 +20,7 @@ def main(run: RunConfig, notes: list[str]) -> int:
         from lorry.hub.push import check_push
         from lorry.verbs import background
 
+        # here, where it reaches the terminal: the child's errors go to a log
         check_push(run, print_note)
         return background.start_background_run(run, run.task)
     from lorry.api import train_and_push
@@ -28,6 +29,7 @@ def main(run: RunConfig, notes: list[str]) -> int:
     from lorry.train.monitoring.signals import raise_on_signals
 
     result = train_and_push(run, [])  # the command line has told its notes
+    # training handles its signals itself; from here on one must not look like a failed run
     with raise_on_signals(
         f"arrived while the report was made. The run is complete; `lorry report {result.path}` makes its page"
     ):
@@ -38,5 +40,6 @@ def main(run: RunConfig, notes: list[str]) -> int:
         console.print(table.contracts_table(finished))
     print(f"report  {page}", file=sys.stderr)
     print(f"chat    lorry chat {result.path}", file=sys.stderr)
+    # alone on standard output: RUN=$(lorry sft ...)
     print(Path(result.path))
     return 0

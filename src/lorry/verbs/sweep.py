@@ -56,10 +56,12 @@ def main(settings: SweepSettings, notes: list[str]) -> int:
                 f"pass {number} of {len(passes)}: {', '.join(job.name for job in run.jobs)}",
                 file=sys.stderr,
             )
+        # notes about the settings are told once, not with every pass
         result = train_and_push(run, notes if number == 1 else [])
         rows += sweep_rows(run, result.adapters, result.outcome)
         paths.append(write_report([result.path]).parent)
     ranked = sorted(rows, key=_ranking_key)
+    # of several passes only their folders have been made
     durable.make_directory(settings.output_dir)
     artifacts.write_json(
         settings.output_dir, SWEEP, {"ranked_by": _ranked_by(rows), "jobs": ranked}
@@ -80,12 +82,12 @@ def sweep_rows(
 ) -> list[dict[str, Any]]:
     """A row of sweep.json for each job of a pass."""
 
-    own = {job.name: job for job in run.jobs}
+    job_by_name = {job.name: job for job in run.jobs}
     return [
         {
             "name": name,
             "path": str(RunDir(run.output_dir).adapter(name, len(adapters))),
-            "settings": own_job_settings(own[name]),
+            "settings": own_job_settings(job_by_name[name]),
             "steps": outcome.jobs[name].steps,
             "loss": outcome.jobs[name].final_loss,
             "best_step": outcome.jobs[name].best_step,
@@ -107,6 +109,7 @@ def own_job_settings(job: JobConfig) -> dict[str, Any]:
 
 def _ranking_key(row: Mapping[str, Any]) -> tuple[bool, float]:
     """Lower is better; what has no held-out loss comes after what has, and what is not finite last."""
+    # a job without an evaluation is ranked by its training loss, behind those that have one
     value = row.get("eval_loss", row["loss"])
     value = math.inf if value is None or not math.isfinite(value) else value
     return "eval_loss" not in row, value
@@ -123,17 +126,19 @@ def _ranked_by(rows: Sequence[Mapping[str, Any]]) -> str:
 def _sweep_row_cells(row: Mapping[str, Any]) -> tuple[str, str, dict[str, str]]:
     from lorry.formatting import MISSING_VALUE, format_number
 
-    own = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in row["settings"].items())
-    held = (
+    settings = ", ".join(
+        f"{name.rpartition('.')[2]} {value}" for name, value in row["settings"].items()
+    )
+    held_out_loss = (
         {"held-out loss": format_number(row["eval_loss"])}
         if "eval_loss" in row
         else {"held-out loss": MISSING_VALUE}
     )
     return (
         row["name"],
-        own,
+        settings,
         {
-            **held,
+            **held_out_loss,
             "last training loss": format_number(row["loss"]),
             "steps": format_number(row["steps"]),
         },

@@ -20,6 +20,7 @@ from lorry.config.parsing.place import (
 )
 from lorry.errors import ConfigError
 
+# DOTALL: a value may have several lines, as a system message has
 ASSIGNMENT = re.compile(r"(?:--)?([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
 SUFFIXES = (".yaml", ".yml", ".json")
 SWITCH_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0", "null"}

@@ -22,6 +22,7 @@ from lorry.config.parsing.files import read_scalar
 from lorry.config.parsing.names import SchemaNames, accepts_type, show_value
 from lorry.errors import ConfigError, suggest_nearest
 
+# those of YAML's core schema; "None" is text, and refused as such
 NULL_WORDS = {"", "~", "null", "Null", "NULL"}
 
 

@@ -31,6 +31,7 @@ from lorry.models.causal_lm import PackedInput
 from lorry.models.scoring.score import log_prob, score_supervised_tokens
 from lorry.models.scoring.vocab import VocabStatistic
 
+# of one forward pass without gradients; logits are made by tiles, so they do not count
 LOGLIKELIHOOD_BATCH_TOKENS = 4096
 # tokens, for a model that does not say how many it takes; the harness assumes as many
 UNKNOWN_CONTEXT = 2048
@@ -63,6 +64,7 @@ class HarnessTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        # BOS, else EOS: the rule of the harness' HFLM
         prefix = (
             tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         )
@@ -89,6 +91,8 @@ class HarnessTokenizer:
                 else TokenPair([self.prefix], ids)
             )
         else:
+            # the space at its end goes with the continuation: " blue" is a token, and "blue" after
+            # a lone space two others
             context_ids, whole_ids = self.ids(context.rstrip()), self.ids(context + continuation)
             pair_ids = (
                 TokenPair(context_ids, whole_ids[len(context_ids) :])

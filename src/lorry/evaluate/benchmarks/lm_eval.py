@@ -48,6 +48,7 @@ from lorry.models.loading.open import OpenedModel, open_model
 from lorry.models.loading.store import GENERATION_CONFIG
 
 try:
+    # an extra of the package: importing this module is how one asks for it
     from lm_eval.api.model import LM
     from lm_eval.api.registry import MODEL_REGISTRY, register_model
     from lm_eval.utils import (
