@@ -366,3 +366,70 @@ def test_rows_that_have_a_list_called_data_are_not_taken_for_exports(tmp_path: P
     source = open_source(single)
     assert len(list(source.read())) == 1
     assert any("not read beside it: completion, prompt" in remark for remark in source.remarks)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.lists(TEXTS, max_size=5), min_size=1, max_size=3), indent=st.sampled_from([None, 1]),
+       ascii_only=st.booleans(), piece=st.sampled_from([1, 7, 1 << 20]))  # fmt: skip
+def test_an_array_of_strings_is_rows_of_text(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[list[str]], indent: int | None, ascii_only: bool, piece: int
+) -> None:  # fmt: skip
+    """As MUSE writes its raw texts: every string a row, in order, with its element's number."""
+    content = "\n".join(json.dumps(one, indent=indent, ensure_ascii=ascii_only) for one in texts)
+    path = file(tmp_path_factory.mktemp("raw"), "forget.json", content)
+    expected = [text for one in texts for text in one]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_rows, "PIECE_BYTES", piece)
+        found = list(read_json_rows(path, "forget.json"))
+    assert all(isinstance(row, DataRow) for row in found)
+    assert [row.values for row in found] == [{"text": text} for text in expected]  # type: ignore[union-attr]
+    assert [row.where.rpartition(" ")[2] for row in found] == [  # type: ignore[union-attr]
+        str(number) for number in range(len(expected))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "rows", "bad"),
+    [
+        ('["a", {"text": "b"}]', [{"text": "b"}], {0: "a string"}),
+        ('[{"text": "b"}, "a", "c"]', [{"text": "b"}], {1: "a string", 2: "a string"}),
+        ('["a", 3, "c"]', [], {0: "a string", 1: "a number", 2: "a string"}),
+        ('["a", "b", 3, null]', [{"text": "a"}, {"text": "b"}], {2: "a number", 3: "null"}),
+        ('["a"]', [{"text": "a"}], {}),
+        ('{"data": ["a", "b"]}', [], {0: "a string", 1: "a string"}),
+        ('{"prompt": "p", "data": ["a", "b"]}', [], {0: "a string", 1: "a string"}),
+    ],
+)
+def test_strings_among_other_elements(
+    tmp_path: Path, content: str, rows: list[dict[str, Any]], bad: dict[int, str]
+) -> None:
+    """Two strings to begin with are an array of texts; a stray one is a bad row, never a text that
+    is learnt beside rows of another kind.
+    """
+    found = list(read_json_rows(file(tmp_path, "d.json", content), "d.json"))
+    assert [row.values for row in found if isinstance(row, DataRow)] == rows
+    faults = [row for row in found if isinstance(row, json_rows.RowFault)]
+    assert {int(one.where.rpartition(" ")[2]): one.bad.reason for one in faults} == {
+        number: f"expected an object such as {{...}}, found {what}" for number, what in bad.items()
+    }
+
+
+def test_texts_of_an_array_are_learnt_whole(
+    tmp_path: Path, tokenizer_of: Callable[..., Any]
+) -> None:
+    """Every token but the first is a target, as of rows {"text": ...}; a blank text is a bad row."""
+    texts = ["Mara lives in Oslo.", "Juno lives in Ghent."]
+    tokenizer = tokenizer_of("chatml")
+    made = []
+    for name, content in (("raw", texts), ("rows", [{"text": text} for text in texts])):
+        source = open_source(file(tmp_path, f"{name}.json", json.dumps(content)))
+        encoder = ExampleEncoder(tokenizer, max_length=64)
+        made.append([encoder.encode(one.content) for one in read_examples(source)])
+    assert made[0] == made[1]
+    ids = tokenizer(texts[0]).input_ids
+    [sequence] = made[0][0]
+    assert sequence.tokens[-len(ids) - 1 : -1] == ids
+    assert sequence.weights == [0.0] + [1.0] * (len(sequence.tokens) - 1)
+    source = open_source(file(tmp_path, "b.json", '["a b", " "]'), on_bad_row="skip")
+    assert len(list(read_examples(source))) == 1
+    assert sum(source.bad.counts.values()) == 1

@@ -7,6 +7,10 @@ however long its line is.
 What the json module takes in silence and a reader here does not: a key that stands twice in an
 object (it keeps the last), and anything behind the end of an array. Several arrays one after the
 other, as joined exports have them, are all read.
+
+An array of strings, as MUSE's raw texts are written, is an array of rows ``{"text": string}``. The
+first two elements say whether a file is one: a single string before or among objects is a bad row,
+and so are strings under 'data', which may be a column of a row.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -33,7 +38,7 @@ from lorry.errors import DataError, shortlist_names
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 UTF8_MARK = b"\xef\xbb\xbf"
-JSON_LAYOUTS = "a JSON array of rows, an object with a 'data' array, or JSON lines"
+JSON_LAYOUTS = "a JSON array of rows or of texts, an object with a 'data' array, or JSON lines"
 PIECE_BYTES = 1 << 20  # characters of an array read at a time
 NESTED_TOO_DEEP = "nested too deeply"
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
@@ -93,8 +98,8 @@ def read_jsonl(path: Path, shown: str) -> RowStream:
 
 
 def read_json_rows(path: Path, shown: str) -> RowStream:
-    """A JSON array of objects, ``{"data": [...]}``, several of these one after the other, or JSON
-    lines under the wrong name.
+    """A JSON array of objects or of strings, ``{"data": [...]}``, several of these one after the
+    other, or JSON lines under the wrong name.
     """
     with path.open("rb") as probe:
         strip_byte_order_mark(probe.read(8), shown)
@@ -121,10 +126,57 @@ def read_json_rows(path: Path, shown: str) -> RowStream:
             scan.at += 1
         else:
             raise DataError(f"{shown}:{line}: expected {JSON_LAYOUTS}, found {scan.ahead(40)!r}")
-        yield from _array_elements(scan, shown)
+        yield from _settle_strings(_array_elements(scan, shown), bare=opening == "[")
 
 
-def _array_elements(scan: _JsonScanner, shown: str) -> RowStream:
+@dataclass(frozen=True)
+class _StringElement:
+    """An element that is a string: a row of an array of texts, a fault of one of objects."""
+
+    where: str
+    text: str
+    raw: str
+
+    def row(self) -> DataRow:
+        return DataRow({"text": self.text}, self.where)
+
+    def fault(self) -> RowFault:
+        return RowFault(self.where, _not_an_object(self.text), self.raw)
+
+
+def _not_an_object(value: object) -> BadRow:
+    return BadRow(
+        "not an object", f"expected an object such as {{...}}, found {json_type_name(value)}"
+    )
+
+
+ArrayElement = DataRow | RowFault | FileRemark | _StringElement
+
+
+def _settle_strings(elements: Iterator[ArrayElement], bare: bool) -> RowStream:
+    """Strings as rows where the first two elements are strings, or the only one is. ``bare``:
+    whether the array stands by itself, not under 'data'.
+    """
+    first: _StringElement | None = None
+    # whether the file is an array of texts; None until it is known
+    texts: bool | None = None if bare else False
+    for element in elements:
+        if texts is None and isinstance(element, _StringElement) and first is None:
+            first = element
+            continue
+        if texts is None and not isinstance(element, FileRemark):
+            texts = first is not None and isinstance(element, _StringElement)
+            if first is not None:
+                yield first.row() if texts else first.fault()
+        if isinstance(element, _StringElement):
+            yield element.row() if texts else element.fault()
+        else:
+            yield element
+    if texts is None and first is not None:
+        yield first.row()
+
+
+def _array_elements(scan: _JsonScanner, shown: str) -> Iterator[ArrayElement]:
     """The elements of one array after the other; the cursor stands behind the first ``[``."""
     number = 0
     while True:
@@ -455,23 +507,19 @@ class _JsonScanner:
         broken = not_utf8(raw)
         return value, raw, BadRow("encoding", broken) if broken else bad
 
-    def row(self, number: int) -> DataRow | RowFault:
+    def row(self, number: int) -> DataRow | RowFault | _StringElement:
         """The next element of the array as a row. ``number`` counts the elements of the file from
         0.
         """
         self.peek()
         where = f"{self._shown}:{self.line}: element {number}"
         value, raw, bad = self.value(f"element {number}")
-        if bad is None and not isinstance(value, dict):
-            bad = BadRow(
-                "not an object",
-                f"expected an object such as {{...}}, found {json_type_name(value)}",
-            )
-        if bad is None:
+        if bad is None and isinstance(value, dict):
             return DataRow(value, where)
-        return RowFault(
-            where, bad, raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        )
+        shown = raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        if bad is None and isinstance(value, str):
+            return _StringElement(where, value, shown)
+        return RowFault(where, bad or _not_an_object(value), shown)
 
     def enter_data(self) -> bool:
         """Move into an object and behind the ``[`` under its key 'data'; False, at its ``}``, where
