@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from lorry.data.encoding.cut import cut_prompt_tokens
-from lorry.data.encoding.encode import TOO_LONG, EncodedSequence, ExampleEncoder, encode_example
+from lorry.data.encoding.encode import TOO_LONG, EncodedSequence, ExampleEncoder
 from lorry.data.encoding.tokens import MarkedTokens
 from lorry.data.reading.bad_rows import BadRow
 from lorry.data.reading.content import ChatMessage, Conversation, ExampleContent, TextDocument
@@ -35,6 +35,13 @@ def with_bos(tokenizer: Any) -> Any:
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", made.eos_token_id)]
     )
     return made
+
+
+def encode_example(
+    content: ExampleContent, tokenizer: Any, **settings: Any
+) -> list[EncodedSequence] | BadRow:
+    """One example, by an encoder of its own."""
+    return ExampleEncoder(tokenizer, **settings).encode(content)
 
 
 def only(made: list[EncodedSequence] | BadRow) -> EncodedSequence:

@@ -6,13 +6,12 @@
 ``weights[t]`` is the weight of token t as a target, so the first is always 0. Of a chat or a prompt
 with completion the answers are learnt, each with its end of turn; of a text everything, with the
 end of text behind it. The end is learnt because of where it stands, not by its id: a padding token
-that is the same id changes nothing.
+that is the same id changes nothing. Text that is rendered already: `rendered.py`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from lorry.data.encoding.cut import (
     end_of_supervised,
     split_text_tokens,
 )
+from lorry.data.encoding.rendered import RenderedTextDetector
 from lorry.data.encoding.template import (
     PLAIN_TEMPLATE,
     RESERVED_CHARACTERS,
@@ -42,8 +42,6 @@ from lorry.errors import ConfigError, DataError, ModelError
 
 # the kind of a sound row whose answer does not fit: dropped with a count, not an error
 TOO_LONG = "too long"
-ALREADY_RENDERED = "the prompt is rendered by the chat template already"
-AS_MESSAGES = "give plain text or messages instead"
 MOST_CUT_ROUNDS = (
     8  # tries to hit max_length when a prompt is cut; each lands within a few tokens of it
 )
@@ -127,24 +125,9 @@ class ExampleEncoder:
             shown
         ).text.lstrip().startswith(opener.strip())
         self.notes: Counter[str] = Counter()
-        specials = special_token_texts(tokenizer)
-        self._control = re.compile(
-            "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)"
+        self.rendered = RenderedTextDetector(
+            tokenizer, self.template, self.notes, template_is_own=self.has_template, opener=opener
         )
-        self._bos = [bos for bos in (opener.strip(), tokenizer.bos_token) if bos]
-        # of an opening only the first line: what follows it may be a default system message, or
-        # today's date
-        starts = {
-            (self._without_bos(start).splitlines() or [""])[0].strip()
-            for start in self.template.openings
-        }
-        self._openings = (
-            tuple(sorted(start for start in starts if start)) if self.has_template else ()
-        )
-        # no other character begins a rendered text
-        self._begins = {start[0] for start in (*self._bos, *self._openings)}
-        self._header = self.template.written_header.strip()
-        self._header_is_control = self.has_template and bool(self._control.search(self._header))
 
     def identity(self) -> str:
         """All that decides what this encoder makes of a row, as text; "" for a tokenizer that
@@ -244,7 +227,7 @@ class ExampleEncoder:
         return BadRow("vocabulary", reason) if reason else made
 
     def _prompt(self, conversation: Conversation) -> list[int]:
-        if rendered := self._rendered(conversation):
+        if rendered := self.rendered.split_rendered(conversation, self.system):
             ids = self.tokens.one(rendered[0]).ids
             return self._opened(ids) if self._template_opens else ids
         messages = self._prepared(conversation)[:-1]
@@ -295,7 +278,7 @@ class ExampleEncoder:
                         prompt + answer, spans, last_line, opened=True, closed=True, skipped=skipped
                     )
                 ]
-            if rendered := self._rendered(content):
+            if rendered := self.rendered.split_rendered(content, self.system):
                 return [self._rendered_draft(*rendered)]
             messages, skipped = cut_longest_middle(
                 self.tokens, self._prepared(content), self.max_length
@@ -328,8 +311,10 @@ class ExampleEncoder:
     def _text(self, text: str) -> _RenderedDraft:
         """A text with BOS and EOS around it, each put only where the text does not bring its own."""
         opened = closed = True
-        if self._control.search(text):
-            rendered = self._begins_rendered(text, self.template.written_header.strip() in text)
+        if self.rendered.control_tokens.search(text):
+            rendered = self.rendered.begins_rendered(
+                text, self.template.written_header.strip() in text
+            )
             kind = (
                 "are chats that are rendered already, learnt whole"
                 if rendered
@@ -342,132 +327,6 @@ class ExampleEncoder:
                 text, closed = text.rstrip(), False
             opened = self._template_opens or not rendered
         return _RenderedDraft(text, [(0, len(text))], opened=opened, closed=closed, whole=True)
-
-    def _without_bos(self, text: str) -> str:
-        text = text.lstrip()
-        while bos := next((bos for bos in self._bos if text.startswith(bos)), ""):
-            text = text.removeprefix(bos).lstrip()
-        return text
-
-    def _begins_rendered(self, text: str, closed: bool) -> bool:
-        """Whether a text begins as the chat template begins a chat, white space and BOS aside.
-
-        A control token in the middle says nothing: people ask about them. An opening without a
-        control token (``[INST]`` as plain text) counts only with ``closed``: the assistant's header
-        stands where it belongs.
-        """
-        if text.lstrip()[:1] not in self._begins:
-            return False
-        begun = self._without_bos(text)
-        return any(
-            begun.startswith(start) and (closed or self._control.search(start))
-            for start in self._openings
-        )
-
-    def _rendered(self, conversation: Conversation) -> tuple[str, str] | None:
-        """(prompt up to the assistant's header, answer) of a question that the chat template has
-        rendered already, else None.
-
-        It is known by how it begins. Raises TemplateRefusal where a system message, tools or marks
-        of what is learnt would have to go into it, where its last question does not end, and where
-        a format's own column stands behind it.
-        """
-        turns = [message for message in conversation.messages if message.role != "system"]
-        header, question = self.template.written_header.strip(), self.template.question_header
-        if not self.has_template or [turn.role for turn in turns] != ["user", "assistant"]:
-            return None
-        asked, answer = turns[0].content, self._without_header(turns[1]).content
-        if not self._begins_rendered(asked, bool(header) and asked.rstrip().endswith(header)):
-            return None
-        if self.system or conversation.tools or len(turns) < len(conversation.messages):
-            raise TemplateRefusedError(
-                "the prompt is rendered by the chat template already, so no system message and no tools can be put into it; "
-                "leave them out, or give the prompt as plain text or messages"
-            )
-        if any(turn.unlearnt or not turn.learnt for turn in turns):
-            raise TemplateRefusedError(
-                f"{ALREADY_RENDERED}, so its turns' weight, train or train_detail have no place; {AS_MESSAGES}"
-            )
-        self._refuse_further_turns(answer)
-        at = asked.rfind(header) if header else len(asked)
-        # or the answer brought it
-        missing = bool(header) and at <= (asked.rfind(question) if question else -1)
-        if missing and not asked.rstrip().endswith(self.template.question_end):
-            raise TemplateRefusedError(
-                f"{ALREADY_RENDERED}, but its last question does not end; {AS_MESSAGES}"
-            )
-        # of several columns, as alpaca's
-        composed = conversation.plain is not None and conversation.plain[0] != asked
-        if composed and not missing and asked[at:].removeprefix(header).strip():
-            raise TemplateRefusedError(
-                f"{ALREADY_RENDERED}, and another column stands behind the assistant's header; {AS_MESSAGES}"
-            )
-        self.notes[
-            "prompts are rendered by the chat template already; no second chat was put around them"
-        ] += 1
-        if missing:
-            asked, at = f"{asked}{self.template.written_header}", len(asked)
-            answer = answer.lstrip("\n") if self.template.written_header.endswith("\n") else answer
-        # white space behind the header as the template has it
-        if not asked[at:].removeprefix(header).strip():
-            asked = asked[:at] + self.template.written_header.lstrip()
-        return asked, self._bare(answer)
-
-    def _without_header(self, message: ChatMessage) -> ChatMessage:
-        """An answer without the assistant's header that it brings itself: the template writes it.
-        Raises TemplateRefusal.
-        """
-        header = self._header
-        if message.role != "assistant" or not self._header_is_control:
-            return message
-        if not (said := self._without_bos(message.content)).startswith(header):
-            return message
-        if message.unlearnt:
-            raise TemplateRefusedError(
-                "an answer with train_detail brings the chat template's header; leave the header out"
-            )
-        self.notes["answers bring the chat template's header; it was left to the template"] += 1
-        said = said.removeprefix(header)
-        return replace(
-            message,
-            content=said.lstrip("\n") if self.template.written_header.endswith("\n") else said,
-        )
-
-    def _refuse_further_turns(self, answer: str) -> None:
-        """Raise TemplateRefusal for an answer in which the rendered chat goes on: its questions
-        would be learnt.
-        """
-        question, turn = self.template.question_header, self.template.end_of_turn
-        if question and turn and question in answer.partition(turn)[2]:
-            raise TemplateRefusedError(
-                f"the answer goes on with another rendered question; {AS_MESSAGES}"
-            )
-
-    def _refuse_rendered(self, message: ChatMessage) -> None:
-        """Raise TemplateRefusal for a turn that would get a second turn around it."""
-        if not self.has_template:
-            return
-        if message.role == "assistant":
-            self._refuse_further_turns(message.content)
-            return
-        closed = self._header_is_control and message.content.rstrip().endswith(self._header)
-        if closed or self._begins_rendered(message.content, closed):
-            raise TemplateRefusedError(
-                f"a turn of the {message.role} is rendered by the chat template already; {AS_MESSAGES}"
-            )
-
-    def _bare(self, answer: str) -> str:
-        """An answer without the ends of turn and of text behind it. Raises TemplateRefusal when
-        nothing is left.
-        """
-        ends = [end for end in (self.template.end_of_turn, self.tokenizer.eos_token) if end]
-        while end := next((end for end in ends if answer.rstrip().endswith(end)), ""):
-            answer = answer.rstrip().removesuffix(end)
-        if not answer.strip():
-            raise TemplateRefusedError(
-                "the answer is nothing but an end of turn: there is nothing to learn"
-            )
-        return answer
 
     def _rendered_draft(self, prompt: str, answer: str) -> _RenderedDraft:
         """The example of a prompt that was rendered elsewhere: BOS where the template writes it,
@@ -560,23 +419,10 @@ class ExampleEncoder:
             )
         if self.system and messages[0].role != "system":
             messages.insert(0, ChatMessage("system", self.system))
-        bare = [self._without_header(message) for message in messages]
+        bare = [self.rendered.without_header(message) for message in messages]
         for message in bare:
-            self._refuse_rendered(message)
-        return tuple(self._without_end(message) for message in bare)
-
-    def _without_end(self, message: ChatMessage) -> ChatMessage:
-        """An answer that already ends with the end of turn or of text would end twice."""
-        if self._control.search(message.content):
-            for end in (self.template.end_of_turn, self.tokenizer.eos_token):
-                if end and message.role == "assistant" and message.content.rstrip().endswith(end):
-                    return self._without_end(
-                        replace(message, content=message.content.rstrip().removesuffix(end))
-                    )
-            self.notes[
-                "messages hold control tokens of the tokenizer as text; they are read as control tokens"
-            ] += 1
-        return message
+            self.rendered.refuse_rendered(message)
+        return tuple(self.rendered.without_end(message) for message in bare)
 
     def _finish(
         self, draft: _RenderedDraft, marked: MarkedTokens
@@ -715,17 +561,3 @@ class ExampleEncoder:
             f"the answer of {answer} tokens with {fixed} more for {what} is longer than max_length={self.max_length}; "
             f"{answer + fixed} would do",
         )
-
-
-def encode_example(
-    content: ExampleContent,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    completion_only_loss: bool = True,
-    system: str | None = None,
-) -> list[EncodedSequence] | BadRow:
-    """Encode one example; for many, keep an ``ExampleEncoder``."""
-    return ExampleEncoder(
-        tokenizer, max_length=max_length, completion_only_loss=completion_only_loss, system=system
-    ).encode(content)
