@@ -115,8 +115,10 @@ class Batch:
         keep = torch.tensor(
             [role is None or r == role for r in self.role], device=self.starts.device
         )
+        # the base has no loss of its own to be divided by a weight
         keep &= self.adapter >= 0
         if per == "token":
+            # [S] float64: in float32 a count above 2^24 would lose tokens
             per_sequence = torch.zeros(len(self), dtype=torch.float64, device=self.starts.device)
             per_sequence.index_add_(0, self.sequence_of, self.weights.double())
         else:
@@ -126,6 +128,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
+        # from pinned memory the copy need not be waited for
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
         return replace(
             self,
@@ -165,6 +168,7 @@ def collate(examples: Sequence[TokenizedExample]) -> Batch:
             raise ValueError(
                 f"example {e.key}: {len(e.tokens)} tokens and {len(e.weights)} weights; both must be equal and above 0"
             )
+        # its logits would be those of the neighbour that lies before it in the pack
         if e.weights[0]:
             raise ValueError(
                 f"example {e.key}: the first token has no logits before it and cannot carry weight {e.weights[0]}"
@@ -172,6 +176,7 @@ def collate(examples: Sequence[TokenizedExample]) -> Batch:
     lengths = torch.tensor([len(e.tokens) for e in examples])
     starts = torch.zeros(len(examples) + 1, dtype=torch.int64)
     torch.cumsum(lengths, 0, out=starts[1:])
+    # a tensor that some examples lack could not be told apart from zeros afterwards
     names = list(examples[0].extra)
     if any(list(e.extra) != names for e in examples):
         raise ValueError("examples of one batch must carry the same extra tensors")

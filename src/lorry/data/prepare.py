@@ -81,6 +81,7 @@ def prepare_data(
     known = {} if known is None else known
     # who is held out, and templates, hang on the seed
     drawn = train.seed if data.test_size is not None or data.mix else None
+    # equal settings read equal rows; whatever of the run decides which belongs into this key
     settings = f"{data.model_dump_json()} {train.per_device_eval_batch_size} {drawn}"
     rows = known.get(settings) or _read_rows(data, train, tokenizer, quarantine, make)
     shape: dict[str, Any] = {
@@ -88,6 +89,7 @@ def prepare_data(
         "gradient_accumulation_steps": train.gradient_accumulation_steps, "packing": data.packing,
         "max_tokens": train.per_device_train_batch_size * data.max_length, "shuffle": data.shuffle,
     }  # fmt: skip
+    # a stream has a position, so jobs never share one
     if rows.tokens is None:
         assert rows.source is not None
         streamed = StreamingTrainStream(
@@ -125,6 +127,7 @@ def _read_rows(
     quarantine: Path,
     make: Callable[..., ExampleEncoder],
 ) -> EncodedRows:
+    # of plain text everything is learnt whatever this says
     only = True if data.completion_only_loss is None else data.completion_only_loss
     encoder = make(
         tokenizer, max_length=data.max_length, completion_only_loss=only, system=data.system
@@ -135,9 +138,11 @@ def _read_rows(
     source = _open_data_source(
         data, data.path or [], data.split, quarantine, limit=data.n, streaming=data.streaming
     )
+    # a piece of a document stops where it was cut, not where it ends
     ends = [] if _plain_text(source, form) else encoder.stop_tokens()
     tokens = None if data.streaming else TokenSet.build(source, encoder, form=form)
     held: list[Batch] = []
+    # held out of what was encoded, so bad rows do not count towards the share
     if data.test_size is not None and tokens is not None:
         tokens, aside = tokens.held_out(data.test_size, train.seed)
         held = aside.eval_batches(train.per_device_eval_batch_size)
@@ -163,6 +168,7 @@ def _read_mix(
     )
     held = read_held_out(data, encoder, seed=train.seed, quarantine=quarantine)
     if data.test_size is not None:
+        # of each set, so that a small one is not lost among the rest
         pairs = [part.held_out(data.test_size, train.seed) for part in parts]
         parts, held = [rest for rest, _ in pairs], [drawn for _, drawn in pairs]
     tokens = TokenSet.mixture(parts, mixture_shares(data))
@@ -188,6 +194,7 @@ def _evaluation_batches(
         quarantine,
         limit=data.eval_n,
     )
+    # another file may be in another format
     return TokenSet.build(source, encoder, form=form if data.eval is None else None).eval_batches(
         train.per_device_eval_batch_size
     )

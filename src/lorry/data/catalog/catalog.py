@@ -70,6 +70,7 @@ class Catalog:
         that is taken.
         """
         sets, spellings, added = dict(self.sets), dict(self.spellings), list(added)
+        # a set called as a suite could be meant by neither name
         suites = {_spelling_key(name): name for name in self.suites}
         for one in added:
             for name in (one.name, *one.aliases):
@@ -105,6 +106,7 @@ def open_catalog(path: str | None, field: str = "data.catalog") -> Catalog:
 def shipped_catalog() -> Catalog:
     """The sets that Lorry brings (``sets/NAME.yaml``) and its suites (``suites.yaml``), read once."""
     suites = read_description_file(SHIPPED_SUITES, "suites by name").values
+    # Lorry's own sets go through the same check of names as a user's
     empty = Catalog({}, {name: tuple(sets) for name, sets in suites.items()}, {})
     return empty.with_sets(read_set_file(file) for file in list_set_files(SHIPPED_SETS))
 

@@ -47,6 +47,7 @@ _MARKS = re.compile(r"\[[a-z_]+\]\s*")
 
 
 def _yes_no_index(value: Any) -> int:
+    # booleans, 0 and 1, and words of exports alike
     word = str(value).strip().lower().rstrip(".")
     if word not in _YES_NO_LABELS:
         raise unknown_label_error(value, YES_NO)
@@ -112,6 +113,7 @@ def read_hellaswag(row: RowColumns) -> ItemFields:
     """HellaSwag's hub rows, in context and endings without WikiHow's marks."""
     column = column_of(row, ("endings", "choices"))
     endings = [_strip_wikihow_marks(ending) for ending in text_list(row[column], column)]
+    # endings have the marks that the context has, and would be told apart by them
     return _read_endings({**row, "endings": endings})
 
 

@@ -56,6 +56,7 @@ def generative_fields(
     """Fields of a generative row: the first answer is learnt, every one is a reference. Raises
     Unusable without one.
     """
+    # annotators repeat each other; the first is what is learnt
     right = tuple(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
     if not right:
         raise UnusableRowError("empty answer", "the answer is empty: there is nothing to learn")
@@ -83,6 +84,7 @@ def choice_fields(
         raise UnusableRowError(
             "label", f"no option is marked as right among {number_options(texts)}"
         )
+    # two options of the same text cannot be ranked against each other
     answers = tuple(dict.fromkeys(texts[number] for number in right))
     marked = tuple(number for number, text in enumerate(texts) if text in answers)
     return ItemFields(slots, answers[0], answers, texts, marked)
@@ -108,6 +110,7 @@ def fill_template(template: str, slots: Mapping[str, str]) -> str:
     for paragraph in template.split("\n\n"):
         names = template_slots(paragraph)
         if all(slots.get(name, "").strip() for name in names):
+            # one pass over the template: a brace in a value is a brace
             kept.append(paragraph.format_map({name: slots[name].strip() for name in names}))
     return "\n\n".join(kept)
 
@@ -124,7 +127,9 @@ def option_slots(options: Sequence[str]) -> dict[str, str]:
     if not options:
         return {}
     lettered = "\n".join(
-        f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, options, strict=False)
+        # beyond Z there are no letters; the options are in {options} all the same
+        f"{letter}. {text}"
+        for letter, text in zip(string.ascii_uppercase, options, strict=False)
     )
     listed = " or ".join(filter(None, (", ".join(options[:-1]), options[-1])))
     return {
@@ -139,6 +144,7 @@ def shorten_text(text: str, limit: int) -> str:
     cut at.
     """
     text = text.strip()
+    # in characters, so the cut is the same for every tokenizer
     if len(text) <= limit:
         return text
     spaces = [match.start() for match in _SPACE.finditer(text, 0, limit + 1)]

@@ -68,6 +68,7 @@ def column_slots(row: RowColumns, /, *names: str, **renamed: str) -> dict[str, s
     """
     found = {name: required_text(row, name) for name in names}
     for slot, columns in renamed.items():
+        # the mark is the setting's, not part of the last column's name
         listed = columns.removesuffix("?").split("|")
         found[slot] = (
             optional_text(row, *listed) if columns.endswith("?") else required_text(row, *listed)
@@ -133,12 +134,14 @@ def option_by_label(label: Any, options: Sequence[str], labels: Sequence[str] = 
     """
     wanted = label.strip() if isinstance(label, str) else label
     if labels:
+        # rows with labels of their own ("A", or "1" counted from 1) are never counted by position
         known = [item.strip() for item in labels]
         if str(wanted) not in known or len(known) != len(options):
             raise unknown_label_error(
                 label, [f"{name}: {text}" for name, text in zip(known, options, strict=False)]
             )
         return known.index(str(wanted))
+    # True would be position 1
     if isinstance(wanted, int) and not isinstance(wanted, bool):
         return _check_option_index(wanted, label, options)
     if not isinstance(wanted, str):
@@ -146,6 +149,7 @@ def option_by_label(label: Any, options: Sequence[str], labels: Sequence[str] = 
             "label",
             f"the label is {describe_type(label)}; expected an option's number, letter or text: {number_options(options)}",
         )
+    # "2" may be the text of an option and the position of another: then the row is refused
     texts = [option.strip() for option in options]
     places = {texts.index(wanted)} if wanted in texts else set()
     if len(wanted) == 1 and wanted in string.ascii_uppercase:
@@ -209,6 +213,7 @@ def choice_columns_reader(
     def read(row: RowColumns) -> ItemFields:
         options = [text_of(row[name], name) for name in columns]
         value = row[label]
+        # letters before digits: no column of digits holds one
         if isinstance(value, str) and value.strip() in list(string.ascii_uppercase[: len(columns)]):
             return choice_fields(asked(row), options, [string.ascii_uppercase.index(value.strip())])
         text = str(value).strip()
@@ -239,6 +244,7 @@ def split_adapters_instruction(instruction: str) -> tuple[str, list[str], list[s
             "format",
             "'instruction' is not one of LLM-Adapters' (Please choose ... Answer format: answer1/answer2)",
         )
+    # "answer1/answer2", "true/false", "solution1/solution2"
     names = match[2].split("/")
     asked, *options = re.split(
         "|".join(rf"\s+{re.escape(name.capitalize())}: " for name in names), match[1]
@@ -258,5 +264,6 @@ def split_alpaca_prompt(prompt: str) -> tuple[str, str]:
     head, frame, rest = prompt.partition("### Instruction:")
     if not frame:
         return head.strip(), ""
+    # what stands behind the response header is no part of the question
     instruction, _, given = rest.partition("### Response:")[0].partition("### Input:")
     return instruction.strip(), given.strip()

@@ -108,12 +108,14 @@ class NamedSet:
         """The template of row ``number``: a hash of (name, seed, number), so the same on every
         machine and in any order.
         """
+        # the parts cannot run together: no name has a NUL
         key = f"{self.name}\0{seed}\0{number}".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % len(
             self.templates
         )
 
     def _layout(self, row: Mapping[str, Any]) -> ColumnLayout:
+        # the first that fits: rows may have columns of two layouts
         for form in self.layouts:
             if form.fits(row):
                 return form
@@ -137,6 +139,7 @@ class NamedSet:
         if not prompt.strip():
             # every paragraph names a slot that is empty here
             raise UnusableRowError("empty prompt", "no paragraph of the template can be filled")
+        # a number is learnt with its reasoning, so its reference is given apart
         references = fields.references or (fields.answer,)
         return NamedSetItem(
             prompt,

@@ -68,6 +68,7 @@ def _number(slots: SlotColumns, answers: str) -> FieldsReader:
     columns = tuple(answers.split("|"))
 
     def read(row: RowColumns) -> ItemFields:
+        # before the slots: what is no number has nothing to be asked for
         number = text_rows.bare_number(row[column_of(row, columns)])
         return ItemFields(column_slots(row, **slots), number, (number,))
 
@@ -165,6 +166,7 @@ def _known_columns(
 
 
 ROW_READERS: dict[str, RowReader] = {
+    # any columns, named by the layout
     "generate": RowReader(_generate, ("slots",), ("answers",)),
     "number": RowReader(_number, ("slots", "answers"), columns=("answers",)),
     "multiple_choice": RowReader(
@@ -188,6 +190,7 @@ ROW_READERS: dict[str, RowReader] = {
         _class_label, ("slots", "options", "label"), ranked=True, columns=("label",)
     ),
     "llm_adapters": RowReader(_llm_adapters, ("slots",), ranked=True),
+    # columns of one public set
     "alpaca_prompt": _known_columns(text_rows.read_alpaca_prompt, "instruction", "input"),
     "bool_q": _known_columns(choice_rows.read_bool_q, "question", "passage", ranked=True),
     "bool_q_adapters": _known_columns(choice_rows.read_bool_q_adapters, "question", ranked=True),

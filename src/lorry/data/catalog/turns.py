@@ -22,6 +22,7 @@ def item_conversation(item: NamedSetItem, shots: Sequence[NamedSetItem] = ()) ->
         for shot in shots
         for message in (ChatMessage("user", shot.prompt), ChatMessage("assistant", shot.answer))
     ]
+    # one space before an answer: where a word's space belongs to its token
     blocks = [f"{prompt_with_cue(shot)} {shot.answer}" for shot in shots]
     messages = (*turns, ChatMessage("user", item.prompt), ChatMessage("assistant", item.answer))
     return Conversation(

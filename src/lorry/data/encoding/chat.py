@@ -68,14 +68,17 @@ def render_chat(
     ended, used = False, 0
     for index, message in enumerate(messages):
         if message.role != "assistant":
+            # a question is never learnt otherwise, so its marks have nothing to change
             if everything and not message.learnt:
                 start, end = locate_message(template, messages, index, rendered.text)
                 unlearnt.append((start, _with_end_of_turn(template, rendered.text, end)[0]))
             continue
         answer = locate_message(template, messages, index, rendered.text)
         block = _generation_block(rendered, answer)
+        # blocks that no answer claims are counted at the end: they would be lost without a word
         used += block is not None
         end, ended = _with_end_of_turn(template, rendered.text, answer[1])
+        # the chat up to here is what the model writes; does the longer one still begin with it?
         if index < len(messages) - 1 and not template.render(messages[: index + 1]).text.startswith(
             rendered.text[:end]
         ):
@@ -89,6 +92,7 @@ def render_chat(
         begin = _answer_start(template, rendered, answer, block, spans[-1][1] if spans else 0)
         if begin is not None:
             spans.append((begin, end))
+        # an unmarked turn is learnt only where everything is
         if begin is not None or everything:
             unlearnt += _unlearnt_spans(
                 message, rendered.text, answer, (answer[0] if begin is None else begin, end)
@@ -111,6 +115,7 @@ def _unlearnt_spans(
     if not message.unlearnt:
         return []
     said = text[answer[0] : answer[1]]
+    # a template may trim an answer, which moves the characters that its marks count
     shift = message.content.find(said)
     if shift < 0 or message.content[:shift].strip():
         raise TemplateRefusedError(
@@ -131,6 +136,7 @@ def locate_message(
     if (known := template.framed_span(messages, index, text)) is not None:
         return known
     changed = [*messages]
+    # without the thoughts: a template may move them, and the probe is to stand for all of the turn
     changed[index] = replace(messages[index], content=PROBE_CHARACTER, reasoning="")
     probed = template.render(changed).text
     at = probed.find(PROBE_CHARACTER)
@@ -138,6 +144,7 @@ def locate_message(
         raise TemplateRefusedError(
             f"the chat template shows message {index + 1} {'more than once' if at >= 0 else 'not at all'}"
         )
+    # an answer that opens as the probe's surroundings do would push the common prefix too far
     start = at if text.startswith(probed[:at]) else common_prefix(text, probed)
     tail = probed[at + 1 :]
     if not text.endswith(tail) or len(text) - len(tail) < start:
@@ -153,6 +160,7 @@ def _with_end_of_turn(template: ChatTemplate, text: str, end: int) -> tuple[int,
     """
     if not template.end_of_turn:
         return end, False
+    # white space belongs to the answer: the model has to write it before it may stop
     found = re.compile(r"\s*" + re.escape(template.end_of_turn)).match(text, end)
     return (found.end(), True) if found else (end, False)
 
@@ -185,6 +193,7 @@ def _answer_start(
         raise TemplateRefusedError("the chat template leaves nothing of an answer")
     if rendered.blocks:
         return block[0] if block else None
+    # the last one before the answer: an earlier answer may quote the header
     header = rendered.text.rfind(template.header, after, answer[0])
     if header < 0:
         raise TemplateRefusedError(

@@ -109,6 +109,7 @@ class ExampleEncoder:
             system,
         )
         self.tokens = TextTokenizer(tokenizer)
+        # without a template of its own a plain one stands in, so that chats can be laid out at all
         own = ChatTemplate.of(tokenizer, variables) if chat else None
         opening = {
             "opening": tokenizer.decode(self.tokens.opening),
@@ -120,6 +121,7 @@ class ExampleEncoder:
             self.tokens.one(self.template.end_of_turn).ids if self.template.end_of_turn else []
         )
         opener = str(opening["opening"])
+        # whether the template writes BOS itself: then the tokenizer's would be a second one
         shown = [ChatMessage("user", "?"), ChatMessage("assistant", "!")]
         self._template_opens = bool(opener) and self.template.render(
             shown
@@ -177,6 +179,7 @@ class ExampleEncoder:
         own.
         """
         drafts = [self._drafts(content) for content in contents]
+        # one call of the tokenizer for all: a fast one works on them in parallel
         sound = [draft for made in drafts if not isinstance(made, BadRow) for draft in made]
         columns = (
             [draft.text for draft in sound],
@@ -213,6 +216,7 @@ class ExampleEncoder:
         """Why the model cannot read these tokens, "" when it can."""
         if self.embeddings is None or not ids or max(ids) < self.embeddings:
             return ""
+        # the first one is named: a whole prompt of them would say no more
         first = next(token for token in ids if token >= self.embeddings)
         text = self.tokenizer.decode([first], skip_special_tokens=False)
         return (
@@ -230,6 +234,7 @@ class ExampleEncoder:
         if rendered := self.rendered.split_rendered(conversation, self.system):
             ids = self.tokens.one(rendered[0]).ids
             return self._opened(ids) if self._template_opens else ids
+        # all but the answer that is to be generated
         messages = self._prepared(conversation)[:-1]
         if conversation.plain and not self.has_template:
             return self._opened(self.tokens.one(self._plain_prompt(conversation)).ids)
@@ -243,6 +248,7 @@ class ExampleEncoder:
 
     def stop_tokens(self) -> list[int]:
         """Ids at which generation has to stop: the tokenizer's EOS and the template's end of turn."""
+        # several tokens cannot stop a generation that looks at one at a time
         turn = self._end_of_turn if len(self._end_of_turn) == 1 else []
         return sorted({*([self.tokens.end] if self.tokens.end is not None else []), *turn})
 
@@ -286,6 +292,7 @@ class ExampleEncoder:
             template = self.template.with_tools(content.tools)
             template.expect_tools_shown(messages)
             chat = self._laid_out(template, messages)
+            # where all is learnt there is no prompt to write an answer anew behind
             stale = chat.stale if self.completion_only_loss else ()
             own = [
                 self._chat(
@@ -344,6 +351,7 @@ class ExampleEncoder:
         self, parts: list[list[EncodedSequence] | BadRow]
     ) -> list[EncodedSequence] | BadRow:
         """The sequences of one example; it is a bad row when none of them can be used."""
+        # a chat whose early answers do not fit still teaches its last one
         kept = [piece for part in parts if not isinstance(part, BadRow) for piece in part]
         bad = [part for part in parts if isinstance(part, BadRow)]
         if kept and bad:
@@ -411,6 +419,7 @@ class ExampleEncoder:
         message where it can be.
         """
         messages = list(conversation.messages)
+        # formats refuse rows without a learnt answer, so this ends
         while messages[-1].role != "assistant" or not messages[-1].learnt:
             messages.pop()
         if any(RESERVED_CHARACTERS.search(message.content) for message in messages):
@@ -458,6 +467,7 @@ class ExampleEncoder:
             if marked.barred
             else weights
         )
+        # nothing stands before the first token that could predict it
         weights[:1] = [0.0]
         if not any(weights):
             return BadRow(
@@ -475,6 +485,7 @@ class ExampleEncoder:
                 raise ModelError(
                     "the tokenizer has no eos_token, so the model could never learn to stop; set eos_token"
                 )
+            # a row that brings its own end ends once
             if ids[-1:] != [self.tokens.end]:
                 ids, learnt = [*ids, self.tokens.end], [*learnt, True]
         # barred tokens are of chats, which get no BOS in front
@@ -496,6 +507,7 @@ class ExampleEncoder:
     def _shortened_plain(
         self, draft: _RenderedDraft, marked: MarkedTokens
     ) -> MarkedTokens | BadRow:
+        # BOS stays: models go wrong without it
         head = len(self.tokens.opening) if draft.opened else 0
         return cut_prompt_tokens(marked, head, len(marked.ids) - self.max_length) or self._too_long(
             sum(marked.learnt), max(head, 1)
@@ -507,6 +519,7 @@ class ExampleEncoder:
         """
         messages, template = draft.messages, draft.template or self.template
         try:
+            # whole exchanges first: a question cut in half is worse than one left out
             while len(shorter := drop_oldest_exchange(messages)) < len(messages):
                 messages = shorter
                 if (
@@ -514,6 +527,7 @@ class ExampleEncoder:
                     <= self.max_length
                 ):
                     return fitted
+            # tokens of a shortened text are not those of its part, so each cut is measured anew
             for _ in range(MOST_CUT_ROUNDS * len(messages)):
                 marked = self._drafted(template, messages, draft.last)
                 over = self._length(marked) - self.max_length

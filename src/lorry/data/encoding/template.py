@@ -84,8 +84,11 @@ class ChatTemplate:
         self.tools: list[Any] | None = None
         self.takes_system, self._forgets_header = True, False
         self._sandbox = TemplateSandbox()
+        # roles of the chats seen once; a frame is made for the second one, since many shapes come
+        # once
         self._shapes: set[tuple[str, ...]] = set()
         self._frames: dict[tuple[str, ...], TemplateFrame | None] = {}
+        # the order matters: each probe below renders with what the ones before it have found
         self._compiled = self._compile(source)
         self.header, self.end_of_turn, self.question_header = self._learn(special_tokens)
         self.takes_system = self._learn_system()
@@ -98,6 +101,7 @@ class ChatTemplate:
         """
         source = getattr(tokenizer, "chat_template", None)
         if isinstance(source, Mapping):
+            # Hugging Face keeps several templates by name, the first one for lack of a "default"
             source = source.get("default") or next(iter(source.values()))
         return cls.made(source, tokenizer, variables) if source else None
 
@@ -117,6 +121,7 @@ class ChatTemplate:
         """This template with a list of tools (JSON, "" for none) for every rendering."""
         if not tools:
             return self
+        # shares what was compiled and learnt; only the tools differ
         bound = copy(self)
         bound.tools = json.loads(tools)
         return bound
@@ -140,6 +145,7 @@ class ChatTemplate:
         """The conversation as text. Raises TemplateRefusal (this row) or ModelError (a hostile
         template).
         """
+        # the chat is what the template can show, not what it would drop in silence
         if not self.takes_system:
             messages = _fold_system_message(messages)
         if (
@@ -151,6 +157,7 @@ class ChatTemplate:
                 if GENERATION_OPEN in framed
                 else RenderedTemplate(framed)
             )
+        # what a template may spend grows with what it was given
         given = sum(len(message.content) + len(message.reasoning) for message in messages)
         given += len(json.dumps(self.tools)) if self.tools else 0
         self._sandbox.budget.open(given, len(messages))
@@ -162,6 +169,7 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
+        # no fault of the row: the next one would be stopped, too
         except (SecurityError, MemoryError) as error:
             raise ModelError(
                 f"the chat template was stopped: {error}; train only with a template you trust"
@@ -186,6 +194,7 @@ class ChatTemplate:
             if shape not in self._shapes:
                 self._shapes |= {shape} if len(self._shapes) < SHAPES_KEPT else set()
                 return None
+            # a template that has no frames costs a proof a shape; a few failures are enough to know
             if list(self._frames.values()).count(None) >= PROBE_ATTEMPTS:
                 return None
             roles = shape[:-1]
@@ -269,6 +278,7 @@ class ChatTemplate:
             before = self.render(exchange).text.partition(PROBE_CHARACTER)[0]
         except TemplateRefusedError:
             return ""
+        # where the last control token begins; of plain text nobody could say that it opens a turn
         starts = [at for token in special_tokens if (at := before.rfind(token)) >= 0]
         found = before[max(starts) :].strip() if starts else ""
         if found in special_tokens:  # Llama 3's and Phi's role stands between or in control tokens
@@ -302,6 +312,7 @@ class ChatTemplate:
                 continue
             starts.append(before)
             tail = tail or after
+        # where the header begins; a control token may reach into it from before
         at = len(tail.removesuffix(self.header))
         cut = [
             begin
@@ -328,6 +339,7 @@ class ChatTemplate:
             self.notes.append(
                 f"the generation prompt ends with {opened[written:]!r}, which training rows do not have there"
             )
+        # what a chat without and one with a generation prompt share is not header
         start = min(common_prefix(asked, opened), written)
         # a template without a header (Llama 2's "[INST] ? [/INST]") is known by what follows the
         # question

@@ -39,10 +39,12 @@ class TextTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.end: int | None = tokenizer.eos_token_id
+        # a letter that every vocabulary has, so what surrounds it is what the tokenizer adds itself
         bare, dressed = self._ids("a"), list(tokenizer("a", add_special_tokens=True)["input_ids"])
         cuts = [at for at in range(len(dressed)) if dressed[at : at + len(bare)] == bare]
         self.opening: list[int] = dressed[: cuts[0]] if cuts else []
         self._line_break = self._ids("\n")
+        # of the headers of a template there are few, but openers of plain rows are lines of text
         self.opener_ids = lru_cache(OPENERS_KEPT)(lambda opener: self._inside(opener)[0])
 
     def many(
@@ -59,6 +61,7 @@ class TextTokenizer:
         ``unlearnt`` changes no token: those that touch its characters are named in ``MarkedTokens.barred``.
         """
         unlearnt = [()] * len(texts) if unlearnt is None else unlearnt
+        # only fast tokenizers know characters
         if not getattr(self.tokenizer, "is_fast", False):
             return [
                 self._piecewise(text, marks, kept)
@@ -95,6 +98,7 @@ class TextTokenizer:
                 else MarkedTokens(list(ids), _mark_spans(ends, marks), _tokens_touching(ends, kept))
             )
             done.append(made)
+        # offsets are believed only after what they mark was decoded
         self._verify(texts, spans, done)
         return done
 
@@ -125,10 +129,13 @@ class TextTokenizer:
         there.
         """
         expected = self.opener_ids(opener) if opener else []
+        # number of the first token that reaches beyond the start of each span
         firsts = [bisect_right(ends, start) for start, _ in spans]
         return [
             start
             for (start, _), first in zip(spans, firsts, strict=True)
+            # a token reaches across the start, or the opener is split otherwise than at a text's
+            # end
             if (ends[first - 1] if first else 0) < start
             or ids[max(0, first - len(expected)) : first] != expected
         ]
@@ -163,6 +170,7 @@ class TextTokenizer:
         """A piece from the middle of a text: behind a line break, so that no tokenizer adds its
         space for a text's start.
         """
+        # SentencePiece puts a space before a text, never behind a line break
         ids, ends = self.ids_and_ends("\n" + piece)
         lead = len(self._line_break)
         return (
@@ -177,6 +185,7 @@ class TextTokenizer:
         """For a tokenizer without offsets: every stretch inside and outside of the spans on its
         own.
         """
+        # all edges, so that every stretch lies wholly inside or outside of each span
         cuts = sorted({0, len(text), *(edge for span in (*spans, *unlearnt) for edge in span)})
         made, barred = MarkedTokens([], []), set[int]()
         for start, end in pairwise(cuts):

@@ -142,6 +142,7 @@ def text_of(value: Any, column: str) -> str:
     """
     if isinstance(value, str):
         return _require_utf8(value, column)
+    # 3.0 and True have several spellings, and the model would learn the one of Python
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
@@ -241,6 +242,7 @@ def parse_turns(value: Any) -> Any:
     """A prompt or completion that is JSON text of a list of turns and of nothing else, as that
     list; other text as it is.
     """
+    # a prompt in brackets is a text, too: only a list of nothing but turns is read as one
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     found = RowDecoder().only(value)
@@ -285,9 +287,11 @@ def _read_message(item: Any, place: str) -> ChatMessage:
     if item.get("tool_calls") or item.get("function_call"):
         raise UnusableRowError("roles", f"{place}: tool calls are not supported")
     text = text_of(item.get(content_key), f"{place}.{content_key}")
+    # an empty answer teaches the model to say nothing
     if ROLES[spoken] == "assistant":
         answer_of(text, f"{place}.{content_key}")
     reasoning = [name for name in REASONING_KEYS if item.get(name)]
+    # exports write the thoughts under several names at once
     if len({str(item[name]) for name in reasoning}) > 1:
         raise UnusableRowError(
             "keys",
@@ -341,6 +345,8 @@ def _read_learning_marks(
         )
     learnt = next(iter(said.values()), True)
     detail = item.get("train_detail")
+    # saying that a question is learnt would be a promise nobody keeps; that it is not is true
+    # anyway
     if role != "assistant" and (detail or any(said.values())):
         key = "train_detail" if detail else next(iter(said))
         raise UnusableRowError(
@@ -350,6 +356,7 @@ def _read_learning_marks(
     if not detail or not learnt:
         return learnt, ()
     kept = _learnt_characters(detail, len(text), f"{place}.train_detail")
+    # what lies between the learnt stretches, behind the last one, too
     gaps, at = list[tuple[int, int]](), 0
     for start, end in [*kept, (len(text), len(text))]:
         if start > at:
@@ -360,6 +367,7 @@ def _read_learning_marks(
 
 def _read_switch(value: Any, place: str) -> bool:
     """true, false, 0 or 1, as Arrow and CSV may write them. Raises Unusable for a weight between."""
+    # also 1.0, as a column of floats has it
     if isinstance(value, int | float) and value in (0, 1):
         return bool(value)
     raise UnusableRowError(
@@ -379,6 +387,7 @@ def row_is_learnt(row: Mapping[str, Any], read: Collection[str]) -> bool:
     said = dict[str, bool]()
     for name in SWITCHES:
         value = row.get(name)
+        # a column that is the content says nothing of what is learnt
         if name in read or value is None or (isinstance(value, str) and not value.strip()):
             continue
         switch = SPELT.get(value.strip().lower()) if isinstance(value, str) else None
@@ -429,8 +438,10 @@ def _learnt_characters(detail: Any, length: int, place: str) -> list[tuple[int, 
                 "keys",
                 f"{where}: characters {start} to {end} are not in a content of {length} (0 to {length - 1})",
             )
+        # axolotl counts both ends in
         stretches.append((start, end + 1, _read_switch(part["train"], f"{where}.train")))
     stretches.sort()
+    # sorted, so only neighbours can overlap
     if any(one[1] > other[0] for one, other in pairwise(stretches)):
         raise UnusableRowError(
             "keys", f"{place}: two stretches share a character; write each character once"

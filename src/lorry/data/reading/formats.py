@@ -107,6 +107,7 @@ def detect_format(columns: Iterable[str], where: str = "the data") -> RowFormat:
         if name.lower().rstrip("0123456789_") in ("choice", "choices", "option", "options")
     ]
     for form in FORMATS.values():
+        # a question with its options would be taught as if the options were not there
         if form.fits(there) and not (choices and form.name == "question_answer"):
             return form
     listed = "; ".join(map(str, FORMATS.values()))
@@ -185,6 +186,7 @@ def read_examples(
     Each file's first row settles that file's format, whatever ``start`` is, so that a resumed
     reader sees the same rows.
     """
+    # by file: the files of a folder may be written differently
     settled: dict[str, RowFormat] = {}
 
     def settle(columns: Iterable[str], where: str) -> RowFormat:
@@ -203,6 +205,7 @@ def read_examples(
     for number, row in enumerate(source.read(select=select)):
         if row.file not in settled:
             settle(row.values, row.where)
+        # read all the same, so that counts and places are those of the first time
         if number < start:
             continue
         content = normalise_row(row.values, settled[row.file])
@@ -242,6 +245,7 @@ def _messages_after_system(
     system = _system_message(row)
     own = [message for message in messages if message.role == "system"]
     if system and own:
+        # exports repeat the system message; the same one twice is no contradiction
         if own[0].content == system[0].content:
             return messages
         raise UnusableRowError(
@@ -276,6 +280,7 @@ def _read_prompt(row: Mapping[str, Any]) -> Conversation:
             answer_of(completion, column),
             _system_message(row),
         )
+        # running text for a tokenizer without a template has the system message in front
         opening = f"{system[0].content}\n\n" if system else ""
         messages = [*system, ChatMessage("user", asked), ChatMessage("assistant", said)]
         return _make_conversation(messages, column, (opening + asked, said))
@@ -307,10 +312,12 @@ def _read_instruction(row: Mapping[str, Any]) -> Conversation:
         _history_messages(parse_json_column(row.get("history"), "history")),
     )
     user = f"{instruction}\n\n{given}" if given.strip() else instruction
+    # Alpaca's own frame for running text (Taori et al. 2023)
     section = f"### Input:\n{given}\n\n" if given.strip() else ""
     opening = f"{system[0].content}\n\n" if system else ""
     plain = (f"{opening}### Instruction:\n{instruction}\n\n{section}### Response:\n", answer)
     messages = [*system, *history, ChatMessage("user", user), ChatMessage("assistant", answer)]
+    # the frame has no place for earlier turns
     return _make_conversation(messages, column, None if history else plain)
 
 
@@ -341,6 +348,7 @@ def _read_question(row: Mapping[str, Any]) -> Conversation:
     )
     said = row[column]
     if column == "answers":  # several references, any of which is right: the first is learnt
+        # SQuAD: {text: [...], answer_start: [...]}
         said = said.get("text") if isinstance(said, Mapping) else said
         if not isinstance(said, str):
             said = next(iter(said), "") if isinstance(said, Iterable) else said

@@ -43,6 +43,7 @@ class DataLocation:
     def of(cls, path: str, config: str | None, split: str) -> DataLocation:
         """Of a file, a folder or a hub data set."""
         place = Path(path).expanduser()
+        # what is no file is a name on the hub; whether there is one shows when it is read
         if not place.exists():
             return cls(path, config, split)
         return cls(
@@ -94,12 +95,14 @@ class DataLocations:
         if path is None:
             return one.hub is not None and split in (one.splits or {})
         folder = Path(path).expanduser()
+        # a file holds every split; a folder may hold some
         return not (folder.is_dir() and has_split_files(folder)) or _folder_has_split(folder, split)
 
     def to_ask(self, one: NamedSet) -> str:
         """The split an evaluation asks unless told otherwise: test or else validation, local files
         before the hub; training rows only where there are no others."""
         there = [split for split in ("test", "validation") if self.has(one, split)]
+        # a file that was given is meant to be asked
         there.sort(key=lambda split: self._local(one, split) is None)
         return next(iter(there), "train" if self.has(one, "train") else "test")
 
@@ -136,6 +139,7 @@ class DataLocations:
     def _local(self, one: NamedSet, split: str) -> str | None:
         mine = {
             key.partition(".")[2]: path
+            # in any spelling: local.BoolQ is the set bool_q
             for key, path in self.local.items()
             if self.catalog.find_set(key.partition(".")[0]).name == one.name
         }

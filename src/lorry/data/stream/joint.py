@@ -40,6 +40,7 @@ class JointStream:
             for number, (name, stream) in enumerate(self.streams.items())
         ]
         made = list[Batch]()
+        # jobs with fewer micro-batches are absent from the later ones
         for side_by_side in zip_longest(*own):
             made += join_within([batch for batch in side_by_side if batch is not None], self.room)
         return made
@@ -71,6 +72,7 @@ def join_within(batches: Sequence[Batch], room: int) -> list[Batch]:
     groups, taken = list[list[Batch]](), 0
     for batch in batches:
         taken += batch.tokens.numel()
+        # one that is larger than the room stands alone: it has been packed for its own job
         if not groups or taken > room:
             groups.append([])
             taken = batch.tokens.numel()
@@ -84,9 +86,11 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
     """
     if len(batches) == 1:
         return batches[0]
+    # a tensor that one of them lacks could only be made up
     names = list(batches[0].extra)
     if any(list(b.extra) != names or list(b.terms) != list(batches[0].terms) for b in batches):
         raise ValueError("batches that are joined must carry the same extra tensors and terms")
+    # tokens before each batch
     offsets = [0, *accumulate(b.tokens.numel() for b in batches)]
     # groups count from 0; -1 means none
     first = [
@@ -146,6 +150,7 @@ def keep_adapters(batches: Sequence[Batch], adapters: Collection[int]) -> list[B
     for batch in batches:
         rows = [s for s, adapter in enumerate(batch.adapter.tolist()) if adapter in adapters]
         if rows:
+            # zero, not left out: the backend adds terms up by name and adapter
             gone = {
                 n: t * torch.tensor([float(k in adapters) for k in range(len(t))]).to(t)
                 for n, t in batch.terms.items()

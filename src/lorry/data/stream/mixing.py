@@ -39,9 +39,11 @@ class MixtureOrder:
         counts = self.counts()
         if self.shares is None:
             return counts
+        # a set of which every row is held out has none to give
         shares = [share if count else 0.0 for share, count in zip(self.shares, counts, strict=True)]
         exact = [sum(counts) * share / sum(shares) for share in shares]
         floors = [int(value) for value in exact]
+        # ties go to the set that is named first, on every machine
         by_rest = sorted(range(len(exact)), key=lambda at: (floors[at] - exact[at], at))
         for at in by_rest[: sum(counts) - sum(floors)]:
             floors[at] += 1
@@ -56,9 +58,13 @@ class MixtureOrder:
             if not quota:
                 continue
             own = np.flatnonzero(self.of == number)
+            # epochs go on where the last one stopped: no row twice before all of its set were read
             drawn = _repeat_rows(own, seed, epoch * quota, quota, shuffle, name)
             rows.append(drawn)
+            # evenly over the epoch, half a step from its ends, so that no set comes first or last
+            # as a block
             places.append((np.arange(quota) + 0.5) / quota)
+        # stable: equal places keep the order of the names
         return np.concatenate(rows)[np.argsort(np.concatenate(places), kind="stable")]
 
 

@@ -58,8 +58,10 @@ def read_mix(
     template, the rows to evaluate on being rows to learn), DataError (a missing file, a bad row, a
     set without a usable row).
     """
+    # all of a run's sets are looked up in the one catalogue that it names
     places, spots = _open_locations(data), training_locations(data)
     sets = [places.catalog.find_set(name) for name in mixture_sets(data)]
+    # before anything is read: reading may take minutes
     if data.eval is not None and any(
         DataLocation.of(data.eval, None, data.eval_split or data.split).overlaps(spot)
         for spot in spots
@@ -115,8 +117,10 @@ def _read_set(
     seed: int,
     quarantine: Path | None,
 ) -> TokenSet:
+    # rows that are skipped are counted, not kept
     aside = quarantine if data.on_bad_row == "quarantine" else None
     source = places.open(one, split, limit=limit, on_bad_row=data.on_bad_row, quarantine=aside)
+    # counted while rows are read, which happens inside of encode_rows
     shortened = 0
 
     def found() -> Iterator[DataExample]:
@@ -147,6 +151,7 @@ def mixture_shares(data: DataConfig) -> tuple[float, ...] | None:
     names = mixture_sets(data)
     if data.weights is None:
         return None
+    # in the order of the mix, suites spelt out
     if not isinstance(data.weights, dict):
         if len(data.weights) != len(names):
             raise ConfigError(
