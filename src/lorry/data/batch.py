@@ -138,7 +138,9 @@ class Batch:
             adapter=move(self.adapter),
             key=move(self.key),
             group=move(self.group),
-            extra={name: BatchExtra(move(e.values), e.per) for name, e in self.extra.items()},
+            extra={
+                name: BatchExtra(move(item.values), item.per) for name, item in self.extra.items()
+            },
             terms={name: move(t) for name, t in self.terms.items()},
         )
 
@@ -163,34 +165,38 @@ def collate(examples: Sequence[TokenizedExample]) -> Batch:
     """
     if not examples:
         raise ValueError("a batch needs at least one example")
-    for e in examples:
-        if len(e.tokens) == 0 or len(e.tokens) != len(e.weights):
+    for example in examples:
+        if len(example.tokens) == 0 or len(example.tokens) != len(example.weights):
             raise ValueError(
-                f"example {e.key}: {len(e.tokens)} tokens and {len(e.weights)} weights; both must be equal and above 0"
+                f"example {example.key}: {len(example.tokens)} tokens and {len(example.weights)} weights; both must be equal and above 0"
             )
         # its logits would be those of the neighbour that lies before it in the pack
-        if e.weights[0]:
+        if example.weights[0]:
             raise ValueError(
-                f"example {e.key}: the first token has no logits before it and cannot carry weight {e.weights[0]}"
+                f"example {example.key}: the first token has no logits before it and cannot carry weight {example.weights[0]}"
             )
-    lengths = torch.tensor([len(e.tokens) for e in examples])
+    lengths = torch.tensor([len(example.tokens) for example in examples])
     starts = torch.zeros(len(examples) + 1, dtype=torch.int64)
     torch.cumsum(lengths, 0, out=starts[1:])
     # a tensor that some examples lack could not be told apart from zeros afterwards
     names = list(examples[0].extra)
-    if any(list(e.extra) != names for e in examples):
+    if any(list(example.extra) != names for example in examples):
         raise ValueError("examples of one batch must carry the same extra tensors")
     extra = {
-        n: BatchExtra(torch.cat([e.extra[n].values for e in examples]), examples[0].extra[n].per)
+        n: BatchExtra(
+            torch.cat([example.extra[n].values for example in examples]), examples[0].extra[n].per
+        )
         for n in names
     }
     return Batch(
-        tokens=torch.tensor([t for e in examples for t in e.tokens], dtype=torch.int64),
-        weights=torch.tensor([w for e in examples for w in e.weights], dtype=torch.float32),
+        tokens=torch.tensor([t for example in examples for t in example.tokens], dtype=torch.int64),
+        weights=torch.tensor(
+            [w for example in examples for w in example.weights], dtype=torch.float32
+        ),
         starts=starts,
-        adapter=torch.tensor([e.adapter for e in examples]),
-        key=torch.tensor([e.key for e in examples]),
-        group=torch.tensor([e.group for e in examples]),
-        role=tuple(e.role for e in examples),
+        adapter=torch.tensor([example.adapter for example in examples]),
+        key=torch.tensor([example.key for example in examples]),
+        group=torch.tensor([example.group for example in examples]),
+        role=tuple(example.role for example in examples),
         extra=extra,
     )

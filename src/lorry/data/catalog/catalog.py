@@ -72,19 +72,19 @@ class Catalog:
         sets, spellings, added = dict(self.sets), dict(self.spellings), list(added)
         # a set called as a suite could be meant by neither name
         suites = {_spelling_key(name): name for name in self.suites}
-        for one in added:
-            for name in (one.name, *one.aliases):
+        for named_set in added:
+            for name in (named_set.name, *named_set.aliases):
                 key = _spelling_key(name)
                 other = sets.get(spellings.get(key, ""))
-                if key in suites or other not in (None, one):
-                    raise _taken_error(one, name, other)
-                spellings[key] = one.name
-                sets[one.name] = one
-        counts = Counter(one.hub for one in added if one.hub)
-        for one in added:
+                if key in suites or other not in (None, named_set):
+                    raise _taken_error(named_set, name, other)
+                spellings[key] = named_set.name
+                sets[named_set.name] = named_set
+        counts = Counter(named_set.hub for named_set in added if named_set.hub)
+        for named_set in added:
             # a hub id stands for the set where it is that of no other one
-            if one.hub and counts[one.hub] == 1:
-                spellings.setdefault(_spelling_key(one.hub), one.name)
+            if named_set.hub and counts[named_set.hub] == 1:
+                spellings.setdefault(_spelling_key(named_set.hub), named_set.name)
         return Catalog(sets, self.suites, spellings)
 
 
@@ -116,8 +116,8 @@ def _spelling_key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _taken_error(one: NamedSet, name: str, other: NamedSet | None) -> ConfigError:
+def _taken_error(named_set: NamedSet, name: str, other: NamedSet | None) -> ConfigError:
     whose = "a suite" if other is None else f"the set {other.name!r} of {other.file}"
     return ConfigError(
-        f"{one.file}: the set {one.name!r}: {name!r} is the name of {whose} already; give it another"
+        f"{named_set.file}: the set {named_set.name!r}: {name!r} is the name of {whose} already; give it another"
     )

@@ -58,32 +58,32 @@ class NamedSet:
 
     def split(self, wanted: str) -> str:
         """The hub's split for ours. Raises ConfigError where the set has none, listing what it has."""
-        there = self.splits or {}
+        splits = self.splits or {}
         if self.hub is None:
             raise ConfigError(
                 f"the set {self.name!r} is not on the hub; name a file of it: data.local.{self.name}=FILE"
             )
-        if wanted == "train" and wanted not in there:
+        if wanted == "train" and wanted not in splits:
             raise ConfigError(
-                f"the set {self.name!r} has no training rows, only {', '.join(there)}: it is there to evaluate with. To train on "
+                f"the set {self.name!r} has no training rows, only {', '.join(splits)}: it is there to evaluate with. To train on "
                 f"it all the same, name a file: data.local.{self.name}=FILE, and hold rows out with data.test_size"
             )
-        if wanted not in there:
+        if wanted not in splits:
             raise ConfigError(
-                f"the set {self.name!r} has no split {wanted!r}; it has {', '.join(there)}{suggest_nearest(wanted, there)}"
+                f"the set {self.name!r} has no split {wanted!r}; it has {', '.join(splits)}{suggest_nearest(wanted, splits)}"
             )
-        return there[wanted]
+        return splits[wanted]
 
     def item(self, row: Mapping[str, Any], template: int = 0) -> NamedSetItem:
         """The row as its only item. Raises Unusable (kind, reason) for a row that cannot be used,
         or one of several items.
         """
-        made = self.items(row, template)
-        if len(made) != 1:
+        items = self.items(row, template)
+        if len(items) != 1:
             raise UnusableRowError(
-                "several", f"the row holds {len(made)} questions; read it with items()"
+                "several", f"the row holds {len(items)} questions; read it with items()"
             )
-        return made[0]
+        return items[0]
 
     def items(self, row: Mapping[str, Any], template: int = 0) -> list[NamedSetItem]:
         """The row's items, one except where a row is a whole conversation (coqa).
@@ -92,9 +92,10 @@ class NamedSet:
         options; IndexError for a template number that does not exist.
         """
         text = self.templates[template]
-        found = self._layout(row).read(row)
+        item_fields = self._layout(row).read(row)
         return [
-            self._asked(fields, text) for fields in (found if isinstance(found, list) else [found])
+            self._make_item(fields, text)
+            for fields in (item_fields if isinstance(item_fields, list) else [item_fields])
         ]
 
     def refuse_template(self, number: int, field: str) -> None:
@@ -119,22 +120,22 @@ class NamedSet:
         for form in self.layouts:
             if form.fits(row):
                 return form
-        found = shortlist_names(
+        columns = shortlist_names(
             repr(name) if value is not None else f"{name!r} (null)" for name, value in row.items()
         )
         known = "; ".join(map(str, self.layouts))
         raise UnusableRowError(
             "columns",
-            f"the set {self.name!r} cannot be read from the columns {found or '(none)'}. Known: {known}",
+            f"the set {self.name!r} cannot be read from the columns {columns or '(none)'}. Known: {known}",
         )
 
-    def _asked(self, fields: ItemFields, template: str) -> NamedSetItem:
-        slots, cut = dict(fields.slots), False
+    def _make_item(self, fields: ItemFields, template: str) -> NamedSetItem:
+        slots, shortened = dict(fields.slots), False
         if self.limit is not None:
             slot, most = self.limit
-            kept = shorten_text(slots.get(slot, ""), most)
-            cut = len(kept) < len(slots.get(slot, "").strip())
-            slots[slot] = kept
+            shortened_text = shorten_text(slots.get(slot, ""), most)
+            shortened = len(shortened_text) < len(slots.get(slot, "").strip())
+            slots[slot] = shortened_text
         prompt = fill_template(template, {**slots, **option_slots(fields.options)})
         if not prompt.strip():
             # every paragraph names a slot that is empty here
@@ -149,5 +150,5 @@ class NamedSet:
             fields.options,
             fields.right,
             fields.concepts,
-            cut,
+            shortened,
         )

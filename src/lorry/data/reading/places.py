@@ -2,9 +2,9 @@
 given, else the hub.
 
 places = DataLocations({"bool_q": "boolq.jsonl", "common_gen.validation": "dev.jsonl"})
-one = places.catalog.find_set("bool_q")
-places.of(one, "train")                             # two splits in the same location are the same rows
-list(read_items(one, places.open(one, "train")))    # items with where they stand
+bool_q = places.catalog.find_set("bool_q")
+places.of(bool_q, "train")                          # two splits in the same location are the same rows
+list(read_items(bool_q, places.open(bool_q, "train")))   # items with where they stand
 """
 
 from __future__ import annotations
@@ -80,70 +80,75 @@ class DataLocations:
                     f"{self.field}.{key}: {split!r} is no split; they are called {', '.join(SPLIT_ORDER)}"
                 )
 
-    def of(self, one: NamedSet, split: str) -> DataLocation:
+    def of(self, named_set: NamedSet, split: str) -> DataLocation:
         """The spot of a split. Raises ConfigError where the set has no such split."""
-        path = self._local(one, split)
+        path = self._local(named_set, split)
         return (
-            DataLocation(one.hub or "", one.config, one.split(split))
+            DataLocation(named_set.hub or "", named_set.config, named_set.split(split))
             if path is None
             else DataLocation.of(path, None, split)
         )
 
-    def has(self, one: NamedSet, split: str) -> bool:
+    def has(self, named_set: NamedSet, split: str) -> bool:
         """Whether the set has rows of a split, local or on the hub."""
-        path = self._local(one, split)
+        path = self._local(named_set, split)
         if path is None:
-            return one.hub is not None and split in (one.splits or {})
+            return named_set.hub is not None and split in (named_set.splits or {})
         folder = Path(path).expanduser()
         # a file holds every split; a folder may hold some
         return not (folder.is_dir() and has_split_files(folder)) or _folder_has_split(folder, split)
 
-    def to_ask(self, one: NamedSet) -> str:
+    def to_ask(self, named_set: NamedSet) -> str:
         """The split an evaluation asks unless told otherwise: test or else validation, local files
         before the hub; training rows only where there are no others."""
-        there = [split for split in ("test", "validation") if self.has(one, split)]
+        there = [split for split in ("test", "validation") if self.has(named_set, split)]
         # a file that was given is meant to be asked
-        there.sort(key=lambda split: self._local(one, split) is None)
-        return next(iter(there), "train" if self.has(one, "train") else "test")
+        there.sort(key=lambda split: self._local(named_set, split) is None)
+        return next(iter(there), "train" if self.has(named_set, "train") else "test")
 
-    def for_shots(self, one: NamedSet, asked: str) -> str:
+    def for_shots(self, named_set: NamedSet, asked: str) -> str:
         """The split that worked examples come from: the set's own for them, or its training rows;
         those ``asked`` where there are neither. Local training rows go before the hub."""
-        order = ("train", "shots") if self._local(one, "train") is not None else ("shots", "train")
-        return next((split for split in order if self.has(one, split)), asked)
+        order = (
+            ("train", "shots")
+            if self._local(named_set, "train") is not None
+            else ("shots", "train")
+        )
+        return next((split for split in order if self.has(named_set, split)), asked)
 
-    def open(self, one: NamedSet, split: str, *, limit: int | None = None, on_bad_row: OnBadRow = "error",
+    def open(self, named_set: NamedSet, split: str, *, limit: int | None = None, on_bad_row: OnBadRow = "error",
              quarantine: Path | None = None) -> DataSource:  # fmt: skip
         """The rows of a split, not read yet. Raises DataError, naming the set, where there are
         none.
         """
-        path, spot = self._local(one, split), self.of(one, split)
-        within = spot.split or "train"
+        path, location = self._local(named_set, split), self.of(named_set, split)
+        within = location.split or "train"
         try:
             source = open_source(
-                path or spot.path,
-                name=spot.config,
+                path or location.path,
+                name=location.config,
                 split=within,
                 limit=limit,
                 on_bad_row=on_bad_row,
                 quarantine=quarantine,
-                converted=None if path else one.converted,
+                converted=None if path else named_set.converted,
             )
         except DataError as error:
-            raise DataError(f"{one.name} ({self.field}.{one.name}): {error}") from error
-        hint = "" if path else f"; {self.field}.{one.name}=FILE reads it from a file"
+            raise DataError(f"{named_set.name} ({self.field}.{named_set.name}): {error}") from error
+        hint = "" if path else f"; {self.field}.{named_set.name}=FILE reads it from a file"
         return replace(
-            source, parts=tuple(_name_set_in_errors(part, one.name, hint) for part in source.parts)
+            source,
+            parts=tuple(_name_set_in_errors(part, named_set.name, hint) for part in source.parts),
         )
 
-    def _local(self, one: NamedSet, split: str) -> str | None:
-        mine = {
+    def _local(self, named_set: NamedSet, split: str) -> str | None:
+        paths = {
             key.partition(".")[2]: path
             # in any spelling: local.BoolQ is the set bool_q
             for key, path in self.local.items()
-            if self.catalog.find_set(key.partition(".")[0]).name == one.name
+            if self.catalog.find_set(key.partition(".")[0]).name == named_set.name
         }
-        return mine.get(split, mine.get(""))
+        return paths.get(split, paths.get(""))
 
 
 def _folder_has_split(folder: Path, split: str) -> bool:
@@ -180,37 +185,43 @@ class NumberedItem:
 
 
 def read_items(
-    one: NamedSet, source: DataSource, *, template: int | None = 0, seed: int = 0
+    named_set: NamedSet, source: DataSource, *, template: int | None = 0, seed: int = 0
 ) -> Iterator[NumberedItem]:
     """The items of a source's rows. ``template``: its number, or None for one drawn for each row.
     Bad rows: ``source.bad``.
     """
     for number, row in enumerate(source):
-        chosen = one.template_of(seed, number) if template is None else template
+        chosen = named_set.template_of(seed, number) if template is None else template
         try:
-            items = one.items(row.values, chosen)
+            items = named_set.items(row.values, chosen)
         except UnusableRowError as error:
             raw = DataExample(None, number, row.where, row.values).raw  # type: ignore[arg-type]
-            source.bad.report(f"{one.name} {row.where}", error.bad, raw)
+            source.bad.report(f"{named_set.name} {row.where}", error.bad, raw)
             continue
         for item in items:
             yield NumberedItem(
                 item,
                 number,
                 row.where,
-                DataExample(item_conversation(item), number, f"{one.name} {row.where}", row.values),
+                DataExample(
+                    item_conversation(item), number, f"{named_set.name} {row.where}", row.values
+                ),
             )
 
 
 def refuse_leak(
-    learnt: Iterable[DataLocation], places: DataLocations, one: NamedSet, asked: str, instead: str
+    training: Iterable[DataLocation],
+    places: DataLocations,
+    named_set: NamedSet,
+    asked: str,
+    instead: str,
 ) -> None:
     """Raises ConfigError when rows to evaluate on are among those trained on. ``instead``: what
     would do, for the message.
     """
-    spot = places.of(one, asked)
-    if any(spot.overlaps(other) for other in learnt):
+    location = places.of(named_set, asked)
+    if any(location.overlaps(other) for other in training):
         raise ConfigError(
-            f"{one.name}: the rows to evaluate on are the rows trained on ({spot.path}); "
-            f"give {places.field}.{one.name}.{asked}=FILE with other rows, or {instead}"
+            f"{named_set.name}: the rows to evaluate on are the rows trained on ({location.path}); "
+            f"give {places.field}.{named_set.name}.{asked}=FILE with other rows, or {instead}"
         )

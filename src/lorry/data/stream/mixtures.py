@@ -59,28 +59,34 @@ def read_mix(
     set without a usable row).
     """
     # all of a run's sets are looked up in the one catalogue that it names
-    places, spots = _open_locations(data), training_locations(data)
+    places, locations = _open_locations(data), training_locations(data)
     sets = [places.catalog.find_set(name) for name in mixture_sets(data)]
     # before anything is read: reading may take minutes
     if data.eval is not None and any(
-        DataLocation.of(data.eval, None, data.eval_split or data.split).overlaps(spot)
-        for spot in spots
+        DataLocation.of(data.eval, None, data.eval_split or data.split).overlaps(location)
+        for location in locations
     ):
         raise ConfigError(
             f"data.eval={data.eval}: these rows are trained on; name others, or data.test_size=N to hold rows out"
         )
-    for one in sets:
+    for named_set in sets:
         if data.template is not None:
-            one.refuse_template(data.template, "data.template")
+            named_set.refuse_template(data.template, "data.template")
         if data.eval_split is not None and (
-            data.eval_split not in SPLIT_ORDER or places.has(one, data.eval_split)
+            data.eval_split not in SPLIT_ORDER or places.has(named_set, data.eval_split)
         ):
             refuse_leak(
-                spots, places, one, data.eval_split, "data.test_size=N instead of data.eval_split"
+                locations,
+                places,
+                named_set,
+                data.eval_split,
+                "data.test_size=N instead of data.eval_split",
             )
     return [
-        _read_set(places, one, data, data.split, data.n, data.template, encoder, seed, quarantine)
-        for one in sets
+        _read_set(
+            places, named_set, data, data.split, data.n, data.template, encoder, seed, quarantine
+        )
+        for named_set in sets
     ]
 
 
@@ -93,22 +99,30 @@ def read_held_out(
         return []
     places = _open_locations(data)
     sets = [places.catalog.find_set(name) for name in mixture_sets(data)]
-    asked = [one for one in sets if places.has(one, split)]
-    if not asked:
+    held_out = [named_set for named_set in sets if places.has(named_set, split)]
+    if not held_out:
         raise DataError(
             f"data.eval_split={split}: none of {', '.join(mixture_sets(data))} has such a split"
         )
     return [
         _read_set(
-            places, one, data, split, data.eval_n, data.template or 0, encoder, seed, quarantine
+            places,
+            named_set,
+            data,
+            split,
+            data.eval_n,
+            data.template or 0,
+            encoder,
+            seed,
+            quarantine,
         )
-        for one in asked
+        for named_set in held_out
     ]
 
 
 def _read_set(
     places: DataLocations,
-    one: NamedSet,
+    named_set: NamedSet,
     data: DataConfig,
     split: str,
     limit: int | None,
@@ -118,31 +132,35 @@ def _read_set(
     quarantine: Path | None,
 ) -> TokenSet:
     # rows that are skipped are counted, not kept
-    aside = quarantine if data.on_bad_row == "quarantine" else None
-    source = places.open(one, split, limit=limit, on_bad_row=data.on_bad_row, quarantine=aside)
+    quarantine_file = quarantine if data.on_bad_row == "quarantine" else None
+    source = places.open(
+        named_set, split, limit=limit, on_bad_row=data.on_bad_row, quarantine=quarantine_file
+    )
     # counted while rows are read, which happens inside of encode_rows
     shortened = 0
 
     def found() -> Iterator[DataExample]:
         nonlocal shortened
-        for asked in read_items(one, source, template=template, seed=seed):
-            shortened += asked.item.shortened
-            yield asked.found
+        for numbered in read_items(named_set, source, template=template, seed=seed):
+            shortened += numbered.item.shortened
+            yield numbered.found
 
-    made = TokenSet.of(
-        report_progress(encode_rows(found(), source, encoder), one.name, encoder.tell),
+    token_set = TokenSet.of(
+        report_progress(encode_rows(found(), source, encoder), named_set.name, encoder.tell),
         source,
         encoder,
-        role=one.name,
+        role=named_set.name,
     )
-    if not len(made):
+    if not len(token_set):
         raise DataError(
-            f"{one.name} ({source.label}): no usable row; {source.bad.summary() or 'the set is empty'}"
+            f"{named_set.name} ({source.label}): no usable row; {source.bad.summary() or 'the set is empty'}"
         )
     if shortened:
-        made.report.notes.append(f"{shortened} contexts were shortened to what {one.name} allows")
-    made.report.source = f"{one.name} ({source.label})"
-    return made
+        token_set.report.notes.append(
+            f"{shortened} contexts were shortened to what {named_set.name} allows"
+        )
+    token_set.report.source = f"{named_set.name} ({source.label})"
+    return token_set
 
 
 def mixture_shares(data: DataConfig) -> tuple[float, ...] | None:
