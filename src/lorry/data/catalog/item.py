@@ -1,6 +1,6 @@
 """What a row of a named set becomes: canonical fields, then an ``NamedSetItem``: a filled prompt, its answer, what counts as right.
 
-Try: ``render("{passage}\\n\\nQuestion: {question}", {"passage": "", "question": "Is ice cold?"})`` is "Question: Is ice cold?".
+Try: ``fill_template("{passage}\\n\\nQuestion: {question}", {"passage": "", "question": "Is ice cold?"})`` is "Question: Is ice cold?".
 """
 
 from __future__ import annotations

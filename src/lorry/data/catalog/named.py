@@ -1,7 +1,7 @@
 """A named set: a public data set as data. Where it lies, how its rows are written, how they are
 asked, how answers are measured.
 
-bool_q = named("bool_q")
+bool_q = open_catalog(None).find_set("bool_q")
 bool_q.item({"question": "is ice cold", "passage": "Ice is frozen water.", "answer": True}).answer      # "yes"
 """
 
