@@ -1,7 +1,7 @@
 """An item as a conversation: what training learns and generation answers, with worked examples
 before it.
 
-Try: ``conversation(item, shots=[other]).plain`` is the running text for a tokenizer that has no
+Try: ``item_conversation(item, shots=[other]).plain`` is the running text for a tokenizer that has no
 chat template.
 """
 
