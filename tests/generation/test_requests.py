@@ -270,6 +270,29 @@ def test_a_row_names_the_draws_whatever_the_id() -> None:
     assert found[3].tokens not in [one.tokens for one in listed]  # its row is its id, 3
 
 
+def test_a_flat_neighbour_changes_no_draw() -> None:
+    """Its nucleus is beyond the shortlist, so that it is sorted whole; equal scores, of which
+    bfloat16 logits are full, are then in another order than a shortlist's."""
+    torch.manual_seed(0)
+    params = SamplingParams(temperature=1.0, top_p=0.8)
+    peaked = (2 * torch.randn(100, 5000)).bfloat16().float()
+    flat = 0.01 * torch.randn(1, 5000)
+    for row in range(100):
+        (alone,), _ = params.choose(peaked[row : row + 1], [()], [(row + 0.5) / 100])
+        together, _ = params.choose(
+            torch.cat([peaked[row : row + 1], flat]), [(), ()], [(row + 0.5) / 100, 0.3]
+        )
+        assert int(together[0]) == int(alone)
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.9}, {"top_k": 60, "top_p": 0.9}, {}])
+def test_a_row_that_is_no_number_is_told_and_its_neighbour_drawn(cut: dict[str, Any]) -> None:
+    logits = torch.tensor([[0.0, 9, 0, 0], [float("nan")] * 4])
+    params = SamplingParams(temperature=1.0, **cut)
+    tokens, finite = params.choose(logits, [(), ()], [0.5, 0.5])
+    assert (int(tokens[0]), finite.tolist()) == (1, [True, False])
+
+
 @pytest.mark.parametrize("flat_neighbour", [False, True])
 def test_rows_of_different_parameters_draw_their_own_numbers(flat_neighbour: bool) -> None:
     """Against one row at a time."""

@@ -113,34 +113,45 @@ class SamplingParams:
         return logits.index_put((rows, columns), penalised)
 
     def _draw(self, scores: Tensor, draws: Tensor, whole: bool) -> Tensor:
-        """Invert the cumulative distribution: one number a row, so neighbours cannot disturb it.
-        Summed in float64.
-        """
+        """scores [B,V] after the temperature, a number in [0,1) per row -> tokens [B]."""
         if whole:
-            probs, tokens = scores.softmax(-1), None
-        else:
-            probs, tokens = self._shortlist(scores)
-        sums = probs.double().cumsum(-1)
-        place = torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)
-        return (place if tokens is None else tokens.gather(1, place))[:, 0]
-
-    def _shortlist(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """(probs [B,n], tokens [B,n]), most likely first, 0 where cut off. The sum need not be 1."""
+            return _invert_distribution(scores.softmax(-1), draws)
         vocab = scores.shape[1]
         if self.top_k is not None:
             best, tokens = scores.topk(min(self.top_k, vocab))
-            probs = best.softmax(-1)
-        else:
-            best, tokens = scores.topk(min(SHORTLIST_TOKENS, vocab))
-            total = scores.logsumexp(-1, keepdim=True)
-            probs = (best - total).exp()
-            # a flat distribution: sort it all
-            if self.top_p is not None and bool((probs.sum(-1) < self.top_p).any()):
-                best, tokens = scores.sort(descending=True)
-                probs = (best - total).exp()
+            return self._draw_from(best.softmax(-1), tokens, draws)
+        best, tokens = scores.topk(min(SHORTLIST_TOKENS, vocab))
+        total = scores.logsumexp(-1, keepdim=True)
+        probs = (best - total).exp()
+        chosen = self._draw_from(probs, tokens, draws)
+        # A flat distribution reaches p beyond the shortlist only. Its row alone is sorted whole: a
+        # sort orders equal scores differently from topk, so that sorting all rows would change what
+        # a neighbour draws.
+        assert self.top_p is not None  # else the whole distribution would have been drawn from
+        flat = torch.nonzero(probs.sum(-1) < self.top_p)[:, 0]
+        if flat.numel():
+            best, tokens = scores[flat].sort(descending=True)
+            chosen[flat] = self._draw_from((best - total[flat]).exp(), tokens, draws[flat])
+        return chosen
+
+    def _draw_from(self, probs: Tensor, tokens: Tensor, draws: Tensor) -> Tensor:
+        """Among ``tokens`` [B,n] of ``probs`` [B,n], most likely first, whose sum need not be 1:
+        those before which less than top_p has been gathered."""
         if self.top_p is not None:
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= self.top_p, 0.0)
-        return probs, tokens
+        return tokens.gather(1, _invert_distribution(probs, draws)[:, None])[:, 0]
+
+
+def _invert_distribution(probs: Tensor, draws: Tensor) -> Tensor:
+    """Where in its row's cumulative distribution, probs [B,n] whose sum need not be 1, each number
+    of draws [B] falls: one number a row, so that neighbours cannot disturb it.
+    """
+    # in float64: float32 sums of 50,000 probabilities lose the unlikely ones at the end
+    sums = probs.double().cumsum(-1)
+    # right: a token of probability 0 has an empty interval, which no number may fall into. The clamp
+    # is for rows that are no numbers; `choose` tells of them.
+    places = torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)
+    return places.clamp(max=probs.shape[1] - 1)[:, 0]
 
 
 def row_generator(seed: int, row: int) -> random.Random:
