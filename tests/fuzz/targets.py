@@ -316,6 +316,8 @@ def _read_run(name: str) -> Callable[[bytes, Path], object]:
     def read(data: bytes, folder: Path) -> object:
         for file, content in _run_files().items():
             (folder / file).write_bytes(data if file == name else content)
+        if name != "metrics.jsonl":  # drawing takes most of the time, and says nothing of the file
+            (folder / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n')
         run = read_run(folder)
         return run_state_of(run), render_page([run])
 

@@ -9,9 +9,10 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.formatting import (
@@ -30,7 +31,8 @@ from lorry.report.curves import (
     smooth_curve,
     thin_curve,
 )
-from lorry.report.svg import render_chart
+from lorry.report.inline_svg import render_chart
+from lorry.report.plots import clean_text
 from lorry.runs.read import read_readable_runs
 from lorry.visible import make_visible
 from tests.support.runs import full, metrics
@@ -39,8 +41,8 @@ finite = st.floats(-1e299, 1e299)
 anything = st.one_of(st.floats(), st.floats(-5, 5))
 
 
-def drawn(panel: ChartPanel, width: int = 560) -> ElementTree.Element:
-    return ElementTree.fromstring(render_chart(panel, "c", width))
+def drawn(panel: ChartPanel) -> ElementTree.Element:
+    return ElementTree.fromstring(render_chart(panel, "c"))
 
 
 def series(values: list[float], kind: str = "line", label: str = "") -> CurveSeries:
@@ -70,8 +72,7 @@ def test_ticks_as_a_person_would_set_them(values: list[float], labels: tuple[str
 def test_log_axes_only_where_three_decades_ask_for_them() -> None:
     axis = value_axis([1e-5, 1.0, 100.0], log_if_wide=True)
     assert axis.log
-    assert axis.place(1e-5) == 0
-    assert axis.place(axis.high) == 1
+    assert (axis.low, axis.high) == (1e-5, pytest.approx(axis.ticks[-1]))
     assert axis.labels[0] == "1e-5"
     assert not value_axis([1e-5, 1.0, 100.0]).log
     assert not value_axis([0.0, 1e-5, 100.0], log_if_wide=True).log
@@ -82,7 +83,8 @@ def test_log_axes_only_where_three_decades_ask_for_them() -> None:
 @given(st.lists(finite, min_size=1, max_size=20), st.booleans(), st.booleans())
 def test_every_value_lies_on_its_axis(values: list[float], from_zero: bool, log: bool) -> None:
     axis = value_axis(values, from_zero, log)
-    assert all(-1e-6 <= axis.place(v) <= 1 + 1e-6 for v in values)
+    room = 1e-6 * (axis.high - axis.low)
+    assert all(axis.low - room <= v <= axis.high + room for v in values)
     assert len(axis.ticks) == len(axis.labels) <= 12
     assert list(axis.ticks) == sorted(set(axis.ticks))
     assert len(set(axis.labels)) == len(axis.labels)
@@ -95,7 +97,7 @@ def test_every_value_lies_on_its_axis(values: list[float], from_zero: bool, log:
 def test_step_ticks_are_whole_and_within(steps: list[int]) -> None:
     axis = step_axis(steps)
     assert all(t == int(t) and min(steps) <= t <= max(steps) for t in axis.ticks)
-    assert all(0 <= axis.place(s) <= 1 for s in steps)
+    assert all(axis.low <= s <= axis.high for s in steps)
 
 
 @given(st.floats(1e-300, 1e300))
@@ -156,46 +158,88 @@ def test_a_chart_is_well_formed_and_says_what_it_shows() -> None:
         == "Loss by optimizer step. run: 3 at step 1, 1 at step 3, lowest 1, highest 3."
     )
     assert (root.get("aria-labelledby") or "").split() == ["c-title", "c-desc"]
-    assert [e.text for e in with_class(root, "legend")] == ["run"]
+    shown = [e.text for e in root.iter("text")]
+    assert {"Loss (nats)", "run", "step"} <= set(shown)
+    # nothing that a page cannot have twice, or that another chart could be mixed up with
+    assert {e.tag for e in root.iter()} <= {
+        "svg",
+        "title",
+        "desc",
+        "g",
+        "path",
+        "text",
+        "line",
+        "rect",
+    }
+    assert [e.get("id") for e in root.iter() if e.get("id")] == ["c-title", "c-desc"]
 
 
+def sheet_of(root: ElementTree.Element) -> tuple[dict[str, float], dict[str, Any]]:
+    """(place of the sheet over the curves, the values it carries)."""
+    (sheet,) = with_class(root, "sheet")
+    place = {k: float(sheet.get(k, "")) for k in ("x", "y", "width", "height")}
+    return place, json.loads(sheet.get("data-curves", ""))
+
+
+def curve_points(root: ElementTree.Element, color: int = 0) -> list[list[tuple[float, float]]]:
+    """The points of each piece of the curve of a run, in the chart's units."""
+    found = []
+    for path in root.iter("path"):
+        if f"stroke: var(--c{color})" in path.get("style", "") and not path.get("transform"):
+            for piece in path.get("d", "").split("M")[1:]:
+                numbers = [float(one) for one in re.findall(r"-?[\d.]+", piece)]
+                found.append(list(zip(numbers[::2], numbers[1::2], strict=True)))
+    return found
+
+
+def dots(root: ElementTree.Element, color: str) -> list[tuple[float, float]]:
+    """The places of markers with a stroke of a colour."""
+    return [
+        (float(x), float(y))
+        for path in root.iter("path")
+        if f"stroke: var(--{color})" in path.get("style", "")
+        for x, y in re.findall(r"translate\((\S+) (\S+)\)", path.get("transform", ""))
+    ]
+
+
+@settings(max_examples=25, deadline=None)
 @given(st.lists(anything, min_size=1, max_size=60))
 def test_curves_stay_inside_the_frame(values: list[float]) -> None:
     root = drawn(ChartPanel("p", "", (series(values), series(values, "points")), log_if_wide=True))
-    sheet = with_class(root, "sheet")[0]
-    left, top, width, height = (float(sheet.get(k, "")) for k in ("x", "y", "width", "height"))
-    for path in with_class(root, "line"):
-        for x, y in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", path.get("d", "")):
-            assert left - 0.11 <= float(x) <= left + width + 0.11
-            assert top - 0.11 <= float(y) <= top + height + 0.11
-    assert len([e for e in with_class(root, "points") if e.tag == "circle"]) == sum(
-        is_drawable(v) for v in values
-    )
-    data = json.loads(sheet.get("data-curves", ""))
-    assert [len(s["steps"]) for s in data["series"]] == [len(values), len(values)]
+    place, data = sheet_of(root)
+    for x, y in [*(p for piece in curve_points(root) for p in piece), *dots(root, "c0")]:
+        assert place["x"] - 0.11 <= x <= place["x"] + place["width"] + 0.11
+        assert place["y"] - 0.11 <= y <= place["y"] + place["height"] + 0.11
+    assert [len(s["x"]) for s in data["series"]] == [len(values), len(values)]
+    assert [s["values"] for s in data["series"]] == [[format_number(v) for v in values]] * 2
 
 
 def test_gaps_break_the_line_and_are_marked() -> None:
     root = drawn(ChartPanel("p", "", (series([1.0, 2.0, math.nan, 4.0, math.inf, 6.0, 7.0]),)))
-    (path,) = with_class(root, "line")
-    assert path.get("d", "").count("M") == 3
-    assert path.get("d", "").count("h0") == 1  # step 4 stands alone
-    assert len(with_class(root, "unreal")) == 2
+    place, _ = sheet_of(root)
+    pieces = [piece for piece in curve_points(root) if len(piece) > 1]
+    assert [len(piece) for piece in pieces] == [2, 2]
+    at = [place["x"] + place["width"] * share for share in (2 / 6, 4 / 6)]
+    assert [x for x, _ in dots(root, "bad")] == pytest.approx(at, abs=0.1)
+    # step 4 stands alone
+    assert [x for x, _ in dots(root, "c0")] == pytest.approx(
+        [place["x"] + place["width"] / 2], abs=0.1
+    )
+    assert "× not a number" in [e.text for e in root.iter("text")]
 
 
 def test_the_curve_lies_where_the_numbers_say() -> None:
     root = drawn(ChartPanel("p", "", (series([0.0, 5.0, 10.0]),)))
-    (path,) = with_class(root, "line")
-    points = [
-        (float(x), float(y)) for x, y in re.findall(r"[ML]([\d.]+) ([\d.]+)", path.get("d", ""))
-    ]
-    ticks = {
-        e.text: float(e.get("y", "")) - 4 for e in with_class(root, "tick") if e.text in ("0", "10")
-    }
-    assert points[0][1] == pytest.approx(ticks["0"], abs=0.1)
-    assert points[2][1] == pytest.approx(ticks["10"], abs=0.1)
-    assert points[1][1] == pytest.approx((ticks["0"] + ticks["10"]) / 2, abs=0.1)
-    assert points[1][0] == pytest.approx((points[0][0] + points[2][0]) / 2, abs=0.1)
+    place, data = sheet_of(root)
+    ((first, second, third),) = curve_points(root)
+    bottom, middle = place["y"] + place["height"], place["x"] + place["width"] / 2
+    assert first == pytest.approx((place["x"], bottom), abs=0.1)
+    assert second == pytest.approx((middle, place["y"] + place["height"] / 2), abs=0.1)
+    assert third == pytest.approx((place["x"] + place["width"], place["y"]), abs=0.1)
+    assert (data["low"], data["high"], data["name"]) == (1, 3, "step")
+    heights = {e.text: float(e.get("y", "")) for e in root.iter("text")}
+    # a label's baseline lies half its height below the tick
+    assert heights["0"] - heights["10"] == pytest.approx(place["height"], abs=0.2)
 
 
 def test_many_runs_wrap_their_legend_and_keep_their_plot() -> None:
@@ -212,14 +256,37 @@ def test_many_runs_wrap_their_legend_and_keep_their_plot() -> None:
         )
         for n in (1, 12)
     )
-    heights = [float(with_class(root, "sheet")[0].get("height", "")) for root in (few, many)]
+    heights = [sheet_of(root)[0]["height"] for root in (few, many)]
     assert heights[0] == pytest.approx(heights[1])
-    labels = with_class(many, "legend")
+    labels = [e for e in many.iter("text") if (e.text or "").startswith("a run")]
     assert all(len(e.text or "") <= 44 for e in labels)
     assert len({(e.get("x"), e.get("y")) for e in labels}) == 12
-    assert {
-        c for e in with_class(many, "line") for c in e.get("class", "").split() if c[0] == "d"
-    } == {"d0", "d1"}
+    top = min(float(e.get("y", "")) for e in labels)
+    assert top > next(float(e.get("y", "")) for e in many.iter("text") if e.text == "p")
+    # the ninth run has the colour of the first, and another dash
+    styles = [e.get("style", "") for e in many.iter("path")]
+    blue = [one for one in styles if "stroke: var(--c0)" in one]
+    assert {"dasharray" in one for one in blue} == {True, False}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_any_name_is_text_of_the_chart(title: str, label: str) -> None:
+    """Among them dollars, which matplotlib takes for formulas, and what XML cannot hold."""
+    root = drawn(ChartPanel(title, "", (series([1.0, 2.0], label=label),)))
+    assert {e.tag for e in root.iter()} <= {
+        "svg",
+        "title",
+        "desc",
+        "g",
+        "path",
+        "text",
+        "line",
+        "rect",
+    }
+    shown = ["".join((e.text or "").split()) for e in root.iter("text")]
+    assert "".join(clean_text(title).split()) in [*shown, ""]
+    assert sheet_of(root)[1]["series"][0]["label"] == clean_text(label or title)
 
 
 def test_panels_of_one_run_and_of_several(tmp_path: Path) -> None:

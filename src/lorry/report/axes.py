@@ -1,9 +1,9 @@
-"""Axes of charts: where ticks go, how they read, and how values become places."""
+"""Axes of charts: where they end, where ticks go and how they read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorry.formatting import format_scientific
@@ -16,18 +16,13 @@ MIN_LOG_VALUE = 1e-290
 
 @dataclass(frozen=True)
 class ChartAxis:
-    """A scale from [low, high] to [0, 1] with ticks inside it."""
+    """A scale from ``low`` to ``high`` with ticks inside it."""
 
     low: float
     high: float
     ticks: tuple[float, ...]
     labels: tuple[str, ...]
     log: bool = False
-
-    def place(self, value: float) -> float:
-        """0 at the low end, 1 at the high end."""
-        scale: Callable[[float], float] = math.log10 if self.log else float
-        return (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
 
 
 def value_axis(

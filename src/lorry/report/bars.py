@@ -1,16 +1,14 @@
 """Results as bars with their intervals, as a PNG; drawn by matplotlib without a display.
 
-bars({"bool_q": "bool_q\\naccuracy"}, {"base": {"bool_q": (0.5, (0.4, 0.6))}, "people": {"bool_q": (0.7, (0.6, 0.8))}})
+draw_bars({"bool_q": "bool_q\\naccuracy"}, {"base": {"bool_q": (0.5, (0.4, 0.6))}, "people": {"bool_q": (0.7, (0.6, 0.8))}})
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 
-from lorry.report.plots import PLOT_COLORS, escape_mathtext
-from lorry.runs.ownership import SOFTWARE
+from lorry.report.plots import PNG_DPI, SERIES_COLORS, encode_png, escape_label
 
 BarValue = tuple[float, tuple[float, float]]  # a value and its interval
 
@@ -21,31 +19,27 @@ def draw_bars(
     """A group of bars per key of ``groups`` (key -> its label), a bar in it per side, its interval,
     if it has one (finite ends), as a whisker; each group on an axis of its own, since units differ."""
     # most of a second, only for those who draw
-    from matplotlib.backends.backend_agg import (
-        FigureCanvasAgg,
-    )
     from matplotlib.figure import Figure
 
     columns = min(len(groups), 4)
     rows = -(-len(groups) // columns)
     figure = Figure(
-        figsize=(max(3.2 * columns, 5), 3.1 * rows + 0.6), dpi=110, layout="constrained"
+        figsize=(max(3.2 * columns, 5), 3.1 * rows + 0.6), dpi=PNG_DPI, layout="constrained"
     )
-    canvas = FigureCanvasAgg(figure)
     for index, (key, label) in enumerate(groups.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
         for at, (_side, values) in enumerate(sides.items()):
             if key not in values:
                 continue
             value, (low, high) = values[key]
-            axes.bar(at, value, width=0.8, color=PLOT_COLORS[at % len(PLOT_COLORS)])
+            axes.bar(at, value, width=0.8, color=SERIES_COLORS[at % len(SERIES_COLORS)])
             if math.isfinite(low) and math.isfinite(high):
                 whisker = [[max(value - low, 0)], [max(high - value, 0)]]
                 axes.errorbar(at, value, yerr=whisker, color="#333", capsize=4, linewidth=1)
-        axes.set_title(escape_mathtext(label), loc="left", fontsize=10, fontweight="bold")
+        axes.set_title(escape_label(label), loc="left", fontsize=10, fontweight="bold")
         axes.set_xticks(
             range(len(sides)),
-            [escape_mathtext(side) for side in sides],
+            [escape_label(side) for side in sides],
             fontsize=8,
             rotation=30 if len(sides) > 3 else 0,
         )
@@ -53,7 +47,5 @@ def draw_bars(
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
     if title:
-        figure.suptitle(escape_mathtext(title), fontsize=13)
-    out = io.BytesIO()
-    canvas.print_png(out, metadata=SOFTWARE)
-    return out.getvalue()
+        figure.suptitle(escape_label(title), fontsize=13)
+    return encode_png(figure)

@@ -1,5 +1,5 @@
-"""Which curves a report draws, from the metrics of one run or several; svg.py and plots.py draw the
-same ones.
+"""Which curves a report draws, from the metrics of one run or several: charts as data. plots.py
+draws them, once for the page and once for the PNG, and nothing else decides what is in a chart.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lorry.formatting import byte_scale
+from lorry.formatting import byte_scale, format_number
 from lorry.runs.read import RunRecord
 from lorry.runs.series import EVALUATION_PREFIX, MetricsLog, is_number
 
@@ -64,8 +64,8 @@ class CurveSeries:
 
 @dataclass(frozen=True)
 class ChartPanel:
-    """One chart. ``from_zero`` starts its axis there; ``log_if_wide`` takes a log axis when values
-    span three decades.
+    """One chart: values over ``x_label``, whole numbers. ``from_zero`` starts its axis there;
+    ``log_if_wide`` takes a log axis when values span three decades.
     """
 
     title: str
@@ -73,11 +73,30 @@ class ChartPanel:
     series: tuple[CurveSeries, ...]
     from_zero: bool = False
     log_if_wide: bool = False
+    x_label: str = "step"
 
 
 def is_drawable(value: float) -> bool:
     """Whether a value has a place on an axis."""
     return abs(value) < MAX_DRAWABLE
+
+
+def describe_panel(panel: ChartPanel) -> str:
+    """The chart in a sentence per curve: where it starts, where it ends, its lowest and highest
+    value.
+    """
+    over = panel.x_label
+    sentences = [f"{panel.title} by {'optimizer step' if over == 'step' else over}."]
+    for series in panel.series:
+        real = [(x, v) for x, v in zip(series.steps, series.values, strict=True) if is_drawable(v)]
+        if real and series.kind != "raw":
+            (first, last), values = (real[0], real[-1]), [v for _, v in real]
+            start, end = (
+                f"{format_number(v)} at {over} {format_number(x)}" for x, v in (first, last)
+            )
+            spread = f"lowest {format_number(min(values))}, highest {format_number(max(values))}"
+            sentences.append(f"{series.label or series.kind}: {start}, {end}, {spread}.")
+    return " ".join(sentences)
 
 
 def build_panels(runs: Sequence[RunRecord]) -> list[ChartPanel]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 
 from lorry.formatting import MISSING_VALUE
 from lorry.report import sections
 from lorry.report.curves import ADAPTER_PANEL_TITLES, build_panels, describe_undrawn
+from lorry.report.inline_svg import render_chart
 from lorry.report.markup import SafeHtml, html_tag, join_html
-from lorry.report.svg import SVG_COLOR_COUNT, render_chart
+from lorry.report.plots import SERIES_COLORS
 from lorry.runs import status
 from lorry.runs.ownership import GENERATOR
 from lorry.runs.read import DamagedRun, RunRecord
@@ -33,22 +34,12 @@ def render_page(runs: Sequence[RunRecord], damaged: Sequence[DamagedRun] = ()) -
     cannot be read.
     """
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"
+    closing = "Made by lorry report from the files of the run. It opens without a network and sends nothing."
     parts = [
         _page_header(runs, title),
         _damaged_runs(damaged),
-        _figure_tiles(runs[0]) if len(runs) == 1 else _comparison_section(runs),
-        _adapters_section(runs),
-        _curves_section(runs),
-        sections.evaluation_section(runs),
-        sections.samples_section(runs),
-        sections.training_rows_section(runs),
-        sections.contracts_section(runs),
-        sections.settings_section(runs),
-        sections.receipts_section(runs),
-        html_tag(
-            "footer",
-            "Made by lorry report from the files of the run. It opens without a network and sends nothing.",
-        ),
+        *(section(runs) for section in PAGE_SECTIONS),
+        html_tag("footer", closing),
     ]
     return _html_document(title, join_html(*parts))
 
@@ -145,6 +136,10 @@ def _run_badges(run: RunRecord, name: str) -> Iterator[SafeHtml]:
         )
     elif state.state != "running":
         yield html_tag("span", f"{lead}contracts not reported", class_="badge")
+
+
+def _figures_section(runs: Sequence[RunRecord]) -> SafeHtml:
+    return _figure_tiles(runs[0]) if len(runs) == 1 else _comparison_section(runs)
 
 
 def _figure_tiles(run: RunRecord) -> SafeHtml:
@@ -257,7 +252,7 @@ def _adapters_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
 
 def color_swatch(index: int) -> SafeHtml:
     """A run's colour in the charts, as a small square."""
-    return html_tag("span", class_=f"swatch c{index % SVG_COLOR_COUNT}")
+    return html_tag("span", class_=f"swatch c{index % len(SERIES_COLORS)}")
 
 
 def _curves_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
@@ -268,7 +263,7 @@ def _curves_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
     for index, panel in enumerate(drawn):
         wide = panel.title in ("Loss", ADAPTER_PANEL_TITLES["loss"])
         drawing = (
-            render_chart(panel, f"chart-{index}", 1110, 330)
+            render_chart(panel, f"chart-{index}", 860, 250)
             if wide
             else render_chart(panel, f"chart-{index}")
         )
@@ -285,3 +280,20 @@ def _curves_section(runs: Sequence[RunRecord]) -> SafeHtml | None:
         html_tag("div", *charts, class_="charts"),
         id="curves",
     )
+
+
+# Every part of the page between header and footer, in order: a function from the runs to markup, or
+# None where the runs have nothing of the kind. A new one reads what it needs from `RunRecord`, or
+# through a reader of its own file in runs/read.py, and stands here and nowhere else.
+PageSection = Callable[[Sequence[RunRecord]], SafeHtml | None]
+PAGE_SECTIONS: tuple[PageSection, ...] = (
+    _figures_section,
+    _adapters_section,
+    _curves_section,
+    sections.evaluation_section,
+    sections.samples_section,
+    sections.training_rows_section,
+    sections.contracts_section,
+    sections.settings_section,
+    sections.receipts_section,
+)
