@@ -202,7 +202,7 @@ def dots(root: ElementTree.Element, color: str) -> list[tuple[float, float]]:
     ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(anything, min_size=1, max_size=60))
 def test_curves_stay_inside_the_frame(values: list[float]) -> None:
     root = drawn(ChartPanel("p", "", (series(values), series(values, "points")), log_if_wide=True))
@@ -269,7 +269,7 @@ def test_many_runs_wrap_their_legend_and_keep_their_plot() -> None:
     assert {"dasharray" in one for one in blue} == {True, False}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_any_name_is_text_of_the_chart(title: str, label: str) -> None:
     """Among them dollars, which matplotlib takes for formulas, and what XML cannot hold."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -58,7 +59,10 @@ def render_chart(panel: ChartPanel, name: str, width: int = 420, height: int = 1
     axes.set_facecolor("none")
     drawn = io.StringIO()
     # text stays text; ids by this salt and no date, so that one run gives one page
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lorry"}):
+    style = {"svg.fonttype": "none", "svg.hashsalt": "lorry"}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # it measures with a font that lacks them; the browser that shows them has another
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         canvas.print_svg(drawn, metadata={"Date": None})
     # The file is ours, from labels that escape_label cleaned: no entity is in it to expand.
     root = _plain_tree(ElementTree.fromstring(drawn.getvalue()))
@@ -81,6 +85,7 @@ def _plain_tree(root: ElementTree.Element) -> ElementTree.Element:
     for one in root.iter():
         one.tag = one.tag.rpartition("}")[2]
         one.attrib.pop("id", None)
+        one.attrib.pop("clip-path", None)  # all of it lies inside of the axes
         one.tail = None  # indentation
         one.text = one.text if one.tag == "text" else None
         if one.tag == "use":  # a marker at x, y
