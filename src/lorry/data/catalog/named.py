@@ -132,6 +132,7 @@ class NamedSet:
     def _make_item(self, fields: ItemFields, template: str) -> NamedSetItem:
         slots, shortened = dict(fields.slots), False
         if self.limit is not None:
+            # templates are filled afterwards, so that the question is never cut
             slot, most = self.limit
             shortened_text = shorten_text(slots.get(slot, ""), most)
             shortened = len(shortened_text) < len(slots.get(slot, "").strip())

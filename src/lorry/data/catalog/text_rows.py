@@ -43,6 +43,7 @@ def bare_number(value: Any) -> str:
 def read_gsm8k(row: RowColumns) -> ItemFields:
     """GSM8K: the reasoning is learnt, then ``#### NUMBER``; the bare number is the reference."""
     text = str(row["answer"])
+    # without the mark all of it is the number
     reasoning, mark, last = text.rpartition("####")
     number = bare_number(last)
     shown = _CALCULATOR_NOTES.sub("", reasoning).strip() if mark else ""
@@ -120,6 +121,7 @@ def read_common_gen_t0(row: RowColumns) -> ItemFields:
 def read_scitldr(row: RowColumns) -> ItemFields:
     """SciTLDR: the source is a list of sentences."""
     source = row["source"]
+    # hub rows are sentences; other copies have one text
     if isinstance(source, list):
         source = " ".join(sentence.strip() for sentence in text_list(source, "source"))
     return generative_fields(

@@ -95,6 +95,7 @@ class TokenSet:
     ) -> TokenSet:
         where = tuple(rest["where"])
         report = DataReport(**rest["report"])
+        # -1: of no group
         groups = np.full(len(where), -1)
         return cls(
             arrays["tokens"],
@@ -113,6 +114,7 @@ class TokenSet:
         adapter: int = 0, role: str = "",
     ) -> TokenSet:  # fmt: skip
         """The rows laid end to end, with their report."""
+        # an encoder may read several sources, and counts on
         report, before = DataReport(source.label), Counter(encoder.notes)
         tokens, weights, lengths, where = [], [], [], []
         for found, pieces in rows:
@@ -121,6 +123,7 @@ class TokenSet:
             report.tokens_cut += sum(piece.cut for piece in pieces)
             report.characters_cut += max(piece.skipped for piece in pieces)
             for piece in pieces:
+                # half of int64; no vocabulary needs more
                 tokens.append(np.asarray(piece.tokens, dtype=np.int32))
                 weights.append(np.asarray(piece.weights, dtype=np.float32))
                 lengths.append(len(piece.tokens))
@@ -148,6 +151,7 @@ class TokenSet:
         """Sets laid end to end, each sequence remembering by its part's role which set it is of;
         ``shares``: see `MixtureOrder`.
         """
+        # [N] the part that each sequence comes from
         of = np.concatenate([np.full(len(part), number) for number, part in enumerate(parts)])
         mixing = MixtureOrder(tuple(part.role for part in parts), of, shares)
         tokens, weights, groups = (
@@ -209,6 +213,7 @@ class TokenSet:
         """
         total = hashlib.sha256()
         for values, kind in (
+            # little-endian and of one width, whatever the machine
             (self.tokens, "<i4"),
             (self.weights, "<f4"),
             (self.edges, "<i8"),
@@ -257,6 +262,7 @@ class TokenSet:
 
         Raises ConfigError when nothing would be left to train on.
         """
+        # by row, in order: a long text is several sequences, which would leak into each other
         rows = list(dict.fromkeys(self.where))
         count = max(1, round(size * len(rows))) if size < 1 else int(size)
         if count >= len(rows):
@@ -292,6 +298,7 @@ def report_progress(
             tell(
                 f"{label}: {number} rows read and tokenised in {spent:.0f} s, {number / spent:.0f} rows/s"
             )
+            # a chunk may have taken longer than several steps of this
             while due <= spent:
                 due *= 2
 
@@ -318,6 +325,7 @@ def encode_rows(
         ):
             if not isinstance(made, BadRow):
                 yield row, made
+            # nothing is wrong with the row, so on_bad_row=error does not stop for it
             elif made.kind == TOO_LONG:
                 source.bad.drop(row.where, made, row.raw)
             else:

@@ -107,6 +107,7 @@ def read_json_rows(path: Path, shown: str) -> RowStream:
     # not the rest of the file
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         scan = _JsonScanner(file, shown)
+        # a file of nothing has no opening, and is an error below
         opening, line = scan.peek(end=True), scan.line
         if opening == "{":
             try:
@@ -220,6 +221,7 @@ def strip_byte_order_mark(raw: bytes, shown: str) -> bytes:
     plain letters is then 0).
     """
     head = raw[:8]
+    # JSON begins with ASCII, of which UTF-16 makes every second byte 0
     zeros = [byte == 0 for byte in head]
     if head.startswith(UTF16_MARKS) or zeros in ([True, False] * 4, [False, True] * 4):
         raise DataError(f"{shown}:1: the file is UTF-16; save it as UTF-8")
@@ -264,6 +266,7 @@ class RowDecoder:
 
     def __init__(self) -> None:
         self._bad: BadRow | None = None
+        # without a hook for integers, which would be a call of Python for each of them
         self._fast = json.JSONDecoder(object_pairs_hook=self._object).raw_decode
         self._careful = json.JSONDecoder(
             object_pairs_hook=self._object, parse_int=self._whole
@@ -325,6 +328,7 @@ class RowDecoder:
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
+        # the first one found is told; the search is paid only where a key was lost
         if len(made) < len(pairs) and self._bad is None:
             twice = first_repeated(key for key, _ in pairs)
             self._bad = BadRow(
@@ -438,6 +442,7 @@ class _JsonScanner:
         not parsed over and over.
         """
         _ = self.line
+        # in characters
         piece = self._file.read(max(PIECE_BYTES, len(self.text) - self.at))
         self.text = self.text[self.at :] + piece
         self.at = self._counted = 0

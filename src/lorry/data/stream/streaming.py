@@ -43,6 +43,7 @@ class StreamingTokenSet:
         """
         notes: set[str] = set()
         found = read_examples(self.source, self.form, start=first * self.window_rows, notes=notes)
+        # a window ends when a row behind it was read; that row opens the next one
         ahead = next(found, None)
         while ahead is not None:
             number = ahead.number // self.window_rows
@@ -54,6 +55,7 @@ class StreamingTokenSet:
                 notes,
             )
             ahead = window.ahead
+            # a window of bad rows alone has nothing to plan, and is passed over with its number
             if len(tokens):
                 yield number, tokens
 
@@ -85,6 +87,7 @@ class StreamingTrainStream:
         self.data, self.seed, self.shuffle = rows, seed, shuffle
         self.rows_per_batch, self.accumulation = rows_per_batch, gradient_accumulation_steps
         self.packing, self.max_tokens = packing, max_tokens
+        # reads the first window, so bad data shows before a model is loaded
         self._open(epoch=0, window=0)
         self._step = self._within = 0
 
@@ -107,6 +110,7 @@ class StreamingTrainStream:
         """The micro-batches of the next step. Raises ValueError when ``step`` is not the next one."""
         self._expect(step)
         if self._within >= count_steps(len(self._plan), self.accumulation):
+            # not behind the last step of a window: the next one is read when it is needed
             self._advance()
         rows = self._plan[self._within * self.accumulation : (self._within + 1) * self.accumulation]
         # windows are numbered apart by more rows than one can hold, so that no two sequences of an
@@ -133,6 +137,7 @@ class StreamingTrainStream:
         """Go to a position. Raises DataError when its window no longer holds the same tokens."""
         self._open(epoch=state["epoch"], window=state["window"])
         self._step, self._within = state["step"], state["within"]
+        # an earlier window may be without usable rows by now, and then another one opens
         if self._window != state["window"] or self._tokens.digest != state["digest"]:
             raise DataError(
                 f"{self.data.source.label}: not the data this run was started with, in window {state['window']} "
