@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from lorry.adapters.mix import Mix
     from lorry.adapters.peft.files import load_adapter, save_adapter
     from lorry.adapters.spec import LoraSpec
-    from lorry.api import distill, generate, load, sft
+    from lorry.api import distill, generate, load, sft, unlearn
     from lorry.errors import LorryError
 
 _HOMES = {
     "sft": "lorry.api",
     "distill": "lorry.api",
+    "unlearn": "lorry.api",
     "load": "lorry.api",
     "generate": "lorry.api",
     "attach": "lorry.adapters.attach",
@@ -60,6 +61,7 @@ __all__ = [
     "merge",
     "save_adapter",
     "sft",
+    "unlearn",
     "unmerge",
 ]
 

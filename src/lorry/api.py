@@ -9,7 +9,13 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from lorry.config import DistillRunConfig, ModelConfig, RunConfig, build_settings
+from lorry.config import (
+    DistillRunConfig,
+    ModelConfig,
+    RunConfig,
+    UnlearnRunConfig,
+    build_settings,
+)
 from lorry.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +45,16 @@ def distill(**settings: Any) -> TrainResult:
     """
     notes: list[str] = []
     return train_and_push(build_settings(DistillRunConfig, settings, notes), notes)
+
+
+def unlearn(**settings: Any) -> TrainResult:
+    """Forget: `unlearn(model="runs/people", forget="forget.jsonl", retain="retain.jsonl",
+    method="NPO")`. An adapter that the model has becomes a frozen part of the base.
+
+    Keywords are those of `lorry unlearn --help`; see `sft` for what is returned and raised.
+    """
+    notes: list[str] = []
+    return train_and_push(build_settings(UnlearnRunConfig, settings, notes), notes)
 
 
 def train_and_push(run: RunConfig, notes: list[str]) -> TrainResult:

@@ -68,6 +68,13 @@ VERBS = (
         "Train",
     ),
     CliVerb(
+        "unlearn",
+        "UnlearnRunConfig",
+        "forget=FILE retain=FILE",
+        "make a model forget some rows and keep others",
+        "Train",
+    ),
+    CliVerb(
         "plan",
         "PlanSettings",
         "[MODEL]",

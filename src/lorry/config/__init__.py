@@ -28,6 +28,7 @@ from lorry.config.settings import (
     SweepSettings,
     UnmergeSettings,
 )
+from lorry.config.unlearn import UnlearnConfig, UnlearnRunConfig
 
 __all__ = [
     "BackendConfig",
@@ -50,6 +51,8 @@ __all__ = [
     "RunsSettings",
     "SweepSettings",
     "TrainConfig",
+    "UnlearnConfig",
+    "UnlearnRunConfig",
     "UnmergeSettings",
     "build_settings",
     "dump_settings",

@@ -154,8 +154,9 @@ class TrainConfig(SettingsGroup):
         "linear", "shape of the learning rate over the steps"
     )
     warmup_steps: NonNegativeInt = config_field(0, "steps of rising learning rate")
+    warmup_epochs: float = config_field(0.0, "the same in passes over the data", ge=0)
     warmup_ratio: float = derived_field(
-        "0.03; 0 with warmup_steps or a constant schedule",
+        "0.03; 0 with warmup_steps, warmup_epochs or a constant schedule",
         "the same as a share of all steps",
         ge=0,
         lt=1,
@@ -172,6 +173,7 @@ class TrainConfig(SettingsGroup):
         "epoch (steps with eval_steps) if there is eval data", "when to evaluate"
     )
     eval_steps: PositiveInt | None = config_field(None, "evaluate every so many steps")
+    eval_on_start: bool = config_field(False, "evaluate before the first step as well")
     save_strategy: Literal["steps", "epoch", "no"] = config_field(
         "steps", "when to write a checkpoint"
     )
@@ -236,17 +238,19 @@ class TrainConfig(SettingsGroup):
     @field_validator("warmup_ratio", mode="before")
     @classmethod
     def _default_warmup(cls, value: Any, info: ValidationInfo) -> Any:
-        # info.data holds the fields above it that are valid, so those two stand before this one
-        without = info.data.get("warmup_steps") or info.data.get("lr_scheduler_type") == "constant"
+        # info.data holds the fields above it that are valid, so those stand before this one
+        given = info.data.get("warmup_steps") or info.data.get("warmup_epochs")
+        without = given or info.data.get("lr_scheduler_type") == "constant"
         return (0.0 if without else 0.03) if value is None else value
 
     @model_validator(mode="after")
     def _settings_agree(self) -> TrainConfig:
-        if self.warmup_steps and self.warmup_ratio:
+        warmups = [n for n in ("steps", "epochs", "ratio") if getattr(self, f"warmup_{n}")]
+        if len(warmups) > 1:
             raise ValueError(
-                "train.warmup_steps and train.warmup_ratio both set the warmup; keep one"
+                f"train.warmup_{warmups[0]} and train.warmup_{warmups[1]} both set the warmup; keep one"
             )
-        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
+        if self.lr_scheduler_type == "constant" and warmups:
             raise ValueError(
                 "train.lr_scheduler_type=constant has no warmup; use constant_with_warmup or leave the warmup out"
             )
@@ -283,8 +287,11 @@ class JobConfig(SettingsGroup):
 
 
 class RunConfig(SettingsGroup):
-    """A training run: which model, which adapter, which data, how, where."""
+    """A training run: which model, which adapter, which data, how, where. ``always_evaluates``:
+    whether the task has something to look at without rows that were held out.
+    """
 
+    always_evaluates: ClassVar[bool] = False
     task: Literal["sft"] = config_field("sft", "fixed by the verb")
     model: ModelConfig = ModelConfig()
     lora: LoraConfig | None = LoraConfig()
@@ -320,7 +327,7 @@ class RunConfig(SettingsGroup):
     def _when_to_evaluate(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
         if train.eval_strategy is not None or "data" not in info.data:
             return train
-        anything = info.data["data"].evaluates or train.eval_tasks
+        anything = cls.always_evaluates or info.data["data"].evaluates or train.eval_tasks
         chosen = "no" if not anything else "steps" if train.eval_steps else "epoch"
         # without validation, which the values here have passed
         return train.model_copy(update={"eval_strategy": chosen})
@@ -377,8 +384,8 @@ class RunConfig(SettingsGroup):
     @model_validator(mode="after")
     def _evaluation_is_possible(self) -> RunConfig:
         train = self.train
-        if (train.eval_steps or train.eval_strategy != "no") and not (
-            self.data.evaluates or train.eval_tasks
+        if (train.eval_steps or train.eval_strategy != "no" or train.eval_on_start) and not (
+            self.always_evaluates or self.data.evaluates or train.eval_tasks
         ):
             raise ValueError(
                 "evaluation is asked for but there is nothing to evaluate on; give data.eval or data.test_size"

@@ -1,21 +1,58 @@
-"""What a task is made from, and what its builder returns. A builder changes nothing that it was
-given.
+"""What a task is made from, and what it says of itself before it is made. A builder changes nothing
+that it was given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lorry.backends.protocol import Backend, ScoringBackend, Task
 from lorry.config import RunConfig
+from lorry.config.schema import DataConfig
 from lorry.data.batch import Batch
+from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.prepare import PreparedData
+from lorry.data.stream.dataset import BatchStream
 from lorry.data.stream.joint import JointStream
 from lorry.models.loading.open import OpenedModel
 
-# by adapter: the run it would be alone, and what it reads
-PreparedJobs = Mapping[str, tuple[RunConfig, PreparedData]]
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """One adapter's part of a run before it trains. ``run``: the run it would be alone; ``data``:
+    the rows its epochs are counted in; ``row_sets``: others that its task reads, by role;
+    ``stream``: its micro-batches.
+    """
+
+    run: RunConfig
+    data: PreparedData
+    row_sets: Mapping[str, PreparedData]
+    stream: BatchStream
+
+
+PreparedJobs = Mapping[str, PreparedJob]  # by adapter
+# (run, opened model, notes) -> what makes the encoder of its rows
+EncoderFactory = Callable[[RunConfig, OpenedModel, list[str]], Callable[..., ExampleEncoder]]
+
+
+def own_encoder(
+    run: RunConfig, opened: OpenedModel, notes: list[str]
+) -> Callable[..., ExampleEncoder]:
+    """Rows are read by the model's own tokenizer; a token without an embedding makes a bad row."""
+
+    def make(*args: Any, **settings: Any) -> ExampleEncoder:
+        return ExampleEncoder(*args, **settings, embeddings=opened.model.vocab_size)
+
+    return make
+
+
+def own_stream(
+    run: RunConfig, data: PreparedData, row_sets: Mapping[str, PreparedData]
+) -> BatchStream:
+    """The rows of the data group, as they are."""
+    return data.stream
 
 
 @dataclass(frozen=True)
@@ -35,9 +72,29 @@ class TaskInputs:
 @dataclass(frozen=True)
 class BuiltTask:
     """The task; ``models``: the frozen models it scores with besides its own; ``digests``: what
-    else the result hangs on, for the run's identity; ``notes``: what a person should know."""
+    else the result hangs on, for the run's identity and its receipt; ``notes``: what a person
+    should know; ``measure(adapter)``: what an evaluation of an adapter finds besides the loss.
+    """
 
     task: Task
     models: Mapping[str, ScoringBackend] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    measure: Callable[[str], Mapping[str, float]] = lambda adapter: {}
+
+
+@dataclass(frozen=True)
+class TaskDefinition:
+    """A task before there is one. ``build``: makes it; ``encoder``: what reads its rows;
+    ``row_sets(run)``: what it reads besides the data group, by role; ``stream``: a job's
+    micro-batches from its rows; ``over_start``: an adapter that the model has becomes a part of the
+    frozen base, where other tasks go on training it.
+    """
+
+    build: Callable[[TaskInputs], BuiltTask]
+    encoder: EncoderFactory = own_encoder
+    row_sets: Callable[[RunConfig], Mapping[str, DataConfig]] = lambda run: {}
+    stream: Callable[[RunConfig, PreparedData, Mapping[str, PreparedData]], BatchStream] = (
+        own_stream
+    )
+    over_start: bool = False

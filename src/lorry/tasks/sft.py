@@ -13,7 +13,7 @@ from lorry.backends.protocol import LossTerms, ScoringBackend, StepStats
 from lorry.data.batch import Batch
 from lorry.data.stream.joint import JointStream
 from lorry.models.scoring.score import TokenScore, Want, log_prob
-from lorry.tasks.build import BuiltTask, TaskInputs
+from lorry.tasks.build import BuiltTask, TaskDefinition, TaskInputs
 from lorry.tasks.losses import nll_loss
 
 
@@ -69,3 +69,6 @@ class SftTask:
 def build_sft(given: TaskInputs) -> BuiltTask:
     """Nothing but the rows."""
     return BuiltTask(SftTask(given.stream, given.held, given.total, list(given.jobs)))
+
+
+SFT = TaskDefinition(build_sft)

@@ -107,6 +107,8 @@ class TrainingEngine:
         ):
             self._tell("start", self.progress.step, self.total)
             try:
+                if self.train.eval_on_start and self.progress.step == 0:
+                    self._evaluate(metrics, list(self.jobs))
                 while self.active():
                     self._one_step(metrics)
                     self._after(metrics, stop)
@@ -220,7 +222,10 @@ class TrainingEngine:
     # --- between steps
 
     def _after(self, metrics: MetricsWriter, stop: StopRequest) -> None:
-        improved = self._evaluate(metrics)
+        train = {name: self.jobs[name].train for name in self.epochs}
+        asked = [n for n, t in train.items() if self._due(n, t.eval_strategy, t.eval_steps)]
+        found = self._evaluate(metrics, asked)
+        improved = [n for n, values in found.items() if self._standing(n).judge(values, train[n])]
         finished, strategy = not self.active(), self.train.save_strategy
         due = strategy != "no" and (
             finished
@@ -240,14 +245,10 @@ class TrainingEngine:
     def _due(self, name: str, strategy: str | None, every: int | None) -> bool:
         return self.jobs[name].due(strategy, every, self.progress.step, self.epochs[name])
 
-    def _evaluate(self, metrics: MetricsWriter) -> list[str]:
-        """Evaluate the jobs of this step that are due, log, and update what is best. Returns those
-        at their best.
-        """
-        train = {name: self.jobs[name].train for name in self.epochs}
-        due = [name for name, t in train.items() if self._due(name, t.eval_strategy, t.eval_steps)]
+    def _evaluate(self, metrics: MetricsWriter, due: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Evaluate these jobs and log what is found, which is returned."""
         if not due:
-            return []
+            return {}
         found = {
             name: {**evaluate_task(self.backend, held_out_task(self.task, name)), **self.ask(name)}
             for name in due
@@ -260,11 +261,7 @@ class TrainingEngine:
             record["adapters"] = found
         metrics.write(record)
         self._tell("evaluation", record)
-        return [
-            name
-            for name, values in found.items()
-            if self._standing(name).judge(values, train[name])
-        ]
+        return found
 
     def _standing(self, name: str) -> JobProgress:
         return self.progress.jobs[name]

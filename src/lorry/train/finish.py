@@ -16,7 +16,6 @@ from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest, load_adapter
 from lorry.adapters.trainable import parameter_set
 from lorry.backends.protocol import Backend
-from lorry.config import RunConfig
 from lorry.data.prepare import PreparedData
 from lorry.errors import ModelError
 from lorry.generation.scorer import ModelScorer
@@ -24,6 +23,7 @@ from lorry.models.causal_lm import CausalLM, parameter_count
 from lorry.models.loading.open import OpenedModel
 from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.runs.layout import ADAPTER_WEIGHTS, RunDir
+from lorry.tasks.build import PreparedJobs
 from lorry.train import artifacts, checkpoint, full
 from lorry.train.checks import ContractChecks
 from lorry.train.samples import build_samples
@@ -162,15 +162,15 @@ def collect_samples(
 def run_receipt(
     run_dir: Path,
     opened: OpenedModel,
-    jobs: Mapping[str, tuple[RunConfig, PreparedData]],
+    jobs: PreparedJobs,
     digests: Mapping[str, str],
     teacher: str | None = None,
 ) -> dict[str, Any]:
     """receipt.json: of one job plain values, of several a map for data and for seed. ``teacher``:
     its digest, if any.
     """
-    data = {name: _data_receipt(prepared) for name, (_, prepared) in jobs.items()}
-    seeds = {name: run.train.seed for name, (run, _) in jobs.items()}
+    data = {name: _data_receipt(job.data, job.row_sets) for name, job in jobs.items()}
+    seeds = {name: job.run.train.seed for name, job in jobs.items()}
     weights, one = get_base_weights(opened.model), len(jobs) == 1
     base = {
         **opened.source,
@@ -196,11 +196,13 @@ def run_receipt(
     return known if teacher is None else {**known, "teacher": {"sha256": teacher}}
 
 
-def _data_receipt(prepared: PreparedData) -> dict[str, Any]:
+def _data_receipt(prepared: PreparedData, row_sets: Mapping[str, PreparedData]) -> dict[str, Any]:
+    """What became of a job's rows; those of its other sets by role."""
     report = prepared.report
+    others = {role: _data_receipt(data, {}) for role, data in row_sets.items()}
     if prepared.tokens is None:
         return {"source": report.source, "streamed": True, "left_out": report.left_out}
-    return {"sha256": prepared.digest, **vars(report)}
+    return {"sha256": prepared.digest, **vars(report), **others}
 
 
 def base_model_name(opened: OpenedModel) -> str:

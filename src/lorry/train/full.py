@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorry.adapters.attach import get_bank
 from lorry.adapters.base_weights import make_weights_trainable
 from lorry.adapters.mix import AdapterContext, Mix
 from lorry.config import RunConfig
@@ -50,6 +51,11 @@ def enable_base_training(run: RunConfig, opened: OpenedModel, notes: list[str]) 
     if opened.adapters:
         raise ConfigError(
             f"{run.model.name} has an adapter, and lora=null trains the base; merge it first, or leave lora out"
+        )
+    if get_bank(opened.model, create=True).start is not None:
+        raise ConfigError(
+            f"{run.model.name} stands on an adapter, which the base's weights would not hold; merge it first "
+            "(lorry merge), and give the merged model"
         )
     if (run.output_dir / "config.json").exists() and not is_full_finetune_dir(run.output_dir):
         raise ConfigError(

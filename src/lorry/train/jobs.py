@@ -41,6 +41,9 @@ class TrainingJob:
         """Steps of rising rate. A share is rounded up, as transformers does, but may not take a
         run's only step.
         """
+        if self.train.warmup_epochs and self.steps_per_epoch:
+            # whole steps, rounded down, as open-unlearning counts them
+            return int(self.train.warmup_epochs * self.steps_per_epoch)
         share = min(warmup_steps(self.total, self.train.warmup_ratio), max(self.total - 1, 0))
         return self.train.warmup_steps or share
 
@@ -48,11 +51,11 @@ class TrainingJob:
         """What a person should know of a warm-up that is all of the run, or more; an empty string
         otherwise.
         """
-        if self.train.warmup_steps < self.total:
+        if self.warmup < self.total or not (self.train.warmup_steps or self.train.warmup_epochs):
             return ""
         highest = self.rate(self.total - 1)
         return (
-            f"{self.name}: {self.train.warmup_steps} warm-up steps of {self.total} in all: the rate never reaches "
+            f"{self.name}: {self.warmup} warm-up steps of {self.total} in all: the rate never reaches "
             f"learning_rate={self.train.learning_rate:g}, its highest is {highest:.2g}"
         )
 

@@ -21,13 +21,14 @@ from lorry.adapters.attach import attach, get_bank, list_skipped_modules
 from lorry.adapters.peft.files import base_digest
 from lorry.adapters.spec import LoraSpec
 from lorry.backends.optim import OptimSettings
+from lorry.backends.protocol import Backend
 from lorry.backends.registry import BACKENDS
 from lorry.config import RunConfig, dump_settings, runs_by_adapter
-from lorry.config.schema import LoraConfig, TrainConfig
-from lorry.data.encoding.encode import ExampleEncoder
-from lorry.data.prepare import EncodedRows, prepare_data
+from lorry.config.schema import DataConfig, LoraConfig, TrainConfig
+from lorry.data.prepare import EncodedRows, PreparedData, prepare_data
 from lorry.data.stream.joint import JointStream, assign_adapter
 from lorry.errors import ConfigError, DataError, explain_out_of_memory
+from lorry.evaluate.benchmarks.questions import Benchmark
 from lorry.kernels import kernel_status
 from lorry.models.causal_lm import CausalLM
 from lorry.models.loading.open import OpenedModel, open_model
@@ -46,8 +47,7 @@ from lorry.runs.layout import (
 from lorry.runs.losses import collect_losses
 from lorry.runs.process import RunDirectoryHandle
 from lorry.runs.read import read_evaluation
-from lorry.tasks.build import PreparedJobs, TaskInputs
-from lorry.tasks.distill.builder import make_encoder_factory
+from lorry.tasks.build import BuiltTask, PreparedJob, PreparedJobs, TaskInputs
 from lorry.tasks.registry import TASKS
 from lorry.train import artifacts, checkpoint, finish
 from lorry.train.benchmarks import BenchmarkEvaluator, default_best_metric, load_eval_benchmarks
@@ -57,7 +57,7 @@ from lorry.train.engine import TrainingEngine
 from lorry.train.full import enable_base_training
 from lorry.train.jobs import RunOutcome, TrainingJob
 from lorry.train.monitoring.events import TrainingListener
-from lorry.train.monitoring.process import RunProcessRecorder, record_process
+from lorry.train.monitoring.process import record_process
 from lorry.train.monitoring.trackers import open_trackers
 from lorry.train.resources.budget import resolve_memory_budget
 from lorry.train.resources.peak import tune_allocator
@@ -104,7 +104,20 @@ def train_run(
     kind that fits; contracts.json is written even then, once the run has begun."""
     claim_output_dir(run)
     with record_process(run.output_dir) as process, explain_out_of_memory(suggest_less_memory(run)):
-        return _run_session(run, notes, listeners, process)
+        run, exams = _prepare_run(run, notes)
+        resume_from = find_resume_checkpoint(run)
+        times = StepTimes()
+        trackers = open_trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json"))
+        notebook = Notebook(notes, [*listeners, times, *trackers])
+        _set_up_torch(run)
+        opened = open_base(run, notes)
+        jobs = prepare_jobs(run, attach_jobs(run, opened, notes), opened, notebook)
+        engine = build_engine(run, opened, jobs, notebook, BenchmarkEvaluator(run, opened, exams))
+        resume_or_make_room(engine, resume_from, run, notebook)
+        process.begin(engine.progress.step, engine.total)
+        result = _train_and_finish(run, opened, jobs, engine, process.home)
+        notebook.tell(record_step_rate(run, opened, times))
+        return result
 
 
 def suggest_less_memory(run: RunConfig) -> str:
@@ -120,70 +133,73 @@ def suggest_less_memory(run: RunConfig) -> str:
     )
 
 
-def _run_session(
-    run: RunConfig,
-    notes: list[str],
-    listeners: Sequence[TrainingListener],
-    process: RunProcessRecorder,
-) -> TrainResult:
-    """Everything up to the first step, then the steps."""
+def _prepare_run(run: RunConfig, notes: list[str]) -> tuple[RunConfig, list[Benchmark]]:
+    """The run with every measured choice made, and the questions it asks while it trains: before
+    the model is loaded, which takes longer.
+    """
     run = resolve_memory_budget(run, notes)
-    exams = load_eval_benchmarks(run)  # before the model, which takes longer
-    run = default_best_metric(run, exams, notes)
-    alone = runs_by_adapter(run)
-    start = find_resume_checkpoint(run)
-    times = StepTimes()
-    listeners = [
-        *listeners,
-        times,
-        *open_trackers(run.train.report_to, run.output_dir, run.model_dump(mode="json")),
-    ]
+    exams = load_eval_benchmarks(run)
+    return default_best_metric(run, exams, notes), exams
+
+
+def _set_up_torch(run: RunConfig) -> None:
     tune_allocator()
     if run.backend.threads:
         torch.set_num_threads(run.backend.threads)
     torch.manual_seed(run.train.seed)
-    opened = open_model(run.model, notes)
+
+
+def open_base(run: RunConfig, notes: list[str]) -> OpenedModel:
+    """The model that the run begins with. Raises ConfigError where it cannot be this run's, and
+    what `open_model` raises.
+    """
+    opened = open_model(run.model, notes, as_start=TASKS[run.task].over_start)
     if opened.tokenizer is None:
         raise ConfigError(
             f"{run.model.name} has no tokenizer files; put tokenizer.json beside the weights"
         )
-    if len(alone) > 1 and opened.adapters:
+    if len(run.jobs) > 1 and opened.adapters:
         raise ConfigError(
             f"{run.model.name} already has an adapter, and several jobs begin with new ones; name its base, or merge it"
         )
-    attached = {attach_adapter(one, opened, notes): one for one in alone.values()}
     if Path(opened.source["path"]).resolve() == run.output_dir.resolve():
         raise ConfigError(
             f"{run.output_dir} holds the model this run begins with and would displace; give another output_dir"
         )
-    make = partial(
-        make_encoder_factory(run, opened, notes),
-        tell=lambda text: _notify_listeners(listeners, [text]),
-    )
-    jobs = prepare_jobs(run, attached, opened.tokenizer, make)
-    _notify_listeners(listeners, [*dict.fromkeys(notes), *_data_notes(jobs)])
-    told = len(notes)
-    opened.model.gradient_checkpointing = run.train.gradient_checkpointing
-    engine = build_engine(
-        run, opened, jobs, listeners, notes, BenchmarkEvaluator(run, opened, exams)
-    )
-    notes += [note for job in engine.jobs.values() if (note := job.warmup_note())]
-    _notify_listeners(listeners, notes[told:])
+    return opened
+
+
+@dataclass
+class Notebook:
+    """What a person should know of a run, and who is told. ``notes`` grows while the run is set up;
+    each is told once.
+    """
+
+    notes: list[str]
+    listeners: Sequence[TrainingListener]
+    told: set[str] = field(default_factory=set)
+
+    def tell(self, *texts: str | None) -> None:
+        """Tell the notes that have come since the last time, then these."""
+        for text in [*self.notes, *texts]:
+            if text and text not in self.told:
+                self.told.add(text)
+                for listener in self.listeners:
+                    listener.note(text)
+
+
+def resume_or_make_room(
+    engine: TrainingEngine, start: Path | None, run: RunConfig, notebook: Notebook
+) -> None:
+    """Go on from a checkpoint; or move what an earlier run left in the directory aside. Only now,
+    when all that can be wrong with this run has been said, and cost nothing of the last one."""
     if start is not None:
         _resume_engine(engine, start, run.output_dir)
-    if not is_own_checkpoint(start, run.output_dir):
-        going_on = start is None and run.train.resume_from_checkpoint == "auto"
-        if (aside := archive_previous_run(run.output_dir, going_on=going_on)) is not None:
-            # only now: whatever was wrong with this run has been said, and cost nothing of the last
-            # one
-            _notify_listeners(
-                listeners, [f"{run.output_dir} held an earlier run; it is in {aside} now"]
-            )
-    process.begin(engine.progress.step, engine.total)
-    result = _train_and_finish(run, opened, jobs, engine, process.home)
-    if note := record_step_rate(run, opened, times):
-        _notify_listeners(listeners, [note])
-    return result
+    if is_own_checkpoint(start, run.output_dir):
+        return
+    going_on = start is None and run.train.resume_from_checkpoint == "auto"
+    if (aside := archive_previous_run(run.output_dir, going_on=going_on)) is not None:
+        notebook.tell(f"{run.output_dir} held an earlier run; it is in {aside} now")
 
 
 def _resume_engine(engine: TrainingEngine, start: Path, folder: Path) -> None:
@@ -212,7 +228,7 @@ def _train_and_finish(
     checks, backend, prepared = (
         engine.checks,
         engine.backend,
-        {name: data for name, (_, data) in jobs.items()},
+        {name: job.data for name, job in jobs.items()},
     )
     home.check()
     artifacts.write_text(run.output_dir, RUN_FILE, dump_settings(run))
@@ -263,47 +279,57 @@ def _is_readable_evaluation(run_dir: Path) -> bool:
     return True
 
 
-def _notify_listeners(listeners: Sequence[TrainingListener], texts: Sequence[str]) -> None:
-    for text in texts:
-        for listener in listeners:
-            listener.note(text)
+def attach_jobs(run: RunConfig, opened: OpenedModel, notes: list[str]) -> dict[str, RunConfig]:
+    """One new adapter for each job (or the one that the model came with): {adapter: the run it
+    would be alone}. Raises what `attach_adapter` raises.
+    """
+    return {attach_adapter(one, opened, notes): one for one in runs_by_adapter(run).values()}
 
 
 def prepare_jobs(
-    run: RunConfig,
-    attached: Mapping[str, RunConfig],
-    tokenizer: Any,
-    make: Callable[..., ExampleEncoder] = ExampleEncoder,
+    run: RunConfig, attached: Mapping[str, RunConfig], opened: OpenedModel, notebook: Notebook
 ) -> PreparedJobs:
-    """What every job reads; data that several of them share is read once. ``make``: what makes the
-    encoder. Raises what `prepare_data` raises."""
-    known = dict[str, EncodedRows]()
-    return {
-        name: (
-            one,
-            prepare_data(
-                one.data,
-                one.train,
-                tokenizer,
-                quarantine=RunDir(run.output_dir).quarantine(name, len(attached)),
-                known=known,
-                make=make,
-            ),
+    """What every job reads; data that several of them share is read once. Raises what
+    `prepare_data` raises.
+    """
+    task, known = TASKS[run.task], dict[str, EncodedRows]()
+    make = partial(task.encoder(run, opened, notebook.notes), tell=lambda text: notebook.tell(text))
+
+    def prepare(one: RunConfig, data: DataConfig, name: str) -> PreparedData:
+        aside = RunDir(run.output_dir).quarantine(name, len(attached) + len(task.row_sets(one)))
+        return prepare_data(
+            data, one.train, opened.tokenizer, quarantine=aside, known=known, make=make
         )
-        for name, one in attached.items()
-    }
+
+    jobs = dict[str, PreparedJob]()
+    for name, one in attached.items():
+        data = prepare(one, one.data, name)
+        row_sets = {
+            role: prepare(one, settings, f"{name}-{role}")
+            for role, settings in task.row_sets(one).items()
+        }
+        jobs[name] = PreparedJob(one, data, row_sets, task.stream(one, data, row_sets))
+    notebook.tell(*_data_notes(jobs))
+    return jobs
 
 
 def _data_notes(jobs: PreparedJobs) -> list[str]:
     """What became of the rows, each data set once."""
     return list(
-        dict.fromkeys(line for _, prepared in jobs.values() for line in prepared.report.lines())
+        dict.fromkeys(
+            line
+            for job in jobs.values()
+            for data in (job.data, *job.row_sets.values())
+            for line in data.report.lines()
+        )
     )
 
 
 def _row_accounting(jobs: PreparedJobs) -> str:
     """Contract 8 in words: the rows of the only job, or of each data set a line."""
-    lines = [data.report.lines() for _, data in jobs.values()]
+    lines = [
+        data.report.lines() for job in jobs.values() for data in (job.data, *job.row_sets.values())
+    ]
     return "; ".join(lines[0][:3] if len(lines) == 1 else dict.fromkeys(one[0] for one in lines))
 
 
@@ -347,44 +373,74 @@ def build_engine(
     run: RunConfig,
     opened: OpenedModel,
     jobs: PreparedJobs,
-    listeners: Sequence[TrainingListener],
-    notes: list[str],
-    ask: BenchmarkEvaluator | None = None,
+    notebook: Notebook,
+    exams: Callable[[str], Mapping[str, float]] = lambda name: {},
 ) -> TrainingEngine:
-    """The backend, the task and the loop of this run. ``ask``: what its evaluations ask besides."""
+    """The backend, the task and the loop of this run. ``exams``: what its evaluations of an adapter
+    ask besides the task's own.
+    """
+    opened.model.gradient_checkpointing = run.train.gradient_checkpointing
     # dropout's seed is part of the sequences' keys, job by job
     backend = BACKENDS[run.backend.name](
         opened.model,
         list(jobs),
-        {name: optim_settings_of(one.train) for name, (one, _) in jobs.items()},
+        {name: optim_settings_of(job.run.train) for name, job in jobs.items()},
     )
-    ways = [
-        TrainingJob(
-            name,
-            one.train,
-            data.stream.total_steps(one.train.num_train_epochs, one.train.max_steps),
-            data.stream.epoch_of,
-            data.steps_per_epoch,
-            list(data.ends),
-        )
-        for name, (one, data) in jobs.items()
-    ]
-    seeds = {name: one.train.seed for name, (one, _) in jobs.items()}
+    training = [_training_job(name, job) for name, job in jobs.items()]
+    built = TASKS[run.task].build(_task_inputs(run, opened, jobs, training, backend))
+    notebook.notes += [*built.notes, *(note for job in training if (note := job.warmup_note()))]
+    notebook.tell()
+    return TrainingEngine(
+        backend,
+        built.task,
+        run.train,
+        run.output_dir,
+        identity=_run_identity(run, opened, jobs, built, backend),
+        checks=ContractChecks(),
+        jobs=training,
+        listeners=notebook.listeners,
+        tolerance=SCORE_TOLERANCES.get(opened.model.dtype, 1e-2),
+        models=built.models,
+        ask=lambda name: {**built.measure(name), **exams(name)},
+    )
+
+
+def _training_job(name: str, job: PreparedJob) -> TrainingJob:
+    train, data = job.run.train, job.data
+    total = job.stream.total_steps(train.num_train_epochs, train.max_steps)
+    return TrainingJob(
+        name, train, total, job.stream.epoch_of, data.steps_per_epoch, list(data.ends)
+    )
+
+
+def _task_inputs(
+    run: RunConfig,
+    opened: OpenedModel,
+    jobs: PreparedJobs,
+    training: Sequence[TrainingJob],
+    backend: Backend,
+) -> TaskInputs:
+    """The jobs' rows as one stream, and the held-out ones of all of them."""
+    seeds = {name: job.run.train.seed for name, job in jobs.items()}
     room = run.joint_tokens or MIN_BATCH_TOKENS.get(
         backend.device.type, max(MIN_BATCH_TOKENS.values())
     )
-    stream = JointStream({name: data.stream for name, (_, data) in jobs.items()}, seeds, room)
+    stream = JointStream({name: job.stream for name, job in jobs.items()}, seeds, room)
     held = [
-        assign_adapter(batch, k, seeds[n])
-        for k, (n, (_, data)) in enumerate(jobs.items())
-        for batch in data.evaluation
+        assign_adapter(batch, number, seeds[name])
+        for number, (name, job) in enumerate(jobs.items())
+        for batch in job.data.evaluation
     ]
-    built = TASKS[run.task](
-        TaskInputs(run, opened, jobs, stream, held, max(way.total for way in ways), backend)
-    )
-    notes += built.notes
-    digests = {name: data.digest for name, (_, data) in jobs.items()}
-    identity = {
+    total = max(job.total for job in training)
+    return TaskInputs(run, opened, jobs, stream, held, total, backend)
+
+
+def _run_identity(
+    run: RunConfig, opened: OpenedModel, jobs: PreparedJobs, built: BuiltTask, backend: Backend
+) -> dict[str, Any]:
+    """What a checkpoint remembers of its run, and resuming compares."""
+    digests = {name: job.data.digest for name, job in jobs.items()}
+    return {
         "config": json.loads(run.model_dump_json()),
         "digests": {
             "data": digests if len(jobs) > 1 else next(iter(digests.values())),
@@ -396,19 +452,6 @@ def build_engine(
             device=str(backend.device), kernels=kernel_status().line()
         ),
     }
-    return TrainingEngine(
-        backend,
-        built.task,
-        run.train,
-        run.output_dir,
-        identity=identity,
-        checks=ContractChecks(),
-        jobs=ways,
-        listeners=listeners,
-        tolerance=SCORE_TOLERANCES.get(opened.model.dtype, 1e-2),
-        models=built.models,
-        ask=ask or (lambda name: {}),
-    )
 
 
 def optim_settings_of(train: TrainConfig) -> OptimSettings:

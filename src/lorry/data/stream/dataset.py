@@ -105,6 +105,14 @@ class TrainStream:
         within = step - (self._end_of(epoch - 1) if epoch else 0)
         return self.plan(epoch)[within * self.accumulation : (within + 1) * self.accumulation]
 
+    def rows_before(self, step: int) -> int:
+        """Sequences that the steps before this one have read, all epochs together."""
+        epoch = self.epoch_of(step)
+        within = step - (self._end_of(epoch - 1) if epoch else 0)
+        earlier = [len(rows) for rows in self.plan(epoch)[: within * self.accumulation]]
+        # every epoch reads as many, a mixture's by its shares
+        return epoch * sum(len(rows) for rows in self.plan(0)) + sum(earlier)
+
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of an optimizer step, counted from 0."""
         epoch = self.epoch_of(step)

@@ -1,8 +1,8 @@
 """A distillation from its description to a task: who the teacher is, what it reads, whether it is
 asked live or from a cache.
 
-make = make_encoder_factory(run, opened, notes)               # before the rows are read: a teacher of another tokenizer reads them too
-built = build_distill(inputs)                       # `tasks.registry.TASKS["distill"]`
+`DISTILL` is the definition that `tasks.registry` names: `make_encoder_factory` before the rows are
+read, since a teacher of another tokenizer reads them too; `build_distill` afterwards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorry.data.encoding.encode import ExampleEncoder
 from lorry.data.prepare import PreparedData
 from lorry.errors import ConfigError
 from lorry.models.loading.open import OpenedModel
-from lorry.tasks.build import BuiltTask, TaskInputs
+from lorry.tasks.build import BuiltTask, TaskDefinition, TaskInputs, own_encoder
 from lorry.tasks.distill import cache
 from lorry.tasks.distill.align import PairedEncoder, require_same_tokenizer, sequence_digest
 from lorry.tasks.distill.task import (
@@ -46,15 +46,14 @@ def distill_objective_of(config: DistillConfig) -> DistillObjective:
 def make_encoder_factory(
     run: RunConfig, opened: OpenedModel, notes: list[str]
 ) -> Callable[..., ExampleEncoder]:
-    """What makes the encoder of a run: `ExampleEncoder`, or one that has a teacher with another
-    tokenizer read the rows as well.
+    """What makes the encoder of a distillation: `ExampleEncoder`, or one that has a teacher with
+    another tokenizer read the rows as well.
 
     A token that the model, or the teacher that reads it, has no embedding of makes a bad row.
     Raises ConfigError when the tokenizers differ and the loss compares tokens by their ids.
     """
-    own = partial(ExampleEncoder, embeddings=opened.model.vocab_size)
-    if not isinstance(run, DistillRunConfig):
-        return own
+    own = own_encoder(run, opened, notes)
+    assert isinstance(run, DistillRunConfig)
     place = _locate_teacher(run, opened, notes)
     if place.shared:
         return own
@@ -82,10 +81,8 @@ def build_distill(given: TaskInputs) -> BuiltTask:
     run = given.run
     assert isinstance(run, DistillRunConfig)
     notes: list[str] = []
-    (adapter, (_, prepared)), aim = (
-        next(iter(given.jobs.items())),
-        distill_objective_of(run.distill),
-    )
+    (adapter, job), aim = next(iter(given.jobs.items())), distill_objective_of(run.distill)
+    prepared = job.data
     place = _locate_teacher(run, given.opened, notes)
     if run.output_dir.resolve() in {
         p.resolve() for p in (place.place.directory, place.adapter) if p is not None
@@ -234,3 +231,6 @@ def _missing(
         f"{missing} of {len(of)} sequences are too long for the teacher, or its chat template makes other turns of them: "
         "they are learnt from the data alone"
     ]
+
+
+DISTILL = TaskDefinition(build_distill, encoder=make_encoder_factory)

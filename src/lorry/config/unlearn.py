@@ -1,0 +1,245 @@
+"""The description of an unlearning run: a training run that makes a model forget some rows and keep
+others. No torch here.
+
+Try: lorry unlearn model=runs/people forget=forget.jsonl retain=retain.jsonl method=NPO
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, field_validator
+from pydantic import model_validator as validate_model
+
+from lorry.config.base import PathText, SettingsGroup, config_field, derived_field
+from lorry.config.schema import RunConfig, TrainConfig
+from lorry.errors import suggest_nearest
+
+RetainLossName = Literal["NLL", "KL", "EMBED"]
+
+_PAIR: dict[str, Any] = {"gamma": 1.0, "alpha": 1.0, "retain_loss": "NLL"}
+_PREFERENCE: dict[str, Any] = {**_PAIR, "beta": 0.1}
+# What a method reads and its defaults: those of the papers' code as open-unlearning d3d7cf9 has
+# them; a setting that is not in a method's line is not read by it, and giving it is an error.
+_METHOD_LINES: dict[str, dict[str, Any]] = {
+    "GradAscent": {"gamma": 1.0},
+    "GradDiff": dict(_PAIR),
+    "KL": {**_PAIR, "retain_loss": "KL"},
+    "NPO": dict(_PREFERENCE),
+    "SimNPO": {**_PAIR, "beta": 4.5, "delta": 0.0, "gamma": 0.125},
+    "DPO": dict(_PREFERENCE),
+    "IdkDPO": dict(_PREFERENCE),
+    "AltPO": dict(_PREFERENCE),
+    "RMU": {
+        **_PAIR,
+        "retain_loss": "EMBED",
+        "steering_coeff": 2.0,
+        "layer": 7,
+        "adaptive": False,
+    },
+    "UNDIAL": {**_PAIR, "beta": 10.0, "alpha": 0.0, "peer_masks": False},
+    "CEU": {"gamma": 1.0, "ignore_first_n_answer_tokens": 1},
+    "WGA": {**_PAIR, "beta": 1.0},
+    "SatImp": {**_PAIR, "beta1": 5.0, "beta2": 1.0, "gamma": 0.1},
+    "PDU": {
+        **_PAIR,
+        "alpha": 50.0,  # the multiplier's first value: lambda_0
+        "retain_loss_eps": "auto",
+        "dual_step_size": 1.0,
+        "dual_update_upon": "step",
+        "dual_warmup_epochs": 5.0,
+        "peer_masks": False,
+    },
+    "IHL": dict(_PAIR),
+    "ME": {**_PAIR, "gamma": 0.1},
+    "IdkAP": {"gamma": 1.0, "alpha": 1.0, "beta": 0.1},
+    "JensUn": {"gamma": 1.0, "alpha": 1.0},
+}
+UNLEARN_METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {name: MappingProxyType(settings) for name, settings in _METHOD_LINES.items()}
+)
+# methods whose loss is of another answer to the forget question as well
+NEED_ALTERNATES = frozenset({"DPO", "IdkDPO", "AltPO", "IdkAP", "JensUn"})
+_METHOD_SETTINGS = sorted({name for line in UNLEARN_METHODS.values() for name in line})
+
+
+class UnlearnConfig(SettingsGroup):
+    """what is forgotten, what is kept, and how"""
+
+    main: ClassVar[str] = "method"
+    forget: PathText | list[PathText] = config_field(
+        ..., "rows to forget: file, directory or hub id, or a list of them"
+    )
+    retain: PathText | list[PathText] | None = config_field(
+        None, "rows whose answers are kept; a method with alpha above 0 needs them"
+    )
+    method: str = config_field(
+        "NPO",
+        "NPO, SimNPO, GradDiff, GradAscent, KL, DPO, IdkDPO, AltPO, RMU, UNDIAL, CEU, WGA, SatImp, PDU, "
+        "IHL, ME, IdkAP or JensUn",
+    )
+    gamma: float | None = derived_field("the method's", "weight of the forget loss", ge=0)
+    alpha: float | None = derived_field(
+        "the method's", "weight of the retain loss; of PDU lambda's first value", ge=0
+    )
+    retain_loss: RetainLossName | None = derived_field(
+        "the method's", "NLL, KL to the start, or EMBED: distance of hidden states to the start's"
+    )
+    beta: PositiveFloat | None = derived_field(
+        "the method's", "sharpness of NPO, SimNPO, DPO, WGA; strength of UNDIAL"
+    )
+    delta: float | None = derived_field("0", "SimNPO: margin of the mean token loss, nats")
+    beta1: PositiveFloat | None = derived_field("5", "SatImp: power of p")
+    beta2: PositiveFloat | None = derived_field("1", "SatImp: power of 1 - p")
+    steering_coeff: PositiveFloat | None = derived_field(
+        "2", "RMU: length of the vector that hidden states are driven to"
+    )
+    adaptive: bool | None = derived_field(
+        "false", "RMU: times the norm of the start's own hidden states"
+    )
+    layer: NonNegativeInt | None = derived_field("7", "RMU: whose output is steered, from 0")
+    retain_loss_eps: PositiveFloat | Literal["auto"] | None = derived_field(
+        "auto: the start's retain loss + 0.1", "PDU: the retain loss that is to be kept, nats"
+    )
+    dual_step_size: PositiveFloat | None = derived_field("1", "PDU: step of lambda")
+    dual_update_upon: Literal["step", "epoch"] | None = derived_field(
+        "step", "PDU: when lambda moves"
+    )
+    dual_warmup_epochs: float | None = derived_field(
+        "5", "PDU: epochs of the forget loss alone, lambda 0", ge=0
+    )
+    ignore_first_n_answer_tokens: NonNegativeInt | None = derived_field(
+        "1", "CEU: tokens of an answer that are left out"
+    )
+    peer_masks: bool | None = derived_field(
+        "false", "UNDIAL, PDU, KL: average where open-unlearning does, prompt included"
+    )
+    alternates: PathText | None = config_field(
+        None, "file of other answers: rows of question and alternate; AltPO, DPO, IdkAP, JensUn"
+    )
+    idk: PathText | None = config_field(None, "file of refusals, one a line; null: our own lines")
+    stop_below: float = config_field(
+        0.5,
+        "share of the start's probability of retained answers below which a model has collapsed",
+        ge=0,
+        lt=1,
+    )
+
+    @field_validator("forget", "retain")
+    @classmethod
+    def _some_path(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value is not None and not value:
+            raise ValueError("names no file")
+        return value
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _known_method(cls, value: Any) -> Any:
+        same = {name.lower(): name for name in UNLEARN_METHODS}
+        if str(value).lower() not in same:
+            raise ValueError(
+                f"{value!r} is no method{suggest_nearest(str(value), UNLEARN_METHODS)}; there are "
+                f"{', '.join(UNLEARN_METHODS)}"
+            )
+        return same[str(value).lower()]
+
+    @validate_model(mode="after")
+    def _settings_of_the_method(self) -> UnlearnConfig:
+        reads = UNLEARN_METHODS[self.method]
+        for name in _METHOD_SETTINGS:
+            if getattr(self, name) is not None and name not in reads and not self._restores(name):
+                readers = [m for m, line in UNLEARN_METHODS.items() if name in line]
+                raise ValueError(
+                    f"unlearn.{name} is not read by {self.method}; it is a setting of {', '.join(readers)}"
+                )
+        for name, default in reads.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        if self.alternates is not None and self.method not in NEED_ALTERNATES:
+            raise ValueError(
+                f"unlearn.alternates is not read by {self.method}; {', '.join(sorted(NEED_ALTERNATES))} do"
+            )
+        if self.idk is not None and self.method not in NEED_ALTERNATES - {"AltPO"}:
+            raise ValueError(f"unlearn.idk is not read by {self.method}")
+        if self.alternates is not None and self.idk is not None:
+            raise ValueError("unlearn.alternates and unlearn.idk both give other answers; keep one")
+        if self.retain_loss == "EMBED" and self.method != "RMU":
+            raise ValueError(
+                "unlearn.retain_loss=EMBED is RMU's: it compares the layer that is steered"
+            )
+        if self.method == "AltPO" and self.alternates is None:
+            raise ValueError(
+                "unlearn.alternates is missing: AltPO learns other answers; give alternates=FILE, or method=IdkDPO"
+            )
+        if self.retains and self.retain is None:
+            raise ValueError(
+                f"unlearn.retain is missing: {self.method} keeps what other rows say (alpha={self.alpha:g}); "
+                "give retain=FILE, or alpha=0"
+            )
+        return self
+
+    def _restores(self, name: str) -> bool:
+        """Whether a setting stands at the neutral value that every method has anyway."""
+        return getattr(self, name) in {"alpha": (0,), "peer_masks": (False,)}.get(name, ())
+
+    @property
+    def retains(self) -> bool:
+        """Whether a loss of retain rows is part of the objective."""
+        return bool(self.alpha)
+
+    def settings(self) -> dict[str, Any]:
+        """The method's own settings, by name."""
+        return {name: getattr(self, name) for name in UNLEARN_METHODS[self.method]}
+
+
+class UnlearnRunConfig(RunConfig):
+    """A model forgets some rows and keeps others: a base, a fine-tuned model, or a run whose
+    adapter becomes a frozen part of the base.
+    """
+
+    always_evaluates: ClassVar[bool] = True  # at the rows to forget, and those to keep
+    task: Literal["unlearn"] = config_field("unlearn", "fixed by the verb")  # type: ignore[assignment]  # the task is the verb's
+    unlearn: UnlearnConfig
+
+    @validate_model(mode="before")
+    @classmethod
+    def _forget_rows_are_the_data(cls, values: Any) -> Any:
+        """What is forgotten is what a pass over the data is counted in."""
+        if not isinstance(values, dict):
+            return values
+        data, own = values.get("data") or {}, values.get("unlearn") or {}
+        if not isinstance(data, dict) or not isinstance(own, dict):
+            return values
+        forget = own.get("forget")
+        if forget is None and data.get("path") is not None:
+            raise ValueError("an unlearning run reads forget=FILE (and retain=FILE), not data=FILE")
+        if data.get("mix"):
+            raise ValueError("data.mix: an unlearning run reads forget=FILE and retain=FILE")
+        if data.get("path") not in (None, forget):
+            raise ValueError("data.path and unlearn.forget both say what is forgotten; keep forget")
+        return values if forget is None else {**values, "data": {**data, "path": forget}}
+
+    @field_validator("train")
+    @classmethod
+    def _best_is_a_balance(cls, train: TrainConfig) -> TrainConfig:
+        """No rows are held out for a loss: the best step forgets most for what it keeps."""
+        if train.metric_for_best_model != "eval_loss":
+            return train
+        best = {"metric_for_best_model": "eval_balance", "greater_is_better": True}
+        return train.model_copy(update=best)
+
+    @validate_model(mode="after")
+    def _what_is_read(self) -> UnlearnRunConfig:
+        if self.data.streaming:
+            raise ValueError(
+                "data.streaming: an unlearning run counts its rows; leave streaming out"
+            )
+        if self.data.evaluates:
+            raise ValueError(
+                "data.eval, data.test_size: an unlearning run looks at its forget and retain rows; leave them out"
+            )
+        if self.jobs:
+            raise ValueError("jobs: an unlearning run makes one adapter; run several")
+        return self
