@@ -27,7 +27,8 @@ from lorry.evaluate.loss import mean_nll
 from lorry.models.causal_lm import PackedInput
 from lorry.models.loading.open import open_model
 from lorry.models.scoring.score import TokenScore, log_prob
-from lorry.train.session import attach_adapter, build_engine
+from lorry.tasks.build import PreparedJob
+from lorry.train.session import Notebook, attach_adapter, build_engine
 from tests.support import tinyrun
 from tests.support.seam import Fixed, Npo, examples, tiny_llama
 from tests.support.tinyrun import engine_for, quick  # noqa: F401 - a fixture
@@ -174,7 +175,8 @@ def test_one_step_of_sft_has_autograds_gradient(family: str, tmp_path: Path) -> 
     opened = open_model(run.model, [])
     name = attach_adapter(run, opened, [])
     prepared = prepare_data(run.data, run.train, opened.tokenizer, quarantine=tmp_path / "aside")
-    engine = build_engine(run, opened, {name: (run, prepared)}, [], [])
+    job = PreparedJob(run, prepared, {}, prepared.stream)
+    engine = build_engine(run, opened, {name: job}, Notebook([], []))
     assert isinstance(engine.backend, LocalBackend)
     batches = engine.task.step_batches(0, {})
     assert sum(len(b) for b in batches) == 7
