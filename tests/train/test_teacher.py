@@ -30,7 +30,7 @@ from lorry.models.decoder.model import Decoder
 from lorry.models.loading import quantized
 from lorry.models.loading.open import open_model
 from lorry.models.scoring.score import TokenScore, log_prob
-from lorry.tasks.build import PreparedJob, BuiltTask, TaskInputs
+from lorry.tasks.build import BuiltTask, PreparedJob, TaskInputs
 from lorry.tasks.distill import builder, teacher
 from lorry.tasks.distill.align import PairedEncoder
 from lorry.tasks.distill.builder import build_distill, make_encoder_factory
@@ -81,7 +81,15 @@ def material(world: Path, given: Mapping[str, Any], **settings: Any) -> TaskInpu
         LocalBackend(opened.model, ["default"], OptimSettings()),
         JointStream({"default": data.stream}, {"default": 3}, 1024),
     )
-    return TaskInputs(run, opened, {"default": PreparedJob(run, data, {}, data.stream)}, stream, data.evaluation, 6, backend)
+    return TaskInputs(
+        run,
+        opened,
+        {"default": PreparedJob(run, data, {}, data.stream)},
+        stream,
+        data.evaluation,
+        6,
+        backend,
+    )
 
 
 def parts(built: BuiltTask) -> tuple[Any, Mapping[str, Any]]:

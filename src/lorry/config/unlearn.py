@@ -19,43 +19,32 @@ from lorry.errors import suggest_nearest
 
 RetainLossName = Literal["NLL", "KL", "EMBED"]
 
-_PAIR: dict[str, Any] = {"gamma": 1.0, "alpha": 1.0, "retain_loss": "NLL"}
-_PREFERENCE: dict[str, Any] = {**_PAIR, "beta": 0.1}
+_ALONE: dict[str, Any] = {"gamma": 1.0, "peer_masks": False}
+_PAIR: dict[str, Any] = {**_ALONE, "alpha": 1.0, "retain_loss": "NLL", "layer": 7}
 # What a method reads and its defaults: those of the papers' code as open-unlearning d3d7cf9 has
 # them; a setting that is not in a method's line is not read by it, and giving it is an error.
 _METHOD_LINES: dict[str, dict[str, Any]] = {
-    "GradAscent": {"gamma": 1.0},
-    "GradDiff": dict(_PAIR),
-    "KL": {**_PAIR, "retain_loss": "KL"},
-    "NPO": dict(_PREFERENCE),
-    "SimNPO": {**_PAIR, "beta": 4.5, "delta": 0.0, "gamma": 0.125},
-    "DPO": dict(_PREFERENCE),
-    "IdkDPO": dict(_PREFERENCE),
-    "AltPO": dict(_PREFERENCE),
-    "RMU": {
-        **_PAIR,
-        "retain_loss": "EMBED",
-        "steering_coeff": 2.0,
-        "layer": 7,
-        "adaptive": False,
-    },
-    "UNDIAL": {**_PAIR, "beta": 10.0, "alpha": 0.0, "peer_masks": False},
-    "CEU": {"gamma": 1.0, "ignore_first_n_answer_tokens": 1},
+    "GradAscent": _ALONE,
+    "GradDiff": _PAIR,
+    "KL": {**_ALONE, "alpha": 1.0},
+    "NPO": {**_PAIR, "beta": 0.1},
+    "SimNPO": {**_PAIR, "gamma": 0.125, "beta": 4.5, "delta": 0.0},
+    "DPO": {**_PAIR, "beta": 0.1},
+    "IdkDPO": {**_PAIR, "beta": 0.1},
+    "AltPO": {**_PAIR, "beta": 0.1},
+    "RMU": {**_PAIR, "retain_loss": "EMBED", "steering_coeff": 2.0, "adaptive": False},
+    "UNDIAL": {**_PAIR, "alpha": 0.0, "beta": 10.0},
+    "CEU": {**_ALONE, "ignore_first_n_answer_tokens": 1},
     "WGA": {**_PAIR, "beta": 1.0},
-    "SatImp": {**_PAIR, "beta1": 5.0, "beta2": 1.0, "gamma": 0.1},
+    "SatImp": {**_PAIR, "gamma": 0.1, "beta1": 5.0, "beta2": 1.0},
     "PDU": {
         **_PAIR,
         "alpha": 50.0,  # the multiplier's first value: lambda_0
         "retain_loss_eps": "auto",
         "dual_step_size": 1.0,
         "dual_update_upon": "step",
-        "dual_warmup_epochs": 5.0,
-        "peer_masks": False,
+        "dual_warmup_epochs": 5,
     },
-    "IHL": dict(_PAIR),
-    "ME": {**_PAIR, "gamma": 0.1},
-    "IdkAP": {"gamma": 1.0, "alpha": 1.0, "beta": 0.1},
-    "JensUn": {"gamma": 1.0, "alpha": 1.0},
 }
 UNLEARN_METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {name: MappingProxyType(settings) for name, settings in _METHOD_LINES.items()}
@@ -99,7 +88,9 @@ class UnlearnConfig(SettingsGroup):
     adaptive: bool | None = derived_field(
         "false", "RMU: times the norm of the start's own hidden states"
     )
-    layer: NonNegativeInt | None = derived_field("7", "RMU: whose output is steered, from 0")
+    layer: NonNegativeInt | None = derived_field(
+        "7", "RMU: whose output is steered; retain_loss=EMBED: is compared; from 0"
+    )
     retain_loss_eps: PositiveFloat | Literal["auto"] | None = derived_field(
         "auto: the start's retain loss + 0.1", "PDU: the retain loss that is to be kept, nats"
     )
@@ -107,8 +98,8 @@ class UnlearnConfig(SettingsGroup):
     dual_update_upon: Literal["step", "epoch"] | None = derived_field(
         "step", "PDU: when lambda moves"
     )
-    dual_warmup_epochs: float | None = derived_field(
-        "5", "PDU: epochs of the forget loss alone, lambda 0", ge=0
+    dual_warmup_epochs: NonNegativeInt | None = derived_field(
+        "5", "PDU: epochs before lambda moves"
     )
     ignore_first_n_answer_tokens: NonNegativeInt | None = derived_field(
         "1", "CEU: tokens of an answer that are left out"
@@ -120,6 +111,10 @@ class UnlearnConfig(SettingsGroup):
         None, "file of other answers: rows of question and alternate; AltPO, DPO, IdkAP, JensUn"
     )
     idk: PathText | None = config_field(None, "file of refusals, one a line; null: our own lines")
+    reference: Literal["live", "cached"] | None = derived_field(
+        "live; cached with lora=null",
+        "when the start is asked: with every batch, or of each row once, before training",
+    )
     stop_below: float = config_field(
         0.5,
         "share of the start's probability of retained answers below which a model has collapsed",
@@ -149,7 +144,10 @@ class UnlearnConfig(SettingsGroup):
     def _settings_of_the_method(self) -> UnlearnConfig:
         reads = UNLEARN_METHODS[self.method]
         for name in _METHOD_SETTINGS:
-            if getattr(self, name) is not None and name not in reads and not self._restores(name):
+            neutral = (
+                name == "alpha" and self.alpha == 0
+            )  # what every method has that keeps nothing
+            if getattr(self, name) is not None and name not in reads and not neutral:
                 readers = [m for m, line in UNLEARN_METHODS.items() if name in line]
                 raise ValueError(
                     f"unlearn.{name} is not read by {self.method}; it is a setting of {', '.join(readers)}"
@@ -165,10 +163,6 @@ class UnlearnConfig(SettingsGroup):
             raise ValueError(f"unlearn.idk is not read by {self.method}")
         if self.alternates is not None and self.idk is not None:
             raise ValueError("unlearn.alternates and unlearn.idk both give other answers; keep one")
-        if self.retain_loss == "EMBED" and self.method != "RMU":
-            raise ValueError(
-                "unlearn.retain_loss=EMBED is RMU's: it compares the layer that is steered"
-            )
         if self.method == "AltPO" and self.alternates is None:
             raise ValueError(
                 "unlearn.alternates is missing: AltPO learns other answers; give alternates=FILE, or method=IdkDPO"
@@ -180,14 +174,10 @@ class UnlearnConfig(SettingsGroup):
             )
         return self
 
-    def _restores(self, name: str) -> bool:
-        """Whether a setting stands at the neutral value that every method has anyway."""
-        return getattr(self, name) in {"alpha": (0,), "peer_masks": (False,)}.get(name, ())
-
     @property
     def retains(self) -> bool:
         """Whether a loss of retain rows is part of the objective."""
-        return bool(self.alpha)
+        return bool(self.alpha) or self.method == "PDU"
 
     def settings(self) -> dict[str, Any]:
         """The method's own settings, by name."""
@@ -242,4 +232,18 @@ class UnlearnRunConfig(RunConfig):
             )
         if self.jobs:
             raise ValueError("jobs: an unlearning run makes one adapter; run several")
+        own = self.unlearn
+        if own.reference == "live" and self.lora is None:
+            raise ValueError(
+                "unlearn.reference=live asks the base, which lora=null changes; leave it out (cached)"
+            )
+        if own.reference is None:
+            kind = "cached" if self.lora is None else "live"
+            object.__setattr__(self, "unlearn", own.model_copy(update={"reference": kind}))
+        steered = own.method == "RMU" and (own.retain_loss == "EMBED" or not own.alpha)
+        if steered and self.lora is not None and self.lora.layers_to_transform is None:
+            # above the layer that is steered no adapter would ever train
+            assert own.layer is not None
+            layers = {"layers_to_transform": list(range(own.layer + 1))}
+            object.__setattr__(self, "lora", self.lora.model_copy(update=layers))
         return self

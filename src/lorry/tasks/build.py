@@ -58,7 +58,8 @@ def own_stream(
 @dataclass(frozen=True)
 class TaskInputs:
     """The run, the opened model, its jobs, their rows as one stream, the held-out batches, the
-    steps of the longest job, and the backend (for scores before training)."""
+    steps of the longest job, the backend (for scores before training), and ``tell``, who hears what
+    a person should know while it trains."""
 
     run: RunConfig
     opened: OpenedModel
@@ -67,6 +68,7 @@ class TaskInputs:
     held: Sequence[Batch]
     total: int
     backend: Backend
+    tell: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)

@@ -7,5 +7,6 @@ from __future__ import annotations
 from lorry.tasks.build import TaskDefinition
 from lorry.tasks.distill.builder import DISTILL
 from lorry.tasks.sft import SFT
+from lorry.tasks.unlearn.builder import UNLEARN
 
-TASKS: dict[str, TaskDefinition] = {"sft": SFT, "distill": DISTILL}
+TASKS: dict[str, TaskDefinition] = {"sft": SFT, "distill": DISTILL, "unlearn": UNLEARN}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,8 +184,12 @@ class Notebook:
         for text in [*self.notes, *texts]:
             if text and text not in self.told:
                 self.told.add(text)
-                for listener in self.listeners:
-                    listener.note(text)
+                self.repeat(text)
+
+    def repeat(self, text: str) -> None:
+        """Tell something that may be true again."""
+        for listener in self.listeners:
+            listener.note(text)
 
 
 def resume_or_make_room(
@@ -387,7 +391,8 @@ def build_engine(
         {name: optim_settings_of(job.run.train) for name, job in jobs.items()},
     )
     training = [_training_job(name, job) for name, job in jobs.items()]
-    built = TASKS[run.task].build(_task_inputs(run, opened, jobs, training, backend))
+    inputs = _task_inputs(run, opened, jobs, training, backend)
+    built = TASKS[run.task].build(replace(inputs, tell=notebook.repeat))
     notebook.notes += [*built.notes, *(note for job in training if (note := job.warmup_note()))]
     notebook.tell()
     return TrainingEngine(

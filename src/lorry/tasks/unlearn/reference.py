@@ -77,6 +77,10 @@ class CachedReference:
         for (start, stop), digest in zip(batch.segments, _digests(batch), strict=True):
             self.said[digest] = {name: reference(read, name)[start:stop].clone() for name in wants}
 
+    def lacks(self, batch: Batch) -> bool:
+        """Whether a sequence of the batch was not read yet."""
+        return any(digest not in self.said for digest in _digests(batch))
+
     def attach(self, batch: Batch, wants: Mapping[str, Want], scorer: ScoringBackend) -> Batch:
         """The batch with what was kept. Raises DataError for a sequence that was not read: the start
         may be gone by now.

@@ -1,0 +1,156 @@
+"""Other answers to the questions of a row set: refusals drawn for each row, or those of a file.
+
+    alternates_of(data, tokens, encoder, refusals=read_refusals(None), seed=0, variants=5)
+    alternates_of(data, tokens, encoder, answers=read_alternates("alt5.json"), ...)
+
+The question is the row's own, turn by turn; only the last answer is another. What cannot be asked
+that way, a text without a question, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+from lorry.config.schema import DataConfig
+from lorry.data.encoding.encode import ExampleEncoder
+from lorry.data.encoding.token_set import TokenSet, encode_rows
+from lorry.data.reading.content import ChatMessage, Conversation
+from lorry.data.reading.formats import DataExample, format_named, read_examples
+from lorry.data.reading.sources import open_source
+from lorry.data.stream.pack import sequence_key
+from lorry.data.stream.roles import Alternates
+from lorry.errors import DataError
+
+QUESTION_COLUMNS = ("question", "prompt", "instruction")
+ALTERNATE_COLUMNS = ("alternate", "alternates", "alternative")
+
+
+def read_refusals(path: str | None) -> list[str]:
+    """Refusals, one a line; None: ours. Raises DataError for an empty line or file."""
+    if path is None:
+        text, name = files(__package__).joinpath("refusals.txt").read_text("utf-8"), "refusals.txt"
+    else:
+        name = path
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"unlearn.idk={path}: cannot be read ({error})") from None
+    lines = [line.strip() for line in text.splitlines()]
+    if empty := [number for number, line in enumerate(lines, 1) if not line]:
+        raise DataError(f"{name}:{empty[0]}: an empty line; every line is a refusal")
+    if not lines:
+        raise DataError(f"{name}: holds no refusal; give one a line")
+    return lines
+
+
+def read_alternates(path: str) -> dict[str, list[str]]:
+    """{question: its other answers} of a file of rows with a question and an alternate (or a list
+    of them). Raises DataError, with file and line.
+    """
+    found = dict[str, list[str]]()
+    for row in open_source(path):
+        question = next((row.values[c] for c in QUESTION_COLUMNS if c in row.values), None)
+        given = next((row.values[c] for c in ALTERNATE_COLUMNS if c in row.values), None)
+        if not isinstance(question, str) or given is None:
+            raise DataError(
+                f"{row.where}: an alternate needs the columns question and alternate; it has "
+                f"{', '.join(map(str, row.values))}"
+            )
+        answers = given if isinstance(given, list) else [given]
+        for answer in answers:
+            if not isinstance(answer, str) or not answer.strip():
+                raise DataError(
+                    f"{row.where}: an empty alternate; every one is learnt as an answer"
+                )
+        found.setdefault(question.strip(), []).extend(answers)
+    return found
+
+
+def alternates_of(
+    data: DataConfig,
+    tokens: TokenSet,
+    encoder: ExampleEncoder,
+    *,
+    answers: Mapping[str, Sequence[str]] | None = None,
+    refusals: Sequence[str] = (),
+    seed: int = 0,
+    variants: int = 1,
+) -> Alternates:
+    """Alternates of every sequence of ``tokens``, which were read as ``data`` says. ``answers``: by
+    question; without them each row has ``variants`` of ``refusals``, drawn by (seed, row, variant).
+
+    Raises DataError for a row that is no question with an answer, or has no alternate.
+    """
+    places = {where: row for row, where in enumerate(tokens.where)}
+    # what is wrong with its rows was said when the tokens were read
+    source = open_source(
+        data.path or [], name=data.name, split=data.split, on_bad_row="skip", limit=data.n
+    )
+    form = format_named(data.format, data.text_field)
+    of: list[list[int]] = [[] for _ in tokens.where]
+
+    def others() -> Iterator[DataExample]:
+        for found in read_examples(source, form):
+            if (row := places.get(found.where)) is None:  # a bad row, left out of the tokens too
+                continue
+            for answer in _answers(found, row, answers, refusals, seed, variants):
+                yield replace(found, content=_with_answer(found, answer))
+
+    encoded = TokenSet.of(encode_rows(others(), source, encoder), source, encoder)
+    for number, where in enumerate(encoded.where):
+        of[places[where]].append(number)
+    if missing := [tokens.where[row] for row, numbers in enumerate(of) if not numbers]:
+        raise DataError(
+            f"{missing[0]}: no alternate of this row can be used ({len(missing)} rows in all); an alternate "
+            "longer than max_length is dropped"
+        )
+    return Alternates(encoded, of)
+
+
+def _answers(
+    found: DataExample,
+    row: int,
+    answers: Mapping[str, Sequence[str]] | None,
+    refusals: Sequence[str],
+    seed: int,
+    variants: int,
+) -> list[str]:
+    if answers is None:
+        draws = [sequence_key(row, v) ^ sequence_key(seed, -1) for v in range(variants)]
+        return [refusals[draw % len(refusals)] for draw in draws]
+    question = _question(found)
+    if question not in answers:
+        raise DataError(f"{found.where}: unlearn.alternates has no answer to {question!r:.80}")
+    return list(answers[question])
+
+
+def _question(found: DataExample) -> str:
+    """The last thing the user says."""
+    content = _conversation(found)
+    asked = [message.content for message in content.messages if message.role == "user"]
+    return asked[-1].strip() if asked else ""
+
+
+def _conversation(found: DataExample) -> Conversation:
+    if not isinstance(found.content, Conversation):
+        raise DataError(
+            f"{found.where}: a text without a question has no other answer; this method needs rows of "
+            "question and answer"
+        )
+    return found.content
+
+
+def _with_answer(found: DataExample, answer: str) -> Conversation:
+    """The row's conversation with another last answer."""
+    content = _conversation(found)
+    *before, last = content.messages
+    if last.role != "assistant":
+        raise DataError(f"{found.where}: the last turn is not an answer")
+    plain = None
+    if content.plain is not None:  # running text: what stands between prompt and answer stays
+        prompt, old = content.plain
+        plain = (prompt, old[: len(old) - len(old.lstrip())] + answer)
+    return replace(content, messages=(*before, ChatMessage("assistant", answer)), plain=plain)

@@ -1,0 +1,264 @@
+"""An unlearning run from its description to a task: its row sets, the start's own numbers, what an
+evaluation measures.
+
+`UNLEARN` is the definition that `tasks.registry` names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from lorry.adapters.attach import get_bank
+from lorry.adapters.mix import AdapterContext, Mix
+from lorry.config import RunConfig
+from lorry.config.schema import DataConfig
+from lorry.config.unlearn import NEED_ALTERNATES, UnlearnConfig, UnlearnRunConfig
+from lorry.data.batch import Batch
+from lorry.data.encoding.token_set import TokenSet
+from lorry.data.prepare import PreparedData
+from lorry.data.stream.dataset import BatchStream, TrainStream
+from lorry.data.stream.roles import Alternates, RoleStream
+from lorry.errors import ConfigError, DataError
+from lorry.models.scoring.score import FinalHidden, TokenScore, log_prob
+from lorry.tasks.build import BuiltTask, PreparedJob, TaskDefinition, TaskInputs
+from lorry.tasks.unlearn.alternates import alternates_of, read_alternates, read_refusals
+from lorry.tasks.unlearn.methods import StartModel, UnlearnMethod, make_method
+from lorry.tasks.unlearn.pairing import FORGET, RETAIN
+from lorry.tasks.unlearn.reference import CachedReference, LiveReference, ReferenceReader
+from lorry.tasks.unlearn.task import UnlearnTask
+
+# rows of each set that an evaluation in training looks at, evenly spaced
+MEASURED_ROWS = 200
+MOST_VARIANTS = 20  # refusals of a row, one an epoch; from then on they come again
+PDU_MARGIN = 0.1  # nats above the start's retain loss that retain_loss_eps=auto allows
+
+
+def _settings_of(run: RunConfig) -> UnlearnConfig:
+    assert isinstance(run, UnlearnRunConfig)
+    return run.unlearn
+
+
+def row_sets(run: RunConfig) -> dict[str, DataConfig]:
+    """The rows that are kept, read as those to forget are. Where the loss has no part for them they
+    are read all the same, to see what becomes of them.
+    """
+    retain = _settings_of(run).retain
+    return {} if retain is None else {RETAIN: run.data.model_copy(update={"path": retain})}
+
+
+def role_stream(
+    run: RunConfig, data: PreparedData, sets: Mapping[str, PreparedData]
+) -> BatchStream:
+    """Rows to forget, a retained one beside each, and alternates where the method compares."""
+    settings = _settings_of(run)
+    assert isinstance(data.stream, TrainStream)
+    beside = {RETAIN: _tokens(sets[RETAIN])} if settings.retains and RETAIN in sets else {}
+    alternates = dict[str, Alternates]()
+    if settings.method in NEED_ALTERNATES:
+        variants = min(math.ceil(run.train.num_train_epochs), MOST_VARIANTS)
+        answers = None if settings.alternates is None else read_alternates(settings.alternates)
+        refusals = [] if answers is not None else read_refusals(settings.idk)
+        wanted = {FORGET: (run.data, data)}
+        if settings.method == "IdkAP" and RETAIN in sets:
+            wanted[RETAIN] = (row_sets(run)[RETAIN], sets[RETAIN])
+        for role, (config, prepared) in wanted.items():
+            alternates[role] = alternates_of(
+                config,
+                _tokens(prepared),
+                prepared.encoder,
+                answers=answers,
+                refusals=refusals,
+                seed=run.train.seed,
+                variants=variants,
+            )
+    return RoleStream(
+        data.stream, FORGET, beside=beside, alternates=alternates, seed=run.train.seed
+    )
+
+
+def _tokens(prepared: PreparedData) -> TokenSet:
+    assert prepared.tokens is not None  # the description refuses streaming
+    return prepared.tokens
+
+
+class RetentionMonitor:
+    """What an evaluation measures of a job: the probability of answers to forget and to retain, and
+    how they stand to the start's. Says loudly when the model has collapsed.
+    """
+
+    def __init__(self, job: PreparedJob, inputs: TaskInputs) -> None:
+        self.backend, self.tell = inputs.backend, inputs.tell
+        self.stop_below = _settings_of(job.run).stop_below
+        sets = {FORGET: job.data, **job.row_sets}
+        rows = job.run.train.per_device_eval_batch_size
+        self.batches = {role: _spread_batches(_tokens(data), rows) for role, data in sets.items()}
+
+    @cached_property
+    def start(self) -> dict[str, tuple[float, float]]:
+        """{role: (mean probability of an answer, mean token loss in nats)} of the start: asked
+        before the first step, since base weights that train are the start no longer after it.
+        """
+        return {role: self._measure(batches, Mix.none()) for role, batches in self.batches.items()}
+
+    def _measure(self, batches: Sequence[Batch], mix: Mix) -> tuple[float, float]:
+        probabilities, nll, tokens = list[float](), 0.0, 0.0
+        for batch in batches:
+            scores = self.backend.score([batch], {"s": TokenScore(log_prob)}, mix)[0]["s"].double()
+            sums = batch.sum_by_sequence(scores * batch.weights.double())
+            counts = batch.sum_by_sequence(batch.weights.double())
+            probabilities += torch.exp(sums / counts).tolist()
+            nll, tokens = nll - float(sums.sum()), tokens + float(counts.sum())
+        return sum(probabilities) / len(probabilities), nll / tokens
+
+    def __call__(self, adapter: str) -> dict[str, float]:
+        """{eval_forget_probability, eval_retain_probability, eval_retain_kept, eval_balance, ...}."""
+        name = self.backend.adapter_of(adapter)
+        mix = Mix.none() if name is None else Mix.one(name)
+        now = {role: self._measure(batches, mix) for role, batches in self.batches.items()}
+        found = {f"eval_{role}_probability": p for role, (p, _) in now.items()}
+        found |= {f"eval_{role}_nll": nll for role, (_, nll) in now.items()}
+        forgotten = 1 - min(now[FORGET][0] / max(self.start[FORGET][0], 1e-12), 1.0)
+        kept = 1.0
+        if RETAIN in now:
+            kept = now[RETAIN][0] / max(self.start[RETAIN][0], 1e-12)
+            found["eval_retain_kept"] = kept
+            if kept < self.stop_below:
+                self.tell(
+                    f"COLLAPSE: retained answers have {kept:.0%} of the probability that the start gave them "
+                    f"(stop_below={self.stop_below:g}): the model forgets everything, not only these rows. Lower "
+                    "learning_rate or gamma, or raise alpha"
+                )
+        kept = min(kept, 1.0)
+        found["eval_balance"] = (
+            2 * forgotten * kept / (forgotten + kept) if forgotten + kept else 0.0
+        )
+        return found
+
+
+def _spread_batches(tokens: TokenSet, rows: int) -> list[Batch]:
+    """Batches of at most `MEASURED_ROWS` rows, evenly spaced over the set."""
+    count = min(len(tokens), MEASURED_ROWS)
+    chosen = np.linspace(0, len(tokens) - 1, count).astype(np.int64)
+    return tokens.select(chosen).eval_batches(rows)
+
+
+def build_unlearn(given: TaskInputs) -> BuiltTask:
+    """The task. Raises ConfigError, DataError."""
+    model, jobs = given.opened.model, given.jobs
+    monitors = {name: RetentionMonitor(job, given) for name, job in jobs.items()}
+    notes = list[str]()
+    for name, job in jobs.items():
+        refuse_overlap(job)
+        notes += [_start_note(role, *seen) for role, seen in monitors[name].start.items()]
+    bank = get_bank(model, create=True)
+    if bank.start is not None:
+        notes.append(f"the adapter of {bank.start.path} is a frozen part of the base")
+    config = _settings_of(given.run)
+    own = [_method_settings(job, monitors[name]) for name, job in jobs.items()]
+    start = StartModel(
+        _width(given),
+        [job.run.train.seed for job in jobs.values()],
+        lambda hidden: model.logits(hidden, AdapterContext(Mix.none())),
+    )
+    method = make_method(config.method, own, start)
+    layers = model.config.get("num_hidden_layers", model.config.get("n_layer"))
+    if method.highest_layer is not None and layers and method.highest_layer >= layers:
+        raise ConfigError(
+            f"unlearn.layer={method.highest_layer}: the model has {layers} layers, 0 to {layers - 1}"
+        )
+    reference: ReferenceReader = LiveReference(Mix.none())
+    if config.reference == "cached":
+        reference = _read_reference(given, method)
+    task = UnlearnTask(
+        given.stream,
+        [],
+        given.total,
+        list(jobs),
+        method=method,
+        reference=reference,
+        models={"self": given.backend},
+        epoch_of={name: job.stream.epoch_of for name, job in jobs.items()},
+    )
+    digests = {role: data.digest for job in jobs.values() for role, data in job.row_sets.items()}
+    if bank.start is not None:
+        digests["start"] = bank.start.sha256
+    return BuiltTask(task, {}, digests, notes, lambda name: monitors[name](name))
+
+
+def _start_note(role: str, probability: float, nll: float) -> str:
+    return f"the start on the rows to {role}: probability of an answer {probability:.3f}, {nll:.3f} nats a token"
+
+
+def _width(given: TaskInputs) -> int:
+    config, embedding = given.opened.model.config, given.opened.model.get_input_embeddings()
+    known = config.get("hidden_size") or config.get("n_embd")
+    if known is None and embedding is not None:
+        known = embedding.get_parameter("weight").shape[1]
+    if known is None:
+        raise ConfigError("the model does not say how wide its hidden states are (hidden_size)")
+    return int(known)
+
+
+def _method_settings(job: PreparedJob, monitor: RetentionMonitor) -> dict[str, object]:
+    """The method's own settings, ``auto`` made a number."""
+    config = _settings_of(job.run)
+    own = config.settings()
+    if own.get("retain_loss_eps") == "auto":
+        if own["retain_loss"] == "EMBED":
+            raise ConfigError(
+                "unlearn.retain_loss_eps: a distance of hidden states has no start to go by; give a number"
+            )
+        # KL to the start is 0 at the start
+        at_start = monitor.start[RETAIN][1] if own["retain_loss"] == "NLL" else 0.0
+        own["retain_loss_eps"] = at_start + PDU_MARGIN
+    return own
+
+
+def refuse_overlap(job: PreparedJob) -> None:
+    """Raise DataError where a row to forget is also a row to retain: no model can do both."""
+    if RETAIN not in job.row_sets:
+        return
+    forget, retain = _tokens(job.data), _tokens(job.row_sets[RETAIN])
+    kept = {_sequence(retain, row): retain.where[row] for row in range(len(retain))}
+    both = [
+        (forget.where[row], kept[key])
+        for row in range(len(forget))
+        if (key := _sequence(forget, row)) in kept
+    ]
+    if both:
+        raise DataError(
+            f"{both[0][0]} is to be forgotten and {both[0][1]}, the same row, to be retained ({len(both)} rows in "
+            "all); take them out of one of the two"
+        )
+
+
+def _sequence(tokens: TokenSet, row: int) -> bytes:
+    span = slice(tokens.edges[row], tokens.edges[row + 1])
+    return tokens.tokens[span].tobytes() + tokens.weights[span].tobytes()
+
+
+def _read_reference(given: TaskInputs, method: UnlearnMethod) -> CachedReference:
+    """What the start says of every row that the run will read, before anything trains."""
+    reference = CachedReference(Mix.none())
+    for step in range(given.total):
+        for batch in given.stream.batches(step):
+            ready = method.prepare(batch)
+            wants = method.reference_wants(ready)
+            if not wants:
+                return reference
+            if given.run.lora is None and any(isinstance(w, FinalHidden) for w in wants.values()):
+                raise ConfigError(
+                    f"unlearn.method={_settings_of(given.run).method} compares with the start's logits, and with "
+                    "lora=null the head that makes them may train; use an adapter, or retain_loss=NLL"
+                )
+            if reference.lacks(ready):
+                reference.read(ready, wants, given.backend)
+    return reference
+
+
+UNLEARN = TaskDefinition(build_unlearn, row_sets=row_sets, stream=role_stream, over_start=True)
