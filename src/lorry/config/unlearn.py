@@ -45,6 +45,8 @@ _METHOD_LINES: dict[str, dict[str, Any]] = {
         "dual_update_upon": "step",
         "dual_warmup_epochs": 5,
     },
+    "IHL": _PAIR,
+    "ME": {**_PAIR, "gamma": 0.1},
 }
 UNLEARN_METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {name: MappingProxyType(settings) for name, settings in _METHOD_LINES.items()}

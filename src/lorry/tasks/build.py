@@ -55,6 +55,11 @@ def own_stream(
     return data.stream
 
 
+def held_out_rows(job: PreparedJob) -> dict[str, Batch]:
+    """The first rows that were held out."""
+    return {"held-out rows": batch for batch in job.data.evaluation[:1]}
+
+
 @dataclass(frozen=True)
 class TaskInputs:
     """The run, the opened model, its jobs, their rows as one stream, the held-out batches, the
@@ -89,7 +94,8 @@ class BuiltTask:
 class TaskDefinition:
     """A task before there is one. ``build``: makes it; ``encoder``: what reads its rows;
     ``row_sets(run)``: what it reads besides the data group, by role; ``stream``: a job's
-    micro-batches from its rows; ``over_start``: an adapter that the model has becomes a part of the
+    micro-batches from its rows; ``samples``: rows of a job that are answered at its end, by the
+    name of their group; ``over_start``: an adapter that the model has becomes a part of the
     frozen base, where other tasks go on training it.
     """
 
@@ -99,4 +105,5 @@ class TaskDefinition:
     stream: Callable[[RunConfig, PreparedData, Mapping[str, PreparedData]], BatchStream] = (
         own_stream
     )
+    samples: Callable[[PreparedJob], Mapping[str, Batch]] = held_out_rows
     over_start: bool = False

@@ -4,7 +4,7 @@ says what it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lorry.adapters.mix import Mix
 from lorry.adapters.peft.files import base_digest, load_adapter
 from lorry.adapters.trainable import parameter_set
 from lorry.backends.protocol import Backend
+from lorry.data.batch import Batch
 from lorry.data.prepare import PreparedData
 from lorry.errors import ModelError
 from lorry.generation.scorer import ModelScorer
@@ -23,7 +24,7 @@ from lorry.models.causal_lm import CausalLM, parameter_count
 from lorry.models.loading.open import OpenedModel
 from lorry.models.scoring.score import TokenScore, log_prob
 from lorry.runs.layout import ADAPTER_WEIGHTS, RunDir
-from lorry.tasks.build import PreparedJobs
+from lorry.tasks.build import PreparedJob, PreparedJobs
 from lorry.train import artifacts, checkpoint, full
 from lorry.train.checks import ContractChecks
 from lorry.train.samples import build_samples
@@ -128,35 +129,32 @@ def check_newest_checkpoint(checks: ContractChecks, newest: Path | None) -> None
 
 
 def collect_samples(
-    backend: Backend, prepared: Mapping[str, PreparedData], context: int | None
+    backend: Backend,
+    jobs: PreparedJobs,
+    context: int | None,
+    asked: Callable[[PreparedJob], Mapping[str, Batch]],
 ) -> list[dict[str, Any]]:
-    """The rows of samples.json: each adapter's answers, and the training rows of each data set
-    once.
+    """The rows of samples.json: each adapter's answers to the rows that are ``asked`` of its job,
+    and the training rows of each data set once.
     """
-    made = list[dict[str, Any]]()
+    found = list[dict[str, Any]]()
     shown = set[str]()
-    for name, one in prepared.items():
-        new = one.tokens is not None and one.digest not in shown
-        shown.add(one.digest)
-        train, held_out = (
-            one.stream.batches(0)[0] if new else None,
-            next(iter(one.evaluation), None),
-        )
+    for name, job in jobs.items():
+        data = job.data
+        new = data.tokens is not None and data.digest not in shown
+        shown.add(data.digest)
         rows = build_samples(
             backend,
             backend.adapter_of(name),
-            one.encoder,
-            train,
-            held_out,
-            one.ends,
+            data.encoder,
+            job.stream.batches(0)[0] if new else None,
+            asked(job),
+            data.ends,
             context=context,
         )
-        made += (
-            [{**row, "group": f"{name}: {row['group']}"} for row in rows]
-            if len(prepared) > 1
-            else rows
-        )
-    return made
+        several = len(jobs) > 1
+        found += [{**row, "group": f"{name}: {row['group']}"} for row in rows] if several else rows
+    return found
 
 
 def run_receipt(

@@ -4,7 +4,7 @@ exactly as they were trained.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lorry.adapters.mix import Mix
@@ -18,20 +18,21 @@ WeightedSequence = tuple[list[int], list[float]]
 
 
 def build_samples(
-    backend: ScoringBackend, adapter: str | None, encoder: ExampleEncoder, train: Batch | None, held_out: Batch | None, ends: Collection[int],
+    backend: ScoringBackend, adapter: str | None, encoder: ExampleEncoder, train: Batch | None, asked: Mapping[str, Batch], ends: Collection[int],
     *, context: int | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of samples.json. Before is the base (the same weights under mix none), after the
     adapter; both greedy. Where the base itself was trained (``adapter`` None) there is no before.
+    ``asked``: rows whose prompts are answered, by the name of their group.
 
     ``context``: the most tokens the model takes; a prompt that leaves no room there is not asked.
     """
     room = None if context is None else context - SAMPLE_NEW_TOKENS
-    rows = (
-        sample_answers(backend, adapter, encoder, held_out, ends, room)
-        if held_out is not None and ends
-        else []
-    )
+    rows = [
+        {**row, "group": group}
+        for group, batch in (asked if ends else {}).items()
+        for row in sample_answers(backend, adapter, encoder, batch, ends, room)
+    ]
     for tokens, weights in split_sequences(train, SAMPLE_ROWS) if train is not None else []:
         marked = [
             {"text": t, "weight": float(learnt)}
@@ -58,7 +59,7 @@ def sample_answers(
     ends: Collection[int],
     room: int | None,
 ) -> list[dict[str, Any]]:
-    """Up to four held-out rows: what stands before the last answer, asked of base and adapter."""
+    """Up to four rows: what stands before the last answer, asked of base and adapter."""
     asked = []
     for tokens, weights in split_sequences(batch, SAMPLE_ANSWERS):
         stop = len(weights) - next(i for i, w in enumerate(reversed(weights)) if w)
@@ -78,7 +79,6 @@ def sample_answers(
     said = {side: backend.generate(prompts, params, adapters=mix) for side, mix in sides.items()}
     return [
         {
-            "group": "held-out rows",
             "prompt": encoder.tokenizer.decode(prompt, skip_special_tokens=True),
             "tokens": None,
             "reference": encoder.tokenizer.decode(answer, skip_special_tokens=True).strip(),

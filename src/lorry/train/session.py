@@ -250,7 +250,9 @@ def _train_and_finish(
         digests = finish.write_and_check_adapters(run.output_dir, opened, checks, prepared)
         finish.check_newest_checkpoint(checks, engine.newest)
         artifacts.write_json(
-            run.output_dir, SAMPLES, finish.collect_samples(backend, prepared, opened.model.context)
+            run.output_dir,
+            SAMPLES,
+            finish.collect_samples(backend, jobs, opened.model.context, TASKS[run.task].samples),
         )
     finally:
         if home.is_there():

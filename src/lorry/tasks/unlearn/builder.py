@@ -34,6 +34,7 @@ from lorry.tasks.unlearn.task import UnlearnTask
 
 # rows of each set that an evaluation in training looks at, evenly spaced
 MEASURED_ROWS = 200
+ANSWERED_ROWS = 4  # rows of each set that are answered at the end, before and after
 MOST_VARIANTS = 20  # refusals of a row, one an epoch; from then on they come again
 PDU_MARGIN = 0.1  # nats above the start's retain loss that retain_loss_eps=auto allows
 
@@ -261,4 +262,18 @@ def _read_reference(given: TaskInputs, method: UnlearnMethod) -> CachedReference
     return reference
 
 
-UNLEARN = TaskDefinition(build_unlearn, row_sets=row_sets, stream=role_stream, over_start=True)
+def answered_rows(job: PreparedJob) -> dict[str, Batch]:
+    """The first rows of each set."""
+    sets = {FORGET: job.data, **job.row_sets}
+    first = {role: _tokens(data) for role, data in sets.items()}
+    return {
+        f"rows to {role}": tokens.select(np.arange(min(len(tokens), ANSWERED_ROWS))).eval_batches(
+            ANSWERED_ROWS
+        )[0]
+        for role, tokens in first.items()
+    }
+
+
+UNLEARN = TaskDefinition(
+    build_unlearn, row_sets=row_sets, stream=role_stream, samples=answered_rows, over_start=True
+)

@@ -1,0 +1,271 @@
+"""`lorry unlearn` as a run: the start stays as it was under the new adapter, rows of several sets
+share the steps, a killed run goes on bit for bit, and bad input is one error.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorry.adapters.attach import get_bank
+from lorry.adapters.mix import Mix
+from lorry.config import ModelConfig, UnlearnRunConfig, build_settings
+from lorry.config.unlearn import NEED_ALTERNATES, UNLEARN_METHODS
+from lorry.disk.integrity import file_digest
+from lorry.errors import ConfigError, DataError, LorryError
+from lorry.models.loading.open import open_model
+from lorry.tasks.unlearn import methods
+from lorry.train.session import TrainResult, train_run
+from tests.support import tinyrun
+from tests.support.tinyrun import quick  # noqa: F401
+
+STEPS = 6
+FORGET, RETAIN = 7, 11
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two layers, a run that learnt all rows, rows to forget and rows to retain."""
+    folder = tmp_path_factory.mktemp("world")
+    tinyrun.model_directory(folder / "model", num_hidden_layers=2)
+    everything = tinyrun.rows(FORGET + RETAIN)
+    tinyrun.write_rows(folder / "all.jsonl", everything)
+    tinyrun.write_rows(folder / "forget.jsonl", everything[:FORGET])
+    tinyrun.write_rows(folder / "retain.jsonl", everything[FORGET:])
+    start = tinyrun.described(
+        folder / "model", folder / "all.jsonl", folder / "start", max_steps=20, r=4,
+        lora_dropout=0.2, learning_rate=3e-2,
+    )  # fmt: skip
+    train_run(start, [])
+    return folder
+
+
+def described(world: Path, out: Path, **settings: Any) -> UnlearnRunConfig:
+    given = {
+        "model": {"name": str(world / "start")},
+        "forget": str(world / "forget.jsonl"),
+        "retain": str(world / "retain.jsonl"),
+        "output_dir": str(out),
+        "max_steps": STEPS,
+        **tinyrun.DEFAULTS,
+        **settings,
+    }
+    return build_settings(UnlearnRunConfig, given, [])
+
+
+def unlearn(world: Path, out: Path, **settings: Any) -> TrainResult:
+    return train_run(described(world, out, **settings), [])
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(out: Path) -> list[dict[str, Any]]:
+    return [record for record in records(out) if "loss" in record]
+
+
+def logits(opened: Any, mix: Mix) -> Tensor:
+    get_bank(opened.model, create=True).activate(mix)
+    with torch.no_grad():
+        return opened.model(torch.arange(3, 30)[None]).logits
+
+
+def test_the_start_stays_and_the_adapter_comes_off(world: Path, tmp_path: Path) -> None:
+    before = file_digest(world / "start/adapter_model.safetensors")
+    result = unlearn(world, tmp_path / "run", lora_dropout=0.1)
+    assert file_digest(world / "start/adapter_model.safetensors") == before
+    assert {c["status"] for c in result.contracts} == {"held"}
+    start = open_model(ModelConfig(name=str(world / "start"), dtype="float32"), [])
+    again = open_model(ModelConfig(name=str(tmp_path / "run"), dtype="float32"), [])
+    of_start = logits(start, Mix.one(start.adapters[0]))
+    assert torch.equal(logits(again, Mix.none()), of_start)
+    changed = logits(again, Mix.one(again.adapters[0]))
+    assert (changed - of_start).abs().max() > 1e-3
+    half = logits(again, Mix.constants({again.adapters[0]: 0.5}))
+    assert not torch.equal(half, changed)
+    assert not torch.equal(half, of_start)
+
+
+def test_npo_begins_at_its_constant_and_forgets(world: Path, tmp_path: Path) -> None:
+    """(2 / beta) ln 2: the policy is the start, dropout of either notwithstanding (that of the
+    new one multiplies a zero)."""
+    unlearn(world, tmp_path / "run", max_steps=20, lora_dropout=0.3, eval_on_start=True)
+    first, *_, last = steps_of(tmp_path / "run")
+    assert first["loss_forget"] == pytest.approx(20 * 0.6931471805599453, rel=1e-6)
+    assert last["loss_forget"] < first["loss_forget"]
+    evaluations = [record for record in records(tmp_path / "run") if "eval_balance" in record]
+    assert [record["step"] for record in evaluations][0] == 0
+    assert evaluations[0]["eval_balance"] == pytest.approx(0, abs=1e-6)
+    assert evaluations[0]["eval_retain_kept"] == pytest.approx(1, rel=1e-6)
+    assert evaluations[-1]["eval_forget_probability"] < evaluations[0]["eval_forget_probability"]
+
+
+@pytest.mark.parametrize("method", sorted(UNLEARN_METHODS))
+def test_every_method_trains(method: str, world: Path, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"method": method}
+    if method == "AltPO":
+        rows = tinyrun.rows(FORGET)
+        tinyrun.write_rows(
+            tmp_path / "other.jsonl",
+            [
+                {"question": row["question"], "alternate": f"{i} {word} cats"}
+                for i, row in enumerate(rows)
+                for word in ("grey", "pink")
+            ],
+        )
+        own["alternates"] = str(tmp_path / "other.jsonl")
+    if "layer" in UNLEARN_METHODS[method]:
+        own["layer"] = 0
+    if method == "PDU":
+        own["dual_warmup_epochs"] = 0
+    result = unlearn(world, tmp_path / "run", **own)
+    assert {c["status"] for c in result.contracts} == {"held"}
+    assert len(steps_of(tmp_path / "run")) == STEPS
+    if method == "RMU":
+        assert all(".0." in path for path in get_bank(result.model)["default"].slots)
+
+
+def test_the_table_of_settings_is_the_methods_own() -> None:
+    for name, settings in UNLEARN_METHODS.items():
+        own = dict(methods.METHOD_DEFAULTS[name])
+        if name == "PDU":  # `auto`, made a number by the builder
+            assert settings["retain_loss_eps"] == "auto"
+            own["retain_loss_eps"] = "auto"
+        assert dict(settings) == own, name
+        assert methods.UNLEARN_METHODS[name].needs_alternates == (name in NEED_ALTERNATES), name
+    assert set(UNLEARN_METHODS) == set(methods.UNLEARN_METHODS)
+
+
+@pytest.mark.parametrize("method", ["NPO", "PDU"])
+def test_killed_and_resumed_bit_for_bit(method: str, world: Path, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"method": method, "save_steps": 2, "lora_dropout": 0.1}
+    own |= {"dual_warmup_epochs": 0, "layer": 0} if method == "PDU" else {}
+    unlearn(world, tmp_path / "whole", **own)
+    out = tmp_path / "resumed"
+
+    class Stop(Exception):
+        pass
+
+    class Killer(tinyrun.Heard):
+        def step(self, record: Any) -> None:
+            super().step(record)
+            if record["step"] == 3:
+                raise Stop
+
+    run = described(world, out, resume_from_checkpoint="auto", **own)
+    with pytest.raises(Stop):
+        train_run(run, [], [Killer()])
+    train_run(run, [])
+    left, right = tmp_path / "whole", out
+    name = "adapter_model.safetensors"
+    assert (left / name).read_bytes() == (right / name).read_bytes()
+    timeless = [
+        [{k: v for k, v in r.items() if k not in ("seconds", "peak_memory_bytes")} for r in rs]
+        for rs in (records(left), records(right))
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_packing_and_accumulation_change_nothing(world: Path, tmp_path: Path) -> None:
+    """The same rows a step, laid out otherwise."""
+    losses = []
+    for out, own in {
+        "a": {"per_device_train_batch_size": 4},
+        "b": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    }.items():
+        unlearn(world, tmp_path / out, method="GradDiff", layer=0, learning_rate=1e-3, **own)
+        losses.append([record["loss"] for record in steps_of(tmp_path / out)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-5)
+
+
+def test_the_base_itself_unlearns(world: Path, tmp_path: Path) -> None:
+    """lora=null from a model without adapters: the start is remembered, row by row."""
+    result = unlearn(
+        world, tmp_path / "run", model={"name": str(world / "model")}, lora=None, r=None,
+        learning_rate=1e-4,
+    ) if False else train_run(
+        build_settings(
+            UnlearnRunConfig,
+            {
+                "model": {"name": str(world / "model")},
+                "forget": str(world / "forget.jsonl"),
+                "retain": str(world / "retain.jsonl"),
+                "output_dir": str(tmp_path / "run"),
+                "max_steps": STEPS,
+                "lora": None,
+                **{k: v for k, v in tinyrun.DEFAULTS.items() if k != "r"},
+            },
+            [],
+        ),
+        [],
+    )  # fmt: skip
+    assert {c["status"] for c in result.contracts} <= {"held", "skipped"}
+    first = steps_of(tmp_path / "run")[0]
+    assert first["loss_forget"] == pytest.approx(20 * 0.6931471805599453, rel=1e-4)
+
+
+def test_collapse_is_said(world: Path, tmp_path: Path) -> None:
+    heard = tinyrun.Heard()
+    run = described(world, tmp_path / "run", method="GradAscent", learning_rate=0.2, max_steps=12)
+    train_run(run, [], [heard])
+    assert any(note.startswith("COLLAPSE") for note in heard.notes), heard.notes
+
+
+def wrong(world: Path, tmp_path: Path, match: str, **settings: Any) -> None:
+    with pytest.raises(LorryError, match=match):
+        unlearn(world, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_bad_settings(world: Path, tmp_path: Path) -> None:
+    bad = {
+        "delta is not read by NPO": {"delta": 1.0},
+        "NPOO' is no method.*did you mean NPO": {"method": "NPOO"},
+        "retain is missing": {"retain": None},
+        "greater than 0|above 0": {"beta": 0},
+        "layers, 0 to 1|layers_to_transform": {"method": "RMU", "layer": 5},
+        "alternates is missing": {"method": "AltPO"},
+        "forget=FILE": {"forget": None, "data": {"path": str(world / "all.jsonl")}},
+        "streaming": {"streaming": True},
+    }
+    for match, settings in bad.items():
+        wrong(world, tmp_path, match, **settings)
+
+
+def test_a_row_to_forget_and_to_retain(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"forget.jsonl:1 is to be forgotten and .*all.jsonl:1"):
+        unlearn(world, tmp_path / "run", retain=str(world / "all.jsonl"))
+
+
+def test_an_empty_alternate_and_refusal(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "idk.txt").write_text("no idea\n\nnone\n")
+    with pytest.raises(DataError, match=r"idk.txt:2: an empty line"):
+        unlearn(world, tmp_path / "run", method="DPO", layer=0, idk=str(tmp_path / "idk.txt"))
+    question = tinyrun.rows(1)[0]["question"]
+    tinyrun.write_rows(tmp_path / "alt.jsonl", [{"question": question, "alternate": " "}])
+    with pytest.raises(DataError, match=r"alt.jsonl:1: an empty alternate"):
+        unlearn(world, tmp_path / "run", method="DPO", alternates=str(tmp_path / "alt.jsonl"))
+
+
+def test_base_weights_over_an_adapter(world: Path, tmp_path: Path) -> None:
+    given = {k: v for k, v in tinyrun.DEFAULTS.items() if k != "r"}
+    run = build_settings(
+        UnlearnRunConfig,
+        {
+            "model": {"name": str(world / "start")},
+            "forget": str(world / "forget.jsonl"),
+            "retain": str(world / "retain.jsonl"),
+            "output_dir": str(tmp_path / "run"),
+            "lora": None,
+            **given,
+        },
+        [],
+    )
+    with pytest.raises(ConfigError, match="merge it first"):
+        train_run(run, [])
