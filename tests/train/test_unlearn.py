@@ -58,6 +58,20 @@ def described(world: Path, out: Path, **settings: Any) -> UnlearnRunConfig:
     return build_settings(UnlearnRunConfig, given, [])
 
 
+def base_run(world: Path, model: Path, out: Path) -> UnlearnRunConfig:
+    """The model's own weights unlearn."""
+    given = {
+        "model": {"name": str(model)},
+        "forget": str(world / "forget.jsonl"),
+        "retain": str(world / "retain.jsonl"),
+        "output_dir": str(out),
+        "max_steps": STEPS,
+        "lora": None,
+        **{name: value for name, value in tinyrun.DEFAULTS.items() if name != "r"},
+    }
+    return build_settings(UnlearnRunConfig, given, [])
+
+
 def unlearn(world: Path, out: Path, **settings: Any) -> TrainResult:
     return train_run(described(world, out, **settings), [])
 
@@ -100,7 +114,7 @@ def test_npo_begins_at_its_constant_and_forgets(world: Path, tmp_path: Path) -> 
     assert first["loss_forget"] == pytest.approx(20 * 0.6931471805599453, rel=1e-6)
     assert last["loss_forget"] < first["loss_forget"]
     evaluations = [record for record in records(tmp_path / "run") if "eval_balance" in record]
-    assert [record["step"] for record in evaluations][0] == 0
+    assert evaluations[0]["step"] == 0
     assert evaluations[0]["eval_balance"] == pytest.approx(0, abs=1e-6)
     assert evaluations[0]["eval_retain_kept"] == pytest.approx(1, rel=1e-6)
     assert evaluations[-1]["eval_forget_probability"] < evaluations[0]["eval_forget_probability"]
@@ -186,25 +200,7 @@ def test_packing_and_accumulation_change_nothing(world: Path, tmp_path: Path) ->
 
 def test_the_base_itself_unlearns(world: Path, tmp_path: Path) -> None:
     """lora=null from a model without adapters: the start is remembered, row by row."""
-    result = unlearn(
-        world, tmp_path / "run", model={"name": str(world / "model")}, lora=None, r=None,
-        learning_rate=1e-4,
-    ) if False else train_run(
-        build_settings(
-            UnlearnRunConfig,
-            {
-                "model": {"name": str(world / "model")},
-                "forget": str(world / "forget.jsonl"),
-                "retain": str(world / "retain.jsonl"),
-                "output_dir": str(tmp_path / "run"),
-                "max_steps": STEPS,
-                "lora": None,
-                **{k: v for k, v in tinyrun.DEFAULTS.items() if k != "r"},
-            },
-            [],
-        ),
-        [],
-    )  # fmt: skip
+    result = train_run(base_run(world, world / "model", tmp_path / "run"), [])
     assert {c["status"] for c in result.contracts} <= {"held", "skipped"}
     first = steps_of(tmp_path / "run")[0]
     assert first["loss_forget"] == pytest.approx(20 * 0.6931471805599453, rel=1e-4)
@@ -226,7 +222,7 @@ def wrong(world: Path, tmp_path: Path, match: str, **settings: Any) -> None:
 def test_bad_settings(world: Path, tmp_path: Path) -> None:
     bad = {
         "delta is not read by NPO": {"delta": 1.0},
-        "NPOO' is no method.*did you mean NPO": {"method": "NPOO"},
+        "NPOO' is no method.*did you mean .NPO": {"method": "NPOO"},
         "retain is missing": {"retain": None},
         "greater than 0|above 0": {"beta": 0},
         "layers, 0 to 1|layers_to_transform": {"method": "RMU", "layer": 5},
@@ -254,18 +250,5 @@ def test_an_empty_alternate_and_refusal(world: Path, tmp_path: Path) -> None:
 
 
 def test_base_weights_over_an_adapter(world: Path, tmp_path: Path) -> None:
-    given = {k: v for k, v in tinyrun.DEFAULTS.items() if k != "r"}
-    run = build_settings(
-        UnlearnRunConfig,
-        {
-            "model": {"name": str(world / "start")},
-            "forget": str(world / "forget.jsonl"),
-            "retain": str(world / "retain.jsonl"),
-            "output_dir": str(tmp_path / "run"),
-            "lora": None,
-            **given,
-        },
-        [],
-    )
     with pytest.raises(ConfigError, match="merge it first"):
-        train_run(run, [])
+        train_run(base_run(world, world / "start", tmp_path / "run"), [])

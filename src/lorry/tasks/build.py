@@ -57,7 +57,7 @@ def own_stream(
 
 def held_out_rows(job: PreparedJob) -> dict[str, Batch]:
     """The first rows that were held out."""
-    return {"held-out rows": batch for batch in job.data.evaluation[:1]}
+    return {"held-out rows": job.data.evaluation[0]} if job.data.evaluation else {}
 
 
 @dataclass(frozen=True)
