@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from lorry.data.catalog import SETS
+from lorry.data.catalog import shipped_catalog
 from lorry.errors import DataError
 from lorry.runs.read import ContractRecord, EvaluationRecord, MetricChange, RunRecord, read_run
 from lorry.runs.series import MetricsLog
@@ -411,7 +411,7 @@ def test_results_keep_the_name_of_their_data_set(tmp_path: Path) -> None:
     values = {"anli_r1": 0.1, "anli_r2": 0.2, "gsm8k": 0.3, "__a__test.jsonl": 0.4}
     values |= {"__b__test.jsonl": 0.5, "truthful_qa_mc1": 0.6, "truthful_qa_mc2": 0.7}
     run = measured_run(**values)
-    (tmp_path / "README.md").write_text(made(run, sets=SETS))
+    (tmp_path / "README.md").write_text(made(run, sets=shipped_catalog().sets))
     card = ModelCard.load(tmp_path / "README.md")
     name, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert name == "1e-4"  # a name, not a number
